@@ -1,0 +1,34 @@
+# make demo: a real fine-tune with proof.  make test: the tests.  Both set up ./.venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test check parity real clean
+
+demo: $(INSTALLED)
+	$(BIN)/python -m tunesmith.demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+parity: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[parity]'
+	$(BIN)/python -m pytest -m 'parity and not real'
+
+real: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'real and not parity'
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf .venv demo

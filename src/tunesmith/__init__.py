@@ -1,0 +1,236 @@
+"""Fine-tune language models on your own machine, with proof that it worked.
+
+Each verb of the command line is a function here, under the same name and with the same meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tunesmith.config import Resolved
+    from tunesmith.answers import Chat
+    from tunesmith.evaluation import Evaluation
+    from tunesmith.events import Sink
+    from tunesmith.formats import JSON
+    from tunesmith.run import Run, RunConfig
+    from tunesmith.template import Rendered, Renderer
+
+__all__ = ["chat", "configure", "doctor", "evaluate", "generate", "init", "plan", "report", "show", "train"]
+
+
+def _silent(event: object) -> None:
+    pass
+
+
+def configure(
+    *,
+    preset: str | None = None,
+    config: Sequence[str | Path] = (),
+    model: str | None = None,
+    data: Sequence[str] = (),
+    sets: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Resolved[RunConfig]:
+    """Settings from all layers, later ones first: sets, model and data, environ, config files, preset, defaults.
+
+    Raises ConfigError naming every key that is wrong.
+    """
+    from tunesmith import backend
+
+    backend.setup()
+    from tunesmith.config import load
+    from tunesmith.run import RunConfig
+
+    overrides: dict[str, tuple[JSON, str]] = {}
+    if model is not None:
+        overrides["model.path"] = (model, "--model")
+    if data:
+        overrides["data.train"] = (list(data), "--data")
+    files = [Path(path) for path in config]
+    return load(RunConfig, preset=preset, files=files, environ=environ or {}, sets=sets, overrides=overrides)
+
+
+def init(*, preset: str | None = None, model: str | None = None, data: Sequence[str] = ()) -> str:
+    """A complete configuration as YAML, each key with its meaning, default and range."""
+    placeholder_model = model or (None if preset else "path/to/model")
+    placeholder_data = list(data) or ([] if preset else ["conversations.jsonl"])
+    resolved = configure(preset=preset, model=placeholder_model, data=placeholder_data)
+    from tunesmith.config import annotated
+    from tunesmith.run import RunConfig
+
+    return annotated(RunConfig, resolved.spec)
+
+
+def doctor(path: str | Path = ".", *, overfit: bool = True) -> dict[str, JSON]:
+    """Will it run here? Versions, device, memory, disk, BLAS, compiler, and a ten-step overfit with a known end."""
+    from tunesmith import preflight
+
+    return preflight.doctor(Path(path), overfit=overfit)
+
+
+def show(
+    data: Sequence[str],
+    *,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    sets: Sequence[str] = (),
+    limit: int | None = None,
+) -> tuple[Rendered, Renderer]:
+    """The rows of ``data`` as the model would learn them, and the renderer that made them. Loads no weights.
+
+    model: folder, GGUF file or hub id whose tokenizer and chat template are used; tokenizer: ``mistral-v3`` or a folder.
+    """
+    chosen = model or tokenizer or "mistral-v3"
+    resolved = configure(model=chosen, data=data, sets=sets)
+    from tunesmith import formats, template
+    from tunesmith import model as models
+
+    spec = resolved.spec
+    read = formats.read(spec.data.train, spec.data)
+    formats.require(read, 1.0)
+    examples = read.examples[:limit]
+    folder: Path | str = tokenizer or spec.model.tokenizer or ""
+    if not folder:
+        folder = chosen if chosen == "mistral-v3" else models.resolve(chosen, dtype=spec.model.dtype)
+    renderer = template.renderer(folder, spec.template.renderer)
+    drop = spec.template.model_copy(update={"too_long": "drop" if spec.template.too_long == "refuse" else spec.template.too_long})
+    rendered = template.render(examples, renderer, drop, spec.batch.length)
+    rendered.dropped[:0] = read.dropped
+    return rendered, renderer
+
+
+def train(
+    config: Resolved[RunConfig] | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    sets: Sequence[str] = (),
+    notify: Sink = _silent,
+) -> Run:
+    """Train, write the report, and return the run directory; or go on with the run ``resume``.
+
+    ``sets`` beside ``resume`` may change only what moves no weight. Raises a TunesmithError.
+    """
+    from tunesmith import backend
+
+    backend.setup()
+    from tunesmith import reports, training
+    from tunesmith.config import load
+    from tunesmith.errors import ConfigError
+    from tunesmith.run import CONFIG, Run, RunConfig
+
+    if resume is not None:
+        run = Run.open(resume)
+        spec = load(RunConfig, files=[run.path / CONFIG], sets=sets).spec
+        if run.manifest["status"] in ("completed", "stopped_early"):
+            run.require_same(spec, run.manifest["hashes"])
+            return run
+        run = training.train(spec, resume=run, notify=notify)
+    elif config is not None:
+        run = training.train(config.spec, config.origins, out=None if out is None else Path(out), notify=notify)
+    else:
+        raise ConfigError("nothing to train: neither settings nor a run to resume is given")
+    reports.write(run.path)
+    return run
+
+
+def plan(config: Resolved[RunConfig], *, notify: Sink = _silent) -> dict[str, JSON]:
+    """What ``train`` would do, as counts: rows, tokens, padding, steps, trainable parameters. Trains nothing."""
+    from tunesmith import backend
+
+    backend.setup()
+    from tunesmith import model as models
+    from tunesmith import preparation
+
+    prepared = preparation.prepare(config.spec, notify)
+    loaded = models.load(config.spec.model, notify)
+    attached = config.spec.adapter.attach(loaded.net, config.spec.loop.seed)
+    return {**prepared.counts, "trainable": attached.trainable, "total": attached.total}
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    data: Sequence[str] = (),
+    checkpoint: str = "best",
+    tasks: Sequence[str] = ("perplexity", "tool_calls"),
+    base: bool = True,
+    limit: int | None = None,
+    max_tokens: int = 256,
+    notify: Sink = _silent,
+) -> Evaluation:
+    """Scores of base and tuned on the run's held-out rows (or ``data``), with intervals; the report is renewed."""
+    from tunesmith import backend
+
+    backend.setup()
+    from tunesmith import evaluation, reports
+    from tunesmith.run import Run
+
+    found = evaluation.evaluate(
+        Run.open(run), data=data, checkpoint=checkpoint, tasks=tasks, base=base, limit=limit, max_tokens=max_tokens,
+        notify=notify,
+    )  # fmt: skip
+    reports.write(found.run.path)
+    return found
+
+
+def report(run: str | Path) -> Path:
+    """Write ``report.md``, ``training_report.json`` and ``curves.png`` anew from the run directory; the first's path."""
+    from tunesmith import reports
+    from tunesmith.run import Run
+
+    return reports.write(Run.open(run).path)
+
+
+def generate(
+    target: str | Path,
+    prompts: Sequence[str],
+    *,
+    checkpoint: str = "best",
+    adapter: bool = True,
+    system: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    notify: Sink = _silent,
+) -> list[str]:
+    """One answer a prompt from a run, a checkpoint folder, or a plain model; batched.
+
+    adapter False asks the run's base as it was before training.
+    """
+    from tunesmith import backend
+
+    backend.setup()
+    from tunesmith import answers, events
+
+    speaker = answers.load(target, checkpoint, adapter=adapter, notify=notify)
+    asked = [answers.asked(prompt, system) for prompt in prompts]
+    sampling = answers.Sampling(max_tokens, temperature, top_p, seed)
+    return speaker.answer(asked, sampling, events.ticker(notify, "answering"))
+
+
+def chat(
+    target: str | Path,
+    *,
+    checkpoint: str = "best",
+    system: str | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    notify: Sink = _silent,
+) -> Chat:
+    """A conversation with a run, a checkpoint folder or a plain model: ``for piece in chat(run).say("Hello"): …``."""
+    from tunesmith import backend
+
+    backend.setup()
+    from tunesmith import answers
+    from tunesmith.formats import Message
+
+    speaker = answers.load(target, checkpoint, notify=notify)
+    sampling = answers.Sampling(max_tokens, temperature, top_p, seed)
+    return answers.Chat(speaker, sampling, [Message("system", system)] if system else [])

@@ -1,0 +1,129 @@
+"""Which MLX device this is, and what must be in place before MLX is loaded. The only module that sets up MLX.
+
+On Linux the CPU wheel of MLX links a reference BLAS (2–8 GFLOP/s a core). The dynamic linker looks in the global scope
+first, so a fast BLAS opened with RTLD_GLOBAL *before* ``import mlx.core`` serves its products, with no rebuild.
+``TUNESMITH_BLAS`` chooses: ``auto`` (default), ``off``, or the path of a library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import functools
+import importlib
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+
+from tunesmith.errors import SetupError
+
+BLAS_CANDIDATES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
+BLAS_HINT = "for products about 50 times faster: apt-get install libopenblas0-pthread (or pip install mkl), then again"
+
+# glibc's mallopt parameters (malloc.h).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """``blas``: the library in use, ``reference`` where none better was found, ``not used`` on a GPU."""
+
+    name: str
+    kind: str  # cpu | gpu
+    blas: str
+    blas_hint: str | None
+    notes: tuple[str, ...]
+
+
+@functools.cache
+def setup() -> Device:
+    """Open a fast BLAS where it helps, settle the allocator, load MLX, and say what this machine is.
+
+    Idempotent. Raises SetupError where MLX itself cannot be loaded.
+    """
+    notes: list[str] = []
+    blas, hint = "not used", None
+    if sys.platform == "linux":
+        late = "mlx.core" in sys.modules
+        _keep_freed_memory()
+        blas, hint = ("unknown", None) if late else _open_blas()
+        if late:
+            notes.append("mlx was imported before tunesmith, so the BLAS could not be chosen")
+    try:
+        mx = importlib.import_module("mlx.core")
+    except ImportError as error:
+        raise SetupError(
+            f"MLX cannot be loaded: {error}", hint="pip install 'mlx[cpu]' on Linux, 'mlx' on a Mac with Apple silicon"
+        ) from error
+    kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    if kind == "gpu":
+        blas, hint = "not used", None
+    elif sys.platform == "linux" and shutil.which("g++") is None:
+        # mx.compile on CPU calls g++ at run time; even nn.silu is compiled.
+        mx.disable_compile()
+        notes.append("no C++ compiler (g++): MLX runs uncompiled; apt-get install g++ makes it faster")
+    return Device(_chip(mx, kind), kind, blas, hint, tuple(notes))
+
+
+def _open_blas() -> tuple[str, str | None]:
+    """(library in use, hint)"""
+    choice = os.environ.get("TUNESMITH_BLAS", "auto")
+    if choice == "off":
+        return "reference", "TUNESMITH_BLAS=off"
+    candidates = BLAS_CANDIDATES if choice == "auto" else (choice,)
+    for name in candidates:
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            if choice != "auto":
+                raise SetupError(f"{name} cannot be opened: {error}", where="TUNESMITH_BLAS") from error
+        else:
+            return name, None
+    return "reference", BLAS_HINT
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep large freed blocks: returning them costs a page fault each 4 KiB at the next update."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # musl has no mallopt
+    mallopt(_M_TRIM_THRESHOLD, -1)
+    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+
+
+def _chip(mx, kind: str) -> str:  # noqa: ANN001
+    info = mx.device_info() if kind == "gpu" else {}
+    if "device_name" in info:
+        return str(info["device_name"])
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    import platform
+
+    return platform.processor() or platform.machine()
+
+
+def memory() -> dict[str, int]:
+    """Bytes: ``resident`` of this process, ``active`` and ``peak`` of MLX's allocator."""
+    import mlx.core as mx
+    import psutil
+
+    return {"resident": psutil.Process().memory_info().rss, "active": mx.get_active_memory(), "peak": mx.get_peak_memory()}
+
+
+def gflops(size: int = 1024, repeats: int = 3) -> float:
+    """Measured speed of a float32 product of two ``size`` × ``size`` matrices, in 1e9 operations a second."""
+    import mlx.core as mx
+
+    a = mx.random.normal((size, size), key=mx.random.key(0))
+    mx.eval(a @ a)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        mx.eval(a @ a)
+    return 2 * size**3 * repeats / (time.perf_counter() - start) / 1e9

@@ -1,0 +1,195 @@
+"""What happens during a run, as plain records, and where they go: the terminal, JSON lines, a tracker.
+
+The loop never prints: it calls a sink. ``events.jsonl`` is the one truth of a run; everything else is derived from it.
+Times are seconds since the epoch (UTC), memory is bytes, losses are nats a unit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events. ``at``: seconds since the epoch."""
+
+    at: float = field(default_factory=time.time, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Notice(Event):
+    """Something the user should know: a fallback, a dropped row, a clamped value. ``count`` of how many it concerns."""
+
+    what: str
+    level: str = "info"  # info | warning
+    count: int = 1
+    where: str | None = None
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    """``counts``: rows_read, rows_dropped, rows_train, rows_valid, tokens, supervised_tokens, padding_share, …"""
+
+    run: str
+    steps: int
+    trainable: int
+    total: int
+    counts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Working(Event):
+    """Progress of other long work, for whoever watches; never written to the run directory."""
+
+    label: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed(Event):
+    """``step``: the checkpoint it goes on from. ``redone``: updates that were logged after it and are done again."""
+
+    step: int
+    redone: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone(Event):
+    """One optimizer update. ``loss``: mean over its units; ``units``: its learned tokens (weighted)."""
+
+    step: int
+    epoch: float
+    loss: float
+    units: float
+    tokens: int
+    learning_rate: float
+    gradient_norm: float
+    clipped: bool
+    seconds: float
+    memory: dict[str, int]  # resident, active, peak (bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSkipped(Event):
+    """The guard found a loss or gradient that is not finite. ``rows``: the sources (file:line) of the update."""
+
+    step: int
+    loss: str
+    gradient_norm: str
+    rows: list[str]
+    in_a_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Validated(Event):
+    """All validation rows. ``loss``: nats a learned token; ``perplexity``: e to the loss."""
+
+    step: int
+    loss: float
+    perplexity: float
+    units: float
+    rows: int
+    seconds: float
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled(Event):
+    """What the model answered to a fixed prompt at this step, greedily."""
+
+    step: int
+    prompt: str
+    answer: str
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Growth(Event):
+    """Frobenius norm of the change of each adapted weight, and its ratio to the norm of the weight."""
+
+    step: int
+    norms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved(Event):
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded(Event):
+    """``status``: completed | interrupted | stopped_early | failed."""
+
+    status: str
+    step: int
+    seconds: float
+    why: str | None = None
+
+
+Sink = Callable[[Event], None]
+
+KINDS: dict[str, type[Event]] = {
+    kind.__name__: kind
+    for kind in (
+        Notice, RunStarted, Resumed, StepDone, StepSkipped, Validated, Sampled, Growth, Saved, RunEnded,
+    )
+}  # fmt: skip
+
+
+def to_json(event: Event) -> str:
+    """One line, keys in the order of the fields, ``kind`` first."""
+    return json.dumps({"kind": type(event).__name__, **dataclasses.asdict(event)}, ensure_ascii=False)
+
+
+def from_json(line: str) -> Event:
+    """The event of a line of ``events.jsonl``."""
+    values = json.loads(line)
+    return KINDS[values.pop("kind")](**values)
+
+
+def read(path: Path) -> Iterator[Event]:
+    """The events of a run in order; a torn last line (the process was killed while writing it) is left out."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield from_json(line)
+
+
+def silent(event: Event) -> None:
+    """A sink that keeps nothing."""
+
+
+def tee(sinks: Sequence[Sink]) -> Sink:
+    """A sink that passes each event to all of ``sinks`` in order."""
+
+    def send(event: Event) -> None:
+        for sink in sinks:
+            sink(event)
+
+    return send
+
+
+def ticker(sink: Sink, label: str) -> Callable[[int, int], None]:
+    """A callable (done, total) that tells ``sink`` how far the work called ``label`` is."""
+    return lambda done, total: sink(Working(label, done, total))
+
+
+def jsonl(stream: IO[str]) -> Sink:
+    """A sink that writes one JSON object a line and flushes after each."""
+
+    def write(event: Event) -> None:
+        stream.write(to_json(event) + "\n")
+        stream.flush()
+
+    return write
