@@ -1,0 +1,97 @@
+"""Writes sft.safetensors: loss and gradients of SFT with LoRA by transformers + PEFT, and five AdamW updates by torch.
+
+Run with the parity extra: ``python tests/goldens/make_sft.py``. The versions are in the file's metadata. The test that
+reads it (tests/test_parity_sft.py) needs no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tiny
+
+GOLDEN = Path(__file__).with_name("sft.safetensors")
+VOCABULARY = 96
+RANK, ALPHA = 4, 8.0
+TARGETS = ("q_proj", "v_proj")
+UPDATES = 5
+RATE, DECAY, MAX_NORM, WARMUP = 1e-2, 0.1, 0.5, 2
+
+
+def batch() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Three rows of different lengths with several learned spans; one starts with its learned tokens."""
+    random = np.random.Generator(np.random.PCG64(7))
+    rows = [random.integers(1, VOCABULARY, length).astype(np.int32) for length in (11, 5, 17)]
+    masks = [np.zeros(len(row), np.float32) for row in rows]
+    masks[0][4:8] = masks[0][10:] = masks[1][1:] = masks[2][15:] = 1
+    return rows, masks
+
+
+def adapter(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A fixed non-zero value for an adapter tensor, by its name."""
+    return np.random.Generator(np.random.PCG64(sum(name.encode()))).normal(0, 0.05, shape).astype(np.float32)
+
+
+def ours(name: str) -> str:
+    """PEFT's tensor name as ours: ``base_model.model.model.layers.0.….lora_A.default.weight`` → ``….lora_a``."""
+    return (
+        name.replace("base_model.model.", "", 1)
+        .replace(".default.weight", "")
+        .replace("lora_A", "lora_a")
+        .replace("lora_B", "lora_b")
+    )
+
+
+def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    import peft
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.write_model(Path(folder), VOCABULARY)
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), lora_dropout=0.0, bias="none")
+    model = peft.get_peft_model(base, settings)
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    with torch.no_grad():
+        for name, value in parameters.items():
+            value.copy_(torch.from_numpy(adapter(ours(name), tuple(value.shape)[::-1]).T.copy()))
+    rows, masks = batch()
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    attention = torch.zeros_like(ids)
+    for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+        ids[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
+        attention[index, : len(row)] = 1
+        labels[index, : len(row)] = torch.where(torch.from_numpy(mask) > 0, ids[index, : len(row)], -100)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=RATE, weight_decay=DECAY)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, WARMUP, UPDATES)
+    out: dict[str, np.ndarray] = {}
+    losses = []
+    for update in range(UPDATES):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss
+        loss.backward()
+        losses.append(loss.item())
+        if update == 0:
+            out |= {f"gradient.{ours(name)}": value.grad.numpy().T.copy() for name, value in parameters.items()}
+        torch.nn.utils.clip_grad_norm_(parameters.values(), MAX_NORM)
+        optimizer.step()
+        schedule.step()
+        out[f"rate.{update}"] = np.array([schedule.get_last_lr()[0]])
+    out |= {f"updated.{ours(name)}": value.detach().numpy().T.copy() for name, value in parameters.items()}
+    out["losses"] = np.array(losses)
+    return out, {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+
+
+if __name__ == "__main__":
+    tensors, versions = reference()
+    save_file(tensors, GOLDEN, metadata=versions)
+    print(GOLDEN, versions)
