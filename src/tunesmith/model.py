@@ -1,0 +1,376 @@
+"""The base model: where it is, loading it whole, quantising it, and letting it speak.
+
+The only module that loads through mlx-lm. A path is a folder in the Hugging Face or MLX layout, a GGUF file, or a hub
+id. Tokenizers are not read here. On a CPU everything computes in float32; a quantised
+base is turned back into float32 after quantising, since quantised products are about 50 times slower there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from pydantic import Field
+
+from tunesmith import events, gguf
+from tunesmith.config import Spec
+from tunesmith.errors import ModelError, listing
+from tunesmith.events import Notice, Sink
+from tunesmith.gguf import cache_root
+
+__all__ = [
+    "Generation", "Loaded", "ModelSpec", "cache_root", "describe", "features", "generate", "head", "load", "resolve",
+    "split_head", "stream",
+]  # fmt: skip
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "tekken.json", "*.txt", "*.jinja", "*.py"]
+
+
+class ModelSpec(Spec):
+    """The base model and how its weights are held."""
+
+    path: str = Field(min_length=1, description="folder, GGUF file, or hub id (owner/name)")
+    quantize: Literal[4, 8] | None = Field(default=None, description="bits of the frozen base; null: as it is")
+    group_size: Literal[32, 64, 128] = Field(default=64, description="weights that share a scale when quantised")
+    dtype: Dtype = Field(default="auto", description="of what is not quantised; auto: float32 on CPU, else the file's")
+    tokenizer: str | None = Field(default=None, description="another folder, or mistral-v3; null: its own")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+
+
+class Loaded(NamedTuple):
+    """``net``: frozen, in evaluation mode. ``path``: folder with config.json. ``notes``: what was done to the weights.
+
+    ``fingerprint``: sha256 (hex) over config.json and, for each weights file in the order of names, its name, its size
+    and the sha256 of its first and last MiB. A change in the middle of a file of equal size is not seen.
+    """
+
+    net: nn.Module
+    path: Path
+    config: dict[str, Any]
+    fingerprint: str
+    notes: tuple[str, ...]
+
+
+def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sink = events.silent) -> Path:
+    """The folder of a model: a local one, the converted form of a GGUF file, or a snapshot from the hub.
+
+    Raises ModelError where there is none, or where a GGUF file holds what cannot be read.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.is_file():
+        with local.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise ModelError("is not a GGUF file", where=path, hint="give a GGUF file or the folder of a model")
+        return gguf.convert(local, "float32" if dtype == "auto" and _on_cpu() else dtype, notify)
+    if path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError("does not exist", where=path, hint="give a folder, a GGUF file, or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:  # all of the hub client's errors, offline and no such model among them
+        raise ModelError(
+            f"is neither a local folder or file nor a model that the hub gives: {str(error).splitlines()[0]}",
+            where=path, hint="offline, or for a model behind a licence, give a local folder",
+        ) from error  # fmt: skip
+
+
+def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
+    """The base model, every weight in its place, frozen, in evaluation mode, quantised if asked.
+
+    Raises ModelError where files are missing or torn, the architecture is unknown, or tensors are missing, left over
+    or of another shape; all of them are listed.
+    """
+    path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision, notify=notify)
+    _check_files(path)
+    net, config = _load_strictly(path, spec.trust_remote_code)
+    notes: list[str] = []
+    cpu = _on_cpu()
+    dtype = "float32" if spec.dtype == "auto" and cpu else spec.dtype
+    if dtype != "auto":
+        net.set_dtype({"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[dtype])
+    if cpu and dtype != "float32":
+        notify(Notice(f"{dtype} on a CPU is about 50 times slower than float32", level="warning", where="model.dtype"))
+    present = config.get("quantization")
+    if spec.quantize is not None and present is not None and present["bits"] != spec.quantize:
+        raise ModelError(
+            f"is quantised to {present['bits']} bits already, {spec.quantize} asked for",
+            where=str(path), hint="leave out model.quantize, or give the model before it was quantised",
+        )  # fmt: skip
+    if spec.quantize is not None and present is None:
+        from mlx_lm.utils import quantize_model
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints
+            net, config = quantize_model(net, config, spec.group_size, spec.quantize)
+        notes.append(f"quantised to {spec.quantize} bits, one scale for {spec.group_size} weights")
+    if cpu and "quantization" in config:
+        from mlx_lm.utils import dequantize_model
+
+        net = dequantize_model(net)
+        net.set_dtype(mx.float32)
+        notes.append(
+            f"{config['quantization']['bits']}-bit weights are held as float32: the numbers are the quantised "
+            "model's, but products with packed weights are about 50 times slower on a CPU"
+        )
+    net.eval()
+    net.freeze()
+    mx.eval(net.parameters())
+    for note in notes:
+        notify(Notice(note, where="model"))
+    return Loaded(net, path, config, _fingerprint(path), tuple(notes))
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def _check_files(path: Path) -> None:
+    """config.json, at least one weights file, every file of the index, none of them torn."""
+    from safetensors import SafetensorError, safe_open
+
+    problems = [] if (path / "config.json").is_file() else ["config.json is missing"]
+    present = {file.name for file in path.glob("model*.safetensors")}
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"cannot be read: {error!r}", where=str(index)) from error
+        problems += [f"{name} is missing (named in {index.name})" for name in sorted(listed - present)]
+    elif not present:
+        problems.append("no weights: model*.safetensors")
+    for name in sorted(present):
+        try:
+            with safe_open(path / name, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{name} is torn or not a safetensors file: {error}")
+    if problems:
+        raise ModelError(
+            f"is not a whole model:\n{listing(problems)}", where=str(path),
+            hint="fetch it again; .bin and .pth weights must be saved as safetensors first",
+        )  # fmt: skip
+
+
+def _load_strictly(path: Path, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm import utils
+
+    built: list[nn.Module] = []
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model, arguments = utils._get_classes(config)
+
+        def build(values: Any) -> nn.Module:
+            built.append(model(values))
+            return built[-1]
+
+        return build, arguments
+
+    try:
+        return utils.load_model(path, lazy=True, strict=True, get_model_classes=classes, trust_remote_code=trust)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        problems = _mismatches(path, built[0]) if built else []
+        if problems:
+            raise ModelError(f"weights do not fit config.json:\n{listing(problems)}", where=str(path)) from error
+        raise ModelError(f"cannot be loaded: {error}", where=str(path)) from error
+
+
+def _mismatches(path: Path, net: nn.Module) -> list[str]:
+    """What is missing, left over or of another shape. mlx-lm alone stops at the first wrong shape."""
+    found: dict[str, Any] = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        found |= cast("dict[str, mx.array]", mx.load(str(file)))
+    if callable(sanitize := vars(type(net)).get("sanitize")):
+        try:
+            found = cast("dict[str, Any]", sanitize(net, found))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return []  # the message of the first failure, which is the same one, says what it is
+    wanted = {name: value for name, value in tree_flatten(net.parameters()) if isinstance(value, mx.array)}
+    problems = [f"{name} {wanted[name].shape} is missing" for name in sorted(wanted.keys() - found.keys())]
+    problems += [f"{name} {found[name].shape} has no place" for name in sorted(found.keys() - wanted.keys())]
+    problems += [
+        f"{name} is {found[name].shape}, should be {wanted[name].shape}"
+        for name in sorted(found.keys() & wanted.keys()) if found[name].shape != wanted[name].shape
+    ]  # fmt: skip
+    return problems
+
+
+def _fingerprint(path: Path) -> str:
+    total = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("model*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            ends = hashlib.sha256(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            ends.update(stream.read(1 << 20))
+        total.update(f"{file.name} {size} {ends.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def describe(net: nn.Module) -> dict[str, Any]:
+    """``parameters`` (packed ones counted singly), ``bytes``, ``layers``, ``dtypes``, ``quantised``: bits → count."""
+    parameters = size = 0
+    dtypes: set[str] = set()
+    quantised: dict[int, int] = {}
+    for _, module in net.named_modules():
+        packed = "scales" in module
+        for name, value in module.items():
+            if not isinstance(value, mx.array) or name.startswith("_"):
+                continue
+            size += value.nbytes
+            if packed and name == "weight":
+                count = value.size * 32 // module.bits  # uint32 words
+                quantised[module.bits] = quantised.get(module.bits, 0) + count
+                parameters += count
+            elif not (packed and name in ("scales", "biases")):
+                parameters += value.size
+                dtypes.add(str(value.dtype).removeprefix("mlx.core."))
+    layers = len(net["model"]["layers"]) if "model" in net and "layers" in net["model"] else 0
+    return {"parameters": parameters, "bytes": size, "layers": layers, "dtypes": sorted(dtypes), "quantised": quantised}
+
+
+def features(net: nn.Module, ids: mx.array) -> mx.array:
+    """(N, T) int32 → (N, T, D): hidden states after the last norm. For models where ``split_head`` holds."""
+    return net["model"](ids)
+
+
+def head(net: nn.Module, hidden: mx.array) -> mx.array:
+    """(…, D) → (…, V): logits, through ``lm_head`` or the tied embedding. For models where ``split_head`` holds."""
+    return net["lm_head"](hidden) if "lm_head" in net else net["model"]["embed_tokens"].as_linear(hidden)
+
+
+def split_head(net: nn.Module) -> bool:
+    """Whether head(features(x)) = net(x), tried on a few tokens. False for soft-capped or scaled logits and others."""
+    if "model" not in net or not ("lm_head" in net or "embed_tokens" in net["model"]):
+        return False
+    ids = mx.arange(8, dtype=mx.int32)[None]
+    with _evaluating(net):
+        whole = net(ids)
+        try:
+            split = head(net, features(net, ids))
+        except (TypeError, ValueError, AttributeError):  # another signature, another shape, an untied embedding
+            return False
+        if split.shape != whole.shape:
+            return False
+        whole, split = whole.astype(mx.float32), split.astype(mx.float32)
+        return bool(mx.abs(whole - split).max() <= 1e-3 * mx.abs(whole).max())
+
+
+@contextlib.contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """Dropout off inside; each module's mode as it was afterwards."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:  # parents come before their children
+            if module.training != training:
+                module.train(training)
+
+
+class Generation(NamedTuple):
+    """``ids``: what was generated, without the end token."""
+
+    ids: list[int]
+    finish: Literal["stop", "length"]
+
+
+def generate(
+    net: nn.Module, prompts: Sequence[Sequence[int]], *, max_tokens: int = 256, eos_ids: Sequence[int],
+    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, batch_size: int = 16,
+    on_done: Callable[[int, int], None] | None = None,
+) -> list[Generation]:  # fmt: skip
+    """One continuation a prompt, in the order of the prompts; ``batch_size`` of them at a time, long prompts first.
+
+    temperature 0 is greedy. Otherwise each prompt draws from its own stream, a function of (seed, index of the prompt),
+    so that its company does not matter and MLX's global random state is untouched. on_done: (finished, all).
+    Raises ModelError for an empty prompt.
+    """
+    ids: list[list[int]] = [[] for _ in prompts]
+    finish: list[Literal["stop", "length"]] = ["length"] * len(prompts)
+    done = 0
+    for index, token, end in _speak(net, prompts, max_tokens, eos_ids, temperature, top_p, seed, batch_size):
+        if end == "stop":
+            finish[index] = "stop"
+        else:
+            ids[index].append(token)
+        if end is not None:
+            done += 1
+            if on_done is not None:
+                on_done(done, len(prompts))
+    return [Generation(*pair) for pair in zip(ids, finish, strict=True)]
+
+
+def stream(
+    net: nn.Module, prompt: Sequence[int], *, max_tokens: int = 256, eos_ids: Sequence[int], temperature: float = 0.0,
+    top_p: float = 1.0, seed: int = 0,
+) -> Iterator[int]:  # fmt: skip
+    """The ids of ``generate([prompt])``, each as soon as it is known."""
+    for _, token, end in _speak(net, [prompt], max_tokens, eos_ids, temperature, top_p, seed, 1):
+        if end != "stop":
+            yield token
+
+
+def _speak(
+    net: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Sequence[int], temperature: float,
+    top_p: float, seed: int, batch_size: int,
+) -> Iterator[tuple[int, int, str | None]]:  # fmt: skip
+    """(index of the prompt, token, None | stop | length); the token of a stop is the end token."""
+    if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
+        raise ModelError("cannot continue an empty prompt", where=f"prompt {empty[0]}", hint="give at least one token")
+    if max_tokens < 1:
+        raise ModelError(f"max_tokens is {max_tokens}", hint="at least 1")
+    if not prompts:
+        return
+    engine = importlib.import_module("mlx_lm.generate")  # as an attribute of mlx_lm it is the function of that name
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    samplers = None if temperature == 0 else [_sampler(temperature, top_p, seed, index) for index in order]
+    with _evaluating(net):
+        batch = engine.BatchGenerator(
+            net, stop_tokens=[[end] for end in eos_ids], completion_batch_size=batch_size,
+            prefill_batch_size=min(8, batch_size), stream=mx.default_stream(mx.default_device()),
+        )  # fmt: skip
+        try:
+            longest_first = [[int(token) for token in prompts[index]] for index in order]
+            inserted = batch.insert(longest_first, [max_tokens] * len(order), samplers=samplers)
+            index_of = dict(zip(inserted, order, strict=True))
+            while responses := batch.next_generated():
+                for response in responses:
+                    yield index_of[response.uid], response.token, response.finish_reason
+        finally:
+            batch.close()  # gives the process its wired limit back
+
+
+def _sampler(temperature: float, top_p: float, seed: int, index: int) -> Callable[[mx.array], mx.array]:
+    """(1, V) log-probabilities → (1,) token. top_p: the likeliest tokens that together reach this share."""
+    key = mx.random.key(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0]))
+
+    def draw(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        logits = logprobs.astype(mx.float32) / temperature
+        if top_p < 1:
+            order = mx.argsort(-logits, axis=-1)
+            ranked = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
+            before = mx.cumsum(ranked, axis=-1) - ranked  # the likeliest is always kept
+            rank = mx.argsort(order, axis=-1)
+            logits = mx.where(mx.take_along_axis(before, rank, axis=-1) < top_p, logits, -math.inf)
+        return mx.random.categorical(logits, key=now)
+
+    return draw

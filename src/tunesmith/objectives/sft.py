@@ -1,0 +1,45 @@
+"""Supervised fine-tuning: the negative log-likelihood of the learned tokens, every token of weight one counted equally."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from pydantic import Field
+
+from tunesmith.batches import Batch, Group
+from tunesmith.formats import Example, Judged
+from tunesmith.objectives import LogProbs, Objective, Sums
+from tunesmith.template import Row
+
+
+class SFT(Objective):
+    """Learns from demonstrations, from the desirable of judged rows, and from the chosen side of preferences."""
+
+    kind: Literal["sft"] = "sft"
+    undesirable: Literal["leave_out", "learn"] = Field(
+        default="leave_out", description="rows labelled false: leave_out (counted), or learn them like the others"
+    )
+    needs_reference: ClassVar[bool] = False
+
+    def select(self, examples: Sequence[Example]) -> tuple[list[Example], Counter[str]]:
+        if self.undesirable == "learn":
+            return list(examples), Counter()
+        kept = [example for example in examples if not _undesirable(example)]
+        return kept, Counter({"undesirable": len(examples) - len(kept)} if len(kept) < len(examples) else {})
+
+    def groups(self, rows: Sequence[Row]) -> list[Group]:
+        return [Group((row.tokens,), row.source) for row in rows if row.kind != "rejected"]
+
+    def loss(self, net: nn.Module, batch: Batch, logprobs: LogProbs) -> Sums:
+        logps, weights = logprobs(net, batch)
+        return Sums(-mx.sum(weights * logps), float(batch.targets[:, 1:].sum()), {})
+
+
+def _undesirable(example: Example) -> bool:
+    if isinstance(example, Judged):
+        return not example.desirable
+    return getattr(example, "label", None) is False
