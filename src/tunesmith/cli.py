@@ -1,0 +1,305 @@
+"""The command line: parse, call the function of the same name, print. Results on stdout, progress on stderr.
+
+Exit status: 0 done, 1 unexpected, 2 settings, 3 data, 4 template, 5 model, 6 training, 7 evaluation, 8 export, 9 server,
+10 set-up, 130 interrupted (with what was saved, and how to go on).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tunesmith
+from tunesmith import console
+from tunesmith.errors import TunesmithError
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune language models on your own machine, with proof that it worked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str | None, typer.Option(help="model folder, GGUF file or hub id")]
+Data = Annotated[list[str] | None, typer.Option(help="JSONL, JSON, either gzipped, or a folder of them; repeatable")]
+Config = Annotated[list[Path] | None, typer.Option(help="YAML file; repeatable, later ones win")]
+Preset = Annotated[str | None, typer.Option(help="a named set of settings; `tunesmith init --presets` lists them")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="one setting, as optimizer.learning_rate=2e-4; repeatable")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
+Checkpoint = Annotated[str, typer.Option(help="best, last, or a step")]
+
+
+def _out(value: object) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def _watch():  # noqa: ANN202
+    return console.sink(sys.stderr)
+
+
+@app.command()
+def init(
+    preset: Preset = None,
+    model: Model = None,
+    data: Data = None,
+    presets: Annotated[bool, typer.Option("--presets", help="list the presets instead")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of the settings, for editors")] = False,
+) -> None:
+    """Print an annotated configuration; `tunesmith init > run.yaml`."""
+    if presets or schema:
+        from tunesmith import backend, config
+
+        if presets:
+            for name, path in sorted(config.presets().items()):
+                typer.echo(f"{name}\t{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+            return
+        backend.setup()
+        from tunesmith.run import RunConfig
+
+        _out(config.schema(RunConfig))
+        return
+    typer.echo(tunesmith.init(preset=preset, model=model, data=data or ()), nl=False)
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Argument(help="where runs will be written")] = Path("."),
+    overfit: Annotated[bool, typer.Option(help="train a tiny model for ten steps")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: versions, device, memory, disk, BLAS, and a ten-step overfit."""
+    from tunesmith import preflight
+
+    found = tunesmith.doctor(path, overfit=overfit)
+    if as_json:
+        _out(found)
+    else:
+        typer.echo(preflight.render(found["checks"]))
+    if not found["ok"]:
+        raise typer.Exit(10)
+
+
+@app.command()
+def show(
+    data: Annotated[list[str], typer.Argument(help="data files")],
+    model: Model = None,
+    tokenizer: Annotated[str | None, typer.Option(help="mistral-v3, or a folder with tokenizer files")] = None,
+    limit: Annotated[int | None, typer.Option(help="only the first rows (default 5; all with --json)")] = None,
+    sets: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print rows as the model would learn them: learned tokens coloured (or between ⟦ and ⟧ without colour)."""
+    rendered, renderer = tunesmith.show(
+        data, model=model, tokenizer=tokenizer, sets=sets or (), limit=limit if limit is not None or as_json else 5
+    )
+    for row in rendered.rows:
+        if as_json:
+            ids, targets = row.tokens.ids.tolist(), row.tokens.targets.tolist()
+            _out(
+                {"source": row.source, "id": row.example_id, "turn": row.turn, "label": row.label, "ids": ids, "targets": targets}
+            )
+        else:
+            typer.echo(_coloured(row, renderer.decode, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    for row in rendered.dropped:
+        typer.echo(f"{row.source}: {row.reason}: {row.message}", err=True)
+    notes = "".join(f"; {note}: {count}" for note, count in sorted(rendered.notes.items()))
+    typer.echo(f"{len(rendered.rows)} rows shown, {len(rendered.dropped)} left out{notes}", err=True)
+
+
+def _coloured(row, decode: Callable[[list[int]], str], *, colour: bool) -> str:  # noqa: ANN001
+    ids, targets = row.tokens
+    pieces: list[str] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (targets[end] > 0) != (targets[start] > 0):
+            text, learned = decode(ids[start:end].tolist()), targets[start] > 0
+            if learned:
+                text = f"\x1b[1;32m{text}\x1b[0m" if colour else f"⟦{text}⟧"
+            pieces.append(text)
+            start = end
+    head = f"── {row.source}, turn {row.turn}: {len(ids)} tokens, {int((targets > 0).sum())} learned ──"
+    return f"{head}\n{''.join(pieces)}\n"
+
+
+@app.command()
+def train(
+    config: Config = None,
+    preset: Preset = None,
+    model: Model = None,
+    data: Data = None,
+    sets: Set = None,
+    out: Annotated[Path | None, typer.Option(help="the new run directory (default: runs/<day>-<model>-…)")] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with this run")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything and count, train nothing")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="print every setting and where it came from")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune, or go on with an interrupted run."""
+    from tunesmith import reports
+    from tunesmith.errors import ConfigError
+
+    if resume is not None:
+        if config or preset or model or data or out or dry_run:
+            raise ConfigError("--resume takes its settings from the run", hint="only --set may stand beside it")
+        resolved = None
+    else:
+        resolved = tunesmith.configure(
+            preset=preset, config=config or (), model=model, data=data or (), sets=sets or (), environ=os.environ
+        )
+        if explain:
+            from tunesmith.config import explain as lines
+
+            typer.echo("\n".join(lines(resolved)), err=not dry_run or as_json)
+        if dry_run:
+            with _watch() as notify:
+                counts = tunesmith.plan(resolved, notify=notify)
+            _out(counts)
+            return
+    with _watch() as notify:
+        run = tunesmith.train(resolved, out=out, resume=resume, sets=(sets or ()) if resume else (), notify=notify)
+    summary = reports.summary(run.path)
+    if as_json:
+        _out(summary)
+    else:
+        typer.echo(reports.verdict(run.path))
+        typer.echo(f"report: {run.path / 'report.md'}")
+    if run.manifest["status"] == "interrupted":
+        typer.echo(f"interrupted; go on with: {run.hint}", err=True)
+        raise typer.Exit(130)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    data: Data = None,
+    checkpoint: Checkpoint = "best",
+    task: Annotated[list[str] | None, typer.Option(help="perplexity, tool_calls; repeatable (default: both)")] = None,
+    base: Annotated[bool, typer.Option(help="measure the base too, for the difference")] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Score base and tuned on the held-out rows (or --data), with 95 % intervals."""
+    with _watch() as notify:
+        found = tunesmith.evaluate(
+            run, data=data or (), checkpoint=checkpoint, tasks=task or ("perplexity", "tool_calls"), base=base,
+            limit=limit, max_tokens=max_tokens, notify=notify,
+        )  # fmt: skip
+    if as_json:
+        _out(found.summary())
+        return
+    for score in found.scores:
+        interval = "" if score.low is None else f" [{score.low:.4g}, {score.high:.4g}]"
+        change = ""
+        if score.delta is not None:
+            change = f"  change {score.delta:+.4g}"
+            change += "" if score.delta_low is None else f" [{score.delta_low:+.4g}, {score.delta_high:+.4g}]"
+        typer.echo(f"{score.task}@{score.version} {score.name}: {score.value:.4g}{interval}{change}  (n {score.n})")
+    typer.echo(f"report: {found.run.path / 'report.md'}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
+    """Write the report of a run anew."""
+    typer.echo(tunesmith.report(run))
+
+
+System = Annotated[str | None, typer.Option(help="system message")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="longest answer")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="keep the likeliest tokens of this total share")]
+Seed = Annotated[int, typer.Option(min=0, help="decides what is drawn")]
+Target = Annotated[str, typer.Argument(help="run directory, checkpoint folder, or model")]
+
+
+@app.command()
+def generate(
+    target: Target,
+    prompt: Annotated[list[str] | None, typer.Option(help="repeatable; without it, one prompt a line from stdin")] = None,
+    checkpoint: Checkpoint = "best",
+    base: Annotated[bool, typer.Option("--base", help="the run's model without its adapter")] = False,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Answer prompts, batched."""
+    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    with _watch() as notify:
+        answers = tunesmith.generate(
+            target, prompts, checkpoint=checkpoint, adapter=not base, system=system, max_tokens=max_tokens,
+            temperature=temperature, top_p=top_p, seed=seed, notify=notify,
+        )  # fmt: skip
+    for asked, answer in zip(prompts, answers, strict=True):
+        if as_json:
+            _out({"prompt": asked, "answer": answer})
+        else:
+            typer.echo(answer)
+
+
+@app.command()
+def chat(
+    target: Target,
+    checkpoint: Checkpoint = "best",
+    system: System = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a run or a model; an empty line or Ctrl-D ends it."""
+    with _watch() as notify:
+        talk = tunesmith.chat(
+            target, checkpoint=checkpoint, system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
+            seed=seed, notify=notify,
+        )  # fmt: skip
+    while True:
+        typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        for piece in talk.say(line):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        typer.echo()
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"tunesmith {installed('tunesmith')}")
+        raise typer.Exit
+    if debug:
+        os.environ["TUNESMITH_DEBUG"] = "1"
+
+
+def main() -> None:
+    """The entry point: errors a user can cause are told without a traceback."""
+    try:
+        app()
+    except TunesmithError as error:
+        if os.environ.get("TUNESMITH_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

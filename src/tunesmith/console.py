@@ -1,0 +1,276 @@
+"""Where the events of a run are shown to people: a live panel or plain lines, ``training.log``, TensorBoard.
+
+Everything here is a sink (``Event -> None``) and can be rebuilt from ``events.jsonl``. Standard output is left alone:
+results go there. Memory is shown in GB (1e9 bytes), losses in nats a learned token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from tunesmith import events
+from tunesmith.errors import SetupError
+from tunesmith.events import Event, Sink
+
+if TYPE_CHECKING:
+    from rich.panel import Panel
+    from rich.text import Text
+
+QUIET_S = 2.0
+"""Other long work is not shown before it has taken so long."""
+
+
+def duration(seconds: float) -> str:
+    """``4 s``, ``3 m 05 s`` or ``2 h 07 m``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} m {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as ``1.23 GB``, or ``4.5 MB`` below a gigabyte."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def _line(text: str, limit: int = 10_000) -> str:
+    """One printable line: white space joined, control characters (a terminal would obey them) written out."""
+    joined = " ".join(text.split())
+    joined = joined if len(joined) <= limit else joined[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in joined)
+
+
+def _count(value: object) -> str:
+    if isinstance(value, dict):
+        return f"({', '.join(f'{name} {_count(inner)}' for name, inner in value.items())})" if value else "0"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _facts(event: events.StepDone, speed: float) -> dict[str, str]:
+    return {
+        "learning rate": f"{event.learning_rate:.3g}",
+        "gradient norm": f"{event.gradient_norm:.3g}" + (" clipped" if event.clipped else ""),
+        "speed": f"{speed:,.0f} learned tokens/s",
+        "memory": ", ".join(f"{size(n_bytes)} {name}" for name, n_bytes in event.memory.items()),
+    }
+
+
+def readable(event: Event, total: int | None = None) -> str:
+    """The event as one plain line without escape codes. ``total``: planned updates, shown beside the step."""
+    match event:
+        case events.Notice(what=what, where=where, level=level, count=count, hint=hint):
+            text = ("warning: " if level == "warning" else "") + (f"{where}: {what}" if where else what)
+            text += (f" (×{count:,})" if count != 1 else "") + (f" · hint: {hint}" if hint else "")
+        case events.RunStarted():
+            text = f"run {event.run}: {event.steps:,} updates · {event.trainable:,} of {event.total:,} weights train"
+            text += "".join(f" · {name} {_count(value)}" for name, value in event.counts.items())
+        case events.Working():
+            text = f"{event.label}: {event.done:,} of {event.total:,}"
+        case events.Resumed():
+            text = f"resumed after update {event.step:,}; {event.redone:,} later ones are done again"
+        case events.StepDone():
+            facts = _facts(event, event.units / event.seconds if event.seconds else 0.0)
+            text = f"step {event.step:,}" + (f"/{total:,}" if total is not None else "")
+            text += f" · epoch {event.epoch:.2f} · loss {event.loss:.4f}"
+            text += "".join(f" · {name} {value}" for name, value in facts.items())
+        case events.StepSkipped():
+            text = f"warning: step {event.step:,} skipped, loss {event.loss}, gradient norm {event.gradient_norm}"
+            text += f" ({event.in_a_row} in a row) · rows {', '.join(event.rows)}"
+        case events.Validated():
+            text = f"validation at step {event.step:,}: loss {event.loss:.4f} · perplexity {event.perplexity:.4g}"
+            text += f" · {event.rows:,} rows, {event.units:,.0f} learned tokens in {duration(event.seconds)}"
+            text += " · best so far" if event.best else ""
+        case events.Sampled():
+            text = f"sample at step {event.step:,}: {_line(event.prompt, 160)} → {_line(event.answer, 160)}"
+        case events.Growth():
+            name, norm = max(event.norms.items(), key=lambda item: item[1], default=("no weight", 0.0))
+            text = f"growth at step {event.step:,}: {len(event.norms):,} weights, largest {norm:.4g} in {name}"
+        case events.Saved():
+            text = f"saved step {event.step:,} to {event.path} ({size(event.bytes)} in {event.seconds:.1f} s)"
+        case events.RunEnded():
+            text = f"{event.status.replace('_', ' ')} at step {event.step:,} after {duration(event.seconds)}"
+            text += f": {event.why}" if event.why else ""
+        case _:
+            text = events.to_json(event)
+    return _line(text)
+
+
+def log(stream: TextIO) -> Sink:
+    """The sink behind ``training.log``: local time, then ``readable(event)``; flushed after each line."""
+
+    def write(event: Event) -> None:
+        stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(event.at))} {readable(event)}\n")
+        stream.flush()
+
+    return write
+
+
+class _State:
+    """What the display knows. Speed and time to go come from this session only, so a resumed run counts anew."""
+
+    def __init__(self, total: int | None) -> None:
+        self.total = total
+        self.recent: deque[events.StepDone] = deque(maxlen=20)
+        self.done, self.began = 0, 0.0  # updates seen, and when the first of them started
+        self.validations: list[events.Validated] = []
+        self.work: events.Working | None = None
+        self.work_began, self.work_first = 0.0, 0
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, events.Working):
+            if self.work is None or self.work.label != event.label or event.done <= self.work.done:
+                self.work_began, self.work_first = event.at, event.done
+            self.work = event
+            return
+        self.work = None if isinstance(event, events.StepDone) else self.work
+        if isinstance(event, events.RunStarted):
+            self.total = event.steps
+        elif isinstance(event, events.Validated):
+            self.validations.append(event)
+        elif isinstance(event, events.StepDone):
+            self.began = self.began if self.done else event.at - event.seconds
+            self.recent.append(event)
+            self.done += 1
+
+    def to_go(self, now: float) -> str:
+        """Validations and saves so far are spread over the updates that are left."""
+        if not self.recent or self.total is None:
+            return ""
+        last = self.recent[-1]
+        return f"{duration((self.total - last.step) * (last.at - self.began) / self.done - (now - last.at))} to go"
+
+    def working(self) -> str | None:
+        """Count, rate and end of the other long work; None while it is younger than QUIET_S."""
+        if self.work is None or (took := self.work.at - self.work_began) <= QUIET_S:
+            return None
+        if self.work.done >= self.work.total:
+            return f"{readable(self.work)} in {duration(took)}"
+        rate = max(self.work.done - self.work_first, 1) / took
+        left = (self.work.total - self.work.done) / rate
+        end = time.strftime("%H:%M:%S", time.localtime(self.work.at + left))
+        return f"{readable(self.work)} · {rate:,.1f}/s · {duration(left)} to go, ends {end}"
+
+    def panel(self) -> Panel | Text:
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        recent = list(self.recent)  # the display's thread reads while the loop adds
+        if not recent:
+            return Text(self.working() or "")
+        grid = Table.grid(padding=(0, 2), expand=True)
+        grid.add_column(width=14)
+        grid.add_column(ratio=1)
+        step, seconds = recent[-1], sum(event.seconds for event in recent)
+        speed = sum(event.units for event in recent) / seconds if seconds else 0.0
+        of = "" if self.total is None else f"/{self.total:,}"
+        rows = {"step": f"{step.step:,}{of} · epoch {step.epoch:.2f} · {self.to_go(time.time())}".rstrip(" ·")}
+        rows["loss"] = f"{step.loss:.4f}"
+        if self.validations:
+            first, last = self.validations[0], self.validations[-1]
+            rows["validation"] = f"{last.loss:.4f} at step {last.step:,}"
+            rows["validation"] += f", from {first.loss:.4f} at step {first.step:,}" if first is not last else ""
+        rows |= _facts(step, speed)
+        if (work := self.working()) is not None:
+            rows["now"] = work
+        grid.add_row("", ProgressBar(total=self.total or None, completed=step.step))
+        for name, value in rows.items():
+            grid.add_row(Text(name, style="dim"), Text(value))
+        return Panel(grid, title="training", title_align="left")
+
+
+@contextmanager
+def sink(stream: TextIO, total: int | None = None, *, every: float = 5.0) -> Iterator[Sink]:
+    """A sink that shows a run on ``stream``: a live panel on a terminal, else plain lines.
+
+    total: planned updates; RunStarted sets it too. every: seconds between two plain lines about updates, or about other
+    long work (which is silent for its first QUIET_S); the first and last update and all other events are always shown.
+    NO_COLOR is respected.
+    """
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    state, shown_at = _State(total), float("-inf")
+    console = Console(file=stream)  # reads NO_COLOR and TERM by itself
+
+    def plain(event: Event) -> None:
+        nonlocal shown_at
+        state.take(event)
+        text: str | None = readable(event, state.total)
+        if isinstance(event, events.StepDone | events.Working):
+            text = text if isinstance(event, events.StepDone) else state.working()
+            ends = event.done >= event.total if isinstance(event, events.Working) else event.step == state.total
+            if text is None or (event.at - shown_at < every and not ends):
+                return
+            shown_at = event.at
+            if isinstance(event, events.StepDone) and (left := state.to_go(event.at)):
+                text += f" · {left}"
+        stream.write(f"{text}\n")
+        stream.flush()
+
+    def above_panel(event: Event) -> None:
+        state.take(event)
+        if not isinstance(event, events.StepDone | events.Working):
+            text = readable(event)
+            console.print(Text(text, style="yellow" if text.startswith("warning") else ""))
+
+    if stream.isatty() and not console.is_dumb_terminal:
+        with Live(get_renderable=state.panel, console=console, refresh_per_second=4, redirect_stdout=False):
+            yield above_panel
+    else:
+        yield plain
+
+
+@contextmanager
+def progress(label: str, total: int, stream: TextIO) -> Iterator[Callable[[int], None]]:
+    """``update(done)`` for long work outside a run: count, rate and when it ends; silent where it is soon done."""
+    with sink(stream) as show:
+        show(events.Working(label, 0, total))
+        yield lambda done: show(events.Working(label, done, total))
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Sink]:
+    """A sink that writes TensorBoard files into ``folder``. Raises SetupError where tensorboardX is missing."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        hint = "pip install tensorboardX, or leave the sink out"
+        raise SetupError("the TensorBoard sink needs the package tensorboardX", hint=hint) from error
+    writer = SummaryWriter(str(folder))
+
+    def write(event: Event) -> None:
+        nonlocal writer
+        scalars: dict[str, float] = {}
+        match event:
+            case events.Resumed():
+                # TensorBoard then hides what an earlier, killed session wrote beyond the checkpoint.
+                writer.close()
+                writer = SummaryWriter(str(folder), purge_step=event.step + 1)
+            case events.StepDone():
+                scalars = {"train/loss": event.loss, "train/learning_rate": event.learning_rate}
+                scalars["train/gradient_norm"] = event.gradient_norm
+                scalars["train/tokens_per_second"] = event.units / event.seconds if event.seconds else 0.0
+                scalars |= {f"memory/{name}": float(n_bytes) for name, n_bytes in event.memory.items()}
+            case events.Validated():
+                scalars = {"valid/loss": event.loss, "valid/perplexity": event.perplexity}
+            case events.Growth():
+                scalars = {f"growth/{name}": norm for name, norm in event.norms.items()}
+            case events.Sampled():
+                # Four spaces make it a code block: an answer's own Markdown must not format the page.
+                text = f"    {event.prompt}\n\n→ {event.answer}".replace("\n", "\n    ")
+                writer.add_text(f"samples/{_line(event.prompt, 60)}", text, event.step, walltime=event.at)
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, getattr(event, "step", 0), walltime=event.at)
+
+    try:
+        yield write
+    finally:
+        writer.close()

@@ -1,0 +1,165 @@
+"""Measure the base and the tuned model on the same rows, and say how sure the difference is.
+
+Reads a run directory only (or, on request, other rows). The base is the run's own model before its adapter is attached,
+so both sides share weights, tokenizer, prompts and order of rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from tunesmith import adapters, events, formats, model, template, training
+from tunesmith.errors import EvaluationError
+from tunesmith.events import Notice, Sink
+from tunesmith.formats import JSON
+from tunesmith.run import EVALS, VALID, Run, write_json, write_text
+from tunesmith.tasks import ExampleScore, Score, summarise
+from tunesmith.tasks.perplexity import Perplexity
+from tunesmith.tasks.tool_calls import Reference, ToolCalls, references
+
+TASKS = ("perplexity", "tool_calls")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One prompt with both answers; ``base`` is None where only the tuned model was asked."""
+
+    prompt: str
+    reference: str
+    base: str | None
+    tuned: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    run: Run
+    checkpoint: Path
+    scores: list[Score]
+    answers: list[Answered]
+
+    def summary(self) -> dict[str, Any]:
+        return {"run": str(self.run.path), "checkpoint": self.checkpoint.name, "scores": [asdict(score) for score in self.scores]}
+
+
+Measured = dict[str, list[Any]]
+
+
+def evaluate(
+    run: Run,
+    *,
+    data: Sequence[str] = (),
+    checkpoint: str = "best",
+    tasks: Sequence[str] = TASKS,
+    base: bool = True,
+    limit: int | None = None,
+    max_tokens: int = 256,
+    notify: Sink = events.silent,
+) -> Evaluation:
+    """Scores of ``tasks`` for the checkpoint, paired with the base's; written to ``evals/<task>@<version>/``.
+
+    data: files to measure on instead of the run's held-out rows. limit: only the first so many rows (said in a notice).
+    base: also measure the model without its adapter. Raises EvaluationError where no row can be used.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise EvaluationError(f"no task is called {unknown[0]!r}", hint=f"tasks: {', '.join(TASKS)}")
+    config = run.config
+    folder = run.choose(checkpoint)
+    examples = _examples(run, data, limit, notify)
+    loaded = model.load(config.model, notify)
+    renderer = template.renderer(config.model.tokenizer or loaded.path, config.template.renderer)
+    rendered = template.render(examples, renderer, config.template, config.batch.length)
+    for row in rendered.dropped:
+        notify(Notice(f"not measured: {row.message}", level="warning", where=row.source))
+    groups = config.objective.groups(rendered.rows)
+    asked = [reference for example in examples if (reference := references(example)) is not None]
+    if "tool_calls" in tasks and not any(reference.calls for reference in asked):
+        notify(Notice("tool_calls: no row asks for a call, so it is not measured"))
+        tasks = [task for task in tasks if task != "tool_calls"]
+    if not groups or not tasks:
+        raise EvaluationError("there is no row to measure", hint="give --data, or hold rows out with data.valid")
+
+    def measure(side: str) -> Measured:
+        found: Measured = {}
+        if "perplexity" in tasks:
+            tick = events.ticker(notify, f"{side}: loss")
+            sums = training.row_losses(loaded.net, groups, config.batch.micro, tick)
+            found["perplexity"] = [
+                (group.source, loss, units) for group, (loss, units) in zip(groups, sums, strict=True) if units
+            ]
+        if "tool_calls" in tasks:
+            found["tool_calls"] = _answer(loaded.net, renderer, asked, max_tokens, events.ticker(notify, f"{side}: answers"))
+        return found
+
+    before = measure("base") if base else None
+    adapters.load(loaded.net, folder)
+    after = measure("tuned")
+    scores: list[Score] = []
+    for task in (Perplexity(), ToolCalls()):
+        if task.name in tasks:
+            tuned = task.score(after[task.name])
+            old = None if before is None else task.score(before[task.name])
+            found = summarise(task, old, tuned, config.loop.seed)
+            scores += found
+            _write(run, f"{task.name}@{task.version}", folder.name, found, old, tuned)
+    return Evaluation(run, folder, scores, _pairs(before, after))
+
+
+def _examples(run: Run, data: Sequence[str], limit: int | None, notify: Sink) -> list[formats.Example]:
+    config = run.config
+    paths = list(data) or [str(run.path / VALID)]
+    read = formats.read(paths, config.data)
+    if not read.rows:
+        raise EvaluationError("has no held-out rows", where=paths[0], hint="give --data FILE")
+    formats.require(read, config.data.max_dropped)
+    if read.dropped:
+        notify(Notice("rows that could not be read", level="warning", count=len(read.dropped)))
+    examples, left_out = config.objective.select(read.examples)
+    for reason, count in left_out.items():
+        notify(Notice(f"rows left out: {reason}", count=count))
+    if limit is not None and limit < len(examples):
+        notify(Notice(f"only the first {limit} of {len(examples)} rows are measured", level="warning"))
+        examples = examples[:limit]
+    return examples
+
+
+def _answer(
+    net: nn.Module, renderer: template.Renderer, asked: Sequence[Reference], max_tokens: int, tick: Callable[[int, int], None]
+) -> list[tuple[Reference, str]]:
+    """Greedy answers, in order."""
+    prompts = [renderer.text_prompt(one.prompt) if isinstance(one.prompt, str) else renderer.prompt(one.prompt) for one in asked]
+    net.eval()
+    answers = model.generate(net, prompts, max_tokens=max_tokens, eos_ids=renderer.eos_ids, on_done=tick)
+    return [(one, renderer.answer(answer.ids)) for one, answer in zip(asked, answers, strict=True)]
+
+
+def _pairs(before: Measured | None, after: Measured) -> list[Answered]:
+    pairs: list[Answered] = []
+    for index, (one, tuned) in enumerate(after.get("tool_calls", [])):
+        prompt = one.prompt if isinstance(one.prompt, str) else one.prompt.messages[-1].content
+        wanted = "\n".join(f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}" for call in one.calls)
+        pairs.append(Answered(prompt, wanted, None if before is None else before["tool_calls"][index][1], tuned, one.source))
+    return pairs
+
+
+def _write(
+    run: Run, name: str, checkpoint: str, scores: list[Score], base: list[ExampleScore] | None, tuned: list[ExampleScore]
+) -> None:
+    folder = run.path / EVALS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[str] = []
+    for index, score in enumerate(tuned):
+        line: dict[str, JSON] = {"source": score.source, "units": score.units, "tuned": score.value}
+        line |= {"tuned_detail": score.detail}
+        if base is not None:
+            line |= {"base": base[index].value, "base_detail": base[index].detail}
+        lines.append(json.dumps(line, ensure_ascii=False))
+    write_text(folder / "examples.jsonl", "\n".join(lines) + "\n")
+    write_json(folder / "score.json", {"checkpoint": checkpoint, "scores": [asdict(score) for score in scores]})

@@ -1,0 +1,131 @@
+"""From files to a plan of updates, loading no weights: everything that can be wrong with words is found here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith import events, formats, model, template
+from tunesmith.batches import Group, Plan
+from tunesmith.events import Notice, Sink
+from tunesmith.run import DROPPED, PLAN, SHOWN, VALID, Run, RunConfig, write_json
+
+RENDERED_ROWS_KEPT = 5
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Words become updates: everything that is known before weights are loaded."""
+
+    folder: Path  # model folder: config.json, weights, tokenizer files
+    renderer: template.Renderer
+    valid_examples: list[formats.Example]
+    train: list[Group]
+    valid: list[Group]
+    plan: Plan
+    dropped: list[formats.Dropped]
+    counts: dict[str, Any]
+    hashes: dict[str, Any]
+    rendered: list[template.Row]
+
+
+def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
+    """Read, split, render and plan, loading no weights. Raises DataError or TemplateError."""
+    read = formats.read(config.data.train, config.data)
+    formats.require(read, config.data.max_dropped)
+    if isinstance(config.data.valid, tuple):
+        held_out = formats.read(config.data.valid, config.data) if config.data.valid else None
+        if held_out is not None:
+            formats.require(held_out, config.data.max_dropped)
+        sides = [read.examples, held_out.examples if held_out else []]
+        sources = [read, *([held_out] if held_out else [])]
+    else:
+        sides, sources = list(formats.split(read.examples, config.data.valid, config.loop.seed)), [read]
+    dropped = [row for source in sources for row in source.dropped]
+    reasons = Counter(row.reason for row in dropped)
+    folder = model.resolve(config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify)
+    renderer = template.renderer(config.model.tokenizer or folder, config.template.renderer)
+    kept: list[list[formats.Example]] = []
+    groups: list[list[Group]] = []
+    rows: list[template.Row] = []
+    notes: Counter[str] = Counter()
+    for side in sides:
+        selected, left_out = config.objective.select(side)
+        reasons += left_out
+        tick = events.ticker(notify, "rendering")
+        rendered = template.render(selected, renderer, config.template, config.batch.length, tick)
+        dropped += rendered.dropped
+        reasons.update(row.reason for row in rendered.dropped)
+        notes += rendered.notes
+        rows = rows or rendered.rows
+        lost = {row.source for row in rendered.dropped}
+        kept.append([example for example in selected if example.source not in lost])
+        groups.append(config.objective.groups(rendered.rows))
+    n_seen = sum(len(side) for side in sides) + sum(len(source.dropped) for source in sources)
+    formats.require(formats.Read(kept[0], dropped, n_seen, read.files), config.data.max_dropped)
+    for reason, count in sorted(reasons.items()):
+        notify(Notice(f"rows left out: {reason}", level="warning", count=count))
+    for note, count in sorted(notes.items()):
+        notify(Notice(note, count=count))
+    plan = Plan(
+        tuple(group.length for group in groups[0]), config.batch.sequences, config.batch.micro, config.loop.seed,
+        config.loop.epochs or 1.0, config.loop.steps,
+    )  # fmt: skip
+    tokens = sum(group.tokens for group in groups[0])
+    counts = {
+        "rows_read": sum(source.rows for source in sources),
+        "rows_dropped": dict(sorted(reasons.items())),
+        "rows_train": len(kept[0]),
+        "rows_valid": len(kept[1]),
+        "sequences_train": len(groups[0]),
+        "sequences_valid": len(groups[1]),
+        "tokens": tokens,
+        "supervised_tokens": sum(int((part.targets[1:] > 0).sum()) for group in groups[0] for part in group.sequences),
+        "padding_share": round(plan.padding_share(), 4),
+        "steps": plan.steps,
+        "notes": dict(sorted(notes.items())),
+    }
+    hashes = {"data": {key: value for source in sources for key, value in source.files.items()}, "template": renderer.fingerprint}
+    return Prepared(folder, renderer, kept[1], groups[0], groups[1], plan, dropped, counts, hashes, rows[:RENDERED_ROWS_KEPT])
+
+
+def write(run: Run, prepared: Prepared) -> None:
+    """What was read, left out and planned, for everything that comes after and reads only the run directory."""
+    formats.write_dropped(prepared.dropped, run.path / DROPPED)
+    formats.write_examples(prepared.valid_examples, run.path / VALID)
+    write_json(run.path / PLAN, prepared.counts)
+    decode = prepared.renderer.decode
+    shown = [
+        {"source": row.source, "tokens": [[decode([token]), float(weight)] for token, weight in zip(*row.tokens, strict=True)]}
+        for row in prepared.rendered
+    ]
+    write_json(run.path / SHOWN, shown)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``ids``: up to where the assistant speaks. ``text``: what was asked. ``reference``: what the data answers."""
+
+    ids: list[int]
+    text: str
+    reference: str
+    source: str
+
+
+def prompts(examples: list[formats.Example], renderer: template.Renderer) -> list[Prompt]:
+    """The last assistant turn of each example as a prompt and its reference; examples without one give none."""
+    asked: list[Prompt] = []
+    for example in examples:
+        if isinstance(example, formats.Completion):
+            ids, text = renderer.text_prompt(example.prompt), example.prompt
+            asked.append(Prompt(ids, text, example.completion, example.source))
+        elif not isinstance(example, formats.Document):
+            conversation = example.chosen if isinstance(example, formats.Preference) else example.conversation
+            context = formats.Conversation(conversation.messages[:-1], conversation.tools)
+            last = conversation.messages[-1]
+            reference = last.content or "\n".join(f"{call.name} {call.arguments}" for call in last.calls)
+            text = context.messages[-1].content if context.messages else ""
+            asked.append(Prompt(renderer.prompt(context), text, reference, example.source))
+    return asked

@@ -1,0 +1,377 @@
+"""What a run is and where it lives: its settings, every file name, and checkpoints that survive a kill at any moment.
+
+Everything is written to a temporary name, flushed to disk and renamed, so a file or a checkpoint is whole or absent. A
+checkpoint's ``cursor.json`` holds the SHA-256 of its other files; a torn one is found by it and the one before is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, date, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tunesmith import backend
+from tunesmith.adapters import DoRA, Full, LoRA
+from tunesmith.batches import BatchSpec
+from tunesmith.config import Spec, dump, load
+from tunesmith.errors import CorruptCheckpoint, DataError, DiskFull, ResumeMismatch
+from tunesmith.formats import DataSpec
+from tunesmith.model import ModelSpec
+from tunesmith.objectives.sft import SFT
+from tunesmith.optimizer import OptimizerSpec
+from tunesmith.template import TemplateSpec
+
+CONFIG, ORIGIN, MANIFEST, EVENTS, LOG = "config.yaml", "origin.json", "manifest.json", "events.jsonl", "training.log"
+DATA, EVALS, CHECKPOINTS = "data", "evals", "checkpoints"
+DROPPED, VALID, SHOWN, PLAN = "data/dropped.jsonl", "data/valid.jsonl", "data/rendered.json", "data/plan.json"
+ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, CURSOR = (
+    "adapters.safetensors", "adapter_config.json", "optimizer.safetensors", "cursor.json",
+)  # fmt: skip
+
+SAFE_TO_CHANGE = frozenset({"loop.save_every", "loop.keep_last", "loop.tensorboard"})
+"""Keys that may differ when a run is resumed: none of them moves a weight."""
+
+
+class LoopSpec(Spec):
+    """How long to train, and what to do on the way."""
+
+    epochs: float | None = Field(default=None, gt=0, description="passes over the training rows; null with steps: 1")
+    steps: int | None = Field(default=None, ge=1, description="optimizer updates; instead of epochs")
+    validate_every: int = Field(default=50, ge=0, description="updates between validations; 0: first and last only")
+    save_every: int = Field(default=100, ge=0, description="updates between checkpoints; 0: the last only")
+    keep_last: int = Field(default=3, ge=1, description="checkpoints kept beside the best")
+    keep_best: bool = Field(default=True, description="save and keep the checkpoint of the lowest validation loss")
+    early_stop: int | None = Field(default=None, ge=1, description="stop after so many validations without a new best")
+    sample_every: int = Field(default=0, ge=0, description="updates between sample answers; 0: first and last only")
+    samples: int = Field(default=3, ge=0, description="validation prompts answered as samples")
+    sample_tokens: int = Field(default=128, ge=1, description="longest sample answer, in tokens")
+    checkpoint_gradients: bool = Field(
+        default=False, description="recompute each layer in the backward pass: a third of the memory, 1.2 to 1.5 the time"
+    )
+    seed: int = Field(default=0, ge=0, description="decides the split, the order of rows, the adapter and its dropout")
+    tensorboard: bool = Field(default=False, description="also write TensorBoard files (needs the tensorboard extra)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LoopSpec:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps are both given; leave one out")
+        return self
+
+
+class RunConfig(Spec):
+    """Everything that decides a run."""
+
+    model: ModelSpec
+    data: DataSpec
+    template: TemplateSpec = TemplateSpec()
+    objective: SFT = SFT()
+    adapter: LoRA | DoRA | Full = LoRA()
+    batch: BatchSpec = BatchSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    loop: LoopSpec = LoopSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.data.valid in (0, ()):
+            if self.loop.early_stop is not None:
+                raise ValueError("loop.early_stop needs validation rows, and data.valid is 0")
+            if self.loop.keep_best and "keep_best" in self.loop.model_fields_set:
+                raise ValueError("loop.keep_best needs validation rows, and data.valid is 0")
+        return self
+
+    def warnings(self) -> list[str]:
+        """Choices that are allowed and poor, each with its reason."""
+        found: list[str] = []
+        full = self.adapter.kind == "full"
+        rate = self.optimizer.learning_rate
+        if full and rate > 5e-5:
+            found.append(f"optimizer.learning_rate {rate:g} is high for full weights: 1e-5 is usual, LoRA's is ten times it")
+        if not full and self.optimizer.kind.startswith("adam") and rate > 1e-3:
+            found.append(f"optimizer.learning_rate {rate:g} is high for LoRA: 1e-4 to 2e-4 is usual")
+        if not full and rate < 1e-5:
+            found.append(f"optimizer.learning_rate {rate:g} is low for LoRA: it likes about ten times full weights' rate")
+        if not full and self.batch.sequences > 32:
+            found.append(f"batch.sequences {self.batch.sequences} is large: LoRA learns better from batches under 32")
+        if self.optimizer.max_norm is None:
+            found.append("optimizer.max_norm is null: one bad row can throw the adapter far off")
+        if full and self.model.quantize is not None:
+            found.append("model.quantize with full weights: the quantised layers stay frozen, only the rest is trained")
+        return found
+
+
+@dataclass
+class Cursor:
+    """Where training stands after ``step`` updates: all state beside the adapter and the optimizer."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    stale: int = 0  # validations since the best
+    skipped: int = 0  # updates that the guard skipped, in a row
+    elapsed_s: float = 0.0
+    events_bytes: int = 0  # events.jsonl up to here belongs to this checkpoint
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> RunConfig:
+        return load(RunConfig, files=[self.path / CONFIG]).spec
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+
+    @property
+    def hint(self) -> str:
+        return f"tunesmith train --resume {self.path}"
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run at ``path``. Raises DataError where there is none."""
+        folder = Path(path)
+        if not (folder / MANIFEST).is_file():
+            raise DataError("no run here: manifest.json is missing", where=str(path), hint="runs live in ./runs/<name>")
+        return cls(folder)
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig, origins: Mapping[str, str], manifest: Mapping[str, Any]) -> Run:
+        """A new run directory: it appears whole, with its settings, or not at all. Refuses one that exists."""
+        if path.exists():
+            raise DataError("exists already", where=str(path), hint=f"choose another --out, or --resume {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+        for folder in (DATA, CHECKPOINTS):
+            (draft / folder).mkdir(parents=True)
+        write_text(draft / CONFIG, dump(config))
+        write_json(draft / ORIGIN, dict(origins))
+        write_json(draft / MANIFEST, {**manifest, "status": "running"})
+        draft.rename(path)
+        return cls(path)
+
+    def mark(self, status: str) -> None:
+        write_json(self.path / MANIFEST, {**self.manifest, "status": status})
+
+    def require_same(self, config: RunConfig, hashes: Mapping[str, Any]) -> None:
+        """Raises ResumeMismatch with a diff where settings or inputs differ in what would move a weight."""
+        old, new = flat(self.config.model_dump(mode="json")), flat(config.model_dump(mode="json"))
+        changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in SAFE_TO_CHANGE]
+        lines = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in changed]
+        was, now = flat(self.manifest["hashes"]), flat(dict(hashes))
+        lines += [f"{key}: {was.get(key)} → {now.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)]
+        if lines:
+            raise ResumeMismatch(
+                "the run cannot go on exactly, because this has changed:\n  " + "\n  ".join(lines),
+                where=str(self.path),
+                hint="put it back, or start a new run; only " + ", ".join(sorted(SAFE_TO_CHANGE)) + " may change",
+            )
+
+    # Checkpoints
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / CHECKPOINTS / f"{step:06d}"
+
+    def checkpoints(self) -> list[int]:
+        """Steps that have a checkpoint folder, ascending."""
+        folder = self.path / CHECKPOINTS
+        return sorted(int(entry.name) for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit())
+
+    def save(self, cursor: Cursor, write: Callable[[Path], None], needed: int) -> int:
+        """A checkpoint for ``cursor.step``; ``write`` fills a folder. Returns its size in bytes.
+
+        Raises DiskFull before anything is touched when ``needed`` bytes (and a margin) are not free, and when the
+        disk fills up meanwhile; the checkpoints before it stay as they were.
+        """
+        final = self.checkpoint(cursor.step)
+        free = shutil.disk_usage(self.path).free
+        margin = needed + (16 << 20)
+        if free < margin:
+            raise self._full(f"a checkpoint needs {margin / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
+        draft = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            draft.mkdir()
+            write(draft)
+            cursor.sha256 = {file.name: sha256(file) for file in sorted(draft.iterdir())}
+            write_json(draft / CURSOR, asdict(cursor))
+            for file in draft.iterdir():
+                _flush(file)
+            if final.exists():  # a torn one from before: it was not good enough to resume from
+                shutil.rmtree(final)
+            draft.rename(final)
+            _flush(final.parent)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        return sum(file.stat().st_size for file in final.iterdir())
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Inside, a write that the disk has no room for is told as DiskFull."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise self._full(str(error)) from error
+
+    def _full(self, what: str) -> DiskFull:
+        return DiskFull(
+            f"the disk is full: {what}",
+            where=str(self.path),
+            hint=f"nothing before it is lost; make room, then: {self.hint}",
+        )
+
+    def retain(self, cursor: Cursor, keep_last: int) -> None:
+        """Remove checkpoints beyond the last ``keep_last`` and the best, and write the index."""
+        steps = self.checkpoints()
+        kept = set(steps[-keep_last:]) | {cursor.best_step}
+        for step in steps:
+            if step not in kept:
+                doomed = self.checkpoint(step)
+                aside = doomed.with_name(f".{doomed.name}.old")  # a kill half way leaves no half checkpoint
+                doomed.rename(aside)
+                shutil.rmtree(aside)
+        write_json(
+            self.path / CHECKPOINTS / "index.json",
+            {
+                "last": steps[-1] if steps else None,
+                "best": cursor.best_step,
+                "metric": "validation loss",
+                "best_value": cursor.best_loss,
+                "kept": [step for step in steps if step in kept],
+            },
+        )
+
+    def cursor(self, step: int) -> Cursor:
+        """The cursor of a checkpoint whose files all match their checksums. Raises CorruptCheckpoint, naming the file."""
+        folder = self.checkpoint(step)
+        try:
+            cursor = Cursor(**json.loads((folder / CURSOR).read_text(encoding="utf-8")))
+            complete = {ADAPTERS, ADAPTER_CONFIG, OPTIMIZER} <= cursor.sha256.keys() and cursor.step == step
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CorruptCheckpoint(f"cannot be read: {error}", where=str(folder / CURSOR)) from error
+        if not complete:
+            raise CorruptCheckpoint("does not describe this checkpoint", where=str(folder / CURSOR))
+        for name, expected in cursor.sha256.items():
+            if not (folder / name).is_file():
+                raise CorruptCheckpoint("is missing", where=str(folder / name))
+            if sha256(folder / name) != expected:
+                raise CorruptCheckpoint("does not match its checksum", where=str(folder / name))
+        return cursor
+
+    def newest(self, report: Callable[[CorruptCheckpoint], None]) -> Cursor | None:
+        """The cursor of the newest whole checkpoint, None where there is none; each torn one is reported."""
+        for step in reversed(self.checkpoints()):
+            try:
+                return self.cursor(step)
+            except CorruptCheckpoint as error:
+                report(error)
+        return None
+
+    def choose(self, which: str | int | Literal["best", "last"] = "best") -> Path:
+        """The folder of a checkpoint: ``best`` (the last where none was better), ``last``, or a step; checked."""
+        steps = self.checkpoints()
+        if not steps:
+            raise DataError("has no checkpoint yet", where=str(self.path), hint=self.hint)
+        if which == "best":
+            last = self.cursor(steps[-1])
+            step = last.best_step if last.best_step in steps else steps[-1]
+        elif which == "last":
+            step = steps[-1]
+        else:
+            step = int(which)
+            if step not in steps:
+                kept = ", ".join(map(str, steps))
+                raise DataError(f"has no checkpoint of step {which}", where=str(self.path), hint=f"kept: {kept}")
+        assert step is not None
+        self.cursor(step)
+        return self.checkpoint(step)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process trains a run. The lock is the kernel's: it goes when the process does."""
+        import fcntl
+
+        with (self.path / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise DataError("another process is training this run", where=str(self.path)) from error
+            yield
+
+
+def name(config: RunConfig, day: date) -> str:
+    """``2026-11-21-mistral-sft-7f3a``: the day, the model, the objective, and what tells two runs of a day apart."""
+    stem = Path(config.model.path).name.lower()
+    stem = "".join(letter if letter.isalnum() else "-" for letter in stem).strip("-").split(".")[0][:24].strip("-")
+    return f"{day.isoformat()}-{stem or 'model'}-{config.objective.kind}-{uuid.uuid4().hex[:4]}"
+
+
+def facts(config: RunConfig, hashes: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of a run that starts now: versions, machine, seed, and the hashes of what it is made from."""
+    device = backend.setup()
+    packages = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common", "numpy")
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "machine": {"system": platform.platform(), "device": device.name, "kind": device.kind, "blas": device.blas},
+        "seed": config.loop.seed,
+        "hashes": dict(hashes),
+    }
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: temporary name, flushed to disk, renamed."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        _flush(draft)
+        draft.rename(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

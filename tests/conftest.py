@@ -1,0 +1,44 @@
+"""MLX is set up once, the user's folders stay untouched, and real data is found or its tests are skipped by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tunesmith import backend
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+backend.setup()
+
+import tiny  # noqa: E402
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def data_dir():
+    """``data_dir("formats/x.json")``: a file of the real data, or the test is skipped by the file's name."""
+
+    def find(name: str) -> Path:
+        if not (DATA / name).exists():
+            pytest.skip(f"real data is absent: {name}")
+        return DATA / name
+
+    return find
+
+
+@pytest.fixture
+def syngen(data_dir) -> Path:
+    return data_dir("syngen_toolset_v1.0.0_claude.jsonl")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return tiny.write_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(tmp_path_factory) -> Path:
+    return tiny.write_mistral(tmp_path_factory.mktemp("tiny") / "tiny-mistral")

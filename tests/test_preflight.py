@@ -1,0 +1,160 @@
+"""doctor finds what is wrong with a machine, says what to do, and never falls over itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith import backend, events, preflight
+from tunesmith.errors import SetupError
+
+
+def found(name: str, checks: list[preflight.Check]) -> preflight.Check:
+    return next(check for check in checks if check["name"] == name)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(backend, "gflops", lambda: 100.0)
+    monkeypatch.setattr(preflight, "WRITTEN", 1 << 20)
+
+
+def test_a_sound_machine(tmp_path, monkeypatch):
+    told: list[events.Event] = []
+    result = preflight.doctor(tmp_path / "not" / "there" / "yet", overfit=False, notify=told.append)
+    checks = result["checks"]
+    names = {"python", "tunesmith", "mlx", "mlx-lm", "transformers", "device", "memory", "swap", "disk", "write speed"}
+    assert names <= {check["name"] for check in checks}
+    assert all(set(check) == {"name", "status", "value", "hint"} for check in checks)
+    assert found("python", checks)["value"] == sys.version.split()[0]
+    assert str(tmp_path) in found("disk", checks)["value"] and "MB/s" in found("write speed", checks)["value"]
+    assert "100 GFLOP/s" in found("products", checks)["value"]
+    assert result["ok"] == all(check["status"] != "fail" for check in checks)
+    assert [event.what for event in told if isinstance(event, events.Notice)][:2] == ["looking at versions", "looking at device"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_overfit_reaches_the_known_loss():
+    result = found("overfit", preflight.doctor(overfit=True)["checks"])
+    assert result["status"] == "ok", result
+    assert result["value"].startswith("loss 4.")
+
+
+@pytest.mark.parametrize(("last", "status"), [(0.99, "ok"), (1.01, "fail"), (float("nan"), "fail")])
+def test_an_overfit_that_stops_short_fails(monkeypatch, last, status):
+    from tunesmith import training
+
+    monkeypatch.setattr(training, "overfit_probe", lambda: (4.2, last))
+    result = preflight.doctor()
+    check = found("overfit", result["checks"])
+    assert check["status"] == status and (check["hint"] is None) == (status == "ok")
+    assert result["ok"] == (status == "ok")
+
+
+def test_slow_products_and_a_missing_blas_are_warned_about(monkeypatch):
+    device = backend.Device("chip", "cpu", "reference", "install a BLAS", ("a note",))
+    monkeypatch.setattr(backend, "setup", lambda: device)
+    checks = preflight.doctor(overfit=False)["checks"]
+    assert found("products", checks) == {
+        "name": "products", "status": "warn", "value": "100 GFLOP/s float32, BLAS: reference", "hint": "install a BLAS",
+    }  # fmt: skip
+    assert {"name": "device", "status": "warn", "value": "a note", "hint": None} in checks
+    monkeypatch.setattr(backend, "setup", lambda: backend.Device("chip", "cpu", "openblas", None, ()))
+    monkeypatch.setattr(backend, "gflops", lambda: 3.0)
+    assert found("products", preflight.doctor(overfit=False)["checks"])["status"] == "warn"
+
+
+@pytest.mark.parametrize("error", [SetupError("no MLX", hint="pip install"), OSError("bad ELF"), RuntimeError("?")])
+def test_a_broken_mlx_is_a_failed_check(monkeypatch, error):
+    def broken() -> backend.Device:
+        raise error
+
+    monkeypatch.setattr(backend, "setup", broken)
+    result = preflight.doctor()
+    failed = {check["name"]: check for check in result["checks"] if check["status"] == "fail"}
+    assert {"device", "products", "overfit"} <= set(failed) and not result["ok"]
+    assert all(str(error).splitlines()[0] in check["value"] and check["hint"] for check in failed.values())
+    assert found("disk", result["checks"])["status"] != "fail"
+
+
+def test_it_runs_where_mlx_cannot_be_imported(tmp_path):
+    code = (
+        "import sys; sys.modules['mlx'] = sys.modules['mlx.core'] = None\n"
+        "from pathlib import Path; from tunesmith import preflight\n"
+        f"print(preflight.render(preflight.doctor(Path({str(tmp_path)!r}))['checks']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "FAIL  device " in done.stdout and "MLX cannot be loaded" in done.stdout
+    assert "this machine cannot train yet" in done.stdout
+
+
+def test_a_folder_that_cannot_take_runs_fails(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    result = preflight.doctor(tmp_path / "file", overfit=False)
+    assert found("disk", result["checks"])["status"] == "fail"
+
+    def refuse(**_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(preflight.tempfile, "TemporaryFile", refuse)
+    check = found("write speed", preflight.doctor(tmp_path, overfit=False)["checks"])
+    assert check["status"] == "fail" and "read-only" in check["value"]
+
+
+def test_a_full_disk_is_not_filled_further(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(preflight.tempfile, "TemporaryFile", lambda **_: pytest.fail("written to a full disk"))
+    checks = preflight.doctor(tmp_path, overfit=False)["checks"]
+    assert found("disk", checks)["status"] == "warn" and found("write speed", checks)["status"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"), [("8000000000", "8.00 GB in all (limit of this container), 5.50 GB free"), ("max", None)]
+)
+def test_the_limit_of_a_container_counts(monkeypatch, limit, value):
+    import psutil
+
+    files = {"memory.max": limit, "memory.current": "3000000000", "memory.stat": "anon 1\ninactive_file 500000000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda self, *_, **__: files[self.name])
+    host = type("Memory", (), {"total": 64_000_000_000, "available": 60_000_000_000})()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: host)
+    assert found("memory", preflight._memory())["value"] == (value or "64.00 GB in all, 60.00 GB free")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MLX needs g++ on Linux only")
+def test_a_missing_compiler_is_warned_about(monkeypatch):
+    if backend.setup().kind == "gpu":
+        pytest.skip("MLX needs g++ on the CPU only")
+    monkeypatch.setattr(preflight.shutil, "which", lambda _: None)
+    assert found("compiler", preflight.doctor(overfit=False)["checks"])["status"] == "warn"
+
+
+def test_a_package_that_is_missing_fails(monkeypatch):
+    monkeypatch.setattr(preflight, "PACKAGES", ("no-such-package",))
+    result = preflight.doctor(overfit=False)
+    check = found("no-such-package", result["checks"])
+    assert check == {
+        "name": "no-such-package", "status": "fail", "value": "not installed", "hint": "pip install no-such-package",
+    }  # fmt: skip
+    assert not result["ok"]
+
+
+def test_the_table_is_aligned_and_shows_hints():
+    table = preflight.render(
+        [
+            {"name": "a", "status": "ok", "value": "one\ntwo", "hint": None},
+            {"name": "longer", "status": "fail", "value": "bad", "hint": "mend it"},
+        ]
+    )
+    assert table.splitlines() == [
+        "ok    a       one",
+        "              two",
+        "FAIL  longer  bad",
+        "              hint: mend it",
+        "",
+        "this machine cannot train yet: 1 ok, 0 to look at, 1 failed",
+    ]
