@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tunesmith import config
 from tunesmith.config import Resolved, Spec, annotated, dump, explain, load, schema
@@ -29,23 +29,31 @@ class DoRA(LoRA):
     kind: Literal["dora"] = "dora"  # type: ignore[assignment]
 
 
+class Deep(Spec):
+    low: int = 0
+
+
 class Full(Spec):
     kind: Literal["full"] = "full"
     layers: int | None = Field(None, ge=1)
+    deep: Deep = Deep(low=5)
+
+    @field_validator("layers")
+    @classmethod
+    def _lucky(cls, layers: int | None) -> int | None:
+        if layers == 13:
+            raise ValueError("thirteen brings bad luck")
+        return layers
 
 
 class Optimizer(Spec):
-    kind: Literal["adamw", "lion"] = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
+    kind: Literal["adamw", "lion"] = "adamw"
 
 
 class Model(Spec):
     path: str = Field(min_length=1, description="Where the weights are.")
     quantize: Literal[4, 8] | None = None
-
-
-class Deep(Spec):
-    low: int = 0
 
 
 class Loop(Spec):
@@ -99,7 +107,7 @@ HOSTILE += ["", " x", "a\n\nb\n", "\ufeff", "\x85", "\u2028", "\U0001f600"]
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=8) | st.sampled_from(HOSTILE)
 NUMBER = st.floats(1e-300, 1e300, exclude_min=True)
 LORA = st.builds(LoRA, rank=st.integers(1, 512), alpha=NUMBER, targets=st.just("all-linear") | st.lists(TEXT, max_size=3))
-FULL = st.builds(Full, layers=st.none() | st.integers(1, 99))
+FULL = st.builds(Full, layers=st.none() | st.integers(14, 99))
 ROOTS = st.builds(
     Root,
     model=st.builds(Model, path=TEXT.filter(bool), quantize=st.sampled_from([None, 4, 8])),
@@ -166,8 +174,8 @@ def test_every_leaf_has_an_origin_and_explain_prints_it(run_yaml):
         "adapter.alpha 32.0 (default)",
         'adapter.targets ["k"] (run.yaml:4)',
         "second null (default)",
-        "optimizer.kind adamw (default)",
         "optimizer.learning_rate 0.0001 (default)",
+        "optimizer.kind adamw (default)",
         "loop.keep_best true (default)",
         "loop.validate_every 50 (default)",
         "loop.deep.low 3 (default)",
@@ -185,8 +193,8 @@ def test_mappings_merge_and_lists_are_replaced(run_yaml):
 
 
 def test_a_default_block_is_a_layer_of_its_own(run_yaml):
-    path = run_yaml("model: {path: m}\nloop: {deep: {}, keep_best: false}\n")
-    assert resolve(path).spec.loop.deep.low == 3
+    spec = resolve(run_yaml("model: {path: m}\nloop: {deep: {}, keep_best: false}\nadapter: {kind: full, deep: {}}")).spec
+    assert (spec.loop.deep.low, spec.adapter) == (3, Full(deep=Deep(low=5)))
 
 
 def test_a_change_of_kind_carries_nothing_over_and_says_what_was_left(run_yaml):
@@ -240,6 +248,23 @@ def test_shorthands_in_python_too():
         Root(model=Model(path="m")).loop.keep_best = False  # type: ignore[misc]
 
 
+def test_a_block_that_names_no_kind_has_that_of_the_default():
+    class Other(Spec):
+        adapter: LoRA | Full = Full()
+
+    assert Other(adapter={"layers": 2}).adapter == Full(layers=2)  # type: ignore[arg-type]
+    assert load(Other, sets=["adapter.layers=2"]).spec.adapter == Full(layers=2)
+
+
+def test_lists_become_tuples_at_every_depth():
+    class Nested(Spec):
+        files: dict[str, tuple[tuple[int, ...], ...]] = Field({})
+
+    spec = load(Nested, sets=["files={a: [[1], [2, 3]]}"]).spec
+    assert spec.files == {"a": ((1,), (2, 3))}
+    assert Nested(files={"a": [[1], [2, 3]]}) == spec  # type: ignore[arg-type]
+
+
 def test_an_optional_block_is_null_or_a_block(run_yaml):
     path = run_yaml("model: {path: m}\nsecond: {kind: full, layers: 3}\n")
     assert resolve(path).spec.second == Full(layers=3)
@@ -260,7 +285,8 @@ def test_an_empty_file_says_nothing(run_yaml):
 
 
 @pytest.mark.parametrize(
-    ("written", "value"), [("1e-4", 1e-4), ("1.5E+3", 1500.0), (".5", 0.5), ("7", 7.0), ("010", 10.0), ("0x10", 16.0)]
+    ("written", "value"),
+    [("1e-4", 1e-4), ("1.5E+3", 1500.0), ("1e3", 1000.0), (".5", 0.5), ("7", 7.0), ("010", 10.0), ("0x10", 16.0)],
 )
 def test_numbers_are_read_as_yaml_1_2_has_them(run_yaml, written, value):
     spec = resolve(run_yaml(f"model: {{path: m}}\nadapter: {{alpha: {written}}}")).spec
@@ -353,6 +379,7 @@ def test_museum_21_a_key_that_is_accepted_and_ignored(run_yaml):
         ("adapter: [1]", "run.yaml:2: adapter: must be one of the kinds lora, dora, full, not [1]"),
         ("second: 3", "run.yaml:2: second: must be one of the kinds lora, full or null, not 3"),
         ("loop: {keep_best: 'no'}", 'run.yaml:2: loop.keep_best: must be true or false, not "no"'),
+        ("adapter: {kind: full, layers: 13}", "run.yaml:2: adapter.layers: thirteen brings bad luck; it is 13"),
         ("loop: 3", "run.yaml:2: loop: must be a mapping of keys, not 3"),
         ("loop: {validate_every: null}", "run.yaml:2: loop: keep_best needs validation: set validate_every"),
         ("model: {path: 5}", "run.yaml:1: model.path: must be text (at least 1 character), not 5"),

@@ -29,7 +29,7 @@ def one_of_each(text: str) -> list[events.Event]:
         events.Notice(text, level="warning", count=3, where=text, hint=text),
         events.RunStarted(text, 10, 5, 100, {"rows_read": 7, "rows_dropped": {text: 2}, "padding_share": 0.25}),
         events.Working(text, 3, 9),
-        events.Resumed(4, 2),
+        events.Resumed(4, 2, 10),
         step_done(2, 0.0),
         events.StepSkipped(3, "nan", "inf", [text, text], 1),
         events.Validated(5, 1.0, 2.718281828, 900.0, 12, 3.0, True),
@@ -109,18 +109,21 @@ def test_other_work_is_silent_at_first_then_tells_rate_and_end():
 
     assert plain([work(0.0, 0), work(1.0, 60), work(1.9, 100)]) == []
     lines = plain([work(0.0, 0), *(work(float(at), 10 * at) for at in range(1, 11))])
-    assert lines[0].startswith("rendering: 20 of 100 · 10.0/s · 8 s to go, ends ")
-    assert [line.split(" ·")[0] for line in lines[1:]] == ["rendering: 70 of 100", "rendering: 100 of 100 in 10 s"]
+    assert lines[0].startswith("rendering: 30 of 100 · 10.0/s · 7 s to go, ends ")
+    assert [line.split(" ·")[0] for line in lines[1:]] == ["rendering: 80 of 100", "rendering: 100 of 100 in 10 s"]
     # The same label again is new work, with its own quiet time.
-    assert len(plain([work(0.0, 0), work(10.0, 100), work(11.0, 5), work(12.0, 10)])) == 1
+    assert len(plain([work(0.0, 0), work(10.0, 100), work(20.0, 5), work(21.0, 10)])) == 1
+    # What was done before the first word of it has no known duration.
+    assert " · 5.0/s · " in plain([work(0.0, 50), work(4.0, 70)])[0]
 
 
 def test_progress_tells_of_work_outside_a_run(monkeypatch):
     def told() -> str:
         stream = io.StringIO()
-        with console.progress("reading", 10, stream) as update:
-            for done in (5, 10):
-                update(done)
+        with console.sink(stream) as show:
+            update = events.ticker(show, "reading")
+            for done in (0, 5, 10):
+                update(done, 10)
         return stream.getvalue()
 
     assert told() == ""
@@ -185,13 +188,20 @@ def test_the_panel_shows_all_that_is_asked_for(monkeypatch):
     assert "validation at step 2" in seen
 
 
+def test_the_last_panel_of_a_run_that_ended_promises_nothing(monkeypatch):
+    log = [*RUN, *(events.Working("validating", done, 9, at=10.0 * done) for done in (1, 2)), events.RunEnded("failed", 4, 9.0)]
+    last = COLOUR.sub("", on_terminal(log, monkeypatch)).rpartition("╭")[2]
+    assert "4/10" in last and "to go" not in last and "validating" not in last
+
+
 def test_no_color_and_dumb_terminals_are_respected(monkeypatch):
     def colours(text: str) -> list[str]:
         return [code for code in COLOUR.findall(text) if re.search(r"\b(3[0-7]|38|4[0-7]|9[0-7])\b", code)]
 
     assert colours(on_terminal(RUN, monkeypatch))
     assert colours(on_terminal(RUN, monkeypatch, NO_COLOR="1")) == []
-    assert "\x1b" not in on_terminal(RUN, monkeypatch, TERM="dumb")
+    dumb = on_terminal(RUN, monkeypatch, TERM="dumb")
+    assert "\x1b" not in dumb and "step 1/10 · " in dumb
 
 
 def test_the_panel_leaves_the_terminal_as_it_was_after_an_error(monkeypatch):

@@ -104,13 +104,13 @@ def test_every_wrong_row_has_exactly_the_fault_it_names(seed):
 def test_every_value_of_every_tool_can_be_copied_from_each_of_its_requests():
     assert len(TOOLS) >= 24
     assert len({tool.name for tool in TOOLS}) == len(TOOLS)
-    templates = [phrase for tool in TOOLS for phrase in tool.requests()]
+    templates = [phrase for tool in TOOLS for phrase in tool.requests]
     assert len(set(templates)) == len(templates)
     for tool in TOOLS:
-        assert len(tool.requests()) >= 6
+        assert len(tool.requests) >= 6
         assert 1 <= len(tool.slots) <= 3
         assert not set(INVENTED) & set(tool.slots)
-        for phrase in tool.requests():
+        for phrase in tool.requests:
             assert all(phrase.count(f"{{{slot}}}") == 1 for slot in tool.slots), phrase
             assert phrase.count("{") == len(tool.slots), phrase
             assert phrase[-1] in ".?!" and (phrase[0].isupper() or phrase[0] == "{"), phrase

@@ -98,6 +98,8 @@ def test_an_instruction_with_input_and_history(tmp_path):
     assert said(one(tmp_path, row)) == [
         ("system", "Be brief."), ("user", "q"), ("assistant", "r"), ("user", "Add.\n\n1 2"), ("assistant", "3"),
     ]  # fmt: skip
+    pair = one(tmp_path, row | {"chosen": "3", "rejected": "4"}, instruction_layout="instruct")
+    assert pair.chosen.messages[-2].content == "Add.\n\n1 2"
     example = one(tmp_path, row | {"label": True}, instruction_layout="instruct")
     assert isinstance(example, Completion) and example.label is True
     assert example.completion == "3"
@@ -125,7 +127,7 @@ CHOSEN, REJECTED = {"role": "assistant", "content": "good"}, {"role": "assistant
         {"prompt": "u", "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED], "messages": [USER, CHOSEN]},
         {"conversations": [{"from": "human", "value": "u"}], "chosen": {"from": "gpt", "value": "good"},
          "rejected": {"from": "gpt", "value": "bad"}},
-        {"instruction": "u", "chosen": "good", "rejected": "bad"},
+        {"instruction": "", "input": "u", "chosen": "good", "rejected": "bad"},
         {"messages": [USER], "chosen": CHOSEN, "rejected": REJECTED},
     ],
 )  # fmt: skip
@@ -314,9 +316,20 @@ def test_a_line_that_is_no_text_or_no_json_is_dropped_alone(tmp_path, reason, ra
     assert [example.text for example in read.examples] == ["1", "😀 é"]
     (bad,) = read.dropped
     assert (bad.source, bad.reason) == (f"{tmp_path}/rows.jsonl:3", reason)
+    assert bad.raw == raw.decode("utf-8", "surrogateescape")
     formats.write_dropped(read.dropped, tmp_path / "data" / "dropped.jsonl")
     lines = (tmp_path / "data" / "dropped.jsonl").read_text(encoding="ascii").splitlines()
     assert [Dropped(**json.loads(line)) for line in lines] == read.dropped
+
+
+def test_rows_nested_to_any_depth_never_raise(tmp_path):
+    """A call inside a string is written deeper than it was read."""
+    rows = []
+    for depth in range(600, 1000):
+        call = '{"name": "f", "arguments": {"x": ' + "[" * depth + "]" * depth + "}}"
+        rows.append({"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": call}]})
+    read = read_rows(tmp_path, *rows)
+    assert read.rows == 400 and {bad.reason for bad in read.dropped} <= {"json", "call"}
 
 
 json_values = st.recursive(
@@ -370,6 +383,7 @@ def sound_rows(draw) -> dict:
         arguments = draw(st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.none()))
         said[-1] = called(draw(st.none() | st.just("id")), draw(st.sampled_from([arguments, json.dumps(arguments)])))
         return {"messages": said, "tools": [TOOL], **extra}
+    said[-1] |= {"learn": draw(st.none() | st.booleans()), "name": draw(st.none() | st.just("n"))}
     return {"messages": said, **extra}
 
 
@@ -539,11 +553,19 @@ def test_museum_17_twins_are_never_on_both_sides():
         Completion("What is 2 + 2? ", "4"),
     ]  # fmt: skip
     twins += twins[:2]
-    others = [asked(f"question {at}") for at in range(40)]
-    for seed in range(20):
+    assert len(set(map(formats.prompt_key, twins))) == 1
+    others = [asked(f"question {at}", (None, True, False)[at % 3]) for at in range(60)]
+    held = []
+    for seed in range(40):
         train, valid = formats.split([*twins, *others], 0.3, seed)
-        assert len(train) + len(valid) == 48
-        assert sum(any(example is twin for twin in twins) for example in valid) in (0, len(twins))
+        assert len(train) + len(valid) == len(twins) + len(others) and 19 <= len(valid) <= 22
+        held.append(sum(any(example is twin for twin in twins) for example in valid))
+    assert set(held) == {0, len(twins)} and 4 <= held.count(len(twins)) <= 20
+
+
+def test_prompts_are_exchanged_to_meet_the_share():
+    examples = [asked(str(number)) for number, size in enumerate((5, 4, 4, 3)) for _ in range(size)]
+    assert {len(formats.split(examples, 0.5, seed)[1]) for seed in range(20)} == {8}
 
 
 # Real data

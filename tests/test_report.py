@@ -171,12 +171,12 @@ def test_every_notice_is_shown_with_its_count_and_warnings_come_first(run_dir):
     assert "- **info**: split into turns (×7)" in lines
     assert sum("note " in line for line in lines) == 40
     assert "- **warning**: step 12 skipped: loss nan, gradient norm inf, rows a.jsonl:5, b.jsonl:6" in lines
-    assert "<b>" not in text and "note 3 \\| \\`x\\`" in text
+    assert "<b" not in text and "note 3 \\| \\`x\\`" in text
 
 
 def test_dropped_rows_scores_growth_and_a_resume_are_in_the_page(run_dir):
     log = a_run()
-    log.insert(30, events.Resumed(26, 4))
+    log.insert(30, events.Resumed(26, 4, 60))
     folder = run_dir(log)
     rows = [{"source": f"d.jsonl:{n}", "reason": "bad_json", "message": "expected {", "raw": "x"} for n in range(25)]
     (folder / "data" / "dropped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -194,4 +194,4 @@ def test_dropped_rows_scores_growth_and_a_resume_are_in_the_page(run_dir):
 def test_training_loss_is_a_mean_over_tokens_not_over_updates(run_dir):
     log: list[events.Event] = [step_done(step, 2.0, units=10.0) for step in range(1, 41)]
     log[0], log[1] = step_done(1, 4.0, units=30.0), step_done(2, 1.0, units=10.0)
-    assert reports.summary(run_dir(log))["training"]["loss_first"] == (4.0 * 30 + 1.0 * 10) / 40
+    assert reports.summary(run_dir(log))["training_loss"]["first"] == (4.0 * 30 + 1.0 * 10) / 40

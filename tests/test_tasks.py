@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tunesmith.errors import EvaluationError
 from tunesmith.formats import Call, Completion, Conversation, Document, Judged, Message, Preference
 from tunesmith.tasks import ALIKE, ONE, ExampleScore, Score, summarise
-from tunesmith.tasks.perplexity import Perplexity, from_rows
+from tunesmith.tasks.perplexity import Perplexity
 from tunesmith.tasks.tool_calls import ParsedCall, Reference, ToolCalls, parse, references, same_json, score
 
 ASK = Conversation((Message("user", "hello"),))
@@ -263,7 +263,7 @@ def test_museum_18_perplexity_is_e_to_nats_a_token_and_no_cut_or_order_changes_i
     shuffled = random.Random(seed).sample(rows, len(rows))
     joined = [("all", sum(loss for loss, _ in losses), float(sum(tokens for _, tokens in losses)))]
     for cut in (rows, shuffled, joined):
-        perplexity, loss = summarise(Perplexity(), None, from_rows(cut[:1]) + from_rows(cut[1:]), seed=0)
+        perplexity, loss = summarise(Perplexity(), None, Perplexity().score(cut[:1]) + Perplexity().score(cut[1:]), seed=0)
         assert (perplexity.name, loss.name) == ("perplexity", "loss")
         assert loss.value == pytest.approx(expected, rel=1e-9)
         assert perplexity.value == pytest.approx(math.exp(expected), rel=1e-9)
@@ -330,11 +330,11 @@ def test_degenerate_cases_say_so():
     moved = first(shares([0.0] * 20), shares([1.0] * 20))
     assert (moved.delta, moved.delta_low, moved.delta_high) == (1.0, 1.0, 1.0)
     assert ALIKE in str(moved.note)
-    single = summarise(Perplexity(), from_rows([("x:1", 4.0, 2.0)]), from_rows([("x:1", 2.0, 2.0)]), seed=0)[1]
+    single = summarise(Perplexity(), Perplexity().score([("x:1", 4.0, 2.0)]), Perplexity().score([("x:1", 2.0, 2.0)]), seed=0)[1]
     assert (single.value, single.low, single.high) == (1.0, None, None)
     assert (single.delta, single.delta_low, single.delta_high, single.n) == (-1.0, None, None, 1)
     assert ONE in str(single.note)
-    same = summarise(Perplexity(), None, from_rows([("x:1", 4.0, 4.0), ("x:2", 2.0, 2.0)]), seed=0)[1]
+    same = summarise(Perplexity(), None, Perplexity().score([("x:1", 4.0, 4.0), ("x:2", 2.0, 2.0)]), seed=0)[1]
     assert (same.low, same.high, same.note) == (1.0, 1.0, ALIKE)
 
 

@@ -34,7 +34,7 @@ TOOLS = (
 )
 BOS_ONCE = "<s>" + CHATML
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
-IGNORES_TOOL_ROLE = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+IGNORES_TOOL_ROLE = TOOLS.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
 TRIMS = CHATML.replace("m.content", "m.content | trim")
 THINKS = (  # history without reasoning; an answer without reasoning gets an empty one unless thinking is off
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -218,29 +218,33 @@ def test_ids_of_another_form_are_replaced_alike_in_call_and_result(mistral):
     assert text.index(f'"call_id": "{calls[1]["id"]}"') < text.index(f'"call_id": "{calls[0]["id"]}"')
 
 
-def test_tools_in_both_forms_are_the_same(mistral, make):
-    for ours in (mistral, make(TOOLS)):
-        bare, whole = (ours.rows(demo(say("a", "b", tools=(tool,)))) for tool in (weather()["function"], weather()))
-        assert bare[0].tokens.ids.tolist() == whole[0].tokens.ids.tolist()
+def test_results_without_ids_find_their_calls_by_name(mistral):
+    calls = (Call("a", {}), Call("b", {}))
+    results = (Message("tool", "of b", name="b"), Message("tool", "of a", name="a"))
+    messages = (Message("user", "x"), Message("assistant", "", calls), *results, Message("assistant", "y"))
+    (row,) = mistral.rows(demo(Conversation(messages)))
+    text = mistral.decode(row.tokens.ids)
+    made = [call["id"] for call in json.loads(text.partition("[TOOL_CALLS] ")[2].partition("</s>")[0])]
+    assert [f'"of {name}", "call_id": "{key}"' in text for name, key in zip("ab", made, strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize(
     ("code", "conversation"),
     [
-        ("order", Conversation((Message("assistant", "I begin"), Message("user", "a"), Message("assistant", "b")))),
-        ("order", Conversation((Message("user", "a"), Message("assistant", "b"), Message("assistant", "c")))),
-        ("order", Conversation((Message("system", "S"), Message("assistant", "Welcome"), Message("user", "a")))),
-        ("words_and_calls", tool_use("Let me look.")),
+        ("answer", Conversation((Message("assistant", "I begin"), Message("user", "a"), Message("assistant", "b")))),
+        ("answer", Conversation((Message("user", "a"), Message("assistant", "b"), Message("assistant", "c")))),
+        ("answer", Conversation((Message("system", "S"), Message("assistant", "Welcome"), Message("user", "a")))),
+        ("template", tool_use("Let me look.")),
         (
             "call_id",
             Conversation((*tool_use().messages[:2], Message("tool", "x", call_id="nobodys00"), Message("assistant", "y"))),
         ),
-        ("empty", say("a", " \n")),
-        ("unicode", say("a", "b\ud800")),
+        ("answer", say("a", " \n")),
+        ("not_text", say("a", "b\ud800")),
         ("words", say("a", "b\u2581c")),
         ("left_out", say("b\u2581c", "a")),
-        ("tools", say("a", "b", tools=({"name": 3},))),
-        ("arguments", Conversation((Message("user", "a"), Message("assistant", "", (Call("f", [1]),))))),
+        ("template", say("a", "b", tools=({"function": {"name": "two words"}},))),
+        ("template", Conversation((Message("user", "a"), Message("assistant", "", (Call("f", [1]),))))),
         ("template", Conversation((Message("user", "a"), Message("assistant", "", (Call("not a name", {}),))))),
         ("no_target", Conversation((Message("user", "a"),))),
     ],
@@ -253,12 +257,14 @@ def test_mistral_refuses_by_code_and_names_the_row(mistral, code, conversation):
     assert (dropped.source, dropped.reason) == ("d.jsonl:7", code)
 
 
-def test_undeclared_tools_and_lost_keys_are_counted(mistral):
-    tool = weather("forecast")
+def test_lost_parts_of_a_tool_are_counted(mistral):
+    tool = weather()
     tool["function"]["returns"] = "text"
     notes: Counter[str] = Counter()
-    mistral.rows(demo(tool_use(tools=(tool,))), notes=notes)
-    assert notes["call of a tool that is not declared"] == 2 and notes["keys of a tool that the format has no place for"] == 1
+    mistral.rows(demo(say("a", "b", tools=(weather(),))), notes=notes)
+    assert not notes
+    mistral.rows(demo(say("a", "b", tools=(tool,))), notes=notes)
+    assert notes == {"a declared tool is not written in full by the template": 1}
 
 
 # Hugging Face templates
@@ -327,14 +333,10 @@ def test_hf_calls(make):
         (NO_SYSTEM, say("a", "b", system="S"), "template"),
         (CHATML, tool_use(), "left_out"),
         (CHATML, say("a", "b", tools=(weather(),)), "left_out"),
-        (
-            IGNORES_TOOL_ROLE,
-            Conversation((Message("user", "a"), Message("tool", "seen?"), Message("assistant", "b"))),
-            "left_out",
-        ),
-        (CHATML, say("a <|im_end|> b", "c"), "control_token_in_text"),
-        (CHATML, say("a", "b", system="</s>"), "control_token_in_text"),
-        (TOOLS, say("a", "b", tools=(weather("x[INST]"),)), "control_token_in_text"),
+        (IGNORES_TOOL_ROLE, tool_use(), "left_out"),
+        (CHATML, say("a <|im_end|> b", "c"), "not_text"),
+        (CHATML, say("a", "b", system="</s>"), "not_text"),
+        (TOOLS, say("a", "b", tools=(weather("x[INST]"),)), "not_text"),
         (None, say("a", "b"), "no_chat_template"),
         (CHATML.replace("<|im_end|>", ""), say("a", "b"), "template"),
         (CHATML.replace("m.content", "m.content | upper"), say("a", "b"), "template"),
@@ -461,9 +463,11 @@ def test_preferences_are_two_rows_learned_from_where_they_part(chatml, mistral):
         assert [(row.kind, ours.decode(learned(row))) for row in rows] == [("chosen", f"good{end}"), ("rejected", f"bad{end}")]
         starts = [int(np.argmax(row.tokens.targets)) for row in rows]
         assert rows[0].tokens.ids[: starts[0]].tolist() == rows[1].tokens.ids[: starts[1]].tolist()
-        for other in (say("other", "b"), say("a", "b")):
-            with pytest.raises(TemplateError, match="do not part"):
+        for other, match in ((say("other", "b"), "do not part"), (say("a", "b"), "no answer")):
+            with pytest.raises(TemplateError, match=match):
                 ours.rows(preference(say("a", "b"), other))
+    with pytest.raises(TemplateError, match="do not part"):
+        mistral.rows(preference(say("a", "b", tools=(weather("one"),)), say("a", "c", tools=(weather("two"),))))
 
 
 # Too long
@@ -520,7 +524,7 @@ def test_auto_finds_the_renderer(tmp_path, mistral):
     (own / "tokenizer.model.v3").write_bytes(Path(mistral._pieces.file_path).read_bytes())
     assert isinstance(renderer(own), MistralRenderer) and isinstance(renderer(own, "hf"), HFRenderer)
     assert renderer(own).fingerprint == mistral.fingerprint
-    pieces = {mistral._pieces.id_to_piece(at): at for at in range(mistral.vocabulary)}
+    pieces = {mistral._pieces.id_to_piece(at): at for at in range(mistral._pieces.n_words)}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(pieces, []))).save_pretrained(tmp_path / "same")
     assert isinstance(renderer(tmp_path / "same"), MistralRenderer)
     for bad in (tmp_path / "absent", tmp_path):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.config import Resolved
     from tunesmith.answers import Chat
+    from tunesmith.config import Resolved
     from tunesmith.evaluation import Evaluation
     from tunesmith.events import Sink
     from tunesmith.formats import JSON
@@ -54,21 +54,26 @@ def configure(
 
 
 def init(*, preset: str | None = None, model: str | None = None, data: Sequence[str] = ()) -> str:
-    """A complete configuration as YAML, each key with its meaning, default and range."""
-    placeholder_model = model or (None if preset else "path/to/model")
-    placeholder_data = list(data) or ([] if preset else ["conversations.jsonl"])
-    resolved = configure(preset=preset, model=placeholder_model, data=placeholder_data)
-    from tunesmith.config import annotated
-    from tunesmith.run import RunConfig
+    """A complete configuration as YAML, each key with its meaning, default and range; what you must name is marked."""
+    from tunesmith import backend
 
-    return annotated(RunConfig, resolved.spec)
+    backend.setup()
+    from tunesmith import config, origins
+    from tunesmith.run import RunConfig, flat
+
+    values: dict[str, JSON] = {}
+    if preset is not None:
+        values |= flat(origins.plain(origins.read(config.preset_file(preset), str)))
+    values |= {"model.path": model} if model else {}
+    values |= {"data.train": list(data)} if data else {}
+    return config.annotated(RunConfig, values)
 
 
-def doctor(path: str | Path = ".", *, overfit: bool = True) -> dict[str, JSON]:
+def doctor(path: str | Path = ".", *, overfit: bool = True, notify: Sink = _silent) -> dict[str, Any]:
     """Will it run here? Versions, device, memory, disk, BLAS, compiler, and a ten-step overfit with a known end."""
     from tunesmith import preflight
 
-    return preflight.doctor(Path(path), overfit=overfit)
+    return preflight.doctor(Path(path), overfit, notify)
 
 
 def show(
@@ -130,7 +135,8 @@ def train(
             return run
         run = training.train(spec, resume=run, notify=notify)
     elif config is not None:
-        run = training.train(config.spec, config.origins, out=None if out is None else Path(out), notify=notify)
+        where = None if out is None else Path(out)
+        run = training.train(config.spec, config.origins, out=where, notes=config.unused, notify=notify)
     else:
         raise ConfigError("nothing to train: neither settings nor a run to resume is given")
     reports.write(run.path)

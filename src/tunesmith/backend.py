@@ -95,7 +95,7 @@ def _keep_freed_memory() -> None:
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
 
 
-def _chip(mx, kind: str) -> str:  # noqa: ANN001
+def _chip(mx, kind: str) -> str:
     info = mx.device_info() if kind == "gpu" else {}
     if "device_name" in info:
         return str(info["device_name"])

@@ -24,7 +24,7 @@ class BatchSpec(Spec):
 
     sequences: int = Field(default=8, ge=1, description="rows of one optimizer update")
     micro: int = Field(default=2, ge=1, description="rows on the device at once; changes memory and speed, not the result")
-    length: int = Field(default=2048, ge=8, description="longest row, in tokens; template.too_long says what happens beyond")
+    length: int = Field(default=4096, ge=8, description="longest row, in tokens; template.too_long says what happens beyond")
 
     @model_validator(mode="after")
     def _micro_fits(self) -> BatchSpec:

@@ -40,7 +40,7 @@ def _out(value: object) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
-def _watch():  # noqa: ANN202
+def _watch():
     return console.sink(sys.stderr)
 
 
@@ -77,7 +77,8 @@ def doctor(
     """Check this machine: versions, device, memory, disk, BLAS, and a ten-step overfit."""
     from tunesmith import preflight
 
-    found = tunesmith.doctor(path, overfit=overfit)
+    with _watch() as notify:
+        found = tunesmith.doctor(path, overfit=overfit, notify=notify)
     if as_json:
         _out(found)
     else:
@@ -113,7 +114,7 @@ def show(
     typer.echo(f"{len(rendered.rows)} rows shown, {len(rendered.dropped)} left out{notes}", err=True)
 
 
-def _coloured(row, decode: Callable[[list[int]], str], *, colour: bool) -> str:  # noqa: ANN001
+def _coloured(row, decode: Callable[[list[int]], str], *, colour: bool) -> str:
     ids, targets = row.tokens
     pieces: list[str] = []
     start = 0

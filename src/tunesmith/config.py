@@ -95,10 +95,7 @@ def load(
     """
     layers = _Layers(root)
     if preset is not None:
-        if preset not in presets():
-            hint = _meant(difflib.get_close_matches(preset, presets())) or f"presets: {', '.join(presets())}"
-            raise ConfigError(f'no preset is called "{preset}"', hint=hint)
-        layers.add([read(presets()[preset], lambda line: f"preset {preset}")])
+        layers.add([read(preset_file(preset), lambda line: f"preset {preset}")])
     for path in files:
         layers.add([read(path, lambda line, path=path: f"{path}:{line}")])
     variables = [name for name in environ if name.startswith(PREFIX) and name not in EXEMPT]
@@ -116,6 +113,14 @@ def presets() -> dict[str, Path]:
     """Name → file of the settings that ship with the package, by name."""
     folder = Path(str(resources.files("tunesmith") / "presets"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def preset_file(name: str) -> Path:
+    """Raises ConfigError with the names there are."""
+    if name not in presets():
+        hint = _meant(difflib.get_close_matches(name, presets())) or f"presets: {', '.join(presets())}"
+        raise ConfigError(f'no preset is called "{name}"', hint=hint)
+    return presets()[name]
 
 
 def explain(resolved: Resolved[S]) -> list[str]:
@@ -397,8 +402,10 @@ class _Layers:
                 hint = f"add it to the file, or give --set {name}=…"
                 self.missing.append(ConfigError(f"missing; must be {what}", where=name, hint=hint))
         elif detail["input"] is not _FAILED:
-            told = f"must be {allowed}" if detail["type"].endswith(_TOLD) else own or detail["msg"]
-            self.problems.append(ConfigError(f"{told}, not {_show(plain(child))}", where=f"{child.origin}: {path}"))
+            value = _show(plain(child))
+            plainly = f"must be {allowed}, not {value}"
+            told = plainly if detail["type"].endswith(_TOLD) else f"{own or detail['msg']}; it is {value}"
+            self.problems.append(ConfigError(told, where=f"{child.origin}: {path}"))
 
 
 _TOLD = ("_type", "literal_error", "_equal", "_than", "_short", "_number", "_from_float", "_required")

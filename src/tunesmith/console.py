@@ -117,6 +117,7 @@ class _State:
         self.total = total
         self.recent: deque[events.StepDone] = deque(maxlen=20)
         self.done, self.began = 0, 0.0  # updates seen, and when the first of them started
+        self.ended = False
         self.validations: list[events.Validated] = []
         self.work: events.Working | None = None
         self.work_began, self.work_first = 0.0, 0
@@ -127,8 +128,9 @@ class _State:
                 self.work_began, self.work_first = event.at, event.done
             self.work = event
             return
-        self.work = None if isinstance(event, events.StepDone) else self.work
-        if isinstance(event, events.RunStarted):
+        self.ended = isinstance(event, events.RunEnded)
+        self.work = None if isinstance(event, events.StepDone | events.RunEnded) else self.work
+        if isinstance(event, events.RunStarted | events.Resumed):
             self.total = event.steps
         elif isinstance(event, events.Validated):
             self.validations.append(event)
@@ -139,10 +141,11 @@ class _State:
 
     def to_go(self, now: float) -> str:
         """Validations and saves so far are spread over the updates that are left."""
-        if not self.recent or self.total is None:
+        if not self.recent or self.total is None or self.ended:
             return ""
         last = self.recent[-1]
-        return f"{duration((self.total - last.step) * (last.at - self.began) / self.done - (now - last.at))} to go"
+        pace = (last.at - self.began) / self.done
+        return f"{duration((self.total - last.step) * pace - min(now - last.at, pace))} to go"
 
     def working(self) -> str | None:
         """Count, rate and end of the other long work; None while it is younger than QUIET_S."""
@@ -189,7 +192,7 @@ class _State:
 def sink(stream: TextIO, total: int | None = None, *, every: float = 5.0) -> Iterator[Sink]:
     """A sink that shows a run on ``stream``: a live panel on a terminal, else plain lines.
 
-    total: planned updates; RunStarted sets it too. every: seconds between two plain lines about updates, or about other
+    total: planned updates; RunStarted and Resumed set it too. every: seconds between two plain lines about updates, or about other
     long work (which is silent for its first QUIET_S); the first and last update and all other events are always shown.
     NO_COLOR is respected.
     """
@@ -226,14 +229,6 @@ def sink(stream: TextIO, total: int | None = None, *, every: float = 5.0) -> Ite
             yield above_panel
     else:
         yield plain
-
-
-@contextmanager
-def progress(label: str, total: int, stream: TextIO) -> Iterator[Callable[[int], None]]:
-    """``update(done)`` for long work outside a run: count, rate and when it ends; silent where it is soon done."""
-    with sink(stream) as show:
-        show(events.Working(label, 0, total))
-        yield lambda done: show(events.Working(label, done, total))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ so both sides share weights, tokenizer, prompts and order of rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,9 @@ def evaluate(
         notify(Notice(f"not measured: {row.message}", level="warning", where=row.source))
     groups = config.objective.groups(rendered.rows)
     asked = [reference for example in examples if (reference := references(example)) is not None]
+    if "tool_calls" in tasks and len(asked) < len(examples):
+        left_out = len(examples) - len(asked)
+        notify(Notice("tool_calls: rows without a usable reference answer are not asked", level="warning", count=left_out))
     if "tool_calls" in tasks and not any(reference.calls for reference in asked):
         notify(Notice("tool_calls: no row asks for a call, so it is not measured"))
         tasks = [task for task in tasks if task != "tool_calls"]
@@ -115,7 +118,8 @@ def evaluate(
 def _examples(run: Run, data: Sequence[str], limit: int | None, notify: Sink) -> list[formats.Example]:
     config = run.config
     paths = list(data) or [str(run.path / VALID)]
-    read = formats.read(paths, config.data)
+    # The run's own held-out rows are written in one layout, whatever the files of the user look like.
+    read = formats.read(paths, config.data if data else config.data.model_copy(update={"format": "auto"}))
     if not read.rows:
         raise EvaluationError("has no held-out rows", where=paths[0], hint="give --data FILE")
     formats.require(read, config.data.max_dropped)

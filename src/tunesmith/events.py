@@ -55,10 +55,11 @@ class Working(Event):
 
 @dataclass(frozen=True, slots=True)
 class Resumed(Event):
-    """``step``: the checkpoint it goes on from. ``redone``: updates that were logged after it and are done again."""
+    """``step``: the checkpoint it goes on from, of ``steps``. ``redone``: updates logged after it, done again."""
 
     step: int
     redone: int
+    steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class Sampled(Event):
 
 @dataclass(frozen=True, slots=True)
 class Growth(Event):
-    """Frobenius norm of the change of each adapted weight, and its ratio to the norm of the weight."""
+    """Frobenius norm of the change of each adapted weight."""
 
     step: int
     norms: dict[str, float]

@@ -258,9 +258,10 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
             taken[kind] += n
             left[:] = [rows - n * size for rows, size in zip(left, kind, strict=True)]
 
-    for kind, same in kinds.items():
-        take((kind, int(share * len(same))))
-    while True:  # one prompt in, one out, or one for another, for as long as it comes nearer
+    for key in sorted(sizes):  # at random, so that prompts with many rows have the same chance as others
+        if miss((tuple(sizes[key]), 1)) < miss():
+            take((tuple(sizes[key]), 1))
+    while True:  # then one in, one out, or one for another, for as long as it comes nearer
         more = [(kind, 1) for kind, same in kinds.items() if taken[kind] < len(same)]
         less = [(kind, -1) for kind in kinds if taken[kind]]
         best = min([(change,) for change in more + less], key=lambda change: miss(*change))

@@ -1,18 +1,15 @@
 """The base model: where it is, loading it whole, quantising it, and letting it speak.
 
-The only module that loads through mlx-lm. A path is a folder in the Hugging Face or MLX layout, a GGUF file, or a hub
-id. Tokenizers are not read here. On a CPU everything computes in float32; a quantised
-base is turned back into float32 after quantising, since quantised products are about 50 times slower there.
+The only module that loads through mlx-lm. Tokenizers are not read here. On a CPU everything computes in float32; a
+quantised base is turned back into float32 after quantising, since quantised products are about 50 times slower there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import io
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -22,19 +19,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 
-from tunesmith import events, gguf
+from tunesmith import events
 from tunesmith.config import Spec
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
-from tunesmith.gguf import cache_root
-
-__all__ = [
-    "Generation", "Loaded", "ModelSpec", "cache_root", "describe", "features", "generate", "head", "load", "resolve",
-    "split_head", "stream",
-]  # fmt: skip
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Finish = Literal["stop", "length"]
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "tekken.json", "*.txt", "*.jinja", "*.py"]
 
 
@@ -51,17 +44,16 @@ class ModelSpec(Spec):
 
 
 class Loaded(NamedTuple):
-    """``net``: frozen, in evaluation mode. ``path``: folder with config.json. ``notes``: what was done to the weights.
+    """``net``: frozen, in evaluation mode. ``path``: folder with config.json.
 
-    ``fingerprint``: sha256 (hex) over config.json and, for each weights file in the order of names, its name, its size
-    and the sha256 of its first and last MiB. A change in the middle of a file of equal size is not seen.
+    ``fingerprint``: sha256 (hex) over config.json and the name, size, first MiB and last MiB of each weights file, in the
+    order of names. A change in the middle of a file of equal size is not seen.
     """
 
     net: nn.Module
     path: Path
     config: dict[str, Any]
     fingerprint: str
-    notes: tuple[str, ...]
 
 
 def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sink = events.silent) -> Path:
@@ -76,6 +68,8 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
         with local.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise ModelError("is not a GGUF file", where=path, hint="give a GGUF file or the folder of a model")
+        from tunesmith import gguf
+
         return gguf.convert(local, "float32" if dtype == "auto" and _on_cpu() else dtype, notify)
     if path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError("does not exist", where=path, hint="give a folder, a GGUF file, or a hub id (owner/name)")
@@ -84,10 +78,8 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:  # all of the hub client's errors, offline and no such model among them
-        raise ModelError(
-            f"is neither a local folder or file nor a model that the hub gives: {str(error).splitlines()[0]}",
-            where=path, hint="offline, or for a model behind a licence, give a local folder",
-        ) from error  # fmt: skip
+        what = f"is neither a local folder or file nor a model that the hub gives: {str(error).splitlines()[0]}"
+        raise ModelError(what, where=path, hint="offline, or for a model behind a licence, give a local folder") from error
 
 
 def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
@@ -96,43 +88,38 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     Raises ModelError where files are missing or torn, the architecture is unknown, or tensors are missing, left over
     or of another shape; all of them are listed.
     """
+    from mlx_lm import utils
+
     path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision, notify=notify)
-    _check_files(path)
-    net, config = _load_strictly(path, spec.trust_remote_code)
-    notes: list[str] = []
+    trust = spec.trust_remote_code
+    try:
+        _check_files(path)
+        net, config = utils.load_model(path, lazy=True, get_model_classes=_strict_classes, trust_remote_code=trust)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"cannot be loaded: {error}", where=str(path)) from error
     cpu = _on_cpu()
     dtype = "float32" if spec.dtype == "auto" and cpu else spec.dtype
     if dtype != "auto":
         net.set_dtype({"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[dtype])
     if cpu and dtype != "float32":
         notify(Notice(f"{dtype} on a CPU is about 50 times slower than float32", level="warning", where="model.dtype"))
-    present = config.get("quantization")
-    if spec.quantize is not None and present is not None and present["bits"] != spec.quantize:
-        raise ModelError(
-            f"is quantised to {present['bits']} bits already, {spec.quantize} asked for",
-            where=str(path), hint="leave out model.quantize, or give the model before it was quantised",
-        )  # fmt: skip
-    if spec.quantize is not None and present is None:
-        from mlx_lm.utils import quantize_model
-
+    bits = config["quantization"]["bits"] if "quantization" in config else None
+    if spec.quantize is not None and bits is None:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints
-            net, config = quantize_model(net, config, spec.group_size, spec.quantize)
-        notes.append(f"quantised to {spec.quantize} bits, one scale for {spec.group_size} weights")
+            net, config = utils.quantize_model(net, config, spec.group_size, spec.quantize)
+        notify(Notice(f"quantised to {spec.quantize} bits, one scale for {spec.group_size} weights", where="model"))
+    elif spec.quantize not in (None, bits):
+        hint = "leave out model.quantize, or give the model before it was quantised"
+        raise ModelError(f"is quantised to {bits} bits already, {spec.quantize} asked for", where=str(path), hint=hint)
     if cpu and "quantization" in config:
-        from mlx_lm.utils import dequantize_model
-
-        net = dequantize_model(net)
+        net = utils.dequantize_model(net)
         net.set_dtype(mx.float32)
-        notes.append(
-            f"{config['quantization']['bits']}-bit weights are held as float32: the numbers are the quantised "
-            "model's, but products with packed weights are about 50 times slower on a CPU"
-        )
+        what = "the quantised weights are held as float32: the same numbers, and packed ones are about 50 times slower on a CPU"
+        notify(Notice(what, where="model"))
     net.eval()
     net.freeze()
     mx.eval(net.parameters())
-    for note in notes:
-        notify(Notice(note, where="model"))
-    return Loaded(net, path, config, _fingerprint(path), tuple(notes))
+    return Loaded(net, path, config, _fingerprint(path))
 
 
 def _on_cpu() -> bool:
@@ -141,73 +128,44 @@ def _on_cpu() -> bool:
 
 def _check_files(path: Path) -> None:
     """config.json, at least one weights file, every file of the index, none of them torn."""
-    from safetensors import SafetensorError, safe_open
-
     problems = [] if (path / "config.json").is_file() else ["config.json is missing"]
     present = {file.name for file in path.glob("model*.safetensors")}
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"cannot be read: {error!r}", where=str(index)) from error
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         problems += [f"{name} is missing (named in {index.name})" for name in sorted(listed - present)]
     elif not present:
         problems.append("no weights: model*.safetensors")
     for name in sorted(present):
         try:
-            with safe_open(path / name, framework="numpy"):
-                pass
+            safe_open(path / name, framework="numpy").keys()
         except (SafetensorError, OSError) as error:
             problems.append(f"{name} is torn or not a safetensors file: {error}")
     if problems:
-        raise ModelError(
-            f"is not a whole model:\n{listing(problems)}", where=str(path),
-            hint="fetch it again; .bin and .pth weights must be saved as safetensors first",
-        )  # fmt: skip
+        hint = "fetch it again; .bin and .pth weights must be saved as safetensors first"
+        raise ModelError(f"is not a whole model:\n{listing(problems)}", where=str(path), hint=hint)
 
 
-def _load_strictly(path: Path, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _strict_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """mlx-lm's classes for a config, but told all that does not fit; its own check stops at the first wrong shape."""
     from mlx_lm import utils
 
-    built: list[nn.Module] = []
+    model, arguments = utils._get_classes(config)
 
-    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        model, arguments = utils._get_classes(config)
+    class Strict(model):
+        def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
+            given = {name: value.shape for name, value in weights}
+            due = {name: cast(mx.array, value).shape for name, value in tree_flatten(self.parameters())}
+            problems = [
+                f"{name}: the weights have {given.get(name, 'none')}, the model {due.get(name, 'none')}"
+                for name in sorted(given.keys() | due.keys()) if given.get(name) != due.get(name)
+            ]  # fmt: skip
+            if problems:
+                raise ValueError(f"weights do not fit config.json:\n{listing(problems)}")
+            self.__class__ = model  # the check is for the loading alone
+            return self.load_weights(weights, strict)
 
-        def build(values: Any) -> nn.Module:
-            built.append(model(values))
-            return built[-1]
-
-        return build, arguments
-
-    try:
-        return utils.load_model(path, lazy=True, strict=True, get_model_classes=classes, trust_remote_code=trust)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        problems = _mismatches(path, built[0]) if built else []
-        if problems:
-            raise ModelError(f"weights do not fit config.json:\n{listing(problems)}", where=str(path)) from error
-        raise ModelError(f"cannot be loaded: {error}", where=str(path)) from error
-
-
-def _mismatches(path: Path, net: nn.Module) -> list[str]:
-    """What is missing, left over or of another shape. mlx-lm alone stops at the first wrong shape."""
-    found: dict[str, Any] = {}
-    for file in sorted(path.glob("model*.safetensors")):
-        found |= cast("dict[str, mx.array]", mx.load(str(file)))
-    if callable(sanitize := vars(type(net)).get("sanitize")):
-        try:
-            found = cast("dict[str, Any]", sanitize(net, found))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return []  # the message of the first failure, which is the same one, says what it is
-    wanted = {name: value for name, value in tree_flatten(net.parameters()) if isinstance(value, mx.array)}
-    problems = [f"{name} {wanted[name].shape} is missing" for name in sorted(wanted.keys() - found.keys())]
-    problems += [f"{name} {found[name].shape} has no place" for name in sorted(found.keys() - wanted.keys())]
-    problems += [
-        f"{name} is {found[name].shape}, should be {wanted[name].shape}"
-        for name in sorted(found.keys() & wanted.keys()) if found[name].shape != wanted[name].shape
-    ]  # fmt: skip
-    return problems
+    return Strict, arguments
 
 
 def _fingerprint(path: Path) -> str:
@@ -215,33 +173,10 @@ def _fingerprint(path: Path) -> str:
     for file in sorted(path.glob("model*.safetensors")):
         size = file.stat().st_size
         with file.open("rb") as stream:
-            ends = hashlib.sha256(stream.read(1 << 20))
+            total.update(f"{file.name} {size}\n".encode() + stream.read(1 << 20))
             stream.seek(max(0, size - (1 << 20)))
-            ends.update(stream.read(1 << 20))
-        total.update(f"{file.name} {size} {ends.hexdigest()}\n".encode())
+            total.update(stream.read())
     return total.hexdigest()
-
-
-def describe(net: nn.Module) -> dict[str, Any]:
-    """``parameters`` (packed ones counted singly), ``bytes``, ``layers``, ``dtypes``, ``quantised``: bits → count."""
-    parameters = size = 0
-    dtypes: set[str] = set()
-    quantised: dict[int, int] = {}
-    for _, module in net.named_modules():
-        packed = "scales" in module
-        for name, value in module.items():
-            if not isinstance(value, mx.array) or name.startswith("_"):
-                continue
-            size += value.nbytes
-            if packed and name == "weight":
-                count = value.size * 32 // module.bits  # uint32 words
-                quantised[module.bits] = quantised.get(module.bits, 0) + count
-                parameters += count
-            elif not (packed and name in ("scales", "biases")):
-                parameters += value.size
-                dtypes.add(str(value.dtype).removeprefix("mlx.core."))
-    layers = len(net["model"]["layers"]) if "model" in net and "layers" in net["model"] else 0
-    return {"parameters": parameters, "bytes": size, "layers": layers, "dtypes": sorted(dtypes), "quantised": quantised}
 
 
 def features(net: nn.Module, ids: mx.array) -> mx.array:
@@ -256,19 +191,13 @@ def head(net: nn.Module, hidden: mx.array) -> mx.array:
 
 def split_head(net: nn.Module) -> bool:
     """Whether head(features(x)) = net(x), tried on a few tokens. False for soft-capped or scaled logits and others."""
-    if "model" not in net or not ("lm_head" in net or "embed_tokens" in net["model"]):
-        return False
     ids = mx.arange(8, dtype=mx.int32)[None]
     with _evaluating(net):
-        whole = net(ids)
         try:
-            split = head(net, features(net, ids))
-        except (TypeError, ValueError, AttributeError):  # another signature, another shape, an untied embedding
+            split, whole = head(net, features(net, ids)).astype(mx.float32), net(ids).astype(mx.float32)
+        except (KeyError, TypeError, ValueError, AttributeError):  # another layout, another signature, another shape
             return False
-        if split.shape != whole.shape:
-            return False
-        whole, split = whole.astype(mx.float32), split.astype(mx.float32)
-        return bool(mx.abs(whole - split).max() <= 1e-3 * mx.abs(whole).max())
+        return split.shape == whole.shape and bool(mx.abs(whole - split).max() <= 1e-3 * mx.abs(whole).max())
 
 
 @contextlib.contextmanager
@@ -288,7 +217,7 @@ class Generation(NamedTuple):
     """``ids``: what was generated, without the end token."""
 
     ids: list[int]
-    finish: Literal["stop", "length"]
+    finish: Finish
 
 
 def generate(
@@ -298,23 +227,19 @@ def generate(
 ) -> list[Generation]:  # fmt: skip
     """One continuation a prompt, in the order of the prompts; ``batch_size`` of them at a time, long prompts first.
 
-    temperature 0 is greedy. Otherwise each prompt draws from its own stream, a function of (seed, index of the prompt),
-    so that its company does not matter and MLX's global random state is untouched. on_done: (finished, all).
-    Raises ModelError for an empty prompt.
+    temperature 0 is greedy. Otherwise each prompt draws from its own stream, a function of (seed, index of the prompt), and
+    MLX's global random state is untouched. on_done: (finished, all). Raises ModelError for an empty prompt.
     """
     ids: list[list[int]] = [[] for _ in prompts]
-    finish: list[Literal["stop", "length"]] = ["length"] * len(prompts)
-    done = 0
+    finish: dict[int, Finish] = {}
     for index, token, end in _speak(net, prompts, max_tokens, eos_ids, temperature, top_p, seed, batch_size):
-        if end == "stop":
-            finish[index] = "stop"
-        else:
+        if end != "stop":
             ids[index].append(token)
         if end is not None:
-            done += 1
+            finish[index] = end
             if on_done is not None:
-                on_done(done, len(prompts))
-    return [Generation(*pair) for pair in zip(ids, finish, strict=True)]
+                on_done(len(finish), len(prompts))
+    return [Generation(said, finish[index]) for index, said in enumerate(ids)]
 
 
 def stream(
@@ -330,29 +255,28 @@ def stream(
 def _speak(
     net: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Sequence[int], temperature: float,
     top_p: float, seed: int, batch_size: int,
-) -> Iterator[tuple[int, int, str | None]]:  # fmt: skip
+) -> Iterator[tuple[int, int, Finish | None]]:  # fmt: skip
     """(index of the prompt, token, None | stop | length); the token of a stop is the end token."""
     if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
         raise ModelError("cannot continue an empty prompt", where=f"prompt {empty[0]}", hint="give at least one token")
     if max_tokens < 1:
         raise ModelError(f"max_tokens is {max_tokens}", hint="at least 1")
-    if not prompts:
-        return
-    engine = importlib.import_module("mlx_lm.generate")  # as an attribute of mlx_lm it is the function of that name
+    from mlx_lm.generate import BatchGenerator
+
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     samplers = None if temperature == 0 else [_sampler(temperature, top_p, seed, index) for index in order]
     with _evaluating(net):
-        batch = engine.BatchGenerator(
+        batch = BatchGenerator(
             net, stop_tokens=[[end] for end in eos_ids], completion_batch_size=batch_size,
             prefill_batch_size=min(8, batch_size), stream=mx.default_stream(mx.default_device()),
         )  # fmt: skip
         try:
-            longest_first = [[int(token) for token in prompts[index]] for index in order]
-            inserted = batch.insert(longest_first, [max_tokens] * len(order), samplers=samplers)
+            asked = [[*map(int, prompts[index])] for index in order]
+            inserted = batch.insert(asked, [max_tokens] * len(order), samplers=samplers)
             index_of = dict(zip(inserted, order, strict=True))
             while responses := batch.next_generated():
                 for response in responses:
-                    yield index_of[response.uid], response.token, response.finish_reason
+                    yield index_of[response.uid], response.token, cast("Finish | None", response.finish_reason)
         finally:
             batch.close()  # gives the process its wired limit back
 
@@ -366,11 +290,10 @@ def _sampler(temperature: float, top_p: float, seed: int, index: int) -> Callabl
         key, now = mx.random.split(key)
         logits = logprobs.astype(mx.float32) / temperature
         if top_p < 1:
-            order = mx.argsort(-logits, axis=-1)
-            ranked = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
-            before = mx.cumsum(ranked, axis=-1) - ranked  # the likeliest is always kept
-            rank = mx.argsort(order, axis=-1)
-            logits = mx.where(mx.take_along_axis(before, rank, axis=-1) < top_p, logits, -math.inf)
+            ranked = -mx.sort(-logits, axis=-1)
+            shares = mx.softmax(ranked, axis=-1)
+            kept = mx.cumsum(shares, axis=-1) - shares < top_p  # the likeliest always, and all that tie with the last
+            logits = mx.where(logits >= mx.where(kept, ranked, mx.inf).min(), logits, -mx.inf)
         return mx.random.categorical(logits, key=now)
 
     return draw

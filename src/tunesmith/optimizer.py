@@ -7,6 +7,7 @@ norms and biases (Loshchilov & Hutter, arXiv 1711.05101; the usual grouping of t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from pydantic import Field, model_validator
 from tunesmith.config import Spec
 
 # What each optimizer of MLX takes beside the learning rate.
-_TAKES: dict[str, tuple[type[optim.Optimizer], frozenset[str]]] = {
+_TAKES: dict[str, tuple[Callable[..., optim.Optimizer], frozenset[str]]] = {
     "adamw": (optim.AdamW, frozenset({"betas", "eps", "weight_decay"})),
     "adam": (optim.Adam, frozenset({"betas", "eps"})),
     "adamax": (optim.Adamax, frozenset({"betas", "eps"})),
@@ -112,7 +113,8 @@ def apply(optimizer: optim.Optimizer, net: nn.Module, gradients: dict, rate: flo
 
 def global_norm(gradients: dict) -> mx.array:
     """() float32: the Euclidean norm over every leaf, inside lists too."""
-    squares = [mx.sum(mx.square(leaf.astype(mx.float32))) for _, leaf in tree_flatten(gradients)]
+    leaves: list[Any] = [leaf for _, leaf in tree_flatten(gradients)]
+    squares = [mx.sum(mx.square(leaf.astype(mx.float32))) for leaf in leaves]
     return mx.sqrt(mx.sum(mx.stack(squares)))
 
 

@@ -85,7 +85,7 @@ def write(value: object) -> str:
 def read(path: Path, origin: Callable[[int], str]) -> Node:
     """The mapping of a file, or a node of None where it is empty. ``origin`` as in `parse`."""
     try:
-        node = parse(path.read_text(encoding="utf-8-sig"), origin)
+        node = parse(path.read_text(encoding="utf-8"), origin)
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"cannot be read: {why}", where=str(path)) from error

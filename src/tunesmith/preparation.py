@@ -41,6 +41,9 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
             formats.require(held_out, config.data.max_dropped)
         sides = [read.examples, held_out.examples if held_out else []]
         sources = [read, *([held_out] if held_out else [])]
+        asked = {formats.prompt_key(example) for example in sides[0]}
+        if shared := sum(formats.prompt_key(example) in asked for example in sides[1]):
+            notify(Notice("held-out rows whose prompt is also in the training rows", level="warning", count=shared))
     else:
         sides, sources = list(formats.split(read.examples, config.data.valid, config.loop.seed)), [read]
     dropped = [row for source in sources for row in source.dropped]
@@ -71,7 +74,7 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         notify(Notice(note, count=count))
     plan = Plan(
         tuple(group.length for group in groups[0]), config.batch.sequences, config.batch.micro, config.loop.seed,
-        config.loop.epochs or 1.0, config.loop.steps,
+        config.loop.epochs, config.loop.steps,
     )  # fmt: skip
     tokens = sum(group.tokens for group in groups[0])
     counts = {

@@ -70,41 +70,49 @@ def _only(log: Sequence[events.Event], kind: type[Kind]) -> list[Kind]:
 
 
 def _summary(run_dir: Path, log: Sequence[events.Event]) -> dict[str, Any]:
-    steps, validations, saved = _only(log, events.StepDone), _only(log, events.Validated), _only(log, events.Saved)
-    started = _only(log, events.RunStarted)[-1:]
-    ended = _only(log, events.RunEnded)[-1:]
+    steps, validations, grown = _only(log, events.StepDone), _only(log, events.Validated), _only(log, events.Growth)
+    started = next(reversed(_only(log, events.RunStarted)), None)
+    ended = next(reversed(_only(log, events.RunEnded)), None)
     training = sum(step.seconds for step in steps)
+    window = _window(len(steps))
+    largest = sorted(grown[-1].norms.items(), key=lambda item: -item[1])[:GROWN] if grown else []
     found: dict[str, Any] = {
         "run": str(run_dir),
-        "status": ended[0].status if ended else "unfinished",
-        "why": ended[0].why if ended else None,
+        "status": ended.status if ended else "unfinished",
+        "why": ended.why if ended else None,
         "updates": {
-            "planned": started[0].steps if started else None,
-            "done": max((step.step for step in steps), default=0),
+            "planned": started.steps if started else None,
+            "done": len(steps),
             "clipped": sum(step.clipped for step in steps),
             "skipped": [asdict(event) for event in _only(log, events.StepSkipped)],
             "resumed": [asdict(event) for event in _only(log, events.Resumed)],
         },
-        "weights": {"trainable": started[0].trainable, "total": started[0].total} if started else None,
-        "counts": started[0].counts if started else _load(run_dir / PLAN),
-        "training": _training(steps),
+        "weights": {"trainable": started.trainable, "total": started.total} if started else None,
+        "counts": started.counts if started else _load(run_dir / PLAN),
+        "training_loss": {"first": _mean_loss(steps[:window]), "last": _mean_loss(steps[-window:]), "updates_each": window}
+        if steps
+        else None,
         "validation": [asdict(event) for event in validations],
         "samples": _samples(_only(log, events.Sampled)),
-        "growth": _growth(_only(log, events.Growth)),
-        "scores": list(_scores(run_dir)),
+        "growth": {"step": grown[-1].step, "weights": len(grown[-1].norms), "largest": dict(largest)} if grown else None,
+        "scores": [
+            {"checkpoint": task["checkpoint"], **score}
+            for task in map(_load, sorted((run_dir / EVALS).glob("*/score.json")))
+            for score in task["scores"]
+        ],
         "time": {
-            "seconds": ended[0].seconds if ended else None,
+            "seconds": ended.seconds if ended else None,
             "training_s": training,
             "validating_s": sum(event.seconds for event in validations),
-            "saving_s": sum(event.seconds for event in saved),
+            "saving_s": sum(event.seconds for event in _only(log, events.Saved)),
         },
         "tokens_per_second": {
             "learned": sum(step.units for step in steps) / training if training else None,
             "all": sum(step.tokens for step in steps) / training if training else None,
         },
-        "memory_peak": _peaks(steps),
+        "memory_peak": {name: max(step.memory[name] for step in steps) for name in (steps[-1].memory if steps else ())},
         "notices": _notices(_only(log, events.Notice)),
-        "dropped": _dropped(run_dir),
+        "dropped": _dropped(run_dir / DROPPED),
         "checkpoints": _load(run_dir / CHECKPOINTS / "index.json"),
         "settings_given": {key: origin for key, origin in _load(run_dir / ORIGIN).items() if origin != "default"},
         "manifest": _load(run_dir / MANIFEST),
@@ -130,100 +138,61 @@ def _mean_loss(steps: Sequence[events.StepDone]) -> float:
     return sum(step.loss * step.units for step in steps) / units if units else math.nan
 
 
-def _training(steps: Sequence[events.StepDone]) -> dict[str, Any] | None:
-    if not steps:
-        return None
-    window = _window(len(steps))
-    return {"loss_first": _mean_loss(steps[:window]), "loss_last": _mean_loss(steps[-window:]), "updates_each": window}
-
-
-def _peaks(steps: Sequence[events.StepDone]) -> dict[str, int]:
-    return {name: max(step.memory.get(name, 0) for step in steps) for name in (steps[-1].memory if steps else ())}
-
-
 def _samples(sampled: Sequence[events.Sampled]) -> list[dict[str, Any]]:
     """First and last answer to each prompt; ``after`` is None where it was asked once."""
-    asked: dict[tuple[str, str | None], list[events.Sampled]] = {}
+    asked: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for one in sampled:
-        asked.setdefault((one.prompt, one.reference), []).append(one)
+        asked.setdefault((one.prompt, one.reference), []).append({"step": one.step, "answer": one.answer})
     return [
-        {
-            "prompt": prompt,
-            "reference": reference,
-            "before": {"step": of[0].step, "answer": of[0].answer},
-            "after": {"step": of[-1].step, "answer": of[-1].answer} if of[-1].step > of[0].step else None,
-        }
+        {"prompt": prompt, "reference": reference, "before": of[0], "after": of[-1] if len(of) > 1 else None}
         for (prompt, reference), of in asked.items()
     ]
-
-
-def _growth(grown: Sequence[events.Growth]) -> dict[str, Any] | None:
-    if not grown:
-        return None
-    ranked = sorted(grown[-1].norms.items(), key=lambda item: -item[1])
-    return {"step": grown[-1].step, "weights": len(ranked), "largest": dict(ranked[:GROWN])}
-
-
-def _scores(run_dir: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted((run_dir / EVALS).glob("*/score.json")):
-        one = _load(path)
-        for score in one["scores"]:
-            yield {"checkpoint": one["checkpoint"], **score}
 
 
 def _notices(notices: Sequence[events.Notice]) -> list[dict[str, Any]]:
     """Equal notices together: ``count`` adds up, ``where`` lists all places; warnings first."""
     found: dict[tuple[str, str, str | None], dict[str, Any]] = {}
     for one in sorted(notices, key=lambda one: one.level != "warning"):
-        key = (one.level, one.what, one.hint)
-        entry = found.setdefault(key, {"level": one.level, "what": one.what, "count": 0, "where": [], "hint": one.hint})
+        entry = {"level": one.level, "what": one.what, "count": 0, "where": [], "hint": one.hint}
+        entry = found.setdefault((one.level, one.what, one.hint), entry)
         entry["count"] += one.count
         entry["where"] += [] if one.where is None else [one.where]
     return list(found.values())
 
 
-def _dropped(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / DROPPED
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
+def _dropped(path: Path) -> dict[str, Any]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     first = [{key: row[key] for key in ("source", "reason", "message")} for row in rows[:SHOWN]]
     return {"reasons": dict(sorted(Counter(row["reason"] for row in rows).items())), "first": first}
 
 
 def _verdict(found: dict[str, Any]) -> str:
-    done, planned, why = found["updates"]["done"], found["updates"]["planned"], found["why"]
-    so_far = f"{done:,} of {planned:,} updates" if planned is not None else f"{done:,} updates"
+    updates, loss, measured = found["updates"], found["training_loss"], found["validation"]
+    so_far = f"{updates['done']:,}" + ("" if updates["planned"] is None else f" of {updates['planned']:,}") + " updates"
     begin = {
         "completed": f"After {so_far} the ",
         "stopped_early": f"Stopped early after {so_far}: the ",
         "interrupted": f"Interrupted after {so_far}: the ",
-        "failed": f"FAILED after {so_far}" + (f" ({why})" if why else "") + ": the ",
+        "failed": f"FAILED after {so_far}" + (f" ({found['why']})" if found["why"] else "") + ": the ",
     }.get(found["status"], f"Not finished, {so_far} and no end recorded: the ")
-    measured = found["validation"]
+    if not measured and loss is None:
+        return f"{begin}model is as it was before, since no update was made and nothing was validated."
     if not measured:
-        loss = found["training"]
-        if loss is None:
-            return f"{begin}model is as it was before, since no update was made and nothing was validated."
-        return (
-            f"{begin}training loss went from {loss['loss_first']:.4f} to {loss['loss_last']:.4f} nats a learned token, "
-            "and nothing was validated, so it is not known what that means for unseen rows."
-        )
-    before, after, best = measured[0], measured[-1], min(measured, key=lambda one: one["loss"])
-    if len(measured) == 1:
-        return (
-            f"{begin}validation loss was measured once, at step {before['step']:,}: {before['loss']:.4f} nats a learned "
-            f"token (perplexity {before['perplexity']:.4g}), so there is no before and after."
-        )
+        text = f"{begin}training loss went from {loss['first']:.4f} to {loss['last']:.4f} nats a learned token, and nothing "
+        return text + "was validated, so it is not known what that means for unseen rows."
+    before, after = measured[0], measured[-1]
     first, last = before["loss"], after["loss"]
+    if before is after:
+        text = f"{begin}validation loss was measured once, at step {before['step']:,}: {first:.4f} nats a learned token "
+        return text + f"(perplexity {before['perplexity']:.4g}), so there is no before and after."
     moved = "fell" if last < first else "stayed the same," if last == first else "ROSE"
     text = f"{begin}validation loss {moved} from {first:.4f} to {last:.4f} nats a learned token"
     text += f" ({(last - first) / first:+.1%})" if first and math.isfinite(last - first) else ""
     text += f", perplexity from {before['perplexity']:.4g} to {after['perplexity']:.4g}, on {after['rows']:,} held-out rows"
-    if before["step"]:
-        text += f" (first measured at step {before['step']:,})"
-    if not last <= first:
-        text += "; on these rows the model got worse"
-    if best["loss"] < last:
+    text += f" (first measured at step {before['step']:,})" if before["step"] else ""
+    text += "" if last <= first else "; on these rows the model got worse"
+    best = min((one for one in measured if math.isfinite(one["loss"])), key=lambda one: one["loss"], default=after)
+    if best["loss"] < last or not math.isfinite(last):
         text += f"; the lowest was {best['loss']:.4f} at step {best['step']:,}"
     return text + "."
 
@@ -240,94 +209,92 @@ def _fence(text: str, language: str = "text") -> list[str]:
 
 def _cell(value: Any) -> str:
     """``value`` in a table: on one line, with what Markdown or HTML would act on escaped."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    text = " ".join(str(value).split())
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    if value is None:
+        return "–"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *([_cell("–" if value is None else value) for value in row] for row in rows)]
+    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _page(run_dir: Path, found: dict[str, Any]) -> Iterator[str]:
     yield from [f"# {_cell(run_dir.resolve().name)}", "", f"**{_cell(found['verdict'])}**", ""]
-    yield from ["## Curves", "", f"![loss, learning rate, gradient norm and memory]({CURVES})", ""]
+    for title, lines in _sections(run_dir, found):
+        yield from [f"## {title}", "", *lines, ""]
+
+
+def _sections(run_dir: Path, found: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    yield "Curves", [f"![loss, learning rate, gradient norm and memory]({CURVES})"]
     if found["validation"]:
-        yield from ["## Validation", ""]
+        head = ("step", "loss (nats)", "perplexity", "rows", "learned tokens", "best so far")
         rows = [
-            (one["step"], f"{float(one['loss']):.4f}", one["perplexity"], one["rows"], round(one["units"]), "yes" if one["best"] else "")
+            (one["step"], f"{float(one['loss']):.4f}", one["perplexity"], one["rows"], round(one["units"]), "yes" * one["best"])
             for one in found["validation"]
         ]
-        yield from _table(("step", "loss (nats)", "perplexity", "rows", "learned tokens", "best so far"), rows)
-        yield ""
+        yield "Validation", _table(head, rows)
     if found["samples"]:
-        yield from ["## Samples, before and after", ""]
-        for one in found["samples"]:
-            yield from _sample(one)
+        yield "Samples, before and after", [line for one in found["samples"] for line in _sample(one)]
     if found["scores"]:
-        yield from ["## Scores", "", "With 95 % intervals; the change is tuned − base on the same rows.", ""]
         names = ("task", "version", "checkpoint", "name", "n")
         rows = [
-            [*(str(one[name]) for name in names), _interval(one, "value", "low", "high"),
-             _interval(one, "delta", "delta_low", "delta_high"), one["note"] or ""]
+            (*(str(one[name]) for name in names),
+             _interval(one, ("value", "low", "high"), ".4g"),
+             _interval(one, ("delta", "delta_low", "delta_high"), "+.4g"), one["note"] or "")
             for one in found["scores"]
         ]  # fmt: skip
-        yield from [*_table((*names, "tuned", "change", "note"), rows), ""]
-    yield from ["## Notices", ""]
-    yield from _notice_lines(found)
-    yield from ["", "## Counts", ""]
-    yield from _table(("what", "how many"), list(flat(found["counts"]).items()))
-    yield from ["", *_dropped_lines(found["dropped"])]
-    yield from ["## Time and memory", "", *_table(("what", "measured"), _costs(found)), ""]
+        lines = _table((*names, "tuned", "change", "note"), rows)
+        yield "Scores", ["With 95 % intervals; the change is tuned − base on the same rows.", "", *lines]
+    yield "Notices", list(_notice_lines(found)) or ["None."]
+    dropped = found["dropped"]
+    lines = _table(("what", "how many"), flat(found["counts"]).items())
+    if dropped["first"]:
+        total, shown = sum(dropped["reasons"].values()), len(dropped["first"])
+        lines += ["", f"Rows left out: {total:,}, the first {shown} of them (all: {DROPPED}):", ""]
+        lines += _table(("row", "reason", "what was found"), (row.values() for row in dropped["first"]))
+    yield "Counts", lines
+    yield "Time and memory", _table(("what", "measured"), _costs(found))
     if found["growth"] is not None:
         grown = found["growth"]
-        yield from [f"## Growth of the adapter at step {grown['step']:,}", ""]
-        yield from [f"The largest of {grown['weights']:,} adapted weights, by the Frobenius norm of their change.", ""]
-        yield from [*_table(("weight", "norm of the change"), list(grown["largest"].items())), ""]
-    yield from ["## Checkpoints", ""]
+        text = f"The largest of {grown['weights']:,} adapted weights, by the Frobenius norm of their change."
+        lines = [text, "", *_table(("weight", "norm of the change"), grown["largest"].items())]
+        yield f"Growth of the adapter at step {grown['step']:,}", lines
     kept = found["checkpoints"]
-    if kept:
-        best = f"; best {kept['best']} ({kept['metric']} {kept['best_value']:.4f})" if kept["best"] is not None else ""
-        yield f"Kept: {', '.join(str(step) for step in kept['kept'])}; last {kept['last']}{best}."
-    else:
-        yield "None was saved."
-    yield from ["", "## How to go on", "", *_fence("\n".join(_commands(run_dir, found)), "sh"), ""]
+    text = f"Kept: {', '.join(map(str, kept['kept']))}; last {kept['last']}" if kept else "None was saved"
+    if kept and kept["best"] is not None:
+        text += f"; best {kept['best']} ({kept['metric']} {kept['best_value']:.4f})"
+    yield "Checkpoints", [text + "."]
+    yield "How to go on", _fence("\n".join(_commands(run_dir, found)), "sh")
     text = (run_dir / CONFIG).read_text(encoding="utf-8")
     values = flat(yaml.safe_load(text))
     given = [(key, values.get(key), origin) for key, origin in found["settings_given"].items()]
-    yield from ["## Settings", "", "Given for this run; all others are defaults:", ""]
-    yield from [*_table(("setting", "value", "from"), given), "", "All of them:", "", *_fence(text.rstrip("\n"), "yaml")]
-    yield from ["", "## Made from", "", *_table(("what", "value"), [(k, str(v)) for k, v in flat(found["manifest"]).items()])]
+    lines = ["Given for this run; all others are defaults:", "", *_table(("setting", "value", "from"), given)]
+    yield "Settings", [*lines, "", "All of them:", "", *_fence(text.rstrip("\n"), "yaml")]
+    yield "Made from", _table(("what", "value"), ((key, str(value)) for key, value in flat(found["manifest"]).items()))
 
 
 def _sample(one: dict[str, Any]) -> Iterator[str]:
-    yield from _fence(one["prompt"])
-    after = one["after"]
-    answers = [(f"step {one['before']['step']:,}", one["before"]["answer"])]
-    answers += [(f"step {after['step']:,}", after["answer"])] if after is not None else []
+    answers = [(f"step {at['step']:,}", at["answer"]) for at in (one["before"], one["after"]) if at is not None]
     answers += [("reference", one["reference"])] if one["reference"] is not None else []
-    yield from ["", "<table><tr>" + "".join(f"<th>{name}</th>" for name, _ in answers) + "</tr><tr>"]
+    yield from [*_fence(one["prompt"]), ""]
+    yield "<table><tr>" + "".join(f"<th>{name}</th>" for name, _ in answers) + "</tr><tr>"
     for _, text in answers:
         yield from ['<td valign="top">', "", *_fence(text), "", "</td>"]
     yield from ["</tr></table>", ""]
 
 
-def _interval(score: dict[str, Any], value: str, low: str, high: str) -> str | None:
-    if score[value] is None:
+def _interval(score: dict[str, Any], names: tuple[str, str, str], form: str) -> str | None:
+    value, low, high = (score[name] for name in names)
+    if value is None:
         return None
-    form = "+.4g" if value == "delta" else ".4g"
-    limits = "" if score[low] is None else f" ({score[low]:{form}} to {score[high]:{form}})"
-    return f"{score[value]:{form}}{limits}"
+    return f"{value:{form}}" + ("" if low is None else f" ({low:{form}} to {high:{form}})")
 
 
 def _notice_lines(found: dict[str, Any]) -> Iterator[str]:
-    if not found["notices"] and not found["updates"]["skipped"]:
-        yield "None."
     for one in found["notices"]:
         where = ", ".join(one["where"][:SHOWN])
         more = f" and {len(one['where']) - SHOWN:,} more places" if len(one["where"]) > SHOWN else ""
@@ -339,27 +306,14 @@ def _notice_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"- **warning**: {_cell(text + ', '.join(one['rows']))}"
 
 
-def _dropped_lines(dropped: dict[str, Any]) -> Iterator[str]:
-    if dropped["first"]:
-        total = sum(dropped["reasons"].values())
-        yield from [f"Rows left out: {total:,}, the first {len(dropped['first'])} of them (all: {DROPPED}):", ""]
-        rows = [(row["source"], row["reason"], row["message"]) for row in dropped["first"]]
-        yield from [*_table(("row", "reason", "what was found"), rows), ""]
-
-
 def _costs(found: dict[str, Any]) -> Iterator[tuple[str, str | int]]:
-    names = {"seconds": "whole run", "training_s": "updates", "validating_s": "validation", "saving_s": "saving"}
-    for key, name in names.items():
-        if found["time"][key] is not None:
-            yield name, duration(found["time"][key])
-    for name, speed in found["tokens_per_second"].items():
-        if speed is not None:
-            yield f"{name} tokens a second", f"{speed:,.1f}"
-    for name, n_bytes in found["memory_peak"].items():
-        yield f"memory, {name}, highest reading", size(n_bytes)
-    weights = found["weights"]
-    if weights is not None:
-        yield "trainable weights", f"{weights['trainable']:,} of {weights['total']:,}"
+    words = {"seconds": "whole run", "training_s": "updates", "validating_s": "validation", "saving_s": "saving"}
+    yield from ((words[key], duration(value)) for key, value in found["time"].items() if value is not None)
+    speeds = found["tokens_per_second"]
+    yield from ((f"{name} tokens a second", f"{speed:,.1f}") for name, speed in speeds.items() if speed is not None)
+    yield from ((f"memory, {name}, highest reading", size(n_bytes)) for name, n_bytes in found["memory_peak"].items())
+    if found["weights"] is not None:
+        yield "trainable weights", "{trainable:,} of {total:,}".format(**found["weights"])
     yield "updates clipped", found["updates"]["clipped"]
     for one in found["updates"]["resumed"]:
         yield "resumed", f"after step {one['step']:,}; {one['redone']:,} updates done again"
@@ -370,9 +324,7 @@ def _commands(run_dir: Path, found: dict[str, Any]) -> Iterator[str]:
     if found["status"] not in ("completed", "stopped_early"):
         yield f"tunesmith train --resume {run}"
     if found["checkpoints"]:
-        yield f"tunesmith generate {run} --prompt 'Hello'"
-        yield f"tunesmith chat {run}"
-        yield f"tunesmith evaluate {run}"
+        yield from (f"tunesmith generate {run} --prompt 'Hello'", f"tunesmith chat {run}", f"tunesmith evaluate {run}")
     yield f"tunesmith report {run}"
 
 

@@ -48,12 +48,14 @@ SAFE_TO_CHANGE = frozenset({"loop.save_every", "loop.keep_last", "loop.tensorboa
 class LoopSpec(Spec):
     """How long to train, and what to do on the way."""
 
-    epochs: float | None = Field(default=None, gt=0, description="passes over the training rows; null with steps: 1")
-    steps: int | None = Field(default=None, ge=1, description="optimizer updates; instead of epochs")
+    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows")
+    steps: int | None = Field(default=None, ge=1, description="optimizer updates; where given, epochs does not count")
     validate_every: int = Field(default=50, ge=0, description="updates between validations; 0: first and last only")
     save_every: int = Field(default=100, ge=0, description="updates between checkpoints; 0: the last only")
     keep_last: int = Field(default=3, ge=1, description="checkpoints kept beside the best")
-    keep_best: bool = Field(default=True, description="save and keep the checkpoint of the lowest validation loss")
+    keep_best: bool | None = Field(
+        default=None, description="save and keep the checkpoint of the lowest validation loss; null: where rows are held out"
+    )
     early_stop: int | None = Field(default=None, ge=1, description="stop after so many validations without a new best")
     sample_every: int = Field(default=0, ge=0, description="updates between sample answers; 0: first and last only")
     samples: int = Field(default=3, ge=0, description="validation prompts answered as samples")
@@ -64,31 +66,25 @@ class LoopSpec(Spec):
     seed: int = Field(default=0, ge=0, description="decides the split, the order of rows, the adapter and its dropout")
     tensorboard: bool = Field(default=False, description="also write TensorBoard files (needs the tensorboard extra)")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> LoopSpec:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("epochs and steps are both given; leave one out")
-        return self
-
 
 class RunConfig(Spec):
     """Everything that decides a run."""
 
     model: ModelSpec
     data: DataSpec
-    template: TemplateSpec = TemplateSpec()
-    objective: SFT = SFT()
-    adapter: LoRA | DoRA | Full = LoRA()
-    batch: BatchSpec = BatchSpec()
-    optimizer: OptimizerSpec = OptimizerSpec()
-    loop: LoopSpec = LoopSpec()
+    template: TemplateSpec = Field(default_factory=TemplateSpec)
+    objective: SFT = Field(default_factory=SFT)
+    adapter: LoRA | DoRA | Full = Field(default_factory=LoRA)
+    batch: BatchSpec = Field(default_factory=BatchSpec)
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    loop: LoopSpec = Field(default_factory=LoopSpec)
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.data.valid in (0, ()):
             if self.loop.early_stop is not None:
                 raise ValueError("loop.early_stop needs validation rows, and data.valid is 0")
-            if self.loop.keep_best and "keep_best" in self.loop.model_fields_set:
+            if self.loop.keep_best:
                 raise ValueError("loop.keep_best needs validation rows, and data.valid is 0")
         return self
 
@@ -234,15 +230,13 @@ class Run:
 
     def _full(self, what: str) -> DiskFull:
         return DiskFull(
-            f"the disk is full: {what}",
-            where=str(self.path),
-            hint=f"nothing before it is lost; make room, then: {self.hint}",
+            f"the disk is full: {what}", where=str(self.path), hint=f"nothing before it is lost; make room, then: {self.hint}"
         )
 
-    def retain(self, cursor: Cursor, keep_last: int) -> None:
+    def retain(self, cursor: Cursor, spec: LoopSpec) -> None:
         """Remove checkpoints beyond the last ``keep_last`` and the best, and write the index."""
         steps = self.checkpoints()
-        kept = set(steps[-keep_last:]) | {cursor.best_step}
+        kept = set(steps[-spec.keep_last :]) | ({cursor.best_step} if spec.keep_best is not False else set())
         for step in steps:
             if step not in kept:
                 doomed = self.checkpoint(step)

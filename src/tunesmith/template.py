@@ -2,8 +2,7 @@
 
 An answer's place is the difference of two renderings, the prompt that inference sees and the prompt with the answer,
 compared token by token; never the result of a search for text. Every row is checked: what is learned, decoded, is the
-assistant's words and the end token; there is one BOS; no message is missing; something is learned. ``renderers`` knows
-how a conversation is written.
+assistant's words and the end token; there is one BOS; no message is missing; something is learned.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import string
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 from pydantic import Field
@@ -27,7 +26,7 @@ from pydantic import Field
 from tunesmith import formats
 from tunesmith.config import Spec
 from tunesmith.errors import DataError, ModelError, TemplateError, listing
-from tunesmith.formats import Call, Completion, Conversation, Demonstration, Document, Judged, Message, Preference
+from tunesmith.formats import Call, Conversation, Demonstration, Document, Judged, Message, Preference
 
 Learn = Literal["all", "last", "marked"]
 
@@ -39,16 +38,10 @@ SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
 class TemplateSpec(Spec):
     """How conversations become tokens, and which tokens are learned."""
 
-    renderer: Literal["auto", "hf", "mistral-v3"] = Field(
-        "auto", description="hf: the tokenizer's chat template; mistral-v3: mistral-common; auto: by the tokenizer"
-    )
+    renderer: Literal["auto", "hf", "mistral-v3"] = Field("auto", description="hf: the chat template; mistral-v3: mistral-common")
     learn: Learn = Field("all", description="all answers but those with learn: false; the last; those with learn: true")
-    prompt_weight: float = Field(
-        0.0, ge=0, le=1, description="weight of the tokens before and between answers; 0.01 to 0.5 helps short answers"
-    )
-    too_long: Literal["refuse", "drop", "cut"] = Field(
-        "refuse", description="a row beyond batch.length: stop, leave it out, or drop its oldest turns, never an answer"
-    )
+    prompt_weight: float = Field(0.0, ge=0, le=1, description="weight of all other tokens; 0.01 to 0.5 helps short answers")
+    too_long: Literal["refuse", "drop", "cut"] = Field("refuse", description="beyond batch.length: stop, drop, or cut old turns")
 
 
 class Tokens(NamedTuple):
@@ -93,27 +86,18 @@ class Turn(NamedTuple):
     place: int
     ids: list[int]
     start: int
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
-class Answered(NamedTuple):
-    """A rendering up to an answer. said, wrote: the answer without its end token, decoded and as written; text: all."""
-
-    prompt: list[int]
-    ids: list[int]
-    said: str
-    wrote: str
-    text: str
+Parts: TypeAlias = list[tuple[str, list[Turn]]]  # for each row its kind and its learned turns
 
 
 class Renderer(ABC):
     """Examples to rows, prompts to ids, ids to text. ``bos_id`` is None where plain text gets no BOS."""
 
-    name: str
-    fingerprint: str
+    fingerprint: str  # of all that decides the ids
     eos_ids: tuple[int, ...]
     bos_id: int | None
-    vocabulary: int
     _control: re.Pattern[str]  # what must not stand in a text, since it would not be encoded as text
     _chat_bos: int | None  # the id that opens a rendered conversation, once
     _nine: bool  # the format wants call ids of nine letters or digits
@@ -126,14 +110,11 @@ class Renderer(ABC):
     def _encode(self, text: str) -> list[int]: ...
 
     @abstractmethod
-    def _drops(self, tool: dict[str, Any]) -> int:
-        """How many keys of a tool in OpenAI's form are not rendered."""
-
-    @abstractmethod
     def _prompt(self, conversation: Conversation) -> list[int]: ...
 
     @abstractmethod
-    def _answered(self, before: Conversation, shown: Conversation) -> Answered: ...
+    def _answered(self, before: Conversation, shown: Conversation) -> tuple[list[int], list[int], str, str, str]:
+        """ids of the prompt, ids up to the end token, answer without it as decoded, and as written, text of all."""
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Ids up to where the assistant starts to speak. Raises TemplateError, also when the assistant spoke last."""
@@ -143,8 +124,8 @@ class Renderer(ABC):
 
     def text_prompt(self, text: str) -> list[int]:
         """Ids of plain text to be continued: BOS where the tokenizer adds one, then the text."""
-        self._refuse_control((text,))
-        return [*self._begin(), *self._encode(text)]
+        self._refuse_control([text])
+        return [*([] if self.bos_id is None else [self.bos_id]), *self._encode(text)]
 
     def answer(self, ids: Sequence[int]) -> str:
         """What was generated, as text, up to the first end token; other special tokens are written out."""
@@ -159,12 +140,13 @@ class Renderer(ABC):
         cut: drop the oldest turns of a row with more tokens than this, as far as that helps. notes: is added to.
         Raises TemplateError with the example's source.
         """
-        counts: Counter[str] = Counter()
+        notes = Counter() if notes is None else notes
         try:
-            parts = self._parts(example, learn, cut, counts)
-        except TemplateError as error:
+            parts = self._parts(example, learn, cut, notes)
+        except Refused as error:
             error.where = example.source
             raise
+        label = example.desirable if isinstance(example, Judged) else getattr(example, "label", None)
         rows = []
         for kind, group in parts:
             ids = np.array(group[-1].ids, dtype=np.int32)
@@ -172,66 +154,51 @@ class Renderer(ABC):
             targets[0] = 0  # BOS, or a token with nothing before it
             for turn in group:
                 targets[turn.start : len(turn.ids)] = 1
-                counts.update(turn.notes)
-            label = None if isinstance(example, Preference | Demonstration) else (
-                example.desirable if isinstance(example, Judged) else example.label)  # fmt: skip
+                notes.update(turn.notes)
             rows.append(Row(Tokens(ids, targets), example.source, example.id, group[-1].place, label, kind))
-        if notes is not None:
-            notes.update(+counts)  # without the zeros
         return rows
 
-    def _parts(
-        self, example: formats.Example, learn: Learn, cut: int | None, notes: Counter[str]
-    ) -> list[tuple[str, list[Turn]]]:
-        """The turns of each row, with its kind."""
-        match example:
-            case Document(text=text):
-                ids, start = [*self.text_prompt(text), self._eos()], len(self._begin())
-                same = self._same(self.decode(ids[start:-1]), text)
-                bare = () if start else ("first token of a text not learned: nothing stands before it",)
-                return [("completion", [Turn(0, ids, 1, same + bare)])]
-            case Completion(prompt=before, completion=after):
-                self._refuse_control((before, after))
-                head = self.text_prompt(before)
-                if not head or not after:
-                    raise Refused("empty", "a completion or its context is empty", 'use {"text": …} for text alone')
-                ids = [*self._continue(self._begin(), before, head, after), self._eos()]
-                same = self._same(self._between(ids, len(head), len(ids) - 1), after)
-                return [("completion", [Turn(0, ids, len(head), same)])]
-            case Preference(chosen=chosen, rejected=rejected):
-                return self._pair([chosen, rejected], learn, cut, notes)
-            case Demonstration() | Judged():
-                conversation = self._checked(example.conversation, notes)
-                learned = _learned(conversation, learn, 0, notes)
-                groups = self._groups(conversation, learned)
-                return [("completion", part) for group in groups for part in self._fit(conversation, group, cut)]
+    def _parts(self, example: formats.Example, learn: Learn, cut: int | None, notes: Counter[str]) -> Parts:
+        if isinstance(example, Preference):
+            return self._pair(example, learn, cut, notes)
+        if isinstance(example, Demonstration | Judged):
+            conversation = self._checked(example.conversation, notes)
+            groups = self._groups(conversation, _learned(conversation, learn, 0, notes))
+            return [("completion", part) for group in groups for part in self._fit(conversation, group, cut)]
+        text = isinstance(example, Document)
+        before, after = ("", example.text) if text else (example.prompt, example.completion)
+        head = self.text_prompt(before)
+        if not after or not (head or text):
+            raise Refused("empty", "a completion or its context is empty", 'use {"text": …} for text alone')
+        if not self.eos_ids:
+            raise Refused("end_token", "this tokenizer has no end token", "set eos_token in tokenizer_config.json")
+        ids = self._continue(head, after, self.text_prompt(before + after))
+        said = self._same(self._between(ids, len(head), len(ids)), after)
+        bare = () if head else ("first token of a text not learned: nothing stands before it",)
+        return [("completion", [Turn(0, [*ids, self.eos_ids[0]], max(len(head), 1), said + bare)])]
 
-    def _pair(self, both: list[Conversation], learn: Learn, cut: int | None, notes: Counter[str]) -> list[tuple[str, list[Turn]]]:
+    def _pair(self, pair: Preference, learn: Learn, cut: int | None, notes: Counter[str]) -> Parts:
         """Chosen and rejected, one row each, in the same context, learned from where they part."""
-        sides = [self._checked(side, notes) for side in both]
-        a, b = (side.messages for side in sides)
-        part = next((at for at, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
-        if sides[0].tools != sides[1].tools or any(part >= len(m) or m[part].role != "assistant" for m in (a, b)):
-            raise Refused("pair", "chosen and rejected do not part at an answer", "they need one prompt, two answers")
-        places = [_learned(side, learn, part, notes) for side in sides]
-        groups: list[list[list[Turn]]] = []
+        sides = [self._checked(side, notes) for side in (pair.chosen, pair.rejected)]
+        same = [a == b for a, b in zip(*(side.messages for side in sides), strict=False)]
+        part = [*same, False].index(False)
+        learned = [_learned(side, learn, part, notes) for side in sides]
+        turns: list[list[Turn]] = []
         for start in (0, *_starts(sides[0], part)):
-            groups = [self._groups(side, learned, start) for side, learned in zip(sides, places, strict=True)]
-            if any(len(group) > 1 for group in groups):
-                raise Refused("pair", "one side of a preference would need several rows", "set template.learn: last")
-            if cut is None or all(len(group[0][-1].ids) <= cut for group in groups):
+            groups = [self._groups(side, places, start) for side, places in zip(sides, learned, strict=True)]
+            turns = [group[0] for group in groups]
+            if turns[0][0].ids[: turns[0][0].start] != turns[1][0].ids[: turns[1][0].start] or max(map(len, groups)) > 1:
+                raise Refused("pair", "chosen and rejected do not part at an answer, or need more than a row each")
+            if cut is None or all(len(side[-1].ids) <= cut for side in turns):
                 break
-        return [("chosen", groups[0][0]), ("rejected", groups[1][0])]
+        return list(zip(("chosen", "rejected"), turns, strict=True))
 
     def _groups(self, conversation: Conversation, learned: Sequence[int], start: int = 0) -> list[list[Turn]]:
         """The learned turns by row: together if each rendering begins with the one before, else each alone.
 
         start: the message that follows the system messages; older ones are left out.
         """
-        system = tuple(message for message in conversation.messages[:start] if message.role == "system")
-        shown = replace(conversation, messages=(*system, *conversation.messages[start:]))
-        shift = start - len(system)
-        turns = [self._turn(shown, index - shift)._replace(place=index) for index in learned]
+        turns = [self._turn(conversation, place, start) for place in learned]
         nested = all(later.ids[: len(turn.ids)] == turn.ids for turn, later in pairwise(turns))
         turns[0] = turns[0]._replace(notes=turns[0].notes + (SPLIT,) * (not nested) + (CUT,) * (start > 0))
         return [turns] if nested else [[turn] for turn in turns]
@@ -251,38 +218,39 @@ class Renderer(ABC):
                 break
         return [*(self._fit(conversation, earlier, cut) if earlier else []), *groups]
 
-    def _turn(self, conversation: Conversation, index: int) -> Turn:
-        """The answer ``messages[index]`` in its context, checked."""
-        before = replace(conversation, messages=conversation.messages[:index])
-        shown = replace(conversation, messages=conversation.messages[: index + 1])
-        message = conversation.messages[index]
-        if not message.calls and not message.content.strip():
-            raise Refused("empty", "an answer has neither words nor tool calls")
-        if index == 0 or before.messages[-1].role == "assistant":
-            what = "two assistant turns follow each other" if index else "the conversation begins with the assistant"
-            raise Refused("order", what, "no prompt leads to such an answer: join it, remove it, or do not learn it")
-        whole = self._answered(before, shown)
-        if whole.ids[: len(whole.prompt)] != whole.prompt or whole.ids[-1] not in self.eos_ids:
+    def _turn(self, conversation: Conversation, place: int, start: int) -> Turn:
+        """The answer ``messages[place]`` behind the system messages and those from ``start`` on, checked."""
+        message = conversation.messages[place]
+        system = [older for older in conversation.messages[:start] if older.role == "system"]
+        before = replace(conversation, messages=(*system, *conversation.messages[start:place]))
+        shown = replace(before, messages=(*before.messages, message))
+        asked = bool(before.messages) and before.messages[-1].role in ("user", "tool")
+        if not asked or not (message.calls or message.content.strip()):
+            raise Refused("answer", "an answer needs a turn of the user or a tool before it, and words or calls")
+        prompt, ids, said, wrote, text = self._answered(before, shown)
+        if ids[: len(prompt)] != prompt or ids[-1] not in self.eos_ids:
             raise Refused("prefix", "a rendered answer must be its prompt, the answer and an end token",
                           "this template shows another context in training than at inference")  # fmt: skip
-        once = self._chat_bos
-        if once is not None and (whole.ids[0] != once or whole.ids.count(once) != 1):
-            raise Refused("bos", f"{whole.ids.count(once)} BOS tokens; there must be one, at the start")
-        notes = self._same(whole.said, whole.wrote if message.calls else message.content)
-        for other in shown.messages:
-            _present(other, whole.said if other is message else whole.text, last=other is message)
-        missing = [name for _, name in map(_tool, shown.tools) if name not in whole.text]
-        if missing:
+        bos = self._chat_bos
+        if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
+            raise Refused("bos", f"{ids.count(bos)} BOS tokens; there must be one, at the start")
+        notes = self._same(said, wrote if message.calls else message.content)
+        for other in before.messages:
+            _present(other, text, history=True)
+        _present(message, said, history=False)
+        tools = [cast(dict[str, Any], tool)["function"] for tool in shown.tools]
+        if missing := [tool["name"] for tool in tools if tool["name"] not in text]:
             raise Refused("left_out", f"the template leaves out the declared tools ({', '.join(missing)})",
                           "a model with this template cannot see them: tell of them in the system text")  # fmt: skip
-        if self.bos_id is not None and once is None and self.bos_id not in whole.ids:
+        if not all(_written(part, text) for part in _leaves(tools)):
+            notes += ("a declared tool is not written in full by the template",)
+        if bos is None and self.bos_id is not None and self.bos_id not in ids:
             notes += ("no BOS: the tokenizer has one, the template writes none",)
-        return Turn(index, whole.ids, len(whole.prompt), notes)
+        return Turn(place, ids, len(prompt), notes)
 
-    def _continue(self, begin: list[int], head: str, prompt: list[int], rest: str) -> list[int]:
-        """``prompt`` (begin and the ids of head) and the ids of ``rest``: of the whole text if that begins with the
-        prompt, else of the segment, since inference never sees a token that spans the boundary."""
-        whole = [*begin, *self._encode(head + rest)]
+    def _continue(self, prompt: list[int], rest: str, whole: list[int]) -> list[int]:
+        """The ids of prompt and rest: ``whole`` (both encoded as one text) if it begins with the prompt, else the
+        prompt and the ids of the segment, since inference never sees a token that spans the boundary."""
         if whole[: len(prompt)] == prompt:
             return whole
         for segment in (self._encode(rest), self._encode(ANCHOR + rest)[len(self._encode(ANCHOR)) :]):
@@ -293,7 +261,8 @@ class Renderer(ABC):
 
     def _between(self, ids: Sequence[int], start: int, stop: int) -> str:
         """The text of ids[start:stop] as it reads behind the token before it; alone, it may lose its first space."""
-        before, both = self.decode(ids[start - 1 : start]), self.decode(ids[start - 1 : stop])
+        first = max(start - 1, 0)
+        before, both = self.decode(ids[first:start]), self.decode(ids[first:stop])
         return both[len(before) :] if both.startswith(before) else self.decode(ids[start:stop])
 
     def _same(self, said: str, words: str) -> tuple[str, ...]:
@@ -303,59 +272,42 @@ class Renderer(ABC):
         if _plain(said) == _plain(words):
             return ("Unicode normalised by the tokenizer",)
         if _plain(said.strip()) != _plain(words.strip()):
-            raise Refused("words", f"the learned tokens read {_short(said)}, the assistant's words are {_short(words)}",
+            raise Refused("words", f"the learned tokens read {said!r:.120}, the assistant's words are {words!r:.120}",
                           "the template or the tokenizer changes the answer")  # fmt: skip
         return (f"whitespace {'trimmed' if len(said) < len(words) else 'added'} by the template",)
 
-    def _begin(self) -> list[int]:
-        return [] if self.bos_id is None else [self.bos_id]
-
-    def _eos(self) -> int:
-        if not self.eos_ids:
-            raise Refused("end_token", "this tokenizer has no end token", "set eos_token in tokenizer_config.json")
-        return self.eos_ids[0]
-
-    def _refuse_control(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            found = self._control.search(text)
-            if found:
-                code = "unicode" if "\ud800" <= found.group() <= "\udfff" else "control_token_in_text"
-                raise Refused(code, f"a text holds {found.group()!a}, which this tokenizer does not read as text",
-                              "repair the encoding, or remove it from the text")  # fmt: skip
+    def _refuse_control(self, texts: Sequence[str]) -> None:
+        for found in filter(None, map(self._control.search, texts)):
+            raise Refused("not_text", f"a text holds {found.group()!a}, which this tokenizer does not read as text",
+                          "repair the encoding, or remove it from the text")  # fmt: skip
 
     def _checked(self, conversation: Conversation, notes: Counter[str]) -> Conversation:
-        """Only encodable text, and each result with the id and name of its call; without an id it answers in order."""
-        self._refuse_control(message.content for message in conversation.messages)
-        self._refuse_control((json_text(conversation.tools),))
-        tools = [_tool(tool) for tool in conversation.tools]
-        declared = {name for _, name in tools}
-        notes["keys of a tool that the format has no place for"] += sum(self._drops(tool) for tool, _ in tools)
+        """Encodable text; each call with an id, each result with the id and name of its call."""
+        self._refuse_control([json_text(conversation.tools)])
         messages: list[Message] = []
-        waiting: list[tuple[str | None, Call]] = []
+        waiting: list[tuple[Call, str]] = []  # calls without a result, and their new ids
         for at, message in enumerate(conversation.messages):
-            if message.calls:
+            calls = message.calls
+            self._refuse_control([message.content, *(text for call in calls for text in (call.name, json_text(call.arguments)))])
+            if calls:
                 waiting = []
-                for place, call in enumerate(message.calls):
-                    self._refuse_control((call.name, json_text(call.arguments)))
-                    if not isinstance(call.arguments, dict):
-                        raise Refused("arguments", f"the arguments of {call.name} are not a JSON object")
-                    notes["call of a tool that is not declared"] += bool(declared) and call.name not in declared
-                    key = call.id or f"{at}.{place} {call.name} {json_text(call.arguments)}"
-                    if call.id is None or (self._nine and not re.fullmatch("[A-Za-z0-9]{9}", key)):
+                for place, call in enumerate(calls):
+                    key = call.id
+                    if not key or (self._nine and not re.fullmatch("[A-Za-z0-9]{9}", key)):
                         notes["tool call id made of nine letters and digits"] += 1
-                        key = _nine(key)
-                    waiting.append((call.id, replace(call, id=key)))
-                message = replace(message, calls=tuple(named for _, named in waiting))
+                        key = hashlib.sha256(f"{at}.{place} {call!a}".encode()).hexdigest()[:9]
+                    waiting.append((call, key))
+                message = replace(message, calls=tuple(replace(call, id=key) for call, key in waiting))
             elif message.role == "tool":
-                match = next((pair for pair in waiting if message.call_id in (None, pair[0])), None)
-                if match is not None:
-                    waiting.remove(match)
-                    message = replace(message, call_id=match[1].id, name=message.name or match[1].name)
-                elif self._nine or waiting:
-                    raise Refused("call_id", f"a tool result (call id {message.call_id}) answers no open call",
+                name, wanted = message.name, message.call_id
+                fits = [pair for pair in waiting if wanted in (None, pair[0].id) and name in (None, pair[0].name)]
+                if not fits:
+                    raise Refused("call_id", f"a tool result (call id {wanted}) answers no open call",
                                   "each result needs the id of a call just before it")  # fmt: skip
+                waiting.remove(fits[0])
+                message = replace(message, call_id=fits[0][1], name=fits[0][0].name)
             messages.append(message)
-        return Conversation(tuple(messages), tuple(tool for tool, _ in tools))
+        return replace(conversation, messages=tuple(messages))
 
 
 def renderer(path: Path | str, spec_name: str = "auto") -> Renderer:
@@ -389,47 +341,39 @@ def render(
 
     Raises DataError when a row is longer and ``spec.too_long`` is refuse.
     """
-    result = Rendered([], [], Counter())
-    long: list[str] = []
+    result, cut = Rendered([], [], Counter()), length if spec.too_long == "cut" else None
+    long: list[formats.Dropped] = []
     for done, example in enumerate(examples, 1):
+        rows: list[Row] = []
         try:
-            rows = renderer.rows(
-                example, learn=spec.learn, prompt_weight=spec.prompt_weight,
-                cut=length if spec.too_long == "cut" else None, notes=result.notes,
-            )  # fmt: skip
-        except TemplateError as error:
-            code = error.code if isinstance(error, Refused) else "template"
-            hint = "" if error.hint is None else f" (hint: {error.hint})"
-            result.dropped.append(formats.Dropped(example.source, code, error.what + hint, ""))
-            rows = []
-        lengths = [len(row.tokens.ids) for row in rows if len(row.tokens.ids) > length]
-        for tokens in lengths:
-            long.append(f"{example.source}: {tokens} tokens")
-            what = f"{tokens} tokens, the limit is {length}"
-            result.dropped.append(formats.Dropped(example.source, "too_long", what, ""))
-        if not (lengths and isinstance(example, Preference)):  # a pair is kept or dropped as a whole
-            result.rows += [row for row in rows if len(row.tokens.ids) <= length]
+            rows = renderer.rows(example, learn=spec.learn, prompt_weight=spec.prompt_weight, cut=cut, notes=result.notes)
+        except Refused as error:
+            told = "; hint: ".join(filter(None, (error.what, error.hint)))
+            result.dropped.append(formats.Dropped(example.source, error.code, told, ""))
+        fits = [row for row in rows if len(row.tokens.ids) <= length]
+        for tokens in [len(row.tokens.ids) for row in rows if len(row.tokens.ids) > length]:
+            long.append(formats.Dropped(example.source, "too_long", f"{tokens} tokens, the limit is {length}", ""))
+        if len(fits) == len(rows) or not isinstance(example, Preference):  # a pair is kept or dropped as a whole
+            result.rows += fits
         if progress is not None:
             progress(done, len(examples))
     if long and spec.too_long == "refuse":
-        raise DataError(f"{len(long)} rows have more than {length} tokens:\n{listing(long)}",
+        listed = listing([f"{row.source}: {row.message}" for row in long])
+        raise DataError(f"{len(long)} rows have more than {length} tokens:\n{listed}",
                         hint="raise batch.length, or set template.too_long: drop or cut")  # fmt: skip
+    result.dropped += long
     return result
 
 
 def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counter[str]) -> list[int]:
     """Places of the learned answers from ``first`` on. Raises Refused when there is none."""
     messages = conversation.messages
-    spoken = [at for at in range(first, len(messages)) if messages[at].role == "assistant"]
-    if learn == "marked":
-        learned = [at for at in spoken if messages[at].learn]
-    else:
-        asked = spoken if learn == "all" else spoken[-1:]
-        learned = [at for at in asked if messages[at].learn is not False]
-        notes["answer not learned: it says learn: false"] += len(asked) - len(learned)
+    asked = [at for at in range(first, len(messages)) if messages[at].role == "assistant"][-1 if learn == "last" else 0 :]
+    learned = [at for at in asked if messages[at].learn or (learn != "marked" and messages[at].learn is None)]
+    if learn != "marked":
+        notes.update(["answer not learned: it says learn: false"] * (len(asked) - len(learned)))
     if not learned:
         raise Refused("no_target", "no answer to learn", "template.learn says which answers are learned")
-    notes["message after the last answer left out"] += len(messages) - 1 - spoken[-1]
     return learned
 
 
@@ -439,34 +383,27 @@ def _starts(conversation: Conversation, before: int) -> list[int]:
     return [at for at in range(1, before) if roles[at] == "user" and roles[at - 1] in ("assistant", "tool")]
 
 
-def _tool(tool: formats.JSON) -> tuple[dict[str, Any], str]:
-    """A tool in OpenAI's form, from that or from a bare function, and its name. Raises Refused."""
-    inner = tool.get("function", tool) if isinstance(tool, dict) else None
-    name = inner.get("name") if isinstance(inner, dict) else None
-    if not isinstance(tool, dict) or not isinstance(name, str):
-        raise Refused("tools", f"a tool without a name: {_short(tool)}", "it is a function with name and parameters")
-    return (tool if "function" in tool else {"type": "function", "function": tool}), name
+def _present(message: Message, text: str, *, history: bool) -> None:
+    """Raises Refused when words, a call's name or an argument are not in ``text``.
 
-
-def _present(message: Message, text: str, *, last: bool) -> None:
-    """Raises Refused when words, a call's name or an argument are not in ``text``, as they are or in JSON.
-
-    A template may leave the reasoning out of answers that are history (``last`` is False).
+    A template may leave the reasoning out of answers that are history, and write a JSON result anew.
     """
     words = message.content.strip()
-    if message.role == "assistant" and not last:
+    if message.role == "assistant" and history:
         words = words.rpartition("</think>")[2].strip()
-    parts = [words, *(part for call in message.calls for part in (call.name, *_leaves(call.arguments)))]
-    for part in parts:
-        forms = [part, _plain(part), json_text(part)[1:-1], json.dumps(part)[1:-1]]
-        if message.role == "tool" and part[:1] in ("{", "["):
-            try:  # a JSON result may be written anew
-                forms.append(json_text(json.loads(part)))
-            except ValueError:
-                pass  # not JSON after all: it must be there as it is
-        if not any(form in text for form in forms):
-            raise Refused("left_out", f"{_short(part)} ({message.role}) is missing in the rendering",
-                          "the template cannot express this role or call: put it into the words")  # fmt: skip
+    parts = [words, *_leaves([[call.name, call.arguments] for call in message.calls])]
+    missing = [part for part in parts if not _written(part, text)]
+    if missing and message.role == "tool":
+        with suppress(ValueError):
+            missing = [part for part in [json_text(json.loads(words))] if part not in text]
+    if missing:
+        raise Refused("left_out", f"{missing[0]!r:.120} ({message.role}) is missing in the rendering",
+                      "the template cannot express this role or call: put it into the words")  # fmt: skip
+
+
+def _written(part: str, text: str) -> bool:
+    """Whether ``part`` is in ``text``, as it is, normalised, or as JSON writes it."""
+    return any(form in text for form in (part, _plain(part), json_text(part)[1:-1], json.dumps(part)[1:-1]))
 
 
 def _leaves(value: formats.JSON) -> list[str]:
@@ -478,19 +415,9 @@ def _leaves(value: formats.JSON) -> list[str]:
     return [] if value is None or isinstance(value, bool) else [str(value)]
 
 
-def _nine(text: str) -> str:
-    number, letters = int.from_bytes(hashlib.sha256(text.encode()).digest()), string.ascii_letters + string.digits
-    return "".join(letters[number // 62**place % 62] for place in range(9))
-
-
 def _plain(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
 def json_text(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _short(value: object) -> str:
-    text = ascii(value) if "\\ud" in ascii(value) else repr(value)
-    return text if len(text) <= 120 else f"{text[:80]} … {text[-35:]}"

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -40,6 +40,7 @@ def train(
     *,
     out: Path | None = None,
     resume: Run | None = None,
+    notes: Sequence[str] = (),
     notify: Sink = events.silent,
 ) -> Run:
     """Train as ``config`` says and return the run directory, with its last checkpoint written.
@@ -47,8 +48,17 @@ def train(
     out: the new run directory (default ``runs/<day>-<model>-<objective>-<id>``). resume: go on with this run instead.
     Raises DataError, TemplateError, ModelError before step 1, TrainingError later; what was saved stays.
     """
-    prepared = preparation.prepare(config, notify)  # files → examples → tokens → plan of updates; bad rows stop it here
-    loaded = model.load(config.model, notify)  # base weights, frozen, quantised if asked
+    early: list[Notice] = []  # what is noticed before there is a run to write it to
+
+    def hear(event: events.Event) -> None:
+        if isinstance(event, Notice):
+            early.append(event)
+        notify(event)
+
+    for text in (*config.warnings(), *notes):
+        hear(Notice(text, level="warning"))
+    prepared = preparation.prepare(config, hear)  # files → examples → tokens → plan of updates; bad rows stop it here
+    loaded = model.load(config.model, hear)  # base weights, frozen, quantised if asked
     attached = config.adapter.attach(loaded.net, config.loop.seed)  # what is trainable
     if resume is None:
         given = facts(config, prepared.hashes | {"base": loaded.fingerprint})
@@ -58,12 +68,13 @@ def train(
         run.require_same(config, prepared.hashes | {"base": loaded.fingerprint})
     with run.lock(), run.room(), _interruptible() as stop, ExitStack() as open_files:
         state = optimizer.build(config.optimizer, loaded.net)
-        cursor = restore(run, loaded.net, state, notify) if resume is not None else Cursor()
-        emit = _sinks(run, cursor, config.loop.tensorboard, notify, open_files)
+        known = len(early)
+        cursor = restore(run, loaded.net, state, hear) if resume is not None else Cursor()
+        if cursor.step:
+            del early[:known]  # said before, when the run began
+        emit = _sinks(run, cursor, prepared.plan.steps, config.loop.tensorboard, early, notify, open_files)
         preparation.write(run, prepared)
         if cursor.step == 0:
-            for text in config.warnings():
-                emit(Notice(text, level="warning"))
             emit(events.RunStarted(str(run.path), prepared.plan.steps, attached.trainable, attached.total, prepared.counts))
         loop = Loop(run, config, loaded.net, state, prepared, emit, stop)
         loop.finish(cursor)
@@ -92,10 +103,13 @@ class Loop:
         except TunesmithError as error:
             why = error.what
             raise
+        except KeyboardInterrupt:
+            why = "interrupted at once, before the step was finished"
+            raise
         except RuntimeError as error:
+            why = f"{type(error).__name__}: {error}"
             if "alloc" not in str(error).lower() and "memory" not in str(error).lower():
                 raise
-            why = "out of memory"
             raise OutOfMemory(
                 f"the device ran out of memory: {error}",
                 where=f"step {cursor.step + 1}",
@@ -125,7 +139,7 @@ class Loop:
             if last or tired or (spec.sample_every and done % spec.sample_every == 0):
                 self._sample(done)
             due = spec.save_every and done % spec.save_every == 0
-            if last or tired or due or (best and spec.keep_best) or self.stop.is_set():
+            if last or tired or due or (best and spec.keep_best is not False) or self.stop.is_set():
                 self._save(cursor)
                 saved = done
             if tired:
@@ -154,7 +168,7 @@ class Loop:
         assert gradients is not None
         gradients = tree_map(lambda leaf: leaf / units, gradients)
         norm = optimizer.global_norm(gradients)
-        mean, size = loss.item() / units, norm.item()
+        mean, size = float(np.array(loss)) / units, float(np.array(norm))
         rate = spec.rate(step, self.prepared.plan.steps)
         if not (math.isfinite(mean) and math.isfinite(size)):
             cursor.skipped += 1
@@ -228,7 +242,7 @@ class Loop:
             (folder / OPTIMIZER).write_bytes(serialise(tensors))
 
         size = self.run.save(cursor, write, needed)
-        self.run.retain(cursor, self.config.loop.keep_last)
+        self.run.retain(cursor, self.config.loop)
         path = self.run.checkpoint(cursor.step)
         self.emit(events.Saved(cursor.step, str(path), size, time.perf_counter() - start))
 
@@ -291,7 +305,7 @@ def checkpointed(net: nn.Module) -> Iterator[None]:
     The class of these layer objects is swapped for a subclass and put back; other models in the process stay as they were.
     Dropout masks come from explicit keys, so that the second pass draws what the first drew.
     """
-    layers = list(net.layers)
+    layers: list[Any] = list(net.layers or [])
     kinds = [type(layer) for layer in layers]
     try:
         for layer in layers:
@@ -338,7 +352,7 @@ def _interruptible() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _sinks(run: Run, cursor: Cursor, tensorboard: bool, notify: Sink, open_files: ExitStack) -> Sink:
+def _sinks(run: Run, cursor: Cursor, steps: int, tensorboard: bool, early: Sequence[Notice], notify: Sink, open_files: ExitStack) -> Sink:
     """Events go to the run directory and to ``notify``. What was logged after the checkpoint is cut: it is done again."""
     path = run.path / EVENTS
     redone = 0
@@ -355,6 +369,8 @@ def _sinks(run: Run, cursor: Cursor, tensorboard: bool, notify: Sink, open_files
     if tensorboard:
         kept.append(open_files.enter_context(console.tensorboard(run.path / "tensorboard")))
     keep = events.tee(kept)
+    for event in early:
+        keep(event)
 
     def emit(event: events.Event) -> None:
         if not isinstance(event, events.Working):
@@ -362,7 +378,7 @@ def _sinks(run: Run, cursor: Cursor, tensorboard: bool, notify: Sink, open_files
         notify(event)
 
     if resuming:
-        emit(events.Resumed(cursor.step, redone))
+        emit(events.Resumed(cursor.step, redone, steps))
         run.mark("running")
     return emit
 
@@ -388,7 +404,7 @@ def overfit_probe(steps: int = 10) -> tuple[float, float]:
     config = RunConfig(
         model=model.ModelSpec(path="probe"),
         data=DataSpec(train=("probe",)),
-        adapter=adapters.Full(),
+        adapter=adapters.Full.model_validate({}),
         optimizer=optimizer.OptimizerSpec(learning_rate=2e-2, schedule="constant"),
     )
     config.adapter.attach(net, 0)
@@ -399,7 +415,7 @@ def overfit_probe(steps: int = 10) -> tuple[float, float]:
     losses: list[float] = []
     for step in range(steps):
         loss, gradients = gradients_of([group])
-        losses.append(loss.item() / group.units)
+        losses.append(float(np.array(loss)) / group.units)
         gradients = tree_map(lambda leaf: leaf / group.units, gradients)
         optimizer.apply(state, net, gradients, config.optimizer.rate(step, steps))
     return losses[0], losses[-1]

@@ -1,11 +1,8 @@
 """What a task is, and how its per-example scores become a number with an interval.
 
-A task turns measurements of a model (losses of rows, generated answers) into one ``ExampleScore`` an example. It never
-touches a model, so base and tuned are scored by the same code. ``summarise`` takes the scores of both and gives each
-statistic of the task with its 95 % interval and, where the base is there, the paired difference tuned − base.
-
-Intervals: percentile bootstrap (Efron and Tibshirani 1993, chapter 13) over *sources*. Turns of one conversation share
-a source and are drawn together, since they are not independent.
+A task never touches a model, only what was measured of one, so base and tuned are scored by the same code. Intervals:
+percentile bootstrap (Efron and Tibshirani 1993, chapter 13) over *sources*. Turns of one conversation share a source and are
+drawn together, since they are not independent.
 """
 
 from __future__ import annotations
@@ -20,9 +17,8 @@ import numpy as np
 from tunesmith.errors import EvaluationError, listing
 from tunesmith.formats import JSON
 
-CONFIDENCE = 0.95
+TAIL = 0.025  # left out on each side of a 95 % interval
 RESAMPLES = 2000
-DRAWS_AT_ONCE = 100  # resamples held in memory together: 100 · n · 8 bytes an array
 
 ALIKE = "all examples score alike: the interval is a point"
 ALIKE_SHARE = "all examples score alike: exact binomial interval"
@@ -41,11 +37,10 @@ class ExampleScore:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One statistic of the tuned model (of the only model, where there is no base).
+    """One statistic of the tuned model. ``low``, ``high``: its 95 % interval, None where one example allows none. ``n``: sources.
 
-    ``low``, ``high``: 95 % interval of ``value``; None where one example allows none. ``n``: sources it rests on.
-    ``delta``: tuned − base on the same examples, None without a base; its interval is paired.
-    ``note``: says so where an interval is not a bootstrap interval.
+    ``delta``: tuned − base on the same examples, None without a base; its interval is paired. ``note``: says so where an interval
+    is not a bootstrap interval.
     """
 
     task: str
@@ -63,10 +58,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """``finish`` (elementwise) of the weighted mean Σ value·units / Σ units over the examples where ``of`` is a number.
-
-    ``share``: every value is 0 or 1, which gives an interval even where all are alike.
-    """
+    """``finish`` (elementwise) of Σ of·units / Σ units over the examples where ``of`` is a number. ``share``: all are 0 or 1."""
 
     name: str
     of: Callable[[ExampleScore], float | None]
@@ -74,106 +66,71 @@ class Statistic:
     share: bool = False
 
 
-_Sums = dict[str, tuple[float, float]]  # source -> (Σ value·units, Σ units), in order of first appearance
 Measured = TypeVar("Measured", contravariant=True)
 
 
 class Task(Protocol[Measured]):
-    """``score``: one ExampleScore a measurement, order kept. ``statistics``: the first is the one to look at.
+    """``score``: one ExampleScore a measurement, order kept. ``version`` changes whenever a score could change."""
 
-    ``version`` changes whenever a score could change, so that numbers of two versions are never compared.
-    """
+    name: str
+    version: str
+    statistics: tuple[Statistic, ...]
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def statistics(self) -> tuple[Statistic, ...]: ...
     def score(self, items: Sequence[Measured]) -> list[ExampleScore]: ...
 
 
 def summarise(task: Task, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int) -> list[Score]:
-    """One Score for each statistic of ``task`` that any example has, in the order of ``task.statistics``.
+    """One Score for each statistic of ``task`` that any example has, in order.
 
-    Raises EvaluationError where there is nothing to summarise, or where base and tuned are not the same examples in the
-    same order with the same weights.
+    Raises EvaluationError where there is none, or where base and tuned are not the same examples with the same weights, in order.
     """
     if not tuned:
         raise EvaluationError(f"{task.name}: no example was scored", hint="give data with at least one usable row")
-    if base is not None:
-        _require_paired(task.name, base, tuned)
-    scores = []
-    for statistic in task.statistics:
-        new, old = _sums(statistic, tuned), None if base is None else _sums(statistic, base)
-        if not new:
-            continue
-        if old is not None and list(old) != list(new):
-            raise EvaluationError(f"{task.name}: {statistic.name} exists for other examples in base than in tuned")
-        scores.append(_score(task, statistic, old, new, seed))
-    return scores
-
-
-def _require_paired(name: str, base: Sequence[ExampleScore], tuned: Sequence[ExampleScore]) -> None:
-    pairs = zip_longest(*([(score.source, score.units) for score in side] for side in (base, tuned)))
-    odd = [f"base {one}, tuned {other}" for one, other in pairs if one != other]
+    sides = [tuned] if base is None else [tuned, base]
+    pairs = zip_longest(*([(score.source, score.units) for score in side] for side in sides))
+    odd = [f"tuned {pair[0]}, base {pair[-1]}" for pair in pairs if pair[0] != pair[-1]]
     if odd:
-        raise EvaluationError(
-            f"{name}: base and tuned were not scored on the same examples (source, units)\n{listing(odd)}",
-            hint="score both on one list of rows, in one order",
-        )
+        what = f"{task.name}: base and tuned were not scored on the same examples (source, units)\n{listing(odd)}"
+        raise EvaluationError(what, hint="score both on one list of rows, in one order")
+    found = [(statistic, np.array([_sums(statistic, side) for side in sides])) for statistic in task.statistics]
+    return [_score(task, statistic, sums, seed) for statistic, sums in found if sums.size]
 
 
-def _sums(statistic: Statistic, scores: Sequence[ExampleScore]) -> _Sums:
-    sums: _Sums = {}
+def _sums(statistic: Statistic, scores: Sequence[ExampleScore]) -> list[np.ndarray]:
+    """Σ value·units and Σ units of each source, in order of first appearance."""
+    sums: dict[str, np.ndarray] = {}
     for score in scores:
         value = statistic.of(score)
         if value is not None:
-            total, units = sums.get(score.source, (0.0, 0.0))
-            sums[score.source] = (total + value * score.units, units + score.units)
-    return sums
+            sums[score.source] = sums.get(score.source, 0.0) + np.array([value * score.units, score.units])
+    return list(sums.values())
 
 
-def _score(task: Task, statistic: Statistic, base: _Sums | None, tuned: _Sums, seed: int) -> Score:
-    totals, units = np.array(list(tuned.values()), np.float64).T  # (n,) each
+def _score(task: Task, statistic: Statistic, sums: np.ndarray, seed: int) -> Score:
+    """``sums``: (1 or 2, n, 2), the tuned model's and, where there is one, the base's."""
+    n = sums.shape[1]
+    chance = np.random.default_rng(seed)
+    draws = [sums.sum(axis=1), *(sums[:, chance.integers(n, size=n)].sum(axis=1) for _ in range(RESAMPLES))]
+    totals, units = np.array(draws).T  # the data as they are, then the resamples; (1 or 2, 1 + RESAMPLES) each
+    values = statistic.finish(totals / units)
+    alike = np.ptp(sums[..., 0] / sums[..., 1], axis=1) == 0
 
-    def value(totals: np.ndarray, units: np.ndarray, axis: int = -1) -> np.ndarray:
-        return statistic.finish(totals.sum(axis=axis) / units.sum(axis=axis))
+    def interval(found: np.ndarray, alike: bool) -> tuple[float | None, float | None, str | None]:
+        if n == 1:
+            return None, None, ONE
+        low, high = found[[0, 0]] if alike else np.quantile(found[1:], [TAIL, 1 - TAIL])
+        return float(low), float(high), ALIKE if alike else None
 
-    def delta(totals: np.ndarray, before: np.ndarray, units: np.ndarray, axis: int = -1) -> np.ndarray:
-        return value(totals, units, axis) - value(before, units, axis)
-
-    low, high, note = _interval(value, (totals, units), [totals / units], seed)
-    if statistic.share and note is not None and totals[0] in (0.0, units[0]):
-        from scipy.stats import binomtest
-
+    value = float(values[0, 0])
+    low, high, note = interval(values[0], alike[0])
+    if statistic.share and alike[0] and value in (0.0, 1.0):
         # Clopper and Pearson's interval of 0 or n of n: a bootstrap only sees ties.
-        exact = binomtest(len(tuned) if totals[0] else 0, len(tuned)).proportion_ci(CONFIDENCE, method="exact")
-        low, high, note = float(exact.low), float(exact.high), ALIKE_SHARE
-    found = Score(task.name, task.version, statistic.name, float(value(totals, units)), low, high, len(tuned), note=note)
-    if base is None:
-        return found
-    before = np.array([total for total, _ in base.values()], np.float64)
-    low, high, other = _interval(delta, (totals, before, units), [totals / units, before / units], seed)
+        edge = TAIL ** (1 / n)
+        low, high, note = (edge, 1.0, ALIKE_SHARE) if value else (0.0, 1 - edge, ALIKE_SHARE)
+    score = Score(task.name, task.version, statistic.name, value, low, high, n, note=note)
+    if len(values) == 1:
+        return score
+    gain = values[0] - values[1]
+    low, high, other = interval(gain, all(alike))
     note = "; ".join(filter(None, [note, other and f"difference: {other}"])) or None
-    difference = float(delta(totals, before, units))
-    return replace(found, delta=difference, delta_low=low, delta_high=high, note=note)
-
-
-def _interval(
-    statistic: Callable[..., np.ndarray], data: tuple[np.ndarray, ...], means: Sequence[np.ndarray], seed: int
-) -> tuple[float | None, float | None, str | None]:
-    """(low, high, note). ``data``: arrays (n,) drawn together; ``means``: where all are constant there is no spread."""
-    if len(data[0]) == 1:
-        return None, None, ONE
-    if all(np.ptp(mean) == 0 for mean in means):
-        point = float(statistic(*data))
-        return point, point, ALIKE
-    from scipy.stats import bootstrap
-
-    # The percentile method: BCa needs n² work for its jackknife and is undefined where most examples are tied.
-    interval = bootstrap(
-        data, statistic, n_resamples=RESAMPLES, batch=DRAWS_AT_ONCE, paired=True, vectorized=True,
-        confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return float(interval.low), float(interval.high), None
+    return replace(score, delta=float(gain[0]), delta_low=low, delta_high=high, note=note)
