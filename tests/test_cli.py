@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import tiny
 import tunesmith
-from tunesmith import cli, events
+from tunesmith import backend, cli, events
 from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.run import Run
 
@@ -179,6 +179,17 @@ def test_errors_say_what_where_and_a_hint_without_a_traceback(words, code, told,
     assert done.returncode == code, done.stderr
     assert told in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux chooses a BLAS")
+def test_the_fast_blas_is_opened_before_mlx_by_the_program_and_by_the_api(tiny_model, rows, tmp_path):
+    """Whatever imports MLX first decides: a module loaded a line too early makes everything fifty times slower."""
+    program = [sys.executable, "-m", "tunesmith", "train", "--model", tiny_model, "--data", rows, "--out", tmp_path / "a", *QUICK]
+    api = f"import tunesmith as t; t.train(t.configure(model={str(tiny_model)!r}, data=[{str(rows)!r}]), out={str(tmp_path / 'b')!r})"
+    chosen = backend.setup().blas
+    for command, name in ((program, "a"), ([sys.executable, "-c", api], "b")):
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+        assert Run.open(tmp_path / name).manifest["machine"]["blas"] == chosen != "unknown"
 
 
 def test_resume_takes_no_other_settings(trained):

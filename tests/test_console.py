@@ -29,7 +29,7 @@ def one_of_each(text: str) -> list[events.Event]:
         events.Notice(text, level="warning", count=3, where=text, hint=text),
         events.RunStarted(text, 10, 5, 100, {"rows_read": 7, "rows_dropped": {text: 2}, "padding_share": 0.25}),
         events.Working(text, 3, 9),
-        events.Resumed(4, 2, 10),
+        events.Resumed(4, 2, 100),
         step_done(2, 0.0),
         events.StepSkipped(3, "nan", "inf", [text, text], 1),
         events.Validated(5, 1.0, 2.718281828, 900.0, 12, 3.0, True),
@@ -45,17 +45,13 @@ def test_every_kind_of_event_is_readable():
     assert kinds == {*events.KINDS.values(), events.Working}
     lines = [console.readable(event) for event in one_of_each("x")]
     assert lines[0] == "warning: x: x (×3) · hint: x"
-    assert lines[1] == (
-        "run x: 10 updates · 5 of 100 weights train · rows_read 7 · rows_dropped (x 2) · padding_share 0.25"
-    )
+    assert lines[1] == ("run x: 10 updates · 5 of 100 weights train · rows_read 7 · rows_dropped (x 2) · padding_share 0.25")
     assert lines[4] == (
         "step 2 · epoch 0.20 · loss 2.5000 · learning rate 0.0001 · gradient norm 0.75 clipped · speed 500 learned tokens/s"
         " · memory 3.10 GB resident, 2.00 GB active, 2.50 GB peak"
     )
     assert lines[5] == "warning: step 3 skipped, loss nan, gradient norm inf (1 in a row) · rows x, x"
-    assert lines[6] == (
-        "validation at step 5: loss 1.0000 · perplexity 2.718 · 12 rows, 900 learned tokens in 3 s · best so far"
-    )
+    assert lines[6] == ("validation at step 5: loss 1.0000 · perplexity 2.718 · 12 rows, 900 learned tokens in 3 s · best so far")
     assert lines[10] == "stopped early at step 5 after 1 m 01 s: x"
 
 
@@ -88,9 +84,7 @@ def test_plain_lines_are_few_and_everything_but_updates_is_shown():
     lines = plain(log, every=10.0)
     steps = [int(match[1]) for line in lines if (match := re.match(r"step (\d+)/100 ", line))]
     assert steps == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
-    assert [line for line in lines if not line.startswith("step ")] == [
-        console.readable(event) for event in [log[0], *others]
-    ]
+    assert [line for line in lines if not line.startswith("step ")] == [console.readable(event) for event in [log[0], *others]]
     assert "\x1b" not in "".join(lines)
     assert lines[2].endswith("1 m 29 s to go")
 
@@ -100,7 +94,7 @@ def test_time_to_go_counts_this_session_only_and_includes_validation():
     log = [step_done(50 + index, 1000.0 + 2 * index - 1) for index in range(1, 11)]
     log[-1] = dataclasses.replace(log[-1], at=1020.0)
     log[0] = dataclasses.replace(log[0], at=1001.0)
-    assert plain(log, total=100, every=0.0)[-1].endswith("1 m 20 s to go")
+    assert plain([events.Resumed(50, 0, 100, at=999.0), *log], every=0.0)[-1].endswith("1 m 20 s to go")
 
 
 def test_other_work_is_silent_at_first_then_tells_rate_and_end():

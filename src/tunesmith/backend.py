@@ -39,19 +39,21 @@ class Device:
 
 
 @functools.cache
-def setup() -> Device:
-    """Open a fast BLAS where it helps, settle the allocator, load MLX, and say what this machine is.
+def prepare() -> tuple[str, str | None, tuple[str, ...]]:
+    """What must come before ``import mlx.core``: a fast BLAS where it helps, and the allocator. (BLAS, hint, notes)"""
+    if sys.platform != "linux":
+        return "not used", None, ()
+    _keep_freed_memory()
+    if "mlx.core" in sys.modules:
+        return "unknown", None, ("mlx was imported before tunesmith: the BLAS could not be chosen, products may be slow",)
+    return *_open_blas(), ()
 
-    Idempotent. Raises SetupError where MLX itself cannot be loaded.
-    """
-    notes: list[str] = []
-    blas, hint = "not used", None
-    if sys.platform == "linux":
-        late = "mlx.core" in sys.modules
-        _keep_freed_memory()
-        blas, hint = ("unknown", None) if late else _open_blas()
-        if late:
-            notes.append("mlx was imported before tunesmith, so the BLAS could not be chosen")
+
+@functools.cache
+def setup() -> Device:
+    """`prepare`, load MLX, and say what this machine is. Idempotent. Raises SetupError where MLX cannot be loaded."""
+    blas, hint, early = prepare()
+    notes = list(early)
     try:
         mx = importlib.import_module("mlx.core")
     except ImportError as error:

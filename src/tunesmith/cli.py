@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import tunesmith
-from tunesmith import console
+from tunesmith import backend, console
 from tunesmith.errors import TunesmithError
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ def init(
 ) -> None:
     """Print an annotated configuration; `tunesmith init > run.yaml`."""
     if presets or schema:
-        from tunesmith import backend, config
+        from tunesmith import config
 
         if presets:
             for name, path in sorted(config.presets().items()):
@@ -292,6 +292,7 @@ def _options(
 def main() -> None:
     """The entry point: errors a user can cause are told without a traceback."""
     try:
+        backend.prepare()  # before anything imports MLX
         app()
     except TunesmithError as error:
         if os.environ.get("TUNESMITH_DEBUG"):

@@ -19,14 +19,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
-import annotated_types as limits
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, ErrorDetails, to_jsonable_python
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from tunesmith.errors import ConfigError, listing
-from tunesmith.origins import JSON, Node, nested, parse, plain, read, write
+from tunesmith.origins import JSON, Node, parse, plain, read, write
 
 PREFIX = "TUNESMITH_"
 EXEMPT = frozenset({"TUNESMITH_BLAS", "TUNESMITH_CACHE", "TUNESMITH_DEBUG"})
@@ -51,20 +49,12 @@ class Spec(BaseModel):
     def _prepare(cls, values: object) -> object:
         if not isinstance(values, dict):
             return values
-        shapes = {name: _shape(field) for name, field in cls.model_fields.items() if name in values}
-        return {name: shape.expand(values[name]) if (shape := shapes.get(name)) else _tuples(values[name]) for name in values}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler, /) -> JsonSchemaValue:
-        """As pydantic's, and the name of a kind is valid where a block has kinds."""
-        described = handler(core_schema)
-        properties = handler.resolve_ref_schema(described)["properties"]
+        prepared = {name: _tuples(value) for name, value in values.items()}
         for name, field in cls.model_fields.items():
-            if (shape := _shape(field)) and shape.kinds:
-                old = properties[name]
-                kept = {key: old.pop(key) for key in ("title", "description", "default") if key in old}
-                properties[name] = {"anyOf": [{"enum": shape.kinds}, *old.get("anyOf", [old])], **kept}
-        return described
+            if name in prepared and (shape := _shape(field)) and shape.kinds:
+                value = {"kind": prepared[name]} if prepared[name] in shape.kinds else prepared[name]
+                prepared[name] = {"kind": shape.first, **value} if isinstance(value, dict) else value
+        return prepared
 
 
 S = TypeVar("S", bound=Spec)
@@ -95,18 +85,17 @@ def load(
     """
     layers = _Layers(root)
     if preset is not None:
-        layers.add([read(preset_file(preset), lambda line: f"preset {preset}")])
+        layers.add(([], read(preset_file(preset), lambda line: f"preset {preset}")))
     for path in files:
-        layers.add([read(path, lambda line, path=path: f"{path}:{line}")])
-    variables = [name for name in environ if name.startswith(PREFIX) and name not in EXEMPT]
-    layers.add(nested(name[len(PREFIX) :].lower().split("__"), parse(environ[name], lambda _, name=name: name))
-               for name in variables)  # fmt: skip
-    layers.add(_assignment(text) for text in sets)
-    layers.add(nested(key.split("."), _node(value, origin)) for key, (value, origin) in overrides.items())
+        layers.add(([], read(path, lambda line, path=path: f"{path}:{line}")))
+    keys = {name: name[len(PREFIX) :].lower().split("__") for name in environ if name.startswith(PREFIX) and name not in EXEMPT}
+    layers.add(*((key, parse(environ[name], lambda line, name=name: name)) for name, key in keys.items()))
+    layers.add(*map(_assignment, sets))
+    layers.add(*((key.split("."), _node(value, origin)) for key, (value, origin) in overrides.items()))
     spec = layers.build(root, layers.tree, "")
     if spec is None or layers.problems:
         raise _error(layers.problems + layers.missing)
-    return Resolved(spec, {key: origin for key, _, origin in _leaves(spec, layers.tree, "")}, tuple(layers.unused))
+    return Resolved(spec, {key: origin for key, _, origin in _leaves(spec.model_dump(), layers.tree, "")}, tuple(layers.unused))
 
 
 def presets() -> dict[str, Path]:
@@ -118,14 +107,14 @@ def presets() -> dict[str, Path]:
 def preset_file(name: str) -> Path:
     """Raises ConfigError with the names there are."""
     if name not in presets():
-        hint = _meant(difflib.get_close_matches(name, presets())) or f"presets: {', '.join(presets())}"
+        hint = _meant(difflib.get_close_matches(name, presets()), "presets", presets())
         raise ConfigError(f'no preset is called "{name}"', hint=hint)
     return presets()[name]
 
 
 def explain(resolved: Resolved[S]) -> list[str]:
     """One line a value: ``adapter.rank 16 (run.yaml:4)``."""
-    leaves = _leaves(resolved.spec, None, "")
+    leaves = _leaves(resolved.spec.model_dump(), None, "")
     return [f"{key} {_show(value, bare=True)} ({resolved.origins[key]})" for key, value, _ in leaves]
 
 
@@ -145,26 +134,20 @@ def annotated(root: type[Spec], values: Mapping[str, JSON] = {}) -> str:
     A required key without a value is left as a comment. Raises ConfigError where a value is wrong.
     """
     layers = _Layers(root)
-    layers.add(nested(key.split("."), _node(value, "values")) for key, value in values.items())
+    layers.add(*((key.split("."), _node(value, "values")) for key, value in values.items()))
     layers.build(root, layers.tree, "")
     if layers.problems:
         raise _error(layers.problems)
     return "\n".join(_commented(root, layers.tree, "")) + "\n"
 
 
-# --- values with their origins
-
-
 def _node(value: object, origin: str = "default") -> Node:
-    if isinstance(value, Spec):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
+    value = value.model_dump() if isinstance(value, Spec) else value
     return Node({key: _node(item, origin) for key, item in value.items()} if isinstance(value, dict) else value, origin)
 
 
 def _leaves(value: object, node: Node | None, key: str) -> Iterator[tuple[str, object, str]]:
     """(key path, value, origin). Entries of a mapping are leaves of their own; a list is one leaf."""
-    if isinstance(value, Spec):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
     if not isinstance(value, dict) or not value:
         yield key, value, node.origin if node else "default"
         return
@@ -183,9 +166,6 @@ def _tuples(value: object) -> object:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-# --- what a field accepts
-
-
 class _Shape(NamedTuple):
     """A field that holds a Spec. ``members``: kind → class, or "" → class where there are no kinds."""
 
@@ -198,32 +178,27 @@ class _Shape(NamedTuple):
         return [kind for kind in self.members if kind]
 
     def block(self, kind: str) -> dict[str, Node]:
-        """The defaults of a kind."""
-        return {**_defaults(self.members[kind]), **({"kind": Node(kind, "default")} if kind else {})}
+        """The defaults of a kind; of a required block in it without kinds, the defaults of its keys."""
+        found = {"kind": Node(kind, "default")} if kind else {}
+        for name, field in self.members[kind].model_fields.items():
+            if name not in found and not field.is_required():
+                found[name] = _node(_default(field))
+            elif (shape := _shape(field)) and not shape.kinds:
+                found[name] = Node(shape.block(""), "default")
+        return found
 
-    def expand(self, value: object) -> object:
-        """The shorthands written out: the name of a kind, and a mapping without ``kind``."""
-        if isinstance(value, str) and value in self.kinds:
-            return {"kind": value}
-        return {"kind": self.first, **value} if isinstance(value, dict) and self.kinds else value
+    def member(self, node: Node) -> type[Spec]:
+        return self.members[node.value["kind"].value if self.kinds else ""]
 
 
 def _shape(field: FieldInfo) -> _Shape | None:
     parts = _parts(field.annotation)
-    members = {kind: part for part in parts if _is_spec(part) for kind in _kinds(part)}
-    if not members:
-        return None
-    default = None if field.is_required() else _default(field)
-    first = _node(default).value["kind"].value if "" not in members and isinstance(default, Spec) else next(iter(members))
-    return _Shape(members, first, NoneType in parts)
+    members = {kind: part for part in parts for kind in _kinds(part)}
+    return _Shape(members, getattr(_default(field), "kind", next(iter(members))), NoneType in parts) if members else None
 
 
 def _default(field: FieldInfo) -> Any:
     return field.get_default(call_default_factory=True, validated_data={})
-
-
-def _defaults(model: type[Spec]) -> dict[str, Node]:
-    return {name: _node(_default(field)) for name, field in model.model_fields.items() if not field.is_required()}
 
 
 def _parts(annotation: Any) -> list[Any]:
@@ -235,16 +210,15 @@ def _parts(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _is_spec(part: Any) -> bool:
-    return isinstance(part, type) and issubclass(part, Spec)
-
-
-def _kinds(spec: type[Spec]) -> tuple[str, ...]:
-    field = spec.model_fields.get("kind")
+def _kinds(part: Any) -> tuple[str, ...]:
+    """The kinds of a Spec, ``("",)`` where it has none; empty for anything else."""
+    if not (isinstance(part, type) and issubclass(part, Spec)):
+        return ()
+    field = part.model_fields.get("kind")
     return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ("",)
 
 
-_BOUNDS = ((limits.Gt, "gt", ">"), (limits.Ge, "ge", "≥"), (limits.Lt, "lt", "<"), (limits.Le, "le", "≤"))
+_SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -252,19 +226,19 @@ def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _allowed(args[0], [one for item in args[1:] for one in (item.metadata if isinstance(item, FieldInfo) else [item])])
-    if origin in (Union, UnionType) or _is_spec(annotation):
+    if origin in (Union, UnionType) or _kinds(annotation):
         parts = sorted(args or [annotation], key=lambda part: part is NoneType)
-        kinds = [kind for part in parts if _is_spec(part) for kind in _kinds(part)]
+        kinds = [kind for part in parts for kind in _kinds(part)]
         block = f"one of the kinds {', '.join(kinds)}" if any(kinds) else "a mapping of keys"
-        return " or ".join([block] * bool(kinds) + [_allowed(part, metadata) for part in parts if not _is_spec(part)])
+        return " or ".join([block] * bool(kinds) + [_allowed(part, metadata) for part in parts if not _kinds(part)])
     if origin is Literal:
         return "one of " * (len(args) > 1) + ", ".join(_show(value, bare=True) for value in args)
-    least = next((limit.min_length for limit in metadata if isinstance(limit, limits.MinLen)), 0)
+    least = max((getattr(limit, "min_length", 0) for limit in metadata), default=0)
     if origin is tuple:
         items = _allowed(args[0]).replace("an integer", "integers").replace("a number", "numbers")
         return f"a list of {items}" + f" (at least {least})" * bool(least)
-    bounds = " and ".join(f"{sign} {getattr(limit, name):g}" for limit in metadata for kind, name, sign in _BOUNDS
-                          if isinstance(limit, kind))  # fmt: skip
+    found = [(sign, getattr(limit, name, None)) for limit in metadata for name, sign in _SIGNS.items()]
+    bounds = " and ".join(f"{sign} {bound:g}" for sign, bound in found if bound is not None)
     words = {
         bool: "true or false",
         int: f"an integer {bounds}".rstrip(),
@@ -281,28 +255,26 @@ def _show(value: object, *, bare: bool = False) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-# --- merging and checking
-
-
 def _error(problems: Sequence[ConfigError]) -> ConfigError:
+    if len(problems) == 1:
+        return problems[0]
     lines = [f"{problem.where}: {problem.what}" + (f" ({problem.hint})" if problem.hint else "") for problem in problems]
-    summary = ConfigError(f"{len(problems)} problems in the settings:\n{listing(lines)}")
-    return problems[0] if len(problems) == 1 else summary
+    return ConfigError(f"{len(problems)} problems in the settings:\n{listing(lines)}")
 
 
-def _meant(names: Sequence[str]) -> str | None:
-    return f"did you mean {' or '.join(names)}?" if names else None
+def _meant(names: Sequence[str], label: str, every: Iterable[str]) -> str:
+    return f"did you mean {' or '.join(names)}?" if names else f"{label}: {', '.join(every)}"
 
 
 _FAILED = object()
 """Stands in a tree for a block whose problem is already noted."""
 
 
-def _assignment(text: str) -> Node:
+def _assignment(text: str) -> tuple[list[str], Node]:
     key, sign, value = text.partition("=")
     if not sign:
         raise ConfigError(f'must be key=value, not "{text}"', where="--set", hint="for example --set adapter.rank=8")
-    return nested(key.strip().split("."), parse(value, lambda line: "--set"))
+    return key.strip().split("."), parse(value, lambda line: "--set")
 
 
 class _Layers:
@@ -316,34 +288,39 @@ class _Layers:
         self.unused: list[str] = []
         self.known = list(dict.fromkeys(_known(root, "")))
 
-    def add(self, nodes: Iterable[Node]) -> None:
-        """One layer. Sections go before their keys and ``kind`` before its neighbours, whatever the order given."""
-        for node in sorted(nodes, key=_order):
+    def add(self, *values: tuple[list[str], Node]) -> None:
+        """One layer: paths and values. Sections go before their keys and ``kind`` before its neighbours."""
+        for path, node in sorted(values, key=lambda value: ["" if part == "kind" else part for part in value[0]]):
+            for part in reversed(path):
+                node = Node({part: node}, node.origin)
             self.tree = self.overlay(self.shape, self.tree, node, "")
 
     def overlay(self, shape: _Shape | None, lower: Node | None, upper: Node, key: str) -> Node:
         """``upper`` over ``lower``; unknown keys and kinds are noted and left out."""
         below = lower.value if lower and isinstance(lower.value, dict) else None
-        if shape and isinstance(upper.value, str) and shape.kinds:
+        if shape and shape.kinds and isinstance(upper.value, str):
             upper = Node({"kind": upper}, upper.origin)
-        if shape and upper.value is None and not shape.optional:
+        if shape and not shape.optional and upper.value is None:
             upper = Node({}, upper.origin)  # a section whose keys are all commented out
         if not isinstance(upper.value, dict):
             return upper
         if shape is None:
-            merged = {name: self.overlay(None, (below or {}).get(name), node, key) for name, node in upper.value.items()}
-            return Node({**(below or {}), **merged}, upper.origin)
-        old = below["kind"].value if below and shape.kinds else "" if below is not None else None
+            below = below or {}
+            merged = {name: self.overlay(None, below.get(name), node, key) for name, node in upper.value.items()}
+            return Node({**below, **merged}, upper.origin)
         named = upper.value.get("kind") if shape.kinds else None
-        kind = plain(named) if named else shape.first if old is None else old
+        kind = plain(named) if named else below["kind"].value if below and shape.kinds else shape.first
         if kind not in list(shape.members):
-            hint = _meant(difflib.get_close_matches(str(kind), shape.kinds)) or f"kinds: {', '.join(shape.kinds)}"
+            hint = _meant(difflib.get_close_matches(str(kind), shape.kinds), "kinds", shape.kinds)
             self.problems.append(ConfigError(f"unknown kind {_show(kind)}", where=f"{(named or upper).origin}: {key}", hint=hint))
             return Node(_FAILED, upper.origin)
-        if below is None or old is None or shape.members[kind] is not shape.members[old]:
-            self.unused += [f"{path} {_show(value, bare=True)} ({origin}): not used, {key} is {kind} ({upper.origin})"
-                            for path, value, origin in _leaves(plain(lower) if lower and below else {}, lower, key)
-                            if origin != "default" and path != f"{key}.kind"]  # fmt: skip
+        if lower is None or below is None or shape.members[kind] is not shape.member(lower):
+            left = _leaves(plain(lower), lower, key) if lower and below else ()
+            self.unused += [
+                f"{path} {_show(value, bare=True)} ({origin}): not used, {key} is {kind} ({upper.origin})"
+                for path, value, origin in left
+                if origin != "default" and path != f"{key}.kind"
+            ]
             below = shape.block(kind)
         merged, fields = dict(below), shape.members[kind].model_fields
         for name, node in upper.value.items():
@@ -358,13 +335,7 @@ class _Layers:
         others = [other for other in shape.kinds if name in shape.members[other].model_fields]
         same = [known for known in self.known if known.rpartition(".")[2] == name]
         near = [_join(section, match) for match in difflib.get_close_matches(name, here)]
-        names = list(dict.fromkeys(same + near))[:3]
-        if origin.startswith(PREFIX):
-            variables = [PREFIX + known.replace(".", "__").upper() for known in names]
-            every = {known.replace(".", "__").upper() for known in self.known} | {name[len(PREFIX) :] for name in EXEMPT}
-            close = difflib.get_close_matches(origin[len(PREFIX) :], sorted(every), cutoff=0.75)
-            names = list(dict.fromkeys([PREFIX + variable for variable in close] + variables))[:3]
-        what, hint = "unknown key", _meant(names) or f"known here: {', '.join(here)}"
+        what, hint = "unknown key", _meant(list(dict.fromkeys(same + near))[:3], "known here", here)
         if others:
             what, hint = f"{section} is {kind}, and this key belongs to {', '.join(others)}", None
         elif key in self.known:
@@ -378,46 +349,30 @@ class _Layers:
             shape = _shape(model.model_fields[name])
             values[name] = plain(child)
             if shape and isinstance(child.value, dict):
-                member = shape.members[child.value["kind"].value if shape.kinds else ""]
-                values[name] = self.build(member, child, _join(key, name)) or _FAILED
+                values[name] = self.build(shape.member(child), child, _join(key, name)) or _FAILED
         try:
             return model.model_validate(values)
         except ValidationError as error:
             first = {detail["loc"][:1]: detail for detail in reversed(error.errors(include_url=False))}
-            for detail in reversed(first.values()):
-                self.tell(model, node, key, detail)
+            for name, detail in reversed(first.items()):
+                self.tell(model, node, key, str(name[0]) if name else None, detail)
         return None
 
-    def tell(self, model: type[Spec], node: Node, key: str, detail: ErrorDetails) -> None:
-        """A finding of pydantic in plain words."""
-        own = str(detail["ctx"]["error"]) if detail["type"] in ("value_error", "assertion_error") else None  # type: ignore
-        if not detail["loc"]:
+    def tell(self, model: type[Spec], node: Node, key: str, name: str | None, detail: ErrorDetails) -> None:
+        """A finding of pydantic about the key ``name``, or the whole block, in plain words."""
+        own = detail.get("ctx", {}).get("error")  # what a validator of the Spec raised
+        if name is None:
             where = f"{node.origin}: {key}" if key else "settings"
-            self.problems.append(ConfigError(own or detail["msg"], where=where))
+            self.problems.append(ConfigError(str(own or detail["msg"]), where=where))
             return
-        field, child = model.model_fields[str(detail["loc"][0])], node.value.get(detail["loc"][0])
-        path, allowed = _join(key, detail["loc"][0]), _allowed(field.annotation, field.metadata)
+        path, field, child = _join(key, name), model.model_fields[name], node.value.get(name)
+        must = f"must be {_allowed(field.annotation, field.metadata)}"
         if child is None:
-            for name, what in _required(field, path):
-                hint = f"add it to the file, or give --set {name}=…"
-                self.missing.append(ConfigError(f"missing; must be {what}", where=name, hint=hint))
+            self.missing.append(ConfigError(f"missing; {must}", where=path, hint=f"add it to the file, or give --set {path}=…"))
         elif detail["input"] is not _FAILED:
             value = _show(plain(child))
-            plainly = f"must be {allowed}, not {value}"
-            told = plainly if detail["type"].endswith(_TOLD) else f"{own or detail['msg']}; it is {value}"
+            told = f"{own}; it is {value}" if own else f"{must}, not {value}"
             self.problems.append(ConfigError(told, where=f"{child.origin}: {path}"))
-
-
-_TOLD = ("_type", "literal_error", "_equal", "_than", "_short", "_number", "_from_float", "_required")
-"""Ends of the names of pydantic's findings that ``must be`` and what is allowed say in full."""
-
-
-def _order(node: Node) -> list[str]:
-    path: list[str] = []
-    while isinstance(node.value, dict) and len(node.value) == 1:
-        ((name, node),) = node.value.items()
-        path.append("" if name == "kind" else name)
-    return path
 
 
 def _known(model: type[Spec], key: str) -> Iterator[str]:
@@ -428,30 +383,22 @@ def _known(model: type[Spec], key: str) -> Iterator[str]:
             yield from _known(member, _join(key, name))
 
 
-def _required(field: FieldInfo, key: str) -> list[tuple[str, str]]:
-    """(key path, what is allowed) of the values that are missing where a field is not given at all."""
-    shape = _shape(field)
-    inner = shape.members[""].model_fields.items() if shape and not shape.kinds else ()
-    missing = [found for name, item in inner if item.is_required() for found in _required(item, _join(key, name))]
-    return missing or [(key, _allowed(field.annotation, field.metadata))]
-
-
 def _commented(model: type[Spec], node: Node, indent: str) -> Iterator[str]:
     for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "kind"):
         shape, child = _shape(field), node.value.get(name)
-        if shape and child is None:
-            child = Node(shape.block(shape.first), "default")
-        section = shape is not None and child is not None and isinstance(child.value, dict)
+        section = shape if child and isinstance(child.value, dict) else None
         words = [field.description] if field.description else []
-        if not section or (shape and shape.kinds):
-            default = "required" if field.is_required() else f"default {_show(_default(field), bare=True)}"
-            default = f"default {shape.first}" if section and shape and not field.is_required() else default
+        if not section or section.kinds:
+            if field.is_required():
+                default = "required"
+            else:
+                default = f"default {section.first if section else _show(_default(field), bare=True)}"
             words.append(f"{_allowed(field.annotation, field.metadata)}; {default}")
         if name != "kind" or len(get_args(field.annotation)) != 1:
             yield from (f"{indent}# {line}" for text in words for line in textwrap.wrap(text, 110 - len(indent)))
-        if section and shape and child:
+        if section and child:
             yield f"{indent}{name}:"
-            yield from _commented(shape.members[child.value["kind"].value if shape.kinds else ""], child, indent + "  ")
+            yield from _commented(section.member(child), child, indent + "  ")
         elif child:
             yield from (indent + line for line in write({name: plain(child)}).splitlines())
         else:

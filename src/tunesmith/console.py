@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from tunesmith import events
 from tunesmith.errors import SetupError
 from tunesmith.events import Event, Sink
-
-if TYPE_CHECKING:
-    from rich.panel import Panel
-    from rich.text import Text
 
 QUIET_S = 2.0
 """Other long work is not shown before it has taken so long."""
@@ -51,12 +54,19 @@ def _count(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _facts(event: events.StepDone, speed: float) -> dict[str, str]:
+def _speed(steps: Sequence[events.StepDone]) -> float:
+    seconds = sum(step.seconds for step in steps)
+    return sum(step.units for step in steps) / seconds if seconds else 0.0
+
+
+def _facts(steps: Sequence[events.StepDone]) -> dict[str, str]:
+    """The facts of the last of ``steps``; the speed is over all of them."""
+    last = steps[-1]
     return {
-        "learning rate": f"{event.learning_rate:.3g}",
-        "gradient norm": f"{event.gradient_norm:.3g}" + (" clipped" if event.clipped else ""),
-        "speed": f"{speed:,.0f} learned tokens/s",
-        "memory": ", ".join(f"{size(n_bytes)} {name}" for name, n_bytes in event.memory.items()),
+        "learning rate": f"{last.learning_rate:.3g}",
+        "gradient norm": f"{last.gradient_norm:.3g}" + (" clipped" if last.clipped else ""),
+        "speed": f"{_speed(steps):,.0f} learned tokens/s",
+        "memory": ", ".join(f"{size(n_bytes)} {name}" for name, n_bytes in last.memory.items()),
     }
 
 
@@ -74,10 +84,9 @@ def readable(event: Event, total: int | None = None) -> str:
         case events.Resumed():
             text = f"resumed after update {event.step:,}; {event.redone:,} later ones are done again"
         case events.StepDone():
-            facts = _facts(event, event.units / event.seconds if event.seconds else 0.0)
             text = f"step {event.step:,}" + (f"/{total:,}" if total is not None else "")
             text += f" · epoch {event.epoch:.2f} · loss {event.loss:.4f}"
-            text += "".join(f" · {name} {value}" for name, value in facts.items())
+            text += "".join(f" · {name} {value}" for name, value in _facts([event]).items())
         case events.StepSkipped():
             text = f"warning: step {event.step:,} skipped, loss {event.loss}, gradient norm {event.gradient_norm}"
             text += f" ({event.in_a_row} in a row) · rows {', '.join(event.rows)}"
@@ -113,23 +122,20 @@ def log(stream: TextIO) -> Sink:
 class _State:
     """What the display knows. Speed and time to go come from this session only, so a resumed run counts anew."""
 
-    def __init__(self, total: int | None) -> None:
-        self.total = total
+    def __init__(self) -> None:
+        self.total: int | None = None
         self.recent: deque[events.StepDone] = deque(maxlen=20)
-        self.done, self.began = 0, 0.0  # updates seen, and when the first of them started
-        self.ended = False
+        self.done, self.began, self.ended = 0, 0.0, False  # updates seen, and when the first of them started
         self.validations: list[events.Validated] = []
-        self.work: events.Working | None = None
-        self.work_began, self.work_first = 0.0, 0
+        self.work: list[events.Working] = []  # other long work: the first and the last word of it
 
     def take(self, event: Event) -> None:
         if isinstance(event, events.Working):
-            if self.work is None or self.work.label != event.label or event.done <= self.work.done:
-                self.work_began, self.work_first = event.at, event.done
-            self.work = event
+            same = self.work and self.work[-1].label == event.label and event.done > self.work[-1].done
+            self.work = [self.work[0], event] if same else [event]
             return
         self.ended = isinstance(event, events.RunEnded)
-        self.work = None if isinstance(event, events.StepDone | events.RunEnded) else self.work
+        self.work = [] if isinstance(event, events.StepDone | events.RunEnded) else self.work
         if isinstance(event, events.RunStarted | events.Resumed):
             self.total = event.steps
         elif isinstance(event, events.Validated):
@@ -145,76 +151,62 @@ class _State:
             return ""
         last = self.recent[-1]
         pace = (last.at - self.began) / self.done
-        return f"{duration((self.total - last.step) * pace - min(now - last.at, pace))} to go"
+        return f" · {duration((self.total - last.step) * pace - min(now - last.at, pace))} to go"
 
-    def working(self) -> str | None:
-        """Count, rate and end of the other long work; None while it is younger than QUIET_S."""
-        if self.work is None or (took := self.work.at - self.work_began) <= QUIET_S:
-            return None
-        if self.work.done >= self.work.total:
-            return f"{readable(self.work)} in {duration(took)}"
-        rate = max(self.work.done - self.work_first, 1) / took
-        left = (self.work.total - self.work.done) / rate
-        end = time.strftime("%H:%M:%S", time.localtime(self.work.at + left))
-        return f"{readable(self.work)} · {rate:,.1f}/s · {duration(left)} to go, ends {end}"
+    def working(self) -> str:
+        """Count, rate and end of the other long work; empty while it is younger than QUIET_S."""
+        if len(both := self.work) < 2 or (took := both[-1].at - both[0].at) <= QUIET_S:
+            return ""
+        first, work = both
+        if work.done >= work.total:
+            return f"{readable(work)} in {duration(took)}"
+        rate = max(work.done - first.done, 1) / took
+        left = (work.total - work.done) / rate
+        end = time.strftime("%H:%M:%S", time.localtime(work.at + left))
+        return f"{readable(work)} · {rate:,.1f}/s · {duration(left)} to go, ends {end}"
 
     def panel(self) -> Panel | Text:
-        from rich.panel import Panel
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
         recent = list(self.recent)  # the display's thread reads while the loop adds
         if not recent:
-            return Text(self.working() or "")
-        grid = Table.grid(padding=(0, 2), expand=True)
-        grid.add_column(width=14)
-        grid.add_column(ratio=1)
-        step, seconds = recent[-1], sum(event.seconds for event in recent)
-        speed = sum(event.units for event in recent) / seconds if seconds else 0.0
+            return Text(self.working())
+        step, rows = recent[-1], Table.grid(padding=(0, 2), expand=True)
+        rows.add_column(width=14, style="dim")
+        rows.add_column(ratio=1)
+        rows.add_row("", ProgressBar(total=self.total, completed=step.step))
         of = "" if self.total is None else f"/{self.total:,}"
-        rows = {"step": f"{step.step:,}{of} · epoch {step.epoch:.2f} · {self.to_go(time.time())}".rstrip(" ·")}
-        rows["loss"] = f"{step.loss:.4f}"
+        rows.add_row("step", f"{step.step:,}{of} · epoch {step.epoch:.2f}{self.to_go(time.time())}")
+        rows.add_row("loss", f"{step.loss:.4f}")
         if self.validations:
             first, last = self.validations[0], self.validations[-1]
-            rows["validation"] = f"{last.loss:.4f} at step {last.step:,}"
-            rows["validation"] += f", from {first.loss:.4f} at step {first.step:,}" if first is not last else ""
-        rows |= _facts(step, speed)
-        if (work := self.working()) is not None:
-            rows["now"] = work
-        grid.add_row("", ProgressBar(total=self.total or None, completed=step.step))
-        for name, value in rows.items():
-            grid.add_row(Text(name, style="dim"), Text(value))
-        return Panel(grid, title="training", title_align="left")
+            since = f", from {first.loss:.4f} at step {first.step:,}" if first is not last else ""
+            rows.add_row("validation", f"{last.loss:.4f} at step {last.step:,}{since}")
+        for name, value in _facts(recent).items():
+            rows.add_row(name, value)
+        if work := self.working():
+            rows.add_row("now", Text(work))
+        return Panel(rows, title="training", title_align="left")
 
 
 @contextmanager
-def sink(stream: TextIO, total: int | None = None, *, every: float = 5.0) -> Iterator[Sink]:
-    """A sink that shows a run on ``stream``: a live panel on a terminal, else plain lines.
+def sink(stream: TextIO, *, every: float = 5.0) -> Iterator[Sink]:
+    """A sink that shows a run on ``stream``: a live panel on a terminal, else plain lines. NO_COLOR is respected.
 
-    total: planned updates; RunStarted and Resumed set it too. every: seconds between two plain lines about updates, or about other
-    long work (which is silent for its first QUIET_S); the first and last update and all other events are always shown.
-    NO_COLOR is respected.
+    every: seconds between two plain lines about updates, or about other long work (which is silent for its first QUIET_S);
+    the first and last update and all other events are always shown.
     """
-    from rich.console import Console
-    from rich.live import Live
-    from rich.text import Text
-
-    state, shown_at = _State(total), float("-inf")
+    state, shown_at = _State(), float("-inf")
     console = Console(file=stream)  # reads NO_COLOR and TERM by itself
 
     def plain(event: Event) -> None:
         nonlocal shown_at
         state.take(event)
-        text: str | None = readable(event, state.total)
+        text = state.working() if isinstance(event, events.Working) else readable(event, state.total)
         if isinstance(event, events.StepDone | events.Working):
-            text = text if isinstance(event, events.StepDone) else state.working()
             ends = event.done >= event.total if isinstance(event, events.Working) else event.step == state.total
-            if text is None or (event.at - shown_at < every and not ends):
+            if not text or (event.at - shown_at < every and not ends):
                 return
             shown_at = event.at
-            if isinstance(event, events.StepDone) and (left := state.to_go(event.at)):
-                text += f" · {left}"
+            text += state.to_go(event.at) if isinstance(event, events.StepDone) else ""
         stream.write(f"{text}\n")
         stream.flush()
 
@@ -241,29 +233,29 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
         raise SetupError("the TensorBoard sink needs the package tensorboardX", hint=hint) from error
     writer = SummaryWriter(str(folder))
 
+    def numbers(event: events.StepDone | events.Validated | events.Growth, group: str, **values: float) -> None:
+        for name, value in values.items():
+            writer.add_scalar(f"{group}/{name}", value, event.step, walltime=event.at)
+
     def write(event: Event) -> None:
         nonlocal writer
-        scalars: dict[str, float] = {}
         match event:
             case events.Resumed():
                 # TensorBoard then hides what an earlier, killed session wrote beyond the checkpoint.
                 writer.close()
                 writer = SummaryWriter(str(folder), purge_step=event.step + 1)
-            case events.StepDone():
-                scalars = {"train/loss": event.loss, "train/learning_rate": event.learning_rate}
-                scalars["train/gradient_norm"] = event.gradient_norm
-                scalars["train/tokens_per_second"] = event.units / event.seconds if event.seconds else 0.0
-                scalars |= {f"memory/{name}": float(n_bytes) for name, n_bytes in event.memory.items()}
-            case events.Validated():
-                scalars = {"valid/loss": event.loss, "valid/perplexity": event.perplexity}
-            case events.Growth():
-                scalars = {f"growth/{name}": norm for name, norm in event.norms.items()}
             case events.Sampled():
                 # Four spaces make it a code block: an answer's own Markdown must not format the page.
                 text = f"    {event.prompt}\n\n→ {event.answer}".replace("\n", "\n    ")
                 writer.add_text(f"samples/{_line(event.prompt, 60)}", text, event.step, walltime=event.at)
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, getattr(event, "step", 0), walltime=event.at)
+            case events.StepDone(loss=loss, learning_rate=rate, gradient_norm=norm):
+                speed = _speed([event])
+                numbers(event, "train", loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_second=speed)
+                numbers(event, "memory", **event.memory)
+            case events.Validated():
+                numbers(event, "valid", loss=event.loss, perplexity=event.perplexity)
+            case events.Growth():
+                numbers(event, "growth", **event.norms)
 
     try:
         yield write

@@ -1,10 +1,8 @@
 """How files become examples.
 
-Read: JSON lines, a JSON array, gzip of either, folders of them; UTF-8, with or without a byte order mark. Layouts are told
-apart by their keys: OpenAI ``messages``, ShareGPT ``conversations``, Alpaca, prompt/completion, text, chosen/rejected.
-Words are never changed, trimmed or invented. A row that cannot be used becomes a `Dropped` with its file:line, never an
-exception; only a file that cannot be read as a whole raises. The order of turns and the pairing of calls with results are
-checked here, because mistral-common's validator does not.
+Read: JSON lines, a JSON array, gzip of either, folders of them. Layouts are told apart by their keys. Words are never
+changed, trimmed or invented. A row that cannot be used becomes a `Dropped` with its file:line, never an exception; only a
+file that cannot be read as a whole raises.
 """
 
 from __future__ import annotations
@@ -15,9 +13,10 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -38,9 +37,7 @@ class DataSpec(Spec):
     """Where the rows are and how they are read."""
 
     train: tuple[str, ...] = Field(min_length=1, description="files or folders: JSONL, a JSON array, gzip of either")
-    valid: Annotated[float, Field(ge=0, lt=1)] | tuple[str, ...] = Field(
-        default=0.2, description="share held out (no prompt on both sides; 0: none), or files"
-    )
+    valid: Annotated[float, Field(ge=0, lt=1)] | tuple[str, ...] = Field(0.2, description="share held out (0: none), or files")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text", "preference"] = Field(
         default="auto", description="layout of the rows; auto tells by their keys"
     )
@@ -76,8 +73,6 @@ class Read(NamedTuple):
     files: dict[str, str]
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 
 
@@ -98,7 +93,9 @@ def read(paths: Sequence[str | Path], spec: DataSpec) -> Read:
         for line, raw, value in _rows(_decoded(data, path), path):
             source = f"{path}:{line}"
             try:
-                examples.append(_example(_sound(value, raw), source, spec))
+                if isinstance(value, BadRow):
+                    raise value
+                examples.append(_example(value, source, spec))
             except BadRow as bad:
                 dropped.append(Dropped(source, bad.reason, str(bad), raw))
             except RecursionError:
@@ -145,27 +142,22 @@ def _rows(text: str, path: Path) -> Iterator[tuple[int, str, JSON | BadRow]]:
                 yield line, raw.removesuffix("\r"), decoder.whole(raw)
         return
 
-    def broken(at: int, problem: str) -> NoReturn:
-        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
-        raise DataError(f"the JSON array breaks off: {problem}", where=where, hint="mend it, or write one row a line (JSONL)")
-
     line, counted, at = 1, 0, _skip(text, at + 1)
-    while text[at : at + 1] != "]":
-        line, counted = line + text.count("\n", counted, at), at
-        try:
+    try:
+        while text[at : at + 1] != "]":
+            line, counted = line + text.count("\n", counted, at), at
             value, end = decoder.value(text, at)
-        except json.JSONDecodeError as error:
-            broken(error.pos, error.msg)
-        except RecursionError:
-            broken(at, "nested too deeply")
-        yield line, text[at:end], value
-        at = _skip(text, end)
-        comma = text[at : at + 1] == ","
-        at = _skip(text, at + 1) if comma else at
-        if comma == (text[at : at + 1] == "]"):
-            broken(at, "expected a comma and a row, or ]")
-    if _skip(text, at + 1) < len(text):
-        broken(_skip(text, at + 1), "more text after ]")
+            yield line, text[at:end], value
+            at = _skip(text, end)
+            comma = text[at : at + 1] == ","
+            at = _skip(text, at + 1) if comma else at
+            if comma == (text[at : at + 1] == "]"):
+                raise json.JSONDecodeError("expected a comma and a row, or ]", text, at)
+        if (at := _skip(text, at + 1)) < len(text):
+            raise json.JSONDecodeError("more text after ]", text, at)
+    except json.JSONDecodeError as error:
+        hint = "mend it, or write one row a line (JSONL)"
+        raise DataError(f"the JSON array breaks off: {error.msg}", where=f"{path}:{error.lineno}", hint=hint) from None
 
 
 def _skip(text: str, at: int) -> int:
@@ -199,9 +191,19 @@ class _Decoder(json.JSONDecoder):
         return result
 
     def value(self, text: str, at: int) -> tuple[JSON | BadRow, int]:
-        """The value that starts at ``at``, and where it ends. Raises JSONDecodeError, RecursionError."""
+        """The value that starts at ``at``, or what is wrong with it, and where it ends. Raises JSONDecodeError."""
         self.problems.clear()
-        value, end = self.raw_decode(text, at)
+        try:
+            value, end = self.raw_decode(text, at)
+            try:  # half a surrogate pair, which no encoding can write
+                if not (raw := text[at:end]).isascii() or "\\u" in raw:
+                    (raw + json.dumps(value, ensure_ascii=False)).encode()
+            except UnicodeEncodeError as error:
+                found = _show(error.object[max(0, error.start - 20) : error.start + 1])
+                hint = "save the file as UTF-8; a character above U+FFFF takes two \\u escapes"
+                value = BadRow("encoding", "", "text that UTF-8 can write", found, hint)
+        except RecursionError:
+            raise json.JSONDecodeError("values nested too deeply", text, at) from None
         return BadRow("json", "", "plain JSON", self.problems[0]) if self.problems else value, end
 
     def whole(self, text: str) -> JSON | BadRow:
@@ -213,40 +215,20 @@ class _Decoder(json.JSONDecoder):
         except json.JSONDecodeError as error:
             found = f"{error.msg} at column {error.pos + 1}: {_show(text[max(0, error.pos - 20) : error.pos + 20])}"
             return BadRow("json", "", "one whole JSON object a line", found, "rows over many lines need a JSON array")
-        except RecursionError:
-            return BadRow("json", "", "JSON", "values nested too deeply")
-
-
-def _sound(value: JSON | BadRow, raw: str) -> JSON:
-    """``value``, unless it is a problem or holds half a surrogate pair, which no encoding can write."""
-    if isinstance(value, BadRow):
-        raise value
-    try:
-        if not raw.isascii() or "\\u" in raw:
-            (raw + json.dumps(value, ensure_ascii=False)).encode()
-    except UnicodeEncodeError as error:
-        found = _show(error.object[max(0, error.start - 20) : error.start + 1])
-        hint = "save the file as UTF-8; a character above U+FFFF takes two \\u escapes"
-        raise BadRow("encoding", "", "text that UTF-8 can write", found, hint) from None
-    return value
 
 
 def _nested(value: JSON, at: str, reason: str) -> JSON:
     """``value``, or where it is text, the JSON inside."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return _sound(_Decoder().whole(value), value)
-    except BadRow as bad:
-        raise BadRow(reason, at, "a string that holds JSON", f"{_show(value)} ({bad})") from None
+    inside = _Decoder().whole(value) if isinstance(value, str) else value
+    if isinstance(inside, BadRow):
+        raise BadRow(reason, at, "a string that holds JSON", f"{_show(value)} ({inside})")
+    return inside
 
 
 def _show(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
-
-# --- rows -------------------------------------------------------------------------------------------------------------
 
 _LAYOUTS: dict[str, tuple[str, ...]] = {
     "preference": ("chosen", "rejected"), "messages": ("messages",), "sharegpt": ("conversations",),
@@ -271,6 +253,10 @@ def _has(row: dict[str, JSON], *keys: str) -> bool:
     return all(row.get(key) is not None for key in keys)
 
 
+def _take(row: dict[str, JSON], *keys: str) -> JSON:
+    return next((value for value in [row.pop(key, None) for key in keys] if value is not None), None)
+
+
 def _example(value: JSON, source: str, spec: DataSpec) -> Example:
     row = dict(_is(dict, value, ""))
     layout = _layout(row, spec.format)
@@ -278,30 +264,31 @@ def _example(value: JSON, source: str, spec: DataSpec) -> Example:
     if label is not None and not isinstance(label, bool):
         hint = "write true or false, or rename the key if it is no verdict on the answer"
         raise BadRow("label", "label", "true, false or nothing", _show(label), hint)
+    if layout != "preference":
+        row.pop("label", None)
     make = _Maker(row, spec)
+    instruct = layout == "alpaca" and spec.instruction_layout == "instruct"
     if layout == "preference":
-        chosen, rejected = make.preference()
-        return Preference(chosen, rejected, source=source, metadata=make.metadata())
-    row.pop("label", None)
-    if layout == "text":
-        text = make.words("text")
-        return Document(text, label, source=source, metadata=make.metadata())
-    if layout == "completion" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-        prompt, completion = str(row.pop("prompt")), make.words("completion")
-        return Completion(prompt, completion, label, source=source, metadata=make.metadata())
-    if layout == "alpaca":
-        messages = make.alpaca("output")
-    elif layout == "completion":
-        messages = make.turns("prompt", "user") + make.turns("completion", "assistant")
+        made = partial(Preference, *make.preference())
+    elif layout == "text":
+        made = partial(Document, make.words("text"), label)
+    elif layout == "completion" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
+        made = partial(Completion, make.text("prompt"), make.words("completion"), label)
     else:
-        messages = make.turns(_LAYOUTS[layout][0], "user")
-    conversation = make.conversation(messages)
-    if layout == "alpaca" and spec.instruction_layout == "instruct":
-        prompt = "".join(f"{_MARKS[message.role]}{message.content}\n\n" for message in messages[:-1]) + _MARKS["assistant"]
-        return Completion(prompt, messages[-1].content, label, source=source, metadata=make.metadata())
-    if label is None:
-        return Demonstration(conversation, source=source, metadata=make.metadata())
-    return Judged(conversation, label, source=source, metadata=make.metadata())
+        if layout == "alpaca":
+            messages = [*make.instruction(instruct), Message("assistant", make.text("output"))]
+        elif layout == "completion":
+            messages = make.turns("prompt", "user") + make.turns("completion", "assistant")
+        else:
+            messages = make.turns(_LAYOUTS[layout][0], "user")
+        conversation = make.conversation(messages)
+        if instruct:
+            *asked, answer = conversation.messages
+            prompt = "".join(f"{_MARKS[message.role]}{message.content}\n\n" for message in asked) + _MARKS["assistant"]
+            made = partial(Completion, prompt, answer.content, label)
+        else:
+            made = partial(Demonstration, conversation) if label is None else partial(Judged, conversation, label)
+    return made(source=source, metadata=make.metadata())
 
 
 def _layout(row: dict[str, JSON], wanted: str) -> str:
@@ -339,20 +326,19 @@ class _Maker:
             raise BadRow("empty", key, "words", _show(value))
         return value
 
-    def alpaca(self, answer: str | None) -> list[Message]:
-        """System, history, the instruction with its input after an empty line, and the answer."""
-        messages = [Message("system", system)] if (system := self.text("system")) else []
+    def instruction(self, headed: bool) -> list[Message]:
+        """History, then the instruction with its input after an empty line."""
+        messages: list[Message] = []
         for pair in _is(list, self.row.pop("history", None) or [], "history"):
             asked, given = (_is(str, text, "history") for text in (*_is(list, pair, "history"), None, None)[:2])
             messages += [Message("user", asked), Message("assistant", given)]
-        heading = "### Input:\n" if answer and self.spec.instruction_layout == "instruct" else ""
         asked, given = self.text("instruction"), self.text("input")
-        messages.append(Message("user", f"{asked}\n\n{heading}{given}" if asked and given else asked or given))
-        return [*messages, Message("assistant", self.text(answer))] if answer else messages
+        between = "\n\n### Input:\n" if headed else "\n\n"
+        return [*messages, Message("user", f"{asked}{between}{given}" if asked and given else asked or given)]
 
     def preference(self) -> tuple[Conversation, Conversation]:
         key = next((key for key in ("prompt", "conversations", "messages") if _has(self.row, key)), None)
-        context = self.turns(key, "user") if key else self.alpaca(None) if _has(self.row, "instruction") else []
+        context = self.turns(key, "user") if key else self.instruction(False) if _has(self.row, "instruction") else []
         asked = [message for message in context if message.role != "system"]
         row, sides = dict(self.row), []
         for key in ("chosen", "rejected"):
@@ -380,9 +366,7 @@ class _Maker:
         return [self.message(dict(_is(dict, turn, f"{key}[{at}]")), f"{key}[{at}]") for at, turn in enumerate(turns)]
 
     def message(self, turn: dict[str, JSON], at: str) -> Message:
-        roles, texts = [turn.pop(key, None) for key in ("role", "from")], [turn.pop(key, None) for key in ("content", "value")]
-        said = roles[0] if roles[0] is not None else roles[1]
-        content = texts[0] if texts[0] is not None else texts[1]
+        said, content = _take(turn, "role", "from"), _take(turn, "content", "value")
         role = _ROLES.get(said) if isinstance(said, str) else None
         if role is None:
             raise BadRow("role", at, "a role: " + ", ".join(_ROLES), _show(said))
@@ -396,9 +380,7 @@ class _Maker:
         made += [turn.pop("function_call")] if _has(turn, "function_call") else []
         if made and role != "assistant":
             raise BadRow("call", at, "calls by the assistant only", f"a call by {said}")
-        call_id, name = turn.pop("tool_call_id", None), turn.pop("name", None)
-        call_id = None if call_id is None else _is(str, call_id, f"{at}.tool_call_id")
-        name = None if name is None else _is(str, name, f"{at}.name")
+        call_id, name = (_is(str, turn.pop(key), f"{at}.{key}") if _has(turn, key) else None for key in ("tool_call_id", "name"))
         flags = {key: value for key in ("learn", "weight", "train") if (value := turn.pop(key, None)) is not None}
         learn = None if not flags else all(flags.values())
         if any(value not in (0, 1) or value != learn for value in flags.values()) or (learn and role != "assistant"):
@@ -453,9 +435,6 @@ def _call(item: JSON, at: str) -> Call:
     return Call(name, arguments, made or None, given if isinstance(given, str) else None)
 
 
-# --- what becomes of the rows -----------------------------------------------------------------------------------------
-
-
 def require(read: Read, max_dropped: float) -> None:
     """Raises DataError where more than ``max_dropped`` (a share) of the rows are bad, or none is left."""
     share = len(read.dropped) / max(read.rows, 1)
@@ -463,7 +442,7 @@ def require(read: Read, max_dropped: float) -> None:
         return
     files = ", ".join(read.files)
     if not read.dropped:
-        raise DataError("no rows" if not read.rows else "no row is left", where=files, hint="data.train names files of rows")
+        raise DataError("no rows", where=files, hint="data.train names files of rows")
     reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(row.reason for row in read.dropped).most_common())
     shown = listing([f"{row.source}: {row.message}" for row in read.dropped])
     raise DataError(

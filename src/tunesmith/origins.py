@@ -7,7 +7,7 @@ text and ``010`` is ten. A key given twice and a tag that is not of the core sch
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,13 +29,6 @@ class Node(NamedTuple):
 def plain(node: Node) -> Any:
     """The value alone."""
     return {key: plain(item) for key, item in node.value.items()} if isinstance(node.value, dict) else node.value
-
-
-def nested(path: Sequence[str], node: Node) -> Node:
-    """``a, b`` and 1 → ``{a: {b: 1}}``."""
-    for part in reversed(path):
-        node = Node({part: node}, node.origin)
-    return node
 
 
 class _Loader(yaml.SafeLoader):
@@ -98,27 +91,23 @@ def parse(text: str, origin: Callable[[int], str]) -> Node:
     """``origin``: line (from 1) → where it is, in words. Raises ConfigError."""
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        return _composed(node, origin, node.start_mark.line + 1) if node else Node(None, origin(1))
+    except (yaml.YAMLError, RecursionError) as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         what = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error).partition("\n")[0]
         hint = "text that holds or starts with one of * & : { [ % @ ! needs quotes; indent with spaces"
         raise ConfigError(f"not readable as YAML: {what}", where=origin(mark.line + 1 if mark else 1), hint=hint) from error
-    return Node(None, origin(1)) if node is None else _composed(node, origin, node.start_mark.line + 1, ())
 
 
-def _composed(node: yaml.Node, origin: Callable[[int], str], line: int, inside: tuple[yaml.Node, ...]) -> Node:
-    where, inside = origin(line), (*inside, node)
-    values: dict[str, Node] = {}
+def _composed(node: yaml.Node, origin: Callable[[int], str], line: int) -> Node:
+    where, values = origin(line), {}
     if isinstance(node, yaml.ScalarNode):
         try:
             return Node(_SCALARS[node.tag.removeprefix("tag:yaml.org,2002:")](node.value), where)
         except (KeyError, ValueError) as error:
             raise ConfigError(f'"{node.value}" cannot be read as {node.tag}', where=where) from error
-    if any(child in inside for pair in node.value for child in (pair if isinstance(pair, tuple) else (pair,))):
-        raise ConfigError("an alias stands inside what it repeats", where=where)
     if isinstance(node, yaml.SequenceNode):
-        items = [_composed(item, origin, item.start_mark.line + 1, inside) for item in node.value]
-        return Node([plain(item) for item in items], where)
+        return Node([plain(_composed(item, origin, item.start_mark.line + 1)) for item in node.value], where)
     for key, item in node.value:
         line = key.start_mark.line + 1
         if key.tag != "tag:yaml.org,2002:str":
@@ -126,5 +115,5 @@ def _composed(node: yaml.Node, origin: Callable[[int], str], line: int, inside: 
         if key.value in values:
             hint = f"it stands at {values[key.value].origin} already"
             raise ConfigError(f'the key "{key.value}" is given twice', where=origin(line), hint=hint)
-        values[key.value] = _composed(item, origin, line, inside)
+        values[key.value] = _composed(item, origin, line)
     return Node(values, where)

@@ -10,10 +10,9 @@ import math
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -47,57 +46,50 @@ def doctor(path: Path = Path("."), overfit: bool = True, notify: Sink = events.s
 
     path: where runs will be written (it need not exist). overfit: also train a tiny random model for ten steps.
     """
-    groups: list[tuple[str, Callable[[], list[Check]]]] = [
-        ("versions", _versions),
-        ("device", _device),
-        ("memory", _memory),
-        ("disk", lambda: _disk(path)),
-        ("products", _products),
-        ("compiler", _compiler),
-    ]
-    if overfit:
-        groups.append(("overfit", _overfit))
+    groups: dict[str, Callable[[], list[Check]]] = {
+        "versions": _versions, "device": _device, "memory": _memory, "disk": lambda: _disk(path), "products": _products,
+    }  # fmt: skip
+    groups |= {"overfit": _overfit} if overfit else {}
     checks: list[Check] = []
-    for name, look in groups:
+    for name, look in groups.items():
         notify(Notice(f"looking at {name}"))
         try:
             checks += look()
         except TunesmithError as error:
-            checks.append(_check(name, "fail", error.what, error.hint))
+            checks.append(_check(name, error.what, "fail", error.hint))
         except Exception as error:  # a broken native library can raise anything; the doctor's work is to tell it
-            checks.append(_check(name, "fail", f"{type(error).__name__}: {error}", "reinstall as the README says"))
+            checks.append(_check(name, f"{type(error).__name__}: {error}", "fail", "reinstall as the README says"))
     return {"ok": all(check["status"] != "fail" for check in checks), "checks": checks}
 
 
 def render(checks: Sequence[Check]) -> str:
     """A table in plain text: a mark, the name, what was found, and hints on lines of their own."""
-    marks = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
     width = max((len(check["name"]) for check in checks), default=0)
     lines: list[str] = []
     for check in checks:
+        mark = "FAIL" if check["status"] == "fail" else check["status"]
         first, *rest = check["value"].splitlines() or [""]
-        lines.append(f"{marks[check['status']]}  {check['name']:<{width}}  {first}")
+        lines.append(f"{mark:<4}  {check['name']:<{width}}  {first}")
+        rest += [] if check["hint"] is None else [f"hint: {check['hint']}"]
         lines += [f"{'':<{width + 8}}{line}" for line in rest]
-        if check["hint"] is not None:
-            lines.append(f"{'':<{width + 8}}hint: {check['hint']}")
-    counts = {status: sum(check["status"] == status for check in checks) for status in marks}
+    counts = Counter(check["status"] for check in checks)
     verdict = "this machine cannot train yet" if counts["fail"] else "this machine is ready to train"
     lines.append(f"\n{verdict}: {counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
     return "\n".join(lines)
 
 
-def _check(name: str, status: Status, value: str, hint: str | None = None) -> Check:
-    return {"name": name, "status": status, "value": value, "hint": hint}
+def _check(name: str, value: str, problem: Status | Literal[False] = False, hint: str | None = None) -> Check:
+    """``problem`` False: all is well, and the hint is left out."""
+    return {"name": name, "status": problem or "ok", "value": value, "hint": hint if problem else None}
 
 
 def _versions() -> list[Check]:
-    old = sys.version_info < (3, 11)
-    checks = [_check("python", "fail" if old else "ok", platform.python_version(), "Python 3.11 or newer" if old else None)]
+    checks = [_check("python", platform.python_version())]
     for package in PACKAGES:
         try:
-            checks.append(_check(package, "ok", importlib.metadata.version(package)))
+            checks.append(_check(package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
-            checks.append(_check(package, "fail", "not installed", f"pip install {package}"))
+            checks.append(_check(package, "not installed", "fail", f"pip install {package}"))
     return checks
 
 
@@ -107,12 +99,9 @@ def _device() -> list[Check]:
 
     value = f"{device.name} ({device.kind})"
     if device.kind == "gpu":
-        info = mx.device_info()
-        known = {"memory_size": "memory", "max_recommended_working_set_size": "recommended working set"}
-        value += "".join(f", {size(float(info[key]))} {word}" for key, word in known.items() if key in info)
-    reading = backend.memory()
-    value += "; in use " + ", ".join(f"{size(n_bytes)} {name}" for name, n_bytes in reading.items())
-    return [_check("device", "ok", value), *(_check("device", "warn", note) for note in device.notes)]
+        value += f", {size(float(mx.device_info().get('memory_size', 0)))} memory"
+    value += "; in use " + ", ".join(f"{size(n_bytes)} {name}" for name, n_bytes in backend.memory().items())
+    return [_check("device", value), *(_check("device", note, "warn") for note in device.notes)]
 
 
 def _memory() -> list[Check]:
@@ -120,49 +109,37 @@ def _memory() -> list[Check]:
 
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     total, free, where = float(memory.total), float(memory.available), ""
-    container = _container()
-    if container is not None and container[0] < total:
-        total, free, where = container[0], min(free, container[0] - container[1]), " (limit of this container)"
-    low = free < LOW_MEMORY
-    checks = [
-        _check(
-            "memory", "warn" if low else "ok", f"{size(total)} in all{where}, {size(free)} free",
-            "close other programs; else a smaller batch.micro, or loop.checkpoint_gradients" if low else None,
-        )
-    ]  # fmt: skip
-    busy = swap.used > 1e9
-    hint = "the machine is swapping: training would be many times slower; free memory first" if busy else None
-    checks.append(_check("swap", "warn" if busy else "ok", f"{size(swap.total)} in all, {size(swap.used)} used", hint))
-    return checks
+    limit, used = _container()
+    if limit < total:
+        total, free, where = limit, min(free, limit - used), " (limit of this container)"
+    value, hint = f"{size(total)} in all{where}, {size(free)} free", "a smaller batch.micro, or loop.checkpoint_gradients"
+    swapping = "the machine is swapping: training would be many times slower; free memory first"
+    return [
+        _check("memory", value, free < LOW_MEMORY and "warn", f"close other programs; else {hint}"),
+        _check("swap", f"{size(swap.total)} in all, {size(swap.used)} used", swap.used > 1e9 and "warn", swapping),
+    ]
 
 
-def _container() -> tuple[float, float] | None:
-    """(limit, in use without what can be dropped) of this control group (cgroup v2) in bytes; None: no limit."""
+def _container() -> tuple[float, float]:
+    """(limit, in use without what can be dropped) of this control group (cgroup v2) in bytes; infinite: no limit."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used, details = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat"))
     except OSError:
-        return None
+        return math.inf, 0.0
     cached = dict(line.split() for line in details.splitlines()).get("inactive_file", "0")
-    return (float(limit), float(used) - float(cached)) if limit.isdigit() else None
+    return float(limit.replace("max", "inf")), float(used) - float(cached)
 
 
 def _disk(path: Path) -> list[Check]:
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
     if not folder.is_dir():
         raise SetupError(f"{folder} is not a folder, so runs cannot be written there", hint="choose another folder")
     free = shutil.disk_usage(folder).free
-    low = free < LOW_DISK
-    checks = [
-        _check(
-            "disk", "warn" if low else "ok", f"{size(free)} free at {folder}",
-            "each checkpoint of a 7B adapter takes up to 1 GB, a fused model as much as the base" if low else None,
-        )
-    ]  # fmt: skip
+    hint = "each checkpoint of a 7B adapter takes up to 1 GB, a fused model as much as the base"
+    checks = [_check("disk", f"{size(free)} free at {folder}", free < LOW_DISK and "warn", hint)]
     if free < 2 * WRITTEN:
-        return [*checks, _check("write speed", "fail", "not measured: the disk is full", "make room")]
+        return [*checks, _check("write speed", "not measured: the disk is full", "fail", "make room")]
     block = os.urandom(1 << 20)  # a file system that compresses must not flatter itself
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -173,31 +150,16 @@ def _disk(path: Path) -> list[Check]:
             os.fsync(file.fileno())
             speed = WRITTEN / (time.perf_counter() - start)
     except OSError as error:
-        return [*checks, _check("write speed", "fail", f"{folder} cannot be written: {error}", "choose another folder")]
-    slow = speed < SLOW_DISK
-    hint = "checkpoints will take long: raise loop.save_every, or write runs to another disk" if slow else None
-    return [*checks, _check("write speed", "warn" if slow else "ok", f"{size(speed)}/s, flushed to disk", hint)]
+        return [*checks, _check("write speed", f"{folder} cannot be written: {error}", "fail", "choose another folder")]
+    hint = "checkpoints will take long: raise loop.save_every, or write runs to another disk"
+    return [*checks, _check("write speed", f"{size(speed)}/s, flushed to disk", speed < SLOW_DISK and "warn", hint)]
 
 
 def _products() -> list[Check]:
-    device = backend.setup()
-    speed = backend.gflops()
-    slow = device.kind == "cpu" and speed < SLOW_GFLOPS
-    hint = device.blas_hint or ("other programs may be using the processor; try again" if slow else None)
-    status: Status = "warn" if slow or device.blas_hint else "ok"
-    return [_check("products", status, f"{speed:,.0f} GFLOP/s float32, BLAS: {device.blas}", hint)]
-
-
-def _compiler() -> list[Check]:
-    """MLX compiles fused kernels with g++ on Linux CPU only; elsewhere there is nothing to check."""
-    if sys.platform != "linux" or backend.setup().kind != "cpu":
-        return []
-    if shutil.which("g++") is None:
-        return [_check("compiler", "warn", "no g++: MLX runs uncompiled", "apt-get install g++ makes it faster")]
-    found = subprocess.run(["g++", "--version"], capture_output=True, text=True, timeout=20)
-    if found.returncode:
-        return [_check("compiler", "fail", f"g++ does not run: {found.stderr.strip()}", "apt-get install g++")]
-    return [_check("compiler", "ok", (found.stdout.splitlines() or ["g++"])[0])]
+    device, speed = backend.setup(), backend.gflops()
+    problem = (device.blas_hint is not None or (device.kind == "cpu" and speed < SLOW_GFLOPS)) and "warn"
+    hint = device.blas_hint or "other programs may be using the processor; try again"
+    return [_check("products", f"{speed:,.0f} GFLOP/s float32, BLAS: {device.blas}", problem, hint)]
 
 
 def _overfit() -> list[Check]:
@@ -206,8 +168,6 @@ def _overfit() -> list[Check]:
 
     start = time.perf_counter()
     first, last = training.overfit_probe()
-    took = time.perf_counter() - start
-    learned = math.isfinite(last) and last <= OVERFIT_LOSS
-    value = f"loss {first:.2f} → {last:.2f} in ten steps, at most {OVERFIT_LOSS:g} asked, {took:.1f} s"
-    hint = None if learned else "the numbers of this machine or of this MLX are wrong; TUNESMITH_BLAS=off tells if it is BLAS"
-    return [_check("overfit", "ok" if learned else "fail", value, hint)]
+    value = f"loss {first:.2f} → {last:.2f} in ten steps, at most {OVERFIT_LOSS:g} asked, {time.perf_counter() - start:.1f} s"
+    hint = "the numbers of this machine or of this MLX are wrong; TUNESMITH_BLAS=off tells if it is BLAS"
+    return [_check("overfit", value, not last <= OVERFIT_LOSS and "fail", hint)]

@@ -55,8 +55,11 @@ def train(
             early.append(event)
         notify(event)
 
-    for text in (*config.warnings(), *notes):
+    device = backend.setup()
+    for text in (*config.warnings(), *notes, *device.notes):
         hear(Notice(text, level="warning"))
+    if device.blas == "reference":
+        hear(Notice("MLX computes with its slow reference BLAS", level="warning", hint=device.blas_hint))
     prepared = preparation.prepare(config, hear)  # files → examples → tokens → plan of updates; bad rows stop it here
     loaded = model.load(config.model, hear)  # base weights, frozen, quantised if asked
     attached = config.adapter.attach(loaded.net, config.loop.seed)  # what is trainable
@@ -126,7 +129,6 @@ class Loop:
         if cursor.step == 0:
             self._validate(cursor)
             self._sample(0)
-        saved = cursor.step
         for step in range(cursor.step, plan.steps):
             self._update(step, cursor, gradients_of)
             cursor.step = done = step + 1
@@ -141,13 +143,10 @@ class Loop:
             due = spec.save_every and done % spec.save_every == 0
             if last or tired or due or (best and spec.keep_best is not False) or self.stop.is_set():
                 self._save(cursor)
-                saved = done
             if tired:
                 return "stopped_early", f"no better validation loss in {cursor.stale} validations"
             if self.stop.is_set() and not last:
                 return "interrupted", f"go on with: {self.run.hint}"
-        if saved != cursor.step:
-            self._save(cursor)
         return "completed", None
 
     def _update(self, step: int, cursor: Cursor, gradients_of: GradientFunction) -> None:
@@ -352,7 +351,9 @@ def _interruptible() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _sinks(run: Run, cursor: Cursor, steps: int, tensorboard: bool, early: Sequence[Notice], notify: Sink, open_files: ExitStack) -> Sink:
+def _sinks(
+    run: Run, cursor: Cursor, steps: int, tensorboard: bool, early: Sequence[Notice], notify: Sink, open_files: ExitStack
+) -> Sink:
     """Events go to the run directory and to ``notify``. What was logged after the checkpoint is cut: it is done again."""
     path = run.path / EVENTS
     redone = 0
