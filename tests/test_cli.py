@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 import tiny
 import tunesmith
 from tunesmith import backend, cli, events
-from tunesmith.errors import ConfigError, DataError, TunesmithError
+from tunesmith.errors import ConfigError, DataError, ModelError, TunesmithError
 from tunesmith.run import Run
 
 QUICK = ["--set", "loop.steps=3", "--set", "batch.sequences=4", "--set", "loop.sample_tokens=8", "--set", "adapter.rank=4"]
@@ -140,7 +141,10 @@ def test_evaluate_scores_base_and_tuned_on_the_held_out_rows(trained):
     assert scores["loss"]["value"] == pytest.approx(log[-1].loss, rel=1e-5)
     assert scores["loss"]["value"] - scores["loss"]["delta"] == pytest.approx(log[0].loss, rel=1e-5)
     assert scores["perplexity"]["value"] == pytest.approx(2.718281828459045 ** log[-1].loss, rel=1e-5)
-    assert (trained / "evals" / "perplexity@1" / "score.json").exists()
+    before = (trained / "evals" / "perplexity@1" / "score.json").read_text()
+    run("evaluate", trained, "--limit", 1, "--no-base", "--task", "perplexity")
+    assert (trained / "evals" / "perplexity@1" / "score.json").read_text() == before, "a part replaced the evidence"
+    assert (trained / "evals" / "perplexity@1+first1+tuned" / "score.json").exists()
     assert len((trained / "evals" / "perplexity@1" / "examples.jsonl").read_text().splitlines()) == log[0].rows
 
 
@@ -172,6 +176,7 @@ def test_init_writes_settings_that_load(tmp_path, tiny_model, rows):
         (["train", "--model", "m", "--data", "nowhere.jsonl"], 3, "nowhere.jsonl"),
         (["train", "--resume", "nowhere"], 3, "nowhere"),
         (["generate", "nowhere", "--prompt", "x"], 5, "nowhere"),
+        (["generate", "nowhere", "--prompt", "x", "--base"], 2, "plain model"),
     ],
 )
 def test_errors_say_what_where_and_a_hint_without_a_traceback(words, code, told, tmp_path):
@@ -185,11 +190,72 @@ def test_errors_say_what_where_and_a_hint_without_a_traceback(words, code, told,
 def test_the_fast_blas_is_opened_before_mlx_by_the_program_and_by_the_api(tiny_model, rows, tmp_path):
     """Whatever imports MLX first decides: a module loaded a line too early makes everything fifty times slower."""
     program = [sys.executable, "-m", "tunesmith", "train", "--model", tiny_model, "--data", rows, "--out", tmp_path / "a", *QUICK]
-    api = f"import tunesmith as t; t.train(t.configure(model={str(tiny_model)!r}, data=[{str(rows)!r}]), out={str(tmp_path / 'b')!r})"
+    api = f"import tunesmith as t; t.train(t.configure(model={str(tiny_model)!r}, data=[{str(rows)!r}]), out='b')"
     chosen = backend.setup().blas
     for command, name in ((program, "a"), ([sys.executable, "-c", api], "b")):
-        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+        subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=tmp_path)
         assert Run.open(tmp_path / name).manifest["machine"]["blas"] == chosen != "unknown"
+
+
+def test_a_base_that_has_changed_is_refused(tiny_model, rows, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    run("train", "--model", model, "--data", rows, "--out", tmp_path / "run", *QUICK)
+    tiny.write_model(model, json.loads((model / "config.json").read_text())["vocab_size"], seed=5)
+    for words in (["evaluate", tmp_path / "run"], ["generate", tmp_path / "run", "--prompt", "x"]):
+        with pytest.raises(ModelError, match="the base changed since this run was trained"):
+            run(*words)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(trained):
+    with pytest.raises(DataError, match="no checkpoint foo"):
+        run("generate", trained, "--prompt", "x", "--checkpoint", "foo")
+
+
+def test_a_run_is_resumed_from_any_folder(tiny_model, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(rows.parent)
+    run("train", "--model", tiny_model, "--data", rows.name, "--out", tmp_path / "run", *QUICK)
+    Run(tmp_path / "run").mark("running")
+    monkeypatch.chdir(tmp_path)
+    assert "completed" in run("train", "--resume", "run").stderr
+
+
+def test_the_rejected_side_of_a_preference_is_neither_learned_nor_measured(tiny_model, tmp_path):
+    long = " ".join(["note"] * 200)
+    pairs = [{"prompt": f"the cat {at}", "chosen": f"yes {at}", "rejected": long} for at in range(10)]
+    data = tiny.write_rows(tmp_path / "pairs.jsonl", pairs)
+    words = ["train", "--model", tiny_model, "--data", data, "--dry-run", "--set", "batch.length=64"]
+    counts = json.loads(run(*words).stdout)
+    assert counts["rows_dropped"] == {} and counts["sequences_train"] == 8
+
+
+def test_an_answer_left_out_of_a_conversation_leaves_its_other_answers_and_every_count_right(tiny_mistral, tmp_path):
+    rows = []
+    for at in range(12):
+        last = " ".join(["music"] * (90 if at % 4 == 0 else 2))
+        turns = [("system", "be kind"), ("user", f"hi {at}"), ("assistant", "yes"), ("user", "and?"), ("assistant", last)]
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    words = ["--model", tiny_mistral, "--data", data, "--set", "template.too_long=drop", "--set", "batch.length=60"]
+    words += ["--set", "data.max_dropped=0.3"]
+    counts = json.loads(run("train", *words, "--dry-run").stdout)
+    assert counts["rows_train"] + counts["rows_valid"] == 12 and counts["rows_dropped"] == {}
+    assert counts["sequences_train"] + counts["sequences_valid"] == 24 - 3
+    assert counts["notes"]["answers left out: too_long"] == 3
+    run("train", *words, "--out", tmp_path / "run", *QUICK)
+    found = json.loads(run("evaluate", tmp_path / "run", "--task", "perplexity", "--json").stdout)
+    log = [event for event in events.read(tmp_path / "run" / "events.jsonl") if isinstance(event, events.Validated)]
+    loss = next(score for score in found["scores"] if score["name"] == "loss")
+    assert loss["value"] == pytest.approx(log[-1].loss, rel=1e-5)
+
+
+def test_show_reads_the_settings_that_train_reads(tiny_model, tmp_path, monkeypatch):
+    turns = [("user", "a"), ("assistant", "yes"), ("user", "b"), ("assistant", "you")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    data = tiny.write_rows(tmp_path / "x.jsonl", [row])
+    assert run("show", data, "--model", tiny_model).stdout.count("⟦") == 2
+    monkeypatch.setenv("TUNESMITH_TEMPLATE__LEARN", "last")
+    assert run("show", data, "--model", tiny_model).stdout.count("⟦") == 1
 
 
 def test_resume_takes_no_other_settings(trained):
@@ -209,7 +275,13 @@ def test_contradictions_and_poor_choices():
         tunesmith.configure(**base, sets=["data.valid=0", "loop.early_stop=2"])
     with pytest.raises(ConfigError, match="larger than sequences"):
         tunesmith.configure(**base, sets=["batch.micro=9"])
-    assert tunesmith.configure(**base, sets=["data.valid=0"]).spec.warnings() == []
+    (nothing,) = tunesmith.configure(**base, sets=["data.valid=0"]).spec.warnings()
+    assert "nothing is held out" in nothing
+    with pytest.raises(ConfigError, match="validate_every"):
+        tunesmith.configure(**base, sets=["loop.early_stop=2", "loop.validate_every=0"])
+    with pytest.raises(ConfigError, match="betas"):
+        tunesmith.configure(**base, sets=["optimizer.betas=[0.9, 1.0]"])
+    assert tunesmith.configure(**base, sets=["batch.sequences=1"]).spec.batch.at_once == 1
     high = tunesmith.configure(**base, sets=["adapter=full"]).spec.warnings()
     assert len(high) == 1 and "1e-5 is usual" in high[0]
 

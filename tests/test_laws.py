@@ -167,6 +167,44 @@ def test_every_row_is_trained_once_an_epoch_and_validated(tiny_model, tmp_path):
     assert {event.rows for event in log if isinstance(event, events.Validated)} == {counts["sequences_valid"]}
 
 
+def test_resume_after_an_early_stop_does_no_further_update(tiny_model, rows, tmp_path):
+    words = dict(optimizer__learning_rate=30, loop__steps=40, loop__validate_every=1, loop__early_stop=2)
+    run = train(tiny_model, rows, tmp_path / "run", **words)
+    whole, count = final(run), len(losses(run))
+    run.mark("running")
+    call("train", "--resume", str(run.path))
+    assert final(run) == whole and len(losses(run)) == count and run.manifest["status"] == "stopped_early"
+
+
+def test_torn_checkpoints_never_push_out_good_ones(tiny_model, rows, tmp_path):
+    run = train(tiny_model, rows, tmp_path / "run", loop__keep_last=9, loop__save_every=1)
+    whole = final(run)
+    for step in (7, 8):
+        (run.checkpoint(step) / "optimizer.safetensors").write_bytes(b"torn")
+    run.mark("running")
+    call("train", "--resume", str(run.path), "--set", "loop.keep_last=1")
+    assert final(run) == whole and run.checkpoints()[-1] == 8
+    assert len(list((run.path / "checkpoints").glob("torn-*"))) == 2
+
+
+def test_a_log_that_lost_its_end_is_mended_and_told(tiny_model, rows, tmp_path):
+    run = train(tiny_model, rows, tmp_path / "run", loop__keep_last=9)
+    log = run.path / "events.jsonl"
+    log.write_bytes(log.read_bytes()[: run.cursor(8).events_bytes - 50])
+    run.mark("running")
+    call("train", "--resume", str(run.path))
+    told = [event.what for event in events.read(log) if isinstance(event, events.Notice)]
+    assert any("the log lost its end" in text for text in told)
+
+
+def test_what_a_killed_save_left_behind_is_swept(tiny_model, rows, tmp_path):
+    run = train(tiny_model, rows, tmp_path / "run")
+    (run.path / "checkpoints" / ".000009.0c92cabf").mkdir()
+    run.mark("running")
+    call("train", "--resume", str(run.path))
+    assert not list((run.path / "checkpoints").glob(".*"))
+
+
 def spawn(words: list[str], log: Path) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with log.open("w") as stream:
@@ -205,6 +243,7 @@ def killed(model: Path, rows: Path, tmp_path: Path, kills: int) -> None:
         assert code == -signal.SIGKILL, told.read_text()
         died += 1
     assert died >= kills, f"only {died} kills landed"
+    assert not list((out / "checkpoints").glob(".*")), "a killed save left its draft"
     assert final(Run(out)) == final(Run(tmp_path / "straight"))
     assert losses(Run(out)) == losses(Run(tmp_path / "straight")) and len(losses(Run(out))) == 25 * kills
 

@@ -81,28 +81,30 @@ def show(
     *,
     model: str | None = None,
     tokenizer: str | None = None,
+    config: Sequence[str | Path] = (),
+    preset: str | None = None,
     sets: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
     limit: int | None = None,
 ) -> tuple[Rendered, Renderer]:
-    """The rows of ``data`` as the model would learn them, and the renderer that made them. Loads no weights.
+    """The rows of ``data`` as ``train`` would learn them with the same settings, and the renderer. Loads no weights.
 
     model: folder, GGUF file or hub id whose tokenizer and chat template are used; tokenizer: ``mistral-v3`` or a folder.
     """
-    chosen = model or tokenizer or "mistral-v3"
-    resolved = configure(model=chosen, data=data, sets=sets)
+    named = model or (None if preset or config else tokenizer or "mistral-v3")
+    spec = configure(model=named, data=data, config=config, preset=preset, sets=sets, environ=environ).spec
     from tunesmith import formats, template
     from tunesmith import model as models
 
-    spec = resolved.spec
     read = formats.read(spec.data.train, spec.data)
     formats.require(read, 1.0)
-    examples = read.examples[:limit]
-    folder: Path | str = tokenizer or spec.model.tokenizer or ""
-    if not folder:
-        folder = chosen if chosen == "mistral-v3" else models.resolve(chosen, dtype=spec.model.dtype)
-    renderer = template.renderer(folder, spec.template.renderer)
-    drop = spec.template.model_copy(update={"too_long": "drop" if spec.template.too_long == "refuse" else spec.template.too_long})
-    rendered = template.render(examples, renderer, drop, spec.batch.length)
+    chosen: Path | str | None = tokenizer or spec.model.tokenizer
+    if chosen is None:
+        path = spec.model.path
+        chosen = path if path == "mistral-v3" else models.resolve(path, dtype=spec.model.dtype, revision=spec.model.revision)
+    renderer = template.renderer(chosen, spec.template.renderer)
+    lenient = spec.template.model_copy(update={"too_long": "drop"}) if spec.template.too_long == "refuse" else spec.template
+    rendered = template.render(read.examples[:limit], renderer, lenient, spec.batch.length)
     rendered.dropped[:0] = read.dropped
     return rendered, renderer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.nn as nn
 
 from tunesmith import adapters, events, model, template
-from tunesmith.errors import DataError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.events import Notice, Sink
 from tunesmith.formats import Conversation, Message
 from tunesmith.run import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, Run
@@ -90,21 +90,24 @@ def load(target: str | Path, checkpoint: str = "best", *, adapter: bool = True, 
     folder: Path | None = None
     if (path / MANIFEST).is_file():
         run = Run.open(path)
-        folder = run.choose(checkpoint) if adapter else None
+        folder = run.choose(checkpoint, notify) if adapter else None
     elif (path / ADAPTER_CONFIG).is_file():
         if path.resolve().parent.name != CHECKPOINTS:
             raise DataError("is an adapter outside a run", where=str(path), hint="name its run directory, or a model")
         run = Run.open(path.resolve().parent.parent)
-        run.cursor(int(path.resolve().name))
-        folder = path if adapter else None
+        folder = run.choose(path.resolve().name) if adapter else None
+    elif checkpoint != "best" or not adapter:
+        raise ConfigError("a plain model has no checkpoint and no adapter to leave out", where=str(path), hint="name a run")
     else:
         spec = model.ModelSpec(path=str(target))
         loaded = model.load(spec, notify)
         return Speaker(loaded.net, template.renderer(loaded.path))
     config = run.config
     loaded = model.load(config.model, notify)
+    renderer = template.renderer(config.model.tokenizer or loaded.path, config.template.renderer)
+    run.require_base(loaded.fingerprint, renderer.fingerprint)
     if folder is not None:
         adapters.load(loaded.net, folder)
         notify(Notice(f"checkpoint {folder.name}"))
     loaded.net.eval()
-    return Speaker(loaded.net, template.renderer(config.model.tokenizer or loaded.path, config.template.renderer))
+    return Speaker(loaded.net, renderer)

@@ -23,14 +23,20 @@ class BatchSpec(Spec):
     """How many rows an update learns from, and how they are cut for the device."""
 
     sequences: int = Field(default=8, ge=1, description="rows of one optimizer update")
-    micro: int = Field(default=2, ge=1, description="rows on the device at once; changes memory and speed, not the result")
+    micro: int | None = Field(
+        default=None, ge=1, description="rows on the device at once; null: 2. Changes memory and speed, not the result"
+    )
     length: int = Field(default=4096, ge=8, description="longest row, in tokens; template.too_long says what happens beyond")
 
     @model_validator(mode="after")
     def _micro_fits(self) -> BatchSpec:
-        if self.micro > self.sequences:
+        if self.micro is not None and self.micro > self.sequences:
             raise ValueError(f"micro ({self.micro}) is larger than sequences ({self.sequences})")
         return self
+
+    @property
+    def at_once(self) -> int:
+        return self.micro or min(2, self.sequences)
 
 
 class Group(NamedTuple):

@@ -93,13 +93,16 @@ def show(
     model: Model = None,
     tokenizer: Annotated[str | None, typer.Option(help="mistral-v3, or a folder with tokenizer files")] = None,
     limit: Annotated[int | None, typer.Option(help="only the first rows (default 5; all with --json)")] = None,
+    config: Config = None,
+    preset: Preset = None,
     sets: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Print rows as the model would learn them: learned tokens coloured (or between ⟦ and ⟧ without colour)."""
     rendered, renderer = tunesmith.show(
-        data, model=model, tokenizer=tokenizer, sets=sets or (), limit=limit if limit is not None or as_json else 5
-    )
+        data, model=model, tokenizer=tokenizer, config=config or (), preset=preset, sets=sets or (), environ=os.environ,
+        limit=limit if limit is not None or as_json else 5,
+    )  # fmt: skip
     for row in rendered.rows:
         if as_json:
             ids, targets = row.tokens.ids.tolist(), row.tokens.targets.tolist()
@@ -147,7 +150,7 @@ def train(
     from tunesmith.errors import ConfigError
 
     if resume is not None:
-        if config or preset or model or data or out or dry_run:
+        if config or preset or model or data or out or dry_run or explain:
             raise ConfigError("--resume takes its settings from the run", hint="only --set may stand beside it")
         resolved = None
     else:

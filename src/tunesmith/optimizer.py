@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,20 +32,23 @@ _TAKES: dict[str, tuple[Callable[..., optim.Optimizer], frozenset[str]]] = {
 }
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSpec(Spec):
     """How weights move."""
 
     kind: Literal["adamw", "adam", "adamax", "adagrad", "rmsprop", "lion", "sgd", "muon"] = "adamw"
     learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate; LoRA likes 1e-4 to 2e-4")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="from the peak after warm-up to final_share of it at the last step"
+        default="cosine", description="from the peak after warm-up towards final_share of it at the end"
     )
     warmup_steps: int | None = Field(default=None, ge=0, description="updates of linear warm-up; else warmup_share")
     warmup_share: float | None = Field(default=None, ge=0, le=1, description="warm-up as a share of all updates")
     final_share: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end as a share of the peak")
     max_norm: float | None = Field(default=1.0, gt=0, description="clip the global gradient norm here; null: never")
     weight_decay: float | None = Field(default=None, ge=0, description="adamw, lion, sgd, muon; on matrices only")
-    betas: tuple[float, float] | None = Field(default=None, description="adam, adamw, adamax, lion; null: MLX's default")
+    betas: tuple[Beta, Beta] | None = Field(default=None, description="adam, adamw, adamax, lion; null: MLX's default")
     eps: float | None = Field(default=None, gt=0, description="adam, adamw, adamax, adagrad, rmsprop; null: MLX's default")
     momentum: float | None = Field(default=None, ge=0, lt=1, description="sgd, muon; null: MLX's default")
 

@@ -60,11 +60,15 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         tick = events.ticker(notify, "rendering")
         rendered = template.render(selected, renderer, config.template, config.batch.length, tick)
         dropped += rendered.dropped
-        reasons.update(row.reason for row in rendered.dropped)
         notes += rendered.notes
         rows = rows or rendered.rows
-        lost = {row.source for row in rendered.dropped}
-        kept.append([example for example in selected if example.source not in lost])
+        # Of a conversation in several rows one answer may be left out and the others stay.
+        alive = {row.source for row in rendered.rows}
+        for row in rendered.dropped:
+            (notes if row.source in alive else reasons)[
+                f"answers left out: {row.reason}" if row.source in alive else row.reason
+            ] += 1
+        kept.append([example for example in selected if example.source in alive])
         groups.append(config.objective.groups(rendered.rows))
     n_seen = sum(len(side) for side in sides) + sum(len(source.dropped) for source in sources)
     formats.require(formats.Read(kept[0], dropped, n_seen, read.files), config.data.max_dropped)
@@ -73,7 +77,7 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
     for note, count in sorted(notes.items()):
         notify(Notice(note, count=count))
     plan = Plan(
-        tuple(group.length for group in groups[0]), config.batch.sequences, config.batch.micro, config.loop.seed,
+        tuple(group.length for group in groups[0]), config.batch.sequences, config.batch.at_once, config.loop.seed,
         config.loop.epochs, config.loop.steps,
     )  # fmt: skip
     tokens = sum(group.tokens for group in groups[0])

@@ -72,7 +72,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
         "samples": _samples(_only(log, events.Sampled)),
         "growth": asdict(growth[-1]) if growth else None,
         "scores": [
-            {"checkpoint": task["checkpoint"], **score}
+            {"checkpoint": task["checkpoint"], "data": task.get("data"), **score}
             for task in map(_load, sorted((run_dir / EVALS).glob("*/score.json")))
             for score in task["scores"]
         ],
@@ -214,7 +214,7 @@ def _sections(run_dir: Path, found: dict[str, Any]) -> Iterator[tuple[str, list[
     if found["samples"]:
         yield "Samples, before and after", [line for one in found["samples"] for line in _sample(one)]
     if found["scores"]:
-        names = ("task", "version", "checkpoint", "name", "n")
+        names = ("task", "version", "checkpoint", "data", "name", "n")
         rows = (
             (*(str(one[name]) for name in names),
              _interval(one, ("value", "low", "high"), ".4g"),

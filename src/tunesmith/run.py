@@ -27,7 +27,8 @@ from tunesmith import backend
 from tunesmith.adapters import DoRA, Full, LoRA
 from tunesmith.batches import BatchSpec
 from tunesmith.config import Spec, dump, load
-from tunesmith.errors import CorruptCheckpoint, DataError, DiskFull, ResumeMismatch
+from tunesmith.errors import CorruptCheckpoint, DataError, DiskFull, ModelError, ResumeMismatch
+from tunesmith.events import Notice, Sink, silent
 from tunesmith.formats import DataSpec
 from tunesmith.model import ModelSpec
 from tunesmith.objectives.sft import SFT
@@ -72,9 +73,9 @@ class RunConfig(Spec):
 
     model: ModelSpec
     data: DataSpec
-    template: TemplateSpec = Field(default_factory=TemplateSpec)
+    template: TemplateSpec = Field(default_factory=lambda: TemplateSpec.model_validate({}))
     objective: SFT = Field(default_factory=SFT)
-    adapter: LoRA | DoRA | Full = Field(default_factory=LoRA)
+    adapter: LoRA | DoRA | Full = Field(default_factory=lambda: LoRA.model_validate({}))
     batch: BatchSpec = Field(default_factory=BatchSpec)
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     loop: LoopSpec = Field(default_factory=LoopSpec)
@@ -86,7 +87,21 @@ class RunConfig(Spec):
                 raise ValueError("loop.early_stop needs validation rows, and data.valid is 0")
             if self.loop.keep_best:
                 raise ValueError("loop.keep_best needs validation rows, and data.valid is 0")
+        if self.loop.early_stop is not None and self.loop.validate_every == 0:
+            raise ValueError("loop.early_stop needs loop.validate_every above 0")
         return self
+
+    def anchored(self) -> RunConfig:
+        """The same with absolute paths, so that a run can be resumed from any folder."""
+
+        def anchor(path: str) -> str:
+            return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
+
+        data = {"train": tuple(map(anchor, self.data.train))}
+        data |= {"valid": tuple(map(anchor, self.data.valid))} if isinstance(self.data.valid, tuple) else {}
+        paths = {"path": anchor(self.model.path), "tokenizer": self.model.tokenizer and anchor(self.model.tokenizer)}
+        model = self.model.model_copy(update=paths)
+        return self.model_copy(update={"data": self.data.model_copy(update=data), "model": model})
 
     def warnings(self) -> list[str]:
         """Choices that are allowed and poor, each with its reason."""
@@ -101,6 +116,8 @@ class RunConfig(Spec):
             found.append(f"optimizer.learning_rate {rate:g} is low for LoRA: it likes about ten times full weights' rate")
         if not full and self.batch.sequences > 32:
             found.append(f"batch.sequences {self.batch.sequences} is large: LoRA learns better from batches under 32")
+        if self.data.valid in (0, ()):
+            found.append("data.valid is 0: nothing is held out, so there is no validation, no sample and no evaluation")
         if self.optimizer.max_norm is None:
             found.append("optimizer.max_norm is null: one bad row can throw the adapter far off")
         if full and self.model.quantize is not None:
@@ -208,12 +225,10 @@ class Run:
             cursor.sha256 = {file.name: sha256(file) for file in sorted(draft.iterdir())}
             write_json(draft / CURSOR, asdict(cursor))
             for file in draft.iterdir():
-                _flush(file)
-            if final.exists():  # a torn one from before: it was not good enough to resume from
-                shutil.rmtree(final)
+                flush(file)
             draft.rename(final)
-            _flush(final.parent)
-        except OSError:
+            flush(final.parent)
+        except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         return sum(file.stat().st_size for file in final.iterdir())
@@ -228,6 +243,20 @@ class Run:
                 raise
             raise self._full(str(error)) from error
 
+    def moved(self, now: Mapping[str, Any]) -> list[str]:
+        """What is not the same machine or software as when the run began: then the bytes may differ."""
+        was, found = flat({key: self.manifest[key] for key in ("versions", "machine")}), flat(dict(now))
+        changed = [f"{key} {was[key]} → {found[key]}" for key in was if found.get(key) != was[key]]
+        return [f"resumed elsewhere, the result may differ in its last digits: {', '.join(changed)}"] if changed else []
+
+    def require_base(self, base: str, template: str) -> None:
+        """Raises ModelError where the base weights or the template are not those that the run was trained with."""
+        hashes = self.manifest["hashes"]
+        changed = [name for name, value in (("base", base), ("template", template)) if hashes[name] != value]
+        if changed:
+            what = f"the {' and the '.join(changed)} changed since this run was trained: its adapter fits another model"
+            raise ModelError(what, where=self.config.model.path, hint="put it back, or train again")
+
     def _full(self, what: str) -> DiskFull:
         return DiskFull(
             f"the disk is full: {what}", where=str(self.path), hint=f"nothing before it is lost; make room, then: {self.hint}"
@@ -240,7 +269,7 @@ class Run:
         for step in steps:
             if step not in kept:
                 doomed = self.checkpoint(step)
-                aside = doomed.with_name(f".{doomed.name}.old")  # a kill half way leaves no half checkpoint
+                aside = doomed.with_name(f".{doomed.name}.{uuid.uuid4().hex[:8]}")  # a kill half way leaves no half checkpoint
                 doomed.rename(aside)
                 shutil.rmtree(aside)
         write_json(
@@ -272,29 +301,34 @@ class Run:
         return cursor
 
     def newest(self, report: Callable[[CorruptCheckpoint], None]) -> Cursor | None:
-        """The cursor of the newest whole checkpoint, None where there is none; each torn one is reported."""
+        """The cursor of the newest whole checkpoint, None where there is none; each torn one is reported and set aside."""
         for step in reversed(self.checkpoints()):
             try:
                 return self.cursor(step)
             except CorruptCheckpoint as error:
                 report(error)
+                torn = self.checkpoint(step)
+                torn.rename(torn.with_name(f"torn-{torn.name}-{uuid.uuid4().hex[:8]}"))
         return None
 
-    def choose(self, which: str | int | Literal["best", "last"] = "best") -> Path:
-        """The folder of a checkpoint: ``best`` (the last where none was better), ``last``, or a step; checked."""
+    def choose(self, which: str | int | Literal["best", "last"] = "best", notify: Sink = silent) -> Path:
+        """The folder of a checkpoint: ``best`` (the last where that is not kept, which is told), ``last``, or a step."""
         steps = self.checkpoints()
         if not steps:
             raise DataError("has no checkpoint yet", where=str(self.path), hint=self.hint)
         if which == "best":
             last = self.cursor(steps[-1])
             step = last.best_step if last.best_step in steps else steps[-1]
+            if last.best_step not in (step, None):
+                what = f"the lowest validation loss was at step {last.best_step}, which is not kept; step {step} is used"
+                notify(Notice(what, level="warning"))
         elif which == "last":
             step = steps[-1]
         else:
-            step = int(which)
+            step = int(which) if str(which).isdigit() else None
             if step not in steps:
                 kept = ", ".join(map(str, steps))
-                raise DataError(f"has no checkpoint of step {which}", where=str(self.path), hint=f"kept: {kept}")
+                raise DataError(f"has no checkpoint {which}", where=str(self.path), hint=f"best, last, or a step: {kept}")
         assert step is not None
         self.cursor(step)
         return self.checkpoint(step)
@@ -309,6 +343,8 @@ class Run:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise DataError("another process is training this run", where=str(self.path)) from error
+            for left in (self.path / CHECKPOINTS).glob(".*"):  # drafts of a process that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield
 
 
@@ -353,7 +389,7 @@ def write_text(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         draft.write_text(text, encoding="utf-8")
-        _flush(draft)
+        flush(draft)
         draft.rename(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -363,7 +399,8 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until the file, or the names in the folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -29,7 +29,7 @@ from tunesmith import adapters, backend, console, events, model, objectives, opt
 from tunesmith.batches import Group, by_length, collate
 from tunesmith.errors import Diverged, OutOfMemory, TunesmithError
 from tunesmith.events import Notice, Sink
-from tunesmith.run import EVENTS, LOG, OPTIMIZER, Cursor, Run, RunConfig, facts, name
+from tunesmith.run import EVENTS, LOG, OPTIMIZER, Cursor, Run, RunConfig, facts, flush, name
 
 SKIPS_BEFORE_STOP = 3
 
@@ -56,11 +56,14 @@ def train(
         notify(event)
 
     device = backend.setup()
-    for text in (*config.warnings(), *notes, *device.notes):
+    config = config.anchored() if resume is None else config
+    for text in (*config.warnings(), *notes, *device.notes, *(resume.moved(facts(config, {})) if resume else ())):
         hear(Notice(text, level="warning"))
     if device.blas == "reference":
         hear(Notice("MLX computes with its slow reference BLAS", level="warning", hint=device.blas_hint))
     prepared = preparation.prepare(config, hear)  # files → examples → tokens → plan of updates; bad rows stop it here
+    if config.optimizer.warmup(prepared.plan.steps) >= prepared.plan.steps:
+        hear(Notice("the warm-up is as long as the run: the learning rate never reaches its peak", level="warning"))
     loaded = model.load(config.model, hear)  # base weights, frozen, quantised if asked
     attached = config.adapter.attach(loaded.net, config.loop.seed)  # what is trainable
     if resume is None:
@@ -129,6 +132,8 @@ class Loop:
         if cursor.step == 0:
             self._validate(cursor)
             self._sample(0)
+        if tired := self._tired(cursor):  # the process died between the last save and the end
+            return tired
         for step in range(cursor.step, plan.steps):
             self._update(step, cursor, gradients_of)
             cursor.step = done = step + 1
@@ -137,17 +142,23 @@ class Loop:
             best = False
             if last or (spec.validate_every and done % spec.validate_every == 0):
                 best = self._validate(cursor)
-            tired = spec.early_stop is not None and cursor.stale >= spec.early_stop
+            tired, stopping = self._tired(cursor), self.stop.is_set()
             if last or tired or (spec.sample_every and done % spec.sample_every == 0):
                 self._sample(done)
             due = spec.save_every and done % spec.save_every == 0
-            if last or tired or due or (best and spec.keep_best is not False) or self.stop.is_set():
+            if last or tired or due or (best and spec.keep_best is not False) or stopping:
                 self._save(cursor)
             if tired:
-                return "stopped_early", f"no better validation loss in {cursor.stale} validations"
-            if self.stop.is_set() and not last:
+                return tired
+            if stopping and not last:
                 return "interrupted", f"go on with: {self.run.hint}"
         return "completed", None
+
+    def _tired(self, cursor: Cursor) -> tuple[str, str] | None:
+        patience = self.config.loop.early_stop
+        if patience is None or cursor.stale < patience:
+            return None
+        return "stopped_early", f"no better validation loss in {cursor.stale} validations"
 
     def _update(self, step: int, cursor: Cursor, gradients_of: GradientFunction) -> None:
         """One optimizer update: sums of loss and gradients over the micro-batches, divided by the units once."""
@@ -197,7 +208,7 @@ class Loop:
         if not self.prepared.valid:
             return False
         start = time.perf_counter()
-        scores = row_losses(self.net, self.prepared.valid, self.config.batch.micro, events.ticker(self.emit, "validating"))
+        scores = row_losses(self.net, self.prepared.valid, self.config.batch.at_once, events.ticker(self.emit, "validating"))
         units = sum(units for _, units in scores)
         loss = sum(total for total, _ in scores) / units
         best = math.isfinite(loss) and (cursor.best_loss is None or loss < cursor.best_loss)
@@ -233,6 +244,7 @@ class Loop:
         tensors = optimizer.state(self.optimizer)
         needed = sum(value.nbytes for value in tensors.values())
         needed += sum(value.nbytes for value in adapters.trainable(self.net).values())
+        flush(self.run.path / EVENTS)
         cursor.events_bytes = (self.run.path / EVENTS).stat().st_size
 
         def write(folder: Path) -> None:
@@ -352,7 +364,7 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 def _sinks(
-    run: Run, cursor: Cursor, steps: int, tensorboard: bool, early: Sequence[Notice], notify: Sink, open_files: ExitStack
+    run: Run, cursor: Cursor, steps: int, tensorboard: bool, early: list[Notice], notify: Sink, open_files: ExitStack
 ) -> Sink:
     """Events go to the run directory and to ``notify``. What was logged after the checkpoint is cut: it is done again."""
     path = run.path / EVENTS
@@ -360,9 +372,12 @@ def _sinks(
     resuming = path.exists()
     if resuming:
         with path.open("rb+") as stream:
-            stream.seek(cursor.events_bytes)
+            belongs = stream.read(cursor.events_bytes)
+            whole = belongs.rfind(b"\n") + 1  # a power cut can leave the log shorter than the checkpoint knew it
+            if whole < cursor.events_bytes:
+                early.append(Notice("the log lost its end before the checkpoint", level="warning", where=str(path)))
             redone = sum(line.startswith(b'{"kind": "StepDone"') for line in stream)
-            stream.truncate(cursor.events_bytes)
+            stream.truncate(whole)
     kept = [
         events.jsonl(open_files.enter_context(path.open("a", encoding="utf-8"))),
         console.log(open_files.enter_context((run.path / LOG).open("a", encoding="utf-8"))),
@@ -404,7 +419,7 @@ def overfit_probe(steps: int = 10) -> tuple[float, float]:
     )
     config = RunConfig(
         model=model.ModelSpec(path="probe"),
-        data=DataSpec(train=("probe",)),
+        data=DataSpec(train=("probe",), valid=0),
         adapter=adapters.Full.model_validate({}),
         optimizer=optimizer.OptimizerSpec(learning_rate=2e-2, schedule="constant"),
     )

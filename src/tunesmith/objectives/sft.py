@@ -11,7 +11,7 @@ import mlx.nn as nn
 from pydantic import Field
 
 from tunesmith.batches import Batch, Group
-from tunesmith.formats import Example, Judged
+from tunesmith.formats import Demonstration, Example, Judged, Preference
 from tunesmith.objectives import LogProbs, Objective, Sums
 from tunesmith.template import Row
 
@@ -26,17 +26,21 @@ class SFT(Objective):
     needs_reference: ClassVar[bool] = False
 
     def select(self, examples: Sequence[Example]) -> tuple[list[Example], Counter[str]]:
-        if self.undesirable == "learn":
-            return list(examples), Counter()
-        kept = [example for example in examples if not _undesirable(example)]
+        kept = [_chosen(example) for example in examples if self.undesirable == "learn" or not _undesirable(example)]
         return kept, Counter({"undesirable": len(examples) - len(kept)} if len(kept) < len(examples) else {})
 
     def groups(self, rows: Sequence[Row]) -> list[Group]:
-        return [Group((row.tokens,), row.source) for row in rows if row.kind != "rejected"]
+        return [Group((row.tokens,), row.source) for row in rows]
 
     def loss(self, net: nn.Module, batch: Batch, logprobs: LogProbs) -> Sums:
         logps, weights = logprobs(net, batch)
         return Sums(-mx.sum(weights * logps), float(batch.targets[:, 1:].sum()), {})
+
+
+def _chosen(example: Example) -> Example:
+    if isinstance(example, Preference):
+        return Demonstration(example.chosen, source=example.source, metadata=example.metadata)
+    return example
 
 
 def _undesirable(example: Example) -> bool:
