@@ -192,6 +192,11 @@ def test_the_fast_blas_is_opened_before_mlx_by_the_program_and_by_the_api(tiny_m
     program = [sys.executable, "-m", "tunesmith", "train", "--model", tiny_model, "--data", rows, "--out", tmp_path / "a", *QUICK]
     api = f"import tunesmith as t; t.train(t.configure(model={str(tiny_model)!r}, data=[{str(rows)!r}]), out='b')"
     chosen = backend.setup().blas
+    assert backend.prepare.__wrapped__()[0] == "unknown", "what is said when MLX came first"
+    for module in ("run", "training", "reports", "demo", "adapters"):
+        code = f"import tunesmith.{module}; from tunesmith import backend; print(backend.setup().blas)"
+        told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+        assert told == chosen, module
     for command, name in ((program, "a"), ([sys.executable, "-c", api], "b")):
         subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=tmp_path)
         assert Run.open(tmp_path / name).manifest["machine"]["blas"] == chosen != "unknown"

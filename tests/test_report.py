@@ -183,7 +183,9 @@ def test_dropped_rows_scores_growth_and_a_resume_are_in_the_page(run_dir):
     score = {"task": "tool_calls", "version": "1", "name": "right", "value": 0.75, "low": 0.5, "high": 0.9, "n": 40}
     score |= {"delta": 0.7, "delta_low": None, "delta_high": None, "note": "odd"}
     (folder / "evals" / "tool_calls@1").mkdir(parents=True)
-    (folder / "evals" / "tool_calls@1" / "score.json").write_text(json.dumps({"checkpoint": "000060", "data": "data/valid.jsonl", "scores": [score]}))
+    (folder / "evals" / "tool_calls@1" / "score.json").write_text(
+        json.dumps({"checkpoint": "000060", "data": "data/valid.jsonl", "scores": [score]})
+    )
     text = reports.write(folder).read_text()
     assert "Rows left out: 25, the first 20 of them" in text and "| d.jsonl:19 | bad_json |" in text
     assert "| tool_calls | 1 | 000060 | data/valid.jsonl | right | 40 | 0.75 (0.5 to 0.9) | +0.7 | odd |" in text

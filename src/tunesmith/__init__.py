@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tunesmith import backend
+
 if TYPE_CHECKING:
     from tunesmith.answers import Chat
     from tunesmith.config import Resolved
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from tunesmith.template import Rendered, Renderer
 
 __all__ = ["chat", "configure", "doctor", "evaluate", "generate", "init", "plan", "report", "show", "train"]
+
+
+# The one thing done at import: MLX binds its BLAS when it is loaded, whichever module of the package loads it first.
+backend.prepare()
 
 
 def _silent(event: object) -> None:
@@ -38,8 +44,6 @@ def configure(
 
     Raises ConfigError naming every key that is wrong.
     """
-    from tunesmith import backend
-
     backend.setup()
     from tunesmith.config import load
     from tunesmith.run import RunConfig
@@ -55,8 +59,6 @@ def configure(
 
 def init(*, preset: str | None = None, model: str | None = None, data: Sequence[str] = ()) -> str:
     """A complete configuration as YAML, each key with its meaning, default and range; what you must name is marked."""
-    from tunesmith import backend
-
     backend.setup()
     from tunesmith import config, origins
     from tunesmith.run import RunConfig, flat
@@ -121,8 +123,6 @@ def train(
 
     ``sets`` beside ``resume`` may change only what moves no weight. Raises a TunesmithError.
     """
-    from tunesmith import backend
-
     backend.setup()
     from tunesmith import reports, training
     from tunesmith.config import load
@@ -147,8 +147,6 @@ def train(
 
 def plan(config: Resolved[RunConfig], *, notify: Sink = _silent) -> dict[str, JSON]:
     """What ``train`` would do, as counts: rows, tokens, padding, steps, trainable parameters. Trains nothing."""
-    from tunesmith import backend
-
     backend.setup()
     from tunesmith import model as models
     from tunesmith import preparation
@@ -171,8 +169,6 @@ def evaluate(
     notify: Sink = _silent,
 ) -> Evaluation:
     """Scores of base and tuned on the run's held-out rows (or ``data``), with intervals; the report is renewed."""
-    from tunesmith import backend
-
     backend.setup()
     from tunesmith import evaluation, reports
     from tunesmith.run import Run
@@ -210,8 +206,6 @@ def generate(
 
     adapter False asks the run's base as it was before training.
     """
-    from tunesmith import backend
-
     backend.setup()
     from tunesmith import answers, events
 
@@ -233,8 +227,6 @@ def chat(
     notify: Sink = _silent,
 ) -> Chat:
     """A conversation with a run, a checkpoint folder or a plain model: ``for piece in chat(run).say("Hello"): …``."""
-    from tunesmith import backend
-
     backend.setup()
     from tunesmith import answers
     from tunesmith.formats import Message

@@ -81,7 +81,7 @@ def _open_blas() -> tuple[str, str | None]:
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
             if choice != "auto":
-                raise SetupError(f"{name} cannot be opened: {error}", where="TUNESMITH_BLAS") from error
+                return "reference", f"TUNESMITH_BLAS: {name} cannot be opened: {error}"
         else:
             return name, None
     return "reference", BLAS_HINT

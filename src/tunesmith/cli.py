@@ -295,7 +295,6 @@ def _options(
 def main() -> None:
     """The entry point: errors a user can cause are told without a traceback."""
     try:
-        backend.prepare()  # before anything imports MLX
         app()
     except TunesmithError as error:
         if os.environ.get("TUNESMITH_DEBUG"):

@@ -64,10 +64,8 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         rows = rows or rendered.rows
         # Of a conversation in several rows one answer may be left out and the others stay.
         alive = {row.source for row in rendered.rows}
-        for row in rendered.dropped:
-            (notes if row.source in alive else reasons)[
-                f"answers left out: {row.reason}" if row.source in alive else row.reason
-            ] += 1
+        notes.update(f"answers left out: {row.reason}" for row in rendered.dropped if row.source in alive)
+        reasons.update(row.reason for row in rendered.dropped if row.source not in alive)
         kept.append([example for example in selected if example.source in alive])
         groups.append(config.objective.groups(rendered.rows))
     n_seen = sum(len(side) for side in sides) + sum(len(source.dropped) for source in sources)
