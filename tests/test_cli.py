@@ -95,6 +95,14 @@ def test_undesirable_rows_are_left_out_and_counted(tiny_model, tmp_path):
     counts = json.loads(run("train", "--model", tiny_model, "--data", data, "--dry-run").stdout)
     assert counts["rows_dropped"] == {"undesirable": 10} and counts["rows_train"] + counts["rows_valid"] == 20
     assert counts["rows_valid"] == 4  # a fifth of each label
+    run("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run", *QUICK)
+    dropped = [json.loads(line) for line in (tmp_path / "run" / "data" / "dropped.jsonl").read_text().splitlines()]
+    assert sorted(int(row["source"].rsplit(":", 1)[-1]) for row in dropped) == list(range(1, 31, 3))
+
+
+def test_one_path_is_not_taken_letter_by_letter(trained):
+    assert tunesmith.configure(model="m", data="mine.jsonl").spec.data.train == ("mine.jsonl",)
+    assert len(tunesmith.generate(trained, "the cat", max_tokens=2)) == 1
 
 
 def test_the_reference_preset_trains_on_the_reference_data_at_small_scale(tiny_mistral, syngen, tmp_path):
@@ -139,7 +147,7 @@ def test_evaluate_scores_base_and_tuned_on_the_held_out_rows(trained):
     scores = {score["name"]: score for score in found["scores"]}
     log = [event for event in events.read(trained / "events.jsonl") if isinstance(event, events.Validated)]
     assert scores["loss"]["value"] == pytest.approx(log[-1].loss, rel=1e-5)
-    assert scores["loss"]["value"] - scores["loss"]["delta"] == pytest.approx(log[0].loss, rel=1e-5)
+    assert scores["loss"]["base"] == pytest.approx(log[0].loss, rel=1e-5)
     assert scores["perplexity"]["value"] == pytest.approx(2.718281828459045 ** log[-1].loss, rel=1e-5)
     before = (trained / "evals" / "perplexity@1" / "score.json").read_text()
     run("evaluate", trained, "--limit", 1, "--no-base", "--task", "perplexity")
@@ -175,6 +183,8 @@ def test_init_writes_settings_that_load(tmp_path, tiny_model, rows):
         (["train", "--preset", "mistral", "--data", "x"], 2, "mistral-7b"),
         (["train", "--model", "m", "--data", "nowhere.jsonl"], 3, "nowhere.jsonl"),
         (["train", "--resume", "nowhere"], 3, "nowhere"),
+        (["train", "--model", "m", "--data", "x", "--out", "/dev/null/x/y"], 3, "/dev/null/x/y"),
+        (["train", "--model", "m", "--data", "x", "--out", "/proc", "--dry-run"], 3, "exists already"),
         (["generate", "nowhere", "--prompt", "x"], 5, "nowhere"),
         (["generate", "nowhere", "--prompt", "x", "--base"], 2, "plain model"),
     ],

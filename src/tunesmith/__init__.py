@@ -27,6 +27,11 @@ __all__ = ["chat", "configure", "doctor", "evaluate", "generate", "init", "plan"
 backend.prepare()
 
 
+def _many(values: str | Path | Sequence[str | Path]) -> list[str]:
+    """One path or text stands for a list of one; a text is never taken letter by letter."""
+    return [str(values)] if isinstance(values, str | Path) else [str(value) for value in values]
+
+
 def _silent(event: object) -> None:
     pass
 
@@ -52,9 +57,9 @@ def configure(
     if model is not None:
         overrides["model.path"] = (model, "--model")
     if data:
-        overrides["data.train"] = (list(data), "--data")
-    files = [Path(path) for path in config]
-    return load(RunConfig, preset=preset, files=files, environ=environ or {}, sets=sets, overrides=overrides)
+        overrides["data.train"] = (list(_many(data)), "--data")
+    files = [Path(path) for path in _many(config)]
+    return load(RunConfig, preset=preset, files=files, environ=environ or {}, sets=_many(sets), overrides=overrides)
 
 
 def init(*, preset: str | None = None, model: str | None = None, data: Sequence[str] = ()) -> str:
@@ -67,7 +72,7 @@ def init(*, preset: str | None = None, model: str | None = None, data: Sequence[
     if preset is not None:
         values |= flat(origins.plain(origins.read(config.preset_file(preset), str)))
     values |= {"model.path": model} if model else {}
-    values |= {"data.train": list(data)} if data else {}
+    values |= {"data.train": list(_many(data))} if data else {}
     return config.annotated(RunConfig, values)
 
 
@@ -174,7 +179,7 @@ def evaluate(
     from tunesmith.run import Run
 
     found = evaluation.evaluate(
-        Run.open(run), data=data, checkpoint=checkpoint, tasks=tasks, base=base, limit=limit, max_tokens=max_tokens,
+        Run.open(run), data=_many(data), checkpoint=checkpoint, tasks=tasks, base=base, limit=limit, max_tokens=max_tokens,
         notify=notify,
     )  # fmt: skip
     reports.write(found.run.path)
@@ -210,7 +215,7 @@ def generate(
     from tunesmith import answers, events
 
     speaker = answers.load(target, checkpoint, adapter=adapter, notify=notify)
-    asked = [answers.asked(prompt, system) for prompt in prompts]
+    asked = [answers.asked(prompt, system) for prompt in _many(prompts)]
     sampling = answers.Sampling(max_tokens, temperature, top_p, seed)
     return speaker.answer(asked, sampling, events.ticker(notify, "answering"))
 

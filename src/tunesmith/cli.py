@@ -92,7 +92,7 @@ def show(
     data: Annotated[list[str], typer.Argument(help="data files")],
     model: Model = None,
     tokenizer: Annotated[str | None, typer.Option(help="mistral-v3, or a folder with tokenizer files")] = None,
-    limit: Annotated[int | None, typer.Option(help="only the first rows (default 5; all with --json)")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first rows (default 5; all with --json)")] = None,
     config: Config = None,
     preset: Preset = None,
     sets: Set = None,
@@ -114,7 +114,8 @@ def show(
     for row in rendered.dropped:
         typer.echo(f"{row.source}: {row.reason}: {row.message}", err=True)
     notes = "".join(f"; {note}: {count}" for note, count in sorted(rendered.notes.items()))
-    typer.echo(f"{len(rendered.rows)} rows shown, {len(rendered.dropped)} left out{notes}", err=True)
+    only = "" if limit is None and as_json else f" of the first {limit or 5} read"
+    typer.echo(f"{len(rendered.rows)} rows shown{only}, {len(rendered.dropped)} left out{notes}", err=True)
 
 
 def _coloured(row, decode: Callable[[list[int]], str], *, colour: bool) -> str:
@@ -162,6 +163,10 @@ def train(
 
             typer.echo("\n".join(lines(resolved)), err=not dry_run or as_json)
         if dry_run:
+            if out is not None:
+                from tunesmith.run import require_free
+
+                require_free(out)
             with _watch() as notify:
                 counts = tunesmith.plan(resolved, notify=notify)
             _out(counts)
@@ -203,7 +208,7 @@ def evaluate(
         interval = "" if score.low is None else f" [{score.low:.4g}, {score.high:.4g}]"
         change = ""
         if score.delta is not None:
-            change = f"  change {score.delta:+.4g}"
+            change = f"  base {score.value - score.delta:.4g}, change {score.delta:+.4g}"
             change += "" if score.delta_low is None else f" [{score.delta_low:+.4g}, {score.delta_high:+.4g}]"
         typer.echo(f"{score.task}@{score.version} {score.name}: {score.value:.4g}{interval}{change}  (n {score.n})")
     typer.echo(f"report: {found.run.path / 'report.md'}")
@@ -294,6 +299,7 @@ def _options(
 
 def main() -> None:
     """The entry point: errors a user can cause are told without a traceback."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which is not needed
     try:
         app()
     except TunesmithError as error:

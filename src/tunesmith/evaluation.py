@@ -45,7 +45,13 @@ class Evaluation:
     answers: list[Answered]
 
     def summary(self) -> dict[str, Any]:
-        return {"run": str(self.run.path), "checkpoint": self.checkpoint.name, "scores": [asdict(score) for score in self.scores]}
+        return {
+            "run": str(self.run.path),
+            "checkpoint": self.checkpoint.name,
+            "scores": [
+                {**asdict(score), "base": None if score.delta is None else score.value - score.delta} for score in self.scores
+            ],
+        }
 
 
 Measured = dict[str, list[Any]]

@@ -53,10 +53,14 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
     kept: list[list[formats.Example]] = []
     groups: list[list[Group]] = []
     rows: list[template.Row] = []
+    unused: list[formats.Dropped] = []  # sound rows that the objective does not learn from
     notes: Counter[str] = Counter()
     for side in sides:
         selected, left_out = config.objective.select(side)
         reasons += left_out
+        chosen = {example.source for example in selected}
+        what = f"not for {config.objective.kind}: {', '.join(left_out)}"
+        unused += [formats.Dropped(one.source, ",".join(left_out), what, "") for one in side if one.source not in chosen]
         tick = events.ticker(notify, "rendering")
         rendered = template.render(selected, renderer, config.template, config.batch.length, tick)
         dropped += rendered.dropped
@@ -70,8 +74,11 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         groups.append(config.objective.groups(rendered.rows))
     n_seen = sum(len(side) for side in sides) + sum(len(source.dropped) for source in sources)
     formats.require(formats.Read(kept[0], dropped, n_seen, read.files), config.data.max_dropped)
+    dropped += unused
     for reason, count in sorted(reasons.items()):
-        notify(Notice(f"rows left out: {reason}", level="warning", count=count))
+        places = [row.source for row in dropped if row.reason == reason]
+        where = ", ".join(places[:3]) + (", …" if len(places) > 3 else "")
+        notify(Notice(f"rows left out: {reason}", level="warning", count=count, where=where))
     for note, count in sorted(notes.items()):
         notify(Notice(note, count=count))
     plan = Plan(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -155,7 +156,7 @@ class Run:
 
     @property
     def hint(self) -> str:
-        return f"tunesmith train --resume {self.path}"
+        return f"tunesmith train --resume {shlex.quote(str(self.path))}"
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -168,12 +169,13 @@ class Run:
     @classmethod
     def create(cls, path: Path, config: RunConfig, origins: Mapping[str, str], manifest: Mapping[str, Any]) -> Run:
         """A new run directory: it appears whole, with its settings, or not at all. Refuses one that exists."""
-        if path.exists():
-            raise DataError("exists already", where=str(path), hint=f"choose another --out, or --resume {path}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        require_free(path)
         draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
-        for folder in (DATA, CHECKPOINTS):
-            (draft / folder).mkdir(parents=True)
+        try:
+            for folder in (DATA, CHECKPOINTS):
+                (draft / folder).mkdir(parents=True)
+        except OSError as error:
+            raise DataError(f"cannot be made: {error.strerror}", where=str(path), hint="choose another --out") from error
         write_text(draft / CONFIG, dump(config))
         write_json(draft / ORIGIN, dict(origins))
         write_json(draft / MANIFEST, {**manifest, "status": "running"})
@@ -320,7 +322,8 @@ class Run:
             last = self.cursor(steps[-1])
             step = last.best_step if last.best_step in steps else steps[-1]
             if last.best_step not in (step, None):
-                what = f"the lowest validation loss was at step {last.best_step}, which is not kept; step {step} is used"
+                place = f"at step {last.best_step}, which is not kept" if last.best_step else "the base's"
+                what = f"the lowest validation loss so far is {place}; step {step} is used"
                 notify(Notice(what, level="warning"))
         elif which == "last":
             step = steps[-1]
@@ -346,6 +349,15 @@ class Run:
             for left in (self.path / CHECKPOINTS).glob(".*"):  # drafts of a process that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield
+
+
+def require_free(path: Path) -> None:
+    """Raises DataError where a run cannot be made at ``path``: it exists, or what is above it is no folder to write in."""
+    if path.exists():
+        raise DataError("exists already", where=str(path), hint=f"choose another --out, or --resume {shlex.quote(str(path))}")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise DataError(f"cannot be made: {above} is not a folder to write in", where=str(path), hint="choose another --out")
 
 
 def name(config: RunConfig, day: date) -> str:

@@ -29,7 +29,7 @@ from tunesmith import adapters, backend, console, events, model, objectives, opt
 from tunesmith.batches import Group, by_length, collate
 from tunesmith.errors import Diverged, OutOfMemory, TunesmithError
 from tunesmith.events import Notice, Sink
-from tunesmith.run import EVENTS, LOG, OPTIMIZER, Cursor, Run, RunConfig, facts, flush, name
+from tunesmith.run import EVENTS, LOG, OPTIMIZER, Cursor, Run, RunConfig, facts, flush, name, require_free
 
 SKIPS_BEFORE_STOP = 3
 
@@ -55,6 +55,8 @@ def train(
             early.append(event)
         notify(event)
 
+    if resume is None and out is not None:
+        require_free(out)
     device = backend.setup()
     config = config.anchored() if resume is None else config
     for text in (*config.warnings(), *notes, *device.notes, *(resume.moved(facts(config, {})) if resume else ())):
@@ -110,7 +112,7 @@ class Loop:
             why = error.what
             raise
         except KeyboardInterrupt:
-            why = "interrupted at once, before the step was finished"
+            status, why = "interrupted", f"at once, before the step was finished; go on with: {self.run.hint}"
             raise
         except RuntimeError as error:
             why = f"{type(error).__name__}: {error}"
