@@ -1,13 +1,14 @@
 """Optimizers of MLX behind one spec, the learning-rate schedule, clipping, and the optimizer's state as named tensors.
 
-``step`` is one optimizer update everywhere. Weight decay is decoupled and falls on matrices only, never on vectors such as
-norms and biases (Loshchilov & Hutter, arXiv 1711.05101; the usual grouping of transformers' trainer).
+``step`` is one optimizer update everywhere. Weight decay falls on matrices only, never on vectors such as norms and
+biases (the usual grouping of transformers' trainer); it is decoupled (arXiv 1711.05101) but for SGD, where MLX adds it to the gradient.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import mlx.core as mx
@@ -25,7 +26,10 @@ _TAKES: dict[str, tuple[Callable[..., optim.Optimizer], frozenset[str]]] = {
     "adam": (optim.Adam, frozenset({"betas", "eps"})),
     "adamax": (optim.Adamax, frozenset({"betas", "eps"})),
     "adagrad": (optim.Adagrad, frozenset({"eps"})),
+    "adadelta": (optim.AdaDelta, frozenset({"eps"})),
     "rmsprop": (optim.RMSprop, frozenset({"eps"})),
+    # With its own step size switched off: the rate of the schedule is the rate that is used.
+    "adafactor": (partial(optim.Adafactor, relative_step=False, scale_parameter=False), frozenset({"weight_decay"})),
     "lion": (optim.Lion, frozenset({"betas", "weight_decay"})),
     "sgd": (optim.SGD, frozenset({"momentum", "weight_decay"})),
     "muon": (optim.Muon, frozenset({"momentum", "weight_decay"})),
@@ -38,7 +42,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSpec(Spec):
     """How weights move."""
 
-    kind: Literal["adamw", "adam", "adamax", "adagrad", "rmsprop", "lion", "sgd", "muon"] = "adamw"
+    kind: Literal["adamw", "adam", "adamax", "adagrad", "adadelta", "rmsprop", "adafactor", "lion", "sgd", "muon"] = "adamw"
     learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate; LoRA likes 1e-4 to 2e-4")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="from the peak after warm-up towards final_share of it at the end"
@@ -47,9 +51,11 @@ class OptimizerSpec(Spec):
     warmup_share: float | None = Field(default=None, ge=0, le=1, description="warm-up as a share of all updates")
     final_share: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end as a share of the peak")
     max_norm: float | None = Field(default=1.0, gt=0, description="clip the global gradient norm here; null: never")
-    weight_decay: float | None = Field(default=None, ge=0, description="adamw, lion, sgd, muon; on matrices only")
+    weight_decay: float | None = Field(default=None, ge=0, description="adamw, adafactor, lion, sgd, muon; on matrices only")
     betas: tuple[Beta, Beta] | None = Field(default=None, description="adam, adamw, adamax, lion; null: MLX's default")
-    eps: float | None = Field(default=None, gt=0, description="adam, adamw, adamax, adagrad, rmsprop; null: MLX's default")
+    eps: float | None = Field(
+        default=None, gt=0, description="adam, adamw, adamax, adagrad, adadelta, rmsprop; null: MLX's default"
+    )
     momentum: float | None = Field(default=None, ge=0, lt=1, description="sgd, muon; null: MLX's default")
 
     @model_validator(mode="after")
