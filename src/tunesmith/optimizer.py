@@ -1,7 +1,9 @@
 """Optimizers of MLX behind one spec, the learning-rate schedule, clipping, and the optimizer's state as named tensors.
 
-``step`` is one optimizer update everywhere. Weight decay falls on matrices only, never on vectors such as norms and
-biases (the usual grouping of transformers' trainer); it is decoupled (arXiv 1711.05101) but for SGD, where MLX adds it to the gradient.
+``step`` is one optimizer update everywhere.
+
+Weight decay falls on matrices only, never on vectors such as norms and biases (the usual grouping of transformers' trainer).
+It is decoupled (arXiv 1711.05101) but for SGD, where MLX adds it to the gradient.
 """
 
 from __future__ import annotations
