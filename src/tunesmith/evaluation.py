@@ -101,9 +101,7 @@ def evaluate(
         if "perplexity" in tasks:
             tick = events.ticker(notify, f"{side}: loss")
             sums = training.row_losses(loaded.net, groups, config.batch.at_once, tick)
-            found["perplexity"] = [
-                (group.source, loss, units) for group, (loss, units) in zip(groups, sums, strict=True) if units
-            ]
+            found["perplexity"] = [(group.source, *sums_of_row) for group, sums_of_row in zip(groups, sums, strict=True)]
         if "tool_calls" in tasks:
             found["tool_calls"] = _answer(loaded.net, renderer, asked, max_tokens, events.ticker(notify, f"{side}: answers"))
         return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tunesmith import events, formats, model, template
@@ -19,7 +18,6 @@ RENDERED_ROWS_KEPT = 5
 class Prepared:
     """Words become updates: everything that is known before weights are loaded."""
 
-    folder: Path  # model folder: config.json, weights, tokenizer files
     renderer: template.Renderer
     valid_examples: list[formats.Example]
     train: list[Group]
@@ -100,7 +98,7 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         "notes": dict(sorted(notes.items())),
     }
     hashes = {"data": {key: value for source in sources for key, value in source.files.items()}, "template": renderer.fingerprint}
-    return Prepared(folder, renderer, kept[1], groups[0], groups[1], plan, dropped, counts, hashes, rows[:RENDERED_ROWS_KEPT])
+    return Prepared(renderer, kept[1], groups[0], groups[1], plan, dropped, counts, hashes, rows[:RENDERED_ROWS_KEPT])
 
 
 def write(run: Run, prepared: Prepared) -> None:
@@ -123,21 +121,23 @@ class Prompt:
     ids: list[int]
     text: str
     reference: str
-    source: str
 
 
-def prompts(examples: list[formats.Example], renderer: template.Renderer) -> list[Prompt]:
-    """The last assistant turn of each example as a prompt and its reference; examples without one give none."""
+def prompts(examples: list[formats.Example], renderer: template.Renderer, count: int) -> list[Prompt]:
+    """Up to ``count`` last assistant turns, spread evenly over ``examples``, as prompts. Documents ask nothing."""
+    asking = [example for example in examples if not isinstance(example, formats.Document)]
+    count = min(count, len(asking))
     asked: list[Prompt] = []
-    for example in examples:
+    for example in (asking[index * len(asking) // count] for index in range(count)):
         if isinstance(example, formats.Completion):
             ids, text = renderer.text_prompt(example.prompt), example.prompt
-            asked.append(Prompt(ids, text, example.completion, example.source))
-        elif not isinstance(example, formats.Document):
+            asked.append(Prompt(ids, text, example.completion))
+        else:
+            assert not isinstance(example, formats.Document)
             conversation = example.chosen if isinstance(example, formats.Preference) else example.conversation
             context = formats.Conversation(conversation.messages[:-1], conversation.tools)
             last = conversation.messages[-1]
             reference = last.content or "\n".join(f"{call.name} {call.arguments}" for call in last.calls)
             text = context.messages[-1].content if context.messages else ""
-            asked.append(Prompt(renderer.prompt(context), text, reference, example.source))
+            asked.append(Prompt(renderer.prompt(context), text, reference))
     return asked

@@ -227,11 +227,9 @@ class Loop:
 
     def _sample(self, step: int) -> None:
         """Greedy answers to prompts spread evenly over the validation rows."""
-        asked = preparation.prompts(self.prepared.valid_examples, self.prepared.renderer)
-        count = min(self.config.loop.samples, len(asked))
-        if count == 0:
+        chosen = preparation.prompts(self.prepared.valid_examples, self.prepared.renderer, self.config.loop.samples)
+        if not chosen:
             return
-        chosen = [asked[index * len(asked) // count] for index in range(count)]
         renderer = self.prepared.renderer
         self.net.eval()
         answers = model.generate(
