@@ -296,7 +296,8 @@ def test_contradictions_and_poor_choices():
         tunesmith.configure(**base, sets=["loop.early_stop=2", "loop.validate_every=0"])
     with pytest.raises(ConfigError, match="betas"):
         tunesmith.configure(**base, sets=["optimizer.betas=[0.9, 1.0]"])
-    assert tunesmith.configure(**base, sets=["batch.sequences=1"]).spec.batch.at_once == 1
+    with pytest.raises(ConfigError, match="exclude each other"):
+        tunesmith.configure(**base, sets=["loop.compile=true", "batch.pack=true"])
     high = tunesmith.configure(**base, sets=["adapter=full"]).spec.warnings()
     assert len(high) == 1 and "1e-5 is usual" in high[0]
 

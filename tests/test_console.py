@@ -36,6 +36,7 @@ def one_of_each(text: str) -> list[events.Event]:
         events.Sampled(5, text, text, text),
         events.Growth(5, {text: 0.5}),
         events.Saved(5, text, 2_000_000, 0.5),
+        events.Probed(3, 2100, 4.0, MEMORY),
         events.RunEnded("stopped_early", 5, 61.0, text),
     ]
 
@@ -52,7 +53,8 @@ def test_every_kind_of_event_is_readable():
     )
     assert lines[5] == "warning: step 3 skipped, loss nan, gradient norm inf (1 in a row) · rows x, x"
     assert lines[6] == ("validation at step 5: loss 1.0000 · perplexity 2.718 · 12 rows, 900 learned tokens in 3 s · best so far")
-    assert lines[10] == "stopped early at step 5 after 1 m 01 s: x"
+    assert lines[10] == "largest micro-batch: 3 rows, 2,100 tokens · 4 s · memory 3.10 GB resident, 2.00 GB active, 2.50 GB peak"
+    assert lines[11] == "stopped early at step 5 after 1 m 01 s: x"
 
 
 @given(st.text(max_size=40) | st.just("\x1b[2J\r\nnext\x07 line\u2028\u202e"))

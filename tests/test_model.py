@@ -205,37 +205,6 @@ def test_a_folder_that_is_quantised_already(tiny_model, tmp_path):
         load(folder, quantize=8)
 
 
-# Hidden states and logits
-
-
-@pytest.mark.parametrize("kind", ["tiny_model", "tiny_mistral"])
-def test_head_of_features_is_the_model(kind, request):
-    net = load(request.getfixturevalue(kind)).net
-    assert model.split_head(net)
-    np.testing.assert_allclose(np.array(model.head(net, model.features(net, IDS))), logits(net), atol=1e-6)
-
-
-def test_split_head_sees_what_happens_after_the_head(tiny_model):
-    class Capped(nn.Module):
-        def __init__(self, inner: nn.Module, scale: float) -> None:
-            super().__init__()
-            self.model = inner["model"]
-            self.scale = scale
-
-        def __call__(self, ids: mx.array) -> mx.array:
-            return self.scale * mx.tanh(self.model.embed_tokens.as_linear(self.model(ids)) / self.scale)
-
-    inner = load(tiny_model).net
-
-    class Shortened(Capped):
-        def __call__(self, ids: mx.array) -> mx.array:
-            return self.model.embed_tokens.as_linear(self.model(ids))[..., :100]
-
-    assert not model.split_head(Capped(inner, 0.5))
-    assert not model.split_head(Shortened(inner, 0.5))
-    assert not model.split_head(nn.Linear(3, 3))
-
-
 # Generating
 
 

@@ -16,8 +16,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import tiny
-from tunesmith import adapters, config, errors, events, model, objectives, optimizer, training
-from tunesmith.batches import Group, Plan, by_length, collate
+from tunesmith import adapters, config, errors, events, gradients, model, objectives, optimizer, training
+from tunesmith.batches import Cut, Group, Plan, collate
 from tunesmith.objectives.sft import SFT
 from tunesmith.run import Cursor, Run, RunConfig
 from tunesmith.template import Tokens
@@ -36,7 +36,7 @@ def group(ids, targets, source="x.jsonl:1") -> Group:
 
 def loss(net, groups) -> tuple[float, float]:
     sums = SFT().loss(net, collate(groups), objectives.learned_logprobs)
-    return sums.loss.item(), sums.units
+    return sums.loss.item(), sums.units.item()
 
 
 def test_museum_01_padding_is_never_learned(net):
@@ -51,27 +51,27 @@ def test_museum_01_padding_is_never_learned(net):
 def test_museum_02_like_lengths_stand_together():
     """mlx-lm CacheDataset.itemlen sorts by the number of keys of a dict, that is, not at all."""
     lengths = [52, 3, 22, 51, 4, 23]
-    assert by_length(lengths, 2) == [[0, 3], [5, 2], [4, 1]]
-    plan = Plan(tuple(lengths), sequences=6, micro=2, seed=0)
+    assert Cut(999, micro=2)(lengths, range(6)) == [[0, 3], [5, 2], [4, 1]]
+    plan = Plan(tuple(lengths), sequences=6, cut=Cut(999, micro=2), seed=0)
     assert sorted(map(sorted, plan.update(0))) == [[0, 3], [1, 4], [2, 5]]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 31])
 def test_museum_03_no_row_is_left_out_of_an_epoch(count):
     """mlx-lm iterate_batches never trains the last n % batch rows."""
-    plan = Plan(tuple(range(1, count + 1)), sequences=4, micro=3, seed=1, epochs=3)
+    plan = Plan(tuple(range(1, count + 1)), sequences=4, cut=Cut(count, micro=3), seed=1, epochs=3)
     for epoch in range(3):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
         seen = [member for step in steps for micro in plan.update(step) for member in micro]
         assert sorted(seen) == list(range(count))
-    assert sorted(index for micro in by_length(plan.lengths, 4) for index in micro) == list(range(count))
+    assert sorted(index for micro in plan.cut(plan.lengths, range(count)) for index in micro) == list(range(count))
 
 
 def test_museum_04_a_batch_without_a_target_is_not_a_nan(net):
     """mlx-lm default_loss divides 0 by 0 and writes NaN into every weight."""
     empty = group([5, 6, 7], [0, 0, 0])
     assert loss(net, [empty]) == (0.0, 0.0)
-    assert training.row_losses(net, [empty, group([5, 6], [0, 1])], 2)[0] == (0.0, 0.0)
+    assert gradients.row_losses(net, [empty, group([5, 6], [0, 1])], Cut(99))[0] == (0.0, 0.0)
 
 
 def test_museum_07_validation_is_all_rows_and_draws_nothing(net):
@@ -79,8 +79,8 @@ def test_museum_07_validation_is_all_rows_and_draws_nothing(net):
     groups = [group(range(3, 3 + n), [0] + [1] * (n - 1), f"x:{n}") for n in (4, 9, 6, 5, 8)]
     np.random.seed(0)
     before = np.random.get_state()[1].copy()
-    first = training.row_losses(net, groups, 2)
-    second = training.row_losses(net, groups[::-1], 3)[::-1]
+    first = gradients.row_losses(net, groups, Cut(20))
+    second = gradients.row_losses(net, groups[::-1], Cut(40, pack=True))[::-1]
     assert len(first) == len(groups)
     np.testing.assert_allclose(first, second, rtol=1e-5)
     assert (np.random.get_state()[1] == before).all()
@@ -90,7 +90,7 @@ def test_museum_10_checkpointing_touches_only_this_model_and_ends(net, tiny_mode
     """mlx-lm grad_checkpoint patches type(layer).__call__: for ever, for every model, and twice when called twice."""
     other = model.load(model.ModelSpec(path=str(tiny_model))).net
     kind, call = type(net.layers[0]), type(net.layers[0]).__call__
-    with training.checkpointed(net), training.checkpointed(net):
+    with gradients.checkpointed(net), gradients.checkpointed(net):
         assert type(net.layers[0]) is not kind and type(other.layers[0]) is kind
         assert kind.__call__ is call
     assert type(net.layers[0]) is kind
@@ -109,7 +109,7 @@ def test_museum_12_clipping_reaches_gradients_inside_lists():
 
 def every_error() -> list[type[errors.TunesmithError]]:
     found = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.TunesmithError)]
-    assert len(found) == 15
+    assert len(found) == 16
     return found
 
 
@@ -147,22 +147,20 @@ def test_museum_23_a_loss_that_is_not_finite_is_skipped_named_and_stops_the_run(
     settings = RunConfig(
         model={"path": str(tiny_model)},
         data={"train": str(data)},
-        batch={"sequences": 2},
+        batch={"sequences": 2, "tokens": 4096, "pack": True},
         loop={"steps": 9, "samples": 0, "validate_every": 0},
     )
     real = training.gradient_function
 
-    def poisoned(net, settings):
-        inner, calls = real(net, settings), iter(range(100))
+    class Poisoned(real):
+        calls = iter(range(-1, 100))  # the first is the probe's
 
-        def call(groups):
-            value, gradients = inner(groups)
-            bad = next(calls) in (1, 4, 5, 6)
-            return value, tree_map(lambda leaf: leaf * math.nan, gradients) if bad else gradients
+        def __call__(self, groups, key):
+            value, found = super().__call__(groups, key)
+            bad = next(self.calls) in (1, 4, 5, 6)
+            return value, tree_map(lambda leaf: leaf * math.nan, found) if bad else found
 
-        return call
-
-    monkeypatch.setattr(training, "gradient_function", poisoned)
+    monkeypatch.setattr(training, "gradient_function", Poisoned)
     log: list[events.Event] = []
     with pytest.raises(errors.Diverged, match="3 updates in a row"):
         training.train(settings, out=tmp_path / "run", notify=log.append)
@@ -186,7 +184,8 @@ def test_museum_24_every_preset_is_loaded_by_a_test():
 def test_gradient_reaches_every_trainable_tensor_and_none_other(net):
     net.load_weights([(name, value + 0.1) for name, value in adapters.trainable(net).items()], strict=False)
     settings = RunConfig(model={"path": "x"}, data={"train": "x"})
-    _, gradients = training.gradient_function(net, settings)([group(range(3, 20), [0] * 8 + [1] * 9)])
-    flat = dict(tree_flatten(gradients))
+    step = training.gradient_function(net, settings)
+    _, sums = step([group(range(3, 20), [0] * 8 + [1] * 9)], training.dropout_key(0, 0, 0))
+    flat = dict(tree_flatten(sums))
     assert flat.keys() == adapters.trainable(net).keys() and len(flat) == 8
     assert all(mx.abs(leaf).max().item() > 0 for leaf in flat.values())

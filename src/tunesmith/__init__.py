@@ -123,10 +123,11 @@ def train(
     resume: str | Path | None = None,
     sets: Sequence[str] = (),
     notify: Sink = _silent,
-) -> Run:
+) -> Run | None:
     """Train, write the report, and return the run directory; or go on with the run ``resume``.
 
-    ``sets`` beside ``resume`` may change only what moves no weight. Raises a TunesmithError.
+    Under `mlx.launch`, None on all ranks but the first. ``sets`` beside ``resume`` may change only what moves no weight.
+    Raises a TunesmithError.
     """
     backend.setup()
     from tunesmith import reports, training
@@ -146,7 +147,8 @@ def train(
         run = training.train(config.spec, config.origins, out=where, notes=config.unused, notify=notify)
     else:
         raise ConfigError("nothing to train: neither settings nor a run to resume is given")
-    reports.write(run.path)
+    if run is not None:
+        reports.write(run.path)
     return run
 
 

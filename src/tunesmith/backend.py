@@ -11,16 +11,20 @@ import ctypes
 import ctypes.util
 import functools
 import importlib
+import json
 import os
 import shutil
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from tunesmith.errors import SetupError
 
 BLAS_CANDIDATES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
 BLAS_HINT = "for products about 50 times faster: apt-get install libopenblas0-pthread (or pip install mkl), then again"
+
+_AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1
@@ -75,6 +79,7 @@ def _open_blas() -> tuple[str, str | None]:
     choice = os.environ.get("TUNESMITH_BLAS", "auto")
     if choice == "off":
         return "reference", "TUNESMITH_BLAS=off"
+    _tune_openblas()
     candidates = BLAS_CANDIDATES if choice == "auto" else (choice,)
     for name in candidates:
         try:
@@ -85,6 +90,38 @@ def _open_blas() -> tuple[str, str | None]:
         else:
             return name, None
     return "reference", BLAS_HINT
+
+
+def _tune_openblas() -> None:
+    """Settings that OpenBLAS reads when it is opened; what the user has set stays.
+
+    Waiting threads spin for 2^26 cycles, on cores that the next operation of MLX needs, and ranks on one machine would each start
+    a thread on every core.
+    """
+    if core := openblas_core():
+        os.environ.setdefault("OPENBLAS_CORETYPE", core)
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
+    if (ranks := _ranks_here()) > 1:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+
+
+def openblas_core() -> str | None:
+    """The kernels to ask of OpenBLAS, where it would choose badly: older releases take an AMD processor with AVX-512 for one
+    without, which halves its speed."""
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        facts = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)}
+    amd = facts.get("vendor_id") == ["AuthenticAMD"]
+    return "SkylakeX" if amd and set(facts.get("flags", [])) >= _AVX512 else None
+
+
+def _ranks_here() -> int:
+    """Processes that `mlx.launch` started on this machine, this one among them."""
+    try:
+        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
+        names = [str(addresses[0]).rsplit(":", 1)[0] for addresses in hosts]
+        return names.count(names[int(os.environ["MLX_RANK"])])
+    except (KeyError, OSError, ValueError, IndexError, TypeError):
+        return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
 
 
 def _keep_freed_memory() -> None:
@@ -111,12 +148,27 @@ def _chip(mx, kind: str) -> str:
     return platform.processor() or platform.machine()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether MLX gave up for want of memory (it says so in words only: Metal, CUDA and malloc each in their own)."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(word in words for word in ("alloc", "out of memory", "insufficient memory"))
+
+
 def memory() -> dict[str, int]:
     """Bytes: ``resident`` of this process, ``active`` and ``peak`` of MLX's allocator."""
     import mlx.core as mx
     import psutil
 
     return {"resident": psutil.Process().memory_info().rss, "active": mx.get_active_memory(), "peak": mx.get_peak_memory()}
+
+
+def memory_limit() -> int:
+    """Bytes that a process can use without swapping: the GPU's recommended working set, or the memory of the machine."""
+    import mlx.core as mx
+    import psutil
+
+    info: dict = mx.device_info() if setup().kind == "gpu" else {}
+    return int(info.get("max_recommended_working_set_size") or info.get("memory_size") or psutil.virtual_memory().total)
 
 
 def gflops(size: int = 1024, repeats: int = 3) -> float:

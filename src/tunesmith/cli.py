@@ -173,6 +173,8 @@ def train(
             return
     with _watch() as notify:
         run = tunesmith.train(resolved, out=out, resume=resume, sets=(sets or ()) if resume else (), notify=notify)
+    if run is None:
+        return  # another rank speaks
     summary = reports.summary(run.path)
     if as_json:
         _out(summary)

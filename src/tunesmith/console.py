@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -66,8 +66,12 @@ def _facts(steps: Sequence[events.StepDone]) -> dict[str, str]:
         "learning rate": f"{last.learning_rate:.3g}",
         "gradient norm": f"{last.gradient_norm:.3g}" + (" clipped" if last.clipped else ""),
         "speed": f"{_speed(steps):,.0f} learned tokens/s",
-        "memory": ", ".join(f"{size(n_bytes)} {name}" for name, n_bytes in last.memory.items()),
-    }
+        "memory": _memory(last.memory),
+    } | ({"shapes compiled": str(last.traces)} if last.traces else {})
+
+
+def _memory(readings: Mapping[str, int]) -> str:
+    return ", ".join(f"{size(n_bytes)} {name}" for name, n_bytes in readings.items())
 
 
 def readable(event: Event, total: int | None = None) -> str:
@@ -83,6 +87,9 @@ def readable(event: Event, total: int | None = None) -> str:
             text = f"{event.label}: {event.done:,} of {event.total:,}"
         case events.Resumed():
             text = f"resumed after update {event.step:,}; {event.redone:,} later ones are done again"
+        case events.Probed():
+            text = f"largest micro-batch: {event.rows:,} rows, {event.tokens:,} tokens · {duration(event.seconds)}"
+            text += f" · memory {_memory(event.memory)}"
         case events.StepDone():
             text = f"step {event.step:,}" + (f"/{total:,}" if total is not None else "")
             text += f" · epoch {event.epoch:.2f} · loss {event.loss:.4f}"

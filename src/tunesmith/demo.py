@@ -64,6 +64,7 @@ def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None =
     print("3/4  training on the desirable rows", file=sys.stderr)
     with console.sink(sys.stderr) as notify:
         run = tunesmith.train(resolved, out=out, notify=notify)
+    assert run is not None, "the demo is one process"
     print("4/4  asking base and tuned model the same held-out prompts", file=sys.stderr)
     with console.sink(sys.stderr) as notify:
         found = tunesmith.evaluate(run.path, max_tokens=80, notify=notify)

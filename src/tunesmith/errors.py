@@ -9,6 +9,7 @@ TunesmithError 1
 │   ├── Diverged         three updates in a row were not finite
 │   ├── OutOfMemory      the device ran out of memory
 │   ├── DiskFull         a checkpoint would not fit
+│   ├── RankLost         another process of the run is gone
 │   ├── CorruptCheckpoint  a checksum does not match
 │   └── ResumeMismatch   what the run was started with has changed
 ├── EvaluationError 7
@@ -77,6 +78,10 @@ class OutOfMemory(TrainingError):
 
 
 class DiskFull(TrainingError):
+    pass
+
+
+class RankLost(TrainingError):
     pass
 
 

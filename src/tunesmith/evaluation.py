@@ -14,7 +14,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from tunesmith import adapters, events, formats, model, template, training
+from tunesmith import adapters, events, formats, gradients, model, template
+from tunesmith.batches import Cut
 from tunesmith.errors import EvaluationError
 from tunesmith.events import Notice, Sink
 from tunesmith.formats import JSON
@@ -86,6 +87,7 @@ def evaluate(
     for row in rendered.dropped:
         notify(Notice(f"not measured: {row.message}", level="warning", where=row.source))
     groups = config.objective.groups(rendered.rows)
+    cut = Cut.of(config.batch, [group.length for group in groups])
     asked = [reference for example in examples if (reference := references(example)) is not None]
     if "tool_calls" in tasks and len(asked) < len(examples):
         left_out = len(examples) - len(asked)
@@ -100,7 +102,7 @@ def evaluate(
         found: Measured = {}
         if "perplexity" in tasks:
             tick = events.ticker(notify, f"{side}: loss")
-            sums = training.row_losses(loaded.net, groups, config.batch.at_once, tick)
+            sums = gradients.row_losses(loaded.net, groups, cut, tick)
             found["perplexity"] = [(group.source, *sums_of_row) for group, sums_of_row in zip(groups, sums, strict=True)]
         if "tool_calls" in tasks:
             found["tool_calls"] = _answer(loaded.net, renderer, asked, max_tokens, events.ticker(notify, f"{side}: answers"))

@@ -76,6 +76,17 @@ class StepDone(Event):
     clipped: bool
     seconds: float
     memory: dict[str, int]  # resident, active, peak (bytes)
+    traces: int = 0  # shapes compiled so far
+
+
+@dataclass(frozen=True, slots=True)
+class Probed(Event):
+    """The run's largest micro-batch was tried before step 1: ``rows`` with ``tokens`` on the device, padding included."""
+
+    rows: int
+    tokens: int
+    seconds: float
+    memory: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +154,7 @@ Sink = Callable[[Event], None]
 KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (
-        Notice, RunStarted, Resumed, StepDone, StepSkipped, Validated, Sampled, Growth, Saved, RunEnded,
+        Notice, RunStarted, Resumed, Probed, StepDone, StepSkipped, Validated, Sampled, Growth, Saved, RunEnded,
     )
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from tunesmith import events
+from tunesmith import events, kernels
 from tunesmith.config import Spec
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
@@ -116,6 +116,7 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
         net.set_dtype(mx.float32)
         what = "the quantised weights are held as float32: the same numbers, and packed ones are about 50 times slower on a CPU"
         notify(Notice(what, where="model"))
+    kernels.install(net)
     net.eval()
     net.freeze()
     mx.eval(net.parameters())
@@ -179,29 +180,8 @@ def _fingerprint(path: Path) -> str:
     return total.hexdigest()
 
 
-def features(net: nn.Module, ids: mx.array) -> mx.array:
-    """(N, T) int32 → (N, T, D): hidden states after the last norm. For models where ``split_head`` holds."""
-    return net["model"](ids)
-
-
-def head(net: nn.Module, hidden: mx.array) -> mx.array:
-    """(…, D) → (…, V): logits, through ``lm_head`` or the tied embedding. For models where ``split_head`` holds."""
-    return net["lm_head"](hidden) if "lm_head" in net else net["model"]["embed_tokens"].as_linear(hidden)
-
-
-def split_head(net: nn.Module) -> bool:
-    """Whether head(features(x)) = net(x), tried on a few tokens. False for soft-capped or scaled logits and others."""
-    ids = mx.arange(8, dtype=mx.int32)[None]
-    with _evaluating(net):
-        try:
-            split, whole = head(net, features(net, ids)).astype(mx.float32), net(ids).astype(mx.float32)
-        except (KeyError, TypeError, ValueError, AttributeError):  # another layout, another signature, another shape
-            return False
-        return split.shape == whole.shape and bool(mx.abs(whole - split).max() <= 1e-3 * mx.abs(whole).max())
-
-
 @contextlib.contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
+def evaluating(net: nn.Module) -> Iterator[None]:
     """Dropout off inside; each module's mode as it was afterwards."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
@@ -265,7 +245,7 @@ def _speak(
 
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     samplers = None if temperature == 0 else [_sampler(temperature, top_p, seed, index) for index in order]
-    with _evaluating(net):
+    with evaluating(net):
         batch = BatchGenerator(
             net, stop_tokens=[[end] for end in eos_ids], completion_batch_size=batch_size,
             prefill_batch_size=min(8, batch_size), stream=mx.default_stream(mx.default_device()),

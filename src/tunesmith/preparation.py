@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith import events, formats, model, template
-from tunesmith.batches import Group, Plan
+from tunesmith import backend, events, formats, model, template
+from tunesmith.batches import Cut, Group, Plan
 from tunesmith.events import Notice, Sink
 from tunesmith.run import DROPPED, PLAN, SHOWN, VALID, Run, RunConfig, write_json
 
@@ -79,10 +79,10 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         notify(Notice(f"rows left out: {reason}", level="warning", count=count, where=where))
     for note, count in sorted(notes.items()):
         notify(Notice(note, count=count))
-    plan = Plan(
-        tuple(group.length for group in groups[0]), config.batch.sequences, config.batch.at_once, config.loop.seed,
-        config.loop.epochs, config.loop.steps,
-    )  # fmt: skip
+    lengths = tuple(group.length for group in groups[0])
+    bucket = backend.setup().kind == "gpu" and not config.batch.pack if config.loop.compile is None else config.loop.compile
+    cut = Cut.of(config.batch, lengths, bucket)
+    plan = Plan(lengths, config.batch.sequences, cut, config.loop.seed, config.loop.epochs, config.loop.steps)
     tokens = sum(group.tokens for group in groups[0])
     counts = {
         "rows_read": sum(source.rows for source in sources),

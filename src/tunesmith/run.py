@@ -65,6 +65,10 @@ class LoopSpec(Spec):
     checkpoint_gradients: bool = Field(
         default=False, description="recompute each layer in the backward pass: a third of the memory, 1.2 to 1.5 the time"
     )
+    compile: bool | None = Field(
+        default=None,
+        description="compile the step for the shapes that come most often; null: on a GPU, where rows are not packed",
+    )
     seed: int = Field(default=0, ge=0, description="decides the split, the order of rows, the adapter and its dropout")
     tensorboard: bool = Field(default=False, description="also write TensorBoard files (needs the tensorboard extra)")
 
@@ -90,6 +94,8 @@ class RunConfig(Spec):
                 raise ValueError("loop.keep_best needs validation rows, and data.valid is 0")
         if self.loop.early_stop is not None and self.loop.validate_every == 0:
             raise ValueError("loop.early_stop needs loop.validate_every above 0")
+        if self.loop.compile and self.batch.pack:
+            raise ValueError("loop.compile and batch.pack exclude each other: nearly every packed row would be a new shape")
         return self
 
     def anchored(self) -> RunConfig:
@@ -135,6 +141,7 @@ class Cursor:
     best_loss: float | None = None
     stale: int = 0  # validations since the best
     skipped: int = 0  # updates that the guard skipped, in a row
+    tokens: int | None = None  # on the device at once, where the plan's budget was too much
     elapsed_s: float = 0.0
     events_bytes: int = 0  # events.jsonl up to here belongs to this checkpoint
     sha256: dict[str, str] = field(default_factory=dict)
@@ -248,7 +255,7 @@ class Run:
     def moved(self, now: Mapping[str, Any]) -> list[str]:
         """What is not the same machine or software as when the run began: then the bytes may differ."""
         was, found = flat({key: self.manifest[key] for key in ("versions", "machine")}), flat(dict(now))
-        changed = [f"{key} {was[key]} → {found[key]}" for key in was if found.get(key) != was[key]]
+        changed = [f"{key} {was.get(key, 1)} → {found.get(key)}" for key in found if found[key] != was.get(key, 1)]
         return [f"resumed elsewhere, the result may differ in its last digits: {', '.join(changed)}"] if changed else []
 
     def require_base(self, base: str, template: str) -> None:
@@ -367,14 +374,20 @@ def name(config: RunConfig, day: date) -> str:
     return f"{day.isoformat()}-{stem or 'model'}-{config.objective.kind}-{uuid.uuid4().hex[:4]}"
 
 
-def facts(config: RunConfig, hashes: Mapping[str, Any]) -> dict[str, Any]:
+def facts(config: RunConfig, hashes: Mapping[str, Any], ranks: int = 1) -> dict[str, Any]:
     """The manifest of a run that starts now: versions, machine, seed, and the hashes of what it is made from."""
     device = backend.setup()
     packages = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common", "numpy")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
-        "machine": {"system": platform.platform(), "device": device.name, "kind": device.kind, "blas": device.blas},
+        "machine": {
+            "system": platform.platform(),
+            "device": device.name,
+            "kind": device.kind,
+            "blas": device.blas,
+            "ranks": ranks,
+        },
         "seed": config.loop.seed,
         "hashes": dict(hashes),
     }

@@ -6,14 +6,13 @@ adapter, the optimizer and a small cursor, and a resumed run ends in the same by
 
 from __future__ import annotations
 
-import functools
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,15 @@ from mlx.utils import tree_map
 from safetensors.numpy import load_file
 from safetensors.numpy import save as serialise
 
-from tunesmith import adapters, backend, console, events, model, objectives, optimizer, preparation, template
-from tunesmith.batches import Group, by_length, collate
+from tunesmith import adapters, backend, console, events, gradients, model, optimizer, preparation, ranks, template
+from tunesmith.batches import Cut, Group, Plan
 from tunesmith.errors import Diverged, OutOfMemory, TunesmithError
 from tunesmith.events import Notice, Sink
-from tunesmith.run import EVENTS, LOG, OPTIMIZER, Cursor, Run, RunConfig, facts, flush, name, require_free
+from tunesmith.gradients import Gradients, dropout_key, gradient_function, row_losses
+from tunesmith.ranks import ONE, Ranks
+from tunesmith.run import EVENTS, LOG, OPTIMIZER, Cursor, Run, RunConfig, facts, flat, flush, name, require_free
 
+GradientFunction = Gradients
 SKIPS_BEFORE_STOP = 3
 
 
@@ -42,8 +44,8 @@ def train(
     resume: Run | None = None,
     notes: Sequence[str] = (),
     notify: Sink = events.silent,
-) -> Run:
-    """Train as ``config`` says and return the run directory, with its last checkpoint written.
+) -> Run | None:
+    """Train as ``config`` says and return the run directory, with its last checkpoint written; None on ranks but the first.
 
     out: the new run directory (default ``runs/<day>-<model>-<objective>-<id>``). resume: go on with this run instead.
     Raises DataError, TemplateError, ModelError before step 1, TrainingError later; what was saved stays.
@@ -55,11 +57,15 @@ def train(
             early.append(event)
         notify(event)
 
-    if resume is None and out is not None:
+    among = ranks.join()
+    if not among.writes:
+        notify = events.silent
+    if resume is None and out is not None and among.writes:
         require_free(out)
     device = backend.setup()
     config = config.anchored() if resume is None else config
-    for text in (*config.warnings(), *notes, *device.notes, *(resume.moved(facts(config, {})) if resume else ())):
+    changed = resume.moved(facts(config, {}, among.size)) if resume else ()
+    for text in (*config.warnings(), *notes, *device.notes, *changed):
         hear(Notice(text, level="warning"))
     if device.blas == "reference":
         hear(Notice("MLX computes with its slow reference BLAS", level="warning", hint=device.blas_hint))
@@ -67,84 +73,92 @@ def train(
     if config.optimizer.warmup(prepared.plan.steps) >= prepared.plan.steps:
         hear(Notice("the warm-up is as long as the run: the learning rate never reaches its peak", level="warning"))
     loaded = model.load(config.model, hear)  # base weights, frozen, quantised if asked
+    gradients.require(loaded.net, config, hear)
     attached = config.adapter.attach(loaded.net, config.loop.seed)  # what is trainable
-    if resume is None:
-        given = facts(config, prepared.hashes | {"base": loaded.fingerprint})
-        run = Run.create(out or Path("runs") / name(config, date.today()), config, origins or {}, given)
-    else:
-        run = resume
-        run.require_same(config, prepared.hashes | {"base": loaded.fingerprint})
-    with run.lock(), run.room(), _interruptible() as stop, ExitStack() as open_files:
+    hashes = prepared.hashes | {"base": loaded.fingerprint}
+    if resume is not None:
+        resume.require_same(config, hashes)
+    run = resume
+    if run is None and among.writes:
+        place = out or Path("runs") / name(config, date.today())
+        run = Run.create(place, config, origins or {}, facts(config, hashes, among.size))
+    with ExitStack() as held:
+        if run is not None and among.writes:
+            held.enter_context(run.lock())
+            held.enter_context(run.room())
+        stop = held.enter_context(_interruptible())
         state = optimizer.build(config.optimizer, loaded.net)
         known = len(early)
-        cursor = restore(run, loaded.net, state, hear) if resume is not None else Cursor()
+        cursor = restore(resume, loaded.net, state, among, hear) if resume is not None else Cursor()
+        among.require_agreement(config.model_dump_json(), flat(hashes), cursor.step, cursor.sha256)
         if cursor.step:
             del early[:known]  # said before, when the run began
-        emit = _sinks(run, cursor, prepared.plan.steps, config.loop.tensorboard, early, notify, open_files)
-        preparation.write(run, prepared)
+        emit = events.silent
+        if run is not None and among.writes:
+            emit = _sinks(run, cursor, prepared.plan.steps, config.loop.tensorboard, early, notify, held)
+            preparation.write(run, prepared)
         if cursor.step == 0:
-            emit(events.RunStarted(str(run.path), prepared.plan.steps, attached.trainable, attached.total, prepared.counts))
-        loop = Loop(run, config, loaded.net, state, prepared, emit, stop)
-        loop.finish(cursor)
-    return run
+            where = str(run.path) if run else ""
+            emit(events.RunStarted(where, prepared.plan.steps, attached.trainable, attached.total, prepared.counts))
+        Loop(run, config, loaded.net, state, prepared, emit, stop, among).finish(cursor)
+    return run if among.writes else None
 
 
 @dataclass
 class Loop:
     """One run in progress: what the steps share."""
 
-    run: Run
+    run: Run | None  # None on ranks that do not write
     config: RunConfig
     net: nn.Module
     optimizer: Any
     prepared: preparation.Prepared
     emit: Sink
     stop: threading.Event
+    ranks: Ranks = ONE
+
+    @property
+    def hint(self) -> str:
+        return self.run.hint if self.run else "start all ranks again with --resume"
 
     def finish(self, cursor: Cursor) -> None:
         """Train from ``cursor`` to the end of the plan, to an early stop, or to an interruption; then save."""
         started = time.perf_counter() - cursor.elapsed_s
         status, why = "failed", None
         try:
-            with checkpointed(self.net) if self.config.loop.checkpoint_gradients else ExitStack():
+            with gradients.checkpointed(self.net) if self.config.loop.checkpoint_gradients else ExitStack():
                 status, why = self._fit(cursor, started)
         except TunesmithError as error:
             why = error.what
             raise
         except KeyboardInterrupt:
-            status, why = "interrupted", f"at once, before the step was finished; go on with: {self.run.hint}"
+            status, why = "interrupted", f"at once, before the step was finished; go on with: {self.hint}"
             raise
-        except RuntimeError as error:
-            why = f"{type(error).__name__}: {error}"
-            if "alloc" not in str(error).lower() and "memory" not in str(error).lower():
-                raise
-            raise OutOfMemory(
-                f"the device ran out of memory: {error}",
-                where=f"step {cursor.step + 1}",
-                hint=f"lower batch.micro or batch.length, or set loop.checkpoint_gradients; then: {self.run.hint}",
-            ) from error
         finally:
             self.emit(events.RunEnded(status, cursor.step, time.perf_counter() - started, why))
-            self.run.mark(status)
+            if self.run and self.ranks.writes:
+                self.run.mark(status)
 
     def _fit(self, cursor: Cursor, started: float) -> tuple[str, str | None]:
         """(status, why) after the last update. Every save leaves the cursor at the update that it holds."""
         spec, plan = self.config.loop, self.prepared.plan
-        gradients_of = gradient_function(self.net, self.config)
+        gradients_of = self.gradients()
+        self._probe(cursor, gradients_of)
         if cursor.step == 0:
             self._validate(cursor)
             self._sample(0)
         if tired := self._tired(cursor):  # the process died between the last save and the end
             return tired
         for step in range(cursor.step, plan.steps):
-            self._update(step, cursor, gradients_of)
+            stopping = self._update(step, cursor, gradients_of)
             cursor.step = done = step + 1
             cursor.elapsed_s = time.perf_counter() - started
             last = done == plan.steps
             best = False
             if last or (spec.validate_every and done % spec.validate_every == 0):
                 best = self._validate(cursor)
-            tired, stopping = self._tired(cursor), self.stop.is_set()
+            tired = self._tired(cursor)
+            stopping = stopping or (self.ranks.size == 1 and self.stop.is_set())
             if last or tired or (spec.sample_every and done % spec.sample_every == 0):
                 self._sample(done)
             due = spec.save_every and done % spec.save_every == 0
@@ -153,8 +167,14 @@ class Loop:
             if tired:
                 return tired
             if stopping and not last:
-                return "interrupted", f"go on with: {self.run.hint}"
+                return "interrupted", f"go on with: {self.hint}"
         return "completed", None
+
+    def gradients(self) -> GradientFunction:
+        """The step: compiled for the shapes that come often, where the plan rounds its sizes for that."""
+        plan = self.prepared.plan
+        shapes = gradients.frequent_shapes(plan, self.prepared.train) if plan.cut.bucket else frozenset()
+        return gradient_function(self.net, self.config, shapes)
 
     def _tired(self, cursor: Cursor) -> tuple[str, str] | None:
         patience = self.config.loop.early_stop
@@ -162,29 +182,96 @@ class Loop:
             return None
         return "stopped_early", f"no better validation loss in {cursor.stale} validations"
 
-    def _update(self, step: int, cursor: Cursor, gradients_of: GradientFunction) -> None:
-        """One optimizer update: sums of loss and gradients over the micro-batches, divided by the units once."""
+    def _plan(self, cursor: Cursor) -> Plan:
+        """The plan, with the smaller budget that the run came down to."""
+        plan = self.prepared.plan
+        return plan if cursor.tokens is None else replace(plan, cut=replace(plan.cut, tokens=cursor.tokens))
+
+    def _probe(self, cursor: Cursor, gradients_of: GradientFunction) -> None:
+        """The run's largest micro-batch, for nothing: want of memory shows now, not at night."""
+        plan, start = self._plan(cursor), time.perf_counter()
+        largest = plan.largest()
+        lengths = [plan.lengths[index] for index in largest]
+        self.net.train()
+        try:
+            key = dropout_key(self.config.loop.seed, 0, 0)
+            mx.eval(gradients_of([self.prepared.train[index] for index in largest], key))
+        except (RuntimeError, MemoryError) as error:
+            raise self._out_of_memory(error, lengths, "before step 1") from error
+        size, memory = plan.cut.size(lengths), backend.memory()
+        self.emit(events.Probed(len(lengths), size, time.perf_counter() - start, memory))
+        if memory["peak"] > 0.9 * backend.memory_limit():
+            what = (
+                f"the largest micro-batch takes {memory['peak'] / 1e9:.1f} of {backend.memory_limit() / 1e9:.1f} GB: it will swap"
+            )
+            self.emit(Notice(what, level="warning", hint=self._smaller(lengths)))
+
+    def _out_of_memory(self, error: Exception, lengths: list[int], where: str) -> Exception:
+        """What to raise for ``error`` in a micro-batch of rows of these lengths."""
+        if not backend.is_out_of_memory(error):
+            return error
+        what = f"the device ran out of memory with {len(lengths)} rows of up to {max(lengths)} tokens: {error}"
+        return OutOfMemory(what, where=where, hint=self._smaller(lengths))
+
+    def _smaller(self, lengths: list[int]) -> str:
+        hint = "lower batch.tokens" if len(lengths) > 1 else "lower batch.length"
+        hint += "" if self.config.loop.checkpoint_gradients else ", set loop.checkpoint_gradients=true"
+        return hint + ("" if self.config.model.quantize else ", or model.quantize=4") + ", in a new run"
+
+    def _sums(self, step: int, cursor: Cursor, gradients_of: GradientFunction) -> tuple[mx.array, dict | None]:
+        """(sum of loss, sums of gradients) of this rank's share of update ``step``; None where it has no row."""
+        plan = self._plan(cursor)
+        self.net.train()
+        loss, total = mx.array(0.0), None
+        micro: list[int] = []
+        try:
+            for index, micro in enumerate(plan.update(step, self.ranks.rank, self.ranks.size)):
+                # The next graph is built while the device works on the last; then that one is waited for, so that
+                # only one is in memory.
+                key = dropout_key(self.config.loop.seed, step, index * self.ranks.size + self.ranks.rank)
+                part, part_gradients = gradients_of([self.prepared.train[member] for member in micro], key)
+                mx.eval(loss, total or {})
+                loss, total = loss + part, gradients.add(total, part_gradients)
+                mx.async_eval(loss, total)
+            mx.eval(loss, total or {})
+        except (RuntimeError, MemoryError) as error:
+            lengths = [plan.lengths[member] for member in plan.members(step)]
+            smaller = plan.cut.halved(max(lengths))
+            if not backend.is_out_of_memory(error) or smaller is None:
+                raise self._out_of_memory(error, [plan.lengths[member] for member in micro], f"step {step + 1}") from error
+            cursor.tokens = smaller.tokens
+        else:
+            return loss, total
+        loss = total = None
+        mx.clear_cache()
+        what = (
+            f"the device ran out of memory: from step {step + 1} on, {cursor.tokens} tokens at once instead of {plan.cut.tokens}"
+        )
+        self.emit(Notice(what, level="warning", hint=f"for the next run: batch.tokens={cursor.tokens}"))
+        return self._sums(step, cursor, gradients_of)
+
+    def _update(self, step: int, cursor: Cursor, gradients_of: GradientFunction) -> bool:
+        """One optimizer update: sums of loss and gradients over micro-batches and ranks, divided by the units once.
+
+        Returns whether any rank was asked to stop.
+        """
         start = time.perf_counter()
         spec = self.config.optimizer
-        members = self.prepared.plan.update(step)
-        groups = [[self.prepared.train[index] for index in micro] for micro in members]
-        units = sum(group.units for micro in groups for group in micro)
-        self.net.train()
-        loss, gradients = mx.array(0.0), None
-        for index, micro in enumerate(groups):
-            adapters.seed_dropout(self.net, dropout_key(self.config.loop.seed, step, index))
-            part, part_gradients = gradients_of(micro)
-            loss = loss + part
-            gradients = part_gradients if gradients is None else tree_map(mx.add, gradients, part_gradients)
-            mx.eval(loss, gradients)
-        assert gradients is not None
-        gradients = tree_map(lambda leaf: leaf / units, gradients)
-        norm = optimizer.global_norm(gradients)
+        groups = [self.prepared.train[member] for member in self.prepared.plan.members(step)]
+        units = sum(group.units for group in groups)
+        loss, sums = self._sums(step, cursor, gradients_of)
+        if sums is None:
+            sums = tree_map(mx.zeros_like, self.net.trainable_parameters())
+        loss, stop, sums = self.ranks.total([loss, mx.array(float(self.stop.is_set())), sums])
+        means = tree_map(lambda leaf: leaf / units, sums)
+        norm = optimizer.global_norm(means)
+        mx.eval(loss, means, norm)
         mean, size = float(np.array(loss)) / units, float(np.array(norm))
         rate = spec.rate(step, self.prepared.plan.steps)
+        stopping = bool(np.array(stop))
         if not (math.isfinite(mean) and math.isfinite(size)):
             cursor.skipped += 1
-            rows = [group.source for micro in groups for group in micro]
+            rows = [group.source for group in groups]
             self.emit(events.StepSkipped(step + 1, str(mean), str(size), rows, cursor.skipped))
             if cursor.skipped >= SKIPS_BEFORE_STOP:
                 raise Diverged(
@@ -192,27 +279,31 @@ class Loop:
                     where=", ".join(rows),
                     hint="look at these rows with `tunesmith show`; else lower optimizer.learning_rate",
                 )
-            return
+            return stopping
         cursor.skipped = 0
         if spec.max_norm is not None:
-            gradients = optimizer.clip(gradients, norm, spec.max_norm)
-        optimizer.apply(self.optimizer, self.net, gradients, rate)
+            means = optimizer.clip(means, norm, spec.max_norm)
+        optimizer.apply(self.optimizer, self.net, means, rate)
         self.emit(
             events.StepDone(
                 step + 1, (step + 1) / self.prepared.plan.steps_per_epoch, mean, units,
-                sum(group.tokens for micro in groups for group in micro), rate, size,
+                sum(group.tokens for group in groups), rate, size,
                 spec.max_norm is not None and size > spec.max_norm, time.perf_counter() - start, backend.memory(),
+                len(gradients_of.traces),
             )
         )  # fmt: skip
+        return stopping
 
     def _validate(self, cursor: Cursor) -> bool:
         """All validation rows; True when the loss is the lowest so far."""
         if not self.prepared.valid:
             return False
         start = time.perf_counter()
-        scores = row_losses(self.net, self.prepared.valid, self.config.batch.at_once, events.ticker(self.emit, "validating"))
-        units = sum(units for _, units in scores)
-        loss = sum(total for total, _ in scores) / units
+        mine = self.prepared.valid[self.ranks.rank :: self.ranks.size]
+        cut = Cut.of(self.config.batch, [group.length for group in self.prepared.valid])
+        scores = row_losses(self.net, mine, cut, events.ticker(self.emit, "validating"))
+        loss, units = self.ranks.total_float(np.array(scores, dtype=np.float64).reshape(-1, 2).sum(axis=0)).tolist()
+        loss, rows = loss / units, len(self.prepared.valid)
         best = math.isfinite(loss) and (cursor.best_loss is None or loss < cursor.best_loss)
         if best:
             cursor.best_step, cursor.best_loss, cursor.stale = cursor.step, loss, 0
@@ -220,13 +311,15 @@ class Loop:
             cursor.stale += 1
         seconds = time.perf_counter() - start
         perplexity = math.exp(min(loss, 700.0))
-        self.emit(events.Validated(cursor.step, loss, perplexity, units, len(scores), seconds, best))
+        self.emit(events.Validated(cursor.step, loss, perplexity, units, rows, seconds, best))
         growth = {key: norm for key, (norm, _) in adapters.growth(self.net).items()}
         self.emit(events.Growth(cursor.step, growth))
         return best
 
     def _sample(self, step: int) -> None:
         """Greedy answers to prompts spread evenly over the validation rows."""
+        if not self.ranks.writes:
+            return
         chosen = preparation.prompts(self.prepared.valid_examples, self.prepared.renderer, self.config.loop.samples)
         if not chosen:
             return
@@ -240,6 +333,8 @@ class Loop:
             self.emit(events.Sampled(step, one.text, renderer.answer(answer.ids), one.reference))
 
     def _save(self, cursor: Cursor) -> None:
+        if self.run is None or not self.ranks.writes:
+            return
         start = time.perf_counter()
         tensors = optimizer.state(self.optimizer)
         needed = sum(value.nbytes for value in tensors.values())
@@ -258,88 +353,21 @@ class Loop:
         self.emit(events.Saved(cursor.step, str(path), size, time.perf_counter() - start))
 
 
-GradientFunction = Callable[[list[Group]], "tuple[mx.array, dict]"]
-
-
-def gradient_function(net: nn.Module, config: RunConfig) -> GradientFunction:
-    """micro-batch → (sum of loss (), gradients of that sum for the trainable tensors)."""
-    logprobs = functools.partial(objectives.learned_logprobs, gather=model.split_head(net))
-
-    def total(groups: list[Group]) -> mx.array:
-        return config.objective.loss(net, collate(groups), logprobs).loss
-
-    return nn.value_and_grad(net, total)
-
-
-def row_losses(
-    net: nn.Module, groups: list[Group], micro: int, tick: Callable[[int, int], None] | None = None
-) -> list[tuple[float, float]]:
-    """(sum of loss in nats, units) of each group, in order, in evaluation mode. No group is left out."""
-    gather = model.split_head(net)
-    net.eval()
-    scores: list[tuple[float, float]] = [(0.0, 0.0)] * len(groups)
-    done = 0
-    for members in by_length([group.length for group in groups], micro):
-        sums = objectives.sequence_sums(net, collate([groups[index] for index in members]), gather=gather)
-        for index in members:
-            own, sums = sums[: len(groups[index].sequences)], sums[len(groups[index].sequences) :]
-            scores[index] = (sum(loss for loss, _ in own), sum(units for _, units in own))
-        done += len(members)
-        if tick is not None:
-            tick(done, len(groups))
-    return scores
-
-
-def dropout_key(seed: int, step: int, micro: int) -> mx.array:
-    """The key of all dropout masks of one micro-batch: a function of its place in the run, not of a global generator."""
-    return mx.random.key(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]))
-
-
-def restore(run: Run, net: nn.Module, state: Any, notify: Sink) -> Cursor:
+def restore(run: Run, net: nn.Module, state: Any, among: Ranks, notify: Sink) -> Cursor:
     """Load the newest whole checkpoint into ``net`` and ``state``, or start where there is none. Torn ones are named."""
     torn: list[str] = []
-    cursor = run.newest(lambda error: torn.append(str(error)))
+    newest = run.newest(lambda error: torn.append(str(error))) if among.writes else None
     for text in torn:
         notify(Notice(f"{text}; the checkpoint before it is used", level="warning"))
-    if cursor is None:
+    # The first rank sets torn ones aside; the others wait for its word.
+    step = int(among.total_float(np.array([newest.step if newest else 0], dtype=np.float64))[0])
+    if step == 0:
         return Cursor()
-    folder = run.checkpoint(cursor.step)
+    folder = run.checkpoint(step)
+    cursor = run.cursor(step)
     adapters.load_tensors(net, folder)
     optimizer.restore(state, load_file(folder / OPTIMIZER))
     return cursor
-
-
-@contextmanager
-def checkpointed(net: nn.Module) -> Iterator[None]:
-    """Inside, each layer of ``net`` is recomputed in the backward pass instead of kept.
-
-    The class of these layer objects is swapped for a subclass and put back; other models in the process stay as they were.
-    Dropout masks come from explicit keys, so that the second pass draws what the first drew.
-    """
-    layers: list[Any] = list(net.layers or [])
-    kinds = [type(layer) for layer in layers]
-    try:
-        for layer in layers:
-            layer.__class__ = _recomputing(type(layer))
-        yield
-    finally:
-        for layer, kind in zip(layers, kinds, strict=True):
-            layer.__class__ = kind
-
-
-@functools.cache
-def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
-    def call(self: nn.Module, x: mx.array, *rest: Any, **options: Any) -> mx.array:
-        if not self.training:
-            return kind.__call__(self, x, *rest, **options)
-
-        def run(parameters: dict, x: mx.array) -> mx.array:
-            self.update(parameters)
-            return kind.__call__(self, x, *rest, **options)
-
-        return mx.checkpoint(run)(self.trainable_parameters(), x)
-
-    return type(f"Recomputing{kind.__name__}", (kind,), {"__call__": call})
 
 
 @contextmanager
@@ -426,12 +454,12 @@ def overfit_probe(steps: int = 10) -> tuple[float, float]:
     config.adapter.attach(net, 0)
     state = optimizer.build(config.optimizer, net)
     group = Group((template.Tokens(random.integers(0, 64, 32).astype(np.int32), np.ones(32, np.float32)),), "probe")
-    gradients_of = gradient_function(net, config)
+    gradients_of, key = gradient_function(net, config), dropout_key(0, 0, 0)
     net.train()
     losses: list[float] = []
     for step in range(steps):
-        loss, gradients = gradients_of([group])
+        loss, sums = gradients_of([group], key)
         losses.append(float(np.array(loss)) / group.units)
-        gradients = tree_map(lambda leaf: leaf / group.units, gradients)
-        optimizer.apply(state, net, gradients, config.optimizer.rate(step, steps))
+        means = tree_map(lambda leaf: leaf / group.units, sums)
+        optimizer.apply(state, net, means, config.optimizer.rate(step, steps))
     return losses[0], losses[-1]

@@ -14,20 +14,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from tunesmith import model
+from tunesmith import kernels, logprobs
 from tunesmith.batches import Batch, Group
 from tunesmith.config import Spec
 from tunesmith.formats import Example
 from tunesmith.template import Row
 
-LogProbs = Callable[[nn.Module, Batch], "tuple[mx.array, mx.array]"]
+LogProbs = Callable[[nn.Module, Batch], mx.array]
 
 
 class Sums(NamedTuple):
-    """``loss`` () float32: sum over units. ``units``: what to divide it by. ``metrics``: further sums."""
+    """``loss`` () float32: sum over units. ``units`` () float32: what to divide it by. ``metrics``: further sums."""
 
     loss: mx.array
-    units: float
+    units: mx.array
     metrics: dict[str, mx.array]
 
 
@@ -49,34 +49,27 @@ class Objective(Spec):
         """The sum of the loss over the units of ``batch``."""
 
 
-def learned_logprobs(net: nn.Module, batch: Batch, *, gather: bool = True) -> tuple[mx.array, mx.array]:
-    """log p of each learned token given those before it, and its weight: (K,) float32 and (K,) float32.
+def learned_logprobs(net: nn.Module, batch: Batch, *, gather: bool = True) -> mx.array:
+    """(K,) float32: log p of each learned token of ``batch`` given those before it in its sequence.
 
-    The only place where positions shift: ``batch.targets[n, t]`` marks token ``t`` by its own index, and its log-probability
-    is read from the position before. With ``gather`` only the positions that predict a learned token meet the output
-    projection, so logits are (K, V) instead of (N, T, V). A batch with no target gives two empty arrays.
+    With ``gather`` only the positions that predict a learned token meet the output projection, in chunks (`logprobs.chosen`), so
+    logits are never (N, T, V). A batch with no target gives an empty array.
     """
-    rows, positions = np.nonzero(batch.targets[:, 1:])
-    weights = mx.array(batch.targets[:, 1:][rows, positions])
-    if len(rows) == 0:
-        return mx.zeros((0,)), weights
-    inputs = mx.array(batch.tokens[:, :-1])
-    flat = mx.array(rows * inputs.shape[1] + positions)
+    targets, flat = mx.array(batch.learned), mx.array(batch.positions)
+    if len(targets) == 0:
+        return mx.zeros((0,))
+    ids = mx.array(batch.tokens)
+    packed = {} if batch.ends is None else {"cache": kernels.packed(net, batch.ends)}
     if gather:
-        hidden = model.features(net, inputs)
-        logits = model.head(net, hidden.reshape(-1, hidden.shape[-1])[flat])
-    else:
-        logits = net(inputs)
-        logits = logits.reshape(-1, logits.shape[-1])[flat]
-    targets = mx.array(batch.tokens[:, 1:][rows, positions])
-    return -mx.fast.cross_entropy(logits.astype(mx.float32), targets), weights
+        hidden = logprobs.features(net, ids, **packed)
+        return logprobs.chosen(net, hidden.reshape(-1, hidden.shape[-1])[flat], targets)
+    logits = net(ids, **packed)
+    return kernels.token_logprobs(logits.reshape(-1, logits.shape[-1])[flat], targets)
 
 
-def sequence_sums(net: nn.Module, batch: Batch, *, gather: bool = True) -> list[tuple[float, float]]:
-    """(−Σ weight · log p in nats, Σ weight) of the learned tokens of each sequence of ``batch``, added in float64."""
-    logps, weights = learned_logprobs(net, batch, gather=gather)
-    rows = np.nonzero(batch.targets[:, 1:])[0]
-    count = len(batch.tokens)
-    weight = np.array(weights, dtype=np.float64)
-    losses = np.bincount(rows, -weight * np.array(logps, dtype=np.float64), count)
-    return list(zip(losses.tolist(), np.bincount(rows, weight, count).tolist(), strict=True))
+def sequence_sums(net: nn.Module, batch: Batch, count: int, *, gather: bool = True) -> list[tuple[float, float]]:
+    """(−Σ weight · log p in nats, Σ weight) of the learned tokens of each of ``count`` sequences, added in float64."""
+    logps = np.array(learned_logprobs(net, batch, gather=gather), dtype=np.float64)
+    weights = np.array(batch.weights, dtype=np.float64)
+    losses = np.bincount(batch.rows, -weights * logps, count)
+    return list(zip(losses.tolist(), np.bincount(batch.rows, weights, count).tolist(), strict=True))

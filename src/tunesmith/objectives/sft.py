@@ -33,8 +33,8 @@ class SFT(Objective):
         return [Group((row.tokens,), row.source) for row in rows]
 
     def loss(self, net: nn.Module, batch: Batch, logprobs: LogProbs) -> Sums:
-        logps, weights = logprobs(net, batch)
-        return Sums(-mx.sum(weights * logps), float(batch.targets[:, 1:].sum()), {})
+        weights = mx.array(batch.weights)
+        return Sums(-mx.sum(weights * logprobs(net, batch)), mx.sum(weights), {})
 
 
 def _chosen(example: Example) -> Example:

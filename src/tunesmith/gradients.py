@@ -1,0 +1,162 @@
+"""From a micro-batch to sums and gradients: which parts are recomputed, which shapes are compiled; and losses row by row."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from tunesmith import adapters, kernels, logprobs, objectives
+from tunesmith.batches import Batch, Cut, Group, Plan, bucketed, collate
+from tunesmith.errors import ConfigError
+from tunesmith.events import Notice, Sink
+from tunesmith.run import RunConfig
+
+COMPILED_SHAPES = 64
+"""Most shapes that a run compiles: each keeps a graph of the whole step. What is rarer runs as it is."""
+
+Shape = tuple[int, int, int]
+"""Rows, tokens and learned tokens of a micro-batch, as they are on the device."""
+
+
+class Gradients:
+    """micro-batch, dropout key → (sum of loss (), gradients of that sum for the trainable tensors), not yet evaluated.
+
+    compiled: shapes for which the step is compiled; ``traces`` counts those met so far, ``plain`` the micro-batches of others.
+    """
+
+    def __init__(self, net: nn.Module, config: RunConfig, compiled: frozenset[Shape] = frozenset()) -> None:
+        self.traces: set[Shape] = set()
+        self.plain = 0
+        self._net, self._pack, self._compiled = net, config.batch.pack, compiled
+        of_batch = functools.partial(objectives.learned_logprobs, gather=logprobs.splits(net))
+
+        def total(weights: dict, arrays: list[mx.array], ends: tuple[int, ...] | None, key: mx.array) -> mx.array:
+            net.update(weights)
+            adapters.seed_dropout(net, key)
+            return config.objective.loss(net, Batch(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], ends), of_batch).loss
+
+        self._step: Any = mx.value_and_grad(total)
+        self._fast = mx.compile(lambda weights, arrays, key: self._step(weights, arrays, None, key))
+
+    def __call__(self, groups: Sequence[Group], key: mx.array) -> tuple[mx.array, dict]:
+        batch = collate(groups, pack=self._pack, bucket=bool(self._compiled))
+        arrays = [mx.array(part) for part in batch[:5]]
+        shape = (*batch.tokens.shape, len(batch.learned))
+        weights = self._net.trainable_parameters()
+        try:
+            if shape in self._compiled:
+                self.traces.add(shape)
+                return self._fast(weights, arrays, key)
+            self.plain += 1
+            return self._step(weights, arrays, batch.ends, key)
+        finally:
+            self._net.update(weights)  # tracing leaves its placeholders behind
+
+
+gradient_function = Gradients
+
+
+def frequent_shapes(plan: Plan, groups: Sequence[Group]) -> frozenset[Shape]:
+    """The shapes to compile: the most frequent of the first epoch, so that a resumed run compiles the same ones."""
+    seen: Counter[Shape] = Counter()
+    for step in range(min(plan.steps, plan.steps_per_epoch)):
+        for micro in plan.update(step):
+            sequences = [sequence for index in micro for sequence in groups[index].sequences]
+            longest = max(len(sequence.ids) for sequence in sequences) - 1
+            learned = sum(int(np.count_nonzero(sequence.targets[1:])) for sequence in sequences)
+            seen[len(sequences), bucketed(max(1, longest)), bucketed(max(1, learned))] += 1
+    return frozenset(shape for shape, _ in sorted(seen.items(), key=lambda item: (-item[1], item[0]))[:COMPILED_SHAPES])
+
+
+def dropout_key(seed: int, step: int, micro: int) -> mx.array:
+    """The key of all dropout masks of one micro-batch: a function of its place in the run, not of a global generator."""
+    return mx.random.key(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]))
+
+
+def row_losses(
+    net: nn.Module, groups: Sequence[Group], cut: Cut, tick: Callable[[int, int], None] | None = None
+) -> list[tuple[float, float]]:
+    """(sum of loss in nats, units) of each group, in order, in evaluation mode. No group is left out."""
+    gather = logprobs.splits(net)
+    net.eval()
+    scores: list[tuple[float, float]] = [(0.0, 0.0)] * len(groups)
+    done = 0
+    for members in cut([group.length for group in groups], range(len(groups))):
+        chosen = [groups[index] for index in members]
+        count = sum(len(group.sequences) for group in chosen)
+        sums = objectives.sequence_sums(net, collate(chosen, pack=cut.pack), count, gather=gather)
+        for index in members:
+            own, sums = sums[: len(groups[index].sequences)], sums[len(groups[index].sequences) :]
+            scores[index] = (sum(loss for loss, _ in own), sum(units for _, units in own))
+        done += len(members)
+        if tick is not None:
+            tick(done, len(groups))
+    return scores
+
+
+def packs(net: nn.Module) -> bool:
+    """Whether rows laid end to end give each row's own hidden states, tried on two short ones."""
+    first, second = mx.array([[3, 1, 4, 1, 5]]), mx.array([[2, 7, 1]])
+    net.eval()
+    try:
+        packed = net(mx.concatenate([first, second], axis=1), cache=kernels.packed(net, (5, 8)))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return False
+    alone = mx.concatenate([net(first), net(second)], axis=1)
+    return bool(mx.abs(packed - alone).max() <= 1e-3 * mx.abs(alone).max())
+
+
+@contextmanager
+def checkpointed(net: nn.Module) -> Iterator[None]:
+    """Inside, each layer of ``net`` from the lowest trainable one on is recomputed in the backward pass instead of kept.
+
+    The class of these layer objects is swapped for a subclass and put back; other models in the process stay as they were.
+    Dropout masks come from explicit keys, so that the second pass draws what the first drew.
+    """
+    layers: list[Any] = list(net.layers or [])
+    kinds = [type(layer) for layer in layers]
+    try:
+        for layer in layers:
+            layer.__class__ = _recomputing(type(layer))
+        yield
+    finally:
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.__class__ = kind
+
+
+@functools.cache
+def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
+    def call(self: nn.Module, x: mx.array, *rest: Any, **options: Any) -> mx.array:
+        if not self.training:
+            return kind.__call__(self, x, *rest, **options)
+
+        def run(parameters: dict, x: mx.array) -> mx.array:
+            self.update(parameters)
+            return kind.__call__(self, x, *rest, **options)
+
+        return mx.checkpoint(run)(self.trainable_parameters(), x)
+
+    return type(f"Recomputing{kind.__name__}", (kind,), {"__call__": call})
+
+
+def add(total: dict | None, part: dict) -> dict:
+    """Leaf by leaf."""
+    return part if total is None else tree_map(mx.add, total, part)
+
+
+def require(net: nn.Module, config: RunConfig, notify: Sink) -> None:
+    """Raises ConfigError where ``net`` cannot do what ``config`` asks; tells what it does the slow way."""
+    if config.batch.pack and not packs(net):
+        what = f"{type(net).__module__.rsplit('.', 1)[-1]} models mix rows that are packed (sliding windows, recurrent layers, …)"
+        raise ConfigError(what, where="batch.pack", hint="leave it out: rows of like length are put together instead")
+    if not logprobs.splits(net):
+        what = "this model's head cannot be told from its body: logits of every position are computed, learned or not"
+        notify(Notice(what, level="warning"))

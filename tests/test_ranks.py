@@ -1,0 +1,114 @@
+"""Several processes train one model: through `mlx.launch` and the command line, over the ring on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import tiny
+from tunesmith import errors, events, ranks
+from tunesmith.run import Run
+
+LAUNCH = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
+TUNESMITH = [str(Path(sys.executable).with_name("tunesmith"))]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, tiny_model) -> list[str]:
+    rows = tiny.write_rows(tmp_path_factory.mktemp("ranks") / "rows.jsonl", tiny.conversations(32))
+    # Five rows an update, of two ranks: an odd share; and a last update of an epoch with one row, so that one rank has none.
+    sets = {
+        "loop.epochs": 1, "batch.sequences": 5, "loop.validate_every": 3, "loop.samples": 1, "loop.sample_tokens": 4,
+        "loop.save_every": 2, "optimizer.learning_rate": 0.01, "optimizer.max_norm": 0.5,
+    }  # fmt: skip
+    return [
+        "--model",
+        str(tiny_model),
+        "--data",
+        str(rows),
+        *(word for pair in sets.items() for word in ("--set", "=".join(map(str, pair)))),
+    ]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+
+
+def log(folder: Path, kind: type[events.Event]) -> list:
+    return [event for event in events.read(folder / "events.jsonl") if isinstance(event, kind)]
+
+
+def test_two_ranks_are_one(tmp_path, settings):
+    assert run(*TUNESMITH, "train", *settings, "--out", str(tmp_path / "one")).returncode == 0
+    done = run(*LAUNCH, *TUNESMITH, "train", *settings, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0 and done.stdout.count("report: ") == 1, done.stderr
+    one, two = ([step.loss for step in log(tmp_path / name, events.StepDone)] for name in ("one", "two"))
+    assert len(one) == 6 and two == pytest.approx(one, rel=1e-5)
+    one, two = ([one.loss for one in log(tmp_path / name, events.Validated)] for name in ("one", "two"))
+    assert len(one) == 3 and two == pytest.approx(one, rel=1e-6)
+    one, two = (load_file(Run.open(tmp_path / name).choose("last") / "adapters.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, rtol=0, atol=3e-5 * abs(value).max(), err_msg=name)
+    assert Run.open(tmp_path / "two").manifest["machine"]["ranks"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_rank_is_told_and_the_run_goes_on_elsewhere(tmp_path, settings, lost):
+    out = tmp_path / "run"
+    longer = [*settings, "--set", "loop.steps=150", "--set", "loop.validate_every=0"]
+    process = subprocess.Popen(
+        [*LAUNCH, *TUNESMITH, "train", *longer, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    waited = time.monotonic() + 60
+    while not (out / "checkpoints" / "000004").exists():
+        assert time.monotonic() < waited and process.poll() is None
+        time.sleep(0.05)
+    os.kill(_pid(process.pid, lost), signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert f"error: rank {1 - lost} of 2: another rank is gone" in said
+    assert "start all ranks again with --resume" in said
+    step = Run.open(out).checkpoints()[-1]
+    again = run(*TUNESMITH, "train", "--resume", str(out), "--set", "loop.save_every=1")
+    assert again.returncode == 0, again.stderr
+    assert "machine.ranks 2 → 1" in again.stderr
+    assert log(out, events.Resumed)[-1].step == step
+
+
+def _pid(launcher: int, rank: int) -> int:
+    """The process of ``rank`` under a launcher that is still running."""
+    import psutil
+
+    found = [child for child in psutil.Process(launcher).children(recursive=True) if child.environ().get("MLX_RANK") == str(rank)]
+    return next(child.pid for child in found if "tunesmith" in " ".join(child.cmdline()))
+
+
+def test_sums_lose_no_digit(monkeypatch):
+    """float64 values travel as three float32 parts."""
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda line, group: line * 2)
+    values = np.array([1 / 3, 1e9 + 1e-6, 0.0, -2.5e-12])
+    np.testing.assert_array_equal(ranks.Ranks(None, 0, 2).total_float(values), 2 * values)
+    assert ranks.ONE.total_float(values) is values
+
+
+def test_ranks_that_differ_are_refused(monkeypatch):
+    here = ranks.Ranks(None, 1, 2)
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda line, group: line * 2)
+    here.require_agreement("settings", {"data": "a"})
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda line, group: line + mx.arange(line.size))
+    with pytest.raises(errors.TrainingError, match="rank 1 of 2: the ranks do not start from the same settings"):
+        here.require_agreement("settings", {"data": "a"})
+
+
+def test_one_process_joins_nothing(monkeypatch):
+    monkeypatch.setattr(mx.distributed, "init", lambda: pytest.fail("nothing to join"))
+    assert ranks.join() == ranks.ONE
