@@ -149,7 +149,7 @@ def our_update(net: Any, task: Task, order: Sequence[Row]) -> Callable[[int], li
     state = optimizer.build(config.optimizer, net)
     loop = training.Loop(nowhere, config, net, state, prepared, lambda event: None, threading.Event())
     gradients.checkpointed(net).__enter__()  # for the life of this process
-    gradients_of, cursor = loop.gradients(), Cursor()
+    gradients_of, cursor = loop.accumulation(), Cursor()
 
     def update(step: int) -> list[Row]:
         members = [order[index] for micro in plan.update(step) for index in micro]

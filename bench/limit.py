@@ -90,7 +90,7 @@ def our_update(asked: argparse.Namespace) -> Ours:
     nowhere: Any = None
     state = optimizer.build(config.optimizer, net)
     loop = training.Loop(nowhere, config, net, state, prepared, lambda event: None, threading.Event())
-    gradients_of = loop.gradients()
+    gradients_of = loop.accumulation()
     cursor = Cursor()
 
     def update() -> None:

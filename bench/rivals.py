@@ -150,7 +150,7 @@ def our_update(job: Job, checkpointed: bool, stack: ExitStack) -> Callable[[], t
     loop = training.Loop(no_run, config, net, state, prepared, said.append, threading.Event())
     if config.loop.checkpoint_gradients:
         stack.enter_context(gradients.checkpointed(net))
-    gradients_of = loop.gradients()
+    gradients_of = loop.accumulation()
     cursor = Cursor()
 
     def update() -> tuple[float, int]:

@@ -123,7 +123,7 @@ def our_update(point: Point) -> Callable[[], None]:
     state = optimizer.build(config.optimizer, net)
     mx.eval(net.parameters(), state.state)
     loop = training.Loop(nowhere, config, net, state, prepared, lambda event: None, threading.Event())
-    gradients_of, cursor, steps = loop.gradients(), Cursor(), iter(range(1_000_000))
+    gradients_of, cursor, steps = loop.accumulation(), Cursor(), iter(range(1_000_000))
 
     def update() -> None:
         with gradients.checkpointed(net) if point.checkpoint else ExitStack():

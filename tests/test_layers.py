@@ -27,7 +27,7 @@ ROWS = {
         "ranks",
     },
     2: {"run"},
-    3: {"preparation", "training", "evaluation", "answers", "gradients"},
+    3: {"preparation", "training", "evaluation", "answers", "gradients", "frozen"},
     4: {"reports", "preflight"},
     5: {"cli", "__init__", "__main__", "demo", "demo_data"},
 }

@@ -60,7 +60,8 @@ def test_slow_products_and_a_missing_blas_are_warned_about(monkeypatch):
     monkeypatch.setattr(backend, "setup", lambda: device)
     checks = preflight.doctor(overfit=False)["checks"]
     assert found("products", checks) == {
-        "name": "products", "status": "warn", "value": "100 GFLOP/s float32, BLAS: reference", "hint": "install a BLAS",
+        "name": "products", "status": "warn",
+        "value": "100 GFLOP/s float32; BLAS reference, attention and e^x of our own", "hint": "install a BLAS",
     }  # fmt: skip
     assert {"name": "device", "status": "warn", "value": "a note", "hint": None} in checks
     monkeypatch.setattr(backend, "setup", lambda: backend.Device("chip", "cpu", "openblas", None, ()))

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny
-from tunesmith import errors, events, ranks
+from tunesmith import backend, errors, events, ranks
 from tunesmith.run import Run
 
 LAUNCH = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
@@ -107,6 +107,36 @@ def test_ranks_that_differ_are_refused(monkeypatch):
     monkeypatch.setattr(mx.distributed, "all_sum", lambda line, group: line + mx.arange(line.size))
     with pytest.raises(errors.TrainingError, match="rank 1 of 2: the ranks do not start from the same settings"):
         here.require_agreement("settings", {"data": "a"})
+
+
+def test_a_rank_without_its_others_is_told(tmp_path, settings):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text('[["127.0.0.1:1"]]')
+    words = [*TUNESMITH, "train", *settings, "--out", str(tmp_path / "run")]
+    environ = {**os.environ, "MLX_RANK": "5", "MLX_HOSTFILE": str(hosts)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environ)
+    assert done.returncode == 10 and "cannot reach the others" in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="settings of OpenBLAS on Linux")
+def test_ranks_on_one_machine_share_its_cores(tmp_path, monkeypatch):
+    assert backend._ranks_here() == 1
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text('[["10.0.0.1:5000"], ["10.0.0.2:5000"], ["10.0.0.1:5001"]]')
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    for rank, here in (("0", 2), ("1", 1), ("2", 2)):
+        monkeypatch.setenv("MLX_RANK", rank)
+        assert backend._ranks_here() == here
+    monkeypatch.setenv("MLX_RANK", "9")
+    assert backend._ranks_here() == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="settings of OpenBLAS on Linux")
+def test_what_the_user_set_for_openblas_stays(monkeypatch):
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_THREAD_TIMEOUT", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "mine")
+    backend._tune_openblas()
+    assert {os.environ[name] for name in os.environ if name.startswith("OPENBLAS_")} == {"mine"}
 
 
 def test_one_process_joins_nothing(monkeypatch):

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from safetensors.numpy import load_file
 
 import tiny
-from tunesmith import adapters, errors, events, gradients, kernels, logprobs, model, training
+from tunesmith import adapters, errors, events, frozen, gradients, kernels, logprobs, model, training
 from tunesmith.batches import Cut, Group, Plan
 from tunesmith.run import Run, RunConfig
 from tunesmith.template import Tokens
@@ -337,3 +338,55 @@ def test_one_row_that_does_not_fit_ends_the_run(small, tmp_path):
     with pytest.raises(errors.OutOfMemory, match="step 2: the device ran out of memory with 1 rows"):
         small(10, 7, "run", micro=1)
     assert Run.open(tmp_path / "run").checkpoints() == [1]
+
+
+# Frozen lower layers
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_kept_lower_layers_change_nothing_and_are_computed_once(tmp_path, tiny_model, pack):
+    net = net_of(tiny_model, "upper", None, True)
+    groups, key = rows(3, [1, 20, 150, 20, 31]), mx.random.key(0)
+    lower = frozen.Lower(net, tmp_path / "kept")
+    assert lower.depth == 1 and lower.open(groups) == 222 * 64 * 4
+    step = gradients.Gradients(net, config(pack=pack), lower=lower)
+    first = step(groups, key)
+    mx.eval(first)
+    assert (lower.computed, lower.read) == (4, 0)
+    again = frozen.Lower(net, tmp_path / "kept")
+    second = gradients.Gradients(net, config(pack=pack), lower=again)(groups, key)
+    mx.eval(second)
+    assert (again.computed, again.read) == (0, 4)
+    expected = gradients.Gradients(net, config(pack=pack))(groups, key)
+    for found in (first, second):
+        assert_equal(found, expected, 1e-6)
+    lower.close()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_run_with_kept_lower_layers_is_the_run_without(tmp_path, tiny_model):
+    data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))
+    said: list[events.Event] = []
+
+    def train(out: str, **loop: object) -> dict:
+        asked = RunConfig(
+            model={"path": str(tiny_model)}, data={"train": str(data), "valid": 4}, batch={"sequences": 6},
+            adapter={"layers": 1, "dropout": 0.1}, loop={"epochs": 2, "samples": 0, **loop}, optimizer={"learning_rate": 1e-2},
+        )  # fmt: skip
+        run = training.train(asked, out=tmp_path / out, notify=said.append)
+        assert not (run.path / "frozen").exists()
+        return load_file(run.choose("last") / "adapters.safetensors")
+
+    plain_run, kept = train("plain"), train("kept", cache_frozen=True)
+    for name, value in plain_run.items():
+        np.testing.assert_allclose(kept[name], value, rtol=0, atol=2e-5 * abs(value).max())
+    assert any("1 layers below the adapter" in event.what for event in said if isinstance(event, events.Notice))
+
+
+def test_keeping_lower_layers_where_none_is_frozen_is_refused(tmp_path, tiny_model):
+    for adapter in ("lora", "full"):
+        net = net_of(tiny_model, adapter, None, True)
+        assert frozen.depth(net) == 0 and frozen.saving(net, 3, False) == 0
+        with pytest.raises(errors.ConfigError, match=r"loop\.cache_frozen: no layer lies below"):
+            frozen.Lower(net, tmp_path / "kept").open([])
+    assert frozen.saving(net_of(tiny_model, "upper", None, True), 3, False) == pytest.approx((2 / 3) / 3)

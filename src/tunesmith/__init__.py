@@ -155,13 +155,17 @@ def train(
 def plan(config: Resolved[RunConfig], *, notify: Sink = _silent) -> dict[str, JSON]:
     """What ``train`` would do, as counts: rows, tokens, padding, steps, trainable parameters. Trains nothing."""
     backend.setup()
+    from tunesmith import frozen, preparation
     from tunesmith import model as models
-    from tunesmith import preparation
 
     prepared = preparation.prepare(config.spec, notify)
     loaded = models.load(config.spec.model, notify)
     attached = config.spec.adapter.attach(loaded.net, config.spec.loop.seed)
-    return {**prepared.counts, "trainable": attached.trainable, "total": attached.total}
+    counts: dict[str, JSON] = {**prepared.counts, "trainable": attached.trainable, "total": attached.total}
+    loop = config.spec.loop
+    if saved := frozen.saving(loaded.net, prepared.plan.steps / prepared.plan.steps_per_epoch, loop.checkpoint_gradients):
+        counts |= {"frozen_layers_below": frozen.depth(loaded.net), "cache_frozen_would_save": round(saved, 3)}
+    return counts
 
 
 def evaluate(

@@ -2,7 +2,8 @@
 
 On Linux the CPU wheel of MLX links a reference BLAS (2–8 GFLOP/s a core). The dynamic linker looks in the global scope
 first, so a fast BLAS opened with RTLD_GLOBAL *before* ``import mlx.core`` serves its products, with no rebuild.
-``TUNESMITH_BLAS`` chooses: ``auto`` (default), ``off``, or the path of a library.
+``TUNESMITH_BLAS`` chooses: ``auto`` (default), ``off``, or the path of a library. ``TUNESMITH_KERNELS=off`` leaves attention
+and e^x to MLX (see `kernels`). OpenBLAS's own variables (OPENBLAS_CORETYPE, OPENBLAS_NUM_THREADS, …) win over what is set here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from tunesmith.errors import SetupError
 
 BLAS_CANDIDATES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
-BLAS_HINT = "for products about 50 times faster: apt-get install libopenblas0-pthread (or pip install mkl), then again"
+BLAS_HINT = "for products about 50 times faster: apt-get install libopenblas0-pthread (or pip install 'tunesmith[mkl]')"
 
 _AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
 
@@ -80,16 +81,41 @@ def _open_blas() -> tuple[str, str | None]:
     if choice == "off":
         return "reference", "TUNESMITH_BLAS=off"
     _tune_openblas()
-    candidates = BLAS_CANDIDATES if choice == "auto" else (choice,)
+    # MKL's wheel puts its libraries where the linker does not look.
+    wheels = [str(path) for path in sorted((Path(sys.prefix) / "lib").glob("libmkl_rt.so*"), reverse=True)]
+    candidates = (*BLAS_CANDIDATES, *wheels) if choice == "auto" else (choice,)
     for name in candidates:
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
             if choice != "auto":
                 return "reference", f"TUNESMITH_BLAS: {name} cannot be opened: {error}"
         else:
+            _opened.append(library)
             return name, None
     return "reference", BLAS_HINT
+
+
+_opened: list[ctypes.CDLL] = []
+
+
+def cpu_settings() -> str:
+    """What serves products and the rest on a Linux CPU, in words; empty elsewhere."""
+    device = setup()
+    if device.kind != "cpu" or sys.platform != "linux":
+        return ""
+    words = [f"BLAS {device.blas}"]
+    if _opened and device.blas != "reference" and hasattr(_opened[0], "openblas_get_corename"):
+        core = _opened[0].openblas_get_corename
+        core.restype = ctypes.c_char_p
+        words += [f"kernels for {core().decode()}", f"{_opened[0].openblas_get_num_threads()} threads"]
+    words.append("attention and e^x " + ("of our own" if own_kernels() else "of MLX (TUNESMITH_KERNELS=off)"))
+    return ", ".join(words)
+
+
+def own_kernels() -> bool:
+    """Whether `kernels` serve here: on a Linux CPU, unless TUNESMITH_KERNELS=off."""
+    return setup().kind == "cpu" and sys.platform == "linux" and os.environ.get("TUNESMITH_KERNELS") != "off"
 
 
 def _tune_openblas() -> None:

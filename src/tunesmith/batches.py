@@ -70,6 +70,7 @@ class Batch(NamedTuple):
     ``tokens`` (N, T) int32. ``positions`` (K,) int32: places in the flattened (N · T) hidden states that predict a learned
     token, ``learned`` (K,) int32 that token, ``weights`` (K,) float32 its weight, ``rows`` (K,) int32 its sequence. Past the
     learned tokens of the batch, weights are 0. ``ends``: packed, where in the only row each sequence ends.
+    ``states`` (N, T, D): what frozen lower layers said to ``tokens``, where that is kept (`frozen`).
     """
 
     tokens: Any
@@ -78,6 +79,7 @@ class Batch(NamedTuple):
     weights: Any
     rows: Any
     ends: tuple[int, ...] | None = None
+    states: Any = None
 
 
 def collate(groups: Sequence[Group], *, pack: bool = False, bucket: bool = False) -> Batch:

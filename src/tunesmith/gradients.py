@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,11 +15,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from tunesmith import adapters, kernels, logprobs, objectives
+from tunesmith import adapters, backend, kernels, logprobs, objectives
 from tunesmith.batches import Batch, Cut, Group, Plan, bucketed, collate
-from tunesmith.errors import ConfigError
-from tunesmith.events import Notice, Sink
-from tunesmith.run import RunConfig
+from tunesmith.errors import ConfigError, OutOfMemory
+from tunesmith.events import Notice, Probed, Sink
+from tunesmith.frozen import Lower
+from tunesmith.ranks import Ranks
+from tunesmith.run import Cursor, RunConfig
 
 COMPILED_SHAPES = 64
 """Most shapes that a run compiles: each keeps a graph of the whole step. What is rarer runs as it is."""
@@ -30,9 +34,13 @@ class Gradients:
     """micro-batch, dropout key → (sum of loss (), gradients of that sum for the trainable tensors), not yet evaluated.
 
     compiled: shapes for which the step is compiled; ``traces`` counts those met so far, ``plain`` the micro-batches of others.
+    lower: the frozen layers whose results are kept.
     """
 
-    def __init__(self, net: nn.Module, config: RunConfig, compiled: frozenset[Shape] = frozenset()) -> None:
+    def __init__(
+        self, net: nn.Module, config: RunConfig, compiled: frozenset[Shape] = frozenset(), lower: Lower | None = None
+    ) -> None:
+        self._lower = lower
         self.traces: set[Shape] = set()
         self.plain = 0
         self._net, self._pack, self._compiled = net, config.batch.pack, compiled
@@ -41,7 +49,10 @@ class Gradients:
         def total(weights: dict, arrays: list[mx.array], ends: tuple[int, ...] | None, key: mx.array) -> mx.array:
             net.update(weights)
             adapters.seed_dropout(net, key)
-            return config.objective.loss(net, Batch(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], ends), of_batch).loss
+            states = arrays[5] if lower else None
+            batch = Batch(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], ends, states)
+            with lower.above() if lower else ExitStack():
+                return config.objective.loss(net, batch, of_batch).loss
 
         self._step: Any = mx.value_and_grad(total)
         self._fast = mx.compile(lambda weights, arrays, key: self._step(weights, arrays, None, key))
@@ -49,6 +60,8 @@ class Gradients:
     def __call__(self, groups: Sequence[Group], key: mx.array) -> tuple[mx.array, dict]:
         batch = collate(groups, pack=self._pack, bucket=bool(self._compiled))
         arrays = [mx.array(part) for part in batch[:5]]
+        if self._lower:
+            arrays.append(self._lower.states(groups, batch))
         shape = (*batch.tokens.shape, len(batch.learned))
         weights = self._net.trainable_parameters()
         try:
@@ -62,6 +75,103 @@ class Gradients:
 
 
 gradient_function = Gradients
+
+
+class Accumulation:
+    """The sums of an update over its micro-batches, within the memory of the device."""
+
+    def __init__(
+        self,
+        gradients_of: Gradients,
+        net: nn.Module,
+        rows: Sequence[Group],
+        plan: Plan,
+        config: RunConfig,
+        ranks: Ranks,
+        emit: Sink,
+    ) -> None:
+        self._gradients_of, self._net, self._rows, self._plan_of_run = gradients_of, net, rows, plan
+        self._config, self._ranks, self._emit = config, ranks, emit
+
+    @property
+    def traces(self) -> int:
+        """Shapes compiled so far."""
+        return len(self._gradients_of.traces)
+
+    def _plan(self, cursor: Cursor) -> Plan:
+        """The plan, with the smaller budget that the run came down to."""
+        plan = self._plan_of_run
+        return plan if cursor.tokens is None else replace(plan, cut=replace(plan.cut, tokens=cursor.tokens))
+
+    def probe(self, cursor: Cursor) -> None:
+        """The run's largest micro-batch, for nothing: want of memory shows now, not at night. Raises OutOfMemory."""
+        plan, start = self._plan(cursor), time.perf_counter()
+        largest = plan.largest()
+        lengths = [plan.lengths[index] for index in largest]
+        self._net.train()
+        try:
+            key = dropout_key(self._config.loop.seed, 0, 0)
+            mx.eval(self._gradients_of([self._rows[index] for index in largest], key))
+        except (RuntimeError, MemoryError) as error:
+            if not backend.is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error, lengths, "before step 1") from error
+        size, memory, limit = plan.cut.size(lengths), backend.memory(), backend.memory_limit()
+        self._emit(Probed(len(lengths), size, time.perf_counter() - start, memory))
+        if memory["peak"] > 0.9 * limit:
+            what = f"the largest micro-batch takes {memory['peak'] / 1e9:.1f} of {limit / 1e9:.1f} GB: it will swap"
+            self._emit(Notice(what, level="warning", hint=self._smaller(lengths)))
+
+    def sums(self, step: int, cursor: Cursor) -> tuple[mx.array, dict]:
+        """(sum of loss (), sums of gradients) of this rank's rows of update ``step``, evaluated.
+
+        Where the device runs out of memory, the budget is halved, for the rest of the run; raises OutOfMemory where one row is
+        too much.
+        """
+        plan = self._plan(cursor)
+        self._net.train()
+        loss, total = mx.array(0.0), None
+        micro: list[int] = []
+        try:
+            for index, micro in enumerate(plan.update(step, self._ranks.rank, self._ranks.size)):
+                # The next graph is built while the device works on the last; then that one is waited for, so that
+                # only one is in memory.
+                key = dropout_key(self._config.loop.seed, step, index * self._ranks.size + self._ranks.rank)
+                part, part_gradients = self._gradients_of([self._rows[member] for member in micro], key)
+                mx.eval(loss, total or {})
+                loss, total = loss + part, _add(total, part_gradients)
+                mx.async_eval(loss, total)
+            mx.eval(loss, total or {})
+        except (RuntimeError, MemoryError) as error:
+            lengths = [plan.lengths[member] for member in plan.members(step)]
+            smaller = plan.cut.halved(max(lengths))
+            if not backend.is_out_of_memory(error):
+                raise
+            if smaller is None:
+                raise self._out_of_memory(error, [plan.lengths[member] for member in micro], f"step {step + 1}") from error
+            cursor.tokens = smaller.tokens
+        else:
+            return loss, tree_map(mx.zeros_like, self._net.trainable_parameters()) if total is None else total
+        loss = total = None
+        mx.clear_cache()
+        now = f"{cursor.tokens} tokens at once instead of {plan.cut.tokens}"
+        what = f"the device ran out of memory: from step {step + 1} on, {now}"
+        self._emit(Notice(what, level="warning", hint=f"for the next run: batch.tokens={cursor.tokens}"))
+        return self.sums(step, cursor)
+
+    def _out_of_memory(self, error: Exception, lengths: list[int], where: str) -> OutOfMemory:
+        what = f"the device ran out of memory with {len(lengths)} rows of up to {max(lengths)} tokens: {error}"
+        return OutOfMemory(what, where=where, hint=self._smaller(lengths))
+
+    def _smaller(self, lengths: list[int]) -> str:
+        hint = "lower batch.tokens" if len(lengths) > 1 else "lower batch.length"
+        hint += "" if self._config.loop.checkpoint_gradients else ", set loop.checkpoint_gradients=true"
+        return hint + ("" if self._config.model.quantize else ", or model.quantize=4") + ", in a new run"
+
+
+def _add(total: dict | None, part: dict) -> dict:
+    """Leaf by leaf."""
+    return part if total is None else tree_map(mx.add, total, part)
 
 
 def frequent_shapes(plan: Plan, groups: Sequence[Group]) -> frozenset[Shape]:
@@ -145,11 +255,6 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
         return mx.checkpoint(run)(self.trainable_parameters(), x)
 
     return type(f"Recomputing{kind.__name__}", (kind,), {"__call__": call})
-
-
-def add(total: dict | None, part: dict) -> dict:
-    """Leaf by leaf."""
-    return part if total is None else tree_map(mx.add, total, part)
 
 
 def require(net: nn.Module, config: RunConfig, notify: Sink) -> None:

@@ -9,8 +9,6 @@ On a GPU nothing of this is used: MLX has kernels of its own there.
 from __future__ import annotations
 
 import functools
-import os
-import sys
 import types
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,11 +26,6 @@ _LOG2_E = 1.4426950408889634
 _ROUND = 12582912.0  # 1.5 · 2^23: adding it leaves the rounded value in the low bits of the mantissa
 # 2^f on [−1/2, 1/2], lowest power first; relative error 7.5e-8 in exact arithmetic.
 _POWERS = (1.000000072, 0.6931469671, 0.2402211972, 0.05550713278, 0.009675541324, 0.001327647069)
-
-
-def serve() -> bool:
-    """Whether these serve here: on a Linux CPU, unless TUNESMITH_KERNELS=off."""
-    return backend.setup().kind == "cpu" and sys.platform == "linux" and os.environ.get("TUNESMITH_KERNELS") != "off"
 
 
 def _exp(x: mx.array) -> mx.array:
@@ -105,7 +98,7 @@ _logprobs = with_gradient(_cross, _cross_vjp)
 def token_logprobs(logits: mx.array, targets: mx.array) -> mx.array:
     """(K, V), (K,) → (K,) float32: log p of each target."""
     logits = logits.astype(mx.float32)
-    return _logprobs(logits, targets)[0] if serve() else -mx.fast.cross_entropy(logits, targets)
+    return _logprobs(logits, targets)[0] if backend.own_kernels() else -mx.fast.cross_entropy(logits, targets)
 
 
 def causal(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
@@ -213,7 +206,7 @@ def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
 
 
 def _one_row(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    if serve():
+    if backend.own_kernels():
         return causal(queries, keys, values, scale)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
 
@@ -226,7 +219,7 @@ def attention(
         if sinks is not None:
             raise ValueError("layers with attention sinks cannot take packed rows")
         return mask.attend(queries, keys, values, scale)
-    if cache is None and sinks is None and isinstance(mask, str) and mask == "causal" and serve():
+    if cache is None and sinks is None and isinstance(mask, str) and mask == "causal" and backend.own_kernels():
         return causal(queries, keys, values, scale)
     theirs: Any = base.scaled_dot_product_attention
     return theirs(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
@@ -238,7 +231,7 @@ def install(net: nn.Module) -> int:
     Each such layer becomes an object of a subclass whose ``__call__`` is its own code with these two names bound anew, so every
     architecture keeps its own arithmetic, and other models in the process stay as they were.
     """
-    mine: dict[str, Any] = {"scaled_dot_product_attention": attention} | ({"swiglu": swiglu} if serve() else {})
+    mine: dict[str, Any] = {"scaled_dot_product_attention": attention} | ({"swiglu": swiglu} if backend.own_kernels() else {})
     count = 0
     for module in net.modules():
         code = getattr(type(module).__call__, "__code__", None)

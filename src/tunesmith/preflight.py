@@ -159,7 +159,8 @@ def _products() -> list[Check]:
     device, speed = backend.setup(), backend.gflops()
     problem = (device.blas_hint is not None or (device.kind == "cpu" and speed < SLOW_GFLOPS)) and "warn"
     hint = device.blas_hint or "other programs may be using the processor; try again"
-    return [_check("products", f"{speed:,.0f} GFLOP/s float32, BLAS: {device.blas}", problem, hint)]
+    how = backend.cpu_settings() or "on the GPU"
+    return [_check("products", f"{speed:,.0f} GFLOP/s float32; {how}", problem, hint)]
 
 
 def _overfit() -> list[Check]:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from tunesmith.errors import RankLost, TrainingError
+from tunesmith.errors import RankLost, SetupError, TrainingError
 
 _LAUNCHED = {"MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
 """What `mlx.launch` and MPI's launchers tell each process: without it there is nothing to join."""
@@ -79,5 +79,9 @@ def join() -> Ranks:
     """This process's place among those that `mlx.launch` started, or the only one."""
     if not os.environ.keys() & _LAUNCHED:
         return ONE
-    group = mx.distributed.init()
+    try:
+        group = mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        hint = "start it with mlx.launch, or unset MLX_RANK"
+        raise SetupError(f"this process was started as one of several and cannot reach the others: {error}", hint=hint) from error
     return Ranks(group, group.rank(), group.size())

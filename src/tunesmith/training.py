@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,14 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as serialise
 
 from tunesmith import adapters, backend, console, events, gradients, model, optimizer, preparation, ranks, template
-from tunesmith.batches import Cut, Group, Plan
+from tunesmith.batches import Cut, Group
 from tunesmith.errors import Diverged, OutOfMemory, TunesmithError
 from tunesmith.events import Notice, Sink
-from tunesmith.gradients import Gradients, dropout_key, gradient_function, row_losses
+from tunesmith.frozen import Lower
+from tunesmith.gradients import Accumulation, dropout_key, gradient_function, row_losses
 from tunesmith.ranks import ONE, Ranks
-from tunesmith.run import EVENTS, LOG, OPTIMIZER, Cursor, Run, RunConfig, facts, flat, flush, name, require_free
+from tunesmith.run import EVENTS, FROZEN, LOG, OPTIMIZER, Cursor, Run, RunConfig, facts, flat, flush, name, require_free
 
-GradientFunction = Gradients
 SKIPS_BEFORE_STOP = 3
 
 
@@ -116,6 +117,7 @@ class Loop:
     emit: Sink
     stop: threading.Event
     ranks: Ranks = ONE
+    lower: Lower | None = None
 
     @property
     def hint(self) -> str:
@@ -134,23 +136,33 @@ class Loop:
         except KeyboardInterrupt:
             status, why = "interrupted", f"at once, before the step was finished; go on with: {self.hint}"
             raise
+        except (RuntimeError, MemoryError) as error:
+            why = f"{type(error).__name__}: {error}"
+            if not backend.is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"the device ran out of memory: {error}", where=f"after step {cursor.step}",
+                hint=f"lower batch.tokens or loop.sample_tokens, in a new run; or try: {self.hint}",
+            ) from error  # fmt: skip
         finally:
             self.emit(events.RunEnded(status, cursor.step, time.perf_counter() - started, why))
+            if self.lower and (self.run is None or status in ("completed", "stopped_early")):
+                self.lower.close()
             if self.run and self.ranks.writes:
                 self.run.mark(status)
 
     def _fit(self, cursor: Cursor, started: float) -> tuple[str, str | None]:
         """(status, why) after the last update. Every save leaves the cursor at the update that it holds."""
         spec, plan = self.config.loop, self.prepared.plan
-        gradients_of = self.gradients()
-        self._probe(cursor, gradients_of)
+        accumulation = self.accumulation()
+        accumulation.probe(cursor)
         if cursor.step == 0:
             self._validate(cursor)
             self._sample(0)
         if tired := self._tired(cursor):  # the process died between the last save and the end
             return tired
         for step in range(cursor.step, plan.steps):
-            stopping = self._update(step, cursor, gradients_of)
+            stopping = self._update(step, cursor, accumulation)
             cursor.step = done = step + 1
             cursor.elapsed_s = time.perf_counter() - started
             last = done == plan.steps
@@ -170,11 +182,16 @@ class Loop:
                 return "interrupted", f"go on with: {self.hint}"
         return "completed", None
 
-    def gradients(self) -> GradientFunction:
-        """The step: compiled for the shapes that come often, where the plan rounds its sizes for that."""
-        plan = self.prepared.plan
-        shapes = gradients.frequent_shapes(plan, self.prepared.train) if plan.cut.bucket else frozenset()
-        return gradient_function(self.net, self.config, shapes)
+    def accumulation(self) -> Accumulation:
+        """Where the sums of an update come from; with frozen lower layers kept on disk if asked."""
+        config, rows, plan = self.config, self.prepared.train, self.prepared.plan
+        if config.loop.cache_frozen:
+            self.lower = Lower(self.net, self.run.path / FROZEN if self.run else Path(tempfile.mkdtemp(prefix="tunesmith-")))
+            size = self.lower.open(rows)
+            self.emit(Notice(f"{self.lower.depth} layers below the adapter: what they say is kept on disk, {size / 1e9:.2f} GB"))
+        shapes = gradients.frequent_shapes(plan, rows) if plan.cut.bucket else frozenset()
+        gradients_of = gradient_function(self.net, config, shapes, self.lower)
+        return Accumulation(gradients_of, self.net, rows, plan, config, self.ranks, self.emit)
 
     def _tired(self, cursor: Cursor) -> tuple[str, str] | None:
         patience = self.config.loop.early_stop
@@ -182,75 +199,7 @@ class Loop:
             return None
         return "stopped_early", f"no better validation loss in {cursor.stale} validations"
 
-    def _plan(self, cursor: Cursor) -> Plan:
-        """The plan, with the smaller budget that the run came down to."""
-        plan = self.prepared.plan
-        return plan if cursor.tokens is None else replace(plan, cut=replace(plan.cut, tokens=cursor.tokens))
-
-    def _probe(self, cursor: Cursor, gradients_of: GradientFunction) -> None:
-        """The run's largest micro-batch, for nothing: want of memory shows now, not at night."""
-        plan, start = self._plan(cursor), time.perf_counter()
-        largest = plan.largest()
-        lengths = [plan.lengths[index] for index in largest]
-        self.net.train()
-        try:
-            key = dropout_key(self.config.loop.seed, 0, 0)
-            mx.eval(gradients_of([self.prepared.train[index] for index in largest], key))
-        except (RuntimeError, MemoryError) as error:
-            raise self._out_of_memory(error, lengths, "before step 1") from error
-        size, memory = plan.cut.size(lengths), backend.memory()
-        self.emit(events.Probed(len(lengths), size, time.perf_counter() - start, memory))
-        if memory["peak"] > 0.9 * backend.memory_limit():
-            what = (
-                f"the largest micro-batch takes {memory['peak'] / 1e9:.1f} of {backend.memory_limit() / 1e9:.1f} GB: it will swap"
-            )
-            self.emit(Notice(what, level="warning", hint=self._smaller(lengths)))
-
-    def _out_of_memory(self, error: Exception, lengths: list[int], where: str) -> Exception:
-        """What to raise for ``error`` in a micro-batch of rows of these lengths."""
-        if not backend.is_out_of_memory(error):
-            return error
-        what = f"the device ran out of memory with {len(lengths)} rows of up to {max(lengths)} tokens: {error}"
-        return OutOfMemory(what, where=where, hint=self._smaller(lengths))
-
-    def _smaller(self, lengths: list[int]) -> str:
-        hint = "lower batch.tokens" if len(lengths) > 1 else "lower batch.length"
-        hint += "" if self.config.loop.checkpoint_gradients else ", set loop.checkpoint_gradients=true"
-        return hint + ("" if self.config.model.quantize else ", or model.quantize=4") + ", in a new run"
-
-    def _sums(self, step: int, cursor: Cursor, gradients_of: GradientFunction) -> tuple[mx.array, dict | None]:
-        """(sum of loss, sums of gradients) of this rank's share of update ``step``; None where it has no row."""
-        plan = self._plan(cursor)
-        self.net.train()
-        loss, total = mx.array(0.0), None
-        micro: list[int] = []
-        try:
-            for index, micro in enumerate(plan.update(step, self.ranks.rank, self.ranks.size)):
-                # The next graph is built while the device works on the last; then that one is waited for, so that
-                # only one is in memory.
-                key = dropout_key(self.config.loop.seed, step, index * self.ranks.size + self.ranks.rank)
-                part, part_gradients = gradients_of([self.prepared.train[member] for member in micro], key)
-                mx.eval(loss, total or {})
-                loss, total = loss + part, gradients.add(total, part_gradients)
-                mx.async_eval(loss, total)
-            mx.eval(loss, total or {})
-        except (RuntimeError, MemoryError) as error:
-            lengths = [plan.lengths[member] for member in plan.members(step)]
-            smaller = plan.cut.halved(max(lengths))
-            if not backend.is_out_of_memory(error) or smaller is None:
-                raise self._out_of_memory(error, [plan.lengths[member] for member in micro], f"step {step + 1}") from error
-            cursor.tokens = smaller.tokens
-        else:
-            return loss, total
-        loss = total = None
-        mx.clear_cache()
-        what = (
-            f"the device ran out of memory: from step {step + 1} on, {cursor.tokens} tokens at once instead of {plan.cut.tokens}"
-        )
-        self.emit(Notice(what, level="warning", hint=f"for the next run: batch.tokens={cursor.tokens}"))
-        return self._sums(step, cursor, gradients_of)
-
-    def _update(self, step: int, cursor: Cursor, gradients_of: GradientFunction) -> bool:
+    def _update(self, step: int, cursor: Cursor, accumulation: Accumulation) -> bool:
         """One optimizer update: sums of loss and gradients over micro-batches and ranks, divided by the units once.
 
         Returns whether any rank was asked to stop.
@@ -259,9 +208,7 @@ class Loop:
         spec = self.config.optimizer
         groups = [self.prepared.train[member] for member in self.prepared.plan.members(step)]
         units = sum(group.units for group in groups)
-        loss, sums = self._sums(step, cursor, gradients_of)
-        if sums is None:
-            sums = tree_map(mx.zeros_like, self.net.trainable_parameters())
+        loss, sums = accumulation.sums(step, cursor)
         loss, stop, sums = self.ranks.total([loss, mx.array(float(self.stop.is_set())), sums])
         means = tree_map(lambda leaf: leaf / units, sums)
         norm = optimizer.global_norm(means)
@@ -289,7 +236,7 @@ class Loop:
                 step + 1, (step + 1) / self.prepared.plan.steps_per_epoch, mean, units,
                 sum(group.tokens for group in groups), rate, size,
                 spec.max_norm is not None and size > spec.max_norm, time.perf_counter() - start, backend.memory(),
-                len(gradients_of.traces),
+                accumulation.traces,
             )
         )  # fmt: skip
         return stopping

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,11 +59,12 @@ def learned_logprobs(net: nn.Module, batch: Batch, *, gather: bool = True) -> mx
     if len(targets) == 0:
         return mx.zeros((0,))
     ids = mx.array(batch.tokens)
-    packed = {} if batch.ends is None else {"cache": kernels.packed(net, batch.ends)}
+    options: dict[str, Any] = {} if batch.ends is None else {"cache": kernels.packed(net, batch.ends)}
+    options |= {} if batch.states is None else {"input_embeddings": batch.states}
     if gather:
-        hidden = logprobs.features(net, ids, **packed)
+        hidden = logprobs.features(net, ids, **options)
         return logprobs.chosen(net, hidden.reshape(-1, hidden.shape[-1])[flat], targets)
-    logits = net(ids, **packed)
+    logits = net(ids, **options)
     return kernels.token_logprobs(logits.reshape(-1, logits.shape[-1])[flat], targets)
 
 
