@@ -58,17 +58,18 @@ def test_few_sizes_between_one_power_of_two_and_the_next():
     assert len({bucketed(size) for size in range(1, 4097)}) <= 16 * 5 + 17
 
 
-@given(sizes, cuts)
-def test_the_largest_micro_batch_is_the_peak_of_the_epoch(lengths, cut):
-    plan = Plan(tuple(lengths), 5, cut, 0)
-    size = cut.size([lengths[member] for member in plan.largest()])
-    assert size == max(cut.size([lengths[m] for m in micro]) for step in range(plan.steps) for micro in plan.update(step))
+@given(sizes, cuts, st.integers(1, 3))
+def test_the_largest_micro_batch_is_the_peak_of_the_run(lengths, cut, ranks):
+    plan = Plan(tuple(lengths), 5, cut, 0, epochs=2)
+    size = cut.size([lengths[member] for member in plan.largest(ranks)])
+    every = [micro for step in range(plan.steps) for rank in range(ranks) for micro in plan.update(step, rank, ranks)]
+    assert size == max(cut.size([lengths[member] for member in micro]) for micro in every)
 
 
 def test_a_budget_is_halved_until_one_row_is_left():
-    cut = Cut(100)
-    assert cut.halved(30) == Cut(50) and cut.halved(70) == Cut(70)
-    assert cut.halved(100) is None and Cut(100, micro=1).halved(10) is None
+    assert Cut(10**6).halved([30, 30, 20, 10]) == Cut(60) and Cut(100).halved([70, 20]) == Cut(70)
+    assert Cut(100, pack=True).halved([30, 30, 20]) == Cut(40, pack=True)
+    assert Cut(100).halved([100]) is None
 
 
 @given(sizes, st.integers(1, 9))

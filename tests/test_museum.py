@@ -150,7 +150,7 @@ def test_museum_23_a_loss_that_is_not_finite_is_skipped_named_and_stops_the_run(
         batch={"sequences": 2, "tokens": 4096, "pack": True},
         loop={"steps": 9, "samples": 0, "validate_every": 0},
     )
-    real = training.gradient_function
+    real = training.Gradients
 
     class Poisoned(real):
         calls = iter(range(-1, 100))  # the first is the probe's
@@ -160,7 +160,7 @@ def test_museum_23_a_loss_that_is_not_finite_is_skipped_named_and_stops_the_run(
             bad = next(self.calls) in (1, 4, 5, 6)
             return value, tree_map(lambda leaf: leaf * math.nan, found) if bad else found
 
-    monkeypatch.setattr(training, "gradient_function", Poisoned)
+    monkeypatch.setattr(training, "Gradients", Poisoned)
     log: list[events.Event] = []
     with pytest.raises(errors.Diverged, match="3 updates in a row"):
         training.train(settings, out=tmp_path / "run", notify=log.append)
@@ -184,7 +184,7 @@ def test_museum_24_every_preset_is_loaded_by_a_test():
 def test_gradient_reaches_every_trainable_tensor_and_none_other(net):
     net.load_weights([(name, value + 0.1) for name, value in adapters.trainable(net).items()], strict=False)
     settings = RunConfig(model={"path": "x"}, data={"train": "x"})
-    step = training.gradient_function(net, settings)
+    step = training.Gradients(net, settings)
     _, sums = step([group(range(3, 20), [0] * 8 + [1] * 9)], training.dropout_key(0, 0, 0))
     flat = dict(tree_flatten(sums))
     assert flat.keys() == adapters.trainable(net).keys() and len(flat) == 8

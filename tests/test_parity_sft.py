@@ -41,7 +41,7 @@ def check(net, groups, config, golden):
     spec = OptimizerSpec(
         learning_rate=make_sft.RATE, weight_decay=make_sft.DECAY, warmup_steps=make_sft.WARMUP, max_norm=make_sft.MAX_NORM
     )
-    gradients_of = training.gradient_function(net, config)
+    gradients_of = training.Gradients(net, config)
     units = sum(group.units for group in groups)
     state = optimizer.build(spec, net)
     for update in range(make_sft.UPDATES):

@@ -61,7 +61,7 @@ def test_slow_products_and_a_missing_blas_are_warned_about(monkeypatch):
     checks = preflight.doctor(overfit=False)["checks"]
     assert found("products", checks) == {
         "name": "products", "status": "warn",
-        "value": "100 GFLOP/s float32; BLAS reference, attention and e^x of our own", "hint": "install a BLAS",
+        "value": "100 GFLOP/s float32; BLAS reference, freed memory kept, attention and e^x of our own", "hint": "install a BLAS",
     }  # fmt: skip
     assert {"name": "device", "status": "warn", "value": "a note", "hint": None} in checks
     monkeypatch.setattr(backend, "setup", lambda: backend.Device("chip", "cpu", "openblas", None, ()))
@@ -165,3 +165,19 @@ def test_the_table_is_aligned_and_shows_hints():
         "",
         "this machine cannot train yet: 1 ok, 0 to look at, 1 failed",
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the BLAS of Linux")
+def test_a_blas_from_the_package_registry_is_found_where_the_linker_does_not_look(monkeypatch, tmp_path):
+    (tmp_path / "lib").mkdir()
+    real = next((path for path in Path("/usr/lib").glob("*/libm.so.6")), None)
+    if real is None:
+        pytest.skip("no libm.so.6 under /usr/lib to stand for a library")
+    (tmp_path / "lib" / "libmkl_rt.so.3").symlink_to(real)
+    monkeypatch.setattr(backend, "BLAS_CANDIDATES", ("libabsent.so.0",))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(backend, "_opened", [])
+    monkeypatch.delenv("TUNESMITH_BLAS", raising=False)
+    assert backend._open_blas() == (str(tmp_path / "lib" / "libmkl_rt.so.3"), None)
+    monkeypatch.setattr(sys, "prefix", "/nowhere")
+    assert backend._open_blas() == ("reference", backend.BLAS_HINT)

@@ -27,6 +27,7 @@ ADAPTERS = {
     "lora": adapters.LoRA(rank=4, dropout=0.3),
     "dora": adapters.DoRA(rank=4, targets="all-linear"),
     "head": adapters.LoRA(rank=4, targets=("all-linear", "lm_head")),
+    "bare": adapters.LoRA(rank=4),
     "upper": adapters.LoRA(rank=4, targets="all-linear", layers=1),
     "full": adapters.Full.model_validate({}),
 }
@@ -98,8 +99,9 @@ def assert_equal(found, expected, tolerance: float = 1e-5) -> None:
 
 
 CASES = [
-    ("tiny_model", "lora", None), ("tiny_model", "dora", None), ("tiny_model", "full", None), ("tiny_model", "upper", None),
-    ("tiny_mistral", "lora", 4), ("tiny_mistral", "head", None), ("tiny_mistral", "head", 8), ("tiny_mistral", "full", None),
+    ("tiny_model", "lora", None), ("tiny_model", "bare", None), ("tiny_model", "dora", None), ("tiny_model", "full", None),
+    ("tiny_model", "upper", None), ("tiny_mistral", "bare", 4), ("tiny_mistral", "lora", 4), ("tiny_mistral", "head", None),
+    ("tiny_mistral", "head", 8), ("tiny_mistral", "full", None),
 ]  # fmt: skip
 
 
@@ -190,7 +192,7 @@ def test_a_model_that_mixes_packed_rows_is_refused_by_name(tiny_model):
     assert gradients.packs(model.load(model.ModelSpec(path=str(tiny_model))).net)
     assert not gradients.packs(Recurrent())
     with pytest.raises(errors.ConfigError, match=r"batch\.pack: test_speed_laws models mix rows"):
-        gradients.require(Recurrent(), config(pack=True), print)
+        gradients.require(Recurrent(), config(pack=True), [], print)
 
 
 # The CPU's own kernels
@@ -202,6 +204,27 @@ def test_exp_is_exp(values):
     np.testing.assert_allclose(np.array(kernels.exp(x)), np.exp(np.array(x, dtype=np.float64)), rtol=6e-6)
     small = mx.clip(x, -8, 8)
     np.testing.assert_allclose(np.array(kernels.exp(small)), np.exp(np.array(small, dtype=np.float64)), rtol=1e-6)
+
+
+def test_swiglu_at_the_ends():
+    gate = mx.array([-1e4, -200.0, -90.0, -88.5, -87.0, -30.0, 30.0, 88.0, 90.0, 1e4])
+    for found, expected in zip(
+        *(mx.vjp(call, [gate, mx.ones(10)], [mx.ones(10)])[1] for call in (kernels.swiglu, lambda g, x: nn.silu(g) * x)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_takes_mlx_own_ways(tiny_model, dtype):
+    net = model.load(model.ModelSpec(path=str(tiny_model))).net
+    net.set_dtype(dtype)
+    ids = mx.array([[5, 6, 7, 8]])
+    found = net(ids)
+    with mock.patch.dict("os.environ", OFF):
+        expected = net(ids)
+    assert found.dtype == dtype == kernels.swiglu(mx.ones(4, dtype), mx.ones(4, dtype)).dtype
+    np.testing.assert_array_equal(np.array(found.astype(mx.float32)), np.array(expected.astype(mx.float32)))
 
 
 def test_exp_far_below_is_nothing():
@@ -296,7 +319,7 @@ def small(monkeypatch, tmp_path, tiny_model):
     """(most, after, settings) → the run and its events."""
 
     def train(most: int, after: int, out: str, **batch: object):
-        monkeypatch.setattr(training, "gradient_function", type("Small", (Small,), {"most": most, "after": after}))
+        monkeypatch.setattr(training, "Gradients", type("Small", (Small,), {"most": most, "after": after}))
         said: list[events.Event] = []
         data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))
         asked = RunConfig(
@@ -321,9 +344,9 @@ def test_want_of_memory_shows_before_the_first_step(small):
 def test_want_of_memory_later_halves_the_budget_and_says_so(small):
     run, said = small(220, 2, "run", tokens=1000, pack=True)
     notices = [event.what for event in said if isinstance(event, events.Notice) and "ran out" in event.what]
-    assert notices[0].endswith("from step 2 on, 500 tokens at once instead of 1000") and len(notices) >= 2
     left = run.cursor(4).tokens
-    assert 100 <= left <= 250 and notices[-1].split(" on, ")[1].startswith(f"{left} tokens") and run.cursor(1).tokens is None
+    assert 100 <= left <= 250 and run.cursor(1).tokens is None
+    assert "from step 2 on" in notices[0] and notices[-1].endswith(f"at most {left} tokens at once")
     assert [event.step for event in said if isinstance(event, events.StepDone)] == [1, 2, 3, 4]
     # A run that goes on from there keeps the budget, and ends in the same bytes.
     expected = (run.checkpoint(4) / "adapters.safetensors").read_bytes()
@@ -348,6 +371,7 @@ def test_kept_lower_layers_change_nothing_and_are_computed_once(tmp_path, tiny_m
     net = net_of(tiny_model, "upper", None, True)
     groups, key = rows(3, [1, 20, 150, 20, 31]), mx.random.key(0)
     lower = frozen.Lower(net, tmp_path / "kept")
+    lower.require(groups)
     assert lower.depth == 1 and lower.open(groups) == 222 * 64 * 4
     step = gradients.Gradients(net, config(pack=pack), lower=lower)
     first = step(groups, key)
@@ -359,7 +383,7 @@ def test_kept_lower_layers_change_nothing_and_are_computed_once(tmp_path, tiny_m
     assert (again.computed, again.read) == (0, 4)
     expected = gradients.Gradients(net, config(pack=pack))(groups, key)
     for found in (first, second):
-        assert_equal(found, expected, 1e-6)
+        assert_equal(found, expected)
     lower.close()
     assert not (tmp_path / "kept").exists()
 
@@ -370,7 +394,7 @@ def test_a_run_with_kept_lower_layers_is_the_run_without(tmp_path, tiny_model):
 
     def train(out: str, **loop: object) -> dict:
         asked = RunConfig(
-            model={"path": str(tiny_model)}, data={"train": str(data), "valid": 4}, batch={"sequences": 6},
+            model={"path": str(tiny_model)}, data={"train": str(data), "valid": 0.2}, batch={"sequences": 6},
             adapter={"layers": 1, "dropout": 0.1}, loop={"epochs": 2, "samples": 0, **loop}, optimizer={"learning_rate": 1e-2},
         )  # fmt: skip
         run = training.train(asked, out=tmp_path / out, notify=said.append)
@@ -388,5 +412,5 @@ def test_keeping_lower_layers_where_none_is_frozen_is_refused(tmp_path, tiny_mod
         net = net_of(tiny_model, adapter, None, True)
         assert frozen.depth(net) == 0 and frozen.saving(net, 3, False) == 0
         with pytest.raises(errors.ConfigError, match=r"loop\.cache_frozen: no layer lies below"):
-            frozen.Lower(net, tmp_path / "kept").open([])
+            frozen.Lower(net, tmp_path / "kept").require(rows(0, [9]))
     assert frozen.saving(net_of(tiny_model, "upper", None, True), 3, False) == pytest.approx((2 / 3) / 3)

@@ -130,7 +130,7 @@ def train(
     Raises a TunesmithError.
     """
     backend.setup()
-    from tunesmith import reports, training
+    from tunesmith import ranks, reports, training
     from tunesmith.config import load
     from tunesmith.errors import ConfigError
     from tunesmith.run import CONFIG, Run, RunConfig
@@ -140,7 +140,7 @@ def train(
         spec = load(RunConfig, files=[run.path / CONFIG], sets=sets).spec
         if run.manifest["status"] in ("completed", "stopped_early"):
             run.require_same(spec, run.manifest["hashes"])
-            return run
+            return run if ranks.join().writes else None
         run = training.train(spec, resume=run, notify=notify)
     elif config is not None:
         where = None if out is None else Path(out)
@@ -155,13 +155,14 @@ def train(
 def plan(config: Resolved[RunConfig], *, notify: Sink = _silent) -> dict[str, JSON]:
     """What ``train`` would do, as counts: rows, tokens, padding, steps, trainable parameters. Trains nothing."""
     backend.setup()
-    from tunesmith import frozen, preparation
+    from tunesmith import frozen, gradients, preparation
     from tunesmith import model as models
 
     prepared = preparation.prepare(config.spec, notify)
     loaded = models.load(config.spec.model, notify)
     attached = config.spec.adapter.attach(loaded.net, config.spec.loop.seed)
     counts: dict[str, JSON] = {**prepared.counts, "trainable": attached.trainable, "total": attached.total}
+    gradients.require(loaded.net, config.spec, prepared.train, notify)
     loop = config.spec.loop
     if saved := frozen.saving(loaded.net, prepared.plan.steps / prepared.plan.steps_per_epoch, loop.checkpoint_gradients):
         counts |= {"frozen_layers_below": frozen.depth(loaded.net), "cache_frozen_would_save": round(saved, 3)}

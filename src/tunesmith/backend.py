@@ -3,11 +3,13 @@
 On Linux the CPU wheel of MLX links a reference BLAS (2–8 GFLOP/s a core). The dynamic linker looks in the global scope
 first, so a fast BLAS opened with RTLD_GLOBAL *before* ``import mlx.core`` serves its products, with no rebuild.
 ``TUNESMITH_BLAS`` chooses: ``auto`` (default), ``off``, or the path of a library. ``TUNESMITH_KERNELS=off`` leaves attention
-and e^x to MLX (see `kernels`). OpenBLAS's own variables (OPENBLAS_CORETYPE, OPENBLAS_NUM_THREADS, …) win over what is set here.
+and e^x to MLX (see `kernels`), ``TUNESMITH_ALLOCATOR=off`` glibc's allocator as it is. OpenBLAS's own variables
+(OPENBLAS_CORETYPE, OPENBLAS_NUM_THREADS, …) win over what is set here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import functools
@@ -105,10 +107,13 @@ def cpu_settings() -> str:
     if device.kind != "cpu" or sys.platform != "linux":
         return ""
     words = [f"BLAS {device.blas}"]
-    if _opened and device.blas != "reference" and hasattr(_opened[0], "openblas_get_corename"):
-        core = _opened[0].openblas_get_corename
-        core.restype = ctypes.c_char_p
-        words += [f"kernels for {core().decode()}", f"{_opened[0].openblas_get_num_threads()} threads"]
+    if _opened and device.blas != "reference":
+        with contextlib.suppress(AttributeError):  # another BLAS than OpenBLAS
+            core = _opened[0].openblas_get_corename
+            core.restype = ctypes.c_char_p
+            words += [f"kernels for {core().decode()}", f"{_opened[0].openblas_get_num_threads()} threads"]
+            words.append(f"spin 2^{os.environ.get('OPENBLAS_THREAD_TIMEOUT', '26')} cycles")
+    words.append("freed memory " + ("kept" if _allocator_tuned() else "given back (TUNESMITH_ALLOCATOR=off)"))
     words.append("attention and e^x " + ("of our own" if own_kernels() else "of MLX (TUNESMITH_KERNELS=off)"))
     return ", ".join(words)
 
@@ -128,14 +133,18 @@ def _tune_openblas() -> None:
         os.environ.setdefault("OPENBLAS_CORETYPE", core)
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     if (ranks := _ranks_here()) > 1:
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, str(max(1, len(os.sched_getaffinity(0)) // ranks)))
 
 
 def openblas_core() -> str | None:
     """The kernels to ask of OpenBLAS, where it would choose badly: older releases take an AMD processor with AVX-512 for one
     without, which halves its speed."""
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        facts = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    facts = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)}
     amd = facts.get("vendor_id") == ["AuthenticAMD"]
     return "SkylakeX" if amd and set(facts.get("flags", [])) >= _AVX512 else None
 
@@ -150,8 +159,14 @@ def _ranks_here() -> int:
         return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
 
 
+def _allocator_tuned() -> bool:
+    return os.environ.get("TUNESMITH_ALLOCATOR") != "off"
+
+
 def _keep_freed_memory() -> None:
     """Ask glibc to keep large freed blocks: returning them costs a page fault each 4 KiB at the next update."""
+    if not _allocator_tuned():
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -194,7 +209,8 @@ def memory_limit() -> int:
     import psutil
 
     info: dict = mx.device_info() if setup().kind == "gpu" else {}
-    return int(info.get("max_recommended_working_set_size") or info.get("memory_size") or psutil.virtual_memory().total)
+    keys = ("max_recommended_working_set_size", "total_memory", "memory_size")  # Metal's, CUDA's
+    return int(next((info[key] for key in keys if info.get(key)), 0) or psutil.virtual_memory().total)
 
 
 def gflops(size: int = 1024, repeats: int = 3) -> float:

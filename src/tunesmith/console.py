@@ -67,7 +67,7 @@ def _facts(steps: Sequence[events.StepDone]) -> dict[str, str]:
         "gradient norm": f"{last.gradient_norm:.3g}" + (" clipped" if last.clipped else ""),
         "speed": f"{_speed(steps):,.0f} learned tokens/s",
         "memory": _memory(last.memory),
-    } | ({"shapes compiled": str(last.traces)} if last.traces else {})
+    } | ({"shapes": ", ".join(f"{count:,} {name}" for name, count in last.shapes.items())} if last.shapes else {})
 
 
 def _memory(readings: Mapping[str, int]) -> str:

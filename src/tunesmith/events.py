@@ -76,7 +76,7 @@ class StepDone(Event):
     clipped: bool
     seconds: float
     memory: dict[str, int]  # resident, active, peak (bytes)
-    traces: int = 0  # shapes compiled so far
+    shapes: dict[str, int] = field(default_factory=dict)  # compiled: so far; uncompiled: micro-batches of other shapes
 
 
 @dataclass(frozen=True, slots=True)

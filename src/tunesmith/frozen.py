@@ -6,6 +6,7 @@ by the hash of the row's tokens and lie in the run directory, whose base cannot 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from mlx.utils import tree_flatten
 from tunesmith.batches import Batch, Group
 from tunesmith.errors import ConfigError, DiskFull
 from tunesmith.model import evaluating
+from tunesmith.run import flush
 
 KEY = "loop.cache_frozen"
 
@@ -50,13 +52,23 @@ class Lower:
         self.read = self.computed = 0
 
     def open(self, groups: Sequence[Group]) -> int:
-        """Make the folder; returns the bytes that all rows will take.
+        """Make the folder; returns the bytes that all rows will take. Raises DiskFull."""
+        needed = sum(group.tokens for group in groups) * self._below(mx.zeros((1, 1), mx.int32)).nbytes
+        self.folder.mkdir(exist_ok=True)
+        present = sum(file.stat().st_size for file in self.folder.iterdir())
+        if shutil.disk_usage(self.folder).free < needed - present:
+            raise DiskFull(f"{KEY} needs {needed / 1e9:.1f} GB", where=str(self.folder), hint="make room, or leave it out")
+        return needed
 
-        Raises ConfigError where there is nothing below the adapter or the model cannot begin in the middle, DiskFull.
+    def require(self, groups: Sequence[Group]) -> None:
+        """Raises ConfigError where nothing is below the adapter, or the model cannot begin in the middle.
+
+        Tried on the longest row, so that layers which look at a window only show themselves.
         """
         if self.depth == 0:
             raise ConfigError("no layer lies below the adapter", where=KEY, hint="set adapter.layers, or leave it out")
-        ids, states = mx.arange(6, dtype=mx.int32)[None], None
+        longest = max((one for group in groups for one in group.sequences), key=lambda one: len(one.ids))
+        ids = mx.array(longest.ids)[None]
         try:
             with evaluating(self.net):
                 states = self._below(ids)
@@ -66,15 +78,9 @@ class Lower:
                 same = found.shape == whole.shape and bool(mx.abs(whole - found).max() <= 1e-3 * mx.abs(whole).max())
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             same = False
-        if not same or states is None:
+        if not same:
             what = f"{type(self.net).__module__.rsplit('.', 1)[-1]} models cannot begin at a layer in the middle"
             raise ConfigError(what, where=KEY, hint="leave it out")
-        needed = sum(group.tokens for group in groups) * states.shape[-1] * states.dtype.size
-        self.folder.mkdir(exist_ok=True)
-        present = sum(file.stat().st_size for file in self.folder.iterdir())
-        if shutil.disk_usage(self.folder).free < needed - present:
-            raise DiskFull(f"{KEY} needs {needed / 1e9:.1f} GB", where=str(self.folder), hint="make room, or leave it out")
-        return needed
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -100,13 +106,19 @@ class Lower:
         name = hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()[:32]
         path = self.folder / f"{name}.safetensors"
         if path.exists():
-            self.read += 1
-            held: Any = mx.load(str(path))
-            return held["states"]
+            with contextlib.suppress(RuntimeError):  # torn by a power cut: computed again
+                held: Any = mx.load(str(path))
+                self.read += 1
+                return held["states"]
         self.computed += 1
         states = self._below(mx.array(ids)[None])
         draft = path.with_name(f".{path.name}")
-        mx.save_safetensors(str(draft), {"states": states})
+        mx.eval(states)
+        try:
+            mx.save_safetensors(str(draft), {"states": states})
+            flush(draft)
+        except (RuntimeError, OSError) as error:
+            raise DiskFull(f"{KEY}: cannot be written: {error}", where=str(path), hint="make room, or leave it out") from error
         draft.rename(path)
         return states
 

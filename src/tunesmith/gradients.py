@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -42,7 +43,7 @@ class Gradients:
     ) -> None:
         self._lower = lower
         self.traces: set[Shape] = set()
-        self.plain = 0
+        self.plain, self.compiles = 0, bool(compiled)
         self._net, self._pack, self._compiled = net, config.batch.pack, compiled
         of_batch = functools.partial(objectives.learned_logprobs, gather=logprobs.splits(net))
 
@@ -74,9 +75,6 @@ class Gradients:
             self._net.update(weights)  # tracing leaves its placeholders behind
 
 
-gradient_function = Gradients
-
-
 class Accumulation:
     """The sums of an update over its micro-batches, within the memory of the device."""
 
@@ -94,9 +92,10 @@ class Accumulation:
         self._config, self._ranks, self._emit = config, ranks, emit
 
     @property
-    def traces(self) -> int:
-        """Shapes compiled so far."""
-        return len(self._gradients_of.traces)
+    def shapes(self) -> dict[str, int]:
+        """``compiled``: shapes so far; ``uncompiled``: micro-batches of other shapes, where a step is compiled at all."""
+        made = self._gradients_of
+        return {"compiled": len(made.traces), "uncompiled": made.plain} if made.compiles else {}
 
     def _plan(self, cursor: Cursor) -> Plan:
         """The plan, with the smaller budget that the run came down to."""
@@ -106,9 +105,10 @@ class Accumulation:
     def probe(self, cursor: Cursor) -> None:
         """The run's largest micro-batch, for nothing: want of memory shows now, not at night. Raises OutOfMemory."""
         plan, start = self._plan(cursor), time.perf_counter()
-        largest = plan.largest()
+        largest = plan.largest(self._ranks.size)
         lengths = [plan.lengths[index] for index in largest]
         self._net.train()
+        mx.reset_peak_memory()  # loading may have needed more for a moment
         try:
             key = dropout_key(self._config.loop.seed, 0, 0)
             mx.eval(self._gradients_of([self._rows[index] for index in largest], key))
@@ -125,39 +125,41 @@ class Accumulation:
     def sums(self, step: int, cursor: Cursor) -> tuple[mx.array, dict]:
         """(sum of loss (), sums of gradients) of this rank's rows of update ``step``, evaluated.
 
-        Where the device runs out of memory, the budget is halved, for the rest of the run; raises OutOfMemory where one row is
-        too much.
+        Where the device runs out of memory, ``cursor.tokens`` becomes half of what it was given and the update begins anew.
+        Raises OutOfMemory where one row is too much.
         """
-        plan = self._plan(cursor)
+        while True:
+            plan = self._plan(cursor)
+            micros = plan.update(step, self._ranks.rank, self._ranks.size)
+            done: list[int] = []
+            try:
+                loss, total = self._accumulate(step, micros, done)
+                return loss, tree_map(mx.zeros_like, self._net.trainable_parameters()) if total is None else total
+            except (RuntimeError, MemoryError) as error:
+                if not backend.is_out_of_memory(error):
+                    raise
+                lengths = [plan.lengths[member] for member in micros[max(0, len(done) - 1)]]
+                smaller = plan.cut.halved(lengths)
+                if smaller is None:
+                    raise self._out_of_memory(error, lengths, f"step {step + 1}") from error
+                cursor.tokens = smaller.tokens
+            mx.clear_cache()  # what the attempt held is free: its frames are gone
+
+    def _accumulate(self, step: int, micros: list[list[int]], done: list[int]) -> tuple[mx.array, dict | None]:
+        """The sums over ``micros``; ``done`` takes the number of each as it begins."""
         self._net.train()
         loss, total = mx.array(0.0), None
-        micro: list[int] = []
-        try:
-            for index, micro in enumerate(plan.update(step, self._ranks.rank, self._ranks.size)):
-                # The next graph is built while the device works on the last; then that one is waited for, so that
-                # only one is in memory.
-                key = dropout_key(self._config.loop.seed, step, index * self._ranks.size + self._ranks.rank)
-                part, part_gradients = self._gradients_of([self._rows[member] for member in micro], key)
-                mx.eval(loss, total or {})
-                loss, total = loss + part, _add(total, part_gradients)
-                mx.async_eval(loss, total)
+        for index, micro in enumerate(micros):
+            done.append(index)
+            # The next graph is built while the device works on the last; then that one is waited for, so that only one is in
+            # memory.
+            key = dropout_key(self._config.loop.seed, step, index * self._ranks.size + self._ranks.rank)
+            part, part_gradients = self._gradients_of([self._rows[member] for member in micro], key)
             mx.eval(loss, total or {})
-        except (RuntimeError, MemoryError) as error:
-            lengths = [plan.lengths[member] for member in plan.members(step)]
-            smaller = plan.cut.halved(max(lengths))
-            if not backend.is_out_of_memory(error):
-                raise
-            if smaller is None:
-                raise self._out_of_memory(error, [plan.lengths[member] for member in micro], f"step {step + 1}") from error
-            cursor.tokens = smaller.tokens
-        else:
-            return loss, tree_map(mx.zeros_like, self._net.trainable_parameters()) if total is None else total
-        loss = total = None
-        mx.clear_cache()
-        now = f"{cursor.tokens} tokens at once instead of {plan.cut.tokens}"
-        what = f"the device ran out of memory: from step {step + 1} on, {now}"
-        self._emit(Notice(what, level="warning", hint=f"for the next run: batch.tokens={cursor.tokens}"))
-        return self.sums(step, cursor)
+            loss, total = loss + part, _add(total, part_gradients)
+            mx.async_eval(loss, total)
+        mx.eval(loss, total or {})
+        return loss, total
 
     def _out_of_memory(self, error: Exception, lengths: list[int], where: str) -> OutOfMemory:
         what = f"the device ran out of memory with {len(lengths)} rows of up to {max(lengths)} tokens: {error}"
@@ -174,11 +176,11 @@ def _add(total: dict | None, part: dict) -> dict:
     return part if total is None else tree_map(mx.add, total, part)
 
 
-def frequent_shapes(plan: Plan, groups: Sequence[Group]) -> frozenset[Shape]:
+def frequent_shapes(plan: Plan, groups: Sequence[Group], rank: int = 0, ranks: int = 1) -> frozenset[Shape]:
     """The shapes to compile: the most frequent of the first epoch, so that a resumed run compiles the same ones."""
     seen: Counter[Shape] = Counter()
     for step in range(min(plan.steps, plan.steps_per_epoch)):
-        for micro in plan.update(step):
+        for micro in plan.update(step, rank, ranks):
             sequences = [sequence for index in micro for sequence in groups[index].sequences]
             longest = max(len(sequence.ids) for sequence in sequences) - 1
             learned = sum(int(np.count_nonzero(sequence.targets[1:])) for sequence in sequences)
@@ -226,7 +228,7 @@ def packs(net: nn.Module) -> bool:
 
 @contextmanager
 def checkpointed(net: nn.Module) -> Iterator[None]:
-    """Inside, each layer of ``net`` from the lowest trainable one on is recomputed in the backward pass instead of kept.
+    """Inside, each layer of ``net`` is recomputed in the backward pass instead of kept.
 
     The class of these layer objects is swapped for a subclass and put back; other models in the process stay as they were.
     Dropout masks come from explicit keys, so that the second pass draws what the first drew.
@@ -257,11 +259,13 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Recomputing{kind.__name__}", (kind,), {"__call__": call})
 
 
-def require(net: nn.Module, config: RunConfig, notify: Sink) -> None:
-    """Raises ConfigError where ``net`` cannot do what ``config`` asks; tells what it does the slow way."""
+def require(net: nn.Module, config: RunConfig, rows: Sequence[Group], notify: Sink) -> None:
+    """Raises ConfigError where ``net``, with its adapter, cannot do what ``config`` asks; tells what it does the slow way."""
     if config.batch.pack and not packs(net):
         what = f"{type(net).__module__.rsplit('.', 1)[-1]} models mix rows that are packed (sliding windows, recurrent layers, …)"
         raise ConfigError(what, where="batch.pack", hint="leave it out: rows of like length are put together instead")
+    if config.loop.cache_frozen:
+        Lower(net, Path()).require(rows)
     if not logprobs.splits(net):
         what = "this model's head cannot be told from its body: logits of every position are computed, learned or not"
         notify(Notice(what, level="warning"))

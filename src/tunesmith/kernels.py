@@ -29,8 +29,8 @@ _POWERS = (1.000000072, 0.6931469671, 0.2402211972, 0.05550713278, 0.00967554132
 
 
 def _exp(x: mx.array) -> mx.array:
-    """e^x in float32, relative error under 1e-6 for |x| < 10; below −87 it is about 1e-38 instead of 0."""
-    y = mx.maximum(x * _LOG2_E, -126.0)
+    """e^x in float32, relative error under 1e-6 for |x| < 10; about 1e-38 instead of 0 below −87."""
+    y = mx.minimum(mx.maximum(x * _LOG2_E, -126.0), 128.0)  # beyond, the exponent would run into the sign
     shifted = y + _ROUND
     f = y - (shifted - _ROUND)
     power = f * _POWERS[-1] + _POWERS[-2]
@@ -55,7 +55,6 @@ exp = with_gradient(_exp, _exp_vjp)
 
 
 def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """gate · σ(gate) · x"""
     return gate * x / (1 + exp(-gate))
 
 
@@ -66,7 +65,12 @@ def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output:
     return cotangent * x * (share + silu * (1 - share)), cotangent * silu
 
 
-swiglu = with_gradient(_swiglu, _swiglu_vjp)
+_own_swiglu = with_gradient(_swiglu, _swiglu_vjp)
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """gate · σ(gate) · x; in half precision MLX's own."""
+    return _own_swiglu(gate, x) if gate.dtype == mx.float32 == x.dtype else nn.silu(gate) * x
 
 
 @mx.compile  # one pass over a block too large for the cache; without a compiler MLX runs it as it is
@@ -172,7 +176,8 @@ def _add(total: mx.array, part: mx.array, end: int) -> mx.array:
 class Packed:
     """Passed to a model as the cache of each layer: the one row holds several, which end at ``ends``, each seeing itself alone.
 
-    Positions run on through the row, as rotary embeddings only tell differences of positions. No mask of T × T is ever made.
+    Positions run on through the row: rotary embeddings only tell differences of positions. (An architecture that also scales by
+    the absolute position beyond some length would see the place in the row.) No mask of T × T is ever made.
     """
 
     offset = 0
@@ -206,7 +211,7 @@ def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
 
 
 def _one_row(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    if backend.own_kernels():
+    if queries.dtype == mx.float32 and backend.own_kernels():
         return causal(queries, keys, values, scale)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
 
@@ -219,8 +224,8 @@ def attention(
         if sinks is not None:
             raise ValueError("layers with attention sinks cannot take packed rows")
         return mask.attend(queries, keys, values, scale)
-    if cache is None and sinks is None and isinstance(mask, str) and mask == "causal" and backend.own_kernels():
-        return causal(queries, keys, values, scale)
+    if cache is None and sinks is None and isinstance(mask, str) and mask == "causal":
+        return _one_row(queries, keys, values, scale)
     theirs: Any = base.scaled_dot_product_attention
     return theirs(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 
@@ -234,8 +239,8 @@ def install(net: nn.Module) -> int:
     mine: dict[str, Any] = {"scaled_dot_product_attention": attention} | ({"swiglu": swiglu} if backend.own_kernels() else {})
     count = 0
     for module in net.modules():
-        code = getattr(type(module).__call__, "__code__", None)
-        if code is not None and (names := tuple(name for name in mine if name in code.co_names)):
+        call = type(module).__call__
+        if isinstance(call, types.FunctionType) and (names := tuple(name for name in mine if name in call.__code__.co_names)):
             module.__class__ = _calling(type(module), names)
             count += 1
     return count
@@ -244,7 +249,8 @@ def install(net: nn.Module) -> int:
 @functools.cache
 def _calling(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     call: Any = kind.__call__
-    bound = call.__globals__ | {"scaled_dot_product_attention": attention, "swiglu": swiglu}
+    mine: dict[str, Any] = {"scaled_dot_product_attention": attention, "swiglu": swiglu}
+    bound = call.__globals__ | {name: mine[name] for name in names}
     own = types.FunctionType(call.__code__, bound, call.__name__, call.__defaults__, call.__closure__)
     own.__kwdefaults__ = call.__kwdefaults__
     return type(kind.__name__, (kind,), {"__call__": own, "__doc__": kind.__doc__, "__module__": kind.__module__})

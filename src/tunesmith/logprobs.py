@@ -80,9 +80,7 @@ def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
         values: list[mx.array] = []
         slopes: list[mx.array] = []
         for start in starts:
-            part = hidden[start : start + rows]
-            if values:  # one chunk after the other, so that the logits of one are free before the next
-                part = mx.depends(part, [values[-1], slopes[-1]] if net.training else [values[-1]])
+            part = _after(hidden[start : start + rows], [*values[-1:], *slopes[-1:]])
             (value,), (slope,) = mx.vjp(lambda part, start=start: of_chunk(part, start), [part], [mx.ones(part.shape[:1])])
             values.append(value)
             slopes.append(slope)
@@ -91,6 +89,11 @@ def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
     def frozen_vjp(primal: mx.array, cotangents: tuple[mx.array, mx.array], results: tuple[mx.array, mx.array]) -> mx.array:
         return (cotangents[0][:, None] * results[1]).astype(primal.dtype)
 
+    if not net.training:  # nobody will ask for the gradient
+        values: list[mx.array] = []
+        for start in starts:
+            values.append(of_chunk(_after(hidden[start : start + rows], values[-1:]), start))
+        return mx.concatenate(values)
     names, weights = _trainable(net)
     if not names:
         return kernels.with_gradient(frozen, frozen_vjp)(hidden)[0]
@@ -100,7 +103,10 @@ def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
 
     def trained(hidden: mx.array, *weights: mx.array) -> mx.array:
         place(list(weights))
-        return mx.concatenate([of_chunk(hidden[start : start + rows], start) for start in starts])
+        values: list[mx.array] = []
+        for start in starts:
+            values.append(of_chunk(_after(hidden[start : start + rows], values[-1:]), start))
+        return mx.concatenate(values)
 
     def trained_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, result: mx.array) -> tuple[mx.array, ...]:
         """Each chunk is computed again: the gradient of the weights needs the cotangent, which the values do not know."""
@@ -108,9 +114,7 @@ def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
         slopes: list[mx.array] = []
         sums: list[mx.array] = []
         for start in starts:
-            part, bar = hidden[start : start + rows], cotangent[start : start + rows]
-            if sums:
-                part = mx.depends(part, [slopes[-1], *sums])
+            part, bar = _after(hidden[start : start + rows], [*slopes[-1:], *sums]), cotangent[start : start + rows]
 
             def run(part: mx.array, *weights: mx.array, start: int = start) -> mx.array:
                 place(list(weights))
@@ -125,6 +129,12 @@ def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
     values = kernels.with_gradient(trained, trained_vjp)(hidden, *weights)
     place(weights)
     return values
+
+
+def _after(part: mx.array, made: list[mx.array]) -> mx.array:
+    """``part``, but not before ``made``: the logits of one chunk are free before the next are made."""
+    later: Any = mx.depends(part, made) if made else part
+    return later
 
 
 def _trainable(net: nn.Module) -> tuple[list[str], list[mx.array]]:

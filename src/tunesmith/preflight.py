@@ -112,7 +112,7 @@ def _memory() -> list[Check]:
     limit, used = _container()
     if limit < total:
         total, free, where = limit, min(free, limit - used), " (limit of this container)"
-    value, hint = f"{size(total)} in all{where}, {size(free)} free", "a smaller batch.micro, or loop.checkpoint_gradients"
+    value, hint = f"{size(total)} in all{where}, {size(free)} free", "a smaller batch.tokens, or loop.checkpoint_gradients"
     swapping = "the machine is swapping: training would be many times slower; free memory first"
     return [
         _check("memory", value, free < LOW_MEMORY and "warn", f"close other programs; else {hint}"),

@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from tunesmith.errors import RankLost, SetupError, TrainingError
 
-_LAUNCHED = {"MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}
-"""What `mlx.launch` and MPI's launchers tell each process: without it there is nothing to join."""
+_LAUNCHED = {"MLX_RANK", "OMPI_COMM_WORLD_RANK"}
+"""What `mlx.launch` and Open MPI tell each process: without it there is nothing to join."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Ranks:
             return tree
         flat: Any = tree_flatten(tree)
         line = mx.concatenate([leaf.astype(mx.float32).reshape(-1) for _, leaf in flat])
+        mx.eval(line)  # what fails here is this rank's own
         try:
             line = mx.distributed.all_sum(line, group=self.group)
             mx.eval(line)
@@ -77,11 +78,12 @@ ONE = Ranks(None, 0, 1)
 
 def join() -> Ranks:
     """This process's place among those that `mlx.launch` started, or the only one."""
-    if not os.environ.keys() & _LAUNCHED:
-        return ONE
+    hosts = os.environ.get("MLX_HOSTFILE")
+    if not os.environ.keys() & _LAUNCHED or (hosts is not None and os.path.isfile(hosts) and not os.path.getsize(hosts)):
+        return ONE  # the host file of a single process is empty
     try:
         group = mx.distributed.init(strict=True)
     except RuntimeError as error:
-        hint = "start it with mlx.launch, or unset MLX_RANK"
+        hint = f"start it with mlx.launch, or unset {', '.join(sorted(os.environ.keys() & _LAUNCHED))}"
         raise SetupError(f"this process was started as one of several and cannot reach the others: {error}", hint=hint) from error
     return Ranks(group, group.rank(), group.size())

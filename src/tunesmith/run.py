@@ -258,7 +258,8 @@ class Run:
     def moved(self, now: Mapping[str, Any]) -> list[str]:
         """What is not the same machine or software as when the run began: then the bytes may differ."""
         was, found = flat({key: self.manifest[key] for key in ("versions", "machine")}), flat(dict(now))
-        changed = [f"{key} {was.get(key, 1)} → {found.get(key)}" for key in found if found[key] != was.get(key, 1)]
+        was.setdefault("machine.ranks", 1)  # before there were several
+        changed = [f"{key} {was[key]} → {found.get(key)}" for key in was if found.get(key) != was[key]]
         return [f"resumed elsewhere, the result may differ in its last digits: {', '.join(changed)}"] if changed else []
 
     def require_base(self, base: str, template: str) -> None:

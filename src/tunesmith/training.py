@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tunesmith.batches import Cut, Group
 from tunesmith.errors import Diverged, OutOfMemory, TunesmithError
 from tunesmith.events import Notice, Sink
 from tunesmith.frozen import Lower
-from tunesmith.gradients import Accumulation, dropout_key, gradient_function, row_losses
+from tunesmith.gradients import Accumulation, Gradients, dropout_key, row_losses
 from tunesmith.ranks import ONE, Ranks
 from tunesmith.run import EVENTS, FROZEN, LOG, OPTIMIZER, Cursor, Run, RunConfig, facts, flat, flush, name, require_free
 
@@ -74,8 +74,8 @@ def train(
     if config.optimizer.warmup(prepared.plan.steps) >= prepared.plan.steps:
         hear(Notice("the warm-up is as long as the run: the learning rate never reaches its peak", level="warning"))
     loaded = model.load(config.model, hear)  # base weights, frozen, quantised if asked
-    gradients.require(loaded.net, config, hear)
     attached = config.adapter.attach(loaded.net, config.loop.seed)  # what is trainable
+    gradients.require(loaded.net, config, prepared.train, hear)
     hashes = prepared.hashes | {"base": loaded.fingerprint}
     if resume is not None:
         resume.require_same(config, hashes)
@@ -91,7 +91,7 @@ def train(
         state = optimizer.build(config.optimizer, loaded.net)
         known = len(early)
         cursor = restore(resume, loaded.net, state, among, hear) if resume is not None else Cursor()
-        among.require_agreement(config.model_dump_json(), flat(hashes), cursor.step, cursor.sha256)
+        among.require_agreement(_without_paths(config), sorted(map(str, flat(hashes).values())), cursor.step, cursor.sha256)
         if cursor.step:
             del early[:known]  # said before, when the run began
         emit = events.silent
@@ -103,6 +103,12 @@ def train(
             emit(events.RunStarted(where, prepared.plan.steps, attached.trainable, attached.total, prepared.counts))
         Loop(run, config, loaded.net, state, prepared, emit, stop, among).finish(cursor)
     return run if among.writes else None
+
+
+def _without_paths(config: RunConfig) -> dict[str, Any]:
+    """The settings without the places of files, which may differ from machine to machine."""
+    places = ("data.train", "data.valid", "model.path", "model.tokenizer")
+    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in places}
 
 
 @dataclass
@@ -146,7 +152,7 @@ class Loop:
             ) from error  # fmt: skip
         finally:
             self.emit(events.RunEnded(status, cursor.step, time.perf_counter() - started, why))
-            if self.lower and (self.run is None or status in ("completed", "stopped_early")):
+            if self.lower and (not self.ranks.writes or status in ("completed", "stopped_early")):
                 self.lower.close()
             if self.run and self.ranks.writes:
                 self.run.mark(status)
@@ -186,11 +192,13 @@ class Loop:
         """Where the sums of an update come from; with frozen lower layers kept on disk if asked."""
         config, rows, plan = self.config, self.prepared.train, self.prepared.plan
         if config.loop.cache_frozen:
-            self.lower = Lower(self.net, self.run.path / FROZEN if self.run else Path(tempfile.mkdtemp(prefix="tunesmith-")))
+            own = self.run is not None and self.ranks.writes
+            self.lower = Lower(self.net, self.run.path / FROZEN if own else Path(tempfile.mkdtemp(prefix="tunesmith-")))
             size = self.lower.open(rows)
             self.emit(Notice(f"{self.lower.depth} layers below the adapter: what they say is kept on disk, {size / 1e9:.2f} GB"))
-        shapes = gradients.frequent_shapes(plan, rows) if plan.cut.bucket else frozenset()
-        gradients_of = gradient_function(self.net, config, shapes, self.lower)
+        ranks = self.ranks
+        shapes = gradients.frequent_shapes(plan, rows, ranks.rank, ranks.size) if plan.cut.bucket else frozenset()
+        gradients_of = Gradients(self.net, config, shapes, self.lower)
         return Accumulation(gradients_of, self.net, rows, plan, config, self.ranks, self.emit)
 
     def _tired(self, cursor: Cursor) -> tuple[str, str] | None:
@@ -208,8 +216,14 @@ class Loop:
         spec = self.config.optimizer
         groups = [self.prepared.train[member] for member in self.prepared.plan.members(step)]
         units = sum(group.units for group in groups)
+        before = cursor.tokens
         loss, sums = accumulation.sums(step, cursor)
-        loss, stop, sums = self.ranks.total([loss, mx.array(float(self.stop.is_set())), sums])
+        budgets = mx.array([float(cursor.tokens or 0) * (rank == self.ranks.rank) for rank in range(self.ranks.size)])
+        loss, stop, budgets, sums = self.ranks.total([loss, mx.array(float(self.stop.is_set())), budgets, sums])
+        cursor.tokens = min((int(tokens) for tokens in np.array(budgets) if tokens), default=None)
+        if cursor.tokens != before:
+            what = f"the device ran out of memory: from step {step + 1} on, at most {cursor.tokens} tokens at once"
+            self.emit(Notice(what, level="warning", hint=f"for the next run: batch.tokens={cursor.tokens}"))
         means = tree_map(lambda leaf: leaf / units, sums)
         norm = optimizer.global_norm(means)
         mx.eval(loss, means, norm)
@@ -236,7 +250,7 @@ class Loop:
                 step + 1, (step + 1) / self.prepared.plan.steps_per_epoch, mean, units,
                 sum(group.tokens for group in groups), rate, size,
                 spec.max_norm is not None and size > spec.max_norm, time.perf_counter() - start, backend.memory(),
-                accumulation.traces,
+                accumulation.shapes,
             )
         )  # fmt: skip
         return stopping
@@ -248,6 +262,7 @@ class Loop:
         start = time.perf_counter()
         mine = self.prepared.valid[self.ranks.rank :: self.ranks.size]
         cut = Cut.of(self.config.batch, [group.length for group in self.prepared.valid])
+        cut = cut if cursor.tokens is None else replace(cut, tokens=cursor.tokens)
         scores = row_losses(self.net, mine, cut, events.ticker(self.emit, "validating"))
         loss, units = self.ranks.total_float(np.array(scores, dtype=np.float64).reshape(-1, 2).sum(axis=0)).tolist()
         loss, rows = loss / units, len(self.prepared.valid)
@@ -401,7 +416,7 @@ def overfit_probe(steps: int = 10) -> tuple[float, float]:
     config.adapter.attach(net, 0)
     state = optimizer.build(config.optimizer, net)
     group = Group((template.Tokens(random.integers(0, 64, 32).astype(np.int32), np.ones(32, np.float32)),), "probe")
-    gradients_of, key = gradient_function(net, config), dropout_key(0, 0, 0)
+    gradients_of, key = Gradients(net, config), dropout_key(0, 0, 0)
     net.train()
     losses: list[float] = []
     for step in range(steps):
