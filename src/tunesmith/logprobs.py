@@ -89,11 +89,14 @@ def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
     def frozen_vjp(primal: mx.array, cotangents: tuple[mx.array, mx.array], results: tuple[mx.array, mx.array]) -> mx.array:
         return (cotangents[0][:, None] * results[1]).astype(primal.dtype)
 
-    if not net.training:  # nobody will ask for the gradient
+    def in_turn(hidden: mx.array) -> mx.array:
         values: list[mx.array] = []
         for start in starts:
             values.append(of_chunk(_after(hidden[start : start + rows], values[-1:]), start))
         return mx.concatenate(values)
+
+    if not net.training:  # nobody will ask for the gradient
+        return in_turn(hidden)
     names, weights = _trainable(net)
     if not names:
         return kernels.with_gradient(frozen, frozen_vjp)(hidden)[0]
@@ -103,10 +106,7 @@ def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
 
     def trained(hidden: mx.array, *weights: mx.array) -> mx.array:
         place(list(weights))
-        values: list[mx.array] = []
-        for start in starts:
-            values.append(of_chunk(_after(hidden[start : start + rows], values[-1:]), start))
-        return mx.concatenate(values)
+        return in_turn(hidden)
 
     def trained_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, result: mx.array) -> tuple[mx.array, ...]:
         """Each chunk is computed again: the gradient of the weights needs the cotangent, which the values do not know."""

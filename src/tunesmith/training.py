@@ -192,8 +192,8 @@ class Loop:
         """Where the sums of an update come from; with frozen lower layers kept on disk if asked."""
         config, rows, plan = self.config, self.prepared.train, self.prepared.plan
         if config.loop.cache_frozen:
-            own = self.run is not None and self.ranks.writes
-            self.lower = Lower(self.net, self.run.path / FROZEN if own else Path(tempfile.mkdtemp(prefix="tunesmith-")))
+            shared = self.run.path / FROZEN if self.run and self.ranks.writes else None
+            self.lower = Lower(self.net, shared or Path(tempfile.mkdtemp(prefix="tunesmith-")))
             size = self.lower.open(rows)
             self.emit(Notice(f"{self.lower.depth} layers below the adapter: what they say is kept on disk, {size / 1e9:.2f} GB"))
         ranks = self.ranks
