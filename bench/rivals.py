@@ -213,7 +213,8 @@ def _release() -> None:
     mx = sys.modules.get("mlx.core")
     if mx is not None:
         mx.clear_cache()
-    if sys.platform == "linux":
+    # Where all workers fit in memory at once, nothing is given back: no training run does that between its updates.
+    if sys.platform == "linux" and "BENCH_KEEP_MEMORY" not in os.environ:
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -433,16 +434,12 @@ class Worker:
     def __enter__(self) -> Worker:
         import psutil
 
-        from tunesmith import backend
-
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{self.name}-", suffix=".log")
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", self.name]
-        # What our own preparation of OpenBLAS left in this process is not for the rivals, except which kernels the library
-        # should use: that is the BLAS itself, and mlx-lm's is to be the same as ours.
+        # What our own preparation of OpenBLAS left in this process is not for the rivals, and what the user's environment says
+        # of its kernels would slow one BLAS and not another: each library chooses for this processor.
         environ = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
-        core = backend.openblas_core()
-        quiet |= {"OPENBLAS_CORETYPE": core} if core and self.name.startswith("mlx_lm_") else {}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environ | quiet
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -155,6 +156,9 @@ def main() -> int:
     parser.add_argument("--bars", action="store_true", help="fail when a bar is missed, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "shape_7b.json")
     options = parser.parse_args()
+    os.environ["BENCH_KEEP_MEMORY"] = "1"  # two trainers of a few GB each
+    # The product rate is measured in this process: with the kernels that OpenBLAS chooses by itself, as in the workers.
+    os.environ.pop("OPENBLAS_CORETYPE", None)
     if options.rounds < 1 or options.layers < 1:
         parser.error("--rounds and --layers are at least 1")
     rivals.require_inputs(parser, options.data, options.model)

@@ -27,8 +27,6 @@ from tunesmith.errors import SetupError
 BLAS_CANDIDATES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
 BLAS_HINT = "for products about 50 times faster: apt-get install libopenblas0-pthread (or pip install 'tunesmith[mkl]')"
 
-_AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
-
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -129,24 +127,10 @@ def _tune_openblas() -> None:
     Waiting threads spin for 2^26 cycles, on cores that the next operation of MLX needs, and ranks on one machine would each start
     a thread on every core.
     """
-    if core := openblas_core():
-        os.environ.setdefault("OPENBLAS_CORETYPE", core)
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     if (ranks := _ranks_here()) > 1:
         for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(name, str(max(1, len(os.sched_getaffinity(0)) // ranks)))
-
-
-def openblas_core() -> str | None:
-    """The kernels to ask of OpenBLAS, where it would choose badly: older releases take an AMD processor with AVX-512 for one
-    without, which halves its speed."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    facts = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)}
-    amd = facts.get("vendor_id") == ["AuthenticAMD"]
-    return "SkylakeX" if amd and set(facts.get("flags", [])) >= _AVX512 else None
 
 
 def _ranks_here() -> int:
