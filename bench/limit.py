@@ -42,13 +42,13 @@ class Ours:
     """All that this script knows of tunesmith's inside."""
 
     net: nn.Module
-    micro: list[tuple[np.ndarray, np.ndarray]]  # (tokens, targets), each (N, T), as they meet the device
+    micro: list[tuple[np.ndarray, int]]  # tokens (N, T) as they meet the device, and how many are learned
     lengths: list[tuple[int, int]]  # (tokens, learned tokens) of each row
     update: Callable[[], None]  # one whole optimizer update, evaluated
     attention: Callable[[mx.array, mx.array, mx.array, float], mx.array]  # q, k, v, scale
     swiglu: Callable[[mx.array, mx.array], mx.array]
     branch: Callable[[Any, mx.array], mx.array]  # the adapter's share of an adapted layer
-    head_loss: Callable[[mx.array, int], mx.array]  # (N, T - 1, D) hidden states, index in `micro` → sum of the loss
+    head_loss: Callable[[mx.array, int], mx.array]  # (N, T, D) hidden states, index in `micro` → sum of the loss
 
 
 def our_update(asked: argparse.Namespace) -> Ours:
@@ -123,8 +123,8 @@ def our_update(asked: argparse.Namespace) -> Ours:
     def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
         return held_by_attention["scaled_dot_product_attention"](q, k, v, cache=None, scale=scale, mask="causal")
 
-    lengths = [(group.length, int(group.units)) for group in groups]
-    held = [(batch.tokens, batch.targets) for batch in batches]
+    lengths = [(group.tokens, int(group.units)) for group in groups]
+    held = [(batch.tokens, len(batch.learned)) for batch in batches]
     return Ours(net, held, lengths, update, attention, held_by_mlp["swiglu"], lambda layer, x: layer.branch(x), head_loss)
 
 
@@ -239,9 +239,9 @@ def rates(ours: Ours, stages: Sequence[Stage], repeats: int) -> None:
     net: Any = ours.net
     args = net.args
     tokens, _ = ours.micro[0]
-    rows, length = tokens.shape[0], tokens.shape[1] - 1
+    rows, length = tokens.shape[0], tokens.shape[1]
     flat = rows * length
-    learned = max(1, max(int((targets[:, 1:] > 0).sum()) for _, targets in ours.micro))
+    learned = max(1, max(count for _, count in ours.micro))
     adapted = [one for layer in net.layers for one in modules(layer).values() if "lora_a" in one]
     head_dim = net.layers[0].self_attn.head_dim
     shapes = {
@@ -292,7 +292,7 @@ def measure(ours: Ours, stages: list[Stage], checkpoint: bool, repeats: int) -> 
         by_name[name].backward_s += max(0.0, both - once) * backward
 
     for index, (tokens, _) in enumerate(ours.micro):
-        rows, length = tokens.shape[0], tokens.shape[1] - 1
+        rows, length = tokens.shape[0], tokens.shape[1]
         x = mx.random.normal((rows, length, args.hidden_size))
         wide = mx.random.normal((rows, length, args.num_attention_heads * head_dim))
         q = mx.random.normal((rows, args.num_attention_heads, length, head_dim))
@@ -349,7 +349,7 @@ def main() -> None:
     rates(ours, stages, asked.repeats)
     measure(ours, stages, asked.checkpoint, asked.repeats)
     positions = sum(tokens - 1 for tokens, _ in ours.lengths)
-    padded = sum(tokens.shape[0] * (tokens.shape[1] - 1) for tokens, _ in ours.micro)
+    padded = sum(tokens.shape[0] * tokens.shape[1] for tokens, _ in ours.micro)
     explained, floor = sum(stage.measured_s for stage in stages), sum(stage.floor_s for stage in stages)
     flops, best = sum(stage.flops for stage in stages), max(stage.rate for stage in stages)
 
