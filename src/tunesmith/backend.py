@@ -25,7 +25,7 @@ from pathlib import Path
 from tunesmith.errors import SetupError
 
 BLAS_CANDIDATES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
-BLAS_HINT = "for products about 50 times faster: apt-get install libopenblas0-pthread (or pip install 'tunesmith[mkl]')"
+BLAS_HINT = "for products about 50 times faster: apt-get install libopenblas0-pthread (or pip install mkl)"
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1

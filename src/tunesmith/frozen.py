@@ -108,6 +108,7 @@ class Lower:
         if path.exists():
             with contextlib.suppress(RuntimeError):  # torn by a power cut: computed again
                 held: Any = mx.load(str(path))
+                mx.eval(held)  # read now: MLX would meet a short file only in the step
                 self.read += 1
                 return held["states"]
         self.computed += 1
