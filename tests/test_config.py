@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -272,8 +273,11 @@ def test_an_optional_block_is_null_or_a_block(run_yaml):
 
 
 def test_the_environment_of_the_machine_is_not_a_setting(run_yaml):
+    source = Path(config.__file__).parent.rglob("*.py")
+    read = {name for file in source for name in re.findall(r'"(TUNESMITH_[A-Z]+)"', file.read_text(encoding="utf-8"))}
+    assert {"TUNESMITH_ALLOCATOR", "TUNESMITH_BLAS", "TUNESMITH_CACHE", "TUNESMITH_DEBUG", "TUNESMITH_KERNELS"} <= read
     path = run_yaml("model: {path: m}")
-    assert resolve(path, environ={"TUNESMITH_CACHE": "/x", "TUNESMITH_BLAS": "off", "TUNESMITH_DEBUG": "1", "HOME": "/"})
+    assert resolve(path, environ=dict.fromkeys(read, "off") | {"HOME": "/"})
 
 
 def test_an_empty_file_says_nothing(run_yaml):

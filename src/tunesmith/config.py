@@ -27,7 +27,7 @@ from tunesmith.errors import ConfigError, listing
 from tunesmith.origins import JSON, Node, parse, plain, read, write
 
 PREFIX = "TUNESMITH_"
-EXEMPT = frozenset({"TUNESMITH_BLAS", "TUNESMITH_CACHE", "TUNESMITH_DEBUG"})
+EXEMPT = frozenset(PREFIX + name for name in ("ALLOCATOR", "BLAS", "CACHE", "DEBUG", "KERNELS"))
 """Variables that belong to the machine, not to a run; they are read elsewhere."""
 
 
