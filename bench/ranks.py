@@ -1,7 +1,8 @@
 """Do two processes with half the cores each learn faster than one with all? Through the command line, in interleaved rounds.
 
-The same settings and rows once as one process and once under ``mlx.launch``; seconds of an update are those of the run's own
-events, without the first. Memory is the sum over the ranks: each holds the whole model.
+The same settings and rows as one process, as ranks started by themselves, and as ranks under ``mlx.launch``, which asks its
+processes for output without a pause and so takes cores of its own on a machine that has none to spare. Seconds of an update are
+those of the run's own events, without the first. Memory is the sum over the ranks: each holds the whole model.
 
     python bench/ranks.py --model MODEL --data rows.jsonl --out bench/results/ranks.json
 """
@@ -9,10 +10,13 @@ events, without the first. Memory is the sum over the ranks: each holds the whol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -24,34 +28,59 @@ from typing import Any
 
 import psutil
 
+SIDES = ("one", "ranks", "launched")
 
-def measure(ranks: int, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Seconds an update (median), learned tokens, losses and peak memory of one run."""
+
+def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Seconds an update (median), learned tokens, losses, peak memory and CPU seconds of one run: one, ranks or launched."""
     settings = {
         "batch.length": asked.length, "template.too_long": "drop", "data.valid": 0, "data.max_dropped": 1, "loop.samples": 0,
         "loop.steps": asked.updates + 1, "loop.save_every": 0, "batch.sequences": asked.rows, "optimizer.learning_rate": 1e-4,
     }  # fmt: skip
     here = Path(sys.executable).parent
-    launch = [str(here / "mlx.launch"), "-n", str(ranks), "--backend", "ring", "--"] if ranks > 1 else []
-    words = [*launch, str(here / "tunesmith"), "train", "--model", asked.model, "--data", asked.data, "--out", str(out)]
+    words = [str(here / "tunesmith"), "train", "--model", asked.model, "--data", asked.data, "--out", str(out)]
     for key, value in settings.items():
         words += ["--set", f"{key}={value}"]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if side == "launched":
+        launch = [str(here / "mlx.launch"), "-n", str(asked.ranks), "--backend", "ring", "--", *words]
+        processes = [_start(launch, environ)]
+    elif side == "ranks":
+        hosts = out.with_name(f"{out.name}.hosts.json")  # as documented for mlx.launch: one list of addresses a rank
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(asked.ranks)]))
+        environ["MLX_HOSTFILE"] = str(hosts)
+        processes = [_start(words, environ | {"MLX_RANK": str(rank)}) for rank in range(asked.ranks)]
+    else:
+        processes = [_start(words, environ)]
     peak = 0
-    while process.poll() is None:
-        peak = max(peak, _resident(process.pid))
+    while any(process.poll() is None for process in processes):
+        peak = max(peak, sum(_resident(process.pid) for process in processes))
         time.sleep(0.2)
-    if process.returncode:
-        raise SystemExit(
-            f"the run of {ranks} ended with {process.returncode}: {process.stderr and process.stderr.read()[-2000:]}"
-        )
+    for process in processes:
+        if process.returncode:
+            raise SystemExit(f"{side} ended with {process.returncode}: {process.stderr and process.stderr.read()[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     steps = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if '"StepDone"' in line]
     return {
         "seconds": statistics.median(step["seconds"] for step in steps[1:]),
         "learned_tokens_s": sum(step["units"] for step in steps[1:]) / sum(step["seconds"] for step in steps[1:]),
         "losses": [step["loss"] for step in steps], "peak_rss_gb": peak / 1e9,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
     }  # fmt: skip
+
+
+def _start(words: list[str], environ: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def _resident(root: int) -> int:
@@ -80,20 +109,28 @@ def main() -> None:
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for index in range(asked.rounds):
-            order = (1, asked.ranks) if index % 2 == 0 else (asked.ranks, 1)
-            found = {ranks: measure(ranks, asked, Path(folder) / f"{index}-{ranks}") for ranks in order}
-            one, many = found[1], found[asked.ranks]
-            worst = max(abs(a - b) / abs(b) for a, b in zip(many["losses"], one["losses"], strict=True))
-            rounds.append({"ratio": one["seconds"] / many["seconds"], "loss_difference": worst, "one": one, "ranks": many})
+            order = [SIDES[(position + index) % len(SIDES)] for position in range(len(SIDES))]
+            found = {side: measure(side, asked, Path(folder) / f"{index}-{side}") for side in order}
+            seconds = {side: found[side]["seconds"] for side in SIDES}
+            losses = {side: found[side]["losses"] for side in SIDES}
+            worst = max(abs(a - b) / abs(b) for side in SIDES for a, b in zip(losses[side], losses["one"], strict=True))
+            ratios = {side: seconds["one"] / seconds[side] for side in SIDES[1:]}
+            rounds.append({"ratios": ratios, "loss_difference": worst, **found})
             print(
-                f"round {index + 1}: one {one['seconds']:.2f} s, {asked.ranks} ranks {many['seconds']:.2f} s an update, "
-                f"ratio {rounds[-1]['ratio']:.2f}, losses differ by {worst:.1e}", file=sys.stderr,
+                f"round {index + 1} of {asked.rounds}: "
+                + ", ".join(f"{side} {value:.2f} s" for side, value in seconds.items())
+                + " an update, ratios "
+                + ", ".join(f"{side} {value:.2f}" for side, value in ratios.items())
+                + f", losses differ by {worst:.1e}",
+                file=sys.stderr, flush=True,
             )  # fmt: skip
-    sides = ("one", "ranks")
+    ratios = {side: sorted(one["ratios"][side] for one in rounds) for side in SIDES[1:]}
     result = {
-        "benchmark": "ranks", "ranks": asked.ranks, "ratio": statistics.median(one["ratio"] for one in rounds),
-        "learned_tokens_s": {name: statistics.median(one[name]["learned_tokens_s"] for one in rounds) for name in sides},
-        "peak_rss_gb": {name: max(one[name]["peak_rss_gb"] for one in rounds) for name in sides},
+        "benchmark": "ranks", "ranks": asked.ranks,
+        "ratio": {side: {"median": statistics.median(all_), "min": all_[0], "max": all_[-1]} for side, all_ in ratios.items()},
+        "learned_tokens_s": {side: statistics.median(one[side]["learned_tokens_s"] for one in rounds) for side in SIDES},
+        "cpu_seconds": {side: statistics.median(one[side]["cpu_seconds"] for one in rounds) for side in SIDES},
+        "peak_rss_gb": {side: max(one[side]["peak_rss_gb"] for one in rounds) for side in SIDES},
         "loss_difference": max(one["loss_difference"] for one in rounds), "rounds": rounds,
         "versions": {name: importlib.metadata.version(name) for name in ("tunesmith", "mlx", "mlx-lm", "numpy")},
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",

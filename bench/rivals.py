@@ -646,11 +646,17 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def finish(result: dict[str, Any], summary: dict[str, Any], out: Path) -> None:
-    """Everything to ``out``, the summary as one line to stdout."""
+def finish(result: dict[str, Any], summary: dict[str, Any], problems: list[str], out: Path) -> int:
+    """Everything to ``out``, the summary as one line to stdout, missed bars and disagreements to stderr; the exit code."""
+    result["missed"] = problems
+    shared = ("versions", "commit", "cpu", "cores", "date", "command", "row_lengths")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps(rounded(summary), ensure_ascii=False), flush=True)
+    print(json.dumps(rounded(summary | {key: result[key] for key in shared}), ensure_ascii=False), flush=True)
+    disagree = [name for name, race in summary.items() if isinstance(race, dict) and not race["agree"]]
+    for text in [*problems, *(f"{name}: the losses disagree, the ratios mean nothing" for name in disagree)]:
+        print(f"FAILED  {text}", file=sys.stderr)
+    return 1 if disagree or problems else 0
 
 
 def missed(values: Mapping[str, float | None], bars: Mapping[str, float]) -> list[str]:

@@ -212,13 +212,7 @@ def main() -> int:
             "rejected": race["rejected"],
             "disturbed": race["disturbed"],
         }
-    result["missed"] = problems
-    shared = ("versions", "commit", "cpu", "cores", "date", "command", "row_lengths")
-    rivals.finish(result, summary | {key: result[key] for key in shared}, options.out)
-    disagree = [name for name in jobs if not summary[name]["agree"]]
-    for text in [*problems, *(f"{name}: the losses disagree, the ratios mean nothing" for name in disagree)]:
-        print(f"FAILED  {text}", file=sys.stderr)
-    return 1 if disagree or problems else 0
+    return rivals.finish(result, summary, problems, options.out)
 
 
 if __name__ == "__main__":

@@ -123,13 +123,7 @@ def main() -> int:
         result["races"][name] = races = measure(name, job, options.trainers, options.rounds)
         result[name] = summary[name] = summarise(races)
         problems += [f"{name}: {text}" for text in rivals.missed(summary[name], BARS)] if options.bars else []
-    shared = ("versions", "commit", "cpu", "cores", "date", "command", "row_lengths")
-    result["missed"] = problems
-    rivals.finish(result, summary | {key: result[key] for key in shared}, options.out)
-    disagree = [name for name in jobs if not summary[name]["agree"]]
-    for text in [*problems, *(f"{name}: the losses disagree, the ratios mean nothing" for name in disagree)]:
-        print(f"FAILED  {text}", file=sys.stderr)
-    return 1 if disagree or problems else 0
+    return rivals.finish(result, summary, problems, options.out)
 
 
 if __name__ == "__main__":

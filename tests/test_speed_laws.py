@@ -390,6 +390,20 @@ def test_kept_lower_layers_change_nothing_and_are_computed_once(tmp_path, tiny_m
     assert not (tmp_path / "kept").exists()
 
 
+@pytest.mark.parametrize("left", [0, 5, 40, -1])
+def test_a_torn_file_of_kept_layers_is_computed_again(tmp_path, tiny_model, left):
+    net, groups, key = net_of(tiny_model, "upper", None, True), rows(3, [20, 31]), mx.random.key(0)
+    lower = frozen.Lower(net, tmp_path / "kept")
+    lower.open(groups)
+    mx.eval(gradients.Gradients(net, config(), lower=lower)(groups, key))
+    torn = sorted((tmp_path / "kept").iterdir())[0]
+    torn.write_bytes(torn.read_bytes()[:left])
+    again = frozen.Lower(net, tmp_path / "kept")
+    found = gradients.Gradients(net, config(), lower=again)(groups, key)
+    assert_equal(found, gradients.Gradients(net, config())(groups, key))
+    assert (again.computed, again.read) == (1, 1)
+
+
 def test_a_run_with_kept_lower_layers_is_the_run_without(tmp_path, tiny_model):
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))
     said: list[events.Event] = []
