@@ -280,6 +280,11 @@ def test_the_environment_of_the_machine_is_not_a_setting(run_yaml):
     assert resolve(path, environ=dict.fromkeys(read, "off") | {"HOME": "/"})
 
 
+def test_a_misspelt_variable_of_the_machine_is_told(run_yaml):
+    with pytest.raises(ConfigError, match=r"TUNESMITH_KERNEL: is no setting\nhint: did you mean TUNESMITH_KERNELS"):
+        resolve(run_yaml("model: {path: m}"), environ={"TUNESMITH_KERNEL": "off"})
+
+
 def test_an_empty_file_says_nothing(run_yaml):
     for text in ("", "# only a comment\n", "---\n"):
         assert resolve(run_yaml(text), sets=["model.path=m"]).spec == Root(model=Model(path="m"))

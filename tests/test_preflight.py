@@ -69,6 +69,23 @@ def test_slow_products_and_a_missing_blas_are_warned_about(monkeypatch):
     assert found("products", preflight.doctor(overfit=False)["checks"])["status"] == "warn"
 
 
+def test_what_the_environment_slows_down_or_misspells_is_told(monkeypatch):
+    monkeypatch.setattr(backend, "setup", lambda: backend.Device("chip", "cpu", "openblas", None, ()))
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    check = found("products", preflight.doctor(overfit=False)["checks"])
+    assert check["status"] == "warn" and "OPENBLAS_CORETYPE=Haswell" in str(check["hint"])
+    monkeypatch.delenv("OPENBLAS_CORETYPE")
+    assert found("products", preflight.doctor(overfit=False)["checks"])["status"] == "ok"
+    for name in ("MLX_HOSTFILE", "MLX_RANK", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for value, told in (("on", 0), ("off", 0), ("OFF", 1), ("0", 1)):
+        monkeypatch.setenv("TUNESMITH_KERNELS", value)
+        assert len(backend._odd_switches()) == told
+    monkeypatch.setenv("TUNESMITH_KERNELS", "off")
+    monkeypatch.setenv("MLX_HOSTFILE", "hosts.json")
+    assert "MLX_RANK is not" in backend._odd_switches()[0]
+
+
 @pytest.mark.parametrize("error", [SetupError("no MLX", hint="pip install"), OSError("bad ELF"), RuntimeError("?")])
 def test_a_broken_mlx_is_a_failed_check(monkeypatch, error):
     def broken() -> backend.Device:

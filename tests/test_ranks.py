@@ -120,6 +120,34 @@ def test_a_rank_without_its_others_is_told(tmp_path, settings):
     assert done.returncode == 10 and "cannot reach the others" in done.stderr, done.stderr
 
 
+def test_a_rank_whose_host_file_is_missing_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "none.json"))
+    with pytest.raises(errors.SetupError, match=r"none\.json: MLX_HOSTFILE names no file"):
+        ranks.join()
+
+
+def test_a_rank_that_waits_says_so(tmp_path, monkeypatch):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text("[]")
+    for name, value in (("MLX_RANK", "1"), ("MLX_HOSTFILE", str(hosts))):
+        monkeypatch.setenv(name, value)
+    said: list[events.Notice] = []
+
+    class Group:
+        rank, size = staticmethod(lambda: 1), staticmethod(lambda: 2)
+
+    def init(strict):
+        while not said:
+            time.sleep(0.01)
+        return Group
+
+    monkeypatch.setattr(mx.distributed, "init", init)
+    monkeypatch.setattr(ranks, "PATIENCE_S", 0.05)
+    found = ranks.join(said.append)
+    assert (found.rank, found.size) == (1, 2) and "rank 1 still waits for the others" in said[0].what
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="settings of OpenBLAS on Linux")
 def test_ranks_on_one_machine_share_its_cores(tmp_path, monkeypatch):
     assert backend._ranks_here() == 1

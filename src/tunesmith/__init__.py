@@ -133,6 +133,7 @@ def train(
     from tunesmith import ranks, reports, training
     from tunesmith.config import load
     from tunesmith.errors import ConfigError
+    from tunesmith.events import Notice
     from tunesmith.run import CONFIG, Run, RunConfig
 
     if resume is not None:
@@ -140,6 +141,7 @@ def train(
         spec = load(RunConfig, files=[run.path / CONFIG], sets=sets).spec
         if run.manifest["status"] in ("completed", "stopped_early"):
             run.require_same(spec, run.manifest["hashes"])
+            notify(Notice(f"{run.path} is complete: nothing is left to do"))
             return run if ranks.join().writes else None
         run = training.train(spec, resume=run, notify=notify)
     elif config is not None:
@@ -153,7 +155,11 @@ def train(
 
 
 def plan(config: Resolved[RunConfig], *, notify: Sink = _silent) -> dict[str, JSON]:
-    """What ``train`` would do, as counts: rows, tokens, padding, steps, trainable parameters. Trains nothing."""
+    """What ``train`` would do, as counts: rows, tokens, padding, steps, trainable parameters. Trains nothing.
+
+    ``micro_batches``: of the first epoch. Where layers lie below the adapter: the share of the layers' work that
+    ``loop.cache_frozen`` saves (0 within one epoch) and the room on disk that it takes.
+    """
     backend.setup()
     from tunesmith import frozen, gradients, preparation
     from tunesmith import model as models
@@ -163,9 +169,14 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = _silent) -> dict[str, JS
     attached = config.spec.adapter.attach(loaded.net, config.spec.loop.seed)
     counts: dict[str, JSON] = {**prepared.counts, "trainable": attached.trainable, "total": attached.total}
     gradients.require(loaded.net, config.spec, prepared.train, notify)
-    loop = config.spec.loop
-    if saved := frozen.saving(loaded.net, prepared.plan.steps / prepared.plan.steps_per_epoch, loop.checkpoint_gradients):
-        counts |= {"frozen_layers_below": frozen.depth(loaded.net), "cache_frozen_would_save": round(saved, 3)}
+    loop, run = config.spec.loop, prepared.plan
+    micro = [part for step in range(min(run.steps, run.steps_per_epoch)) for part in run.update(step)]
+    lengths = [run.lengths[index] for index in run.largest()]
+    counts |= {"micro_batches": len(micro), "largest_micro_batch": {"rows": len(lengths), "tokens": run.cut.size(lengths)}}
+    if depth := frozen.depth(loaded.net):
+        saved = frozen.saving(loaded.net, run.steps / run.steps_per_epoch, loop.checkpoint_gradients)
+        kept = frozen.Lower(loaded.net, Path()).needed(prepared.train)
+        counts |= {"frozen_layers_below": depth, "cache_frozen_saves": round(saved, 3), "cache_frozen_gb": round(kept / 1e9, 3)}
     return counts
 
 

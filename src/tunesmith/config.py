@@ -83,6 +83,9 @@ def load(
     Raises ConfigError: at once where a text is not readable as YAML; else with every unknown key, missing key, and value
     of a wrong type or out of range together.
     """
+    for name in sorted(environ.keys() - EXEMPT):
+        if name.startswith(PREFIX) and (near := difflib.get_close_matches(name, EXEMPT, n=1, cutoff=0.95)):
+            raise ConfigError("is no setting", where=name, hint=f"did you mean {near[0]}?")
     layers = _Layers(root)
     if preset is not None:
         layers.add(([], read(preset_file(preset), lambda line: f"preset {preset}")))

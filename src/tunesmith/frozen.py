@@ -53,12 +53,16 @@ class Lower:
 
     def open(self, groups: Sequence[Group]) -> int:
         """Make the folder; returns the bytes that all rows will take. Raises DiskFull."""
-        needed = sum(group.tokens for group in groups) * self._below(mx.zeros((1, 1), mx.int32)).nbytes
+        needed = self.needed(groups)
         self.folder.mkdir(exist_ok=True)
         present = sum(file.stat().st_size for file in self.folder.iterdir())
         if shutil.disk_usage(self.folder).free < needed - present:
             raise DiskFull(f"{KEY} needs {needed / 1e9:.1f} GB", where=str(self.folder), hint="make room, or leave it out")
         return needed
+
+    def needed(self, groups: Sequence[Group]) -> int:
+        """Bytes that the rows will take."""
+        return sum(group.tokens for group in groups) * self._below(mx.zeros((1, 1), mx.int32)).nbytes
 
     def require(self, groups: Sequence[Group]) -> None:
         """Raises ConfigError where nothing is below the adapter, or the model cannot begin in the middle.

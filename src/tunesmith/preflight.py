@@ -160,6 +160,8 @@ def _products() -> list[Check]:
     problem = (device.blas_hint is not None or (device.kind == "cpu" and speed < SLOW_GFLOPS)) and "warn"
     hint = device.blas_hint or "other programs may be using the processor; try again"
     how = backend.cpu_settings() or "on the GPU"
+    if (forced := os.environ.get("OPENBLAS_CORETYPE")) and not problem and device.kind == "cpu":
+        problem, hint = "warn", f"OPENBLAS_CORETYPE={forced} keeps OpenBLAS from choosing: unset it and compare the speed"
     return [_check("products", f"{speed:,.0f} GFLOP/s float32; {how}", problem, hint)]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tunesmith.errors import RankLost, SetupError, TrainingError
+from tunesmith.events import Notice, Sink, silent
+
+PATIENCE_S = 5.0
+"""A rank that waits longer for the others says so."""
 
 _LAUNCHED = {"MLX_RANK", "OMPI_COMM_WORLD_RANK"}
 """What `mlx.launch` and Open MPI tell each process: without it there is nothing to join."""
@@ -47,7 +52,7 @@ class Ranks:
         except RuntimeError as error:
             raise RankLost(
                 f"another rank is gone: {error}", where=f"rank {self.rank} of {self.size}",
-                hint="start all ranks again with --resume: nothing that was saved is lost",
+                hint="start all ranks again with --resume, or another number, one too: nothing that was saved is lost",
             ) from error  # fmt: skip
         parts = mx.split(line, np.cumsum([leaf.size for _, leaf in flat])[:-1].tolist())
         return tree_unflatten([(name, part.reshape(leaf.shape)) for (name, leaf), part in zip(flat, parts, strict=True)])
@@ -76,14 +81,26 @@ class Ranks:
 ONE = Ranks(None, 0, 1)
 
 
-def join() -> Ranks:
-    """This process's place among those that `mlx.launch` started, or the only one."""
+def join(notify: Sink = silent) -> Ranks:
+    """This process's place among those that `mlx.launch` started, or the only one. Waits for the others, and says so."""
     hosts = os.environ.get("MLX_HOSTFILE")
     if not os.environ.keys() & _LAUNCHED or (hosts is not None and os.path.isfile(hosts) and not os.path.getsize(hosts)):
         return ONE  # the host file of a single process is empty
+    named = " and ".join(sorted(os.environ.keys() & {"MLX_HOSTFILE", *_LAUNCHED}))
+    if hosts is not None and not os.path.isfile(hosts):
+        raise SetupError("MLX_HOSTFILE names no file", where=hosts, hint=f"give the file of addresses, or unset {named}")
+    rank = os.environ.get("MLX_RANK", "?")
+    what = f"rank {rank} still waits for the others: each must be started, with the same addresses and a rank of its own"
+    waiting = threading.Timer(PATIENCE_S, lambda: notify(Notice(what, level="warning", where=hosts)))
+    waiting.daemon = True
+    waiting.start()
     try:
         group = mx.distributed.init(strict=True)
     except RuntimeError as error:
-        hint = f"start it with mlx.launch, or unset {', '.join(sorted(os.environ.keys() & _LAUNCHED))}"
+        hint = f"look at the addresses in {hosts} and at MLX_RANK, or start it with mlx.launch, or unset {named}"
         raise SetupError(f"this process was started as one of several and cannot reach the others: {error}", hint=hint) from error
+    finally:
+        waiting.cancel()
+    if group.rank() == 0:
+        notify(Notice(f"{group.size()} ranks share the rows of every update"))
     return Ranks(group, group.rank(), group.size())

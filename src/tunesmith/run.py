@@ -63,7 +63,8 @@ class LoopSpec(Spec):
     samples: int = Field(default=3, ge=0, description="validation prompts answered as samples")
     sample_tokens: int = Field(default=128, ge=1, description="longest sample answer, in tokens")
     checkpoint_gradients: bool = Field(
-        default=False, description="recompute each layer in the backward pass: a third of the memory, 1.2 to 1.5 the time"
+        default=False,
+        description="recompute each layer in the backward pass: about half of the memory beside the weights, 1.2 to 1.5 the time",
     )
     cache_frozen: bool = Field(
         default=False, description="keep on disk, while training, what the frozen layers below the adapter say to each row"
@@ -390,6 +391,7 @@ def facts(config: RunConfig, hashes: Mapping[str, Any], ranks: int = 1) -> dict[
             "device": device.name,
             "kind": device.kind,
             "blas": device.blas,
+            "cpu": backend.cpu_settings(),
             "ranks": ranks,
         },
         "seed": config.loop.seed,

@@ -58,7 +58,7 @@ def train(
             early.append(event)
         notify(event)
 
-    among = ranks.join()
+    among = ranks.join(hear)
     if not among.writes:
         notify = events.silent
     if resume is None and out is not None and among.writes:
