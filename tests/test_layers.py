@@ -25,9 +25,10 @@ ROWS = {
         "kernels",
         "logprobs",
         "ranks",
+        "scoring",
     },
     2: {"run"},
-    3: {"preparation", "training", "evaluation", "answers", "gradients", "frozen"},
+    3: {"preparation", "training", "evaluation", "answers", "gradients", "frozen", "reference", "watch"},
     4: {"reports", "preflight"},
     5: {"cli", "__init__", "__main__", "demo", "demo_data"},
 }
@@ -95,7 +96,7 @@ def code_lines(path: Path) -> int:
 def test_the_package_stays_small():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")}
     assert [path.name for path, count in lines.items() if count > 500] == []
-    assert 1000 < sum(map(code_lines, lines)) <= 5900
+    assert 1000 < sum(map(code_lines, lines)) <= 7000
 
 
 def loaded_after(statement: str) -> set[str]:

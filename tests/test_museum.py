@@ -16,7 +16,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import tiny
-from tunesmith import adapters, config, errors, events, gradients, model, objectives, optimizer, training
+from tunesmith import adapters, config, errors, events, gradients, model, objectives, optimizer, scoring, training
 from tunesmith.batches import Cut, Group, Plan, collate
 from tunesmith.objectives.sft import SFT
 from tunesmith.run import Cursor, Run, RunConfig
@@ -35,8 +35,8 @@ def group(ids, targets, source="x.jsonl:1") -> Group:
 
 
 def loss(net, groups) -> tuple[float, float]:
-    sums = SFT().loss(net, collate(groups), objectives.learned_logprobs)
-    return sums.loss.item(), sums.units.item()
+    logps = objectives.sequence_logps(net, collate(groups))
+    return SFT().losses(logps, mx.zeros((len(groups), 1))).sum().item(), sum(SFT().units(group) for group in groups)
 
 
 def test_museum_01_padding_is_never_learned(net):
@@ -71,7 +71,7 @@ def test_museum_04_a_batch_without_a_target_is_not_a_nan(net):
     """mlx-lm default_loss divides 0 by 0 and writes NaN into every weight."""
     empty = group([5, 6, 7], [0, 0, 0])
     assert loss(net, [empty]) == (0.0, 0.0)
-    assert gradients.row_losses(net, [empty, group([5, 6], [0, 1])], Cut(99))[0] == (0.0, 0.0)
+    assert scoring.row_losses(net, [empty, group([5, 6], [0, 1])], Cut(99))[0] == (0.0, 0.0)
 
 
 def test_museum_07_validation_is_all_rows_and_draws_nothing(net):
@@ -79,8 +79,8 @@ def test_museum_07_validation_is_all_rows_and_draws_nothing(net):
     groups = [group(range(3, 3 + n), [0] + [1] * (n - 1), f"x:{n}") for n in (4, 9, 6, 5, 8)]
     np.random.seed(0)
     before = np.random.get_state()[1].copy()
-    first = gradients.row_losses(net, groups, Cut(20))
-    second = gradients.row_losses(net, groups[::-1], Cut(40, pack=True))[::-1]
+    first = scoring.row_losses(net, groups, Cut(20))
+    second = scoring.row_losses(net, groups[::-1], Cut(40, pack=True))[::-1]
     assert len(first) == len(groups)
     np.testing.assert_allclose(first, second, rtol=1e-5)
     assert (np.random.get_state()[1] == before).all()
@@ -155,8 +155,8 @@ def test_museum_23_a_loss_that_is_not_finite_is_skipped_named_and_stops_the_run(
     class Poisoned(real):
         calls = iter(range(-1, 100))  # the first is the probe's
 
-        def __call__(self, groups, key):
-            value, found = super().__call__(groups, key)
+        def __call__(self, groups, key, baseline=0.0):
+            value, found = super().__call__(groups, key, baseline)
             bad = next(self.calls) in (1, 4, 5, 6)
             return value, tree_map(lambda leaf: leaf * math.nan, found) if bad else found
 
@@ -185,7 +185,7 @@ def test_gradient_reaches_every_trainable_tensor_and_none_other(net):
     net.load_weights([(name, value + 0.1) for name, value in adapters.trainable(net).items()], strict=False)
     settings = RunConfig(model={"path": "x"}, data={"train": "x"})
     step = training.Gradients(net, settings)
-    _, sums = step([group(range(3, 20), [0] * 8 + [1] * 9)], training.dropout_key(0, 0, 0))
+    _, sums = step([group(range(3, 20), [0] * 8 + [1] * 9)], gradients.dropout_key(0, 0, 0))
     flat = dict(tree_flatten(sums))
     assert flat.keys() == adapters.trainable(net).keys() and len(flat) == 8
     assert all(mx.abs(leaf).max().item() > 0 for leaf in flat.values())

@@ -46,9 +46,8 @@ def test_the_overfit_reaches_the_known_loss():
 
 @pytest.mark.parametrize(("last", "status"), [(0.99, "ok"), (1.01, "fail"), (float("nan"), "fail")])
 def test_an_overfit_that_stops_short_fails(monkeypatch, last, status):
-    from tunesmith import training
 
-    monkeypatch.setattr(training, "overfit_probe", lambda: (4.2, last))
+    monkeypatch.setattr(preflight, "_overfit_probe", lambda: (4.2, last))
     result = preflight.doctor()
     check = found("overfit", result["checks"])
     assert check["status"] == status and (check["hint"] is None) == (status == "ok")

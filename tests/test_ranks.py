@@ -39,6 +39,15 @@ def settings(tmp_path_factory, tiny_model) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def judged(settings, tmp_path_factory) -> list[str]:
+    """The same with every third row labelled undesirable, learned by KTO."""
+    rows = [row | {"label": index % 3 != 0} for index, row in enumerate(tiny.conversations(32))]
+    path = tiny.write_rows(tmp_path_factory.mktemp("judged") / "rows.jsonl", rows)
+    words = [str(path) if before == "--data" else word for before, word in zip(["", *settings], settings, strict=False)]
+    return [*words, "--set", "objective=kto"]
+
+
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, timeout=120)
 
@@ -47,12 +56,18 @@ def log(folder: Path, kind: type[events.Event]) -> list:
     return [event for event in events.read(folder / "events.jsonl") if isinstance(event, kind)]
 
 
-def test_two_ranks_are_one(tmp_path, settings):
+@pytest.mark.parametrize("objective", ["sft", "kto"])
+def test_two_ranks_are_one(tmp_path, settings, judged, objective, monkeypatch):
+    settings = settings if objective == "sft" else judged
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path.parent / f"cache-{tmp_path.name}"))
     assert run(*TUNESMITH, "train", *settings, "--out", str(tmp_path / "one")).returncode == 0
     done = run(*LAUNCH, *TUNESMITH, "train", *settings, "--out", str(tmp_path / "two"))
     assert done.returncode == 0 and done.stdout.count("report: ") == 1, done.stderr
     one, two = ([step.loss for step in log(tmp_path / name, events.StepDone)] for name in ("one", "two"))
     assert len(one) == 6 and two == pytest.approx(one, rel=1e-5)
+    steps = [log(tmp_path / name, events.StepDone) for name in ("one", "two")]
+    for here, there in zip(*steps, strict=True):
+        assert there.metrics == pytest.approx(here.metrics, rel=1e-3, abs=1e-4) and bool(here.metrics) == (objective == "kto")
     one, two = ([one.loss for one in log(tmp_path / name, events.Validated)] for name in ("one", "two"))
     assert len(one) == 3 and two == pytest.approx(one, rel=1e-6)
     one, two = (load_file(Run.open(tmp_path / name).choose("last") / "adapters.safetensors") for name in ("one", "two"))

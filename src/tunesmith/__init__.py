@@ -161,18 +161,24 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = _silent) -> dict[str, JS
     ``loop.cache_frozen`` saves (0 within one epoch) and the room on disk that it takes.
     """
     backend.setup()
-    from tunesmith import frozen, gradients, preparation
+    from tunesmith import frozen, gradients, preparation, reference, training
     from tunesmith import model as models
+    from tunesmith.events import Notice
 
-    prepared = preparation.prepare(config.spec, notify)
-    loaded = models.load(config.spec.model, notify)
-    attached = config.spec.adapter.attach(loaded.net, config.spec.loop.seed)
+    spec = config.spec.anchored()
+    for text in spec.warnings():
+        notify(Notice(text, level="warning"))
+    prepared = preparation.prepare(spec, notify)
+    loaded = models.load(spec.model, notify)
+    attached = spec.adapter.attach(loaded.net, spec.loop.seed)
+    training.begin(spec, loaded, notify)
     counts: dict[str, JSON] = {**prepared.counts, "trainable": attached.trainable, "total": attached.total}
-    gradients.require(loaded.net, config.spec, prepared.train, notify)
-    loop, run = config.spec.loop, prepared.plan
+    gradients.require(loaded.net, spec, prepared.train, notify)
+    loop, run = spec.loop, prepared.plan
     micro = [part for step in range(min(run.steps, run.steps_per_epoch)) for part in run.update(step)]
     lengths = [run.lengths[index] for index in run.largest()]
     counts |= {"micro_batches": len(micro), "largest_micro_batch": {"rows": len(lengths), "tokens": run.cut.size(lengths)}}
+    counts |= {"reference_sequences": sequences} if (sequences := reference.count(prepared, spec)) else {}
     if depth := frozen.depth(loaded.net):
         saved = frozen.saving(loaded.net, run.steps / run.steps_per_epoch, loop.checkpoint_gradients)
         kept = frozen.Lower(loaded.net, Path()).needed(prepared.train)
@@ -185,7 +191,7 @@ def evaluate(
     *,
     data: Sequence[str] = (),
     checkpoint: str = "best",
-    tasks: Sequence[str] = ("perplexity", "tool_calls"),
+    tasks: Sequence[str] = ("perplexity", "tool_calls", "preference"),
     base: bool = True,
     limit: int | None = None,
     max_tokens: int = 256,

@@ -139,6 +139,9 @@ def _fold(*parts: object) -> mx.array:
     return mx.array(np.frombuffer(digest[:8], dtype="<u4"))
 
 
+START = "run or checkpoint that training goes on from: its adapter, of the same shape, instead of a new one"
+
+
 class _LowRank(Spec):
     rank: int = Field(16, ge=1, description="width of the update; at most the smaller side of each adapted weight")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
@@ -150,6 +153,7 @@ class _LowRank(Spec):
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null is all")
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
     full_modules: Names = Field((), description="modules trained in full beside it, such as input_layernorm")
+    start: str | None = Field(None, description=START)
     _layer: ClassVar[type[LoRALinear]]
 
     @property
@@ -197,6 +201,7 @@ class Full(Spec):
 
     targets: Names = Field(("*",), min_length=1, description="modules by name or pattern, with all inside them")
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null is all")
+    start: str | None = Field(None, description=START)
     kind: Literal["full"] = "full"
 
     def attach(self, net: nn.Module, seed: int) -> Attached:
@@ -312,16 +317,44 @@ def save(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
 
 def load(net: nn.Module, folder: Path) -> AdapterSpec:
     """Attach what `save` wrote; returns the spec. Raises ModelError where it cannot be read or used; ``net`` may have changed."""
+    spec = described(folder)
     try:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["tunesmith"]["adapter"]
-        kinds: TypeAdapter[AdapterSpec] = TypeAdapter(Annotated[AdapterSpec, Field(discriminator="kind")])
-        spec = kinds.validate_python(described)
         spec.attach(net, seed=0)
-    except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
-        what = f"{CONFIG} does not fit or cannot be read: {type(error).__name__}: {error}"
-        raise ModelError(what, where=str(folder), hint="give a folder that tunesmith saved, and its model") from error
+    except ConfigError as error:
+        raise _unfit(folder, error) from error
     load_tensors(net, folder)
     return spec
+
+
+def described(folder: Path) -> AdapterSpec:
+    """The spec of what `save` wrote. Raises ModelError where it cannot be read."""
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["tunesmith"]["adapter"]
+        kinds: TypeAdapter[AdapterSpec] = TypeAdapter(Annotated[AdapterSpec, Field(discriminator="kind")])
+        return kinds.validate_python(found)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _unfit(folder, error) from error
+
+
+def _unfit(folder: Path, error: Exception) -> ModelError:
+    what = f"{CONFIG} does not fit or cannot be read: {type(error).__name__}: {error}"
+    return ModelError(what, where=str(folder), hint="give a folder that tunesmith saved, and its model")
+
+
+def go_on(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
+    """Fill the adapter that ``spec`` attached with what ``folder`` holds. Raises ConfigError where they are not of one shape."""
+    free = {"start", "dropout"}
+    was, now = (one.model_dump(mode="json", exclude=free) for one in (described(folder), spec))
+    for one in (was, now):  # their order means nothing
+        one |= {key: sorted(value) for key, value in one.items() if isinstance(value, list)}
+    if was != now:
+        wrong = [
+            f"adapter.{key} is {now.get(key)}, there {was.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)
+        ]
+        wrong = wrong if was["kind"] == now["kind"] else [f"adapter.kind is {now['kind']}, there {was['kind']}"]
+        hint = "give the same, or model.adapter instead: it is merged into the base, and the new adapter may have any shape"
+        raise ConfigError(f"the adapter of {folder} has another shape: {'; '.join(wrong)}", where="adapter.start", hint=hint)
+    load_tensors(net, folder)
 
 
 def load_tensors(net: nn.Module, folder: Path) -> None:

@@ -200,6 +200,11 @@ def memory() -> dict[str, int]:
     return {"resident": psutil.Process().memory_info().rss, "active": mx.get_active_memory(), "peak": mx.get_peak_memory()}
 
 
+def cache_folder() -> Path:
+    """Where converted models and reference log-probabilities lie: ``$TUNESMITH_CACHE``, else ``~/.cache/tunesmith``."""
+    return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
+
+
 def memory_limit() -> int:
     """Bytes that a process can use without swapping: the GPU's recommended working set, or the memory of the machine."""
     import mlx.core as mx

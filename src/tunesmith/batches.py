@@ -46,10 +46,15 @@ class BatchSpec(Spec):
 
 
 class Group(NamedTuple):
-    """Sequences that must stay together in a micro-batch: one row for SFT, chosen and rejected for DPO."""
+    """Sequences that must stay together in a micro-batch: one row, or chosen and rejected of a pair.
+
+    ``reference``: log p of the learned tokens of each sequence before training, where the objective compares with it.
+    """
 
     sequences: tuple[Tokens, ...]
     source: str
+    label: bool | None = None
+    reference: tuple[float, ...] = ()
 
     @property
     def length(self) -> int:
@@ -57,13 +62,23 @@ class Group(NamedTuple):
         return max(1, *(len(sequence.ids) - 1 for sequence in self.sequences))
 
     @property
+    def positions(self) -> int:
+        """Positions of all its sequences together."""
+        return sum(max(1, len(sequence.ids) - 1) for sequence in self.sequences)
+
+    @property
     def tokens(self) -> int:
         return sum(len(sequence.ids) for sequence in self.sequences)
 
     @property
+    def learned(self) -> tuple[float, ...]:
+        """Sum of the weights of the learned tokens of each sequence. The first token has nothing before it: never learned."""
+        return tuple(float(sequence.targets[1:].sum()) for sequence in self.sequences)
+
+    @property
     def units(self) -> float:
-        """Sum of the weights of the learned tokens. The first token has nothing before it and is never learned."""
-        return float(sum(sequence.targets[1:].sum() for sequence in self.sequences))
+        """Sum of the weights of all its learned tokens."""
+        return sum(self.learned)
 
 
 class Batch(NamedTuple):
@@ -71,8 +86,9 @@ class Batch(NamedTuple):
 
     ``tokens`` (N, T) int32. ``positions`` (K,) int32: places in the flattened (N · T) hidden states that predict a learned
     token, ``learned`` (K,) int32 that token, ``weights`` (K,) float32 its weight, ``rows`` (K,) int32 its sequence. Past the
-    learned tokens of the batch, weights are 0. ``ends``: packed, where in the only row each sequence ends.
-    ``states`` (N, T, D): what frozen lower layers said to ``tokens``, where that is kept (`frozen`).
+    learned tokens of the batch, weights are 0. ``fields`` (S, F) float32: what the objective knows of each sequence.
+    ``ends``: packed, where in the only row each sequence ends. ``states`` (N, T, D): what frozen lower layers said to
+    ``tokens``, where that is kept (`frozen`).
     """
 
     tokens: Any
@@ -80,11 +96,12 @@ class Batch(NamedTuple):
     learned: Any
     weights: Any
     rows: Any
+    fields: Any
     ends: tuple[int, ...] | None = None
     states: Any = None
 
 
-def collate(groups: Sequence[Group], *, pack: bool = False, bucket: bool = False) -> Batch:
+def collate(groups: Sequence[Group], *, pack: bool = False, bucket: bool = False, fields: np.ndarray | None = None) -> Batch:
     """All sequences of ``groups`` in order, padded or packed; with ``bucket`` to sizes that come again (see `bucketed`).
 
     The only place where positions shift: ``targets[t]`` of `Tokens` marks token ``t`` by its own index, and the hidden state
@@ -112,6 +129,7 @@ def collate(groups: Sequence[Group], *, pack: bool = False, bucket: bool = False
     return Batch(
         tokens, np.pad(positions, spare).astype(np.int32), np.pad(learned, spare).astype(np.int32),
         np.pad(weights, spare).astype(np.float32), np.pad(rows, spare).astype(np.int32),
+        np.zeros((len(sequences), 1), np.float32) if fields is None else fields.astype(np.float32),
         None if ends is None else tuple(int(end) for end in ends),
     )  # fmt: skip
 
@@ -124,27 +142,40 @@ def bucketed(size: int) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """How an update is cut for the device. ``tokens``: the budget of a micro-batch; one row may exceed it."""
+    """How an update is cut for the device. ``tokens``: the budget of a micro-batch; one group may exceed it.
+
+    ``each``: sequences of a group, all padded to the longest of the micro-batch.
+    """
 
     tokens: int
     micro: int | None = None
     pack: bool = False
     bucket: bool = False
+    each: int = 1
 
     @classmethod
-    def of(cls, spec: BatchSpec, lengths: Sequence[int], bucket: bool = False) -> Cut:
-        return cls(spec.tokens or max(lengths, default=1), spec.micro, spec.pack, bucket)
+    def of(cls, spec: BatchSpec, lengths: Sequence[int], bucket: bool = False, each: int = 1) -> Cut:
+        return cls(spec.tokens or each * max(lengths, default=1), spec.micro, spec.pack, bucket, each)
+
+    @classmethod
+    def around(cls, spec: BatchSpec, groups: Sequence[Group], bucket: bool = False) -> tuple[Cut, tuple[int, ...]]:
+        """The cut for ``groups``, and what each of them measures: its longest sequence, or packed all of them."""
+        each = 1 if spec.pack else max((len(group.sequences) for group in groups), default=1)
+        lengths = tuple(group.positions if spec.pack else group.length for group in groups)
+        return cls.of(spec, lengths, bucket, each), lengths
 
     def halved(self, lengths: Sequence[int]) -> Cut | None:
         """With half the tokens of a micro-batch of these rows as its budget; None where it is one row."""
-        return None if len(lengths) == 1 else replace(self, tokens=max(*lengths, self.size(lengths) // 2))
+        if len(lengths) == 1:
+            return None
+        return replace(self, tokens=max(self.each * max(lengths), self.size(lengths) // 2))
 
     def size(self, lengths: Sequence[int]) -> int:
         """Tokens on the device for rows of these lengths, padding included."""
         return sum(lengths) if self.pack else self._rectangle(len(lengths), max(lengths))
 
     def _rectangle(self, rows: int, longest: int) -> int:
-        return rows * (bucketed(longest) if self.bucket else longest)
+        return rows * self.each * (bucketed(longest) if self.bucket else longest)
 
     def _fits(self, rows: int, size: int) -> bool:
         return rows == 1 or (size <= self.tokens and (self.micro is None or rows <= self.micro))
@@ -193,7 +224,8 @@ class Cut:
 class Plan:
     """The whole schedule of a run.
 
-    lengths: tokens of each group. epochs: may be a fraction. steps: if given, overrides ``epochs``.
+    lengths: what each group measures (`Cut.around`). epochs: may be a fraction. steps: if given, overrides ``epochs``.
+    positions: of each group, all its sequences together, where that is not its length.
     """
 
     lengths: tuple[int, ...]
@@ -202,6 +234,7 @@ class Plan:
     seed: int
     epochs: float = 1.0
     max_steps: int | None = None
+    positions: tuple[int, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -231,10 +264,10 @@ class Plan:
 
     def padding_share(self) -> float:
         """Share of the positions on the device in the first epoch (or the run, if shorter) that are padding."""
-        used = padded = 0
+        used, padded, positions = 0, 0, self.positions or self.lengths
         for step in range(min(self.steps, self.steps_per_epoch)):
             for micro in self.update(step):
-                used += sum(self.lengths[member] for member in micro)
+                used += sum(positions[member] for member in micro)
                 padded += self.cut.size([self.lengths[member] for member in micro])
         return 1 - used / padded if padded else 0.0
 

@@ -191,7 +191,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="run directory")],
     data: Data = None,
     checkpoint: Checkpoint = "best",
-    task: Annotated[list[str] | None, typer.Option(help="perplexity, tool_calls; repeatable (default: both)")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="perplexity, tool_calls, preference; repeatable (default: all)")] = None,
     base: Annotated[bool, typer.Option(help="measure the base too, for the difference")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
@@ -200,7 +200,7 @@ def evaluate(
     """Score base and tuned on the held-out rows (or --data), with 95 % intervals."""
     with _watch() as notify:
         found = tunesmith.evaluate(
-            run, data=data or (), checkpoint=checkpoint, tasks=task or ("perplexity", "tool_calls"), base=base,
+            run, data=data or (), checkpoint=checkpoint, tasks=task or ("perplexity", "tool_calls", "preference"), base=base,
             limit=limit, max_tokens=max_tokens, notify=notify,
         )  # fmt: skip
     if as_json:
@@ -212,7 +212,8 @@ def evaluate(
         if score.delta is not None:
             change = f"  base {score.value - score.delta:.4g}, change {score.delta:+.4g}"
             change += "" if score.delta_low is None else f" [{score.delta_low:+.4g}, {score.delta_high:+.4g}]"
-        typer.echo(f"{score.task}@{score.version} {score.name}: {score.value:.4g}{interval}{change}  (n {score.n})")
+        note = "" if score.note is None else f"; {score.note}"
+        typer.echo(f"{score.task}@{score.version} {score.name}: {score.value:.4g}{interval}{change}  (n {score.n}{note})")
     typer.echo(f"report: {found.run.path / 'report.md'}")
 
 

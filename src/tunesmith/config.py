@@ -36,8 +36,8 @@ class Spec(BaseModel):
 
     Sequences are declared as ``tuple[...]``; a list is accepted for one. A block that comes in kinds is a union of Specs
     with a field ``kind: Literal[...]``; it also takes the name of a kind (``"kto"``), or a mapping without ``kind``, which
-    means the kind of the field's default, else the first member. Built directly it raises pydantic's ValidationError;
-    through `load`, ConfigError.
+    means the kind of the field's default, else the first member. A kind's ``suits`` (key path → value) are the defaults of other
+    keys under it. Built directly it raises pydantic's ValidationError; through `load`, ConfigError.
     """
 
     model_config = ConfigDict(
@@ -65,7 +65,7 @@ class Resolved(Generic[S]):
     """``origins``: key path → where its value was set. ``unused``: what a change of kind left behind, one line each."""
 
     spec: S
-    origins: dict[str, str]  # "run.yaml:4" | "default" | "preset NAME" | "TUNESMITH_…" | "--set" | a flag
+    origins: dict[str, str]  # "run.yaml:4" | "default" | "default of kto" | "preset NAME" | "TUNESMITH_…" | "--set" | a flag
     unused: tuple[str, ...] = ()
 
 
@@ -95,6 +95,7 @@ def load(
     layers.add(*((key, parse(environ[name], lambda line, name=name: name)) for name, key in keys.items()))
     layers.add(*map(_assignment, sets))
     layers.add(*((key.split("."), _node(value, origin)) for key, (value, origin) in overrides.items()))
+    layers.suit()
     spec = layers.build(root, layers.tree, "")
     if spec is None or layers.problems:
         raise _error(layers.problems + layers.missing)
@@ -138,6 +139,7 @@ def annotated(root: type[Spec], values: Mapping[str, JSON] = {}) -> str:
     """
     layers = _Layers(root)
     layers.add(*((key.split("."), _node(value, "values")) for key, value in values.items()))
+    layers.suit()
     layers.build(root, layers.tree, "")
     if layers.problems:
         raise _error(layers.problems)
@@ -332,6 +334,27 @@ class _Layers:
             else:
                 self.unknown(name, node.origin, key, shape, kind)
         return Node(merged, upper.origin)
+
+    def suit(self) -> None:
+        """Where a chosen kind has ``suits`` (key path → value), they stand instead of what nobody has set.
+
+        Under the name of another block's kind lie those that hold beside it.
+        """
+        blocks = [block.value for block in self.tree.value.values() if isinstance(block.value, dict)]
+        chosen = {block["kind"].value for block in blocks if "kind" in block}
+        for name, field in self.shape.members[""].model_fields.items():
+            shape, block = _shape(field), self.tree.value.get(name)
+            if not (shape and shape.kinds and block and isinstance(block.value, dict)):
+                continue
+            suits = getattr(shape.member(block), "suits", {})
+            values = {key: value for key, value in suits.items() if not isinstance(value, dict)}
+            for kind in chosen & suits.keys():
+                values |= suits[kind]
+            for key, value in values.items():
+                section, _, last = key.partition(".")
+                node = self.tree.value.get(section)
+                if node and isinstance(node.value, dict) and last in node.value and node.value[last].origin == "default":
+                    node.value[last] = Node(value, f"default of {block.value['kind'].value}")
 
     def unknown(self, name: str, origin: str, section: str, shape: _Shape, kind: str) -> None:
         key, here = _join(section, name), list(shape.members[kind].model_fields)

@@ -1,7 +1,7 @@
 """Where the events of a run are shown to people: a live panel or plain lines, ``training.log``, TensorBoard.
 
 Everything here is a sink (``Event -> None``) and can be rebuilt from ``events.jsonl``. Standard output is left alone:
-results go there. Memory is shown in GB (1e9 bytes), losses in nats a learned token.
+results go there. Memory is shown in GB (1e9 bytes), losses in the unit of the objective.
 """
 
 from __future__ import annotations
@@ -56,18 +56,30 @@ def _count(value: object) -> str:
 
 def _speed(steps: Sequence[events.StepDone]) -> float:
     seconds = sum(step.seconds for step in steps)
-    return sum(step.units for step in steps) / seconds if seconds else 0.0
+    return sum(step.units if step.learned is None else step.learned for step in steps) / seconds if seconds else 0.0
 
 
 def _facts(steps: Sequence[events.StepDone]) -> dict[str, str]:
     """The facts of the last of ``steps``; the speed is over all of them."""
     last = steps[-1]
-    return {
-        "learning rate": f"{last.learning_rate:.3g}",
-        "gradient norm": f"{last.gradient_norm:.3g}" + (" clipped" if last.clipped else ""),
-        "speed": f"{_speed(steps):,.0f} learned tokens/s",
-        "memory": _memory(last.memory),
-    } | ({"shapes": ", ".join(f"{count:,} {name}" for name, count in last.shapes.items())} if last.shapes else {})
+    return (
+        _watched(last.metrics)
+        | {
+            "learning rate": f"{last.learning_rate:.3g}",
+            "gradient norm": f"{last.gradient_norm:.3g}" + (" clipped" if last.clipped else ""),
+            "speed": f"{_speed(steps):,.0f} learned tokens/s",
+            "memory": _memory(last.memory),
+        }
+        | ({"shapes": ", ".join(f"{count:,} {name}" for name, count in last.shapes.items())} if last.shapes else {})
+    )
+
+
+SHOWN = ("margin", "accuracy", "kl")
+
+
+def _watched(metrics: Mapping[str, float]) -> dict[str, str]:
+    """What of an objective's metrics fits into a line."""
+    return {name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics}
 
 
 def _memory(readings: Mapping[str, int]) -> str:
@@ -99,7 +111,9 @@ def readable(event: Event, total: int | None = None) -> str:
             text += f" ({event.in_a_row} in a row) · rows {', '.join(event.rows)}"
         case events.Validated():
             text = f"validation at step {event.step:,}: loss {event.loss:.4f} · perplexity {event.perplexity:.4g}"
-            text += f" · {event.rows:,} rows, {event.units:,.0f} learned tokens in {duration(event.seconds)}"
+            text += "".join(f" · {name} {value}" for name, value in _watched(event.metrics).items())
+            tokens = "" if event.metrics else f", {event.units:,.0f} learned tokens"
+            text += f" · {event.rows:,} rows{tokens} in {duration(event.seconds)}"
             text += " · best so far" if event.best else ""
         case events.Sampled():
             text = f"sample at step {event.step:,}: {_line(event.prompt, 160)} → {_line(event.answer, 160)}"
@@ -259,8 +273,9 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
                 speed = _speed([event])
                 numbers(event, "train", loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_second=speed)
                 numbers(event, "memory", **event.memory)
+                numbers(event, "train", **event.metrics)
             case events.Validated():
-                numbers(event, "valid", loss=event.loss, perplexity=event.perplexity)
+                numbers(event, "valid", loss=event.loss, perplexity=event.perplexity, **event.metrics)
             case events.Growth():
                 numbers(event, "growth", **event.norms)
 

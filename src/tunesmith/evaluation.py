@@ -7,6 +7,7 @@ so both sides share weights, tokenizer, prompts and order of rows.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,17 +15,22 @@ from typing import Any
 
 import mlx.nn as nn
 
-from tunesmith import adapters, events, formats, gradients, model, template
-from tunesmith.batches import Cut
+from tunesmith import adapters, events, formats, model, scoring, template
+from tunesmith.batches import Cut, Group
 from tunesmith.errors import EvaluationError
 from tunesmith.events import Notice, Sink
 from tunesmith.formats import JSON
-from tunesmith.run import EVALS, VALID, Run, write_json, write_text
-from tunesmith.tasks import ExampleScore, Score, summarise
+from tunesmith.objectives.dpo import DPO
+from tunesmith.objectives.kto import KTO
+from tunesmith.objectives.sft import SFT
+from tunesmith.run import EVALS, VALID, Run, RunConfig, write_json, write_text
+from tunesmith.tasks import ExampleScore, Score, preference, summarise
 from tunesmith.tasks.perplexity import Perplexity
 from tunesmith.tasks.tool_calls import Reference, ToolCalls, references
 
-TASKS = ("perplexity", "tool_calls")
+TASKS = ("perplexity", "tool_calls", "preference")
+IMITATED = SFT()
+"""Whatever the objective was, these tasks ask how well the model says what is to be said: demonstrations, desirable, chosen."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +85,15 @@ def evaluate(
         raise EvaluationError(f"no task is called {unknown[0]!r}", hint=f"tasks: {', '.join(TASKS)}")
     config = run.config
     folder = run.choose(checkpoint, notify)
-    examples = _examples(run, data, limit, notify)
+    everything, examples = _examples(run, data, limit, notify)
     loaded = model.load(config.model, notify)
     renderer = template.renderer(config.model.tokenizer or loaded.path, config.template.renderer)
     run.require_base(loaded.fingerprint, renderer.fingerprint)
     rendered = template.render(examples, renderer, config.template, config.batch.length)
     for row in rendered.dropped:
         notify(Notice(f"not measured: {row.message}", level="warning", where=row.source))
-    groups = config.objective.groups(rendered.rows)
-    cut = Cut.of(config.batch, [group.length for group in groups])
+    groups = IMITATED.groups(rendered.rows)
+    cut, _ = Cut.around(config.batch, groups)
     asked = [reference for example in examples if (reference := references(example)) is not None]
     if "tool_calls" in tasks and len(asked) < len(examples):
         left_out = len(examples) - len(asked)
@@ -95,14 +101,31 @@ def evaluate(
     if "tool_calls" in tasks and not any(reference.calls for reference in asked):
         notify(Notice("tool_calls: no row asks for a call, so it is not measured"))
         tasks = [task for task in tasks if task != "tool_calls"]
-    if not groups or not tasks:
+    judged: list[Group] = []
+    if "preference" in tasks and base:
+        judged = _judged(everything, renderer, config, notify)
+    if tuple(tasks) == ("preference",) and not judged:
+        if not base:
+            raise EvaluationError("answers are compared with the base, and it was left out", hint="without --no-base, then")
+        raise EvaluationError(
+            "no good and bad answers to compare", hint="give --data with rows labelled true and false, or pairs"
+        )
+    if "preference" in tasks and not judged:
+        asked_for = tuple(tasks) != TASKS or config.objective.watched
+        if asked_for or any(isinstance(one, formats.Preference | formats.Judged) for one in everything):
+            notify(Notice("preference: it needs the base, and good and bad answers: not measured"))
+        tasks = [task for task in tasks if task != "preference"]
+    if not tasks or not (groups or judged):
         raise EvaluationError("there is no row to measure", hint="give --data, or hold rows out with data.valid")
 
     def measure(side: str) -> Measured:
         found: Measured = {}
+        if "preference" in tasks:
+            tick = events.ticker(notify, f"{side}: answers compared")
+            found["preference"] = scoring.sequence_sums(loaded.net, judged, Cut.around(config.batch, judged)[0], tick)
         if "perplexity" in tasks:
             tick = events.ticker(notify, f"{side}: loss")
-            sums = gradients.row_losses(loaded.net, groups, cut, tick)
+            sums = scoring.row_losses(loaded.net, groups, cut, tick)
             found["perplexity"] = [(group.source, *sums_of_row) for group, sums_of_row in zip(groups, sums, strict=True)]
         if "tool_calls" in tasks:
             found["tool_calls"] = _answer(loaded.net, renderer, asked, max_tokens, events.ticker(notify, f"{side}: answers"))
@@ -123,10 +146,50 @@ def evaluate(
             name = "+".join([f"{task.name}@{task.version}", *parts])
             measured = {"checkpoint": folder.name, "data": list(data) or VALID, "rows": len(examples), "max_tokens": max_tokens}
             _write(run, name, measured, found, old, tuned)
+    if before is not None and judged:
+        items = _compared(judged, before["preference"], after["preference"])
+        found = preference.scores(items, config.loop.seed)
+        scores += found
+        parts = [Path(path).stem for path in data] + ([f"first{limit}"] if limit else [])
+        measured = {"checkpoint": folder.name, "data": list(data) or VALID, "rows": len(judged)}
+        name = "+".join([f"{preference.NAME}@{preference.VERSION}", *parts])
+        _write(run, name, measured, found, None, preference.examples(items))
     return Evaluation(run, folder, scores, _pairs(before, after))
 
 
-def _examples(run: Run, data: Sequence[str], limit: int | None, notify: Sink) -> list[formats.Example]:
+def _judged(examples: Sequence[formats.Example], renderer: template.Renderer, config: RunConfig, notify: Sink) -> list[Group]:
+    """The pairs, or the labelled rows where these are more; none where good or bad is missing. What is not taken is said."""
+    long = "drop" if config.template.too_long == "refuse" else config.template.too_long
+    spec = config.template.model_copy(update={"prompt_weight": 0.0, "too_long": long})
+    found: list[tuple[list[Group], list[formats.Dropped]]] = [([], [])]
+    for objective in (DPO(), KTO(unlabelled="leave_out")):
+        rendered = template.render(objective.select(examples).examples, renderer, spec, config.batch.length)
+        groups = objective.groups(rendered.rows)
+        both = {flag for group in groups for flag in objective.imitated(group)} == {True, False}
+        found.append((groups if both else [], rendered.dropped))
+    groups, dropped = max(found, key=lambda one: len(one[0]))
+    for row in dropped:
+        notify(Notice(f"preference: not measured: {row.message}", level="warning", where=row.source))
+    if passed := sum(len(others) for others, _ in found) - len(groups):
+        what = "labelled rows" if groups[0].label is not None else "pairs"
+        notify(Notice(f"preference: only {what} are compared, the others are not", level="warning", count=passed))
+    return groups
+
+
+def _compared(groups: Sequence[Group], base: Sequence[Any], tuned: Sequence[Any]) -> list[preference.Compared]:
+    items: list[preference.Compared] = []
+    for index, (group, before, after) in enumerate(zip(groups, base, tuned, strict=True)):
+        paired = len(group.sequences) == 2
+        for at, ((old, tokens), (new, _)) in enumerate(zip(before, after, strict=True)):
+            good = at == 0 if paired else group.label is True
+            items.append(preference.Compared(group.source, good, old, new, tokens, index if paired else None))
+    return items
+
+
+def _examples(
+    run: Run, data: Sequence[str], limit: int | None, notify: Sink
+) -> tuple[list[formats.Example], list[formats.Example]]:  # fmt: skip
+    """All rows, and those that say what is to be said."""
     config = run.config
     paths = list(data) or [str(run.path / VALID)]
     # The run's own held-out rows are written in one layout, whatever the files of the user look like.
@@ -136,13 +199,14 @@ def _examples(run: Run, data: Sequence[str], limit: int | None, notify: Sink) ->
     formats.require(read, config.data.max_dropped)
     if read.dropped:
         notify(Notice("rows that could not be read", level="warning", count=len(read.dropped)))
-    examples, left_out = config.objective.select(read.examples)
-    for reason, count in left_out.items():
-        notify(Notice(f"rows left out: {reason}", count=count))
-    if limit is not None and limit < len(examples):
-        notify(Notice(f"only the first {limit} of {len(examples)} rows are measured", level="warning"))
-        examples = examples[:limit]
-    return examples
+    imitate = config.objective if isinstance(config.objective, SFT) else IMITATED
+    everything = read.examples[:limit]
+    if len(everything) < len(read.examples):
+        notify(Notice(f"only the first {limit} of {len(read.examples)} rows are measured", level="warning"))
+    examples, left_out, _ = imitate.select(everything)
+    for reason, count in Counter(reason for _, reason in left_out).items():
+        notify(Notice(f"rows not asked for loss and calls: {reason}", count=count))
+    return everything, examples
 
 
 def _answer(

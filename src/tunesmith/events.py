@@ -1,7 +1,7 @@
 """What happens during a run, as plain records, and where they go: the terminal, JSON lines, a tracker.
 
 The loop never prints: it calls a sink. ``events.jsonl`` is the one truth of a run; everything else is derived from it.
-Times are seconds since the epoch (UTC), memory is bytes, losses are nats a unit.
+Times are seconds since the epoch (UTC), memory is bytes, losses are means a unit of the objective.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class Resumed(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Event):
-    """One optimizer update. ``loss``: mean over its units; ``units``: its learned tokens (weighted)."""
+    """One optimizer update. ``loss``: mean over its ``units``, learned tokens (weighted) or rows or pairs: the objective's unit.
+
+    ``learned``: its learned tokens, None where they are the units. ``metrics``: what the objective watches.
+    """
 
     step: int
     epoch: float
@@ -77,6 +80,8 @@ class StepDone(Event):
     seconds: float
     memory: dict[str, int]  # resident, active, peak (bytes)
     shapes: dict[str, int] = field(default_factory=dict)  # compiled: so far; uncompiled: micro-batches of other shapes
+    learned: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,10 @@ class StepSkipped(Event):
 
 @dataclass(frozen=True, slots=True)
 class Validated(Event):
-    """All validation rows. ``loss``: nats a learned token; ``perplexity``: e to the loss."""
+    """All validation rows. ``loss``: mean over ``units``. ``perplexity``: a learned token of what is imitated, NaN for none.
+
+    ``metrics``: what the objective watches. ``best``: the best so far by what `LoopSpec.best` follows.
+    """
 
     step: int
     loss: float
@@ -111,6 +119,7 @@ class Validated(Event):
     rows: int
     seconds: float
     best: bool
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, quants
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from tunesmith import events
+from tunesmith import backend, events
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
 
@@ -65,14 +65,13 @@ PROBE = "Hello, world! It's 2026:\n\n\tdef f(x):  return {'a': [1, 23, 456]}  # 
 def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
     """The model folder of a GGUF file, from the cache or made now.
 
-    The cache is ``$TUNESMITH_CACHE``, else ``~/.cache/tunesmith``. dtype: float32, float16 or bfloat16, of all tensors; or
+    The cache is `backend.cache_folder`. dtype: float32, float16 or bfloat16, of all tensors; or
     auto: the file's own where most matrices are bfloat16 or float32, float16 otherwise. Raises ModelError where anything
     in the file cannot be read exactly.
     """
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    root = Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
-    target = root / "gguf" / f"{path.stem}-{digest[:16]}-{dtype}-{CONVERTER}"
+    target = backend.cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-{dtype}-{CONVERTER}"
     if target.is_dir():
         notify(Notice(f"GGUF {path.name}: converted before, read from {target}"))
         return target

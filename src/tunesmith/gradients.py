@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +17,11 @@ import numpy as np
 from mlx.utils import tree_map
 
 from tunesmith import adapters, backend, kernels, logprobs, objectives
-from tunesmith.batches import Batch, Cut, Group, Plan, bucketed, collate
+from tunesmith.batches import Batch, Group, Plan, bucketed, collate
 from tunesmith.errors import ConfigError, OutOfMemory
 from tunesmith.events import Notice, Probed, Sink
 from tunesmith.frozen import Lower
+from tunesmith.objectives import Objective
 from tunesmith.ranks import Ranks
 from tunesmith.run import Cursor, RunConfig
 
@@ -32,35 +33,45 @@ Shape = tuple[int, int, int]
 
 
 class Gradients:
-    """micro-batch, dropout key → (sum of loss (), gradients of that sum for the trainable tensors), not yet evaluated.
+    """micro-batch, dropout key → (sum of losses (), log p of each sequence (S,)), gradients of that sum; not yet evaluated.
 
-    compiled: shapes for which the step is compiled; ``traces`` counts those met so far, ``plain`` the micro-batches of others.
-    lower: the frozen layers whose results are kept.
+    objective: as it is settled for the training rows (default: the config's). compiled: shapes for which the step is compiled;
+    ``traces`` counts those met so far, ``plain`` the micro-batches of others. lower: the frozen layers whose results are kept.
     """
 
     def __init__(
-        self, net: nn.Module, config: RunConfig, compiled: frozenset[Shape] = frozenset(), lower: Lower | None = None
+        self,
+        net: nn.Module,
+        config: RunConfig,
+        compiled: frozenset[Shape] = frozenset(),
+        lower: Lower | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self._lower = lower
         self.traces: set[Shape] = set()
         self.plain, self.compiles = 0, bool(compiled)
+        self.objective = objective = objective or config.objective
         self._net, self._pack, self._compiled = net, config.batch.pack, compiled
         of_batch = functools.partial(objectives.learned_logprobs, gather=logprobs.splits(net))
 
-        def total(weights: dict, arrays: list[mx.array], ends: tuple[int, ...] | None, key: mx.array) -> mx.array:
+        def total(
+            weights: dict, arrays: list[mx.array], ends: tuple[int, ...] | None, key: mx.array
+        ) -> tuple[mx.array, mx.array]:
             net.update(weights)
             adapters.seed_dropout(net, key)
-            states = arrays[5] if lower else None
-            batch = Batch(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], ends, states)
+            tokens, positions, learned, tok_weights, rows, fields, *states = arrays
+            batch = Batch(tokens, positions, learned, tok_weights, rows, fields, ends, states[0] if states else None)
             with lower.above() if lower else ExitStack():
-                return config.objective.loss(net, batch, of_batch).loss
+                logps = objectives.sequence_logps(net, batch, of_batch)
+            return objective.losses(logps, batch.fields).sum(), logps
 
         self._step: Any = mx.value_and_grad(total)
         self._fast = mx.compile(lambda weights, arrays, key: self._step(weights, arrays, None, key))
 
-    def __call__(self, groups: Sequence[Group], key: mx.array) -> tuple[mx.array, dict]:
-        batch = collate(groups, pack=self._pack, bucket=bool(self._compiled))
-        arrays = [mx.array(part) for part in batch[:5]]
+    def __call__(self, groups: Sequence[Group], key: mx.array, baseline: float = 0.0) -> tuple[tuple[mx.array, mx.array], dict]:
+        fields = self.objective.fields(groups, baseline)
+        batch = collate(groups, pack=self._pack, bucket=bool(self._compiled), fields=fields)
+        arrays = [mx.array(part) for part in batch[:6]]
         if self._lower:
             arrays.append(self._lower.states(groups, batch))
         shape = (*batch.tokens.shape, len(batch.learned))
@@ -122,8 +133,10 @@ class Accumulation:
             what = f"the largest micro-batch takes {memory['peak'] / 1e9:.1f} of {limit / 1e9:.1f} GB: it will swap"
             self._emit(Notice(what, level="warning", hint=self._smaller(lengths)))
 
-    def sums(self, step: int, cursor: Cursor) -> tuple[mx.array, dict]:
-        """(sum of loss (), sums of gradients) of this rank's rows of update ``step``, evaluated.
+    def sums(self, step: int, cursor: Cursor, baseline: float = 0.0) -> tuple[mx.array, dict, np.ndarray]:
+        """(sum of losses (), sums of gradients, log p of each sequence) of this rank's rows of update ``step``, evaluated.
+
+        The log p are those of all sequences of `Plan.members` in order, 0 where another rank has them.
 
         Where the device runs out of memory, ``cursor.tokens`` becomes half of what it was given and the update begins anew.
         Raises OutOfMemory where one row is too much.
@@ -133,8 +146,11 @@ class Accumulation:
             micros = plan.update(step, self._ranks.rank, self._ranks.size)
             done: list[int] = []
             try:
-                loss, total = self._accumulate(step, micros, done)
-                return loss, tree_map(mx.zeros_like, self._net.trainable_parameters()) if total is None else total
+                loss, total, found = self._accumulate(step, micros, done, baseline)
+                if total is None:
+                    total = tree_map(mx.zeros_like, self._net.trainable_parameters())
+                none = {member: np.zeros(len(self._rows[member].sequences)) for member in plan.members(step)}
+                return loss, total, np.concatenate(list((none | found).values()))
             except (RuntimeError, MemoryError) as error:
                 if not backend.is_out_of_memory(error):
                     raise
@@ -145,21 +161,30 @@ class Accumulation:
                 cursor.tokens = smaller.tokens
             mx.clear_cache()  # what the attempt held is free: its frames are gone
 
-    def _accumulate(self, step: int, micros: list[list[int]], done: list[int]) -> tuple[mx.array, dict | None]:
-        """The sums over ``micros``; ``done`` takes the number of each as it begins."""
+    def _accumulate(
+        self, step: int, micros: list[list[int]], done: list[int], baseline: float
+    ) -> tuple[mx.array, dict | None, dict[int, np.ndarray]]:
+        """The sums over ``micros``, and member → log p of its sequences; ``done`` takes the number of each as it begins."""
         self._net.train()
         loss, total = mx.array(0.0), None
+        parts: list[mx.array] = []
         for index, micro in enumerate(micros):
             done.append(index)
             # The next graph is built while the device works on the last; then that one is waited for, so that only one is in
             # memory.
             key = dropout_key(self._config.loop.seed, step, index * self._ranks.size + self._ranks.rank)
-            part, part_gradients = self._gradients_of([self._rows[member] for member in micro], key)
+            (part, logps), part_gradients = self._gradients_of([self._rows[member] for member in micro], key, baseline)
             mx.eval(loss, total or {})
             loss, total = loss + part, _add(total, part_gradients)
-            mx.async_eval(loss, total)
-        mx.eval(loss, total or {})
-        return loss, total
+            parts.append(logps)
+            mx.async_eval(loss, total, logps)
+        mx.eval(loss, total or {}, parts)
+        found: dict[int, np.ndarray] = {}
+        for micro, logps in zip(micros, parts, strict=True):
+            sizes = [len(self._rows[member].sequences) for member in micro]
+            ends = np.cumsum(sizes)[:-1]
+            found |= dict(zip(micro, np.split(np.array(logps, dtype=np.float64), ends), strict=True))
+        return loss, total, found
 
     def _out_of_memory(self, error: Exception, lengths: list[int], where: str) -> OutOfMemory:
         what = f"the device ran out of memory with {len(lengths)} rows of up to {max(lengths)} tokens: {error}"
@@ -191,27 +216,6 @@ def frequent_shapes(plan: Plan, groups: Sequence[Group], rank: int = 0, ranks: i
 def dropout_key(seed: int, step: int, micro: int) -> mx.array:
     """The key of all dropout masks of one micro-batch: a function of its place in the run, not of a global generator."""
     return mx.random.key(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]))
-
-
-def row_losses(
-    net: nn.Module, groups: Sequence[Group], cut: Cut, tick: Callable[[int, int], None] | None = None
-) -> list[tuple[float, float]]:
-    """(sum of loss in nats, units) of each group, in order, in evaluation mode. No group is left out."""
-    gather = logprobs.splits(net)
-    net.eval()
-    scores: list[tuple[float, float]] = [(0.0, 0.0)] * len(groups)
-    done = 0
-    for members in cut([group.length for group in groups], range(len(groups))):
-        chosen = [groups[index] for index in members]
-        count = sum(len(group.sequences) for group in chosen)
-        sums = objectives.sequence_sums(net, collate(chosen, pack=cut.pack), count, gather=gather)
-        for index in members:
-            own, sums = sums[: len(groups[index].sequences)], sums[len(groups[index].sequences) :]
-            scores[index] = (sum(loss for loss, _ in own), sum(units for _, units in own))
-        done += len(members)
-        if tick is not None:
-            tick(done, len(groups))
-    return scores
 
 
 def packs(net: nn.Module) -> bool:

@@ -210,6 +210,44 @@ def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
     return [Packed(ends)] * len(layers)
 
 
+class Prompt:
+    """Passed to a model as the cache of a layer: keeps the keys and values of the first row and lays them before all later ones.
+
+    What comes after the prompt is not kept, so any number of answers follow it, each alone.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[mx.array, mx.array] | None = None
+
+    @property
+    def offset(self) -> int:
+        return 0 if self._kept is None else self._kept[0].shape[2]
+
+    def make_mask(self, length: int, **options: Any) -> str | None:
+        if options.get("window_size") is not None:
+            raise ValueError("layers with a sliding window cannot keep a prompt")
+        return "causal" if length > 1 else None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self._kept is None:
+            self._kept = keys, values
+            return keys, values
+        before = [mx.broadcast_to(kept, (len(keys), *kept.shape[1:])) for kept in self._kept]
+        return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
+
+    def state(self) -> list[mx.array]:
+        return list(self._kept or ())
+
+
+def prompt(net: nn.Module, ids: mx.array) -> list[Prompt]:
+    """What to pass to ``net`` as its cache for sequences that go on after ``ids`` (1, P). Evaluated."""
+    layers: Any = net.layers
+    kept = [Prompt() for _ in layers]
+    net(ids, cache=kept)
+    mx.eval([one.state() for one in kept])
+    return kept
+
+
 def _one_row(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
     if queries.dtype == mx.float32 and backend.own_kernels():
         return causal(queries, keys, values, scale)
@@ -224,7 +262,8 @@ def attention(
         if sinks is not None:
             raise ValueError("layers with attention sinks cannot take packed rows")
         return mask.attend(queries, keys, values, scale)
-    if cache is None and sinks is None and isinstance(mask, str) and mask == "causal":
+    whole = queries.shape[2] == keys.shape[2] if isinstance(cache, Prompt) else cache is None
+    if whole and sinks is None and isinstance(mask, str) and mask == "causal":
         return _one_row(queries, keys, values, scale)
     theirs: Any = base.scaled_dot_product_attention
     return theirs(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)

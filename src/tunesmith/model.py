@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from tunesmith import events, kernels
+from tunesmith import adapters, events, kernels
 from tunesmith.config import Spec
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
@@ -40,6 +40,9 @@ class ModelSpec(Spec):
     dtype: Dtype = Field(default="auto", description="of what is not quantised; auto: float32 on CPU, else the file's")
     tokenizer: str | None = Field(default=None, description="another folder, or mistral-v3; null: its own")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    adapter: str | None = Field(
+        default=None, description="run or checkpoint whose adapter is merged into the base: training starts on top of it"
+    )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
 
@@ -47,13 +50,15 @@ class Loaded(NamedTuple):
     """``net``: frozen, in evaluation mode. ``path``: folder with config.json.
 
     ``fingerprint``: sha256 (hex) over config.json and the name, size, first MiB and last MiB of each weights file, in the
-    order of names. A change in the middle of a file of equal size is not seen.
+    order of names; with a merged adapter, over that and the adapter's file. A change in the middle of a file of equal size is not
+    seen. ``files``: the same of the files alone.
     """
 
     net: nn.Module
     path: Path
     config: dict[str, Any]
     fingerprint: str
+    files: str
 
 
 def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sink = events.silent) -> Path:
@@ -116,11 +121,22 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
         net.set_dtype(mx.float32)
         what = "the quantised weights are held as float32: the same numbers, and packed ones are about 50 times slower on a CPU"
         notify(Notice(what, where="model"))
+    files = fingerprint = _fingerprint(path)
+    if spec.adapter is not None:
+        folder = Path(spec.adapter)
+        adapters.load(net, folder)
+        full = len(adapters.trainable(net))
+        count = adapters.merge(net)
+        what = f"{count} layers" if count else f"{full} tensors"
+        dense = "; what was quantised there is not any more" if count and "quantization" in config else ""
+        notify(Notice(f"an adapter is merged into {what} of the base{dense}", where=str(folder)))
+        weights = hashlib.sha256((folder / adapters.WEIGHTS).read_bytes()).hexdigest()
+        fingerprint = hashlib.sha256(f"{files} {weights}".encode()).hexdigest()
     kernels.install(net)
     net.eval()
     net.freeze()
     mx.eval(net.parameters())
-    return Loaded(net, path, config, _fingerprint(path))
+    return Loaded(net, path, config, fingerprint, files)
 
 
 def _on_cpu() -> bool:

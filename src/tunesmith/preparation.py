@@ -9,17 +9,21 @@ from typing import Any
 from tunesmith import backend, events, formats, model, template
 from tunesmith.batches import Cut, Group, Plan
 from tunesmith.events import Notice, Sink
+from tunesmith.objectives import Objective
 from tunesmith.run import DROPPED, PLAN, SHOWN, VALID, Run, RunConfig, write_json
+from tunesmith.watch import lonely
 
 RENDERED_ROWS_KEPT = 5
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Words become updates: everything that is known before weights are loaded."""
+    """Words become updates: everything that is known before weights are loaded. ``objective``: settled for the training rows."""
 
+    objective: Objective
     renderer: template.Renderer
     valid_examples: list[formats.Example]
+    held_out: list[formats.Example]
     train: list[Group]
     valid: list[Group]
     plan: Plan
@@ -27,6 +31,7 @@ class Prepared:
     counts: dict[str, Any]
     hashes: dict[str, Any]
     rendered: list[template.Row]
+    reference: Any = None  # `reference.Reference`, once the base has been measured
 
 
 def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
@@ -49,16 +54,18 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
     folder = model.resolve(config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify)
     renderer = template.renderer(config.model.tokenizer or folder, config.template.renderer)
     kept: list[list[formats.Example]] = []
+    sound: list[formats.Example] = []
+    wanted: list[int] = []
     groups: list[list[Group]] = []
     rows: list[template.Row] = []
     unused: list[formats.Dropped] = []  # sound rows that the objective does not learn from
     notes: Counter[str] = Counter()
     for side in sides:
-        selected, left_out = config.objective.select(side)
-        reasons += left_out
-        chosen = {example.source for example in selected}
-        what = f"not for {config.objective.kind}: {', '.join(left_out)}"
-        unused += [formats.Dropped(one.source, ",".join(left_out), what, "") for one in side if one.source not in chosen]
+        selected, left_out, done = config.objective.select(side)
+        reasons.update(reason for _, reason in left_out)
+        notes += done
+        wanted.append(len(selected))
+        unused += [formats.Dropped(one.source, why, f"not for {config.objective.kind}: {why}", "") for one, why in left_out]
         tick = events.ticker(notify, "rendering")
         rendered = template.render(selected, renderer, config.template, config.batch.length, tick)
         dropped += rendered.dropped
@@ -69,7 +76,11 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         notes.update(f"answers left out: {row.reason}" for row in rendered.dropped if row.source in alive)
         reasons.update(row.reason for row in rendered.dropped if row.source not in alive)
         kept.append([example for example in selected if example.source in alive])
+        lost = {row.source for row in rendered.dropped} - alive
+        sound = [example for example in side if example.source not in lost]
         groups.append(config.objective.groups(rendered.rows))
+    if groups[0] or not wanted[0]:  # else all were dropped, which is told below
+        config.objective.require(groups[0], sides[0])
     n_seen = sum(len(side) for side in sides) + sum(len(source.dropped) for source in sources)
     formats.require(formats.Read(kept[0], dropped, n_seen, read.files), config.data.max_dropped)
     dropped += unused
@@ -79,10 +90,15 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         notify(Notice(f"rows left out: {reason}", level="warning", count=count, where=where))
     for note, count in sorted(notes.items()):
         notify(Notice(note, count=count))
-    lengths = tuple(group.length for group in groups[0])
+    objective, remarks = config.objective.settled(groups[0])
+    for remark in remarks:
+        notify(Notice(remark.lstrip("!"), level="warning" if remark.startswith("!") else "info", where="objective"))
     bucket = backend.setup().kind == "gpu" and not config.batch.pack if config.loop.compile is None else config.loop.compile
-    cut = Cut.of(config.batch, lengths, bucket)
-    plan = Plan(lengths, config.batch.sequences, cut, config.loop.seed, config.loop.epochs, config.loop.steps)
+    cut, lengths = Cut.around(config.batch, groups[0], bucket)
+    positions = tuple(group.positions for group in groups[0])
+    plan = Plan(lengths, config.batch.sequences, cut, config.loop.seed, config.loop.epochs, config.loop.steps, positions)
+    if few := lonely(plan, groups[0]):
+        notify(Notice("updates with rows of one class only: raise batch.sequences", level="warning", count=few))
     tokens = sum(group.tokens for group in groups[0])
     counts = {
         "rows_read": sum(source.rows for source in sources),
@@ -95,16 +111,28 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         "supervised_tokens": sum(int((part.targets[1:] > 0).sum()) for group in groups[0] for part in group.sequences),
         "padding_share": round(plan.padding_share(), 4),
         "steps": plan.steps,
+        "loss": objective.unit,
         "notes": dict(sorted(notes.items())),
     }
+    if any(group.label is not None for group in groups[0]):
+        good = [sum(group.label is True for group in side) for side in groups]
+        if groups[1] and good[1] in (0, len(groups[1])):
+            what = f"all held-out rows are {'desirable' if good[1] else 'undesirable'}: they give no margin and no accuracy"
+            notify(Notice(what, level="warning", hint="more rows of the other label, with prompts of their own"))
+        counts["labels"] = {
+            f"{name}_{side}": count
+            for side, true, rows in zip(("train", "valid"), good, groups, strict=True)
+            for name, count in (("desirable", true), ("undesirable", len(rows) - true))
+        }
     hashes = {"data": {key: value for source in sources for key, value in source.files.items()}, "template": renderer.fingerprint}
-    return Prepared(renderer, kept[1], groups[0], groups[1], plan, dropped, counts, hashes, rows[:RENDERED_ROWS_KEPT])
+    shown = rows[:RENDERED_ROWS_KEPT]
+    return Prepared(objective, renderer, kept[1], sound, groups[0], groups[1], plan, dropped, counts, hashes, shown)
 
 
 def write(run: Run, prepared: Prepared) -> None:
     """What was read, left out and planned, for everything that comes after and reads only the run directory."""
     formats.write_dropped(prepared.dropped, run.path / DROPPED)
-    formats.write_examples(prepared.valid_examples, run.path / VALID)
+    formats.write_examples(prepared.held_out, run.path / VALID)
     write_json(run.path / PLAN, prepared.counts)
     decode = prepared.renderer.decode
     shown = [

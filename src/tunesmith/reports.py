@@ -1,7 +1,8 @@
 """What came of a run, for people and for machines: ``report.md``, ``training_report.json`` and ``curves.png``.
 
 Reads the run directory and nothing else, so a report can be written anew at any time: after an interruption, a failure,
-or an evaluation. Losses are nats a learned token, perplexity is e to the loss, memory is bytes (GB = 1e9 in the text).
+or an evaluation. Losses are in the unit of the objective (SFT: nats a learned token), perplexity is e to nats a token,
+memory is bytes (GB = 1e9 in the text).
 """
 
 from __future__ import annotations
@@ -83,14 +84,17 @@ def summary(run_dir: Path) -> dict[str, Any]:
             "saving_s": sum(event.seconds for event in _only(log, events.Saved)),
         },
         "tokens_per_second": {
-            name: sum(getattr(step, field) for step in steps) / training if training else None
-            for name, field in (("learned", "units"), ("all", "tokens"))
+            "learned": sum(step.units if step.learned is None else step.learned for step in steps) / training
+            if training
+            else None,
+            "all": sum(step.tokens for step in steps) / training if training else None,
         },
+        "watched": _watched(steps),
         "memory_peak": {name: max(step.memory[name] for step in steps) for name in (steps[-1].memory if steps else ())},
         "notices": _notices(log),
         "dropped": _dropped(run_dir / DROPPED),
         "checkpoints": _load(run_dir / CHECKPOINTS / "index.json"),
-        "settings_given": {key: origin for key, origin in _load(run_dir / ORIGIN).items() if origin != "default"},
+        "settings_given": {key: origin for key, origin in _load(run_dir / ORIGIN).items() if not origin.startswith("default")},
         "manifest": _load(run_dir / MANIFEST),
     }
     text = json.dumps({"verdict": _verdict(found), **found})
@@ -113,6 +117,21 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _only(log: Sequence[events.Event], kind: type[Kind]) -> list[Kind]:
     return [event for event in log if isinstance(event, kind)]
+
+
+def _watched(steps: Sequence[events.StepDone]) -> list[dict[str, Any]]:
+    """What the objective watches, as means over tenths of the run: a step alone has few rows of each kind."""
+    size = -(-len(steps) // 10) if steps else 1
+    parts = [steps[start : start + size] for start in range(0, len(steps), size)]
+    found: list[dict[str, Any]] = []
+    for part in parts:
+        seen: dict[str, list[float]] = {}
+        for step in part:
+            for key, value in step.metrics.items():
+                seen.setdefault(key, []).append(value)
+        if seen:
+            found.append({"to_step": part[-1].step, **{key: sum(values) / len(values) for key, values in seen.items()}})
+    return found
 
 
 def _mean_loss(steps: Sequence[events.StepDone]) -> float:
@@ -155,6 +174,7 @@ def _dropped(path: Path) -> dict[str, Any]:
 
 def _verdict(found: dict[str, Any]) -> str:
     updates, loss, measured = found["updates"], found["training_loss"], found["validation"]
+    unit = found["counts"].get("loss", "nats a learned token")
     so_far = f"{updates['done']:,}" + ("" if updates["planned"] is None else f" of {updates['planned']:,}") + " updates"
     text = {
         "completed": f"After {so_far} the ",
@@ -165,19 +185,24 @@ def _verdict(found: dict[str, Any]) -> str:
     if not measured and loss is None:
         return f"{text}model is as it was before, since no update was made and nothing was validated."
     if not measured:
-        text += f"training loss went from {loss['first']:.4f} to {loss['last']:.4f} nats a learned token, and nothing "
+        text += f"training loss went from {loss['first']:.4f} to {loss['last']:.4f} {unit}, and nothing "
         return text + "was validated, so it is not known what that means for unseen rows."
     before, after = measured[0], measured[-1]
     first, last = before["loss"], after["loss"]
     if before is after:
-        text += f"validation loss was measured once, at step {before['step']:,}: {first:.4f} nats a learned token "
+        text += f"validation loss was measured once, at step {before['step']:,}: {first:.4f} {unit} "
         return text + f"(perplexity {before['perplexity']:.4g}), so there is no before and after."
-    moved = "fell" if last < first else "stayed the same," if last == first else "ROSE"
-    text += f"validation loss {moved} from {first:.4f} to {last:.4f} nats a learned token"
+    close = f"{first:.4f}" == f"{last:.4f}"
+    moved = "stayed the same," if close else "fell" if last < first else "ROSE"
+    text += f"validation loss {moved} from {first:.4f} to {last:.4f} {unit}"
     text += f" ({(last - first) / first:+.1%})" if first and math.isfinite(last - first) else ""
-    text += f", perplexity from {before['perplexity']:.4g} to {after['perplexity']:.4g}, on {after['rows']:,} held-out rows"
+    if math.isfinite(before["perplexity"]):  # it is of what is to become likelier, and there may be none
+        text += f", perplexity from {before['perplexity']:.4g} to {after['perplexity']:.4g}"
+    text += f", on {after['rows']:,} held-out rows"
     text += f" (first measured at step {before['step']:,})" if before["step"] else ""
-    text += "" if last <= first else "; on these rows the model got worse"
+    text += "" if last <= first or close else "; on these rows the model got worse"
+    if (accuracy := after["metrics"].get("accuracy")) is not None:
+        text += f"; good answers earn more than bad ones in {accuracy:.1%} of pairs, before {before['metrics']['accuracy']:.1%}"
     best = min(measured, key=lambda one: (math.isnan(one["loss"]), one["loss"]))
     return text + ("." if best["loss"] == last else f"; the lowest was {best['loss']:.4f} at step {best['step']:,}.")
 
@@ -207,10 +232,17 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 def _sections(run_dir: Path, found: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     yield "Curves", [f"![loss, learning rate, gradient norm and memory]({CURVES})"]
     if found["validation"]:
-        head = ("step", "loss (nats)", "perplexity", "rows", "learned tokens", "best so far")
+        head = ("step", found["counts"].get("loss", "loss"), "perplexity", "rows", "units", "best so far")
         names = ("step", "loss", "perplexity", "rows")
         rows = ((*(one[name] for name in names), round(one["units"]), "yes" * one["best"]) for one in found["validation"])
         yield "Validation", _table(head, rows)
+    for title, key, seen in (
+        ("Good against bad, on held-out rows", "step", [{"step": one["step"], **one["metrics"]} for one in found["validation"]]),
+        ("Good against bad, on training rows (means up to a step)", "to_step", found["watched"]),
+    ):
+        names = list(dict.fromkeys(name for one in seen for name in one if name != key))
+        if names:
+            yield title, _table((key.replace("_", " "), *names), ([one.get(name) for name in (key, *names)] for one in seen))
     if found["samples"]:
         yield "Samples, before and after", [line for one in found["samples"] for line in _sample(one)]
     if found["scores"]:
@@ -299,8 +331,21 @@ def _draw(log: Sequence[events.Event], path: Path) -> None:
     steps, validations = _only(log, events.StepDone), _only(log, events.Validated)
     at, window = [step.step for step in steps], max(1, len(steps) // 20)
     dot = "." if len(steps) < 30 else ""
-    figure = Figure(figsize=(10, 11), dpi=110, layout="constrained")
-    loss, rate, gradient, memory = axes = figure.subplots(4, 1, sharex=True, height_ratios=(3, 1, 1.4, 1.4))
+    rewards = sorted({name for one in (*steps, *validations) for name in one.metrics if name.startswith("reward_")})
+    figure = Figure(figsize=(10, 13 if rewards else 11), dpi=110, layout="constrained")
+    ratios = (3, 2, 1, 1.4, 1.4) if rewards else (3, 1, 1.4, 1.4)
+    axes = list(figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios))
+    labels = [f"loss ({_unit(log)})", *(["reward"] if rewards else []), "learning rate", "gradient norm", "memory (GB)"]
+    loss, rate, gradient, memory = axes[0], *axes[-3:]
+    for name, mark in zip(rewards, ("o", "x"), strict=False):
+        over = f"mean of the last {window} updates" if window > 1 else "each update"
+        line = {"ls": "-" if mark == "o" else "--", "label": f"{name.removeprefix('reward_')}, {over}"}
+        axes[1].plot(*_smooth(steps, name, window), color="tab:blue" if mark == "o" else "tab:red", **line)
+        seen = [(one.step, one.metrics[name]) for one in validations if name in one.metrics]
+        if seen:
+            axes[1].plot(
+                *zip(*seen, strict=True), color="k", ls="", marker=mark, ms=6, label=f"{name.removeprefix('reward_')}, held out"
+            )
     loss.plot(at, [step.loss for step in steps], color="0.7", lw=0.8, marker=dot, label="training, each update")
     if window > 1:
         smooth = [_mean_loss(steps[max(0, end - window) : end]) for end in range(1, len(steps) + 1)]
@@ -318,10 +363,21 @@ def _draw(log: Sequence[events.Event], path: Path) -> None:
         for one in _only(log, kind):
             loss.axvline(one.step, color="k", ls=style, lw=1)
             loss.annotate(word, (one.step, 1), xycoords=("data", "axes fraction"), fontsize=8, rotation=90, va="top")
-    for panel, label in zip(axes, ("loss (nats a learned token)", "learning rate", "gradient norm", "memory (GB)"), strict=True):
+    for panel, label in zip(axes, labels, strict=True):
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=8)
     memory.set_xlabel("step (optimizer updates)")
     FigureCanvasAgg(figure).print_png(path)
+
+
+def _unit(log: Sequence[events.Event]) -> str:
+    return next((one.counts.get("loss", "nats a learned token") for one in _only(log, events.RunStarted)), "nats a learned token")
+
+
+def _smooth(steps: Sequence[events.StepDone], name: str, window: int) -> tuple[list[int], list[float]]:
+    """Steps and means of a metric over the last ``window`` updates that have it."""
+    having = [step for step in steps if name in step.metrics]
+    means = [[one.metrics[name] for one in having[max(0, end - window) : end]] for end in range(1, len(having) + 1)]
+    return [step.step for step in having], [sum(part) / len(part) for part in means]

@@ -32,12 +32,17 @@ from tunesmith.errors import CorruptCheckpoint, DataError, DiskFull, ModelError,
 from tunesmith.events import Notice, Sink, silent
 from tunesmith.formats import DataSpec
 from tunesmith.model import ModelSpec
+from tunesmith.objectives.apo import APOZeroUnpaired
+from tunesmith.objectives.dpo import DPO
+from tunesmith.objectives.kto import KTO
+from tunesmith.objectives.orpo import ORPO
 from tunesmith.objectives.sft import SFT
+from tunesmith.objectives.simpo import SimPO
 from tunesmith.optimizer import OptimizerSpec
 from tunesmith.template import TemplateSpec
 
 CONFIG, ORIGIN, MANIFEST, EVENTS, LOG = "config.yaml", "origin.json", "manifest.json", "events.jsonl", "training.log"
-DATA, EVALS, CHECKPOINTS, FROZEN = "data", "evals", "checkpoints", "frozen"
+DATA, EVALS, CHECKPOINTS, FROZEN, REFERENCE = "data", "evals", "checkpoints", "frozen", "reference.safetensors"
 DROPPED, VALID, SHOWN, PLAN = "data/dropped.jsonl", "data/valid.jsonl", "data/rendered.json", "data/plan.json"
 ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, CURSOR = (
     "adapters.safetensors", "adapter_config.json", "optimizer.safetensors", "cursor.json",
@@ -56,7 +61,10 @@ class LoopSpec(Spec):
     save_every: int = Field(default=100, ge=0, description="updates between checkpoints; 0: the last only")
     keep_last: int = Field(default=3, ge=1, description="checkpoints kept beside the best")
     keep_best: bool | None = Field(
-        default=None, description="save and keep the checkpoint of the lowest validation loss; null: where rows are held out"
+        default=None, description="save and keep the best checkpoint by validation; null: where rows are held out"
+    )
+    best: str = Field(
+        default="loss", description="what best means: loss, perplexity, or what the objective watches (margin, accuracy, …)"
     )
     early_stop: int | None = Field(default=None, ge=1, description="stop after so many validations without a new best")
     sample_every: int = Field(default=0, ge=0, description="updates between sample answers; 0: first and last only")
@@ -83,7 +91,7 @@ class RunConfig(Spec):
     model: ModelSpec
     data: DataSpec
     template: TemplateSpec = Field(default_factory=lambda: TemplateSpec.model_validate({}))
-    objective: SFT = Field(default_factory=SFT)
+    objective: SFT | KTO | APOZeroUnpaired | DPO | ORPO | SimPO = Field(default_factory=SFT)
     adapter: LoRA | DoRA | Full = Field(default_factory=lambda: LoRA.model_validate({}))
     batch: BatchSpec = Field(default_factory=BatchSpec)
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
@@ -96,14 +104,20 @@ class RunConfig(Spec):
                 raise ValueError("loop.early_stop needs validation rows, and data.valid is 0")
             if self.loop.keep_best:
                 raise ValueError("loop.keep_best needs validation rows, and data.valid is 0")
+            if self.loop.best != "loss":
+                raise ValueError("loop.best needs validation rows, and data.valid is 0")
         if self.loop.early_stop is not None and self.loop.validate_every == 0:
             raise ValueError("loop.early_stop needs loop.validate_every above 0")
+        if self.loop.best not in (names := ("loss", "perplexity", *self.objective.watched)):
+            raise ValueError(f"loop.best is {self.loop.best}; {self.objective.kind} has {', '.join(names)}")
+        if self.template.prompt_weight and self.objective.kind != "sft":
+            raise ValueError(f"template.prompt_weight is for sft: {self.objective.kind} compares answers, not prompts")
         if self.loop.compile and self.batch.pack:
             raise ValueError("loop.compile and batch.pack exclude each other: nearly every packed row would be a new shape")
         return self
 
     def anchored(self) -> RunConfig:
-        """The same with absolute paths, so that a run can be resumed from any folder."""
+        """The same with absolute paths, so that a run can be resumed from any folder; runs become their best checkpoints."""
 
         def anchor(path: str) -> str:
             return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
@@ -111,19 +125,31 @@ class RunConfig(Spec):
         data = {"train": tuple(map(anchor, self.data.train))}
         data |= {"valid": tuple(map(anchor, self.data.valid))} if isinstance(self.data.valid, tuple) else {}
         paths = {"path": anchor(self.model.path), "tokenizer": self.model.tokenizer and anchor(self.model.tokenizer)}
-        model = self.model.model_copy(update=paths)
-        return self.model_copy(update={"data": self.data.model_copy(update=data), "model": model})
+        model = self.model.model_copy(update=paths | {"adapter": _checkpoint(self.model.adapter, "model.adapter")})
+        adapter = self.adapter.model_copy(update={"start": _checkpoint(self.adapter.start, "adapter.start")})
+        return self.model_copy(update={"data": self.data.model_copy(update=data), "model": model, "adapter": adapter})
 
     def warnings(self) -> list[str]:
         """Choices that are allowed and poor, each with its reason."""
         found: list[str] = []
         full = self.adapter.kind == "full"
         rate = self.optimizer.learning_rate
-        if full and rate > 5e-5:
+        suits = {**self.objective.suits, **(self.objective.suits.get("full", {}) if full else {})}
+        suited = suits.get("optimizer.learning_rate")
+        if suited is not None:
+            kind, usual = self.objective.kind, suited
+            if rate >= 2 * usual:
+                found.append(f"optimizer.learning_rate {rate:g} is high for {kind}: {usual:g} is usual; SFT's is too much for it")
+            if self.objective.needs_reference and getattr(self.adapter, "dropout", 0.0) > 0:
+                found.append("adapter.dropout is SFT's: it makes the log-ratios to the reference noisy; 0 is usual here")
+            if self.batch.sequences < self.objective.suits["batch.sequences"]:
+                many = self.objective.suits["batch.sequences"]
+                found.append(f"batch.sequences {self.batch.sequences} is few for {kind}: {many} is usual")
+        elif full and rate > 5e-5:
             found.append(f"optimizer.learning_rate {rate:g} is high for full weights: 1e-5 is usual, LoRA's is ten times it")
-        if not full and self.optimizer.kind.startswith("adam") and rate > 1e-3:
+        if not full and suited is None and self.optimizer.kind.startswith("adam") and rate > 1e-3:
             found.append(f"optimizer.learning_rate {rate:g} is high for LoRA: 1e-4 to 2e-4 is usual")
-        if not full and rate < 1e-5:
+        if not full and suited is None and rate < 1e-5:
             found.append(f"optimizer.learning_rate {rate:g} is low for LoRA: it likes about ten times full weights' rate")
         if not full and self.batch.sequences > 32:
             found.append(f"batch.sequences {self.batch.sequences} is large: LoRA learns better from batches under 32")
@@ -142,7 +168,7 @@ class Cursor:
 
     step: int = 0
     best_step: int | None = None
-    best_loss: float | None = None
+    best_value: float | None = None  # of what `LoopSpec.best` names
     stale: int = 0  # validations since the best
     skipped: int = 0  # updates that the guard skipped, in a row
     tokens: int | None = None  # on the device at once, where the plan's budget was too much
@@ -291,8 +317,8 @@ class Run:
             {
                 "last": steps[-1] if steps else None,
                 "best": cursor.best_step,
-                "metric": "validation loss",
-                "best_value": cursor.best_loss,
+                "metric": f"validation {spec.best}",
+                "best_value": cursor.best_value,
                 "kept": [step for step in steps if step in kept],
             },
         )
@@ -301,7 +327,9 @@ class Run:
         """The cursor of a checkpoint whose files all match their checksums. Raises CorruptCheckpoint, naming the file."""
         folder = self.checkpoint(step)
         try:
-            cursor = Cursor(**json.loads((folder / CURSOR).read_text(encoding="utf-8")))
+            found = json.loads((folder / CURSOR).read_text(encoding="utf-8"))
+            old = {"best_value": found.pop("best_loss")} if "best_loss" in found else {}  # its name before
+            cursor = Cursor(**found, **old)
             complete = {ADAPTERS, ADAPTER_CONFIG, OPTIMIZER} <= cursor.sha256.keys() and cursor.step == step
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CorruptCheckpoint(f"cannot be read: {error}", where=str(folder / CURSOR)) from error
@@ -335,7 +363,7 @@ class Run:
             step = last.best_step if last.best_step in steps else steps[-1]
             if last.best_step not in (step, None):
                 place = f"at step {last.best_step}, which is not kept" if last.best_step else "the base's"
-                what = f"the lowest validation loss so far is {place}; step {step} is used"
+                what = f"the best validation {self.config.loop.best} so far is {place}; step {step} is used"
                 notify(Notice(what, level="warning"))
         elif which == "last":
             step = steps[-1]
@@ -363,6 +391,36 @@ class Run:
             yield
 
 
+def _checkpoint(path: str | None, where: str) -> str | None:
+    """The checkpoint folder that ``path`` means: itself, or the best of a run. Raises ModelError where there is none."""
+    if path is None:
+        return None
+    folder = Path(path).expanduser()
+    if (folder / MANIFEST).is_file():
+        return str(Run(folder).choose("best").resolve())
+    if not (folder / ADAPTERS).is_file():
+        raise ModelError("is neither a run nor a checkpoint", where=f"{where}: {path}", hint="give the folder of one")
+    return str(folder.resolve())
+
+
+def lineage(checkpoint: str, base: str) -> dict[str, Any]:
+    """Where an adapter comes from, for the manifest. Raises ModelError where it was trained on another base than ``base``."""
+    folder = Path(checkpoint)
+    if not (folder / ADAPTERS).is_file():
+        raise ModelError("the adapter to go on from is gone", where=checkpoint, hint="put it back, or start a new run")
+    found: dict[str, Any] = {"checkpoint": checkpoint, "sha256": sha256(folder / ADAPTERS)}
+    run = Run(folder.parent.parent)
+    if (run.path / MANIFEST).is_file():
+        facts = run.manifest
+        if facts["hashes"]["base"] != base:
+            below = facts.get("lineage", {}).get("merged", {}).get("checkpoint", "null")
+            hint = f"give the model it was made for, with model.adapter={below}"
+            raise ModelError("this adapter was trained on another base", where=checkpoint, hint=hint)
+        found |= {"run": run.path.name, "objective": run.config.objective.kind, "data": facts["hashes"]["data"]}
+        found |= {key: facts[key] for key in ("lineage",) if facts.get(key)}
+    return found
+
+
 def require_free(path: Path) -> None:
     """Raises DataError where a run cannot be made at ``path``: it exists, or what is above it is no folder to write in."""
     if path.exists():
@@ -379,8 +437,10 @@ def name(config: RunConfig, day: date) -> str:
     return f"{day.isoformat()}-{stem or 'model'}-{config.objective.kind}-{uuid.uuid4().hex[:4]}"
 
 
-def facts(config: RunConfig, hashes: Mapping[str, Any], ranks: int = 1) -> dict[str, Any]:
-    """The manifest of a run that starts now: versions, machine, seed, and the hashes of what it is made from."""
+def facts(
+    config: RunConfig, hashes: Mapping[str, Any], ranks: int = 1, lineage: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The manifest of a run that starts now: versions, machine, seed, and the hashes and adapters that it is made from."""
     device = backend.setup()
     packages = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common", "numpy")
     return {
@@ -396,6 +456,7 @@ def facts(config: RunConfig, hashes: Mapping[str, Any], ranks: int = 1) -> dict[
         },
         "seed": config.loop.seed,
         "hashes": dict(hashes),
+        "lineage": dict(lineage or {}),
     }
 
 

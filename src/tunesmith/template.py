@@ -50,6 +50,11 @@ class Tokens(NamedTuple):
     ids: np.ndarray
     targets: np.ndarray
 
+    @property
+    def start(self) -> int:
+        """The first learned token by its index, past the first of all, which nothing predicts; 1 where none is."""
+        return 1 + int(np.argmax(self.targets[1:] > 0)) if len(self.ids) > 1 else 1
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

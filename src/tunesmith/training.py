@@ -11,9 +11,9 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,35 @@ from mlx.utils import tree_map
 from safetensors.numpy import load_file
 from safetensors.numpy import save as serialise
 
-from tunesmith import adapters, backend, console, events, gradients, model, optimizer, preparation, ranks, template
+from tunesmith import adapters, backend, console, events, gradients, model, optimizer, preparation, ranks, reference, scoring
 from tunesmith.batches import Cut, Group
-from tunesmith.errors import Diverged, OutOfMemory, TunesmithError
+from tunesmith.errors import ConfigError, Diverged, OutOfMemory, TunesmithError
 from tunesmith.events import Notice, Sink
 from tunesmith.frozen import Lower
-from tunesmith.gradients import Accumulation, Gradients, dropout_key, row_losses
+from tunesmith.gradients import Accumulation, Gradients
 from tunesmith.ranks import ONE, Ranks
-from tunesmith.run import EVENTS, FROZEN, LOG, OPTIMIZER, Cursor, Run, RunConfig, facts, flat, flush, name, require_free
+from tunesmith.run import (
+    EVENTS,
+    FROZEN,
+    LOG,
+    OPTIMIZER,
+    REFERENCE,
+    Cursor,
+    Run,
+    RunConfig,
+    facts,
+    flat,
+    flush,
+    lineage,
+    name,
+    require_free,
+)  # fmt: skip
+from tunesmith.watch import Watch
 
 SKIPS_BEFORE_STOP = 3
+AVOIDED = ("undesirable", "rejected")
+LOWER = frozenset({"loss", "perplexity", "kl", "kl_error"} | {f"{of}_{side}" for of in ("reward", "logp") for side in AVOIDED})
+"""Of what `LoopSpec.best` can name, what is better the lower it is."""
 
 
 def train(
@@ -75,23 +94,30 @@ def train(
         hear(Notice("the warm-up is as long as the run: the learning rate never reaches its peak", level="warning"))
     loaded = model.load(config.model, hear)  # base weights, frozen, quantised if asked
     attached = config.adapter.attach(loaded.net, config.loop.seed)  # what is trainable
+    before = begin(config, loaded, hear)  # adapters that it goes on from
     gradients.require(loaded.net, config, prepared.train, hear)
     hashes = prepared.hashes | {"base": loaded.fingerprint}
+    hashes |= {"start": before["start"]["sha256"]} if "start" in before else {}
     if resume is not None:
         resume.require_same(config, hashes)
     run = resume
     if run is None and among.writes:
         place = out or Path("runs") / name(config, date.today())
-        run = Run.create(place, config, origins or {}, facts(config, hashes, among.size))
+        run = Run.create(place, config, origins or {}, facts(config, hashes, among.size, before))
     with ExitStack() as held:
         if run is not None and among.writes:
             held.enter_context(run.lock())
             held.enter_context(run.room())
         stop = held.enter_context(_interruptible())
         state = optimizer.build(config.optimizer, loaded.net)
+        among.require_agreement(_without_paths(config), sorted(map(str, flat(hashes).values())))
+        if prepared.objective.needs_reference:  # before a checkpoint is restored: the model is as it was before training
+            with _before_training(run if among.writes else None, hear):
+                own = run.path / REFERENCE if run and among.writes else None
+                prepared = reference.compared(prepared, config, loaded, own=own, among=among, stopped=stop.is_set, notify=hear)
         known = len(early)
         cursor = restore(resume, loaded.net, state, among, hear) if resume is not None else Cursor()
-        among.require_agreement(_without_paths(config), sorted(map(str, flat(hashes).values())), cursor.step, cursor.sha256)
+        among.require_agreement(cursor.step, cursor.sha256)
         if cursor.step:
             del early[:known]  # said before, when the run began
         emit = events.silent
@@ -105,9 +131,38 @@ def train(
     return run if among.writes else None
 
 
+@contextmanager
+def _before_training(run: Run | None, notify: Sink) -> Iterator[None]:
+    """What fails or is stopped inside leaves a run that says so, and that goes on with what was measured."""
+    try:
+        yield
+    except BaseException as error:
+        if run is not None:
+            stopped = isinstance(error, KeyboardInterrupt)
+            run.mark("interrupted" if stopped else "failed")
+            if stopped:
+                notify(Notice(f"stopped before step 1, what was measured is kept; go on with: {run.hint}", level="warning"))
+        if isinstance(error, RuntimeError | MemoryError) and backend.is_out_of_memory(error):
+            what = f"the device ran out of memory: {error}"
+            raise OutOfMemory(what, where="before step 1", hint="lower batch.tokens, in a new run") from error
+        raise
+
+
+def begin(config: RunConfig, loaded: model.Loaded, notify: Sink = events.silent) -> dict[str, Any]:
+    """Fill the adapter with the one that training goes on from; where it and a merged one come from."""
+    found: dict[str, Any] = {}
+    if config.model.adapter is not None:
+        found["merged"] = lineage(config.model.adapter, loaded.files)
+    if config.adapter.start is not None:
+        found["start"] = lineage(config.adapter.start, loaded.fingerprint)
+        adapters.go_on(loaded.net, config.adapter, Path(config.adapter.start))
+        notify(Notice(f"training goes on from the adapter {config.adapter.start}"))
+    return found
+
+
 def _without_paths(config: RunConfig) -> dict[str, Any]:
     """The settings without the places of files, which may differ from machine to machine."""
-    places = ("data.train", "data.valid", "model.path", "model.tokenizer")
+    places = ("data.train", "data.valid", "model.path", "model.tokenizer", "model.adapter", "adapter.start")
     return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in places}
 
 
@@ -124,6 +179,10 @@ class Loop:
     stop: threading.Event
     ranks: Ranks = ONE
     lower: Lower | None = None
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.prepared.objective.needs_reference)
 
     @property
     def hint(self) -> str:
@@ -198,14 +257,14 @@ class Loop:
             self.emit(Notice(f"{self.lower.depth} layers below the adapter: what they say is kept on disk, {size / 1e9:.2f} GB"))
         ranks = self.ranks
         shapes = gradients.frequent_shapes(plan, rows, ranks.rank, ranks.size) if plan.cut.bucket else frozenset()
-        gradients_of = Gradients(self.net, config, shapes, self.lower)
+        gradients_of = Gradients(self.net, config, shapes, self.lower, self.prepared.objective)
         return Accumulation(gradients_of, self.net, rows, plan, config, self.ranks, self.emit)
 
     def _tired(self, cursor: Cursor) -> tuple[str, str] | None:
         patience = self.config.loop.early_stop
         if patience is None or cursor.stale < patience:
             return None
-        return "stopped_early", f"no better validation loss in {cursor.stale} validations"
+        return "stopped_early", f"no better validation {self.config.loop.best} in {cursor.stale} validations"
 
     def _update(self, step: int, cursor: Cursor, accumulation: Accumulation) -> bool:
         """One optimizer update: sums of loss and gradients over micro-batches and ranks, divided by the units once.
@@ -214,10 +273,15 @@ class Loop:
         """
         start = time.perf_counter()
         spec = self.config.optimizer
+        objective = self.prepared.objective
         groups = [self.prepared.train[member] for member in self.prepared.plan.members(step)]
-        units = sum(group.units for group in groups)
+        units = sum(objective.units(group) for group in groups)
         before = cursor.tokens
-        loss, sums = accumulation.sums(step, cursor)
+        twins = reference.twins(self.prepared, self.config, step)
+        baseline, watched = reference.baseline(twins, self._logps(twins, cursor))
+        loss, sums, logps = accumulation.sums(step, cursor, baseline)
+        if objective.watched:
+            logps = self.ranks.total_float(logps)
         budgets = mx.array([float(cursor.tokens or 0) * (rank == self.ranks.rank) for rank in range(self.ranks.size)])
         loss, stop, budgets, sums = self.ranks.total([loss, mx.array(float(self.stop.is_set())), budgets, sums])
         cursor.tokens = min((int(tokens) for tokens in np.array(budgets) if tokens), default=None)
@@ -245,35 +309,69 @@ class Loop:
         if spec.max_norm is not None:
             means = optimizer.clip(means, norm, spec.max_norm)
         optimizer.apply(self.optimizer, self.net, means, rate)
+        watched |= objective.metrics(groups, logps)
         self.emit(
             events.StepDone(
                 step + 1, (step + 1) / self.prepared.plan.steps_per_epoch, mean, units,
                 sum(group.tokens for group in groups), rate, size,
                 spec.max_norm is not None and size > spec.max_norm, time.perf_counter() - start, backend.memory(),
-                accumulation.shapes,
+                accumulation.shapes, sum(group.units for group in groups), watched,
             )
         )  # fmt: skip
+        self.watch.step(watched, self.emit)
         return stopping
 
+    def _logps(self, groups: Sequence[Group], cursor: Cursor, tick: Callable[[int, int], None] | None = None) -> np.ndarray:
+        """(S,) Σ weight · log p of all sequences of ``groups``, without gradient and dropout; ranks share the work."""
+        if not groups:
+            return np.zeros(0)
+        parts = [np.zeros(len(group.sequences)) for group in groups]
+        mine = range(self.ranks.rank, len(groups), self.ranks.size)
+        sums = scoring.sequence_sums(self.net, [groups[index] for index in mine], self._cut(groups, cursor), tick)
+        for index, found in zip(mine, sums, strict=True):
+            parts[index] = np.array([logp for logp, _ in found])
+        return self.ranks.total_float(np.concatenate(parts))
+
+    def _cut(self, groups: Sequence[Group], cursor: Cursor) -> Cut:
+        """For passes without gradient, within the budget that the run came down to."""
+        cut, _ = Cut.around(self.config.batch, groups)
+        return cut if cursor.tokens is None else replace(cut, tokens=cursor.tokens)
+
     def _validate(self, cursor: Cursor) -> bool:
-        """All validation rows; True when the loss is the lowest so far."""
+        """All validation rows; True when what `LoopSpec.best` names is the best so far."""
         if not self.prepared.valid:
             return False
         start = time.perf_counter()
-        mine = self.prepared.valid[self.ranks.rank :: self.ranks.size]
-        cut = Cut.of(self.config.batch, [group.length for group in self.prepared.valid])
-        cut = cut if cursor.tokens is None else replace(cut, tokens=cursor.tokens)
-        scores = row_losses(self.net, mine, cut, events.ticker(self.emit, "validating"))
-        loss, units = self.ranks.total_float(np.array(scores, dtype=np.float64).reshape(-1, 2).sum(axis=0)).tolist()
-        loss, rows = loss / units, len(self.prepared.valid)
-        best = math.isfinite(loss) and (cursor.best_loss is None or loss < cursor.best_loss)
+        objective, valid = self.prepared.objective, self.prepared.valid
+        twins = reference.twins(self.prepared, self.config, None)
+        every = self._logps([*valid, *twins], cursor, events.ticker(self.emit, "validating"))
+        logps, of_twins = np.split(every, [len(every) - len(twins)])
+        baseline, watched = reference.baseline(twins, of_twins)
+        watched |= objective.metrics(valid, logps)
+        fields = objective.fields(valid, baseline)
+        losses = objective.losses(mx.array(logps, mx.float32), mx.array(fields, mx.float32))
+        units = sum(objective.units(group) for group in valid)
+        loss = float(np.array(losses, dtype=np.float64).sum()) / units
+        imitated = np.array([flag for group in valid for flag in objective.imitated(group)])
+        learned = float(np.concatenate([group.learned for group in valid])[imitated].sum())
+        perplexity = math.exp(min(-float(logps[imitated].sum()) / learned, 700.0)) if learned else math.nan
+        value = {"loss": loss, "perplexity": perplexity, **watched}.get(name := self.config.loop.best)
+        if value is None or (name == "perplexity" and not learned):
+            what = f"loop.best is {name}, and the held-out rows do not give it"
+            raise ConfigError(
+                what, where="loop.best", hint="it may need rows of both kinds, or more of them; loss is always there"
+            )
+        lower = name in LOWER
+        best = math.isfinite(value) and (
+            cursor.best_value is None or (value < cursor.best_value if lower else value > cursor.best_value)
+        )
         if best:
-            cursor.best_step, cursor.best_loss, cursor.stale = cursor.step, loss, 0
+            cursor.best_step, cursor.best_value, cursor.stale = cursor.step, value, 0
         else:
             cursor.stale += 1
         seconds = time.perf_counter() - start
-        perplexity = math.exp(min(loss, 700.0))
-        self.emit(events.Validated(cursor.step, loss, perplexity, units, rows, seconds, best))
+        self.emit(events.Validated(cursor.step, loss, perplexity, units, len(valid), seconds, best, watched))
+        self.watch.validation(watched, self.emit)
         growth = {key: norm for key, (norm, _) in adapters.growth(self.net).items()}
         self.emit(events.Growth(cursor.step, growth))
         return best
@@ -387,41 +485,3 @@ def _sinks(
         emit(events.Resumed(cursor.step, redone, steps))
         run.mark("running")
     return emit
-
-
-def overfit_probe(steps: int = 10) -> tuple[float, float]:
-    """(first, last) loss of a tiny random model that learns one sequence by heart, through the code that trains.
-
-    Ten updates of AdamW at 2e-2 bring the loss from about ln 64 = 4.2 nats below 1: the bound that `doctor` asks for.
-    """
-    from mlx_lm.models import llama
-
-    from tunesmith.formats import DataSpec
-
-    random = np.random.Generator(np.random.PCG64(0))
-    sizes = llama.ModelArgs(
-        model_type="llama", hidden_size=32, num_hidden_layers=1, intermediate_size=64, num_attention_heads=2,
-        rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=1,
-    )  # fmt: skip
-    net = llama.Model(sizes)
-    net.update(
-        tree_map(lambda p: mx.array(random.normal(0, 0.1, p.shape).astype(np.float32)) if p.ndim > 1 else p, net.parameters())
-    )
-    config = RunConfig(
-        model=model.ModelSpec(path="probe"),
-        data=DataSpec(train=("probe",), valid=0),
-        adapter=adapters.Full.model_validate({}),
-        optimizer=optimizer.OptimizerSpec(learning_rate=2e-2, schedule="constant"),
-    )
-    config.adapter.attach(net, 0)
-    state = optimizer.build(config.optimizer, net)
-    group = Group((template.Tokens(random.integers(0, 64, 32).astype(np.int32), np.ones(32, np.float32)),), "probe")
-    gradients_of, key = Gradients(net, config), dropout_key(0, 0, 0)
-    net.train()
-    losses: list[float] = []
-    for step in range(steps):
-        loss, sums = gradients_of([group], key)
-        losses.append(float(np.array(loss)) / group.units)
-        means = tree_map(lambda leaf: leaf / group.units, sums)
-        optimizer.apply(state, net, means, config.optimizer.rate(step, steps))
-    return losses[0], losses[-1]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import mlx.core as mx
-import mlx.nn as nn
+import numpy as np
 from pydantic import Field
 
-from tunesmith.batches import Batch, Group
+from tunesmith.batches import Group
 from tunesmith.formats import Demonstration, Example, Judged, Preference
-from tunesmith.objectives import LogProbs, Objective, Sums
+from tunesmith.objectives import Objective, Selected
 from tunesmith.template import Row
 
 
@@ -23,18 +23,24 @@ class SFT(Objective):
     undesirable: Literal["leave_out", "learn"] = Field(
         default="leave_out", description="rows labelled false: leave_out (counted), or learn them like the others"
     )
-    needs_reference: ClassVar[bool] = False
 
-    def select(self, examples: Sequence[Example]) -> tuple[list[Example], Counter[str]]:
-        kept = [_chosen(example) for example in examples if self.undesirable == "learn" or not _undesirable(example)]
-        return kept, Counter({"undesirable": len(examples) - len(kept)} if len(kept) < len(examples) else {})
+    def select(self, examples: Sequence[Example]) -> Selected:
+        left = [example for example in examples if self.undesirable == "leave_out" and _undesirable(example)]
+        out = {id(example) for example in left}
+        kept = [_chosen(example) for example in examples if id(example) not in out]
+        return Selected(kept, [(example, "undesirable") for example in left], Counter())
 
     def groups(self, rows: Sequence[Row]) -> list[Group]:
         return [Group((row.tokens,), row.source) for row in rows]
 
-    def loss(self, net: nn.Module, batch: Batch, logprobs: LogProbs) -> Sums:
-        weights = mx.array(batch.weights)
-        return Sums(-mx.sum(weights * logprobs(net, batch)), mx.sum(weights), {})
+    def units(self, group: Group) -> float:
+        return group.units
+
+    def fields(self, groups: Sequence[Group], baseline: float) -> np.ndarray:
+        return np.zeros((len(groups), 1))
+
+    def losses(self, logps: mx.array, fields: mx.array) -> mx.array:
+        return -logps
 
 
 def _chosen(example: Example) -> Example:
