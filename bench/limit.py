@@ -110,7 +110,8 @@ def our_update(asked: argparse.Namespace) -> Ours:
         body.__class__ = type(kind.__name__, (kind,), {"__call__": lambda self, *inputs, **options: hidden})
         net.train()
         try:
-            return config.objective.loss(net, batches[index], objectives.learned_logprobs).loss
+            logps = objectives.sequence_logps(net, batches[index])
+            return config.objective.losses(logps, mx.array(batches[index].fields)).sum()
         finally:
             body.__class__ = kind
             net.eval()

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import socket
 import statistics
@@ -22,11 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+import record
 
 SIDES = ("one", "ranks", "launched")
 
@@ -132,14 +130,9 @@ def main() -> None:
         "cpu_seconds": {side: statistics.median(one[side]["cpu_seconds"] for one in rounds) for side in SIDES},
         "peak_rss_gb": {side: max(one[side]["peak_rss_gb"] for one in rounds) for side in SIDES},
         "loss_difference": max(one["loss_difference"] for one in rounds), "rounds": rounds,
-        "versions": {name: importlib.metadata.version(name) for name in ("tunesmith", "mlx", "mlx-lm", "numpy")},
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "date": datetime.now(UTC).isoformat("T", "seconds"),
     }  # fmt: skip
+    record.keep(result, asked.out)
     print(json.dumps({key: value for key, value in result.items() if key != "rounds"}))
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps(result, indent=2) + "\n")
     if result["loss_difference"] > 1e-4:
         raise SystemExit("the losses of one process and of several disagree")
 
