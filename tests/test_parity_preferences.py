@@ -99,8 +99,10 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path, name, pack):
 
 @pytest.mark.parametrize("name", sorted(golden.CASES))
 @pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about what TRL calls
 def test_the_golden_is_what_trl_says_today(tmp_path, name):
     pytest.importorskip("trl")
     made = golden.with_experimental if name in ("orpo", "simpo") else golden.with_trl
     for key, value in made(golden.Oracle(tmp_path), name, golden.CASES[name]).items():
-        np.testing.assert_allclose(value, EXPECTED[key], rtol=1e-4, atol=1e-6, err_msg=key)
+        noise = 1e-5 if key.endswith("kl") else 1e-6  # a difference of sums of float32
+        np.testing.assert_allclose(value, EXPECTED[key], rtol=1e-4, atol=noise, err_msg=key)

@@ -193,7 +193,8 @@ def compared(
     for role, folder in (("merged", config.model.adapter), ("start", config.adapter.start)):
         facts[role] = folder and _digest(Path(folder), ADAPTERS, ADAPTER_CONFIG)
     counted: Counter[str] = Counter()
-    everything = [*prepared.train, *prepared.valid]
+    used = _used(prepared)
+    everything = [*used.values(), *prepared.valid]
     for step in (None, *range(prepared.plan.steps)):
         pairs, notes = _pairs(prepared, config, step)
         everything += pairs
@@ -204,7 +205,15 @@ def compared(
     found = measure(loaded.net, everything, cut, name(facts), own=own, ranks=among, stopped=stopped, notify=notify)
     what = f"reference: {found.measured:,} sequences measured, {found.found:,} known from before"
     notify(Notice(f"{what}, {duration(time.perf_counter() - started)}"))
-    return replace(prepared, train=found.fill(prepared.train), valid=found.fill(prepared.valid), reference=found)
+    known = dict(zip(used, found.fill(used.values()), strict=True))
+    train = [known.get(member, group) for member, group in enumerate(prepared.train)]
+    return replace(prepared, train=train, valid=found.fill(prepared.valid), reference=found)
+
+
+def _used(prepared: Prepared) -> dict[int, Group]:
+    """The training rows that the run comes to, by their place: a short run does not wait for the others."""
+    members = {member for step in range(prepared.plan.steps) for member in prepared.plan.members(step)}
+    return {member: prepared.train[member] for member in sorted(members)}
 
 
 def twins(prepared: Prepared, config: RunConfig, step: int | None) -> list[Group]:
@@ -218,7 +227,7 @@ def count(prepared: Prepared, config: RunConfig) -> int:
     if not prepared.objective.needs_reference:
         return 0
     pairs = [pair for step in (None, *range(prepared.plan.steps)) for pair in _pairs(prepared, config, step)[0]]
-    return len({digest(one) for group in (*prepared.train, *prepared.valid, *pairs) for one in group.sequences})
+    return len({digest(one) for group in (*_used(prepared).values(), *prepared.valid, *pairs) for one in group.sequences})
 
 
 def _pairs(prepared: Prepared, config: RunConfig, step: int | None) -> tuple[list[Group], Counter[str]]:
