@@ -239,6 +239,11 @@ def test_museum_mlx_tune_kto_the_reference_is_the_model_before_training(train, c
     assert len(list(cache.iterdir())) == 1
 
 
+def test_a_short_run_measures_the_rows_it_comes_to(train):
+    _, said = train("short", loop={"steps": 1})  # 7 rows and their pairs, 6 held-out rows and theirs
+    assert any("reference: 26 sequences measured" in text for text in notices(said)), notices(said)
+
+
 def test_another_base_gives_another_reference(train, tiny_model, tmp_path, cache):
     train("one")
     other = tmp_path / "other"

@@ -13,7 +13,7 @@ from tunesmith.batches import Cut, Group, collate
 from tunesmith.template import Tokens
 
 WORTH = 192
-"""Tokens that sharing a prompt must save, for what its two passes cost beside their tokens (`bench/shared_prompts.py`)."""
+"""Tokens that sharing a prompt must save, for what its two passes cost beside their tokens (`bench/objectives.py`)."""
 ANSWERS = 8  # at once after a shared prompt: each layer lays its keys beside those of every answer
 
 
