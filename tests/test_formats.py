@@ -420,8 +420,8 @@ def test_what_is_written_is_read_again_equal(tmp_path, rows):
 
 def test_rows_of_an_array_have_the_line_they_start_on(tmp_path):
     read = read_text(tmp_path, '\n[\n{"text":\n"a"},\n\n {"text": 3}\n,{"text": "b"}, {"text": "c"}\n]\n', "a.json")
-    at = [item.source.rpartition(":")[2] for item in (*read.examples, *read.dropped)]
-    assert at == ["3", "7", "7", "6"] and read.dropped[0].raw == '{"text": 3}'
+    at = [item.source.partition("a.json:")[2] for item in (*read.examples, *read.dropped)]
+    assert at == ["3", "7", "7:17", "6"] and read.dropped[0].raw == '{"text": 3}'
 
 
 @pytest.mark.parametrize(

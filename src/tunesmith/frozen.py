@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from tunesmith.batches import Batch, Group
 from tunesmith.errors import ConfigError, DiskFull
 from tunesmith.model import evaluating
-from tunesmith.run import flush
+from tunesmith.writing import flush
 
 KEY = "loop.cache_frozen"
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tunesmith import backend, events, formats, model, template
+from tunesmith.auditing import contamination, survey
+from tunesmith.auditing.findings import Audit
+from tunesmith.auditing.views import Context
 from tunesmith.batches import Cut, Group, Plan
 from tunesmith.events import Notice, Sink
 from tunesmith.objectives import Objective
-from tunesmith.run import DROPPED, PLAN, SHOWN, VALID, Run, RunConfig, write_json
+from tunesmith.run import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run, RunConfig
 from tunesmith.watch import lonely
+from tunesmith.writing import write_json
 
 RENDERED_ROWS_KEPT = 5
 
@@ -31,11 +36,20 @@ class Prepared:
     counts: dict[str, Any]
     hashes: dict[str, Any]
     rendered: list[template.Row]
+    audit: Audit | None = None
     reference: Any = None  # `reference.Reference`, once the base has been measured
 
+    @property
+    def accepted(self) -> dict[str, str]:
+        """Findings that were let pass: rule → what it says."""
+        return {one.rule: one.what for one in self.audit.findings if one.accepted} if self.audit else {}
 
-def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
-    """Read, split, render and plan, loading no weights. Raises DataError or TemplateError."""
+
+def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = False) -> Prepared:
+    """Read, split, render, audit and plan, loading no weights. audited: the same rows have been, when the run began.
+
+    Raises DataError or TemplateError.
+    """
     read = formats.read(config.data.train, config.data)
     formats.require(read, config.data.max_dropped)
     if isinstance(config.data.valid, tuple):
@@ -45,7 +59,8 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         sides = [read.examples, held_out.examples if held_out else []]
         sources = [read, *([held_out] if held_out else [])]
         asked = {formats.prompt_key(example) for example in sides[0]}
-        if shared := sum(formats.prompt_key(example) in asked for example in sides[1]):
+        shared = sum(formats.prompt_key(example) in asked for example in sides[1])
+        if shared and not config.audit.before_training:  # else the audit tells it
             notify(Notice("held-out rows whose prompt is also in the training rows", level="warning", count=shared))
     else:
         sides, sources = list(formats.split(read.examples, config.data.valid, config.loop.seed)), [read]
@@ -65,12 +80,18 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         reasons.update(reason for _, reason in left_out)
         notes += done
         wanted.append(len(selected))
+        turned = (
+            str(example.metadata["text_calls"])
+            for example in side
+            if config.data.structure_calls and "text_calls" in example.metadata
+        )
+        notes.update(f"calls written as text: {how}" for how in turned)
         unused += [formats.Dropped(one.source, why, f"not for {config.objective.kind}: {why}", "") for one, why in left_out]
         tick = events.ticker(notify, "rendering")
         rendered = template.render(selected, renderer, config.template, config.batch.length, tick)
         dropped += rendered.dropped
         notes += rendered.notes
-        rows = rows or rendered.rows
+        rows += rendered.rows
         # Of a conversation in several rows one answer may be left out and the others stay.
         alive = {row.source for row in rendered.rows}
         notes.update(f"answers left out: {row.reason}" for row in rendered.dropped if row.source in alive)
@@ -79,6 +100,9 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         lost = {row.source for row in rendered.dropped} - alive
         sound = [example for example in side if example.source not in lost]
         groups.append(config.objective.groups(rendered.rows))
+    audit = None
+    if config.audit.before_training and not audited:
+        audit = _audit(config, sides, read, renderer, rows, dropped, notify)
     if groups[0] or not wanted[0]:  # else all were dropped, which is told below
         config.objective.require(groups[0], sides[0])
     n_seen = sum(len(side) for side in sides) + sum(len(source.dropped) for source in sources)
@@ -126,7 +150,37 @@ def prepare(config: RunConfig, notify: Sink = events.silent) -> Prepared:
         }
     hashes = {"data": {key: value for source in sources for key, value in source.files.items()}, "template": renderer.fingerprint}
     shown = rows[:RENDERED_ROWS_KEPT]
-    return Prepared(objective, renderer, kept[1], sound, groups[0], groups[1], plan, dropped, counts, hashes, shown)
+    return Prepared(objective, renderer, kept[1], sound, groups[0], groups[1], plan, dropped, counts, hashes, shown, audit)
+
+
+def _audit(
+    config: RunConfig, sides: list[list[formats.Example]], read: formats.Read, renderer: template.Renderer,
+    rows: list[template.Row], refused: list[formats.Dropped], notify: Sink,
+) -> Audit:  # fmt: skip
+    """What is found in the training rows; warnings are told. Raises DataError where that should stop the run."""
+    against = [contamination.load(path, config.data) for path in config.audit.against]
+    against += [contamination.held_out(sides[1])] if sides[1] else []
+    name = Path(config.model.tokenizer or config.model.path).name
+    # Rows that cannot be used are counted against data.max_dropped, here too many are no error.
+    seen = Context(
+        config.audit, config.batch.length, 1.0, renderer, name, against=against, template=config.template, refusals=False
+    )
+    weighted = config.template.prompt_weight > 0  # then targets do not tell the answer from the prompt
+    seen.rendered = None if weighted else survey.rendered(rows, refused, seen)
+    found = survey.examine(sides[0], [], read.files, seen, notify)
+    survey.require(found)
+    for one in [*found.of("warning"), *(one for one in found.findings if one.accepted)]:
+        where = ", ".join(row.source for row in one.rows[:3]) + (", …" if len(one.rows) > 3 else "")
+        notify(
+            Notice(
+                f"{one.rule}{', accepted' * bool(one.accepted)}: {one.what}",
+                "warning",
+                max(one.count, 1),
+                where or "audit",
+                one.hint or None,
+            )
+        )
+    return found
 
 
 def write(run: Run, prepared: Prepared) -> None:
@@ -134,6 +188,8 @@ def write(run: Run, prepared: Prepared) -> None:
     formats.write_dropped(prepared.dropped, run.path / DROPPED)
     formats.write_examples(prepared.held_out, run.path / VALID)
     write_json(run.path / PLAN, prepared.counts)
+    if prepared.audit is not None:
+        write_json(run.path / AUDIT, prepared.audit.to_json())
     decode = prepared.renderer.decode
     shown = [
         {"source": row.source, "tokens": [[decode([token]), float(weight)] for token, weight in zip(*row.tokens, strict=True)]}

@@ -32,8 +32,10 @@ from tunesmith.events import Notice, Sink
 from tunesmith.model import Loaded
 from tunesmith.preparation import Prepared
 from tunesmith.ranks import ONE, Ranks
-from tunesmith.run import ADAPTER_CONFIG, ADAPTERS, RunConfig, flush, sha256
+from tunesmith.run import ADAPTER_CONFIG, ADAPTERS, RunConfig
+from tunesmith.sources import sha256
 from tunesmith.template import Tokens
+from tunesmith.writing import flush
 
 CODE = 1
 """Changes whenever the same weights and tokens could give another value."""

@@ -22,7 +22,7 @@ RULES = 1  # part of every fingerprint: change it when unchanged data would give
 class MistralRenderer(Renderer):
     """Mistral v3: the ids of mistral-common's ``encode_chat_completion``, which never reads text as control."""
 
-    _nine = True
+    nine_letters = True
     _control = re.compile(SURROGATES)
 
     def __init__(self, path: Path | None = None) -> None:
@@ -37,8 +37,9 @@ class MistralRenderer(Renderer):
         self._mistral = MistralTokenizer.from_file(file, mode=ValidationMode.agnostic)
         self._pieces = pieces = cast(SentencePieceTokenizer, self._mistral.instruct_tokenizer.tokenizer)
         self._special = {token: pieces.id_to_piece(token) for token in pieces.special_ids}
-        self.bos_id = self._chat_bos = pieces.bos_id
+        self.bos_id = self.chat_bos_id = pieces.bos_id
         self.eos_ids = (pieces.eos_id,)
+        self.unknown_id, self.control_ids = pieces.unk_id, frozenset(pieces.special_ids)
         self.fingerprint = _digest(mistral_common.__version__, file.read_bytes())
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -74,7 +75,7 @@ class MistralRenderer(Renderer):
 class HFRenderer(Renderer):
     """A Hugging Face tokenizer with its chat template: prompts are those of its ``apply_chat_template``."""
 
-    _nine = False
+    nine_letters = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = cast(Any, tokenizer)
@@ -82,10 +83,12 @@ class HFRenderer(Renderer):
         special |= set(self._tokenizer.all_special_tokens)
         self._control = re.compile("|".join((SURROGATES, *map(re.escape, sorted(special, key=len, reverse=True)))))
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        self.unknown_id = self._tokenizer.unk_token_id
+        self.control_ids = frozenset(id for id, token in self._tokenizer.added_tokens_decoder.items() if token.special)
         self.bos_id = bos if bos in self._tokenizer.encode("a")[:1] and bos not in self._encode("a") else None
         self.eos_ids = () if eos is None else (eos,)
         self._options: dict[str, bool] = {}
-        self._chat_bos: int | None = None
+        self.chat_bos_id: int | None = None
         self._broken: Refused | None = None
         try:
             self._probe(bos)
@@ -107,7 +110,7 @@ class HFRenderer(Renderer):
                 end = self._tokenizer.convert_tokens_to_ids(found.group())
                 self.eos_ids = tuple(dict.fromkeys((end, *self.eos_ids)))
                 # A BOS that opens every turn, as in some ChatML templates, is no mark of the beginning.
-                self._chat_bos = bos if bos is not None and self._encode(full).count(bos) == 1 else None
+                self.chat_bos_id = bos if bos is not None and self._encode(full).count(bos) == 1 else None
                 return
         raise Refused("template", "the chat template does not write an answer as prompt, words and end token",
                       "put a template that does into chat_template.jinja")  # fmt: skip

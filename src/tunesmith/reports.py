@@ -23,7 +23,8 @@ import yaml
 from tunesmith import events
 from tunesmith.console import duration, size
 from tunesmith.errors import SHOWN
-from tunesmith.run import CHECKPOINTS, CONFIG, DROPPED, EVALS, EVENTS, MANIFEST, ORIGIN, PLAN, flat, write_json, write_text
+from tunesmith.run import CHECKPOINTS, CONFIG, DROPPED, EVALS, EVENTS, MANIFEST, ORIGIN, PLAN, flat
+from tunesmith.writing import write_json, write_text
 
 PAGE, MACHINE, CURVES = "report.md", "training_report.json", "curves.png"
 GROWN = 10  # weights in the table of growth

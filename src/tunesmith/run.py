@@ -7,7 +7,6 @@ checkpoint's ``cursor.json`` holds the SHA-256 of its other files; a torn one is
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ from pydantic import Field, model_validator
 
 from tunesmith import backend
 from tunesmith.adapters import DoRA, Full, LoRA
+from tunesmith.auditing import AuditSpec
 from tunesmith.batches import BatchSpec
 from tunesmith.config import Spec, dump, load
 from tunesmith.errors import CorruptCheckpoint, DataError, DiskFull, ModelError, ResumeMismatch
@@ -39,11 +39,14 @@ from tunesmith.objectives.orpo import ORPO
 from tunesmith.objectives.sft import SFT
 from tunesmith.objectives.simpo import SimPO
 from tunesmith.optimizer import OptimizerSpec
+from tunesmith.sources import sha256
 from tunesmith.template import TemplateSpec
+from tunesmith.writing import flush, write_json, write_text
 
 CONFIG, ORIGIN, MANIFEST, EVENTS, LOG = "config.yaml", "origin.json", "manifest.json", "events.jsonl", "training.log"
 DATA, EVALS, CHECKPOINTS, FROZEN, REFERENCE = "data", "evals", "checkpoints", "frozen", "reference.safetensors"
 DROPPED, VALID, SHOWN, PLAN = "data/dropped.jsonl", "data/valid.jsonl", "data/rendered.json", "data/plan.json"
+AUDIT = "data/audit.json"
 ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, CURSOR = (
     "adapters.safetensors", "adapter_config.json", "optimizer.safetensors", "cursor.json",
 )  # fmt: skip
@@ -90,6 +93,7 @@ class RunConfig(Spec):
 
     model: ModelSpec
     data: DataSpec
+    audit: AuditSpec = Field(default_factory=lambda: AuditSpec.model_validate({}))
     template: TemplateSpec = Field(default_factory=lambda: TemplateSpec.model_validate({}))
     objective: SFT | KTO | APOZeroUnpaired | DPO | ORPO | SimPO = Field(default_factory=SFT)
     adapter: LoRA | DoRA | Full = Field(default_factory=lambda: LoRA.model_validate({}))
@@ -438,9 +442,10 @@ def name(config: RunConfig, day: date) -> str:
 
 
 def facts(
-    config: RunConfig, hashes: Mapping[str, Any], ranks: int = 1, lineage: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The manifest of a run that starts now: versions, machine, seed, and the hashes and adapters that it is made from."""
+    config: RunConfig, hashes: Mapping[str, Any], ranks: int = 1, lineage: Mapping[str, Any] | None = None,
+    accepted: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The manifest of a run that starts now. accepted: findings that ``audit.accept`` let pass, rule → what it says."""
     device = backend.setup()
     packages = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common", "numpy")
     return {
@@ -457,6 +462,7 @@ def facts(
         "seed": config.loop.seed,
         "hashes": dict(hashes),
         "lineage": dict(lineage or {}),
+        "accepted": dict(accepted or {}),
     }
 
 
@@ -469,32 +475,3 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + key] = value
     return leaves
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: temporary name, flushed to disk, renamed."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        flush(draft)
-        draft.rename(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def flush(path: Path) -> None:
-    """Wait until the file, or the names in the folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

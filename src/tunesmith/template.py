@@ -103,9 +103,11 @@ class Renderer(ABC):
     fingerprint: str  # of all that decides the ids
     eos_ids: tuple[int, ...]
     bos_id: int | None
+    unknown_id: int | None  # of what the tokenizer cannot write
+    control_ids: frozenset[int]  # of tokens that are no text
     _control: re.Pattern[str]  # what must not stand in a text, since it would not be encoded as text
-    _chat_bos: int | None  # the id that opens a rendered conversation, once
-    _nine: bool  # the format wants call ids of nine letters or digits
+    chat_bos_id: int | None  # the id that opens a rendered conversation, once
+    nine_letters: bool  # the format wants call ids of nine letters or digits
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -236,7 +238,7 @@ class Renderer(ABC):
         if ids[: len(prompt)] != prompt or ids[-1] not in self.eos_ids:
             raise Refused("prefix", "a rendered answer must be its prompt, the answer and an end token",
                           "this template shows another context in training than at inference")  # fmt: skip
-        bos = self._chat_bos
+        bos = self.chat_bos_id
         if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
             raise Refused("bos", f"{ids.count(bos)} BOS tokens; there must be one, at the start")
         notes = self._same(said, wrote if message.calls else message.content)
@@ -298,7 +300,7 @@ class Renderer(ABC):
                 waiting = []
                 for place, call in enumerate(calls):
                     key = call.id
-                    if not key or (self._nine and not re.fullmatch("[A-Za-z0-9]{9}", key)):
+                    if not key or (self.nine_letters and not re.fullmatch("[A-Za-z0-9]{9}", key)):
                         notes["tool call id made of nine letters and digits"] += 1
                         key = hashlib.sha256(f"{at}.{place} {call!a}".encode()).hexdigest()[:9]
                     waiting.append((call, key))

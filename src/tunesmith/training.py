@@ -43,12 +43,12 @@ from tunesmith.run import (
     RunConfig,
     facts,
     flat,
-    flush,
     lineage,
     name,
     require_free,
 )  # fmt: skip
 from tunesmith.watch import Watch
+from tunesmith.writing import flush
 
 SKIPS_BEFORE_STOP = 3
 AVOIDED = ("undesirable", "rejected")
@@ -89,7 +89,7 @@ def train(
         hear(Notice(text, level="warning"))
     if device.blas == "reference":
         hear(Notice("MLX computes with its slow reference BLAS", level="warning", hint=device.blas_hint))
-    prepared = preparation.prepare(config, hear)  # files → examples → tokens → plan of updates; bad rows stop it here
+    prepared = preparation.prepare(config, hear, audited=resume is not None)  # files → examples → tokens → plan; bad rows stop it
     if config.optimizer.warmup(prepared.plan.steps) >= prepared.plan.steps:
         hear(Notice("the warm-up is as long as the run: the learning rate never reaches its peak", level="warning"))
     loaded = model.load(config.model, hear)  # base weights, frozen, quantised if asked
@@ -103,7 +103,7 @@ def train(
     run = resume
     if run is None and among.writes:
         place = out or Path("runs") / name(config, date.today())
-        run = Run.create(place, config, origins or {}, facts(config, hashes, among.size, before))
+        run = Run.create(place, config, origins or {}, facts(config, hashes, among.size, before, prepared.accepted))
     with ExitStack() as held:
         if run is not None and among.writes:
             held.enter_context(run.lock())

@@ -1,0 +1,114 @@
+"""Two audits side by side: which rows both have, and what was found more or less often. Before and after cleaning, or
+training against validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tunesmith.auditing.findings import Audit, Evidence, Finding, counted
+
+
+@dataclass(frozen=True)
+class Change:
+    """A rule in both audits. ``first`` and ``second``: its finding there, None where it has nothing to say."""
+
+    rule: str
+    first: Finding | None
+    second: Finding | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows by their words, but for case, spacing and punctuation. ``shared``: rows of the second that the first has too.
+
+    relabelled: of those, rows whose words have another label in the first. prompts: rows of the second with a prompt of the
+    first, their words aside. only_first, only_second: rows whose words the other lacks.
+    """
+
+    files: tuple[list[str], list[str]]
+    rows: tuple[int, int]
+    shared: list[Evidence]
+    relabelled: list[Evidence]
+    prompts: list[Evidence]
+    only_first: list[str]
+    only_second: list[str]
+    changes: list[Change]
+
+    def to_json(self) -> dict[str, Any]:
+        found = asdict(self)
+        found["changes"] = [{"rule": one.rule, "first": _brief(one.first), "second": _brief(one.second)} for one in self.changes]
+        return found
+
+
+def _brief(finding: Finding | None) -> dict[str, Any] | None:
+    if finding is None:
+        return None
+    return {key: value for key, value in finding.to_json().items() if key in ("severity", "what", "count", "share", "value")}
+
+
+def compare(first: Audit, second: Audit) -> Comparison:
+    """What differs from ``first`` to ``second``."""
+    words: dict[int, str] = {}
+    labels: dict[int, dict[bool | None, str]] = {}
+    asked: dict[int, str] = {}
+    for one in first.prints:
+        words.setdefault(one.words, one.source)
+        labels.setdefault(one.words, {}).setdefault(one.label, one.source)
+        if one.prompt is not None:
+            asked.setdefault(one.prompt, one.source)
+    has = {one.words for one in second.prints}
+    shared, relabelled, prompts = [], [], []
+    for one in second.prints:
+        if one.words in words:
+            shared.append(Evidence(one.source, f"as {words[one.words]}"))
+            if one.label not in labels[one.words]:
+                (label, source), *_ = labels[one.words].items()
+                relabelled.append(Evidence(one.source, f"{_word(one.label)}; {source} is {_word(label)}"))
+        if one.prompt is not None and one.prompt in asked:
+            prompts.append(Evidence(one.source, f"as {asked[one.prompt]}"))
+    return Comparison(
+        (list(first.files), list(second.files)), (first.rows, second.rows), shared, relabelled, prompts,
+        [one.source for one in first.prints if one.words not in has],
+        [one.source for one in second.prints if one.words not in words],
+        _changes(first.findings, second.findings),
+    )  # fmt: skip
+
+
+def _changes(first: Sequence[Finding], second: Sequence[Finding]) -> list[Change]:
+    """Rules on which the two differ, in the order of the first, then of the second."""
+    was, now = ({one.rule: one for one in findings} for findings in (first, second))
+    both = [Change(rule, was.get(rule), now.get(rule)) for rule in dict.fromkeys([*was, *now])]
+    return [one for one in both if _gist(one.first) != _gist(one.second)]
+
+
+def _gist(finding: Finding | None) -> tuple[str, int] | None:
+    """What makes a finding another: shares move with the number of rows, and with them every sentence."""
+    return finding and (finding.severity, finding.count)
+
+
+def _word(label: bool | None) -> str:
+    return {True: "desirable", False: "undesirable", None: "unlabelled"}[label]
+
+
+def told(found: Comparison) -> str:
+    """What differs, in a few lines for a terminal."""
+    (first, second), (many, others) = (", ".join(files) for files in found.files), found.rows
+    lines = [f"compared: {first} ({counted(many)}) with {second} ({counted(others)})"]
+    for rows, what in (
+        (found.shared, "of the second with words that stand in the first too"),
+        (found.relabelled, "of these with another label there"),
+        (found.prompts, "of the second with a prompt of the first"),
+    ):
+        lines.append(f"  {counted(len(rows))} {what}{_places([row.source for row in rows])}")
+    lines.append(f"  only in the first: {counted(len(found.only_first))}{_places(found.only_first)}")
+    lines.append(f"  only in the second: {counted(len(found.only_second))}{_places(found.only_second)}")
+    for one in found.changes:
+        was, now = (f"{side.severity}, {side.what}" if side else "nothing" for side in (one.first, one.second))
+        lines.append(f"  {one.rule}: {was} → {now}")
+    return "\n".join(lines)
+
+
+def _places(sources: Sequence[str]) -> str:
+    return f" ({', '.join(sources[:3])}{', …' if len(sources) > 3 else ''})" if sources else ""

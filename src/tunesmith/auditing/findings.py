@@ -1,0 +1,133 @@
+"""What an audit says: findings with their rows, and the whole of them. Knows nothing of how rows are read or rules work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from tunesmith.auditing.compare import Comparison
+    from tunesmith.auditing.fix import Fixed
+
+Severity = Literal["good", "note", "warning", "error"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "good")
+"""Gravest first. good: a bar that is met. note: worth knowing. warning: look at it. error: `train` stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One row of a finding. ``source``: ``file:line``. ``note``: what is seen there, secrets and personal data masked."""
+
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """``rule``: dimension, dot, name (``duplicates.exact``). ``what``: one sentence. ``rows``: the most telling first.
+
+    count: rows concerned, of ``of`` rows looked at. value: what was measured, where it is no share. threshold: the bar in
+    words (``> 2.5 bits``), None where it is only reported.
+    """
+
+    rule: str
+    severity: Severity
+    what: str
+    count: int = 0
+    of: int = 0
+    value: float | None = None
+    threshold: str | None = None
+    rows: tuple[Evidence, ...] = ()
+    hint: str = ""
+    of_set: bool = False  # it is about the set: its rows are examples, not at fault
+    accepted: Severity | None = None  # what it was before `AuditSpec.accept` made it a note
+
+    @property
+    def share(self) -> float:
+        return self.count / self.of if self.of else 0.0
+
+    @property
+    def dimension(self) -> str:
+        return self.rule.partition(".")[0]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "rows": [asdict(row) for row in self.rows], "share": self.share}
+
+
+FEW = 50
+"""Rows below which the verdict says that they are few."""
+
+
+class Print(NamedTuple):
+    """What tells a row's words and prompt from another's: 64-bit digests of their normal forms (`views.normal`)."""
+
+    source: str
+    label: bool | None
+    words: int
+    prompt: int | None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All that was found in ``rows`` rows of ``files`` (path → sha256 of its bytes). ``findings``: gravest first.
+
+    quality: source → score from 0 to 100 (`quality.scores`), lowest first. charts: what the page draws (`page`). prints: of
+    every row that could be read. seconds: how long it took. compared: with other files; fixed: what was mended, where asked.
+    """
+
+    files: dict[str, str]
+    rows: int
+    findings: list[Finding]
+    quality: dict[str, float]
+    charts: dict[str, Any] = field(default_factory=dict)
+    prints: list[Print] = field(default_factory=list, repr=False)
+    seconds: float = 0.0
+    compared: Comparison | None = None
+    fixed: Fixed | None = None
+
+    def of(self, severity: Severity) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == severity]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: is it fit to train on, and what comes first."""
+        if not self.rows:
+            return "There are no rows."
+        errors, warnings = self.of("error"), self.of("warning")
+        if errors:
+            rest = f" and {len(warnings)} warning{'s' * (len(warnings) != 1)}" if warnings else ""
+            return f"Do not train on this yet: {len(errors)} error{'s' * (len(errors) != 1)}{rest}. First: {errors[0].what}"
+        if warnings:
+            many = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
+            return f"Fit to train on, with {many} to look at. First: {warnings[0].what}"
+        few = f", though {counted(self.rows)} can teach little" if self.rows < FEW else ""
+        return f"Fit to train on: nothing stands in the way{few}."
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the charts, for machines."""
+        return {
+            "verdict": self.verdict,
+            "files": self.files,
+            "rows": self.rows,
+            "findings": [finding.to_json() for finding in self.findings],
+            "quality": self.quality,
+            "seconds": round(self.seconds, 3),
+            **({"compared": self.compared.to_json()} if self.compared else {}),
+            **({"fixed": self.fixed.to_json()} if self.fixed else {}),
+        }
+
+
+def counted(count: int, of: int = 0) -> str:
+    """``1 row``, ``1,200 rows (12.0%)``."""
+    return f"{count:,} row{'s' * (count != 1)}" + (f" ({count / of:.1%})" if of else "")
+
+
+def gravest_first(findings: Iterable[Finding]) -> list[Finding]:
+    """By severity, then by how many rows are concerned; otherwise in the order given."""
+    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -one.count))
+
+
+def refused(rule: str, accepted: Sequence[str]) -> bool:
+    """Whether a finding of ``rule`` counts: neither it nor its dimension is among ``accepted``."""
+    return rule not in accepted and rule.partition(".")[0] not in accepted

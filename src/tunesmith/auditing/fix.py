@@ -1,0 +1,245 @@
+"""A corrected copy of the rows, and a ledger of every change and removal with its reason. What needs a person is left and listed.
+
+Mended: rows that cannot be read and rows that repeat another to the letter are removed, mojibake is decoded, calls written as
+text become turns (`calls.structure`). All else that an audit found stays in place. The files read are never written to, and
+mending a mended copy does nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TextIO
+
+from tunesmith import calls, events, formats, sources, writing
+from tunesmith.auditing.findings import Audit
+from tunesmith.auditing.views import View, excerpt
+from tunesmith.errors import ConfigError
+from tunesmith.examples import Completion, Conversation, Document, Example, Preference, content_of
+from tunesmith.formats import DataSpec, Dropped
+
+Action = Literal["changed", "removed", "left"]
+_CALLS = "invented.results"
+_AGAIN = DataSpec(train=("again",), valid=0.0)  # how a copy is read: layouts told by their keys
+
+
+class Step(NamedTuple):
+    """What is done to a row, or left. ``before`` is short where it is changed, and the whole row where it is removed."""
+
+    action: Action
+    rule: str
+    reason: str
+    before: str | None = None
+    after: str | None = None
+
+
+class Fixed(NamedTuple):
+    """``rows`` = written + the total of ``removed``. The counters: rule → steps. ``ledger``: JSONL, a line a step."""
+
+    out: Path
+    ledger: Path
+    rows: int
+    written: int
+    changed: Counter[str]
+    removed: Counter[str]
+    left: Counter[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "out": str(self.out), "ledger": str(self.ledger)}
+
+    def told(self) -> str:
+        """What was done, in a few lines for a terminal."""
+        lines = [f"fixed: {self.written:,} of {self.rows:,} rows are in {self.out}, every step in {self.ledger}"]
+        for action, rules in (("changed", self.changed), ("removed", self.removed), ("left as they are", self.left)):
+            if rules:
+                lines.append(f"  {action}: " + ", ".join(f"{rule} {count:,}" for rule, count in rules.most_common()))
+        return "\n".join(lines)
+
+
+def fix(paths: Sequence[str | Path], out: Path, spec: DataSpec, audit: Audit, notify: events.Sink = events.silent) -> Fixed:
+    """Writes ``out``, which ``data.format: auto`` reads, and beside it ``out`` + ``.ledger.jsonl``; both whole or not at all.
+
+    ``audit``: of the same files; what it found and is not mended is listed as left. Lines of the ledger: source, row (the line
+    in ``out``, null where it is gone) and the fields of `Step`.
+    Raises ConfigError where ``out`` exists, is read, or cannot be written, DataError where a file cannot be read as a whole.
+    """
+    out = out.expanduser()
+    ledger = _ledger(out)
+    require_free(paths, out)
+    drafts = {path: path.with_name(f".{path.name}.draft") for path in (out, ledger)}
+    tallies: dict[str, Counter[str]] = {"changed": Counter(), "removed": Counter(), "left": Counter()}
+    found = _by_source(audit)
+    tick = events.ticker(notify, "fixing")
+    rows = written = 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _opened(drafts[out]) as copy, _opened(drafts[ledger]) as book:
+
+            def note(source: str, line: int | None, steps: Sequence[Step]) -> None:
+                for step in steps:
+                    tallies[step.action][step.rule] += 1
+                    book.write(json.dumps({"source": source, "row": line, **step._asdict()}) + "\n")
+
+            for row in _rows(paths, spec.model_copy(update={"structure_calls": False}), found):
+                rows += 1
+                if row.text is not None:
+                    written += 1
+                    copy.write(f"{row.text}\n")
+                note(row.source, row.line, row.steps)
+                if rows % 50 == 0 or rows == audit.rows:
+                    tick(rows, audit.rows)
+            for source, steps in found.items():  # of files that are only compared with
+                note(source, None, steps)
+        for path in (ledger, out):
+            writing.flush(drafts[path])
+            drafts[path].rename(path)
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", where=str(out), hint="choose another place") from error
+    finally:
+        for draft in drafts.values():
+            with suppress(OSError):
+                draft.unlink()
+    return Fixed(out, ledger, rows, written, tallies["changed"], tallies["removed"], tallies["left"])
+
+
+def _opened(path: Path) -> TextIO:
+    return path.open("w", encoding="utf-8", newline="\n")
+
+
+def _ledger(out: Path) -> Path:
+    return out.with_name(f"{out.name}.ledger.jsonl")
+
+
+def require_free(paths: Sequence[str | Path], out: Path) -> None:
+    """Raises ConfigError where a copy of ``paths`` must not be written to ``out``, or its ledger not beside it."""
+    out = out.expanduser()
+    if out.suffix.lower() not in (".jsonl", ".ndjson"):
+        raise ConfigError("the corrected copy is JSONL", where=str(out), hint="name a file that ends in .jsonl")
+    files = sources.files(paths)
+    for path in (out, _ledger(out)):
+        if path.exists() and any(path.samefile(file) for file in files):
+            raise ConfigError("is a file that is read", where=str(path), hint="name another file: the original stays as it is")
+        if path.exists():
+            raise ConfigError("exists already", where=str(path), hint="name a new file: nothing is overwritten")
+        for folder in (Path(given).expanduser().resolve() for given in paths):
+            if folder.is_dir() and path.resolve().is_relative_to(folder):
+                hint = "name a file outside of it, or the next reading takes both"
+                raise ConfigError(f"is in the folder {folder}, which is read", where=str(path), hint=hint)
+
+
+def _by_source(audit: Audit) -> dict[str, list[Step]]:
+    found: dict[str, list[Step]] = defaultdict(list)
+    for finding in audit.findings:
+        for row in finding.rows if finding.severity != "good" and not finding.of_set else ():
+            found[row.source].append(Step("left", finding.rule, finding.what, row.note or None))
+    return found
+
+
+class _Row(NamedTuple):
+    """``line``: in the copy, with ``text`` on it; None where the row is gone."""
+
+    source: str
+    line: int | None
+    text: str | None
+    steps: list[Step]
+
+
+def _rows(paths: Sequence[str | Path], spec: DataSpec, found: dict[str, list[Step]]) -> Iterator[_Row]:
+    """What becomes of each row. Takes out of ``found``; of what is written only digests stay in memory."""
+    lines: dict[bytes, int] = {}  # digest of the content → line in the copy
+    for made in formats.rows(paths, spec):
+        listed = found.pop(made.source, [])
+        if isinstance(made, Dropped):
+            yield _Row(made.source, None, None, [Step("removed", f"structure.{made.reason}", made.message, made.raw)])
+            continue
+        example, steps = mended(made)
+        digest = hashlib.blake2b(json.dumps(content_of(example)).encode(), digest_size=16).digest()
+        if first := lines.get(digest):
+            told = f"line {first} of the copy has the same content and label"
+            yield _Row(made.source, None, None, [Step("removed", "duplicates.exact", told, _line(made))])
+            continue
+        lines[digest] = len(lines) + 1
+        known = {step.rule for step in steps}
+        yield _Row(made.source, len(lines), _line(example), steps + [step for step in listed if step.rule not in known])
+
+
+def _line(example: Example) -> str:
+    return json.dumps(content_of(example) | ({"metadata": example.metadata} if example.metadata else {}))
+
+
+def mended(example: Example) -> tuple[Example, list[Step]]:
+    """The example with calls as turns and mojibake decoded, where it can still be read afterwards, and what was done to it."""
+    steps: list[Step] = []
+    now, note = example, calls.STRUCTURED
+    while True:  # ends: calls become turns once, and each repair makes the text less bad
+        before = now
+        now, note = calls.structure(before)
+        if note == calls.STRUCTURED:
+            steps.append(Step("changed", _CALLS, "calls written as text are turns now", _said(before), _said(now)))
+        now = _repaired(now, steps)
+        if now == before:
+            break
+    if now != example and formats.row(sources.Raw(example.source, _line(now)), _AGAIN) != now:
+        now, steps = example, [step._replace(action="left", reason="mended, the row could not be read") for step in steps]
+    if note.startswith("left"):
+        told = note.replace("left: ", "calls written as text cannot become turns: ")
+        steps.append(Step("left", _CALLS, told, _said(now)))
+    return now, steps
+
+
+def _said(example: Example) -> str:
+    """The turns in brief."""
+    turns = View(example.source, example).messages
+    return "; ".join(excerpt(" ".join([one.role, *(call.name for call in one.calls), one.content]), 60) for one in turns)
+
+
+def _repaired(example: Example, steps: list[Step]) -> Example:
+    """The example with mojibake decoded where ftfy sees it and the text gets better by it. Arguments are left alone."""
+    if isinstance(example, Document | Completion):
+        texts = [example.text] if isinstance(example, Document) else [example.prompt, example.completion]
+    else:
+        sides = [example.chosen, example.rejected] if isinstance(example, Preference) else [example.conversation]
+        texts = [message.content for side in sides for message in side.messages]
+    right = {letter for text in texts for letter in text if not letter.isascii()}
+    better = {text: fixed for text in texts if not text.isascii() and (fixed := _decoded(text)) != text}
+    made = {letter for text, fixed in better.items() for letter in Counter(fixed) - Counter(text)}
+    if made & right:
+        step = Step("left", "content.mojibake", "the row has these letters right as well: it may be about such errors")
+        steps += [step] * (step not in steps)
+        return example
+    if not better:
+        return example
+    for text, fixed in better.items():
+        same = next((at for at, (one, other) in enumerate(zip(text, fixed, strict=False)) if one != other), len(fixed))
+        at = max(0, same - 20)
+        told = "letters that had been read in a wrong encoding"
+        steps.append(Step("changed", "content.mojibake", told, excerpt(text[at:], 80), excerpt(fixed[at:], 80)))
+
+    def words(text: str) -> str:
+        return better.get(text, text)
+
+    def side(conversation: Conversation) -> Conversation:
+        return replace(conversation, messages=tuple(replace(one, content=words(one.content)) for one in conversation.messages))
+
+    if isinstance(example, Document):
+        return replace(example, text=words(example.text), id="")
+    if isinstance(example, Completion):
+        return replace(example, prompt=words(example.prompt), completion=words(example.completion), id="")
+    if isinstance(example, Preference):
+        return replace(example, chosen=side(example.chosen), rejected=side(example.rejected), id="")
+    return replace(example, conversation=side(example.conversation), id="")
+
+
+def _decoded(text: str) -> str:
+    from ftfy import fix_encoding
+    from ftfy.badness import badness
+
+    if not (bad := badness(text)):
+        return text
+    fixed = fix_encoding(text)
+    return fixed if badness(fixed) < bad else text

@@ -1,0 +1,134 @@
+"""How long prompts, answers and whole rows are, in tokens of the target tokenizer, control tokens of the template included.
+
+prompt: what stands before the first learned token. answer: all learned tokens of a row. total: the longest sequence that the
+row becomes. Without a tokenizer words are counted, and the bars, which are in tokens, are not applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tunesmith.auditing.findings import Evidence, Finding, counted
+from tunesmith.auditing.views import WORD, Context, Rule, Survey, View
+from tunesmith.errors import TemplateError
+
+QUANTILES = (5, 25, 50, 75, 95, 99, 100)
+FAR = 3.0
+"""A total is an outlier where its logarithm is so many quartile distances above the upper or below the lower quartile."""
+
+
+class Kept(NamedTuple):
+    prompt: int
+    answer: int
+    total: int
+
+
+class Lengths(Rule):
+    name = "length"
+    drawn = True
+
+    def look(self, view: View, context: Context) -> Kept | None:
+        if context.renderer is None and context.rendered is None:
+            prompt, answer = (len(WORD.findall(text)) for text in (view.asked, view.said))
+            return Kept(prompt, answer, len(view.words))
+        rows = context.rows(view)
+        if isinstance(rows, TemplateError) or not rows:
+            return None
+        kept = [row for row in rows if row.kind != "rejected"]
+        learned = sum(int((row.tokens.targets >= 1).sum()) for row in kept)
+        first = int(np.argmax(kept[0].tokens.targets >= 1))
+        return Kept(first, learned, max(len(row.tokens.ids) for row in rows))
+
+    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+        assert survey.context is not None
+        rows = [at for at in survey.training if kept[at] is not None]
+        if not rows:
+            return
+        context, spec = survey.context, survey.spec
+        table = np.array([kept[at] for at in rows])
+        tokens = context.renderer is not None or context.rendered is not None
+        unit = f"tokens of {context.tokenizer}" if tokens else "words"
+        word = "tokens" if tokens else "words"
+        survey.charts["lengths"] = {
+            "unit": unit,
+            "limit": context.limit if tokens else None,
+            "parts": {name: _part(table[:, column]) for column, name in enumerate(Kept._fields)},
+        }
+        mean, low, high = float(table[:, 1].mean()), *spec.mean_answer
+        ratio = float(np.median(table[:, 1] / np.maximum(table[:, 0], 1)))
+        told = f"the mean answer has {mean:,.0f} {word}; answers are {ratio:.1f} times as long as prompts (median)"
+        if not tokens:
+            hint = "name --model or --tokenizer to count tokens"
+            yield Finding("length.answers", "note", told, of=len(rows), value=mean, hint=hint)
+        else:
+            fits = low <= mean <= high
+            hint = "long answers cost time and memory, very short ones teach little: is it what your users shall get?"
+            yield Finding(
+                "length.answers", "good" if fits else "warning", told, of=len(rows), value=mean, threshold=f"{low} to {high}",
+                hint="" if fits else hint,
+            )  # fmt: skip
+            yield self._tail(table[:, 2], rows, survey)
+            yield self._cut(table[:, 2], rows, survey)
+        yield self._outliers(table[:, 2], rows, survey, word)
+
+    def _tail(self, totals: np.ndarray, rows: Sequence[int], survey: Survey) -> Finding:
+        bar = survey.spec.tail
+        reached = float(np.percentile(totals, 99))
+        long = [at for at in np.argsort(-totals, kind="stable") if totals[at] >= bar]
+        fits = reached < bar
+        what = f"99 of 100 rows have up to {reached:,.0f} tokens; {len(long):,} rows have {bar:,} or more"
+        return Finding(
+            "length.tail", "good" if fits else "warning", what, len(long), len(rows), reached,
+            f"< {bar}", () if fits else _evidence(survey, rows, long, totals),
+            "" if fits else "the longest rows set the memory that a run needs: split or shorten them",
+        )  # fmt: skip
+
+    def _cut(self, totals: np.ndarray, rows: Sequence[int], survey: Survey) -> Finding:
+        assert survey.context is not None
+        limit = survey.context.limit
+        long = [at for at in np.argsort(-totals, kind="stable") if totals[at] > limit]
+        many = f"{counted(len(long), len(rows))} longer than" if long else "every row fits into"
+        what = f"{many} batch.length, {limit:,} tokens"
+        hint = "raise batch.length, or set template.too_long to drop or cut"
+        return Finding(
+            "length.limit", "warning" if long else "good", what, len(long), len(rows), None, "0",
+            _evidence(survey, rows, long, totals), hint if long else "",
+        )  # fmt: skip
+
+    def _outliers(self, totals: np.ndarray, rows: Sequence[int], survey: Survey, word: str) -> Finding:
+        logs = np.log(np.maximum(totals, 1))
+        low, high = np.percentile(logs, [25, 75])
+        reach = FAR * max(high - low, 0.1)
+        far = np.maximum(logs - high, low - logs)
+        out = [at for at in np.argsort(-far, kind="stable") if far[at] > reach]
+        what = (
+            f"{counted(len(out))} far longer or shorter than the others"
+            if out
+            else "no row is far longer or shorter than the others"
+        )
+        hint = "read them: a paste that went wrong, an answer that breaks off?" if out else ""
+        return Finding(
+            "length.outliers",
+            "note" if out else "good",
+            what,
+            len(out),
+            len(rows),
+            rows=_evidence(survey, rows, out, totals, word),
+            hint=hint,
+        )
+
+
+def _evidence(
+    survey: Survey, rows: Sequence[int], places: Sequence[int], totals: np.ndarray, word: str = "tokens"
+) -> tuple[Evidence, ...]:
+    return tuple(Evidence(survey.sources[rows[at]], f"{int(totals[at]):,} {word}") for at in places)
+
+
+def _part(values: np.ndarray) -> dict[str, Any]:
+    """Histogram, quantiles and mean for the page."""
+    counts, edges = np.histogram(values, bins=min(40, max(1, int(values.max()) - int(values.min()) + 1)))
+    quantiles = {str(share): float(value) for share, value in zip(QUANTILES, np.percentile(values, QUANTILES), strict=True)}
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "quantiles": quantiles, "mean": float(values.mean())}

@@ -1,0 +1,235 @@
+"""An audit in one screen of a terminal: verdict, every dimension beside its bar, what to do about what was found, worst rows.
+
+What does not fit is counted; the page and the JSON have all of it. How a finding is put into few words, and a text of the data
+made safe to show, is here for `page` too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.auditing.findings import SEVERITIES, Audit, Finding, Severity
+from tunesmith.auditing.rules import RULES
+from tunesmith.auditing.views import excerpt
+from tunesmith.console import duration
+
+LINES = 45
+"""Of the screen. At least `FEWEST` findings are shown, however many lines these take."""
+FEWEST = 3
+SIGNS: dict[Severity, str] = {"error": "✗", "warning": "!", "note": "i", "good": "✓"}
+COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow", "note": "cyan", "good": "green"}
+SPARKS = "▁▂▃▄▅▆▇█"
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+class Dimension(NamedTuple):
+    """``findings``: gravest first. ``severity``: of the first, None where there are none."""
+
+    name: str
+    severity: Severity | None
+    findings: list[Finding]
+
+
+class Worst(NamedTuple):
+    source: str
+    score: float
+    why: list[str]
+    text: str
+
+
+def dimensions(audit: Audit) -> list[Dimension]:
+    """All of them in the order of the registry, those without a finding too; then any that it does not know."""
+    found: dict[str, list[Finding]] = {rule.name: [] for rule in RULES}
+    for finding in sorted(audit.findings, key=lambda one: SEVERITIES.index(one.severity)):
+        found.setdefault(finding.dimension, []).append(finding)
+    return [Dimension(name, some[0].severity if some else None, some) for name, some in found.items()]
+
+
+def gravest(audit: Audit) -> Severity:
+    """The severity of the first finding; good where there is none."""
+    for severity in SEVERITIES:
+        if audit.of(severity):
+            return severity
+    return "good"
+
+
+def worst(audit: Audit, limit: int) -> list[Worst]:
+    """The first ``limit`` of the chart, or where it is absent of the scores."""
+    if "worst" in audit.charts:
+        return [Worst(row["source"], row["score"], row["why"], row["text"]) for row in audit.charts["worst"][:limit]]
+    return [Worst(source, score, [], "") for source, score in list(audit.quality.items())[:limit]]
+
+
+def binned(scores: Iterable[float], bins: int) -> list[int]:
+    """How many scores from 0 to 100 are in each of ``bins`` bins of one width; 100 is in the last."""
+    counts = [0] * bins
+    for score in scores:
+        counts[min(max(int(score * bins / 100), 0), bins - 1)] += 1
+    return counts
+
+
+def percent(share: float) -> str:
+    """To a tenth of a percent; never 0% or 100% of what is neither."""
+    if 0 < share < 0.001:
+        return "< 0.1%"
+    if 0.999 < share < 1:
+        return "> 99.9%"
+    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
+
+
+def measured(finding: Finding) -> str:
+    """What is to be held against the bar: the value, else the share of rows; "" where neither is known."""
+    value = finding.value
+    if value is None:
+        return percent(finding.share) if finding.of else f"{finding.count:,}" if finding.count else ""
+    if "%" in (finding.threshold or ""):
+        return percent(value)
+    return f"{value:,.4g}" if abs(value) < 1_000 else f"{value:,.0f}"
+
+
+def concerned(finding: Finding) -> str:
+    """``12 of 1,000 rows``; "" where the finding is about no rows in particular."""
+    if finding.value is not None and not finding.count:
+        return ""
+    if not finding.of:
+        return many(finding.count, "row") if finding.count else ""
+    return f"{finding.count:,} of {many(finding.of, 'row')}"
+
+
+def many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def escaped(text: str) -> str:
+    """``text`` with what no screen can show, or obeys instead (controls, lone surrogates, turns of direction), written out."""
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}" if found[0] > "\xff" else f"\\x{ord(found[0]):02x}", text)
+
+
+def visible(text: str, limit: int) -> str:
+    """The first letters of ``text`` on one line, `escaped`."""
+    return escaped(excerpt(text, limit))
+
+
+def render(audit: Audit, console: Console) -> None:
+    """Print it. Without a terminal, and under NO_COLOR, there is nothing but text: every colour is said by a sign as well."""
+    styles = {} if console.no_color else {"bold": "bold", "dim": "dim", **COLOURS}
+    head: list[RenderableType] = [
+        Text(f"{SIGNS[gravest(audit)]} {visible(audit.verdict, 300)}", styles.get("bold", "")),
+        Text(_facts(audit), styles.get("dim", "")),
+        Text(""),
+        _table(audit, styles),
+        Text(""),
+    ]
+    foot = _foot(audit, styles)
+    left = LINES - sum(_height(one, console) for one in [*head, *foot])
+    for one in [*head, *_fitting(audit, console, left, styles), *foot]:
+        console.print(one, overflow="fold")
+
+
+def _height(one: RenderableType, console: Console) -> int:
+    return len(console.render_lines(one, console.options.update(overflow="fold"), pad=False))
+
+
+def _facts(audit: Audit) -> str:
+    names = [visible(path, 60) for path in audit.files]
+    more = [f"{len(names) - 2:,} more"] if len(names) > 2 else []
+    told = [many(audit.rows, "row"), ", ".join(names[:2] + more), duration(audit.seconds)]
+    return " · ".join(filter(None, told))
+
+
+def _table(audit: Audit, styles: Mapping[str, str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style=styles.get("bold", ""), pad_edge=False, expand=True)
+    for name, wide in (("", 9), ("dimension", 13)):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", width=wide)
+    for name, ratio in (("measured", 3), ("bar", 2)):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=ratio)
+    for name, severity, some in dimensions(audit):
+        some = sorted(some, key=lambda one: one.threshold is None)  # so that bars stand in the order of what they are for
+        told = " · ".join(f"{one.rule.partition('.')[2] or one.rule} {measured(one)}".rstrip() for one in some)
+        bars = " · ".join(dict.fromkeys(one.threshold for one in some if one.threshold))
+        sign = Text(f"{SIGNS[severity]} {severity}" if severity else "·", styles.get(severity or "dim", ""))
+        table.add_row(sign, Text(visible(name, 40)), Text(visible(told or "no finding", 300)), Text(visible(bars, 120)))
+    return table
+
+
+def _fitting(audit: Audit, console: Console, lines: int, styles: Mapping[str, str]) -> list[RenderableType]:
+    """Errors and warnings, gravest first, for as long as there are lines; then how many more there are."""
+    grave = [*audit.of("error"), *audit.of("warning")]
+    whole = _places(audit)
+    blocks: list[RenderableType] = []
+    for finding in grave:
+        block = _block(finding, styles, whole)
+        lines -= _height(block, console)
+        if lines < 2 and len(blocks) >= FEWEST:  # one line for what is left out, one to set it apart
+            break
+        blocks.append(block)
+    hidden = grave[len(blocks) :]
+    counts = [(sum(one.severity == kind for one in hidden), f"more {kind}") for kind in ("error", "warning")]
+    if hidden:
+        told = " and ".join(many(count, kind) for count, kind in counts if count)
+        blocks.append(Text(f"… {told}: see --html or --json", styles.get("bold", "")))
+    return [*blocks, Text("")] if blocks else []
+
+
+def _block(finding: Finding, styles: Mapping[str, str], short: Callable[[Sequence[str]], str]) -> Table:
+    block = Table.grid(padding=(0, 1, 0, 0))
+    block.add_column(width=9, overflow="fold")
+    block.add_column(overflow="fold", ratio=1)
+    body = Text(visible(finding.what, 300))
+    if finding.hint:
+        body.append(f"\n→ {visible(finding.hint, 240)}")
+    share = percent(finding.share) if finding.of and concerned(finding) else ""
+    known = [visible(finding.rule, 60), concerned(finding), share, short([row.source for row in finding.rows[:3]])]
+    body.append("\n" + " · ".join(filter(None, known)), styles.get("dim", ""))
+    block.add_row(Text(f"{SIGNS[finding.severity]} {finding.severity}", styles.get(finding.severity, "")), body)
+    return block
+
+
+def placed(source: str) -> tuple[str, str]:
+    """The file and ``line`` or ``line:column``, "" where ``source`` names none."""
+    found = re.fullmatch(r"(.*?):(\d+(?::\d+)?)", source, re.DOTALL)
+    return (found[1], found[2]) if found else (source, "")
+
+
+def _places(audit: Audit) -> Callable[[Sequence[str]], str]:
+    """Writes sources as ``a.jsonl:3, :8, b.jsonl:1``: no folder where the name is enough, no file twice in a row."""
+    names = Counter(Path(path).name for path in audit.files)
+
+    def told(sources: Sequence[str]) -> str:
+        shown, before = [], None
+        for source in sources:
+            path, line = placed(source)
+            name = Path(path).name if names[Path(path).name] < 2 else path
+            shown.append(f":{line}" if line and path == before else visible(f"{name[-60:]}{':' * bool(line)}{line}", 120))
+            before = path
+        return ", ".join(shown)
+
+    return told
+
+
+def _foot(audit: Audit, styles: Mapping[str, str]) -> list[RenderableType]:
+    told: list[RenderableType] = []
+    short, low = _places(audit), worst(audit, 3)
+    if audit.quality:
+        counts = binned(audit.quality.values(), 10)
+        bars = "".join(SPARKS[-(-count * (len(SPARKS) - 1) // max(counts))] if count else "·" for count in counts)
+        told.append(Text(f"quality   0 {bars} 100, median {median(audit.quality.values()):.0f}" + "; worst rows:" * bool(low)))
+    for row in low:
+        parts = [f"{row.score:>3.0f}  {short([row.source])}", visible(", ".join(row.why), 100), visible(row.text, 100)]
+        line = Text(" · ".join(filter(None, parts)), no_wrap=True, overflow="ellipsis")
+        told.append(Padding(line, (0, 0, 0, 10), expand=False))
+    notes = audit.of("note")
+    accepted = sum(one.accepted is not None for one in notes)
+    more = [many(len(notes), "note") + (f" ({accepted} accepted)" if accepted else "")] if notes else []
+    more += [f"{many(met, 'bar')} met"] if (met := len(audit.of("good"))) else []
+    return [*told, Text(f"{' and '.join(more)}: see --html or --json", styles.get("dim", ""))] if more else told

@@ -1,0 +1,264 @@
+"""One pass over the rows, then the verdict: files or examples in, an `Audit` out; and two of them compared.
+
+Rows are read as a stream and shown to the rules in as many processes as there are cores; of a row only what rules keep stays
+in memory. The few rows that must be seen again (candidates of near duplicates) are read a second time.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from tunesmith import events, formats, sources
+from tunesmith.auditing import AuditSpec, contamination, quality
+from tunesmith.auditing.content import masked
+from tunesmith.auditing.findings import Audit, Finding, Print, gravest_first, refused
+from tunesmith.auditing.rules import RULES
+from tunesmith.auditing.views import Context, Survey, View, excerpt
+from tunesmith.errors import ConfigError, DataError, listing
+from tunesmith.events import Notice, Sink
+from tunesmith.examples import Example
+from tunesmith.formats import DataSpec, Dropped
+from tunesmith.sources import Raw
+from tunesmith.template import Refused, Renderer, Row, TemplateSpec, renderer
+
+BATCH = 256  # rows that travel to a process at once
+ALONE = 3_000
+"""Up to so many rows one process is faster: starting others and loading libraries in each takes seconds."""
+WORST = 20
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What each process builds its `Context` from. ``tokenizer``: a folder, or ``mistral-v3``; None counts words."""
+
+    data: DataSpec
+    spec: AuditSpec
+    tokenizer: str | None = None
+    template: TemplateSpec | None = None
+    limit: int = 2048
+    share: float = 1.0
+    call: str = ""  # differs from audit to audit, so that a process that outlives one reads its files anew
+
+
+class Looked(NamedTuple):
+    """What comes back of a row. ``kept``: of each rule, in the order of `RULES`."""
+
+    source: str
+    label: bool | None
+    dropped: Dropped | None
+    asked: str
+    kept: tuple[Any, ...]
+
+
+def audit(
+    paths: Sequence[str | Path],
+    setup: Setup,
+    *,
+    embed: Callable[[Sequence[str]], Any] | None = None,
+    processes: int | None = None,
+    notify: Sink = events.silent,
+) -> Audit:
+    """What is found in the rows of ``paths``. processes: at most so many; None: as many as there are cores.
+
+    Held-out files that ``setup.data.valid`` names are what training rows must not repeat. Raises DataError where a file
+    cannot be read as a whole, ConfigError where ``accept`` names no rule.
+    """
+    started = time.perf_counter()
+    check_accepted(setup.spec)
+    found = sources.files(paths)
+    tick = events.ticker(notify, "counting rows")
+    total = 0
+    for done, path in enumerate(found):
+        tick(done, len(found))
+        total += sum(1 for _ in sources.raws(path))
+    if not total:
+        raise DataError("no rows", where=", ".join(map(str, found)), hint="name files of rows")
+    setup = replace(setup, share=min(1.0, setup.spec.sample / max(total, 1)), call=uuid.uuid4().hex)
+    survey = Survey(setup.spec, context=replace(context(setup), embed=embed), fetch=lambda rows: _fetch(found, rows, setup.data))
+    tick = events.ticker(notify, "auditing")
+    for looked in _looks(found, setup, total, processes):
+        _add(survey, looked)
+        if len(survey) % 50 == 0 or len(survey) == total:
+            tick(len(survey), total)
+    files = {str(path): sources.sha256(path) for path in found}
+    return _judged(survey, files, notify, started)
+
+
+def examine(
+    examples: Sequence[Example], dropped: Sequence[Dropped], files: dict[str, str], known: Context, notify: Sink = events.silent
+) -> Audit:
+    """The same for rows that are in memory, with what is known of their tokens."""
+    started = time.perf_counter()
+    check_accepted(known.spec)
+    known = replace(known, share=min(1.0, known.spec.sample / max(len(examples), 1)))
+    survey = Survey(known.spec, context=known, fetch=lambda rows: {at: View(examples[at].source, examples[at]) for at in rows})
+    tick = events.ticker(notify, "auditing")
+    views = [*(View(one.source, one) for one in examples), *(View(one.source, None, one) for one in dropped)]
+    for done, view in enumerate(views, 1):
+        _add(survey, _look(view, known))
+        tick(done, len(views))
+    return _judged(survey, files, notify, started)
+
+
+def require(found: Audit) -> None:
+    """Raises DataError with what was found where there are errors that were not accepted."""
+    if not (errors := found.of("error")):
+        return
+    lines = []
+    for one in errors:
+        where = ", ".join(row.source for row in one.rows[:3]) + (", …" if len(one.rows) > 3 else "")
+        lines.append(f"{one.rule}: {one.what}" + (f" ({where})" if where else "") + (f"; {one.hint}" if one.hint else ""))
+    raise DataError(
+        f"the audit found what ruins a run:\n{listing(lines)}",
+        where=", ".join(found.files) or None,
+        hint=f"`tunesmith audit` shows every row; {' '.join(f'--accept {one.rule}' for one in errors)} trains on it as it is",
+    )
+
+
+def check_accepted(spec: AuditSpec) -> None:
+    """Raises ConfigError where ``accept`` names a dimension that no rule has."""
+    known = [rule.name for rule in RULES]
+    for name in spec.accept:
+        if (dimension := name.partition(".")[0]) not in known:
+            near = get_close_matches(dimension, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f'no rule is called "{name}"', where="audit.accept", hint=hint)
+
+
+@lru_cache(maxsize=1)
+def context(setup: Setup) -> Context:
+    """Built once in each process."""
+    made: Renderer | None = (
+        None if setup.tokenizer is None else renderer(setup.tokenizer, setup.template.renderer if setup.template else "auto")
+    )
+    against = [contamination.load(path, setup.data) for path in setup.spec.against]
+    if isinstance(setup.data.valid, tuple) and setup.data.valid:
+        against.append(
+            contamination.held_out(one for one in formats.rows(setup.data.valid, setup.data) if not isinstance(one, Dropped))
+        )
+    name = Path(setup.tokenizer).name if setup.tokenizer else ""
+    return Context(setup.spec, setup.limit, setup.share, made, name, against=against, template=setup.template)
+
+
+def rendered(rows: Iterable[Row], refusals: Iterable[Dropped], other: Context) -> Callable[[Example], list[Row]]:
+    """Looks up an example's sequences; raises `Refused` as the renderer did. ``other`` renders what was not rendered."""
+    known: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        known.setdefault((row.source, row.example_id), []).append(row)
+    bad = {one.source: one for one in refusals if one.reason != "too_long"}
+
+    def look_up(example: Example) -> list[Row]:
+        if (found := known.get((example.source, example.id))) is not None:
+            return found
+        if (one := bad.get(example.source)) is not None:
+            raise Refused(one.reason, one.message)
+        return other.render(example)
+
+    return look_up
+
+
+def _looks(files: Sequence[Path], setup: Setup, total: int, processes: int | None) -> Iterator[Looked]:
+    import joblib
+    from joblib.externals.loky import get_reusable_executor
+
+    raws = (raw for path in files for raw in sources.raws(path))
+    batches = iter(lambda: list(islice(raws, BATCH)), [])
+    processes = min(processes or joblib.cpu_count(), joblib.cpu_count())
+    if total <= ALONE or processes == 1:
+        for batch in batches:
+            yield from _look_all(batch, setup)
+        return
+    work = joblib.Parallel(n_jobs=processes, return_as="generator", pre_dispatch="3*n_jobs")
+    parts = cast(Iterable[list[Looked]], work(joblib.delayed(_look_all)(batch, setup) for batch in batches))
+    for part in parts:
+        yield from part
+    get_reusable_executor().shutdown(wait=True)  # its processes would hold their memory while the rules judge
+
+
+def _look_all(batch: Sequence[Raw], setup: Setup) -> list[Looked]:
+    known = context(setup)
+    return [_look(_view(raw, setup.data), known) for raw in batch]
+
+
+def _view(raw: Raw, data: DataSpec) -> View:
+    made = formats.row(raw, data)
+    return View(raw.source, None, made._replace(raw="")) if isinstance(made, Dropped) else View(raw.source, made)
+
+
+def _look(view: View, known: Context) -> Looked:
+    drawn = known.drawn(view)
+    try:
+        kept = tuple(rule.look(view, known) if drawn or not rule.drawn else None for rule in RULES)
+    except RecursionError:
+        bad = Dropped(view.source, "json", "expected a row, found values nested too deeply", "")
+        return _look(View(view.source, None, bad), known)
+    return Looked(view.source, view.label, view.dropped, excerpt(view.asked or view.said), kept)
+
+
+def _add(survey: Survey, looked: Looked) -> None:
+    survey.sources.append(looked.source)
+    survey.labels.append(looked.label)
+    survey.dropped.append(looked.dropped)
+    survey.asked.append(looked.asked)
+    for rule, kept in zip(RULES, looked.kept, strict=True):
+        survey.kept.setdefault(rule.name, []).append(kept)
+
+
+def _judged(survey: Survey, files: dict[str, str], notify: Sink, started: float) -> Audit:
+    found: list[Finding] = []
+    tick = events.ticker(notify, "judging")
+    for rule in RULES:
+        survey.kept.setdefault(rule.name, [])
+    prints = [
+        Print(source, label, words.same, prompt.prompt if prompt else None)
+        for source, label, words, prompt in zip(
+            survey.sources, survey.labels, survey.kept["duplicates"], survey.kept["conflicts"], strict=True
+        )
+        if words is not None
+    ]
+    for done, rule in enumerate(RULES, 1):
+        found += rule.judge(survey.kept[rule.name], survey)
+        survey.kept[rule.name] = []  # of many rows it is much, and no rule reads another's
+        tick(done, len(RULES))
+    names = {name for one in found for name in (one.rule, one.dimension)}
+    for name in survey.spec.accept:
+        if name not in names:
+            notify(Notice(f"{name} is accepted, and nothing of that name was looked at", "warning", where="audit.accept"))
+    found = [_accepted(one, survey.spec) for one in found]
+    unreadable = [source for source, bad in zip(survey.sources, survey.dropped, strict=True) if bad]
+    scores, why = quality.scores(survey.sources, unreadable, found)
+    asked = dict(zip(survey.sources, survey.asked, strict=True))
+    survey.charts["worst"] = [
+        {"source": source, "score": score, "why": why.get(source, []), "text": masked(asked[source])}
+        for source, score in islice(scores.items(), WORST)
+        if score < 100
+    ]
+    return Audit(files, len(survey), gravest_first(found), scores, survey.charts, prints, time.perf_counter() - started)
+
+
+def _accepted(finding: Finding, spec: AuditSpec) -> Finding:
+    grave = finding.severity in ("error", "warning")
+    return (
+        replace(finding, severity="note", accepted=finding.severity)
+        if grave and not refused(finding.rule, spec.accept)
+        else finding
+    )
+
+
+def _fetch(files: Sequence[Path], rows: Sequence[int], data: DataSpec) -> dict[int, View]:
+    wanted, found = set(rows), {}
+    raws = (raw for path in files for raw in sources.raws(path))
+    for at, raw in enumerate(raws if wanted else ()):
+        if at in wanted:
+            found[at] = _view(raw, data)
+            if len(found) == len(wanted):
+                break
+    return found

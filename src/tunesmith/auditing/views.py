@@ -1,0 +1,220 @@
+"""What a rule sees: one row at a time (`View`) while the files are read, then all that it kept of them (`Survey`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from tunesmith.auditing import AuditSpec
+from tunesmith.auditing.findings import Finding
+from tunesmith.errors import TemplateError
+from tunesmith.examples import Completion, Conversation, Demonstration, Document, Example, Judged, Message, Preference, opening
+from tunesmith.formats import Dropped
+
+if TYPE_CHECKING:
+    from tunesmith.template import Renderer, Row, TemplateSpec
+
+EXCERPT = 160
+"""Letters of a text that are kept to be shown."""
+
+
+class Part(NamedTuple):
+    """One text of a row. ``at``: ``turn 2``, ``turn 2, arguments of NAME``, ``text``, ``rejected, turn 2``."""
+
+    role: str  # system | user | assistant | tool | call | text
+    text: str
+    at: str
+
+
+@dataclass(eq=False)
+class View:
+    """One row: exactly one of ``example`` and ``dropped`` is given. Lives only while the rules look at it."""
+
+    source: str
+    example: Example | None
+    dropped: Dropped | None = None
+
+    @cached_property
+    def label(self) -> bool | None:
+        return getattr(self.example, "desirable", getattr(self.example, "label", None))
+
+    @cached_property
+    def conversation(self) -> Conversation | None:
+        """The one that is learned: of a pair the chosen one."""
+        if isinstance(self.example, Preference):
+            return self.example.chosen
+        return self.example.conversation if isinstance(self.example, Demonstration | Judged) else None
+
+    @cached_property
+    def messages(self) -> tuple[Message, ...]:
+        return self.conversation.messages if self.conversation else ()
+
+    @cached_property
+    def asked(self) -> str:
+        """What is asked before the first answer, system text aside; of plain text its prompt, "" where there is none."""
+        if isinstance(self.example, Completion):
+            return self.example.prompt
+        return opening(self.conversation) if self.conversation else ""
+
+    @cached_property
+    def answers(self) -> tuple[str, ...]:
+        """What is learned, one text an assistant turn, with its calls as JSON; of a pair the chosen side's."""
+        if isinstance(self.example, Document):
+            return (self.example.text,)
+        if isinstance(self.example, Completion):
+            return (self.example.completion,)
+        return tuple(
+            "\n".join([message.content, *(f"{call.name} {_arguments(call)}" for call in message.calls)]).strip("\n")
+            for message in self.messages
+            if message.role == "assistant"
+        )
+
+    @cached_property
+    def said(self) -> str:
+        return "\n".join(self.answers)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Every text of the row, of a pair both sides' (what both share once)."""
+        example = self.example
+        if isinstance(example, Document):
+            return (Part("text", example.text, "text"),)
+        if isinstance(example, Completion):
+            return (Part("user", example.prompt, "prompt"), Part("assistant", example.completion, "completion"))
+        found = list(_parts(self.messages, ""))
+        if isinstance(example, Preference):
+            shared = set(found)
+            found += [
+                part._replace(at=f"rejected, {part.at}") for part in _parts(example.rejected.messages, "") if part not in shared
+            ]
+        return tuple(found)
+
+    @cached_property
+    def whole(self) -> str:
+        """All words of the row."""
+        return "\n".join(part.text for part in self.parts)
+
+    @cached_property
+    def words(self) -> list[str]:
+        """Of `whole`, in lower case, without punctuation."""
+        return WORD.findall(self.whole.lower())
+
+
+_JOINED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+WORD = re.compile(f"[{_JOINED}]|[^\\W{_JOINED}]+")
+"""A word; in scripts that put no space between words (Thai, Burmese, Khmer, Kana, Han) a letter."""
+
+
+def _arguments(call: Any) -> str:
+    return call.text if call.text is not None else json.dumps(call.arguments, ensure_ascii=False)
+
+
+def _parts(messages: Iterable[Message], before: str) -> Iterator[Part]:
+    for at, message in enumerate(messages, 1):
+        if message.content:
+            yield Part(message.role, message.content, f"{before}turn {at}")
+        for call in message.calls:
+            yield Part("call", _arguments(call), f"{before}turn {at}, arguments of {call.name}")
+
+
+def normal(text: str) -> str:
+    """``text`` in lower case with single spaces and without punctuation: rows that differ in no more are the same."""
+    return " ".join(WORD.findall(text.casefold()))
+
+
+def spaced(text: str) -> str:
+    """``text`` without case and with single spaces, as `examples.prompt_key` has it: every sign counts."""
+    return " ".join(text.casefold().split())
+
+
+def digest(text: str) -> int:
+    """64 bits of BLAKE2b: equal texts and, in all likelihood, no others."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def excerpt(text: str, limit: int = EXCERPT) -> str:
+    """The first letters of ``text`` on one line."""
+    line = " ".join(text[: 4 * limit].split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+@dataclass
+class Context:
+    """What rules know while they look. ``share``: of the rows, chosen by their content, that are `drawn`."""
+
+    spec: AuditSpec
+    limit: int = 2048  # batch.length, in tokens
+    share: float = 1.0
+    renderer: Renderer | None = None
+    tokenizer: str = ""  # what the renderer's tokenizer is called
+    rendered: Callable[[Example], list[Row]] | None = None  # where they are known; raises `template.Refused`
+    against: Any = None  # `contamination.Against`: what no training row may repeat
+    embed: Callable[[Sequence[str]], Any] | None = None  # (n, width) features of texts by the user's model
+    template: TemplateSpec | None = None  # how rows are learned and cut; None: by default
+    refusals: bool = True  # whether many rows that cannot be rendered are an error here, or elsewhere
+    _last: tuple[View | None, list[Row] | TemplateError] = (None, [])
+
+    def rows(self, view: View) -> list[Row] | TemplateError:
+        """The sequences that ``view`` becomes, or why it cannot be rendered. Needs a renderer."""
+        if self._last[0] is not view and view.example is not None:
+            try:
+                self._last = (view, (self.rendered or self.render)(view.example))
+            except TemplateError as error:
+                self._last = (view, error)
+        return self._last[1]
+
+    def render(self, example: Example) -> list[Row]:
+        """By the renderer, as training would. Raises `template.Refused`."""
+        assert self.renderer is not None
+        if self.template is None:
+            return self.renderer.rows(example)
+        cut = self.limit if self.template.too_long == "cut" else None
+        return self.renderer.rows(example, learn=self.template.learn, cut=cut)
+
+    def drawn(self, view: View) -> bool:
+        """Whether this row is among those that the costly rules look at. A function of its content, not of chance."""
+        return self.share >= 1 or (view.example is not None and int(view.example.id, 16) < self.share * 2**64)
+
+
+@dataclass
+class Survey:
+    """All training rows, in order; lists are parallel. fetch: rows by their index, read again."""
+
+    spec: AuditSpec
+    sources: list[str] = field(default_factory=list)
+    labels: list[bool | None] = field(default_factory=list)
+    dropped: list[Dropped | None] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)  # excerpts
+    kept: dict[str, list[Any]] = field(default_factory=dict)  # rule → what it kept of each row
+    context: Context | None = None
+    fetch: Callable[[Sequence[int]], dict[int, View]] = lambda rows: {}
+    charts: dict[str, Any] = field(default_factory=dict)  # filled by the rules, drawn by `page`
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @property
+    def training(self) -> list[int]:
+        """Indices of the rows that could be read."""
+        return [at for at, bad in enumerate(self.dropped) if bad is None]
+
+
+class Rule(ABC):
+    """One dimension. State is in what it keeps, never in the rule: `look` may run in another process."""
+
+    name: ClassVar[str]
+    drawn: ClassVar[bool] = False  # look only at rows that are `Context.drawn`
+
+    @abstractmethod
+    def look(self, view: View, context: Context) -> Any:
+        """What to keep of the row: small and picklable; None where nothing is worth keeping."""
+
+    @abstractmethod
+    def judge(self, kept: list[Any], survey: Survey) -> Iterator[Finding]:
+        """Findings from what was kept of each row (None for rows not looked at), in the order of ``survey``."""
