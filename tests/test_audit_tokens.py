@@ -79,6 +79,19 @@ def test_the_token_that_opens_a_call_and_the_one_that_ends_it_are_in_their_place
     assert of(judged([*CLEAN, sequence([BOS, WORD], [CALL, WORD, EOS])]), "tokenisation.control").severity == "good"
 
 
+def test_the_end_token_is_no_unknown_one_where_a_tokenizer_has_one_for_both(monkeypatch):
+    from tunesmith.renderers import MistralRenderer
+
+    made = MistralRenderer.__init__
+
+    def both(self, *path):
+        made(self, *path)
+        self.unknown_id = EOS
+
+    monkeypatch.setattr(MistralRenderer, "__init__", both)
+    assert of(judged(CLEAN), "tokenisation.unknown").severity == "good"
+
+
 def test_a_control_token_of_the_template_is_none_of_the_words():
     assert of(judged([*CLEAN, sequence([BOS, WORD], [WORD, 6, WORD, EOS])]), "tokenisation.control").severity == "good"
 

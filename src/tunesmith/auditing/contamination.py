@@ -197,7 +197,7 @@ class Contamination(Rule):
         against: Sequence[Against] = survey.context.against or ()
         if not against and survey.training:
             told = "nothing to compare with: neither held-out rows nor evaluation sets"
-            yield Finding("contamination.none", "note", told, hint="--against FILE names one")
+            yield Finding("contamination.unchecked", "note", told, hint="--against FILE names one")
         for held_out, name, words in (
             (True, "validation", "held-out rows"),
             (False, "evaluation", "evaluation sets or fixed prompts"),

@@ -70,13 +70,13 @@ def _crowds(survey: Survey) -> Iterator[Finding]:
     if not crowds:
         name, size = sizes.most_common(1)[0]
         told = f"prompts fall into {len(sizes)} clusters, the largest with {size / many:.0%} of the rows ({name.name})"
-        yield Finding(rule, "good", told, of=many, threshold=bar)
+        yield Finding(rule, "good", told, of=many, value=size / many, threshold=bar)
         return
     count = sum(sizes[group] for group in crowds)
     told = "; ".join(f"{counted(sizes[group], many)} about “{group.name}”" for group in crowds)
     places = [at for group in crowds for at in [at for at, one in enumerate(clusters.of(survey)) if one == group][: TOLD // 2]]
     yield Finding(
-        rule, "warning", f"over-represented: {told}", count, many, None, bar,
+        rule, "warning", f"over-represented: {told}", count, many, count / many, bar,
         tuple(Evidence(survey.sources[at], f"about “{group.name}”") for at in places if (group := clusters.of(survey)[at])),
         "leave some of them out, or add rows about other things: what is most frequent is learned most", of_set=True,
     )  # fmt: skip

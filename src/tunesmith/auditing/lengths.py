@@ -65,7 +65,7 @@ class Lengths(Rule):
             yield Finding("length.answers", "note", told, of=len(rows), value=mean, hint=hint)
         else:
             fits = low <= mean <= high
-            hint = "long answers cost time and memory, very short ones teach little: is it what your users shall get?"
+            hint = "long answers cost time and memory, very short ones teach little: are they as your users are to get them?"
             yield Finding(
                 "length.answers", "good" if fits else "warning", told, of=len(rows), value=mean, threshold=f"{low} to {high}",
                 hint="" if fits else hint,
