@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -416,6 +417,15 @@ def test_what_is_written_is_read_again_equal(tmp_path, rows):
     formats.write_examples(read.examples, tmp_path / "again.jsonl")
     again = formats.read([tmp_path / "again.jsonl"], spec())
     assert again.dropped == [] and content(again) == content(read)
+
+
+def test_a_table_and_what_is_no_file_are_refused_at_once(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,answer\na,b\n")
+    with pytest.raises(DataError, match=r"rows\.csv: is a CSV file\nhint: write it as JSONL"):
+        formats.read([tmp_path / "rows.csv"], spec())
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is no regular file"):
+        formats.read([tmp_path / "pipe"], spec())
 
 
 def test_rows_of_an_array_have_the_line_they_start_on(tmp_path):

@@ -21,6 +21,8 @@ from tunesmith.errors import DataError
 from tunesmith.examples import BadRow
 from tunesmith.origins import JSON
 
+TABLES = (".csv", ".tsv", ".xlsx", ".parquet")
+"""Endings of what is no JSON: told at once, not row by row."""
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 
 
@@ -40,6 +42,8 @@ def files(paths: Sequence[str | Path]) -> list[Path]:
             raise DataError("no such file or folder", where=str(given), hint=f"looked from {Path.cwd()}")
         if not path.is_dir() and not path.is_file():
             raise DataError("is no regular file", where=str(given), hint="rows are read more than once: write them to a file")
+        if path.suffix.lower() in TABLES:
+            raise DataError(f"is a {path.suffix[1:].upper()} file", where=str(given), hint="write it as JSONL, one row a line")
         inside = [path]
         if path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if file.name.lower().endswith(SUFFIXES) and file.is_file()]
