@@ -189,6 +189,18 @@ def test_a_hostile_row_takes_seconds_and_leaves_its_neighbours_alone(tmp_path, n
     assert found.quality[f"{data}:1"] > 0 and found.quality[f"{data}:3"] > 0
 
 
+def test_a_secret_of_a_prompt_is_shown_nowhere_in_full(tmp_path):
+    random = np.random.Generator(np.random.PCG64(3))
+    key = "ghp_" + "".join(random.choice(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), 36))
+    rows = [{"messages": talk(f"Use {key} to push branch {at}", f"Pushed {at}.")} for at in range(40)]
+    data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"Use {key} to push branch 3\n")
+    found = tunesmith.audit(data, against=[str(prompts)], page=tmp_path / "page.html")
+    assert finding(found, "content.secrets").count == 40 and finding(found, "contamination.evaluation_exact").count == 1
+    assert key not in json.dumps(found.to_json()) + (tmp_path / "page.html").read_text()
+
+
 def test_training_stops_on_an_error_before_any_weight_is_loaded(tiny_model, rows, tmp_path):
     held = tiny.write_rows(tmp_path / "held.jsonl", tiny.conversations(3))
     words = ["train", "--model", tiny_model, "--data", rows, "--set", f"data.valid={held}", "--out", tmp_path / "run", *QUICK]
