@@ -13,7 +13,7 @@ from rapidfuzz.distance import Levenshtein
 
 from tunesmith import formats
 from tunesmith.auditing import AuditSpec, near, survey
-from tunesmith.auditing.contamination import load
+from tunesmith.auditing.contamination import Against, Item, load
 from tunesmith.auditing.findings import Audit, Finding
 from tunesmith.auditing.views import Context, View, normal
 from tunesmith.errors import ConfigError, DataError
@@ -111,6 +111,15 @@ def test_a_sign_makes_another_question_and_another_answer(tmp_path):
     found = audited(data, against=[str(tmp_path / "set.txt")])
     assert finding(found, "contamination.evaluation_exact").severity == "good"
     assert finding(found, "conflicts.labels").severity == "good" and finding(found, "conflicts.prompts").count == 6
+
+
+def test_thousands_of_like_prompts_are_each_compared_with_few():
+    against = Against(
+        [Item(f"set:{at}", f"Tell what a number such as this one is: {at}", "") for at in range(3000)], held_out=True
+    )
+    assert max(len(places) for band in against.bands for places in band.values()) == near.BUCKET
+    kind, _, similarity = against.hit(["Tell what a number such as this one is: x"], "", 0.9) or ("", 0, 0.0)
+    assert kind == "near" and similarity >= 0.9
 
 
 def test_many_answers_to_one_prompt_take_linear_work(tmp_path):

@@ -38,7 +38,7 @@ def judged(rows: list[Row | Refused], limit: int = 2048, **asked: object) -> Aud
 
     spec = AuditSpec.model_validate(asked)
     context = Context(spec, limit, renderer=template.renderer("mistral-v3"), tokenizer="mistral-v3", rendered=rendered)
-    return survey.examine(examples, [], {"rows.jsonl": ""}, context)
+    return survey.examine(examples, {"rows.jsonl": ""}, context)
 
 
 def of(found: Audit, rule: str) -> Finding:
@@ -126,7 +126,7 @@ def test_rows_beyond_the_limit_and_outliers_are_named_the_longest_first():
 
 
 def test_without_a_tokenizer_words_are_counted_and_no_bar_in_tokens_is_applied():
-    found = survey.examine([example(1), example(2)], [], {"rows.jsonl": ""}, Context(AuditSpec()))
+    found = survey.examine([example(1), example(2)], {"rows.jsonl": ""}, Context(AuditSpec()))
     assert of(found, "length.answers").value == 3 and "words" in of(found, "length.answers").what
     assert not [one for one in found.findings if one.rule in ("length.tail", "length.limit") or one.dimension == "tokenisation"]
     assert found.charts["lengths"]["unit"] == "words"

@@ -167,7 +167,7 @@ def _audit(
     )
     weighted = config.template.prompt_weight > 0  # then targets do not tell the answer from the prompt
     seen.rendered = None if weighted else survey.rendered(rows, refused, seen)
-    found = survey.examine(sides[0], [], read.files, seen, notify)
+    found = survey.examine(sides[0], read.files, seen, notify)
     survey.require(found)
     for one in [*found.of("warning"), *(one for one in found.findings if one.accepted)]:
         where = ", ".join(row.source for row in one.rows[:3]) + (", …" if len(one.rows) > 3 else "")

@@ -162,7 +162,7 @@ def begin(config: RunConfig, loaded: model.Loaded, notify: Sink = events.silent)
 
 def _without_paths(config: RunConfig) -> dict[str, Any]:
     """The settings without the places of files, which may differ from machine to machine."""
-    places = ("data.train", "data.valid", "model.path", "model.tokenizer", "model.adapter", "adapter.start")
+    places = ("data.train", "data.valid", "model.path", "model.tokenizer", "model.adapter", "adapter.start", "audit.against")
     return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in places}
 
 

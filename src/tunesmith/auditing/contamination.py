@@ -122,7 +122,8 @@ def load(path: str, spec: formats.DataSpec) -> Against:
         raise DataError("no such file or folder", where=path, hint="audit.against names evaluation sets and prompts")
     try:
         found = Against(
-            _csv(file) if file.suffix == ".csv" else _lines(file) if file.suffix == ".txt" else _rows(file, spec), held_out=False
+            _csv(file) if file.suffix.lower() == ".csv" else _lines(file) if file.suffix.lower() == ".txt" else _rows(file, spec),
+            held_out=False,
         )
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot be read: {error}", where=path, hint="UTF-8 text is expected") from error

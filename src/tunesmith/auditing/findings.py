@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -126,8 +126,3 @@ def counted(count: int, of: int = 0) -> str:
 def gravest_first(findings: Iterable[Finding]) -> list[Finding]:
     """By severity, then by how many rows are concerned; otherwise in the order given."""
     return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -one.count))
-
-
-def refused(rule: str, accepted: Sequence[str]) -> bool:
-    """Whether a finding of ``rule`` counts: neither it nor its dimension is among ``accepted``."""
-    return rule not in accepted and rule.partition(".")[0] not in accepted

@@ -1,4 +1,4 @@
-"""One pass over the rows, then the verdict: files or examples in, an `Audit` out; and two of them compared.
+"""One pass over the rows, then the verdict: files or examples in, an `Audit` out.
 
 Rows are read as a stream and shown to the rules in as many processes as there are cores; of a row only what rules keep stays
 in memory. The few rows that must be seen again (candidates of near duplicates) are read a second time.
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 from tunesmith import events, formats, sources
 from tunesmith.auditing import AuditSpec, contamination, quality
 from tunesmith.auditing.content import masked
-from tunesmith.auditing.findings import Audit, Finding, Print, gravest_first, refused
+from tunesmith.auditing.findings import Audit, Finding, Print, gravest_first
 from tunesmith.auditing.rules import RULES
 from tunesmith.auditing.views import Context, Survey, View, excerpt
 from tunesmith.errors import ConfigError, DataError, listing
@@ -92,19 +92,16 @@ def audit(
     return _judged(survey, files, notify, started)
 
 
-def examine(
-    examples: Sequence[Example], dropped: Sequence[Dropped], files: dict[str, str], known: Context, notify: Sink = events.silent
-) -> Audit:
+def examine(examples: Sequence[Example], files: dict[str, str], known: Context, notify: Sink = events.silent) -> Audit:
     """The same for rows that are in memory, with what is known of their tokens."""
     started = time.perf_counter()
     check_accepted(known.spec)
     known = replace(known, share=min(1.0, known.spec.sample / max(len(examples), 1)))
     survey = Survey(known.spec, context=known, fetch=lambda rows: {at: View(examples[at].source, examples[at]) for at in rows})
     tick = events.ticker(notify, "auditing")
-    views = [*(View(one.source, one) for one in examples), *(View(one.source, None, one) for one in dropped)]
-    for done, view in enumerate(views, 1):
-        _add(survey, _look(view, known))
-        tick(done, len(views))
+    for done, one in enumerate(examples, 1):
+        _add(survey, _look(View(one.source, one), known))
+        tick(done, len(examples))
     return _judged(survey, files, notify, started)
 
 
@@ -246,11 +243,8 @@ def _judged(survey: Survey, files: dict[str, str], notify: Sink, started: float)
 
 def _accepted(finding: Finding, spec: AuditSpec) -> Finding:
     grave = finding.severity in ("error", "warning")
-    return (
-        replace(finding, severity="note", accepted=finding.severity)
-        if grave and not refused(finding.rule, spec.accept)
-        else finding
-    )
+    passes = finding.rule in spec.accept or finding.dimension in spec.accept
+    return replace(finding, severity="note", accepted=finding.severity) if grave and passes else finding
 
 
 def _fetch(files: Sequence[Path], rows: Sequence[int], data: DataSpec) -> dict[int, View]:

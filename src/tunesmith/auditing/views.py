@@ -154,7 +154,7 @@ class Context:
     renderer: Renderer | None = None
     tokenizer: str = ""  # what the renderer's tokenizer is called
     rendered: Callable[[Example], list[Row]] | None = None  # where they are known; raises `template.Refused`
-    against: Any = None  # `contamination.Against`: what no training row may repeat
+    against: Sequence[Any] | None = None  # each a `contamination.Against`
     embed: Callable[[Sequence[str]], Any] | None = None  # (n, width) features of texts by the user's model
     template: TemplateSpec | None = None  # how rows are learned and cut; None: by default
     refusals: bool = True  # whether many rows that cannot be rendered are an error here, or elsewhere
