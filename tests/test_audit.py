@@ -308,6 +308,11 @@ def test_a_named_model_places_the_prompts_unless_words_are_wanted(tiny_model, ro
         assert how in tunesmith.audit(rows, model=str(tiny_model), **options).charts["map"]["method"]
 
 
+def test_hidden_states_of_no_model_are_refused(rows):
+    with pytest.raises(ConfigError, match="--embed: no model is named"):
+        tunesmith.audit(rows, embed=True)
+
+
 def test_the_command_shows_a_screen_writes_a_page_and_speaks_json(rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = command("audit", rows)

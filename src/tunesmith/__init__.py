@@ -155,6 +155,7 @@ def audit(
     from tunesmith.auditing import embeddings, survey
     from tunesmith.auditing import fix as fixes
     from tunesmith.auditing import page as pages
+    from tunesmith.errors import ConfigError
 
     if fix is not None:
         fixes.require_free(spec.data.train, Path(fix))
@@ -162,6 +163,8 @@ def audit(
         pages.check(Path(page))
     words = _tokenizer(spec, tokenizer)
     embedder = None
+    if embed and spec.model.path == "mistral-v3":
+        raise ConfigError("no model is named whose hidden states could place the prompts", where="--embed", hint="--model MODEL")
     if embed if embed is not None else model is not None:
         loaded = models.load(spec.model, notify)
         renderer = template.renderer(words, spec.template.renderer)
