@@ -37,7 +37,7 @@ from tunesmith.sources import sha256
 from tunesmith.template import Tokens
 from tunesmith.writing import flush
 
-CODE = 1
+CODE = 2
 """Changes whenever the same weights and tokens could give another value."""
 SAVED_EVERY = 16  # sequences: what an interruption can lose
 
