@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import struct
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -59,6 +60,8 @@ SPLITS: dict[str, tuple[str | None, bool]] = {
     "tekken": (_TEKKEN, True),
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
+STRING, ARRAY = 8, 9  # kinds of values in the header; all others are of fixed size
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 PROBE = "Hello, world! It's 2026:\n\n\tdef f(x):  return {'a': [1, 23, 456]}  # äöü, 日本語, \U0001f642"
 
 
@@ -91,6 +94,37 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
             draft.rename(target)
     notify(Notice(f"GGUF {path.name}: converted to {target} ({types})"))
     return target
+
+
+def texts(path: Path) -> dict[str, str]:
+    """The texts of the header, as ``general.license``, in milliseconds. Raises ModelError where it is torn."""
+
+    def number(code: str) -> int:
+        return struct.unpack(f"<{code}", stream.read(struct.calcsize(code)))[0]
+
+    def value(kind: int) -> str | None:
+        """The next one, where it is a text; all else is passed over."""
+        if kind == STRING:
+            length = number("Q")
+            if len(text := stream.read(length)) < length:
+                raise ValueError("it is cut short")
+            return text.decode("utf-8", "replace")
+        inner, count = (number("I"), number("Q")) if kind == ARRAY else (kind, 1)
+        if inner in SIZES:
+            stream.seek(SIZES[inner] * count, os.SEEK_CUR)
+        else:
+            for _ in range(count):
+                value(inner)
+
+    try:
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise ValueError("it does not begin with GGUF")
+            stream.seek(12, os.SEEK_CUR)  # version, number of tensors
+            found = {str(value(STRING)): value(number("I")) for _ in range(number("Q"))}
+    except (OSError, ValueError, OverflowError, MemoryError, RecursionError, struct.error) as error:
+        raise ModelError(f"is no GGUF file whose header can be read: {error}", where=str(path)) from error
+    return {key: text for key, text in found.items() if text is not None}
 
 
 def _write(path: Path, folder: Path, dtype: str) -> str:

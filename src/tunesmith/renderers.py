@@ -16,7 +16,7 @@ from tunesmith.template import SURROGATES, Refused, Renderer, json_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RULES = 1  # part of every fingerprint: change it when unchanged data would give other ids or targets
+RULES = 2  # part of every fingerprint: change it when unchanged data would give other ids or targets
 
 
 class MistralRenderer(Renderer):

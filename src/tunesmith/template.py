@@ -246,7 +246,8 @@ class Renderer(ABC):
             _present(other, text, history=True)
         _present(message, said, history=False)
         tools = [cast(dict[str, Any], tool)["function"] for tool in shown.tools]
-        if missing := [tool["name"] for tool in tools if tool["name"] not in text]:
+        seen = self.decode(prompt) if tools else ""  # an answer may name a tool that its prompt does not show
+        if missing := [tool["name"] for tool in tools if tool["name"] not in seen]:
             raise Refused("left_out", f"the template leaves out the declared tools ({', '.join(missing)})",
                           "a model with this template cannot see them: tell of them in the system text")  # fmt: skip
         if not all(_written(part, text) for part in _leaves(tools)):

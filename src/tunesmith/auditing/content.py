@@ -132,7 +132,7 @@ class Content(Rule):
 
 def masked(text: str) -> str:
     """``text`` with what looks like a secret or a personal datum replaced by its kind in brackets."""
-    return _scanner().redact(text, categories=("secrets", "pii")).text
+    return scanner().redact(text, categories=("secrets", "pii")).text
 
 
 def _finding(
@@ -187,33 +187,32 @@ def _scan(part: Part, asked: Asked) -> Iterator[Hit]:
     taught = learned and asked.view.label is not False and not part.at.startswith("rejected")
     if len(part.text) > SCANNED:
         yield Hit("unscanned", "note", f"{len(part.text):,} letters")
-    for found in _scanner().scan(text).findings:
+    for found in scanner().scan(text).findings:
         value, before = text[found.start : found.end], text[max(0, found.start - 60) : found.start]
         if found.category == "secrets":
-            if _is_secret(found.kind, value, before):
+            if is_secret(found.kind, value, before):
                 kind = "password or token" if found.kind == "generic_secret" else found.kind.replace("_", " ")
                 note = f"{kind} {value[:4] if found.kind in TOLD else ''}… ({len(value):,} letters)"
                 yield Hit("secrets", "error" if learned and found.kind in CERTAIN else "warning", note)
         elif found.category == "pii":
-            if _is_personal(found.kind, value, before, text[found.end : found.end + 4]):
+            if is_personal(found.kind, value, before, text[found.end : found.end + 4]):
                 shown = f"{value[0]}…@….{value.rpartition('.')[2]}" if found.kind == "email" else f"…{value[-2:]}"
                 yield Hit("personal_data", "warning", f"{PERSONAL[found.kind]} {shown}")
-        elif not (_MASKED.fullmatch(value) if found.confidence < 0.8 else 2 * sum(map(str.isalpha, value)) > len(value)):
+        elif not (MASKED.fullmatch(value) if found.confidence < 0.8 else 2 * sum(map(str.isalpha, value)) > len(value)):
             continue
         elif not asked.languages or "en" in asked.languages:
             yield Hit("profanity", "warning" if taught else "note", f"“{value[0]}…{value[-1]}”")
     for note in _broken(text):
         yield Hit("mojibake", "warning", note)
-    fences = _fences(text)
-    prose = _prose(text, fences)
-    for token, _ in _tokens(text):
+    code = fences(text)
+    for token, _ in tokens(text):
         yield Hit("template_tokens", "warning", token)
     if part.role in ("assistant", "text", "user", "system"):
-        for note in _markup(text, prose, fences, part.role, asked):
+        for note in _markup(text, prose(text, code), code, part.role, asked):
             yield Hit("markup", "warning" if taught else "note", note)
     if part.role == "assistant" and not part.at.startswith("rejected"):
         answer = text.rpartition("</think>")[2].lstrip()
-        if refused := _REFUSES.match(answer[:HEAD]):
+        if refused := REFUSES.match(answer[:HEAD]):
             yield Hit("refusals", "note", f"“{excerpt(masked(refused[0].strip()), 80).rstrip('…')}…”")
 
 
@@ -234,7 +233,7 @@ _CHUNK = re.compile(r"[A-Za-z0-9]+")
 _WORDLIKE = re.compile(r"[A-Za-z]{3,}\d{0,4}|\d+|[A-Za-z]+")
 
 
-def _is_secret(kind: str, value: str, before: str) -> bool:
+def is_secret(kind: str, value: str, before: str) -> bool:
     """Whether it may open something: not plainly made up, no path, no code, no name of a variable."""
     if kind == "private_key":
         body = value.partition("KEY")[2]
@@ -298,7 +297,7 @@ _TOLL_FREE = ("800", "833", "844", "855", "866", "877", "888", "900")
 _FICTION = re.compile("2079460|7700900|1632960")  # kept free for films, by Ofcom
 
 
-def _is_personal(kind: str, value: str, before: str, after: str) -> bool:
+def is_personal(kind: str, value: str, before: str, after: str) -> bool:
     """Whether it may belong to someone: not made up, not of an office, not a number in a sum."""
     if kind == "email":
         name, _, place = value.lower().partition("@")
@@ -321,7 +320,7 @@ def _is_personal(kind: str, value: str, before: str, after: str) -> bool:
 
 # broken characters
 
-_MASKED = re.compile(r"(?=.{4})[A-Za-z]{1,2}\*{1,3}[A-Za-z]{1,3}")  # f*ck, not f*g
+MASKED = re.compile(r"(?=.{4})[A-Za-z]{1,2}\*{1,3}[A-Za-z]{1,3}")  # f*ck, not f*g
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufffe\uffff\ud800-\udfff]")
 
 
@@ -348,7 +347,7 @@ _TOKEN = re.compile(
 _STRUCK = re.compile(r"</?s>")
 
 
-def _tokens(text: str) -> Iterator[tuple[str, int]]:
+def tokens(text: str) -> Iterator[tuple[str, int]]:
     """(token, where). ``<s>`` with its ``</s>`` inside a text strikes words out and is none."""
     if "<" in text or "[" in text:
         yield from ((found[0], found.start()) for found in _TOKEN.finditer(text))
@@ -393,7 +392,7 @@ class _Fences(NamedTuple):
     open: bool
 
 
-def _fences(text: str) -> _Fences:
+def fences(text: str) -> _Fences:
     spans: list[tuple[int, int, str]] = []
     mark, start, info, marks = "", 0, "", 0
     for found in _FENCE.finditer(text) if "```" in text or "~~~" in text else ():
@@ -410,7 +409,7 @@ def _fences(text: str) -> _Fences:
     return _Fences(spans, bool(mark) and marks % 2 == 1)  # fences inside fences come in pairs: unusual, but whole
 
 
-def _prose(text: str, fences: _Fences) -> str:
+def prose(text: str, fences: _Fences) -> str:
     """``text`` with its code blanked out, letter for letter."""
     if "`" not in text and not fences.spans:
         return text
@@ -458,7 +457,7 @@ _SERVE = (
     r"|advis|participat|translat|book|order|execut|predict)"
 )
 _ACCESS = r"(?:the (?:ability|capability)|access|personal|real.?time|any (?:information|personal)|feelings)"
-_REFUSES = re.compile(
+REFUSES = re.compile(
     rf"\W{{0,3}}(?:{_SORRY}{_I}(?:{_UNABLE}|{_LACK}|won['’]t|will not|(?:must )?decline){_MISS}"
     rf"|{_I}(?:{_UNABLE}|won['’]t|will not|must decline to)(?: and (?:will not|won['’]t))? {_SERVE}|{_I}{_LACK} {_ACCESS})"
     r"[^.!?\n]{0,40}",
@@ -474,7 +473,7 @@ def _languages(view: View) -> tuple[str, ...]:
     found: set[str] = set()
     for text in (view.asked[:HEAD], view.said[-HEAD:]):
         if sum(map(str.isalpha, text)) >= LETTERS:
-            language, sure = _identifier().classify(text)
+            language, sure = identifier().classify(text)
             if sure >= SURE and language not in ("zxx", "und"):
                 found.add(language)
     return tuple(sorted(found))
@@ -484,14 +483,14 @@ def _languages(view: View) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1)
-def _scanner() -> Scanner:
+def scanner() -> Scanner:
     from pygarble.screening import Scanner
 
     return Scanner(exclude_kinds=MACHINES, locales=("us",), profanity_allowlist=ORDINARY, profanity_tiers=("strong",))
 
 
 @lru_cache(maxsize=1)
-def _identifier() -> LanguageIdentifier:
+def identifier() -> LanguageIdentifier:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
