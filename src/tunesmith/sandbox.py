@@ -1,0 +1,306 @@
+"""Run Python that a model wrote, shut in: what did it do, and nothing else on the machine has changed.
+
+`run` starts a fresh interpreter that shuts itself in (`confinement`) before it runs the program. The program sees its own empty
+folder, the interpreter, its standard library and the system's shared libraries; there is no network, no other process, nothing of
+the environment. From outside, its time and all that it writes are counted, and it is ended when that is too much. As there can be
+no second process, nothing outlives it. Linux: Landlock and seccomp; macOS: `sandbox-exec`. Nothing is ever run half shut in:
+before the first program, `require` has a probe try each thing that must fail. What it does not do: it hides no names (a program
+can ask whether a path exists and how large it is), and one that looks for the launcher's variables can pretend to have passed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from tunesmith.errors import SetupError, listing
+
+LAUNCHER = Path(__file__).with_name("confinement.py")
+KEPT_BYTES = 16 << 10  # of output: its end
+POLL_SECONDS = 0.02
+ENTRIES = 1000  # files and folders a program may make
+OWN = f"/usr/lib/{sysconfig.get_config_var('MULTIARCH')}"  # where shared libraries have a folder of their own, as on Debian
+APART = os.path.isdir(OWN)
+SHARED = (OWN, OWN.removeprefix("/usr")) if APART else ("/usr/lib", "/lib")
+SYSTEM = (*SHARED, "/usr/lib64", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
+PACKAGES = ("site-packages", "dist-packages")
+NEEDED = "needs Linux 5.13 or later on x86-64 or aarch64 with Landlock and seccomp (in a container: allow both), or macOS"
+
+Status = Literal["passed", "failed", "timeout", "killed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """passed: ran to its end. failed: an error ended it. timeout, killed: it was ended, for its time or for what it took.
+
+    ``error``: why it did not pass. ``output``: the end of what it printed, errors too. ``seconds``: on the clock, with its start.
+    """
+
+    status: Status
+    error: str | None
+    output: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``file_bytes``: the largest file. ``disk_bytes``: all that is written, output too, whether it is kept or not."""
+
+    seconds: float = 10.0
+    memory_bytes: int = 512 << 20
+    file_bytes: int = 16 << 20
+    disk_bytes: int = 64 << 20
+
+
+def run(program: str, limits: Limits | None = None) -> Outcome:
+    """What became of ``program``, which starts as a module named ``program`` in an empty folder that is then removed.
+
+    May be called from several threads. Raises SetupError where this machine cannot shut it in.
+    """
+    require()
+    return _run(program, limits or Limits())
+
+
+def require() -> None:
+    """Raises SetupError naming what a program could still do on this machine. Tried once a process, in about a second."""
+    if holes := _holes():
+        raise SetupError(f"code cannot be shut in on this machine, so none is run. It could\n{listing(holes)}", hint=NEEDED)
+
+
+def _run(program: str, limits: Limits) -> Outcome:
+    token = secrets.token_hex(16)
+    readable, listable = _readable()
+    request = {
+        "program": program, "token": token, "parent": os.getpid(), "seconds": limits.seconds, "memory_bytes": limits.memory_bytes,
+        "file_bytes": limits.file_bytes, "readable": readable, "listable": listable,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        made = stack.enter_context(tempfile.TemporaryDirectory(prefix="tunesmith-program-", ignore_cleanup_errors=True))
+        folder = os.path.realpath(made)
+        asked = stack.enter_context(tempfile.TemporaryFile())
+        asked.write(json.dumps(request).encode())
+        asked.seek(0)
+        # No -I: it would also drop PYTHONHASHSEED, and the same program must do the same twice.
+        command = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", str(LAUNCHER)]
+        if sys.platform == "darwin":
+            command = ["/usr/bin/sandbox-exec", "-p", _profile(command[0], folder), *command]
+        environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, ended = _watch(process, folder, began + limits.seconds, limits)
+        finally:
+            process.kill()
+            status = process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+        printed, reported, report = output.rpartition(f"\n{token}".encode())
+        text = (printed if reported else report).decode("utf-8", "replace")
+        taken = time.monotonic() - began
+        found: dict[str, str | None] = json.loads(report) if reported else {}
+        if "open" in found:
+            raise SetupError(f"code cannot be shut in on this machine, so none is run: {found['open']}", hint=NEEDED)
+        if ended is not None and ended[0] == "killed":
+            return Outcome(*ended, text, taken)
+        if reported:
+            return Outcome("passed" if found["error"] is None else "failed", found["error"], text, taken)
+        if ended is None and status < 0:
+            kinds: dict[int, Status] = {signal.SIGXCPU: "timeout", signal.SIGKILL: "killed"}
+            ended = kinds.get(-status, "failed"), f"ended by signal {-status}: {signal.strsignal(-status)}"
+        return Outcome(*(ended or ("failed", f"ended before its last line, with exit status {status}")), text, taken)
+
+
+def _watch(
+    process: subprocess.Popen[bytes], folder: str, end: float, limits: Limits
+) -> tuple[bytes, tuple[Status, str] | None]:  # fmt: skip
+    """The end of the output, and why it must be ended now; None where it has ended by itself."""
+    assert process.stdout is not None
+    tail, stream = b"", process.stdout.fileno()
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream, selectors.EVENT_READ)
+        while True:
+            if selector.get_map():
+                if selector.select(POLL_SECONDS):
+                    chunk = os.read(stream, 1 << 16)
+                    tail = (tail + chunk)[-KEPT_BYTES:]
+                    if not chunk:
+                        selector.unregister(stream)
+            else:
+                try:
+                    process.wait(POLL_SECONDS)
+                    excess = _excess(folder, None, limits)
+                    return tail, ("killed", excess) if excess else None
+                except subprocess.TimeoutExpired:
+                    pass  # it has closed its output, and goes on
+            if excess := _excess(folder, process.pid, limits):
+                return tail, ("killed", excess)
+            if time.monotonic() > end:
+                return tail, ("timeout", f"still running after {limits.seconds:g} seconds")
+
+
+def _excess(folder: str, pid: int | None, limits: Limits) -> str | None:
+    """What the program has taken too much of, if anything. ``pid``: None once it has ended."""
+    entries = written = 0
+    for place, folders, files in os.walk(folder):
+        entries += len(folders) + len(files)
+        for name in files:
+            try:
+                written += os.lstat(os.path.join(place, name)).st_blocks * 512
+            except OSError:
+                continue  # removed just now
+        if entries > ENTRIES:
+            return f"made more than {ENTRIES} files"
+    if pid is not None and sys.platform == "linux":
+        try:  # counts what is removed again, too
+            counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text("ascii").splitlines())
+            written = max(written, int(counts["wchar"]))
+        except OSError:
+            pass  # it has just ended; where the kernel does not count, `require` finds out
+    elif pid is not None:
+        try:
+            if psutil.Process(pid).memory_info().rss > limits.memory_bytes:
+                return f"took more than {limits.memory_bytes} bytes of memory"
+        except psutil.Error:
+            pass  # it has just ended
+    return f"wrote more than {limits.disk_bytes} bytes" if written > limits.disk_bytes else None
+
+
+@functools.cache
+def _readable() -> tuple[list[str], list[str]]:
+    """Files and folders that Python needs to be read, and folders that it lists: its standard library without other packages."""
+    library = os.path.dirname(os.path.realpath(os.__file__))
+    modules = {library, os.path.realpath(str(sysconfig.get_config_var("DESTSHARED") or library))}
+    shared = str(sysconfig.get_config_var("LIBDIR") or library)
+    files = [entry.path for place in modules for entry in os.scandir(place) if entry.name not in PACKAGES]
+    if os.path.isdir(shared):
+        files += [entry.path for entry in os.scandir(shared) if ".so" in entry.name and entry.is_file()]
+    return [path for path in (*files, *SYSTEM) if os.path.exists(path)], sorted(modules)
+
+
+def _profile(python: str, folder: str) -> str:
+    """What macOS allows. Of its rules the last that fits decides."""
+    prefix, packages = os.path.realpath(sys.base_prefix), sysconfig.get_path("purelib", vars={"base": sys.base_prefix})
+    rules = [
+        "(version 1)", "(deny default)", '(import "system.sb")',
+        "(deny network*)", "(deny process-fork)",
+        "(allow signal (target self))", "(allow sysctl-read)", "(allow file-read-metadata)",
+        f"(allow process-exec (literal {json.dumps(python)}) (subpath {json.dumps(prefix)}))",
+        f'(allow file-read* (literal "/") (literal {json.dumps(str(LAUNCHER))}) (literal {json.dumps(python)})',
+        f'  (subpath {json.dumps(prefix)}) (subpath "/usr/lib") (subpath "/System") (subpath "/usr/share/zoneinfo"))',
+        f"(deny file-read* (subpath {json.dumps(os.path.realpath(packages))}))",
+        f'(allow file-read* file-write* (subpath {json.dumps(folder)}) (literal "/dev/null"))',
+    ]  # fmt: skip
+    return "\n".join(rules)
+
+
+# What a program must not be able to do, and code that does it. Held where it is refused: a slip in the code is no proof.
+ATTEMPTS = {
+    "read files outside its folder": "open(outside).read()",
+    "read the system's other files": "open(system).read()",
+    "list folders outside its own": "os.listdir(os.path.dirname(outside))",
+    "write to files outside its folder": "open(outside, 'a').close()",
+    "empty files outside its folder": "os.close(os.open(outside, os.O_RDONLY | os.O_TRUNC))",
+    "make files outside its folder": "open(outside + '.new', 'x').close()",
+    "change the mode of files outside its folder": "os.chmod(outside, 0o777)",
+    "read the environment of other processes": "open('/proc/%d/environ' % parent, 'rb').read()",
+    "connect by TCP": "socket.create_connection(('127.0.0.1', tcp), 1).close()",
+    "send by UDP": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', udp))",
+    "connect to other processes by Unix sockets": "socket.socket(socket.AF_UNIX).connect(unix)",
+    "start processes": "os.fork() or os._exit(0)",
+    "run other programs": "subprocess.run([sys.executable, '-c', ''])",
+    "signal other processes": "os.kill(parent, 0)",
+    "use files that were open elsewhere": "inherited()",
+    "raise its own limits": "resource.setrlimit(resource.RLIMIT_CORE, (1, 1))",
+    "remove files outside its folder": "os.remove(outside)",
+}
+PROBE = """
+import json, os, resource, socket, subprocess, sys
+
+def inherited():
+    for number in range(3, 256):
+        try:
+            os.fstat(number)
+        except OSError:
+            continue
+        return
+    raise OSError("no other file is open")
+
+held = []
+for name, code in attempts.items():
+    try:
+        exec(code)
+    except (OSError, ValueError):  # the latter where a limit cannot be raised
+        held.append(name)
+    except BaseException as error:
+        print(name, repr(error), file=sys.stderr)
+print(json.dumps(held))
+"""
+GREEDY = {  # what it must not do: a program that would pass if it could, its limits, how it must end
+    "take more memory than it may": ("x = b'x' * (200 << 20)", Limits(memory_bytes=128 << 20), ("failed", "killed")),
+    "write larger files than it may": ("open('x', 'wb').write(bytes(2 << 20))", Limits(file_bytes=1 << 20), ("failed",)),
+    "write more than it may": (
+        "import os, time\nfor _ in range(40):\n    x = open('x', 'wb'); os.remove('x'); x.write(bytes(1 << 20))\ntime.sleep(1)",
+        Limits(disk_bytes=8 << 20), ("killed",),
+    ),
+    "outlive its time": (
+        "import signal\nfor one in {*range(1, 32)} - {signal.SIGKILL, signal.SIGSTOP}:\n    signal.signal(one, signal.SIG_IGN)\n"
+        "while True: pass",
+        Limits(seconds=0.5), ("timeout",),
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def _holes() -> tuple[str, ...]:
+    """What a program could still do here: each thing is tried. Raises SetupError where it cannot even be tried."""
+    if sys.platform not in ("linux", "darwin"):
+        raise SetupError(f"code that a model wrote is run on Linux and macOS only, not on {sys.platform}")
+    start = _run("import math", Limits())
+    if start.status != "passed":
+        what = f"no program can be run shut in on this machine: {start.error}\n{start.output.strip()[-1000:]}"
+        raise SetupError(what.strip(), hint=NEEDED)
+    with targets() as known:
+        tried = _run("".join(f"{name} = {value!r}\n" for name, value in known.items()) + PROBE, Limits())
+    held = json.loads(tried.output.strip().splitlines()[-1]) if tried.status == "passed" else []
+    holes = [name for name in ATTEMPTS if name not in held]
+    return (*holes, *(name for name, (program, limits, ends) in GREEDY.items() if _run(program, limits).status not in ends))
+
+
+@contextmanager
+def targets() -> Iterator[dict[str, Any]]:
+    """Things of this process that a program must not reach: the names that `ATTEMPTS` use."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tunesmith-")))
+        (folder / "outside").write_text("not to be read", "utf-8")
+        tcp = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        udp.bind(("127.0.0.1", 0))
+        unix = stack.enter_context(socket.socket(socket.AF_UNIX))
+        unix.bind(str(folder / "unix"))
+        unix.listen()
+        outside, system = folder / "outside", Path("/usr/lib/os-release")
+        yield {
+            "attempts": ATTEMPTS, "unix": str(folder / "unix"), "parent": os.getpid(), "outside": str(outside),
+            "system": str(system if APART and system.is_file() else outside), "tcp": tcp.getsockname()[1],
+            "udp": udp.getsockname()[1],
+        }  # fmt: skip
