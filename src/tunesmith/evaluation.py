@@ -1,37 +1,74 @@
-"""Measure the base and the tuned model on the same rows, and say how sure the difference is.
+"""Ask the base and the tuned model the same things, and say how sure the difference is.
 
 Reads a run directory only (or, on request, other rows). The base is the run's own model before its adapter is attached,
-so both sides share weights, tokenizer, prompts and order of rows.
+so both sides share weights, tokenizer, prompts and order. What a model scored is kept under a hash of all that decides it, so
+nothing is measured twice, and an evaluation that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
-from tunesmith import adapters, events, formats, model, scoring, template
-from tunesmith.batches import Cut, Group
+from tunesmith import adapters, backend, events, formats, model, ranks, template
 from tunesmith.errors import EvaluationError
 from tunesmith.events import Notice, Sink
-from tunesmith.formats import JSON
-from tunesmith.objectives.dpo import DPO
-from tunesmith.objectives.kto import KTO
+from tunesmith.formats import JSON, Example
+from tunesmith.model import Loaded
 from tunesmith.objectives.sft import SFT
-from tunesmith.run import EVALS, VALID, Run, RunConfig
-from tunesmith.tasks import ExampleScore, Score, preference, summarise
-from tunesmith.tasks.perplexity import Perplexity
-from tunesmith.tasks.tool_calls import Reference, ToolCalls, references
+from tunesmith.run import EVALS, VALID, Run
+from tunesmith.sources import sha256
+from tunesmith.tasks import (
+    Builder,
+    EvaluationSpec,
+    ExampleScore,
+    Material,
+    Score,
+    Subject,
+    Task,
+    adherence,
+    benchmarks,
+    digest,
+    drift,
+    efficiency,
+    perplexity,
+    preference,
+    tool_calls,
+)
+from tunesmith.tasks.statistics import change, judge
+from tunesmith.template import Renderer
 from tunesmith.writing import write_json, write_text
 
-TASKS = ("perplexity", "tool_calls", "preference")
+TASKS: dict[str, Builder] = {
+    "perplexity": perplexity.build,
+    "adherence": adherence.build,
+    "tool_calls": tool_calls.build,
+    "preference": preference.build,
+    "drift": drift.build,
+    "efficiency": efficiency.build,
+    "benchmarks": benchmarks.build,
+}
+SUITE = ("perplexity", "adherence", "tool_calls", "preference", "drift", "efficiency")
+"""What is measured where nothing is named; benchmarks need a package and are named."""
+ONLY_FOR = {
+    "drift": ("knowledge", "text", "chats", "safety"),
+    "benchmarks": ("benchmarks", "benchmark_data", "shots", "allow_code"),
+}
+OF_ROWS = frozenset({"perplexity", "adherence", "tool_calls", "preference"})
+DECIDING = ("tunesmith", "mlx", "mlx-lm", "sacrebleu", "rapidfuzz", "py3langid", "pygarble", "jsonschema")
+"""Packages by whose version a score can change."""
+SCORE, EXAMPLES = "score.json", "examples.jsonl"
 IMITATED = SFT()
-"""Whatever the objective was, these tasks ask how well the model says what is to be said: demonstrations, desirable, chosen."""
+"""Whatever the objective was, tasks ask how well the model says what is to be said: demonstrations, desirable, chosen."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +84,8 @@ class Answered:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """``answers``: of the first task that has some."""
+
     run: Run
     checkpoint: Path
     scores: list[Score]
@@ -56,13 +95,8 @@ class Evaluation:
         return {
             "run": str(self.run.path),
             "checkpoint": self.checkpoint.name,
-            "scores": [
-                {**asdict(score), "base": None if score.delta is None else score.value - score.delta} for score in self.scores
-            ],
+            "scores": [{**asdict(score), "base": score.base} for score in self.scores],
         }
-
-
-Measured = dict[str, list[Any]]
 
 
 def evaluate(
@@ -70,138 +104,198 @@ def evaluate(
     *,
     data: Sequence[str] = (),
     checkpoint: str = "best",
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = SUITE,
     base: bool = True,
-    limit: int | None = None,
-    max_tokens: int = 256,
+    fresh: bool = False,
+    spec: EvaluationSpec | None = None,
     notify: Sink = events.silent,
-) -> Evaluation:
+) -> Evaluation | None:
     """Scores of ``tasks`` for the checkpoint, paired with the base's; written to ``evals/<task>@<version>/``.
 
-    data: files to measure on instead of the run's held-out rows. limit: only the first so many rows (said in a notice).
-    base: also measure the model without its adapter. Raises EvaluationError where no row can be used.
+    data: files to measure on instead of the run's held-out rows. base: also measure the model without its adapter. fresh: measure
+    again what is known. None on ranks but the first, which share the questions and write nothing. Raises EvaluationError where
+    nothing can be measured, or what was named cannot.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise EvaluationError(f"no task is called {unknown[0]!r}", hint=f"tasks: {', '.join(TASKS)}")
-    config = run.config
+    spec = spec or EvaluationSpec()
+    if "benchmarks" in tasks and not spec.benchmarks:
+        raise EvaluationError("no benchmark is named", where="benchmarks", hint="--benchmark mmlu, hellaswag, …")
+    for task, options in ONLY_FOR.items():
+        if task not in tasks and (given := [name for name in options if getattr(spec, name)]):
+            raise EvaluationError(f"is for {task}, which is not among the tasks", where=given[0], hint=f"--task {task} as well")
+    among = ranks.join(notify)
+    notify = notify if among.writes else events.silent
+    if data and not OF_ROWS & {*tasks}:
+        raise EvaluationError(
+            f"no task of {', '.join(tasks)} asks rows", where="data", hint=f"--task {', '.join(sorted(OF_ROWS))}"
+        )
     folder = run.choose(checkpoint, notify)
-    everything, examples = _examples(run, data, limit, notify)
+    config = run.config
+    everything, imitated = _examples(run, data, tasks, spec.limit, notify)
     loaded = model.load(config.model, notify)
     renderer = template.renderer(config.model.tokenizer or loaded.path, config.template.renderer)
     run.require_base(loaded.fingerprint, renderer.fingerprint)
-    rendered = template.render(examples, renderer, config.template, config.batch.length)
+    rendered = template.render(imitated, renderer, config.template, config.batch.length)
     for row in rendered.dropped:
-        notify(Notice(f"not measured: {row.message}", level="warning", where=row.source))
-    groups = IMITATED.groups(rendered.rows)
-    cut, _ = Cut.around(config.batch, groups)
-    asked = [reference for example in examples if (reference := references(example)) is not None]
-    if "tool_calls" in tasks and len(asked) < len(examples):
-        left_out = len(examples) - len(asked)
-        notify(Notice("tool_calls: rows without a usable reference answer are not asked", level="warning", count=left_out))
-    if "tool_calls" in tasks and not any(reference.calls for reference in asked):
-        notify(Notice("tool_calls: no row asks for a call, so it is not measured"))
-        tasks = [task for task in tasks if task != "tool_calls"]
-    judged: list[Group] = []
-    if "preference" in tasks and base:
-        judged = _judged(everything, renderer, config, notify)
-    if tuple(tasks) == ("preference",) and not judged:
-        if not base:
-            raise EvaluationError("answers are compared with the base, and it was left out", hint="without --no-base, then")
-        raise EvaluationError(
-            "no good and bad answers to compare", hint="give --data with rows labelled true and false, or pairs"
-        )
-    if "preference" in tasks and not judged:
-        asked_for = tuple(tasks) != TASKS or config.objective.watched
-        if asked_for or any(isinstance(one, formats.Preference | formats.Judged) for one in everything):
-            notify(Notice("preference: it needs the base, and good and bad answers: not measured"))
-        tasks = [task for task in tasks if task != "preference"]
-    if not tasks or not (groups or judged):
-        raise EvaluationError("there is no row to measure", hint="give --data, or hold rows out with data.valid")
-
-    def measure(side: str) -> Measured:
-        found: Measured = {}
-        if "preference" in tasks:
-            tick = events.ticker(notify, f"{side}: answers compared")
-            found["preference"] = scoring.sequence_sums(loaded.net, judged, Cut.around(config.batch, judged)[0], tick)
-        if "perplexity" in tasks:
-            tick = events.ticker(notify, f"{side}: loss")
-            sums = scoring.row_losses(loaded.net, groups, cut, tick)
-            found["perplexity"] = [(group.source, *sums_of_row) for group, sums_of_row in zip(groups, sums, strict=True)]
-        if "tool_calls" in tasks:
-            found["tool_calls"] = _answer(loaded.net, renderer, asked, max_tokens, events.ticker(notify, f"{side}: answers"))
-        return found
-
-    before = measure("base") if base else None
+        notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))
+    material = Material(
+        everything, imitated, rendered.rows, renderer, config.template, config.batch, spec, config.loop.seed, notify, loaded.net
+    )
+    built = list(_built(material, [task for task in tasks if everything or task not in OF_ROWS], base))
+    if not built:
+        raise EvaluationError(f"nothing could be measured of {', '.join(tasks)}", hint="what was said before this tells why")
+    weights = _weights(loaded)
+    among.require_agreement([(task.name, task.version, task.identity) for task in built], weights, folder.name)
+    measure = _Measure(loaded, weights, renderer, folder, spec, material, fresh, among)
+    before = [measure(task, "base") for task in built] if base else [None] * len(built)
     adapters.load(loaded.net, folder)
-    after = measure("tuned")
-    scores: list[Score] = []
-    for task in (Perplexity(), ToolCalls()):
-        if task.name in tasks:
-            tuned = task.score(after[task.name])
-            old = None if before is None else task.score(before[task.name])
-            found = summarise(task, old, tuned, config.loop.seed)
-            scores += found
-            # Only all held-out rows, measured on both sides, are the run's evidence; the rest stands beside it.
-            parts = [Path(path).stem for path in data] + ([f"first{limit}"] if limit else []) + ([] if base else ["tuned"])
-            name = "+".join([f"{task.name}@{task.version}", *parts])
-            measured = {"checkpoint": folder.name, "data": list(data) or VALID, "rows": len(examples), "max_tokens": max_tokens}
-            _write(run, name, measured, found, old, tuned)
-    if before is not None and judged:
-        items = _compared(judged, before["preference"], after["preference"])
-        found = preference.scores(items, config.loop.seed)
-        scores += found
-        parts = [Path(path).stem for path in data] + ([f"first{limit}"] if limit else [])
-        measured = {"checkpoint": folder.name, "data": list(data) or VALID, "rows": len(judged)}
-        name = "+".join([f"{preference.NAME}@{preference.VERSION}", *parts])
-        _write(run, name, measured, found, None, preference.examples(items))
-    return Evaluation(run, folder, scores, _pairs(before, after))
+    answers: list[Answered] = []
+    # The run's evidence: its best checkpoint on all held-out rows and the package's suites, beside the base. The rest is apart.
+    other = [] if folder == run.choose("best") else [f"step{folder.name}"]
+    family = [*_named(data), *other, *([f"first{spec.limit}"] if spec.limit else []), *([] if base else ["tuned"])]
+    written: list[str] = []
+    for task, old in zip(built, before, strict=True):
+        new = measure(task, "tuned")
+        if not among.writes:
+            continue
+        scored = task.summarise(old and old.scores, new.scores, config.loop.seed)
+        about = {"task": task.name, "version": task.version, "checkpoint": folder.name, "family": family, "at": time.time()}
+        about |= {"identity": task.identity, "settings": spec.model_dump(mode="json"), "base": weights}
+        about |= {"data": (list(data) or VALID) if task.name in OF_ROWS else None}
+        about |= {"n": len(new.scores), "seconds": {"base": old and old.seconds, "tuned": new.seconds}}
+        written.append("+".join([f"{task.name}@{task.version}", *_named(_files(task, spec)), *_shots(task, spec), *family]))
+        _write(run.path / EVALS / written[-1], about, task, scored, old, new)
+        answers = answers or _answers(old, new)
+    if not among.writes:
+        return None
+    judged = _judged(run.path / EVALS, folder.name, family)
+    return Evaluation(run, folder, [score for name in written for score in judged[name]], answers)
 
 
-def _judged(examples: Sequence[formats.Example], renderer: template.Renderer, config: RunConfig, notify: Sink) -> list[Group]:
-    """The pairs, or the labelled rows where these are more; none where good or bad is missing. What is not taken is said."""
-    long = "drop" if config.template.too_long == "refuse" else config.template.too_long
-    spec = config.template.model_copy(update={"prompt_weight": 0.0, "too_long": long})
-    found: list[tuple[list[Group], list[formats.Dropped]]] = [([], [])]
-    for objective in (DPO(), KTO(unlabelled="leave_out")):
-        rendered = template.render(objective.select(examples).examples, renderer, spec, config.batch.length)
-        groups = objective.groups(rendered.rows)
-        both = {flag for group in groups for flag in objective.imitated(group)} == {True, False}
-        found.append((groups if both else [], rendered.dropped))
-    groups, dropped = max(found, key=lambda one: len(one[0]))
-    for row in dropped:
-        notify(Notice(f"preference: not measured: {row.message}", level="warning", where=row.source))
-    if passed := sum(len(others) for others, _ in found) - len(groups):
-        what = "labelled rows" if groups[0].label is not None else "pairs"
-        notify(Notice(f"preference: only {what} are compared, the others are not", level="warning", count=passed))
-    return groups
+def _weights(loaded: Loaded) -> str:
+    """What the base is made of, as it is held: files, merged adapter, quantisation, precision."""
+    flat: Any = tree_flatten(loaded.net.parameters())
+    return digest(loaded.fingerprint, loaded.config.get("quantization"), sorted({str(value.dtype) for _, value in flat}))
 
 
-def _compared(groups: Sequence[Group], base: Sequence[Any], tuned: Sequence[Any]) -> list[preference.Compared]:
-    items: list[preference.Compared] = []
-    for index, (group, before, after) in enumerate(zip(groups, base, tuned, strict=True)):
-        paired = len(group.sequences) == 2
-        for at, ((old, tokens), (new, _)) in enumerate(zip(before, after, strict=True)):
-            good = at == 0 if paired else group.label is True
-            items.append(preference.Compared(group.source, good, old, new, tokens, index if paired else None))
-    return items
+def _files(task: Task, spec: EvaluationSpec) -> Sequence[str]:
+    """Those that take the place of the task's own suite."""
+    of = {"drift.knowledge": spec.knowledge, "drift.text": spec.text, "drift.chat": spec.chats, "drift.safety": spec.safety}
+    return of.get(task.name, ())
+
+
+def _shots(task: Task, spec: EvaluationSpec) -> list[str]:
+    return [f"{spec.shots}shots"] if spec.shots and task.name.startswith("benchmark.") else []
+
+
+def _named(paths: Sequence[str]) -> list[str]:
+    """One part of a folder's name for these files, which files of the same name elsewhere do not share."""
+    if not paths:
+        return []
+    return ["+".join(Path(path).stem for path in paths)[:40] + "-" + digest([str(Path(path).resolve()) for path in paths])[:6]]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """``seconds``: what measuring took, also where it was done earlier (``kept``)."""
+
+    scores: list[ExampleScore]
+    seconds: float
+    kept: bool
+
+
+@dataclass
+class _Measure:
+    """One side of one task, from what is kept or by asking the model."""
+
+    loaded: Loaded
+    weights: str
+    renderer: Renderer
+    adapter: Path
+    spec: EvaluationSpec
+    material: Material
+    fresh: bool
+    ranks: ranks.Ranks
+    _subject: Subject | None = None
+
+    def __call__(self, task: Task, side: str) -> _Known:
+        notify = self.material.notify
+        if self._subject is None or self._subject.side != side:
+            self.loaded.net.eval()  # an adapter comes with its dropout on
+            at_once = self.spec.batch_size or (
+                32 if backend.setup().kind == "cpu" else 16
+            )  # a GPU shares memory with the weights
+            self._subject = Subject(
+                self.loaded.net, self.renderer, "base" if side == "base" else "tuned", self.material.batch, at_once, notify,
+                self.ranks,
+            )  # fmt: skip
+        adapter = [] if side == "base" else [sha256(self.adapter / name) for name in (adapters.WEIGHTS, adapters.CONFIG)]
+        key = digest(
+            task.name, task.version, task.identity, self.weights, adapter, self.renderer.fingerprint, self.material.batch.length,
+            backend.setup().kind, {package: version(package) for package in DECIDING},
+        )  # fmt: skip
+        place = backend.cache_folder() / "evaluations" / f"{key}.json"
+        known = _read(place) if task.cached and not self.fresh and self.ranks.writes else None
+        if self.ranks.total_float(np.array([float(known is not None)]))[0]:  # what the first rank knows, none need measure
+            notify(Notice(f"{side}: {task.name} is known from before: {len(known.scores) if known else 0:,} examples"))
+            return known or _Known([], 0.0, True)
+        start = time.perf_counter()
+        scores = task.score(task.measure(self._subject))
+        known = _Known(scores, time.perf_counter() - start, False)
+        if task.cached and self.ranks.writes:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_json(place, {"seconds": known.seconds, "scores": [asdict(score) for score in scores]})
+        return known
+
+
+def _read(place: Path) -> _Known | None:
+    """What is kept there; None where nothing is, or nothing that can be read."""
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+        return _Known([ExampleScore(**score) for score in found["scores"]], found["seconds"], True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _built(material: Material, tasks: Sequence[str], base: bool) -> Iterator[Task]:
+    for name in dict.fromkeys(tasks):
+        for task in TASKS[name](material):
+            if task.needs_base and not base:
+                material.notify(Notice(f"{task.name}: it needs the base, which was left out: not measured"))
+            else:
+                yield task
 
 
 def _examples(
-    run: Run, data: Sequence[str], limit: int | None, notify: Sink
-) -> tuple[list[formats.Example], list[formats.Example]]:  # fmt: skip
-    """All rows, and those that say what is to be said."""
+    run: Run, data: Sequence[str], tasks: Sequence[str], limit: int | None, notify: Sink
+) -> tuple[list[Example], list[Example]]:  # fmt: skip
+    """All rows, and those that say what is to be said; none where no task asks for rows, or the run held none out."""
     config = run.config
+    asking = [task for task in dict.fromkeys(tasks) if task in OF_ROWS]
+    if not asking and not data:
+        return [], []
     paths = list(data) or [str(run.path / VALID)]
     # The run's own held-out rows are written in one layout, whatever the files of the user look like.
-    read = formats.read(paths, config.data if data else config.data.model_copy(update={"format": "auto"}))
-    if not read.rows:
-        raise EvaluationError("has no held-out rows", where=paths[0], hint="give --data FILE")
+    held_out = Path(paths[0])
+    if data or (held_out.is_file() and held_out.stat().st_size):
+        read = formats.read(paths, config.data if data else config.data.model_copy(update={"format": "auto"}))
+    else:
+        read = None
+    if read is None or not read.rows:
+        if data or len(asking) == len(set(tasks)):
+            raise EvaluationError("has no held-out rows", where=paths[0], hint="give --data FILE")
+        notify(Notice(f"no rows are held out: not measured: {', '.join(asking)}", level="warning", hint="give --data FILE"))
+        return [], []
     formats.require(read, config.data.max_dropped)
     if read.dropped:
         notify(Notice("rows that could not be read", level="warning", count=len(read.dropped)))
     imitate = config.objective if isinstance(config.objective, SFT) else IMITATED
     everything = read.examples[:limit]
+    if len({Path(path).name for path in read.files}) == len(read.files):  # what is asked is the same wherever its file lies
+        above = "" if data else "data/"
+        everything = [replace(one, source=above + Path(one.source).name) for one in everything]
     if len(everything) < len(read.examples):
         notify(Notice(f"only the first {limit} of {len(read.examples)} rows are measured", level="warning"))
     examples, left_out, _ = imitate.select(everything)
@@ -210,41 +304,52 @@ def _examples(
     return everything, examples
 
 
-def _answer(
-    net: nn.Module, renderer: template.Renderer, asked: Sequence[Reference], max_tokens: int, tick: Callable[[int, int], None]
-) -> list[tuple[Reference, str]]:
-    """Greedy answers, in order."""
-    prompts = [renderer.text_prompt(one.prompt) if isinstance(one.prompt, str) else renderer.prompt(one.prompt) for one in asked]
-    net.eval()
-    answers = model.generate(net, prompts, max_tokens=max_tokens, eos_ids=renderer.eos_ids, on_done=tick)
-    return [(one, renderer.answer(answer.ids)) for one, answer in zip(asked, answers, strict=True)]
-
-
-def _pairs(before: Measured | None, after: Measured) -> list[Answered]:
-    pairs: list[Answered] = []
-    for index, (one, tuned) in enumerate(after.get("tool_calls", [])):
-        prompt = one.prompt if isinstance(one.prompt, str) else one.prompt.messages[-1].content
-        wanted = "\n".join(f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}" for call in one.calls)
-        pairs.append(Answered(prompt, wanted, None if before is None else before["tool_calls"][index][1], tuned, one.source))
-    return pairs
+def _answers(before: _Known | None, after: _Known) -> list[Answered]:
+    pairs = zip(before.scores if before else [None] * len(after.scores), after.scores, strict=True)
+    return [
+        Answered(tuned.prompt, tuned.reference, None if base is None else base.answer, tuned.answer, tuned.source)
+        for base, tuned in pairs
+        if tuned.prompt is not None and tuned.reference is not None and tuned.answer is not None
+    ]
 
 
 def _write(
-    run: Run,
-    name: str,
-    measured: Mapping[str, object],
-    scores: list[Score],
-    base: list[ExampleScore] | None,
-    tuned: list[ExampleScore],
-) -> None:
-    folder = run.path / EVALS / name
+    folder: Path, about: Mapping[str, object], task: Task, scores: list[Score], before: _Known | None, after: _Known
+) -> None:  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
+    leading = [one for one in task.statistics if one.headline]
     lines: list[str] = []
-    for index, score in enumerate(tuned):
-        line: dict[str, JSON] = {"source": score.source, "units": score.units, "tuned": score.value}
-        line |= {"tuned_detail": score.detail}
-        if base is not None:
-            line |= {"base": base[index].value, "base_detail": base[index].detail}
+    for index, score in enumerate(after.scores):
+        line: dict[str, JSON] = {"source": score.source, "units": score.units, "prompt": score.prompt}
+        line |= {"reference": score.reference, "tuned": score.value, "tuned_detail": score.detail, "tuned_answer": score.answer}
+        if before is not None:
+            old = before.scores[index]
+            line |= {"base": old.value, "base_detail": old.detail, "base_answer": old.answer}
+            of = next((one for one in leading if one.of(score) is not None), None)
+            line["change"] = of and change(of, of.of(old), of.of(score))
         lines.append(json.dumps(line, ensure_ascii=False))
-    write_text(folder / "examples.jsonl", "\n".join(lines) + "\n")
-    write_json(folder / "score.json", {**measured, "scores": [asdict(score) for score in scores]})
+    kept = {"base": before is not None and before.kept, "tuned": after.kept}
+    write_text(folder / EXAMPLES, "\n".join(lines) + "\n")
+    write_json(folder / SCORE, {**about, "kept": kept, "scores": [asdict(score) for score in scores]})
+
+
+def _judged(evals: Path, checkpoint: str, family: list[str]) -> dict[str, list[Score]]:
+    """By folder: the evaluations of ``checkpoint`` asked in one way, judged together as one family of tests, and written so.
+
+    Of several versions of a task the one that was measured last counts.
+    """
+    newest: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in evals.glob(f"*/{SCORE}"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if (found.get("family"), found["checkpoint"]) == (family, checkpoint):  # older ones have no family
+            name = path.parent.name.replace(f"@{found['version']}", "", 1)
+            newest[name] = max(newest.get(name, (path, found)), (path, found), key=lambda one: one[1]["at"])
+    files = [newest[name] for name in sorted(newest)]
+    every = [Score(**score) for _, found in files for score in found["scores"]]
+    judged = iter(judge([replace(one, verdict=None, p_corrected=None) for one in every]))
+    folders: dict[str, list[Score]] = {}
+    for path, found in files:
+        scores = folders[path.parent.name] = [next(judged) for _ in found["scores"]]
+        if (now := json.loads(json.dumps([asdict(one) for one in scores]))) != found["scores"]:
+            write_json(path, {**found, "scores": now})
+    return folders

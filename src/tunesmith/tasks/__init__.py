@@ -1,136 +1,126 @@
-"""What a task is, and how its per-example scores become a number with an interval.
+"""What a task is: what it asks of a model, and how each answer becomes a score.
 
-A task never touches a model, only what was measured of one, so base and tuned are scored by the same code. Intervals:
-percentile bootstrap (Efron and Tibshirani 1993, chapter 13) over *sources*. Turns of one conversation share a source and are
-drawn together, since they are not independent.
+A task holds its items. ``measure`` asks one model, ``score`` turns what came back into one ExampleScore an item, so base and
+tuned are asked the same things and scored by the same code. One task is one file; ``evaluation.TASKS`` is the registry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-import numpy as np
+import mlx.nn as nn
+from pydantic import Field
 
-from tunesmith.errors import EvaluationError, listing
-from tunesmith.formats import JSON
+from tunesmith.batches import BatchSpec
+from tunesmith.config import Spec
+from tunesmith.events import Sink, silent
+from tunesmith.formats import JSON, Example
+from tunesmith.tasks.statistics import ALIKE, ALIKE_SHARE, ONE, RESAMPLES, TAIL, Score, Statistic, Target, summarise
+from tunesmith.tasks.subject import Prompt, Said, Subject
+from tunesmith.template import Renderer, Row, TemplateSpec
 
-TAIL = 0.025  # left out on each side of a 95 % interval
-RESAMPLES = 2000
-
-ALIKE = "all examples score alike: the interval is a point"
-ALIKE_SHARE = "all examples score alike: exact binomial interval"
-ONE = "one example: no interval"
+__all__ = [
+    "ALIKE", "ALIKE_SHARE", "ONE", "RESAMPLES", "TAIL", "EvaluationSpec", "ExampleScore", "Material", "Prompt", "Said", "Score",
+    "Statistic", "Subject", "Target", "Task", "digest", "summarise",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleScore:
-    """One example's score. ``value``: mean over its units; ``units``: its weight (learned tokens, or 1)."""
+    """One example's score. ``value``: mean over its units; ``units``: its weight (learned tokens, or 1).
+
+    ``source``: names the example, and is one for examples that are not independent, as turns of a conversation. ``prompt``,
+    ``reference`` and ``answer`` are there to be read side by side.
+    """
 
     source: str
     value: float
     units: float = 1.0
     detail: dict[str, JSON] = field(default_factory=dict)
+    prompt: str | None = None
+    reference: str | None = None
+    answer: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One statistic of the tuned model. ``low``, ``high``: its 95 % interval, None where one example allows none. ``n``: sources.
+class EvaluationSpec(Spec):
+    """What is asked of base and tuned."""
 
-    ``delta``: tuned − base on the same examples, None without a base; its interval is paired. ``note``: says so where an interval
-    is not a bootstrap interval.
+    limit: int | None = Field(default=None, ge=1, description="only the first rows of the data, and items of each suite")
+    max_tokens: int = Field(default=256, ge=1, description="longest answer to a row of the data")
+    batch_size: int | None = Field(default=None, ge=1, description="answers generated at once; null: 32 on a CPU, else 16")
+    knowledge: tuple[str, ...] = Field(default=(), description="files of multiple-choice items; none: the suite in the package")
+    text: tuple[str, ...] = Field(default=(), description="files of general text; none: the suite in the package")
+    chats: tuple[str, ...] = Field(default=(), description="files of plain prompts; none: the suite in the package")
+    safety: tuple[str, ...] = Field(
+        default=(), description="files of harmful and harmless prompts; none: the suite in the package"
+    )
+    benchmarks: tuple[str, ...] = Field(default=(), description="tasks of lm-evaluation-harness, as mmlu or hellaswag")
+    benchmark_data: str | None = Field(default=None, description="folder with the benchmarks' files; null: the hub")
+    shots: int = Field(default=0, ge=0, description="solved examples before each question of a benchmark")
+    allow_code: bool = Field(default=False, description="run code that the model writes, shut in a separate process")
+    embed: bool = Field(default=True, description="compare answers with references by the base's token embeddings, too")
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that tasks make their items of. ``everything``: rows as read; ``imitated``: those that say what is to be said.
+
+    ``rows``: the imitated ones as tokens, as training would have them. ``net``: the base, while tasks are built.
     """
 
-    task: str
-    version: str
-    name: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-    delta: float | None = None
-    delta_low: float | None = None
-    delta_high: float | None = None
-    note: str | None = None
+    everything: Sequence[Example]
+    imitated: Sequence[Example]
+    rows: Sequence[Row]
+    renderer: Renderer
+    template: TemplateSpec
+    batch: BatchSpec
+    spec: EvaluationSpec = field(default_factory=EvaluationSpec)
+    seed: int = 0
+    notify: Sink = silent
+    net: nn.Module | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Statistic:
-    """``finish`` (elementwise) of Σ of·units / Σ units over the examples where ``of`` is a number. ``share``: all are 0 or 1."""
-
-    name: str
-    of: Callable[[ExampleScore], float | None]
-    finish: Callable[[np.ndarray], np.ndarray] = np.asarray
-    share: bool = False
-
-
-Measured = TypeVar("Measured", contravariant=True)
+Measured = TypeVar("Measured")
 
 
 class Task(Protocol[Measured]):
-    """``score``: one ExampleScore a measurement, order kept. ``version`` changes whenever a score could change."""
+    """``version`` changes whenever a score could change for the same answers. ``identity``: hash of items and settings.
+
+    ``parts``: keys of `ExampleScore.detail` by whose values headline statistics are also shown apart. ``cached``: a base's scores
+    may be kept for the next evaluation. ``needs_base``: it measures a difference only, so without a base it is left out.
+    """
 
     name: str
     version: str
     statistics: tuple[Statistic, ...]
+    parts: tuple[str, ...]
+    cached: bool
+    needs_base: bool
 
-    def score(self, items: Sequence[Measured]) -> list[ExampleScore]: ...
+    @property
+    def identity(self) -> str: ...
 
+    def measure(self, subject: Subject) -> list[Measured]:
+        """One measurement an item, in order."""
+        ...
 
-def summarise(task: Task, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int) -> list[Score]:
-    """One Score for each statistic of ``task`` that any example has, in order.
+    def score(self, items: Sequence[Measured]) -> list[ExampleScore]:
+        """One score a measurement, order kept."""
+        ...
 
-    Raises EvaluationError where there is none, or where base and tuned are not the same examples with the same weights, in order.
-    """
-    if not tuned:
-        raise EvaluationError(f"{task.name}: no example was scored", hint="give data with at least one usable row")
-    sides = [tuned] if base is None else [tuned, base]
-    pairs = zip_longest(*([(score.source, score.units) for score in side] for side in sides))
-    odd = [f"tuned {pair[0]}, base {pair[-1]}" for pair in pairs if pair[0] != pair[-1]]
-    if odd:
-        what = f"{task.name}: base and tuned were not scored on the same examples (source, units)\n{listing(odd)}"
-        raise EvaluationError(what, hint="score both on one list of rows, in one order")
-    found = [(statistic, np.array([_sums(statistic, side) for side in sides])) for statistic in task.statistics]
-    return [_score(task, statistic, sums, seed) for statistic, sums in found if sums.size]
-
-
-def _sums(statistic: Statistic, scores: Sequence[ExampleScore]) -> list[np.ndarray]:
-    """Σ value·units and Σ units of each source, in order of first appearance."""
-    sums: dict[str, np.ndarray] = {}
-    for score in scores:
-        value = statistic.of(score)
-        if value is not None:
-            sums[score.source] = sums.get(score.source, 0.0) + np.array([value * score.units, score.units])
-    return list(sums.values())
+    def summarise(self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int) -> list[Score]:
+        """The scores of all examples together; a task whose numbers are no ratios of sums has its own."""
+        return summarise(self, base, tuned, seed)
 
 
-def _score(task: Task, statistic: Statistic, sums: np.ndarray, seed: int) -> Score:
-    """``sums``: (1 or 2, n, 2), the tuned model's and, where there is one, the base's."""
-    n = sums.shape[1]
-    chance = np.random.default_rng(seed)
-    draws = [sums.sum(axis=1), *(sums[:, chance.integers(n, size=n)].sum(axis=1) for _ in range(RESAMPLES))]
-    totals, units = np.array(draws).T  # the data as they are, then the resamples; (1 or 2, 1 + RESAMPLES) each
-    values = statistic.finish(totals / units)
-    alike = np.ptp(sums[..., 0] / sums[..., 1], axis=1) == 0
+Builder = Callable[[Material], Sequence[Task]]
+"""The tasks of one name for some material; none, with a notice, where it has nothing to ask."""
 
-    def interval(found: np.ndarray, alike: bool) -> tuple[float | None, float | None, str | None]:
-        if n == 1:
-            return None, None, ONE
-        low, high = found[[0, 0]] if alike else np.quantile(found[1:], [TAIL, 1 - TAIL])
-        return float(low), float(high), ALIKE if alike else None
 
-    value = float(values[0, 0])
-    low, high, note = interval(values[0], alike[0])
-    if statistic.share and alike[0] and value in (0.0, 1.0):
-        # Clopper and Pearson's interval of 0 or n of n: a bootstrap only sees ties.
-        edge = TAIL ** (1 / n)
-        low, high, note = (edge, 1.0, ALIKE_SHARE) if value else (0.0, 1 - edge, ALIKE_SHARE)
-    score = Score(task.name, task.version, statistic.name, value, low, high, n, note=note)
-    if len(values) == 1:
-        return score
-    gain = values[0] - values[1]
-    low, high, other = interval(gain, all(alike))
-    note = "; ".join(filter(None, [note, other and f"difference: {other}"])) or None
-    return replace(score, delta=float(gain[0]), delta_low=low, delta_high=high, note=note)
+def digest(*parts: JSON | Mapping[str, JSON] | Sequence[JSON]) -> str:
+    """16 hex digits of the sha256 of ``parts`` as canonical JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,132 +1,41 @@
-"""Does an answer call the right tool, in a form that a program can run?
+"""Does an answer call the right tool, with arguments that the tool takes, and none where none is wanted?
 
-Calls are read from the text of an answer in four forms:
-- ``tool_call: NAME`` on a line and ``arguments: {…}`` after it, with any ``Result: …`` between calls skipped;
-- Mistral: ``[TOOL_CALLS] [{"name": …, "arguments": …}, …]``;
-- Hermes: ``<tool_call>{"name": …, "arguments": …}</tool_call>``;
-- OpenAI: a JSON object or array at the start of a line, ``{"name": …, "arguments": …}``, alone or as ``function`` inside
-  ``tool_calls``; its arguments may be a string that holds JSON.
-
-What is not strict JSON (NaN, single quotes, a trailing comma, text after the closing brace on its line) is a call with a
-problem, because the program that receives it would fail too.
+Asked are the user's own rows: the last answer of each, and each earlier answer that calls, behind what stands before it. Calls
+are read from the text (`parsers`), since that is what a program gets. Arguments are checked against the JSON schema that the row
+declares for the tool (draft 2020-12 unless it names another; nothing is fetched). What a call would do is not looked at.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from tunesmith.errors import EvaluationError
-from tunesmith.formats import JSON, Call, Completion, Conversation, Demonstration, Example, Judged, Message, Preference
-from tunesmith.tasks import ExampleScore, Statistic, Task
+from tunesmith.events import Notice, Sink
+from tunesmith.formats import JSON, Call, Completion, Conversation, Demonstration, Document, Example, Judged, Message, Preference
+from tunesmith.tasks import ExampleScore, Material, Prompt, Said, Statistic, Subject, Task, digest
+from tunesmith.tasks.parsers import ParsedCall, parse, same_json
+from tunesmith.tasks.schemas import takes, validator
+from tunesmith.template import Refused, Renderer
 
-
-class ParsedCall(NamedTuple):
-    """``arguments`` is None exactly where ``problem`` says what is wrong with the call."""
-
-    name: str
-    arguments: dict[str, JSON] | None
-    problem: str | None = None
+NO_CALL = "no call"
 
 
 class Reference(NamedTuple):
     """What a model is asked, and the calls that the right answer makes (none: it must answer in words)."""
 
     source: str
-    prompt: Conversation | str  # str: a Completion, no chat template
+    prompt: Prompt
     calls: tuple[Call, ...]
+    answer: Message = Message("assistant", "")  # as the row has it
 
 
-_MARK = re.compile(
-    r"^[ \t]*(?:(?P<text>tool_call:)|(?P<result>Result:)|(?P<bare>(?=\{|\[(?!TOOL_CALLS\]))))"
-    r"|(?P<mistral>\[TOOL_CALLS\])|(?P<hermes><tool_call>)",
-    re.MULTILINE,
-)
-_NAMED = re.compile(r"(.*)(\s*arguments:)?")
-_OPENS_LIKE_A_CALL = re.compile(r'\[?\s*\{\s*"(?:name|tool_calls|function)"\s*:(?s:.*)"arguments"')
-
-CHECKS = ("well_formed", "right_tool", "keys_present", "exact_arguments")
-
-
-def parse(text: str) -> list[ParsedCall]:
-    """The calls that ``text`` makes or tries to make, in order. Never raises."""
-    calls: list[ParsedCall] = []
-    at, broken = 0, False
-    while mark := _MARK.search(text, at):
-        kind, at, name = str(mark.lastgroup), mark.end(), ""
-        if kind == "bare" and broken:  # inside the wreck of a call a line may start with a brace
-            at += 1
-            continue
-        broken = False
-        if kind == "text" and (line := _NAMED.match(text, at)):
-            name, at = line[1].strip(), line.end()
-            if line[2] is None:
-                calls.append(ParsedCall(name, None, "no `arguments:` line after the name"))
-                continue
-        try:
-            value, at = _decode(text, at)
-        except ValueError as error:
-            if kind == "bare" and not _OPENS_LIKE_A_CALL.match(text, at):
-                at += 1  # a bracket in prose
-            elif kind != "result":
-                calls.append(ParsedCall(name, None, f"no JSON where the call should be: {error}"))
-                broken = True
-            continue
-        if kind != "result":
-            calls += _calls(kind, name, value, text[at:])
-    return calls
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
-
-
-def _decode(text: str, at: int) -> tuple[JSON, int]:
-    """The JSON value that starts at ``at``, after white space, and where it ends. Raises ValueError."""
-    try:
-        return _DECODER.raw_decode(text, len(text) - len(text[at:].lstrip(" \t\r\n")))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _calls(kind: str, name: str, value: JSON, after: str) -> list[ParsedCall]:
-    """The calls in a decoded ``value`` that ``after`` follows."""
-    rest = after.partition("\n")[0].strip()
-    problem = f"text after the arguments: {rest[:40]!r}" if rest else None
-    if kind == "text":  # a string is no object here, whatever it holds
-        value = [{"name": name, "arguments": None if isinstance(value, str) else value}]
-    elif kind == "hermes":
-        value = [value]
-        problem = None if after.lstrip().startswith("</tool_call>") else "no </tool_call> after the object"
-    elif kind == "bare" and isinstance(value, dict):
-        value = value.get("tool_calls") or [value]
-    if not isinstance(value, list) or not value:
-        return [ParsedCall("", None, "no JSON array of calls after [TOOL_CALLS]")] if kind == "mistral" else []
-    items = [item["function"] if isinstance(item, dict) and isinstance(item.get("function"), dict) else item for item in value]
-    other = [item for item in items if not (isinstance(item, dict) and isinstance(item.get("name"), str) and "arguments" in item)]
-    return [] if kind == "bare" and other else [_call(item, problem) for item in items]
-
-
-def _call(item: JSON, problem: str | None) -> ParsedCall:
-    if not isinstance(item, dict):
-        return ParsedCall("", None, "the call is not a JSON object")
-    name, arguments = item.get("name"), item.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments, end = _decode(string := arguments.strip(), 0)
-            problem = problem or ("text after the arguments" if end < len(string) else None)
-        except ValueError as error:
-            problem = f"arguments are not JSON: {error}"
-    if not isinstance(name, str) or not name:
-        return ParsedCall("", None, problem or "the call has no tool name")
-    if problem is None and isinstance(arguments, dict):
-        return ParsedCall(name, arguments)
-    return ParsedCall(name, None, problem or "the arguments are not a JSON object")
+ON_CALLS = (
+    "well_formed", "known_tool", "right_tool", "keys_present", "required_arguments", "exact_arguments", "schema_valid",
+)  # fmt: skip
+CHECKS = (*ON_CALLS, "unwanted_call")
 
 
 def references(example: Example) -> Reference | None:
@@ -135,70 +44,232 @@ def references(example: Example) -> Reference | None:
     None where there is no answer to be measured against: plain text, a row labelled undesirable, a conversation whose last
     assistant turn answers nobody, or an answer whose own call is broken.
     """
+    conversation = _imitated(example)
+    if isinstance(conversation, Conversation):
+        places = [at for at, message in enumerate(conversation.messages) if message.role == "assistant"]
+        return _reference(example.source, conversation, places[-1]) if places else None
+    return _made(example.source, conversation.prompt, Message("assistant", conversation.completion)) if conversation else None
+
+
+def asked(example: Example) -> tuple[list[Reference], int]:
+    """The earlier answers of ``example`` that call a tool, and the last; and how many of them are no usable reference."""
+    last, conversation = references(example), _imitated(example)
+    found: list[Reference | None] = []
+    if isinstance(conversation, Conversation):
+        turns = [at for at, one in enumerate(conversation.messages) if one.role == "assistant" and one.learn is not False]
+        found = [_reference(example.source, conversation, at) for at in turns[:-1] if _calls(conversation.messages[at])]
+    usable = [one for one in (*found, last) if one is not None]
+    return usable, len(found) + 1 - len(usable)
+
+
+def _imitated(example: Example) -> Conversation | Completion | None:
     match example:
         case Completion(label=None | True):
-            prompt, answer = example.prompt, Message("assistant", example.completion)
-        case Judged(desirable=True) | Demonstration() | Preference():
-            conversation = example.chosen if isinstance(example, Preference) else example.conversation
-            messages = conversation.messages
-            at = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=0)
-            if at == 0 or messages[at - 1].role == "assistant":
-                return None
-            prompt, answer = Conversation(messages[:at], conversation.tools), messages[at]
+            return example
+        case Judged(desirable=True) | Demonstration():
+            return example.conversation
+        case Preference():
+            return example.chosen
         case _:
             return None
+
+
+def _calls(message: Message) -> Sequence[Call | ParsedCall]:
+    return message.calls or parse(message.content)
+
+
+def _reference(source: str, conversation: Conversation, at: int) -> Reference | None:
+    messages = conversation.messages
+    if at == 0 or messages[at - 1].role == "assistant":
+        return None
+    return _made(source, Conversation(messages[:at], conversation.tools), messages[at])
+
+
+def _made(source: str, prompt: Prompt, answer: Message) -> Reference | None:
     parsed = [] if answer.calls else parse(answer.content)
     if any(call.problem for call in parsed):
         return None
-    return Reference(example.source, prompt, answer.calls or tuple(Call(call.name, call.arguments) for call in parsed))
+    return Reference(source, prompt, answer.calls or tuple(Call(call.name, call.arguments) for call in parsed), answer)
 
 
-def same_json(one: JSON, other: JSON) -> bool:
-    """Equality of JSON values: the order of keys is free, 1 equals 1.0, and true is not 1."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(same_json(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(same_json, one, other))
-    return one == other
+def written(references: Sequence[Reference], renderer: Renderer, notify: Sink, task: str) -> list[str | None]:
+    """Each right answer as training would teach it; None, with a notice for each reason, where training would refuse it.
+
+    So nothing is asked of which the template leaves something out: tools, earlier calls, results.
+    """
+    texts: list[str | None] = []
+    refused: dict[str, list[tuple[str, Refused]]] = {}
+    for one in references:
+        answer = replace(one.answer, learn=None)
+        try:
+            (row,) = renderer.rows(
+                Completion(one.prompt, answer.content)
+                if isinstance(one.prompt, str)
+                else Demonstration(replace(one.prompt, messages=(*one.prompt.messages, answer))),
+                learn="last",
+            )
+        except Refused as error:
+            refused.setdefault(error.code, []).append((one.source, error))
+            texts.append(None)
+        else:
+            texts.append(renderer.answer(row.tokens.ids[row.tokens.start :].tolist()))
+    for reason, rows in refused.items():
+        (first, error), sources = rows[0], list(dict.fromkeys(source for source, _ in rows))
+        what = f"{task}: not asked, since training would refuse it: {reason}; {first}: {error.what}"
+        where = ", ".join(sources[:3]) + ", …" * (len(sources) > 3)
+        notify(Notice(what, level="warning", count=len(rows), where=where, hint=error.hint))
+    return texts
+
+
+def declared(prompt: Prompt) -> dict[str, JSON]:
+    """The JSON schema of the arguments of each tool that ``prompt`` declares; one without takes any."""
+    functions = [tool.get("function") for tool in ([] if isinstance(prompt, str) else prompt.tools) if isinstance(tool, dict)]
+    named = [(function.get("name"), function.get("parameters")) for function in functions if isinstance(function, dict)]
+    return {name: {} if schema is None else schema for name, schema in named if isinstance(name, str)}
 
 
 def score(answer: str, reference: Reference) -> dict[str, JSON]:
     """``value`` and how it came about.
 
-    Where the reference makes calls: well_formed (at least one call, none with a problem), right_tool (the same tools in the same
-    order, no call more), keys_present and exact_arguments (of every call, where the first two hold); ``value`` is 1.0 where the
-    first two hold. Where it makes none, kind ``no_call``: 1.0 if the answer makes none either, and the checks are None.
+    Where the reference makes calls, ``value`` is 1.0 where the first two of these hold, and of every call:
+    well_formed (at least one call, none with a problem), right_tool (the same tools in the same order, no call more), then
+    required_arguments (all that the tool's schema requires; without a schema keys_present: all keys of the reference) and
+    exact_arguments; and by themselves, where the row declares tools, known_tool (every tool called is one of them) and
+    schema_valid (every call is of one with arguments that its schema takes; None where the schemas cannot say). Where the
+    reference makes none, kind ``no_call``: unwanted_call is whether the answer makes one, ``value`` is 1.0 if not. Checks of the
+    other kind are None.
     """
-    made, wanted = parse(answer), reference.calls
+    made, wanted, schemas = parse(answer), reference.calls, declared(reference.prompt)
     called: list[JSON] = [call.name for call in made]
     expected: list[JSON] = [call.name for call in wanted]
     problems: list[JSON] = [call.problem for call in made if call.problem]
-    well_formed, right_tool = bool(made) and not problems, called == expected
-    right = well_formed and right_tool
-    pairs = [(want.arguments, call.arguments or {}) for call, want in zip(made, wanted, strict=True)] if right else []
-    present = right and all(not isinstance(want, dict) or want.keys() <= given.keys() for want, given in pairs)
-    held = (well_formed, right_tool, present, right and all(same_json(want, given) for want, given in pairs))
-    checks: dict[str, JSON] = dict(zip(CHECKS, held if wanted else [None] * len(held), strict=True))
-    value = float(right if wanted else not made)
+    checks: dict[str, JSON] = dict.fromkeys(CHECKS)
+    if not wanted:
+        checks["unwanted_call"] = bool(made)
+        value = not made
+    else:
+        well_formed, right_tool = bool(made) and not problems, called == expected
+        value = well_formed and right_tool
+        pairs = (
+            [(call.name, want.arguments, call.arguments or {}) for call, want in zip(made, wanted, strict=True)] if value else []
+        )
+        checks["well_formed"], checks["right_tool"] = well_formed, right_tool
+        checks["keys_present"] = value and all(_keys(want) <= given.keys() for _, want, given in pairs)
+        checks["required_arguments"] = value and all(_required(schemas, *pair) for pair in pairs)
+        checks["exact_arguments"] = value and all(same_json(want, given) for _, want, given in pairs)
+        if schemas:
+            checks["known_tool"] = bool(made) and {call.name for call in made} <= schemas.keys()
+        if schemas and all(map(validator, schemas.values())):
+            checks["schema_valid"] = well_formed and all(_takes(schemas, call.name, call.arguments) for call in made)
     about: dict[str, JSON] = {"called": called, "expected": expected, "problems": problems}
-    return {"kind": "call" if wanted else "no_call", "value": value, **checks, **about}
+    tool = ", ".join(dict.fromkeys(map(str, expected))) or NO_CALL
+    return {"kind": "call" if wanted else "no_call", "value": float(value), "tool": tool, **checks, **about}
+
+
+def _keys(arguments: JSON) -> set[str]:
+    return set(arguments) if isinstance(arguments, dict) else set()
+
+
+def _required(schemas: dict[str, JSON], name: str, wanted: JSON, given: dict[str, JSON]) -> bool:
+    schema = schemas.get(name)
+    required: Any = schema.get("required", []) if isinstance(schema, dict) and validator(schema) is not None else None
+    return (_keys(wanted) if required is None else set(required)) <= given.keys()
+
+
+def _takes(schemas: dict[str, JSON], name: str, arguments: JSON) -> bool:
+    check = validator(schemas[name]) if name in schemas else None
+    return check is not None and takes(check, arguments)
 
 
 def _share(check: str) -> Statistic:
-    return Statistic(check, lambda one: None if one.detail[check] is None else float(one.detail[check] is True), share=True)
+    def of(one: ExampleScore) -> float | None:
+        return None if one.detail[check] is None else float(one.detail[check] is True)
+
+    return Statistic(check, of, share=True, better="lower" if check == "unwanted_call" else "higher")
 
 
-class ToolCalls(Task[tuple[Reference, str]]):
-    """Items to score: (reference, the text that the model answered)."""
+class ToolCalls(Task[tuple[Reference, Said]]):
+    """``asked``: the questions. Items to score: (reference, what the model answered)."""
 
     name = "tool_calls"
-    version = "1"
-    statistics = (Statistic("tool_calls", lambda example: example.value, share=True), *map(_share, CHECKS))
+    version = "2"
+    statistics = (
+        Statistic("tool_calls", lambda example: example.value, share=True, better="higher", headline=True), *map(_share, CHECKS),
+    )  # fmt: skip
+    parts = ("tool",)
+    cached = True
+    needs_base = False
 
-    def score(self, items: Sequence[tuple[Reference, str]]) -> list[ExampleScore]:
+    def __init__(self, asked: Sequence[Reference] = (), *, max_tokens: int = 256) -> None:
+        self.asked, self.max_tokens = asked, max_tokens
+
+    @property
+    def identity(self) -> str:
+        return digest([_plain(one) for one in self.asked], self.max_tokens)
+
+    def measure(self, subject: Subject) -> list[tuple[Reference, Said]]:
+        return list(zip(self.asked, subject.answers([one.prompt for one in self.asked], self.max_tokens), strict=True))
+
+    def score(self, items: Sequence[tuple[Reference, Said]]) -> list[ExampleScore]:
+        """``value``: 1 where the right tools are called well-formed, or none where none is wanted. ``cut``: at the limit."""
         if not items:
             raise EvaluationError("no row has an answer to measure against", hint="give rows that end with an answer")
-        details = [(reference.source, score(answer, reference)) for reference, answer in items]
-        return [ExampleScore(source, float(detail["value"] == 1.0), detail=detail) for source, detail in details]
+        found: list[ExampleScore] = []
+        for reference, said in items:
+            detail = score(said.text, reference) | {"cut": said.cut}
+            told = "\n".join(f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}" for call in reference.calls)
+            right = float(detail["value"] == 1.0)
+            prompt, told = asked_last(reference.prompt), told or "an answer in words, no call"
+            found.append(ExampleScore(reference.source, right, 1.0, detail, prompt, told, said.text))
+        return found
+
+
+def asked_last(prompt: Prompt) -> str:
+    """What the user said last."""
+    if isinstance(prompt, str):
+        return prompt
+    said = [message.content for message in prompt.messages if message.role == "user"] or [prompt.messages[-1].content]
+    return said[-1]
+
+
+def _plain(reference: Reference) -> list[JSON]:
+    prompt = reference.prompt
+    turns: JSON = prompt if isinstance(prompt, str) else [_turn(message) for message in prompt.messages]
+    tools: list[JSON] = [] if isinstance(prompt, str) else list(prompt.tools)
+    return [reference.source, turns, tools, [[call.name, call.arguments] for call in reference.calls]]
+
+
+def _turn(message: Message) -> list[JSON]:
+    return [message.role, message.content, [[call.name, call.arguments, call.id] for call in message.calls], message.call_id]
+
+
+def build(material: Material) -> list[ToolCalls]:
+    """The task for the rows that can be asked; none where no row asks for a call."""
+    rows = [asked(example) for example in material.imitated if not isinstance(example, Document)]
+    if lost := sum(unusable for _, unusable in rows):
+        material.notify(Notice("tool_calls: answers that are no usable reference are not asked for", level="warning", count=lost))
+    every = [one for usable, _ in rows for one in usable]
+    texts = written(every, material.renderer, material.notify, "tool_calls")
+    told = [(one, text) for one, text in zip(every, texts, strict=True) if text is not None]
+    kept = [one for one, _ in told]
+    if unread := sum(bool(one.answer.calls) and score(text, one)["value"] != 1.0 for one, text in told):
+        what = "tool_calls: calls as this template writes them cannot be read back: a right answer scores 0"
+        hint = "which forms are read: the documentation, section tool_calls"
+        material.notify(Notice(what, level="warning", count=unread, hint=hint))
+    if not any(reference.calls for reference in kept):
+        material.notify(Notice("tool_calls: no row asks for a call, so it is not measured"))
+        return []
+    calling = [reference for reference in kept if reference.calls]
+    schemas = [declared(reference.prompt) for reference in calling]
+    astray = [not all(map(validator, one.values())) for one in schemas]
+    if any(astray):
+        what = "tool_calls: rows that declare a tool with a schema that is none: schema_valid is not asked of them"
+        material.notify(Notice(what, level="warning", count=sum(astray)))
+    bad = sum(
+        not all(_takes(one, call.name, call.arguments) for call in reference.calls)
+        for reference, one, odd in zip(calling, schemas, astray, strict=True) if one and not odd
+    )  # fmt: skip
+    if bad:
+        what = "tool_calls: reference calls that their own tool's schema does not allow"
+        material.notify(Notice(what, level="warning", count=bad, hint="the data teach calls that the tool refuses"))
+    return [ToolCalls(kept, max_tokens=material.spec.max_tokens)]
