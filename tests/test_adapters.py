@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from goldens import make_adapters
-from tunesmith import adapters
+from tunesmith import adapters, instruments
 from tunesmith.adapters import DoRA, Full, LoRA
 from tunesmith.errors import ConfigError, ModelError, TrainingError
 
@@ -165,7 +165,7 @@ def test_dora_lengths_equal_those_of_the_formed_matrix(bits):
     layers = [layer for _, layer in net.named_modules() if isinstance(layer, adapters.DoRALinear)]
     assert len(layers) == 7
     for layer in layers:
-        formed = adapters._dense(layer.linear) + layer.scale * (layer.lora_a @ layer.lora_b).T
+        formed = adapters.dense(layer.linear) + layer.scale * (layer.lora_a @ layer.lora_b).T
         close(layer.lengths(), mx.linalg.norm(formed, axis=1))
 
 
@@ -532,15 +532,18 @@ def test_growth_is_the_norm_of_the_change(kind, bits):
     weights = {name: module for name, module in net.named_modules() if "weight" in module}
     spec = KINDS[kind](rank=4, targets="all-linear")
     spec.attach(net, 0)
-    assert all(value == (0.0, 0.0) for value in adapters.growth(net).values())
-    grown = adapters.growth(move(net))
-    assert len(grown) == 21
+    grown = instruments.Grown(net)
+    still = grown.event(0)
+    assert {*still.norms.values(), *still.relative.values()} == {0.0}
+    move(net)
+    found = grown.event(1)
+    assert len(found.norms) == 21
     adapters.merge(net)
     merged = dict(net.named_modules())
-    for name, (change, ratio) in grown.items():
-        base = adapters._dense(weights[name])
+    for name, change in found.norms.items():
+        base = adapters.dense(weights[name])
         assert change == pytest.approx(mx.linalg.norm(merged[name].weight - base).item(), rel=1e-4)
-        assert ratio == pytest.approx(change / mx.linalg.norm(base).item(), rel=1e-5)
+        assert found.relative[name] == pytest.approx(change / mx.linalg.norm(base).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

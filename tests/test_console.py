@@ -9,6 +9,7 @@ import pty
 import re
 import sys
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,10 @@ MEMORY = {"resident": 3_100_000_000, "active": 2_000_000_000, "peak": 2_500_000_
 
 
 def step_done(step: int, at: float, *, seconds: float = 1.0) -> events.StepDone:
-    return events.StepDone(step, step / 10, 2.5, 500.0, 600, 1e-4, 0.75, step == 2, seconds, MEMORY, at=at)
+    stages = {"gradients": 0.75, "other": 0.25}
+    return events.StepDone(
+        step, step / 10, 2.5, 500.0, 600, 1e-4, 0.75, step == 2, seconds, MEMORY, padding=0.125, stages=stages, at=at
+    )  # fmt: skip
 
 
 def one_of_each(text: str) -> list[events.Event]:
@@ -34,10 +38,13 @@ def one_of_each(text: str) -> list[events.Event]:
         events.StepSkipped(3, "nan", "inf", [text, text], 1),
         events.Validated(5, 1.0, 2.718281828, 900.0, 12, 3.0, True),
         events.Sampled(5, text, text, text),
-        events.Growth(5, {text: 0.5}),
+        events.Growth(5, {text: 0.5}, {text: 0.25}, {text: 3.5}, {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 5.0]}),
         events.Saved(5, text, 2_000_000, 0.5),
         events.Probed(3, 2100, 4.0, MEMORY),
         events.RunEnded("stopped_early", 5, 61.0, text),
+        events.Instruments(5, {text: 3.0}, {text: 2.0}, {text: 0.5}),
+        events.RowLosses(5, 1, {text: 1.5}, {text: 7.0}),
+        events.Activations(5, {text: 1.25}, {text: 8.0}),
     ]
 
 
@@ -55,6 +62,12 @@ def test_every_kind_of_event_is_readable():
     assert lines[6] == ("validation at step 5: loss 1.0000 · perplexity 2.718 · 12 rows, 900 learned tokens in 3 s · best so far")
     assert lines[10] == "largest micro-batch: 3 rows, 2,100 tokens · 4 s · memory 3.10 GB resident, 2.00 GB active, 2.50 GB peak"
     assert lines[11] == "stopped early at step 5 after 1 m 01 s: x"
+    assert lines[8] == "growth at step 5: 1 weights, largest 0.5 in x · 25.00% of its base · effective rank 3.5"
+    assert lines[12:] == [
+        "weights at step 5: largest gradient 3 in x · largest update 25.00% of its weight in x",
+        "rows of step 5: 1, highest loss 1.5000 nats a token at x",
+        "activations at step 5: 1 layers, largest 8 in x, root mean square 1.25 there",
+    ]
 
 
 @given(st.text(max_size=40) | st.just("\x1b[2J\r\nnext\x07 line\u2028\u202e"))
@@ -81,7 +94,9 @@ def plain(log: list[events.Event], **options) -> list[str]:
 def test_plain_lines_are_few_and_everything_but_updates_is_shown():
     log: list[events.Event] = [events.RunStarted("r", 100, 1, 2, {}, at=0.0)]
     log += [step_done(step, float(step)) for step in range(1, 101)]
-    others = [event for event in one_of_each("x") if not isinstance(event, events.StepDone | events.Working | events.RunStarted)]
+    quiet = (*console.OF_UPDATES, events.Working, events.RunStarted)
+    others = [event for event in one_of_each("x") if not isinstance(event, quiet)]
+    log[60:60] = [event for event in one_of_each("x") if isinstance(event, events.Instruments | events.RowLosses)]
     log[50:50] = [dataclasses.replace(event, at=50.0) for event in others]
     lines = plain(log, every=10.0)
     steps = [int(match[1]) for line in lines if (match := re.match(r"step (\d+)/100 ", line))]
@@ -219,7 +234,7 @@ def test_tensorboard_files_hold_the_numbers(tmp_path):
     with console.tensorboard(tmp_path) as write:
         for event in one_of_each("x"):
             write(event)
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for path in sorted(tmp_path.iterdir()):
         data = path.read_bytes()
         while data:  # TFRecord: length (8), checksum (4), record, checksum (4)
@@ -227,12 +242,19 @@ def test_tensorboard_files_hold_the_numbers(tmp_path):
             record = Record.FromString(data[12 : 12 + length])
             data = data[16 + length :]
             for value in record.summary.value:
-                found[value.tag] = value.simple_value if value.HasField("simple_value") else value.tensor.string_val[0]
+                kind = value.WhichOneof("value")
+                found[value.tag] = value.tensor.string_val[0] if kind == "tensor" else getattr(value, kind)
     assert found["train/loss"] == 2.5 and found["train/tokens_per_second"] == 500.0
     assert found["train/learning_rate"] == pytest.approx(1e-4) and found["train/gradient_norm"] == 0.75
     assert found["memory/peak"] == 2.5e9 and found["valid/loss"] == 1.0
     assert found["valid/perplexity"] == pytest.approx(2.718281828) and found["growth/x"] == 0.5
     assert any(tag.startswith("samples/x") for tag in found)
+    assert (found["gradient/x"], found["update_ratio/x"], found["rows/highest"]) == (3.0, 0.25, 1.5)
+    assert (found["relative_growth/x"], found["effective_rank/x"]) == (0.25, 3.5)
+    assert (found["activation_rms/x"], found["activation_largest/x"]) == (1.25, 8.0)
+    assert found["train/padding"] == 0.125 and found["seconds/gradients"] == 0.75
+    assert list(found["change"].bucket) == [3.0, 5.0] and list(found["change"].bucket_limit) == [0.0, 1.0]
+    assert found["change"].sum == 1.0 and found["change"].sum_squares == 0.25
 
 
 def test_a_missing_tensorboard_is_told(tmp_path, monkeypatch):

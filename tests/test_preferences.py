@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import tiny
-from tunesmith import adapters, errors, evaluation, events, formats, model, preparation, reference, training, watch
+from tunesmith import adapters, caution, errors, evaluation, events, formats, model, preparation, reference, training
 from tunesmith.batches import Cut, Group, Plan
 from tunesmith.config import load
 from tunesmith.formats import Completion, Conversation, Demonstration, Document, Judged, Message, Preference
@@ -477,25 +477,25 @@ def test_the_best_checkpoint_can_follow_any_number(train):
 
 def test_warnings_are_said_once():
     heard: list[events.Notice] = []
-    seen = watch.Watch()
+    seen = caution.Watch()
     bad = {"reward_desirable": -0.5, "reward_undesirable": -0.1, "margin": -0.4, "kl": 99.0}
-    for _ in range(watch.WINDOW - 1):
+    for _ in range(caution.WINDOW - 1):
         seen.step(bad, heard.append)
     assert heard == []
     for _ in range(9):
         seen.step(bad, heard.append)
     assert len(heard) == 3 and all(one.level == "warning" and one.hint for one in heard)
     assert "desirable answers became less likely" in heard[0].what and "kl 99" in heard[1].what
-    fine = watch.Watch()
+    fine = caution.Watch()
     for _ in range(20):
         fine.step({"reward_desirable": 0.5, "reward_undesirable": -0.1, "margin": 0.6, "kl": 1.0}, heard.append)
-    watch.Watch(compared=False).validation({"reward_chosen": -3.0}, heard.append)
+    caution.Watch(compared=False).validation({"reward_chosen": -3.0}, heard.append)
     assert len(heard) == 3
 
 
 def test_updates_of_one_class_are_counted(train):
     groups = judged(3, 1)
-    assert watch.lonely(Plan((1,) * 4, 2, Cut(9), 0), groups) == 1
+    assert caution.lonely(Plan((1,) * 4, 2, Cut(9), 0), groups) == 1
     _, said = train("run", batch={"sequences": 2})
     assert any("rows of one class only" in text for text in notices(said))
 

@@ -68,11 +68,17 @@ def test_two_ranks_are_one(tmp_path, settings, judged, objective, monkeypatch):
     steps = [log(tmp_path / name, events.StepDone) for name in ("one", "two")]
     for here, there in zip(*steps, strict=True):
         assert there.metrics == pytest.approx(here.metrics, rel=1e-3, abs=1e-4) and bool(here.metrics) == (objective == "kto")
+    for kind, fields in ((events.Instruments, ("gradient", "weight", "update")), (events.RowLosses, ("losses", "units"))):
+        measured = [log(tmp_path / name, kind) for name in ("one", "two")]
+        assert [event.step for event in measured[0]] == ([1, 6] if kind is events.Instruments else [1, 2, 3, 4, 5, 6])
+        for here, there in zip(*measured, strict=True):
+            for name in fields:
+                assert getattr(there, name) == pytest.approx(getattr(here, name), rel=1e-3, abs=1e-6)
     one, two = ([one.loss for one in log(tmp_path / name, events.Validated)] for name in ("one", "two"))
     assert len(one) == 3 and two == pytest.approx(one, rel=1e-6)
     one, two = (load_file(Run.open(tmp_path / name).choose("last") / "adapters.safetensors") for name in ("one", "two"))
-    for name, value in one.items():
-        np.testing.assert_allclose(two[name], value, rtol=0, atol=3e-5 * abs(value).max(), err_msg=name)
+    for name, value in one.items():  # a BLAS of two threads rounds otherwise than two of one: seen up to 3.4e-5 of the largest
+        np.testing.assert_allclose(two[name], value, rtol=0, atol=1e-4 * abs(value).max(), err_msg=name)
     assert Run.open(tmp_path / "two").manifest["machine"]["ranks"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 

@@ -77,7 +77,7 @@ class LoRALinear(nn.Module):
 
     def merged_weight(self) -> mx.array:
         """(out, in) the weight of the plain layer that computes the same, float32."""
-        return _dense(self.linear) + self.scale * (self.lora_a @ self.lora_b).T
+        return dense(self.linear) + self.scale * (self.lora_a @ self.lora_b).T
 
 
 class DoRALinear(LoRALinear):
@@ -85,7 +85,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, linear: Linear, rank: int, scale: float, dropout: float, key: mx.array) -> None:
         super().__init__(linear, rank, scale, dropout, key)
-        self._rows = mx.square(_dense(linear)).sum(axis=1)
+        self._rows = mx.square(dense(linear)).sum(axis=1)
         self.m = self.lengths()  # (out,) so that the layer starts equal to its base
         mx.eval(self._rows, self.m)  # one expanded weight at a time
 
@@ -121,7 +121,7 @@ def _product(linear: Linear, x: mx.array) -> mx.array:
     return mx.quantized_matmul(x, linear.weight, linear.scales, linear.get("biases"), **packing)
 
 
-def _dense(linear: Linear) -> mx.array:
+def dense(linear: Linear) -> mx.array:
     """(out, in) the weight in float32."""
     if not isinstance(linear, nn.QuantizedLinear):
         return linear.weight.astype(mx.float32)
@@ -375,16 +375,6 @@ def load_tensors(net: nn.Module, folder: Path) -> None:
         raise ModelError(what, where=str(folder), hint="an adapter fits only the model that it was trained on")
     net.update(tree_unflatten([(name, value.astype(mx.float32)) for name, value in saved.items()]))
     mx.eval(trainable(net))
-
-
-def growth(net: nn.Module) -> dict[str, tuple[float, float]]:
-    """For each adapted weight ‖ΔW‖F and ‖ΔW‖F / ‖W‖F, with ΔW = merged − frozen. Weights trained in full are left out."""
-    found: dict[str, tuple[float, float]] = {}
-    for name, layer in _adapted(net).items():
-        base = _dense(layer.linear)
-        change: Any = mx.linalg.norm(layer.merged_weight() - base).item()
-        found[name] = change, change / mx.linalg.norm(base).item()
-    return found
 
 
 def merge(net: nn.Module) -> int:

@@ -6,12 +6,13 @@ results go there. Memory is shown in GB (1e9 bytes), losses in the unit of the o
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -23,6 +24,9 @@ from rich.text import Text
 from tunesmith import events
 from tunesmith.errors import SetupError
 from tunesmith.events import Event, Sink
+
+OF_UPDATES = (events.StepDone, events.Instruments, events.RowLosses)
+"""Events of single updates: people are shown the first only, now and then; the log has all."""
 
 QUIET_S = 2.0
 """Other long work is not shown before it has taken so long."""
@@ -59,7 +63,7 @@ def _speed(steps: Sequence[events.StepDone]) -> float:
     return sum(step.units if step.learned is None else step.learned for step in steps) / seconds if seconds else 0.0
 
 
-def _facts(steps: Sequence[events.StepDone]) -> dict[str, str]:
+def facts(steps: Sequence[events.StepDone]) -> dict[str, str]:
     """The facts of the last of ``steps``; the speed is over all of them."""
     last = steps[-1]
     return (
@@ -105,7 +109,7 @@ def readable(event: Event, total: int | None = None) -> str:
         case events.StepDone():
             text = f"step {event.step:,}" + (f"/{total:,}" if total is not None else "")
             text += f" · epoch {event.epoch:.2f} · loss {event.loss:.4f}"
-            text += "".join(f" · {name} {value}" for name, value in _facts([event]).items())
+            text += "".join(f" · {name} {value}" for name, value in facts([event]).items())
         case events.StepSkipped():
             text = f"warning: step {event.step:,} skipped, loss {event.loss}, gradient norm {event.gradient_norm}"
             text += f" ({event.in_a_row} in a row) · rows {', '.join(event.rows)}"
@@ -120,6 +124,20 @@ def readable(event: Event, total: int | None = None) -> str:
         case events.Growth():
             name, norm = max(event.norms.items(), key=lambda item: item[1], default=("no weight", 0.0))
             text = f"growth at step {event.step:,}: {len(event.norms):,} weights, largest {norm:.4g} in {name}"
+            text += f" · {event.relative[name]:.2%} of its base" if name in event.relative else ""
+            text += f" · effective rank {event.effective_rank[name]:.3g}" if name in event.effective_rank else ""
+        case events.Instruments():
+            name, norm = max(event.gradient.items(), key=lambda item: item[1], default=("no weight", 0.0))
+            text = f"weights at step {event.step:,}: largest gradient {norm:.4g} in {name}"
+            name, ratio = max(event.ratios.items(), key=lambda item: item[1], default=("no weight", 0.0))
+            text += f" · largest update {ratio:.2%} of its weight in {name}"
+        case events.RowLosses():
+            name, loss = max(event.losses.items(), key=lambda item: item[1], default=("no row", 0.0))
+            text = f"rows of step {event.step:,}: {len(event.losses):,}, highest loss {loss:.4f} nats a token at {name}"
+        case events.Activations():
+            name, highest = max(event.largest.items(), key=lambda item: item[1], default=("no layer", 0.0))
+            text = f"activations at step {event.step:,}: {len(event.rms):,} layers, largest {highest:.4g} in {name}"
+            text += f", root mean square {event.rms[name]:.4g} there" if name in event.rms else ""
         case events.Saved():
             text = f"saved step {event.step:,} to {event.path} ({size(event.bytes)} in {event.seconds:.1f} s)"
         case events.RunEnded():
@@ -140,7 +158,7 @@ def log(stream: TextIO) -> Sink:
     return write
 
 
-class _State:
+class State:
     """What the display knows. Speed and time to go come from this session only, so a resumed run counts anew."""
 
     def __init__(self) -> None:
@@ -158,7 +176,8 @@ class _State:
         self.ended = isinstance(event, events.RunEnded)
         self.work = [] if isinstance(event, events.StepDone | events.RunEnded) else self.work
         if isinstance(event, events.RunStarted | events.Resumed):
-            self.total = event.steps
+            self.total, self.done = event.steps, 0
+            self.recent.clear()
         elif isinstance(event, events.Validated):
             self.validations.append(event)
         elif isinstance(event, events.StepDone):
@@ -201,7 +220,7 @@ class _State:
             first, last = self.validations[0], self.validations[-1]
             since = f", from {first.loss:.4f} at step {first.step:,}" if first is not last else ""
             rows.add_row("validation", f"{last.loss:.4f} at step {last.step:,}{since}")
-        for name, value in _facts(recent).items():
+        for name, value in facts(recent).items():
             rows.add_row(name, value)
         if work := self.working():
             rows.add_row("now", Text(work))
@@ -215,12 +234,14 @@ def sink(stream: TextIO, *, every: float = 5.0) -> Iterator[Sink]:
     every: seconds between two plain lines about updates, or about other long work (which is silent for its first QUIET_S);
     the first and last update and all other events are always shown.
     """
-    state, shown_at = _State(), float("-inf")
+    state, shown_at = State(), float("-inf")
     console = Console(file=stream)  # reads NO_COLOR and TERM by itself
 
     def plain(event: Event) -> None:
         nonlocal shown_at
         state.take(event)
+        if isinstance(event, OF_UPDATES[1:]):
+            return
         text = state.working() if isinstance(event, events.Working) else readable(event, state.total)
         if isinstance(event, events.StepDone | events.Working):
             ends = event.done >= event.total if isinstance(event, events.Working) else event.step == state.total
@@ -233,7 +254,7 @@ def sink(stream: TextIO, *, every: float = 5.0) -> Iterator[Sink]:
 
     def above_panel(event: Event) -> None:
         state.take(event)
-        if not isinstance(event, events.StepDone | events.Working):
+        if not isinstance(event, (*OF_UPDATES, events.Working)):
             text = readable(event)
             console.print(Text(text, style="yellow" if text.startswith("warning") else ""))
 
@@ -254,7 +275,7 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
         raise SetupError("the TensorBoard sink needs the package tensorboardX", hint=hint) from error
     writer = SummaryWriter(str(folder))
 
-    def numbers(event: events.StepDone | events.Validated | events.Growth, group: str, **values: float) -> None:
+    def numbers(event: Any, group: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(f"{group}/{name}", value, event.step, walltime=event.at)
 
@@ -270,16 +291,39 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
                 text = f"    {event.prompt}\n\n→ {event.answer}".replace("\n", "\n    ")
                 writer.add_text(f"samples/{_line(event.prompt, 60)}", text, event.step, walltime=event.at)
             case events.StepDone(loss=loss, learning_rate=rate, gradient_norm=norm):
-                speed = _speed([event])
-                numbers(event, "train", loss=loss, learning_rate=rate, gradient_norm=norm, tokens_per_second=speed)
-                numbers(event, "memory", **event.memory)
-                numbers(event, "train", **event.metrics)
+                known = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, "padding": event.padding}
+                numbers(event, "train", known | {"tokens_per_second": _speed([event])} | event.metrics)
+                numbers(event, "memory", event.memory)
+                numbers(event, "seconds", event.stages)
             case events.Validated():
-                numbers(event, "valid", loss=event.loss, perplexity=event.perplexity, **event.metrics)
+                numbers(event, "valid", {"loss": event.loss, "perplexity": event.perplexity} | event.metrics)
+            case events.Instruments():
+                numbers(event, "gradient", event.gradient)
+                numbers(event, "update_ratio", event.ratios)
+            case events.RowLosses(losses=losses) if losses:
+                numbers(event, "rows", {"lowest": min(losses.values()), "highest": max(losses.values())})
             case events.Growth():
-                numbers(event, "growth", **event.norms)
+                numbers(event, "growth", event.norms)
+                numbers(event, "relative_growth", event.relative)
+                numbers(event, "effective_rank", event.effective_rank)
+                if event.histogram:
+                    _histogram(writer, event)
+            case events.Activations():
+                numbers(event, "activation_rms", event.rms)
+                numbers(event, "activation_largest", event.largest)
 
     try:
         yield write
     finally:
         writer.close()
+
+
+def _histogram(writer: Any, event: events.Growth) -> None:
+    """The sum that TensorBoard asks for is that of the middles of the bins: the entries themselves are not kept."""
+    edges, counts = event.histogram["edges"], event.histogram["counts"]
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+    total = sum(count * middle for count, middle in zip(counts, middles, strict=True))
+    squares = sum(norm**2 for norm in event.norms.values())
+    writer.add_histogram_raw(
+        "change", edges[0], edges[-1], sum(counts), total, squares, edges[1:], counts, event.step, walltime=event.at
+    )

@@ -82,6 +82,37 @@ class StepDone(Event):
     shapes: dict[str, int] = field(default_factory=dict)  # compiled: so far; uncompiled: micro-batches of other shapes
     learned: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    padding: float = 0.0  # share of the positions on the device
+    stages: dict[str, float] = field(default_factory=dict)  # seconds: reference, gradients, reduce, optimizer, other
+
+
+@dataclass(frozen=True, slots=True)
+class Instruments(Event):
+    """Of one optimizer update, by trainable weight: norm of its gradient before clipping, of itself before, of its change."""
+
+    step: int
+    gradient: dict[str, float]
+    weight: dict[str, float]
+    update: dict[str, float]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Change over weight. A weight that is all zero before its update, as LoRA's B is before the first, has none."""
+        return {name: self.update[name] / size for name, size in self.weight.items() if size > 0}
+
+
+@dataclass(frozen=True, slots=True)
+class RowLosses(Event):
+    """``losses``: source → mean nats a learned token of that row, as the model was when it learned it; ``units``: how many.
+
+    Of a pair, of the chosen answer. ``epoch``: from 1. ``avoided``: those of them that are to become less likely.
+    """
+
+    step: int
+    epoch: int
+    losses: dict[str, float]
+    units: dict[str, float]
+    avoided: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +165,28 @@ class Sampled(Event):
 
 @dataclass(frozen=True, slots=True)
 class Growth(Event):
-    """Frobenius norm of the change of each adapted weight."""
+    """Of the change ΔW of each adapted weight W: its Frobenius norm, that over W's, and its effective rank.
+
+    ``histogram``: of all entries of all ΔW: ``edges`` (one more) and ``counts``, ``not_finite`` (how many are in no bin); empty
+    where they were not looked at.
+    """
 
     step: int
     norms: dict[str, float]
+    relative: dict[str, float] = field(default_factory=dict)
+    effective_rank: dict[str, float] = field(default_factory=dict)
+    histogram: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Activations(Event):
+    """Of each layer's output on the first validation rows (training rows where none are held out): root mean square, and largest
+    absolute value.
+    """
+
+    step: int
+    rms: dict[str, float]
+    largest: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +212,8 @@ Sink = Callable[[Event], None]
 KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (
-        Notice, RunStarted, Resumed, Probed, StepDone, StepSkipped, Validated, Sampled, Growth, Saved, RunEnded,
+        Notice, RunStarted, Resumed, Probed, StepDone, Instruments, RowLosses, StepSkipped, Validated, Sampled, Growth,
+        Activations, Saved, RunEnded,
     )
 }  # fmt: skip
 
@@ -173,18 +223,37 @@ def to_json(event: Event) -> str:
     return json.dumps({"kind": type(event).__name__, **dataclasses.asdict(event)}, ensure_ascii=False)
 
 
-def from_json(line: str) -> Event:
-    """The event of a line of ``events.jsonl``."""
-    values = json.loads(line)
-    return KINDS[values.pop("kind")](**values)
+def from_json(line: str | bytes) -> tuple[Event | None, bool]:
+    """The event of a line of ``events.jsonl``, and whether all of the line is in it.
+
+    A field that is not known is left out; a kind that is not known, and a line that is damaged, is None.
+    """
+    try:
+        values = json.loads(line)
+        kind = KINDS[values.pop("kind")]
+        known = {name: value for name, value in values.items() if name in kind.__dataclass_fields__}
+        return kind(**known), len(known) == len(values)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None, False
 
 
 def read(path: Path) -> Iterator[Event]:
-    """The events of a run in order; a torn last line (the process was killed while writing it) is left out."""
-    with path.open(encoding="utf-8") as lines:
+    """The events of a run in order; a torn last line (the process was killed while writing it) is left out.
+
+    What is damaged or from a later version is told by a last notice, at the time of the last event.
+    """
+    strange, at = 0, 0.0
+    with path.open("rb") as lines:
         for line in lines:
-            if line.endswith("\n"):
-                yield from_json(line)
+            if line.endswith(b"\n"):
+                event, whole = from_json(line)
+                strange += not whole
+                if event is not None:
+                    at = event.at
+                    yield event
+    if strange:
+        what = "lines of the log were not read whole: they are from a later version, or damaged"
+        yield Notice(what, "warning", strange, path.name, at=at)
 
 
 def silent(event: Event) -> None:

@@ -108,6 +108,14 @@ class Accumulation:
         made = self._gradients_of
         return {"compiled": len(made.traces), "uncompiled": made.plain} if made.compiles else {}
 
+    def padding(self, step: int, cursor: Cursor) -> float:
+        """Share of the positions on the device in update ``step``, on all ranks, that are padding."""
+        plan, ranks = self._plan(cursor), self._ranks.size
+        positions = plan.positions or plan.lengths
+        micros = [micro for rank in range(ranks) for micro in plan.update(step, rank, ranks)]
+        used = sum(positions[member] for micro in micros for member in micro)
+        return 1 - used / sum(plan.cut.size([plan.lengths[member] for member in micro]) for micro in micros)
+
     def _plan(self, cursor: Cursor) -> Plan:
         """The plan, with the smaller budget that the run came down to."""
         plan = self._plan_of_run

@@ -12,10 +12,10 @@ from tunesmith.auditing import contamination, survey
 from tunesmith.auditing.findings import Audit
 from tunesmith.auditing.views import Context
 from tunesmith.batches import Cut, Group, Plan
+from tunesmith.caution import lonely
 from tunesmith.events import Notice, Sink
 from tunesmith.objectives import Objective
 from tunesmith.run import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run, RunConfig
-from tunesmith.watch import lonely
 from tunesmith.writing import write_json
 
 RENDERED_ROWS_KEPT = 5

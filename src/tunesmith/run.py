@@ -51,7 +51,7 @@ ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, CURSOR = (
     "adapters.safetensors", "adapter_config.json", "optimizer.safetensors", "cursor.json",
 )  # fmt: skip
 
-SAFE_TO_CHANGE = frozenset({"loop.save_every", "loop.keep_last", "loop.tensorboard"})
+SAFE_TO_CHANGE = frozenset({"loop.save_every", "loop.keep_last", "loop.tensorboard", "loop.instrument_every", "loop.activations"})
 """Keys that may differ when a run is resumed: none of them moves a weight."""
 
 
@@ -73,6 +73,10 @@ class LoopSpec(Spec):
     sample_every: int = Field(default=0, ge=0, description="updates between sample answers; 0: first and last only")
     samples: int = Field(default=3, ge=0, description="validation prompts answered as samples")
     sample_tokens: int = Field(default=128, ge=1, description="longest sample answer, in tokens")
+    instrument_every: int = Field(
+        default=10, ge=0, description="updates between measurements of each weight's gradient and change; 0: never"
+    )
+    activations: bool = Field(default=False, description="at validations, also measure the output of each layer")
     checkpoint_gradients: bool = Field(
         default=False,
         description="recompute each layer in the backward pass: about half of the memory beside the weights, 1.2 to 1.5 the time",

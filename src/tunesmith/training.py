@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ from safetensors.numpy import save as serialise
 
 from tunesmith import adapters, backend, console, events, gradients, model, optimizer, preparation, ranks, reference, scoring
 from tunesmith.batches import Cut, Group
+from tunesmith.caution import Watch
 from tunesmith.errors import ConfigError, Diverged, OutOfMemory, TunesmithError
 from tunesmith.events import Notice, Sink
 from tunesmith.frozen import Lower
 from tunesmith.gradients import Accumulation, Gradients
+from tunesmith.instruments import Grown, Measured, Stages, activations, due, row_losses
 from tunesmith.ranks import ONE, Ranks
 from tunesmith.run import (
     EVENTS,
@@ -46,8 +48,7 @@ from tunesmith.run import (
     lineage,
     name,
     require_free,
-)  # fmt: skip
-from tunesmith.watch import Watch
+)
 from tunesmith.writing import flush
 
 SKIPS_BEFORE_STOP = 3
@@ -179,10 +180,9 @@ class Loop:
     stop: threading.Event
     ranks: Ranks = ONE
     lower: Lower | None = None
-    watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.watch = Watch(self.prepared.objective.needs_reference)
+        self.grown, self.watch = Grown(self.net), Watch(self.prepared.objective.needs_reference)
 
     @property
     def hint(self) -> str:
@@ -271,29 +271,30 @@ class Loop:
 
         Returns whether any rank was asked to stop.
         """
-        start = time.perf_counter()
-        spec = self.config.optimizer
-        objective = self.prepared.objective
-        groups = [self.prepared.train[member] for member in self.prepared.plan.members(step)]
+        clock = Stages()
+        spec, plan, objective = self.config.optimizer, self.prepared.plan, self.prepared.objective
+        groups = [self.prepared.train[member] for member in plan.members(step)]
         units = sum(objective.units(group) for group in groups)
         before = cursor.tokens
         twins = reference.twins(self.prepared, self.config, step)
         baseline, watched = reference.baseline(twins, self._logps(twins, cursor))
-        loss, sums, logps = accumulation.sums(step, cursor, baseline)
-        if objective.watched:
-            logps = self.ranks.total_float(logps)
+        clock("reference")
+        loss, sums, found = accumulation.sums(step, cursor, baseline)
+        clock("gradients")
         budgets = mx.array([float(cursor.tokens or 0) * (rank == self.ranks.rank) for rank in range(self.ranks.size)])
-        loss, stop, budgets, sums = self.ranks.total([loss, mx.array(float(self.stop.is_set())), budgets, sums])
+        found = mx.array(found, mx.float32)  # as they came; one rank has each of them
+        loss, stop, budgets, found, sums = self.ranks.total([loss, mx.array(float(self.stop.is_set())), budgets, found, sums])
+        clock("reduce")
         cursor.tokens = min((int(tokens) for tokens in np.array(budgets) if tokens), default=None)
         if cursor.tokens != before:
             what = f"the device ran out of memory: from step {step + 1} on, at most {cursor.tokens} tokens at once"
             self.emit(Notice(what, level="warning", hint=f"for the next run: batch.tokens={cursor.tokens}"))
         means = tree_map(lambda leaf: leaf / units, sums)
+        del sums
         norm = optimizer.global_norm(means)
         mx.eval(loss, means, norm)
         mean, size = float(np.array(loss)) / units, float(np.array(norm))
-        rate = spec.rate(step, self.prepared.plan.steps)
-        stopping = bool(np.array(stop))
+        rate, stopping = spec.rate(step, plan.steps), bool(np.array(stop))
         if not (math.isfinite(mean) and math.isfinite(size)):
             cursor.skipped += 1
             rows = [group.source for group in groups]
@@ -306,18 +307,27 @@ class Loop:
                 )
             return stopping
         cursor.skipped = 0
+        clock("optimizer")
+        measured = Measured(self.net, means) if due(self.config.loop, step + 1, plan.steps) else None
+        clock("other")
         if spec.max_norm is not None:
             means = optimizer.clip(means, norm, spec.max_norm)
-        optimizer.apply(self.optimizer, self.net, means, rate)
+        (measured.apply if measured else optimizer.apply)(self.optimizer, self.net, means, rate)
+        clock("optimizer")
+        logps = np.array(found, dtype=np.float64)
         watched |= objective.metrics(groups, logps)
+        further = (measured.event(step + 1),) if measured else ()
+        padding, memory = accumulation.padding(step, cursor), backend.memory()
+        clock("other")
         self.emit(
             events.StepDone(
-                step + 1, (step + 1) / self.prepared.plan.steps_per_epoch, mean, units,
-                sum(group.tokens for group in groups), rate, size,
-                spec.max_norm is not None and size > spec.max_norm, time.perf_counter() - start, backend.memory(),
-                accumulation.shapes, sum(group.units for group in groups), watched,
+                step + 1, (step + 1) / plan.steps_per_epoch, mean, units, sum(group.tokens for group in groups), rate, size,
+                spec.max_norm is not None and size > spec.max_norm, sum(clock.seconds.values()), memory, accumulation.shapes,
+                sum(group.units for group in groups), watched, padding, clock.seconds,
             )
         )  # fmt: skip
+        for event in (row_losses(step + 1, step // plan.steps_per_epoch + 1, groups, logps), *further):
+            self.emit(event)
         self.watch.step(watched, self.emit)
         return stopping
 
@@ -338,9 +348,15 @@ class Loop:
         return cut if cursor.tokens is None else replace(cut, tokens=cursor.tokens)
 
     def _validate(self, cursor: Cursor) -> bool:
-        """All validation rows; True when what `LoopSpec.best` names is the best so far."""
-        if not self.prepared.valid:
-            return False
+        """All validation rows, if any, and the weights; True when what `LoopSpec.best` names is the best so far."""
+        best = bool(self.prepared.valid) and self._held_out(cursor)
+        if self.ranks.writes:
+            self.emit(self.grown.event(cursor.step))
+            if self.config.loop.activations:
+                self.emit(activations(self.net, self.prepared.valid or self.prepared.train, cursor.step))
+        return best
+
+    def _held_out(self, cursor: Cursor) -> bool:
         start = time.perf_counter()
         objective, valid = self.prepared.objective, self.prepared.valid
         twins = reference.twins(self.prepared, self.config, None)
@@ -361,10 +377,8 @@ class Loop:
             raise ConfigError(
                 what, where="loop.best", hint="it may need rows of both kinds, or more of them; loss is always there"
             )
-        lower = name in LOWER
-        best = math.isfinite(value) and (
-            cursor.best_value is None or (value < cursor.best_value if lower else value > cursor.best_value)
-        )
+        held = cursor.best_value
+        best = math.isfinite(value) and (held is None or (value < held if name in LOWER else value > held))
         if best:
             cursor.best_step, cursor.best_value, cursor.stale = cursor.step, value, 0
         else:
@@ -372,8 +386,6 @@ class Loop:
         seconds = time.perf_counter() - start
         self.emit(events.Validated(cursor.step, loss, perplexity, units, len(valid), seconds, best, watched))
         self.watch.validation(watched, self.emit)
-        growth = {key: norm for key, (norm, _) in adapters.growth(self.net).items()}
-        self.emit(events.Growth(cursor.step, growth))
         return best
 
     def _sample(self, step: int) -> None:
