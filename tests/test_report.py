@@ -6,11 +6,13 @@ import html
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tunesmith import events, reports
+from tunesmith.errors import EvaluationError
 
 HOSTILE = "# heading\n```\n````text\n</td></tr></table>\n![x](http://x) | pipe\x1b[31m"
 
@@ -75,7 +77,7 @@ def test_the_three_files_are_written_and_the_numbers_are_those_of_the_events(run
     assert page == folder / "report.md"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(entry.name for entry in folder.iterdir() if entry.name.startswith(".")) == []
-    found = json.loads((folder / "training_report.json").read_text())
+    found = json.loads((folder / "report.json").read_text())
     assert found == json.loads(json.dumps(reports.summary(folder)))
     assert found["verdict"] == (
         "After 60 of 60 updates the validation loss fell from 2.0000 to 1.0000 nats a learned token (-50.0%), "
@@ -103,7 +105,7 @@ def test_a_loss_that_rose_is_said_so_with_the_best(run_dir):
 def test_a_loss_that_is_not_finite_is_worse_and_the_json_stays_valid(run_dir, bad):
     folder = run_dir(a_run(after=bad))
     reports.write(folder)
-    text = (folder / "training_report.json").read_text()
+    text = (folder / "report.json").read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert "got worse" in found["verdict"] and "fell" not in found["verdict"]
     assert found["validation"][-1]["loss"] == str(bad)
@@ -197,3 +199,43 @@ def test_training_loss_is_a_mean_over_tokens_not_over_updates(run_dir):
     log: list[events.Event] = [step_done(step, 2.0, units=10.0) for step in range(1, 41)]
     log[0], log[1] = step_done(1, 4.0, units=30.0), step_done(2, 1.0, units=10.0)
     assert reports.summary(run_dir(log))["training_loss"]["first"] == (4.0 * 30 + 1.0 * 10) / 40
+
+
+def test_a_run_that_has_not_ended_is_not_said_to_have_stopped(run_dir):
+    ended = next(event for event in a_run(40, status="interrupted") if isinstance(event, events.RunEnded))
+    log = [*a_run(40)[:-1], ended, events.Resumed(40, 0, 60), step_done(41, 1.0)]
+    folder = run_dir(log)
+    (folder / "manifest.json").write_text(json.dumps({"status": "running"}))
+    found = reports.summary(folder)
+    assert found["status"] == "running" and found["verdict"].startswith("Still running, or killed, after 41 of 60 updates")
+    rules = [one["rule"] for one in found["advice"]]
+    assert "the run is still running, or was killed" in rules and "the run did not end by itself" not in rules
+    text = reports.write(folder).read_text()
+    assert f"tunesmith watch '{folder}'" in text and f"tunesmith train --resume '{folder}'  # where it was killed" in text
+
+
+def test_padding_is_a_share_of_positions_and_of_updates_that_know_it(run_dir):
+    stages = {"gradients": 1.0}
+    log = [
+        replace(step_done(1, 1.0), tokens=50),  # an older one: its padding is not known
+        replace(step_done(2, 1.0), tokens=900, padding=0.1, stages=stages),
+        replace(step_done(3, 1.0), tokens=50, padding=0.5, stages=stages),
+    ]
+    assert reports.summary(run_dir(log))["padding"] == pytest.approx(1 - 950 / 1100)
+
+
+def test_an_update_that_does_not_know_some_memory_has_a_report(run_dir):
+    log = [step_done(1, 1.0), replace(step_done(2, 1.0), memory={"resident": 4_000_000_000}), step_done(3, 1.0)]
+    folder = run_dir(log)
+    for found in (log, log[:2]):
+        (folder / "events.jsonl").write_text("".join(events.to_json(event) + "\n" for event in found))
+        reports.write(folder)
+        peaks = json.loads((folder / "report.json").read_text())["memory_peak"]
+        assert peaks == {"resident": 4_000_000_000, "active": 2_000_000_000, "peak": 2_500_000_000}
+
+
+def test_a_torn_manifest_is_an_error_with_its_place(run_dir):
+    folder = run_dir(a_run())
+    (folder / "manifest.json").write_text('{"status": ')
+    with pytest.raises(EvaluationError, match=r"manifest\.json: cannot be read"):
+        reports.write(folder)
