@@ -96,17 +96,19 @@ def arm(name: str, seed: int, asked: argparse.Namespace, data: Path, folder: Pat
 
 def measured(run: Run, held_out: Path) -> dict[str, Any]:
     """Held-out rows → r (nats) and whether good, and the perplexity of the good."""
-    done = run.path / "evals" / f"preference@1+{held_out.stem}" / "examples.jsonl"
-    if not done.exists():
+    evals = run.path / "evals"
+    if not list(evals.glob(f"preference@1+{held_out.stem}-*")):
         with console.sink(sys.stderr) as notify:
             tunesmith.evaluate(
                 run.path, data=[str(held_out)], checkpoint="last", tasks=("perplexity", "preference"), notify=notify
             )  # fmt: skip
+    (done,) = evals.glob(f"preference@1+{held_out.stem}-*/examples.jsonl")
+    (losses,) = evals.glob(f"perplexity@*+{held_out.stem}-*/score.json")
     rows = [json.loads(line) for line in done.read_text().splitlines()]
-    scores = json.loads((done.parents[1] / f"perplexity@1+{held_out.stem}" / "score.json").read_text())["scores"]
+    scores = json.loads(losses.read_text())["scores"]
     loss = next(score for score in scores if score["name"] == "loss")
     return {
-        "ratios": {row["source"]: row["tuned"] for row in rows},
+        "ratios": {row["source"]: row["tuned"] - row["base"] for row in rows},
         "good": {row["source"]: row["tuned_detail"]["good"] for row in rows},
         "loss": loss["value"], "base_loss": loss["value"] - loss["delta"],
     }  # fmt: skip

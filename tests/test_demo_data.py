@@ -13,7 +13,8 @@ from tunesmith import demo_data, formats
 from tunesmith.demo_data import FAULTS, INVENTED, TOOLS, generate
 from tunesmith.errors import DataError
 from tunesmith.formats import Call, Conversation, Message
-from tunesmith.tasks.tool_calls import Reference, parse, references, score
+from tunesmith.tasks.parsers import parse
+from tunesmith.tasks.tool_calls import Reference, references, score
 
 SEEDS = (0, 1, 2, 1234567)
 

@@ -27,10 +27,12 @@ ROWS = {
         "logprobs",
         "ranks",
         "scoring",
+        "sandbox",
+        "confinement",
     },
     2: {"run"},
-    3: {"preparation", "training", "evaluation", "answers", "gradients", "frozen", "reference", "watch"},
-    4: {"reports", "preflight"},
+    3: {"preparation", "training", "evaluation", "answers", "gradients", "frozen", "reference", "caution", "instruments"},
+    4: {"reports", "preflight", "live"},
     5: {"cli", "__init__", "__main__", "demo", "demo_data"},
 }
 ROW = {module: row for row, modules in ROWS.items() for module in modules}
@@ -97,7 +99,7 @@ def code_lines(path: Path) -> int:
 def test_the_package_stays_small():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")}
     assert [path.name for path, count in lines.items() if count > 500] == []
-    assert 1000 < sum(map(code_lines, lines)) <= 10300
+    assert 1000 < sum(map(code_lines, lines)) <= 16500
 
 
 def loaded_after(statement: str) -> set[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tunesmith
-from tunesmith import demo
+from tunesmith import demo, demo_data
 from tunesmith.run import Run
 
 pytestmark = pytest.mark.real
@@ -31,7 +31,8 @@ def test_the_demo_halves_the_loss_and_learns_the_calls(shown):
 def test_mlx_lm_reads_the_checkpoint_as_it_is(shown):
     """The same greedy answer through mlx-lm's own loading."""
     run = Run.open(Path(shown["report"]).parent)
-    prompt = json.loads((run.path / "evals" / "tool_calls@1" / "examples.jsonl").read_text().splitlines()[0])
+    (examples,) = run.path.glob("evals/tool_calls@*/examples.jsonl")
+    prompt = json.loads(examples.read_text().splitlines()[0])
     assert prompt["tuned"] in (0.0, 1.0)
     question = "Call Grace at 4 pm."
     (ours,) = tunesmith.generate(run.path, [question], max_tokens=40)
@@ -50,3 +51,48 @@ def test_a_demo_model_already_there_is_not_fetched_again(shown, monkeypatch):
     monkeypatch.setattr(demo.subprocess, "run", None)
     assert demo.fetch_model(folder).suffix == ".gguf"
     assert before == {path: os.stat(path).st_mtime_ns for path in folder.iterdir()} and len(before) == 1
+
+
+def tuned(shown: dict, folder: Path, rows: list[dict], **sets) -> Path:
+    """A short run on ``rows``, with the demo's settings."""
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gguf = Path(shown["report"]).parents[2] / "model" / Path(demo.MEMBER).name
+    words = [f"{key.replace('__', '.')}={value}" for key, value in ({"loop__samples": 0} | sets).items()]
+    settings = tunesmith.configure(preset="smollm2-demo", model=str(gguf), data=[str(data)], sets=words)
+    run = tunesmith.train(settings, out=folder / "run")
+    assert run is not None
+    return run.path
+
+
+def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
+    names = [tool.name for tool in demo_data.TOOLS]
+    wrong = dict(zip(names, names[1:] + names[:1], strict=True))
+    rows = demo_data.generate()
+    for row in rows:
+        for turn in row["conversations"]:
+            name = turn["content"].partition("tool_call: ")[2].partition("\n")[0]
+            turn["content"] = turn["content"].replace(f"tool_call: {name}\n", f"tool_call: {wrong.get(name, name)}\n")
+    right = Path(shown["report"]).parent
+    other = tuned(shown, tmp_path, rows, loop__steps=30)
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("\n".join((right / "data" / "valid.jsonl").read_text().splitlines()[:40]) + "\n")
+    for run in (right, other):
+        tunesmith.evaluate(run, data=[str(asked)], tasks=["tool_calls"], max_tokens=60)
+    found = tunesmith.compare([right, other], out=tmp_path / "comparison")
+    (tools,) = [held for held in found.against[0].held if held.other.task == "tool_calls"]
+    told = {score.name: score for score in tools.scores if score.part is None}
+    assert told["right_tool"].verdict == told["tool_calls"].verdict == "regressed"
+    assert told["well_formed"].verdict != "regressed", "the calls themselves are sound"
+    assert found.tone != "good" and "worse" in found.verdict and "tool_calls" in found.verdict
+
+
+def test_a_run_that_forgets_is_called_by_its_fault(shown, tmp_path):
+    run = tuned(shown, tmp_path, demo_data.generate(), loop__steps=12, optimizer__learning_rate=0.02, optimizer__max_norm="null")
+    found = tunesmith.evaluate(run, tasks=["tool_calls", "drift"], limit=30, max_tokens=40, checkpoint="last")
+    assert found is not None
+    told = {(score.task, score.name): score for score in found.scores if score.part is None}
+    assert told["drift.text", "likelihood"].verdict == "regressed" and told["drift.text", "likelihood"].met is False
+    assert told["drift.chat", "kl"].value > 1
+    page = (run / "report.md").read_text()
+    assert "Do not ship" in page and "likelihood" in page

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from tunesmith.evaluation import Evaluation
     from tunesmith.events import Sink
     from tunesmith.formats import JSON
+    from tunesmith.reports.compare import Comparison
     from tunesmith.run import Run, RunConfig
     from tunesmith.template import Rendered, Renderer
 
-__all__ = ["audit", "chat", "configure", "doctor", "evaluate", "generate", "init", "plan", "report", "show", "train"]
+__all__ = [
+    "audit", "chat", "compare", "configure", "doctor", "evaluate", "generate", "init", "plan", "report", "show", "train", "watch",
+]  # fmt: skip
 
 
 # The one thing done at import: MLX binds its BLAS when it is loaded, whichever module of the package loads it first.
@@ -266,27 +269,58 @@ def evaluate(
     *,
     data: Sequence[str] = (),
     checkpoint: str = "best",
-    tasks: Sequence[str] = ("perplexity", "tool_calls", "preference"),
+    tasks: Sequence[str] = (),
     base: bool = True,
-    limit: int | None = None,
-    max_tokens: int = 256,
+    fresh: bool = False,
     notify: Sink = _silent,
-) -> Evaluation:
-    """Scores of base and tuned on the run's held-out rows (or ``data``), with intervals; the report is renewed."""
+    **options: Any,
+) -> Evaluation | None:
+    """Scores of base and tuned on the run's held-out rows (or ``data``) and the suites, with intervals; the report is renewed.
+
+    tasks: names of `evaluation.TASKS`, none: the whole suite. options: the fields of `tasks.EvaluationSpec`, as ``max_tokens``,
+    ``limit`` or ``benchmarks``. fresh: measure again what is known from before. None on ranks but the first of `mlx.launch`.
+    """
     backend.setup()
     from tunesmith import evaluation, reports
+    from tunesmith.config import load
     from tunesmith.run import Run
+    from tunesmith.tasks import EvaluationSpec
 
+    given = {key: ([*value] if isinstance(value, tuple) else value, key) for key, value in options.items()}
+    spec = load(EvaluationSpec, overrides=given).spec
+    chosen = [*(_many(tasks) or evaluation.SUITE), *(["benchmarks"] if spec.benchmarks else [])]
     found = evaluation.evaluate(
-        Run.open(run), data=_many(data), checkpoint=checkpoint, tasks=tasks, base=base, limit=limit, max_tokens=max_tokens,
-        notify=notify,
-    )  # fmt: skip
-    reports.write(found.run.path)
+        Run.open(run), data=_many(data), checkpoint=checkpoint, tasks=chosen, base=base, fresh=fresh, spec=spec, notify=notify
+    )
+    if found is not None:
+        reports.write(found.run.path)
     return found
 
 
+def compare(
+    runs: Sequence[str | Path], *, out: str | Path = "comparison", against: str | Path | None = None, notify: Sink = _silent
+) -> Comparison:
+    """What differs between runs, and how their evaluations differ on the same prompts; a page, a text and JSON go to ``out``.
+
+    against: the run that the others are held against (the first one). Raises DataError where one is no run, or there is one only.
+    """
+    from tunesmith.reports import compare as comparing
+
+    paths = [Path(run) for run in _many(runs)]
+    return comparing.compare(paths, Path(out), against=None if against is None else Path(against), notify=notify)
+
+
+def watch(run: str | Path, *, once: bool = False) -> None:
+    """Show the curves of a run in the terminal while it trains; ``once``: as they are now."""
+    import sys
+
+    from tunesmith import live
+
+    live.watch(Path(run), sys.stdout, once=once)
+
+
 def report(run: str | Path) -> Path:
-    """Write ``report.md``, ``training_report.json`` and ``curves.png`` anew from the run directory; the first's path."""
+    """Write ``report.md`` and all that stands beside it (page, JSON, pictures, model card) anew; the path of ``report.md``."""
     from tunesmith import reports
     from tunesmith.run import Run
 

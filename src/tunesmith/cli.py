@@ -224,15 +224,21 @@ def train(
         run = tunesmith.train(resolved, out=out, resume=resume, sets=(sets or ()) if resume else (), notify=notify)
     if run is None:
         return  # another rank speaks
-    summary = reports.summary(run.path)
     if as_json:
-        _out(summary)
+        _out(reports.summary(run.path))
     else:
         typer.echo(reports.verdict(run.path))
-        typer.echo(f"report: {run.path / 'report.md'}")
+        typer.echo(f"report: {run.path / 'report.html'}")
     if run.manifest["status"] == "interrupted":
         typer.echo(f"interrupted; go on with: {run.hint}", err=True)
         raise typer.Exit(130)
+
+
+Task = Annotated[
+    list[str] | None,
+    typer.Option(help="perplexity, adherence, tool_calls, preference, drift, efficiency, benchmarks; repeatable (default: all)"),
+]
+Files = Annotated[list[str] | None, typer.Option(help="instead of the suite in the package; repeatable")]
 
 
 @app.command()
@@ -240,30 +246,72 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="run directory")],
     data: Data = None,
     checkpoint: Checkpoint = "best",
-    task: Annotated[list[str] | None, typer.Option(help="perplexity, tool_calls, preference; repeatable (default: all)")] = None,
+    task: Task = None,
     base: Annotated[bool, typer.Option(help="measure the base too, for the difference")] = True,
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first rows, and items of each suite")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer to a row")] = 256,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="answers at once (default: 32 on a CPU, else 16)")] = None,
+    knowledge: Files = None,
+    text: Files = None,
+    chats: Files = None,
+    safety: Files = None,
+    benchmark: Annotated[list[str] | None, typer.Option(help="mmlu, hellaswag, gsm8k, …, mmlu:astronomy; repeatable")] = None,
+    benchmark_data: Annotated[Path | None, typer.Option(help="folder with the benchmarks' files (default: the hub)")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="solved examples before each question of a benchmark")] = 0,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="run code that the model writes, shut in")] = False,
+    embed: Annotated[bool, typer.Option(help="also compare meanings of answers by embeddings")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="measure again what is known from before")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score base and tuned on the held-out rows (or --data), with 95 % intervals."""
+    """Score base and tuned on the held-out rows (or --data) and the suites: what improved, what was lost, how sure it is."""
+    from tunesmith import reports
+
     with _watch() as notify:
         found = tunesmith.evaluate(
-            run, data=data or (), checkpoint=checkpoint, tasks=task or ("perplexity", "tool_calls", "preference"), base=base,
-            limit=limit, max_tokens=max_tokens, notify=notify,
+            run, data=data or (), checkpoint=checkpoint, tasks=task or (), base=base, fresh=fresh, notify=notify, limit=limit,
+            max_tokens=max_tokens, batch_size=batch_size, knowledge=tuple(knowledge or ()), text=tuple(text or ()),
+            chats=tuple(chats or ()), safety=tuple(safety or ()), benchmarks=tuple(benchmark or ()),
+            benchmark_data=None if benchmark_data is None else str(benchmark_data), shots=shots, allow_code=allow_code,
+            embed=embed,
         )  # fmt: skip
+    if found is None:
+        return  # another rank speaks
     if as_json:
         _out(found.summary())
         return
-    for score in found.scores:
-        interval = "" if score.low is None else f" [{score.low:.4g}, {score.high:.4g}]"
-        change = ""
-        if score.delta is not None:
-            change = f"  base {score.value - score.delta:.4g}, change {score.delta:+.4g}"
-            change += "" if score.delta_low is None else f" [{score.delta_low:+.4g}, {score.delta_high:+.4g}]"
-        note = "" if score.note is None else f"; {score.note}"
-        typer.echo(f"{score.task}@{score.version} {score.name}: {score.value:.4g}{interval}{change}  (n {score.n}{note})")
-    typer.echo(f"report: {found.run.path / 'report.md'}")
+    from rich.console import Console
+
+    from tunesmith.reports import screen
+
+    screen.render(found.scores, Console())
+    typer.echo(reports.verdict(found.run.path))
+    typer.echo(f"report: {found.run.path / 'report.html'}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="run directories; the first is what the others are held against")],
+    out: Annotated[Path, typer.Option(help="folder for compare.html, compare.md and compare.json")] = Path("comparison"),
+    against: Annotated[Path | None, typer.Option(help="another run to hold the others against")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold runs against each other: settings that differ, curves, and paired differences on the same prompts."""
+    with _watch() as notify:
+        found = tunesmith.compare(runs, out=out, against=against, notify=notify)
+    if as_json:
+        _out(found.to_json())
+    else:
+        typer.echo(found.verdict)
+        typer.echo(f"page: {out / 'compare.html'}")
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    once: Annotated[bool, typer.Option("--once", help="print the curves as they are now")] = False,
+) -> None:
+    """Show the curves of a run in the terminal, while it trains or after."""
+    tunesmith.watch(run, once=once)
 
 
 @app.command()

@@ -68,12 +68,13 @@ def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None =
     print("4/4  asking base and tuned model the same held-out prompts", file=sys.stderr)
     with console.sink(sys.stderr) as notify:
         found = tunesmith.evaluate(run.path, max_tokens=80, notify=notify)
-    scores = {score.name: score for score in found.scores}
-    loss, calls = scores["loss"], scores["tool_calls"]
+    assert found is not None, "the demo is one process"
+    scores = {(score.task, score.name): score for score in found.scores if score.part is None}
+    loss, calls = scores["perplexity", "loss"], scores["tool_calls", "tool_calls"]
     assert loss.delta is not None and calls.delta is not None
     for one in found.answers[:: max(1, len(found.answers) // SHOWN)][:SHOWN]:
         print(f"\nprompt   {one.prompt}\nbefore   {_indent(one.base or '')}\nafter    {_indent(one.tuned)}")
-    report = run.path / "report.md"
+    report = run.path / "report.html"
     print(f"\nreport   {report}\nask it   tunesmith chat {run.path}\n")
     return {
         "val_loss_before": round(loss.value - loss.delta, 4),
