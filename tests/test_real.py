@@ -74,9 +74,9 @@ def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
             name = turn["content"].partition("tool_call: ")[2].partition("\n")[0]
             turn["content"] = turn["content"].replace(f"tool_call: {name}\n", f"tool_call: {wrong.get(name, name)}\n")
     right = Path(shown["report"]).parent
-    other = tuned(shown, tmp_path, rows, loop__steps=30)
+    other = tuned(shown, tmp_path, rows, loop__steps=20)
     asked = tmp_path / "asked.jsonl"
-    asked.write_text("\n".join((right / "data" / "valid.jsonl").read_text().splitlines()[:40]) + "\n")
+    asked.write_text("\n".join((right / "data" / "valid.jsonl").read_text().splitlines()[:24]) + "\n")
     for run in (right, other):
         tunesmith.evaluate(run, data=[str(asked)], tasks=["tool_calls"], max_tokens=60)
     found = tunesmith.compare([right, other], out=tmp_path / "comparison")
@@ -89,7 +89,7 @@ def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
 
 def test_a_run_that_forgets_is_called_by_its_fault(shown, tmp_path):
     run = tuned(shown, tmp_path, demo_data.generate(), loop__steps=12, optimizer__learning_rate=0.02, optimizer__max_norm="null")
-    found = tunesmith.evaluate(run, tasks=["tool_calls", "drift"], limit=30, max_tokens=40, checkpoint="last")
+    found = tunesmith.evaluate(run, tasks=["drift"], limit=24, checkpoint="last")
     assert found is not None
     told = {(score.task, score.name): score for score in found.scores if score.part is None}
     assert told["drift.text", "likelihood"].verdict == "regressed" and told["drift.text", "likelihood"].met is False

