@@ -18,11 +18,11 @@ from tunesmith import model, template
 from tunesmith.batches import BatchSpec
 from tunesmith.errors import DataError, EvaluationError
 from tunesmith.events import Notice
-from tunesmith.tasks import EvaluationSpec, Material, Subject, summarise
+from tunesmith.tasks import EvaluationSpec, ExampleScore, Material, Subject, summarise
 from tunesmith.tasks.choices import MultipleChoice, Question, Scored, continuation, question
 from tunesmith.tasks.drift import Apart, Chat, Item, Safety, Text, build, distributions, divergence
 from tunesmith.tasks.refusals import refuses
-from tunesmith.tasks.statistics import paired
+from tunesmith.tasks.statistics import change, paired
 from tunesmith.tasks.subject import Said
 from tunesmith.tasks.suites import Entry, entries, made, spread
 
@@ -498,3 +498,10 @@ def test_all_of_drift_scores_alike_in_any_batch(loaded, renderer):
 def test_a_measurement_that_is_no_number_is_an_error():
     with pytest.raises(EvaluationError, match="not finite"):
         Chat([]).score([Apart(Item("c:1", "a", "x"), math.inf, 1.0, 3, "")])
+
+
+def test_a_passage_that_became_likelier_improved():
+    (headline,) = [one for one in Text.statistics if one.headline]
+    before, after = ExampleScore("text:a", 3.9), ExampleScore("text:a", 3.8)  # nats: less is better
+    assert change(headline, headline.of(before), headline.of(after)) == "improved"
+    assert change(headline, headline.of(after), headline.of(before)) == "regressed"

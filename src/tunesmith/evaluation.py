@@ -285,7 +285,8 @@ def _examples(
         read = None
     if read is None or not read.rows:
         if data or len(asking) == len(set(tasks)):
-            raise EvaluationError("has no held-out rows", where=paths[0], hint="give --data FILE")
+            what, hint = ("has no rows", "give another file") if data else ("has no held-out rows", "give --data FILE")
+            raise EvaluationError(what, where=paths[0], hint=hint)
         notify(Notice(f"no rows are held out: not measured: {', '.join(asking)}", level="warning", hint="give --data FILE"))
         return [], []
     formats.require(read, config.data.max_dropped)

@@ -115,7 +115,7 @@ def _course(found: Mapping[str, Any]) -> Iterator[Advice]:
             )
         elif last is best and before[1] - last[1] > FALLING * (measured[0][1] - last[1]) > 0:
             why = f"{before[1]:.4f} at step {before[0]:,}, {last[1]:.4f} at step {last[0]:,}, the last"
-            yield Advice("loss was still falling at the end", why, "train longer: loop.epochs")
+            yield Advice("loss was still falling at the end", why, "train longer: loop.epochs, or loop.steps where that is set")
     loss = found["training_loss"]
     if loss and measured and measured[-1][1] > SMALL and float(loss["last"]) < APART * measured[-1][1]:
         why = f"training {float(loss['last']):.4f}, held out {measured[-1][1]:.4f}"
@@ -218,6 +218,8 @@ def _limits(found: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield "No rows were held out, so nothing is known of rows that were not learned."
     chosen = evidence.speaking(found)
+    if any(one["task"] == "preference" for one in chosen):
+        yield "Preference compares whole answers: where good ones are longer than bad ones, length alone can move it."
     if chosen:
         yield "Intervals are over prompts. One run with one seed was made; how much another seed would change is not in them."
         few = list(dict.fromkeys(f"{one['task']} ({one['n']:,})" for one in chosen if one["n"] < FEW))

@@ -56,7 +56,7 @@ class Text(Task[tuple[Item, float, float]]):
 
     name, version = "drift.text", "1"
     statistics = (
-        Statistic("likelihood", lambda one: one.value, lambda loss: np.exp(-loss), better="higher", headline=True, target=KEEP),
+        Statistic("likelihood", lambda one: -one.value, np.exp, better="higher", headline=True, target=KEEP),
         Statistic("perplexity", lambda one: one.value, np.exp, better="lower"),
     )
     parts = ("category",)
