@@ -119,15 +119,21 @@ def test_ranks_change_no_score(run, tmp_path):
     launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
     words = [str(Path(sys.executable).with_name("tunesmith")), "evaluate", str(run), "--max-tokens", "12"]
     words += [word for task in ROWS_ONLY for word in ("--task", task)]
-    done = subprocess.run([*launch, *words, "--json"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 1, "only the first rank speaks"
-    together = {
-        (one["task"], one["name"], one["part"]): (one["value"], one["base"], one["n"], one["verdict"])
-        for one in json.loads(lines[0])["scores"]
-    }
-    assert_alike(alone, together)
+
+    def together() -> dict:
+        done = subprocess.run([*launch, *words, "--json"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        assert len(lines) == 1, "only the first rank speaks"
+        found = json.loads(lines[0])["scores"]
+        return {(one["task"], one["name"], one["part"]): (one["value"], one["base"], one["n"], one["verdict"]) for one in found}
+
+    whole = together()
+    assert_alike(alone, whole)
+    shutil.rmtree(run / "evals")
+    for path in sorted((tmp_path / "cache" / "evaluations").iterdir())[::2]:
+        path.unlink()
+    assert together() == whole, "what the first rank knows, all know"
 
 
 def test_nothing_is_measured_twice_but_on_request(run, monkeypatch):

@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mlx.utils import tree_flatten
 
 from tunesmith import adapters, backend, events, formats, model, ranks, template
@@ -64,7 +64,7 @@ ONLY_FOR = {
     "benchmarks": ("benchmarks", "benchmark_data", "shots", "allow_code"),
 }
 OF_ROWS = frozenset({"perplexity", "adherence", "tool_calls", "preference"})
-DECIDING = ("tunesmith", "mlx", "mlx-lm", "sacrebleu", "rapidfuzz", "py3langid", "pygarble", "jsonschema")
+DECIDING = ("tunesmith", "mlx", "mlx-lm", "sacrebleu", "rapidfuzz", "py3langid", "pygarble", "jsonschema", "regex")
 """Packages by whose version a score can change."""
 SCORE, EXAMPLES = "score.json", "examples.jsonl"
 IMITATED = SFT()
@@ -237,26 +237,36 @@ class _Measure:
             backend.setup().kind, {package: version(package) for package in DECIDING},
         )  # fmt: skip
         place = backend.cache_folder() / "evaluations" / f"{key}.json"
-        known = _read(place) if task.cached and not self.fresh and self.ranks.writes else None
-        if self.ranks.total_float(np.array([float(known is not None)]))[0]:  # what the first rank knows, none need measure
-            notify(Notice(f"{side}: {task.name} is known from before: {len(known.scores) if known else 0:,} examples"))
-            return known or _Known([], 0.0, True)
-        start = time.perf_counter()
-        scores = task.score(task.measure(self._subject))
+        subject = self._subject
+        kept = _read(place) if task.cached and not self.fresh and self.ranks.writes else ""
+        if kept := self.ranks.from_first(kept):  # what the first rank knows, none need measure
+            known, heard = _parsed(kept)
+            subject.heard = {**heard, **subject.heard}
+            notify(Notice(f"{side}: {task.name} is known from before: {len(known.scores):,} examples"))
+            return known
+        before, start = len(subject.heard), time.perf_counter()
+        scores = task.score(task.measure(subject))
         known = _Known(scores, time.perf_counter() - start, False)
         if task.cached and self.ranks.writes:
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_json(place, {"seconds": known.seconds, "scores": [asdict(score) for score in scores]})
+            new = dict(islice(subject.heard.items(), before, None))
+            write_json(place, {"seconds": known.seconds, "scores": [asdict(score) for score in scores], "heard": new})
         return known
 
 
-def _read(place: Path) -> _Known | None:
-    """What is kept there; None where nothing is, or nothing that can be read."""
+def _parsed(kept: str) -> tuple[_Known, dict[str, Any]]:
+    found = json.loads(kept)
+    return _Known([ExampleScore(**score) for score in found["scores"]], found["seconds"], True), {**found["heard"]}
+
+
+def _read(place: Path) -> str:
+    """What is kept there; nothing where nothing is, or nothing that can be understood."""
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
-        return _Known([ExampleScore(**score) for score in found["scores"]], found["seconds"], True)
+        kept = place.read_text(encoding="utf-8")
+        _parsed(kept)
+        return kept
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return ""
 
 
 def _built(material: Material, tasks: Sequence[str], base: bool) -> Iterator[Task]:

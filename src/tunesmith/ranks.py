@@ -68,6 +68,15 @@ class Ranks:
         summed = self.total([mx.array(np.stack(parts))])[0]
         return np.array(summed, dtype=np.float64).sum(axis=0)
 
+    def from_first(self, text: str) -> str:
+        """The first rank's ``text``, on every rank."""
+        if self.size == 1:
+            return text
+        mine = np.frombuffer(text.encode() if self.rank == 0 else b"", np.uint8).astype(np.float64)
+        line = np.zeros(int(self.total_float(np.array([float(mine.size)]))[0]))
+        line[: mine.size] = mine
+        return self.total_float(line).astype(np.uint8).tobytes().decode() if line.size else ""
+
     def require_agreement(self, *facts: object) -> None:
         """Raises TrainingError where the ranks do not start from the same ``facts``."""
         digest = np.frombuffer(hashlib.sha256(repr(facts).encode()).digest(), np.uint8).astype(np.float64)

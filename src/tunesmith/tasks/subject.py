@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +35,8 @@ class Said(NamedTuple):
 class Subject:
     """``net``: in evaluation mode while it is measured. Answers are greedy.
 
-    They and log-probabilities are kept: tasks that ask the same share them.
+    ``heard``: they and log-probabilities by the hash of what was asked, oldest first. What was heard is not asked again: tasks
+    that ask the same share it, and one filled with what was heard earlier goes on as if never stopped, in the same batches.
     """
 
     net: nn.Module
@@ -45,8 +46,7 @@ class Subject:
     batch_size: int = 32
     notify: Sink = events.silent
     ranks: Ranks = ONE
-    _said: dict[tuple[int, tuple[int, ...]], Said] = field(default_factory=dict, repr=False)
-    _sums: dict[bytes, tuple[float, float]] = field(default_factory=dict, repr=False)
+    heard: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The tokens of ``prompt`` up to where the answer begins. Raises TemplateError where the template cannot say it."""
@@ -54,18 +54,19 @@ class Subject:
 
     def answers(self, prompts: Sequence[Prompt], max_tokens: int, label: str = "answers") -> list[Said]:
         """One greedy answer a prompt, in order."""
-        keys = [(max_tokens, tuple(self.ids(prompt))) for prompt in prompts]
-        new = [key for key in dict.fromkeys(keys) if key not in self._said]
-        mine = new[self.ranks.rank :: self.ranks.size]
+        asked = [self.ids(prompt) for prompt in prompts]
+        keys = [_hash(max_tokens, np.array(ids, "<i4")) for ids in asked]
+        new = {key: ids for key, ids in zip(keys, asked, strict=True) if key not in self.heard}
+        mine = list(new.values())[self.ranks.rank :: self.ranks.size]
         made = model.generate(
-            self.net, [ids for _, ids in mine], max_tokens=max_tokens, eos_ids=self.renderer.eos_ids,
+            self.net, mine, max_tokens=max_tokens, eos_ids=self.renderer.eos_ids,
             batch_size=self.batch_size, on_done=self.ticker(label),
         )  # fmt: skip
         for key, ids, cut in zip(
             new, *self._met([one.ids for one in made], [one.finish == "length" for one in made], len(new)), strict=True
         ):
-            self._said[key] = Said(self.renderer.answer(ids), len(ids), cut)
-        return [self._said[key] for key in keys]
+            self.heard[key] = Said(self.renderer.answer(ids), len(ids), cut)
+        return [Said(*self.heard[key]) for key in keys]
 
     def _met(self, ids: list[list[int]], cut: list[bool], n: int) -> tuple[list[list[int]], list[bool]]:
         """What all ranks generated, in the order of the ``n`` questions; this rank's are every ``size``-th from ``rank``."""
@@ -85,7 +86,7 @@ class Subject:
 
     def logps(self, groups: Sequence[Group], label: str = "likelihoods") -> list[list[tuple[float, float]]]:
         """(Σ weight · log p in nats, Σ weight) over the targets of each sequence of each group, in order."""
-        new = [group for group in groups if any(_key(tokens) not in self._sums for tokens in group.sequences)]
+        new = [group for group in groups if any(_key(tokens) not in self.heard for tokens in group.sequences)]
         mine = range(self.ranks.rank, len(new), self.ranks.size)
         asked = [new[at] for at in mine]
         found = scoring.sequence_sums(self.net, asked, Cut.around(self.batch, new)[0], self.ticker(label)) if asked else []
@@ -94,12 +95,17 @@ class Subject:
             parts[at][:] = sums
         summed = self.ranks.total_float(np.concatenate([np.zeros((0, 2)), *parts]))
         sequences = [tokens for group in new for tokens in group.sequences]
-        self._sums |= {_key(tokens): (logp, units) for tokens, (logp, units) in zip(sequences, summed.tolist(), strict=True)}
-        return [[self._sums[_key(tokens)] for tokens in group.sequences] for group in groups]
+        for tokens, (logp, units) in zip(sequences, summed.tolist(), strict=True):
+            self.heard.setdefault(_key(tokens), (logp, units))
+        return [[(logp, units) for logp, units in (self.heard[_key(tokens)] for tokens in group.sequences)] for group in groups]
 
     def ticker(self, label: str):
         return events.ticker(self.notify, f"{self.side}: {label}")
 
 
-def _key(tokens: Tokens) -> bytes:
-    return hashlib.sha256(tokens.ids.astype("<i4").tobytes() + b"|" + tokens.targets.astype("<f4").tobytes()).digest()
+def _key(tokens: Tokens) -> str:
+    return _hash("logp", tokens.ids.astype("<i4"), tokens.targets.astype("<f4"))
+
+
+def _hash(of: int | str, *arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"|".join([str(of).encode(), *(array.tobytes() for array in arrays)])).hexdigest()
