@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -354,13 +355,22 @@ Path(sys.argv[1] + str(among.rank)).write_text(repr(found))
 def test_without_the_harness_the_hint_is_the_extra(folder, monkeypatch):
     import importlib.metadata as metadata
 
-    def missing(name):
-        raise PackageNotFoundError(name)
+    installed = metadata.version
 
-    monkeypatch.setattr(metadata, "version", missing)
-    with pytest.raises(SetupError, match=r"pip install 'tunesmith\[benchmarks\]'"):
+    def without(found: str | None):
+        def version(name: str) -> str:
+            if name in {"lm-eval", "lm_eval"} and found is None:
+                raise PackageNotFoundError(name)
+            return found if found and name in {"lm-eval", "lm_eval"} else installed(name)
+
+        return version
+
+    monkeypatch.setattr(metadata, "version", without(None))
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    (needed,) = project["optional-dependencies"]["benchmarks"]
+    with pytest.raises(SetupError, match=re.escape(f"pip install '{needed}'")):
         benchmarks.build(material(folder, "hellaswag"))
-    monkeypatch.setattr(metadata, "version", lambda name: "0.4.2")
+    monkeypatch.setattr(metadata, "version", without("0.4.2"))
     with pytest.raises(SetupError, match=r"0\.4\.2 is installed"):
         benchmarks.build(material(folder, "hellaswag"))
 
