@@ -696,6 +696,27 @@ def test_the_task_counts_pairs_with_intervals():
     assert preference.scores(compared([1.0], []), 0) == []
 
 
+def test_the_interval_of_few_answers_covers():
+    """200 samples of six good and six bad, one apart: the margin's interval covers 1 as often as it says."""
+    random = np.random.default_rng(0)
+    drawn = [compared(random.normal(1, 1, 6).tolist(), random.normal(0, 1, 6).tolist()) for _ in range(200)]
+    margins = [{one.name: one for one in preference.scores(items, at)}["ratio_margin"] for at, items in enumerate(drawn)]
+    assert 0.93 <= np.mean([one.low <= 1 <= one.high for one in margins if one.low is not None and one.high is not None]) <= 0.99
+
+
+def test_few_answers_that_always_win_prove_little():
+    (accuracy, *_) = preference.scores(compared([2.0, 3.0, 4.0], [0.0, 1.0, 1.5]), 0)
+    assert accuracy.value == 1.0 and accuracy.p is not None and accuracy.p >= 0.25, "three of three heads are seen in a quarter"
+
+
+def test_a_likelihood_that_is_no_number_names_its_row():
+    tokens = Tokens(np.arange(4, dtype=np.int32), np.ones(4, np.float32))
+    task = preference.Preferred([Group((tokens,), f"rows.jsonl:{at}", at % 2 == 0) for at in range(4)])
+    assert [one.value for one in task.score([(-1.0, 4.0)] * 4)] == [-1.0] * 4
+    with pytest.raises(errors.EvaluationError, match=r"1 of 4 values are not finite\n.*rows.jsonl:2: nan"):
+        task.score([(-1.0, 4.0), (-1.0, 4.0), (float("nan"), 4.0), (-1.0, 4.0)])
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8), st.lists(st.floats(-5, 5), min_size=2, max_size=8))
 def test_no_difference_is_chance(good, bad):
