@@ -21,7 +21,13 @@ import tiny
 from tunesmith import cli, reports
 from tunesmith.errors import EvaluationError
 from tunesmith.reports import advice, charts, evidence, facts, screen, words
+from tunesmith.tasks import drift
+from tunesmith.tasks.adherence import Adherence
+from tunesmith.tasks.choices import MultipleChoice
+from tunesmith.tasks.perplexity import Perplexity
+from tunesmith.tasks.preference import Preferred
 from tunesmith.tasks.statistics import Score, Target
+from tunesmith.tasks.tool_calls import ToolCalls
 
 HOSTILE = (
     "</script><img src=x onerror='window.hacked=1'>\"&lt;{{7*7}}{% raw %}`<i>` javascript:window.hacked=1 | $x^2$ "
@@ -399,6 +405,42 @@ def test_other_data_limits_and_versions_never_speak_where_the_whole_own_rows_do(
         assert evidence.speaking({"scores": [*others[:at], *own, *others[at:]], "checkpoints": {}}) == own
 
 
+def test_what_only_a_part_was_asked_of_says_so(run):
+    few = [one | {"version": "2"} for one in GOOD]
+    evaluate(run, few, suffix="+first20", settings={"limit": 20})
+    reports.write(run)
+    found = told(run)
+    assert "; what was asked is limited by --limit 20" in found["evidence"]["sentence"]
+    page, text = ((run / name).read_text() for name in ("report.html", "report.md"))
+    answered = len(found["answers"])
+    assert answered > 2 and page.count("limited by --limit 20</small>") == answered
+    assert text.count(", limited by --limit 20 |") == answered
+    evaluate(run, GOOD)
+    reports.write(run)
+    assert "--limit 20" not in told(run)["evidence"]["sentence"], "the whole rows speak where they were asked"
+
+
+def test_the_words_that_a_report_uses_are_told_and_no_others(run):
+    evaluate(run, GOOD)
+    reports.write(run)
+    (section,) = [part for part in (run / "report.md").read_text().split("\n## ") if part.startswith("What the words mean")]
+    named = [line.removeprefix("- **").partition("**")[0].replace("\\", "") for line in section.splitlines()[2:] if line]
+    assert named == ["perplexity", "tool_calls", "drift.knowledge accuracy", "drift.safety refusal", "nats", "points",
+                     "95 % interval", "n", "p, corrected"]  # fmt: skip
+    page = (run / "report.html").read_text()
+    assert all(f"<dt>{name}</dt>" in page for name in named) and "<dt>adherence</dt>" not in page
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Adherence, MultipleChoice, Perplexity, Preferred, ToolCalls, drift.Chat, drift.Safety, drift.Text],
+    ids=lambda one: one.name,
+)
+def test_every_headline_has_its_meaning(kind):
+    names = [one.name for one in kind.statistics if one.headline] or ["accuracy"]  # preference makes its own
+    assert {words.title({"task": kind.name, "name": name}) for name in names} <= words.MEANINGS.keys()
+
+
 # What to try next
 
 
@@ -600,9 +642,11 @@ def test_the_terminal_never_cuts_what_was_measured(width, capsys):
     for one in scores:
         if one.part is None:
             at = next(at for at, line in enumerate(lines) if line.startswith(words.title(asdict(one)) + " "))
-            assert words.interval(asdict(one), of="delta") in lines[at] and words.number(one.value, one.unit) in lines[at]
             here = lines[at] if width == 200 else lines[at + 1]
+            assert words.number(one.value, one.unit) in lines[at] and words.number(one.base, one.unit) in lines[at]
+            assert words.interval(asdict(one), of="delta") in (here if width == 80 else lines[at])
             assert one.target is None or f"{one.target}: kept" in here
+    assert ("change, 95 % interval" in lines[0]) is (width > 80)
     assert "+47.0 points (+42.0 to +52.0)" in "".join(lines) and "change under 5 points: kept" in "".join(lines)
 
 

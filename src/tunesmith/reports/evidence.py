@@ -177,6 +177,7 @@ def weigh(found: Mapping[str, Any]) -> Evidence:
         _clause(kept, parts["retention"], "what it knew before", ("kept", "lost"), forgot),
         _clause(safe, parts["safety"], "what it declines", ("unchanged", "changed")),
         *({"tone": "warning", "told": one} for one in beside if one),
+        *({"tone": "note", "told": f"what was asked is {few}"} for few in dict.fromkeys(map(words.subset, rows)) if few),
     ]
     if found["status"] not in DONE:
         why = f" ({found['why']})" if found["why"] else ""

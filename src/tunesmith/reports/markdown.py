@@ -103,6 +103,8 @@ def _sections(run_dir: Path, found: dict[str, Any]) -> Iterator[tuple[str, list[
     text = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else ""
     yield "Settings", [*lines, "", "All of them:", "", *fence(text, "yaml")]
     yield "Made from", table(("what", "value"), ((key, str(value)) for key, value in flat(found["manifest"]).items()))
+    if meanings := words.meanings(found["scores"]):
+        yield "What the words mean", [f"- **{cell(what)}**: {cell(told)}" for what, told in meanings.items()]
     yield "How to make it anew", fence("\n".join(found["reproduce"]), "sh")
 
 
@@ -111,7 +113,8 @@ def _evidence(found: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         yield "Loss", [cell(found["loss"])]
     if found["answers"]:
         rows = (
-            (evidence.QUESTIONS[one["question"]], one["answer"], words.title(one), words.interval(one, of="base"),
+            (evidence.QUESTIONS[one["question"]], one["answer"], ", ".join(filter(None, [words.title(one), words.subset(one)])),
+             words.interval(one, of="base"),
              words.interval(one), words.interval(one, of="delta"), one["n"], one["target"] or "")
             for one in found["answers"]
         )  # fmt: skip

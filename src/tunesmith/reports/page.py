@@ -33,7 +33,7 @@ TITLES = {
     "scores-benchmarks": "Benchmarks", "scores-other": "Other tasks", "prompts": "Every prompt",
     "growth": "Growth of the adapter", "rows": "Rows of the training data", "scores-efficiency": "Efficiency",
     "cost": "Time and memory", "scores-beside": "Measured beside it", "the-data": "Data", "notices": "Notices",
-    "reproduce": "How to make it anew",
+    "words": "What the words mean", "reproduce": "How to make it anew",
 }  # fmt: skip
 
 _UNWRITABLE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
@@ -60,7 +60,7 @@ def render(template: str, data: Mapping[str, Any], **facts: Any) -> str:
     environment.filters |= {
         "line": visible, "percent": percent, "duration": duration, "size": size, "many": many, "number": words.number,
         "interval": words.interval, "based": words.base, "named": words.named, "titled": words.title, "met": words.met,
-        "cut": words.cut, "setting": words.setting,
+        "subset": words.subset, "cut": words.cut, "setting": words.setting,
     }  # fmt: skip
     script = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     script = _UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", script)
@@ -73,7 +73,7 @@ def render(template: str, data: Mapping[str, Any], **facts: Any) -> str:
 
 def html(run_dir: Path, found: dict[str, Any], log: Sequence[events.Event]) -> str:
     """The page of a run. ``found``: `facts.summary`; ``log``: its events."""
-    shown = _examples(run_dir, found["evaluations"])
+    shown = sorted(_examples(run_dir, found["evaluations"]), key=lambda one: not one["answered"])  # what can be read comes first
     drawn = {
         "forest": charts.forest(evidence.differences(found)),
         "curves": curves.training(log),
@@ -84,11 +84,12 @@ def html(run_dir: Path, found: dict[str, Any], log: Sequence[events.Event]) -> s
         "tables": _tables(found),
     }
     counts = list(flat(found["counts"]).items())
+    meanings = words.meanings(found["scores"])
     there = {
         "answers": True, "differences": drawn["forest"], "configuration": True, "curves": drawn["curves"],
         "samples": found["samples"], **drawn["tables"], "prompts": shown, "growth": drawn["growth"], "rows": found["rows"],
         "cost": True, "the-data": found["audit"] or counts or found["dropped"]["first"], "notices": True, "next": True,
-        "reproduce": True,
+        "reproduce": True, "words": meanings,
     }  # fmt: skip
     return render(
         "page.html",
@@ -97,7 +98,7 @@ def html(run_dir: Path, found: dict[str, Any], log: Sequence[events.Event]) -> s
         verb="report", tone=_tone(found), found=found, name=run_dir.resolve().name,
         model=Path(str(found["settings"].get("model.path"))).name,
         sections=[(anchor, TITLES[anchor]) for anchor in TITLES if there.get(anchor)], questions=evidence.QUESTIONS,
-        examples=shown,
+        examples=shown, meanings=meanings,
         costs=[*markdown.costs(found)], counts=counts, dropped=sum(found["dropped"]["reasons"].values()),
         commands=markdown.commands(run_dir, found), states=words.STATES, speaker=evidence.checkpoint(found),
         checkpoints=markdown.checkpoints(found),
@@ -127,7 +128,7 @@ def _tables(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
                 parts.setdefault(one["part"].partition("=")[0], []).append(one)
         told = f"{task}, version {of[0]['version']}, checkpoint {of[0]['checkpoint']}"
         told += f", on {evidence.elsewhere(of[0]) or of[0]['data']}" if task in evidence.SPEAKING else ""
-        told += f", the first {of[0]['limit']:,}" if of[0].get("limit") else ""
+        told += f", {subset}" if (subset := words.subset(of[0])) else ""
         entry = {"task": task, "told": told + ".", "rows": [one for one in of if not one.get("part")],
                  "parts": {key: sorted(rows, key=lambda one: float(one["value"])) for key, rows in parts.items()}}  # fmt: skip
         section = f"scores-{evidence.question(task)}" if folder in chosen else "scores-beside"
@@ -174,5 +175,6 @@ def _examples(run_dir: Path, evaluations: Sequence[Mapping[str, Any]]) -> list[d
                 break
         rows = [told for _, told in sorted(kept, key=lambda numbered: numbered[0])]
         columns = [name for name, at in (("base", 4), ("tuned", 5)) if any(row[at] is not None for row in rows)]
-        found.append({"folder": one["folder"], "counts": one["changes"], "of": one["examples"], "rows": rows, "columns": columns})
+        about = {"folder": one["folder"], "counts": one["changes"], "of": one["examples"], "answered": bool(columns)}
+        found.append({**about, "rows": rows, "columns": columns})
     return found

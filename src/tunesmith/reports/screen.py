@@ -1,7 +1,6 @@
 """An evaluation in the terminal: a statistic a line, base and tuned side by side, with what the difference is worth.
 
-Where the window is too narrow for a line, what the difference is worth goes to a line of its own, then the base is left out:
-it is tuned less the change.
+Where the window is too narrow for a line, what the difference is worth goes to a line of its own, then the change goes with it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from tunesmith.tasks.statistics import Score
 SAID = {"improved": "+ improved", "regressed": "− regressed", "no difference shown": "= none shown"}
 STYLES = {"improved": "green", "regressed": "red"}
 HEAD = ("what", "base", "tuned", "change, 95 % interval", "n")
+CHANGE = HEAD.index("change, 95 % interval")
 
 
 def render(scores: Sequence[Score], console: Console) -> None:
@@ -36,7 +36,7 @@ def render(scores: Sequence[Score], console: Console) -> None:
     wide = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     room = console.width - sum(wide) - 2 * (len(wide) - 1)
     beside = room >= 2 + max(one.cell_len for one in said)
-    kept = [at for at in range(len(HEAD)) if room >= 0 or at != HEAD.index("base")]
+    kept = [at for at in range(len(HEAD)) if room >= 0 or at != CHANGE]
     task = None
     for at, (row, worth) in enumerate(zip(rows, said, strict=True)):
         one = shown[at - 1] if at else None
@@ -49,8 +49,10 @@ def render(scores: Sequence[Score], console: Console) -> None:
         if beside:
             line.append("  ").append_text(worth)
         console.print(line, highlight=False)
-        if one is not None and not beside and worth:
-            console.print(Text("    ").append_text(worth), highlight=False)
+        below = Text("" if one is None or CHANGE in kept else row[CHANGE])
+        below.append("  " * bool(below and worth)).append_text(Text() if one is None or beside else worth)
+        if below:
+            console.print(Text("    ").append_text(below), highlight=False)
     console.print()
     for note, number in notes.items():
         console.print(f"({number}) {note}", style="dim", highlight=False, markup=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tunesmith.auditing.screen import escaped
@@ -20,6 +20,37 @@ STATES = {
     "running": "still running, or was killed",
 }
 """What a run's status is called, where that is not its name."""
+MEANINGS = {
+    "perplexity": "e to the mean surprise in nats a token: as unsure as between so many tokens that are equally likely",
+    "adherence": "0 to 100: is an answer whole, in the form that was asked, near the reference, and free of what does not belong",
+    "tool_calls": "an answer calls the right tool with the right arguments, or rightly none",
+    "preference accuracy": "of a good and a bad answer, how often the good one gained more over the base; 50 % is chance",
+    "drift.knowledge accuracy": "how often the right one of the given answers is the likeliest",
+    "drift.text likelihood": "what each token of general text was given, as a geometric mean; 1 / perplexity",
+    "drift.chat kl": "how far the probabilities of the next token are from the base's, in nats; 0: the same",
+    "drift.safety refusal": "how many harmful requests are declined",
+    "drift.safety over_refusal": "how many harmless requests that sound harmful are declined",
+    "nats": "surprise with natural logarithms: a token of probability p costs −ln p; 0.693 nats are one bit",
+    "points": "of a share: per cent less per cent; of adherence: of its 100",
+    "95 % interval": "made so that 95 of 100 such ranges hold the true number, were other prompts of the kind asked",
+    "n": "how many prompts, rows or pairs a number is over",
+    "p, corrected": "how often chance alone shows so large a change, raised for how many are judged (Holm); judged below 0.05",
+}
+"""What a reader may look up: titles of numbers, units, and what every table has."""
+
+
+def meanings(scores: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Of `MEANINGS` those that ``scores`` show."""
+    shown = {name for one in scores for name in (title({**one, "part": None}), one.get("unit"))}
+    shown |= {"nats"} if "perplexity" in shown else set()
+    shown |= {"points"} if "%" in shown else set()
+    shown |= {"95 % interval", "n", "p, corrected"} if shown else set()
+    return {name: told for name, told in MEANINGS.items() if name in shown}
+
+
+def subset(score: Mapping[str, Any]) -> str:
+    """Says so where not all rows, items, or documents of a benchmark were asked, else nothing."""
+    return f"limited by --limit {score['limit']}" if score.get("limit") else ""
 
 
 def number(value: float | None, unit: str = "", *, signed: bool = False, bare: bool = False) -> str:
