@@ -62,9 +62,11 @@ def run(trained, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def measured(run: Path, *, tasks=ROWS_ONLY, data=(), base=True, fresh=False, notify=events.silent, checkpoint="best", **options):
+def measured(
+    run: Path, *, tasks=ROWS_ONLY, data=(), base=True, fresh=False, notify=events.silent, checkpoint="best", model=None, **options
+):
     found = evaluation.evaluate(
-        Run.open(run), tasks=tasks, data=data, base=base, fresh=fresh, notify=notify, checkpoint=checkpoint,
+        Run.open(run), tasks=tasks, data=data, base=base, fresh=fresh, notify=notify, checkpoint=checkpoint, model=model,
         spec=EvaluationSpec(**{"max_tokens": 12} | options),
     )  # fmt: skip
     assert found is not None
@@ -289,6 +291,36 @@ def test_verdicts_are_corrected_for_all_tasks_of_a_checkpoint(run):
     assert headline["p_corrected"] >= before.p
 
 
+def test_what_was_asked_otherwise_is_a_family_of_its_own(run):
+    """Fewer rows beside all of them: neither raises the other's p."""
+    measured(run, tasks=["perplexity"])
+    before = {path: path.read_bytes() for path in run.glob("evals/*/score.json")}
+    few = measured(run, tasks=["perplexity", "preference"], limit=9)
+    assert {path: path.read_bytes() for path in before} == before
+    headlines = [one for one in few.scores if one.headline and one.p is not None]
+    assert len(headlines) > 1 and headlines[0].p_corrected == pytest.approx(evaluation.judge(headlines)[0].p_corrected)
+
+
+def test_a_model_that_was_moved_is_asked_where_it_lies_now(run, tiny_model, tmp_path):
+    def pointed(path: Path) -> None:
+        text = (run / "config.yaml").read_text()
+        assert str(tiny_model) in text
+        (run / "config.yaml").write_text(text.replace(str(tiny_model), str(path)))
+
+    before = numbers(measured(run, tasks=["tool_calls"]))
+    pointed(tmp_path / "gone")
+    for ask in (lambda: tunesmith.evaluate(run), lambda: tunesmith.generate(run, ["hello"])):
+        with pytest.raises(errors.ModelError, match=r"gone: the model of this run is not there any more\n.*--model PATH"):
+            ask()
+    assert numbers(measured(run, tasks=["tool_calls"], model=str(tiny_model))) == before
+    assert len(tunesmith.generate(run, ["hello"], model=str(tiny_model), max_tokens=4)) == 1
+    other = tiny.write_mistral(tmp_path / "other")
+    with pytest.raises(errors.ModelError, match=r"the base .*changed since this run was trained"):
+        tunesmith.evaluate(run, model=str(other))
+    with pytest.raises(errors.ConfigError, match=r"a plain model has no .* other place"):
+        tunesmith.generate(tiny_model, ["hello"], model=str(other))
+
+
 def test_the_base_against_itself_shows_no_difference(run):
     """An adapter that was not trained: every example is unchanged."""
     net = Run.open(run).checkpoint(4)
@@ -317,7 +349,7 @@ def test_the_base_against_itself_shows_no_difference(run):
         ({"data": ["none.jsonl"], "tasks": ["drift"]}, "no task of drift asks rows"),
         ({"tasks": ["benchmarks"]}, "no benchmark is named"),
         ({"tasks": ["perplexity"], "knowledge": ("mine.jsonl",)}, "knowledge: is for drift"),
-        ({"tasks": ["perplexity"], "shots": 5}, "shots: is for benchmarks"),
+        ({"tasks": ["perplexity"], "shots": 5}, r"shots: is for benchmarks(.|\n)*--benchmark NAME as well"),
         ({"tasks": ["perplexity"], "benchmarks": ("no_such_benchmark",)}, "no_such_benchmark"),
     ],
 )

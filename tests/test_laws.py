@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import tiny
 from tunesmith import cli, events
+from tunesmith.errors import ModelError
 from tunesmith.run import Run
 
 SETTINGS = {
@@ -150,6 +151,20 @@ def test_resume_refuses_changed_data_and_settings_with_a_diff(tiny_model, rows, 
         stream.write(json.dumps(tiny.conversations(1, seed=5)[0]) + "\n")
     with pytest.raises(ResumeMismatch, match=r"rows.jsonl"):
         CliRunner().invoke(cli.app, ["train", "--resume", str(run.path)], catch_exceptions=False)
+
+
+def test_a_run_goes_on_where_its_model_was_moved(tiny_model, rows, tmp_path):
+    moved = Path(shutil.copytree(tiny_model, tmp_path / "moved"))
+    run = train(moved, rows, tmp_path / "a", loop__keep_last=99)
+    whole = final(run)
+    for later in (4, 6, 8):
+        shutil.rmtree(run.checkpoint(later))
+    run.mark("running")
+    moved.rename(tmp_path / "there")
+    with pytest.raises(ModelError, match="moved: does not exist"):
+        CliRunner().invoke(cli.app, ["train", "--resume", str(run.path)], catch_exceptions=False)
+    call("train", "--resume", str(run.path), "--set", f"model.path={tmp_path / 'there'}")
+    assert final(run) == whole
 
 
 def test_every_row_is_trained_once_an_epoch_and_validated(tiny_model, tmp_path):

@@ -269,6 +269,7 @@ def evaluate(
     *,
     data: Sequence[str] = (),
     checkpoint: str = "best",
+    model: str | None = None,
     tasks: Sequence[str] = (),
     base: bool = True,
     fresh: bool = False,
@@ -277,8 +278,9 @@ def evaluate(
 ) -> Evaluation | None:
     """Scores of base and tuned on the run's held-out rows (or ``data``) and the suites, with intervals; the report is renewed.
 
-    tasks: names of `evaluation.TASKS`, none: the whole suite. options: the fields of `tasks.EvaluationSpec`, as ``max_tokens``,
-    ``limit`` or ``benchmarks``. fresh: measure again what is known from before. None on ranks but the first of `mlx.launch`.
+    model: where the run's model lies now, None: where it was trained. tasks: names of `evaluation.TASKS`, none: the whole suite.
+    options: the fields of `tasks.EvaluationSpec`, as ``max_tokens``, ``limit`` or ``benchmarks``. fresh: measure again what is
+    known from before. None on ranks but the first of `mlx.launch`.
     """
     backend.setup()
     from tunesmith import evaluation, reports
@@ -290,8 +292,9 @@ def evaluate(
     spec = load(EvaluationSpec, overrides=given).spec
     chosen = [*(_many(tasks) or evaluation.SUITE), *(["benchmarks"] if spec.benchmarks else [])]
     found = evaluation.evaluate(
-        Run.open(run), data=_many(data), checkpoint=checkpoint, tasks=chosen, base=base, fresh=fresh, spec=spec, notify=notify
-    )
+        Run.open(run), data=_many(data), checkpoint=checkpoint, model=model, tasks=chosen, base=base, fresh=fresh, spec=spec,
+        notify=notify,
+    )  # fmt: skip
     if found is not None:
         reports.write(found.run.path)
     return found
@@ -332,6 +335,7 @@ def generate(
     prompts: Sequence[str],
     *,
     checkpoint: str = "best",
+    model: str | None = None,
     adapter: bool = True,
     system: str | None = None,
     max_tokens: int = 256,
@@ -342,12 +346,13 @@ def generate(
 ) -> list[str]:
     """One answer a prompt from a run, a checkpoint folder, or a plain model; batched.
 
-    adapter False asks the run's base as it was before training.
+    model: where the run's model lies now, None: where it was trained. adapter False asks the run's base as it was before
+    training.
     """
     backend.setup()
     from tunesmith import answers, events
 
-    speaker = answers.load(target, checkpoint, adapter=adapter, notify=notify)
+    speaker = answers.load(target, checkpoint, model_path=model, adapter=adapter, notify=notify)
     asked = [answers.asked(prompt, system) for prompt in _many(prompts)]
     sampling = answers.Sampling(max_tokens, temperature, top_p, seed)
     return speaker.answer(asked, sampling, events.ticker(notify, "answering"))
@@ -357,6 +362,7 @@ def chat(
     target: str | Path,
     *,
     checkpoint: str = "best",
+    model: str | None = None,
     system: str | None = None,
     max_tokens: int = 512,
     temperature: float = 0.0,
@@ -369,6 +375,6 @@ def chat(
     from tunesmith import answers
     from tunesmith.formats import Message
 
-    speaker = answers.load(target, checkpoint, notify=notify)
+    speaker = answers.load(target, checkpoint, model_path=model, notify=notify)
     sampling = answers.Sampling(max_tokens, temperature, top_p, seed)
     return answers.Chat(speaker, sampling, [Message("system", system)] if system else [])

@@ -81,10 +81,14 @@ def asked(prompt: str, system: str | None) -> Conversation:
     return Conversation(tuple([Message("system", system), *messages] if system else messages))
 
 
-def load(target: str | Path, checkpoint: str = "best", *, adapter: bool = True, notify: Sink = events.silent) -> Speaker:
+def load(
+    target: str | Path, checkpoint: str = "best", *, model_path: str | None = None, adapter: bool = True,
+    notify: Sink = events.silent,
+) -> Speaker:  # fmt: skip
     """The model of a run directory or of a checkpoint folder inside one, or a plain model (folder, GGUF file, hub id).
 
-    checkpoint: best, last or a step, for a run. adapter False: the run's base as it was before training.
+    checkpoint: best, last or a step, for a run. model_path: where the run's model lies now, if it was moved. adapter False: the
+    run's base as it was before training.
     """
     path = Path(target)
     folder: Path | None = None
@@ -96,13 +100,14 @@ def load(target: str | Path, checkpoint: str = "best", *, adapter: bool = True, 
             raise DataError("is an adapter outside a run", where=str(path), hint="name its run directory, or a model")
         run = Run.open(path.resolve().parent.parent)
         folder = run.choose(path.resolve().name) if adapter else None
-    elif checkpoint != "best" or not adapter:
-        raise ConfigError("a plain model has no checkpoint and no adapter to leave out", where=str(path), hint="name a run")
+    elif checkpoint != "best" or not adapter or model_path is not None:
+        what = "a plain model has no checkpoint, no adapter to leave out, and no other place"
+        raise ConfigError(what, where=str(path), hint="name a run")
     else:
         spec = model.ModelSpec(path=str(target))
         loaded = model.load(spec, notify)
         return Speaker(loaded.net, template.renderer(loaded.path))
-    config = run.config
+    config = run.settings(model_path)
     loaded = model.load(config.model, notify)
     renderer = template.renderer(config.model.tokenizer or loaded.path, config.template.renderer)
     run.require_base(loaded.fingerprint, renderer.fingerprint)

@@ -238,7 +238,13 @@ Task = Annotated[
     list[str] | None,
     typer.Option(help="perplexity, adherence, tool_calls, preference, drift, efficiency, benchmarks; repeatable (default: all)"),
 ]
-Files = Annotated[list[str] | None, typer.Option(help="instead of the suite in the package; repeatable")]
+
+
+Knowledge = Annotated[list[str] | None, typer.Option(help="file of choices for drift.knowledge, not our own; repeatable")]
+Text = Annotated[list[str] | None, typer.Option(help="file of general text for drift.text, not our own; repeatable")]
+Chats = Annotated[list[str] | None, typer.Option(help="file of plain chats for drift.chat, not our own; repeatable")]
+Safety = Annotated[list[str] | None, typer.Option(help="file of requests for drift.safety, not our own; repeatable")]
+Moved = Annotated[str | None, typer.Option("--model", help="where the run's model lies now, if it was moved")]
 
 
 @app.command()
@@ -246,15 +252,16 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="run directory")],
     data: Data = None,
     checkpoint: Checkpoint = "best",
+    model: Moved = None,
     task: Task = None,
     base: Annotated[bool, typer.Option(help="measure the base too, for the difference")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first rows, and items of each suite")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer to a row")] = 256,
     batch_size: Annotated[int | None, typer.Option(min=1, help="answers at once (default: 32 on a CPU, else 16)")] = None,
-    knowledge: Files = None,
-    text: Files = None,
-    chats: Files = None,
-    safety: Files = None,
+    knowledge: Knowledge = None,
+    text: Text = None,
+    chats: Chats = None,
+    safety: Safety = None,
     benchmark: Annotated[list[str] | None, typer.Option(help="mmlu, hellaswag, gsm8k, …, mmlu:astronomy; repeatable")] = None,
     benchmark_data: Annotated[Path | None, typer.Option(help="folder with the benchmarks' files (default: the hub)")] = None,
     shots: Annotated[int, typer.Option(min=0, help="solved examples before each question of a benchmark")] = 0,
@@ -268,8 +275,8 @@ def evaluate(
 
     with _watch() as notify:
         found = tunesmith.evaluate(
-            run, data=data or (), checkpoint=checkpoint, tasks=task or (), base=base, fresh=fresh, notify=notify, limit=limit,
-            max_tokens=max_tokens, batch_size=batch_size, knowledge=tuple(knowledge or ()), text=tuple(text or ()),
+            run, data=data or (), checkpoint=checkpoint, model=model, tasks=task or (), base=base, fresh=fresh, notify=notify,
+            limit=limit, max_tokens=max_tokens, batch_size=batch_size, knowledge=tuple(knowledge or ()), text=tuple(text or ()),
             chats=tuple(chats or ()), safety=tuple(safety or ()), benchmarks=tuple(benchmark or ()),
             benchmark_data=None if benchmark_data is None else str(benchmark_data), shots=shots, allow_code=allow_code,
             embed=embed,
@@ -333,6 +340,7 @@ def generate(
     target: Target,
     prompt: Annotated[list[str] | None, typer.Option(help="repeatable; without it, one prompt a line from stdin")] = None,
     checkpoint: Checkpoint = "best",
+    model: Moved = None,
     base: Annotated[bool, typer.Option("--base", help="the run's model without its adapter")] = False,
     system: System = None,
     max_tokens: MaxTokens = 256,
@@ -345,7 +353,7 @@ def generate(
     prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     with _watch() as notify:
         answers = tunesmith.generate(
-            target, prompts, checkpoint=checkpoint, adapter=not base, system=system, max_tokens=max_tokens,
+            target, prompts, checkpoint=checkpoint, model=model, adapter=not base, system=system, max_tokens=max_tokens,
             temperature=temperature, top_p=top_p, seed=seed, notify=notify,
         )  # fmt: skip
     for asked, answer in zip(prompts, answers, strict=True):
@@ -359,6 +367,7 @@ def generate(
 def chat(
     target: Target,
     checkpoint: Checkpoint = "best",
+    model: Moved = None,
     system: System = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
@@ -368,8 +377,8 @@ def chat(
     """Talk with a run or a model; an empty line or Ctrl-D ends it."""
     with _watch() as notify:
         talk = tunesmith.chat(
-            target, checkpoint=checkpoint, system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p,
-            seed=seed, notify=notify,
+            target, checkpoint=checkpoint, model=model, system=system, max_tokens=max_tokens, temperature=temperature,
+            top_p=top_p, seed=seed, notify=notify,
         )  # fmt: skip
     while True:
         typer.echo("> ", nl=False, err=True)

@@ -19,7 +19,8 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from tunesmith import adapters, backend, events, formats, model, ranks, template
+from tunesmith import adapters, backend, events, formats, ranks, template
+from tunesmith import model as models
 from tunesmith.errors import EvaluationError
 from tunesmith.events import Notice, Sink
 from tunesmith.formats import JSON, Example
@@ -104,6 +105,7 @@ def evaluate(
     *,
     data: Sequence[str] = (),
     checkpoint: str = "best",
+    model: str | None = None,
     tasks: Sequence[str] = SUITE,
     base: bool = True,
     fresh: bool = False,
@@ -112,9 +114,9 @@ def evaluate(
 ) -> Evaluation | None:
     """Scores of ``tasks`` for the checkpoint, paired with the base's; written to ``evals/<task>@<version>/``.
 
-    data: files to measure on instead of the run's held-out rows. base: also measure the model without its adapter. fresh: measure
-    again what is known. None on ranks but the first, which share the questions and write nothing. Raises EvaluationError where
-    nothing can be measured, or what was named cannot.
+    data: files to measure on instead of the run's held-out rows. model: where its model lies now, None: where it was trained.
+    base: also measure the model without its adapter. fresh: measure again what is known. None on ranks but the first, which share
+    the questions and write nothing. Raises EvaluationError where nothing can be measured, or what was named cannot.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
@@ -124,7 +126,8 @@ def evaluate(
         raise EvaluationError("no benchmark is named", where="benchmarks", hint="--benchmark mmlu, hellaswag, …")
     for task, options in ONLY_FOR.items():
         if task not in tasks and (given := [name for name in options if getattr(spec, name)]):
-            raise EvaluationError(f"is for {task}, which is not among the tasks", where=given[0], hint=f"--task {task} as well")
+            also = "--benchmark NAME" if task == "benchmarks" else f"--task {task}"
+            raise EvaluationError(f"is for {task}, which is not among the tasks", where=given[0], hint=f"{also} as well")
     among = ranks.join(notify)
     notify = notify if among.writes else events.silent
     if data and not OF_ROWS & {*tasks}:
@@ -132,9 +135,9 @@ def evaluate(
             f"no task of {', '.join(tasks)} asks rows", where="data", hint=f"--task {', '.join(sorted(OF_ROWS))}"
         )
     folder = run.choose(checkpoint, notify)
-    config = run.config
+    config = run.settings(model)
     everything, imitated = _examples(run, data, tasks, spec.limit, notify)
-    loaded = model.load(config.model, notify)
+    loaded = models.load(config.model, notify)
     renderer = template.renderer(config.model.tokenizer or loaded.path, config.template.renderer)
     run.require_base(loaded.fingerprint, renderer.fingerprint)
     rendered = template.render(imitated, renderer, config.template, config.batch.length)
@@ -223,10 +226,7 @@ class _Measure:
     def __call__(self, task: Task, side: str) -> _Known:
         notify = self.material.notify
         if self._subject is None or self._subject.side != side:
-            self.loaded.net.eval()  # an adapter comes with its dropout on
-            at_once = self.spec.batch_size or (
-                32 if backend.setup().kind == "cpu" else 16
-            )  # a GPU shares memory with the weights
+            at_once = self.spec.batch_size or (32 if backend.setup().kind == "cpu" else 16)  # a GPU holds the weights too
             self._subject = Subject(
                 self.loaded.net, self.renderer, "base" if side == "base" else "tuned", self.material.batch, at_once, notify,
                 self.ranks,

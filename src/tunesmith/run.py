@@ -51,8 +51,10 @@ ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, CURSOR = (
     "adapters.safetensors", "adapter_config.json", "optimizer.safetensors", "cursor.json",
 )  # fmt: skip
 
-SAFE_TO_CHANGE = frozenset({"loop.save_every", "loop.keep_last", "loop.tensorboard", "loop.instrument_every", "loop.activations"})
-"""Keys that may differ when a run is resumed: none of them moves a weight."""
+SAFE_TO_CHANGE = frozenset(
+    {"loop.save_every", "loop.keep_last", "loop.tensorboard", "loop.instrument_every", "loop.activations", "model.path"}
+)
+"""Keys that may differ when a run is resumed: none of them moves a weight. Another path has to be the same model, by its hash."""
 
 
 class LoopSpec(Spec):
@@ -194,6 +196,15 @@ class Run:
     @property
     def config(self) -> RunConfig:
         return load(RunConfig, files=[self.path / CONFIG]).spec
+
+    def settings(self, model: str | None = None) -> RunConfig:
+        """`config`, with the base model at ``model`` where it was moved; `require_base` sees whether it is the same one."""
+        config = self.config
+        was = Path(config.model.path)
+        if model is None and was.is_absolute() and not was.exists():
+            hint = f"name where it lies now: --model PATH, or to train on: {self.hint} --set model.path=PATH"
+            raise ModelError("the model of this run is not there any more", where=str(was), hint=hint)
+        return config if model is None else config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
 
     @property
     def manifest(self) -> dict[str, Any]:

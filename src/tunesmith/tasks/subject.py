@@ -33,7 +33,7 @@ class Said(NamedTuple):
 
 @dataclass
 class Subject:
-    """``net``: in evaluation mode while it is measured. Answers are greedy.
+    """Answers are greedy, and adapters' dropout is off for all that is asked.
 
     ``heard``: they and log-probabilities by the hash of what was asked, oldest first. What was heard is not asked again: tasks
     that ask the same share it, and one filled with what was heard earlier goes on as if never stopped, in the same batches.
