@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -205,6 +206,19 @@ def test_prompts_can_be_read_side_by_side_by_class_and_task(run, show):
     assert len(heads()) == 1 and "prompt 5 a text" in heads()[0]
 
 
+def test_the_prompts_nearest_to_the_task_come_first_and_those_without_answers_last(run):
+    def offered() -> list[str]:
+        reports.write(run)
+        return re.findall(r"<option value=.*?>(.*?)</option>", (run / "report.html").read_text())
+
+    evaluate(run, GOOD)
+    assert offered() == ["tool_calls@2", "perplexity@2", "drift.knowledge@2", "drift.safety@2"]
+    path = run / "evals" / "perplexity@2" / "examples.jsonl"
+    lines = [json.loads(line) | {"base_answer": None, "tuned_answer": None} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert offered() == ["tool_calls@2", "drift.knowledge@2", "drift.safety@2", "perplexity@2"]
+
+
 def test_thousands_of_prompts_are_counted_and_the_page_stays_small(run, show):
     evaluate(run, [CALLS, KNOWLEDGE], examples=3000, text="長" * 800)
     reports.write(run)
@@ -212,9 +226,9 @@ def test_thousands_of_prompts_are_counted_and_the_page_stays_small(run, show):
     evaluation = next(one for one in told(run)["evaluations"] if one["task"] == "tool_calls")
     assert evaluation["changes"] == {"improved": 1000, "unchanged": 1000, "regressed": 1000}
     tab = show(run)
-    rows = tab.evaluate("data.examples[1].rows.map(row => row[1])")
+    rows = tab.evaluate("data.examples[0].rows.map(row => row[1])")
     assert 30 < len(rows) < 3000 and all(rows.count(name) > 9 for name in ("improved", "unchanged", "regressed"))
-    row = tab.locator("#prompts tbody tr").nth(1).inner_text()
+    row = tab.locator("#prompts tbody tr").nth(0).inner_text()
     assert f"{len(rows):,} of 3,000" in row and "evals/tool_calls@2/examples.jsonl" in row
 
 

@@ -73,7 +73,8 @@ def render(template: str, data: Mapping[str, Any], **facts: Any) -> str:
 
 def html(run_dir: Path, found: dict[str, Any], log: Sequence[events.Event]) -> str:
     """The page of a run. ``found``: `facts.summary`; ``log``: its events."""
-    shown = sorted(_examples(run_dir, found["evaluations"]), key=lambda one: not one["answered"])  # what can be read comes first
+    order = {folder: at for at, folder in enumerate(_folders(found))}  # what can be read comes first, then what speaks
+    shown = sorted(_examples(run_dir, found["evaluations"]), key=lambda one: (not one["answered"], order[one["folder"]]))
     drawn = {
         "forest": charts.forest(evidence.differences(found)),
         "curves": curves.training(log),
@@ -113,11 +114,16 @@ def _tone(found: Mapping[str, Any]) -> str:
     return "error" if found["status"] == "failed" else "warning" if worse or found["status"] not in evidence.DONE else "note"
 
 
+def _folders(found: Mapping[str, Any]) -> list[str]:
+    """Of all evaluations: those that speak for their tasks first, in the order of the questions."""
+    return list(dict.fromkeys(one["folder"] for one in [*evidence.speaking(found), *found["evaluations"]]))
+
+
 def _tables(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """By section: each evaluation that speaks for its task with all its numbers, apart by part; then all others."""
-    chosen = list(dict.fromkeys(one["folder"] for one in evidence.speaking(found)))
+    chosen = {one["folder"] for one in evidence.speaking(found)}
     tables: dict[str, list[dict[str, Any]]] = {}
-    for folder in [*chosen, *(one["folder"] for one in found["evaluations"] if one["folder"] not in chosen)]:
+    for folder in _folders(found):
         of = [one for one in found["scores"] if one["folder"] == folder]
         if not of:
             continue
