@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from os import fsencode
@@ -18,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import colours
 from tunesmith.auditing import page, screen
 from tunesmith.auditing.findings import Audit, Evidence, Finding, gravest_first
 from tunesmith.auditing.rules import RULES
@@ -220,18 +220,6 @@ def test_a_name_stands_without_its_folder_where_it_is_the_only_one():
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome here")
-    with api.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 def until(tab: Any, condition: str) -> None:
@@ -483,28 +471,9 @@ def test_nothing_is_wider_than_the_screen_and_no_label_is_cut(window):
 
 
 def test_words_stand_out_from_the_ground_in_light_and_dark_and_paper_is_white(tab):
-    def colours() -> dict[str, str]:
-        return tab.evaluate("""() => {
-            const style = getComputedStyle(document.documentElement);
-            const names = ['ground', 'card', 'chip', 'ink', 'soft', 'link', 'error', 'warning', 'note', 'good'];
-            return Object.fromEntries(names.map(name => [name, style.getPropertyValue('--' + name).trim()]));
-        }""")
-
-    def light(colour: str) -> float:
-        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-        parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
     shown = "all => all.filter(one => one.checkVisibility()).length"
-    for media, scheme in (("screen", "light"), ("screen", "dark"), ("print", "dark")):
-        tab.emulate_media(media=media, color_scheme=scheme)
-        found = colours()
-        assert (light(found["ground"]) < 0.5) == ((media, scheme) == ("screen", "dark"))
-        for word in ("ink", "soft", "link", "error", "warning", "note", "good"):
-            for ground in ("ground", "card", "chip"):
-                high, low = sorted((light(found[word]), light(found[ground])), reverse=True)
-                assert (high + 0.05) / (low + 0.05) >= 4.5, (media, scheme, word, ground)
+    for media, scheme in colours.SHOWN:
+        colours.require(tab, media, scheme)
         assert tab.evaluate("getComputedStyle(document.querySelector('.xtick text')).fill") == tab.evaluate(
             "getComputedStyle(document.querySelector('.lead')).color"
         )

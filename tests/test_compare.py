@@ -470,18 +470,6 @@ def unfenced(text: str) -> Iterator[str]:
             yield line
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome here")
-    with api.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
 def test_the_page_asks_for_nothing_complains_of_nothing_and_fits_every_width(browser, hostile):
     asked: list[str] = []
     told: list[str] = []

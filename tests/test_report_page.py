@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import colours
 import tiny
 from tunesmith import cli, reports
 from tunesmith.errors import EvaluationError
@@ -118,18 +119,6 @@ def trained(tmp_path_factory, tiny_model) -> Path:
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors")))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
-    with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -336,30 +325,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_on_paper_all_is_light(r
     tab = show(run, width=360)
     assert tab.evaluate("document.documentElement.scrollWidth") == 360
 
-    def colours() -> dict[str, str]:
-        return tab.evaluate("""() => {
-            const style = getComputedStyle(document.documentElement);
-            const names = 'ground card chip ink soft link error warning note good c0 c1 c2 c3 c4'.split(' ');
-            return Object.fromEntries(names.map(name => [name, style.getPropertyValue('--' + name).trim()]));
-        }""")
-
-    def light(colour: str) -> float:
-        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-        parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    for media, scheme in (("screen", "light"), ("screen", "dark"), ("print", "dark")):
-        tab.emulate_media(media=media, color_scheme=scheme)
-        found = colours()
-        assert (light(found["ground"]) < 0.5) == ((media, scheme) == ("screen", "dark"))
-        for word in ("ink", "soft", "link", "error", "warning", "note", "good"):
-            for ground in ("ground", "card", "chip"):
-                high, low = sorted((light(found[word]), light(found[ground])), reverse=True)
-                assert (high + 0.05) / (low + 0.05) >= 4.5, (media, scheme, word, ground)
-        for line in ("c0", "c1", "c2", "c3", "c4"):
-            high, low = sorted((light(found[line]), light(found["card"])), reverse=True)
-            assert (high + 0.05) / (low + 0.05) >= 3, (media, scheme, line)
+    for media, scheme in colours.SHOWN:
+        colours.require(tab, media, scheme, lines=("c0", "c1", "c2", "c3", "c4"))
         assert tab.locator("nav").is_visible() == (media == "screen")
 
 

@@ -47,6 +47,8 @@ ROWS, POINTS, TYPES, BINS, WORST = 200, 2_000, 25, 25, 20
 BYTES = 900_000
 """Of rows, over all findings: later findings show fewer than `ROWS` once it is used up."""
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+LOOK = resources.files("tunesmith.auditing").joinpath("look.css").read_text("utf-8")
+"""Colours and ground rules of all pages, reports too."""
 CLUSTERS = ("#3399ff", "#d9822b", "#7733ff", "#426660", "#bf7cb4", "#909963", "#a621a6")
 """Told apart with every kind of colour blindness (CIE76 > 26) and against black and white. Further clusters begin anew: each
 has its number on the map."""
@@ -117,23 +119,12 @@ def html(audit: Audit) -> str:
     environment.filters |= {"line": visible, "percent": percent, "measured": measured, "concerned": concerned, "coded": _coded}
     template = environment.from_string(resources.files("tunesmith.auditing").joinpath("page.html").read_text("utf-8"))
     return template.render(
-        audit=audit,
-        dimensions=dimensions(audit),
-        severities=SEVERITIES,
-        signs=SIGNS,
-        gravest=gravest(audit),
-        took=duration(audit.seconds),
-        many=many,
-        font=Markup(FONT),
-        files=files,
-        labels=LABELS,
-        shown=data["rows"],
+        audit=audit, dimensions=dimensions(audit), severities=SEVERITIES, signs=SIGNS, gravest=gravest(audit),
+        took=duration(audit.seconds), many=many, font=Markup(FONT), look=Markup(LOOK), files=files, labels=LABELS,
+        shown=data["rows"], data=Markup(script), plotly=Markup(get_plotlyjs() if drawn else ""), mark=Markup(MARK),
         nonce=hashlib.sha256(script.encode()).hexdigest()[:32],  # no text can name the hash of what it is part of
-        data=Markup(script),
-        plotly=Markup(get_plotlyjs() if drawn else ""),
-        mark=Markup(MARK),
         **facts,
-    )
+    )  # fmt: skip
 
 
 class _Places:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import events
-from tunesmith.auditing.page import FONT
+from tunesmith.auditing.page import FONT, LOOK
 from tunesmith.auditing.screen import escaped, many, percent, visible
 from tunesmith.console import duration, size
 from tunesmith.reports import charts, curves, evidence, facts, markdown, words
@@ -67,7 +67,7 @@ def render(template: str, data: Mapping[str, Any], **facts: Any) -> str:
     told = script + json.dumps(facts, default=str, sort_keys=True)
     nonce = hashlib.sha256(told.encode()).hexdigest()[:32]  # no text can name the hash of what it is part of
     return environment.get_template(template).render(
-        **facts, data=Markup(script), nonce=nonce, font=Markup(FONT), signs=words.SIGNS, tones=words.TONES
+        **facts, data=Markup(script), nonce=nonce, font=Markup(FONT), look=Markup(LOOK), signs=words.SIGNS, tones=words.TONES
     )
 
 
