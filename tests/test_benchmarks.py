@@ -339,7 +339,7 @@ Path(sys.argv[1] + str(among.rank)).write_text(repr(found))
     (folder / "ranks").mkdir()
     launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--", sys.executable, "-c", code]
     done = subprocess.run(
-        [*launch, str(folder / "ranks/of")], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120,
+        [*launch, str(folder / "ranks/of")], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300,
         env={**os.environ, "PYTHONPATH": "src"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

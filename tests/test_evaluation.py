@@ -123,7 +123,7 @@ def test_ranks_change_no_score(run, tmp_path):
     words += [word for task in ROWS_ONLY for word in ("--task", task)]
 
     def together() -> dict:
-        done = subprocess.run([*launch, *words, "--json"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*launch, *words, "--json"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         assert len(lines) == 1, "only the first rank speaks"

@@ -49,7 +49,7 @@ def judged(settings, tmp_path_factory) -> list[str]:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, capture_output=True, text=True, timeout=300)
 
 
 def log(folder: Path, kind: type[events.Event]) -> list:
@@ -90,12 +90,12 @@ def test_a_lost_rank_is_told_and_the_run_goes_on_elsewhere(tmp_path, settings, l
     process = subprocess.Popen(
         [*LAUNCH, *TUNESMITH, "train", *longer, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    waited = time.monotonic() + 60
+    waited = time.monotonic() + 300
     while not (out / "checkpoints" / "000004").exists():
         assert time.monotonic() < waited and process.poll() is None
         time.sleep(0.05)
     os.kill(_pid(process.pid, lost), signal.SIGKILL)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=300)
     assert f"error: rank {1 - lost} of 2: another rank is gone" in said
     assert "start all ranks again with --resume" in said
     if lost == 0:
@@ -137,7 +137,7 @@ def test_a_rank_without_its_others_is_told(tmp_path, settings):
     hosts.write_text('[["127.0.0.1:1"]]')
     words = [*TUNESMITH, "train", *settings, "--out", str(tmp_path / "run")]
     environ = {**os.environ, "MLX_RANK": "5", "MLX_HOSTFILE": str(hosts)}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environ)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environ)
     assert done.returncode == 10 and "cannot reach the others" in done.stderr, done.stderr
 
 
