@@ -530,6 +530,23 @@ def test_only_one_checkpoint_speaks():
     assert told.tone == "warning" and "measured was checkpoint 000003, and the best is 9" in (told.sentence or "")
 
 
+@pytest.mark.parametrize(("kept", "step"), [([4, 6], 4), ([6, 8], 8)])
+def test_the_best_is_the_last_where_it_was_not_kept(kept, step):
+    assert evidence.best({"checkpoints": {"kept": kept, "best": 4, "last": kept[-1]}}) == step
+    assert evidence.best({"checkpoints": {}}) is None
+
+
+def test_differences_point_to_the_better_side_in_their_unit():
+    drawn = evidence.differences({"answers": [{"answer": "", "question": "task", **one} for one in (CALLS, PERPLEXITY)]})
+    assert [(one.scale, one.verdict) for one in drawn] == [("points", "improved"), ("perplexity", "improved")]
+    assert [one.gain for one in drawn] == pytest.approx([47.0, 4.2])
+    assert [one.low for one in drawn] == pytest.approx([42.0, 4.15])
+    assert [one.high for one in drawn] == pytest.approx([52.0, 4.25])
+    half = CALLS | {"delta_low": None}
+    assert evidence.differences({"answers": [{"answer": "", "question": "task", **half}]})[0].low is None
+    assert evidence.differences({"answers": [{"answer": "", "question": "task", **CALLS, "better": None}]}) == []
+
+
 def test_other_checkpoints_are_told(run):
     evaluate(run, GOOD, suffix="+step000003", checkpoint="000003")
     assert "the verdict is of 000003; the best" in rules(run)["the best checkpoint was not evaluated"]

@@ -552,6 +552,9 @@ def test_only_rows_to_be_imitated_are_asked_and_another_question_is_another_task
     other = tool_calls.build(material(rows[1:], renderers["mistral"], [], max_tokens=7))[0]
     assert task.identity == same.identity != other.identity
     assert task.identity != tool_calls.build(material(rows, renderers["mistral"], [], max_tokens=8))[0].identity
+    described = ({"type": "function", "function": {**declared[0]["function"], "description": "said of it"}},)
+    told = [*rows[:-1], row("declared", "x:4", tools=described)]
+    assert task.identity != tool_calls.build(material(told, renderers["mistral"], [], max_tokens=7))[0].identity
 
 
 def test_the_real_tool_data_is_asked_for(data_dir, notices, renderers):
