@@ -298,6 +298,7 @@ def test_preferences_are_compared_by_their_ratios_to_the_base(runs, numbered):
     """The accuracy of each run is the preference task's own; the gain is that of the run which tells good from bad."""
     chance = random.Random(0)
     own: list[list[Score]] = []
+    towards: list[list[float]] = []
     for run, gap in zip(runs, (0.0, 2.0), strict=True):
         items = [
             preference.Compared(f"{run}/data/valid.jsonl:{at // 2 if numbered else at}", at % 2 == 0, -5.0 - at,
@@ -305,6 +306,7 @@ def test_preferences_are_compared_by_their_ratios_to_the_base(runs, numbered):
             for at in range(80)
         ]  # fmt: skip
         own.append(preference.scores(items, 0))
+        towards.append([item.ratio if item.good else -item.ratio for item in items])
         folder = run / "evals" / f"preference@{preference.VERSION}"
         folder.mkdir()
         lines = [
@@ -322,6 +324,9 @@ def test_preferences_are_compared_by_their_ratios_to_the_base(runs, numbered):
         assert score.base == pytest.approx(before.value) and score.verdict == "improved" and score.delta_low > 0.05
     counts = one.scores[0].sources
     assert counts is not None and counts[0] > counts[2] and sum(counts) == 40
+    for side, signed in zip(("one", "other"), towards, strict=True):  # of a bad answer, less likely is better
+        assert sorted(getattr(pair, side) for pair in one.pairs) == pytest.approx(sorted(signed))
+    assert all((pair.change == "improved") is (pair.one < pair.other) for pair in one.pairs)
     (back,) = [held for held in compared(*runs[::-1]).against[0].held if held.one.task == "preference"]
     for score, other in zip(one.scores, back.scores, strict=True):
         assert score.delta == -other.delta and other.verdict == "regressed"

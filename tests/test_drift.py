@@ -185,6 +185,12 @@ def test_public_multiple_choice_is_read_as_it_is(data_dir, name, count):
                 assert labels[texts.index(right)] == 1
 
 
+def test_no_key_is_needed_but_those_that_ask(tmp_path):
+    path = written(tmp_path / "some.jsonl", {"ctx": "A cat", "endings": ["sat", "flew"], "label": "0"})
+    (one,) = made(entries("knowledge", [path]), question, "hint")
+    assert one.shown[one.answer] == "sat"
+
+
 def test_every_bad_question_is_named_with_its_line(tmp_path):
     good = {"question": "Who?", "choices": ["me", "you"], "answer": 0}
     bad = [{"q": "x"}, {**good, "answer": 2}, {**good, "answer": "0"}, {**good, "choices": ["me"]}, {**good, "choices": ["a", 1]},
@@ -436,6 +442,14 @@ def test_distributions_are_those_of_the_answer(loaded, renderer):
     whole = distributions(loaded.net, ids, 1, False)
     assert distributions(loaded.net, ids, 4, True) == pytest.approx(whole[3:], abs=1e-4)
     assert np.exp(whole.astype(np.float64)).sum(-1) == pytest.approx(1, abs=1e-5) and len(whole) == len(ids) - 1
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_where_the_base_ended_by_itself_its_end_is_one_more_token(loaded, renderer, monkeypatch, finish):
+    made = [model.Generation([5, 6, 7], finish)]
+    monkeypatch.setattr(model, "generate", lambda *_, **__: made)
+    (one,) = Chat([Item("c:1", "a", "hello")]).measure(Subject(loaded.net, renderer, "base"))
+    assert one.tokens == 3 + (finish == "stop")
 
 
 def test_tuned_cannot_be_asked_before_the_base(loaded, renderer):
