@@ -277,9 +277,9 @@ DEFINITIONS = {
     "memorised": f"loss fell to {MEMORISED} nats a token or less from above it, and to {FAR:.0%} or less of the loss of unseen "
     "rows, which is above it too: held-out ones, or where there are none the last ones of the first epoch",
     "never_learned": f"from its first epoch to its last it fell by at most {NO_FALL:.0%} of what its neighbours of both fell by, "
-    f"which is {FALL:.0%} or more of their loss; and it ends above them (robust z above {ABOVE:g})",
+    f"which is {FALL:.0%} or more of their loss; and it ends above them (robust z above {ABOVE:g}) and {MEMORISED} nats",
     "suspicious": f"robust z above {HIGH} among its neighbours in every epoch; or its loss rose by {FALL:.0%} or more while that "
-    f"of its neighbours fell by as much, and the difference is an outlier (robust z above {HIGH})",
+    f"of its neighbours fell by as much, and the difference is an outlier (robust z above {HIGH}); above {MEMORISED} nats",
     "outliers": f"robust z above {HIGH} among its neighbours in the only epoch",
 }
 
@@ -354,9 +354,9 @@ def rows(log: Iterable[events.Event]) -> dict[str, Any]:
         fall, others = first.loss - last.loss, first.middle - last.middle
         fell = others >= FALL * first.middle
         rose = fell and fall <= -FALL * first.loss and parted[source] > HIGH * spread
-        if rose or min(one.z for one in line) > HIGH:
+        if (rose or min(one.z for one in line) > HIGH) and max(first.loss, last.loss) > MEMORISED:
             facts["suspicious"].append(told(source))
-        elif fell and fall <= NO_FALL * others and last.z > ABOVE:
+        elif fell and fall <= NO_FALL * others and last.z > ABOVE and last.loss > MEMORISED:
             facts["never_learned"].append(told(source))
         elif min(first.loss, unseen) > MEMORISED >= last.loss and last.loss <= FAR * unseen:
             facts["memorised"].append(told(source))
