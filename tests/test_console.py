@@ -9,6 +9,7 @@ import pty
 import re
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -126,6 +127,19 @@ def test_other_work_is_silent_at_first_then_tells_rate_and_end():
     assert len(plain([work(0.0, 0), work(10.0, 100), work(20.0, 5), work(21.0, 10)])) == 1
     # What was done before the first word of it has no known duration.
     assert " · 5.0/s · " in plain([work(0.0, 50), work(4.0, 70)])[0]
+
+
+def test_work_takes_from_its_start_and_not_from_the_first_part_that_is_done():
+    heard: list[events.Event] = []
+    began, tick = time.time(), events.ticker(heard.append, "judging")
+    time.sleep(0.3)
+    tick(2, 4)
+    tick(4, 4)
+    assert [one.done for one in heard if isinstance(one, events.Working)] == [0, 2, 4]
+    assert heard[0].at - began < 0.2 < 0.3 <= heard[1].at - heard[0].at
+    again: list[events.Event] = []
+    events.ticker(again.append, "judging")(0, 4)
+    assert len(again) == 1, "who begins at none says so"
 
 
 def test_progress_tells_of_work_outside_a_run(monkeypatch):

@@ -271,8 +271,17 @@ def tee(sinks: Sequence[Sink]) -> Sink:
 
 
 def ticker(sink: Sink, label: str) -> Callable[[int, int], None]:
-    """A callable (done, total) that tells ``sink`` how far the work called ``label`` is."""
-    return lambda done, total: sink(Working(label, done, total))
+    """A callable (done, total) that tells ``sink`` how far the work called ``label`` is; it began when this was called."""
+    began: float | None = time.time()
+
+    def tick(done: int, total: int) -> None:
+        nonlocal began
+        if began is not None and done:
+            sink(Working(label, 0, total, at=began))
+        began = None
+        sink(Working(label, done, total))
+
+    return tick
 
 
 def jsonl(stream: IO[str]) -> Sink:

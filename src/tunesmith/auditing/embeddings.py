@@ -27,6 +27,7 @@ def embedder(loaded: model.Loaded, renderer: Renderer, tick: Callable[[int, int]
         ids = [_ids(renderer, text) for text in texts]
         found: dict[int, np.ndarray] = {}
         batch: list[int] = []
+        tick(0, len(ids))
         for place in sorted(range(len(ids)), key=lambda place: len(ids[place])):  # like with like: little padding
             if batch and (len(batch) + 1) * len(ids[place]) > AT_ONCE:
                 found |= dict(zip(batch, _means(net, [ids[one] for one in batch]), strict=True))

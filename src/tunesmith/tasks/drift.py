@@ -132,7 +132,6 @@ class Chat(Task[Apart]):
     def measure(self, subject: Subject) -> list[Apart]:
         """Raises EvaluationError where tuned is asked first."""
         subject.net.eval()
-        tick = subject.ticker("divergence")
         if subject.side == "base":
             return self._base(subject)
         if not self._kept:
@@ -140,7 +139,7 @@ class Chat(Task[Apart]):
         items = self.items[: len(self._kept)]
         answers = subject.answers([item.prompt for item in items], CHAT_TOKENS, "chats")
         found: list[Apart] = []
-        split = logprobs.splits(subject.net)
+        split, tick = logprobs.splits(subject.net), subject.ticker("divergence")
         for item, kept, said in zip(items, self._kept, answers, strict=True):
             kl, agreement = divergence(kept.logps, distributions(subject.net, kept.ids, kept.start, split))
             found.append(Apart(item, float(kl.mean()), float(agreement.mean()), len(kl), said.text))
