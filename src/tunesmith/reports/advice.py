@@ -59,21 +59,21 @@ def needed(score: Mapping[str, Any]) -> int | None:
 def _status(found: Mapping[str, Any]) -> Iterator[Advice]:
     if found["status"] == "running":
         why = f"{found['updates']['done']:,} updates so far, and no end recorded"
-        do = "see `tunesmith watch RUN`; where it was killed, go on with `tunesmith train --resume RUN`"
+        do = "see tunesmith watch RUN; where it was killed, go on with tunesmith train --resume RUN"
         yield Advice("the run is still running, or was killed", why, do)
     elif found["status"] not in evidence.DONE and found["manifest"]:
         why = found["status"] + (f": {found['why']}" if found["why"] else "")
-        yield Advice("the run did not end by itself", why, "go on with `tunesmith train --resume RUN`")
+        yield Advice("the run did not end by itself", why, "go on with tunesmith train --resume RUN")
     if not found["scores"] and found["checkpoints"]:
-        yield Advice("nothing was evaluated", "loss alone says little of answers", "run `tunesmith evaluate RUN`")
+        yield Advice("nothing was evaluated", "loss alone says little of answers", "run tunesmith evaluate RUN")
     elif found["scores"]:
         for name, what in (("learned", "the task"), ("kept", "what it knew before"), ("safe", "what it declines")):
             if found["evidence"][name] == "not measured":
-                yield Advice("a question is open", f"{what} was not measured against the base", "run `tunesmith evaluate RUN`")
+                yield Advice("a question is open", f"{what} was not measured against the base", "run tunesmith evaluate RUN")
     best, speaker = evidence.best(found), evidence.checkpoint(found)
     if best is not None and speaker is not None and speaker.isdigit() and int(speaker) != best:
         why = f"the verdict is of {speaker}; the best by {found['checkpoints'].get('metric')} is {best}"
-        yield Advice("the best checkpoint was not evaluated", why, "run `tunesmith evaluate RUN` for the best")
+        yield Advice("the best checkpoint was not evaluated", why, "run tunesmith evaluate RUN for the best")
 
 
 def _retention(found: Mapping[str, Any]) -> Iterator[Advice]:
@@ -129,7 +129,7 @@ def _tools(found: Mapping[str, Any]) -> Iterator[Advice]:
         yield Advice(
             "calls are often missing or malformed",
             _value(formed),
-            "look at the answers side by side, check the format with `tunesmith show`, then more rows or epochs",
+            "look at the answers side by side, check the format with tunesmith show, then more rows or epochs",
         )
     elif formed and right and right["value"] < RIGHT:
         folder = right.get("folder")
@@ -183,7 +183,7 @@ def _data(found: Mapping[str, Any]) -> Iterator[Advice]:
         yield Advice("many rows were left out", f"{left:,} of {read:,}", "see their reasons in the report")
     for one in (found["audit"] or {}).get("findings", ()):
         if one["severity"] == "error" or one["accepted"] or (one["severity"] == "warning" and "contamination" in one["rule"]):
-            yield Advice("the audit found it", f"{one['rule']}: {one['what']}", one["hint"] or "see `tunesmith audit`")
+            yield Advice("the audit found it", f"{one['rule']}: {one['what']}", one["hint"] or "see tunesmith audit")
     rows = found["rows"] or {}
     for key, rule, do in (
         ("suspicious", "rows do not fit the others", "read them first: labels or answers may be wrong"),
@@ -222,7 +222,7 @@ def _limits(found: Mapping[str, Any]) -> Iterator[str]:
         yield "Preference compares whole answers: where good ones are longer than bad ones, length alone can move it."
     if chosen:
         yield "Intervals are over prompts. One run with one seed was made; how much another seed would change is not in them."
-        few = list(dict.fromkeys(f"{one['task']} ({one['n']:,})" for one in chosen if one["n"] < FEW))
+        few = list(dict.fromkeys(f"{words.title(one)} ({one['n']:,})" for one in chosen if one["n"] < FEW))
         if few:
             yield f"Fewer than {FEW} examples: {', '.join(few)}."
         if found["answers"] and any(one["question"] == "safety" for one in found["answers"]):

@@ -225,9 +225,10 @@ def _clause(
     many += f"; worse: {_told(worse)}" if worse else ""
     fell = any(one.get("verdict") == "regressed" for one in undecided)
     open_ = f"{what} got worse, whether beyond its target is not shown" if fell else f"that {what} is {ends[0]} is not shown"
+    part = "" if all(map(missed, aimed)) else " in part"
     told = {
         "kept": f"{what} is {ends[0]} ({many})",
-        "missed": f"{what} is {ends[1]}: {_told([one for one in aimed if missed(one)])}",
+        "missed": f"{what} is {ends[1]}{part}: {_told([one for one in aimed if missed(one)])}",
         "not shown": f"{open_} ({many})",
         "not measured": f"whether {what} is {ends[0]} was not measured",
         "better": f"{what} changed for the better ({_told(better)})",
@@ -248,7 +249,7 @@ def _told(rows: Sequence[Mapping[str, Any]]) -> str:
             text += words.number(high, unit, signed=True, bare=True)
             if one.get("verdict") == "no difference shown" and one.get("p_corrected") is not None and low * high > 0:
                 text += f" (for so many tests p is {words.number(one['p_corrected'])})"
-        texts.append(f"{text}, n {one['n']:,}")
+        texts.append(", ".join(filter(None, [text, words.reached(one), f"n {one['n']:,}"])))
     return "; ".join(texts) + (f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from tunesmith import events
+from tunesmith import console, events
 from tunesmith.errors import SHOWN, EvaluationError
 from tunesmith.evaluation import EXAMPLES, SCORE
 from tunesmith.reports import advice, evidence, words
@@ -98,6 +98,7 @@ def summary(run_dir: Path, told: Sequence[events.Event] | None = None) -> dict[s
         },
         "audit": _audit(run_dir),
         "notices": _notices([*told, *unread]),
+        "unread": [console.readable(one) for one in unread],
         "dropped": _dropped(run_dir / DROPPED),
         "checkpoints": _load(run_dir / CHECKPOINTS / "index.json"),
         "settings_given": {key: origin for key, origin in _load(run_dir / ORIGIN).items() if not origin.startswith("default")},
@@ -193,11 +194,13 @@ def _evaluations(run_dir: Path, trained: set[str]) -> tuple[list[dict[str, Any]]
     """
     found, unread = [], []
     for path in sorted((run_dir / EVALS).glob(f"*/{SCORE}")):
+        what = "not in this report"
         try:
             one = _scored(path, f"evaluate again: tunesmith evaluate {shlex.quote(str(run_dir))}")
             named = [Path(str(name)) for name in one["data"]] if isinstance(one["data"], list) else None
             one["unseen"] = named and all(file.is_file() and sha256(file) not in trained for file in named)
             found.append(one)
+            what = "its numbers are in this report, its prompts are not"
             cut, moved = 0, Counter[str | None]()
             for example in examples(run_dir, path.parent.name):
                 moved[example.get("change")] += 1
@@ -206,7 +209,7 @@ def _evaluations(run_dir: Path, trained: set[str]) -> tuple[list[dict[str, Any]]
             del moved[None]
             one["changes"] = {name: moved[name] for name in ("improved", "unchanged", "regressed")} if moved else None
         except EvaluationError as error:
-            unread.append(events.Notice(f"not in this report: {error.what}", "warning", where=error.where, hint=error.hint))
+            unread.append(events.Notice(f"{what}: {error.what}", "warning", where=error.where, hint=error.hint))
     return found, unread
 
 

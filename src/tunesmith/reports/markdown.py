@@ -114,8 +114,8 @@ def _evidence(found: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     if found["answers"]:
         rows = (
             (evidence.QUESTIONS[one["question"]], one["answer"], ", ".join(filter(None, [words.title(one), words.subset(one)])),
-             words.interval(one, of="base"),
-             words.interval(one), words.interval(one, of="delta"), one["n"], one["target"] or "")
+             words.interval(one, of="base"), words.interval(one), words.interval(one, of="delta"), one["n"],
+             ": ".join(filter(None, [one["target"], words.reached(one)])))
             for one in found["answers"]
         )  # fmt: skip
         head = ("question", "answer", "measured", "base", "tuned", "change", "n", "target")
@@ -131,7 +131,7 @@ def _evidence(found: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
 def _scores(scores: Sequence[dict[str, Any]]) -> list[str]:
     names = ("task", "version", "checkpoint", "data")
     rows = (
-        (*(str(one[name]) for name in names), words.named(one), str(one["n"]), words.interval(one),
+        (*(str(one[name] or "") for name in names), words.named(one), str(one["n"]), words.interval(one),
          words.interval(one, of="delta"), one["note"] or "", one["verdict"] or "", words.met(one))
         for one in scores
     )  # fmt: skip

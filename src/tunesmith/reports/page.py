@@ -60,7 +60,7 @@ def render(template: str, data: Mapping[str, Any], **facts: Any) -> str:
     environment.filters |= {
         "line": visible, "percent": percent, "duration": duration, "size": size, "many": many, "number": words.number,
         "interval": words.interval, "based": words.base, "named": words.named, "titled": words.title, "met": words.met,
-        "subset": words.subset, "cut": words.cut, "setting": words.setting,
+        "subset": words.subset, "reached": words.reached, "cut": words.cut, "setting": words.setting,
     }  # fmt: skip
     script = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     script = _UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", script)

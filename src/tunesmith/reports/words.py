@@ -105,6 +105,14 @@ def met(score: Mapping[str, Any]) -> str:
     return "" if not score.get("target") else {True: "kept", False: "missed"}.get(score.get("met"), "not shown")  # type: ignore[arg-type]
 
 
+def reached(score: Mapping[str, Any]) -> str:
+    """Where a target is a share of the base, what share it is: "84.6 % of the base"; else nothing."""
+    was = base(score)
+    return (
+        f"{number(float(score['value']) / was, '%')} of the base" if was and "of the base" in (score.get("target") or "") else ""
+    )
+
+
 def cut(text: str | None, limit: int) -> str | None:
     """``text`` of at most ``limit`` letters, saying how many are left out; no letter that UTF-8 or a page cannot hold."""
     if text is None:
