@@ -143,6 +143,26 @@ def test_generate_and_chat_speak_as_the_run(trained, tiny_model):
     assert base == run("generate", tiny_model, "--prompt", "the cat", "--max-tokens", 8).stdout
 
 
+def test_an_interrupted_evaluation_says_what_is_kept(trained, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tunesmith, "evaluate", stop)
+    done = CliRunner().invoke(cli.app, ["evaluate", str(trained)])
+    assert done.exit_code == 130
+    assert done.stderr == "interrupted; what was measured is kept, and the same command goes on\n"
+
+
+@pytest.mark.parametrize(("status", "hint"), [("running", "hint: while it trains, wait; else: "), ("interrupted", "hint: ")])
+def test_a_run_without_a_checkpoint_says_what_to_do(trained, tmp_path, status, hint):
+    young = Path(shutil.copytree(trained, tmp_path / "young", ignore=shutil.ignore_patterns("0*")))
+    Run.open(young).mark(status)
+    with pytest.raises(DataError, match=f"has no checkpoint yet\n{re.escape(hint)}tunesmith train --resume"):
+        Run.open(young).choose()
+    with pytest.raises(DataError, match="nowhere: no run here: there is no such folder"):
+        Run.open("nowhere")
+
+
 def test_evaluate_scores_base_and_tuned_on_the_held_out_rows(trained):
     found = json.loads(run("evaluate", trained, "--json").stdout)
     assert {score["task"].partition(".")[0] for score in found["scores"]} >= {"perplexity", "adherence", "drift", "efficiency"}

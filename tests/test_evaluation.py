@@ -342,6 +342,7 @@ def test_the_base_against_itself_shows_no_difference(run):
     ("options", "told"),
     [
         ({"tasks": ["perplexityy"]}, "no task is called 'perplexityy'"),
+        ({"tasks": ["drift.safety"]}, r"no task is called 'drift.safety'(.|\n)*it is part of drift: --task drift"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokenz": 3}, "max_tokenz"),
         ({"tasks": ["preference"], "base": False}, "nothing could be measured"),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ import typer
 import tunesmith
 from tunesmith import backend, console
 from tunesmith.errors import TunesmithError
+from tunesmith.events import Sink
 
 app = typer.Typer(
     name="tunesmith",
@@ -42,8 +44,15 @@ def _out(value: object) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
-def _watch():
-    return console.sink(sys.stderr)
+@contextmanager
+def _watch(kept: str = "") -> Iterator[Sink]:
+    """Progress on stderr. kept: what an interrupted user has, and how to go on."""
+    try:
+        with console.sink(sys.stderr) as notify:
+            yield notify
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted{kept}", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -273,7 +282,7 @@ def evaluate(
     """Score base and tuned on the held-out rows (or --data) and the suites: what improved, what was lost, how sure it is."""
     from tunesmith import reports
 
-    with _watch() as notify:
+    with _watch("; what was measured is kept, and the same command goes on") as notify:
         found = tunesmith.evaluate(
             run, data=data or (), checkpoint=checkpoint, model=model, tasks=task or (), base=base, fresh=fresh, notify=notify,
             limit=limit, max_tokens=max_tokens, batch_size=batch_size, knowledge=tuple(knowledge or ()), text=tuple(text or ()),
@@ -324,7 +333,13 @@ def watch(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
     """Write the report of a run anew."""
-    typer.echo(tunesmith.report(run))
+    from tunesmith import reports
+
+    page = tunesmith.report(run).with_suffix(".html")
+    for told in reports.summary(run)["unread"]:
+        typer.echo(told, err=True)
+    typer.echo(reports.verdict(run))
+    typer.echo(f"report: {page}")
 
 
 System = Annotated[str | None, typer.Option(help="system message")]

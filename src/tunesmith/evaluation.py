@@ -120,7 +120,9 @@ def evaluate(
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
-        raise EvaluationError(f"no task is called {unknown[0]!r}", hint=f"tasks: {', '.join(TASKS)}")
+        whole = unknown[0].partition(".")[0]
+        hint = f"it is part of {whole}: --task {whole}" if whole in TASKS else f"tasks: {', '.join(TASKS)}"
+        raise EvaluationError(f"no task is called {unknown[0]!r}", hint=hint)
     spec = spec or EvaluationSpec()
     if "benchmarks" in tasks and not spec.benchmarks:
         raise EvaluationError("no benchmark is named", where="benchmarks", hint="--benchmark mmlu, hellaswag, …")

@@ -219,7 +219,8 @@ class Run:
         """The run at ``path``. Raises DataError where there is none."""
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
-            raise DataError("no run here: manifest.json is missing", where=str(path), hint="runs live in ./runs/<name>")
+            what = "no run here: " + (f"{MANIFEST} is missing" if folder.is_dir() else "there is no such folder")
+            raise DataError(what, where=str(path), hint="runs live in ./runs/<name>")
         return cls(folder)
 
     @classmethod
@@ -376,7 +377,8 @@ class Run:
         """The folder of a checkpoint: ``best`` (the last where that is not kept, which is told), ``last``, or a step."""
         steps = self.checkpoints()
         if not steps:
-            raise DataError("has no checkpoint yet", where=str(self.path), hint=self.hint)
+            wait = "while it trains, wait; else: " if self.manifest["status"] == "running" else ""
+            raise DataError("has no checkpoint yet", where=str(self.path), hint=wait + self.hint)
         if which == "best":
             last = self.cursor(steps[-1])
             step = last.best_step if last.best_step in steps else steps[-1]
