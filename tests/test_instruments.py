@@ -322,13 +322,14 @@ def test_rows_that_are_all_alike_are_left_in_peace():
     assert [found[kind] for kind in instruments.DEFINITIONS] == [[], [], [], []]
 
 
-def test_a_row_that_is_all_but_certain_is_not_called_unlearned_or_wrong():
-    """0.01 to 0.03 nats a token among rows that fell lower still: the model is sure of it."""
+@pytest.mark.parametrize("odd", [(0.0096, 0.0348), (0.06, 0.06)])
+def test_a_row_that_is_all_but_certain_is_not_called_unlearned_or_wrong(odd):
+    """Hundredths of a nat a token among rows that fell lower still: the model is sure of it."""
     for scale, called in ((1.0, []), (100.0, ["odd"])):
         log: list[events.Event] = []
         for epoch, middle in enumerate((0.008, 0.001), 1):
             losses = {f"r:{at}": scale * middle * (1 + at / 100) for at in range(20)}
-            losses["odd"] = scale * (0.0096, 0.0348)[epoch - 1]
+            losses["odd"] = scale * odd[epoch - 1]
             log.append(events.RowLosses(epoch, epoch, losses, dict.fromkeys(losses, 9.0)))
         found = instruments.rows(log)
         assert [row["source"] for kind in ("never_learned", "suspicious") for row in found[kind]] == called
