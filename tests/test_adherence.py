@@ -110,6 +110,7 @@ LANGUAGES = ("language:response_language", "change_case:english_lowercase", "cha
 TOLD_OTHERWISE = {"length_constraints:number_sentences": 0.97, "change_case:capital_word_frequency": 0.99}
 
 
+@pytest.mark.parity
 def test_every_instruction_of_ifeval_says_what_its_own_code_says(ifeval, data_dir):
     rows = [json.loads(line) for line in data_dir("benchmarks/ifeval_train.jsonl").read_text().splitlines()]
     answers = [one["output"] for one in json.loads(data_dir("formats/alpaca_en_demo.json").read_text())]
@@ -132,6 +133,7 @@ def test_every_instruction_of_ifeval_says_what_its_own_code_says(ifeval, data_di
     assert {kind: share for kind, share in agree.items() if share < TOLD_OTHERWISE.get(kind, 1.0)} == {}
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("kind", "given", "good", "bad"),
     [
@@ -162,6 +164,7 @@ SPOKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.parity
 def test_languages_are_told_as_langdetect_tells_them(ifeval):
     for code, other in itertools.product(SPOKEN, SPOKEN):
         given = {"language": code}
