@@ -24,7 +24,7 @@ parity: $(INSTALLED)
 	$(BIN)/python -m pytest -m parity
 
 real: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'real and not parity'
+	$(BIN)/python -m pytest -m 'real and not parity' -n 2 --dist loadfile
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
