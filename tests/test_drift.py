@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz import fuzz, process
 
-from tunesmith import model, template
+from tunesmith import adapters, model, template
 from tunesmith.batches import BatchSpec
 from tunesmith.errors import DataError, EvaluationError
 from tunesmith.events import Notice
@@ -450,6 +450,18 @@ def test_where_the_base_ended_by_itself_its_end_is_one_more_token(loaded, render
     monkeypatch.setattr(model, "generate", lambda *_, **__: made)
     (one,) = Chat([Item("c:1", "a", "hello")]).measure(Subject(loaded.net, renderer, "base"))
     assert one.tokens == 3 + (finish == "stop")
+
+
+def test_dropout_is_off_whatever_the_net_was_left_in(tiny_model, renderer):
+    net = model.load(model.ModelSpec(path=str(tiny_model))).net
+    adapters.LoRA(rank=2, dropout=0.5).attach(net, seed=0)
+    net.train()
+    task = Chat([Item("c:1", "a", "hello")])
+    task.measure(Subject(net, renderer, "base"))
+    net.train()
+    (one,) = task.measure(Subject(net, renderer, "tuned"))
+    assert one.kl == 0.0 and one.agreement == 1.0
+    assert not any(part.training for part in net.modules())
 
 
 def test_tuned_cannot_be_asked_before_the_base(loaded, renderer):

@@ -131,7 +131,6 @@ class Chat(Task[Apart]):
 
     def measure(self, subject: Subject) -> list[Apart]:
         """Raises EvaluationError where tuned is asked first."""
-        subject.net.eval()
         if subject.side == "base":
             return self._base(subject)
         if not self._kept:

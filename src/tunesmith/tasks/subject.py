@@ -33,7 +33,7 @@ class Said(NamedTuple):
 
 @dataclass
 class Subject:
-    """Answers are greedy, and adapters' dropout is off for all that is asked.
+    """Answers are greedy, and the net is in evaluation mode: an adapter comes with its dropout on.
 
     ``heard``: they and log-probabilities by the hash of what was asked, oldest first. What was heard is not asked again: tasks
     that ask the same share it, and one filled with what was heard earlier goes on as if never stopped, in the same batches.
@@ -47,6 +47,9 @@ class Subject:
     notify: Sink = events.silent
     ranks: Ranks = ONE
     heard: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.net.eval()
 
     def ids(self, prompt: Prompt) -> list[int]:
         """The tokens of ``prompt`` up to where the answer begins. Raises TemplateError where the template cannot say it."""
