@@ -21,6 +21,7 @@ import typer.main
 from mlx.utils import tree_map
 
 import tiny
+from processes import LAUNCH
 from tunesmith import cli, model, template
 from tunesmith.batches import BatchSpec
 from tunesmith.errors import DataError, EvaluationError, SetupError
@@ -337,7 +338,7 @@ found = [task.measure(subject) for task in tasks]
 Path(sys.argv[1] + str(among.rank)).write_text(repr(found))
 """
     (folder / "ranks").mkdir()
-    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--", sys.executable, "-c", code]
+    launch = [*LAUNCH, sys.executable, "-c", code]
     done = subprocess.run(
         [*launch, str(folder / "ranks/of")], capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=300,
         env={**os.environ, "PYTHONPATH": "src"},

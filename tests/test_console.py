@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
-import pty
 import re
 import sys
-import threading
 import time
 from typing import Any
 
@@ -16,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import processes
 from tunesmith import console, events
 from tunesmith.errors import SetupError
 
@@ -169,27 +167,9 @@ def test_the_log_has_a_time_and_a_line_for_each_event():
 
 def on_terminal(log: list[events.Event], monkeypatch, **environ: str) -> str:
     """What a terminal of 100 columns receives."""
-    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in ({"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"} | environ).items():
-        monkeypatch.setenv(name, value)
-    master, slave = pty.openpty()
-    received: list[bytes] = []
-
-    def drain() -> None:
-        try:
-            while block := os.read(master, 65536):
-                received.append(block)
-        except OSError:  # Linux reports the closed other end so
-            pass
-
-    reader = threading.Thread(target=drain)
-    reader.start()
-    with os.fdopen(slave, "w") as stream, console.sink(stream) as show:
+    with processes.terminal(monkeypatch, **environ) as (stream, received), console.sink(stream) as show:
         for event in log:
             show(event)
-    reader.join(timeout=5)
-    os.close(master)
     return b"".join(received).decode()
 
 

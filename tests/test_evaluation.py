@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 
 import tiny
 import tunesmith
+from processes import LAUNCH, TUNESMITH
 from tunesmith import errors, evaluation, events, model, scoring
 from tunesmith.run import Run
 from tunesmith.tasks import EvaluationSpec
@@ -118,12 +118,11 @@ def test_ranks_change_no_score(run, tmp_path):
     alone = numbers(measured(run))
     shutil.rmtree(run / "evals")
     shutil.rmtree(tmp_path / "cache")
-    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
-    words = [str(Path(sys.executable).with_name("tunesmith")), "evaluate", str(run), "--max-tokens", "12"]
+    words = [*TUNESMITH, "evaluate", str(run), "--max-tokens", "12"]
     words += [word for task in ROWS_ONLY for word in ("--task", task)]
 
     def together() -> dict:
-        done = subprocess.run([*launch, *words, "--json"], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*LAUNCH, *words, "--json"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         assert len(lines) == 1, "only the first rank speaks"

@@ -5,16 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import pty
 import re
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
+import processes
 from tunesmith import events, live
 from tunesmith.errors import DataError
 
@@ -192,29 +190,8 @@ def test_on_what_is_no_terminal_one_frame_is_written(run):
 
 
 def on_terminal(run: Path, monkeypatch, during=None, once: bool = False, **environ: str) -> str:
-    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in ({"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"} | environ).items():
-        monkeypatch.setenv(name, value)
-    master, slave = pty.openpty()
-    received: list[bytes] = []
-
-    def drain() -> None:
-        try:
-            while block := os.read(master, 65536):
-                received.append(block)
-        except OSError:  # Linux reports the closed other end so
-            pass
-
-    threads = [threading.Thread(target=drain)]
-    threads += [threading.Thread(target=during, args=(received,))] if during else []
-    for thread in threads:
-        thread.start()
-    with os.fdopen(slave, "w") as stream:
+    with processes.terminal(monkeypatch, during, **({"LINES": "30"} | environ)) as (stream, received):
         live.watch(run, stream, every=0.02, once=once)
-    for thread in threads:
-        thread.join(timeout=10)
-    os.close(master)
     return b"".join(received).decode()
 
 

@@ -15,11 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny
+from processes import LAUNCH, TUNESMITH
 from tunesmith import backend, errors, events, ranks
 from tunesmith.run import Run
-
-LAUNCH = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
-TUNESMITH = [str(Path(sys.executable).with_name("tunesmith"))]
 
 
 @pytest.fixture(scope="module")
