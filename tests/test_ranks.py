@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import tiny
 from processes import LAUNCH, TUNESMITH
-from tunesmith import backend, errors, events, ranks
+from tunesmith import backend, errors, events, ranks, training
 from tunesmith.run import Run
 
 
@@ -103,6 +103,27 @@ def test_a_lost_rank_is_told_and_the_run_goes_on_elsewhere(tmp_path, settings, l
     assert again.returncode == 0, again.stderr
     assert "machine.ranks 2 → 1" in again.stderr
     assert log(out, events.Resumed)[-1].step == step
+
+
+def test_a_signal_does_not_come_before_the_reason():
+    """`mlx.launch` sends SIGTERM again and again to the ranks that are left: not one of them may end this one unheard."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(errors.RankLost), training._interruptible(ranks.Ranks(None, 1, 2)) as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_set()
+            raise errors.RankLost("another rank is gone")
+        os.kill(os.getpid(), signal.SIGTERM)  # and what the launcher sends while the reason is written
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for among, number in ((ranks.ONE, signal.SIGTERM), (ranks.Ranks(None, 1, 2), signal.SIGINT)):
+        with pytest.raises(KeyboardInterrupt), training._interruptible(among):
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is before[number]
 
 
 def _pid(launcher: int, rank: int) -> int:

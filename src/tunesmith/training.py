@@ -28,7 +28,7 @@ from safetensors.numpy import save as serialise
 from tunesmith import adapters, backend, console, events, gradients, model, optimizer, preparation, ranks, reference, scoring
 from tunesmith.batches import Cut, Group
 from tunesmith.caution import Watch
-from tunesmith.errors import ConfigError, Diverged, OutOfMemory, TunesmithError
+from tunesmith.errors import ConfigError, Diverged, OutOfMemory, RankLost, TunesmithError
 from tunesmith.events import Notice, Sink
 from tunesmith.frozen import Lower
 from tunesmith.gradients import Accumulation, Gradients
@@ -109,7 +109,7 @@ def train(
         if run is not None and among.writes:
             held.enter_context(run.lock())
             held.enter_context(run.room())
-        stop = held.enter_context(_interruptible())
+        stop = held.enter_context(_interruptible(among))
         state = optimizer.build(config.optimizer, loaded.net)
         among.require_agreement(_without_paths(config), sorted(map(str, flat(hashes).values())))
         if prepared.objective.needs_reference:  # before a checkpoint is restored: the model is as it was before training
@@ -374,9 +374,8 @@ class Loop:
         value = {"loss": loss, "perplexity": perplexity, **watched}.get(name := self.config.loop.best)
         if value is None or (name == "perplexity" and not learned):
             what = f"loop.best is {name}, and the held-out rows do not give it"
-            raise ConfigError(
-                what, where="loop.best", hint="it may need rows of both kinds, or more of them; loss is always there"
-            )
+            hint = "it may need rows of both kinds, or more of them; loss is always there"
+            raise ConfigError(what, where="loop.best", hint=hint)
         held = cursor.best_value
         best = math.isfinite(value) and (held is None or (value < held if name in LOWER else value > held))
         if best:
@@ -443,7 +442,7 @@ def restore(run: Run, net: nn.Module, state: Any, among: Ranks, notify: Sink) ->
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def _interruptible(among: Ranks) -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set: the step is finished and saved. A second signal interrupts at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -451,13 +450,16 @@ def _interruptible() -> Iterator[threading.Event]:
         return
 
     def handle(number: int, frame: object) -> None:
-        if stop.is_set():
+        if stop.is_set() and (number == signal.SIGINT or among.size == 1):  # `mlx.launch` repeats SIGTERM once a rank is gone
             raise KeyboardInterrupt
         stop.set()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except RankLost:  # this process ends by itself, after it has said why
+        before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -472,8 +474,7 @@ def _sinks(
     resuming = path.exists()
     if resuming:
         with path.open("rb+") as stream:
-            belongs = stream.read(cursor.events_bytes)
-            whole = belongs.rfind(b"\n") + 1  # a power cut can leave the log shorter than the checkpoint knew it
+            whole = stream.read(cursor.events_bytes).rfind(b"\n") + 1  # a power cut can leave the log shorter than that
             if whole < cursor.events_bytes:
                 early.append(Notice("the log lost its end before the checkpoint", level="warning", where=str(path)))
             redone = sum(line.startswith(b'{"kind": "StepDone"') for line in stream)
