@@ -86,10 +86,14 @@ def notices(said: list[events.Event]) -> list[str]:
     return [event.what for event in said if isinstance(event, events.Notice)]
 
 
-def assert_same(first: Run, second: Run) -> None:
+PLAIN = {"kind": "sgd", "learning_rate": 1.0}
+"""Updates in proportion to the gradient. Adam's are as large for a gradient of 1e-9 as for one of 1, so that rounding shows."""
+
+
+def assert_same(first: Run, second: Run, within: float = 5e-4) -> None:
     left, right = weights(first), weights(second)
     for name, value in left.items():
-        np.testing.assert_allclose(right[name], value, rtol=0, atol=5e-4 * abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(right[name], value, rtol=0, atol=within * abs(value).max(), err_msg=name)
 
 
 # Laws
@@ -106,11 +110,11 @@ def rows_for(objective: dict) -> list[dict]:
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda one: "-".join(map(str, one.values())))
 def test_how_an_update_is_cut_changes_nothing(train, objective):
-    whole, said = train("whole", rows_for(objective), objective=objective)
+    whole, said = train("whole", rows_for(objective), objective=objective, optimizer=PLAIN, batch={"tokens": 3000})
     assert steps_of(said)[-1].metrics
-    for out, cut in (("ones", {"micro": 1}), ("packed", {"pack": True, "tokens": 300}), ("small", {"tokens": 90})):
-        other, heard = train(out, objective=objective, batch=cut)
-        assert_same(whole, other)
+    for out, cut in (("ones", {"micro": 1}), ("packed", {"pack": True, "tokens": 300}), ("small", {"tokens": 40})):
+        other, heard = train(out, objective=objective, optimizer=PLAIN, batch=cut)
+        assert_same(whole, other, within=2e-5)
         for one, two in zip(steps_of(said), steps_of(heard), strict=True):
             assert two.loss == pytest.approx(one.loss, rel=1e-4)
             assert two.metrics == pytest.approx(one.metrics, rel=1e-3, abs=1e-4)

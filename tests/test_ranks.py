@@ -24,9 +24,10 @@ from tunesmith.run import Run
 def settings(tmp_path_factory, tiny_model) -> list[str]:
     rows = tiny.write_rows(tmp_path_factory.mktemp("ranks") / "rows.jsonl", tiny.conversations(32))
     # Five rows an update, of two ranks: an odd share; and a last update of an epoch with one row, so that one rank has none.
+    # SGD: Adam's updates are as large for a gradient of 1e-9 as for one of 1, and a BLAS of two threads rounds unlike two of one.
     sets = {
         "loop.epochs": 1, "batch.sequences": 5, "loop.validate_every": 3, "loop.samples": 1, "loop.sample_tokens": 4,
-        "loop.save_every": 2, "optimizer.learning_rate": 0.01, "optimizer.max_norm": 0.5,
+        "loop.save_every": 2, "optimizer.kind": "sgd", "optimizer.learning_rate": 1.0, "optimizer.max_norm": 0.5,
     }  # fmt: skip
     return [
         "--model",
@@ -75,8 +76,8 @@ def test_two_ranks_are_one(tmp_path, settings, judged, objective, monkeypatch):
     one, two = ([one.loss for one in log(tmp_path / name, events.Validated)] for name in ("one", "two"))
     assert len(one) == 3 and two == pytest.approx(one, rel=1e-6)
     one, two = (load_file(Run.open(tmp_path / name).choose("last") / "adapters.safetensors") for name in ("one", "two"))
-    for name, value in one.items():  # a BLAS of two threads rounds otherwise than two of one: seen up to 3.4e-5 of the largest
-        np.testing.assert_allclose(two[name], value, rtol=0, atol=1e-4 * abs(value).max(), err_msg=name)
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, rtol=0, atol=2e-5 * abs(value).max(), err_msg=name)
     assert Run.open(tmp_path / "two").manifest["machine"]["ranks"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
