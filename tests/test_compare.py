@@ -189,6 +189,25 @@ def test_a_run_that_was_not_evaluated_is_named_with_the_command(runs, tmp_path):
     assert found.against[0].refused[0][1] == "A was not evaluated on it"
 
 
+def test_runs_that_held_out_other_rows_are_told_to_be_asked_the_same(runs, tmp_path):
+    bare = a_run(tmp_path / "runs" / "bare")
+    (bare / "data" / "valid.jsonl").write_text('{"text": "held out here"}\n')
+    apart = "the runs held out other rows, so both need the same: FILE of rows that neither was trained on"
+    commands = "; ".join(f"tunesmith evaluate {run} --task tool_calls --data FILE" for run in (runs[0], bare))
+    (one,) = compared(runs[0], bare).against[0].refused
+    assert one == ("tool_calls", f"B was not evaluated on it; {apart}", commands)
+    evaluated(bare, [1.0] * 60, identity="2e")
+    (one,) = compared(runs[0], bare).against[0].refused
+    assert one == ("tool_calls", f"other rows, prompts or settings (identity 1d and 2e); {apart}", commands)
+    shutil.rmtree(bare / "evals")
+    evaluated(bare, [1.0] * 60, base="99")  # rows alike would not mend that
+    assert compared(runs[0], bare).against[0].refused == [("tool_calls", "other bases (cdcdcdcdcdcd and 999999999999)", None)]
+    shutil.rmtree(bare / "evals")
+    evaluated(runs[0], [1.0] * 60, identity="3f", data=["suite.jsonl"], family=["suite"])
+    lacking = compared(runs[0], bare).against[0].refused[-1]  # on named rows each is asked the same as it is
+    assert lacking[1:] == ("B was not evaluated on it", f"tunesmith evaluate {bare} --task tool_calls --data suite.jsonl")
+
+
 def test_a_task_of_another_version_of_tunesmith_is_compared_by_its_headline_alone(runs):
     for run, values in zip(runs, ([1.0] * 4 + [0.0] * 8, [1.0] * 12), strict=True):
         evaluated(run, values, name="of_the_future", version="7")

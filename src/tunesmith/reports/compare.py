@@ -29,6 +29,7 @@ from tunesmith.tasks.statistics import Score, judge
 PAGE, TEXT, MACHINE = "compare.html", "compare.md", "compare.json"
 MARK = "tunesmith compare"
 """By it files are known as ones that may be replaced; it is among their first letters."""
+UNSEEN = "FILE"
 SAID = {"improved": "better", "regressed": "worse", "no difference shown": "no difference shown"}
 
 
@@ -242,11 +243,17 @@ def _others(runs: Sequence[Ran]) -> list[Row]:
 
 def _refusal(first: Ran, run: Ran, one: paired.Refused) -> tuple[str, str, str | None]:
     """What, why and the command that would mend it."""
-    what, commands = f"{one.of.task}{one.of.rows}", [paired.command(each.path, one.of.about) for each in (first, run)]
-    if one.lacks is None:
-        return what, one.why, "; ".join(commands) if one.why.startswith("version") else None
-    lacking = one.lacks == "other"
-    return what, f"{(first, run)[lacking].letter} was not evaluated on it", commands[lacking]
+    what, about, why, lacking = f"{one.of.task}{one.of.rows}", one.of.about, one.why, one.lacks == "other"
+    if one.lacks is not None:
+        why = f"{(first, run)[lacking].letter} was not evaluated on it"
+    apart = about["data"] == VALID and first.held_out != run.held_out and "other bases" not in why
+    if apart:  # the usual command would ask each its own
+        about = about | {"data": [UNSEEN]}
+        why += f"; the runs held out other rows, so both need the same: {UNSEEN} of rows that neither was trained on"
+    commands = [paired.command(each.path, about) for each in (first, run)]
+    if one.lacks is None or apart:
+        return what, why, "; ".join(commands) if apart or one.why.startswith("version") else None
+    return what, why, commands[lacking]
 
 
 # The verdict
