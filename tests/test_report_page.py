@@ -406,8 +406,9 @@ def test_the_words_that_a_report_uses_are_told_and_no_others(run):
     reports.write(run)
     (section,) = [part for part in (run / "report.md").read_text().split("\n## ") if part.startswith("What the words mean")]
     named = [line.removeprefix("- **").partition("**")[0].replace("\\", "") for line in section.splitlines()[2:] if line]
-    assert named == ["perplexity", "tool_calls", "drift.knowledge accuracy", "drift.safety refusal", "nats", "points",
-                     "95 % interval", "n", "p, corrected"]  # fmt: skip
+    assert named == ["perplexity", "tool_calls", "tool_calls well_formed", "tool_calls right_tool", "drift.knowledge accuracy",
+                     "drift.safety refusal", "nats", "points", "95 % interval", "n", "p, corrected", "effective rank",
+                     "robust z"]  # fmt: skip
     page = (run / "report.html").read_text()
     assert all(f"<dt>{name}</dt>" in page for name in named) and "<dt>adherence</dt>" not in page
 
@@ -417,8 +418,8 @@ def test_the_words_that_a_report_uses_are_told_and_no_others(run):
     [Adherence, MultipleChoice, Perplexity, Preferred, ToolCalls, drift.Chat, drift.Safety, drift.Text],
     ids=lambda one: one.name,
 )
-def test_every_headline_has_its_meaning(kind):
-    names = [one.name for one in kind.statistics if one.headline] or ["accuracy"]  # preference makes its own
+def test_every_number_has_its_meaning(kind):
+    names = [one.name for one in kind.statistics] or ["accuracy", "ratio_margin"]  # preference makes its own
     assert {words.title({"task": kind.name, "name": name}) for name in names} <= words.MEANINGS.keys()
 
 
@@ -571,6 +572,7 @@ def test_differences_point_to_the_better_side_in_their_unit():
 def test_other_checkpoints_are_told(run):
     evaluate(run, GOOD, suffix="+step000003", checkpoint="000003")
     assert "the verdict is of 000003; the best" in rules(run)["the best checkpoint was not evaluated"]
+    assert f"tunesmith evaluate {run}" in rules(run)["the best checkpoint was not evaluated"]
     evaluate(run, GOOD)
     assert "the best checkpoint was not evaluated" not in rules(run)
     reports.write(run)

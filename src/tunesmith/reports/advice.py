@@ -6,6 +6,7 @@ No model is asked and nothing is guessed: a rule that does not hold says nothing
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,23 +58,24 @@ def needed(score: Mapping[str, Any]) -> int | None:
 
 
 def _status(found: Mapping[str, Any]) -> Iterator[Advice]:
+    run = shlex.quote(found["run"])
     if found["status"] == "running":
         why = f"{found['updates']['done']:,} updates so far, and no end recorded"
-        do = "see tunesmith watch RUN; where it was killed, go on with tunesmith train --resume RUN"
+        do = f"see tunesmith watch {run}; where it was killed, go on with tunesmith train --resume {run}"
         yield Advice("the run is still running, or was killed", why, do)
     elif found["status"] not in evidence.DONE and found["manifest"]:
         why = found["status"] + (f": {found['why']}" if found["why"] else "")
-        yield Advice("the run did not end by itself", why, "go on with tunesmith train --resume RUN")
+        yield Advice("the run did not end by itself", why, f"go on with tunesmith train --resume {run}")
     if not found["scores"] and found["checkpoints"]:
-        yield Advice("nothing was evaluated", "loss alone says little of answers", "run tunesmith evaluate RUN")
+        yield Advice("nothing was evaluated", "loss alone says little of answers", f"run tunesmith evaluate {run}")
     elif found["scores"]:
         for name, what in (("learned", "the task"), ("kept", "what it knew before"), ("safe", "what it declines")):
             if found["evidence"][name] == "not measured":
-                yield Advice("a question is open", f"{what} was not measured against the base", "run tunesmith evaluate RUN")
+                yield Advice("a question is open", f"{what} was not measured against the base", f"run tunesmith evaluate {run}")
     best, speaker = evidence.best(found), evidence.checkpoint(found)
     if best is not None and speaker is not None and speaker.isdigit() and int(speaker) != best:
         why = f"the verdict is of {speaker}; the best by {found['checkpoints'].get('metric')} is {best}"
-        yield Advice("the best checkpoint was not evaluated", why, "run tunesmith evaluate RUN for the best")
+        yield Advice("the best checkpoint was not evaluated", why, f"run tunesmith evaluate {run} for the best")
 
 
 def _retention(found: Mapping[str, Any]) -> Iterator[Advice]:

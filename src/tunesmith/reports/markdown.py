@@ -103,7 +103,7 @@ def _sections(run_dir: Path, found: dict[str, Any]) -> Iterator[tuple[str, list[
     text = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else ""
     yield "Settings", [*lines, "", "All of them:", "", *fence(text, "yaml")]
     yield "Made from", table(("what", "value"), ((key, str(value)) for key, value in flat(found["manifest"]).items()))
-    if meanings := words.meanings(found["scores"]):
+    if meanings := words.meanings(found):
         yield "What the words mean", [f"- **{cell(what)}**: {cell(told)}" for what, told in meanings.items()]
     yield "How to make it anew", fence("\n".join(found["reproduce"]), "sh")
 

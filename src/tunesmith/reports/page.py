@@ -85,7 +85,7 @@ def html(run_dir: Path, found: dict[str, Any], log: Sequence[events.Event]) -> s
         "tables": _tables(found),
     }
     counts = list(flat(found["counts"]).items())
-    meanings = words.meanings(found["scores"])
+    meanings = words.meanings(found)
     there = {
         "answers": True, "differences": drawn["forest"], "configuration": True, "curves": drawn["curves"],
         "samples": found["samples"], **drawn["tables"], "prompts": shown, "growth": drawn["growth"], "rows": found["rows"],
