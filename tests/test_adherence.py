@@ -26,7 +26,7 @@ from tunesmith.errors import DataError
 from tunesmith.events import Notice
 from tunesmith.formats import Call, Completion, Conversation, DataSpec, Demonstration, Judged, Message, read
 from tunesmith.objectives.sft import SFT
-from tunesmith.tasks import EvaluationSpec, Material, Said, Subject, adherence, constraints, similarity, summarise
+from tunesmith.tasks import EvaluationSpec, Material, Said, Subject, adherence, constraints, similarity, summarise, tool_calls
 from tunesmith.tasks.adherence import WEIGHTS, Answered, Asked, build, language, loops, score
 from tunesmith.tasks.constraints import KINDS, constraint, declared, inferred, sentences
 from tunesmith.template import TemplateSpec
@@ -413,6 +413,45 @@ def test_a_reference_that_is_too_long_is_compared_as_far_as_an_answer_may_go(ren
     assert good.value == 100 and good.detail["cut"] is None and good.detail["sane"]["ended"] is None
     assert bad.value < 100 and bad.detail["cut"] is True
     assert {each.kind: dict(each.given) for each in long.constraints} == {}
+
+
+def test_what_ends_an_answer_needs_room_too(renderer):
+    tokens = len(renderer.text_prompt(PROSE)) - (renderer.bos_id is not None)
+    for room, whole in ((tokens, False), (tokens + 1, True)):  # an answer of so many tokens is cut before its end token
+        (task,) = build(material([row(PROSE)], renderer, max_tokens=room))
+        assert (task.asked[0].whole, task.asked[0].reference) == (whole, PROSE)
+
+
+def test_a_right_call_is_right_in_every_form_and_with_any_id():
+    mistral = template.renderer("mistral-v3")
+    calls = (Call("weather", {"town": "Bern", "days": 3}), Call("mail", {"to": "Ann"}))
+    of = row("", calls=calls)
+    (task,) = build(material([of], mistral, max_tokens=4096))
+    told = [json.dumps({"name": call.name, "arguments": call.arguments}) for call in calls]
+    (own,) = tool_calls.written([task_reference(of)], mistral, print, "")
+    forms = [own.text, own.text.replace(own.text[-12:-3], "x" * 9), "\n".join(told), f"[TOOL_CALLS] [{', '.join(told)}]",
+             "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in told),
+             "\n".join(f"tool_call: {call.name}\narguments: {json.dumps(call.arguments)}" for call in calls)]  # fmt: skip
+    assert own.text.startswith("[TOOL_CALLS]") and len({*forms}) == len(forms)
+    for form in forms:
+        found = score(Answered(task.asked[0], said(form), 1.0))
+        assert (found.value, found.detail["rouge_l"], found.detail["bleu"]) == (100.0, 100.0, pytest.approx(100.0)), form
+        assert score(Answered(task.asked[0], said(form.replace("Bern", "Rome")), 1.0)).value < 99, form
+    assert score(Answered(task.asked[0], said(f"Sure!\n{forms[4]}"), 1.0)).value < 100  # words that the reference has not
+    broken = forms[4].replace("}}", "}")
+    assert score(Answered(task.asked[0], said(broken), 1.0)).value < 90
+
+
+def task_reference(of: Demonstration) -> tool_calls.Reference:
+    (found,), _ = tool_calls.asked(of)
+    return found
+
+
+def test_meaning_is_compared_past_control_tokens(tiny_model):
+    renderer = template.renderer(tiny_model)
+    token = next(renderer.decode([one]) for one in sorted(renderer.control_ids))
+    assert renderer.plain(f"{token}a cat{token}") == "a cat"
+    assert adherence._ids(renderer, f"{token}a cat") == adherence._ids(renderer, "a cat") != []
 
 
 def test_constraints_are_read_off_the_reference_or_taken_as_declared(renderer):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -255,6 +256,30 @@ def test_other_questions_stand_beside(run, tmp_path):
     shutil.copytree(own, own.with_name("tool_calls@1"))
     (own.with_name("tool_calls@1") / "score.json").write_text(json.dumps(old))
     assert all(one.value != 0.123 and one.version != "1" for one in measured(run, tasks=["tool_calls"]).scores)
+
+
+def test_named_rows_are_told_apart_from_those_of_training(run, tmp_path, monkeypatch):
+    """By what is in the files, wherever they lie, and where they lay is written whole."""
+    (trained,) = Run.open(run).manifest["hashes"]["data"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained, tmp_path / "copy.jsonl")
+    shutil.copy(run / "data" / "valid.jsonl", tmp_path / "new.jsonl")
+    for names, unseen in ((["copy.jsonl"], False), (["new.jsonl"], True), (["new.jsonl", "copy.jsonl"], False)):
+        measured(run, tasks=["perplexity"], data=names, limit=3)
+        newest = max(run.glob("evals/*/score.json"), key=lambda path: path.stat().st_mtime_ns)
+        about = json.loads(newest.read_text())
+        assert (about["data"], about["unseen"]) == ([str(tmp_path / name) for name in names], unseen)
+    measured(run, tasks=["perplexity"], limit=3)
+    assert "unseen" not in json.loads((run / "evals" / "perplexity@1+first3" / "score.json").read_text())
+
+
+def test_files_of_held_out_rows_are_not_trained_on(run, tmp_path):
+    opened = Run.open(run)
+    files = {str(tmp_path / name): name for name in ("train.jsonl", "valid.jsonl", "folder/more.jsonl")}
+    valid = str(tmp_path / "valid.jsonl"), str(tmp_path / "folder")
+    split = SimpleNamespace(data=SimpleNamespace(valid=valid))
+    assert evaluation._learned(SimpleNamespace(config=split, manifest={"hashes": {"data": files}})) == {"train.jsonl"}
+    assert evaluation._learned(opened) == {*opened.manifest["hashes"]["data"].values()}
 
 
 def test_another_checkpoint_stands_beside_the_best(run):

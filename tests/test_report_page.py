@@ -582,20 +582,14 @@ def test_other_checkpoints_are_told(run):
 
 
 def test_rows_that_may_have_been_learned_prove_nothing(run, tmp_path):
-    learned = next(iter(json.loads((run / "manifest.json").read_text())["hashes"]["data"]))
-    fresh = tmp_path / "fresh.jsonl"
-    fresh.write_text("{}\n")
-    for data, fit in (
-        ([learned], False),
-        ([str(tmp_path / "gone.jsonl")], False),
-        ([str(fresh), learned], False),
-        ([str(fresh)], True),
-    ):
-        evaluate(run, GOOD, data=data)
+    data = [str(tmp_path / "secret" / name) for name in ("a.jsonl", "b.jsonl")]  # what they were, not whether they are there
+    for said, fit in (({"unseen": False}, False), ({}, False), ({"unseen": True}, True)):
+        evaluate(run, GOOD, data=data, **said)
         reports.write(run)
         found = told(run)
-        assert found["verdict"].startswith("Fit to ship" if fit else "Not shown to be fit to ship"), data
-        assert f"The task was measured on {', '.join(data)}, not on held-out rows." in found["limits"]
+        assert found["verdict"].startswith("Fit to ship" if fit else "Not shown to be fit to ship"), said
+        assert "The task was measured on a.jsonl, b.jsonl, not on held-out rows." in found["limits"]
+        assert "secret" not in (run / "model_card.md").read_text()
         assert ("may be what it was trained on" in found["verdict"]) is not fit
 
 

@@ -290,6 +290,13 @@ def test_what_a_tool_declares_decides_which_arguments_are_right(answer, keys, re
     assert tuple(detail[check] for check in checks) == (keys, required, exact, valid, known)
 
 
+def test_a_tool_without_a_schema_requires_what_the_reference_gives():
+    asked = ref(("f", {"a": 1}))._replace(prompt=Conversation(ASK.messages, ({"type": "function", "function": {"name": "f"}},)))
+    for arguments, whole in (({}, False), ({"a": 2}, True)):
+        detail = score(as_text([("f", arguments)]), asked)
+        assert (detail["required_arguments"], detail["keys_present"], detail["schema_valid"]) == (whole, whole, True)
+
+
 schemas = st.fixed_dictionaries(
     {"type": st.just("object")},
     optional={

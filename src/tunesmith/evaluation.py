@@ -138,7 +138,8 @@ def evaluate(
         )
     folder = run.choose(checkpoint, notify)
     config = run.settings(model)
-    everything, imitated = _examples(run, data, tasks, spec.limit, notify)
+    data = [str(Path(path).expanduser().resolve()) for path in data]
+    everything, imitated, hashes = _examples(run, data, tasks, spec.limit, notify)
     loaded = models.load(config.model, notify)
     renderer = template.renderer(config.model.tokenizer or loaded.path, config.template.renderer)
     run.require_base(loaded.fingerprint, renderer.fingerprint)
@@ -168,7 +169,8 @@ def evaluate(
         scored = task.summarise(old and old.scores, new.scores, config.loop.seed)
         about = {"task": task.name, "version": task.version, "checkpoint": folder.name, "family": family, "at": time.time()}
         about |= {"identity": task.identity, "settings": spec.model_dump(mode="json"), "base": weights}
-        about |= {"data": (list(data) or VALID) if task.name in OF_ROWS else None}
+        if task.name in OF_ROWS:
+            about |= {"data": data, "unseen": not hashes & _learned(run)} if data else {"data": VALID}
         about |= {"n": len(new.scores), "seconds": {"base": old and old.seconds, "tuned": new.seconds}}
         written.append("+".join([f"{task.name}@{task.version}", *_named(_files(task, spec)), *_shots(task, spec), *family]))
         _write(run.path / EVALS / written[-1], about, task, scored, old, new)
@@ -280,14 +282,21 @@ def _built(material: Material, tasks: Sequence[str], base: bool) -> Iterator[Tas
                 yield task
 
 
+def _learned(run: Run) -> set[str]:
+    """SHA-256 of the files that training rows were taken from."""
+    held_out = run.config.data.valid if isinstance(run.config.data.valid, tuple) else ()
+    files = {Path(path): value for path, value in run.manifest["hashes"]["data"].items()}
+    return {value for path, value in files.items() if not {str(path), *map(str, path.parents)} & {*held_out}}
+
+
 def _examples(
     run: Run, data: Sequence[str], tasks: Sequence[str], limit: int | None, notify: Sink
-) -> tuple[list[Example], list[Example]]:  # fmt: skip
-    """All rows, and those that say what is to be said; none where no task asks for rows, or the run held none out."""
+) -> tuple[list[Example], list[Example], set[str]]:  # fmt: skip
+    """All rows, those that say what is to be said, and their files' SHA-256; none where no task asks rows, or there are none."""
     config = run.config
     asking = [task for task in dict.fromkeys(tasks) if task in OF_ROWS]
     if not asking and not data:
-        return [], []
+        return [], [], set()
     paths = list(data) or [str(run.path / VALID)]
     # The run's own held-out rows are written in one layout, whatever the files of the user look like.
     held_out = Path(paths[0])
@@ -300,7 +309,7 @@ def _examples(
             what, hint = ("has no rows", "give another file") if data else ("has no held-out rows", "give --data FILE")
             raise EvaluationError(what, where=paths[0], hint=hint)
         notify(Notice(f"no rows are held out: not measured: {', '.join(asking)}", level="warning", hint="give --data FILE"))
-        return [], []
+        return [], [], set()
     formats.require(read, config.data.max_dropped)
     if read.dropped:
         notify(Notice("rows that could not be read", level="warning", count=len(read.dropped)))
@@ -314,7 +323,7 @@ def _examples(
     examples, left_out, _ = imitate.select(everything)
     for reason, count in Counter(reason for _, reason in left_out).items():
         notify(Notice(f"rows not asked for loss and calls: {reason}", count=count))
-    return everything, examples
+    return everything, examples, {*read.files.values()}
 
 
 def _answers(before: _Known | None, after: _Known) -> list[Answered]:

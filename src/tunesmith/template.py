@@ -134,6 +134,10 @@ class Renderer(ABC):
         self._refuse_control([text])
         return [*([] if self.bos_id is None else [self.bos_id]), *self._encode(text)]
 
+    def plain(self, text: str) -> str:
+        """``text`` without what would not be encoded as text: what is left can be a `text_prompt`."""
+        return self._control.sub("", text)
+
     def answer(self, ids: Sequence[int]) -> str:
         """What was generated, as text, up to the first end token; other special tokens are written out."""
         return self.decode(ids[: next((at for at, token in enumerate(ids) if token in self.eos_ids), len(ids))])

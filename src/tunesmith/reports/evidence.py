@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from tunesmith.reports import words
@@ -121,9 +122,10 @@ def leading(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def elsewhere(score: Mapping[str, Any]) -> str | None:
-    """The files that were named to measure on; None where it was held-out rows or a suite."""
+    """The files that were named to measure on, without their folders; None where it was held-out rows or a suite."""
     data = score.get("data")
-    return None if data in (VALID, None) else ", ".join(map(str, data)) if isinstance(data, list) else str(data)
+    named = data if isinstance(data, list) else [data]
+    return None if data in (VALID, None) else ", ".join(PurePath(str(name)).name for name in named)
 
 
 def missed(score: Mapping[str, Any]) -> bool:

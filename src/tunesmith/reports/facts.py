@@ -25,7 +25,6 @@ from tunesmith.errors import SHOWN, EvaluationError
 from tunesmith.evaluation import EXAMPLES, SCORE
 from tunesmith.reports import advice, evidence, words
 from tunesmith.run import AUDIT, CHECKPOINTS, CONFIG, DROPPED, EVALS, EVENTS, MANIFEST, ORIGIN, PLAN, flat
-from tunesmith.sources import sha256
 from tunesmith.tasks.statistics import Score
 
 Kind = TypeVar("Kind", bound=events.Event)
@@ -51,7 +50,7 @@ def summary(run_dir: Path, told: Sequence[events.Event] | None = None) -> dict[s
     running = made.get("status") == "running"
     training = sum(step.seconds for step in steps)
     window = max(1, len(steps) // 20)
-    evaluations, unread = _evaluations(run_dir, set(flat(made.get("hashes", {}).get("data", {})).values()))
+    evaluations, unread = _evaluations(run_dir)
     staged = [step for step in steps if step.stages and step.padding < 1]  # of older ones the padding is not known
     positions = sum(step.tokens / (1 - step.padding) for step in staged)
     found: dict[str, Any] = {
@@ -187,18 +186,13 @@ def _parsed(text: bytes, where: str, hint: str | None) -> dict[str, Any]:
     return found
 
 
-def _evaluations(run_dir: Path, trained: set[str]) -> tuple[list[dict[str, Any]], list[events.Notice]]:
-    """Each with its folder, how its prompts moved and how many answers were cut; and what could not be read.
-
-    ``unseen``: of files that were named, that none is among ``trained`` (hashes); None of held-out rows and of suites.
-    """
+def _evaluations(run_dir: Path) -> tuple[list[dict[str, Any]], list[events.Notice]]:
+    """Each with its folder, how its prompts moved and how many answers were cut; and what could not be read."""
     found, unread = [], []
     for path in sorted((run_dir / EVALS).glob(f"*/{SCORE}")):
         what = "not in this report"
         try:
             one = _scored(path, f"evaluate again: tunesmith evaluate {shlex.quote(str(run_dir))}")
-            named = [Path(str(name)) for name in one["data"]] if isinstance(one["data"], list) else None
-            one["unseen"] = named and all(file.is_file() and sha256(file) not in trained for file in named)
             found.append(one)
             what = "its numbers are in this report, its prompts are not"
             cut, moved = 0, Counter[str | None]()

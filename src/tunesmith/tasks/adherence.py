@@ -23,14 +23,15 @@ from functools import lru_cache, partial
 from typing import NamedTuple, cast
 
 from tunesmith.auditing import content
-from tunesmith.errors import DataError, EvaluationError, TemplateError, listing
+from tunesmith.errors import DataError, EvaluationError, listing
 from tunesmith.events import Notice
 from tunesmith.examples import content_of
 from tunesmith.formats import JSON, Conversation, Demonstration, Document, Example, Message
 from tunesmith.tasks import ExampleScore, Material, Prompt, Said, Statistic, Subject, Task, digest, similarity
 from tunesmith.tasks.constraints import Constraint, declared, inferred
+from tunesmith.tasks.parsers import one_form
 from tunesmith.tasks.refusals import refuses
-from tunesmith.tasks.tool_calls import Reference, asked_last, references, written
+from tunesmith.tasks.tool_calls import Reference, Written, asked_last, references, written
 from tunesmith.template import Renderer
 
 WEIGHTS = {"sanity": 25, "structure": 30, "semantic": 30, "safety": 15}
@@ -92,7 +93,7 @@ class Adherence(Task[Answered]):
     table: similarity.Embedding | None = field(default=None, repr=False, compare=False)  # the base's; None: no similarity
 
     name = "adherence"
-    version = "1"
+    version = "2"
     statistics = (
         Statistic("adherence", lambda one: one.value, better="higher", headline=True, change=1.0, unit="points"),
         *map(_points, (*WEIGHTS, *NEAR)),
@@ -118,7 +119,7 @@ class Adherence(Task[Answered]):
         def near(one: Asked, said: Said) -> float | None:
             if encoder is None or not one.ids:
                 return None
-            return encoder.similarity(_ids(subject.renderer, said.text) or [], one.ids)
+            return encoder.similarity(_ids(subject.renderer, _compared(one, said.text)), one.ids)
 
         return [Answered(one, its, near(one, its)) for one, its in zip(self.asked, said, strict=True)]
 
@@ -136,7 +137,8 @@ def score(item: Answered) -> ExampleScore:
     kept = [one.holds(text) for one in asked.constraints]
     near: dict[str, float | None] = dict.fromkeys(NEAR)
     if asked.reference:
-        near = {"rouge_l": 100 * similarity.rouge_l(text, asked.reference), "bleu": 100 * similarity.bleu(text, asked.reference)}
+        both = _compared(asked, text), _compared(asked, asked.reference)
+        near = {"rouge_l": 100 * similarity.rouge_l(*both), "bleu": 100 * similarity.bleu(*both)}
         near["similarity"] = None if item.similarity is None else 100 * item.similarity
     layers = {
         "sanity": _share(sane.values()),
@@ -153,6 +155,11 @@ def score(item: Answered) -> ExampleScore:
     detail: dict[str, JSON] = {"kind": asked.kind, **layers, **near, "cut": item.said.cut if asked.whole else None, **parts}
     value = min(100.0, total) if text.strip() else 0.0
     return ExampleScore(asked.source, value, 1.0, detail, asked_last(asked.prompt), asked.reference or None, text)
+
+
+def _compared(asked: Asked, text: str) -> str:
+    """What is held against the reference: calls in one form, since templates have their own and none is nearer than another."""
+    return one_form(text) if asked.calls and asked.whole else text
 
 
 def _applied(checks: Mapping[str, Callable[[Asked, Said], bool]], asked: Asked, said: Said) -> dict[str, bool | None]:
@@ -290,16 +297,16 @@ def build(material: Material) -> list[Adherence]:
     if dropped := len(answering) - len(rows):
         notify(Notice("adherence: rows without a usable reference answer are not asked", level="warning", count=dropped))
     texts = written([reference for _, reference in rows], renderer, notify, "adherence")
-    rows = [row for row, text in zip(rows, texts, strict=True) if text is not None]
-    callable = any(reference.calls for _, reference in rows)
+    known = [(*row, its) for row, its in zip(rows, texts, strict=True) if its is not None]
+    callable = any(reference.calls for _, reference, _ in known)
     asked: list[Asked] = []
     bad: list[tuple[str, str]] = []
     odd = 0
-    for example, reference in rows:
+    for example, reference, its in known:
         own = example.metadata.get("constraints")
         odd += own is not None and not isinstance(own, list)
         try:
-            asked.append(_asked(example, reference, renderer, spec.max_tokens, callable))
+            asked.append(_asked(example, reference, its, renderer, spec.max_tokens, callable))
         except ValueError as error:
             bad.append((example.source, str(error)))
     if bad:
@@ -322,14 +329,16 @@ def build(material: Material) -> list[Adherence]:
     return [Adherence(tuple(asked), spec.max_tokens, table)]
 
 
-def _asked(example: Example, reference: Reference, renderer: Renderer, max_tokens: int, callable: bool) -> Asked:
-    """Raises ValueError where declared constraints are wrong."""
+def _asked(
+    example: Example, reference: Reference, its: Written, renderer: Renderer, max_tokens: int, callable: bool
+) -> Asked:  # fmt: skip
+    """its: the reference's answer as the template writes it. Raises ValueError where declared constraints are wrong."""
     kept = declared(example.metadata)
     prompt = reference.prompt
     text = "" if kept and example.metadata.get(ONLY) is True else _answer(reference.answer)
     ids = _ids(renderer, text)
-    whole = ids is None or len(ids) <= max_tokens
-    if ids is not None and not whole:
+    whole = not text or its.tokens <= max_tokens
+    if not whole and len(ids) > max_tokens:
         ids = ids[:max_tokens]
         text = renderer.decode(ids).rstrip("\ufffd").strip()
     kind = "declared" if kept else "none"
@@ -339,7 +348,8 @@ def _asked(example: Example, reference: Reference, renderer: Renderer, max_token
         kind = "inferred" if kept else "none"
     known = f"{_words(prompt)}\n{text}"
     calls = bool(reference.calls) and bool(text)
-    return Asked(example.source, prompt, text, known, whole, kind, calls, tuple(kept), tuple(ids or ()))
+    ids = _ids(renderer, one_form(text)) if calls and whole else ids
+    return Asked(example.source, prompt, text, known, whole, kind, calls, tuple(kept), tuple(ids))
 
 
 def _answer(message: Message) -> str:
@@ -356,9 +366,6 @@ def _words(prompt: Prompt) -> str:
     return "\n".join([*(message.content for message in prompt.messages), *calls, *tools])
 
 
-def _ids(renderer: Renderer, text: str) -> list[int] | None:
-    """Tokens of ``text`` without BOS; None where the tokenizer would not read it as text."""
-    try:
-        return renderer.text_prompt(text)[renderer.bos_id is not None :]
-    except TemplateError:
-        return None
+def _ids(renderer: Renderer, text: str) -> list[int]:
+    """Tokens of ``text`` without BOS, and without what the tokenizer would not read as text."""
+    return renderer.text_prompt(renderer.plain(text))[renderer.bos_id is not None :]

@@ -35,13 +35,32 @@ _MARK = re.compile(
 )
 _HEADER = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\s*\w+)?\s*\[ARGS\]")
 _NAMED = re.compile(r"(.*)(\s*arguments:)?")
+_CLOSED = re.compile(r"(?:\s*</tool_call>)?")
 _GIVEN = ("arguments", "parameters")
 _OPENS_LIKE_A_CALL = re.compile(r'\[?\s*\{\s*"(?:name|tool_calls|function)"\s*:(?s:.*)"(?:arguments|parameters)"')
 
 
 def parse(text: str) -> list[ParsedCall]:
     """The calls that ``text`` makes or tries to make, in order. Never raises."""
+    return _parsed(text)[0]
+
+
+def one_form(text: str) -> str:
+    """``text`` with its calls as OpenAI writes them, one a line, behind the rest: what they say, without ids.
+
+    As it is where it makes no call, or one that cannot be read.
+    """
+    calls, rest = _parsed(text)
+    if not calls or any(call.problem for call in calls):
+        return text
+    told = (json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False) for call in calls)
+    return "\n".join([*filter(None, [rest.strip()]), *told])
+
+
+def _parsed(text: str) -> tuple[list[ParsedCall], str]:
+    """The calls, and the text around them."""
     calls: list[ParsedCall] = []
+    rest, kept = "", 0
     at, broken = 0, False
     while mark := _MARK.search(text, at):
         kind, at, name = str(mark.lastgroup), mark.end(), ""
@@ -65,9 +84,12 @@ def parse(text: str) -> list[ParsedCall]:
                 calls.append(ParsedCall(name, None, f"no JSON where the call should be: {error}"))
                 broken = True
             continue
-        if kind != "result":
-            calls += _calls(kind, name, value, text[at:])
-    return calls
+        if kind != "result" and (found := _calls(kind, name, value, text[at:])):
+            calls += found
+            rest += text[kept : mark.start()]
+            at += len(_CLOSED.match(text, at)[0]) if kind == "hermes" else 0  # type: ignore[index]  # it always matches
+            kept = at
+    return calls, rest + text[kept:]
 
 
 def _refuse(constant: str) -> NoReturn:

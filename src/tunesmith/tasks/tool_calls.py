@@ -92,12 +92,19 @@ def _made(source: str, prompt: Prompt, answer: Message) -> Reference | None:
     return Reference(source, prompt, answer.calls or tuple(Call(call.name, call.arguments) for call in parsed), answer)
 
 
-def written(references: Sequence[Reference], renderer: Renderer, notify: Sink, task: str) -> list[str | None]:
+class Written(NamedTuple):
+    """``tokens``: with the one that ends it."""
+
+    text: str
+    tokens: int
+
+
+def written(references: Sequence[Reference], renderer: Renderer, notify: Sink, task: str) -> list[Written | None]:
     """Each right answer as training would teach it; None, with a notice for each reason, where training would refuse it.
 
     So nothing is asked of which the template leaves something out: tools, earlier calls, results.
     """
-    texts: list[str | None] = []
+    texts: list[Written | None] = []
     refused: dict[str, list[tuple[str, Refused]]] = {}
     for one in references:
         answer = replace(one.answer, learn=None)
@@ -112,7 +119,9 @@ def written(references: Sequence[Reference], renderer: Renderer, notify: Sink, t
             refused.setdefault(error.code, []).append((one.source, error))
             texts.append(None)
         else:
-            texts.append(renderer.answer(row.tokens.ids[row.tokens.start :].tolist()))
+            ids = row.tokens.ids[row.tokens.start :].tolist()
+            end = next((at for at, token in enumerate(ids) if token in renderer.eos_ids), len(ids))
+            texts.append(Written(renderer.decode(ids[:end]), end + 1))
     for reason, rows in refused.items():
         (first, error), sources = rows[0], list(dict.fromkeys(source for source, _ in rows))
         what = f"{task}: not asked, since training would refuse it: {reason}; {first}: {error.what}"
@@ -172,7 +181,7 @@ def _keys(arguments: JSON) -> set[str]:
 
 def _required(schemas: dict[str, JSON], name: str, wanted: JSON, given: dict[str, JSON]) -> bool:
     schema = schemas.get(name)
-    required: Any = schema.get("required", []) if isinstance(schema, dict) and validator(schema) is not None else None
+    required: Any = schema.get("required", []) if schema and isinstance(schema, dict) and validator(schema) is not None else None
     return (_keys(wanted) if required is None else set(required)) <= given.keys()
 
 
@@ -192,7 +201,7 @@ class ToolCalls(Task[tuple[Reference, Said]]):
     """``asked``: the questions. Items to score: (reference, what the model answered)."""
 
     name = "tool_calls"
-    version = "2"
+    version = "3"
     statistics = (
         Statistic("tool_calls", lambda example: example.value, share=True, better="higher", headline=True), *map(_share, CHECKS),
     )  # fmt: skip
@@ -250,7 +259,7 @@ def build(material: Material) -> list[ToolCalls]:
         material.notify(Notice("tool_calls: answers that are no usable reference are not asked for", level="warning", count=lost))
     every = [one for usable, _ in rows for one in usable]
     texts = written(every, material.renderer, material.notify, "tool_calls")
-    told = [(one, text) for one, text in zip(every, texts, strict=True) if text is not None]
+    told = [(one, its.text) for one, its in zip(every, texts, strict=True) if its is not None]
     kept = [one for one, _ in told]
     if unread := sum(bool(one.answer.calls) and score(text, one)["value"] != 1.0 for one, text in told):
         what = "tool_calls: calls as this template writes them cannot be read back: a right answer scores 0"
