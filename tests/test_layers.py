@@ -99,7 +99,7 @@ def code_lines(path: Path) -> int:
 def test_the_package_stays_small():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCE.rglob("*.py")}
     assert [path.name for path, count in lines.items() if count > 500] == []
-    assert 1000 < sum(map(code_lines, lines)) <= 16600
+    assert 1000 < sum(map(code_lines, lines)) <= 16700
 
 
 def loaded_after(statement: str) -> set[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 from typer.testing import CliRunner
 
 import colours
@@ -488,8 +489,6 @@ def test_validation_that_rose_or_still_falls_is_told(run):
 
 @given(st.floats(0.01, 10), st.floats(0.1, 5), st.integers(10, 1000))
 def test_so_many_examples_would_show_a_difference_in_four_of_five(delta, times, n):
-    from scipy.stats import norm
-
     half = delta * times
     many = advice.needed({"delta": delta, "delta_low": delta - half, "delta_high": delta + half, "n": n})
     if many is None:
