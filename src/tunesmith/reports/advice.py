@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tunesmith.reports import evidence, words
+from tunesmith.tasks.tool_calls import NO_CALL
 
 RISE = 0.01
 """Share of the lowest validation loss from which a later rise counts."""
@@ -65,21 +66,35 @@ def _status(found: Mapping[str, Any]) -> Iterator[Advice]:
         yield Advice("the run is still running, or was killed", why, do)
     elif found["status"] not in evidence.DONE and found["manifest"]:
         why = found["status"] + (f": {found['why']}" if found["why"] else "")
-        yield Advice("the run did not end by itself", why, f"go on with tunesmith train --resume {run}")
+        do = f"go on with tunesmith train --resume {run}"
+        if found["status"] == "failed" and found["updates"]["skipped"]:  # what it does is a function of its settings and its rows
+            do = "look at the rows of these updates and lower optimizer.learning_rate in a new run: resumed, it ends the same"
+        yield Advice("the run did not end by itself", why, do)
+    nothing = found["counts"].get("rows_valid") == 0
+    ask = f"run tunesmith evaluate {run}" + (" --data FILE, with rows that it was not trained on" if nothing else "")
     if not found["scores"] and found["checkpoints"]:
-        yield Advice("nothing was evaluated", "loss alone says little of answers", f"run tunesmith evaluate {run}")
+        yield Advice("nothing was evaluated", "loss alone says little of answers", ask)
     elif found["scores"]:
         for name, what in (("learned", "the task"), ("kept", "what it knew before"), ("safe", "what it declines")):
-            if found["evidence"][name] == "not measured":
-                yield Advice("a question is open", f"{what} was not measured against the base", f"run tunesmith evaluate {run}")
+            if found["evidence"][name] != "not measured":
+                continue
+            few = [one for one in found["answers"] if one["question"] == "task" and one["delta"] is not None]
+            if name == "learned" and few:
+                why = f"{words.title(few[0])} is of n {few[0]['n']:,}, too few to judge"
+                yield Advice("a question is open", why, "evaluate more rows")
+            else:
+                do = ask if name == "learned" else f"run tunesmith evaluate {run}"
+                yield Advice("a question is open", f"{what} was not measured against the base", do)
     best, speaker = evidence.best(found), evidence.checkpoint(found)
     if best is not None and speaker is not None and speaker.isdigit() and int(speaker) != best:
-        why = f"the verdict is of {speaker}; the best by {found['checkpoints'].get('metric')} is {best}"
-        yield Advice("the best checkpoint was not evaluated", why, f"run tunesmith evaluate {run} for the best")
+        kind = f"best by {metric}" if (metric := found["checkpoints"].get("metric")) and found["checkpoints"]["best"] else "last"
+        why = f"the verdict is of {speaker}; the {kind} is {best}"
+        yield Advice(f"the {kind.split()[0]} checkpoint was not evaluated", why, f"run tunesmith evaluate {run}")
 
 
 def _retention(found: Mapping[str, Any]) -> Iterator[Advice]:
-    do = "lower optimizer.learning_rate or adapter.rank, train fewer epochs, or mix general data into data.train"
+    rank = "" if found["settings"].get("adapter.kind") == "full" else " or adapter.rank"
+    do = f"lower optimizer.learning_rate{rank}, train fewer epochs, or mix general data into data.train"
     yield from _worse(found, "retention", "a retention target is missed", "what it knew before got worse", do)
 
 
@@ -115,7 +130,7 @@ def _course(found: Mapping[str, Any]) -> Iterator[Advice]:
             yield Advice(
                 "validation loss rose after its best", why, "fewer epochs, a lower optimizer.learning_rate, or loop.early_stop"
             )
-        elif last is best and before[1] - last[1] > FALLING * (measured[0][1] - last[1]) > 0:
+        elif len(measured) > 2 and last is best and before[1] - last[1] > FALLING * (measured[0][1] - last[1]) > 0:
             why = f"{before[1]:.4f} at step {before[0]:,}, {last[1]:.4f} at step {last[0]:,}, the last"
             yield Advice("loss was still falling at the end", why, "train longer: loop.epochs, or loop.steps where that is set")
     loss = found["training_loss"]
@@ -135,7 +150,11 @@ def _tools(found: Mapping[str, Any]) -> Iterator[Advice]:
         )
     elif formed and right and right["value"] < RIGHT:
         folder = right.get("folder")
-        parts = [one for one in found["scores"] if one.get("folder") == folder and str(one.get("part") or "").startswith("tool=")]
+        parts = [
+            one
+            for one in found["scores"]
+            if one.get("folder") == folder and str(one.get("part") or "").startswith("tool=") and one["part"] != f"tool={NO_CALL}"
+        ]
         worst = sorted((one for one in parts if one["value"] < RIGHT), key=lambda one: one["value"])[:BITTER]
         tools = ", ".join(
             f"{one['part'].removeprefix('tool=')} ({words.number(one['value'], '%')} of {one['n']})" for one in worst
@@ -147,6 +166,10 @@ def _tools(found: Mapping[str, Any]) -> Iterator[Advice]:
         yield Advice(
             "the tool is right and its arguments are not", f"{_value(right)}, {_value(exact)}", "rows with more various arguments"
         )
+    unwanted = scores.get("unwanted_call")
+    if unwanted and unwanted["value"] > 1 - RIGHT:
+        do = "more rows that declare tools and are answered in words"
+        yield Advice("calls are made where none is wanted", _value(unwanted), do)
     own = [one for one in found["evaluations"] if one["task"] in evidence.SPEAKING]  # others end at a length of their own
     cut = [one for one in own if one["examples"] and one["cut"] / one["examples"] > CUT]
     if cut:
@@ -217,9 +240,11 @@ def _limits(found: Mapping[str, Any]) -> Iterator[str]:
     rows = max((one["rows"] for one in found["validation"]), default=0)
     if rows:
         yield f"Loss is of {rows:,} held-out rows" + (", which is few." if rows < FEW else ".")
+    elif found["counts"].get("rows_valid"):
+        yield f"Nothing was validated yet on the {found['counts']['rows_valid']:,} held-out rows."
     else:
-        yield "No rows were held out, so nothing is known of rows that were not learned."
-    chosen = evidence.speaking(found)
+        yield "No rows were held out, so the loss says nothing of rows that were not learned."
+    chosen = [one for one in evidence.speaking(found) if one["task"] != "efficiency"]  # its intervals are over rounds
     if any(one["task"] == "preference" for one in chosen):
         yield "Preference compares whole answers: where good ones are longer than bad ones, length alone can move it."
     if chosen:

@@ -130,7 +130,10 @@ def elsewhere(score: Mapping[str, Any]) -> str | None:
 
 def missed(score: Mapping[str, Any]) -> bool:
     """Whether a target is missed, and not by a change for the better."""
-    return bool(score.get("target")) and score.get("met") is False and score.get("verdict") != "improved"
+    if not score.get("target") or score.get("met") is not False:
+        return False
+    gain = (score.get("delta") or 0.0) * {"higher": 1, "lower": -1}.get(str(score.get("better")), 0)
+    return {"improved": False, "regressed": True}.get(str(score.get("verdict")), gain <= 0)  # a verdict may be lost in correction
 
 
 def answer(score: Mapping[str, Any]) -> str:
@@ -162,8 +165,7 @@ def weigh(found: Mapping[str, Any]) -> Evidence:
         _worse(found, [*downs, *forgot]),
         f"the task was measured on {elsewhere(judged[0])}, which may be what it was trained on"
         if judged and elsewhere(judged[0]) and not judged[0].get("unseen") else "",
-        f"measured was checkpoint {checkpoint(found)}, and the best is {best(found)}"
-        if _step(checkpoint(found)) not in (best(found), None) else "",
+        _measured(found),
     ]  # fmt: skip
     fine = (learned, kept) == ("yes", "kept") and safe in ("kept", "better") and found["status"] in DONE and not any(beside)
     head = "Do not ship this" if bad else "Fit to ship, by these numbers" if fine else "Not shown to be fit to ship"
@@ -172,8 +174,9 @@ def weigh(found: Mapping[str, Any]) -> Evidence:
         "mixed": f"the task is better in part ({_told(ups[:1])}) and worse in part ({_told(downs[:1])})",
         "no": f"the task got worse ({_told(downs[:1])})",
         "not shown": f"that it learned the task is not shown ({_told(judged[:1])})",
-        "not measured": "whether it learned the task was not measured",
-    }
+        "not measured": "whether it learned the task was not measured"
+        if all(one["delta"] is None for one in parts["task"]) else "too little was asked to judge whether it learned the task",
+    }  # fmt: skip
     told = [
         {"tone": {"yes": "good", "no": "error"}.get(learned, "warning"), "told": clauses[learned]},
         _clause(kept, parts["retention"], "what it knew before", ("kept", "lost"), forgot),
@@ -187,6 +190,16 @@ def weigh(found: Mapping[str, Any]) -> Evidence:
         told.append({"tone": tone, "told": f"the run itself is {words.STATES.get(found['status'], found['status'])}{why}"})
     text = f"{head}: {'; '.join(one['told'] for one in told)}."
     return Evidence("error" if bad else "good" if fine else "warning", text, learned, kept, safe, f"{head}.", told)
+
+
+def _measured(found: Mapping[str, Any]) -> str:
+    """Says so where the numbers are not of the checkpoint that validation found best."""
+    spoke, of, named = _step(checkpoint(found)), best(found), (found["checkpoints"] or {}).get("best")
+    if spoke is None:
+        return ""
+    if spoke != of:
+        return f"measured was checkpoint {checkpoint(found)}, and the {'last' if named is None else 'best'} is {of}"
+    return "" if named in (None, spoke) else f"measured was step {spoke}; step {named} validated better, and is not kept"
 
 
 def _worse(found: Mapping[str, Any], named: Sequence[Mapping[str, Any]]) -> str:
@@ -222,9 +235,10 @@ def _clause(
 ) -> dict[str, str]:
     aimed = _aimed(rows)
     undecided, better = ([one for one in aimed if one["met"] is state and not missed(one)] for state in (None, False))
-    many = f"{sum(one['met'] is True for one in aimed)} of {len(aimed)} targets kept"
-    many += f"; open: {_told(undecided)}" if undecided else ""
-    many += f"; worse: {_told(worse)}" if worse else ""
+    many = "; ".join(filter(None, [
+        f"{sum(one['met'] is True for one in aimed)} of {len(aimed)} targets kept" if aimed else "",
+        f"open: {_told(undecided)}" if undecided else "", f"worse: {_told(worse)}" if worse else "",
+    ]))  # fmt: skip
     fell = any(one.get("verdict") == "regressed" for one in undecided)
     open_ = f"{what} got worse, whether beyond its target is not shown" if fell else f"that {what} is {ends[0]} is not shown"
     part = "" if all(map(missed, aimed)) else " in part"
