@@ -113,7 +113,11 @@ def test_a_result_says_what_was_asked_how_much_of_it_and_by_which_checkpoint(run
 
 @pytest.mark.parametrize(
     ("settings", "asked"),
-    [({}, "its suite"), ({"safety": ["/x/a.jsonl"], "chats": ["no.jsonl"]}, "a.jsonl"), ({"limit": 9}, "its suite, first 9")],
+    [
+        ({}, "its suite"),
+        ({"safety": ["/x/a.jsonl"], "chats": ["no.jsonl"]}, "a.jsonl"),
+        ({"limit": 9}, "its suite, 9, evenly by kind"),
+    ],
 )
 def test_a_suite_is_named_as_one_and_files_in_its_place_by_their_names(run, settings, asked):
     evaluated(run, [1.0] * 30 + [0.0] * 10, task=_Safety, checkpoint="000020", settings=settings)

@@ -396,7 +396,9 @@ def test_what_only_a_part_was_asked_of_says_so(run):
     page, text = ((run / name).read_text() for name in ("report.html", "report.md"))
     answered = len(found["answers"])
     assert answered > 2 and page.count("limited by --limit 20</small>") == answered
-    assert text.count(", limited by --limit 20 |") == answered
+    answers, scores = text.split("## Scores")
+    assert answers.count(", limited by --limit 20 |") == answered
+    assert scores.count(", limited by --limit 20 |") == len(found["scores"]) > answered
     evaluate(run, GOOD)
     reports.write(run)
     assert "--limit 20" not in told(run)["evidence"]["sentence"], "the whole rows speak where they were asked"
@@ -590,6 +592,56 @@ def test_rows_that_may_have_been_learned_prove_nothing(run, tmp_path):
         assert "The task was measured on a.jsonl, b.jsonl, not on held-out rows." in found["limits"]
         assert "secret" not in (run / "model_card.md").read_text()
         assert ("may be what it was trained on" in found["verdict"]) is not fit
+
+
+@pytest.mark.parametrize(
+    ("saved", "fit", "said"),
+    [
+        ({"best": 6, "last": 6, "kept": [6]}, True, ""),
+        ({"best": None, "last": 6, "kept": [6]}, True, ""),
+        ({"best": 0, "last": 6, "kept": [6]}, False, "measured was step 6; step 0 validated better, and is not kept"),
+        ({"best": None, "last": 9, "kept": [6, 9]}, False, "measured was checkpoint 000006, and the last is 9"),
+        ({"best": 9, "last": 9, "kept": [6, 9]}, False, "measured was checkpoint 000006, and the best is 9"),
+    ],
+)
+def test_only_what_validated_best_is_fit(saved, fit, said):
+    scores = [one | {"checkpoint": "000006"} for one in GOOD]
+    told_ = evidence.weigh(summary(scores) | {"checkpoints": saved})
+    assert (told_.tone == "good") is fit and said in told_.sentence and ("measured was" in told_.sentence) is not fit
+
+
+@pytest.mark.parametrize(("delta", "better", "missed"), [(0.5, "higher", False), (-0.5, "higher", True), (-0.5, "lower", False)])
+def test_a_gain_that_correction_hides_is_no_missed_target(delta, better, missed):
+    hidden = {"met": False, "verdict": "no difference shown", "delta": delta, "better": better, "target": "change under 5 points"}
+    assert evidence.missed(hidden) is missed
+    assert evidence.missed(hidden | {"verdict": "regressed"}) and not evidence.missed(hidden | {"target": None})
+
+
+def test_what_was_asked_of_one_row_alone_was_measured_and_not_judged():
+    alone = CALLS | {"verdict": None, "delta": 1.0, "delta_low": None, "delta_high": None, "n": 1}
+    sentence = evidence.weigh(summary([alone, KNOWLEDGE])).sentence or ""
+    assert "too little was asked to judge whether it learned the task" in sentence
+    none = {"delta": None, "verdict": None, "base": None}
+    assert "whether it learned the task was not measured" in (evidence.weigh(summary([CALLS | none, KNOWLEDGE])).sentence or "")
+
+
+def test_advice_is_for_what_it_can_help(run):
+    log = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+    def given(**counts) -> dict[str, str]:
+        lines = [line | {"counts": line["counts"] | counts} if line["kind"] == "RunStarted" else line for line in log]
+        (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return rules(run)
+
+    assert "--data FILE" not in given(rows_valid=5)["nothing was evaluated"]
+    assert "tunesmith evaluate" in (none := given(rows_valid=0)["nothing was evaluated"]) and "--data FILE" in none
+    unwanted = score("tool_calls", "unwanted_call", 0.4, 0.1) | {"better": "lower"}
+    noisy = score("tool_calls", "right_tool", 0.2, 0.0) | {"part": "tool=no call"}
+    wrong = [score("tool_calls", name, value, 0.0) for name, value in (("well_formed", 1.0), ("right_tool", 0.5))]
+    evaluate(run, [*wrong, noisy, unwanted])
+    told_ = given()
+    assert "40.0 %" in told_["calls are made where none is wanted"]
+    assert "no call" not in told_["calls are well formed and name the wrong tool"]
 
 
 def test_a_difference_that_correction_hid_tells_its_p():

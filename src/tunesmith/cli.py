@@ -245,7 +245,7 @@ def train(
 
 Task = Annotated[
     list[str] | None,
-    typer.Option(help="perplexity, adherence, tool_calls, preference, drift, efficiency, benchmarks; repeatable (default: all)"),
+    typer.Option(help="perplexity, adherence, tool_calls, preference, drift, efficiency (default: all these), benchmarks"),
 ]
 
 

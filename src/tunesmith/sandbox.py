@@ -4,7 +4,7 @@
 folder, the interpreter, its standard library and the system's shared libraries; there is no network, no other process, nothing of
 the environment. From outside, its time and all that it writes are counted, and it is ended when that is too much. As there can be
 no second process, nothing outlives it. Linux: Landlock and seccomp; macOS: `sandbox-exec`. Nothing is ever run half shut in:
-before the first program, `require` has a probe try each thing that must fail. What it does not do: it hides no names (a program
+before the first program, `require` has a probe try what must fail. What it does not do: it hides no names (a program
 can ask whether a path exists and how large it is), and one that looks for the launcher's variables can pretend to have passed.
 """
 

@@ -116,7 +116,8 @@ def _asked(found: Mapping[str, Any], score: Mapping[str, Any]) -> str:
     named = ", ".join(PurePath(str(one)).name for one in files) or ("unknown rows" if task in OF_ROWS else "its suite")
     told = [OWN if score["data"] == VALID else named]
     told += [f"{settings['shots']} solved examples"] if settings.get("shots") and task.startswith("benchmark.") else []
-    told += [f"first {settings['limit']}"] if settings.get("limit") else []
+    if settings.get("limit"):
+        told.append(f"{settings['limit']}, evenly by kind" if task.startswith("drift.") else f"first {settings['limit']}")
     other = str(score["checkpoint"] or "").lstrip("0")
     return ", ".join([*told, *([f"checkpoint of step {other}"] if other and other != str(evidence.best(found)) else [])])
 
@@ -194,7 +195,9 @@ def _sections(
     yield "Retention and safety", _scores(found, parts[True], f"{evaluate} --task drift")
     yield "Limits", [f"- {cell(one)}" for one in found["limits"]] or ["None is known, which does not mean that there is none."]
     yield "How to use it", list(_use(run_dir, found, base))
-    lines = ["tunesmith train --config config.yaml", *([evaluate] if found["scores"] else [])]
+    again = f"{_name(run_dir)}-again"
+    lines = [f"tunesmith train --config {_name(run_dir)}/config.yaml --out {again}"]
+    lines += [f"tunesmith evaluate {again}"] if found["scores"] else []
     hashes = table(("what", "hash"), ((PurePath(key).name, value) for key, value in _hashes(manifest)))
     yield "How to make it again", [*fence("\n".join(lines), "sh"), "", "From the same data, template and base:", "", *hashes]
     yield "Environment", list(_environment(found))

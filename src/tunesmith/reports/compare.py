@@ -263,12 +263,13 @@ def _sentence(first: Ran, run: Ran, held: Sequence[Held], tests: int) -> str:
     """How ``run`` does against ``first``: at the task, at all else, and what it costs."""
     leading = lead(held)
     if leading is None:
-        text = f"whether {run} or {first} is better at the task is not known, since no evaluation of both can be compared"
+        which = "it" if held else "both"
+        text = f"whether {run} or {first} is better at the task is not known, since no evaluation of {which} can be compared"
     else:
         score = leading[1]
         values = " against ".join(words.number(value, score.unit) for value in (score.value, score.base))
         moved = words.interval(asdict(score), of="delta").replace("(", "(95 % interval ")
-        told = f"{words.title(asdict(score))} {values}, {moved} on the same {many(score.n, 'prompt')}"
+        told = f"{words.title(asdict(score))} {values}, {moved} on the same {many(score.n, 'row')}"
         if score.p_corrected is not None:
             told += f", p {probable(score.p_corrected)}" + (f", corrected for {tests} comparisons" if tests > 1 else "")
         shown = {"improved": f"{run} is better than {first}", "regressed": f"{run} is worse than {first}"}
@@ -284,7 +285,7 @@ def _sentence(first: Ran, run: Ran, held: Sequence[Held], tests: int) -> str:
         if not some:
             text += f"; {what} was not compared"
         elif not any(one.verdict in ("improved", "regressed") for one in some):
-            text += f"; {what}: no difference shown"
+            text += f"; {what}: {'no difference shown' if any(one.verdict for one in some) else 'not judged'}"
     return f"{text}; {_cost(first, run)}."
 
 

@@ -202,7 +202,7 @@ def _side(found: Comparison, side: Against) -> Iterator[str]:
     ]  # fmt: skip
     if rows:
         head = ["what", first, side.run.letter, f"{side.run.letter} − {first}, 95 % interval", "p, corrected", "verdict"]
-        yield from [*table([*head, "prompts better / same / worse", "n"], rows), ""]
+        yield from [*table([*head, "rows better / same / worse", "n"], rows), ""]
     yield from [*(f"- {cell(held.note)}" for held in side.held if held.note)]
     if side.refused:
         yield from ["", "Not compared:", "", *table(["what", "why", "command"], side.refused), ""]

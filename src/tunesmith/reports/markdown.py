@@ -131,11 +131,16 @@ def _evidence(found: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
 def _scores(scores: Sequence[dict[str, Any]]) -> list[str]:
     names = ("task", "version", "checkpoint", "data")
     rows = (
-        (*(str(one[name] or "") for name in names), words.named(one), str(one["n"]), words.interval(one),
+        (*(str(one[name] or "") for name in names[:3]), _asked(one), words.named(one), str(one["n"]), words.interval(one),
          words.interval(one, of="delta"), one["note"] or "", one["verdict"] or "", words.met(one))
         for one in scores
     )  # fmt: skip
     return table((*names, "name", "n", "tuned", "change", "note", "verdict", "target"), rows)
+
+
+def _asked(one: dict[str, Any]) -> str:
+    """The rows, and how few of them."""
+    return ", ".join(filter(None, [evidence.elsewhere(one) or str(one["data"] or ""), words.subset(one)]))
 
 
 def _rows(found: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import zip_longest
@@ -60,7 +61,7 @@ def render(template: str, data: Mapping[str, Any], **facts: Any) -> str:
     environment.filters |= {
         "line": visible, "percent": percent, "duration": duration, "size": size, "many": many, "number": words.number,
         "interval": words.interval, "based": words.base, "named": words.named, "titled": words.title, "met": words.met,
-        "subset": words.subset, "reached": words.reached, "cut": words.cut, "setting": words.setting,
+        "subset": words.subset, "reached": words.reached, "quoted": shlex.quote, "cut": words.cut, "setting": words.setting,
     }  # fmt: skip
     script = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     script = _UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", script)

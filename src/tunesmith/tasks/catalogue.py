@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 HARNESS = "0.4.13"
-HINT = "pip install 'lm-eval>=0.4.13,<0.5'"
+HINT = "pip install 'lm-eval==0.4.13'"
 FORM = "ifeval"
 TOGETHER = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2")}  # the harness's tag names a third, judged by other models
 STEMS = {"truthfulqa_mc1": "truthfulqa_mc", "truthfulqa_mc2": "truthfulqa_mc"}  # two tasks of one file

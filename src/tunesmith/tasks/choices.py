@@ -4,7 +4,7 @@ An answer is scored as the continuation of the question, Σ log p of its tokens 
 for each byte of the answer, where long answers are not at a disadvantage: lm-evaluation-harness's ``acc`` and ``acc_bytes``
 (for English ``acc_norm``, which counts letters). Plain text, no chat template, no solved example before it:
 ``Question: …\\nAnswer:``, then a space and the answer. Files may have the schema of the hub's MMLU, ARC, HellaSwag, WinoGrande,
-PIQA or TruthfulQA (mc1); the last three and HellaSwag are put as the harness puts them, but for TruthfulQA's examples.
+PIQA or TruthfulQA (mc1); HellaSwag, WinoGrande and PIQA are put as the harness puts them.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 A row declares ``constraints``, a list of objects such as ``{"kind": "bullets", "exactly": 3}``, or IFEval's own
 ``instruction_id_list`` and ``kwargs`` (Zhou et al. 2023, arXiv 2311.07911): the 25 instructions are kinds too, under their ids
-and with their arguments. What IFEval's code would draw at random must be given here. Two things are told otherwise than there,
-for want of data: sentences end at . ! ? … 。！？ before a space or the end, but not after an abbreviation such as ``Mr.``
-(there: NLTK's trained Punkt), and languages are told by py3langid (there: langdetect). What words mean is not looked at.
+and with their arguments. What IFEval's code would draw at random must be given here. Told otherwise than
+there, for want of data (other small differences are counted in the documentation): sentences end at . ! ? … 。！？ before a
+space or the end, but not after an abbreviation such as ``Mr.`` (there: NLTK's trained Punkt), and languages are told by
+py3langid (there: langdetect). What words mean is not looked at.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def build(material: Material) -> list[Task]:
 
     made = suites.made(suites.entries("knowledge", spec.knowledge), choices.question, f"schemas: {choices.SCHEMAS}")
     asked = suites.spread(made, spec.limit, (lambda one: one.category,), "drift.knowledge", notify)
-    texts = items("drift.text", "text", spec.text, _passage, 'rows {"text": …}, or plain text, a passage a line')
+    texts = items("drift.text", "text", spec.text, _passage, 'rows {"text": …}, or plain text in a .txt, a passage a line')
     tasks: list[Task] = [choices.MultipleChoice(asked, renderer, notify), Text(texts, renderer)]
     try:
         renderer.prompt(Item("", "", "Hello").prompt)

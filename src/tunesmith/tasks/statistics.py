@@ -3,8 +3,9 @@
 Intervals: percentile bootstrap (Efron and Tibshirani 1993, chapter 13) over *sources*: examples of one source are drawn
 together, since they are not independent. Percentiles are widened as Student's t is wider than the normal (Hesterberg 2015, "What
 teachers should know about the bootstrap", section 4.1), or few sources would look surer than they are. A difference is of the
-same sources on both sides. Its p value inverts that interval. For yes or no the interval is Bonett and Price's (2012, "Adjusted
-Wald confidence interval for a difference of binomial proportions based on paired data") and p is McNemar's exact one (1947).
+same sources on both sides. Its p value inverts that interval. For yes or no, one of each source, the interval is Bonett and
+Price's (2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data") and p is
+McNemar's exact one (1947).
 Verdicts are corrected for their number by Holm (1979).
 """
 
