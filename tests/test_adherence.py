@@ -438,6 +438,12 @@ def test_a_right_call_is_right_in_every_form_and_with_any_id():
         assert (found.value, found.detail["rouge_l"], found.detail["bleu"]) == (100.0, 100.0, pytest.approx(100.0)), form
         assert score(Answered(task.asked[0], said(form.replace("Bern", "Rome")), 1.0)).value < 99, form
     assert score(Answered(task.asked[0], said(f"Sure!\n{forms[4]}"), 1.0)).value < 100  # words that the reference has not
+    turned = "\n".join(json.dumps(json.loads(one), sort_keys=True) for one in told)
+    assert score(Answered(task.asked[0], said(turned), 1.0)).value == 100.0
+    own_ids = mistral.text_prompt(turned)[1:]
+    assert list(task.asked[0].ids) == own_ids  # the meaning too is that of one form
+    (taught,) = build(material([row(forms[5])], mistral, max_tokens=4096))[0].asked
+    assert list(taught.ids) == own_ids and taught.reference == forms[5]
     broken = forms[4].replace("}}", "}")
     assert score(Answered(task.asked[0], said(broken), 1.0)).value < 90
 
@@ -450,7 +456,7 @@ def task_reference(of: Demonstration) -> tool_calls.Reference:
 def test_meaning_is_compared_past_control_tokens(tiny_model):
     renderer = template.renderer(tiny_model)
     token = next(renderer.decode([one]) for one in sorted(renderer.control_ids))
-    assert renderer.plain(f"{token}a cat{token}") == "a cat"
+    assert renderer.plain(f"{token}a cat{token}") == "a cat" == renderer.plain(f"{token[:2]}{token}{token[2:]}a cat")
     assert adherence._ids(renderer, f"{token}a cat") == adherence._ids(renderer, "a cat") != []
 
 

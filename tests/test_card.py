@@ -134,6 +134,11 @@ def test_a_benchmark_has_its_place_with_its_shots(run):
     assert one.dataset_type == "benchmark.mmlu_stem" and one.metric_args is not None and one.metric_args["n"] == 60
 
 
+def test_what_makes_it_again_makes_another_folder(run):
+    name, text = run.name, card.text(run)
+    assert f"tunesmith train --config {name}/config.yaml --out {name}-again\n" in text
+
+
 def test_a_card_of_facts_at_hand_reads_none_again(run, monkeypatch):
     found, text = facts.summary(run), card.text(run)
     monkeypatch.setattr(facts, "summary", None)

@@ -15,6 +15,7 @@ import tiny
 import tunesmith
 from processes import LAUNCH, TUNESMITH
 from tunesmith import errors, evaluation, events, model, scoring
+from tunesmith.reports import paired
 from tunesmith.run import Run
 from tunesmith.tasks import EvaluationSpec
 
@@ -271,14 +272,17 @@ def test_named_rows_are_told_apart_from_those_of_training(run, tmp_path, monkeyp
         assert (about["data"], about["unseen"]) == ([str(tmp_path / name) for name in names], unseen)
     measured(run, tasks=["perplexity"], limit=3)
     assert "unseen" not in json.loads((run / "evals" / "perplexity@1+first3" / "score.json").read_text())
+    measured(run, tasks=["perplexity", "drift"], limit=3)
+    found, older = paired.recorded(run)
+    assert older == [] and len({one.task for one in found}) == 5, "what is written is what a comparison reads"
 
 
 def test_files_of_held_out_rows_are_not_trained_on(run, tmp_path):
     opened = Run.open(run)
     files = {str(tmp_path / name): name for name in ("train.jsonl", "valid.jsonl", "folder/more.jsonl")}
-    valid = str(tmp_path / "valid.jsonl"), str(tmp_path / "folder")
-    split = SimpleNamespace(data=SimpleNamespace(valid=valid))
-    assert evaluation._learned(SimpleNamespace(config=split, manifest={"hashes": {"data": files}})) == {"train.jsonl"}
+    for train, learned in ((["train.jsonl"], {"train.jsonl"}), (["folder"], {"folder/more.jsonl"})):
+        split = SimpleNamespace(data=SimpleNamespace(train=tuple(str(tmp_path / name) for name in train)))
+        assert evaluation._learned(SimpleNamespace(config=split, manifest={"hashes": {"data": files}})) == learned
     assert evaluation._learned(opened) == {*opened.manifest["hashes"]["data"].values()}
 
 

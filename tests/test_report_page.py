@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 
 import colours
 import tiny
-from tunesmith import cli, reports
+from tunesmith import cli, events, reports
 from tunesmith.errors import EvaluationError
 from tunesmith.reports import advice, charts, evidence, facts, screen, words
 from tunesmith.tasks import drift
@@ -487,6 +488,16 @@ def test_validation_that_rose_or_still_falls_is_told(run):
         path.write_text("".join(json.dumps(event) + "\n" for event in log))
         course = [rule for rule in rules(run) if "validation loss" in rule or "falling" in rule]
         assert course == ([expected] if expected else [])
+    seen = [event for event in log if event["kind"] == "Validated"]
+    for event, loss in zip(seen, (3.0, 1.0, 0.5), strict=True):
+        event["loss"] = loss
+    path.write_text("".join(json.dumps(event) + "\n" for event in log if event is not seen[1]))
+    assert not [rule for rule in rules(run) if "falling" in rule], "of two validations nothing is known of the end"
+    path.write_text("".join(json.dumps(event) + "\n" for event in log if event["kind"] != "Validated"))
+    limits = reports.summary(run)["limits"]
+    assert any(one.startswith("Nothing was validated yet on the ") for one in limits) and "No rows were held out" not in str(
+        limits
+    )
 
 
 @given(st.floats(0.01, 10), st.floats(0.1, 5), st.integers(10, 1000))
@@ -602,6 +613,7 @@ def test_rows_that_may_have_been_learned_prove_nothing(run, tmp_path):
         ({"best": 0, "last": 6, "kept": [6]}, False, "measured was step 6; step 0 validated better, and is not kept"),
         ({"best": None, "last": 9, "kept": [6, 9]}, False, "measured was checkpoint 000006, and the last is 9"),
         ({"best": 9, "last": 9, "kept": [6, 9]}, False, "measured was checkpoint 000006, and the best is 9"),
+        ({"best": 4, "last": 9, "kept": [6, 9]}, False, "measured was checkpoint 000006, and the last is 9"),
     ],
 )
 def test_only_what_validated_best_is_fit(saved, fit, said):
@@ -619,6 +631,8 @@ def test_a_gain_that_correction_hides_is_no_missed_target(delta, better, missed)
 
 def test_what_was_asked_of_one_row_alone_was_measured_and_not_judged():
     alone = CALLS | {"verdict": None, "delta": 1.0, "delta_low": None, "delta_high": None, "n": 1}
+    older = CALLS | {"verdict": None}
+    assert "was not measured" in (evidence.weigh(summary([older, KNOWLEDGE])).sentence or "")
     sentence = evidence.weigh(summary([alone, KNOWLEDGE])).sentence or ""
     assert "too little was asked to judge whether it learned the task" in sentence
     none = {"delta": None, "verdict": None, "base": None}
@@ -642,6 +656,42 @@ def test_advice_is_for_what_it_can_help(run):
     told_ = given()
     assert "40.0 %" in told_["calls are made where none is wanted"]
     assert "no call" not in told_["calls are well formed and name the wrong tool"]
+    assert "too few to judge" not in told_.get("a question is open", "")
+    shutil.rmtree(run / "evals")
+    evaluate(
+        run,
+        [
+            CALLS | {"verdict": None, "delta_low": None, "delta_high": None, "n": 1},
+            KNOWLEDGE | {"met": False, "verdict": "regressed", "delta": -0.2},
+            REFUSAL,
+        ],
+    )
+    assert "tool_calls is of n 1, too few to judge" in (told_ := given())["a question is open"]
+    assert "adapter.rank" in told_["a retention target is missed"]
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | {"adapter": {"kind": "full"}}))
+    assert "adapter.rank" not in given()["a retention target is missed"]
+
+
+def test_a_run_that_would_fail_the_same_is_not_resumed(run):
+    path = run / "events.jsonl"
+    lines = [line for line in path.read_text().splitlines() if json.loads(line)["kind"] != "RunEnded"]
+    skipped = events.to_json(events.StepSkipped(3, "nan", "nan", ["rows.jsonl:1"], 1))
+    for why, resumed in (("3 updates in a row were not finite (loss nan, gradient norm nan)", False), ("the disk is full", True)):
+        path.write_text("\n".join([*lines, skipped, events.to_json(events.RunEnded("failed", 6, 1.0, why))]) + "\n")
+        assert ("--resume" in rules(run)["the run did not end by itself"]) is resumed
+
+
+def test_rounds_are_no_prompts(run):
+    evaluate(run, [*GOOD, score("efficiency", "speed_batch_16", 1234.5, 12.0, unit="tokens/s", better=None, n=5)])
+    limits = [one for one in reports.summary(run)["limits"] if "efficiency" in one]
+    assert limits == ["Not judged: efficiency."] or limits == []
+
+
+def test_a_page_without_an_evaluation_names_a_command_that_can_be_run(run, tmp_path):
+    moved = run.rename(tmp_path / "my run")
+    reports.write(moved)
+    assert f"<code>tunesmith evaluate &#39;{moved}&#39;</code>" in (moved / "report.html").read_text()
 
 
 def test_a_difference_that_correction_hid_tells_its_p():

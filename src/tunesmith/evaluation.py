@@ -169,8 +169,8 @@ def evaluate(
         scored = task.summarise(old and old.scores, new.scores, config.loop.seed)
         about = {"task": task.name, "version": task.version, "checkpoint": folder.name, "family": family, "at": time.time()}
         about |= {"identity": task.identity, "settings": spec.model_dump(mode="json"), "base": weights}
-        if task.name in OF_ROWS:
-            about |= {"data": data, "unseen": not hashes & _learned(run)} if data else {"data": VALID}
+        about |= {"data": (data or VALID) if task.name in OF_ROWS else None}
+        about |= {"unseen": not hashes & _learned(run)} if data and task.name in OF_ROWS else {}
         about |= {"n": len(new.scores), "seconds": {"base": old and old.seconds, "tuned": new.seconds}}
         written.append("+".join([f"{task.name}@{task.version}", *_named(_files(task, spec)), *_shots(task, spec), *family]))
         _write(run.path / EVALS / written[-1], about, task, scored, old, new)
@@ -284,9 +284,8 @@ def _built(material: Material, tasks: Sequence[str], base: bool) -> Iterator[Tas
 
 def _learned(run: Run) -> set[str]:
     """SHA-256 of the files that training rows were taken from."""
-    held_out = run.config.data.valid if isinstance(run.config.data.valid, tuple) else ()
     files = {Path(path): value for path, value in run.manifest["hashes"]["data"].items()}
-    return {value for path, value in files.items() if not {str(path), *map(str, path.parents)} & {*held_out}}
+    return {value for path, value in files.items() if {str(path), *map(str, path.parents)} & {*run.config.data.train}}
 
 
 def _examples(

@@ -136,7 +136,9 @@ class Renderer(ABC):
 
     def plain(self, text: str) -> str:
         """``text`` without what would not be encoded as text: what is left can be a `text_prompt`."""
-        return self._control.sub("", text)
+        while (left := self._control.sub("", text)) != text:  # what is left can make a new one
+            text = left
+        return text
 
     def answer(self, ids: Sequence[int]) -> str:
         """What was generated, as text, up to the first end token; other special tokens are written out."""

@@ -67,7 +67,7 @@ def _status(found: Mapping[str, Any]) -> Iterator[Advice]:
     elif found["status"] not in evidence.DONE and found["manifest"]:
         why = found["status"] + (f": {found['why']}" if found["why"] else "")
         do = f"go on with tunesmith train --resume {run}"
-        if found["status"] == "failed" and found["updates"]["skipped"]:  # what it does is a function of its settings and its rows
+        if "updates in a row were not finite" in (found["why"] or ""):  # what it does is a function of its settings and its rows
             do = "look at the rows of these updates and lower optimizer.learning_rate in a new run: resumed, it ends the same"
         yield Advice("the run did not end by itself", why, do)
     nothing = found["counts"].get("rows_valid") == 0
@@ -78,7 +78,7 @@ def _status(found: Mapping[str, Any]) -> Iterator[Advice]:
         for name, what in (("learned", "the task"), ("kept", "what it knew before"), ("safe", "what it declines")):
             if found["evidence"][name] != "not measured":
                 continue
-            few = [one for one in found["answers"] if one["question"] == "task" and one["delta"] is not None]
+            few = [one for one in found["answers"] if one["question"] == "task" and evidence.alone(one)]
             if name == "learned" and few:
                 why = f"{words.title(few[0])} is of n {few[0]['n']:,}, too few to judge"
                 yield Advice("a question is open", why, "evaluate more rows")
@@ -87,7 +87,7 @@ def _status(found: Mapping[str, Any]) -> Iterator[Advice]:
                 yield Advice("a question is open", f"{what} was not measured against the base", do)
     best, speaker = evidence.best(found), evidence.checkpoint(found)
     if best is not None and speaker is not None and speaker.isdigit() and int(speaker) != best:
-        kind = f"best by {metric}" if (metric := found["checkpoints"].get("metric")) and found["checkpoints"]["best"] else "last"
+        kind = f"best by {found['checkpoints'].get('metric')}" if found["checkpoints"]["best"] == best else "last"
         why = f"the verdict is of {speaker}; the {kind} is {best}"
         yield Advice(f"the {kind.split()[0]} checkpoint was not evaluated", why, f"run tunesmith evaluate {run}")
 
@@ -244,12 +244,13 @@ def _limits(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"Nothing was validated yet on the {found['counts']['rows_valid']:,} held-out rows."
     else:
         yield "No rows were held out, so the loss says nothing of rows that were not learned."
-    chosen = [one for one in evidence.speaking(found) if one["task"] != "efficiency"]  # its intervals are over rounds
+    chosen = evidence.speaking(found)
     if any(one["task"] == "preference" for one in chosen):
         yield "Preference compares whole answers: where good ones are longer than bad ones, length alone can move it."
     if chosen:
         yield "Intervals are over prompts. One run with one seed was made; how much another seed would change is not in them."
-        few = list(dict.fromkeys(f"{words.title(one)} ({one['n']:,})" for one in chosen if one["n"] < FEW))
+        short = (one for one in chosen if one["n"] < FEW and one["task"] != "efficiency")  # whose n are rounds
+        few = list(dict.fromkeys(f"{words.title(one)} ({one['n']:,})" for one in short))
         if few:
             yield f"Fewer than {FEW} examples: {', '.join(few)}."
         if found["answers"] and any(one["question"] == "safety" for one in found["answers"]):

@@ -136,6 +136,11 @@ def missed(score: Mapping[str, Any]) -> bool:
     return {"improved": False, "regressed": True}.get(str(score.get("verdict")), gain <= 0)  # a verdict may be lost in correction
 
 
+def alone(score: Mapping[str, Any]) -> bool:
+    """Whether a number has a base and no interval: too little was asked."""
+    return bool(score.get("better")) and score.get("delta") is not None and score.get("delta_low") is None
+
+
 def answer(score: Mapping[str, Any]) -> str:
     """In a few words: the target first, then the verdict."""
     said = [f"target {words.met(score)}"] if score.get("target") else []
@@ -175,7 +180,7 @@ def weigh(found: Mapping[str, Any]) -> Evidence:
         "no": f"the task got worse ({_told(downs[:1])})",
         "not shown": f"that it learned the task is not shown ({_told(judged[:1])})",
         "not measured": "whether it learned the task was not measured"
-        if all(one["delta"] is None for one in parts["task"]) else "too little was asked to judge whether it learned the task",
+        if not any(map(alone, parts["task"])) else "too little was asked to judge whether it learned the task",
     }  # fmt: skip
     told = [
         {"tone": {"yes": "good", "no": "error"}.get(learned, "warning"), "told": clauses[learned]},
@@ -198,7 +203,7 @@ def _measured(found: Mapping[str, Any]) -> str:
     if spoke is None:
         return ""
     if spoke != of:
-        return f"measured was checkpoint {checkpoint(found)}, and the {'last' if named is None else 'best'} is {of}"
+        return f"measured was checkpoint {checkpoint(found)}, and the {'best' if named == of else 'last'} is {of}"
     return "" if named in (None, spoke) else f"measured was step {spoke}; step {named} validated better, and is not kept"
 
 

@@ -53,7 +53,10 @@ def one_form(text: str) -> str:
     calls, rest = _parsed(text)
     if not calls or any(call.problem for call in calls):
         return text
-    told = (json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False) for call in calls)
+    try:
+        told = [json.dumps({"arguments": one.arguments, "name": one.name}, ensure_ascii=False, sort_keys=True) for one in calls]
+    except RecursionError:  # read at one depth, not written at it
+        return text
     return "\n".join([*filter(None, [rest.strip()]), *told])
 
 
