@@ -336,9 +336,10 @@ def report(run: Annotated[Path, typer.Argument(help="run directory")]) -> None:
     from tunesmith import reports
 
     page = tunesmith.report(run).with_suffix(".html")
-    for told in reports.summary(run)["unread"]:
+    found = reports.summary(run)
+    for told in found["unread"]:
         typer.echo(told, err=True)
-    typer.echo(reports.verdict(run))
+    typer.echo(found["verdict"])
     typer.echo(f"report: {page}")
 
 

@@ -443,7 +443,7 @@ def restore(run: Run, net: nn.Module, state: Any, among: Ranks, notify: Sink) ->
 
 @contextmanager
 def _interruptible(among: Ranks) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set: the step is finished and saved. A second SIGINT interrupts at once."""
+    """An event that SIGINT and SIGTERM set: the step is saved. A second one interrupts at once (SIGTERM: one rank)."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

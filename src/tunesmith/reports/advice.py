@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.reports import evidence, words
 from tunesmith.tasks.tool_calls import NO_CALL
+from tunesmith.training import SKIPS_BEFORE_STOP
 
 RISE = 0.01
 """Share of the lowest validation loss from which a later rise counts."""
@@ -67,7 +68,8 @@ def _status(found: Mapping[str, Any]) -> Iterator[Advice]:
     elif found["status"] not in evidence.DONE and found["manifest"]:
         why = found["status"] + (f": {found['why']}" if found["why"] else "")
         do = f"go on with tunesmith train --resume {run}"
-        if "updates in a row were not finite" in (found["why"] or ""):  # what it does is a function of its settings and its rows
+        skipped = found["updates"]["skipped"]
+        if skipped and skipped[-1]["in_a_row"] >= SKIPS_BEFORE_STOP:  # what it does is a function of its settings and its rows
             do = "look at the rows of these updates and lower optimizer.learning_rate in a new run: resumed, it ends the same"
         yield Advice("the run did not end by itself", why, do)
     nothing = found["counts"].get("rows_valid") == 0

@@ -61,6 +61,7 @@ def render(template: str, data: Mapping[str, Any], **facts: Any) -> str:
     environment.filters |= {
         "line": visible, "percent": percent, "duration": duration, "size": size, "many": many, "number": words.number,
         "interval": words.interval, "based": words.base, "named": words.named, "titled": words.title, "met": words.met,
+        "missed": evidence.missed,
         "subset": words.subset, "reached": words.reached, "quoted": shlex.quote, "cut": words.cut, "setting": words.setting,
     }  # fmt: skip
     script = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
