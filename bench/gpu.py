@@ -119,10 +119,14 @@ def our_update(net: Any, task: Task, order: Sequence[Row]) -> Callable[[int], li
     import threading
     from types import SimpleNamespace
 
-    from tunesmith import backend, gradients, kernels, optimizer, training
-    from tunesmith.batches import Cut, Group, Plan
-    from tunesmith.run import Cursor, RunConfig
-    from tunesmith.template import Tokens
+    from tunesmith.learning import optimizer
+    from tunesmith.machine import backend
+    from tunesmith.model import kernels
+    from tunesmith.runs.directory import Cursor, RunConfig
+    from tunesmith.tokens.batches import Cut, Group, Plan
+    from tunesmith.tokens.template import Tokens
+    from tunesmith.training import gradients
+    from tunesmith.training import loop as training
 
     config = RunConfig.model_validate(
         {
@@ -188,7 +192,7 @@ def device_memory() -> int | None:
 
 def use_mlx(task: Task) -> Any:
     """mlx.core on the device that is asked for. Raises RuntimeError where that is no GPU."""
-    from tunesmith import backend
+    from tunesmith.machine import backend
 
     backend.setup()  # before MLX: without a GPU a fast BLAS must be opened first
     import mlx.core as mx
@@ -589,7 +593,8 @@ def show(legs: dict[str, dict[str, Any]], reached: list[dict[str, Any]]) -> None
 
 def make_lengths(data: str, out: Path) -> None:
     """Write (tokens, learned tokens) of each row as Mistral's third tokenizer renders it."""
-    from tunesmith import formats, template
+    from tunesmith.data import formats
+    from tunesmith.tokens import template
 
     spec = formats.DataSpec.model_validate({"train": (data,), "valid": 0})
     examples = formats.read(spec.train, spec).examples

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tunesmith import backend
+from tunesmith.machine import backend
 
 DEVICE = backend.setup()  # before MLX: a fast BLAS must be opened first
 
@@ -56,10 +56,14 @@ def our_update(asked: argparse.Namespace) -> Ours:
     import threading
     from types import SimpleNamespace
 
-    from tunesmith import gradients, kernels, model, objectives, optimizer, preparation, training
-    from tunesmith.batches import Cut, Group, Plan, collate
-    from tunesmith.run import Cursor, RunConfig
-    from tunesmith.template import Tokens
+    from tunesmith.learning import objectives, optimizer
+    from tunesmith.model import kernels
+    from tunesmith.model import loading as model
+    from tunesmith.runs.directory import Cursor, RunConfig
+    from tunesmith.tokens.batches import Cut, Group, Plan, collate
+    from tunesmith.tokens.template import Tokens
+    from tunesmith.training import gradients, preparation
+    from tunesmith.training import loop as training
 
     config = RunConfig.model_validate(
         {

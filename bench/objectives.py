@@ -26,9 +26,11 @@ import numpy as np
 import psutil
 import record
 
-from tunesmith import backend, model, scoring
-from tunesmith.batches import Cut, Group
-from tunesmith.template import Tokens
+from tunesmith.engine import scoring
+from tunesmith.machine import backend
+from tunesmith.model import loading as model
+from tunesmith.tokens.batches import Cut, Group
+from tunesmith.tokens.template import Tokens
 
 SIDES = {
     "sft": ["objective.kind=sft", "objective.undesirable=learn"],

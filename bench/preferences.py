@@ -24,10 +24,13 @@ import numpy as np
 import record
 
 import tunesmith
-from tunesmith import console, formats, model, template
-from tunesmith.objectives import won
-from tunesmith.objectives.kto import KTO
-from tunesmith.run import Run
+from tunesmith.data import formats
+from tunesmith.display import console
+from tunesmith.learning.objectives import won
+from tunesmith.learning.objectives.kto import KTO
+from tunesmith.model import loading as model
+from tunesmith.runs.directory import Run
+from tunesmith.tokens import template
 
 RESAMPLES = 4000
 COMMON = {

@@ -77,9 +77,10 @@ class Job:
 def our_rows(data: str, model: str, max_tokens: int) -> tuple[Path, list[Row]]:
     """(model folder, rows of ``data`` as tunesmith renders them, at most ``max_tokens`` long and with a learned suffix)."""
     import tunesmith  # noqa: F401 - opens the BLAS before MLX is loaded
-    from tunesmith import backend, preparation
-    from tunesmith import model as models
-    from tunesmith.run import RunConfig
+    from tunesmith.machine import backend
+    from tunesmith.model import loading as models
+    from tunesmith.runs.directory import RunConfig
+    from tunesmith.training import preparation
 
     backend.setup()
     asked: dict[str, Any] = {
@@ -102,7 +103,7 @@ def our_rows(data: str, model: str, max_tokens: int) -> tuple[Path, list[Row]]:
 def product_rate() -> float:
     """Floating-point operations a second of large float32 products on this machine, in this process."""
     import tunesmith  # noqa: F401 - opens the BLAS before MLX is loaded
-    from tunesmith import backend
+    from tunesmith.machine import backend
 
     backend.setup()
     return max(backend.gflops(size) for size in (1024, 2048, 4096)) * 1e9
@@ -114,10 +115,15 @@ def our_update(job: Job, checkpointed: bool, stack: ExitStack) -> Callable[[], t
     It is ``Loop._update`` with its own plan of micro-batches; only the run directory is missing.
     """
     import tunesmith  # noqa: F401 - opens the BLAS and sets up the allocator before MLX is loaded
-    from tunesmith import backend, batches, events, gradients, optimizer, training
-    from tunesmith import model as models
-    from tunesmith.run import Cursor, RunConfig
-    from tunesmith.template import Tokens
+    from tunesmith import events
+    from tunesmith.learning import optimizer
+    from tunesmith.machine import backend
+    from tunesmith.model import loading as models
+    from tunesmith.runs.directory import Cursor, RunConfig
+    from tunesmith.tokens import batches
+    from tunesmith.tokens.template import Tokens
+    from tunesmith.training import gradients
+    from tunesmith.training import loop as training
 
     backend.setup()
     import threading

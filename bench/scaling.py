@@ -74,7 +74,7 @@ def axes(base: Point, max_length: int) -> list[Axis]:
 
 def our_update(point: Point) -> Callable[[], None]:
     """The product's optimizer update on random rows and weights, evaluated. The only contact with tunesmith's inside."""
-    from tunesmith import backend
+    from tunesmith.machine import backend
 
     backend.setup()  # before MLX: a fast BLAS must be opened first
     import threading
@@ -86,10 +86,13 @@ def our_update(point: Point) -> Callable[[], None]:
     from mlx.utils import tree_map
     from mlx_lm.models import llama
 
-    from tunesmith import gradients, kernels, optimizer, training
-    from tunesmith.batches import Cut, Group, Plan
-    from tunesmith.run import Cursor, RunConfig
-    from tunesmith.template import Tokens
+    from tunesmith.learning import optimizer
+    from tunesmith.model import kernels
+    from tunesmith.runs.directory import Cursor, RunConfig
+    from tunesmith.tokens.batches import Cut, Group, Plan
+    from tunesmith.tokens.template import Tokens
+    from tunesmith.training import gradients
+    from tunesmith.training import loop as training
 
     sizes = llama.ModelArgs(
         model_type="llama", hidden_size=point.width, num_hidden_layers=point.layers, intermediate_size=point.mlp,

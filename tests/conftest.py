@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tunesmith import backend
+from tunesmith.machine import backend
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The same examples everywhere, and none that fails since the machine was busy: what is refused is refused again.

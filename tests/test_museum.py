@@ -16,11 +16,18 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import tiny
-from tunesmith import adapters, config, errors, events, gradients, model, objectives, optimizer, scoring, training
-from tunesmith.batches import Cut, Group, Plan, collate
-from tunesmith.objectives.sft import SFT
-from tunesmith.run import Cursor, Run, RunConfig
-from tunesmith.template import Tokens
+from tunesmith import errors, events
+from tunesmith.adapters import layers as adapters
+from tunesmith.engine import scoring
+from tunesmith.learning import objectives, optimizer
+from tunesmith.learning.objectives.sft import SFT
+from tunesmith.model import loading as model
+from tunesmith.runs.directory import Cursor, Run, RunConfig
+from tunesmith.settings import config
+from tunesmith.tokens.batches import Cut, Group, Plan, collate
+from tunesmith.tokens.template import Tokens
+from tunesmith.training import gradients
+from tunesmith.training import loop as training
 
 
 @pytest.fixture

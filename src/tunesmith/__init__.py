@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import backend
+from tunesmith.machine import backend
 
 if TYPE_CHECKING:
-    from tunesmith.answers import Chat
     from tunesmith.auditing.findings import Audit
-    from tunesmith.config import Resolved
-    from tunesmith.evaluation import Evaluation
+    from tunesmith.data.formats import JSON
+    from tunesmith.engine.generation import Chat
+    from tunesmith.evaluation.evaluate import Evaluation
     from tunesmith.events import Sink
-    from tunesmith.formats import JSON
     from tunesmith.reports.compare import Comparison
-    from tunesmith.run import Run, RunConfig
-    from tunesmith.template import Rendered, Renderer
+    from tunesmith.runs.directory import Run, RunConfig
+    from tunesmith.settings.config import Resolved
+    from tunesmith.tokens.template import Rendered, Renderer
 
 __all__ = [
     "audit", "chat", "compare", "configure", "doctor", "evaluate", "generate", "init", "plan", "report", "show", "train", "watch",
@@ -56,8 +56,8 @@ def configure(
     Raises ConfigError naming every key that is wrong.
     """
     backend.setup()
-    from tunesmith.config import load
-    from tunesmith.run import RunConfig
+    from tunesmith.runs.directory import RunConfig
+    from tunesmith.settings.config import load
 
     overrides: dict[str, tuple[JSON, str]] = {}
     if model is not None:
@@ -75,8 +75,8 @@ def configure(
 def init(*, preset: str | None = None, model: str | None = None, data: Sequence[str] = ()) -> str:
     """A complete configuration as YAML, each key with its meaning, default and range; what you must name is marked."""
     backend.setup()
-    from tunesmith import config, origins
-    from tunesmith.run import RunConfig, flat
+    from tunesmith.runs.directory import RunConfig, flat
+    from tunesmith.settings import config, origins
 
     values: dict[str, JSON] = {}
     if preset is not None:
@@ -88,7 +88,7 @@ def init(*, preset: str | None = None, model: str | None = None, data: Sequence[
 
 def doctor(path: str | Path = ".", *, overfit: bool = True, notify: Sink = _silent) -> dict[str, Any]:
     """Will it run here? Versions, device, memory, disk, BLAS, compiler, and a ten-step overfit with a known end."""
-    from tunesmith import preflight
+    from tunesmith.preflight import doctor as preflight
 
     return preflight.doctor(Path(path), overfit, notify)
 
@@ -110,7 +110,8 @@ def show(
     """
     named = model or (None if preset or config else tokenizer or "mistral-v3")
     spec = configure(model=named, data=data, config=config, preset=preset, sets=sets, environ=environ).spec
-    from tunesmith import formats, template
+    from tunesmith.data import formats
+    from tunesmith.tokens import template
 
     read = formats.read(spec.data.train, spec.data)
     formats.require(read, 1.0)
@@ -152,13 +153,14 @@ def audit(
     spec = configure(model=named, data=_many(data), config=config, preset=preset, sets=sets, accept=accept, environ=environ).spec
     from dataclasses import replace
 
-    from tunesmith import events, template
-    from tunesmith import model as models
-    from tunesmith.auditing import compare as comparing
+    from tunesmith import events
+    from tunesmith.auditing import comparison as comparing
     from tunesmith.auditing import embeddings, survey
     from tunesmith.auditing import fix as fixes
     from tunesmith.auditing import page as pages
     from tunesmith.errors import ConfigError
+    from tunesmith.model import loading as models
+    from tunesmith.tokens import template
 
     if fix is not None:
         fixes.require_free(spec.data.train, Path(fix))
@@ -186,7 +188,7 @@ def audit(
 
 def _tokenizer(spec: RunConfig, tokenizer: str | None) -> Path | str:
     """Where the tokenizer is that ``tokenizer``, else the settings name."""
-    from tunesmith import model as models
+    from tunesmith.model import loading as models
 
     if chosen := tokenizer or spec.model.tokenizer:
         return chosen
@@ -208,11 +210,13 @@ def train(
     Raises a TunesmithError.
     """
     backend.setup()
-    from tunesmith import ranks, reports, training
-    from tunesmith.config import load
+    from tunesmith import reports
     from tunesmith.errors import ConfigError
     from tunesmith.events import Notice
-    from tunesmith.run import CONFIG, Run, RunConfig
+    from tunesmith.machine import ranks
+    from tunesmith.runs.directory import CONFIG, Run, RunConfig
+    from tunesmith.settings.config import load
+    from tunesmith.training import loop as training
 
     if resume is not None:
         run = Run.open(resume)
@@ -239,9 +243,10 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = _silent) -> dict[str, JS
     ``loop.cache_frozen`` saves (0 within one epoch) and the room on disk that it takes.
     """
     backend.setup()
-    from tunesmith import frozen, gradients, preparation, reference, training
-    from tunesmith import model as models
     from tunesmith.events import Notice
+    from tunesmith.model import loading as models
+    from tunesmith.training import frozen, gradients, preparation, reference
+    from tunesmith.training import loop as training
 
     spec = config.spec.anchored()
     for text in spec.warnings():
@@ -283,10 +288,11 @@ def evaluate(
     known from before. None on ranks but the first of `mlx.launch`.
     """
     backend.setup()
-    from tunesmith import evaluation, reports
-    from tunesmith.config import load
-    from tunesmith.run import Run
-    from tunesmith.tasks import EvaluationSpec
+    from tunesmith import reports
+    from tunesmith.evaluation import evaluate as evaluation
+    from tunesmith.evaluation.tasks import EvaluationSpec
+    from tunesmith.runs.directory import Run
+    from tunesmith.settings.config import load
 
     given = {key: ([*value] if isinstance(value, tuple) else value, key) for key, value in options.items()}
     spec = load(EvaluationSpec, overrides=given).spec
@@ -317,7 +323,7 @@ def watch(run: str | Path, *, once: bool = False) -> None:
     """Show the curves of a run in the terminal while it trains; ``once``: as they are now."""
     import sys
 
-    from tunesmith import live
+    from tunesmith.reports import live
 
     live.watch(Path(run), sys.stdout, once=once)
 
@@ -325,7 +331,7 @@ def watch(run: str | Path, *, once: bool = False) -> None:
 def report(run: str | Path) -> Path:
     """Write ``report.md`` and all that stands beside it (page, JSON, pictures, model card) anew; the path of ``report.md``."""
     from tunesmith import reports
-    from tunesmith.run import Run
+    from tunesmith.runs.directory import Run
 
     return reports.write(Run.open(run).path)
 
@@ -350,7 +356,8 @@ def generate(
     training.
     """
     backend.setup()
-    from tunesmith import answers, events
+    from tunesmith import events
+    from tunesmith.engine import generation as answers
 
     speaker = answers.load(target, checkpoint, model_path=model, adapter=adapter, notify=notify)
     asked = [answers.asked(prompt, system) for prompt in _many(prompts)]
@@ -372,8 +379,8 @@ def chat(
 ) -> Chat:
     """A conversation with a run, a checkpoint folder or a plain model: ``for piece in chat(run).say("Hello"): …``."""
     backend.setup()
-    from tunesmith import answers
-    from tunesmith.formats import Message
+    from tunesmith.data.formats import Message
+    from tunesmith.engine import generation as answers
 
     speaker = answers.load(target, checkpoint, model_path=model, notify=notify)
     sampling = answers.Sampling(max_tokens, temperature, top_p, seed)

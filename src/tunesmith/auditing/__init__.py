@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from tunesmith.config import Spec
+from tunesmith.settings.config import Spec
 
 
 class AuditSpec(Spec):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tunesmith.auditing.content import masked
+from tunesmith.auditing.rules.content import masked
 from tunesmith.auditing.views import Survey, View
 
 LETTERS = 2_000

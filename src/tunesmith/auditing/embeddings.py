@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import numpy as np
 
-from tunesmith import logprobs, model
 from tunesmith.errors import ModelError
-from tunesmith.template import Refused, Renderer
+from tunesmith.model import loading as model
+from tunesmith.model import logprobs
+from tunesmith.tokens.template import Refused, Renderer
 
 TOKENS = 128  # of a text, from its beginning
 AT_ONCE = 4096  # tokens in a forward pass, padding included

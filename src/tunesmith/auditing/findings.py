@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from tunesmith.auditing.compare import Comparison
+    from tunesmith.auditing.comparison import Comparison
     from tunesmith.auditing.fix import Fixed
 
 Severity = Literal["good", "note", "warning", "error"]

@@ -16,12 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
-from tunesmith import calls, events, formats, sources, writing
+from tunesmith import events
+from tunesmith import files as writing
 from tunesmith.auditing.findings import Audit
 from tunesmith.auditing.views import View, excerpt
+from tunesmith.data import calls, formats, sources
+from tunesmith.data.examples import Completion, Conversation, Document, Example, Preference, content_of
+from tunesmith.data.formats import DataSpec, Dropped
 from tunesmith.errors import ConfigError
-from tunesmith.examples import Completion, Conversation, Document, Example, Preference, content_of
-from tunesmith.formats import DataSpec, Dropped
 
 Action = Literal["changed", "removed", "left"]
 _CALLS = "invented.results"

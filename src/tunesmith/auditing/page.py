@@ -37,9 +37,9 @@ from tunesmith.auditing.screen import (
     worst,
 )
 from tunesmith.auditing.views import EXCERPT
-from tunesmith.console import duration
+from tunesmith.display.console import duration
 from tunesmith.errors import ConfigError
-from tunesmith.writing import write_text
+from tunesmith.files import write_text
 
 MARK = '<meta name="generator" content="tunesmith audit">'
 """By it a page is known as one that may be replaced; it is among the first letters of the file."""
@@ -47,7 +47,7 @@ ROWS, POINTS, TYPES, BINS, WORST = 200, 2_000, 25, 25, 20
 BYTES = 900_000
 """Of rows, over all findings: later findings show fewer than `ROWS` once it is used up."""
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
-LOOK = resources.files("tunesmith.auditing").joinpath("look.css").read_text("utf-8")
+LOOK = resources.files("tunesmith.display").joinpath("look.css").read_text("utf-8")
 """Colours and ground rules of all pages, reports too."""
 CLUSTERS = ("#3399ff", "#d9822b", "#7733ff", "#426660", "#bf7cb4", "#909963", "#a621a6")
 """Told apart with every kind of colour blindness (CIE76 > 26) and against black and white. Further clusters begin anew: each

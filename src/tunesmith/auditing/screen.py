@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.auditing.findings import SEVERITIES, Audit, Finding, Severity
-from tunesmith.auditing.rules import RULES
+from tunesmith.auditing.registry import RULES
 from tunesmith.auditing.views import excerpt
-from tunesmith.console import duration
+from tunesmith.display.console import duration
 
 LINES = 45
 """Of the screen. At least `FEWEST` findings are shown, however many lines these take."""

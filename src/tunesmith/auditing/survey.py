@@ -16,18 +16,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from tunesmith import events, formats, sources
-from tunesmith.auditing import AuditSpec, contamination, quality
-from tunesmith.auditing.content import masked
+from tunesmith import events
+from tunesmith.auditing import AuditSpec
 from tunesmith.auditing.findings import Audit, Finding, Print, gravest_first
-from tunesmith.auditing.rules import RULES
+from tunesmith.auditing.registry import RULES
+from tunesmith.auditing.rules import contamination, quality
+from tunesmith.auditing.rules.content import masked
 from tunesmith.auditing.views import Context, Survey, View, excerpt
+from tunesmith.data import formats, sources
+from tunesmith.data.examples import Example
+from tunesmith.data.formats import DataSpec, Dropped
+from tunesmith.data.sources import Raw
 from tunesmith.errors import ConfigError, DataError, listing
 from tunesmith.events import Notice, Sink
-from tunesmith.examples import Example
-from tunesmith.formats import DataSpec, Dropped
-from tunesmith.sources import Raw
-from tunesmith.template import Refused, Renderer, Row, TemplateSpec, renderer
+from tunesmith.tokens.template import Refused, Renderer, Row, TemplateSpec, renderer
 
 BATCH = 256  # rows that travel to a process at once
 ALONE = 3_000

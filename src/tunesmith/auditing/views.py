@@ -13,12 +13,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from tunesmith.auditing import AuditSpec
 from tunesmith.auditing.findings import Finding
+from tunesmith.data.examples import (
+    Completion,
+    Conversation,
+    Demonstration,
+    Document,
+    Example,
+    Judged,
+    Message,
+    Preference,
+    opening,
+)
+from tunesmith.data.formats import Dropped
 from tunesmith.errors import TemplateError
-from tunesmith.examples import Completion, Conversation, Demonstration, Document, Example, Judged, Message, Preference, opening
-from tunesmith.formats import Dropped
 
 if TYPE_CHECKING:
-    from tunesmith.template import Renderer, Row, TemplateSpec
+    from tunesmith.tokens.template import Renderer, Row, TemplateSpec
 
 EXCERPT = 160
 """Letters of a text that are kept to be shown."""

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tunesmith.errors import EvaluationError
-from tunesmith.reports import card, facts, figure, markdown, page
-from tunesmith.reports.facts import summary
-from tunesmith.run import CHECKPOINTS, EVALS, EVENTS, MANIFEST
-from tunesmith.writing import write_json, write_text
+from tunesmith.files import write_json, write_text
+from tunesmith.reports import card, markdown, page
+from tunesmith.reports import figures as figure
+from tunesmith.reports import summary as facts
+from tunesmith.reports.summary import summary as summarise
+from tunesmith.runs.directory import CHECKPOINTS, EVALS, EVENTS, MANIFEST
 
-__all__ = ["HTML", "MACHINE", "TEXT", "summary", "verdict", "write"]
+__all__ = ["HTML", "MACHINE", "TEXT", "summarise", "verdict_line", "write"]
 
 TEXT, MACHINE, HTML = "report.md", "report.json", "report.html"
 
@@ -28,7 +30,7 @@ def write(run_dir: Path) -> Path:
     Raises EvaluationError where the folder cannot be written to.
     """
     log = facts.log(run_dir)
-    found = summary(run_dir, log)
+    found = summarise(run_dir, log)
     try:
         write_json(run_dir / MACHINE, found)
         _draw(run_dir / figure.CURVES, lambda draft: figure.curves(log, draft))
@@ -42,7 +44,7 @@ def write(run_dir: Path) -> Path:
     return run_dir / TEXT
 
 
-def verdict(run_dir: Path) -> str:
+def verdict_line(run_dir: Path) -> str:
     """One sentence with its uncertainty: of the evaluation, or where there is none of the loss.
 
     What the report says where that is newer than all it was made from.
@@ -56,7 +58,7 @@ def verdict(run_dir: Path) -> str:
             return json.loads(made.read_text(encoding="utf-8"))["verdict"]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # there is none, or none that can be read
-    return summary(run_dir)["verdict"]
+    return summarise(run_dir)["verdict"]
 
 
 def _draw(path: Path, draw: Callable[[Path], None]) -> None:

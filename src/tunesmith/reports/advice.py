@@ -10,9 +10,10 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tunesmith.reports import evidence, words
-from tunesmith.tasks.tool_calls import NO_CALL
-from tunesmith.training import SKIPS_BEFORE_STOP
+from tunesmith.display import words
+from tunesmith.evaluation.tasks.tool_calls import NO_CALL
+from tunesmith.reports import verdict as evidence
+from tunesmith.training.loop import SKIPS_BEFORE_STOP
 
 RISE = 0.01
 """Share of the lowest validation loss from which a later rise counts."""

@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tunesmith.auditing.screen import escaped
-from tunesmith.console import duration, size
+from tunesmith.data.sources import sha256
+from tunesmith.display import words
+from tunesmith.display.console import duration, size
 from tunesmith.errors import ModelError
-from tunesmith.evaluation import OF_ROWS, ONLY_FOR
-from tunesmith.reports import evidence, facts, words
+from tunesmith.evaluation.evaluate import OF_ROWS, ONLY_FOR
+from tunesmith.files import write_text
+from tunesmith.reports import summary as facts
+from tunesmith.reports import verdict as evidence
 from tunesmith.reports.markdown import cell, fence, table
-from tunesmith.run import VALID, flat
-from tunesmith.sources import sha256
-from tunesmith.writing import write_text
+from tunesmith.runs.directory import VALID, flat
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -142,7 +144,7 @@ def _base(found: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 def _gguf(path: Path) -> dict[str, str]:
     """What a GGUF file says of itself."""
-    from tunesmith import gguf
+    from tunesmith.model import gguf
 
     try:
         told = gguf.texts(path)

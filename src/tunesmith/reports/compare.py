@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.auditing.screen import many
-from tunesmith.console import duration, size
+from tunesmith.data.sources import sha256
+from tunesmith.display import words
+from tunesmith.display.console import duration, size
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.evaluation import pairing as paired
+from tunesmith.evaluation.pairing import Held, Pair, Recorded
+from tunesmith.evaluation.statistics import Score, judge
 from tunesmith.events import Notice, Sink, StepDone, Validated, silent
-from tunesmith.reports import evidence, facts, paired, words
-from tunesmith.reports.paired import Held, Pair, Recorded
-from tunesmith.run import EVALS, ORIGIN, VALID, Run, flat
-from tunesmith.sources import sha256
-from tunesmith.tasks.statistics import Score, judge
+from tunesmith.reports import summary as facts
+from tunesmith.reports import verdict as evidence
+from tunesmith.runs.directory import EVALS, ORIGIN, VALID, Run, flat
 
 PAGE, TEXT, MACHINE = "compare.html", "compare.md", "compare.json"
 MARK = "tunesmith compare"

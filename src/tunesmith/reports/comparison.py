@@ -12,14 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tunesmith.console import duration, size
+from tunesmith.display import charts, words
+from tunesmith.display.console import duration, size
 from tunesmith.errors import ConfigError
-from tunesmith.reports import charts, evidence, page, words
+from tunesmith.evaluation.pairing import Held, Pair
+from tunesmith.evaluation.statistics import Score
+from tunesmith.files import write_text
+from tunesmith.reports import page
+from tunesmith.reports import verdict as evidence
 from tunesmith.reports.compare import MACHINE, MARK, PAGE, SAID, TEXT, Against, Comparison, Ran, Row, probable, read_side_by_side
 from tunesmith.reports.markdown import cell, fence, table
-from tunesmith.reports.paired import Held, Pair
-from tunesmith.tasks.statistics import Score
-from tunesmith.writing import write_text
 
 READ, SHORT = 20, 4_000
 """Prompts of each kind and task that are shown, and letters of each text; compare.json has all of them."""

@@ -13,9 +13,9 @@ from typing import Any
 from markupsafe import Markup
 
 from tunesmith import events
-from tunesmith.reports import charts
-from tunesmith.reports.charts import Line
-from tunesmith.reports.facts import layer, module, only, trailing, unit
+from tunesmith.display import charts
+from tunesmith.display.charts import Line
+from tunesmith.reports.summary import layer, module, only, trailing, unit
 
 WIDE = 20.0
 """A range from which on an axis is logarithmic, as largest over smallest."""

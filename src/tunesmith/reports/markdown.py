@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.auditing.screen import escaped
-from tunesmith.console import duration, size
+from tunesmith.display import words
+from tunesmith.display.console import duration, size
 from tunesmith.errors import SHOWN
-from tunesmith.reports import evidence, words
-from tunesmith.reports.figure import CURVES, PICTURE
-from tunesmith.run import CONFIG, DROPPED, flat
+from tunesmith.reports import verdict as evidence
+from tunesmith.reports.figures import CURVES, PICTURE
+from tunesmith.runs.directory import CONFIG, DROPPED, flat
 
 GROWN = 10  # weights in the table of growth
 ROWS = 10  # of each class of rows

@@ -19,9 +19,12 @@ from typing import Any
 from tunesmith import events
 from tunesmith.auditing.page import FONT, LOOK
 from tunesmith.auditing.screen import escaped, many, percent, visible
-from tunesmith.console import duration, size
-from tunesmith.reports import charts, curves, evidence, facts, markdown, words
-from tunesmith.run import flat
+from tunesmith.display import charts, words
+from tunesmith.display.console import duration, size
+from tunesmith.reports import curves, markdown
+from tunesmith.reports import summary as facts
+from tunesmith.reports import verdict as evidence
+from tunesmith.runs.directory import flat
 
 BYTES = 1_500_000
 """Of prompts with their answers, over all evaluations."""
@@ -51,11 +54,11 @@ def render(template: str, data: Mapping[str, Any], **facts: Any) -> str:
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
-    folder = resources.files("tunesmith.reports")
+    folders = {"base.html": "tunesmith.display"}  # all else lies here
     # finalize: whatever is printed, no letter that UTF-8 cannot write gets past it.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        loader=FunctionLoader(lambda name: folder.joinpath(name).read_text("utf-8")),
+        loader=FunctionLoader(lambda name: (resources.files(folders.get(name, "tunesmith.reports")) / name).read_text("utf-8")),
         finalize=lambda value: escaped(value) if type(value) is str else value,
     )  # fmt: skip
     environment.filters |= {

@@ -12,8 +12,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.reports import words
-from tunesmith.tasks.statistics import Score
+from tunesmith.display import words
+from tunesmith.evaluation.statistics import Score
 
 SAID = {"improved": "+ improved", "regressed": "− regressed", "no difference shown": "= none shown"}
 STYLES = {"improved": "green", "regressed": "red"}

@@ -1,0 +1,180 @@
+"""Whether one kind of task outweighs the others, and whether labels come with the kind instead of with the answer.
+
+The type of a row is the first tool that it calls, as a turn or as text, otherwise the word that its prompt begins with. What
+the prompts are about is for `diversity`; which labels are wrong for `labels`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import log2
+from typing import NamedTuple
+
+from tunesmith.auditing import clusters
+from tunesmith.auditing.findings import Evidence, Finding, counted
+from tunesmith.auditing.views import WORD, Context, Rule, Survey, View
+from tunesmith.data import calls
+
+CHARTED = 40
+FEWEST_ROWS, FEWEST_OF_TYPE, LEAST_LABEL = 50, 10, 0.1
+CHANCE = 0.01
+"""Below it it is no chance that a type has its labels."""
+NAMED, EACH = 10, 3
+"""Types that a finding names, and rows of each."""
+
+_OPENERS = re.compile(
+    r"(?:[\W_]*+(?:please|kindly|hey|hi|hello|(?:can|could|would|will) you|help me(?: to)?|(?:i'd|i would) like(?: you)? to"
+    r"|i (?:want|need)(?: you)? to|let'?s)(?![\w'’]))*+[\W_]*+",
+    re.IGNORECASE,
+)
+
+
+class Kept(NamedTuple):
+    tool: str | None
+    verb: str | None
+
+    @property
+    def type(self) -> str | None:
+        return self.tool or (f"{self.verb} …" if self.verb else None)
+
+
+class Balance(Rule):
+    name = "balance"
+
+    def look(self, view: View, context: Context) -> Kept | None:
+        kept = Kept(first_tool(view), leading_word(view.asked))
+        return kept if kept.type else None
+
+    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+        rows = [(at, one) for at in survey.training if (one := kept[at]) is not None]
+        types = {at: one.type or "" for at, one in rows}
+        if rows:
+            survey.charts["types"] = _chart(types, survey.labels)
+            yield _types(rows, types, survey)
+        labelled = {at: label for at in survey.training if (label := survey.labels[at]) is not None}
+        if labelled:
+            yield _labels(labelled, survey)
+        if len(set(labelled.values())) == 2:
+            yield from _labels_by_type({at: types[at] for at in labelled if at in types}, labelled, survey)
+
+
+def first_tool(view: View) -> str | None:
+    for message in view.messages:
+        if message.role == "assistant" and (found := message.calls or calls.found(message.content)):
+            return found[0].name
+    return None
+
+
+def leading_word(prompt: str) -> str | None:
+    """The first word of ``prompt`` in lower case, greetings and polite words aside unless there are no others; of scripts
+    without spaces the first two letters."""
+    opened = _OPENERS.match(prompt[:500].replace("’", "'"))
+    found = WORD.search(prompt, opened.end() if opened else 0) or WORD.search(prompt)
+    if found and clusters.UNSPACED_LETTER.match(found[0]):
+        return prompt[found.start() :][:2]
+    return found[0].lower()[:40] if found else None
+
+
+def entropy(counts: Iterable[int]) -> float:
+    """In bits: 0 where all are one, log2 of how many kinds there are where these are even."""
+    some = [count for count in counts if count]
+    total = sum(some)
+    return sum(count / total * log2(total / count) for count in some)
+
+
+def _types(rows: Sequence[tuple[int, Kept]], types: Mapping[int, str], survey: Survey) -> Finding:
+    sizes = Counter(types.values())
+    bits, bar = entropy(sizes.values()), survey.spec.min_entropy
+    parts = {
+        "tools": Counter(one.tool for _, one in rows if one.tool),
+        "first words of prompts": Counter(one.verb for _, one in rows if one.verb),
+        "clusters of prompts": Counter(group.name for group in clusters.of(survey) if group),
+    }
+    most = sizes.most_common(3)
+    told = f"{counted(len(rows))} of {len(sizes)} types, {bits:.1f} bits of entropy"
+    alone = ", ".join(f"{name} {entropy(part.values()):.1f}" for name, part in parts.items() if part)
+    often = ", ".join(f"{name} ({size / len(rows):.0%})" for name, size in most)
+    met, few = bits > bar, len(rows) < FEWEST_ROWS
+    places = [] if met else [at for at, name in types.items() if name == most[0][0]]
+    return Finding(
+        "balance.types", "good" if met else "note" if few else "warning",
+        f"{told} ({alone}); most often: {often}", len(places), len(rows), bits, f"> {bar:g} bits",
+        tuple(Evidence(survey.sources[at], most[0][0]) for at in places[:NAMED]),
+        "" if met else "add rows of other kinds, or leave out some of the most frequent: the model learns to expect these",
+        of_set=True,
+    )  # fmt: skip
+
+
+def _labels(labelled: Mapping[int, bool], survey: Survey) -> Finding:
+    good = sum(labelled.values())
+    share = good / len(labelled)
+    told = f"{good:,} desirable, {len(labelled) - good:,} undesirable ({share:.0%} desirable)"
+    if without := len(survey.training) - len(labelled):
+        told += f", {without:,} without a label"
+    rule, bar = "balance.labels", f"at least {LEAST_LABEL:.0%} of each"
+    if share in (0, 1):
+        hint = "KTO needs both labels; SFT can learn from desirable rows alone"
+        return Finding(rule, "note" if share else "warning", told, of=len(labelled), value=share, hint=hint)
+    if LEAST_LABEL <= share <= 1 - LEAST_LABEL:
+        return Finding(rule, "good", told, of=len(labelled), value=share, threshold=bar)
+    rarer = share < 0.5
+    places = [at for at, label in labelled.items() if label == rarer]
+    return Finding(
+        rule, "warning", told, len(places), len(labelled), share, bar,
+        tuple(Evidence(survey.sources[at], _word(rarer)) for at in places[:NAMED]),
+        f"add {_word(rarer)} rows: from so few little is learned", of_set=True,
+    )  # fmt: skip
+
+
+def _labels_by_type(types: Mapping[int, str], labelled: Mapping[int, bool], survey: Survey) -> Iterator[Finding]:
+    """Types whose share of desirable rows is not that of all labelled rows, by the exact binomial test.
+
+    With the correction of Benjamini and Hochberg (1995), so that of the types named 1 in 100 is there by chance; where no type
+    has labels of its own, one is named in 1 of 100 sets.
+    """
+    from scipy.stats import binomtest, false_discovery_control
+
+    whole = sum(labelled.values()) / len(labelled)
+    sizes = Counter(types.values())
+    good = Counter(name for at, name in types.items() if labelled[at])
+    tested = [name for name, size in sizes.items() if size >= FEWEST_OF_TYPE]
+    if not tested:
+        return
+    chances = [float(binomtest(good[name], sizes[name], whole).pvalue) for name in tested]
+    adjusted = false_discovery_control(chances).tolist()
+    far = [name for _, least, name in sorted(zip(chances, adjusted, tested, strict=True)) if least < CHANCE]
+    rule, threshold = "balance.labels_by_type", "labels as in the whole"
+    if not far:
+        told = f"labels of the {len(tested)} types with {FEWEST_OF_TYPE} rows or more are as in the whole, {whole:.0%} desirable"
+        yield Finding(rule, "good", told, of=len(types), threshold=threshold)
+        return
+    named = far[:NAMED]
+    shares = {name: f"{good[name]:,} of {sizes[name]:,} desirable" for name in named}
+    rows: list[Evidence] = []
+    for name in named:  # those whose label the type goes with
+        side = good[name] / sizes[name] > whole
+        places = [at for at, one in types.items() if one == name and labelled[at] == side]
+        rows += [Evidence(survey.sources[at], f"{name}: {shares[name]}, all types {whole:.0%}") for at in places[:EACH]]
+    listed = "; ".join(f"{name} ({shares[name]})" for name in named[:3])
+    yield Finding(
+        rule, "warning", f"{len(far)} of {len(tested)} types with labels far from those of all, {whole:.0%} desirable: {listed}",
+        sum(sizes[name] for name in far), len(types), None, threshold, tuple(rows),
+        "the model may learn to like or avoid these types themselves: give each rows of both labels", of_set=True,
+    )  # fmt: skip
+
+
+def _word(label: bool) -> str:
+    return "desirable" if label else "undesirable"
+
+
+def _chart(types: Mapping[int, str], labels: Sequence[bool | None]) -> list[dict[str, str | int]]:
+    """A row for each of the most frequent types, and one for all others."""
+    known = {name for name, _ in Counter(types.values()).most_common(CHARTED)}
+    shown: dict[str, dict[bool | None, int]] = {}
+    for at, name in types.items():
+        counts = shown.setdefault(name if name in known else "others", dict.fromkeys((True, False, None), 0))
+        counts[labels[at]] += 1
+    ordered = sorted(shown.items(), key=lambda one: (one[0] not in known, -sum(one[1].values())))
+    return [{"type": name, "true": n[True], "false": n[False], "none": n[None]} for name, n in ordered]

@@ -1,0 +1,240 @@
+"""Training rows that repeat what they will be measured on: held-out rows, evaluation sets, fixed prompts.
+
+exact: the same prompt, but for case and spacing. near: by edit distance (`near`). passages: thirteen words in a
+row of an evaluation set anywhere in the row, as GPT-3's authors looked for it (arXiv 2005.14165, appendix C). A model that
+has seen the question is measured on its memory.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tunesmith.auditing import near
+from tunesmith.auditing.findings import Evidence, Finding, Severity, counted
+from tunesmith.auditing.rules.content import masked
+from tunesmith.auditing.views import WORD, Context, Rule, Survey, View, excerpt, normal, spaced
+from tunesmith.data import formats, sources
+from tunesmith.data.examples import Example
+from tunesmith.errors import DataError
+
+PASSAGE = 13  # words
+SHORTEST = 5  # words of a prompt that is compared for nearness: shorter ones are near to much
+PROMPTS = ("prompt", "question", "instruction", "goal", "problem", "ctx", "sentence", "query", "input", "text")
+"""Keys under which an evaluation set has its prompt, tried in this order; else the longest text counts."""
+
+
+class Item(NamedTuple):
+    source: str
+    prompt: str
+    whole: str
+
+
+class Hit(NamedTuple):
+    """``set``: which of `Context.against`. ``item``: its place there."""
+
+    kind: str  # exact | near | passages
+    set: int
+    item: int
+    similarity: float
+
+
+class Against:
+    """What no training row may repeat. ``held_out``: rows of the same kind, of which only prompts are compared.
+
+    unreadable: rows of the file that hold no prompt.
+    """
+
+    def __init__(self, items: Iterable[Item], *, held_out: bool) -> None:
+        every = list(items)
+        self.items = [item for item in every if item.prompt.strip()]
+        self.unreadable = len(every) - len(self.items)
+        self.held_out = held_out
+        self.keys: dict[str, int] = {}
+        self.passages: dict[int, int] = {}
+        self.bands: list[dict[int, list[int]]] = [{} for _ in range(near.PERMUTATIONS // near.BAND)]
+        self.heads = near.Heads(normal(item.prompt) for item in self.items)
+        self.prompts = [self.heads.without(normal(item.prompt)) for item in self.items]
+        self._seen: dict[str, tuple[str, int, float] | None] = {}
+        for at, (item, prompt) in enumerate(zip(self.items, self.prompts, strict=True)):
+            self.keys.setdefault(spaced(item.prompt), at)
+            for band, key in zip(self.bands, _bands(prompt), strict=False):
+                some = band.setdefault(key, [])
+                if len(some) < near.BUCKET:  # so many alike are enough to be compared with
+                    some.append(at)
+            for gram in () if held_out else _passages(item.whole):
+                self.passages.setdefault(gram, at)
+
+    def hit(self, prompts: Sequence[str], whole: str, least: float) -> tuple[str, int, float] | None:
+        """The gravest overlap: kind, item, similarity."""
+        for prompt in prompts:
+            if (at := self.keys.get(spaced(prompt))) is not None:
+                return "exact", at, 1.0
+        for prompt in prompts:
+            if (found := self._near(prompt, least)) is not None:
+                return found
+        at = next((self.passages[gram] for gram in _passages(whole) if gram in self.passages), None) if self.passages else None
+        return None if at is None else ("passages", at, 0.0)
+
+    def _near(self, prompt: str, least: float) -> tuple[str, int, float] | None:
+        if prompt not in self._seen:
+            if len(self._seen) >= near.BUCKET * 100:
+                self._seen.clear()
+            self._seen[prompt] = self._compared(self.heads.without(normal(prompt)), least)
+        return self._seen[prompt]
+
+    def _compared(self, prompt: str, least: float) -> tuple[str, int, float] | None:
+        chosen = {at for band, key in zip(self.bands, _bands(prompt), strict=False) for at in band.get(key, ())}
+        for at in sorted(chosen):
+            if (similarity := near.similarity(self.prompts[at], prompt, least)) >= least:
+                return "near", at, similarity
+        return None
+
+
+def _bands(prompt: str) -> list[int]:
+    """None of a prompt that is too short to be near to anything."""
+    return near.bands([near.signature(prompt)])[0].tolist() if len(prompt.split(" ")) >= SHORTEST else []
+
+
+def _passages(text: str) -> Iterator[int]:
+    """The hash of each thirteen words in a row; salted, so of use within a process only."""
+    words = WORD.findall(text.lower())
+    return (hash(tuple(words[at : at + PASSAGE])) for at in range(len(words) - PASSAGE + 1))
+
+
+def held_out(examples: Iterable[Example]) -> Against:
+    """From validation rows."""
+    views = (View(example.source, example) for example in examples)
+    return Against((Item(view.source, _asked(view), "") for view in views), held_out=True)
+
+
+def _asked(view: View) -> str:
+    """What `examples.prompt_key` keeps together: of text without a prompt the text."""
+    return view.asked if view.asked.strip() else view.said
+
+
+def load(path: str, spec: formats.DataSpec) -> Against:
+    """An evaluation set or a list of prompts. Raises DataError where it cannot be read or holds no prompt."""
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise DataError("no such file or folder", where=path, hint="audit.against names evaluation sets and prompts")
+    try:
+        found = Against(
+            _csv(file) if file.suffix.lower() == ".csv" else _lines(file) if file.suffix.lower() == ".txt" else _rows(file, spec),
+            held_out=False,
+        )
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot be read: {error}", where=path, hint="UTF-8 text is expected") from error
+    if not found.items:
+        raise DataError(
+            "holds no prompt to compare with", where=path, hint=f"a key such as {', '.join(PROMPTS[:3])}, or rows of text"
+        )
+    return found
+
+
+def _lines(path: Path) -> Iterator[Item]:
+    with path.open(encoding="utf-8") as lines:
+        yield from (Item(f"{path}:{at}", line.strip(), line) for at, line in enumerate(lines, 1) if line.strip())
+
+
+def _csv(path: Path) -> Iterator[Item]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for row in reader:
+            texts = {key: text for key, text in row.items() if isinstance(key, str) and isinstance(text, str)}
+            yield Item(f"{path}:{reader.line_num}", _prompt(texts), "\n".join(texts.values()))
+
+
+def _rows(path: Path, spec: formats.DataSpec) -> Iterator[Item]:
+    """Rows that training could read as it reads them; of others what stands under a key of `PROMPTS`."""
+    for file in sources.files([path]):
+        for raw in sources.raws(file):
+            row = formats.row(raw, spec)
+            if not isinstance(row, formats.Dropped):
+                view = View(raw.source, row)
+                yield Item(raw.source, _asked(view), view.whole)
+                continue
+            try:
+                value = sources.value(raw.text)
+                texts = {"text": value} if isinstance(value, str) else dict(_texts(value, ""))
+            except RecursionError:
+                texts = {}
+            yield Item(raw.source, _prompt(texts), "\n".join(texts.values()))
+
+
+def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:
+    """Every text inside, under its path of keys."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in inside:
+            yield from _texts(item, f"{key}.{name}".lstrip("."))
+
+
+def _prompt(texts: dict[str, str]) -> str:
+    named = {key.lower(): text for key, text in texts.items()}
+    return next((named[key] for key in PROMPTS if named.get(key, "").strip()), max(texts.values(), key=len, default=""))
+
+
+class Contamination(Rule):
+    name = "contamination"
+
+    def look(self, view: View, context: Context) -> list[Hit] | None:
+        if not context.against or view.example is None:
+            return None
+        prompts = list(dict.fromkeys([*(part.text for part in view.parts if part.role == "user"), _asked(view)]))
+        found: list[Hit] = []
+        for place, against in enumerate(context.against):
+            asked = [_asked(view)] if against.held_out else prompts
+            if (hit := against.hit(asked, view.whole, context.spec.similarity)) is not None:
+                found.append(Hit(hit[0], place, hit[1], hit[2]))
+        return found or None
+
+    def judge(self, kept: list[list[Hit] | None], survey: Survey) -> Iterator[Finding]:
+        assert survey.context is not None
+        against: Sequence[Against] = survey.context.against or ()
+        if not against and survey.training:
+            told = "nothing to compare with: neither held-out rows nor evaluation sets"
+            yield Finding("contamination.unchecked", "note", told, hint="--against FILE names one")
+        for held_out, name, words in (
+            (True, "validation", "held-out rows"),
+            (False, "evaluation", "evaluation sets or fixed prompts"),
+        ):
+            if not any(one.held_out == held_out for one in against):
+                continue
+            for kind in ("exact", "near") if held_out else ("exact", "near", "passages"):
+                rows: list[Evidence] = []
+                telling = False  # whether any of the prompts is more than a greeting
+                for at in survey.training:
+                    hits = [hit for hit in kept[at] or () if hit.kind == kind and against[hit.set].held_out == held_out]
+                    if hits:
+                        item = against[hits[0].set].items[hits[0].item]
+                        rows.append(Evidence(survey.sources[at], _note(hits[0], item)))
+                        telling |= len(item.prompt.split()) >= SHORTEST or not held_out
+                severity: Severity = "good" if not rows else "error" if kind == "exact" and telling else "warning"
+                yield _finding(f"contamination.{name}_{kind}", severity, kind, rows, len(survey.training), words)
+        if bad := sum(one.unreadable for one in against if not one.held_out):
+            told = f"{counted(bad)} of the evaluation sets without a prompt to compare with"
+            yield Finding(
+                "contamination.unreadable", "note", told, bad, hint=f"a key such as {', '.join(PROMPTS[:3])} is looked for"
+            )
+
+
+def _note(hit: Hit, item: Item) -> str:
+    how = {"exact": "as", "near": f"{hit.similarity:.1%} as", "passages": "a passage of"}[hit.kind]
+    return f"{how} {item.source}: {excerpt(masked(excerpt(item.prompt)), 80)}"
+
+
+def _finding(rule: str, severity: Severity, kind: str, rows: list[Evidence], of: int, words: str) -> Finding:
+    how = {
+        "exact": "asking what is asked in",
+        "near": "asking nearly what is asked in",
+        "passages": f"holding {PASSAGE} words in a row of",
+    }[kind]
+    many = counted(len(rows), of) if rows else "no rows"
+    bar = "0" if kind == "exact" else None
+    hint = "take them out of the training rows, or the measurement is of memory" if rows else ""
+    return Finding(rule, severity, f"{many} {how} {words}", len(rows), of, threshold=bar, rows=tuple(rows), hint=hint)

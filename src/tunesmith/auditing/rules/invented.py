@@ -1,0 +1,103 @@
+"""Results that the assistant makes up: its own text goes on, after a call, with what the environment should say.
+
+Learned, it teaches a model to answer its own calls. A result in a tool's turn is none, nor is one in a code fence, nor the word
+"Result:" in prose. Which rows can be turned into calls and results is asked of `calls.structure`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tunesmith.auditing.findings import Evidence, Finding, counted
+from tunesmith.auditing.views import Context, Rule, Survey, View
+from tunesmith.data import calls
+from tunesmith.data.examples import Completion, Document
+
+_MARK = re.compile(
+    r"""^[ ]{0,3}(?:
+    (?P<fence>```(?=[^`\n]*$)|~~~)
+    |(?P<call>(?:tool|function)[ _]call:|action[ ]input:|<(?:tool|function)_?call>|\[TOOL_CALLS\])
+    |(?P<block><\|?(?:tool|function)_(?:response|result|output)s?\|?>|\[TOOL_RESULTS\])
+    |(?P<word>result|observation|(?:tool|function)[ ](?:result|output|response)):(?:[ \t]*+(?P<said>[^\s])|\s*+(?P<json>[{\[]))
+    )""",
+    re.MULTILINE | re.IGNORECASE | re.VERBOSE,
+)
+
+
+class Kept(NamedTuple):
+    """Of a row with calls. ``seen``: what is made up and where, "" where nothing is. ``note``: of `calls.structure`."""
+
+    seen: str
+    note: str
+
+
+class Invented(Rule):
+    name = "invented"
+
+    def look(self, view: View, context: Context) -> Kept | None:
+        if view.example is None:
+            return None
+        called = any(message.calls for message in view.messages)
+        for at, text in _learned(view):
+            calling, seen = made_up(text)
+            called = called or calling
+            if seen:
+                return Kept(f"{at}: {seen}", calls.structure(view.example)[1])
+        return Kept("", "") if called else None
+
+    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+        rows = survey.training
+        calling = [(at, one) for at in rows if (one := kept[at]) is not None]
+        found = [(at, one) for at, one in calling if one.seen]
+        if not found:
+            if calling:
+                told = f"none of the {counted(len(calling))} with calls makes up a result"
+                yield Finding("invented.results", "good", told, of=len(rows))
+            return
+        turned = sum(one.note == calls.STRUCTURED for _, one in found)
+        yield Finding(
+            "invented.results", "warning",
+            f"{counted(len(found), len(rows))} in which the assistant writes the results of its calls itself, and learns to",
+            len(found), len(rows), rows=tuple(Evidence(survey.sources[at], one.seen) for at, one in found),
+            hint=_hint(turned, Counter(one.note.removeprefix("left: ") or "another form" for _, one in found)),
+        )  # fmt: skip
+
+
+def made_up(text: str) -> tuple[bool, str]:
+    """Whether an assistant's text calls anything, and what it makes up after that: what, not its words."""
+    written = calls.found(text)
+    if first := next((call for call in written if call.result), None):
+        return True, f"a result of {first.name}, {len(first.result or ''):,} letters"
+    called, quoted = bool(written), ""
+    for mark in _MARK.finditer(text):
+        if fence := mark["fence"]:
+            quoted = "" if quoted == fence else quoted or fence
+        elif quoted:
+            continue
+        elif mark["call"]:
+            called = True
+        elif mark["block"]:
+            return True, f"a block {mark['block']}"
+        elif called and (mark["json"] or mark["said"] in ("{", "[") or mark["word"].lower() != "result"):
+            return True, f"{mark['word']}: behind a call"
+    return called, ""
+
+
+def _learned(view: View) -> Iterator[tuple[str, str]]:
+    if isinstance(view.example, Document):
+        yield "text", view.example.text
+    elif isinstance(view.example, Completion):
+        yield "completion", view.example.completion
+    for at, message in enumerate(view.messages, 1):
+        if message.role == "assistant":
+            yield f"turn {at}", message.content
+
+
+def _hint(turned: int, notes: Counter[str]) -> str:
+    left = ", ".join(f"{reason} {count}" for reason, count in notes.most_common() if reason != calls.STRUCTURED)
+    can = f"`--fix OUT` or data.structure_calls=true turns {turned:,} of them into calls and results, which are not learned"
+    cannot = f"{notes.total() - turned:,} cannot be turned ({left}): mend them or leave them out"
+    return "; ".join([can] * bool(turned) + [cannot] * bool(left))

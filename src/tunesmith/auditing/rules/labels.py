@@ -1,0 +1,149 @@
+"""Which labels a simple model of the other rows would not have given: a reading list, not a list of errors.
+
+The model is a ridge regression on the words of a row (TF-IDF in 100 dimensions), and each row is judged by the model fitted
+without it. It knows words, not truth; where it cannot tell the labels of most rows it says so and names none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tunesmith.auditing.findings import Evidence, Finding, counted
+from tunesmith.auditing.rules.diversity import hashes
+from tunesmith.auditing.views import Context, Rule, Survey, View
+
+WORDS = 5_000
+"""Of a row that are looked at, from its beginning."""
+DIMENSIONS, PENALTY, NEIGHBOURS = 100, 1.0, 5
+FEWEST, FEWEST_OF_LABEL = 30, 5
+CLEAR = 0.6
+"""The model knows something of the labels where the area under its curve is above this with 97.5% confidence."""
+SHARE, AT_LEAST = 0.02, 10
+"""Rows that are named at most: this share, but so many at least."""
+
+
+class Skill(NamedTuple):
+    """How well scores tell labels. ``area``: under the ROC curve, of which ``low`` and ``high`` bound 95%. ``accuracy``: the mean
+    of both labels' shares that are told right."""
+
+    area: float
+    low: float
+    high: float
+    accuracy: float
+
+    def __str__(self) -> str:
+        return f"AUC {self.area:.2f}, {self.low:.2f}–{self.high:.2f}; balanced accuracy {self.accuracy:.0%}"
+
+
+class Labels(Rule):
+    name = "labels"
+    drawn = True
+
+    def look(self, view: View, context: Context) -> np.ndarray | None:
+        return None if view.label is None else hashes(view.words[:WORDS])
+
+    def judge(self, kept: list[np.ndarray | None], survey: Survey) -> Iterator[Finding]:
+        rows = [at for at in survey.training if kept[at] is not None]
+        labels = np.array([survey.labels[at] for at in rows], dtype=bool)
+        rule, bar, rarer = "labels.predictable", f"AUC > {CLEAR} for sure", min(labels.sum(), (~labels).sum())
+        if not rows:
+            return
+        if len(rows) < FEWEST or rarer < FEWEST_OF_LABEL:
+            told = f"{counted(len(rows))} with a label, {rarer} of the rarer one: too few to tell from them which are suspicious"
+            yield Finding(rule, "note", told, of=len(rows))
+            return
+        features = _features([one for at in rows if (one := kept[at]) is not None])
+        scores = leave_one_out(features, labels)
+        skill = skill_of(scores, labels)
+        if skill.low <= CLEAR:
+            told = f"words tell little about the label ({skill}): no row can be called suspicious"
+            yield Finding(rule, "note", told, of=len(rows), value=skill.area)
+            return
+        told = f"words tell the label of a row that the model was not fitted to ({skill})"
+        yield Finding(rule, "good", told, of=len(rows), value=skill.area, threshold=bar)
+        found = suspicious(features, scores, labels)
+        if found:
+            evidence = tuple(_evidence(survey, rows, place, other, abs(scores[place])) for place, other in found)
+            yield Finding(
+                "labels.suspicious", "note", f"{counted(len(found), len(rows))} that read like the other label",
+                len(found), len(rows), rows=evidence, hint="read them: a wrong label, or words that mislead the model?",
+            )  # fmt: skip
+
+
+def _evidence(survey: Survey, rows: Sequence[int], place: int, other: int, margin: float) -> Evidence:
+    own, like = ("desirable", "undesirable") if survey.labels[rows[place]] else ("undesirable", "desirable")
+    near = survey.sources[rows[other]]
+    return Evidence(survey.sources[rows[place]], f"{own}, reads like {like} (margin {margin:.2f}); see {near}, which is {like}")
+
+
+def _features(words: Sequence[np.ndarray]) -> np.ndarray:
+    """(n, width) of TF-IDF, by singular value decomposition; words of a single row say nothing about others and are left out."""
+    from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import TfidfTransformer
+    from sklearn.utils.extmath import randomized_svd
+
+    _, columns = np.unique(np.concatenate(words), return_inverse=True)
+    starts = np.cumsum([0, *map(len, words)])
+    counts: Any = csr_matrix((np.ones(len(columns), dtype=np.float32), columns, starts))
+    counts.sum_duplicates()
+    counts = counts[:, np.bincount(counts.indices, minlength=counts.shape[1]) > 1]
+    if not counts.nnz:
+        return np.zeros((len(words), 1))
+    weights = TfidfTransformer(sublinear_tf=True).fit_transform(counts)
+    left, sizes, _ = randomized_svd(weights, min(DIMENSIONS, *counts.shape), random_state=0)
+    return np.asarray(left * sizes, dtype=np.float64)
+
+
+def leave_one_out(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Of each row the score, about −1 for False to 1 for True, that a ridge regression gives it that was fitted to all others.
+
+    Both labels weigh the same in all. Exact without refitting: residual of the left out = residual ÷ (1 − leverage).
+    """
+    target = np.where(labels, 1.0, -1.0)
+    weight = len(labels) / 2 / np.where(labels, labels.sum(), (~labels).sum())
+    table = np.column_stack([features, np.ones(len(labels))])
+    penalty = np.diag([PENALTY] * features.shape[1] + [0.0])
+    solved = np.linalg.solve((table.T * weight) @ table + penalty, table.T * weight)
+    leverage = np.einsum("ij,ji->i", table, solved)
+    return target - (target - table @ (solved @ target)) / (1 - leverage)
+
+
+def skill_of(scores: np.ndarray, labels: np.ndarray) -> Skill:
+    """With the interval of Hanley and McNeil (1982)."""
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+    # Without a row the others lean to the other label, so that no skill at all can come out below a half.
+    area = max(0.5, float(roc_auc_score(labels, scores)))
+    good, bad = int(labels.sum()), int((~labels).sum())
+    both_good, both_bad = area / (2 - area), 2 * area**2 / (1 + area)
+    spread = area * (1 - area) + (good - 1) * (both_good - area**2) + (bad - 1) * (both_bad - area**2)
+    reach = 1.96 * (spread / good / bad) ** 0.5
+    return Skill(area, max(0.0, area - reach), min(1.0, area + reach), float(balanced_accuracy_score(labels, scores > 0)))
+
+
+def suspicious(features: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> list[tuple[int, int]]:
+    """(place, place of the row of the other label most like it), most suspicious first.
+
+    Rows that score beyond 0 and beyond the weakest tenth of the other label, and of whose nearest rows most have it.
+    """
+    from sklearn.neighbors import NearestNeighbors
+    from sklearn.preprocessing import normalize
+
+    most = max(AT_LEAST, int(SHARE * len(labels)))
+    most_bad, most_good = np.quantile(scores[~labels], 0.9), np.quantile(scores[labels], 0.1)
+    beyond = np.where(labels, scores < min(0.0, most_bad), scores > max(0.0, most_good))
+    places = [at for at in np.argsort(-np.abs(scores), kind="stable") if beyond[at]][: 4 * most]
+    if not places:
+        return []
+    points = np.asarray(normalize(features))
+    near = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute").fit(points).kneighbors(points[places])[1]
+    found: list[tuple[int, int]] = []
+    for place, around in zip(places, near, strict=True):
+        others = [int(at) for at in around if at != place][:NEIGHBOURS]
+        against = [at for at in others if labels[at] != labels[place]]
+        if len(against) > NEIGHBOURS / 2:
+            found.append((int(place), against[0]))
+    return found[:most]

@@ -1,0 +1,185 @@
+"""Is each row sound: roles, order, turns and calls as every template needs them, arguments as the tools declare them?
+
+What `formats` and `examples` refuse is counted by its reason. Of the rows that can be read, the arguments of calls are held
+against the declared JSON schema, calls written as text against the form of a JSON object, and ids of calls against what the
+target model writes. A row labelled undesirable, and the rejected side of a pair, may break a call: that is what it shows. Not
+checked are `pattern` and `format`, schemas with `patternProperties` or very many references, and whether a call was right.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+from tunesmith.auditing.findings import Evidence, Finding, Severity, counted
+from tunesmith.auditing.rules.content import masked
+from tunesmith.auditing.views import Context, Rule, Survey, View, excerpt
+from tunesmith.data import calls
+from tunesmith.data.examples import Conversation
+
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
+    from jsonschema.protocols import Validator
+
+SHOWN = 3
+"""Faults of one kind that are written out of a row, and of one call."""
+REFERENCES = 24
+"""Of a schema: with more, each leading to two others, one check could take hours."""
+TELL = {
+    "schema": ("a call whose arguments break the schema of its tool", "mend the call or the schema: it fails when it is run"),
+    "text_calls": ("a call written as text whose arguments are no JSON object", "mend the JSON: such a call cannot be run"),
+    "tool_schema": (
+        "a declared tool whose parameters are no JSON schema",
+        "mend the schema: calls of this tool were not checked",
+    ),
+    "call_ids": ("an id of a call that is not nine letters or digits", "nothing to do: the renderer makes such an id of it"),
+}
+"""What a row that can be read may have, and what to do. The first two make it unsound; the last is only worth knowing."""
+ASTRAY = "it cannot be followed: a reference leads nowhere or to itself, or it is nested too deeply"
+UNSOUND = ("schema", "text_calls")
+NINE = re.compile("[A-Za-z0-9]{9}")
+_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+
+
+class Structure(Rule):
+    name = "structure"
+
+    def look(self, view: View, context: Context) -> dict[str, str] | None:
+        """What is wrong, by the rule of `TELL`, or of a row that was dropped by its reason."""
+        if view.dropped is not None:
+            return {view.dropped.reason: excerpt(masked(view.dropped.message[:1000]), 400)}
+        faults: dict[str, list[str]] = defaultdict(list)
+        for rule, note in _faults(view, context):
+            if rule not in UNSOUND or view.label is not False:
+                faults[rule].append(note)
+        return {rule: excerpt(masked(_told(notes)[:1000])) for rule, notes in faults.items()} or None
+
+    def judge(self, kept: list[dict[str, str] | None], survey: Survey) -> Iterator[Finding]:
+        if not len(survey):
+            return
+        dropped: dict[str, list[int]] = defaultdict(list)
+        found: dict[str, list[int]] = defaultdict(list)
+        for at, bad in enumerate(survey.dropped):
+            if bad is not None:
+                dropped[bad.reason].append(at)
+            else:
+                for rule in kept[at] or ():
+                    found[rule].append(at)
+
+        def finding(rule: str, severity: Severity, what: str, some: list[int], hint: str) -> Finding:
+            evidence = tuple(Evidence(survey.sources[at], (kept[at] or {}).get(rule, "")) for at in some)
+            told = f"{counted(len(some), len(survey))} {what}"
+            return Finding(f"structure.{rule}", severity, told, len(some), len(survey), rows=evidence, hint=hint)
+
+        unsound = {at for some in [*dropped.values(), *(found[rule] for rule in UNSOUND)] for at in some}
+        sound, bar = len(survey) - len(unsound), survey.spec.min_valid
+        share, hint = sound / len(survey), "mend the rows that are named with what is wrong"
+        told = f"{counted(len(unsound), len(survey))} broken" if unsound else "every row is sound"
+        yield Finding(
+            "structure.valid", "good" if share >= bar else "error", told,
+            len(unsound), len(survey), share, f"≥ {bar:.0%}", hint="" if share >= bar else hint,
+        )  # fmt: skip
+        for reason, some in sorted(dropped.items(), key=lambda item: -len(item[1])):
+            advice = next(((kept[at] or {}).get(reason, "").partition("; hint: ")[2] for at in some), "")
+            what = f"that cannot be used ({reason})"
+            yield finding(reason, "warning", what, some, advice or "training leaves them out: mend them")
+        for rule, (what, hint) in TELL.items():
+            if found[rule]:
+                yield finding(rule, "note" if rule == "call_ids" else "warning", f"with {what}", found[rule], hint)
+
+
+def _faults(view: View, context: Context) -> Iterator[tuple[str, str]]:
+    """(rule, what is wrong) for everything that is, in what is to be learned."""
+    if view.conversation and view.conversation.tools:
+        yield from _undeclared(view.conversation)
+    for part in view.parts:
+        if part.role in ("assistant", "text") and "tool_call:" in part.text and not part.at.startswith("rejected"):
+            yield from (("text_calls", f"{part.at}: {call.name}") for call in calls.found(part.text) if call.arguments is None)
+    if context.renderer is not None and context.renderer.nine_letters:
+        for at, message in enumerate(view.messages, 1):
+            ids = [call.id for call in message.calls if call.id and not NINE.fullmatch(call.id)]
+            yield from (("call_ids", f"turn {at}: {one}") for one in ids)
+
+
+def _told(notes: list[str]) -> str:
+    return "; ".join(notes[:SHOWN]) + (f"; and {len(notes) - SHOWN:,} more" if len(notes) > SHOWN else "")
+
+
+def _undeclared(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    """Schemas that are none, and arguments that theirs does not allow."""
+    from jsonschema.exceptions import UnknownType
+    from referencing.exceptions import Unresolvable
+
+    checks: dict[str, Validator] = {}
+    for tool in conversation.tools:
+        function = cast(dict[str, Any], tool)["function"]
+        if function.get("parameters") is not None:
+            check, problem = _check(json.dumps(function["parameters"]))
+            if problem:
+                yield "tool_schema", f"{function['name']}: {problem}"
+            if check is not None:
+                checks[function["name"]] = check
+    for at, message in enumerate(conversation.messages, 1):
+        for call in message.calls:
+            if (check := checks.get(call.name)) is None:
+                continue
+            try:
+                for error in islice(check.iter_errors(call.arguments), SHOWN):
+                    yield "schema", f"turn {at}, {call.name}: {_wrong(error)}"
+            except (Unresolvable, UnknownType, RecursionError, ValueError, ArithmeticError):
+                yield "tool_schema", f"{call.name}: {ASTRAY}"
+
+
+@lru_cache(maxsize=8192)
+def _check(text: str) -> tuple[Validator | None, str]:
+    """What checks arguments against the schema in ``text``, None where they are not checked; and what is wrong with it."""
+    from jsonschema import Draft202012Validator, FormatChecker, SchemaError
+    from jsonschema.validators import validator_for
+    from referencing import Registry
+
+    schema = json.loads(text)
+    if not isinstance(schema, dict | bool):
+        return None, f"{_KINDS[type(schema)]} is no schema"
+    try:
+        kind: Any = validator_for(schema, default=Draft202012Validator)
+        kind.check_schema(schema, format_checker=FormatChecker(formats=()))
+        if '"patternProperties"' in text or text.count('"$ref"') + text.count('"$dynamicRef"') > REFERENCES:
+            return None, ""
+        return _bounded(kind)(schema, registry=Registry()), ""  # empty: nothing is fetched from the network
+    except SchemaError as error:
+        told = f"{error.instance!r} is no type of JSON" if error.json_path.endswith(".type") else error.message
+        return None, f"{error.json_path.removeprefix('$.')}: {told}"
+    except (RecursionError, ValueError):
+        return None, ASTRAY
+
+
+@lru_cache(maxsize=16)
+def _bounded(kind: type[Validator]) -> type[Validator]:
+    """``kind`` without what takes more than linear time: patterns, which may be any, and equality of all pairs."""
+    from jsonschema import ValidationError
+    from jsonschema.validators import extend
+
+    def unique(validator: Validator, wanted: bool, instance: object, schema: object) -> Iterator[ValidationError]:
+        if wanted and isinstance(instance, list) and len({json.dumps(one, sort_keys=True) for one in instance}) < len(instance):
+            yield ValidationError("the same twice")
+
+    return extend(kind, {"pattern": lambda *_: (), "uniqueItems": unique})
+
+
+def _wrong(error: ValidationError) -> str:
+    """Which key, and what is wrong with it; never the value, which may be private."""
+    at = error.json_path.removeprefix("$.") if error.json_path != "$" else "the arguments"
+    wanted: Any = error.validator_value
+    if error.validator == "type":
+        kinds = wanted if isinstance(wanted, str) else " or ".join(wanted)
+        return f"{at}: {_KINDS.get(type(error.instance), 'null')}, not {kinds}"
+    if error.validator == "enum":
+        return f"{at}: none of {excerpt(', '.join(map(str, wanted)), 60)}"
+    if error.validator in ("required", "additionalProperties", "dependentRequired"):
+        return f"{at}: {error.message}"
+    return f"{at}: breaks {error.validator}" + f" ({wanted})" * isinstance(wanted, str | int | float)

@@ -1,0 +1,95 @@
+"""What the tokenizer and template make of the rows: unknown letters, control tokens in the wrong place, nothing to learn.
+
+The renderer itself refuses a row whose learned tokens do not decode to the assistant's words; those rows are counted here by
+the code of the refusal. The checks on its sequences look at the ids alone, not at how they were made.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from tunesmith.auditing.findings import Evidence, Finding, counted
+from tunesmith.auditing.views import Context, Rule, Survey, View
+from tunesmith.data.examples import Completion, Document
+from tunesmith.errors import TemplateError
+from tunesmith.tokens.template import Refused
+
+BARS = {
+    "unknown": ("holding letters that the tokenizer does not know", "they are learned as the unknown token: replace them"),
+    "bos": ("lacking a BOS token at the start, or with a second one", "template and tokenizer both write it: take one out"),
+    "no_target": ("with nothing to learn", "template.learn says which answers are learned"),
+    "control": ("with a control token inside an answer", "take it out of the text, or the model learns to break off there"),
+    "words": ("whose learned tokens do not read as the assistant's words", "the template or the tokenizer changes the answer"),
+}
+OTHER = "not rendered by this template", "change the rows, or take a model whose template can express them"
+
+
+class Kept(NamedTuple):
+    problems: tuple[str, ...]  # keys of `BARS`, or the code of a refusal
+    note: str
+    unknown: int
+    tokens: int
+    refused: bool  # training leaves the row out, counted
+
+
+class Tokenisation(Rule):
+    name = "tokenisation"
+    drawn = True
+
+    def look(self, view: View, context: Context) -> Kept | None:
+        renderer = context.renderer
+        if renderer is None or view.example is None:
+            return None
+        rows = context.rows(view)
+        if isinstance(rows, TemplateError):
+            code = rows.code if isinstance(rows, Refused) else "template"
+            return Kept((code,), rows.what, 0, 0, refused=True)
+        whole = isinstance(view.example, Document | Completion)
+        bos = renderer.bos_id if whole else renderer.chat_bos_id
+        problems: dict[str, str] = {}
+        unknown = tokens = 0
+        for row in rows:
+            ids, targets = row.tokens
+            tokens += len(ids)
+            if renderer.unknown_id not in (None, bos, *renderer.eos_ids) and (many := int((ids == renderer.unknown_id).sum())):
+                unknown += many
+                problems["unknown"] = f"{many} of {len(ids)} tokens"
+            if bos is not None and (ids[0] != bos or (ids == bos).sum() > 1):
+                problems["bos"] = f"{int((ids == bos).sum())} BOS tokens, {'' if ids[0] == bos else 'not '}at the start"
+            learned = targets >= 1
+            if not learned.any():
+                problems["no_target"] = "no learned token"
+            # An answer ends in a control token, and may begin with one that opens its calls.
+            inner = learned & np.r_[False, learned[:-1]] & np.r_[learned[1:], False]
+            inside = {renderer.decode([token]).strip() for token in ids[inner].tolist() if token in renderer.control_ids}
+            if written := [token for token in inside if token in view.said]:  # others are the template's own
+                problems["control"] = f"{' '.join(sorted(written))} inside an answer"
+        return Kept(tuple(problems), "; ".join(problems.values()), unknown, tokens, refused=False)
+
+    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+        rows = [(at, one) for at in survey.training if (one := kept[at]) is not None]
+        if not rows:
+            return
+        found: dict[str, list[tuple[Kept, Evidence]]] = defaultdict(list)
+        for at, one in rows:
+            for problem in one.problems:
+                found[problem].append((one, Evidence(survey.sources[at], one.note)))
+        tokens, unknown = sum(one.tokens for _, one in rows), sum(one.unknown for _, one in rows)
+        assert survey.context is not None
+        most = (1 - survey.spec.min_valid) * len(rows)
+        many = survey.context.refusals and sum(one.refused for _, one in rows) > most
+        for name in (*BARS, *sorted(found.keys() - BARS.keys())):
+            bad = found[name]
+            what, hint = BARS.get(name, OTHER)
+            told = f"{counted(len(bad))} {what}" if bad else f"no rows {what}"
+            told += f"; {unknown:,} of {tokens:,} tokens" if name == "unknown" and bad else ""
+            told += f" ({name})" if name not in BARS else ""
+            mild = (all(one.refused for one, _ in bad) and not many) or (name == "unknown" and len(bad) <= most)
+            severity = "good" if not bad else "warning" if mild else "error"
+            evidence = tuple(evidence for _, evidence in bad)
+            hint = hint if bad else ""
+            yield Finding(f"tokenisation.{name}", severity, told, len(bad), len(rows), threshold="0", rows=evidence, hint=hint)

@@ -1,0 +1,1 @@
+"""What is in the files? Files become examples; formats are detected, calls are read."""

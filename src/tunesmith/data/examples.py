@@ -1,0 +1,248 @@
+"""What one training row is and when it is sound; how it is written; and which rows are held out, by whole prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import TypeAlias
+
+from tunesmith.errors import DataError
+from tunesmith.settings.config import JSON
+
+
+class BadRow(Exception):
+    """This row cannot be used."""
+
+    def __init__(self, reason: str, at: str, expected: str, found: str, hint: str = "") -> None:
+        super().__init__(f"{at}: " * bool(at) + f"expected {expected}, found {found}" + f"; hint: {hint}" * bool(hint))
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """``text``: the arguments to the letter, where the file gave them as a string."""
+
+    name: str
+    arguments: JSON
+    id: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """``call_id``: the call that a tool message answers. ``learn``: None leaves it to the template's settings."""
+
+    role: str  # system | user | assistant | tool
+    content: str
+    calls: tuple[Call, ...] = ()
+    call_id: str | None = None
+    name: str | None = None
+    learn: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """``tools``: declarations in OpenAI's form, ``{"type": "function", "function": {"name": …}}``."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[JSON, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sourced:
+    """``id``: 16 hex digits of the sha256 of the content, source and metadata aside. ``source``: ``file:line``."""
+
+    id: str = ""
+    source: str = ""
+    metadata: dict[str, JSON] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            digest = hashlib.sha256(json.dumps(content_of(self)).encode()).hexdigest()
+            object.__setattr__(self, "id", digest[:16])
+
+
+@dataclass(frozen=True, slots=True)
+class Document(_Sourced):
+    """Plain text, all of it learned."""
+
+    text: str
+    label: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration(_Sourced):
+    """A conversation to imitate."""
+
+    conversation: Conversation
+    label: None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged(_Sourced):
+    """A conversation with a verdict on it."""
+
+    conversation: Conversation
+    desirable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Preference(_Sourced):
+    """Two whole conversations that answer the same prompt differently."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Completion(_Sourced):
+    """Plain text that follows plain text: no chat template."""
+
+    prompt: str
+    completion: str
+    label: bool | None = None
+
+
+Example: TypeAlias = Document | Demonstration | Judged | Preference | Completion
+
+
+def content_of(example: _Sourced) -> dict[str, JSON]:
+    """The row that says what ``example`` says, source and metadata aside."""
+    row: dict[str, JSON] = {}
+    tools: tuple[JSON, ...] = ()
+    for key in ("text", "prompt", "completion", "chosen", "rejected", "conversation"):
+        value = getattr(example, key, None)
+        if isinstance(value, Conversation):
+            tools = value.tools
+            row["messages" if key == "conversation" else key] = [_turn(message) for message in value.messages]
+        elif value is not None:
+            row[key] = value
+    optional: dict[str, JSON] = {"tools": list(tools) or None, "label": _label(example)}
+    return row | {key: value for key, value in optional.items() if value is not None}
+
+
+def _label(example: object) -> bool | None:
+    return getattr(example, "desirable", getattr(example, "label", None))
+
+
+def _turn(message: Message) -> JSON:
+    calls: list[JSON] = []
+    for call in message.calls:
+        function: dict[str, JSON] = {"name": call.name, "arguments": call.arguments if call.text is None else call.text}
+        calls.append({"id": call.id, "type": "function", "function": function})
+    turn: dict[str, JSON] = {"role": message.role, "content": message.content}
+    turn |= {"tool_calls": calls or None, "tool_call_id": message.call_id, "name": message.name, "learn": message.learn}
+    return {key: value for key, value in turn.items() if value is not None}
+
+
+_AFTER = {"": "system or user", "system": "user", "user": "assistant", "assistant": "user or tool", "tool": "tool or assistant"}
+
+
+def check(messages: Iterable[Message], declared: Collection[str]) -> None:
+    """Raises BadRow where no template could show the turns faithfully. ``declared``: names of the tools, empty: any."""
+    before, waiting = "", []
+    for at, message in enumerate(messages, 1):
+        where, role = f"turn {at}", message.role
+        if role not in _AFTER[before].split(" or "):
+            code = "leading_assistant" if role == "assistant" and before in ("", "system") else "role_order"
+            raise BadRow(code, where, _AFTER[before] + (f" after {before}" if before else " first"), role)
+        if role == "tool":
+            fits = [call for call in waiting if call.id == message.call_id and message.name in (None, call.name)]
+            if not fits:
+                asked = " or ".join(f"{call.name} (id {call.id})" for call in waiting) or "no tool, for none was called"
+                raise BadRow("call_id", where, f"a result of {asked}", f"one of {message.name} (id {message.call_id})")
+            waiting.remove(fits[0])
+        elif not message.content.strip() and not message.calls:
+            raise BadRow(f"empty_{role}", where, "words" + " or a call" * (role == "assistant"), "none")
+        elif waiting:
+            raise BadRow("unanswered_call", where, f"the result of {waiting[0].name}", role)
+        else:
+            waiting = list(message.calls)
+        ids = {call.id for call in message.calls}
+        if ids != {None} and len(ids - {None}) < len(message.calls):
+            raise BadRow("call_id", where, "an id of its own for each call, or none at all", ", ".join(map(str, ids)))
+        if declared and (unknown := {call.name for call in message.calls} - set(declared)):
+            raise BadRow("undeclared_tool", where, " or ".join(sorted(declared)), " and ".join(sorted(unknown)))
+        before = role
+    if before != "assistant":
+        raise BadRow("no_answer", "", "the assistant to have the last word", before or "no turn", "there is nothing to learn")
+
+
+def write_examples(examples: Iterable[Example], path: Path) -> None:
+    """JSONL that ``formats.read`` gives back under ``format: auto``: equal but for ``source``."""
+    whole = [(content_of(example), {"metadata": example.metadata} if example.metadata else {}) for example in examples]
+    write_lines([json.dumps(row | extra) for row, extra in whole], path)
+
+
+def write_lines(lines: Iterable[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def opening(conversation: Conversation) -> str:
+    """What is asked before the first answer, system text aside: conversations that share any prompt share this."""
+    before = takewhile(lambda message: message.role != "assistant", conversation.messages)
+    return "\n".join(message.content for message in before if message.role != "system")
+
+
+def prompt_key(example: Example) -> str:
+    """`opening` without case and spacing: rows that share it stay together in `split`. Text without a prompt is its own."""
+    if isinstance(example, Document):
+        text = example.text
+    elif isinstance(example, Completion):
+        text = example.prompt if example.prompt.strip() else example.completion
+    else:
+        text = opening(example.chosen if isinstance(example, Preference) else example.conversation)
+    return " ".join(text.casefold().split())
+
+
+def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(train, held out), each in the order of ``examples``; every example is in one of them, no prompt is in both.
+
+    Of each label about ``share`` is held out, as near as whole prompts allow, and at least one prompt is on each side.
+    Which prompts does not depend on the order of ``examples``. ``share``: from 0 to below 1.
+    Raises DataError where all share one prompt.
+    """
+    if share == 0 or not examples:
+        return list(examples), []
+    keys = [hashlib.sha256(f"{seed}:{prompt_key(example)}".encode("utf-8", "surrogatepass")).digest() for example in examples]
+    sizes: dict[bytes, list[int]] = defaultdict(lambda: [0, 0, 0, 0])  # rows in all, by label
+    for key, example in zip(keys, examples, strict=True):
+        for at in (0, (True, False, None).index(_label(example)) + 1):
+            sizes[key][at] += 1
+    if len(sizes) < 2:
+        hint = "data.valid=0 holds out nothing; or name files of other prompts in data.valid"
+        raise DataError("all rows share one prompt: none can be held out", where=examples[0].source or None, hint=hint)
+    left = [share * sum(counts) for counts in zip(*sizes.values(), strict=True)]  # rows still to be held out
+    held: set[bytes] = set()
+
+    def after(moved: Iterable[bytes]) -> list[float]:
+        return [rows - sum(sizes[key][at] * (-1 if key in held else 1) for key in moved) for at, rows in enumerate(left)]
+
+    def miss(rows: Iterable[float]) -> float:
+        return sum(number * number for number in rows)
+
+    changes, alike = (
+        [{key} for key in sorted(sizes)],
+        list(sizes),
+    )  # at random, so that prompts with many rows have the same chance as others
+    nearer = True
+    while nearer:  # then, of each size and side, one prompt or two at once, for as long as it comes nearer
+        nearer = False
+        for moved in changes:
+            if miss(rest := after(moved)) < miss(left) - 1e-9:
+                left, nearer = rest, True
+                held.symmetric_difference_update(moved)
+        alike = list({(*sizes[key], key in held): key for key in sorted(sizes)}.values())
+        changes = [{one, other} for one in alike for other in alike]
+    if len(held) in (0, len(sizes)):
+        held ^= min(({key} for key in alike), key=lambda moved: miss(after(moved)))
+    sides: tuple[list[Example], list[Example]] = [], []
+    for key, example in zip(keys, examples, strict=True):
+        sides[key in held].append(example)
+    return sides

@@ -1,0 +1,187 @@
+"""From files to rows as they are written: JSON lines, a JSON array, gzip of either, folders of them; read as a stream.
+
+What a row means is for `formats`. Words are never changed; bytes that are not UTF-8 become lone surrogates, so that only
+their own rows are lost.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from math import inf
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from tunesmith.data.examples import BadRow
+from tunesmith.errors import DataError
+from tunesmith.settings.origins import JSON
+
+TABLES = (".csv", ".tsv", ".xlsx", ".parquet")
+"""Endings of what is no JSON: told at once, not row by row."""
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+
+
+class Raw(NamedTuple):
+    """A row as written. ``source``: ``file:line``, where it starts; ``file:line:column`` for a later row of the same line."""
+
+    source: str
+    text: str
+
+
+def files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files of ``paths`` in order; of a folder by name. Raises DataError where one is missing, given twice, or empty."""
+    found: dict[Path, Path] = {}
+    for given in paths:
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise DataError("no such file or folder", where=str(given), hint=f"looked from {Path.cwd()}")
+        if not path.is_dir() and not path.is_file():
+            raise DataError("is no regular file", where=str(given), hint="rows are read more than once: write them to a file")
+        if path.suffix.lower() in TABLES:
+            raise DataError(f"is a {path.suffix[1:].upper()} file", where=str(given), hint="write it as JSONL, one row a line")
+        inside = [path]
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if file.name.lower().endswith(SUFFIXES) and file.is_file()]
+            inside = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
+        if not inside:
+            raise DataError("the folder has no data", where=str(given), hint="names must end in " + ", ".join(SUFFIXES))
+        for file in inside:
+            if found.setdefault(file.resolve(), file) is not file:
+                raise DataError("is given twice", where=str(file), hint="name a file once, alone or by its folder")
+    return list(found.values())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def raws(path: Path) -> Iterator[Raw]:
+    """Every row of a file; lines are streamed, an array is read whole. Raises DataError where it cannot be read."""
+    try:
+        with closing(_opened(path)) as stream:
+            yield from _raws(stream, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"the gzip file is damaged: {error}", where=str(path), hint="copy or compress it again") from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    stream = path.open("rb")
+    if stream.peek(2)[:2] == b"\x1f\x8b":
+        stream.close()
+        return gzip.open(path)  # type: ignore[return-value]  # a reader of bytes
+    return stream
+
+
+def _raws(stream: BinaryIO, path: Path) -> Iterator[Raw]:
+    before: list[bytes] | None = []  # blank lines, and the first that is not
+    for at, data in enumerate(stream, 1):
+        if at == 1:
+            if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError("is UTF-16", where=str(path), hint="save it as UTF-8")
+            data = data.removeprefix(b"\xef\xbb\xbf")
+        if before is not None:
+            before.append(data)
+            if data.lstrip(b" \t\r\n")[:1] == b"[":
+                yield from _array(b"".join([*before, stream.read()]).decode("utf-8", "surrogateescape"), path)
+                return
+            if data.strip(b" \t\r\n"):
+                before = None
+        text = data.decode("utf-8", "surrogateescape").removesuffix("\n")  # U+2028 and its kin do not end a line
+        if text.strip():
+            yield Raw(f"{path}:{at}", text.removesuffix("\r"))
+
+
+def _array(text: str, path: Path) -> Iterator[Raw]:
+    """The rows of an array. What a row holds is not looked at here: only where it ends."""
+    ends = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+    line, start, counted, fresh, at = 1, 0, 0, True, _skip(text, _skip(text, 0) + 1)  # fresh: the first row of its line
+    try:
+        while text[at : at + 1] != "]":
+            if breaks := text.count("\n", counted, at):
+                line, start, fresh = line + breaks, text.rfind("\n", counted, at) + 1, True
+            counted = at
+            try:
+                _, end = ends.raw_decode(text, at)
+            except RecursionError:
+                raise json.JSONDecodeError("values nested too deeply", text, at) from None
+            yield Raw(f"{path}:{line}" if fresh else f"{path}:{line}:{at - start + 1}", text[at:end])
+            fresh = False
+            at = _skip(text, end)
+            comma = text[at : at + 1] == ","
+            at = _skip(text, at + 1) if comma else at
+            if comma == (text[at : at + 1] == "]"):
+                raise json.JSONDecodeError("expected a comma and a row, or ]", text, at)
+        if (at := _skip(text, at + 1)) < len(text):
+            raise json.JSONDecodeError("more text after ]", text, at)
+    except json.JSONDecodeError as error:
+        hint = "mend it, or write one row a line (JSONL)"
+        raise DataError(f"the JSON array breaks off: {error.msg}", where=f"{path}:{error.lineno}", hint=hint) from None
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def value(text: str) -> JSON | BadRow:
+    """The JSON of a whole row, or what is wrong with it. Raises RecursionError where it is nested too deeply."""
+    return _Decoder().whole(text)
+
+
+class _Decoder(json.JSONDecoder):
+    """JSON to the letter of its standard: what Python's reader would lose or invent makes the row a bad one."""
+
+    def __init__(self) -> None:
+        number = self._number
+        super().__init__(object_pairs_hook=self._object, parse_constant=number, parse_float=number, parse_int=number)
+        self.problems: list[str] = []
+
+    def _number(self, text: str) -> int | float:
+        try:
+            value = int(text) if text.lstrip("-").isdigit() else float(text)
+        except ValueError:  # more digits than Python converts
+            value = inf
+        if abs(value) == inf or value != value:
+            self.problems.append(f"{text[:40]}, a number that cannot be kept")
+        return value
+
+    def _object(self, pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            self.problems.append(f"the key {show(key)} twice in one object")
+        return result
+
+    def whole(self, text: str) -> JSON | BadRow:
+        try:
+            found, end = self.raw_decode(text, _skip(text, 0))
+            if (end := _skip(text, end)) < len(text):
+                raise json.JSONDecodeError("more text after the value", text, end)
+        except json.JSONDecodeError as error:
+            found = f"{error.msg} at column {error.pos + 1}: {show(text[max(0, error.pos - 20) : error.pos + 20])}"
+            return BadRow("json", "", "one whole JSON object a line", found, "rows over many lines need a JSON array")
+        if self.problems:
+            return BadRow("json", "", "plain JSON", self.problems[0])
+        try:  # half a surrogate pair, which no encoding can write
+            if not text.isascii() or "\\u" in text:
+                (text + json.dumps(found, ensure_ascii=False)).encode()
+        except UnicodeEncodeError as error:
+            part = show(error.object[max(0, error.start - 20) : error.start + 1])
+            hint = "save the file as UTF-8; a character above U+FFFF takes two \\u escapes"
+            return BadRow("encoding", "", "text that UTF-8 can write", part, hint)
+        return found
+
+
+def show(value: object) -> str:
+    """A value on one line, cut at 80 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

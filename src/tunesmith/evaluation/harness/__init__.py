@@ -1,0 +1,1 @@
+"""How are EleutherAI's benchmarks asked? Their tasks, requests and documents."""

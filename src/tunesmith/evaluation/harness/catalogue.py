@@ -1,0 +1,305 @@
+"""Which tasks of EleutherAI's lm-evaluation-harness a name means, and where their documents are.
+
+A task is one YAML file of the harness, a group a tree of them. Its documents come from local files in the hub's schema, or from
+the hub. A local task never asks the hub for anything, writes nothing into a cache, and never takes its solved examples from what
+it measures. What is asked of a document, and how an answer is scored, stays the harness's affair, but for IFEval (`constraints`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tunesmith.checks import constraints
+from tunesmith.data import sources
+from tunesmith.errors import DataError, EvaluationError, SetupError
+from tunesmith.events import Notice, Sink
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
+HARNESS = "0.4.13"
+HINT = "pip install 'lm-eval==0.4.13'"
+FORM = "ifeval"
+TOGETHER = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2")}  # the harness's tag names a third, judged by other models
+STEMS = {"truthfulqa_mc1": "truthfulqa_mc", "truthfulqa_mc2": "truthfulqa_mc"}  # two tasks of one file
+LEVELS = ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc")
+SEED = 1234  # the harness's own, of which solved examples stand before a question
+
+
+class Leaf(NamedTuple):
+    """One task of the harness. ``groups``: those it was reached through, outermost first. ``changed``: settings of theirs."""
+
+    name: str
+    path: Path
+    version: str
+    subject: str
+    groups: tuple[str, ...] = ()
+    changed: Mapping[str, Any] = {}
+
+
+class Chosen(NamedTuple):
+    """What one name means. ``partial``: a group, whose leaves need not all have documents."""
+
+    title: str
+    version: str
+    leaves: tuple[Leaf, ...]
+    partial: bool
+
+
+def require() -> None:
+    """Raises SetupError where the harness is not there, or is another version than this module was written for."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("lm_eval")
+    except PackageNotFoundError:
+        raise SetupError("benchmarks need EleutherAI's lm-evaluation-harness", hint=HINT) from None
+    if found != HARNESS:
+        raise SetupError(f"benchmarks need lm-eval {HARNESS}, {found} is installed", hint=HINT)
+
+
+@contextlib.contextmanager
+def heard(notify: Sink) -> Iterator[None]:
+    """The harness's warnings as notices, once each with how often; no progress bars. Logging is as it was afterwards."""
+    import datasets
+
+    heard: Counter[str] = Counter()
+    ear = logging.Handler(logging.WARNING)
+    ear.emit = lambda record: heard.update([record.getMessage()])
+    logger, showed = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [ear], False
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            yield
+        heard.update(str(one.message) for one in warned if not issubclass(one.category, DeprecationWarning | FutureWarning))
+    finally:
+        logger.handlers, logger.propagate = before
+        if showed:
+            datasets.enable_progress_bars()
+        for what, count in heard.items():
+            notify(Notice(f"lm-eval: {what}", level="warning", count=count))
+
+
+def resolve(name: str) -> list[Chosen]:
+    """What ``name`` (``task``, ``group``, ``group:part``) means. Raises EvaluationError where that is nothing."""
+    import lm_eval.tasks
+
+    whole, _, part = name.partition(":")
+    root = Path(lm_eval.tasks.__file__).parent
+    for folders in _searches(root, whole):
+        known = _index(folders)
+        try:
+            leaves = [leaf for one in TOGETHER.get(whole, [whole]) for leaf in _leaves(known, one)]
+        except KeyError:
+            continue
+        break
+    else:
+        names = sorted({path.stem for path in root.rglob("*.yaml")} | {path.name for path in root.iterdir()})
+        raise _unknown(f"no benchmark is called {whole!r}", whole, names, "`lm-eval ls tasks` lists them")
+    group = f"{whole}_{part}" if part else whole
+    inside = [leaf for leaf in leaves if group in leaf.groups]
+    if inside:
+        return [Chosen(group, _version(known[group]), tuple(inside), True)]
+    alone = [leaf for leaf in leaves if not part or leaf.name == group or leaf.subject == part]
+    if not alone:
+        names = {leaf.subject for leaf in leaves} | {one.removeprefix(f"{whole}_") for leaf in leaves for one in leaf.groups[1:]}
+        raise _unknown(f"{whole} has no part called {part!r}", part, sorted(names), f"its parts: {', '.join(sorted(names)[:20])}")
+    return [Chosen(leaf.name, leaf.version, (leaf,), False) for leaf in alone]
+
+
+def _searches(root: Path, name: str) -> Iterator[tuple[Path, ...]]:
+    """Folders that may know ``name``, the likeliest first: reading the settings of all 14,000 tasks takes ten seconds."""
+    yield tuple(one for one in sorted(root.iterdir()) if one.is_dir() and f"{name}_".startswith(f"{one.name}_"))
+    mention = (path for path in root.rglob("*.yaml") if name.encode() in path.read_bytes())
+    folders = tuple(root / one for one in sorted({path.relative_to(root).parts[0] for path in mention}))
+    yield from (folders, (root,)) if folders else ()
+
+
+@functools.cache
+def _index(folders: tuple[Path, ...]) -> Mapping[str, Any]:
+    """The harness's tasks, groups and tags below ``folders``, by name."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False, include_path=[*folders]).task_index
+
+
+def _unknown(what: str, name: str, names: Sequence[str], hint: str) -> EvaluationError:
+    close = difflib.get_close_matches(name, names, n=3)
+    return EvaluationError(what, where="--benchmark", hint=f"did you mean {' or '.join(close)}?" if close else hint)
+
+
+def _version(entry: Any) -> str:
+    return str((entry.cfg.get("metadata") or {}).get("version", "0"))
+
+
+def _leaves(
+    known: Mapping[str, Any], member: str | dict[str, Any], groups: tuple[str, ...] = (), changed: Mapping[str, Any] = {}
+) -> list[Leaf]:
+    """All tasks below a task, group or tag, or a group's own list. Raises KeyError for a name that is not ``known``."""
+    if isinstance(member, dict):
+        inside = member.get("task")
+        if isinstance(inside, list):
+            return [leaf for one in inside for leaf in _leaves(known, one, (*groups, member["group"]), changed)]
+        own = {key: value for key, value in member.items() if key not in ("group", "task")}
+        return _leaves(known, str(member.get("group", inside)), groups, {**changed, **own})
+    entry = known[member]
+    if entry.kind.name == "GROUP":
+        return [leaf for one in entry.cfg["task"] for leaf in _leaves(known, one, (*groups, member), changed)]
+    if entry.kind.name == "TAG":
+        return [leaf for one in sorted(entry.tags) for leaf in _leaves(known, one, groups, changed)]
+    subject = entry.cfg.get("dataset_name")
+    return [Leaf(member, entry.yaml_path, _version(entry), subject if isinstance(subject, str) else member, groups, changed)]
+
+
+class Missing(NamedTuple):
+    """No local file has the documents of a task. ``names``: what it may be called."""
+
+    names: tuple[str, ...]
+
+
+def load(leaf: Leaf, folder: Path | None, shots: int, notify: Sink) -> ConfigurableTask | Missing:
+    """The harness's own task, with its documents from ``folder`` or the hub and ``shots`` solved examples before each question.
+
+    Raises EvaluationError for a task that cannot be measured here, DataError for a row that is no JSON object.
+    """
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config: dict[str, Any] = {**load_yaml(leaf.path, resolve_func=False), **leaf.changed}
+    if config.get("unsafe_code"):
+        raise EvaluationError(f"{leaf.name} runs code that the model writes", hint="only humaneval can be shut in here")
+    if config.get("doc_to_image") or config.get("doc_to_audio"):
+        raise EvaluationError(f"{leaf.name} asks about pictures or sound", hint="choose a benchmark of text")
+    if leaf.name == FORM:  # the harness's own scorer fetches data when it is imported
+        metrics = [{"metric": level, "aggregation": "mean", "higher_is_better": True} for level in LEVELS]
+        config |= {"metric_list": metrics, "process_results": _form, "process_docs": _checkable(notify)}
+    else:
+        config = {**load_yaml(leaf.path, resolve_func=True), **leaf.changed}
+    config = {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")}
+    config |= {"task": leaf.name, "metadata": config.get("metadata") or {}}
+    if config.get("num_fewshot") == 0 and shots:
+        what = f"{leaf.name} is asked without solved examples by its authors, whatever --shots says"
+        notify(Notice(what, level="warning"))
+        shots = 0
+    config["num_fewshot"] = shots
+    if "process_docs" in config:
+        config["process_docs"] = functools.cache(config["process_docs"])  # the harness asks for its documents again and again
+    kind = config.get("class", ConfigurableTask)
+    if folder is None:
+        try:
+            task = kind(config=config)
+        except Exception as error:  # the hub's client, and the data's own code, may raise anything
+            what = f"{leaf.name} could not be had from the hub: {' '.join(str(error).split())[:200]}"
+            raise EvaluationError(what, hint="offline, give --benchmark-data, a folder with its files") from error
+    else:
+        if "class" in config:
+            raise EvaluationError(f"{leaf.name} is a program that reads the hub itself", hint="leave --benchmark-data out")
+        found = _local(leaf, config, folder, shots)
+        if isinstance(found, Missing):
+            return found
+        data = found
+
+        class Local(ConfigurableTask):
+            def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+                self.dataset = data
+
+        try:
+            task = Local(config=config)
+        except Exception as error:  # templates are filled with the first document
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            what = f"{leaf.name}: the documents are not as the hub's: {why}"
+            raise EvaluationError(what, where=str(folder), hint="keep the names and types of the hub's columns") from error
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(SEED)
+    return task
+
+
+def _local(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> dict[str, Any] | Missing:
+    """The splits that are needed, as data sets; what else ``config`` says of splits is taken out of it."""
+    import datasets
+    import lm_eval.tasks
+
+    few = dict(config.get("fewshot_config") or {})
+    measured = config.get("test_split") or config.get("validation_split") or "test"
+    wanted = {measured: True}
+    if shots and not few.get("samples"):
+        others = (config.get("fewshot_split"), few.get("split"), config.get("training_split"), config.get("validation_split"))
+        solved = next((one for one in others if one and one != measured), None)
+        if solved is None:
+            raise EvaluationError(f"{leaf.name} has no solved examples beside what it measures", hint="--shots 0")
+        wanted[solved] = False
+    family, name = leaf.path.relative_to(Path(lm_eval.tasks.__file__).parent).parts[0], config.get("dataset_name")
+    stems = [STEMS.get(leaf.name, leaf.name), *([f"{family}/{name}", name] if isinstance(name, str) else [])]
+    data: dict[str, Any] = {}
+    for split, whole in wanted.items():
+        path = file(folder, stems, split, whole)
+        if isinstance(path, Missing):
+            return path
+        data[split] = datasets.Dataset.from_list(list(_rows(path)))
+    for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        config[key] = config.get(key) if config.get(key) in data else None
+    if few.get("split") and few["split"] not in data:
+        config["fewshot_config"] = {key: value for key, value in few.items() if key != "split"}
+    return data
+
+
+def file(folder: Path, stems: Sequence[str], split: str, whole: bool = True) -> Path | Missing:
+    """The file of a split: ``stem/split.jsonl``, ``stem_split.jsonl`` (a number may follow the split), or ``stem.jsonl``."""
+    names = [f"{stem}{mark}{split}.jsonl" for mark in "_/" for stem in stems]
+    names += [f"{stem}.jsonl" for stem in stems] if whole else []
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    numbered = [one for stem in stems for one in sorted(folder.glob(f"{stem}_{split}_[0-9]*.jsonl"))]
+    if len(numbered) > 1:
+        found = ", ".join(one.name for one in numbered)
+        raise EvaluationError(f"more than one file may be meant: {found}", where=str(folder), hint="leave one there")
+    return numbered[0] if numbered else Missing((names[0], *(f"{stem}/{split}.jsonl" for stem in stems[1:2])))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    for raw in sources.raws(path):
+        value = sources.value(raw.text)
+        if not isinstance(value, dict):
+            raise DataError(f"is no JSON object: {value}", where=raw.source, hint="one document a line, as on the hub")
+        yield value
+
+
+def _checkable(notify: Sink) -> Callable[[Any], Any]:
+    """Keeps the documents of IFEval whose instructions can be checked, and says of the others why not."""
+
+    def keep(docs: Any) -> Any:
+        kept: list[int] = []
+        why: Counter[str] = Counter()
+        for index, doc in enumerate(docs):
+            try:
+                constraints.declared(doc)
+                kept.append(index)
+            except ValueError as error:
+                why[str(error)] += 1
+        for what, count in why.items():
+            notify(Notice(f"{FORM}: not asked: {what}", level="warning", count=count))
+        return docs.select(kept)
+
+    return keep
+
+
+def _form(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Strictly, and loosely: also without the first line, the last, both, or asterisks (Zhou et al. 2023, section 2.2)."""
+    wanted, lines = constraints.declared(doc), results[0].split("\n")
+    parts = ["\n".join(one).strip() for one in (lines[1:], lines[:-1], lines[1:-1])]
+    loose = [text for one in (results[0], *parts) for text in (one, one.replace("*", ""))]
+    strict = [one.holds(results[0]) for one in wanted]
+    lax = [any(one.holds(text) for text in loose) for one in wanted]
+    return dict(zip(LEVELS, (all(strict), strict, all(lax), lax), strict=True))

@@ -1,0 +1,388 @@
+"""Which evaluations of two runs may be held against each other, and what the same prompts say of the difference.
+
+Only what was asked alike is compared: the same task and version, the same items and settings (the task's identity), the same
+base. All else is refused with the reason. Examples are paired by what they ask, not by where they stand, so neither the order of
+rows nor the folder of a run matters. Everything is read from ``evals/``; no model is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import pkgutil
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import numpy as np
+
+from tunesmith.errors import EvaluationError
+from tunesmith.evaluation import tasks
+from tunesmith.evaluation.evaluate import EXAMPLES, ONLY_FOR, SCORE
+from tunesmith.evaluation.statistics import BOOTSTRAP, change, edges, inverted
+from tunesmith.evaluation.tasks import (
+    ALIKE,
+    ONE,
+    RESAMPLES,
+    EvaluationSpec,
+    ExampleScore,
+    Score,
+    Statistic,
+    preference,
+    summarise,
+)
+from tunesmith.learning.objectives import won
+from tunesmith.runs.directory import EVALS
+
+if TYPE_CHECKING:
+    from tunesmith.evaluation.tasks import Task
+
+SEED = 0  # of the bootstrap: the same whichever run comes first
+_NEEDED = {"task", "version", "checkpoint", "family", "data", "identity", "settings", "base", "n", "scores"}
+_FINISHES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
+    np.asarray, lambda logp: np.exp(-logp), lambda logp: -logp / math.log(2),
+)  # fmt: skip
+"""What a benchmark's mean can still become: nothing else, a perplexity, bits."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One evaluation as it lies in a run directory. ``rows``: what tells it from others of its task, as "+first5"."""
+
+    folder: Path
+    about: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        return str(self.about["task"])
+
+    @property
+    def version(self) -> str:
+        return str(self.about["version"])
+
+    @property
+    def rows(self) -> str:
+        return self.folder.name.removeprefix(f"{self.task}@{self.version}")
+
+    @property
+    def scores(self) -> list[Score]:
+        return [Score(**score) for score in self.about["scores"]]
+
+    def examples(self, *, ratios: bool = False) -> list[ExampleScore]:
+        """What the tuned model scored (ratios: less what the base did). Raises EvaluationError where lines are torn."""
+        path = self.folder / EXAMPLES
+        hint = f"measure it again: {command(self.folder.parent.parent, self.about)}"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise EvaluationError(f"cannot be read: {error.strerror}", where=str(path), hint=hint) from error
+        found: list[ExampleScore] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                one = json.loads(line)
+                told = float(one["units"]), one["tuned_detail"], one["prompt"], one["reference"], one["tuned_answer"]
+                found.append(ExampleScore(one["source"], float(one["tuned"]) - (float(one["base"]) if ratios else 0.0), *told))
+            except (ValueError, KeyError, TypeError) as error:
+                raise EvaluationError("is no example of an evaluation", where=f"{path}:{number}", hint=hint) from error
+        if len(found) != self.about["n"]:
+            what = f"has {len(found):,} examples, and {self.about['n']:,} were scored"
+            raise EvaluationError(what, where=str(path), hint=hint)
+        return found
+
+
+class Pair(NamedTuple):
+    """One prompt, answered by both runs; ``change``: of the task's leading statistic, from ``one`` to ``other``."""
+
+    source: str
+    prompt: str | None
+    reference: str | None
+    one: float | None
+    other: float | None
+    one_answer: str | None
+    other_answer: str | None
+    change: Literal["improved", "unchanged", "regressed", "no difference shown"] | None
+
+
+@dataclass(frozen=True)
+class Held:
+    """Two evaluations of the same things. ``scores``: of ``other``, with deltas other − one. ``note``: what limits them."""
+
+    one: Recorded
+    other: Recorded
+    scores: list[Score]
+    pairs: list[Pair]
+    note: str | None = None
+
+
+class Refused(NamedTuple):
+    """``of``: what has no like. ``lacks``: which side was not evaluated on it; None where both were, yet not alike."""
+
+    of: Recorded
+    why: str
+    lacks: Literal["one", "other"] | None = None
+
+
+def command(run_dir: Path, about: Mapping[str, Any]) -> str:
+    """How a run is asked what ``about``, the facts of an evaluation, says of another: rows, task, and all that decides."""
+    task, settings, data = str(about["task"]), about.get("settings") or {}, about.get("data")
+    name, benchmarks = task.partition(".")[0], settings.get("benchmarks", ())
+    said = ["--task", name]
+    if name == "benchmark" or task in benchmarks:
+        title, name = task.removeprefix("benchmark."), "benchmarks"
+        said = ["--task", name, "--benchmark", next((one for one in benchmarks if one.replace(":", "_") == title), title)]
+    for path in data if isinstance(data, list) else ():
+        said += ["--data", path]
+    refused = {"batch_size", "benchmarks", *(key for only, keys in ONLY_FOR.items() if name != only for key in keys)}
+    for key, usual in EvaluationSpec().model_dump(mode="json").items():
+        value, option = settings.get(key, usual), key.replace("_", "-")
+        if key in refused or value == usual:
+            continue
+        if isinstance(value, bool):
+            said.append(f"--{'' if value else 'no-'}{option}")
+        else:
+            said += [part for one in (value if isinstance(value, list) else [value]) for part in (f"--{option}", str(one))]
+    said += ["--no-base"] if "tuned" in about.get("family", ()) else []
+    return shlex.join(["tunesmith", "evaluate", str(run_dir), *said])
+
+
+def recorded(run_dir: Path) -> tuple[list[Recorded], list[str]]:
+    """The evaluations of a run; and the folders of those that an older version wrote, without saying what was asked."""
+    found: list[Recorded] = []
+    older: list[str] = []
+    for path in sorted((run_dir / EVALS).glob(f"*/{SCORE}")):
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            where = f"{path}:{getattr(error, 'lineno', 1)}"
+            raise EvaluationError("is no JSON", where=where, hint="remove the folder, and evaluate again") from error
+        if isinstance(about, dict) and about.keys() >= _NEEDED:
+            found.append(Recorded(path.parent, about))
+        else:
+            older.append(path.parent.name)
+    return found, older
+
+
+def hold(one: Sequence[Recorded], other: Sequence[Recorded]) -> tuple[list[Held], list[Refused]]:
+    """What both runs evaluated alike, by the newest version that they share; and all else, with the reason."""
+    held: list[Held] = []
+    refused: list[Refused] = []
+    left = _distinct(other)
+    for mine in _distinct(one):
+        near = [its for its in left if its.task == mine.task]
+        near.sort(key=lambda its: (bool(differences(mine, its)), its.rows != mine.rows))
+        if not near or (differences(mine, near[0]) and near[0].rows != mine.rows):
+            refused.append(Refused(mine, "not evaluated", "other"))
+            continue
+        left.remove(near[0])
+        found = "; ".join(differences(mine, near[0])) or _held(mine, near[0])
+        if isinstance(found, str):
+            refused.append(Refused(mine, found))
+        else:
+            held.append(found)
+    refused += [Refused(its, "not evaluated", "one") for its in left]
+    done = {(each.one.task, each.one.rows) for each in held}  # another version of the same is no loss
+    return held, [each for each in refused if each.lacks is None or (each.of.task, each.of.rows) not in done]
+
+
+def _distinct(found: Sequence[Recorded]) -> list[Recorded]:
+    """Of those that asked the same, that of the best checkpoint, with the base, with the shorter name."""
+
+    def worth(each: Recorded) -> tuple[bool, bool, int]:
+        family = each.about["family"]
+        return not any(part.startswith("step") for part in family), "tuned" not in family, -len(each.rows)
+
+    worst_first = sorted(found, key=worth)
+    kept = {(each.task, each.version, each.about["identity"]): each for each in worst_first}
+    newest_first = sorted(kept.values(), key=lambda each: (len(each.version), each.version), reverse=True)
+    return sorted(newest_first, key=lambda each: (each.task, each.rows))
+
+
+def differences(one: Recorded, other: Recorded) -> list[str]:
+    """Why two evaluations of a task may not be compared, in words; none where they may."""
+    if one.version != other.version:
+        return [f"version {one.version} and {other.version}"]
+    why: list[str] = []
+    if one.about["base"] != other.about["base"]:
+        why.append(f"other bases ({one.about['base'][:12]} and {other.about['base'][:12]})")
+    if one.about["identity"] != other.about["identity"]:
+        mine, its = one.about["settings"], other.about["settings"]
+        keys = [key for key in mine | its if mine.get(key) != its.get(key) and key != "batch_size"]
+        told = [f"{key} {json.dumps(mine.get(key))} and {json.dumps(its.get(key))}" for key in keys]
+        identities = f"identity {one.about['identity']} and {other.about['identity']}"
+        why.append(f"other rows, prompts or settings ({'; '.join([*told, identities])})")
+    return why
+
+
+def _held(one: Recorded, other: Recorded) -> Held | str:
+    """The comparison, or why there is none."""
+    preferred = (one.task, one.version) == (preference.NAME, preference.VERSION)
+    mine, its = one.examples(ratios=preferred), other.examples(ratios=preferred)
+    pairs = paired(mine, its)
+    if pairs is None:
+        return f"the examples are not the same: {len(mine):,} and {len(its):,}, and not each has its like"
+    if preferred:
+        return Held(one, other, _preferred(pairs), [_pair(_RATIO, *both) for both in pairs])
+    statistics, parts, note = _statistics(one, other, pairs)
+    if not statistics:
+        return "its numbers are of base and tuned together: a run is compared with its base only"
+    task = cast("Task", _Described(one.task, one.version, statistics, parts))
+    before, after = [pair[0] for pair in pairs], [replace(pair[1], source=pair[0].source) for pair in pairs]
+    try:
+        scores = [replace(score, target=None, met=None) for score in summarise(task, before, after, SEED)]
+    except EvaluationError as error:
+        return error.what
+    leading = next((each for each in statistics if each.headline), statistics[0])
+    return Held(one, other, scores, [_pair(leading, *both) for both in zip(before, after, strict=True)], note)
+
+
+def _signed(score: ExampleScore) -> float:
+    return score.value if score.detail["good"] else -score.value
+
+
+_RATIO = Statistic("ratio", _signed, better="higher", unit="nats")
+
+
+def _preferred(pairs: Sequence[tuple[ExampleScore, ExampleScore]]) -> list[Score]:
+    """Accuracy and margin of both runs as `tasks.preference` has them, from the same draws of the good and of the bad answers."""
+    kinds = [[pair for pair in pairs if pair[0].detail["good"] is good] for good in (True, False)]
+    numbered = all(pair[0].detail["pair"] is not None for pair in pairs) and len(kinds[0]) == len(kinds[1])
+    if numbered:
+        kinds = [sorted(kind, key=lambda pair: float(str(pair[0].detail["pair"]))) for kind in kinds]
+    if not all(kinds):
+        return []
+    chance = np.random.default_rng(SEED)
+    up, n_good = _weights([pair[0].source for pair in kinds[0]], chance)
+    down, n_bad = (up, n_good) if numbered else _weights([pair[0].source for pair in kinds[1]], chance)
+    shares, margins, places = [], [], []
+    for side in (1, 0):  # as `summarise` has them: the one that is judged first
+        good, bad = (np.array([pair[side].value for pair in kind]) for kind in kinds)
+        wins = won(good - bad) if numbered else won(good[:, None] - bad[None, :])
+        total = up.sum(axis=1) if numbered else up.sum(axis=1) * down.sum(axis=1)
+        shares.append((up @ wins if numbered else (up @ wins * down).sum(axis=1)) / total)
+        margins.append(up @ good / up.sum(axis=1) - down @ bad / down.sum(axis=1))
+        places.append(wins if numbered else wins.mean(axis=1))
+    n, moved = min(n_good, n_bad), places[0] - places[1]
+    counted = int((moved > 0).sum()), int((moved == 0).sum()), int((moved < 0).sum())
+    found: list[Score] = []
+    for name, unit, (tuned, base) in (("accuracy", "%", shares), ("ratio_margin", "nats", margins)):
+        gain = tuned - base
+        (low, high), (delta_low, delta_high) = (
+            (None, None) if n == 1 else np.quantile(of[1:], edges(n)).tolist() for of in (tuned, gain)
+        )  # fmt: skip
+        p, alike = None if n == 1 else inverted(gain[1:], n), np.ptp(gain) == 0
+        found.append(
+            Score(
+                preference.NAME, preference.VERSION, name, float(tuned[0]), low, high, n_good if numbered else n_good + n_bad,
+                float(gain[0]), delta_low, delta_high, ONE if n == 1 else f"difference: {ALIKE}" if alike else None,
+                better="higher", headline=name == "accuracy", unit=unit, p=p, test=None if p is None else BOOTSTRAP,
+                sources=counted if name == "accuracy" else None,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _weights(sources: Sequence[str], chance: np.random.Generator) -> tuple[np.ndarray, int]:
+    """(1 + RESAMPLES, rows): ones, then how often each row's source is drawn; and how many sources there are."""
+    names, at = np.unique(np.array(sources), return_inverse=True)
+    counts = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    return np.concatenate([np.ones((1, len(sources))), counts[:, at]]), len(names)
+
+
+class _Described(NamedTuple):
+    """All of a task that `summarise` reads."""
+
+    name: str
+    version: str
+    statistics: tuple[Statistic, ...]
+    parts: tuple[str, ...]
+
+
+def _pair(leading: Statistic, one: ExampleScore, other: ExampleScore) -> Pair:
+    values = leading.of(one), leading.of(other)
+    return Pair(one.source, one.prompt, one.reference, *values, one.answer, other.answer, change(leading, *values))
+
+
+def paired(
+    one: Sequence[ExampleScore], other: Sequence[ExampleScore]
+) -> list[tuple[ExampleScore, ExampleScore]] | None:  # fmt: skip
+    """Like with like, in an order that depends on neither's; None where an example has none.
+
+    By file, line, prompt, reference and weight; where lines differ, without these.
+    """
+    for placed in (True, False):
+        if not placed and any(each.prompt is None for each in (*one, *other)):
+            return None
+        sides: list[dict[str, list[ExampleScore]]] = []
+        for side in (one, other):
+            found: dict[str, list[ExampleScore]] = defaultdict(list)
+            for each in side:
+                place = PurePath(each.source).name if placed else None  # the folder is the run's, or where the user stood
+                found[json.dumps([place, each.prompt, each.reference, each.units])].append(each)
+            sides.append(found)
+        mine, its = sides
+        if {key: len(some) for key, some in mine.items()} == {key: len(some) for key, some in its.items()}:
+            return [pair for key in sorted(mine) for pair in zip(mine[key], its[key], strict=True)]
+    return None
+
+
+def _statistics(
+    one: Recorded, other: Recorded, pairs: Sequence[tuple[ExampleScore, ExampleScore]]
+) -> tuple[tuple[Statistic, ...], tuple[str, ...], str | None]:
+    """The task's own, with the parts it is shown by; of a task that has no class, those that its examples give again."""
+    for kind in _kinds():
+        known = vars(kind)
+        if known["name"] == one.task and known["version"] == one.version:
+            return known["statistics"], known.get("parts", ()), None
+    sides = [*zip(*pairs, strict=True)]
+    whole = [score for score in one.scores if score.part is None]
+    found = [rebuilt for score in whole if (rebuilt := _rebuilt(score, other, sides)) is not None]
+    if len(found) == len(whole):
+        return tuple(found), tuple(dict.fromkeys(score.part.partition("=")[0] for score in one.scores if score.part)), None
+    note = f"{one.task} {one.version} is not known to this version of tunesmith: "
+    if any(statistic.headline for statistic in found):
+        return tuple(found), (), note + f"of its numbers only {', '.join(one.name for one in found)} can be compared"
+    note += "the mean value of its examples is compared, and which way is good is not known"
+    share = all(each.value in (0.0, 1.0) for side in sides for each in side)
+    return (Statistic("value", _value, share=share, headline=True),), (), note
+
+
+def _rebuilt(score: Score, other: Recorded, sides: Sequence[Sequence[ExampleScore]]) -> Statistic | None:
+    """A statistic that gives on both sides what was scored there, from the number of that name in the details, or the value."""
+
+    def detail(each: ExampleScore) -> float | None:
+        value = each.detail.get(score.name)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    told = [score.value, *(each.value for each in other.scores if (each.name, each.part) == (score.name, None))]
+    readers: list[Callable[[ExampleScore], float | None]] = [detail, *([_value] if score.headline else [])]
+    for of, finish in product(readers, _FINISHES):
+        some = [[(value, each.units) for each in side if (value := of(each)) is not None] for side in sides]
+        if len(told) == len(some) and all(
+            side and math.isclose(finish(np.array(sum(map(math.prod, side)) / sum(units for _, units in side))), value,
+                                  rel_tol=1e-6, abs_tol=1e-9)
+            for side, value in zip(some, told, strict=True)
+        ):  # fmt: skip
+            share = score.unit == "%" and {value for side in some for value, _ in side} <= {0.0, 1.0}
+            return Statistic(score.name, of, finish, share, score.better, score.headline, unit=score.unit)
+    return None
+
+
+def _value(score: ExampleScore) -> float:
+    return score.value
+
+
+def _kinds() -> Iterator[type]:
+    """All classes of tasks in the package."""
+    for found in pkgutil.iter_modules(tasks.__path__, f"{tasks.__name__}."):
+        for kind in vars(importlib.import_module(found.name)).values():
+            if (
+                isinstance(kind, type)
+                and kind.__module__ == found.name
+                and {"name", "version", "statistics"} <= vars(kind).keys()
+            ):
+                yield kind

@@ -1,0 +1,331 @@
+"""How does the model do on the field's public benchmarks? Those of EleutherAI's lm-evaluation-harness, asked of our own model.
+
+The harness (Gao et al., doi 10.5281/zenodo.12608602; the extra ``benchmarks``) says what is asked, how an answer is read and
+which metrics there are (`catalogue` finds its tasks and their documents). Its evaluator is not used: documents are scored one by
+one, so that base and tuned can be paired. Metrics of a corpus, which no single document has, are left out and named. Prompts are
+plain text as the harness writes them, answers greedy. HumanEval runs code and is `programs`' affair. Each rank asks a stretch of
+the requests.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunesmith.data.formats import JSON
+from tunesmith.errors import EvaluationError, TemplateError, TunesmithError
+from tunesmith.evaluation import suites
+from tunesmith.evaluation.harness import catalogue
+from tunesmith.evaluation.tasks import ExampleScore, Material, Statistic, Subject, Task, digest
+from tunesmith.events import Notice, Sink, ticker
+from tunesmith.machine.ranks import Ranks
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import ConfigurableTask
+
+VERSION = "1"  # ours, beside the harness's own version of each task
+CODE = "humaneval"
+HEADLINES = ("acc_norm", "prompt_level_strict_acc", "acc", "exact_match")  # the first of them that a task has
+ENTIRE = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"}  # 0 or 1, where the harness computes them itself
+
+Responses = tuple[Any, ...]
+"""What the model said to each request of one document: (log p, greedy), a log p, or a text."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A document: its requests, and what is shown of it."""
+
+    source: str
+    doc: Mapping[str, Any]
+    requests: tuple[Instance, ...]
+    prompt: str
+    reference: str | None
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The documents of one leaf."""
+
+    task: ConfigurableTask
+    asked: tuple[Asked, ...]
+    labels: dict[str, JSON] = field(default_factory=dict)
+
+
+class Benchmark(Task[Responses]):
+    """Items: each document's responses, those of the first part first."""
+
+    cached = True
+    needs_base = False
+
+    def __init__(self, name: str, version: str, parts: Sequence[Part], notify: Sink) -> None:
+        self.name, self.version, self._parts = f"benchmark.{name}", f"{version}-{VERSION}", parts
+        labels = [key for key in ("category", "subject") if len({str(part.labels.get(key)) for part in parts}) > 1]
+        self.parts = tuple(labels)
+        self.statistics = tuple(_statistics([part.task for part in parts], self.name, notify))
+        headline = next(one.name for one in self.statistics if one.headline)
+        self._headline = headline
+        asked: list[JSON] = [
+            [one.source, one.reference, repr(one.doc), *(repr(request.args) for request in one.requests)]
+            for part in parts
+            for one in part.asked
+        ]
+        self._identity = digest(self.version, catalogue.HARNESS, [str(part.task.VERSION) for part in parts], asked)
+
+    @property
+    def identity(self) -> str:
+        return self._identity
+
+    def measure(self, subject: Subject) -> list[Responses]:
+        from tunesmith.evaluation.harness.requests import language_model
+
+        lm = language_model(subject, self.name)
+        requests = [request for part in self._parts for one in part.asked for request in one.requests]
+        responses: dict[int, Any] = {}
+        for kind in dict.fromkeys(request.request_type for request in requests):
+            chosen = [request for request in requests if request.request_type == kind]
+            ask = {"loglikelihood": lm.loglikelihood, "loglikelihood_rolling": lm.loglikelihood_rolling}.get(
+                kind, lm.generate_until
+            )
+            for request, response in zip(chosen, _shared(subject.ranks, chosen, ask), strict=True):
+                responses[id(request)] = response
+        documents = [asked for part in self._parts for asked in part.asked]
+        found = [tuple(responses[id(one)] for one in asked.requests) for asked in documents]
+        logps = [
+            (asked.source, float(np.ravel(one)[0]))
+            for asked, told in zip(documents, found, strict=True) for one in told if not isinstance(one, str)
+        ]  # fmt: skip
+        suites.require_finite(self.name, logps)
+        return found
+
+    def score(self, items: Sequence[Responses]) -> list[ExampleScore]:
+        found: list[ExampleScore] = []
+        left = iter(items)
+        for part in self._parts:
+            told = [next(left) for _ in part.asked]
+            answered = [
+                [replace(request, resps=[said] * (request.repeats or 1), filtered_resps={})
+                 for request, said in zip(one.requests, responses, strict=True)]
+                for one, responses in zip(part.asked, told, strict=True)
+            ]  # fmt: skip
+            for ensemble in part.task._filters:
+                ensemble.apply([request for requests in answered for request in requests])
+            for one, requests, responses in zip(part.asked, answered, told, strict=True):
+                found.append(self._scored(part, one, requests, responses))
+        return found
+
+    def _scored(self, part: Part, asked: Asked, requests: Sequence[Instance], responses: Responses) -> ExampleScore:
+        detail = dict(part.labels)
+        units = 1.0
+        for ensemble in part.task._filters:
+            results = part.task.process_results(asked.doc, [request.filtered_resps[ensemble.name] for request in requests])
+            for metric, value in results.items():
+                if isinstance(value, tuple) and metric in ("byte_perplexity", "bits_per_byte"):
+                    value, units = value[0] / value[1], float(value[1])
+                elif isinstance(value, list | tuple):
+                    value = np.mean(value) if metric in catalogue.LEVELS else None
+                if value is not None:
+                    detail[_named(metric, ensemble.name, part.task)] = float(value)
+        value = next((detail[one.name] for one in self.statistics if detail.get(one.name) is not None), 0.0)
+        headline = detail.get(self._headline, value)
+        assert isinstance(headline, int | float)
+        return ExampleScore(
+            asked.source, float(headline), units, detail, asked.prompt, asked.reference,
+            _answer(asked, responses, by_length=self._headline == "acc_norm"),
+        )  # fmt: skip
+
+
+def _shared(ranks: Ranks, requests: Sequence[Instance], ask: Callable[..., list[Any]]) -> list[Any]:
+    """What ``ask`` says to each of ``requests``. Each rank asks neighbours, which begin alike; then all know all."""
+    mine = range(len(requests) * ranks.rank // ranks.size, len(requests) * (ranks.rank + 1) // ranks.size)
+    said = ask([requests[at] for at in mine], disable_tqdm=True) if mine else []
+    if ranks.size == 1:
+        return said
+    rows = [[*map(ord, one)] if isinstance(one, str) else np.ravel(one) for one in said]
+    lengths = np.zeros(len(requests))
+    lengths[mine] = [len(row) for row in rows]
+    lengths = ranks.total_float(lengths).astype(int)
+    table = np.zeros((len(requests), max(1, lengths.max())))
+    for at, row in zip(mine, rows, strict=True):
+        table[at, : len(row)] = row
+    heard = [row[:length].tolist() for row, length in zip(ranks.total_float(table), lengths, strict=True)]
+    match requests[0].request_type:
+        case "loglikelihood":
+            return [(logp, bool(greedy)) for logp, greedy in heard]
+        case "loglikelihood_rolling":
+            return [logp for (logp,) in heard]
+    return ["".join(chr(int(letter)) for letter in row) for row in heard]
+
+
+def _answer(asked: Asked, responses: Responses, by_length: bool) -> str:
+    """What was generated, or the choice that is the likeliest."""
+    if not asked.choices or isinstance(responses[0], str):
+        return str(responses[0])
+    logps = [logp / max(1, len(choice)) if by_length else logp for (logp, _), choice in zip(responses, asked.choices)]  # noqa: B905
+    return asked.choices[int(np.argmax(logps))]
+
+
+def _named(metric: str, filter: str, task: ConfigurableTask) -> str:
+    return metric if len(task._filters) == 1 else f"{metric}, {filter}"
+
+
+def _statistics(tasks: Sequence[ConfigurableTask], name: str, notify: Sink) -> list[Statistic]:
+    """Of every metric that has a number for each document, in the order of the first task that has it; one is the headline."""
+    from lm_eval.api.registry import get_aggregation
+
+    finishes: dict[Any, Callable[[np.ndarray], np.ndarray]] = {
+        get_aggregation("mean"): np.asarray, get_aggregation("nanmean"): np.asarray,
+        get_aggregation("perplexity"): lambda logp: np.exp(-logp),
+        get_aggregation("weighted_perplexity"): lambda logp: np.exp(-logp),
+        get_aggregation("bits_per_byte"): lambda logp: -logp / np.log(2),
+    }  # fmt: skip
+    found: dict[str, Statistic] = {}
+    left_out: dict[str, None] = {}
+    ranks: dict[str, tuple[int, bool]] = {}
+    for task in tasks:
+        own = task.config.process_results is None
+        for metric, aggregation in task.aggregation().items():
+            if aggregation not in finishes or metric == "word_perplexity":  # its weights are not those of bytes
+                left_out[metric] = None
+                continue
+            for ensemble in task._filters:
+                key = _named(metric, ensemble.name, task)
+                better = "higher" if task.higher_is_better().get(metric, True) else "lower"
+                share = (own and metric in ENTIRE) or metric.startswith("prompt_level")
+                found.setdefault(key, Statistic(key, _reader(key), finishes[aggregation], share, better))
+                rank = HEADLINES.index(metric) if metric in HEADLINES else len(HEADLINES)
+                # An answer that was not taught the solved examples' mark (gsm8k: ####) is still one.
+                ranks.setdefault(key, (rank, ensemble.name != "flexible-extract"))
+    if left_out:
+        what = f"{name}: metrics of all documents together, which no single one has, are left out: {', '.join(left_out)}"
+        notify(Notice(what, count=len(left_out)))
+    if not found:
+        raise EvaluationError(f"{name}: none of its metrics has a number for each document", hint="choose another benchmark")
+    first = min(found, key=ranks.__getitem__)
+    return [replace(one, headline=one.name == first) for one in found.values()]
+
+
+def _reader(key: str) -> Callable[[ExampleScore], float | None]:
+    def read(score: ExampleScore) -> float | None:
+        value = score.detail.get(key)
+        return float(value) if isinstance(value, int | float) else None
+
+    return read
+
+
+def build(material: Material) -> list[Task]:
+    """A task for each name of `EvaluationSpec.benchmarks`, as ``hellaswag``, ``mmlu``, ``mmlu:astronomy`` or ``mmlu:stem``.
+
+    Raises SetupError without the harness, EvaluationError for a name that it does not know or data that is not there.
+    """
+    spec, made = material.spec, dict[str, Task]()
+    if not spec.benchmarks:
+        material.notify(Notice("benchmarks: none is named, so none is measured", hint="--benchmark mmlu names one"))
+    folder = None if spec.benchmark_data is None else Path(spec.benchmark_data).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise EvaluationError("is no folder", where=f"--benchmark-data {folder}", hint="give one with the benchmarks' files")
+    for name in dict.fromkeys(spec.benchmarks):
+        if name == CODE:
+            found = _programs(folder, material)
+        else:
+            catalogue.require()
+            with catalogue.heard(material.notify):
+                found = [_benchmark(chosen, folder, material) for chosen in catalogue.resolve(name)]
+        made |= {task.name: task for task in found}
+    return list(made.values())
+
+
+def _programs(folder: Path | None, material: Material) -> list[Task]:
+    from tunesmith.evaluation.tasks import programs
+
+    if folder is None:
+        how = "datasets.load_dataset('openai/openai_humaneval', split='test').to_json('humaneval_test.jsonl') writes it"
+        raise EvaluationError(f"{CODE} is read from a file in --benchmark-data", hint=how)
+    path = catalogue.file(folder, [CODE], "test")
+    if isinstance(path, catalogue.Missing):
+        raise _absent(CODE, folder, path)
+    return list(programs.build_from([path], material))
+
+
+def _absent(name: str, folder: Path | None, missing: catalogue.Missing) -> EvaluationError:
+    return EvaluationError(
+        f"{name}: there is no file with its documents", where="the hub" if folder is None else f"--benchmark-data {folder}",
+        hint=f"one of: {', '.join(missing.names)}",
+    )  # fmt: skip
+
+
+def _benchmark(chosen: catalogue.Chosen, folder: Path | None, material: Material) -> Benchmark:
+    limit, left_out = material.spec.limit or sys.maxsize, 0
+    parts: list[Part] = []
+    absent: list[tuple[str, catalogue.Missing]] = []
+    tick = ticker(material.notify, f"{chosen.title}: questions")
+    for done, leaf in enumerate(chosen.leaves):
+        tick(done, len(chosen.leaves))
+        task = catalogue.load(leaf, folder, material.spec.shots, material.notify)
+        if isinstance(task, catalogue.Missing):
+            absent.append((leaf.subject, task))
+            continue
+        above = [group.removeprefix(f"{chosen.leaves[0].groups[0]}_") for group in leaf.groups[1:]]
+        left_out += max(0, len(task.task_docs) - limit)
+        labels: dict[str, JSON] = {"category": above[-1] if above else None, "subject": leaf.subject}
+        parts.append(Part(task, tuple(_asked(leaf.name, task, material)), labels if chosen.partial else {}))
+    if not parts:
+        raise _absent(chosen.title, folder, absent[0][1])
+    if absent:
+        what = f"{chosen.title}: no file for {', '.join(name for name, _ in absent)}: they are not measured"
+        material.notify(Notice(what, level="warning", count=len(absent), hint=f"one of: {', '.join(absent[0][1].names)}"))
+    if left_out:
+        each = f" of each of its {len(parts)} subjects" if len(parts) > 1 else ""
+        what = f"{chosen.title}: only the first {limit} documents{each} are asked"
+        material.notify(Notice(what, level="warning", count=left_out))
+    if not any(part.asked for part in parts):
+        raise EvaluationError(f"{chosen.title}: no document can be asked", where=str(folder or "the hub"))
+    return Benchmark(chosen.title, chosen.version, parts, material.notify)
+
+
+def _asked(name: str, task: ConfigurableTask, material: Material) -> Iterator[Asked]:
+    """The documents with their requests, as the harness's evaluator makes them. ``limit``: of each leaf the first.
+
+    Those that hold the text of a control token are left out with a notice: it would not be read as text.
+    """
+    limit, shots = material.spec.limit, task.config.num_fewshot
+    docs: Any = task.task_docs
+    unwritable = Counter[str]()
+    for number, doc in enumerate(islice(docs, limit)):
+        try:
+            context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
+            made = _document(name, number, task, doc, context)
+            for text in {one for request in made.requests for one in request.args if isinstance(one, str)}:
+                material.renderer.text_prompt(text)
+            yield made
+        except TemplateError as error:
+            unwritable[error.what] += 1
+        except Exception as error:  # a template is somebody's program: it may raise anything
+            if isinstance(error, TunesmithError):
+                raise
+            what = f"cannot be asked with {shots} solved examples: {' '.join(str(error).split())[:200]}"
+            raise EvaluationError(what, where=f"{name}/{number}", hint="fewer --shots, or other documents") from error
+    for what, count in unwritable.items():
+        material.notify(Notice(f"{name}: documents are left out: {what}", level="warning", count=count))
+
+
+def _document(name: str, number: int, task: ConfigurableTask, doc: Any, context: Any) -> Asked:
+    about = (name, number, task.config.repeats)
+    made = task.construct_requests(doc=doc, ctx=context, metadata=about, apply_chat_template=False, chat_template=None)
+    choices = tuple(task.doc_to_choice(doc)) if task.config.doc_to_choice is not None else ()
+    question, gold = task.doc_to_text(doc), task.doc_to_target(doc)
+    if task.multiple_input:  # what is asked is which of several beginnings the text goes on from
+        question, gold = gold, question
+    gold = gold if isinstance(gold, list) else [gold]
+    right = [str(choices[one]) if isinstance(one, int) else str(one) for one in gold if choices or not isinstance(one, int)]
+    requests = tuple(made) if isinstance(made, list) else (made,)
+    return Asked(f"{name}/{number}", doc, requests, str(question), " | ".join(right) or None, choices)

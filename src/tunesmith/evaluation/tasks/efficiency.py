@@ -1,0 +1,155 @@
+"""How fast a model speaks here, how long it thinks before its first token, and how much memory that takes.
+
+Every side does the same work: prompts of given lengths, continued greedily for a given number of tokens past any end token.
+Tokens a second are generated tokens over the whole time, the prompt's included. Rounds are the sources of speed and memory,
+prompts those of latency, whose percentiles are bootstrapped over prompts with all their rounds. An adapter is measured beside
+its base, not merged: merged, it costs nothing. Memory is what MLX holds, weights included, not what Python does.
+
+Of time no verdict is given: base and tuned are timed one after the other, and what else the machine does meanwhile falls on all
+rounds of one side, which no interval over rounds can tell from a slower model. Of several ranks only the first measures, while
+the others wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from tunesmith.data.formats import JSON
+from tunesmith.evaluation import statistics, suites
+from tunesmith.evaluation.statistics import BOOTSTRAP
+from tunesmith.evaluation.tasks import ONE, ExampleScore, Material, Score, Statistic, Subject, Task, digest
+from tunesmith.machine import backend
+from tunesmith.model import loading as model
+from tunesmith.tokens.template import Renderer
+
+BATCHES = (1, 4, 16)
+PROMPT, SPOKEN = 48, 24
+"""Tokens of each prompt, and generated after it, for speed."""
+ROUNDS = 5
+LATENCY_ROUNDS = 2
+LENGTHS = tuple(int(length) for length in np.geomspace(8, 256, 30).round())
+"""Tokens of the prompts for latency."""
+PERCENTILES = (50, 95, 99)
+
+
+class Timed(NamedTuple):
+    """One measurement. ``kind``: speed, memory or latency. ``value``: seconds for ``units`` tokens, or bytes."""
+
+    source: str
+    kind: str
+    size: int  # sequences at once; of latency, tokens of the prompt
+    value: float
+    units: float
+
+
+def _speed(size: int) -> Statistic:
+    def of(one: ExampleScore) -> float | None:
+        return one.value if (one.detail["kind"], one.detail["size"]) == ("speed", size) else None
+
+    return Statistic(f"speed_batch_{size}", of, lambda each: 1 / each, unit="tokens/s")
+
+
+def _memory(one: ExampleScore) -> float | None:
+    return one.value if one.detail["kind"] == "memory" else None
+
+
+class Efficiency(Task[Timed]):
+    """``value``: seconds a token, bytes, or seconds to the first token; ``units``: tokens, or 1."""
+
+    name, version = "efficiency", "1"
+    statistics = (*map(_speed, BATCHES), Statistic("peak_memory", _memory, better="lower", unit="bytes"))
+    parts = ()
+    cached, needs_base = False, False
+
+    def __init__(self, renderer: Renderer) -> None:
+        words = " ".join(str(entry.row["text"]) for entry in suites.entries("text", ()))
+        ids = renderer.text_prompt(words)
+        self._ids = ids * -(-max(*LENGTHS, PROMPT + max(BATCHES)) // len(ids))
+
+    @property
+    def identity(self) -> str:
+        return digest(self.name, self.version, [list(BATCHES), PROMPT, SPOKEN, ROUNDS, LATENCY_ROUNDS, list(LENGTHS)], self._ids)
+
+    def measure(self, subject: Subject) -> list[Timed]:
+        """After a round that warms up and is not kept; nothing on ranks but the first."""
+        if not subject.ranks.writes:
+            return []
+        tick, done, found = subject.ticker("speed"), 0, list[Timed]()
+        for round in range(-1, ROUNDS):
+            mx.reset_peak_memory()
+            for size in BATCHES:
+                prompts = [self._ids[at : at + PROMPT] for at in range(size)]
+                began = time.perf_counter()
+                made = model.generate(subject.net, prompts, max_tokens=SPOKEN, eos_ids=(), batch_size=size)
+                spent, tokens = time.perf_counter() - began, sum(len(one.ids) for one in made)
+                if round >= 0:
+                    found.append(Timed(f"round {round + 1}", "speed", size, spent / tokens, tokens))
+                done += 1
+                tick(done, (ROUNDS + 1) * len(BATCHES))
+            if round >= 0:
+                found.append(Timed(f"round {round + 1}", "memory", max(BATCHES), backend.memory()["peak"], 1))
+        tick = subject.ticker("latency")
+        for round in range(-1, LATENCY_ROUNDS):
+            for at, length in enumerate(LENGTHS):
+                began = time.perf_counter()
+                next(model.stream(subject.net, self._ids[:length], max_tokens=1, eos_ids=()))
+                if round >= 0:
+                    found.append(Timed(f"prompt {at + 1}", "latency", length, time.perf_counter() - began, 1))
+                tick((round + 1) * len(LENGTHS) + at + 1, (LATENCY_ROUNDS + 1) * len(LENGTHS))
+        return found
+
+    def score(self, items: Sequence[Timed]) -> list[ExampleScore]:
+        found: list[ExampleScore] = []
+        for one in items:
+            detail: dict[str, JSON] = {"kind": one.kind, "size": one.size}
+            found.append(ExampleScore(one.source, one.value, one.units, detail, f"{one.kind}, {one.size}"))
+        return found
+
+    def summarise(self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int) -> list[Score]:
+        """The ratios of sums as every task has them, then percentiles of the time to the first token, in seconds."""
+        found = statistics.summarise(self, base, tuned, seed)
+        sides = [_latencies(side) for side in (tuned, base) if side is not None]
+        return found + [self._percentile(rank, sides, seed) for rank in PERCENTILES]
+
+    def _percentile(self, rank: int, sides: Sequence[np.ndarray], seed: int) -> Score:
+        """sides: (prompts, rounds) seconds of tuned and, where there is one, base."""
+        n = len(sides[0])
+        drawn = np.random.default_rng(seed).integers(n, size=(statistics.RESAMPLES, n))
+        values = [float(np.percentile(side, rank)) for side in sides]
+        draws = np.stack([np.percentile(side[drawn].reshape(len(drawn), -1), rank, axis=1) for side in sides])
+
+        def interval(of: np.ndarray) -> tuple[float | None, float | None]:
+            low, high = np.quantile(of, statistics.edges(n)) if n > 1 else (None, None)
+            return (None, None) if low is None or high is None else (float(low), float(high))
+
+        score = Score(
+            self.name, self.version, f"first_token_p{rank}", values[0], *interval(draws[0]), n, unit="s",
+            note=ONE if n == 1 else None,
+        )  # fmt: skip
+        if len(sides) == 1:
+            return score
+        delta_low, delta_high = interval(draws[0] - draws[1])
+        p = statistics.inverted(draws[0] - draws[1], n) if n > 1 else None
+        return replace(
+            score, delta=values[0] - values[1], delta_low=delta_low, delta_high=delta_high, p=p,
+            test=None if p is None else BOOTSTRAP,
+        )  # fmt: skip
+
+
+def _latencies(side: Sequence[ExampleScore]) -> np.ndarray:
+    """(prompts, rounds) seconds."""
+    found: dict[str, list[float]] = {}
+    for one in side:
+        if one.detail["kind"] == "latency":
+            found.setdefault(one.source, []).append(one.value)
+    return np.array(list(found.values()))
+
+
+def build(material: Material) -> list[Task]:
+    return [Efficiency(material.renderer)]

@@ -1,0 +1,179 @@
+"""How surprised a model is by the learned tokens of held-out rows: loss in nats a token, and perplexity = e to that.
+
+The loss is a ratio of sums over all rows, Σ nats / Σ tokens, so neither the cut into batches nor the order of rows changes it.
+Answers that are not to be imitated (labelled undesirable, or the rejected side of a pair) have a loss of their own, for which
+neither way is good. Numbers of models with different tokenizers do not compare: their tokens are not the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tunesmith.checks.parsers import parse
+from tunesmith.data.formats import JSON, Completion, Conversation, Demonstration, Document, Example, Judged, Preference
+from tunesmith.errors import EvaluationError, listing
+from tunesmith.evaluation.tasks import ExampleScore, Material, Statistic, Subject, Task, digest
+from tunesmith.events import Notice
+from tunesmith.tokens.batches import Group
+from tunesmith.tokens.template import Row, render
+
+UNWANTED = ("undesirable", "rejected")
+CATEGORIES = ("type", "category", "task")  # keys of rows that say what kind a row is, the first that some row has
+KINDS = 20  # of a category, beyond which it names rows rather than kinds
+OPENING = 300  # letters
+
+
+class RowLoss(NamedTuple):
+    """``nats``: Σ of −log p over learned tokens, ``units``: number of these, weighted. ``about``: what is known of the row."""
+
+    source: str
+    nats: float
+    units: float
+    about: dict[str, JSON] | None = None
+    prompt: str | None = None
+
+
+class Item(NamedTuple):
+    """``group``: one row. ``about``: its label and type, its category where it has one, and as unwanted why it is not wanted."""
+
+    group: Group
+    about: dict[str, JSON]
+    prompt: str
+
+
+def _wanted(score: ExampleScore) -> float | None:
+    return None if "unwanted" in score.detail else score.value
+
+
+def _loss_of(kind: str) -> Statistic:
+    return Statistic(f"loss_{kind}", lambda one: one.value if one.detail.get("unwanted") == kind else None, unit="nats")
+
+
+class Perplexity(Task[RowLoss]):
+    name = "perplexity"
+    version = "1"
+    statistics = (
+        Statistic("perplexity", _wanted, np.exp, better="lower", headline=True, change=0.01),
+        Statistic("loss", _wanted, better="lower", change=0.01, unit="nats"),
+        *map(_loss_of, UNWANTED),
+    )
+    parts = ("label", "type", "category")
+    cached = True
+    needs_base = False
+
+    def __init__(self, items: Sequence[Item] = ()) -> None:
+        self.items = items
+
+    @property
+    def identity(self) -> str:
+        """Of the tokens and which of them are learned."""
+        hashes = [hashlib.sha256(part.tobytes()) for one in self.items for row in one.group.sequences for part in row]
+        return digest([one.hexdigest() for one in hashes], [[one.group.source, one.about] for one in self.items])
+
+    def measure(self, subject: Subject) -> list[RowLoss]:
+        sums = subject.logps([one.group for one in self.items], "loss")
+        return [
+            RowLoss(one.group.source, -sum(logp for logp, _ in row), sum(units for _, units in row), one.about, one.prompt)
+            for one, row in zip(self.items, sums, strict=True)
+        ]
+
+    def score(self, items: Sequence[RowLoss]) -> list[ExampleScore]:
+        """``value``: mean nats a token; ``units``: tokens. Raises EvaluationError naming the rows without a usable loss."""
+        bad = [
+            f"{row.source}: loss {row.nats:g} nats over {row.units:g} learned tokens"
+            for row in items
+            if not (math.isfinite(row.nats) and 0 < row.units < math.inf)
+        ]
+        if bad:  # left out, they would make the model look better than it is
+            raise EvaluationError(
+                f"{len(bad)} of {len(items)} rows have no usable loss\n{listing(bad)}",
+                hint="a row needs at least one learned token; a loss that is not finite means that the model has diverged",
+            )
+        return [
+            ExampleScore(row.source, row.nats / row.units, row.units, {"nats": row.nats, **(row.about or {})}, row.prompt)
+            for row in items
+        ]
+
+
+def build(material: Material) -> list[Perplexity]:
+    """The task for all rows that have tokens to be learned, or not to be; none where there are none."""
+    read = {example.source: example for example in material.everything}
+    imitated = {example.source: example for example in material.imitated}
+    key = _category(material)
+    items = [_item(row, imitated[row.source], _label(read[row.source]), key) for row in material.rows]
+    unwanted = {example.source: example for example in map(_unwanted, material.everything) if example is not None}
+    unwanted = {source: example for source, example in unwanted.items() if example is not imitated.get(source)}
+    spec = material.template.model_copy(update={"too_long": "cut" if material.template.too_long == "cut" else "drop"})
+    rendered = render(list(unwanted.values()), material.renderer, spec, material.batch.length)
+    for row in rendered.dropped:
+        material.notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))
+    for row in rendered.rows:
+        why: JSON = "rejected" if isinstance(read[row.source], Preference) else "undesirable"
+        one = _item(row, unwanted[row.source], why, None)
+        items.append(one._replace(about={"unwanted": why}))  # no label or type: parts are of the rest
+    if not items:
+        material.notify(Notice("perplexity: no row says what is or is not to be said, so it is not measured"))
+    return [Perplexity(items)] if items else []
+
+
+def _category(material: Material) -> str | None:
+    """The key of the rows that names their kinds, if any does."""
+    for key in CATEGORIES:
+        if kinds := {kind for example in material.imitated if isinstance(kind := example.metadata.get(key), str)}:
+            if len(kinds) <= KINDS:
+                return key
+            material.notify(Notice(f"perplexity: {key} has more than {KINDS} values: not shown apart", count=len(kinds)))
+    return None
+
+
+def _unwanted(example: Example) -> Example | None:
+    """What ``example`` says that is not to be said."""
+    if isinstance(example, Preference):
+        return Demonstration(example.rejected, source=example.source, metadata=example.metadata)
+    return example if _label(example) == "undesirable" else None
+
+
+def _item(row: Row, example: Example, label: JSON, key: str | None) -> Item:
+    about: dict[str, JSON] = {"label": label, "type": _type(row, example)}
+    if key is not None and isinstance(kind := example.metadata.get(key), str):
+        about["category"] = kind
+    return Item(Group((row.tokens,), row.source, row.label), about, _opening(example))
+
+
+def _label(example: Example) -> str:
+    if isinstance(example, Preference):
+        return "chosen"
+    label = example.desirable if isinstance(example, Judged) else example.label
+    return "none" if label is None else "desirable" if label else "undesirable"
+
+
+def _type(row: Row, example: Example) -> str:
+    """Whether the answers that ``row`` learns are calls, words, or both."""
+    if isinstance(example, Document):
+        return "text"
+    if isinstance(example, Completion):
+        return "call" if parse(example.completion) else "words"
+    messages = _conversation(example).messages[: row.turn + 1]
+    answers = [message for message in messages if message.role == "assistant" and message.learn is not False]
+    learned = row.tokens.targets >= 1
+    starts = int(learned[0]) + int((learned[1:] & ~learned[:-1]).sum())  # one a learned answer
+    called = {bool(message.calls or parse(message.content)) for message in answers[-max(1, starts) :]}
+    return "call and words" if len(called) > 1 else "call" if True in called else "words"
+
+
+def _conversation(example: Demonstration | Judged | Preference) -> Conversation:
+    return example.chosen if isinstance(example, Preference) else example.conversation
+
+
+def _opening(example: Example) -> str:
+    if isinstance(example, Document):
+        return example.text[:OPENING]
+    if isinstance(example, Completion):
+        return example.prompt[:OPENING]
+    asked = [message.content for message in _conversation(example).messages if message.role == "user"]
+    return asked[0][:OPENING] if asked else ""

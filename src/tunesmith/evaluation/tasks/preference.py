@@ -1,0 +1,182 @@
+"""Does the tuned model tell good answers from bad better than the base did?
+
+r = log p(answer | prompt) by the tuned model − the same by the base, in nats over the learned tokens: what KTO and DPO call the
+reward, without β. ``accuracy``: the share of pairs of a good and a bad answer in which the good one has the larger r: of given
+pairs, or of all combinations where rows are judged alone (as Mann and Whitney 1947 count). A model that was not trained has 0.5.
+``ratio_margin``: mean r of the good less mean r of the bad. Intervals: bootstrap over the sources of good and of bad rows, each
+among its kind, widened for the kind with fewer sources; where the good rows win always or never, the exact binomial one of that.
+
+The base is the model without any adapter, also where training went on from one and compared with that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tunesmith.data import formats
+from tunesmith.data.formats import Dropped
+from tunesmith.evaluation.statistics import BOOTSTRAP, Better, edges, inverted, mcnemar
+from tunesmith.evaluation.suites import require_finite
+from tunesmith.evaluation.tasks import (
+    ALIKE_SHARE,
+    RESAMPLES,
+    TAIL,
+    ExampleScore,
+    Material,
+    Score,
+    Statistic,
+    Subject,
+    Task,
+    digest,
+)
+from tunesmith.events import Notice
+from tunesmith.learning.objectives import won
+from tunesmith.learning.objectives.dpo import DPO
+from tunesmith.learning.objectives.kto import KTO
+from tunesmith.tokens import template
+from tunesmith.tokens.batches import Group
+
+NAME, VERSION = "preference", "1"
+CHANCE = {"accuracy": 0.5, "ratio_margin": 0.0, "ratio_good": 0.0, "ratio_bad": 0.0}
+"""What the base itself scores."""
+BETTER: dict[str, Better] = {"accuracy": "higher", "ratio_margin": "higher"}
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One answer. ``pair``: number of the pair that it belongs to, None where it is judged alone."""
+
+    source: str
+    good: bool
+    base: float
+    tuned: float
+    tokens: float
+    pair: int | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.tuned - self.base
+
+
+class Preferred(Task[tuple[float, float]]):
+    """Measured: (log p in nats, learned tokens) of each answer. A side's ``value`` is log p: r is the difference of the sides."""
+
+    name, version = NAME, VERSION
+    statistics: tuple[Statistic, ...] = ()
+    parts: tuple[str, ...] = ()
+    cached = needs_base = True
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = groups
+        self._facts = [
+            (
+                group.source,
+                at == 0 if len(group.sequences) == 2 else group.label is True,
+                index if len(group.sequences) == 2 else None,
+            )
+            for index, group in enumerate(groups)
+            for at in range(len(group.sequences))
+        ]
+
+    @property
+    def identity(self) -> str:
+        parts = [
+            [fact, tokens.ids.tolist(), tokens.targets.tolist()] for fact, tokens in zip(self._facts, self._tokens, strict=True)
+        ]
+        return digest(parts)
+
+    @property
+    def _tokens(self) -> list[template.Tokens]:
+        return [tokens for group in self._groups for tokens in group.sequences]
+
+    def measure(self, subject: Subject) -> list[tuple[float, float]]:
+        return [pair for group in subject.logps(self._groups, "answers compared") for pair in group]
+
+    def score(self, items: Sequence[tuple[float, float]]) -> list[ExampleScore]:
+        require_finite(self.name, [(fact[0], logp) for fact, (logp, _) in zip(self._facts, items, strict=True)])
+        return [
+            ExampleScore(source, logp, 1.0, {"good": good, "pair": pair, "tokens": tokens})
+            for (source, good, pair), (logp, tokens) in zip(self._facts, items, strict=True)
+        ]
+
+    def summarise(self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int) -> list[Score]:
+        items = [
+            Compared(source, good, before.value, after.value, float(str(after.detail["tokens"])), pair)
+            for (source, good, pair), before, after in zip(self._facts, base or (), tuned, strict=True)
+        ]
+        return scores(items, seed)
+
+
+def build(material: Material) -> list[Preferred]:
+    """The pairs, or the labelled rows where these are more; none where good or bad is missing. What is not taken is said."""
+    long = "drop" if material.template.too_long == "refuse" else material.template.too_long
+    spec = material.template.model_copy(update={"prompt_weight": 0.0, "too_long": long})
+    found: list[tuple[list[Group], list[Dropped]]] = [([], [])]
+    for objective in (DPO(), KTO(unlabelled="leave_out")):
+        rendered = template.render(objective.select(material.everything).examples, material.renderer, spec, material.batch.length)
+        groups = objective.groups(rendered.rows)
+        both = {flag for group in groups for flag in objective.imitated(group)} == {True, False}
+        found.append((groups if both else [], rendered.dropped))
+    groups, dropped = max(found, key=lambda one: len(one[0]))
+    notify = material.notify
+    for row in dropped:
+        notify(Notice(f"preference: not measured: {row.message}", level="warning", where=row.source))
+    if passed := sum(len(others) for others, _ in found) - len(groups):
+        what = "labelled rows" if groups[0].label is not None else "pairs"
+        notify(Notice(f"preference: only {what} are compared, the others are not", level="warning", count=passed))
+    if not groups and any(isinstance(one, formats.Preference | formats.Judged) for one in material.everything):
+        notify(Notice("preference: it needs good and bad answers: not measured"))
+    return [Preferred(groups)] if groups else []
+
+
+def scores(items: Sequence[Compared], seed: int) -> list[Score]:
+    """accuracy, margin and the mean r of good and of bad, with 95 % intervals; none where a kind is missing."""
+    good = np.array([one.ratio for one in items if one.good])
+    bad = np.array([one.ratio for one in items if not one.good])
+    if not len(good) or not len(bad):
+        return []
+    paired = all(one.pair is not None for one in items) and len(good) == len(bad)
+    chance = np.random.default_rng(seed)
+    up, n_good = _draws([one.source for one in items if one.good], chance)
+    down, n_bad = (up, 0) if paired else _draws([one.source for one in items if not one.good], chance)
+    wins = won(good - bad) if paired else won(good[:, None] - bad[None, :])
+    shares = up @ wins / up.sum(axis=1) if paired else (up @ wins * down).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
+    means = up @ good / up.sum(axis=1), down @ bad / down.sum(axis=1)
+    found = {
+        "accuracy": (wins.mean(), shares),
+        "ratio_margin": (good.mean() - bad.mean(), means[0] - means[1]),
+        "ratio_good": (good.mean(), means[0]),
+        "ratio_bad": (bad.mean(), means[1]),
+    }
+    made: list[Score] = []
+    fewest = n_good if paired else min(n_good, n_bad)
+    cuts = edges(fewest) if fewest > 1 else (TAIL, 1 - TAIL)
+    for name, (value, draws) in found.items():
+        low, high = (float(edge) for edge in np.quantile(draws, cuts))
+        note = None if fewest > 1 else "one row of a kind: the interval does not hold its chance"
+        if name == "accuracy" and value in (0.0, 1.0):  # a bootstrap only sees ties
+            edge, note = TAIL ** (1 / fewest), ALIKE_SHARE
+            low, high = (edge, 1.0) if value else (0.0, 1 - edge)
+        base, n = CHANCE[name], n_good + n_bad
+        better = BETTER.get(name)
+        p = inverted(draws - base, fewest) if better and fewest > 1 else None
+        if p is not None and note == ALIKE_SHARE:
+            p = max(p, mcnemar(fewest, 0))  # the test whose interval it has
+        made.append(
+            Score(
+                NAME, VERSION, name, float(value), low, high, n, float(value) - base, low - base, high - base, note,
+                better=better, headline=name == "accuracy", unit="%" if name == "accuracy" else "nats", p=p,
+                test=None if p is None else BOOTSTRAP,
+            )
+        )  # fmt: skip
+    return made
+
+
+def _draws(sources: Sequence[str], chance: np.random.Generator) -> tuple[np.ndarray, int]:
+    """(RESAMPLES, rows) how often each row is in each resample of the sources, and how many sources there are."""
+    names, at = np.unique(np.array(sources), return_inverse=True)
+    counts = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    return counts[:, at].astype(np.float64), len(names)

@@ -1,0 +1,1 @@
+"""What is minimised, and by what? Objectives and the optimizer."""

@@ -1,0 +1,25 @@
+"""Anchored preference optimisation, zero, unpaired (arXiv 2408.06266, equation 7, as TRL's ``apo_zero_unpaired``).
+
+    desirable    λ_D (1 − σ(βr))        undesirable    λ_U σ(βr)
+
+KTO with its baseline held at zero: no mismatched pairs, so an update costs what SFT's does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from tunesmith.learning.objectives.judged import Judging
+
+
+class APOZeroUnpaired(Judging):
+    """Learns from labelled rows, where the desirable are better than what the model says by itself."""
+
+    kind: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
+    suits: ClassVar[Mapping[str, Any]] = {
+        "optimizer.learning_rate": 5e-5, "batch.sequences": 16, "full": {"optimizer.learning_rate": 5e-6},
+    }  # fmt: skip
+    watched: ClassVar[tuple[str, ...]] = (
+        "reward_desirable", "reward_undesirable", "margin", "accuracy", "logp_desirable", "logp_undesirable",
+    )  # fmt: skip

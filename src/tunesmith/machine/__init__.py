@@ -1,0 +1,1 @@
+"""What is this machine, and who takes part? Device, BLAS, memory, and the processes of a distributed run."""

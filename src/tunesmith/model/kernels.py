@@ -1,0 +1,303 @@
+"""What a Linux CPU computes another way than MLX's wheel: e^x, causal attention and SwiGLU.
+
+The wheel has no vectorised exponential on x86 (10 to 20 ns an element, where a multiplication takes 0.2), and its attention
+builds all scores at once. Here e^x is a polynomial in plain MLX operations, and attention runs over blocks of queries that
+meet only the keys before them, with scores made again in the backward pass instead of kept (FlashAttention, arXiv 2205.14135).
+On a GPU nothing of this is used: MLX has kernels of its own there.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base
+
+from tunesmith.machine import backend
+
+F = TypeVar("F", bound=Callable[..., Any])
+PART = 256  # weights added up at once
+BLOCK = 128  # queries at once: their scores against 2,048 keys stay in the cache of one core
+
+_LOG2_E = 1.4426950408889634
+_ROUND = 12582912.0  # 1.5 · 2^23: adding it leaves the rounded value in the low bits of the mantissa
+# 2^f on [−1/2, 1/2], lowest power first; relative error 7.5e-8 in exact arithmetic.
+_POWERS = (1.000000072, 0.6931469671, 0.2402211972, 0.05550713278, 0.009675541324, 0.001327647069)
+
+
+def _exp(x: mx.array) -> mx.array:
+    """e^x in float32, relative error under 1e-6 for |x| < 10; about 1e-38 instead of 0 below −87."""
+    y = mx.minimum(mx.maximum(x * _LOG2_E, -126.0), 128.0)  # beyond, the exponent would run into the sign
+    shifted = y + _ROUND
+    f = y - (shifted - _ROUND)
+    power = f * _POWERS[-1] + _POWERS[-2]
+    for coefficient in _POWERS[-3::-1]:
+        power = power * f + coefficient
+    scale = mx.left_shift(shifted.view(mx.int32), 23) + (127 << 23)
+    return power * scale.view(mx.float32)
+
+
+def with_gradient(function: F, vjp: Callable[..., Any]) -> F:
+    """``function``, whose gradient is ``vjp`` (primals, cotangents, results)."""
+    made: Any = mx.custom_function(function)
+    made.vjp(vjp)
+    return made
+
+
+def _exp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent * output
+
+
+exp = with_gradient(_exp, _exp_vjp)
+
+
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    return gate * x / (1 + exp(-gate))
+
+
+def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    gate, x = primals
+    share = 1 / (1 + exp(-gate))
+    silu = gate * share
+    return cotangent * x * (share + silu * (1 - share)), cotangent * silu
+
+
+_own_swiglu = with_gradient(_swiglu, _swiglu_vjp)
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """gate · σ(gate) · x; in half precision MLX's own."""
+    return _own_swiglu(gate, x) if gate.dtype == mx.float32 == x.dtype else nn.silu(gate) * x
+
+
+@mx.compile  # one pass over a block too large for the cache; without a compiler MLX runs it as it is
+def _above(x: mx.array, highest: mx.array) -> mx.array:
+    return _exp(x - highest)
+
+
+def _total(weights: mx.array) -> mx.array:
+    """(K, V) → (K, 1), first in parts: MLX's CPU adds one after the other, which costs 2e-4 nats at 49,152 logits."""
+    whole = weights.shape[-1] // PART * PART
+    parts = weights[:, :whole].reshape(len(weights), -1, PART).sum(axis=-1).sum(axis=-1, keepdims=True)
+    return parts + weights[:, whole:].sum(axis=-1, keepdims=True) if whole < weights.shape[-1] else parts
+
+
+def _cross(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """(K,) log p of the target; e^(logit − highest) (K, V) and its sum (K, 1), for the gradient."""
+    highest = logits.max(axis=-1, keepdims=True)
+    weights = _above(logits, highest)
+    total = _total(weights)
+    taken = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    return (taken - highest - mx.log(total))[:, 0], weights, total
+
+
+def _cross_vjp(
+    primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, ...], results: tuple[mx.array, mx.array, mx.array]
+) -> tuple[mx.array, mx.array]:
+    targets = primals[1]
+    _, weights, total = results
+    slope = (-cotangents[0][:, None] / total) * weights
+    return slope.at[mx.arange(len(targets)), targets].add(cotangents[0]), mx.zeros_like(targets)
+
+
+_logprobs = with_gradient(_cross, _cross_vjp)
+
+
+def token_logprobs(logits: mx.array, targets: mx.array) -> mx.array:
+    """(K, V), (K,) → (K,) float32: log p of each target."""
+    logits = logits.astype(mx.float32)
+    return _logprobs(logits, targets)[0] if backend.own_kernels() else -mx.fast.cross_entropy(logits, targets)
+
+
+def causal(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    """(B, H, T, D) attention of each position to itself and those before it; keys and values (B, K, T, D) with K dividing H."""
+    return _causal(scale)(queries, keys, values)[0]
+
+
+@functools.cache
+def _causal(scale: float) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
+    """queries, keys, values → output (B, H, T, D) and the log of each row's normaliser (B, K, G, T, 1), G = H / K."""
+
+    def scores(queries: mx.array, keys: mx.array, start: int, end: int) -> mx.array:
+        """(B, K, G, end − start, end): the products of one block, what lies ahead at −1e9."""
+        batch, heads, groups, _, width = queries.shape
+        block = queries[:, :, :, start:end].reshape(batch, heads, -1, width) * scale
+        products = (block @ keys[:, :, :end].swapaxes(-1, -2)).reshape(batch, heads, groups, end - start, end)
+        ahead = mx.arange(end)[None] > mx.arange(start, end)[:, None]
+        return products + ahead * -1e9
+
+    def split(queries: mx.array, keys: mx.array) -> mx.array:
+        batch, heads, length, width = queries.shape
+        return queries.reshape(batch, keys.shape[1], heads // keys.shape[1], length, width)
+
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        shape, length = queries.shape, queries.shape[2]
+        queries = split(queries, keys)
+        batch, heads, groups = queries.shape[:3]
+        outputs, normalisers = [], []
+        for start in range(0, length, BLOCK):
+            end = min(start + BLOCK, length)
+            products = scores(queries, keys, start, end)
+            highest = products.max(axis=-1, keepdims=True)
+            weights = exp(products - highest)
+            total = weights.sum(axis=-1, keepdims=True)
+            mixed = weights.reshape(batch, heads, -1, end) @ values[:, :, :end]
+            outputs.append(mixed.reshape(batch, heads, groups, end - start, -1) / total)
+            normalisers.append(highest + mx.log(total))
+        return mx.concatenate(outputs, axis=3).reshape(*shape[:3], -1), mx.concatenate(normalisers, axis=3)
+
+    def attend_vjp(
+        primals: tuple[mx.array, mx.array, mx.array], cotangents: tuple[mx.array, mx.array], results: tuple[mx.array, mx.array]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        queries, keys, values = primals
+        shape, length = queries.shape, queries.shape[2]
+        queries, cotangent, output = split(queries, keys), split(cotangents[0], keys), split(results[0], keys)
+        batch, heads, groups, _, width = queries.shape
+        inner = (cotangent * output).sum(axis=-1, keepdims=True)
+        of_queries, of_keys, of_values = [], mx.zeros_like(keys), mx.zeros_like(values)
+        for end in range(length, 0, -BLOCK):
+            start = max(0, end - BLOCK)
+            rows = slice(start, end)
+            weights = exp(scores(queries, keys, start, end) - results[1][:, :, :, rows])
+            block = cotangent[:, :, :, rows].reshape(batch, heads, -1, cotangent.shape[-1])
+            change = (block @ values[:, :, :end].swapaxes(-1, -2)).reshape(weights.shape)
+            change = (weights * (change - inner[:, :, :, rows]) * scale).reshape(batch, heads, -1, end)
+            weights = weights.reshape(change.shape)
+            of_queries.append((change @ keys[:, :, :end]).reshape(batch, heads, groups, end - start, width))
+            asked = queries[:, :, :, rows].reshape(batch, heads, -1, width)
+            of_keys = _add(of_keys, change.swapaxes(-1, -2) @ asked, end)
+            of_values = _add(of_values, weights.swapaxes(-1, -2) @ block, end)
+        return mx.concatenate(of_queries[::-1], axis=3).reshape(shape), of_keys, of_values
+
+    return with_gradient(attend, attend_vjp)
+
+
+def _add(total: mx.array, part: mx.array, end: int) -> mx.array:
+    """``total`` (B, K, T, D) with ``part`` (B, K, end, D) added to its front."""
+    return mx.concatenate([total[:, :, :end] + part, total[:, :, end:]], axis=2) if end < total.shape[2] else total + part
+
+
+class Packed:
+    """Passed to a model as the cache of each layer: the one row holds several, which end at ``ends``, each seeing itself alone.
+
+    Positions run on through the row: rotary embeddings only tell differences of positions. (An architecture that also scales by
+    the absolute position beyond some length would see the place in the row.) No mask of T × T is ever made.
+    """
+
+    offset = 0
+
+    def __init__(self, ends: tuple[int, ...]) -> None:
+        self.ends = ends
+
+    def make_mask(self, length: int, **options: Any) -> Packed:
+        if options.get("window_size") is not None:
+            raise ValueError("layers with a sliding window cannot take packed rows")
+        return self
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """(1, H, T, D) attention inside each row."""
+        starts = (0, *self.ends)
+        parts = [
+            _one_row(queries[:, :, start:end], keys[:, :, start:end], values[:, :, start:end], scale)
+            for start, end in zip(starts, self.ends, strict=False)
+            if end > start
+        ]
+        return mx.concatenate(parts, axis=2)
+
+
+def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
+    """What to pass to ``net`` as its cache, for one row of rows that end at ``ends``."""
+    layers: Any = net.layers
+    return [Packed(ends)] * len(layers)
+
+
+class Prompt:
+    """Passed to a model as the cache of a layer: keeps the keys and values of the first row and lays them before all later ones.
+
+    What comes after the prompt is not kept, so any number of answers follow it, each alone.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[mx.array, mx.array] | None = None
+
+    @property
+    def offset(self) -> int:
+        return 0 if self._kept is None else self._kept[0].shape[2]
+
+    def make_mask(self, length: int, **options: Any) -> str | None:
+        if options.get("window_size") is not None:
+            raise ValueError("layers with a sliding window cannot keep a prompt")
+        return "causal" if length > 1 else None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self._kept is None:
+            self._kept = keys, values
+            return keys, values
+        before = [mx.broadcast_to(kept, (len(keys), *kept.shape[1:])) for kept in self._kept]
+        return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
+
+    def state(self) -> list[mx.array]:
+        return list(self._kept or ())
+
+
+def prompt(net: nn.Module, ids: mx.array) -> list[Prompt]:
+    """What to pass to ``net`` as its cache for sequences that go on after ``ids`` (1, P). Evaluated."""
+    layers: Any = net.layers
+    kept = [Prompt() for _ in layers]
+    net(ids, cache=kept)
+    mx.eval([one.state() for one in kept])
+    return kept
+
+
+def _one_row(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    if queries.dtype == mx.float32 and backend.own_kernels():
+        return causal(queries, keys, values, scale)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
+
+
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
+) -> mx.array:
+    """What mlx-lm's layers call, with the blocks above where they serve: a causal pass over whole rows, without a cache."""
+    if isinstance(mask, Packed):
+        if sinks is not None:
+            raise ValueError("layers with attention sinks cannot take packed rows")
+        return mask.attend(queries, keys, values, scale)
+    whole = queries.shape[2] == keys.shape[2] if isinstance(cache, Prompt) else cache is None
+    if whole and sinks is None and isinstance(mask, str) and mask == "causal":
+        return _one_row(queries, keys, values, scale)
+    theirs: Any = base.scaled_dot_product_attention
+    return theirs(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+
+
+def install(net: nn.Module) -> int:
+    """Let the layers of ``net`` that call attention or SwiGLU call those above; returns how many do.
+
+    Each such layer becomes an object of a subclass whose ``__call__`` is its own code with these two names bound anew, so every
+    architecture keeps its own arithmetic, and other models in the process stay as they were.
+    """
+    mine: dict[str, Any] = {"scaled_dot_product_attention": attention} | ({"swiglu": swiglu} if backend.own_kernels() else {})
+    count = 0
+    for module in net.modules():
+        call = type(module).__call__
+        if isinstance(call, types.FunctionType) and (names := tuple(name for name in mine if name in call.__code__.co_names)):
+            module.__class__ = _calling(type(module), names)
+            count += 1
+    return count
+
+
+@functools.cache
+def _calling(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    call: Any = kind.__call__
+    mine: dict[str, Any] = {"scaled_dot_product_attention": attention, "swiglu": swiglu}
+    bound = call.__globals__ | {name: mine[name] for name in names}
+    own = types.FunctionType(call.__code__, bound, call.__name__, call.__defaults__, call.__closure__)
+    own.__kwdefaults__ = call.__kwdefaults__
+    return type(kind.__name__, (kind,), {"__call__": own, "__doc__": kind.__doc__, "__module__": kind.__module__})

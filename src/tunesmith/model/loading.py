@@ -1,0 +1,297 @@
+"""The base model: where it is, loading it whole, quantising it, and letting it speak.
+
+The only module that loads through mlx-lm. Tokenizers are not read here. On a CPU everything computes in float32; a
+quantised base is turned back into float32 after quantising, since quantised products are about 50 times slower there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+
+from tunesmith import events
+from tunesmith.adapters import layers as adapters
+from tunesmith.errors import ModelError, listing
+from tunesmith.events import Notice, Sink
+from tunesmith.model import kernels
+from tunesmith.settings.config import Spec
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Finish = Literal["stop", "length"]
+HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "tekken.json", "*.txt", "*.jinja", "*.py"]
+
+
+class ModelSpec(Spec):
+    """The base model and how its weights are held."""
+
+    path: str = Field(min_length=1, description="folder, GGUF file, or hub id (owner/name)")
+    quantize: Literal[4, 8] | None = Field(default=None, description="bits of the frozen base; null: as it is")
+    group_size: Literal[32, 64, 128] = Field(default=64, description="weights that share a scale when quantised")
+    dtype: Dtype = Field(default="auto", description="of what is not quantised; auto: float32 on CPU, else the file's")
+    tokenizer: str | None = Field(default=None, description="another folder, or mistral-v3; null: its own")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    adapter: str | None = Field(
+        default=None, description="run or checkpoint whose adapter is merged into the base: training starts on top of it"
+    )
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+
+
+class Loaded(NamedTuple):
+    """``net``: frozen, in evaluation mode. ``path``: folder with config.json.
+
+    ``fingerprint``: sha256 (hex) over config.json and the name, size, first MiB and last MiB of each weights file, in the
+    order of names; with a merged adapter, over that and the adapter's file. A change in the middle of a file of equal size is not
+    seen. ``files``: the same of the files alone.
+    """
+
+    net: nn.Module
+    path: Path
+    config: dict[str, Any]
+    fingerprint: str
+    files: str
+
+
+def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sink = events.silent) -> Path:
+    """The folder of a model: a local one, the converted form of a GGUF file, or a snapshot from the hub.
+
+    Raises ModelError where there is none, or where a GGUF file holds what cannot be read.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.is_file():
+        with local.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise ModelError("is not a GGUF file", where=path, hint="give a GGUF file or the folder of a model")
+        from tunesmith.model import gguf
+
+        return gguf.convert(local, "float32" if dtype == "auto" and _on_cpu() else dtype, notify)
+    if path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError("does not exist", where=path, hint="give a folder, a GGUF file, or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:  # all of the hub client's errors, offline and no such model among them
+        what = f"is neither a local folder or file nor a model that the hub gives: {str(error).splitlines()[0]}"
+        raise ModelError(what, where=path, hint="offline, or for a model behind a licence, give a local folder") from error
+
+
+def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
+    """The base model, every weight in its place, frozen, in evaluation mode, quantised if asked.
+
+    Raises ModelError where files are missing or torn, the architecture is unknown, or tensors are missing, left over
+    or of another shape; all of them are listed.
+    """
+    from mlx_lm import utils
+
+    path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision, notify=notify)
+    trust = spec.trust_remote_code
+    try:
+        _check_files(path)
+        net, config = utils.load_model(path, lazy=True, get_model_classes=_strict_classes, trust_remote_code=trust)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"cannot be loaded: {error}", where=str(path)) from error
+    cpu = _on_cpu()
+    dtype = "float32" if spec.dtype == "auto" and cpu else spec.dtype
+    if dtype != "auto":
+        net.set_dtype({"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[dtype])
+    if cpu and dtype != "float32":
+        notify(Notice(f"{dtype} on a CPU is about 50 times slower than float32", level="warning", where="model.dtype"))
+    bits = config["quantization"]["bits"] if "quantization" in config else None
+    if spec.quantize is not None and bits is None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints
+            net, config = utils.quantize_model(net, config, spec.group_size, spec.quantize)
+        notify(Notice(f"quantised to {spec.quantize} bits, one scale for {spec.group_size} weights", where="model"))
+    elif spec.quantize not in (None, bits):
+        hint = "leave out model.quantize, or give the model before it was quantised"
+        raise ModelError(f"is quantised to {bits} bits already, {spec.quantize} asked for", where=str(path), hint=hint)
+    if cpu and "quantization" in config:
+        net = utils.dequantize_model(net)
+        net.set_dtype(mx.float32)
+        what = "the quantised weights are held as float32: the same numbers, and packed ones are about 50 times slower on a CPU"
+        notify(Notice(what, where="model"))
+    files = fingerprint = _fingerprint(path)
+    if spec.adapter is not None:
+        folder = Path(spec.adapter)
+        adapters.load(net, folder)
+        full = len(adapters.trainable(net))
+        count = adapters.merge(net)
+        what = f"{count} layers" if count else f"{full} tensors"
+        dense = "; what was quantised there is not any more" if count and "quantization" in config else ""
+        notify(Notice(f"an adapter is merged into {what} of the base{dense}", where=str(folder)))
+        weights = hashlib.sha256((folder / adapters.WEIGHTS).read_bytes()).hexdigest()
+        fingerprint = hashlib.sha256(f"{files} {weights}".encode()).hexdigest()
+    kernels.install(net)
+    net.eval()
+    net.freeze()
+    mx.eval(net.parameters())
+    return Loaded(net, path, config, fingerprint, files)
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def _check_files(path: Path) -> None:
+    """config.json, at least one weights file, every file of the index, none of them torn."""
+    problems = [] if (path / "config.json").is_file() else ["config.json is missing"]
+    present = {file.name for file in path.glob("model*.safetensors")}
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        problems += [f"{name} is missing (named in {index.name})" for name in sorted(listed - present)]
+    elif not present:
+        problems.append("no weights: model*.safetensors")
+    for name in sorted(present):
+        try:
+            safe_open(path / name, framework="numpy").keys()
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{name} is torn or not a safetensors file: {error}")
+    if problems:
+        hint = "fetch it again; .bin and .pth weights must be saved as safetensors first"
+        raise ModelError(f"is not a whole model:\n{listing(problems)}", where=str(path), hint=hint)
+
+
+def _strict_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """mlx-lm's classes for a config, but told all that does not fit; its own check stops at the first wrong shape."""
+    from mlx_lm import utils
+
+    model, arguments = utils._get_classes(config)
+
+    class Strict(model):
+        def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
+            given = {name: value.shape for name, value in weights}
+            due = {name: cast(mx.array, value).shape for name, value in tree_flatten(self.parameters())}
+            problems = [
+                f"{name}: the weights have {given.get(name, 'none')}, the model {due.get(name, 'none')}"
+                for name in sorted(given.keys() | due.keys()) if given.get(name) != due.get(name)
+            ]  # fmt: skip
+            if problems:
+                raise ValueError(f"weights do not fit config.json:\n{listing(problems)}")
+            self.__class__ = model  # the check is for the loading alone
+            return self.load_weights(weights, strict)
+
+    return Strict, arguments
+
+
+def _fingerprint(path: Path) -> str:
+    total = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("model*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            total.update(f"{file.name} {size}\n".encode() + stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            total.update(stream.read())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Dropout off inside; each module's mode as it was afterwards."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:  # parents come before their children
+            if module.training != training:
+                module.train(training)
+
+
+class Generation(NamedTuple):
+    """``ids``: what was generated, without the end token."""
+
+    ids: list[int]
+    finish: Finish
+
+
+def generate(
+    net: nn.Module, prompts: Sequence[Sequence[int]], *, max_tokens: int = 256, eos_ids: Sequence[int],
+    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, batch_size: int = 16,
+    on_done: Callable[[int, int], None] | None = None,
+) -> list[Generation]:  # fmt: skip
+    """One continuation a prompt, in the order of the prompts; ``batch_size`` of them at a time, long prompts first.
+
+    temperature 0 is greedy. Otherwise each prompt draws from its own stream, a function of (seed, index of the prompt), and
+    MLX's global random state is untouched. on_done: (finished, all). Raises ModelError for an empty prompt.
+    """
+    ids: list[list[int]] = [[] for _ in prompts]
+    finish: dict[int, Finish] = {}
+    for index, token, end in _speak(net, prompts, max_tokens, eos_ids, temperature, top_p, seed, batch_size):
+        if end != "stop":
+            ids[index].append(token)
+        if end is not None:
+            finish[index] = end
+            if on_done is not None:
+                on_done(len(finish), len(prompts))
+    return [Generation(said, finish[index]) for index, said in enumerate(ids)]
+
+
+def stream(
+    net: nn.Module, prompt: Sequence[int], *, max_tokens: int = 256, eos_ids: Sequence[int], temperature: float = 0.0,
+    top_p: float = 1.0, seed: int = 0,
+) -> Iterator[int]:  # fmt: skip
+    """The ids of ``generate([prompt])``, each as soon as it is known."""
+    for _, token, end in _speak(net, [prompt], max_tokens, eos_ids, temperature, top_p, seed, 1):
+        if end != "stop":
+            yield token
+
+
+def _speak(
+    net: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Sequence[int], temperature: float,
+    top_p: float, seed: int, batch_size: int,
+) -> Iterator[tuple[int, int, Finish | None]]:  # fmt: skip
+    """(index of the prompt, token, None | stop | length); the token of a stop is the end token."""
+    if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
+        raise ModelError("cannot continue an empty prompt", where=f"prompt {empty[0]}", hint="give at least one token")
+    if max_tokens < 1:
+        raise ModelError(f"max_tokens is {max_tokens}", hint="at least 1")
+    from mlx_lm.generate import BatchGenerator
+
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    samplers = None if temperature == 0 else [_sampler(temperature, top_p, seed, index) for index in order]
+    with evaluating(net):
+        batch = BatchGenerator(
+            net, stop_tokens=[[end] for end in eos_ids], completion_batch_size=batch_size,
+            prefill_batch_size=min(8, batch_size), stream=mx.default_stream(mx.default_device()),
+        )  # fmt: skip
+        try:
+            asked = [[*map(int, prompts[index])] for index in order]
+            inserted = batch.insert(asked, [max_tokens] * len(order), samplers=samplers)
+            index_of = dict(zip(inserted, order, strict=True))
+            while responses := batch.next_generated():
+                for response in responses:
+                    yield index_of[response.uid], response.token, cast("Finish | None", response.finish_reason)
+        finally:
+            batch.close()  # gives the process its wired limit back
+
+
+def _sampler(temperature: float, top_p: float, seed: int, index: int) -> Callable[[mx.array], mx.array]:
+    """(1, V) log-probabilities → (1,) token. top_p: the likeliest tokens that together reach this share."""
+    key = mx.random.key(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0]))
+
+    def draw(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        logits = logprobs.astype(mx.float32) / temperature
+        if top_p < 1:
+            ranked = -mx.sort(-logits, axis=-1)
+            shares = mx.softmax(ranked, axis=-1)
+            kept = mx.cumsum(shares, axis=-1) - shares < top_p  # the likeliest always, and all that tie with the last
+            logits = mx.where(logits >= mx.where(kept, ranked, mx.inf).min(), logits, -mx.inf)
+        return mx.random.categorical(logits, key=now)
+
+    return draw

@@ -1,0 +1,145 @@
+"""Log-probabilities of given tokens from hidden states, without ever holding the logits of a whole batch.
+
+Only positions that predict a learned token come here. They meet the output projection in chunks, and each chunk's gradient is
+made beside its value (cross-entropy's gradient is known as soon as its softmax is), so that logits live for one chunk. The way
+from hidden states to logits is the model's own code with its body left out: tied or quantised heads, adapters on the head,
+scaled and soft-capped logits come out as the model makes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from tunesmith.model import kernels
+from tunesmith.model import loading as model
+
+CHUNK = 1 << 24  # logits at once: 64 MiB in float32
+
+
+class _Said:
+    """Stands for the body of a model: says what was computed before, and has the body's weights for a tied head."""
+
+    def __init__(self, body: Any, hidden: mx.array) -> None:
+        self._body, self._hidden = body, hidden
+
+    def __call__(self, *args: Any, **options: Any) -> mx.array:
+        return self._hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
+
+
+class _Headless:
+    """A model whose body is `_Said`."""
+
+    def __init__(self, net: nn.Module, hidden: mx.array) -> None:
+        self._net, self.model = net, _Said(net["model"], hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._net, name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._net
+
+
+def features(net: nn.Module, ids: mx.array, **options: Any) -> mx.array:
+    """(N, T) int32 → (N, T, D): hidden states after the last norm. For models where `splits` holds."""
+    return net["model"](ids, **options)
+
+
+def head(net: nn.Module, hidden: mx.array) -> mx.array:
+    """(K, D) → (K, V) logits by the model's own code. For models where `splits` holds."""
+    code: Any = type(net).__call__
+    return code(_Headless(net, hidden[None]), mx.zeros((1, len(hidden)), mx.int32))[0]
+
+
+def splits(net: nn.Module) -> bool:
+    """Whether head(features(x)) = net(x), tried on a few tokens. False for models whose body is not called ``model``."""
+    ids = mx.arange(8, dtype=mx.int32)[None]
+    with model.evaluating(net):
+        try:
+            split, whole = head(net, features(net, ids)[0]).astype(mx.float32), net(ids)[0].astype(mx.float32)
+        except (KeyError, TypeError, ValueError, AttributeError):  # another layout, another signature, another shape
+            return False
+        return split.shape == whole.shape and bool(mx.abs(whole - split).max() <= 1e-3 * mx.abs(whole).max())
+
+
+def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
+    """(K,) float32 log p of ``targets`` (K,) given ``hidden`` (K, D). For models where `splits` holds."""
+    rows = max(1, CHUNK // head(net, hidden[:1]).shape[-1])
+    starts = range(0, len(targets), rows)
+
+    def of_chunk(hidden: mx.array, start: int) -> mx.array:
+        return kernels.token_logprobs(head(net, hidden), targets[start : start + rows])
+
+    def frozen(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        """The values, and the gradient of their sum: rows do not mix, so it is each value's own."""
+        values: list[mx.array] = []
+        slopes: list[mx.array] = []
+        for start in starts:
+            part = _after(hidden[start : start + rows], [*values[-1:], *slopes[-1:]])
+            (value,), (slope,) = mx.vjp(lambda part, start=start: of_chunk(part, start), [part], [mx.ones(part.shape[:1])])
+            values.append(value)
+            slopes.append(slope)
+        return mx.concatenate(values), mx.concatenate(slopes)
+
+    def frozen_vjp(primal: mx.array, cotangents: tuple[mx.array, mx.array], results: tuple[mx.array, mx.array]) -> mx.array:
+        return (cotangents[0][:, None] * results[1]).astype(primal.dtype)
+
+    def in_turn(hidden: mx.array) -> mx.array:
+        values: list[mx.array] = []
+        for start in starts:
+            values.append(of_chunk(_after(hidden[start : start + rows], values[-1:]), start))
+        return mx.concatenate(values)
+
+    if not net.training:  # nobody will ask for the gradient
+        return in_turn(hidden)
+    names, weights = _trainable(net)
+    if not names:
+        return kernels.with_gradient(frozen, frozen_vjp)(hidden)[0]
+
+    def place(weights: list[mx.array]) -> None:
+        net.update(tree_unflatten(list(zip(names, weights, strict=True))))
+
+    def trained(hidden: mx.array, *weights: mx.array) -> mx.array:
+        place(list(weights))
+        return in_turn(hidden)
+
+    def trained_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, result: mx.array) -> tuple[mx.array, ...]:
+        """Each chunk is computed again: the gradient of the weights needs the cotangent, which the values do not know."""
+        hidden, *weights = primals
+        slopes: list[mx.array] = []
+        sums: list[mx.array] = []
+        for start in starts:
+            part, bar = _after(hidden[start : start + rows], [*slopes[-1:], *sums]), cotangent[start : start + rows]
+
+            def run(part: mx.array, *weights: mx.array, start: int = start) -> mx.array:
+                place(list(weights))
+                return of_chunk(part, start)
+
+            _, (slope, *own) = mx.vjp(run, [part, *weights], [bar])
+            slopes.append(slope)
+            sums = [total + one for total, one in zip(sums, own, strict=True)] if sums else own
+        place(weights)
+        return mx.concatenate(slopes), *sums
+
+    values = kernels.with_gradient(trained, trained_vjp)(hidden, *weights)
+    place(weights)
+    return values
+
+
+def _after(part: mx.array, made: list[mx.array]) -> mx.array:
+    """``part``, but not before ``made``: the logits of one chunk are free before the next are made."""
+    later: Any = mx.depends(part, made) if made else part
+    return later
+
+
+def _trainable(net: nn.Module) -> tuple[list[str], list[mx.array]]:
+    """The trainable tensors that the head may use: those outside the blocks."""
+    flat: Any = tree_flatten(net.trainable_parameters())
+    outside = [(name, value) for name, value in flat if not name.startswith("model.layers.")]
+    return [name for name, _ in outside], [value for _, value in outside]

@@ -1,0 +1,223 @@
+"""Will it run here? ``doctor`` looks at versions, device, memory, disk, BLAS and compiler, and trains a tiny model.
+
+Importable when MLX is broken: whatever a check raises becomes a failed check that says so.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from tunesmith import events
+from tunesmith.display.console import size
+from tunesmith.errors import SetupError, TunesmithError
+from tunesmith.events import Notice, Sink
+from tunesmith.machine import backend
+
+PACKAGES = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common")
+OVERFIT_LOSS = 1.0
+"""Nats that the overfit must get below; its first loss is about ln 64 = 4.2."""
+SLOW_GFLOPS = 20.0
+WRITTEN = 64 << 20  # bytes of the write test
+LOW_MEMORY, LOW_DISK, SLOW_DISK = 4e9, 5e9, 50e6  # bytes, bytes, bytes a second
+
+Status = Literal["ok", "warn", "fail"]
+
+
+class Check(TypedDict):
+    """One finding. ``hint``: what to do about it, None where nothing is to be done."""
+
+    name: str
+    status: Status
+    value: str
+    hint: str | None
+
+
+def doctor(path: Path = Path("."), overfit: bool = True, notify: Sink = events.silent) -> dict[str, Any]:
+    """``{"ok": no check failed, "checks": [Check, …]}``; never raises for what is wrong with the machine.
+
+    path: where runs will be written (it need not exist). overfit: also train a tiny random model for ten steps.
+    """
+    groups: dict[str, Callable[[], list[Check]]] = {
+        "versions": _versions, "device": _device, "memory": _memory, "disk": lambda: _disk(path), "products": _products,
+    }  # fmt: skip
+    groups |= {"overfit": _overfit} if overfit else {}
+    checks: list[Check] = []
+    for name, look in groups.items():
+        notify(Notice(f"looking at {name}"))
+        try:
+            checks += look()
+        except TunesmithError as error:
+            checks.append(_check(name, error.what, "fail", error.hint))
+        except Exception as error:  # a broken native library can raise anything; the doctor's work is to tell it
+            checks.append(_check(name, f"{type(error).__name__}: {error}", "fail", "reinstall as the README says"))
+    return {"ok": all(check["status"] != "fail" for check in checks), "checks": checks}
+
+
+def render(checks: Sequence[Check]) -> str:
+    """A table in plain text: a mark, the name, what was found, and hints on lines of their own."""
+    width = max((len(check["name"]) for check in checks), default=0)
+    lines: list[str] = []
+    for check in checks:
+        mark = "FAIL" if check["status"] == "fail" else check["status"]
+        first, *rest = check["value"].splitlines() or [""]
+        lines.append(f"{mark:<4}  {check['name']:<{width}}  {first}")
+        rest += [] if check["hint"] is None else [f"hint: {check['hint']}"]
+        lines += [f"{'':<{width + 8}}{line}" for line in rest]
+    counts = Counter(check["status"] for check in checks)
+    verdict = "this machine cannot train yet" if counts["fail"] else "this machine is ready to train"
+    lines.append(f"\n{verdict}: {counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failed")
+    return "\n".join(lines)
+
+
+def _check(name: str, value: str, problem: Status | Literal[False] = False, hint: str | None = None) -> Check:
+    """``problem`` False: all is well, and the hint is left out."""
+    return {"name": name, "status": problem or "ok", "value": value, "hint": hint if problem else None}
+
+
+def _versions() -> list[Check]:
+    checks = [_check("python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            checks.append(_check(package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            checks.append(_check(package, "not installed", "fail", f"pip install {package}"))
+    return checks
+
+
+def _device() -> list[Check]:
+    device = backend.setup()
+    import mlx.core as mx
+
+    value = f"{device.name} ({device.kind})"
+    if device.kind == "gpu":
+        value += f", {size(float(mx.device_info().get('memory_size', 0)))} memory"
+    value += "; in use " + ", ".join(f"{size(n_bytes)} {name}" for name, n_bytes in backend.memory().items())
+    return [_check("device", value), *(_check("device", note, "warn") for note in device.notes)]
+
+
+def _memory() -> list[Check]:
+    import psutil
+
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    total, free, where = float(memory.total), float(memory.available), ""
+    limit, used = _container()
+    if limit < total:
+        total, free, where = limit, min(free, limit - used), " (limit of this container)"
+    value, hint = f"{size(total)} in all{where}, {size(free)} free", "a smaller batch.tokens, or loop.checkpoint_gradients"
+    swapping = "the machine is swapping: training would be many times slower; free memory first"
+    return [
+        _check("memory", value, free < LOW_MEMORY and "warn", f"close other programs; else {hint}"),
+        _check("swap", f"{size(swap.total)} in all, {size(swap.used)} used", swap.used > 1e9 and "warn", swapping),
+    ]
+
+
+def _container() -> tuple[float, float]:
+    """(limit, in use without what can be dropped) of this control group (cgroup v2) in bytes; infinite: no limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used, details = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat"))
+    except OSError:
+        return math.inf, 0.0
+    cached = dict(line.split() for line in details.splitlines()).get("inactive_file", "0")
+    return float(limit.replace("max", "inf")), float(used) - float(cached)
+
+
+def _disk(path: Path) -> list[Check]:
+    folder = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    if not folder.is_dir():
+        raise SetupError(f"{folder} is not a folder, so runs cannot be written there", hint="choose another folder")
+    free = shutil.disk_usage(folder).free
+    hint = "each checkpoint of a 7B adapter takes up to 1 GB, a fused model as much as the base"
+    checks = [_check("disk", f"{size(free)} free at {folder}", free < LOW_DISK and "warn", hint)]
+    if free < 2 * WRITTEN:
+        return [*checks, _check("write speed", "not measured: the disk is full", "fail", "make room")]
+    block = os.urandom(1 << 20)  # a file system that compresses must not flatter itself
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            start = time.perf_counter()
+            for _ in range(WRITTEN // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = WRITTEN / (time.perf_counter() - start)
+    except OSError as error:
+        return [*checks, _check("write speed", f"{folder} cannot be written: {error}", "fail", "choose another folder")]
+    hint = "checkpoints will take long: raise loop.save_every, or write runs to another disk"
+    return [*checks, _check("write speed", f"{size(speed)}/s, flushed to disk", speed < SLOW_DISK and "warn", hint)]
+
+
+def _products() -> list[Check]:
+    device, speed = backend.setup(), backend.gflops()
+    problem = (device.blas_hint is not None or (device.kind == "cpu" and speed < SLOW_GFLOPS)) and "warn"
+    hint = device.blas_hint or "other programs may be using the processor; try again"
+    how = backend.cpu_settings() or "on the GPU"
+    if (forced := os.environ.get("OPENBLAS_CORETYPE")) and not problem and device.kind == "cpu":
+        problem, hint = "warn", f"OPENBLAS_CORETYPE={forced} keeps OpenBLAS from choosing: unset it and compare the speed"
+    return [_check("products", f"{speed:,.0f} GFLOP/s float32; {how}", problem, hint)]
+
+
+def _overfit() -> list[Check]:
+    backend.setup()
+    start = time.perf_counter()
+    first, last = _overfit_probe()
+    value = f"loss {first:.2f} → {last:.2f} in ten steps, at most {OVERFIT_LOSS:g} asked, {time.perf_counter() - start:.1f} s"
+    hint = "the numbers of this machine or of this MLX are wrong; TUNESMITH_BLAS=off tells if it is BLAS"
+    return [_check("overfit", value, not last <= OVERFIT_LOSS and "fail", hint)]
+
+
+def _overfit_probe(steps: int = 10) -> tuple[float, float]:
+    """(first, last) loss of a tiny random model that learns one sequence by heart, through the code that trains.
+
+    Ten updates of AdamW at 2e-2 bring the loss from about ln 64 = 4.2 nats below 1: the bound that `doctor` asks for.
+    """
+    import mlx.core as mx
+    import numpy as np
+    from mlx.utils import tree_map
+    from mlx_lm.models import llama
+
+    from tunesmith.adapters import layers as adapters
+    from tunesmith.data.formats import DataSpec
+    from tunesmith.learning import optimizer
+    from tunesmith.model import loading as model
+    from tunesmith.runs.directory import RunConfig
+    from tunesmith.tokens.batches import Group
+    from tunesmith.tokens.template import Tokens
+    from tunesmith.training.gradients import Gradients, dropout_key
+
+    random = np.random.Generator(np.random.PCG64(0))
+    sizes = llama.ModelArgs(
+        model_type="llama", hidden_size=32, num_hidden_layers=1, intermediate_size=64, num_attention_heads=2,
+        rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=1,
+    )  # fmt: skip
+    net = llama.Model(sizes)
+    net.update(
+        tree_map(lambda p: mx.array(random.normal(0, 0.1, p.shape).astype(np.float32)) if p.ndim > 1 else p, net.parameters())
+    )
+    config = RunConfig(
+        model=model.ModelSpec(path="probe"),
+        data=DataSpec(train=("probe",), valid=0),
+        adapter=adapters.Full.model_validate({}),
+        optimizer=optimizer.OptimizerSpec(learning_rate=2e-2, schedule="constant"),
+    )
+    config.adapter.attach(net, 0)
+    state = optimizer.build(config.optimizer, net)
+    group = Group((Tokens(random.integers(0, 64, 32).astype(np.int32), np.ones(32, np.float32)),), "probe")
+    gradients_of, key = Gradients(net, config), dropout_key(0, 0, 0)
+    net.train()
+    losses: list[float] = []
+    for step in range(steps):
+        (loss, _), sums = gradients_of([group], key)
+        losses.append(float(np.array(loss)) / group.units)
+        means = tree_map(lambda leaf: leaf / group.units, sums)
+        optimizer.apply(state, net, means, config.optimizer.rate(step, steps))
+    return losses[0], losses[-1]

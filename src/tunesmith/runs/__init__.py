@@ -1,0 +1,1 @@
+"""What is a run? Its directory, settings, checkpoints and records, each with typed readers and writers."""

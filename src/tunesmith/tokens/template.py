@@ -1,0 +1,437 @@
+"""Words to tokens: which ids a conversation becomes, and which of them are learned.
+
+An answer's place is the difference of two renderings, the prompt that inference sees and the prompt with the answer,
+compared token by token; never the result of a search for text. Every row is checked: what is learned, decoded, is the
+assistant's words and the end token; there is one BOS; no message is missing; something is learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import numpy as np
+from pydantic import Field
+
+from tunesmith.data import formats
+from tunesmith.data.formats import Call, Conversation, Demonstration, Document, Judged, Message, Preference
+from tunesmith.errors import DataError, ModelError, TemplateError, listing
+from tunesmith.settings.config import Spec
+
+Learn = Literal["all", "last", "marked"]
+
+SURROGATES = r"[\ud800-\udfff]"  # halves of a character: no tokenizer can encode them
+ANCHOR = "☺"  # merges with nothing, and shields what follows from the space that some tokenizers put before a text
+SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
+
+
+class TemplateSpec(Spec):
+    """How conversations become tokens, and which tokens are learned."""
+
+    renderer: Literal["auto", "hf", "mistral-v3"] = Field("auto", description="hf: the chat template; mistral-v3: mistral-common")
+    learn: Learn = Field("all", description="all answers but those with learn: false; the last; those with learn: true")
+    prompt_weight: float = Field(0.0, ge=0, le=1, description="weight of all other tokens; 0.01 to 0.5 helps short answers")
+    too_long: Literal["refuse", "drop", "cut"] = Field("refuse", description="beyond batch.length: stop, drop, or cut old turns")
+
+
+class Tokens(NamedTuple):
+    """ids: (T,) int32. targets: (T,) float32, the weight of learning the token at its own index; 0 is not learned."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def start(self) -> int:
+        """The first learned token by its index, past the first of all, which nothing predicts; 1 where none is."""
+        return 1 + int(np.argmax(self.targets[1:] > 0)) if len(self.ids) > 1 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A sequence to train on. turn: place of its last learned message. kind: completion | chosen | rejected."""
+
+    tokens: Tokens
+    source: str
+    example_id: str
+    turn: int
+    label: bool | None
+    kind: str = "completion"
+
+
+@dataclass
+class Rendered:
+    """notes: how often something was done to a row that its author may not expect."""
+
+    rows: list[Row]
+    dropped: list[formats.Dropped]
+    notes: Counter[str]
+
+
+class Refused(TemplateError):
+    """A row that cannot be rendered faithfully; ``code`` is the reason under which it is counted."""
+
+    def __init__(self, code: str, what: str, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.code = code
+
+
+class Turn(NamedTuple):
+    """An answer in its context: ids[:start] is the prompt, ids[start:] the answer with its end token."""
+
+    place: int
+    ids: list[int]
+    start: int
+    notes: tuple[str, ...]
+
+
+Parts: TypeAlias = list[tuple[str, list[Turn]]]  # for each row its kind and its learned turns
+
+
+class Renderer(ABC):
+    """Examples to rows, prompts to ids, ids to text. ``bos_id`` is None where plain text gets no BOS."""
+
+    fingerprint: str  # of all that decides the ids
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    unknown_id: int | None  # of what the tokenizer cannot write
+    control_ids: frozenset[int]  # of tokens that are no text
+    _control: re.Pattern[str]  # what must not stand in a text, since it would not be encoded as text
+    chat_bos_id: int | None  # the id that opens a rendered conversation, once
+    nine_letters: bool  # the format wants call ids of nine letters or digits
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids`` with special tokens written out."""
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _prompt(self, conversation: Conversation) -> list[int]: ...
+
+    @abstractmethod
+    def _answered(self, before: Conversation, shown: Conversation) -> tuple[list[int], list[int], str, str, str]:
+        """ids of the prompt, ids up to the end token, answer without it as decoded, and as written, text of all."""
+
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """Ids up to where the assistant starts to speak. Raises TemplateError, also when the assistant spoke last."""
+        if not conversation.messages or conversation.messages[-1].role == "assistant":
+            raise Refused("order", "a prompt must end with a message of the user or of a tool")
+        return self._prompt(self._checked(conversation, Counter()))
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Ids of plain text to be continued: BOS where the tokenizer adds one, then the text."""
+        self._refuse_control([text])
+        return [*([] if self.bos_id is None else [self.bos_id]), *self._encode(text)]
+
+    def plain(self, text: str) -> str:
+        """``text`` without what would not be encoded as text: what is left can be a `text_prompt`."""
+        while (left := self._control.sub("", text)) != text:  # what is left can make a new one
+            text = left
+        return text
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """What was generated, as text, up to the first end token; other special tokens are written out."""
+        return self.decode(ids[: next((at for at, token in enumerate(ids) if token in self.eos_ids), len(ids))])
+
+    def rows(
+        self, example: formats.Example, *, learn: Learn = "all", prompt_weight: float = 0.0,
+        cut: int | None = None, notes: Counter[str] | None = None,
+    ) -> list[Row]:  # fmt: skip
+        """One row where all answers fit in one rendering, else one for each learned answer.
+
+        cut: drop the oldest turns of a row with more tokens than this, as far as that helps. notes: is added to.
+        Raises TemplateError with the example's source.
+        """
+        notes = Counter() if notes is None else notes
+        try:
+            parts = self._parts(example, learn, cut, notes)
+        except Refused as error:
+            error.where = example.source
+            raise
+        label = example.desirable if isinstance(example, Judged) else getattr(example, "label", None)
+        rows = []
+        for kind, group in parts:
+            ids = np.array(group[-1].ids, dtype=np.int32)
+            targets = np.full(len(ids), prompt_weight, dtype=np.float32)
+            targets[0] = 0  # BOS, or a token with nothing before it
+            for turn in group:
+                targets[turn.start : len(turn.ids)] = 1
+                notes.update(turn.notes)
+            rows.append(Row(Tokens(ids, targets), example.source, example.id, group[-1].place, label, kind))
+        return rows
+
+    def _parts(self, example: formats.Example, learn: Learn, cut: int | None, notes: Counter[str]) -> Parts:
+        if isinstance(example, Preference):
+            return self._pair(example, learn, cut, notes)
+        if isinstance(example, Demonstration | Judged):
+            conversation = self._checked(example.conversation, notes)
+            groups = self._groups(conversation, _learned(conversation, learn, 0, notes))
+            return [("completion", part) for group in groups for part in self._fit(conversation, group, cut)]
+        text = isinstance(example, Document)
+        before, after = ("", example.text) if text else (example.prompt, example.completion)
+        head = self.text_prompt(before)
+        if not after or not (head or text):
+            raise Refused("empty", "a completion or its context is empty", 'use {"text": …} for text alone')
+        if not self.eos_ids:
+            raise Refused("end_token", "this tokenizer has no end token", "set eos_token in tokenizer_config.json")
+        ids = self._continue(head, after, self.text_prompt(before + after))
+        said = self._same(self._between(ids, len(head), len(ids)), after)
+        bare = () if head else ("first token of a text not learned: nothing stands before it",)
+        return [("completion", [Turn(0, [*ids, self.eos_ids[0]], max(len(head), 1), said + bare)])]
+
+    def _pair(self, pair: Preference, learn: Learn, cut: int | None, notes: Counter[str]) -> Parts:
+        """Chosen and rejected, one row each, in the same context, learned from where they part."""
+        sides = [self._checked(side, notes) for side in (pair.chosen, pair.rejected)]
+        same = [a == b for a, b in zip(*(side.messages for side in sides), strict=False)]
+        part = [*same, False].index(False)
+        learned = [_learned(side, learn, part, notes) for side in sides]
+        turns: list[list[Turn]] = []
+        for start in (0, *_starts(sides[0], part)):
+            groups = [self._groups(side, places, start) for side, places in zip(sides, learned, strict=True)]
+            turns = [group[0] for group in groups]
+            if turns[0][0].ids[: turns[0][0].start] != turns[1][0].ids[: turns[1][0].start] or max(map(len, groups)) > 1:
+                raise Refused("pair", "chosen and rejected do not part at an answer, or need more than a row each")
+            if cut is None or all(len(side[-1].ids) <= cut for side in turns):
+                break
+        return list(zip(("chosen", "rejected"), turns, strict=True))
+
+    def _groups(self, conversation: Conversation, learned: Sequence[int], start: int = 0) -> list[list[Turn]]:
+        """The learned turns by row: together if each rendering begins with the one before, else each alone.
+
+        start: the message that follows the system messages; older ones are left out.
+        """
+        turns = [self._turn(conversation, place, start) for place in learned]
+        nested = all(later.ids[: len(turn.ids)] == turn.ids for turn, later in pairwise(turns))
+        turns[0] = turns[0]._replace(notes=turns[0].notes + (SPLIT,) * (not nested) + (CUT,) * (start > 0))
+        return [turns] if nested else [[turn] for turn in turns]
+
+    def _fit(self, conversation: Conversation, group: list[Turn], cut: int | None) -> list[list[Turn]]:
+        """The group without so many of its oldest turns that it fits; the answers left out get rows of their own.
+
+        An answer that is too long even behind its own user turn stays so: the caller drops it.
+        """
+        if cut is None or len(group[-1].ids) <= cut:
+            return [group]
+        earlier, groups = group[:-1], [group[-1:]]
+        for start in _starts(conversation, group[-1].place):
+            shorter = self._groups(conversation, [turn.place for turn in group if turn.place > start], start)
+            if all(len(part[-1].ids) <= cut for part in shorter):
+                earlier, groups = [turn for turn in group if turn.place < start], shorter
+                break
+        return [*(self._fit(conversation, earlier, cut) if earlier else []), *groups]
+
+    def _turn(self, conversation: Conversation, place: int, start: int) -> Turn:
+        """The answer ``messages[place]`` behind the system messages and those from ``start`` on, checked."""
+        message = conversation.messages[place]
+        system = [older for older in conversation.messages[:start] if older.role == "system"]
+        before = replace(conversation, messages=(*system, *conversation.messages[start:place]))
+        shown = replace(before, messages=(*before.messages, message))
+        asked = bool(before.messages) and before.messages[-1].role in ("user", "tool")
+        if not asked or not (message.calls or message.content.strip()):
+            raise Refused("answer", "an answer needs a turn of the user or a tool before it, and words or calls")
+        prompt, ids, said, wrote, text = self._answered(before, shown)
+        if ids[: len(prompt)] != prompt or ids[-1] not in self.eos_ids:
+            raise Refused("prefix", "a rendered answer must be its prompt, the answer and an end token",
+                          "this template shows another context in training than at inference")  # fmt: skip
+        bos = self.chat_bos_id
+        if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
+            raise Refused("bos", f"{ids.count(bos)} BOS tokens; there must be one, at the start")
+        notes = self._same(said, wrote if message.calls else message.content)
+        for other in before.messages:
+            _present(other, text, history=True)
+        _present(message, said, history=False)
+        tools = [cast(dict[str, Any], tool)["function"] for tool in shown.tools]
+        seen = self.decode(prompt) if tools else ""  # an answer may name a tool that its prompt does not show
+        if missing := [tool["name"] for tool in tools if tool["name"] not in seen]:
+            raise Refused("left_out", f"the template leaves out the declared tools ({', '.join(missing)})",
+                          "a model with this template cannot see them: tell of them in the system text")  # fmt: skip
+        if not all(_written(part, text) for part in _leaves(tools)):
+            notes += ("a declared tool is not written in full by the template",)
+        if bos is None and self.bos_id is not None and self.bos_id not in ids:
+            notes += ("no BOS: the tokenizer has one, the template writes none",)
+        return Turn(place, ids, len(prompt), notes)
+
+    def _continue(self, prompt: list[int], rest: str, whole: list[int]) -> list[int]:
+        """The ids of prompt and rest: ``whole`` (both encoded as one text) if it begins with the prompt, else the
+        prompt and the ids of the segment, since inference never sees a token that spans the boundary."""
+        if whole[: len(prompt)] == prompt:
+            return whole
+        for segment in (self._encode(rest), self._encode(ANCHOR + rest)[len(self._encode(ANCHOR)) :]):
+            ids = [*prompt, *segment]
+            if _plain(self._between(ids, len(prompt), len(ids))) == _plain(rest):
+                return ids
+        raise Refused("boundary", "the tokens of the prompt and of the answer cannot be told apart")
+
+    def _between(self, ids: Sequence[int], start: int, stop: int) -> str:
+        """The text of ids[start:stop] as it reads behind the token before it; alone, it may lose its first space."""
+        first = max(start - 1, 0)
+        before, both = self.decode(ids[first:start]), self.decode(ids[first:stop])
+        return both[len(before) :] if both.startswith(before) else self.decode(ids[start:stop])
+
+    def _same(self, said: str, words: str) -> tuple[str, ...]:
+        """Notes on an allowed difference of the learned tokens, decoded, from the words. Raises Refused on another."""
+        if said == words:
+            return ()
+        if _plain(said) == _plain(words):
+            return ("Unicode normalised by the tokenizer",)
+        if _plain(said.strip()) != _plain(words.strip()):
+            raise Refused("words", f"the learned tokens read {said!r:.120}, the assistant's words are {words!r:.120}",
+                          "the template or the tokenizer changes the answer")  # fmt: skip
+        return (f"whitespace {'trimmed' if len(said) < len(words) else 'added'} by the template",)
+
+    def _refuse_control(self, texts: Sequence[str]) -> None:
+        for found in filter(None, map(self._control.search, texts)):
+            raise Refused("not_text", f"a text holds {found.group()!a}, which this tokenizer does not read as text",
+                          "repair the encoding, or remove it from the text")  # fmt: skip
+
+    def _checked(self, conversation: Conversation, notes: Counter[str]) -> Conversation:
+        """Encodable text; each call with an id, each result with the id and name of its call."""
+        self._refuse_control([json_text(conversation.tools)])
+        messages: list[Message] = []
+        waiting: list[tuple[Call, str]] = []  # calls without a result, and their new ids
+        for at, message in enumerate(conversation.messages):
+            calls = message.calls
+            self._refuse_control([message.content, *(text for call in calls for text in (call.name, json_text(call.arguments)))])
+            if calls:
+                waiting = []
+                for place, call in enumerate(calls):
+                    key = call.id
+                    if not key or (self.nine_letters and not re.fullmatch("[A-Za-z0-9]{9}", key)):
+                        notes["tool call id made of nine letters and digits"] += 1
+                        key = hashlib.sha256(f"{at}.{place} {call!a}".encode()).hexdigest()[:9]
+                    waiting.append((call, key))
+                message = replace(message, calls=tuple(replace(call, id=key) for call, key in waiting))
+            elif message.role == "tool":
+                name, wanted = message.name, message.call_id
+                fits = [pair for pair in waiting if wanted in (None, pair[0].id) and name in (None, pair[0].name)]
+                if not fits:
+                    raise Refused("call_id", f"a tool result (call id {wanted}) answers no open call",
+                                  "each result needs the id of a call just before it")  # fmt: skip
+                waiting.remove(fits[0])
+                message = replace(message, call_id=fits[0][1], name=fits[0][0].name)
+            messages.append(message)
+        return replace(conversation, messages=tuple(messages))
+
+
+def renderer(path: Path | str, spec_name: str = "auto") -> Renderer:
+    """The renderer of a model or tokenizer folder, or of ``mistral-v3``: the tokenizer that mistral-common ships.
+
+    Raises ModelError when the tokenizer cannot be read. Code that comes with a tokenizer is never run.
+    """
+    from tunesmith.tokens.renderers import HFRenderer, MistralRenderer
+
+    folder = Path(path)
+    if str(path) != "mistral-v3" and not folder.is_dir():
+        raise ModelError("no such tokenizer folder", where=str(path), hint="give a model's folder, or mistral-v3")
+    own = folder / "tokenizer.model.v3" if (folder / "tokenizer.model.v3").is_file() else None
+    if str(path) == "mistral-v3" or spec_name == "mistral-v3" or (own and spec_name == "auto"):
+        return MistralRenderer(own)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
+    v3 = len(tokenizer) == 32768 and tokenizer.convert_tokens_to_ids(["[INST]", "[TOOL_CALLS]"]) == [3, 5]
+    return MistralRenderer() if v3 and spec_name == "auto" else HFRenderer(tokenizer)
+
+
+def render(
+    examples: Sequence[formats.Example], renderer: Renderer, spec: TemplateSpec, length: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rendered:  # fmt: skip
+    """All rows of at most ``length`` tokens; what cannot be rendered is in ``dropped`` with its reason.
+
+    Raises DataError when a row is longer and ``spec.too_long`` is refuse.
+    """
+    result, cut = Rendered([], [], Counter()), length if spec.too_long == "cut" else None
+    long: list[formats.Dropped] = []
+    for done, example in enumerate(examples, 1):
+        rows: list[Row] = []
+        try:
+            rows = renderer.rows(example, learn=spec.learn, prompt_weight=spec.prompt_weight, cut=cut, notes=result.notes)
+        except Refused as error:
+            told = "; hint: ".join(filter(None, (error.what, error.hint)))
+            result.dropped.append(formats.Dropped(example.source, error.code, told, ""))
+        fits = [row for row in rows if len(row.tokens.ids) <= length]
+        for tokens in [len(row.tokens.ids) for row in rows if len(row.tokens.ids) > length]:
+            long.append(formats.Dropped(example.source, "too_long", f"{tokens} tokens, the limit is {length}", ""))
+        if len(fits) == len(rows) or not isinstance(example, Preference):  # a pair is kept or dropped as a whole
+            result.rows += fits
+        if progress is not None:
+            progress(done, len(examples))
+    if long and spec.too_long == "refuse":
+        listed = listing([f"{row.source}: {row.message}" for row in long])
+        raise DataError(f"{len(long)} rows have more than {length} tokens:\n{listed}",
+                        hint="raise batch.length, or set template.too_long: drop or cut")  # fmt: skip
+    result.dropped += long
+    return result
+
+
+def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counter[str]) -> list[int]:
+    """Places of the learned answers from ``first`` on. Raises Refused when there is none."""
+    messages = conversation.messages
+    asked = [at for at in range(first, len(messages)) if messages[at].role == "assistant"][-1 if learn == "last" else 0 :]
+    learned = [at for at in asked if messages[at].learn or (learn != "marked" and messages[at].learn is None)]
+    if learn != "marked":
+        notes.update(["answer not learned: it says learn: false"] * (len(asked) - len(learned)))
+    if not learned:
+        raise Refused("no_target", "no answer to learn", "template.learn says which answers are learned")
+    return learned
+
+
+def _starts(conversation: Conversation, before: int) -> list[int]:
+    """Where a conversation can begin without its oldest turns: at user messages behind an answer, oldest first."""
+    roles = [message.role for message in conversation.messages]
+    return [at for at in range(1, before) if roles[at] == "user" and roles[at - 1] in ("assistant", "tool")]
+
+
+def _present(message: Message, text: str, *, history: bool) -> None:
+    """Raises Refused when words, a call's name or an argument are not in ``text``.
+
+    A template may leave the reasoning out of answers that are history, and write a JSON result anew.
+    """
+    words = message.content.strip()
+    if message.role == "assistant" and history:
+        words = words.rpartition("</think>")[2].strip()
+    parts = [words, *_leaves([[call.name, call.arguments] for call in message.calls])]
+    missing = [part for part in parts if not _written(part, text)]
+    if missing and message.role == "tool":
+        with suppress(ValueError):
+            missing = [part for part in [json_text(json.loads(words))] if part not in text]
+    if missing:
+        raise Refused("left_out", f"{missing[0]!r:.120} ({message.role}) is missing in the rendering",
+                      "the template cannot express this role or call: put it into the words")  # fmt: skip
+
+
+def _written(part: str, text: str) -> bool:
+    """Whether ``part`` is in ``text``, as it is, normalised, or as JSON writes it."""
+    return any(form in text for form in (part, _plain(part), json_text(part)[1:-1], json.dumps(part)[1:-1]))
+
+
+def _leaves(value: formats.JSON) -> list[str]:
+    """Keys, strings and numbers at every depth; true, false and null are written differently by each template."""
+    if isinstance(value, dict):
+        return [part for key, inner in value.items() for part in (key, *_leaves(inner))]
+    if isinstance(value, list | tuple):
+        return [part for inner in value for part in _leaves(inner)]
+    return [] if value is None or isinstance(value, bool) else [str(value)]
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def json_text(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""How does a model learn? From settings to a trained adapter in a run directory."""

@@ -1,0 +1,63 @@
+"""Warnings that practice has for objectives that compare good with bad: each is said once, when it first holds."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+from tunesmith.events import Notice, Sink
+from tunesmith.tokens.batches import Group, Plan
+
+WINDOW = 10  # updates
+RUNAWAY_KL = 30.0
+"""Nats of z0 from which on σ(β(r − z0)) with the usual β = 0.1 is saturated for a row that did not move (σ(−3) = 0.05)."""
+
+
+class Watch:
+    """What was seen so far, and what was said. ``compared``: rewards are ratios to the model before training."""
+
+    def __init__(self, compared: bool = True) -> None:
+        self._compared = compared
+        self._recent: deque[dict[str, float]] = deque(maxlen=WINDOW)
+        self._said: set[str] = set()
+
+    def step(self, metrics: dict[str, float], emit: Sink) -> None:
+        """After an update: means over the last WINDOW of them."""
+        if not metrics:
+            return
+        self._recent.append(metrics)
+        if len(self._recent) == WINDOW:
+            means = {key: statistics.fmean(one[key] for one in self._recent if key in one) for key in metrics}
+            self._look(means, f"over the last {WINDOW} updates", emit)
+
+    def validation(self, metrics: dict[str, float], emit: Sink) -> None:
+        if metrics:
+            self._look(metrics, "on the held-out rows", emit)
+
+    def _look(self, found: dict[str, float], where: str, emit: Sink) -> None:
+        good = next((key for key in ("reward_desirable", "reward_chosen") if key in found), None)
+        name = (good or "").removeprefix("reward_")
+        if good and self._compared and found[good] < -1e-3:
+            what = f"{name} answers became less likely than before training {where}: {good} {found[good]:.3g}"
+            hint = "raise objective.beta, lower optimizer.learning_rate, or "
+            hint += "set objective.sft_weight" if name == "desirable" else "try objective=orpo, which holds the chosen up"
+            self._say(f"falling {name}", what, hint, emit)
+        if found.get("kl", 0.0) > RUNAWAY_KL:
+            what = f"the model runs away from the reference {where}: kl {found['kl']:.3g} nats a row"
+            self._say("kl", what, "lower optimizer.learning_rate, or raise objective.beta", emit)
+        if self._compared and found.get("margin", 0.0) < 0 and self._recent:
+            what = f"what should be avoided gained on what should be learned {where}: margin {found['margin']:.3g}"
+            self._say("margin", what, "look at the labels with `tunesmith show`", emit)
+
+    def _say(self, key: str, what: str, hint: str, emit: Sink) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            emit(Notice(what, level="warning", hint=hint))
+
+
+def lonely(plan: Plan, groups: Sequence[Group]) -> int:
+    """Updates of the run that hold rows of one class only."""
+    if all(group.label is None for group in groups):
+        return 0
+    return sum(len({groups[member].label for member in plan.members(step)}) < 2 for step in range(plan.steps))

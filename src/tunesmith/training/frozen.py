@@ -1,0 +1,149 @@
+"""What the frozen layers below the adapter compute for each row: once, kept on disk, read again in every later epoch.
+
+Where only the upper layers are adapted, the lower ones give the same hidden states for a row whenever it comes. Files are named
+by the hash of the row's tokens and lie in the run directory, whose base cannot change (`Run.require_same`); they go when it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from tunesmith.errors import ConfigError, DiskFull
+from tunesmith.files import flush
+from tunesmith.model.loading import evaluating
+from tunesmith.tokens.batches import Batch, Group
+
+KEY = "loop.cache_frozen"
+
+
+def depth(net: nn.Module) -> int:
+    """Layers below the lowest with a trainable tensor; 0 where the embedding is trained, too."""
+    layers: Any = net.layers
+    trained = [index for index, layer in enumerate(layers) if tree_flatten(layer.trainable_parameters())]
+    embedding: Any = net["model"].get("embed_tokens") if "model" in net else None
+    if embedding is None or not trained or tree_flatten(embedding.trainable_parameters()):
+        return 0
+    return trained[0]
+
+
+def saving(net: nn.Module, epochs: float, recomputed: bool) -> float:
+    """Share of the layers' work that keeping them would save: a layer's backward pass costs as much as its forward pass."""
+    layers: Any = net.layers
+    below, above = depth(net), len(layers) - depth(net)
+    return below * max(0.0, 1 - 1 / epochs) / (below + above * (3 if recomputed else 2))
+
+
+class Lower:
+    """The lowest ``depth`` layers of ``net``, with what they said to each row under ``folder``."""
+
+    def __init__(self, net: nn.Module, folder: Path) -> None:
+        self.net, self.folder, self.depth = net, folder, depth(net)
+        self.read = self.computed = 0
+
+    def open(self, groups: Sequence[Group]) -> int:
+        """Make the folder; returns the bytes that all rows will take. Raises DiskFull."""
+        needed = self.needed(groups)
+        self.folder.mkdir(exist_ok=True)
+        present = sum(file.stat().st_size for file in self.folder.iterdir())
+        if shutil.disk_usage(self.folder).free < needed - present:
+            raise DiskFull(f"{KEY} needs {needed / 1e9:.1f} GB", where=str(self.folder), hint="make room, or leave it out")
+        return needed
+
+    def needed(self, groups: Sequence[Group]) -> int:
+        """Bytes that the rows will take."""
+        return sum(group.tokens for group in groups) * self._below(mx.zeros((1, 1), mx.int32)).nbytes
+
+    def require(self, groups: Sequence[Group]) -> None:
+        """Raises ConfigError where nothing is below the adapter, or the model cannot begin in the middle.
+
+        Tried on the longest row, so that layers which look at a window only show themselves.
+        """
+        if self.depth == 0:
+            raise ConfigError("no layer lies below the adapter", where=KEY, hint="set adapter.layers, or leave it out")
+        longest = max((one for group in groups for one in group.sequences), key=lambda one: len(one.ids))
+        ids = mx.array(longest.ids)[None]
+        try:
+            with evaluating(self.net):
+                states = self._below(ids)
+                with self.above():
+                    found = self.net["model"](ids, input_embeddings=states)
+                whole = self.net["model"](ids)
+                same = found.shape == whole.shape and bool(mx.abs(whole - found).max() <= 1e-3 * mx.abs(whole).max())
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            same = False
+        if not same:
+            what = f"{type(self.net).__module__.rsplit('.', 1)[-1]} models cannot begin at a layer in the middle"
+            raise ConfigError(what, where=KEY, hint="leave it out")
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def states(self, groups: Sequence[Group], batch: Batch) -> mx.array:
+        """(N, T, D) for the tokens of ``batch``, which was made from ``groups``."""
+        rows = [self._of(sequence.ids[:-1]) for group in groups for sequence in group.sequences]
+        if batch.ends is not None:
+            return mx.concatenate([row for row in rows if row.shape[1]], axis=1)
+        width = batch.tokens.shape[1]
+        return mx.concatenate([mx.pad(row, [(0, 0), (0, width - row.shape[1]), (0, 0)]) for row in rows])
+
+    @contextmanager
+    def above(self) -> Iterator[None]:
+        """Inside, ``net`` has its upper layers only."""
+        with _layers(self.net, slice(self.depth, None)):
+            yield
+
+    def _of(self, ids: np.ndarray) -> mx.array:
+        """(1, T, D)"""
+        if len(ids) == 0:
+            return self._below(mx.zeros((1, 1), mx.int32))[:, :0]
+        name = hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()[:32]
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            with contextlib.suppress(RuntimeError):  # torn by a power cut: computed again
+                held: Any = mx.load(str(path))
+                mx.eval(held)  # read now: MLX would meet a short file only in the step
+                self.read += 1
+                return held["states"]
+        self.computed += 1
+        states = self._below(mx.array(ids)[None])
+        draft = path.with_name(f".{path.name}")
+        mx.eval(states)
+        try:
+            mx.save_safetensors(str(draft), {"states": states})
+            flush(draft)
+        except (RuntimeError, OSError) as error:
+            raise DiskFull(f"{KEY}: cannot be written: {error}", where=str(path), hint="make room, or leave it out") from error
+        draft.rename(path)
+        return states
+
+    def _below(self, ids: mx.array) -> mx.array:
+        body = self.net["model"]
+        norm = body.norm
+        body.norm = nn.Identity()
+        try:
+            with _layers(self.net, slice(0, self.depth)):
+                return body(ids)
+        finally:
+            body.norm = norm
+
+
+@contextmanager
+def _layers(net: nn.Module, some: slice) -> Iterator[None]:
+    body = net["model"]
+    all_of_them = body.layers
+    body.layers = all_of_them[some]
+    try:
+        yield
+    finally:
+        body.layers = all_of_them

@@ -1,0 +1,286 @@
+"""From a micro-batch to sums and gradients: which parts are recomputed, which shapes are compiled; and losses row by row."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from tunesmith.adapters import layers as adapters
+from tunesmith.errors import ConfigError, OutOfMemory
+from tunesmith.events import Notice, Probed, Sink
+from tunesmith.learning import objectives
+from tunesmith.learning.objectives import Objective
+from tunesmith.machine import backend
+from tunesmith.machine.ranks import Ranks
+from tunesmith.model import kernels, logprobs
+from tunesmith.runs.directory import Cursor, RunConfig
+from tunesmith.tokens.batches import Batch, Group, Plan, bucketed, collate
+from tunesmith.training.frozen import Lower
+
+COMPILED_SHAPES = 64
+"""Most shapes that a run compiles: each keeps a graph of the whole step. What is rarer runs as it is."""
+
+Shape = tuple[int, int, int]
+"""Rows, tokens and learned tokens of a micro-batch, as they are on the device."""
+
+
+class Gradients:
+    """micro-batch, dropout key → (sum of losses (), log p of each sequence (S,)), gradients of that sum; not yet evaluated.
+
+    objective: as it is settled for the training rows (default: the config's). compiled: shapes for which the step is compiled;
+    ``traces`` counts those met so far, ``plain`` the micro-batches of others. lower: the frozen layers whose results are kept.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        config: RunConfig,
+        compiled: frozenset[Shape] = frozenset(),
+        lower: Lower | None = None,
+        objective: Objective | None = None,
+    ) -> None:
+        self._lower = lower
+        self.traces: set[Shape] = set()
+        self.plain, self.compiles = 0, bool(compiled)
+        self.objective = objective = objective or config.objective
+        self._net, self._pack, self._compiled = net, config.batch.pack, compiled
+        of_batch = functools.partial(objectives.learned_logprobs, gather=logprobs.splits(net))
+
+        def total(
+            weights: dict, arrays: list[mx.array], ends: tuple[int, ...] | None, key: mx.array
+        ) -> tuple[mx.array, mx.array]:
+            net.update(weights)
+            adapters.seed_dropout(net, key)
+            tokens, positions, learned, tok_weights, rows, fields, *states = arrays
+            batch = Batch(tokens, positions, learned, tok_weights, rows, fields, ends, states[0] if states else None)
+            with lower.above() if lower else ExitStack():
+                logps = objectives.sequence_logps(net, batch, of_batch)
+            return objective.losses(logps, batch.fields).sum(), logps
+
+        self._step: Any = mx.value_and_grad(total)
+        self._fast = mx.compile(lambda weights, arrays, key: self._step(weights, arrays, None, key))
+
+    def __call__(self, groups: Sequence[Group], key: mx.array, baseline: float = 0.0) -> tuple[tuple[mx.array, mx.array], dict]:
+        fields = self.objective.fields(groups, baseline)
+        batch = collate(groups, pack=self._pack, bucket=bool(self._compiled), fields=fields)
+        arrays = [mx.array(part) for part in batch[:6]]
+        if self._lower:
+            arrays.append(self._lower.states(groups, batch))
+        shape = (*batch.tokens.shape, len(batch.learned))
+        weights = self._net.trainable_parameters()
+        try:
+            if shape in self._compiled:
+                self.traces.add(shape)
+                return self._fast(weights, arrays, key)
+            self.plain += 1
+            return self._step(weights, arrays, batch.ends, key)
+        finally:
+            self._net.update(weights)  # tracing leaves its placeholders behind
+
+
+class Accumulation:
+    """The sums of an update over its micro-batches, within the memory of the device."""
+
+    def __init__(
+        self,
+        gradients_of: Gradients,
+        net: nn.Module,
+        rows: Sequence[Group],
+        plan: Plan,
+        config: RunConfig,
+        ranks: Ranks,
+        emit: Sink,
+    ) -> None:
+        self._gradients_of, self._net, self._rows, self._plan_of_run = gradients_of, net, rows, plan
+        self._config, self._ranks, self._emit = config, ranks, emit
+
+    @property
+    def shapes(self) -> dict[str, int]:
+        """``compiled``: shapes so far; ``uncompiled``: micro-batches of other shapes, where a step is compiled at all."""
+        made = self._gradients_of
+        return {"compiled": len(made.traces), "uncompiled": made.plain} if made.compiles else {}
+
+    def padding(self, step: int, cursor: Cursor) -> float:
+        """Share of the positions on the device in update ``step``, on all ranks, that are padding."""
+        plan, ranks = self._plan(cursor), self._ranks.size
+        positions = plan.positions or plan.lengths
+        micros = [micro for rank in range(ranks) for micro in plan.update(step, rank, ranks)]
+        used = sum(positions[member] for micro in micros for member in micro)
+        return 1 - used / sum(plan.cut.size([plan.lengths[member] for member in micro]) for micro in micros)
+
+    def _plan(self, cursor: Cursor) -> Plan:
+        """The plan, with the smaller budget that the run came down to."""
+        plan = self._plan_of_run
+        return plan if cursor.tokens is None else replace(plan, cut=replace(plan.cut, tokens=cursor.tokens))
+
+    def probe(self, cursor: Cursor) -> None:
+        """The run's largest micro-batch, for nothing: want of memory shows now, not at night. Raises OutOfMemory."""
+        plan, start = self._plan(cursor), time.perf_counter()
+        largest = plan.largest(self._ranks.size)
+        lengths = [plan.lengths[index] for index in largest]
+        self._net.train()
+        mx.reset_peak_memory()  # loading may have needed more for a moment
+        try:
+            key = dropout_key(self._config.loop.seed, 0, 0)
+            mx.eval(self._gradients_of([self._rows[index] for index in largest], key))
+        except (RuntimeError, MemoryError) as error:
+            if not backend.is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error, lengths, "before step 1") from error
+        size, memory, limit = plan.cut.size(lengths), backend.memory(), backend.memory_limit()
+        self._emit(Probed(len(lengths), size, time.perf_counter() - start, memory))
+        if memory["peak"] > 0.9 * limit:
+            what = f"the largest micro-batch takes {memory['peak'] / 1e9:.1f} of {limit / 1e9:.1f} GB: it will swap"
+            self._emit(Notice(what, level="warning", hint=self._smaller(lengths)))
+
+    def sums(self, step: int, cursor: Cursor, baseline: float = 0.0) -> tuple[mx.array, dict, np.ndarray]:
+        """(sum of losses (), sums of gradients, log p of each sequence) of this rank's rows of update ``step``, evaluated.
+
+        The log p are those of all sequences of `Plan.members` in order, 0 where another rank has them.
+
+        Where the device runs out of memory, ``cursor.tokens`` becomes half of what it was given and the update begins anew.
+        Raises OutOfMemory where one row is too much.
+        """
+        while True:
+            plan = self._plan(cursor)
+            micros = plan.update(step, self._ranks.rank, self._ranks.size)
+            done: list[int] = []
+            try:
+                loss, total, found = self._accumulate(step, micros, done, baseline)
+                if total is None:
+                    total = tree_map(mx.zeros_like, self._net.trainable_parameters())
+                none = {member: np.zeros(len(self._rows[member].sequences)) for member in plan.members(step)}
+                return loss, total, np.concatenate(list((none | found).values()))
+            except (RuntimeError, MemoryError) as error:
+                if not backend.is_out_of_memory(error):
+                    raise
+                lengths = [plan.lengths[member] for member in micros[max(0, len(done) - 1)]]
+                smaller = plan.cut.halved(lengths)
+                if smaller is None:
+                    raise self._out_of_memory(error, lengths, f"step {step + 1}") from error
+                cursor.tokens = smaller.tokens
+            mx.clear_cache()  # what the attempt held is free: its frames are gone
+
+    def _accumulate(
+        self, step: int, micros: list[list[int]], done: list[int], baseline: float
+    ) -> tuple[mx.array, dict | None, dict[int, np.ndarray]]:
+        """The sums over ``micros``, and member → log p of its sequences; ``done`` takes the number of each as it begins."""
+        self._net.train()
+        loss, total = mx.array(0.0), None
+        parts: list[mx.array] = []
+        for index, micro in enumerate(micros):
+            done.append(index)
+            # The next graph is built while the device works on the last; then that one is waited for, so that only one is in
+            # memory.
+            key = dropout_key(self._config.loop.seed, step, index * self._ranks.size + self._ranks.rank)
+            (part, logps), part_gradients = self._gradients_of([self._rows[member] for member in micro], key, baseline)
+            mx.eval(loss, total or {})
+            loss, total = loss + part, _add(total, part_gradients)
+            parts.append(logps)
+            mx.async_eval(loss, total, logps)
+        mx.eval(loss, total or {}, parts)
+        found: dict[int, np.ndarray] = {}
+        for micro, logps in zip(micros, parts, strict=True):
+            sizes = [len(self._rows[member].sequences) for member in micro]
+            ends = np.cumsum(sizes)[:-1]
+            found |= dict(zip(micro, np.split(np.array(logps, dtype=np.float64), ends), strict=True))
+        return loss, total, found
+
+    def _out_of_memory(self, error: Exception, lengths: list[int], where: str) -> OutOfMemory:
+        what = f"the device ran out of memory with {len(lengths)} rows of up to {max(lengths)} tokens: {error}"
+        return OutOfMemory(what, where=where, hint=self._smaller(lengths))
+
+    def _smaller(self, lengths: list[int]) -> str:
+        hint = "lower batch.tokens" if len(lengths) > 1 else "lower batch.length"
+        hint += "" if self._config.loop.checkpoint_gradients else ", set loop.checkpoint_gradients=true"
+        return hint + ("" if self._config.model.quantize else ", or model.quantize=4") + ", in a new run"
+
+
+def _add(total: dict | None, part: dict) -> dict:
+    """Leaf by leaf."""
+    return part if total is None else tree_map(mx.add, total, part)
+
+
+def frequent_shapes(plan: Plan, groups: Sequence[Group], rank: int = 0, ranks: int = 1) -> frozenset[Shape]:
+    """The shapes to compile: the most frequent of the first epoch, so that a resumed run compiles the same ones."""
+    seen: Counter[Shape] = Counter()
+    for step in range(min(plan.steps, plan.steps_per_epoch)):
+        for micro in plan.update(step, rank, ranks):
+            sequences = [sequence for index in micro for sequence in groups[index].sequences]
+            longest = max(len(sequence.ids) for sequence in sequences) - 1
+            learned = sum(int(np.count_nonzero(sequence.targets[1:])) for sequence in sequences)
+            seen[len(sequences), bucketed(max(1, longest)), bucketed(max(1, learned))] += 1
+    return frozenset(shape for shape, _ in sorted(seen.items(), key=lambda item: (-item[1], item[0]))[:COMPILED_SHAPES])
+
+
+def dropout_key(seed: int, step: int, micro: int) -> mx.array:
+    """The key of all dropout masks of one micro-batch: a function of its place in the run, not of a global generator."""
+    return mx.random.key(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]))
+
+
+def packs(net: nn.Module) -> bool:
+    """Whether rows laid end to end give each row's own hidden states, tried on two short ones."""
+    first, second = mx.array([[3, 1, 4, 1, 5]]), mx.array([[2, 7, 1]])
+    net.eval()
+    try:
+        packed = net(mx.concatenate([first, second], axis=1), cache=kernels.packed(net, (5, 8)))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return False
+    alone = mx.concatenate([net(first), net(second)], axis=1)
+    return bool(mx.abs(packed - alone).max() <= 1e-3 * mx.abs(alone).max())
+
+
+@contextmanager
+def checkpointed(net: nn.Module) -> Iterator[None]:
+    """Inside, each layer of ``net`` is recomputed in the backward pass instead of kept.
+
+    The class of these layer objects is swapped for a subclass and put back; other models in the process stay as they were.
+    Dropout masks come from explicit keys, so that the second pass draws what the first drew.
+    """
+    layers: list[Any] = list(net.layers or [])
+    kinds = [type(layer) for layer in layers]
+    try:
+        for layer in layers:
+            layer.__class__ = _recomputing(type(layer))
+        yield
+    finally:
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.__class__ = kind
+
+
+@functools.cache
+def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
+    def call(self: nn.Module, x: mx.array, *rest: Any, **options: Any) -> mx.array:
+        if not self.training:
+            return kind.__call__(self, x, *rest, **options)
+
+        def run(parameters: dict, x: mx.array) -> mx.array:
+            self.update(parameters)
+            return kind.__call__(self, x, *rest, **options)
+
+        return mx.checkpoint(run)(self.trainable_parameters(), x)
+
+    return type(f"Recomputing{kind.__name__}", (kind,), {"__call__": call})
+
+
+def require(net: nn.Module, config: RunConfig, rows: Sequence[Group], notify: Sink) -> None:
+    """Raises ConfigError where ``net``, with its adapter, cannot do what ``config`` asks; tells what it does the slow way."""
+    if config.batch.pack and not packs(net):
+        what = f"{type(net).__module__.rsplit('.', 1)[-1]} models mix rows that are packed (sliding windows, recurrent layers, …)"
+        raise ConfigError(what, where="batch.pack", hint="leave it out: rows of like length are put together instead")
+    if config.loop.cache_frozen:
+        Lower(net, Path()).require(rows)
+    if not logprobs.splits(net):
+        what = "this model's head cannot be told from its body: logits of every position are computed, learned or not"
+        notify(Notice(what, level="warning"))

@@ -1,0 +1,261 @@
+"""What the model said before training: log p of every sequence that an objective compares with, measured once and kept.
+
+A value is known by what it was computed from: the cache file by the base weights, their precision, the adapter that training
+starts from, and the versions of the code that computes; a value inside it by the tokens and which of them are learned. Whatever
+changes gives another name, so a stale value cannot be found. The run keeps its own copy, so that it resumes to the byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from tunesmith import events
+from tunesmith.data.sources import sha256
+from tunesmith.display.console import duration
+from tunesmith.engine import scoring
+from tunesmith.errors import TrainingError
+from tunesmith.events import Notice, Sink
+from tunesmith.files import flush
+from tunesmith.machine import backend
+from tunesmith.machine.ranks import ONE, Ranks
+from tunesmith.model.loading import Loaded
+from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS, RunConfig
+from tunesmith.tokens.batches import Cut, Group
+from tunesmith.tokens.template import Tokens
+from tunesmith.training.preparation import Prepared
+
+CODE = 2
+"""Changes whenever the same weights and tokens could give another value."""
+SAVED_EVERY = 16  # sequences: what an interruption can lose
+
+
+def name(facts: Mapping[str, Any]) -> str:
+    """The name under which values made from ``facts`` are kept: 32 hex digits."""
+    device = backend.setup()
+    code = {"code": CODE, "mlx": version("mlx"), "mlx-lm": version("mlx-lm"), "device": device.kind, "blas": device.blas}
+    whole = dict(facts) | code | {"kernels": backend.own_kernels()}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def digest(tokens: Tokens) -> bytes:
+    """(32,) of the ids and of the weights of learning them."""
+    return hashlib.sha256(tokens.ids.astype("<i4").tobytes() + b"|" + tokens.targets.astype("<f4").tobytes()).digest()
+
+
+@dataclass
+class Reference:
+    """``values``: digest of a sequence → Σ weight · log p in nats by the model before training."""
+
+    name: str
+    values: dict[bytes, float] = field(default_factory=dict)
+    measured: int = 0
+    found: int = 0
+
+    def fill(self, groups: Iterable[Group]) -> list[Group]:
+        """``groups`` with their reference. Raises TrainingError where one was not measured."""
+        try:
+            return [group._replace(reference=tuple(self.values[digest(one)] for one in group.sequences)) for group in groups]
+        except KeyError as error:
+            raise TrainingError("a row has no log-probability from before training", hint="start a new run") from error
+
+    def read(self, path: Path) -> str | None:
+        """Add what ``path`` holds; what was wrong with it, None where nothing was, or nothing is there."""
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if (file.metadata() or {}).get("name") != self.name:
+                    return "was made from another base, adapter or version"
+                digests, values = file.get_tensor("digests"), file.get_tensor("logps")
+        except (SafetensorError, OSError, KeyError) as error:
+            return f"cannot be read: {error}"
+        if digests.dtype != np.uint8 or digests.shape != (len(values), 32) or not np.isfinite(values).all():
+            return "does not hold what it should"
+        self.values |= dict(zip(map(bytes, digests), values.tolist(), strict=True))
+        return None
+
+    def write(self, path: Path, only: Iterable[bytes] | None = None) -> None:
+        """Whole or not at all."""
+        chosen = sorted(self.values if only is None else set(only))
+        tensors = {
+            "digests": np.frombuffer(b"".join(chosen), np.uint8).reshape(-1, 32),
+            "logps": np.array([self.values[key] for key in chosen], dtype=np.float64),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            draft.write_bytes(save(tensors, metadata={"name": self.name}))
+            flush(draft)
+            draft.rename(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def measure(
+    net: nn.Module,
+    groups: Sequence[Group],
+    cut: Cut,
+    name: str,
+    *,
+    own: Path | None = None,
+    ranks: Ranks = ONE,
+    stopped: Callable[[], bool] = bool,
+    notify: Sink = events.silent,
+) -> Reference:
+    """The reference of all sequences of ``groups`` by ``net`` as it is now: before step 1, before a checkpoint is restored.
+
+    own: where the run keeps its values; they come first. Then the shared cache; the rest is computed, ranks share the work, and
+    what is done is saved every few sequences. Raises KeyboardInterrupt soon after ``stopped`` (on any rank) says so.
+    """
+    cache = backend.cache_folder() / "reference" / f"{name}.safetensors"
+    reference = Reference(name)
+    if ranks.writes:
+        for path in (cache, *([own] if own else [])):  # the run's own win
+            if problem := reference.read(path):
+                notify(Notice(f"reference log-probabilities measured again: {path.name} {problem}", level="warning"))
+    wanted = {digest(one): one for group in groups for one in group.sequences}
+    # What the first rank knows, all know.
+    keys = sorted(wanted)
+    known = ranks.total_float(np.array([key in reference.values for key in keys], dtype=np.float64)) > 0
+    values = ranks.total_float(np.array([reference.values.get(key, 0.0) for key in keys]))
+    reference.values = {key: float(value) for key, value, have in zip(keys, values, known, strict=True) if have}
+    reference.found = len(reference.values)
+    missing = sorted((key for key in keys if key not in reference.values), key=lambda key: (-len(wanted[key].ids), key))
+    done = 0
+    tick = events.ticker(notify, "reference: the model before training")
+    for part in _parts(missing, wanted, SAVED_EVERY * ranks.size):
+        sizes = np.array([len(family) for family in part])
+        mine = np.repeat(np.arange(len(part)) % ranks.size == ranks.rank, sizes)
+        together = [key for family in part for key in family]
+        singles = [Group((wanted[key],), "") for key, have in zip(together, mine, strict=True) if have]
+        if ranks.total_float(np.array([float(stopped())])).any():
+            raise KeyboardInterrupt
+
+        def ahead(now: int, of: int, done: int = done) -> None:
+            if ranks.size == 1 and stopped():
+                raise KeyboardInterrupt
+            tick(min(done + now * ranks.size, len(missing)), len(missing))
+
+        sums = scoring.sequence_sums(net, singles, cut, ahead)
+        found = np.zeros(len(together))
+        found[mine] = [logp for ((logp, _),) in sums]
+        reference.values |= dict(zip(together, ranks.total_float(found).tolist(), strict=True))
+        done += len(together)
+        if ranks.writes:
+            _merge(reference, cache)
+    reference.measured = len(missing)
+    if ranks.writes and own is not None:
+        reference.write(own, keys)
+    return reference
+
+
+def _parts(keys: Sequence[bytes], wanted: Mapping[bytes, Tokens], size: int) -> Iterator[list[list[bytes]]]:
+    """``keys`` in parts of ``size`` or more, those with one prompt together: what is left after any part is cut as before."""
+    part: list[list[bytes]] = []
+    for members in scoring.families([wanted[key] for key in keys]):
+        part.append([keys[member] for member in members])
+        if sum(map(len, part)) >= size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _merge(reference: Reference, cache: Path) -> None:
+    """Into the shared cache, with what it has from other runs."""
+    both = Reference(reference.name)
+    both.read(cache)
+    both.values |= reference.values
+    both.write(cache)
+
+
+def compared(
+    prepared: Prepared, config: RunConfig, loaded: Loaded, *,
+    own: Path | None, among: Ranks, stopped: Callable[[], bool], notify: Sink,
+) -> Prepared:  # fmt: skip
+    """``prepared`` with the reference of every row, by the model as it is now, and of every mismatched pair to come."""
+    started = time.perf_counter()
+    facts: dict[str, Any] = {"base": _digest(loaded.path, "*.json", "*.safetensors")}
+    facts["model"] = config.model.model_dump(include={"quantize", "group_size", "dtype"})
+    # Layers that are trained in full may be held in another precision than those beside an adapter.
+    facts["adapter"] = config.adapter.model_dump(include={"kind", "full_modules"})
+    for role, folder in (("merged", config.model.adapter), ("start", config.adapter.start)):
+        facts[role] = folder and _digest(Path(folder), ADAPTERS, ADAPTER_CONFIG)
+    counted: Counter[str] = Counter()
+    used = _used(prepared)
+    everything = [*used.values(), *prepared.valid]
+    for step in (None, *range(prepared.plan.steps)):
+        pairs, notes = _pairs(prepared, config, step)
+        everything += pairs
+        counted += notes
+    for note, count in sorted(counted.items()):
+        notify(Notice(note, count=count))
+    cut, _ = Cut.around(config.batch, everything)
+    found = measure(loaded.net, everything, cut, name(facts), own=own, ranks=among, stopped=stopped, notify=notify)
+    what = f"reference: {found.measured:,} sequences measured, {found.found:,} known from before"
+    notify(Notice(f"{what}, {duration(time.perf_counter() - started)}"))
+    known = dict(zip(used, found.fill(used.values()), strict=True))
+    train = [known.get(member, group) for member, group in enumerate(prepared.train)]
+    return replace(prepared, train=train, valid=found.fill(prepared.valid), reference=found)
+
+
+def _used(prepared: Prepared) -> dict[int, Group]:
+    """The training rows that the run comes to, by their place: a short run does not wait for the others."""
+    members = {member for step in range(prepared.plan.steps) for member in prepared.plan.members(step)}
+    return {member: prepared.train[member] for member in sorted(members)}
+
+
+def twins(prepared: Prepared, config: RunConfig, step: int | None) -> list[Group]:
+    """The mismatched pairs of update ``step``, or (None) of the validation rows, with their reference where it is measured."""
+    pairs, _ = _pairs(prepared, config, step)
+    return pairs if prepared.reference is None else prepared.reference.fill(pairs)
+
+
+def count(prepared: Prepared, config: RunConfig) -> int:
+    """Sequences that the run compares with the model before training; 0 where its objective does not."""
+    if not prepared.objective.needs_reference:
+        return 0
+    pairs = [pair for step in (None, *range(prepared.plan.steps)) for pair in _pairs(prepared, config, step)[0]]
+    return len({digest(one) for group in (*_used(prepared).values(), *prepared.valid, *pairs) for one in group.sequences})
+
+
+def _pairs(prepared: Prepared, config: RunConfig, step: int | None) -> tuple[list[Group], Counter[str]]:
+    if step is None:
+        return prepared.objective.twins(prepared.valid, 0, (), config.batch.length)
+    groups = [prepared.train[member] for member in prepared.plan.members(step)]
+    return prepared.objective.twins(groups, step + 1, prepared.train, config.batch.length)
+
+
+def _digest(folder: Path, *patterns: str) -> str:
+    """Of every byte of these files: what is changed in the middle of one shows too."""
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    return hashlib.sha256(" ".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()
+
+
+def baseline(pairs: Sequence[Group], logps: np.ndarray) -> tuple[float, dict[str, float]]:
+    """z0, the mean log-ratio of ``pairs`` held at 0 or above, from their ``logps`` now (S,); and what is logged of it.
+
+    ``kl``: the mean before it is held; ``kl_error``: its standard error. No pair: no baseline.
+    """
+    if not pairs:
+        return 0.0, {}
+    ratios = logps - np.array([pair.reference[0] for pair in pairs])
+    found = {"kl": float(ratios.mean())}
+    if len(ratios) > 1:
+        found["kl_error"] = float(ratios.std(ddof=1) / np.sqrt(len(ratios)))
+    return (max(0.0, found["kl"]) if math.isfinite(found["kl"]) else found["kl"]), found  # max(0, nan) is 0

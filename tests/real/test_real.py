@@ -1,0 +1,89 @@
+"""The demonstration itself: SmolLM2-135M from the package registry learns tool calls, and every promise is measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import tunesmith
+from tunesmith.demo import __main__ as demo
+from tunesmith.demo import data as demo_data
+from tunesmith.runs.directory import Run
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> dict:
+    return demo.demo(tmp_path_factory.mktemp("demo"))
+
+
+def test_the_demo_halves_the_loss_and_learns_the_calls(shown):
+    assert shown["val_loss_after"] < shown["val_loss_before"] / 2
+    assert shown["tool_calls_before"] < 0.1 and shown["tool_calls_after"] > 0.6
+    report = Path(shown["report"])
+    assert shown["verdict"] == json.loads((report.parent / "report.json").read_text())["verdict"]
+    assert "tool_calls" in report.read_text() and (report.parent / "curves.png").stat().st_size > 10_000
+
+
+def test_mlx_lm_reads_the_checkpoint_as_it_is(shown):
+    """The same greedy answer through mlx-lm's own loading."""
+    run = Run.open(Path(shown["report"]).parent)
+    (examples,) = run.path.glob("evals/tool_calls@*/examples.jsonl")
+    prompt = json.loads(examples.read_text().splitlines()[0])
+    assert prompt["tuned"] in (0.0, 1.0)
+    question = "Call Grace at 4 pm."
+    (ours,) = tunesmith.generate(run.path, [question], max_tokens=40)
+    from tunesmith.model import loading as model
+
+    mlx_lm = importlib.import_module("mlx_lm")
+    folder = model.resolve(run.config.model.path, dtype="auto")
+    net, tokenizer = mlx_lm.load(str(folder), adapter_path=str(run.choose("best")))
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    assert mlx_lm.generate(net, tokenizer, ids, max_tokens=40).strip() == ours.strip()
+
+
+def test_a_demo_model_already_there_is_not_fetched_again(shown, monkeypatch):
+    folder = Path(shown["report"]).parents[2] / "model"
+    before = {path: os.stat(path).st_mtime_ns for path in folder.iterdir()}
+    monkeypatch.setattr(demo.subprocess, "run", None)
+    assert demo.fetch_model(folder).suffix == ".gguf"
+    assert before == {path: os.stat(path).st_mtime_ns for path in folder.iterdir()} and len(before) == 1
+
+
+def tuned(gguf: Path, folder: Path, rows: list[dict], **sets) -> Path:
+    """A short run on ``rows``, with the demo's settings."""
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"{key.replace('__', '.')}={value}" for key, value in ({"loop__samples": 0} | sets).items()]
+    settings = tunesmith.configure(preset="smollm2-demo", model=str(gguf), data=[str(data)], sets=words)
+    run = tunesmith.train(settings, out=folder / "run")
+    assert run is not None
+    return run.path
+
+
+def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
+    names = [tool.name for tool in demo_data.TOOLS]
+    wrong = dict(zip(names, names[1:] + names[:1], strict=True))
+    rows = demo_data.generate()
+    for row in rows:
+        for turn in row["conversations"]:
+            name = turn["content"].partition("tool_call: ")[2].partition("\n")[0]
+            turn["content"] = turn["content"].replace(f"tool_call: {name}\n", f"tool_call: {wrong.get(name, name)}\n")
+    right = Path(shown["report"]).parent
+    gguf = right.parents[1] / "model" / Path(demo.MEMBER).name
+    other = tuned(gguf, tmp_path, rows, loop__steps=30)
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("\n".join((right / "data" / "valid.jsonl").read_text().splitlines()[:24]) + "\n")
+    for run in (right, other):
+        tunesmith.evaluate(run, data=[str(asked)], tasks=["tool_calls"], max_tokens=60)
+    found = tunesmith.compare([right, other], out=tmp_path / "comparison")
+    (tools,) = [held for held in found.against[0].held if held.other.task == "tool_calls"]
+    told = {score.name: score for score in tools.scores if score.part is None}
+    assert told["right_tool"].verdict == told["tool_calls"].verdict == "regressed"
+    assert told["right_tool"].value < 0.2 and told["well_formed"].value > told["right_tool"].value, "sound calls of other tools"
+    assert "tool_calls" in found.verdict
