@@ -1,9 +1,11 @@
-"""How long does an audit take, and how much memory? Through the command line, on generated rows and on real ones.
+"""How long does an audit take, and how much memory? Through the command line, on generated rows and on real
+ones.
 
-The rows are labelled conversations with words drawn by the Zipf-Mandelbrot law, about as long as those of the reference set, one
-in a hundred a copy, one in a hundred a copy with two words changed, one in a thousand with a key in it. Seconds are of the whole
-command, start and page included. Memory is the highest sum over all its processes, sampled: on Linux their proportional share of
-what is resident (pages that several map count once), elsewhere all that is resident.
+The rows are labelled conversations with words drawn by the Zipf-Mandelbrot law, about as long as those of the
+reference set, one in a hundred a copy, one in a hundred a copy with two words changed, one in a thousand with
+a key in it. Seconds are of the whole command, start and page included. Memory is the highest sum over all its
+processes, sampled: on Linux their proportional share of what is resident (pages that several map count once),
+elsewhere all that is resident.
 
     python bench/audit.py --out bench/results/audit.json
     python bench/audit.py --rows 1000 --data rows.jsonl
@@ -31,9 +33,28 @@ BARS = {1_000: (10.0, None), 200_000: (180.0, 2e9)}  # rows: seconds, bytes
 def generate(path: Path, rows: int, seed: int = 0) -> dict[str, int]:
     """Writes ``rows`` rows; how many of each kind were planted."""
     random = np.random.Generator(np.random.PCG64(seed))
-    parts = ["ka", "lo", "mi", "ter", "sun", "ra", "ven", "dor", "pi", "sha", "lun", "ex", "qua", "zen", "hol", "bri"]
+    parts = [
+        "ka",
+        "lo",
+        "mi",
+        "ter",
+        "sun",
+        "ra",
+        "ven",
+        "dor",
+        "pi",
+        "sha",
+        "lun",
+        "ex",
+        "qua",
+        "zen",
+        "hol",
+        "bri",
+    ]
     words = np.array(["".join(random.choice(parts, random.integers(1, 5))) for _ in range(30_000)])
-    shares = np.cumsum((np.arange(len(words)) + 2.7) ** -1.05)  # Mandelbrot's form: the first word is 6 % of a text
+    shares = np.cumsum(
+        (np.arange(len(words)) + 2.7) ** -1.05
+    )  # Mandelbrot's form: the first word is 6 % of a text
     planted = dict.fromkeys(PLANTED, 0)
     before: list[list[str]] = []
 
@@ -53,9 +74,15 @@ def generate(path: Path, rows: int, seed: int = 0) -> dict[str, int]:
             elif len(before) < 1000:
                 before.append([asked, said])
             if row % PLANTED["keys"] == 3:
-                said = [*said, "ghp_" + "".join(random.choice(list("abcdefghijklmnopqrstuvwxyz0123456789"), 36))]
+                said = [
+                    *said,
+                    "ghp_" + "".join(random.choice(list("abcdefghijklmnopqrstuvwxyz0123456789"), 36)),
+                ]
                 planted["keys"] += 1
-            turns = [{"role": "user", "content": " ".join(asked)}, {"role": "assistant", "content": " ".join(said) + "."}]
+            turns = [
+                {"role": "user", "content": " ".join(asked)},
+                {"role": "assistant", "content": " ".join(said) + "."},
+            ]
             out.write(json.dumps({"conversations": turns, "label": bool(random.random() < 0.75)}) + "\n")
     return planted
 
@@ -72,7 +99,11 @@ def measure(path: Path, folder: Path) -> dict[str, Any]:
             time.sleep(0.1)
     if process.returncode not in (0, 3):
         raise SystemExit((folder / "err.txt").read_text())
-    return {"seconds": round(time.perf_counter() - started, 2), "peak_bytes": peak, "exit": process.returncode}
+    return {
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_bytes": peak,
+        "exit": process.returncode,
+    }
 
 
 def _resident(pid: int) -> int:
@@ -87,7 +118,9 @@ def _resident(pid: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=list(BARS))
     parser.add_argument("--data", type=Path, help="also these rows")
     parser.add_argument("--out", type=Path)

@@ -28,7 +28,9 @@ def command(run: Path, options: list[str]) -> tuple[float, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path)
     asked, options = parser.parse_known_args()
@@ -36,15 +38,21 @@ def main() -> None:
     again, second = command(asked.run, [*options, "--task", "perplexity", "--task", "tool_calls"])
     tasks = [json.loads(path.read_text()) for path in sorted((asked.run / "evals").glob("*/score.json"))]
     result: dict[str, Any] = {
-        "seconds": round(seconds, 1), "bar": BAR_S, "known_again": round(again, 1), "options": options,
+        "seconds": round(seconds, 1),
+        "bar": BAR_S,
+        "known_again": round(again, 1),
+        "options": options,
         "tasks": {one["task"]: {"n": one["n"], **one["seconds"]} for one in tasks if one.get("task")},
         "headlines": {
             f"{one['task']} {one['name']}": [one["base"], one["value"], one["verdict"]]
-            for one in found["scores"] if one["headline"]
+            for one in found["scores"]
+            if one["headline"]
         },
-    }  # fmt: skip
+    }
     values = {(one["task"], one["name"], one["part"]): one["value"] for one in found["scores"]}
-    result["same_again"] = all(values[one["task"], one["name"], one["part"]] == one["value"] for one in second["scores"])
+    result["same_again"] = all(
+        values[one["task"], one["name"], one["part"]] == one["value"] for one in second["scores"]
+    )
     print(json.dumps(record.keep(result, asked.out)))
     sys.exit(seconds > BAR_S or not result["same_again"])
 

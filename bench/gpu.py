@@ -1,9 +1,11 @@
-"""The reference run on a GPU, beside other trainers: ``bench/gpu.sh`` (``--try-on-cpu`` tries the script itself, tiny).
+"""The reference run on a GPU, beside other trainers: ``bench/gpu.sh`` (``--try-on-cpu`` tries the script
+itself, tiny).
 
-Mistral-7B's shape with random weights made on the device, LoRA of rank 16 on q and v with dropout 0.05, eight rows an update
-(micro-batches of two), at most 2,048 tokens a row, layers recomputed in the backward pass. Row lengths and learned shares are
-those of a real file of conversations (``syngen_lengths.json``); token ids are random. Each trainer learns the same rows in a
-process of its own; a leg that fails is recorded and the others go on.
+Mistral-7B's shape with random weights made on the device, LoRA of rank 16 on q and v with dropout 0.05, eight
+rows an update (micro-batches of two), at most 2,048 tokens a row, layers recomputed in the backward pass. Row
+lengths and learned shares are those of a real file of conversations (``syngen_lengths.json``); token ids are
+random. Each trainer learns the same rows in a process of its own; a leg that fails is recorded and the others
+go on.
 
 ``--make-lengths rows.jsonl`` writes the lengths again: two integers a row, tokens and learned tokens.
 """
@@ -49,18 +51,31 @@ class Shape:
     def config(self) -> dict[str, Any]:
         """As in the model's config.json."""
         return {
-            "model_type": "mistral", "hidden_size": self.width, "num_hidden_layers": self.layers, "vocab_size": self.vocab,
-            "intermediate_size": self.mlp, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
-            "rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": False, "max_position_embeddings": 32768,
-        }  # fmt: skip
+            "model_type": "mistral",
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "vocab_size": self.vocab,
+            "intermediate_size": self.mlp,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 32768,
+        }
 
     def flops(self, rows: Sequence[Row]) -> float:
-        """What an update must compute: forward, and backward to activations; recomputing a layer is not counted.
+        """What an update must compute: forward, and backward to activations; recomputing a layer is not
+        counted.
 
         The head on learned positions only; the attention by pairs of a query and a key at or before it.
         """
         head_dim = self.width // self.heads
-        layer = 2 * self.width * self.width + 2 * self.width * self.kv_heads * head_dim + 3 * self.width * self.mlp
+        layer = (
+            2 * self.width * self.width
+            + 2 * self.width * self.kv_heads * head_dim
+            + 3 * self.width * self.mlp
+        )
         outputs = {"q_proj": self.width, "v_proj": self.kv_heads * head_dim}
         adapters = sum(RANK * (self.width + outputs[name]) for name in TARGETS)
         positions = sum(row.tokens - 1 for row in rows)
@@ -85,7 +100,11 @@ class Row:
 
     @property
     def ids(self) -> np.ndarray:
-        return np.random.Generator(np.random.PCG64([7, self.seed])).integers(3, self.vocab, self.tokens).astype(np.int32)
+        return (
+            np.random.Generator(np.random.PCG64([7, self.seed]))
+            .integers(3, self.vocab, self.tokens)
+            .astype(np.int32)
+        )
 
 
 @dataclass(frozen=True)
@@ -101,18 +120,25 @@ class Task:
 
 
 def rows_of(path: Path, limit: int, shape: Shape, count: int | None, *, tiny: bool) -> list[Row]:
-    """The rows within ``limit`` in a fixed shuffled order, ``count`` of them (all where None, again and again if too few)."""
+    """The rows within ``limit`` in a fixed shuffled order, ``count`` of them (all where None, again and again
+    if too few)."""
     lengths = [(tokens, learned) for tokens, learned in json.loads(path.read_text()) if tokens <= limit]
     if tiny:
-        lengths = [(max(4, tokens // 16), max(2, learned // 16)) for tokens, learned in lengths if tokens <= 1024]
+        lengths = [
+            (max(4, tokens // 16), max(2, learned // 16)) for tokens, learned in lengths if tokens <= 1024
+        ]
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(lengths))
     count = len(lengths) if count is None else count
     chosen = [lengths[order[index % len(order)]] for index in range(count)]
-    return [Row(tokens, min(learned, tokens - 1), index, shape.vocab) for index, (tokens, learned) in enumerate(chosen)]
+    return [
+        Row(tokens, min(learned, tokens - 1), index, shape.vocab)
+        for index, (tokens, learned) in enumerate(chosen)
+    ]
 
 
 def our_update(net: Any, task: Task, order: Sequence[Row]) -> Callable[[int], list[Row]]:
-    """The product's update ``step`` (from 0), evaluated; returns the rows it learned. The only contact with tunesmith's inside.
+    """The product's update ``step`` (from 0), evaluated; returns the rows it learned. The only contact with
+    tunesmith's inside.
 
     One epoch over ``order``, in the order that the product draws.
     """
@@ -142,7 +168,10 @@ def our_update(net: Any, task: Task, order: Sequence[Row]) -> Callable[[int], li
     kernels.install(net)
     config.adapter.attach(net, 0)
     groups = [
-        Group((Tokens(row.ids, (np.arange(row.tokens) >= row.tokens - row.learned).astype(np.float32)),), f"row {row.seed}")
+        Group(
+            (Tokens(row.ids, (np.arange(row.tokens) >= row.tokens - row.learned).astype(np.float32)),),
+            f"row {row.seed}",
+        )
         for row in order
     ]
     lengths = tuple(row.tokens for row in order)
@@ -173,7 +202,9 @@ def summary(updates: Sequence[tuple[float, Sequence[Row]]], shape: Shape, **more
         "updates": len(updates),
         "seconds_update": statistics.median(seconds),
         "tokens_s": statistics.median(count / taken for count, taken in zip(tokens, seconds, strict=True)),
-        "supervised_tokens_s": statistics.median(count / taken for count, taken in zip(learned, seconds, strict=True)),
+        "supervised_tokens_s": statistics.median(
+            count / taken for count, taken in zip(learned, seconds, strict=True)
+        ),
         "mean_tokens_s": sum(tokens) / sum(seconds),
         "mean_supervised_tokens_s": sum(learned) / sum(seconds),
         "flops_s": sum(flops) / sum(seconds),
@@ -185,7 +216,14 @@ def device_memory() -> int | None:
     """Bytes in use on the first NVIDIA device, by all processes, pools included."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
     try:
-        return int(subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]) << 20
+        return (
+            int(
+                subprocess.run(
+                    command, capture_output=True, text=True, timeout=20, check=True
+                ).stdout.split()[0]
+            )
+            << 20
+        )
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 
@@ -210,11 +248,17 @@ def random_net(task: Task, bits: int | None) -> Any:
     from mlx_lm.models import llama
 
     dtype = getattr(mx, task.dtype)
-    net = llama.Model(llama.ModelArgs.from_dict(task.shape.config))  # mlx-lm reads Mistral with Llama's classes
+    net = llama.Model(
+        llama.ModelArgs.from_dict(task.shape.config)
+    )  # mlx-lm reads Mistral with Llama's classes
     mx.random.seed(0)
     parameters: Any = tree_flatten(net.parameters())
     for name, old in parameters:
-        new = mx.ones(old.shape, dtype) if old.ndim == 1 else mx.random.normal(old.shape, dtype=dtype, scale=0.02)
+        new = (
+            mx.ones(old.shape, dtype)
+            if old.ndim == 1
+            else mx.random.normal(old.shape, dtype=dtype, scale=0.02)
+        )
         net.update(tree_unflatten([(name, new)]))
         mx.eval(new)
     del parameters, old, new
@@ -246,12 +290,15 @@ def leg_products(task: Task) -> dict[str, Any]:
             found[f"{dtype} {size}"] = 2 * size**3 / statistics.median(times)
     info = mx.device_info()
     return {
-        "default_device": str(mx.default_device()), "info": {key: str(value) for key, value in info.items()},
-        "worst_error": worst, "products": found, "best": {
+        "default_device": str(mx.default_device()),
+        "info": {key: str(value) for key, value in info.items()},
+        "worst_error": worst,
+        "products": found,
+        "best": {
             dtype: max(speed for name, speed in found.items() if name.startswith(dtype))
             for dtype in {name.split()[0] for name in found}
         },
-    }  # fmt: skip
+    }
 
 
 def leg_ours(task: Task, bits: int | None = None) -> dict[str, Any]:
@@ -287,17 +334,24 @@ def leg_epoch(task: Task) -> dict[str, Any]:
         if time.perf_counter() - start > task.limit_s:
             break
     taken = time.perf_counter() - start
-    whole = {"rows": len(learned), "of": len(task.rows), "epoch_s": taken, "epoch_estimate_s": taken * steps / (step + 1)}
-    found = summary([(taken, learned)], task.shape, **whole, peak=mx.get_peak_memory(), device=device_memory())
+    whole = {
+        "rows": len(learned),
+        "of": len(task.rows),
+        "epoch_s": taken,
+        "epoch_estimate_s": taken * steps / (step + 1),
+    }
+    found = summary(
+        [(taken, learned)], task.shape, **whole, peak=mx.get_peak_memory(), device=device_memory()
+    )
     return found | {"updates": step + 1, "seconds_update": taken / (step + 1)}
 
 
 def leg_mlx_lm(task: Task, bits: int | None = None) -> dict[str, Any]:
-    """mlx-lm's own trainer: batches of two, four accumulated, its gradient checkpointing, the prompt masked by its length.
+    """mlx-lm's own trainer: batches of two, four accumulated, its gradient checkpointing, the prompt masked
+    by its length.
 
-    Its data set class is used as its command line uses it. The clock is read whenever the trainer asks for a batch: all
-    that it does between two batches is its time.
-    """
+    Its data set class is used as its command line uses it. The clock is read whenever the trainer asks for a
+    batch: all that it does between two batches is its time."""
     mx = use_mlx(task)
     import mlx.optimizers as optim
     from mlx_lm.tuner import trainer
@@ -314,13 +368,17 @@ def leg_mlx_lm(task: Task, bits: int | None = None) -> dict[str, Any]:
         def process(self, row: dict[str, Any]) -> tuple[list[int], int]:
             return row["ids"], row["offset"]
 
-    data = Ready({"ids": row.ids.tolist(), "offset": row.tokens - row.learned, "row": row} for row in task.rows)
+    data = Ready(
+        {"ids": row.ids.tolist(), "offset": row.tokens - row.learned, "row": row} for row in task.rows
+    )
     marks: list[tuple[float, list[Row]]] = []
     end = time.perf_counter() + task.limit_s
 
     def batches(*args: Any, **options: Any) -> Iterator[tuple[Any, Any]]:
         for batch, lengths in trainer.iterate_batches(*args, **options):
-            rows = [Row(int(stop), int(stop - start), 0, task.shape.vocab) for start, stop in lengths.tolist()]
+            rows = [
+                Row(int(stop), int(stop - start), 0, task.shape.vocab) for start, stop in lengths.tolist()
+            ]
             marks.append((time.perf_counter(), rows))
             if time.perf_counter() > end and len(marks) > (WARM + 1) * ROWS // MICRO:
                 return
@@ -328,14 +386,24 @@ def leg_mlx_lm(task: Task, bits: int | None = None) -> dict[str, Any]:
 
     mx.reset_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
-        iterations = (WARM + task.updates) * ROWS // MICRO + 1  # asking for one more batch ends the last update's time
+        iterations = (
+            WARM + task.updates
+        ) * ROWS // MICRO + 1  # asking for one more batch ends the last update's time
         args = trainer.TrainingArgs(
-            batch_size=MICRO, iters=iterations, steps_per_report=iterations, steps_per_eval=10**9, steps_per_save=10**9,
-            max_seq_length=2048, grad_checkpoint=True, grad_accumulation_steps=ROWS // MICRO,
+            batch_size=MICRO,
+            iters=iterations,
+            steps_per_report=iterations,
+            steps_per_eval=10**9,
+            steps_per_save=10**9,
+            max_seq_length=2048,
+            grad_checkpoint=True,
+            grad_accumulation_steps=ROWS // MICRO,
             adapter_file=str(Path(folder) / "adapters.safetensors"),
-        )  # fmt: skip
+        )
         began = time.perf_counter()
-        trainer.train(net, optim.AdamW(learning_rate=RATE), CacheDataset(data), args=args, iterate_batches=batches)
+        trainer.train(
+            net, optim.AdamW(learning_rate=RATE), CacheDataset(data), args=args, iterate_batches=batches
+        )
     each = ROWS // MICRO
     updates = []
     for first in range(WARM * each, len(marks) - each, each):
@@ -346,7 +414,8 @@ def leg_mlx_lm(task: Task, bits: int | None = None) -> dict[str, Any]:
 
 
 def torch_model(task: Task) -> tuple[Any, str]:
-    """transformers' Mistral with random weights on the device, for PEFT to adapt. Raises RuntimeError without CUDA."""
+    """transformers' Mistral with random weights on the device, for PEFT to adapt. Raises RuntimeError without
+    CUDA."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -354,7 +423,9 @@ def torch_model(task: Task) -> tuple[Any, str]:
     if device == "cpu" and not task.cpu:
         raise RuntimeError("torch sees no CUDA device")
     torch.manual_seed(0)
-    settings = {key: value for key, value in task.shape.config.items() if key not in ("model_type", "rope_theta")}
+    settings = {
+        key: value for key, value in task.shape.config.items() if key not in ("model_type", "rope_theta")
+    }
     config = MistralConfig(**settings, sliding_window=None, use_cache=False, attn_implementation="sdpa")
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, task.dtype))
@@ -369,7 +440,9 @@ def torch_model(task: Task) -> tuple[Any, str]:
 def lora_config() -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=list(TARGETS), task_type="CAUSAL_LM"
+    )
 
 
 def padded(rows: Sequence[Row]) -> dict[str, Any]:
@@ -382,14 +455,19 @@ def padded(rows: Sequence[Row]) -> dict[str, Any]:
     for index, row in enumerate(rows):
         ids[index, : row.tokens] = torch.from_numpy(row.ids).long()
         mask[index, : row.tokens] = 1
-        labels[index, row.tokens - row.learned : row.tokens] = ids[index, row.tokens - row.learned : row.tokens]
+        labels[index, row.tokens - row.learned : row.tokens] = ids[
+            index, row.tokens - row.learned : row.tokens
+        ]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def torch_memory(device: str) -> dict[str, int | None]:
     import torch
 
-    return {"peak": torch.cuda.max_memory_allocated() if device == "cuda" else None, "device": device_memory()}
+    return {
+        "peak": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "device": device_memory(),
+    }
 
 
 def leg_peft(task: Task) -> dict[str, Any]:
@@ -428,7 +506,8 @@ def leg_peft(task: Task) -> dict[str, Any]:
 
 
 def leg_trl(task: Task) -> dict[str, Any]:
-    """TRL's SFTTrainer with PEFT. It fetches batches ahead, so tokens are the mean of all rows: each is learned once."""
+    """TRL's SFTTrainer with PEFT. It fetches batches ahead, so tokens are the mean of all rows: each is
+    learned once."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -437,7 +516,9 @@ def leg_trl(task: Task) -> dict[str, Any]:
 
     net, device = torch_model(task)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
     end = time.perf_counter() + task.limit_s
 
     class Clock(TrainerCallback):
@@ -456,23 +537,44 @@ def leg_trl(task: Task) -> dict[str, Any]:
     )  # the collator makes the batch from the place
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            output_dir=folder, per_device_train_batch_size=MICRO, gradient_accumulation_steps=ROWS // MICRO, learning_rate=RATE,
-            max_steps=WARM + task.updates, gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": False}, bf16=device == "cuda", save_strategy="no", report_to=[],
-            logging_steps=10**6, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, max_length=2048,
-            use_cpu=device == "cpu", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=MICRO,
+            gradient_accumulation_steps=ROWS // MICRO,
+            learning_rate=RATE,
+            max_steps=WARM + task.updates,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            bf16=device == "cuda",
+            save_strategy="no",
+            report_to=[],
+            logging_steps=10**6,
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=2048,
+            use_cpu=device == "cpu",
+            disable_tqdm=True,
+        )
         trainer = SFTTrainer(
-            model=net, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora_config(),
-            data_collator=lambda members: padded([task.rows[member["place"]] for member in members]), callbacks=[clock],
-        )  # fmt: skip
+            model=net,
+            args=config,
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=lora_config(),
+            data_collator=lambda members: padded([task.rows[member["place"]] for member in members]),
+            callbacks=[clock],
+        )
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         trainer.train()
     marks = clock.marks[WARM - 1 :]
     count = len(task.rows)
-    mean = Row(round(sum(row.tokens for row in task.rows) / count), round(sum(row.learned for row in task.rows) / count), 0, 3)
+    mean = Row(
+        round(sum(row.tokens for row in task.rows) / count),
+        round(sum(row.learned for row in task.rows) / count),
+        0,
+        3,
+    )
     updates = [(after - before, [mean] * ROWS) for before, after in itertools.pairwise(marks)]
     return summary(updates, task.shape, first_s=clock.marks[0] - began, **torch_memory(device))
 
@@ -531,7 +633,13 @@ def start_leg(name: str, asked: argparse.Namespace, left_s: float) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "leg.json"
         command = [sys.executable, __file__, "--leg", name, "--result", str(result), "--limit-s", str(limit)]
-        command += ["--lengths", str(asked.lengths), "--updates", str(asked.updates), *(["--try-on-cpu"] * asked.try_on_cpu)]
+        command += [
+            "--lengths",
+            str(asked.lengths),
+            "--updates",
+            str(asked.updates),
+            *(["--try-on-cpu"] * asked.try_on_cpu),
+        ]
         try:
             done = subprocess.run(command, stdout=sys.stderr, timeout=limit, check=False)
         except subprocess.TimeoutExpired:
@@ -556,9 +664,12 @@ def bars(legs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         return {"bar": text, "found": ratio, "met": None if ratio is None else ratio >= factor}
 
     return [
-        peak("ours float16", 16e9), peak("ours float16, every row once", 16e9), peak("ours 4 bits", 7e9),
-        faster("ours float16", "mlx-lm float16", 1.5), faster("ours 4 bits", "mlx-lm 4 bits", 1.5),
-    ]  # fmt: skip
+        peak("ours float16", 16e9),
+        peak("ours float16, every row once", 16e9),
+        peak("ours 4 bits", 7e9),
+        faster("ours float16", "mlx-lm float16", 1.5),
+        faster("ours 4 bits", "mlx-lm 4 bits", 1.5),
+    ]
 
 
 def versions() -> dict[str, str]:
@@ -574,7 +685,10 @@ def versions() -> dict[str, str]:
 
 def show(legs: dict[str, dict[str, Any]], reached: list[dict[str, Any]]) -> None:
     """A table, and a line for each bar."""
-    print(f"{'leg':30} {'tok/s':>8} {'learned/s':>9} {'s/update':>8} {'peak GB':>7} {'device GB':>9} {'MFU':>5}", file=sys.stderr)
+    print(
+        f"{'leg':30} {'tok/s':>8} {'learned/s':>9} {'s/update':>8} {'peak GB':>7} {'device GB':>9} {'MFU':>5}",
+        file=sys.stderr,
+    )
     for name, found in legs.items():
         if problem := found.get("failed") or found.get("skipped"):
             print(f"{name:30} {problem[:95]}", file=sys.stderr)
@@ -583,8 +697,9 @@ def show(legs: dict[str, dict[str, Any]], reached: list[dict[str, Any]]) -> None
             use = f"{found['utilisation']:.0%}" if found.get("utilisation") else "–"
             print(
                 f"{name:30} {found['tokens_s']:8.0f} {found['supervised_tokens_s']:9.0f} {found['seconds_update']:8.3f} "
-                f"{memory[0]:>7} {memory[1]:>9} {use:>5}", file=sys.stderr,
-            )  # fmt: skip
+                f"{memory[0]:>7} {memory[1]:>9} {use:>5}",
+                file=sys.stderr,
+            )
     for bar in reached:
         word = {None: "not measured", True: "met", False: "MISSED"}[bar["met"]]
         value = "" if bar["found"] is None else f" ({bar['found']:.2f})"
@@ -606,12 +721,16 @@ def make_lengths(data: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", type=Path, default=HERE / "syngen_lengths.json", help="[[tokens, learned], …]")
+    parser.add_argument(
+        "--lengths", type=Path, default=HERE / "syngen_lengths.json", help="[[tokens, learned], …]"
+    )
     parser.add_argument("--updates", type=int, default=20, help=f"measured, after {WARM} to warm up")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all legs together")
     parser.add_argument("--legs", nargs="+", choices=tuple(LEGS), help="only these; products is always first")
     parser.add_argument("--out", type=Path, help="default: bench/results/gpu-<device>.json")
-    parser.add_argument("--try-on-cpu", action="store_true", help="tiny widths in float32: tries the script, measures nothing")
+    parser.add_argument(
+        "--try-on-cpu", action="store_true", help="tiny widths in float32: tries the script, measures nothing"
+    )
     parser.add_argument("--make-lengths", metavar="ROWS", help="write --lengths from this file and end")
     for hidden in ("--leg", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -625,13 +744,21 @@ def main() -> None:
     end = time.perf_counter() + 60 * asked.minutes
     legs = {"products": start_leg("products", asked, 60 * asked.minutes)}
     if "failed" in legs["products"]:
-        sys.exit(f"no GPU to measure on: {legs['products']['failed']} (--try-on-cpu tries the script without one)")
+        sys.exit(
+            f"no GPU to measure on: {legs['products']['failed']} (--try-on-cpu tries the script without one)"
+        )
     best = legs["products"]["best"]
-    print(f"{legs['products']['default_device']}, {legs['products']['info'].get('device_name')}", file=sys.stderr)
+    print(
+        f"{legs['products']['default_device']}, {legs['products']['info'].get('device_name')}",
+        file=sys.stderr,
+    )
     for name, speed in legs["products"]["products"].items():
         print(f"  {name:>14}: {speed / 1e12:8.2f} TFLOP/s", file=sys.stderr)
     device = "try-on-cpu" if asked.try_on_cpu else legs["products"]["info"].get("device_name", "unknown")
-    out = asked.out or HERE / "results" / f"gpu-{''.join(c if c.isalnum() else '-' for c in device).strip('-')}.json"
+    out = (
+        asked.out
+        or HERE / "results" / f"gpu-{''.join(c if c.isalnum() else '-' for c in device).strip('-')}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     reached: list[dict[str, Any]] = []
     for name, leg in LEGS.items():

@@ -1,11 +1,13 @@
-"""How far one update is from what the machine can do: ``python bench/limit.py --model FOLDER --data rows.jsonl``
+"""How far one update is from what the machine can do: ``python bench/limit.py --model FOLDER --data
+rows.jsonl``
 
-Counts the floating-point operations that an update cannot avoid, divides them by the measured speed of a float32 product
-of the same shape, and sets the result beside the measured time of each stage and of the whole. Only real positions count as
-needed, so padding, recomputation of what was known and all that is no product lower the share that is reached.
+Counts the floating-point operations that an update cannot avoid, divides them by the measured speed of a
+float32 product of the same shape, and sets the result beside the measured time of each stage and of the
+whole. Only real positions count as needed, so padding, recomputation of what was known and all that is no
+product lower the share that is reached.
 
-Without ``--model`` the weights are random at given widths. The table goes to stderr, JSON to stdout and to ``--out``.
-"""
+Without ``--model`` the weights are random at given widths. The table goes to stderr, JSON to stdout and to
+``--out``."""
 
 from __future__ import annotations
 
@@ -33,7 +35,16 @@ from mlx_lm.models import llama  # noqa: E402
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-PLACE = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "attention": 1, "o_proj": 2, "gate_proj": 3, "up_proj": 3, "down_proj": 4}
+PLACE = {
+    "q_proj": 0,
+    "k_proj": 0,
+    "v_proj": 0,
+    "attention": 1,
+    "o_proj": 2,
+    "gate_proj": 3,
+    "up_proj": 3,
+    "down_proj": 4,
+}
 """Order inside a layer: a gradient must pass a place only where something adapted lies before it."""
 
 
@@ -48,7 +59,9 @@ class Ours:
     attention: Callable[[mx.array, mx.array, mx.array, float], mx.array]  # q, k, v, scale
     swiglu: Callable[[mx.array, mx.array], mx.array]
     branch: Callable[[Any, mx.array], mx.array]  # the adapter's share of an adapted layer
-    head_loss: Callable[[mx.array, int], mx.array]  # (N, T, D) hidden states, index in `micro` → sum of the loss
+    head_loss: Callable[
+        [mx.array, int], mx.array
+    ]  # (N, T, D) hidden states, index in `micro` → sum of the loss
 
 
 def our_update(asked: argparse.Namespace) -> Ours:
@@ -70,7 +83,12 @@ def our_update(asked: argparse.Namespace) -> Ours:
             "model": {"path": asked.model or "random"},
             "data": {"train": (asked.data or "random",), "valid": 0},
             "template": {"too_long": "drop"},
-            "adapter": {"rank": asked.rank, "alpha": 2 * asked.rank, "dropout": asked.dropout, "targets": tuple(asked.targets)},
+            "adapter": {
+                "rank": asked.rank,
+                "alpha": 2 * asked.rank,
+                "dropout": asked.dropout,
+                "targets": tuple(asked.targets),
+            },
             "batch": {"sequences": asked.rows, "length": asked.max_length},
             "loop": {"checkpoint_gradients": asked.checkpoint, "steps": 1_000_000},
         }
@@ -84,7 +102,11 @@ def our_update(asked: argparse.Namespace) -> Ours:
         for row in range(asked.rows):
             length = asked.lengths[row % len(asked.lengths)]
             targets = (np.arange(length) >= max(1, round(length * (1 - asked.learned)))).astype(np.float32)
-            groups.append(Group((Tokens(random.integers(0, asked.vocab, length).astype(np.int32), targets),), f"row {row}"))
+            groups.append(
+                Group(
+                    (Tokens(random.integers(0, asked.vocab, length).astype(np.int32), targets),), f"row {row}"
+                )
+            )
     kernels.install(net)
     config.adapter.attach(net, 0)
     lengths = tuple(group.length for group in groups)
@@ -110,7 +132,8 @@ def our_update(asked: argparse.Namespace) -> Ours:
     kind = type(body)
 
     def head_loss(hidden: mx.array, index: int) -> mx.array:
-        """The objective on a model whose body answers with ``hidden``: what is left is the head and the loss."""
+        """The objective on a model whose body answers with ``hidden``: what is left is the head and the
+        loss."""
         body.__class__ = type(kind.__name__, (kind,), {"__call__": lambda self, *inputs, **options: hidden})
         net.train()
         try:
@@ -126,23 +149,42 @@ def our_update(asked: argparse.Namespace) -> Ours:
     held_by_mlp = type(layer.mlp).__call__.__globals__
 
     def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        return held_by_attention["scaled_dot_product_attention"](q, k, v, cache=None, scale=scale, mask="causal")
+        return held_by_attention["scaled_dot_product_attention"](
+            q, k, v, cache=None, scale=scale, mask="causal"
+        )
 
     lengths = [(group.tokens, int(group.units)) for group in groups]
     held = [(batch.tokens, len(batch.learned)) for batch in batches]
-    return Ours(net, held, lengths, update, attention, held_by_mlp["swiglu"], lambda layer, x: layer.branch(x), head_loss)
+    return Ours(
+        net,
+        held,
+        lengths,
+        update,
+        attention,
+        held_by_mlp["swiglu"],
+        lambda layer, x: layer.branch(x),
+        head_loss,
+    )
 
 
 def random_net(asked: argparse.Namespace) -> nn.Module:
     """A llama of the asked widths with frozen random weights in float32."""
     sizes = llama.ModelArgs(
-        model_type="llama", hidden_size=asked.width, num_hidden_layers=asked.layers, intermediate_size=asked.mlp,
-        num_attention_heads=asked.heads, num_key_value_heads=asked.kv_heads, rms_norm_eps=1e-5, vocab_size=asked.vocab,
+        model_type="llama",
+        hidden_size=asked.width,
+        num_hidden_layers=asked.layers,
+        intermediate_size=asked.mlp,
+        num_attention_heads=asked.heads,
+        num_key_value_heads=asked.kv_heads,
+        rms_norm_eps=1e-5,
+        vocab_size=asked.vocab,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     mx.random.seed(0)
     net = llama.Model(sizes)
-    net.update(tree_map(lambda p: mx.random.normal(p.shape, scale=0.02) if p.ndim > 1 else p, net.parameters()))
+    net.update(
+        tree_map(lambda p: mx.random.normal(p.shape, scale=0.02) if p.ndim > 1 else p, net.parameters())
+    )
     net.freeze()
     mx.eval(net.parameters())
     return net
@@ -185,10 +227,9 @@ class Stage:
 def count(net: Any, lengths: Sequence[tuple[int, int]], checkpoint: bool) -> list[Stage]:
     """The operations that one update needs: a product of (m, k) and (k, n) is 2·m·k·n.
 
-    Forward through all; backward to activations down to the lowest adapted place, weights of adapters only. The attention
-    counts pairs of a query and a key at or before it: two products forward, four backward. With ``checkpoint`` the layers
-    from the lowest adapted one upwards go forward twice.
-    """
+    Forward through all; backward to activations down to the lowest adapted place, weights of adapters only.
+    The attention counts pairs of a query and a key at or before it: two products forward, four backward. With
+    ``checkpoint`` the layers from the lowest adapted one upwards go forward twice."""
     positions = sum(tokens - 1 for tokens, _ in lengths)
     pairs = sum((tokens - 1) * tokens // 2 for tokens, _ in lengths)
     learned = sum(units for _, units in lengths)
@@ -197,12 +238,18 @@ def count(net: Any, lengths: Sequence[tuple[int, int]], checkpoint: bool) -> lis
     places = [[PLACE[name] for name, one in modules(layer).items() if "lora_a" in one] for layer in layers]
     lowest = min((index for index, found in enumerate(places) if found), default=len(layers))
     first = min(places[lowest]) if lowest < len(layers) else 9
-    projections, mlp, adapters = Stage("projections q k v o", 0, 0), Stage("MLP", 0, 0), Stage("adapters", 0, 0)
+    projections, mlp, adapters = (
+        Stage("projections q k v o", 0, 0),
+        Stage("MLP", 0, 0),
+        Stage("adapters", 0, 0),
+    )
     attention = Stage("attention products", 0, 0)
     head_dim = layers[0].self_attn.head_dim
     for index, layer in enumerate(layers):
         again = 2 if checkpoint and index >= lowest else 1
-        passed = {name: index > lowest or (index == lowest and first < place) for name, place in PLACE.items()}
+        passed = {
+            name: index > lowest or (index == lowest and first < place) for name, place in PLACE.items()
+        }
         for name, linear in modules(layer).items():
             outputs, inputs = base(linear).weight.shape
             stage = projections if name in ATTENTION else mlp
@@ -240,7 +287,8 @@ def rate(left: tuple[int, ...], right: tuple[int, ...], repeats: int) -> float:
 
 
 def rates(ours: Ours, stages: Sequence[Stage], repeats: int) -> None:
-    """Give each stage the product rate of its own shape: the most common of its products, over the longest micro-batch."""
+    """Give each stage the product rate of its own shape: the most common of its products, over the longest
+    micro-batch."""
     net: Any = ours.net
     args = net.args
     tokens, _ = ours.micro[0]
@@ -250,25 +298,33 @@ def rates(ours: Ours, stages: Sequence[Stage], repeats: int) -> None:
     adapted = [one for layer in net.layers for one in modules(layer).values() if "lora_a" in one]
     head_dim = net.layers[0].self_attn.head_dim
     shapes = {
-        "projections q k v o": ((flat, args.hidden_size), (args.hidden_size, args.num_attention_heads * head_dim)),
+        "projections q k v o": (
+            (flat, args.hidden_size),
+            (args.hidden_size, args.num_attention_heads * head_dim),
+        ),
         "attention products": (
-            (rows * args.num_attention_heads, length, head_dim), (rows * args.num_attention_heads, head_dim, length),
+            (rows * args.num_attention_heads, length, head_dim),
+            (rows * args.num_attention_heads, head_dim, length),
         ),
         "MLP": ((flat, args.hidden_size), (args.hidden_size, args.intermediate_size)),
-        "adapters": ((flat, args.hidden_size), (args.hidden_size, adapted[0].lora_a.shape[1] if adapted else 1)),
+        "adapters": (
+            (flat, args.hidden_size),
+            (args.hidden_size, adapted[0].lora_a.shape[1] if adapted else 1),
+        ),
         "head and loss": ((learned, args.hidden_size), (args.hidden_size, args.vocab_size)),
-    }  # fmt: skip
+    }
     for stage in stages:
         if stage.name in shapes:
             stage.rate = rate(*shapes[stage.name], repeats)
 
 
 def measure(ours: Ours, stages: list[Stage], checkpoint: bool, repeats: int) -> None:
-    """Fill in the time of each stage: the function itself on the shapes of each micro-batch, times the layers.
+    """Fill in the time of each stage: the function itself on the shapes of each micro-batch, times the
+    layers.
 
-    backward = (forward and gradients together) − forward, since the gradients use what the forward pass computed. A stage
-    of its own is added for norms, positions and residual sums, which are no products but take time.
-    """
+    backward = (forward and gradients together) − forward, since the gradients use what the forward pass
+    computed. A stage of its own is added for norms, positions and residual sums, which are no products but
+    take time."""
     net: Any = ours.net
     layers = list(net.layers)
     args, layer = net.args, layers[-1]
@@ -279,17 +335,28 @@ def measure(ours: Ours, stages: list[Stage], checkpoint: bool, repeats: int) -> 
     inside = modules(example)
     head_dim = layer.self_attn.head_dim
     frozen = {name: base(one) for name, one in modules(layer).items()}
-    branches = [(inside[name], inside[name].lora_a, inside[name].lora_b) for name in adapted[lowest]] if above else []
+    branches = (
+        [(inside[name], inside[name].lora_a, inside[name].lora_b) for name in adapted[lowest]]
+        if above
+        else []
+    )
     stages.insert(3, rest := Stage("norms, rope, sums", 0, 0))
     by_name = {stage.name: stage for stage in stages}
     net.eval()  # dropout needs keys that belong to a run; its share falls into the unexplained rest
 
     def add(
-        name: str, forward: Callable[..., Any], inputs: list[mx.array], times: int, backward: int, again: bool = True
+        name: str,
+        forward: Callable[..., Any],
+        inputs: list[mx.array],
+        times: int,
+        backward: int,
+        again: bool = True,
     ) -> None:
         mx.eval(inputs)
         outputs = forward(*inputs)
-        cotangents = [mx.random.normal(one.shape) for one in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        cotangents = [
+            mx.random.normal(one.shape) for one in (outputs if isinstance(outputs, tuple) else (outputs,))
+        ]
         mx.eval(cotangents)
         once = seconds(lambda: forward(*inputs), repeats)
         both = seconds(lambda: mx.vjp(forward, inputs, cotangents), repeats) if backward else once
@@ -315,7 +382,13 @@ def measure(ours: Ours, stages: list[Stage], checkpoint: bool, repeats: int) -> 
             return layer.input_layernorm(x), layer.post_attention_layernorm(h), h + y, rope(q), rope(k)
 
         add("projections q k v o", project, [x, wide], len(layers), above)
-        add("attention products", lambda q, k, v: ours.attention(q, k, v, head_dim**-0.5), [q, k, v], len(layers), above)
+        add(
+            "attention products",
+            lambda q, k, v: ours.attention(q, k, v, head_dim**-0.5),
+            [q, k, v],
+            len(layers),
+            above,
+        )
         add("MLP", feed, [x], len(layers), above)
         add(rest.name, small, [x, mx.random.normal(x.shape), q, k], len(layers), above)
         for linear, a, b in branches:
@@ -327,7 +400,9 @@ def measure(ours: Ours, stages: list[Stage], checkpoint: bool, repeats: int) -> 
 
             add("adapters", branch, [held, a, b], with_adapters, with_adapters)
             linear.lora_a, linear.lora_b = a, b  # the traced ones must not stay
-        add("head and loss", lambda hidden, index=index: ours.head_loss(hidden, index), [x], 1, 1, again=False)
+        add(
+            "head and loss", lambda hidden, index=index: ours.head_loss(hidden, index), [x], 1, 1, again=False
+        )
 
 
 def main() -> None:
@@ -338,7 +413,14 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512], help="of random rows")
     parser.add_argument("--learned", type=float, default=0.926, help="share of learned tokens of random rows")
-    for name, default in {"layers": 4, "width": 576, "mlp": 1536, "heads": 9, "kv-heads": 3, "vocab": 49152}.items():
+    for name, default in {
+        "layers": 4,
+        "width": 576,
+        "mlp": 1536,
+        "heads": 9,
+        "kv-heads": 3,
+        "vocab": 49152,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="of random weights")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help="or all-linear")
@@ -358,39 +440,87 @@ def main() -> None:
     explained, floor = sum(stage.measured_s for stage in stages), sum(stage.floor_s for stage in stages)
     flops, best = sum(stage.flops for stage in stages), max(stage.rate for stage in stages)
 
-    table = Table(title=f"one update: {len(ours.lengths)} rows, {positions} positions, padding {1 - positions / padded:.0%}")
-    for heading in ("stage", "GFLOP", "GFLOP/s of its product", "floor s", "forward s", "backward s", "sum s", "floor ÷ sum"):
+    table = Table(
+        title=f"one update: {len(ours.lengths)} rows, {positions} positions, padding {1 - positions / padded:.0%}"
+    )
+    for heading in (
+        "stage",
+        "GFLOP",
+        "GFLOP/s of its product",
+        "floor s",
+        "forward s",
+        "backward s",
+        "sum s",
+        "floor ÷ sum",
+    ):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for stage in stages:
         share = f"{stage.floor_s / stage.measured_s:.0%}" if stage.flops and stage.measured_s else "–"
         table.add_row(
-            stage.name, f"{stage.flops / 1e9:.1f}", f"{stage.rate / 1e9:.1f}" if stage.rate else "–", f"{stage.floor_s:.3f}",
-            f"{stage.forward_s:.3f}", f"{stage.backward_s:.3f}", f"{stage.measured_s:.3f}", share,
-        )  # fmt: skip
+            stage.name,
+            f"{stage.flops / 1e9:.1f}",
+            f"{stage.rate / 1e9:.1f}" if stage.rate else "–",
+            f"{stage.floor_s:.3f}",
+            f"{stage.forward_s:.3f}",
+            f"{stage.backward_s:.3f}",
+            f"{stage.measured_s:.3f}",
+            share,
+        )
     table.add_section()
-    table.add_row("all stages", f"{flops / 1e9:.1f}", "", f"{floor:.3f}", "", "", f"{explained:.3f}", f"{floor / explained:.0%}")
+    table.add_row(
+        "all stages",
+        f"{flops / 1e9:.1f}",
+        "",
+        f"{floor:.3f}",
+        "",
+        "",
+        f"{explained:.3f}",
+        f"{floor / explained:.0%}",
+    )
     table.add_row("unexplained rest", "", "", "", "", "", f"{whole - explained:.3f}", "")
     table.add_row(
-        "whole update", f"{flops / 1e9:.1f}", f"{flops / whole / 1e9:.1f} reached", f"{floor:.3f}", "", "", f"{whole:.3f}",
+        "whole update",
+        f"{flops / 1e9:.1f}",
+        f"{flops / whole / 1e9:.1f} reached",
+        f"{floor:.3f}",
+        "",
+        "",
+        f"{whole:.3f}",
         f"{floor / whole:.0%}",
-    )  # fmt: skip
+    )
     Console(stderr=True, width=130).print(table)
     result = {
-        "device": DEVICE.name, "blas": DEVICE.blas, "model": asked.model or "random", "rows": ours.lengths,
-        "targets": asked.targets, "rank": asked.rank, "checkpoint": asked.checkpoint, "padding_share": 1 - positions / padded,
-        "whole_s": whole, "explained_s": explained, "unexplained_s": whole - explained, "floor_s": floor, "flops": flops,
-        "reached_flops_s": flops / whole, "best_product_flops_s": best, "share_of_own_products": floor / whole,
+        "device": DEVICE.name,
+        "blas": DEVICE.blas,
+        "model": asked.model or "random",
+        "rows": ours.lengths,
+        "targets": asked.targets,
+        "rank": asked.rank,
+        "checkpoint": asked.checkpoint,
+        "padding_share": 1 - positions / padded,
+        "whole_s": whole,
+        "explained_s": explained,
+        "unexplained_s": whole - explained,
+        "floor_s": floor,
+        "flops": flops,
+        "reached_flops_s": flops / whole,
+        "best_product_flops_s": best,
+        "share_of_own_products": floor / whole,
         "share_of_best_product": flops / best / whole,
         "tokens_s": sum(tokens for tokens, _ in ours.lengths) / whole,
         "stages": [
             {
-                "name": stage.name, "flops_forward": stage.flops_forward, "flops_backward": stage.flops_backward,
-                "product_flops_s": stage.rate, "floor_s": stage.floor_s, "forward_s": stage.forward_s,
+                "name": stage.name,
+                "flops_forward": stage.flops_forward,
+                "flops_backward": stage.flops_backward,
+                "product_flops_s": stage.rate,
+                "floor_s": stage.floor_s,
+                "forward_s": stage.forward_s,
                 "backward_s": stage.backward_s,
             }
             for stage in stages
         ],
-    }  # fmt: skip
+    }
     text = json.dumps(result, indent=2, ensure_ascii=False)
     print(text)
     if asked.out:

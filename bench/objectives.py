@@ -1,8 +1,10 @@
-"""What does learning from bad rows cost? An update of KTO and of APO beside one of SFT, and when sharing a prompt pays.
+"""What does learning from bad rows cost? An update of KTO and of APO beside one of SFT, and when sharing a
+prompt pays.
 
-Part one, through the command line in interleaved rounds: the same labelled rows learned by SFT (all of them), by KTO and by APO,
-in the same micro-batches. Seconds of an update are those of the run's own events, without the first, and hold the pass for KTO's
-baseline; what was measured before step 1 stands apart. Memory is the peak of the whole process, and of MLX's allocator.
+Part one, through the command line in interleaved rounds: the same labelled rows learned by SFT (all of them),
+by KTO and by APO, in the same micro-batches. Seconds of an update are those of the run's own events, without
+the first, and hold the pass for KTO's baseline; what was measured before step 1 stands apart. Memory is the
+peak of the whole process, and of MLX's allocator.
 
 Part two: answers of one prompt scored together after it (`scoring`), against each with its own copy of it.
 
@@ -41,18 +43,40 @@ PROMPTS, ANSWERS = (32, 64, 128, 512), (2, 3)
 
 
 def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """One run: seconds an update (median) and a learned token, peaks of memory, what the time before step 1 was."""
+    """One run: seconds an update (median) and a learned token, peaks of memory, what the time before step 1
+    was."""
     settings = {
-        "batch.length": asked.length, "template.too_long": "drop", "data.valid": 0, "data.max_dropped": 1, "loop.samples": 0,
-        "loop.steps": asked.updates + 1, "loop.save_every": 0, "batch.sequences": asked.rows, "batch.tokens": asked.tokens,
-        "optimizer.learning_rate": 1e-4, "optimizer.warmup_share": 0,
-    }  # fmt: skip
-    words = [sys.executable, "-m", "tunesmith", "train", "--model", asked.model, "--data", asked.data, "--out", str(out)]
+        "batch.length": asked.length,
+        "template.too_long": "drop",
+        "data.valid": 0,
+        "data.max_dropped": 1,
+        "loop.samples": 0,
+        "loop.steps": asked.updates + 1,
+        "loop.save_every": 0,
+        "batch.sequences": asked.rows,
+        "batch.tokens": asked.tokens,
+        "optimizer.learning_rate": 1e-4,
+        "optimizer.warmup_share": 0,
+    }
+    words = [
+        sys.executable,
+        "-m",
+        "tunesmith",
+        "train",
+        "--model",
+        asked.model,
+        "--data",
+        asked.data,
+        "--out",
+        str(out),
+    ]
     for word in [*SIDES[side], *(f"{key}={value}" for key, value in settings.items())]:
         words += ["--set", word]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
     environ["TUNESMITH_CACHE"] = str(out.with_name("cache"))
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ)
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ
+    )
     peak = 0
     while process.poll() is None:
         try:
@@ -63,15 +87,21 @@ def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
     _, said = process.communicate()
     if process.returncode:
         raise SystemExit(f"{side} ended with {process.returncode}: {said[-2000:]}")
-    steps = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if '"StepDone"' in line]
+    steps = [
+        json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if '"StepDone"' in line
+    ]
     learned = [step["learned"] or step["units"] for step in steps]
     return {
         "seconds": statistics.median(step["seconds"] for step in steps[1:]),
         "seconds_a_learned_token": sum(step["seconds"] for step in steps[1:]) / sum(learned[1:]),
-        "learned_tokens": sum(learned), "peak_rss_gb": peak / 1e9,
+        "learned_tokens": sum(learned),
+        "peak_rss_gb": peak / 1e9,
         "peak_mlx_gb": max(step["memory"]["peak"] for step in steps) / 1e9,
-        "before": next((line.split("tunesmith: ")[-1] for line in said.splitlines() if "sequences measured" in line), None),
-    }  # fmt: skip
+        "before": next(
+            (line.split("tunesmith: ")[-1] for line in said.splitlines() if "sequences measured" in line),
+            None,
+        ),
+    }
 
 
 def steps_compared(asked: argparse.Namespace) -> dict[str, Any]:
@@ -81,18 +111,25 @@ def steps_compared(asked: argparse.Namespace) -> dict[str, Any]:
             names = [list(SIDES)[(position + index) % len(SIDES)] for position in range(len(SIDES))]
             found = {name: measure(name, asked, Path(folder) / f"{index}-{name}") for name in names}
             rounds.append(found)
-            line = ", ".join(f"{name} {found[name]['seconds']:.2f} s {found[name]['peak_rss_gb']:.2f} GB" for name in SIDES)
+            line = ", ".join(
+                f"{name} {found[name]['seconds']:.2f} s {found[name]['peak_rss_gb']:.2f} GB" for name in SIDES
+            )
             print(f"round {index + 1} of {asked.rounds}: {line}", file=sys.stderr, flush=True)
     made: dict[str, Any] = {}
     for name in list(SIDES)[1:]:
         for key in ("seconds_a_learned_token", "peak_rss_gb", "peak_mlx_gb"):
             ratios = sorted(one[name][key] / one["sft"][key] for one in rounds)
-            made.setdefault(name, {})[key] = {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
+            made.setdefault(name, {})[key] = {
+                "median": statistics.median(ratios),
+                "min": ratios[0],
+                "max": ratios[-1],
+            }
     return {"ratio_to_sft": made, "rounds": rounds}
 
 
 def sharing_compared(asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """For each length of prompt and number of answers: seconds apart by seconds shared, and how far the values differ."""
+    """For each length of prompt and number of answers: seconds apart by seconds shared, and how far the
+    values differ."""
     net = model.load(model.ModelSpec(path=asked.model)).net
     chance, made, usual = np.random.default_rng(0), [], scoring.WORTH
     for length in PROMPTS:
@@ -102,7 +139,9 @@ def sharing_compared(asked: argparse.Namespace) -> list[dict[str, Any]]:
                 prompt = chance.integers(10, 2000, length)
                 for _ in range(count):
                     ids = np.concatenate([prompt, chance.integers(10, 2000, 60)]).astype(np.int32)
-                    groups.append(Group((Tokens(ids, (np.arange(len(ids)) >= length).astype(np.float32)),), ""))
+                    groups.append(
+                        Group((Tokens(ids, (np.arange(len(ids)) >= length).astype(np.float32)),), "")
+                    )
             cut = Cut(max(512, length + 60))
             seconds: dict[str, list[float]] = {"apart": [], "shared": []}
             values: dict[str, np.ndarray] = {}
@@ -118,23 +157,35 @@ def sharing_compared(asked: argparse.Namespace) -> list[dict[str, Any]]:
             ratios = sorted(a / b for a, b in zip(seconds["apart"], seconds["shared"], strict=True))
             made.append(
                 {
-                    "prompt": length, "answers": count, "saved": (count - 1) * (length - 1),
+                    "prompt": length,
+                    "answers": count,
+                    "saved": (count - 1) * (length - 1),
                     "ratio": {"median": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]},
-                    "difference": float(np.max(np.abs(values["apart"] - values["shared"]) / np.abs(values["apart"]))),
+                    "difference": float(
+                        np.max(np.abs(values["apart"] - values["shared"]) / np.abs(values["apart"]))
+                    ),
                 }
-            )  # fmt: skip
+            )
             print(json.dumps(made[-1]), file=sys.stderr, flush=True)
     return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo/model/SmolLM2-135M-Instruct.Q4_1.gguf", help="folder or GGUF file")
-    parser.add_argument("--data", default="../shared/data/syngen_toolset_v1.0.0_claude.jsonl", help="labelled rows")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="demo/model/SmolLM2-135M-Instruct.Q4_1.gguf", help="folder or GGUF file"
+    )
+    parser.add_argument(
+        "--data", default="../shared/data/syngen_toolset_v1.0.0_claude.jsonl", help="labelled rows"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=4, help="measured in a run, after one more")
     parser.add_argument("--rows", type=int, default=16, help="of an update")
-    parser.add_argument("--length", type=int, default=400, help="longest row, in tokens; longer ones are left out")
+    parser.add_argument(
+        "--length", type=int, default=400, help="longest row, in tokens; longer ones are left out"
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
     parser.add_argument("--part", choices=("both", "steps", "sharing"), default="both")
     parser.add_argument("--out", type=Path)
@@ -145,7 +196,9 @@ def main() -> None:
     if asked.part != "steps":
         backend.setup()
         result["sharing"] = sharing_compared(asked)
-    result["settings"] = {key: getattr(asked, key) for key in ("rounds", "updates", "rows", "length", "tokens")}
+    result["settings"] = {
+        key: getattr(asked, key) for key in ("rounds", "updates", "rows", "length", "tokens")
+    }
     result = record.keep(result, asked.out)
     print(json.dumps({key: value for key, value in result.items() if key != "rounds"}))
 

@@ -1,4 +1,5 @@
-"""Draw what ``train_speed.py`` measured: learned tokens a second and peak memory of each trainer, in one picture.
+"""Draw what ``train_speed.py`` measured: learned tokens a second and peak memory of each trainer, in one
+picture.
 
 Every bar carries its name and its value and ours are hatched, so nothing hangs on colour.
 """
@@ -13,9 +14,13 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = {
-    "tunesmith": "tunesmith", "mlx_lm_blas": "mlx-lm + OpenBLAS", "trl": "TRL + PEFT", "torch": "plain torch + PEFT",
-    "tunesmith_checkpointed": "tunesmith, checkpointed", "mlx_lm_checkpointed": "mlx-lm + OpenBLAS, checkpointed",
-}  # fmt: skip
+    "tunesmith": "tunesmith",
+    "mlx_lm_blas": "mlx-lm + OpenBLAS",
+    "trl": "TRL + PEFT",
+    "torch": "plain torch + PEFT",
+    "tunesmith_checkpointed": "tunesmith, checkpointed",
+    "mlx_lm_checkpointed": "mlx-lm + OpenBLAS, checkpointed",
+}
 TARGETS = {"qv": "adapters on q, v", "all": "adapters on all linear layers"}
 
 
@@ -47,14 +52,22 @@ def draw(rows: list[tuple[str, str, float, float]], out: Path, title: str) -> No
         places.append(place)
         labels.append(NAMES[name])
         place += 1.0
-    figure, panels = pyplot.subplots(1, 2, sharey=True, figsize=(11, 0.42 * place + 1.6), layout="constrained")
-    for column, (panel, label) in enumerate(zip(panels, ("learned tokens a second", "peak memory, GB"), strict=True)):
+    figure, panels = pyplot.subplots(
+        1, 2, sharey=True, figsize=(11, 0.42 * place + 1.6), layout="constrained"
+    )
+    for column, (panel, label) in enumerate(
+        zip(panels, ("learned tokens a second", "peak memory, GB"), strict=True)
+    ):
         values = [row[2 + column] for row in rows]
         ours = [row[1].startswith("tunesmith") for row in rows]
-        drawn = panel.barh(places, values, 0.78, color=["#2b5d8a" if own else "#c9c9c9" for own in ours], edgecolor="black")
+        drawn = panel.barh(
+            places, values, 0.78, color=["#2b5d8a" if own else "#c9c9c9" for own in ours], edgecolor="black"
+        )
         for bar, own in zip(drawn, ours, strict=True):
             bar.set_hatch("//" if own else "")
-        panel.bar_label(drawn, [f"{value:.0f}" if column == 0 else f"{value:.1f}" for value in values], padding=3)
+        panel.bar_label(
+            drawn, [f"{value:.0f}" if column == 0 else f"{value:.1f}" for value in values], padding=3
+        )
         panel.set_xlabel(f"{label} ({'more' if column == 0 else 'less'} is better)")
         panel.set_xlim(0, max(values) * 1.15)
         panel.spines[["top", "right"]].set_visible(False)
@@ -68,17 +81,30 @@ def draw(rows: list[tuple[str, str, float, float]], out: Path, title: str) -> No
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results")
     parser.add_argument("--out", type=Path, default=RESULTS / "train_speed.png")
     options = parser.parse_args()
-    read = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(options.results.glob("*.json"))}
+    read = {
+        file.stem: json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(options.results.glob("*.json"))
+    }
     chosen = {stem: result for stem, result in read.items() if result.get("benchmark") == "train_speed"}
-    rows = [row for stem, result in chosen.items() for row in bars(result, f" ({stem})" if len(chosen) > 1 else "")]
+    rows = [
+        row
+        for stem, result in chosen.items()
+        for row in bars(result, f" ({stem})" if len(chosen) > 1 else "")
+    ]
     if not rows:
         parser.error(f"{options.results} has no result of train_speed.py with a race in it")
     last = list(chosen.values())[-1]
-    disagree = [stem for stem, result in chosen.items() if not all(result[target]["agree"] for target in result["races"])]
+    disagree = [
+        stem
+        for stem, result in chosen.items()
+        if not all(result[target]["agree"] for target in result["races"])
+    ]
     title = f"One LoRA update of SmolLM2-135M, float32, {len(last['row_lengths'])} rows, {last['tokens']} tokens; {last['cpu']}"
     draw(rows, options.out, title + (f"\nLOSSES DISAGREE in {', '.join(disagree)}" if disagree else ""))
     print(options.out)

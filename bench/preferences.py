@@ -1,10 +1,11 @@
-"""Does learning from good and bad rows work? SFT on the good, KTO, and SFT then KTO, on held-out rows, with intervals.
+"""Does learning from good and bad rows work? SFT on the good, KTO, and SFT then KTO, on held-out rows, with
+intervals.
 
-A fixed subset of labelled rows, as many good as bad, split 80/20 within each label; every arm with several seeds (order of rows,
-adapter). Measured through the product's own commands: ``train`` and ``evaluate --task preference --task perplexity``. The base of
-every number is the model without any adapter, but for the row that says otherwise. Intervals: bootstrap over held-out rows, good
-and bad apart, of the mean over seeds; the spread between seeds stands beside them. Arms that are there from an earlier call are
-not trained again.
+A fixed subset of labelled rows, as many good as bad, split 80/20 within each label; every arm with several
+seeds (order of rows, adapter). Measured through the product's own commands: ``train`` and ``evaluate --task
+preference --task perplexity``. The base of every number is the model without any adapter, but for the row
+that says otherwise. Intervals: bootstrap over held-out rows, good and bad apart, of the mean over seeds; the
+spread between seeds stands beside them. Arms that are there from an earlier call are not trained again.
 
     python bench/preferences.py --model MODEL --data rows.jsonl --out bench/results/preferences.json
 """
@@ -34,9 +35,14 @@ from tunesmith.tokens import template
 
 RESAMPLES = 4000
 COMMON = {
-    "data.valid": 0, "data.max_dropped": 1, "loop.samples": 0, "loop.validate_every": 0, "loop.save_every": 0,
-    "optimizer.warmup_share": 0.1, "adapter.targets": "all-linear",
-}  # fmt: skip
+    "data.valid": 0,
+    "data.max_dropped": 1,
+    "loop.samples": 0,
+    "loop.validate_every": 0,
+    "loop.save_every": 0,
+    "optimizer.warmup_share": 0.1,
+    "adapter.targets": "all-linear",
+}
 
 
 def subset(asked: argparse.Namespace, folder: Path) -> tuple[Path, Path, dict[str, Any]]:
@@ -49,13 +55,19 @@ def subset(asked: argparse.Namespace, folder: Path) -> tuple[Path, Path, dict[st
     rendered = template.render(KTO().select(read.examples).examples, renderer, lenient, asked.length)
     short = {row.example_id for row in rendered.rows}
     chosen = [one for one in read.examples if isinstance(one, formats.Judged) and one.id in short]
-    chosen = sorted({one.id: one for one in chosen}.values(), key=lambda one: hashlib.sha256(one.id.encode()).digest())
+    chosen = sorted(
+        {one.id: one for one in chosen}.values(), key=lambda one: hashlib.sha256(one.id.encode()).digest()
+    )
     seen: set[str] = set()
     sides: dict[str, list[formats.Example]] = {"train": [], "held_out": []}
     for desirable in (True, False):
         rows: list[formats.Example] = []
         for one in chosen:
-            if one.desirable is desirable and formats.prompt_key(one) not in seen and len(rows) < asked.rows // 2:
+            if (
+                one.desirable is desirable
+                and formats.prompt_key(one) not in seen
+                and len(rows) < asked.rows // 2
+            ):
                 seen.add(formats.prompt_key(one))
                 rows.append(one)
         held = round(len(rows) / 5)
@@ -68,11 +80,12 @@ def subset(asked: argparse.Namespace, folder: Path) -> tuple[Path, Path, dict[st
     tokens = {row.example_id: len(row.tokens.ids) for row in rendered.rows}
     facts = {
         name: {
-            "rows": len(rows), "desirable": sum(getattr(one, "desirable", False) for one in rows),
+            "rows": len(rows),
+            "desirable": sum(getattr(one, "desirable", False) for one in rows),
             "tokens": sum(tokens[one.id] for one in rows),
         }
         for name, rows in sides.items()
-    }  # fmt: skip
+    }
     return files["train"], files["held_out"], facts
 
 
@@ -83,16 +96,26 @@ def arm(name: str, seed: int, asked: argparse.Namespace, data: Path, folder: Pat
         return Run(out)
     settings = dict(COMMON) | {"loop.seed": seed, "batch.length": asked.length}
     if name == "SFT":
-        settings |= {"loop.epochs": asked.sft_epochs, "optimizer.learning_rate": asked.sft_rate, "batch.sequences": 8}
+        settings |= {
+            "loop.epochs": asked.sft_epochs,
+            "optimizer.learning_rate": asked.sft_rate,
+            "batch.sequences": 8,
+        }
     else:
-        settings |= {"objective.kind": "kto", "loop.epochs": asked.epochs, "optimizer.learning_rate": asked.rate}
+        settings |= {
+            "objective.kind": "kto",
+            "loop.epochs": asked.epochs,
+            "optimizer.learning_rate": asked.rate,
+        }
     if name == "SFT then KTO":
         settings |= {"adapter.start": str(folder / f"SFT-{seed}")}
     words = [f"{key}={value}" for key, value in settings.items()]
     resolved = tunesmith.configure(model=asked.model, data=[str(data)], sets=words)
     resume = out if (out / "manifest.json").exists() else None
     with console.sink(sys.stderr) as notify:
-        run = tunesmith.train(None if resume else resolved, out=None if resume else out, resume=resume, notify=notify)
+        run = tunesmith.train(
+            None if resume else resolved, out=None if resume else out, resume=resume, notify=notify
+        )
     assert run is not None
     return run
 
@@ -103,8 +126,12 @@ def measured(run: Run, held_out: Path) -> dict[str, Any]:
     if not list(evals.glob(f"preference@1+{held_out.stem}-*")):
         with console.sink(sys.stderr) as notify:
             tunesmith.evaluate(
-                run.path, data=[str(held_out)], checkpoint="last", tasks=("perplexity", "preference"), notify=notify
-            )  # fmt: skip
+                run.path,
+                data=[str(held_out)],
+                checkpoint="last",
+                tasks=("perplexity", "preference"),
+                notify=notify,
+            )
     (done,) = evals.glob(f"preference@1+{held_out.stem}-*/examples.jsonl")
     (losses,) = evals.glob(f"perplexity@*+{held_out.stem}-*/score.json")
     rows = [json.loads(line) for line in done.read_text().splitlines()]
@@ -113,8 +140,9 @@ def measured(run: Run, held_out: Path) -> dict[str, Any]:
     return {
         "ratios": {row["source"]: row["tuned"] - row["base"] for row in rows},
         "good": {row["source"]: row["tuned_detail"]["good"] for row in rows},
-        "loss": loss["value"], "base_loss": loss["value"] - loss["delta"],
-    }  # fmt: skip
+        "loss": loss["value"],
+        "base_loss": loss["value"] - loss["delta"],
+    }
 
 
 def against(tuned: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +152,8 @@ def against(tuned: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarised(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy and margin as means over seeds, with their 95 % intervals over rows and their least and largest seed."""
+    """Accuracy and margin as means over seeds, with their 95 % intervals over rows and their least and
+    largest seed."""
     sources = sorted(found[0]["ratios"])
     good = np.array([found[0]["good"][source] for source in sources])
     ratios = np.array([[one["ratios"][source] for source in sources] for one in found])  # (seeds, rows)
@@ -133,27 +162,35 @@ def summarised(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     chance = np.random.default_rng(0)
     draws = []
     for _ in range(RESAMPLES):
-        here, there = chance.integers(up.shape[1], size=up.shape[1]), chance.integers(down.shape[1], size=down.shape[1])
+        here, there = (
+            chance.integers(up.shape[1], size=up.shape[1]),
+            chance.integers(down.shape[1], size=down.shape[1]),
+        )
         draws.append((wins[:, here][:, :, there].mean(), up[:, here].mean() - down[:, there].mean()))
     edges = np.quantile(np.array(draws), [0.025, 0.975], axis=0)
     every = {"accuracy": wins.mean(axis=(1, 2)), "margin": up.mean(axis=1) - down.mean(axis=1)}
     return {
         name: {
-            "mean": float(values.mean()), "low": float(edges[0, at]), "high": float(edges[1, at]),
+            "mean": float(values.mean()),
+            "low": float(edges[0, at]),
+            "high": float(edges[1, at]),
             "seeds": [float(value) for value in values],
         }
         for at, (name, values) in enumerate(every.items())
     } | {
-        "ratio_good": float(up.mean()), "ratio_bad": float(down.mean()),
-        "loss_good": float(np.mean([one["loss"] for one in found])), "base_loss_good": found[0]["base_loss"],
-    }  # fmt: skip
+        "ratio_good": float(up.mean()),
+        "ratio_bad": float(down.mean()),
+        "loss_good": float(np.mean([one["loss"] for one in found])),
+        "base_loss_good": found[0]["base_loss"],
+    }
 
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| | accuracy | margin, nats | log-ratio of good | of bad | loss of good, nats a token |", "|---|---|---|---|---|---|",
+        "| | accuracy | margin, nats | log-ratio of good | of bad | loss of good, nats a token |",
+        "|---|---|---|---|---|---|",
         f"| before | 0.500 | 0 | 0 | 0 | {next(iter(result['arms'].values()))['base_loss_good']:.3f} |",
-    ]  # fmt: skip
+    ]
     for name, found in result["arms"].items():
         cells = [
             f"{one['mean']:.3f} ({one['low']:.3f} to {one['high']:.3f}; seeds {min(one['seeds']):.3f} to {max(one['seeds']):.3f})"
@@ -165,10 +202,18 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo/model/SmolLM2-135M-Instruct.Q4_1.gguf", help="folder or GGUF file")
-    parser.add_argument("--data", default="../shared/data/syngen_toolset_v1.0.0_claude.jsonl", help="labelled rows")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-preferences"), help="where the runs lie")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="demo/model/SmolLM2-135M-Instruct.Q4_1.gguf", help="folder or GGUF file"
+    )
+    parser.add_argument(
+        "--data", default="../shared/data/syngen_toolset_v1.0.0_claude.jsonl", help="labelled rows"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/bench-preferences"), help="where the runs lie"
+    )
     parser.add_argument("--rows", type=int, default=160, help="half of them good; a fifth is held out")
     parser.add_argument("--length", type=int, default=400, help="longest row, in tokens")
     parser.add_argument("--seeds", type=int, default=3)
@@ -187,20 +232,37 @@ def main() -> int:
     spent: dict[str, list[float]] = {name: [] for name in asked.arms}
     for seed in range(asked.seeds):
         for name in asked.arms:
-            print(f"== {name}, seed {seed}, after {console.duration(time.perf_counter() - started)}", file=sys.stderr, flush=True)
+            print(
+                f"== {name}, seed {seed}, after {console.duration(time.perf_counter() - started)}",
+                file=sys.stderr,
+                flush=True,
+            )
             began = time.perf_counter()
             found[name].append(measured(arm(name, seed, asked, data, asked.work), held_out))
             spent[name].append(time.perf_counter() - began)
             partial = summarised(found[name])
-            print(f"   accuracy {partial['accuracy']}, margin {partial['margin']}", file=sys.stderr, flush=True)
-    if {"SFT", "SFT then KTO"} <= found.keys():  # what its second half alone did: KTO compared with the model after SFT
-        found["SFT then KTO, against SFT"] = [against(*both) for both in zip(found["SFT then KTO"], found["SFT"], strict=True)]
+            print(
+                f"   accuracy {partial['accuracy']}, margin {partial['margin']}", file=sys.stderr, flush=True
+            )
+    if {
+        "SFT",
+        "SFT then KTO",
+    } <= found.keys():  # what its second half alone did: KTO compared with the model after SFT
+        found["SFT then KTO, against SFT"] = [
+            against(*both) for both in zip(found["SFT then KTO"], found["SFT"], strict=True)
+        ]
     result = {
-        "benchmark": "preferences", "rows": facts, "seeds": asked.seeds,
-        "settings": {key: getattr(asked, key) for key in ("length", "epochs", "rate", "sft_epochs", "sft_rate")} | COMMON,
+        "benchmark": "preferences",
+        "rows": facts,
+        "seeds": asked.seeds,
+        "settings": {
+            key: getattr(asked, key) for key in ("length", "epochs", "rate", "sft_epochs", "sft_rate")
+        }
+        | COMMON,
         "arms": {name: summarised(parts) for name, parts in found.items()},
-        "seconds": time.perf_counter() - started, "seconds_of_runs": spent,
-    }  # fmt: skip
+        "seconds": time.perf_counter() - started,
+        "seconds_of_runs": spent,
+    }
     record.keep(result, asked.out)
     print(table(result))
     if "KTO" in result["arms"] and result["arms"]["KTO"]["accuracy"]["low"] <= 0.5:

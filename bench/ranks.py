@@ -1,8 +1,10 @@
-"""Do two processes with half the cores each learn faster than one with all? Through the command line, in interleaved rounds.
+"""Do two processes with half the cores each learn faster than one with all? Through the command line, in
+interleaved rounds.
 
-The same settings and rows as one process, as ranks started by themselves, and as ranks under ``mlx.launch``, which asks its
-processes for output without a pause and so takes cores of its own on a machine that has none to spare. Seconds of an update are
-those of the run's own events, without the first. Memory is the sum over the ranks: each holds the whole model.
+The same settings and rows as one process, as ranks started by themselves, and as ranks under ``mlx.launch``,
+which asks its processes for output without a pause and so takes cores of its own on a machine that has none
+to spare. Seconds of an update are those of the run's own events, without the first. Memory is the sum over
+the ranks: each holds the whole model.
 
     python bench/ranks.py --model MODEL --data rows.jsonl --out bench/results/ranks.json
 """
@@ -30,13 +32,30 @@ SIDES = ("one", "ranks", "launched")
 
 
 def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Seconds an update (median), learned tokens, losses, peak memory and CPU seconds of one run: one, ranks or launched."""
+    """Seconds an update (median), learned tokens, losses, peak memory and CPU seconds of one run: one, ranks
+    or launched."""
     settings = {
-        "batch.length": asked.length, "template.too_long": "drop", "data.valid": 0, "data.max_dropped": 1, "loop.samples": 0,
-        "loop.steps": asked.updates + 1, "loop.save_every": 0, "batch.sequences": asked.rows, "optimizer.learning_rate": 1e-4,
-    }  # fmt: skip
+        "batch.length": asked.length,
+        "template.too_long": "drop",
+        "data.valid": 0,
+        "data.max_dropped": 1,
+        "loop.samples": 0,
+        "loop.steps": asked.updates + 1,
+        "loop.save_every": 0,
+        "batch.sequences": asked.rows,
+        "optimizer.learning_rate": 1e-4,
+    }
     here = Path(sys.executable).parent
-    words = [str(here / "tunesmith"), "train", "--model", asked.model, "--data", asked.data, "--out", str(out)]
+    words = [
+        str(here / "tunesmith"),
+        "train",
+        "--model",
+        asked.model,
+        "--data",
+        asked.data,
+        "--out",
+        str(out),
+    ]
     for key, value in settings.items():
         words += ["--set", f"{key}={value}"]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
@@ -45,7 +64,9 @@ def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
         launch = [str(here / "mlx.launch"), "-n", str(asked.ranks), "--backend", "ring", "--", *words]
         processes = [_start(launch, environ)]
     elif side == "ranks":
-        hosts = out.with_name(f"{out.name}.hosts.json")  # as documented for mlx.launch: one list of addresses a rank
+        hosts = out.with_name(
+            f"{out.name}.hosts.json"
+        )  # as documented for mlx.launch: one list of addresses a rank
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(asked.ranks)]))
         environ["MLX_HOSTFILE"] = str(hosts)
         processes = [_start(words, environ | {"MLX_RANK": str(rank)}) for rank in range(asked.ranks)]
@@ -57,15 +78,21 @@ def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
         time.sleep(0.2)
     for process in processes:
         if process.returncode:
-            raise SystemExit(f"{side} ended with {process.returncode}: {process.stderr and process.stderr.read()[-2000:]}")
+            raise SystemExit(
+                f"{side} ended with {process.returncode}: {process.stderr and process.stderr.read()[-2000:]}"
+            )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    steps = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if '"StepDone"' in line]
+    steps = [
+        json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if '"StepDone"' in line
+    ]
     return {
         "seconds": statistics.median(step["seconds"] for step in steps[1:]),
-        "learned_tokens_s": sum(step["units"] for step in steps[1:]) / sum(step["seconds"] for step in steps[1:]),
-        "losses": [step["loss"] for step in steps], "peak_rss_gb": peak / 1e9,
+        "learned_tokens_s": sum(step["units"] for step in steps[1:])
+        / sum(step["seconds"] for step in steps[1:]),
+        "losses": [step["loss"] for step in steps],
+        "peak_rss_gb": peak / 1e9,
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-    }  # fmt: skip
+    }
 
 
 def _start(words: list[str], environ: dict[str, str]) -> subprocess.Popen[str]:
@@ -111,7 +138,11 @@ def main() -> None:
             found = {side: measure(side, asked, Path(folder) / f"{index}-{side}") for side in order}
             seconds = {side: found[side]["seconds"] for side in SIDES}
             losses = {side: found[side]["losses"] for side in SIDES}
-            worst = max(abs(a - b) / abs(b) for side in SIDES for a, b in zip(losses[side], losses["one"], strict=True))
+            worst = max(
+                abs(a - b) / abs(b)
+                for side in SIDES
+                for a, b in zip(losses[side], losses["one"], strict=True)
+            )
             ratios = {side: seconds["one"] / seconds[side] for side in SIDES[1:]}
             rounds.append({"ratios": ratios, "loss_difference": worst, **found})
             print(
@@ -120,17 +151,27 @@ def main() -> None:
                 + " an update, ratios "
                 + ", ".join(f"{side} {value:.2f}" for side, value in ratios.items())
                 + f", losses differ by {worst:.1e}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
     ratios = {side: sorted(one["ratios"][side] for one in rounds) for side in SIDES[1:]}
     result = {
-        "benchmark": "ranks", "ranks": asked.ranks,
-        "ratio": {side: {"median": statistics.median(all_), "min": all_[0], "max": all_[-1]} for side, all_ in ratios.items()},
-        "learned_tokens_s": {side: statistics.median(one[side]["learned_tokens_s"] for one in rounds) for side in SIDES},
-        "cpu_seconds": {side: statistics.median(one[side]["cpu_seconds"] for one in rounds) for side in SIDES},
+        "benchmark": "ranks",
+        "ranks": asked.ranks,
+        "ratio": {
+            side: {"median": statistics.median(all_), "min": all_[0], "max": all_[-1]}
+            for side, all_ in ratios.items()
+        },
+        "learned_tokens_s": {
+            side: statistics.median(one[side]["learned_tokens_s"] for one in rounds) for side in SIDES
+        },
+        "cpu_seconds": {
+            side: statistics.median(one[side]["cpu_seconds"] for one in rounds) for side in SIDES
+        },
         "peak_rss_gb": {side: max(one[side]["peak_rss_gb"] for one in rounds) for side in SIDES},
-        "loss_difference": max(one["loss_difference"] for one in rounds), "rounds": rounds,
-    }  # fmt: skip
+        "loss_difference": max(one["loss_difference"] for one in rounds),
+        "rounds": rounds,
+    }
     record.keep(result, asked.out)
     print(json.dumps({key: value for key, value in result.items() if key != "rounds"}))
     if result["loss_difference"] > 1e-4:

@@ -1,12 +1,13 @@
 """The same LoRA update by several trainers, each in a process of its own, measured in turn.
 
-A worker loads its model once and then waits. On each word from the parent it makes one optimizer update over all rows of
-its job, and answers with what that took. Libraries, BLAS builds and allocators therefore never mix, and the peak of resident
-memory is the trainer's own. The parent lets one worker run at a time, turns the order from round to round, and measures again
-when other programs used the machine meanwhile: ratios inside a round are steady where times are not.
+A worker loads its model once and then waits. On each word from the parent it makes one optimizer update over
+all rows of its job, and answers with what that took. Libraries, BLAS builds and allocators therefore never
+mix, and the peak of resident memory is the trainer's own. The parent lets one worker run at a time, turns the
+order from round to round, and measures again when other programs used the machine meanwhile: ratios inside a
+round are steady where times are not.
 
-Worker and parent talk in JSON lines: a job, then ``update`` as often as wanted; the end of the input ends the worker.
-"""
+Worker and parent talk in JSON lines: a job, then ``update`` as often as wanted; the end of the input ends the
+worker."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ from typing import Any
 
 # Only the standard library here: a worker chooses its BLAS before anything of weight is loaded.
 
-TARGETS = {"qv": ("q_proj", "v_proj"), "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
+TARGETS = {
+    "qv": ("q_proj", "v_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
 DISTURBED = 0.08  # share of all cores that others may use before a measurement is made again
 REPEATS = 3
 PATIENCE_S = 120.0  # longest wait for a quiet machine before a measurement is made again
@@ -50,12 +54,15 @@ class Row:
 
     @property
     def learned(self) -> int:
-        return len(self.ids) - max(self.offset, 1)  # the first token has nothing before it to be predicted from
+        return len(self.ids) - max(
+            self.offset, 1
+        )  # the first token has nothing before it to be predicted from
 
 
 @dataclass(frozen=True)
 class Job:
-    """One update: ``rows`` in batches of ``batch`` (tunesmith plans its own). All trainers take the same LoRA and AdamW."""
+    """One update: ``rows`` in batches of ``batch`` (tunesmith plans its own). All trainers take the same LoRA
+    and AdamW."""
 
     model: str  # a folder in Hugging Face's layout, float32
     rows: list[Row]
@@ -75,7 +82,8 @@ class Job:
 
 
 def our_rows(data: str, model: str, max_tokens: int) -> tuple[Path, list[Row]]:
-    """(model folder, rows of ``data`` as tunesmith renders them, at most ``max_tokens`` long and with a learned suffix)."""
+    """(model folder, rows of ``data`` as tunesmith renders them, at most ``max_tokens`` long and with a
+    learned suffix)."""
     import tunesmith  # noqa: F401 - opens the BLAS before MLX is loaded
     from tunesmith.machine import backend
     from tunesmith.model import loading as models
@@ -110,7 +118,8 @@ def product_rate() -> float:
 
 
 def our_update(job: Job, checkpointed: bool, stack: ExitStack) -> Callable[[], tuple[float, int]]:
-    """A function that makes the next update by the product's own loop and returns (mean loss, learned tokens).
+    """A function that makes the next update by the product's own loop and returns (mean loss, learned
+    tokens).
 
     It is ``Loop._update`` with its own plan of micro-batches; only the run directory is missing.
     """
@@ -134,9 +143,20 @@ def our_update(job: Job, checkpointed: bool, stack: ExitStack) -> Callable[[], t
     asked: dict[str, Any] = {
         "model": {"path": job.model, "dtype": "float32"},
         "data": {"train": ["rows of the benchmark"], "valid": 0},
-        "adapter": {"kind": "lora", "rank": job.rank, "alpha": job.alpha, "dropout": 0.0, "targets": job.targets},
+        "adapter": {
+            "kind": "lora",
+            "rank": job.rank,
+            "alpha": job.alpha,
+            "dropout": 0.0,
+            "targets": job.targets,
+        },
         "batch": {"sequences": len(job.rows)},
-        "optimizer": {"kind": "adamw", "learning_rate": job.learning_rate, "schedule": "constant", "max_norm": 1.0},
+        "optimizer": {
+            "kind": "adamw",
+            "learning_rate": job.learning_rate,
+            "schedule": "constant",
+            "max_norm": 1.0,
+        },
         "loop": {"checkpoint_gradients": checkpointed, "seed": SEED, "steps": 1_000_000},
     }
     config = RunConfig.model_validate(asked)
@@ -148,7 +168,13 @@ def our_update(job: Job, checkpointed: bool, stack: ExitStack) -> Callable[[], t
         targets[row.offset :] = 1.0
         groups.append(batches.Group((Tokens(np.array(row.ids, np.int32), targets),), f"row {index}"))
     lengths = tuple(group.length for group in groups)
-    plan = batches.Plan(lengths, config.batch.sequences, batches.Cut.of(config.batch, lengths), SEED, max_steps=config.loop.steps)
+    plan = batches.Plan(
+        lengths,
+        config.batch.sequences,
+        batches.Cut.of(config.batch, lengths),
+        SEED,
+        max_steps=config.loop.steps,
+    )
     prepared: Any = SimpleNamespace(plan=plan, train=groups)
     said: list[Any] = []
     no_run: Any = None
@@ -197,9 +223,15 @@ class Gate:
         self._seconds = self._seconds or time.perf_counter() - self._start
 
     def done(self, loss: float, learned_tokens: int, **further: float) -> None:
-        """Answer, after the memory that the update left behind is given back: the workers share one machine."""
+        """Answer, after the memory that the update left behind is given back: the workers share one
+        machine."""
         self.stop()
-        answer = {"seconds": self._seconds, "loss": loss, "learned_tokens": learned_tokens, "peak_rss_bytes": _peak()} | further
+        answer = {
+            "seconds": self._seconds,
+            "loss": loss,
+            "learned_tokens": learned_tokens,
+            "peak_rss_bytes": _peak(),
+        } | further
         _release()
         self._answers.write(json.dumps(answer) + "\n")
 
@@ -219,7 +251,8 @@ def _release() -> None:
     mx = sys.modules.get("mlx.core")
     if mx is not None:
         mx.clear_cache()
-    # Where all workers fit in memory at once, nothing is given back: no training run does that between its updates.
+    # Where all workers fit in memory at once, nothing is given back: no training run does that between its
+    # updates.
     if sys.platform == "linux" and "BENCH_KEEP_MEMORY" not in os.environ:
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -240,9 +273,9 @@ def tunesmith_worker(job: Job, gate: Gate, checkpointed: bool = False) -> None:
 def mlx_lm_worker(job: Job, gate: Gate, blas: bool = True, checkpointed: bool = False) -> None:
     """mlx-lm's own ``train``, called once, so that what it compiles for a shape stays compiled.
 
-    The iterator of batches is the gate: it asks the parent before the first micro-batch of an update, and is asked for the
-    next one when ``train`` has evaluated the last. Inside the clock: making the batches, step, evaluation, clearing the cache.
-    """
+    The iterator of batches is the gate: it asks the parent before the first micro-batch of an update, and is
+    asked for the next one when ``train`` has evaluated the last. Inside the clock: making the batches, step,
+    evaluation, clearing the cache."""
     if blas:
         ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
     import mlx.core as mx
@@ -254,7 +287,8 @@ def mlx_lm_worker(job: Job, gate: Gate, blas: bool = True, checkpointed: bool = 
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     class Tokenised:
-        """Rows as records, as mlx-lm's chat data set holds them, so that it batches them as it does its users' rows."""
+        """Rows as records, as mlx-lm's chat data set holds them, so that it batches them as it does its
+        users' rows."""
 
         def __len__(self) -> int:
             return len(job.rows)
@@ -282,7 +316,8 @@ def mlx_lm_worker(job: Job, gate: Gate, blas: bool = True, checkpointed: bool = 
     mx.eval(net.parameters())
     rows = CacheDataset(Tokenised())
 
-    # default_loss learns one padding token a row (its mask ends one late). Without it, the loss must be everybody's.
+    # default_loss learns one padding token a row (its mask ends one late). Without it, the loss must be
+    # everybody's.
     total, count = 0.0, 0
     for batch, lengths in iterate_batches(rows, job.batch, 4096):
         mean, tokens = default_loss(net, batch, lengths - mx.array([0, 1]))
@@ -301,10 +336,17 @@ def mlx_lm_worker(job: Job, gate: Gate, blas: bool = True, checkpointed: bool = 
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArgs(
-            batch_size=job.batch, iters=1_000_000, val_batches=0, steps_per_report=len(job.batches), steps_per_eval=2_000_000,
-            steps_per_save=2_000_000, max_seq_length=4096, adapter_file=f"{folder}/adapters.safetensors",
-            grad_checkpoint=checkpointed, grad_accumulation_steps=len(job.batches),
-        )  # fmt: skip
+            batch_size=job.batch,
+            iters=1_000_000,
+            val_batches=0,
+            steps_per_report=len(job.batches),
+            steps_per_eval=2_000_000,
+            steps_per_save=2_000_000,
+            max_seq_length=4096,
+            adapter_file=f"{folder}/adapters.safetensors",
+            grad_checkpoint=checkpointed,
+            grad_accumulation_steps=len(job.batches),
+        )
         optimizer = optim.AdamW(job.learning_rate, weight_decay=0.0, bias_correction=True)
         train(net, optimizer, rows, args=arguments, iterate_batches=gated, training_callback=report)
 
@@ -318,7 +360,8 @@ def _learned(labels: Sequence[Sequence[int]]) -> int:
 
 
 def trl_worker(job: Job, gate: Gate) -> None:
-    """TRL's SFTTrainer over PEFT on torch, gated by a callback. Inside the clock: all of a step, its metrics too."""
+    """TRL's SFTTrainer over PEFT on torch, gated by a callback. Inside the clock: all of a step, its metrics
+    too."""
     import torch
     import transformers
     from datasets import Dataset
@@ -337,26 +380,50 @@ def trl_worker(job: Job, gate: Gate) -> None:
         def on_step_end(self, *arguments: Any, **options: Any) -> None:
             gate.stop()
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **options: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **options: Any
+        ) -> None:
             if "loss" in logs:
                 gate.done(float(logs["loss"]), learned)
 
     net = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     rows = Dataset.from_list([{"input_ids": row.ids, "labels": _labels(row)} for row in job.rows])
     lora = LoraConfig(
-        r=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, target_modules=list(job.targets), task_type="CAUSAL_LM"
-    )  # fmt: skip
+        r=job.rank,
+        lora_alpha=job.alpha,
+        lora_dropout=0.0,
+        target_modules=list(job.targets),
+        task_type="CAUSAL_LM",
+    )
     with tempfile.TemporaryDirectory() as folder:
-        # TRL's defaults for a GPU are switched off: bfloat16, and checkpointing, which would cost it time here.
+        # TRL's defaults for a GPU are switched off: bfloat16, and checkpointing, which would cost it time
+        # here.
         arguments = SFTConfig(
-            output_dir=folder, per_device_train_batch_size=job.batch, gradient_accumulation_steps=len(job.batches),
-            max_steps=1_000_000, learning_rate=job.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
-            max_grad_norm=1.0, max_length=None, packing=False, train_sampling_strategy="sequential", use_cpu=True, bf16=False,
-            gradient_checkpointing=False, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, seed=SEED,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=job.batch,
+            gradient_accumulation_steps=len(job.batches),
+            max_steps=1_000_000,
+            learning_rate=job.learning_rate,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            max_length=None,
+            packing=False,
+            train_sampling_strategy="sequential",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=SEED,
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
         hold = Hold()
-        trainer = SFTTrainer(net, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora, callbacks=[hold])
+        trainer = SFTTrainer(
+            net, arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora, callbacks=[hold]
+        )
         gate.loaded()
         trainer.train()
 
@@ -371,8 +438,12 @@ def torch_worker(job: Job, gate: Gate) -> None:
     torch.set_num_threads(_cores())
     net: Any = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     lora = LoraConfig(
-        r=job.rank, lora_alpha=job.alpha, lora_dropout=0.0, target_modules=list(job.targets), task_type="CAUSAL_LM"
-    )  # fmt: skip
+        r=job.rank,
+        lora_alpha=job.alpha,
+        lora_dropout=0.0,
+        target_modules=list(job.targets),
+        task_type="CAUSAL_LM",
+    )
     net = get_peft_model(net, lora)
     net.train()
     weights = [weight for weight in net.parameters() if weight.requires_grad]
@@ -392,7 +463,12 @@ def torch_worker(job: Job, gate: Gate) -> None:
         for rows in job.batches:
             ids, mask, labels = padded(rows)
             logits = net(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / units
+            loss = (
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+                )
+                / units
+            )
             loss.backward()
             total, learned = total + float(loss.detach()), learned + int((labels[:, 1:] != -100).sum())
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -418,7 +494,8 @@ WORKERS: dict[str, Callable[[Job, Gate], None]] = {
 
 @dataclass
 class Measurement:
-    """One update. ``others``: share of the machine that other programs used meanwhile. ``rejected``: tries before it."""
+    """One update. ``others``: share of the machine that other programs used meanwhile. ``rejected``: tries
+    before it."""
 
     trainer: str
     round: int  # 0 is the warm-up
@@ -443,11 +520,17 @@ class Worker:
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{self.name}-", suffix=".log")
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", self.name]
-        # What our own preparation of OpenBLAS left in this process is not for the rivals, and what the user's environment says
-        # of its kernels would slow one BLAS and not another: each library chooses for this processor.
+        # What our own preparation of OpenBLAS left in this process is not for the rivals, and what the user's
+        # environment says of its kernels would slow one BLAS and not another: each library chooses for this
+        # processor.
         environ = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environ | quiet
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environ | quiet,
         )
         self._usage = psutil.Process(self._process.pid)
         self._ask(json.dumps(asdict(self._job)))
@@ -480,7 +563,9 @@ class Worker:
         times = self._usage.cpu_times()  # with children: MLX runs a compiler in the warm-up
         return times.user + times.system + times.children_user + times.children_system
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         if kind is not None:
             self._process.kill()
@@ -499,11 +584,14 @@ def _busy() -> float:
     import psutil
 
     times = psutil.cpu_times()._asdict()  # guest time is part of user time
-    return sum(value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice"))
+    return sum(
+        value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice")
+    )
 
 
 def _quiet() -> None:
-    """Return when the machine was idle for two seconds, or after ``PATIENCE_S``. The workers all wait meanwhile."""
+    """Return when the machine was idle for two seconds, or after ``PATIENCE_S``. The workers all wait
+    meanwhile."""
     end = time.perf_counter() + PATIENCE_S
     while time.perf_counter() < end:
         busy, start = _busy(), time.perf_counter()
@@ -513,24 +601,28 @@ def _quiet() -> None:
 
 
 def undisturbed(worker: Worker, number: int, say: Callable[[str], None]) -> Measurement:
-    """A measurement during which others left the machine alone; the least disturbed one if there is none after all tries."""
+    """A measurement during which others left the machine alone; the least disturbed one if there is none
+    after all tries."""
     tries: list[Measurement] = []
     while not tries or (tries[-1].others > DISTURBED and len(tries) <= REPEATS):
         if tries:
             _quiet()
         tries.append(worker.update(number))
         if tries[-1].others > DISTURBED:
-            say(f"{worker.name}: others used {tries[-1].others:.0%} of the machine, {tries[-1].seconds:.1f} s not counted")
+            say(
+                f"{worker.name}: others used {tries[-1].others:.0%} of the machine, {tries[-1].seconds:.1f} s not counted"
+            )
     best = min(tries, key=lambda one: one.others)
     best.rejected = len(tries) - 1
     return best
 
 
 def race(title: str, jobs: Mapping[str, Job], rounds: int) -> dict[str, Any]:
-    """Warm each trainer up once, then ``rounds`` updates each in turn. The first of ``jobs`` is what others are compared with.
+    """Warm each trainer up once, then ``rounds`` updates each in turn. The first of ``jobs`` is what others
+    are compared with.
 
-    The result: ``trainers`` (speed, memory, losses), ``ratios`` of seconds inside a round, ``agree`` and why not.
-    """
+    The result: ``trainers`` (speed, memory, losses), ``ratios`` of seconds inside a round, ``agree`` and why
+    not."""
     names = list(jobs)
 
     def say(text: str) -> None:
@@ -553,12 +645,16 @@ def race(title: str, jobs: Mapping[str, Job], rounds: int) -> dict[str, Any]:
                 name = names[(position + number - 1) % len(names)]
                 one = undisturbed(workers[name], number, say)
                 found[name].append(one)
-                say(f"{name}: {one.seconds:.2f} s, {one.learned_tokens / one.seconds:.1f} learned tokens a second")
+                say(
+                    f"{name}: {one.seconds:.2f} s, {one.learned_tokens / one.seconds:.1f} learned tokens a second"
+                )
     problems = disagreements(warm, len(jobs[names[0]].rows))
     for text in problems:
         say(f"DISAGREE: {text}")
     first = found[names[0]]
-    learned = warm[names[0]].learned_tokens  # the same for all: mlx-lm's padding tokens are no work that anyone wanted
+    learned = warm[
+        names[0]
+    ].learned_tokens  # the same for all: mlx-lm's padding tokens are no work that anyone wanted
     ratios: dict[str, dict[str, float]] = {}
     for name in names[1:]:
         each = [other.seconds / ours.seconds for ours, other in zip(first, found[name], strict=True)]
@@ -579,7 +675,12 @@ def race(title: str, jobs: Mapping[str, Job], rounds: int) -> dict[str, Any]:
         "agree": not problems,
         "disagreements": problems,
         "rejected": sum(one.rejected for group in found.values() for one in group),
-        "disturbed": [f"{one.trainer} {one.round}" for group in found.values() for one in group if one.others > DISTURBED],
+        "disturbed": [
+            f"{one.trainer} {one.round}"
+            for group in found.values()
+            for one in group
+            if one.others > DISTURBED
+        ],
         "measurements": [asdict(one) for group in (list(warm.values()), *found.values()) for one in group],
     }
 
@@ -587,9 +688,9 @@ def race(title: str, jobs: Mapping[str, Job], rounds: int) -> dict[str, Any]:
 def disagreements(warm: Mapping[str, Measurement], n_rows: int) -> list[str]:
     """Where the first updates, which all start from B = 0, did not compute the same.
 
-    mlx-lm means over micro-batches and learns one padding token in each padded row. It is held to the loss over the tokens
-    that the others learn, which its worker computes before the first update, and its count may be up to ``n_rows`` too high.
-    """
+    mlx-lm means over micro-batches and learns one padding token in each padded row. It is held to the loss
+    over the tokens that the others learn, which its worker computes before the first update, and its count
+    may be up to ``n_rows`` too high."""
     first, *others = warm.values()
     problems: list[str] = []
     for one in others:
@@ -597,9 +698,13 @@ def disagreements(warm: Mapping[str, Measurement], n_rows: int) -> list[str]:
         apart = abs(loss - first.loss) / first.loss
         more = one.learned_tokens - first.learned_tokens
         if not apart <= LOSS_TOLERANCE:
-            problems.append(f"{one.trainer} has a loss of {loss:.7f}, {first.trainer} {first.loss:.7f}: {apart:.1e} apart")
+            problems.append(
+                f"{one.trainer} has a loss of {loss:.7f}, {first.trainer} {first.loss:.7f}: {apart:.1e} apart"
+            )
         if not 0 <= more <= (n_rows if one.trainer.startswith("mlx_lm") else 0):
-            problems.append(f"{one.trainer} learned {one.learned_tokens} tokens, {first.trainer} {first.learned_tokens}")
+            problems.append(
+                f"{one.trainer} learned {one.learned_tokens} tokens, {first.trainer} {first.learned_tokens}"
+            )
     return problems
 
 
@@ -608,7 +713,8 @@ def disagreements(warm: Mapping[str, Measurement], n_rows: int) -> list[str]:
 
 
 def quantiles(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """``count`` rows at the middle of equal parts of the length distribution, shuffled, so that trainers pair them at random."""
+    """``count`` rows at the middle of equal parts of the length distribution, shuffled, so that trainers pair
+    them at random."""
     ordered = sorted(rows, key=lambda row: len(row.ids))
     chosen = [ordered[(2 * index + 1) * len(ordered) // (2 * count)] for index in range(count)]
     random.Random(seed).shuffle(chosen)
@@ -639,7 +745,10 @@ def facts() -> dict[str, Any]:
 def _cpu() -> str:
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+            platform.machine(),
+        )
     return platform.processor() or platform.machine()
 
 
@@ -653,7 +762,8 @@ def rounded(value: Any) -> Any:
 
 
 def finish(result: dict[str, Any], summary: dict[str, Any], problems: list[str], out: Path) -> int:
-    """Everything to ``out``, the summary as one line to stdout, missed bars and disagreements to stderr; the exit code."""
+    """Everything to ``out``, the summary as one line to stdout, missed bars and disagreements to stderr; the
+    exit code."""
     result["missed"] = problems
     shared = ("versions", "commit", "cpu", "cores", "date", "command", "row_lengths")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -666,7 +776,8 @@ def finish(result: dict[str, Any], summary: dict[str, Any], problems: list[str],
 
 
 def missed(values: Mapping[str, float | None], bars: Mapping[str, float]) -> list[str]:
-    """The bars that are not reached: memory must be at most, all else at least so much. What was not measured is not judged."""
+    """The bars that are not reached: memory must be at most, all else at least so much. What was not measured
+    is not judged."""
     found: list[str] = []
     for name, bar in bars.items():
         value = values.get(name)
@@ -691,7 +802,9 @@ def require_inputs(parser: argparse.ArgumentParser, data: str, model: str) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One trainer, waiting for its parent. The benchmarks start it.")
+    parser = argparse.ArgumentParser(
+        description="One trainer, waiting for its parent. The benchmarks start it."
+    )
     parser.add_argument("--worker", choices=sorted(WORKERS), required=True)
     name = parser.parse_args().worker
     gate = Gate()

@@ -1,11 +1,11 @@
 """How time and memory of one update grow: ``python bench/scaling.py --out bench/results/scaling.json``
 
-Along each axis (row length, rows, rank, layers) one thing grows and the rest stays. Each point runs in a process of its own,
-since a peak of memory cannot be taken back: one update to warm up, then the median of three. The exponent k of
-y ~ x^k is fitted by least squares on logarithms and compared with what theory says.
+Along each axis (row length, rows, rank, layers) one thing grows and the rest stays. Each point runs in a
+process of its own, since a peak of memory cannot be taken back: one update to warm up, then the median of
+three. The exponent k of y ~ x^k is fitted by least squares on logarithms and compared with what theory says.
 
-Table on stderr, JSON on stdout and to ``--out``; the plot has the same name with ``.png``. Stop early with ``--max-length``.
-"""
+Table on stderr, JSON on stdout and to ``--out``; the plot has the same name with ``.png``. Stop early with
+``--max-length``."""
 
 from __future__ import annotations
 
@@ -59,21 +59,43 @@ def axes(base: Point, max_length: int) -> list[Axis]:
     quadratic = (0.8, 2.0, "linear, and quadratic at long rows, where attention rules")
     aside = (-0.1, 0.5, "a constant (the base) and a linear part (the adapters)")
     return [
-        Axis("row length (tokens)", "length", {"1 row": [replace(base, rows=1, length=n) for n in lengths]}, quadratic,
-             (0.8, 2.0, "linear, or quadratic where attention scores are kept")),
-        Axis(f"rows of {base.length} tokens", "rows", {"": [replace(base, rows=n) for n in (1, 2, 4, 8, 16)]}, LINEAR,
-             (-0.1, 0.5, "constant once a micro-batch is full")),
-        Axis("rank", "rank", {
-            "q, v": [replace(base, rank=n) for n in ranks],
-            "all linear": [replace(base, rank=n, targets="all-linear") for n in ranks],
-        }, aside, (-0.1, 1.0, "a constant (activations), then linear (adapters and their moments)")),
-        Axis("layers", "layers", {"": [replace(base, layers=n) for n in (2, 4, 8, 16)]}, LINEAR,
-             LINEAR if not base.checkpoint else (0.0, 1.2, "at most linear: layers are recomputed")),
-    ]  # fmt: skip
+        Axis(
+            "row length (tokens)",
+            "length",
+            {"1 row": [replace(base, rows=1, length=n) for n in lengths]},
+            quadratic,
+            (0.8, 2.0, "linear, or quadratic where attention scores are kept"),
+        ),
+        Axis(
+            f"rows of {base.length} tokens",
+            "rows",
+            {"": [replace(base, rows=n) for n in (1, 2, 4, 8, 16)]},
+            LINEAR,
+            (-0.1, 0.5, "constant once a micro-batch is full"),
+        ),
+        Axis(
+            "rank",
+            "rank",
+            {
+                "q, v": [replace(base, rank=n) for n in ranks],
+                "all linear": [replace(base, rank=n, targets="all-linear") for n in ranks],
+            },
+            aside,
+            (-0.1, 1.0, "a constant (activations), then linear (adapters and their moments)"),
+        ),
+        Axis(
+            "layers",
+            "layers",
+            {"": [replace(base, layers=n) for n in (2, 4, 8, 16)]},
+            LINEAR,
+            LINEAR if not base.checkpoint else (0.0, 1.2, "at most linear: layers are recomputed"),
+        ),
+    ]
 
 
 def our_update(point: Point) -> Callable[[], None]:
-    """The product's optimizer update on random rows and weights, evaluated. The only contact with tunesmith's inside."""
+    """The product's optimizer update on random rows and weights, evaluated. The only contact with tunesmith's
+    inside."""
     from tunesmith.machine import backend
 
     backend.setup()  # before MLX: a fast BLAS must be opened first
@@ -95,18 +117,30 @@ def our_update(point: Point) -> Callable[[], None]:
     from tunesmith.training import loop as training
 
     sizes = llama.ModelArgs(
-        model_type="llama", hidden_size=point.width, num_hidden_layers=point.layers, intermediate_size=point.mlp,
-        num_attention_heads=point.heads, num_key_value_heads=point.heads, rms_norm_eps=1e-5, vocab_size=point.vocab,
-    )  # fmt: skip
+        model_type="llama",
+        hidden_size=point.width,
+        num_hidden_layers=point.layers,
+        intermediate_size=point.mlp,
+        num_attention_heads=point.heads,
+        num_key_value_heads=point.heads,
+        rms_norm_eps=1e-5,
+        vocab_size=point.vocab,
+    )
     mx.random.seed(0)
     net = llama.Model(sizes)
-    net.update(tree_map(lambda p: mx.random.normal(p.shape, scale=0.02) if p.ndim > 1 else p, net.parameters()))
+    net.update(
+        tree_map(lambda p: mx.random.normal(p.shape, scale=0.02) if p.ndim > 1 else p, net.parameters())
+    )
     net.freeze()
     config = RunConfig.model_validate(
         {
             "model": {"path": "random"},
             "data": {"train": ("random",), "valid": 0},
-            "adapter": {"rank": point.rank, "alpha": 2 * point.rank, "targets": tuple(point.targets.split(","))},
+            "adapter": {
+                "rank": point.rank,
+                "alpha": 2 * point.rank,
+                "targets": tuple(point.targets.split(",")),
+            },
             "batch": {"sequences": point.rows, "length": max(8, point.length)},
             "loop": {"steps": 1_000_000, "checkpoint_gradients": point.checkpoint},
         }
@@ -116,7 +150,9 @@ def our_update(point: Point) -> Callable[[], None]:
     random = np.random.Generator(np.random.PCG64(0))
     targets = (np.arange(point.length) >= point.length // 10).astype(np.float32)
     groups = [
-        Group((Tokens(random.integers(0, point.vocab, point.length).astype(np.int32), targets),), f"row {row}")
+        Group(
+            (Tokens(random.integers(0, point.vocab, point.length).astype(np.int32), targets),), f"row {row}"
+        )
         for row in range(point.rows)
     ]
     lengths = tuple(group.length for group in groups)
@@ -136,7 +172,8 @@ def our_update(point: Point) -> Callable[[], None]:
 
 
 def measure(point: Point) -> dict[str, Any]:
-    """In this process: seconds (median), bytes above the weights in MLX's allocator, and the highest resident size."""
+    """In this process: seconds (median), bytes above the weights in MLX's allocator, and the highest resident
+    size."""
     update = our_update(point)
     import mlx.core as mx
 
@@ -148,11 +185,18 @@ def measure(point: Point) -> dict[str, Any]:
         update()
         times.append(time.perf_counter() - start)
     warm = times[1:]
-    resident = next((line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line), "0")
+    resident = next(
+        (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line),
+        "0",
+    )
     return {
-        **asdict(point), "seconds": statistics.median(warm), "updates": len(warm), "weights": weights,
-        "above_weights": mx.get_peak_memory() - weights, "peak_resident": int(resident) * 1024,
-    }  # fmt: skip
+        **asdict(point),
+        "seconds": statistics.median(warm),
+        "updates": len(warm),
+        "weights": weights,
+        "above_weights": mx.get_peak_memory() - weights,
+        "peak_resident": int(resident) * 1024,
+    }
 
 
 def measured(point: Point, limit_s: float) -> dict[str, Any]:
@@ -163,7 +207,10 @@ def measured(point: Point, limit_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {**asdict(point), "failed": f"not done in {limit_s:.0f} s"}
     if done.returncode:
-        return {**asdict(point), "failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}
+        return {
+            **asdict(point),
+            "failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1],
+        }
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -183,7 +230,9 @@ def verdict(name: str, found: float | None, last: float | None, theory: tuple[fl
     low, high, why = theory
     agree = "as" if low <= found <= high else "NOT as"
     kind = "linear" if LINEAR[0] <= found <= LINEAR[1] else "not linear"
-    return f"{name}: exponent {found:.2f} ({kind}; {last:.2f} between the last two), {agree} theory says: {why}"
+    return (
+        f"{name}: exponent {found:.2f} ({kind}; {last:.2f} between the last two), {agree} theory says: {why}"
+    )
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
@@ -208,7 +257,13 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                 panel.plot(xs, ys, "o-", label=line["name"] or None)
                 if (found := line["exponents"][key]) is not None:
                     fitted.append(f"{line['name']} x^{found:.2f}".strip())
-            panel.set(xscale="log", yscale="log", xlabel=axis["name"], ylabel=label, title=" · ".join(fitted) or "no fit")
+            panel.set(
+                xscale="log",
+                yscale="log",
+                xlabel=axis["name"],
+                ylabel=label,
+                title=" · ".join(fitted) or "no fit",
+            )
             panel.grid(True, which="both", alpha=0.3)
             if len(axis["lines"]) > 1:
                 panel.legend()
@@ -223,7 +278,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", action="store_true", help="recompute each layer in the backward pass")
     for name, default in {"length": 256, "width": 256, "mlp": 1024, "heads": 2, "vocab": 4096}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--minutes", type=float, default=8.0, help="points that do not fit in are left out, and said so")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="points that do not fit in are left out, and said so"
+    )
     parser.add_argument("--out", type=Path, help="such as bench/results/scaling.json")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -237,7 +294,12 @@ def main() -> None:
     console = Console(stderr=True, width=130)
     end = time.perf_counter() + 60 * asked.minutes
     base = Point(
-        length=asked.length, width=asked.width, mlp=asked.mlp, heads=asked.heads, vocab=asked.vocab, checkpoint=asked.checkpoint
+        length=asked.length,
+        width=asked.width,
+        mlp=asked.mlp,
+        heads=asked.heads,
+        vocab=asked.vocab,
+        checkpoint=asked.checkpoint,
     )
     table = Table(title="one update")
     for heading in ("axis", "", "x", "seconds", "MB above weights", "MB resident, peak"):

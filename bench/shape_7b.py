@@ -1,9 +1,10 @@
-"""The same comparison at Mistral-7B's widths, with two layers and random weights: what is left to win where products rule.
+"""The same comparison at Mistral-7B's widths, with two layers and random weights: what is left to win where
+products rule.
 
-Three cases, each one update: a single row of 512 tokens; four rows, by twos in mlx-lm; eight rows, all at once in mlx-lm.
-Rows have the lengths and prompt shares of real data, their tokens are random. ``product_share`` is the part of the measured
-time that the matrix products need which cannot be avoided, at the rate that this machine reaches in large products.
-"""
+Three cases, each one update: a single row of 512 tokens; four rows, by twos in mlx-lm; eight rows, all at
+once in mlx-lm. Rows have the lengths and prompt shares of real data, their tokens are random.
+``product_share`` is the part of the measured time that the matrix products need which cannot be avoided, at
+the rate that this machine reaches in large products."""
 
 from __future__ import annotations
 
@@ -27,9 +28,14 @@ import rivals
 from rivals import Job, Row
 
 BARS = {"single": 1.0, "batch_2": 1.3, "batch_8": 1.6}
-CASES = {"single": (1, 1), "batch_2": (4, 2), "batch_8": (8, 8)}  # rows, and how many at once in the other trainers
+CASES = {
+    "single": (1, 1),
+    "batch_2": (4, 2),
+    "batch_8": (8, 8),
+}  # rows, and how many at once in the other trainers
 SINGLE_TOKENS = 512
-GUESSED = 55.0  # padded tokens a second on two Zen 3 cores with two layers, only for the duration that is printed first
+# padded tokens a second on two Zen 3 cores with two layers, only for the duration that is printed first
+GUESSED = 55.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +57,29 @@ class Shape:
     def linears(self) -> dict[str, tuple[int, int]]:
         """Linear layers of one block: name → (in, out)."""
         return {
-            "self_attn.q_proj": (self.hidden, self.hidden), "self_attn.k_proj": (self.hidden, self.kv),
-            "self_attn.v_proj": (self.hidden, self.kv), "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.hidden, self.mlp), "mlp.up_proj": (self.hidden, self.mlp),
+            "self_attn.q_proj": (self.hidden, self.hidden),
+            "self_attn.k_proj": (self.hidden, self.kv),
+            "self_attn.v_proj": (self.hidden, self.kv),
+            "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.hidden, self.mlp),
+            "mlp.up_proj": (self.hidden, self.mlp),
             "mlp.down_proj": (self.mlp, self.hidden),
-        }  # fmt: skip
+        }
 
     def shrunk(self, by: int) -> Shape:
         return Shape(
-            self.layers, self.hidden // by, self.heads // by, self.kv_heads // by, self.mlp // by, self.vocab // by
-        )  # fmt: skip
+            self.layers,
+            self.hidden // by,
+            self.heads // by,
+            self.kv_heads // by,
+            self.mlp // by,
+            self.vocab // by,
+        )
 
 
 def weights(shape: Shape, cache: Path) -> Path:
-    """A folder in Hugging Face's layout with random weights, made once; one file a layer, so that little is in memory."""
+    """A folder in Hugging Face's layout with random weights, made once; one file a layer, so that little is
+    in memory."""
     from safetensors.numpy import save_file
 
     target = cache / f"mistral-{shape.hidden}-{shape.mlp}-{shape.vocab}-x{shape.layers}-seed{rivals.SEED}"
@@ -76,13 +91,19 @@ def weights(shape: Shape, cache: Path) -> Path:
     index: dict[str, str] = {}
 
     def write(name: str, matrices: dict[str, tuple[int, int]], vectors: list[str]) -> None:
-        tensors = {key: random.standard_normal(size, dtype=np.float32) * np.float32(0.02) for key, size in matrices.items()}
+        tensors = {
+            key: random.standard_normal(size, dtype=np.float32) * np.float32(0.02)
+            for key, size in matrices.items()
+        }
         tensors |= {key: np.ones(shape.hidden, np.float32) for key in vectors}
         save_file(tensors, draft / name, metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, name))
 
     try:
-        outer = {"model.embed_tokens.weight": (shape.vocab, shape.hidden), "lm_head.weight": (shape.vocab, shape.hidden)}
+        outer = {
+            "model.embed_tokens.weight": (shape.vocab, shape.hidden),
+            "lm_head.weight": (shape.vocab, shape.hidden),
+        }
         write("model-outer.safetensors", outer, ["model.norm.weight"])
         for layer in range(shape.layers):
             start = f"model.layers.{layer}"
@@ -90,12 +111,25 @@ def weights(shape: Shape, cache: Path) -> Path:
             inner = {f"{start}.{name}.weight": (size[1], size[0]) for name, size in shape.linears.items()}
             write(f"model-layer{layer}.safetensors", inner, norms)
         config = {
-            "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": shape.hidden,
-            "intermediate_size": shape.mlp, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads, "head_dim": shape.hidden // shape.heads, "vocab_size": shape.vocab,
-            "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32768, "hidden_act": "silu",
-            "sliding_window": None, "tie_word_embeddings": False, "dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
-        }  # fmt: skip
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.mlp,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.hidden // shape.heads,
+            "vocab_size": shape.vocab,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 32768,
+            "hidden_act": "silu",
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "dtype": "float32",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         (draft / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         whole = {"metadata": {}, "weight_map": index}
         (draft / "model.safetensors.index.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
@@ -110,14 +144,14 @@ def needed(shape: Shape, job: Job) -> float:
 
     For each row of T tokens, K of them learned, with P weights in the linear layers of all blocks:
 
-        forward                       2·P·T
-        backward to activations       2·P·T, less 2·D·(D + 2·KV)·T: nothing below the first block's q, k and v is trained
-        attention, causal half        2·D·T² a layer forward (scores, values), twice that backward
-        adapters                      2·r·(in + out)·T for each adapted layer, three times: forward, activations, weights
-        head, on learned tokens only  2·D·V·K forward, the same backward to activations
+        forward                       2·P·T backward to activations       2·P·T, less 2·D·(D + 2·KV)·T:
+        nothing below the first block's q, k and v is trained attention, causal half        2·D·T² a layer
+        forward (scores, values), twice that backward adapters                      2·r·(in + out)·T for each
+        adapted layer, three times: forward, activations, weights head, on learned tokens only  2·D·V·K
+        forward, the same backward to activations
 
-    Padding, recomputing and the logits of prompts are not in it: whoever computes them needs more time for the same.
-    """
+    Padding, recomputing and the logits of prompts are not in it: whoever computes them needs more time for
+    the same."""
     per_token = 4.0 * shape.layers * sum(a * b for a, b in shape.linears.values())
     per_token -= 2.0 * shape.hidden * (shape.hidden + 2 * shape.kv)
     adapted = [size for name, size in shape.linears.items() if name.rsplit(".", 1)[-1] in job.targets]
@@ -142,22 +176,33 @@ def positions(job: Job) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default=rivals.default_data(), help="rows whose lengths are taken")
-    parser.add_argument("--model", default=rivals.default_model(), help="folder or GGUF file whose tokenizer counts them")
+    parser.add_argument(
+        "--model", default=rivals.default_model(), help="folder or GGUF file whose tokenizer counts them"
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--targets", choices=sorted(rivals.TARGETS), default="qv")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--max-tokens", type=int, default=768, help="longest row; the default keeps a run under half an hour")
+    parser.add_argument(
+        "--max-tokens", type=int, default=768, help="longest row; the default keeps a run under half an hour"
+    )
     parser.add_argument("--torch", action="store_true", help="compare with plain torch too")
-    parser.add_argument("--shrink", type=int, choices=(1, 2, 4, 8), default=1, help="divide all widths, to try the script")
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "tunesmith-bench", help="for the weights")
+    parser.add_argument(
+        "--shrink", type=int, choices=(1, 2, 4, 8), default=1, help="divide all widths, to try the script"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "tunesmith-bench", help="for the weights"
+    )
     parser.add_argument("--bars", action="store_true", help="fail when a bar is missed, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "shape_7b.json")
     options = parser.parse_args()
     os.environ["BENCH_KEEP_MEMORY"] = "1"  # two trainers of a few GB each
-    # The product rate is measured in this process: with the kernels that OpenBLAS chooses by itself, as in the workers.
+    # The product rate is measured in this process: with the kernels that OpenBLAS chooses by itself, as in
+    # the workers.
     os.environ.pop("OPENBLAS_CORETYPE", None)
     if options.rounds < 1 or options.layers < 1:
         parser.error("--rounds and --layers are at least 1")
@@ -179,15 +224,19 @@ def main() -> int:
         f"{options.layers} layers {shape.hidden} wide; rows of "
         + ", ".join(f"{[len(row.ids) for row in job.rows]} ({name})" for name, job in jobs.items())
         + f"; about {seconds / 60:.0f} minutes, to {datetime.fromtimestamp(time.time() + seconds):%H:%M}",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
 
     names = ["tunesmith", "mlx_lm_blas", *(["torch"] if options.torch else [])]
     result: dict[str, Any] = rivals.facts() | {
-        "benchmark": "shape_7b", "shape": dataclasses.asdict(shape), "targets": options.targets, "rounds": options.rounds,
+        "benchmark": "shape_7b",
+        "shape": dataclasses.asdict(shape),
+        "targets": options.targets,
+        "rounds": options.rounds,
         "row_lengths": {name: [len(row.ids) for row in job.rows] for name, job in jobs.items()},
         "learned_tokens": {name: sum(row.learned for row in job.rows) for name, job in jobs.items()},
-    }  # fmt: skip
+    }
     summary: dict[str, Any] = {"benchmark": "shape_7b"}
     problems: list[str] = []
     result["races"] = {}
@@ -198,12 +247,19 @@ def main() -> int:
         work, trainers = needed(shape, job), race["trainers"]
         found: dict[str, Any] = {f"ratio_{other}": ratio["median"] for other, ratio in race["ratios"].items()}
         problems += (
-            [f"{name}: {text}" for text in rivals.missed(found, {"ratio_mlx_lm_blas": BARS[name]})] if options.bars else []
+            [f"{name}: {text}" for text in rivals.missed(found, {"ratio_mlx_lm_blas": BARS[name]})]
+            if options.bars
+            else []
         )
         result[name] = summary[name] = found | {
-            "min_max": {f"ratio_{other}": [ratio["min"], ratio["max"]] for other, ratio in race["ratios"].items()},
-            "memory_ratio_mlx_lm": trainers["tunesmith"]["peak_rss_bytes"] / trainers["mlx_lm_blas"]["peak_rss_bytes"],
-            "learned_tokens_per_second": {key: one["learned_tokens_per_second"] for key, one in trainers.items()},
+            "min_max": {
+                f"ratio_{other}": [ratio["min"], ratio["max"]] for other, ratio in race["ratios"].items()
+            },
+            "memory_ratio_mlx_lm": trainers["tunesmith"]["peak_rss_bytes"]
+            / trainers["mlx_lm_blas"]["peak_rss_bytes"],
+            "learned_tokens_per_second": {
+                key: one["learned_tokens_per_second"] for key, one in trainers.items()
+            },
             "peak_rss_gb": {key: one["peak_rss_bytes"] / 1e9 for key, one in trainers.items()},
             "product_gflop": work / 1e9,
             "product_gflops": rate / 1e9,

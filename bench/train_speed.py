@@ -1,9 +1,10 @@
-"""How fast and how large tunesmith's LoRA update is beside other trainers: SmolLM2-135M, float32, rows of real data.
+"""How fast and how large tunesmith's LoRA update is beside other trainers: SmolLM2-135M, float32, rows of
+real data.
 
-Eight rows at even quantiles of the length distribution make one update; all trainers get the same rows, five times, in turn.
-``ratio_x`` is the seconds of x over ours inside a round (median; above 1 we are faster), ``memory_ratio_x`` our peak of
-resident memory over theirs (below 1 we are smaller). A benchmark whose losses disagree fails: it compared different work.
-"""
+Eight rows at even quantiles of the length distribution make one update; all trainers get the same rows, five
+times, in turn. ``ratio_x`` is the seconds of x over ours inside a round (median; above 1 we are faster),
+``memory_ratio_x`` our peak of resident memory over theirs (below 1 we are smaller). A benchmark whose losses
+disagree fails: it compared different work."""
 
 from __future__ import annotations
 
@@ -19,9 +20,13 @@ from rivals import Job, Row
 
 RIVALS = ("mlx_lm_blas", "trl", "torch", "mlx_lm", "checkpointed")
 BARS = {
-    "ratio_mlx_lm_blas": 1.8, "ratio_trl": 1.2, "ratio_torch": 1.0, "ratio_mlx_lm": 10.0, "memory_ratio_mlx_lm": 0.5,
+    "ratio_mlx_lm_blas": 1.8,
+    "ratio_trl": 1.2,
+    "ratio_torch": 1.0,
+    "ratio_mlx_lm": 10.0,
+    "memory_ratio_mlx_lm": 0.5,
     "memory_ratio_checkpointed": 1.0,
-}  # fmt: skip
+}
 SHORT = 127  # tokens of the rows for mlx-lm with the reference BLAS, which makes about four a second
 N_SHORT = 2
 # Padded tokens a second on two Zen 3 cores, only for the guess of the duration that is printed first.
@@ -41,7 +46,9 @@ def measure(label: str, job: Job, chosen: list[str], rounds: int) -> dict[str, A
         middle = [row for row in job.rows if row.offset < SHORT // 2][:N_SHORT] or job.rows[:N_SHORT]
         rows = [Row(row.ids[:SHORT], min(row.offset, SHORT - 8)) for row in middle]
         short = Job(job.model, rows, job.targets, batch=1)
-        races["short"] = rivals.race(f"{label} {SHORT} tokens", dict.fromkeys(["tunesmith", "mlx_lm"], short), 1)
+        races["short"] = rivals.race(
+            f"{label} {SHORT} tokens", dict.fromkeys(["tunesmith", "mlx_lm"], short), 1
+        )
     return races
 
 
@@ -56,18 +63,26 @@ def summarise(races: dict[str, Any]) -> dict[str, Any]:
 
     def peaks(kind: str, ours: str, theirs: str) -> float | None:
         trainers = races.get(kind, {}).get("trainers", {})
-        return trainers[ours]["peak_rss_bytes"] / trainers[theirs]["peak_rss_bytes"] if theirs in trainers else None
+        return (
+            trainers[ours]["peak_rss_bytes"] / trainers[theirs]["peak_rss_bytes"]
+            if theirs in trainers
+            else None
+        )
 
     found["memory_ratio_mlx_lm"] = peaks("speed", "tunesmith", "mlx_lm_blas")
-    found["memory_ratio_checkpointed"] = peaks("checkpointed", "tunesmith_checkpointed", "mlx_lm_checkpointed")
+    found["memory_ratio_checkpointed"] = peaks(
+        "checkpointed", "tunesmith_checkpointed", "mlx_lm_checkpointed"
+    )
     shown = {kind: race["trainers"] for kind, race in races.items()}
     return found | {
         "min_max": spread,
         "learned_tokens_per_second": {
-            kind: {name: one["learned_tokens_per_second"] for name, one in trainers.items()} for kind, trainers in shown.items()
+            kind: {name: one["learned_tokens_per_second"] for name, one in trainers.items()}
+            for kind, trainers in shown.items()
         },
         "peak_rss_gb": {
-            kind: {name: one["peak_rss_bytes"] / 1e9 for name, one in trainers.items()} for kind, trainers in shown.items()
+            kind: {name: one["peak_rss_bytes"] / 1e9 for name, one in trainers.items()}
+            for kind, trainers in shown.items()
         },
         "agree": all(race["agree"] for race in races.values()),
         "rejected": sum(race["rejected"] for race in races.values()),
@@ -84,11 +99,15 @@ def guess(job: Job, chosen: list[str], rounds: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default=rivals.default_data(), help="rows to learn")
     parser.add_argument("--model", default=rivals.default_model(), help="folder or GGUF file")
     parser.add_argument("--targets", nargs="+", choices=sorted(rivals.TARGETS), default=["qv", "all"])
-    parser.add_argument("--trainers", nargs="+", choices=RIVALS, default=list(RIVALS), help="beside tunesmith")
+    parser.add_argument(
+        "--trainers", nargs="+", choices=RIVALS, default=list(RIVALS), help="beside tunesmith"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=8, help="rows of an update, an even number")
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest row")
@@ -105,17 +124,22 @@ def main() -> int:
     jobs = {name: Job(str(folder), chosen, rivals.TARGETS[name]) for name in options.targets}
     lengths = [len(row.ids) for row in chosen]
     result: dict[str, Any] = rivals.facts() | {
-        "benchmark": "train_speed", "rows_found": len(rows), "row_lengths": lengths, "tokens": sum(lengths),
-        "learned_tokens": sum(row.learned for row in chosen), "rounds": options.rounds,
+        "benchmark": "train_speed",
+        "rows_found": len(rows),
+        "row_lengths": lengths,
+        "tokens": sum(lengths),
+        "learned_tokens": sum(row.learned for row in chosen),
+        "rounds": options.rounds,
         "note": "mlx-lm learns one padding token more in each padded row and means over micro-batches: its loss_first_update "
         "differs by that; loss_same_tokens is its model's loss over the tokens that the others learn",
-    }  # fmt: skip
+    }
     seconds = sum(guess(job, options.trainers, options.rounds) for job in jobs.values())
     print(
         f"rows of {lengths} tokens, {result['learned_tokens']} of {sum(lengths)} learned; about {seconds / 60:.0f} minutes, "
         f"to {datetime.fromtimestamp(time.time() + seconds):%H:%M}",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+        file=sys.stderr,
+        flush=True,
+    )
     summary: dict[str, Any] = {"benchmark": "train_speed"}
     problems: list[str] = []
     result["races"] = {}

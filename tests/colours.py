@@ -18,7 +18,8 @@ def light(colour: str) -> float:
 
 
 def require(tab: Any, media: str, scheme: str, lines: tuple[str, ...] = ()) -> None:
-    """4.5 for words on each ground, 3 for ``lines`` on cards; dark only on a dark screen. Leaves the page as it is shown so."""
+    """4.5 for words on each ground, 3 for ``lines`` on cards; dark only on a dark screen. Leaves the page as
+    it is shown so."""
     tab.emulate_media(media=media, color_scheme=scheme)
     found = tab.evaluate(
         """names => {
@@ -28,6 +29,8 @@ def require(tab: Any, media: str, scheme: str, lines: tuple[str, ...] = ()) -> N
         [*GROUNDS, *WORDS, *lines],
     )
     assert (light(found["ground"]) < 0.5) == ((media, scheme) == ("screen", "dark"))
-    for one, ground, least in [(word, ground, 4.5) for word in WORDS for ground in GROUNDS] + [(one, "card", 3) for one in lines]:
+    for one, ground, least in [(word, ground, 4.5) for word in WORDS for ground in GROUNDS] + [
+        (one, "card", 3) for one in lines
+    ]:
         high, low = sorted((light(found[one]), light(found[ground])), reverse=True)
         assert (high + 0.05) / (low + 0.05) >= least, (media, scheme, one, ground)

@@ -1,4 +1,5 @@
-"""MLX is set up once, the user's folders stay untouched, and real data is found or its tests are skipped by name."""
+"""MLX is set up once, the user's folders stay untouched, and real data is found or its tests are skipped by
+name."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from hypothesis import settings
 from tunesmith.machine import backend
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The same examples everywhere, and none that fails since the machine was busy: what is refused is refused again.
+# The same examples everywhere, and none that fails since the machine was busy: what is refused is refused
+# again.
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 backend.setup()

@@ -1,4 +1,5 @@
-"""What the tests run beside themselves: processes that share one model, and a terminal that keeps what it shows."""
+"""What the tests run beside themselves: processes that share one model, and a terminal that keeps what it
+shows."""
 
 from __future__ import annotations
 
@@ -13,16 +14,27 @@ from typing import TextIO
 import pytest
 
 TUNESMITH = [str(Path(sys.executable).with_name("tunesmith"))]
-# Tests run several at a time, and a ring listens on fixed ports: each process of tests has its own, below those given to anybody.
+# Tests run several at a time, and a ring listens on fixed ports: each process of tests has its own, below
+# those given to anybody.
 _PORT = 20000 + os.getpid() % 6000 * 2
-LAUNCH = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--starting-port", str(_PORT), "--"]
+LAUNCH = [
+    str(Path(sys.executable).with_name("mlx.launch")),
+    "-n",
+    "2",
+    "--backend",
+    "ring",
+    "--starting-port",
+    str(_PORT),
+    "--",
+]
 
 
 @contextmanager
 def terminal(
     monkeypatch: pytest.MonkeyPatch, during: Callable[[list[bytes]], None] | None = None, **environ: str
 ) -> Iterator[tuple[TextIO, list[bytes]]]:
-    """A pseudo-terminal of 100 × 40, and what it receives, whole at the end. ``during`` reads along in a thread of its own."""
+    """A pseudo-terminal of 100 × 40, and what it receives, whole at the end. ``during`` reads along in a
+    thread of its own."""
     import pty
 
     for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):

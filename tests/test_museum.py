@@ -1,8 +1,8 @@
-"""Bugs of the field, one test each, numbered as in the notes that list them; others stand beside what they concern.
+"""Bugs of the field, one test each, numbered as in the notes that list them; others stand beside what they
+concern.
 
-Elsewhere: 3, 5, 6, 20 in test_laws · 8, 22 in test_adapters · 13–16 in test_template · 13, 17 in test_formats ·
-18 in test_tasks · 21 in test_config.
-"""
+Elsewhere: 3, 5, 6, 20 in test_laws · 8, 22 in test_adapters · 13–16 in test_template · 13, 17 in test_formats
+· 18 in test_tasks · 21 in test_config."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def group(ids, targets, source="x.jsonl:1") -> Group:
 
 def loss(net, groups) -> tuple[float, float]:
     logps = objectives.sequence_logps(net, collate(groups))
-    return SFT().losses(logps, mx.zeros((len(groups), 1))).sum().item(), sum(SFT().units(group) for group in groups)
+    return SFT().losses(logps, mx.zeros((len(groups), 1))).sum().item(), sum(
+        SFT().units(group) for group in groups
+    )
 
 
 def test_museum_01_padding_is_never_learned(net):
@@ -71,7 +73,9 @@ def test_museum_03_no_row_is_left_out_of_an_epoch(count):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
         seen = [member for step in steps for micro in plan.update(step) for member in micro]
         assert sorted(seen) == list(range(count))
-    assert sorted(index for micro in plan.cut(plan.lengths, range(count)) for index in micro) == list(range(count))
+    assert sorted(index for micro in plan.cut(plan.lengths, range(count)) for index in micro) == list(
+        range(count)
+    )
 
 
 def test_museum_04_a_batch_without_a_target_is_not_a_nan(net):
@@ -94,7 +98,8 @@ def test_museum_07_validation_is_all_rows_and_draws_nothing(net):
 
 
 def test_museum_10_checkpointing_touches_only_this_model_and_ends(net, tiny_model):
-    """mlx-lm grad_checkpoint patches type(layer).__call__: for ever, for every model, and twice when called twice."""
+    """mlx-lm grad_checkpoint patches type(layer).__call__: for ever, for every model, and twice when called
+    twice."""
     other = model.load(model.ModelSpec(path=str(tiny_model))).net
     kind, call = type(net.layers[0]), type(net.layers[0]).__call__
     with gradients.checkpointed(net), gradients.checkpointed(net):
@@ -105,7 +110,10 @@ def test_museum_10_checkpointing_touches_only_this_model_and_ends(net, tiny_mode
 
 def test_museum_12_clipping_reaches_gradients_inside_lists():
     """A hand-written walk over dicts skipped lists, and with them every layer of the model."""
-    gradients = {"layers": [{"weight": mx.array([3.0])}, {"weight": mx.array([[4.0]])}], "head": mx.array([12.0])}
+    gradients = {
+        "layers": [{"weight": mx.array([3.0])}, {"weight": mx.array([[4.0]])}],
+        "head": mx.array([12.0]),
+    }
     norm = optimizer.global_norm(gradients)
     assert norm.item() == 13.0
     clipped = dict(tree_flatten(optimizer.clip(gradients, norm, 1.3)))
@@ -115,7 +123,11 @@ def test_museum_12_clipping_reaches_gradients_inside_lists():
 
 
 def every_error() -> list[type[errors.TunesmithError]]:
-    found = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.TunesmithError)]
+    found = [
+        kind
+        for _, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.TunesmithError)
+    ]
     assert len(found) == 16
     return found
 
@@ -148,7 +160,9 @@ def test_museum_20_a_save_that_dies_leaves_the_checkpoint_before_it(tmp_path):
     assert run.checkpoints() == [1] and run.cursor(1).step == 1
 
 
-def test_museum_23_a_loss_that_is_not_finite_is_skipped_named_and_stops_the_run(tiny_model, tmp_path, monkeypatch):
+def test_museum_23_a_loss_that_is_not_finite_is_skipped_named_and_stops_the_run(
+    tiny_model, tmp_path, monkeypatch
+):
     """mlx-lm-lora's ORPO hides divergence behind nan_to_num."""
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(20))
     settings = RunConfig(
@@ -183,7 +197,9 @@ def test_museum_24_every_preset_is_loaded_by_a_test():
     found = config.presets()
     assert {"mistral-7b-m4-24gb", "mistral-7b-64gb", "smollm2-demo"} <= set(found)
     for name in found:
-        settings = config.load(RunConfig, preset=name, overrides={"model.path": ("m", "--model"), "data.train": ("x", "--data")})
+        settings = config.load(
+            RunConfig, preset=name, overrides={"model.path": ("m", "--model"), "data.train": ("x", "--data")}
+        )
         assert settings.spec.adapter.rank == 16 and settings.origins["adapter.rank"] == f"preset {name}"
         assert settings.spec.warnings() == []
 

@@ -1,4 +1,5 @@
-"""Tiny random models in the shape of real ones, as folders on disk: seconds to train, and every law holds for them too."""
+"""Tiny random models in the shape of real ones, as folders on disk: seconds to train, and every law holds for
+them too."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the cat sat on a mat and read my note about tools, files, timers and music while you were away today "
+WORDS = (
+    "the cat sat on a mat and read my note about tools, files, timers and music while you were away today "
+)
 
 
 def write_tokenizer(folder: Path, template: str | None = CHATML) -> int:
@@ -24,12 +27,19 @@ def write_tokenizer(folder: Path, template: str | None = CHATML) -> int:
     tokenizer.decoder = decoders.ByteLevel()
     control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=control, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=control,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([WORDS * 4], trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+    }
     if template is not None:
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -37,9 +47,17 @@ def write_tokenizer(folder: Path, template: str | None = CHATML) -> int:
 
 
 def write_model(
-    folder: Path, vocabulary: int, *, kind: str = "llama", layers: int = 2, hidden: int = 64, tied: bool = True, seed: int = 0
+    folder: Path,
+    vocabulary: int,
+    *,
+    kind: str = "llama",
+    layers: int = 2,
+    hidden: int = 64,
+    tied: bool = True,
+    seed: int = 0,
 ) -> None:
-    """config.json and model.safetensors (float32) of a random model of the llama family, 4 heads over 2 key-value heads."""
+    """config.json and model.safetensors (float32) of a random model of the llama family, 4 heads over 2
+    key-value heads."""
     heads, kv_heads, inner = 4, 2, 2 * hidden
     config = {
         "model_type": kind,
@@ -62,7 +80,10 @@ def write_model(
         return random.normal(0, 0.08, shape).astype(np.float32)
 
     width = hidden // heads
-    tensors = {"model.embed_tokens.weight": weight(vocabulary, hidden), "model.norm.weight": 1 + weight(hidden)}
+    tensors = {
+        "model.embed_tokens.weight": weight(vocabulary, hidden),
+        "model.norm.weight": 1 + weight(hidden),
+    }
     if not tied:
         tensors["lm_head.weight"] = weight(vocabulary, hidden)
     for layer in range(layers):

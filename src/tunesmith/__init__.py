@@ -24,11 +24,24 @@ if TYPE_CHECKING:
     from tunesmith.tokens.template import Rendered, Renderer
 
 __all__ = [
-    "audit", "chat", "compare", "configure", "doctor", "evaluate", "generate", "init", "plan", "report", "show", "train", "watch",
-]  # fmt: skip
+    "audit",
+    "chat",
+    "compare",
+    "configure",
+    "doctor",
+    "evaluate",
+    "generate",
+    "init",
+    "plan",
+    "report",
+    "show",
+    "train",
+    "watch",
+]
 
 
-# The one thing done at import: MLX binds its BLAS when it is loaded, whichever module of the package loads it first.
+# The one thing done at import: MLX binds its BLAS when it is loaded, whichever module of the package loads it
+# first.
 backend.prepare()
 
 
@@ -51,7 +64,8 @@ def configure(
     accept: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Resolved[RunConfig]:
-    """Settings from all layers, later ones first: sets, model, data and accept, environ, config files, preset, defaults.
+    """Settings from all layers, later ones first: sets, model, data and accept, environ, config files,
+    preset, defaults.
 
     Raises ConfigError naming every key that is wrong.
     """
@@ -64,7 +78,12 @@ def configure(
         overrides["model.path"] = (model, "--model")
     if data:
         overrides["data.train"] = (list(_many(data)), "--data")
-    layers = {"preset": preset, "files": [Path(path) for path in _many(config)], "environ": environ or {}, "sets": _many(sets)}
+    layers = {
+        "preset": preset,
+        "files": [Path(path) for path in _many(config)],
+        "environ": environ or {},
+        "sets": _many(sets),
+    }
     found = load(RunConfig, overrides=overrides, **layers)
     if not accept:
         return found
@@ -73,7 +92,8 @@ def configure(
 
 
 def init(*, preset: str | None = None, model: str | None = None, data: Sequence[str] = ()) -> str:
-    """A complete configuration as YAML, each key with its meaning, default and range; what you must name is marked."""
+    """A complete configuration as YAML, each key with its meaning, default and range; what you must name is
+    marked."""
     backend.setup()
     from tunesmith.runs.directory import RunConfig, flat
     from tunesmith.settings import config, origins
@@ -87,7 +107,8 @@ def init(*, preset: str | None = None, model: str | None = None, data: Sequence[
 
 
 def doctor(path: str | Path = ".", *, overfit: bool = True, notify: Sink = _silent) -> dict[str, Any]:
-    """Will it run here? Versions, device, memory, disk, BLAS, compiler, and a ten-step overfit with a known end."""
+    """Will it run here? Versions, device, memory, disk, BLAS, compiler, and a ten-step overfit with a known
+    end."""
     from tunesmith.preflight import doctor as preflight
 
     return preflight.doctor(Path(path), overfit, notify)
@@ -104,10 +125,11 @@ def show(
     environ: Mapping[str, str] | None = None,
     limit: int | None = None,
 ) -> tuple[Rendered, Renderer]:
-    """The rows of ``data`` as ``train`` would learn them with the same settings, and the renderer. Loads no weights.
+    """The rows of ``data`` as ``train`` would learn them with the same settings, and the renderer. Loads no
+    weights.
 
-    model: folder, GGUF file or hub id whose tokenizer and chat template are used; tokenizer: ``mistral-v3`` or a folder.
-    """
+    model: folder, GGUF file or hub id whose tokenizer and chat template are used; tokenizer: ``mistral-v3``
+    or a folder."""
     named = model or (None if preset or config else tokenizer or "mistral-v3")
     spec = configure(model=named, data=data, config=config, preset=preset, sets=sets, environ=environ).spec
     from tunesmith.data import formats
@@ -116,7 +138,11 @@ def show(
     read = formats.read(spec.data.train, spec.data)
     formats.require(read, 1.0)
     renderer = template.renderer(_tokenizer(spec, tokenizer), spec.template.renderer)
-    lenient = spec.template.model_copy(update={"too_long": "drop"}) if spec.template.too_long == "refuse" else spec.template
+    lenient = (
+        spec.template.model_copy(update={"too_long": "drop"})
+        if spec.template.too_long == "refuse"
+        else spec.template
+    )
     rendered = template.render(read.examples[:limit], renderer, lenient, spec.batch.length)
     rendered.dropped[:0] = read.dropped
     return rendered, renderer
@@ -142,15 +168,17 @@ def audit(
 ) -> Audit:
     """What would ruin a fine-tune on these rows, each finding with its rows and what to do.
 
-    model: its tokenizer counts tokens and its hidden states place the prompts (embed False: TF-IDF does; True: the model of
-    the settings). tokenizer: ``mistral-v3`` (the default) or a folder. against: evaluation sets and prompts that no row may
-    repeat. accept: findings to let pass. compare: files to hold against ``data``, as `Audit.compared`. fix: where a corrected
-    copy goes, with a ledger beside it, as `Audit.fixed`. page: where an HTML page goes. processes: at most so many; None: one a
-    core. Raises DataError or ConfigError.
-    """
+    model: its tokenizer counts tokens and its hidden states place the prompts (embed False: TF-IDF does;
+    True: the model of the settings). tokenizer: ``mistral-v3`` (the default) or a folder. against: evaluation
+    sets and prompts that no row may repeat. accept: findings to let pass. compare: files to hold against
+    ``data``, as `Audit.compared`. fix: where a corrected copy goes, with a ledger beside it, as
+    `Audit.fixed`. page: where an HTML page goes. processes: at most so many; None: one a core. Raises
+    DataError or ConfigError."""
     named = model or (None if preset or config else tokenizer or "mistral-v3")
     sets = [*_many(sets), *([f"audit.against={json.dumps(_many(against))}"] if against else [])]
-    spec = configure(model=named, data=_many(data), config=config, preset=preset, sets=sets, accept=accept, environ=environ).spec
+    spec = configure(
+        model=named, data=_many(data), config=config, preset=preset, sets=sets, accept=accept, environ=environ
+    ).spec
     from dataclasses import replace
 
     from tunesmith import events
@@ -169,7 +197,11 @@ def audit(
     words = _tokenizer(spec, tokenizer)
     embedder = None
     if embed and spec.model.path == "mistral-v3":
-        raise ConfigError("no model is named whose hidden states could place the prompts", where="--embed", hint="--model MODEL")
+        raise ConfigError(
+            "no model is named whose hidden states could place the prompts",
+            where="--embed",
+            hint="--model MODEL",
+        )
     if embed if embed is not None else model is not None:
         loaded = models.load(spec.model, notify)
         renderer = template.renderer(words, spec.template.renderer)
@@ -193,7 +225,11 @@ def _tokenizer(spec: RunConfig, tokenizer: str | None) -> Path | str:
     if chosen := tokenizer or spec.model.tokenizer:
         return chosen
     path = spec.model.path
-    return path if path == "mistral-v3" else models.resolve(path, dtype=spec.model.dtype, revision=spec.model.revision)
+    return (
+        path
+        if path == "mistral-v3"
+        else models.resolve(path, dtype=spec.model.dtype, revision=spec.model.revision)
+    )
 
 
 def train(
@@ -206,9 +242,8 @@ def train(
 ) -> Run | None:
     """Train, write the report, and return the run directory; or go on with the run ``resume``.
 
-    Under `mlx.launch`, None on all ranks but the first. ``sets`` beside ``resume`` may change only what moves no weight.
-    Raises a TunesmithError.
-    """
+    Under `mlx.launch`, None on all ranks but the first. ``sets`` beside ``resume`` may change only what moves
+    no weight. Raises a TunesmithError."""
     backend.setup()
     from tunesmith import reports
     from tunesmith.errors import ConfigError
@@ -239,9 +274,8 @@ def train(
 def plan(config: Resolved[RunConfig], *, notify: Sink = _silent) -> dict[str, JSON]:
     """What ``train`` would do, as counts: rows, tokens, padding, steps, trainable parameters. Trains nothing.
 
-    ``micro_batches``: of the first epoch. Where layers lie below the adapter: the share of the layers' work that
-    ``loop.cache_frozen`` saves (0 within one epoch) and the room on disk that it takes.
-    """
+    ``micro_batches``: of the first epoch. Where layers lie below the adapter: the share of the layers' work
+    that ``loop.cache_frozen`` saves (0 within one epoch) and the room on disk that it takes."""
     backend.setup()
     from tunesmith.events import Notice
     from tunesmith.model import loading as models
@@ -260,12 +294,19 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = _silent) -> dict[str, JS
     loop, run = spec.loop, prepared.plan
     micro = [part for step in range(min(run.steps, run.steps_per_epoch)) for part in run.update(step)]
     lengths = [run.lengths[index] for index in run.largest()]
-    counts |= {"micro_batches": len(micro), "largest_micro_batch": {"rows": len(lengths), "tokens": run.cut.size(lengths)}}
+    counts |= {
+        "micro_batches": len(micro),
+        "largest_micro_batch": {"rows": len(lengths), "tokens": run.cut.size(lengths)},
+    }
     counts |= {"reference_sequences": sequences} if (sequences := reference.count(prepared, spec)) else {}
     if depth := frozen.depth(loaded.net):
         saved = frozen.saving(loaded.net, run.steps / run.steps_per_epoch, loop.checkpoint_gradients)
         kept = frozen.Lower(loaded.net, Path()).needed(prepared.train)
-        counts |= {"frozen_layers_below": depth, "cache_frozen_saves": round(saved, 3), "cache_frozen_gb": round(kept / 1e9, 3)}
+        counts |= {
+            "frozen_layers_below": depth,
+            "cache_frozen_saves": round(saved, 3),
+            "cache_frozen_gb": round(kept / 1e9, 3),
+        }
     return counts
 
 
@@ -281,12 +322,13 @@ def evaluate(
     notify: Sink = _silent,
     **options: Any,
 ) -> Evaluation | None:
-    """Scores of base and tuned on the run's held-out rows (or ``data``) and the suites, with intervals; the report is renewed.
+    """Scores of base and tuned on the run's held-out rows (or ``data``) and the suites, with intervals; the
+    report is renewed.
 
-    model: where the run's model lies now, None: where it was trained. tasks: names of `evaluation.TASKS`, none: the whole suite.
-    options: the fields of `tasks.EvaluationSpec`, as ``max_tokens``, ``limit`` or ``benchmarks``. fresh: measure again what is
-    known from before. None on ranks but the first of `mlx.launch`.
-    """
+    model: where the run's model lies now, None: where it was trained. tasks: names of `evaluation.TASKS`,
+    none: the whole suite. options: the fields of `tasks.EvaluationSpec`, as ``max_tokens``, ``limit`` or
+    ``benchmarks``. fresh: measure again what is known from before. None on ranks but the first of
+    `mlx.launch`."""
     backend.setup()
     from tunesmith import reports
     from tunesmith.evaluation import evaluate as evaluation
@@ -298,25 +340,39 @@ def evaluate(
     spec = load(EvaluationSpec, overrides=given).spec
     chosen = [*(_many(tasks) or evaluation.SUITE), *(["benchmarks"] if spec.benchmarks else [])]
     found = evaluation.evaluate(
-        Run.open(run), data=_many(data), checkpoint=checkpoint, model=model, tasks=chosen, base=base, fresh=fresh, spec=spec,
+        Run.open(run),
+        data=_many(data),
+        checkpoint=checkpoint,
+        model=model,
+        tasks=chosen,
+        base=base,
+        fresh=fresh,
+        spec=spec,
         notify=notify,
-    )  # fmt: skip
+    )
     if found is not None:
         reports.write(found.run.path)
     return found
 
 
 def compare(
-    runs: Sequence[str | Path], *, out: str | Path = "comparison", against: str | Path | None = None, notify: Sink = _silent
+    runs: Sequence[str | Path],
+    *,
+    out: str | Path = "comparison",
+    against: str | Path | None = None,
+    notify: Sink = _silent,
 ) -> Comparison:
-    """What differs between runs, and how their evaluations differ on the same prompts; a page, a text and JSON go to ``out``.
+    """What differs between runs, and how their evaluations differ on the same prompts; a page, a text and
+    JSON go to ``out``.
 
-    against: the run that the others are held against (the first one). Raises DataError where one is no run, or there is one only.
-    """
+    against: the run that the others are held against (the first one). Raises DataError where one is no run,
+    or there is one only."""
     from tunesmith.reports import compare as comparing
 
     paths = [Path(run) for run in _many(runs)]
-    return comparing.compare(paths, Path(out), against=None if against is None else Path(against), notify=notify)
+    return comparing.compare(
+        paths, Path(out), against=None if against is None else Path(against), notify=notify
+    )
 
 
 def watch(run: str | Path, *, once: bool = False) -> None:
@@ -329,7 +385,8 @@ def watch(run: str | Path, *, once: bool = False) -> None:
 
 
 def report(run: str | Path) -> Path:
-    """Write ``report.md`` and all that stands beside it (page, JSON, pictures, model card) anew; the path of ``report.md``."""
+    """Write ``report.md`` and all that stands beside it (page, JSON, pictures, model card) anew; the path of
+    ``report.md``."""
     from tunesmith import reports
     from tunesmith.runs.directory import Run
 
@@ -352,9 +409,8 @@ def generate(
 ) -> list[str]:
     """One answer a prompt from a run, a checkpoint folder, or a plain model; batched.
 
-    model: where the run's model lies now, None: where it was trained. adapter False asks the run's base as it was before
-    training.
-    """
+    model: where the run's model lies now, None: where it was trained. adapter False asks the run's base as it
+    was before training."""
     backend.setup()
     from tunesmith import events
     from tunesmith.engine import generation as answers
@@ -377,7 +433,8 @@ def chat(
     seed: int = 0,
     notify: Sink = _silent,
 ) -> Chat:
-    """A conversation with a run, a checkpoint folder or a plain model: ``for piece in chat(run).say("Hello"): …``."""
+    """A conversation with a run, a checkpoint folder or a plain model: ``for piece in chat(run).say("Hello"):
+    …``."""
     backend.setup()
     from tunesmith.data.formats import Message
     from tunesmith.engine import generation as answers

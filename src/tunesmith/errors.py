@@ -31,8 +31,8 @@ SHOWN = 20
 class TunesmithError(Exception):
     """Base of all errors a user can cause.
 
-    what: the problem in one sentence. where: ``file:line``, a key path, or a tensor name. hint: what to do about it.
-    """
+    what: the problem in one sentence. where: ``file:line``, a key path, or a tensor name. hint: what to do
+    about it."""
 
     exit_code = 1
 

@@ -1,7 +1,7 @@
 """What happens during a run, as plain records, and where they go: the terminal, JSON lines, a tracker.
 
-The loop never prints: it calls a sink. ``events.jsonl`` is the one truth of a run; everything else is derived from it.
-Times are seconds since the epoch (UTC), memory is bytes, losses are means a unit of the objective.
+The loop never prints: it calls a sink. ``events.jsonl`` is the one truth of a run; everything else is derived
+from it. Times are seconds since the epoch (UTC), memory is bytes, losses are means a unit of the objective.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Notice(Event):
-    """Something the user should know: a fallback, a dropped row, a clamped value. ``count`` of how many it concerns."""
+    """Something the user should know: a fallback, a dropped row, a clamped value. ``count`` of how many it
+    concerns."""
 
     what: str
     level: str = "info"  # info | warning
@@ -35,7 +36,8 @@ class Notice(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """``counts``: rows_read, rows_dropped, rows_train, rows_valid, tokens, supervised_tokens, padding_share, …"""
+    """``counts``: rows_read, rows_dropped, rows_train, rows_valid, tokens, supervised_tokens, padding_share,
+    …"""
 
     run: str
     steps: int
@@ -55,7 +57,8 @@ class Working(Event):
 
 @dataclass(frozen=True, slots=True)
 class Resumed(Event):
-    """``step``: the checkpoint it goes on from, of ``steps``. ``redone``: updates logged after it, done again."""
+    """``step``: the checkpoint it goes on from, of ``steps``. ``redone``: updates logged after it, done
+    again."""
 
     step: int
     redone: int
@@ -64,7 +67,8 @@ class Resumed(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Event):
-    """One optimizer update. ``loss``: mean over its ``units``, learned tokens (weighted) or rows or pairs: the objective's unit.
+    """One optimizer update. ``loss``: mean over its ``units``, learned tokens (weighted) or rows or pairs:
+    the objective's unit.
 
     ``learned``: its learned tokens, None where they are the units. ``metrics``: what the objective watches.
     """
@@ -79,16 +83,21 @@ class StepDone(Event):
     clipped: bool
     seconds: float
     memory: dict[str, int]  # resident, active, peak (bytes)
-    shapes: dict[str, int] = field(default_factory=dict)  # compiled: so far; uncompiled: micro-batches of other shapes
+    shapes: dict[str, int] = field(
+        default_factory=dict
+    )  # compiled: so far; uncompiled: micro-batches of other shapes
     learned: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     padding: float = 0.0  # share of the positions on the device
-    stages: dict[str, float] = field(default_factory=dict)  # seconds: reference, gradients, reduce, optimizer, other
+    stages: dict[str, float] = field(
+        default_factory=dict
+    )  # seconds: reference, gradients, reduce, optimizer, other
 
 
 @dataclass(frozen=True, slots=True)
 class Instruments(Event):
-    """Of one optimizer update, by trainable weight: norm of its gradient before clipping, of itself before, of its change."""
+    """Of one optimizer update, by trainable weight: norm of its gradient before clipping, of itself before,
+    of its change."""
 
     step: int
     gradient: dict[str, float]
@@ -97,16 +106,18 @@ class Instruments(Event):
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Change over weight. A weight that is all zero before its update, as LoRA's B is before the first, has none."""
+        """Change over weight. A weight that is all zero before its update, as LoRA's B is before the first,
+        has none."""
         return {name: self.update[name] / size for name, size in self.weight.items() if size > 0}
 
 
 @dataclass(frozen=True, slots=True)
 class RowLosses(Event):
-    """``losses``: source → mean nats a learned token of that row, as the model was when it learned it; ``units``: how many.
+    """``losses``: source → mean nats a learned token of that row, as the model was when it learned it;
+    ``units``: how many.
 
-    Of a pair, of the chosen answer. ``epoch``: from 1. ``avoided``: those of them that are to become less likely.
-    """
+    Of a pair, of the chosen answer. ``epoch``: from 1. ``avoided``: those of them that are to become less
+    likely."""
 
     step: int
     epoch: int
@@ -117,7 +128,8 @@ class RowLosses(Event):
 
 @dataclass(frozen=True, slots=True)
 class Probed(Event):
-    """The run's largest micro-batch was tried before step 1: ``rows`` with ``tokens`` on the device, padding included."""
+    """The run's largest micro-batch was tried before step 1: ``rows`` with ``tokens`` on the device, padding
+    included."""
 
     rows: int
     tokens: int
@@ -127,7 +139,8 @@ class Probed(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepSkipped(Event):
-    """The guard found a loss or gradient that is not finite. ``rows``: the sources (file:line) of the update."""
+    """The guard found a loss or gradient that is not finite. ``rows``: the sources (file:line) of the
+    update."""
 
     step: int
     loss: str
@@ -138,7 +151,8 @@ class StepSkipped(Event):
 
 @dataclass(frozen=True, slots=True)
 class Validated(Event):
-    """All validation rows. ``loss``: mean over ``units``. ``perplexity``: a learned token of what is imitated, NaN for none.
+    """All validation rows. ``loss``: mean over ``units``. ``perplexity``: a learned token of what is
+    imitated, NaN for none.
 
     ``metrics``: what the objective watches. ``best``: the best so far by what `LoopSpec.best` follows.
     """
@@ -167,9 +181,8 @@ class Sampled(Event):
 class Growth(Event):
     """Of the change ΔW of each adapted weight W: its Frobenius norm, that over W's, and its effective rank.
 
-    ``histogram``: of all entries of all ΔW: ``edges`` (one more) and ``counts``, ``not_finite`` (how many are in no bin); empty
-    where they were not looked at.
-    """
+    ``histogram``: of all entries of all ΔW: ``edges`` (one more) and ``counts``, ``not_finite`` (how many are
+    in no bin); empty where they were not looked at."""
 
     step: int
     norms: dict[str, float]
@@ -180,9 +193,8 @@ class Growth(Event):
 
 @dataclass(frozen=True, slots=True)
 class Activations(Event):
-    """Of each layer's output on the first validation rows (training rows where none are held out): root mean square, and largest
-    absolute value.
-    """
+    """Of each layer's output on the first validation rows (training rows where none are held out): root mean
+    square, and largest absolute value."""
 
     step: int
     rms: dict[str, float]
@@ -212,10 +224,22 @@ Sink = Callable[[Event], None]
 KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (
-        Notice, RunStarted, Resumed, Probed, StepDone, Instruments, RowLosses, StepSkipped, Validated, Sampled, Growth,
-        Activations, Saved, RunEnded,
+        Notice,
+        RunStarted,
+        Resumed,
+        Probed,
+        StepDone,
+        Instruments,
+        RowLosses,
+        StepSkipped,
+        Validated,
+        Sampled,
+        Growth,
+        Activations,
+        Saved,
+        RunEnded,
     )
-}  # fmt: skip
+}
 
 
 def to_json(event: Event) -> str:
@@ -271,7 +295,8 @@ def tee(sinks: Sequence[Sink]) -> Sink:
 
 
 def ticker(sink: Sink, label: str) -> Callable[[int, int], None]:
-    """A callable (done, total) that tells ``sink`` how far the work called ``label`` is; it began when this was called."""
+    """A callable (done, total) that tells ``sink`` how far the work called ``label`` is; it began when this
+    was called."""
     began: float | None = time.time()
 
     def tick(done: int, total: int) -> None:

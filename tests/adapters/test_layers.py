@@ -1,4 +1,5 @@
-"""Adapters: equal to PEFT and to mlx-lm, exact at the start, the same masks twice, loaded whole or not at all."""
+"""Adapters: equal to PEFT and to mlx-lm, exact at the start, the same masks twice, loaded whole or not at
+all."""
 
 from __future__ import annotations
 
@@ -28,15 +29,30 @@ IDS = mx.array([[1, 5, 9, 33, 2, 8], [7, 7, 3, 60, 21, 4]])
 KINDS = {"lora": LoRA, "dora": DoRA}
 
 
-def fresh(bits: int | None = None, *, layers: int = 3, bias: bool = False, tied: bool = False, dtype=mx.float32):
+def fresh(
+    bits: int | None = None, *, layers: int = 3, bias: bool = False, tied: bool = False, dtype=mx.float32
+):
     """A random llama; all but the adapter is the same each time."""
     sizes = llama.ModelArgs(
-        model_type="llama", hidden_size=64, num_hidden_layers=layers, intermediate_size=96, num_attention_heads=4,
-        rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=2, attention_bias=bias, tie_word_embeddings=tied,
-    )  # fmt: skip
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=layers,
+        intermediate_size=96,
+        num_attention_heads=4,
+        rms_norm_eps=1e-5,
+        vocab_size=64,
+        num_key_value_heads=2,
+        attention_bias=bias,
+        tie_word_embeddings=tied,
+    )
     net = llama.Model(sizes)
     random = np.random.Generator(np.random.PCG64(3))
-    net.update(tree_map(lambda p: mx.array(random.normal(0, 0.2, p.shape).astype(np.float32) + (p.ndim == 1)), net.parameters()))
+    net.update(
+        tree_map(
+            lambda p: mx.array(random.normal(0, 0.2, p.shape).astype(np.float32) + (p.ndim == 1)),
+            net.parameters(),
+        )
+    )
     net.set_dtype(dtype)
     if bits is not None:
         nn.quantize(net, group_size=32, bits=bits)
@@ -45,10 +61,13 @@ def fresh(bits: int | None = None, *, layers: int = 3, bias: bool = False, tied:
 
 
 def move(net, seed: int = 0):
-    """Every trainable tensor is moved off its start, so that the adapter acts and every gradient is non-zero."""
+    """Every trainable tensor is moved off its start, so that the adapter acts and every gradient is
+    non-zero."""
     random = np.random.Generator(np.random.PCG64(seed))
     for name, value in adapters.trainable(net).items():
-        net.load_weights([(name, value + mx.array(random.normal(0, 0.1, value.shape).astype(np.float32)))], strict=False)
+        net.load_weights(
+            [(name, value + mx.array(random.normal(0, 0.1, value.shape).astype(np.float32)))], strict=False
+        )
     return net
 
 
@@ -73,7 +92,9 @@ def gradients(net, ids=IDS, compile: bool = False):
 def close(found, expected, tolerance: float = 1e-5):
     expected = np.array(expected.astype(mx.float32) if isinstance(expected, mx.array) else expected)
     found = np.array(found.astype(mx.float32) if isinstance(found, mx.array) else found)
-    np.testing.assert_allclose(found, expected, atol=tolerance * max(1.0, float(np.abs(expected).max())), rtol=0)
+    np.testing.assert_allclose(
+        found, expected, atol=tolerance * max(1.0, float(np.abs(expected).max())), rtol=0
+    )
 
 
 # --- parity with PEFT
@@ -181,7 +202,11 @@ def test_museum_08_forward_pass_keeps_the_quantised_base_packed(monkeypatch):
 
 
 def test_parameters_are_float32_and_activations_keep_the_dtype_of_the_base():
-    specs = (LoRA(rank=4, full_modules=("input_layernorm",)), DoRA(rank=4, full_modules=("norm", "embed_tokens")), Full())
+    specs = (
+        LoRA(rank=4, full_modules=("input_layernorm",)),
+        DoRA(rank=4, full_modules=("norm", "embed_tokens")),
+        Full(),
+    )
     for spec in specs:
         net = fresh(dtype=mx.bfloat16)
         spec.attach(net, 0)
@@ -318,7 +343,10 @@ def test_targets(targets, layers, names, blocks, tmp_path):
         (LoRA(rank=4, targets="layers.0.*", layers=1), "in the last 1 blocks"),
         (LoRA(rank=4, layers=4), "adapter.layers: 4 is more than the model's 3 blocks"),
         (LoRA(rank=33), "adapter.rank: rank 33 is more than model.layers.0.self_attn.v_proj .*64, 32"),
-        (LoRA(rank=4, full_modules=("input_layernrm",)), "adapter.full_modules.*did you mean 'input_layernorm'"),
+        (
+            LoRA(rank=4, full_modules=("input_layernrm",)),
+            "adapter.full_modules.*did you mean 'input_layernorm'",
+        ),
         (LoRA(rank=4, full_modules=("self_attn",)), "both adapted and trained in full"),
         (Full(targets=("mpl",)), "did you mean 'mlp'"),
     ],
@@ -341,7 +369,9 @@ def test_quantised_weights_and_a_second_adapter_are_refused():
         DoRA(rank=4).attach(net, 0)
 
 
-@pytest.mark.parametrize("values", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": ()}, {"layers": 0}, {"r": 8}])
+@pytest.mark.parametrize(
+    "values", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": ()}, {"layers": 0}, {"r": 8}]
+)
 def test_ranges(values):
     with pytest.raises(ValidationError):
         LoRA(**values)
@@ -378,14 +408,18 @@ def test_gradient_reaches_every_trainable_tensor_and_none_other(spec, bits):
 
 def test_trainable_names():
     net = fresh()
-    attached = LoRA(rank=4, targets="q_proj", layers=2, full_modules=("input_layernorm", "norm")).attach(net, 0)
+    attached = LoRA(rank=4, targets="q_proj", layers=2, full_modules=("input_layernorm", "norm")).attach(
+        net, 0
+    )
     assert attached.tensors == (
         "model.layers.1.input_layernorm.weight",
-        "model.layers.1.self_attn.q_proj.lora_a", "model.layers.1.self_attn.q_proj.lora_b",
+        "model.layers.1.self_attn.q_proj.lora_a",
+        "model.layers.1.self_attn.q_proj.lora_b",
         "model.layers.2.input_layernorm.weight",
-        "model.layers.2.self_attn.q_proj.lora_a", "model.layers.2.self_attn.q_proj.lora_b",
+        "model.layers.2.self_attn.q_proj.lora_a",
+        "model.layers.2.self_attn.q_proj.lora_b",
         "model.norm.weight",
-    )  # fmt: skip
+    )
     assert attached.trainable == 3 * 64 + 2 * (64 * 4 + 4 * 64)
     full = Full(targets=("mlp",), layers=1).attach(fresh(), 0)
     assert full.tensors == tuple(f"model.layers.2.mlp.{name}_proj.weight" for name in ("down", "gate", "up"))
@@ -406,24 +440,38 @@ def test_counts(bits):
 @pytest.mark.parametrize("bits", [None, 4, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_of_save_is_the_same_and_mlx_lm_agrees(kind, bits, tmp_path):
-    spec = KINDS[kind](rank=4, alpha=6.0, dropout=0.1, targets=("q_proj", "mlp.*"), layers=2, rank_stabilised=True)
+    spec = KINDS[kind](
+        rank=4, alpha=6.0, dropout=0.1, targets=("q_proj", "mlp.*"), layers=2, rank_stabilised=True
+    )
     net = adapted(spec, bits=bits)
     adapters.save(net, spec, tmp_path)
     other = fresh(bits)
     assert adapters.load(other, tmp_path) == spec
     assert adapters.trainable(other).keys() == adapters.trainable(net).keys()
-    assert all(mx.array_equal(value, adapters.trainable(net)[name]) for name, value in adapters.trainable(other).items())
+    assert all(
+        mx.array_equal(value, adapters.trainable(net)[name])
+        for name, value in adapters.trainable(other).items()
+    )
     assert mx.array_equal(net(IDS), other(IDS)) and not mx.allclose(net(IDS), fresh(bits)(IDS), atol=0.1)
     if kind == "dora" and bits == 3:  # mlx-lm cannot build it
         return
     close(load_adapters(fresh(bits), str(tmp_path)).eval()(IDS), net(IDS), 2e-5)
 
 
-@given(values=st.fixed_dictionaries({
-    "rank": st.integers(1, 32), "alpha": st.floats(0.1, 100), "dropout": st.floats(0, 0.9), "rank_stabilised": st.booleans(),
-    "layers": st.sampled_from([None, 1, 3]), "full_modules": st.sampled_from([(), ("norm",)]),
-    "targets": st.sampled_from(["all-linear", ("v_proj",), ("lm_head", "*.1.mlp.*")]),
-}), kind=st.sampled_from([LoRA, DoRA]))  # fmt: skip
+@given(
+    values=st.fixed_dictionaries(
+        {
+            "rank": st.integers(1, 32),
+            "alpha": st.floats(0.1, 100),
+            "dropout": st.floats(0, 0.9),
+            "rank_stabilised": st.booleans(),
+            "layers": st.sampled_from([None, 1, 3]),
+            "full_modules": st.sampled_from([(), ("norm",)]),
+            "targets": st.sampled_from(["all-linear", ("v_proj",), ("lm_head", "*.1.mlp.*")]),
+        }
+    ),
+    kind=st.sampled_from([LoRA, DoRA]),
+)
 @settings(max_examples=8, deadline=None)
 def test_any_spec_comes_back(values, kind, tmp_path_factory):
     if values["layers"] == 1:
@@ -494,13 +542,19 @@ def test_museum_22_an_adapter_that_would_be_inert_is_refused(tmp_path):
         adapters.load(fresh(), tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no config", "not json", "not ours", "kind", "target", "torn", "no weights"])
+@pytest.mark.parametrize(
+    "damage", ["no folder", "no config", "not json", "not ours", "kind", "target", "torn", "no weights"]
+)
 def test_an_adapter_that_cannot_be_read_is_a_model_error(damage, tmp_path):
     spec = LoRA(rank=4)
     net = adapted(spec)
     adapters.save(net, spec, tmp_path)
     config, weights = tmp_path / "adapter_config.json", tmp_path / "adapters.safetensors"
-    theirs = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}}
+    theirs = {
+        "fine_tune_type": "lora",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0},
+    }
     match damage:
         case "no folder":
             tmp_path = tmp_path / "nowhere"
@@ -551,7 +605,12 @@ def test_growth_is_the_norm_of_the_change(kind, bits):
 @pytest.mark.parametrize("bits", [None, 2, 3, 4, 5, 6, 8])
 def test_museum_09_merged_equals_unmerged(kind, bits):
     """Fusing into a 4-bit base again erases the update (mlx-lm's default): the merged weight is dense."""
-    net = adapted(KINDS[kind](rank=4, targets=("all-linear", "lm_head"), full_modules=("norm",)), bits=bits, bias=True, layers=2)
+    net = adapted(
+        KINDS[kind](rank=4, targets=("all-linear", "lm_head"), full_modules=("norm",)),
+        bits=bits,
+        bias=True,
+        layers=2,
+    )
     unmerged = net(IDS)
     assert adapters.merge(net) == 15
     assert not [name for name, _ in tree_flatten(net.parameters()) if "lora" in name]

@@ -1,4 +1,5 @@
-"""The audit as a whole: one pass however it is cut, hostile rows, the guard of training, two files compared, the command line."""
+"""The audit as a whole: one pass however it is cut, hostile rows, the guard of training, two files compared,
+the command line."""
 
 from __future__ import annotations
 
@@ -28,10 +29,21 @@ from tunesmith.model.loading import ModelSpec
 from tunesmith.runs.directory import AUDIT, Run
 from tunesmith.tokens import template
 
-QUICK = ["--set", "loop.steps=2", "--set", "batch.sequences=4", "--set", "loop.samples=0", "--set", "adapter.rank=4"]
+QUICK = [
+    "--set",
+    "loop.steps=2",
+    "--set",
+    "batch.sequences=4",
+    "--set",
+    "loop.samples=0",
+    "--set",
+    "adapter.rank=4",
+]
 
 
-def audited(*paths: Path, tokenizer: str | None = None, limit: int = 2048, processes: int = 1, **asked: object) -> Audit:
+def audited(
+    *paths: Path, tokenizer: str | None = None, limit: int = 2048, processes: int = 1, **asked: object
+) -> Audit:
     data = formats.DataSpec.model_validate({"train": list(map(str, paths)), "valid": 0.0})
     setup = survey.Setup(data, AuditSpec.model_validate(asked), tokenizer, limit=limit)
     return survey.audit(paths, setup, processes=processes)
@@ -66,7 +78,10 @@ def test_processes_and_the_form_of_the_file_change_no_finding(syngen, tmp_path, 
         def place(source: str) -> int:
             return int(source.rpartition(":")[2]) - shift
 
-        return [(one.rule, one.severity, one.count, one.value, [place(row.source) for row in one.rows]) for one in found.findings]
+        return [
+            (one.rule, one.severity, one.count, one.value, [place(row.source) for row in one.rows])
+            for one in found.findings
+        ]
 
     alone = said(audited(plain, tokenizer="mistral-v3"))
     assert len(alone) > 20
@@ -110,11 +125,15 @@ def test_lengths_are_those_of_the_renderer(tmp_path, syngen):
 
 
 def test_what_the_tokenizer_cannot_do_is_named(tmp_path, tiny_model):
-    control = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a <|im_end|> b"}]}
+    control = {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a <|im_end|> b"}]
+    }
     data = tiny.write_rows(tmp_path / "rows.jsonl", [*tiny.conversations(30), control])
     one = finding(audited(data, tokenizer=str(tiny_model)), "tokenisation.not_text")
     assert [row.source for row in one.rows] == [f"{data}:31"] and one.severity == "warning"
-    clean = audited(tiny.write_rows(tmp_path / "clean.jsonl", tiny.conversations(30)), tokenizer=str(tiny_model))
+    clean = audited(
+        tiny.write_rows(tmp_path / "clean.jsonl", tiny.conversations(30)), tokenizer=str(tiny_model)
+    )
     assert {each.severity for each in clean.findings if each.dimension == "tokenisation"} == {"good"}
 
 
@@ -133,13 +152,21 @@ TEXTS = st.text(st.characters(codec=None), max_size=60) | st.sampled_from(
     ]
 )
 TURNS = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "tool", "x"]), "content": TEXTS}), max_size=6
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "tool", "x"]), "content": TEXTS}
+    ),
+    max_size=6,
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
 )
-ROWS = st.fixed_dictionaries({"messages": TURNS | VALUES}, optional={"label": st.booleans() | VALUES, "tools": VALUES}) | VALUES
+ROWS = (
+    st.fixed_dictionaries(
+        {"messages": TURNS | VALUES}, optional={"label": st.booleans() | VALUES, "tools": VALUES}
+    )
+    | VALUES
+)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -149,7 +176,9 @@ def test_whatever_stands_in_a_row_it_is_a_finding_and_never_a_crash(tmp_path_fac
     values = [{"text": "an ordinary row first: a list would be an array of rows"}, *values]
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     found = audited(path, tokenizer="mistral-v3")
-    assert found.rows == len(values) and set(found.quality) == {f"{path}:{at}" for at in range(1, len(values) + 1)}
+    assert found.rows == len(values) and set(found.quality) == {
+        f"{path}:{at}" for at in range(1, len(values) + 1)
+    }
     json.dumps(found.to_json()).encode()
     named = {row.source for one in found.findings if one.dimension == "structure" for row in one.rows}
     read = formats.read([path], formats.DataSpec(train=("x",), valid=0.0))
@@ -171,21 +200,26 @@ HOSTILE = {
     "10 MB of brackets": hostile(talk("hi", "<" * 10_000_000)),
     "deep nesting": b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep arguments": b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "meta": '
-    + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}",
+    + b'{"a":' * 900
+    + b"1"
+    + b"}" * 900
+    + b"}",
     "100,000 turns": hostile(talk(*["ping", "pong"] * 50_000)),
     "NUL bytes": b'{"messages": [\x00\x00\x00]}',
     "NUL in a text": hostile(talk("a\x00b", "c\x00d")),
     "lone surrogates": b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
     "no UTF-8": b'{"messages": [{"role": "user", "content": "\xff\xfe\xfa"}, {"role": "assistant", "content": "x"}]}',
     "half a row": b'{"messages": [{"role": "us',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_row_takes_seconds_and_leaves_its_neighbours_alone(tmp_path, name):
     data = tmp_path / "rows.jsonl"
     ordinary = hostile(talk("Name a colour", "Blue is one."))
-    data.write_bytes(ordinary + b"\n" + HOSTILE[name] + b"\n" + hostile(talk("Name a river", "The Rhine is one.")) + b"\n")
+    data.write_bytes(
+        ordinary + b"\n" + HOSTILE[name] + b"\n" + hostile(talk("Name a river", "The Rhine is one.")) + b"\n"
+    )
     started = time.perf_counter()
     found = audited(data)
     assert time.perf_counter() - started < 30
@@ -195,19 +229,35 @@ def test_a_hostile_row_takes_seconds_and_leaves_its_neighbours_alone(tmp_path, n
 
 def test_a_secret_of_a_prompt_is_shown_nowhere_in_full(tmp_path):
     random = np.random.Generator(np.random.PCG64(3))
-    key = "ghp_" + "".join(random.choice(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), 36))
+    key = "ghp_" + "".join(
+        random.choice(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), 36)
+    )
     rows = [{"messages": talk(f"Use {key} to push branch {at}", f"Pushed {at}.")} for at in range(40)]
     data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"Use {key} to push branch 3\n")
     found = tunesmith.audit(data, against=[str(prompts)], page=tmp_path / "page.html")
-    assert finding(found, "content.secrets").count == 40 and finding(found, "contamination.evaluation_exact").count == 1
+    assert (
+        finding(found, "content.secrets").count == 40
+        and finding(found, "contamination.evaluation_exact").count == 1
+    )
     assert key not in json.dumps(found.to_json()) + (tmp_path / "page.html").read_text()
 
 
 def test_training_stops_on_an_error_before_any_weight_is_loaded(tiny_model, rows, tmp_path):
     held = tiny.write_rows(tmp_path / "held.jsonl", tiny.conversations(3))
-    words = ["train", "--model", tiny_model, "--data", rows, "--set", f"data.valid={held}", "--out", tmp_path / "run", *QUICK]
+    words = [
+        "train",
+        "--model",
+        tiny_model,
+        "--data",
+        rows,
+        "--set",
+        f"data.valid={held}",
+        "--out",
+        tmp_path / "run",
+        *QUICK,
+    ]
     with pytest.raises(DataError, match=r"contamination\.validation_exact: 3 rows .*rows\.jsonl:1") as told:
         command(*words)
     assert "--accept contamination.validation_exact" in str(told.value) and not (tmp_path / "run").exists()
@@ -225,8 +275,13 @@ def test_warnings_of_the_audit_are_in_the_run_and_its_report(tiny_model, tmp_pat
     command("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run", *QUICK)
     kept = json.loads((tmp_path / "run" / AUDIT).read_text())
     assert any(one["rule"] == "duplicates.exact" and one["severity"] == "warning" for one in kept["findings"])
-    notices = [one for one in events.read(tmp_path / "run" / "events.jsonl") if isinstance(one, events.Notice)]
-    assert any(one.what.startswith("duplicates.exact: ") and one.level == "warning" and one.count >= 5 for one in notices)
+    notices = [
+        one for one in events.read(tmp_path / "run" / "events.jsonl") if isinstance(one, events.Notice)
+    ]
+    assert any(
+        one.what.startswith("duplicates.exact: ") and one.level == "warning" and one.count >= 5
+        for one in notices
+    )
     assert "duplicates.exact" in (tmp_path / "run" / "report.md").read_text()
 
 
@@ -237,21 +292,28 @@ def test_rows_that_may_be_dropped_do_not_stop_training(tiny_model, tmp_path):
 
 
 def test_accepting_on_the_command_line_adds_to_what_the_settings_accept(rows):
-    found = tunesmith.configure(model="x", data=[str(rows)], sets=["audit.accept=[duplicates]"], accept=["labels", "duplicates"])
+    found = tunesmith.configure(
+        model="x", data=[str(rows)], sets=["audit.accept=[duplicates]"], accept=["labels", "duplicates"]
+    )
     assert found.spec.audit.accept == ("duplicates", "labels") and found.origins["audit.accept"] == "--accept"
 
 
 def test_a_name_that_is_accepted_and_was_never_looked_at_is_told(rows):
     heard: list[events.Event] = []
     tunesmith.audit(rows, accept=["content.secretz"], notify=heard.append)
-    assert any(isinstance(one, events.Notice) and one.what.startswith("content.secretz is accepted") for one in heard)
+    assert any(
+        isinstance(one, events.Notice) and one.what.startswith("content.secretz is accepted") for one in heard
+    )
 
 
 def test_the_settings_of_a_template_count(tmp_path):
-    turns = [{"role": role, "content": f"{role} {at} says so"} for at in range(3) for role in ("user", "assistant")]
+    turns = [
+        {"role": role, "content": f"{role} {at} says so"} for at in range(3) for role in ("user", "assistant")
+    ]
     data = tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": turns}] * 3)
     all_turns, last = (
-        finding(tunesmith.audit(data, sets=[f"template.learn={learn}"]), "length.answers").value for learn in ("all", "last")
+        finding(tunesmith.audit(data, sets=[f"template.learn={learn}"]), "length.answers").value
+        for learn in ("all", "last")
     )
     assert all_turns is not None and last is not None and all_turns > 2 * last
 
@@ -276,9 +338,15 @@ def test_a_resumed_run_is_not_audited_again(tiny_model, rows, tmp_path, monkeypa
 
 def test_two_files_are_compared_row_by_row(tmp_path):
     first = [row | {"label": True} for row in tiny.conversations(10)]
-    second = [first[0], first[1] | {"label": False}, *[row | {"label": True} for row in tiny.conversations(3, seed=9)]]
+    second = [
+        first[0],
+        first[1] | {"label": False},
+        *[row | {"label": True} for row in tiny.conversations(3, seed=9)],
+    ]
     second[2]["conversations"][0]["content"] = first[5]["conversations"][0]["content"].upper()
-    a, b = (tiny.write_rows(tmp_path / name, rows) for name, rows in (("a.jsonl", first), ("b.jsonl", second)))
+    a, b = (
+        tiny.write_rows(tmp_path / name, rows) for name, rows in (("a.jsonl", first), ("b.jsonl", second))
+    )
     told = compare.compare(audited(a), audited(b))
 
     def places(rows) -> list[str]:
@@ -291,7 +359,10 @@ def test_two_files_are_compared_row_by_row(tmp_path):
     same = compare.compare(audited(a), audited(a))
     assert same.changes == [] and same.only_first == same.only_second == same.relabelled == []
     shown = command("audit", a, "--compare", b, "--no-html").output
-    assert "2 rows of the second with words that stand in the first too" in shown and "1 row of these with another label" in shown
+    assert (
+        "2 rows of the second with words that stand in the first too" in shown
+        and "1 row of these with another label" in shown
+    )
 
 
 def test_embeddings_are_the_mean_of_the_hidden_states_of_each_text_alone(tiny_model):

@@ -1,4 +1,5 @@
-"""Made-up results are found and nothing else is; a fixed copy loses no row unsaid, keeps labels, and is not fixed again."""
+"""Made-up results are found and nothing else is; a fixed copy loses no row unsaid, keeps labels, and is not
+fixed again."""
 
 from __future__ import annotations
 
@@ -18,7 +19,17 @@ from tunesmith.auditing.fix import Fixed, fix, mended, require_free
 from tunesmith.auditing.rules.invented import Invented
 from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.data import formats
-from tunesmith.data.examples import Call, Completion, Conversation, Demonstration, Document, Example, Judged, Message, Preference
+from tunesmith.data.examples import (
+    Call,
+    Completion,
+    Conversation,
+    Demonstration,
+    Document,
+    Example,
+    Judged,
+    Message,
+    Preference,
+)
 from tunesmith.data.formats import DataSpec
 from tunesmith.errors import ConfigError, DataError
 
@@ -30,7 +41,9 @@ SPEC = DataSpec(train=("x",), valid=0.0)
 
 
 def said(*texts: str) -> Conversation:
-    return Conversation(tuple(message for text in texts for message in (Message("user", "u"), Message("assistant", text))))
+    return Conversation(
+        tuple(message for text in texts for message in (Message("user", "u"), Message("assistant", text)))
+    )
 
 
 # Made-up results
@@ -40,7 +53,9 @@ def judged(*examples: Example) -> list[Finding]:
     rule, known = Invented(), Context(AuditSpec())
     kept = [rule.look(View(f"f:{at}", example), known) for at, example in enumerate(examples, 1)]
     many = len(examples)
-    survey = Survey(AuditSpec(), [f"f:{at + 1}" for at in range(many)], [None] * many, [None] * many, [False] * many)
+    survey = Survey(
+        AuditSpec(), [f"f:{at + 1}" for at in range(many)], [None] * many, [None] * many, [False] * many
+    )
     return list(rule.judge(kept, survey))
 
 
@@ -64,14 +79,22 @@ def judged(*examples: Example) -> list[Finding]:
 )
 def test_what_the_environment_should_say_is_found_in_the_assistants_text(text):
     examples = (
-        Judged(said("Hello.", text), True), Demonstration(said(text)), Completion("u", text), Document(text),
+        Judged(said("Hello.", text), True),
+        Demonstration(said(text)),
+        Completion("u", text),
+        Document(text),
         Preference(said(text), said("no")),
-    )  # fmt: skip
-    (finding,) = judged(Demonstration(said("Hello.")), *examples)
-    assert (finding.rule, finding.severity, finding.count, finding.of) == ("invented.results", "warning", 5, 6)
-    assert [row.source for row in finding.rows] == [f"f:{at}" for at in range(2, 7)] and finding.rows[0].note.startswith(
-        "turn 4:"
     )
+    (finding,) = judged(Demonstration(said("Hello.")), *examples)
+    assert (finding.rule, finding.severity, finding.count, finding.of) == (
+        "invented.results",
+        "warning",
+        5,
+        6,
+    )
+    assert [row.source for row in finding.rows] == [f"f:{at}" for at in range(2, 7)] and finding.rows[
+        0
+    ].note.startswith("turn 4:")
     assert "ann@example.org" not in str(finding)
 
 
@@ -92,7 +115,12 @@ def test_what_the_environment_should_say_is_found_in_the_assistants_text(text):
 )
 def test_prose_about_results_is_no_finding(text):
     turn = Message("assistant", text)
-    answered = (Message("user", "u"), Message("assistant", "", (Call("f", {}),)), Message("tool", "Result: {}"), turn)
+    answered = (
+        Message("user", "u"),
+        Message("assistant", "", (Call("f", {}),)),
+        Message("tool", "Result: {}"),
+        turn,
+    )
     for finding in judged(Demonstration(said(text)), Document(text), Demonstration(Conversation(answered))):
         assert finding.severity == "good" and not finding.rows
 
@@ -107,7 +135,9 @@ def test_only_the_assistant_makes_results_up_and_only_what_is_learned_counts():
 
 
 def test_the_hint_tells_how_many_rows_can_be_turned():
-    (finding,) = judged(*(Demonstration(said(text)) for text in (TURNED, TURNED, LEFT, f"{CALL}\n\nObservation: 3 files")))
+    (finding,) = judged(
+        *(Demonstration(said(text)) for text in (TURNED, TURNED, LEFT, f"{CALL}\n\nObservation: 3 files"))
+    )
     assert "turns 2 of them" in finding.hint and "2 cannot be turned (unanswered_call 2)" in finding.hint
     (finding,) = judged(Document(TURNED))
     assert finding.hint == "1 cannot be turned (another form 1): mend them or leave them out"
@@ -116,11 +146,22 @@ def test_the_hint_tells_how_many_rows_can_be_turned():
 def test_every_made_up_result_of_the_real_rows_is_found_and_no_other(syngen, data_dir):
     examples = formats.read([syngen], SPEC).examples
     (finding,) = judged(*examples)
-    expected = [f"f:{at}" for at, one in enumerate(examples, 1) if "\nResult: " in one.conversation.messages[1].content]
+    expected = [
+        f"f:{at}"
+        for at, one in enumerate(examples, 1)
+        if "\nResult: " in one.conversation.messages[1].content
+    ]
     assert [row.source for row in finding.rows] == expected and finding.count == 857
-    for name in ("alpaca_en_demo.json", "kto_en_demo.json", "dpo_en_demo.json", "glaive_toolcall_en_demo.json"):
+    for name in (
+        "alpaca_en_demo.json",
+        "kto_en_demo.json",
+        "dpo_en_demo.json",
+        "glaive_toolcall_en_demo.json",
+    ):
         assert [
-            one for one in judged(*formats.read([data_dir(f"formats/{name}")], SPEC).examples) if one.severity != "good"
+            one
+            for one in judged(*formats.read([data_dir(f"formats/{name}")], SPEC).examples)
+            if one.severity != "good"
         ] == []
 
 
@@ -132,7 +173,9 @@ def audit(*findings: Finding) -> Audit:
 
 
 def write(path: Path, *rows: object) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -150,7 +193,11 @@ def lawful(paths: list[Path], fixed: Fixed, spec: DataSpec = SPEC) -> list[Examp
     read, again = formats.read(paths, spec), formats.read([fixed.out], SPEC)
     lines = book(fixed)
     removed = [line for line in lines if line["action"] == "removed"]
-    assert not again.dropped and fixed.rows == read.rows == fixed.written + len(removed) and again.rows == fixed.written
+    assert (
+        not again.dropped
+        and fixed.rows == read.rows == fixed.written + len(removed)
+        and again.rows == fixed.written
+    )
     assert len(removed) == fixed.removed.total() and all(line["row"] is None for line in removed)
     raw = {one.source: one.raw for one in read.dropped}
     assert {line["source"]: line["before"] for line in removed if line["source"] in raw} == raw
@@ -158,7 +205,11 @@ def lawful(paths: list[Path], fixed: Fixed, spec: DataSpec = SPEC) -> list[Examp
     kept = [one for one in read.examples if one.source not in gone]
     changed = {line["row"] for line in lines if line["action"] == "changed"}
     for at, (old, new) in enumerate(zip(kept, again.examples, strict=True), 1):
-        assert View("", old).label == View("", new).label and old.metadata == new.metadata and type(old) is type(new)
+        assert (
+            View("", old).label == View("", new).label
+            and old.metadata == new.metadata
+            and type(old) is type(new)
+        )
         assert (replace(new, source=old.source) != old) == (at in changed)
     assert all(line["reason"] and line["rule"] for line in lines)
     assert json.loads(json.dumps(fixed.to_json()))["removed"] == fixed.removed
@@ -171,15 +222,25 @@ def lawful(paths: list[Path], fixed: Fixed, spec: DataSpec = SPEC) -> list[Examp
 def test_what_can_be_mended_is_and_the_ledger_says_what_and_why(tmp_path):
     bad = '{"conversations": [{"role": "user", "content": "' + "x" * 500
     file = write(
-        tmp_path / "rows.jsonl", row("a", True), bad, row(MOJIBAKE, False, context="c"), row("a", True, topic=1), row("a", False),
-        row(TURNED), row(LEFT), row(f"{TURNED} {MOJIBAKE}"), {"messages": [{"role": "assistant", "content": "a"}]},
-    )  # fmt: skip
+        tmp_path / "rows.jsonl",
+        row("a", True),
+        bad,
+        row(MOJIBAKE, False, context="c"),
+        row("a", True, topic=1),
+        row("a", False),
+        row(TURNED),
+        row(LEFT),
+        row(f"{TURNED} {MOJIBAKE}"),
+        {"messages": [{"role": "assistant", "content": "a"}]},
+    )
     before = file.read_bytes()
     fixed = fix([file], tmp_path / "new" / "out.jsonl", SPEC, audit())
     assert file.read_bytes() == before
     assert (fixed.rows, fixed.written) == (9, 6)
     assert fixed.removed == {"structure.json": 1, "structure.leading_assistant": 1, "duplicates.exact": 1}
-    assert fixed.changed == {"content.mojibake": 2, "invented.results": 2} and fixed.left == {"invented.results": 1}
+    assert fixed.changed == {"content.mojibake": 2, "invented.results": 2} and fixed.left == {
+        "invented.results": 1
+    }
     examples = lawful([file], fixed)
     assert [View("", one).said.split("\n")[0] for one in examples] == [
         "a",
@@ -196,13 +257,21 @@ def test_what_can_be_mended_is_and_the_ledger_says_what_and_why(tmp_path):
     repeated = lines["4", "duplicates.exact"]
     assert json.loads(repeated["before"])["metadata"] == {"topic": 1} and "line 1" in repeated["reason"]
     assert (lines["3", "content.mojibake"]["row"], lines["3", "content.mojibake"]["after"]) == (2, CLEAN)
-    assert lines["7", "invented.results"]["action"] == "left" and "unanswered_call" in lines["7", "invented.results"]["reason"]
+    assert (
+        lines["7", "invented.results"]["action"] == "left"
+        and "unanswered_call" in lines["7", "invented.results"]["reason"]
+    )
 
 
 def test_clean_rows_are_copied_and_the_ledger_is_empty(tmp_path):
     pair = {"prompt": "u", "chosen": CLEAN, "rejected": "no", "tag": [1]}
     file = write(
-        tmp_path / "rows.jsonl", row(CLEAN), row("Result: we won", True), row("Result: we won", False), pair, {"text": "Ã"}
+        tmp_path / "rows.jsonl",
+        row(CLEAN),
+        row("Result: we won", True),
+        row("Result: we won", False),
+        pair,
+        {"text": "Ã"},
     )
     fixed = fix([file], tmp_path / "out.jsonl", SPEC, audit())
     assert book(fixed) == [] and fixed.written == 5
@@ -212,16 +281,20 @@ def test_clean_rows_are_copied_and_the_ledger_is_empty(tmp_path):
 @pytest.mark.parametrize(
     "example",
     [
-        Document(MOJIBAKE, True), Completion(MOJIBAKE, MOJIBAKE, False), Judged(said(MOJIBAKE, "b"), True),
+        Document(MOJIBAKE, True),
+        Completion(MOJIBAKE, MOJIBAKE, False),
+        Judged(said(MOJIBAKE, "b"), True),
         Demonstration(Conversation((Message("system", MOJIBAKE), *said(MOJIBAKE).messages))),
         Preference(said(MOJIBAKE, "a"), said(MOJIBAKE, "b")),
     ],
-)  # fmt: skip
+)
 def test_mojibake_is_decoded_in_every_text_but_the_arguments_of_calls(example):
     now, steps = mended(example)
     parts = [part.text for part in View("", now).parts]
     assert CLEAN in parts and MOJIBAKE not in parts and now.id != example.id
-    assert all((step.action, step.rule, step.after) == ("changed", "content.mojibake", CLEAN) for step in steps)
+    assert all(
+        (step.action, step.rule, step.after) == ("changed", "content.mojibake", CLEAN) for step in steps
+    )
     call = Message("assistant", "", (Call("f", {"a": MOJIBAKE}),))
     kept = Demonstration(Conversation((Message("user", "u"), call)))
     assert mended(kept) == (kept, [])
@@ -230,7 +303,9 @@ def test_mojibake_is_decoded_in_every_text_but_the_arguments_of_calls(example):
 def test_one_repair_can_make_way_for_another():
     now, steps = mended(Demonstration(said(TURNED.replace("arguments: ", "arguments:\u00c2\u00a0"))))
     assert [step.rule for step in steps] == ["content.mojibake", "invented.results"]
-    assert [step.action for step in steps] == ["changed"] * 2 and View("", now).messages[1].calls[0].text == '{"a": 1}'
+    assert [step.action for step in steps] == ["changed"] * 2 and View("", now).messages[1].calls[
+        0
+    ].text == '{"a": 1}'
 
 
 def test_mojibake_that_no_decoding_betters_stays():
@@ -249,21 +324,33 @@ def test_what_needs_a_person_is_listed_with_its_line_in_the_copy(tmp_path):
     place = {at: f"{file}:{at}" for at in range(1, 6)}
     found = audit(
         Finding(
-            "conflicts.labels", "warning", "2 rows say the same", rows=tuple(Evidence(place[at], f"n{at}") for at in (2, 3, 4))
+            "conflicts.labels",
+            "warning",
+            "2 rows say the same",
+            rows=tuple(Evidence(place[at], f"n{at}") for at in (2, 3, 4)),
         ),
         Finding("structure.valid", "error", "1 row", rows=(Evidence(place[1], "no JSON"),)),
         Finding("content.mojibake", "warning", "1 row", rows=(Evidence(place[5]),)),
         Finding(
-            "content.secrets", "note", "1 row holds a secret", rows=(Evidence(place[5], "sk-…"), Evidence("eval.jsonl:1", "sk"))
+            "content.secrets",
+            "note",
+            "1 row holds a secret",
+            rows=(Evidence(place[5], "sk-…"), Evidence("eval.jsonl:1", "sk")),
         ),
         Finding("length.answers", "good", "fine", rows=(Evidence(place[2]),)),
     )
     fixed = fix([file], tmp_path / "out.jsonl", SPEC, found)
-    left = [(line["source"], line["row"], line["rule"], line["before"]) for line in book(fixed) if line["action"] == "left"]
+    left = [
+        (line["source"], line["row"], line["rule"], line["before"])
+        for line in book(fixed)
+        if line["action"] == "left"
+    ]
     assert left == [
-        (place[2], 1, "conflicts.labels", "n2"), (place[4], 2, "conflicts.labels", "n4"),
-        (place[5], 3, "content.secrets", "sk-…"), ("eval.jsonl:1", None, "content.secrets", "sk"),
-    ]  # fmt: skip
+        (place[2], 1, "conflicts.labels", "n2"),
+        (place[4], 2, "conflicts.labels", "n4"),
+        (place[5], 3, "content.secrets", "sk-…"),
+        ("eval.jsonl:1", None, "content.secrets", "sk"),
+    ]
     assert fixed.left == {"conflicts.labels": 2, "content.secrets": 2}
     lawful([file], fixed)
 
@@ -278,11 +365,16 @@ def test_the_original_is_never_written_to_and_nothing_is_overwritten(tmp_path):
     write(tmp_path / "there.jsonl", row("b"))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
     for read, out, told in [
-        (file, file, "is read"), (file, tmp_path / "soft.jsonl", "is read"), (file, tmp_path / "hard.jsonl", "is read"),
-        (trap, tmp_path / "out.jsonl", "is read"), (file, tmp_path / "out.jsonl", "exists already"),
-        (file, tmp_path / "there.jsonl", "exists already"), (folder, folder / "new" / "x.jsonl", "is in the folder"),
-        (file, tmp_path / "x.json.gz", "JSONL"), (file, file / "x.jsonl", "cannot be written"),
-    ]:  # fmt: skip
+        (file, file, "is read"),
+        (file, tmp_path / "soft.jsonl", "is read"),
+        (file, tmp_path / "hard.jsonl", "is read"),
+        (trap, tmp_path / "out.jsonl", "is read"),
+        (file, tmp_path / "out.jsonl", "exists already"),
+        (file, tmp_path / "there.jsonl", "exists already"),
+        (folder, folder / "new" / "x.jsonl", "is in the folder"),
+        (file, tmp_path / "x.json.gz", "JSONL"),
+        (file, file / "x.jsonl", "cannot be written"),
+    ]:
         if told != "cannot be written":
             with pytest.raises(ConfigError, match=told):
                 require_free([read], out)
@@ -310,8 +402,26 @@ def test_rows_stream_through(tmp_path):
 
 
 TEXTS = st.lists(
-    st.sampled_from(["a", "Ã©", MOJIBAKE, "â€œ", "\u00c2\u00a0", "é", "\u0085", "Ã\u00a0", "ÃƒÂ©", "\n\n", " ", "☺", "\ufffd"])
-    | st.sampled_from([CALL, TURNED, LEFT, "Result: ", "```\n", "tool_call: f\narguments: ", '{"a": "Ã©"}\n', "ï»¿", "Ð¶"]),
+    st.sampled_from(
+        [
+            "a",
+            "Ã©",
+            MOJIBAKE,
+            "â€œ",
+            "\u00c2\u00a0",
+            "é",
+            "\u0085",
+            "Ã\u00a0",
+            "ÃƒÂ©",
+            "\n\n",
+            " ",
+            "☺",
+            "\ufffd",
+        ]
+    )
+    | st.sampled_from(
+        [CALL, TURNED, LEFT, "Result: ", "```\n", "tool_call: f\narguments: ", '{"a": "Ã©"}\n', "ï»¿", "Ð¶"]
+    ),
     min_size=1,
     max_size=6,
 ).map("".join)
@@ -319,11 +429,17 @@ LABELS = st.sampled_from([None, True, False])
 ROWS = (
     st.builds(row, TEXTS, LABELS)
     | st.builds(lambda text, extra: row(text, extra=extra), TEXTS, TEXTS)
-    | st.builds(lambda asked, one, other: {"prompt": asked, "chosen": one, "rejected": other}, TEXTS, TEXTS, TEXTS)
-    | st.builds(lambda asked, text, label: {"prompt": asked, "completion": text, "label": label}, TEXTS, TEXTS, LABELS)
+    | st.builds(
+        lambda asked, one, other: {"prompt": asked, "chosen": one, "rejected": other}, TEXTS, TEXTS, TEXTS
+    )
+    | st.builds(
+        lambda asked, text, label: {"prompt": asked, "completion": text, "label": label}, TEXTS, TEXTS, LABELS
+    )
     | st.builds(lambda text, label: {"text": text, "label": label}, TEXTS, LABELS)
     | st.builds(lambda *texts: row(texts[0]) | {"system": texts[1], "tools": [{"name": "f"}]}, TEXTS, TEXTS)
-    | st.sampled_from(["{", "42", '{"text": "\\ud800"}', '{"text": ""}', '{"instruction": "u", "output": "a"}', "null"])
+    | st.sampled_from(
+        ["{", "42", '{"text": "\\ud800"}', '{"text": ""}', '{"instruction": "u", "output": "a"}', "null"]
+    )
 )
 
 

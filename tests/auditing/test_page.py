@@ -1,4 +1,5 @@
-"""What an audit shows says what was found, and no text of the data is ever more than text: on a terminal and in a browser."""
+"""What an audit shows says what was found, and no text of the data is ever more than text: on a terminal and
+in a browser."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ SHOWN = HOSTILE.partition("`")[0]
 
 
 def charts(rows: int, text: str = "a prompt", file: str = "rows.jsonl") -> dict[str, Any]:
-    """Every chart, of ``rows`` rows in three clusters, the last of which is small; each third label is another."""
+    """Every chart, of ``rows`` rows in three clusters, the last of which is small; each third label is
+    another."""
     at = range(rows)
     part = {
         "edges": [0.0, 50.0, 100.0, 150.0],
@@ -51,10 +53,15 @@ def charts(rows: int, text: str = "a prompt", file: str = "rows.jsonl") -> dict[
             "names": [f"even {text}", f"odd {text}", f"last {text}"],
             "method": f"words, {text}",
         },
-        "lengths": {"unit": f"tokens of {text}", "limit": 120, "parts": {"prompt": part, "answer": part, "total": part}},
+        "lengths": {
+            "unit": f"tokens of {text}",
+            "limit": 120,
+            "parts": {"prompt": part, "answer": part, "total": part},
+        },
         "types": [{"type": f"{text} {kind}", "true": 9, "false": 3, "none": 1} for kind in range(30)],
         "worst": [
-            {"source": f"{file}:{row + 1}", "score": 10.0 + row, "why": ["content.x", text], "text": text} for row in at[:20]
+            {"source": f"{file}:{row + 1}", "score": 10.0 + row, "why": ["content.x", text], "text": text}
+            for row in at[:20]
         ],
     }
 
@@ -63,15 +70,29 @@ def an_audit(text: str = "a text", file: str = "rows.jsonl", rows: int = 120) ->
     """An audit with everything in it, ``text`` wherever a text may be."""
     named = tuple(Evidence(f"{file}:{row + 1}", f"note {row} {text}") for row in range(250))
     findings = [
-        Finding("duplicates.exact", "warning", f"many repeat {text}", 300, 1000, rows=named, hint=f"use `--fix OUT` {text}"),
-        Finding("contamination.exact", "error", f"3 leak {text}", 3, 800, None, "0", named[:3], "take them out"),
-        Finding("diversity.trigrams", "warning", f"few trigrams {text}", of=1000, value=0.583, threshold="> 70%"),
+        Finding(
+            "duplicates.exact",
+            "warning",
+            f"many repeat {text}",
+            300,
+            1000,
+            rows=named,
+            hint=f"use `--fix OUT` {text}",
+        ),
+        Finding(
+            "contamination.exact", "error", f"3 leak {text}", 3, 800, None, "0", named[:3], "take them out"
+        ),
+        Finding(
+            "diversity.trigrams", "warning", f"few trigrams {text}", of=1000, value=0.583, threshold="> 70%"
+        ),
         Finding("content.refusals", "note", "19 refuse", 19, 1000, accepted="warning"),
         Finding("balance.types", "good", "enough types", value=4.21, threshold=f"> 2.5 bits {text}"),
         Finding(f"of its own.{text}", "note", "1 is odd", 1, rows=(Evidence(text[:4000], "no line"),)),
     ]
     quality = {f"{file}:{row + 1}": 10.0 + 90 * row / rows for row in range(rows)}
-    return Audit({file: "5f" * 32}, rows, gravest_first(findings), quality, charts(rows, text, file), seconds=6.3)
+    return Audit(
+        {file: "5f" * 32}, rows, gravest_first(findings), quality, charts(rows, text, file), seconds=6.3
+    )
 
 
 NOTHING = Audit({}, 0, [], {})
@@ -91,7 +112,9 @@ def test_only_a_page_of_an_audit_is_replaced(tmp_path):
     for other in (mine, tmp_path):
         with pytest.raises(ConfigError) as caught:
             page.write(NOTHING, other)
-        assert str(other) in str(caught.value) and "hint: name a file that does not exist yet" in str(caught.value)
+        assert str(other) in str(caught.value) and "hint: name a file that does not exist yet" in str(
+            caught.value
+        )
     assert mine.read_bytes() == b"<p>my own</p>"
     with pytest.raises(ConfigError, match="cannot be written") as caught:
         page.write(NOTHING, mine / "page.html")
@@ -119,7 +142,10 @@ def test_the_same_audit_gives_the_same_page():
 def test_large_audits_make_small_pages():
     rows = 1_000
     named = tuple(Evidence(f"rows.jsonl:{row + 1}", "漢" * 100_000) for row in range(rows))
-    many = [Finding(f"content.{at}", "warning", "w" * 100_000, rows, rows, rows=named, hint="h" * 100_000) for at in range(60)]
+    many = [
+        Finding(f"content.{at}", "warning", "w" * 100_000, rows, rows, rows=named, hint="h" * 100_000)
+        for at in range(60)
+    ]
     audit = an_audit("長" * 100_000, rows=rows)
     wide = Audit(audit.files, rows, [*audit.findings, *many], audit.quality, audit.charts)
     size = len(page.html(wide).encode())
@@ -140,13 +166,22 @@ def test_any_chart_may_be_absent_and_every_section_that_is_named_is_there(absent
     whole = an_audit()
     kept = {name: chart for name, chart in whole.charts.items() if name != absent}
     text = page.html(Audit(whole.files, whole.rows, whole.findings, whole.quality, kept))
-    left_out = {"map": {"map"}, "lengths": {"length-prompt", "length-answer", "length-total"}, "types": {"types"}, "worst": set()}
+    left_out = {
+        "map": {"map"},
+        "lengths": {"length-prompt", "length-answer", "length-total"},
+        "types": {"types"},
+        "worst": set(),
+    }
     every = set(data_of(page.html(whole))["figures"])
     assert len(every) == 6 and set(data_of(text)["figures"]) == every - left_out[absent]
     tags = Tags()
     tags.feed(text)
     named = {attributes["id"] for _, attributes in tags.tags if "id" in attributes}
-    links = [attributes["href"] for tag, attributes in tags.tags if tag == "a" and (attributes.get("href") or "").startswith("#")]
+    links = [
+        attributes["href"]
+        for tag, attributes in tags.tags
+        if tag == "a" and (attributes.get("href") or "").startswith("#")
+    ]
     assert len(links) > 10 and {link[1:] for link in links if link} <= named
 
 
@@ -185,7 +220,9 @@ def test_no_text_adds_a_tag_and_every_text_can_be_written(monkeypatch, text):
         tags = Tags()
         tags.feed(html)
         assert json.loads(tags.data)["rows"]
-        return [(tag, sorted(attributes)) for tag, attributes in tags.tags if tag != "code"]  # backticks are meant to be code
+        return [
+            (tag, sorted(attributes)) for tag, attributes in tags.tags if tag != "code"
+        ]  # backticks are meant to be code
 
     assert skeleton(page.html(an_audit(text, rows=9))) == skeleton(page.html(an_audit("x", rows=9)))
 
@@ -193,7 +230,9 @@ def test_no_text_adds_a_tag_and_every_text_can_be_written(monkeypatch, text):
 # Links
 
 
-@given(st.text(st.characters(exclude_characters="\x00/", exclude_categories=("Cs",)), min_size=1, max_size=30))
+@given(
+    st.text(st.characters(exclude_characters="\x00/", exclude_categories=("Cs",)), min_size=1, max_size=30)
+)
 @example("a b 'c' \"d\" é漢 #1?x=%20&y<z>")
 @example("\udcff.jsonl")
 def test_a_link_leads_to_the_file_whatever_its_name(name):
@@ -213,9 +252,10 @@ def test_links_of_relative_and_windows_paths_and_of_none(tmp_path, monkeypatch):
 
 def test_a_name_stands_without_its_folder_where_it_is_the_only_one():
     places = page._Places()
-    assert [places.of(source) for source in ("a/x.jsonl:3", "b/x.jsonl:4", "c/y.jsonl:5", "a/x.jsonl:9", "c/y.jsonl")] == [
-        (0, "3"), (1, "4"), (2, "5"), (0, "9"), (2, ""),
-    ]  # fmt: skip
+    assert [
+        places.of(source)
+        for source in ("a/x.jsonl:3", "b/x.jsonl:4", "c/y.jsonl:5", "a/x.jsonl:9", "c/y.jsonl")
+    ] == [(0, "3"), (1, "4"), (2, "5"), (0, "9"), (2, "")]
     assert [file["name"] for file in places.files()] == ["a/x.jsonl", "b/x.jsonl", "y.jsonl"]
 
 
@@ -274,7 +314,8 @@ def address_of(tab: Any, line: int) -> str:
 
 def visible_findings(tab: Any) -> list[str]:
     return tab.eval_on_selector_all(
-        ".finding", "all => all.filter(one => one.checkVisibility()).map(one => one.querySelector('.rule').textContent)"
+        ".finding",
+        "all => all.filter(one => one.checkVisibility()).map(one => one.querySelector('.rule').textContent)",
     )
 
 
@@ -288,7 +329,10 @@ def test_the_page_shows_the_verdict_first_and_draws_every_chart(tab):
         assert tab.locator(f"#length-{part} .shapelayer path").count() == 1
     cards = tab.locator(".cards h3").all_inner_texts()
     assert cards[: len(RULES)] == [rule.name for rule in RULES] and cards[-1] == "of its own"
-    assert tab.locator("#instruction-types .lead").inner_text() == "Most frequent first. 65 rows of other types are not drawn."
+    assert (
+        tab.locator("#instruction-types .lead").inner_text()
+        == "Most frequent first. 65 rows of other types are not drawn."
+    )
     clusters = [" ".join(row.split()) for row in tab.locator(".clusters tbody tr").all_inner_texts()]
     assert clusters == ["1 even a text 60 50.0%", "2 odd a text 59 50.0%", "3 last a text 1"]
     assert tab.locator("#map .annotation-text").all_text_contents() == ["1", "2", "3"]
@@ -296,8 +340,13 @@ def test_the_page_shows_the_verdict_first_and_draws_every_chart(tab):
         assert tab.locator(link.get_attribute("href")).count() == 1
     # Others of Plotly's buttons would send the chart to a server.
     assert tab.locator(".modebar-btn").evaluate_all("all => all.map(one => one.dataset.title)") == [
-        "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes", "Download plot as a PNG",
-    ]  # fmt: skip
+        "Zoom",
+        "Pan",
+        "Zoom in",
+        "Zoom out",
+        "Reset axes",
+        "Download plot as a PNG",
+    ]
 
 
 def test_what_there_is_nothing_of_is_left_out(window):
@@ -308,26 +357,38 @@ def test_what_there_is_nothing_of_is_left_out(window):
     whole = an_audit()
     tab = window.show(Audit(whole.files, whole.rows, [], whole.quality, {"lengths": whole.charts["lengths"]}))
     assert tab.eval_on_selector_all(".plot", "all => all.map(one => one.id)") == [
-        "length-prompt", "length-answer", "length-total", "quality",
-    ]  # fmt: skip
+        "length-prompt",
+        "length-answer",
+        "length-total",
+        "quality",
+    ]
     assert tab.locator("#quality-of-rows tbody tr").first.inner_text().startswith("10.0")
 
 
 def test_pointing_at_a_prompt_shows_its_row_and_a_click_keeps_it_with_its_link(tab):
-    dot, tip = tab.locator("#map .trace").nth(1).locator(".point").nth(3), tab.locator("#tip")  # the fourth of the odd rows
+    dot, tip = (
+        tab.locator("#map .trace").nth(1).locator(".point").nth(3),
+        tab.locator("#tip"),
+    )  # the fourth of the odd rows
     dot.hover(force=True)
     tip.wait_for()
     assert tip.inner_text().split("\n\n") == ["rows of mine.jsonl:8", "false · odd a text", "a text 7"]
     box = dot.bounding_box()
     tab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     link = tab.locator("#kept a")
-    assert link.evaluate("link => link.href") == address_of(tab, 8) and link.inner_text() == "rows of mine.jsonl:8"
+    assert (
+        link.evaluate("link => link.href") == address_of(tab, 8)
+        and link.inner_text() == "rows of mine.jsonl:8"
+    )
     tab.mouse.move(2, 2)
     tip.wait_for(state="hidden")
     tab.locator("#map").focus()
     tab.keyboard.press("ArrowRight")
     tab.keyboard.press("Enter")
-    assert tip.inner_text().startswith("rows of mine.jsonl:9\n") and "a text 8" in tab.locator("#kept").inner_text()
+    assert (
+        tip.inner_text().startswith("rows of mine.jsonl:9\n")
+        and "a text 8" in tab.locator("#kept").inner_text()
+    )
     tab.keyboard.press("Escape")
     assert tip.is_hidden()
 
@@ -343,12 +404,19 @@ def test_colour_goes_by_cluster_or_by_label_and_the_marker_by_label_always(tab):
 
     before = looks()
     assert {(cluster, colour) for cluster, _, colour in before} == {
-        (0, "rgb(51, 153, 255)"), (1, "rgb(217, 130, 43)"), (2, "rgb(119, 51, 255)"),
-    }  # fmt: skip
+        (0, "rgb(51, 153, 255)"),
+        (1, "rgb(217, 130, 43)"),
+        (2, "rgb(119, 51, 255)"),
+    }
     tab.get_by_role("radio", name="by label").check()
     after = looks()
     assert [one[:2] for one in after] == [one[:2] for one in before]
-    assert len({one[1:] for one in after}) == len({form for _, form, _ in after}) == len({colour for *_, colour in after}) == 3
+    assert (
+        len({one[1:] for one in after})
+        == len({form for _, form, _ in after})
+        == len({colour for *_, colour in after})
+        == 3
+    )
     tab.get_by_role("radio", name="by cluster").check()
     assert looks() == before
     alone = tab.locator(".clusters button").nth(1)
@@ -364,14 +432,21 @@ def test_findings_are_filtered_by_severity_and_searched_with_their_rows(tab):
     assert every[:3] == ["contamination.exact", "duplicates.exact", "diversity.trigrams"] and len(every) == 6
     warnings, errors = (tab.locator(f".choice[data-severity={name}]") for name in ("warning", "error"))
     warnings.click()
-    assert visible_findings(tab) == [rule for rule in every if rule not in ("duplicates.exact", "diversity.trigrams")]
+    assert visible_findings(tab) == [
+        rule for rule in every if rule not in ("duplicates.exact", "diversity.trigrams")
+    ]
     assert tab.locator("#shown").inner_text() == "4 of 6 shown"
     errors.press("Enter")
     assert visible_findings(tab) == every[3:]
     warnings.click()
     errors.click()
     search = tab.get_by_role("searchbox")
-    for words, fits in {"TRIGRAMS": ["diversity.trigrams"], " note 199 ": ["duplicates.exact"], "nowhere": [], "": every}.items():
+    for words, fits in {
+        "TRIGRAMS": ["diversity.trigrams"],
+        " note 199 ": ["duplicates.exact"],
+        "nowhere": [],
+        "": every,
+    }.items():
         search.fill(words)
         assert visible_findings(tab) == fits
         assert tab.locator("#none").is_visible() == (not fits)
@@ -393,7 +468,10 @@ def test_a_finding_opens_to_its_rows_with_links_and_says_how_many_more_there_are
     assert button.get_attribute("aria-expanded") == "true" and rows.count() == 200
     assert rows.nth(4).inner_text() == "rows of mine.jsonl:5copy\tnote 4 a text"
     assert rows.nth(4).locator("a").evaluate("link => link.href") == address_of(tab, 5)
-    assert tab.locator("#rows-1 p").inner_text() == "50 more rows: see --json. Of 300 rows concerned 250 are named."
+    assert (
+        tab.locator("#rows-1 p").inner_text()
+        == "50 more rows: see --json. Of 300 rows concerned 250 are named."
+    )
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     rows.nth(4).locator("button").click()
     until(tab, "document.querySelectorAll('#rows-1 button')[4].textContent === 'copied'")
@@ -413,8 +491,17 @@ def test_hostile_texts_are_shown_as_text_and_run_nothing(window):
         button.click()
     tab.locator("#map .point").nth(4).hover(force=True)
     tab.locator("#tip").wait_for()
-    for place in (".what >> nth=0", ".hint >> nth=1", "#rows-1 tbody tr >> nth=7", "#tip", ".clusters tbody tr >> nth=0",
-                  "#quality-of-rows tbody >> nth=0", "#prompts .lead", "#lengths .lead", ".cards >> nth=0"):  # fmt: skip
+    for place in (
+        ".what >> nth=0",
+        ".hint >> nth=1",
+        "#rows-1 tbody tr >> nth=7",
+        "#tip",
+        ".clusters tbody tr >> nth=0",
+        "#quality-of-rows tbody >> nth=0",
+        "#prompts .lead",
+        "#lengths .lead",
+        ".cards >> nth=0",
+    ):
         assert SHOWN[:30] in tab.locator(place).inner_text(), place
     assert any(SHOWN[:30] in rule for rule in tab.locator("td.rule").all_inner_texts())
     tip = tab.locator("#tip").inner_text()
@@ -423,7 +510,9 @@ def test_hostile_texts_are_shown_as_text_and_run_nothing(window):
     assert tab.locator("#rows-1 a").first.get_attribute("href") == "file:///C:/data/x.jsonl#L1"
     tab.locator("#types .point").first.hover(force=True)
     assert SHOWN[:30] in tab.locator("#types .hovertext").text_content()
-    assert tab.evaluate("[window.hacked, document.querySelectorAll('img, iframe, [onerror], svg a').length]") == [None, 0]
+    assert tab.evaluate(
+        "[window.hacked, document.querySelectorAll('img, iframe, [onerror], svg a').length]"
+    ) == [None, 0]
     assert tab.evaluate("[...document.links].every(link => link.protocol === 'file:')")
 
 
@@ -496,18 +585,28 @@ def test_the_screen_has_the_verdict_every_dimension_what_to_do_and_the_worst_row
     text = "\n".join(lines)
     assert lines[0].startswith("✗ Do not train on this yet: 1 error and 2 warnings. First: 3 leak")
     first = {
-        line[11:].split()[0]: line.split()[:2] for line in lines if line[:1] in "✗!i✓" and len(line) > 11 and line[11:].split()
+        line[11:].split()[0]: line.split()[:2]
+        for line in lines
+        if line[:1] in "✗!i✓" and len(line) > 11 and line[11:].split()
     }
     for rule in RULES:
         assert any(line[11:].startswith(rule.name) for line in lines), rule.name
     assert first["contamination"] == ["✗", "error"] and first["diversity"] == ["!", "warning"]
-    for words in ("trigrams 58.3%", "> 70%", "→ use `--fix OUT`", "median 55", "no finding",
-                  "duplicates.exact · 300 of 1,000 rows · 30.0% · rows.jsonl:1, :2, :3",
-                  "2 notes (1 accepted) and 1 bar met: see --html or --json"):  # fmt: skip
+    for words in (
+        "trigrams 58.3%",
+        "> 70%",
+        "→ use `--fix OUT`",
+        "median 55",
+        "no finding",
+        "duplicates.exact · 300 of 1,000 rows · 30.0% · rows.jsonl:1, :2, :3",
+        "2 notes (1 accepted) and 1 bar met: see --html or --json",
+    ):
         assert words in text, words
     assert [line.split(" · ")[0].split() for line in lines if "content.x" in line] == [
-        ["10", "rows.jsonl:1"], ["11", "rows.jsonl:2"], ["12", "rows.jsonl:3"],
-    ]  # fmt: skip
+        ["10", "rows.jsonl:1"],
+        ["11", "rows.jsonl:2"],
+        ["12", "rows.jsonl:3"],
+    ]
     bars = next(line for line in lines if line.startswith("quality")).split()[2]
     assert len(bars) == 10 and bars[0] == "·" and bars[-1] in "▇█"
 
@@ -517,7 +616,14 @@ def test_the_screen_has_the_verdict_every_dimension_what_to_do_and_the_worst_row
 def test_however_much_is_found_it_is_one_screen_and_the_rest_is_counted(n_errors, n_warnings):
     kinds = ["error"] * n_errors + ["warning"] * n_warnings
     found = [
-        Finding(f"content.x{at}", kind, f"number {at} is wrong " + "so " * (at % 50), at, 1000, hint="mend it " * (at % 20))
+        Finding(
+            f"content.x{at}",
+            kind,
+            f"number {at} is wrong " + "so " * (at % 50),
+            at,
+            1000,
+            hint="mend it " * (at % 20),
+        )
         for at, kind in enumerate(kinds)
     ]
     base = an_audit()
@@ -539,7 +645,9 @@ def test_no_text_reaches_the_terminal_as_a_command_and_none_is_wider_than_it(tex
 
     for line in printed(an_audit(text, file="C:\\" + text.replace("\n", "")), width):
         line.encode()
-        assert not any(letter < " " or "\x7f" <= letter < "\xa0" or "\u202a" <= letter <= "\u202e" for letter in line)
+        assert not any(
+            letter < " " or "\x7f" <= letter < "\xa0" or "\u202a" <= letter <= "\u202e" for letter in line
+        )
         assert cell_len(line) <= width
 
 
@@ -563,7 +671,11 @@ def test_an_audit_of_nothing_is_told_too():
 @example(9_999, 10_000)
 def test_a_share_is_all_or_nothing_only_where_it_is(count, of):
     told = screen.percent(min(count, of) / of)
-    assert (told == "0%") == (count == 0) and (told == "100%") == (count >= of) and told not in ("0.0%", "100.0%")
+    assert (
+        (told == "0%") == (count == 0)
+        and (told == "100%") == (count >= of)
+        and told not in ("0.0%", "100.0%")
+    )
 
 
 def test_rows_without_fault_are_not_called_worst():

@@ -1,4 +1,5 @@
-"""The command line as a user meets it: output on stdout, progress on stderr, clear errors, documented exit codes."""
+"""The command line as a user meets it: output on stdout, progress on stderr, clear errors, documented exit
+codes."""
 
 from __future__ import annotations
 
@@ -21,7 +22,16 @@ from tunesmith.errors import ConfigError, DataError, ModelError, TunesmithError
 from tunesmith.machine import backend
 from tunesmith.runs.directory import Run
 
-QUICK = ["--set", "loop.steps=3", "--set", "batch.sequences=4", "--set", "loop.sample_tokens=8", "--set", "adapter.rank=4"]
+QUICK = [
+    "--set",
+    "loop.steps=3",
+    "--set",
+    "batch.sequences=4",
+    "--set",
+    "loop.sample_tokens=8",
+    "--set",
+    "adapter.rank=4",
+]
 
 
 def run(*words: object, code: int = 0, **options):
@@ -45,12 +55,27 @@ def trained(tmp_path_factory, tiny_model, rows) -> Path:
 def test_a_run_leaves_behind_what_the_readme_says(trained):
     names = {str(path.relative_to(trained)) for path in trained.rglob("*") if path.is_file()}
     assert {
-        "config.yaml", "origin.json", "manifest.json", "events.jsonl", "training.log", "report.md", "report.json",
-        "report.html", "report.png", "model_card.md", "curves.png",
-        "data/dropped.jsonl", "data/valid.jsonl", "data/plan.json", "data/rendered.json", "checkpoints/index.json",
-        "checkpoints/000003/adapters.safetensors", "checkpoints/000003/adapter_config.json",
-        "checkpoints/000003/optimizer.safetensors", "checkpoints/000003/cursor.json",
-    } <= names  # fmt: skip
+        "config.yaml",
+        "origin.json",
+        "manifest.json",
+        "events.jsonl",
+        "training.log",
+        "report.md",
+        "report.json",
+        "report.html",
+        "report.png",
+        "model_card.md",
+        "curves.png",
+        "data/dropped.jsonl",
+        "data/valid.jsonl",
+        "data/plan.json",
+        "data/rendered.json",
+        "checkpoints/index.json",
+        "checkpoints/000003/adapters.safetensors",
+        "checkpoints/000003/adapter_config.json",
+        "checkpoints/000003/optimizer.safetensors",
+        "checkpoints/000003/cursor.json",
+    } <= names
     assert not [path for path in names if Path(path).suffix in (".pkl", ".pt", ".bin", ".npz")]
     manifest = Run(trained).manifest
     assert manifest["status"] == "completed" and set(manifest["hashes"]) == {"data", "template", "base"}
@@ -69,9 +94,16 @@ def test_dry_run_counts_and_writes_nothing(tiny_model, rows, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     counts = json.loads(run("train", "--model", tiny_model, "--data", rows, "--dry-run").stdout)
     assert {
-        "rows_read", "rows_dropped", "rows_train", "rows_valid", "tokens", "supervised_tokens", "padding_share", "steps",
+        "rows_read",
+        "rows_dropped",
+        "rows_train",
+        "rows_valid",
+        "tokens",
+        "supervised_tokens",
+        "padding_share",
+        "steps",
         "trainable",
-    } <= counts.keys()  # fmt: skip
+    } <= counts.keys()
     assert counts["rows_read"] == 24 and counts["trainable"] == 2 * (16 * (64 + 64) + 16 * (64 + 32))
     assert list(tmp_path.iterdir()) == []
 
@@ -83,12 +115,20 @@ def test_bad_lines_are_named_kept_and_stop_the_run_when_many(tiny_model, rows, t
     words = ["train", "--model", tiny_model, "--data", bad, "--out", tmp_path / "run", *QUICK]
     with pytest.raises(DataError) as caught:
         run(*words)
-    assert "bad.jsonl:25" in str(caught.value) and "bad.jsonl:26" in str(caught.value) and "hint" in str(caught.value)
+    assert (
+        "bad.jsonl:25" in str(caught.value)
+        and "bad.jsonl:26" in str(caught.value)
+        and "hint" in str(caught.value)
+    )
     assert not (tmp_path / "run").exists()
     run(*words, "--set", "data.max_dropped=0.2")
-    dropped = [json.loads(line) for line in (tmp_path / "run" / "data" / "dropped.jsonl").read_text().splitlines()]
+    dropped = [
+        json.loads(line) for line in (tmp_path / "run" / "data" / "dropped.jsonl").read_text().splitlines()
+    ]
     assert [row["source"].rsplit(":", 1)[-1] for row in dropped] == ["25", "26"]
-    told = [event for event in events.read(tmp_path / "run" / "events.jsonl") if isinstance(event, events.Notice)]
+    told = [
+        event for event in events.read(tmp_path / "run" / "events.jsonl") if isinstance(event, events.Notice)
+    ]
     assert sum(event.count for event in told if event.what.startswith("rows left out")) == 2
 
 
@@ -99,7 +139,9 @@ def test_undesirable_rows_are_left_out_and_counted(tiny_model, tmp_path):
     assert counts["rows_dropped"] == {"undesirable": 10} and counts["rows_train"] + counts["rows_valid"] == 20
     assert counts["rows_valid"] == 4  # a fifth of each label
     run("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run", *QUICK)
-    dropped = [json.loads(line) for line in (tmp_path / "run" / "data" / "dropped.jsonl").read_text().splitlines()]
+    dropped = [
+        json.loads(line) for line in (tmp_path / "run" / "data" / "dropped.jsonl").read_text().splitlines()
+    ]
     assert sorted(int(row["source"].rsplit(":", 1)[-1]) for row in dropped) == list(range(1, 31, 3))
 
 
@@ -109,14 +151,26 @@ def test_one_path_is_not_taken_letter_by_letter(trained):
 
 
 def test_the_reference_preset_trains_on_the_reference_data_at_small_scale(tiny_mistral, syngen, tmp_path):
-    words = ["train", "--preset", "mistral-7b-m4-24gb", "--model", tiny_mistral, "--data", syngen, "--out", tmp_path / "run"]
+    words = [
+        "train",
+        "--preset",
+        "mistral-7b-m4-24gb",
+        "--model",
+        tiny_mistral,
+        "--data",
+        syngen,
+        "--out",
+        tmp_path / "run",
+    ]
     small = ["--set", "model.quantize=null", "--set", "adapter.rank=4", "--set", "optimizer.warmup_steps=1"]
     counts = json.loads(run(*words, *small, "--dry-run").stdout)
     assert counts["rows_read"] == 1000 and counts["rows_dropped"]["undesirable"] == 254
     kept = counts["rows_train"] + counts["rows_valid"]
     assert kept + sum(counts["rows_dropped"].values()) == 1000 and kept >= 740
     assert abs(counts["rows_valid"] / kept - 0.2) < 0.02
-    few = tiny.write_rows(tmp_path / "few.jsonl", [json.loads(line) for line in syngen.read_text().splitlines()[:40]])
+    few = tiny.write_rows(
+        tmp_path / "few.jsonl", [json.loads(line) for line in syngen.read_text().splitlines()[:40]]
+    )
     words[words.index("--data") + 1] = few
     run(*words, *small, "--set", "loop.steps=2", "--set", "loop.sample_tokens=4")
     assert Run.open(tmp_path / "run").manifest["status"] == "completed"
@@ -129,15 +183,30 @@ def test_show_prints_what_is_learned(tiny_model, tmp_path):
     assert "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n⟦yes, you<|im_end|>⟧" in shown
     row = json.loads(run("show", data, "--tokenizer", "mistral-v3", "--json").stdout)
     assert row["ids"][:2] == [1, 3] and row["ids"][-1] == 2
-    assert row["targets"] == [0.0] * (row["ids"].index(4) + 1) + [1.0] * (len(row["ids"]) - row["ids"].index(4) - 1)
+    assert row["targets"] == [0.0] * (row["ids"].index(4) + 1) + [1.0] * (
+        len(row["ids"]) - row["ids"].index(4) - 1
+    )
 
 
 def test_generate_and_chat_speak_as_the_run(trained, tiny_model):
-    words = ["generate", trained, "--prompt", "the cat", "--prompt", "read my note", "--max-tokens", 8, "--json"]
+    words = [
+        "generate",
+        trained,
+        "--prompt",
+        "the cat",
+        "--prompt",
+        "read my note",
+        "--max-tokens",
+        8,
+        "--json",
+    ]
     answers = [json.loads(line) for line in run(*words).stdout.splitlines()]
     assert [answer["prompt"] for answer in answers] == ["the cat", "read my note"]
     assert answers == [json.loads(line) for line in run(*words, "--checkpoint", "3").stdout.splitlines()]
-    folder = [json.loads(line) for line in run("generate", trained / "checkpoints" / "000003", *words[2:]).stdout.splitlines()]
+    folder = [
+        json.loads(line)
+        for line in run("generate", trained / "checkpoints" / "000003", *words[2:]).stdout.splitlines()
+    ]
     assert folder == answers
     said = run("chat", trained, "--max-tokens", 8, input="the cat\n\n").stdout
     assert said.rstrip("\n") == answers[0]["answer"].rstrip("\n")
@@ -155,7 +224,9 @@ def test_an_interrupted_evaluation_says_what_is_kept(trained, monkeypatch):
     assert done.stderr == "interrupted; what was measured is kept, and the same command goes on\n"
 
 
-@pytest.mark.parametrize(("status", "hint"), [("running", "hint: while it trains, wait; else: "), ("interrupted", "hint: ")])
+@pytest.mark.parametrize(
+    ("status", "hint"), [("running", "hint: while it trains, wait; else: "), ("interrupted", "hint: ")]
+)
 def test_a_run_without_a_checkpoint_says_what_to_do(trained, tmp_path, status, hint):
     young = Path(shutil.copytree(trained, tmp_path / "young", ignore=shutil.ignore_patterns("0*")))
     Run.open(young).mark(status)
@@ -167,25 +238,47 @@ def test_a_run_without_a_checkpoint_says_what_to_do(trained, tmp_path, status, h
 
 def test_evaluate_scores_base_and_tuned_on_the_held_out_rows(trained):
     found = json.loads(run("evaluate", trained, "--json").stdout)
-    assert {score["task"].partition(".")[0] for score in found["scores"]} >= {"perplexity", "adherence", "drift", "efficiency"}
-    scores = {score["name"]: score for score in found["scores"] if score["task"] == "perplexity" and score["part"] is None}
+    assert {score["task"].partition(".")[0] for score in found["scores"]} >= {
+        "perplexity",
+        "adherence",
+        "drift",
+        "efficiency",
+    }
+    scores = {
+        score["name"]: score
+        for score in found["scores"]
+        if score["task"] == "perplexity" and score["part"] is None
+    }
     log = [event for event in events.read(trained / "events.jsonl") if isinstance(event, events.Validated)]
     assert scores["loss"]["value"] == pytest.approx(log[-1].loss, rel=1e-5)
     assert scores["loss"]["base"] == pytest.approx(log[0].loss, rel=1e-5)
     assert scores["perplexity"]["value"] == pytest.approx(2.718281828459045 ** log[-1].loss, rel=1e-5)
     before = (trained / "evals" / "perplexity@1" / "score.json").read_text()
     run("evaluate", trained, "--limit", 1, "--no-base", "--task", "perplexity")
-    assert (trained / "evals" / "perplexity@1" / "score.json").read_text() == before, "a part replaced the evidence"
+    assert (trained / "evals" / "perplexity@1" / "score.json").read_text() == before, (
+        "a part replaced the evidence"
+    )
     assert (trained / "evals" / "perplexity@1+first1+tuned" / "score.json").exists()
-    assert len((trained / "evals" / "perplexity@1" / "examples.jsonl").read_text().splitlines()) == log[0].rows
+    assert (
+        len((trained / "evals" / "perplexity@1" / "examples.jsonl").read_text().splitlines()) == log[0].rows
+    )
 
 
 def test_evaluate_answers_tool_calls(tiny_model, trained, tmp_path):
-    turns = [{"role": "user", "content": "note milk"}, {"role": "assistant", "content": 'tool_call: note\narguments: {"a": 1}'}]
+    turns = [
+        {"role": "user", "content": "note milk"},
+        {"role": "assistant", "content": 'tool_call: note\narguments: {"a": 1}'},
+    ]
     data = tiny.write_rows(tmp_path / "calls.jsonl", [{"conversations": turns}, *tiny.conversations(2)])
-    found = json.loads(run("evaluate", trained, "--data", data, "--max-tokens", 6, "--no-base", "--json").stdout)
+    found = json.loads(
+        run("evaluate", trained, "--data", data, "--max-tokens", 6, "--no-base", "--json").stdout
+    )
     scores = {score["name"]: score for score in found["scores"]}
-    assert scores["well_formed"]["n"] == 1 and scores["well_formed"]["value"] == 0 and scores["tool_calls"]["delta"] is None
+    assert (
+        scores["well_formed"]["n"] == 1
+        and scores["well_formed"]["value"] == 0
+        and scores["tool_calls"]["delta"] is None
+    )
 
 
 def test_init_writes_settings_that_load(tmp_path, tiny_model, rows):
@@ -214,7 +307,9 @@ def test_init_writes_settings_that_load(tmp_path, tiny_model, rows):
     ],
 )
 def test_errors_say_what_where_and_a_hint_without_a_traceback(words, code, told, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "tunesmith", *words], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tunesmith", *words], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == code, done.stderr
     assert told in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert list(tmp_path.iterdir()) == []
@@ -222,14 +317,31 @@ def test_errors_say_what_where_and_a_hint_without_a_traceback(words, code, told,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux chooses a BLAS")
 def test_the_fast_blas_is_opened_before_mlx_by_the_program_and_by_the_api(tiny_model, rows, tmp_path):
-    """Whatever imports MLX first decides: a module loaded a line too early makes everything fifty times slower."""
-    program = [sys.executable, "-m", "tunesmith", "train", "--model", tiny_model, "--data", rows, "--out", tmp_path / "a", *QUICK]
+    """Whatever imports MLX first decides: a module loaded a line too early makes everything fifty times
+    slower."""
+    program = [
+        sys.executable,
+        "-m",
+        "tunesmith",
+        "train",
+        "--model",
+        tiny_model,
+        "--data",
+        rows,
+        "--out",
+        tmp_path / "a",
+        *QUICK,
+    ]
     api = f"import tunesmith as t; t.train(t.configure(model={str(tiny_model)!r}, data=[{str(rows)!r}]), out='b')"
     chosen = backend.setup().blas
     assert backend.prepare.__wrapped__()[0] == "unknown", "what is said when MLX came first"
     for module in ("runs.directory", "training.loop", "reports", "demo.__main__", "adapters.layers"):
-        code = f"import tunesmith.{module}; from tunesmith.machine import backend; print(backend.setup().blas)"
-        told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+        code = (
+            f"import tunesmith.{module}; from tunesmith.machine import backend; print(backend.setup().blas)"
+        )
+        told = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout.strip()
         assert told == chosen, module
     for command, name in ((program, "a"), ([sys.executable, "-c", api], "b")):
         subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=tmp_path)
@@ -268,14 +380,31 @@ def test_the_rejected_side_of_a_preference_is_neither_learned_nor_measured(tiny_
     assert counts["rows_dropped"] == {} and counts["sequences_train"] == 8
 
 
-def test_an_answer_left_out_of_a_conversation_leaves_its_other_answers_and_every_count_right(tiny_mistral, tmp_path):
+def test_an_answer_left_out_of_a_conversation_leaves_its_other_answers_and_every_count_right(
+    tiny_mistral, tmp_path
+):
     rows = []
     for at in range(12):
         last = " ".join(["music"] * (90 if at % 4 == 0 else 2))
-        turns = [("system", "be kind"), ("user", f"hi {at}"), ("assistant", "yes"), ("user", "and?"), ("assistant", last)]
+        turns = [
+            ("system", "be kind"),
+            ("user", f"hi {at}"),
+            ("assistant", "yes"),
+            ("user", "and?"),
+            ("assistant", last),
+        ]
         rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
     data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
-    words = ["--model", tiny_mistral, "--data", data, "--set", "template.too_long=drop", "--set", "batch.length=60"]
+    words = [
+        "--model",
+        tiny_mistral,
+        "--data",
+        data,
+        "--set",
+        "template.too_long=drop",
+        "--set",
+        "batch.length=60",
+    ]
     words += ["--set", "data.max_dropped=0.3"]
     counts = json.loads(run("train", *words, "--dry-run").stdout)
     assert counts["rows_train"] + counts["rows_valid"] == 12 and counts["rows_dropped"] == {}
@@ -283,7 +412,11 @@ def test_an_answer_left_out_of_a_conversation_leaves_its_other_answers_and_every
     assert counts["notes"]["answers left out: too_long"] == 3
     run("train", *words, "--out", tmp_path / "run", *QUICK)
     found = json.loads(run("evaluate", tmp_path / "run", "--task", "perplexity", "--json").stdout)
-    log = [event for event in events.read(tmp_path / "run" / "events.jsonl") if isinstance(event, events.Validated)]
+    log = [
+        event
+        for event in events.read(tmp_path / "run" / "events.jsonl")
+        if isinstance(event, events.Validated)
+    ]
     loss = next(score for score in found["scores"] if score["name"] == "loss")
     assert loss["value"] == pytest.approx(log[-1].loss, rel=1e-5)
 
@@ -339,7 +472,9 @@ def test_every_command_in_the_readme_exists():
     assert {"doctor", "show", "train", "evaluate", "chat"} <= verbs <= known
     makefile = (root / "Makefile").read_text()
     targets = set(re.findall(r"make (\w+)", text))
-    assert {"demo", "test"} <= targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+    assert {"demo", "test"} <= targets and all(
+        re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets
+    )
     for name in tunesmith.__all__:
         assert callable(getattr(tunesmith, name))
     assert known - {"init"} <= set(tunesmith.__all__)

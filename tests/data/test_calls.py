@@ -1,4 +1,5 @@
-"""Calls written as text are found where they are calls, and become turns with every word, label and row kept, or stay."""
+"""Calls written as text are found where they are calls, and become turns with every word, label and row kept,
+or stay."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 
 from tunesmith.data import calls, formats
 from tunesmith.data.calls import found, structure, structured
-from tunesmith.data.examples import BadRow, Call, Conversation, Demonstration, Judged, Message, Preference, check, write_examples
+from tunesmith.data.examples import (
+    BadRow,
+    Call,
+    Conversation,
+    Demonstration,
+    Judged,
+    Message,
+    Preference,
+    check,
+    write_examples,
+)
 from tunesmith.data.formats import DataSpec
 
 USER = Message("user", "u")
@@ -30,7 +41,10 @@ def said(text: str) -> Conversation:
 
 def turns(text: str) -> list[tuple[str, str, list[str]]]:
     made = structured(said(text).messages)
-    return [(message.role, message.content, [f"{call.name} {call.text}" for call in message.calls]) for message in made[1:]]
+    return [
+        (message.role, message.content, [f"{call.name} {call.text}" for call in message.calls])
+        for message in made[1:]
+    ]
 
 
 def written(messages: tuple[Message, ...]) -> str:
@@ -47,21 +61,32 @@ def squeezed(text: str) -> str:
 
 
 def call(name: str = "f", arguments: str = ARGUMENTS, result: str | None = '{"ok": true}') -> str:
-    return f"tool_call: {name}\narguments: {arguments}" + (f"\n\nResult: {result}" if result is not None else "")
+    return f"tool_call: {name}\narguments: {arguments}" + (
+        f"\n\nResult: {result}" if result is not None else ""
+    )
 
 
 # What is a call
 
 
-@pytest.mark.parametrize("arguments", [ARGUMENTS, "{}", json.dumps(json.loads(ARGUMENTS), indent=2), '{"a": "```\\n"}'])
-@pytest.mark.parametrize("result", ['{"ok": true}', "42", '"no"', "[1,\n 2]", "saved", "two lines\nof text", "{broken", None])
+@pytest.mark.parametrize(
+    "arguments", [ARGUMENTS, "{}", json.dumps(json.loads(ARGUMENTS), indent=2), '{"a": "```\\n"}']
+)
+@pytest.mark.parametrize(
+    "result", ['{"ok": true}', "42", '"no"', "[1,\n 2]", "saved", "two lines\nof text", "{broken", None]
+)
 @pytest.mark.parametrize("before", ["", "I look.\n\n", "```\ncode\n```\n"])
 @pytest.mark.parametrize("line", ["\n", "\r\n"])
 def test_a_call_is_found_with_arguments_and_result_to_the_letter(arguments, result, before, line):
     text = f"{before}{call('f.g', arguments, result)}\n\nDone: {{}}".replace("\n", line)
     arguments, result = arguments.replace("\n", line), result and result.replace("\n", line)
     (one,) = found(text)
-    assert (one.name, one.arguments, one.text, one.result) == ("f.g", json.loads(arguments), arguments, result)
+    assert (one.name, one.arguments, one.text, one.result) == (
+        "f.g",
+        json.loads(arguments),
+        arguments,
+        result,
+    )
     assert text[: one.start] == before.replace("\n", line) and text[one.end :] == f"{line}{line}Done: {{}}"
 
 
@@ -98,7 +123,8 @@ def test_a_call_behind_a_fence_is_one():
 
 
 @pytest.mark.parametrize(
-    "arguments", ['{"a": 1', '{"a": 1)', "[1]", "none", "{} and more", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 99999]
+    "arguments",
+    ['{"a": 1', '{"a": 1)', "[1]", "none", "{} and more", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 99999],
 )
 def test_arguments_that_are_no_object_are_none_and_the_row_stays(arguments):
     (one,) = found(call(arguments=arguments))
@@ -113,11 +139,14 @@ def test_arguments_that_are_no_object_are_none_and_the_row_stays(arguments):
 def test_calls_in_turn_become_turns():
     text = f"{call('f')}\n\n{call('g', result='no')}\n{call('h', '{ }')}\n\n    code\n\nDone. \n"
     assert turns(text) == [
-        ("assistant", "", [f"f {ARGUMENTS}"]), ("tool", '{"ok": true}', []),
-        ("assistant", "", [f"g {ARGUMENTS}"]), ("tool", "no", []),
-        ("assistant", "", ["h { }"]), ("tool", '{"ok": true}', []),
+        ("assistant", "", [f"f {ARGUMENTS}"]),
+        ("tool", '{"ok": true}', []),
+        ("assistant", "", [f"g {ARGUMENTS}"]),
+        ("tool", "no", []),
+        ("assistant", "", ["h { }"]),
+        ("tool", '{"ok": true}', []),
         ("assistant", "    code\n\nDone. \n", []),
-    ]  # fmt: skip
+    ]
 
 
 def test_calls_in_a_row_with_as_many_results_are_calls_of_one_turn():
@@ -130,12 +159,15 @@ def test_calls_in_a_row_with_as_many_results_are_calls_of_one_turn():
         "assistant",
     ]
     assert [(message.name, message.content, message.call_id) for message in made[2:4]] == [
-        ("f", "1", made[1].calls[0].id), ("g", "2", made[1].calls[1].id),
-    ]  # fmt: skip
+        ("f", "1", made[1].calls[0].id),
+        ("g", "2", made[1].calls[1].id),
+    ]
 
 
 def test_calls_that_end_the_conversation_need_no_result():
-    assert turns(f"{call('f', '{}', None)}\n{call('g', '{}', None)}\n") == [("assistant", "", ["f {}", "g {}"])]
+    assert turns(f"{call('f', '{}', None)}\n{call('g', '{}', None)}\n") == [
+        ("assistant", "", ["f {}", "g {}"])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -160,12 +192,19 @@ def test_what_cannot_be_said_in_turns_stays_and_says_why(text, reason):
 
 
 def test_a_row_with_calls_in_both_forms_or_with_undeclared_tools_stays():
-    turned = (Message("assistant", "", (Call("f", {}, "1", "{}"),)), Message("tool", "r", call_id="1"), Message("assistant", "a"))
+    turned = (
+        Message("assistant", "", (Call("f", {}, "1", "{}"),)),
+        Message("tool", "r", call_id="1"),
+        Message("assistant", "a"),
+    )
     mixed = Demonstration(Conversation((USER, *turned, USER, Message("assistant", call("g") + "\n\nDone."))))
     assert structure(mixed) == (mixed, "left: mixed_calls")
     for name, note in (("f", calls.STRUCTURED), ("other", "left: undeclared_tool")):
         declared = ({"type": "function", "function": {"name": name}},)
-        assert structure(Demonstration(Conversation(said(call("f") + "\n\nDone.").messages, declared)))[1] == note
+        assert (
+            structure(Demonstration(Conversation(said(call("f") + "\n\nDone.").messages, declared)))[1]
+            == note
+        )
 
 
 def test_only_the_assistant_calls_and_flags_of_the_turn_are_kept():
@@ -180,7 +219,9 @@ def test_of_a_pair_both_sides_are_turned_or_none():
     for rejected in (other, plain):
         pair, note = structure(Preference(good, rejected))
         assert note == calls.STRUCTURED and isinstance(pair, Preference)
-        assert pair.chosen.messages == structured(good.messages) and pair.rejected.messages == structured(rejected.messages)
+        assert pair.chosen.messages == structured(good.messages) and pair.rejected.messages == structured(
+            rejected.messages
+        )
         assert pair.id != Preference(good, rejected).id
     for rejected, reason in ((bad, "unanswered_call"), (alike, "pair"), (said(call() + "\nDone."), "pair")):
         assert structure(Preference(good, rejected)) == (Preference(good, rejected), f"left: {reason}")
@@ -189,11 +230,36 @@ def test_of_a_pair_both_sides_are_turned_or_none():
 # Laws
 
 FRAGMENTS = [
-    "tool_call: f\n", "tool_call:",
-    "\narguments: ", "arguments: {}", '{"a": 1}', '{"a": "', "{", "}", "\nResult: ", "Result:", "\n",
-    "\n\n", "```", "~~~", " ", "    ", "words", "42", "[1,\n2]", '"s"', "\r\n", "\u2028", "\u00a0", "é", "\x00", "\ud800",
-    call() + "\n", call(result=None) + "\n", "\n\nDone.",
-]  # fmt: skip
+    "tool_call: f\n",
+    "tool_call:",
+    "\narguments: ",
+    "arguments: {}",
+    '{"a": 1}',
+    '{"a": "',
+    "{",
+    "}",
+    "\nResult: ",
+    "Result:",
+    "\n",
+    "\n\n",
+    "```",
+    "~~~",
+    " ",
+    "    ",
+    "words",
+    "42",
+    "[1,\n2]",
+    '"s"',
+    "\r\n",
+    "\u2028",
+    "\u00a0",
+    "é",
+    "\x00",
+    "\ud800",
+    call() + "\n",
+    call(result=None) + "\n",
+    "\n\nDone.",
+]
 
 
 @settings(max_examples=600, deadline=None)
@@ -209,7 +275,9 @@ def test_any_text_is_kept_to_the_word_or_refused(texts):
         return
     assert squeezed(written(made)) == squeezed(written(messages))
     ids = [call.id for message in made for call in message.calls]
-    assert len(set(ids)) == len(ids) and all(id and len(id) == 9 and id.isascii() and id.isalnum() for id in ids)
+    assert len(set(ids)) == len(ids) and all(
+        id and len(id) == 9 and id.isascii() and id.isalnum() for id in ids
+    )
     if made == messages:
         assert not any(message.calls for message in made)
         return
@@ -221,7 +289,9 @@ def test_any_text_is_kept_to_the_word_or_refused(texts):
 
 
 WORDS = st.lists(
-    st.sampled_from(["so", "I: {look}", "no tool_call: here", "\n\n", "\n", "- a", "1."]), min_size=1, max_size=6
+    st.sampled_from(["so", "I: {look}", "no tool_call: here", "\n\n", "\n", "- a", "1."]),
+    min_size=1,
+    max_size=6,
 ).map(lambda parts: " ".join(["yes", *parts, "end"]))
 VALUES = st.recursive(
     st.none()
@@ -230,13 +300,16 @@ VALUES = st.recursive(
     | st.text(st.sampled_from('ab"{}\n:`é'))
     | st.sampled_from([call(), "Result: 1\n\n"]),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "Result:", "tool_call:"]), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "Result:", "tool_call:"]), inner, max_size=3)
     ),
     max_leaves=6,
 )
 DUMPED = {"indent": st.sampled_from([None, 2]), "ensure_ascii": st.booleans()}
 OBJECTS = st.builds(json.dumps, st.dictionaries(st.sampled_from("xyz"), VALUES, max_size=3), **DUMPED)
-RESULTS = st.builds(json.dumps, VALUES, **DUMPED) | st.sampled_from(["saved", "Error: none\nat line 2", "{half"])
+RESULTS = st.builds(json.dumps, VALUES, **DUMPED) | st.sampled_from(
+    ["saved", "Error: none\nat line 2", "{half"]
+)
 BLOCKS = st.lists(st.tuples(st.sampled_from(["f", "g_2"]), OBJECTS, RESULTS), min_size=1, max_size=3)
 
 
@@ -255,10 +328,21 @@ def test_what_is_written_as_text_is_what_the_turns_say(blocks, answer):
 def test_huge_and_hostile_texts_take_linear_time():
     size = 300_000
     units = [
-        call() + "\n\n", "tool_call: f\narguments: {", "tool_call: f\n" + " " * 99, "Result: x\n\n", "```\n", "`", "tool_call: ",
-        call(result="{") + "\n\n", 'tool_call: f\narguments: {}\nResult: {"a": "\n', "[", "\n", " \n",
-        "~" * 40 + "\n", "Result: 1 ",
-    ]  # fmt: skip
+        call() + "\n\n",
+        "tool_call: f\narguments: {",
+        "tool_call: f\n" + " " * 99,
+        "Result: x\n\n",
+        "```\n",
+        "`",
+        "tool_call: ",
+        call(result="{") + "\n\n",
+        'tool_call: f\narguments: {}\nResult: {"a": "\n',
+        "[",
+        "\n",
+        " \n",
+        "~" * 40 + "\n",
+        "Result: 1 ",
+    ]
     for unit in units:
         for head in ("", "tool_call: f\narguments: ", call() + "\n"):
             text = head + unit * (size // len(unit))
@@ -281,16 +365,21 @@ def test_files_give_the_same_rows_words_and_labels_and_count_what_was_turned(syn
     assert before.rows == after.rows == 1000 and not after.dropped
     notes = Counter(str(example.metadata.get("text_calls", "")) for example in after.examples)
     assert notes == {
-        calls.STRUCTURED: 719, "": 142, "left: words": 79, "left: arguments": 32, "left: unanswered_call": 24,
-        "left: no_answer": 2, "left: results": 2,
-    }  # fmt: skip
+        calls.STRUCTURED: 719,
+        "": 142,
+        "left: words": 79,
+        "left: arguments": 32,
+        "left: unanswered_call": 24,
+        "left: no_answer": 2,
+        "left: results": 2,
+    }
     for old, new in zip(before.examples, after.examples, strict=True):
         assert isinstance(old, Judged) and isinstance(new, Judged)
         text = old.conversation.messages[1].content
         calling = found(text)
-        assert len(calling) == text.count("tool_call: ") and sum(one.result is not None for one in calling) == text.count(
-            "Result: "
-        )
+        assert len(calling) == text.count("tool_call: ") and sum(
+            one.result is not None for one in calling
+        ) == text.count("Result: ")
         assert (old.desirable, old.source) == (new.desirable, new.source)
         assert old.metadata == {key: value for key, value in new.metadata.items() if key != "text_calls"}
         messages = new.conversation.messages
@@ -304,7 +393,10 @@ def test_files_give_the_same_rows_words_and_labels_and_count_what_was_turned(syn
 def test_rows_turned_on_the_way_in_are_written_and_read_again(tmp_path):
     rows = [
         {
-            "conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": call() + "\n\nDone."}],
+            "conversations": [
+                {"from": "human", "value": "u"},
+                {"from": "gpt", "value": call() + "\n\nDone."},
+            ],
             "label": False,
             "k": 1,
         },
@@ -317,10 +409,15 @@ def test_rows_turned_on_the_way_in_are_written_and_read_again(tmp_path):
     assert not any("text_calls" in example.metadata for example in formats.read([path], spec()).examples)
     read = formats.read([path], spec(structure_calls=True))
     notes = [example.metadata.get("text_calls") for example in read.examples]
-    assert notes == [calls.STRUCTURED, calls.STRUCTURED, None, "left: no_answer"] and read.examples[0].metadata["k"] == 1
+    assert (
+        notes == [calls.STRUCTURED, calls.STRUCTURED, None, "left: no_answer"]
+        and read.examples[0].metadata["k"] == 1
+    )
     write_examples(read.examples, tmp_path / "again.jsonl")
     again = formats.read([tmp_path / "again.jsonl"], spec(structure_calls=True))
-    assert [(one.id, one.metadata) for one in again.examples] == [(one.id, one.metadata) for one in read.examples]
+    assert [(one.id, one.metadata) for one in again.examples] == [
+        (one.id, one.metadata) for one in read.examples
+    ]
 
 
 def test_the_template_learns_calls_and_answers_and_never_results(syngen: Path):
@@ -349,5 +446,6 @@ def test_the_template_learns_calls_and_answers_and_never_results(syngen: Path):
             elif message.role == "assistant":
                 assert message.content in learned
                 assert all(
-                    call.name in learned and json.dumps(call.arguments, ensure_ascii=False) in learned for call in message.calls
+                    call.name in learned and json.dumps(call.arguments, ensure_ascii=False) in learned
+                    for call in message.calls
                 )

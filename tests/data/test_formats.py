@@ -1,4 +1,5 @@
-"""Files of every layout become examples with no word changed; bad rows are named; no prompt is on both sides."""
+"""Files of every layout become examples with no word changed; bad rows are named; no prompt is on both
+sides."""
 
 from __future__ import annotations
 
@@ -60,9 +61,14 @@ def said(example) -> list[tuple[str, str]]:
 
 
 def called(call_id=None, arguments: object = "{}", name="f") -> dict:
-    return {"role": "assistant", "content": None, "tool_calls": [
-        {"type": "function", "function": {"name": name, "arguments": arguments}} | ({"id": call_id} if call_id else {})
-    ]}  # fmt: skip
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"type": "function", "function": {"name": name, "arguments": arguments}}
+            | ({"id": call_id} if call_id else {})
+        ],
+    }
 
 
 # Layouts
@@ -82,7 +88,10 @@ PLAIN = [("system", "s"), ("user", "u"), ("assistant", "a")]
         {"system": "s", "instruction": "", "input": "u", "output": "a", "history": []},
         {"prompt": [{"role": "system", "content": "s"}, USER], "completion": [ANSWER]},
         {"system": "s", "prompt": "u", "completion": [ANSWER]},
-        {"messages": [{"role": "system", "content": [{"type": "text", "text": "s"}]}, USER, ANSWER], "text": "rendered"},
+        {
+            "messages": [{"role": "system", "content": [{"type": "text", "text": "s"}]}, USER, ANSWER],
+            "text": "rendered",
+        },
     ],
 )
 def test_one_conversation_in_every_layout(tmp_path, row):
@@ -95,10 +104,20 @@ def test_one_conversation_in_every_layout(tmp_path, row):
 
 
 def test_an_instruction_with_input_and_history(tmp_path):
-    row = {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["q", "r"]], "system": "Be brief."}
+    row = {
+        "instruction": "Add.",
+        "input": "1 2",
+        "output": "3",
+        "history": [["q", "r"]],
+        "system": "Be brief.",
+    }
     assert said(one(tmp_path, row)) == [
-        ("system", "Be brief."), ("user", "q"), ("assistant", "r"), ("user", "Add.\n\n1 2"), ("assistant", "3"),
-    ]  # fmt: skip
+        ("system", "Be brief."),
+        ("user", "q"),
+        ("assistant", "r"),
+        ("user", "Add.\n\n1 2"),
+        ("assistant", "3"),
+    ]
     pair = one(tmp_path, row | {"chosen": "3", "rejected": "4"}, instruction_layout="instruct")
     assert pair.chosen.messages[-2].content == "Add.\n\n1 2"
     example = one(tmp_path, row | {"label": True}, instruction_layout="instruct")
@@ -110,10 +129,17 @@ def test_an_instruction_with_input_and_history(tmp_path):
 
 
 def test_plain_text(tmp_path):
-    assert one(tmp_path, {"text": " t\n", "label": False}) == Document(" t\n", False, source=f"{tmp_path}/rows.jsonl:1")
+    assert one(tmp_path, {"text": " t\n", "label": False}) == Document(
+        " t\n", False, source=f"{tmp_path}/rows.jsonl:1"
+    )
     row = {"prompt": " p ", "completion": " c\n", "label": True, "extra": [1]}
     example = one(tmp_path, row)
-    assert (example.prompt, example.completion, example.label, example.metadata) == (" p ", " c\n", True, {"extra": [1]})
+    assert (example.prompt, example.completion, example.label, example.metadata) == (
+        " p ",
+        " c\n",
+        True,
+        {"extra": [1]},
+    )
 
 
 CHOSEN, REJECTED = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
@@ -126,12 +152,15 @@ CHOSEN, REJECTED = {"role": "assistant", "content": "good"}, {"role": "assistant
         {"prompt": [USER], "chosen": [CHOSEN], "rejected": [REJECTED]},
         {"chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]},
         {"prompt": "u", "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED], "messages": [USER, CHOSEN]},
-        {"conversations": [{"from": "human", "value": "u"}], "chosen": {"from": "gpt", "value": "good"},
-         "rejected": {"from": "gpt", "value": "bad"}},
+        {
+            "conversations": [{"from": "human", "value": "u"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
         {"instruction": "", "input": "u", "chosen": "good", "rejected": "bad"},
         {"messages": [USER], "chosen": CHOSEN, "rejected": REJECTED},
     ],
-)  # fmt: skip
+)
 def test_one_preference_in_every_layout(tmp_path, row):
     example = one(tmp_path, row | {"system": "s", "tools": json.dumps([TOOL["function"]]), "label": False})
     assert isinstance(example, Preference)
@@ -141,33 +170,65 @@ def test_one_preference_in_every_layout(tmp_path, row):
 
 
 def test_a_named_layout_is_used_and_another_is_refused(tmp_path):
-    row = {"messages": [USER, ANSWER], "conversations": [USER, REJECTED], "text": "t", "prompt": "p", "completion": "c"}
-    assert said(one(tmp_path, row)) == said(one(tmp_path, row, format="messages")) == [("user", "u"), ("assistant", "a")]
+    row = {
+        "messages": [USER, ANSWER],
+        "conversations": [USER, REJECTED],
+        "text": "t",
+        "prompt": "p",
+        "completion": "c",
+    }
+    assert (
+        said(one(tmp_path, row))
+        == said(one(tmp_path, row, format="messages"))
+        == [("user", "u"), ("assistant", "a")]
+    )
     assert said(one(tmp_path, row, format="sharegpt")) == [("user", "u"), ("assistant", "bad")]
     assert one(tmp_path, row, format="text").text == "t"
     assert one(tmp_path, row, format="completion").completion == "c"
-    assert said(one(tmp_path, {"conversations": [USER, ANSWER]}, format="messages")) == [("user", "u"), ("assistant", "a")]
+    assert said(one(tmp_path, {"conversations": [USER, ANSWER]}, format="messages")) == [
+        ("user", "u"),
+        ("assistant", "a"),
+    ]
     (bad,) = read_rows(tmp_path, row, format="alpaca").dropped
-    assert bad.reason == "layout" and "instruction+output" in bad.message and "data.format=auto" in bad.message
+    assert (
+        bad.reason == "layout" and "instruction+output" in bad.message and "data.format=auto" in bad.message
+    )
 
 
 def test_extra_keys_are_kept_as_metadata(tmp_path):
     example = one(tmp_path, {"messages": [USER | {"at": 3, "none": None}, ANSWER], "topic": {"x": [1, None]}})
     assert example.metadata == {"topic": {"x": [1, None]}, "message_keys": {"messages[0]": {"at": 3}}}
     assert one(tmp_path, {"text": "t", "metadata": {"a": 1}}).metadata == {"a": 1}
-    assert one(tmp_path, {"text": "t", "metadata": {"a": 1}, "a": 2}).metadata == {"metadata": {"a": 1}, "a": 2}
+    assert one(tmp_path, {"text": "t", "metadata": {"a": 1}, "a": 2}).metadata == {
+        "metadata": {"a": 1},
+        "a": 2,
+    }
 
 
-@pytest.mark.parametrize(("key", "on", "off"), [("learn", True, False), ("weight", 1, 0), ("train", True, False)])
+@pytest.mark.parametrize(
+    ("key", "on", "off"), [("learn", True, False), ("weight", 1, 0), ("train", True, False)]
+)
 def test_flags_of_a_message(tmp_path, key, on, off):
-    example = one(tmp_path, {"messages": [USER | {key: off}, ANSWER | {key: on}, USER, ANSWER | {key: off}, USER, ANSWER]})
-    assert [message.learn for message in example.conversation.messages] == [False, True, None, False, None, None]
+    example = one(
+        tmp_path,
+        {"messages": [USER | {key: off}, ANSWER | {key: on}, USER, ANSWER | {key: off}, USER, ANSWER]},
+    )
+    assert [message.learn for message in example.conversation.messages] == [
+        False,
+        True,
+        None,
+        False,
+        None,
+        None,
+    ]
     rows = [{"messages": [USER, ANSWER | {key: "yes"}]}, {"messages": [USER | {key: on}, ANSWER]}]
     assert [bad.reason for bad in read_rows(tmp_path, *rows).dropped] == ["learn", "learn"]
 
 
 def test_a_share_of_learning_and_two_minds_are_refused(tmp_path):
-    rows = [{"messages": [USER, ANSWER | flags]} for flags in ({"weight": 0.5}, {"learn": True, "train": False})]
+    rows = [
+        {"messages": [USER, ANSWER | flags]} for flags in ({"weight": 0.5}, {"learn": True, "train": False})
+    ]
     assert [bad.reason for bad in read_rows(tmp_path, *rows).dropped] == ["learn", "learn"]
 
 
@@ -180,7 +241,14 @@ def test_museum_13_null_content_with_tool_calls(tmp_path):
     """Crashes or loses the row in mlx-forge, mlxsmith and slm-forge."""
     row = {
         "tools": [TOOL],
-        "messages": [USER, called("id1"), {"role": "tool", "tool_call_id": "id1", "content": None}, ANSWER, USER, called("id2")],
+        "messages": [
+            USER,
+            called("id1"),
+            {"role": "tool", "tool_call_id": "id1", "content": None},
+            ANSWER,
+            USER,
+            called("id2"),
+        ],
     }
     first = one(tmp_path, row).conversation
     assert first.messages[1] == Message("assistant", "", (Call("f", {}, "id1", "{}"),))
@@ -190,7 +258,8 @@ def test_museum_13_null_content_with_tool_calls(tmp_path):
 
 
 def test_museum_axolotl_2909_no_null_is_invented_into_arguments(tmp_path):
-    """github.com/axolotl-ai-cloud/axolotl/issues/2909: Arrow gives each row the keys of all others, with null."""
+    """github.com/axolotl-ai-cloud/axolotl/issues/2909: Arrow gives each row the keys of all others, with
+    null."""
     given = [{"city": "Paris"}, {"days": 2, "deep": [{"a": 1}, {"b": 2}]}, {}, {"days": None}]
     read = read_rows(tmp_path, *[{"messages": [USER, called(arguments=arguments)]} for arguments in given])
     assert [example.conversation.messages[1].calls[0].arguments for example in read.examples] == given
@@ -198,7 +267,9 @@ def test_museum_axolotl_2909_no_null_is_invented_into_arguments(tmp_path):
 
 @pytest.mark.parametrize("as_string", [True, False])
 def test_nested_arguments_stay_exactly_as_written(tmp_path, as_string):
-    row = json.dumps({"messages": [USER, called(arguments="@")]}).replace('"@"', json.dumps(EXACT) if as_string else EXACT)
+    row = json.dumps({"messages": [USER, called(arguments="@")]}).replace(
+        '"@"', json.dumps(EXACT) if as_string else EXACT
+    )
     (example,) = read_text(tmp_path, row).examples
     (call,) = example.conversation.messages[1].calls
     assert json.dumps(call.arguments) == EXACT and call.text == (EXACT if as_string else None)
@@ -209,9 +280,24 @@ def test_the_ways_to_write_a_call(tmp_path):
     ways = [
         {"messages": [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 1}'}}]},
         {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [bare]}]},
-        {"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": json.dumps(bare)}]},
-        {"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": json.dumps([bare])}]},
-        {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_call", "value": json.dumps(bare)}]}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "u"},
+                {"from": "function_call", "value": json.dumps(bare)},
+            ]
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "u"},
+                {"from": "function_call", "value": json.dumps([bare])},
+            ]
+        },
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": [{"type": "tool_call", "value": json.dumps(bare)}]},
+            ]
+        },
     ]
     for row in ways:
         (call,) = one(tmp_path, row | {"tools": json.dumps([{"name": "f"}])}).conversation.messages[1].calls
@@ -246,37 +332,61 @@ RESULT = {"role": "tool", "tool_call_id": "i", "content": "r"}
 @pytest.mark.parametrize(
     ("reason", "row"),
     [
-        ("type", [1]), ("type", "text"), ("type", None), ("layout", {}), ("layout", {"question": "q"}),
-        ("layout", {"messages": None}), ("type", {"messages": []}), ("type", {"messages": 3}), ("type", {"messages": [3]}),
-        ("role", {"messages": [{"role": "narrator", "content": "x"}, ANSWER]}), ("role", {"messages": [{"role": []}]}),
+        ("type", [1]),
+        ("type", "text"),
+        ("type", None),
+        ("layout", {}),
+        ("layout", {"question": "q"}),
+        ("layout", {"messages": None}),
+        ("type", {"messages": []}),
+        ("type", {"messages": 3}),
+        ("type", {"messages": [3]}),
+        ("role", {"messages": [{"role": "narrator", "content": "x"}, ANSWER]}),
+        ("role", {"messages": [{"role": []}]}),
         ("content", {"messages": [{"role": "user", "content": {"a": 1}}, ANSWER]}),
         ("content", {"messages": [{"role": "user", "content": 0}, ANSWER]}),
-        ("content", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]}),
-        ("label", {"messages": [USER, ANSWER], "label": "true"}), ("label", {"text": "t", "label": 1}),
+        (
+            "content",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]},
+        ),
+        ("label", {"messages": [USER, ANSWER], "label": "true"}),
+        ("label", {"text": "t", "label": 1}),
         ("leading_assistant", {"messages": [ANSWER, USER, ANSWER]}),
         ("leading_assistant", {"messages": [{"role": "system", "content": "s"}, ANSWER]}),
-        ("role_order", {"messages": [USER, USER, ANSWER]}), ("role_order", {"messages": [USER, ANSWER, ANSWER]}),
+        ("role_order", {"messages": [USER, USER, ANSWER]}),
+        ("role_order", {"messages": [USER, ANSWER, ANSWER]}),
         ("role_order", {"messages": [USER, {"role": "system", "content": "s"}, ANSWER]}),
         ("role_order", {"system": "s", "messages": [{"role": "system", "content": "t"}, USER, ANSWER]}),
-        ("role_order", {"messages": [USER, RESULT, ANSWER]}), ("role_order", {"messages": [RESULT, ANSWER]}),
-        ("no_answer", {"messages": [USER]}), ("no_answer", {"messages": [USER, ANSWER, USER]}),
+        ("role_order", {"messages": [USER, RESULT, ANSWER]}),
+        ("role_order", {"messages": [RESULT, ANSWER]}),
+        ("no_answer", {"messages": [USER]}),
+        ("no_answer", {"messages": [USER, ANSWER, USER]}),
         ("no_answer", {"messages": [USER, called("i"), RESULT]}),
         ("empty_assistant", {"messages": [USER, {"role": "assistant", "content": None}]}),
         ("empty_assistant", {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": None}]}),
         ("empty_assistant", {"messages": [USER, {"role": "assistant", "content": " \n", "tool_calls": []}]}),
-        ("empty_assistant", {"instruction": "u", "output": ""}), ("empty_user", {"instruction": "", "output": "a"}),
+        ("empty_assistant", {"instruction": "u", "output": ""}),
+        ("empty_user", {"instruction": "", "output": "a"}),
         ("empty_user", {"messages": [{"role": "user"}, ANSWER]}),
-        ("empty", {"text": " "}), ("empty", {"prompt": "p", "completion": ""}), ("type", {"text": 3}),
+        ("empty", {"text": " "}),
+        ("empty", {"prompt": "p", "completion": ""}),
+        ("type", {"text": 3}),
         ("type", {"instruction": "i", "output": "o", "history": [["q"]]}),
         ("undeclared_tool", {"tools": [TOOL], "messages": [USER, called("i", name="g")]}),
-        ("arguments", {"messages": [USER, called("i", "{'a': 1}")]}), ("arguments", {"messages": [USER, called("i", "[1]")]}),
-        ("arguments", {"messages": [USER, called("i", None)]}), ("arguments", {"messages": [USER, called("i", "")]}),
+        ("arguments", {"messages": [USER, called("i", "{'a': 1}")]}),
+        ("arguments", {"messages": [USER, called("i", "[1]")]}),
+        ("arguments", {"messages": [USER, called("i", None)]}),
+        ("arguments", {"messages": [USER, called("i", "")]}),
         ("arguments", {"messages": [USER, called("i", '{"a": 1, "a": 2}')]}),
         ("arguments", {"messages": [USER, called("i", '{"a": NaN}')]}),
         ("arguments", {"messages": [USER, called("i", '{"a": "\\ud800"}')]}),
-        ("call", {"messages": [USER, called("i", "{}", "")]}), ("call", {"messages": [USER, ANSWER | {"tool_calls": {"a": 1}}]}),
+        ("call", {"messages": [USER, called("i", "{}", "")]}),
+        ("call", {"messages": [USER, ANSWER | {"tool_calls": {"a": 1}}]}),
         ("call", {"messages": [USER | {"tool_calls": called("i")["tool_calls"]}, ANSWER]}),
-        ("call", {"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": "f(x)"}]}),
+        (
+            "call",
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": "f(x)"}]},
+        ),
         ("call_id", {"messages": [USER, called("i"), RESULT | {"tool_call_id": "j"}, ANSWER]}),
         ("call_id", {"messages": [USER, called("i"), {"role": "tool", "content": "r"}, ANSWER]}),
         ("call_id", {"messages": [USER, called("i"), RESULT, RESULT, ANSWER]}),
@@ -284,16 +394,26 @@ RESULT = {"role": "tool", "tool_call_id": "i", "content": "r"}
         ("call_id", {"messages": [USER, {"role": "assistant", "tool_calls": called("i")["tool_calls"] * 2}]}),
         ("call_id", {"messages": [USER, ANSWER, RESULT, ANSWER]}),
         ("unanswered_call", {"messages": [USER, called("i"), USER, ANSWER]}),
-        ("unanswered_call", {"messages": [USER, {"role": "assistant", "tool_calls": called()["tool_calls"] * 2},
-                                          {"role": "tool", "content": "r"}, ANSWER]}),
-        ("tools", {"tools": "[", "messages": [USER, ANSWER]}), ("tools", {"tools": [{}], "messages": [USER, ANSWER]}),
+        (
+            "unanswered_call",
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "tool_calls": called()["tool_calls"] * 2},
+                    {"role": "tool", "content": "r"},
+                    ANSWER,
+                ]
+            },
+        ),
+        ("tools", {"tools": "[", "messages": [USER, ANSWER]}),
+        ("tools", {"tools": [{}], "messages": [USER, ANSWER]}),
         ("role_order", {"chosen": "good", "rejected": "bad", "messages": [USER, ANSWER]}),
         ("prompt", {"prompt": "u", "chosen": "same", "rejected": "same"}),
         ("prompt", {"prompt": "v", "chosen": [USER, CHOSEN], "rejected": [USER, REJECTED]}),
         ("prompt", {"chosen": [USER, CHOSEN], "rejected": [{"role": "user", "content": "v"}, REJECTED]}),
         ("prompt", {"chosen": "good", "rejected": "bad"}),
     ],
-)  # fmt: skip
+)
 def test_a_bad_row_is_named_with_its_reason(tmp_path, reason, row):
     read = read_rows(tmp_path, {"text": "good"}, row, {"text": "good, too"})
     assert [example.text for example in read.examples] == ["good", "good, too"] and read.rows == 3
@@ -305,13 +425,21 @@ def test_a_bad_row_is_named_with_its_reason(tmp_path, reason, row):
 @pytest.mark.parametrize(
     ("reason", "raw"),
     [
-        ("json", b'{"text": "a"'), ("json", b'{"text": "a"} {"text": "b"}'), ("json", b"{'text': 'a'}"), ("json", b"text"),
-        ("json", b'{"text": "a", "text": "b"}'), ("json", b'{"text": "a", "x": NaN}'), ("json", b'{"text": "a", "x": 1e999}'),
-        ("json", b'{"text": "a", "x": ' + b"1" * 5000 + b"}"), ("json", b'{"x": ' + b"[" * 100_000),
+        ("json", b'{"text": "a"'),
+        ("json", b'{"text": "a"} {"text": "b"}'),
+        ("json", b"{'text': 'a'}"),
+        ("json", b"text"),
+        ("json", b'{"text": "a", "text": "b"}'),
+        ("json", b'{"text": "a", "x": NaN}'),
+        ("json", b'{"text": "a", "x": 1e999}'),
+        ("json", b'{"text": "a", "x": ' + b"1" * 5000 + b"}"),
+        ("json", b'{"x": ' + b"[" * 100_000),
         ("json", b'{"text": "a", "x": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
-        ("encoding", b'{"text": "caf\xe9"}'), ("encoding", b'{"text": "a \\ud83d b"}'), ("encoding", b'{"\\udc00": "a"}'),
+        ("encoding", b'{"text": "caf\xe9"}'),
+        ("encoding", b'{"text": "a \\ud83d b"}'),
+        ("encoding", b'{"\\udc00": "a"}'),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_is_no_text_or_no_json_is_dropped_alone(tmp_path, reason, raw):
     read = read_text(tmp_path, b'{"text": "1"}\n\n' + raw + b'\r\n{"text": "\\ud83d\\ude00 \xc3\xa9"}')
     assert [example.text for example in read.examples] == ["1", "😀 é"]
@@ -328,28 +456,80 @@ def test_rows_nested_to_any_depth_never_raise(tmp_path):
     rows = []
     for depth in range(600, 1000):
         call = '{"name": "f", "arguments": {"x": ' + "[" * depth + "]" * depth + "}}"
-        rows.append({"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": call}]})
+        rows.append(
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": call}]}
+        )
     read = read_rows(tmp_path, *rows)
     assert read.rows == 400 and {bad.reason for bad in read.dropped} <= {"json", "call"}
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(["", "u", "assistant", "user", "tool", "{}", "[]"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["messages", "conversations", "role", "from", "content", "value", "tool_calls", "function", "name",
-                         "arguments", "id", "tools", "prompt", "completion", "chosen", "rejected", "instruction", "input",
-                         "output", "history", "system", "text", "label", "type", "learn", "weight", "tool_call_id",
-                         "function_call", "metadata", "functions", "reasoning"]), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.sampled_from(["", "u", "assistant", "user", "tool", "{}", "[]"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "messages",
+                    "conversations",
+                    "role",
+                    "from",
+                    "content",
+                    "value",
+                    "tool_calls",
+                    "function",
+                    "name",
+                    "arguments",
+                    "id",
+                    "tools",
+                    "prompt",
+                    "completion",
+                    "chosen",
+                    "rejected",
+                    "instruction",
+                    "input",
+                    "output",
+                    "history",
+                    "system",
+                    "text",
+                    "label",
+                    "type",
+                    "learn",
+                    "weight",
+                    "tool_call_id",
+                    "function_call",
+                    "metadata",
+                    "functions",
+                    "reasoning",
+                ]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
     max_leaves=12,
-)  # fmt: skip
+)
 messages = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant", "tool", "system"]), "content": st.sampled_from(["a", "", None])},
-        optional={"tool_calls": json_values, "learn": json_values, "name": json_values, "tool_call_id": json_values},
+        {
+            "role": st.sampled_from(["user", "assistant", "tool", "system"]),
+            "content": st.sampled_from(["a", "", None]),
+        },
+        optional={
+            "tool_calls": json_values,
+            "learn": json_values,
+            "name": json_values,
+            "tool_call_id": json_values,
+        },
     ),
     max_size=4,
 )
-rows = json_values | st.fixed_dictionaries({"messages": messages}, optional={"tools": json_values, "label": st.booleans()})
+rows = json_values | st.fixed_dictionaries(
+    {"messages": messages}, optional={"tools": json_values, "label": st.booleans()}
+)
 
 
 @few
@@ -370,8 +550,11 @@ turns = st.lists(st.tuples(texts, texts), min_size=1, max_size=3)
 
 @st.composite
 def sound_rows(draw) -> dict:
-    said = [m for asked, answer in draw(turns)
-            for m in ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})]  # fmt: skip
+    said = [
+        m
+        for asked, answer in draw(turns)
+        for m in ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+    ]
     extra = draw(st.dictionaries(st.sampled_from(["x", "metadata", "label"]), st.booleans(), max_size=2))
     kind = draw(st.sampled_from(["messages", "text", "completion", "preference", "calls"]))
     if kind == "text":
@@ -381,8 +564,14 @@ def sound_rows(draw) -> dict:
     if kind == "preference":
         return {"chosen": [*said[:-1], CHOSEN], "rejected": [*said[:-1], REJECTED], **extra}
     if kind == "calls":
-        arguments = draw(st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.none()))
-        said[-1] = called(draw(st.none() | st.just("id")), draw(st.sampled_from([arguments, json.dumps(arguments)])))
+        arguments = draw(
+            st.dictionaries(
+                st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.none()
+            )
+        )
+        said[-1] = called(
+            draw(st.none() | st.just("id")), draw(st.sampled_from([arguments, json.dumps(arguments)]))
+        )
         return {"messages": said, "tools": [TOOL], **extra}
     said[-1] |= {"learn": draw(st.none() | st.booleans()), "name": draw(st.none() | st.just("n"))}
     return {"messages": said, **extra}
@@ -393,15 +582,23 @@ def content(read: Read) -> list:
 
 
 @few
-@given(st.lists(sound_rows(), max_size=6), st.booleans(), st.sampled_from(["", "\ufeff"]), st.sampled_from([None, 1]))
+@given(
+    st.lists(sound_rows(), max_size=6),
+    st.booleans(),
+    st.sampled_from(["", "\ufeff"]),
+    st.sampled_from([None, 1]),
+)
 def test_lines_arrays_and_gzip_of_the_same_rows_are_the_same(tmp_path, rows, ascii_only, mark, indent):
     lines = mark + "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
     array = mark + json.dumps(rows, ensure_ascii=ascii_only, indent=indent) + "\n"
     reads = [
-        read_text(tmp_path, lines), read_text(tmp_path, array, "rows.json"), read_text(tmp_path, lines.rstrip("\n")),
-        read_text(tmp_path, gzip.compress(lines.encode()), "rows.jsonl.gz"), read_text(tmp_path, lines.replace("\n", "\r\n")),
+        read_text(tmp_path, lines),
+        read_text(tmp_path, array, "rows.json"),
+        read_text(tmp_path, lines.rstrip("\n")),
+        read_text(tmp_path, gzip.compress(lines.encode()), "rows.jsonl.gz"),
+        read_text(tmp_path, lines.replace("\n", "\r\n")),
         read_text(tmp_path, gzip.compress(array.encode()), "rows.json.gz"),
-    ]  # fmt: skip
+    ]
     assert [read.rows for read in reads] == [len(rows)] * len(reads)
     assert [read.dropped for read in reads] == [[]] * len(reads)
     assert all(content(read) == content(reads[0]) for read in reads)
@@ -429,7 +626,9 @@ def test_a_table_and_what_is_no_file_are_refused_at_once(tmp_path):
 
 
 def test_rows_of_an_array_have_the_line_they_start_on(tmp_path):
-    read = read_text(tmp_path, '\n[\n{"text":\n"a"},\n\n {"text": 3}\n,{"text": "b"}, {"text": "c"}\n]\n', "a.json")
+    read = read_text(
+        tmp_path, '\n[\n{"text":\n"a"},\n\n {"text": 3}\n,{"text": "b"}, {"text": "c"}\n]\n', "a.json"
+    )
     at = [item.source.partition("a.json:")[2] for item in (*read.examples, *read.dropped)]
     assert at == ["3", "7", "7:17", "6"] and read.dropped[0].raw == '{"text": 3}'
 
@@ -437,10 +636,17 @@ def test_rows_of_an_array_have_the_line_they_start_on(tmp_path):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("[\n{}\n{}]", 3), ("[{},\n]", 2), ("[{}]\n]", 2), ("[\n\n{]", 3), ("[", 1), ("[,{}]", 1), ("[{}", 1), ("[{},", 1),
+        ("[\n{}\n{}]", 3),
+        ("[{},\n]", 2),
+        ("[{}]\n]", 2),
+        ("[\n\n{]", 3),
+        ("[", 1),
+        ("[,{}]", 1),
+        ("[{}", 1),
+        ("[{},", 1),
         ("[\n" + "[" * 100_000, 2),
     ],
-)  # fmt: skip
+)
 def test_a_broken_array_is_refused_at_its_line(tmp_path, text, line):
     with pytest.raises(DataError) as caught:
         read_text(tmp_path, text, "a.json")
@@ -453,7 +659,13 @@ def test_a_line_separator_inside_text_ends_no_line(tmp_path):
 
 
 def test_a_folder_is_read_whole_by_name_without_hidden_files(tmp_path):
-    for name, text in {"b.jsonl": "b", "a/c.json": "c", ".hidden.jsonl": "h", ".git/x.json": "g", "notes.md": "n"}.items():
+    for name, text in {
+        "b.jsonl": "b",
+        "a/c.json": "c",
+        ".hidden.jsonl": "h",
+        ".git/x.json": "g",
+        "notes.md": "n",
+    }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps([{"text": text}]))
     read = formats.read([tmp_path], spec())
@@ -468,7 +680,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn.gz").write_bytes(gzip.compress(b'{"text": "a"}' * 100)[:-9])
     (tmp_path / "wide").write_text('{"text": "a"}', encoding="utf-16")
-    for name, problem in {"absent": "no such", "empty": "no data", "torn.gz": "damaged", "wide": "UTF-16"}.items():
+    for name, problem in {
+        "absent": "no such",
+        "empty": "no data",
+        "torn.gz": "damaged",
+        "wide": "UTF-16",
+    }.items():
         with pytest.raises(DataError, match=problem) as caught:
             formats.read([tmp_path / name], spec())
         assert caught.value.where == f"{tmp_path / name}" and caught.value.hint
@@ -480,7 +697,12 @@ def test_too_many_bad_rows_stop_with_the_first_twenty(tmp_path):
     with pytest.raises(DataError) as caught:
         formats.require(read, 0.29)
     text = str(caught.value)
-    assert "30 of 100 rows" in text and text.count("expected text") == 20 and "and 10 more" in text and "type 30" in text
+    assert (
+        "30 of 100 rows" in text
+        and text.count("expected text") == 20
+        and "and 10 more" in text
+        and "type 30" in text
+    )
     for empty in (read_text(tmp_path, ""), read_rows(tmp_path, {"x": 1})):
         with pytest.raises(DataError):
             formats.require(empty, 1.0)
@@ -496,7 +718,9 @@ def test_the_settings_take_one_path_and_refuse_bad_shares():
 def test_an_id_is_of_the_content_alone(tmp_path):
     row = {"messages": [USER, called(arguments={"a": 1, "b": 2})]}
     other = {"messages": [USER, called(arguments={"b": 2, "a": 1})]}
-    first, same, ordered, judged = read_rows(tmp_path, row, row | {"x": 1}, other, row | {"label": True}).examples
+    first, same, ordered, judged = read_rows(
+        tmp_path, row, row | {"x": 1}, other, row | {"label": True}
+    ).examples
     assert first.id == same.id and len({first.id, ordered.id, judged.id}) == 3
     assert len(first.id) == 16 and int(first.id, 16) >= 0
 
@@ -509,14 +733,18 @@ def asked(text: str, label: bool | None = None, answer: str = "a"):
     return Demonstration(conversation) if label is None else Judged(conversation, label)
 
 
-labelled = st.lists(st.tuples(st.integers(0, 12), st.sampled_from([True, False, None])), min_size=2, max_size=40)
+labelled = st.lists(
+    st.tuples(st.integers(0, 12), st.sampled_from([True, False, None])), min_size=2, max_size=40
+)
 
 
 @settings(max_examples=200, deadline=None)
 @given(labelled, st.floats(0.01, 0.99), st.integers(0, 9), st.randoms())
 def test_a_split_keeps_all_rows_and_no_prompt_on_both_sides(drawn, share, seed, random):
-    examples = [asked(f"Prompt  {number}" if at % 2 else f" pROMPT {number}", label, str(at))
-                for at, (number, label) in enumerate(drawn)]  # fmt: skip
+    examples = [
+        asked(f"Prompt  {number}" if at % 2 else f" pROMPT {number}", label, str(at))
+        for at, (number, label) in enumerate(drawn)
+    ]
     keys = Counter(map(formats.prompt_key, examples))
     if len(keys) == 1:
         with pytest.raises(DataError, match="one prompt"):
@@ -526,10 +754,14 @@ def test_a_split_keeps_all_rows_and_no_prompt_on_both_sides(drawn, share, seed, 
     assert train and valid
     order = {example.id: at for at, example in enumerate(examples)}
     places = [[order[example.id] for example in side] for side in (train, valid)]
-    assert places == [sorted(place) for place in places] and sorted([*places[0], *places[1]]) == list(range(len(examples)))
+    assert places == [sorted(place) for place in places] and sorted([*places[0], *places[1]]) == list(
+        range(len(examples))
+    )
     assert not {*map(formats.prompt_key, train)} & {*map(formats.prompt_key, valid)}
     shuffled = random.sample(examples, len(examples))
-    assert {example.id for example in formats.split(shuffled, share, seed)[1]} == {example.id for example in valid}
+    assert {example.id for example in formats.split(shuffled, share, seed)[1]} == {
+        example.id for example in valid
+    }
 
 
 @settings(max_examples=200, deadline=None)
@@ -538,7 +770,10 @@ def test_the_share_is_missed_by_no_more_than_half_the_largest_prompt(sizes, shar
     examples = [asked(str(number)) for number, size in enumerate(sizes) for _ in range(size)]
     _, valid = formats.split(examples, share, 0)
     wanted = share * len(examples)
-    forced = len({formats.prompt_key(example) for example in valid}) in (1, len(sizes) - 1)  # one on each side
+    forced = len({formats.prompt_key(example) for example in valid}) in (
+        1,
+        len(sizes) - 1,
+    )  # one on each side
     assert abs(len(valid) - wanted) <= max(sizes) / (1 if forced else 2) + 1e-6
 
 
@@ -546,7 +781,11 @@ def test_each_label_has_its_share_and_the_seed_decides_which():
     examples = [asked(str(at), (True, True, False, None)[at % 4]) for at in range(400)]
     sides = [formats.split(examples, 0.2, seed)[1] for seed in (1, 1, 2)]
     for valid in sides:
-        assert Counter(getattr(example, "desirable", None) for example in valid) == {True: 40, False: 20, None: 20}
+        assert Counter(getattr(example, "desirable", None) for example in valid) == {
+            True: 40,
+            False: 20,
+            None: 20,
+        }
     assert sides[0] == sides[1] and 5 < len({e.id for e in sides[0]} & {e.id for e in sides[2]}) < 40
     assert formats.split(examples, 0, 1) == (examples, [])
 
@@ -554,12 +793,23 @@ def test_each_label_has_its_share_and_the_seed_decides_which():
 def test_museum_17_twins_are_never_on_both_sides():
     """A row and its near twin in training and validation: seen everywhere."""
     twins = [
-        asked("What is 2 + 2?"), asked("what is  2 + 2?\n", True), asked("WHAT IS 2 + 2?", False, "b"),
-        Demonstration(Conversation((Message("system", "s"), Message("user", "What is 2 + 2?"), Message("assistant", "4"),
-                                    Message("user", "And 3?"), Message("assistant", "5")))),
+        asked("What is 2 + 2?"),
+        asked("what is  2 + 2?\n", True),
+        asked("WHAT IS 2 + 2?", False, "b"),
+        Demonstration(
+            Conversation(
+                (
+                    Message("system", "s"),
+                    Message("user", "What is 2 + 2?"),
+                    Message("assistant", "4"),
+                    Message("user", "And 3?"),
+                    Message("assistant", "5"),
+                )
+            )
+        ),
         Preference(asked("What is 2 + 2?").conversation, asked("What is 2 + 2?", answer="c").conversation),
         Completion("What is 2 + 2? ", "4"),
-    ]  # fmt: skip
+    ]
     twins += twins[:2]
     assert len(set(map(formats.prompt_key, twins))) == 1
     others = [asked(f"question {at}", (None, True, False)[at % 3]) for at in range(60)]
@@ -588,7 +838,12 @@ def test_prompts_are_exchanged_to_meet_the_share():
         ("glaive_toolcall_en_demo.json", {}, {"Demonstration": 300}, {}),
         ("kto_en_demo.json", {}, {"Judged": 300}, {}),
         ("reason_tool_use_demo_50.jsonl", {}, {}, {"reasoning": 50}),
-        ("reason_tool_use_demo_50.jsonl", {"reasoning": "think"}, {"Demonstration": 47}, {"unanswered_call": 3}),
+        (
+            "reason_tool_use_demo_50.jsonl",
+            {"reasoning": "think"},
+            {"Demonstration": 47},
+            {"unanswered_call": 3},
+        ),
     ],
 )
 def test_public_demo_files(data_dir, tmp_path, name, settings, kinds, dropped):
@@ -605,7 +860,9 @@ def test_the_reference_data_set(syngen):
     assert Counter(example.desirable for example in read.examples) == {True: 746, False: 254}
     assert sum("context" in example.metadata for example in read.examples) == 48
     raw = [json.loads(line) for line in syngen.read_text(encoding="utf-8").split("\n") if line]
-    assert [said(example) for example in read.examples] == [[tuple(m.values()) for m in row["conversations"]] for row in raw]
+    assert [said(example) for example in read.examples] == [
+        [tuple(m.values()) for m in row["conversations"]] for row in raw
+    ]
     train, valid = formats.split(read.examples, 0.2, 0)
     assert (len(train), Counter(example.desirable for example in valid)) == (800, {True: 149, False: 51})
     assert not {*map(formats.prompt_key, train)} & {*map(formats.prompt_key, valid)}

@@ -45,7 +45,8 @@ def test_the_rows_of_a_seed_never_change():
 
 
 def test_nothing_but_random_random_is_drawn(monkeypatch):
-    """What Python does not promise to keep (choice, shuffle, sample, …) is not used, nor is the global generator."""
+    """What Python does not promise to keep (choice, shuffle, sample, …) is not used, nor is the global
+    generator."""
 
     class OnlyRandom:
         def __init__(self, seed: int) -> None:

@@ -1,4 +1,5 @@
-"""What people see of a run: plain lines that cannot act on a terminal, few enough to read, and nothing left out."""
+"""What people see of a run: plain lines that cannot act on a terminal, few enough to read, and nothing left
+out."""
 
 from __future__ import annotations
 
@@ -24,21 +25,37 @@ MEMORY = {"resident": 3_100_000_000, "active": 2_000_000_000, "peak": 2_500_000_
 def step_done(step: int, at: float, *, seconds: float = 1.0) -> events.StepDone:
     stages = {"gradients": 0.75, "other": 0.25}
     return events.StepDone(
-        step, step / 10, 2.5, 500.0, 600, 1e-4, 0.75, step == 2, seconds, MEMORY, padding=0.125, stages=stages, at=at
-    )  # fmt: skip
+        step,
+        step / 10,
+        2.5,
+        500.0,
+        600,
+        1e-4,
+        0.75,
+        step == 2,
+        seconds,
+        MEMORY,
+        padding=0.125,
+        stages=stages,
+        at=at,
+    )
 
 
 def one_of_each(text: str) -> list[events.Event]:
     return [
         events.Notice(text, level="warning", count=3, where=text, hint=text),
-        events.RunStarted(text, 10, 5, 100, {"rows_read": 7, "rows_dropped": {text: 2}, "padding_share": 0.25}),
+        events.RunStarted(
+            text, 10, 5, 100, {"rows_read": 7, "rows_dropped": {text: 2}, "padding_share": 0.25}
+        ),
         events.Working(text, 3, 9),
         events.Resumed(4, 2, 100),
         step_done(2, 0.0),
         events.StepSkipped(3, "nan", "inf", [text, text], 1),
         events.Validated(5, 1.0, 2.718281828, 900.0, 12, 3.0, True),
         events.Sampled(5, text, text, text),
-        events.Growth(5, {text: 0.5}, {text: 0.25}, {text: 3.5}, {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 5.0]}),
+        events.Growth(
+            5, {text: 0.5}, {text: 0.25}, {text: 3.5}, {"edges": [-1.0, 0.0, 1.0], "counts": [3.0, 5.0]}
+        ),
         events.Saved(5, text, 2_000_000, 0.5),
         events.Probed(3, 2100, 4.0, MEMORY),
         events.RunEnded("stopped_early", 5, 61.0, text),
@@ -53,16 +70,25 @@ def test_every_kind_of_event_is_readable():
     assert kinds == {*events.KINDS.values(), events.Working}
     lines = [console.readable(event) for event in one_of_each("x")]
     assert lines[0] == "warning: x: x (×3) · hint: x"
-    assert lines[1] == ("run x: 10 updates · 5 of 100 weights train · rows_read 7 · rows_dropped (x 2) · padding_share 0.25")
+    assert lines[1] == (
+        "run x: 10 updates · 5 of 100 weights train · rows_read 7 · rows_dropped (x 2) · padding_share 0.25"
+    )
     assert lines[4] == (
         "step 2 · epoch 0.20 · loss 2.5000 · learning rate 0.0001 · gradient norm 0.75 clipped · speed 500 learned tokens/s"
         " · memory 3.10 GB resident, 2.00 GB active, 2.50 GB peak"
     )
     assert lines[5] == "warning: step 3 skipped, loss nan, gradient norm inf (1 in a row) · rows x, x"
-    assert lines[6] == ("validation at step 5: loss 1.0000 · perplexity 2.718 · 12 rows, 900 learned tokens in 3 s · best so far")
-    assert lines[10] == "largest micro-batch: 3 rows, 2,100 tokens · 4 s · memory 3.10 GB resident, 2.00 GB active, 2.50 GB peak"
+    assert lines[6] == (
+        "validation at step 5: loss 1.0000 · perplexity 2.718 · 12 rows, 900 learned tokens in 3 s · best so far"
+    )
+    assert (
+        lines[10]
+        == "largest micro-batch: 3 rows, 2,100 tokens · 4 s · memory 3.10 GB resident, 2.00 GB active, 2.50 GB peak"
+    )
     assert lines[11] == "stopped early at step 5 after 1 m 01 s: x"
-    assert lines[8] == "growth at step 5: 1 weights, largest 0.5 in x · 25.00% of its base · effective rank 3.5"
+    assert (
+        lines[8] == "growth at step 5: 1 weights, largest 0.5 in x · 25.00% of its base · effective rank 3.5"
+    )
     assert lines[12:] == [
         "weights at step 5: largest gradient 3 in x · largest update 25.00% of its weight in x",
         "rows of step 5: 1, highest loss 1.5000 nats a token at x",
@@ -77,7 +103,8 @@ def test_no_text_of_the_data_reaches_the_terminal_as_a_command(text):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 m 00 s"), (185, "3 m 05 s"), (7620, "2 h 07 m"), (-3, "0 s")]
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 m 00 s"), (185, "3 m 05 s"), (7620, "2 h 07 m"), (-3, "0 s")],
 )
 def test_durations(seconds, text):
     assert console.duration(seconds) == text
@@ -96,18 +123,23 @@ def test_plain_lines_are_few_and_everything_but_updates_is_shown():
     log += [step_done(step, float(step)) for step in range(1, 101)]
     quiet = (*console.OF_UPDATES, events.Working, events.RunStarted)
     others = [event for event in one_of_each("x") if not isinstance(event, quiet)]
-    log[60:60] = [event for event in one_of_each("x") if isinstance(event, events.Instruments | events.RowLosses)]
+    log[60:60] = [
+        event for event in one_of_each("x") if isinstance(event, events.Instruments | events.RowLosses)
+    ]
     log[50:50] = [dataclasses.replace(event, at=50.0) for event in others]
     lines = plain(log, every=10.0)
     steps = [int(match[1]) for line in lines if (match := re.match(r"step (\d+)/100 ", line))]
     assert steps == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
-    assert [line for line in lines if not line.startswith("step ")] == [console.readable(event) for event in [log[0], *others]]
+    assert [line for line in lines if not line.startswith("step ")] == [
+        console.readable(event) for event in [log[0], *others]
+    ]
     assert "\x1b" not in "".join(lines)
     assert lines[2].endswith("1 m 29 s to go")
 
 
 def test_time_to_go_counts_this_session_only_and_includes_validation():
-    # Resumed after 50; ten updates of one second and ten seconds of validation leave 40 updates of two seconds.
+    # Resumed after 50; ten updates of one second and ten seconds of validation leave 40 updates of two
+    # seconds.
     log = [step_done(50 + index, 1000.0 + 2 * index - 1) for index in range(1, 11)]
     log[-1] = dataclasses.replace(log[-1], at=1020.0)
     log[0] = dataclasses.replace(log[0], at=1001.0)
@@ -121,7 +153,10 @@ def test_other_work_is_silent_at_first_then_tells_rate_and_end():
     assert plain([work(0.0, 0), work(1.0, 60), work(1.9, 100)]) == []
     lines = plain([work(0.0, 0), *(work(float(at), 10 * at) for at in range(1, 11))])
     assert lines[0].startswith("rendering: 30 of 100 · 10.0/s · 7 s to go, ends ")
-    assert [line.split(" ·")[0] for line in lines[1:]] == ["rendering: 80 of 100", "rendering: 100 of 100 in 10 s"]
+    assert [line.split(" ·")[0] for line in lines[1:]] == [
+        "rendering: 80 of 100",
+        "rendering: 100 of 100 in 10 s",
+    ]
     # The same label again is new work, with its own quiet time.
     assert len(plain([work(0.0, 0), work(10.0, 100), work(20.0, 5), work(21.0, 10)])) == 1
     # What was done before the first word of it has no known duration.
@@ -187,15 +222,30 @@ RUN: list[events.Event] = [
 
 def test_the_panel_shows_all_that_is_asked_for(monkeypatch):
     seen = COLOUR.sub("", on_terminal(RUN, monkeypatch))
-    for words in ("step", "4/10", "epoch 0.40", "to go", "━", "2.5000", "2.0000 at step 2, from 3.0000 at step 0", "0.0001",
-                  "0.75", "500 learned tokens/s", "3.10 GB resident, 2.00 GB active, 2.50 GB peak"):  # fmt: skip
+    for words in (
+        "step",
+        "4/10",
+        "epoch 0.40",
+        "to go",
+        "━",
+        "2.5000",
+        "2.0000 at step 2, from 3.0000 at step 0",
+        "0.0001",
+        "0.75",
+        "500 learned tokens/s",
+        "3.10 GB resident, 2.00 GB active, 2.50 GB peak",
+    ):
         assert words in seen, words
     assert "warning: [bold]careful[/bold]" in seen  # shown as it is, not as markup
     assert "validation at step 2" in seen
 
 
 def test_the_last_panel_of_a_run_that_ended_promises_nothing(monkeypatch):
-    log = [*RUN, *(events.Working("validating", done, 9, at=10.0 * done) for done in (1, 2)), events.RunEnded("failed", 4, 9.0)]
+    log = [
+        *RUN,
+        *(events.Working("validating", done, 9, at=10.0 * done) for done in (1, 2)),
+        events.RunEnded("failed", 4, 9.0),
+    ]
     last = COLOUR.sub("", on_terminal(log, monkeypatch)).rpartition("╭")[2]
     assert "4/10" in last and "to go" not in last and "validating" not in last
 

@@ -1,4 +1,5 @@
-"""A prompt that several answers share is computed once, and gives what each answer with its own copy gives."""
+"""A prompt that several answers share is computed once, and gives what each answer with its own copy
+gives."""
 
 from __future__ import annotations
 
@@ -25,8 +26,12 @@ def net(tiny_model) -> nn.Module:
     net = model.load(model.ModelSpec(path=str(tiny_model))).net
     adapters.LoRA(rank=4, dropout=0.3).attach(net, 0)
     random = np.random.default_rng(0)
-    # Not of unit size: such an adapter makes of the rounding of one kernel or another more than what is looked for.
-    drawn = [(key, mx.array(random.normal(0, 0.3, value.shape), mx.float32)) for key, value in adapters.trainable(net).items()]
+    # Not of unit size: such an adapter makes of the rounding of one kernel or another more than what is
+    # looked for.
+    drawn = [
+        (key, mx.array(random.normal(0, 0.3, value.shape), mx.float32))
+        for key, value in adapters.trainable(net).items()
+    ]
     net.load_weights(drawn, strict=False)
     return net
 
@@ -40,7 +45,9 @@ def answers(prompts: list[int], each: int, seed: int) -> list[Group]:
         rows = []
         for _ in range(each):
             said = random.integers(1, 90, random.integers(1, 9))
-            weights = np.where(np.arange(length + len(said)) < length, 0, random.random(length + len(said)) + 0.1)
+            weights = np.where(
+                np.arange(length + len(said)) < length, 0, random.random(length + len(said)) + 0.1
+            )
             rows.append(Tokens(np.concatenate([asked, said]).astype(np.int32), weights.astype(np.float32)))
         made += [Group(tuple(rows[:2]), ""), *(Group((row,), "") for row in rows[2:])]
     random.shuffle(made)  # type: ignore[arg-type]
@@ -51,7 +58,9 @@ def flat(sums: list[list[tuple[float, float]]]) -> np.ndarray:
     return np.array([pair for group in sums for pair in group])
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 4), st.booleans(), st.integers(0, 99)
+)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_shared_prompt_changes_nothing(net, prompts, each, pack, seed):
     groups = answers(prompts, each, seed)

@@ -1,4 +1,5 @@
-"""Before against after: what must not matter does not, nothing is measured twice, and nothing unlike is held together."""
+"""Before against after: what must not matter does not, nothing is measured twice, and nothing unlike is held
+together."""
 
 from __future__ import annotations
 
@@ -68,12 +69,28 @@ def run(trained, tmp_path) -> Path:
 
 
 def measured(
-    run: Path, *, tasks=ROWS_ONLY, data=(), base=True, fresh=False, notify=events.silent, checkpoint="best", model=None, **options
+    run: Path,
+    *,
+    tasks=ROWS_ONLY,
+    data=(),
+    base=True,
+    fresh=False,
+    notify=events.silent,
+    checkpoint="best",
+    model=None,
+    **options,
 ):
     found = evaluation.evaluate(
-        Run.open(run), tasks=tasks, data=data, base=base, fresh=fresh, notify=notify, checkpoint=checkpoint, model=model,
+        Run.open(run),
+        tasks=tasks,
+        data=data,
+        base=base,
+        fresh=fresh,
+        notify=notify,
+        checkpoint=checkpoint,
+        model=model,
         spec=EvaluationSpec(**{"max_tokens": 12} | options),
-    )  # fmt: skip
+    )
     assert found is not None
     return found
 
@@ -132,7 +149,10 @@ def test_ranks_change_no_score(run, tmp_path):
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         assert len(lines) == 1, "only the first rank speaks"
         found = json.loads(lines[0])["scores"]
-        return {(one["task"], one["name"], one["part"]): (one["value"], one["base"], one["n"], one["verdict"]) for one in found}
+        return {
+            (one["task"], one["name"], one["part"]): (one["value"], one["base"], one["n"], one["verdict"])
+            for one in found
+        }
 
     whole = together()
     assert_alike(alone, whole)
@@ -165,11 +185,15 @@ def test_tasks_that_ask_the_same_share_the_answer(run, monkeypatch):
     scored: list[int] = []
     sums = scoring.sequence_sums
     monkeypatch.setattr(
-        scoring, "sequence_sums", lambda net, groups, *rest: scored.append(len(groups)) or sums(net, groups, *rest)
+        scoring,
+        "sequence_sums",
+        lambda net, groups, *rest: scored.append(len(groups)) or sums(net, groups, *rest),
     )
     asked: list[int] = []
     speak = model.generate
-    monkeypatch.setattr(model, "generate", lambda net, ids, **options: asked.append(len(ids)) or speak(net, ids, **options))
+    monkeypatch.setattr(
+        model, "generate", lambda net, ids, **options: asked.append(len(ids)) or speak(net, ids, **options)
+    )
     found = measured(run)
     assert {one.task for one in found.scores} == set(ROWS_ONLY)
     rows = len((run / "data" / "valid.jsonl").read_text().splitlines())
@@ -218,7 +242,9 @@ def test_another_adapter_is_another_measurement(run, tiny_model, tmp_path, cache
     tunesmith.train(tunesmith.configure(model=str(tiny_model), data=[str(data)], sets=sets), out=other)
     assert checkpoint != Run.open(other).choose()
     measured(other)
-    assert len(list((cache / "evaluations").iterdir())) == known + 4, "the base is known, four tuned sides are not"
+    assert len(list((cache / "evaluations").iterdir())) == known + 4, (
+        "the base is known, four tuned sides are not"
+    )
 
 
 @pytest.mark.parametrize("other", ["model.quantize=4", "model.dtype=float16"])
@@ -226,7 +252,9 @@ def test_a_base_that_is_held_otherwise_is_another_base(run, tiny_model, tmp_path
     measured(run, tasks=["perplexity"])
     data = tiny.write_rows(tmp_path / "rows.jsonl", rows(40))
     sets = ["loop.steps=1", "batch.sequences=4", "loop.samples=0", "adapter.rank=4", "data.valid=0.5", other]
-    tunesmith.train(tunesmith.configure(model=str(tiny_model), data=[str(data)], sets=sets), out=tmp_path / "other")
+    tunesmith.train(
+        tunesmith.configure(model=str(tiny_model), data=[str(data)], sets=sets), out=tmp_path / "other"
+    )
     measured(tmp_path / "other", tasks=["perplexity"])
     assert len(list((cache / "evaluations").iterdir())) == 4
 
@@ -256,10 +284,16 @@ def test_other_questions_stand_beside(run, tmp_path):
     assert len(examples(run)) == 3
     own = next(run.glob("evals/tool_calls@?"))
     old = json.loads((own / "score.json").read_text())
-    old |= {"version": "1", "at": 0.0, "scores": [one | {"version": "1", "value": 0.123} for one in old["scores"]]}
+    old |= {
+        "version": "1",
+        "at": 0.0,
+        "scores": [one | {"version": "1", "value": 0.123} for one in old["scores"]],
+    }
     shutil.copytree(own, own.with_name("tool_calls@1"))
     (own.with_name("tool_calls@1") / "score.json").write_text(json.dumps(old))
-    assert all(one.value != 0.123 and one.version != "1" for one in measured(run, tasks=["tool_calls"]).scores)
+    assert all(
+        one.value != 0.123 and one.version != "1" for one in measured(run, tasks=["tool_calls"]).scores
+    )
 
 
 def test_named_rows_are_told_apart_from_those_of_training(run, tmp_path, monkeypatch):
@@ -268,7 +302,11 @@ def test_named_rows_are_told_apart_from_those_of_training(run, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     shutil.copy(trained, tmp_path / "copy.jsonl")
     shutil.copy(run / "data" / "valid.jsonl", tmp_path / "new.jsonl")
-    for names, unseen in ((["copy.jsonl"], False), (["new.jsonl"], True), (["new.jsonl", "copy.jsonl"], False)):
+    for names, unseen in (
+        (["copy.jsonl"], False),
+        (["new.jsonl"], True),
+        (["new.jsonl", "copy.jsonl"], False),
+    ):
         measured(run, tasks=["perplexity"], data=names, limit=3)
         newest = max(run.glob("evals/*/score.json"), key=lambda path: path.stat().st_mtime_ns)
         about = json.loads(newest.read_text())
@@ -285,7 +323,10 @@ def test_files_of_held_out_rows_are_not_trained_on(run, tmp_path):
     files = {str(tmp_path / name): name for name in ("train.jsonl", "valid.jsonl", "folder/more.jsonl")}
     for train, learned in ((["train.jsonl"], {"train.jsonl"}), (["folder"], {"folder/more.jsonl"})):
         split = SimpleNamespace(data=SimpleNamespace(train=tuple(str(tmp_path / name) for name in train)))
-        assert evaluation._learned(SimpleNamespace(config=split, manifest={"hashes": {"data": files}})) == learned
+        assert (
+            evaluation._learned(SimpleNamespace(config=split, manifest={"hashes": {"data": files}}))
+            == learned
+        )
     assert evaluation._learned(opened) == {*opened.manifest["hashes"]["data"].values()}
 
 
@@ -302,10 +343,16 @@ def test_what_stands_on_disk_says_what_it_is_of(run):
     for path in run.glob("evals/*/score.json"):
         found = json.loads(path.read_text())
         assert path.parent.name == f"{found['task']}@{found['version']}" and found["checkpoint"] == "000004"
-        assert found["data"] == "data/valid.jsonl" and found["settings"]["max_tokens"] == 12 and len(found["identity"]) == 16
+        assert (
+            found["data"] == "data/valid.jsonl"
+            and found["settings"]["max_tokens"] == 12
+            and len(found["identity"]) == 16
+        )
         assert found["family"] == [] and len(found["base"]) == 16
         rows = [json.loads(line) for line in (path.parent / "examples.jsonl").read_text().splitlines()]
-        assert len(rows) == found["n"] and all({"base", "tuned", "change", "prompt"} <= row.keys() for row in rows)
+        assert len(rows) == found["n"] and all(
+            {"base", "tuned", "change", "prompt"} <= row.keys() for row in rows
+        )
         assert {row["change"] for row in rows} <= {"improved", "unchanged", "regressed", None}
 
 
@@ -329,7 +376,9 @@ def test_what_was_asked_otherwise_is_a_family_of_its_own(run):
     few = measured(run, tasks=["perplexity", "preference"], limit=9)
     assert {path: path.read_bytes() for path in before} == before
     headlines = [one for one in few.scores if one.headline and one.p is not None]
-    assert len(headlines) > 1 and headlines[0].p_corrected == pytest.approx(evaluation.judge(headlines)[0].p_corrected)
+    assert len(headlines) > 1 and headlines[0].p_corrected == pytest.approx(
+        evaluation.judge(headlines)[0].p_corrected
+    )
 
 
 def test_a_model_that_was_moved_is_asked_where_it_lies_now(run, tiny_model, tmp_path):
@@ -341,7 +390,9 @@ def test_a_model_that_was_moved_is_asked_where_it_lies_now(run, tiny_model, tmp_
     before = numbers(measured(run, tasks=["tool_calls"]))
     pointed(tmp_path / "gone")
     for ask in (lambda: tunesmith.evaluate(run), lambda: tunesmith.generate(run, ["hello"])):
-        with pytest.raises(errors.ModelError, match=r"gone: the model of this run is not there any more\n.*--model PATH"):
+        with pytest.raises(
+            errors.ModelError, match=r"gone: the model of this run is not there any more\n.*--model PATH"
+        ):
             ask()
     assert numbers(measured(run, tasks=["tool_calls"], model=str(tiny_model))) == before
     assert len(tunesmith.generate(run, ["hello"], model=str(tiny_model), max_tokens=4)) == 1
@@ -358,14 +409,18 @@ def test_the_base_against_itself_shows_no_difference(run):
     import mlx.core as mx
 
     tensors = mx.load(str(net / "adapters.safetensors"))
-    still = {name: mx.zeros_like(value) if name.endswith("lora_b") else value for name, value in tensors.items()}
+    still = {
+        name: mx.zeros_like(value) if name.endswith("lora_b") else value for name, value in tensors.items()
+    }
     mx.save_safetensors(str(net / "adapters.safetensors"), still, {"format": "mlx"})
     cursor = json.loads((net / "cursor.json").read_text())
     cursor["sha256"]["adapters.safetensors"] = evaluation.sha256(net / "adapters.safetensors")
     (net / "cursor.json").write_text(json.dumps(cursor))
     found = measured(run, tasks=["perplexity", "adherence", "tool_calls"])
     assert {one.delta for one in found.scores} == {0.0}
-    assert {one.verdict for one in found.scores if one.p is not None and one.better} == {"no difference shown"}
+    assert {one.verdict for one in found.scores if one.p is not None and one.better} == {
+        "no difference shown"
+    }
     assert {row["change"] for of in examples(run).values() for row in of} <= {"unchanged", None}
 
 
@@ -373,7 +428,10 @@ def test_the_base_against_itself_shows_no_difference(run):
     ("options", "told"),
     [
         ({"tasks": ["perplexityy"]}, "no task is called 'perplexityy'"),
-        ({"tasks": ["drift.safety"]}, r"no task is called 'drift.safety'(.|\n)*it is part of drift: --task drift"),
+        (
+            {"tasks": ["drift.safety"]},
+            r"no task is called 'drift.safety'(.|\n)*it is part of drift: --task drift",
+        ),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokenz": 3}, "max_tokenz"),
         ({"tasks": ["preference"], "base": False}, "nothing could be measured"),

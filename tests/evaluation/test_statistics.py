@@ -1,4 +1,5 @@
-"""Laws of the statistics: intervals hold what they promise, p values are what they say, and no order or cut changes a number."""
+"""Laws of the statistics: intervals hold what they promise, p values are what they say, and no order or cut
+changes a number."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def scored(values, sources=None, units=None) -> list[ExampleScore]:
     sources = range(len(values)) if sources is None else sources
     units = np.ones(len(values)) if units is None else units
     return [
-        ExampleScore(f"x:{source}", float(value), float(unit)) for source, value, unit in zip(sources, values, units, strict=True)
+        ExampleScore(f"x:{source}", float(value), float(unit))
+        for source, value, unit in zip(sources, values, units, strict=True)
     ]
 
 
@@ -53,7 +55,8 @@ def first(base, tuned, seed: int = 0, task: Task = Plain()) -> Score:  # noqa: B
     return summarise(task, base, tuned, seed)[0]
 
 
-# --- what intervals and p values promise ------------------------------------------------------------------------------
+# --- what intervals and p values promise
+# ------------------------------------------------------------------------------
 
 
 def normal(chance, n, gain):
@@ -72,7 +75,12 @@ def clustered(chance, n, gain):
     turns = chance.integers(1, 4, n)
     sources = np.repeat(np.arange(n), turns)
     base = chance.normal(0, 2, len(sources))
-    return base, base + gain + np.repeat(chance.normal(0, 1, n), turns) + chance.normal(0, 0.5, len(sources)), sources, None
+    return (
+        base,
+        base + gain + np.repeat(chance.normal(0, 1, n), turns) + chance.normal(0, 0.5, len(sources)),
+        sources,
+        None,
+    )
 
 
 def weighted(chance, n, gain):
@@ -121,7 +129,13 @@ def test_two_noisy_measurements_of_the_same_show_no_difference_in_95_of_100_data
 def test_a_model_against_itself_shows_no_difference():
     values = scored(np.random.default_rng(0).normal(size=30))
     found = judge([first(values, values)])[0]
-    assert (found.delta, found.delta_low, found.delta_high, found.p, found.sources) == (0, 0, 0, 1, (0, 30, 0))
+    assert (found.delta, found.delta_low, found.delta_high, found.p, found.sources) == (
+        0,
+        0,
+        0,
+        1,
+        (0, 30, 0),
+    )
     assert found.verdict == "no difference shown"
 
 
@@ -165,7 +179,9 @@ def test_the_interval_is_the_one_that_theory_gives():
 def test_the_difference_is_paired():
     """A constant gain on very unlike rows: an unpaired interval would be wide and cross zero."""
     base = list(np.random.default_rng(1).normal(0.0, 10.0, 60))
-    tuned = [value + gain for value, gain in zip(base, np.random.default_rng(2).normal(1.0, 0.1, 60), strict=True)]
+    tuned = [
+        value + gain for value, gain in zip(base, np.random.default_rng(2).normal(1.0, 0.1, 60), strict=True)
+    ]
     found = first(scored(base), scored(tuned))
     assert found.delta == pytest.approx(np.mean(tuned) - np.mean(base))
     assert 0.9 < found.delta_low < found.delta < found.delta_high < 1.1
@@ -188,7 +204,8 @@ def test_all_turns_of_a_source_count_by_their_weight():
     assert found.delta == pytest.approx(np.average(tuned - base, weights=units))
 
 
-# --- yes or no --------------------------------------------------------------------------------------------------------
+# --- yes or no
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(gained, lost) for gained in range(8) for lost in range(7)])
@@ -214,10 +231,14 @@ def test_p_of_yes_or_no_is_mcnemars_whatever_the_unchanged(pairs):
 @pytest.mark.parametrize("n", [20, 60])
 def test_the_interval_of_a_paired_share_covers_by_full_enumeration(n, up, down):
     """Every table of n answers with its chance."""
-    tables = np.array([(gained, lost, n - gained - lost) for gained in range(n + 1) for lost in range(n + 1 - gained)])
+    tables = np.array(
+        [(gained, lost, n - gained - lost) for gained in range(n + 1) for lost in range(n + 1 - gained)]
+    )
     chances = multinomial(n, [up, down, 1 - up - down]).pmf(tables)
     ends = [paired(int(gained), int(lost), n) for gained, lost, _ in tables]
-    covered = sum(chance for chance, (low, high) in zip(chances, ends, strict=True) if low <= up - down <= high)
+    covered = sum(
+        chance for chance, (low, high) in zip(chances, ends, strict=True) if low <= up - down <= high
+    )
     assert 0.94 <= covered <= 0.98
 
 
@@ -229,27 +250,41 @@ def test_answers_that_are_not_alone_or_weigh_unlike_are_bootstrapped():
         assert 0 <= found.delta_low < found.delta < found.delta_high <= 1
 
 
-# --- many at once -----------------------------------------------------------------------------------------------------
+# --- many at once
+# -----------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from([0.0, 0.001, 0.01, 0.0125, 0.02, 0.05, 0.3, 1.0]) | st.floats(0, 1), max_size=6))
+@given(
+    st.lists(st.sampled_from([0.0, 0.001, 0.01, 0.0125, 0.02, 0.05, 0.3, 1.0]) | st.floats(0, 1), max_size=6)
+)
 def test_holm_is_the_closed_test_by_bonferroni(ps):
-    """Brute force: the largest Bonferroni p of all sets of hypotheses that hold this one (Marcus, Peritz and Gabriel 1976)."""
+    """Brute force: the largest Bonferroni p of all sets of hypotheses that hold this one (Marcus, Peritz and
+    Gabriel 1976)."""
     sets = [some for size in range(1, len(ps) + 1) for some in itertools.combinations(range(len(ps)), size)]
-    expected = [max(min(1.0, len(some) * min(ps[at] for at in some)) for some in sets if one in some) for one in range(len(ps))]
+    expected = [
+        max(min(1.0, len(some) * min(ps[at] for at in some)) for some in sets if one in some)
+        for one in range(len(ps))
+    ]
     assert holm(ps) == pytest.approx(expected)
 
 
 def judged_alone(p: float | None, delta: float = 1.0, **more) -> Score:
-    return Score("t", "1", "s", 1.0, None, None, 9, delta=delta, p=p, **({"better": "higher", "headline": True} | more))
+    return Score(
+        "t", "1", "s", 1.0, None, None, 9, delta=delta, p=p, **({"better": "higher", "headline": True} | more)
+    )
 
 
 def test_headlines_are_one_family_and_the_rest_another():
     scores = [
-        judged_alone(0.02), judged_alone(0.04), judged_alone(0.001, headline=False), judged_alone(0.03, better=None),
-        judged_alone(None), judged_alone(0.02, headline=False), judged_alone(0.02, headline=False),
-    ]  # fmt: skip
+        judged_alone(0.02),
+        judged_alone(0.04),
+        judged_alone(0.001, headline=False),
+        judged_alone(0.03, better=None),
+        judged_alone(None),
+        judged_alone(0.02, headline=False),
+        judged_alone(0.02, headline=False),
+    ]
     found = judge(scores)
     assert [one.p_corrected for one in found] == [0.04, 0.04, 0.003, None, None, 0.04, 0.04]
     assert [replace(one, p_corrected=None, verdict=None) for one in found] == scores
@@ -260,11 +295,15 @@ def test_headlines_are_one_family_and_the_rest_another():
 @pytest.mark.parametrize(
     ("better", "delta", "p", "verdict"),
     [
-        ("higher", 1.0, 0.01, "improved"), ("higher", -1.0, 0.01, "regressed"),
-        ("lower", 1.0, 0.01, "regressed"), ("lower", -1.0, 0.01, "improved"),
-        ("lower", -1.0, 0.05, "no difference shown"), ("higher", 0.0, 0.01, "no difference shown"), (None, 1.0, 0.01, None),
+        ("higher", 1.0, 0.01, "improved"),
+        ("higher", -1.0, 0.01, "regressed"),
+        ("lower", 1.0, 0.01, "regressed"),
+        ("lower", -1.0, 0.01, "improved"),
+        ("lower", -1.0, 0.05, "no difference shown"),
+        ("higher", 0.0, 0.01, "no difference shown"),
+        (None, 1.0, 0.01, None),
     ],
-)  # fmt: skip
+)
 def test_which_way_is_good_decides_the_verdict(better, delta, p, verdict):
     assert judge([judged_alone(p, delta, better=better)])[0].verdict == verdict
 
@@ -276,12 +315,15 @@ def test_each_source_is_improved_unchanged_or_regressed(better, sources):
     assert first(scored(base), scored(tuned), task=task).sources == sources
     said = [change(task.statistics[0], *pair) for pair in zip(base, tuned, strict=True)]
     assert Counter(said) == (
-        {None: 5} if sources is None else dict(zip(("improved", "unchanged", "regressed"), sources, strict=True))
+        {None: 5}
+        if sources is None
+        else dict(zip(("improved", "unchanged", "regressed"), sources, strict=True))
     )
     assert change(task.statistics[0], None, 1.0) is None
 
 
-# --- targets ----------------------------------------------------------------------------------------------------------
+# --- targets
+# ----------------------------------------------------------------------------------------------------------
 
 NOISE = np.random.default_rng(5).normal(0, 1, 50)
 
@@ -289,11 +331,17 @@ NOISE = np.random.default_rng(5).normal(0, 1, 50)
 @pytest.mark.parametrize(
     ("target", "gain", "met"),
     [
-        (Target(share=0.95), 0.0, True), (Target(share=0.95), -3.0, False), (Target(share=0.95), -0.5, None),
-        (Target(change=1.0), 0.0, True), (Target(change=1.0), 3.0, False), (Target(change=1.0), -3.0, False),
-        (Target(change=1.0), 1.0, None), (Target(change=1.0), -1.0, None), (None, 0.0, None),
+        (Target(share=0.95), 0.0, True),
+        (Target(share=0.95), -3.0, False),
+        (Target(share=0.95), -0.5, None),
+        (Target(change=1.0), 0.0, True),
+        (Target(change=1.0), 3.0, False),
+        (Target(change=1.0), -3.0, False),
+        (Target(change=1.0), 1.0, None),
+        (Target(change=1.0), -1.0, None),
+        (None, 0.0, None),
     ],
-)  # fmt: skip
+)
 def test_a_target_is_met_missed_or_not_shown(target, gain, met):
     """Of a base of 10: at least 9.5, or within 1."""
     base = 10 + np.roll(NOISE, 1)
@@ -309,7 +357,8 @@ def test_that_no_answer_changed_shows_less_of_few(n, met):
     assert first(same, same, task=Plain(share=True, target=Target(share=0.95))).met is met
 
 
-# --- no order and no cut changes anything -----------------------------------------------------------------------------
+# --- no order and no cut changes anything
+# -----------------------------------------------------------------------------
 
 
 @settings(max_examples=30, deadline=None)
@@ -358,7 +407,8 @@ def test_parts_are_scored_as_if_they_were_alone():
     assert [score.part for score in summarise(Plain(), side(0, "aaa"), side(1, "aaa"), 0)] == [None]
 
 
-# --- degenerate -------------------------------------------------------------------------------------------------------
+# --- degenerate
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_degenerate_cases_say_so():
@@ -374,18 +424,28 @@ def test_degenerate_cases_say_so():
     assert 0.7 < moved.delta_low < 0.9 and moved.delta_high == 1.0
     assert PAIRED in str(moved.note)
     apart = first(scored([0.0] * 20), scored([2.0] * 20))
-    assert (apart.delta, apart.delta_low, apart.delta_high, apart.note) == (2.0, 2.0, 2.0, f"{ALIKE}; difference: {ALIKE}")
+    assert (apart.delta, apart.delta_low, apart.delta_high, apart.note) == (
+        2.0,
+        2.0,
+        2.0,
+        f"{ALIKE}; difference: {ALIKE}",
+    )
     assert apart.p < 0.01
     shifted = first(scored(NOISE), scored(NOISE + 2))
     assert (shifted.delta_low, shifted.delta_high) == (pytest.approx(2.0), pytest.approx(2.0))
     single = summarise(
-        Perplexity(), Perplexity().score([RowLoss("x:1", 4.0, 2.0)]), Perplexity().score([RowLoss("x:1", 2.0, 2.0)]), seed=0
+        Perplexity(),
+        Perplexity().score([RowLoss("x:1", 4.0, 2.0)]),
+        Perplexity().score([RowLoss("x:1", 2.0, 2.0)]),
+        seed=0,
     )[1]
     assert (single.value, single.low, single.high) == (1.0, None, None)
     assert (single.delta, single.delta_low, single.delta_high, single.n) == (-1.0, None, None, 1)
     assert ONE in str(single.note)
     assert (single.p, single.test, judge([single])[0].verdict) == (None, None, None)
-    same = summarise(Perplexity(), None, Perplexity().score([RowLoss("x:1", 4.0, 4.0), RowLoss("x:2", 2.0, 2.0)]), seed=0)[1]
+    same = summarise(
+        Perplexity(), None, Perplexity().score([RowLoss("x:1", 4.0, 4.0), RowLoss("x:2", 2.0, 2.0)]), seed=0
+    )[1]
     assert (same.low, same.high, same.note) == (1.0, 1.0, ALIKE)
 
 

@@ -1,8 +1,8 @@
-"""Writes adapters.safetensors: output and gradients of one linear layer under PEFT's LoRA and DoRA, with and without bias.
+"""Writes adapters.safetensors: output and gradients of one linear layer under PEFT's LoRA and DoRA, with and
+without bias.
 
-Run with the parity extra: ``python tests/goldens/make_adapters.py``. The versions are in the file's metadata. The test that
-reads it (tests/test_adapters.py) needs no torch.
-"""
+Run with the parity extra: ``python tests/goldens/make_adapters.py``. The versions are in the file's metadata.
+The test that reads it (tests/test_adapters.py) needs no torch."""
 
 from __future__ import annotations
 
@@ -22,18 +22,25 @@ CASES = {
 
 
 def values() -> dict[str, np.ndarray]:
-    """Weights, adapter, input x (2, 3, in) and the cotangent of the output (2, 3, out), in tunesmith's layout."""
+    """Weights, adapter, input x (2, 3, in) and the cotangent of the output (2, 3, out), in tunesmith's
+    layout."""
     random = np.random.Generator(np.random.PCG64(11))
     shapes = {
-        "weight": (OUTPUTS, INPUTS), "bias": (OUTPUTS,), "lora_a": (INPUTS, RANK), "lora_b": (RANK, OUTPUTS),
-        "m": (OUTPUTS,), "x": (2, 3, INPUTS), "cotangent": (2, 3, OUTPUTS),
-    }  # fmt: skip
+        "weight": (OUTPUTS, INPUTS),
+        "bias": (OUTPUTS,),
+        "lora_a": (INPUTS, RANK),
+        "lora_b": (RANK, OUTPUTS),
+        "m": (OUTPUTS,),
+        "x": (2, 3, INPUTS),
+        "cotangent": (2, 3, OUTPUTS),
+    }
     drawn = {name: random.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
     return drawn | {"m": np.abs(drawn["m"]) + 1}
 
 
 def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """``case/y`` and the gradients ``case/x``, ``case/lora_a``, ``case/lora_b``, ``case/m``; the versions that gave them."""
+    """``case/y`` and the gradients ``case/x``, ``case/lora_a``, ``case/lora_b``, ``case/m``; the versions
+    that gave them."""
     import peft
     import torch
 
@@ -42,7 +49,12 @@ def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
     for case, (kind, bias, stabilised) in CASES.items():
         linear = torch.nn.Linear(INPUTS, OUTPUTS, bias=bias)
         settings = peft.LoraConfig(
-            r=RANK, lora_alpha=ALPHA, use_dora=kind == "dora", use_rslora=stabilised, target_modules=["0"], lora_dropout=0.0
+            r=RANK,
+            lora_alpha=ALPHA,
+            use_dora=kind == "dora",
+            use_rslora=stabilised,
+            target_modules=["0"],
+            lora_dropout=0.0,
         )
         with torch.no_grad():
             linear.weight.copy_(given["weight"])
@@ -51,7 +63,10 @@ def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
         model = peft.get_peft_model(torch.nn.Sequential(linear), settings)
         parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         ours = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
-        named = {ours[next(part for part in name.split(".") if part in ours)]: value for name, value in parameters.items()}
+        named = {
+            ours[next(part for part in name.split(".") if part in ours)]: value
+            for name, value in parameters.items()
+        }
         with torch.no_grad():
             for name, value in named.items():
                 value.copy_(given[name].t())
@@ -59,7 +74,9 @@ def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
         y = model(x)
         (y * given["cotangent"]).sum().backward()
         found |= {f"{case}/y": y.detach().numpy(), f"{case}/x": x.grad.numpy()}
-        found |= {f"{case}/{name}": np.ascontiguousarray(value.grad.t().numpy()) for name, value in named.items()}
+        found |= {
+            f"{case}/{name}": np.ascontiguousarray(value.grad.t().numpy()) for name, value in named.items()
+        }
     return found, {"torch": torch.__version__, "peft": peft.__version__}
 
 

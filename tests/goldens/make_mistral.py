@@ -19,7 +19,10 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]},
     },
 }
-TIME = {"type": "function", "function": {"name": "time_in", "description": "", "parameters": {"type": "object"}}}
+TIME = {
+    "type": "function",
+    "function": {"name": "time_in", "description": "", "parameters": {"type": "object"}},
+}
 
 
 def user(content):
@@ -70,7 +73,10 @@ CASES = {
         [WEATHER, TIME],
     ),
     "nested arguments": (
-        [user("x"), call(("nested001", "f", {"b": {"z": [1, 2.50, None, True], "a": "é\n\"'"}, "a": -0.0, "e": {}}))],
+        [
+            user("x"),
+            call(("nested001", "f", {"b": {"z": [1, 2.50, None, True], "a": "é\n\"'"}, "a": -0.0, "e": {}})),
+        ],
         [],
     ),
     "hostile": (

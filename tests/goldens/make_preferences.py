@@ -1,8 +1,9 @@
-"""Writes preferences.safetensors: loss and gradients of every preference objective by TRL's own trainers on torch.
+"""Writes preferences.safetensors: loss and gradients of every preference objective by TRL's own trainers on
+torch.
 
-Run with the parity extra and TRL: ``pip install trl==1.16.0; python tests/goldens/make_preferences.py``. The versions are in the
-file's metadata. The test that reads it (tests/test_parity_preferences.py) needs neither torch nor TRL.
-"""
+Run with the parity extra and TRL: ``pip install trl==1.16.0; python tests/goldens/make_preferences.py``. The
+versions are in the file's metadata. The test that reads it (tests/test_parity_preferences.py) needs neither
+torch nor TRL."""
 
 from __future__ import annotations
 
@@ -22,11 +23,16 @@ from goldens.make_sft import ALPHA, RANK, TARGETS, VOCABULARY, adapter, ours
 
 GOLDEN = Path(__file__).with_name("preferences.safetensors")
 WEIGHTS = (0.8, 2.2)
-# Order in which KTO pairs rows here, by index: prompt i takes the completion of the one after it. TRL takes the one before, so
-# it is given the rows the other way round.
+# Order in which KTO pairs rows here, by index: prompt i takes the completion of the one after it. TRL takes
+# the one before, so it is given the rows the other way round.
 CASES: dict[str, dict[str, Any]] = {
     "kto": {"rows": (3, 1, 4, 0, 2), "beta": 0.4},
-    "kto_weighted": {"rows": (3, 1, 4, 0, 2), "beta": 0.1, "desirable_weight": WEIGHTS[0], "undesirable_weight": WEIGHTS[1]},
+    "kto_weighted": {
+        "rows": (3, 1, 4, 0, 2),
+        "beta": 0.1,
+        "desirable_weight": WEIGHTS[0],
+        "undesirable_weight": WEIGHTS[1],
+    },
     "kto_desirable": {"rows": (0, 2, 4), "beta": 0.4},
     "kto_undesirable": {"rows": (3, 1), "beta": 0.4},
     "apo_zero_unpaired": {"rows": (0, 1, 2, 3, 4), "beta": 0.3, "loss_type": "apo_zero_unpaired"},
@@ -54,9 +60,9 @@ def judged() -> list[tuple[list[int], list[int], bool]]:
 def pairs(alike: bool = False) -> list[tuple[list[int], list[int], list[int]]]:
     """Prompt, chosen, rejected of three pairs; no two lengths alike.
 
-    With ``alike`` prompts are one token and chosen answers six, for ORPO: TRL's likelihood is over the prompt too (its first
-    token is never predicted) and a mean over the tokens of the batch, where ours is over the answer, a mean of the pairs' means.
-    """
+    With ``alike`` prompts are one token and chosen answers six, for ORPO: TRL's likelihood is over the prompt
+    too (its first token is never predicted) and a mean over the tokens of the batch, where ours is over the
+    answer, a mean of the pairs' means."""
     random = np.random.Generator(np.random.PCG64(13))
     sizes = [(1, 6, 9), (1, 6, 2), (1, 6, 6)] if alike else [(4, 5, 9), (2, 11, 2), (7, 1, 6)]
     return [tuple(random.integers(1, VOCABULARY, size).tolist() for size in row) for row in sizes]
@@ -78,7 +84,9 @@ class Oracle:
         tiny.write_tokenizer(tokens)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(tokens)
         self.tokenizer.pad_token_id = 0
-        self.lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), lora_dropout=0.0, bias="none")
+        self.lora = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), lora_dropout=0.0, bias="none"
+        )
 
     def base(self) -> Any:
         return self.transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.torch.float32)
@@ -101,11 +109,24 @@ class Oracle:
 
         ready = type(kind.__name__, (kind,), {"_prepare_dataset": lambda self, dataset, *rest: dataset})
         options = arguments(
-            output_dir=folder, report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None,
-            per_device_train_batch_size=len(rows), remove_unused_columns=False, **settings,
-        )  # fmt: skip
+            output_dir=folder,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            max_length=None,
+            per_device_train_batch_size=len(rows),
+            remove_unused_columns=False,
+            **settings,
+        )
         data = datasets.Dataset.from_list(rows)
-        return ready(model=self.base(), args=options, train_dataset=data, processing_class=self.tokenizer, peft_config=self.lora)
+        return ready(
+            model=self.base(),
+            args=options,
+            train_dataset=data,
+            processing_class=self.tokenizer,
+            peft_config=self.lora,
+        )
 
 
 def with_trl(oracle: Oracle, name: str, case: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -121,7 +142,9 @@ def with_trl(oracle: Oracle, name: str, case: dict[str, Any]) -> dict[str, np.nd
         kinds: tuple[Any, Any] = (KTOTrainer, KTOConfig)
         settings["train_sampling_strategy"] = "sequential"
     else:
-        rows = [{"prompt_ids": asked, "chosen_ids": good, "rejected_ids": bad} for asked, good, bad in pairs()]
+        rows = [
+            {"prompt_ids": asked, "chosen_ids": good, "rejected_ids": bad} for asked, good, bad in pairs()
+        ]
         kinds = (DPOTrainer, DPOConfig)
     with tempfile.TemporaryDirectory() as folder:
         trainer = oracle.trainer(*kinds, rows, folder, **settings)
@@ -145,10 +168,20 @@ def with_experimental(oracle: Oracle, name: str, case: dict[str, Any]) -> dict[s
     trainer: Any = object.__new__(ORPOTrainer if name == "orpo" else CPOTrainer)
     same = SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda value: value)
     trainer.__dict__ |= {
-        "accelerator": same, "is_encoder_decoder": False, "padding_value": 0, "pad_token_id": 0, "aux_loss_enabled": False,
-        "beta": case["beta"], "_stored_metrics": collections.defaultdict(list), "alpha": 0.0, "cpo_alpha": 0.0,
-        "loss_type": "simpo", "simpo_gamma": case.get("gamma", 0.0), "label_smoothing": 0.0, "use_cpo": False,
-    }  # fmt: skip
+        "accelerator": same,
+        "is_encoder_decoder": False,
+        "padding_value": 0,
+        "pad_token_id": 0,
+        "aux_loss_enabled": False,
+        "beta": case["beta"],
+        "_stored_metrics": collections.defaultdict(list),
+        "alpha": 0.0,
+        "cpo_alpha": 0.0,
+        "loss_type": "simpo",
+        "simpo_gamma": case.get("gamma", 0.0),
+        "label_smoothing": 0.0,
+        "use_cpo": False,
+    }
     batch: dict[str, Any] = {}
     rows = pairs(alike=name == "orpo")
     for column, side in ((1, "chosen"), (2, "rejected")):
@@ -174,7 +207,11 @@ def main() -> None:
             oracle = Oracle(Path(folder))
             out |= (with_experimental if name in ("orpo", "simpo") else with_trl)(oracle, name, case)
         print(name, out[f"{name}|loss"], out.get(f"{name}|kl"))
-    versions = {"torch": torch.__version__, "trl": trl.__version__, "transformers": oracle.transformers.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "trl": trl.__version__,
+        "transformers": oracle.transformers.__version__,
+    }
     save_file(out, GOLDEN, metadata=versions | {"peft": oracle.peft.__version__})
     print(GOLDEN, versions)
 

@@ -1,8 +1,8 @@
-"""Writes sft.safetensors: loss and gradients of SFT with LoRA by transformers + PEFT, and five AdamW updates by torch.
+"""Writes sft.safetensors: loss and gradients of SFT with LoRA by transformers + PEFT, and five AdamW updates
+by torch.
 
-Run with the parity extra: ``python tests/goldens/make_sft.py``. The versions are in the file's metadata. The test that
-reads it (tests/test_parity_sft.py) needs no torch.
-"""
+Run with the parity extra: ``python tests/goldens/make_sft.py``. The versions are in the file's metadata. The
+test that reads it (tests/test_parity_sft.py) needs no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def adapter(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def ours(name: str) -> str:
-    """PEFT's tensor name as ours: ``base_model.model.model.layers.0.….lora_A.default.weight`` → ``….lora_a``."""
+    """PEFT's tensor name as ours: ``base_model.model.model.layers.0.….lora_A.default.weight`` →
+    ``….lora_a``."""
     return (
         name.replace("base_model.model.", "", 1)
         .replace(".default.weight", "")
@@ -56,7 +57,9 @@ def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         tiny.write_model(Path(folder), VOCABULARY)
         base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), lora_dropout=0.0, bias="none")
+    settings = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), lora_dropout=0.0, bias="none"
+    )
     model = peft.get_peft_model(base, settings)
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     with torch.no_grad():
@@ -81,14 +84,20 @@ def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
         loss.backward()
         losses.append(loss.item())
         if update == 0:
-            out |= {f"gradient.{ours(name)}": value.grad.numpy().T.copy() for name, value in parameters.items()}
+            out |= {
+                f"gradient.{ours(name)}": value.grad.numpy().T.copy() for name, value in parameters.items()
+            }
         torch.nn.utils.clip_grad_norm_(parameters.values(), MAX_NORM)
         optimizer.step()
         schedule.step()
         out[f"rate.{update}"] = np.array([schedule.get_last_lr()[0]])
     out |= {f"updated.{ours(name)}": value.detach().numpy().T.copy() for name, value in parameters.items()}
     out["losses"] = np.array(losses)
-    return out, {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    return out, {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def steps(state, model, count, start=0):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_restored_into_a_fresh_optimizer_goes_on_the_same(kind):
-    spec = OptimizerSpec(kind=kind, weight_decay=0.1 if kind in ("adamw", "adafactor", "lion", "sgd", "muon") else None)
+    spec = OptimizerSpec(
+        kind=kind, weight_decay=0.1 if kind in ("adamw", "adafactor", "lion", "sgd", "muon") else None
+    )
     straight, model = optimizer.build(spec, net := Net()), net
     model.update(tree_map(lambda p: mx.ones(p.shape), model.parameters()))
     steps(straight, model, 3)

@@ -1,4 +1,5 @@
-"""Several processes train one model: through `mlx.launch` and the command line, over the ring on this machine."""
+"""Several processes train one model: through `mlx.launch` and the command line, over the ring on this
+machine."""
 
 from __future__ import annotations
 
@@ -25,12 +26,20 @@ from tunesmith.training import loop as training
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, tiny_model) -> list[str]:
     rows = tiny.write_rows(tmp_path_factory.mktemp("ranks") / "rows.jsonl", tiny.conversations(32))
-    # Five rows an update, of two ranks: an odd share; and a last update of an epoch with one row, so that one rank has none.
-    # SGD: Adam's updates are as large for a gradient of 1e-9 as for one of 1, and a BLAS of two threads rounds unlike two of one.
+    # Five rows an update, of two ranks: an odd share; and a last update of an epoch with one row, so that one
+    # rank has none. SGD: Adam's updates are as large for a gradient of 1e-9 as for one of 1, and a BLAS of
+    # two threads rounds unlike two of one.
     sets = {
-        "loop.epochs": 1, "batch.sequences": 5, "loop.validate_every": 3, "loop.samples": 1, "loop.sample_tokens": 4,
-        "loop.save_every": 2, "optimizer.kind": "sgd", "optimizer.learning_rate": 1.0, "optimizer.max_norm": 0.5,
-    }  # fmt: skip
+        "loop.epochs": 1,
+        "batch.sequences": 5,
+        "loop.validate_every": 3,
+        "loop.samples": 1,
+        "loop.sample_tokens": 4,
+        "loop.save_every": 2,
+        "optimizer.kind": "sgd",
+        "optimizer.learning_rate": 1.0,
+        "optimizer.max_norm": 0.5,
+    }
     return [
         "--model",
         str(tiny_model),
@@ -45,7 +54,10 @@ def judged(settings, tmp_path_factory) -> list[str]:
     """The same with every third row labelled undesirable, learned by KTO."""
     rows = [row | {"label": index % 3 != 0} for index, row in enumerate(tiny.conversations(32))]
     path = tiny.write_rows(tmp_path_factory.mktemp("judged") / "rows.jsonl", rows)
-    words = [str(path) if before == "--data" else word for before, word in zip(["", *settings], settings, strict=False)]
+    words = [
+        str(path) if before == "--data" else word
+        for before, word in zip(["", *settings], settings, strict=False)
+    ]
     return [*words, "--set", "objective=kto"]
 
 
@@ -68,16 +80,26 @@ def test_two_ranks_are_one(tmp_path, settings, judged, objective, monkeypatch):
     assert len(one) == 6 and two == pytest.approx(one, rel=1e-5)
     steps = [log(tmp_path / name, events.StepDone) for name in ("one", "two")]
     for here, there in zip(*steps, strict=True):
-        assert there.metrics == pytest.approx(here.metrics, rel=1e-3, abs=1e-4) and bool(here.metrics) == (objective == "kto")
-    for kind, fields in ((events.Instruments, ("gradient", "weight", "update")), (events.RowLosses, ("losses", "units"))):
+        assert there.metrics == pytest.approx(here.metrics, rel=1e-3, abs=1e-4) and bool(here.metrics) == (
+            objective == "kto"
+        )
+    for kind, fields in (
+        (events.Instruments, ("gradient", "weight", "update")),
+        (events.RowLosses, ("losses", "units")),
+    ):
         measured = [log(tmp_path / name, kind) for name in ("one", "two")]
-        assert [event.step for event in measured[0]] == ([1, 6] if kind is events.Instruments else [1, 2, 3, 4, 5, 6])
+        assert [event.step for event in measured[0]] == (
+            [1, 6] if kind is events.Instruments else [1, 2, 3, 4, 5, 6]
+        )
         for here, there in zip(*measured, strict=True):
             for name in fields:
                 assert getattr(there, name) == pytest.approx(getattr(here, name), rel=1e-3, abs=1e-6)
     one, two = ([one.loss for one in log(tmp_path / name, events.Validated)] for name in ("one", "two"))
     assert len(one) == 3 and two == pytest.approx(one, rel=1e-6)
-    one, two = (load_file(Run.open(tmp_path / name).choose("last") / "adapters.safetensors") for name in ("one", "two"))
+    one, two = (
+        load_file(Run.open(tmp_path / name).choose("last") / "adapters.safetensors")
+        for name in ("one", "two")
+    )
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, rtol=0, atol=2e-5 * abs(value).max(), err_msg=name)
     assert Run.open(tmp_path / "two").manifest["machine"]["ranks"] == 2
@@ -89,7 +111,10 @@ def test_a_lost_rank_is_told_and_the_run_goes_on_elsewhere(tmp_path, settings, l
     out = tmp_path / "run"
     longer = [*settings, "--set", "loop.steps=150", "--set", "loop.validate_every=0"]
     process = subprocess.Popen(
-        [*LAUNCH, *TUNESMITH, "train", *longer, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*LAUNCH, *TUNESMITH, "train", *longer, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     waited = time.monotonic() + 300
     while not (out / "checkpoints" / "000004").exists():
@@ -109,7 +134,8 @@ def test_a_lost_rank_is_told_and_the_run_goes_on_elsewhere(tmp_path, settings, l
 
 
 def test_a_signal_does_not_come_before_the_reason():
-    """`mlx.launch` sends SIGTERM again and again to the ranks that are left: not one of them may end this one unheard."""
+    """`mlx.launch` sends SIGTERM again and again to the ranks that are left: not one of them may end this one
+    unheard."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(errors.RankLost), training._interruptible(ranks.Ranks(None, 1, 2)) as stop:
@@ -133,7 +159,11 @@ def _pid(launcher: int, rank: int) -> int:
     """The process of ``rank`` under a launcher that is still running."""
     import psutil
 
-    found = [child for child in psutil.Process(launcher).children(recursive=True) if child.environ().get("MLX_RANK") == str(rank)]
+    found = [
+        child
+        for child in psutil.Process(launcher).children(recursive=True)
+        if child.environ().get("MLX_RANK") == str(rank)
+    ]
     return next(child.pid for child in found if "tunesmith" in " ".join(child.cmdline()))
 
 
@@ -150,7 +180,9 @@ def test_ranks_that_differ_are_refused(monkeypatch):
     monkeypatch.setattr(mx.distributed, "all_sum", lambda line, group: line * 2)
     here.require_agreement("settings", {"data": "a"})
     monkeypatch.setattr(mx.distributed, "all_sum", lambda line, group: line + mx.arange(line.size))
-    with pytest.raises(errors.TrainingError, match="rank 1 of 2: the ranks do not start from the same settings"):
+    with pytest.raises(
+        errors.TrainingError, match="rank 1 of 2: the ranks do not start from the same settings"
+    ):
         here.require_agreement("settings", {"data": "a"})
 
 

@@ -1,4 +1,5 @@
-"""Loading, quantising, GGUF import and generation, on tiny random models; the demo model in the tests marked real."""
+"""Loading, quantising, GGUF import and generation, on tiny random models; the demo model in the tests marked
+real."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def logits(net: nn.Module, ids: mx.array = IDS) -> np.ndarray:
 
 
 def describe(net: nn.Module) -> dict:
-    """``parameters`` (packed ones counted singly), ``bytes``, ``layers``, ``dtypes``, ``quantised``: bits → count."""
+    """``parameters`` (packed ones counted singly), ``bytes``, ``layers``, ``dtypes``, ``quantised``: bits →
+    count."""
     counts: dict[int, int] = {}
     parameters = size = 0
     dtypes: set[str] = set()
@@ -68,7 +70,13 @@ def describe(net: nn.Module) -> dict:
                 parameters += value.size
                 dtypes.add(str(value.dtype).removeprefix("mlx.core."))
     layers = len(net["model"]["layers"])
-    return {"parameters": parameters, "bytes": size, "layers": layers, "dtypes": sorted(dtypes), "quantised": counts}
+    return {
+        "parameters": parameters,
+        "bytes": size,
+        "layers": layers,
+        "dtypes": sorted(dtypes),
+        "quantised": counts,
+    }
 
 
 # Loading
@@ -92,7 +100,9 @@ def test_loads_a_folder_whose_only_tokenizer_is_mistral_commons(tiny_mistral):
 def test_16_bit_weights_become_float32_on_a_cpu(tiny_model, tmp_path):
     folder = copied(tiny_model, tmp_path / "half")
     stored = load_file(folder / "model.safetensors")
-    save_file({name: value.astype(np.float16) for name, value in stored.items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.astype(np.float16) for name, value in stored.items()}, folder / "model.safetensors"
+    )
     expected = ["float32"] if model._on_cpu() else ["float16"]
     assert describe(load(folder).net)["dtypes"] == expected
     assert describe(load(folder, dtype="float32").net)["dtypes"] == ["float32"]
@@ -101,7 +111,9 @@ def test_16_bit_weights_become_float32_on_a_cpu(tiny_model, tmp_path):
 def test_all_missing_files_are_listed(tmp_path):
     with pytest.raises(ModelError) as caught:
         load(tmp_path)
-    assert "config.json is missing" in str(caught.value) and "no weights: model*.safetensors" in str(caught.value)
+    assert "config.json is missing" in str(caught.value) and "no weights: model*.safetensors" in str(
+        caught.value
+    )
 
 
 def test_a_shard_named_in_the_index_is_missed(tiny_model, tmp_path):
@@ -236,7 +248,9 @@ def test_batched_is_one_by_one_is_the_definition(tiny_model):
     assert model.generate(net, asked, max_tokens=8, eos_ids=ends, batch_size=4, on_done=told) == expected
     assert seen == [(done, 11) for done in range(1, 12)]
     assert [model.generate(net, [prompt], max_tokens=8, eos_ids=ends)[0] for prompt in asked] == expected
-    assert [list(model.stream(net, prompt, max_tokens=8, eos_ids=ends)) for prompt in asked] == [e.ids for e in expected]
+    assert [list(model.stream(net, prompt, max_tokens=8, eos_ids=ends)) for prompt in asked] == [
+        e.ids for e in expected
+    ]
     assert {answer.finish for answer in expected} == {"stop", "length"}
     assert expected[7] == model.Generation([], "stop")
     assert not any(set(answer.ids) & set(ends) for answer in expected)
@@ -301,11 +315,19 @@ def test_empty_prompts_and_lengths_are_refused(tiny_model):
 
 
 PARTS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-}  # fmt: skip
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
 
 
 def gguf_name(name: str) -> str:
@@ -327,8 +349,11 @@ def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
-def write_gguf(path: Path, source: Path, kind: str = "F32", change=None, arch: str = "llama", pre: str = "gpt-2") -> Path:
-    """A GGUF file of a tiny model as llama.cpp's converter writes it. ``change(writer, tensors)`` may spoil it."""
+def write_gguf(
+    path: Path, source: Path, kind: str = "F32", change=None, arch: str = "llama", pre: str = "gpt-2"
+) -> Path:
+    """A GGUF file of a tiny model as llama.cpp's converter writes it. ``change(writer, tensors)`` may spoil
+    it."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
     config = json.loads((source / "config.json").read_text())
@@ -384,7 +409,9 @@ def test_a_converted_gguf_computes_what_its_source_computes(tmp_path, kind, tied
     # Rows are quantised by themselves, so the source with quantised matrices is the same model, exactly.
     stored = load_file(source / "model.safetensors")
     to = GGMLQuantizationType[kind]
-    rounded = {n: quants.dequantize(quants.quantize(v, to), to) if v.ndim > 1 else v for n, v in stored.items()}
+    rounded = {
+        n: quants.dequantize(quants.quantize(v, to), to) if v.ndim > 1 else v for n, v in stored.items()
+    }
     save_file(rounded, source / "model.safetensors")
     np.testing.assert_allclose(logits(got.net), logits(load(source).net), atol=1e-5)
     assert got.config["tie_word_embeddings"] is tied and got.config["eos_token_id"] == [2]
@@ -415,8 +442,10 @@ def test_a_conversion_has_the_dtype_asked_for(tiny_model, tmp_path, dtype):
             to = GGMLQuantizationType.BF16
             value = quants.dequantize(quants.quantize(value, to), to)
         assert str(stored[name].dtype) == f"mlx.core.{dtype}"
-        np.testing.assert_array_equal(np.array(stored[name].astype(mx.float32)), value.astype(
-            np.float16 if dtype == "float16" else np.float32))  # fmt: skip
+        np.testing.assert_array_equal(
+            np.array(stored[name].astype(mx.float32)),
+            value.astype(np.float16 if dtype == "float16" else np.float32),
+        )
 
 
 def test_the_tokenizer_comes_along(tiny_model, tmp_path):
@@ -424,7 +453,10 @@ def test_the_tokenizer_comes_along(tiny_model, tmp_path):
 
     source = AutoTokenizer.from_pretrained(tiny_model)
     got = AutoTokenizer.from_pretrained(gguf.convert(write_gguf(tmp_path / "m.gguf", tiny_model), "float32"))
-    chat = [{"role": "user", "content": "the cat, 12 timers\n\n  naïve 🙂"}, {"role": "assistant", "content": "note"}]
+    chat = [
+        {"role": "user", "content": "the cat, 12 timers\n\n  naïve 🙂"},
+        {"role": "assistant", "content": "note"},
+    ]
     assert got.apply_chat_template(chat, tokenize=False) == source.apply_chat_template(chat, tokenize=False)
     assert got.apply_chat_template(chat)["input_ids"] == source.apply_chat_template(chat)["input_ids"]
     assert (got.eos_token, got.bos_token, len(got)) == ("<|im_end|>", "<|im_start|>", len(source))
@@ -514,8 +546,13 @@ def test_what_cannot_be_read_is_refused_by_name(tiny_model, tmp_path, options, w
 
 
 def test_rope_scaling_of_llama_3_is_recovered(tiny_model, tmp_path):
-    wanted = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-              "original_max_position_embeddings": 8192}  # fmt: skip
+    wanted = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     from mlx_lm.models.rope_utils import Llama3RoPE
 
     factors = Llama3RoPE(16, 4096, False, 10000.0, wanted)._freqs / 10000.0 ** (mx.arange(0, 16, 2) / 16)
@@ -525,8 +562,9 @@ def test_rope_scaling_of_llama_3_is_recovered(tiny_model, tmp_path):
 
     got = load(write_gguf(tmp_path / "m.gguf", tiny_model, change=change))
     assert got.config["rope_scaling"] == wanted
-    np.testing.assert_allclose(logits(got.net), logits(load(copied(tiny_model, tmp_path / "x", rope_scaling=wanted)).net),
-                               atol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        logits(got.net), logits(load(copied(tiny_model, tmp_path / "x", rope_scaling=wanted)).net), atol=1e-5
+    )
 
 
 # Tokenizers in GGUF metadata
@@ -536,8 +574,12 @@ def alphabet(pre: str) -> dict:
     from tokenizers import pre_tokenizers
 
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "Ġa", "XY"]  # no merge makes XY
-    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.merges": ["1 2", "Ġ a"]}  # fmt: skip
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": ["1 2", "Ġ a"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -574,9 +616,15 @@ def sentencepiece_metadata() -> tuple[dict, object]:
     oracle = SentencePieceProcessor(model_file=str(file))
     size = oracle.get_piece_size()
     kinds = [
-        gguf.UNKNOWN if oracle.is_unknown(i) else gguf.CONTROL if oracle.is_control(i)
-        else gguf.BYTE if oracle.is_byte(i) else gguf.NORMAL for i in range(size)
-    ]  # fmt: skip
+        gguf.UNKNOWN
+        if oracle.is_unknown(i)
+        else gguf.CONTROL
+        if oracle.is_control(i)
+        else gguf.BYTE
+        if oracle.is_byte(i)
+        else gguf.NORMAL
+        for i in range(size)
+    ]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [oracle.id_to_piece(i) for i in range(size)],
@@ -591,8 +639,19 @@ def sentencepiece_metadata() -> tuple[dict, object]:
 def test_a_sentencepiece_vocabulary_gives_sentencepieces_ids():
     metadata, oracle = sentencepiece_metadata()
     tokenizer, settings = gguf.build_tokenizer(metadata)
-    texts = [gguf.PROBE, "Hello", "  two  spaces", "\n\nx\t\ty  ", "naïve café — “quotes” 👍🏽 𝔘𝔫𝔦", "", " lead", "trail ",
-             '{"a": [1, 2, 3.14], "b": null}', "日本語テキスト ไทย عربى", Path(__file__).read_text()[:4000]]  # fmt: skip
+    texts = [
+        gguf.PROBE,
+        "Hello",
+        "  two  spaces",
+        "\n\nx\t\ty  ",
+        "naïve café — “quotes” 👍🏽 𝔘𝔫𝔦",
+        "",
+        " lead",
+        "trail ",
+        '{"a": [1, 2, 3.14], "b": null}',
+        "日本語テキスト ไทย عربى",
+        Path(__file__).read_text()[:4000],
+    ]
     for text in texts:
         assert tokenizer.encode(text, add_special_tokens=False).ids == oracle.encode(text), text
         assert tokenizer.decode(tokenizer.encode(text).ids) == text

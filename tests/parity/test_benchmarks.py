@@ -1,11 +1,12 @@
-"""The same numbers as lm-evaluation-harness with its own model class: transformers on torch, one process, live."""
+"""The same numbers as lm-evaluation-harness with its own model class: transformers on torch, one process,
+live."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from evaluation.tasks.test_benchmarks import QUESTIONS, material  # fmt: skip
+from evaluation.tasks.test_benchmarks import QUESTIONS, material
 
 from tunesmith.demo import __main__ as demo
 from tunesmith.evaluation.harness.requests import language_model
@@ -27,13 +28,18 @@ def both(path: Path):
     loaded = model.load(model.ModelSpec(path=str(path)))
     subject = Subject(loaded.net, template.renderer(loaded.path), "base", BatchSpec(), 8)
     net = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32).eval()
-    theirs = HFLM(pretrained=net, tokenizer=AutoTokenizer.from_pretrained(loaded.path), batch_size=4, device="cpu")
+    theirs = HFLM(
+        pretrained=net, tokenizer=AutoTokenizer.from_pretrained(loaded.path), batch_size=4, device="cpu"
+    )
     return language_model(subject, "ours"), theirs
 
 
 def compare(ours, theirs, task) -> int:
     requests = [request for part in task._parts for one in part.asked for request in one.requests]
-    mine, others = ours.loglikelihood(requests, disable_tqdm=True), theirs.loglikelihood(requests, disable_tqdm=True)
+    mine, others = (
+        ours.loglikelihood(requests, disable_tqdm=True),
+        theirs.loglikelihood(requests, disable_tqdm=True),
+    )
     assert [one[0] for one in mine] == pytest.approx([one[0] for one in others], abs=1e-3, rel=0)
     assert [one[1] for one in mine] == [one[1] for one in others]
     return len(requests)
@@ -41,7 +47,9 @@ def compare(ours, theirs, task) -> int:
 
 def test_log_likelihoods_of_a_tiny_model(tiny_model, data_dir):
     ours, theirs = both(tiny_model)
-    for task in benchmarks.build(material(data_dir("benchmarks"), "mmlu:anatomy", "hellaswag", "winogrande", limit=4)):
+    for task in benchmarks.build(
+        material(data_dir("benchmarks"), "mmlu:anatomy", "hellaswag", "winogrande", limit=4)
+    ):
         assert compare(ours, theirs, task) >= 8
 
 

@@ -1,4 +1,5 @@
-"""SFT's loss and gradients equal transformers + PEFT on torch, and five AdamW updates equal torch's, to 1e-5."""
+"""SFT's loss and gradients equal transformers + PEFT on torch, and five AdamW updates equal torch's, to
+1e-5."""
 
 from __future__ import annotations
 
@@ -30,7 +31,11 @@ def setting(tmp_path):
     net = model.load(model.ModelSpec(path=str(tmp_path))).net
     adapters.LoRA(rank=make_sft.RANK, alpha=make_sft.ALPHA, targets=make_sft.TARGETS).attach(net, 0)
     net.load_weights(
-        [(name, mx.array(make_sft.adapter(name, value.shape))) for name, value in adapters.trainable(net).items()], strict=False
+        [
+            (name, mx.array(make_sft.adapter(name, value.shape)))
+            for name, value in adapters.trainable(net).items()
+        ],
+        strict=False,
     )
     groups = [Group((Tokens(row, mask),), "x:1") for row, mask in zip(*make_sft.batch(), strict=True)]
     config = RunConfig(model={"path": str(tmp_path)}, data={"train": "x.jsonl"})
@@ -43,7 +48,10 @@ def close(found, expected):
 
 def check(net, groups, config, golden):
     spec = OptimizerSpec(
-        learning_rate=make_sft.RATE, weight_decay=make_sft.DECAY, warmup_steps=make_sft.WARMUP, max_norm=make_sft.MAX_NORM
+        learning_rate=make_sft.RATE,
+        weight_decay=make_sft.DECAY,
+        warmup_steps=make_sft.WARMUP,
+        max_norm=make_sft.MAX_NORM,
     )
     gradients_of = training.Gradients(net, config)
     units = sum(group.units for group in groups)
@@ -54,15 +62,22 @@ def check(net, groups, config, golden):
         close(loss.item() / units, golden["losses"][update])
         if update == 0:
             flat = dict(tree_flatten(gradients))
-            expected = {name.removeprefix("gradient."): value for name, value in golden.items() if name.startswith("gradient.")}
+            expected = {
+                name.removeprefix("gradient."): value
+                for name, value in golden.items()
+                if name.startswith("gradient.")
+            }
             assert flat.keys() == expected.keys() and len(expected) == 8
             for name, value in expected.items():
                 close(flat[name], value)
         gradients = optimizer.clip(gradients, optimizer.global_norm(gradients), make_sft.MAX_NORM)
-        # torch's warm-up counts from zero: its rate for update n is what the schedule gave after update n - 1.
+        # torch's warm-up counts from zero: its rate for update n is what the schedule gave after update n -
+        # 1.
         rate = 0.0 if update == 0 else golden[f"rate.{update - 1}"].item()
         optimizer.apply(state, net, gradients, rate)
-    expected = {name.removeprefix("updated."): value for name, value in golden.items() if name.startswith("updated.")}
+    expected = {
+        name.removeprefix("updated."): value for name, value in golden.items() if name.startswith("updated.")
+    }
     assert len(expected) == 8
     for name, value in adapters.trainable(net).items():
         close(value, expected[name])
@@ -79,7 +94,8 @@ def test_loss_gradients_and_updates_match_torch_live(setting):
 
 
 def test_schedule_matches_transformers_but_for_the_wasted_first_update():
-    """The golden's rates are transformers' cosine schedule; ours is the same after a warm-up that starts one earlier."""
+    """The golden's rates are transformers' cosine schedule; ours is the same after a warm-up that starts one
+    earlier."""
     golden = load_file(make_sft.GOLDEN)
     spec = OptimizerSpec(learning_rate=make_sft.RATE, warmup_steps=make_sft.WARMUP)
     rates = [spec.rate(step, make_sft.UPDATES) for step in range(make_sft.UPDATES)]
@@ -95,5 +111,7 @@ def test_gathering_learned_positions_changes_nothing(setting):
     net, groups, _ = setting
     batch = collate(groups)
     ways = [functools.partial(objectives.learned_logprobs, gather=gather) for gather in (True, False)]
-    results = [SFT().losses(objectives.sequence_logps(net, batch, way), batch.fields).sum().item() for way in ways]
+    results = [
+        SFT().losses(objectives.sequence_logps(net, batch, way), batch.fields).sum().item() for way in ways
+    ]
     assert results[0] == pytest.approx(results[1], rel=1e-6)

@@ -29,14 +29,28 @@ def test_a_sound_machine(tmp_path, monkeypatch):
     told: list[events.Event] = []
     result = preflight.doctor(tmp_path / "not" / "there" / "yet", overfit=False, notify=told.append)
     checks = result["checks"]
-    names = {"python", "tunesmith", "mlx", "mlx-lm", "transformers", "device", "memory", "swap", "disk", "write speed"}
+    names = {
+        "python",
+        "tunesmith",
+        "mlx",
+        "mlx-lm",
+        "transformers",
+        "device",
+        "memory",
+        "swap",
+        "disk",
+        "write speed",
+    }
     assert names <= {check["name"] for check in checks}
     assert all(set(check) == {"name", "status", "value", "hint"} for check in checks)
     assert found("python", checks)["value"] == sys.version.split()[0]
     assert str(tmp_path) in found("disk", checks)["value"] and "B/s" in found("write speed", checks)["value"]
     assert "100 GFLOP/s" in found("products", checks)["value"]
     assert result["ok"] == all(check["status"] != "fail" for check in checks)
-    assert [event.what for event in told if isinstance(event, events.Notice)][:2] == ["looking at versions", "looking at device"]
+    assert [event.what for event in told if isinstance(event, events.Notice)][:2] == [
+        "looking at versions",
+        "looking at device",
+    ]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,9 +75,11 @@ def test_slow_products_and_a_missing_blas_are_warned_about(monkeypatch):
     monkeypatch.setattr(backend, "setup", lambda: device)
     checks = preflight.doctor(overfit=False)["checks"]
     assert found("products", checks) == {
-        "name": "products", "status": "warn",
-        "value": "100 GFLOP/s float32; BLAS reference, freed memory kept, attention and e^x of our own", "hint": "install a BLAS",
-    }  # fmt: skip
+        "name": "products",
+        "status": "warn",
+        "value": "100 GFLOP/s float32; BLAS reference, freed memory kept, attention and e^x of our own",
+        "hint": "install a BLAS",
+    }
     assert {"name": "device", "status": "warn", "value": "a note", "hint": None} in checks
     monkeypatch.setattr(backend, "setup", lambda: backend.Device("chip", "cpu", "openblas", None, ()))
     monkeypatch.setattr(backend, "gflops", lambda: 3.0)
@@ -87,7 +103,9 @@ def test_what_the_environment_slows_down_or_misspells_is_told(monkeypatch):
     assert "MLX_RANK is not" in backend._odd_switches()[0]
 
 
-@pytest.mark.parametrize("error", [SetupError("no MLX", hint="pip install"), OSError("bad ELF"), RuntimeError("?")])
+@pytest.mark.parametrize(
+    "error", [SetupError("no MLX", hint="pip install"), OSError("bad ELF"), RuntimeError("?")]
+)
 def test_a_broken_mlx_is_a_failed_check(monkeypatch, error):
     def broken() -> backend.Device:
         raise error
@@ -127,18 +145,25 @@ def test_a_folder_that_cannot_take_runs_fails(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_not_filled_further(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    monkeypatch.setattr(preflight.tempfile, "TemporaryFile", lambda **_: pytest.fail("written to a full disk"))
+    monkeypatch.setattr(
+        preflight.tempfile, "TemporaryFile", lambda **_: pytest.fail("written to a full disk")
+    )
     checks = preflight.doctor(tmp_path, overfit=False)["checks"]
     assert found("disk", checks)["status"] == "warn" and found("write speed", checks)["status"] == "fail"
 
 
 @pytest.mark.parametrize(
-    ("limit", "value"), [("8000000000", "8.00 GB in all (limit of this container), 5.50 GB free"), ("max", None)]
+    ("limit", "value"),
+    [("8000000000", "8.00 GB in all (limit of this container), 5.50 GB free"), ("max", None)],
 )
 def test_the_limit_of_a_container_counts(monkeypatch, limit, value):
     import psutil
 
-    files = {"memory.max": limit, "memory.current": "3000000000", "memory.stat": "anon 1\ninactive_file 500000000\n"}
+    files = {
+        "memory.max": limit,
+        "memory.current": "3000000000",
+        "memory.stat": "anon 1\ninactive_file 500000000\n",
+    }
     monkeypatch.setattr(Path, "read_text", lambda self, *_, **__: files[self.name])
     host = type("Memory", (), {"total": 64_000_000_000, "available": 60_000_000_000})()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: host)
@@ -163,8 +188,11 @@ def test_a_package_that_is_missing_fails(monkeypatch):
     result = preflight.doctor(overfit=False)
     check = found("no-such-package", result["checks"])
     assert check == {
-        "name": "no-such-package", "status": "fail", "value": "not installed", "hint": "pip install no-such-package",
-    }  # fmt: skip
+        "name": "no-such-package",
+        "status": "fail",
+        "value": "not installed",
+        "hint": "pip install no-such-package",
+    }
     assert not result["ok"]
 
 

@@ -1,4 +1,5 @@
-"""The demonstration itself: SmolLM2-135M from the package registry learns tool calls, and every promise is measured."""
+"""The demonstration itself: SmolLM2-135M from the package registry learns tool calls, and every promise is
+measured."""
 
 from __future__ import annotations
 
@@ -73,7 +74,9 @@ def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
     for row in rows:
         for turn in row["conversations"]:
             name = turn["content"].partition("tool_call: ")[2].partition("\n")[0]
-            turn["content"] = turn["content"].replace(f"tool_call: {name}\n", f"tool_call: {wrong.get(name, name)}\n")
+            turn["content"] = turn["content"].replace(
+                f"tool_call: {name}\n", f"tool_call: {wrong.get(name, name)}\n"
+            )
     right = Path(shown["report"]).parent
     gguf = right.parents[1] / "model" / Path(demo.MEMBER).name
     other = tuned(gguf, tmp_path, rows, loop__steps=30)
@@ -85,5 +88,7 @@ def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
     (tools,) = [held for held in found.against[0].held if held.other.task == "tool_calls"]
     told = {score.name: score for score in tools.scores if score.part is None}
     assert told["right_tool"].verdict == told["tool_calls"].verdict == "regressed"
-    assert told["right_tool"].value < 0.2 and told["well_formed"].value > told["right_tool"].value, "sound calls of other tools"
+    assert told["right_tool"].value < 0.2 and told["well_formed"].value > told["right_tool"].value, (
+        "sound calls of other tools"
+    )
     assert "tool_calls" in found.verdict

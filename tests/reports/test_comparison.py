@@ -1,4 +1,5 @@
-"""Runs held against each other: like with like only, the right sign, nothing where nothing differs, and text is only text."""
+"""Runs held against each other: like with like only, the right sign, nothing where nothing differs, and text
+is only text."""
 
 from __future__ import annotations
 
@@ -20,25 +21,43 @@ from tunesmith.errors import ConfigError, DataError, EvaluationError
 from tunesmith.evaluation import pairing as paired
 from tunesmith.evaluation.evaluate import OF_ROWS
 from tunesmith.evaluation.statistics import judge
-from tunesmith.evaluation.tasks import EvaluationSpec, ExampleScore, Score, Statistic, perplexity, preference, summarise
+from tunesmith.evaluation.tasks import (
+    EvaluationSpec,
+    ExampleScore,
+    Score,
+    Statistic,
+    perplexity,
+    preference,
+    summarise,
+)
 from tunesmith.evaluation.tasks.tool_calls import CHECKS, ToolCalls
 from tunesmith.reports import compare
 
-HOSTILE = (
-    "<b>b</b></script><img src=x onerror='window.hacked=1'>\"{{7*7}}`<i>` | [x](javascript:1) \x00\x1b[31m\ud800\u202e\u2028"
-)
+HOSTILE = "<b>b</b></script><img src=x onerror='window.hacked=1'>\"{{7*7}}`<i>` | [x](javascript:1) \x00\x1b[31m\ud800\u202e\u2028"
 CALL = {"kind": "call", **dict.fromkeys(CHECKS, True)}
 
 
 def a_run(folder: Path, *, rate: float = 1e-3, loss: float = 1.0, steps: int = 40, **manifest: Any) -> Path:
     """A run directory with settings, curves and facts."""
     folder.mkdir(parents=True)
-    config = {"model": {"path": "m"}, "objective": {"kind": "sft"}, "optimizer": {"learning_rate": rate}, "loop": {"seed": 0}}
+    config = {
+        "model": {"path": "m"},
+        "objective": {"kind": "sft"},
+        "optimizer": {"learning_rate": rate},
+        "loop": {"seed": 0},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     origins = {"optimizer.learning_rate": "--set", "model.path": "--model"}
     (folder / "origin.json").write_text(json.dumps(origins))
-    facts = {"hashes": {"data": {str(folder / "d.jsonl"): "ab" * 32}, "base": "cd" * 32, "template": "ef" * 32}}
-    facts |= {"versions": {"tunesmith": "0.1.0"}, "machine": {"device": "CPU"}, "status": "completed", **manifest}
+    facts = {
+        "hashes": {"data": {str(folder / "d.jsonl"): "ab" * 32}, "base": "cd" * 32, "template": "ef" * 32}
+    }
+    facts |= {
+        "versions": {"tunesmith": "0.1.0"},
+        "machine": {"device": "CPU"},
+        "status": "completed",
+        **manifest,
+    }
     (folder / "manifest.json").write_text(json.dumps(facts))
     (folder / "data").mkdir()
     (folder / "data" / "valid.jsonl").write_text('{"text": "held out"}\n')
@@ -47,7 +66,11 @@ def a_run(folder: Path, *, rate: float = 1e-3, loss: float = 1.0, steps: int = 4
     told.append(events.Validated(0, 2 * loss, 7.0, 10.0, 5, 1.0, True))
     for step in range(1, steps + 1):
         memory = {"resident": 3_000_000_000, "active": 1, "peak": 2_000_000_000}
-        told.append(events.StepDone(step, step / steps, loss * (1 + 1 / step), 10.0, 20, rate, 1.0, False, 0.5, memory))
+        told.append(
+            events.StepDone(
+                step, step / steps, loss * (1 + 1 / step), 10.0, 20, rate, 1.0, False, 0.5, memory
+            )
+        )
     told.append(events.Validated(steps, loss, 3.0, 10.0, 5, 1.0, True))
     told.append(events.RunEnded("completed", steps, 30.0))
     (folder / "events.jsonl").write_text("".join(events.to_json(one) + "\n" for one in told))
@@ -55,38 +78,74 @@ def a_run(folder: Path, *, rate: float = 1e-3, loss: float = 1.0, steps: int = 4
 
 
 def evaluated(
-    run: Path, values: list[float], *, task: Any = ToolCalls, name: str | None = None, version: str | None = None,
-    identity: str = "1d", base: str = "cd", order: list[int] | None = None, text: str = "prompt", details: Any = None,
-    family: Sequence[str] = (), **about: Any,
-) -> Path:  # fmt: skip
-    """Put an evaluation into ``run``, with one example a value, as `evaluation` writes it. ``details``: of each example."""
+    run: Path,
+    values: list[float],
+    *,
+    task: Any = ToolCalls,
+    name: str | None = None,
+    version: str | None = None,
+    identity: str = "1d",
+    base: str = "cd",
+    order: list[int] | None = None,
+    text: str = "prompt",
+    details: Any = None,
+    family: Sequence[str] = (),
+    **about: Any,
+) -> Path:
+    """Put an evaluation into ``run``, with one example a value, as `evaluation` writes it. ``details``: of
+    each example."""
     name, version = name or task.name, version or task.version
     folder = run / "evals" / "+".join([f"{name}@{version}", *family])
     folder.mkdir(parents=True)
     scores = [
-        ExampleScore(f"{run}/data/valid.jsonl:{at}", value, 1.0,
-                     details[at] if details else {**CALL, "right_tool": value == 1.0}, f"{text} {at}", f"right {text}",
-                     f"{text} says {value}")
+        ExampleScore(
+            f"{run}/data/valid.jsonl:{at}",
+            value,
+            1.0,
+            details[at] if details else {**CALL, "right_tool": value == 1.0},
+            f"{text} {at}",
+            f"right {text}",
+            f"{text} says {value}",
+        )
         for at, value in enumerate(values)
-    ]  # fmt: skip
+    ]
     lines = [
-        {"source": one.source, "units": one.units, "prompt": one.prompt, "reference": one.reference, "tuned": one.value,
-         "tuned_detail": one.detail, "tuned_answer": one.answer}
+        {
+            "source": one.source,
+            "units": one.units,
+            "prompt": one.prompt,
+            "reference": one.reference,
+            "tuned": one.value,
+            "tuned_detail": one.detail,
+            "tuned_answer": one.answer,
+        }
         for one in (scores[at] for at in order or range(len(scores)))
-    ]  # fmt: skip
+    ]
     (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     known = paired._Described(name, version, task.statistics, getattr(task, "parts", ()) if details else ())
     found = [asdict(score) for score in judge(summarise(known, None, scores, 0))]  # type: ignore[arg-type]
     data = "data/valid.jsonl" if name in OF_ROWS else None
-    told = {"task": name, "version": version, "checkpoint": "000040", "family": [*family], "data": data, "identity": identity,
-            "settings": {"max_tokens": 256}, "base": base * 32, "at": 1.0, "n": len(scores), "scores": found}  # fmt: skip
+    told = {
+        "task": name,
+        "version": version,
+        "checkpoint": "000040",
+        "family": [*family],
+        "data": data,
+        "identity": identity,
+        "settings": {"max_tokens": 256},
+        "base": base * 32,
+        "at": 1.0,
+        "n": len(scores),
+        "scores": found,
+    }
     (folder / "score.json").write_text(json.dumps(told | about))
     return folder
 
 
 @pytest.fixture
 def runs(tmp_path) -> tuple[Path, Path]:
-    """Two runs; the second is right on 30 of 60 prompts that the first gets wrong, and wrong on 3 that it gets right."""
+    """Two runs; the second is right on 30 of 60 prompts that the first gets wrong, and wrong on 3 that it
+    gets right."""
     one, other = a_run(tmp_path / "runs" / "one"), a_run(tmp_path / "runs" / "other", rate=2e-3, loss=0.8)
     evaluated(one, [1.0] * 10 + [0.0] * 50)
     evaluated(other, [0.0] * 3 + [1.0] * 37 + [0.0] * 20)
@@ -109,11 +168,16 @@ def headline(found: compare.Comparison) -> Any:
 def test_a_planted_difference_is_found_with_its_sign_and_the_sentence_says_it(runs):
     found = compared(*runs)
     score = headline(found)
-    assert score.delta == pytest.approx(27 / 60) and score.verdict == "improved" and score.sources == (30, 27, 3)
+    assert (
+        score.delta == pytest.approx(27 / 60) and score.verdict == "improved" and score.sources == (30, 27, 3)
+    )
     assert score.delta_low > 0.2 and score.n == 60 and score.test == "McNemar, exact"
     told = "B (other) is better than A (one) (tool_calls 61.7 % against 16.7 %, +45.0 points (95 % interval +"
     assert found.verdict.startswith(told)
-    assert "what the base knew was not compared; safety was not compared" in found.verdict and found.tone == "good"
+    assert (
+        "what the base knew was not compared; safety was not compared" in found.verdict
+        and found.tone == "good"
+    )
     assert "took 20 s against 20 s and at most 2.00 GB against 2.00 GB" in found.verdict
 
 
@@ -122,14 +186,20 @@ def test_the_order_of_the_runs_flips_every_sign_and_nothing_else(runs):
     for one, other in zip(there.against[0].held[0].scores, back.against[0].held[0].scores, strict=True):
         assert one.delta == -other.delta and one.delta_low == pytest.approx(-other.delta_high, abs=1e-12)
         assert one.p == other.p and one.sources == other.sources[::-1] and one.name == other.name
-    assert headline(back).verdict == "regressed" and back.tone == "warning" and "B (one) is worse than A (other)" in back.verdict
+    assert (
+        headline(back).verdict == "regressed"
+        and back.tone == "warning"
+        and "B (one) is worse than A (other)" in back.verdict
+    )
 
 
 def test_a_run_and_its_copy_show_no_difference_anywhere(runs, tmp_path):
     shutil.copytree(runs[0], copy := tmp_path / "runs" / "copy")
     found = compared(runs[0], copy)
     scores = [score for held in found.against[0].held for score in held.scores]
-    assert scores and all(score.delta == 0 and score.p == 1 and score.sources[::2] == (0, 0) for score in scores)
+    assert scores and all(
+        score.delta == 0 and score.p == 1 and score.sources[::2] == (0, 0) for score in scores
+    )
     assert {score.verdict for score in scores} == {"no difference shown"} and found.tone == "note"
     assert found.settings == [] and found.others == [] and found.against[0].refused == []
     assert found.verdict.startswith("No difference is shown between B (copy) and A (one)")
@@ -150,11 +220,13 @@ def test_examples_whose_lines_moved_are_paired_by_their_prompts():
         return [ExampleScore(f"x.jsonl:{at}", at / 10, 1.0, {}, f"prompt {at}", None) for at in places]
 
     one = side([0, 1, 2])
-    other = [ExampleScore("y.jsonl:7", each.value + 1, 1.0, {}, each.prompt, None) for each in side([2, 0, 1])]
+    other = [
+        ExampleScore("y.jsonl:7", each.value + 1, 1.0, {}, each.prompt, None) for each in side([2, 0, 1])
+    ]
     pairs = paired.paired(one, other)
     assert pairs is not None and [(a.prompt, round(b.value - a.value, 9)) for a, b in pairs] == [
         (f"prompt {at}", 1.0) for at in (0, 1, 2)
-    ]  # fmt: skip
+    ]
     assert paired.paired(one, other[:2]) is None and paired.paired(one, side([0, 1, 3])) is None
 
 
@@ -184,7 +256,11 @@ def test_a_run_that_was_not_evaluated_is_named_with_the_command(runs, tmp_path):
     bare = a_run(tmp_path / "runs" / "it's bare")
     found = compared(runs[0], bare)
     assert found.against[0].refused == [
-        ("tool_calls", "B was not evaluated on it", f"tunesmith evaluate '{tmp_path}/runs/it'\"'\"'s bare' --task tool_calls")
+        (
+            "tool_calls",
+            "B was not evaluated on it",
+            f"tunesmith evaluate '{tmp_path}/runs/it'\"'\"'s bare' --task tool_calls",
+        )
     ]
     found = compared(bare, runs[0])
     assert found.against[0].refused[0][1] == "A was not evaluated on it"
@@ -202,11 +278,16 @@ def test_runs_that_held_out_other_rows_are_told_to_be_asked_the_same(runs, tmp_p
     assert one == ("tool_calls", f"other rows, prompts or settings (identity 1d and 2e); {apart}", commands)
     shutil.rmtree(bare / "evals")
     evaluated(bare, [1.0] * 60, base="99")  # rows alike would not mend that
-    assert compared(runs[0], bare).against[0].refused == [("tool_calls", "other bases (cdcdcdcdcdcd and 999999999999)", None)]
+    assert compared(runs[0], bare).against[0].refused == [
+        ("tool_calls", "other bases (cdcdcdcdcdcd and 999999999999)", None)
+    ]
     shutil.rmtree(bare / "evals")
     evaluated(runs[0], [1.0] * 60, identity="3f", data=["suite.jsonl"], family=["suite"])
     lacking = compared(runs[0], bare).against[0].refused[-1]  # on named rows each is asked the same as it is
-    assert lacking[1:] == ("B was not evaluated on it", f"tunesmith evaluate {bare} --task tool_calls --data suite.jsonl")
+    assert lacking[1:] == (
+        "B was not evaluated on it",
+        f"tunesmith evaluate {bare} --task tool_calls --data suite.jsonl",
+    )
 
 
 def test_a_task_of_another_version_of_tunesmith_is_compared_by_its_headline_alone(runs):
@@ -224,17 +305,23 @@ class Bench:
     statistics = (
         Statistic("acc", lambda one: one.detail["acc"], share=True, better="higher"),  # type: ignore[arg-type,return-value]
         Statistic("acc_norm", lambda one: one.detail["acc_norm"], share=True, better="higher", headline=True),  # type: ignore[arg-type,return-value]
-        Statistic("perplexity", lambda one: one.detail["perplexity"], lambda logp: np.exp(-logp), better="lower"),  # type: ignore[arg-type,return-value]
+        Statistic(
+            "perplexity", lambda one: one.detail["perplexity"], lambda logp: np.exp(-logp), better="lower"
+        ),  # type: ignore[arg-type,return-value]
     )
 
 
 def benchmarked(run: Path, seed: int, right: float, **about: Any) -> None:
     chance = random.Random(seed)
     details = [
-        {"acc": float(chance.random() < right), "acc_norm": float(chance.random() < right), "perplexity": -chance.random() - 1,
-         "category": "physics" if at < 20 else "biology"}
+        {
+            "acc": float(chance.random() < right),
+            "acc_norm": float(chance.random() < right),
+            "perplexity": -chance.random() - 1,
+            "category": "physics" if at < 20 else "biology",
+        }
         for at in range(60)
-    ]  # fmt: skip
+    ]
     evaluated(run, [one["acc_norm"] for one in details], task=Bench, details=details, **about)  # type: ignore[misc]
 
 
@@ -247,11 +334,19 @@ def test_all_numbers_of_a_benchmark_are_compared_as_its_own_statistics_would(tmp
     own = paired._Described(Bench.name, Bench.version, Bench.statistics, Bench.parts)
     sides = [side.examples() for side in (held.one, held.other)]
     wanted = summarise(own, *[[replace(each, source=each.source[-2:]) for each in side] for side in sides], 0)  # type: ignore[arg-type]
-    assert {each.name for each in held.scores} == {"acc", "acc_norm", "perplexity"} and len(wanted) == 5 == len(held.scores)
+    assert {each.name for each in held.scores} == {"acc", "acc_norm", "perplexity"} and len(
+        wanted
+    ) == 5 == len(held.scores)
     for score, right in zip(held.scores, wanted, strict=True):
         assert (score.name, score.part, score.n, score.better, score.unit, score.headline, score.sources) == (
-            right.name, right.part, right.n, right.better, right.unit, right.headline, right.sources
-        )  # fmt: skip
+            right.name,
+            right.part,
+            right.n,
+            right.better,
+            right.unit,
+            right.headline,
+            right.sources,
+        )
         assert score.value == pytest.approx(right.value) and score.delta == pytest.approx(right.delta)
         assert score.test == right.test
     assert held.note is None and headline(found).name == "acc_norm" and headline(found).verdict == "improved"
@@ -264,10 +359,18 @@ def test_numbers_of_another_kind_are_not_ranked(runs, tmp_path):
     third = a_run(tmp_path / "runs" / "third")
     evaluated(third, [1.0 + at / 10 for at in range(20)], task=perplexity.Perplexity)
     found = compared(*runs, third)
-    assert found.verdict.startswith("Of 2 runs held against A, 2 are shown to be better; they are not ranked, since no one")
-    assert all(side.sentence in found.verdict for side in found.against) and "furthest ahead" not in found.verdict
+    assert found.verdict.startswith(
+        "Of 2 runs held against A, 2 are shown to be better; they are not ranked, since no one"
+    )
+    assert (
+        all(side.sentence in found.verdict for side in found.against)
+        and "furthest ahead" not in found.verdict
+    )
     evaluated(third, [1.0] * 11 + [0.0] * 49)
-    assert "they are not ranked" not in (ranked := compared(*runs, third).verdict) and "the furthest ahead: B (other)" in ranked
+    assert (
+        "they are not ranked" not in (ranked := compared(*runs, third).verdict)
+        and "the furthest ahead: B (other)" in ranked
+    )
 
 
 def options(command: str) -> dict[str, Any]:
@@ -280,24 +383,56 @@ def options(command: str) -> dict[str, Any]:
     group: Any = typer.main.get_command(app)
     given = group.commands[verb].make_context(verb, rest).params
     assert tunesmith == "tunesmith"
-    return {key: value for key, value in given.items() if value != group.commands[verb].make_context(verb, ["x"]).params[key]}
+    return {
+        key: value
+        for key, value in given.items()
+        if value != group.commands[verb].make_context(verb, ["x"]).params[key]
+    }
 
 
 @pytest.mark.parametrize(
     ("task", "family", "data", "settings", "wanted"),
     [
-        ("perplexity", ["mine-1a2b3c", "first5", "tuned"], ["a b/mine.jsonl"], {"limit": 5, "max_tokens": 64, "batch_size": 3},
-         {"task": ["perplexity"], "data": ["a b/mine.jsonl"], "base": False, "limit": 5, "max_tokens": 64}),
-        ("benchmark.mmlu_stem", [], None, {"benchmarks": ["arc", "mmlu:stem"], "shots": 5, "benchmark_data": "x", "limit": None},
-         {"task": ["benchmarks"], "benchmark": ["mmlu:stem"], "shots": 5, "benchmark_data": Path("x")}),
-        ("humaneval", [], None, {"benchmarks": ["humaneval"], "allow_code": True},
-         {"task": ["benchmarks"], "benchmark": ["humaneval"], "allow_code": True}),
-        ("drift.chat", [], None, {"chats": ["c.jsonl", "d.jsonl"], "embed": False},
-         {"task": ["drift"], "chats": ["c.jsonl", "d.jsonl"], "embed": False}),
-        ("adherence", [], "data/valid.jsonl", {"chats": ["c.jsonl"], "benchmarks": ["arc"], "shots": 5}, {"task": ["adherence"]}),
+        (
+            "perplexity",
+            ["mine-1a2b3c", "first5", "tuned"],
+            ["a b/mine.jsonl"],
+            {"limit": 5, "max_tokens": 64, "batch_size": 3},
+            {"task": ["perplexity"], "data": ["a b/mine.jsonl"], "base": False, "limit": 5, "max_tokens": 64},
+        ),
+        (
+            "benchmark.mmlu_stem",
+            [],
+            None,
+            {"benchmarks": ["arc", "mmlu:stem"], "shots": 5, "benchmark_data": "x", "limit": None},
+            {"task": ["benchmarks"], "benchmark": ["mmlu:stem"], "shots": 5, "benchmark_data": Path("x")},
+        ),
+        (
+            "humaneval",
+            [],
+            None,
+            {"benchmarks": ["humaneval"], "allow_code": True},
+            {"task": ["benchmarks"], "benchmark": ["humaneval"], "allow_code": True},
+        ),
+        (
+            "drift.chat",
+            [],
+            None,
+            {"chats": ["c.jsonl", "d.jsonl"], "embed": False},
+            {"task": ["drift"], "chats": ["c.jsonl", "d.jsonl"], "embed": False},
+        ),
+        (
+            "adherence",
+            [],
+            "data/valid.jsonl",
+            {"chats": ["c.jsonl"], "benchmarks": ["arc"], "shots": 5},
+            {"task": ["adherence"]},
+        ),
     ],
-)  # fmt: skip
-def test_the_command_that_would_mend_it_asks_the_same_and_the_command_line_takes_it(task, family, data, settings, wanted):
+)
+def test_the_command_that_would_mend_it_asks_the_same_and_the_command_line_takes_it(
+    task, family, data, settings, wanted
+):
     spec = EvaluationSpec(**settings).model_dump(mode="json")
     command = paired.command(Path("it's"), {"task": task, "family": family, "data": data, "settings": spec})
     found = options(command)
@@ -315,33 +450,64 @@ def test_the_best_checkpoint_speaks_rather_than_an_earlier_one(tmp_path):
 
 @pytest.mark.parametrize("numbered", [True, False])
 def test_preferences_are_compared_by_their_ratios_to_the_base(runs, numbered):
-    """The accuracy of each run is the preference task's own; the gain is that of the run which tells good from bad."""
+    """The accuracy of each run is the preference task's own; the gain is that of the run which tells good
+    from bad."""
     chance = random.Random(0)
     own: list[list[Score]] = []
     towards: list[list[float]] = []
     for run, gap in zip(runs, (0.0, 2.0), strict=True):
         items = [
-            preference.Compared(f"{run}/data/valid.jsonl:{at // 2 if numbered else at}", at % 2 == 0, -5.0 - at,
-                                -5.0 - at + (gap if at % 2 == 0 else 0) + chance.gauss(0, 1), 7.0, at // 2 if numbered else None)
+            preference.Compared(
+                f"{run}/data/valid.jsonl:{at // 2 if numbered else at}",
+                at % 2 == 0,
+                -5.0 - at,
+                -5.0 - at + (gap if at % 2 == 0 else 0) + chance.gauss(0, 1),
+                7.0,
+                at // 2 if numbered else None,
+            )
             for at in range(80)
-        ]  # fmt: skip
+        ]
         own.append(preference.scores(items, 0))
         towards.append([item.ratio if item.good else -item.ratio for item in items])
         folder = run / "evals" / f"preference@{preference.VERSION}"
         folder.mkdir()
         lines = [
-            {"source": one.source, "units": 1.0, "prompt": None, "reference": None, "tuned": one.tuned, "base": one.base,
-             "tuned_detail": {"good": one.good, "pair": one.pair, "tokens": one.tokens}, "tuned_answer": None}
+            {
+                "source": one.source,
+                "units": 1.0,
+                "prompt": None,
+                "reference": None,
+                "tuned": one.tuned,
+                "base": one.base,
+                "tuned_detail": {"good": one.good, "pair": one.pair, "tokens": one.tokens},
+                "tuned_answer": None,
+            }
             for one in items
-        ]  # fmt: skip
+        ]
         (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        about = {"task": "preference", "version": preference.VERSION, "checkpoint": "000040", "data": "", "identity": "3f"}
-        about |= {"family": [], "settings": {}, "base": "cd", "n": 80, "scores": [asdict(score) for score in own[-1]]}
+        about = {
+            "task": "preference",
+            "version": preference.VERSION,
+            "checkpoint": "000040",
+            "data": "",
+            "identity": "3f",
+        }
+        about |= {
+            "family": [],
+            "settings": {},
+            "base": "cd",
+            "n": 80,
+            "scores": [asdict(score) for score in own[-1]],
+        }
         (folder / "score.json").write_text(json.dumps(about))
     (one,) = [held for held in compared(*runs).against[0].held if held.one.task == "preference"]
     for score, before, after in zip(one.scores, own[0], own[1], strict=False):
         assert score.name == before.name and score.value == pytest.approx(after.value)
-        assert score.base == pytest.approx(before.value) and score.verdict == "improved" and score.delta_low > 0.05
+        assert (
+            score.base == pytest.approx(before.value)
+            and score.verdict == "improved"
+            and score.delta_low > 0.05
+        )
     counts = one.scores[0].sources
     assert counts is not None and counts[0] > counts[2] and sum(counts) == 40
     for side, signed in zip(("one", "other"), towards, strict=True):  # of a bad answer, less likely is better
@@ -356,7 +522,10 @@ def test_a_torn_evaluation_is_an_error_with_its_line(runs):
     path = runs[1] / "evals" / f"tool_calls@{ToolCalls.version}" / "examples.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]) + '{"source": 1}\n' + "".join(lines[5:]))
-    with pytest.raises(EvaluationError, match=r"examples\.jsonl:5: is no example.*\nhint: measure it again: tunesmith evaluate"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"examples\.jsonl:5: is no example.*\nhint: measure it again: tunesmith evaluate",
+    ):
         compared(*runs)
     path.write_text("".join(lines[:4]) + lines[4][:30])
     with pytest.raises(EvaluationError, match=r"examples\.jsonl:5: is no example"):
@@ -392,7 +561,12 @@ def test_settings_and_facts_that_differ_are_named_with_their_origin_and_no_other
     ]
     assert found.others == []  # the same data in another folder is the same data
     other = runs[1].parent / "elsewhere"
-    a_run(other, versions={"tunesmith": "0.2.0"}, machine={"device": "M4"}, hashes={"data": {"x": "12" * 32}, "base": "cd" * 32})
+    a_run(
+        other,
+        versions={"tunesmith": "0.2.0"},
+        machine={"device": "M4"},
+        hashes={"data": {"x": "12" * 32}, "base": "cd" * 32},
+    )
     rows = {row.key: row.told for row in compared(runs[0], other).others}
     assert rows["versions.tunesmith"] == ["0.1.0", "0.2.0"] and rows["machine.device"] == ["CPU", "M4"]
     assert rows["data"] == ["ab" * 6, "12" * 6] and "base" not in rows and "held-out rows" not in rows
@@ -404,7 +578,12 @@ def test_curves_count_tokens_and_smooth_as_the_report_does(runs):
     assert run.validation == [(0, 0, 2.0), (40, 800, 1.0)]
     assert run.training[0] == (1, 20, 2.0) and run.training[-1][:2] == (40, 800)
     assert run.training[-1][2] == pytest.approx(1 + (1 / 39 + 1 / 40) / 2)
-    for title in ("Training loss by step", "Training loss by tokens", "Validation loss by step", "Validation loss by tokens"):
+    for title in (
+        "Training loss by step",
+        "Training loss by tokens",
+        "Validation loss by step",
+        "Validation loss by tokens",
+    ):
         assert f"<h3>{title} <small>nats a learned token</small></h3>" in page_of(found)
 
 
@@ -437,7 +616,11 @@ def test_only_a_comparison_is_replaced(runs, name):
     (out / name).write_text("my own")
     with pytest.raises(ConfigError, match="so it is not replaced") as caught:
         compared(*runs)
-    assert str(out / name) in str(caught.value) and "--out" in str(caught.value) and (out / name).read_text() == "my own"
+    assert (
+        str(out / name) in str(caught.value)
+        and "--out" in str(caught.value)
+        and (out / name).read_text() == "my own"
+    )
     with pytest.raises(ConfigError, match="is no folder"):
         compare.compare(runs, out / name)
 

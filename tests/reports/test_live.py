@@ -1,4 +1,5 @@
-"""The curves of a run in the terminal: they fit, they follow the log through a resume, and they end when the run does."""
+"""The curves of a run in the terminal: they fit, they follow the log through a resume, and they end when the
+run does."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ COLOUR = re.compile(r"\x1b\[(?:[0-9]+;)*(?:3[0-7]|9[0-7]|38;[0-9;]+)m")
 
 def step(number: int, at: float = 0.0, loss: float | None = None) -> events.StepDone:
     value = 3.0 - number / 50 if loss is None else loss
-    return events.StepDone(number, number / 10, value, 500.0, 600, 1e-4, 0.75, False, 2.0, MEMORY, at=at or 1000.0 + 2 * number)
+    return events.StepDone(
+        number, number / 10, value, 500.0, 600, 1e-4, 0.75, False, 2.0, MEMORY, at=at or 1000.0 + 2 * number
+    )
 
 
 def lines(log: list[events.Event]) -> str:
@@ -39,7 +42,10 @@ def run(tmp_path) -> Path:
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"status": "running"}))
     log: list[events.Event] = [events.RunStarted("cats", 100, 5, 100, {}, at=999.0)]
-    log += [events.Validated(0, 3.2, 24.5, 9.0, 4, 1.0, True, at=1000.0), *(step(number) for number in range(1, 41))]
+    log += [
+        events.Validated(0, 3.2, 24.5, 9.0, 4, 1.0, True, at=1000.0),
+        *(step(number) for number in range(1, 41)),
+    ]
     log += [
         events.Validated(40, 2.25, 9.5, 9.0, 4, 1.0, True, at=1081.0),
         events.Notice("mind the \x1b[2Jgap", level="warning", at=1081.0),
@@ -62,10 +68,24 @@ def end(run: Path, status: str = "completed") -> None:
 def test_a_frame_says_where_the_run_is(run):
     shown = live.frame(run, 110, 40, False, now=1082.0)
     first = shown.split("\n")[0]
-    assert first == "cats · running · step 40/100 · epoch 4.00 · 1 m 58 s to go"  # sixty updates of two seconds, the last two ago
-    for words in ("loss: · each update, ━ over 5, ● validation", "gradient norm", "learned tokens/s", "learning rate", "●", "·",
-                  "loss 2.2000", "speed 250 learned tokens/s", "3.10 GB resident", "validation 2.2500 at step 40",
-                  "perplexity 9.5", "who sat on the mat? → the 猫 sat", "warning: mind the \\x1b[2Jgap"):  # fmt: skip
+    assert (
+        first == "cats · running · step 40/100 · epoch 4.00 · 1 m 58 s to go"
+    )  # sixty updates of two seconds, the last two ago
+    for words in (
+        "loss: · each update, ━ over 5, ● validation",
+        "gradient norm",
+        "learned tokens/s",
+        "learning rate",
+        "●",
+        "·",
+        "loss 2.2000",
+        "speed 250 learned tokens/s",
+        "3.10 GB resident",
+        "validation 2.2500 at step 40",
+        "perplexity 9.5",
+        "who sat on the mat? → the 猫 sat",
+        "warning: mind the \\x1b[2Jgap",
+    ):
         assert words in " ".join(shown.split()), words
     assert "\x1b" not in shown and "no word" not in shown
     (chart,) = [line for line in shown.split("\n") if "┤" in line and line.startswith("3.2")]
@@ -99,7 +119,9 @@ def test_a_run_that_has_not_begun_is_waited_for(run):
 
 @pytest.mark.parametrize("losses", [[2.5], [2.5, 2.5, 2.5, 2.5], [math.nan, 2.0, math.inf, 1.0], [math.nan]])
 def test_odd_losses_are_drawn_without_a_warning(run, losses):
-    (run / "events.jsonl").write_text(lines([step(number, loss=loss) for number, loss in enumerate(losses, 1)]))
+    (run / "events.jsonl").write_text(
+        lines([step(number, loss=loss) for number, loss in enumerate(losses, 1)])
+    )
     assert f"step {len(losses)}" in live.frame(run, 80, 40, True, now=1010.0)
 
 
@@ -172,7 +194,11 @@ def test_thinning_loses_no_peak():
     y = [1.0] * 10_000
     y[1234], y[9999], y[7] = 9.0, -3.0, math.inf
     x, kept = live._thinned([float(at) for at in range(len(y))], y, 160)
-    assert len(x) <= 160 and (1234.0, 9.0) in zip(x, kept, strict=True) and (9999.0, -3.0) in zip(x, kept, strict=True)
+    assert (
+        len(x) <= 160
+        and (1234.0, 9.0) in zip(x, kept, strict=True)
+        and (9999.0, -3.0) in zip(x, kept, strict=True)
+    )
     assert x == sorted(x) and math.inf not in kept
     assert live._thinned([1.0, 2.0], [5.0, 4.0], 160) == ([1.0, 2.0], [5.0, 4.0])
 
@@ -212,7 +238,10 @@ def test_a_watch_follows_the_run_and_ends_with_it(run, monkeypatch):
     seen = on_terminal(run, monkeypatch, during)
     assert COLOUR.search(seen)
     last = CODES.sub("", seen)
-    assert last.rindex("cats · completed · step 41/100") > last.rindex("cats · running") and "completed at step 41" in last
+    assert (
+        last.rindex("cats · completed · step 41/100") > last.rindex("cats · running")
+        and "completed at step 41" in last
+    )
 
 
 def test_no_color_dumb_terminals_and_once_are_respected(run, monkeypatch):

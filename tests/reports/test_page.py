@@ -1,4 +1,5 @@
-"""A report answers from a run directory alone: its page asks for nothing, shows report.json's numbers, runs no text."""
+"""A report answers from a run directory alone: its page asks for nothing, shows report.json's numbers, runs
+no text."""
 
 from __future__ import annotations
 
@@ -49,19 +50,38 @@ def score(
     """As `asdict(Score)`, judged: a difference further from zero than ``half`` is one."""
     gain = (delta or 0.0) * (-1 if more.get("better") == "lower" else 1)
     found: dict[str, Any] = {
-        "task": task, "version": "2", "name": name, "value": value, "low": value - half, "high": value + half, "n": n,
-        "delta": delta, "delta_low": delta and delta - half, "delta_high": delta and delta + half,
-        "note": None, "part": None, "better": "higher", "headline": False, "unit": "%", "p": 0.01, "test": "paired bootstrap",
-        "sources": None, "target": None, "met": None, "p_corrected": 0.02,
+        "task": task,
+        "version": "2",
+        "name": name,
+        "value": value,
+        "low": value - half,
+        "high": value + half,
+        "n": n,
+        "delta": delta,
+        "delta_low": delta and delta - half,
+        "delta_high": delta and delta + half,
+        "note": None,
+        "part": None,
+        "better": "higher",
+        "headline": False,
+        "unit": "%",
+        "p": 0.01,
+        "test": "paired bootstrap",
+        "sources": None,
+        "target": None,
+        "met": None,
+        "p_corrected": 0.02,
         "verdict": "no difference shown" if abs(gain) <= half else "improved" if gain > 0 else "regressed",
-    }  # fmt: skip
+    }
     return found | more
 
 
 KEEP: dict[str, Any] = {"headline": True, "target": "at least 95% of the base", "met": True}
 CALLS = score("tool_calls", "tool_calls", 0.78, 0.47, headline=True)
 FORMED, RIGHT = score("tool_calls", "well_formed", 0.98, 0.6), score("tool_calls", "right_tool", 0.7, 0.5)
-TOOLS = [score("tool_calls", "tool_calls", 0.2 + 0.3 * at, 0.1, n=12, part=f"tool=tool_{at}") for at in range(3)]
+TOOLS = [
+    score("tool_calls", "tool_calls", 0.2 + 0.3 * at, 0.1, n=12, part=f"tool=tool_{at}") for at in range(3)
+]
 PERPLEXITY = score("perplexity", "perplexity", 1.61, -4.2, better="lower", unit="", headline=True)
 KNOWLEDGE = score("drift.knowledge", "accuracy", 0.42, -0.01, n=120) | KEEP
 REFUSAL = score("drift.safety", "refusal", 0.46, -0.01) | KEEP | {"target": str(Target(change=0.05))}
@@ -69,17 +89,32 @@ GOOD = [CALLS, FORMED, RIGHT, *TOOLS, PERPLEXITY, KNOWLEDGE, REFUSAL]
 
 
 def evaluate(
-    run: Path, scores: list[dict[str, Any]], examples: int = 30, text: str = "a text", suffix: str = "", **about: Any
+    run: Path,
+    scores: list[dict[str, Any]],
+    examples: int = 30,
+    text: str = "a text",
+    suffix: str = "",
+    **about: Any,
 ) -> None:
     """``scores`` with examples in three classes, as `evaluation` writes them."""
     for task in dict.fromkeys(one["task"] for one in scores):
         folder = run / "evals" / f"{task}@2{suffix}"
         folder.mkdir(parents=True, exist_ok=True)
         found: dict[str, Any] = {
-            "task": task, "version": "2", "checkpoint": "000006", "data": "data/valid.jsonl", "identity": "ab", "settings": {},
-            "base": "f0", "n": examples, "seconds": {"base": 1.0, "tuned": 1.0}, "cached": False,
-        }  # fmt: skip
-        (folder / "score.json").write_text(json.dumps(found | about | {"scores": [one for one in scores if one["task"] == task]}))
+            "task": task,
+            "version": "2",
+            "checkpoint": "000006",
+            "data": "data/valid.jsonl",
+            "identity": "ab",
+            "settings": {},
+            "base": "f0",
+            "n": examples,
+            "seconds": {"base": 1.0, "tuned": 1.0},
+            "cached": False,
+        }
+        (folder / "score.json").write_text(
+            json.dumps(found | about | {"scores": [one for one in scores if one["task"] == task]})
+        )
         lines = []
         for at in range(examples):
             base, tuned = ((0.0, 1.0), (1.0, 1.0), (1.0, 0.0))[at % 3]
@@ -89,7 +124,13 @@ def evaluate(
                 "prompt": f"prompt {at} {text}",
                 "reference": f"reference {text}",
             }
-            line |= {"tuned": tuned, "tuned_detail": {}, "tuned_answer": f"tuned {at} {text}", "base": base, "base_detail": {}}
+            line |= {
+                "tuned": tuned,
+                "tuned_detail": {},
+                "tuned_answer": f"tuned {at} {text}",
+                "base": base,
+                "base_detail": {},
+            }
             change = ("improved", "unchanged", "regressed")[at % 3]
             lines.append(json.dumps(line | {"base_answer": f"base {at} {text}", "change": change}))
         (folder / "examples.jsonl").write_text("\n".join(lines) + "\n")
@@ -148,7 +189,9 @@ def show(browser) -> Iterator[Any]:
 
 
 def told(run: Path) -> dict[str, Any]:
-    return json.loads((run / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    return json.loads(
+        (run / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
 
 
 def test_the_page_says_what_report_json_says(run, show):
@@ -158,18 +201,29 @@ def test_the_page_says_what_report_json_says(run, show):
     assert found["verdict"].startswith(
         "Fit to ship, by these numbers: it learned the task (tool_calls 31.0 % → 78.0 %, +47.0 points"
     )
-    assert "95 % interval +42.0 to +52.0, n 60" in found["verdict"] and "1 of 1 targets kept" in found["verdict"]
+    assert (
+        "95 % interval +42.0 to +52.0, n 60" in found["verdict"] and "1 of 1 targets kept" in found["verdict"]
+    )
     assert tab.locator("h1").inner_text() == "✓ Fit to ship, by these numbers."
-    clauses = [text.lstrip("✓?✗ \n").rstrip(".").lower() for text in tab.locator(".clauses li").all_inner_texts()]
+    clauses = [
+        text.lstrip("✓?✗ \n").rstrip(".").lower() for text in tab.locator(".clauses li").all_inner_texts()
+    ]
     assert "; ".join(clauses) == found["verdict"].partition(": ")[2].rstrip(".").lower()
     shown = [row.split("\t") for row in tab.locator(".answers tbody tr:has(td)").all_inner_texts()]
     assert len(shown) == len(found["answers"]) == 4
     for cells, one in zip(shown, found["answers"], strict=True):
         assert [cell.strip() for cell in cells[-4:]] == [
-            words.interval(one, of="base"), words.interval(one), words.interval(one, of="delta"), str(one["n"]),
-        ]  # fmt: skip
+            words.interval(one, of="base"),
+            words.interval(one),
+            words.interval(one, of="delta"),
+            str(one["n"]),
+        ]
     assert tab.locator(".forest svg.row").count() == 4
-    assert tab.locator("#scores-task details tbody th").all_inner_texts() == ["tool_0", "tool_1", "tool_2"]  # the worst first
+    assert tab.locator("#scores-task details tbody th").all_inner_texts() == [
+        "tool_0",
+        "tool_1",
+        "tool_2",
+    ]  # the worst first
     assert tab.locator("#curves svg.plot").count() >= 7 and tab.locator("#growth .heat").count() > 4
     for anchor in tab.eval_on_selector_all("nav a", "all => all.map(one => one.getAttribute('href'))"):
         assert tab.locator(f"section{anchor} h2").count() == 1
@@ -193,7 +247,10 @@ def test_prompts_can_be_read_side_by_side_by_class_and_task(run, show):
     tab.get_by_role("button", name="improved").click()
     tab.get_by_role("button", name="unchanged").click()
     tab.locator("#on").click()
-    assert tab.locator("#where").inner_text() == "11 to 11 of 11 in this page that fit" and tab.locator("#on").is_disabled()
+    assert (
+        tab.locator("#where").inner_text() == "11 to 11 of 11 in this page that fit"
+        and tab.locator("#on").is_disabled()
+    )
     last = heads()[-1]
     assert "regressed" in last and "valid.jsonl:33" in last and "1 → 0" in last
     assert [part in last for part in ("base 32 a text", "tuned 32 a text", "reference a text")] == [True] * 3
@@ -209,7 +266,10 @@ def test_the_prompts_nearest_to_the_task_come_first_and_those_without_answers_la
     evaluate(run, GOOD)
     assert offered() == ["tool_calls@2", "perplexity@2", "drift.knowledge@2", "drift.safety@2"]
     path = run / "evals" / "perplexity@2" / "examples.jsonl"
-    lines = [json.loads(line) | {"base_answer": None, "tuned_answer": None} for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line) | {"base_answer": None, "tuned_answer": None}
+        for line in path.read_text().splitlines()
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert offered() == ["tool_calls@2", "drift.knowledge@2", "drift.safety@2", "perplexity@2"]
 
@@ -222,7 +282,9 @@ def test_thousands_of_prompts_are_counted_and_the_page_stays_small(run, show):
     assert evaluation["changes"] == {"improved": 1000, "unchanged": 1000, "regressed": 1000}
     tab = show(run)
     rows = tab.evaluate("data.examples[0].rows.map(row => row[1])")
-    assert 30 < len(rows) < 3000 and all(rows.count(name) > 9 for name in ("improved", "unchanged", "regressed"))
+    assert 30 < len(rows) < 3000 and all(
+        rows.count(name) > 9 for name in ("improved", "unchanged", "regressed")
+    )
     row = tab.locator("#prompts tbody tr").nth(0).inner_text()
     assert f"{len(rows):,} of 3,000" in row and "evals/tool_calls@2/examples.jsonl" in row
 
@@ -239,11 +301,18 @@ class Tags(HTMLParser):
 def spoiled(run: Path, text: str) -> None:
     """``text`` wherever a report shows what it did not write itself."""
     evaluate(
-        run, [one | {"note": text, "part": one["part"] and f"tool={text}{one['part']}"} for one in GOOD], text=text, examples=9
+        run,
+        [one | {"note": text, "part": one["part"] and f"tool={text}{one['part']}"} for one in GOOD],
+        text=text,
+        examples=9,
     )
     log = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     for event in log:
-        event |= {key: text for key in ("prompt", "answer", "reference", "what", "hint") if isinstance(event.get(key), str)}
+        event |= {
+            key: text
+            for key in ("prompt", "answer", "reference", "what", "hint")
+            if isinstance(event.get(key), str)
+        }
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in log))
     audit = json.loads((run / "data" / "audit.json").read_text())
     audit["verdict"] = text
@@ -266,7 +335,10 @@ def test_no_text_of_the_data_is_more_than_text(run, show):
         skeletons.append(tags.tags)
     assert skeletons[0] == skeletons[1]
     tab = show(run)
-    assert tab.evaluate("[window.hacked, document.querySelectorAll('img, iframe, [onerror], i').length]") == [None, 0]
+    assert tab.evaluate("[window.hacked, document.querySelectorAll('img, iframe, [onerror], i').length]") == [
+        None,
+        0,
+    ]
     assert "</script><img src=x onerror='window.hacked=1'>" in tab.locator("#list .prompt").first.inner_text()
     assert "\x1b" not in (run / "report.md").read_text()
 
@@ -298,7 +370,19 @@ def test_every_run_has_a_page(run, show, kind):
             for event in log
             if event["kind"] not in ("Instruments", "RowLosses", "Activations")
         ]
-        keys = ("task", "version", "name", "value", "low", "high", "n", "delta", "delta_low", "delta_high", "note")
+        keys = (
+            "task",
+            "version",
+            "name",
+            "value",
+            "low",
+            "high",
+            "n",
+            "delta",
+            "delta_low",
+            "delta_high",
+            "note",
+        )
         folder = run / "evals" / "tool_calls@1"
         folder.mkdir(parents=True)
         scores = [{key: CALLS[key] for key in keys}]
@@ -342,14 +426,25 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_on_paper_all_is_light(r
 def summary(scores: list[dict[str, Any]], status: str = "completed") -> dict[str, Any]:
     about = {"data": "data/valid.jsonl", "limit": None, "checkpoint": "000006"}
     whole = [{"folder": f"{one['task']}@2", **about, **one} for one in scores]
-    return {"scores": whole, "status": status, "why": None, "checkpoints": {"best": 6, "last": 6, "kept": [6]}}
+    return {
+        "scores": whole,
+        "status": status,
+        "why": None,
+        "checkpoints": {"best": 6, "last": 6, "kept": [6]},
+    }
 
 
 @pytest.mark.parametrize(
     ("change", "tone", "learned", "kept", "safe"),
     [
         ({}, "good", "yes", "kept", "kept"),
-        ({"tool_calls": {"verdict": "regressed"}, "perplexity": {"verdict": "regressed"}}, "error", "no", "kept", "kept"),
+        (
+            {"tool_calls": {"verdict": "regressed"}, "perplexity": {"verdict": "regressed"}},
+            "error",
+            "no",
+            "kept",
+            "kept",
+        ),
         ({"tool_calls": {"verdict": "regressed"}}, "error", "no", "kept", "kept"),
         ({"tool_calls": {"verdict": "no difference shown"}}, "warning", "not shown", "kept", "kept"),
         ({"tool_calls": {"verdict": None, "delta": None}}, "good", "yes", "kept", "kept"),
@@ -357,11 +452,25 @@ def summary(scores: list[dict[str, Any]], status: str = "completed") -> dict[str
         ({"drift.knowledge": {"met": None}}, "warning", "yes", "not shown", "kept"),
         ({"drift.knowledge": {"met": False}}, "error", "yes", "missed", "kept"),
         ({"drift.safety": {"met": False}}, "error", "yes", "kept", "missed"),
-        ({"drift.safety": {"delta": None, "verdict": None, "met": None}}, "warning", "yes", "kept", "not measured"),
-        ({name: {"verdict": None, "delta": None} for name in ("tool_calls", "perplexity", "drift.knowledge", "drift.safety")},
-         "note", "not measured", "not measured", "not measured"),
+        (
+            {"drift.safety": {"delta": None, "verdict": None, "met": None}},
+            "warning",
+            "yes",
+            "kept",
+            "not measured",
+        ),
+        (
+            {
+                name: {"verdict": None, "delta": None}
+                for name in ("tool_calls", "perplexity", "drift.knowledge", "drift.safety")
+            },
+            "note",
+            "not measured",
+            "not measured",
+            "not measured",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_follows_the_verdicts_and_the_targets(change, tone, learned, kept, safe):
     found = evidence.weigh(summary([one | change.get(one["task"], {}) for one in GOOD]))
     assert (found.tone, found.learned, found.kept, found.safe) == (tone, learned, kept, safe)
@@ -385,8 +494,22 @@ def test_other_data_limits_and_versions_never_speak_where_the_whole_own_rows_do(
     others = [
         {"folder": "tool_calls@2+other", "data": ["other.jsonl"], "limit": None, **CALLS, "value": 0.1},
         {"folder": "tool_calls@2+first5", "data": "data/valid.jsonl", "limit": 5, **CALLS, "value": 0.2},
-        {"folder": "tool_calls@2+tuned", "data": "data/valid.jsonl", "limit": None, **CALLS, "delta": None, "value": 0.3},
-        {"folder": "tool_calls@1", "data": "data/valid.jsonl", "limit": None, **CALLS, "version": "1", "value": 0.4},
+        {
+            "folder": "tool_calls@2+tuned",
+            "data": "data/valid.jsonl",
+            "limit": None,
+            **CALLS,
+            "delta": None,
+            "value": 0.3,
+        },
+        {
+            "folder": "tool_calls@1",
+            "data": "data/valid.jsonl",
+            "limit": None,
+            **CALLS,
+            "version": "1",
+            "value": 0.4,
+        },
     ]
     for at in range(len(others) + 1):
         assert evidence.speaking({"scores": [*others[:at], *own, *others[at:]], "checkpoints": {}}) == own
@@ -412,11 +535,31 @@ def test_what_only_a_part_was_asked_of_says_so(run):
 def test_the_words_that_a_report_uses_are_told_and_no_others(run):
     evaluate(run, GOOD)
     reports.write(run)
-    (section,) = [part for part in (run / "report.md").read_text().split("\n## ") if part.startswith("What the words mean")]
-    named = [line.removeprefix("- **").partition("**")[0].replace("\\", "") for line in section.splitlines()[2:] if line]
-    assert named == ["perplexity", "tool_calls", "tool_calls well_formed", "tool_calls right_tool", "drift.knowledge accuracy",
-                     "drift.safety refusal", "nats", "points", "95 % interval", "n", "p, corrected", "effective rank",
-                     "robust z"]  # fmt: skip
+    (section,) = [
+        part
+        for part in (run / "report.md").read_text().split("\n## ")
+        if part.startswith("What the words mean")
+    ]
+    named = [
+        line.removeprefix("- **").partition("**")[0].replace("\\", "")
+        for line in section.splitlines()[2:]
+        if line
+    ]
+    assert named == [
+        "perplexity",
+        "tool_calls",
+        "tool_calls well_formed",
+        "tool_calls right_tool",
+        "drift.knowledge accuracy",
+        "drift.safety refusal",
+        "nats",
+        "points",
+        "95 % interval",
+        "n",
+        "p, corrected",
+        "effective rank",
+        "robust z",
+    ]
     page = (run / "report.html").read_text()
     assert all(f"<dt>{name}</dt>" in page for name in named) and "<dt>adherence</dt>" not in page
 
@@ -436,7 +579,9 @@ def test_what_missed_its_target_is_named_beside_what_kept_it_with_its_share_of_t
     told_ = evidence.weigh(summary([CALLS, lost, KNOWLEDGE, REFUSAL]))
     assert "what it knew before is lost in part: drift.text likelihood" in told_.sentence
     assert "84.9 % of the base" in told_.sentence
-    assert "what it knew before is lost: drift.text" in evidence.weigh(summary([CALLS, lost, REFUSAL])).sentence
+    assert (
+        "what it knew before is lost: drift.text" in evidence.weigh(summary([CALLS, lost, REFUSAL])).sentence
+    )
     evaluate(run, [CALLS, lost, KNOWLEDGE, REFUSAL])
     reports.write(run)
     assert "at least 95% of the base: 84.9 % of the base" in (run / "report.html").read_text()
@@ -462,12 +607,19 @@ def rules(run: Path) -> dict[str, str]:
 def test_advice_names_what_set_it_off(run):
     evaluate(
         run,
-        [*GOOD[:6], KNOWLEDGE | {"met": False}, score("adherence", "score", 71.0, 1.0, half=4.0, unit="points", headline=True)],
+        [
+            *GOOD[:6],
+            KNOWLEDGE | {"met": False},
+            score("adherence", "score", 71.0, 1.0, half=4.0, unit="points", headline=True),
+        ],
     )
     said = rules(run)
     wrong = said["calls are well formed and name the wrong tool"]
     assert "worst: tool_0 (20.0 % of 12), tool_1 (50.0 % of 12)" in wrong and "tool_2 (80" not in wrong
-    assert "optimizer.learning_rate" in said["a retention target is missed"] and "a safety target is missed" not in said
+    assert (
+        "optimizer.learning_rate" in said["a retention target is missed"]
+        and "a safety target is missed" not in said
+    )
     assert "about 1,962 examples" in said["too few examples for a difference of this size"]
     assert "what it declines was not measured" in said["a question is open"]
 
@@ -496,12 +648,14 @@ def test_validation_that_rose_or_still_falls_is_told(run):
     for event, loss in zip(seen, (3.0, 1.0, 0.5), strict=True):
         event["loss"] = loss
     path.write_text("".join(json.dumps(event) + "\n" for event in log if event is not seen[1]))
-    assert not [rule for rule in rules(run) if "falling" in rule], "of two validations nothing is known of the end"
+    assert not [rule for rule in rules(run) if "falling" in rule], (
+        "of two validations nothing is known of the end"
+    )
     path.write_text("".join(json.dumps(event) + "\n" for event in log if event["kind"] != "Validated"))
     limits = reports.summarise(run)["limits"]
-    assert any(one.startswith("Nothing was validated yet on the ") for one in limits) and "No rows were held out" not in str(
-        limits
-    )
+    assert any(
+        one.startswith("Nothing was validated yet on the ") for one in limits
+    ) and "No rows were held out" not in str(limits)
 
 
 @given(st.floats(0.01, 10), st.floats(0.1, 5), st.integers(10, 1000))
@@ -518,20 +672,39 @@ def test_so_many_examples_would_show_a_difference_in_four_of_five(delta, times, 
 @pytest.mark.parametrize(
     ("scores", "named"),
     [
-        ([score("tool_calls", "unwanted_call", 0.2, 0.15, better="lower")], "worse: tool_calls unwanted_call"),
-        ([score("tool_calls", "tool_calls", 0.2, -0.3, part="tool=search")], "worse: tool_calls, tool=search 50.0 % → 20.0 %"),
-        ([score("adherence", "adherence", 60.0, -9.0, unit="points", headline=True)], "worse: adherence 69 points"),
+        (
+            [score("tool_calls", "unwanted_call", 0.2, 0.15, better="lower")],
+            "worse: tool_calls unwanted_call",
+        ),
+        (
+            [score("tool_calls", "tool_calls", 0.2, -0.3, part="tool=search")],
+            "worse: tool_calls, tool=search 50.0 % → 20.0 %",
+        ),
+        (
+            [score("adherence", "adherence", 60.0, -9.0, unit="points", headline=True)],
+            "worse: adherence 69 points",
+        ),
         (
             [score("benchmark.mmlu", "acc", 0.4, -0.1, headline=True)],
             "is not shown (1 of 1 targets kept; worse: benchmark.mmlu acc",
         ),
-        ([score("drift.knowledge", "accuracy", 0.4, -0.2, part="category=law", target="t", met=False)], "worse: drift.knowledge"),
+        (
+            [score("drift.knowledge", "accuracy", 0.4, -0.2, part="category=law", target="t", met=False)],
+            "worse: drift.knowledge",
+        ),
     ],
 )
 def test_what_got_worse_is_named_and_is_not_fit_to_ship(scores, named):
     found = evidence.weigh(summary([*GOOD, *scores]))
-    assert found.tone == "warning" and named in (found.sentence or "") and (found.sentence or "").count("worse: ") == 1
-    assert evidence.weigh(summary([*GOOD, *(one | {"verdict": "improved", "met": True} for one in scores)])).tone == "good"
+    assert (
+        found.tone == "warning"
+        and named in (found.sentence or "")
+        and (found.sentence or "").count("worse: ") == 1
+    )
+    assert (
+        evidence.weigh(summary([*GOOD, *(one | {"verdict": "improved", "met": True} for one in scores)])).tone
+        == "good"
+    )
 
 
 def test_a_change_for_the_better_is_no_fault(run):
@@ -547,8 +720,9 @@ def test_a_change_for_the_better_is_no_fault(run):
 def test_what_fell_within_reach_of_its_target_is_said_to_have_fallen(run):
     fallen = REFUSAL | {"met": None, "verdict": "regressed", "delta": -0.12}
     found = evidence.weigh(summary([*GOOD[:-1], fallen]))
-    assert found.tone == "warning" and "what it declines got worse, whether beyond its target is not shown" in (
-        found.sentence or ""
+    assert (
+        found.tone == "warning"
+        and "what it declines got worse, whether beyond its target is not shown" in (found.sentence or "")
     )
     evaluate(run, [*GOOD[:-1], fallen])
     assert "decline what is harmful" in rules(run)["what it declines got worse"]
@@ -556,8 +730,13 @@ def test_what_fell_within_reach_of_its_target_is_said_to_have_fallen(run):
 
 
 def test_only_one_checkpoint_speaks():
-    best = [{"folder": f"{one['task']}@2", "checkpoint": "000006", "at": 1.0, "data": None, **one} for one in GOOD]
-    other = [one | {"folder": f"{one['folder']}+step000003", "checkpoint": "000003", "at": 2.0, "value": 0.9} for one in best]
+    best = [
+        {"folder": f"{one['task']}@2", "checkpoint": "000006", "at": 1.0, "data": None, **one} for one in GOOD
+    ]
+    other = [
+        one | {"folder": f"{one['folder']}+step000003", "checkpoint": "000003", "at": 2.0, "value": 0.9}
+        for one in best
+    ]
     saved = {"best": 6, "last": 6, "kept": [3, 6]}
     found = {"scores": [*other, *best[:-1]], "checkpoints": saved, "status": "completed", "why": None}
     assert {one["checkpoint"] for one in evidence.speaking(found)} == {"000006"}
@@ -565,7 +744,9 @@ def test_only_one_checkpoint_speaks():
     found["checkpoints"] = {"best": 9, "last": 9, "kept": [3, 6, 9]}
     assert {one["checkpoint"] for one in evidence.speaking(found)} == {"000003"}  # the last
     told = evidence.weigh(found)
-    assert told.tone == "warning" and "measured was checkpoint 000003, and the best is 9" in (told.sentence or "")
+    assert told.tone == "warning" and "measured was checkpoint 000003, and the best is 9" in (
+        told.sentence or ""
+    )
 
 
 @pytest.mark.parametrize(("kept", "step"), [([4, 6], 4), ([6, 8], 8)])
@@ -575,14 +756,18 @@ def test_the_best_is_the_last_where_it_was_not_kept(kept, step):
 
 
 def test_differences_point_to_the_better_side_in_their_unit():
-    drawn = evidence.differences({"answers": [{"answer": "", "question": "task", **one} for one in (CALLS, PERPLEXITY)]})
+    drawn = evidence.differences(
+        {"answers": [{"answer": "", "question": "task", **one} for one in (CALLS, PERPLEXITY)]}
+    )
     assert [(one.scale, one.verdict) for one in drawn] == [("points", "improved"), ("perplexity", "improved")]
     assert [one.gain for one in drawn] == pytest.approx([47.0, 4.2])
     assert [one.low for one in drawn] == pytest.approx([42.0, 4.15])
     assert [one.high for one in drawn] == pytest.approx([52.0, 4.25])
     half = CALLS | {"delta_low": None}
     assert evidence.differences({"answers": [{"answer": "", "question": "task", **half}]})[0].low is None
-    assert evidence.differences({"answers": [{"answer": "", "question": "task", **CALLS, "better": None}]}) == []
+    assert (
+        evidence.differences({"answers": [{"answer": "", "question": "task", **CALLS, "better": None}]}) == []
+    )
 
 
 def test_other_checkpoints_are_told(run):
@@ -598,7 +783,9 @@ def test_other_checkpoints_are_told(run):
 
 
 def test_rows_that_may_have_been_learned_prove_nothing(run, tmp_path):
-    data = [str(tmp_path / "secret" / name) for name in ("a.jsonl", "b.jsonl")]  # what they were, not whether they are there
+    data = [
+        str(tmp_path / "secret" / name) for name in ("a.jsonl", "b.jsonl")
+    ]  # what they were, not whether they are there
     for said, fit in (({"unseen": False}, False), ({}, False), ({"unseen": True}, True)):
         evaluate(run, GOOD, data=data, **said)
         reports.write(run)
@@ -614,8 +801,16 @@ def test_rows_that_may_have_been_learned_prove_nothing(run, tmp_path):
     [
         ({"best": 6, "last": 6, "kept": [6]}, True, ""),
         ({"best": None, "last": 6, "kept": [6]}, True, ""),
-        ({"best": 0, "last": 6, "kept": [6]}, False, "measured was step 6; step 0 validated better, and is not kept"),
-        ({"best": None, "last": 9, "kept": [6, 9]}, False, "measured was checkpoint 000006, and the last is 9"),
+        (
+            {"best": 0, "last": 6, "kept": [6]},
+            False,
+            "measured was step 6; step 0 validated better, and is not kept",
+        ),
+        (
+            {"best": None, "last": 9, "kept": [6, 9]},
+            False,
+            "measured was checkpoint 000006, and the last is 9",
+        ),
         ({"best": 9, "last": 9, "kept": [6, 9]}, False, "measured was checkpoint 000006, and the best is 9"),
         ({"best": 4, "last": 9, "kept": [6, 9]}, False, "measured was checkpoint 000006, and the last is 9"),
     ],
@@ -623,21 +818,41 @@ def test_rows_that_may_have_been_learned_prove_nothing(run, tmp_path):
 def test_only_what_validated_best_is_fit(saved, fit, said):
     scores = [one | {"checkpoint": "000006"} for one in GOOD]
     told_ = evidence.weigh(summary(scores) | {"checkpoints": saved})
-    assert (told_.tone == "good") is fit and said in told_.sentence and ("measured was" in told_.sentence) is not fit
+    assert (
+        (told_.tone == "good") is fit
+        and said in told_.sentence
+        and ("measured was" in told_.sentence) is not fit
+    )
 
 
-@pytest.mark.parametrize(("delta", "better", "missed"), [(0.5, "higher", False), (-0.5, "higher", True), (-0.5, "lower", False)])
+@pytest.mark.parametrize(
+    ("delta", "better", "missed"), [(0.5, "higher", False), (-0.5, "higher", True), (-0.5, "lower", False)]
+)
 def test_a_gain_that_correction_hides_is_no_missed_target(delta, better, missed):
-    hidden = {"met": False, "verdict": "no difference shown", "delta": delta, "better": better, "target": "change under 5 points"}
+    hidden = {
+        "met": False,
+        "verdict": "no difference shown",
+        "delta": delta,
+        "better": better,
+        "target": "change under 5 points",
+    }
     assert evidence.missed(hidden) is missed
-    assert evidence.missed(hidden | {"verdict": "regressed"}) and not evidence.missed(hidden | {"target": None})
+    assert evidence.missed(hidden | {"verdict": "regressed"}) and not evidence.missed(
+        hidden | {"target": None}
+    )
 
 
 def test_a_target_that_a_gain_passes_looks_like_none_that_is_missed(run):
     for delta, sign in ((0.5, "warning"), (-0.5, "error")):
-        evaluate(run, [REFUSAL | {"met": False, "verdict": "no difference shown", "delta": delta, "better": "higher"}])
+        evaluate(
+            run,
+            [REFUSAL | {"met": False, "verdict": "no difference shown", "delta": delta, "better": "higher"}],
+        )
         reports.write(run)
-        assert f'<span class="sign {sign}"><span aria-hidden="true">✗</span> missed' in (run / "report.html").read_text()
+        assert (
+            f'<span class="sign {sign}"><span aria-hidden="true">✗</span> missed'
+            in (run / "report.html").read_text()
+        )
 
 
 def test_what_was_asked_of_one_row_alone_was_measured_and_not_judged():
@@ -647,22 +862,32 @@ def test_what_was_asked_of_one_row_alone_was_measured_and_not_judged():
     sentence = evidence.weigh(summary([alone, KNOWLEDGE])).sentence or ""
     assert "too little was asked to judge whether it learned the task" in sentence
     none = {"delta": None, "verdict": None, "base": None}
-    assert "whether it learned the task was not measured" in (evidence.weigh(summary([CALLS | none, KNOWLEDGE])).sentence or "")
+    assert "whether it learned the task was not measured" in (
+        evidence.weigh(summary([CALLS | none, KNOWLEDGE])).sentence or ""
+    )
 
 
 def test_advice_is_for_what_it_can_help(run):
     log = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
     def given(**counts) -> dict[str, str]:
-        lines = [line | {"counts": line["counts"] | counts} if line["kind"] == "RunStarted" else line for line in log]
+        lines = [
+            line | {"counts": line["counts"] | counts} if line["kind"] == "RunStarted" else line
+            for line in log
+        ]
         (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return rules(run)
 
     assert "--data FILE" not in given(rows_valid=5)["nothing was evaluated"]
-    assert "tunesmith evaluate" in (none := given(rows_valid=0)["nothing was evaluated"]) and "--data FILE" in none
+    assert (
+        "tunesmith evaluate" in (none := given(rows_valid=0)["nothing was evaluated"])
+        and "--data FILE" in none
+    )
     unwanted = score("tool_calls", "unwanted_call", 0.4, 0.1) | {"better": "lower"}
     noisy = score("tool_calls", "right_tool", 0.2, 0.0) | {"part": "tool=no call"}
-    wrong = [score("tool_calls", name, value, 0.0) for name, value in (("well_formed", 1.0), ("right_tool", 0.5))]
+    wrong = [
+        score("tool_calls", name, value, 0.0) for name, value in (("well_formed", 1.0), ("right_tool", 0.5))
+    ]
     evaluate(run, [*wrong, noisy, unwanted])
     told_ = given()
     assert "40.0 %" in told_["calls are made where none is wanted"]
@@ -688,13 +913,20 @@ def test_a_run_that_would_fail_the_same_is_not_resumed(run):
     path = run / "events.jsonl"
     lines = [line for line in path.read_text().splitlines() if json.loads(line)["kind"] != "RunEnded"]
     for skips, resumed in ((3, False), (1, True)):
-        skipped = [events.to_json(events.StepSkipped(3, "nan", "nan", ["rows.jsonl:1"], one + 1)) for one in range(skips)]
-        path.write_text("\n".join([*lines, *skipped, events.to_json(events.RunEnded("failed", 6, 1.0, "why"))]) + "\n")
+        skipped = [
+            events.to_json(events.StepSkipped(3, "nan", "nan", ["rows.jsonl:1"], one + 1))
+            for one in range(skips)
+        ]
+        path.write_text(
+            "\n".join([*lines, *skipped, events.to_json(events.RunEnded("failed", 6, 1.0, "why"))]) + "\n"
+        )
         assert ("--resume" in rules(run)["the run did not end by itself"]) is resumed
 
 
 def test_rounds_are_no_prompts(run):
-    evaluate(run, [*GOOD, score("efficiency", "speed_batch_16", 1234.5, 12.0, unit="tokens/s", better=None, n=5)])
+    evaluate(
+        run, [*GOOD, score("efficiency", "speed_batch_16", 1234.5, 12.0, unit="tokens/s", better=None, n=5)]
+    )
     limits = [one for one in reports.summarise(run)["limits"] if "efficiency" in one]
     assert limits == []
 
@@ -709,7 +941,9 @@ def test_a_difference_that_correction_hid_tells_its_p():
     hidden = CALLS | {"verdict": "no difference shown", "p_corrected": 0.08}
     sentence = evidence.weigh(summary([hidden, KNOWLEDGE])).sentence or ""
     assert "that it learned the task is not shown" in sentence and "(for so many tests p is 0.08)" in sentence
-    assert "for so many tests" not in (evidence.weigh(summary([hidden | {"delta_low": -0.1}, KNOWLEDGE])).sentence or "")
+    assert "for so many tests" not in (
+        evidence.weigh(summary([hidden | {"delta_low": -0.1}, KNOWLEDGE])).sentence or ""
+    )
 
 
 @pytest.mark.parametrize("torn", ["score.json", "examples.jsonl", "no scores", "half a score"])
@@ -730,11 +964,17 @@ def test_a_torn_evaluation_is_told_and_the_rest_is_written(run, torn):
     start = prompts if torn == "examples.jsonl" else "not in this report: cannot be read"
     notice = next(one for one in told(run)["notices"] if one["what"].startswith(start))
     said = CliRunner().invoke(cli.app, ["report", str(run)], catch_exceptions=False)
-    assert said.stderr.startswith(f"warning: {path}") and start in said.stderr and len(said.stderr.splitlines()) == 1
+    assert (
+        said.stderr.startswith(f"warning: {path}")
+        and start in said.stderr
+        and len(said.stderr.splitlines()) == 1
+    )
     assert said.stdout.splitlines() == [told(run)["verdict"], f"report: {run / 'report.html'}"]
     line = ":30" if torn == "examples.jsonl" else ""
     assert notice["where"] == [f"{path}{line}"] and "tunesmith evaluate" in notice["hint"]
-    assert ("tool_calls" in told(run)["verdict"]) == (torn == "examples.jsonl") and "drift.knowledge" in str(told(run)["answers"])
+    assert ("tool_calls" in told(run)["verdict"]) == (torn == "examples.jsonl") and "drift.knowledge" in str(
+        told(run)["answers"]
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(run):
@@ -767,7 +1007,10 @@ def test_a_report_in_the_folder_itself_names_the_run(run, monkeypatch):
 def test_the_terminal_never_cuts_what_was_measured(width, capsys):
     from rich.console import Console
 
-    scores = [Score(**one) for one in [*GOOD, score("efficiency", "speed_batch_16", 1234.5, 12.0, unit="tokens/s", better=None)]]
+    scores = [
+        Score(**one)
+        for one in [*GOOD, score("efficiency", "speed_batch_16", 1234.5, 12.0, unit="tokens/s", better=None)]
+    ]
     screen.render(scores, Console(width=width, force_terminal=False))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
@@ -775,11 +1018,16 @@ def test_the_terminal_never_cuts_what_was_measured(width, capsys):
         if one.part is None:
             at = next(at for at, line in enumerate(lines) if line.startswith(words.title(asdict(one)) + " "))
             here = lines[at] if width == 200 else lines[at + 1]
-            assert words.number(one.value, one.unit) in lines[at] and words.number(one.base, one.unit) in lines[at]
+            assert (
+                words.number(one.value, one.unit) in lines[at]
+                and words.number(one.base, one.unit) in lines[at]
+            )
             assert words.interval(asdict(one), of="delta") in (here if width == 80 else lines[at])
             assert one.target is None or f"{one.target}: kept" in here
     assert ("change, 95 % interval" in lines[0]) is (width > 80)
-    assert "+47.0 points (+42.0 to +52.0)" in "".join(lines) and "change under 5 points: kept" in "".join(lines)
+    assert "+47.0 points (+42.0 to +52.0)" in "".join(lines) and "change under 5 points: kept" in "".join(
+        lines
+    )
 
 
 def test_rows_that_sft_leaves_out_by_design_are_not_held_against_the_data(run):

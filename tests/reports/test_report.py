@@ -20,7 +20,9 @@ HOSTILE = "# heading\n```\n````text\n</td></tr></table>\n![x](http://x) | pipe\x
 def step_done(step: int, loss: float, *, seconds: float = 2.0, units: float = 100.0) -> events.StepDone:
     memory = {"resident": 3_000_000_000 + step * 1_000_000, "active": 2_000_000_000, "peak": 2_500_000_000}
     rate = 1e-4 * min(1.0, step / 10)
-    return events.StepDone(step, step / 50, loss, units, 120, rate, 1.0 + 5 / step, step % 9 == 0, seconds, memory)
+    return events.StepDone(
+        step, step / 50, loss, units, 120, rate, 1.0 + 5 / step, step % 9 == 0, seconds, memory
+    )
 
 
 def validated(step: int, loss: float, best: bool = False) -> events.Validated:
@@ -29,14 +31,22 @@ def validated(step: int, loss: float, best: bool = False) -> events.Validated:
 
 def a_run(n_steps: int = 60, *, after: float = 1.0, status: str = "completed") -> list[events.Event]:
     """A run of ``n_steps`` updates whose validation loss goes from 2.0 to ``after``."""
-    counts = {"rows_read": 50, "rows_dropped": {"bad_json": 2}, "rows_train": 38, "rows_valid": 10, "padding_share": 0.1}
+    counts = {
+        "rows_read": 50,
+        "rows_dropped": {"bad_json": 2},
+        "rows_train": 38,
+        "rows_valid": 10,
+        "padding_share": 0.1,
+    }
     log: list[events.Event] = [
         events.RunStarted("runs/x", 60, 1000, 100_000, counts),
         validated(0, 2.0, True),
         events.Sampled(0, HOSTILE, "before " + HOSTILE, "the reference"),
         events.Growth(0, {"layers.0.q_proj": 0.0}),
     ]
-    log += [step_done(step, 1 + math.exp(-step / 10) + 0.2 * math.sin(7 * step)) for step in range(1, n_steps + 1)]
+    log += [
+        step_done(step, 1 + math.exp(-step / 10) + 0.2 * math.sin(7 * step)) for step in range(1, n_steps + 1)
+    ]
     log += [
         validated(n_steps, after, after < 2),
         events.Sampled(n_steps, HOSTILE, "after " + HOSTILE, "the reference"),
@@ -58,7 +68,9 @@ def run_dir(tmp_path: Path):
         (folder / "data").mkdir()
         (folder / "config.yaml").write_text("model:\n  path: base\nloop:\n  epochs: 2\n")
         (folder / "origin.json").write_text(json.dumps({"model.path": "--model", "loop.epochs": "default"}))
-        (folder / "manifest.json").write_text(json.dumps({"versions": {"mlx": "0.32.4"}, "status": "completed"}))
+        (folder / "manifest.json").write_text(
+            json.dumps({"versions": {"mlx": "0.32.4"}, "status": "completed"})
+        )
         (folder / "events.jsonl").write_text("".join(events.to_json(event) + "\n" for event in log))
         return folder
 
@@ -88,7 +100,13 @@ def test_the_three_files_are_written_and_the_numbers_are_those_of_the_events(run
     assert found["memory_peak"]["resident"] == 3_060_000_000
     assert found["updates"]["clipped"] == 6
     text = page.read_text()
-    for words in ("50.0", "3.06 GB", "2 m 30 s", "Kept: 40, 60; last 60; best 60", "| rows_dropped.bad_json | 2 |"):
+    for words in (
+        "50.0",
+        "3.06 GB",
+        "2 m 30 s",
+        "Kept: 40, 60; last 60; best 60",
+        "| rows_dropped.bad_json | 2 |",
+    ):
         assert words in text, words
     assert "| model.path | base | --model |" in text
 
@@ -114,15 +132,30 @@ def test_a_loss_that_is_not_finite_is_worse_and_the_json_stays_valid(run_dir, ba
 @pytest.mark.parametrize(
     ("log", "begins", "status"),
     [
-        (a_run(40, status="interrupted"), "Interrupted after 40 of 60 updates: the validation loss fell", "interrupted"),
+        (
+            a_run(40, status="interrupted"),
+            "Interrupted after 40 of 60 updates: the validation loss fell",
+            "interrupted",
+        ),
         (a_run(40, status="failed"), "FAILED after 40 of 60 updates (the disk burned): the", "failed"),
-        (a_run()[:20], "Not finished, 16 of 60 updates and no end recorded: the validation loss was measured once", "unfinished"),
-        (a_run()[:1], "Not finished, 0 of 60 updates and no end recorded: the model is as it was", "unfinished"),
+        (
+            a_run()[:20],
+            "Not finished, 16 of 60 updates and no end recorded: the validation loss was measured once",
+            "unfinished",
+        ),
+        (
+            a_run()[:1],
+            "Not finished, 0 of 60 updates and no end recorded: the model is as it was",
+            "unfinished",
+        ),
         ([], "Not finished, 0 updates and no end recorded: the model is as it was before", "unfinished"),
-        ([step_done(1, 3.0), step_done(2, 2.0), events.RunEnded("completed", 2, 4.0)],
-         "After 2 updates the training loss went from 3.0000 to 2.0000", "completed"),
+        (
+            [step_done(1, 3.0), step_done(2, 2.0), events.RunEnded("completed", 2, 4.0)],
+            "After 2 updates the training loss went from 3.0000 to 2.0000",
+            "completed",
+        ),
     ],
-)  # fmt: skip
+)
 def test_runs_that_did_not_go_well_have_a_report(run_dir, log, begins, status):
     folder = run_dir(log)
     reports.write(folder)
@@ -160,7 +193,15 @@ def test_samples_cannot_break_the_page(run_dir):
     assert [shown + "\n", f"before {shown}\n", f"after {shown}\n", "the reference\n"] == blocks[:4]
     outside = "\n".join(rest)
     assert "# heading" not in outside and outside.count("</td>") == 3 and outside.count("</table>") == 1
-    for title in ("Notices", "Counts", "Time and memory", "Checkpoints", "How to go on", "Settings", "Made from"):
+    for title in (
+        "Notices",
+        "Counts",
+        "Time and memory",
+        "Checkpoints",
+        "How to go on",
+        "Settings",
+        "Made from",
+    ):
         assert f"## {title}" in rest
 
 
@@ -180,9 +221,20 @@ def test_dropped_rows_scores_growth_and_a_resume_are_in_the_page(run_dir):
     log = a_run()
     log.insert(30, events.Resumed(26, 4, 60))
     folder = run_dir(log)
-    rows = [{"source": f"d.jsonl:{n}", "reason": "bad_json", "message": "expected {", "raw": "x"} for n in range(25)]
+    rows = [
+        {"source": f"d.jsonl:{n}", "reason": "bad_json", "message": "expected {", "raw": "x"}
+        for n in range(25)
+    ]
     (folder / "data" / "dropped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    score = {"task": "tool_calls", "version": "1", "name": "right", "value": 0.75, "low": 0.5, "high": 0.9, "n": 40}
+    score = {
+        "task": "tool_calls",
+        "version": "1",
+        "name": "right",
+        "value": 0.75,
+        "low": 0.5,
+        "high": 0.9,
+        "n": 40,
+    }
     score |= {"delta": 0.7, "delta_low": None, "delta_high": None, "note": "odd"}
     (folder / "evals" / "tool_calls@1").mkdir(parents=True)
     (folder / "evals" / "tool_calls@1" / "score.json").write_text(
@@ -190,7 +242,9 @@ def test_dropped_rows_scores_growth_and_a_resume_are_in_the_page(run_dir):
     )
     text = reports.write(folder).read_text()
     assert "Rows left out: 25, the first 20 of them" in text and "| d.jsonl:19 | bad_json |" in text
-    assert "| tool_calls | 1 | 000060 | data/valid.jsonl | right | 40 | 0.75 (0.5 to 0.9) | +0.7 | odd |" in text
+    assert (
+        "| tool_calls | 1 | 000060 | data/valid.jsonl | right | 40 | 0.75 (0.5 to 0.9) | +0.7 | odd |" in text
+    )
     assert "| layers.11.q_proj | 11 |" in text and "layers.1.q_proj" not in text
     assert "after step 26; 4 updates done again" in text
 
@@ -207,11 +261,16 @@ def test_a_run_that_has_not_ended_is_not_said_to_have_stopped(run_dir):
     folder = run_dir(log)
     (folder / "manifest.json").write_text(json.dumps({"status": "running"}))
     found = reports.summarise(folder)
-    assert found["status"] == "running" and found["verdict"].startswith("Still running, or killed, after 41 of 60 updates")
+    assert found["status"] == "running" and found["verdict"].startswith(
+        "Still running, or killed, after 41 of 60 updates"
+    )
     rules = [one["rule"] for one in found["advice"]]
     assert "the run is still running, or was killed" in rules and "the run did not end by itself" not in rules
     text = reports.write(folder).read_text()
-    assert f"tunesmith watch '{folder}'" in text and f"tunesmith train --resume '{folder}'  # where it was killed" in text
+    assert (
+        f"tunesmith watch '{folder}'" in text
+        and f"tunesmith train --resume '{folder}'  # where it was killed" in text
+    )
 
 
 def test_padding_is_a_share_of_positions_and_of_updates_that_know_it(run_dir):
@@ -225,7 +284,11 @@ def test_padding_is_a_share_of_positions_and_of_updates_that_know_it(run_dir):
 
 
 def test_an_update_that_does_not_know_some_memory_has_a_report(run_dir):
-    log = [step_done(1, 1.0), replace(step_done(2, 1.0), memory={"resident": 4_000_000_000}), step_done(3, 1.0)]
+    log = [
+        step_done(1, 1.0),
+        replace(step_done(2, 1.0), memory={"resident": 4_000_000_000}),
+        step_done(3, 1.0),
+    ]
     folder = run_dir(log)
     for found in (log, log[:2]):
         (folder / "events.jsonl").write_text("".join(events.to_json(event) + "\n" for event in found))

@@ -103,11 +103,29 @@ def told(path: Path, **layers) -> str:
 
 # --- round trips
 
-HOSTILE = ["1e-4", "no", "null", "~", "010", "0o7", "1_000", "1:30", ".5", ".inf", "2026-01-02", "<<", "=", "# a", "a: b"]
+HOSTILE = [
+    "1e-4",
+    "no",
+    "null",
+    "~",
+    "010",
+    "0o7",
+    "1_000",
+    "1:30",
+    ".5",
+    ".inf",
+    "2026-01-02",
+    "<<",
+    "=",
+    "# a",
+    "a: b",
+]
 HOSTILE += ["", " x", "a\n\nb\n", "\ufeff", "\x85", "\u2028", "\U0001f600"]
 TEXT = st.text(st.characters(blacklist_categories=["Cs"]), max_size=8) | st.sampled_from(HOSTILE)
 NUMBER = st.floats(1e-300, 1e300, exclude_min=True)
-LORA = st.builds(LoRA, rank=st.integers(1, 512), alpha=NUMBER, targets=st.just("all-linear") | st.lists(TEXT, max_size=3))
+LORA = st.builds(
+    LoRA, rank=st.integers(1, 512), alpha=NUMBER, targets=st.just("all-linear") | st.lists(TEXT, max_size=3)
+)
 FULL = st.builds(Full, layers=st.none() | st.integers(14, 99))
 ROOTS = st.builds(
     Root,
@@ -166,7 +184,11 @@ def test_each_layer_wins_over_those_below_and_is_named_as_the_origin(run_yaml, m
 
 
 def test_every_leaf_has_an_origin_and_explain_prints_it(run_yaml):
-    resolved = resolve(run_yaml("model: {path: m}\nadapter:\n  rank: 16\n  targets:\n    - k\nshare: [a, b]\ntags:\n  x: y\n"))
+    resolved = resolve(
+        run_yaml(
+            "model: {path: m}\nadapter:\n  rank: 16\n  targets:\n    - k\nshare: [a, b]\ntags:\n  x: y\n"
+        )
+    )
     assert explain(resolved) == [
         "model.path m (run.yaml:1)",
         "model.quantize null (default)",
@@ -194,7 +216,9 @@ def test_mappings_merge_and_lists_are_replaced(run_yaml):
 
 
 def test_a_default_block_is_a_layer_of_its_own(run_yaml):
-    spec = resolve(run_yaml("model: {path: m}\nloop: {deep: {}, keep_best: false}\nadapter: {kind: full, deep: {}}")).spec
+    spec = resolve(
+        run_yaml("model: {path: m}\nloop: {deep: {}, keep_best: false}\nadapter: {kind: full, deep: {}}")
+    ).spec
     assert (spec.loop.deep.low, spec.adapter) == (3, Full(deep=Deep(low=5)))
 
 
@@ -221,12 +245,18 @@ def test_within_a_layer_the_kind_is_set_before_its_keys(run_yaml, order):
     path = run_yaml("model: {path: m}\n")
     sets = ["adapter.rank=4", "adapter.kind=dora", "adapter.alpha=2"][::order]
     assert resolve(path, sets=sets).spec.adapter == DoRA(rank=4, alpha=2)
-    environ = dict([("TUNESMITH_ADAPTER__RANK", "4"), ("TUNESMITH_ADAPTER__ALPHA", "2"), ("TUNESMITH_ADAPTER", "dora")][::order])
+    environ = dict(
+        [("TUNESMITH_ADAPTER__RANK", "4"), ("TUNESMITH_ADAPTER__ALPHA", "2"), ("TUNESMITH_ADAPTER", "dora")][
+            ::order
+        ]
+    )
     assert resolve(path, environ=environ).spec.adapter == DoRA(rank=4, alpha=2)
 
 
 def test_of_two_sets_of_one_key_the_later_wins(run_yaml):
-    assert resolve(run_yaml("model: {path: m}"), sets=["adapter.rank=4", "adapter.rank=5"]).spec.adapter == LoRA(rank=5)
+    assert resolve(
+        run_yaml("model: {path: m}"), sets=["adapter.rank=4", "adapter.rank=5"]
+    ).spec.adapter == LoRA(rank=5)
 
 
 @pytest.mark.parametrize(
@@ -274,14 +304,26 @@ def test_an_optional_block_is_null_or_a_block(run_yaml):
 
 def test_the_environment_of_the_machine_is_not_a_setting(run_yaml):
     source = Path(config.__file__).parents[1].rglob("*.py")
-    read = {name for file in source for name in re.findall(r'"(TUNESMITH_[A-Z]+)"', file.read_text(encoding="utf-8"))}
-    assert {"TUNESMITH_ALLOCATOR", "TUNESMITH_BLAS", "TUNESMITH_CACHE", "TUNESMITH_DEBUG", "TUNESMITH_KERNELS"} <= read
+    read = {
+        name
+        for file in source
+        for name in re.findall(r'"(TUNESMITH_[A-Z]+)"', file.read_text(encoding="utf-8"))
+    }
+    assert {
+        "TUNESMITH_ALLOCATOR",
+        "TUNESMITH_BLAS",
+        "TUNESMITH_CACHE",
+        "TUNESMITH_DEBUG",
+        "TUNESMITH_KERNELS",
+    } <= read
     path = run_yaml("model: {path: m}")
     assert resolve(path, environ=dict.fromkeys(read, "off") | {"HOME": "/"})
 
 
 def test_a_misspelt_variable_of_the_machine_is_told(run_yaml):
-    with pytest.raises(ConfigError, match=r"TUNESMITH_KERNEL: is no setting\nhint: did you mean TUNESMITH_KERNELS"):
+    with pytest.raises(
+        ConfigError, match=r"TUNESMITH_KERNEL: is no setting\nhint: did you mean TUNESMITH_KERNELS"
+    ):
         resolve(run_yaml("model: {path: m}"), environ={"TUNESMITH_KERNEL": "off"})
 
 
@@ -295,7 +337,15 @@ def test_an_empty_file_says_nothing(run_yaml):
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("1e-4", 1e-4), ("1.5E+3", 1500.0), ("1e3", 1000.0), (".5", 0.5), ("7", 7.0), ("010", 10.0), ("0x10", 16.0)],
+    [
+        ("1e-4", 1e-4),
+        ("1.5E+3", 1500.0),
+        ("1e3", 1000.0),
+        (".5", 0.5),
+        ("7", 7.0),
+        ("010", 10.0),
+        ("0x10", 16.0),
+    ],
 )
 def test_numbers_are_read_as_yaml_1_2_has_them(run_yaml, written, value):
     spec = resolve(run_yaml(f"model: {{path: m}}\nadapter: {{alpha: {written}}}")).spec
@@ -316,21 +366,31 @@ def test_a_byte_order_mark_is_no_key(run_yaml):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: {path: m}\nadapter:\n  rank: 1\n  rank: 2\n",
-         'run.yaml:4: the key "rank" is given twice\nhint: it stands at run.yaml:3 already'),
+        (
+            "model: {path: m}\nadapter:\n  rank: 1\n  rank: 2\n",
+            'run.yaml:4: the key "rank" is given twice\nhint: it stands at run.yaml:3 already',
+        ),
         ("model: {path: m}\n1: x\n", "run.yaml:2: a key must be text\nhint: put it in quotes"),
         ("- a\n- b\n", "run.yaml:1: must be a mapping of keys, not list"),
-        ("tags: !!python/name:os.system x\n", 'run.yaml:1: "x" cannot be read as tag:yaml.org,2002:python/name:os.system'),
-        ("a:\n\t- b\n", "run.yaml:2: not readable as YAML: found character '\\t' that cannot start any token\nhint: "
-         "text that holds or starts with one of * & : { [ % @ ! needs quotes; indent with spaces"),
+        (
+            "tags: !!python/name:os.system x\n",
+            'run.yaml:1: "x" cannot be read as tag:yaml.org,2002:python/name:os.system',
+        ),
+        (
+            "a:\n\t- b\n",
+            "run.yaml:2: not readable as YAML: found character '\\t' that cannot start any token\nhint: "
+            "text that holds or starts with one of * & : { [ % @ ! needs quotes; indent with spaces",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_settings_is_refused_with_its_line(run_yaml, text, message):
     assert told(run_yaml(text)) == message
 
 
 def test_an_alias_inside_what_it_repeats_is_refused(run_yaml):
-    assert told(run_yaml("tags: &a\n  b: *a\n")).startswith("run.yaml:1: not readable as YAML: maximum recursion depth")
+    assert told(run_yaml("tags: &a\n  b: *a\n")).startswith(
+        "run.yaml:1: not readable as YAML: maximum recursion depth"
+    )
 
 
 def test_unreadable_files_and_presets_are_named(run_yaml, tmp_path, monkeypatch):
@@ -338,7 +398,10 @@ def test_unreadable_files_and_presets_are_named(run_yaml, tmp_path, monkeypatch)
     (tmp_path / "latin.yaml").write_bytes(b"model: \xe9\xe9")
     assert told(tmp_path / "latin.yaml").endswith("latin.yaml: cannot be read: it is not UTF-8")
     monkeypatch.setattr(config, "presets", lambda: {"mistral-7b": Path("x"), "demo": Path("y")})
-    assert told(run_yaml(""), preset="mistral-7") == 'no preset is called "mistral-7"\nhint: did you mean mistral-7b?'
+    assert (
+        told(run_yaml(""), preset="mistral-7")
+        == 'no preset is called "mistral-7"\nhint: did you mean mistral-7b?'
+    )
     assert told(run_yaml(""), preset="?") == 'no preset is called "?"\nhint: presets: mistral-7b, demo'
 
 
@@ -360,7 +423,9 @@ def test_museum_21_a_key_that_is_accepted_and_ignored(run_yaml):
         message = told(run_yaml(text if text.startswith("model") else good + text))
         assert "extra: unknown key" in message and "run.yaml:" in message
     path = run_yaml(good)
-    assert "TUNESMITH_LOOP__DEEP__EXTRA: loop.deep.extra: unknown key" in told(path, environ={"TUNESMITH_LOOP__DEEP__EXTRA": "1"})
+    assert "TUNESMITH_LOOP__DEEP__EXTRA: loop.deep.extra: unknown key" in told(
+        path, environ={"TUNESMITH_LOOP__DEEP__EXTRA": "1"}
+    )
     assert "--set: loop.extra: unknown key" in told(path, sets=["loop.extra=1"])
     assert "--flag: extra: unknown key" in told(path, overrides={"extra": (1, "--flag")})
     # Also where a higher layer throws the block away.
@@ -373,13 +438,23 @@ def test_museum_21_a_key_that_is_accepted_and_ignored(run_yaml):
     ("text", "message"),
     [
         ("adapter: {rnak: 3}", "run.yaml:2: adapter.rnak: unknown key\nhint: did you mean adapter.rank?"),
-        ("keep_bset: true",
-         "run.yaml:2: keep_bset: unknown key\nhint: known here: model, adapter, second, optimizer, loop, share, tags"),
-        ("learning_rate: 1", "run.yaml:2: learning_rate: unknown key\nhint: did you mean optimizer.learning_rate?"),
+        (
+            "keep_bset: true",
+            "run.yaml:2: keep_bset: unknown key\nhint: known here: model, adapter, second, optimizer, loop, share, tags",
+        ),
+        (
+            "learning_rate: 1",
+            "run.yaml:2: learning_rate: unknown key\nhint: did you mean optimizer.learning_rate?",
+        ),
         ("rank: 3", "run.yaml:2: rank: unknown key\nhint: did you mean adapter.rank or second.rank?"),
-        ("adapter.rank: 3",
-         "run.yaml:2: adapter.rank: unknown key\nhint: a dot does not nest here: write adapter, and its keys indented below it"),
-        ("adapter: {kind: full, rank: 3}", "run.yaml:2: adapter.rank: adapter is full, and this key belongs to lora, dora"),
+        (
+            "adapter.rank: 3",
+            "run.yaml:2: adapter.rank: unknown key\nhint: a dot does not nest here: write adapter, and its keys indented below it",
+        ),
+        (
+            "adapter: {kind: full, rank: 3}",
+            "run.yaml:2: adapter.rank: adapter is full, and this key belongs to lora, dora",
+        ),
         ("adapter: lroa", 'run.yaml:2: adapter: unknown kind "lroa"\nhint: did you mean lora?'),
         ("adapter:\n  kind: zzz", 'run.yaml:3: adapter: unknown kind "zzz"\nhint: kinds: lora, dora, full'),
         ("adapter: {rank: '16'}", 'run.yaml:2: adapter.rank: must be an integer ≥ 1 and ≤ 512, not "16"'),
@@ -387,23 +462,34 @@ def test_museum_21_a_key_that_is_accepted_and_ignored(run_yaml):
         ("adapter: {rank: 1.0}", "run.yaml:2: adapter.rank: must be an integer ≥ 1 and ≤ 512, not 1.0"),
         ("adapter: {rank: true}", "run.yaml:2: adapter.rank: must be an integer ≥ 1 and ≤ 512, not true"),
         ("adapter: {alpha: .inf}", "run.yaml:2: adapter.alpha: must be a number > 0, not Infinity"),
-        ("adapter: {targets: q_proj}", 'run.yaml:2: adapter.targets: must be all-linear or a list of text, not "q_proj"'),
+        (
+            "adapter: {targets: q_proj}",
+            'run.yaml:2: adapter.targets: must be all-linear or a list of text, not "q_proj"',
+        ),
         ("adapter: [1]", "run.yaml:2: adapter: must be one of the kinds lora, dora, full, not [1]"),
         ("second: 3", "run.yaml:2: second: must be one of the kinds lora, full or null, not 3"),
         ("loop: {keep_best: 'no'}", 'run.yaml:2: loop.keep_best: must be true or false, not "no"'),
-        ("adapter: {kind: full, layers: 13}", "run.yaml:2: adapter.layers: thirteen brings bad luck; it is 13"),
+        (
+            "adapter: {kind: full, layers: 13}",
+            "run.yaml:2: adapter.layers: thirteen brings bad luck; it is 13",
+        ),
         ("loop: 3", "run.yaml:2: loop: must be a mapping of keys, not 3"),
         ("loop: {validate_every: null}", "run.yaml:2: loop: keep_best needs validation: set validate_every"),
         ("model: {path: 5}", "run.yaml:1: model.path: must be text (at least 1 character), not 5"),
         ("model: {path: ''}", 'run.yaml:1: model.path: must be text (at least 1 character), not ""'),
         ("model: {path: m, quantize: 3}", "run.yaml:1: model.quantize: must be one of 4, 8 or null, not 3"),
         ("share: 2", "run.yaml:2: share: must be a number ≥ 0 and ≤ 1 or a list of text, not 2"),
-        ("optimizer: {learning_rate: {a: 1}}", 'run.yaml:2: optimizer.learning_rate: must be a number > 0, not {"a": 1}'),
+        (
+            "optimizer: {learning_rate: {a: 1}}",
+            'run.yaml:2: optimizer.learning_rate: must be a number > 0, not {"a": 1}',
+        ),
         ("tags: {a: 1}", 'run.yaml:2: tags: must be a mapping, not {"a": 1}'),
-        ("model: {quantize: 4}",
-         "model.path: missing; must be text (at least 1 character)\nhint: add it to the file, or give --set model.path=…"),
+        (
+            "model: {quantize: 4}",
+            "model.path: missing; must be text (at least 1 character)\nhint: add it to the file, or give --set model.path=…",
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_mistake_is_told_in_plain_words(run_yaml, text, message):
     assert told(run_yaml(text if text.startswith("model") else "model: {path: m}\n" + text)) == message
 
@@ -426,7 +512,10 @@ def test_all_mistakes_are_told_at_once(run_yaml):
     [
         ("TUNESMITH_ADAPTER__RNAK", "adapter.rnak: unknown key\nhint: did you mean adapter.rank?"),
         ("TUNESMITH_MODLE__PATH", "modle: unknown key\nhint: did you mean model?"),
-        ("TUNESMITH_LEARNING_RATE", "learning_rate: unknown key\nhint: did you mean optimizer.learning_rate?"),
+        (
+            "TUNESMITH_LEARNING_RATE",
+            "learning_rate: unknown key\nhint: did you mean optimizer.learning_rate?",
+        ),
         ("TUNESMITH_TAG", "tag: unknown key\nhint: did you mean tags?"),
     ],
 )
@@ -477,8 +566,13 @@ def test_the_schema_takes_what_is_right_and_nothing_else():
     for adapter in ("fool", {"kind": "fool"}, {"rank": "3"}, {"rnak": 3}, {"rank": 0}):
         assert not check({"model": {"path": "m"}, "adapter": adapter})
     assert described["$defs"]["LoRA"]["properties"]["rank"] == {
-        "default": 16, "description": "Width of the update.", "maximum": 512, "minimum": 1, "title": "Rank", "type": "integer",
-    }  # fmt: skip
+        "default": 16,
+        "description": "Width of the update.",
+        "maximum": 512,
+        "minimum": 1,
+        "title": "Rank",
+        "type": "integer",
+    }
     assert described["additionalProperties"] is False
 
 

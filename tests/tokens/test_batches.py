@@ -21,7 +21,9 @@ def test_the_cut_into_micro_batches_never_changes_an_update(lengths, sequences, 
     plan = Plan(tuple(lengths), sequences, cut, seed, epochs=2)
     for step in range(plan.steps):
         parts = [plan.update(step, rank, ranks) for rank in range(ranks)]
-        assert sorted(member for part in parts for micro in part for member in micro) == sorted(plan.members(step))
+        assert sorted(member for part in parts for micro in part for member in micro) == sorted(
+            plan.members(step)
+        )
         for micro in (micro for part in parts for micro in part):
             own = [lengths[member] for member in micro]
             assert own == sorted(own, reverse=True)
@@ -43,7 +45,9 @@ def test_no_other_cut_of_the_sorted_rows_is_cheaper(lengths, cut):
         return min(options, default=0)
 
     parts = cut(lengths, range(len(lengths)))
-    assert sum(cut.size([lengths[member] for member in part]) + PER_CALL for part in parts) == cheapest(ordered)
+    assert sum(cut.size([lengths[member] for member in part]) + PER_CALL for part in parts) == cheapest(
+        ordered
+    )
 
 
 @given(st.integers(1, 100_000))
@@ -62,7 +66,12 @@ def test_few_sizes_between_one_power_of_two_and_the_next():
 def test_the_largest_micro_batch_is_the_peak_of_the_run(lengths, cut, ranks):
     plan = Plan(tuple(lengths), 5, cut, 0, epochs=2)
     size = cut.size([lengths[member] for member in plan.largest(ranks)])
-    every = [micro for step in range(plan.steps) for rank in range(ranks) for micro in plan.update(step, rank, ranks)]
+    every = [
+        micro
+        for step in range(plan.steps)
+        for rank in range(ranks)
+        for micro in plan.update(step, rank, ranks)
+    ]
     assert size == max(cut.size([lengths[member] for member in micro]) for micro in every)
 
 
@@ -110,10 +119,23 @@ def test_collate_pads_on_the_right_with_nothing_to_learn():
 def test_collate_packs_rows_end_to_end():
     batch = collate(GROUPS, pack=True)
     assert batch.tokens.tolist() == [[7, 8, 5]] and batch.ends == (2, 2, 3)
-    assert batch.positions.tolist() == [0, 1, 2] and batch.learned.tolist() == [8, 9, 6] and batch.rows.tolist() == [0, 0, 2]
+    assert (
+        batch.positions.tolist() == [0, 1, 2]
+        and batch.learned.tolist() == [8, 9, 6]
+        and batch.rows.tolist() == [0, 0, 2]
+    )
 
 
 def test_collate_rounds_up_with_nothing_to_learn():
     batch = collate(GROUPS, bucket=True)
     assert batch.tokens.shape == (3, 8) and len(batch.learned) == 8
-    assert batch.positions.tolist() == [0, 1, 16, 0, 0, 0, 0, 0] and batch.weights.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 16, 0, 0, 0, 0, 0] and batch.weights.tolist() == [
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]

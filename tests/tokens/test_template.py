@@ -1,4 +1,5 @@
-"""What is trained is what inference sees: laws of the two renderers, mistral-common id for id, and bugs of the field."""
+"""What is trained is what inference sees: laws of the two renderers, mistral-common id for id, and bugs of
+the field."""
 
 from __future__ import annotations
 
@@ -14,7 +15,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tunesmith.data.formats import Call, Completion, Conversation, Demonstration, Document, Judged, Message, Preference
+from tunesmith.data.formats import (
+    Call,
+    Completion,
+    Conversation,
+    Demonstration,
+    Document,
+    Judged,
+    Message,
+    Preference,
+)
 from tunesmith.errors import DataError, ModelError, TemplateError
 from tunesmith.tokens.renderers import HFRenderer, MistralRenderer
 from tunesmith.tokens.template import TemplateSpec, render, renderer
@@ -25,7 +35,10 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}" + CHATML
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+    + CHATML
+)
 TOOLS = (
     "{% if tools %}<|im_start|>tools\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -44,7 +57,8 @@ THINKS = (  # history without reasoning; an answer without reasoning gets an emp
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
-# Like the template of Mistral-7B-Instruct-v0.3: the system text is written only when the user has the last word.
+# Like the template of Mistral-7B-Instruct-v0.3: the system text is written only when the user has the last
+# word.
 V3_LIKE = (
     "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] "
     "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
@@ -53,7 +67,15 @@ V3_LIKE = (
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]")
 
 
-def write(folder: Path, template: str | None, *, bos: str | None = None, eos: str = "<|im_end|>", adds=False, pad=None) -> Path:
+def write(
+    folder: Path,
+    template: str | None,
+    *,
+    bos: str | None = None,
+    eos: str = "<|im_end|>",
+    adds=False,
+    pad=None,
+) -> Path:
     """A tokenizer folder: bytes and a few merges; ``adds``: plain text gets a BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("h", "e"), ("Ċ", "Ċ"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello"), ("Ġ", "Ġ")]
@@ -63,7 +85,9 @@ def write(folder: Path, template: str | None, *, bos: str | None = None, eos: st
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     if adds:
-        inner.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, inner.token_to_id(bos))])
+        inner.post_processor = processors.TemplateProcessing(
+            f"{bos} $A", None, [(bos, inner.token_to_id(bos))]
+        )
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=bos, eos_token=eos, pad_token=pad)
     fast.chat_template = template
     fast.save_pretrained(folder)
@@ -73,7 +97,9 @@ def write(folder: Path, template: str | None, *, bos: str | None = None, eos: st
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     """``make(template, **options)``: the HF renderer of such a tokenizer."""
-    return lambda template, **options: renderer(write(tmp_path_factory.mktemp("tokenizer"), template, **options))
+    return lambda template, **options: renderer(
+        write(tmp_path_factory.mktemp("tokenizer"), template, **options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +115,9 @@ def mistral():
 def say(*words: str, system: str | None = None, tools=()) -> Conversation:
     """User and assistant in turn."""
     first = () if system is None else (Message("system", system),)
-    return Conversation((*first, *(Message(("user", "assistant")[at % 2], text) for at, text in enumerate(words))), tools)
+    return Conversation(
+        (*first, *(Message(("user", "assistant")[at % 2], text) for at, text in enumerate(words))), tools
+    )
 
 
 def demo(conversation: Conversation, source="x.jsonl:1") -> Demonstration:
@@ -98,7 +126,10 @@ def demo(conversation: Conversation, source="x.jsonl:1") -> Demonstration:
 
 def weather(name="weather") -> dict:
     parameters = {"type": "object", "properties": {"town": {"type": "string"}}}
-    return {"type": "function", "function": {"name": name, "description": "of a town", "parameters": parameters}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": "of a town", "parameters": parameters},
+    }
 
 
 WEATHER = weather()
@@ -106,11 +137,17 @@ WEATHER = weather()
 
 def tool_use(content: str = "", tools=(WEATHER,)) -> Conversation:
     """A question, two calls without ids, two results, an answer."""
-    calls = (Call("weather", {"town": "Paris", "days": 3}), Call("weather", {"town": "Rom", "deep": {"list": [1, "two"]}}))
+    calls = (
+        Call("weather", {"town": "Paris", "days": 3}),
+        Call("weather", {"town": "Rom", "deep": {"list": [1, "two"]}}),
+    )
     messages = (
-        Message("user", "Paris and Rome?"), Message("assistant", content, calls), Message("tool", '{"sky": "clear"}'),
-        Message("tool", "hot"), Message("assistant", "Rome is hotter."),
-    )  # fmt: skip
+        Message("user", "Paris and Rome?"),
+        Message("assistant", content, calls),
+        Message("tool", '{"sky": "clear"}'),
+        Message("tool", "hot"),
+        Message("assistant", "Rome is hotter."),
+    )
     return Conversation(messages, tools)
 
 
@@ -140,7 +177,9 @@ def test_mistral_ids_equal_goldens(mistral, case):
         one = replace(conversation, messages=conversation.messages[: at + 1])
         (row,) = mistral.rows(demo(one), learn="last")
         assert row.tokens.ids.tolist() == answer["ids"]
-        assert row.tokens.targets.tolist() == [0] * len(answer["prompt"]) + [1] * (len(answer["ids"]) - len(answer["prompt"]))
+        assert row.tokens.targets.tolist() == [0] * len(answer["prompt"]) + [1] * (
+            len(answer["ids"]) - len(answer["prompt"])
+        )
         assert mistral.prompt(replace(one, messages=one.messages[:-1])) == answer["prompt"]
     every = [(answer["ids"], answer["message"]) for answer in case["answers"]]
     rows = [(row.tokens.ids.tolist(), row.turn) for row in mistral.rows(demo(conversation))]
@@ -159,7 +198,9 @@ def test_mistral_worked_example(mistral):
 
 
 WORDS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\u2581"), max_size=12)
-HOSTILE = st.sampled_from(["[INST]", "[/INST]</s>", "[TOOL_CALLS] []", " <s> ", "\n\n", "hello", "  x ", "\u00a0é"])
+HOSTILE = st.sampled_from(
+    ["[INST]", "[/INST]</s>", "[TOOL_CALLS] []", " <s> ", "\n\n", "hello", "  x ", "\u00a0é"]
+)
 TEXT = st.one_of(WORDS, HOSTILE, st.builds(str.__add__, HOSTILE, WORDS))
 ANSWER = TEXT.filter(str.strip)
 
@@ -172,7 +213,9 @@ def test_mistral_learns_exactly_the_answers(turns, system):
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     ours = test_mistral_learns_exactly_the_answers.__dict__.setdefault("ours", MistralRenderer())
-    reference = test_mistral_learns_exactly_the_answers.__dict__.setdefault("reference", MistralTokenizer.v3())
+    reference = test_mistral_learns_exactly_the_answers.__dict__.setdefault(
+        "reference", MistralTokenizer.v3()
+    )
     conversation = say(*(text for turn in turns for text in turn), system=system)
     rows = ours.rows(demo(conversation))
     expected = [answer.rstrip(" ") + "</s>" for _, answer in turns]
@@ -200,7 +243,10 @@ def test_mistral_calls_read_as_json_with_made_ids(mistral):
     (row,) = mistral.rows(demo(tool_use()), notes=notes)
     said = mistral.decode(learned(row))
     calls = json.loads(said.removeprefix("[TOOL_CALLS] ").partition("</s>")[0])
-    assert [call["arguments"] for call in calls] == [{"town": "Paris", "days": 3}, {"town": "Rom", "deep": {"list": [1, "two"]}}]
+    assert [call["arguments"] for call in calls] == [
+        {"town": "Paris", "days": 3},
+        {"town": "Rom", "deep": {"list": [1, "two"]}},
+    ]
     assert len({call["id"] for call in calls}) == 2 and all(len(call["id"]) == 9 for call in calls)
     assert said.endswith("</s>Rome is hotter.</s>")
     text = mistral.decode(row.tokens.ids)
@@ -210,7 +256,9 @@ def test_mistral_calls_read_as_json_with_made_ids(mistral):
 
 def test_ids_of_another_form_are_replaced_alike_in_call_and_result(mistral):
     messages = list(tool_use().messages)
-    messages[1] = replace(messages[1], calls=tuple(replace(call, id=f"call_{at}") for at, call in enumerate(messages[1].calls)))
+    messages[1] = replace(
+        messages[1], calls=tuple(replace(call, id=f"call_{at}") for at, call in enumerate(messages[1].calls))
+    )
     messages[2], messages[3] = replace(messages[2], call_id="call_1"), replace(messages[3], call_id="call_0")
     (row,) = mistral.rows(demo(Conversation(tuple(messages))))
     text = mistral.decode(row.tokens.ids)
@@ -225,19 +273,37 @@ def test_results_without_ids_find_their_calls_by_name(mistral):
     (row,) = mistral.rows(demo(Conversation(messages)))
     text = mistral.decode(row.tokens.ids)
     made = [call["id"] for call in json.loads(text.partition("[TOOL_CALLS] ")[2].partition("</s>")[0])]
-    assert [f'"of {name}", "call_id": "{key}"' in text for name, key in zip("ab", made, strict=True)] == [True, True]
+    assert [f'"of {name}", "call_id": "{key}"' in text for name, key in zip("ab", made, strict=True)] == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
     ("code", "conversation"),
     [
-        ("answer", Conversation((Message("assistant", "I begin"), Message("user", "a"), Message("assistant", "b")))),
-        ("answer", Conversation((Message("user", "a"), Message("assistant", "b"), Message("assistant", "c")))),
-        ("answer", Conversation((Message("system", "S"), Message("assistant", "Welcome"), Message("user", "a")))),
+        (
+            "answer",
+            Conversation((Message("assistant", "I begin"), Message("user", "a"), Message("assistant", "b"))),
+        ),
+        (
+            "answer",
+            Conversation((Message("user", "a"), Message("assistant", "b"), Message("assistant", "c"))),
+        ),
+        (
+            "answer",
+            Conversation((Message("system", "S"), Message("assistant", "Welcome"), Message("user", "a"))),
+        ),
         ("template", tool_use("Let me look.")),
         (
             "call_id",
-            Conversation((*tool_use().messages[:2], Message("tool", "x", call_id="nobodys00"), Message("assistant", "y"))),
+            Conversation(
+                (
+                    *tool_use().messages[:2],
+                    Message("tool", "x", call_id="nobodys00"),
+                    Message("assistant", "y"),
+                )
+            ),
         ),
         ("answer", say("a", " \n")),
         ("not_text", say("a", "b\ud800")),
@@ -245,7 +311,10 @@ def test_results_without_ids_find_their_calls_by_name(mistral):
         ("left_out", say("b\u2581c", "a")),
         ("template", say("a", "b", tools=({"function": {"name": "two words"}},))),
         ("template", Conversation((Message("user", "a"), Message("assistant", "", (Call("f", [1]),))))),
-        ("template", Conversation((Message("user", "a"), Message("assistant", "", (Call("not a name", {}),))))),
+        (
+            "template",
+            Conversation((Message("user", "a"), Message("assistant", "", (Call("not a name", {}),)))),
+        ),
         ("no_target", Conversation((Message("user", "a"),))),
     ],
 )
@@ -269,19 +338,27 @@ def test_lost_parts_of_a_tool_are_counted(mistral):
 
 # Hugging Face templates
 
-PLAIN = st.text(st.characters(exclude_categories=("Cs",)), max_size=12).filter(lambda text: not any(s in text for s in SPECIAL))
+PLAIN = st.text(st.characters(exclude_categories=("Cs",)), max_size=12).filter(
+    lambda text: not any(s in text for s in SPECIAL)
+)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(PLAIN, PLAIN.filter(str.strip)), min_size=1, max_size=4), st.one_of(st.none(), PLAIN))
+@given(
+    st.lists(st.tuples(PLAIN, PLAIN.filter(str.strip)), min_size=1, max_size=4), st.one_of(st.none(), PLAIN)
+)
 def test_chatml_learns_exactly_the_answers(chatml, turns, system):
     conversation = say(*(text for turn in turns for text in turn), system=system)
     rows = chatml.rows(demo(conversation))
-    assert "".join(chatml.decode(learned(row)) for row in rows) == "".join(f"{answer}<|im_end|>" for _, answer in turns)
+    assert "".join(chatml.decode(learned(row)) for row in rows) == "".join(
+        f"{answer}<|im_end|>" for _, answer in turns
+    )
     prompt = chatml.prompt(replace(conversation, messages=conversation.messages[:-1]))
     assert rows[-1].tokens.ids.tolist()[: len(prompt)] == prompt
     entries = [{"role": message.role, "content": message.content} for message in conversation.messages[:-1]]
-    assert prompt == chatml._tokenizer.apply_chat_template(entries, add_generation_prompt=True, return_dict=False)
+    assert prompt == chatml._tokenizer.apply_chat_template(
+        entries, add_generation_prompt=True, return_dict=False
+    )
 
 
 def test_chatml_is_one_row_and_the_newline_after_the_end_is_not_learned(chatml):
@@ -299,13 +376,18 @@ def test_a_token_over_the_boundary_is_cut_so_that_inference_sees_the_same(chatml
     prompt = chatml.prompt(say("a"))
     assert row.tokens.ids.tolist() == [*prompt, *chatml._encode("\n\nb"), chatml.eos_ids[0]]
     assert chatml._encode("\n\n\nb") != [*chatml._encode("\n"), *chatml._encode("\n\nb")]  # the merge is real
-    assert len(chatml.rows(demo(say("a", "\n\nb", "c", "d")))) == 2  # history is read merged, so it is no prefix
+    assert (
+        len(chatml.rows(demo(say("a", "\n\nb", "c", "d")))) == 2
+    )  # history is read merged, so it is no prefix
 
 
 def test_a_default_system_message_of_the_template_is_context(make):
     ours = make(DEFAULT_SYSTEM)
     (row,) = ours.rows(demo(say("a", "b", "c", "d")))
-    assert "You are helpful." in ours.decode(row.tokens.ids) and ours.decode(learned(row)) == "b<|im_end|>d<|im_end|>"
+    assert (
+        "You are helpful." in ours.decode(row.tokens.ids)
+        and ours.decode(learned(row)) == "b<|im_end|>d<|im_end|>"
+    )
 
 
 def test_bos_is_no_longer_counted_where_it_opens_every_turn(make):
@@ -323,7 +405,9 @@ def test_hf_calls(make):
     ours = make(TOOLS)
     (row,) = ours.rows(demo(tool_use("Let me look.")))
     said = ours.decode(learned(row))
-    assert said.startswith('Let me look.<tool_call>{"name": "weather", "arguments": {"town": "Paris", "days": 3}}</tool_call>')
+    assert said.startswith(
+        'Let me look.<tool_call>{"name": "weather", "arguments": {"town": "Paris", "days": 3}}</tool_call>'
+    )
     assert said.count("<|im_end|>") == 2 and said.endswith("Rome is hotter.<|im_end|>")
 
 
@@ -374,9 +458,16 @@ def test_a_reasoning_template_becomes_one_row_an_answer(make):
 
 
 def test_reasoning_may_be_missing_in_history_but_not_in_an_answer(make):
-    ours = make(THINKS.replace("{% if enable_thinking", "{% if false and enable_thinking").replace("<think></think>", ""))
+    ours = make(
+        THINKS.replace("{% if enable_thinking", "{% if false and enable_thinking").replace(
+            "<think></think>", ""
+        )
+    )
     rows = ours.rows(demo(say("a", "<think>why</think>b", "c", "<think>how</think>d")))
-    assert [ours.decode(learned(row)) for row in rows] == ["<think>why</think>b<|im_end|>", "<think>how</think>d<|im_end|>"]
+    assert [ours.decode(learned(row)) for row in rows] == [
+        "<think>why</think>b<|im_end|>",
+        "<think>how</think>d<|im_end|>",
+    ]
     assert "why" not in ours.decode(rows[1].tokens.ids)
 
 
@@ -396,7 +487,9 @@ def test_documents_and_completions(make, options):
     (row,) = ours.rows(Document(text=" hello world", label=None, id="1", source="s", metadata={}))
     assert row.tokens.ids.tolist() == [*begin, *ours._encode(" hello world"), ours.eos_ids[0]]
     assert row.tokens.targets.tolist() == [0] + [1] * (len(row.tokens.ids) - 1)
-    (row,) = ours.rows(Completion(prompt="say ", completion="hello", label=False, id="1", source="s", metadata={}))
+    (row,) = ours.rows(
+        Completion(prompt="say ", completion="hello", label=False, id="1", source="s", metadata={})
+    )
     assert ours.decode(learned(row)) == "hello<|im_end|>" and row.label is False
     prompt = ours.text_prompt("say ")
     assert row.tokens.ids.tolist()[: len(prompt)] == prompt and prompt[: len(begin)] == begin
@@ -405,16 +498,23 @@ def test_documents_and_completions(make, options):
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(WORDS.filter(bool), WORDS.filter(bool))
 def test_mistral_completions_read_as_written(mistral, prompt, completion):
-    (row,) = mistral.rows(Completion(prompt=prompt, completion=completion, label=None, id="1", source="s", metadata={}))
+    (row,) = mistral.rows(
+        Completion(prompt=prompt, completion=completion, label=None, id="1", source="s", metadata={})
+    )
     ids = row.tokens.ids.tolist()
     assert ids[: len(mistral.text_prompt(prompt))] == mistral.text_prompt(prompt)
     assert mistral.decode(ids) == f"<s>{prompt}{completion}</s>"
 
 
-@pytest.mark.parametrize(("prompt", "completion"), [("hel", "lo"), ("ab", "cd"), ("a ", "b"), ("été", "s"), ("☺", "☺")])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("hel", "lo"), ("ab", "cd"), ("a ", "b"), ("été", "s"), ("☺", "☺")]
+)
 def test_mistral_completions_go_on_inside_a_word(mistral, prompt, completion):
-    """The whole word is one token, and a segment alone would get a space before it: neither may be trained."""
-    (row,) = mistral.rows(Completion(prompt=prompt, completion=completion, label=None, id="1", source="s", metadata={}))
+    """The whole word is one token, and a segment alone would get a space before it: neither may be
+    trained."""
+    (row,) = mistral.rows(
+        Completion(prompt=prompt, completion=completion, label=None, id="1", source="s", metadata={})
+    )
     ids, before = row.tokens.ids.tolist(), mistral.text_prompt(prompt)
     assert ids[: len(before)] == before and mistral.decode(ids) == f"<s>{prompt}{completion}</s>"
 
@@ -422,12 +522,17 @@ def test_mistral_completions_go_on_inside_a_word(mistral, prompt, completion):
 @pytest.mark.parametrize(("prompt", "completion"), [("", "a"), ("a", "")])
 def test_a_completion_needs_both_parts(make, prompt, completion):
     with pytest.raises(TemplateError, match="is empty"):
-        make(None).rows(Completion(prompt=prompt, completion=completion, label=None, id="1", source="s", metadata={}))
+        make(None).rows(
+            Completion(prompt=prompt, completion=completion, label=None, id="1", source="s", metadata={})
+        )
 
 
 def test_which_answers_are_learned(chatml):
     marks = (None, True, None, False, None, None)
-    messages = [replace(m, learn=mark) for m, mark in zip(say("a", "b", "c", "d", "e", "f").messages, marks, strict=True)]
+    messages = [
+        replace(m, learn=mark)
+        for m, mark in zip(say("a", "b", "c", "d", "e", "f").messages, marks, strict=True)
+    ]
     example = demo(Conversation(tuple(messages)))
     read = {}
     notes: Counter[str] = Counter()
@@ -448,7 +553,9 @@ def test_prompt_weight_is_on_all_other_tokens_but_the_first(mistral):
 
 @pytest.mark.parametrize("desirable", [True, False])
 def test_judged_rows_carry_their_label(mistral, desirable):
-    example = Judged(conversation=say("a", "b", system="S"), desirable=desirable, id="9", source="s", metadata={})
+    example = Judged(
+        conversation=say("a", "b", system="S"), desirable=desirable, id="9", source="s", metadata={}
+    )
     (row,) = mistral.rows(example)
     assert (row.label, row.kind, row.example_id, row.source) == (desirable, "completion", "9", "s")
 
@@ -459,15 +566,22 @@ def preference(chosen: Conversation, rejected: Conversation) -> Preference:
 
 def test_preferences_are_two_rows_learned_from_where_they_part(chatml, mistral):
     for ours, end in ((chatml, "<|im_end|>"), (mistral, "</s>")):
-        rows = ours.rows(preference(say("a", "b", "c", "good", system="S"), say("a", "b", "c", "bad", system="S")))
-        assert [(row.kind, ours.decode(learned(row))) for row in rows] == [("chosen", f"good{end}"), ("rejected", f"bad{end}")]
+        rows = ours.rows(
+            preference(say("a", "b", "c", "good", system="S"), say("a", "b", "c", "bad", system="S"))
+        )
+        assert [(row.kind, ours.decode(learned(row))) for row in rows] == [
+            ("chosen", f"good{end}"),
+            ("rejected", f"bad{end}"),
+        ]
         starts = [int(np.argmax(row.tokens.targets)) for row in rows]
         assert rows[0].tokens.ids[: starts[0]].tolist() == rows[1].tokens.ids[: starts[1]].tolist()
         for other, match in ((say("other", "b"), "do not part"), (say("a", "b"), "no answer")):
             with pytest.raises(TemplateError, match=match):
                 ours.rows(preference(say("a", "b"), other))
     with pytest.raises(TemplateError, match="do not part"):
-        mistral.rows(preference(say("a", "b", tools=(weather("one"),)), say("a", "c", tools=(weather("two"),))))
+        mistral.rows(
+            preference(say("a", "b", tools=(weather("one"),)), say("a", "c", tools=(weather("two"),)))
+        )
 
 
 # Too long
@@ -525,7 +639,9 @@ def test_auto_finds_the_renderer(tmp_path, mistral):
     assert isinstance(renderer(own), MistralRenderer) and isinstance(renderer(own, "hf"), HFRenderer)
     assert renderer(own).fingerprint == mistral.fingerprint
     pieces = {mistral._pieces.id_to_piece(at): at for at in range(mistral._pieces.n_words)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(pieces, []))).save_pretrained(tmp_path / "same")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(pieces, []))).save_pretrained(
+        tmp_path / "same"
+    )
     assert isinstance(renderer(tmp_path / "same"), MistralRenderer)
     for bad in (tmp_path / "absent", tmp_path):
         with pytest.raises(ModelError):
@@ -604,10 +720,15 @@ def test_museum_the_v3_template_drops_the_system_prompt(make, mistral):
 def test_real_rows_all_render(syngen, mistral, chatml):
     rows = [json.loads(line) for line in syngen.read_text(encoding="utf-8").splitlines()]
     examples = [
-        Judged(conversation=Conversation(tuple(Message(m["role"], m["content"]) for m in row["conversations"])),
-               desirable=row["label"], id=str(at), source=f"syngen:{at}", metadata={})
+        Judged(
+            conversation=Conversation(tuple(Message(m["role"], m["content"]) for m in row["conversations"])),
+            desirable=row["label"],
+            id=str(at),
+            source=f"syngen:{at}",
+            metadata={},
+        )
         for at, row in enumerate(rows[:200], 1)
-    ]  # fmt: skip
+    ]
     for ours in (mistral, chatml):
         out = render(examples, ours, TemplateSpec(), 20_000)
         assert len(out.rows) == 200 and not out.dropped and not out.notes

@@ -1,4 +1,5 @@
-"""What is measured while training: it moves nothing, it is what numpy says it is, and rows are called by what they do."""
+"""What is measured while training: it moves nothing, it is what numpy says it is, and rows are called by what
+they do."""
 
 from __future__ import annotations
 
@@ -38,7 +39,12 @@ def rows(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(tiny_model, rows, tmp_path_factory) -> Run:
     """Eight updates over three epochs, with everything measured, dropout included."""
-    words = {"loop__instrument_every": 3, "loop__activations": "true", "adapter__dropout": 0.1, "loop__keep_last": 9}
+    words = {
+        "loop__instrument_every": 3,
+        "loop__activations": "true",
+        "adapter__dropout": 0.1,
+        "loop__keep_last": 9,
+    }
     return train(tiny_model, rows, tmp_path_factory.mktemp("runs") / "measured", **words)
 
 
@@ -53,7 +59,9 @@ def timeless(run: Run, *kinds: type[events.Event]) -> list[dict]:
 def test_a_run_with_instruments_ends_in_the_same_bytes(run, tiny_model, rows, tmp_path):
     bare = train(tiny_model, rows, tmp_path / "bare", loop__instrument_every=0, adapter__dropout=0.1)
     assert final(bare) == final(run)
-    assert [step.loss for step in log(bare, events.StepDone)] == [step.loss for step in log(run, events.StepDone)]
+    assert [step.loss for step in log(bare, events.StepDone)] == [
+        step.loss for step in log(run, events.StepDone)
+    ]
     assert log(bare, events.Instruments) == [] == log(bare, events.Activations)
 
 
@@ -74,7 +82,9 @@ def test_gradient_norms_of_weights_make_the_global_norm(run):
     steps = {step.step: step for step in log(run, events.StepDone)}
     for event in log(run, events.Instruments):
         assert set(event.gradient) == set(event.weight) == set(event.update) == set(adapter_names(run))
-        assert math.hypot(*event.gradient.values()) == pytest.approx(steps[event.step].gradient_norm, rel=1e-6)
+        assert math.hypot(*event.gradient.values()) == pytest.approx(
+            steps[event.step].gradient_norm, rel=1e-6
+        )
 
 
 def adapter_names(run: Run) -> list[str]:
@@ -85,14 +95,21 @@ def adapter_names(run: Run) -> list[str]:
 
 def test_lora_b_has_no_ratio_before_its_first_update(run):
     first, second = log(run, events.Instruments)[:2]
-    assert {name for name in first.weight if name not in first.ratios} == {name for name in first.weight if "lora_b" in name}
+    assert {name for name in first.weight if name not in first.ratios} == {
+        name for name in first.weight if "lora_b" in name
+    }
     assert set(second.ratios) == set(second.weight)
     name = next(iter(second.ratios))
     assert second.ratios[name] == second.update[name] / second.weight[name]
 
 
 def test_sgd_moves_a_weight_by_its_rate_times_its_clipped_gradient(tiny_model, rows, tmp_path):
-    words = {"optimizer__kind": "sgd", "optimizer__learning_rate": 1.0, "optimizer__max_norm": 0.05, "loop__instrument_every": 1}
+    words = {
+        "optimizer__kind": "sgd",
+        "optimizer__learning_rate": 1.0,
+        "optimizer__max_norm": 0.05,
+        "loop__instrument_every": 1,
+    }
     moved = train(tiny_model, rows, tmp_path / "sgd", loop__steps=3, **words)
     steps = log(moved, events.StepDone)
     for step, event in zip(steps, log(moved, events.Instruments), strict=True):
@@ -137,23 +154,40 @@ def grown(request, tiny_model):
 
 
 def move(net) -> None:
-    noise = [(name, mx.random.normal(value.shape, key=mx.random.key(at)) * 0.05) for at, (name, value) in enumerate(flat(net))]
-    net.update(tree_unflatten([(name, value + part) for (name, value), (_, part) in zip(flat(net), noise, strict=True)]))
+    noise = [
+        (name, mx.random.normal(value.shape, key=mx.random.key(at)) * 0.05)
+        for at, (name, value) in enumerate(flat(net))
+    ]
+    net.update(
+        tree_unflatten(
+            [(name, value + part) for (name, value), (_, part) in zip(flat(net), noise, strict=True)]
+        )
+    )
 
 
 def flat(net) -> list:
-    return [(name, value) for name, value in tree_flatten(net.trainable_parameters()) if not name.endswith(".m")]
+    return [
+        (name, value) for name, value in tree_flatten(net.trainable_parameters()) if not name.endswith(".m")
+    ]
 
 
 def test_growth_is_what_the_dense_change_says(grown, monkeypatch):
     monkeypatch.setattr(instruments, "CHUNK", 1000)  # several blocks a weight
     meter = instruments.Grown(grown)
     still = meter.event(0)
-    assert set(still.norms.values()) == {0.0} == set(still.effective_rank.values()) == set(still.relative.values())
+    assert (
+        set(still.norms.values())
+        == {0.0}
+        == set(still.effective_rank.values())
+        == set(still.relative.values())
+    )
     move(grown)
     found = meter.event(5)
     layers = {name: layer for name, layer in grown.named_modules() if isinstance(layer, adapters.LoRALinear)}
-    changes = {name: np.array(layer.merged_weight(), np.float64) - layer.linear.weight for name, layer in layers.items()}
+    changes = {
+        name: np.array(layer.merged_weight(), np.float64) - layer.linear.weight
+        for name, layer in layers.items()
+    }
     assert list(found.norms) == sorted(changes) and len(changes) == 14
     for name, change in changes.items():
         assert found.norms[name] == pytest.approx(np.linalg.norm(change), rel=1e-4)
@@ -175,7 +209,8 @@ def test_growth_is_what_the_dense_change_says(grown, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("values", "rank"), [([2.0, 2.0, 2.0], 3.0), ([5.0, 0.0, 0.0], 1.0), ([0.0, 0.0], 0.0), ([3.0, 1.0], None)]
+    ("values", "rank"),
+    [([2.0, 2.0, 2.0], 3.0), ([5.0, 0.0, 0.0], 1.0), ([0.0, 0.0], 0.0), ([3.0, 1.0], None)],
 )
 def test_effective_rank_of_planted_values(values, rank):
     shares = np.array([0.75, 0.25])
@@ -209,7 +244,9 @@ def test_a_histogram_is_the_same_in_any_order_and_by_numpys_word():
         found.append(histogram.found)
     assert found[0] == found[1]
     entries = np.concatenate(parts)
-    assert np.histogram(entries, found[0]["edges"])[0].tolist() == found[0]["counts"] and sum(found[0]["counts"]) == len(entries)
+    assert np.histogram(entries, found[0]["edges"])[0].tolist() == found[0]["counts"] and sum(
+        found[0]["counts"]
+    ) == len(entries)
     assert instruments.Histogram().found == {}
 
 
@@ -227,7 +264,8 @@ def test_activations_are_those_of_the_layers_and_the_classes_come_back(tiny_mode
     random = np.random.Generator(np.random.PCG64(1))
     lengths = (5, 9, 1)
     groups = [
-        Group((Tokens(random.integers(3, 300, length).astype(np.int32), np.ones(length, np.float32)),), "") for length in lengths
+        Group((Tokens(random.integers(3, 300, length).astype(np.int32), np.ones(length, np.float32)),), "")
+        for length in lengths
     ]
     kinds = [type(layer) for layer in net.layers]
     for recomputed in (False, True):
@@ -246,14 +284,18 @@ def test_activations_are_those_of_the_layers_and_the_classes_come_back(tiny_mode
         assert list(found.rms) == list(outputs) == list(found.largest)
         for name, parts in outputs.items():
             whole = np.concatenate(parts)
-            assert found.rms[name] == pytest.approx(float(np.sqrt(np.mean(whole.astype(np.float64) ** 2))), rel=1e-5)
+            assert found.rms[name] == pytest.approx(
+                float(np.sqrt(np.mean(whole.astype(np.float64) ** 2))), rel=1e-5
+            )
             assert found.largest[name] == pytest.approx(float(np.abs(whole).max()), rel=1e-5)
     gc.collect()
     assert not [kind for kind in kinds[0].__subclasses__() if kind.__name__.startswith("Listening")]
 
 
 def test_activations_are_logged_at_validations(run):
-    assert [event.step for event in log(run, events.Activations)] == [event.step for event in log(run, events.Validated)]
+    assert [event.step for event in log(run, events.Activations)] == [
+        event.step for event in log(run, events.Validated)
+    ]
 
 
 # Rows
@@ -267,16 +309,30 @@ def test_the_first_losses_of_rows_are_those_of_the_base(tiny_model, tmp_path, ob
         words = [row | {"label": index % 3 != 0} for index, row in enumerate(words)]
     if objective == "dpo":
         words = [
-            {"prompt": f"question {index}", "chosen": row["conversations"][1]["content"] + " a", "rejected": "while away"}
+            {
+                "prompt": f"question {index}",
+                "chosen": row["conversations"][1]["content"] + " a",
+                "rejected": "while away",
+            }
             for index, row in enumerate(words)
         ]
     data = tiny.write_rows(tmp_path / "rows.jsonl", words)
-    done = train(tiny_model, data, tmp_path / "run", objective=objective, loop__steps=1, batch__sequences=12, batch__micro=None)
+    done = train(
+        tiny_model,
+        data,
+        tmp_path / "run",
+        objective=objective,
+        loop__steps=1,
+        batch__sequences=12,
+        batch__micro=None,
+    )
     prepared = preparation.prepare(done.config, events.silent, audited=True)
     net = model.load(done.config.model, events.silent).net
     (found,) = log(done, events.RowLosses)
     sums = scoring.sequence_sums(net, prepared.train, Cut(400))
-    expected = {group.source: -pairs[0][0] / pairs[0][1] for group, pairs in zip(prepared.train, sums, strict=True)}
+    expected = {
+        group.source: -pairs[0][0] / pairs[0][1] for group, pairs in zip(prepared.train, sums, strict=True)
+    }
     units = {group.source: pairs[0][1] for group, pairs in zip(prepared.train, sums, strict=True)}
     assert found.losses == pytest.approx(expected, rel=1e-5) and found.units == units and found.epoch == 1
     assert found.avoided == sorted(group.source for group in prepared.train if group.label is False)
@@ -288,12 +344,16 @@ def test_every_row_is_told_once_an_epoch(run):
     for event in log(run, events.RowLosses):
         by_epoch.setdefault(event.epoch, []).extend(event.losses)
     per_epoch = log(run, events.RunStarted)[0].counts["rows_train"]
-    assert list(by_epoch) == [1, 2, 3] and [len(set(sources)) == len(sources) for sources in by_epoch.values()] == [True] * 3
+    assert (
+        list(by_epoch) == [1, 2, 3]
+        and [len(set(sources)) == len(sources) for sources in by_epoch.values()] == [True] * 3
+    )
     assert len(by_epoch[1]) == len(by_epoch[2]) == per_epoch and set(by_epoch[1]) == set(by_epoch[2])
 
 
 def planted(epochs: int, **odd: list[float]) -> list[events.Event]:
-    """40 rows that fall from about 2 to about 1, eight an update, in another order each epoch; and the odd ones by name."""
+    """40 rows that fall from about 2 to about 1, eight an update, in another order each epoch; and the odd
+    ones by name."""
     random = np.random.Generator(np.random.PCG64(5))
     names = [f"plain:{index}" for index in range(40)] + list(odd)
     found: list[events.Event] = []
@@ -311,15 +371,26 @@ def planted(epochs: int, **odd: list[float]) -> list[events.Event]:
 
 def test_rows_are_called_by_what_they_do():
     odd = {
-        "heart": [2.0, 0.5, 0.02], "stuck": [2.05, 2.04, 2.06], "wrong": [4.0, 4.2, 4.4], "rising": [1.6, 2.0, 2.4],
-        "known": [0.05, 0.05, 0.05], "good": [2.0, 1.2, 0.3],
-    }  # fmt: skip
+        "heart": [2.0, 0.5, 0.02],
+        "stuck": [2.05, 2.04, 2.06],
+        "wrong": [4.0, 4.2, 4.4],
+        "rising": [1.6, 2.0, 2.4],
+        "known": [0.05, 0.05, 0.05],
+        "good": [2.0, 1.2, 0.3],
+    }
     found = instruments.rows(planted(3, **odd))
     names = {kind: [row["source"] for row in found[kind]] for kind in instruments.DEFINITIONS}
-    assert names == {"memorised": ["heart"], "never_learned": ["stuck"], "suspicious": ["wrong", "rising"], "outliers": []}
+    assert names == {
+        "memorised": ["heart"],
+        "never_learned": ["stuck"],
+        "suspicious": ["wrong", "rising"],
+        "outliers": [],
+    }
     assert found["memorised"][0]["losses"] == odd["heart"] and found["memorised"][0]["units"] == 9.0
     assert (found["epochs"], found["rows"], found["avoided"], found["note"]) == (3, 46, 0, "")
-    assert found["held_out"] == pytest.approx(1.1) and found["medians"] == pytest.approx([2.0, 1.5, 1.0], abs=0.06)
+    assert found["held_out"] == pytest.approx(1.1) and found["medians"] == pytest.approx(
+        [2.0, 1.5, 1.0], abs=0.06
+    )
 
 
 def test_rows_that_are_all_alike_are_left_in_peace():
@@ -341,36 +412,51 @@ def test_a_row_that_is_all_but_certain_is_not_called_unlearned_or_wrong(odd):
 
 
 def test_nothing_falls_so_no_row_is_called_unlearned():
-    log = [events.RowLosses(epoch, epoch, {f"r:{n}": 2.0 + n / 100 for n in range(20)}, {}) for epoch in (1, 2, 3)]
+    log = [
+        events.RowLosses(epoch, epoch, {f"r:{n}": 2.0 + n / 100 for n in range(20)}, {})
+        for epoch in (1, 2, 3)
+    ]
     log = [dataclasses.replace(event, units=dict.fromkeys(event.losses, 1.0)) for event in log]
     assert instruments.rows(log)["never_learned"] == [] == instruments.rows(log)["suspicious"]
 
 
 def test_one_epoch_gives_outliers_only():
     found = instruments.rows(planted(1, odd=[6.0]))
-    assert found["note"] == "one epoch: only outliers" and [row["source"] for row in found["outliers"]] == ["odd"]
+    assert found["note"] == "one epoch: only outliers" and [row["source"] for row in found["outliers"]] == [
+        "odd"
+    ]
     assert found["memorised"] == found["never_learned"] == found["suspicious"] == []
     assert instruments.rows([])["rows"] == 0 == len(instruments.rows([])["outliers"])
 
 
 def test_rows_to_be_avoided_are_counted_and_not_judged():
     log = planted(3, wrong=[4.0, 4.2, 4.4])
-    told = [dataclasses.replace(event, avoided=["wrong"]) if isinstance(event, events.RowLosses) else event for event in log]
+    told = [
+        dataclasses.replace(event, avoided=["wrong"]) if isinstance(event, events.RowLosses) else event
+        for event in log
+    ]
     found = instruments.rows(told)
     assert found["suspicious"] == [] and found["avoided"] == 1 and found["rows"] == 40
 
 
 def test_a_row_with_nothing_learned_has_no_loss_and_one_source_is_one_row():
     def group(source: str, *targets: float) -> Group:
-        return Group((Tokens(np.arange(len(targets), dtype=np.int32), np.array(targets, np.float32)),), source)
+        return Group(
+            (Tokens(np.arange(len(targets), dtype=np.int32), np.array(targets, np.float32)),), source
+        )
 
     groups = [group("a:1", 0, 1, 1), group("a:1", 0, 0, 0.5), group("b:2", 1, 0, 0)]
     found = instruments.row_losses(3, 2, groups, np.array([-4.0, -1.0, 0.0]))
-    assert found.losses == {"a:1": pytest.approx(2.0)} and found.units == {"a:1": 2.5} and (found.step, found.epoch) == (3, 2)
+    assert (
+        found.losses == {"a:1": pytest.approx(2.0)}
+        and found.units == {"a:1": 2.5}
+        and (found.step, found.epoch) == (3, 2)
+    )
 
 
 def course(epochs: float, tau: float, of: dict[str, float], least: float = 0.0) -> list[events.Event]:
-    """240 rows alike, whose loss falls to ``least`` by 3·exp(−epochs so far / tau); and others that stay at ``of``."""
+    """240 rows alike, whose loss falls to ``least`` by 3·exp(−epochs so far / tau); and others that stay at
+    ``of``."""
     random = np.random.Generator(np.random.PCG64(11))
     names = [f"row:{index}" for index in range(240)] + list(of)
     each = -(-len(names) // 8)
@@ -389,7 +475,9 @@ def test_rows_that_differ_by_when_they_were_visited_alone_are_left_in_peace(tau,
     for least in (0.0, 1.0):
         found = instruments.rows(course(epochs, tau, {}, least))
         assert found["never_learned"] == found["suspicious"] == []
-        assert found["memorised"] == [] or (tau == 1 / 3 and not least)  # which fall from 0.15 unseen to nothing
+        assert found["memorised"] == [] or (
+            tau == 1 / 3 and not least
+        )  # which fall from 0.15 unseen to nothing
     planted_rows = {f"stuck:{index}": 2.9 for index in range(9)}
     found = instruments.rows(course(3, tau, planted_rows))
     called = [row["source"] for kind in ("never_learned", "suspicious") for row in found[kind]]
@@ -403,14 +491,18 @@ def test_a_row_of_several_turns_is_their_mean_and_an_unfinished_epoch_does_not_c
     for epoch in (1, 2, 3):
         order = [turns[at] for at in random.permutation(len(turns))]
         for at in range(0, len(order) if epoch < 3 else 40, 8):
-            groups = [Group((Tokens(np.zeros(3, np.int32), np.ones(3, np.float32)),), source) for source, _ in order[at : at + 8]]
+            groups = [
+                Group((Tokens(np.zeros(3, np.int32), np.ones(3, np.float32)),), source)
+                for source, _ in order[at : at + 8]
+            ]
             logps = np.array([-2 * loss for _, loss in order[at : at + 8]])
             log.append(instruments.row_losses(1 + len(log), epoch, groups, logps))
     found = instruments.rows(log)
     assert [found[kind] for kind in instruments.DEFINITIONS] == [[], [], [], []]
     assert found["rows"] == 48 and found["medians"] == pytest.approx([1.275] * 3)
     told = instruments.rows(
-        [event for event in log if event.epoch < 3] + [events.RowLosses(99, 3, {"row:0": 9.0}, {"row:0": 2.0})]
+        [event for event in log if event.epoch < 3]
+        + [events.RowLosses(99, 3, {"row:0": 9.0}, {"row:0": 2.0})]
     )
     assert told["suspicious"] == [] and told["medians"][2] is None
 
@@ -419,24 +511,37 @@ def test_without_held_out_rows_the_unseen_ones_of_the_first_epoch_stand_in():
     heart = {"heart": [2.0, 0.5, 0.02]}
     log = [event for event in planted(3, **heart) if isinstance(event, events.RowLosses)]
     assert [row["source"] for row in instruments.rows(log)["memorised"]] == ["heart"]
-    easy = [dataclasses.replace(event, losses={key: loss / 20 for key, loss in event.losses.items()}) for event in log]
-    assert len(instruments.rows(easy)["memorised"]) <= 1  # what the first epoch already knew is not learned by heart
+    easy = [
+        dataclasses.replace(event, losses={key: loss / 20 for key, loss in event.losses.items()})
+        for event in log
+    ]
+    assert (
+        len(instruments.rows(easy)["memorised"]) <= 1
+    )  # what the first epoch already knew is not learned by heart
 
 
 def test_what_is_not_finite_is_counted_and_large_norms_are_told(grown):
     histogram = instruments.Histogram()
     histogram.add(np.array([1.0, np.inf, -np.inf, np.nan, 3e38], np.float32))
     assert histogram.found["not_finite"] == 3 and sum(histogram.found["counts"]) == 2
-    assert instruments.norms({"w": mx.full((4,), 1e20), "z": mx.zeros((3,))}) == pytest.approx({"w": 2e20, "z": 0.0}, rel=1e-6)
+    assert instruments.norms({"w": mx.full((4,), 1e20), "z": mx.zeros((3,))}) == pytest.approx(
+        {"w": 2e20, "z": 0.0}, rel=1e-6
+    )
     move(grown)
-    layers = [(name, layer) for name, layer in sorted(grown.named_modules()) if isinstance(layer, adapters.LoRALinear)]
+    layers = [
+        (name, layer)
+        for name, layer in sorted(grown.named_modules())
+        if isinstance(layer, adapters.LoRALinear)
+    ]
     (spoilt, first), (huge, second) = layers[:2]
     first.lora_b = first.lora_b * math.inf
     second.lora_b = second.lora_b * 1e21
     found = instruments.Grown(grown).event(1)
     assert spoilt not in found.norms.keys() | found.relative.keys() | found.effective_rank.keys()
     assert found.histogram["not_finite"] > 0 and math.isfinite(found.norms[huge])
-    assert found.norms[huge] > 1e19 or isinstance(second, adapters.DoRALinear)  # which turns weights and keeps their length
+    assert found.norms[huge] > 1e19 or isinstance(
+        second, adapters.DoRALinear
+    )  # which turns weights and keeps their length
     assert len(found.norms) == len(layers) - 1
 
 
@@ -465,4 +570,8 @@ def test_a_measured_update_is_the_same_and_needs_room_for_one_more_weight(tiny_m
 def test_without_held_out_rows_growth_and_activations_are_told(tiny_model, rows, tmp_path):
     done = train(tiny_model, rows, tmp_path / "run", data__valid=0, loop__steps=2, loop__activations="true")
     assert log(done, events.Validated) == []
-    assert [event.step for event in log(done, events.Growth)] == [0, 2] == [event.step for event in log(done, events.Activations)]
+    assert (
+        [event.step for event in log(done, events.Growth)]
+        == [0, 2]
+        == [event.step for event in log(done, events.Activations)]
+    )

@@ -1,4 +1,5 @@
-"""Laws, through the command line on a tiny random model: what must not depend on how the work is cut or interrupted."""
+"""Laws, through the command line on a tiny random model: what must not depend on how the work is cut or
+interrupted."""
 
 from __future__ import annotations
 
@@ -24,9 +25,16 @@ from tunesmith.errors import ModelError
 from tunesmith.runs.directory import Run
 
 SETTINGS = {
-    "loop.steps": 8, "batch.sequences": 6, "batch.micro": 2, "optimizer.learning_rate": 0.01, "adapter.rank": 4,
-    "loop.validate_every": 3, "loop.samples": 0, "loop.save_every": 2, "template.too_long": "refuse",
-}  # fmt: skip
+    "loop.steps": 8,
+    "batch.sequences": 6,
+    "batch.micro": 2,
+    "optimizer.learning_rate": 0.01,
+    "adapter.rank": 4,
+    "loop.validate_every": 3,
+    "loop.samples": 0,
+    "loop.save_every": 2,
+    "template.too_long": "refuse",
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,9 @@ def rows(tmp_path_factory) -> Path:
 
 def arguments(model: Path, data: Path, out: Path, **changes: object) -> list[str]:
     settings = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
-    sets = [part for key, value in settings.items() if value is not None for part in ("--set", f"{key}={value}")]
+    sets = [
+        part for key, value in settings.items() if value is not None for part in ("--set", f"{key}={value}")
+    ]
     return ["train", "--model", str(model), "--data", str(data), "--out", str(out), *sets]
 
 
@@ -52,11 +62,15 @@ def train(model: Path, data: Path, out: Path, **changes: object) -> Run:
 
 
 def losses(run: Run) -> list[float]:
-    return [event.loss for event in events.read(run.path / "events.jsonl") if isinstance(event, events.StepDone)]
+    return [
+        event.loss for event in events.read(run.path / "events.jsonl") if isinstance(event, events.StepDone)
+    ]
 
 
 def validations(run: Run) -> list[float]:
-    return [event.loss for event in events.read(run.path / "events.jsonl") if isinstance(event, events.Validated)]
+    return [
+        event.loss for event in events.read(run.path / "events.jsonl") if isinstance(event, events.Validated)
+    ]
 
 
 def final(run: Run) -> dict[str, bytes]:
@@ -101,7 +115,9 @@ def test_the_same_settings_give_the_same_bytes(tiny_model, rows, tmp_path):
 @pytest.mark.parametrize("step", [0, 2, 5])
 def test_resumed_equals_straight_to_the_byte(tiny_model, rows, tmp_path, step):
     """A run whose process died after checkpoint ``step`` (0: before any) ends as if nothing had happened."""
-    straight = train(tiny_model, rows, tmp_path / "a", adapter__dropout=0.1, loop__save_every=1, loop__keep_last=99)
+    straight = train(
+        tiny_model, rows, tmp_path / "a", adapter__dropout=0.1, loop__save_every=1, loop__keep_last=99
+    )
     died = tmp_path / "b"
     shutil.copytree(straight.path, died)
     for later in straight.checkpoints():
@@ -144,7 +160,9 @@ def test_resume_refuses_changed_data_and_settings_with_a_diff(tiny_model, rows, 
     run.mark("running")
     with pytest.raises(ResumeMismatch, match=r"optimizer.learning_rate: 0.01 → 0.5"):
         CliRunner().invoke(
-            cli.app, ["train", "--resume", str(run.path), "--set", "optimizer.learning_rate=0.5"], catch_exceptions=False
+            cli.app,
+            ["train", "--resume", str(run.path), "--set", "optimizer.learning_rate=0.5"],
+            catch_exceptions=False,
         )
     call("train", "--resume", str(run.path), "--set", "loop.keep_last=1")
     run.mark("running")
@@ -169,12 +187,18 @@ def test_a_run_goes_on_where_its_model_was_moved(tiny_model, rows, tmp_path):
 
 
 def test_every_row_is_trained_once_an_epoch_and_validated(tiny_model, tmp_path):
-    """Museum 3: 27 rows in updates of 4 leave a rest of 3; it is trained too. Counts from the run's own log."""
+    """Museum 3: 27 rows in updates of 4 leave a rest of 3; it is trained too. Counts from the run's own
+    log."""
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(27))
     out = tmp_path / "run"
-    counts = json.loads(call(*arguments(tiny_model, data, out, loop__steps=None, loop__epochs=2), "--dry-run"))
+    counts = json.loads(
+        call(*arguments(tiny_model, data, out, loop__steps=None, loop__epochs=2), "--dry-run")
+    )
     assert not out.exists()
-    assert counts["rows_read"] == 27 == counts["rows_train"] + counts["rows_valid"] and counts["rows_dropped"] == {}
+    assert (
+        counts["rows_read"] == 27 == counts["rows_train"] + counts["rows_valid"]
+        and counts["rows_dropped"] == {}
+    )
     run = train(tiny_model, data, out, loop__steps=None, loop__epochs=2)
     log = list(events.read(run.path / "events.jsonl"))
     steps = [event for event in log if isinstance(event, events.StepDone)]
@@ -224,7 +248,9 @@ def test_what_a_killed_save_left_behind_is_swept(tiny_model, rows, tmp_path):
 def spawn(words: list[str], log: Path) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with log.open("w") as stream:
-        return subprocess.Popen([sys.executable, "-m", "tunesmith", *words], stdout=stream, stderr=stream, env=environment)
+        return subprocess.Popen(
+            [sys.executable, "-m", "tunesmith", *words], stdout=stream, stderr=stream, env=environment
+        )
 
 
 def wait_for(process: subprocess.Popen, path: Path, size: int) -> None:
@@ -235,11 +261,18 @@ def wait_for(process: subprocess.Popen, path: Path, size: int) -> None:
 
 
 def killed(model: Path, rows: Path, tmp_path: Path, kills: int) -> None:
-    """One run, killed with SIGKILL ``kills`` times at random moments and resumed each time, equals the straight run.
+    """One run, killed with SIGKILL ``kills`` times at random moments and resumed each time, equals the
+    straight run.
 
     Every update is saved, so that most of the time is spent inside saves.
     """
-    changes = dict(adapter__dropout=0.1, loop__save_every=1, loop__steps=25 * kills, loop__validate_every=7, loop__keep_last=2)
+    changes = dict(
+        adapter__dropout=0.1,
+        loop__save_every=1,
+        loop__steps=25 * kills,
+        loop__validate_every=7,
+        loop__keep_last=2,
+    )
     words = arguments(model, rows, tmp_path / "straight", **changes)
     told = tmp_path / "told.txt"
     assert spawn(words, told).wait() == 0, told.read_text()
@@ -276,7 +309,9 @@ def test_killed_at_twenty_random_moments_then_resumed_equals_straight(tiny_model
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_model, rows, tmp_path, number):
     out, told = tmp_path / "run", tmp_path / "told.txt"
-    process = spawn(arguments(tiny_model, rows, out, loop__steps=4000, loop__save_every=0, loop__validate_every=0), told)
+    process = spawn(
+        arguments(tiny_model, rows, out, loop__steps=4000, loop__save_every=0, loop__validate_every=0), told
+    )
     wait_for(process, out / "events.jsonl", 3000)
     process.send_signal(number)
     process.wait(timeout=300)
@@ -311,7 +346,10 @@ def test_a_disk_that_fills_up_during_the_write_loses_nothing(tiny_model, rows, t
         "from tunesmith.cli import main; main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "train", "--resume", str(run.path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, "train", "--resume", str(run.path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 6, done.stderr
     assert "the disk is full" in done.stderr and "make room" in done.stderr
@@ -344,4 +382,6 @@ def test_early_stopping_and_best(tiny_model, rows, tmp_path):
     assert run.manifest["status"] == "stopped_early"
     index = json.loads((run.path / "checkpoints" / "index.json").read_text())
     seen = validations(run)
-    assert index["best_value"] == pytest.approx(min(seen)) and seen.index(min(seen)) == len(seen) - 3 == (index["best"] or 0)
+    assert index["best_value"] == pytest.approx(min(seen)) and seen.index(min(seen)) == len(seen) - 3 == (
+        index["best"] or 0
+    )

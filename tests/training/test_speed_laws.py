@@ -1,4 +1,5 @@
-"""Every fast path equals the plain one: loss and every gradient, over random shapes, adapters, heads and cuts."""
+"""Every fast path equals the plain one: loss and every gradient, over random shapes, adapters, heads and
+cuts."""
 
 from __future__ import annotations
 
@@ -55,13 +56,16 @@ def config(**batch: object) -> RunConfig:
 
 
 def plain(net: nn.Module, groups: list[Group], key: mx.array):
-    """The textbook's way, row by row: MLX's own attention and SwiGLU, all logits, cross-entropy of each learned token."""
+    """The textbook's way, row by row: MLX's own attention and SwiGLU, all logits, cross-entropy of each
+    learned token."""
 
     def total(weights: dict) -> mx.array:
         net.update(weights)
         adapters.seed_dropout(net, key)
         loss = mx.array(0.0)
-        for sequence in (sequence for group in groups for sequence in group.sequences if len(sequence.ids) > 1):
+        for sequence in (
+            sequence for group in groups for sequence in group.sequences if len(sequence.ids) > 1
+        ):
             ids = mx.array(sequence.ids)[None]
             logits = net(ids[:, :-1])[0].astype(mx.float32)
             each = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, ids[0, 1:, None], axis=-1)[:, 0]
@@ -111,25 +115,43 @@ def assert_equal(found, expected, tolerance: float = 1e-5) -> None:
     assert left.keys() == right.keys() and left
     largest = max(float(mx.abs(value).max()) for value in right.values())
     for name, value in right.items():
-        scale = max(float(mx.abs(value).max()), 0.05 * largest, 1e-12)  # of what is exactly zero in one way only rounding is seen
-        np.testing.assert_allclose(np.array(left[name]) / scale, np.array(value) / scale, rtol=0, atol=tolerance, err_msg=name)
+        scale = max(
+            float(mx.abs(value).max()), 0.05 * largest, 1e-12
+        )  # of what is exactly zero in one way only rounding is seen
+        np.testing.assert_allclose(
+            np.array(left[name]) / scale, np.array(value) / scale, rtol=0, atol=tolerance, err_msg=name
+        )
 
 
 CASES = [
-    ("tiny_model", "lora", None), ("tiny_model", "bare", None), ("tiny_model", "dora", None), ("tiny_model", "full", None),
-    ("tiny_model", "upper", None), ("tiny_mistral", "bare", 4), ("tiny_mistral", "lora", 4), ("tiny_mistral", "head", None),
-    ("tiny_mistral", "head", 8), ("tiny_mistral", "full", None),
-]  # fmt: skip
+    ("tiny_model", "lora", None),
+    ("tiny_model", "bare", None),
+    ("tiny_model", "dora", None),
+    ("tiny_model", "full", None),
+    ("tiny_model", "upper", None),
+    ("tiny_mistral", "bare", 4),
+    ("tiny_mistral", "lora", 4),
+    ("tiny_mistral", "head", None),
+    ("tiny_mistral", "head", 8),
+    ("tiny_mistral", "full", None),
+]
 
 
 @pytest.mark.parametrize(("kind", "adapter", "quantised"), CASES)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example(lengths=[3], seed=3, way="padded", recomputed=False, chunk=2100)  # q of a single place has no gradient
+@example(
+    lengths=[3], seed=3, way="padded", recomputed=False, chunk=2100
+)  # q of a single place has no gradient
 @given(
-    lengths=st.lists(st.integers(1, 40) | st.integers(120, 300), min_size=1, max_size=4), seed=st.integers(0, 9),
-    way=st.sampled_from(["padded", "packed", "rounded"]), recomputed=st.booleans(), chunk=st.sampled_from([300 * 7, 1 << 23]),
-)  # fmt: skip
-def test_every_way_equals_the_plain_one(kind, adapter, quantised, request, lengths, seed, way, recomputed, chunk):
+    lengths=st.lists(st.integers(1, 40) | st.integers(120, 300), min_size=1, max_size=4),
+    seed=st.integers(0, 9),
+    way=st.sampled_from(["padded", "packed", "rounded"]),
+    recomputed=st.booleans(),
+    chunk=st.sampled_from([300 * 7, 1 << 23]),
+)
+def test_every_way_equals_the_plain_one(
+    kind, adapter, quantised, request, lengths, seed, way, recomputed, chunk
+):
     folder = request.getfixturevalue(kind)
     net = net_of(folder, adapter, quantised, True)
     if adapter == "lora":  # a mask of dropout has the shape of its micro-batch: one row, as in the plain way
@@ -137,8 +159,13 @@ def test_every_way_equals_the_plain_one(kind, adapter, quantised, request, lengt
     if quantised:  # its products are slow on a CPU
         lengths = [min(length, 50) for length in lengths]
     groups, key = rows(seed, lengths), mx.random.key(seed)
-    step = gradients.Gradients(net, config(pack=way == "packed"), frozenset({(0, 0, 0)} if way == "rounded" else ()))
-    with gradients.checkpointed(net) if recomputed else ExitStack(), mock.patch.object(logprobs, "CHUNK", chunk):
+    step = gradients.Gradients(
+        net, config(pack=way == "packed"), frozenset({(0, 0, 0)} if way == "rounded" else ())
+    )
+    with (
+        gradients.checkpointed(net) if recomputed else ExitStack(),
+        mock.patch.object(logprobs, "CHUNK", chunk),
+    ):
         found = step(groups, key)
         mx.eval(found)
     assert_equal(found, plain(net_of(folder, adapter, quantised, False), groups, key))
@@ -159,7 +186,9 @@ def test_the_compiled_step_equals_the_plain_one_and_is_traced_once_a_shape(tiny_
 
 def test_no_more_shapes_are_compiled_than_allowed(tiny_model):
     groups = rows(0, list(range(8, 1600, 8)))
-    shapes = gradients.frequent_shapes(Plan(tuple(group.length for group in groups), 1, Cut(8, bucket=True), 0), groups)
+    shapes = gradients.frequent_shapes(
+        Plan(tuple(group.length for group in groups), 1, Cut(8, bucket=True), 0), groups
+    )
     assert len(shapes) == gradients.COMPILED_SHAPES
 
 
@@ -193,7 +222,9 @@ def test_what_a_model_does_after_its_head_is_done_here_too_or_refused(tiny_model
     assert logprobs.splits(capped)
     hidden, targets = mx.random.normal((9, 64), key=mx.random.key(0)), mx.arange(9)
     wanted = 0.5 * mx.tanh(inner.model.embed_tokens.as_linear(hidden) / 0.5)
-    wanted = mx.take_along_axis(wanted - mx.logsumexp(wanted, axis=-1, keepdims=True), targets[:, None], axis=-1)[:, 0]
+    wanted = mx.take_along_axis(
+        wanted - mx.logsumexp(wanted, axis=-1, keepdims=True), targets[:, None], axis=-1
+    )[:, 0]
     capped.freeze()
     np.testing.assert_allclose(logprobs.chosen(capped, hidden, targets), wanted, atol=1e-6)
     assert not logprobs.splits(Looking(inner))
@@ -215,7 +246,9 @@ def test_exp_is_exp(values):
     x = mx.array(values)
     np.testing.assert_allclose(np.array(kernels.exp(x)), np.exp(np.array(x, dtype=np.float64)), rtol=6e-6)
     small = mx.clip(x, -8, 8)
-    np.testing.assert_allclose(np.array(kernels.exp(small)), np.exp(np.array(small, dtype=np.float64)), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.array(kernels.exp(small)), np.exp(np.array(small, dtype=np.float64)), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("vocabulary", [7, 256, 49152, 50257])
@@ -232,7 +265,10 @@ def test_a_large_vocabulary_costs_no_digits(vocabulary):
 def test_swiglu_at_the_ends():
     gate = mx.array([-1e4, -200.0, -90.0, -88.5, -87.0, -30.0, 30.0, 88.0, 90.0, 1e4])
     for found, expected in zip(
-        *(mx.vjp(call, [gate, mx.ones(10)], [mx.ones(10)])[1] for call in (kernels.swiglu, lambda g, x: nn.silu(g) * x)),
+        *(
+            mx.vjp(call, [gate, mx.ones(10)], [mx.ones(10)])[1]
+            for call in (kernels.swiglu, lambda g, x: nn.silu(g) * x)
+        ),
         strict=True,
     ):
         np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-5, atol=1e-9)
@@ -263,7 +299,11 @@ def test_causal_attention_in_blocks_is_causal_attention(length, heads, batch, se
     given = [draw(heads[0], 0), draw(heads[1], 1), draw(heads[1], 2)]
     cotangent = draw(heads[0], 3)
     ours = mx.vjp(lambda q, k, v: kernels.causal(q, k, v, 0.25), given, [cotangent])
-    theirs = mx.vjp(lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal"), given, [cotangent])
+    theirs = mx.vjp(
+        lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal"),
+        given,
+        [cotangent],
+    )
     for found, expected in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
         np.testing.assert_allclose(np.array(found), np.array(expected), atol=2e-5)
 
@@ -296,7 +336,8 @@ def test_installing_leaves_other_models_as_they_are(tiny_model):
 
 
 def test_no_gradient_is_computed_below_the_lowest_adapted_layer(tiny_model):
-    """Not even the input of the lowest adapted layer gets a gradient; with all weights trained each layer's does."""
+    """Not even the input of the lowest adapted layer gets a gradient; with all weights trained each layer's
+    does."""
     backward: list[int] = []
 
     @functools.cache
@@ -310,7 +351,11 @@ def test_no_gradient_is_computed_below_the_lowest_adapted_layer(tiny_model):
             backward.append(number)
             return cotangent
 
-        return type(kind.__name__, (kind,), {"__call__": lambda self, x, *rest: kind.__call__(self, through(x), *rest)})
+        return type(
+            kind.__name__,
+            (kind,),
+            {"__call__": lambda self, x, *rest: kind.__call__(self, through(x), *rest)},
+        )
 
     for adapter, expected in (("upper", set()), ("full", {0, 1})):
         net = model.load(model.ModelSpec(path=str(tiny_model))).net
@@ -346,19 +391,27 @@ def small(monkeypatch, tmp_path, tiny_model):
         said: list[events.Event] = []
         data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))
         asked = RunConfig(
-            model={"path": str(tiny_model)}, data={"train": str(data), "valid": 0}, batch={"sequences": 6, **batch},
-            adapter={"dropout": 0.1}, loop={"steps": 4, "samples": 0, "save_every": 1, "keep_last": 9},
+            model={"path": str(tiny_model)},
+            data={"train": str(data), "valid": 0},
+            batch={"sequences": 6, **batch},
+            adapter={"dropout": 0.1},
+            loop={"steps": 4, "samples": 0, "save_every": 1, "keep_last": 9},
             optimizer={"learning_rate": 1e-2},
-        )  # fmt: skip
+        )
         return training.train(asked, out=tmp_path / out, notify=said.append), said
 
     return train
 
 
 def test_want_of_memory_shows_before_the_first_step(small):
-    with pytest.raises(errors.OutOfMemory, match="before step 1: the device ran out of memory with 6 rows") as caught:
+    with pytest.raises(
+        errors.OutOfMemory, match="before step 1: the device ran out of memory with 6 rows"
+    ) as caught:
         small(100, 0, "run", tokens=1000, pack=True)
-    assert caught.value.hint == "lower batch.tokens, set loop.checkpoint_gradients=true, or model.quantize=4, in a new run"
+    assert (
+        caught.value.hint
+        == "lower batch.tokens, set loop.checkpoint_gradients=true, or model.quantize=4, in a new run"
+    )
     with pytest.raises(errors.OutOfMemory, match="with 1 rows") as caught:
         small(10, 0, "other", micro=1)
     assert caught.value.hint is not None and "lower batch.length" in caught.value.hint
@@ -377,7 +430,9 @@ def test_want_of_memory_later_halves_the_budget_and_says_so(small):
         shutil.rmtree(run.checkpoint(step))
     training.train(run.config, resume=run, notify=said.append)
     assert (run.checkpoint(4) / "adapters.safetensors").read_bytes() == expected
-    assert len([event for event in said if isinstance(event, events.Notice) and "ran out" in event.what]) == len(notices)
+    assert len(
+        [event for event in said if isinstance(event, events.Notice) and "ran out" in event.what]
+    ) == len(notices)
 
 
 def test_one_row_that_does_not_fit_ends_the_run(small, tmp_path):
@@ -431,9 +486,13 @@ def test_a_run_with_kept_lower_layers_is_the_run_without(tmp_path, tiny_model):
 
     def train(out: str, **loop: object) -> dict:
         asked = RunConfig(
-            model={"path": str(tiny_model)}, data={"train": str(data), "valid": 0.2}, batch={"sequences": 6},
-            adapter={"layers": 1, "dropout": 0.1}, loop={"epochs": 2, "samples": 0, **loop}, optimizer={"learning_rate": 1e-2},
-        )  # fmt: skip
+            model={"path": str(tiny_model)},
+            data={"train": str(data), "valid": 0.2},
+            batch={"sequences": 6},
+            adapter={"layers": 1, "dropout": 0.1},
+            loop={"epochs": 2, "samples": 0, **loop},
+            optimizer={"learning_rate": 1e-2},
+        )
         run = training.train(asked, out=tmp_path / out, notify=said.append)
         assert not (run.path / "frozen").exists()
         return load_file(run.choose("last") / "adapters.safetensors")
@@ -441,7 +500,9 @@ def test_a_run_with_kept_lower_layers_is_the_run_without(tmp_path, tiny_model):
     plain_run, kept = train("plain"), train("kept", cache_frozen=True)
     for name, value in plain_run.items():
         np.testing.assert_allclose(kept[name], value, rtol=0, atol=2e-5 * abs(value).max())
-    assert any("1 layers below the adapter" in event.what for event in said if isinstance(event, events.Notice))
+    assert any(
+        "1 layers below the adapter" in event.what for event in said if isinstance(event, events.Notice)
+    )
 
 
 def test_keeping_lower_layers_where_none_is_frozen_is_refused(tmp_path, tiny_model):

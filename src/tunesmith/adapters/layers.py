@@ -1,10 +1,10 @@
 """What is trainable: LoRA, DoRA or the weights themselves; attached, saved, loaded, measured and merged.
 
-LoRA (arXiv 2106.09685) adds s·(x·A)·B to a frozen linear layer; DoRA (arXiv 2402.09353) gives each output row a learned length
-beside it. Layers and files keep mlx-lm's names and layout, so that mlx-lm reads what is saved here. Parameters are float32
-whatever the base is; activations keep the base's dtype. Initial values and masks come from keys, never from the global random
-state. Experts of mixture layers are not linear layers: they are not adapted.
-"""
+LoRA (arXiv 2106.09685) adds s·(x·A)·B to a frozen linear layer; DoRA (arXiv 2402.09353) gives each output row
+a learned length beside it. Layers and files keep mlx-lm's names and layout, so that mlx-lm reads what is
+saved here. Parameters are float32 whatever the base is; activations keep the base's dtype. Initial values and
+masks come from keys, never from the global random state. Experts of mixture layers are not linear layers:
+they are not adapted."""
 
 from __future__ import annotations
 
@@ -32,11 +32,14 @@ WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 
 Linear = nn.Linear | nn.QuantizedLinear
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v, tuple[str, ...] | str)]
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v, tuple[str, ...] | str)
+]
 
 
 class Attached(NamedTuple):
-    """``trainable`` and ``total`` count parameters (a quantised weight counts its elements); names are sorted."""
+    """``trainable`` and ``total`` count parameters (a quantised weight counts its elements); names are
+    sorted."""
 
     trainable: int
     total: int
@@ -46,9 +49,9 @@ class Attached(NamedTuple):
 class LoRALinear(nn.Module):
     """y = W·x + b + s·(x·A)·B beside a frozen linear layer, quantised or not.
 
-    ``lora_a`` (in, r) is uniform within ±1/sqrt(in), drawn from ``key`` alone; ``lora_b`` (r, out) is zero. ``dropout`` acts on
-    the input of the branch; its mask is a function of the key that ``seed_dropout`` sets, as a recomputed forward pass needs.
-    """
+    ``lora_a`` (in, r) is uniform within ±1/sqrt(in), drawn from ``key`` alone; ``lora_b`` (r, out) is zero.
+    ``dropout`` acts on the input of the branch; its mask is a function of the key that ``seed_dropout`` sets,
+    as a recomputed forward pass needs."""
 
     def __init__(self, linear: Linear, rank: int, scale: float, dropout: float, key: mx.array) -> None:
         super().__init__()
@@ -81,7 +84,8 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """y = m·(V·x)/‖V‖ + b with V = W + Δ, lengths by row; ‖V‖ is held constant in the gradient (paper, section 4.3)."""
+    """y = m·(V·x)/‖V‖ + b with V = W + Δ, lengths by row; ‖V‖ is held constant in the gradient (paper,
+    section 4.3)."""
 
     def __init__(self, linear: Linear, rank: int, scale: float, dropout: float, key: mx.array) -> None:
         super().__init__(linear, rank, scale, dropout, key)
@@ -127,7 +131,8 @@ def dense(linear: Linear) -> mx.array:
         return linear.weight.astype(mx.float32)
     held: Any = [linear.scales, linear.get("biases")]
     if linear.mode == "affine":
-        # The result has the dtype of the scales; in float32 it is exactly what quantized_matmul multiplies with.
+        # The result has the dtype of the scales; in float32 it is exactly what quantized_matmul multiplies
+        # with.
         held = [value.astype(mx.float32) for value in held]
     packing: Any = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
     return mx.dequantize(linear.weight, *held, **packing).astype(mx.float32)
@@ -143,13 +148,18 @@ START = "run or checkpoint that training goes on from: its adapter, of the same 
 
 
 class _LowRank(Spec):
-    rank: int = Field(16, ge=1, description="width of the update; at most the smaller side of each adapted weight")
+    rank: int = Field(
+        16, ge=1, description="width of the update; at most the smaller side of each adapted weight"
+    )
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of the branch's inputs set to zero in training")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the branch's inputs set to zero in training"
+    )
     targets: Names = Field(
-        ("q_proj", "v_proj"), min_length=1,
+        ("q_proj", "v_proj"),
+        min_length=1,
         description="linear layers by name, suffix (mlp.up_proj) or pattern (*_proj); all-linear is each one in the blocks",
-    )  # fmt: skip
+    )
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null is all")
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
     full_modules: Names = Field((), description="modules trained in full beside it, such as input_layernorm")
@@ -164,9 +174,9 @@ class _LowRank(Spec):
     def attach(self, net: nn.Module, seed: int) -> Attached:
         """Freeze ``net`` and put adapter layers in place of its targets; A is drawn from (seed, tensor name).
 
-        With ``layers``, what is outside the blocks is reached by its plain name only. Raises ConfigError, with ``net`` untouched,
-        where a target matches nothing, the rank is too large, or a full module is quantised or adapted too, or ``net`` already.
-        """
+        With ``layers``, what is outside the blocks is reached by its plain name only. Raises ConfigError,
+        with ``net`` untouched, where a target matches nothing, the rank is too large, or a full module is
+        quantised or adapted too, or ``net`` already."""
         chosen = _select(net, self.targets, self.layers, "adapter.targets", full=False)
         for name, linear in chosen.items():
             if self.rank > min(_dims(linear)):
@@ -199,13 +209,16 @@ class DoRA(_LowRank):
 class Full(Spec):
     """The weights themselves, in float32."""
 
-    targets: Names = Field(("*",), min_length=1, description="modules by name or pattern, with all inside them")
+    targets: Names = Field(
+        ("*",), min_length=1, description="modules by name or pattern, with all inside them"
+    )
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null is all")
     start: str | None = Field(None, description=START)
     kind: Literal["full"] = "full"
 
     def attach(self, net: nn.Module, seed: int) -> Attached:
-        """Freeze ``net`` but the targets, which become float32; nothing is drawn. Raises ConfigError as LoRA's does."""
+        """Freeze ``net`` but the targets, which become float32; nothing is drawn. Raises ConfigError as
+        LoRA's does."""
         full = _select(net, self.targets, self.layers, "adapter.targets", full=True)
         net.freeze()
         return _unfreeze(net, full)
@@ -231,21 +244,35 @@ def _weights(module: nn.Module) -> dict[str, mx.array]:
     return {name: value for name, value in arrays.items() if mx.issubdtype(value.dtype, mx.floating)}
 
 
-def _select(net: nn.Module, targets: Sequence[str], layers: int | None, where: str, *, full: bool) -> dict[str, Any]:
-    """By name the linear layers that ``targets`` mean, or with ``full`` the modules with weights, at and inside the targets."""
+def _select(
+    net: nn.Module, targets: Sequence[str], layers: int | None, where: str, *, full: bool
+) -> dict[str, Any]:
+    """By name the linear layers that ``targets`` mean, or with ``full`` the modules with weights, at and
+    inside the targets."""
     if _adapted(net):
-        raise ConfigError("the model has adapters already", where="adapter", hint="merge them, or load it again")
+        raise ConfigError(
+            "the model has adapters already", where="adapter", hint="merge them, or load it again"
+        )
     blocks, last = tuple(_blocks(net, None)), tuple(_blocks(net, layers))
     if layers is not None and layers > len(blocks):
         raise ConfigError(f"{layers} is more than the model's {len(blocks)} blocks", where="adapter.layers")
-    modules = {name: module for name, module in net.named_modules() if (_weights(module) if full else isinstance(module, Linear))}
+    modules = {
+        name: module
+        for name, module in net.named_modules()
+        if (_weights(module) if full else isinstance(module, Linear))
+    }
     chosen: set[str] = set()
     for target in targets:
-        # With `layers` a pattern stays inside the last blocks; a plain name may also mean what is outside all blocks.
+        # With `layers` a pattern stays inside the last blocks; a plain name may also mean what is outside all
+        # blocks.
         outside = target != "all-linear" and (layers is None or not any(sign in target for sign in "*?["))
-        near = [name for name in modules if name.startswith(last) or (outside and not name.startswith(blocks))]
+        near = [
+            name for name in modules if name.startswith(last) or (outside and not name.startswith(blocks))
+        ]
         # The dot in front makes a plain name match whole words only.
-        globs = ["*"] if target == "all-linear" else [f"*.{target}", f"*.{target}.*"] if full else [f"*.{target}"]
+        globs = (
+            ["*"] if target == "all-linear" else [f"*.{target}", f"*.{target}.*"] if full else [f"*.{target}"]
+        )
         found = {name for name in near if any(fnmatchcase(f".{name}", glob) for glob in globs)}
         if not found:
             words = {word for name in modules for word in name.split(".")[0 if full else -1 :]}
@@ -264,7 +291,8 @@ def _select(net: nn.Module, targets: Sequence[str], layers: int | None, where: s
 
 @functools.cache
 def _rounded(kind: type[nn.Module], dtype: mx.Dtype) -> type[nn.Module]:
-    """``kind`` with its output in ``dtype``: one float32 weight would turn all later activations to float32."""
+    """``kind`` with its output in ``dtype``: one float32 weight would turn all later activations to
+    float32."""
 
     def call(self: nn.Module, *args: mx.array) -> mx.array:
         return kind.__call__(self, *args).astype(dtype)
@@ -286,7 +314,11 @@ def _unfreeze(net: nn.Module, full: Mapping[str, nn.Module]) -> Attached:
     for _, module in net.named_modules():
         packed = "scales" in module
         total += module.weight.size * 32 // module.bits if packed else 0
-        total += sum(value.size for key, value in _weights(module).items() if not packed or key not in ("scales", "biases"))
+        total += sum(
+            value.size
+            for key, value in _weights(module).items()
+            if not packed or key not in ("scales", "biases")
+        )
     return Attached(sum(value.size for value in tensors.values()), total, tuple(tensors))
 
 
@@ -297,18 +329,25 @@ def trainable(net: nn.Module) -> dict[str, mx.array]:
 
 
 def seed_dropout(net: nn.Module, key: mx.array) -> None:
-    """Give each adapter layer its mask key for the next pass: a function of ``key`` (2,) uint32, traced or not, and its name."""
+    """Give each adapter layer its mask key for the next pass: a function of ``key`` (2,) uint32, traced or
+    not, and its name."""
     for name, layer in _adapted(net).items():
         # Past nn.Module's own __setattr__, so that the key is no part of the module's parameters or state.
         object.__setattr__(layer, "_key", mx.bitwise_xor(key, _fold("dropout", name)))
 
 
 def save(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
-    """Write the trainable tensors and what they are, not atomically. mlx-lm reads it, but refuses ``full_modules`` by name."""
+    """Write the trainable tensors and what they are, not atomically. mlx-lm reads it, but refuses
+    ``full_modules`` by name."""
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, object] = {"fine_tune_type": spec.kind, "num_layers": len(_blocks(net, spec.layers))}
     if not isinstance(spec, Full):
-        config["lora_parameters"] = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": list(_adapted(net))}
+        config["lora_parameters"] = {
+            "rank": spec.rank,
+            "scale": spec.scale,
+            "dropout": spec.dropout,
+            "keys": list(_adapted(net)),
+        }
     config["tunesmith"] = {"adapter": spec.model_dump(mode="json")}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: np.array(value) for name, value in trainable(net).items()}
@@ -316,7 +355,8 @@ def save(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
 
 
 def load(net: nn.Module, folder: Path) -> AdapterSpec:
-    """Attach what `save` wrote; returns the spec. Raises ModelError where it cannot be read or used; ``net`` may have changed."""
+    """Attach what `save` wrote; returns the spec. Raises ModelError where it cannot be read or used; ``net``
+    may have changed."""
     spec = described(folder)
     try:
         spec.attach(net, seed=0)
@@ -342,23 +382,31 @@ def _unfit(folder: Path, error: Exception) -> ModelError:
 
 
 def go_on(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
-    """Fill the adapter that ``spec`` attached with what ``folder`` holds. Raises ConfigError where they are not of one shape."""
+    """Fill the adapter that ``spec`` attached with what ``folder`` holds. Raises ConfigError where they are
+    not of one shape."""
     free = {"start", "dropout"}
     was, now = (one.model_dump(mode="json", exclude=free) for one in (described(folder), spec))
     for one in (was, now):  # their order means nothing
         one |= {key: sorted(value) for key, value in one.items() if isinstance(value, list)}
     if was != now:
         wrong = [
-            f"adapter.{key} is {now.get(key)}, there {was.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)
+            f"adapter.{key} is {now.get(key)}, there {was.get(key)}"
+            for key in sorted(was | now)
+            if was.get(key) != now.get(key)
         ]
-        wrong = wrong if was["kind"] == now["kind"] else [f"adapter.kind is {now['kind']}, there {was['kind']}"]
+        wrong = (
+            wrong if was["kind"] == now["kind"] else [f"adapter.kind is {now['kind']}, there {was['kind']}"]
+        )
         hint = "give the same, or model.adapter instead: it is merged into the base, and the new adapter may have any shape"
-        raise ConfigError(f"the adapter of {folder} has another shape: {'; '.join(wrong)}", where="adapter.start", hint=hint)
+        raise ConfigError(
+            f"the adapter of {folder} has another shape: {'; '.join(wrong)}", where="adapter.start", hint=hint
+        )
     load_tensors(net, folder)
 
 
 def load_tensors(net: nn.Module, folder: Path) -> None:
-    """Fill the trainable tensors of ``net``. Raises ModelError, with ``net`` untouched, listing all tensors that do not fit."""
+    """Fill the trainable tensors of ``net``. Raises ModelError, with ``net`` untouched, listing all tensors
+    that do not fit."""
     try:
         saved: Any = mx.load(str(folder / WEIGHTS))
     except (OSError, RuntimeError) as error:
@@ -372,19 +420,24 @@ def load_tensors(net: nn.Module, folder: Path) -> None:
     ]
     if problems:
         what = f"{len(problems)} tensors of the adapter do not fit the model\n{listing(problems)}"
-        raise ModelError(what, where=str(folder), hint="an adapter fits only the model that it was trained on")
+        raise ModelError(
+            what, where=str(folder), hint="an adapter fits only the model that it was trained on"
+        )
     net.update(tree_unflatten([(name, value.astype(mx.float32)) for name, value in saved.items()]))
     mx.eval(trainable(net))
 
 
 def merge(net: nn.Module) -> int:
-    """Put a dense frozen nn.Linear in place of each adapter layer, as packing again would erase the update; returns how many."""
+    """Put a dense frozen nn.Linear in place of each adapter layer, as packing again would erase the update;
+    returns how many."""
     layers = _adapted(net)
     for name, layer in layers.items():
         base: Any = layer.linear
         dtype = (base.scales if "scales" in base else base.weight).dtype
         plain = nn.Linear(1, 1, bias=False)
-        plain.weight = layer.merged_weight().astype(dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16)
+        plain.weight = layer.merged_weight().astype(
+            dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16
+        )
         if "bias" in base:
             plain.bias = base.bias
         mx.eval(plain.parameters())  # one expanded weight at a time

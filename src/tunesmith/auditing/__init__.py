@@ -1,10 +1,10 @@
-"""Findings about a data set before hours are spent on it: what an experienced eye would see after an afternoon.
+"""Findings about a data set before hours are spent on it: what an experienced eye would see after an
+afternoon.
 
-`survey.audit` reads rows once, in as many processes as there are cores, shows each to every rule of `rules`, and lets the
-rules judge what they kept. One rule a file, named after its dimension. `findings` is what comes of it, `page` and `screen`
-show it, `fix` mends what can be mended. This file holds the settings alone, so that a run can name them without loading any
-of that.
-"""
+`survey.audit` reads rows once, in as many processes as there are cores, shows each to every rule of `rules`,
+and lets the rules judge what they kept. One rule a file, named after its dimension. `findings` is what comes
+of it, `page` and `screen` show it, `fix` mends what can be mended. This file holds the settings alone, so
+that a run can name them without loading any of that."""
 
 from __future__ import annotations
 
@@ -16,17 +16,32 @@ from tunesmith.settings.config import Spec
 class AuditSpec(Spec):
     """What the audit asks of the data, before training and on its own."""
 
-    before_training: bool = Field(True, description="audit the rows before training; errors stop it, warnings go into the report")
-    accept: tuple[str, ...] = Field((), description="rules or dimensions whose findings are accepted as they are")
-    against: tuple[str, ...] = Field(
-        (), description="evaluation sets and fixed prompts that no training row may repeat: JSONL, JSON, CSV, or text by lines"
+    before_training: bool = Field(
+        True, description="audit the rows before training; errors stop it, warnings go into the report"
     )
-    sample: int = Field(20_000, ge=100, description="rows for what is costly: tokens, clusters, languages, the model of labels")
+    accept: tuple[str, ...] = Field(
+        (), description="rules or dimensions whose findings are accepted as they are"
+    )
+    against: tuple[str, ...] = Field(
+        (),
+        description="evaluation sets and fixed prompts that no training row may repeat: JSONL, JSON, CSV, or text by lines",
+    )
+    sample: int = Field(
+        20_000,
+        ge=100,
+        description="rows for what is costly: tokens, clusters, languages, the model of labels",
+    )
     min_valid: float = Field(0.95, ge=0, le=1, description="least share of rows that are sound")
-    min_trigrams: float = Field(0.7, ge=0, le=1, description="least share of distinct word trigrams in the answers")
+    min_trigrams: float = Field(
+        0.7, ge=0, le=1, description="least share of distinct word trigrams in the answers"
+    )
     min_entropy: float = Field(2.5, ge=0, description="least entropy of the instruction types, in bits")
-    similarity: float = Field(0.9, gt=0, le=1, description="from which share of equal letters (1 − edit distance) rows are near")
-    mean_answer: tuple[int, ...] = Field((50, 200), min_length=2, max_length=2, description="mean answer in tokens, from and to")
+    similarity: float = Field(
+        0.9, gt=0, le=1, description="from which share of equal letters (1 − edit distance) rows are near"
+    )
+    mean_answer: tuple[int, ...] = Field(
+        (50, 200), min_length=2, max_length=2, description="mean answer in tokens, from and to"
+    )
     tail: int = Field(1024, ge=1, description="tokens under which 99 of 100 rows should stay")
 
     @field_validator("accept", "against", mode="before")

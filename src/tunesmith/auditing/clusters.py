@@ -1,8 +1,8 @@
 """Which prompts are about the same: clusters of them, named after their words, and a map to draw them on.
 
-Features are TF-IDF of words, or what the user's model makes of the texts, in 50 dimensions; k-means cuts them finely, and
-pieces whose rows are alike across the cut become one again. Whether a cluster is too large is for `diversity`.
-"""
+Features are TF-IDF of words, or what the user's model makes of the texts, in 50 dimensions; k-means cuts them
+finely, and pieces whose rows are alike across the cut become one again. Whether a cluster is too large is for
+`diversity`."""
 
 from __future__ import annotations
 
@@ -24,24 +24,31 @@ DIMENSIONS, CLUSTERS = 50, 40
 FEW = 30  # different points, below which t-SNE has nothing to arrange
 LONGEST = 30  # letters of a word in a name
 ALIKE_WORDS, ALIKE_STATES = 0.1, 0.2
-"""Mean cosine, of TF-IDF and of standardised hidden states, from which the rows of two clusters are about the same, and those
-of one. In real sets rows of different clusters stay below, rows of one template that k-means cut apart are far above."""
+"""Mean cosine, of TF-IDF and of standardised hidden states, from which the rows of two clusters are about the
+same, and those of one. In real sets rows of different clusters stay below, rows of one template that k-means
+cut apart are far above."""
 
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0971-\u09e5\u09f0-\u0d65\u0d70-\u0dff\u0f00-\u0fff"
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_MARKS = (
+    "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0971-\u09e5\u09f0-\u0d65\u0d70-\u0dff\u0f00-\u0fff"
+)
 _WORD = re.compile(rf"[{_UNSPACED}]+|(?:(?![{_UNSPACED}])[^\W\d_]|[{_MARKS}])+")  # \w has no vowel signs
 UNSPACED_LETTER = re.compile(f"[{_UNSPACED}]")
 
 
 class Group(NamedTuple):
-    """One cluster. ``tight``: its rows are about the same; otherwise what they have in common is being like no others."""
+    """One cluster. ``tight``: its rows are about the same; otherwise what they have in common is being like
+    no others."""
 
     name: str
     tight: bool
 
 
 class Clustering(NamedTuple):
-    """``labels``: (n,) places in ``groups``, of which the largest is first. ``points``: (m, 2), of the rows ``shown``."""
+    """``labels``: (n,) places in ``groups``, of which the largest is first. ``points``: (m, 2), of the rows
+    ``shown``."""
 
     labels: np.ndarray
     groups: list[Group]
@@ -56,13 +63,16 @@ def subject(view: View) -> str | None:
 
 
 def of(survey: Survey) -> list[Group | None]:
-    """The cluster of each row, None where `Diversity` kept no prompt. Done once a survey; draws ``charts["map"]``."""
+    """The cluster of each row, None where `Diversity` kept no prompt. Done once a survey; draws
+    ``charts["map"]``."""
     if "clusters" not in survey.kept:
         kept = survey.kept["diversity"]
         rows = [at for at in survey.training if kept[at] is not None and kept[at].subject]
         groups: list[Group | None] = [None] * len(survey)
         if rows:
-            made = clusters([kept[at].subject for at in rows], survey.context.embed if survey.context else None)
+            made = clusters(
+                [kept[at].subject for at in rows], survey.context.embed if survey.context else None
+            )
             for at, label in zip(rows, made.labels, strict=True):
                 groups[at] = made.groups[label]
             survey.charts["map"] = _chart(made, rows, survey)
@@ -84,8 +94,11 @@ def _chart(made: Clustering, rows: Sequence[int], survey: Survey) -> dict[str, A
     }
 
 
-def clusters(prompts: Sequence[str], embed: Callable[[Sequence[str]], np.ndarray] | None = None) -> Clustering:
-    """Clusters of one prompt or more, the same on each call. ``embed``: (n, width) features, instead of TF-IDF."""
+def clusters(
+    prompts: Sequence[str], embed: Callable[[Sequence[str]], np.ndarray] | None = None
+) -> Clustering:
+    """Clusters of one prompt or more, the same on each call. ``embed``: (n, width) features, instead of
+    TF-IDF."""
     from sklearn.preprocessing import normalize
     from sklearn.utils.extmath import randomized_svd
     from threadpoolctl import threadpool_limits
@@ -96,7 +109,9 @@ def clusters(prompts: Sequence[str], embed: Callable[[Sequence[str]], np.ndarray
         unit, least, source = weights, ALIKE_WORDS, "TF-IDF of words"
     else:
         unit, least, source = _states(texts, embed), ALIKE_STATES, "mean hidden states of the model"
-    with threadpool_limits(1):  # sums over threads have no fixed order, and t-SNE makes much of the last digit
+    with threadpool_limits(
+        1
+    ):  # sums over threads have no fixed order, and t-SNE makes much of the last digit
         left, sizes, _ = randomized_svd(unit, min(DIMENSIONS, *unit.shape), random_state=0)
         features = np.round(np.asarray(normalize(left * sizes)), 6) + 0.0  # equal texts are equal points
         labels = _merged(_kmeans(features), unit, least)
@@ -117,23 +132,31 @@ def usual(rows: int) -> int:
 
 
 def words(text: str) -> list[str]:
-    """In lower case, without English stop words where others are left; of scripts without spaces, pairs of letters."""
+    """In lower case, without English stop words where others are left; of scripts without spaces, pairs of
+    letters."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     found: list[str] = []
     for word in _WORD.findall(text.lower()):
-        found += [word[at : at + 2] for at in range(max(1, len(word) - 1))] if UNSPACED_LETTER.match(word) else [word]
+        found += (
+            [word[at : at + 2] for at in range(max(1, len(word) - 1))]
+            if UNSPACED_LETTER.match(word)
+            else [word]
+        )
     return [word for word in found if word not in ENGLISH_STOP_WORDS and len(word) > 1] or found
 
 
 def _tfidf(texts: Iterable[str]) -> tuple[Any, list[str]]:
-    """Sparse rows of length 1, or 0 where no word is known, and the words: those in two texts or more, if there are any."""
+    """Sparse rows of length 1, or 0 where no word is known, and the words: those in two texts or more, if
+    there are any."""
     from sklearn.feature_extraction import DictVectorizer
     from sklearn.feature_extraction.text import TfidfTransformer
 
     found = [words(text) for text in texts]
     vectorizer = DictVectorizer()
-    counts: Any = vectorizer.fit([{"": 0}, *map(Counter, found)]).transform(map(Counter, found))  # one column at least
+    counts: Any = vectorizer.fit([{"": 0}, *map(Counter, found)]).transform(
+        map(Counter, found)
+    )  # one column at least
     terms = np.array(vectorizer.feature_names_)
     often = np.bincount(counts.indices, minlength=len(terms)) > 1
     if often.any():
@@ -142,8 +165,8 @@ def _tfidf(texts: Iterable[str]) -> tuple[Any, list[str]]:
 
 
 def _states(texts: Sequence[str], embed: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
-    """What ``embed`` makes of each text, as rows of length 1 or 0. Each dimension counts alike: of hidden states a few are a
-    hundred times as large as others, and say little."""
+    """What ``embed`` makes of each text, as rows of length 1 or 0. Each dimension counts alike: of hidden
+    states a few are a hundred times as large as others, and say little."""
     from sklearn.preprocessing import normalize
 
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
@@ -172,7 +195,8 @@ def _means(unit: Any, labels: np.ndarray) -> np.ndarray:
 
 
 def _merged(labels: np.ndarray, unit: Any, least: float) -> np.ndarray:
-    """Joins the two most alike clusters for as long as their rows' mean cosine is ``least``; then numbers them by size."""
+    """Joins the two most alike clusters for as long as their rows' mean cosine is ``least``; then numbers
+    them by size."""
     while True:
         _, labels = np.unique(labels, return_inverse=True)
         means = _means(unit, labels)
@@ -206,4 +230,6 @@ def _points(features: np.ndarray) -> tuple[np.ndarray, str]:
         flat = (left * sizes)[:, :2]
         return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1]))), "two principal components"
     perplexity = min(30, (len(features) - 1) // 3)
-    return TSNE(2, init="pca", perplexity=perplexity, max_iter=500, random_state=0).fit_transform(features), "t-SNE"
+    return TSNE(2, init="pca", perplexity=perplexity, max_iter=500, random_state=0).fit_transform(
+        features
+    ), "t-SNE"

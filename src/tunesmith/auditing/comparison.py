@@ -1,5 +1,5 @@
-"""Two audits side by side: which rows both have, and what was found more or less often. Before and after cleaning, or
-training against validation."""
+"""Two audits side by side: which rows both have, and what was found more or less often. Before and after
+cleaning, or training against validation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from tunesmith.auditing.findings import Audit, Evidence, Finding, counted
 
 @dataclass(frozen=True)
 class Change:
-    """A rule in both audits. ``first`` and ``second``: its finding there, None where it has nothing to say."""
+    """A rule in both audits. ``first`` and ``second``: its finding there, None where it has nothing to
+    say."""
 
     rule: str
     first: Finding | None
@@ -21,11 +22,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows by their words, but for case, spacing and punctuation. ``shared``: rows of the second that the first has too.
+    """Rows by their words, but for case, spacing and punctuation. ``shared``: rows of the second that the
+    first has too.
 
-    relabelled: of those, rows whose words have another label in the first. prompts: rows of the second with a prompt of the
-    first, their words aside. only_first, only_second: rows whose words the other lacks.
-    """
+    relabelled: of those, rows whose words have another label in the first. prompts: rows of the second with a
+    prompt of the first, their words aside. only_first, only_second: rows whose words the other lacks."""
 
     files: tuple[list[str], list[str]]
     rows: tuple[int, int]
@@ -38,14 +39,21 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         found = asdict(self)
-        found["changes"] = [{"rule": one.rule, "first": _brief(one.first), "second": _brief(one.second)} for one in self.changes]
+        found["changes"] = [
+            {"rule": one.rule, "first": _brief(one.first), "second": _brief(one.second)}
+            for one in self.changes
+        ]
         return found
 
 
 def _brief(finding: Finding | None) -> dict[str, Any] | None:
     if finding is None:
         return None
-    return {key: value for key, value in finding.to_json().items() if key in ("severity", "what", "count", "share", "value")}
+    return {
+        key: value
+        for key, value in finding.to_json().items()
+        if key in ("severity", "what", "count", "share", "value")
+    }
 
 
 def compare(first: Audit, second: Audit) -> Comparison:
@@ -69,11 +77,15 @@ def compare(first: Audit, second: Audit) -> Comparison:
         if one.prompt is not None and one.prompt in asked:
             prompts.append(Evidence(one.source, f"as {asked[one.prompt]}"))
     return Comparison(
-        (list(first.files), list(second.files)), (first.rows, second.rows), shared, relabelled, prompts,
+        (list(first.files), list(second.files)),
+        (first.rows, second.rows),
+        shared,
+        relabelled,
+        prompts,
         [one.source for one in first.prints if one.words not in has],
         [one.source for one in second.prints if one.words not in words],
         _changes(first.findings, second.findings),
-    )  # fmt: skip
+    )
 
 
 def _changes(first: Sequence[Finding], second: Sequence[Finding]) -> list[Change]:
@@ -105,7 +117,9 @@ def told(found: Comparison) -> str:
     lines.append(f"  only in the first: {counted(len(found.only_first))}{_places(found.only_first)}")
     lines.append(f"  only in the second: {counted(len(found.only_second))}{_places(found.only_second)}")
     for one in found.changes:
-        was, now = (f"{side.severity}, {side.what}" if side else "nothing" for side in (one.first, one.second))
+        was, now = (
+            f"{side.severity}, {side.what}" if side else "nothing" for side in (one.first, one.second)
+        )
         lines.append(f"  {one.rule}: {was} → {now}")
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
-"""Texts as points by the user's own base model: the mean of the last layer's hidden states over a text's tokens."""
+"""Texts as points by the user's own base model: the mean of the last layer's hidden states over a text's
+tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +17,17 @@ TOKENS = 128  # of a text, from its beginning
 AT_ONCE = 4096  # tokens in a forward pass, padding included
 
 
-def embedder(loaded: model.Loaded, renderer: Renderer, tick: Callable[[int, int], None]) -> Callable[[Sequence[str]], np.ndarray]:
-    """A function from n texts to (n, width) float32. Raises ModelError where the model does not show its hidden states."""
+def embedder(
+    loaded: model.Loaded, renderer: Renderer, tick: Callable[[int, int], None]
+) -> Callable[[Sequence[str]], np.ndarray]:
+    """A function from n texts to (n, width) float32. Raises ModelError where the model does not show its
+    hidden states."""
     net = loaded.net
     if not logprobs.splits(net):
         raise ModelError(
-            "this model does not show its hidden states", where=str(loaded.path), hint="--no-embed uses TF-IDF instead"
+            "this model does not show its hidden states",
+            where=str(loaded.path),
+            hint="--no-embed uses TF-IDF instead",
         )
 
     def embed(texts: Sequence[str]) -> np.ndarray:
@@ -29,7 +35,9 @@ def embedder(loaded: model.Loaded, renderer: Renderer, tick: Callable[[int, int]
         found: dict[int, np.ndarray] = {}
         batch: list[int] = []
         tick(0, len(ids))
-        for place in sorted(range(len(ids)), key=lambda place: len(ids[place])):  # like with like: little padding
+        for place in sorted(
+            range(len(ids)), key=lambda place: len(ids[place])
+        ):  # like with like: little padding
             if batch and (len(batch) + 1) * len(ids[place]) > AT_ONCE:
                 found |= dict(zip(batch, _means(net, [ids[one] for one in batch]), strict=True))
                 tick(len(found), len(ids))
@@ -43,7 +51,8 @@ def embedder(loaded: model.Loaded, renderer: Renderer, tick: Callable[[int, int]
 
 
 def _ids(renderer: Renderer, text: str) -> list[int]:
-    """At least one; a text that the tokenizer does not take as text (`content` names it) is the end token alone."""
+    """At least one; a text that the tokenizer does not take as text (`content` names it) is the end token
+    alone."""
     try:
         ids = renderer.text_prompt(text)[:TOKENS]
     except Refused:

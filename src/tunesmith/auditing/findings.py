@@ -1,4 +1,5 @@
-"""What an audit says: findings with their rows, and the whole of them. Knows nothing of how rows are read or rules work."""
+"""What an audit says: findings with their rows, and the whole of them. Knows nothing of how rows are read or
+rules work."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "good")
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """One row of a finding. ``source``: ``file:line``. ``note``: what is seen there, secrets and personal data masked."""
+    """One row of a finding. ``source``: ``file:line``. ``note``: what is seen there, secrets and personal
+    data masked."""
 
     source: str
     note: str = ""
@@ -25,11 +27,11 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``rule``: dimension, dot, name (``duplicates.exact``). ``what``: one sentence. ``rows``: the most telling first.
+    """``rule``: dimension, dot, name (``duplicates.exact``). ``what``: one sentence. ``rows``: the most
+    telling first.
 
-    count: rows concerned, of ``of`` rows looked at. value: what was measured, where it is no share. threshold: the bar in
-    words (``> 2.5 bits``), None where it is only reported.
-    """
+    count: rows concerned, of ``of`` rows looked at. value: what was measured, where it is no share.
+    threshold: the bar in words (``> 2.5 bits``), None where it is only reported."""
 
     rule: str
     severity: Severity
@@ -60,7 +62,8 @@ FEW = 50
 
 
 class Print(NamedTuple):
-    """What tells a row's words and prompt from another's: 64-bit digests of their normal forms (`views.normal`)."""
+    """What tells a row's words and prompt from another's: 64-bit digests of their normal forms
+    (`views.normal`)."""
 
     source: str
     label: bool | None
@@ -70,11 +73,12 @@ class Print(NamedTuple):
 
 @dataclass(frozen=True)
 class Audit:
-    """All that was found in ``rows`` rows of ``files`` (path → sha256 of its bytes). ``findings``: gravest first.
+    """All that was found in ``rows`` rows of ``files`` (path → sha256 of its bytes). ``findings``: gravest
+    first.
 
-    quality: source → score from 0 to 100 (`quality.scores`), lowest first. charts: what the page draws (`page`). prints: of
-    every row that could be read. seconds: how long it took. compared: with other files; fixed: what was mended, where asked.
-    """
+    quality: source → score from 0 to 100 (`quality.scores`), lowest first. charts: what the page draws
+    (`page`). prints: of every row that could be read. seconds: how long it took. compared: with other files;
+    fixed: what was mended, where asked."""
 
     files: dict[str, str]
     rows: int

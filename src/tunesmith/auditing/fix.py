@@ -1,9 +1,9 @@
-"""A corrected copy of the rows, and a ledger of every change and removal with its reason. What needs a person is left and listed.
+"""A corrected copy of the rows, and a ledger of every change and removal with its reason. What needs a person
+is left and listed.
 
-Mended: rows that cannot be read and rows that repeat another to the letter are removed, mojibake is decoded, calls written as
-text become turns (`calls.structure`). All else that an audit found stays in place. The files read are never written to, and
-mending a mended copy does nothing.
-"""
+Mended: rows that cannot be read and rows that repeat another to the letter are removed, mojibake is decoded,
+calls written as text become turns (`calls.structure`). All else that an audit found stays in place. The files
+read are never written to, and mending a mended copy does nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _AGAIN = DataSpec(train=("again",), valid=0.0)  # how a copy is read: layouts to
 
 
 class Step(NamedTuple):
-    """What is done to a row, or left. ``before`` is short where it is changed, and the whole row where it is removed."""
+    """What is done to a row, or left. ``before`` is short where it is changed, and the whole row where it is
+    removed."""
 
     action: Action
     rule: str
@@ -41,7 +42,8 @@ class Step(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """``rows`` = written + the total of ``removed``. The counters: rule → steps. ``ledger``: JSONL, a line a step."""
+    """``rows`` = written + the total of ``removed``. The counters: rule → steps. ``ledger``: JSONL, a line a
+    step."""
 
     out: Path
     ledger: Path
@@ -56,20 +58,30 @@ class Fixed(NamedTuple):
 
     def told(self) -> str:
         """What was done, in a few lines for a terminal."""
-        lines = [f"fixed: {self.written:,} of {self.rows:,} rows are in {self.out}, every step in {self.ledger}"]
-        for action, rules in (("changed", self.changed), ("removed", self.removed), ("left as they are", self.left)):
+        lines = [
+            f"fixed: {self.written:,} of {self.rows:,} rows are in {self.out}, every step in {self.ledger}"
+        ]
+        for action, rules in (
+            ("changed", self.changed),
+            ("removed", self.removed),
+            ("left as they are", self.left),
+        ):
             if rules:
-                lines.append(f"  {action}: " + ", ".join(f"{rule} {count:,}" for rule, count in rules.most_common()))
+                lines.append(
+                    f"  {action}: " + ", ".join(f"{rule} {count:,}" for rule, count in rules.most_common())
+                )
         return "\n".join(lines)
 
 
-def fix(paths: Sequence[str | Path], out: Path, spec: DataSpec, audit: Audit, notify: events.Sink = events.silent) -> Fixed:
-    """Writes ``out``, which ``data.format: auto`` reads, and beside it ``out`` + ``.ledger.jsonl``; both whole or not at all.
+def fix(
+    paths: Sequence[str | Path], out: Path, spec: DataSpec, audit: Audit, notify: events.Sink = events.silent
+) -> Fixed:
+    """Writes ``out``, which ``data.format: auto`` reads, and beside it ``out`` + ``.ledger.jsonl``; both
+    whole or not at all.
 
-    ``audit``: of the same files; what it found and is not mended is listed as left. Lines of the ledger: source, row (the line
-    in ``out``, null where it is gone) and the fields of `Step`.
-    Raises ConfigError where ``out`` exists, is read, or cannot be written, DataError where a file cannot be read as a whole.
-    """
+    ``audit``: of the same files; what it found and is not mended is listed as left. Lines of the ledger:
+    source, row (the line in ``out``, null where it is gone) and the fields of `Step`. Raises ConfigError
+    where ``out`` exists, is read, or cannot be written, DataError where a file cannot be read as a whole."""
     out = out.expanduser()
     ledger = _ledger(out)
     require_free(paths, out)
@@ -101,7 +113,9 @@ def fix(paths: Sequence[str | Path], out: Path, spec: DataSpec, audit: Audit, no
             writing.flush(drafts[path])
             drafts[path].rename(path)
     except OSError as error:
-        raise ConfigError(f"cannot be written: {error.strerror}", where=str(out), hint="choose another place") from error
+        raise ConfigError(
+            f"cannot be written: {error.strerror}", where=str(out), hint="choose another place"
+        ) from error
     finally:
         for draft in drafts.values():
             with suppress(OSError):
@@ -118,16 +132,25 @@ def _ledger(out: Path) -> Path:
 
 
 def require_free(paths: Sequence[str | Path], out: Path) -> None:
-    """Raises ConfigError where a copy of ``paths`` must not be written to ``out``, or its ledger not beside it."""
+    """Raises ConfigError where a copy of ``paths`` must not be written to ``out``, or its ledger not beside
+    it."""
     out = out.expanduser()
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
-        raise ConfigError("the corrected copy is JSONL", where=str(out), hint="name a file that ends in .jsonl")
+        raise ConfigError(
+            "the corrected copy is JSONL", where=str(out), hint="name a file that ends in .jsonl"
+        )
     files = sources.files(paths)
     for path in (out, _ledger(out)):
         if path.exists() and any(path.samefile(file) for file in files):
-            raise ConfigError("is a file that is read", where=str(path), hint="name another file: the original stays as it is")
+            raise ConfigError(
+                "is a file that is read",
+                where=str(path),
+                hint="name another file: the original stays as it is",
+            )
         if path.exists():
-            raise ConfigError("exists already", where=str(path), hint="name a new file: nothing is overwritten")
+            raise ConfigError(
+                "exists already", where=str(path), hint="name a new file: nothing is overwritten"
+            )
         for folder in (Path(given).expanduser().resolve() for given in paths):
             if folder.is_dir() and path.resolve().is_relative_to(folder):
                 hint = "name a file outside of it, or the next reading takes both"
@@ -157,7 +180,9 @@ def _rows(paths: Sequence[str | Path], spec: DataSpec, found: dict[str, list[Ste
     for made in formats.rows(paths, spec):
         listed = found.pop(made.source, [])
         if isinstance(made, Dropped):
-            yield _Row(made.source, None, None, [Step("removed", f"structure.{made.reason}", made.message, made.raw)])
+            yield _Row(
+                made.source, None, None, [Step("removed", f"structure.{made.reason}", made.message, made.raw)]
+            )
             continue
         example, steps = mended(made)
         digest = hashlib.blake2b(json.dumps(content_of(example)).encode(), digest_size=16).digest()
@@ -167,7 +192,12 @@ def _rows(paths: Sequence[str | Path], spec: DataSpec, found: dict[str, list[Ste
             continue
         lines[digest] = len(lines) + 1
         known = {step.rule for step in steps}
-        yield _Row(made.source, len(lines), _line(example), steps + [step for step in listed if step.rule not in known])
+        yield _Row(
+            made.source,
+            len(lines),
+            _line(example),
+            steps + [step for step in listed if step.rule not in known],
+        )
 
 
 def _line(example: Example) -> str:
@@ -175,19 +205,25 @@ def _line(example: Example) -> str:
 
 
 def mended(example: Example) -> tuple[Example, list[Step]]:
-    """The example with calls as turns and mojibake decoded, where it can still be read afterwards, and what was done to it."""
+    """The example with calls as turns and mojibake decoded, where it can still be read afterwards, and what
+    was done to it."""
     steps: list[Step] = []
     now, note = example, calls.STRUCTURED
     while True:  # ends: calls become turns once, and each repair makes the text less bad
         before = now
         now, note = calls.structure(before)
         if note == calls.STRUCTURED:
-            steps.append(Step("changed", _CALLS, "calls written as text are turns now", _said(before), _said(now)))
+            steps.append(
+                Step("changed", _CALLS, "calls written as text are turns now", _said(before), _said(now))
+            )
         now = _repaired(now, steps)
         if now == before:
             break
     if now != example and formats.row(sources.Raw(example.source, _line(now)), _AGAIN) != now:
-        now, steps = example, [step._replace(action="left", reason="mended, the row could not be read") for step in steps]
+        now, steps = (
+            example,
+            [step._replace(action="left", reason="mended, the row could not be read") for step in steps],
+        )
     if note.startswith("left"):
         told = note.replace("left: ", "calls written as text cannot become turns: ")
         steps.append(Step("left", _CALLS, told, _said(now)))
@@ -197,36 +233,50 @@ def mended(example: Example) -> tuple[Example, list[Step]]:
 def _said(example: Example) -> str:
     """The turns in brief."""
     turns = View(example.source, example).messages
-    return "; ".join(excerpt(" ".join([one.role, *(call.name for call in one.calls), one.content]), 60) for one in turns)
+    return "; ".join(
+        excerpt(" ".join([one.role, *(call.name for call in one.calls), one.content]), 60) for one in turns
+    )
 
 
 def _repaired(example: Example, steps: list[Step]) -> Example:
-    """The example with mojibake decoded where ftfy sees it and the text gets better by it. Arguments are left alone."""
+    """The example with mojibake decoded where ftfy sees it and the text gets better by it. Arguments are left
+    alone."""
     if isinstance(example, Document | Completion):
         texts = [example.text] if isinstance(example, Document) else [example.prompt, example.completion]
     else:
-        sides = [example.chosen, example.rejected] if isinstance(example, Preference) else [example.conversation]
+        sides = (
+            [example.chosen, example.rejected] if isinstance(example, Preference) else [example.conversation]
+        )
         texts = [message.content for side in sides for message in side.messages]
     right = {letter for text in texts for letter in text if not letter.isascii()}
     better = {text: fixed for text in texts if not text.isascii() and (fixed := _decoded(text)) != text}
     made = {letter for text, fixed in better.items() for letter in Counter(fixed) - Counter(text)}
     if made & right:
-        step = Step("left", "content.mojibake", "the row has these letters right as well: it may be about such errors")
+        step = Step(
+            "left", "content.mojibake", "the row has these letters right as well: it may be about such errors"
+        )
         steps += [step] * (step not in steps)
         return example
     if not better:
         return example
     for text, fixed in better.items():
-        same = next((at for at, (one, other) in enumerate(zip(text, fixed, strict=False)) if one != other), len(fixed))
+        same = next(
+            (at for at, (one, other) in enumerate(zip(text, fixed, strict=False)) if one != other), len(fixed)
+        )
         at = max(0, same - 20)
         told = "letters that had been read in a wrong encoding"
-        steps.append(Step("changed", "content.mojibake", told, excerpt(text[at:], 80), excerpt(fixed[at:], 80)))
+        steps.append(
+            Step("changed", "content.mojibake", told, excerpt(text[at:], 80), excerpt(fixed[at:], 80))
+        )
 
     def words(text: str) -> str:
         return better.get(text, text)
 
     def side(conversation: Conversation) -> Conversation:
-        return replace(conversation, messages=tuple(replace(one, content=words(one.content)) for one in conversation.messages))
+        return replace(
+            conversation,
+            messages=tuple(replace(one, content=words(one.content)) for one in conversation.messages),
+        )
 
     if isinstance(example, Document):
         return replace(example, text=words(example.text), id="")

@@ -1,9 +1,9 @@
 """Texts that nearly repeat each other: candidates by MinHash, each verified by edit distance.
 
-MinHash (Broder, 1997) over pairs of neighbouring words, cut into bands (Leskovec et al., Mining of Massive Datasets,
-chapter 3): 32 bands of 4 make texts with a third of their word pairs in common candidates in a third of the cases and those
-with two thirds in all but 1 of 1,000. What is told is the edit similarity, never the estimate.
-"""
+MinHash (Broder, 1997) over pairs of neighbouring words, cut into bands (Leskovec et al., Mining of Massive
+Datasets, chapter 3): 32 bands of 4 make texts with a third of their word pairs in common candidates in a
+third of the cases and those with two thirds in all but 1 of 1,000. What is told is the edit similarity, never
+the estimate."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ PERMUTATIONS, BAND = 128, 4
 COMPARED = 20_000
 """Letters of a text that are compared, from its beginning: edit distance takes quadratic time."""
 LIKELY = 0.35
-"""Share of equal minima, the estimate of the share of common pairs of words, under which a candidate is not looked at: texts that
-repeat nine letters of ten have about two thirds of their pairs in common, and bands rarely meet below it anyway."""
+"""Share of equal minima, the estimate of the share of common pairs of words, under which a candidate is not
+looked at: texts that repeat nine letters of ten have about two thirds of their pairs in common, and bands
+rarely meet below it anyway."""
 PART = 1 << 16  # candidates at once
 HEAD, SHARED = 20, 0.2
 """Words by which beginnings are told apart, and the share of texts above which one is common."""
@@ -87,7 +88,8 @@ def similarity(one: str, other: str, least: float) -> float:
 
 
 class Heads:
-    """How many texts begin alike: an instruction that stands before each says nothing of whether two are near."""
+    """How many texts begin alike: an instruction that stands before each says nothing of whether two are
+    near."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         found: dict[str, list[str]] = defaultdict(list)
@@ -96,7 +98,9 @@ class Heads:
             many += 1
             if len(words := text.split(" ", HEAD)) > HEAD:
                 found[" ".join(words[:HEAD])].append(text)
-        self._common = {key: _beginning(some) for key, some in found.items() if len(some) > max(SHARED * many, 4)}
+        self._common = {
+            key: _beginning(some) for key, some in found.items() if len(some) > max(SHARED * many, 4)
+        }
 
     def without(self, text: str) -> str:
         """``text`` behind what it begins with as many others do; all of it where nothing would be left."""
@@ -107,13 +111,16 @@ class Heads:
 def _beginning(texts: Sequence[str]) -> str:
     """What all of them begin with: what the first and the last of them in order have in common."""
     low, high = min(texts), max(texts)
-    return low[: next((at for at, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))]
+    return low[
+        : next((at for at, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))
+    ]
 
 
 def pairs(
     signatures: Sequence[bytes], texts: Callable[[Sequence[int]], dict[int, str]], least: float
 ) -> list[tuple[int, int, float]]:
-    """(place, later place, similarity) of all candidates at least so similar. texts: the normal forms of places."""
+    """(place, later place, similarity) of all candidates at least so similar. texts: the normal forms of
+    places."""
     chosen = candidates(signatures)
     known = texts(sorted({place for pair in chosen for place in pair}))
     heads = Heads(known.values())

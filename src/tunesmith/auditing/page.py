@@ -1,8 +1,9 @@
-"""An audit as one HTML file that needs no network: verdict, dimensions, findings with their rows, charts, worst rows.
+"""An audit as one HTML file that needs no network: verdict, dimensions, findings with their rows, charts,
+worst rows.
 
-The file holds plotly.js and all it shows. Texts of the data are only ever text: the template escapes them, the script sets them
-as text, and a content policy in the page forbids every other script and every request. How it looks is in ``page.html``.
-"""
+The file holds plotly.js and all it shows. Texts of the data are only ever text: the template escapes them,
+the script sets them as text, and a content policy in the page forbids every other script and every request.
+How it looks is in ``page.html``."""
 
 from __future__ import annotations
 
@@ -50,8 +51,8 @@ FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, s
 LOOK = resources.files("tunesmith.display").joinpath("look.css").read_text("utf-8")
 """Colours and ground rules of all pages, reports too."""
 CLUSTERS = ("#3399ff", "#d9822b", "#7733ff", "#426660", "#bf7cb4", "#909963", "#a621a6")
-"""Told apart with every kind of colour blindness (CIE76 > 26) and against black and white. Further clusters begin anew: each
-has its number on the map."""
+"""Told apart with every kind of colour blindness (CIE76 > 26) and against black and white. Further clusters
+begin anew: each has its number on the map."""
 OTHERS = "#8a8f98"
 LABELS = {
     "true": {"name": "true", "colour": "#3399ff", "symbol": "circle", "pattern": ""},
@@ -62,14 +63,17 @@ _IN_SCRIPT = str.maketrans({letter: f"\\u{ord(letter):04x}" for letter in "<>&\u
 
 
 def write(audit: Audit, path: Path) -> None:
-    """Write the page, whole or not at all. Raises ConfigError as `check` does, and where the file cannot be written."""
+    """Write the page, whole or not at all. Raises ConfigError as `check` does, and where the file cannot be
+    written."""
     check(path)
     text = html(audit)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     except OSError as error:
-        raise ConfigError(f"the page cannot be written: {error.strerror}", where=str(path), hint="name another file") from error
+        raise ConfigError(
+            f"the page cannot be written: {error.strerror}", where=str(path), hint="name another file"
+        ) from error
 
 
 def check(path: Path) -> None:
@@ -81,7 +85,9 @@ def check(path: Path) -> None:
     elif not path.exists():
         return
     hint = "name a file that does not exist yet, or remove this one"
-    raise ConfigError("this is not a page of tunesmith audit, so it is not replaced", where=str(path), hint=hint)
+    raise ConfigError(
+        "this is not a page of tunesmith audit, so it is not replaced", where=str(path), hint=hint
+    )
 
 
 def html(audit: Audit) -> str:
@@ -107,7 +113,9 @@ def html(audit: Audit) -> str:
         "rows": _rows(audit.findings, places),
     }
     data["files"] = files = places.files()
-    script = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_IN_SCRIPT)
+    script = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(
+        _IN_SCRIPT
+    )
     # finalize: whatever is printed, no letter that UTF-8 cannot write gets past it.
     environment = Environment(
         autoescape=True,
@@ -116,15 +124,37 @@ def html(audit: Audit) -> str:
         lstrip_blocks=True,
         finalize=lambda value: escaped(value) if type(value) is str else value,
     )
-    environment.filters |= {"line": visible, "percent": percent, "measured": measured, "concerned": concerned, "coded": _coded}
-    template = environment.from_string(resources.files("tunesmith.auditing").joinpath("page.html").read_text("utf-8"))
+    environment.filters |= {
+        "line": visible,
+        "percent": percent,
+        "measured": measured,
+        "concerned": concerned,
+        "coded": _coded,
+    }
+    template = environment.from_string(
+        resources.files("tunesmith.auditing").joinpath("page.html").read_text("utf-8")
+    )
     return template.render(
-        audit=audit, dimensions=dimensions(audit), severities=SEVERITIES, signs=SIGNS, gravest=gravest(audit),
-        took=duration(audit.seconds), many=many, font=Markup(FONT), look=Markup(LOOK), files=files, labels=LABELS,
-        shown=data["rows"], data=Markup(script), plotly=Markup(get_plotlyjs() if drawn else ""), mark=Markup(MARK),
-        nonce=hashlib.sha256(script.encode()).hexdigest()[:32],  # no text can name the hash of what it is part of
+        audit=audit,
+        dimensions=dimensions(audit),
+        severities=SEVERITIES,
+        signs=SIGNS,
+        gravest=gravest(audit),
+        took=duration(audit.seconds),
+        many=many,
+        font=Markup(FONT),
+        look=Markup(LOOK),
+        files=files,
+        labels=LABELS,
+        shown=data["rows"],
+        data=Markup(script),
+        plotly=Markup(get_plotlyjs() if drawn else ""),
+        mark=Markup(MARK),
+        nonce=hashlib.sha256(script.encode()).hexdigest()[
+            :32
+        ],  # no text can name the hash of what it is part of
         **facts,
-    )  # fmt: skip
+    )
 
 
 class _Places:
@@ -139,7 +169,8 @@ class _Places:
         return self._at.setdefault(path, len(self._at)), line
 
     def files(self) -> list[dict[str, str]]:
-        """name: without its folder where that is enough. path: as given. address: "" where none can be written."""
+        """name: without its folder where that is enough. path: as given. address: "" where none can be
+        written."""
         names = Counter(_pure(path).name for path in self._at)
         return [
             {
@@ -172,7 +203,9 @@ def _address(path: str) -> str:
     if isinstance(pure, PureWindowsPath):
         return "file:///" + quote(pure.as_posix(), safe="/:", errors="replace")
     try:
-        return "file://" + quote(fsencode(Path(realpath(pure.parent), pure.name)))  # a link keeps its ending, ".." is no part
+        return "file://" + quote(
+            fsencode(Path(realpath(pure.parent), pure.name))
+        )  # a link keeps its ending, ".." is no part
     except ValueError:  # no file of this machine has such a name
         return ""
 
@@ -194,9 +227,14 @@ def _figure(traces: Sequence[Mapping[str, Any]], **layout: Any) -> dict[str, Any
     axis = {"fixedrange": True, "zeroline": False, "automargin": True, "ticks": "outside", "tickcolor": clear}
     own = {name: axis | layout.pop(name, {}) for name in ("xaxis", "yaxis")}
     common = {
-        "paper_bgcolor": clear, "plot_bgcolor": clear, "showlegend": False, "hovermode": "closest", "dragmode": False,
-        "margin": {"l": 8, "r": 16, "t": 24, "b": 8}, "font": {"family": FONT, "size": 12},
-    }  # fmt: skip
+        "paper_bgcolor": clear,
+        "plot_bgcolor": clear,
+        "showlegend": False,
+        "hovermode": "closest",
+        "dragmode": False,
+        "margin": {"l": 8, "r": 16, "t": 24, "b": 8},
+        "font": {"family": FONT, "size": 12},
+    }
     return {"data": list(traces), "layout": common | own | layout}
 
 
@@ -210,27 +248,48 @@ def _middle(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width // 4]}…{text[1 + width // 4 - width :]}"
 
 
-def _bars(edges: Sequence[float], counts: Sequence[int], told: str, unit: str, marks: Mapping[str, float]) -> dict[str, Any]:
-    """A histogram. ``told``: what a row is measured in. ``marks``: name → place of a line; beyond the bars it is only named."""
+def _bars(
+    edges: Sequence[float], counts: Sequence[int], told: str, unit: str, marks: Mapping[str, float]
+) -> dict[str, Any]:
+    """A histogram. ``told``: what a row is measured in. ``marks``: name → place of a line; beyond the bars it
+    is only named."""
     wide = [high - low for low, high in pairwise(edges)]
     bar = {
-        "type": "bar", "x": [low + width / 2 for low, width in zip(edges, wide, strict=False)], "y": list(counts),
-        "width": [0.92 * width for width in wide], "marker": {"color": CLUSTERS[0]},
+        "type": "bar",
+        "x": [low + width / 2 for low, width in zip(edges, wide, strict=False)],
+        "y": list(counts),
+        "width": [0.92 * width for width in wide],
+        "marker": {"color": CLUSTERS[0]},
         "customdata": [f"{low:,.0f}–{high:,.0f}" for low, high in pairwise(edges)],
         "hovertemplate": f"%{{customdata}} {_plain(unit, 40)}<br>%{{y:,}} rows<extra></extra>",
-    }  # fmt: skip
+    }
     near = {name: at for name, at in marks.items() if at <= 1.3 * edges[-1]}
     right = max([edges[-1], *near.values()])
     shapes, notes = [], []
     for name, at in marks.items():
         text = {"yref": "paper", "y": 1, "yanchor": "bottom", "showarrow": False}
         if name in near:
-            shapes.append({"type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1, "line": {"dash": "dash"}})
+            shapes.append(
+                {
+                    "type": "line",
+                    "x0": at,
+                    "x1": at,
+                    "yref": "paper",
+                    "y0": 0,
+                    "y1": 1,
+                    "line": {"dash": "dash"},
+                }
+            )
             side = "right" if at > 0.6 * right else "left"
             notes.append(text | {"x": at, "xanchor": side, "text": f"{name} {at:,.0f}"})
         else:
             notes.append(text | {"x": 1, "xref": "paper", "xanchor": "right", "text": f"{name} {at:,.0f} →"})
-    x = {"title": {"text": _plain(told, 32)}, "range": [min(edges[0], 0), 1.03 * right], "nticks": 7, "tickformat": ",d"}
+    x = {
+        "title": {"text": _plain(told, 32)},
+        "range": [min(edges[0], 0), 1.03 * right],
+        "nticks": 7,
+        "tickformat": ",d",
+    }
     y = {"title": {"text": "rows"}, "rangemode": "tozero", "nticks": 5, "tickformat": ",d"}
     return _figure([bar], xaxis=x, yaxis=y, shapes=shapes, annotations=notes)
 
@@ -250,19 +309,31 @@ def _types(chart: Sequence[Mapping[str, Any]], drawn: dict[str, Any]) -> dict[st
     at = list(range(len(shown)))
     traces = [
         {
-            "type": "bar", "orientation": "h", "name": LABELS[key]["name"], "y": at, "x": [counts[key] for _, counts in shown],
-            "marker": {"color": LABELS[key]["colour"], "pattern": {"shape": LABELS[key]["pattern"], "fillmode": "overlay"}},
+            "type": "bar",
+            "orientation": "h",
+            "name": LABELS[key]["name"],
+            "y": at,
+            "x": [counts[key] for _, counts in shown],
+            "marker": {
+                "color": LABELS[key]["colour"],
+                "pattern": {"shape": LABELS[key]["pattern"], "fillmode": "overlay"},
+            },
             "customdata": [_plain(name, 80) for name, _ in shown],
             "hovertemplate": f"%{{customdata}}<br>{LABELS[key]['name']}: %{{x:,}} rows<extra></extra>",
         }
         for key in used
-    ]  # fmt: skip
+    ]
     labels = {width: [_plain(_middle(name, width), width) for name, _ in shown] for width in (20, 30)}
     y = {"tickvals": at, "ticktext": labels[30], "range": [len(shown) - 0.4, -0.6]}
     drawn["types"] = _figure(
-        traces, barmode="stack", bargap=0.25, height=70 + 22 * len(shown), yaxis=y, meta={"narrow": labels[20]},
+        traces,
+        barmode="stack",
+        bargap=0.25,
+        height=70 + 22 * len(shown),
+        yaxis=y,
+        meta={"narrow": labels[20]},
         xaxis={"title": {"text": "rows"}, "tickformat": ",d", "nticks": 4, "tickangle": 0},
-    )  # fmt: skip
+    )
     rest = sum(sum(counts.values()) for _, counts in rows[TYPES:])
     return {"rest": rest, "used": used, "rows": shown}
 
@@ -276,10 +347,14 @@ def _kept(chart: Mapping[str, Any]) -> list[int]:
 def _points(chart: Mapping[str, Any], places: _Places) -> list[list[Any]]:
     """File, line, label, name of the cluster and prompt of each point that is drawn."""
     return [
-        [*places.of(chart["source"][at]), _label(chart["label"][at]), _name(chart, chart["cluster"][at]),
-         visible(chart["text"][at], EXCERPT)]
+        [
+            *places.of(chart["source"][at]),
+            _label(chart["label"][at]),
+            _name(chart, chart["cluster"][at]),
+            visible(chart["text"][at], EXCERPT),
+        ]
         for at in _kept(chart)
-    ]  # fmt: skip
+    ]
 
 
 def _name(chart: Mapping[str, Any], cluster: int) -> str:
@@ -301,22 +376,43 @@ def _map(chart: Mapping[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
         marker = {"color": colour, "size": 9, "opacity": 0.9}
         if rows:  # Plotly has no element for a trace without points
             middle = {"x": median(chart["x"][at] for at in rows), "y": median(chart["y"][at] for at in rows)}
-            names.append(middle | {"text": f"{rank + 1}", "showarrow": False, "yshift": 9, "font": {"size": 14}})
+            names.append(
+                middle | {"text": f"{rank + 1}", "showarrow": False, "yshift": 9, "font": {"size": 14}}
+            )
             traces.append(
                 {
-                    "type": "scatter", "mode": "markers", "hoverinfo": "none", "customdata": numbers,
-                    "x": [round(chart["x"][at], 3) for at in rows], "y": [round(chart["y"][at], 3) for at in rows],
-                    "marker": marker | {"symbol": [LABELS[_label(chart["label"][at])]["symbol"] for at in rows]},
+                    "type": "scatter",
+                    "mode": "markers",
+                    "hoverinfo": "none",
+                    "customdata": numbers,
+                    "x": [round(chart["x"][at], 3) for at in rows],
+                    "y": [round(chart["y"][at], 3) for at in rows],
+                    "marker": marker
+                    | {"symbol": [LABELS[_label(chart["label"][at])]["symbol"] for at in rows]},
                 }
-            )  # fmt: skip
+            )
         clusters.append(
-            {"name": _name(chart, cluster), "colour": colour, "drawn": bool(rows), "rows": sum(counts.values()), **counts}
+            {
+                "name": _name(chart, cluster),
+                "colour": colour,
+                "drawn": bool(rows),
+                "rows": sum(counts.values()),
+                **counts,
+            }
         )
     axis = {"visible": False, "fixedrange": False}
     bar = {"bgcolor": "rgba(0,0,0,0)", "color": OTHERS, "activecolor": CLUSTERS[0]}
-    drawn["map"] = _figure(traces, xaxis=axis, yaxis=axis, height=520, dragmode="zoom", modebar=bar, annotations=names)
+    drawn["map"] = _figure(
+        traces, xaxis=axis, yaxis=axis, height=520, dragmode="zoom", modebar=bar, annotations=names
+    )
     used = [key for key in LABELS if any(counts[key] for counts in sizes.values())]
-    return {"clusters": clusters, "shown": len(kept), "of": len(chart["x"]), "method": chart.get("method", ""), "used": used}
+    return {
+        "clusters": clusters,
+        "shown": len(kept),
+        "of": len(chart["x"]),
+        "method": chart.get("method", ""),
+        "used": used,
+    }
 
 
 def _quality(scores: Sequence[float], drawn: dict[str, Any]) -> dict[str, Any]:

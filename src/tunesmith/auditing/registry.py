@@ -16,6 +16,15 @@ from tunesmith.auditing.rules.tokenisation import Tokenisation
 from tunesmith.auditing.views import Rule
 
 RULES: tuple[Rule, ...] = (
-    Structure(), Diversity(), Balance(), Lengths(), Duplicates(), Conflicts(), Contamination(), Content(), Tokenisation(),
-    Invented(), Labels(),
-)  # fmt: skip
+    Structure(),
+    Diversity(),
+    Balance(),
+    Lengths(),
+    Duplicates(),
+    Conflicts(),
+    Contamination(),
+    Content(),
+    Tokenisation(),
+    Invented(),
+    Labels(),
+)

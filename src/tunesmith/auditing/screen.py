@@ -1,8 +1,8 @@
-"""An audit in one screen of a terminal: verdict, every dimension beside its bar, what to do about what was found, worst rows.
+"""An audit in one screen of a terminal: verdict, every dimension beside its bar, what to do about what was
+found, worst rows.
 
-What does not fit is counted; the page and the JSON have all of it. How a finding is put into few words, and a text of the data
-made safe to show, is here for `page` too.
-"""
+What does not fit is counted; the page and the JSON have all of it. How a finding is put into few words, and a
+text of the data made safe to show, is here for `page` too."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ FEWEST = 3
 SIGNS: dict[Severity, str] = {"error": "✗", "warning": "!", "note": "i", "good": "✓"}
 COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow", "note": "cyan", "good": "green"}
 SPARKS = "▁▂▃▄▅▆▇█"
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 
 
 class Dimension(NamedTuple):
@@ -48,7 +50,8 @@ class Worst(NamedTuple):
 
 
 def dimensions(audit: Audit) -> list[Dimension]:
-    """All of them in the order of the registry, those without a finding too; then any that it does not know."""
+    """All of them in the order of the registry, those without a finding too; then any that it does not
+    know."""
     found: dict[str, list[Finding]] = {rule.name: [] for rule in RULES}
     for finding in sorted(audit.findings, key=lambda one: SEVERITIES.index(one.severity)):
         found.setdefault(finding.dimension, []).append(finding)
@@ -66,7 +69,10 @@ def gravest(audit: Audit) -> Severity:
 def worst(audit: Audit, limit: int) -> list[Worst]:
     """The first ``limit`` of the chart, or where it is absent of the scores."""
     if "worst" in audit.charts:
-        return [Worst(row["source"], row["score"], row["why"], row["text"]) for row in audit.charts["worst"][:limit]]
+        return [
+            Worst(row["source"], row["score"], row["why"], row["text"])
+            for row in audit.charts["worst"][:limit]
+        ]
     return [Worst(source, score, [], "") for source, score in list(audit.quality.items())[:limit]]
 
 
@@ -111,8 +117,11 @@ def many(count: int, noun: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """``text`` with what no screen can show, or obeys instead (controls, lone surrogates, turns of direction), written out."""
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}" if found[0] > "\xff" else f"\\x{ord(found[0]):02x}", text)
+    """``text`` with what no screen can show, or obeys instead (controls, lone surrogates, turns of
+    direction), written out."""
+    return _UNSEEN.sub(
+        lambda found: f"\\u{ord(found[0]):04x}" if found[0] > "\xff" else f"\\x{ord(found[0]):02x}", text
+    )
 
 
 def visible(text: str, limit: int) -> str:
@@ -121,7 +130,8 @@ def visible(text: str, limit: int) -> str:
 
 
 def render(audit: Audit, console: Console) -> None:
-    """Print it. Without a terminal, and under NO_COLOR, there is nothing but text: every colour is said by a sign as well."""
+    """Print it. Without a terminal, and under NO_COLOR, there is nothing but text: every colour is said by a
+    sign as well."""
     styles = {} if console.no_color else {"bold": "bold", "dim": "dim", **COLOURS}
     head: list[RenderableType] = [
         Text(f"{SIGNS[gravest(audit)]} {visible(audit.verdict, 300)}", styles.get("bold", "")),
@@ -148,17 +158,25 @@ def _facts(audit: Audit) -> str:
 
 
 def _table(audit: Audit, styles: Mapping[str, str]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style=styles.get("bold", ""), pad_edge=False, expand=True)
+    table = Table(
+        box=None, padding=(0, 2, 0, 0), header_style=styles.get("bold", ""), pad_edge=False, expand=True
+    )
     for name, wide in (("", 9), ("dimension", 13)):
         table.add_column(name, no_wrap=True, overflow="ellipsis", width=wide)
     for name, ratio in (("measured", 3), ("bar", 2)):
         table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=ratio)
     for name, severity, some in dimensions(audit):
-        some = sorted(some, key=lambda one: one.threshold is None)  # so that bars stand in the order of what they are for
-        told = " · ".join(f"{one.rule.partition('.')[2] or one.rule} {measured(one)}".rstrip() for one in some)
+        some = sorted(
+            some, key=lambda one: one.threshold is None
+        )  # so that bars stand in the order of what they are for
+        told = " · ".join(
+            f"{one.rule.partition('.')[2] or one.rule} {measured(one)}".rstrip() for one in some
+        )
         bars = " · ".join(dict.fromkeys(one.threshold for one in some if one.threshold))
         sign = Text(f"{SIGNS[severity]} {severity}" if severity else "·", styles.get(severity or "dim", ""))
-        table.add_row(sign, Text(visible(name, 40)), Text(visible(told or "no finding", 300)), Text(visible(bars, 120)))
+        table.add_row(
+            sign, Text(visible(name, 40)), Text(visible(told or "no finding", 300)), Text(visible(bars, 120))
+        )
     return table
 
 
@@ -189,9 +207,16 @@ def _block(finding: Finding, styles: Mapping[str, str], short: Callable[[Sequenc
     if finding.hint:
         body.append(f"\n→ {visible(finding.hint, 240)}")
     share = percent(finding.share) if finding.of and concerned(finding) else ""
-    known = [visible(finding.rule, 60), concerned(finding), share, short([row.source for row in finding.rows[:3]])]
+    known = [
+        visible(finding.rule, 60),
+        concerned(finding),
+        share,
+        short([row.source for row in finding.rows[:3]]),
+    ]
     body.append("\n" + " · ".join(filter(None, known)), styles.get("dim", ""))
-    block.add_row(Text(f"{SIGNS[finding.severity]} {finding.severity}", styles.get(finding.severity, "")), body)
+    block.add_row(
+        Text(f"{SIGNS[finding.severity]} {finding.severity}", styles.get(finding.severity, "")), body
+    )
     return block
 
 
@@ -202,7 +227,8 @@ def placed(source: str) -> tuple[str, str]:
 
 
 def _places(audit: Audit) -> Callable[[Sequence[str]], str]:
-    """Writes sources as ``a.jsonl:3, :8, b.jsonl:1``: no folder where the name is enough, no file twice in a row."""
+    """Writes sources as ``a.jsonl:3, :8, b.jsonl:1``: no folder where the name is enough, no file twice in a
+    row."""
     names = Counter(Path(path).name for path in audit.files)
 
     def told(sources: Sequence[str]) -> str:
@@ -210,7 +236,11 @@ def _places(audit: Audit) -> Callable[[Sequence[str]], str]:
         for source in sources:
             path, line = placed(source)
             name = Path(path).name if names[Path(path).name] < 2 else path
-            shown.append(f":{line}" if line and path == before else visible(f"{name[-60:]}{':' * bool(line)}{line}", 120))
+            shown.append(
+                f":{line}"
+                if line and path == before
+                else visible(f"{name[-60:]}{':' * bool(line)}{line}", 120)
+            )
             before = path
         return ", ".join(shown)
 
@@ -222,14 +252,27 @@ def _foot(audit: Audit, styles: Mapping[str, str]) -> list[RenderableType]:
     short, low = _places(audit), worst(audit, 3)
     if audit.quality:
         counts = binned(audit.quality.values(), 10)
-        bars = "".join(SPARKS[-(-count * (len(SPARKS) - 1) // max(counts))] if count else "·" for count in counts)
-        told.append(Text(f"quality   0 {bars} 100, median {median(audit.quality.values()):.0f}" + "; worst rows:" * bool(low)))
+        bars = "".join(
+            SPARKS[-(-count * (len(SPARKS) - 1) // max(counts))] if count else "·" for count in counts
+        )
+        told.append(
+            Text(
+                f"quality   0 {bars} 100, median {median(audit.quality.values()):.0f}"
+                + "; worst rows:" * bool(low)
+            )
+        )
     for row in low:
-        parts = [f"{row.score:>3.0f}  {short([row.source])}", visible(", ".join(row.why), 100), visible(row.text, 100)]
+        parts = [
+            f"{row.score:>3.0f}  {short([row.source])}",
+            visible(", ".join(row.why), 100),
+            visible(row.text, 100),
+        ]
         line = Text(" · ".join(filter(None, parts)), no_wrap=True, overflow="ellipsis")
         told.append(Padding(line, (0, 0, 0, 10), expand=False))
     notes = audit.of("note")
     accepted = sum(one.accepted is not None for one in notes)
     more = [many(len(notes), "note") + (f" ({accepted} accepted)" if accepted else "")] if notes else []
     more += [f"{many(met, 'bar')} met"] if (met := len(audit.of("good"))) else []
-    return [*told, Text(f"{' and '.join(more)}: see --html or --json", styles.get("dim", ""))] if more else told
+    return (
+        [*told, Text(f"{' and '.join(more)}: see --html or --json", styles.get("dim", ""))] if more else told
+    )

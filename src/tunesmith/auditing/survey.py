@@ -1,8 +1,8 @@
 """One pass over the rows, then the verdict: files or examples in, an `Audit` out.
 
-Rows are read as a stream and shown to the rules in as many processes as there are cores; of a row only what rules keep stays
-in memory. The few rows that must be seen again (candidates of near duplicates) are read a second time.
-"""
+Rows are read as a stream and shown to the rules in as many processes as there are cores; of a row only what
+rules keep stays in memory. The few rows that must be seen again (candidates of near duplicates) are read a
+second time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ WORST = 20
 
 @dataclass(frozen=True)
 class Setup:
-    """What each process builds its `Context` from. ``tokenizer``: a folder, or ``mistral-v3``; None counts words."""
+    """What each process builds its `Context` from. ``tokenizer``: a folder, or ``mistral-v3``; None counts
+    words."""
 
     data: DataSpec
     spec: AuditSpec
@@ -70,9 +71,8 @@ def audit(
 ) -> Audit:
     """What is found in the rows of ``paths``. processes: at most so many; None: as many as there are cores.
 
-    Held-out files that ``setup.data.valid`` names are what training rows must not repeat. Raises DataError where a file
-    cannot be read as a whole, ConfigError where ``accept`` names no rule.
-    """
+    Held-out files that ``setup.data.valid`` names are what training rows must not repeat. Raises DataError
+    where a file cannot be read as a whole, ConfigError where ``accept`` names no rule."""
     started = time.perf_counter()
     check_accepted(setup.spec)
     found = sources.files(paths)
@@ -84,7 +84,11 @@ def audit(
     if not total:
         raise DataError("no rows", where=", ".join(map(str, found)), hint="name files of rows")
     setup = replace(setup, share=min(1.0, setup.spec.sample / max(total, 1)), call=uuid.uuid4().hex)
-    survey = Survey(setup.spec, context=replace(context(setup), embed=embed), fetch=lambda rows: _fetch(found, rows, setup.data))
+    survey = Survey(
+        setup.spec,
+        context=replace(context(setup), embed=embed),
+        fetch=lambda rows: _fetch(found, rows, setup.data),
+    )
     tick = events.ticker(notify, "auditing")
     for looked in _looks(found, setup, total, processes):
         _add(survey, looked)
@@ -94,12 +98,18 @@ def audit(
     return _judged(survey, files, notify, started)
 
 
-def examine(examples: Sequence[Example], files: dict[str, str], known: Context, notify: Sink = events.silent) -> Audit:
+def examine(
+    examples: Sequence[Example], files: dict[str, str], known: Context, notify: Sink = events.silent
+) -> Audit:
     """The same for rows that are in memory, with what is known of their tokens."""
     started = time.perf_counter()
     check_accepted(known.spec)
     known = replace(known, share=min(1.0, known.spec.sample / max(len(examples), 1)))
-    survey = Survey(known.spec, context=known, fetch=lambda rows: {at: View(examples[at].source, examples[at]) for at in rows})
+    survey = Survey(
+        known.spec,
+        context=known,
+        fetch=lambda rows: {at: View(examples[at].source, examples[at]) for at in rows},
+    )
     tick = events.ticker(notify, "auditing")
     for done, one in enumerate(examples, 1):
         _add(survey, _look(View(one.source, one), known))
@@ -114,7 +124,11 @@ def require(found: Audit) -> None:
     lines = []
     for one in errors:
         where = ", ".join(row.source for row in one.rows[:3]) + (", …" if len(one.rows) > 3 else "")
-        lines.append(f"{one.rule}: {one.what}" + (f" ({where})" if where else "") + (f"; {one.hint}" if one.hint else ""))
+        lines.append(
+            f"{one.rule}: {one.what}"
+            + (f" ({where})" if where else "")
+            + (f"; {one.hint}" if one.hint else "")
+        )
     raise DataError(
         f"the audit found what ruins a run:\n{listing(lines)}",
         where=", ".join(found.files) or None,
@@ -136,19 +150,26 @@ def check_accepted(spec: AuditSpec) -> None:
 def context(setup: Setup) -> Context:
     """Built once in each process."""
     made: Renderer | None = (
-        None if setup.tokenizer is None else renderer(setup.tokenizer, setup.template.renderer if setup.template else "auto")
+        None
+        if setup.tokenizer is None
+        else renderer(setup.tokenizer, setup.template.renderer if setup.template else "auto")
     )
     against = [contamination.load(path, setup.data) for path in setup.spec.against]
     if isinstance(setup.data.valid, tuple) and setup.data.valid:
         against.append(
-            contamination.held_out(one for one in formats.rows(setup.data.valid, setup.data) if not isinstance(one, Dropped))
+            contamination.held_out(
+                one for one in formats.rows(setup.data.valid, setup.data) if not isinstance(one, Dropped)
+            )
         )
     name = Path(setup.tokenizer).name if setup.tokenizer else ""
     return Context(setup.spec, setup.limit, setup.share, made, name, against=against, template=setup.template)
 
 
-def rendered(rows: Iterable[Row], refusals: Iterable[Dropped], other: Context) -> Callable[[Example], list[Row]]:
-    """Looks up an example's sequences; raises `Refused` as the renderer did. ``other`` renders what was not rendered."""
+def rendered(
+    rows: Iterable[Row], refusals: Iterable[Dropped], other: Context
+) -> Callable[[Example], list[Row]]:
+    """Looks up an example's sequences; raises `Refused` as the renderer did. ``other`` renders what was not
+    rendered."""
     known: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         known.setdefault((row.source, row.example_id), []).append(row)
@@ -189,7 +210,9 @@ def _look_all(batch: Sequence[Raw], setup: Setup) -> list[Looked]:
 
 def _view(raw: Raw, data: DataSpec) -> View:
     made = formats.row(raw, data)
-    return View(raw.source, None, made._replace(raw="")) if isinstance(made, Dropped) else View(raw.source, made)
+    return (
+        View(raw.source, None, made._replace(raw="")) if isinstance(made, Dropped) else View(raw.source, made)
+    )
 
 
 def _look(view: View, known: Context) -> Looked:
@@ -230,7 +253,13 @@ def _judged(survey: Survey, files: dict[str, str], notify: Sink, started: float)
     names = {name for one in found for name in (one.rule, one.dimension)}
     for name in survey.spec.accept:
         if name not in names:
-            notify(Notice(f"{name} is accepted, and nothing of that name was looked at", "warning", where="audit.accept"))
+            notify(
+                Notice(
+                    f"{name} is accepted, and nothing of that name was looked at",
+                    "warning",
+                    where="audit.accept",
+                )
+            )
     found = [_accepted(one, survey.spec) for one in found]
     unreadable = [source for source, bad in zip(survey.sources, survey.dropped, strict=True) if bad]
     scores, why = quality.scores(survey.sources, unreadable, found)
@@ -240,7 +269,9 @@ def _judged(survey: Survey, files: dict[str, str], notify: Sink, started: float)
         for source, score in islice(scores.items(), WORST)
         if score < 100
     ]
-    return Audit(files, len(survey), gravest_first(found), scores, survey.charts, prints, time.perf_counter() - started)
+    return Audit(
+        files, len(survey), gravest_first(found), scores, survey.charts, prints, time.perf_counter() - started
+    )
 
 
 def _accepted(finding: Finding, spec: AuditSpec) -> Finding:

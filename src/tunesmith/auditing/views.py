@@ -1,4 +1,5 @@
-"""What a rule sees: one row at a time (`View`) while the files are read, then all that it kept of them (`Survey`)."""
+"""What a rule sees: one row at a time (`View`) while the files are read, then all that it kept of them
+(`Survey`)."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ EXCERPT = 160
 
 
 class Part(NamedTuple):
-    """One text of a row. ``at``: ``turn 2``, ``turn 2, arguments of NAME``, ``text``, ``rejected, turn 2``."""
+    """One text of a row. ``at``: ``turn 2``, ``turn 2, arguments of NAME``, ``text``, ``rejected, turn
+    2``."""
 
     role: str  # system | user | assistant | tool | call | text
     text: str
@@ -67,20 +69,24 @@ class View:
 
     @cached_property
     def asked(self) -> str:
-        """What is asked before the first answer, system text aside; of plain text its prompt, "" where there is none."""
+        """What is asked before the first answer, system text aside; of plain text its prompt, "" where there
+        is none."""
         if isinstance(self.example, Completion):
             return self.example.prompt
         return opening(self.conversation) if self.conversation else ""
 
     @cached_property
     def answers(self) -> tuple[str, ...]:
-        """What is learned, one text an assistant turn, with its calls as JSON; of a pair the chosen side's."""
+        """What is learned, one text an assistant turn, with its calls as JSON; of a pair the chosen
+        side's."""
         if isinstance(self.example, Document):
             return (self.example.text,)
         if isinstance(self.example, Completion):
             return (self.example.completion,)
         return tuple(
-            "\n".join([message.content, *(f"{call.name} {_arguments(call)}" for call in message.calls)]).strip("\n")
+            "\n".join(
+                [message.content, *(f"{call.name} {_arguments(call)}" for call in message.calls)]
+            ).strip("\n")
             for message in self.messages
             if message.role == "assistant"
         )
@@ -96,12 +102,17 @@ class View:
         if isinstance(example, Document):
             return (Part("text", example.text, "text"),)
         if isinstance(example, Completion):
-            return (Part("user", example.prompt, "prompt"), Part("assistant", example.completion, "completion"))
+            return (
+                Part("user", example.prompt, "prompt"),
+                Part("assistant", example.completion, "completion"),
+            )
         found = list(_parts(self.messages, ""))
         if isinstance(example, Preference):
             shared = set(found)
             found += [
-                part._replace(at=f"rejected, {part.at}") for part in _parts(example.rejected.messages, "") if part not in shared
+                part._replace(at=f"rejected, {part.at}")
+                for part in _parts(example.rejected.messages, "")
+                if part not in shared
             ]
         return tuple(found)
 
@@ -134,7 +145,8 @@ def _parts(messages: Iterable[Message], before: str) -> Iterator[Part]:
 
 
 def normal(text: str) -> str:
-    """``text`` in lower case with single spaces and without punctuation: rows that differ in no more are the same."""
+    """``text`` in lower case with single spaces and without punctuation: rows that differ in no more are the
+    same."""
     return " ".join(WORD.findall(text.casefold()))
 
 
@@ -145,7 +157,9 @@ def spaced(text: str) -> str:
 
 def digest(text: str) -> int:
     """64 bits of BLAKE2b: equal texts and, in all likelihood, no others."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
+    )
 
 
 def excerpt(text: str, limit: int = EXCERPT) -> str:
@@ -188,7 +202,8 @@ class Context:
         return self.renderer.rows(example, learn=self.template.learn, cut=cut)
 
     def drawn(self, view: View) -> bool:
-        """Whether this row is among those that the costly rules look at. A function of its content, not of chance."""
+        """Whether this row is among those that the costly rules look at. A function of its content, not of
+        chance."""
         return self.share >= 1 or (view.example is not None and int(view.example.id, 16) < self.share * 2**64)
 
 
@@ -227,4 +242,5 @@ class Rule(ABC):
 
     @abstractmethod
     def judge(self, kept: list[Any], survey: Survey) -> Iterator[Finding]:
-        """Findings from what was kept of each row (None for rows not looked at), in the order of ``survey``."""
+        """Findings from what was kept of each row (None for rows not looked at), in the order of
+        ``survey``."""

@@ -1,12 +1,13 @@
-"""What can be asked of the form of an answer, so that a program can check it: declared for a prompt, or read off its reference.
+"""What can be asked of the form of an answer, so that a program can check it: declared for a prompt, or read
+off its reference.
 
-A row declares ``constraints``, a list of objects such as ``{"kind": "bullets", "exactly": 3}``, or IFEval's own
-``instruction_id_list`` and ``kwargs`` (Zhou et al. 2023, arXiv 2311.07911): the 25 instructions are kinds too, under their ids
-and with their arguments. What IFEval's code would draw at random must be given here. Told otherwise than
-there, for want of data (other small differences are counted in the documentation): sentences end at . ! ? … 。！？ before a
-space or the end, but not after an abbreviation such as ``Mr.`` (there: NLTK's trained Punkt), and languages are told by
-py3langid (there: langdetect). What words mean is not looked at.
-"""
+A row declares ``constraints``, a list of objects such as ``{"kind": "bullets", "exactly": 3}``, or IFEval's
+own ``instruction_id_list`` and ``kwargs`` (Zhou et al. 2023, arXiv 2311.07911): the 25 instructions are kinds
+too, under their ids and with their arguments. What IFEval's code would draw at random must be given here.
+Told otherwise than there, for want of data (other small differences are counted in the documentation):
+sentences end at . ! ? … 。！？ before a space or the end, but not after an abbreviation such as ``Mr.`` (there:
+NLTK's trained Punkt), and languages are told by py3langid (there: langdetect). What words mean is not looked
+at."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class Constraint:
     check: Check
 
     def holds(self, text: str) -> bool | None:
-        """Whether ``text`` keeps it; an empty one keeps none, as in IFEval. None: not known in `PATIENCE`. Never raises."""
+        """Whether ``text`` keeps it; an empty one keeps none, as in IFEval. None: not known in `PATIENCE`.
+        Never raises."""
         try:
             return bool(text.strip()) and self.check(text)
         except TimeoutError:
@@ -70,7 +72,10 @@ def constraint(kind: str, given: Mapping[str, JSON]) -> Constraint:
     try:
         return Constraint(kind, given, KINDS[kind](**given))
     except ValidationError as error:
-        told = (f"{'.'.join(map(str, one['loc']))}: {one['msg'][0].lower()}{one['msg'][1:]}" for one in error.errors())
+        told = (
+            f"{'.'.join(map(str, one['loc']))}: {one['msg'][0].lower()}{one['msg'][1:]}"
+            for one in error.errors()
+        )
         raise ValueError(f"{kind}: {'; '.join(told)}") from None
     except regex.error as error:
         raise ValueError(f"{kind}: {cast(Any, error).pattern!r} is no regular expression: {error}") from None
@@ -85,22 +90,27 @@ def declared(metadata: Mapping[str, JSON]) -> list[Constraint]:
     for one in listed if isinstance(listed, list) else ():
         if not isinstance(one, dict) or not isinstance(one.get("kind"), str):
             raise ValueError(f"a constraint is an object with a kind, not {json.dumps(one)[:80]}")
-        found.append(constraint(str(one["kind"]), {key: value for key, value in one.items() if key != "kind"}))
+        found.append(
+            constraint(str(one["kind"]), {key: value for key, value in one.items() if key != "kind"})
+        )
     if isinstance(ids, list):
         if not isinstance(arguments, list) or len(arguments) != len(ids):
-            raise ValueError("instruction_id_list needs kwargs, a list with one object for each of its instructions")
+            raise ValueError(
+                "instruction_id_list needs kwargs, a list with one object for each of its instructions"
+            )
         for name, given in zip(ids, arguments, strict=True):
             given = given if isinstance(given, dict) else {}
-            found.append(constraint(str(name), {key: value for key, value in given.items() if value is not None}))
+            found.append(
+                constraint(str(name), {key: value for key, value in given.items() if value is not None})
+            )
     return found
 
 
 def inferred(reference: str, *, calls: bool, callable: bool, whole: bool) -> list[Constraint]:
     """What ``reference`` shows of the form of a good answer; it keeps all of them itself.
 
-    calls: it calls a tool, which is then all that is asked. callable: tools could have been called, so a call would be wrong.
-    whole: it is not cut, so that its length, and a JSON text, can be seen.
-    """
+    calls: it calls a tool, which is then all that is asked. callable: tools could have been called, so a call
+    would be wrong. whole: it is not cut, so that its length, and a JSON text, can be seen."""
     made: list[tuple[str, Mapping[str, JSON]]] = [("no_call", {})] if callable and not calls else []
     value = _value(reference) if whole else None
     if calls:
@@ -108,11 +118,16 @@ def inferred(reference: str, *, calls: bool, callable: bool, whole: bool) -> lis
     elif isinstance(value, dict | list):
         given: dict[str, JSON] = {"type": _type(value), "fence": reference.lstrip().startswith("```")}
         if isinstance(value, dict):
-            given |= {"keys": {key: "any" if one is None else _type(one) for key, one in value.items()}, "only": True}
+            given |= {
+                "keys": {key: "any" if one is None else _type(one) for key, one in value.items()},
+                "only": True,
+            }
         made.append(("json", given))
     else:
         least = {"bullets": ITEMS, "numbered": ITEMS, "sections": 1, "tables": 1, "fences": 1}
-        made += [(kind, {"at_least": some}) for kind, some in least.items() if _COUNTED[kind](reference) >= some]
+        made += [
+            (kind, {"at_least": some}) for kind, some in least.items() if _COUNTED[kind](reference) >= some
+        ]
         words = _COUNTED["words"](reference)
         if words >= LENGTHS_FROM:
             low, high = (round(words * times) for times in LENGTHS)
@@ -137,7 +152,9 @@ def _kind(name: str) -> Callable[[Callable[..., Check]], Callable[..., Check]]:
 # counted parts of a text
 
 _END = re.compile(r"(?:[.!?…]+[\"'”’»)\]*_]*(?=\s|$)|[。！？]+[”’」』）]*)")
-_SHORT = re.compile(r"(?:^|[\s(\"'“])(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Inc|Ltd|Co|Corp|vs|etc|e\.g|i\.e|cf|No|Fig|approx|[A-Z])\.$")
+_SHORT = re.compile(
+    r"(?:^|[\s(\"'“])(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Inc|Ltd|Co|Corp|vs|etc|e\.g|i\.e|cf|No|Fig|approx|[A-Z])\.$"
+)
 _CELL = re.compile(r"\s*:?-+:?\s*")
 
 
@@ -179,11 +196,14 @@ _COUNTED: dict[str, Callable[[str], int]] = {
     "paragraphs": lambda text: sum(1 for part in re.split(r"\n[ \t]*\n", text) if part.strip()),
     "characters": lambda text: len(text.strip()),
 }
-"""Bullets, numbered items, markdown headings, tables, closed code fences; words are runs of letters and digits."""
+"""Bullets, numbered items, markdown headings, tables, closed code fences; words are runs of letters and
+digits."""
 
 
 def _counted(count: Callable[[str], int]) -> Callable[..., Check]:
-    def make(exactly: Count | None = None, at_least: Count | None = None, at_most: Count | None = None) -> Check:
+    def make(
+        exactly: Count | None = None, at_least: Count | None = None, at_most: Count | None = None
+    ) -> Check:
         if exactly is at_least is at_most is None:
             raise ValueError("give exactly, at_least or at_most")
         low, high = (bound if exactly is None else exactly for bound in (at_least, at_most))
@@ -223,8 +243,11 @@ def _type(value: JSON) -> str:
 
 
 @_kind("json")
-def _json(type: Type = "any", keys: Mapping[str, Type] | None = None, only: bool = False, fence: bool = True) -> Check:
-    """keys: of the object, with the type of each. only: no others. fence: the text may stand in a code fence."""
+def _json(
+    type: Type = "any", keys: Mapping[str, Type] | None = None, only: bool = False, fence: bool = True
+) -> Check:
+    """keys: of the object, with the type of each. only: no others. fence: the text may stand in a code
+    fence."""
     kinds = dict(keys or {})
 
     def check(text: str) -> bool:
@@ -233,7 +256,9 @@ def _json(type: Type = "any", keys: Mapping[str, Type] | None = None, only: bool
             return False
         if keys is None:
             return True
-        if not isinstance(value, dict) or not (value.keys() == kinds.keys() if only else value.keys() >= kinds.keys()):
+        if not isinstance(value, dict) or not (
+            value.keys() == kinds.keys() if only else value.keys() >= kinds.keys()
+        ):
             return False
         return all(kind == "any" or _type(value[key]) == kind for key, kind in kinds.items())
 
@@ -254,9 +279,12 @@ def _pattern(declared: str, flags: int = regex.IGNORECASE) -> Callable[[str], It
 
 @_kind("regex")
 def _regex(pattern: Text, whole: bool = False, ignore_case: bool = False) -> Check:
-    """Found anywhere, or, with ``whole``, the whole answer without the space around it. ^ and $ are ends of lines."""
+    """Found anywhere, or, with ``whole``, the whole answer without the space around it. ^ and $ are ends of
+    lines."""
     found = regex.compile(pattern, regex.MULTILINE | (regex.IGNORECASE if ignore_case else 0))
-    return lambda text: bool((found.fullmatch if whole else found.search)(text.strip() if whole else text, timeout=PATIENCE))
+    return lambda text: bool(
+        (found.fullmatch if whole else found.search)(text.strip() if whole else text, timeout=PATIENCE)
+    )
 
 
 @_kind("headings")
@@ -265,7 +293,12 @@ def _headings(titles: Texts) -> Check:
     wanted = [title.strip().casefold() for title in titles]
 
     def check(text: str) -> bool:
-        there = iter([line.strip("# \t").casefold() for line in re.findall(r"^#{1,6}[ \t]+\S[^\n]*", text, re.MULTILINE)])
+        there = iter(
+            [
+                line.strip("# \t").casefold()
+                for line in re.findall(r"^#{1,6}[ \t]+\S[^\n]*", text, re.MULTILINE)
+            ]
+        )
         return all(title in there for title in wanted)
 
     return check
@@ -313,7 +346,9 @@ def _forbidden(forbidden_words: Texts) -> Check:
 
 
 @_kind("keywords:letter_frequency")
-def _letters(letter: Annotated[str, Field(min_length=1, max_length=1)], let_frequency: Count, let_relation: Relation) -> Check:
+def _letters(
+    letter: Annotated[str, Field(min_length=1, max_length=1)], let_frequency: Count, let_relation: Relation
+) -> Check:
     """Any sign; for one that is no letter, IFEval's code would count a letter drawn at random."""
     return _within(lambda text: Counter(text.lower())[letter.lower()], let_relation, let_frequency)
 
@@ -359,9 +394,14 @@ def _first_word(num_paragraphs: Count, nth_paragraph: Annotated[int, Field(ge=1)
 
     def check(text: str) -> bool:
         parts = text.split("\n\n")
-        if sum(bool(part.strip()) for part in parts) != num_paragraphs or not (words := parts[nth_paragraph - 1].split()):
+        if sum(bool(part.strip()) for part in parts) != num_paragraphs or not (
+            words := parts[nth_paragraph - 1].split()
+        ):
             return False
-        return re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'), maxsplit=1)[0].lower() == first_word.lower()
+        return (
+            re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'), maxsplit=1)[0].lower()
+            == first_word.lower()
+        )
 
     return check
 
@@ -423,7 +463,9 @@ def _json_format() -> Check:
 
 @_kind("detectable_format:title")
 def _title() -> Check:
-    return lambda text: any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
+    return lambda text: any(
+        title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text)
+    )
 
 
 @_kind("combination:two_responses")
@@ -471,7 +513,9 @@ _APART = re.compile(r"[\s,;?!()\[\]{}<>\"“”«»…@#$%&*]+|--+|:(?!\d)|\.{2,
 def _capital_words(capital_frequency: Count, capital_relation: Relation) -> Check:
     """Words as NLTK cuts them: a hyphen joins, a contraction (``DON'T``) is two."""
     return _within(
-        lambda text: sum(word.isupper() for word in _APART.split(_CONTRACTED.sub(" ", text))), capital_relation, capital_frequency
+        lambda text: sum(word.isupper() for word in _APART.split(_CONTRACTED.sub(" ", text))),
+        capital_relation,
+        capital_frequency,
     )
 
 

@@ -7,9 +7,9 @@ Read are the forms that data and models write:
 - OpenAI: a JSON object or array at the start of a line, ``{"name": …, "arguments": …}``, alone or as ``function`` inside
   ``tool_calls``; its arguments may be a string that holds JSON; Llama 3 calls them ``parameters``.
 
-What is not strict JSON (NaN, single quotes, a trailing comma, text after the closing brace on its line) is a call with a
-problem, because the program that receives it would fail too. Which calls are right is not asked here.
-"""
+What is not strict JSON (NaN, single quotes, a trailing comma, text after the closing brace on its line) is a
+call with a problem, because the program that receives it would fail too. Which calls are right is not asked
+here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ _HEADER = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\s*\w+)?\s*\[ARGS\]")
 _NAMED = re.compile(r"(.*)(\s*arguments:)?")
 _CLOSED = re.compile(r"(?:\s*</tool_call>)?")
 _GIVEN = ("arguments", "parameters")
-_OPENS_LIKE_A_CALL = re.compile(r'\[?\s*\{\s*"(?:name|tool_calls|function)"\s*:(?s:.*)"(?:arguments|parameters)"')
+_OPENS_LIKE_A_CALL = re.compile(
+    r'\[?\s*\{\s*"(?:name|tool_calls|function)"\s*:(?s:.*)"(?:arguments|parameters)"'
+)
 
 
 def parse(text: str) -> list[ParsedCall]:
@@ -54,7 +56,10 @@ def one_form(text: str) -> str:
     if not calls or any(call.problem for call in calls):
         return text
     try:
-        told = [json.dumps({"arguments": one.arguments, "name": one.name}, ensure_ascii=False, sort_keys=True) for one in calls]
+        told = [
+            json.dumps({"arguments": one.arguments, "name": one.name}, ensure_ascii=False, sort_keys=True)
+            for one in calls
+        ]
     except RecursionError:  # read at one depth, not written at it
         return text
     return "\n".join([*filter(None, [rest.strip()]), *told])
@@ -125,9 +130,17 @@ def _calls(kind: str, name: str, value: JSON, after: str) -> list[ParsedCall]:
     elif kind == "bare" and isinstance(value, dict):
         value = value.get("tool_calls") or [value]
     if not isinstance(value, list) or not value:
-        return [ParsedCall("", None, "no JSON array of calls after [TOOL_CALLS]")] if kind == "mistral" else []
-    items = [item["function"] if isinstance(item, dict) and isinstance(item.get("function"), dict) else item for item in value]
-    named = all(isinstance(one, dict) and isinstance(one.get("name"), str) and one.keys() & set(_GIVEN) for one in items)
+        return (
+            [ParsedCall("", None, "no JSON array of calls after [TOOL_CALLS]")] if kind == "mistral" else []
+        )
+    items = [
+        item["function"] if isinstance(item, dict) and isinstance(item.get("function"), dict) else item
+        for item in value
+    ]
+    named = all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and one.keys() & set(_GIVEN)
+        for one in items
+    )
     return [_call(item, problem) for item in items] if named or kind != "bare" else []
 
 

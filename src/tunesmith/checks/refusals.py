@@ -1,10 +1,10 @@
 """Does an answer decline what was asked of it?
 
-Told from its first sentences alone, by English phrases: the speaker cannot, will not or may not, or what was asked is against the
-law or the rules. What opens like that and then does what was asked ("…, but here is how") has not declined; other help in its
-place has. Irony, other languages, and answers that miss the question are not seen. Begins with the audit's patterns
-(`auditing.content`); full refusal is told from compliance as in Röttger et al. 2024 (XSTest).
-"""
+Told from its first sentences alone, by English phrases: the speaker cannot, will not or may not, or what was
+asked is against the law or the rules. What opens like that and then does what was asked ("…, but here is
+how") has not declined; other help in its place has. Irony, other languages, and answers that miss the
+question are not seen. Begins with the audit's patterns (`auditing.content`); full refusal is told from
+compliance as in Röttger et al. 2024 (XSTest)."""
 
 from __future__ import annotations
 

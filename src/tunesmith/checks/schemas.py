@@ -1,7 +1,7 @@
 """Is a value what a JSON schema asks for?
 
-By the draft that the schema names in ``$schema``, else 2020-12. References are followed inside it; nothing is fetched.
-"""
+By the draft that the schema names in ``$schema``, else 2020-12. References are followed inside it; nothing is
+fetched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def _validator(text: str) -> Validator | None:
 
 
 def checked(schema: Any) -> Validator:
-    """What checks by ``schema``. Raises ValueError where it is no schema, or points at what it does not hold."""
+    """What checks by ``schema``. Raises ValueError where it is no schema, or points at what it does not
+    hold."""
     from jsonschema import Draft202012Validator, SchemaError
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -42,7 +43,9 @@ def checked(schema: Any) -> Validator:
         kind: Any = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
         draft = specification_with(kind.META_SCHEMA["$schema"], default=DRAFT202012)
-        resolver = Registry().with_resource("", draft.create_resource(schema)).resolver()  # an empty one fetches nothing
+        resolver = (
+            Registry().with_resource("", draft.create_resource(schema)).resolver()
+        )  # an empty one fetches nothing
         for pointer in _pointers(schema):
             resolver.lookup(pointer)
         made = kind(schema, registry=Registry())
@@ -50,7 +53,9 @@ def checked(schema: Any) -> Validator:
     except SchemaError as error:
         raise ValueError(f"schema{''.join(f'.{key}' for key in error.path)}: {error.message}") from None
     except Unresolvable:
-        raise ValueError(f"schema: {pointer} is not inside it; only references that begin with # are followed") from None
+        raise ValueError(
+            f"schema: {pointer} is not inside it; only references that begin with # are followed"
+        ) from None
     except (RecursionError, TypeError, AttributeError) as error:
         raise ValueError(f"schema: it cannot be followed: {error}") from None
     return made

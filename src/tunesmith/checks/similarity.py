@@ -1,11 +1,11 @@
 """How near does an answer come to its reference, in words and in meaning?
 
-``rouge_l``: F-measure of the longest common subsequence of words (Lin 2004), words as rouge-score has them, but of any script.
-``bleu``: sacreBLEU's sentence BLEU (Papineni et al. 2002; exponential smoothing, effective order), by its tokenizer 13a, or by
-characters where the reference is mostly in a script without spaces. ``similarity``: cosine of two texts as smooth inverse
-frequency sees them (Arora et al. 2017): the mean of the model's input embeddings, each weighted by a / (a + p), p the token's
-share in all references, less the direction that the references have in common. Whether an answer is true is not asked.
-"""
+``rouge_l``: F-measure of the longest common subsequence of words (Lin 2004), words as rouge-score has them,
+but of any script. ``bleu``: sacreBLEU's sentence BLEU (Papineni et al. 2002; exponential smoothing, effective
+order), by its tokenizer 13a, or by characters where the reference is mostly in a script without spaces.
+``similarity``: cosine of two texts as smooth inverse frequency sees them (Arora et al. 2017): the mean of the
+model's input embeddings, each weighted by a / (a + p), p the token's share in all references, less the
+direction that the references have in common. Whether an answer is true is not asked."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ def bleu(answer: str, reference: str) -> float:
     """From 0 to 1."""
     letters = sum(map(str.isalpha, reference))
     unspaced = len(_LETTER.findall(reference)) > letters / 2
-    return max(0.0, min(1.0, _bleu("char" if unspaced else "13a").sentence_score(answer, [reference]).score / 100))
+    return max(
+        0.0, min(1.0, _bleu("char" if unspaced else "13a").sentence_score(answer, [reference]).score / 100)
+    )
 
 
 @lru_cache(maxsize=2)
@@ -64,14 +66,15 @@ def _bleu(tokenize: str) -> BLEU:
 
 
 def embedding(net: nn.Module) -> Embedding | None:
-    """The model's input embeddings, the table with the most rows; None where it has none. They stay as they are now, whatever
-    becomes of the model: a copy that shares its arrays."""
+    """The model's input embeddings, the table with the most rows; None where it has none. They stay as they
+    are now, whatever becomes of the model: a copy that shares its arrays."""
     tables = [module for module in net.modules() if isinstance(module, Embedding)]
     return copy.copy(max(tables, key=lambda one: one.weight.shape[0])) if tables else None
 
 
 class Encoder:
-    """Texts as points by ``table``. ``references``: the tokens of each, which say what is frequent and what is common."""
+    """Texts as points by ``table``. ``references``: the tokens of each, which say what is frequent and what
+    is common."""
 
     def __init__(self, table: Embedding, references: Iterable[Sequence[int]]) -> None:
         self._table = table
@@ -94,7 +97,8 @@ class Encoder:
         return point if self._common is None else point - self._common * (point @ self._common)
 
     def similarity(self, answer: Sequence[int], reference: Sequence[int]) -> float:
-        """Cosine, from 0 to 1: what is below 0 is 0, and a text without tokens, or without direction, is like none."""
+        """Cosine, from 0 to 1: what is below 0 is 0, and a text without tokens, or without direction, is like
+        none."""
         if not answer or not reference:
             return 0.0
         if list(answer) == list(reference):

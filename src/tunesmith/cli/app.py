@@ -1,8 +1,7 @@
 """The command line: parse, call the function of the same name, print. Results on stdout, progress on stderr.
 
-Exit status: 0 done, 1 unexpected, 2 settings, 3 data, 4 template, 5 model, 6 training, 7 evaluation, 8 export, 9 server,
-10 set-up, 130 interrupted (with what was saved, and how to go on).
-"""
+Exit status: 0 done, 1 unexpected, 2 settings, 3 data, 4 template, 5 model, 6 training, 7 evaluation, 8
+export, 9 server, 10 set-up, 130 interrupted (with what was saved, and how to go on)."""
 
 from __future__ import annotations
 
@@ -31,12 +30,20 @@ app = typer.Typer(
 )
 
 Model = Annotated[str | None, typer.Option(help="model folder, GGUF file or hub id")]
-Data = Annotated[list[str] | None, typer.Option(help="JSONL, JSON, either gzipped, or a folder of them; repeatable")]
+Data = Annotated[
+    list[str] | None, typer.Option(help="JSONL, JSON, either gzipped, or a folder of them; repeatable")
+]
 Config = Annotated[list[Path] | None, typer.Option(help="YAML file; repeatable, later ones win")]
-Preset = Annotated[str | None, typer.Option(help="a named set of settings; `tunesmith init --presets` lists them")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="one setting, as optimizer.learning_rate=2e-4; repeatable")]
+Preset = Annotated[
+    str | None, typer.Option(help="a named set of settings; `tunesmith init --presets` lists them")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="one setting, as optimizer.learning_rate=2e-4; repeatable")
+]
 Tokenizer = Annotated[str | None, typer.Option(help="mistral-v3, or a folder with tokenizer files")]
-Accept = Annotated[list[str] | None, typer.Option(help="let a finding pass, as duplicates or content.secrets; repeatable")]
+Accept = Annotated[
+    list[str] | None, typer.Option(help="let a finding pass, as duplicates or content.secrets; repeatable")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 Checkpoint = Annotated[str, typer.Option(help="best, last, or a step")]
 
@@ -62,7 +69,9 @@ def init(
     model: Model = None,
     data: Data = None,
     presets: Annotated[bool, typer.Option("--presets", help="list the presets instead")] = False,
-    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of the settings, for editors")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="print the JSON schema of the settings, for editors")
+    ] = False,
 ) -> None:
     """Print an annotated configuration; `tunesmith init > run.yaml`."""
     if presets or schema:
@@ -104,25 +113,43 @@ def show(
     data: Annotated[list[str], typer.Argument(help="data files")],
     model: Model = None,
     tokenizer: Tokenizer = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first rows (default 5; all with --json)")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="only the first rows (default 5; all with --json)")
+    ] = None,
     config: Config = None,
     preset: Preset = None,
     sets: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print rows as the model would learn them: learned tokens coloured (or between ⟦ and ⟧ without colour)."""
+    """Print rows as the model would learn them: learned tokens coloured (or between ⟦ and ⟧ without
+    colour)."""
     rendered, renderer = tunesmith.show(
-        data, model=model, tokenizer=tokenizer, config=config or (), preset=preset, sets=sets or (), environ=os.environ,
+        data,
+        model=model,
+        tokenizer=tokenizer,
+        config=config or (),
+        preset=preset,
+        sets=sets or (),
+        environ=os.environ,
         limit=limit if limit is not None or as_json else 5,
-    )  # fmt: skip
+    )
     for row in rendered.rows:
         if as_json:
             ids, targets = row.tokens.ids.tolist(), row.tokens.targets.tolist()
             _out(
-                {"source": row.source, "id": row.example_id, "turn": row.turn, "label": row.label, "ids": ids, "targets": targets}
+                {
+                    "source": row.source,
+                    "id": row.example_id,
+                    "turn": row.turn,
+                    "label": row.label,
+                    "ids": ids,
+                    "targets": targets,
+                }
             )
         else:
-            typer.echo(_coloured(row, renderer.decode, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+            typer.echo(
+                _coloured(row, renderer.decode, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+            )
     for row in rendered.dropped:
         typer.echo(f"{row.source}: {row.reason}: {row.message}", err=True)
     notes = "".join(f"; {note}: {count}" for note, count in sorted(rendered.notes.items()))
@@ -133,12 +160,22 @@ def show(
 @app.command()
 def audit(
     data: Annotated[list[str], typer.Argument(help="data files")],
-    model: Annotated[str | None, typer.Option(help="its tokenizer counts tokens, its hidden states place prompts")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="its tokenizer counts tokens, its hidden states place prompts")
+    ] = None,
     tokenizer: Tokenizer = None,
-    against: Annotated[list[str] | None, typer.Option(help="evaluation set or prompts no row may repeat; repeatable")] = None,
-    compare: Annotated[list[str] | None, typer.Option(help="hold these files against the first ones; repeatable")] = None,
-    fix: Annotated[Path | None, typer.Option(help="write a corrected copy here, and a ledger of every change beside it")] = None,
-    html: Annotated[Path | None, typer.Option(help="the page (default: audit.html; none with --json)")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="evaluation set or prompts no row may repeat; repeatable")
+    ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="hold these files against the first ones; repeatable")
+    ] = None,
+    fix: Annotated[
+        Path | None, typer.Option(help="write a corrected copy here, and a ledger of every change beside it")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="the page (default: audit.html; none with --json)")
+    ] = None,
     no_html: Annotated[bool, typer.Option("--no-html", help="no page")] = False,
     accept: Accept = None,
     embed: Annotated[
@@ -149,13 +186,26 @@ def audit(
     sets: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find what would ruin a fine-tune: duplicates, conflicts, leaks, secrets, wrong labels, …; exit status 3 with errors."""
+    """Find what would ruin a fine-tune: duplicates, conflicts, leaks, secrets, wrong labels, …; exit status 3
+    with errors."""
     page = html or (None if no_html or as_json else Path("audit.html"))
     with _watch() as notify:
         found = tunesmith.audit(
-            data, model=model, tokenizer=tokenizer, against=against or (), accept=accept or (), compare=compare or (), fix=fix,
-            page=page, embed=embed, config=config or (), preset=preset, sets=sets or (), environ=os.environ, notify=notify,
-        )  # fmt: skip
+            data,
+            model=model,
+            tokenizer=tokenizer,
+            against=against or (),
+            accept=accept or (),
+            compare=compare or (),
+            fix=fix,
+            page=page,
+            embed=embed,
+            config=config or (),
+            preset=preset,
+            sets=sets or (),
+            environ=os.environ,
+            notify=notify,
+        )
     if as_json:
         _out(found.to_json())
     else:
@@ -198,10 +248,16 @@ def train(
     data: Data = None,
     sets: Set = None,
     accept: Accept = None,
-    out: Annotated[Path | None, typer.Option(help="the new run directory (default: runs/<day>-<model>-…)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the new run directory (default: runs/<day>-<model>-…)")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything and count, train nothing")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="print every setting and where it came from")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything and count, train nothing")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="print every setting and where it came from")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune, or go on with an interrupted run."""
@@ -210,13 +266,20 @@ def train(
 
     if resume is not None:
         if config or preset or model or data or accept or out or dry_run or explain:
-            raise ConfigError("--resume takes its settings from the run", hint="only --set may stand beside it")
+            raise ConfigError(
+                "--resume takes its settings from the run", hint="only --set may stand beside it"
+            )
         resolved = None
     else:
         resolved = tunesmith.configure(
-            preset=preset, config=config or (), model=model, data=data or (), sets=sets or (), accept=accept or (),
+            preset=preset,
+            config=config or (),
+            model=model,
+            data=data or (),
+            sets=sets or (),
+            accept=accept or (),
             environ=os.environ,
-        )  # fmt: skip
+        )
         if explain:
             from tunesmith.settings.config import explain as lines
 
@@ -231,7 +294,9 @@ def train(
             _out(counts)
             return
     with _watch() as notify:
-        run = tunesmith.train(resolved, out=out, resume=resume, sets=(sets or ()) if resume else (), notify=notify)
+        run = tunesmith.train(
+            resolved, out=out, resume=resume, sets=(sets or ()) if resume else (), notify=notify
+        )
     if run is None:
         return  # another rank speaks
     if as_json:
@@ -246,14 +311,24 @@ def train(
 
 Task = Annotated[
     list[str] | None,
-    typer.Option(help="perplexity, adherence, tool_calls, preference, drift, efficiency (default: all these), benchmarks"),
+    typer.Option(
+        help="perplexity, adherence, tool_calls, preference, drift, efficiency (default: all these), benchmarks"
+    ),
 ]
 
 
-Knowledge = Annotated[list[str] | None, typer.Option(help="file of choices for drift.knowledge, not our own; repeatable")]
-Text = Annotated[list[str] | None, typer.Option(help="file of general text for drift.text, not our own; repeatable")]
-Chats = Annotated[list[str] | None, typer.Option(help="file of plain chats for drift.chat, not our own; repeatable")]
-Safety = Annotated[list[str] | None, typer.Option(help="file of requests for drift.safety, not our own; repeatable")]
+Knowledge = Annotated[
+    list[str] | None, typer.Option(help="file of choices for drift.knowledge, not our own; repeatable")
+]
+Text = Annotated[
+    list[str] | None, typer.Option(help="file of general text for drift.text, not our own; repeatable")
+]
+Chats = Annotated[
+    list[str] | None, typer.Option(help="file of plain chats for drift.chat, not our own; repeatable")
+]
+Safety = Annotated[
+    list[str] | None, typer.Option(help="file of requests for drift.safety, not our own; repeatable")
+]
 Moved = Annotated[str | None, typer.Option("--model", help="where the run's model lies now, if it was moved")]
 
 
@@ -265,32 +340,60 @@ def evaluate(
     model: Moved = None,
     task: Task = None,
     base: Annotated[bool, typer.Option(help="measure the base too, for the difference")] = True,
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first rows, and items of each suite")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="only the first rows, and items of each suite")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="longest answer to a row")] = 256,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="answers at once (default: 32 on a CPU, else 16)")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="answers at once (default: 32 on a CPU, else 16)")
+    ] = None,
     knowledge: Knowledge = None,
     text: Text = None,
     chats: Chats = None,
     safety: Safety = None,
-    benchmark: Annotated[list[str] | None, typer.Option(help="mmlu, hellaswag, gsm8k, …, mmlu:astronomy; repeatable")] = None,
-    benchmark_data: Annotated[Path | None, typer.Option(help="folder with the benchmarks' files (default: the hub)")] = None,
-    shots: Annotated[int, typer.Option(min=0, help="solved examples before each question of a benchmark")] = 0,
-    allow_code: Annotated[bool, typer.Option("--allow-code", help="run code that the model writes, shut in")] = False,
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="mmlu, hellaswag, gsm8k, …, mmlu:astronomy; repeatable")
+    ] = None,
+    benchmark_data: Annotated[
+        Path | None, typer.Option(help="folder with the benchmarks' files (default: the hub)")
+    ] = None,
+    shots: Annotated[
+        int, typer.Option(min=0, help="solved examples before each question of a benchmark")
+    ] = 0,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="run code that the model writes, shut in")
+    ] = False,
     embed: Annotated[bool, typer.Option(help="also compare meanings of answers by embeddings")] = True,
     fresh: Annotated[bool, typer.Option("--fresh", help="measure again what is known from before")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score base and tuned on the held-out rows (or --data) and the suites: what improved, what was lost, how sure it is."""
+    """Score base and tuned on the held-out rows (or --data) and the suites: what improved, what was lost, how
+    sure it is."""
     from tunesmith import reports
 
     with _watch("; what was measured is kept, and the same command goes on") as notify:
         found = tunesmith.evaluate(
-            run, data=data or (), checkpoint=checkpoint, model=model, tasks=task or (), base=base, fresh=fresh, notify=notify,
-            limit=limit, max_tokens=max_tokens, batch_size=batch_size, knowledge=tuple(knowledge or ()), text=tuple(text or ()),
-            chats=tuple(chats or ()), safety=tuple(safety or ()), benchmarks=tuple(benchmark or ()),
-            benchmark_data=None if benchmark_data is None else str(benchmark_data), shots=shots, allow_code=allow_code,
+            run,
+            data=data or (),
+            checkpoint=checkpoint,
+            model=model,
+            tasks=task or (),
+            base=base,
+            fresh=fresh,
+            notify=notify,
+            limit=limit,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            knowledge=tuple(knowledge or ()),
+            text=tuple(text or ()),
+            chats=tuple(chats or ()),
+            safety=tuple(safety or ()),
+            benchmarks=tuple(benchmark or ()),
+            benchmark_data=None if benchmark_data is None else str(benchmark_data),
+            shots=shots,
+            allow_code=allow_code,
             embed=embed,
-        )  # fmt: skip
+        )
     if found is None:
         return  # another rank speaks
     if as_json:
@@ -307,12 +410,17 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="run directories; the first is what the others are held against")],
-    out: Annotated[Path, typer.Option(help="folder for compare.html, compare.md and compare.json")] = Path("comparison"),
+    runs: Annotated[
+        list[Path], typer.Argument(help="run directories; the first is what the others are held against")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for compare.html, compare.md and compare.json")] = Path(
+        "comparison"
+    ),
     against: Annotated[Path | None, typer.Option(help="another run to hold the others against")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hold runs against each other: settings that differ, curves, and paired differences on the same prompts."""
+    """Hold runs against each other: settings that differ, curves, and paired differences on the same
+    prompts."""
     with _watch() as notify:
         found = tunesmith.compare(runs, out=out, against=against, notify=notify)
     if as_json:
@@ -355,7 +463,9 @@ Target = Annotated[str, typer.Argument(help="run directory, checkpoint folder, o
 @app.command()
 def generate(
     target: Target,
-    prompt: Annotated[list[str] | None, typer.Option(help="repeatable; without it, one prompt a line from stdin")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="repeatable; without it, one prompt a line from stdin")
+    ] = None,
     checkpoint: Checkpoint = "best",
     model: Moved = None,
     base: Annotated[bool, typer.Option("--base", help="the run's model without its adapter")] = False,
@@ -370,9 +480,18 @@ def generate(
     prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     with _watch() as notify:
         answers = tunesmith.generate(
-            target, prompts, checkpoint=checkpoint, model=model, adapter=not base, system=system, max_tokens=max_tokens,
-            temperature=temperature, top_p=top_p, seed=seed, notify=notify,
-        )  # fmt: skip
+            target,
+            prompts,
+            checkpoint=checkpoint,
+            model=model,
+            adapter=not base,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            notify=notify,
+        )
     for asked, answer in zip(prompts, answers, strict=True):
         if as_json:
             _out({"prompt": asked, "answer": answer})
@@ -394,9 +513,16 @@ def chat(
     """Talk with a run or a model; an empty line or Ctrl-D ends it."""
     with _watch() as notify:
         talk = tunesmith.chat(
-            target, checkpoint=checkpoint, model=model, system=system, max_tokens=max_tokens, temperature=temperature,
-            top_p=top_p, seed=seed, notify=notify,
-        )  # fmt: skip
+            target,
+            checkpoint=checkpoint,
+            model=model,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            notify=notify,
+        )
     while True:
         typer.echo("> ", nl=False, err=True)
         line = sys.stdin.readline().strip()

@@ -1,9 +1,10 @@
-"""Calls that an assistant writes as text: where they are, and the same conversation with them as calls and results.
+"""Calls that an assistant writes as text: where they are, and the same conversation with them as calls and
+results.
 
-The form is ``tool_call: NAME``, ``arguments: {…}``, ``Result: …``, each at the start of a line. What stands in a code fence or
-in the middle of a sentence is no call. Nothing is invented or lost: a row that cannot be said in turns stays as it is. Other
-forms of calls, and whether a template can show the turns, are not looked at here.
-"""
+The form is ``tool_call: NAME``, ``arguments: {…}``, ``Result: …``, each at the start of a line. What stands
+in a code fence or in the middle of a sentence is no call. Nothing is invented or lost: a row that cannot be
+said in turns stays as it is. Other forms of calls, and whether a template can show the turns, are not looked
+at here."""
 
 from __future__ import annotations
 
@@ -15,7 +16,17 @@ from itertools import count, zip_longest
 from typing import Any, NamedTuple, cast
 
 from tunesmith.data import sources
-from tunesmith.data.examples import BadRow, Call, Conversation, Demonstration, Example, Judged, Message, Preference, check
+from tunesmith.data.examples import (
+    BadRow,
+    Call,
+    Conversation,
+    Demonstration,
+    Example,
+    Judged,
+    Message,
+    Preference,
+    check,
+)
 from tunesmith.settings.config import JSON
 
 STRUCTURED = "structured"
@@ -24,8 +35,9 @@ STRUCTURED = "structured"
 
 @dataclass(frozen=True, slots=True)
 class TextCall:
-    """``arguments``: None where ``text``, which is how they are written, is no JSON object. ``result``: as written, None where
-    there is none. text[start:end] is the call, with its result where that follows at once."""
+    """``arguments``: None where ``text``, which is how they are written, is no JSON object. ``result``: as
+    written, None where there is none. text[start:end] is the call, with its result where that follows at
+    once."""
 
     name: str
     arguments: dict[str, JSON] | None
@@ -36,7 +48,8 @@ class TextCall:
 
 
 class _Piece(NamedTuple):
-    """A call, or where ``name`` is "" a result; ``text`` is what is said behind the last marker, ``sure`` that it ends there."""
+    """A call, or where ``name`` is "" a result; ``text`` is what is said behind the last marker, ``sure``
+    that it ends there."""
 
     name: str
     text: str
@@ -66,28 +79,37 @@ _CLOSE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t\r]*$", re.MULTILINE)
 _MARKER = re.compile(r"^ {0,3}(?:tool_call|Result):", re.MULTILINE)  # JSON has no such line
 _STRAY = re.compile(r"^ {0,3}Result:", re.MULTILINE)
 _RESULT = re.compile(r"\s*+Result:[ \t]*+(?:\r?\n)?[ \t]*+")
-_ENDS, _LINE = (re.compile(rf"[ \t\r]*+(?:\n|\Z{more})") for more in ("|Result:", ""))  # behind arguments, behind a result
+_ENDS, _LINE = (
+    re.compile(rf"[ \t\r]*+(?:\n|\Z{more})") for more in ("|Result:", "")
+)  # behind arguments, behind a result
 _BREAK = re.compile(r"\n(?=[ \t\r]*+(?:\n|\Z))")
 _BLANK = re.compile(r"\A(?:[ \t\r]*+\n)*+")
 _STRICT, _LENIENT = (
-    json.JSONDecoder(strict=strict, parse_int=str, parse_float=str, parse_constant=str) for strict in (True, False)
+    json.JSONDecoder(strict=strict, parse_int=str, parse_float=str, parse_constant=str)
+    for strict in (True, False)
 )
 
 
 def found(text: str) -> list[TextCall]:
-    """The calls of an assistant's turn, in order. Of calls and results in a row, each has its own; the last, if some lack one."""
+    """The calls of an assistant's turn, in order. Of calls and results in a row, each has its own; the last,
+    if some lack one."""
     calls: list[TextCall] = []
     for run in _runs(text):
         lacking = max(len(run.calls) - len(run.results), 0)
         for at, call in enumerate(run.calls):
             result = run.results[at - lacking] if at >= lacking else None
             end = result.end if result and len(run.calls) == 1 else call.end
-            calls.append(TextCall(call.name, call.arguments, call.text, result.text if result else None, call.start, end))
+            calls.append(
+                TextCall(
+                    call.name, call.arguments, call.text, result.text if result else None, call.start, end
+                )
+            )
     return calls
 
 
 def structure(example: Example) -> tuple[Example, str]:
-    """The example with its calls as turns, and ``structured``, or itself and ``left: `` with a reason; "" where there is none.
+    """The example with its calls as turns, and ``structured``, or itself and ``left: `` with a reason; ""
+    where there is none.
 
     Of a pair both sides are turned or none, so that they differ in what is said and not in how it is written.
     """
@@ -102,9 +124,14 @@ def structure(example: Example) -> tuple[Example, str]:
     if before == after:
         return example, ""
     if isinstance(example, Preference):
-        parts = next((two for two in zip_longest(*(side.messages for side in after)) if two[0] != two[1]), (None, None))
+        parts = next(
+            (two for two in zip_longest(*(side.messages for side in after)) if two[0] != two[1]), (None, None)
+        )
         if any(message is None or message.role != "assistant" for message in parts):
-            return example, "left: pair"  # they part at a result, which is not learned, or do not differ any more
+            return (
+                example,
+                "left: pair",
+            )  # they part at a result, which is not learned, or do not differ any more
         return replace(example, chosen=after[0], rejected=after[1], id=""), STRUCTURED
     return replace(example, conversation=after[0], id=""), STRUCTURED
 
@@ -118,13 +145,13 @@ def _turned(conversation: Conversation) -> Conversation:
 
 
 def structured(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """``messages`` with each call as text turned into a turn that calls, a tool's turn with the result, and what is said next.
+    """``messages`` with each call as text turned into a turn that calls, a tool's turn with the result, and
+    what is said next.
 
-    A call with words before it is refused: Mistral's format has either words or calls in a turn. Calls in a row with as many
-    results in a row behind them are calls of one turn. Ids have nine letters and digits, as Mistral wants, and count the calls
-    of the conversation.
-    Raises BadRow where the calls cannot be told apart from words, results, or each other. `check` is the caller's.
-    """
+    A call with words before it is refused: Mistral's format has either words or calls in a turn. Calls in a
+    row with as many results in a row behind them are calls of one turn. Ids have nine letters and digits, as
+    Mistral wants, and count the calls of the conversation. Raises BadRow where the calls cannot be told apart
+    from words, results, or each other. `check` is the caller's."""
     made: list[Message] = []
     ids = (f"c{number:08x}" for number in count())
     mixed = any(message.calls or message.role == "tool" for message in messages)
@@ -140,8 +167,15 @@ def structured(messages: Sequence[Message]) -> tuple[Message, ...]:
             if not run.results and message.content[start:].strip():
                 raise BadRow("unanswered_call", f"turn {at}", f"the result of {run.calls[-1].name}", "none")
             if words.strip():
-                raise BadRow("words", f"turn {at}", "a call alone in its turn, as Mistral's format has it", "words before it")
-            calls = tuple(Call(call.name, cast(JSON, call.arguments), next(ids), call.text) for call in run.calls)
+                raise BadRow(
+                    "words",
+                    f"turn {at}",
+                    "a call alone in its turn, as Mistral's format has it",
+                    "words before it",
+                )
+            calls = tuple(
+                Call(call.name, cast(JSON, call.arguments), next(ids), call.text) for call in run.calls
+            )
             made.append(replace(message, content="", calls=calls))
             for call, result in zip(calls, run.results, strict=False):
                 made.append(Message("tool", result.text, call_id=call.id, name=call.name))
@@ -152,7 +186,8 @@ def structured(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _words(text: str, start: int) -> str:
-    """What is said from ``start`` on, behind a call without blank lines. Raises BadRow where it holds a stray result."""
+    """What is said from ``start`` on, behind a call without blank lines. Raises BadRow where it holds a stray
+    result."""
     if start and _STRAY.search(text):
         raise BadRow("result", "", "a result right behind its call", "one between the words")
     return _BLANK.sub("", text) if start else text
@@ -163,9 +198,16 @@ def _check_run(run: _Run, at: str) -> None:
     if any(call.arguments is None for call in run.calls):
         raise BadRow("arguments", at, f"a JSON object as the arguments of {names}", "something else")
     if run.results and len(run.results) != len(run.calls):
-        raise BadRow("results", at, f"a result for each call of {names}", f"{len(run.results)} for {len(run.calls)} calls")
+        raise BadRow(
+            "results",
+            at,
+            f"a result for each call of {names}",
+            f"{len(run.results)} for {len(run.calls)} calls",
+        )
     if not all(result.sure for result in run.results):
-        raise BadRow("result", at, f"a result of {names} whose end is plain to see", "one that is empty or breaks off")
+        raise BadRow(
+            "result", at, f"a result of {names} whose end is plain to see", "one that is empty or breaks off"
+        )
 
 
 def _runs(text: str) -> list[_Run]:
@@ -185,19 +227,30 @@ def _pieces(text: str) -> Iterator[_Piece]:
     at = 0 if "tool_call:" in text else len(text)
     while head := _HEAD.search(text, at):
         if fence := head["fence"]:
-            closed = next((end for end in _CLOSE.finditer(text, head.end()) if end[1].startswith(fence)), None)
+            closed = next(
+                (end for end in _CLOSE.finditer(text, head.end()) if end[1].startswith(fence)), None
+            )
             at = closed.end() if closed else len(text)
             continue
         window = _window(text, head.end()) if head["given"] else ""
         end = _value(window, _STRICT, _ENDS)
         said = window[: _paragraph(window) if end is None else end].rstrip()
-        yield _Piece(head["name"], said, None if end is None else _object(said), True, head.start(), at := head.end() + len(said))
+        yield _Piece(
+            head["name"],
+            said,
+            None if end is None else _object(said),
+            True,
+            head.start(),
+            at := head.end() + len(said),
+        )
         while marker := _RESULT.match(text, at):
             window = _window(text, marker.end())
             end = _value(window, _STRICT, _LINE) or _value(window, _LENIENT, _LINE)
             said = window[: end or _paragraph(window)].rstrip()
             sure = bool(said) and not said.count("```") % 2 and not (said[0] in "{[" and "\n" in said)
-            yield _Piece("", said, None, end is not None or sure, marker.start(), at := marker.end() + len(said))
+            yield _Piece(
+                "", said, None, end is not None or sure, marker.start(), at := marker.end() + len(said)
+            )
 
 
 def _window(text: str, start: int) -> str:

@@ -1,4 +1,5 @@
-"""What one training row is and when it is sound; how it is written; and which rows are held out, by whole prompts."""
+"""What one training row is and when it is sound; how it is written; and which rows are held out, by whole
+prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ class BadRow(Exception):
     """This row cannot be used."""
 
     def __init__(self, reason: str, at: str, expected: str, found: str, hint: str = "") -> None:
-        super().__init__(f"{at}: " * bool(at) + f"expected {expected}, found {found}" + f"; hint: {hint}" * bool(hint))
+        super().__init__(
+            f"{at}: " * bool(at) + f"expected {expected}, found {found}" + f"; hint: {hint}" * bool(hint)
+        )
         self.reason = reason
 
 
@@ -35,7 +38,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """``call_id``: the call that a tool message answers. ``learn``: None leaves it to the template's settings."""
+    """``call_id``: the call that a tool message answers. ``learn``: None leaves it to the template's
+    settings."""
 
     role: str  # system | user | assistant | tool
     content: str
@@ -55,7 +59,8 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sourced:
-    """``id``: 16 hex digits of the sha256 of the content, source and metadata aside. ``source``: ``file:line``."""
+    """``id``: 16 hex digits of the sha256 of the content, source and metadata aside. ``source``:
+    ``file:line``."""
 
     id: str = ""
     source: str = ""
@@ -133,18 +138,33 @@ def _label(example: object) -> bool | None:
 def _turn(message: Message) -> JSON:
     calls: list[JSON] = []
     for call in message.calls:
-        function: dict[str, JSON] = {"name": call.name, "arguments": call.arguments if call.text is None else call.text}
+        function: dict[str, JSON] = {
+            "name": call.name,
+            "arguments": call.arguments if call.text is None else call.text,
+        }
         calls.append({"id": call.id, "type": "function", "function": function})
     turn: dict[str, JSON] = {"role": message.role, "content": message.content}
-    turn |= {"tool_calls": calls or None, "tool_call_id": message.call_id, "name": message.name, "learn": message.learn}
+    turn |= {
+        "tool_calls": calls or None,
+        "tool_call_id": message.call_id,
+        "name": message.name,
+        "learn": message.learn,
+    }
     return {key: value for key, value in turn.items() if value is not None}
 
 
-_AFTER = {"": "system or user", "system": "user", "user": "assistant", "assistant": "user or tool", "tool": "tool or assistant"}
+_AFTER = {
+    "": "system or user",
+    "system": "user",
+    "user": "assistant",
+    "assistant": "user or tool",
+    "tool": "tool or assistant",
+}
 
 
 def check(messages: Iterable[Message], declared: Collection[str]) -> None:
-    """Raises BadRow where no template could show the turns faithfully. ``declared``: names of the tools, empty: any."""
+    """Raises BadRow where no template could show the turns faithfully. ``declared``: names of the tools,
+    empty: any."""
     before, waiting = "", []
     for at, message in enumerate(messages, 1):
         where, role = f"turn {at}", message.role
@@ -152,10 +172,17 @@ def check(messages: Iterable[Message], declared: Collection[str]) -> None:
             code = "leading_assistant" if role == "assistant" and before in ("", "system") else "role_order"
             raise BadRow(code, where, _AFTER[before] + (f" after {before}" if before else " first"), role)
         if role == "tool":
-            fits = [call for call in waiting if call.id == message.call_id and message.name in (None, call.name)]
+            fits = [
+                call for call in waiting if call.id == message.call_id and message.name in (None, call.name)
+            ]
             if not fits:
-                asked = " or ".join(f"{call.name} (id {call.id})" for call in waiting) or "no tool, for none was called"
-                raise BadRow("call_id", where, f"a result of {asked}", f"one of {message.name} (id {message.call_id})")
+                asked = (
+                    " or ".join(f"{call.name} (id {call.id})" for call in waiting)
+                    or "no tool, for none was called"
+                )
+                raise BadRow(
+                    "call_id", where, f"a result of {asked}", f"one of {message.name} (id {message.call_id})"
+                )
             waiting.remove(fits[0])
         elif not message.content.strip() and not message.calls:
             raise BadRow(f"empty_{role}", where, "words" + " or a call" * (role == "assistant"), "none")
@@ -165,17 +192,30 @@ def check(messages: Iterable[Message], declared: Collection[str]) -> None:
             waiting = list(message.calls)
         ids = {call.id for call in message.calls}
         if ids != {None} and len(ids - {None}) < len(message.calls):
-            raise BadRow("call_id", where, "an id of its own for each call, or none at all", ", ".join(map(str, ids)))
+            raise BadRow(
+                "call_id", where, "an id of its own for each call, or none at all", ", ".join(map(str, ids))
+            )
         if declared and (unknown := {call.name for call in message.calls} - set(declared)):
-            raise BadRow("undeclared_tool", where, " or ".join(sorted(declared)), " and ".join(sorted(unknown)))
+            raise BadRow(
+                "undeclared_tool", where, " or ".join(sorted(declared)), " and ".join(sorted(unknown))
+            )
         before = role
     if before != "assistant":
-        raise BadRow("no_answer", "", "the assistant to have the last word", before or "no turn", "there is nothing to learn")
+        raise BadRow(
+            "no_answer",
+            "",
+            "the assistant to have the last word",
+            before or "no turn",
+            "there is nothing to learn",
+        )
 
 
 def write_examples(examples: Iterable[Example], path: Path) -> None:
     """JSONL that ``formats.read`` gives back under ``format: auto``: equal but for ``source``."""
-    whole = [(content_of(example), {"metadata": example.metadata} if example.metadata else {}) for example in examples]
+    whole = [
+        (content_of(example), {"metadata": example.metadata} if example.metadata else {})
+        for example in examples
+    ]
     write_lines([json.dumps(row | extra) for row, extra in whole], path)
 
 
@@ -185,13 +225,15 @@ def write_lines(lines: Iterable[str], path: Path) -> None:
 
 
 def opening(conversation: Conversation) -> str:
-    """What is asked before the first answer, system text aside: conversations that share any prompt share this."""
+    """What is asked before the first answer, system text aside: conversations that share any prompt share
+    this."""
     before = takewhile(lambda message: message.role != "assistant", conversation.messages)
     return "\n".join(message.content for message in before if message.role != "system")
 
 
 def prompt_key(example: Example) -> str:
-    """`opening` without case and spacing: rows that share it stay together in `split`. Text without a prompt is its own."""
+    """`opening` without case and spacing: rows that share it stay together in `split`. Text without a prompt
+    is its own."""
     if isinstance(example, Document):
         text = example.text
     elif isinstance(example, Completion):
@@ -202,27 +244,35 @@ def prompt_key(example: Example) -> str:
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, held out), each in the order of ``examples``; every example is in one of them, no prompt is in both.
+    """(train, held out), each in the order of ``examples``; every example is in one of them, no prompt is in
+    both.
 
-    Of each label about ``share`` is held out, as near as whole prompts allow, and at least one prompt is on each side.
-    Which prompts does not depend on the order of ``examples``. ``share``: from 0 to below 1.
-    Raises DataError where all share one prompt.
-    """
+    Of each label about ``share`` is held out, as near as whole prompts allow, and at least one prompt is on
+    each side. Which prompts does not depend on the order of ``examples``. ``share``: from 0 to below 1.
+    Raises DataError where all share one prompt."""
     if share == 0 or not examples:
         return list(examples), []
-    keys = [hashlib.sha256(f"{seed}:{prompt_key(example)}".encode("utf-8", "surrogatepass")).digest() for example in examples]
+    keys = [
+        hashlib.sha256(f"{seed}:{prompt_key(example)}".encode("utf-8", "surrogatepass")).digest()
+        for example in examples
+    ]
     sizes: dict[bytes, list[int]] = defaultdict(lambda: [0, 0, 0, 0])  # rows in all, by label
     for key, example in zip(keys, examples, strict=True):
         for at in (0, (True, False, None).index(_label(example)) + 1):
             sizes[key][at] += 1
     if len(sizes) < 2:
         hint = "data.valid=0 holds out nothing; or name files of other prompts in data.valid"
-        raise DataError("all rows share one prompt: none can be held out", where=examples[0].source or None, hint=hint)
+        raise DataError(
+            "all rows share one prompt: none can be held out", where=examples[0].source or None, hint=hint
+        )
     left = [share * sum(counts) for counts in zip(*sizes.values(), strict=True)]  # rows still to be held out
     held: set[bytes] = set()
 
     def after(moved: Iterable[bytes]) -> list[float]:
-        return [rows - sum(sizes[key][at] * (-1 if key in held else 1) for key in moved) for at, rows in enumerate(left)]
+        return [
+            rows - sum(sizes[key][at] * (-1 if key in held else 1) for key in moved)
+            for at, rows in enumerate(left)
+        ]
 
     def miss(rows: Iterable[float]) -> float:
         return sum(number * number for number in rows)

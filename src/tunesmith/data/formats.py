@@ -1,9 +1,8 @@
 """How files become examples.
 
-Read: JSON lines, a JSON array, gzip of either, folders of them. Layouts are told apart by their keys. Words are never
-changed, trimmed or invented. A row that cannot be used becomes a `Dropped` with its file:line, never an exception; only a
-file that cannot be read as a whole raises.
-"""
+Read: JSON lines, a JSON array, gzip of either, folders of them. Layouts are told apart by their keys. Words
+are never changed, trimmed or invented. A row that cannot be used becomes a `Dropped` with its file:line,
+never an exception; only a file that cannot be read as a whole raises."""
 
 from __future__ import annotations
 
@@ -25,31 +24,67 @@ from tunesmith.errors import DataError, listing
 from tunesmith.settings.config import JSON, Spec
 
 # isort: split
-from tunesmith.data.examples import Call, Completion, Conversation, Demonstration, Document, Example, Judged, Message, Preference
+from tunesmith.data.examples import (
+    Call,
+    Completion,
+    Conversation,
+    Demonstration,
+    Document,
+    Example,
+    Judged,
+    Message,
+    Preference,
+)
 
 __all__ = [
-    "JSON", "Call", "Completion", "Conversation", "DataSpec", "Demonstration", "Document", "Dropped", "Example", "Judged",
-    "Message", "Preference", "Read", "prompt_key", "read", "require", "split", "write_dropped", "write_examples",
-]  # fmt: skip
+    "JSON",
+    "Call",
+    "Completion",
+    "Conversation",
+    "DataSpec",
+    "Demonstration",
+    "Document",
+    "Dropped",
+    "Example",
+    "Judged",
+    "Message",
+    "Preference",
+    "Read",
+    "prompt_key",
+    "read",
+    "require",
+    "split",
+    "write_dropped",
+    "write_examples",
+]
 
 
 class DataSpec(Spec):
     """Where the rows are and how they are read."""
 
-    train: tuple[str, ...] = Field(min_length=1, description="files or folders: JSONL, a JSON array, gzip of either")
-    valid: Annotated[float, Field(ge=0, lt=1)] | tuple[str, ...] = Field(0.2, description="share held out (0: none), or files")
+    train: tuple[str, ...] = Field(
+        min_length=1, description="files or folders: JSONL, a JSON array, gzip of either"
+    )
+    valid: Annotated[float, Field(ge=0, lt=1)] | tuple[str, ...] = Field(
+        0.2, description="share held out (0: none), or files"
+    )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text", "preference"] = Field(
         default="auto", description="layout of the rows; auto tells by their keys"
     )
-    max_dropped: float = Field(default=0.05, ge=0, le=1, description="largest share of unusable rows before it stops")
+    max_dropped: float = Field(
+        default=0.05, ge=0, le=1, description="largest share of unusable rows before it stops"
+    )
     instruction_layout: Literal["chat", "instruct"] = Field(
-        default="chat", description="alpaca rows as a conversation, or as ### Instruction: text for base models"
+        default="chat",
+        description="alpaca rows as a conversation, or as ### Instruction: text for base models",
     )
     reasoning: Literal["refuse", "think", "omit"] = Field(
-        default="refuse", description="thoughts kept apart from the answer: refuse, put before it in <think>, or omit"
+        default="refuse",
+        description="thoughts kept apart from the answer: refuse, put before it in <think>, or omit",
     )
     structure_calls: bool = Field(
-        default=False, description="calls and results written as text become turns, so that results are read and never learned"
+        default=False,
+        description="calls and results written as text become turns, so that results are read and never learned",
     )
 
     @field_validator("train", "valid", mode="before")
@@ -59,7 +94,8 @@ class DataSpec(Spec):
 
 
 class Dropped(NamedTuple):
-    """A row left out. ``reason``: a code to count by. ``message``: expected, found, hint. ``raw``: the row as written."""
+    """A row left out. ``reason``: a code to count by. ``message``: expected, found, hint. ``raw``: the row as
+    written."""
 
     source: str
     reason: str
@@ -121,14 +157,26 @@ def _nested(value: JSON, at: str, reason: str) -> JSON:
 
 
 _LAYOUTS: dict[str, tuple[str, ...]] = {
-    "preference": ("chosen", "rejected"), "messages": ("messages",), "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"), "completion": ("prompt", "completion"), "text": ("text",),
-}  # fmt: skip
+    "preference": ("chosen", "rejected"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
 _ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant", "model": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool",
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
     "function": "tool",
-}  # fmt: skip
+}
 _MARKS = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
 _T = TypeVar("_T", str, list[JSON], dict[str, JSON])
 
@@ -174,10 +222,17 @@ def _example(value: JSON, source: str, spec: DataSpec) -> Example:
         conversation = make.conversation(messages)
         if instruct:
             *asked, answer = conversation.messages
-            prompt = "".join(f"{_MARKS[message.role]}{message.content}\n\n" for message in asked) + _MARKS["assistant"]
+            prompt = (
+                "".join(f"{_MARKS[message.role]}{message.content}\n\n" for message in asked)
+                + _MARKS["assistant"]
+            )
             made = partial(Completion, prompt, answer.content, label)
         else:
-            made = partial(Demonstration, conversation) if label is None else partial(Judged, conversation, label)
+            made = (
+                partial(Demonstration, conversation)
+                if label is None
+                else partial(Judged, conversation, label)
+            )
     example = made(source=source, metadata=make.metadata())
     turned, note = structure(example) if spec.structure_calls else (example, "")
     return replace(turned, metadata=turned.metadata | {"text_calls": note}) if note else example
@@ -190,7 +245,9 @@ def _layout(row: dict[str, JSON], wanted: str) -> str:
     for layout in named:
         if _has(row, *_LAYOUTS[layout]):
             return layout
-    hint = "rename the keys" if wanted == "auto" else "data.format=auto tells the layout of each row by its keys"
+    hint = (
+        "rename the keys" if wanted == "auto" else "data.format=auto tells the layout of each row by its keys"
+    )
     keys = " or ".join("+".join(_LAYOUTS[layout]) for layout in named)
     raise BadRow("layout", "", f"the keys {keys}", ", ".join(map(show, list(row)[:12])) or "none", hint)
 
@@ -222,7 +279,9 @@ class _Maker:
         """History, then the instruction with its input after an empty line."""
         messages: list[Message] = []
         for pair in _is(list, self.row.pop("history", None) or [], "history"):
-            asked, given = (_is(str, text, "history") for text in (*_is(list, pair, "history"), None, None)[:2])
+            asked, given = (
+                _is(str, text, "history") for text in (*_is(list, pair, "history"), None, None)[:2]
+            )
             messages += [Message("user", asked), Message("assistant", given)]
         asked, given = self.text("instruction"), self.text("input")
         between = "\n\n### Input:\n" if headed else "\n\n"
@@ -230,21 +289,38 @@ class _Maker:
 
     def preference(self) -> tuple[Conversation, Conversation]:
         key = next((key for key in ("prompt", "conversations", "messages") if _has(self.row, key)), None)
-        context = self.turns(key, "user") if key else self.instruction(False) if _has(self.row, "instruction") else []
+        context = (
+            self.turns(key, "user")
+            if key
+            else self.instruction(False)
+            if _has(self.row, "instruction")
+            else []
+        )
         asked = [message for message in context if message.role != "system"]
         row, sides = dict(self.row), []
         for key in ("chosen", "rejected"):
             messages = self.turns(key, "assistant")
             if messages[0].role == "assistant":
                 if not context:
-                    raise BadRow("prompt", key, "prompt, messages, conversations or instruction beside it", "none of them")
+                    raise BadRow(
+                        "prompt",
+                        key,
+                        "prompt, messages, conversations or instruction beside it",
+                        "none of them",
+                    )
                 messages = context + messages
             elif [m for m in messages if m.role != "system"][: len(asked)] != asked:
-                raise BadRow("prompt", key, "a conversation that begins with the prompt", show(messages[0].content))
-            self.row |= {key: row[key] for key in ("system", "tools", "functions") if key in row}  # for both sides
+                raise BadRow(
+                    "prompt", key, "a conversation that begins with the prompt", show(messages[0].content)
+                )
+            self.row |= {
+                key: row[key] for key in ("system", "tools", "functions") if key in row
+            }  # for both sides
             sides.append(self.conversation(messages))
         if opening(sides[0]) != opening(sides[1]) or sides[0] == sides[1]:
-            raise BadRow("prompt", "", "two different answers to one prompt", "two prompts, or the same answer twice")
+            raise BadRow(
+                "prompt", "", "two different answers to one prompt", "two prompts, or the same answer twice"
+            )
         return sides[0], sides[1]
 
     def turns(self, key: str, role: str) -> list[Message]:
@@ -255,7 +331,10 @@ class _Maker:
         turns = [value] if isinstance(value, dict) else _is(list, value, key)
         if not turns:
             raise BadRow("type", key, "messages", "none")
-        return [self.message(dict(_is(dict, turn, f"{key}[{at}]")), f"{key}[{at}]") for at, turn in enumerate(turns)]
+        return [
+            self.message(dict(_is(dict, turn, f"{key}[{at}]")), f"{key}[{at}]")
+            for at, turn in enumerate(turns)
+        ]
 
     def message(self, turn: dict[str, JSON], at: str) -> Message:
         said, content = _take(turn, "role", "from"), _take(turn, "content", "value")
@@ -266,17 +345,33 @@ class _Maker:
         if said == "function_call":
             inside, content = _nested(content, at, "call"), None
             made += inside if isinstance(inside, list) else [inside]
-        thoughts = [turn.pop(key) for key in ("reasoning_content", "reasoning", "thinking") if isinstance(turn.get(key), str)]
+        thoughts = [
+            turn.pop(key)
+            for key in ("reasoning_content", "reasoning", "thinking")
+            if isinstance(turn.get(key), str)
+        ]
         content = self.content(content, at, made, thoughts)
         made += _is(list, turn.pop("tool_calls", None) or [], at, "call")
         made += [turn.pop("function_call")] if _has(turn, "function_call") else []
         if made and role != "assistant":
             raise BadRow("call", at, "calls by the assistant only", f"a call by {said}")
-        call_id, name = (_is(str, turn.pop(key), f"{at}.{key}") if _has(turn, key) else None for key in ("tool_call_id", "name"))
-        flags = {key: value for key in ("learn", "weight", "train") if (value := turn.pop(key, None)) is not None}
+        call_id, name = (
+            _is(str, turn.pop(key), f"{at}.{key}") if _has(turn, key) else None
+            for key in ("tool_call_id", "name")
+        )
+        flags = {
+            key: value for key in ("learn", "weight", "train") if (value := turn.pop(key, None)) is not None
+        }
         learn = None if not flags else all(flags.values())
-        if any(value not in (0, 1) or value != learn for value in flags.values()) or (learn and role != "assistant"):
-            raise BadRow("learn", at, "learn, weight or train as true or false (1 or 0), true only for assistants", show(flags))
+        if any(value not in (0, 1) or value != learn for value in flags.values()) or (
+            learn and role != "assistant"
+        ):
+            raise BadRow(
+                "learn",
+                at,
+                "learn, weight or train as true or false (1 or 0), true only for assistants",
+                show(flags),
+            )
         extra: dict[str, JSON] = {key: value for key, value in turn.items() if value is not None}
         self.extra |= {at: extra} if extra else {}
         return Message(role, content, tuple(_call(call, at) for call in made), call_id, name, learn)
@@ -285,7 +380,11 @@ class _Maker:
         """The text; calls among the parts are added to ``made``."""
         texts: list[str] = []
         for part in value if isinstance(value, list) else ["" if value is None else value]:
-            kind, text = (part.get("type"), part.get("text", part.get("value"))) if isinstance(part, dict) else ("text", part)
+            kind, text = (
+                (part.get("type"), part.get("text", part.get("value")))
+                if isinstance(part, dict)
+                else ("text", part)
+            )
             if kind == "tool_call":
                 made.append(_nested(text, at, "call"))
             elif kind in ("text", "reasoning") and isinstance(text, str):
@@ -310,7 +409,14 @@ class _Maker:
             for tool in _is(list, _nested(value or "[]", "tools", "tools"), "tools", "tools"):
                 body = _is(dict, tool, "tools", "tools")
                 tools.append(body if "function" in body else {"type": "function", "function": body})
-                declared.add(_is(str, _is(dict, body.get("function", body), "tools", "tools").get("name"), "tools", "tools"))
+                declared.add(
+                    _is(
+                        str,
+                        _is(dict, body.get("function", body), "tools", "tools").get("name"),
+                        "tools",
+                        "tools",
+                    )
+                )
         check(messages, declared)
         return Conversation(tuple(messages), tuple(tools))
 
@@ -323,7 +429,13 @@ def _call(item: JSON, at: str) -> Call:
         raise BadRow("call", at, "a call with a name, and an id that is text", show(item))
     arguments = _nested(given, f"{at}, arguments of {name}", "arguments")
     if not isinstance(arguments, dict):
-        raise BadRow("arguments", f"{at}, arguments of {name}", "an object", show(given), "write {} where there are none")
+        raise BadRow(
+            "arguments",
+            f"{at}, arguments of {name}",
+            "an object",
+            show(given),
+            "write {} where there are none",
+        )
     return Call(name, arguments, made or None, given if isinstance(given, str) else None)
 
 
@@ -335,14 +447,18 @@ def require(read: Read, max_dropped: float) -> None:
     files = ", ".join(read.files)
     if not read.dropped:
         raise DataError("no rows", where=files, hint="data.train names files of rows")
-    reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(row.reason for row in read.dropped).most_common())
+    reasons = ", ".join(
+        f"{reason} {count}" for reason, count in Counter(row.reason for row in read.dropped).most_common()
+    )
     shown = listing([f"{row.source}: {row.message}" for row in read.dropped])
     raise DataError(
         f"{len(read.dropped)} of {read.rows} rows cannot be used, {share:.1%} ({reasons}):\n{shown}",
-        where=files or None, hint=f"mend these rows, or allow more than {max_dropped:.1%} with data.max_dropped",
-    )  # fmt: skip
+        where=files or None,
+        hint=f"mend these rows, or allow more than {max_dropped:.1%} with data.max_dropped",
+    )
 
 
 def write_dropped(dropped: Iterable[Dropped], path: Path) -> None:
-    """JSONL, one object a row: source, reason, message, raw. Plain ASCII, for ``raw`` may be no valid text."""
+    """JSONL, one object a row: source, reason, message, raw. Plain ASCII, for ``raw`` may be no valid
+    text."""
     write_lines([json.dumps(row._asdict()) for row in dropped], path)

@@ -1,8 +1,8 @@
-"""From files to rows as they are written: JSON lines, a JSON array, gzip of either, folders of them; read as a stream.
+"""From files to rows as they are written: JSON lines, a JSON array, gzip of either, folders of them; read as
+a stream.
 
-What a row means is for `formats`. Words are never changed; bytes that are not UTF-8 become lone surrogates, so that only
-their own rows are lost.
-"""
+What a row means is for `formats`. Words are never changed; bytes that are not UTF-8 become lone surrogates,
+so that only their own rows are lost."""
 
 from __future__ import annotations
 
@@ -27,32 +27,52 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 
 
 class Raw(NamedTuple):
-    """A row as written. ``source``: ``file:line``, where it starts; ``file:line:column`` for a later row of the same line."""
+    """A row as written. ``source``: ``file:line``, where it starts; ``file:line:column`` for a later row of
+    the same line."""
 
     source: str
     text: str
 
 
 def files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files of ``paths`` in order; of a folder by name. Raises DataError where one is missing, given twice, or empty."""
+    """The files of ``paths`` in order; of a folder by name. Raises DataError where one is missing, given
+    twice, or empty."""
     found: dict[Path, Path] = {}
     for given in paths:
         path = Path(given).expanduser()
         if not path.exists():
             raise DataError("no such file or folder", where=str(given), hint=f"looked from {Path.cwd()}")
         if not path.is_dir() and not path.is_file():
-            raise DataError("is no regular file", where=str(given), hint="rows are read more than once: write them to a file")
+            raise DataError(
+                "is no regular file",
+                where=str(given),
+                hint="rows are read more than once: write them to a file",
+            )
         if path.suffix.lower() in TABLES:
-            raise DataError(f"is a {path.suffix[1:].upper()} file", where=str(given), hint="write it as JSONL, one row a line")
+            raise DataError(
+                f"is a {path.suffix[1:].upper()} file",
+                where=str(given),
+                hint="write it as JSONL, one row a line",
+            )
         inside = [path]
         if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if file.name.lower().endswith(SUFFIXES) and file.is_file()]
-            inside = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
+            inside = [
+                file
+                for file in sorted(path.rglob("*"))
+                if file.name.lower().endswith(SUFFIXES) and file.is_file()
+            ]
+            inside = [
+                file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)
+            ]
         if not inside:
-            raise DataError("the folder has no data", where=str(given), hint="names must end in " + ", ".join(SUFFIXES))
+            raise DataError(
+                "the folder has no data", where=str(given), hint="names must end in " + ", ".join(SUFFIXES)
+            )
         for file in inside:
             if found.setdefault(file.resolve(), file) is not file:
-                raise DataError("is given twice", where=str(file), hint="name a file once, alone or by its folder")
+                raise DataError(
+                    "is given twice", where=str(file), hint="name a file once, alone or by its folder"
+                )
     return list(found.values())
 
 
@@ -62,12 +82,15 @@ def sha256(path: Path) -> str:
 
 
 def raws(path: Path) -> Iterator[Raw]:
-    """Every row of a file; lines are streamed, an array is read whole. Raises DataError where it cannot be read."""
+    """Every row of a file; lines are streamed, an array is read whole. Raises DataError where it cannot be
+    read."""
     try:
         with closing(_opened(path)) as stream:
             yield from _raws(stream, path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"the gzip file is damaged: {error}", where=str(path), hint="copy or compress it again") from error
+        raise DataError(
+            f"the gzip file is damaged: {error}", where=str(path), hint="copy or compress it again"
+        ) from error
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
@@ -94,7 +117,9 @@ def _raws(stream: BinaryIO, path: Path) -> Iterator[Raw]:
                 return
             if data.strip(b" \t\r\n"):
                 before = None
-        text = data.decode("utf-8", "surrogateescape").removesuffix("\n")  # U+2028 and its kin do not end a line
+        text = data.decode("utf-8", "surrogateescape").removesuffix(
+            "\n"
+        )  # U+2028 and its kin do not end a line
         if text.strip():
             yield Raw(f"{path}:{at}", text.removesuffix("\r"))
 
@@ -102,7 +127,13 @@ def _raws(stream: BinaryIO, path: Path) -> Iterator[Raw]:
 def _array(text: str, path: Path) -> Iterator[Raw]:
     """The rows of an array. What a row holds is not looked at here: only where it ends."""
     ends = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
-    line, start, counted, fresh, at = 1, 0, 0, True, _skip(text, _skip(text, 0) + 1)  # fresh: the first row of its line
+    line, start, counted, fresh, at = (
+        1,
+        0,
+        0,
+        True,
+        _skip(text, _skip(text, 0) + 1),
+    )  # fresh: the first row of its line
     try:
         while text[at : at + 1] != "]":
             if breaks := text.count("\n", counted, at):
@@ -123,7 +154,9 @@ def _array(text: str, path: Path) -> Iterator[Raw]:
             raise json.JSONDecodeError("more text after ]", text, at)
     except json.JSONDecodeError as error:
         hint = "mend it, or write one row a line (JSONL)"
-        raise DataError(f"the JSON array breaks off: {error.msg}", where=f"{path}:{error.lineno}", hint=hint) from None
+        raise DataError(
+            f"the JSON array breaks off: {error.msg}", where=f"{path}:{error.lineno}", hint=hint
+        ) from None
 
 
 def _skip(text: str, at: int) -> int:
@@ -133,16 +166,20 @@ def _skip(text: str, at: int) -> int:
 
 
 def value(text: str) -> JSON | BadRow:
-    """The JSON of a whole row, or what is wrong with it. Raises RecursionError where it is nested too deeply."""
+    """The JSON of a whole row, or what is wrong with it. Raises RecursionError where it is nested too
+    deeply."""
     return _Decoder().whole(text)
 
 
 class _Decoder(json.JSONDecoder):
-    """JSON to the letter of its standard: what Python's reader would lose or invent makes the row a bad one."""
+    """JSON to the letter of its standard: what Python's reader would lose or invent makes the row a bad
+    one."""
 
     def __init__(self) -> None:
         number = self._number
-        super().__init__(object_pairs_hook=self._object, parse_constant=number, parse_float=number, parse_int=number)
+        super().__init__(
+            object_pairs_hook=self._object, parse_constant=number, parse_float=number, parse_int=number
+        )
         self.problems: list[str] = []
 
     def _number(self, text: str) -> int | float:
@@ -168,7 +205,9 @@ class _Decoder(json.JSONDecoder):
                 raise json.JSONDecodeError("more text after the value", text, end)
         except json.JSONDecodeError as error:
             found = f"{error.msg} at column {error.pos + 1}: {show(text[max(0, error.pos - 20) : error.pos + 20])}"
-            return BadRow("json", "", "one whole JSON object a line", found, "rows over many lines need a JSON array")
+            return BadRow(
+                "json", "", "one whole JSON object a line", found, "rows over many lines need a JSON array"
+            )
         if self.problems:
             return BadRow("json", "", "plain JSON", self.problems[0])
         try:  # half a surrogate pair, which no encoding can write

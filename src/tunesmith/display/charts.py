@@ -1,8 +1,8 @@
 """Charts as SVG and HTML that need no script: colours come from the page, numbers stand beside them as text.
 
-Lines differ by dash and marker as well as by colour. A chart fits its card at any width: what is wide is laid out in per cent.
-Long curves are thinned to the lowest and the highest value of each stretch, so no spike is lost.
-"""
+Lines differ by dash and marker as well as by colour. A chart fits its card at any width: what is wide is laid
+out in per cent. Long curves are thinned to the lowest and the highest value of each stretch, so no spike is
+lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ SCROLL = Markup('<div class="scroll" tabindex="0" role="region" aria-label="tabl
 
 
 class Line(NamedTuple):
-    """``style``: thin (raw), line, dash, dot, or marks (points joined by dashes). ``colour``: 0 to 4, or "soft"."""
+    """``style``: thin (raw), line, dash, dot, or marks (points joined by dashes). ``colour``: 0 to 4, or
+    "soft"."""
 
     name: str
     x: Sequence[float]
@@ -34,7 +35,8 @@ class Line(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A row of `forest`. ``gain``, ``low``, ``high``: towards better. ``scale``: rows of one are drawn on one axis."""
+    """A row of `forest`. ``gain``, ``low``, ``high``: towards better. ``scale``: rows of one are drawn on one
+    axis."""
 
     label: str
     about: str
@@ -47,16 +49,26 @@ class Difference(NamedTuple):
 
 
 def lines(
-    title: str, found: Sequence[Line], *, x: str = "step", y: str = "", log: bool = False, zero: bool = False,
-    marks: Sequence[tuple[float, str]] = (), note: str = "",
-) -> Markup:  # fmt: skip
-    """A card with curves over ``x``; nothing where no line has a number. ``marks``: upright lines with a word.
+    title: str,
+    found: Sequence[Line],
+    *,
+    x: str = "step",
+    y: str = "",
+    log: bool = False,
+    zero: bool = False,
+    marks: Sequence[tuple[float, str]] = (),
+    note: str = "",
+) -> Markup:
+    """A card with curves over ``x``; nothing where no line has a number. ``marks``: upright lines with a
+    word.
 
-    log: a logarithmic axis, where all is above zero. zero: the axis begins there. What cannot be drawn is counted below.
-    """
+    log: a logarithmic axis, where all is above zero. zero: the axis begins there. What cannot be drawn is
+    counted below."""
     kept, odd, fewer = [], 0, False
     for line in found:
-        points = [(float(at), float(value)) for at, value in zip(line.x, line.y, strict=True) if value is not None]
+        points = [
+            (float(at), float(value)) for at, value in zip(line.x, line.y, strict=True) if value is not None
+        ]
         fine = [point for point in points if math.isfinite(point[1]) and (not log or point[1] > 0)]
         odd += len(points) - len(fine)
         if fine:
@@ -79,14 +91,20 @@ def lines(
 
     parts = []
     for tick in _decades(bottom, top) if log else ticks(bottom, top, 5):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
+        )
         parts.append(f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
     for tick in ticks(left, right, 5):
-        parts.append(f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_tick(tick)}</text>')
+        parts.append(
+            f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_tick(tick)}</text>'
+        )
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x)}</text>')
     for at, word in marks:
-        parts.append(f'<line class="mark" x1="{across(at):.1f}" x2="{across(at):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(
+            f'<line class="mark" x1="{across(at):.1f}" x2="{across(at):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        )
         parts.append(f'<text class="mark" x="{across(at) + 3:.1f}" y="{TOP + 8}">{escape(word)}</text>')
     for line, points in kept:
         way = " ".join(f"{across(at):.1f},{up(value):.1f}" for at, value in points)
@@ -95,30 +113,53 @@ def lines(
             parts += [_marker(across(at), up(value), line.colour) for at, value in points]
     hover = {
         "box": [left, right, LEFT, WIDTH - RIGHT, WIDTH],
-        "lines": [[line.name, [[_short(at), _short(value)] for at, value in points]] for line, points in kept],
+        "lines": [
+            [line.name, [[_short(at), _short(value)] for at, value in points]] for line, points in kept
+        ],
     }
     told = [note] if note else []
     told += ["Of long curves the lowest and the highest value of each stretch are drawn."] if fewer else []
     told += (
-        [f"{odd:,} value{'s' * (odd != 1)} that cannot be drawn (not finite{', or not above 0' * log}) left out."] if odd else []
+        [
+            f"{odd:,} value{'s' * (odd != 1)} that cannot be drawn (not finite{', or not above 0' * log}) left out."
+        ]
+        if odd
+        else []
     )
     whole = Markup(
         '<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}; its numbers are in the table" data-hover="{}">{}</svg>'
     ).format(WIDTH, HEIGHT, title, json.dumps(hover, separators=(",", ":")), Markup("".join(parts)))
     head = [x, *(line.name for line, _ in kept)]
-    return card(title, Markup("{}{}{}").format(key([(line.name, line.style, line.colour) for line, _ in kept]), whole,
-                about(told, table(head, _sampled(kept)))), y)  # fmt: skip
+    return card(
+        title,
+        Markup("{}{}{}").format(
+            key([(line.name, line.style, line.colour) for line, _ in kept]),
+            whole,
+            about(told, table(head, _sampled(kept))),
+        ),
+        y,
+    )
 
 
 def forest(found: Sequence[Difference], head: str = "Tuned − base") -> Markup:
-    """A table of differences, each with its interval; right of the line is better. Each scale has its own axis."""
+    """A table of differences, each with its interval; right of the line is better. Each scale has its own
+    axis."""
     if not found:
         return Markup("")
     reach = {
-        scale: max((abs(at) for one in found if one.scale == scale for at in (one.gain, one.low, one.high) if at is not None
-                    and math.isfinite(at)), default=0.0) or 1.0
+        scale: max(
+            (
+                abs(at)
+                for one in found
+                if one.scale == scale
+                for at in (one.gain, one.low, one.high)
+                if at is not None and math.isfinite(at)
+            ),
+            default=0.0,
+        )
+        or 1.0
         for scale in dict.fromkeys(one.scale for one in found)
-    }  # fmt: skip
+    }
     rows, last = [], None
     for one in sorted(found, key=lambda one: list(reach).index(one.scale)):
         if one.scale != last:
@@ -138,9 +179,13 @@ def forest(found: Sequence[Difference], head: str = "Tuned − base") -> Markup:
             parts += f'<line class="whisker" x1="{place(one.low)}" x2="{place(one.high)}" y1="15" y2="15"/>'
             for end in (one.low, one.high):
                 parts += f'<line class="whisker" x1="{place(end)}" x2="{place(end)}" y1="10" y2="20"/>'
-        shape = {"improved": "M0-7 7 5-7 5Z", "regressed": "M0 7 7-5-7-5Z"}.get(one.verdict or "", "M-5-5H5V5H-5Z")
+        shape = {"improved": "M0-7 7 5-7 5Z", "regressed": "M0 7 7-5-7-5Z"}.get(
+            one.verdict or "", "M-5-5H5V5H-5Z"
+        )
         tone = {"improved": "good", "regressed": "error"}.get(one.verdict or "", "open")
-        parts += f'<svg x="{place(one.gain)}" y="15" overflow="visible"><path class="{tone}" d="{shape}"/></svg>'
+        parts += (
+            f'<svg x="{place(one.gain)}" y="15" overflow="visible"><path class="{tone}" d="{shape}"/></svg>'
+        )
         rows.append(
             Markup(
                 '<tr><th scope="row"><bdi>{}</bdi><small>{}</small></th><td class="whole">'
@@ -148,7 +193,9 @@ def forest(found: Sequence[Difference], head: str = "Tuned − base") -> Markup:
             ).format(one.label, one.about, Markup(parts), one.told)
         )
     ends = '<div class="ends"><span>← worse</span><span>better →</span></div>'
-    top = Markup('<tr><th scope="col">What</th><th scope="col">{}</th><th scope="col">{}</th></tr>').format(Markup(ends), head)
+    top = Markup('<tr><th scope="col">What</th><th scope="col">{}</th><th scope="col">{}</th></tr>').format(
+        Markup(ends), head
+    )
     whole = Markup('<div class="card"><table class="forest"><thead>{}</thead><tbody>{}</tbody></table></div>')
     return whole.format(top, Markup("").join(rows))
 
@@ -165,7 +212,8 @@ def bars(found: Sequence[tuple[str, float, str]], *, most: float | None = None, 
 
 
 def spread(found: Sequence[tuple[str, Sequence[float]]]) -> Markup:
-    """A table of label, box and median, over one logarithmic axis; of five numbers each, as `facts.five` gives them."""
+    """A table of label, box and median, over one logarithmic axis; of five numbers each, as `facts.five`
+    gives them."""
     fine = [value for _, five in found for value in five if value > 0 and math.isfinite(value)]
     if not fine:
         return Markup("")
@@ -182,9 +230,13 @@ def spread(found: Sequence[tuple[str, Sequence[float]]]) -> Markup:
             f'<rect class="box" x="{at[1]:.2f}%" width="{max(at[3] - at[1], 0.3):.2f}%" y="3" height="14"/>'
             f'<line class="middle" x1="{at[2]:.2f}%" x2="{at[2]:.2f}%" y1="3" y2="17"/>'
         )
-        rows.append(_row(label, parts, " · ".join(f"{value:.2g}" for value in (five[0], five[2], five[4])), 20))
-    head = Markup('<thead><tr><th scope="col"></th><th scope="col">logarithmic</th>'
-                  '<th scope="col" class="number">least · median · most</th></tr></thead>')  # fmt: skip
+        rows.append(
+            _row(label, parts, " · ".join(f"{value:.2g}" for value in (five[0], five[2], five[4])), 20)
+        )
+    head = Markup(
+        '<thead><tr><th scope="col"></th><th scope="col">logarithmic</th>'
+        '<th scope="col" class="number">least · median · most</th></tr></thead>'
+    )
     return Markup('<table class="bars">{}{}</table>').format(head, Markup("").join(rows))
 
 
@@ -208,12 +260,21 @@ def columns(title: str, edges: Sequence[float], counts: Sequence[int], *, x: str
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(10**power)}</text>')
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         tall = math.log1p(count) / most * (HEIGHT - BOTTOM - TOP)
-        parts.append(f'<rect class="fill" x="{across(low):.2f}" width="{max(across(high) - across(low) - 0.6, 0.4):.2f}" '
-                     f'y="{HEIGHT - BOTTOM - tall:.1f}" height="{tall:.1f}"/>')  # fmt: skip
+        parts.append(
+            f'<rect class="fill" x="{across(low):.2f}" width="{max(across(high) - across(low) - 0.6, 0.4):.2f}" '
+            f'y="{HEIGHT - BOTTOM - tall:.1f}" height="{tall:.1f}"/>'
+        )
     for tick in ticks(edges[0], edges[-1], 5):
-        parts.append(f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_tick(tick)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x)}</text>')
-    rows = [(f"{low:.3g} to {high:.3g}", count) for low, high, count in zip(edges, edges[1:], counts, strict=False)]
+        parts.append(
+            f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_tick(tick)}</text>'
+        )
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x)}</text>'
+    )
+    rows = [
+        (f"{low:.3g} to {high:.3g}", count)
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+    ]
     whole = Markup(
         '<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}; the numbers are in the table below">{}</svg>'
     )
@@ -221,7 +282,9 @@ def columns(title: str, edges: Sequence[float], counts: Sequence[int], *, x: str
     return card(title, drawn + about(["Heights are logarithmic."], table([x, "how many"], rows)), "how many")
 
 
-def heat(rows: Sequence[str], names: Sequence[str], values: Mapping[tuple[str, str], float], form: str = ".3g") -> Markup:
+def heat(
+    rows: Sequence[str], names: Sequence[str], values: Mapping[tuple[str, str], float], form: str = ".3g"
+) -> Markup:
     """A table of numbers, the ground the deeper the larger; an empty cell where there is none."""
     most = max((value for value in values.values() if math.isfinite(value)), default=0) or 1
     head = Markup("").join(Markup('<th scope="col" class="number">{}</th>').format(name) for name in names)
@@ -229,10 +292,13 @@ def heat(rows: Sequence[str], names: Sequence[str], values: Mapping[tuple[str, s
     for row in rows:
         cells = [values.get((row, name)) for name in names]
         shown = Markup("").join(
-            Markup("<td></td>") if value is None
-            else Markup('<td class="heat" style="--share:{}">{}</td>').format(_share(value / most), f"{value:{form}}")
+            Markup("<td></td>")
+            if value is None
+            else Markup('<td class="heat" style="--share:{}">{}</td>').format(
+                _share(value / most), f"{value:{form}}"
+            )
             for value in cells
-        )  # fmt: skip
+        )
         body.append(Markup('<tr><th scope="row">{}</th>{}</tr>').format(row, shown))
     whole = Markup('<table class="heats"><thead><tr><th></th>{}</tr></thead><tbody>{}</tbody></table>')
     return SCROLL.format(whole.format(head, Markup("").join(body)))
@@ -240,7 +306,9 @@ def heat(rows: Sequence[str], names: Sequence[str], values: Mapping[tuple[str, s
 
 def card(title: str, inside: Markup, unit: str = "") -> Markup:
     small = Markup(" <small>{}</small>").format(unit) if unit else ""
-    return Markup('<figure class="card chart"><figcaption><h3>{}{}</h3></figcaption>{}</figure>').format(title, small, inside)
+    return Markup('<figure class="card chart"><figcaption><h3>{}{}</h3></figcaption>{}</figure>').format(
+        title, small, inside
+    )
 
 
 def key(found: Sequence[tuple[str, str, int | str]]) -> Markup:
@@ -260,9 +328,14 @@ def key(found: Sequence[tuple[str, str, int | str]]) -> Markup:
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
     top = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in head)
     body = Markup("").join(
-        Markup("<tr>{}</tr>").format(Markup("").join(Markup("<td>{}</td>").format(_cell(value)) for value in row)) for row in rows
+        Markup("<tr>{}</tr>").format(
+            Markup("").join(Markup("<td>{}</td>").format(_cell(value)) for value in row)
+        )
+        for row in rows
     )
-    return SCROLL.format(Markup("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(top, body))
+    return SCROLL.format(
+        Markup("<table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(top, body)
+    )
 
 
 def about(notes: Sequence[str], inside: Markup) -> Markup:
@@ -306,10 +379,18 @@ def thinned(points: list[tuple[float, float]], most: int = DRAWN) -> list[tuple[
 
 def _sampled(kept: Sequence[tuple[Line, list[tuple[float, float]]]]) -> list[list[Any]]:
     every = sorted({at for _, points in kept for at, _ in points})
-    shown = [every[round(at * (len(every) - 1) / (min(len(every), TABLE) - 1))] for at in range(min(len(every), TABLE))] if len(
-        every) > 1 else every  # fmt: skip
+    shown = (
+        [
+            every[round(at * (len(every) - 1) / (min(len(every), TABLE) - 1))]
+            for at in range(min(len(every), TABLE))
+        ]
+        if len(every) > 1
+        else every
+    )
     known = [dict(points) for _, points in kept]
-    marked = sorted({*shown, *(at for line, points in kept if line.style == "marks" for at, _ in points[:TABLE])})
+    marked = sorted(
+        {*shown, *(at for line, points in kept if line.style == "marks" for at, _ in points[:TABLE])}
+    )
     return [[at, *(points.get(at) for points in known)] for at in marked]
 
 
@@ -324,7 +405,13 @@ def _tick(value: float) -> str:
 
 
 def _cell(value: Any) -> str:
-    return number(value) if isinstance(value, float) or value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        number(value)
+        if isinstance(value, float) or value is None
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def _short(value: float) -> float:

@@ -1,8 +1,7 @@
 """Where the events of a run are shown to people: a live panel or plain lines, ``training.log``, TensorBoard.
 
-Everything here is a sink (``Event -> None``) and can be rebuilt from ``events.jsonl``. Standard output is left alone:
-results go there. Memory is shown in GB (1e9 bytes), losses in the unit of the objective.
-"""
+Everything here is a sink (``Event -> None``) and can be rebuilt from ``events.jsonl``. Standard output is
+left alone: results go there. Memory is shown in GB (1e9 bytes), losses in the unit of the objective."""
 
 from __future__ import annotations
 
@@ -37,7 +36,11 @@ def duration(seconds: float) -> str:
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
-    return f"{whole // 60} m {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+    return (
+        f"{whole // 60} m {whole % 60:02d} s"
+        if whole < 3600
+        else f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+    )
 
 
 def size(n_bytes: float) -> str:
@@ -55,12 +58,18 @@ def _line(text: str, limit: int = 10_000) -> str:
 def _count(value: object) -> str:
     if isinstance(value, dict):
         return f"({', '.join(f'{name} {_count(inner)}' for name, inner in value.items())})" if value else "0"
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    )
 
 
 def _speed(steps: Sequence[events.StepDone]) -> float:
     seconds = sum(step.seconds for step in steps)
-    return sum(step.units if step.learned is None else step.learned for step in steps) / seconds if seconds else 0.0
+    return (
+        sum(step.units if step.learned is None else step.learned for step in steps) / seconds
+        if seconds
+        else 0.0
+    )
 
 
 def facts(steps: Sequence[events.StepDone]) -> dict[str, str]:
@@ -74,7 +83,11 @@ def facts(steps: Sequence[events.StepDone]) -> dict[str, str]:
             "speed": f"{_speed(steps):,.0f} learned tokens/s",
             "memory": _memory(last.memory),
         }
-        | ({"shapes": ", ".join(f"{count:,} {name}" for name, count in last.shapes.items())} if last.shapes else {})
+        | (
+            {"shapes": ", ".join(f"{count:,} {name}" for name, count in last.shapes.items())}
+            if last.shapes
+            else {}
+        )
     )
 
 
@@ -123,9 +136,13 @@ def readable(event: Event, total: int | None = None) -> str:
             text = f"sample at step {event.step:,}: {_line(event.prompt, 160)} → {_line(event.answer, 160)}"
         case events.Growth():
             name, norm = max(event.norms.items(), key=lambda item: item[1], default=("no weight", 0.0))
-            text = f"growth at step {event.step:,}: {len(event.norms):,} weights, largest {norm:.4g} in {name}"
+            text = (
+                f"growth at step {event.step:,}: {len(event.norms):,} weights, largest {norm:.4g} in {name}"
+            )
             text += f" · {event.relative[name]:.2%} of its base" if name in event.relative else ""
-            text += f" · effective rank {event.effective_rank[name]:.3g}" if name in event.effective_rank else ""
+            text += (
+                f" · effective rank {event.effective_rank[name]:.3g}" if name in event.effective_rank else ""
+            )
         case events.Instruments():
             name, norm = max(event.gradient.items(), key=lambda item: item[1], default=("no weight", 0.0))
             text = f"weights at step {event.step:,}: largest gradient {norm:.4g} in {name}"
@@ -159,7 +176,8 @@ def log(stream: TextIO) -> Sink:
 
 
 class State:
-    """What the display knows. Speed and time to go come from this session only, so a resumed run counts anew."""
+    """What the display knows. Speed and time to go come from this session only, so a resumed run counts
+    anew."""
 
     def __init__(self) -> None:
         self.total: int | None = None
@@ -229,11 +247,11 @@ class State:
 
 @contextmanager
 def sink(stream: TextIO, *, every: float = 5.0) -> Iterator[Sink]:
-    """A sink that shows a run on ``stream``: a live panel on a terminal, else plain lines. NO_COLOR is respected.
+    """A sink that shows a run on ``stream``: a live panel on a terminal, else plain lines. NO_COLOR is
+    respected.
 
-    every: seconds between two plain lines about updates, or about other long work (which is silent for its first QUIET_S);
-    the first and last update and all other events are always shown.
-    """
+    every: seconds between two plain lines about updates, or about other long work (which is silent for its
+    first QUIET_S); the first and last update and all other events are always shown."""
     state, shown_at = State(), float("-inf")
     console = Console(file=stream)  # reads NO_COLOR and TERM by itself
 
@@ -244,7 +262,9 @@ def sink(stream: TextIO, *, every: float = 5.0) -> Iterator[Sink]:
             return
         text = state.working() if isinstance(event, events.Working) else readable(event, state.total)
         if isinstance(event, events.StepDone | events.Working):
-            ends = event.done >= event.total if isinstance(event, events.Working) else event.step == state.total
+            ends = (
+                event.done >= event.total if isinstance(event, events.Working) else event.step == state.total
+            )
             if not text or (event.at - shown_at < every and not ends):
                 return
             shown_at = event.at
@@ -267,7 +287,8 @@ def sink(stream: TextIO, *, every: float = 5.0) -> Iterator[Sink]:
 
 @contextmanager
 def tensorboard(folder: Path) -> Iterator[Sink]:
-    """A sink that writes TensorBoard files into ``folder``. Raises SetupError where tensorboardX is missing."""
+    """A sink that writes TensorBoard files into ``folder``. Raises SetupError where tensorboardX is
+    missing."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
@@ -319,11 +340,21 @@ def tensorboard(folder: Path) -> Iterator[Sink]:
 
 
 def _histogram(writer: Any, event: events.Growth) -> None:
-    """The sum that TensorBoard asks for is that of the middles of the bins: the entries themselves are not kept."""
+    """The sum that TensorBoard asks for is that of the middles of the bins: the entries themselves are not
+    kept."""
     edges, counts = event.histogram["edges"], event.histogram["counts"]
     middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
     total = sum(count * middle for count, middle in zip(counts, middles, strict=True))
     squares = sum(norm**2 for norm in event.norms.values())
     writer.add_histogram_raw(
-        "change", edges[0], edges[-1], sum(counts), total, squares, edges[1:], counts, event.step, walltime=event.at
+        "change",
+        edges[0],
+        edges[-1],
+        sum(counts),
+        total,
+        squares,
+        edges[1:],
+        counts,
+        event.step,
+        walltime=event.at,
     )

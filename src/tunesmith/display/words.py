@@ -1,4 +1,5 @@
-"""Numbers and texts of a report as a reader sees them: with unit, sign and interval; shares in per cent, text made harmless."""
+"""Numbers and texts of a report as a reader sees them: with unit, sign and interval; shares in per cent, text
+made harmless."""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ def subset(score: Mapping[str, Any]) -> str:
 
 
 def number(value: float | None, unit: str = "", *, signed: bool = False, bare: bool = False) -> str:
-    """``0.5, "%"`` is "50.0 %", and as a difference (``signed``) "+50.0 points"; "–" for none. ``bare``: without the unit."""
+    """``0.5, "%"`` is "50.0 %", and as a difference (``signed``) "+50.0 points"; "–" for none. ``bare``:
+    without the unit."""
     if value is None:
         return "–"
     value = float(value)  # report.json writes what is not finite as its name
@@ -94,7 +96,9 @@ def number(value: float | None, unit: str = "", *, signed: bool = False, bare: b
         return ("−" if value < 0 else "+" if signed else "") + size(abs(value))
     if unit == "%":
         return f"{100 * value:{'+' if signed else ''}.1f}" + ("" if bare else " points" if signed else " %")
-    text = f"{value:{'+' if signed else ''},.4g}" if abs(value) < 1e5 else f"{value:{'+' if signed else ''},.0f}"
+    text = (
+        f"{value:{'+' if signed else ''},.4g}" if abs(value) < 1e5 else f"{value:{'+' if signed else ''},.0f}"
+    )
     return text if bare or not unit else f"{text} {unit}"
 
 
@@ -123,7 +127,8 @@ def named(score: Mapping[str, Any]) -> str:
 
 
 def title(score: Mapping[str, Any]) -> str:
-    """The task and what of it: "tool_calls", "drift.text perplexity", "tool_calls right_tool, tool=search"."""
+    """The task and what of it: "tool_calls", "drift.text perplexity", "tool_calls right_tool,
+    tool=search"."""
     task, name = str(score["task"]), named(score)
     if score["name"] != task.rpartition(".")[2]:
         return f"{task} {name}"
@@ -132,19 +137,24 @@ def title(score: Mapping[str, Any]) -> str:
 
 def met(score: Mapping[str, Any]) -> str:
     """What came of a target: kept, missed, not shown; "" where there is none."""
-    return "" if not score.get("target") else {True: "kept", False: "missed"}.get(score.get("met"), "not shown")  # type: ignore[arg-type]
+    return (
+        "" if not score.get("target") else {True: "kept", False: "missed"}.get(score.get("met"), "not shown")
+    )  # type: ignore[arg-type]
 
 
 def reached(score: Mapping[str, Any]) -> str:
     """Where a target is a share of the base, what share it is: "84.6 % of the base"; else nothing."""
     was = base(score)
     return (
-        f"{number(float(score['value']) / was, '%')} of the base" if was and "of the base" in (score.get("target") or "") else ""
+        f"{number(float(score['value']) / was, '%')} of the base"
+        if was and "of the base" in (score.get("target") or "")
+        else ""
     )
 
 
 def cut(text: str | None, limit: int) -> str | None:
-    """``text`` of at most ``limit`` letters, saying how many are left out; no letter that UTF-8 or a page cannot hold."""
+    """``text`` of at most ``limit`` letters, saying how many are left out; no letter that UTF-8 or a page
+    cannot hold."""
     if text is None:
         return None
     left = len(text) - limit

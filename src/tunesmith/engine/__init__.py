@@ -1,1 +1,2 @@
-"""What does a model answer, and how likely is a text to it? Generation and scoring, without HTTP and without runs."""
+"""What does a model answer, and how likely is a text to it? Generation and scoring, without HTTP and without
+runs."""

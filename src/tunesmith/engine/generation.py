@@ -1,4 +1,5 @@
-"""A model that answers: a run, one of its checkpoints, or a plain model, with the renderer that trained it."""
+"""A model that answers: a run, one of its checkpoints, or a plain model, with the renderer that trained
+it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from tunesmith.tokens import template
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: ``temperature`` 0 is greedy; ``top_p`` keeps the likeliest tokens of that total share."""
+    """How tokens are drawn: ``temperature`` 0 is greedy; ``top_p`` keeps the likeliest tokens of that total
+    share."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -34,14 +36,22 @@ class Speaker:
     renderer: template.Renderer
 
     def answer(
-        self, conversations: Sequence[Conversation], sampling: Sampling, tick: Callable[[int, int], None] | None = None
+        self,
+        conversations: Sequence[Conversation],
+        sampling: Sampling,
+        tick: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """One answer a conversation, in order."""
         found = model.generate(
-            self.net, [self.renderer.prompt(conversation) for conversation in conversations],
-            max_tokens=sampling.max_tokens, eos_ids=self.renderer.eos_ids, temperature=sampling.temperature,
-            top_p=sampling.top_p, seed=sampling.seed, on_done=tick,
-        )  # fmt: skip
+            self.net,
+            [self.renderer.prompt(conversation) for conversation in conversations],
+            max_tokens=sampling.max_tokens,
+            eos_ids=self.renderer.eos_ids,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            on_done=tick,
+        )
         return [self.renderer.answer(answer.ids) for answer in found]
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[str]:
@@ -49,9 +59,14 @@ class Speaker:
         ids: list[int] = []
         shown = ""
         for token in model.stream(
-            self.net, self.renderer.prompt(conversation), max_tokens=sampling.max_tokens, eos_ids=self.renderer.eos_ids,
-            temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed,
-        ):  # fmt: skip
+            self.net,
+            self.renderer.prompt(conversation),
+            max_tokens=sampling.max_tokens,
+            eos_ids=self.renderer.eos_ids,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        ):
             ids.append(token)
             text = self.renderer.answer(ids)
             if text.startswith(shown) and not text.endswith("\ufffd"):
@@ -85,14 +100,18 @@ def asked(prompt: str, system: str | None) -> Conversation:
 
 
 def load(
-    target: str | Path, checkpoint: str = "best", *, model_path: str | None = None, adapter: bool = True,
+    target: str | Path,
+    checkpoint: str = "best",
+    *,
+    model_path: str | None = None,
+    adapter: bool = True,
     notify: Sink = events.silent,
-) -> Speaker:  # fmt: skip
-    """The model of a run directory or of a checkpoint folder inside one, or a plain model (folder, GGUF file, hub id).
+) -> Speaker:
+    """The model of a run directory or of a checkpoint folder inside one, or a plain model (folder, GGUF file,
+    hub id).
 
-    checkpoint: best, last or a step, for a run. model_path: where the run's model lies now, if it was moved. adapter False: the
-    run's base as it was before training.
-    """
+    checkpoint: best, last or a step, for a run. model_path: where the run's model lies now, if it was moved.
+    adapter False: the run's base as it was before training."""
     path = Path(target)
     folder: Path | None = None
     if (path / MANIFEST).is_file():
@@ -100,7 +119,9 @@ def load(
         folder = run.choose(checkpoint, notify) if adapter else None
     elif (path / ADAPTER_CONFIG).is_file():
         if path.resolve().parent.name != CHECKPOINTS:
-            raise DataError("is an adapter outside a run", where=str(path), hint="name its run directory, or a model")
+            raise DataError(
+                "is an adapter outside a run", where=str(path), hint="name its run directory, or a model"
+            )
         run = Run.open(path.resolve().parent.parent)
         folder = run.choose(path.resolve().name) if adapter else None
     elif checkpoint != "best" or not adapter or model_path is not None:

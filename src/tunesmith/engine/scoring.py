@@ -1,4 +1,5 @@
-"""How likely sequences are to a model, without gradient; a prompt that several answers share is computed once."""
+"""How likely sequences are to a model, without gradient; a prompt that several answers share is computed
+once."""
 
 from __future__ import annotations
 
@@ -14,20 +15,26 @@ from tunesmith.tokens.batches import Cut, Group, collate
 from tunesmith.tokens.template import Tokens
 
 WORTH = 192
-"""Tokens that sharing a prompt must save, for what its two passes cost beside their tokens (`bench/objectives.py`)."""
+"""Tokens that sharing a prompt must save, for what its two passes cost beside their tokens
+(`bench/objectives.py`)."""
 ANSWERS = 8  # at once after a shared prompt: each layer lays its keys beside those of every answer
 
 
 def sequence_sums(
     net: nn.Module, groups: Sequence[Group], cut: Cut, tick: Callable[[int, int], None] | None = None
 ) -> list[list[tuple[float, float]]]:
-    """(Σ weight · log p in nats, Σ weight) of each sequence of each group, in order, in evaluation mode. None is left out."""
+    """(Σ weight · log p in nats, Σ weight) of each sequence of each group, in order, in evaluation mode. None
+    is left out."""
     net.eval()
     gather = logprobs.splits(net)
     sequences = [sequence for group in groups for sequence in group.sequences]
     found: list[tuple[float, float]] = [(0.0, 0.0)] * len(sequences)
     done = 0
-    shared = [members for members in families(sequences) if (len(members) - 1) * (sequences[members[0]].start - 1) >= WORTH]
+    shared = [
+        members
+        for members in families(sequences)
+        if (len(members) - 1) * (sequences[members[0]].start - 1) >= WORTH
+    ]
     if shared and not (gather and continues(net)):
         shared = []
     together = {member for members in shared for member in members}
@@ -51,8 +58,13 @@ def sequence_sums(
     few = replace(single, pack=False, micro=min(cut.micro or ANSWERS, ANSWERS))
     for members in shared:
         first = sequences[members[0]]
-        split = first.start - 1  # the last token of the prompt predicts the first of the answer: it goes with it
-        tails = {member: Tokens(sequences[member].ids[split:], sequences[member].targets[split:]) for member in members}
+        split = (
+            first.start - 1
+        )  # the last token of the prompt predicts the first of the answer: it goes with it
+        tails = {
+            member: Tokens(sequences[member].ids[split:], sequences[member].targets[split:])
+            for member in members
+        }
         score(few, tails, kernels.prompt(net, mx.array(first.ids[:split])[None]))
     ends = iter(found)
     return [[next(ends) for _ in group.sequences] for group in groups]
@@ -67,7 +79,8 @@ def row_losses(
 
 
 def families(sequences: Sequence[Tokens]) -> list[list[int]]:
-    """All of ``sequences`` by index, those with the same tokens before the first learned one together, in order of the first."""
+    """All of ``sequences`` by index, those with the same tokens before the first learned one together, in
+    order of the first."""
     found: dict[bytes, list[int]] = {}
     for index, tokens in enumerate(sequences):
         found.setdefault(tokens.ids[: tokens.start].astype("<i4").tobytes(), []).append(index)
@@ -80,6 +93,12 @@ def continues(net: nn.Module) -> bool:
     try:
         after = net(tails, cache=kernels.prompt(net, ids))
         whole = net(mx.concatenate([mx.broadcast_to(ids, (2, 3)), tails], axis=1))[:, 3:]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # sliding windows, recurrent layers, …
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ):  # sliding windows, recurrent layers, …
         return False
     return after.shape == whole.shape and bool(mx.abs(after - whole).max() <= 1e-3 * mx.abs(whole).max())

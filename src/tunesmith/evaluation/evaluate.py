@@ -1,9 +1,8 @@
 """Ask the base and the tuned model the same things, and say how sure the difference is.
 
-Reads a run directory only (or, on request, other rows). The base is the run's own model before its adapter is attached,
-so both sides share weights, tokenizer, prompts and order. What a model scored is kept under a hash of all that decides it, so
-nothing is measured twice, and an evaluation that was stopped goes on.
-"""
+Reads a run directory only (or, on request, other rows). The base is the run's own model before its adapter is
+attached, so both sides share weights, tokenizer, prompts and order. What a model scored is kept under a hash
+of all that decides it, so nothing is measured twice, and an evaluation that was stopped goes on."""
 
 from __future__ import annotations
 
@@ -69,11 +68,22 @@ ONLY_FOR = {
     "benchmarks": ("benchmarks", "benchmark_data", "shots", "allow_code"),
 }
 OF_ROWS = frozenset({"perplexity", "adherence", "tool_calls", "preference"})
-DECIDING = ("tunesmith", "mlx", "mlx-lm", "sacrebleu", "rapidfuzz", "py3langid", "pygarble", "jsonschema", "regex")
+DECIDING = (
+    "tunesmith",
+    "mlx",
+    "mlx-lm",
+    "sacrebleu",
+    "rapidfuzz",
+    "py3langid",
+    "pygarble",
+    "jsonschema",
+    "regex",
+)
 """Packages by whose version a score can change."""
 SCORE, EXAMPLES = "score.json", "examples.jsonl"
 IMITATED = SFT()
-"""Whatever the objective was, tasks ask how well the model says what is to be said: demonstrations, desirable, chosen."""
+"""Whatever the objective was, tasks ask how well the model says what is to be said: demonstrations,
+desirable, chosen."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +128,10 @@ def evaluate(
 ) -> Evaluation | None:
     """Scores of ``tasks`` for the checkpoint, paired with the base's; written to ``evals/<task>@<version>/``.
 
-    data: files to measure on instead of the run's held-out rows. model: where its model lies now, None: where it was trained.
-    base: also measure the model without its adapter. fresh: measure again what is known. None on ranks but the first, which share
-    the questions and write nothing. Raises EvaluationError where nothing can be measured, or what was named cannot.
-    """
+    data: files to measure on instead of the run's held-out rows. model: where its model lies now, None: where
+    it was trained. base: also measure the model without its adapter. fresh: measure again what is known. None
+    on ranks but the first, which share the questions and write nothing. Raises EvaluationError where nothing
+    can be measured, or what was named cannot."""
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         whole = unknown[0].partition(".")[0]
@@ -129,16 +139,22 @@ def evaluate(
         raise EvaluationError(f"no task is called {unknown[0]!r}", hint=hint)
     spec = spec or EvaluationSpec()
     if "benchmarks" in tasks and not spec.benchmarks:
-        raise EvaluationError("no benchmark is named", where="benchmarks", hint="--benchmark mmlu, hellaswag, …")
+        raise EvaluationError(
+            "no benchmark is named", where="benchmarks", hint="--benchmark mmlu, hellaswag, …"
+        )
     for task, options in ONLY_FOR.items():
         if task not in tasks and (given := [name for name in options if getattr(spec, name)]):
             also = "--benchmark NAME" if task == "benchmarks" else f"--task {task}"
-            raise EvaluationError(f"is for {task}, which is not among the tasks", where=given[0], hint=f"{also} as well")
+            raise EvaluationError(
+                f"is for {task}, which is not among the tasks", where=given[0], hint=f"{also} as well"
+            )
     among = ranks.join(notify)
     notify = notify if among.writes else events.silent
     if data and not OF_ROWS & {*tasks}:
         raise EvaluationError(
-            f"no task of {', '.join(tasks)} asks rows", where="data", hint=f"--task {', '.join(sorted(OF_ROWS))}"
+            f"no task of {', '.join(tasks)} asks rows",
+            where="data",
+            hint=f"--task {', '.join(sorted(OF_ROWS))}",
         )
     folder = run.choose(checkpoint, notify)
     config = run.settings(model)
@@ -151,32 +167,61 @@ def evaluate(
     for row in rendered.dropped:
         notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))
     material = Material(
-        everything, imitated, rendered.rows, renderer, config.template, config.batch, spec, config.loop.seed, notify, loaded.net
+        everything,
+        imitated,
+        rendered.rows,
+        renderer,
+        config.template,
+        config.batch,
+        spec,
+        config.loop.seed,
+        notify,
+        loaded.net,
     )
     built = list(_built(material, [task for task in tasks if everything or task not in OF_ROWS], base))
     if not built:
-        raise EvaluationError(f"nothing could be measured of {', '.join(tasks)}", hint="what was said before this tells why")
+        raise EvaluationError(
+            f"nothing could be measured of {', '.join(tasks)}", hint="what was said before this tells why"
+        )
     weights = _weights(loaded)
-    among.require_agreement([(task.name, task.version, task.identity) for task in built], weights, folder.name)
+    among.require_agreement(
+        [(task.name, task.version, task.identity) for task in built], weights, folder.name
+    )
     measure = _Measure(loaded, weights, renderer, folder, spec, material, fresh, among)
     before = [measure(task, "base") for task in built] if base else [None] * len(built)
     adapters.load(loaded.net, folder)
     answers: list[Answered] = []
-    # The run's evidence: its best checkpoint on all held-out rows and the package's suites, beside the base. The rest is apart.
+    # The run's evidence: its best checkpoint on all held-out rows and the package's suites, beside the base.
+    # The rest is apart.
     other = [] if folder == run.choose("best") else [f"step{folder.name}"]
-    family = [*_named(data), *other, *([f"first{spec.limit}"] if spec.limit else []), *([] if base else ["tuned"])]
+    family = [
+        *_named(data),
+        *other,
+        *([f"first{spec.limit}"] if spec.limit else []),
+        *([] if base else ["tuned"]),
+    ]
     written: list[str] = []
     for task, old in zip(built, before, strict=True):
         new = measure(task, "tuned")
         if not among.writes:
             continue
         scored = task.summarise(old and old.scores, new.scores, config.loop.seed)
-        about = {"task": task.name, "version": task.version, "checkpoint": folder.name, "family": family, "at": time.time()}
+        about = {
+            "task": task.name,
+            "version": task.version,
+            "checkpoint": folder.name,
+            "family": family,
+            "at": time.time(),
+        }
         about |= {"identity": task.identity, "settings": spec.model_dump(mode="json"), "base": weights}
         about |= {"data": (data or VALID) if task.name in OF_ROWS else None}
         about |= {"unseen": not hashes & _learned(run)} if data and task.name in OF_ROWS else {}
         about |= {"n": len(new.scores), "seconds": {"base": old and old.seconds, "tuned": new.seconds}}
-        written.append("+".join([f"{task.name}@{task.version}", *_named(_files(task, spec)), *_shots(task, spec), *family]))
+        written.append(
+            "+".join(
+                [f"{task.name}@{task.version}", *_named(_files(task, spec)), *_shots(task, spec), *family]
+            )
+        )
         _write(run.path / EVALS / written[-1], about, task, scored, old, new)
         answers = answers or _answers(old, new)
     if not among.writes:
@@ -188,12 +233,19 @@ def evaluate(
 def _weights(loaded: Loaded) -> str:
     """What the base is made of, as it is held: files, merged adapter, quantisation, precision."""
     flat: Any = tree_flatten(loaded.net.parameters())
-    return digest(loaded.fingerprint, loaded.config.get("quantization"), sorted({str(value.dtype) for _, value in flat}))
+    return digest(
+        loaded.fingerprint, loaded.config.get("quantization"), sorted({str(value.dtype) for _, value in flat})
+    )
 
 
 def _files(task: Task, spec: EvaluationSpec) -> Sequence[str]:
     """Those that take the place of the task's own suite."""
-    of = {"drift.knowledge": spec.knowledge, "drift.text": spec.text, "drift.chat": spec.chats, "drift.safety": spec.safety}
+    of = {
+        "drift.knowledge": spec.knowledge,
+        "drift.text": spec.text,
+        "drift.chat": spec.chats,
+        "drift.safety": spec.safety,
+    }
     return of.get(task.name, ())
 
 
@@ -205,7 +257,11 @@ def _named(paths: Sequence[str]) -> list[str]:
     """One part of a folder's name for these files, which files of the same name elsewhere do not share."""
     if not paths:
         return []
-    return ["+".join(Path(path).stem for path in paths)[:40] + "-" + digest([str(Path(path).resolve()) for path in paths])[:6]]
+    return [
+        "+".join(Path(path).stem for path in paths)[:40]
+        + "-"
+        + digest([str(Path(path).resolve()) for path in paths])[:6]
+    ]
 
 
 @dataclass(frozen=True)
@@ -234,16 +290,34 @@ class _Measure:
     def __call__(self, task: Task, side: str) -> _Known:
         notify = self.material.notify
         if self._subject is None or self._subject.side != side:
-            at_once = self.spec.batch_size or (32 if backend.setup().kind == "cpu" else 16)  # a GPU holds the weights too
+            at_once = self.spec.batch_size or (
+                32 if backend.setup().kind == "cpu" else 16
+            )  # a GPU holds the weights too
             self._subject = Subject(
-                self.loaded.net, self.renderer, "base" if side == "base" else "tuned", self.material.batch, at_once, notify,
+                self.loaded.net,
+                self.renderer,
+                "base" if side == "base" else "tuned",
+                self.material.batch,
+                at_once,
+                notify,
                 self.ranks,
-            )  # fmt: skip
-        adapter = [] if side == "base" else [sha256(self.adapter / name) for name in (adapters.WEIGHTS, adapters.CONFIG)]
+            )
+        adapter = (
+            []
+            if side == "base"
+            else [sha256(self.adapter / name) for name in (adapters.WEIGHTS, adapters.CONFIG)]
+        )
         key = digest(
-            task.name, task.version, task.identity, self.weights, adapter, self.renderer.fingerprint, self.material.batch.length,
-            backend.setup().kind, {package: version(package) for package in DECIDING},
-        )  # fmt: skip
+            task.name,
+            task.version,
+            task.identity,
+            self.weights,
+            adapter,
+            self.renderer.fingerprint,
+            self.material.batch.length,
+            backend.setup().kind,
+            {package: version(package) for package in DECIDING},
+        )
         place = backend.cache_folder() / "evaluations" / f"{key}.json"
         subject = self._subject
         kept = _read(place) if task.cached and not self.fresh and self.ranks.writes else ""
@@ -258,13 +332,17 @@ class _Measure:
         if task.cached and self.ranks.writes:
             place.parent.mkdir(parents=True, exist_ok=True)
             new = dict(islice(subject.heard.items(), before, None))
-            write_json(place, {"seconds": known.seconds, "scores": [asdict(score) for score in scores], "heard": new})
+            write_json(
+                place, {"seconds": known.seconds, "scores": [asdict(score) for score in scores], "heard": new}
+            )
         return known
 
 
 def _parsed(kept: str) -> tuple[_Known, dict[str, Any]]:
     found = json.loads(kept)
-    return _Known([ExampleScore(**score) for score in found["scores"]], found["seconds"], True), {**found["heard"]}
+    return _Known([ExampleScore(**score) for score in found["scores"]], found["seconds"], True), {
+        **found["heard"]
+    }
 
 
 def _read(place: Path) -> str:
@@ -289,13 +367,18 @@ def _built(material: Material, tasks: Sequence[str], base: bool) -> Iterator[Tas
 def _learned(run: Run) -> set[str]:
     """SHA-256 of the files that training rows were taken from."""
     files = {Path(path): value for path, value in run.manifest["hashes"]["data"].items()}
-    return {value for path, value in files.items() if {str(path), *map(str, path.parents)} & {*run.config.data.train}}
+    return {
+        value
+        for path, value in files.items()
+        if {str(path), *map(str, path.parents)} & {*run.config.data.train}
+    }
 
 
 def _examples(
     run: Run, data: Sequence[str], tasks: Sequence[str], limit: int | None, notify: Sink
-) -> tuple[list[Example], list[Example], set[str]]:  # fmt: skip
-    """All rows, those that say what is to be said, and their files' SHA-256; none where no task asks rows, or there are none."""
+) -> tuple[list[Example], list[Example], set[str]]:
+    """All rows, those that say what is to be said, and their files' SHA-256; none where no task asks rows, or
+    there are none."""
     config = run.config
     asking = [task for task in dict.fromkeys(tasks) if task in OF_ROWS]
     if not asking and not data:
@@ -309,16 +392,26 @@ def _examples(
         read = None
     if read is None or not read.rows:
         if data or len(asking) == len(set(tasks)):
-            what, hint = ("has no rows", "give another file") if data else ("has no held-out rows", "give --data FILE")
+            what, hint = (
+                ("has no rows", "give another file") if data else ("has no held-out rows", "give --data FILE")
+            )
             raise EvaluationError(what, where=paths[0], hint=hint)
-        notify(Notice(f"no rows are held out: not measured: {', '.join(asking)}", level="warning", hint="give --data FILE"))
+        notify(
+            Notice(
+                f"no rows are held out: not measured: {', '.join(asking)}",
+                level="warning",
+                hint="give --data FILE",
+            )
+        )
         return [], [], set()
     formats.require(read, config.data.max_dropped)
     if read.dropped:
         notify(Notice("rows that could not be read", level="warning", count=len(read.dropped)))
     imitate = config.objective if isinstance(config.objective, SFT) else IMITATED
     everything = read.examples[:limit]
-    if len({Path(path).name for path in read.files}) == len(read.files):  # what is asked is the same wherever its file lies
+    if len({Path(path).name for path in read.files}) == len(
+        read.files
+    ):  # what is asked is the same wherever its file lies
         above = "" if data else "data/"
         everything = [replace(one, source=above + Path(one.source).name) for one in everything]
     if len(everything) < len(read.examples):
@@ -332,21 +425,33 @@ def _examples(
 def _answers(before: _Known | None, after: _Known) -> list[Answered]:
     pairs = zip(before.scores if before else [None] * len(after.scores), after.scores, strict=True)
     return [
-        Answered(tuned.prompt, tuned.reference, None if base is None else base.answer, tuned.answer, tuned.source)
+        Answered(
+            tuned.prompt, tuned.reference, None if base is None else base.answer, tuned.answer, tuned.source
+        )
         for base, tuned in pairs
         if tuned.prompt is not None and tuned.reference is not None and tuned.answer is not None
     ]
 
 
 def _write(
-    folder: Path, about: Mapping[str, object], task: Task, scores: list[Score], before: _Known | None, after: _Known
-) -> None:  # fmt: skip
+    folder: Path,
+    about: Mapping[str, object],
+    task: Task,
+    scores: list[Score],
+    before: _Known | None,
+    after: _Known,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     leading = [one for one in task.statistics if one.headline]
     lines: list[str] = []
     for index, score in enumerate(after.scores):
         line: dict[str, JSON] = {"source": score.source, "units": score.units, "prompt": score.prompt}
-        line |= {"reference": score.reference, "tuned": score.value, "tuned_detail": score.detail, "tuned_answer": score.answer}
+        line |= {
+            "reference": score.reference,
+            "tuned": score.value,
+            "tuned_detail": score.detail,
+            "tuned_answer": score.answer,
+        }
         if before is not None:
             old = before.scores[index]
             line |= {"base": old.value, "base_detail": old.detail, "base_answer": old.answer}
@@ -359,7 +464,8 @@ def _write(
 
 
 def _judged(evals: Path, checkpoint: str, family: list[str]) -> dict[str, list[Score]]:
-    """By folder: the evaluations of ``checkpoint`` asked in one way, judged together as one family of tests, and written so.
+    """By folder: the evaluations of ``checkpoint`` asked in one way, judged together as one family of tests,
+    and written so.
 
     Of several versions of a task the one that was measured last counts.
     """

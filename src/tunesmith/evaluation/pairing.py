@@ -1,9 +1,10 @@
-"""Which evaluations of two runs may be held against each other, and what the same prompts say of the difference.
+"""Which evaluations of two runs may be held against each other, and what the same prompts say of the
+difference.
 
-Only what was asked alike is compared: the same task and version, the same items and settings (the task's identity), the same
-base. All else is refused with the reason. Examples are paired by what they ask, not by where they stand, so neither the order of
-rows nor the folder of a run matters. Everything is read from ``evals/``; no model is loaded.
-"""
+Only what was asked alike is compared: the same task and version, the same items and settings (the task's
+identity), the same base. All else is refused with the reason. Examples are paired by what they ask, not by
+where they stand, so neither the order of rows nor the folder of a run matters. Everything is read from
+``evals/``; no model is loaded."""
 
 from __future__ import annotations
 
@@ -45,14 +46,17 @@ if TYPE_CHECKING:
 SEED = 0  # of the bootstrap: the same whichever run comes first
 _NEEDED = {"task", "version", "checkpoint", "family", "data", "identity", "settings", "base", "n", "scores"}
 _FINISHES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
-    np.asarray, lambda logp: np.exp(-logp), lambda logp: -logp / math.log(2),
-)  # fmt: skip
+    np.asarray,
+    lambda logp: np.exp(-logp),
+    lambda logp: -logp / math.log(2),
+)
 """What a benchmark's mean can still become: nothing else, a perplexity, bits."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One evaluation as it lies in a run directory. ``rows``: what tells it from others of its task, as "+first5"."""
+    """One evaluation as it lies in a run directory. ``rows``: what tells it from others of its task, as
+    "+first5"."""
 
     folder: Path
     about: dict[str, Any]
@@ -74,7 +78,8 @@ class Recorded:
         return [Score(**score) for score in self.about["scores"]]
 
     def examples(self, *, ratios: bool = False) -> list[ExampleScore]:
-        """What the tuned model scored (ratios: less what the base did). Raises EvaluationError where lines are torn."""
+        """What the tuned model scored (ratios: less what the base did). Raises EvaluationError where lines
+        are torn."""
         path = self.folder / EXAMPLES
         hint = f"measure it again: {command(self.folder.parent.parent, self.about)}"
         try:
@@ -85,10 +90,22 @@ class Recorded:
         for number, line in enumerate(lines, 1):
             try:
                 one = json.loads(line)
-                told = float(one["units"]), one["tuned_detail"], one["prompt"], one["reference"], one["tuned_answer"]
-                found.append(ExampleScore(one["source"], float(one["tuned"]) - (float(one["base"]) if ratios else 0.0), *told))
+                told = (
+                    float(one["units"]),
+                    one["tuned_detail"],
+                    one["prompt"],
+                    one["reference"],
+                    one["tuned_answer"],
+                )
+                found.append(
+                    ExampleScore(
+                        one["source"], float(one["tuned"]) - (float(one["base"]) if ratios else 0.0), *told
+                    )
+                )
             except (ValueError, KeyError, TypeError) as error:
-                raise EvaluationError("is no example of an evaluation", where=f"{path}:{number}", hint=hint) from error
+                raise EvaluationError(
+                    "is no example of an evaluation", where=f"{path}:{number}", hint=hint
+                ) from error
         if len(found) != self.about["n"]:
             what = f"has {len(found):,} examples, and {self.about['n']:,} were scored"
             raise EvaluationError(what, where=str(path), hint=hint)
@@ -96,7 +113,8 @@ class Recorded:
 
 
 class Pair(NamedTuple):
-    """One prompt, answered by both runs; ``change``: of the task's leading statistic, from ``one`` to ``other``."""
+    """One prompt, answered by both runs; ``change``: of the task's leading statistic, from ``one`` to
+    ``other``."""
 
     source: str
     prompt: str | None
@@ -110,7 +128,8 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Held:
-    """Two evaluations of the same things. ``scores``: of ``other``, with deltas other − one. ``note``: what limits them."""
+    """Two evaluations of the same things. ``scores``: of ``other``, with deltas other − one. ``note``: what
+    limits them."""
 
     one: Recorded
     other: Recorded
@@ -120,7 +139,8 @@ class Held:
 
 
 class Refused(NamedTuple):
-    """``of``: what has no like. ``lacks``: which side was not evaluated on it; None where both were, yet not alike."""
+    """``of``: what has no like. ``lacks``: which side was not evaluated on it; None where both were, yet not
+    alike."""
 
     of: Recorded
     why: str
@@ -128,16 +148,26 @@ class Refused(NamedTuple):
 
 
 def command(run_dir: Path, about: Mapping[str, Any]) -> str:
-    """How a run is asked what ``about``, the facts of an evaluation, says of another: rows, task, and all that decides."""
+    """How a run is asked what ``about``, the facts of an evaluation, says of another: rows, task, and all
+    that decides."""
     task, settings, data = str(about["task"]), about.get("settings") or {}, about.get("data")
     name, benchmarks = task.partition(".")[0], settings.get("benchmarks", ())
     said = ["--task", name]
     if name == "benchmark" or task in benchmarks:
         title, name = task.removeprefix("benchmark."), "benchmarks"
-        said = ["--task", name, "--benchmark", next((one for one in benchmarks if one.replace(":", "_") == title), title)]
+        said = [
+            "--task",
+            name,
+            "--benchmark",
+            next((one for one in benchmarks if one.replace(":", "_") == title), title),
+        ]
     for path in data if isinstance(data, list) else ():
         said += ["--data", path]
-    refused = {"batch_size", "benchmarks", *(key for only, keys in ONLY_FOR.items() if name != only for key in keys)}
+    refused = {
+        "batch_size",
+        "benchmarks",
+        *(key for only, keys in ONLY_FOR.items() if name != only for key in keys),
+    }
     for key, usual in EvaluationSpec().model_dump(mode="json").items():
         value, option = settings.get(key, usual), key.replace("_", "-")
         if key in refused or value == usual:
@@ -145,13 +175,18 @@ def command(run_dir: Path, about: Mapping[str, Any]) -> str:
         if isinstance(value, bool):
             said.append(f"--{'' if value else 'no-'}{option}")
         else:
-            said += [part for one in (value if isinstance(value, list) else [value]) for part in (f"--{option}", str(one))]
+            said += [
+                part
+                for one in (value if isinstance(value, list) else [value])
+                for part in (f"--{option}", str(one))
+            ]
     said += ["--no-base"] if "tuned" in about.get("family", ()) else []
     return shlex.join(["tunesmith", "evaluate", str(run_dir), *said])
 
 
 def recorded(run_dir: Path) -> tuple[list[Recorded], list[str]]:
-    """The evaluations of a run; and the folders of those that an older version wrote, without saying what was asked."""
+    """The evaluations of a run; and the folders of those that an older version wrote, without saying what was
+    asked."""
     found: list[Recorded] = []
     older: list[str] = []
     for path in sorted((run_dir / EVALS).glob(f"*/{SCORE}")):
@@ -159,7 +194,9 @@ def recorded(run_dir: Path) -> tuple[list[Recorded], list[str]]:
             about = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             where = f"{path}:{getattr(error, 'lineno', 1)}"
-            raise EvaluationError("is no JSON", where=where, hint="remove the folder, and evaluate again") from error
+            raise EvaluationError(
+                "is no JSON", where=where, hint="remove the folder, and evaluate again"
+            ) from error
         if isinstance(about, dict) and about.keys() >= _NEEDED:
             found.append(Recorded(path.parent, about))
         else:
@@ -168,7 +205,8 @@ def recorded(run_dir: Path) -> tuple[list[Recorded], list[str]]:
 
 
 def hold(one: Sequence[Recorded], other: Sequence[Recorded]) -> tuple[list[Held], list[Refused]]:
-    """What both runs evaluated alike, by the newest version that they share; and all else, with the reason."""
+    """What both runs evaluated alike, by the newest version that they share; and all else, with the
+    reason."""
     held: list[Held] = []
     refused: list[Refused] = []
     left = _distinct(other)
@@ -248,7 +286,8 @@ _RATIO = Statistic("ratio", _signed, better="higher", unit="nats")
 
 
 def _preferred(pairs: Sequence[tuple[ExampleScore, ExampleScore]]) -> list[Score]:
-    """Accuracy and margin of both runs as `tasks.preference` has them, from the same draws of the good and of the bad answers."""
+    """Accuracy and margin of both runs as `tasks.preference` has them, from the same draws of the good and of
+    the bad answers."""
     kinds = [[pair for pair in pairs if pair[0].detail["good"] is good] for good in (True, False)]
     numbered = all(pair[0].detail["pair"] is not None for pair in pairs) and len(kinds[0]) == len(kinds[1])
     if numbered:
@@ -273,21 +312,35 @@ def _preferred(pairs: Sequence[tuple[ExampleScore, ExampleScore]]) -> list[Score
         gain = tuned - base
         (low, high), (delta_low, delta_high) = (
             (None, None) if n == 1 else np.quantile(of[1:], edges(n)).tolist() for of in (tuned, gain)
-        )  # fmt: skip
+        )
         p, alike = None if n == 1 else inverted(gain[1:], n), np.ptp(gain) == 0
         found.append(
             Score(
-                preference.NAME, preference.VERSION, name, float(tuned[0]), low, high, n_good if numbered else n_good + n_bad,
-                float(gain[0]), delta_low, delta_high, ONE if n == 1 else f"difference: {ALIKE}" if alike else None,
-                better="higher", headline=name == "accuracy", unit=unit, p=p, test=None if p is None else BOOTSTRAP,
+                preference.NAME,
+                preference.VERSION,
+                name,
+                float(tuned[0]),
+                low,
+                high,
+                n_good if numbered else n_good + n_bad,
+                float(gain[0]),
+                delta_low,
+                delta_high,
+                ONE if n == 1 else f"difference: {ALIKE}" if alike else None,
+                better="higher",
+                headline=name == "accuracy",
+                unit=unit,
+                p=p,
+                test=None if p is None else BOOTSTRAP,
                 sources=counted if name == "accuracy" else None,
             )
-        )  # fmt: skip
+        )
     return found
 
 
 def _weights(sources: Sequence[str], chance: np.random.Generator) -> tuple[np.ndarray, int]:
-    """(1 + RESAMPLES, rows): ones, then how often each row's source is drawn; and how many sources there are."""
+    """(1 + RESAMPLES, rows): ones, then how often each row's source is drawn; and how many sources there
+    are."""
     names, at = np.unique(np.array(sources), return_inverse=True)
     counts = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
     return np.concatenate([np.ones((1, len(sources))), counts[:, at]]), len(names)
@@ -304,12 +357,14 @@ class _Described(NamedTuple):
 
 def _pair(leading: Statistic, one: ExampleScore, other: ExampleScore) -> Pair:
     values = leading.of(one), leading.of(other)
-    return Pair(one.source, one.prompt, one.reference, *values, one.answer, other.answer, change(leading, *values))
+    return Pair(
+        one.source, one.prompt, one.reference, *values, one.answer, other.answer, change(leading, *values)
+    )
 
 
 def paired(
     one: Sequence[ExampleScore], other: Sequence[ExampleScore]
-) -> list[tuple[ExampleScore, ExampleScore]] | None:  # fmt: skip
+) -> list[tuple[ExampleScore, ExampleScore]] | None:
     """Like with like, in an order that depends on neither's; None where an example has none.
 
     By file, line, prompt, reference and weight; where lines differ, without these.
@@ -321,7 +376,9 @@ def paired(
         for side in (one, other):
             found: dict[str, list[ExampleScore]] = defaultdict(list)
             for each in side:
-                place = PurePath(each.source).name if placed else None  # the folder is the run's, or where the user stood
+                place = (
+                    PurePath(each.source).name if placed else None
+                )  # the folder is the run's, or where the user stood
                 found[json.dumps([place, each.prompt, each.reference, each.units])].append(each)
             sides.append(found)
         mine, its = sides
@@ -333,7 +390,8 @@ def paired(
 def _statistics(
     one: Recorded, other: Recorded, pairs: Sequence[tuple[ExampleScore, ExampleScore]]
 ) -> tuple[tuple[Statistic, ...], tuple[str, ...], str | None]:
-    """The task's own, with the parts it is shown by; of a task that has no class, those that its examples give again."""
+    """The task's own, with the parts it is shown by; of a task that has no class, those that its examples
+    give again."""
     for kind in _kinds():
         known = vars(kind)
         if known["name"] == one.task and known["version"] == one.version:
@@ -342,31 +400,48 @@ def _statistics(
     whole = [score for score in one.scores if score.part is None]
     found = [rebuilt for score in whole if (rebuilt := _rebuilt(score, other, sides)) is not None]
     if len(found) == len(whole):
-        return tuple(found), tuple(dict.fromkeys(score.part.partition("=")[0] for score in one.scores if score.part)), None
+        return (
+            tuple(found),
+            tuple(dict.fromkeys(score.part.partition("=")[0] for score in one.scores if score.part)),
+            None,
+        )
     note = f"{one.task} {one.version} is not known to this version of tunesmith: "
     if any(statistic.headline for statistic in found):
-        return tuple(found), (), note + f"of its numbers only {', '.join(one.name for one in found)} can be compared"
+        return (
+            tuple(found),
+            (),
+            note + f"of its numbers only {', '.join(one.name for one in found)} can be compared",
+        )
     note += "the mean value of its examples is compared, and which way is good is not known"
     share = all(each.value in (0.0, 1.0) for side in sides for each in side)
     return (Statistic("value", _value, share=share, headline=True),), (), note
 
 
 def _rebuilt(score: Score, other: Recorded, sides: Sequence[Sequence[ExampleScore]]) -> Statistic | None:
-    """A statistic that gives on both sides what was scored there, from the number of that name in the details, or the value."""
+    """A statistic that gives on both sides what was scored there, from the number of that name in the
+    details, or the value."""
 
     def detail(each: ExampleScore) -> float | None:
         value = each.detail.get(score.name)
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
-    told = [score.value, *(each.value for each in other.scores if (each.name, each.part) == (score.name, None))]
+    told = [
+        score.value,
+        *(each.value for each in other.scores if (each.name, each.part) == (score.name, None)),
+    ]
     readers: list[Callable[[ExampleScore], float | None]] = [detail, *([_value] if score.headline else [])]
     for of, finish in product(readers, _FINISHES):
         some = [[(value, each.units) for each in side if (value := of(each)) is not None] for side in sides]
         if len(told) == len(some) and all(
-            side and math.isclose(finish(np.array(sum(map(math.prod, side)) / sum(units for _, units in side))), value,
-                                  rel_tol=1e-6, abs_tol=1e-9)
+            side
+            and math.isclose(
+                finish(np.array(sum(map(math.prod, side)) / sum(units for _, units in side))),
+                value,
+                rel_tol=1e-6,
+                abs_tol=1e-9,
+            )
             for side, value in zip(some, told, strict=True)
-        ):  # fmt: skip
+        ):
             share = score.unit == "%" and {value for side in some for value, _ in side} <= {0.0, 1.0}
             return Statistic(score.name, of, finish, share, score.better, score.headline, unit=score.unit)
     return None

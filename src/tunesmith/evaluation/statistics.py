@@ -1,13 +1,12 @@
 """How per-example scores become numbers with intervals, paired differences, and verdicts.
 
-Intervals: percentile bootstrap (Efron and Tibshirani 1993, chapter 13) over *sources*: examples of one source are drawn
-together, since they are not independent. Percentiles are widened as Student's t is wider than the normal (Hesterberg 2015, "What
-teachers should know about the bootstrap", section 4.1), or few sources would look surer than they are. A difference is of the
-same sources on both sides. Its p value inverts that interval. For yes or no, one of each source, the interval is Bonett and
-Price's (2012, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data") and p is
-McNemar's exact one (1947).
-Verdicts are corrected for their number by Holm (1979).
-"""
+Intervals: percentile bootstrap (Efron and Tibshirani 1993, chapter 13) over *sources*: examples of one source
+are drawn together, since they are not independent. Percentiles are widened as Student's t is wider than the
+normal (Hesterberg 2015, "What teachers should know about the bootstrap", section 4.1), or few sources would
+look surer than they are. A difference is of the same sources on both sides. Its p value inverts that
+interval. For yes or no, one of each source, the interval is Bonett and Price's (2012, "Adjusted Wald
+confidence interval for a difference of binomial proportions based on paired data") and p is McNemar's exact
+one (1947). Verdicts are corrected for their number by Holm (1979)."""
 
 from __future__ import annotations
 
@@ -28,7 +27,11 @@ LEVEL = 0.05  # of a verdict, after correction
 TAIL = LEVEL / 2  # left out on each side of a 95 % interval
 RESAMPLES = 4000
 DRAWN = 1 << 22  # numbers at once
-FEW, ENOUGH, FAR = 0.002, 20, 8.0  # a smaller share of draws, of so many sources, is a normal tail's, to so many deviations
+FEW, ENOUGH, FAR = (
+    0.002,
+    20,
+    8.0,
+)  # a smaller share of draws, of so many sources, is a normal tail's, to so many deviations
 
 ALIKE = "all examples score alike: the interval is a point"
 ALIKE_SHARE = "all examples score alike: exact binomial interval"
@@ -42,7 +45,8 @@ Better = Literal["higher", "lower"]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a tuned model is to keep: a ``share`` of the base's value (0.95), or of a share a change under ``change`` (0.05)."""
+    """What a tuned model is to keep: a ``share`` of the base's value (0.95), or of a share a change under
+    ``change`` (0.05)."""
 
     share: float | None = None
     change: float | None = None
@@ -68,11 +72,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """``finish`` (elementwise) of Σ of·units / Σ units over the examples where ``of`` is a number. ``share``: all are 0 or 1.
+    """``finish`` (elementwise) of Σ of·units / Σ units over the examples where ``of`` is a number. ``share``:
+    all are 0 or 1.
 
-    ``better``: which way is good, None where neither is. ``headline``: a task's answer in one number. ``change``: a source whose
-    ``of`` moved by this or less is unchanged. ``unit``: as "%", "nats", "points"; shares are shown in per cent.
-    """
+    ``better``: which way is good, None where neither is. ``headline``: a task's answer in one number.
+    ``change``: a source whose ``of`` moved by this or less is unchanged. ``unit``: as "%", "nats", "points";
+    shares are shown in per cent."""
 
     name: str
     of: Callable[[ExampleScore], float | None]
@@ -87,13 +92,14 @@ class Statistic:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One statistic of the tuned model. ``low``, ``high``: its 95 % interval, None where one example allows none. ``n``: sources.
+    """One statistic of the tuned model. ``low``, ``high``: its 95 % interval, None where one example allows
+    none. ``n``: sources.
 
-    ``delta``: tuned − base on the same examples, None without a base; its interval is paired. ``note``: says so where an interval
-    is not a bootstrap interval. ``part``: as "tool=search", the examples it is of, None for all. ``p``: two-sided, of no
-    difference, by ``test``. ``sources``: how many improved, stayed and regressed. ``met``: whether ``target`` holds, None where
-    that is not shown. ``p_corrected`` and ``verdict`` are what `judge` says.
-    """
+    ``delta``: tuned − base on the same examples, None without a base; its interval is paired. ``note``: says
+    so where an interval is not a bootstrap interval. ``part``: as "tool=search", the examples it is of, None
+    for all. ``p``: two-sided, of no difference, by ``test``. ``sources``: how many improved, stayed and
+    regressed. ``met``: whether ``target`` holds, None where that is not shown. ``p_corrected`` and
+    ``verdict`` are what `judge` says."""
 
     task: str
     version: str
@@ -123,7 +129,9 @@ class Score:
         return None if self.delta is None else self.value - self.delta
 
 
-def change(statistic: Statistic, base: float | None, tuned: float | None) -> Verdict | Literal["unchanged"] | None:
+def change(
+    statistic: Statistic, base: float | None, tuned: float | None
+) -> Verdict | Literal["unchanged"] | None:
     """How one example moved; None where either side has no number, or neither way is good."""
     if base is None or tuned is None or statistic.better is None:
         return None
@@ -131,13 +139,18 @@ def change(statistic: Statistic, base: float | None, tuned: float | None) -> Ver
     return "unchanged" if abs(gain) <= statistic.change else "improved" if gain > 0 else "regressed"
 
 
-def summarise(task: Task, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int) -> list[Score]:
-    """One Score for each statistic of ``task`` that any example has, in order, then its headlines by each of its parts.
+def summarise(
+    task: Task, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
+) -> list[Score]:
+    """One Score for each statistic of ``task`` that any example has, in order, then its headlines by each of
+    its parts.
 
-    Raises EvaluationError where there is none, or where base and tuned are not the same examples with the same weights, in order.
-    """
+    Raises EvaluationError where there is none, or where base and tuned are not the same examples with the
+    same weights, in order."""
     if not tuned:
-        raise EvaluationError(f"{task.name}: no example was scored", hint="give data with at least one usable row")
+        raise EvaluationError(
+            f"{task.name}: no example was scored", hint="give data with at least one usable row"
+        )
     sides = [tuned] if base is None else [tuned, base]
     pairs = zip_longest(*([(score.source, score.units) for score in side] for side in sides))
     odd = [f"tuned {pair[0]}, base {pair[-1]}" for pair in pairs if pair[0] != pair[-1]]
@@ -151,19 +164,29 @@ def summarise(task: Task, base: Sequence[ExampleScore] | None, tuned: Sequence[E
         for value in sorted(values) if len(values) > 1 else ():
             kept = [index for index, one in enumerate(tuned) if str(one.detail.get(key)) == value]
             part = [[side[index] for index in kept] for side in sides]
-            found += (replace(score, headline=False) for score in _scores(task, headlines, part, f"{key}={value}", seed))
+            found += (
+                replace(score, headline=False)
+                for score in _scores(task, headlines, part, f"{key}={value}", seed)
+            )
     return found
 
 
 def judge(scores: Sequence[Score]) -> list[Score]:
-    """``scores`` with verdicts, corrected for how many there are: headlines as one family, all others as another."""
+    """``scores`` with verdicts, corrected for how many there are: headlines as one family, all others as
+    another."""
     verdicts: dict[int, Score] = {}
     for headline in (True, False):
-        family = [(at, one) for at, one in enumerate(scores) if one.headline is headline and one.p is not None and one.better]
+        family = [
+            (at, one)
+            for at, one in enumerate(scores)
+            if one.headline is headline and one.p is not None and one.better
+        ]
         corrected = holm([one.p for _, one in family if one.p is not None])
         for (at, one), p in zip(family, corrected, strict=True):
             gain = (one.delta or 0.0) * (1 if one.better == "higher" else -1)
-            verdict: Verdict = "no difference shown" if p >= LEVEL or not gain else "improved" if gain > 0 else "regressed"
+            verdict: Verdict = (
+                "no difference shown" if p >= LEVEL or not gain else "improved" if gain > 0 else "regressed"
+            )
             verdicts[at] = replace(one, p_corrected=p, verdict=verdict)
     return [verdicts.get(at, one) for at, one in enumerate(scores)]
 
@@ -178,7 +201,8 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p of as many changes each way, of ``gained`` and ``lost`` yes-or-no answers; 1 where none changed."""
+    """Two-sided exact p of as many changes each way, of ``gained`` and ``lost`` yes-or-no answers; 1 where
+    none changed."""
     from scipy.stats import binomtest
 
     return float(binomtest(min(gained, lost), gained + lost, 0.5).pvalue) if gained + lost else 1.0
@@ -194,7 +218,8 @@ def paired(gained: int, lost: int, n: int) -> tuple[float, float]:
 
 
 def edges(n: int) -> tuple[float, float]:
-    """The percentiles of ``n`` sources' bootstrap draws between which a 95 % interval lies: wider for fewer."""
+    """The percentiles of ``n`` sources' bootstrap draws between which a 95 % interval lies: wider for
+    fewer."""
     from scipy.special import ndtr, stdtrit
 
     low = float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, TAIL)))
@@ -215,8 +240,12 @@ def inverted(draws: np.ndarray, n: int) -> float:
 
 
 def _scores(
-    task: Task, statistics: Sequence[Statistic], sides: Sequence[Sequence[ExampleScore]], part: str | None, seed: int
-) -> Iterator[Score]:  # fmt: skip
+    task: Task,
+    statistics: Sequence[Statistic],
+    sides: Sequence[Sequence[ExampleScore]],
+    part: str | None,
+    seed: int,
+) -> Iterator[Score]:
     for statistic in statistics:
         found = [_sums(statistic, side) for side in sides]
         if not all(found):
@@ -225,7 +254,9 @@ def _scores(
             what = f"{task.name}: {statistic.name} has a number on one side only\n{listing(odd)}"
             raise EvaluationError(what, hint="whether an example has one may depend on the question alone")
         once = all(count == 1 for *_, count in found[0].values())
-        sums = np.array([[found[side][source][:2] for source in sorted(found[0])] for side in range(len(found))])
+        sums = np.array(
+            [[found[side][source][:2] for source in sorted(found[0])] for side in range(len(found))]
+        )
         yield replace(_score(task, statistic, sums, once, seed), part=part)
 
 
@@ -241,17 +272,21 @@ def _sums(statistic: Statistic, scores: Sequence[ExampleScore]) -> dict[str, tup
 
 
 def resampled(sums: np.ndarray, seed: int) -> np.ndarray:
-    """``sums``: (sides, n, k). (sides, RESAMPLES, k) totals over n of the n, drawn with replacement, the same for all sides."""
+    """``sums``: (sides, n, k). (sides, RESAMPLES, k) totals over n of the n, drawn with replacement, the same
+    for all sides."""
     n = sums.shape[1]
     lines = np.ascontiguousarray(sums.transpose(0, 2, 1))  # ten times as fast to draw from
     chance = np.random.default_rng(seed)
     size = max(1, DRAWN // (n * sums.shape[0] * sums.shape[2]))
     drawn = (chance.integers(n, size=(min(size, RESAMPLES - at), n)) for at in range(0, RESAMPLES, size))
-    return np.concatenate([np.take(lines, one, axis=2).sum(axis=3) for one in drawn], axis=2).transpose(0, 2, 1)
+    return np.concatenate([np.take(lines, one, axis=2).sum(axis=3) for one in drawn], axis=2).transpose(
+        0, 2, 1
+    )
 
 
 def _score(task: Task, statistic: Statistic, sums: np.ndarray, once: bool, seed: int) -> Score:
-    """``sums``: (1 or 2, n, 2), the tuned model's and, where there is one, the base's. ``once``: a source is one example."""
+    """``sums``: (1 or 2, n, 2), the tuned model's and, where there is one, the base's. ``once``: a source is
+    one example."""
     n = sums.shape[1]
     drawn = np.concatenate([sums.sum(axis=1)[:, None], resampled(sums, seed)], axis=1)
     values = statistic.finish(drawn[..., 0] / drawn[..., 1])  # the data as they are, then the resamples
@@ -271,9 +306,18 @@ def _score(task: Task, statistic: Statistic, sums: np.ndarray, once: bool, seed:
         edge = TAIL ** (1 / n)
         low, high, note = (edge, 1.0, ALIKE_SHARE) if value else (0.0, 1 - edge, ALIKE_SHARE)
     score = Score(
-        task.name, task.version, statistic.name, value, low, high, n, note=note, better=statistic.better,
-        headline=statistic.headline, unit=statistic.unit or ("%" if statistic.share else ""),
-    )  # fmt: skip
+        task.name,
+        task.version,
+        statistic.name,
+        value,
+        low,
+        high,
+        n,
+        note=note,
+        better=statistic.better,
+        headline=statistic.headline,
+        unit=statistic.unit or ("%" if statistic.share else ""),
+    )
     if len(values) == 1:
         return score
     gain, moved = values[0] - values[1], of[0] - of[1]
@@ -292,8 +336,14 @@ def _score(task: Task, statistic: Statistic, sums: np.ndarray, once: bool, seed:
         ends = gap[0] - gain[0] + np.array([low, high]) if exact or other else np.quantile(gap[1:], edges(n))
         met = statistic.target.met(*ends.tolist())
     return replace(
-        score, delta=float(gain[0]), delta_low=low, delta_high=high, note=note, p=p,
+        score,
+        delta=float(gain[0]),
+        delta_low=low,
+        delta_high=high,
+        note=note,
+        p=p,
         test=None if p is None else MCNEMAR if exact else BOOTSTRAP,
         sources=(counted[0], counted[1], counted[2]) if statistic.better else None,
-        target=None if statistic.target is None else str(statistic.target), met=met,
-    )  # fmt: skip
+        target=None if statistic.target is None else str(statistic.target),
+        met=met,
+    )

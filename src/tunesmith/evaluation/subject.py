@@ -1,4 +1,5 @@
-"""A model under test: the same questions in the same order, whichever adapter it wears, however many ranks share them."""
+"""A model under test: the same questions in the same order, whichever adapter it wears, however many ranks
+share them."""
 
 from __future__ import annotations
 
@@ -37,9 +38,9 @@ class Said(NamedTuple):
 class Subject:
     """Answers are greedy, and the net is in evaluation mode: an adapter comes with its dropout on.
 
-    ``heard``: they and log-probabilities by the hash of what was asked, oldest first. What was heard is not asked again: tasks
-    that ask the same share it, and one filled with what was heard earlier goes on as if never stopped, in the same batches.
-    """
+    ``heard``: they and log-probabilities by the hash of what was asked, oldest first. What was heard is not
+    asked again: tasks that ask the same share it, and one filled with what was heard earlier goes on as if
+    never stopped, in the same batches."""
 
     net: nn.Module
     renderer: Renderer
@@ -54,7 +55,8 @@ class Subject:
         self.net.eval()
 
     def ids(self, prompt: Prompt) -> list[int]:
-        """The tokens of ``prompt`` up to where the answer begins. Raises TemplateError where the template cannot say it."""
+        """The tokens of ``prompt`` up to where the answer begins. Raises TemplateError where the template
+        cannot say it."""
         return self.renderer.text_prompt(prompt) if isinstance(prompt, str) else self.renderer.prompt(prompt)
 
     def answers(self, prompts: Sequence[Prompt], max_tokens: int, label: str = "answers") -> list[Said]:
@@ -64,24 +66,35 @@ class Subject:
         new = {key: ids for key, ids in zip(keys, asked, strict=True) if key not in self.heard}
         mine = list(new.values())[self.ranks.rank :: self.ranks.size]
         made = model.generate(
-            self.net, mine, max_tokens=max_tokens, eos_ids=self.renderer.eos_ids,
-            batch_size=self.batch_size, on_done=self.ticker(label),
-        )  # fmt: skip
+            self.net,
+            mine,
+            max_tokens=max_tokens,
+            eos_ids=self.renderer.eos_ids,
+            batch_size=self.batch_size,
+            on_done=self.ticker(label),
+        )
         for key, ids, cut in zip(
-            new, *self._met([one.ids for one in made], [one.finish == "length" for one in made], len(new)), strict=True
+            new,
+            *self._met([one.ids for one in made], [one.finish == "length" for one in made], len(new)),
+            strict=True,
         ):
             self.heard[key] = Said(self.renderer.answer(ids), len(ids), cut)
         return [Said(*self.heard[key]) for key in keys]
 
     def _met(self, ids: list[list[int]], cut: list[bool], n: int) -> tuple[list[list[int]], list[bool]]:
-        """What all ranks generated, in the order of the ``n`` questions; this rank's are every ``size``-th from ``rank``."""
+        """What all ranks generated, in the order of the ``n`` questions; this rank's are every ``size``-th
+        from ``rank``."""
         if self.ranks.size == 1:
             return ids, cut
         mine = range(self.ranks.rank, n, self.ranks.size)
         lengths = np.zeros((n, 2), np.float32)
-        lengths[mine] = [[len(one), end] for one, end in zip(ids, cut, strict=True)] if ids else np.zeros((0, 2))
+        lengths[mine] = (
+            [[len(one), end] for one, end in zip(ids, cut, strict=True)] if ids else np.zeros((0, 2))
+        )
         lengths = np.array(self.ranks.total([mx.array(lengths)])[0])
-        table = np.zeros((n, max(1, int(lengths[:, 0].max(initial=0)))), np.float32)  # ids under 2**24 are exact
+        table = np.zeros(
+            (n, max(1, int(lengths[:, 0].max(initial=0)))), np.float32
+        )  # ids under 2**24 are exact
         for place, one in zip(mine, ids, strict=True):
             table[place, : len(one)] = one
         table = np.array(self.ranks.total([mx.array(table)])[0]).astype(int)
@@ -94,7 +107,11 @@ class Subject:
         new = [group for group in groups if any(_key(tokens) not in self.heard for tokens in group.sequences)]
         mine = range(self.ranks.rank, len(new), self.ranks.size)
         asked = [new[at] for at in mine]
-        found = scoring.sequence_sums(self.net, asked, Cut.around(self.batch, new)[0], self.ticker(label)) if asked else []
+        found = (
+            scoring.sequence_sums(self.net, asked, Cut.around(self.batch, new)[0], self.ticker(label))
+            if asked
+            else []
+        )
         parts = [np.zeros((len(group.sequences), 2)) for group in new]
         for at, sums in zip(mine, found, strict=True):
             parts[at][:] = sums
@@ -102,7 +119,10 @@ class Subject:
         sequences = [tokens for group in new for tokens in group.sequences]
         for tokens, (logp, units) in zip(sequences, summed.tolist(), strict=True):
             self.heard.setdefault(_key(tokens), (logp, units))
-        return [[(logp, units) for logp, units in (self.heard[_key(tokens)] for tokens in group.sequences)] for group in groups]
+        return [
+            [(logp, units) for logp, units in (self.heard[_key(tokens)] for tokens in group.sequences)]
+            for group in groups
+        ]
 
     def ticker(self, label: str):
         return events.ticker(self.notify, f"{self.side}: {label}")

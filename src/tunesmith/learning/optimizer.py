@@ -1,10 +1,10 @@
-"""Optimizers of MLX behind one spec, the learning-rate schedule, clipping, and the optimizer's state as named tensors.
+"""Optimizers of MLX behind one spec, the learning-rate schedule, clipping, and the optimizer's state as named
+tensors.
 
 ``step`` is one optimizer update everywhere.
 
-Weight decay falls on matrices only, never on vectors such as norms and biases (the usual grouping of transformers' trainer).
-It is decoupled (arXiv 1711.05101) but for SGD, where MLX adds it to the gradient.
-"""
+Weight decay falls on matrices only, never on vectors such as norms and biases (the usual grouping of
+transformers' trainer). It is decoupled (arXiv 1711.05101) but for SGD, where MLX adds it to the gradient."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _TAKES: dict[str, tuple[Callable[..., optim.Optimizer], frozenset[str]]] = {
     "adadelta": (optim.AdaDelta, frozenset({"eps"})),
     "rmsprop": (optim.RMSprop, frozenset({"eps"})),
     # With its own step size switched off: the rate of the schedule is the rate that is used.
-    "adafactor": (partial(optim.Adafactor, relative_step=False, scale_parameter=False), frozenset({"weight_decay"})),
+    "adafactor": (
+        partial(optim.Adafactor, relative_step=False, scale_parameter=False),
+        frozenset({"weight_decay"}),
+    ),
     "lion": (optim.Lion, frozenset({"betas", "weight_decay"})),
     "sgd": (optim.SGD, frozenset({"momentum", "weight_decay"})),
     "muon": (optim.Muon, frozenset({"momentum", "weight_decay"})),
@@ -44,17 +47,33 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSpec(Spec):
     """How weights move."""
 
-    kind: Literal["adamw", "adam", "adamax", "adagrad", "adadelta", "rmsprop", "adafactor", "lion", "sgd", "muon"] = "adamw"
-    learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate; LoRA likes 1e-4 to 2e-4")
+    kind: Literal[
+        "adamw", "adam", "adamax", "adagrad", "adadelta", "rmsprop", "adafactor", "lion", "sgd", "muon"
+    ] = "adamw"
+    learning_rate: float = Field(
+        default=1e-4, gt=0, description="peak learning rate; LoRA likes 1e-4 to 2e-4"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="from the peak after warm-up towards final_share of it at the end"
     )
-    warmup_steps: int | None = Field(default=None, ge=0, description="updates of linear warm-up; else warmup_share")
-    warmup_share: float | None = Field(default=None, ge=0, le=1, description="warm-up as a share of all updates")
-    final_share: float = Field(default=0.0, ge=0, le=1, description="learning rate at the end as a share of the peak")
-    max_norm: float | None = Field(default=1.0, gt=0, description="clip the global gradient norm here; null: never")
-    weight_decay: float | None = Field(default=None, ge=0, description="adamw, adafactor, lion, sgd, muon; on matrices only")
-    betas: tuple[Beta, Beta] | None = Field(default=None, description="adam, adamw, adamax, lion; null: MLX's default")
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="updates of linear warm-up; else warmup_share"
+    )
+    warmup_share: float | None = Field(
+        default=None, ge=0, le=1, description="warm-up as a share of all updates"
+    )
+    final_share: float = Field(
+        default=0.0, ge=0, le=1, description="learning rate at the end as a share of the peak"
+    )
+    max_norm: float | None = Field(
+        default=1.0, gt=0, description="clip the global gradient norm here; null: never"
+    )
+    weight_decay: float | None = Field(
+        default=None, ge=0, description="adamw, adafactor, lion, sgd, muon; on matrices only"
+    )
+    betas: tuple[Beta, Beta] | None = Field(
+        default=None, description="adam, adamw, adamax, lion; null: MLX's default"
+    )
     eps: float | None = Field(
         default=None, gt=0, description="adam, adamw, adamax, adagrad, adadelta, rmsprop; null: MLX's default"
     )
@@ -66,7 +85,9 @@ class OptimizerSpec(Spec):
             raise ValueError("warmup_steps and warmup_share are both given; leave one out")
         for name in ("betas", "eps", "momentum", "weight_decay"):
             if getattr(self, name) is not None and name not in _TAKES[self.kind][1]:
-                raise ValueError(f"{self.kind} takes no {name}; it takes {', '.join(sorted(_TAKES[self.kind][1]))}")
+                raise ValueError(
+                    f"{self.kind} takes no {name}; it takes {', '.join(sorted(_TAKES[self.kind][1]))}"
+                )
         return self
 
     def warmup(self, steps: int) -> int:
@@ -78,9 +99,8 @@ class OptimizerSpec(Spec):
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of update ``step`` (from 0) of ``steps``.
 
-        As in transformers' ``get_cosine_schedule_with_warmup`` and ``get_linear_schedule_with_warmup``, with one shift:
-        the warm-up counts from 1, so that the first update is not wasted on a rate of zero.
-        """
+        As in transformers' ``get_cosine_schedule_with_warmup`` and ``get_linear_schedule_with_warmup``, with
+        one shift: the warm-up counts from 1, so that the first update is not wasted on a rate of zero."""
         warmup = self.warmup(steps)
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
@@ -106,7 +126,9 @@ def build(spec: OptimizerSpec, net: nn.Module) -> optim.Optimizer:
         return kind(learning_rate=spec.learning_rate, **options)
 
     if spec.weight_decay:
-        optimizer = optim.MultiOptimizer([make(spec.weight_decay), make(0.0)], [lambda name, weight: weight.ndim >= 2])
+        optimizer = optim.MultiOptimizer(
+            [make(spec.weight_decay), make(0.0)], [lambda name, weight: weight.ndim >= 2]
+        )
     else:
         optimizer = make(0.0)
     optimizer.init(net.trainable_parameters())
@@ -130,7 +152,8 @@ def global_norm(gradients: dict) -> mx.array:
 
 
 def clip(gradients: dict, norm: mx.array, max_norm: float) -> dict:
-    """Gradients scaled so that their global norm is at most ``max_norm`` (as ``torch.nn.utils.clip_grad_norm_``)."""
+    """Gradients scaled so that their global norm is at most ``max_norm`` (as
+    ``torch.nn.utils.clip_grad_norm_``)."""
     scale = mx.minimum(1.0, max_norm / (norm + 1e-6))
     return tree_map(lambda leaf: leaf * scale, gradients)
 

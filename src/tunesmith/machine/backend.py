@@ -1,11 +1,11 @@
 """Which MLX device this is, and what must be in place before MLX is loaded. The only module that sets up MLX.
 
-On Linux the CPU wheel of MLX links a reference BLAS (2–8 GFLOP/s a core). The dynamic linker looks in the global scope
-first, so a fast BLAS opened with RTLD_GLOBAL *before* ``import mlx.core`` serves its products, with no rebuild.
-``TUNESMITH_BLAS`` chooses: ``auto`` (default), ``off``, or the path of a library. ``TUNESMITH_KERNELS=off`` leaves attention
-and e^x to MLX (see `kernels`), ``TUNESMITH_ALLOCATOR=off`` glibc's allocator as it is. OpenBLAS's own variables
-(OPENBLAS_CORETYPE, OPENBLAS_NUM_THREADS, …) win over what is set here.
-"""
+On Linux the CPU wheel of MLX links a reference BLAS (2–8 GFLOP/s a core). The dynamic linker looks in the
+global scope first, so a fast BLAS opened with RTLD_GLOBAL *before* ``import mlx.core`` serves its products,
+with no rebuild. ``TUNESMITH_BLAS`` chooses: ``auto`` (default), ``off``, or the path of a library.
+``TUNESMITH_KERNELS=off`` leaves attention and e^x to MLX (see `kernels`), ``TUNESMITH_ALLOCATOR=off`` glibc's
+allocator as it is. OpenBLAS's own variables (OPENBLAS_CORETYPE, OPENBLAS_NUM_THREADS, …) win over what is set
+here."""
 
 from __future__ import annotations
 
@@ -45,25 +45,32 @@ class Device:
 
 @functools.cache
 def prepare() -> tuple[str, str | None, tuple[str, ...]]:
-    """What must come before ``import mlx.core``: a fast BLAS where it helps, and the allocator. (BLAS, hint, notes)"""
+    """What must come before ``import mlx.core``: a fast BLAS where it helps, and the allocator. (BLAS, hint,
+    notes)"""
     if sys.platform != "linux":
         return "not used", None, ()
     _keep_freed_memory()
     if "mlx.core" in sys.modules:
-        return "unknown", None, ("mlx was imported before tunesmith: the BLAS could not be chosen, products may be slow",)
+        return (
+            "unknown",
+            None,
+            ("mlx was imported before tunesmith: the BLAS could not be chosen, products may be slow",),
+        )
     return *_open_blas(), ()
 
 
 @functools.cache
 def setup() -> Device:
-    """`prepare`, load MLX, and say what this machine is. Idempotent. Raises SetupError where MLX cannot be loaded."""
+    """`prepare`, load MLX, and say what this machine is. Idempotent. Raises SetupError where MLX cannot be
+    loaded."""
     blas, hint, early = prepare()
     notes = [*early, *_odd_switches()]
     try:
         mx = importlib.import_module("mlx.core")
     except ImportError as error:
         raise SetupError(
-            f"MLX cannot be loaded: {error}", hint="pip install 'mlx[cpu]' on Linux, 'mlx' on a Mac with Apple silicon"
+            f"MLX cannot be loaded: {error}",
+            hint="pip install 'mlx[cpu]' on Linux, 'mlx' on a Mac with Apple silicon",
         ) from error
     kind = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
     if kind == "gpu":
@@ -92,7 +99,10 @@ def _open_blas() -> tuple[str, str | None]:
     """(library in use, hint)"""
     choice = os.environ.get("TUNESMITH_BLAS", "auto")
     if choice == "off":
-        return "reference", "unset TUNESMITH_BLAS, which is off: products are about 50 times faster with a fast BLAS"
+        return (
+            "reference",
+            "unset TUNESMITH_BLAS, which is off: products are about 50 times faster with a fast BLAS",
+        )
     _tune_openblas()
     # MKL's wheel puts its libraries where the linker does not look.
     wheels = [str(path) for path in sorted((Path(sys.prefix) / "lib").glob("libmkl_rt.so*"), reverse=True)]
@@ -137,9 +147,8 @@ def own_kernels() -> bool:
 def _tune_openblas() -> None:
     """Settings that OpenBLAS reads when it is opened; what the user has set stays.
 
-    Waiting threads spin for 2^26 cycles, on cores that the next operation of MLX needs, and ranks on one machine would each start
-    a thread on every core.
-    """
+    Waiting threads spin for 2^26 cycles, on cores that the next operation of MLX needs, and ranks on one
+    machine would each start a thread on every core."""
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     if (ranks := _ranks_here()) > 1:
         for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -161,7 +170,8 @@ def _allocator_tuned() -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Ask glibc to keep large freed blocks: returning them costs a page fault each 4 KiB at the next update."""
+    """Ask glibc to keep large freed blocks: returning them costs a page fault each 4 KiB at the next
+    update."""
     if not _allocator_tuned():
         return
     try:
@@ -187,9 +197,12 @@ def _chip(mx, kind: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether MLX gave up for want of memory (it says so in words only: Metal, CUDA and malloc each in their own)."""
+    """Whether MLX gave up for want of memory (it says so in words only: Metal, CUDA and malloc each in their
+    own)."""
     words = str(error).lower()
-    return isinstance(error, MemoryError) or any(word in words for word in ("alloc", "out of memory", "insufficient memory"))
+    return isinstance(error, MemoryError) or any(
+        word in words for word in ("alloc", "out of memory", "insufficient memory")
+    )
 
 
 def memory() -> dict[str, int]:
@@ -197,16 +210,22 @@ def memory() -> dict[str, int]:
     import mlx.core as mx
     import psutil
 
-    return {"resident": psutil.Process().memory_info().rss, "active": mx.get_active_memory(), "peak": mx.get_peak_memory()}
+    return {
+        "resident": psutil.Process().memory_info().rss,
+        "active": mx.get_active_memory(),
+        "peak": mx.get_peak_memory(),
+    }
 
 
 def cache_folder() -> Path:
-    """Where converted models and reference log-probabilities lie: ``$TUNESMITH_CACHE``, else ``~/.cache/tunesmith``."""
+    """Where converted models and reference log-probabilities lie: ``$TUNESMITH_CACHE``, else
+    ``~/.cache/tunesmith``."""
     return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
 
 
 def memory_limit() -> int:
-    """Bytes that a process can use without swapping: the GPU's recommended working set, or the memory of the machine."""
+    """Bytes that a process can use without swapping: the GPU's recommended working set, or the memory of the
+    machine."""
     import mlx.core as mx
     import psutil
 

@@ -1,8 +1,8 @@
 """Several processes that train one model: who this process is among them, and sums over all of them.
 
-Started with ``mlx.launch -n 2 -- tunesmith train …`` (rings of processes or of machines, MPI, JACCL between Macs, NCCL on CUDA).
-Each rank holds the whole model and takes its share of the rows of an update; sums of loss, units and gradients meet once an
-update. One process is the case of one rank, with nothing to add up.
+Started with ``mlx.launch -n 2 -- tunesmith train …`` (rings of processes or of machines, MPI, JACCL between
+Macs, NCCL on CUDA). Each rank holds the whole model and takes its share of the rows of an update; sums of
+loss, units and gradients meet once an update. One process is the case of one rank, with nothing to add up.
 """
 
 from __future__ import annotations
@@ -51,14 +51,18 @@ class Ranks:
             mx.eval(line)
         except RuntimeError as error:
             raise RankLost(
-                f"another rank is gone: {error}", where=f"rank {self.rank} of {self.size}",
+                f"another rank is gone: {error}",
+                where=f"rank {self.rank} of {self.size}",
                 hint="start all ranks again with --resume, or another number, one too: nothing that was saved is lost",
-            ) from error  # fmt: skip
+            ) from error
         parts = mx.split(line, np.cumsum([leaf.size for _, leaf in flat])[:-1].tolist())
-        return tree_unflatten([(name, part.reshape(leaf.shape)) for (name, leaf), part in zip(flat, parts, strict=True)])
+        return tree_unflatten(
+            [(name, part.reshape(leaf.shape)) for (name, leaf), part in zip(flat, parts, strict=True)]
+        )
 
     def total_float(self, values: np.ndarray) -> np.ndarray:
-        """float64 ``values`` summed over the ranks, as three float32 parts each, so that no digit of one rank's value is lost."""
+        """float64 ``values`` summed over the ranks, as three float32 parts each, so that no digit of one
+        rank's value is lost."""
         if self.size == 1:
             return values
         parts, rest = [], values
@@ -83,21 +87,27 @@ class Ranks:
         if (self.total_float(digest) != digest * self.size).any():
             raise TrainingError(
                 "the ranks do not start from the same settings, data, weights and checkpoint",
-                where=f"rank {self.rank} of {self.size}", hint="give every machine the same files, and the same command",
-            )  # fmt: skip
+                where=f"rank {self.rank} of {self.size}",
+                hint="give every machine the same files, and the same command",
+            )
 
 
 ONE = Ranks(None, 0, 1)
 
 
 def join(notify: Sink = silent) -> Ranks:
-    """This process's place among those that `mlx.launch` started, or the only one. Waits for the others, and says so."""
+    """This process's place among those that `mlx.launch` started, or the only one. Waits for the others, and
+    says so."""
     hosts = os.environ.get("MLX_HOSTFILE")
-    if not os.environ.keys() & _LAUNCHED or (hosts is not None and os.path.isfile(hosts) and not os.path.getsize(hosts)):
+    if not os.environ.keys() & _LAUNCHED or (
+        hosts is not None and os.path.isfile(hosts) and not os.path.getsize(hosts)
+    ):
         return ONE  # the host file of a single process is empty
     named = " and ".join(sorted(os.environ.keys() & {"MLX_HOSTFILE", *_LAUNCHED}))
     if hosts is not None and not os.path.isfile(hosts):
-        raise SetupError("MLX_HOSTFILE names no file", where=hosts, hint=f"give the file of addresses, or unset {named}")
+        raise SetupError(
+            "MLX_HOSTFILE names no file", where=hosts, hint=f"give the file of addresses, or unset {named}"
+        )
     rank = os.environ.get("MLX_RANK", "?")
     what = f"rank {rank} still waits for the others: each must be started, with the same addresses and a rank of its own"
     waiting = threading.Timer(PATIENCE_S, lambda: notify(Notice(what, level="warning", where=hosts)))
@@ -106,8 +116,12 @@ def join(notify: Sink = silent) -> Ranks:
     try:
         group = mx.distributed.init(strict=True)
     except RuntimeError as error:
-        hint = f"look at the addresses in {hosts} and at MLX_RANK, or start it with mlx.launch, or unset {named}"
-        raise SetupError(f"this process was started as one of several and cannot reach the others: {error}", hint=hint) from error
+        hint = (
+            f"look at the addresses in {hosts} and at MLX_RANK, or start it with mlx.launch, or unset {named}"
+        )
+        raise SetupError(
+            f"this process was started as one of several and cannot reach the others: {error}", hint=hint
+        ) from error
     finally:
         waiting.cancel()
     if group.rank() == 0:

@@ -1,10 +1,10 @@
 """What a Linux CPU computes another way than MLX's wheel: e^x, causal attention and SwiGLU.
 
-The wheel has no vectorised exponential on x86 (10 to 20 ns an element, where a multiplication takes 0.2), and its attention
-builds all scores at once. Here e^x is a polynomial in plain MLX operations, and attention runs over blocks of queries that
-meet only the keys before them, with scores made again in the backward pass instead of kept (FlashAttention, arXiv 2205.14135).
-On a GPU nothing of this is used: MLX has kernels of its own there.
-"""
+The wheel has no vectorised exponential on x86 (10 to 20 ns an element, where a multiplication takes 0.2), and
+its attention builds all scores at once. Here e^x is a polynomial in plain MLX operations, and attention runs
+over blocks of queries that meet only the keys before them, with scores made again in the backward pass
+instead of kept (FlashAttention, arXiv 2205.14135). On a GPU nothing of this is used: MLX has kernels of its
+own there."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return gate * x / (1 + exp(-gate))
 
 
-def _swiglu_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+def _swiglu_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
     gate, x = primals
     share = 1 / (1 + exp(-gate))
     silu = gate * share
@@ -80,7 +82,8 @@ def _above(x: mx.array, highest: mx.array) -> mx.array:
 
 
 def _total(weights: mx.array) -> mx.array:
-    """(K, V) → (K, 1), first in parts: MLX's CPU adds one after the other, which costs 2e-4 nats at 49,152 logits."""
+    """(K, V) → (K, 1), first in parts: MLX's CPU adds one after the other, which costs 2e-4 nats at 49,152
+    logits."""
     whole = weights.shape[-1] // PART * PART
     parts = weights[:, :whole].reshape(len(weights), -1, PART).sum(axis=-1).sum(axis=-1, keepdims=True)
     return parts + weights[:, whole:].sum(axis=-1, keepdims=True) if whole < weights.shape[-1] else parts
@@ -96,7 +99,9 @@ def _cross(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.
 
 
 def _cross_vjp(
-    primals: tuple[mx.array, mx.array], cotangents: tuple[mx.array, ...], results: tuple[mx.array, mx.array, mx.array]
+    primals: tuple[mx.array, mx.array],
+    cotangents: tuple[mx.array, ...],
+    results: tuple[mx.array, mx.array, mx.array],
 ) -> tuple[mx.array, mx.array]:
     targets = primals[1]
     _, weights, total = results
@@ -114,13 +119,15 @@ def token_logprobs(logits: mx.array, targets: mx.array) -> mx.array:
 
 
 def causal(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """(B, H, T, D) attention of each position to itself and those before it; keys and values (B, K, T, D) with K dividing H."""
+    """(B, H, T, D) attention of each position to itself and those before it; keys and values (B, K, T, D)
+    with K dividing H."""
     return _causal(scale)(queries, keys, values)[0]
 
 
 @functools.cache
 def _causal(scale: float) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
-    """queries, keys, values → output (B, H, T, D) and the log of each row's normaliser (B, K, G, T, 1), G = H / K."""
+    """queries, keys, values → output (B, H, T, D) and the log of each row's normaliser (B, K, G, T, 1), G = H
+    / K."""
 
     def scores(queries: mx.array, keys: mx.array, start: int, end: int) -> mx.array:
         """(B, K, G, end − start, end): the products of one block, what lies ahead at −1e9."""
@@ -151,7 +158,9 @@ def _causal(scale: float) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.a
         return mx.concatenate(outputs, axis=3).reshape(*shape[:3], -1), mx.concatenate(normalisers, axis=3)
 
     def attend_vjp(
-        primals: tuple[mx.array, mx.array, mx.array], cotangents: tuple[mx.array, mx.array], results: tuple[mx.array, mx.array]
+        primals: tuple[mx.array, mx.array, mx.array],
+        cotangents: tuple[mx.array, mx.array],
+        results: tuple[mx.array, mx.array],
     ) -> tuple[mx.array, mx.array, mx.array]:
         queries, keys, values = primals
         shape, length = queries.shape, queries.shape[2]
@@ -178,15 +187,20 @@ def _causal(scale: float) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.a
 
 def _add(total: mx.array, part: mx.array, end: int) -> mx.array:
     """``total`` (B, K, T, D) with ``part`` (B, K, end, D) added to its front."""
-    return mx.concatenate([total[:, :, :end] + part, total[:, :, end:]], axis=2) if end < total.shape[2] else total + part
+    return (
+        mx.concatenate([total[:, :, :end] + part, total[:, :, end:]], axis=2)
+        if end < total.shape[2]
+        else total + part
+    )
 
 
 class Packed:
-    """Passed to a model as the cache of each layer: the one row holds several, which end at ``ends``, each seeing itself alone.
+    """Passed to a model as the cache of each layer: the one row holds several, which end at ``ends``, each
+    seeing itself alone.
 
-    Positions run on through the row: rotary embeddings only tell differences of positions. (An architecture that also scales by
-    the absolute position beyond some length would see the place in the row.) No mask of T × T is ever made.
-    """
+    Positions run on through the row: rotary embeddings only tell differences of positions. (An architecture
+    that also scales by the absolute position beyond some length would see the place in the row.) No mask of T
+    × T is ever made."""
 
     offset = 0
 
@@ -219,7 +233,8 @@ def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
 
 
 class Prompt:
-    """Passed to a model as the cache of a layer: keeps the keys and values of the first row and lays them before all later ones.
+    """Passed to a model as the cache of a layer: keeps the keys and values of the first row and lays them
+    before all later ones.
 
     What comes after the prompt is not kept, so any number of answers follow it, each alone.
     """
@@ -263,9 +278,16 @@ def _one_row(queries: mx.array, keys: mx.array, values: mx.array, scale: float) 
 
 
 def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
 ) -> mx.array:
-    """What mlx-lm's layers call, with the blocks above where they serve: a causal pass over whole rows, without a cache."""
+    """What mlx-lm's layers call, with the blocks above where they serve: a causal pass over whole rows,
+    without a cache."""
     if isinstance(mask, Packed):
         if sinks is not None:
             raise ValueError("layers with attention sinks cannot take packed rows")
@@ -280,14 +302,18 @@ def attention(
 def install(net: nn.Module) -> int:
     """Let the layers of ``net`` that call attention or SwiGLU call those above; returns how many do.
 
-    Each such layer becomes an object of a subclass whose ``__call__`` is its own code with these two names bound anew, so every
-    architecture keeps its own arithmetic, and other models in the process stay as they were.
-    """
-    mine: dict[str, Any] = {"scaled_dot_product_attention": attention} | ({"swiglu": swiglu} if backend.own_kernels() else {})
+    Each such layer becomes an object of a subclass whose ``__call__`` is its own code with these two names
+    bound anew, so every architecture keeps its own arithmetic, and other models in the process stay as they
+    were."""
+    mine: dict[str, Any] = {"scaled_dot_product_attention": attention} | (
+        {"swiglu": swiglu} if backend.own_kernels() else {}
+    )
     count = 0
     for module in net.modules():
         call = type(module).__call__
-        if isinstance(call, types.FunctionType) and (names := tuple(name for name in mine if name in call.__code__.co_names)):
+        if isinstance(call, types.FunctionType) and (
+            names := tuple(name for name in mine if name in call.__code__.co_names)
+        ):
             module.__class__ = _calling(type(module), names)
             count += 1
     return count
@@ -300,4 +326,6 @@ def _calling(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     bound = call.__globals__ | {name: mine[name] for name in names}
     own = types.FunctionType(call.__code__, bound, call.__name__, call.__defaults__, call.__closure__)
     own.__kwdefaults__ = call.__kwdefaults__
-    return type(kind.__name__, (kind,), {"__call__": own, "__doc__": kind.__doc__, "__module__": kind.__module__})
+    return type(
+        kind.__name__, (kind,), {"__call__": own, "__doc__": kind.__doc__, "__module__": kind.__module__}
+    )

@@ -1,8 +1,8 @@
 """The base model: where it is, loading it whole, quantising it, and letting it speak.
 
-The only module that loads through mlx-lm. Tokenizers are not read here. On a CPU everything computes in float32; a
-quantised base is turned back into float32 after quantising, since quantised products are about 50 times slower there.
-"""
+The only module that loads through mlx-lm. Tokenizers are not read here. On a CPU everything computes in
+float32; a quantised base is turned back into float32 after quantising, since quantised products are about 50
+times slower there."""
 
 from __future__ import annotations
 
@@ -37,13 +37,20 @@ class ModelSpec(Spec):
     """The base model and how its weights are held."""
 
     path: str = Field(min_length=1, description="folder, GGUF file, or hub id (owner/name)")
-    quantize: Literal[4, 8] | None = Field(default=None, description="bits of the frozen base; null: as it is")
-    group_size: Literal[32, 64, 128] = Field(default=64, description="weights that share a scale when quantised")
-    dtype: Dtype = Field(default="auto", description="of what is not quantised; auto: float32 on CPU, else the file's")
+    quantize: Literal[4, 8] | None = Field(
+        default=None, description="bits of the frozen base; null: as it is"
+    )
+    group_size: Literal[32, 64, 128] = Field(
+        default=64, description="weights that share a scale when quantised"
+    )
+    dtype: Dtype = Field(
+        default="auto", description="of what is not quantised; auto: float32 on CPU, else the file's"
+    )
     tokenizer: str | None = Field(default=None, description="another folder, or mistral-v3; null: its own")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     adapter: str | None = Field(
-        default=None, description="run or checkpoint whose adapter is merged into the base: training starts on top of it"
+        default=None,
+        description="run or checkpoint whose adapter is merged into the base: training starts on top of it",
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
@@ -51,10 +58,9 @@ class ModelSpec(Spec):
 class Loaded(NamedTuple):
     """``net``: frozen, in evaluation mode. ``path``: folder with config.json.
 
-    ``fingerprint``: sha256 (hex) over config.json and the name, size, first MiB and last MiB of each weights file, in the
-    order of names; with a merged adapter, over that and the adapter's file. A change in the middle of a file of equal size is not
-    seen. ``files``: the same of the files alone.
-    """
+    ``fingerprint``: sha256 (hex) over config.json and the name, size, first MiB and last MiB of each weights
+    file, in the order of names; with a merged adapter, over that and the adapter's file. A change in the
+    middle of a file of equal size is not seen. ``files``: the same of the files alone."""
 
     net: nn.Module
     path: Path
@@ -74,34 +80,46 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
     if local.is_file():
         with local.open("rb") as stream:
             if stream.read(4) != b"GGUF":
-                raise ModelError("is not a GGUF file", where=path, hint="give a GGUF file or the folder of a model")
+                raise ModelError(
+                    "is not a GGUF file", where=path, hint="give a GGUF file or the folder of a model"
+                )
         from tunesmith.model import gguf
 
         return gguf.convert(local, "float32" if dtype == "auto" and _on_cpu() else dtype, notify)
     if path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ModelError("does not exist", where=path, hint="give a folder, a GGUF file, or a hub id (owner/name)")
+        raise ModelError(
+            "does not exist", where=path, hint="give a folder, a GGUF file, or a hub id (owner/name)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:  # all of the hub client's errors, offline and no such model among them
-        what = f"is neither a local folder or file nor a model that the hub gives: {str(error).splitlines()[0]}"
-        raise ModelError(what, where=path, hint="offline, or for a model behind a licence, give a local folder") from error
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # all of the hub client's errors, offline and no such model among them
+        what = (
+            f"is neither a local folder or file nor a model that the hub gives: {str(error).splitlines()[0]}"
+        )
+        raise ModelError(
+            what, where=path, hint="offline, or for a model behind a licence, give a local folder"
+        ) from error
 
 
 def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     """The base model, every weight in its place, frozen, in evaluation mode, quantised if asked.
 
-    Raises ModelError where files are missing or torn, the architecture is unknown, or tensors are missing, left over
-    or of another shape; all of them are listed.
-    """
+    Raises ModelError where files are missing or torn, the architecture is unknown, or tensors are missing,
+    left over or of another shape; all of them are listed."""
     from mlx_lm import utils
 
     path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision, notify=notify)
     trust = spec.trust_remote_code
     try:
         _check_files(path)
-        net, config = utils.load_model(path, lazy=True, get_model_classes=_strict_classes, trust_remote_code=trust)
+        net, config = utils.load_model(
+            path, lazy=True, get_model_classes=_strict_classes, trust_remote_code=trust
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"cannot be loaded: {error}", where=str(path)) from error
     cpu = _on_cpu()
@@ -109,15 +127,27 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     if dtype != "auto":
         net.set_dtype({"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[dtype])
     if cpu and dtype != "float32":
-        notify(Notice(f"{dtype} on a CPU is about 50 times slower than float32", level="warning", where="model.dtype"))
+        notify(
+            Notice(
+                f"{dtype} on a CPU is about 50 times slower than float32",
+                level="warning",
+                where="model.dtype",
+            )
+        )
     bits = config["quantization"]["bits"] if "quantization" in config else None
     if spec.quantize is not None and bits is None:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints
             net, config = utils.quantize_model(net, config, spec.group_size, spec.quantize)
-        notify(Notice(f"quantised to {spec.quantize} bits, one scale for {spec.group_size} weights", where="model"))
+        notify(
+            Notice(
+                f"quantised to {spec.quantize} bits, one scale for {spec.group_size} weights", where="model"
+            )
+        )
     elif spec.quantize not in (None, bits):
         hint = "leave out model.quantize, or give the model before it was quantised"
-        raise ModelError(f"is quantised to {bits} bits already, {spec.quantize} asked for", where=str(path), hint=hint)
+        raise ModelError(
+            f"is quantised to {bits} bits already, {spec.quantize} asked for", where=str(path), hint=hint
+        )
     if cpu and "quantization" in config:
         net = utils.dequantize_model(net)
         net.set_dtype(mx.float32)
@@ -166,7 +196,8 @@ def _check_files(path: Path) -> None:
 
 
 def _strict_classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """mlx-lm's classes for a config, but told all that does not fit; its own check stops at the first wrong shape."""
+    """mlx-lm's classes for a config, but told all that does not fit; its own check stops at the first wrong
+    shape."""
     from mlx_lm import utils
 
     model, arguments = utils._get_classes(config)
@@ -177,8 +208,9 @@ def _strict_classes(config: dict[str, Any]) -> tuple[Any, Any]:
             due = {name: cast(mx.array, value).shape for name, value in tree_flatten(self.parameters())}
             problems = [
                 f"{name}: the weights have {given.get(name, 'none')}, the model {due.get(name, 'none')}"
-                for name in sorted(given.keys() | due.keys()) if given.get(name) != due.get(name)
-            ]  # fmt: skip
+                for name in sorted(given.keys() | due.keys())
+                if given.get(name) != due.get(name)
+            ]
             if problems:
                 raise ValueError(f"weights do not fit config.json:\n{listing(problems)}")
             self.__class__ = model  # the check is for the loading alone
@@ -219,15 +251,23 @@ class Generation(NamedTuple):
 
 
 def generate(
-    net: nn.Module, prompts: Sequence[Sequence[int]], *, max_tokens: int = 256, eos_ids: Sequence[int],
-    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, batch_size: int = 16,
+    net: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 256,
+    eos_ids: Sequence[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
     on_done: Callable[[int, int], None] | None = None,
-) -> list[Generation]:  # fmt: skip
-    """One continuation a prompt, in the order of the prompts; ``batch_size`` of them at a time, long prompts first.
+) -> list[Generation]:
+    """One continuation a prompt, in the order of the prompts; ``batch_size`` of them at a time, long prompts
+    first.
 
-    temperature 0 is greedy. Otherwise each prompt draws from its own stream, a function of (seed, index of the prompt), and
-    MLX's global random state is untouched. on_done: (finished, all). Raises ModelError for an empty prompt.
-    """
+    temperature 0 is greedy. Otherwise each prompt draws from its own stream, a function of (seed, index of
+    the prompt), and MLX's global random state is untouched. on_done: (finished, all). Raises ModelError for
+    an empty prompt."""
     ids: list[list[int]] = [[] for _ in prompts]
     finish: dict[int, Finish] = {}
     for index, token, end in _speak(net, prompts, max_tokens, eos_ids, temperature, top_p, seed, batch_size):
@@ -241,9 +281,15 @@ def generate(
 
 
 def stream(
-    net: nn.Module, prompt: Sequence[int], *, max_tokens: int = 256, eos_ids: Sequence[int], temperature: float = 0.0,
-    top_p: float = 1.0, seed: int = 0,
-) -> Iterator[int]:  # fmt: skip
+    net: nn.Module,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 256,
+    eos_ids: Sequence[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
     """The ids of ``generate([prompt])``, each as soon as it is known."""
     for _, token, end in _speak(net, [prompt], max_tokens, eos_ids, temperature, top_p, seed, 1):
         if end != "stop":
@@ -251,12 +297,20 @@ def stream(
 
 
 def _speak(
-    net: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Sequence[int], temperature: float,
-    top_p: float, seed: int, batch_size: int,
-) -> Iterator[tuple[int, int, Finish | None]]:  # fmt: skip
+    net: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    eos_ids: Sequence[int],
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch_size: int,
+) -> Iterator[tuple[int, int, Finish | None]]:
     """(index of the prompt, token, None | stop | length); the token of a stop is the end token."""
     if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
-        raise ModelError("cannot continue an empty prompt", where=f"prompt {empty[0]}", hint="give at least one token")
+        raise ModelError(
+            "cannot continue an empty prompt", where=f"prompt {empty[0]}", hint="give at least one token"
+        )
     if max_tokens < 1:
         raise ModelError(f"max_tokens is {max_tokens}", hint="at least 1")
     from mlx_lm.generate import BatchGenerator
@@ -265,16 +319,23 @@ def _speak(
     samplers = None if temperature == 0 else [_sampler(temperature, top_p, seed, index) for index in order]
     with evaluating(net):
         batch = BatchGenerator(
-            net, stop_tokens=[[end] for end in eos_ids], completion_batch_size=batch_size,
-            prefill_batch_size=min(8, batch_size), stream=mx.default_stream(mx.default_device()),
-        )  # fmt: skip
+            net,
+            stop_tokens=[[end] for end in eos_ids],
+            completion_batch_size=batch_size,
+            prefill_batch_size=min(8, batch_size),
+            stream=mx.default_stream(mx.default_device()),
+        )
         try:
             asked = [[*map(int, prompts[index])] for index in order]
             inserted = batch.insert(asked, [max_tokens] * len(order), samplers=samplers)
             index_of = dict(zip(inserted, order, strict=True))
             while responses := batch.next_generated():
                 for response in responses:
-                    yield index_of[response.uid], response.token, cast("Finish | None", response.finish_reason)
+                    yield (
+                        index_of[response.uid],
+                        response.token,
+                        cast("Finish | None", response.finish_reason),
+                    )
         finally:
             batch.close()  # gives the process its wired limit back
 
@@ -290,7 +351,9 @@ def _sampler(temperature: float, top_p: float, seed: int, index: int) -> Callabl
         if top_p < 1:
             ranked = -mx.sort(-logits, axis=-1)
             shares = mx.softmax(ranked, axis=-1)
-            kept = mx.cumsum(shares, axis=-1) - shares < top_p  # the likeliest always, and all that tie with the last
+            kept = (
+                mx.cumsum(shares, axis=-1) - shares < top_p
+            )  # the likeliest always, and all that tie with the last
             logits = mx.where(logits >= mx.where(kept, ranked, mx.inf).min(), logits, -mx.inf)
         return mx.random.categorical(logits, key=now)
 

@@ -1,10 +1,10 @@
 """Log-probabilities of given tokens from hidden states, without ever holding the logits of a whole batch.
 
-Only positions that predict a learned token come here. They meet the output projection in chunks, and each chunk's gradient is
-made beside its value (cross-entropy's gradient is known as soon as its softmax is), so that logits live for one chunk. The way
-from hidden states to logits is the model's own code with its body left out: tied or quantised heads, adapters on the head,
-scaled and soft-capped logits come out as the model makes them.
-"""
+Only positions that predict a learned token come here. They meet the output projection in chunks, and each
+chunk's gradient is made beside its value (cross-entropy's gradient is known as soon as its softmax is), so
+that logits live for one chunk. The way from hidden states to logits is the model's own code with its body
+left out: tied or quantised heads, adapters on the head, scaled and soft-capped logits come out as the model
+makes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ CHUNK = 1 << 24  # logits at once: 64 MiB in float32
 
 
 class _Said:
-    """Stands for the body of a model: says what was computed before, and has the body's weights for a tied head."""
+    """Stands for the body of a model: says what was computed before, and has the body's weights for a tied
+    head."""
 
     def __init__(self, body: Any, hidden: mx.array) -> None:
         self._body, self._hidden = body, hidden
@@ -58,12 +59,18 @@ def head(net: nn.Module, hidden: mx.array) -> mx.array:
 
 
 def splits(net: nn.Module) -> bool:
-    """Whether head(features(x)) = net(x), tried on a few tokens. False for models whose body is not called ``model``."""
+    """Whether head(features(x)) = net(x), tried on a few tokens. False for models whose body is not called
+    ``model``."""
     ids = mx.arange(8, dtype=mx.int32)[None]
     with model.evaluating(net):
         try:
             split, whole = head(net, features(net, ids)[0]).astype(mx.float32), net(ids)[0].astype(mx.float32)
-        except (KeyError, TypeError, ValueError, AttributeError):  # another layout, another signature, another shape
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ):  # another layout, another signature, another shape
             return False
         return split.shape == whole.shape and bool(mx.abs(whole - split).max() <= 1e-3 * mx.abs(whole).max())
 
@@ -82,12 +89,16 @@ def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
         slopes: list[mx.array] = []
         for start in starts:
             part = _after(hidden[start : start + rows], [*values[-1:], *slopes[-1:]])
-            (value,), (slope,) = mx.vjp(lambda part, start=start: of_chunk(part, start), [part], [mx.ones(part.shape[:1])])
+            (value,), (slope,) = mx.vjp(
+                lambda part, start=start: of_chunk(part, start), [part], [mx.ones(part.shape[:1])]
+            )
             values.append(value)
             slopes.append(slope)
         return mx.concatenate(values), mx.concatenate(slopes)
 
-    def frozen_vjp(primal: mx.array, cotangents: tuple[mx.array, mx.array], results: tuple[mx.array, mx.array]) -> mx.array:
+    def frozen_vjp(
+        primal: mx.array, cotangents: tuple[mx.array, mx.array], results: tuple[mx.array, mx.array]
+    ) -> mx.array:
         return (cotangents[0][:, None] * results[1]).astype(primal.dtype)
 
     def in_turn(hidden: mx.array) -> mx.array:
@@ -109,13 +120,19 @@ def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
         place(list(weights))
         return in_turn(hidden)
 
-    def trained_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, result: mx.array) -> tuple[mx.array, ...]:
-        """Each chunk is computed again: the gradient of the weights needs the cotangent, which the values do not know."""
+    def trained_vjp(
+        primals: tuple[mx.array, ...], cotangent: mx.array, result: mx.array
+    ) -> tuple[mx.array, ...]:
+        """Each chunk is computed again: the gradient of the weights needs the cotangent, which the values do
+        not know."""
         hidden, *weights = primals
         slopes: list[mx.array] = []
         sums: list[mx.array] = []
         for start in starts:
-            part, bar = _after(hidden[start : start + rows], [*slopes[-1:], *sums]), cotangent[start : start + rows]
+            part, bar = (
+                _after(hidden[start : start + rows], [*slopes[-1:], *sums]),
+                cotangent[start : start + rows],
+            )
 
             def run(part: mx.array, *weights: mx.array, start: int = start) -> mx.array:
                 place(list(weights))

@@ -1,4 +1,5 @@
-"""Will it run here? ``doctor`` looks at versions, device, memory, disk, BLAS and compiler, and trains a tiny model.
+"""Will it run here? ``doctor`` looks at versions, device, memory, disk, BLAS and compiler, and trains a tiny
+model.
 
 Importable when MLX is broken: whatever a check raises becomes a failed check that says so.
 """
@@ -45,11 +46,15 @@ class Check(TypedDict):
 def doctor(path: Path = Path("."), overfit: bool = True, notify: Sink = events.silent) -> dict[str, Any]:
     """``{"ok": no check failed, "checks": [Check, …]}``; never raises for what is wrong with the machine.
 
-    path: where runs will be written (it need not exist). overfit: also train a tiny random model for ten steps.
-    """
+    path: where runs will be written (it need not exist). overfit: also train a tiny random model for ten
+    steps."""
     groups: dict[str, Callable[[], list[Check]]] = {
-        "versions": _versions, "device": _device, "memory": _memory, "disk": lambda: _disk(path), "products": _products,
-    }  # fmt: skip
+        "versions": _versions,
+        "device": _device,
+        "memory": _memory,
+        "disk": lambda: _disk(path),
+        "products": _products,
+    }
     groups |= {"overfit": _overfit} if overfit else {}
     checks: list[Check] = []
     for name, look in groups.items():
@@ -58,8 +63,12 @@ def doctor(path: Path = Path("."), overfit: bool = True, notify: Sink = events.s
             checks += look()
         except TunesmithError as error:
             checks.append(_check(name, error.what, "fail", error.hint))
-        except Exception as error:  # a broken native library can raise anything; the doctor's work is to tell it
-            checks.append(_check(name, f"{type(error).__name__}: {error}", "fail", "reinstall as the README says"))
+        except (
+            Exception
+        ) as error:  # a broken native library can raise anything; the doctor's work is to tell it
+            checks.append(
+                _check(name, f"{type(error).__name__}: {error}", "fail", "reinstall as the README says")
+            )
     return {"ok": all(check["status"] != "fail" for check in checks), "checks": checks}
 
 
@@ -113,19 +122,27 @@ def _memory() -> list[Check]:
     limit, used = _container()
     if limit < total:
         total, free, where = limit, min(free, limit - used), " (limit of this container)"
-    value, hint = f"{size(total)} in all{where}, {size(free)} free", "a smaller batch.tokens, or loop.checkpoint_gradients"
+    value, hint = (
+        f"{size(total)} in all{where}, {size(free)} free",
+        "a smaller batch.tokens, or loop.checkpoint_gradients",
+    )
     swapping = "the machine is swapping: training would be many times slower; free memory first"
     return [
         _check("memory", value, free < LOW_MEMORY and "warn", f"close other programs; else {hint}"),
-        _check("swap", f"{size(swap.total)} in all, {size(swap.used)} used", swap.used > 1e9 and "warn", swapping),
+        _check(
+            "swap", f"{size(swap.total)} in all, {size(swap.used)} used", swap.used > 1e9 and "warn", swapping
+        ),
     ]
 
 
 def _container() -> tuple[float, float]:
-    """(limit, in use without what can be dropped) of this control group (cgroup v2) in bytes; infinite: no limit."""
+    """(limit, in use without what can be dropped) of this control group (cgroup v2) in bytes; infinite: no
+    limit."""
     folder = Path("/sys/fs/cgroup")
     try:
-        limit, used, details = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat"))
+        limit, used, details = (
+            (folder / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat")
+        )
     except OSError:
         return math.inf, 0.0
     cached = dict(line.split() for line in details.splitlines()).get("inactive_file", "0")
@@ -135,7 +152,9 @@ def _container() -> tuple[float, float]:
 def _disk(path: Path) -> list[Check]:
     folder = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
     if not folder.is_dir():
-        raise SetupError(f"{folder} is not a folder, so runs cannot be written there", hint="choose another folder")
+        raise SetupError(
+            f"{folder} is not a folder, so runs cannot be written there", hint="choose another folder"
+        )
     free = shutil.disk_usage(folder).free
     hint = "each checkpoint of a 7B adapter takes up to 1 GB, a fused model as much as the base"
     checks = [_check("disk", f"{size(free)} free at {folder}", free < LOW_DISK and "warn", hint)]
@@ -151,9 +170,15 @@ def _disk(path: Path) -> list[Check]:
             os.fsync(file.fileno())
             speed = WRITTEN / (time.perf_counter() - start)
     except OSError as error:
-        return [*checks, _check("write speed", f"{folder} cannot be written: {error}", "fail", "choose another folder")]
+        return [
+            *checks,
+            _check("write speed", f"{folder} cannot be written: {error}", "fail", "choose another folder"),
+        ]
     hint = "checkpoints will take long: raise loop.save_every, or write runs to another disk"
-    return [*checks, _check("write speed", f"{size(speed)}/s, flushed to disk", speed < SLOW_DISK and "warn", hint)]
+    return [
+        *checks,
+        _check("write speed", f"{size(speed)}/s, flushed to disk", speed < SLOW_DISK and "warn", hint),
+    ]
 
 
 def _products() -> list[Check]:
@@ -162,7 +187,10 @@ def _products() -> list[Check]:
     hint = device.blas_hint or "other programs may be using the processor; try again"
     how = backend.cpu_settings() or "on the GPU"
     if (forced := os.environ.get("OPENBLAS_CORETYPE")) and not problem and device.kind == "cpu":
-        problem, hint = "warn", f"OPENBLAS_CORETYPE={forced} keeps OpenBLAS from choosing: unset it and compare the speed"
+        problem, hint = (
+            "warn",
+            f"OPENBLAS_CORETYPE={forced} keeps OpenBLAS from choosing: unset it and compare the speed",
+        )
     return [_check("products", f"{speed:,.0f} GFLOP/s float32; {how}", problem, hint)]
 
 
@@ -176,10 +204,11 @@ def _overfit() -> list[Check]:
 
 
 def _overfit_probe(steps: int = 10) -> tuple[float, float]:
-    """(first, last) loss of a tiny random model that learns one sequence by heart, through the code that trains.
+    """(first, last) loss of a tiny random model that learns one sequence by heart, through the code that
+    trains.
 
-    Ten updates of AdamW at 2e-2 bring the loss from about ln 64 = 4.2 nats below 1: the bound that `doctor` asks for.
-    """
+    Ten updates of AdamW at 2e-2 bring the loss from about ln 64 = 4.2 nats below 1: the bound that `doctor`
+    asks for."""
     import mlx.core as mx
     import numpy as np
     from mlx.utils import tree_map
@@ -196,12 +225,21 @@ def _overfit_probe(steps: int = 10) -> tuple[float, float]:
 
     random = np.random.Generator(np.random.PCG64(0))
     sizes = llama.ModelArgs(
-        model_type="llama", hidden_size=32, num_hidden_layers=1, intermediate_size=64, num_attention_heads=2,
-        rms_norm_eps=1e-5, vocab_size=64, num_key_value_heads=1,
-    )  # fmt: skip
+        model_type="llama",
+        hidden_size=32,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        num_attention_heads=2,
+        rms_norm_eps=1e-5,
+        vocab_size=64,
+        num_key_value_heads=1,
+    )
     net = llama.Model(sizes)
     net.update(
-        tree_map(lambda p: mx.array(random.normal(0, 0.1, p.shape).astype(np.float32)) if p.ndim > 1 else p, net.parameters())
+        tree_map(
+            lambda p: mx.array(random.normal(0, 0.1, p.shape).astype(np.float32)) if p.ndim > 1 else p,
+            net.parameters(),
+        )
     )
     config = RunConfig(
         model=model.ModelSpec(path="probe"),

@@ -1,8 +1,9 @@
-"""What came of a run, for people and for machines: one page, one text, one JSON and two pictures, all from the run directory.
+"""What came of a run, for people and for machines: one page, one text, one JSON and two pictures, all from
+the run directory.
 
-``report.html`` answers whether to ship it; ``report.md`` and ``report.json`` hold the same facts, ``report.png`` the gist and
-``curves.png`` the course of training; ``model_card.md`` is for whom it is given to. They can be written anew at any time.
-"""
+``report.html`` answers whether to ship it; ``report.md`` and ``report.json`` hold the same facts,
+``report.png`` the gist and ``curves.png`` the course of training; ``model_card.md`` is for whom it is given
+to. They can be written anew at any time."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def write(run_dir: Path) -> Path:
         card.write(run_dir, found)
     except OSError as error:
         what = f"the report cannot be written: {error.strerror or error}"
-        raise EvaluationError(what, where=str(run_dir), hint="make room, or copy the run to where you may write") from error
+        raise EvaluationError(
+            what, where=str(run_dir), hint="make room, or copy the run to where you may write"
+        ) from error
     return run_dir / TEXT
 
 

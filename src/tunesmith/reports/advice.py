@@ -1,7 +1,8 @@
-"""What a run's numbers do not show, and what to try next: each by a stated rule, with the numbers that set it off.
+"""What a run's numbers do not show, and what to try next: each by a stated rule, with the numbers that set it
+off.
 
-No model is asked and nothing is guessed: a rule that does not hold says nothing. ``given`` takes `facts.summary`.
-"""
+No model is asked and nothing is guessed: a rule that does not hold says nothing. ``given`` takes
+`facts.summary`."""
 
 from __future__ import annotations
 
@@ -18,17 +19,20 @@ from tunesmith.training.loop import SKIPS_BEFORE_STOP
 RISE = 0.01
 """Share of the lowest validation loss from which a later rise counts."""
 FALLING = 0.01
-"""Share of the whole fall that the last stretch between validations must have for the loss to be called still falling."""
+"""Share of the whole fall that the last stretch between validations must have for the loss to be called still
+falling."""
 CLIPPED, PADDED, DROPPED, CUT = 0.5, 0.3, 0.05, 0.05
 APART = 0.5
-"""Training loss below this share of the validation loss: the rows are being learned by heart. Not said of one below `SMALL`."""
+"""Training loss below this share of the validation loss: the rows are being learned by heart. Not said of one
+below `SMALL`."""
 SMALL = 0.1
 BY_DESIGN = ("undesirable",)
 """Reasons for which SFT leaves out rows that it is not to imitate."""
 RIGHT, FORMED = 0.8, 0.9
 FEW = 50
 POWER = ((1.959964 + 0.841621) / 1.959964) ** 2
-"""What n must grow by for a difference of the very size of its interval's half to be shown in 80 % of repetitions."""
+"""What n must grow by for a difference of the very size of its interval's half to be shown in 80 % of
+repetitions."""
 MOST = 1_000_000
 BITTER = 3
 """Tools named."""
@@ -45,16 +49,25 @@ class Advice(NamedTuple):
 def given(found: Mapping[str, Any]) -> dict[str, list[Any]]:
     """``limits``: sentences. ``advice``: `Advice` as mappings, gravest first."""
     rules = (_status, _retention, _safety, _course, _tools, _steps, _data, _power)
-    return {"limits": list(_limits(found)), "advice": [one._asdict() for rule in rules for one in rule(found)]}
+    return {
+        "limits": list(_limits(found)),
+        "advice": [one._asdict() for rule in rules for one in rule(found)],
+    }
 
 
 def needed(score: Mapping[str, Any]) -> int | None:
-    """Sources at which a true difference of the seen size would be shown in 80 % of repetitions: an interval is as wide as 1/√n.
+    """Sources at which a true difference of the seen size would be shown in 80 % of repetitions: an interval
+    is as wide as 1/√n.
 
-    n · (half / |difference|)² · ((z₀.₉₇₅ + z₀.₈) / z₀.₉₇₅)², half: half of the interval's width. None where it cannot be said.
-    """
+    n · (half / |difference|)² · ((z₀.₉₇₅ + z₀.₈) / z₀.₉₇₅)², half: half of the interval's width. None where
+    it cannot be said."""
     low, high, delta = (score.get(name) for name in ("delta_low", "delta_high", "delta"))
-    if low is None or high is None or not delta or not all(isinstance(one, float | int) for one in (low, high, delta)):
+    if (
+        low is None
+        or high is None
+        or not delta
+        or not all(isinstance(one, float | int) for one in (low, high, delta))
+    ):
         return None
     many = score["n"] * ((high - low) / 2 / abs(delta)) ** 2 * POWER
     return math.ceil(many) if many <= MOST else None
@@ -70,15 +83,23 @@ def _status(found: Mapping[str, Any]) -> Iterator[Advice]:
         why = found["status"] + (f": {found['why']}" if found["why"] else "")
         do = f"go on with tunesmith train --resume {run}"
         skipped = found["updates"]["skipped"]
-        if skipped and skipped[-1]["in_a_row"] >= SKIPS_BEFORE_STOP:  # what it does is a function of its settings and its rows
+        if (
+            skipped and skipped[-1]["in_a_row"] >= SKIPS_BEFORE_STOP
+        ):  # what it does is a function of its settings and its rows
             do = "look at the rows of these updates and lower optimizer.learning_rate in a new run: resumed, it ends the same"
         yield Advice("the run did not end by itself", why, do)
     nothing = found["counts"].get("rows_valid") == 0
-    ask = f"run tunesmith evaluate {run}" + (" --data FILE, with rows that it was not trained on" if nothing else "")
+    ask = f"run tunesmith evaluate {run}" + (
+        " --data FILE, with rows that it was not trained on" if nothing else ""
+    )
     if not found["scores"] and found["checkpoints"]:
         yield Advice("nothing was evaluated", "loss alone says little of answers", ask)
     elif found["scores"]:
-        for name, what in (("learned", "the task"), ("kept", "what it knew before"), ("safe", "what it declines")):
+        for name, what in (
+            ("learned", "the task"),
+            ("kept", "what it knew before"),
+            ("safe", "what it declines"),
+        ):
             if found["evidence"][name] != "not measured":
                 continue
             few = [one for one in found["answers"] if one["question"] == "task" and evidence.alone(one)]
@@ -90,9 +111,15 @@ def _status(found: Mapping[str, Any]) -> Iterator[Advice]:
                 yield Advice("a question is open", f"{what} was not measured against the base", do)
     best, speaker = evidence.best(found), evidence.checkpoint(found)
     if best is not None and speaker is not None and speaker.isdigit() and int(speaker) != best:
-        kind = f"best by {found['checkpoints'].get('metric')}" if found["checkpoints"]["best"] == best else "last"
+        kind = (
+            f"best by {found['checkpoints'].get('metric')}"
+            if found["checkpoints"]["best"] == best
+            else "last"
+        )
         why = f"the verdict is of {speaker}; the {kind} is {best}"
-        yield Advice(f"the {kind.split()[0]} checkpoint was not evaluated", why, f"run tunesmith evaluate {run}")
+        yield Advice(
+            f"the {kind.split()[0]} checkpoint was not evaluated", why, f"run tunesmith evaluate {run}"
+        )
 
 
 def _retention(found: Mapping[str, Any]) -> Iterator[Advice]:
@@ -107,7 +134,8 @@ def _safety(found: Mapping[str, Any]) -> Iterator[Advice]:
 
 
 def _worse(found: Mapping[str, Any], question: str, missed: str, regressed: str, do: str) -> Iterator[Advice]:
-    """One advice on targets that are missed, or on what got worse by less than that, or by who knows how much."""
+    """One advice on targets that are missed, or on what got worse by less than that, or by who knows how
+    much."""
     asked = [one for one in found["answers"] if one["question"] == question]
     if worse := [one for one in asked if evidence.missed(one)]:
         yield Advice(missed, _list(worse), do)
@@ -119,7 +147,11 @@ def _course(found: Mapping[str, Any]) -> Iterator[Advice]:
     measured = [(one["step"], float(one["loss"])) for one in found["validation"]]
     if odd := [one for one in measured if not math.isfinite(one[1])]:
         why = ", ".join(f"{loss} at step {step:,}" for step, loss in odd[:BITTER])
-        yield Advice("validation loss is not finite", why, "lower optimizer.learning_rate, and look at the held-out rows")
+        yield Advice(
+            "validation loss is not finite",
+            why,
+            "lower optimizer.learning_rate, and look at the held-out rows",
+        )
         return
     if len(measured) >= 2 and measured[0][1] > 0:
         best, last, before = min(measured, key=lambda one: one[1]), measured[-1], measured[-2]
@@ -131,15 +163,29 @@ def _course(found: Mapping[str, Any]) -> Iterator[Advice]:
         elif rose:
             why = f"lowest {best[1]:.4f} at step {best[0]:,}, {last[1]:.4f} at step {last[0]:,}"
             yield Advice(
-                "validation loss rose after its best", why, "fewer epochs, a lower optimizer.learning_rate, or loop.early_stop"
+                "validation loss rose after its best",
+                why,
+                "fewer epochs, a lower optimizer.learning_rate, or loop.early_stop",
             )
-        elif len(measured) > 2 and last is best and before[1] - last[1] > FALLING * (measured[0][1] - last[1]) > 0:
+        elif (
+            len(measured) > 2
+            and last is best
+            and before[1] - last[1] > FALLING * (measured[0][1] - last[1]) > 0
+        ):
             why = f"{before[1]:.4f} at step {before[0]:,}, {last[1]:.4f} at step {last[0]:,}, the last"
-            yield Advice("loss was still falling at the end", why, "train longer: loop.epochs, or loop.steps where that is set")
+            yield Advice(
+                "loss was still falling at the end",
+                why,
+                "train longer: loop.epochs, or loop.steps where that is set",
+            )
     loss = found["training_loss"]
     if loss and measured and measured[-1][1] > SMALL and float(loss["last"]) < APART * measured[-1][1]:
         why = f"training {float(loss['last']):.4f}, held out {measured[-1][1]:.4f}"
-        yield Advice("training loss is far below validation loss", why, "fewer epochs or more rows: rows are learned by heart")
+        yield Advice(
+            "training loss is far below validation loss",
+            why,
+            "fewer epochs or more rows: rows are learned by heart",
+        )
 
 
 def _tools(found: Mapping[str, Any]) -> Iterator[Advice]:
@@ -156,29 +202,42 @@ def _tools(found: Mapping[str, Any]) -> Iterator[Advice]:
         parts = [
             one
             for one in found["scores"]
-            if one.get("folder") == folder and str(one.get("part") or "").startswith("tool=") and one["part"] != f"tool={NO_CALL}"
+            if one.get("folder") == folder
+            and str(one.get("part") or "").startswith("tool=")
+            and one["part"] != f"tool={NO_CALL}"
         ]
         worst = sorted((one for one in parts if one["value"] < RIGHT), key=lambda one: one["value"])[:BITTER]
         tools = ", ".join(
-            f"{one['part'].removeprefix('tool=')} ({words.number(one['value'], '%')} of {one['n']})" for one in worst
+            f"{one['part'].removeprefix('tool=')} ({words.number(one['value'], '%')} of {one['n']})"
+            for one in worst
         )
         why = f"{_value(formed)}, {_value(right)}" + (f"; worst: {tools}" if tools else "")
-        do = "more rows of these tools, and rows that tell them from their neighbours" if tools else "more rows of each tool"
+        do = (
+            "more rows of these tools, and rows that tell them from their neighbours"
+            if tools
+            else "more rows of each tool"
+        )
         yield Advice("calls are well formed and name the wrong tool", why, do)
     elif right and exact and right["value"] >= RIGHT > exact["value"]:
         yield Advice(
-            "the tool is right and its arguments are not", f"{_value(right)}, {_value(exact)}", "rows with more various arguments"
+            "the tool is right and its arguments are not",
+            f"{_value(right)}, {_value(exact)}",
+            "rows with more various arguments",
         )
     unwanted = scores.get("unwanted_call")
     if unwanted and unwanted["value"] > 1 - RIGHT:
         do = "more rows that declare tools and are answered in words"
         yield Advice("calls are made where none is wanted", _value(unwanted), do)
-    own = [one for one in found["evaluations"] if one["task"] in evidence.SPEAKING]  # others end at a length of their own
+    own = [
+        one for one in found["evaluations"] if one["task"] in evidence.SPEAKING
+    ]  # others end at a length of their own
     cut = [one for one in own if one["examples"] and one["cut"] / one["examples"] > CUT]
     if cut:
         why = ", ".join(f"{one['task']} {one['cut']:,} of {one['examples']:,}" for one in cut)
         yield Advice(
-            "answers were cut at their longest", why, "evaluate with a larger --max-tokens; cut answers count as they stand"
+            "answers were cut at their longest",
+            why,
+            "evaluate with a larger --max-tokens; cut answers count as they stand",
         )
 
 
@@ -187,7 +246,9 @@ def _steps(found: Mapping[str, Any]) -> Iterator[Advice]:
     if done and updates["clipped"] / done > CLIPPED:
         why = f"{updates['clipped']:,} of {done:,} updates ({updates['clipped'] / done:.0%})"
         yield Advice(
-            "most gradients were clipped", why, "lower optimizer.learning_rate, warm up longer, or raise optimizer.max_norm"
+            "most gradients were clipped",
+            why,
+            "lower optimizer.learning_rate, warm up longer, or raise optimizer.max_norm",
         )
     if updates["skipped"]:
         yield Advice(
@@ -210,8 +271,14 @@ def _data(found: Mapping[str, Any]) -> Iterator[Advice]:
     if read and left / read > DROPPED:
         yield Advice("many rows were left out", f"{left:,} of {read:,}", "see their reasons in the report")
     for one in (found["audit"] or {}).get("findings", ()):
-        if one["severity"] == "error" or one["accepted"] or (one["severity"] == "warning" and "contamination" in one["rule"]):
-            yield Advice("the audit found it", f"{one['rule']}: {one['what']}", one["hint"] or "see tunesmith audit")
+        if (
+            one["severity"] == "error"
+            or one["accepted"]
+            or (one["severity"] == "warning" and "contamination" in one["rule"])
+        ):
+            yield Advice(
+                "the audit found it", f"{one['rule']}: {one['what']}", one["hint"] or "see tunesmith audit"
+            )
     rows = found["rows"] or {}
     for key, rule, do in (
         ("suspicious", "rows do not fit the others", "read them first: labels or answers may be wrong"),
@@ -252,7 +319,9 @@ def _limits(found: Mapping[str, Any]) -> Iterator[str]:
         yield "Preference compares whole answers: where good ones are longer than bad ones, length alone can move it."
     if chosen:
         yield "Intervals are over prompts. One run with one seed was made; how much another seed would change is not in them."
-        short = (one for one in chosen if one["n"] < FEW and one["task"] != "efficiency")  # whose n are rounds
+        short = (
+            one for one in chosen if one["n"] < FEW and one["task"] != "efficiency"
+        )  # whose n are rounds
         few = list(dict.fromkeys(f"{words.title(one)} ({one['n']:,})" for one in short))
         if few:
             yield f"Fewer than {FEW} examples: {', '.join(few)}."
@@ -264,14 +333,25 @@ def _limits(found: Mapping[str, Any]) -> Iterator[str]:
         if first and first["task"] == "perplexity":
             yield "The task was judged by the likelihood of the references alone: no answer of the model was."
         spoken = {str(one["folder"]) for one in chosen}
-        others = sorted({(str(one["folder"]), str(one["checkpoint"])) for one in found["scores"] if one["folder"] not in spoken})
+        others = sorted(
+            {
+                (str(one["folder"]), str(one["checkpoint"]))
+                for one in found["scores"]
+                if one["folder"] not in spoken
+            }
+        )
         if others:
             yield (
                 "Shown, not in the verdict, since of another checkpoint or version, on other or fewer rows, or without a base: "
-                + ", ".join(f"{folder} (checkpoint {checkpoint})" for folder, checkpoint in others) + "."
-            )  # fmt: skip
+                + ", ".join(f"{folder} (checkpoint {checkpoint})" for folder, checkpoint in others)
+                + "."
+            )
         unjudged = sorted(
-            {one["task"] for one in chosen if one.get("delta") is not None and one.get("better") and not one.get("verdict")}
+            {
+                one["task"]
+                for one in chosen
+                if one.get("delta") is not None and one.get("better") and not one.get("verdict")
+            }
         )
         if unjudged:
             yield f"Not judged: {', '.join(unjudged)}."

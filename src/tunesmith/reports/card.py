@@ -1,9 +1,9 @@
-"""A model card in the Hugging Face hub's format: what the weights of a run are, how they were made, and what was measured.
+"""A model card in the Hugging Face hub's format: what the weights of a run are, how they were made, and what
+was measured.
 
-Format: huggingface.co/docs/hub/model-cards, its metadata written by `huggingface_hub` itself. A card is for others: it names
-files without their folders and quotes no row of the data. Nothing is invented: what a run does not know is left out of the
-metadata, and the text says so in one line.
-"""
+Format: huggingface.co/docs/hub/model-cards, its metadata written by `huggingface_hub` itself. A card is for
+others: it names files without their folders and quotes no row of the data. Nothing is invented: what a run
+does not know is left out of the metadata, and the text says so in one line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ _KINDS = {"lora": "a LoRA adapter", "dora": "a DoRA adapter", "full": "all weigh
 
 
 def write(run_dir: Path, found: dict[str, Any] | None = None) -> Path:
-    """Write the card into ``run_dir``, whole or not at all, and return its path. ``found``: `facts.summary`, if at hand."""
+    """Write the card into ``run_dir``, whole or not at all, and return its path. ``found``: `facts.summary`,
+    if at hand."""
     write_text(run_dir / CARD, text(run_dir, found))
     return run_dir / CARD
 
@@ -65,14 +66,20 @@ def _data(run_dir: Path, found: Mapping[str, Any], base: str, known: Mapping[str
     told = [settings.get("adapter.kind"), settings.get("objective.kind")]
     languages = [name for name, share in _languages(found) if share >= SPOKEN]
     return ModelCardData(
-        base_model=known.get("hub"), library_name="mlx", license=known.get("licence"), language=languages or None,
-        pipeline_tag="text-generation", tags=["mlx", "mlx-lm", "tunesmith", *(str(one) for one in told if one)],
-        model_name=escaped(run_dir.resolve().name) if results else None, eval_results=results or None,
-    )  # fmt: skip
+        base_model=known.get("hub"),
+        library_name="mlx",
+        license=known.get("licence"),
+        language=languages or None,
+        pipeline_tag="text-generation",
+        tags=["mlx", "mlx-lm", "tunesmith", *(str(one) for one in told if one)],
+        model_name=escaped(run_dir.resolve().name) if results else None,
+        eval_results=results or None,
+    )
 
 
 def _results(run_dir: Path, found: Mapping[str, Any]) -> list[EvalResult]:
-    """Each number at the top of the report, as the hub has them: with its interval, its n and the base beside it."""
+    """Each number at the top of the report, as the hub has them: with its interval, its n and the base beside
+    it."""
     from huggingface_hub import EvalResult
 
     results: list[EvalResult] = []
@@ -82,19 +89,25 @@ def _results(run_dir: Path, found: Mapping[str, Any]) -> list[EvalResult]:
         own, asked, unit = one["data"] == VALID, _asked(found, one), one["unit"] or ""
         held_out = f"{OWN} of the run{asked.removeprefix(OWN)}"
         about = {"low": one["low"], "high": one["high"], "base": words.base(one)}
-        about = {key: _shown(value, unit) for key, value in about.items() if value is not None and _finite(value)}
+        about = {
+            key: _shown(value, unit) for key, value in about.items() if value is not None and _finite(value)
+        }
         about |= {"n": one["n"]} | ({"unit": unit} if unit else {})
         results.append(
             EvalResult(
-                task_type="text-generation", task_name="Text generation", metric_type=f"{one['task']}.{one['name']}",
+                task_type="text-generation",
+                task_name="Text generation",
+                metric_type=f"{one['task']}.{one['name']}",
                 dataset_type="held-out" if own else str(one["task"]),
                 dataset_name=held_out if own else f"{escaped(str(one['task']))}, {asked}",
                 dataset_config=None if own else one["identity"],
                 dataset_revision=sha256(run_dir / VALID) if own and (run_dir / VALID).is_file() else None,
-                metric_name=words.title(one), metric_value=_shown(one["value"], unit), verified=False,
+                metric_name=words.title(one),
+                metric_value=_shown(one["value"], unit),
+                verified=False,
                 metric_args=about,
             )
-        )  # fmt: skip
+        )
     return results
 
 
@@ -109,19 +122,41 @@ def _finite(value: Any) -> bool:
 
 
 def _asked(found: Mapping[str, Any], score: Mapping[str, Any]) -> str:
-    """On what, files without their folders; how much of it; and by which checkpoint where that is not the card's."""
+    """On what, files without their folders; how much of it; and by which checkpoint where that is not the
+    card's."""
     task = str(score["task"])
-    settings = next((one.get("settings") for one in found["evaluations"] if one["folder"] == score["folder"]), None) or {}
+    settings = (
+        next((one.get("settings") for one in found["evaluations"] if one["folder"] == score["folder"]), None)
+        or {}
+    )
     files = score["data"] if isinstance(score["data"], list) else []
     if task.startswith("drift."):  # each of its tasks has a setting of about its own name
-        files = next((settings.get(key) for key in ONLY_FOR["drift"] if key.startswith(task.partition(".")[2])), None) or []
-    named = ", ".join(PurePath(str(one)).name for one in files) or ("unknown rows" if task in OF_ROWS else "its suite")
+        files = (
+            next(
+                (settings.get(key) for key in ONLY_FOR["drift"] if key.startswith(task.partition(".")[2])),
+                None,
+            )
+            or []
+        )
+    named = ", ".join(PurePath(str(one)).name for one in files) or (
+        "unknown rows" if task in OF_ROWS else "its suite"
+    )
     told = [OWN if score["data"] == VALID else named]
-    told += [f"{settings['shots']} solved examples"] if settings.get("shots") and task.startswith("benchmark.") else []
+    told += (
+        [f"{settings['shots']} solved examples"]
+        if settings.get("shots") and task.startswith("benchmark.")
+        else []
+    )
     if settings.get("limit"):
-        told.append(f"{settings['limit']}, evenly by kind" if task.startswith("drift.") else f"first {settings['limit']}")
+        told.append(
+            f"{settings['limit']}, evenly by kind"
+            if task.startswith("drift.")
+            else f"first {settings['limit']}"
+        )
     other = str(score["checkpoint"] or "").lstrip("0")
-    return ", ".join([*told, *([f"checkpoint of step {other}"] if other and other != str(evidence.best(found)) else [])])
+    return ", ".join(
+        [*told, *([f"checkpoint of step {other}"] if other and other != str(evidence.best(found)) else [])]
+    )
 
 
 def _base(found: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
@@ -170,24 +205,44 @@ def _licence(card: Path) -> dict[str, str]:
 def _languages(found: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Languages of the rows with their shares, as far as the audit told them."""
     findings = (found["audit"] or {}).get("findings", ())
-    said = next((one["what"] for one in findings if one["rule"] == "content.languages" and "languages of" in one["what"]), "")
+    said = next(
+        (
+            one["what"]
+            for one in findings
+            if one["rule"] == "content.languages" and "languages of" in one["what"]
+        ),
+        "",
+    )
     return [(name, float(share) / 100) for name, share in _LANGUAGE.findall(said.partition(": ")[2])]
 
 
 def _sections(
     run_dir: Path, found: Mapping[str, Any], base: str, known: Mapping[str, str]
-) -> Iterator[tuple[str, list[str]]]:  # fmt: skip
+) -> Iterator[tuple[str, list[str]]]:
     settings, manifest = found["settings"], found["manifest"]
     yield "What it is", list(_what(found, base, known))
     yield (
         "Intended use",
-        ["Who trained it has not stated one. It answers as the rows under Data do; of other uses nothing is known."],
+        [
+            "Who trained it has not stated one. It answers as the rows under Data do; of other uses nothing is known."
+        ],
     )
     keys = [*_MATTER, *(key for key in found["settings_given"] if key not in _MATTER)]
-    rows = [(key, _setting(key, settings[key])) for key in keys if settings.get(key) is not None and not key.startswith("audit.")]
+    rows = [
+        (key, _setting(key, settings[key]))
+        for key in keys
+        if settings.get(key) is not None and not key.startswith("audit.")
+    ]
     done, planned = found["updates"]["done"], found["updates"]["planned"]
-    text = f"{done:,} updates" + (f" of {planned:,}" if planned not in (None, done) else "") + f"; the run is {found['status']}."
-    yield "How it was trained", [text, "", *(table(("setting", "value"), rows) if rows else ["Its settings are unknown."])]
+    text = (
+        f"{done:,} updates"
+        + (f" of {planned:,}" if planned not in (None, done) else "")
+        + f"; the run is {found['status']}."
+    )
+    yield (
+        "How it was trained",
+        [text, "", *(table(("setting", "value"), rows) if rows else ["Its settings are unknown."])],
+    )
     yield "Data", list(_rows(found))
     parts = {True: [], False: []}
     for one in found["answers"]:
@@ -195,21 +250,41 @@ def _sections(
     evaluate = f"tunesmith evaluate {_name(run_dir)}"
     yield "Results", _scores(found, parts[False], evaluate)
     yield "Retention and safety", _scores(found, parts[True], f"{evaluate} --task drift")
-    yield "Limits", [f"- {cell(one)}" for one in found["limits"]] or ["None is known, which does not mean that there is none."]
+    yield (
+        "Limits",
+        [f"- {cell(one)}" for one in found["limits"]]
+        or ["None is known, which does not mean that there is none."],
+    )
     yield "How to use it", list(_use(run_dir, found, base))
     again = f"{_name(run_dir)}-again"
     lines = [f"tunesmith train --config {_name(run_dir)}/config.yaml --out {again}"]
     lines += [f"tunesmith evaluate {again}"] if found["scores"] else []
     hashes = table(("what", "hash"), ((PurePath(key).name, value) for key, value in _hashes(manifest)))
-    yield "How to make it again", [*fence("\n".join(lines), "sh"), "", "From the same data, template and base:", "", *hashes]
+    yield (
+        "How to make it again",
+        [*fence("\n".join(lines), "sh"), "", "From the same data, template and base:", "", *hashes],
+    )
     yield "Environment", list(_environment(found))
 
 
 _MATTER = (
-    "objective.kind", "objective.beta", "adapter.kind", "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets",
-    "model.quantize", "batch.sequences", "batch.length", "optimizer.kind", "optimizer.learning_rate", "optimizer.schedule",
-    "loop.epochs", "loop.steps", "loop.seed",
-)  # fmt: skip
+    "objective.kind",
+    "objective.beta",
+    "adapter.kind",
+    "adapter.rank",
+    "adapter.alpha",
+    "adapter.dropout",
+    "adapter.targets",
+    "model.quantize",
+    "batch.sequences",
+    "batch.length",
+    "optimizer.kind",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "loop.epochs",
+    "loop.steps",
+    "loop.seed",
+)
 """Settings that are named whether they were given or not."""
 
 
@@ -217,7 +292,9 @@ def _setting(key: str, value: Any) -> str:
     """Files without their folders."""
     if key.startswith(("data.", "model.", "adapter.start")):
         some = value if isinstance(value, list) else [value]
-        return ", ".join(one if _HUB.fullmatch(str(one)) else PurePath(str(one)).name for one in map(str, some))
+        return ", ".join(
+            one if _HUB.fullmatch(str(one)) else PurePath(str(one)).name for one in map(str, some)
+        )
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -229,12 +306,24 @@ def _what(found: Mapping[str, Any], base: str, known: Mapping[str, str]) -> Iter
     if found["weights"]:
         text += ": {trainable:,} of {total:,} weights were trained".format(**found["weights"])
     kept = found["checkpoints"]
-    yield text + (f". Its checkpoint is that of step {evidence.best(found):,}." if kept else ". It has no checkpoint yet.")
+    yield text + (
+        f". Its checkpoint is that of step {evidence.best(found):,}."
+        if kept
+        else ". It has no checkpoint yet."
+    )
     yield ""
     licence, languages = known.get("licence"), _languages(found)
-    yield f"- Licence of the base: {cell(licence)}." if licence else "- Licence: unknown; the base names none that could be read."
+    yield (
+        f"- Licence of the base: {cell(licence)}."
+        if licence
+        else "- Licence: unknown; the base names none that could be read."
+    )
     spoken = ", ".join(f"{name} {share:.0%}" for name, share in languages)
-    yield f"- Languages of the rows: {spoken}." if languages else "- Languages: unknown; the audit did not tell them."
+    yield (
+        f"- Languages of the rows: {spoken}."
+        if languages
+        else "- Languages: unknown; the audit did not tell them."
+    )
     if not known.get("hub"):
         yield "- The base's name on the hub is unknown, so the metadata names none."
     if found["manifest"].get("lineage"):
@@ -248,10 +337,23 @@ def _rows(found: Mapping[str, Any]) -> Iterator[str]:
         yield "Unknown."
         return
     if hashed:
-        yield from [*table(("file", "SHA-256"), ((PurePath(path).name, value) for path, value in hashed.items())), ""]
-    named = {"rows_read": "rows read", "rows_train": "learned from", "rows_valid": "held out", "tokens": "tokens",
-             "supervised_tokens": "of these learned"}  # fmt: skip
-    yield ", ".join(f"{counts[key]:,} {name}" for key, name in named.items() if isinstance(counts.get(key), int)) + "."
+        yield from [
+            *table(("file", "SHA-256"), ((PurePath(path).name, value) for path, value in hashed.items())),
+            "",
+        ]
+    named = {
+        "rows_read": "rows read",
+        "rows_train": "learned from",
+        "rows_valid": "held out",
+        "tokens": "tokens",
+        "supervised_tokens": "of these learned",
+    }
+    yield (
+        ", ".join(
+            f"{counts[key]:,} {name}" for key, name in named.items() if isinstance(counts.get(key), int)
+        )
+        + "."
+    )
     left_out = flat({"": counts.get("rows_dropped") or {}})
     if left_out:
         told = ", ".join(f"{key.lstrip('.')} {count:,}" for key, count in left_out.items())
@@ -260,9 +362,19 @@ def _rows(found: Mapping[str, Any]) -> Iterator[str]:
     if not audit:
         yield from ["", "The rows were not audited."]
         return
-    rows = [(one["rule"], one["severity"], f"{one['count']:,} of {one['of']:,} rows" if one["count"] else "the whole set")
-            for one in audit["findings"] if one["severity"] in ("error", "warning") or one["accepted"]]  # fmt: skip
-    yield from ["", f"Audit of {audit['rows']:,} rows: {len(rows) or 'no'} finding{'s' * (len(rows) != 1)} to look at."]
+    rows = [
+        (
+            one["rule"],
+            one["severity"],
+            f"{one['count']:,} of {one['of']:,} rows" if one["count"] else "the whole set",
+        )
+        for one in audit["findings"]
+        if one["severity"] in ("error", "warning") or one["accepted"]
+    ]
+    yield from [
+        "",
+        f"Audit of {audit['rows']:,} rows: {len(rows) or 'no'} finding{'s' * (len(rows) != 1)} to look at.",
+    ]
     if rows:
         yield from ["", *table(("finding", "severity", "concerns"), rows)]
 
@@ -275,11 +387,18 @@ def _scores(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], command
     lines = table(
         head,
         (
-            (words.title(one), words.interval(one, of="base"), words.interval(one), words.interval(one, of="delta"), one["n"],
-             evidence.answer(one), _asked(found, one))
+            (
+                words.title(one),
+                words.interval(one, of="base"),
+                words.interval(one),
+                words.interval(one, of="delta"),
+                one["n"],
+                evidence.answer(one),
+                _asked(found, one),
+            )
             for one in rows
         ),
-    )  # fmt: skip
+    )
     alone = [one for one in rows if one["delta"] is None]
     if len(alone) == len(rows):
         return ["The base was not asked, so nothing is compared.", "", *lines]
@@ -312,7 +431,10 @@ def _use(run_dir: Path, found: Mapping[str, Any], base: str) -> Iterator[str]:
 def _hashes(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Of data, template and base; files keep their dots."""
     hashes = manifest.get("hashes", {})
-    return [*hashes.get("data", {}).items(), *((key, str(value)) for key, value in hashes.items() if key != "data")]
+    return [
+        *hashes.get("data", {}).items(),
+        *((key, str(value)) for key, value in hashes.items() if key != "data"),
+    ]
 
 
 def _environment(found: Mapping[str, Any]) -> Iterator[str]:

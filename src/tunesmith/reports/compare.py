@@ -1,9 +1,10 @@
-"""Which of several runs is better, how sure that is, and what it costs: settings, curves and paired differences side by side.
+"""Which of several runs is better, how sure that is, and what it costs: settings, curves and paired
+differences side by side.
 
-Reads run directories only. One run is the one that the others are held against: every difference is other − that one, on the same
-prompts (`paired`), and all of them are judged together, so the more is compared the more a difference must show. Two of the
-others are not held against each other; name one of them with ``against`` for that.
-"""
+Reads run directories only. One run is the one that the others are held against: every difference is other −
+that one, on the same prompts (`paired`), and all of them are judged together, so the more is compared the
+more a difference must show. Two of the others are not held against each other; name one of them with
+``against`` for that."""
 
 from __future__ import annotations
 
@@ -38,8 +39,9 @@ SAID = {"improved": "better", "regressed": "worse", "no difference shown": "no d
 
 @dataclass(frozen=True)
 class Ran:
-    """One run. ``letter``: what it is called beside others. ``found``: `facts.summary`. ``training``: (step, tokens, loss)
-    of each update, smoothed. ``validation``: (step, tokens, loss). ``held_out``: SHA-256 of its held-out rows, "" for none."""
+    """One run. ``letter``: what it is called beside others. ``found``: `facts.summary`. ``training``: (step,
+    tokens, loss) of each update, smoothed. ``validation``: (step, tokens, loss). ``held_out``: SHA-256 of its
+    held-out rows, "" for none."""
 
     letter: str
     name: str
@@ -59,7 +61,8 @@ class Ran:
 
 @dataclass(frozen=True)
 class Row:
-    """A setting or fact that is not the same in all runs: one value a run, and where each was set ("" where that is nowhere)."""
+    """A setting or fact that is not the same in all runs: one value a run, and where each was set ("" where
+    that is nowhere)."""
 
     key: str
     told: list[Any]
@@ -68,7 +71,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Against:
-    """One run held against the first. ``refused``: what was not compared, why, and the command that would mend it."""
+    """One run held against the first. ``refused``: what was not compared, why, and the command that would
+    mend it."""
 
     run: Ran
     held: list[Held]
@@ -92,7 +96,10 @@ class Comparison:
     def tests(self) -> int:
         """How many headline differences were judged together."""
         return sum(
-            score.headline and score.verdict is not None for one in self.against for held in one.held for score in held.scores
+            score.headline and score.verdict is not None
+            for one in self.against
+            for held in one.held
+            for score in held.scores
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -105,7 +112,10 @@ class Comparison:
                     if key not in ("found", "evaluations")
                 },
                 "path": str(run.path),
-                **{key: run.found[key] for key in ("status", "updates", "time", "tokens_per_second", "memory_peak", "weights")},
+                **{
+                    key: run.found[key]
+                    for key in ("status", "updates", "time", "tokens_per_second", "memory_peak", "weights")
+                },
             }
             for run in self.runs
         ]
@@ -115,8 +125,12 @@ class Comparison:
                 "sentence": one.sentence,
                 "compared": [
                     {
-                        "task": held.other.task, "version": held.other.version, "rows": held.other.rows, "note": held.note,
-                        "identity": held.other.about["identity"], "base": held.other.about["base"],
+                        "task": held.other.task,
+                        "version": held.other.version,
+                        "rows": held.other.rows,
+                        "note": held.note,
+                        "identity": held.other.about["identity"],
+                        "base": held.other.about["base"],
                         "checkpoints": [held.one.about["checkpoint"], held.other.about["checkpoint"]],
                         "scores": [{**asdict(score), "against": score.base} for score in held.scores],
                         "changes": Counter(pair.change for pair in held.pairs if pair.change),
@@ -124,20 +138,33 @@ class Comparison:
                     }
                     for held in one.held
                 ],
-                "not_compared": [dict(zip(("what", "why", "command"), refused, strict=True)) for refused in one.refused],
+                "not_compared": [
+                    dict(zip(("what", "why", "command"), refused, strict=True)) for refused in one.refused
+                ],
             }
             for one in self.against
-        ]  # fmt: skip
-        found = {"generator": MARK, "verdict": self.verdict, "tests": self.tests, "runs": runs, "against": against}
-        found |= {"settings": [asdict(row) for row in self.settings], "others": [asdict(row) for row in self.others]}
+        ]
+        found = {
+            "generator": MARK,
+            "verdict": self.verdict,
+            "tests": self.tests,
+            "runs": runs,
+            "against": against,
+        }
+        found |= {
+            "settings": [asdict(row) for row in self.settings],
+            "others": [asdict(row) for row in self.others],
+        }
         return json.loads(json.dumps(found), parse_constant=lambda name: str(float(name)))
 
 
-def compare(run_dirs: Sequence[Path], out: Path, against: Path | None = None, notify: Sink = silent) -> Comparison:
+def compare(
+    run_dirs: Sequence[Path], out: Path, against: Path | None = None, notify: Sink = silent
+) -> Comparison:
     """Hold runs against the first of them, or against ``against``; three files go to ``out``.
 
-    Raises DataError where one is no run or there are not two, ConfigError where ``out`` holds what is not its own.
-    """
+    Raises DataError where one is no run or there are not two, ConfigError where ``out`` holds what is not its
+    own."""
     from tunesmith.reports import comparison
 
     folders = [*([against] if against is not None else []), *run_dirs]
@@ -147,7 +174,9 @@ def compare(run_dirs: Sequence[Path], out: Path, against: Path | None = None, no
     paths = list(known.values())
     if len(paths) < 2:
         where = ", ".join(map(str, folders)) or None
-        raise DataError("one run alone cannot be compared", where=where, hint="name two run directories or more")
+        raise DataError(
+            "one run alone cannot be compared", where=where, hint="name two run directories or more"
+        )
     if twice := len(run_dirs) - len({folder.resolve() for folder in run_dirs}):
         notify(Notice("a run that is named twice is compared once", level="warning", count=twice))
     check(out)
@@ -163,7 +192,13 @@ def compare(run_dirs: Sequence[Path], out: Path, against: Path | None = None, no
         held = [replace(each, scores=[next(judged) for _ in each.scores]) for each in held]
         mended = [_refusal(first, run, one) for one in refused]
         for what, why, command in mended:
-            notify(Notice(f"{first.letter} and {run.letter}: not compared: {what}: {why}", level="warning", hint=command))
+            notify(
+                Notice(
+                    f"{first.letter} and {run.letter}: not compared: {what}: {why}",
+                    level="warning",
+                    hint=command,
+                )
+            )
         for each in held:
             if each.note:
                 notify(Notice(each.note, level="warning"))
@@ -185,7 +220,9 @@ def check(out: Path) -> None:
                 if MARK.encode() in stream.read(4096):
                     continue
         if path.exists():
-            raise ConfigError("was not made by tunesmith compare, so it is not replaced", where=str(path), hint=hint)
+            raise ConfigError(
+                "was not made by tunesmith compare, so it is not replaced", where=str(path), hint=hint
+            )
 
 
 def _letters(count: int) -> list[str]:
@@ -196,7 +233,11 @@ def _letters(count: int) -> list[str]:
 def _names(paths: Sequence[Path]) -> list[str]:
     """The folder of each, with as much of what is above it as tells them apart."""
     parts = [path.resolve().parts for path in paths]
-    deep = next(deep for deep in range(1, 1 + max(map(len, parts))) if len({each[-deep:] for each in parts}) == len(parts))
+    deep = next(
+        deep
+        for deep in range(1, 1 + max(map(len, parts)))
+        if len({each[-deep:] for each in parts}) == len(parts)
+    )
     return ["/".join(each[-deep:]) for each in parts]
 
 
@@ -204,24 +245,53 @@ def _read(path: Path, letter: str, name: str, notify: Sink) -> Ran:
     log = facts.log(path)
     steps = facts.only(log, StepDone)
     window = max(1, len(steps) // 20)
-    tokens = dict(zip((0, *(step.step for step in steps)), accumulate((step.tokens for step in steps), initial=0), strict=True))
+    tokens = dict(
+        zip(
+            (0, *(step.step for step in steps)),
+            accumulate((step.tokens for step in steps), initial=0),
+            strict=True,
+        )
+    )
     smooth = facts.trailing([step.loss for step in steps], window, [step.units for step in steps])
     training = [(step.step, tokens[step.step], loss) for step, loss in zip(steps, smooth, strict=True)]
-    validation = [(one.step, tokens[one.step], one.loss) for one in facts.only(log, Validated) if one.step in tokens]
+    validation = [
+        (one.step, tokens[one.step], one.loss) for one in facts.only(log, Validated) if one.step in tokens
+    ]
     evaluations, older = paired.recorded(path)
     for folder in older:
         what = f"{letter}: {EVALS}/{folder} is of an older version of tunesmith, and not compared"
-        notify(Notice(what, level="warning", where=str(path), hint=paired.command(path, {"task": folder.partition("@")[0]})))
+        notify(
+            Notice(
+                what,
+                level="warning",
+                where=str(path),
+                hint=paired.command(path, {"task": folder.partition("@")[0]}),
+            )
+        )
     origins = json.loads((path / ORIGIN).read_text(encoding="utf-8")) if (path / ORIGIN).exists() else {}
     held_out = sha256(path / VALID) if (path / VALID).exists() and (path / VALID).stat().st_size else ""
-    return Ran(letter, name, path, facts.summary(path), facts.unit(log), training, validation, facts.settings(path), origins,
-               held_out, evaluations)  # fmt: skip
+    return Ran(
+        letter,
+        name,
+        path,
+        facts.summary(path),
+        facts.unit(log),
+        training,
+        validation,
+        facts.settings(path),
+        origins,
+        held_out,
+        evaluations,
+    )
 
 
 def _rows(values: Sequence[dict[str, Any]], origins: Sequence[dict[str, str]]) -> list[Row]:
     """The keys whose values are not the same everywhere; "–" where a run has none."""
     keys = dict.fromkeys(key for each in values for key in each)
-    rows = [Row(key, [each.get(key, "–") for each in values], [each.get(key, "") for each in origins]) for key in keys]
+    rows = [
+        Row(key, [each.get(key, "–") for each in values], [each.get(key, "") for each in origins])
+        for key in keys
+    ]
     return [row for row in rows if any(json.dumps(value) != json.dumps(row.told[0]) for value in row.told)]
 
 
@@ -236,7 +306,10 @@ def _others(runs: Sequence[Ran]) -> list[Row]:
         manifest = run.found["manifest"]
         hashes = manifest.get("hashes", {})
         told = {"data": ", ".join(sorted(one[:12] for one in flat(hashes.get("data", {})).values()))}
-        told |= {"held-out rows": run.held_out[:12] or "none", "rows learned from": run.found["counts"].get("rows_train")}
+        told |= {
+            "held-out rows": run.held_out[:12] or "none",
+            "rows learned from": run.found["counts"].get("rows_train"),
+        }
         told |= {key: str(hashes.get(key))[:12] for key in ("base", "template")}
         told |= {"loss": run.unit, "status": run.found["status"]}
         told |= flat({key: manifest.get(key) or {} for key in ("versions", "machine", "lineage", "accepted")})
@@ -274,15 +347,27 @@ def _sentence(first: Ran, run: Ran, held: Sequence[Held], tests: int) -> str:
         moved = words.interval(asdict(score), of="delta").replace("(", "(95 % interval ")
         told = f"{words.title(asdict(score))} {values}, {moved} on the same {many(score.n, 'row')}"
         if score.p_corrected is not None:
-            told += f", p {probable(score.p_corrected)}" + (f", corrected for {tests} comparisons" if tests > 1 else "")
+            told += f", p {probable(score.p_corrected)}" + (
+                f", corrected for {tests} comparisons" if tests > 1 else ""
+            )
         shown = {"improved": f"{run} is better than {first}", "regressed": f"{run} is worse than {first}"}
-        text = f"{shown.get(score.verdict or '', f'no difference is shown between {run} and {first}')} ({told})"
-    rest = [score for each in held for score in each.scores if score.headline and score.part is None and
-            (leading is None or score is not leading[1])]  # fmt: skip
+        text = (
+            f"{shown.get(score.verdict or '', f'no difference is shown between {run} and {first}')} ({told})"
+        )
+    rest = [
+        score
+        for each in held
+        for score in each.scores
+        if score.headline and score.part is None and (leading is None or score is not leading[1])
+    ]
     for verdict in ("improved", "regressed"):
         moved = [one for one in rest if one.verdict == verdict]
-        if some := [f"{words.title(asdict(one))} {words.number(one.delta, one.unit, signed=True)}" for one in moved]:
-            text += f"; {'also ' if verdict == 'improved' and leading else ''}{SAID[verdict]}: {', '.join(some)}"
+        if some := [
+            f"{words.title(asdict(one))} {words.number(one.delta, one.unit, signed=True)}" for one in moved
+        ]:
+            text += (
+                f"; {'also ' if verdict == 'improved' and leading else ''}{SAID[verdict]}: {', '.join(some)}"
+            )
     for family, what in (("retention", "what the base knew"), ("safety", "safety")):
         some = [one for one in rest if evidence.question(one.task) == family]
         if not some:
@@ -307,19 +392,26 @@ def _verdict(first: Ran, sides: Sequence[Against]) -> tuple[str, str]:
     """One sentence about all runs, and its tone."""
     leads = [lead(side.held) for side in sides]
     gains = [
-        -math.inf if one is None or one[1].delta is None else one[1].delta * (-1 if one[1].better == "lower" else 1)
+        -math.inf
+        if one is None or one[1].delta is None
+        else one[1].delta * (-1 if one[1].better == "lower" else 1)
         for one in leads
     ]
     won = [one is not None and one[1].verdict == "improved" for one in leads]
     count = sum(won)
     # Only one number, of the same prompts, ranks: a share cannot be held against a perplexity.
-    alike = len({(one[1].task, one[1].name, one[0].other.about["identity"]) for one in leads if one is not None}) == 1
+    alike = (
+        len({(one[1].task, one[1].name, one[0].other.about["identity"]) for one in leads if one is not None})
+        == 1
+    )
     best = max(range(len(sides)), key=lambda at: (won[at], gains[at]))
     spoken = [sides[best]] if alike or len(sides) == 1 else sides
     worse = any(
         score.headline and score.part is None and score.verdict == "regressed"
-        for side in spoken for held in side.held for score in held.scores
-    )  # fmt: skip
+        for side in spoken
+        for held in side.held
+        for score in held.scores
+    )
     tone = "warning" if worse else "good" if count else "note"
     if len(sides) == 1:
         return spoken[0].sentence[0].upper() + spoken[0].sentence[1:], tone
@@ -337,7 +429,11 @@ def lead(held: Sequence[Held]) -> tuple[Held, Score] | None:
     for asked in (*evidence.SPEAKING, "benchmarks"):
         for each in sorted(held, key=lambda each: len(each.other.rows)):
             for score in each.scores:
-                if score.headline and score.part is None and asked in (score.task, evidence.question(score.task)):
+                if (
+                    score.headline
+                    and score.part is None
+                    and asked in (score.task, evidence.question(score.task))
+                ):
                     return each, score
     return None
 
@@ -348,10 +444,20 @@ def probable(value: float) -> str:
 
 
 def read_side_by_side(held: Held, limit: int) -> Iterator[tuple[str, list[Pair], int]]:
-    """What changed, its prompts (``limit`` at most; those that got worse first), and how many more there are."""
+    """What changed, its prompts (``limit`` at most; those that got worse first), and how many more there
+    are."""
     for name in ("regressed", "improved", "unchanged", None):
-        found = [pair for pair in held.pairs if pair.change == name and (pair.one_answer, pair.other_answer) != (None, None)]
+        found = [
+            pair
+            for pair in held.pairs
+            if pair.change == name and (pair.one_answer, pair.other_answer) != (None, None)
+        ]
         found.sort(key=lambda pair: pair.one_answer == pair.other_answer)
         if found:
-            yield {"regressed": "worse", "improved": "better", "unchanged": "unchanged"}.get(name or "", "not ranked"), found[
-                :limit], max(0, len(found) - limit)  # fmt: skip
+            yield (
+                {"regressed": "worse", "improved": "better", "unchanged": "unchanged"}.get(
+                    name or "", "not ranked"
+                ),
+                found[:limit],
+                max(0, len(found) - limit),
+            )

@@ -1,7 +1,8 @@
-"""The course of a run as charts: loss, gradients, weights, speed and memory over the updates, and how far the adapter went.
+"""The course of a run as charts: loss, gradients, weights, speed and memory over the updates, and how far the
+adapter went.
 
-Smoothed is the mean of the last twentieth of the run up to each update; of the loss it is a mean over learned tokens.
-"""
+Smoothed is the mean of the last twentieth of the run up to each update; of the loss it is a mean over learned
+tokens."""
 
 from __future__ import annotations
 
@@ -43,12 +44,22 @@ def training(log: Sequence[events.Event]) -> list[Markup]:
     surprise = [Line("held out", [one.step for one in seen], [one.perplexity for one in seen], "marks", 1)]
     if loss_unit.startswith("nats a learned token") and steps:
         surprise.insert(0, Line(f"training, {over}", at, [math.exp(min(loss, 700)) for loss in means]))
-    norms = [step.gradient_norm for step in steps if math.isfinite(step.gradient_norm) and step.gradient_norm > 0]
+    norms = [
+        step.gradient_norm for step in steps if math.isfinite(step.gradient_norm) and step.gradient_norm > 0
+    ]
     wide = bool(norms) and max(norms) > WIDE * min(norms)
     ratios = [(one.step, of) for one in only(log, events.Instruments) if (of := list(one.ratios.values()))]
     styles = zip(steps[-1].memory if steps else (), ("line", "dash", "dot"), strict=False)
-    memory = [Line(name, at, [step.memory[name] / 1e9 if name in step.memory else None for step in steps], style, colour)
-              for colour, (name, style) in enumerate(styles)]  # fmt: skip
+    memory = [
+        Line(
+            name,
+            at,
+            [step.memory[name] / 1e9 if name in step.memory else None for step in steps],
+            style,
+            colour,
+        )
+        for colour, (name, style) in enumerate(styles)
+    ]
     grown = only(log, events.Growth)
     size = [math.sqrt(sum(value * value for value in one.norms.values())) for one in grown]
     active = only(log, events.Activations)
@@ -57,23 +68,60 @@ def training(log: Sequence[events.Event]) -> list[Markup]:
     found = [
         charts.lines("Loss", curve, y=loss_unit, marks=marks),
         charts.lines("Perplexity", surprise, log=_wide(surprise)),
-        charts.lines("Learning rate", [Line("learning rate", at, [step.learning_rate for step in steps])], zero=True),
-        both("Gradient norm, before clipping", lambda step: step.gradient_norm, "", log=wide,
-             note=f"{sum(step.clipped for step in steps):,} of {len(steps):,} updates were clipped."),
-        charts.lines("Update over weight", [
-            Line("median weight", [step for step, _ in ratios], [median(of) for _, of in ratios]),
-            Line("largest", [step for step, _ in ratios], [max(of) for _, of in ratios], "dash", 1)], y="‖Δθ‖ / ‖θ‖", log=True),
-        charts.lines("Size of the change", [Line("‖ΔW‖", [one.step for one in grown], size, "marks", 2)], zero=True)
-        if len(grown) > 1 else Markup(""),
-        both("Tokens a second", lambda step: step.tokens / step.seconds if step.seconds else math.nan, "", zero=True),
+        charts.lines(
+            "Learning rate", [Line("learning rate", at, [step.learning_rate for step in steps])], zero=True
+        ),
+        both(
+            "Gradient norm, before clipping",
+            lambda step: step.gradient_norm,
+            "",
+            log=wide,
+            note=f"{sum(step.clipped for step in steps):,} of {len(steps):,} updates were clipped.",
+        ),
+        charts.lines(
+            "Update over weight",
+            [
+                Line("median weight", [step for step, _ in ratios], [median(of) for _, of in ratios]),
+                Line("largest", [step for step, _ in ratios], [max(of) for _, of in ratios], "dash", 1),
+            ],
+            y="‖Δθ‖ / ‖θ‖",
+            log=True,
+        ),
+        charts.lines(
+            "Size of the change", [Line("‖ΔW‖", [one.step for one in grown], size, "marks", 2)], zero=True
+        )
+        if len(grown) > 1
+        else Markup(""),
+        both(
+            "Tokens a second",
+            lambda step: step.tokens / step.seconds if step.seconds else math.nan,
+            "",
+            zero=True,
+        ),
         charts.lines("Memory", memory, y="GB", zero=True),
         both("Padding", lambda step: 100 * step.padding, "% of the positions", zero=True) if padded else "",
-        charts.lines("Activations", [
-            Line("root mean square, largest layer", seen_at, [max(one.rms.values(), default=None) for one in active], "marks", 0),
-            Line("largest value", seen_at, [max(one.largest.values(), default=None) for one in active], "marks", 1),
-        ], log=True),
+        charts.lines(
+            "Activations",
+            [
+                Line(
+                    "root mean square, largest layer",
+                    seen_at,
+                    [max(one.rms.values(), default=None) for one in active],
+                    "marks",
+                    0,
+                ),
+                Line(
+                    "largest value",
+                    seen_at,
+                    [max(one.largest.values(), default=None) for one in active],
+                    "marks",
+                    1,
+                ),
+            ],
+            log=True,
+        ),
         *_watched(steps, seen, window),
-    ]  # fmt: skip
+    ]
     return [Markup(one) for one in found if one]
 
 
@@ -92,9 +140,14 @@ def modules(found: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Markup]:
     """Gradient norms and update over weight by module, over layers and updates."""
     titles = {"gradient": "Gradient norm by module, before clipping", "ratio": "Update over weight by module"}
     drawn = {
-        key: charts.spread([(name, [float(value) for value in five]) for name, five in of.items()]) for key, of in found.items()
+        key: charts.spread([(name, [float(value) for value in five]) for name, five in of.items()])
+        for key, of in found.items()
     }
-    return [charts.card(titles[key], chart, "over all layers and measured updates") for key, chart in drawn.items() if chart]
+    return [
+        charts.card(titles[key], chart, "over all layers and measured updates")
+        for key, chart in drawn.items()
+        if chart
+    ]
 
 
 def growth(one: Mapping[str, Any]) -> list[Markup]:
@@ -109,7 +162,8 @@ def growth(one: Mapping[str, Any]) -> list[Markup]:
         if not values or (key == "norms" and one["relative"]):
             continue
         layers = sorted(
-            {layer(name) for name in values}, key=lambda text: (not text.isdigit(), int(text) if text.isdigit() else 0)
+            {layer(name) for name in values},
+            key=lambda text: (not text.isdigit(), int(text) if text.isdigit() else 0),
         )
         names = list(dict.fromkeys(module(name) for name in values))
         short = {name: name.rpartition(".")[2] for name in names}
@@ -118,7 +172,12 @@ def growth(one: Mapping[str, Any]) -> list[Markup]:
         found.append(charts.card(title, charts.heat(layers, list(short.values()), cells, form), "by layer"))
     if histogram := one["histogram"]:
         found.append(
-            charts.columns("Entries of ΔW", histogram["edges"], [int(count) for count in histogram["counts"]], x="entry of ΔW")
+            charts.columns(
+                "Entries of ΔW",
+                histogram["edges"],
+                [int(count) for count in histogram["counts"]],
+                x="entry of ΔW",
+            )
         )
     return [one for one in found if one]
 
@@ -136,16 +195,33 @@ def _watched(steps: Sequence[events.StepDone], seen: Sequence[events.Validated],
             having = [step for step in steps if name in step.metrics]
             means = trailing([step.metrics[name] for step in having], window)
             curve.append(
-                Line(f"{name}, training", [step.step for step in having], means, ("line", "dash")[colour % 2], colour % 5)
+                Line(
+                    f"{name}, training",
+                    [step.step for step in having],
+                    means,
+                    ("line", "dash")[colour % 2],
+                    colour % 5,
+                )
             )
             held = [one for one in seen if name in one.metrics]
             curve.append(
-                Line(f"{name}, held out", [one.step for one in held], [one.metrics[name] for one in held], "marks", colour % 5)
+                Line(
+                    f"{name}, held out",
+                    [one.step for one in held],
+                    [one.metrics[name] for one in held],
+                    "marks",
+                    colour % 5,
+                )
             )
         found.append(charts.lines(title[:1].upper() + title[1:], curve))
     return found
 
 
 def _wide(found: Sequence[Line]) -> bool:
-    values = [value for line in found for value in line.y if value is not None and math.isfinite(value) and value > 0]
+    values = [
+        value
+        for line in found
+        for value in line.y
+        if value is not None and math.isfinite(value) and value > 0
+    ]
     return bool(values) and max(values) > WIDE * min(values)

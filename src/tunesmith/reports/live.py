@@ -1,7 +1,8 @@
-"""The curves of a run in the terminal, while it trains or after: what ``events.jsonl`` says, and nothing else.
+"""The curves of a run in the terminal, while it trains or after: what ``events.jsonl`` says, and nothing
+else.
 
-It only reads: the run does not know that it is watched, and any number may watch. Told apart by their marks, the curves are
-readable without colour; NO_COLOR is respected. Drawing is plotext's, the live screen rich's.
+It only reads: the run does not know that it is watched, and any number may watch. Told apart by their marks,
+the curves are readable without colour; NO_COLOR is respected. Drawing is plotext's, the live screen rich's.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ SMOOTH = 20
 LEAST_CHART = 7
 """Lines below which a chart shows nothing, and is left out."""
 QUIET_S = 120.0
-"""A run that should be training and has not said a word for so long, and for ten updates, may have been killed."""
+"""A run that should be training and has not said a word for so long, and for ten updates, may have been
+killed."""
 _END = 64  # bytes before the place of reading: where they changed, the log was cut by a resumed run
 
 
 class Log:
-    """The events of a run so far. A log that was cut when its run resumed is read anew; a torn last line is waited for."""
+    """The events of a run so far. A log that was cut when its run resumed is read anew; a torn last line is
+    waited for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,7 +79,8 @@ class Series(NamedTuple):
 
 
 def frame(run_dir: str | Path, width: int, height: int, colour: bool, now: float | None = None) -> str:
-    """At most ``height`` lines of at most ``width`` cells. now: seconds since the epoch. Raises DataError where no run is."""
+    """At most ``height`` lines of at most ``width`` cells. now: seconds since the epoch. Raises DataError
+    where no run is."""
     run = Run.open(run_dir)
     log = Log(run.path / EVENTS)
     log.poll()
@@ -84,7 +88,8 @@ def frame(run_dir: str | Path, width: int, height: int, colour: bool, now: float
 
 
 def watch(run_dir: str | Path, stream: TextIO, *, every: float = 1.0, once: bool = False) -> None:
-    """Show the run on ``stream``, read anew each ``every`` seconds, until it has ended; on what is no terminal once.
+    """Show the run on ``stream``, read anew each ``every`` seconds, until it has ended; on what is no
+    terminal once.
 
     A signal to interrupt ends the watching, not the run. Raises DataError where no run is.
     """
@@ -100,13 +105,17 @@ def watch(run_dir: str | Path, stream: TextIO, *, every: float = 1.0, once: bool
 
     if not live:
         log.poll()
-        stream.write(drawn().encode(stream.encoding or "utf-8", "replace").decode(stream.encoding or "utf-8") + "\n")
+        stream.write(
+            drawn().encode(stream.encoding or "utf-8", "replace").decode(stream.encoding or "utf-8") + "\n"
+        )
         stream.flush()
         return
     try:
         with Live(console=screen, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as place:
             while True:
-                status = run.manifest["status"]  # before the log: what a run that has ended wrote last is then seen
+                status = run.manifest[
+                    "status"
+                ]  # before the log: what a run that has ended wrote last is then seen
                 log.poll()
                 place.update(Text.from_ansi(drawn()), refresh=True)
                 if status != "running":
@@ -132,13 +141,17 @@ def draw(run: Run, log: Log, width: int, height: int, colour: bool, now: float) 
         elif isinstance(event, events.Sampled):
             sample = event
     status = str(run.manifest["status"]).replace("_", " ")
-    head = [f"{run.path.resolve().name} · {status}" + _place(state, steps, now if status == "running" else None)]
+    head = [
+        f"{run.path.resolve().name} · {status}" + _place(state, steps, now if status == "running" else None)
+    ]
     if not steps:
         head.append("no update yet" if status == "running" else "no update was made")
     if status == "running" and log.events:
         silent = now - log.events[-1].at
         if silent > max(QUIET_S, 10 * max((step.seconds for step in steps[-20:]), default=0.0)):
-            head.append(f"no word for {console.duration(silent)}: it may be busy, or killed; go on with: {run.hint}")
+            head.append(
+                f"no word for {console.duration(silent)}: it may be busy, or killed; go on with: {run.hint}"
+            )
     if log.strange:
         head.append(f"{log.strange:,} lines of {EVENTS} are not understood (another version of tunesmith?)")
     tail = _numbers(steps, validations)
@@ -170,7 +183,9 @@ def _numbers(steps: Sequence[events.StepDone], validations: Sequence[events.Vali
     found: list[str] = []
     if steps:
         facts = console.facts(steps[-20:])
-        found.append(" · ".join([f"loss {steps[-1].loss:.4f}", *(f"{name} {value}" for name, value in facts.items())]))
+        found.append(
+            " · ".join([f"loss {steps[-1].loss:.4f}", *(f"{name} {value}" for name, value in facts.items())])
+        )
     if validations:
         last, best = validations[-1], [one for one in validations if one.best][-1:]
         text = f"validation {last.loss:.4f} at step {last.step:,} · perplexity {last.perplexity:.4g}"
@@ -178,34 +193,48 @@ def _numbers(steps: Sequence[events.StepDone], validations: Sequence[events.Vali
     return found
 
 
-def _charts(steps: Sequence[events.StepDone], validations: Sequence[events.Validated], width: int, height: int) -> list[str]:
+def _charts(
+    steps: Sequence[events.StepDone], validations: Sequence[events.Validated], width: int, height: int
+) -> list[str]:
     """The loss; under it, where there is room, learning rate, gradient norm and speed beside one another."""
     x = [float(step.step) for step in steps]
     losses = [step.loss for step in steps]
     span = max(5, len(steps) // SMOOTH)
-    title = "loss: · each update, ● validation" if len(steps) < 3 else f"loss: · each update, ━ over {span}, ● validation"
+    title = (
+        "loss: · each update, ● validation"
+        if len(steps) < 3
+        else f"loss: · each update, ━ over {span}, ● validation"
+    )
     curves = [Series(*_thinned(x, losses, 2 * width), "·", "gray")]
     if len(steps) > 2:
         curves.append(Series(*_thinned(x, smoothed(losses, span), 2 * width), "hd", "blue", joined=True))
-    curves.append(Series([float(one.step) for one in validations], [one.loss for one in validations], "●", "orange"))
+    curves.append(
+        Series([float(one.step) for one in validations], [one.loss for one in validations], "●", "orange")
+    )
     many = min(3, width // 30)
     below = height // 3 if many and height >= 2 * LEAST_CHART + 2 else 0
     lines = _chart(title, curves, width, height - below)
     if below:
-        speed = [(step.units if step.learned is None else step.learned) / max(step.seconds, 1e-9) for step in steps]
+        speed = [
+            (step.units if step.learned is None else step.learned) / max(step.seconds, 1e-9) for step in steps
+        ]
         others = [
             ("gradient norm", [step.gradient_norm for step in steps]),
             ("learned tokens/s", speed),
             ("learning rate", [step.learning_rate for step in steps]),
         ][:many]
         each = width // len(others)
-        drawn = [_chart(name, [Series(*_thinned(x, y, 2 * each), "hd", "blue", joined=True)], each, below) for name, y in others]
+        drawn = [
+            _chart(name, [Series(*_thinned(x, y, 2 * each), "hd", "blue", joined=True)], each, below)
+            for name, y in others
+        ]
         lines += ["".join(row) for row in zip_longest(*drawn, fillvalue=" " * each)]
     return lines
 
 
 def smoothed(values: Sequence[float], span: int) -> list[float]:
-    """Exponential means with weight 2 / (span + 1) on the newest, corrected for the start; what is not finite is passed over."""
+    """Exponential means with weight 2 / (span + 1) on the newest, corrected for the start; what is not finite
+    is passed over."""
     keep = 1 - 2 / (span + 1)
     total, weight, found = 0.0, 0.0, []
     for value in values:

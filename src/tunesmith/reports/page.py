@@ -1,8 +1,9 @@
-"""A run's report as one HTML file that needs no network: what was learned, kept and lost, how sure that is, and why.
+"""A run's report as one HTML file that needs no network: what was learned, kept and lost, how sure that is,
+and why.
 
-Texts of the data are only ever text: the template escapes them, the script sets them as text, and a content policy in the page
-forbids every other script and every request. How pages look is in ``base.html``, what this one says in ``page.html``.
-"""
+Texts of the data are only ever text: the template escapes them, the script sets them as text, and a content
+policy in the page forbids every other script and every request. How pages look is in ``base.html``, what this
+one says in ``page.html``."""
 
 from __future__ import annotations
 
@@ -31,55 +32,97 @@ BYTES = 1_500_000
 LETTERS, SAMPLES, STEPS = 1_500, 12, 8
 TEXTS = ("prompt", "reference", "base_answer", "tuned_answer")
 TITLES = {
-    "answers": "What came of it", "next": "Limits, and what to try next", "differences": "Differences",
-    "configuration": "Configuration", "curves": "Curves",
-    "samples": "Samples along the way", "scores-task": "The task", "scores-retention": "Retention", "scores-safety": "Safety",
-    "scores-benchmarks": "Benchmarks", "scores-other": "Other tasks", "prompts": "Every prompt",
-    "growth": "Growth of the adapter", "rows": "Rows of the training data", "scores-efficiency": "Efficiency",
-    "cost": "Time and memory", "scores-beside": "Measured beside it", "the-data": "Data", "notices": "Notices",
-    "words": "What the words mean", "reproduce": "How to make it anew",
-}  # fmt: skip
+    "answers": "What came of it",
+    "next": "Limits, and what to try next",
+    "differences": "Differences",
+    "configuration": "Configuration",
+    "curves": "Curves",
+    "samples": "Samples along the way",
+    "scores-task": "The task",
+    "scores-retention": "Retention",
+    "scores-safety": "Safety",
+    "scores-benchmarks": "Benchmarks",
+    "scores-other": "Other tasks",
+    "prompts": "Every prompt",
+    "growth": "Growth of the adapter",
+    "rows": "Rows of the training data",
+    "scores-efficiency": "Efficiency",
+    "cost": "Time and memory",
+    "scores-beside": "Measured beside it",
+    "the-data": "Data",
+    "notices": "Notices",
+    "words": "What the words mean",
+    "reproduce": "How to make it anew",
+}
 
 _UNWRITABLE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 """Letters that could end a script or cannot be written as UTF-8; inside JSON they stand as numbers."""
 
 
 def render(template: str, data: Mapping[str, Any], **facts: Any) -> str:
-    """``template`` (a file of this package that extends ``base.html``), filled. The same facts give the same letters.
+    """``template`` (a file of this package that extends ``base.html``), filled. The same facts give the same
+    letters.
 
-    data: what the page's script reads as ``data``. facts: ``verb`` (who made it), ``tone`` (good, warning, error or note: how the
-    verdict looks) and all else that the template names. Filters: those of `words`, ``line`` (one line of so many letters),
-    ``percent``, ``duration``, ``size``, ``many``.
-    """
+    data: what the page's script reads as ``data``. facts: ``verb`` (who made it), ``tone`` (good, warning,
+    error or note: how the verdict looks) and all else that the template names. Filters: those of `words`,
+    ``line`` (one line of so many letters), ``percent``, ``duration``, ``size``, ``many``."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
     folders = {"base.html": "tunesmith.display"}  # all else lies here
     # finalize: whatever is printed, no letter that UTF-8 cannot write gets past it.
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        loader=FunctionLoader(lambda name: (resources.files(folders.get(name, "tunesmith.reports")) / name).read_text("utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(
+            lambda name: (resources.files(folders.get(name, "tunesmith.reports")) / name).read_text("utf-8")
+        ),
         finalize=lambda value: escaped(value) if type(value) is str else value,
-    )  # fmt: skip
+    )
     environment.filters |= {
-        "line": visible, "percent": percent, "duration": duration, "size": size, "many": many, "number": words.number,
-        "interval": words.interval, "based": words.base, "named": words.named, "titled": words.title, "met": words.met,
+        "line": visible,
+        "percent": percent,
+        "duration": duration,
+        "size": size,
+        "many": many,
+        "number": words.number,
+        "interval": words.interval,
+        "based": words.base,
+        "named": words.named,
+        "titled": words.title,
+        "met": words.met,
         "missed": evidence.missed,
-        "subset": words.subset, "reached": words.reached, "quoted": shlex.quote, "cut": words.cut, "setting": words.setting,
-    }  # fmt: skip
+        "subset": words.subset,
+        "reached": words.reached,
+        "quoted": shlex.quote,
+        "cut": words.cut,
+        "setting": words.setting,
+    }
     script = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     script = _UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", script)
     told = script + json.dumps(facts, default=str, sort_keys=True)
     nonce = hashlib.sha256(told.encode()).hexdigest()[:32]  # no text can name the hash of what it is part of
     return environment.get_template(template).render(
-        **facts, data=Markup(script), nonce=nonce, font=Markup(FONT), look=Markup(LOOK), signs=words.SIGNS, tones=words.TONES
+        **facts,
+        data=Markup(script),
+        nonce=nonce,
+        font=Markup(FONT),
+        look=Markup(LOOK),
+        signs=words.SIGNS,
+        tones=words.TONES,
     )
 
 
 def html(run_dir: Path, found: dict[str, Any], log: Sequence[events.Event]) -> str:
     """The page of a run. ``found``: `facts.summary`; ``log``: its events."""
-    order = {folder: at for at, folder in enumerate(_folders(found))}  # what can be read comes first, then what speaks
-    shown = sorted(_examples(run_dir, found["evaluations"]), key=lambda one: (not one["answered"], order[one["folder"]]))
+    order = {
+        folder: at for at, folder in enumerate(_folders(found))
+    }  # what can be read comes first, then what speaks
+    shown = sorted(
+        _examples(run_dir, found["evaluations"]), key=lambda one: (not one["answered"], order[one["folder"]])
+    )
     drawn = {
         "forest": charts.forest(evidence.differences(found)),
         "curves": curves.training(log),
@@ -92,31 +135,61 @@ def html(run_dir: Path, found: dict[str, Any], log: Sequence[events.Event]) -> s
     counts = list(flat(found["counts"]).items())
     meanings = words.meanings(found)
     there = {
-        "answers": True, "differences": drawn["forest"], "configuration": True, "curves": drawn["curves"],
-        "samples": found["samples"], **drawn["tables"], "prompts": shown, "growth": drawn["growth"], "rows": found["rows"],
-        "cost": True, "the-data": found["audit"] or counts or found["dropped"]["first"], "notices": True, "next": True,
-        "reproduce": True, "words": meanings,
-    }  # fmt: skip
+        "answers": True,
+        "differences": drawn["forest"],
+        "configuration": True,
+        "curves": drawn["curves"],
+        "samples": found["samples"],
+        **drawn["tables"],
+        "prompts": shown,
+        "growth": drawn["growth"],
+        "rows": found["rows"],
+        "cost": True,
+        "the-data": found["audit"] or counts or found["dropped"]["first"],
+        "notices": True,
+        "next": True,
+        "reproduce": True,
+        "words": meanings,
+    }
     return render(
         "page.html",
-        {"examples": [{key: one[key] for key in ("columns", "rows")} for one in shown], "signs": words.SIGNS,
-         "tones": words.TONES},
-        verb="report", tone=_tone(found), found=found, name=run_dir.resolve().name,
+        {
+            "examples": [{key: one[key] for key in ("columns", "rows")} for one in shown],
+            "signs": words.SIGNS,
+            "tones": words.TONES,
+        },
+        verb="report",
+        tone=_tone(found),
+        found=found,
+        name=run_dir.resolve().name,
         model=Path(str(found["settings"].get("model.path"))).name,
-        sections=[(anchor, TITLES[anchor]) for anchor in TITLES if there.get(anchor)], questions=evidence.QUESTIONS,
-        examples=shown, meanings=meanings,
-        costs=[*markdown.costs(found)], counts=counts, dropped=sum(found["dropped"]["reasons"].values()),
-        commands=markdown.commands(run_dir, found), states=words.STATES, speaker=evidence.checkpoint(found),
+        sections=[(anchor, TITLES[anchor]) for anchor in TITLES if there.get(anchor)],
+        questions=evidence.QUESTIONS,
+        examples=shown,
+        meanings=meanings,
+        costs=[*markdown.costs(found)],
+        counts=counts,
+        dropped=sum(found["dropped"]["reasons"].values()),
+        commands=markdown.commands(run_dir, found),
+        states=words.STATES,
+        speaker=evidence.checkpoint(found),
         checkpoints=markdown.checkpoints(found),
-        made=[*flat(found["manifest"]).items()], **drawn,
-    )  # fmt: skip
+        made=[*flat(found["manifest"]).items()],
+        **drawn,
+    )
 
 
 def _tone(found: Mapping[str, Any]) -> str:
     if found["evidence"]["sentence"]:
         return found["evidence"]["tone"]
     worse = "got worse" in found["loss"]
-    return "error" if found["status"] == "failed" else "warning" if worse or found["status"] not in evidence.DONE else "note"
+    return (
+        "error"
+        if found["status"] == "failed"
+        else "warning"
+        if worse or found["status"] not in evidence.DONE
+        else "note"
+    )
 
 
 def _folders(found: Mapping[str, Any]) -> list[str]:
@@ -125,7 +198,8 @@ def _folders(found: Mapping[str, Any]) -> list[str]:
 
 
 def _tables(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """By section: each evaluation that speaks for its task with all its numbers, apart by part; then all others."""
+    """By section: each evaluation that speaks for its task with all its numbers, apart by part; then all
+    others."""
     chosen = {one["folder"] for one in evidence.speaking(found)}
     tables: dict[str, list[dict[str, Any]]] = {}
     for folder in _folders(found):
@@ -140,8 +214,12 @@ def _tables(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         told = f"{task}, version {of[0]['version']}, checkpoint {of[0]['checkpoint']}"
         told += f", on {evidence.elsewhere(of[0]) or of[0]['data']}" if task in evidence.SPEAKING else ""
         told += f", {subset}" if (subset := words.subset(of[0])) else ""
-        entry = {"task": task, "told": told + ".", "rows": [one for one in of if not one.get("part")],
-                 "parts": {key: sorted(rows, key=lambda one: float(one["value"])) for key, rows in parts.items()}}  # fmt: skip
+        entry = {
+            "task": task,
+            "told": told + ".",
+            "rows": [one for one in of if not one.get("part")],
+            "parts": {key: sorted(rows, key=lambda one: float(one["value"])) for key, rows in parts.items()},
+        }
         section = f"scores-{evidence.question(task)}" if folder in chosen else "scores-beside"
         tables.setdefault(section, []).append(entry)
     return tables
@@ -157,18 +235,28 @@ def _samples(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         thinned = max(thinned, len(answers) - few)
         answered = [{"step": at["step"], "answer": words.cut(at["answer"], LETTERS)} for at in kept]
         rows.append(
-            {"prompt": words.cut(one["prompt"], LETTERS), "reference": words.cut(one["reference"], LETTERS), "answers": answered}
+            {
+                "prompt": words.cut(one["prompt"], LETTERS),
+                "reference": words.cut(one["reference"], LETTERS),
+                "answers": answered,
+            }
         )
     told = f"{thinned:,} of the steps between are in report.json." if thinned else ""
     return {"rows": rows, "more": max(0, len(found) - SAMPLES), "steps": told}
 
 
 def _examples(run_dir: Path, evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each evaluation the rows that fit its share of `BYTES`, taken in turn from those that regressed, improved and stayed."""
+    """Of each evaluation the rows that fit its share of `BYTES`, taken in turn from those that regressed,
+    improved and stayed."""
     asked = [one for one in evaluations if one["examples"]]
     found = []
     for one in asked:
-        classes: dict[str | None, list[list[Any]]] = {"regressed": [], "improved": [], "unchanged": [], None: []}
+        classes: dict[str | None, list[list[Any]]] = {
+            "regressed": [],
+            "improved": [],
+            "unchanged": [],
+            None: [],
+        }
         for number, row in enumerate(facts.examples(run_dir, one["folder"])):
             told = [
                 words.cut(str(row.get("source")), 300),
@@ -185,7 +273,14 @@ def _examples(run_dir: Path, evaluations: Sequence[Mapping[str, Any]]) -> list[d
             if left < 0:
                 break
         rows = [told for _, told in sorted(kept, key=lambda numbered: numbered[0])]
-        columns = [name for name, at in (("base", 4), ("tuned", 5)) if any(row[at] is not None for row in rows)]
-        about = {"folder": one["folder"], "counts": one["changes"], "of": one["examples"], "answered": bool(columns)}
+        columns = [
+            name for name, at in (("base", 4), ("tuned", 5)) if any(row[at] is not None for row in rows)
+        ]
+        about = {
+            "folder": one["folder"],
+            "counts": one["changes"],
+            "of": one["examples"],
+            "answered": bool(columns),
+        }
         found.append({**about, "rows": rows, "columns": columns})
     return found

@@ -1,7 +1,8 @@
-"""An evaluation in the terminal: a statistic a line, base and tuned side by side, with what the difference is worth.
+"""An evaluation in the terminal: a statistic a line, base and tuned side by side, with what the difference is
+worth.
 
-Where the window is too narrow for a line, what the difference is worth goes to a line of its own, then the change goes with it.
-"""
+Where the window is too narrow for a line, what the difference is worth goes to a line of its own, then the
+change goes with it."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ def render(scores: Sequence[Score], console: Console) -> None:
             task = one.task
         cells = [row[0] + " " * (wide[0] - cell_len(row[0]))]
         cells += [" " * (wide[column] - cell_len(row[column])) + row[column] for column in kept[1:]]
-        line = Text("  ".join(cells).rstrip() if not beside else "  ".join(cells), "bold" if one is None or one.headline else "")
+        line = Text(
+            "  ".join(cells).rstrip() if not beside else "  ".join(cells),
+            "bold" if one is None or one.headline else "",
+        )
         if beside:
             line.append("  ").append_text(worth)
         console.print(line, highlight=False)

@@ -1,9 +1,8 @@
 """All that a run directory says about its run, as JSON: what every form of the report shows.
 
-Reads the run directory and nothing else, so a report can be written anew at any time: after an interruption, a failure, or an
-evaluation. Losses are in the unit of the objective (SFT: nats a learned token), perplexity is e to nats a token, memory is bytes
-(GB = 1e9 in the text), times are seconds.
-"""
+Reads the run directory and nothing else, so a report can be written anew at any time: after an interruption,
+a failure, or an evaluation. Losses are in the unit of the objective (SFT: nats a learned token), perplexity
+is e to nats a token, memory is bytes (GB = 1e9 in the text), times are seconds."""
 
 from __future__ import annotations
 
@@ -27,7 +26,18 @@ from tunesmith.evaluation.evaluate import EXAMPLES, SCORE
 from tunesmith.evaluation.statistics import Score
 from tunesmith.reports import advice
 from tunesmith.reports import verdict as evidence
-from tunesmith.runs.directory import AUDIT, CHECKPOINTS, CONFIG, DROPPED, EVALS, EVENTS, MANIFEST, ORIGIN, PLAN, flat
+from tunesmith.runs.directory import (
+    AUDIT,
+    CHECKPOINTS,
+    CONFIG,
+    DROPPED,
+    EVALS,
+    EVENTS,
+    MANIFEST,
+    ORIGIN,
+    PLAN,
+    flat,
+)
 
 Kind = TypeVar("Kind", bound=events.Event)
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -39,21 +49,33 @@ NEEDED = {one.name for one in fields(Score)} - BEFORE.keys()
 def summary(run_dir: Path, told: Sequence[events.Event] | None = None) -> dict[str, Any]:
     """All facts of the report as JSON; numbers that are not finite become their names (``"nan"``, ``"inf"``).
 
-    told: the run's log where it was read already. An evaluation that cannot be read is left out, and a notice says so. Raises
-    EvaluationError where another file of the run is no JSON.
-    """
+    told: the run's log where it was read already. An evaluation that cannot be read is left out, and a notice
+    says so. Raises EvaluationError where another file of the run is no JSON."""
     run_dir = run_dir.resolve()
     told = log(run_dir) if told is None else told
-    steps, validations, growth = only(told, events.StepDone), only(told, events.Validated), only(told, events.Growth)
+    steps, validations, growth = (
+        only(told, events.StepDone),
+        only(told, events.Validated),
+        only(told, events.Growth),
+    )
     started = next(reversed(only(told, events.RunStarted)), None)
-    last = next((one for one in reversed(told) if isinstance(one, events.RunEnded | events.RunStarted | events.Resumed)), None)
+    last = next(
+        (
+            one
+            for one in reversed(told)
+            if isinstance(one, events.RunEnded | events.RunStarted | events.Resumed)
+        ),
+        None,
+    )
     ended = last if isinstance(last, events.RunEnded) else None  # one that was resumed has not ended
     made = _load(run_dir / MANIFEST)
     running = made.get("status") == "running"
     training = sum(step.seconds for step in steps)
     window = max(1, len(steps) // 20)
     evaluations, unread = _evaluations(run_dir)
-    staged = [step for step in steps if step.stages and step.padding < 1]  # of older ones the padding is not known
+    staged = [
+        step for step in steps if step.stages and step.padding < 1
+    ]  # of older ones the padding is not known
     positions = sum(step.tokens / (1 - step.padding) for step in staged)
     found: dict[str, Any] = {
         "run": str(run_dir),
@@ -68,7 +90,11 @@ def summary(run_dir: Path, told: Sequence[events.Event] | None = None) -> dict[s
         },
         "weights": {"trainable": started.trainable, "total": started.total} if started else None,
         "counts": started.counts if started else _load(run_dir / PLAN),
-        "training_loss": {"first": mean_loss(steps[:window]), "last": mean_loss(steps[-window:]), "updates_each": window}
+        "training_loss": {
+            "first": mean_loss(steps[:window]),
+            "last": mean_loss(steps[-window:]),
+            "updates_each": window,
+        }
         if steps
         else None,
         "validation": [asdict(event) for event in validations],
@@ -102,7 +128,9 @@ def summary(run_dir: Path, told: Sequence[events.Event] | None = None) -> dict[s
         "unread": [console.readable(one) for one in unread],
         "dropped": _dropped(run_dir / DROPPED),
         "checkpoints": _load(run_dir / CHECKPOINTS / "index.json"),
-        "settings_given": {key: origin for key, origin in _load(run_dir / ORIGIN).items() if not origin.startswith("default")},
+        "settings_given": {
+            key: origin for key, origin in _load(run_dir / ORIGIN).items() if not origin.startswith("default")
+        },
         "settings": settings(run_dir),
         "manifest": made,
         "reproduce": _reproduce(run_dir, bool(evaluations)),
@@ -133,7 +161,10 @@ def settings(run_dir: Path) -> dict[str, Any]:
 
 def unit(log: Sequence[events.Event]) -> str:
     """Of the loss."""
-    return next((one.counts.get("loss", "nats a learned token") for one in only(log, events.RunStarted)), "nats a learned token")
+    return next(
+        (one.counts.get("loss", "nats a learned token") for one in only(log, events.RunStarted)),
+        "nats a learned token",
+    )
 
 
 def mean_loss(steps: Sequence[events.StepDone]) -> float:
@@ -156,21 +187,33 @@ def samples(sampled: Sequence[events.Sampled]) -> list[dict[str, Any]]:
     for one in sampled:
         asked.setdefault((one.prompt, one.reference), []).append({"step": one.step, "answer": one.answer})
     return [
-        {"prompt": prompt, "reference": reference, "before": of[0], "after": of[-1] if len(of) > 1 else None, "answers": of}
+        {
+            "prompt": prompt,
+            "reference": reference,
+            "before": of[0],
+            "after": of[-1] if len(of) > 1 else None,
+            "answers": of,
+        }
         for (prompt, reference), of in asked.items()
     ]
 
 
 def examples(run_dir: Path, folder: str) -> Iterator[dict[str, Any]]:
     """The lines of an evaluation's examples. Raises EvaluationError, with the line, where one is torn."""
-    return _lines(run_dir / EVALS / folder / EXAMPLES, f"evaluate again: tunesmith evaluate {shlex.quote(str(run_dir))}")
+    return _lines(
+        run_dir / EVALS / folder / EXAMPLES, f"evaluate again: tunesmith evaluate {shlex.quote(str(run_dir))}"
+    )
 
 
 def _lines(path: Path, hint: str | None = None) -> Iterator[dict[str, Any]]:
     """The JSON object of each line; none where the run did not get so far."""
     if path.exists():
         with path.open("rb") as lines:
-            yield from (_parsed(line, f"{path}:{number}", hint) for number, line in enumerate(lines, 1) if line.strip())
+            yield from (
+                _parsed(line, f"{path}:{number}", hint)
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            )
 
 
 def _load(path: Path, hint: str | None = None) -> dict[str, Any]:
@@ -189,7 +232,8 @@ def _parsed(text: bytes, where: str, hint: str | None) -> dict[str, Any]:
 
 
 def _evaluations(run_dir: Path) -> tuple[list[dict[str, Any]], list[events.Notice]]:
-    """Each with its folder, how its prompts moved and how many answers were cut; and what could not be read."""
+    """Each with its folder, how its prompts moved and how many answers were cut; and what could not be
+    read."""
     found, unread = [], []
     for path in sorted((run_dir / EVALS).glob(f"*/{SCORE}")):
         what = "not in this report"
@@ -203,24 +247,42 @@ def _evaluations(run_dir: Path) -> tuple[list[dict[str, Any]], list[events.Notic
                 cut += (example.get("tuned_detail") or {}).get("cut") is True
             one |= {"cut": cut, "examples": moved.total()}
             del moved[None]
-            one["changes"] = {name: moved[name] for name in ("improved", "unchanged", "regressed")} if moved else None
+            one["changes"] = (
+                {name: moved[name] for name in ("improved", "unchanged", "regressed")} if moved else None
+            )
         except EvaluationError as error:
-            unread.append(events.Notice(f"{what}: {error.what}", "warning", where=error.where, hint=error.hint))
+            unread.append(
+                events.Notice(f"{what}: {error.what}", "warning", where=error.where, hint=error.hint)
+            )
     return found, unread
 
 
 def _scored(path: Path, hint: str) -> dict[str, Any]:
-    one = {"task": None, "version": None, "data": None, "cut": 0, "examples": 0, "changes": None, **_load(path, hint)}
+    one = {
+        "task": None,
+        "version": None,
+        "data": None,
+        "cut": 0,
+        "examples": 0,
+        "changes": None,
+        **_load(path, hint),
+    }
     scores = one.get("scores")
-    if not isinstance(scores, list) or any(not isinstance(score, dict) or NEEDED - score.keys() for score in scores):
-        raise EvaluationError("cannot be read: its scores are not there, or not whole", where=str(path), hint=hint)
+    if not isinstance(scores, list) or any(
+        not isinstance(score, dict) or NEEDED - score.keys() for score in scores
+    ):
+        raise EvaluationError(
+            "cannot be read: its scores are not there, or not whole", where=str(path), hint=hint
+        )
     first: dict[str, Any] = next(iter(scores), {})
     told = {name: one[name] or first.get(name) for name in ("task", "version")}
     return one | told | {"folder": path.parent.name}
 
 
 def _score(evaluation: Mapping[str, Any], score: Mapping[str, Any]) -> dict[str, Any]:
-    about = {name: evaluation.get(name) for name in ("checkpoint", "data", "folder", "identity", "at", "unseen")}
+    about = {
+        name: evaluation.get(name) for name in ("checkpoint", "data", "folder", "identity", "at", "unseen")
+    }
     limit = (evaluation.get("settings") or {}).get("limit")
     return {**about, "limit": limit, **BEFORE, **score, "base": words.base(score)}
 
@@ -239,7 +301,8 @@ def five(values: Sequence[float]) -> list[float]:
 
 
 def module(weight: str) -> str:
-    """What a weight belongs to, whatever the layer: ``model.layers.3.self_attn.q_proj.lora_a`` → ``self_attn.q_proj.lora_a``."""
+    """What a weight belongs to, whatever the layer: ``model.layers.3.self_attn.q_proj.lora_a`` →
+    ``self_attn.q_proj.lora_a``."""
     parts = weight.split(".")
     last = max((at for at, part in enumerate(parts) if part.isdigit()), default=-1)
     return ".".join(parts[last + 1 :]) or weight
@@ -251,7 +314,8 @@ def layer(weight: str) -> str:
 
 
 def _gradients(told: Sequence[events.Event]) -> dict[str, dict[str, list[float]]]:
-    """By module: five numbers of the gradient norms, and of ‖update‖ / ‖weight‖, over its layers and the updates looked at."""
+    """By module: five numbers of the gradient norms, and of ‖update‖ / ‖weight‖, over its layers and the
+    updates looked at."""
     found: dict[str, dict[str, list[float]]] = {"gradient": {}, "ratio": {}}
     for one in only(told, events.Instruments):
         for name, value in one.gradient.items():
@@ -297,12 +361,15 @@ def _watched(steps: Sequence[events.StepDone]) -> list[dict[str, Any]]:
             for key, value in step.metrics.items():
                 seen.setdefault(key, []).append(value)
         if seen:
-            found.append({"to_step": part[-1].step, **{key: sum(values) / len(values) for key, values in seen.items()}})
+            found.append(
+                {"to_step": part[-1].step, **{key: sum(values) / len(values) for key, values in seen.items()}}
+            )
     return found
 
 
 def _notices(log: Sequence[events.Event]) -> list[dict[str, Any]]:
-    """Equal notices together: ``count`` adds up, ``where`` lists all places; warnings first, skipped updates among them."""
+    """Equal notices together: ``count`` adds up, ``where`` lists all places; warnings first, skipped updates
+    among them."""
     notices = only(log, events.Notice)
     for one in only(log, events.StepSkipped):
         text = f"step {one.step} skipped: loss {one.loss}, gradient norm {one.gradient_norm}, rows {', '.join(one.rows)}"
@@ -326,7 +393,11 @@ def _loss(found: dict[str, Any]) -> str:
     """One sentence with the numbers of the loss, honest where it rose."""
     updates, loss, measured = found["updates"], found["training_loss"], found["validation"]
     unit = found["counts"].get("loss", "nats a learned token")
-    so_far = f"{updates['done']:,}" + ("" if updates["planned"] is None else f" of {updates['planned']:,}") + " updates"
+    so_far = (
+        f"{updates['done']:,}"
+        + ("" if updates["planned"] is None else f" of {updates['planned']:,}")
+        + " updates"
+    )
     text = {
         "completed": f"After {so_far} the ",
         "stopped_early": f"Stopped early after {so_far}: the ",
@@ -357,4 +428,6 @@ def _loss(found: dict[str, Any]) -> str:
         text += f"; good answers earn more than bad ones in {accuracy:.1%} of pairs"
         text += "" if (then := before["metrics"].get("accuracy")) is None else f", before {then:.1%}"
     best = min(measured, key=lambda one: (math.isnan(one["loss"]), one["loss"]))
-    return text + ("." if best["loss"] == last else f"; the lowest was {best['loss']:.4f} at step {best['step']:,}.")
+    return text + (
+        "." if best["loss"] == last else f"; the lowest was {best['loss']:.4f} at step {best['step']:,}."
+    )

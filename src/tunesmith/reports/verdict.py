@@ -1,10 +1,10 @@
 """From scores to an answer: was the task learned, was the rest kept, is it still safe, and how sure is that?
 
-Three questions are answered by the verdicts and targets that the evaluation gave (corrected for their number); nothing is tested
-anew here. Only evaluations of one checkpoint speak: the best, or where it was not evaluated the one evaluated last. Of several of
-one task one speaks: with a base rather than without, on the run's own held-out rows rather than on others, whole rather than
-limited, of the newest version. The rest is shown beside it and never mixed in.
-"""
+Three questions are answered by the verdicts and targets that the evaluation gave (corrected for their
+number); nothing is tested anew here. Only evaluations of one checkpoint speak: the best, or where it was not
+evaluated the one evaluated last. Of several of one task one speaks: with a base rather than without, on the
+run's own held-out rows rather than on others, whole rather than limited, of the newest version. The rest is
+shown beside it and never mixed in."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ SHOWN = 3
 class Evidence:
     """``tone``: good, warning, error, or note where nothing was judged; ``sentence``: None then.
 
-    ``learned``: yes, mixed, no (it got worse), not shown, not measured. ``kept``, ``safe``: kept, missed, not shown, not
-    measured; ``safe`` also better: where targets are missed, the change is for the better.
-    ``head`` and ``clauses`` (tone, told): the parts of the sentence.
-    """
+    ``learned``: yes, mixed, no (it got worse), not shown, not measured. ``kept``, ``safe``: kept, missed, not
+    shown, not measured; ``safe`` also better: where targets are missed, the change is for the better.
+    ``head`` and ``clauses`` (tone, told): the parts of the sentence."""
 
     tone: str
     sentence: str | None
@@ -57,12 +56,15 @@ def question(task: str) -> str:
         return "task"
     if task == "drift.safety" or task.startswith("safety"):
         return "safety"
-    family = {"drift": "retention", "benchmark": "benchmarks"}.get(task.partition(".")[0], task.partition(".")[0])
+    family = {"drift": "retention", "benchmark": "benchmarks"}.get(
+        task.partition(".")[0], task.partition(".")[0]
+    )
     return family if family in QUESTIONS else "other"
 
 
 def best(found: Mapping[str, Any]) -> int | None:
-    """The step of the checkpoint that is asked for as the best: the last where that is not kept; None where there is none."""
+    """The step of the checkpoint that is asked for as the best: the last where that is not kept; None where
+    there is none."""
     saved = found["checkpoints"]
     return None if not saved else saved["best"] if saved["best"] in saved["kept"] else saved["last"]
 
@@ -71,7 +73,10 @@ def checkpoint(found: Mapping[str, Any]) -> str | None:
     """The checkpoint whose evaluations speak."""
     whole = [one for one in found["scores"] if one.get("checkpoint")]
     last = max(whole, key=lambda one: (one.get("at") or 0.0, str(one["checkpoint"])), default={})
-    return next((one["checkpoint"] for one in whole if _step(one["checkpoint"]) == best(found)), last.get("checkpoint"))
+    return next(
+        (one["checkpoint"] for one in whole if _step(one["checkpoint"]) == best(found)),
+        last.get("checkpoint"),
+    )
 
 
 def _step(name: str | None) -> int | None:
@@ -79,7 +84,8 @@ def _step(name: str | None) -> int | None:
 
 
 def speaking(found: Mapping[str, Any], *, parts: bool = False) -> list[Mapping[str, Any]]:
-    """The scores of the one evaluation of each task that speaks for it, in the order of the questions. parts: those as well."""
+    """The scores of the one evaluation of each task that speaks for it, in the order of the questions. parts:
+    those as well."""
     speaker = checkpoint(found)
 
     def rank(score: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -101,11 +107,19 @@ def speaking(found: Mapping[str, Any], *, parts: bool = False) -> list[Mapping[s
         and (one.get("folder"), one["version"]) == (first.get("folder"), first["version"])
     ]
     order = {name: at for at, name in enumerate(SPEAKING)}
-    return sorted(kept, key=lambda one: ([*QUESTIONS].index(question(one["task"])), order.get(one["task"], 9), str(one["task"])))
+    return sorted(
+        kept,
+        key=lambda one: (
+            [*QUESTIONS].index(question(one["task"])),
+            order.get(one["task"], 9),
+            str(one["task"]),
+        ),
+    )
 
 
 def answers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the table at the top shows: of each task its headlines and what has a target, or else its first number."""
+    """What the table at the top shows: of each task its headlines and what has a target, or else its first
+    number."""
     rows: list[dict[str, Any]] = []
     chosen = speaking(found)
     for task in dict.fromkeys(one["task"] for one in chosen):
@@ -122,7 +136,8 @@ def leading(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def elsewhere(score: Mapping[str, Any]) -> str | None:
-    """The files that were named to measure on, without their folders; None where it was held-out rows or a suite."""
+    """The files that were named to measure on, without their folders; None where it was held-out rows or a
+    suite."""
     data = score.get("data")
     named = data if isinstance(data, list) else [data]
     return None if data in (VALID, None) else ", ".join(PurePath(str(name)).name for name in named)
@@ -133,7 +148,9 @@ def missed(score: Mapping[str, Any]) -> bool:
     if not score.get("target") or score.get("met") is not False:
         return False
     gain = (score.get("delta") or 0.0) * {"higher": 1, "lower": -1}.get(str(score.get("better")), 0)
-    return {"improved": False, "regressed": True}.get(str(score.get("verdict")), gain <= 0)  # a verdict may be lost in correction
+    return {"improved": False, "regressed": True}.get(
+        str(score.get("verdict")), gain <= 0
+    )  # a verdict may be lost in correction
 
 
 def alone(score: Mapping[str, Any]) -> bool:
@@ -151,16 +168,27 @@ def answer(score: Mapping[str, Any]) -> str:
 
 
 def weigh(found: Mapping[str, Any]) -> Evidence:
-    """The verdict on a run's summary. One that failed, got worse at its task or missed a target is not to be shipped.
+    """The verdict on a run's summary. One that failed, got worse at its task or missed a target is not to be
+    shipped.
 
-    Fit is one that learned, kept and is safe, of which nothing got worse, at its best checkpoint, on rows it was not trained on.
-    """
+    Fit is one that learned, kept and is safe, of which nothing got worse, at its best checkpoint, on rows it
+    was not trained on."""
     rows = answers(found)
     parts = {name: [one for one in rows if one["question"] == name] for name in QUESTIONS}
     judged = leading(rows)
     ups = [one for one in judged if one["verdict"] == "improved"]
     downs = [one for one in judged if one["verdict"] == "regressed"]
-    learned = "not measured" if not judged else "mixed" if ups and downs else "yes" if ups else "no" if downs else "not shown"
+    learned = (
+        "not measured"
+        if not judged
+        else "mixed"
+        if ups and downs
+        else "yes"
+        if ups
+        else "no"
+        if downs
+        else "not shown"
+    )
     forgot = [one for one in parts["benchmarks"] if one.get("verdict") == "regressed"]
     kept, safe = _held(parts["retention"], forgot), _held(parts["safety"])
     if learned == kept == safe == "not measured":
@@ -169,32 +197,56 @@ def weigh(found: Mapping[str, Any]) -> Evidence:
     beside = [
         _worse(found, [*downs, *forgot]),
         f"the task was measured on {elsewhere(judged[0])}, which may be what it was trained on"
-        if judged and elsewhere(judged[0]) and not judged[0].get("unseen") else "",
+        if judged and elsewhere(judged[0]) and not judged[0].get("unseen")
+        else "",
         _measured(found),
-    ]  # fmt: skip
-    fine = (learned, kept) == ("yes", "kept") and safe in ("kept", "better") and found["status"] in DONE and not any(beside)
-    head = "Do not ship this" if bad else "Fit to ship, by these numbers" if fine else "Not shown to be fit to ship"
+    ]
+    fine = (
+        (learned, kept) == ("yes", "kept")
+        and safe in ("kept", "better")
+        and found["status"] in DONE
+        and not any(beside)
+    )
+    head = (
+        "Do not ship this"
+        if bad
+        else "Fit to ship, by these numbers"
+        if fine
+        else "Not shown to be fit to ship"
+    )
     clauses = {
         "yes": f"it learned the task ({_told(ups[:1])})",
         "mixed": f"the task is better in part ({_told(ups[:1])}) and worse in part ({_told(downs[:1])})",
         "no": f"the task got worse ({_told(downs[:1])})",
         "not shown": f"that it learned the task is not shown ({_told(judged[:1])})",
         "not measured": "whether it learned the task was not measured"
-        if not any(map(alone, parts["task"])) else "too little was asked to judge whether it learned the task",
-    }  # fmt: skip
+        if not any(map(alone, parts["task"]))
+        else "too little was asked to judge whether it learned the task",
+    }
     told = [
         {"tone": {"yes": "good", "no": "error"}.get(learned, "warning"), "told": clauses[learned]},
         _clause(kept, parts["retention"], "what it knew before", ("kept", "lost"), forgot),
         _clause(safe, parts["safety"], "what it declines", ("unchanged", "changed")),
         *({"tone": "warning", "told": one} for one in beside if one),
-        *({"tone": "note", "told": f"what was asked is {few}"} for few in dict.fromkeys(map(words.subset, rows)) if few),
+        *(
+            {"tone": "note", "told": f"what was asked is {few}"}
+            for few in dict.fromkeys(map(words.subset, rows))
+            if few
+        ),
     ]
     if found["status"] not in DONE:
         why = f" ({found['why']})" if found["why"] else ""
         tone = "error" if found["status"] == "failed" else "warning"
-        told.append({"tone": tone, "told": f"the run itself is {words.STATES.get(found['status'], found['status'])}{why}"})
+        told.append(
+            {
+                "tone": tone,
+                "told": f"the run itself is {words.STATES.get(found['status'], found['status'])}{why}",
+            }
+        )
     text = f"{head}: {'; '.join(one['told'] for one in told)}."
-    return Evidence("error" if bad else "good" if fine else "warning", text, learned, kept, safe, f"{head}.", told)
+    return Evidence(
+        "error" if bad else "good" if fine else "warning", text, learned, kept, safe, f"{head}.", told
+    )
 
 
 def _measured(found: Mapping[str, Any]) -> str:
@@ -204,11 +256,16 @@ def _measured(found: Mapping[str, Any]) -> str:
         return ""
     if spoke != of:
         return f"measured was checkpoint {checkpoint(found)}, and the {'best' if named == of else 'last'} is {of}"
-    return "" if named in (None, spoke) else f"measured was step {spoke}; step {named} validated better, and is not kept"
+    return (
+        ""
+        if named in (None, spoke)
+        else f"measured was step {spoke}; step {named} validated better, and is not kept"
+    )
 
 
 def _worse(found: Mapping[str, Any], named: Sequence[Mapping[str, Any]]) -> str:
-    """What got worse beside what is ``named``: numbers and parts of the task and benchmarks, else parts that miss a target."""
+    """What got worse beside what is ``named``: numbers and parts of the task and benchmarks, else parts that
+    miss a target."""
     known = {(one["task"], one["name"]) for one in named}
     worse = [
         one
@@ -236,16 +293,32 @@ def _held(rows: Sequence[Mapping[str, Any]], worse: Sequence[Mapping[str, Any]] 
 
 
 def _clause(
-    state: str, rows: Sequence[Mapping[str, Any]], what: str, ends: tuple[str, str], worse: Sequence[Mapping[str, Any]] = ()
+    state: str,
+    rows: Sequence[Mapping[str, Any]],
+    what: str,
+    ends: tuple[str, str],
+    worse: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, str]:
     aimed = _aimed(rows)
-    undecided, better = ([one for one in aimed if one["met"] is state and not missed(one)] for state in (None, False))
-    many = "; ".join(filter(None, [
-        f"{sum(one['met'] is True for one in aimed)} of {len(aimed)} targets kept" if aimed else "",
-        f"open: {_told(undecided)}" if undecided else "", f"worse: {_told(worse)}" if worse else "",
-    ]))  # fmt: skip
+    undecided, better = (
+        [one for one in aimed if one["met"] is state and not missed(one)] for state in (None, False)
+    )
+    many = "; ".join(
+        filter(
+            None,
+            [
+                f"{sum(one['met'] is True for one in aimed)} of {len(aimed)} targets kept" if aimed else "",
+                f"open: {_told(undecided)}" if undecided else "",
+                f"worse: {_told(worse)}" if worse else "",
+            ],
+        )
+    )
     fell = any(one.get("verdict") == "regressed" for one in undecided)
-    open_ = f"{what} got worse, whether beyond its target is not shown" if fell else f"that {what} is {ends[0]} is not shown"
+    open_ = (
+        f"{what} got worse, whether beyond its target is not shown"
+        if fell
+        else f"that {what} is {ends[0]} is not shown"
+    )
     part = "" if all(map(missed, aimed)) else " in part"
     told = {
         "kept": f"{what} is {ends[0]} ({many})",
@@ -268,7 +341,11 @@ def _told(rows: Sequence[Mapping[str, Any]]) -> str:
         if low is not None and high is not None:
             text += f", 95 % interval {words.number(low, unit, signed=True, bare=True)} to "
             text += words.number(high, unit, signed=True, bare=True)
-            if one.get("verdict") == "no difference shown" and one.get("p_corrected") is not None and low * high > 0:
+            if (
+                one.get("verdict") == "no difference shown"
+                and one.get("p_corrected") is not None
+                and low * high > 0
+            ):
                 text += f" (for so many tests p is {words.number(one['p_corrected'])})"
         texts.append(", ".join(filter(None, [text, words.reached(one), f"n {one['n']:,}"])))
     return "; ".join(texts) + (f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
@@ -290,5 +367,16 @@ def differences(found: Mapping[str, Any]) -> list[Difference]:
         about = " ".join(filter(None, [sign, one["answer"]])) + f"; n {one['n']:,}"
         about += "; less is better" if one["better"] == "lower" else ""
         scale = "points" if unit_ in ("%", "points") else unit_ or label
-        rows.append(Difference(label, about, gain or 0.0, low, high, words.interval(one, of="delta"), one.get("verdict"), scale))
+        rows.append(
+            Difference(
+                label,
+                about,
+                gain or 0.0,
+                low,
+                high,
+                words.interval(one, of="delta"),
+                one.get("verdict"),
+                scale,
+            )
+        )
     return rows

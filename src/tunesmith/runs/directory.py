@@ -1,8 +1,9 @@
-"""What a run is and where it lives: its settings, every file name, and checkpoints that survive a kill at any moment.
+"""What a run is and where it lives: its settings, every file name, and checkpoints that survive a kill at any
+moment.
 
-Everything is written to a temporary name, flushed to disk and renamed, so a file or a checkpoint is whole or absent. A
-checkpoint's ``cursor.json`` holds the SHA-256 of its other files; a torn one is found by it and the one before is used.
-"""
+Everything is written to a temporary name, flushed to disk and renamed, so a file or a checkpoint is whole or
+absent. A checkpoint's ``cursor.json`` holds the SHA-256 of its other files; a torn one is found by it and the
+one before is used."""
 
 from __future__ import annotations
 
@@ -43,55 +44,97 @@ from tunesmith.settings.config import Spec, dump, load
 from tunesmith.tokens.batches import BatchSpec
 from tunesmith.tokens.template import TemplateSpec
 
-CONFIG, ORIGIN, MANIFEST, EVENTS, LOG = "config.yaml", "origin.json", "manifest.json", "events.jsonl", "training.log"
-DATA, EVALS, CHECKPOINTS, FROZEN, REFERENCE = "data", "evals", "checkpoints", "frozen", "reference.safetensors"
+CONFIG, ORIGIN, MANIFEST, EVENTS, LOG = (
+    "config.yaml",
+    "origin.json",
+    "manifest.json",
+    "events.jsonl",
+    "training.log",
+)
+DATA, EVALS, CHECKPOINTS, FROZEN, REFERENCE = (
+    "data",
+    "evals",
+    "checkpoints",
+    "frozen",
+    "reference.safetensors",
+)
 DROPPED, VALID, SHOWN, PLAN = "data/dropped.jsonl", "data/valid.jsonl", "data/rendered.json", "data/plan.json"
 AUDIT = "data/audit.json"
 ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, CURSOR = (
-    "adapters.safetensors", "adapter_config.json", "optimizer.safetensors", "cursor.json",
-)  # fmt: skip
+    "adapters.safetensors",
+    "adapter_config.json",
+    "optimizer.safetensors",
+    "cursor.json",
+)
 
 SAFE_TO_CHANGE = frozenset(
-    {"loop.save_every", "loop.keep_last", "loop.tensorboard", "loop.instrument_every", "loop.activations", "model.path"}
+    {
+        "loop.save_every",
+        "loop.keep_last",
+        "loop.tensorboard",
+        "loop.instrument_every",
+        "loop.activations",
+        "model.path",
+    }
 )
-"""Keys that may differ when a run is resumed: none of them moves a weight. Another path has to be the same model, by its hash."""
+"""Keys that may differ when a run is resumed: none of them moves a weight. Another path has to be the same
+model, by its hash."""
 
 
 class LoopSpec(Spec):
     """How long to train, and what to do on the way."""
 
     epochs: float = Field(default=1.0, gt=0, description="passes over the training rows")
-    steps: int | None = Field(default=None, ge=1, description="optimizer updates; where given, epochs does not count")
-    validate_every: int = Field(default=50, ge=0, description="updates between validations; 0: first and last only")
+    steps: int | None = Field(
+        default=None, ge=1, description="optimizer updates; where given, epochs does not count"
+    )
+    validate_every: int = Field(
+        default=50, ge=0, description="updates between validations; 0: first and last only"
+    )
     save_every: int = Field(default=100, ge=0, description="updates between checkpoints; 0: the last only")
     keep_last: int = Field(default=3, ge=1, description="checkpoints kept beside the best")
     keep_best: bool | None = Field(
-        default=None, description="save and keep the best checkpoint by validation; null: where rows are held out"
+        default=None,
+        description="save and keep the best checkpoint by validation; null: where rows are held out",
     )
     best: str = Field(
-        default="loss", description="what best means: loss, perplexity, or what the objective watches (margin, accuracy, …)"
+        default="loss",
+        description="what best means: loss, perplexity, or what the objective watches (margin, accuracy, …)",
     )
-    early_stop: int | None = Field(default=None, ge=1, description="stop after so many validations without a new best")
-    sample_every: int = Field(default=0, ge=0, description="updates between sample answers; 0: first and last only")
+    early_stop: int | None = Field(
+        default=None, ge=1, description="stop after so many validations without a new best"
+    )
+    sample_every: int = Field(
+        default=0, ge=0, description="updates between sample answers; 0: first and last only"
+    )
     samples: int = Field(default=3, ge=0, description="validation prompts answered as samples")
     sample_tokens: int = Field(default=128, ge=1, description="longest sample answer, in tokens")
     instrument_every: int = Field(
-        default=10, ge=0, description="updates between measurements of each weight's gradient and change; 0: never"
+        default=10,
+        ge=0,
+        description="updates between measurements of each weight's gradient and change; 0: never",
     )
-    activations: bool = Field(default=False, description="at validations, also measure the output of each layer")
+    activations: bool = Field(
+        default=False, description="at validations, also measure the output of each layer"
+    )
     checkpoint_gradients: bool = Field(
         default=False,
         description="recompute each layer in the backward pass: about half of the memory beside the weights, 1.2 to 1.5 the time",
     )
     cache_frozen: bool = Field(
-        default=False, description="keep on disk, while training, what the frozen layers below the adapter say to each row"
+        default=False,
+        description="keep on disk, while training, what the frozen layers below the adapter say to each row",
     )
     compile: bool | None = Field(
         default=None,
         description="compile the step for the shapes that come most often; null: on a GPU, where rows are not packed",
     )
-    seed: int = Field(default=0, ge=0, description="decides the split, the order of rows, the adapter and its dropout")
-    tensorboard: bool = Field(default=False, description="also write TensorBoard files (needs the tensorboard extra)")
+    seed: int = Field(
+        default=0, ge=0, description="decides the split, the order of rows, the adapter and its dropout"
+    )
+    tensorboard: bool = Field(
+        default=False, description="also write TensorBoard files (needs the tensorboard extra)"
+    )
 
 
 class RunConfig(Spec):
@@ -121,23 +164,35 @@ class RunConfig(Spec):
         if self.loop.best not in (names := ("loss", "perplexity", *self.objective.watched)):
             raise ValueError(f"loop.best is {self.loop.best}; {self.objective.kind} has {', '.join(names)}")
         if self.template.prompt_weight and self.objective.kind != "sft":
-            raise ValueError(f"template.prompt_weight is for sft: {self.objective.kind} compares answers, not prompts")
+            raise ValueError(
+                f"template.prompt_weight is for sft: {self.objective.kind} compares answers, not prompts"
+            )
         if self.loop.compile and self.batch.pack:
-            raise ValueError("loop.compile and batch.pack exclude each other: nearly every packed row would be a new shape")
+            raise ValueError(
+                "loop.compile and batch.pack exclude each other: nearly every packed row would be a new shape"
+            )
         return self
 
     def anchored(self) -> RunConfig:
-        """The same with absolute paths, so that a run can be resumed from any folder; runs become their best checkpoints."""
+        """The same with absolute paths, so that a run can be resumed from any folder; runs become their best
+        checkpoints."""
 
         def anchor(path: str) -> str:
             return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
 
         data = {"train": tuple(map(anchor, self.data.train))}
         data |= {"valid": tuple(map(anchor, self.data.valid))} if isinstance(self.data.valid, tuple) else {}
-        paths = {"path": anchor(self.model.path), "tokenizer": self.model.tokenizer and anchor(self.model.tokenizer)}
-        model = self.model.model_copy(update=paths | {"adapter": _checkpoint(self.model.adapter, "model.adapter")})
+        paths = {
+            "path": anchor(self.model.path),
+            "tokenizer": self.model.tokenizer and anchor(self.model.tokenizer),
+        }
+        model = self.model.model_copy(
+            update=paths | {"adapter": _checkpoint(self.model.adapter, "model.adapter")}
+        )
         adapter = self.adapter.model_copy(update={"start": _checkpoint(self.adapter.start, "adapter.start")})
-        return self.model_copy(update={"data": self.data.model_copy(update=data), "model": model, "adapter": adapter})
+        return self.model_copy(
+            update={"data": self.data.model_copy(update=data), "model": model, "adapter": adapter}
+        )
 
     def warnings(self) -> list[str]:
         """Choices that are allowed and poor, each with its reason."""
@@ -149,26 +204,40 @@ class RunConfig(Spec):
         if suited is not None:
             kind, usual = self.objective.kind, suited
             if rate >= 2 * usual:
-                found.append(f"optimizer.learning_rate {rate:g} is high for {kind}: {usual:g} is usual; SFT's is too much for it")
+                found.append(
+                    f"optimizer.learning_rate {rate:g} is high for {kind}: {usual:g} is usual; SFT's is too much for it"
+                )
             if self.objective.needs_reference and getattr(self.adapter, "dropout", 0.0) > 0:
-                found.append("adapter.dropout is SFT's: it makes the log-ratios to the reference noisy; 0 is usual here")
+                found.append(
+                    "adapter.dropout is SFT's: it makes the log-ratios to the reference noisy; 0 is usual here"
+                )
             if self.batch.sequences < self.objective.suits["batch.sequences"]:
                 many = self.objective.suits["batch.sequences"]
                 found.append(f"batch.sequences {self.batch.sequences} is few for {kind}: {many} is usual")
         elif full and rate > 5e-5:
-            found.append(f"optimizer.learning_rate {rate:g} is high for full weights: 1e-5 is usual, LoRA's is ten times it")
+            found.append(
+                f"optimizer.learning_rate {rate:g} is high for full weights: 1e-5 is usual, LoRA's is ten times it"
+            )
         if not full and suited is None and self.optimizer.kind.startswith("adam") and rate > 1e-3:
             found.append(f"optimizer.learning_rate {rate:g} is high for LoRA: 1e-4 to 2e-4 is usual")
         if not full and suited is None and rate < 1e-5:
-            found.append(f"optimizer.learning_rate {rate:g} is low for LoRA: it likes about ten times full weights' rate")
+            found.append(
+                f"optimizer.learning_rate {rate:g} is low for LoRA: it likes about ten times full weights' rate"
+            )
         if not full and self.batch.sequences > 32:
-            found.append(f"batch.sequences {self.batch.sequences} is large: LoRA learns better from batches under 32")
+            found.append(
+                f"batch.sequences {self.batch.sequences} is large: LoRA learns better from batches under 32"
+            )
         if self.data.valid in (0, ()):
-            found.append("data.valid is 0: nothing is held out, so there is no validation, no sample and no evaluation")
+            found.append(
+                "data.valid is 0: nothing is held out, so there is no validation, no sample and no evaluation"
+            )
         if self.optimizer.max_norm is None:
             found.append("optimizer.max_norm is null: one bad row can throw the adapter far off")
         if full and self.model.quantize is not None:
-            found.append("model.quantize with full weights: the quantised layers stay frozen, only the rest is trained")
+            found.append(
+                "model.quantize with full weights: the quantised layers stay frozen, only the rest is trained"
+            )
         return found
 
 
@@ -198,13 +267,18 @@ class Run:
         return load(RunConfig, files=[self.path / CONFIG]).spec
 
     def settings(self, model: str | None = None) -> RunConfig:
-        """`config`, with the base model at ``model`` where it was moved; `require_base` sees whether it is the same one."""
+        """`config`, with the base model at ``model`` where it was moved; `require_base` sees whether it is
+        the same one."""
         config = self.config
         was = Path(config.model.path)
         if model is None and was.is_absolute() and not was.exists():
             hint = f"name where it lies now: --model PATH, or to train on: {self.hint} --set model.path=PATH"
             raise ModelError("the model of this run is not there any more", where=str(was), hint=hint)
-        return config if model is None else config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
+        return (
+            config
+            if model is None
+            else config.model_copy(update={"model": config.model.model_copy(update={"path": model})})
+        )
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -219,20 +293,27 @@ class Run:
         """The run at ``path``. Raises DataError where there is none."""
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
-            what = "no run here: " + (f"{MANIFEST} is missing" if folder.is_dir() else "there is no such folder")
+            what = "no run here: " + (
+                f"{MANIFEST} is missing" if folder.is_dir() else "there is no such folder"
+            )
             raise DataError(what, where=str(path), hint="runs live in ./runs/<name>")
         return cls(folder)
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig, origins: Mapping[str, str], manifest: Mapping[str, Any]) -> Run:
-        """A new run directory: it appears whole, with its settings, or not at all. Refuses one that exists."""
+    def create(
+        cls, path: Path, config: RunConfig, origins: Mapping[str, str], manifest: Mapping[str, Any]
+    ) -> Run:
+        """A new run directory: it appears whole, with its settings, or not at all. Refuses one that
+        exists."""
         require_free(path)
         draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
         try:
             for folder in (DATA, CHECKPOINTS):
                 (draft / folder).mkdir(parents=True)
         except OSError as error:
-            raise DataError(f"cannot be made: {error.strerror}", where=str(path), hint="choose another --out") from error
+            raise DataError(
+                f"cannot be made: {error.strerror}", where=str(path), hint="choose another --out"
+            ) from error
         write_text(draft / CONFIG, dump(config))
         write_json(draft / ORIGIN, dict(origins))
         write_json(draft / MANIFEST, {**manifest, "status": "running"})
@@ -245,15 +326,23 @@ class Run:
     def require_same(self, config: RunConfig, hashes: Mapping[str, Any]) -> None:
         """Raises ResumeMismatch with a diff where settings or inputs differ in what would move a weight."""
         old, new = flat(self.config.model_dump(mode="json")), flat(config.model_dump(mode="json"))
-        changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in SAFE_TO_CHANGE]
+        changed = [
+            key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in SAFE_TO_CHANGE
+        ]
         lines = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in changed]
         was, now = flat(self.manifest["hashes"]), flat(dict(hashes))
-        lines += [f"{key}: {was.get(key)} → {now.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)]
+        lines += [
+            f"{key}: {was.get(key)} → {now.get(key)}"
+            for key in sorted(was | now)
+            if was.get(key) != now.get(key)
+        ]
         if lines:
             raise ResumeMismatch(
                 "the run cannot go on exactly, because this has changed:\n  " + "\n  ".join(lines),
                 where=str(self.path),
-                hint="put it back, or start a new run; only " + ", ".join(sorted(SAFE_TO_CHANGE)) + " may change",
+                hint="put it back, or start a new run; only "
+                + ", ".join(sorted(SAFE_TO_CHANGE))
+                + " may change",
             )
 
     # Checkpoints
@@ -264,14 +353,15 @@ class Run:
     def checkpoints(self) -> list[int]:
         """Steps that have a checkpoint folder, ascending."""
         folder = self.path / CHECKPOINTS
-        return sorted(int(entry.name) for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit())
+        return sorted(
+            int(entry.name) for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit()
+        )
 
     def save(self, cursor: Cursor, write: Callable[[Path], None], needed: int) -> int:
         """A checkpoint for ``cursor.step``; ``write`` fills a folder. Returns its size in bytes.
 
-        Raises DiskFull before anything is touched when ``needed`` bytes (and a margin) are not free, and when the
-        disk fills up meanwhile; the checkpoints before it stay as they were.
-        """
+        Raises DiskFull before anything is touched when ``needed`` bytes (and a margin) are not free, and when
+        the disk fills up meanwhile; the checkpoints before it stay as they were."""
         final = self.checkpoint(cursor.step)
         free = shutil.disk_usage(self.path).free
         margin = needed + (16 << 20)
@@ -307,10 +397,15 @@ class Run:
         was, found = flat({key: self.manifest[key] for key in ("versions", "machine")}), flat(dict(now))
         was.setdefault("machine.ranks", 1)  # before there were several
         changed = [f"{key} {was[key]} → {found.get(key)}" for key in was if found.get(key) != was[key]]
-        return [f"resumed elsewhere, the result may differ in its last digits: {', '.join(changed)}"] if changed else []
+        return (
+            [f"resumed elsewhere, the result may differ in its last digits: {', '.join(changed)}"]
+            if changed
+            else []
+        )
 
     def require_base(self, base: str, template: str) -> None:
-        """Raises ModelError where the base weights or the template are not those that the run was trained with."""
+        """Raises ModelError where the base weights or the template are not those that the run was trained
+        with."""
         hashes = self.manifest["hashes"]
         changed = [name for name, value in (("base", base), ("template", template)) if hashes[name] != value]
         if changed:
@@ -319,7 +414,9 @@ class Run:
 
     def _full(self, what: str) -> DiskFull:
         return DiskFull(
-            f"the disk is full: {what}", where=str(self.path), hint=f"nothing before it is lost; make room, then: {self.hint}"
+            f"the disk is full: {what}",
+            where=str(self.path),
+            hint=f"nothing before it is lost; make room, then: {self.hint}",
         )
 
     def retain(self, cursor: Cursor, spec: LoopSpec) -> None:
@@ -329,7 +426,9 @@ class Run:
         for step in steps:
             if step not in kept:
                 doomed = self.checkpoint(step)
-                aside = doomed.with_name(f".{doomed.name}.{uuid.uuid4().hex[:8]}")  # a kill half way leaves no half checkpoint
+                aside = doomed.with_name(
+                    f".{doomed.name}.{uuid.uuid4().hex[:8]}"
+                )  # a kill half way leaves no half checkpoint
                 doomed.rename(aside)
                 shutil.rmtree(aside)
         write_json(
@@ -344,7 +443,8 @@ class Run:
         )
 
     def cursor(self, step: int) -> Cursor:
-        """The cursor of a checkpoint whose files all match their checksums. Raises CorruptCheckpoint, naming the file."""
+        """The cursor of a checkpoint whose files all match their checksums. Raises CorruptCheckpoint, naming
+        the file."""
         folder = self.checkpoint(step)
         try:
             found = json.loads((folder / CURSOR).read_text(encoding="utf-8"))
@@ -363,7 +463,8 @@ class Run:
         return cursor
 
     def newest(self, report: Callable[[CorruptCheckpoint], None]) -> Cursor | None:
-        """The cursor of the newest whole checkpoint, None where there is none; each torn one is reported and set aside."""
+        """The cursor of the newest whole checkpoint, None where there is none; each torn one is reported and
+        set aside."""
         for step in reversed(self.checkpoints()):
             try:
                 return self.cursor(step)
@@ -374,7 +475,8 @@ class Run:
         return None
 
     def choose(self, which: str | int | Literal["best", "last"] = "best", notify: Sink = silent) -> Path:
-        """The folder of a checkpoint: ``best`` (the last where that is not kept, which is told), ``last``, or a step."""
+        """The folder of a checkpoint: ``best`` (the last where that is not kept, which is told), ``last``, or
+        a step."""
         steps = self.checkpoints()
         if not steps:
             wait = "while it trains, wait; else: " if self.manifest["status"] == "running" else ""
@@ -392,7 +494,9 @@ class Run:
             step = int(which) if str(which).isdigit() else None
             if step not in steps:
                 kept = ", ".join(map(str, steps))
-                raise DataError(f"has no checkpoint {which}", where=str(self.path), hint=f"best, last, or a step: {kept}")
+                raise DataError(
+                    f"has no checkpoint {which}", where=str(self.path), hint=f"best, last, or a step: {kept}"
+                )
         assert step is not None
         self.cursor(step)
         return self.checkpoint(step)
@@ -413,22 +517,28 @@ class Run:
 
 
 def _checkpoint(path: str | None, where: str) -> str | None:
-    """The checkpoint folder that ``path`` means: itself, or the best of a run. Raises ModelError where there is none."""
+    """The checkpoint folder that ``path`` means: itself, or the best of a run. Raises ModelError where there
+    is none."""
     if path is None:
         return None
     folder = Path(path).expanduser()
     if (folder / MANIFEST).is_file():
         return str(Run(folder).choose("best").resolve())
     if not (folder / ADAPTERS).is_file():
-        raise ModelError("is neither a run nor a checkpoint", where=f"{where}: {path}", hint="give the folder of one")
+        raise ModelError(
+            "is neither a run nor a checkpoint", where=f"{where}: {path}", hint="give the folder of one"
+        )
     return str(folder.resolve())
 
 
 def lineage(checkpoint: str, base: str) -> dict[str, Any]:
-    """Where an adapter comes from, for the manifest. Raises ModelError where it was trained on another base than ``base``."""
+    """Where an adapter comes from, for the manifest. Raises ModelError where it was trained on another base
+    than ``base``."""
     folder = Path(checkpoint)
     if not (folder / ADAPTERS).is_file():
-        raise ModelError("the adapter to go on from is gone", where=checkpoint, hint="put it back, or start a new run")
+        raise ModelError(
+            "the adapter to go on from is gone", where=checkpoint, hint="put it back, or start a new run"
+        )
     found: dict[str, Any] = {"checkpoint": checkpoint, "sha256": sha256(folder / ADAPTERS)}
     run = Run(folder.parent.parent)
     if (run.path / MANIFEST).is_file():
@@ -437,37 +547,61 @@ def lineage(checkpoint: str, base: str) -> dict[str, Any]:
             below = facts.get("lineage", {}).get("merged", {}).get("checkpoint", "null")
             hint = f"give the model it was made for, with model.adapter={below}"
             raise ModelError("this adapter was trained on another base", where=checkpoint, hint=hint)
-        found |= {"run": run.path.name, "objective": run.config.objective.kind, "data": facts["hashes"]["data"]}
+        found |= {
+            "run": run.path.name,
+            "objective": run.config.objective.kind,
+            "data": facts["hashes"]["data"],
+        }
         found |= {key: facts[key] for key in ("lineage",) if facts.get(key)}
     return found
 
 
 def require_free(path: Path) -> None:
-    """Raises DataError where a run cannot be made at ``path``: it exists, or what is above it is no folder to write in."""
+    """Raises DataError where a run cannot be made at ``path``: it exists, or what is above it is no folder to
+    write in."""
     if path.exists():
-        raise DataError("exists already", where=str(path), hint=f"choose another --out, or --resume {shlex.quote(str(path))}")
+        raise DataError(
+            "exists already",
+            where=str(path),
+            hint=f"choose another --out, or --resume {shlex.quote(str(path))}",
+        )
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise DataError(f"cannot be made: {above} is not a folder to write in", where=str(path), hint="choose another --out")
+        raise DataError(
+            f"cannot be made: {above} is not a folder to write in",
+            where=str(path),
+            hint="choose another --out",
+        )
 
 
 def name(config: RunConfig, day: date) -> str:
-    """``2026-11-21-mistral-sft-7f3a``: the day, the model, the objective, and what tells two runs of a day apart."""
+    """``2026-11-21-mistral-sft-7f3a``: the day, the model, the objective, and what tells two runs of a day
+    apart."""
     stem = Path(config.model.path).name.lower()
-    stem = "".join(letter if letter.isalnum() else "-" for letter in stem).strip("-").split(".")[0][:24].strip("-")
+    stem = (
+        "".join(letter if letter.isalnum() else "-" for letter in stem)
+        .strip("-")
+        .split(".")[0][:24]
+        .strip("-")
+    )
     return f"{day.isoformat()}-{stem or 'model'}-{config.objective.kind}-{uuid.uuid4().hex[:4]}"
 
 
 def facts(
-    config: RunConfig, hashes: Mapping[str, Any], ranks: int = 1, lineage: Mapping[str, Any] | None = None,
+    config: RunConfig,
+    hashes: Mapping[str, Any],
+    ranks: int = 1,
+    lineage: Mapping[str, Any] | None = None,
     accepted: Mapping[str, str] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """The manifest of a run that starts now. accepted: findings that ``audit.accept`` let pass, rule → what it says."""
+) -> dict[str, Any]:
+    """The manifest of a run that starts now. accepted: findings that ``audit.accept`` let pass, rule → what
+    it says."""
     device = backend.setup()
     packages = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common", "numpy")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in packages},
         "machine": {
             "system": platform.platform(),
             "device": device.name,

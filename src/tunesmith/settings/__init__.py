@@ -1,1 +1,2 @@
-"""Which settings hold, and where did each come from? Layers of presets, files, environment and options, strict."""
+"""Which settings hold, and where did each come from? Layers of presets, files, environment and options,
+strict."""

@@ -1,11 +1,11 @@
 """Settings as frozen values, and where each of them came from.
 
-Layers, lowest first: defaults < preset < files in the order given < environment (``TUNESMITH_ADAPTER__RANK``) <
-``--set adapter.rank=8`` < flags of the command line. Mappings are merged key by key; lists and scalars are replaced. Where
-a higher layer changes the *kind* of a block to one of another class, nothing of the lower layers' block is carried over,
-keys of the same name included: it starts from the defaults of its new kind, and ``Resolved.unused`` tells what was left.
-The module knows `Spec` and nothing of what a run is. Files are read by `origins`.
-"""
+Layers, lowest first: defaults < preset < files in the order given < environment (``TUNESMITH_ADAPTER__RANK``)
+< ``--set adapter.rank=8`` < flags of the command line. Mappings are merged key by key; lists and scalars are
+replaced. Where a higher layer changes the *kind* of a block to one of another class, nothing of the lower
+layers' block is carried over, keys of the same name included: it starts from the defaults of its new kind,
+and ``Resolved.unused`` tells what was left. The module knows `Spec` and nothing of what a run is. Files are
+read by `origins`."""
 
 from __future__ import annotations
 
@@ -32,16 +32,22 @@ EXEMPT = frozenset(PREFIX + name for name in ("ALLOCATOR", "BLAS", "CACHE", "DEB
 
 
 class Spec(BaseModel):
-    """Base of every settings block: frozen, strict about types, unknown keys refused, defaults checked, no NaN or inf.
+    """Base of every settings block: frozen, strict about types, unknown keys refused, defaults checked, no
+    NaN or inf.
 
-    Sequences are declared as ``tuple[...]``; a list is accepted for one. A block that comes in kinds is a union of Specs
-    with a field ``kind: Literal[...]``; it also takes the name of a kind (``"kto"``), or a mapping without ``kind``, which
-    means the kind of the field's default, else the first member. A kind's ``suits`` (key path → value) are the defaults of other
-    keys under it. Built directly it raises pydantic's ValidationError; through `load`, ConfigError.
-    """
+    Sequences are declared as ``tuple[...]``; a list is accepted for one. A block that comes in kinds is a
+    union of Specs with a field ``kind: Literal[...]``; it also takes the name of a kind (``"kto"``), or a
+    mapping without ``kind``, which means the kind of the field's default, else the first member. A kind's
+    ``suits`` (key path → value) are the defaults of other keys under it. Built directly it raises pydantic's
+    ValidationError; through `load`, ConfigError."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
     )
 
     @model_validator(mode="before")
@@ -62,10 +68,13 @@ S = TypeVar("S", bound=Spec)
 
 @dataclass(frozen=True, slots=True)
 class Resolved(Generic[S]):
-    """``origins``: key path → where its value was set. ``unused``: what a change of kind left behind, one line each."""
+    """``origins``: key path → where its value was set. ``unused``: what a change of kind left behind, one
+    line each."""
 
     spec: S
-    origins: dict[str, str]  # "run.yaml:4" | "default" | "default of kto" | "preset NAME" | "TUNESMITH_…" | "--set" | a flag
+    origins: dict[
+        str, str
+    ]  # "run.yaml:4" | "default" | "default of kto" | "preset NAME" | "TUNESMITH_…" | "--set" | a flag
     unused: tuple[str, ...] = ()
 
 
@@ -78,11 +87,11 @@ def load(
     sets: Sequence[str] = (),
     overrides: Mapping[str, tuple[JSON, str]] = {},
 ) -> Resolved[S]:
-    """All layers as one checked spec. ``overrides``: key path → (value, origin), from flags such as ``--model``.
+    """All layers as one checked spec. ``overrides``: key path → (value, origin), from flags such as
+    ``--model``.
 
-    Raises ConfigError: at once where a text is not readable as YAML; else with every unknown key, missing key, and value
-    of a wrong type or out of range together.
-    """
+    Raises ConfigError: at once where a text is not readable as YAML; else with every unknown key, missing
+    key, and value of a wrong type or out of range together."""
     for name in sorted(environ.keys() - EXEMPT):
         if name.startswith(PREFIX) and (near := difflib.get_close_matches(name, EXEMPT, n=1, cutoff=0.95)):
             raise ConfigError("is no setting", where=name, hint=f"did you mean {near[0]}?")
@@ -91,7 +100,11 @@ def load(
         layers.add(([], read(preset_file(preset), lambda line: f"preset {preset}")))
     for path in files:
         layers.add(([], read(path, lambda line, path=path: f"{path}:{line}")))
-    keys = {name: name[len(PREFIX) :].lower().split("__") for name in environ if name.startswith(PREFIX) and name not in EXEMPT}
+    keys = {
+        name: name[len(PREFIX) :].lower().split("__")
+        for name in environ
+        if name.startswith(PREFIX) and name not in EXEMPT
+    }
     layers.add(*((key, parse(environ[name], lambda line, name=name: name)) for name, key in keys.items()))
     layers.add(*map(_assignment, sets))
     layers.add(*((key.split("."), _node(value, origin)) for key, (value, origin) in overrides.items()))
@@ -99,7 +112,11 @@ def load(
     spec = layers.build(root, layers.tree, "")
     if spec is None or layers.problems:
         raise _error(layers.problems + layers.missing)
-    return Resolved(spec, {key: origin for key, _, origin in _leaves(spec.model_dump(), layers.tree, "")}, tuple(layers.unused))
+    return Resolved(
+        spec,
+        {key: origin for key, _, origin in _leaves(spec.model_dump(), layers.tree, "")},
+        tuple(layers.unused),
+    )
 
 
 def presets() -> dict[str, Path]:
@@ -123,7 +140,8 @@ def explain(resolved: Resolved[S]) -> list[str]:
 
 
 def dump(spec: Spec) -> str:
-    """Complete YAML, defaults included; `load` gives an equal spec (floats are written so that they read back exactly)."""
+    """Complete YAML, defaults included; `load` gives an equal spec (floats are written so that they read back
+    exactly)."""
     return write(spec.model_dump(mode="json"))
 
 
@@ -133,7 +151,8 @@ def schema(root: type[Spec]) -> dict[str, JSON]:
 
 
 def annotated(root: type[Spec], values: Mapping[str, JSON] = {}) -> str:
-    """YAML of every key with its description, what is allowed and its default as comments; ``values``: key path → value.
+    """YAML of every key with its description, what is allowed and its default as comments; ``values``: key
+    path → value.
 
     A required key without a value is left as a comment. Raises ConfigError where a value is wrong.
     """
@@ -148,7 +167,10 @@ def annotated(root: type[Spec], values: Mapping[str, JSON] = {}) -> str:
 
 def _node(value: object, origin: str = "default") -> Node:
     value = value.model_dump() if isinstance(value, Spec) else value
-    return Node({key: _node(item, origin) for key, item in value.items()} if isinstance(value, dict) else value, origin)
+    return Node(
+        {key: _node(item, origin) for key, item in value.items()} if isinstance(value, dict) else value,
+        origin,
+    )
 
 
 def _leaves(value: object, node: Node | None, key: str) -> Iterator[tuple[str, object, str]]:
@@ -199,7 +221,11 @@ class _Shape(NamedTuple):
 def _shape(field: FieldInfo) -> _Shape | None:
     parts = _parts(field.annotation)
     members = {kind: part for part in parts for kind in _kinds(part)}
-    return _Shape(members, getattr(_default(field), "kind", next(iter(members))), NoneType in parts) if members else None
+    return (
+        _Shape(members, getattr(_default(field), "kind", next(iter(members))), NoneType in parts)
+        if members
+        else None
+    )
 
 
 def _default(field: FieldInfo) -> Any:
@@ -220,7 +246,9 @@ def _kinds(part: Any) -> tuple[str, ...]:
     if not (isinstance(part, type) and issubclass(part, Spec)):
         return ()
     field = part.model_fields.get("kind")
-    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ("",)
+    return (
+        get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ("",)
+    )
 
 
 _SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
@@ -230,12 +258,17 @@ def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """What may be written, in words: ``an integer ≥ 1 or null``."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _allowed(args[0], [one for item in args[1:] for one in (item.metadata if isinstance(item, FieldInfo) else [item])])
+        return _allowed(
+            args[0],
+            [one for item in args[1:] for one in (item.metadata if isinstance(item, FieldInfo) else [item])],
+        )
     if origin in (Union, UnionType) or _kinds(annotation):
         parts = sorted(args or [annotation], key=lambda part: part is NoneType)
         kinds = [kind for part in parts for kind in _kinds(part)]
         block = f"one of the kinds {', '.join(kinds)}" if any(kinds) else "a mapping of keys"
-        return " or ".join([block] * bool(kinds) + [_allowed(part, metadata) for part in parts if not _kinds(part)])
+        return " or ".join(
+            [block] * bool(kinds) + [_allowed(part, metadata) for part in parts if not _kinds(part)]
+        )
     if origin is Literal:
         return "one of " * (len(args) > 1) + ", ".join(_show(value, bare=True) for value in args)
     least = max((getattr(limit, "min_length", 0) for limit in metadata), default=0)
@@ -256,14 +289,21 @@ def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 def _show(value: object, *, bare: bool = False) -> str:
     """A value on one line, cut at 80 characters; text in quotes unless ``bare``."""
-    text = value if bare and isinstance(value, str) else json.dumps(to_jsonable_python(value), ensure_ascii=False)
+    text = (
+        value
+        if bare and isinstance(value, str)
+        else json.dumps(to_jsonable_python(value), ensure_ascii=False)
+    )
     return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _error(problems: Sequence[ConfigError]) -> ConfigError:
     if len(problems) == 1:
         return problems[0]
-    lines = [f"{problem.where}: {problem.what}" + (f" ({problem.hint})" if problem.hint else "") for problem in problems]
+    lines = [
+        f"{problem.where}: {problem.what}" + (f" ({problem.hint})" if problem.hint else "")
+        for problem in problems
+    ]
     return ConfigError(f"{len(problems)} problems in the settings:\n{listing(lines)}")
 
 
@@ -278,7 +318,9 @@ _FAILED = object()
 def _assignment(text: str) -> tuple[list[str], Node]:
     key, sign, value = text.partition("=")
     if not sign:
-        raise ConfigError(f'must be key=value, not "{text}"', where="--set", hint="for example --set adapter.rank=8")
+        raise ConfigError(
+            f'must be key=value, not "{text}"', where="--set", hint="for example --set adapter.rank=8"
+        )
     return key.strip().split("."), parse(value, lambda line: "--set")
 
 
@@ -295,7 +337,9 @@ class _Layers:
 
     def add(self, *values: tuple[list[str], Node]) -> None:
         """One layer: paths and values. Sections go before their keys and ``kind`` before its neighbours."""
-        for path, node in sorted(values, key=lambda value: ["" if part == "kind" else part for part in value[0]]):
+        for path, node in sorted(
+            values, key=lambda value: ["" if part == "kind" else part for part in value[0]]
+        ):
             for part in reversed(path):
                 node = Node({part: node}, node.origin)
             self.tree = self.overlay(self.shape, self.tree, node, "")
@@ -311,13 +355,19 @@ class _Layers:
             return upper
         if shape is None:
             below = below or {}
-            merged = {name: self.overlay(None, below.get(name), node, key) for name, node in upper.value.items()}
+            merged = {
+                name: self.overlay(None, below.get(name), node, key) for name, node in upper.value.items()
+            }
             return Node({**below, **merged}, upper.origin)
         named = upper.value.get("kind") if shape.kinds else None
         kind = plain(named) if named else below["kind"].value if below and shape.kinds else shape.first
         if kind not in list(shape.members):
             hint = _meant(difflib.get_close_matches(str(kind), shape.kinds), "kinds", shape.kinds)
-            self.problems.append(ConfigError(f"unknown kind {_show(kind)}", where=f"{(named or upper).origin}: {key}", hint=hint))
+            self.problems.append(
+                ConfigError(
+                    f"unknown kind {_show(kind)}", where=f"{(named or upper).origin}: {key}", hint=hint
+                )
+            )
             return Node(_FAILED, upper.origin)
         if lower is None or below is None or shape.members[kind] is not shape.member(lower):
             left = _leaves(plain(lower), lower, key) if lower and below else ()
@@ -353,7 +403,12 @@ class _Layers:
             for key, value in values.items():
                 section, _, last = key.partition(".")
                 node = self.tree.value.get(section)
-                if node and isinstance(node.value, dict) and last in node.value and node.value[last].origin == "default":
+                if (
+                    node
+                    and isinstance(node.value, dict)
+                    and last in node.value
+                    and node.value[last].origin == "default"
+                ):
                     node.value[last] = Node(value, f"default of {block.value['kind'].value}")
 
     def unknown(self, name: str, origin: str, section: str, shape: _Shape, kind: str) -> None:
@@ -394,7 +449,11 @@ class _Layers:
         path, field, child = _join(key, name), model.model_fields[name], node.value.get(name)
         must = f"must be {_allowed(field.annotation, field.metadata)}"
         if child is None:
-            self.missing.append(ConfigError(f"missing; {must}", where=path, hint=f"add it to the file, or give --set {path}=…"))
+            self.missing.append(
+                ConfigError(
+                    f"missing; {must}", where=path, hint=f"add it to the file, or give --set {path}=…"
+                )
+            )
         elif detail["input"] is not _FAILED:
             value = _show(plain(child))
             told = f"{own}; it is {value}" if own else f"{must}, not {value}"
@@ -421,7 +480,9 @@ def _commented(model: type[Spec], node: Node, indent: str) -> Iterator[str]:
                 default = f"default {section.first if section else _show(_default(field), bare=True)}"
             words.append(f"{_allowed(field.annotation, field.metadata)}; {default}")
         if name != "kind" or len(get_args(field.annotation)) != 1:
-            yield from (f"{indent}# {line}" for text in words for line in textwrap.wrap(text, 110 - len(indent)))
+            yield from (
+                f"{indent}# {line}" for text in words for line in textwrap.wrap(text, 110 - len(indent))
+            )
         if section and child:
             yield f"{indent}{name}:"
             yield from _commented(section.member(child), child, indent + "  ")

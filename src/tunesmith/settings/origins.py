@@ -1,8 +1,8 @@
 """Values with the place where each was written: YAML 1.2 (core schema) in, with line numbers, and YAML out.
 
-PyYAML reads YAML 1.1, in which ``1e-4`` is text, ``no`` is false and ``010`` is eight; here ``1e-4`` is a number, ``no`` is
-text and ``010`` is ten. A key given twice and a tag that is not of the core schema are refused. Format: yaml.org/spec/1.2.2.
-"""
+PyYAML reads YAML 1.1, in which ``1e-4`` is text, ``no`` is false and ``010`` is eight; here ``1e-4`` is a
+number, ``no`` is text and ``010`` is ten. A key given twice and a tag that is not of the core schema are
+refused. Format: yaml.org/spec/1.2.2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class Node(NamedTuple):
 
 def plain(node: Node) -> Any:
     """The value alone."""
-    return {key: plain(item) for key, item in node.value.items()} if isinstance(node.value, dict) else node.value
+    return (
+        {key: plain(item) for key, item in node.value.items()} if isinstance(node.value, dict) else node.value
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,7 +38,8 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would read as something other than text; lists of scalars stand on one line."""
+    """Quotes what YAML 1.1 or 1.2 would read as something other than text; lists of scalars stand on one
+    line."""
 
 
 def _list(dumper: _Dumper, items: list[Any]) -> yaml.Node:
@@ -70,9 +73,12 @@ _SCALARS: dict[str, Callable[[str], JSON]] = {
 
 
 def write(value: object) -> str:
-    """Block YAML of a mapping; `parse` reads back equal values, floats exactly; lists for tuples, text for paths."""
+    """Block YAML of a mapping; `parse` reads back equal values, floats exactly; lists for tuples, text for
+    paths."""
     jsonable = to_jsonable_python(value)
-    return yaml.dump(jsonable, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=2**20)
+    return yaml.dump(
+        jsonable, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=2**20
+    )
 
 
 def read(path: Path, origin: Callable[[int], str]) -> Node:
@@ -96,7 +102,9 @@ def parse(text: str, origin: Callable[[int], str]) -> Node:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         what = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error).partition("\n")[0]
         hint = "text that holds or starts with one of * & : { [ % @ ! needs quotes; indent with spaces"
-        raise ConfigError(f"not readable as YAML: {what}", where=origin(mark.line + 1 if mark else 1), hint=hint) from error
+        raise ConfigError(
+            f"not readable as YAML: {what}", where=origin(mark.line + 1 if mark else 1), hint=hint
+        ) from error
 
 
 def _composed(node: yaml.Node, origin: Callable[[int], str], line: int) -> Node:

@@ -1,1 +1,2 @@
-"""Which ids does the model meet, and which of them are learned? Examples become ids, targets and micro-batches."""
+"""Which ids does the model meet, and which of them are learned? Examples become ids, targets and
+micro-batches."""

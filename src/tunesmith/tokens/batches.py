@@ -1,9 +1,10 @@
-"""Which rows make which update: a pure function of (seed, step), so that a cursor of one integer is the whole state.
+"""Which rows make which update: a pure function of (seed, step), so that a cursor of one integer is the whole
+state.
 
-An epoch is a permutation of all groups, cut into updates of ``sequences`` groups; the last update of an epoch is smaller
-when the division leaves a rest, so no group is ever left out. Inside an update, groups are sorted by length and cut into
-micro-batches of like length within a budget of tokens, where padding costs least; how it is cut changes no sum.
-"""
+An epoch is a permutation of all groups, cut into updates of ``sequences`` groups; the last update of an epoch
+is smaller when the division leaves a rest, so no group is ever left out. Inside an update, groups are sorted
+by length and cut into micro-batches of like length within a budget of tokens, where padding costs least; how
+it is cut changes no sum."""
 
 from __future__ import annotations
 
@@ -20,23 +21,30 @@ from tunesmith.settings.config import Spec
 from tunesmith.tokens.template import Tokens
 
 PER_CALL = 24
-"""Tokens that a pass over the device costs beside its own: what a micro-batch saves is worth so much padding, and no more."""
+"""Tokens that a pass over the device costs beside its own: what a micro-batch saves is worth so much padding,
+and no more."""
 
 
 class BatchSpec(Spec):
     """How many rows an update learns from, and how they are cut for the device."""
 
     sequences: int = Field(default=8, ge=1, description="rows of one optimizer update")
-    micro: int | None = Field(default=None, ge=1, description="at most so many rows on the device at once; null: no such limit")
+    micro: int | None = Field(
+        default=None, ge=1, description="at most so many rows on the device at once; null: no such limit"
+    )
     tokens: int | None = Field(
-        default=None, ge=8,
+        default=None,
+        ge=8,
         description="tokens on the device at once, padding included; null: those of the longest row. Like micro, changes memory "
         "and speed, not the result",
-    )  # fmt: skip
-    pack: bool = Field(
-        default=False, description="lay the rows of a micro-batch end to end in one, each attending to itself alone: no padding"
     )
-    length: int = Field(default=4096, ge=8, description="longest row, in tokens; template.too_long says what happens beyond")
+    pack: bool = Field(
+        default=False,
+        description="lay the rows of a micro-batch end to end in one, each attending to itself alone: no padding",
+    )
+    length: int = Field(
+        default=4096, ge=8, description="longest row, in tokens; template.too_long says what happens beyond"
+    )
 
     @model_validator(mode="after")
     def _micro_fits(self) -> BatchSpec:
@@ -48,8 +56,8 @@ class BatchSpec(Spec):
 class Group(NamedTuple):
     """Sequences that must stay together in a micro-batch: one row, or chosen and rejected of a pair.
 
-    ``reference``: log p of the learned tokens of each sequence before training, where the objective compares with it.
-    """
+    ``reference``: log p of the learned tokens of each sequence before training, where the objective compares
+    with it."""
 
     sequences: tuple[Tokens, ...]
     source: str
@@ -72,7 +80,8 @@ class Group(NamedTuple):
 
     @property
     def learned(self) -> tuple[float, ...]:
-        """Sum of the weights of the learned tokens of each sequence. The first token has nothing before it: never learned."""
+        """Sum of the weights of the learned tokens of each sequence. The first token has nothing before it:
+        never learned."""
         return tuple(float(sequence.targets[1:].sum()) for sequence in self.sequences)
 
     @property
@@ -82,14 +91,14 @@ class Group(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What goes to the device, as numpy or MLX arrays. Where ``ends`` is None, row n is padded on the right with token 0.
+    """What goes to the device, as numpy or MLX arrays. Where ``ends`` is None, row n is padded on the right
+    with token 0.
 
-    ``tokens`` (N, T) int32. ``positions`` (K,) int32: places in the flattened (N · T) hidden states that predict a learned
-    token, ``learned`` (K,) int32 that token, ``weights`` (K,) float32 its weight, ``rows`` (K,) int32 its sequence. Past the
-    learned tokens of the batch, weights are 0. ``fields`` (S, F) float32: what the objective knows of each sequence.
-    ``ends``: packed, where in the only row each sequence ends. ``states`` (N, T, D): what frozen lower layers said to
-    ``tokens``, where that is kept (`frozen`).
-    """
+    ``tokens`` (N, T) int32. ``positions`` (K,) int32: places in the flattened (N · T) hidden states that
+    predict a learned token, ``learned`` (K,) int32 that token, ``weights`` (K,) float32 its weight, ``rows``
+    (K,) int32 its sequence. Past the learned tokens of the batch, weights are 0. ``fields`` (S, F) float32:
+    what the objective knows of each sequence. ``ends``: packed, where in the only row each sequence ends.
+    ``states`` (N, T, D): what frozen lower layers said to ``tokens``, where that is kept (`frozen`)."""
 
     tokens: Any
     positions: Any
@@ -101,11 +110,14 @@ class Batch(NamedTuple):
     states: Any = None
 
 
-def collate(groups: Sequence[Group], *, pack: bool = False, bucket: bool = False, fields: np.ndarray | None = None) -> Batch:
-    """All sequences of ``groups`` in order, padded or packed; with ``bucket`` to sizes that come again (see `bucketed`).
+def collate(
+    groups: Sequence[Group], *, pack: bool = False, bucket: bool = False, fields: np.ndarray | None = None
+) -> Batch:
+    """All sequences of ``groups`` in order, padded or packed; with ``bucket`` to sizes that come again (see
+    `bucketed`).
 
-    The only place where positions shift: ``targets[t]`` of `Tokens` marks token ``t`` by its own index, and the hidden state
-    before it is where it is predicted. The last token predicts nothing and does not enter.
+    The only place where positions shift: ``targets[t]`` of `Tokens` marks token ``t`` by its own index, and
+    the hidden state before it is where it is predicted. The last token predicts nothing and does not enter.
     """
     sequences = [sequence for group in groups for sequence in group.sequences]
     lengths = [len(sequence.ids) - 1 for sequence in sequences]  # the last token is only ever predicted
@@ -127,15 +139,19 @@ def collate(groups: Sequence[Group], *, pack: bool = False, bucket: bool = False
     positions, learned, weights, rows = (np.concatenate(part) for part in zip(*found, strict=True))
     spare = (0, bucketed(max(1, len(learned))) - len(learned) if bucket else 0)
     return Batch(
-        tokens, np.pad(positions, spare).astype(np.int32), np.pad(learned, spare).astype(np.int32),
-        np.pad(weights, spare).astype(np.float32), np.pad(rows, spare).astype(np.int32),
+        tokens,
+        np.pad(positions, spare).astype(np.int32),
+        np.pad(learned, spare).astype(np.int32),
+        np.pad(weights, spare).astype(np.float32),
+        np.pad(rows, spare).astype(np.int32),
         np.zeros((len(sequences), 1), np.float32) if fields is None else fields.astype(np.float32),
         None if ends is None else tuple(int(end) for end in ends),
-    )  # fmt: skip
+    )
 
 
 def bucketed(size: int) -> int:
-    """The next size in steps of a sixteenth to a thirty-second (at least 8): few shapes for a compiled step, about 3 % more."""
+    """The next size in steps of a sixteenth to a thirty-second (at least 8): few shapes for a compiled step,
+    about 3 % more."""
     step = max(8, 1 << max(0, (size - 1).bit_length() - 5))
     return -(-size // step) * step
 
@@ -158,8 +174,11 @@ class Cut:
         return cls(spec.tokens or each * max(lengths, default=1), spec.micro, spec.pack, bucket, each)
 
     @classmethod
-    def around(cls, spec: BatchSpec, groups: Sequence[Group], bucket: bool = False) -> tuple[Cut, tuple[int, ...]]:
-        """The cut for ``groups``, and what each of them measures: its longest sequence, or packed all of them."""
+    def around(
+        cls, spec: BatchSpec, groups: Sequence[Group], bucket: bool = False
+    ) -> tuple[Cut, tuple[int, ...]]:
+        """The cut for ``groups``, and what each of them measures: its longest sequence, or packed all of
+        them."""
         each = 1 if spec.pack else max((len(group.sequences) for group in groups), default=1)
         lengths = tuple(group.positions if spec.pack else group.length for group in groups)
         return cls.of(spec, lengths, bucket, each), lengths
@@ -183,8 +202,8 @@ class Cut:
     def __call__(self, lengths: Sequence[int], members: Sequence[int]) -> list[list[int]]:
         """``members`` (indices into ``lengths``), longest first, in micro-batches.
 
-        Padded, the cheapest cut of the sorted row, where a micro-batch costs its tokens and PER_CALL more; packed, first fit.
-        """
+        Padded, the cheapest cut of the sorted row, where a micro-batch costs its tokens and PER_CALL more;
+        packed, first fit."""
         # Longest first: the peak of memory, and a failure for want of it, come at once.
         ordered = sorted(members, key=lambda member: (-lengths[member], member))
         return self._packed(lengths, ordered) if self.pack else self._padded(lengths, ordered)
@@ -224,9 +243,8 @@ class Cut:
 class Plan:
     """The whole schedule of a run.
 
-    lengths: what each group measures (`Cut.around`). epochs: may be a fraction. steps: if given, overrides ``epochs``.
-    positions: of each group, all its sequences together, where that is not its length.
-    """
+    lengths: what each group measures (`Cut.around`). epochs: may be a fraction. steps: if given, overrides
+    ``epochs``. positions: of each group, all its sequences together, where that is not its length."""
 
     lengths: tuple[int, ...]
     sequences: int
@@ -252,10 +270,14 @@ class Plan:
     def members(self, step: int) -> list[int]:
         """The groups of update ``step`` (from 0), by index."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return [int(member) for member in self.order(epoch)[position * self.sequences : (position + 1) * self.sequences]]
+        return [
+            int(member)
+            for member in self.order(epoch)[position * self.sequences : (position + 1) * self.sequences]
+        ]
 
     def update(self, step: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
-        """The micro-batches of update ``step`` that fall to ``rank``, the longest rows first; none where rows are too few.
+        """The micro-batches of update ``step`` that fall to ``rank``, the longest rows first; none where rows
+        are too few.
 
         Ranks take turns from the longest row to the shortest, so that they finish together.
         """
@@ -263,7 +285,8 @@ class Plan:
         return self.cut(self.lengths, members[rank::ranks])
 
     def padding_share(self) -> float:
-        """Share of the positions on the device in the first epoch (or the run, if shorter) that are padding."""
+        """Share of the positions on the device in the first epoch (or the run, if shorter) that are
+        padding."""
         used, padded, positions = 0, 0, self.positions or self.lengths
         for step in range(min(self.steps, self.steps_per_epoch)):
             for micro in self.update(step):
@@ -272,8 +295,14 @@ class Plan:
         return 1 - used / padded if padded else 0.0
 
     def largest(self, ranks: int = 1) -> list[int]:
-        """The micro-batch of the whole run with the most tokens on the device, on any rank: the peak of memory."""
-        every = (micro for step in range(self.steps) for rank in range(ranks) for micro in self.update(step, rank, ranks))
+        """The micro-batch of the whole run with the most tokens on the device, on any rank: the peak of
+        memory."""
+        every = (
+            micro
+            for step in range(self.steps)
+            for rank in range(ranks)
+            for micro in self.update(step, rank, ranks)
+        )
         return max(every, key=lambda micro: self.cut.size([self.lengths[member] for member in micro]))
 
 

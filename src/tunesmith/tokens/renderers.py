@@ -1,4 +1,5 @@
-"""The two renderers: mistral-common for Mistral v3, and a Hugging Face tokenizer with its own chat template."""
+"""The two renderers: mistral-common for Mistral v3, and a Hugging Face tokenizer with its own chat
+template."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ RULES = 2  # part of every fingerprint: change it when unchanged data would give
 
 
 class MistralRenderer(Renderer):
-    """Mistral v3: the ids of mistral-common's ``encode_chat_completion``, which never reads text as control."""
+    """Mistral v3: the ids of mistral-common's ``encode_chat_completion``, which never reads text as
+    control."""
 
     nine_letters = True
     _control = re.compile(SURROGATES)
@@ -32,7 +34,9 @@ class MistralRenderer(Renderer):
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
         from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
-        file = Path(path or cast(SentencePieceTokenizer, MistralTokenizer.v3().instruct_tokenizer.tokenizer).file_path)
+        file = Path(
+            path or cast(SentencePieceTokenizer, MistralTokenizer.v3().instruct_tokenizer.tokenizer).file_path
+        )
         # "agnostic" checks as the other modes do, but a request may end with the user or with the assistant.
         self._mistral = MistralTokenizer.from_file(file, mode=ValidationMode.agnostic)
         self._pieces = pieces = cast(SentencePieceTokenizer, self._mistral.instruct_tokenizer.tokenizer)
@@ -62,9 +66,13 @@ class MistralRenderer(Renderer):
             request = ChatCompletionRequest.from_openai(*_openai(conversation))
             return list(self._mistral.encode_chat_completion(request).tokens)
         except (MistralCommonException, ValueError, AssertionError) as error:
-            raise Refused("template", f"mistral-common: {' '.join(str(error).split())}", "change or drop this row") from error
+            raise Refused(
+                "template", f"mistral-common: {' '.join(str(error).split())}", "change or drop this row"
+            ) from error
 
-    def _answered(self, before: Conversation, shown: Conversation) -> tuple[list[int], list[int], str, str, str]:
+    def _answered(
+        self, before: Conversation, shown: Conversation
+    ) -> tuple[list[int], list[int], str, str, str]:
         message = shown.messages[-1]
         prompt, ids = self._prompt(before), self._prompt(shown)
         calls = [{"name": call.name, "arguments": call.arguments, "id": call.id} for call in message.calls]
@@ -81,10 +89,14 @@ class HFRenderer(Renderer):
         self._tokenizer = cast(Any, tokenizer)
         special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(self._tokenizer.all_special_tokens)
-        self._control = re.compile("|".join((SURROGATES, *map(re.escape, sorted(special, key=len, reverse=True)))))
+        self._control = re.compile(
+            "|".join((SURROGATES, *map(re.escape, sorted(special, key=len, reverse=True))))
+        )
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         self.unknown_id = self._tokenizer.unk_token_id
-        self.control_ids = frozenset(id for id, token in self._tokenizer.added_tokens_decoder.items() if token.special)
+        self.control_ids = frozenset(
+            id for id, token in self._tokenizer.added_tokens_decoder.items() if token.special
+        )
         self.bos_id = bos if bos in self._tokenizer.encode("a")[:1] and bos not in self._encode("a") else None
         self.eos_ids = () if eos is None else (eos,)
         self._options: dict[str, bool] = {}
@@ -99,12 +111,16 @@ class HFRenderer(Renderer):
         self.fingerprint = _digest(words, self._tokenizer.chat_template, bos, self.eos_ids, self._options)
 
     def _probe(self, bos: int | None) -> None:
-        """Finds the token that ends an answer, and whether thinking must be off for an answer to be its words alone."""
+        """Finds the token that ends an answer, and whether thinking must be off for an answer to be its words
+        alone."""
         roles = ("user", "assistant", "user", "assistant")
         spoken = Conversation(tuple(Message(role, f"zq{at}") for at, role in enumerate(roles)))
         for options in ({}, {"enable_thinking": False}):
             self._options = options
-            head, full = self._text(replace(spoken, messages=spoken.messages[:3]), True), self._text(spoken, False)
+            head, full = (
+                self._text(replace(spoken, messages=spoken.messages[:3]), True),
+                self._text(spoken, False),
+            )
             found = self._control.search(full, len(head))
             if found and full.startswith(head) and full[len(head) : found.start()].strip() == "zq3":
                 end = self._tokenizer.convert_tokens_to_ids(found.group())
@@ -112,11 +128,16 @@ class HFRenderer(Renderer):
                 # A BOS that opens every turn, as in some ChatML templates, is no mark of the beginning.
                 self.chat_bos_id = bos if bos is not None and self._encode(full).count(bos) == 1 else None
                 return
-        raise Refused("template", "the chat template does not write an answer as prompt, words and end token",
-                      "put a template that does into chat_template.jinja")  # fmt: skip
+        raise Refused(
+            "template",
+            "the chat template does not write an answer as prompt, words and end token",
+            "put a template that does into chat_template.jinja",
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([*map(int, ids)], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            [*map(int, ids)], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -125,20 +146,29 @@ class HFRenderer(Renderer):
         if self._broken is not None:
             raise Refused(self._broken.code, self._broken.what, self._broken.hint)
         if self._tokenizer.chat_template is None:
-            raise Refused("no_chat_template", "this tokenizer has no chat template", "set data.instruction_layout: instruct")
+            raise Refused(
+                "no_chat_template",
+                "this tokenizer has no chat template",
+                "set data.instruction_layout: instruct",
+            )
         messages, tools = _openai(conversation)
         options = dict(tools=tools, tokenize=False, add_generation_prompt=generate)
         try:
             return self._tokenizer.apply_chat_template(messages, **options, **self._options)
         except Exception as error:  # a template is somebody's program: it may raise anything
             roles = " ".join(message.role for message in conversation.messages)
-            raise Refused("template", f"the chat template refuses the roles {roles}: {error}",
-                          "a system text can stand in the first user message") from error  # fmt: skip
+            raise Refused(
+                "template",
+                f"the chat template refuses the roles {roles}: {error}",
+                "a system text can stand in the first user message",
+            ) from error
 
     def _prompt(self, conversation: Conversation) -> list[int]:
         return self._encode(self._text(conversation, True))
 
-    def _answered(self, before: Conversation, shown: Conversation) -> tuple[list[int], list[int], str, str, str]:
+    def _answered(
+        self, before: Conversation, shown: Conversation
+    ) -> tuple[list[int], list[int], str, str, str]:
         head, full = self._text(before, True), self._text(shown, False)
         prompt, whole = self._encode(head), self._encode(full)
         if not full.startswith(head):

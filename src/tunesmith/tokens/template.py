@@ -1,9 +1,9 @@
 """Words to tokens: which ids a conversation becomes, and which of them are learned.
 
-An answer's place is the difference of two renderings, the prompt that inference sees and the prompt with the answer,
-compared token by token; never the result of a search for text. Every row is checked: what is learned, decoded, is the
-assistant's words and the end token; there is one BOS; no message is missing; something is learned.
-"""
+An answer's place is the difference of two renderings, the prompt that inference sees and the prompt with the
+answer, compared token by token; never the result of a search for text. Every row is checked: what is learned,
+decoded, is the assistant's words and the end token; there is one BOS; no message is missing; something is
+learned."""
 
 from __future__ import annotations
 
@@ -31,34 +31,47 @@ from tunesmith.settings.config import Spec
 Learn = Literal["all", "last", "marked"]
 
 SURROGATES = r"[\ud800-\udfff]"  # halves of a character: no tokenizer can encode them
-ANCHOR = "☺"  # merges with nothing, and shields what follows from the space that some tokenizers put before a text
+ANCHOR = (
+    "☺"  # merges with nothing, and shields what follows from the space that some tokenizers put before a text
+)
 SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
 
 
 class TemplateSpec(Spec):
     """How conversations become tokens, and which tokens are learned."""
 
-    renderer: Literal["auto", "hf", "mistral-v3"] = Field("auto", description="hf: the chat template; mistral-v3: mistral-common")
-    learn: Learn = Field("all", description="all answers but those with learn: false; the last; those with learn: true")
-    prompt_weight: float = Field(0.0, ge=0, le=1, description="weight of all other tokens; 0.01 to 0.5 helps short answers")
-    too_long: Literal["refuse", "drop", "cut"] = Field("refuse", description="beyond batch.length: stop, drop, or cut old turns")
+    renderer: Literal["auto", "hf", "mistral-v3"] = Field(
+        "auto", description="hf: the chat template; mistral-v3: mistral-common"
+    )
+    learn: Learn = Field(
+        "all", description="all answers but those with learn: false; the last; those with learn: true"
+    )
+    prompt_weight: float = Field(
+        0.0, ge=0, le=1, description="weight of all other tokens; 0.01 to 0.5 helps short answers"
+    )
+    too_long: Literal["refuse", "drop", "cut"] = Field(
+        "refuse", description="beyond batch.length: stop, drop, or cut old turns"
+    )
 
 
 class Tokens(NamedTuple):
-    """ids: (T,) int32. targets: (T,) float32, the weight of learning the token at its own index; 0 is not learned."""
+    """ids: (T,) int32. targets: (T,) float32, the weight of learning the token at its own index; 0 is not
+    learned."""
 
     ids: np.ndarray
     targets: np.ndarray
 
     @property
     def start(self) -> int:
-        """The first learned token by its index, past the first of all, which nothing predicts; 1 where none is."""
+        """The first learned token by its index, past the first of all, which nothing predicts; 1 where none
+        is."""
         return 1 + int(np.argmax(self.targets[1:] > 0)) if len(self.ids) > 1 else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A sequence to train on. turn: place of its last learned message. kind: completion | chosen | rejected."""
+    """A sequence to train on. turn: place of its last learned message. kind: completion | chosen |
+    rejected."""
 
     tokens: Tokens
     source: str
@@ -120,11 +133,15 @@ class Renderer(ABC):
     def _prompt(self, conversation: Conversation) -> list[int]: ...
 
     @abstractmethod
-    def _answered(self, before: Conversation, shown: Conversation) -> tuple[list[int], list[int], str, str, str]:
-        """ids of the prompt, ids up to the end token, answer without it as decoded, and as written, text of all."""
+    def _answered(
+        self, before: Conversation, shown: Conversation
+    ) -> tuple[list[int], list[int], str, str, str]:
+        """ids of the prompt, ids up to the end token, answer without it as decoded, and as written, text of
+        all."""
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """Ids up to where the assistant starts to speak. Raises TemplateError, also when the assistant spoke last."""
+        """Ids up to where the assistant starts to speak. Raises TemplateError, also when the assistant spoke
+        last."""
         if not conversation.messages or conversation.messages[-1].role == "assistant":
             raise Refused("order", "a prompt must end with a message of the user or of a tool")
         return self._prompt(self._checked(conversation, Counter()))
@@ -142,17 +159,23 @@ class Renderer(ABC):
 
     def answer(self, ids: Sequence[int]) -> str:
         """What was generated, as text, up to the first end token; other special tokens are written out."""
-        return self.decode(ids[: next((at for at, token in enumerate(ids) if token in self.eos_ids), len(ids))])
+        return self.decode(
+            ids[: next((at for at, token in enumerate(ids) if token in self.eos_ids), len(ids))]
+        )
 
     def rows(
-        self, example: formats.Example, *, learn: Learn = "all", prompt_weight: float = 0.0,
-        cut: int | None = None, notes: Counter[str] | None = None,
-    ) -> list[Row]:  # fmt: skip
+        self,
+        example: formats.Example,
+        *,
+        learn: Learn = "all",
+        prompt_weight: float = 0.0,
+        cut: int | None = None,
+        notes: Counter[str] | None = None,
+    ) -> list[Row]:
         """One row where all answers fit in one rendering, else one for each learned answer.
 
-        cut: drop the oldest turns of a row with more tokens than this, as far as that helps. notes: is added to.
-        Raises TemplateError with the example's source.
-        """
+        cut: drop the oldest turns of a row with more tokens than this, as far as that helps. notes: is added
+        to. Raises TemplateError with the example's source."""
         notes = Counter() if notes is None else notes
         try:
             parts = self._parts(example, learn, cut, notes)
@@ -184,7 +207,9 @@ class Renderer(ABC):
         if not after or not (head or text):
             raise Refused("empty", "a completion or its context is empty", 'use {"text": …} for text alone')
         if not self.eos_ids:
-            raise Refused("end_token", "this tokenizer has no end token", "set eos_token in tokenizer_config.json")
+            raise Refused(
+                "end_token", "this tokenizer has no end token", "set eos_token in tokenizer_config.json"
+            )
         ids = self._continue(head, after, self.text_prompt(before + after))
         said = self._same(self._between(ids, len(head), len(ids)), after)
         bare = () if head else ("first token of a text not learned: nothing stands before it",)
@@ -200,8 +225,13 @@ class Renderer(ABC):
         for start in (0, *_starts(sides[0], part)):
             groups = [self._groups(side, places, start) for side, places in zip(sides, learned, strict=True)]
             turns = [group[0] for group in groups]
-            if turns[0][0].ids[: turns[0][0].start] != turns[1][0].ids[: turns[1][0].start] or max(map(len, groups)) > 1:
-                raise Refused("pair", "chosen and rejected do not part at an answer, or need more than a row each")
+            if (
+                turns[0][0].ids[: turns[0][0].start] != turns[1][0].ids[: turns[1][0].start]
+                or max(map(len, groups)) > 1
+            ):
+                raise Refused(
+                    "pair", "chosen and rejected do not part at an answer, or need more than a row each"
+                )
             if cut is None or all(len(side[-1].ids) <= cut for side in turns):
                 break
         return list(zip(("chosen", "rejected"), turns, strict=True))
@@ -217,7 +247,8 @@ class Renderer(ABC):
         return [turns] if nested else [[turn] for turn in turns]
 
     def _fit(self, conversation: Conversation, group: list[Turn], cut: int | None) -> list[list[Turn]]:
-        """The group without so many of its oldest turns that it fits; the answers left out get rows of their own.
+        """The group without so many of its oldest turns that it fits; the answers left out get rows of their
+        own.
 
         An answer that is too long even behind its own user turn stays so: the caller drops it.
         """
@@ -239,11 +270,16 @@ class Renderer(ABC):
         shown = replace(before, messages=(*before.messages, message))
         asked = bool(before.messages) and before.messages[-1].role in ("user", "tool")
         if not asked or not (message.calls or message.content.strip()):
-            raise Refused("answer", "an answer needs a turn of the user or a tool before it, and words or calls")
+            raise Refused(
+                "answer", "an answer needs a turn of the user or a tool before it, and words or calls"
+            )
         prompt, ids, said, wrote, text = self._answered(before, shown)
         if ids[: len(prompt)] != prompt or ids[-1] not in self.eos_ids:
-            raise Refused("prefix", "a rendered answer must be its prompt, the answer and an end token",
-                          "this template shows another context in training than at inference")  # fmt: skip
+            raise Refused(
+                "prefix",
+                "a rendered answer must be its prompt, the answer and an end token",
+                "this template shows another context in training than at inference",
+            )
         bos = self.chat_bos_id
         if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
             raise Refused("bos", f"{ids.count(bos)} BOS tokens; there must be one, at the start")
@@ -254,8 +290,11 @@ class Renderer(ABC):
         tools = [cast(dict[str, Any], tool)["function"] for tool in shown.tools]
         seen = self.decode(prompt) if tools else ""  # an answer may name a tool that its prompt does not show
         if missing := [tool["name"] for tool in tools if tool["name"] not in seen]:
-            raise Refused("left_out", f"the template leaves out the declared tools ({', '.join(missing)})",
-                          "a model with this template cannot see them: tell of them in the system text")  # fmt: skip
+            raise Refused(
+                "left_out",
+                f"the template leaves out the declared tools ({', '.join(missing)})",
+                "a model with this template cannot see them: tell of them in the system text",
+            )
         if not all(_written(part, text) for part in _leaves(tools)):
             notes += ("a declared tool is not written in full by the template",)
         if bos is None and self.bos_id is not None and self.bos_id not in ids:
@@ -263,8 +302,8 @@ class Renderer(ABC):
         return Turn(place, ids, len(prompt), notes)
 
     def _continue(self, prompt: list[int], rest: str, whole: list[int]) -> list[int]:
-        """The ids of prompt and rest: ``whole`` (both encoded as one text) if it begins with the prompt, else the
-        prompt and the ids of the segment, since inference never sees a token that spans the boundary."""
+        """The ids of prompt and rest: ``whole`` (both encoded as one text) if it begins with the prompt, else
+        the prompt and the ids of the segment, since inference never sees a token that spans the boundary."""
         if whole[: len(prompt)] == prompt:
             return whole
         for segment in (self._encode(rest), self._encode(ANCHOR + rest)[len(self._encode(ANCHOR)) :]):
@@ -274,26 +313,34 @@ class Renderer(ABC):
         raise Refused("boundary", "the tokens of the prompt and of the answer cannot be told apart")
 
     def _between(self, ids: Sequence[int], start: int, stop: int) -> str:
-        """The text of ids[start:stop] as it reads behind the token before it; alone, it may lose its first space."""
+        """The text of ids[start:stop] as it reads behind the token before it; alone, it may lose its first
+        space."""
         first = max(start - 1, 0)
         before, both = self.decode(ids[first:start]), self.decode(ids[first:stop])
         return both[len(before) :] if both.startswith(before) else self.decode(ids[start:stop])
 
     def _same(self, said: str, words: str) -> tuple[str, ...]:
-        """Notes on an allowed difference of the learned tokens, decoded, from the words. Raises Refused on another."""
+        """Notes on an allowed difference of the learned tokens, decoded, from the words. Raises Refused on
+        another."""
         if said == words:
             return ()
         if _plain(said) == _plain(words):
             return ("Unicode normalised by the tokenizer",)
         if _plain(said.strip()) != _plain(words.strip()):
-            raise Refused("words", f"the learned tokens read {said!r:.120}, the assistant's words are {words!r:.120}",
-                          "the template or the tokenizer changes the answer")  # fmt: skip
+            raise Refused(
+                "words",
+                f"the learned tokens read {said!r:.120}, the assistant's words are {words!r:.120}",
+                "the template or the tokenizer changes the answer",
+            )
         return (f"whitespace {'trimmed' if len(said) < len(words) else 'added'} by the template",)
 
     def _refuse_control(self, texts: Sequence[str]) -> None:
         for found in filter(None, map(self._control.search, texts)):
-            raise Refused("not_text", f"a text holds {found.group()!a}, which this tokenizer does not read as text",
-                          "repair the encoding, or remove it from the text")  # fmt: skip
+            raise Refused(
+                "not_text",
+                f"a text holds {found.group()!a}, which this tokenizer does not read as text",
+                "repair the encoding, or remove it from the text",
+            )
 
     def _checked(self, conversation: Conversation, notes: Counter[str]) -> Conversation:
         """Encodable text; each call with an id, each result with the id and name of its call."""
@@ -302,7 +349,12 @@ class Renderer(ABC):
         waiting: list[tuple[Call, str]] = []  # calls without a result, and their new ids
         for at, message in enumerate(conversation.messages):
             calls = message.calls
-            self._refuse_control([message.content, *(text for call in calls for text in (call.name, json_text(call.arguments)))])
+            self._refuse_control(
+                [
+                    message.content,
+                    *(text for call in calls for text in (call.name, json_text(call.arguments))),
+                ]
+            )
             if calls:
                 waiting = []
                 for place, call in enumerate(calls):
@@ -314,10 +366,15 @@ class Renderer(ABC):
                 message = replace(message, calls=tuple(replace(call, id=key) for call, key in waiting))
             elif message.role == "tool":
                 name, wanted = message.name, message.call_id
-                fits = [pair for pair in waiting if wanted in (None, pair[0].id) and name in (None, pair[0].name)]
+                fits = [
+                    pair for pair in waiting if wanted in (None, pair[0].id) and name in (None, pair[0].name)
+                ]
                 if not fits:
-                    raise Refused("call_id", f"a tool result (call id {wanted}) answers no open call",
-                                  "each result needs the id of a call just before it")  # fmt: skip
+                    raise Refused(
+                        "call_id",
+                        f"a tool result (call id {wanted}) answers no open call",
+                        "each result needs the id of a call just before it",
+                    )
                 waiting.remove(fits[0])
                 message = replace(message, call_id=fits[0][1], name=fits[0][0].name)
             messages.append(message)
@@ -325,7 +382,8 @@ class Renderer(ABC):
 
 
 def renderer(path: Path | str, spec_name: str = "auto") -> Renderer:
-    """The renderer of a model or tokenizer folder, or of ``mistral-v3``: the tokenizer that mistral-common ships.
+    """The renderer of a model or tokenizer folder, or of ``mistral-v3``: the tokenizer that mistral-common
+    ships.
 
     Raises ModelError when the tokenizer cannot be read. Code that comes with a tokenizer is never run.
     """
@@ -333,7 +391,9 @@ def renderer(path: Path | str, spec_name: str = "auto") -> Renderer:
 
     folder = Path(path)
     if str(path) != "mistral-v3" and not folder.is_dir():
-        raise ModelError("no such tokenizer folder", where=str(path), hint="give a model's folder, or mistral-v3")
+        raise ModelError(
+            "no such tokenizer folder", where=str(path), hint="give a model's folder, or mistral-v3"
+        )
     own = folder / "tokenizer.model.v3" if (folder / "tokenizer.model.v3").is_file() else None
     if str(path) == "mistral-v3" or spec_name == "mistral-v3" or (own and spec_name == "auto"):
         return MistralRenderer(own)
@@ -348,9 +408,12 @@ def renderer(path: Path | str, spec_name: str = "auto") -> Renderer:
 
 
 def render(
-    examples: Sequence[formats.Example], renderer: Renderer, spec: TemplateSpec, length: int,
+    examples: Sequence[formats.Example],
+    renderer: Renderer,
+    spec: TemplateSpec,
+    length: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Rendered:  # fmt: skip
+) -> Rendered:
     """All rows of at most ``length`` tokens; what cannot be rendered is in ``dropped`` with its reason.
 
     Raises DataError when a row is longer and ``spec.too_long`` is refuse.
@@ -360,21 +423,29 @@ def render(
     for done, example in enumerate(examples, 1):
         rows: list[Row] = []
         try:
-            rows = renderer.rows(example, learn=spec.learn, prompt_weight=spec.prompt_weight, cut=cut, notes=result.notes)
+            rows = renderer.rows(
+                example, learn=spec.learn, prompt_weight=spec.prompt_weight, cut=cut, notes=result.notes
+            )
         except Refused as error:
             told = "; hint: ".join(filter(None, (error.what, error.hint)))
             result.dropped.append(formats.Dropped(example.source, error.code, told, ""))
         fits = [row for row in rows if len(row.tokens.ids) <= length]
         for tokens in [len(row.tokens.ids) for row in rows if len(row.tokens.ids) > length]:
-            long.append(formats.Dropped(example.source, "too_long", f"{tokens} tokens, the limit is {length}", ""))
-        if len(fits) == len(rows) or not isinstance(example, Preference):  # a pair is kept or dropped as a whole
+            long.append(
+                formats.Dropped(example.source, "too_long", f"{tokens} tokens, the limit is {length}", "")
+            )
+        if len(fits) == len(rows) or not isinstance(
+            example, Preference
+        ):  # a pair is kept or dropped as a whole
             result.rows += fits
         if progress is not None:
             progress(done, len(examples))
     if long and spec.too_long == "refuse":
         listed = listing([f"{row.source}: {row.message}" for row in long])
-        raise DataError(f"{len(long)} rows have more than {length} tokens:\n{listed}",
-                        hint="raise batch.length, or set template.too_long: drop or cut")  # fmt: skip
+        raise DataError(
+            f"{len(long)} rows have more than {length} tokens:\n{listed}",
+            hint="raise batch.length, or set template.too_long: drop or cut",
+        )
     result.dropped += long
     return result
 
@@ -382,7 +453,9 @@ def render(
 def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counter[str]) -> list[int]:
     """Places of the learned answers from ``first`` on. Raises Refused when there is none."""
     messages = conversation.messages
-    asked = [at for at in range(first, len(messages)) if messages[at].role == "assistant"][-1 if learn == "last" else 0 :]
+    asked = [at for at in range(first, len(messages)) if messages[at].role == "assistant"][
+        -1 if learn == "last" else 0 :
+    ]
     learned = [at for at in asked if messages[at].learn or (learn != "marked" and messages[at].learn is None)]
     if learn != "marked":
         notes.update(["answer not learned: it says learn: false"] * (len(asked) - len(learned)))
@@ -392,7 +465,8 @@ def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counte
 
 
 def _starts(conversation: Conversation, before: int) -> list[int]:
-    """Where a conversation can begin without its oldest turns: at user messages behind an answer, oldest first."""
+    """Where a conversation can begin without its oldest turns: at user messages behind an answer, oldest
+    first."""
     roles = [message.role for message in conversation.messages]
     return [at for at in range(1, before) if roles[at] == "user" and roles[at - 1] in ("assistant", "tool")]
 
@@ -411,8 +485,11 @@ def _present(message: Message, text: str, *, history: bool) -> None:
         with suppress(ValueError):
             missing = [part for part in [json_text(json.loads(words))] if part not in text]
     if missing:
-        raise Refused("left_out", f"{missing[0]!r:.120} ({message.role}) is missing in the rendering",
-                      "the template cannot express this role or call: put it into the words")  # fmt: skip
+        raise Refused(
+            "left_out",
+            f"{missing[0]!r:.120} ({message.role}) is missing in the rendering",
+            "the template cannot express this role or call: put it into the words",
+        )
 
 
 def _written(part: str, text: str) -> bool:
@@ -421,7 +498,8 @@ def _written(part: str, text: str) -> bool:
 
 
 def _leaves(value: formats.JSON) -> list[str]:
-    """Keys, strings and numbers at every depth; true, false and null are written differently by each template."""
+    """Keys, strings and numbers at every depth; true, false and null are written differently by each
+    template."""
     if isinstance(value, dict):
         return [part for key, inner in value.items() for part in (key, *_leaves(inner))]
     if isinstance(value, list | tuple):

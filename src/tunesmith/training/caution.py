@@ -1,4 +1,5 @@
-"""Warnings that practice has for objectives that compare good with bad: each is said once, when it first holds."""
+"""Warnings that practice has for objectives that compare good with bad: each is said once, when it first
+holds."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from tunesmith.tokens.batches import Group, Plan
 
 WINDOW = 10  # updates
 RUNAWAY_KL = 30.0
-"""Nats of z0 from which on σ(β(r − z0)) with the usual β = 0.1 is saturated for a row that did not move (σ(−3) = 0.05)."""
+"""Nats of z0 from which on σ(β(r − z0)) with the usual β = 0.1 is saturated for a row that did not move
+(σ(−3) = 0.05)."""
 
 
 class Watch:
-    """What was seen so far, and what was said. ``compared``: rewards are ratios to the model before training."""
+    """What was seen so far, and what was said. ``compared``: rewards are ratios to the model before
+    training."""
 
     def __init__(self, compared: bool = True) -> None:
         self._compared = compared
@@ -41,7 +44,11 @@ class Watch:
         if good and self._compared and found[good] < -1e-3:
             what = f"{name} answers became less likely than before training {where}: {good} {found[good]:.3g}"
             hint = "raise objective.beta, lower optimizer.learning_rate, or "
-            hint += "set objective.sft_weight" if name == "desirable" else "try objective=orpo, which holds the chosen up"
+            hint += (
+                "set objective.sft_weight"
+                if name == "desirable"
+                else "try objective=orpo, which holds the chosen up"
+            )
             self._say(f"falling {name}", what, hint, emit)
         if found.get("kl", 0.0) > RUNAWAY_KL:
             what = f"the model runs away from the reference {where}: kl {found['kl']:.3g} nats a row"

@@ -1,8 +1,9 @@
-"""What the frozen layers below the adapter compute for each row: once, kept on disk, read again in every later epoch.
+"""What the frozen layers below the adapter compute for each row: once, kept on disk, read again in every
+later epoch.
 
-Where only the upper layers are adapted, the lower ones give the same hidden states for a row whenever it comes. Files are named
-by the hash of the row's tokens and lie in the run directory, whose base cannot change (`Run.require_same`); they go when it ends.
-"""
+Where only the upper layers are adapted, the lower ones give the same hidden states for a row whenever it
+comes. Files are named by the hash of the row's tokens and lie in the run directory, whose base cannot change
+(`Run.require_same`); they go when it ends."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def depth(net: nn.Module) -> int:
 
 
 def saving(net: nn.Module, epochs: float, recomputed: bool) -> float:
-    """Share of the layers' work that keeping them would save: a layer's backward pass costs as much as its forward pass."""
+    """Share of the layers' work that keeping them would save: a layer's backward pass costs as much as its
+    forward pass."""
     layers: Any = net.layers
     below, above = depth(net), len(layers) - depth(net)
     return below * max(0.0, 1 - 1 / epochs) / (below + above * (3 if recomputed else 2))
@@ -57,7 +59,11 @@ class Lower:
         self.folder.mkdir(exist_ok=True)
         present = sum(file.stat().st_size for file in self.folder.iterdir())
         if shutil.disk_usage(self.folder).free < needed - present:
-            raise DiskFull(f"{KEY} needs {needed / 1e9:.1f} GB", where=str(self.folder), hint="make room, or leave it out")
+            raise DiskFull(
+                f"{KEY} needs {needed / 1e9:.1f} GB",
+                where=str(self.folder),
+                hint="make room, or leave it out",
+            )
         return needed
 
     def needed(self, groups: Sequence[Group]) -> int:
@@ -70,7 +76,9 @@ class Lower:
         Tried on the longest row, so that layers which look at a window only show themselves.
         """
         if self.depth == 0:
-            raise ConfigError("no layer lies below the adapter", where=KEY, hint="set adapter.layers, or leave it out")
+            raise ConfigError(
+                "no layer lies below the adapter", where=KEY, hint="set adapter.layers, or leave it out"
+            )
         longest = max((one for group in groups for one in group.sequences), key=lambda one: len(one.ids))
         ids = mx.array(longest.ids)[None]
         try:
@@ -79,11 +87,15 @@ class Lower:
                 with self.above():
                     found = self.net["model"](ids, input_embeddings=states)
                 whole = self.net["model"](ids)
-                same = found.shape == whole.shape and bool(mx.abs(whole - found).max() <= 1e-3 * mx.abs(whole).max())
+                same = found.shape == whole.shape and bool(
+                    mx.abs(whole - found).max() <= 1e-3 * mx.abs(whole).max()
+                )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             same = False
         if not same:
-            what = f"{type(self.net).__module__.rsplit('.', 1)[-1]} models cannot begin at a layer in the middle"
+            what = (
+                f"{type(self.net).__module__.rsplit('.', 1)[-1]} models cannot begin at a layer in the middle"
+            )
             raise ConfigError(what, where=KEY, hint="leave it out")
 
     def close(self) -> None:
@@ -123,7 +135,9 @@ class Lower:
             mx.save_safetensors(str(draft), {"states": states})
             flush(draft)
         except (RuntimeError, OSError) as error:
-            raise DiskFull(f"{KEY}: cannot be written: {error}", where=str(path), hint="make room, or leave it out") from error
+            raise DiskFull(
+                f"{KEY}: cannot be written: {error}", where=str(path), hint="make room, or leave it out"
+            ) from error
         draft.rename(path)
         return states
 

@@ -1,4 +1,5 @@
-"""From a micro-batch to sums and gradients: which parts are recomputed, which shapes are compiled; and losses row by row."""
+"""From a micro-batch to sums and gradients: which parts are recomputed, which shapes are compiled; and losses
+row by row."""
 
 from __future__ import annotations
 
@@ -36,11 +37,12 @@ Shape = tuple[int, int, int]
 
 
 class Gradients:
-    """micro-batch, dropout key → (sum of losses (), log p of each sequence (S,)), gradients of that sum; not yet evaluated.
+    """micro-batch, dropout key → (sum of losses (), log p of each sequence (S,)), gradients of that sum; not
+    yet evaluated.
 
-    objective: as it is settled for the training rows (default: the config's). compiled: shapes for which the step is compiled;
-    ``traces`` counts those met so far, ``plain`` the micro-batches of others. lower: the frozen layers whose results are kept.
-    """
+    objective: as it is settled for the training rows (default: the config's). compiled: shapes for which the
+    step is compiled; ``traces`` counts those met so far, ``plain`` the micro-batches of others. lower: the
+    frozen layers whose results are kept."""
 
     def __init__(
         self,
@@ -63,7 +65,9 @@ class Gradients:
             net.update(weights)
             adapters.seed_dropout(net, key)
             tokens, positions, learned, tok_weights, rows, fields, *states = arrays
-            batch = Batch(tokens, positions, learned, tok_weights, rows, fields, ends, states[0] if states else None)
+            batch = Batch(
+                tokens, positions, learned, tok_weights, rows, fields, ends, states[0] if states else None
+            )
             with lower.above() if lower else ExitStack():
                 logps = objectives.sequence_logps(net, batch, of_batch)
             return objective.losses(logps, batch.fields).sum(), logps
@@ -71,7 +75,9 @@ class Gradients:
         self._step: Any = mx.value_and_grad(total)
         self._fast = mx.compile(lambda weights, arrays, key: self._step(weights, arrays, None, key))
 
-    def __call__(self, groups: Sequence[Group], key: mx.array, baseline: float = 0.0) -> tuple[tuple[mx.array, mx.array], dict]:
+    def __call__(
+        self, groups: Sequence[Group], key: mx.array, baseline: float = 0.0
+    ) -> tuple[tuple[mx.array, mx.array], dict]:
         fields = self.objective.fields(groups, baseline)
         batch = collate(groups, pack=self._pack, bucket=bool(self._compiled), fields=fields)
         arrays = [mx.array(part) for part in batch[:6]]
@@ -107,7 +113,8 @@ class Accumulation:
 
     @property
     def shapes(self) -> dict[str, int]:
-        """``compiled``: shapes so far; ``uncompiled``: micro-batches of other shapes, where a step is compiled at all."""
+        """``compiled``: shapes so far; ``uncompiled``: micro-batches of other shapes, where a step is
+        compiled at all."""
         made = self._gradients_of
         return {"compiled": len(made.traces), "uncompiled": made.plain} if made.compiles else {}
 
@@ -125,7 +132,8 @@ class Accumulation:
         return plan if cursor.tokens is None else replace(plan, cut=replace(plan.cut, tokens=cursor.tokens))
 
     def probe(self, cursor: Cursor) -> None:
-        """The run's largest micro-batch, for nothing: want of memory shows now, not at night. Raises OutOfMemory."""
+        """The run's largest micro-batch, for nothing: want of memory shows now, not at night. Raises
+        OutOfMemory."""
         plan, start = self._plan(cursor), time.perf_counter()
         largest = plan.largest(self._ranks.size)
         lengths = [plan.lengths[index] for index in largest]
@@ -145,13 +153,13 @@ class Accumulation:
             self._emit(Notice(what, level="warning", hint=self._smaller(lengths)))
 
     def sums(self, step: int, cursor: Cursor, baseline: float = 0.0) -> tuple[mx.array, dict, np.ndarray]:
-        """(sum of losses (), sums of gradients, log p of each sequence) of this rank's rows of update ``step``, evaluated.
+        """(sum of losses (), sums of gradients, log p of each sequence) of this rank's rows of update
+        ``step``, evaluated.
 
         The log p are those of all sequences of `Plan.members` in order, 0 where another rank has them.
 
-        Where the device runs out of memory, ``cursor.tokens`` becomes half of what it was given and the update begins anew.
-        Raises OutOfMemory where one row is too much.
-        """
+        Where the device runs out of memory, ``cursor.tokens`` becomes half of what it was given and the
+        update begins anew. Raises OutOfMemory where one row is too much."""
         while True:
             plan = self._plan(cursor)
             micros = plan.update(step, self._ranks.rank, self._ranks.size)
@@ -175,16 +183,19 @@ class Accumulation:
     def _accumulate(
         self, step: int, micros: list[list[int]], done: list[int], baseline: float
     ) -> tuple[mx.array, dict | None, dict[int, np.ndarray]]:
-        """The sums over ``micros``, and member → log p of its sequences; ``done`` takes the number of each as it begins."""
+        """The sums over ``micros``, and member → log p of its sequences; ``done`` takes the number of each as
+        it begins."""
         self._net.train()
         loss, total = mx.array(0.0), None
         parts: list[mx.array] = []
         for index, micro in enumerate(micros):
             done.append(index)
-            # The next graph is built while the device works on the last; then that one is waited for, so that only one is in
-            # memory.
+            # The next graph is built while the device works on the last; then that one is waited for, so that
+            # only one is in memory.
             key = dropout_key(self._config.loop.seed, step, index * self._ranks.size + self._ranks.rank)
-            (part, logps), part_gradients = self._gradients_of([self._rows[member] for member in micro], key, baseline)
+            (part, logps), part_gradients = self._gradients_of(
+                [self._rows[member] for member in micro], key, baseline
+            )
             mx.eval(loss, total or {})
             loss, total = loss + part, _add(total, part_gradients)
             parts.append(logps)
@@ -198,7 +209,9 @@ class Accumulation:
         return loss, total, found
 
     def _out_of_memory(self, error: Exception, lengths: list[int], where: str) -> OutOfMemory:
-        what = f"the device ran out of memory with {len(lengths)} rows of up to {max(lengths)} tokens: {error}"
+        what = (
+            f"the device ran out of memory with {len(lengths)} rows of up to {max(lengths)} tokens: {error}"
+        )
         return OutOfMemory(what, where=where, hint=self._smaller(lengths))
 
     def _smaller(self, lengths: list[int]) -> str:
@@ -213,7 +226,8 @@ def _add(total: dict | None, part: dict) -> dict:
 
 
 def frequent_shapes(plan: Plan, groups: Sequence[Group], rank: int = 0, ranks: int = 1) -> frozenset[Shape]:
-    """The shapes to compile: the most frequent of the first epoch, so that a resumed run compiles the same ones."""
+    """The shapes to compile: the most frequent of the first epoch, so that a resumed run compiles the same
+    ones."""
     seen: Counter[Shape] = Counter()
     for step in range(min(plan.steps, plan.steps_per_epoch)):
         for micro in plan.update(step, rank, ranks):
@@ -221,11 +235,14 @@ def frequent_shapes(plan: Plan, groups: Sequence[Group], rank: int = 0, ranks: i
             longest = max(len(sequence.ids) for sequence in sequences) - 1
             learned = sum(int(np.count_nonzero(sequence.targets[1:])) for sequence in sequences)
             seen[len(sequences), bucketed(max(1, longest)), bucketed(max(1, learned))] += 1
-    return frozenset(shape for shape, _ in sorted(seen.items(), key=lambda item: (-item[1], item[0]))[:COMPILED_SHAPES])
+    return frozenset(
+        shape for shape, _ in sorted(seen.items(), key=lambda item: (-item[1], item[0]))[:COMPILED_SHAPES]
+    )
 
 
 def dropout_key(seed: int, step: int, micro: int) -> mx.array:
-    """The key of all dropout masks of one micro-batch: a function of its place in the run, not of a global generator."""
+    """The key of all dropout masks of one micro-batch: a function of its place in the run, not of a global
+    generator."""
     return mx.random.key(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]))
 
 
@@ -245,8 +262,8 @@ def packs(net: nn.Module) -> bool:
 def checkpointed(net: nn.Module) -> Iterator[None]:
     """Inside, each layer of ``net`` is recomputed in the backward pass instead of kept.
 
-    The class of these layer objects is swapped for a subclass and put back; other models in the process stay as they were.
-    Dropout masks come from explicit keys, so that the second pass draws what the first drew.
+    The class of these layer objects is swapped for a subclass and put back; other models in the process stay
+    as they were. Dropout masks come from explicit keys, so that the second pass draws what the first drew.
     """
     layers: list[Any] = list(net.layers or [])
     kinds = [type(layer) for layer in layers]
@@ -275,10 +292,13 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def require(net: nn.Module, config: RunConfig, rows: Sequence[Group], notify: Sink) -> None:
-    """Raises ConfigError where ``net``, with its adapter, cannot do what ``config`` asks; tells what it does the slow way."""
+    """Raises ConfigError where ``net``, with its adapter, cannot do what ``config`` asks; tells what it does
+    the slow way."""
     if config.batch.pack and not packs(net):
         what = f"{type(net).__module__.rsplit('.', 1)[-1]} models mix rows that are packed (sliding windows, recurrent layers, …)"
-        raise ConfigError(what, where="batch.pack", hint="leave it out: rows of like length are put together instead")
+        raise ConfigError(
+            what, where="batch.pack", hint="leave it out: rows of like length are put together instead"
+        )
     if config.loop.cache_frozen:
         Lower(net, Path()).require(rows)
     if not logprobs.splits(net):

@@ -1,8 +1,9 @@
-"""What training looks like from inside: gradients, updates, ΔW and activations by weight, time by stage, losses by row.
+"""What training looks like from inside: gradients, updates, ΔW and activations by weight, time by stage,
+losses by row.
 
-Measuring moves nothing: no random number is drawn and no array of the run is changed, so a run ends in the same bytes with it
-and without. Effective rank: Roy and Vetterli, "The effective rank" (EUSIPCO 2007). Robust z: Iglewicz and Hoaglin (1993).
-"""
+Measuring moves nothing: no random number is drawn and no array of the run is changed, so a run ends in the
+same bytes with it and without. Effective rank: Roy and Vetterli, "The effective rank" (EUSIPCO 2007). Robust
+z: Iglewicz and Hoaglin (1993)."""
 
 from __future__ import annotations
 
@@ -27,9 +28,11 @@ from tunesmith.tokens.batches import Group
 
 STAGES = ("reference", "gradients", "reduce", "optimizer", "other")
 BINS = 64
-"""Of the histogram of ΔW: equal, half of them below 0, out to the first power of two that no entry reaches."""
+"""Of the histogram of ΔW: equal, half of them below 0, out to the first power of two that no entry
+reaches."""
 CHUNK = 1 << 18
-"""Entries of ΔW that are formed and counted at once: what a core's cache holds, as counting in memory takes 14 times as long."""
+"""Entries of ΔW that are formed and counted at once: what a core's cache holds, as counting in memory takes
+14 times as long."""
 ACTIVATION_ROWS = 8
 """First validation rows whose activations are looked at."""
 
@@ -48,7 +51,8 @@ class Stages:
 
 
 def due(loop: LoopSpec, step: int, steps: int) -> bool:
-    """Whether the weights are measured at update ``step`` (from 1) of ``steps``: the first, the last, and as often as asked."""
+    """Whether the weights are measured at update ``step`` (from 1) of ``steps``: the first, the last, and as
+    often as asked."""
     every = loop.instrument_every
     return every > 0 and (step % every == 0 or step in (1, steps))
 
@@ -61,7 +65,8 @@ def norms(tree: dict) -> dict[str, float]:
 
 
 def _norm(leaf: mx.array) -> mx.array:
-    """(2,) its norm over its largest absolute entry, and that one: float32 has no room for the square of 1e20."""
+    """(2,) its norm over its largest absolute entry, and that one: float32 has no room for the square of
+    1e20."""
     values = leaf.astype(mx.float32).reshape(-1)
     largest = mx.abs(values).max()
     largest = mx.where(largest > 0, largest, 1.0)
@@ -69,7 +74,8 @@ def _norm(leaf: mx.array) -> mx.array:
 
 
 class Measured:
-    """One optimizer step: made before it of the gradients (means over units, before clipping), which makes it, asked after it."""
+    """One optimizer step: made before it of the gradients (means over units, before clipping), which makes
+    it, asked after it."""
 
     def __init__(self, net: nn.Module, gradients: dict) -> None:
         self._gradients, self._weights = norms(gradients), norms(net.trainable_parameters())
@@ -91,19 +97,22 @@ class Measured:
 
 
 class Grown:
-    """How far the adapted weights of ``net`` are from their base. ‖W‖ is measured once: the base is frozen."""
+    """How far the adapted weights of ``net`` are from their base. ‖W‖ is measured once: the base is
+    frozen."""
 
     def __init__(self, net: nn.Module) -> None:
-        self._layers = {name: layer for name, layer in sorted(net.named_modules()) if isinstance(layer, LoRALinear)}
+        self._layers = {
+            name: layer for name, layer in sorted(net.named_modules()) if isinstance(layer, LoRALinear)
+        }
         self._frozen: dict[str, float] = {}
 
     def event(self, step: int) -> events.Growth:
-        """Norm, norm over ‖W‖, effective rank, and one histogram of all entries. Weights trained in full are left out.
+        """Norm, norm over ‖W‖, effective rank, and one histogram of all entries. Weights trained in full are
+        left out.
 
-        Of DoRA norm and histogram are of the whole change, lengths included; its effective rank is of s·A·B alone, as another
-        length for each row makes the whole of full rank. Entries that are not finite are counted, and their weight has no norm
-        and no rank.
-        """
+        Of DoRA norm and histogram are of the whole change, lengths included; its effective rank is of s·A·B
+        alone, as another length for each row makes the whole of full rank. Entries that are not finite are
+        counted, and their weight has no norm and no rank."""
         sizes: dict[str, float] = {}
         ranks: dict[str, float] = {}
         histogram = Histogram()
@@ -138,10 +147,9 @@ def _changes(layer: LoRALinear) -> Iterator[mx.array]:
 def low_rank_values(layer: LoRALinear) -> np.ndarray:
     """(r,) the singular values of s·A·B, largest first, from the (r, r) products G = AᵀA and H = BBᵀ alone.
 
-    Their squares are the eigenvalues of √G·H·√G. In float64; what is below 1e-7 of the largest is rounding, and 0. The products
-    are einsum's: numpy's BLAS would wake threads of its own beside MLX's, which took up to 800 times as long on busy cores.
-    All NaN where a factor is not finite.
-    """
+    Their squares are the eigenvalues of √G·H·√G. In float64; what is below 1e-7 of the largest is rounding,
+    and 0. The products are einsum's: numpy's BLAS would wake threads of its own beside MLX's, which took up
+    to 800 times as long on busy cores. All NaN where a factor is not finite."""
     a, b = np.array(layer.lora_a.T, dtype=np.float64), np.array(layer.lora_b, dtype=np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return np.full(len(a), np.nan)
@@ -162,7 +170,8 @@ def effective_rank(values: np.ndarray) -> float:
 
 
 class Histogram:
-    """Counts of BINS equal bins around 0. Where an entry does not fit, neighbours are put together and the range doubles."""
+    """Counts of BINS equal bins around 0. Where an entry does not fit, neighbours are put together and the
+    range doubles."""
 
     def __init__(self) -> None:
         self._reach = 2.0**-40
@@ -170,7 +179,8 @@ class Histogram:
         self._not_finite = 0
 
     def add(self, values: np.ndarray) -> None:
-        """All of ``values`` (n,) float32, none of them lost: what is not finite is counted beside the bins."""
+        """All of ``values`` (n,) float32, none of them lost: what is not finite is counted beside the
+        bins."""
         if not (finite := np.isfinite(values)).all():
             self._not_finite += len(values) - int(finite.sum())
             values = values[finite]
@@ -178,14 +188,17 @@ class Histogram:
         while largest >= self._reach:
             self._reach *= 2
             pairs = self._counts.reshape(-1, 2).sum(axis=1)
-            self._counts = np.concatenate([np.zeros(BINS // 4, np.int64), pairs, np.zeros(BINS // 4, np.int64)])
+            self._counts = np.concatenate(
+                [np.zeros(BINS // 4, np.int64), pairs, np.zeros(BINS // 4, np.int64)]
+            )
         # A power of two scales without rounding: each entry falls into the bin that it is in.
         bins = np.floor(values * np.float32(BINS / 2 / self._reach)).astype(np.int16)
         self._counts += np.bincount(bins + np.int16(BINS // 2), minlength=BINS)
 
     @property
     def found(self) -> dict[str, Any]:
-        """``edges`` (BINS + 1), ``counts`` (BINS) and ``not_finite``, entries in no bin; empty where there was no entry."""
+        """``edges`` (BINS + 1), ``counts`` (BINS) and ``not_finite``, entries in no bin; empty where there
+        was no entry."""
         if not self._counts.any() and not self._not_finite:
             return {}
         edges = np.linspace(-self._reach, self._reach, BINS + 1).tolist()
@@ -194,7 +207,8 @@ class Histogram:
 
 @contextmanager
 def _listening(net: nn.Module, hear: Callable[[str, mx.array], None]) -> Iterator[None]:
-    """Inside, each layer of ``net`` tells ``hear`` its name and output. The class of these objects is swapped and put back."""
+    """Inside, each layer of ``net`` tells ``hear`` its name and output. The class of these objects is swapped
+    and put back."""
     layers: list[Any] = list(net.layers or [])
     names = {id(module): name for name, module in net.named_modules()}
     kinds = [type(layer) for layer in layers]
@@ -218,7 +232,8 @@ def _listening(net: nn.Module, hear: Callable[[str, mx.array], None]) -> Iterato
 
 
 def activations(net: nn.Module, rows: Sequence[Group], step: int) -> events.Activations:
-    """Of the output of each layer over all positions of the first ACTIVATION_ROWS of ``rows``, one at a time: no padding."""
+    """Of the output of each layer over all positions of the first ACTIVATION_ROWS of ``rows``, one at a time:
+    no padding."""
     squares: dict[str, float] = defaultdict(float)
     largest: dict[str, float] = defaultdict(float)
     entries: dict[str, int] = defaultdict(int)
@@ -238,11 +253,14 @@ def activations(net: nn.Module, rows: Sequence[Group], step: int) -> events.Acti
                 squares[name] += float(np.array(mean)) * size
                 largest[name] = max(largest[name], float(np.array(highest)))
                 entries[name] += size
-    return events.Activations(step, {name: math.sqrt(total / entries[name]) for name, total in squares.items()}, dict(largest))
+    return events.Activations(
+        step, {name: math.sqrt(total / entries[name]) for name, total in squares.items()}, dict(largest)
+    )
 
 
 def row_losses(step: int, epoch: int, groups: Sequence[Group], logps: np.ndarray) -> events.RowLosses:
-    """logps (S,): Σ weight · log p of all sequences of ``groups``. Of a pair the chosen counts; one source is one row."""
+    """logps (S,): Σ weight · log p of all sequences of ``groups``. Of a pair the chosen counts; one source is
+    one row."""
     sums: dict[str, float] = defaultdict(float)
     units: dict[str, float] = defaultdict(float)
     avoided: set[str] = set()
@@ -253,7 +271,9 @@ def row_losses(step: int, epoch: int, groups: Sequence[Group], logps: np.ndarray
             units[group.source] += group.learned[0]
             avoided |= {group.source} if group.label is False else set()
         at += len(group.sequences)
-    return events.RowLosses(step, epoch, {key: sums[key] / units[key] for key in sums}, dict(units), sorted(avoided))
+    return events.RowLosses(
+        step, epoch, {key: sums[key] / units[key] for key in sums}, dict(units), sorted(avoided)
+    )
 
 
 MEMORISED = 0.1
@@ -265,14 +285,16 @@ HIGH = 3.5
 ABOVE = 2.0
 """Robust z above which a row that is never learned ends among its neighbours."""
 FALL = 0.05
-"""Share of their loss that a row's neighbours must have lost before it is compared with them; and that is a rise."""
+"""Share of their loss that a row's neighbours must have lost before it is compared with them; and that is a
+rise."""
 NO_FALL = 0.1
 """A row that lost less than this share of what its neighbours lost did not fall."""
 FLOOR = 0.01
 """Nats: the least spread that rows are compared by."""
 NEAR, FEW = 5, 8
-"""Updates on either side whose rows are a row's neighbours: the model was about as far when it learned them. At the ends of an
-epoch as few as lie on the shorter side, so that none is compared with later ones alone; unless that makes fewer than FEW rows."""
+"""Updates on either side whose rows are a row's neighbours: the model was about as far when it learned them.
+At the ends of an epoch as few as lie on the shorter side, so that none is compared with later ones alone;
+unless that makes fewer than FEW rows."""
 
 DEFINITIONS = {
     "memorised": f"loss fell to {MEMORISED} nats a token or less from above it, and to {FAR:.0%} or less of the loss of unseen "
@@ -294,18 +316,20 @@ class _Visit(NamedTuple):
 
 
 def rows(log: Iterable[events.Event]) -> dict[str, Any]:
-    """What the losses of each row by epoch say of the training rows, as `DEFINITIONS` words it; JSON's types only.
+    """What the losses of each row by epoch say of the training rows, as `DEFINITIONS` words it; JSON's types
+    only.
 
-    A row's neighbours are the rows of its update and of NEAR updates on either side in the same epoch; its z is its loss less
-    their median, over 1.4826 times the median absolute deviation of all such differences of the epoch (at least FLOOR).
-    Rows are compared with their neighbours of the same epochs, as one learned early in the first epoch falls further than one
-    learned late. A row in several parts (its turns) is their mean by units; an epoch in which not all were learned is left out.
-    Rows to be avoided (labelled undesirable) are counted and not judged: their loss is meant to rise.
+    A row's neighbours are the rows of its update and of NEAR updates on either side in the same epoch; its z
+    is its loss less their median, over 1.4826 times the median absolute deviation of all such differences of
+    the epoch (at least FLOOR). Rows are compared with their neighbours of the same epochs, as one learned
+    early in the first epoch falls further than one learned late. A row in several parts (its turns) is their
+    mean by units; an epoch in which not all were learned is left out. Rows to be avoided (labelled
+    undesirable) are counted and not judged: their loss is meant to rise.
 
-    ``epochs`` and ``rows`` count, ``avoided`` too; ``held_out`` is the last held-out loss in nats a token, None for none;
-    ``medians`` by epoch; then for each class its rows, the clearest first, with ``source``, ``losses`` and ``z`` by epoch (None
-    where it was not learned whole), ``units`` (learned tokens). With one epoch only ``outliers`` are looked for.
-    """
+    ``epochs`` and ``rows`` count, ``avoided`` too; ``held_out`` is the last held-out loss in nats a token,
+    None for none; ``medians`` by epoch; then for each class its rows, the clearest first, with ``source``,
+    ``losses`` and ``z`` by epoch (None where it was not learned whole), ``units`` (learned tokens). With one
+    epoch only ``outliers`` are looked for."""
     by_epoch: dict[int, dict[int, events.RowLosses]] = defaultdict(dict)
     avoided: set[str] = set()
     held_out: float | None = None
@@ -320,22 +344,33 @@ def rows(log: Iterable[events.Event]) -> dict[str, Any]:
     units: dict[str, float] = {}
     for total in totals.values():
         units |= {source: max(count, units.get(source, 0.0)) for source, count in total.items()}
-    visits: dict[str, list[_Visit | None]] = {source: [None] * len(epochs) for source in units if source not in avoided}
+    visits: dict[str, list[_Visit | None]] = {
+        source: [None] * len(epochs) for source in units if source not in avoided
+    }
     latest = math.nan  # what rows cost that were learned last in the first epoch
     for place, epoch in enumerate(epochs):
-        whole = {source for source, count in totals[epoch].items() if source in visits and count > (1 - 1e-6) * units[source]}
+        whole = {
+            source
+            for source, count in totals[epoch].items()
+            if source in visits and count > (1 - 1e-6) * units[source]
+        }
         for source, visit in _visits(by_epoch[epoch], whole).items():
             visits[source][place] = visit
             latest = visit.middle if place == 0 else latest
     known = {source: [one for one in line if one is not None] for source, line in visits.items()}
     several = {source: line for source, line in known.items() if len(line) > 1}
     facts: dict[str, Any] = {
-        "epochs": len(epochs), "rows": len(visits), "avoided": len(avoided), "held_out": held_out,
-        "medians": [_median([one.loss for one in line if one]) for line in zip(*visits.values(), strict=True)],
+        "epochs": len(epochs),
+        "rows": len(visits),
+        "avoided": len(avoided),
+        "held_out": held_out,
+        "medians": [
+            _median([one.loss for one in line if one]) for line in zip(*visits.values(), strict=True)
+        ],
         "definitions": DEFINITIONS if several else {"outliers": DEFINITIONS["outliers"]},
         "note": "" if several or not visits else "one epoch: only outliers",
         **{name: [] for name in DEFINITIONS},
-    }  # fmt: skip
+    }
 
     def told(source: str) -> dict[str, Any]:
         losses, scores = ([one and one[at] for one in visits[source]] for at in (0, 2))
@@ -347,7 +382,10 @@ def rows(log: Iterable[events.Event]) -> dict[str, Any]:
     if not several:
         odd = [source for source in known if highest(source) > HIGH]
         return facts | {"outliers": [told(source) for source in sorted(odd, key=highest, reverse=True)]}
-    parted = {source: (line[0].middle - line[-1].middle) - (line[0].loss - line[-1].loss) for source, line in several.items()}
+    parted = {
+        source: (line[0].middle - line[-1].middle) - (line[0].loss - line[-1].loss)
+        for source, line in several.items()
+    }
     spread = _spread(list(parted.values()))
     unseen = latest if held_out is None else held_out
     for source, line in several.items():
@@ -377,7 +415,8 @@ def _units(found: Iterable[events.RowLosses]) -> dict[str, float]:
 
 
 def _visits(found: Mapping[int, events.RowLosses], whole: Set[str]) -> dict[str, _Visit]:
-    """Of one epoch, step → losses: the rows of ``whole`` beside one another, in the order in which they first came."""
+    """Of one epoch, step → losses: the rows of ``whole`` beside one another, in the order in which they first
+    came."""
     parts: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
     for step in sorted(found):
         for source, loss in found[step].losses.items():
@@ -386,15 +425,23 @@ def _visits(found: Mapping[int, events.RowLosses], whole: Set[str]) -> dict[str,
     losses: dict[str, float] = {}
     at: dict[int, list[float]] = defaultdict(list)
     for source, seen in parts.items():
-        losses[source] = seen[0][1] if len(seen) == 1 else statistics.fmean([one[1] for one in seen], [one[2] for one in seen])
+        losses[source] = (
+            seen[0][1]
+            if len(seen) == 1
+            else statistics.fmean([one[1] for one in seen], [one[2] for one in seen])
+        )
         for step, _, _ in seen:
             at[step].append(losses[source])
     around = {step: _middle(at, step) for step in at}
     middles = {
-        source: statistics.fmean([around[one[0]] for one in seen], [one[2] for one in seen]) for source, seen in parts.items()
+        source: statistics.fmean([around[one[0]] for one in seen], [one[2] for one in seen])
+        for source, seen in parts.items()
     }
     spread = _spread([losses[source] - middles[source] for source in losses])
-    return {source: _Visit(loss, middles[source], (loss - middles[source]) / spread) for source, loss in losses.items()}
+    return {
+        source: _Visit(loss, middles[source], (loss - middles[source]) / spread)
+        for source, loss in losses.items()
+    }
 
 
 def _middle(at: Mapping[int, Sequence[float]], step: int) -> float:
@@ -412,6 +459,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _spread(differences: Sequence[float]) -> float:
-    """The standard deviation that the median absolute deviation stands for in a normal distribution, at least FLOOR."""
+    """The standard deviation that the median absolute deviation stands for in a normal distribution, at least
+    FLOOR."""
     middle = _median(differences) or 0.0
     return max(FLOOR, 1.4826 * (_median([abs(one - middle) for one in differences]) or 0.0))

@@ -1,8 +1,8 @@
 """From settings to a trained adapter in a run directory: the story, and the loop.
 
-State is arithmetic: the order of rows and every dropout mask are functions of (seed, step), so a checkpoint is the
-adapter, the optimizer and a small cursor, and a resumed run ends in the same bytes as one that was never stopped.
-"""
+State is arithmetic: the order of rows and every dropout mask are functions of (seed, step), so a checkpoint
+is the adapter, the optimizer and a small cursor, and a resumed run ends in the same bytes as one that was
+never stopped."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ from tunesmith.training.instruments import Grown, Measured, Stages, activations,
 
 SKIPS_BEFORE_STOP = 3
 AVOIDED = ("undesirable", "rejected")
-LOWER = frozenset({"loss", "perplexity", "kl", "kl_error"} | {f"{of}_{side}" for of in ("reward", "logp") for side in AVOIDED})
+LOWER = frozenset(
+    {"loss", "perplexity", "kl", "kl_error"}
+    | {f"{of}_{side}" for of in ("reward", "logp") for side in AVOIDED}
+)
 """Of what `LoopSpec.best` can name, what is better the lower it is."""
 
 
@@ -73,11 +76,12 @@ def train(
     notes: Sequence[str] = (),
     notify: Sink = events.silent,
 ) -> Run | None:
-    """Train as ``config`` says and return the run directory, with its last checkpoint written; None on ranks but the first.
+    """Train as ``config`` says and return the run directory, with its last checkpoint written; None on ranks
+    but the first.
 
-    out: the new run directory (default ``runs/<day>-<model>-<objective>-<id>``). resume: go on with this run instead.
-    Raises DataError, TemplateError, ModelError before step 1, TrainingError later; what was saved stays.
-    """
+    out: the new run directory (default ``runs/<day>-<model>-<objective>-<id>``). resume: go on with this run
+    instead. Raises DataError, TemplateError, ModelError before step 1, TrainingError later; what was saved
+    stays."""
     early: list[Notice] = []  # what is noticed before there is a run to write it to
 
     def hear(event: events.Event) -> None:
@@ -97,9 +101,15 @@ def train(
         hear(Notice(text, level="warning"))
     if device.blas == "reference":
         hear(Notice("MLX computes with its slow reference BLAS", level="warning", hint=device.blas_hint))
-    prepared = preparation.prepare(config, hear, audited=resume is not None)  # files → examples → tokens → plan; bad rows stop it
+    prepared = preparation.prepare(
+        config, hear, audited=resume is not None
+    )  # files → examples → tokens → plan; bad rows stop it
     if config.optimizer.warmup(prepared.plan.steps) >= prepared.plan.steps:
-        hear(Notice("the warm-up is as long as the run: the learning rate never reaches its peak", level="warning"))
+        hear(
+            Notice(
+                "the warm-up is as long as the run: the learning rate never reaches its peak", level="warning"
+            )
+        )
     loaded = model.load(config.model, hear)  # base weights, frozen, quantised if asked
     attached = config.adapter.attach(loaded.net, config.loop.seed)  # what is trainable
     before = begin(config, loaded, hear)  # adapters that it goes on from
@@ -111,7 +121,9 @@ def train(
     run = resume
     if run is None and among.writes:
         place = out or Path("runs") / name(config, date.today())
-        run = Run.create(place, config, origins or {}, facts(config, hashes, among.size, before, prepared.accepted))
+        run = Run.create(
+            place, config, origins or {}, facts(config, hashes, among.size, before, prepared.accepted)
+        )
     with ExitStack() as held:
         if run is not None and among.writes:
             held.enter_context(run.lock())
@@ -119,10 +131,14 @@ def train(
         stop = held.enter_context(_interruptible(among))
         state = optimizer.build(config.optimizer, loaded.net)
         among.require_agreement(_without_paths(config), sorted(map(str, flat(hashes).values())))
-        if prepared.objective.needs_reference:  # before a checkpoint is restored: the model is as it was before training
+        if (
+            prepared.objective.needs_reference
+        ):  # before a checkpoint is restored: the model is as it was before training
             with _before_training(run if among.writes else None, hear):
                 own = run.path / REFERENCE if run and among.writes else None
-                prepared = reference.compared(prepared, config, loaded, own=own, among=among, stopped=stop.is_set, notify=hear)
+                prepared = reference.compared(
+                    prepared, config, loaded, own=own, among=among, stopped=stop.is_set, notify=hear
+                )
         known = len(early)
         cursor = restore(resume, loaded.net, state, among, hear) if resume is not None else Cursor()
         among.require_agreement(cursor.step, cursor.sha256)
@@ -134,7 +150,11 @@ def train(
             preparation.write(run, prepared)
         if cursor.step == 0:
             where = str(run.path) if run else ""
-            emit(events.RunStarted(where, prepared.plan.steps, attached.trainable, attached.total, prepared.counts))
+            emit(
+                events.RunStarted(
+                    where, prepared.plan.steps, attached.trainable, attached.total, prepared.counts
+                )
+            )
         Loop(run, config, loaded.net, state, prepared, emit, stop, among).finish(cursor)
     return run if among.writes else None
 
@@ -149,7 +169,12 @@ def _before_training(run: Run | None, notify: Sink) -> Iterator[None]:
             stopped = isinstance(error, KeyboardInterrupt)
             run.mark("interrupted" if stopped else "failed")
             if stopped:
-                notify(Notice(f"stopped before step 1, what was measured is kept; go on with: {run.hint}", level="warning"))
+                notify(
+                    Notice(
+                        f"stopped before step 1, what was measured is kept; go on with: {run.hint}",
+                        level="warning",
+                    )
+                )
         if isinstance(error, RuntimeError | MemoryError) and backend.is_out_of_memory(error):
             what = f"the device ran out of memory: {error}"
             raise OutOfMemory(what, where="before step 1", hint="lower batch.tokens, in a new run") from error
@@ -170,7 +195,15 @@ def begin(config: RunConfig, loaded: model.Loaded, notify: Sink = events.silent)
 
 def _without_paths(config: RunConfig) -> dict[str, Any]:
     """The settings without the places of files, which may differ from machine to machine."""
-    places = ("data.train", "data.valid", "model.path", "model.tokenizer", "model.adapter", "adapter.start", "audit.against")
+    places = (
+        "data.train",
+        "data.valid",
+        "model.path",
+        "model.tokenizer",
+        "model.adapter",
+        "adapter.start",
+        "audit.against",
+    )
     return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in places}
 
 
@@ -196,7 +229,8 @@ class Loop:
         return self.run.hint if self.run else "start all ranks again with --resume"
 
     def finish(self, cursor: Cursor) -> None:
-        """Train from ``cursor`` to the end of the plan, to an early stop, or to an interruption; then save."""
+        """Train from ``cursor`` to the end of the plan, to an early stop, or to an interruption; then
+        save."""
         started = time.perf_counter() - cursor.elapsed_s
         status, why = "failed", None
         try:
@@ -213,9 +247,10 @@ class Loop:
             if not backend.is_out_of_memory(error):
                 raise
             raise OutOfMemory(
-                f"the device ran out of memory: {error}", where=f"after step {cursor.step}",
+                f"the device ran out of memory: {error}",
+                where=f"after step {cursor.step}",
                 hint=f"lower batch.tokens or loop.sample_tokens, in a new run; or try: {self.hint}",
-            ) from error  # fmt: skip
+            ) from error
         finally:
             self.emit(events.RunEnded(status, cursor.step, time.perf_counter() - started, why))
             if self.lower and (not self.ranks.writes or status in ("completed", "stopped_early")):
@@ -261,9 +296,15 @@ class Loop:
             shared = self.run.path / FROZEN if self.run and self.ranks.writes else None
             self.lower = Lower(self.net, shared or Path(tempfile.mkdtemp(prefix="tunesmith-")))
             size = self.lower.open(rows)
-            self.emit(Notice(f"{self.lower.depth} layers below the adapter: what they say is kept on disk, {size / 1e9:.2f} GB"))
+            self.emit(
+                Notice(
+                    f"{self.lower.depth} layers below the adapter: what they say is kept on disk, {size / 1e9:.2f} GB"
+                )
+            )
         ranks = self.ranks
-        shapes = gradients.frequent_shapes(plan, rows, ranks.rank, ranks.size) if plan.cut.bucket else frozenset()
+        shapes = (
+            gradients.frequent_shapes(plan, rows, ranks.rank, ranks.size) if plan.cut.bucket else frozenset()
+        )
         gradients_of = Gradients(self.net, config, shapes, self.lower, self.prepared.objective)
         return Accumulation(gradients_of, self.net, rows, plan, config, self.ranks, self.emit)
 
@@ -274,7 +315,8 @@ class Loop:
         return "stopped_early", f"no better validation {self.config.loop.best} in {cursor.stale} validations"
 
     def _update(self, step: int, cursor: Cursor, accumulation: Accumulation) -> bool:
-        """One optimizer update: sums of loss and gradients over micro-batches and ranks, divided by the units once.
+        """One optimizer update: sums of loss and gradients over micro-batches and ranks, divided by the units
+        once.
 
         Returns whether any rank was asked to stop.
         """
@@ -288,9 +330,13 @@ class Loop:
         clock("reference")
         loss, sums, found = accumulation.sums(step, cursor, baseline)
         clock("gradients")
-        budgets = mx.array([float(cursor.tokens or 0) * (rank == self.ranks.rank) for rank in range(self.ranks.size)])
+        budgets = mx.array(
+            [float(cursor.tokens or 0) * (rank == self.ranks.rank) for rank in range(self.ranks.size)]
+        )
         found = mx.array(found, mx.float32)  # as they came; one rank has each of them
-        loss, stop, budgets, found, sums = self.ranks.total([loss, mx.array(float(self.stop.is_set())), budgets, found, sums])
+        loss, stop, budgets, found, sums = self.ranks.total(
+            [loss, mx.array(float(self.stop.is_set())), budgets, found, sums]
+        )
         clock("reduce")
         cursor.tokens = min((int(tokens) for tokens in np.array(budgets) if tokens), default=None)
         if cursor.tokens != before:
@@ -328,23 +374,40 @@ class Loop:
         clock("other")
         self.emit(
             events.StepDone(
-                step + 1, (step + 1) / plan.steps_per_epoch, mean, units, sum(group.tokens for group in groups), rate, size,
-                spec.max_norm is not None and size > spec.max_norm, sum(clock.seconds.values()), memory, accumulation.shapes,
-                sum(group.units for group in groups), watched, padding, clock.seconds,
+                step + 1,
+                (step + 1) / plan.steps_per_epoch,
+                mean,
+                units,
+                sum(group.tokens for group in groups),
+                rate,
+                size,
+                spec.max_norm is not None and size > spec.max_norm,
+                sum(clock.seconds.values()),
+                memory,
+                accumulation.shapes,
+                sum(group.units for group in groups),
+                watched,
+                padding,
+                clock.seconds,
             )
-        )  # fmt: skip
+        )
         for event in (row_losses(step + 1, step // plan.steps_per_epoch + 1, groups, logps), *further):
             self.emit(event)
         self.watch.step(watched, self.emit)
         return stopping
 
-    def _logps(self, groups: Sequence[Group], cursor: Cursor, tick: Callable[[int, int], None] | None = None) -> np.ndarray:
-        """(S,) Σ weight · log p of all sequences of ``groups``, without gradient and dropout; ranks share the work."""
+    def _logps(
+        self, groups: Sequence[Group], cursor: Cursor, tick: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
+        """(S,) Σ weight · log p of all sequences of ``groups``, without gradient and dropout; ranks share the
+        work."""
         if not groups:
             return np.zeros(0)
         parts = [np.zeros(len(group.sequences)) for group in groups]
         mine = range(self.ranks.rank, len(groups), self.ranks.size)
-        sums = scoring.sequence_sums(self.net, [groups[index] for index in mine], self._cut(groups, cursor), tick)
+        sums = scoring.sequence_sums(
+            self.net, [groups[index] for index in mine], self._cut(groups, cursor), tick
+        )
         for index, found in zip(mine, sums, strict=True):
             parts[index] = np.array([logp for logp, _ in found])
         return self.ranks.total_float(np.concatenate(parts))
@@ -355,7 +418,8 @@ class Loop:
         return cut if cursor.tokens is None else replace(cut, tokens=cursor.tokens)
 
     def _validate(self, cursor: Cursor) -> bool:
-        """All validation rows, if any, and the weights; True when what `LoopSpec.best` names is the best so far."""
+        """All validation rows, if any, and the weights; True when what `LoopSpec.best` names is the best so
+        far."""
         best = bool(self.prepared.valid) and self._held_out(cursor)
         if self.ranks.writes:
             self.emit(self.grown.event(cursor.step))
@@ -398,15 +462,20 @@ class Loop:
         """Greedy answers to prompts spread evenly over the validation rows."""
         if not self.ranks.writes:
             return
-        chosen = preparation.prompts(self.prepared.valid_examples, self.prepared.renderer, self.config.loop.samples)
+        chosen = preparation.prompts(
+            self.prepared.valid_examples, self.prepared.renderer, self.config.loop.samples
+        )
         if not chosen:
             return
         renderer = self.prepared.renderer
         self.net.eval()
         answers = model.generate(
-            self.net, [one.ids for one in chosen], max_tokens=self.config.loop.sample_tokens,
-            eos_ids=renderer.eos_ids, on_done=events.ticker(self.emit, "sampling"),
-        )  # fmt: skip
+            self.net,
+            [one.ids for one in chosen],
+            max_tokens=self.config.loop.sample_tokens,
+            eos_ids=renderer.eos_ids,
+            on_done=events.ticker(self.emit, "sampling"),
+        )
         for one, answer in zip(chosen, answers, strict=True):
             self.emit(events.Sampled(step, one.text, renderer.answer(answer.ids), one.reference))
 
@@ -422,7 +491,8 @@ class Loop:
 
         def write(folder: Path) -> None:
             adapters.save(self.net, self.config.adapter, folder)
-            # Through Python's own writing: a full disk is then an OSError, and the file has the user's usual mode.
+            # Through Python's own writing: a full disk is then an OSError, and the file has the user's usual
+            # mode.
             (folder / OPTIMIZER).write_bytes(serialise(tensors))
 
         size = self.run.save(cursor, write, needed)
@@ -432,7 +502,8 @@ class Loop:
 
 
 def restore(run: Run, net: nn.Module, state: Any, among: Ranks, notify: Sink) -> Cursor:
-    """Load the newest whole checkpoint into ``net`` and ``state``, or start where there is none. Torn ones are named."""
+    """Load the newest whole checkpoint into ``net`` and ``state``, or start where there is none. Torn ones
+    are named."""
     torn: list[str] = []
     newest = run.newest(lambda error: torn.append(str(error))) if among.writes else None
     for text in torn:
@@ -450,14 +521,17 @@ def restore(run: Run, net: nn.Module, state: Any, among: Ranks, notify: Sink) ->
 
 @contextmanager
 def _interruptible(among: Ranks) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set: the step is saved. A second one interrupts at once (SIGTERM: one rank)."""
+    """An event that SIGINT and SIGTERM set: the step is saved. A second one interrupts at once (SIGTERM: one
+    rank)."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(number: int, frame: object) -> None:
-        if stop.is_set() and (number == signal.SIGINT or among.size == 1):  # `mlx.launch` repeats SIGTERM once a rank is gone
+        if stop.is_set() and (
+            number == signal.SIGINT or among.size == 1
+        ):  # `mlx.launch` repeats SIGTERM once a rank is gone
             raise KeyboardInterrupt
         stop.set()
 
@@ -473,17 +547,28 @@ def _interruptible(among: Ranks) -> Iterator[threading.Event]:
 
 
 def _sinks(
-    run: Run, cursor: Cursor, steps: int, tensorboard: bool, early: list[Notice], notify: Sink, open_files: ExitStack
+    run: Run,
+    cursor: Cursor,
+    steps: int,
+    tensorboard: bool,
+    early: list[Notice],
+    notify: Sink,
+    open_files: ExitStack,
 ) -> Sink:
-    """Events go to the run directory and to ``notify``. What was logged after the checkpoint is cut: it is done again."""
+    """Events go to the run directory and to ``notify``. What was logged after the checkpoint is cut: it is
+    done again."""
     path = run.path / EVENTS
     redone = 0
     resuming = path.exists()
     if resuming:
         with path.open("rb+") as stream:
-            whole = stream.read(cursor.events_bytes).rfind(b"\n") + 1  # a power cut can leave the log shorter than that
+            whole = (
+                stream.read(cursor.events_bytes).rfind(b"\n") + 1
+            )  # a power cut can leave the log shorter than that
             if whole < cursor.events_bytes:
-                early.append(Notice("the log lost its end before the checkpoint", level="warning", where=str(path)))
+                early.append(
+                    Notice("the log lost its end before the checkpoint", level="warning", where=str(path))
+                )
             redone = sum(line.startswith(b'{"kind": "StepDone"') for line in stream)
             stream.truncate(whole)
     kept = [

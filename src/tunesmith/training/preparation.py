@@ -1,4 +1,5 @@
-"""From files to a plan of updates, loading no weights: everything that can be wrong with words is found here."""
+"""From files to a plan of updates, loading no weights: everything that can be wrong with words is found
+here."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ RENDERED_ROWS_KEPT = 5
 
 @dataclass(frozen=True)
 class Prepared:
-    """Words become updates: everything that is known before weights are loaded. ``objective``: settled for the training rows."""
+    """Words become updates: everything that is known before weights are loaded. ``objective``: settled for
+    the training rows."""
 
     objective: Objective
     renderer: template.Renderer
@@ -51,7 +53,8 @@ class Prepared:
 
 
 def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = False) -> Prepared:
-    """Read, split, render, audit and plan, loading no weights. audited: the same rows have been, when the run began.
+    """Read, split, render, audit and plan, loading no weights. audited: the same rows have been, when the run
+    began.
 
     Raises DataError or TemplateError.
     """
@@ -66,12 +69,18 @@ def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = 
         asked = {formats.prompt_key(example) for example in sides[0]}
         shared = sum(formats.prompt_key(example) in asked for example in sides[1])
         if shared and not config.audit.before_training:  # else the audit tells it
-            notify(Notice("held-out rows whose prompt is also in the training rows", level="warning", count=shared))
+            notify(
+                Notice(
+                    "held-out rows whose prompt is also in the training rows", level="warning", count=shared
+                )
+            )
     else:
         sides, sources = list(formats.split(read.examples, config.data.valid, config.loop.seed)), [read]
     dropped = [row for source in sources for row in source.dropped]
     reasons = Counter(row.reason for row in dropped)
-    folder = model.resolve(config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify)
+    folder = model.resolve(
+        config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
+    )
     renderer = template.renderer(config.model.tokenizer or folder, config.template.renderer)
     kept: list[list[formats.Example]] = []
     sound: list[formats.Example] = []
@@ -91,7 +100,10 @@ def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = 
             if config.data.structure_calls and "text_calls" in example.metadata
         )
         notes.update(f"calls written as text: {how}" for how in turned)
-        unused += [formats.Dropped(one.source, why, f"not for {config.objective.kind}: {why}", "") for one, why in left_out]
+        unused += [
+            formats.Dropped(one.source, why, f"not for {config.objective.kind}: {why}", "")
+            for one, why in left_out
+        ]
         tick = events.ticker(notify, "rendering")
         rendered = template.render(selected, renderer, config.template, config.batch.length, tick)
         dropped += rendered.dropped
@@ -121,13 +133,31 @@ def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = 
         notify(Notice(note, count=count))
     objective, remarks = config.objective.settled(groups[0])
     for remark in remarks:
-        notify(Notice(remark.lstrip("!"), level="warning" if remark.startswith("!") else "info", where="objective"))
-    bucket = backend.setup().kind == "gpu" and not config.batch.pack if config.loop.compile is None else config.loop.compile
+        notify(
+            Notice(
+                remark.lstrip("!"), level="warning" if remark.startswith("!") else "info", where="objective"
+            )
+        )
+    bucket = (
+        backend.setup().kind == "gpu" and not config.batch.pack
+        if config.loop.compile is None
+        else config.loop.compile
+    )
     cut, lengths = Cut.around(config.batch, groups[0], bucket)
     positions = tuple(group.positions for group in groups[0])
-    plan = Plan(lengths, config.batch.sequences, cut, config.loop.seed, config.loop.epochs, config.loop.steps, positions)
+    plan = Plan(
+        lengths,
+        config.batch.sequences,
+        cut,
+        config.loop.seed,
+        config.loop.epochs,
+        config.loop.steps,
+        positions,
+    )
     if few := lonely(plan, groups[0]):
-        notify(Notice("updates with rows of one class only: raise batch.sequences", level="warning", count=few))
+        notify(
+            Notice("updates with rows of one class only: raise batch.sequences", level="warning", count=few)
+        )
     tokens = sum(group.tokens for group in groups[0])
     counts = {
         "rows_read": sum(source.rows for source in sources),
@@ -137,7 +167,9 @@ def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = 
         "sequences_train": len(groups[0]),
         "sequences_valid": len(groups[1]),
         "tokens": tokens,
-        "supervised_tokens": sum(int((part.targets[1:] > 0).sum()) for group in groups[0] for part in group.sequences),
+        "supervised_tokens": sum(
+            int((part.targets[1:] > 0).sum()) for group in groups[0] for part in group.sequences
+        ),
         "padding_share": round(plan.padding_share(), 4),
         "steps": plan.steps,
         "loss": objective.unit,
@@ -147,28 +179,48 @@ def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = 
         good = [sum(group.label is True for group in side) for side in groups]
         if groups[1] and good[1] in (0, len(groups[1])):
             what = f"all held-out rows are {'desirable' if good[1] else 'undesirable'}: they give no margin and no accuracy"
-            notify(Notice(what, level="warning", hint="more rows of the other label, with prompts of their own"))
+            notify(
+                Notice(what, level="warning", hint="more rows of the other label, with prompts of their own")
+            )
         counts["labels"] = {
             f"{name}_{side}": count
             for side, true, rows in zip(("train", "valid"), good, groups, strict=True)
             for name, count in (("desirable", true), ("undesirable", len(rows) - true))
         }
-    hashes = {"data": {key: value for source in sources for key, value in source.files.items()}, "template": renderer.fingerprint}
+    hashes = {
+        "data": {key: value for source in sources for key, value in source.files.items()},
+        "template": renderer.fingerprint,
+    }
     shown = rows[:RENDERED_ROWS_KEPT]
-    return Prepared(objective, renderer, kept[1], sound, groups[0], groups[1], plan, dropped, counts, hashes, shown, audit)
+    return Prepared(
+        objective, renderer, kept[1], sound, groups[0], groups[1], plan, dropped, counts, hashes, shown, audit
+    )
 
 
 def _audit(
-    config: RunConfig, sides: list[list[formats.Example]], read: formats.Read, renderer: template.Renderer,
-    rows: list[template.Row], refused: list[formats.Dropped], notify: Sink,
-) -> Audit:  # fmt: skip
-    """What is found in the training rows; warnings are told. Raises DataError where that should stop the run."""
+    config: RunConfig,
+    sides: list[list[formats.Example]],
+    read: formats.Read,
+    renderer: template.Renderer,
+    rows: list[template.Row],
+    refused: list[formats.Dropped],
+    notify: Sink,
+) -> Audit:
+    """What is found in the training rows; warnings are told. Raises DataError where that should stop the
+    run."""
     against = [contamination.load(path, config.data) for path in config.audit.against]
     against += [contamination.held_out(sides[1])] if sides[1] else []
     name = Path(config.model.tokenizer or config.model.path).name
     # Rows that cannot be used are counted against data.max_dropped, here too many are no error.
     seen = Context(
-        config.audit, config.batch.length, 1.0, renderer, name, against=against, template=config.template, refusals=False
+        config.audit,
+        config.batch.length,
+        1.0,
+        renderer,
+        name,
+        against=against,
+        template=config.template,
+        refusals=False,
     )
     weighted = config.template.prompt_weight > 0  # then targets do not tell the answer from the prompt
     seen.rendered = None if weighted else survey.rendered(rows, refused, seen)
@@ -189,7 +241,8 @@ def _audit(
 
 
 def write(run: Run, prepared: Prepared) -> None:
-    """What was read, left out and planned, for everything that comes after and reads only the run directory."""
+    """What was read, left out and planned, for everything that comes after and reads only the run
+    directory."""
     formats.write_dropped(prepared.dropped, run.path / DROPPED)
     formats.write_examples(prepared.held_out, run.path / VALID)
     write_json(run.path / PLAN, prepared.counts)
@@ -197,7 +250,10 @@ def write(run: Run, prepared: Prepared) -> None:
         write_json(run.path / AUDIT, prepared.audit.to_json())
     decode = prepared.renderer.decode
     shown = [
-        {"source": row.source, "tokens": [[decode([token]), float(weight)] for token, weight in zip(*row.tokens, strict=True)]}
+        {
+            "source": row.source,
+            "tokens": [[decode([token]), float(weight)] for token, weight in zip(*row.tokens, strict=True)],
+        }
         for row in prepared.rendered
     ]
     write_json(run.path / SHOWN, shown)
@@ -205,7 +261,8 @@ def write(run: Run, prepared: Prepared) -> None:
 
 @dataclass(frozen=True)
 class Prompt:
-    """``ids``: up to where the assistant speaks. ``text``: what was asked. ``reference``: what the data answers."""
+    """``ids``: up to where the assistant speaks. ``text``: what was asked. ``reference``: what the data
+    answers."""
 
     ids: list[int]
     text: str
@@ -213,7 +270,8 @@ class Prompt:
 
 
 def prompts(examples: list[formats.Example], renderer: template.Renderer, count: int) -> list[Prompt]:
-    """Up to ``count`` last assistant turns, spread evenly over ``examples``, as prompts. Documents ask nothing."""
+    """Up to ``count`` last assistant turns, spread evenly over ``examples``, as prompts. Documents ask
+    nothing."""
     asking = [example for example in examples if not isinstance(example, formats.Document)]
     count = min(count, len(asking))
     asked: list[Prompt] = []

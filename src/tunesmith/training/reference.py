@@ -1,9 +1,10 @@
-"""What the model said before training: log p of every sequence that an objective compares with, measured once and kept.
+"""What the model said before training: log p of every sequence that an objective compares with, measured once
+and kept.
 
-A value is known by what it was computed from: the cache file by the base weights, their precision, the adapter that training
-starts from, and the versions of the code that computes; a value inside it by the tokens and which of them are learned. Whatever
-changes gives another name, so a stale value cannot be found. The run keeps its own copy, so that it resumes to the byte.
-"""
+A value is known by what it was computed from: the cache file by the base weights, their precision, the
+adapter that training starts from, and the versions of the code that computes; a value inside it by the tokens
+and which of them are learned. Whatever changes gives another name, so a stale value cannot be found. The run
+keeps its own copy, so that it resumes to the byte."""
 
 from __future__ import annotations
 
@@ -47,14 +48,22 @@ SAVED_EVERY = 16  # sequences: what an interruption can lose
 def name(facts: Mapping[str, Any]) -> str:
     """The name under which values made from ``facts`` are kept: 32 hex digits."""
     device = backend.setup()
-    code = {"code": CODE, "mlx": version("mlx"), "mlx-lm": version("mlx-lm"), "device": device.kind, "blas": device.blas}
+    code = {
+        "code": CODE,
+        "mlx": version("mlx"),
+        "mlx-lm": version("mlx-lm"),
+        "device": device.kind,
+        "blas": device.blas,
+    }
     whole = dict(facts) | code | {"kernels": backend.own_kernels()}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def digest(tokens: Tokens) -> bytes:
     """(32,) of the ids and of the weights of learning them."""
-    return hashlib.sha256(tokens.ids.astype("<i4").tobytes() + b"|" + tokens.targets.astype("<f4").tobytes()).digest()
+    return hashlib.sha256(
+        tokens.ids.astype("<i4").tobytes() + b"|" + tokens.targets.astype("<f4").tobytes()
+    ).digest()
 
 
 @dataclass
@@ -69,9 +78,14 @@ class Reference:
     def fill(self, groups: Iterable[Group]) -> list[Group]:
         """``groups`` with their reference. Raises TrainingError where one was not measured."""
         try:
-            return [group._replace(reference=tuple(self.values[digest(one)] for one in group.sequences)) for group in groups]
+            return [
+                group._replace(reference=tuple(self.values[digest(one)] for one in group.sequences))
+                for group in groups
+            ]
         except KeyError as error:
-            raise TrainingError("a row has no log-probability from before training", hint="start a new run") from error
+            raise TrainingError(
+                "a row has no log-probability from before training", hint="start a new run"
+            ) from error
 
     def read(self, path: Path) -> str | None:
         """Add what ``path`` holds; what was wrong with it, None where nothing was, or nothing is there."""
@@ -117,25 +131,34 @@ def measure(
     stopped: Callable[[], bool] = bool,
     notify: Sink = events.silent,
 ) -> Reference:
-    """The reference of all sequences of ``groups`` by ``net`` as it is now: before step 1, before a checkpoint is restored.
+    """The reference of all sequences of ``groups`` by ``net`` as it is now: before step 1, before a
+    checkpoint is restored.
 
-    own: where the run keeps its values; they come first. Then the shared cache; the rest is computed, ranks share the work, and
-    what is done is saved every few sequences. Raises KeyboardInterrupt soon after ``stopped`` (on any rank) says so.
-    """
+    own: where the run keeps its values; they come first. Then the shared cache; the rest is computed, ranks
+    share the work, and what is done is saved every few sequences. Raises KeyboardInterrupt soon after
+    ``stopped`` (on any rank) says so."""
     cache = backend.cache_folder() / "reference" / f"{name}.safetensors"
     reference = Reference(name)
     if ranks.writes:
         for path in (cache, *([own] if own else [])):  # the run's own win
             if problem := reference.read(path):
-                notify(Notice(f"reference log-probabilities measured again: {path.name} {problem}", level="warning"))
+                notify(
+                    Notice(
+                        f"reference log-probabilities measured again: {path.name} {problem}", level="warning"
+                    )
+                )
     wanted = {digest(one): one for group in groups for one in group.sequences}
     # What the first rank knows, all know.
     keys = sorted(wanted)
     known = ranks.total_float(np.array([key in reference.values for key in keys], dtype=np.float64)) > 0
     values = ranks.total_float(np.array([reference.values.get(key, 0.0) for key in keys]))
-    reference.values = {key: float(value) for key, value, have in zip(keys, values, known, strict=True) if have}
+    reference.values = {
+        key: float(value) for key, value, have in zip(keys, values, known, strict=True) if have
+    }
     reference.found = len(reference.values)
-    missing = sorted((key for key in keys if key not in reference.values), key=lambda key: (-len(wanted[key].ids), key))
+    missing = sorted(
+        (key for key in keys if key not in reference.values), key=lambda key: (-len(wanted[key].ids), key)
+    )
     done = 0
     tick = events.ticker(notify, "reference: the model before training")
     for part in _parts(missing, wanted, SAVED_EVERY * ranks.size):
@@ -165,7 +188,8 @@ def measure(
 
 
 def _parts(keys: Sequence[bytes], wanted: Mapping[bytes, Tokens], size: int) -> Iterator[list[list[bytes]]]:
-    """``keys`` in parts of ``size`` or more, those with one prompt together: what is left after any part is cut as before."""
+    """``keys`` in parts of ``size`` or more, those with one prompt together: what is left after any part is
+    cut as before."""
     part: list[list[bytes]] = []
     for members in scoring.families([wanted[key] for key in keys]):
         part.append([keys[member] for member in members])
@@ -185,10 +209,17 @@ def _merge(reference: Reference, cache: Path) -> None:
 
 
 def compared(
-    prepared: Prepared, config: RunConfig, loaded: Loaded, *,
-    own: Path | None, among: Ranks, stopped: Callable[[], bool], notify: Sink,
-) -> Prepared:  # fmt: skip
-    """``prepared`` with the reference of every row, by the model as it is now, and of every mismatched pair to come."""
+    prepared: Prepared,
+    config: RunConfig,
+    loaded: Loaded,
+    *,
+    own: Path | None,
+    among: Ranks,
+    stopped: Callable[[], bool],
+    notify: Sink,
+) -> Prepared:
+    """``prepared`` with the reference of every row, by the model as it is now, and of every mismatched pair
+    to come."""
     started = time.perf_counter()
     facts: dict[str, Any] = {"base": _digest(loaded.path, "*.json", "*.safetensors")}
     facts["model"] = config.model.model_dump(include={"quantize", "group_size", "dtype"})
@@ -206,7 +237,9 @@ def compared(
     for note, count in sorted(counted.items()):
         notify(Notice(note, count=count))
     cut, _ = Cut.around(config.batch, everything)
-    found = measure(loaded.net, everything, cut, name(facts), own=own, ranks=among, stopped=stopped, notify=notify)
+    found = measure(
+        loaded.net, everything, cut, name(facts), own=own, ranks=among, stopped=stopped, notify=notify
+    )
     what = f"reference: {found.measured:,} sequences measured, {found.found:,} known from before"
     notify(Notice(f"{what}, {duration(time.perf_counter() - started)}"))
     known = dict(zip(used, found.fill(used.values()), strict=True))
@@ -221,7 +254,8 @@ def _used(prepared: Prepared) -> dict[int, Group]:
 
 
 def twins(prepared: Prepared, config: RunConfig, step: int | None) -> list[Group]:
-    """The mismatched pairs of update ``step``, or (None) of the validation rows, with their reference where it is measured."""
+    """The mismatched pairs of update ``step``, or (None) of the validation rows, with their reference where
+    it is measured."""
     pairs, _ = _pairs(prepared, config, step)
     return pairs if prepared.reference is None else prepared.reference.fill(pairs)
 
@@ -230,8 +264,16 @@ def count(prepared: Prepared, config: RunConfig) -> int:
     """Sequences that the run compares with the model before training; 0 where its objective does not."""
     if not prepared.objective.needs_reference:
         return 0
-    pairs = [pair for step in (None, *range(prepared.plan.steps)) for pair in _pairs(prepared, config, step)[0]]
-    return len({digest(one) for group in (*_used(prepared).values(), *prepared.valid, *pairs) for one in group.sequences})
+    pairs = [
+        pair for step in (None, *range(prepared.plan.steps)) for pair in _pairs(prepared, config, step)[0]
+    ]
+    return len(
+        {
+            digest(one)
+            for group in (*_used(prepared).values(), *prepared.valid, *pairs)
+            for one in group.sequences
+        }
+    )
 
 
 def _pairs(prepared: Prepared, config: RunConfig, step: int | None) -> tuple[list[Group], Counter[str]]:
@@ -248,7 +290,8 @@ def _digest(folder: Path, *patterns: str) -> str:
 
 
 def baseline(pairs: Sequence[Group], logps: np.ndarray) -> tuple[float, dict[str, float]]:
-    """z0, the mean log-ratio of ``pairs`` held at 0 or above, from their ``logps`` now (S,); and what is logged of it.
+    """z0, the mean log-ratio of ``pairs`` held at 0 or above, from their ``logps`` now (S,); and what is
+    logged of it.
 
     ``kl``: the mean before it is held; ``kl_error``: its standard error. No pair: no baseline.
     """

@@ -1,4 +1,5 @@
-"""What stands in the words: each fault planted and found with its row, nothing in its clean twin, and nothing shown in full."""
+"""What stands in the words: each fault planted and found with its row, nothing in its clean twin, and nothing
+shown in full."""
 
 from __future__ import annotations
 
@@ -18,7 +19,16 @@ from tunesmith.auditing.findings import Finding, Severity
 from tunesmith.auditing.rules.content import SCANNED, Content, masked
 from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.data import formats
-from tunesmith.data.examples import Call, Conversation, Demonstration, Document, Example, Judged, Message, Preference
+from tunesmith.data.examples import (
+    Call,
+    Conversation,
+    Demonstration,
+    Document,
+    Example,
+    Judged,
+    Message,
+    Preference,
+)
 
 RULE, CONTEXT = Content(), Context(AuditSpec())
 ASKED, SAID = "How long does bread keep?", "Three days in a box of wood, one day in the open."
@@ -32,13 +42,19 @@ def made(count: int, letters: str = MIXED, seed: int = 1) -> str:
 
 def row(said: str = SAID, asked: str = ASKED, label: bool | None = None) -> Example:
     conversation = Conversation((Message("user", asked), Message("assistant", said)))
-    return Demonstration(conversation=conversation) if label is None else Judged(conversation=conversation, desirable=label)
+    return (
+        Demonstration(conversation=conversation)
+        if label is None
+        else Judged(conversation=conversation, desirable=label)
+    )
 
 
 def judged(examples: Sequence[Example]) -> list[Finding]:
     views = [View(f"rows.jsonl:{line}", example) for line, example in enumerate(examples, 1)]
     kept = [RULE.look(view, CONTEXT) for view in views]
-    survey = Survey(CONTEXT.spec, [view.source for view in views], [view.label for view in views], [None] * len(views))
+    survey = Survey(
+        CONTEXT.spec, [view.source for view in views], [view.label for view in views], [None] * len(views)
+    )
     return list(RULE.judge(pickle.loads(pickle.dumps(kept)), survey))
 
 
@@ -59,27 +75,62 @@ PLANTED: list[tuple[str, Severity, str, str]] = [
     ("secrets", "error", f"AKIA{made(16, string.ascii_uppercase + string.digits)}", "AKIAIOSFODNN7EXAMPLE"),
     ("secrets", "error", f"The key is sk_live_{made(24)}.", "The key is sk_live_abc123def456ghi789jkl."),
     ("secrets", "error", KEY.format("RSA ", made(64)), KEY.format("RSA ", "...")),
-    ("secrets", "error", f"aws_secret_access_key = {made(40)}", f"the aws-sdk of key {made(40, string.hexdigits[:16])}"),
+    (
+        "secrets",
+        "error",
+        f"aws_secret_access_key = {made(40)}",
+        f"the aws-sdk of key {made(40, string.hexdigits[:16])}",
+    ),
     ("secrets", "warning", f"password: {made(14)}", "password: correct-horse-battery"),
     ("secrets", "warning", f"api_key = '{made(40, seed=3)}'", "token_refresh = '/api/v2/auth/refresh'"),
-    ("secrets", "warning", f"postgres://app:{made(12)}@db.internal/app", "postgres://postgres:postgres@localhost/app"),
-    ("secrets", "warning", f"Authorization: Bearer {made(40)}", "Authorization: Bearer <your-token-goes-here>"),
+    (
+        "secrets",
+        "warning",
+        f"postgres://app:{made(12)}@db.internal/app",
+        "postgres://postgres:postgres@localhost/app",
+    ),
+    (
+        "secrets",
+        "warning",
+        f"Authorization: Bearer {made(40)}",
+        "Authorization: Bearer <your-token-goes-here>",
+    ),
     ("personal_data", "warning", "Write to maria.keller@gmail.com.", "Write to maria.keller@example.com."),
     ("personal_data", "warning", "Write to maria.keller@web.de.", "Write to support@web.de."),
     ("personal_data", "warning", "Call me at 631-481-4867.", "Call me at 631-555-4867."),
     ("personal_data", "warning", "Her number is +4915204839271.", "The sum is 12 +4915204839271."),
     ("personal_data", "warning", "Call (718) 349-2207 today.", "Call 1-800-273-8255 today."),
-    ("personal_data", "warning", f"Pay with card {card('453918624700318')}.", "Pay with card 4242 4242 4242 4242."),
-    ("personal_data", "warning", f"My visa is {card('453918624700318')}.", f"The product is {card('453918624700318')}."),
+    (
+        "personal_data",
+        "warning",
+        f"Pay with card {card('453918624700318')}.",
+        "Pay with card 4242 4242 4242 4242.",
+    ),
+    (
+        "personal_data",
+        "warning",
+        f"My visa is {card('453918624700318')}.",
+        f"The product is {card('453918624700318')}.",
+    ),
     ("personal_data", "warning", "IBAN DE02120300000000202051", "IBAN DE89 3704 0044 0532 0130 00"),
     ("personal_data", "warning", "My SSN is 536-22-8726.", "My SSN is 123-45-6789."),
     ("profanity", "warning", "That is bullshit.", "That is nonsense."),
     ("profanity", "warning", "What the f*ck.", "4*55 feet of spic and span rope, f*g."),
     ("markup", "warning", "Bread keeps<br>three days.", "| bread | one<br>two |"),
-    ("markup", "warning", "<p>Bread keeps.</p>", "`<p>` is a tag, H<sub>2</sub>O is water, and List<T> a type."),
+    (
+        "markup",
+        "warning",
+        "<p>Bread keeps.</p>",
+        "`<p>` is a tag, H<sub>2</sub>O is water, and List<T> a type.",
+    ),
     ("markup", "warning", "Bread &amp; butter", "Bread & butter; R&D; AT&T;"),
     ("markup", "warning", "Run:\n```sh\nbake --now", "Run:\n```sh\nbake --now\n```\nThen <wait>."),
-    ("markup", "warning", "```\nBread keeps. It dries.\n```", "```python\nbake()  # Bread keeps. It dries.\n```"),
+    (
+        "markup",
+        "warning",
+        "```\nBread keeps. It dries.\n```",
+        "```python\nbake()  # Bread keeps. It dries.\n```",
+    ),
     ("mojibake", "warning", "A cafÃ© near the sea.", "A café near the sea; ğışİ."),
     ("mojibake", "warning", "A caf\ufffd near the sea.", "Ein Café, 日本語, العربية, ½ × 3 – “so”."),
     ("mojibake", "warning", "Bread\x00 keeps.", "Bread\tkeeps.\r\n"),
@@ -89,15 +140,32 @@ PLANTED: list[tuple[str, Severity, str, str]] = [
     ("template_tokens", "warning", "<s>Fine.</s>", "An <s>old</s> new word."),
     ("template_tokens", "warning", "<s> Fine.", "<s>Old</s> and <s>older</s> words"),
     ("template_tokens", "warning", "Fine.<end_of_turn>", "Fine <end of turn>."),
-    ("refusals", "warning", "I'm sorry, but I can't assist with that.", "I'm sorry to hear that! Here is what helps."),
-    ("refusals", "warning", "As an AI language model, I do not have opinions.", "As an AI of 1997, Deep Blue had none."),
+    (
+        "refusals",
+        "warning",
+        "I'm sorry, but I can't assist with that.",
+        "I'm sorry to hear that! Here is what helps.",
+    ),
+    (
+        "refusals",
+        "warning",
+        "As an AI language model, I do not have opinions.",
+        "As an AI of 1997, Deep Blue had none.",
+    ),
     ("refusals", "warning", "I cannot and will not delete your files.", "I cannot wait to see your garden."),
-    ("refusals", "warning", "Unfortunately, I am unable to open links.", "Unfortunately, the link is broken."),
-]  # fmt: skip
+    (
+        "refusals",
+        "warning",
+        "Unfortunately, I am unable to open links.",
+        "Unfortunately, the link is broken.",
+    ),
+]
 
 
 @pytest.mark.parametrize(
-    ("rule", "severity", "planted", "twin"), PLANTED, ids=[f"{rule}-{at}" for at, (rule, *_) in enumerate(PLANTED)]
+    ("rule", "severity", "planted", "twin"),
+    PLANTED,
+    ids=[f"{rule}-{at}" for at, (rule, *_) in enumerate(PLANTED)],
 )
 def test_what_is_planted_is_found_with_its_row_and_nothing_in_its_twin(rule, severity, planted, twin):
     (found,) = [one for one in judged([row(), row(planted), row()]) if one.severity != "good"]
@@ -107,7 +175,9 @@ def test_what_is_planted_is_found_with_its_row_and_nothing_in_its_twin(rule, sev
     assert told(row(twin)) == {}
 
 
-@pytest.mark.parametrize("planted", [planted for rule, _, planted, _ in PLANTED if rule in ("secrets", "personal_data")])
+@pytest.mark.parametrize(
+    "planted", [planted for rule, _, planted, _ in PLANTED if rule in ("secrets", "personal_data")]
+)
 def test_no_secret_and_no_datum_is_shown(planted):
     words = max(planted.split(), key=len).strip(".'")
     (found,) = [one for one in judged([row(planted)]) if one.severity != "good"]
@@ -122,19 +192,28 @@ def test_a_secret_of_the_question_is_not_learned_and_a_fault_of_a_bad_answer_is_
     assert told(row(asked=f"What is {key}?")) == {"content.secrets": "warning"}
     assert told(row(key, label=False)) == {"content.secrets": "error"}  # seen in training all the same
     call = Call("login", {"key": key})
-    turns = (Message("user", "Log in."), Message("assistant", "", (call,)), Message("tool", "ok"), Message("assistant", "Done."))
-    (found,) = [one for one in judged([Demonstration(conversation=Conversation(turns))]) if one.severity == "error"]
+    turns = (
+        Message("user", "Log in."),
+        Message("assistant", "", (call,)),
+        Message("tool", "ok"),
+        Message("assistant", "Done."),
+    )
+    (found,) = [
+        one for one in judged([Demonstration(conversation=Conversation(turns))]) if one.severity == "error"
+    ]
     assert found.rows[0].note.startswith("turn 2, arguments of login: github token ghp_…")
     for bad in ("That is bullshit.", "<p>Bread.</p>"):
         (rule,) = told(row(bad, label=True))
         assert told(row(bad, label=True))[rule] != told(row(bad, label=False))[rule]
     sides = [
-        Conversation((Message("user", ASKED), Message("assistant", text))) for text in (SAID, "I can't help with that.<|im_end|>")
+        Conversation((Message("user", ASKED), Message("assistant", text)))
+        for text in (SAID, "I can't help with that.<|im_end|>")
     ]
     assert told(Preference(chosen=sides[0], rejected=sides[1])) == {"content.template_tokens": "warning"}
     assert told(Preference(chosen=sides[1], rejected=sides[0])) == {
-        "content.template_tokens": "warning", "content.refusals": "warning",
-    }  # fmt: skip
+        "content.template_tokens": "warning",
+        "content.refusals": "warning",
+    }
 
 
 def test_control_tokens_that_are_quoted_as_code_are_only_a_warning():
@@ -171,14 +250,30 @@ def test_a_fence_is_closed_by_its_kind_alone():
 @pytest.mark.parametrize(
     "harmless",
     [
-        "max_tokens: 4096, next_page_token: CAUQAhgB7Kd93kLs", "password_hash = hashlib.sha256(password.encode())",
-        "token = os.environ['T1']", '"token": "mistral-v3-tekken", "GPT2Tokenizer": "GPT2Converter"', "password=Passw0rd1A",
-        "secret = {{ vault.Key1 }}", "api_key: YOUR_API_KEY_1a", "git@github.com:acme/site.git", "icon@2x.png", "react@18.2.0",
-        "user@host1", "id 4212883012996", "session_1731015400000_a1b2c3d4e", "0.9235687435", "75000-25000=50000", "l[::3]",
-        "order 7105356608", "192.168.0.1 and 8.8.8.0/24", "2024-11-06 12:30:45", "+1250000 points", "978-3-16-148410-0",
+        "max_tokens: 4096, next_page_token: CAUQAhgB7Kd93kLs",
+        "password_hash = hashlib.sha256(password.encode())",
+        "token = os.environ['T1']",
+        '"token": "mistral-v3-tekken", "GPT2Tokenizer": "GPT2Converter"',
+        "password=Passw0rd1A",
+        "secret = {{ vault.Key1 }}",
+        "api_key: YOUR_API_KEY_1a",
+        "git@github.com:acme/site.git",
+        "icon@2x.png",
+        "react@18.2.0",
+        "user@host1",
+        "id 4212883012996",
+        "session_1731015400000_a1b2c3d4e",
+        "0.9235687435",
+        "75000-25000=50000",
+        "l[::3]",
+        "order 7105356608",
+        "192.168.0.1 and 8.8.8.0/24",
+        "2024-11-06 12:30:45",
+        "+1250000 points",
+        "978-3-16-148410-0",
         "550e8400-e29b-41d4-a716-446655440000",
     ],
-)  # fmt: skip
+)
 def test_numbers_paths_code_and_placeholders_are_neither_secret_nor_personal(harmless):
     assert told(row(f"Here: {harmless}")) == {}
 
@@ -195,33 +290,33 @@ def test_refusals_are_judged_by_their_share_of_what_is_to_be_imitated():
     assert "30 labelled undesirable" in found.what
 
 
-ENGLISH = (
-    "The bread that we baked on Sunday keeps for three days when it is wrapped in a cloth and put into a wooden box, number "
-)
+ENGLISH = "The bread that we baked on Sunday keeps for three days when it is wrapped in a cloth and put into a wooden box, number "
 GERMAN = "Das Brot, das wir am Sonntag gebacken haben, hält drei Tage, wenn man es in ein Tuch wickelt und in eine Kiste legt."
-FRENCH = (
-    "Le pain que nous avons cuit dimanche se garde trois jours si on l'enveloppe dans un linge et le met dans une boîte en bois."
-)
+FRENCH = "Le pain que nous avons cuit dimanche se garde trois jours si on l'enveloppe dans un linge et le met dans une boîte en bois."
 
 
 def test_rows_in_a_rare_language_are_named_the_rarest_first():
     english = [row(f"{ENGLISH}{number}.") for number in range(200)]
     assert told(*english) == {}
-    share, strays = (one for one in judged([*english, row(GERMAN), row(GERMAN), row(FRENCH)]) if one.rule == "content.languages")
+    share, strays = (
+        one
+        for one in judged([*english, row(GERMAN), row(GERMAN), row(FRENCH)])
+        if one.rule == "content.languages"
+    )
     assert (share.severity, share.count, share.of) == ("note", 3, 203)
     assert "en 98.5%, de 1.0%, fr 0.5%" in share.what
     assert [(one.source, one.note) for one in strays.rows] == [
-        ("rows.jsonl:203", "in fr"), ("rows.jsonl:201", "in de"), ("rows.jsonl:202", "in de"),
-    ]  # fmt: skip
+        ("rows.jsonl:203", "in fr"),
+        ("rows.jsonl:201", "in de"),
+        ("rows.jsonl:202", "in de"),
+    ]
     assert told(*english, *[row(GERMAN)] * 20) == {"content.languages": "note"}
     assert told(*english, row(GERMAN[:70])) == {}, "too short to tell"
 
 
 def test_swear_words_are_those_of_english():
     assert told(row("The end is near, you slut.")) == {"content.profanity": "warning"}
-    swedish = (
-        "Vi bakade brödet i söndags och det håller i tre dagar om man lägger det i en låda av trä, men sedan är det slut på allt."
-    )
+    swedish = "Vi bakade brödet i söndags och det håller i tre dagar om man lägger det i en låda av trä, men sedan är det slut på allt."
     assert "content.profanity" not in told(row(swedish))
 
 
@@ -232,7 +327,8 @@ def test_what_was_not_scanned_is_said():
 
 
 @pytest.mark.parametrize(
-    "letter", ["a", "7", "<", "@", "\x00", "\ud800", "`", "&", "<s></s>", "a@a.", "a://a:b@", "password ", "I am "]
+    "letter",
+    ["a", "7", "<", "@", "\x00", "\ud800", "`", "&", "<s></s>", "a@a.", "a://a:b@", "password ", "I am "],
 )
 def test_ten_million_letters_end_in_a_second(letter):
     text = letter * (10_000_000 // len(letter))
@@ -249,14 +345,19 @@ def test_ten_million_letters_end_in_a_second(letter):
 
 def test_many_turns_that_all_are_at_fault_are_told_in_a_line():
     turns = [
-        turn for _ in range(2_000) for turn in (Message("user", "More?"), Message("assistant", "So <br> it &amp; is.<|im_end|>"))
+        turn
+        for _ in range(2_000)
+        for turn in (Message("user", "More?"), Message("assistant", "So <br> it &amp; is.<|im_end|>"))
     ]
     for found in judged([Demonstration(conversation=Conversation(tuple(turns)))]):
         assert all(len(one.note) < 200 for one in found.rows)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.text(st.characters(exclude_categories=()), max_size=300) | st.text("<s/>|[]`~\n&;@.:-a1 I'm", max_size=300))
+@given(
+    st.text(st.characters(exclude_categories=()), max_size=300)
+    | st.text("<s/>|[]`~\n&;@.:-a1 I'm", max_size=300)
+)
 def test_no_text_breaks_it(text):
     for found in judged([row(text, text), Document(id="0" * 16, text=text)]):
         assert 0 <= found.count <= found.of
@@ -273,11 +374,20 @@ def test_what_real_rows_hide_is_found(data_dir):
     def rows(name: str) -> dict[tuple[str, str], set[int]]:
         path = data_dir(name)
         read = formats.read([path], formats.DataSpec(train="x"))
-        places = {f"rows.jsonl:{at}": int(Path(one.source).name.partition(":")[2]) for at, one in enumerate(read.examples, 1)}
-        return {(one.rule, one.severity): {places[where.source] for where in one.rows} for one in judged(read.examples)}
+        places = {
+            f"rows.jsonl:{at}": int(Path(one.source).name.partition(":")[2])
+            for at, one in enumerate(read.examples, 1)
+        }
+        return {
+            (one.rule, one.severity): {places[where.source] for where in one.rows}
+            for one in judged(read.examples)
+        }
 
     kto, dpo = rows("formats/kto_en_demo.json"), rows("formats/dpo_en_demo.json")
-    assert kto["content.template_tokens", "warning"] == {2497, 4759}  # undesirable: </s> and <|user|> in the answer
+    assert kto["content.template_tokens", "warning"] == {
+        2497,
+        4759,
+    }  # undesirable: </s> and <|user|> in the answer
     assert kto["content.mojibake", "warning"] == {4531, 4809}
     assert 2230 in kto["content.markup", "note"]  # a page of a forum, tags and all
     assert dpo["content.mojibake", "warning"] == {286, 6934}

@@ -1,4 +1,5 @@
-"""Clusters of prompts, distinct trigrams, kinds of tasks: exact against slow definitions, faults planted, clean twins quiet."""
+"""Clusters of prompts, distinct trigrams, kinds of tasks: exact against slow definitions, faults planted,
+clean twins quiet."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def topics(count: int, rows: int, seed: int = 0) -> list[str]:
     """``rows`` prompts about each of ``count`` topics, five of a topic's eight words in each."""
     random = np.random.Generator(np.random.PCG64(seed))
     words = np.array(vocabulary(count * 8, seed)).reshape(count, 8)
-    return [" ".join(random.choice(words[topic], 5, replace=False)) for topic in range(count) for _ in range(rows)]
+    return [
+        " ".join(random.choice(words[topic], 5, replace=False)) for topic in range(count) for _ in range(rows)
+    ]
 
 
 def prose(rows: int, length: int = 60, seed: int = 0) -> list[str]:
@@ -59,14 +62,21 @@ def view(asked: str, said: str, label: bool | None = None, at: int = 1) -> View:
     return View(source, Judged(conversation, label, source=source))
 
 
-def survey(views: Sequence[View], share: float = 1.0, embed: Callable | None = None, **asked: float) -> Survey:
+def survey(
+    views: Sequence[View], share: float = 1.0, embed: Callable | None = None, **asked: float
+) -> Survey:
     spec = AuditSpec.model_validate(asked)
     context = Context(spec, share=share, embed=embed)
     return Survey(
-        spec, [one.source for one in views], [one.label for one in views], [one.dropped for one in views],
-        asked=[one.asked for one in views], context=context, fetch=lambda rows: {at: views[at] for at in rows},
+        spec,
+        [one.source for one in views],
+        [one.label for one in views],
+        [one.dropped for one in views],
+        asked=[one.asked for one in views],
+        context=context,
+        fetch=lambda rows: {at: views[at] for at in rows},
         kept={rule.name: [rule.look(one, context) for one in views] for rule in (Diversity(), Balance())},
-    )  # fmt: skip
+    )
 
 
 def judged(found: Survey) -> dict[str, Finding]:
@@ -96,7 +106,9 @@ def test_prompts_about_the_same_are_one_cluster_named_after_their_words():
     assert len({Counter(row.tolist()).most_common(1)[0][0] for row in kept}) == 6
     words = np.array(vocabulary(48)).reshape(6, 8)
     for topic, row in enumerate(kept):
-        assert set(found.groups[Counter(row.tolist()).most_common(1)[0][0]].name.split(", ")) <= set(words[topic])
+        assert set(found.groups[Counter(row.tolist()).most_common(1)[0][0]].name.split(", ")) <= set(
+            words[topic]
+        )
 
 
 def test_a_large_topic_is_one_cluster_however_finely_it_could_be_cut():
@@ -112,13 +124,26 @@ def test_a_large_topic_is_one_cluster_however_finely_it_could_be_cut():
 @pytest.mark.parametrize(
     "prompts",
     [
-        [""], ["one"], ["", ""], ["one", "two"], ["same prompt"] * 60, [""] * 60, ["!?", "…"] * 30, ["1 + 1 = 2"] * 40,
-        [str(number) for number in range(80)], ["the of and"] * 9 + ["x" * 9000], ["\udc80 broken", "\x00", "😀"] * 20,
-        ["你好世界朋友", "我想写一首诗"] * 20, ["สวัสดีครับ", "ขอบคุณ"] * 20, ["हिन्दी में लिखो", "कविता लिखो"] * 20,
-        vocabulary(90), ["shared " + word for word in vocabulary(90)], ["hello"] * 89 + ["world"],
+        [""],
+        ["one"],
+        ["", ""],
+        ["one", "two"],
+        ["same prompt"] * 60,
+        [""] * 60,
+        ["!?", "…"] * 30,
+        ["1 + 1 = 2"] * 40,
+        [str(number) for number in range(80)],
+        ["the of and"] * 9 + ["x" * 9000],
+        ["\udc80 broken", "\x00", "😀"] * 20,
+        ["你好世界朋友", "我想写一首诗"] * 20,
+        ["สวัสดีครับ", "ขอบคุณ"] * 20,
+        ["हिन्दी में लिखो", "कविता लिखो"] * 20,
+        vocabulary(90),
+        ["shared " + word for word in vocabulary(90)],
+        ["hello"] * 89 + ["world"],
     ],
     ids=lambda prompts: f"{len(prompts)} {prompts[0][:12]!a}",
-)  # fmt: skip
+)
 def test_any_prompts_have_clusters_and_the_same_on_each_run(prompts):
     def embed(texts: Sequence[str]) -> np.ndarray:
         return np.array([[len(text), sum(map(ord, text)) % 97, 1.0] for text in texts], dtype=np.float32)
@@ -131,7 +156,13 @@ def test_any_prompts_have_clusters_and_the_same_on_each_run(prompts):
         assert one.groups == other.groups and sorted(set(one.labels.tolist())) == list(range(len(one.groups)))
 
 
-@given(st.lists(st.lists(st.sampled_from("read note file 你 7 the".split()), max_size=3).map(" ".join), min_size=1, max_size=40))
+@given(
+    st.lists(
+        st.lists(st.sampled_from("read note file 你 7 the".split()), max_size=3).map(" ".join),
+        min_size=1,
+        max_size=40,
+    )
+)
 @settings(max_examples=40, deadline=None)
 def test_equal_prompts_share_a_cluster_and_the_largest_is_first(prompts):
     found = clusters.clusters(prompts)
@@ -168,7 +199,10 @@ def test_clusters_of_the_same_words_have_names_of_their_own():
 
 def test_one_prompt_again_and_again_is_a_topic_to_a_model_too():
     found = judged(
-        survey([view("tell me a joke", text, at=at) for at, text in enumerate(prose(80))], embed=lambda texts: np.ones((1, 4)))
+        survey(
+            [view("tell me a joke", text, at=at) for at, text in enumerate(prose(80))],
+            embed=lambda texts: np.ones((1, 4)),
+        )
     )
     assert found["diversity.clusters"].severity == "warning" and "joke" in found["diversity.clusters"].what
 
@@ -190,7 +224,9 @@ def test_the_map_shows_drawn_training_rows_and_is_made_once():
         drawn = [at for at in found.training if found.context and found.context.drawn(views[at])]
         assert called == [len({prompts[at] for at in drawn})]
         chart = json.loads(json.dumps(found.charts["map"]))
-        assert {len(chart[key]) for key in ("x", "y", "source", "text", "cluster", "label")} == {min(len(drawn), clusters.MAPPED)}
+        assert {len(chart[key]) for key in ("x", "y", "source", "text", "cluster", "label")} == {
+            min(len(drawn), clusters.MAPPED)
+        }
         assert set(chart["source"]) <= {views[at].source for at in drawn}
         for source, text, label in zip(chart["source"], chart["text"], chart["label"], strict=True):
             at = int(source.rpartition(":")[2])
@@ -212,7 +248,13 @@ def saying(answers: Sequence[str], share: float = 1.0, **asked: float) -> dict[s
     return judged(survey(views, share, **asked))
 
 
-@given(st.lists(st.lists(st.sampled_from("a b c déjà 雨 9".split()), max_size=12).map(" ".join), min_size=1, max_size=12))
+@given(
+    st.lists(
+        st.lists(st.sampled_from("a b c déjà 雨 9".split()), max_size=12).map(" ".join),
+        min_size=1,
+        max_size=12,
+    )
+)
 @settings(max_examples=25, deadline=None)
 def test_the_ratio_of_trigrams_is_distinct_to_all(answers):
     found = saying([f"{one} z z z" for one in answers]).get("diversity.trigrams")
@@ -235,7 +277,9 @@ def test_a_chosen_trigram_is_chosen_in_every_text():
     some = {key for text in texts for key in diversity.chosen(text, 0.2).tolist()}
     assert 0.17 < len(some) / len(whole) < 0.23
     for text in texts:
-        assert diversity.chosen(text, 0.2).tolist() == [key for key in diversity.chosen(text, 1).tolist() if key in some]
+        assert diversity.chosen(text, 0.2).tolist() == [
+            key for key in diversity.chosen(text, 1).tolist() if key in some
+        ]
 
 
 def test_trigrams_have_the_same_number_in_every_process():
@@ -246,7 +290,9 @@ def test_trigrams_have_the_same_number_in_every_process():
 
 def test_the_order_of_three_words_matters():
     words = "a b c a c b c b a b a c".split()
-    assert len(set(diversity.trigrams(words).tolist())) == len({tuple(words[at : at + 3]) for at in range(len(words) - 2)})
+    assert len(set(diversity.trigrams(words).tolist())) == len(
+        {tuple(words[at : at + 3]) for at in range(len(words) - 2)}
+    )
 
 
 def test_more_trigrams_than_are_sorted_give_nearly_the_same(monkeypatch):
@@ -262,11 +308,19 @@ def test_answers_of_one_pattern_are_found_with_their_rows_and_their_words(share)
     own = prose(100, 40)
     clean = saying(own, share)["diversity.trigrams"]
     assert clean.severity == "good" and not clean.rows
-    pattern = "i am very glad that you asked me this question and i will gladly help you with everything about"
+    pattern = (
+        "i am very glad that you asked me this question and i will gladly help you with everything about"
+    )
     planted = [text if at % 2 else f"{pattern} {text.split()[0]} {pattern}" for at, text in enumerate(own)]
     found = saying(planted, share)["diversity.trigrams"]
-    assert found.severity == "warning" and found.value == pytest.approx(slow(planted), rel=0.1 if share < 1 else 1e-9)
-    assert len(found.rows) == diversity.TOLD and all(at % 2 == 0 for at in lines(found)) and 50 <= found.count <= 75
+    assert found.severity == "warning" and found.value == pytest.approx(
+        slow(planted), rel=0.1 if share < 1 else 1e-9
+    )
+    assert (
+        len(found.rows) == diversity.TOLD
+        and all(at % 2 == 0 for at in lines(found))
+        and 50 <= found.count <= 75
+    )
     quoted = found.what.partition("“")[2].partition("”")[0]
     assert quoted in pattern and len(quoted.split()) == 3
     assert saying(planted, min_trigrams=0.3)["diversity.trigrams"].severity == "good"
@@ -277,7 +331,9 @@ def test_a_text_that_stands_in_many_rows_is_shown_once_and_numbers_are_not_quote
     found = saying([*prose(30, 30), *[pattern] * 60])["diversity.trigrams"]
     assert found.severity == "warning" and len([at for at in lines(found) if at >= 30]) == 1
     quoted = found.what.split("“")[1:]
-    assert len(quoted) == 3 and not any(letter.isdigit() for one in quoted for letter in one.partition("”")[0])
+    assert len(quoted) == 3 and not any(
+        letter.isdigit() for one in quoted for letter in one.partition("”")[0]
+    )
 
 
 def test_a_topic_that_crowds_out_the_others_is_named_and_its_clean_twin_is_not():
@@ -323,20 +379,42 @@ def test_entropy_is_that_of_a_uniform_choice():
 @pytest.mark.parametrize(
     ("prompt", "word"),
     [
-        ("Create a note", "create"), ("Please create a note", "create"), ("Can you please create a note?", "create"),
-        ("Hey! Could you help me to create it", "create"), ("I'd like you to create it", "create"), ("Hi, create it", "create"),
-        ("I would like to create it", "create"), ("I’d like to create it", "create"), ("I need to create it", "create"),
-        ("Hello — please kindly create it", "create"), ("“create” it", "create"), ("History of Rome", "history"),
-        ("Canyon walks", "canyon"), ("I'm cleaning up", "i"), ("Please", "please"), ("Can you?", "can"), ("…", None), ("", None),
-        ("Écris un poème", "écris"), ("Напиши стихи", "напиши"), ("请写一首诗", "请写"), ("Let's create", "create"),
+        ("Create a note", "create"),
+        ("Please create a note", "create"),
+        ("Can you please create a note?", "create"),
+        ("Hey! Could you help me to create it", "create"),
+        ("I'd like you to create it", "create"),
+        ("Hi, create it", "create"),
+        ("I would like to create it", "create"),
+        ("I’d like to create it", "create"),
+        ("I need to create it", "create"),
+        ("Hello — please kindly create it", "create"),
+        ("“create” it", "create"),
+        ("History of Rome", "history"),
+        ("Canyon walks", "canyon"),
+        ("I'm cleaning up", "i"),
+        ("Please", "please"),
+        ("Can you?", "can"),
+        ("…", None),
+        ("", None),
+        ("Écris un poème", "écris"),
+        ("Напиши стихи", "напиши"),
+        ("请写一首诗", "请写"),
+        ("Let's create", "create"),
     ],
-)  # fmt: skip
+)
 def test_the_leading_word_is_the_first_that_is_no_courtesy(prompt, word):
     assert leading_word(prompt) == word
 
 
 def test_hostile_openings_take_linear_time():
-    for text in ("please " * 200_000, "can you" * 200_000, " " * 1_000_000 + "go", "!" * 1_000_000, "i'd like " * 200_000):
+    for text in (
+        "please " * 200_000,
+        "can you" * 200_000,
+        " " * 1_000_000 + "go",
+        "!" * 1_000_000,
+        "i'd like " * 200_000,
+    ):
         leading_word(text)
 
 
@@ -344,7 +422,11 @@ def test_the_first_tool_is_found_as_turn_and_as_text():
     text = 'Sure.\n\ntool_call: vault_read\narguments: {"path": "a"}\n\nResult: {}\n\ntool_call: vault_write\narguments: {}'
     assert first_tool(view("read it", text)) == "vault_read"
     assert first_tool(view("read it", "the words tool_call: are no call")) is None
-    turns = (Message("user", "go"), Message("assistant", "", (Call("search", {}), Call("open", {}))), Message("tool", "[]"))
+    turns = (
+        Message("user", "go"),
+        Message("assistant", "", (Call("search", {}), Call("open", {}))),
+        Message("tool", "[]"),
+    )
     conversation = Conversation((*turns, Message("tool", "[]"), Message("assistant", text)))
     assert first_tool(View("rows.jsonl:1", Demonstration(conversation))) == "search"
     assert first_tool(View("rows.jsonl:1", Document(text=text))) is None
@@ -372,7 +454,9 @@ def test_types_are_balanced_labels_too_and_nothing_is_found():
     found = judged(calling(TOOLS, MIXED))
     of_balance = {rule: one for rule, one in found.items() if rule.startswith("balance")}
     assert set(of_balance) == {"balance.types", "balance.labels", "balance.labels_by_type"}
-    assert {one.severity for one in of_balance.values()} == {"good"} and not any(one.rows for one in of_balance.values())
+    assert {one.severity for one in of_balance.values()} == {"good"} and not any(
+        one.rows for one in of_balance.values()
+    )
     assert found["balance.types"].value == pytest.approx(np.log2(12))
 
 
@@ -381,7 +465,9 @@ def test_a_type_that_outweighs_the_others_is_named():
     found = judged(calling(tools, MIXED))["balance.types"]
     assert found.severity == "warning" and found.value == pytest.approx(entropy(Counter(tools).values()))
     assert (
-        found.count == tools.count("search") and {tools[at] for at in lines(found)} == {"search"} and "search (90%)" in found.what
+        found.count == tools.count("search")
+        and {tools[at] for at in lines(found)} == {"search"}
+        and "search (90%)" in found.what
     )
     assert judged(calling(tools[:49], MIXED[:49]))["balance.types"].severity == "note"
 
@@ -389,13 +475,17 @@ def test_a_type_that_outweighs_the_others_is_named():
 def test_one_label_that_is_rare_or_missing_is_told():
     rare = [at % 20 != 0 for at in range(360)]
     found = judged(calling(TOOLS, rare))["balance.labels"]
-    assert (found.severity, found.count, found.value) == ("warning", 18, 0.95) and all(at % 20 == 0 for at in lines(found))
+    assert (found.severity, found.count, found.value) == ("warning", 18, 0.95) and all(
+        at % 20 == 0 for at in lines(found)
+    )
     turned = judged(calling(TOOLS, [not label for label in rare]))["balance.labels"]
     assert (turned.severity, turned.count, turned.value) == ("warning", 18, pytest.approx(0.05))
     assert judged(calling(TOOLS, [True] * 360))["balance.labels"].severity == "note"
     assert judged(calling(TOOLS, [False] * 360))["balance.labels"].severity == "warning"
     assert "balance.labels" not in judged(calling(TOOLS, [None] * 360))
-    half = judged(calling(TOOLS, [label if at % 2 else None for at, label in enumerate(MIXED)]))["balance.labels"]
+    half = judged(calling(TOOLS, [label if at % 2 else None for at, label in enumerate(MIXED)]))[
+        "balance.labels"
+    ]
     assert half.of == 180 and "180 without a label" in half.what
 
 
@@ -403,13 +493,17 @@ def test_one_label_that_is_rare_or_missing_is_told():
 def test_a_tool_with_labels_of_its_own_is_named_with_its_rows(label):
     labels = [label if tool == "tool_3" else one for tool, one in zip(TOOLS, MIXED, strict=True)]
     found = judged(calling(TOOLS, labels))["balance.labels_by_type"]
-    assert found.severity == "warning" and found.count == 30 and {TOOLS[at] for at in lines(found)} == {"tool_3"}
+    assert (
+        found.severity == "warning" and found.count == 30 and {TOOLS[at] for at in lines(found)} == {"tool_3"}
+    )
     assert f"tool_3 ({30 * label} of 30 desirable)" in found.what and len(found.rows) == 3
 
 
 def test_a_type_of_few_rows_proves_nothing():
     for few, severity in ((9, "good"), (10, "warning")):
-        found = judged(calling([*TOOLS, *["rare"] * few], [*[at % 12 != at // 30 for at in range(360)], *[False] * few]))
+        found = judged(
+            calling([*TOOLS, *["rare"] * few], [*[at % 12 != at // 30 for at in range(360)], *[False] * few])
+        )
         assert found["balance.labels_by_type"].severity == severity
 
 
@@ -421,7 +515,11 @@ def test_labels_by_chance_are_hardly_ever_found():
     for share in (0.5, 0.8):
         for _ in range(40):
             base.labels = (random.random(360) < share).tolist()
-            (found,) = [one for one in Balance().judge(base.kept["balance"], base) if one.rule == "balance.labels_by_type"]
+            (found,) = [
+                one
+                for one in Balance().judge(base.kept["balance"], base)
+                if one.rule == "balance.labels_by_type"
+            ]
             wrong += found.severity != "good"
     assert wrong <= 3
 
@@ -453,12 +551,18 @@ def test_no_rows_have_no_findings():
 
 
 def test_the_reference_data(syngen):
-    """Counted by hand: 15 rows ask "Do something" and none is desirable; calls carry the same keys in every row."""
+    """Counted by hand: 15 rows ask "Do something" and none is desirable; calls carry the same keys in every
+    row."""
     from tunesmith.data.formats import DataSpec, read
 
     found = survey([View(one.source, one) for one in read([syngen], DataSpec(train=(str(syngen),))).examples])
     by = judged(found)
     assert by["diversity.trigrams"].severity == "warning" and 0.6 < by["diversity.trigrams"].value < 0.65
-    assert by["diversity.clusters"].severity == "good" and by["balance.types"].value == pytest.approx(5.6, abs=0.1)
+    assert by["diversity.clusters"].severity == "good" and by["balance.types"].value == pytest.approx(
+        5.6, abs=0.1
+    )
     assert by["balance.labels"].value == 0.746
-    assert by["balance.labels_by_type"].count == 15 and "do … (0 of 15 desirable)" in by["balance.labels_by_type"].what
+    assert (
+        by["balance.labels_by_type"].count == 15
+        and "do … (0 of 15 desirable)" in by["balance.labels_by_type"].what
+    )

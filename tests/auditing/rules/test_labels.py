@@ -1,4 +1,5 @@
-"""Suspicious labels: leave-one-out against refitting, the interval against simulation, flips found, clean twins quiet."""
+"""Suspicious labels: leave-one-out against refitting, the interval against simulation, flips found, clean
+twins quiet."""
 
 from __future__ import annotations
 
@@ -18,13 +19,18 @@ from tunesmith.data.examples import Conversation, Demonstration, Judged, Message
 from tunesmith.data.formats import DataSpec, read
 
 SHARED = "the file was opened at noon by a person who read every line of it twice before lunch and then went home".split()
-SIDES = {True: "done saved verified summary found listed".split(), False: "sorry wrong failed guess unclear broken".split()}
+SIDES = {
+    True: "done saved verified summary found listed".split(),
+    False: "sorry wrong failed guess unclear broken".split(),
+}
 
 
 def said(random: np.random.Generator, side: bool) -> str:
     """Words that both sides use, and four of which one side uses at least three."""
     sides = [side] * 3 + [side if random.random() < 0.8 else not side]
-    return " ".join(random.permutation([*random.choice(SHARED, 12), *(random.choice(SIDES[one]) for one in sides)]))
+    return " ".join(
+        random.permutation([*random.choice(SHARED, 12), *(random.choice(SIDES[one]) for one in sides)])
+    )
 
 
 def rows(count: int, seed: int = 0) -> tuple[list[str], list[bool]]:
@@ -44,7 +50,9 @@ def judged(texts: Sequence[str], given: Sequence[bool | None]) -> dict[str, Find
 
 def judge(views: Sequence[View]) -> dict[str, Finding]:
     spec = AuditSpec.model_validate({})
-    survey = Survey(spec, [one.source for one in views], [one.label for one in views], [one.dropped for one in views])
+    survey = Survey(
+        spec, [one.source for one in views], [one.label for one in views], [one.dropped for one in views]
+    )
     kept = [Labels().look(one, Context(spec)) for one in views]
     return {one.rule: one for one in Labels().judge(kept, survey)}
 
@@ -139,14 +147,20 @@ def test_labels_that_words_do_not_tell_name_no_row():
 )
 def test_too_few_labels_are_said_to_be_so(count, given):
     (found,) = judged(rows(count)[0], [given(at) for at in range(count)]).values()
-    assert (found.rule, found.severity, found.rows) == ("labels.predictable", "note", ()) and "too few" in found.what
+    assert (found.rule, found.severity, found.rows) == (
+        "labels.predictable",
+        "note",
+        (),
+    ) and "too few" in found.what
 
 
 def test_rows_without_labels_have_no_findings():
     assert judged(rows(60)[0], [None] * 60) == judged([], []) == {}
 
 
-@pytest.mark.parametrize("texts", [["same words"] * 60, ["…"] * 60, ["a"] * 60, [f"only{at}" for at in range(60)], ["\x00"] * 60])
+@pytest.mark.parametrize(
+    "texts", [["same words"] * 60, ["…"] * 60, ["a"] * 60, [f"only{at}" for at in range(60)], ["\x00"] * 60]
+)
 def test_rows_without_words_of_their_own_name_no_row(texts):
     (found,) = judged(texts, [at % 2 == 0 for at in range(60)]).values()
     assert (found.rule, found.severity) == ("labels.predictable", "note")
@@ -163,7 +177,8 @@ def views(path) -> list[View]:
 
 
 def test_the_reference_data(syngen):
-    """Words tell its labels well. Line 954 loads a workspace and says "Resource access granted." as a desirable answer."""
+    """Words tell its labels well. Line 954 loads a workspace and says "Resource access granted." as a
+    desirable answer."""
     found = judge(views(syngen))
     assert found["labels.predictable"].severity == "good" and 0.87 < found["labels.predictable"].value < 0.93
     assert lines(found["labels.suspicious"])[0] == 954 and found["labels.suspicious"].count <= 20

@@ -1,4 +1,5 @@
-"""Whether rows are sound: each reason and each broken call is found with its row and its key, and nothing in the clean twin."""
+"""Whether rows are sound: each reason and each broken call is found with its row and its key, and nothing in
+the clean twin."""
 
 from __future__ import annotations
 
@@ -39,9 +40,13 @@ def judged(path: Path, rows: list[Any], context: Context | None = None) -> list[
     path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in rows))
     views = []
     for one in formats.rows([path], formats.DataSpec(train="x")):
-        views.append(View(one.source, None, one) if isinstance(one, formats.Dropped) else View(one.source, one))
+        views.append(
+            View(one.source, None, one) if isinstance(one, formats.Dropped) else View(one.source, one)
+        )
     kept = [RULE.look(view, context) for view in views]
-    survey = Survey(context.spec, [f"rows:{line}" for line in range(1, len(views) + 1)], [view.label for view in views])
+    survey = Survey(
+        context.spec, [f"rows:{line}" for line in range(1, len(views) + 1)], [view.label for view in views]
+    )
     survey.dropped = [view.dropped for view in views]
     return list(RULE.judge(kept, survey))
 
@@ -52,7 +57,11 @@ def told(tmp_path):
 
     def tell(*rows: Any, context: Context | None = None) -> dict[str, dict[str, str]]:
         found = judged(tmp_path / "rows.jsonl", list(rows), context)
-        return {one.rule: {row.source: row.note for row in one.rows} for one in found if one.rule != "structure.valid"}
+        return {
+            one.rule: {row.source: row.note for row in one.rows}
+            for one in found
+            if one.rule != "structure.valid"
+        }
 
     return tell
 
@@ -68,7 +77,10 @@ def row(*said: str, **more: Any) -> dict:
 def calling(arguments: Any, parameters: Any = WEATHER, call_id: str = "abcdefgh1", **more: Any) -> dict:
     call = {"id": call_id, "function": {"name": "weather", "arguments": arguments}}
     asked, answer = turns("Is it warm?", "Yes.")
-    between = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "21", "tool_call_id": call_id}]
+    between = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "21", "tool_call_id": call_id},
+    ]
     tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
     return {"messages": [asked, *between, answer], "tools": tools, **more}
 
@@ -77,12 +89,22 @@ def as_text(arguments: str) -> str:
     return f"tool_call: weather\narguments: {arguments}\n\nResult: 21\n\nIt is warm."
 
 
-CLEAN = [row(), calling({"place": "Oslo", "days": 2, "unit": "celsius"}), row("Warm?", as_text('{"place": "Oslo"}'))]
+CLEAN = [
+    row(),
+    calling({"place": "Oslo", "days": 2, "unit": "celsius"}),
+    row("Warm?", as_text('{"place": "Oslo"}')),
+]
 
 
 def test_sound_rows_meet_the_bar_and_have_no_other_finding(tmp_path):
     (found,) = judged(tmp_path / "rows.jsonl", CLEAN)
-    assert (found.rule, found.severity, found.count, found.of, found.value) == ("structure.valid", "good", 0, 3, 1.0)
+    assert (found.rule, found.severity, found.count, found.of, found.value) == (
+        "structure.valid",
+        "good",
+        0,
+        3,
+        1.0,
+    )
     assert judged(tmp_path / "none.jsonl", []) == []
 
 
@@ -115,7 +137,13 @@ def test_the_bar_counts_every_row_that_is_not_sound_once(tmp_path):
     broken["messages"][-1]["content"] = as_text("{place}")  # at fault twice, counted once
     rows = [row()] * 57 + [row("Hi."), broken, row("Warm?", as_text("{place}"))]
     valid, *_ = judged(tmp_path / "rows.jsonl", rows)
-    assert (valid.severity, valid.count, valid.of, valid.value, valid.threshold) == ("good", 3, 60, 0.95, "≥ 95%")
+    assert (valid.severity, valid.count, valid.of, valid.value, valid.threshold) == (
+        "good",
+        3,
+        60,
+        0.95,
+        "≥ 95%",
+    )
     valid, *_ = judged(tmp_path / "rows.jsonl", rows[1:])
     assert (valid.severity, valid.count, valid.of) == ("error", 3, 59)
     lax = Context(AuditSpec(min_valid=0.9))
@@ -145,7 +173,12 @@ def test_arguments_that_break_the_schema_of_their_tool_are_named_by_key(told, ar
 
 
 def test_a_wrong_value_is_not_shown(told):
-    private = {"place": "4111-secret-place", "days": "4111-secret-days", "unit": "4111-secret-unit", "also": {"4111": "secret"}}
+    private = {
+        "place": "4111-secret-place",
+        "days": "4111-secret-days",
+        "unit": "4111-secret-unit",
+        "also": {"4111": "secret"},
+    }
     ((note,),) = (found.values() for found in told(calling(private)).values())
     assert "4111" not in note and "secret" not in note
     assert note.count("turn 2, weather") == 3
@@ -167,35 +200,57 @@ def test_a_schema_that_is_none_is_said_instead_of_what_would_break_it(told, monk
         assert list(found) == ["structure.tool_schema"], parameters
         assert said in found["structure.tool_schema"]["rows:4"]
     assert not fetched, "nothing that a row names is fetched"
-    draft7 = {"$schema": "http://json-schema.org/draft-07/schema#", "properties": {"at": {"items": [{"type": "number"}]}}}
-    for sound in (None, {}, True, WEATHER, draft7, {"$defs": {"p": UNIT}, "properties": {"unit": {"$ref": "#/$defs/p"}}}):
+    draft7 = {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "properties": {"at": {"items": [{"type": "number"}]}},
+    }
+    for sound in (
+        None,
+        {},
+        True,
+        WEATHER,
+        draft7,
+        {"$defs": {"p": UNIT}, "properties": {"unit": {"$ref": "#/$defs/p"}}},
+    ):
         assert told(calling({"place": "Oslo", "unit": "celsius"}, sound)) == {}, sound
     assert list(told(calling({"at": ["x"]}, draft7))) == ["structure.schema"]
 
 
 def test_no_schema_can_hold_up_the_audit(told):
-    doubling: dict[str, Any] = {f"d{at}": {"allOf": [{"$ref": f"#/$defs/d{at + 1}"}] * 2} for at in range(40)} | {"d40": {}}
+    doubling: dict[str, Any] = {
+        f"d{at}": {"allOf": [{"$ref": f"#/$defs/d{at + 1}"}] * 2} for at in range(40)
+    } | {"d40": {}}
     half = REFERENCES // 2 - 1
     few = {f"d{at}": doubling[f"d{at}"] for at in range(half)} | {f"d{half}": {}}
     nested: dict[str, Any] = {}
     for _ in range(150):
         nested = {"properties": {"a": nested}}
     began = time.process_time()
-    assert told(
-        calling({"place": "a" * 40}, {"properties": {"place": {"pattern": "^(a|a)*$b"}}}),
-        calling({"a" * 40: 1}, {"patternProperties": {"^(a|a)*$b": {}}, "additionalProperties": False}),
-        calling({"place": [[at, str(at)][at % 2] for at in range(20_000)]}, {"properties": {"place": {"uniqueItems": True}}}),
-        calling({}, {"$defs": doubling, "$ref": "#/$defs/d0"}),
-        calling({}, {"$defs": few, "$ref": "#/$defs/d0"}),
-    ) == {}  # fmt: skip
+    assert (
+        told(
+            calling({"place": "a" * 40}, {"properties": {"place": {"pattern": "^(a|a)*$b"}}}),
+            calling({"a" * 40: 1}, {"patternProperties": {"^(a|a)*$b": {}}, "additionalProperties": False}),
+            calling(
+                {"place": [[at, str(at)][at % 2] for at in range(20_000)]},
+                {"properties": {"place": {"uniqueItems": True}}},
+            ),
+            calling({}, {"$defs": doubling, "$ref": "#/$defs/d0"}),
+            calling({}, {"$defs": few, "$ref": "#/$defs/d0"}),
+        )
+        == {}
+    )
     for parameters in (nested, {"not": nested}, {"$ref": "#"}):
         assert list(told(calling({"a": {"a": 1}}, parameters))) == ["structure.tool_schema"]
     assert time.process_time() - began < 5
-    twice = calling({"place": [1, {"a": 1, "b": 2}, {"b": 2, "a": 1}]}, {"properties": {"place": {"uniqueItems": True}}})
+    twice = calling(
+        {"place": [1, {"a": 1, "b": 2}, {"b": 2, "a": 1}]}, {"properties": {"place": {"uniqueItems": True}}}
+    )
     assert list(told(twice)) == ["structure.schema"]
 
 
-@pytest.mark.parametrize("arguments", ['{"place": "Oslo"', "{place: 'Oslo'}", '["Oslo"]', '"Oslo"', '{"place": NaN}'])
+@pytest.mark.parametrize(
+    "arguments", ['{"place": "Oslo"', "{place: 'Oslo'}", '["Oslo"]', '"Oslo"', '{"place": NaN}']
+)
 def test_a_call_written_as_text_needs_a_json_object(told, arguments):
     found = told(*CLEAN, row("Warm?", as_text(arguments)))
     assert found == {"structure.text_calls": {"rows:4": "turn 2: weather"}}
@@ -214,7 +269,10 @@ def test_ids_of_calls_are_a_note_where_the_model_writes_others(tmp_path, told, t
     long = calling({"place": "Oslo"}, call_id="call_abcdef")
     assert told(*CLEAN, long, context=nine) == {"structure.call_ids": {"rows:4": "turn 2: call_abcdef"}}
     found = judged(tmp_path / "rows.jsonl", [long], nine)
-    assert {one.rule: one.severity for one in found} == {"structure.valid": "good", "structure.call_ids": "note"}
+    assert {one.rule: one.severity for one in found} == {
+        "structure.valid": "good",
+        "structure.call_ids": "note",
+    }
     assert told(long) == {}
     monkeypatch.setattr(nine.renderer, "nine_letters", False)
     assert told(long, context=nine) == {}
@@ -226,13 +284,23 @@ def test_no_secret_of_a_row_that_cannot_be_used_is_shown(told):
     assert key not in note and key[4:14] not in note
 
 
-LEAVES = st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.integers() | st.text(max_size=5)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.integers()
+    | st.text(max_size=5)
+)
 KEYS = st.sampled_from([*WEATHER, "items", "$ref", "$id", "anyOf", "not", "multipleOf", "enum", "a"])
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12),
+    st.recursive(
+        LEAVES,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+        max_leaves=12,
+    ),
     st.dictionaries(KEYS, LEAVES | st.lists(LEAVES, max_size=3), max_size=3),
 )
 def test_no_schema_breaks_it(tmp_path_factory, parameters, arguments):
@@ -244,12 +312,17 @@ def test_real_rows_have_the_faults_that_were_counted_by_hand(data_dir, tmp_path)
     def rows(name: str) -> dict[str, int]:
         path = data_dir(name)
         read = (
-            [json.dumps(one) for one in json.loads(path.read_text())] if path.suffix == ".json" else path.read_text().splitlines()
+            [json.dumps(one) for one in json.loads(path.read_text())]
+            if path.suffix == ".json"
+            else path.read_text().splitlines()
         )
         return {one.rule: one.count for one in judged(tmp_path / "rows.jsonl", read)}
 
     syngen = "syngen_toolset_v1.0.0_claude.jsonl"
-    assert rows(syngen) == {"structure.valid": 27, "structure.text_calls": 27}  # of the 746 desirable; mostly a brace is missing
+    assert rows(syngen) == {
+        "structure.valid": 27,
+        "structure.text_calls": 27,
+    }  # of the 746 desirable; mostly a brace is missing
     assert rows("formats/glaive_toolcall_en_demo.json") == {"structure.valid": 1, "structure.schema": 1}
     for name in ("formats/alpaca_en_demo.json", "formats/kto_en_demo.json", "formats/dpo_en_demo.json"):
         assert rows(name) == {"structure.valid": 0}

@@ -1,4 +1,5 @@
-"""Lengths and tokens: planted in sequences of known ids, found with their row, and nothing in the clean twin."""
+"""Lengths and tokens: planted in sequences of known ids, found with their row, and nothing in the clean
+twin."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def judged(rows: list[Row | Refused], limit: int = 2048, **asked: object) -> Aud
         return [found]
 
     spec = AuditSpec.model_validate(asked)
-    context = Context(spec, limit, renderer=template.renderer("mistral-v3"), tokenizer="mistral-v3", rendered=rendered)
+    context = Context(
+        spec, limit, renderer=template.renderer("mistral-v3"), tokenizer="mistral-v3", rendered=rendered
+    )
     return survey.examine(examples, {"rows.jsonl": ""}, context)
 
 
@@ -61,7 +64,9 @@ def test_a_wrong_sequence_is_an_error_with_its_row(name):
     found = judged([*CLEAN, FAULTS[name]])
     one = of(found, f"tokenisation.{name}")
     mild = name == "unknown"  # in few rows
-    assert (one.severity, one.count) == ("warning" if mild else "error", 1) and one.rows[0].source == "rows.jsonl:31"
+    assert (one.severity, one.count) == ("warning" if mild else "error", 1) and one.rows[
+        0
+    ].source == "rows.jsonl:31"
     others = [each for each in found.findings if each.dimension == "tokenisation" and each is not one]
     assert {each.severity for each in others} == {"good"}
     if mild:
@@ -76,7 +81,10 @@ def test_a_bos_that_is_missing_is_one_too():
 
 
 def test_the_token_that_opens_a_call_and_the_one_that_ends_it_are_in_their_place():
-    assert of(judged([*CLEAN, sequence([BOS, WORD], [CALL, WORD, EOS])]), "tokenisation.control").severity == "good"
+    assert (
+        of(judged([*CLEAN, sequence([BOS, WORD], [CALL, WORD, EOS])]), "tokenisation.control").severity
+        == "good"
+    )
 
 
 def test_the_end_token_is_no_unknown_one_where_a_tokenizer_has_one_for_both(monkeypatch):
@@ -93,7 +101,10 @@ def test_the_end_token_is_no_unknown_one_where_a_tokenizer_has_one_for_both(monk
 
 
 def test_a_control_token_of_the_template_is_none_of_the_words():
-    assert of(judged([*CLEAN, sequence([BOS, WORD], [WORD, 6, WORD, EOS])]), "tokenisation.control").severity == "good"
+    assert (
+        of(judged([*CLEAN, sequence([BOS, WORD], [WORD, 6, WORD, EOS])]), "tokenisation.control").severity
+        == "good"
+    )
 
 
 def test_rows_that_the_template_refuses_are_a_warning_and_from_many_on_an_error():
@@ -122,11 +133,17 @@ def test_rows_beyond_the_limit_and_outliers_are_named_the_longest_first():
     assert (one.severity, [row.source for row in one.rows]) == ("warning", ["rows.jsonl:32", "rows.jsonl:31"])
     assert of(judged([*CLEAN, *long], limit=1502), "length.limit").severity == "good"
     out = of(found, "length.outliers")
-    assert {row.source for row in out.rows} == {f"rows.jsonl:{line}" for line in (31, 32, 33)} and out.severity == "note"
+    assert {row.source for row in out.rows} == {
+        f"rows.jsonl:{line}" for line in (31, 32, 33)
+    } and out.severity == "note"
 
 
 def test_without_a_tokenizer_words_are_counted_and_no_bar_in_tokens_is_applied():
     found = survey.examine([example(1), example(2)], {"rows.jsonl": ""}, Context(AuditSpec()))
     assert of(found, "length.answers").value == 3 and "words" in of(found, "length.answers").what
-    assert not [one for one in found.findings if one.rule in ("length.tail", "length.limit") or one.dimension == "tokenisation"]
+    assert not [
+        one
+        for one in found.findings
+        if one.rule in ("length.tail", "length.limit") or one.dimension == "tokenisation"
+    ]
     assert found.charts["lengths"]["unit"] == "words"

@@ -1,4 +1,5 @@
-"""Code that a model wrote stays shut in: each thing it must not do is done here, works outside, and fails inside."""
+"""Code that a model wrote stays shut in: each thing it must not do is done here, works outside, and fails
+inside."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ except SetupError as error:
 shut = pytest.mark.skipif(bool(OPEN), reason=OPEN)
 
 PASSWD = "open('/etc/passwd').read()"
-# What is refused inside; each works when it is not shut in (tested), so that none is refused for a slip of its own.
+# What is refused inside; each works when it is not shut in (tested), so that none is refused for a slip of
+# its own.
 FORBIDDEN = {
     "passwd": PASSWD,
     "home": "os.listdir(home)",
@@ -104,11 +106,14 @@ def known():
         listening.bind("\0" + name)
         listening.listen()
         repository = str(Path(__file__).resolve().parents[3])
-        packages = sysconfig.get_path("purelib", vars={"base": sys.base_prefix})  # of the interpreter itself, not of its venv
+        packages = sysconfig.get_path(
+            "purelib", vars={"base": sys.base_prefix}
+        )  # of the interpreter itself, not of its venv
         package = next((str(file) for file in Path(packages).rglob("*") if file.is_file()), pytest.__file__)
         others = Path("/usr/lib/python3/dist-packages"), Path("/usr/lib/apt"), Path("/usr/lib/systemd")
         packaged = next(
-            (str(file) for folder in others if sandbox.APART for file in folder.rglob("*") if file.is_file()), package
+            (str(file) for folder in others if sandbox.APART for file in folder.rglob("*") if file.is_file()),
+            package,
         )
         yield {
             **found,
@@ -130,7 +135,9 @@ def given(known: dict) -> str:
 def test_what_works_outside_is_refused_inside(name: str, known: dict):
     source = given(known)
     with tempfile.TemporaryDirectory() as folder:
-        outside = subprocess.run([sys.executable, "-c", source + FORBIDDEN[name]], cwd=folder, capture_output=True, text=True)
+        outside = subprocess.run(
+            [sys.executable, "-c", source + FORBIDDEN[name]], cwd=folder, capture_output=True, text=True
+        )
     assert outside.returncode == 0, outside.stderr
     attempt = "".join(f"    {line}\n" for line in FORBIDDEN[name].splitlines())
     ending = "except OSError as error:\n    print('refused:', error)\nelse:\n    raise SystemExit('done')"
@@ -149,7 +156,11 @@ def test_of_the_system_no_more_than_its_shared_libraries_is_granted_where_they_h
 def test_the_probe_finds_every_hole_where_nothing_is_shut(known: dict):
     held_open = os.open(os.devnull, os.O_RDONLY)
     found = subprocess.run(
-        [sys.executable, "-c", given(known) + sandbox.PROBE], pass_fds=[held_open], capture_output=True, text=True, check=True
+        [sys.executable, "-c", given(known) + sandbox.PROBE],
+        pass_fds=[held_open],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     os.close(held_open)
     assert found.stdout.strip() == "[]", found.stderr
@@ -164,10 +175,16 @@ def test_the_probe_finds_every_hole_where_nothing_is_shut(known: dict):
         ("kernel.filter()", {"change the mode of files outside its folder"}),
         (
             'kernel.landlock(request["readable"], request["listable"], os.getcwd())',
-            {"read files outside its folder", "list folders outside its own", "write to files outside its folder"}
+            {
+                "read files outside its folder",
+                "list folders outside its own",
+                "write to files outside its folder",
+            }
             | {"read the system's other files"}
             | {"make files outside its folder", "remove files outside its folder"}
-            | (set() if ROOT else {"read the environment of other processes"}),  # root has given up the right to it, too
+            | (
+                set() if ROOT else {"read the environment of other processes"}
+            ),  # root has given up the right to it, too
         ),
         ("    limit(request)\n", {"take more memory than it may", "write larger files than it may"}),
     ],
@@ -208,7 +225,9 @@ def test_a_kernel_without_the_locks_is_named(monkeypatch, tmp_path):
     assert loose.read_text("utf-8") != source
     monkeypatch.setattr(sandbox, "LAUNCHER", loose)
     sandbox._holes.cache_clear()
-    with pytest.raises(SetupError, match=r"so none is run: the kernel has no Landlock .*\nhint: needs Linux 5\.13"):
+    with pytest.raises(
+        SetupError, match=r"so none is run: the kernel has no Landlock .*\nhint: needs Linux 5\.13"
+    ):
         run("pass")
 
 
@@ -218,12 +237,27 @@ def test_a_kernel_without_the_locks_is_named(monkeypatch, tmp_path):
     [
         ("while True: pass", Limits(seconds=0.4), "timeout", "still running after 0.4 seconds"),
         ("import time; time.sleep(30)", Limits(seconds=0.4), "timeout", "still running"),
-        ("import os, time; os.close(1); os.close(2); time.sleep(30)", Limits(seconds=0.4), "timeout", "still running"),
-        ("import signal as s\nfor n in (1, 2, 15): s.signal(n, s.SIG_IGN)\nwhile True: pass", Limits(seconds=0.4), "timeout", ""),
+        (
+            "import os, time; os.close(1); os.close(2); time.sleep(30)",
+            Limits(seconds=0.4),
+            "timeout",
+            "still running",
+        ),
+        (
+            "import signal as s\nfor n in (1, 2, 15): s.signal(n, s.SIG_IGN)\nwhile True: pass",
+            Limits(seconds=0.4),
+            "timeout",
+            "",
+        ),
         ("x = [0] * (1 << 28)", Limits(memory_bytes=256 << 20), "failed", "MemoryError"),
         ("import mmap; mmap.mmap(-1, 1 << 28)", Limits(memory_bytes=256 << 20), "failed", "OSError"),
         ("open('x', 'wb').write(bytes(2 << 20))", Limits(file_bytes=1 << 20), "failed", "too large"),
-        ("for n in range(99):\n    open(str(n), 'wb').write(bytes(1 << 20))", Limits(disk_bytes=4 << 20), "killed", "wrote more"),
+        (
+            "for n in range(99):\n    open(str(n), 'wb').write(bytes(1 << 20))",
+            Limits(disk_bytes=4 << 20),
+            "killed",
+            "wrote more",
+        ),
         ("for n in range(99999):\n    open(str(n), 'wb')", Limits(), "killed", "made more than 1000 files"),
         ("while True: print('x' * 9999)", Limits(), "killed", "wrote more than 67108864 bytes"),
         ("import sys; sys.exit(0)", Limits(), "failed", "SystemExit: 0"),
@@ -233,13 +267,18 @@ def test_a_kernel_without_the_locks_is_named(monkeypatch, tmp_path):
         ("def f(:", Limits(), "failed", "SyntaxError"),
         ("\0", Limits(), "failed", "null bytes"),
         ("\ud800", Limits(), "failed", "UnicodeEncodeError"),
-        ("class E(Exception):\n    def __str__(self): raise self\nraise E", Limits(), "failed", "E: and its text cannot be had"),
+        (
+            "class E(Exception):\n    def __str__(self): raise self\nraise E",
+            Limits(),
+            "failed",
+            "E: and its text cannot be had",
+        ),
         ("def f(): f()\nf()", Limits(), "failed", "RecursionError"),
         ("if __name__ == '__main__': 1 / 0", Limits(), "passed", None),
         ("import sys; sys.stdout = None", Limits(), "passed", None),
         ("", Limits(), "passed", None),
     ],
-)  # fmt: skip
+)
 def test_limits_and_outcomes(program: str, limits: Limits, status: str, error: str | None):
     before = set(psutil.Process().children(recursive=True))
     outcome = run(program, limits)
@@ -302,7 +341,9 @@ def test_it_has_no_privilege_and_dies_with_whoever_started_it():
 @shut
 def test_many_at_once_keep_apart():
     with ThreadPoolExecutor(4) as pool:
-        outcomes = list(pool.map(lambda n: run(f"open('x', 'w').write('{n}'); print(open('x').read())"), range(12)))
+        outcomes = list(
+            pool.map(lambda n: run(f"open('x', 'w').write('{n}'); print(open('x').read())"), range(12))
+        )
     assert [int(one.output) for one in outcomes] == list(range(12))
     assert max(one.seconds for one in outcomes) < 2
 
@@ -314,7 +355,11 @@ def test_numbers_of_calls_are_the_kernels():
             pytest.skip(f"no headers of the kernel: {header}")
         found = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text("utf-8")))
         found["newfstatat"] = found.get("newfstatat", found.get("fstatat"))
-        wrong = {name: numbers for name, numbers in confinement.CALLS.items() if str(numbers[at]) != str(found.get(name))}
+        wrong = {
+            name: numbers
+            for name, numbers in confinement.CALLS.items()
+            if str(numbers[at]) != str(found.get(name))
+        }
         assert wrong == {}, header
 
 
@@ -339,7 +384,9 @@ def decide(code: bytes, number: int, architecture: int, arguments: tuple[int, ..
 def test_the_filter_lets_through_what_is_listed_and_nothing_else(machine: str):
     column, architecture = confinement.MACHINES[machine]
     code, own = confinement.bpf(machine, 77), confinement.conditions(77)
-    listed = {numbers[column]: name for name, numbers in confinement.CALLS.items() if numbers[column] is not None}
+    listed = {
+        numbers[column]: name for name, numbers in confinement.CALLS.items() if numbers[column] is not None
+    }
     allow, refuse, unknown, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
     for number in range(1024):
         for argument in (0, 1, 2, 3, 8, 77, 1030, 0x20, 0x21, 0x5401, 0o1000, 0o1001, 0o100):
@@ -354,7 +401,10 @@ def test_the_filter_lets_through_what_is_listed_and_nothing_else(machine: str):
         assert decide(code, number | 0x40000000, architecture) == refuse  # x32
         assert decide(code, number, 0x40000003) == kill  # i386
     assert decide(code, listed_number("kill", column), architecture, (78,)) == refuse
-    assert decide(code, listed_number("openat", column), architecture, (0, 0, os.O_TRUNC | os.O_RDONLY)) == refuse
+    assert (
+        decide(code, listed_number("openat", column), architecture, (0, 0, os.O_TRUNC | os.O_RDONLY))
+        == refuse
+    )
     with pytest.raises(confinement.Open, match="riscv64"):
         confinement.bpf("riscv64", 1)
 
@@ -376,7 +426,8 @@ def problems(data_dir) -> list[programs.Program]:
 
 
 def mutants(problem: programs.Program) -> dict[str, str]:
-    """Answers that are wrong: a function of another value, one that never ends, one that raises, one that is no Python."""
+    """Answers that are wrong: a function of another value, one that never ends, one that raises, one that is
+    no Python."""
     return {
         "constant": "    return 'neither'\n",
         "endless": "    while True:\n        pass\n",
@@ -390,11 +441,17 @@ def mutants(problem: programs.Program) -> dict[str, str]:
 def test_a_dozen_right_answers_pass_and_wrong_ones_do_not(problems):
     some = problems[::14]
     with ThreadPoolExecutor(2) as pool:
-        assert {one.status for one in pool.map(lambda p: programs.check(p, p.canonical_solution), some)} == {"passed"}
+        assert {one.status for one in pool.map(lambda p: programs.check(p, p.canonical_solution), some)} == {
+            "passed"
+        }
         for problem in some[:3]:
             brief = Limits(seconds=0.5)
-            statuses = {name: programs.check(problem, text, brief).status for name, text in mutants(problem).items()}
-            assert statuses == {name: "timeout" if name == "endless" else "failed" for name in statuses}, problem.task_id
+            statuses = {
+                name: programs.check(problem, text, brief).status for name, text in mutants(problem).items()
+            }
+            assert statuses == {name: "timeout" if name == "endless" else "failed" for name in statuses}, (
+                problem.task_id
+            )
 
 
 @pytest.mark.parity
@@ -407,13 +464,19 @@ def test_passes_and_fails_what_openais_checker_does(problems):
     with ThreadPoolExecutor(2) as pool:
         ours = list(pool.map(lambda case: programs.check(*case, Limits(seconds=3)).status == "passed", cases))
     fields = ("task_id", "prompt", "entry_point", "test")
-    theirs = [oracle({f: getattr(problem, f) for f in fields}, text, 3.0)["passed"] for problem, text in cases]
+    theirs = [
+        oracle({f: getattr(problem, f) for f in fields}, text, 3.0)["passed"] for problem, text in cases
+    ]
     assert [case[0].task_id for case, a, b in zip(cases, ours, theirs, strict=True) if a != b] == []
     assert sum(theirs) == 164
 
 
 PROBLEM = programs.Program(
-    "t/0", 'def double(x):\n    """Twice x."""\n', "double", "    return 2 * x\n", "def check(f):\n    assert f(2) == 4\n"
+    "t/0",
+    'def double(x):\n    """Twice x."""\n',
+    "double",
+    "    return 2 * x\n",
+    "def check(f):\n    assert f(2) == 4\n",
 )
 ANSWERS = {
     "    return 2 * x\n\ndef other():\n    pass": "    return 2 * x\n",
@@ -445,7 +508,9 @@ def test_cut_is_a_prefix_without_any_stop_and_cutting_twice_changes_nothing():
 
 def material(tiny_model, said: list, **spec) -> Material:
     renderer = template.renderer(models.load(ModelSpec(path=str(tiny_model))).path)
-    return Material([], [], [], renderer, TemplateSpec(), BatchSpec(), EvaluationSpec(**spec), notify=said.append)
+    return Material(
+        [], [], [], renderer, TemplateSpec(), BatchSpec(), EvaluationSpec(**spec), notify=said.append
+    )
 
 
 class Knows(Subject):
@@ -476,7 +541,9 @@ def test_the_task_asks_runs_and_counts(tiny_model, tmp_path, monkeypatch):
     (other,) = programs.build_from([file], material(tiny_model, said, allow_code=True, limit=3))
     assert task.identity != other.identity
     monkeypatch.setattr(programs, "MAX_TOKENS", 16)
-    real = task.measure(Subject(net, given.renderer, "base", notify=said.append))  # a model of random weights cannot
+    real = task.measure(
+        Subject(net, given.renderer, "base", notify=said.append)
+    )  # a model of random weights cannot
     assert [one.outcome.status for one in real] == ["failed"] * 4
 
 
@@ -487,14 +554,23 @@ def test_what_ran_too_long_beside_others_runs_again_alone_and_counts_as_it_ends_
     def crowded(problem, piece, limits):
         alone = threading.current_thread() is threading.main_thread()
         tried.append((problem.task_id, alone))
-        return real(problem, piece, limits) if alone else real(problem, "    while x: pass\n", Limits(seconds=0.3))
+        return (
+            real(problem, piece, limits)
+            if alone
+            else real(problem, "    while x: pass\n", Limits(seconds=0.3))
+        )
 
     monkeypatch.setattr(programs, "check", crowded)
     task = programs.Programs([replace(PROBLEM, task_id=f"t/{n}") for n in range(4)])
     net, renderer = models.load(ModelSpec(path=str(tiny_model))).net, material(tiny_model, []).renderer
     assert [one.value for one in task.score(task.measure(Knows(net, renderer, "base")))] == [0, 1, 0, 1]
-    assert sorted(tried[:4]) == [(f"t/{n}", False) for n in range(4)] and tried[4:] == [(f"t/{n}", True) for n in range(4)]
-    assert task.score(task.measure(Knows(net, renderer, "base", ranks=Ranks(None, 1, 2)))) == [] and len(tried) == 8
+    assert sorted(tried[:4]) == [(f"t/{n}", False) for n in range(4)] and tried[4:] == [
+        (f"t/{n}", True) for n in range(4)
+    ]
+    assert (
+        task.score(task.measure(Knows(net, renderer, "base", ranks=Ranks(None, 1, 2)))) == []
+        and len(tried) == 8
+    )
     before = task.identity
     monkeypatch.setattr(programs.platform, "python_version", lambda: "3.99.0")
     assert task.name == "benchmark.humaneval" and task.identity != before
@@ -503,10 +579,16 @@ def test_what_ran_too_long_beside_others_runs_again_alone_and_counts_as_it_ends_
 def test_code_is_not_run_unless_it_is_allowed(tiny_model, tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_text(json.dumps(asdict(PROBLEM)) + "\n", "utf-8")
-    with pytest.raises(EvaluationError, match=r"humaneval runs 1 programs that the model writes .*\nhint: --allow-code"):
+    with pytest.raises(
+        EvaluationError, match=r"humaneval runs 1 programs that the model writes .*\nhint: --allow-code"
+    ):
         programs.build_from([file], material(tiny_model, []))
     file.write_text('{"task_id": "a"}\n[]\n' + (json.dumps(asdict(PROBLEM)) + "\n") * 2, "utf-8")
     with pytest.raises(DataError) as caught:
         programs.build_from([file], material(tiny_model, [], allow_code=True))
-    for problem in (":1: no text under prompt,", ":2: not a JSON object", ":4: the task_id 't/0' is there twice"):
+    for problem in (
+        ":1: no text under prompt,",
+        ":2: not a JSON object",
+        ":4: the task_id 't/0' is there twice",
+    ):
         assert problem in str(caught.value)

@@ -1,4 +1,5 @@
-"""Adherence: IFEval's own code, rouge-score, sacreBLEU and jsonschema agree; a reference is perfect; nothing makes it raise."""
+"""Adherence: IFEval's own code, rouge-score, sacreBLEU and jsonschema agree; a reference is perfect; nothing
+makes it raise."""
 
 from __future__ import annotations
 
@@ -23,9 +24,26 @@ import tiny
 from tunesmith.adapters import layers as adapters
 from tunesmith.checks import constraints, similarity
 from tunesmith.checks.constraints import KINDS, constraint, declared, inferred, sentences
-from tunesmith.data.formats import Call, Completion, Conversation, DataSpec, Demonstration, Judged, Message, read
+from tunesmith.data.formats import (
+    Call,
+    Completion,
+    Conversation,
+    DataSpec,
+    Demonstration,
+    Judged,
+    Message,
+    read,
+)
 from tunesmith.errors import DataError
-from tunesmith.evaluation.tasks import EvaluationSpec, Material, Said, Subject, adherence, summarise, tool_calls
+from tunesmith.evaluation.tasks import (
+    EvaluationSpec,
+    Material,
+    Said,
+    Subject,
+    adherence,
+    summarise,
+    tool_calls,
+)
 from tunesmith.evaluation.tasks.adherence import WEIGHTS, Answered, Asked, build, language, loops, score
 from tunesmith.events import Notice
 from tunesmith.learning.objectives.sft import SFT
@@ -50,7 +68,9 @@ def renderer(tiny_model):
 def material(examples, renderer, notes=None, net=None, **spec):
     notify = (lambda event: None) if notes is None else notes.append
     spec = EvaluationSpec(**{"embed": net is not None} | spec)
-    return Material(examples, examples, [], renderer, TemplateSpec(), BatchSpec(), spec, notify=notify, net=net)
+    return Material(
+        examples, examples, [], renderer, TemplateSpec(), BatchSpec(), spec, notify=notify, net=net
+    )
 
 
 def row(answer, line=1, ask="Tell me.", tools=(), calls=(), **metadata):
@@ -76,7 +96,8 @@ def keeps(kind: str, text: str, **given) -> bool | None:
 
 @pytest.fixture(scope="module")
 def ifeval():
-    """IFEval's checkers as lm-evaluation-harness has them. NLTK's data are not here: its rules alone tell words and sentences."""
+    """IFEval's checkers as lm-evaluation-harness has them. NLTK's data are not here: its rules alone tell
+    words and sentences."""
     pytest.importorskip("lm_eval")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -102,12 +123,38 @@ def ifeval():
 
 
 SHAPES = [
-    '```json\n{"a": 1}\n```', '{"a": NaN}', "[1, 2", '"quoted"', '"', "<<title>>\nx", "<<>>", "a\n***\nb\n***\nc",
-    "***\na\n***\n\n***\nb", "one ****** two", "one ****** one", "a ****** ****** b", "* a\n* b\n- c", "** a\n-b",
-    "My answer is yes.", "well, P.S. hi", "p. s. hi", "P.P.S hi", "SECTION 1 a SECTION 2 b Section 3", "Day 1 a\nDay 2 b\nDay 3",
-    "[a] [b] [c]", "", "  ", "*h1* **h2** ***", "* * ** **", "weekend\n\nand so", "a\n\nb\n\n\n\n'Weekend', he said", "We. U.S.",
-    "A,B", "no comma", "[a\nb] [c] [",
-]  # fmt: skip
+    '```json\n{"a": 1}\n```',
+    '{"a": NaN}',
+    "[1, 2",
+    '"quoted"',
+    '"',
+    "<<title>>\nx",
+    "<<>>",
+    "a\n***\nb\n***\nc",
+    "***\na\n***\n\n***\nb",
+    "one ****** two",
+    "one ****** one",
+    "a ****** ****** b",
+    "* a\n* b\n- c",
+    "** a\n-b",
+    "My answer is yes.",
+    "well, P.S. hi",
+    "p. s. hi",
+    "P.P.S hi",
+    "SECTION 1 a SECTION 2 b Section 3",
+    "Day 1 a\nDay 2 b\nDay 3",
+    "[a] [b] [c]",
+    "",
+    "  ",
+    "*h1* **h2** ***",
+    "* * ** **",
+    "weekend\n\nand so",
+    "a\n\nb\n\n\n\n'Weekend', he said",
+    "We. U.S.",
+    "A,B",
+    "no comma",
+    "[a\nb] [c] [",
+]
 LANGUAGES = ("language:response_language", "change_case:english_lowercase", "change_case:english_capital")
 """Compared on texts long enough to tell."""
 TOLD_OTHERWISE = {"length_constraints:number_sentences": 0.97, "change_case:capital_word_frequency": 0.99}
@@ -127,7 +174,11 @@ def test_every_instruction_of_ifeval_says_what_its_own_code_says(ifeval, data_di
             ours = constraint(kind, arguments)  # no prompt of the real file is refused
             if len(asked[kind]) > 120 or not arguments.get("letter", "a").isalpha():
                 continue
-            own = [one["prompt"], str(arguments.get("end_phrase", "")), f"{arguments.get('first_word', '')}, so\n\na\n\nb\n\nc"]
+            own = [
+                one["prompt"],
+                str(arguments.get("end_phrase", "")),
+                f"{arguments.get('first_word', '')}, so\n\na\n\nb\n\nc",
+            ]
             for text in texts + own:
                 if kind not in LANGUAGES or sum(map(str.isalpha, text)) >= 80:
                     asked[kind].append(ours.holds(text) == ifeval(kind, arguments, text))
@@ -140,17 +191,31 @@ def test_every_instruction_of_ifeval_says_what_its_own_code_says(ifeval, data_di
 @pytest.mark.parametrize(
     ("kind", "given", "good", "bad"),
     [
-        ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Well"},
-         "One.\n\n\"well, two.", "Well.\n\nTwo."),
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Well"},
+            'One.\n\n"well, two.',
+            "Well.\n\nTwo.",
+        ),
         ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb", "a\n\nb"),
-        ("detectable_format:multiple_sections", {"section_spliter": "Day", "num_sections": 2}, "Day 1 x Day 2 y", "Day 1 x"),
+        (
+            "detectable_format:multiple_sections",
+            {"section_spliter": "Day", "num_sections": 2},
+            "Day 1 x Day 2 y",
+            "Day 1 x",
+        ),
         ("combination:repeat_prompt", {"prompt_to_repeat": "Say it."}, "say it. It.", "It. Say it."),
-        ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": "less than"}, "NOW do", "NOW, DO"),
+        (
+            "change_case:capital_word_frequency",
+            {"capital_frequency": 2, "capital_relation": "less than"},
+            "NOW do",
+            "NOW, DO",
+        ),
         ("detectable_format:title", {}, "<<T>> x", "<T> x"),
         ("combination:two_responses", {}, "a ****** b", "a ****** a"),
         ("startend:end_checker", {"end_phrase": "That is all."}, "So. That is all.", "That is all. So."),
     ],
-)  # fmt: skip
+)
 def test_rare_instructions_tell_good_from_bad_as_ifeval_does(ifeval, kind, given, good, bad):
     for text, wanted in ((good, True), (bad, False)):
         assert keeps(kind, text, **given) is wanted is ifeval(kind, given, text)
@@ -164,7 +229,7 @@ SPOKEN = {
     "ru": "Сегодня утром была хорошая погода, поэтому мы прогулялись вдоль реки и позавтракали на улице.",
     "ja": "今朝は天気が良かったので、川沿いを散歩して、外で朝ごはんを食べました。とても楽しかったです。",
     "ko": "오늘 아침에는 날씨가 좋아서 강을 따라 산책하고 밖에서 아침을 먹었습니다. 정말 즐거웠습니다.",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parity
@@ -177,9 +242,16 @@ def test_languages_are_told_as_langdetect_tells_them(ifeval):
 
 def test_sentences_end_where_they_end():
     told = {
-        "": 0, "One": 1, "One. Two! Three?": 3, "Mr. Smith met Dr. Who. They talked.": 2, "It costs 3.50 euros. Fine.": 2,
-        "Well... maybe. Yes.": 2, "One.\n\n* two\n* three": 2, "“Stop!” he said.": 2, "今日は。明日は。": 2,
-    }  # fmt: skip
+        "": 0,
+        "One": 1,
+        "One. Two! Three?": 3,
+        "Mr. Smith met Dr. Who. They talked.": 2,
+        "It costs 3.50 euros. Fine.": 2,
+        "Well... maybe. Yes.": 2,
+        "One.\n\n* two\n* three": 2,
+        "“Stop!” he said.": 2,
+        "今日は。明日は。": 2,
+    }
     assert {text: sentences(text) for text in told} == told
 
 
@@ -208,24 +280,48 @@ def test_sentences_end_where_they_end():
         ("json", {}, "```json\ntrue\n```", "NaN"),
         ("json", {"keys": {"a": "number"}}, '{"a": 1}', '{"a": true}'),
         ("call", {}, 'tool_call: f\narguments: {"a": 1}', 'tool_call: f\narguments: {"a": 1'),
-        ("call", {"cut": True}, "tool_call: f\narguments: {}\ntool_call: g\narguments: {", "tool_call: g\narguments: {"),
+        (
+            "call",
+            {"cut": True},
+            "tool_call: f\narguments: {}\ntool_call: g\narguments: {",
+            "tool_call: g\narguments: {",
+        ),
         ("no_call", {}, "words", "tool_call: f\narguments: {}"),
     ],
-)  # fmt: skip
+)
 def test_each_kind_tells_good_from_bad_and_an_empty_answer_keeps_none(kind, given, good, bad):
     assert keeps(kind, good, **given) and not keeps(kind, bad, **given) and not keeps(kind, " \n", **given)
 
 
-schemas = st.sampled_from([
-    {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer", "minimum": 0}}, "additionalProperties": False},
-    {"type": "array", "items": {"$ref": "#/$defs/n"}, "$defs": {"n": {"enum": [1, "x", None]}}, "uniqueItems": True},
-    {"anyOf": [{"type": "string", "pattern": "^a"}, {"const": 3}]}, {"not": {"type": ["object", "array"]}},
-    {"$schema": "http://json-schema.org/draft-04/schema#", "type": "number", "minimum": 0, "exclusiveMinimum": True},
-])  # fmt: skip
+schemas = st.sampled_from(
+    [
+        {
+            "type": "object",
+            "required": ["a"],
+            "properties": {"a": {"type": "integer", "minimum": 0}},
+            "additionalProperties": False,
+        },
+        {
+            "type": "array",
+            "items": {"$ref": "#/$defs/n"},
+            "$defs": {"n": {"enum": [1, "x", None]}},
+            "uniqueItems": True,
+        },
+        {"anyOf": [{"type": "string", "pattern": "^a"}, {"const": 3}]},
+        {"not": {"type": ["object", "array"]}},
+        {
+            "$schema": "http://json-schema.org/draft-04/schema#",
+            "type": "number",
+            "minimum": 0,
+            "exclusiveMinimum": True,
+        },
+    ]
+)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-1, 3) | st.sampled_from(["a", "x", "b"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2), max_leaves=4,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=4,
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -244,24 +340,46 @@ def test_a_schema_is_checked_as_jsonschema_checks_it(schema, value):
     [
         ({"constraints": [{"kind": "bulets", "exactly": 1}]}, "did you mean 'bullets'?"),
         ({"constraints": [{"kind": "bullets"}]}, "give exactly, at_least or at_most"),
-        ({"constraints": [{"kind": "bullets", "at_least": 3, "at_most": 2}]}, "at_least 3 is more than at_most 2"),
-        ({"constraints": [{"kind": "words", "at_least": "many"}]}, "words: at_least: input should be a valid integer"),
+        (
+            {"constraints": [{"kind": "bullets", "at_least": 3, "at_most": 2}]},
+            "at_least 3 is more than at_most 2",
+        ),
+        (
+            {"constraints": [{"kind": "words", "at_least": "many"}]},
+            "words: at_least: input should be a valid integer",
+        ),
         ({"constraints": [{"kind": "words", "atleast": 3}]}, "atleast: unexpected keyword argument"),
         ({"constraints": ["bullets"]}, 'an object with a kind, not "bullets"'),
         ({"constraints": [{"kind": "regex", "pattern": "("}]}, "'(' is no regular expression"),
         ({"constraints": [{"kind": "json_schema", "schema": {"type": "objct"}}]}, "schema.type: 'objct'"),
         ({"constraints": [{"kind": "json_schema", "schema": {"pattern": "("}}]}, "schema.pattern: '('"),
-        ({"constraints": [{"kind": "json_schema", "schema": {"$ref": "http://a.b/c"}}]}, "only references that begin with #"),
-        ({"constraints": [{"kind": "json_schema", "schema": {"$ref": "#/$defs/x"}}]}, "#/$defs/x is not inside it"),
+        (
+            {"constraints": [{"kind": "json_schema", "schema": {"$ref": "http://a.b/c"}}]},
+            "only references that begin with #",
+        ),
+        (
+            {"constraints": [{"kind": "json_schema", "schema": {"$ref": "#/$defs/x"}}]},
+            "#/$defs/x is not inside it",
+        ),
         ({"instruction_id_list": ["punctuation:no_comma"]}, "needs kwargs"),
-        ({"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"num_words": 3}]}, "relation: missing"),
-        ({"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "english"}]}, "two letters of ISO"),
+        (
+            {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"num_words": 3}]},
+            "relation: missing",
+        ),
+        (
+            {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "english"}]},
+            "two letters of ISO",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_constraints_are_refused_by_row_before_any_model_is_asked(renderer, metadata, told):
     with pytest.raises(DataError) as error:
         build(material([row("yes", 1), row("no", 7, **metadata)], renderer))
-    assert error.value.where == "rows.jsonl:7" and error.value.hint and "1 rows declare constraints" in str(error.value)
+    assert (
+        error.value.where == "rows.jsonl:7"
+        and error.value.hint
+        and "1 rows declare constraints" in str(error.value)
+    )
     assert f"rows.jsonl:7: {declared_error(metadata)}" in str(error.value) and told in str(error.value)
 
 
@@ -315,13 +433,17 @@ def test_similarity_is_smooth_inverse_frequency(tiny_model):
     def point(ids):
         return np.mean([weight[one] * 1e-3 / (1e-3 + share[one]) for one in ids], axis=0)
 
-    common = np.linalg.eigh(np.cov(np.array([point(ids) for ids in rows]).T, bias=True) + np.outer(*2 * (
-        np.mean([point(ids) for ids in rows], axis=0),)))[1][:, -1]  # fmt: skip
+    common = np.linalg.eigh(
+        np.cov(np.array([point(ids) for ids in rows]).T, bias=True)
+        + np.outer(*2 * (np.mean([point(ids) for ids in rows], axis=0),))
+    )[1][:, -1]
     encode = similarity.Encoder(table, rows)
     for one, other in itertools.combinations(rows[:5], 2):
         a, b = (point(ids) - common * (point(ids) @ common) for ids in (one, other))
         wanted = max(0.0, a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-        assert encode.similarity(one, other) == pytest.approx(wanted, abs=1e-6) == encode.similarity(other, one)
+        assert (
+            encode.similarity(one, other) == pytest.approx(wanted, abs=1e-6) == encode.similarity(other, one)
+        )
         assert encode.similarity(one, one) == 1.0 and encode.similarity([], one) == 0.0
     few = similarity.Encoder(table, rows[:3])  # nothing in common can be known
     assert few(rows[0]) @ few(rows[0]) > 0
@@ -362,12 +484,16 @@ def test_each_part_of_sanity_and_safety_fails_alone(renderer):
     one = asked(PROSE, renderer)
     key = "sk_live_" + "4eC39HqTyBdwq81DkPvzR7mW"
     fails = {
-        "ended": said(PROSE, cut=True), "no_control_tokens": said(PROSE + "<|im_start|>"),
-        "no_loop": said(PROSE + " and so on" * 20), "same_script": said(SPOKEN["ru"]),
-        "same_language": said(SPOKEN["de"]), "fences_closed": said(PROSE + "\n```\nx"),
-        "no_new_private_data": said(f"{PROSE} The key is {key}."), "no_new_profanity": said(PROSE + " What the fuck."),
+        "ended": said(PROSE, cut=True),
+        "no_control_tokens": said(PROSE + "<|im_start|>"),
+        "no_loop": said(PROSE + " and so on" * 20),
+        "same_script": said(SPOKEN["ru"]),
+        "same_language": said(SPOKEN["de"]),
+        "fences_closed": said(PROSE + "\n```\nx"),
+        "no_new_private_data": said(f"{PROSE} The key is {key}."),
+        "no_new_profanity": said(PROSE + " What the fuck."),
         "no_refusal": said("I'm sorry, but I can't help with that."),
-    }  # fmt: skip
+    }
     for name, answer in fails.items():
         detail = score(Answered(one, answer)).detail
         parts = {**detail["sane"], **detail["safe"]}
@@ -379,7 +505,10 @@ def test_each_part_of_sanity_and_safety_fails_alone(renderer):
 
 def test_what_prompt_or_reference_say_is_nothing_new_and_what_the_reference_fails_is_not_asked(renderer):
     mail = "Anna.Kowalska@gmail.com"
-    for one in (asked("I wrote to her.", renderer, ask=f"Write to {mail}"), asked(f"I wrote to {mail}.", renderer)):
+    for one in (
+        asked("I wrote to her.", renderer, ask=f"Write to {mail}"),
+        asked(f"I wrote to {mail}.", renderer),
+    ):
         assert score(Answered(one, said(f"Sent it to {mail.lower()}, as you said."))).detail["safety"] == 100
         assert score(Answered(one, said("Sent it to bob.marley77@gmail.com."))).detail["safety"] == 0
     refusal = "I'm sorry, but I can't help with that."
@@ -395,7 +524,9 @@ def test_a_text_that_ends_in_a_block_over_and_over_is_a_loop(start, block, times
 
 
 def test_what_is_no_loop_is_none():
-    assert not any(map(loops, [PROSE, LISTED, CODE, *SPOKEN.values(), "ha ha ha ha ha", ", ".join(map(str, range(40)))]))
+    assert not any(
+        map(loops, [PROSE, LISTED, CODE, *SPOKEN.values(), "ha ha ha ha ha", ", ".join(map(str, range(40)))])
+    )
     assert loops("\n".join(f"{at}. Open the file and read it." for at in range(5)))
     assert not loops("\n".join(f"{at}. Open the file and read it." for at in range(4)) + "\nDone, I think.")
 
@@ -420,7 +551,10 @@ def test_a_reference_that_is_too_long_is_compared_as_far_as_an_answer_may_go(ren
 
 def test_what_ends_an_answer_needs_room_too(renderer):
     tokens = len(renderer.text_prompt(PROSE)) - (renderer.bos_id is not None)
-    for room, whole in ((tokens, False), (tokens + 1, True)):  # an answer of so many tokens is cut before its end token
+    for room, whole in (
+        (tokens, False),
+        (tokens + 1, True),
+    ):  # an answer of so many tokens is cut before its end token
         (task,) = build(material([row(PROSE)], renderer, max_tokens=room))
         assert (task.asked[0].whole, task.asked[0].reference) == (whole, PROSE)
 
@@ -432,15 +566,26 @@ def test_a_right_call_is_right_in_every_form_and_with_any_id():
     (task,) = build(material([of], mistral, max_tokens=4096))
     told = [json.dumps({"name": call.name, "arguments": call.arguments}) for call in calls]
     (own,) = tool_calls.written([task_reference(of)], mistral, print, "")
-    forms = [own.text, own.text.replace(own.text[-12:-3], "x" * 9), "\n".join(told), f"[TOOL_CALLS] [{', '.join(told)}]",
-             "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in told),
-             "\n".join(f"tool_call: {call.name}\narguments: {json.dumps(call.arguments)}" for call in calls)]  # fmt: skip
+    forms = [
+        own.text,
+        own.text.replace(own.text[-12:-3], "x" * 9),
+        "\n".join(told),
+        f"[TOOL_CALLS] [{', '.join(told)}]",
+        "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in told),
+        "\n".join(f"tool_call: {call.name}\narguments: {json.dumps(call.arguments)}" for call in calls),
+    ]
     assert own.text.startswith("[TOOL_CALLS]") and len({*forms}) == len(forms)
     for form in forms:
         found = score(Answered(task.asked[0], said(form), 1.0))
-        assert (found.value, found.detail["rouge_l"], found.detail["bleu"]) == (100.0, 100.0, pytest.approx(100.0)), form
+        assert (found.value, found.detail["rouge_l"], found.detail["bleu"]) == (
+            100.0,
+            100.0,
+            pytest.approx(100.0),
+        ), form
         assert score(Answered(task.asked[0], said(form.replace("Bern", "Rome")), 1.0)).value < 99, form
-    assert score(Answered(task.asked[0], said(f"Sure!\n{forms[4]}"), 1.0)).value < 100  # words that the reference has not
+    assert (
+        score(Answered(task.asked[0], said(f"Sure!\n{forms[4]}"), 1.0)).value < 100
+    )  # words that the reference has not
     turned = "\n".join(json.dumps(json.loads(one), sort_keys=True) for one in told)
     assert score(Answered(task.asked[0], said(turned), 1.0)).value == 100.0
     own_ids = mistral.text_prompt(turned)[1:]
@@ -459,13 +604,19 @@ def task_reference(of: Demonstration) -> tool_calls.Reference:
 def test_meaning_is_compared_past_control_tokens(tiny_model):
     renderer = template.renderer(tiny_model)
     token = next(renderer.decode([one]) for one in sorted(renderer.control_ids))
-    assert renderer.plain(f"{token}a cat{token}") == "a cat" == renderer.plain(f"{token[:2]}{token}{token[2:]}a cat")
+    assert (
+        renderer.plain(f"{token}a cat{token}")
+        == "a cat"
+        == renderer.plain(f"{token[:2]}{token}{token[2:]}a cat")
+    )
     assert adherence._ids(renderer, f"{token}a cat") == adherence._ids(renderer, "a cat") != []
 
 
 def test_constraints_are_read_off_the_reference_or_taken_as_declared(renderer):
     def kinds(text, **options):
-        return {one.kind for one in inferred(text, **{"calls": False, "callable": False, "whole": True} | options)}
+        return {
+            one.kind for one in inferred(text, **{"calls": False, "callable": False, "whole": True} | options)
+        }
 
     assert kinds("Yes.") == set()
     assert kinds("Yes.", callable=True) == {"no_call"}
@@ -474,10 +625,19 @@ def test_constraints_are_read_off_the_reference_or_taken_as_declared(renderer):
     assert kinds("# A\n\n| a | b |\n|---|---|\n| 1 | 2 |") == {"sections", "tables"}
     assert kinds('{"a": 1, "b": [null]}') == {"json"}
     (one,) = inferred('{"a": 1, "b": null}', calls=False, callable=False, whole=True)
-    assert one.holds('{"b": "x", "a": 2.5}') and not one.holds('{"a": 1}') and not one.holds('```\n{"a": 1, "b": 2}\n```')
+    assert (
+        one.holds('{"b": "x", "a": 2.5}')
+        and not one.holds('{"a": 1}')
+        and not one.holds('```\n{"a": 1, "b": 2}\n```')
+    )
     called = asked("", template.renderer("mistral-v3"), calls=(Call("f", {"a": 1}),))
-    assert not score(Answered(called, said('[TOOL_CALLS] [{"name": "f", "arguments": {}}]'))).detail["sanity"] < 100
-    assert [each.kind for each in called.constraints] == ["call"] and called.reference == '{"name": "f", "arguments": {"a": 1}}'
+    assert (
+        not score(Answered(called, said('[TOOL_CALLS] [{"name": "f", "arguments": {}}]'))).detail["sanity"]
+        < 100
+    )
+    assert [each.kind for each in called.constraints] == [
+        "call"
+    ] and called.reference == '{"name": "f", "arguments": {"a": 1}}'
     one = asked(LISTED, renderer, constraints=[{"kind": "bullets", "exactly": 2}])
     assert (one.kind, [each.kind for each in one.constraints]) == ("declared", ["bullets"])
 
@@ -487,7 +647,15 @@ def test_rows_of_ifeval_are_scored_by_their_constraints_alone(renderer, data_dir
     lines = []
     for line in data_dir("benchmarks/ifeval_train.jsonl").read_text().splitlines()[:40]:
         one = json.loads(line)
-        lines.append({"messages": [{"role": "user", "content": one.pop("prompt")}, {"role": "assistant", "content": "-"}], **one})
+        lines.append(
+            {
+                "messages": [
+                    {"role": "user", "content": one.pop("prompt")},
+                    {"role": "assistant", "content": "-"},
+                ],
+                **one,
+            }
+        )
     path = tiny.write_rows(tmp_path / "rows.jsonl", [{**one, "constraints_only": True} for one in lines])
     examples = read([path], DataSpec(train=(str(path),))).examples
     (task,) = build(material(examples, renderer))
@@ -503,9 +671,12 @@ def test_what_is_left_out_is_counted(renderer):
     notes: list[Notice] = []
     good = Conversation((Message("user", "a"), Message("assistant", "tool_call: f\narguments: {")))
     examples = [
-        row("Yes.", 1), Demonstration(good, source="rows.jsonl:2"), row("<|im_end|>", 3, ask="<|im_start|>"),
-        row("Yes.", 4, constraints="none"), row("Yes.", 5, constraints=[{"kind": "words", "at_least": 5}]),
-    ]  # fmt: skip
+        row("Yes.", 1),
+        Demonstration(good, source="rows.jsonl:2"),
+        row("<|im_end|>", 3, ask="<|im_start|>"),
+        row("Yes.", 4, constraints="none"),
+        row("Yes.", 5, constraints=[{"kind": "words", "at_least": 5}]),
+    ]
     (task,) = build(material(examples, renderer, notes))
     assert [one.source for one in task.asked] == ["rows.jsonl:1", "rows.jsonl:4", "rows.jsonl:5"]
     counts = {note.what.split(": ")[1].split(" ")[0]: note.count for note in notes}
@@ -527,7 +698,9 @@ def test_a_reference_is_a_perfect_answer_to_its_own_prompt(renderer, syngen):
         scores = task.score(items)
         assert {one.value for one in scores} == {100.0}
         for layer in WEIGHTS:
-            assert min(one.detail[layer] for one in scores if one.detail[layer] is not None) == pytest.approx(100)
+            assert min(one.detail[layer] for one in scores if one.detail[layer] is not None) == pytest.approx(
+                100
+            )
         assert task.score(items[::-1]) == scores[::-1]
 
 
@@ -537,9 +710,31 @@ def test_a_reference_without_words_is_a_perfect_answer_as_well(renderer, text):
     assert score(Answered(one, said(text), 1.0)).value == 100 > score(Answered(one, said("?"), 0.0)).value
 
 
-REFERENCES = [PROSE, LISTED, CODE, "Yes.", '{"a": [1]}', "tool_call: f\narguments: {}", "# A\n\nb", "漢字" * 30]
+REFERENCES = [
+    PROSE,
+    LISTED,
+    CODE,
+    "Yes.",
+    '{"a": [1]}',
+    "tool_call: f\narguments: {}",
+    "# A\n\nb",
+    "漢字" * 30,
+]
 PIECES = st.sampled_from(
-    ["```", "{", "[" * 5000, '{"a":', "\n", "- a\n", "tool_call: f\n", "<|im_end|>", "\x00", "\ud800", "***", "a " * 90]
+    [
+        "```",
+        "{",
+        "[" * 5000,
+        '{"a":',
+        "\n",
+        "- a\n",
+        "tool_call: f\n",
+        "<|im_end|>",
+        "\x00",
+        "\ud800",
+        "***",
+        "a " * 90,
+    ]
 )
 TRIED = st.text(max_size=60) | st.lists(PIECES | st.text(max_size=8), max_size=8).map("".join)
 
@@ -548,7 +743,9 @@ TRIED = st.text(max_size=60) | st.lists(PIECES | st.text(max_size=8), max_size=8
 @example(text="[" * 100_000, at=4, near=0.0)
 @example(text="", at=0, near=None)
 @given(text=TRIED, at=st.integers(0, 7), near=st.none() | st.floats(0, 1))
-def test_no_answer_makes_it_raise_and_which_numbers_there_are_depends_on_the_prompt_alone(renderer, text, at, near):
+def test_no_answer_makes_it_raise_and_which_numbers_there_are_depends_on_the_prompt_alone(
+    renderer, text, at, near
+):
     one = asked(REFERENCES[at], renderer)
     found, other = (score(Answered(one, answer, near)) for answer in (said(text, cut=True), said("Fine.")))
     assert 0 <= found.value <= 100 and (text.strip() or found.value == 0)
@@ -564,13 +761,35 @@ def test_no_answer_makes_it_raise_and_which_numbers_there_are_depends_on_the_pro
 
 
 GIVEN = {
-    "keywords": ["a"], "keyword": "a", "frequency": 1, "relation": "at least", "forbidden_words": ["b"], "letter": "a",
-    "let_frequency": 1, "let_relation": "less than", "language": "en", "num_sentences": 1, "num_words": 1, "num_paragraphs": 1,
-    "nth_paragraph": 1, "first_word": "a", "num_placeholders": 1, "postscript_marker": "P.S.", "num_bullets": 1,
-    "num_highlights": 1, "section_spliter": "Day", "num_sections": 1, "prompt_to_repeat": "a", "end_phrase": "a",
-    "capital_frequency": 1, "capital_relation": "less than", "titles": ["a"], "pattern": "a",
-    "schema": {"type": "object", "properties": {"a": {"$ref": "#"}}}, "at_least": 1,
-}  # fmt: skip
+    "keywords": ["a"],
+    "keyword": "a",
+    "frequency": 1,
+    "relation": "at least",
+    "forbidden_words": ["b"],
+    "letter": "a",
+    "let_frequency": 1,
+    "let_relation": "less than",
+    "language": "en",
+    "num_sentences": 1,
+    "num_words": 1,
+    "num_paragraphs": 1,
+    "nth_paragraph": 1,
+    "first_word": "a",
+    "num_placeholders": 1,
+    "postscript_marker": "P.S.",
+    "num_bullets": 1,
+    "num_highlights": 1,
+    "section_spliter": "Day",
+    "num_sections": 1,
+    "prompt_to_repeat": "a",
+    "end_phrase": "a",
+    "capital_frequency": 1,
+    "capital_relation": "less than",
+    "titles": ["a"],
+    "pattern": "a",
+    "schema": {"type": "object", "properties": {"a": {"$ref": "#"}}},
+    "at_least": 1,
+}
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -579,7 +798,9 @@ GIVEN = {
 @example(text='{"a":' * 1500 + "{}" + "}" * 1500)
 @given(text=TRIED)
 def test_no_text_makes_a_constraint_raise(kind, text):
-    one = constraint(kind, {key: GIVEN[key] for key in inspect.signature(KINDS[kind]).parameters if key in GIVEN})
+    one = constraint(
+        kind, {key: GIVEN[key] for key in inspect.signature(KINDS[kind]).parameters if key in GIVEN}
+    )
     assert one.holds(text) in (True, False)
 
 
@@ -588,10 +809,16 @@ def test_numbers_beyond_what_a_schema_can_follow_are_refused_by_it():
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.sampled_from(["|", "|", "-", "-", ":", " ", "\t", "a", "\n", "\n", "--|--"]), max_size=24).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(["|", "|", "-", "-", ":", " ", "\t", "a", "\n", "\n", "--|--"]), max_size=24
+    ).map("".join)
+)
 def test_tables_are_a_line_with_a_pipe_above_dashes_in_cells(text):
     cell = r"[ \t]*:?-+:?[ \t]*"
-    table = re.compile(rf"^[^\n]*\|[^\n]*\n[ \t]*(?:\|{cell}|{cell}\|{cell})(?:\|{cell})*\|?[ \t]*$", re.MULTILINE)
+    table = re.compile(
+        rf"^[^\n]*\|[^\n]*\n[ \t]*(?:\|{cell}|{cell}\|{cell})(?:\|{cell})*\|?[ \t]*$", re.MULTILINE
+    )
     count = sum(1 for _ in table.finditer(text))
     assert keeps("tables", f"x\n{text}", exactly=count)
 
@@ -606,16 +833,25 @@ def test_tables_are_a_line_with_a_pipe_above_dashes_in_cells(text):
         ("keywords:frequency", {"keyword": "(?:a|aa)+c", "frequency": 1, "relation": "less than"}, "a" * 400),
         ("keywords:forbidden_words", {"forbidden_words": ["(?:a|aa)+c"]}, "a" * 400),
         ("detectable_content:postscript", {"postscript_marker": "(?:a|aa)+c"}, "a" * 400),
-        ("detectable_format:multiple_sections", {"section_spliter": "(?:a|aa)+c", "num_sections": 1}, "a" * 400),
+        (
+            "detectable_format:multiple_sections",
+            {"section_spliter": "(?:a|aa)+c", "num_sections": 1},
+            "a" * 400,
+        ),
     ],
 )
-def test_no_text_takes_long_and_a_pattern_that_does_is_not_kept_and_shown_so(kind, given, text, renderer, monkeypatch):
+def test_no_text_takes_long_and_a_pattern_that_does_is_not_kept_and_shown_so(
+    kind, given, text, renderer, monkeypatch
+):
     monkeypatch.setattr(constraints, "PATIENCE", 0.05)
     start = time.process_time()
     one = asked(PROSE, renderer, constraints=[{"kind": kind, **given}, {"kind": "characters", "at_least": 1}])
     detail = score(Answered(one, said(text))).detail
     assert time.process_time() - start < 1
-    assert (detail["structure"], detail["constraints"][0]["holds"]) == (50, False if kind == "tables" else None)
+    assert (detail["structure"], detail["constraints"][0]["holds"]) == (
+        50,
+        False if kind == "tables" else None,
+    )
 
 
 def test_the_task_asks_a_model_scores_both_sides_and_names_itself_by_what_it_asks(tiny_model, renderer):
@@ -633,11 +869,16 @@ def test_the_task_asks_a_model_scores_both_sides_and_names_itself_by_what_it_ask
     others = [
         build(material(some, renderer, net=net, **{"max_tokens": 12} | spec))
         for some, spec in (
-            (examples[:2], {}), (examples, {"max_tokens": 13}), (examples, {"embed": False}),
+            (examples[:2], {}),
+            (examples, {"max_tokens": 13}),
+            (examples, {"embed": False}),
             ([row(PROSE, 1, constraints=[{"kind": "words", "at_least": 3}]), *examples[1:]], {}),
         )
-    ]  # fmt: skip
+    ]
     identities = [task.identity, *(one.identity for (one,) in others)]
-    assert len(set(identities)) == 5 and build(material(examples, renderer, net=net, max_tokens=12))[0].identity == task.identity
+    assert (
+        len(set(identities)) == 5
+        and build(material(examples, renderer, net=net, max_tokens=12))[0].identity == task.identity
+    )
     (plain,) = others[2]
     assert all(one.similarity is None for one in plain.measure(Subject(net, renderer, "base")))

@@ -1,4 +1,5 @@
-"""Benchmarks: the harness's questions and metrics, our model's numbers, local files, and nothing left behind."""
+"""Benchmarks: the harness's questions and metrics, our model's numbers, local files, and nothing left
+behind."""
 
 from __future__ import annotations
 
@@ -25,7 +26,15 @@ from processes import LAUNCH
 from tunesmith.cli import app as cli
 from tunesmith.errors import DataError, EvaluationError, SetupError
 from tunesmith.evaluation.harness import catalogue
-from tunesmith.evaluation.harness.requests import Request, _families, _passes, continuations, language_model, likelihoods, longest
+from tunesmith.evaluation.harness.requests import (
+    Request,
+    _families,
+    _passes,
+    continuations,
+    language_model,
+    likelihoods,
+    longest,
+)
 from tunesmith.evaluation.tasks import EvaluationSpec, Material, Subject, benchmarks, summarise
 from tunesmith.events import Notice, Working
 from tunesmith.model import loading as model
@@ -34,7 +43,9 @@ from tunesmith.tokens.batches import BatchSpec
 
 pytest.importorskip("lm_eval", reason="the extra benchmarks is absent")
 
-QUESTIONS = [f"{word} and the {other}?" for word in ("cat", "mat", "note") for other in ("timer", "file", "music")]
+QUESTIONS = [
+    f"{word} and the {other}?" for word in ("cat", "mat", "note") for other in ("timer", "file", "music")
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +67,19 @@ def renderer() -> template.Renderer:
 
 
 def material(folder: Path | None, *names: str, notify=lambda event: None, **settings) -> Material:
-    spec = EvaluationSpec(benchmarks=names, benchmark_data=None if folder is None else str(folder), **settings)
+    spec = EvaluationSpec(
+        benchmarks=names, benchmark_data=None if folder is None else str(folder), **settings
+    )
     return Material(
-        everything=[], imitated=[], rows=[], renderer=renderer(), template=template.TemplateSpec(), batch=BatchSpec(), spec=spec,
+        everything=[],
+        imitated=[],
+        rows=[],
+        renderer=renderer(),
+        template=template.TemplateSpec(),
+        batch=BatchSpec(),
+        spec=spec,
         notify=notify,
-    )  # fmt: skip
+    )
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -81,14 +100,27 @@ def folder(tmp_path_factory) -> Path:
             rows = zip(QUESTIONS, choices(count, at), strict=False)
             write(
                 folder / "mmlu" / subject / f"{split}.jsonl",
-                [{"question": q, "subject": subject, "choices": c, "answer": (i + at) % 4} for i, (q, c) in enumerate(rows)],
+                [
+                    {"question": q, "subject": subject, "choices": c, "answer": (i + at) % 4}
+                    for i, (q, c) in enumerate(rows)
+                ],
             )
     endings = zip(QUESTIONS, choices(7, 9), strict=False)
     write(
         folder / "hellaswag_validation_7.jsonl",
-        [{"ind": i, "activity_label": "Reading", "ctx_a": "A cat sat.", "ctx_b": "the cat", "ctx": q, "endings": c,
-          "label": str(i % 4)} for i, (q, c) in enumerate(endings)],
-    )  # fmt: skip
+        [
+            {
+                "ind": i,
+                "activity_label": "Reading",
+                "ctx_a": "A cat sat.",
+                "ctx_b": "the cat",
+                "ctx": q,
+                "endings": c,
+                "label": str(i % 4),
+            }
+            for i, (q, c) in enumerate(endings)
+        ],
+    )
     sums = [{"question": f"{q} {i}", "answer": f"so {i}\n#### {i}"} for i, q in enumerate(QUESTIONS)]
     write(folder / "gsm8k_test.jsonl", sums[:4])
     write(folder / "gsm8k_train.jsonl", sums[4:])
@@ -150,14 +182,19 @@ def test_every_request_is_in_one_pass_and_sharing_never_computes_more(loaded):
     families = _families(passes)
     assert [member for _, members in families for member in members] == list(range(len(passes)))
     assert all(kept <= passes[member].first for kept, members in families for member in members)
-    tokens = sum(kept + sum(len(passes[member].ids) - kept for member in members) for kept, members in families)
+    tokens = sum(
+        kept + sum(len(passes[member].ids) - kept for member in members) for kept, members in families
+    )
     assert tokens < sum(len(one.ids) for one in passes)
 
 
 def test_text_is_what_the_model_says_up_to_the_first_stop_string(subject):
     prompts = [subject.renderer.text_prompt(text) for text in QUESTIONS]
     ids = model.generate(subject.net, prompts, max_tokens=24, eos_ids=subject.renderer.eos_ids)
-    whole = [subject.renderer.decode([token for token in one.ids if token not in subject.renderer.control_ids]) for one in ids]
+    whole = [
+        subject.renderer.decode([token for token in one.ids if token not in subject.renderer.control_ids])
+        for one in ids
+    ]
     until = [[text[len(text) // 2 :][:2], text[-1:]] if at % 3 else [] for at, text in enumerate(whole)]
     ends = [
         min([text.find(stop) for stop in stops if stop in text], default=len(text))
@@ -196,16 +233,20 @@ def test_scores_are_the_harness_own_for_our_model(subject, folder):
     for task in tasks:
         scores = task.score(task.measure(subject))
         theirs = evaluate(
-            language_model(subject, "oracle"), {"tasks": {part.task.task_name: part.task for part in task._parts}}, limit=3,
+            language_model(subject, "oracle"),
+            {"tasks": {part.task.task_name: part.task for part in task._parts}},
+            limit=3,
             bootstrap_iters=0,
-        )  # fmt: skip
+        )
         samples = [one for name in theirs["samples"] for one in theirs["samples"][name]]
         keys = {statistic.name: statistic.name.partition(", ") for statistic in task.statistics}
         for key, (metric, _, filter) in keys.items():
             theirs_now = [float(one[metric]) for one in samples if one["filter"] == (filter or "none")]
             assert [one.detail[key] for one in scores] == theirs_now
         assert (
-            len(scores) == len({one.source for one in scores}) == len({(one["doc_hash"], one["prompt_hash"]) for one in samples})
+            len(scores)
+            == len({one.source for one in scores})
+            == len({(one["doc_hash"], one["prompt_hash"]) for one in samples})
         )
 
 
@@ -253,9 +294,13 @@ def test_a_group_is_shown_by_category_and_subject_and_says_what_is_not_there(sub
     scores = task.score(task.measure(subject))
     found = {one.part: one for one in summarise(task, scores, scores, 0)}
     assert {part for part in found if part} == {
-        "category=humanities", "category=other", "category=stem",
-        "subject=anatomy", "subject=philosophy", "subject=marketing",
-    }  # fmt: skip
+        "category=humanities",
+        "category=other",
+        "category=stem",
+        "subject=anatomy",
+        "subject=philosophy",
+        "subject=marketing",
+    }
     assert found[None].n == 12 and found[None].delta == 0 and found["subject=anatomy"].n == 4
     stem = benchmarks.build(material(folder, "mmlu:stem"))[0]
     assert (stem.name, len(stem._parts)) == ("benchmark.mmlu_stem", 1)
@@ -272,7 +317,7 @@ def test_a_group_is_shown_by_category_and_subject_and_says_what_is_not_there(sub
         (["humaneval"], {}, "humaneval_test.jsonl"),
         (["mbpp"], {}, "runs code"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_asked_is_told_with_the_name_of_what_is_missing(folder, names, settings, said):
     with pytest.raises(EvaluationError) as error:
         benchmarks.build(material(folder, *names, **settings))
@@ -283,7 +328,9 @@ def test_files_that_are_not_as_the_hub_has_them(tmp_path):
     write(tmp_path / "piqa_validation.jsonl", [{"goal": "open a file", "label": 0}])
     with pytest.raises(EvaluationError, match="not as the hub's"):
         benchmarks.build(material(tmp_path, "piqa"))
-    (tmp_path / "piqa_validation.jsonl").write_text('{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n[1]\n')
+    (tmp_path / "piqa_validation.jsonl").write_text(
+        '{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n[1]\n'
+    )
     with pytest.raises(DataError, match=r"piqa_validation.jsonl:2: is no JSON object"):
         benchmarks.build(material(tmp_path, "piqa"))
     (tmp_path / "piqa_validation.jsonl").rename(tmp_path / "piqa_validation_10.jsonl")
@@ -318,7 +365,13 @@ def test_a_likelihood_that_is_no_number_is_an_error_and_no_choice(subject, folde
 def test_hints_name_options_of_the_command():
     code = "".join(
         (Path(benchmarks.__file__).parents[1] / name).read_text("utf-8")
-        for name in ("tasks/benchmarks.py", "harness/catalogue.py", "tasks/drift.py", "suites/__init__.py", "tasks/programs.py")
+        for name in (
+            "tasks/benchmarks.py",
+            "harness/catalogue.py",
+            "tasks/drift.py",
+            "suites/__init__.py",
+            "tasks/programs.py",
+        )
     )
     assert "evaluation." not in code.replace("tunesmith.evaluation.", "")
     command = typer.main.get_command(cli.app).commands["evaluate"]
@@ -343,9 +396,13 @@ Path(sys.argv[1] + str(among.rank)).write_text(repr(found))
     (folder / "ranks").mkdir()
     launch = [*LAUNCH, sys.executable, "-c", code]
     done = subprocess.run(
-        [*launch, str(folder / "ranks/of")], capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=300,
+        [*launch, str(folder / "ranks/of")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
+        timeout=300,
         env={**os.environ, "PYTHONPATH": "src"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     first, second = (eval((folder / f"ranks/of{rank}").read_text()) for rank in (0, 1))
     tasks = benchmarks.build(material(folder, "mmlu:anatomy", "gsm8k", shots=0, limit=3))
@@ -432,18 +489,22 @@ print(len(task.score(task.measure(Subject(net, template.renderer({str(tiny_model
 assert "torch" not in sys.modules and "lm_eval.api.model" in sys.modules
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3],
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[3],
         env={**os.environ, "PYTHONPATH": "src"},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr
 
 
 def test_ifeval_is_scored_by_our_own_checks(subject, tmp_path):
     asked = {
-        "key": 1, "prompt": "Write all in lower case, without commas.",
+        "key": 1,
+        "prompt": "Write all in lower case, without commas.",
         "instruction_id_list": ["punctuation:no_comma", "startend:end_checker"],
         "kwargs": [{}, {"end_phrase": "the end"}],
-    }  # fmt: skip
+    }
     odd = {"key": 2, "prompt": "?", "instruction_id_list": ["no:such"], "kwargs": [{}]}
     write(tmp_path / "ifeval_train.jsonl", [asked, odd])
     told: list = []
@@ -470,7 +531,9 @@ def test_all_that_is_longer_than_the_model_reads_is_cut_and_told(subject, monkey
     ((logp, _),) = lm._loglikelihood_tokens([(("", ""), list(context), list(said))])
     expected, _ = naive(subject.net, Request(context[-(room - 1) :], said))
     assert logp == pytest.approx(expected, abs=1e-3)
-    assert any(isinstance(one, Notice) and "cut at the beginning" in one.what and one.count == 1 for one in told)
+    assert any(
+        isinstance(one, Notice) and "cut at the beginning" in one.what and one.count == 1 for one in told
+    )
 
 
 def test_rolling_likelihood_is_that_of_all_its_tokens(subject):
@@ -478,17 +541,38 @@ def test_rolling_likelihood_is_that_of_all_its_tokens(subject):
 
     text = " ".join(QUESTIONS)
     ids = tuple(subject.renderer.text_prompt(text))
-    (found,) = language_model(subject, "text").loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-    assert found == pytest.approx(naive(subject.net, Request((subject.renderer.eos_ids[-1],), ids))[0], abs=1e-3)
+    (found,) = language_model(subject, "text").loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, (text,), 0)]
+    )
+    assert found == pytest.approx(
+        naive(subject.net, Request((subject.renderer.eos_ids[-1],), ids))[0], abs=1e-3
+    )
 
 
 def test_the_real_files_are_found_and_can_be_asked(data_dir):
     folder = data_dir("benchmarks")
-    names = ("hellaswag", "arc_easy", "arc_challenge", "winogrande", "piqa", "truthfulqa", "ifeval", "bbh:navigate", "gsm8k")
+    names = (
+        "hellaswag",
+        "arc_easy",
+        "arc_challenge",
+        "winogrande",
+        "piqa",
+        "truthfulqa",
+        "ifeval",
+        "bbh:navigate",
+        "gsm8k",
+    )
     tasks = benchmarks.build(material(folder, *names, limit=3))
     assert all(len(part.asked) == 3 for task in tasks for part in task._parts)
     assert {task.name: sum(len(part.task.task_docs) for part in task._parts) for task in tasks} == {
-        "benchmark.hellaswag": 2000, "benchmark.arc_easy": 2376, "benchmark.arc_challenge": 1172, "benchmark.winogrande": 1267,
-        "benchmark.piqa": 1838, "benchmark.truthfulqa_mc1": 817, "benchmark.truthfulqa_mc2": 817, "benchmark.ifeval": 541,
-        "benchmark.bbh_cot_fewshot_navigate": 250, "benchmark.gsm8k": 1319,
-    }  # fmt: skip
+        "benchmark.hellaswag": 2000,
+        "benchmark.arc_easy": 2376,
+        "benchmark.arc_challenge": 1172,
+        "benchmark.winogrande": 1267,
+        "benchmark.piqa": 1838,
+        "benchmark.truthfulqa_mc1": 817,
+        "benchmark.truthfulqa_mc2": 817,
+        "benchmark.ifeval": 541,
+        "benchmark.bbh_cot_fewshot_navigate": 250,
+        "benchmark.gsm8k": 1319,
+    }

@@ -1,4 +1,5 @@
-"""Efficiency: the same work on both sides, ratios of sums for speed, percentiles with intervals for latency."""
+"""Efficiency: the same work on both sides, ratios of sums for speed, percentiles with intervals for
+latency."""
 
 from __future__ import annotations
 
@@ -42,9 +43,15 @@ def task(tiny_model) -> Efficiency:
 
 
 def timed(speed: dict[int, list[float]], latency: list[list[float]], memory: float = 1e9) -> list[Timed]:
-    found = [Timed(f"round {at}", "speed", size, each, 10) for size, rounds in speed.items() for at, each in enumerate(rounds)]
+    found = [
+        Timed(f"round {at}", "speed", size, each, 10)
+        for size, rounds in speed.items()
+        for at, each in enumerate(rounds)
+    ]
     found += [Timed(f"round {at}", "memory", 16, memory + at, 1) for at in range(3)]
-    return found + [Timed(f"prompt {at}", "latency", 8 + at, one, 1) for at, each in enumerate(latency) for one in each]
+    return found + [
+        Timed(f"prompt {at}", "latency", 8 + at, one, 1) for at, each in enumerate(latency) for one in each
+    ]
 
 
 def test_both_sides_do_the_same_work_and_all_of_it(loaded, task, tiny_model, monkeypatch):
@@ -60,23 +67,35 @@ def test_both_sides_do_the_same_work_and_all_of_it(loaded, task, tiny_model, mon
     told: list = []
     sides = []
     for side in ("base", "tuned"):
-        sides.append(task.measure(Subject(loaded.net, template.renderer(tiny_model), side, notify=told.append)))
+        sides.append(
+            task.measure(Subject(loaded.net, template.renderer(tiny_model), side, notify=told.append))
+        )
         assert all(one.value > 0 for one in sides[-1])
     half = len(asked) // 2
     assert asked[:half] == asked[half:] and half == (ROUNDS + 1) * len(BATCHES)
     # Past any end token: every sequence speaks for as long.
-    assert all(tokens == len(prompts) * SPOKEN and {len(one) for one in prompts} == {PROMPT} for prompts, tokens in asked)
+    assert all(
+        tokens == len(prompts) * SPOKEN and {len(one) for one in prompts} == {PROMPT}
+        for prompts, tokens in asked
+    )
     assert [(one.source, one.kind, one.size, one.units) for one in sides[0]] == [
         (one.source, one.kind, one.size, one.units) for one in sides[1]
     ]
     kinds = Counter(one.kind for one in sides[0])
-    assert kinds == {"speed": ROUNDS * len(BATCHES), "memory": ROUNDS, "latency": len(LENGTHS) * LATENCY_ROUNDS}
-    weights = sum(value.nbytes for _, value in __import__("mlx.utils").utils.tree_flatten(loaded.net.parameters()))
+    assert kinds == {
+        "speed": ROUNDS * len(BATCHES),
+        "memory": ROUNDS,
+        "latency": len(LENGTHS) * LATENCY_ROUNDS,
+    }
+    weights = sum(
+        value.nbytes for _, value in __import__("mlx.utils").utils.tree_flatten(loaded.net.parameters())
+    )
     assert all(one.value >= weights for one in sides[0] if one.kind == "memory")
     assert {(one.label, one.done) for one in told if one.done == one.total} >= {
-        (f"{side}: {what}", total) for side in ("base", "tuned")
+        (f"{side}: {what}", total)
+        for side in ("base", "tuned")
         for what, total in (("speed", half), ("latency", (LATENCY_ROUNDS + 1) * len(LENGTHS)))
-    }  # fmt: skip
+    }
 
 
 def test_speed_is_tokens_over_seconds_of_all_rounds(task):
@@ -99,8 +118,12 @@ def test_percentiles_are_numpys_with_an_interval_around_them(task):
     alone = {one.name: one for one in task.summarise(None, sides[1], 0)}
     for rank in PERCENTILES:
         one = found[f"first_token_p{rank}"]
-        assert one.value == pytest.approx(np.percentile(tuned, rank)) and one.base == pytest.approx(np.percentile(base, rank))
-        assert one.low is not None and one.high is not None and one.low <= one.value <= one.high and one.n == 30
+        assert one.value == pytest.approx(np.percentile(tuned, rank)) and one.base == pytest.approx(
+            np.percentile(base, rank)
+        )
+        assert (
+            one.low is not None and one.high is not None and one.low <= one.value <= one.high and one.n == 30
+        )
         assert one.delta_low is not None and one.delta_low > 0 and one.p is not None and one.p < 0.05
         assert one.sources is None and one.better is None and one.unit == "s"
         assert (alone[one.name].low, alone[one.name].high, alone[one.name].delta) == (one.low, one.high, None)
@@ -116,13 +139,21 @@ def test_the_interval_of_the_median_covers_it_about_as_often_as_it_says(task):
 
 
 def test_a_side_against_itself_is_no_difference(task):
-    side = task.score(timed({size: [0.1, 0.2, 0.15] for size in BATCHES}, np.random.default_rng(1).gamma(2, 1, (30, 2)).tolist()))
+    side = task.score(
+        timed(
+            {size: [0.1, 0.2, 0.15] for size in BATCHES},
+            np.random.default_rng(1).gamma(2, 1, (30, 2)).tolist(),
+        )
+    )
     for one in task.summarise(side, side, 0):
         assert one.delta == 0 and one.p == 1.0 and (one.delta_low, one.delta_high) == (0.0, 0.0), one.name
 
 
 def test_a_load_on_one_side_is_no_verdict_but_memory_has_one(task):
-    base = timed({size: [0.1, 0.11, 0.12, 0.1, 0.11] for size in BATCHES}, np.random.default_rng(1).gamma(2, 1, (30, 2)).tolist())
+    base = timed(
+        {size: [0.1, 0.11, 0.12, 0.1, 0.11] for size in BATCHES},
+        np.random.default_rng(1).gamma(2, 1, (30, 2)).tolist(),
+    )
     busy = [one._replace(value=one.value * (1.01 if one.kind == "memory" else 1.5)) for one in base]
     scores = judge(task.summarise(task.score(base), task.score(busy), 0))
     assert [one.name for one in scores if one.verdict] == ["peak_memory"]
@@ -144,5 +175,7 @@ def test_what_is_asked_is_in_the_identity(task, tiny_model, monkeypatch):
 def test_the_order_of_measurements_is_free(task):
     made = timed({1: [0.1, 0.3], 4: [0.02, 0.05]}, np.random.default_rng(2).gamma(2, 1, (5, 2)).tolist())
     straight, turned = (task.summarise(None, task.score(one), 0) for one in (made, made[::-1]))
-    assert [(one.name, pytest.approx(one.value)) for one in straight] == [(one.name, one.value) for one in turned]
+    assert [(one.name, pytest.approx(one.value)) for one in straight] == [
+        (one.name, one.value) for one in turned
+    ]
     assert isinstance(task.score(made)[0], ExampleScore)

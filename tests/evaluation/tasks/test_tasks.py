@@ -17,7 +17,15 @@ from tunesmith.checks.parsers import ParsedCall, parse, same_json
 from tunesmith.data import formats
 from tunesmith.data.formats import Call, Completion, Conversation, Document, Judged, Message, Preference
 from tunesmith.errors import EvaluationError
-from tunesmith.evaluation.tasks import EvaluationSpec, Material, Said, Subject, adherence, summarise, tool_calls
+from tunesmith.evaluation.tasks import (
+    EvaluationSpec,
+    Material,
+    Said,
+    Subject,
+    adherence,
+    summarise,
+    tool_calls,
+)
 from tunesmith.evaluation.tasks import perplexity as perplexities
 from tunesmith.evaluation.tasks.perplexity import Perplexity, RowLoss
 from tunesmith.evaluation.tasks.tool_calls import CHECKS as ALL_CHECKS
@@ -51,7 +59,8 @@ def as_mistral(made: list[tuple[str, dict]]) -> str:
 
 def as_hermes(made: list[tuple[str, dict]]) -> str:
     return "\n".join(
-        f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, indent=1)}\n</tool_call>" for name, arguments in made
+        f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, indent=1)}\n</tool_call>"
+        for name, arguments in made
     )
 
 
@@ -74,7 +83,9 @@ def as_llama(made: list[tuple[str, dict]]) -> str:
 
 
 def as_later_mistral(made: list[tuple[str, dict]]) -> str:
-    return "".join(f"[TOOL_CALLS]{name}[CALL_ID]abcdefghi[ARGS]{json.dumps(arguments)}" for name, arguments in made)
+    return "".join(
+        f"[TOOL_CALLS]{name}[CALL_ID]abcdefghi[ARGS]{json.dumps(arguments)}" for name, arguments in made
+    )
 
 
 FORMS = [as_text, as_mistral, as_hermes, as_objects, as_openai, as_llama, as_later_mistral]
@@ -98,10 +109,14 @@ def test_mlx_lms_own_parsers_read_the_same(made):
     for text in (as_mistral(made), as_later_mistral(made).replace("[CALL_ID]abcdefghi", "")):
         theirs = mistral.parse_tool_call(text.removeprefix("[TOOL_CALLS]"))
         theirs = [theirs] if isinstance(theirs, dict) else theirs
-        assert [(call.name, call.arguments) for call in parse(text)] == [(one["name"], one["arguments"]) for one in theirs]
+        assert [(call.name, call.arguments) for call in parse(text)] == [
+            (one["name"], one["arguments"]) for one in theirs
+        ]
     bodies = [part.partition("</tool_call>")[0] for part in as_hermes(made).split("<tool_call>")[1:]]
     theirs = [json_tools.parse_tool_call(body) for body in bodies]
-    assert [(call.name, call.arguments) for call in parse(as_hermes(made))] == [(one["name"], one["arguments"]) for one in theirs]
+    assert [(call.name, call.arguments) for call in parse(as_hermes(made))] == [
+        (one["name"], one["arguments"]) for one in theirs
+    ]
 
 
 LLAMA = tiny.CHATML.replace(
@@ -129,7 +144,11 @@ def renderers(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["mistral", "hermes", "llama"])
 @settings(max_examples=20, deadline=None)
-@given(made=st.lists(st.tuples(names, st.dictionaries(names, st.integers() | names, max_size=3)), min_size=1, max_size=3))
+@given(
+    made=st.lists(
+        st.tuples(names, st.dictionaries(names, st.integers() | names, max_size=3)), min_size=1, max_size=3
+    )
+)
 def test_what_a_renderer_teaches_is_read_back(renderers, name, made):
     """The learned tokens of a row, decoded as an answer is."""
     answer = Message("assistant", "", tuple(Call(name, arguments) for name, arguments in made))
@@ -139,10 +158,35 @@ def test_what_a_renderer_teaches_is_read_back(renderers, name, made):
 
 
 pieces = st.sampled_from(
-    ["tool_call:", "tool_call: f\n", "arguments:", "arguments: {", "[TOOL_CALLS]", "<tool_call>", "</tool_call>", "\n",
-     "Result:", '{"name": "f", "arguments": ', '{"a": 1}', "}", "]", "[", "{", '"', "NaN", "\\", "9" * 5000, "[" * 20000,
-     '{"function": ', '{"tool_calls": [', "\r\n", " ", "\x00", "é"]
-)  # fmt: skip
+    [
+        "tool_call:",
+        "tool_call: f\n",
+        "arguments:",
+        "arguments: {",
+        "[TOOL_CALLS]",
+        "<tool_call>",
+        "</tool_call>",
+        "\n",
+        "Result:",
+        '{"name": "f", "arguments": ',
+        '{"a": 1}',
+        "}",
+        "]",
+        "[",
+        "{",
+        '"',
+        "NaN",
+        "\\",
+        "9" * 5000,
+        "[" * 20000,
+        '{"function": ',
+        '{"tool_calls": [',
+        "\r\n",
+        " ",
+        "\x00",
+        "é",
+    ]
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -213,7 +257,14 @@ def test_a_line_inside_a_broken_call_is_no_second_call():
 
 def test_json_equality_keeps_true_and_1_apart():
     assert same_json({"a": 1, "b": [1.0, "x"]}, {"b": [1, "x"], "a": 1.0})
-    for one, other in [(True, 1), (0, False), (None, False), ([1], [1, 2]), ({"a": 1}, {"a": 1, "b": 2}), ("1", 1)]:
+    for one, other in [
+        (True, 1),
+        (0, False),
+        (None, False),
+        ([1], [1, 2]),
+        ({"a": 1}, {"a": 1, "b": 2}),
+        ("1", 1),
+    ]:
         assert not same_json(one, other)
         assert not same_json(other, one)
 
@@ -263,11 +314,20 @@ def test_where_no_call_is_due_any_attempt_is_wrong():
 
 
 TOOLS = (
-    {"type": "function", "function": {"name": "f", "parameters": {
-        "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"],
-        "additionalProperties": False}}},
+    {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer"}, "b": {"type": "string"}},
+                "required": ["a"],
+                "additionalProperties": False,
+            },
+        },
+    },
     {"type": "function", "function": {"name": "g"}},
-)  # fmt: skip
+)
 WITH_TOOLS = Conversation(ASK.messages, TOOLS)
 
 
@@ -279,7 +339,14 @@ WITH_TOOLS = Conversation(ASK.messages, TOOLS)
         (as_text([("f", {"b": "x"})]), False, False, False, False, True),
         (as_text([("f", {"a": "1", "b": "x"})]), True, True, False, False, True),
         (as_text([("f", {"a": 1, "b": "x", "c": 1})]), True, True, False, False, True),
-        (as_text([("g", {"any": 1})]), False, False, False, True, True),  # another tool, called as it is declared
+        (
+            as_text([("g", {"any": 1})]),
+            False,
+            False,
+            False,
+            True,
+            True,
+        ),  # another tool, called as it is declared
         (as_text([("h", {"a": 1, "b": "x"})]), False, False, False, False, False),
         (as_text([("f", {"a": 1, "b": "x"}), ("h", {})]), False, False, False, False, False),
         ("words", False, False, False, False, False),
@@ -293,26 +360,45 @@ def test_what_a_tool_declares_decides_which_arguments_are_right(answer, keys, re
 
 
 def test_a_tool_without_a_schema_requires_what_the_reference_gives():
-    asked = ref(("f", {"a": 1}))._replace(prompt=Conversation(ASK.messages, ({"type": "function", "function": {"name": "f"}},)))
+    asked = ref(("f", {"a": 1}))._replace(
+        prompt=Conversation(ASK.messages, ({"type": "function", "function": {"name": "f"}},))
+    )
     for arguments, whole in (({}, False), ({"a": 2}, True)):
         detail = score(as_text([("f", arguments)]), asked)
-        assert (detail["required_arguments"], detail["keys_present"], detail["schema_valid"]) == (whole, whole, True)
+        assert (detail["required_arguments"], detail["keys_present"], detail["schema_valid"]) == (
+            whole,
+            whole,
+            True,
+        )
 
 
 schemas = st.fixed_dictionaries(
     {"type": st.just("object")},
     optional={
-        "properties": st.dictionaries(st.sampled_from("abc"), st.sampled_from(
-            [{"type": "integer"}, {"type": ["string", "null"]}, {"enum": [1, "x"]}, {"$ref": "#/$defs/s"}, {}])),
+        "properties": st.dictionaries(
+            st.sampled_from("abc"),
+            st.sampled_from(
+                [
+                    {"type": "integer"},
+                    {"type": ["string", "null"]},
+                    {"enum": [1, "x"]},
+                    {"$ref": "#/$defs/s"},
+                    {},
+                ]
+            ),
+        ),
         "required": st.lists(st.sampled_from("abc"), unique=True),
         "additionalProperties": st.booleans(),
         "$defs": st.just({"s": {"type": "string", "minLength": 1}}),
     },
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150, deadline=None)
-@given(schemas, st.dictionaries(st.sampled_from("abcd"), st.integers() | st.text(max_size=2) | st.none(), max_size=4))
+@given(
+    schemas,
+    st.dictionaries(st.sampled_from("abcd"), st.integers() | st.text(max_size=2) | st.none(), max_size=4),
+)
 def test_schema_valid_is_what_jsonschema_says(schema, arguments):
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     reference = Reference("x:1", Conversation(ASK.messages, (tool,)), (Call("f", {"z": 1}),))
@@ -335,10 +421,14 @@ def test_schema_valid_is_what_jsonschema_says(schema, arguments):
 def test_arguments_beyond_what_a_schema_can_follow_are_not_valid(schema, value):
     tool = {
         "type": "function",
-        "function": {"name": "f", "parameters": {"properties": {"a": schema}, "$defs": schema.get("$defs", {})}},
+        "function": {
+            "name": "f",
+            "parameters": {"properties": {"a": schema}, "$defs": schema.get("$defs", {})},
+        },
     }
     detail = score(
-        f'tool_call: f\narguments: {{"a": {value}}}', ref(("f", {"a": 1}))._replace(prompt=Conversation(ASK.messages, (tool,)))
+        f'tool_call: f\narguments: {{"a": {value}}}',
+        ref(("f", {"a": 1}))._replace(prompt=Conversation(ASK.messages, (tool,))),
     )
     assert (detail["schema_valid"], detail["keys_present"]) == (False, True)
 
@@ -358,23 +448,38 @@ def test_arguments_beyond_what_a_schema_can_follow_are_not_valid(schema, value):
 )
 def test_a_schema_that_is_none_is_told_and_not_asked(schema, notices, renderers):
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-    rows = [formats.Demonstration(Conversation((*ASK.messages, Message("assistant", as_text([("f", {"a": 1})]))), (tool,)))]
+    rows = [
+        formats.Demonstration(
+            Conversation((*ASK.messages, Message("assistant", as_text([("f", {"a": 1})]))), (tool,))
+        )
+    ]
     (task,) = tool_calls.build(material(rows, renderers["hermes"], notices))  # Mistral's refuses such rows
     detail = task.score([(task.asked[0], said(as_text([("f", {"b": 1})])))])[0].detail
-    assert (detail["schema_valid"], detail["required_arguments"], detail["keys_present"]) == (None, False, False)
+    assert (detail["schema_valid"], detail["required_arguments"], detail["keys_present"]) == (
+        None,
+        False,
+        False,
+    )
     assert [one.count for one in notices if "schema that is none" in one.what] == [1]
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.sampled_from(["words", "[TOOL_CALLS]", as_text([("f", {"a": 1})]), as_text([("h", {})]), "tool_call: f"]),
+        st.sampled_from(
+            ["words", "[TOOL_CALLS]", as_text([("f", {"a": 1})]), as_text([("h", {})]), "tool_call: f"]
+        ),
         min_size=2,
         max_size=2,
     )
 )
 def test_whether_a_check_has_a_number_depends_on_the_question_alone(answers):
-    questions = [ref(), ref(("f", {})), ref(("f", {"a": 1}))._replace(prompt=WITH_TOOLS), ref()._replace(prompt=WITH_TOOLS)]
+    questions = [
+        ref(),
+        ref(("f", {})),
+        ref(("f", {"a": 1}))._replace(prompt=WITH_TOOLS),
+        ref()._replace(prompt=WITH_TOOLS),
+    ]
     for question in questions:
         one, other = (score(answer, question) for answer in answers)
         assert [one[check] is None for check in ALL_CHECKS] == [other[check] is None for check in ALL_CHECKS]
@@ -422,7 +527,10 @@ def test_each_answer_that_calls_is_asked_for_and_the_last():
     assert [len(one.prompt.messages) for one in found] == [1, 7]
     assert {one.source for one in found} == {"x.jsonl:7"}
     assert unusable == 1
-    assert [len(one.prompt.messages) for one in asked(judged(user, replace(calling, learn=False), result, words))[0]] == [3]
+    assert [
+        len(one.prompt.messages)
+        for one in asked(judged(user, replace(calling, learn=False), result, words))[0]
+    ] == [3]
     assert asked(judged(user, calling, desirable=False)) == ([], 1)
 
 
@@ -430,10 +538,14 @@ def test_preferences_and_completions_have_references_too():
     called = Conversation((Message("user", "a"), Message("assistant", as_text([("f", {"a": 1})]))))
     words = Conversation((Message("user", "a"), Message("assistant", "no")))
     found = references(Preference(called, words, source="p:1"))
-    assert found == Reference("p:1", Conversation(called.messages[:1]), (Call("f", {"a": 1}),), called.messages[1])
+    assert found == Reference(
+        "p:1", Conversation(called.messages[:1]), (Call("f", {"a": 1}),), called.messages[1]
+    )
     text = as_mistral([("f", {"a": 1})])
     answer = Message("assistant", text)
-    assert references(Completion("ask", text, source="c:1")) == Reference("c:1", "ask", (Call("f", {"a": 1}),), answer)
+    assert references(Completion("ask", text, source="c:1")) == Reference(
+        "c:1", "ask", (Call("f", {"a": 1}),), answer
+    )
     assert references(Completion("ask", text, label=False)) is None
     assert references(Document(text)) is None
 
@@ -449,8 +561,8 @@ def test_what_cannot_be_a_reference_is_none():
 
 
 def test_desirable_rows_of_the_reference_data_are_read(syngen):
-    """635 of the 662 answers with a call are well formed. The other 27 are the data's fault: arguments that end in `)`
-    instead of `}`, or lack the last `}`. With that mended they are well formed too."""
+    """635 of the 662 answers with a call are well formed. The other 27 are the data's fault: arguments that
+    end in `)` instead of `}`, or lack the last `}`. With that mended they are well formed too."""
     rows = [json.loads(line) for line in syngen.read_text(encoding="utf-8").splitlines()]
     right = [row["conversations"][-1]["content"] for row in rows if row["label"]]
     tries = [text for text in right if "tool_call:" in text]
@@ -464,7 +576,11 @@ def test_desirable_rows_of_the_reference_data_are_read(syngen):
     assert len(broken) == 27
     for text in broken:
         lines = text.splitlines()
-        short = [line for line in lines if line.startswith("arguments: ") and line.count("{") == line.count("}") + 1]
+        short = [
+            line
+            for line in lines
+            if line.startswith("arguments: ") and line.count("{") == line.count("}") + 1
+        ]
         assert short
         mended = "\n".join(line.removesuffix(")") + "}" if line in short else line for line in lines)
         assert [call.problem for call in parse(mended)] == [None] * len(parse(text))
@@ -480,7 +596,9 @@ def material(rows, renderer, notices, **options) -> Material:
     spec = template.TemplateSpec(too_long="drop")
     rendered = template.render(imitated, renderer, spec, 2048)
     batch = options.pop("batch", BatchSpec())
-    return Material(rows, imitated, rendered.rows, renderer, spec, batch, EvaluationSpec(**options), notify=notices.append)
+    return Material(
+        rows, imitated, rendered.rows, renderer, spec, batch, EvaluationSpec(**options), notify=notices.append
+    )
 
 
 def test_what_cannot_be_asked_is_said(notices, renderers):
@@ -491,11 +609,16 @@ def test_what_cannot_be_asked_is_said(notices, renderers):
         judged(user, Message("tool", "{}"), words),  # answers no call
         formats.Document("text"),
     ]
-    rows = [replace(row, conversation=replace(row.conversation, tools=())) if isinstance(row, Judged) else row for row in rows]
+    rows = [
+        replace(row, conversation=replace(row.conversation, tools=())) if isinstance(row, Judged) else row
+        for row in rows
+    ]
     assert tool_calls.build(material(rows, renderers["mistral"], notices)) == []
     told = [(one.what.partition(":")[2].strip(), one.count) for one in notices]
     assert told[0] == ("answers that are no usable reference are not asked for", 1)
-    assert told[1][0].startswith("not asked, since training would refuse it: call_id; x.jsonl:7: a tool result")
+    assert told[1][0].startswith(
+        "not asked, since training would refuse it: call_id; x.jsonl:7: a tool result"
+    )
     assert told[2] == ("no row asks for a call, so it is not measured", 1)
 
 
@@ -503,7 +626,9 @@ TAUGHT = ({"type": "function", "function": {"name": "clock", "parameters": {"typ
 
 
 @pytest.mark.parametrize("task", [tool_calls, adherence])
-def test_a_row_of_which_the_template_leaves_something_out_is_not_asked_as_training_would_refuse_it(task, notices, renderers):
+def test_a_row_of_which_the_template_leaves_something_out_is_not_asked_as_training_would_refuse_it(
+    task, notices, renderers
+):
     user, result, words = Message("user", "a"), Message("tool", "seven"), Message("assistant", "so")
     written = Message("assistant", as_text([("clock", {})]))
     talks = [
@@ -516,8 +641,12 @@ def test_a_row_of_which_the_template_leaves_something_out_is_not_asked_as_traini
         notices.clear()
         made = material(rows, renderers[name], notices, embed=False)
         (found,) = task.build(made)
-        assert [one.source for one in found.asked] == (kept if task is tool_calls else list(dict.fromkeys(kept)))
-        assert {one.source for one in found.asked} == {row.source for row in made.rows}  # what training teaches
+        assert [one.source for one in found.asked] == (
+            kept if task is tool_calls else list(dict.fromkeys(kept))
+        )
+        assert {one.source for one in found.asked} == {
+            row.source for row in made.rows
+        }  # what training teaches
         if name == "plain":
             (note,) = notices
             assert note.what.endswith("left_out; x:0: the template leaves out the declared tools (clock)")
@@ -547,7 +676,12 @@ def test_only_rows_to_be_imitated_are_asked_and_another_question_is_another_task
         answer = Message("assistant", as_text([(name, {})]))
         return Judged(Conversation((*ASK.messages, answer), tools), desirable, source=source)
 
-    declared = ({"type": "function", "function": {"name": "declared", "parameters": {"type": "object", "required": ["a"]}}},)
+    declared = (
+        {
+            "type": "function",
+            "function": {"name": "declared", "parameters": {"type": "object", "required": ["a"]}},
+        },
+    )
     rows = [
         row("good", "x:1"),
         row("bad", "x:2", False),
@@ -556,14 +690,20 @@ def test_only_rows_to_be_imitated_are_asked_and_another_question_is_another_task
     ]
     (task,) = tool_calls.build(material(rows, renderers["mistral"], notices, max_tokens=7))
     assert (task.max_tokens, [one.source for one in task.asked]) == (7, ["x:1", "x:4"])
-    assert [one.what for one in notices] == ["tool_calls: reference calls that their own tool's schema does not allow"]
+    assert [one.what for one in notices] == [
+        "tool_calls: reference calls that their own tool's schema does not allow"
+    ]
     same = tool_calls.build(material(rows, renderers["mistral"], [], max_tokens=7))[0]
     other = tool_calls.build(material(rows[1:], renderers["mistral"], [], max_tokens=7))[0]
     assert task.identity == same.identity != other.identity
-    assert task.identity != tool_calls.build(material(rows, renderers["mistral"], [], max_tokens=8))[0].identity
+    assert (
+        task.identity != tool_calls.build(material(rows, renderers["mistral"], [], max_tokens=8))[0].identity
+    )
     described = ({"type": "function", "function": {**declared[0]["function"], "description": "said of it"}},)
     told = [*rows[:-1], row("declared", "x:4", tools=described)]
-    assert task.identity != tool_calls.build(material(told, renderers["mistral"], [], max_tokens=7))[0].identity
+    assert (
+        task.identity != tool_calls.build(material(told, renderers["mistral"], [], max_tokens=7))[0].identity
+    )
 
 
 def test_the_real_tool_data_is_asked_for(data_dir, notices, renderers):
@@ -573,9 +713,15 @@ def test_the_real_tool_data_is_asked_for(data_dir, notices, renderers):
     rows = read.examples[:100]
     (task,) = tool_calls.build(material(rows, renderers["hermes"], notices))
     called = sum(len(message.calls) > 0 for row in rows for message in row.conversation.messages)
-    assert (sum(bool(one.calls) for one in task.asked), sum(not one.calls for one in task.asked)) == (called, 100)
+    assert (sum(bool(one.calls) for one in task.asked), sum(not one.calls for one in task.asked)) == (
+        called,
+        100,
+    )
     right = task.score(
-        [(one, said(as_hermes([(call.name, call.arguments) for call in one.calls]) if one.calls else "no")) for one in task.asked]
+        [
+            (one, said(as_hermes([(call.name, call.arguments) for call in one.calls]) if one.calls else "no"))
+            for one in task.asked
+        ]
     )
     found = {one.name: one.value for one in summarise(task, None, right, 0) if one.part is None}
     broken = sum(one.count for one in notices if "does not allow" in one.what)
@@ -615,7 +761,9 @@ def test_neither_batches_nor_the_order_of_rows_change_what_is_measured(tiny_mode
         made = material(rows, renderer, [], batch=BatchSpec(sequences=8, **batch), max_tokens=8)
         one = subject(tiny_model, renderer, batch=made.batch, batch_size=batch.get("micro", 32))
         scores = [
-            score for task in (*perplexities.build(made), *tool_calls.build(made)) for score in task.score(task.measure(one))
+            score
+            for task in (*perplexities.build(made), *tool_calls.build(made))
+            for score in task.score(task.measure(one))
         ]
         return sorted((score.source, score.units, score.answer or "", score.value) for score in scores)
 
@@ -626,7 +774,8 @@ def test_neither_batches_nor_the_order_of_rows_change_what_is_measured(tiny_mode
         assert [one[3] for one in other] == pytest.approx([one[3] for one in straight], abs=1e-4)
 
 
-# --- perplexity -------------------------------------------------------------------------------------------------------
+# --- perplexity
+# -------------------------------------------------------------------------------------------------------
 
 row_losses = st.lists(st.tuples(st.floats(0.01, 200.0), st.integers(1, 60)), min_size=1, max_size=12)
 
@@ -639,7 +788,9 @@ def test_museum_18_perplexity_is_e_to_nats_a_token_and_no_cut_or_order_changes_i
     shuffled = random.Random(seed).sample(rows, len(rows))
     joined = [RowLoss("all", sum(loss for loss, _ in losses), float(sum(tokens for _, tokens in losses)))]
     for cut in (rows, shuffled, joined):
-        perplexity, loss = summarise(Perplexity(), None, Perplexity().score(cut[:1]) + Perplexity().score(cut[1:]), seed=0)
+        perplexity, loss = summarise(
+            Perplexity(), None, Perplexity().score(cut[:1]) + Perplexity().score(cut[1:]), seed=0
+        )
         assert (perplexity.name, loss.name) == ("perplexity", "loss")
         assert loss.value == pytest.approx(expected, rel=1e-9)
         assert perplexity.value == pytest.approx(math.exp(expected), rel=1e-9)
@@ -664,17 +815,26 @@ def test_perplexity_by_label_type_and_category_and_what_is_unwanted_apart(tiny_m
     renderer = template.renderer(tiny_model)
     pair = Preference(
         Conversation((*ASK.messages, Message("assistant", "my note"))),
-        Conversation((*ASK.messages, Message("assistant", "timers"))), source="x:7",
-    )  # fmt: skip
+        Conversation((*ASK.messages, Message("assistant", "timers"))),
+        source="x:7",
+    )
     made = material([*ROWS, pair, formats.Document("the cat", source="x:8")], renderer, notices)
     (task,) = perplexities.build(made)
     items = task.measure(subject(tiny_model, renderer))
     found = {(one.name, one.part): one for one in summarise(task, None, task.score(items), seed=0)}
     parts = {part for name, part in found if name == "perplexity"}
     assert parts == {
-        None, "label=desirable", "label=chosen", "label=none", "type=call", "type=words", "type=text",
-        "category=sit", "category=call", "category=read",
-    }  # fmt: skip
+        None,
+        "label=desirable",
+        "label=chosen",
+        "label=none",
+        "type=call",
+        "type=words",
+        "type=text",
+        "category=sit",
+        "category=call",
+        "category=read",
+    }
     by_hand = {
         None: [item for item in items if item.source != "x:2" and item.about.get("unwanted") is None],
         "label=desirable": [item for item in items if item.source in ("x:0", "x:1", "x:3")],
@@ -687,9 +847,16 @@ def test_perplexity_by_label_type_and_category_and_what_is_unwanted_apart(tiny_m
     alone = {"loss_undesirable": "x:2", "loss_rejected": "x:7"}
     for name, source in alone.items():
         (item,) = [item for item in items if item.source == source and item.about.get("unwanted")]
-        assert (found[name, None].value, found[name, None].better) == (pytest.approx(item.nats / item.units), None)
+        assert (found[name, None].value, found[name, None].better) == (
+            pytest.approx(item.nats / item.units),
+            None,
+        )
     assert notices == []
-    assert task.identity == perplexities.build(made)[0].identity != perplexities.build(material(ROWS, renderer, []))[0].identity
+    assert (
+        task.identity
+        == perplexities.build(made)[0].identity
+        != perplexities.build(material(ROWS, renderer, []))[0].identity
+    )
 
 
 def test_rows_that_are_all_undesirable_have_a_loss_of_their_own(tiny_model, notices):
@@ -697,7 +864,9 @@ def test_rows_that_are_all_undesirable_have_a_loss_of_their_own(tiny_model, noti
     rows = [replace(row, desirable=False) for row in ROWS]
     (task,) = perplexities.build(material(rows, renderer, notices))
     scores = task.score(task.measure(subject(tiny_model, renderer)))
-    assert [(one.name, one.part, one.n) for one in summarise(task, scores, scores, seed=0)] == [("loss_undesirable", None, 4)]
+    assert [(one.name, one.part, one.n) for one in summarise(task, scores, scores, seed=0)] == [
+        ("loss_undesirable", None, 4)
+    ]
     assert notices == []
     assert perplexities.build(material([], renderer, notices)) == [] and "not measured" in notices[0].what
 
@@ -710,7 +879,9 @@ def test_undesirable_rows_that_the_run_imitates_are_not_measured_twice(learned, 
     (task,) = perplexities.build(replace(made, imitated=imitated, rows=rendered.rows))
     about = [one.about for one in task.items if one.group.source == "x:2"]
     assert about == [
-        {"unwanted": "undesirable"} if learned == "leave_out" else {"label": "undesirable", "type": "words", "category": "sit"}
+        {"unwanted": "undesirable"}
+        if learned == "leave_out"
+        else {"label": "undesirable", "type": "words", "category": "sit"}
     ]
 
 
@@ -718,7 +889,14 @@ def test_a_row_with_calls_and_words_says_so(renderers):
     calling = Message("assistant", "", (Call("f", {"a": 1}, "abcdefghi"),))
     rows = [
         formats.Demonstration(
-            Conversation((*ASK.messages, calling, Message("tool", "{}", call_id="abcdefghi"), Message("assistant", "so")))
+            Conversation(
+                (
+                    *ASK.messages,
+                    calling,
+                    Message("tool", "{}", call_id="abcdefghi"),
+                    Message("assistant", "so"),
+                )
+            )
         )
     ]
     types = {
@@ -734,4 +912,6 @@ def test_a_category_with_too_many_values_is_told(tiny_model, notices):
     rows = [replace(row, source=f"x:{at}") for at, row in enumerate(rows)]
     (task,) = perplexities.build(material(rows, template.renderer(tiny_model), notices))
     assert all("category" not in one.about for one in task.items)
-    assert [(one.what, one.count) for one in notices] == [("perplexity: task has more than 20 values: not shown apart", 25)]
+    assert [(one.what, one.count) for one in notices] == [
+        ("perplexity: task has more than 20 values: not shown apart", 25)
+    ]

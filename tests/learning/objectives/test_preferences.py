@@ -1,4 +1,5 @@
-"""Learning from good and bad: the laws, the ways of the data, the reference, what is watched, and failures that are caught."""
+"""Learning from good and bad: the laws, the ways of the data, the reference, what is watched, and failures
+that are caught."""
 
 from __future__ import annotations
 
@@ -21,7 +22,15 @@ import tiny
 from tunesmith import errors, events
 from tunesmith.adapters import layers as adapters
 from tunesmith.data import formats
-from tunesmith.data.formats import Completion, Conversation, Demonstration, Document, Judged, Message, Preference
+from tunesmith.data.formats import (
+    Completion,
+    Conversation,
+    Demonstration,
+    Document,
+    Judged,
+    Message,
+    Preference,
+)
 from tunesmith.evaluation import evaluate as evaluation
 from tunesmith.evaluation.tasks import preference
 from tunesmith.learning.objectives import ranked
@@ -67,14 +76,20 @@ def train(tiny_model, tmp_path):
         if rows is not None or not data.exists():
             tiny.write_rows(data, labelled() if rows is None else rows)
         given_blocks = {
-            "model": {"path": str(tiny_model)}, "data": {"train": str(data), "valid": 0.2}, "objective": {"kind": "kto"},
-            "batch": {"sequences": 7}, "loop": {"steps": 5, "samples": 0}, "optimizer": {"learning_rate": 1e-2},
-        }  # fmt: skip
+            "model": {"path": str(tiny_model)},
+            "data": {"train": str(data), "valid": 0.2},
+            "objective": {"kind": "kto"},
+            "batch": {"sequences": 7},
+            "loop": {"steps": 5, "samples": 0},
+            "optimizer": {"learning_rate": 1e-2},
+        }
         for block, values in blocks.items():
             given_blocks[block] = given_blocks.get(block, {}) | values
         said: list[events.Event] = []
         config = RunConfig(**given_blocks)
-        run = training.train(config, out=None if resume else tmp_path / out, resume=resume, notify=said.append)
+        run = training.train(
+            config, out=None if resume else tmp_path / out, resume=resume, notify=said.append
+        )
         return run, said
 
     return go
@@ -93,7 +108,8 @@ def notices(said: list[events.Event]) -> list[str]:
 
 
 PLAIN = {"kind": "sgd", "learning_rate": 1.0}
-"""Updates in proportion to the gradient. Adam's are as large for a gradient of 1e-9 as for one of 1, so that rounding shows."""
+"""Updates in proportion to the gradient. Adam's are as large for a gradient of 1e-9 as for one of 1, so that
+rounding shows."""
 
 
 def assert_same(first: Run, second: Run, within: float = 5e-4) -> None:
@@ -105,9 +121,14 @@ def assert_same(first: Run, second: Run, within: float = 5e-4) -> None:
 # Laws
 
 OBJECTIVES = [
-    {"kind": "kto"}, {"kind": "apo_zero_unpaired"}, {"kind": "kto", "sft_weight": 0.5}, {"kind": "dpo"}, {"kind": "orpo"},
-    {"kind": "simpo"}, {"kind": "dpo", "loss": "ipo"},
-]  # fmt: skip
+    {"kind": "kto"},
+    {"kind": "apo_zero_unpaired"},
+    {"kind": "kto", "sft_weight": 0.5},
+    {"kind": "dpo"},
+    {"kind": "orpo"},
+    {"kind": "simpo"},
+    {"kind": "dpo", "loss": "ipo"},
+]
 
 
 def rows_for(objective: dict) -> list[dict]:
@@ -116,9 +137,15 @@ def rows_for(objective: dict) -> list[dict]:
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda one: "-".join(map(str, one.values())))
 def test_how_an_update_is_cut_changes_nothing(train, objective):
-    whole, said = train("whole", rows_for(objective), objective=objective, optimizer=PLAIN, batch={"tokens": 3000})
+    whole, said = train(
+        "whole", rows_for(objective), objective=objective, optimizer=PLAIN, batch={"tokens": 3000}
+    )
     assert steps_of(said)[-1].metrics
-    for out, cut in (("ones", {"micro": 1}), ("packed", {"pack": True, "tokens": 300}), ("small", {"tokens": 40})):
+    for out, cut in (
+        ("ones", {"micro": 1}),
+        ("packed", {"pack": True, "tokens": 300}),
+        ("small", {"tokens": 40}),
+    ):
         other, heard = train(out, objective=objective, optimizer=PLAIN, batch=cut)
         assert_same(whole, other, within=2e-5)
         for one, two in zip(steps_of(said), steps_of(heard), strict=True):
@@ -144,7 +171,9 @@ def groups_of(count: int, seed: int) -> list[Group]:
 
 
 def content(groups: list[Group]) -> Counter:
-    return Counter((tuple(one.ids.tolist()), tuple(one.targets.tolist())) for group in groups for one in group.sequences)
+    return Counter(
+        (tuple(one.ids.tolist()), tuple(one.targets.tolist())) for group in groups for one in group.sequences
+    )
 
 
 @given(st.integers(1, 9), st.integers(0, 50), st.integers(0, 99), st.randoms())
@@ -157,12 +186,15 @@ def test_mismatched_pairs_depend_on_the_rows_and_the_update_alone(count, seed, s
     assert len(found) == count and not notes
     # Every prompt once, and no row with its own completion.
     asked = Counter(tuple(one.ids[one.targets == 0].tolist()) for group in found for one in group.sequences)
-    assert asked == Counter(tuple(one.ids[one.targets == 0].tolist()) for group in groups for one in group.sequences)
+    assert asked == Counter(
+        tuple(one.ids[one.targets == 0].tolist()) for group in groups for one in group.sequences
+    )
     assert not content(found) & content(groups)
 
 
 def test_museum_trl_kto_no_row_is_its_own_mismatch():
-    """TRL pairs inside a micro-batch: a lone last row meets itself, and z0 takes its reward for divergence."""
+    """TRL pairs inside a micro-batch: a lone last row meets itself, and z0 takes its reward for
+    divergence."""
     one, *_ = groups_of(1, 0)
     for alike in ([one], [one, one]):
         found, notes = KTO().twins(alike, 1, (), 99)
@@ -174,9 +206,19 @@ def test_museum_trl_kto_no_row_is_its_own_mismatch():
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=9), st.integers(0, 9))
 def test_a_mismatched_pair_has_another_prompt_and_another_answer(made, salt):
-    """Rows share prompts (two answers to one question) and answers (one refusal for many); neither makes a matched pair."""
+    """Rows share prompts (two answers to one question) and answers (one refusal for many); neither makes a
+    matched pair."""
     groups = [
-        Group((Tokens(np.array([asked, asked, 50 + said, 60 + said], np.int32), np.array([0, 0, 1, 1], np.float32)),), "", True)
+        Group(
+            (
+                Tokens(
+                    np.array([asked, asked, 50 + said, 60 + said], np.int32),
+                    np.array([0, 0, 1, 1], np.float32),
+                ),
+            ),
+            "",
+            True,
+        )
         for asked, said in made
     ]
     found, notes = KTO().twins(groups, salt, (), 99)
@@ -184,7 +226,10 @@ def test_a_mismatched_pair_has_another_prompt_and_another_answer(made, salt):
     matched = set(made)
     for group in found:
         asked, _, said, _ = group.sequences[0].ids.tolist()
-        assert any(said - 50 == b and asked != a and any(x == asked and y != b for x, y in matched) for a, b in matched)
+        assert any(
+            said - 50 == b and asked != a and any(x == asked and y != b for x, y in matched)
+            for a, b in matched
+        )
     lonely = sum(all(a == c or b == d for c, d in made) for a, b in made)
     assert notes.total() == lonely
 
@@ -196,8 +241,14 @@ def test_pairs_are_drawn_anew_in_every_epoch():
 
 
 def test_a_mismatched_pair_is_cut_at_the_longest_row():
-    asked, said = (Group((Tokens(np.arange(1, 9, dtype=np.int32), np.array([0] * n + [1] * (8 - n), np.float32)),), str(n), True)
-                   for n in (6, 2))  # fmt: skip
+    asked, said = (
+        Group(
+            (Tokens(np.arange(1, 9, dtype=np.int32), np.array([0] * n + [1] * (8 - n), np.float32)),),
+            str(n),
+            True,
+        )
+        for n in (6, 2)
+    )
     found, notes = KTO().twins([asked, said], 0, (), 9)
     assert {len(one.sequences[0].ids) for one in found} == {4, 9}
     assert notes == {"mismatched pairs cut at batch.length": 1}
@@ -206,26 +257,46 @@ def test_a_mismatched_pair_is_cut_at_the_longest_row():
 # Planted failures: what the goldens and laws above are for
 
 
-@pytest.mark.parametrize("fault", ["self-pair", "prompt counted", "mean", "weights swapped", "reference after"])
+@pytest.mark.parametrize(
+    "fault", ["self-pair", "prompt counted", "mean", "weights swapped", "reference after"]
+)
 def test_a_planted_failure_is_caught(monkeypatch, tmp_path, fault):
     name = "kto_weighted"
     if fault == "self-pair":
-        monkeypatch.setattr(parity, "pairs_of", lambda groups: [Group(group.sequences, group.source) for group in groups])
+        monkeypatch.setattr(
+            parity, "pairs_of", lambda groups: [Group(group.sequences, group.source) for group in groups]
+        )
     elif fault == "prompt counted":
-        monkeypatch.setattr(parity, "tokens", lambda asked, said: Tokens(
-            np.array([*asked, *said], np.int32), np.array([0] + [1] * (len(asked) + len(said) - 1), np.float32)))  # fmt: skip
+        monkeypatch.setattr(
+            parity,
+            "tokens",
+            lambda asked, said: Tokens(
+                np.array([*asked, *said], np.int32),
+                np.array([0] + [1] * (len(asked) + len(said) - 1), np.float32),
+            ),
+        )
     elif fault == "mean":
         real = Judging.losses
         monkeypatch.setattr(Judging, "losses", lambda self, logps, fields: real(self, logps / 5, fields))
     elif fault == "weights swapped":
         one = parity.CASES[name]
-        swapped = one.model_copy(update={"desirable_weight": one.undesirable_weight, "undesirable_weight": one.desirable_weight})
+        swapped = one.model_copy(
+            update={"desirable_weight": one.undesirable_weight, "undesirable_weight": one.desirable_weight}
+        )
         monkeypatch.setitem(parity.CASES, name, swapped)
     else:
-        monkeypatch.setattr(reference.Reference, "fill", lambda self, groups: [
-            group._replace(reference=tuple(value + 1.0 for value in map(self.values.get, map(reference.digest, group.sequences))))
-            for group in groups
-        ])  # fmt: skip
+        monkeypatch.setattr(
+            reference.Reference,
+            "fill",
+            lambda self, groups: [
+                group._replace(
+                    reference=tuple(
+                        value + 1.0 for value in map(self.values.get, map(reference.digest, group.sequences))
+                    )
+                )
+                for group in groups
+            ],
+        )
     with pytest.raises(AssertionError):
         parity.test_loss_and_gradients_are_those_of_trl(tmp_path, name, False)
 
@@ -234,17 +305,26 @@ def test_a_planted_failure_is_caught(monkeypatch, tmp_path, fault):
 
 
 def test_museum_mlx_tune_kto_the_reference_is_the_model_before_training(train, cache):
-    """mlx-tune and mlx-forge take the model in training for its own reference, so that every reward stays 0."""
+    """mlx-tune and mlx-forge take the model in training for its own reference, so that every reward stays
+    0."""
     _, said = train("one")
     last = [event for event in said if isinstance(event, events.Validated)][-1]
     assert abs(last.metrics["margin"]) > 0.01 and last.metrics["reward_desirable"] != 0
     assert any("reference: 67 sequences measured, 0 known" in text for text in notices(said)), notices(said)
     first = next(event for event in said if isinstance(event, events.Validated))
-    assert abs(first.metrics["margin"]) < 1e-4 and abs(first.metrics["kl"]) < 1e-4 and first.metrics["accuracy"] == 0.5
+    assert (
+        abs(first.metrics["margin"]) < 1e-4
+        and abs(first.metrics["kl"]) < 1e-4
+        and first.metrics["accuracy"] == 0.5
+    )
     _, again = train("two")
     assert any("reference: 0 sequences measured, 67 known" in text for text in notices(again))
-    _, other = train("three", loop={"seed": 1})  # another split and other pairs: rows are known, pairs are not
-    measured, known = map(int, re.findall(r"reference: (\d+) sequences measured, (\d+) known", " ".join(notices(other)))[0])
+    _, other = train(
+        "three", loop={"seed": 1}
+    )  # another split and other pairs: rows are known, pairs are not
+    measured, known = map(
+        int, re.findall(r"reference: (\d+) sequences measured, (\d+) known", " ".join(notices(other)))[0]
+    )
     assert known >= 30 and measured > 20
     assert len(list(cache.iterdir())) == 1
 
@@ -343,17 +423,21 @@ def said(text: str) -> Conversation:
 
 
 EXAMPLES: list[formats.Example] = [
-    Judged(said("good"), True, source="a:1"), Judged(said("bad"), False, source="a:2"), Demonstration(said("fine"), source="a:3"),
-    Preference(said("better"), said("worse"), source="a:4"), Document("text", source="a:5"),
-    Completion("asked", "said", False, source="a:6"), Completion("asked", "else", source="a:7"),
-]  # fmt: skip
+    Judged(said("good"), True, source="a:1"),
+    Judged(said("bad"), False, source="a:2"),
+    Demonstration(said("fine"), source="a:3"),
+    Preference(said("better"), said("worse"), source="a:4"),
+    Document("text", source="a:5"),
+    Completion("asked", "said", False, source="a:6"),
+    Completion("asked", "else", source="a:7"),
+]
 
 
 def test_what_kto_takes():
     found = KTO().select(EXAMPLES)
-    assert [(one.source, getattr(one, "desirable", getattr(one, "label", None))) for one in found.examples] == [
-        ("a:1", True), ("a:2", False), ("a:3", True), ("a:6", False), ("a:7", True),
-    ]  # fmt: skip
+    assert [
+        (one.source, getattr(one, "desirable", getattr(one, "label", None))) for one in found.examples
+    ] == [("a:1", True), ("a:2", False), ("a:3", True), ("a:6", False), ("a:7", True)]
     assert sorted(example.source for example, _ in found.left_out) == ["a:4", "a:5"]
     assert found.notes == {"a row without a label taken as desirable": 2}
     taken = KTO(unlabelled="leave_out", pairs="judge").select(EXAMPLES)
@@ -367,20 +451,25 @@ def test_what_dpo_takes():
     assert [one.source for one in found.examples] == ["a:4"] and len(found.left_out) == 6
     made = DPO(judged="pair").select(EXAMPLES)
     assert [(one.chosen, one.rejected) for one in made.examples] == [
-        (said("better"), said("worse")), (said("good"), said("bad")),
-    ]  # fmt: skip
+        (said("better"), said("worse")),
+        (said("good"), said("bad")),
+    ]
     assert sorted(one.source for one, _ in made.left_out) == ["a:3", "a:5", "a:6", "a:7"]
 
 
 @pytest.mark.parametrize(
     ("objective", "rows", "message"),
     [
-        ("kto", [row | {"label": True} for row in tiny.conversations(12)], "10 are desirable and 0 undesirable"),
+        (
+            "kto",
+            [row | {"label": True} for row in tiny.conversations(12)],
+            "10 are desirable and 0 undesirable",
+        ),
         ("kto", paired(), "0 are desirable and 0 undesirable, 16 are pairs"),
         ("dpo", labelled(), "DPO needs pairs of a chosen and a rejected answer"),
         ("orpo", labelled(), "objective=kto learns from labelled rows as they are"),
     ],
-)  # fmt: skip
+)
 def test_data_that_cannot_serve_is_refused(train, objective, rows, message):
     with pytest.raises(errors.DataError, match=message):
         train("run", rows, objective={"kind": objective})
@@ -390,7 +479,10 @@ def test_pairs_and_labels_serve_each_other(train):
     _, first = train("judged", paired(), objective={"kind": "kto", "pairs": "judge"})
     assert steps_of(first)[0].units == 7
     same = [
-        {"messages": [{"role": "user", "content": str(at)}, {"role": "assistant", "content": text}], "label": text == "yes"}
+        {
+            "messages": [{"role": "user", "content": str(at)}, {"role": "assistant", "content": text}],
+            "label": text == "yes",
+        }
         for at in range(12)
         for text in ("yes", "no no")
     ]
@@ -408,12 +500,15 @@ def judged(good: int, bad: int) -> list[Group]:
 @pytest.mark.parametrize(
     ("good", "bad", "given_weights", "expected", "fits"),
     [
-        (746, 254, {}, (1.0, 746 / 254 * 0.75), True), (100, 100, {}, (1.0, 1.0), True), (120, 100, {}, (1.0, 1.0), True),
-        (50, 100, {}, (2.0, 1.0), True), (746, 254, {"undesirable_weight": 2.5}, (1.0, 2.5), True),
+        (746, 254, {}, (1.0, 746 / 254 * 0.75), True),
+        (100, 100, {}, (1.0, 1.0), True),
+        (120, 100, {}, (1.0, 1.0), True),
+        (50, 100, {}, (2.0, 1.0), True),
+        (746, 254, {"undesirable_weight": 2.5}, (1.0, 2.5), True),
         (746, 254, {"undesirable_weight": 1.0}, (1 / 746 * 254 * 4 / 3, 1.0), True),
         (746, 254, {"desirable_weight": 1.0, "undesirable_weight": 1.0}, (1.0, 1.0), False),
     ],
-)  # fmt: skip
+)
 def test_weights_keep_the_classes_in_balance(good, bad, given_weights, expected, fits):
     made, (remark,) = KTO(**given_weights).settled(judged(good, bad))
     assert (made.desirable_weight, made.undesirable_weight) == pytest.approx(expected)
@@ -427,7 +522,8 @@ def test_an_imitation_weight_learns_the_good_beside_it(train):
     _, both = train("both", objective={"kind": "kto", "sft_weight": 1.0})
     assert steps_of(both)[0].loss > steps_of(plain)[0].loss + 1
     gained = [
-        steps_of(heard)[-1].metrics["logp_desirable"] - steps_of(heard)[0].metrics["logp_desirable"] for heard in (plain, both)
+        steps_of(heard)[-1].metrics["logp_desirable"] - steps_of(heard)[0].metrics["logp_desirable"]
+        for heard in (plain, both)
     ]
     assert gained[1] > gained[0]
 
@@ -442,10 +538,16 @@ def test_defaults_suit_the_objective(tmp_path):
     sft, kto = resolved(), resolved("objective=kto")
     assert (sft.spec.optimizer.learning_rate, kto.spec.optimizer.learning_rate) == (1e-4, 5e-5)
     assert kto.origins["optimizer.learning_rate"] == "default of kto" and kto.spec.batch.sequences == 16
-    kept = resolved("objective=kto", "optimizer.learning_rate=1e-4", "adapter.dropout=0.05", "batch.sequences=8")
+    kept = resolved(
+        "objective=kto", "optimizer.learning_rate=1e-4", "adapter.dropout=0.05", "batch.sequences=8"
+    )
     assert kept.spec.optimizer.learning_rate == 1e-4
     said = " ".join(kept.spec.warnings())
-    assert "SFT's is too much" in said and "adapter.dropout is SFT's" in said and "batch.sequences 8 is few" in said
+    assert (
+        "SFT's is too much" in said
+        and "adapter.dropout is SFT's" in said
+        and "batch.sequences 8 is few" in said
+    )
     assert not kto.spec.warnings()
     full = resolved("objective=kto", "adapter=full")
     assert full.spec.optimizer.learning_rate == 5e-6 and not full.spec.warnings()
@@ -498,7 +600,9 @@ def test_warnings_are_said_once():
     assert "desirable answers became less likely" in heard[0].what and "kl 99" in heard[1].what
     fine = caution.Watch()
     for _ in range(20):
-        fine.step({"reward_desirable": 0.5, "reward_undesirable": -0.1, "margin": 0.6, "kl": 1.0}, heard.append)
+        fine.step(
+            {"reward_desirable": 0.5, "reward_undesirable": -0.1, "margin": 0.6, "kl": 1.0}, heard.append
+        )
     caution.Watch(compared=False).validation({"reward_chosen": -3.0}, heard.append)
     assert len(heard) == 3
 
@@ -519,7 +623,8 @@ def test_ranked_is_the_share_of_pairs():
 
 
 def assert_goes_on(first: Run, before: events.Validated) -> None:
-    """What the second run says of the held-out rows before its first update is what the first said at its best checkpoint."""
+    """What the second run says of the held-out rows before its first update is what the first said at its
+    best checkpoint."""
     seen = [one for one in events.read(first.path / "events.jsonl") if isinstance(one, events.Validated)]
     best = next(one for one in seen if one.step == int(first.choose("best").name))
     assert before.perplexity == pytest.approx(best.perplexity, rel=1e-4)
@@ -535,21 +640,28 @@ def test_training_goes_on_from_an_adapter(train):
     before = next(event for event in said if isinstance(event, events.Validated))
     assert abs(before.metrics["margin"]) < 1e-4, "the reference is the adapter that it starts from"
     assert_goes_on(first, before)
-    moved = [abs(weights(on)[name] - value).max() for name, value in load_file(start / "adapters.safetensors").items()]
+    moved = [
+        abs(weights(on)[name] - value).max()
+        for name, value in load_file(start / "adapters.safetensors").items()
+    ]
     assert 0 < max(moved) < 0.2
     assert evaluation.evaluate(on, tasks=["preference", "perplexity"]).scores
 
 
 def test_an_adapter_is_merged_into_the_base(train):
     first, _ = train("sft", objective={"kind": "sft"})
-    on, said = train("kto", model={"path": first.config.model.path, "adapter": str(first.path)}, adapter={"rank": 4})
+    on, said = train(
+        "kto", model={"path": first.config.model.path, "adapter": str(first.path)}, adapter={"rank": 4}
+    )
     manifest = json.loads((on.path / MANIFEST).read_text())
     assert manifest["lineage"]["merged"]["objective"] == "sft"
     assert manifest["hashes"]["base"] != json.loads((first.path / MANIFEST).read_text())["hashes"]["base"]
     before = next(event for event in said if isinstance(event, events.Validated))
     assert abs(before.metrics["margin"]) < 1e-4
     assert_goes_on(first, before)
-    scores = {(score.task, score.name): score for score in evaluation.evaluate(on, tasks=["perplexity"]).scores}
+    scores = {
+        (score.task, score.name): score for score in evaluation.evaluate(on, tasks=["perplexity"]).scores
+    }
     assert scores["perplexity", "loss"].delta is not None
 
 
@@ -574,18 +686,27 @@ def told() -> list[dict]:
     rows = []
     for index, row in enumerate(tiny.conversations(40)):
         asked, good = row["conversations"][0], index % 2 == 0
-        rows.append({"messages": [asked, {"role": "assistant", "content": "yes yes" if good else "no no no"}], "label": good})
+        rows.append(
+            {
+                "messages": [asked, {"role": "assistant", "content": "yes yes" if good else "no no no"}],
+                "label": good,
+            }
+        )
     return rows
 
 
 def logp(net, one: Tokens) -> float:
     logits = net(mx.array(one.ids)[None, :-1])[0]
-    each = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[mx.arange(len(one.ids) - 1), mx.array(one.ids[1:])]
+    each = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[
+        mx.arange(len(one.ids) - 1), mx.array(one.ids[1:])
+    ]
     return float((each * mx.array(one.targets[1:])).sum())
 
 
 def test_an_update_of_kto_is_that_of_the_formula(train):
-    run, said = train("run", rows=told(), loop={"steps": 3, "save_every": 1}, objective={"undesirable_weight": 1.3})
+    run, said = train(
+        "run", rows=told(), loop={"steps": 3, "save_every": 1}, objective={"undesirable_weight": 1.3}
+    )
     prepared = preparation.prepare(run.config)
     groups = [prepared.train[member] for member in prepared.plan.members(2)]
     pairs, _ = KTO().twins(groups, 3, (), 4096)
@@ -593,7 +714,8 @@ def test_an_update_of_kto_is_that_of_the_formula(train):
     tuned = model.load(run.config.model).net
     adapters.load(tuned, run.checkpoint(2))
     ratios, mismatched = (
-        np.array([logp(tuned, one.sequences[0]) - logp(base, one.sequences[0]) for one in some]) for some in (groups, pairs)
+        np.array([logp(tuned, one.sequences[0]) - logp(base, one.sequences[0]) for one in some])
+        for some in (groups, pairs)
     )
     kl = mismatched.mean()
     z0, good = max(0.0, kl), np.array([group.label for group in groups])
@@ -604,18 +726,28 @@ def test_an_update_of_kto_is_that_of_the_formula(train):
     assert abs(kl) > 0.1 and abs(ratios).max() > 0.1
     assert done.loss == pytest.approx(loss, rel=1e-4)
     assert done.metrics["kl"] == pytest.approx(kl, rel=1e-3)
-    assert done.metrics["kl_error"] == pytest.approx(mismatched.std(ddof=1) / len(mismatched) ** 0.5, rel=1e-3)
+    assert done.metrics["kl_error"] == pytest.approx(
+        mismatched.std(ddof=1) / len(mismatched) ** 0.5, rel=1e-3
+    )
     assert done.metrics["reward_desirable"] == pytest.approx(0.1 * ratios[good].mean(), rel=1e-3)
-    assert done.metrics["margin"] == pytest.approx(0.1 * (ratios[good].mean() - ratios[~good].mean()), rel=1e-3)
+    assert done.metrics["margin"] == pytest.approx(
+        0.1 * (ratios[good].mean() - ratios[~good].mean()), rel=1e-3
+    )
     assert done.metrics["accuracy"] == (ratios[good][:, None] > ratios[~good][None]).mean()
 
 
 def test_what_is_learned_shows_with_the_right_sign(train):
     run, said = train("kto", rows=told(), loop={"steps": 12})
     last = [event for event in said if isinstance(event, events.Validated)][-1]
-    assert last.metrics["margin"] > 0.1 and last.metrics["accuracy"] > 0.9 and last.metrics["reward_undesirable"] < 0
+    assert (
+        last.metrics["margin"] > 0.1
+        and last.metrics["accuracy"] > 0.9
+        and last.metrics["reward_undesirable"] < 0
+    )
     scores = {score.name: score for score in evaluation.evaluate(run, tasks=["preference"]).scores}
-    assert scores["accuracy"].value > 0.9 and scores["accuracy"].low is not None and scores["accuracy"].low > 0.3
+    assert (
+        scores["accuracy"].value > 0.9 and scores["accuracy"].low is not None and scores["accuracy"].low > 0.3
+    )
     assert scores["ratio_margin"].value == pytest.approx(10 * last.metrics["margin"], rel=1e-3)
     assert scores["ratio_good"].value > scores["ratio_bad"].value and scores["ratio_bad"].value < 0
     _, said = train("dpo", rows=paired(), objective={"kind": "dpo"}, loop={"steps": 8})
@@ -637,7 +769,9 @@ def test_what_is_not_compared_is_said(train, tmp_path):
     evaluation.evaluate(run, data=[str(data)], tasks=["preference"], notify=heard.append)
     assert any("only labelled rows are compared" in text for text in notices(heard))
     heard.clear()
-    long = [{"messages": [{"role": "user", "content": "word " * 5000}, told()[1]["messages"][1]], "label": False}]
+    long = [
+        {"messages": [{"role": "user", "content": "word " * 5000}, told()[1]["messages"][1]], "label": False}
+    ]
     data = tiny.write_rows(tmp_path / "long.jsonl", [*told(), *long])
     scores = evaluation.evaluate(run, data=[str(data)], tasks=["preference"], notify=heard.append).scores
     assert scores and any("preference: not measured" in text for text in notices(heard))
@@ -652,8 +786,12 @@ def test_a_conversation_taken_apart_is_judged_where_its_sides_part():
 
 
 def test_what_the_held_out_rows_cannot_say_is_no_best(train, tmp_path):
-    good = tiny.write_rows(tmp_path / "good.jsonl", [row | {"label": True} for row in tiny.conversations(50)[40:]])
-    with pytest.raises(errors.ConfigError, match=r"loop\.best is margin, and the held-out rows do not give it"):
+    good = tiny.write_rows(
+        tmp_path / "good.jsonl", [row | {"label": True} for row in tiny.conversations(50)[40:]]
+    )
+    with pytest.raises(
+        errors.ConfigError, match=r"loop\.best is margin, and the held-out rows do not give it"
+    ):
         train("run", data={"valid": (str(good),)}, loop={"best": "margin"})
 
 
@@ -691,17 +829,29 @@ def test_a_cursor_from_before_there_was_more_than_the_loss_is_read(train):
 
 
 def compared(good: list[float], bad: list[float], pair: bool = False) -> list[preference.Compared]:
-    made = [preference.Compared(f"g:{at}", True, 0.0, value, 3.0, at if pair else None) for at, value in enumerate(good)]
-    return made + [preference.Compared(f"b:{at}", False, 0.0, value, 3.0, at if pair else None) for at, value in enumerate(bad)]
+    made = [
+        preference.Compared(f"g:{at}", True, 0.0, value, 3.0, at if pair else None)
+        for at, value in enumerate(good)
+    ]
+    return made + [
+        preference.Compared(f"b:{at}", False, 0.0, value, 3.0, at if pair else None)
+        for at, value in enumerate(bad)
+    ]
 
 
 def test_the_task_counts_pairs_with_intervals():
     found = {one.name: one for one in preference.scores(compared([1.0, 2.0, 3.0, 5.0], [0.0, 2.5, -1.0]), 0)}
     accuracy, margin = found["accuracy"], found["ratio_margin"]
     assert accuracy.value == pytest.approx(10 / 12) and margin.value == pytest.approx(2.75 - 0.5)
-    assert accuracy.low is not None and accuracy.high is not None and accuracy.low < accuracy.value <= accuracy.high <= 1
+    assert (
+        accuracy.low is not None
+        and accuracy.high is not None
+        and accuracy.low < accuracy.value <= accuracy.high <= 1
+    )
     assert accuracy.delta == pytest.approx(accuracy.value - 0.5) and accuracy.n == 7
-    pairs = {one.name: one for one in preference.scores(compared([1.0, 0.0, 3.0], [0.0, 1.0, 3.0], pair=True), 0)}
+    pairs = {
+        one.name: one for one in preference.scores(compared([1.0, 0.0, 3.0], [0.0, 1.0, 3.0], pair=True), 0)
+    }
     assert pairs["accuracy"].value == 0.5 and pairs["accuracy"].n == 3
     assert preference.scores(compared([1.0], []), 0) == []
 
@@ -710,13 +860,24 @@ def test_the_interval_of_few_answers_covers():
     """200 samples of six good and six bad, one apart: the margin's interval covers 1 as often as it says."""
     random = np.random.default_rng(0)
     drawn = [compared(random.normal(1, 1, 6).tolist(), random.normal(0, 1, 6).tolist()) for _ in range(200)]
-    margins = [{one.name: one for one in preference.scores(items, at)}["ratio_margin"] for at, items in enumerate(drawn)]
-    assert 0.93 <= np.mean([one.low <= 1 <= one.high for one in margins if one.low is not None and one.high is not None]) <= 0.99
+    margins = [
+        {one.name: one for one in preference.scores(items, at)}["ratio_margin"]
+        for at, items in enumerate(drawn)
+    ]
+    assert (
+        0.93
+        <= np.mean(
+            [one.low <= 1 <= one.high for one in margins if one.low is not None and one.high is not None]
+        )
+        <= 0.99
+    )
 
 
 def test_few_answers_that_always_win_prove_little():
     (accuracy, *_) = preference.scores(compared([2.0, 3.0, 4.0], [0.0, 1.0, 1.5]), 0)
-    assert accuracy.value == 1.0 and accuracy.p is not None and accuracy.p >= 0.25, "three of three heads are seen in a quarter"
+    assert accuracy.value == 1.0 and accuracy.p is not None and accuracy.p >= 0.25, (
+        "three of three heads are seen in a quarter"
+    )
 
 
 def test_a_likelihood_that_is_no_number_names_its_row():
@@ -730,14 +891,18 @@ def test_a_likelihood_that_is_no_number_names_its_row():
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=8), st.lists(st.floats(-5, 5), min_size=2, max_size=8))
 def test_no_difference_is_chance(good, bad):
-    (accuracy, *_), (turned, *_) = (preference.scores(compared(*sides), 1) for sides in ((good, bad), (bad, good)))
+    (accuracy, *_), (turned, *_) = (
+        preference.scores(compared(*sides), 1) for sides in ((good, bad), (bad, good))
+    )
     assert accuracy.value + turned.value == pytest.approx(1)
 
 
 @pytest.mark.parametrize("objective", [APOZeroUnpaired(), KTO(), ORPO()])
 def test_losses_stay_finite_far_out(objective):
     fields = (
-        np.array([[1.0, 1.0, 0.0, 0.0, 0.0], [-1.0, 1.0, 0.0, 0.0, 0.0]]) if isinstance(objective, Judging) else np.ones((2, 2))
+        np.array([[1.0, 1.0, 0.0, 0.0, 0.0], [-1.0, 1.0, 0.0, 0.0, 0.0]])
+        if isinstance(objective, Judging)
+        else np.ones((2, 2))
     )
     for value in (-1e4, -1e-9, 0.0, 1e4 if isinstance(objective, Judging) else -1.0):
 

@@ -1,8 +1,8 @@
-"""Whether one kind of task outweighs the others, and whether labels come with the kind instead of with the answer.
+"""Whether one kind of task outweighs the others, and whether labels come with the kind instead of with the
+answer.
 
-The type of a row is the first tool that it calls, as a turn or as text, otherwise the word that its prompt begins with. What
-the prompts are about is for `diversity`; which labels are wrong for `labels`.
-"""
+The type of a row is the first tool that it calls, as a turn or as text, otherwise the word that its prompt
+begins with. What the prompts are about is for `diversity`; which labels are wrong for `labels`."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def first_tool(view: View) -> str | None:
 
 
 def leading_word(prompt: str) -> str | None:
-    """The first word of ``prompt`` in lower case, greetings and polite words aside unless there are no others; of scripts
-    without spaces the first two letters."""
+    """The first word of ``prompt`` in lower case, greetings and polite words aside unless there are no
+    others; of scripts without spaces the first two letters."""
     opened = _OPENERS.match(prompt[:500].replace("’", "'"))
     found = WORD.search(prompt, opened.end() if opened else 0) or WORD.search(prompt)
     if found and clusters.UNSPACED_LETTER.match(found[0]):
@@ -99,12 +99,19 @@ def _types(rows: Sequence[tuple[int, Kept]], types: Mapping[int, str], survey: S
     met, few = bits > bar, len(rows) < FEWEST_ROWS
     places = [] if met else [at for at, name in types.items() if name == most[0][0]]
     return Finding(
-        "balance.types", "good" if met else "note" if few else "warning",
-        f"{told} ({alone}); most often: {often}", len(places), len(rows), bits, f"> {bar:g} bits",
+        "balance.types",
+        "good" if met else "note" if few else "warning",
+        f"{told} ({alone}); most often: {often}",
+        len(places),
+        len(rows),
+        bits,
+        f"> {bar:g} bits",
         tuple(Evidence(survey.sources[at], most[0][0]) for at in places[:NAMED]),
-        "" if met else "add rows of other kinds, or leave out some of the most frequent: the model learns to expect these",
+        ""
+        if met
+        else "add rows of other kinds, or leave out some of the most frequent: the model learns to expect these",
         of_set=True,
-    )  # fmt: skip
+    )
 
 
 def _labels(labelled: Mapping[int, bool], survey: Survey) -> Finding:
@@ -122,18 +129,26 @@ def _labels(labelled: Mapping[int, bool], survey: Survey) -> Finding:
     rarer = share < 0.5
     places = [at for at, label in labelled.items() if label == rarer]
     return Finding(
-        rule, "warning", told, len(places), len(labelled), share, bar,
+        rule,
+        "warning",
+        told,
+        len(places),
+        len(labelled),
+        share,
+        bar,
         tuple(Evidence(survey.sources[at], _word(rarer)) for at in places[:NAMED]),
-        f"add {_word(rarer)} rows: from so few little is learned", of_set=True,
-    )  # fmt: skip
+        f"add {_word(rarer)} rows: from so few little is learned",
+        of_set=True,
+    )
 
 
-def _labels_by_type(types: Mapping[int, str], labelled: Mapping[int, bool], survey: Survey) -> Iterator[Finding]:
+def _labels_by_type(
+    types: Mapping[int, str], labelled: Mapping[int, bool], survey: Survey
+) -> Iterator[Finding]:
     """Types whose share of desirable rows is not that of all labelled rows, by the exact binomial test.
 
-    With the correction of Benjamini and Hochberg (1995), so that of the types named 1 in 100 is there by chance; where no type
-    has labels of its own, one is named in 1 of 100 sets.
-    """
+    With the correction of Benjamini and Hochberg (1995), so that of the types named 1 in 100 is there by
+    chance; where no type has labels of its own, one is named in 1 of 100 sets."""
     from scipy.stats import binomtest, false_discovery_control
 
     whole = sum(labelled.values()) / len(labelled)
@@ -156,13 +171,23 @@ def _labels_by_type(types: Mapping[int, str], labelled: Mapping[int, bool], surv
     for name in named:  # those whose label the type goes with
         side = good[name] / sizes[name] > whole
         places = [at for at, one in types.items() if one == name and labelled[at] == side]
-        rows += [Evidence(survey.sources[at], f"{name}: {shares[name]}, all types {whole:.0%}") for at in places[:EACH]]
+        rows += [
+            Evidence(survey.sources[at], f"{name}: {shares[name]}, all types {whole:.0%}")
+            for at in places[:EACH]
+        ]
     listed = "; ".join(f"{name} ({shares[name]})" for name in named[:3])
     yield Finding(
-        rule, "warning", f"{len(far)} of {len(tested)} types with labels far from those of all, {whole:.0%} desirable: {listed}",
-        sum(sizes[name] for name in far), len(types), None, threshold, tuple(rows),
-        "the model may learn to like or avoid these types themselves: give each rows of both labels", of_set=True,
-    )  # fmt: skip
+        rule,
+        "warning",
+        f"{len(far)} of {len(tested)} types with labels far from those of all, {whole:.0%} desirable: {listed}",
+        sum(sizes[name] for name in far),
+        len(types),
+        None,
+        threshold,
+        tuple(rows),
+        "the model may learn to like or avoid these types themselves: give each rows of both labels",
+        of_set=True,
+    )
 
 
 def _word(label: bool) -> str:

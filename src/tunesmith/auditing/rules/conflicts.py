@@ -1,8 +1,8 @@
-"""Rows that contradict each other: the same words with opposite labels; the same prompt with other answers or labels.
+"""Rows that contradict each other: the same words with opposite labels; the same prompt with other answers or
+labels.
 
-A prompt is what is asked before the first answer, system text included; its answer is the first answer; case and spacing do not
-count. Later turns have a context of their own and are not compared.
-"""
+A prompt is what is asked before the first answer, system text included; its answer is the first answer; case
+and spacing do not count. Later turns have a context of their own and are not compared."""
 
 from __future__ import annotations
 
@@ -56,37 +56,69 @@ class Conflicts(Rule):
                 label = survey.labels[at]
                 other = None if label is None else said[one.said].get(not label)
                 if other is not None:
-                    opposed[at] = f"{_word(label)}; {survey.sources[other]} says the same and is {_word(not label)}"
+                    opposed[at] = (
+                        f"{_word(label)}; {survey.sources[other]} says the same and is {_word(not label)}"
+                    )
                     continue
                 contrary = None if label is None else firsts.get(not label)
                 if contrary is not None:
-                    judged[at] = f"{_word(label)}; {survey.sources[contrary]} answers otherwise and is {_word(not label)}"
+                    judged[at] = (
+                        f"{_word(label)}; {survey.sources[contrary]} answers otherwise and is {_word(not label)}"
+                    )
                     continue
                 first, before = group[0]
-                if at != first and one.answer != before.answer and label is not False and survey.labels[first] is not False:
+                if (
+                    at != first
+                    and one.answer != before.answer
+                    and label is not False
+                    and survey.labels[first] is not False
+                ):
                     answered[at] = f"{survey.sources[first]} answers this prompt otherwise"
         yield _finding(
-            "labels", survey, rows, opposed, "saying the same as another row under the opposite label", "warning",
+            "labels",
+            survey,
+            rows,
+            opposed,
+            "saying the same as another row under the opposite label",
+            "warning",
             "one of the two labels is wrong: decide which, or leave both out",
-        )  # fmt: skip
+        )
         yield _finding(
-            "prompts", survey, rows, judged, "answering the prompt of another row otherwise, under the opposite label", "note",
+            "prompts",
+            survey,
+            rows,
+            judged,
+            "answering the prompt of another row otherwise, under the opposite label",
+            "note",
             "KTO and DPO learn from such a contrast; for SFT only the desirable one counts",
-        )  # fmt: skip
+        )
         yield _finding(
-            "answers", survey, rows, answered, "answering the prompt of an earlier row otherwise", "note",
+            "answers",
+            survey,
+            rows,
+            answered,
+            "answering the prompt of an earlier row otherwise",
+            "note",
             "variety is welcome, contradiction is not: read a few",
-        )  # fmt: skip
+        )
 
 
 def _word(label: bool | None) -> str:
     return "desirable" if label else "undesirable"
 
 
-def _finding(name: str, survey: Survey, rows: int, notes: dict[int, str], what: str, severity: Severity, hint: str) -> Finding:
+def _finding(
+    name: str, survey: Survey, rows: int, notes: dict[int, str], what: str, severity: Severity, hint: str
+) -> Finding:
     count = len(notes)
     told = f"{counted(count, rows)} {what}" if count else f"no rows {what}"
     evidence = tuple(Evidence(survey.sources[at], note) for at, note in notes.items())
     return Finding(
-        f"conflicts.{name}", severity if count else "good", told, count, rows, rows=evidence, hint=hint if count else ""
+        f"conflicts.{name}",
+        severity if count else "good",
+        told,
+        count,
+        rows,
+        rows=evidence,
+        hint=hint if count else "",
     )

@@ -1,9 +1,8 @@
 """Training rows that repeat what they will be measured on: held-out rows, evaluation sets, fixed prompts.
 
-exact: the same prompt, but for case and spacing. near: by edit distance (`near`). passages: thirteen words in a
-row of an evaluation set anywhere in the row, as GPT-3's authors looked for it (arXiv 2005.14165, appendix C). A model that
-has seen the question is measured on its memory.
-"""
+exact: the same prompt, but for case and spacing. near: by edit distance (`near`). passages: thirteen words in
+a row of an evaluation set anywhere in the row, as GPT-3's authors looked for it (arXiv 2005.14165, appendix
+C). A model that has seen the question is measured on its memory."""
 
 from __future__ import annotations
 
@@ -22,7 +21,18 @@ from tunesmith.errors import DataError
 
 PASSAGE = 13  # words
 SHORTEST = 5  # words of a prompt that is compared for nearness: shorter ones are near to much
-PROMPTS = ("prompt", "question", "instruction", "goal", "problem", "ctx", "sentence", "query", "input", "text")
+PROMPTS = (
+    "prompt",
+    "question",
+    "instruction",
+    "goal",
+    "problem",
+    "ctx",
+    "sentence",
+    "query",
+    "input",
+    "text",
+)
 """Keys under which an evaluation set has its prompt, tried in this order; else the longest text counts."""
 
 
@@ -42,7 +52,8 @@ class Hit(NamedTuple):
 
 
 class Against:
-    """What no training row may repeat. ``held_out``: rows of the same kind, of which only prompts are compared.
+    """What no training row may repeat. ``held_out``: rows of the same kind, of which only prompts are
+    compared.
 
     unreadable: rows of the file that hold no prompt.
     """
@@ -75,7 +86,11 @@ class Against:
         for prompt in prompts:
             if (found := self._near(prompt, least)) is not None:
                 return found
-        at = next((self.passages[gram] for gram in _passages(whole) if gram in self.passages), None) if self.passages else None
+        at = (
+            next((self.passages[gram] for gram in _passages(whole) if gram in self.passages), None)
+            if self.passages
+            else None
+        )
         return None if at is None else ("passages", at, 0.0)
 
     def _near(self, prompt: str, least: float) -> tuple[str, int, float] | None:
@@ -86,7 +101,9 @@ class Against:
         return self._seen[prompt]
 
     def _compared(self, prompt: str, least: float) -> tuple[str, int, float] | None:
-        chosen = {at for band, key in zip(self.bands, _bands(prompt), strict=False) for at in band.get(key, ())}
+        chosen = {
+            at for band, key in zip(self.bands, _bands(prompt), strict=False) for at in band.get(key, ())
+        }
         for at in sorted(chosen):
             if (similarity := near.similarity(self.prompts[at], prompt, least)) >= least:
                 return "near", at, similarity
@@ -119,24 +136,34 @@ def load(path: str, spec: formats.DataSpec) -> Against:
     """An evaluation set or a list of prompts. Raises DataError where it cannot be read or holds no prompt."""
     file = Path(path).expanduser()
     if not file.exists():
-        raise DataError("no such file or folder", where=path, hint="audit.against names evaluation sets and prompts")
+        raise DataError(
+            "no such file or folder", where=path, hint="audit.against names evaluation sets and prompts"
+        )
     try:
         found = Against(
-            _csv(file) if file.suffix.lower() == ".csv" else _lines(file) if file.suffix.lower() == ".txt" else _rows(file, spec),
+            _csv(file)
+            if file.suffix.lower() == ".csv"
+            else _lines(file)
+            if file.suffix.lower() == ".txt"
+            else _rows(file, spec),
             held_out=False,
         )
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot be read: {error}", where=path, hint="UTF-8 text is expected") from error
     if not found.items:
         raise DataError(
-            "holds no prompt to compare with", where=path, hint=f"a key such as {', '.join(PROMPTS[:3])}, or rows of text"
+            "holds no prompt to compare with",
+            where=path,
+            hint=f"a key such as {', '.join(PROMPTS[:3])}, or rows of text",
         )
     return found
 
 
 def _lines(path: Path) -> Iterator[Item]:
     with path.open(encoding="utf-8") as lines:
-        yield from (Item(f"{path}:{at}", line.strip(), line) for at, line in enumerate(lines, 1) if line.strip())
+        yield from (
+            Item(f"{path}:{at}", line.strip(), line) for at, line in enumerate(lines, 1) if line.strip()
+        )
 
 
 def _csv(path: Path) -> Iterator[Item]:
@@ -176,7 +203,10 @@ def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:
 
 def _prompt(texts: dict[str, str]) -> str:
     named = {key.lower(): text for key, text in texts.items()}
-    return next((named[key] for key in PROMPTS if named.get(key, "").strip()), max(texts.values(), key=len, default=""))
+    return next(
+        (named[key] for key in PROMPTS if named.get(key, "").strip()),
+        max(texts.values(), key=len, default=""),
+    )
 
 
 class Contamination(Rule):
@@ -185,7 +215,9 @@ class Contamination(Rule):
     def look(self, view: View, context: Context) -> list[Hit] | None:
         if not context.against or view.example is None:
             return None
-        prompts = list(dict.fromkeys([*(part.text for part in view.parts if part.role == "user"), _asked(view)]))
+        prompts = list(
+            dict.fromkeys([*(part.text for part in view.parts if part.role == "user"), _asked(view)])
+        )
         found: list[Hit] = []
         for place, against in enumerate(context.against):
             asked = [_asked(view)] if against.held_out else prompts
@@ -209,17 +241,29 @@ class Contamination(Rule):
                 rows: list[Evidence] = []
                 telling = False  # whether any of the prompts is more than a greeting
                 for at in survey.training:
-                    hits = [hit for hit in kept[at] or () if hit.kind == kind and against[hit.set].held_out == held_out]
+                    hits = [
+                        hit
+                        for hit in kept[at] or ()
+                        if hit.kind == kind and against[hit.set].held_out == held_out
+                    ]
                     if hits:
                         item = against[hits[0].set].items[hits[0].item]
                         rows.append(Evidence(survey.sources[at], _note(hits[0], item)))
                         telling |= len(item.prompt.split()) >= SHORTEST or not held_out
-                severity: Severity = "good" if not rows else "error" if kind == "exact" and telling else "warning"
-                yield _finding(f"contamination.{name}_{kind}", severity, kind, rows, len(survey.training), words)
+                severity: Severity = (
+                    "good" if not rows else "error" if kind == "exact" and telling else "warning"
+                )
+                yield _finding(
+                    f"contamination.{name}_{kind}", severity, kind, rows, len(survey.training), words
+                )
         if bad := sum(one.unreadable for one in against if not one.held_out):
             told = f"{counted(bad)} of the evaluation sets without a prompt to compare with"
             yield Finding(
-                "contamination.unreadable", "note", told, bad, hint=f"a key such as {', '.join(PROMPTS[:3])} is looked for"
+                "contamination.unreadable",
+                "note",
+                told,
+                bad,
+                hint=f"a key such as {', '.join(PROMPTS[:3])} is looked for",
             )
 
 
@@ -237,4 +281,6 @@ def _finding(rule: str, severity: Severity, kind: str, rows: list[Evidence], of:
     many = counted(len(rows), of) if rows else "no rows"
     bar = "0" if kind == "exact" else None
     hint = "take them out of the training rows, or the measurement is of memory" if rows else ""
-    return Finding(rule, severity, f"{many} {how} {words}", len(rows), of, threshold=bar, rows=tuple(rows), hint=hint)
+    return Finding(
+        rule, severity, f"{many} {how} {words}", len(rows), of, threshold=bar, rows=tuple(rows), hint=hint
+    )

@@ -1,12 +1,12 @@
-"""What stands in the words that should not be learned: secrets, personal data, swear words, residue of markup, broken characters,
-control tokens of templates, refusals; and which languages they are in.
+"""What stands in the words that should not be learned: secrets, personal data, swear words, residue of
+markup, broken characters, control tokens of templates, refusals; and which languages they are in.
 
-Secrets and personal data are found by their written form (prefixes, checksums, the word before them): a name, a postal address
-or a password in a sentence is not seen, and what is plainly made up (example.com, 555 numbers, AKIA…EXAMPLE) is not named. Of
-toxicity only strong English swear words and slurs are seen, disguised ones too, quoted or meant; threats, contempt and harm in
-clean words, and other languages, are not. Refusals are told by English phrases at the start of an answer. Markup is no residue
-where it is asked for. A language is told from 80 letters on. Nothing that is found is shown in full.
-"""
+Secrets and personal data are found by their written form (prefixes, checksums, the word before them): a name,
+a postal address or a password in a sentence is not seen, and what is plainly made up (example.com, 555
+numbers, AKIA…EXAMPLE) is not named. Of toxicity only strong English swear words and slurs are seen, disguised
+ones too, quoted or meant; threats, contempt and harm in clean words, and other languages, are not. Refusals
+are told by English phrases at the start of an answer. Markup is no residue where it is asked for. A language
+is told from 80 letters on. Nothing that is found is shown in full."""
 
 from __future__ import annotations
 
@@ -31,35 +31,72 @@ REFUSING = 0.1
 RARE = 0.02
 """Share of the rows under which a language is named with its rows."""
 LETTERS, HEAD, SURE = 80, 300, 0.95
-"""A language is told from so many letters, among so many at the start of a prompt or the end of an answer, if so sure."""
+"""A language is told from so many letters, among so many at the start of a prompt or the end of an answer, if
+so sure."""
 
-CERTAIN = frozenset({
-    "anthropic_api_key", "aws_access_key_id", "aws_secret_access_key", "github_token", "gitlab_token", "google_api_key",
-    "huggingface_token", "npm_token", "openai_api_key", "private_key", "pypi_token", "sendgrid_key", "slack_token",
-    "slack_webhook", "stripe_key",
-})  # fmt: skip
+CERTAIN = frozenset(
+    {
+        "anthropic_api_key",
+        "aws_access_key_id",
+        "aws_secret_access_key",
+        "github_token",
+        "gitlab_token",
+        "google_api_key",
+        "huggingface_token",
+        "npm_token",
+        "openai_api_key",
+        "private_key",
+        "pypi_token",
+        "sendgrid_key",
+        "slack_token",
+        "slack_webhook",
+        "stripe_key",
+    }
+)
 """Kinds of secrets that are known by a prefix which means nothing else."""
 TOLD = CERTAIN - {"private_key", "aws_secret_access_key"}
 """Those whose first four letters tell the kind and nothing more."""
 PERSONAL = {
-    "email": "e-mail address", "phone": "phone number", "credit_card": "card number", "iban": "IBAN",
+    "email": "e-mail address",
+    "phone": "phone number",
+    "credit_card": "card number",
+    "iban": "IBAN",
     "ssn_us": "social security number",
-}  # fmt: skip
-"""Kinds of personal data looked for. Numbers of other countries than the US have no form that other numbers lack."""
+}
+"""Kinds of personal data looked for. Numbers of other countries than the US have no form that other numbers
+lack."""
 MACHINES = ("ipv4", "ipv6")
 """Not looked for: mostly ranges and versions."""
 ORDINARY = ("ass", "brainfuck", "dyke", "dykes", "retard", "retarded", "retards", "spic")
 """Words with another meaning (spic and span, a file.ass): not taken for profanity."""
 
 TELL: dict[str, tuple[str, str]] = {
-    "secrets": ("what looks like a key, token or password", "take it out and revoke it: what is learned can be recited"),
-    "personal_data": ("an e-mail address, phone or account number", "replace it by an invented one; accept it if it is one"),
+    "secrets": (
+        "what looks like a key, token or password",
+        "take it out and revoke it: what is learned can be recited",
+    ),
+    "personal_data": (
+        "an e-mail address, phone or account number",
+        "replace it by an invented one; accept it if it is one",
+    ),
     "profanity": ("a strong swear word or slur", "read them: is this how the model is to speak?"),
-    "markup": ("HTML or broken markdown", "tags, entities and open fences are learned as they are: clean or complete them"),
-    "mojibake": ("a broken character", "read the file in the encoding it was written in, or repair it with ftfy"),
-    "template_tokens": ("a control token of a chat template", "take it out: the template writes its own, at the right places"),
-    "unscanned": (f"text beyond its first {SCANNED:,} letters, which was not scanned,", "split it, or look for yourself"),
-}  # fmt: skip
+    "markup": (
+        "HTML or broken markdown",
+        "tags, entities and open fences are learned as they are: clean or complete them",
+    ),
+    "mojibake": (
+        "a broken character",
+        "read the file in the encoding it was written in, or repair it with ftfy",
+    ),
+    "template_tokens": (
+        "a control token of a chat template",
+        "take it out: the template writes its own, at the right places",
+    ),
+    "unscanned": (
+        f"text beyond its first {SCANNED:,} letters, which was not scanned,",
+        "split it, or look for yourself",
+    ),
+}
 """Rules that name rows by what stands in a text: what that is, and what to do."""
 
 
@@ -88,7 +125,9 @@ class Asked:
     def markup(self) -> bool:
         """They ask for it, or write it; plain text, which nobody asked for, speaks of it."""
         plain = [part.text[:SCANNED] for part in self.view.parts if part.role == "text"]
-        return any(_ABOUT.search(text) for text in [*self.texts, *plain]) or any(map(_HTML.search, self.texts))
+        return any(_ABOUT.search(text) for text in [*self.texts, *plain]) or any(
+            map(_HTML.search, self.texts)
+        )
 
     @cached_property
     def languages(self) -> tuple[str, ...]:
@@ -136,7 +175,13 @@ def masked(text: str) -> str:
 
 
 def _finding(
-    survey: Survey, rule: str, severity: Severity, what: str, some: Sequence[tuple[int, str]], of: int, hint: str
+    survey: Survey,
+    rule: str,
+    severity: Severity,
+    what: str,
+    some: Sequence[tuple[int, str]],
+    of: int,
+    hint: str,
 ) -> Finding:
     evidence = tuple(Evidence(survey.sources[at], note) for at, note in some)
     return Finding(f"content.{rule}", severity, what, len(some), of, rows=evidence, hint=hint)
@@ -152,8 +197,12 @@ def _refusals(some: list[tuple[int, str]], survey: Survey) -> Iterator[Finding]:
     many = counted(len(good), len(wanted)) if good else "no row"
     what = f"{many} to imitate in which the assistant refuses{more}"
     severity: Severity = "warning" if share > REFUSING else "note"
-    hint = "what refuses this often teaches refusing: keep those that are right, and balance them with answers"
-    yield _finding(survey, "refusals", severity, what, good, len(wanted), hint if severity == "warning" else "")
+    hint = (
+        "what refuses this often teaches refusing: keep those that are right, and balance them with answers"
+    )
+    yield _finding(
+        survey, "refusals", severity, what, good, len(wanted), hint if severity == "warning" else ""
+    )
 
 
 def _spoken(rows: dict[int, tuple[str, ...]], survey: Survey) -> Iterator[Finding]:
@@ -164,14 +213,22 @@ def _spoken(rows: dict[int, tuple[str, ...]], survey: Survey) -> Iterator[Findin
     more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
     rare = {language: count for language, count in counts.items() if count < RARE * len(rows)}
     yield Finding(
-        "content.languages", "good" if len(counts) == 1 else "note",
+        "content.languages",
+        "good" if len(counts) == 1 else "note",
         f"languages of {counted(len(rows))} with enough words to tell: {shares}{more}",
-        sum(counts.most_common(1)[0][0] not in languages for languages in rows.values()), len(rows),
-    )  # fmt: skip
-    named = [(min(rare[one] for one in some), at, some) for at, languages in rows.items() if (some := rare.keys() & {*languages})]
+        sum(counts.most_common(1)[0][0] not in languages for languages in rows.values()),
+        len(rows),
+    )
+    named = [
+        (min(rare[one] for one in some), at, some)
+        for at, languages in rows.items()
+        if (some := rare.keys() & {*languages})
+    ]
     if named:
         told = f"{counted(len(named), len(rows))} in a language of less than {RARE:.0%} of the rows"
-        notes = [(at, f"in {', '.join(sorted(some))}") for _, at, some in sorted(named, key=lambda one: one[:2])]
+        notes = [
+            (at, f"in {', '.join(sorted(some))}") for _, at, some in sorted(named, key=lambda one: one[:2])
+        ]
         hint = "too few to learn from: fine for translation, else strays; leave them out or add more"
         yield _finding(survey, "languages", "warning", told, notes, len(rows), hint)
 
@@ -196,9 +253,15 @@ def _scan(part: Part, asked: Asked) -> Iterator[Hit]:
                 yield Hit("secrets", "error" if learned and found.kind in CERTAIN else "warning", note)
         elif found.category == "pii":
             if is_personal(found.kind, value, before, text[found.end : found.end + 4]):
-                shown = f"{value[0]}…@….{value.rpartition('.')[2]}" if found.kind == "email" else f"…{value[-2:]}"
+                shown = (
+                    f"{value[0]}…@….{value.rpartition('.')[2]}" if found.kind == "email" else f"…{value[-2:]}"
+                )
                 yield Hit("personal_data", "warning", f"{PERSONAL[found.kind]} {shown}")
-        elif not (MASKED.fullmatch(value) if found.confidence < 0.8 else 2 * sum(map(str.isalpha, value)) > len(value)):
+        elif not (
+            MASKED.fullmatch(value)
+            if found.confidence < 0.8
+            else 2 * sum(map(str.isalpha, value)) > len(value)
+        ):
             continue
         elif not asked.languages or "en" in asked.languages:
             yield Hit("profanity", "warning" if taught else "note", f"“{value[0]}…{value[-1]}”")
@@ -225,7 +288,8 @@ _MADE_UP = re.compile(
 _FAKE_BODY = re.compile(r"example|placeholder|dummy|redacted|fake|xxxx|\.\.\.", re.IGNORECASE)
 _LEET = str.maketrans("@$013457", "asoieast")
 _HARMLESS = re.compile(
-    r"(?:page|next|cursor|continuation|csrf|max|sync|public|tokeni[sz])[\w-]{0,20}[\"']?\s{0,5}[:=]\s{0,5}[\"']?$", re.IGNORECASE
+    r"(?:page|next|cursor|continuation|csrf|max|sync|public|tokeni[sz])[\w-]{0,20}[\"']?\s{0,5}[:=]\s{0,5}[\"']?$",
+    re.IGNORECASE,
 )
 _HEX = re.compile(r"[0-9a-f]+", re.IGNORECASE)
 _KEY_LINE = re.compile(r"[A-Za-z0-9+/=]{40}")
@@ -243,23 +307,35 @@ def is_secret(kind: str, value: str, before: str) -> bool:
     if kind == "url_credentials":
         password = value.partition(":")[2]
         return not (_made_up(password) or _WORDLIKE.fullmatch(password) or set(password) & set("<>{}[]()$%*"))
-    return _random(value) and not _made_up(value) and not _HARMLESS.search(before)  # behind a word such as password or bearer
+    return (
+        _random(value) and not _made_up(value) and not _HARMLESS.search(before)
+    )  # behind a word such as password or bearer
 
 
 def _made_up(value: str) -> bool:
-    """Placeholders, few letters, runs such as 123456 or a1b2c3: nothing that a generator of keys would give."""
+    """Placeholders, few letters, runs such as 123456 or a1b2c3: nothing that a generator of keys would
+    give."""
     low = value.lower()
-    return bool(_MADE_UP.search(low) or _MADE_UP.search(low.translate(_LEET))) or len(set(low)) < 6 or _steps(low)
+    return (
+        bool(_MADE_UP.search(low) or _MADE_UP.search(low.translate(_LEET)))
+        or len(set(low)) < 6
+        or _steps(low)
+    )
 
 
 def _steps(value: str, share: float = 1 / 3) -> bool:
-    """Whether such a share of the letters repeat the one before (or before that), or follow it in the alphabet."""
+    """Whether such a share of the letters repeat the one before (or before that), or follow it in the
+    alphabet."""
     codes = [ord(letter) for letter in value.lower()]
-    return any(sum(0 <= b - a <= 1 for a, b in zip(codes, codes[far:], strict=False)) >= share * len(codes) for far in (1, 2))
+    return any(
+        sum(0 <= b - a <= 1 for a, b in zip(codes, codes[far:], strict=False)) >= share * len(codes)
+        for far in (1, 2)
+    )
 
 
 def _random(value: str) -> bool:
-    """Whether it reads like the work of a generator: no path, no code, and a chunk that no word, number or version is."""
+    """Whether it reads like the work of a generator: no path, no code, and a chunk that no word, number or
+    version is."""
     if value[0] in "./~$<{[(%" or "://" in value or "\\" in value or "/" in value:
         return False
     chunks = [chunk for chunk in _CHUNK.findall(value) if not _WORDLIKE.fullmatch(chunk)]
@@ -277,19 +353,25 @@ _PLACE = re.compile(
     r"|partner|host|site|website|server|business|store|shop|school|university|organi[sz]ation|org|club|brand)\.[a-z]+$"
     r"|\.(?:test|invalid|localhost|local|internal|lan)$"
 )
-_OFFICES = frozenset((
-    "admin administrator alerts bot ci contact customer.service customerservice devops email enquiries feedback git hello "
-    "help hr info it jobs legal mail marketing me name news newsletter no-reply noreply office orders postmaster press privacy "
-    "recipient reservations root sales security sender service sip someone support team test user username webmaster you"
-).split())  # fmt: skip
+_OFFICES = frozenset(
+    (
+        "admin administrator alerts bot ci contact customer.service customerservice devops email enquiries feedback git hello "
+        "help hr info it jobs legal mail marketing me name news newsletter no-reply noreply office orders postmaster press privacy "
+        "recipient reservations root sales security sender service sip someone support team test user username webmaster you"
+    ).split()
+)
 _NOBODY = re.compile(r"doe\b|john[._]?smith|jane[._]?smith|^(?:foo|bar|abc|xyz|xx+)$")
-_CARD_WORD = re.compile(r"card|visa|amex|american express|credit|debit|discover|pay(?:ment|ing)?\b|cvv|cvc|expir", re.IGNORECASE)
-_TEST_NUMBERS = frozenset((
-    "4012888888881881 378282246310005 371449635398431 30569309025904 38520000023237 6011000990139424 4532015112830366 "
-    "078051120 219099999 GB82WEST12345698765432 GB29NWBK60161331926819 GB33BUKB20201555555555 DE89370400440532013000 "
-    "FR1420041010050500013M02606 FR7630006000011234567890189 NL91ABNA0417164300 ES9121000418450200051332 "
-    "IT60X0542811101000000123456 BE68539007547034 AT611904300234573201 CH9300762011623852957"
-).split())  # fmt: skip
+_CARD_WORD = re.compile(
+    r"card|visa|amex|american express|credit|debit|discover|pay(?:ment|ing)?\b|cvv|cvc|expir", re.IGNORECASE
+)
+_TEST_NUMBERS = frozenset(
+    (
+        "4012888888881881 378282246310005 371449635398431 30569309025904 38520000023237 6011000990139424 4532015112830366 "
+        "078051120 219099999 GB82WEST12345698765432 GB29NWBK60161331926819 GB33BUKB20201555555555 DE89370400440532013000 "
+        "FR1420041010050500013M02606 FR7630006000011234567890189 NL91ABNA0417164300 ES9121000418450200051332 "
+        "IT60X0542811101000000123456 BE68539007547034 AT611904300234573201 CH9300762011623852957"
+    ).split()
+)
 """Cards, social security numbers and IBANs that documentation shows."""
 _SUM = re.compile(r"[=*/×÷^<>$€£\d]\s{0,2}$|[#&?%_.,]$")
 _SUM_AFTER = re.compile(r"\s{0,2}[=*/×÷^<>$€£&_%]|[.,]\d")
@@ -301,7 +383,12 @@ def is_personal(kind: str, value: str, before: str, after: str) -> bool:
     """Whether it may belong to someone: not made up, not of an office, not a number in a sum."""
     if kind == "email":
         name, _, place = value.lower().partition("@")
-        return not (name.strip("0123456789") in _OFFICES or _MADE_UP.search(name) or _NOBODY.search(name) or _PLACE.search(place))
+        return not (
+            name.strip("0123456789") in _OFFICES
+            or _MADE_UP.search(name)
+            or _NOBODY.search(name)
+            or _PLACE.search(place)
+        )
     digits = re.sub(r"\D", "", value)
     if kind == "iban":
         return value.replace(" ", "") not in _TEST_NUMBERS
@@ -311,7 +398,11 @@ def is_personal(kind: str, value: str, before: str, after: str) -> bool:
         local = digits[1:] if len(digits) == 11 and digits[0] == "1" else digits
         american = len(local) == 10 and (local[:3] in ("555", *_TOLL_FREE) or local[3:6] == "555")
         return not (
-            american or len(digits) < 9 or _FICTION.search(digits) or _steps(digits, 2 / 3) or _steps(digits[::-1], 2 / 3)
+            american
+            or len(digits) < 9
+            or _FICTION.search(digits)
+            or _steps(digits, 2 / 3)
+            or _steps(digits[::-1], 2 / 3)
         )
     if kind == "credit_card":
         return len(set(digits)) > 4 and bool(_CARD_WORD.search(before))
@@ -325,10 +416,13 @@ _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufffe\uffff\ud8
 
 
 def _broken(text: str) -> Iterator[str]:
-    """Characters that no text holds (controls, U+FFFD, half a pair), and letters read with the wrong encoding."""
+    """Characters that no text holds (controls, U+FFFD, half a pair), and letters read with the wrong
+    encoding."""
     if _UNSEEN.search(text):
         counts = Counter(_UNSEEN.findall(text))
-        yield ", ".join(f"U+{ord(one):04X}" + f" {count:,} times" * (count > 1) for one, count in counts.most_common(3))
+        yield ", ".join(
+            f"U+{ord(one):04X}" + f" {count:,} times" * (count > 1) for one, count in counts.most_common(3)
+        )
     if text.isascii():
         return
     import ftfy
@@ -374,7 +468,9 @@ _HTML = re.compile(
     r"|<(?:br|hr)\s{0,5}/?>|<(?:a|p|div|span|img|table|tr|td|th|ul|ol|li|h[1-6]|font)\s{1,5}[a-z-]{1,20}\s{0,5}=",
     re.IGNORECASE,
 )
-_ENTITY = re.compile(r"&(?:nbsp|amp|lt|gt|quot|apos|[lr][sd]quo|[mn]dash|hellip|copy|reg|#\d{2,6}|#[xX][0-9a-fA-F]{2,5});")
+_ENTITY = re.compile(
+    r"&(?:nbsp|amp|lt|gt|quot|apos|[lr][sd]quo|[mn]dash|hellip|copy|reg|#\d{2,6}|#[xX][0-9a-fA-F]{2,5});"
+)
 _ABOUT = re.compile(
     r"html|\bcss\b|\bxml|\bsvg\b|\bjsx\b|\breact(?:\.?js| app| component| native)|angular|\bvue\.?js|svelte|markup|ing tags?\b"
     r"|web ?(?:page|site|app\b|dev)|front-?end|\bphp\b|django|\bflask\b|jinja|javascript|typescript|scraping|mail template"
@@ -406,7 +502,9 @@ def fences(text: str) -> _Fences:
         marks += 1
     if mark:
         spans.append((start, len(text), info))
-    return _Fences(spans, bool(mark) and marks % 2 == 1)  # fences inside fences come in pairs: unusual, but whole
+    return _Fences(
+        spans, bool(mark) and marks % 2 == 1
+    )  # fences inside fences come in pairs: unusual, but whole
 
 
 def prose(text: str, fences: _Fences) -> str:
@@ -421,16 +519,22 @@ def prose(text: str, fences: _Fences) -> str:
 
 
 def _markup(text: str, prose: str, fences: _Fences, role: str, asked: Asked) -> Iterator[str]:
-    """An open fence; and where nobody asked for markup: prose that is wrapped in a fence, tags and entities in prose."""
+    """An open fence; and where nobody asked for markup: prose that is wrapped in a fence, tags and entities
+    in prose."""
     if fences.open:
         yield "a code fence is never closed"
     elif role == "assistant" and len(fences.spans) == 1:
         start, end, info = fences.spans[0]
-        wrapped = info in ("markdown", "md") or (info in ("", "text", "txt") and len(_SENTENCE.findall(text)) > 1)
+        wrapped = info in ("markdown", "md") or (
+            info in ("", "text", "txt") and len(_SENTENCE.findall(text)) > 1
+        )
         if wrapped and not (text[:start] + text[end:]).strip() and not asked.fences:
             yield "the whole answer is wrapped in a code fence"
     tags = _HTML.finditer(prose) if role in LEARNED and "<" in prose else ()
-    tag = next((found[0] for found in tags if found[0][:3].lower() != "<br" or not _in_table(prose, found.start())), None)
+    tag = next(
+        (found[0] for found in tags if found[0][:3].lower() != "<br" or not _in_table(prose, found.start())),
+        None,
+    )
     entity = _ENTITY.search(prose) if "&" in prose else None
     if (tag or entity) and not asked.markup:
         yield from (f"“{' '.join(one.split()).rstrip('=')}”" for one in (tag, entity and entity[0]) if one)
@@ -486,7 +590,9 @@ def _languages(view: View) -> tuple[str, ...]:
 def scanner() -> Scanner:
     from pygarble.screening import Scanner
 
-    return Scanner(exclude_kinds=MACHINES, locales=("us",), profanity_allowlist=ORDINARY, profanity_tiers=("strong",))
+    return Scanner(
+        exclude_kinds=MACHINES, locales=("us",), profanity_allowlist=ORDINARY, profanity_tiers=("strong",)
+    )
 
 
 @lru_cache(maxsize=1)

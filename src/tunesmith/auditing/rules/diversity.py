@@ -1,7 +1,8 @@
-"""Whether the rows show more than one thing: how many word trigrams of the answers are distinct, and which prompts crowd.
+"""Whether the rows show more than one thing: how many word trigrams of the answers are distinct, and which
+prompts crowd.
 
-Says nothing of rows that repeat each other as a whole (`duplicates`), nor of what kind of task they are (`balance`).
-"""
+Says nothing of rows that repeat each other as a whole (`duplicates`), nor of what kind of task they are
+(`balance`)."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ FREQUENT = 12  # trigrams that are looked up, of which three are quoted
 COUNTED = 8_000_000
 """Trigrams that are sorted at most: half a gigabyte."""
 PRIOR = 20
-"""Trigrams looked at, of the usual novelty, that a row is given on top of its own when rows are ranked: few prove little."""
+"""Trigrams looked at, of the usual novelty, that a row is given on top of its own when rows are ranked: few
+prove little."""
 TIMES, SHARE = 3, 0.1
 """A cluster is over-represented above so many times its even share, and above this share of the rows."""
 
 
 class Kept(NamedTuple):
-    """``many``: trigrams of the answers, of which ``trigrams`` are looked at. ``subject``: `clusters.subject`, of drawn rows."""
+    """``many``: trigrams of the answers, of which ``trigrams`` are looked at. ``subject``:
+    `clusters.subject`, of drawn rows."""
 
     many: int
     trigrams: np.ndarray
@@ -36,13 +39,13 @@ class Kept(NamedTuple):
 
 
 class Diversity(Rule):
-    """trigrams: distinct word trigrams of the answers ÷ all of them, over all rows; 1 where none occurs twice.
+    """trigrams: distinct word trigrams of the answers ÷ all of them, over all rows; 1 where none occurs
+    twice.
 
-    Where rows are drawn (`Context.share` below 1) the distinct ones are counted in as large a share of all possible trigrams,
-    chosen by their hash and looked for in every row, and scaled up; how many there are is always counted. Half a million
-    distinct ones are then known to within 0.5% at a share of 0.1. Trigrams are told apart by 32 bits: 10 million of them lose
-    about 0.1% to collisions.
-    """
+    Where rows are drawn (`Context.share` below 1) the distinct ones are counted in as large a share of all
+    possible trigrams, chosen by their hash and looked for in every row, and scaled up; how many there are is
+    always counted. Half a million distinct ones are then known to within 0.5% at a share of 0.1. Trigrams are
+    told apart by 32 bits: 10 million of them lose about 0.1% to collisions."""
 
     name = "diversity"
 
@@ -50,7 +53,9 @@ class Diversity(Rule):
         if view.example is None:
             return None
         keys = trigrams(WORD.findall(view.said.lower()))
-        return Kept(len(keys), chosen(keys, context.share), clusters.subject(view) if context.drawn(view) else None)
+        return Kept(
+            len(keys), chosen(keys, context.share), clusters.subject(view) if context.drawn(view) else None
+        )
 
     def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
         rows = {at: one for at in survey.training if (one := kept[at]) is not None and one.many}
@@ -74,12 +79,27 @@ def _crowds(survey: Survey) -> Iterator[Finding]:
         return
     count = sum(sizes[group] for group in crowds)
     told = "; ".join(f"{counted(sizes[group], many)} about “{group.name}”" for group in crowds)
-    places = [at for group in crowds for at in [at for at, one in enumerate(clusters.of(survey)) if one == group][: TOLD // 2]]
+    places = [
+        at
+        for group in crowds
+        for at in [at for at, one in enumerate(clusters.of(survey)) if one == group][: TOLD // 2]
+    ]
     yield Finding(
-        rule, "warning", f"over-represented: {told}", count, many, count / many, bar,
-        tuple(Evidence(survey.sources[at], f"about “{group.name}”") for at in places if (group := clusters.of(survey)[at])),
-        "leave some of them out, or add rows about other things: what is most frequent is learned most", of_set=True,
-    )  # fmt: skip
+        rule,
+        "warning",
+        f"over-represented: {told}",
+        count,
+        many,
+        count / many,
+        bar,
+        tuple(
+            Evidence(survey.sources[at], f"about “{group.name}”")
+            for at in places
+            if (group := clusters.of(survey)[at])
+        ),
+        "leave some of them out, or add rows about other things: what is most frequent is learned most",
+        of_set=True,
+    )
 
 
 def hashes(words: Sequence[str]) -> np.ndarray:
@@ -108,16 +128,26 @@ def _trigrams(rows: Sequence[int], found: Sequence[Kept], survey: Survey) -> Fin
     if len(keys) > COUNTED:
         cut = 2**32 * COUNTED // len(keys)
         keys, owner, part = keys[keys < cut], owner[keys < cut], part * cut / 2**32
-    values, first, inverse, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    values, first, inverse, counts = np.unique(
+        keys, return_index=True, return_inverse=True, return_counts=True
+    )
     many = np.array([one.many for one in found])
     share, bar = min(1.0, len(values) / part / many.sum()), survey.spec.min_trigrams
-    told, rule, threshold = f"{share:.0%} of the word trigrams of the answers are distinct", "diversity.trigrams", f"> {bar:.0%}"
+    told, rule, threshold = (
+        f"{share:.0%} of the word trigrams of the answers are distinct",
+        "diversity.trigrams",
+        f"> {bar:.0%}",
+    )
     if share > bar:
         return Finding(rule, "good", told, of=len(rows), value=share, threshold=threshold)
-    new = np.minimum(np.bincount(owner, 1 / counts[inverse], len(rows)) / part, many)  # their sum ÷ all is the share
+    new = np.minimum(
+        np.bincount(owner, 1 / counts[inverse], len(rows)) / part, many
+    )  # their sum ÷ all is the share
     prior = PRIOR / part
     order = np.argsort((new + prior * share) / (many + prior), kind="stable")[: 10 * TOLD].tolist()
-    least = list({found[at].trigrams.tobytes(): at for at in reversed(order)}.values())[::-1][:TOLD]  # unlike each other
+    least = list({found[at].trigrams.tobytes(): at for at in reversed(order)}.values())[::-1][
+        :TOLD
+    ]  # unlike each other
     most = np.argsort(-counts, kind="stable")[:FREQUENT]
     views = survey.fetch([rows[int(at)] for at in {*least, *owner[first[most]].tolist()}])
     phrases: dict[int, str] = {}
@@ -125,15 +155,29 @@ def _trigrams(rows: Sequence[int], found: Sequence[Kept], survey: Survey) -> Fin
         words = WORD.findall(view.said.lower())
         for at, key in enumerate(chosen(trigrams(words), 1).tolist()):
             phrases.setdefault(key, " ".join(words[at : at + 3]))
-    often = [(phrase, int(counts[at])) for at in most if (phrase := phrases.get(int(values[at]))) and not _has_digit(phrase)]
+    often = [
+        (phrase, int(counts[at]))
+        for at in most
+        if (phrase := phrases.get(int(values[at]))) and not _has_digit(phrase)
+    ]
     if often:
         told += "; frequent: " + ", ".join(f"“{phrase}” ({count:,} times)" for phrase, count in often[:3])
     return Finding(
-        rule, "warning", told, int((new < bar * many).sum()), len(rows), share, threshold,
-        tuple(Evidence(survey.sources[rows[at]], f"{new[at] / many[at]:.0%} of its trigrams are new") for at in least),
+        rule,
+        "warning",
+        told,
+        int((new < bar * many).sum()),
+        len(rows),
+        share,
+        threshold,
+        tuple(
+            Evidence(survey.sources[rows[at]], f"{new[at] / many[at]:.0%} of its trigrams are new")
+            for at in least
+        ),
         "rows that follow one pattern teach the pattern: rewrite some or leave them out. The share falls as a set grows: compare"
-        " it only with sets of this size", of_set=True,
-    )  # fmt: skip
+        " it only with sets of this size",
+        of_set=True,
+    )
 
 
 def _has_digit(phrase: str) -> bool:

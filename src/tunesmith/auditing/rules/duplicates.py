@@ -1,9 +1,8 @@
 """Rows that repeat another: to the letter, but for case, spacing and punctuation, or nearly (`near`).
 
-Repeated rows are learned more often than others and can stand on both sides of a split. For nearness system texts, and what
-many rows begin with, do not count. Of a group the first row is the original and is not named; rows that agree but for the label
-are for `conflicts`.
-"""
+Repeated rows are learned more often than others and can stand on both sides of a split. For nearness system
+texts, and what many rows begin with, do not count. Of a group the first row is the original and is not named;
+rows that agree but for the label are for `conflicts`."""
 
 from __future__ import annotations
 
@@ -39,11 +38,15 @@ class Duplicates(Rule):
         if not rows:
             return
         held = {at: one for at, one in enumerate(kept) if one is not None}
-        yield _finding("exact", survey, rows, _repeats(survey, ((held[at].exact, at) for at in rows)), "to the letter")
+        yield _finding(
+            "exact", survey, rows, _repeats(survey, ((held[at].exact, at) for at in rows)), "to the letter"
+        )
         firsts = sorted({held[at].exact: at for at in reversed(rows)}.values())
         alike = _repeats(survey, ((held[at].same, at) for at in firsts))
         yield _finding("normalised", survey, rows, alike, "but for case, spacing and punctuation")
-        firsts = sorted(at for at in {held[at].same: at for at in reversed(firsts)}.values() if held[at].signature)
+        firsts = sorted(
+            at for at in {held[at].same: at for at in reversed(firsts)}.values() if held[at].signature
+        )
 
         def texts(places: Sequence[int]) -> dict[int, str]:
             views = survey.fetch([firsts[place] for place in places])
@@ -61,7 +64,9 @@ class Duplicates(Rule):
                 first, at = firsts[-most], firsts[place]
                 other = "" if survey.labels[first] == survey.labels[at] else ", with the other label"
                 notes[at] = f"{similarity:.1%} as {survey.sources[first]}{other}"
-        yield _finding("near", survey, rows, notes, f"to at least {survey.spec.similarity:.0%} of their letters")
+        yield _finding(
+            "near", survey, rows, notes, f"to at least {survey.spec.similarity:.0%} of their letters"
+        )
 
 
 def spoken(view: View) -> str:
@@ -83,7 +88,15 @@ def _repeats(survey: Survey, keys: Iterable[tuple[int, int]]) -> dict[int, str]:
 def _finding(name: str, survey: Survey, rows: list[int], notes: dict[int, str], how: str) -> Finding:
     count, share = len(notes), len(notes) / max(len(rows), 1)
     severity: Severity = "good" if not count else "warning" if share > SHARE else "note"
-    what = f"{counted(count, len(rows))} repeating an earlier row {how}" if count else f"no row repeats another {how}"
-    hint = "`--fix OUT` removes them" if name == "exact" else "keep one of each, unless the repetition is meant"
+    what = (
+        f"{counted(count, len(rows))} repeating an earlier row {how}"
+        if count
+        else f"no row repeats another {how}"
+    )
+    hint = (
+        "`--fix OUT` removes them" if name == "exact" else "keep one of each, unless the repetition is meant"
+    )
     evidence = tuple(Evidence(survey.sources[at], note) for at, note in notes.items())
-    return Finding(f"duplicates.{name}", severity, what, count, len(rows), rows=evidence, hint=hint if count else "")
+    return Finding(
+        f"duplicates.{name}", severity, what, count, len(rows), rows=evidence, hint=hint if count else ""
+    )

@@ -1,8 +1,9 @@
-"""Results that the assistant makes up: its own text goes on, after a call, with what the environment should say.
+"""Results that the assistant makes up: its own text goes on, after a call, with what the environment should
+say.
 
-Learned, it teaches a model to answer its own calls. A result in a tool's turn is none, nor is one in a code fence, nor the word
-"Result:" in prose. Which rows can be turned into calls and results is asked of `calls.structure`.
-"""
+Learned, it teaches a model to answer its own calls. A result in a tool's turn is none, nor is one in a code
+fence, nor the word "Result:" in prose. Which rows can be turned into calls and results is asked of
+`calls.structure`."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ _MARK = re.compile(
 
 
 class Kept(NamedTuple):
-    """Of a row with calls. ``seen``: what is made up and where, "" where nothing is. ``note``: of `calls.structure`."""
+    """Of a row with calls. ``seen``: what is made up and where, "" where nothing is. ``note``: of
+    `calls.structure`."""
 
     seen: str
     note: str
@@ -59,11 +61,16 @@ class Invented(Rule):
             return
         turned = sum(one.note == calls.STRUCTURED for _, one in found)
         yield Finding(
-            "invented.results", "warning",
+            "invented.results",
+            "warning",
             f"{counted(len(found), len(rows))} in which the assistant writes the results of its calls itself, and learns to",
-            len(found), len(rows), rows=tuple(Evidence(survey.sources[at], one.seen) for at, one in found),
-            hint=_hint(turned, Counter(one.note.removeprefix("left: ") or "another form" for _, one in found)),
-        )  # fmt: skip
+            len(found),
+            len(rows),
+            rows=tuple(Evidence(survey.sources[at], one.seen) for at, one in found),
+            hint=_hint(
+                turned, Counter(one.note.removeprefix("left: ") or "another form" for _, one in found)
+            ),
+        )
 
 
 def made_up(text: str) -> tuple[bool, str]:
@@ -97,7 +104,9 @@ def _learned(view: View) -> Iterator[tuple[str, str]]:
 
 
 def _hint(turned: int, notes: Counter[str]) -> str:
-    left = ", ".join(f"{reason} {count}" for reason, count in notes.most_common() if reason != calls.STRUCTURED)
+    left = ", ".join(
+        f"{reason} {count}" for reason, count in notes.most_common() if reason != calls.STRUCTURED
+    )
     can = f"`--fix OUT` or data.structure_calls=true turns {turned:,} of them into calls and results, which are not learned"
     cannot = f"{notes.total() - turned:,} cannot be turned ({left}): mend them or leave them out"
     return "; ".join([can] * bool(turned) + [cannot] * bool(left))

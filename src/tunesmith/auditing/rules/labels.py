@@ -1,8 +1,8 @@
 """Which labels a simple model of the other rows would not have given: a reading list, not a list of errors.
 
-The model is a ridge regression on the words of a row (TF-IDF in 100 dimensions), and each row is judged by the model fitted
-without it. It knows words, not truth; where it cannot tell the labels of most rows it says so and names none.
-"""
+The model is a ridge regression on the words of a row (TF-IDF in 100 dimensions), and each row is judged by
+the model fitted without it. It knows words, not truth; where it cannot tell the labels of most rows it says
+so and names none."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ WORDS = 5_000
 DIMENSIONS, PENALTY, NEIGHBOURS = 100, 1.0, 5
 FEWEST, FEWEST_OF_LABEL = 30, 5
 CLEAR = 0.6
-"""The model knows something of the labels where the area under its curve is above this with 97.5% confidence."""
+"""The model knows something of the labels where the area under its curve is above this with 97.5%
+confidence."""
 SHARE, AT_LEAST = 0.02, 10
 """Rows that are named at most: this share, but so many at least."""
 
 
 class Skill(NamedTuple):
-    """How well scores tell labels. ``area``: under the ROC curve, of which ``low`` and ``high`` bound 95%. ``accuracy``: the mean
-    of both labels' shares that are told right."""
+    """How well scores tell labels. ``area``: under the ROC curve, of which ``low`` and ``high`` bound 95%.
+    ``accuracy``: the mean of both labels' shares that are told right."""
 
     area: float
     low: float
@@ -66,21 +67,32 @@ class Labels(Rule):
         yield Finding(rule, "good", told, of=len(rows), value=skill.area, threshold=bar)
         found = suspicious(features, scores, labels)
         if found:
-            evidence = tuple(_evidence(survey, rows, place, other, abs(scores[place])) for place, other in found)
+            evidence = tuple(
+                _evidence(survey, rows, place, other, abs(scores[place])) for place, other in found
+            )
             yield Finding(
-                "labels.suspicious", "note", f"{counted(len(found), len(rows))} that read like the other label",
-                len(found), len(rows), rows=evidence, hint="read them: a wrong label, or words that mislead the model?",
-            )  # fmt: skip
+                "labels.suspicious",
+                "note",
+                f"{counted(len(found), len(rows))} that read like the other label",
+                len(found),
+                len(rows),
+                rows=evidence,
+                hint="read them: a wrong label, or words that mislead the model?",
+            )
 
 
 def _evidence(survey: Survey, rows: Sequence[int], place: int, other: int, margin: float) -> Evidence:
     own, like = ("desirable", "undesirable") if survey.labels[rows[place]] else ("undesirable", "desirable")
     near = survey.sources[rows[other]]
-    return Evidence(survey.sources[rows[place]], f"{own}, reads like {like} (margin {margin:.2f}); see {near}, which is {like}")
+    return Evidence(
+        survey.sources[rows[place]],
+        f"{own}, reads like {like} (margin {margin:.2f}); see {near}, which is {like}",
+    )
 
 
 def _features(words: Sequence[np.ndarray]) -> np.ndarray:
-    """(n, width) of TF-IDF, by singular value decomposition; words of a single row say nothing about others and are left out."""
+    """(n, width) of TF-IDF, by singular value decomposition; words of a single row say nothing about others
+    and are left out."""
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.utils.extmath import randomized_svd
@@ -98,10 +110,11 @@ def _features(words: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def leave_one_out(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Of each row the score, about −1 for False to 1 for True, that a ridge regression gives it that was fitted to all others.
+    """Of each row the score, about −1 for False to 1 for True, that a ridge regression gives it that was
+    fitted to all others.
 
-    Both labels weigh the same in all. Exact without refitting: residual of the left out = residual ÷ (1 − leverage).
-    """
+    Both labels weigh the same in all. Exact without refitting: residual of the left out = residual ÷ (1 −
+    leverage)."""
     target = np.where(labels, 1.0, -1.0)
     weight = len(labels) / 2 / np.where(labels, labels.sum(), (~labels).sum())
     table = np.column_stack([features, np.ones(len(labels))])
@@ -121,14 +134,19 @@ def skill_of(scores: np.ndarray, labels: np.ndarray) -> Skill:
     both_good, both_bad = area / (2 - area), 2 * area**2 / (1 + area)
     spread = area * (1 - area) + (good - 1) * (both_good - area**2) + (bad - 1) * (both_bad - area**2)
     reach = 1.96 * (spread / good / bad) ** 0.5
-    return Skill(area, max(0.0, area - reach), min(1.0, area + reach), float(balanced_accuracy_score(labels, scores > 0)))
+    return Skill(
+        area,
+        max(0.0, area - reach),
+        min(1.0, area + reach),
+        float(balanced_accuracy_score(labels, scores > 0)),
+    )
 
 
 def suspicious(features: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> list[tuple[int, int]]:
     """(place, place of the row of the other label most like it), most suspicious first.
 
-    Rows that score beyond 0 and beyond the weakest tenth of the other label, and of whose nearest rows most have it.
-    """
+    Rows that score beyond 0 and beyond the weakest tenth of the other label, and of whose nearest rows most
+    have it."""
     from sklearn.neighbors import NearestNeighbors
     from sklearn.preprocessing import normalize
 
@@ -139,7 +157,11 @@ def suspicious(features: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> 
     if not places:
         return []
     points = np.asarray(normalize(features))
-    near = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute").fit(points).kneighbors(points[places])[1]
+    near = (
+        NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute")
+        .fit(points)
+        .kneighbors(points[places])[1]
+    )
     found: list[tuple[int, int]] = []
     for place, around in zip(places, near, strict=True):
         others = [int(at) for at in around if at != place][:NEIGHBOURS]

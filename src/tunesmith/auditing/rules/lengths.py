@@ -1,8 +1,9 @@
-"""How long prompts, answers and whole rows are, in tokens of the target tokenizer, control tokens of the template included.
+"""How long prompts, answers and whole rows are, in tokens of the target tokenizer, control tokens of the
+template included.
 
-prompt: what stands before the first learned token. answer: all learned tokens of a row. total: the longest sequence that the
-row becomes. Without a tokenizer words are counted, and the bars, which are in tokens, are not applied.
-"""
+prompt: what stands before the first learned token. answer: all learned tokens of a row. total: the longest
+sequence that the row becomes. Without a tokenizer words are counted, and the bars, which are in tokens, are
+not applied."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from tunesmith.errors import TemplateError
 
 QUANTILES = (5, 25, 50, 75, 95, 99, 100)
 FAR = 3.0
-"""A total is an outlier where its logarithm is so many quartile distances above the upper or below the lower quartile."""
+"""A total is an outlier where its logarithm is so many quartile distances above the upper or below the lower
+quartile."""
 
 
 class Kept(NamedTuple):
@@ -67,9 +69,14 @@ class Lengths(Rule):
             fits = low <= mean <= high
             hint = "long answers cost time and memory, very short ones teach little: are they as your users are to get them?"
             yield Finding(
-                "length.answers", "good" if fits else "warning", told, of=len(rows), value=mean, threshold=f"{low} to {high}",
+                "length.answers",
+                "good" if fits else "warning",
+                told,
+                of=len(rows),
+                value=mean,
+                threshold=f"{low} to {high}",
                 hint="" if fits else hint,
-            )  # fmt: skip
+            )
             yield self._tail(table[:, 2], rows, survey)
             yield self._cut(table[:, 2], rows, survey)
         yield self._outliers(table[:, 2], rows, survey, word)
@@ -81,10 +88,16 @@ class Lengths(Rule):
         fits = reached < bar
         what = f"99 of 100 rows have up to {reached:,.0f} tokens; {len(long):,} rows have {bar:,} or more"
         return Finding(
-            "length.tail", "good" if fits else "warning", what, len(long), len(rows), reached,
-            f"< {bar}", () if fits else _evidence(survey, rows, long, totals),
+            "length.tail",
+            "good" if fits else "warning",
+            what,
+            len(long),
+            len(rows),
+            reached,
+            f"< {bar}",
+            () if fits else _evidence(survey, rows, long, totals),
             "" if fits else "the longest rows set the memory that a run needs: split or shorten them",
-        )  # fmt: skip
+        )
 
     def _cut(self, totals: np.ndarray, rows: Sequence[int], survey: Survey) -> Finding:
         assert survey.context is not None
@@ -94,9 +107,16 @@ class Lengths(Rule):
         what = f"{many} batch.length, {limit:,} tokens"
         hint = "raise batch.length, or set template.too_long to drop or cut"
         return Finding(
-            "length.limit", "warning" if long else "good", what, len(long), len(rows), None, "0",
-            _evidence(survey, rows, long, totals), hint if long else "",
-        )  # fmt: skip
+            "length.limit",
+            "warning" if long else "good",
+            what,
+            len(long),
+            len(rows),
+            None,
+            "0",
+            _evidence(survey, rows, long, totals),
+            hint if long else "",
+        )
 
     def _outliers(self, totals: np.ndarray, rows: Sequence[int], survey: Survey, word: str) -> Finding:
         logs = np.log(np.maximum(totals, 1))
@@ -130,5 +150,13 @@ def _evidence(
 def _part(values: np.ndarray) -> dict[str, Any]:
     """Histogram, quantiles and mean for the page."""
     counts, edges = np.histogram(values, bins=min(40, max(1, int(values.max()) - int(values.min()) + 1)))
-    quantiles = {str(share): float(value) for share, value in zip(QUANTILES, np.percentile(values, QUANTILES), strict=True)}
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "quantiles": quantiles, "mean": float(values.mean())}
+    quantiles = {
+        str(share): float(value)
+        for share, value in zip(QUANTILES, np.percentile(values, QUANTILES), strict=True)
+    }
+    return {
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "quantiles": quantiles,
+        "mean": float(values.mean()),
+    }

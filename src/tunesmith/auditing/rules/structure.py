@@ -1,10 +1,11 @@
-"""Is each row sound: roles, order, turns and calls as every template needs them, arguments as the tools declare them?
+"""Is each row sound: roles, order, turns and calls as every template needs them, arguments as the tools
+declare them?
 
-What `formats` and `examples` refuse is counted by its reason. Of the rows that can be read, the arguments of calls are held
-against the declared JSON schema, calls written as text against the form of a JSON object, and ids of calls against what the
-target model writes. A row labelled undesirable, and the rejected side of a pair, may break a call: that is what it shows. Not
-checked are `pattern` and `format`, schemas with `patternProperties` or very many references, and whether a call was right.
-"""
+What `formats` and `examples` refuse is counted by its reason. Of the rows that can be read, the arguments of
+calls are held against the declared JSON schema, calls written as text against the form of a JSON object, and
+ids of calls against what the target model writes. A row labelled undesirable, and the rejected side of a
+pair, may break a call: that is what it shows. Not checked are `pattern` and `format`, schemas with
+`patternProperties` or very many references, and whether a call was right."""
 
 from __future__ import annotations
 
@@ -31,19 +32,36 @@ SHOWN = 3
 REFERENCES = 24
 """Of a schema: with more, each leading to two others, one check could take hours."""
 TELL = {
-    "schema": ("a call whose arguments break the schema of its tool", "mend the call or the schema: it fails when it is run"),
-    "text_calls": ("a call written as text whose arguments are no JSON object", "mend the JSON: such a call cannot be run"),
+    "schema": (
+        "a call whose arguments break the schema of its tool",
+        "mend the call or the schema: it fails when it is run",
+    ),
+    "text_calls": (
+        "a call written as text whose arguments are no JSON object",
+        "mend the JSON: such a call cannot be run",
+    ),
     "tool_schema": (
         "a declared tool whose parameters are no JSON schema",
         "mend the schema: calls of this tool were not checked",
     ),
-    "call_ids": ("an id of a call that is not nine letters or digits", "nothing to do: the renderer makes such an id of it"),
+    "call_ids": (
+        "an id of a call that is not nine letters or digits",
+        "nothing to do: the renderer makes such an id of it",
+    ),
 }
-"""What a row that can be read may have, and what to do. The first two make it unsound; the last is only worth knowing."""
+"""What a row that can be read may have, and what to do. The first two make it unsound; the last is only worth
+knowing."""
 ASTRAY = "it cannot be followed: a reference leads nowhere or to itself, or it is nested too deeply"
 UNSOUND = ("schema", "text_calls")
 NINE = re.compile("[A-Za-z0-9]{9}")
-_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+}
 
 
 class Structure(Rule):
@@ -74,23 +92,33 @@ class Structure(Rule):
         def finding(rule: str, severity: Severity, what: str, some: list[int], hint: str) -> Finding:
             evidence = tuple(Evidence(survey.sources[at], (kept[at] or {}).get(rule, "")) for at in some)
             told = f"{counted(len(some), len(survey))} {what}"
-            return Finding(f"structure.{rule}", severity, told, len(some), len(survey), rows=evidence, hint=hint)
+            return Finding(
+                f"structure.{rule}", severity, told, len(some), len(survey), rows=evidence, hint=hint
+            )
 
         unsound = {at for some in [*dropped.values(), *(found[rule] for rule in UNSOUND)] for at in some}
         sound, bar = len(survey) - len(unsound), survey.spec.min_valid
         share, hint = sound / len(survey), "mend the rows that are named with what is wrong"
         told = f"{counted(len(unsound), len(survey))} broken" if unsound else "every row is sound"
         yield Finding(
-            "structure.valid", "good" if share >= bar else "error", told,
-            len(unsound), len(survey), share, f"≥ {bar:.0%}", hint="" if share >= bar else hint,
-        )  # fmt: skip
+            "structure.valid",
+            "good" if share >= bar else "error",
+            told,
+            len(unsound),
+            len(survey),
+            share,
+            f"≥ {bar:.0%}",
+            hint="" if share >= bar else hint,
+        )
         for reason, some in sorted(dropped.items(), key=lambda item: -len(item[1])):
             advice = next(((kept[at] or {}).get(reason, "").partition("; hint: ")[2] for at in some), "")
             what = f"that cannot be used ({reason})"
             yield finding(reason, "warning", what, some, advice or "training leaves them out: mend them")
         for rule, (what, hint) in TELL.items():
             if found[rule]:
-                yield finding(rule, "note" if rule == "call_ids" else "warning", f"with {what}", found[rule], hint)
+                yield finding(
+                    rule, "note" if rule == "call_ids" else "warning", f"with {what}", found[rule], hint
+                )
 
 
 def _faults(view: View, context: Context) -> Iterator[tuple[str, str]]:
@@ -98,8 +126,16 @@ def _faults(view: View, context: Context) -> Iterator[tuple[str, str]]:
     if view.conversation and view.conversation.tools:
         yield from _undeclared(view.conversation)
     for part in view.parts:
-        if part.role in ("assistant", "text") and "tool_call:" in part.text and not part.at.startswith("rejected"):
-            yield from (("text_calls", f"{part.at}: {call.name}") for call in calls.found(part.text) if call.arguments is None)
+        if (
+            part.role in ("assistant", "text")
+            and "tool_call:" in part.text
+            and not part.at.startswith("rejected")
+        ):
+            yield from (
+                ("text_calls", f"{part.at}: {call.name}")
+                for call in calls.found(part.text)
+                if call.arguments is None
+            )
     if context.renderer is not None and context.renderer.nine_letters:
         for at, message in enumerate(view.messages, 1):
             ids = [call.id for call in message.calls if call.id and not NINE.fullmatch(call.id)]
@@ -137,7 +173,8 @@ def _undeclared(conversation: Conversation) -> Iterator[tuple[str, str]]:
 
 @lru_cache(maxsize=8192)
 def _check(text: str) -> tuple[Validator | None, str]:
-    """What checks arguments against the schema in ``text``, None where they are not checked; and what is wrong with it."""
+    """What checks arguments against the schema in ``text``, None where they are not checked; and what is
+    wrong with it."""
     from jsonschema import Draft202012Validator, FormatChecker, SchemaError
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -152,7 +189,9 @@ def _check(text: str) -> tuple[Validator | None, str]:
             return None, ""
         return _bounded(kind)(schema, registry=Registry()), ""  # empty: nothing is fetched from the network
     except SchemaError as error:
-        told = f"{error.instance!r} is no type of JSON" if error.json_path.endswith(".type") else error.message
+        told = (
+            f"{error.instance!r} is no type of JSON" if error.json_path.endswith(".type") else error.message
+        )
         return None, f"{error.json_path.removeprefix('$.')}: {told}"
     except (RecursionError, ValueError):
         return None, ASTRAY
@@ -160,12 +199,19 @@ def _check(text: str) -> tuple[Validator | None, str]:
 
 @lru_cache(maxsize=16)
 def _bounded(kind: type[Validator]) -> type[Validator]:
-    """``kind`` without what takes more than linear time: patterns, which may be any, and equality of all pairs."""
+    """``kind`` without what takes more than linear time: patterns, which may be any, and equality of all
+    pairs."""
     from jsonschema import ValidationError
     from jsonschema.validators import extend
 
-    def unique(validator: Validator, wanted: bool, instance: object, schema: object) -> Iterator[ValidationError]:
-        if wanted and isinstance(instance, list) and len({json.dumps(one, sort_keys=True) for one in instance}) < len(instance):
+    def unique(
+        validator: Validator, wanted: bool, instance: object, schema: object
+    ) -> Iterator[ValidationError]:
+        if (
+            wanted
+            and isinstance(instance, list)
+            and len({json.dumps(one, sort_keys=True) for one in instance}) < len(instance)
+        ):
             yield ValidationError("the same twice")
 
     return extend(kind, {"pattern": lambda *_: (), "uniqueItems": unique})

@@ -1,8 +1,9 @@
-"""What the tokenizer and template make of the rows: unknown letters, control tokens in the wrong place, nothing to learn.
+"""What the tokenizer and template make of the rows: unknown letters, control tokens in the wrong place,
+nothing to learn.
 
-The renderer itself refuses a row whose learned tokens do not decode to the assistant's words; those rows are counted here by
-the code of the refusal. The checks on its sequences look at the ids alone, not at how they were made.
-"""
+The renderer itself refuses a row whose learned tokens do not decode to the assistant's words; those rows are
+counted here by the code of the refusal. The checks on its sequences look at the ids alone, not at how they
+were made."""
 
 from __future__ import annotations
 
@@ -19,11 +20,23 @@ from tunesmith.errors import TemplateError
 from tunesmith.tokens.template import Refused
 
 BARS = {
-    "unknown": ("holding letters that the tokenizer does not know", "they are learned as the unknown token: replace them"),
-    "bos": ("lacking a BOS token at the start, or with a second one", "template and tokenizer both write it: take one out"),
+    "unknown": (
+        "holding letters that the tokenizer does not know",
+        "they are learned as the unknown token: replace them",
+    ),
+    "bos": (
+        "lacking a BOS token at the start, or with a second one",
+        "template and tokenizer both write it: take one out",
+    ),
     "no_target": ("with nothing to learn", "template.learn says which answers are learned"),
-    "control": ("with a control token inside an answer", "take it out of the text, or the model learns to break off there"),
-    "words": ("whose learned tokens do not read as the assistant's words", "the template or the tokenizer changes the answer"),
+    "control": (
+        "with a control token inside an answer",
+        "take it out of the text, or the model learns to break off there",
+    ),
+    "words": (
+        "whose learned tokens do not read as the assistant's words",
+        "the template or the tokenizer changes the answer",
+    ),
 }
 OTHER = "not rendered by this template", "change the rows, or take a model whose template can express them"
 
@@ -55,17 +68,25 @@ class Tokenisation(Rule):
         for row in rows:
             ids, targets = row.tokens
             tokens += len(ids)
-            if renderer.unknown_id not in (None, bos, *renderer.eos_ids) and (many := int((ids == renderer.unknown_id).sum())):
+            if renderer.unknown_id not in (None, bos, *renderer.eos_ids) and (
+                many := int((ids == renderer.unknown_id).sum())
+            ):
                 unknown += many
                 problems["unknown"] = f"{many} of {len(ids)} tokens"
             if bos is not None and (ids[0] != bos or (ids == bos).sum() > 1):
-                problems["bos"] = f"{int((ids == bos).sum())} BOS tokens, {'' if ids[0] == bos else 'not '}at the start"
+                problems["bos"] = (
+                    f"{int((ids == bos).sum())} BOS tokens, {'' if ids[0] == bos else 'not '}at the start"
+                )
             learned = targets >= 1
             if not learned.any():
                 problems["no_target"] = "no learned token"
             # An answer ends in a control token, and may begin with one that opens its calls.
             inner = learned & np.r_[False, learned[:-1]] & np.r_[learned[1:], False]
-            inside = {renderer.decode([token]).strip() for token in ids[inner].tolist() if token in renderer.control_ids}
+            inside = {
+                renderer.decode([token]).strip()
+                for token in ids[inner].tolist()
+                if token in renderer.control_ids
+            }
             if written := [token for token in inside if token in view.said]:  # others are the template's own
                 problems["control"] = f"{' '.join(sorted(written))} inside an answer"
         return Kept(tuple(problems), "; ".join(problems.values()), unknown, tokens, refused=False)
@@ -88,8 +109,19 @@ class Tokenisation(Rule):
             told = f"{counted(len(bad))} {what}" if bad else f"no rows {what}"
             told += f"; {unknown:,} of {tokens:,} tokens" if name == "unknown" and bad else ""
             told += f" ({name})" if name not in BARS else ""
-            mild = (all(one.refused for one, _ in bad) and not many) or (name == "unknown" and len(bad) <= most)
+            mild = (all(one.refused for one, _ in bad) and not many) or (
+                name == "unknown" and len(bad) <= most
+            )
             severity = "good" if not bad else "warning" if mild else "error"
             evidence = tuple(evidence for _, evidence in bad)
             hint = hint if bad else ""
-            yield Finding(f"tokenisation.{name}", severity, told, len(bad), len(rows), threshold="0", rows=evidence, hint=hint)
+            yield Finding(
+                f"tokenisation.{name}",
+                severity,
+                told,
+                len(bad),
+                len(rows),
+                threshold="0",
+                rows=evidence,
+                hint=hint,
+            )

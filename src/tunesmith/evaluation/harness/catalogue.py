@@ -1,9 +1,9 @@
 """Which tasks of EleutherAI's lm-evaluation-harness a name means, and where their documents are.
 
-A task is one YAML file of the harness, a group a tree of them. Its documents come from local files in the hub's schema, or from
-the hub. A local task never asks the hub for anything, writes nothing into a cache, and never takes its solved examples from what
-it measures. What is asked of a document, and how an answer is scored, stays the harness's affair, but for IFEval (`constraints`).
-"""
+A task is one YAML file of the harness, a group a tree of them. Its documents come from local files in the
+hub's schema, or from the hub. A local task never asks the hub for anything, writes nothing into a cache, and
+never takes its solved examples from what it measures. What is asked of a document, and how an answer is
+scored, stays the harness's affair, but for IFEval (`constraints`)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,22 @@ if TYPE_CHECKING:
 HARNESS = "0.4.13"
 HINT = "pip install 'lm-eval==0.4.13'"
 FORM = "ifeval"
-TOGETHER = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2")}  # the harness's tag names a third, judged by other models
+TOGETHER = {
+    "truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2")
+}  # the harness's tag names a third, judged by other models
 STEMS = {"truthfulqa_mc1": "truthfulqa_mc", "truthfulqa_mc2": "truthfulqa_mc"}  # two tasks of one file
-LEVELS = ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc")
+LEVELS = (
+    "prompt_level_strict_acc",
+    "inst_level_strict_acc",
+    "prompt_level_loose_acc",
+    "inst_level_loose_acc",
+)
 SEED = 1234  # the harness's own, of which solved examples stand before a question
 
 
 class Leaf(NamedTuple):
-    """One task of the harness. ``groups``: those it was reached through, outermost first. ``changed``: settings of theirs."""
+    """One task of the harness. ``groups``: those it was reached through, outermost first. ``changed``:
+    settings of theirs."""
 
     name: str
     path: Path
@@ -55,7 +63,8 @@ class Chosen(NamedTuple):
 
 
 def require() -> None:
-    """Raises SetupError where the harness is not there, or is another version than this module was written for."""
+    """Raises SetupError where the harness is not there, or is another version than this module was written
+    for."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -68,7 +77,8 @@ def require() -> None:
 
 @contextlib.contextmanager
 def heard(notify: Sink) -> Iterator[None]:
-    """The harness's warnings as notices, once each with how often; no progress bars. Logging is as it was afterwards."""
+    """The harness's warnings as notices, once each with how often; no progress bars. Logging is as it was
+    afterwards."""
     import datasets
 
     heard: Counter[str] = Counter()
@@ -82,7 +92,11 @@ def heard(notify: Sink) -> Iterator[None]:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             yield
-        heard.update(str(one.message) for one in warned if not issubclass(one.category, DeprecationWarning | FutureWarning))
+        heard.update(
+            str(one.message)
+            for one in warned
+            if not issubclass(one.category, DeprecationWarning | FutureWarning)
+        )
     finally:
         logger.handlers, logger.propagate = before
         if showed:
@@ -92,7 +106,8 @@ def heard(notify: Sink) -> Iterator[None]:
 
 
 def resolve(name: str) -> list[Chosen]:
-    """What ``name`` (``task``, ``group``, ``group:part``) means. Raises EvaluationError where that is nothing."""
+    """What ``name`` (``task``, ``group``, ``group:part``) means. Raises EvaluationError where that is
+    nothing."""
     import lm_eval.tasks
 
     whole, _, part = name.partition(":")
@@ -113,14 +128,24 @@ def resolve(name: str) -> list[Chosen]:
         return [Chosen(group, _version(known[group]), tuple(inside), True)]
     alone = [leaf for leaf in leaves if not part or leaf.name == group or leaf.subject == part]
     if not alone:
-        names = {leaf.subject for leaf in leaves} | {one.removeprefix(f"{whole}_") for leaf in leaves for one in leaf.groups[1:]}
-        raise _unknown(f"{whole} has no part called {part!r}", part, sorted(names), f"its parts: {', '.join(sorted(names)[:20])}")
+        names = {leaf.subject for leaf in leaves} | {
+            one.removeprefix(f"{whole}_") for leaf in leaves for one in leaf.groups[1:]
+        }
+        raise _unknown(
+            f"{whole} has no part called {part!r}",
+            part,
+            sorted(names),
+            f"its parts: {', '.join(sorted(names)[:20])}",
+        )
     return [Chosen(leaf.name, leaf.version, (leaf,), False) for leaf in alone]
 
 
 def _searches(root: Path, name: str) -> Iterator[tuple[Path, ...]]:
-    """Folders that may know ``name``, the likeliest first: reading the settings of all 14,000 tasks takes ten seconds."""
-    yield tuple(one for one in sorted(root.iterdir()) if one.is_dir() and f"{name}_".startswith(f"{one.name}_"))
+    """Folders that may know ``name``, the likeliest first: reading the settings of all 14,000 tasks takes ten
+    seconds."""
+    yield tuple(
+        one for one in sorted(root.iterdir()) if one.is_dir() and f"{name}_".startswith(f"{one.name}_")
+    )
     mention = (path for path in root.rglob("*.yaml") if name.encode() in path.read_bytes())
     folders = tuple(root / one for one in sorted({path.relative_to(root).parts[0] for path in mention}))
     yield from (folders, (root,)) if folders else ()
@@ -136,7 +161,9 @@ def _index(folders: tuple[Path, ...]) -> Mapping[str, Any]:
 
 def _unknown(what: str, name: str, names: Sequence[str], hint: str) -> EvaluationError:
     close = difflib.get_close_matches(name, names, n=3)
-    return EvaluationError(what, where="--benchmark", hint=f"did you mean {' or '.join(close)}?" if close else hint)
+    return EvaluationError(
+        what, where="--benchmark", hint=f"did you mean {' or '.join(close)}?" if close else hint
+    )
 
 
 def _version(entry: Any) -> str:
@@ -144,13 +171,19 @@ def _version(entry: Any) -> str:
 
 
 def _leaves(
-    known: Mapping[str, Any], member: str | dict[str, Any], groups: tuple[str, ...] = (), changed: Mapping[str, Any] = {}
+    known: Mapping[str, Any],
+    member: str | dict[str, Any],
+    groups: tuple[str, ...] = (),
+    changed: Mapping[str, Any] = {},
 ) -> list[Leaf]:
-    """All tasks below a task, group or tag, or a group's own list. Raises KeyError for a name that is not ``known``."""
+    """All tasks below a task, group or tag, or a group's own list. Raises KeyError for a name that is not
+    ``known``."""
     if isinstance(member, dict):
         inside = member.get("task")
         if isinstance(inside, list):
-            return [leaf for one in inside for leaf in _leaves(known, one, (*groups, member["group"]), changed)]
+            return [
+                leaf for one in inside for leaf in _leaves(known, one, (*groups, member["group"]), changed)
+            ]
         own = {key: value for key, value in member.items() if key not in ("group", "task")}
         return _leaves(known, str(member.get("group", inside)), groups, {**changed, **own})
     entry = known[member]
@@ -159,7 +192,16 @@ def _leaves(
     if entry.kind.name == "TAG":
         return [leaf for one in sorted(entry.tags) for leaf in _leaves(known, one, groups, changed)]
     subject = entry.cfg.get("dataset_name")
-    return [Leaf(member, entry.yaml_path, _version(entry), subject if isinstance(subject, str) else member, groups, changed)]
+    return [
+        Leaf(
+            member,
+            entry.yaml_path,
+            _version(entry),
+            subject if isinstance(subject, str) else member,
+            groups,
+            changed,
+        )
+    ]
 
 
 class Missing(NamedTuple):
@@ -169,16 +211,19 @@ class Missing(NamedTuple):
 
 
 def load(leaf: Leaf, folder: Path | None, shots: int, notify: Sink) -> ConfigurableTask | Missing:
-    """The harness's own task, with its documents from ``folder`` or the hub and ``shots`` solved examples before each question.
+    """The harness's own task, with its documents from ``folder`` or the hub and ``shots`` solved examples
+    before each question.
 
-    Raises EvaluationError for a task that cannot be measured here, DataError for a row that is no JSON object.
-    """
+    Raises EvaluationError for a task that cannot be measured here, DataError for a row that is no JSON
+    object."""
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config: dict[str, Any] = {**load_yaml(leaf.path, resolve_func=False), **leaf.changed}
     if config.get("unsafe_code"):
-        raise EvaluationError(f"{leaf.name} runs code that the model writes", hint="only humaneval can be shut in here")
+        raise EvaluationError(
+            f"{leaf.name} runs code that the model writes", hint="only humaneval can be shut in here"
+        )
     if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise EvaluationError(f"{leaf.name} asks about pictures or sound", hint="choose a benchmark of text")
     if leaf.name == FORM:  # the harness's own scorer fetches data when it is imported
@@ -194,17 +239,23 @@ def load(leaf: Leaf, folder: Path | None, shots: int, notify: Sink) -> Configura
         shots = 0
     config["num_fewshot"] = shots
     if "process_docs" in config:
-        config["process_docs"] = functools.cache(config["process_docs"])  # the harness asks for its documents again and again
+        config["process_docs"] = functools.cache(
+            config["process_docs"]
+        )  # the harness asks for its documents again and again
     kind = config.get("class", ConfigurableTask)
     if folder is None:
         try:
             task = kind(config=config)
         except Exception as error:  # the hub's client, and the data's own code, may raise anything
             what = f"{leaf.name} could not be had from the hub: {' '.join(str(error).split())[:200]}"
-            raise EvaluationError(what, hint="offline, give --benchmark-data, a folder with its files") from error
+            raise EvaluationError(
+                what, hint="offline, give --benchmark-data, a folder with its files"
+            ) from error
     else:
         if "class" in config:
-            raise EvaluationError(f"{leaf.name} is a program that reads the hub itself", hint="leave --benchmark-data out")
+            raise EvaluationError(
+                f"{leaf.name} is a program that reads the hub itself", hint="leave --benchmark-data out"
+            )
         found = _local(leaf, config, folder, shots)
         if isinstance(found, Missing):
             return found
@@ -219,7 +270,9 @@ def load(leaf: Leaf, folder: Path | None, shots: int, notify: Sink) -> Configura
         except Exception as error:  # templates are filled with the first document
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             what = f"{leaf.name}: the documents are not as the hub's: {why}"
-            raise EvaluationError(what, where=str(folder), hint="keep the names and types of the hub's columns") from error
+            raise EvaluationError(
+                what, where=str(folder), hint="keep the names and types of the hub's columns"
+            ) from error
     task.set_config("num_fewshot", shots)
     task.set_fewshot_seed(SEED)
     return task
@@ -234,12 +287,22 @@ def _local(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> dict
     measured = config.get("test_split") or config.get("validation_split") or "test"
     wanted = {measured: True}
     if shots and not few.get("samples"):
-        others = (config.get("fewshot_split"), few.get("split"), config.get("training_split"), config.get("validation_split"))
+        others = (
+            config.get("fewshot_split"),
+            few.get("split"),
+            config.get("training_split"),
+            config.get("validation_split"),
+        )
         solved = next((one for one in others if one and one != measured), None)
         if solved is None:
-            raise EvaluationError(f"{leaf.name} has no solved examples beside what it measures", hint="--shots 0")
+            raise EvaluationError(
+                f"{leaf.name} has no solved examples beside what it measures", hint="--shots 0"
+            )
         wanted[solved] = False
-    family, name = leaf.path.relative_to(Path(lm_eval.tasks.__file__).parent).parts[0], config.get("dataset_name")
+    family, name = (
+        leaf.path.relative_to(Path(lm_eval.tasks.__file__).parent).parts[0],
+        config.get("dataset_name"),
+    )
     stems = [STEMS.get(leaf.name, leaf.name), *([f"{family}/{name}", name] if isinstance(name, str) else [])]
     data: dict[str, Any] = {}
     for split, whole in wanted.items():
@@ -255,7 +318,8 @@ def _local(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> dict
 
 
 def file(folder: Path, stems: Sequence[str], split: str, whole: bool = True) -> Path | Missing:
-    """The file of a split: ``stem/split.jsonl``, ``stem_split.jsonl`` (a number may follow the split), or ``stem.jsonl``."""
+    """The file of a split: ``stem/split.jsonl``, ``stem_split.jsonl`` (a number may follow the split), or
+    ``stem.jsonl``."""
     names = [f"{stem}{mark}{split}.jsonl" for mark in "_/" for stem in stems]
     names += [f"{stem}.jsonl" for stem in stems] if whole else []
     for name in names:
@@ -264,7 +328,9 @@ def file(folder: Path, stems: Sequence[str], split: str, whole: bool = True) -> 
     numbered = [one for stem in stems for one in sorted(folder.glob(f"{stem}_{split}_[0-9]*.jsonl"))]
     if len(numbered) > 1:
         found = ", ".join(one.name for one in numbered)
-        raise EvaluationError(f"more than one file may be meant: {found}", where=str(folder), hint="leave one there")
+        raise EvaluationError(
+            f"more than one file may be meant: {found}", where=str(folder), hint="leave one there"
+        )
     return numbered[0] if numbered else Missing((names[0], *(f"{stem}/{split}.jsonl" for stem in stems[1:2])))
 
 
@@ -272,7 +338,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     for raw in sources.raws(path):
         value = sources.value(raw.text)
         if not isinstance(value, dict):
-            raise DataError(f"is no JSON object: {value}", where=raw.source, hint="one document a line, as on the hub")
+            raise DataError(
+                f"is no JSON object: {value}", where=raw.source, hint="one document a line, as on the hub"
+            )
         yield value
 
 
@@ -296,7 +364,8 @@ def _checkable(notify: Sink) -> Callable[[Any], Any]:
 
 
 def _form(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Strictly, and loosely: also without the first line, the last, both, or asterisks (Zhou et al. 2023, section 2.2)."""
+    """Strictly, and loosely: also without the first line, the last, both, or asterisks (Zhou et al. 2023,
+    section 2.2)."""
     wanted, lines = constraints.declared(doc), results[0].split("\n")
     parts = ["\n".join(one).strip() for one in (lines[1:], lines[:-1], lines[1:-1])]
     loose = [text for one in (results[0], *parts) for text in (one, one.replace("*", ""))]

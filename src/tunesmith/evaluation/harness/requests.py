@@ -1,9 +1,10 @@
-"""Our loaded model, with its adapter, as a language model of EleutherAI's lm-evaluation-harness: likelihoods and greedy text.
+"""Our loaded model, with its adapter, as a language model of EleutherAI's lm-evaluation-harness: likelihoods
+and greedy text.
 
-What is asked is the harness's affair; how likely a continuation is, whether it is what the model would say, and what the model
-says up to a stop string is answered here. Requests that say the same are computed once, and so is what many of them begin
-with: the choices of a question share its text, the questions of a subject their solved examples.
-"""
+What is asked is the harness's affair; how likely a continuation is, whether it is what the model would say,
+and what the model says up to a stop string is answered here. Requests that say the same are computed once,
+and so is what many of them begin with: the choices of a question share its text, the questions of a subject
+their solved examples."""
 
 from __future__ import annotations
 
@@ -48,14 +49,17 @@ class Measured(NamedTuple):
 
 @dataclass
 class _Pass:
-    """Tokens to run once, for all ``requests`` that they contain. ``first``: the first position that predicts what was said."""
+    """Tokens to run once, for all ``requests`` that they contain. ``first``: the first position that predicts
+    what was said."""
 
     ids: Ids
     requests: list[int]
     first: int
 
 
-def likelihoods(net: nn.Module, requests: Sequence[Request], batch: BatchSpec, tick: Tick | None = None) -> list[Measured]:
+def likelihoods(
+    net: nn.Module, requests: Sequence[Request], batch: BatchSpec, tick: Tick | None = None
+) -> list[Measured]:
     """One Measured a request, in order, in evaluation mode; the mode is left as it was."""
     found = [Measured(0.0, True)] * len(requests)
     done = 0
@@ -80,7 +84,8 @@ def likelihoods(net: nn.Module, requests: Sequence[Request], batch: BatchSpec, t
 
 
 def _passes(requests: Sequence[Request]) -> list[_Pass]:
-    """In lexicographic order; no one's tokens begin another's, so " A", " B" and " C" after one text are one pass."""
+    """In lexicographic order; no one's tokens begin another's, so " A", " B" and " C" after one text are one
+    pass."""
     runs = sorted(((one.context + one.said[:-1], index) for index, one in enumerate(requests)), reverse=True)
     passes: list[_Pass] = []
     for ids, index in runs:
@@ -92,7 +97,8 @@ def _passes(requests: Sequence[Request]) -> list[_Pass]:
 
 
 def _families(passes: Sequence[_Pass]) -> list[tuple[int, range]]:
-    """(how many first tokens they share and keep, which of the sorted ``passes``), the cheapest division; 0: nothing is kept."""
+    """(how many first tokens they share and keep, which of the sorted ``passes``), the cheapest division; 0:
+    nothing is kept."""
     sums = [0, *accumulate(len(one.ids) for one in passes)]
 
     def divide(start: int, end: int) -> tuple[int, list[tuple[int, range]]]:
@@ -101,7 +107,9 @@ def _families(passes: Sequence[_Pass]) -> list[tuple[int, range]]:
         if end - start == 1:
             return apart, [(0, range(start, end))]
         pairs = zip(passes[start].ids, passes[end - 1].ids, strict=False)
-        depth = next(at for at, (one, other) in enumerate(pairs) if one != other)  # sorted: what these share, all share
+        depth = next(
+            at for at, (one, other) in enumerate(pairs) if one != other
+        )  # sorted: what these share, all share
         kept = min(depth, *(one.first for one in passes[start:end]))
         together = apart - (end - start - 1) * kept + scoring.WORTH
         cost, families, at = 0, [], start
@@ -115,10 +123,15 @@ def _families(passes: Sequence[_Pass]) -> list[tuple[int, range]]:
 
 
 def _measure(
-    net: nn.Module, chosen: Sequence[_Pass], requests: Sequence[Request], kept: int,
-    prompt: list[kernels.Prompt] | None, gather: bool,
-) -> Iterator[tuple[int, Measured]]:  # fmt: skip
-    """(request, what was measured) of all requests of ``chosen``, which run as one batch after their first ``kept`` tokens."""
+    net: nn.Module,
+    chosen: Sequence[_Pass],
+    requests: Sequence[Request],
+    kept: int,
+    prompt: list[kernels.Prompt] | None,
+    gather: bool,
+) -> Iterator[tuple[int, Measured]]:
+    """(request, what was measured) of all requests of ``chosen``, which run as one batch after their first
+    ``kept`` tokens."""
     width = max(len(one.ids) for one in chosen) - kept
     tokens = np.zeros((len(chosen), width), np.int32)
     owners, positions, targets = [], [], []
@@ -146,15 +159,21 @@ def _measure(
 
 
 def continuations(
-    subject: Subject, prompts: Sequence[Sequence[int]], until: Sequence[Sequence[str]], max_tokens: Sequence[int], label: str
+    subject: Subject,
+    prompts: Sequence[Sequence[int]],
+    until: Sequence[Sequence[str]],
+    max_tokens: Sequence[int],
+    label: str,
 ) -> list[str]:
-    """The greedy text after each of ``prompts``, before the first of its stop strings, without control tokens."""
+    """The greedy text after each of ``prompts``, before the first of its stop strings, without control
+    tokens."""
     from mlx_lm.generate import BatchGenerator
 
     renderer, tick = subject.renderer, subject.ticker(label)
     said: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    # A token holds a byte at least; two more, since what a decoded text begins with may be half a letter or a swallowed space.
+    # A token holds a byte at least; two more, since what a decoded text begins with may be half a letter or a
+    # swallowed space.
     looks = [2 + max((len(stop.encode()) for stop in stops), default=0) for stops in until]
     done = 0
 
@@ -163,11 +182,16 @@ def continuations(
 
     with model.evaluating(subject.net):
         batch = BatchGenerator(
-            subject.net, stop_tokens=[[end] for end in renderer.eos_ids], completion_batch_size=subject.batch_size,
-            prefill_batch_size=min(8, subject.batch_size), stream=mx.default_stream(mx.default_device()),
-        )  # fmt: skip
+            subject.net,
+            stop_tokens=[[end] for end in renderer.eos_ids],
+            completion_batch_size=subject.batch_size,
+            prefill_batch_size=min(8, subject.batch_size),
+            stream=mx.default_stream(mx.default_device()),
+        )
         try:
-            inserted = batch.insert([[*prompts[index]] for index in order], [max_tokens[index] for index in order])
+            inserted = batch.insert(
+                [[*prompts[index]] for index in order], [max_tokens[index] for index in order]
+            )
             index_of = dict(zip(inserted, order, strict=True))
             while responses := batch.next_generated():
                 stopped: list[int] = []
@@ -185,7 +209,10 @@ def continuations(
                     batch.remove(stopped)
         finally:
             batch.close()
-    return [functools.reduce(lambda all, stop: all.partition(stop)[0], until[at], text(ids)) for at, ids in enumerate(said)]
+    return [
+        functools.reduce(lambda all, stop: all.partition(stop)[0], until[at], text(ids))
+        for at, ids in enumerate(said)
+    ]
 
 
 def longest(net: Any) -> int | None:
@@ -197,11 +224,11 @@ def longest(net: Any) -> int | None:
 
 
 def language_model(subject: Subject, label: str) -> TemplateLM:
-    """``subject`` as the harness wants it: plain text, no chat template, greedy. ``label``: names its progress.
+    """``subject`` as the harness wants it: plain text, no chat template, greedy. ``label``: names its
+    progress.
 
-    Texts are tokenised as training rows are, with a BOS where the tokenizer adds one. What is longer than the model can read
-    loses its beginning, and a notice says how often.
-    """
+    Texts are tokenised as training rows are, with a BOS where the tokenizer adds one. What is longer than the
+    model can read loses its beginning, and a notice says how often."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -229,7 +256,10 @@ def language_model(subject: Subject, label: str) -> TemplateLM:
             asked = [Request(tuple(context), tuple(said)) for _, context, said in requests]
             if room is not None:
                 fit = [_cut(one, room) for one in asked]
-                tell(f"longer than the {room} tokens that the model reads, cut at the beginning", _differ(asked, fit))
+                tell(
+                    f"longer than the {room} tokens that the model reads, cut at the beginning",
+                    _differ(asked, fit),
+                )
                 asked = fit
             found = likelihoods(subject.net, asked, subject.batch, subject.ticker(label))
             return [(one.logp, one.greedy) for one in found]
@@ -239,7 +269,9 @@ def language_model(subject: Subject, label: str) -> TemplateLM:
             owners: list[int] = []
             for index, request in enumerate(requests):
                 ids = self.tok_encode(request.args[0], add_special_tokens=False)
-                for window in get_rolling_token_windows(ids, self.prefix_token_id, room or subject.batch.length, 1):
+                for window in get_rolling_token_windows(
+                    ids, self.prefix_token_id, room or subject.batch.length, 1
+                ):
                     context, said = make_disjoint_window(window)
                     asked.append(Request(tuple(context), tuple(said)))
                     owners.append(index)
@@ -249,13 +281,18 @@ def language_model(subject: Subject, label: str) -> TemplateLM:
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             settings = [request.args[1] for request in requests]
-            drawn = sum(bool(one.get("do_sample")) or float(one.get("temperature") or 0) > 0 for one in settings)
+            drawn = sum(
+                bool(one.get("do_sample")) or float(one.get("temperature") or 0) > 0 for one in settings
+            )
             tell("answers that the task wants drawn at random are greedy here", drawn)
             tokens = [int(one.get("max_gen_toks", one.get("max_new_tokens", MAX_TOKENS))) for one in settings]
             prompts = [self.tok_encode(request.args[0]) for request in requests]
             if room is not None:
                 fit = [ids[-max(1, room - most) :] for ids, most in zip(prompts, tokens, strict=True)]
-                tell(f"prompts that leave no room for an answer in {room} tokens, cut at the beginning", _differ(prompts, fit))
+                tell(
+                    f"prompts that leave no room for an answer in {room} tokens, cut at the beginning",
+                    _differ(prompts, fit),
+                )
                 prompts = fit
             return continuations(subject, prompts, [_stops(one) for one in settings], tokens, label)
 

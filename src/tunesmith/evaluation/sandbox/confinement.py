@@ -1,12 +1,12 @@
-"""The inside of `sandbox`: this file is run by a fresh interpreter, shuts itself in, and then runs the program that it was given.
+"""The inside of `sandbox`: this file is run by a fresh interpreter, shuts itself in, and then runs the
+program that it was given.
 
-It reads a request (JSON) from its standard input, and imports nothing but the standard library. On Linux it puts on three locks
-that nothing can take off again: limits of the process (setrlimit); Landlock, by which only listed files can be opened
-(docs.kernel.org/userspace-api/landlock.html); and a seccomp filter that lists the system calls a lone Python process needs, so
-that there are no sockets, no new processes or threads, no signals to others, no folders made and no modes or owners changed.
-Where a lock does not close, it says so and runs nothing. On macOS `sandbox-exec` has locked the process before it starts, and
-only limits are set.
-"""
+It reads a request (JSON) from its standard input, and imports nothing but the standard library. On Linux it
+puts on three locks that nothing can take off again: limits of the process (setrlimit); Landlock, by which
+only listed files can be opened (docs.kernel.org/userspace-api/landlock.html); and a seccomp filter that lists
+the system calls a lone Python process needs, so that there are no sockets, no new processes or threads, no
+signals to others, no folders made and no modes or owners changed. Where a lock does not close, it says so and
+runs nothing. On macOS `sandbox-exec` has locked the process before it starts, and only limits are set."""
 
 from __future__ import annotations
 
@@ -28,36 +28,130 @@ NAME = "program.py"
 
 # Calls a lone process needs: number on x86-64, on aarch64 (None: it has none).
 CALLS: dict[str, tuple[int, int | None]] = {
-    "read": (0, 63), "write": (1, 64), "close": (3, 57), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None),
-    "poll": (7, None), "lseek": (8, 62), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "rt_sigaction": (13, 134),
-    "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "pread64": (17, 67), "pwrite64": (18, 68), "readv": (19, 65),
-    "writev": (20, 66), "access": (21, None), "pipe": (22, None), "select": (23, None), "sched_yield": (24, 124),
-    "mremap": (25, 216), "madvise": (28, 233), "dup": (32, 23), "dup2": (33, None), "pause": (34, None), "nanosleep": (35, 101),
-    "getitimer": (36, 102), "alarm": (37, None), "setitimer": (38, 103), "getpid": (39, 172), "sendfile": (40, 71),
-    "exit": (60, 93), "uname": (63, 160), "flock": (73, 32), "fsync": (74, 82), "fdatasync": (75, 83), "ftruncate": (77, 46),
-    "getdents": (78, None), "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50), "rename": (82, None), "unlink": (87, None),
-    "readlink": (89, None), "umask": (95, 166), "gettimeofday": (96, 169), "getrlimit": (97, 163), "getrusage": (98, 165),
-    "sysinfo": (99, 179), "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175),
-    "getegid": (108, 177), "getppid": (110, 173), "getpgrp": (111, None), "getgroups": (115, 158), "getpgid": (121, 155),
-    "getsid": (124, 156), "rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133),
-    "sigaltstack": (131, 132), "arch_prctl": (158, None), "gettid": (186, 178), "time": (201, None), "futex": (202, 98),
-    "sched_getaffinity": (204, 123), "getdents64": (217, 61), "set_tid_address": (218, 96), "restart_syscall": (219, 128),
-    "clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115), "exit_group": (231, 94),
-    "epoll_wait": (232, None), "epoll_ctl": (233, 21), "newfstatat": (262, 79), "unlinkat": (263, 35), "renameat": (264, 38),
-    "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73), "set_robust_list": (273, 99),
-    "epoll_pwait": (281, 22), "epoll_create1": (291, 20), "dup3": (292, 24), "pipe2": (293, 59), "getcpu": (309, 168),
-    "renameat2": (316, 276), "getrandom": (318, 278), "statx": (332, 291), "rseq": (334, 293), "close_range": (436, 436),
+    "read": (0, 63),
+    "write": (1, 64),
+    "close": (3, 57),
+    "stat": (4, None),
+    "fstat": (5, 80),
+    "lstat": (6, None),
+    "poll": (7, None),
+    "lseek": (8, 62),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "pread64": (17, 67),
+    "pwrite64": (18, 68),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "access": (21, None),
+    "pipe": (22, None),
+    "select": (23, None),
+    "sched_yield": (24, 124),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "dup": (32, 23),
+    "dup2": (33, None),
+    "pause": (34, None),
+    "nanosleep": (35, 101),
+    "getitimer": (36, 102),
+    "alarm": (37, None),
+    "setitimer": (38, 103),
+    "getpid": (39, 172),
+    "sendfile": (40, 71),
+    "exit": (60, 93),
+    "uname": (63, 160),
+    "flock": (73, 32),
+    "fsync": (74, 82),
+    "fdatasync": (75, 83),
+    "ftruncate": (77, 46),
+    "getdents": (78, None),
+    "getcwd": (79, 17),
+    "chdir": (80, 49),
+    "fchdir": (81, 50),
+    "rename": (82, None),
+    "unlink": (87, None),
+    "readlink": (89, None),
+    "umask": (95, 166),
+    "gettimeofday": (96, 169),
+    "getrlimit": (97, 163),
+    "getrusage": (98, 165),
+    "sysinfo": (99, 179),
+    "times": (100, 153),
+    "getuid": (102, 174),
+    "getgid": (104, 176),
+    "geteuid": (107, 175),
+    "getegid": (108, 177),
+    "getppid": (110, 173),
+    "getpgrp": (111, None),
+    "getgroups": (115, 158),
+    "getpgid": (121, 155),
+    "getsid": (124, 156),
+    "rt_sigpending": (127, 136),
+    "rt_sigtimedwait": (128, 137),
+    "rt_sigsuspend": (130, 133),
+    "sigaltstack": (131, 132),
+    "arch_prctl": (158, None),
+    "gettid": (186, 178),
+    "time": (201, None),
+    "futex": (202, 98),
+    "sched_getaffinity": (204, 123),
+    "getdents64": (217, 61),
+    "set_tid_address": (218, 96),
+    "restart_syscall": (219, 128),
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115),
+    "exit_group": (231, 94),
+    "epoll_wait": (232, None),
+    "epoll_ctl": (233, 21),
+    "newfstatat": (262, 79),
+    "unlinkat": (263, 35),
+    "renameat": (264, 38),
+    "readlinkat": (267, 78),
+    "faccessat": (269, 48),
+    "pselect6": (270, 72),
+    "ppoll": (271, 73),
+    "set_robust_list": (273, 99),
+    "epoll_pwait": (281, 22),
+    "epoll_create1": (291, 20),
+    "dup3": (292, 24),
+    "pipe2": (293, 59),
+    "getcpu": (309, 168),
+    "renameat2": (316, 276),
+    "getrandom": (318, 278),
+    "statx": (332, 291),
+    "rseq": (334, 293),
+    "close_range": (436, 436),
     "faccessat2": (439, 439),
     # Only with the arguments that `conditions` lists.
-    "open": (2, None), "mmap": (9, 222), "ioctl": (16, 29), "kill": (62, 129), "fcntl": (72, 25), "tkill": (200, 130),
-    "tgkill": (234, 131), "openat": (257, 56), "prlimit64": (302, 261),
-}  # fmt: skip
+    "open": (2, None),
+    "mmap": (9, 222),
+    "ioctl": (16, 29),
+    "kill": (62, 129),
+    "fcntl": (72, 25),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "openat": (257, 56),
+    "prlimit64": (302, 261),
+}
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of CALLS; AUDIT_ARCH_*
-RECENT = 424  # from here on calls have one number everywhere, and libraries fall back from them only at ENOSYS
+RECENT = (
+    424  # from here on calls have one number everywhere, and libraries fall back from them only at ENOSYS
+)
 
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (1 << bit for bit in (0, 1, 2, 3, 5, 8, 14))
-HANDLED = {1: (1 << 13) - 1, 2: 1 << 13, 3: TRUNCATE, 5: 1 << 15}  # rights over files by the version that brought them
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (
+    1 << bit for bit in (0, 1, 2, 3, 5, 8, 14)
+)
+HANDLED = {
+    1: (1 << 13) - 1,
+    2: 1 << 13,
+    3: TRUNCATE,
+    5: 1 << 15,
+}  # rights over files by the version that brought them
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 
@@ -67,14 +161,25 @@ class Open(Exception):
 
 
 def conditions(own: int) -> dict[str, tuple[int, int, tuple[int, ...]]]:
-    """call: (argument, mask, values): allowed where argument & mask is one of the values. ``own``: this process."""
+    """call: (argument, mask, values): allowed where argument & mask is one of the values. ``own``: this
+    process."""
     every = 0xFFFFFFFF
-    opened = (1, 2, 0, 0o1001, 0o1002)  # not O_RDONLY with O_TRUNC, which empties a file that may be read only
+    opened = (
+        1,
+        2,
+        0,
+        0o1001,
+        0o1002,
+    )  # not O_RDONLY with O_TRUNC, which empties a file that may be read only
     return {
         "open": (1, 0o1003, opened),
         "openat": (2, 0o1003, opened),
         "mmap": (3, 0x21, (0, 0x20, 0x21)),  # no shared map of a file: what is written must be counted
-        "ioctl": (1, every, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # is it a terminal, how wide, close on exec
+        "ioctl": (
+            1,
+            every,
+            (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
+        ),  # is it a terminal, how wide, close on exec
         "fcntl": (1, every, (*range(8), 1030)),  # not F_SETOWN, which has signals sent
         "kill": (0, every, (own,)),
         "tkill": (0, every, (own,)),
@@ -84,7 +189,8 @@ def conditions(own: int) -> dict[str, tuple[int, int, tuple[int, ...]]]:
 
 
 def bpf(machine: str, own: int) -> bytes:
-    """The seccomp filter: listed calls pass, others give EPERM (ENOSYS if recent), another architecture's kill. Raises Open."""
+    """The seccomp filter: listed calls pass, others give EPERM (ENOSYS if recent), another architecture's
+    kill. Raises Open."""
     if machine not in MACHINES:
         raise Open(f"no list of system calls for {machine}, only for {' and '.join(MACHINES)}")
     column, architecture = MACHINES[machine]
@@ -113,9 +219,11 @@ def limit(request: dict[str, Any]) -> None:
     """Limits of the process, hard ones. Raises Open."""
     seconds = int(request["seconds"]) + 2  # the outside ends it first; this is for when the outside is dead
     limits = {
-        resource.RLIMIT_CPU: seconds, resource.RLIMIT_FSIZE: request["file_bytes"], resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_FSIZE: request["file_bytes"],
+        resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 64,
-    }  # fmt: skip
+    }
     if sys.platform == "linux":  # macOS takes this limit and does not keep it
         limits |= {resource.RLIMIT_AS: request["memory_bytes"], resource.RLIMIT_MEMLOCK: 0}
     for kind, value in limits.items():
@@ -154,11 +262,16 @@ class Kernel:
             raise Open(f"root's privileges cannot be given up: {os.strerror(ctypes.get_errno())}")
 
     def landlock(self, readable: list[str], listable: list[str], folder: str) -> None:
-        """Only these paths, and all below them, can be opened. Plain files in ``folder`` can be written, too."""
+        """Only these paths, and all below them, can be opened. Plain files in ``folder`` can be written,
+        too."""
         lacks = "the kernel has no Landlock (Linux 5.13 or later, switched on)"
         version = self.call(lacks, LANDLOCK_CREATE, None, 0, 1)
         handled = sum(bits for since, bits in HANDLED.items() if since <= version)
-        attributes = [handled, *([3] if version >= 4 else []), *([3] if version >= 6 else [])]  # TCP; abstract sockets, signals
+        attributes = [
+            handled,
+            *([3] if version >= 4 else []),
+            *([3] if version >= 6 else []),
+        ]  # TCP; abstract sockets, signals
         packed = struct.pack(f"{len(attributes)}Q", *attributes)
         rules = self.call(lacks, LANDLOCK_CREATE, packed, len(packed), 0)
         own = WRITE_FILE | READ_FILE | READ_DIR | REMOVE_FILE | MAKE_REG | TRUNCATE
@@ -194,7 +307,8 @@ def shut_in(request: dict[str, Any]) -> None:
 
 
 def run(source: str) -> str | None:
-    """Run ``source`` as a module of its own; None, or the error that ended it. The error's place is printed."""
+    """Run ``source`` as a module of its own; None, or the error that ended it. The error's place is
+    printed."""
     linecache.cache[NAME] = (len(source), None, source.splitlines(keepends=True), NAME)
     module = types.ModuleType("program")
     sys.modules["program"] = module

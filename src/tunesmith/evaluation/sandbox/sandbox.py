@@ -1,11 +1,12 @@
 """Run Python that a model wrote, shut in: what did it do, and nothing else on the machine has changed.
 
-`run` starts a fresh interpreter that shuts itself in (`confinement`) before it runs the program. The program sees its own empty
-folder, the interpreter, its standard library and the system's shared libraries; there is no network, no other process, nothing of
-the environment. From outside, its time and all that it writes are counted, and it is ended when that is too much. As there can be
-no second process, nothing outlives it. Linux: Landlock and seccomp; macOS: `sandbox-exec`. Nothing is ever run half shut in:
-before the first program, `require` has a probe try what must fail. What it does not do: it hides no names (a program
-can ask whether a path exists and how large it is), and one that looks for the launcher's variables can pretend to have passed.
+`run` starts a fresh interpreter that shuts itself in (`confinement`) before it runs the program. The program
+sees its own empty folder, the interpreter, its standard library and the system's shared libraries; there is
+no network, no other process, nothing of the environment. From outside, its time and all that it writes are
+counted, and it is ended when that is too much. As there can be no second process, nothing outlives it. Linux:
+Landlock and seccomp; macOS: `sandbox-exec`. Nothing is ever run half shut in: before the first program,
+`require` has a probe try what must fail. What it does not do: it hides no names (a program can ask whether a
+path exists and how large it is), and one that looks for the launcher's variables can pretend to have passed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ LAUNCHER = Path(__file__).with_name("confinement.py")
 KEPT_BYTES = 16 << 10  # of output: its end
 POLL_SECONDS = 0.02
 ENTRIES = 1000  # files and folders a program may make
-OWN = f"/usr/lib/{sysconfig.get_config_var('MULTIARCH')}"  # where shared libraries have a folder of their own, as on Debian
+# where shared libraries have a folder of their own, as on Debian
+OWN = f"/usr/lib/{sysconfig.get_config_var('MULTIARCH')}"
 APART = os.path.isdir(OWN)
 SHARED = (OWN, OWN.removeprefix("/usr")) if APART else ("/usr/lib", "/lib")
 SYSTEM = (*SHARED, "/usr/lib64", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
@@ -48,10 +50,11 @@ Status = Literal["passed", "failed", "timeout", "killed"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """passed: ran to its end. failed: an error ended it. timeout, killed: it was ended, for its time or for what it took.
+    """passed: ran to its end. failed: an error ended it. timeout, killed: it was ended, for its time or for
+    what it took.
 
-    ``error``: why it did not pass. ``output``: the end of what it printed, errors too. ``seconds``: on the clock, with its start.
-    """
+    ``error``: why it did not pass. ``output``: the end of what it printed, errors too. ``seconds``: on the
+    clock, with its start."""
 
     status: Status
     error: str | None
@@ -61,7 +64,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``file_bytes``: the largest file. ``disk_bytes``: all that is written, output too, whether it is kept or not."""
+    """``file_bytes``: the largest file. ``disk_bytes``: all that is written, output too, whether it is kept
+    or not."""
 
     seconds: float = 10.0
     memory_bytes: int = 512 << 20
@@ -70,7 +74,8 @@ class Limits:
 
 
 def run(program: str, limits: Limits | None = None) -> Outcome:
-    """What became of ``program``, which starts as a module named ``program`` in an empty folder that is then removed.
+    """What became of ``program``, which starts as a module named ``program`` in an empty folder that is then
+    removed.
 
     May be called from several threads. Raises SetupError where this machine cannot shut it in.
     """
@@ -79,20 +84,31 @@ def run(program: str, limits: Limits | None = None) -> Outcome:
 
 
 def require() -> None:
-    """Raises SetupError naming what a program could still do on this machine. Tried once a process, in about a second."""
+    """Raises SetupError naming what a program could still do on this machine. Tried once a process, in about
+    a second."""
     if holes := _holes():
-        raise SetupError(f"code cannot be shut in on this machine, so none is run. It could\n{listing(holes)}", hint=NEEDED)
+        raise SetupError(
+            f"code cannot be shut in on this machine, so none is run. It could\n{listing(holes)}", hint=NEEDED
+        )
 
 
 def _run(program: str, limits: Limits) -> Outcome:
     token = secrets.token_hex(16)
     readable, listable = _readable()
     request = {
-        "program": program, "token": token, "parent": os.getpid(), "seconds": limits.seconds, "memory_bytes": limits.memory_bytes,
-        "file_bytes": limits.file_bytes, "readable": readable, "listable": listable,
-    }  # fmt: skip
+        "program": program,
+        "token": token,
+        "parent": os.getpid(),
+        "seconds": limits.seconds,
+        "memory_bytes": limits.memory_bytes,
+        "file_bytes": limits.file_bytes,
+        "readable": readable,
+        "listable": listable,
+    }
     with ExitStack() as stack:
-        made = stack.enter_context(tempfile.TemporaryDirectory(prefix="tunesmith-program-", ignore_cleanup_errors=True))
+        made = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="tunesmith-program-", ignore_cleanup_errors=True)
+        )
         folder = os.path.realpath(made)
         asked = stack.enter_context(tempfile.TemporaryFile())
         asked.write(json.dumps(request).encode())
@@ -101,12 +117,24 @@ def _run(program: str, limits: Limits) -> Outcome:
         command = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", str(LAUNCHER)]
         if sys.platform == "darwin":
             command = ["/usr/bin/sandbox-exec", "-p", _profile(command[0], folder), *command]
-        environment = {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+        environment = {
+            "HOME": folder,
+            "TMPDIR": folder,
+            "LANG": "C.UTF-8",
+            "TZ": "UTC",
+            "PYTHONHASHSEED": "0",
+            "PYTHONUTF8": "1",
+        }
         began = time.monotonic()
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=asked,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             output, ended = _watch(process, folder, began + limits.seconds, limits)
         finally:
@@ -119,7 +147,9 @@ def _run(program: str, limits: Limits) -> Outcome:
         taken = time.monotonic() - began
         found: dict[str, str | None] = json.loads(report) if reported else {}
         if "open" in found:
-            raise SetupError(f"code cannot be shut in on this machine, so none is run: {found['open']}", hint=NEEDED)
+            raise SetupError(
+                f"code cannot be shut in on this machine, so none is run: {found['open']}", hint=NEEDED
+            )
         if ended is not None and ended[0] == "killed":
             return Outcome(*ended, text, taken)
         if reported:
@@ -127,12 +157,14 @@ def _run(program: str, limits: Limits) -> Outcome:
         if ended is None and status < 0:
             kinds: dict[int, Status] = {signal.SIGXCPU: "timeout", signal.SIGKILL: "killed"}
             ended = kinds.get(-status, "failed"), f"ended by signal {-status}: {signal.strsignal(-status)}"
-        return Outcome(*(ended or ("failed", f"ended before its last line, with exit status {status}")), text, taken)
+        return Outcome(
+            *(ended or ("failed", f"ended before its last line, with exit status {status}")), text, taken
+        )
 
 
 def _watch(
     process: subprocess.Popen[bytes], folder: str, end: float, limits: Limits
-) -> tuple[bytes, tuple[Status, str] | None]:  # fmt: skip
+) -> tuple[bytes, tuple[Status, str] | None]:
     """The end of the output, and why it must be ended now; None where it has ended by itself."""
     assert process.stdout is not None
     tail, stream = b"", process.stdout.fileno()
@@ -172,7 +204,9 @@ def _excess(folder: str, pid: int | None, limits: Limits) -> str | None:
             return f"made more than {ENTRIES} files"
     if pid is not None and sys.platform == "linux":
         try:  # counts what is removed again, too
-            counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text("ascii").splitlines())
+            counts = dict(
+                line.split(": ") for line in Path(f"/proc/{pid}/io").read_text("ascii").splitlines()
+            )
             written = max(written, int(counts["wchar"]))
         except OSError:
             pass  # it has just ended; where the kernel does not count, `require` finds out
@@ -187,7 +221,8 @@ def _excess(folder: str, pid: int | None, limits: Limits) -> str | None:
 
 @functools.cache
 def _readable() -> tuple[list[str], list[str]]:
-    """Files and folders that Python needs to be read, and folders that it lists: its standard library without other packages."""
+    """Files and folders that Python needs to be read, and folders that it lists: its standard library without
+    other packages."""
     library = os.path.dirname(os.path.realpath(os.__file__))
     modules = {library, os.path.realpath(str(sysconfig.get_config_var("DESTSHARED") or library))}
     shared = str(sysconfig.get_config_var("LIBDIR") or library)
@@ -199,21 +234,30 @@ def _readable() -> tuple[list[str], list[str]]:
 
 def _profile(python: str, folder: str) -> str:
     """What macOS allows. Of its rules the last that fits decides."""
-    prefix, packages = os.path.realpath(sys.base_prefix), sysconfig.get_path("purelib", vars={"base": sys.base_prefix})
+    prefix, packages = (
+        os.path.realpath(sys.base_prefix),
+        sysconfig.get_path("purelib", vars={"base": sys.base_prefix}),
+    )
     rules = [
-        "(version 1)", "(deny default)", '(import "system.sb")',
-        "(deny network*)", "(deny process-fork)",
-        "(allow signal (target self))", "(allow sysctl-read)", "(allow file-read-metadata)",
+        "(version 1)",
+        "(deny default)",
+        '(import "system.sb")',
+        "(deny network*)",
+        "(deny process-fork)",
+        "(allow signal (target self))",
+        "(allow sysctl-read)",
+        "(allow file-read-metadata)",
         f"(allow process-exec (literal {json.dumps(python)}) (subpath {json.dumps(prefix)}))",
         f'(allow file-read* (literal "/") (literal {json.dumps(str(LAUNCHER))}) (literal {json.dumps(python)})',
         f'  (subpath {json.dumps(prefix)}) (subpath "/usr/lib") (subpath "/System") (subpath "/usr/share/zoneinfo"))',
         f"(deny file-read* (subpath {json.dumps(os.path.realpath(packages))}))",
         f'(allow file-read* file-write* (subpath {json.dumps(folder)}) (literal "/dev/null"))',
-    ]  # fmt: skip
+    ]
     return "\n".join(rules)
 
 
-# What a program must not be able to do, and code that does it. Held where it is refused: a slip in the code is no proof.
+# What a program must not be able to do, and code that does it. Held where it is refused: a slip in the code
+# is no proof.
 ATTEMPTS = {
     "read files outside its folder": "open(outside).read()",
     "read the system's other files": "open(system).read()",
@@ -256,23 +300,34 @@ for name, code in attempts.items():
 print(json.dumps(held))
 """
 GREEDY = {  # what it must not do: a program that would pass if it could, its limits, how it must end
-    "take more memory than it may": ("x = b'x' * (200 << 20)", Limits(memory_bytes=128 << 20), ("failed", "killed")),
-    "write larger files than it may": ("open('x', 'wb').write(bytes(2 << 20))", Limits(file_bytes=1 << 20), ("failed",)),
+    "take more memory than it may": (
+        "x = b'x' * (200 << 20)",
+        Limits(memory_bytes=128 << 20),
+        ("failed", "killed"),
+    ),
+    "write larger files than it may": (
+        "open('x', 'wb').write(bytes(2 << 20))",
+        Limits(file_bytes=1 << 20),
+        ("failed",),
+    ),
     "write more than it may": (
         "import os, time\nfor _ in range(40):\n    x = open('x', 'wb'); os.remove('x'); x.write(bytes(1 << 20))\ntime.sleep(1)",
-        Limits(disk_bytes=8 << 20), ("killed",),
+        Limits(disk_bytes=8 << 20),
+        ("killed",),
     ),
     "outlive its time": (
         "import signal\nfor one in {*range(1, 32)} - {signal.SIGKILL, signal.SIGSTOP}:\n    signal.signal(one, signal.SIG_IGN)\n"
         "while True: pass",
-        Limits(seconds=0.5), ("timeout",),
+        Limits(seconds=0.5),
+        ("timeout",),
     ),
-}  # fmt: skip
+}
 
 
 @functools.cache
 def _holes() -> tuple[str, ...]:
-    """What a program could still do here: each thing is tried. Raises SetupError where it cannot even be tried."""
+    """What a program could still do here: each thing is tried. Raises SetupError where it cannot even be
+    tried."""
     if sys.platform not in ("linux", "darwin"):
         raise SetupError(f"code that a model wrote is run on Linux and macOS only, not on {sys.platform}")
     start = _run("import math", Limits())
@@ -283,7 +338,14 @@ def _holes() -> tuple[str, ...]:
         tried = _run("".join(f"{name} = {value!r}\n" for name, value in known.items()) + PROBE, Limits())
     held = json.loads(tried.output.strip().splitlines()[-1]) if tried.status == "passed" else []
     holes = [name for name in ATTEMPTS if name not in held]
-    return (*holes, *(name for name, (program, limits, ends) in GREEDY.items() if _run(program, limits).status not in ends))
+    return (
+        *holes,
+        *(
+            name
+            for name, (program, limits, ends) in GREEDY.items()
+            if _run(program, limits).status not in ends
+        ),
+    )
 
 
 @contextmanager
@@ -300,7 +362,11 @@ def targets() -> Iterator[dict[str, Any]]:
         unix.listen()
         outside, system = folder / "outside", Path("/usr/lib/os-release")
         yield {
-            "attempts": ATTEMPTS, "unix": str(folder / "unix"), "parent": os.getpid(), "outside": str(outside),
-            "system": str(system if APART and system.is_file() else outside), "tcp": tcp.getsockname()[1],
+            "attempts": ATTEMPTS,
+            "unix": str(folder / "unix"),
+            "parent": os.getpid(),
+            "outside": str(outside),
+            "system": str(system if APART and system.is_file() else outside),
+            "tcp": tcp.getsockname()[1],
             "udp": udp.getsockname()[1],
-        }  # fmt: skip
+        }

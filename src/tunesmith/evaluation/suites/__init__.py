@@ -1,8 +1,8 @@
 """Fixed questions: the suites that come with the package, and files that take their place.
 
-A suite is JSON lines beside this file, each with an ``id``. Files are JSON lines, a JSON array, gzip of either, folders of them,
-CSV with a header, or plain text, one item a line. What an item means is for its task.
-"""
+A suite is JSON lines beside this file, each with an ``id``. Files are JSON lines, a JSON array, gzip of
+either, folders of them, CSV with a header, or plain text, one item a line. What an item means is for its
+task."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """``source``: ``suite:id``, or ``file:line`` by the file's name. ``row``: a line of plain text has the key ``text`` alone."""
+    """``source``: ``suite:id``, or ``file:line`` by the file's name. ``row``: a line of plain text has the
+    key ``text`` alone."""
 
     source: str
     row: dict[str, JSON]
 
     def words(self, *keys: str) -> str:
-        """The text under the first of ``keys`` that is there. Raises DataError where none is, or it is empty."""
+        """The text under the first of ``keys`` that is there. Raises DataError where none is, or it is
+        empty."""
         value = next((self.row[key] for key in keys if key in self.row), None)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"no text under {' or '.join(keys)}", where=self.source)
@@ -45,7 +47,8 @@ class Entry(NamedTuple):
 
 
 def entries(suite: str, paths: Sequence[str]) -> list[Entry]:
-    """Those of ``paths``, or where there are none of the suite in the package. Raises DataError where a file cannot be read."""
+    """Those of ``paths``, or where there are none of the suite in the package. Raises DataError where a file
+    cannot be read."""
     if not paths:
         text = resources.files(__name__).joinpath(f"{suite}.jsonl").read_text(encoding="utf-8")
         rows = map(json.loads, text.splitlines())
@@ -55,13 +58,17 @@ def entries(suite: str, paths: Sequence[str]) -> list[Entry]:
         flat = Path(given).suffix.lower() in (".csv", ".txt") and Path(given).expanduser().is_file()
         for file in [Path(given).expanduser()] if flat else sources.files([given]):
             if found.setdefault(file.resolve(), file) is not file:
-                raise DataError("is given twice", where=str(file), hint="name a file once, alone or by its folder")
+                raise DataError(
+                    "is given twice", where=str(file), hint="name a file once, alone or by its folder"
+                )
     root = os.path.commonpath([file.parent for file in found])
     alike = len({file.name for file in found}) < len(found)
     names = [os.path.relpath(file, root) if alike else given.name for file, given in found.items()]
     made = [entry for file, name in zip(found.values(), names, strict=True) for entry in _read(file, name)]
     if not made:
-        raise DataError("has no rows", where=", ".join(paths), hint=f"leave --{suite} out for the suite in the package")
+        raise DataError(
+            "has no rows", where=", ".join(paths), hint=f"leave --{suite} out for the suite in the package"
+        )
     return made
 
 
@@ -73,7 +80,11 @@ def _read(file: Path, name: str) -> Iterator[Entry]:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot be read: {error}", where=str(file), hint="save it as UTF-8") from error
         if file.suffix.lower() == ".txt":
-            yield from (Entry(f"{name}:{at}", {"text": line}) for at, line in enumerate(text.split("\n"), 1) if line.strip())
+            yield from (
+                Entry(f"{name}:{at}", {"text": line})
+                for at, line in enumerate(text.split("\n"), 1)
+                if line.strip()
+            )
             return
         reader = csv.DictReader(text.splitlines(keepends=True))
         begins = 2
@@ -105,12 +116,17 @@ def made(entries: Sequence[Entry], make: Callable[[Entry], T], hint: str) -> lis
             problems.append(error)
     if problems:
         lines = [f"{one.where}: {one.what}" if one.where else one.what for one in problems]
-        raise DataError(f"{len(problems)} of {len(entries)} items cannot be used\n{listing(lines)}", hint=hint)
+        raise DataError(
+            f"{len(problems)} of {len(entries)} items cannot be used\n{listing(lines)}", hint=hint
+        )
     return items
 
 
-def spread(items: Sequence[T], limit: int | None, keys: Sequence[Callable[[T], object]], name: str, notify: Sink) -> list[T]:
-    """At most ``limit`` of ``items``, in order: the first of each value of the first key in turn, and inside it of the next."""
+def spread(
+    items: Sequence[T], limit: int | None, keys: Sequence[Callable[[T], object]], name: str, notify: Sink
+) -> list[T]:
+    """At most ``limit`` of ``items``, in order: the first of each value of the first key in turn, and inside
+    it of the next."""
     if limit is None or limit >= len(items):
         return list(items)
     notify(Notice(f"{name}: only {limit} of {len(items)} items are asked, evenly by kind", level="warning"))
@@ -129,7 +145,8 @@ def _turns(items: Sequence[T], places: Sequence[int], keys: Sequence[Callable[[T
 
 
 def require_finite(name: str, values: Sequence[tuple[str, float]]) -> None:
-    """Raises EvaluationError naming the items whose log-probability is no number: left out, they would flatter the model."""
+    """Raises EvaluationError naming the items whose log-probability is no number: left out, they would
+    flatter the model."""
     bad = [f"{source}: {value:g}" for source, value in values if not math.isfinite(value)]
     if bad:
         what = f"{name}: {len(bad)} of {len(values)} values are not finite\n{listing(bad)}"

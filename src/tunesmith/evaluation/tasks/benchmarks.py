@@ -1,11 +1,11 @@
-"""How does the model do on the field's public benchmarks? Those of EleutherAI's lm-evaluation-harness, asked of our own model.
+"""How does the model do on the field's public benchmarks? Those of EleutherAI's lm-evaluation-harness, asked
+of our own model.
 
-The harness (Gao et al., doi 10.5281/zenodo.12608602; the extra ``benchmarks``) says what is asked, how an answer is read and
-which metrics there are (`catalogue` finds its tasks and their documents). Its evaluator is not used: documents are scored one by
-one, so that base and tuned can be paired. Metrics of a corpus, which no single document has, are left out and named. Prompts are
-plain text as the harness writes them, answers greedy. HumanEval runs code and is `programs`' affair. Each rank asks a stretch of
-the requests.
-"""
+The harness (Gao et al., doi 10.5281/zenodo.12608602; the extra ``benchmarks``) says what is asked, how an
+answer is read and which metrics there are (`catalogue` finds its tasks and their documents). Its evaluator is
+not used: documents are scored one by one, so that base and tuned can be paired. Metrics of a corpus, which no
+single document has, are left out and named. Prompts are plain text as the harness writes them, answers
+greedy. HumanEval runs code and is `programs`' affair. Each rank asks a stretch of the requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 VERSION = "1"  # ours, beside the harness's own version of each task
 CODE = "humaneval"
 HEADLINES = ("acc_norm", "prompt_level_strict_acc", "acc", "exact_match")  # the first of them that a task has
-ENTIRE = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"}  # 0 or 1, where the harness computes them itself
+ENTIRE = {
+    "acc",
+    "acc_norm",
+    "acc_bytes",
+    "acc_mutual_info",
+    "exact_match",
+}  # 0 or 1, where the harness computes them itself
 
 Responses = tuple[Any, ...]
 """What the model said to each request of one document: (log p, greedy), a log p, or a text."""
@@ -69,7 +75,9 @@ class Benchmark(Task[Responses]):
 
     def __init__(self, name: str, version: str, parts: Sequence[Part], notify: Sink) -> None:
         self.name, self.version, self._parts = f"benchmark.{name}", f"{version}-{VERSION}", parts
-        labels = [key for key in ("category", "subject") if len({str(part.labels.get(key)) for part in parts}) > 1]
+        labels = [
+            key for key in ("category", "subject") if len({str(part.labels.get(key)) for part in parts}) > 1
+        ]
         self.parts = tuple(labels)
         self.statistics = tuple(_statistics([part.task for part in parts], self.name, notify))
         headline = next(one.name for one in self.statistics if one.headline)
@@ -79,7 +87,9 @@ class Benchmark(Task[Responses]):
             for part in parts
             for one in part.asked
         ]
-        self._identity = digest(self.version, catalogue.HARNESS, [str(part.task.VERSION) for part in parts], asked)
+        self._identity = digest(
+            self.version, catalogue.HARNESS, [str(part.task.VERSION) for part in parts], asked
+        )
 
     @property
     def identity(self) -> str:
@@ -102,8 +112,10 @@ class Benchmark(Task[Responses]):
         found = [tuple(responses[id(one)] for one in asked.requests) for asked in documents]
         logps = [
             (asked.source, float(np.ravel(one)[0]))
-            for asked, told in zip(documents, found, strict=True) for one in told if not isinstance(one, str)
-        ]  # fmt: skip
+            for asked, told in zip(documents, found, strict=True)
+            for one in told
+            if not isinstance(one, str)
+        ]
         suites.require_finite(self.name, logps)
         return found
 
@@ -113,21 +125,27 @@ class Benchmark(Task[Responses]):
         for part in self._parts:
             told = [next(left) for _ in part.asked]
             answered = [
-                [replace(request, resps=[said] * (request.repeats or 1), filtered_resps={})
-                 for request, said in zip(one.requests, responses, strict=True)]
+                [
+                    replace(request, resps=[said] * (request.repeats or 1), filtered_resps={})
+                    for request, said in zip(one.requests, responses, strict=True)
+                ]
                 for one, responses in zip(part.asked, told, strict=True)
-            ]  # fmt: skip
+            ]
             for ensemble in part.task._filters:
                 ensemble.apply([request for requests in answered for request in requests])
             for one, requests, responses in zip(part.asked, answered, told, strict=True):
                 found.append(self._scored(part, one, requests, responses))
         return found
 
-    def _scored(self, part: Part, asked: Asked, requests: Sequence[Instance], responses: Responses) -> ExampleScore:
+    def _scored(
+        self, part: Part, asked: Asked, requests: Sequence[Instance], responses: Responses
+    ) -> ExampleScore:
         detail = dict(part.labels)
         units = 1.0
         for ensemble in part.task._filters:
-            results = part.task.process_results(asked.doc, [request.filtered_resps[ensemble.name] for request in requests])
+            results = part.task.process_results(
+                asked.doc, [request.filtered_resps[ensemble.name] for request in requests]
+            )
             for metric, value in results.items():
                 if isinstance(value, tuple) and metric in ("byte_perplexity", "bits_per_byte"):
                     value, units = value[0] / value[1], float(value[1])
@@ -139,13 +157,19 @@ class Benchmark(Task[Responses]):
         headline = detail.get(self._headline, value)
         assert isinstance(headline, int | float)
         return ExampleScore(
-            asked.source, float(headline), units, detail, asked.prompt, asked.reference,
+            asked.source,
+            float(headline),
+            units,
+            detail,
+            asked.prompt,
+            asked.reference,
             _answer(asked, responses, by_length=self._headline == "acc_norm"),
-        )  # fmt: skip
+        )
 
 
 def _shared(ranks: Ranks, requests: Sequence[Instance], ask: Callable[..., list[Any]]) -> list[Any]:
-    """What ``ask`` says to each of ``requests``. Each rank asks neighbours, which begin alike; then all know all."""
+    """What ``ask`` says to each of ``requests``. Each rank asks neighbours, which begin alike; then all know
+    all."""
     mine = range(len(requests) * ranks.rank // ranks.size, len(requests) * (ranks.rank + 1) // ranks.size)
     said = ask([requests[at] for at in mine], disable_tqdm=True) if mine else []
     if ranks.size == 1:
@@ -170,7 +194,10 @@ def _answer(asked: Asked, responses: Responses, by_length: bool) -> str:
     """What was generated, or the choice that is the likeliest."""
     if not asked.choices or isinstance(responses[0], str):
         return str(responses[0])
-    logps = [logp / max(1, len(choice)) if by_length else logp for (logp, _), choice in zip(responses, asked.choices)]  # noqa: B905
+    logps = [
+        logp / max(1, len(choice)) if by_length else logp
+        for (logp, _), choice in zip(responses, asked.choices, strict=False)
+    ]
     return asked.choices[int(np.argmax(logps))]
 
 
@@ -179,22 +206,26 @@ def _named(metric: str, filter: str, task: ConfigurableTask) -> str:
 
 
 def _statistics(tasks: Sequence[ConfigurableTask], name: str, notify: Sink) -> list[Statistic]:
-    """Of every metric that has a number for each document, in the order of the first task that has it; one is the headline."""
+    """Of every metric that has a number for each document, in the order of the first task that has it; one is
+    the headline."""
     from lm_eval.api.registry import get_aggregation
 
     finishes: dict[Any, Callable[[np.ndarray], np.ndarray]] = {
-        get_aggregation("mean"): np.asarray, get_aggregation("nanmean"): np.asarray,
+        get_aggregation("mean"): np.asarray,
+        get_aggregation("nanmean"): np.asarray,
         get_aggregation("perplexity"): lambda logp: np.exp(-logp),
         get_aggregation("weighted_perplexity"): lambda logp: np.exp(-logp),
         get_aggregation("bits_per_byte"): lambda logp: -logp / np.log(2),
-    }  # fmt: skip
+    }
     found: dict[str, Statistic] = {}
     left_out: dict[str, None] = {}
     ranks: dict[str, tuple[int, bool]] = {}
     for task in tasks:
         own = task.config.process_results is None
         for metric, aggregation in task.aggregation().items():
-            if aggregation not in finishes or metric == "word_perplexity":  # its weights are not those of bytes
+            if (
+                aggregation not in finishes or metric == "word_perplexity"
+            ):  # its weights are not those of bytes
                 left_out[metric] = None
                 continue
             for ensemble in task._filters:
@@ -209,7 +240,9 @@ def _statistics(tasks: Sequence[ConfigurableTask], name: str, notify: Sink) -> l
         what = f"{name}: metrics of all documents together, which no single one has, are left out: {', '.join(left_out)}"
         notify(Notice(what, count=len(left_out)))
     if not found:
-        raise EvaluationError(f"{name}: none of its metrics has a number for each document", hint="choose another benchmark")
+        raise EvaluationError(
+            f"{name}: none of its metrics has a number for each document", hint="choose another benchmark"
+        )
     first = min(found, key=ranks.__getitem__)
     return [replace(one, headline=one.name == first) for one in found.values()]
 
@@ -223,16 +256,21 @@ def _reader(key: str) -> Callable[[ExampleScore], float | None]:
 
 
 def build(material: Material) -> list[Task]:
-    """A task for each name of `EvaluationSpec.benchmarks`, as ``hellaswag``, ``mmlu``, ``mmlu:astronomy`` or ``mmlu:stem``.
+    """A task for each name of `EvaluationSpec.benchmarks`, as ``hellaswag``, ``mmlu``, ``mmlu:astronomy`` or
+    ``mmlu:stem``.
 
-    Raises SetupError without the harness, EvaluationError for a name that it does not know or data that is not there.
-    """
+    Raises SetupError without the harness, EvaluationError for a name that it does not know or data that is
+    not there."""
     spec, made = material.spec, dict[str, Task]()
     if not spec.benchmarks:
-        material.notify(Notice("benchmarks: none is named, so none is measured", hint="--benchmark mmlu names one"))
+        material.notify(
+            Notice("benchmarks: none is named, so none is measured", hint="--benchmark mmlu names one")
+        )
     folder = None if spec.benchmark_data is None else Path(spec.benchmark_data).expanduser()
     if folder is not None and not folder.is_dir():
-        raise EvaluationError("is no folder", where=f"--benchmark-data {folder}", hint="give one with the benchmarks' files")
+        raise EvaluationError(
+            "is no folder", where=f"--benchmark-data {folder}", hint="give one with the benchmarks' files"
+        )
     for name in dict.fromkeys(spec.benchmarks):
         if name == CODE:
             found = _programs(folder, material)
@@ -258,9 +296,10 @@ def _programs(folder: Path | None, material: Material) -> list[Task]:
 
 def _absent(name: str, folder: Path | None, missing: catalogue.Missing) -> EvaluationError:
     return EvaluationError(
-        f"{name}: there is no file with its documents", where="the hub" if folder is None else f"--benchmark-data {folder}",
+        f"{name}: there is no file with its documents",
+        where="the hub" if folder is None else f"--benchmark-data {folder}",
         hint=f"one of: {', '.join(missing.names)}",
-    )  # fmt: skip
+    )
 
 
 def _benchmark(chosen: catalogue.Chosen, folder: Path | None, material: Material) -> Benchmark:
@@ -282,7 +321,9 @@ def _benchmark(chosen: catalogue.Chosen, folder: Path | None, material: Material
         raise _absent(chosen.title, folder, absent[0][1])
     if absent:
         what = f"{chosen.title}: no file for {', '.join(name for name, _ in absent)}: they are not measured"
-        material.notify(Notice(what, level="warning", count=len(absent), hint=f"one of: {', '.join(absent[0][1].names)}"))
+        material.notify(
+            Notice(what, level="warning", count=len(absent), hint=f"one of: {', '.join(absent[0][1].names)}")
+        )
     if left_out:
         each = f" of each of its {len(parts)} subjects" if len(parts) > 1 else ""
         what = f"{chosen.title}: only the first {limit} documents{each} are asked"
@@ -293,7 +334,8 @@ def _benchmark(chosen: catalogue.Chosen, folder: Path | None, material: Material
 
 
 def _asked(name: str, task: ConfigurableTask, material: Material) -> Iterator[Asked]:
-    """The documents with their requests, as the harness's evaluator makes them. ``limit``: of each leaf the first.
+    """The documents with their requests, as the harness's evaluator makes them. ``limit``: of each leaf the
+    first.
 
     Those that hold the text of a control token are left out with a notice: it would not be read as text.
     """
@@ -313,19 +355,27 @@ def _asked(name: str, task: ConfigurableTask, material: Material) -> Iterator[As
             if isinstance(error, TunesmithError):
                 raise
             what = f"cannot be asked with {shots} solved examples: {' '.join(str(error).split())[:200]}"
-            raise EvaluationError(what, where=f"{name}/{number}", hint="fewer --shots, or other documents") from error
+            raise EvaluationError(
+                what, where=f"{name}/{number}", hint="fewer --shots, or other documents"
+            ) from error
     for what, count in unwritable.items():
         material.notify(Notice(f"{name}: documents are left out: {what}", level="warning", count=count))
 
 
 def _document(name: str, number: int, task: ConfigurableTask, doc: Any, context: Any) -> Asked:
     about = (name, number, task.config.repeats)
-    made = task.construct_requests(doc=doc, ctx=context, metadata=about, apply_chat_template=False, chat_template=None)
+    made = task.construct_requests(
+        doc=doc, ctx=context, metadata=about, apply_chat_template=False, chat_template=None
+    )
     choices = tuple(task.doc_to_choice(doc)) if task.config.doc_to_choice is not None else ()
     question, gold = task.doc_to_text(doc), task.doc_to_target(doc)
     if task.multiple_input:  # what is asked is which of several beginnings the text goes on from
         question, gold = gold, question
     gold = gold if isinstance(gold, list) else [gold]
-    right = [str(choices[one]) if isinstance(one, int) else str(one) for one in gold if choices or not isinstance(one, int)]
+    right = [
+        str(choices[one]) if isinstance(one, int) else str(one)
+        for one in gold
+        if choices or not isinstance(one, int)
+    ]
     requests = tuple(made) if isinstance(made, list) else (made,)
     return Asked(f"{name}/{number}", doc, requests, str(question), " | ".join(right) or None, choices)

@@ -1,11 +1,11 @@
 """Which of given answers does a model find likeliest? Multiple choice without a word generated.
 
-An answer is scored as the continuation of the question, Σ log p of its tokens (Brown et al. 2020, section 2.4), as it is and
-for each byte of the answer, where long answers are not at a disadvantage: lm-evaluation-harness's ``acc`` and ``acc_bytes``
-(for English ``acc_norm``, which counts letters). Plain text, no chat template, no solved example before it:
-``Question: …\\nAnswer:``, then a space and the answer. Files may have the schema of the hub's MMLU, ARC, HellaSwag, WinoGrande,
-PIQA or TruthfulQA (mc1); HellaSwag, WinoGrande and PIQA are put as the harness puts them.
-"""
+An answer is scored as the continuation of the question, Σ log p of its tokens (Brown et al. 2020, section
+2.4), as it is and for each byte of the answer, where long answers are not at a disadvantage:
+lm-evaluation-harness's ``acc`` and ``acc_bytes`` (for English ``acc_norm``, which counts letters). Plain
+text, no chat template, no solved example before it: ``Question: …\\nAnswer:``, then a space and the answer.
+Files may have the schema of the hub's MMLU, ARC, HellaSwag, WinoGrande, PIQA or TruthfulQA (mc1); HellaSwag,
+WinoGrande and PIQA are put as the harness puts them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ SCHEMAS = (
 
 
 class Question(NamedTuple):
-    """``contexts``: the text before each choice. ``choices``: as they are compared. ``shown``: as they are read. One is right."""
+    """``contexts``: the text before each choice. ``choices``: as they are compared. ``shown``: as they are
+    read. One is right."""
 
     source: str
     category: str
@@ -60,19 +61,29 @@ def question(entry: Entry) -> Question:
         options = row["choices"]
         texts = options.get("text") if isinstance(options, dict) else None
         labels = options.get("label") if isinstance(options, dict) else None
-        answer = labels.index(row["answerKey"]) if isinstance(labels, list) and row["answerKey"] in labels else None
+        answer = (
+            labels.index(row["answerKey"])
+            if isinstance(labels, list) and row["answerKey"] in labels
+            else None
+        )
     elif {"question", "choices", "answer"} <= keys:
         texts, answer = row["choices"], row["answer"]
     elif {"question", "mc1_targets"} <= keys:
         targets = row["mc1_targets"]
-        texts, labels = (targets.get("choices"), targets.get("labels")) if isinstance(targets, dict) else (None, None)
+        texts, labels = (
+            (targets.get("choices"), targets.get("labels")) if isinstance(targets, dict) else (None, None)
+        )
         answer = labels.index(1) if isinstance(labels, list) and labels.count(1) == 1 else None
     elif {"ctx", "endings", "label"} <= keys:
         parts = [part for key in ("ctx_a", "ctx_b") if isinstance(part := row.get(key), str)]
         asked = f"{parts[0]} {parts[1].capitalize()}" if len(parts) == 2 else entry.words("ctx")
         asked = context = _plain(f"{row['activity_label']}: {asked}" if row.get("activity_label") else asked)
         texts, answer = row["endings"], _number(row["label"])
-        texts = [_plain(text) if isinstance(text, str) else text for text in texts] if isinstance(texts, list) else None
+        texts = (
+            [_plain(text) if isinstance(text, str) else text for text in texts]
+            if isinstance(texts, list)
+            else None
+        )
     elif {"sentence", "option1", "option2", "answer"} <= keys:
         asked = entry.words("sentence")
         before, blank, after = asked.partition("_")
@@ -84,9 +95,15 @@ def question(entry: Entry) -> Question:
     elif {"goal", "sol1", "sol2", "label"} <= keys:
         asked, texts, answer = entry.words("goal"), [row["sol1"], row["sol2"]], _number(row["label"])
     else:
-        raise DataError(f"no schema of multiple choice has the keys {', '.join(sorted(keys))}", where=entry.source)
+        raise DataError(
+            f"no schema of multiple choice has the keys {', '.join(sorted(keys))}", where=entry.source
+        )
     asked = asked or entry.words("question")
-    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+    if (
+        not isinstance(texts, list)
+        or len(texts) < 2
+        or not all(isinstance(text, str) and text.strip() for text in texts)
+    ):
         raise DataError("the choices must be two or more texts", where=entry.source)
     found = tuple(str(text).strip() for text in texts)
     if type(answer) is not int or not 0 <= answer < len(found):
@@ -107,7 +124,8 @@ def _plain(text: str) -> str:
 
 
 def continuation(renderer: Renderer, context: str, rest: str) -> tuple[Tokens, bool]:
-    """``context + rest`` as one text, marked from where its tokens leave those of ``context``; whether they part before its end.
+    """``context + rest`` as one text, marked from where its tokens leave those of ``context``; whether they
+    part before its end.
 
     The first token of all is never marked: nothing predicts it.
     """
@@ -124,11 +142,25 @@ class MultipleChoice(Task[Scored]):
 
     name, version = "drift.knowledge", "1"
     statistics = (
-        Statistic("accuracy", lambda one: one.value, share=True, better="higher", headline=True, target=Target(share=0.95)),
-        Statistic("accuracy_sums", lambda one: cast(float, one.detail["right_sum"]), share=True, better="higher"),
-        Statistic("confidence", lambda one: cast(float, one.detail["confidence"]), better="higher", unit="%",
-                  target=Target(share=0.95)),
-    )  # fmt: skip
+        Statistic(
+            "accuracy",
+            lambda one: one.value,
+            share=True,
+            better="higher",
+            headline=True,
+            target=Target(share=0.95),
+        ),
+        Statistic(
+            "accuracy_sums", lambda one: cast(float, one.detail["right_sum"]), share=True, better="higher"
+        ),
+        Statistic(
+            "confidence",
+            lambda one: cast(float, one.detail["confidence"]),
+            better="higher",
+            unit="%",
+            target=Target(share=0.95),
+        ),
+    )
     parts = ("category",)
     cached, needs_base = True, False
 
@@ -155,10 +187,14 @@ class MultipleChoice(Task[Scored]):
 
     def measure(self, subject: Subject) -> list[Scored]:
         sums = subject.logps(self._groups, "choices")
-        return [Scored(one, tuple(logp for logp, _ in pairs)) for one, pairs in zip(self.questions, sums, strict=True)]
+        return [
+            Scored(one, tuple(logp for logp, _ in pairs))
+            for one, pairs in zip(self.questions, sums, strict=True)
+        ]
 
     def score(self, items: Sequence[Scored]) -> list[ExampleScore]:
-        """detail: category, right_sum (by Σ log p), confidence (softmax over the choices of log p a byte), chosen.
+        """detail: category, right_sum (by Σ log p), confidence (softmax over the choices of log p a byte),
+        chosen.
 
         A tie for the first place is wrong.
         """
@@ -172,13 +208,20 @@ def _score(asked: Question, logps: tuple[float, ...]) -> ExampleScore:
     chosen = each.index(best)
 
     pairs = list(zip(asked.contexts, asked.choices, strict=True))
-    others = [at for at, pair in enumerate(pairs) if pair != pairs[right]]  # some of MMLU's choices stand there twice
+    others = [
+        at for at, pair in enumerate(pairs) if pair != pairs[right]
+    ]  # some of MMLU's choices stand there twice
 
     def first(values: Sequence[float]) -> float:
         return float(all(values[right] > values[at] for at in others))
 
     confidence = math.exp(each[right] - best) / sum(math.exp(one - best) for one in each)
-    detail: dict[str, JSON] = {"category": asked.category, "right_sum": first(logps), "confidence": confidence, "chosen": chosen}
+    detail: dict[str, JSON] = {
+        "category": asked.category,
+        "right_sum": first(logps),
+        "confidence": confidence,
+        "chosen": chosen,
+    }
     shown = asked.shown
     return ExampleScore(asked.source, first(each), 1.0, detail, asked.asked, shown[right], shown[chosen])
 

@@ -1,14 +1,14 @@
 """How fast a model speaks here, how long it thinks before its first token, and how much memory that takes.
 
-Every side does the same work: prompts of given lengths, continued greedily for a given number of tokens past any end token.
-Tokens a second are generated tokens over the whole time, the prompt's included. Rounds are the sources of speed and memory,
-prompts those of latency, whose percentiles are bootstrapped over prompts with all their rounds. An adapter is measured beside
-its base, not merged: merged, it costs nothing. Memory is what MLX holds, weights included, not what Python does.
+Every side does the same work: prompts of given lengths, continued greedily for a given number of tokens past
+any end token. Tokens a second are generated tokens over the whole time, the prompt's included. Rounds are the
+sources of speed and memory, prompts those of latency, whose percentiles are bootstrapped over prompts with
+all their rounds. An adapter is measured beside its base, not merged: merged, it costs nothing. Memory is what
+MLX holds, weights included, not what Python does.
 
-Of time no verdict is given: base and tuned are timed one after the other, and what else the machine does meanwhile falls on all
-rounds of one side, which no interval over rounds can tell from a slower model. Of several ranks only the first measures, while
-the others wait.
-"""
+Of time no verdict is given: base and tuned are timed one after the other, and what else the machine does
+meanwhile falls on all rounds of one side, which no interval over rounds can tell from a slower model. Of
+several ranks only the first measures, while the others wait."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ PERCENTILES = (50, 95, 99)
 
 
 class Timed(NamedTuple):
-    """One measurement. ``kind``: speed, memory or latency. ``value``: seconds for ``units`` tokens, or bytes."""
+    """One measurement. ``kind``: speed, memory or latency. ``value``: seconds for ``units`` tokens, or
+    bytes."""
 
     source: str
     kind: str
@@ -74,7 +75,12 @@ class Efficiency(Task[Timed]):
 
     @property
     def identity(self) -> str:
-        return digest(self.name, self.version, [list(BATCHES), PROMPT, SPOKEN, ROUNDS, LATENCY_ROUNDS, list(LENGTHS)], self._ids)
+        return digest(
+            self.name,
+            self.version,
+            [list(BATCHES), PROMPT, SPOKEN, ROUNDS, LATENCY_ROUNDS, list(LENGTHS)],
+            self._ids,
+        )
 
     def measure(self, subject: Subject) -> list[Timed]:
         """After a round that warms up and is not kept; nothing on ranks but the first."""
@@ -111,8 +117,11 @@ class Efficiency(Task[Timed]):
             found.append(ExampleScore(one.source, one.value, one.units, detail, f"{one.kind}, {one.size}"))
         return found
 
-    def summarise(self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int) -> list[Score]:
-        """The ratios of sums as every task has them, then percentiles of the time to the first token, in seconds."""
+    def summarise(
+        self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
+    ) -> list[Score]:
+        """The ratios of sums as every task has them, then percentiles of the time to the first token, in
+        seconds."""
         found = statistics.summarise(self, base, tuned, seed)
         sides = [_latencies(side) for side in (tuned, base) if side is not None]
         return found + [self._percentile(rank, sides, seed) for rank in PERCENTILES]
@@ -129,17 +138,27 @@ class Efficiency(Task[Timed]):
             return (None, None) if low is None or high is None else (float(low), float(high))
 
         score = Score(
-            self.name, self.version, f"first_token_p{rank}", values[0], *interval(draws[0]), n, unit="s",
+            self.name,
+            self.version,
+            f"first_token_p{rank}",
+            values[0],
+            *interval(draws[0]),
+            n,
+            unit="s",
             note=ONE if n == 1 else None,
-        )  # fmt: skip
+        )
         if len(sides) == 1:
             return score
         delta_low, delta_high = interval(draws[0] - draws[1])
         p = statistics.inverted(draws[0] - draws[1], n) if n > 1 else None
         return replace(
-            score, delta=values[0] - values[1], delta_low=delta_low, delta_high=delta_high, p=p,
+            score,
+            delta=values[0] - values[1],
+            delta_low=delta_low,
+            delta_high=delta_high,
+            p=p,
             test=None if p is None else BOOTSTRAP,
-        )  # fmt: skip
+        )
 
 
 def _latencies(side: Sequence[ExampleScore]) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""How surprised a model is by the learned tokens of held-out rows: loss in nats a token, and perplexity = e to that.
+"""How surprised a model is by the learned tokens of held-out rows: loss in nats a token, and perplexity = e
+to that.
 
-The loss is a ratio of sums over all rows, Σ nats / Σ tokens, so neither the cut into batches nor the order of rows changes it.
-Answers that are not to be imitated (labelled undesirable, or the rejected side of a pair) have a loss of their own, for which
-neither way is good. Numbers of models with different tokenizers do not compare: their tokens are not the same.
-"""
+The loss is a ratio of sums over all rows, Σ nats / Σ tokens, so neither the cut into batches nor the order of
+rows changes it. Answers that are not to be imitated (labelled undesirable, or the rejected side of a pair)
+have a loss of their own, for which neither way is good. Numbers of models with different tokenizers do not
+compare: their tokens are not the same."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ from typing import NamedTuple
 import numpy as np
 
 from tunesmith.checks.parsers import parse
-from tunesmith.data.formats import JSON, Completion, Conversation, Demonstration, Document, Example, Judged, Preference
+from tunesmith.data.formats import (
+    JSON,
+    Completion,
+    Conversation,
+    Demonstration,
+    Document,
+    Example,
+    Judged,
+    Preference,
+)
 from tunesmith.errors import EvaluationError, listing
 from tunesmith.evaluation.tasks import ExampleScore, Material, Statistic, Subject, Task, digest
 from tunesmith.events import Notice
@@ -23,13 +33,18 @@ from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Row, render
 
 UNWANTED = ("undesirable", "rejected")
-CATEGORIES = ("type", "category", "task")  # keys of rows that say what kind a row is, the first that some row has
+CATEGORIES = (
+    "type",
+    "category",
+    "task",
+)  # keys of rows that say what kind a row is, the first that some row has
 KINDS = 20  # of a category, beyond which it names rows rather than kinds
 OPENING = 300  # letters
 
 
 class RowLoss(NamedTuple):
-    """``nats``: Σ of −log p over learned tokens, ``units``: number of these, weighted. ``about``: what is known of the row."""
+    """``nats``: Σ of −log p over learned tokens, ``units``: number of these, weighted. ``about``: what is
+    known of the row."""
 
     source: str
     nats: float
@@ -39,7 +54,8 @@ class RowLoss(NamedTuple):
 
 
 class Item(NamedTuple):
-    """``group``: one row. ``about``: its label and type, its category where it has one, and as unwanted why it is not wanted."""
+    """``group``: one row. ``about``: its label and type, its category where it has one, and as unwanted why
+    it is not wanted."""
 
     group: Group
     about: dict[str, JSON]
@@ -51,7 +67,9 @@ def _wanted(score: ExampleScore) -> float | None:
 
 
 def _loss_of(kind: str) -> Statistic:
-    return Statistic(f"loss_{kind}", lambda one: one.value if one.detail.get("unwanted") == kind else None, unit="nats")
+    return Statistic(
+        f"loss_{kind}", lambda one: one.value if one.detail.get("unwanted") == kind else None, unit="nats"
+    )
 
 
 class Perplexity(Task[RowLoss]):
@@ -72,18 +90,32 @@ class Perplexity(Task[RowLoss]):
     @property
     def identity(self) -> str:
         """Of the tokens and which of them are learned."""
-        hashes = [hashlib.sha256(part.tobytes()) for one in self.items for row in one.group.sequences for part in row]
-        return digest([one.hexdigest() for one in hashes], [[one.group.source, one.about] for one in self.items])
+        hashes = [
+            hashlib.sha256(part.tobytes())
+            for one in self.items
+            for row in one.group.sequences
+            for part in row
+        ]
+        return digest(
+            [one.hexdigest() for one in hashes], [[one.group.source, one.about] for one in self.items]
+        )
 
     def measure(self, subject: Subject) -> list[RowLoss]:
         sums = subject.logps([one.group for one in self.items], "loss")
         return [
-            RowLoss(one.group.source, -sum(logp for logp, _ in row), sum(units for _, units in row), one.about, one.prompt)
+            RowLoss(
+                one.group.source,
+                -sum(logp for logp, _ in row),
+                sum(units for _, units in row),
+                one.about,
+                one.prompt,
+            )
             for one, row in zip(self.items, sums, strict=True)
         ]
 
     def score(self, items: Sequence[RowLoss]) -> list[ExampleScore]:
-        """``value``: mean nats a token; ``units``: tokens. Raises EvaluationError naming the rows without a usable loss."""
+        """``value``: mean nats a token; ``units``: tokens. Raises EvaluationError naming the rows without a
+        usable loss."""
         bad = [
             f"{row.source}: loss {row.nats:g} nats over {row.units:g} learned tokens"
             for row in items
@@ -95,7 +127,13 @@ class Perplexity(Task[RowLoss]):
                 hint="a row needs at least one learned token; a loss that is not finite means that the model has diverged",
             )
         return [
-            ExampleScore(row.source, row.nats / row.units, row.units, {"nats": row.nats, **(row.about or {})}, row.prompt)
+            ExampleScore(
+                row.source,
+                row.nats / row.units,
+                row.units,
+                {"nats": row.nats, **(row.about or {})},
+                row.prompt,
+            )
             for row in items
         ]
 
@@ -106,9 +144,15 @@ def build(material: Material) -> list[Perplexity]:
     imitated = {example.source: example for example in material.imitated}
     key = _category(material)
     items = [_item(row, imitated[row.source], _label(read[row.source]), key) for row in material.rows]
-    unwanted = {example.source: example for example in map(_unwanted, material.everything) if example is not None}
-    unwanted = {source: example for source, example in unwanted.items() if example is not imitated.get(source)}
-    spec = material.template.model_copy(update={"too_long": "cut" if material.template.too_long == "cut" else "drop"})
+    unwanted = {
+        example.source: example for example in map(_unwanted, material.everything) if example is not None
+    }
+    unwanted = {
+        source: example for source, example in unwanted.items() if example is not imitated.get(source)
+    }
+    spec = material.template.model_copy(
+        update={"too_long": "cut" if material.template.too_long == "cut" else "drop"}
+    )
     rendered = render(list(unwanted.values()), material.renderer, spec, material.batch.length)
     for row in rendered.dropped:
         material.notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))
@@ -124,10 +168,14 @@ def build(material: Material) -> list[Perplexity]:
 def _category(material: Material) -> str | None:
     """The key of the rows that names their kinds, if any does."""
     for key in CATEGORIES:
-        if kinds := {kind for example in material.imitated if isinstance(kind := example.metadata.get(key), str)}:
+        if kinds := {
+            kind for example in material.imitated if isinstance(kind := example.metadata.get(key), str)
+        }:
             if len(kinds) <= KINDS:
                 return key
-            material.notify(Notice(f"perplexity: {key} has more than {KINDS} values: not shown apart", count=len(kinds)))
+            material.notify(
+                Notice(f"perplexity: {key} has more than {KINDS} values: not shown apart", count=len(kinds))
+            )
     return None
 
 

@@ -1,10 +1,11 @@
 """Does the tuned model tell good answers from bad better than the base did?
 
-r = log p(answer | prompt) by the tuned model − the same by the base, in nats over the learned tokens: what KTO and DPO call the
-reward, without β. ``accuracy``: the share of pairs of a good and a bad answer in which the good one has the larger r: of given
-pairs, or of all combinations where rows are judged alone (as Mann and Whitney 1947 count). A model that was not trained has 0.5.
-``ratio_margin``: mean r of the good less mean r of the bad. Intervals: bootstrap over the sources of good and of bad rows, each
-among its kind, widened for the kind with fewer sources; where the good rows win always or never, the exact binomial one of that.
+r = log p(answer | prompt) by the tuned model − the same by the base, in nats over the learned tokens: what
+KTO and DPO call the reward, without β. ``accuracy``: the share of pairs of a good and a bad answer in which
+the good one has the larger r: of given pairs, or of all combinations where rows are judged alone (as Mann and
+Whitney 1947 count). A model that was not trained has 0.5. ``ratio_margin``: mean r of the good less mean r of
+the bad. Intervals: bootstrap over the sources of good and of bad rows, each among its kind, widened for the
+kind with fewer sources; where the good rows win always or never, the exact binomial one of that.
 
 The base is the model without any adapter, also where training went on from one and compared with that.
 """
@@ -62,7 +63,8 @@ class Compared:
 
 
 class Preferred(Task[tuple[float, float]]):
-    """Measured: (log p in nats, learned tokens) of each answer. A side's ``value`` is log p: r is the difference of the sides."""
+    """Measured: (log p in nats, learned tokens) of each answer. A side's ``value`` is log p: r is the
+    difference of the sides."""
 
     name, version = NAME, VERSION
     statistics: tuple[Statistic, ...] = ()
@@ -84,7 +86,8 @@ class Preferred(Task[tuple[float, float]]):
     @property
     def identity(self) -> str:
         parts = [
-            [fact, tokens.ids.tolist(), tokens.targets.tolist()] for fact, tokens in zip(self._facts, self._tokens, strict=True)
+            [fact, tokens.ids.tolist(), tokens.targets.tolist()]
+            for fact, tokens in zip(self._facts, self._tokens, strict=True)
         ]
         return digest(parts)
 
@@ -96,13 +99,17 @@ class Preferred(Task[tuple[float, float]]):
         return [pair for group in subject.logps(self._groups, "answers compared") for pair in group]
 
     def score(self, items: Sequence[tuple[float, float]]) -> list[ExampleScore]:
-        require_finite(self.name, [(fact[0], logp) for fact, (logp, _) in zip(self._facts, items, strict=True)])
+        require_finite(
+            self.name, [(fact[0], logp) for fact, (logp, _) in zip(self._facts, items, strict=True)]
+        )
         return [
             ExampleScore(source, logp, 1.0, {"good": good, "pair": pair, "tokens": tokens})
             for (source, good, pair), (logp, tokens) in zip(self._facts, items, strict=True)
         ]
 
-    def summarise(self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int) -> list[Score]:
+    def summarise(
+        self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
+    ) -> list[Score]:
         items = [
             Compared(source, good, before.value, after.value, float(str(after.detail["tokens"])), pair)
             for (source, good, pair), before, after in zip(self._facts, base or (), tuned, strict=True)
@@ -111,12 +118,15 @@ class Preferred(Task[tuple[float, float]]):
 
 
 def build(material: Material) -> list[Preferred]:
-    """The pairs, or the labelled rows where these are more; none where good or bad is missing. What is not taken is said."""
+    """The pairs, or the labelled rows where these are more; none where good or bad is missing. What is not
+    taken is said."""
     long = "drop" if material.template.too_long == "refuse" else material.template.too_long
     spec = material.template.model_copy(update={"prompt_weight": 0.0, "too_long": long})
     found: list[tuple[list[Group], list[Dropped]]] = [([], [])]
     for objective in (DPO(), KTO(unlabelled="leave_out")):
-        rendered = template.render(objective.select(material.everything).examples, material.renderer, spec, material.batch.length)
+        rendered = template.render(
+            objective.select(material.everything).examples, material.renderer, spec, material.batch.length
+        )
         groups = objective.groups(rendered.rows)
         both = {flag for group in groups for flag in objective.imitated(group)} == {True, False}
         found.append((groups if both else [], rendered.dropped))
@@ -126,14 +136,19 @@ def build(material: Material) -> list[Preferred]:
         notify(Notice(f"preference: not measured: {row.message}", level="warning", where=row.source))
     if passed := sum(len(others) for others, _ in found) - len(groups):
         what = "labelled rows" if groups[0].label is not None else "pairs"
-        notify(Notice(f"preference: only {what} are compared, the others are not", level="warning", count=passed))
-    if not groups and any(isinstance(one, formats.Preference | formats.Judged) for one in material.everything):
+        notify(
+            Notice(f"preference: only {what} are compared, the others are not", level="warning", count=passed)
+        )
+    if not groups and any(
+        isinstance(one, formats.Preference | formats.Judged) for one in material.everything
+    ):
         notify(Notice("preference: it needs good and bad answers: not measured"))
     return [Preferred(groups)] if groups else []
 
 
 def scores(items: Sequence[Compared], seed: int) -> list[Score]:
-    """accuracy, margin and the mean r of good and of bad, with 95 % intervals; none where a kind is missing."""
+    """accuracy, margin and the mean r of good and of bad, with 95 % intervals; none where a kind is
+    missing."""
     good = np.array([one.ratio for one in items if one.good])
     bad = np.array([one.ratio for one in items if not one.good])
     if not len(good) or not len(bad):
@@ -143,7 +158,11 @@ def scores(items: Sequence[Compared], seed: int) -> list[Score]:
     up, n_good = _draws([one.source for one in items if one.good], chance)
     down, n_bad = (up, 0) if paired else _draws([one.source for one in items if not one.good], chance)
     wins = won(good - bad) if paired else won(good[:, None] - bad[None, :])
-    shares = up @ wins / up.sum(axis=1) if paired else (up @ wins * down).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
+    shares = (
+        up @ wins / up.sum(axis=1)
+        if paired
+        else (up @ wins * down).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
+    )
     means = up @ good / up.sum(axis=1), down @ bad / down.sum(axis=1)
     found = {
         "accuracy": (wins.mean(), shares),
@@ -167,16 +186,30 @@ def scores(items: Sequence[Compared], seed: int) -> list[Score]:
             p = max(p, mcnemar(fewest, 0))  # the test whose interval it has
         made.append(
             Score(
-                NAME, VERSION, name, float(value), low, high, n, float(value) - base, low - base, high - base, note,
-                better=better, headline=name == "accuracy", unit="%" if name == "accuracy" else "nats", p=p,
+                NAME,
+                VERSION,
+                name,
+                float(value),
+                low,
+                high,
+                n,
+                float(value) - base,
+                low - base,
+                high - base,
+                note,
+                better=better,
+                headline=name == "accuracy",
+                unit="%" if name == "accuracy" else "nats",
+                p=p,
                 test=None if p is None else BOOTSTRAP,
             )
-        )  # fmt: skip
+        )
     return made
 
 
 def _draws(sources: Sequence[str], chance: np.random.Generator) -> tuple[np.ndarray, int]:
-    """(RESAMPLES, rows) how often each row is in each resample of the sources, and how many sources there are."""
+    """(RESAMPLES, rows) how often each row is in each resample of the sources, and how many sources there
+    are."""
     names, at = np.unique(np.array(sources), return_inverse=True)
     counts = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
     return counts[:, at].astype(np.float64), len(names)

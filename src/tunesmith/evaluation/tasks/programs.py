@@ -1,10 +1,10 @@
 """Does a program that the model writes pass its tests? HumanEval: Chen et al. 2021, arXiv 2107.03374.
 
-A problem is the head of a function with its description. The model continues it, and the function is run against unit tests in
-`sandbox`. The number is the paper's pass@1 for one greedy answer: the share of problems whose tests all pass. An answer is cut
-where the paper stops to sample: before the next line that starts a class, a definition, a comment, a condition or a print.
-Unlike in OpenAI's checker a program may start neither threads nor processes, and may import the standard library only.
-"""
+A problem is the head of a function with its description. The model continues it, and the function is run
+against unit tests in `sandbox`. The number is the paper's pass@1 for one greedy answer: the share of problems
+whose tests all pass. An answer is cut where the paper stops to sample: before the next line that starts a
+class, a definition, a comment, a condition or a print. Unlike in OpenAI's checker a program may start neither
+threads nor processes, and may import the standard library only."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ class Ran(NamedTuple):
 
 def truncate(completion: str, stops: Sequence[str] = STOPS) -> str:
     """``completion`` up to the first of ``stops``."""
-    return completion[: min((at for stop in stops if (at := completion.find(stop)) >= 0), default=len(completion))]
+    return completion[
+        : min((at for stop in stops if (at := completion.find(stop)) >= 0), default=len(completion))
+    ]
 
 
 def completion(problem: Program, answer: str) -> str:
@@ -64,7 +66,11 @@ def completion(problem: Program, answer: str) -> str:
     if first[:1].isspace() or opening is None:  # it goes on with the function's body
         return truncate(answer, (*STOPS, _CLOSING))
     code = truncate(answer[opening.end() :], (_CLOSING,))
-    return f"\n{code}\n" if re.search(rf"^def {re.escape(problem.entry_point)}\b", code, re.MULTILINE) else truncate(code)
+    return (
+        f"\n{code}\n"
+        if re.search(rf"^def {re.escape(problem.entry_point)}\b", code, re.MULTILINE)
+        else truncate(code)
+    )
 
 
 def check(problem: Program, completion: str, limits: Limits | None = None) -> Outcome:
@@ -74,26 +80,36 @@ def check(problem: Program, completion: str, limits: Limits | None = None) -> Ou
 
 
 class Programs(Task[Ran]):
-    """``version`` changes with what is run. The tests' time is on the clock: what ran too long beside others runs again alone."""
+    """``version`` changes with what is run. The tests' time is on the clock: what ran too long beside others
+    runs again alone."""
 
     name = "benchmark.humaneval"
     version = "1"
-    statistics = (Statistic("pass@1", lambda example: example.value, share=True, better="higher", headline=True),)
+    statistics = (
+        Statistic("pass@1", lambda example: example.value, share=True, better="higher", headline=True),
+    )
     parts = ()
     cached = True
     needs_base = False
 
-    def __init__(self, problems: Sequence[Program], notify: Sink = events.silent, limits: Limits | None = None) -> None:
+    def __init__(
+        self, problems: Sequence[Program], notify: Sink = events.silent, limits: Limits | None = None
+    ) -> None:
         self.problems, self.notify, self.limits = tuple(problems), notify, limits or Limits()
 
     @property
     def identity(self) -> str:
         return digest(
-            [asdict(problem) for problem in self.problems], asdict(self.limits), MAX_TOKENS, STOPS, platform.python_version()
+            [asdict(problem) for problem in self.problems],
+            asdict(self.limits),
+            MAX_TOKENS,
+            STOPS,
+            platform.python_version(),
         )
 
     def measure(self, subject: Subject) -> list[Ran]:
-        """Greedy continuations of the prompts as plain text, each run in its tests. Raises SetupError before it asks.
+        """Greedy continuations of the prompts as plain text, each run in its tests. Raises SetupError before
+        it asks.
 
         All ranks share the answers; the first alone runs them, and the others return nothing.
         """
@@ -109,7 +125,9 @@ class Programs(Task[Ran]):
         tick = subject.ticker(f"{self.name}: tests")
         ran: list[Ran] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            outcomes = pool.map(lambda problem, piece: check(problem, piece, self.limits), self.problems, pieces)
+            outcomes = pool.map(
+                lambda problem, piece: check(problem, piece, self.limits), self.problems, pieces
+            )
             for problem, piece, outcome in zip(self.problems, pieces, outcomes, strict=True):
                 ran.append(Ran(problem, piece, outcome))
                 tick(len(ran), len(pieces))
@@ -124,15 +142,20 @@ class Programs(Task[Ran]):
         """``value``: 1 where all tests passed."""
         return [
             ExampleScore(
-                problem.task_id, float(outcome.status == "passed"), detail={"status": outcome.status, "error": outcome.error},
-                prompt=problem.prompt, reference=problem.canonical_solution, answer=piece,
+                problem.task_id,
+                float(outcome.status == "passed"),
+                detail={"status": outcome.status, "error": outcome.error},
+                prompt=problem.prompt,
+                reference=problem.canonical_solution,
+                answer=piece,
             )
             for problem, piece, outcome in items
-        ]  # fmt: skip
+        ]
 
 
 def read(files: Sequence[Path]) -> list[Program]:
-    """The problems of JSONL ``files`` in HumanEval's form. Raises DataError with all rows that are not, or come twice."""
+    """The problems of JSONL ``files`` in HumanEval's form. Raises DataError with all rows that are not, or
+    come twice."""
     found: dict[str, Program] = {}
     problems: list[str] = []
     for path in sources.files(files):
@@ -144,16 +167,24 @@ def read(files: Sequence[Path]) -> list[Program]:
             values = [row.get(field.name) for field in fields(Program)]
             program = Program(*map(str, values))
             if lacking := [
-                field.name for field, value in zip(fields(Program), values, strict=True) if not isinstance(value, str)
+                field.name
+                for field, value in zip(fields(Program), values, strict=True)
+                if not isinstance(value, str)
             ]:
                 problems.append(f"{source}: no text under {', '.join(lacking)}")
             elif not program.entry_point.isidentifier():
-                problems.append(f"{source}: entry_point is no name of a function: {program.entry_point[:40]!r}")
+                problems.append(
+                    f"{source}: entry_point is no name of a function: {program.entry_point[:40]!r}"
+                )
             elif found.setdefault(program.task_id, program) is not program:
                 problems.append(f"{source}: the task_id {program.task_id!r} is there twice")
     if problems:
         hint = f"each row of HumanEval has {', '.join(field.name for field in fields(Program))}"
-        raise DataError(f"{len(problems)} rows are no problems of HumanEval\n{listing(problems)}", where=str(files[0]), hint=hint)
+        raise DataError(
+            f"{len(problems)} rows are no problems of HumanEval\n{listing(problems)}",
+            where=str(files[0]),
+            hint=hint,
+        )
     return list(found.values())
 
 
@@ -164,15 +195,18 @@ def build_from(files: Sequence[Path], material: Material) -> list[Task]:
     """
     problems = read(files)
     if not problems:
-        material.notify(Notice("humaneval: the files hold no problem, so it is not measured", level="warning"))
+        material.notify(
+            Notice("humaneval: the files hold no problem, so it is not measured", level="warning")
+        )
         return []
     limit = material.spec.limit
     asked = problems[:limit]
     if not material.spec.allow_code:
         raise EvaluationError(
             f"humaneval runs {len(asked)} programs that the model writes on this machine: each shut in, without network or files",
-            where="allow_code", hint="--allow-code allows it",
-        )  # fmt: skip
+            where="allow_code",
+            hint="--allow-code allows it",
+        )
     sandbox.require()
     if len(asked) < len(problems):
         what = f"humaneval: only the first {limit} of {len(problems)} problems are asked"

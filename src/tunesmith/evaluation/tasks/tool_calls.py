@@ -1,9 +1,9 @@
 """Does an answer call the right tool, with arguments that the tool takes, and none where none is wanted?
 
-Asked are the user's own rows: the last answer of each, and each earlier answer that calls, behind what stands before it. Calls
-are read from the text (`parsers`), since that is what a program gets. Arguments are checked against the JSON schema that the row
-declares for the tool (draft 2020-12 unless it names another; nothing is fetched). What a call would do is not looked at.
-"""
+Asked are the user's own rows: the last answer of each, and each earlier answer that calls, behind what stands
+before it. Calls are read from the text (`parsers`), since that is what a program gets. Arguments are checked
+against the JSON schema that the row declares for the tool (draft 2020-12 unless it names another; nothing is
+fetched). What a call would do is not looked at."""
 
 from __future__ import annotations
 
@@ -44,31 +44,50 @@ class Reference(NamedTuple):
 
 
 ON_CALLS = (
-    "well_formed", "known_tool", "right_tool", "keys_present", "required_arguments", "exact_arguments", "schema_valid",
-)  # fmt: skip
+    "well_formed",
+    "known_tool",
+    "right_tool",
+    "keys_present",
+    "required_arguments",
+    "exact_arguments",
+    "schema_valid",
+)
 CHECKS = (*ON_CALLS, "unwanted_call")
 
 
 def references(example: Example) -> Reference | None:
-    """The conversation up to its last assistant turn, and the calls of that turn (structured, or read from its text).
+    """The conversation up to its last assistant turn, and the calls of that turn (structured, or read from
+    its text).
 
-    None where there is no answer to be measured against: plain text, a row labelled undesirable, a conversation whose last
-    assistant turn answers nobody, or an answer whose own call is broken.
-    """
+    None where there is no answer to be measured against: plain text, a row labelled undesirable, a
+    conversation whose last assistant turn answers nobody, or an answer whose own call is broken."""
     conversation = _imitated(example)
     if isinstance(conversation, Conversation):
         places = [at for at, message in enumerate(conversation.messages) if message.role == "assistant"]
         return _reference(example.source, conversation, places[-1]) if places else None
-    return _made(example.source, conversation.prompt, Message("assistant", conversation.completion)) if conversation else None
+    return (
+        _made(example.source, conversation.prompt, Message("assistant", conversation.completion))
+        if conversation
+        else None
+    )
 
 
 def asked(example: Example) -> tuple[list[Reference], int]:
-    """The earlier answers of ``example`` that call a tool, and the last; and how many of them are no usable reference."""
+    """The earlier answers of ``example`` that call a tool, and the last; and how many of them are no usable
+    reference."""
     last, conversation = references(example), _imitated(example)
     found: list[Reference | None] = []
     if isinstance(conversation, Conversation):
-        turns = [at for at, one in enumerate(conversation.messages) if one.role == "assistant" and one.learn is not False]
-        found = [_reference(example.source, conversation, at) for at in turns[:-1] if _calls(conversation.messages[at])]
+        turns = [
+            at
+            for at, one in enumerate(conversation.messages)
+            if one.role == "assistant" and one.learn is not False
+        ]
+        found = [
+            _reference(example.source, conversation, at)
+            for at in turns[:-1]
+            if _calls(conversation.messages[at])
+        ]
     usable = [one for one in (*found, last) if one is not None]
     return usable, len(found) + 1 - len(usable)
 
@@ -100,7 +119,9 @@ def _made(source: str, prompt: Prompt, answer: Message) -> Reference | None:
     parsed = [] if answer.calls else parse(answer.content)
     if any(call.problem for call in parsed):
         return None
-    return Reference(source, prompt, answer.calls or tuple(Call(call.name, call.arguments) for call in parsed), answer)
+    return Reference(
+        source, prompt, answer.calls or tuple(Call(call.name, call.arguments) for call in parsed), answer
+    )
 
 
 class Written(NamedTuple):
@@ -110,8 +131,11 @@ class Written(NamedTuple):
     tokens: int
 
 
-def written(references: Sequence[Reference], renderer: Renderer, notify: Sink, task: str) -> list[Written | None]:
-    """Each right answer as training would teach it; None, with a notice for each reason, where training would refuse it.
+def written(
+    references: Sequence[Reference], renderer: Renderer, notify: Sink, task: str
+) -> list[Written | None]:
+    """Each right answer as training would teach it; None, with a notice for each reason, where training would
+    refuse it.
 
     So nothing is asked of which the template leaves something out: tools, earlier calls, results.
     """
@@ -143,8 +167,16 @@ def written(references: Sequence[Reference], renderer: Renderer, notify: Sink, t
 
 def declared(prompt: Prompt) -> dict[str, JSON]:
     """The JSON schema of the arguments of each tool that ``prompt`` declares; one without takes any."""
-    functions = [tool.get("function") for tool in ([] if isinstance(prompt, str) else prompt.tools) if isinstance(tool, dict)]
-    named = [(function.get("name"), function.get("parameters")) for function in functions if isinstance(function, dict)]
+    functions = [
+        tool.get("function")
+        for tool in ([] if isinstance(prompt, str) else prompt.tools)
+        if isinstance(tool, dict)
+    ]
+    named = [
+        (function.get("name"), function.get("parameters"))
+        for function in functions
+        if isinstance(function, dict)
+    ]
     return {name: {} if schema is None else schema for name, schema in named if isinstance(name, str)}
 
 
@@ -152,12 +184,12 @@ def score(answer: str, reference: Reference) -> dict[str, JSON]:
     """``value`` and how it came about.
 
     Where the reference makes calls, ``value`` is 1.0 where the first two of these hold, and of every call:
-    well_formed (at least one call, none with a problem), right_tool (the same tools in the same order, no call more), then
-    required_arguments (all that the tool's schema requires; without a schema keys_present: all keys of the reference) and
-    exact_arguments; and by themselves, where the row declares tools, known_tool (every tool called is one of them) and
-    schema_valid (every call is of one with arguments that its schema takes; None where the schemas cannot say). Where the
-    reference makes none, kind ``no_call``: unwanted_call is whether the answer makes one, ``value`` is 1.0 if not. Checks of the
-    other kind are None.
+    well_formed (at least one call, none with a problem), right_tool (the same tools in the same order, no
+    call more), then required_arguments (all that the tool's schema requires; without a schema keys_present:
+    all keys of the reference) and exact_arguments; and by themselves, where the row declares tools,
+    known_tool (every tool called is one of them) and schema_valid (every call is of one with arguments that
+    its schema takes; None where the schemas cannot say). Where the reference makes none, kind ``no_call``:
+    unwanted_call is whether the answer makes one, ``value`` is 1.0 if not. Checks of the other kind are None.
     """
     made, wanted, schemas = parse(answer), reference.calls, declared(reference.prompt)
     called: list[JSON] = [call.name for call in made]
@@ -171,7 +203,12 @@ def score(answer: str, reference: Reference) -> dict[str, JSON]:
         well_formed, right_tool = bool(made) and not problems, called == expected
         value = well_formed and right_tool
         pairs = (
-            [(call.name, want.arguments, call.arguments or {}) for call, want in zip(made, wanted, strict=True)] if value else []
+            [
+                (call.name, want.arguments, call.arguments or {})
+                for call, want in zip(made, wanted, strict=True)
+            ]
+            if value
+            else []
         )
         checks["well_formed"], checks["right_tool"] = well_formed, right_tool
         checks["keys_present"] = value and all(_keys(want) <= given.keys() for _, want, given in pairs)
@@ -180,7 +217,9 @@ def score(answer: str, reference: Reference) -> dict[str, JSON]:
         if schemas:
             checks["known_tool"] = bool(made) and {call.name for call in made} <= schemas.keys()
         if schemas and all(map(validator, schemas.values())):
-            checks["schema_valid"] = well_formed and all(_takes(schemas, call.name, call.arguments) for call in made)
+            checks["schema_valid"] = well_formed and all(
+                _takes(schemas, call.name, call.arguments) for call in made
+            )
     about: dict[str, JSON] = {"called": called, "expected": expected, "problems": problems}
     tool = ", ".join(dict.fromkeys(map(str, expected))) or NO_CALL
     return {"kind": "call" if wanted else "no_call", "value": float(value), "tool": tool, **checks, **about}
@@ -192,7 +231,11 @@ def _keys(arguments: JSON) -> set[str]:
 
 def _required(schemas: dict[str, JSON], name: str, wanted: JSON, given: dict[str, JSON]) -> bool:
     schema = schemas.get(name)
-    required: Any = schema.get("required", []) if schema and isinstance(schema, dict) and validator(schema) is not None else None
+    required: Any = (
+        schema.get("required", [])
+        if schema and isinstance(schema, dict) and validator(schema) is not None
+        else None
+    )
     return (_keys(wanted) if required is None else set(required)) <= given.keys()
 
 
@@ -214,8 +257,9 @@ class ToolCalls(Task[tuple[Reference, Said]]):
     name = "tool_calls"
     version = "3"
     statistics = (
-        Statistic("tool_calls", lambda example: example.value, share=True, better="higher", headline=True), *map(_share, CHECKS),
-    )  # fmt: skip
+        Statistic("tool_calls", lambda example: example.value, share=True, better="higher", headline=True),
+        *map(_share, CHECKS),
+    )
     parts = ("tool",)
     cached = True
     needs_base = False
@@ -228,16 +272,23 @@ class ToolCalls(Task[tuple[Reference, Said]]):
         return digest([_plain(one) for one in self.asked], self.max_tokens)
 
     def measure(self, subject: Subject) -> list[tuple[Reference, Said]]:
-        return list(zip(self.asked, subject.answers([one.prompt for one in self.asked], self.max_tokens), strict=True))
+        return list(
+            zip(self.asked, subject.answers([one.prompt for one in self.asked], self.max_tokens), strict=True)
+        )
 
     def score(self, items: Sequence[tuple[Reference, Said]]) -> list[ExampleScore]:
-        """``value``: 1 where the right tools are called well-formed, or none where none is wanted. ``cut``: at the limit."""
+        """``value``: 1 where the right tools are called well-formed, or none where none is wanted. ``cut``:
+        at the limit."""
         if not items:
-            raise EvaluationError("no row has an answer to measure against", hint="give rows that end with an answer")
+            raise EvaluationError(
+                "no row has an answer to measure against", hint="give rows that end with an answer"
+            )
         found: list[ExampleScore] = []
         for reference, said in items:
             detail = score(said.text, reference) | {"cut": said.cut}
-            told = "\n".join(f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}" for call in reference.calls)
+            told = "\n".join(
+                f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}" for call in reference.calls
+            )
             right = float(detail["value"] == 1.0)
             prompt, told = asked_last(reference.prompt), told or "an answer in words, no call"
             found.append(ExampleScore(reference.source, right, 1.0, detail, prompt, told, said.text))
@@ -248,7 +299,9 @@ def asked_last(prompt: Prompt) -> str:
     """What the user said last."""
     if isinstance(prompt, str):
         return prompt
-    said = [message.content for message in prompt.messages if message.role == "user"] or [prompt.messages[-1].content]
+    said = [message.content for message in prompt.messages if message.role == "user"] or [
+        prompt.messages[-1].content
+    ]
     return said[-1]
 
 
@@ -260,14 +313,25 @@ def _plain(reference: Reference) -> list[JSON]:
 
 
 def _turn(message: Message) -> list[JSON]:
-    return [message.role, message.content, [[call.name, call.arguments, call.id] for call in message.calls], message.call_id]
+    return [
+        message.role,
+        message.content,
+        [[call.name, call.arguments, call.id] for call in message.calls],
+        message.call_id,
+    ]
 
 
 def build(material: Material) -> list[ToolCalls]:
     """The task for the rows that can be asked; none where no row asks for a call."""
     rows = [asked(example) for example in material.imitated if not isinstance(example, Document)]
     if lost := sum(unusable for _, unusable in rows):
-        material.notify(Notice("tool_calls: answers that are no usable reference are not asked for", level="warning", count=lost))
+        material.notify(
+            Notice(
+                "tool_calls: answers that are no usable reference are not asked for",
+                level="warning",
+                count=lost,
+            )
+        )
     every = [one for usable, _ in rows for one in usable]
     texts = written(every, material.renderer, material.notify, "tool_calls")
     told = [(one, its.text) for one, its in zip(every, texts, strict=True) if its is not None]
@@ -287,9 +351,12 @@ def build(material: Material) -> list[ToolCalls]:
         material.notify(Notice(what, level="warning", count=sum(astray)))
     bad = sum(
         not all(_takes(one, call.name, call.arguments) for call in reference.calls)
-        for reference, one, odd in zip(calling, schemas, astray, strict=True) if one and not odd
-    )  # fmt: skip
+        for reference, one, odd in zip(calling, schemas, astray, strict=True)
+        if one and not odd
+    )
     if bad:
         what = "tool_calls: reference calls that their own tool's schema does not allow"
-        material.notify(Notice(what, level="warning", count=bad, hint="the data teach calls that the tool refuses"))
+        material.notify(
+            Notice(what, level="warning", count=bad, hint="the data teach calls that the tool refuses")
+        )
     return [ToolCalls(kept, max_tokens=material.spec.max_tokens)]

@@ -1,9 +1,8 @@
 """What is minimised. An objective is data (its YAML block) and behaviour (its rows and its loss) in one file.
 
-Every objective here is a function of one number a sequence, Σ weight · log p over its learned tokens, so all of them share one
-way through the model, chunked head, packing and compiled steps included. Losses are sums over units, never means: accumulation,
-validation and ranks are then right by construction.
-"""
+Every objective here is a function of one number a sequence, Σ weight · log p over its learned tokens, so all
+of them share one way through the model, chunked head, packing and compiled steps included. Losses are sums
+over units, never means: accumulation, validation and ranks are then right by construction."""
 
 from __future__ import annotations
 
@@ -26,7 +25,8 @@ LogProbs = Callable[[nn.Module, Batch], mx.array]
 
 
 class Selected(NamedTuple):
-    """``left_out``: with the reason. ``notes``: what was done to rows that their author may not expect, with counts."""
+    """``left_out``: with the reason. ``notes``: what was done to rows that their author may not expect, with
+    counts."""
 
     examples: list[Example]
     left_out: list[tuple[Example, str]]
@@ -42,7 +42,8 @@ class Objective(Spec):
     suits: ClassVar[Mapping[str, Any]] = {}
     """Defaults of other settings under this objective: key path → value."""
     watched: ClassVar[tuple[str, ...]] = ()
-    """Names of `metrics`; the first two are the rewards of what is to be learned and of what is to be avoided."""
+    """Names of `metrics`; the first two are the rewards of what is to be learned and of what is to be
+    avoided."""
 
     @abstractmethod
     def select(self, examples: Sequence[Example]) -> Selected:
@@ -54,11 +55,13 @@ class Objective(Spec):
 
     @abstractmethod
     def fields(self, groups: Sequence[Group], baseline: float) -> np.ndarray:
-        """(S, F) what `losses` needs to know of each sequence. ``baseline``: the number of the update that `twins` gave."""
+        """(S, F) what `losses` needs to know of each sequence. ``baseline``: the number of the update that
+        `twins` gave."""
 
     @abstractmethod
     def losses(self, logps: mx.array, fields: mx.array) -> mx.array:
-        """(S,) float32 Σ weight · log p of each sequence and its fields → (U,) losses; their sum is minimised."""
+        """(S,) float32 Σ weight · log p of each sequence and its fields → (U,) losses; their sum is
+        minimised."""
 
     def units(self, group: Group) -> float:
         """What the sum of the losses of ``group`` is divided by."""
@@ -68,11 +71,15 @@ class Objective(Spec):
         """Raises DataError where the training rows cannot serve. ``seen``: what was read."""
 
     def settled(self, groups: Sequence[Group]) -> tuple[Objective, list[str]]:
-        """With what depends on the training rows filled in, and what is to be said of it: remarks, warnings marked by ``!``."""
+        """With what depends on the training rows filled in, and what is to be said of it: remarks, warnings
+        marked by ``!``."""
         return self, []
 
-    def twins(self, groups: Sequence[Group], salt: int, spares: Sequence[Group], limit: int) -> tuple[list[Group], Counter[str]]:
-        """Sequences beside the rows of an update whose log-ratio to the reference is the update's baseline; none: 0.
+    def twins(
+        self, groups: Sequence[Group], salt: int, spares: Sequence[Group], limit: int
+    ) -> tuple[list[Group], Counter[str]]:
+        """Sequences beside the rows of an update whose log-ratio to the reference is the update's baseline;
+        none: 0.
 
         spares: more rows to make them from. And what there is to count.
         """
@@ -90,11 +97,11 @@ class Objective(Spec):
 def learned_logprobs(
     net: nn.Module, batch: Batch, *, gather: bool = True, prompt: list[kernels.Prompt] | None = None
 ) -> mx.array:
-    """(K,) float32: log p of each learned token of ``batch`` given those before it in its sequence, and ``prompt`` before all.
+    """(K,) float32: log p of each learned token of ``batch`` given those before it in its sequence, and
+    ``prompt`` before all.
 
-    With ``gather`` only the positions that predict a learned token meet the output projection, in chunks (`logprobs.chosen`), so
-    logits are never (N, T, V). A batch with no target gives an empty array.
-    """
+    With ``gather`` only the positions that predict a learned token meet the output projection, in chunks
+    (`logprobs.chosen`), so logits are never (N, T, V). A batch with no target gives an empty array."""
     targets, flat = mx.array(batch.learned), mx.array(batch.positions)
     if len(targets) == 0:
         return mx.zeros((0,))
@@ -112,9 +119,8 @@ def learned_logprobs(
 def sequence_logps(net: nn.Module, batch: Batch, of_batch: LogProbs = learned_logprobs) -> mx.array:
     """(S,) float32: Σ weight · log p over the learned tokens of each sequence.
 
-    Summed as a product with who owns which token: a scatter would add in no fixed order on a GPU, and runs would not resume to
-    the byte.
-    """
+    Summed as a product with who owns which token: a scatter would add in no fixed order on a GPU, and runs
+    would not resume to the byte."""
     owner = mx.array(batch.rows)[None] == mx.arange(len(batch.fields))[:, None]
     return mx.where(owner, mx.array(batch.weights) * of_batch(net, batch), 0).sum(axis=1)
 
@@ -140,5 +146,6 @@ def won(difference: np.ndarray) -> np.ndarray:
 
 
 def ranked(higher: np.ndarray, lower: np.ndarray) -> float:
-    """Share of all pairs of one of each in which ``higher`` is larger; chance is 0.5 (Mann and Whitney 1947)."""
+    """Share of all pairs of one of each in which ``higher`` is larger; chance is 0.5 (Mann and Whitney
+    1947)."""
     return float(won(higher[:, None] - lower[None, :]).mean())

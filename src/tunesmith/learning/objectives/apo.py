@@ -1,4 +1,5 @@
-"""Anchored preference optimisation, zero, unpaired (arXiv 2408.06266, equation 7, as TRL's ``apo_zero_unpaired``).
+"""Anchored preference optimisation, zero, unpaired (arXiv 2408.06266, equation 7, as TRL's
+``apo_zero_unpaired``).
 
     desirable    λ_D (1 − σ(βr))        undesirable    λ_U σ(βr)
 
@@ -18,8 +19,15 @@ class APOZeroUnpaired(Judging):
 
     kind: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
     suits: ClassVar[Mapping[str, Any]] = {
-        "optimizer.learning_rate": 5e-5, "batch.sequences": 16, "full": {"optimizer.learning_rate": 5e-6},
-    }  # fmt: skip
+        "optimizer.learning_rate": 5e-5,
+        "batch.sequences": 16,
+        "full": {"optimizer.learning_rate": 5e-6},
+    }
     watched: ClassVar[tuple[str, ...]] = (
-        "reward_desirable", "reward_undesirable", "margin", "accuracy", "logp_desirable", "logp_undesirable",
-    )  # fmt: skip
+        "reward_desirable",
+        "reward_undesirable",
+        "margin",
+        "accuracy",
+        "logp_desirable",
+        "logp_undesirable",
+    )

@@ -1,12 +1,11 @@
-"""Direct preference optimisation (arXiv 2305.18290) and its variants, on Δ = (log π_c − log π_ref,c) − (log π_r − log π_ref,r).
+"""Direct preference optimisation (arXiv 2305.18290) and its variants, on Δ = (log π_c − log π_ref,c) − (log
+π_r − log π_ref,r).
 
-sigmoid        −log σ(βΔ)
-robust         (−(1−ε) log σ(βΔ) + ε log σ(−βΔ)) / (1 − 2ε)     ε of the labels are flipped (arXiv 2403.00409)
-hinge          max(0, 1 − βΔ)                                   (arXiv 2309.06657)
-ipo            (Δ̄ − 1/(2β))², log-ratios as means a token       (arXiv 2310.12036; its authors' way of averaging)
-sigmoid_norm   −log σ(βΔ̄), log-ratios as means a token          (length-normalised, arXiv 2411.15124)
-apo_zero       1 − σ(βr_c) + σ(βr_r)                            (arXiv 2408.06266, equation 7)
-"""
+sigmoid        −log σ(βΔ) robust         (−(1−ε) log σ(βΔ) + ε log σ(−βΔ)) / (1 − 2ε)     ε of the labels are
+flipped (arXiv 2403.00409) hinge          max(0, 1 − βΔ)                                   (arXiv 2309.06657)
+ipo            (Δ̄ − 1/(2β))², log-ratios as means a token       (arXiv 2310.12036; its authors' way of
+averaging) sigmoid_norm   −log σ(βΔ̄), log-ratios as means a token          (length-normalised, arXiv
+2411.15124) apo_zero       1 − σ(βr_c) + σ(βr_r)                            (arXiv 2408.06266, equation 7)"""
 
 from __future__ import annotations
 
@@ -25,19 +24,27 @@ MEANS = ("ipo", "sigmoid_norm")
 
 
 class DPO(Preferring):
-    """Learns to prefer the chosen answer of each pair over the rejected one, compared with the model before training."""
+    """Learns to prefer the chosen answer of each pair over the rejected one, compared with the model before
+    training."""
 
     kind: Literal["dpo"] = "dpo"
     loss: Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero"] = Field(
-        default="sigmoid", description="ipo and sigmoid_norm do not favour length; robust expects flipped labels"
+        default="sigmoid",
+        description="ipo and sigmoid_norm do not favour length; robust expects flipped labels",
     )
-    beta: float = Field(default=0.1, gt=0, description="how hard the reference holds; sigmoid_norm likes about 5")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="share of flipped labels, for loss=robust")
+    beta: float = Field(
+        default=0.1, gt=0, description="how hard the reference holds; sigmoid_norm likes about 5"
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="share of flipped labels, for loss=robust"
+    )
     needs_reference: ClassVar[bool] = True
     # 5e-7 to 5e-6 is usual for full weights (DPO paper, section 6; TRL), ten times that for adapters.
     suits: ClassVar[Mapping[str, Any]] = {
-        "optimizer.learning_rate": 2e-5, "batch.sequences": 8, "full": {"optimizer.learning_rate": 2e-6},
-    }  # fmt: skip
+        "optimizer.learning_rate": 2e-5,
+        "batch.sequences": 8,
+        "full": {"optimizer.learning_rate": 2e-6},
+    }
 
     @model_validator(mode="after")
     def _consistent(self) -> DPO:

@@ -1,7 +1,8 @@
-"""What objectives on single rows with a verdict share: which rows, their weights by class, and what is watched.
+"""What objectives on single rows with a verdict share: which rows, their weights by class, and what is
+watched.
 
-r = Σ over completion tokens of (log π − log π_ref), summed, not averaged. A row's loss is λ·σ(∓β(r − z0)), minus for desirable.
-"""
+r = Σ over completion tokens of (log π − log π_ref), summed, not averaged. A row's loss is λ·σ(∓β(r − z0)),
+minus for desirable."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ import mlx.core as mx
 import numpy as np
 from pydantic import Field
 
-from tunesmith.data.formats import Completion, Conversation, Demonstration, Document, Example, Judged, Preference
+from tunesmith.data.formats import (
+    Completion,
+    Conversation,
+    Demonstration,
+    Document,
+    Example,
+    Judged,
+    Preference,
+)
 from tunesmith.errors import DataError
 from tunesmith.learning.objectives import Objective, Selected, ranked
 from tunesmith.tokens.batches import Group
@@ -27,17 +36,24 @@ WIDEST = 4 / 3
 class Judging(Objective):
     """Abstract: learns from rows labelled desirable or undesirable."""
 
-    beta: float = Field(default=0.1, gt=0, description="how fast the gain from moving away from the reference saturates")
+    beta: float = Field(
+        default=0.1, gt=0, description="how fast the gain from moving away from the reference saturates"
+    )
     desirable_weight: float | None = Field(default=None, gt=0, description="λ_D; null: from the class counts")
-    undesirable_weight: float | None = Field(default=None, gt=0, description="λ_U; null: from the class counts")
+    undesirable_weight: float | None = Field(
+        default=None, gt=0, description="λ_U; null: from the class counts"
+    )
     sft_weight: float = Field(
-        default=0.0, ge=0, description="so much of the mean loss a token of each desirable row is learned beside it"
+        default=0.0,
+        ge=0,
+        description="so much of the mean loss a token of each desirable row is learned beside it",
     )
     unlabelled: Literal["desirable", "leave_out"] = Field(
         default="desirable", description="rows without a label: taken as desirable (counted), or left out"
     )
     pairs: Literal["leave_out", "judge"] = Field(
-        default="leave_out", description="preferences: left out, or judged: chosen as desirable, rejected as undesirable"
+        default="leave_out",
+        description="preferences: left out, or judged: chosen as desirable, rejected as undesirable",
     )
     needs_reference: ClassVar[bool] = True
     unit: ClassVar[str] = "a row"
@@ -72,19 +88,26 @@ class Judging(Objective):
         if good and bad:
             return
         pairs = sum(isinstance(example, Preference) for example in seen)
-        hint = "label rows true and false" if not pairs else "objective.pairs=judge takes pairs apart, objective=dpo learns them"
+        hint = (
+            "label rows true and false"
+            if not pairs
+            else "objective.pairs=judge takes pairs apart, objective=dpo learns them"
+        )
         hint += "; objective=sft learns from desirable rows alone" if good else ""
         what = f"{type(self).__name__} needs desirable and undesirable rows, and of {len(seen)} rows to train on "
         what += f"{good} are desirable and {bad} undesirable"
         unlabelled = sum(isinstance(example, Demonstration) for example in seen)
-        what += "".join(f", {n} {kind}" for n, kind in ((unlabelled, "have no label"), (pairs, "are pairs")) if n)
+        what += "".join(
+            f", {n} {kind}" for n, kind in ((unlabelled, "have no label"), (pairs, "are pairs")) if n
+        )
         raise DataError(what, where="objective", hint=hint)
 
     def settled(self, groups: Sequence[Group]) -> tuple[Judging, list[str]]:
         good, bad = _classes(groups)
         high, low = self.desirable_weight, self.undesirable_weight
         given = high is not None or low is not None
-        # Of the weights that keep the ratio, those nearest to 1; where one is given, it stays and the other fits it.
+        # Of the weights that keep the ratio, those nearest to 1; where one is given, it stays and the other
+        # fits it.
         if high is None and low is None:
             high, low = max(1.0, bad / good), max(1.0, good / bad / WIDEST)
         elif low is None:
@@ -141,10 +164,19 @@ def _classes(groups: Sequence[Group]) -> tuple[int, int]:
 def _apart(pair: Preference) -> tuple[Conversation, Conversation]:
     """Both sides; the answers that they share are judged in neither."""
     sides = (pair.chosen, pair.rejected)
-    part = next((at for at, both in enumerate(zip(*(side.messages for side in sides), strict=False)) if both[0] != both[1]), 0)
+    part = next(
+        (
+            at
+            for at, both in enumerate(zip(*(side.messages for side in sides), strict=False))
+            if both[0] != both[1]
+        ),
+        0,
+    )
 
     def tail(side: Conversation) -> Conversation:
-        silent = [replace(one, learn=False) if one.role == "assistant" else one for one in side.messages[:part]]
+        silent = [
+            replace(one, learn=False) if one.role == "assistant" else one for one in side.messages[:part]
+        ]
         return replace(side, messages=(*silent, *side.messages[part:]))
 
     return tail(sides[0]), tail(sides[1])

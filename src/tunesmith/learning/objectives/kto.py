@@ -3,10 +3,10 @@
     desirable    λ_D (1 − σ(β(r − z0)))        undesirable    λ_U (1 − σ(β(z0 − r)))
     z0 = max(0, mean of r over mismatched pairs), no gradient
 
-Other trainers pair inside a fixed micro-batch, where a lone last row is its own mismatch and z0 depends on how the update is cut.
-Here all rows of the update are paired: the order is a hash of row and update, so it does not depend on how rows are laid out and
-is another in every epoch, and each prompt takes the completion of the next row that asks and says something else.
-"""
+Other trainers pair inside a fixed micro-batch, where a lone last row is its own mismatch and z0 depends on
+how the update is cut. Here all rows of the update are paired: the order is a hash of row and update, so it
+does not depend on how rows are laid out and is another in every epoch, and each prompt takes the completion
+of the next row that asks and says something else."""
 
 from __future__ import annotations
 
@@ -27,17 +27,30 @@ class KTO(Judging):
     """Learns from rows labelled desirable and undesirable; no pairs are needed."""
 
     kind: Literal["kto"] = "kto"
-    # 5e-6 is the paper's for full weights and TRL's advice for adapters ten times that; 16 rows are TRL's least for z0.
+    # 5e-6 is the paper's for full weights and TRL's advice for adapters ten times that; 16 rows are TRL's
+    # least for z0.
     suits: ClassVar[Mapping[str, Any]] = {
-        "optimizer.learning_rate": 5e-5, "batch.sequences": 16, "full": {"optimizer.learning_rate": 5e-6},
-    }  # fmt: skip
+        "optimizer.learning_rate": 5e-5,
+        "batch.sequences": 16,
+        "full": {"optimizer.learning_rate": 5e-6},
+    }
     watched: ClassVar[tuple[str, ...]] = (
-        "reward_desirable", "reward_undesirable", "margin", "accuracy", "kl", "kl_error", "logp_desirable", "logp_undesirable",
-    )  # fmt: skip
+        "reward_desirable",
+        "reward_undesirable",
+        "margin",
+        "accuracy",
+        "kl",
+        "kl_error",
+        "logp_desirable",
+        "logp_undesirable",
+    )
 
-    def twins(self, groups: Sequence[Group], salt: int, spares: Sequence[Group], limit: int) -> tuple[list[Group], Counter[str]]:
-        """Each row's prompt with the completion of another: the next one with another prompt and another completion, else of
-        ``spares``. At most ``limit`` tokens of it. And how often a pair was cut, or there was none."""
+    def twins(
+        self, groups: Sequence[Group], salt: int, spares: Sequence[Group], limit: int
+    ) -> tuple[list[Group], Counter[str]]:
+        """Each row's prompt with the completion of another: the next one with another prompt and another
+        completion, else of ``spares``. At most ``limit`` tokens of it. And how often a pair was cut, or there
+        was none."""
         ordered = sorted(groups, key=lambda group: (_digest(group, salt), group.source))
         sides = [_sides(group) for group in ordered]
         made: list[Group] = []
@@ -45,7 +58,11 @@ class KTO(Judging):
         for place, group in enumerate(ordered):
             others = ((ordered[at], sides[at]) for at in (*range(place + 1, len(ordered)), *range(place)))
             others = itertools.chain(others, ((spare, _sides(spare)) for spare in spares))
-            fits = (other for other, found in others if all(a != b for a, b in zip(found, sides[place], strict=True)))
+            fits = (
+                other
+                for other, found in others
+                if all(a != b for a, b in zip(found, sides[place], strict=True))
+            )
             if (other := next(fits, None)) is None:
                 notes["rows without another of other prompt and answer: no mismatched pair"] += 1
                 continue
@@ -75,4 +92,6 @@ def _sides(group: Group) -> tuple[bytes, bytes]:
 def _mismatched(asked: Tokens, answered: Tokens) -> Tokens:
     """The first's prompt with the second's completion."""
     ids = np.concatenate([asked.ids[: asked.start], answered.ids[answered.start :]])
-    return Tokens(ids, np.concatenate([np.zeros(asked.start, np.float32), answered.targets[answered.start :]]))
+    return Tokens(
+        ids, np.concatenate([np.zeros(asked.start, np.float32), answered.targets[answered.start :]])
+    )

@@ -1,4 +1,5 @@
-"""Odds-ratio preference optimisation (arXiv 2403.07691): imitation and preference in one, without a reference.
+"""Odds-ratio preference optimisation (arXiv 2403.07691): imitation and preference in one, without a
+reference.
 
 −log p̄_c − β log σ(log odds_c − log odds_r)        odds = p̄ / (1 − p̄), log p̄ the mean log p a token
 """
@@ -23,11 +24,15 @@ class ORPO(Preferring):
     """Learns the chosen answers, and to prefer them, from the base itself: no SFT before it, no reference."""
 
     kind: Literal["orpo"] = "orpo"
-    beta: float = Field(default=0.1, gt=0, description="λ of the paper: weight of the odds ratio beside the likelihood")
+    beta: float = Field(
+        default=0.1, gt=0, description="λ of the paper: weight of the odds ratio beside the likelihood"
+    )
     # 8e-6 is the paper's for full weights, ten times that for adapters.
     suits: ClassVar[Mapping[str, Any]] = {
-        "optimizer.learning_rate": 8e-5, "batch.sequences": 8, "full": {"optimizer.learning_rate": 8e-6},
-    }  # fmt: skip
+        "optimizer.learning_rate": 8e-5,
+        "batch.sequences": 8,
+        "full": {"optimizer.learning_rate": 8e-6},
+    }
 
     def losses(self, logps: mx.array, fields: mx.array) -> mx.array:
         means = mx.minimum(per_token(logps, fields[:, 1]), CERTAIN)

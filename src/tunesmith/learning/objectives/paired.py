@@ -1,4 +1,5 @@
-"""What objectives on preferences share: two answers to one prompt, one of them chosen; and what is watched."""
+"""What objectives on preferences share: two answers to one prompt, one of them chosen; and what is
+watched."""
 
 from __future__ import annotations
 
@@ -27,13 +28,22 @@ class Preferring(Objective):
     beta: float
     unit: ClassVar[str] = "a pair"
     watched: ClassVar[tuple[str, ...]] = (
-        "reward_chosen", "reward_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected",
-    )  # fmt: skip
+        "reward_chosen",
+        "reward_rejected",
+        "margin",
+        "accuracy",
+        "logp_chosen",
+        "logp_rejected",
+    )
 
     def select(self, examples: Sequence[Example]) -> Selected:
         kept: list[Example] = [example for example in examples if isinstance(example, Preference)]
         made, used = _pairs(examples) if self.judged == "pair" else ([], set())
-        reason = "no pair" if self.judged == "pair" else "no pair (objective.judged=pair looks for pairs among labelled rows)"
+        reason = (
+            "no pair"
+            if self.judged == "pair"
+            else "no pair (objective.judged=pair looks for pairs among labelled rows)"
+        )
         left: list[tuple[Example, str]] = [
             (one, reason) for one in examples if not isinstance(one, Preference) and id(one) not in used
         ]
@@ -51,15 +61,15 @@ class Preferring(Objective):
         hint = "give rows with chosen and rejected"
         if judged:
             hint += "; objective=kto learns from labelled rows as they are, objective.judged=pair looks for pairs among them"
-        what = (
-            f"{type(self).__name__} needs pairs of a chosen and a rejected answer, there are none in {len(seen)} rows to train on"
-        )
+        what = f"{type(self).__name__} needs pairs of a chosen and a rejected answer, there are none in {len(seen)} rows to train on"
         raise DataError(what, where="objective", hint=hint)
 
     def fields(self, groups: Sequence[Group], baseline: float) -> np.ndarray:
         """(S, 2): the reference's log p (0 without one), and the number of learned tokens."""
         references = [group.reference or (0.0, 0.0) for group in groups]
-        return np.stack([np.concatenate(references), np.concatenate([group.learned for group in groups])], axis=1)
+        return np.stack(
+            [np.concatenate(references), np.concatenate([group.learned for group in groups])], axis=1
+        )
 
     def imitated(self, group: Group) -> tuple[bool, ...]:
         return (True, False)
@@ -74,11 +84,13 @@ class Preferring(Objective):
         chosen, rejected = self.rewards(logps, groups).reshape(-1, 2).T
         likely = logps.reshape(-1, 2).mean(axis=0)
         return {
-            "reward_chosen": float(chosen.mean()), "reward_rejected": float(rejected.mean()),
+            "reward_chosen": float(chosen.mean()),
+            "reward_rejected": float(rejected.mean()),
             "margin": float((chosen - rejected).mean()),
             "accuracy": float(won((chosen - rejected) / self.beta).mean()),
-            "logp_chosen": float(likely[0]), "logp_rejected": float(likely[1]),
-        }  # fmt: skip
+            "logp_chosen": float(likely[0]),
+            "logp_rejected": float(likely[1]),
+        }
 
 
 def sides(values: mx.array) -> tuple[mx.array, mx.array]:
@@ -93,7 +105,8 @@ def per_token(sums: mx.array, lengths: mx.array) -> mx.array:
 
 
 def _pairs(examples: Sequence[Example]) -> tuple[list[Preference], set[int]]:
-    """Of each prompt the first desirable answer with the first undesirable one, and so on; and which examples went into them."""
+    """Of each prompt the first desirable answer with the first undesirable one, and so on; and which examples
+    went into them."""
     waiting: dict[str, tuple[list[Judged], list[Judged]]] = defaultdict(lambda: ([], []))
     for example in examples:
         if isinstance(example, Judged):
@@ -104,7 +117,12 @@ def _pairs(examples: Sequence[Example]) -> tuple[list[Preference], set[int]]:
         for chosen, rejected in zip(good, bad, strict=False):
             if chosen.conversation != rejected.conversation:
                 made.append(
-                    Preference(chosen.conversation, rejected.conversation, source=chosen.source, metadata=chosen.metadata)
+                    Preference(
+                        chosen.conversation,
+                        rejected.conversation,
+                        source=chosen.source,
+                        metadata=chosen.metadata,
+                    )
                 )
                 used |= {id(chosen), id(rejected)}
     return made, used

@@ -1,4 +1,5 @@
-"""Supervised fine-tuning: the negative log-likelihood of the learned tokens, every token of weight one counted equally."""
+"""Supervised fine-tuning: the negative log-likelihood of the learned tokens, every token of weight one
+counted equally."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ from tunesmith.tokens.template import Row
 
 
 class SFT(Objective):
-    """Learns from demonstrations, from the desirable of judged rows, and from the chosen side of preferences."""
+    """Learns from demonstrations, from the desirable of judged rows, and from the chosen side of
+    preferences."""
 
     kind: Literal["sft"] = "sft"
     undesirable: Literal["leave_out", "learn"] = Field(
-        default="leave_out", description="rows labelled false: leave_out (counted), or learn them like the others"
+        default="leave_out",
+        description="rows labelled false: leave_out (counted), or learn them like the others",
     )
 
     def select(self, examples: Sequence[Example]) -> Selected:

@@ -1,4 +1,5 @@
-"""Simple preference optimisation (arXiv 2405.14734): mean log-probabilities as rewards, a target margin, no reference.
+"""Simple preference optimisation (arXiv 2405.14734): mean log-probabilities as rewards, a target margin, no
+reference.
 
 −log σ(β log p̄_c − β log p̄_r − γ)        log p̄ the mean log p a token
 """
@@ -22,11 +23,16 @@ class SimPO(Preferring):
 
     kind: Literal["simpo"] = "simpo"
     beta: float = Field(default=2.0, gt=0, description="scale of the reward; 2 to 10")
-    gamma: float = Field(default=1.0, ge=0, description="target margin between the rewards; about half of beta")
-    # 3e-7 to 1e-6 is the paper's for full weights (its appendix: larger ones end in repetition), ten times that for adapters.
+    gamma: float = Field(
+        default=1.0, ge=0, description="target margin between the rewards; about half of beta"
+    )
+    # 3e-7 to 1e-6 is the paper's for full weights (its appendix: larger ones end in repetition), ten times
+    # that for adapters.
     suits: ClassVar[Mapping[str, Any]] = {
-        "optimizer.learning_rate": 1e-5, "batch.sequences": 8, "full": {"optimizer.learning_rate": 1e-6},
-    }  # fmt: skip
+        "optimizer.learning_rate": 1e-5,
+        "batch.sequences": 8,
+        "full": {"optimizer.learning_rate": 1e-6},
+    }
 
     def losses(self, logps: mx.array, fields: mx.array) -> mx.array:
         chosen, rejected = sides(per_token(logps, fields[:, 1]))
