@@ -19,4 +19,8 @@ def vectors() -> list[str]:
 def compiler() -> str:
     """The C++ compiler that MLX calls on a CPU."""
     found = shutil.which("g++")
-    return subprocess.run([found, "-dumpfullversion"], capture_output=True, text=True, check=True).stdout.strip() if found else ""
+    return (
+        subprocess.run([found, "-dumpfullversion"], capture_output=True, text=True, check=True).stdout.strip()
+        if found
+        else ""
+    )

@@ -1,8 +1,9 @@
-"""Runs of 0.1.0 stay valid: they open, report, compare, go on to the same bytes, and are evaluated from what is kept.
+"""Runs of 0.1.0 stay valid: they open, report, compare, go on to the same bytes, and are evaluated from what
+is kept.
 
-Only files and public verbs are used here, so that nothing inside needs to stay where it is. ``fixtures/README.md`` says what the
-runs are; equal bytes are asked where the packages and the machine are those that made them, else equality to a few last digits.
-"""
+Only files and public verbs are used here, so that nothing inside needs to stay where it is.
+``fixtures/README.md`` says what the runs are; equal bytes are asked where the packages and the machine are
+those that made them, else equality to a few last digits."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import processor
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import processor
 import tunesmith
 
 KEPT = Path(__file__).parent / "fixtures" / "runs-0.1.0"
@@ -33,10 +34,12 @@ PAGES = ("report.html", "report.md", "report.json", "report.png", "curves.png", 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    """The runs as they were left, under a folder of their own, with what was kept of the evaluations beside them."""
+    """The runs as they were left, under a folder of their own, with what was kept of the evaluations beside
+    them."""
     place = tmp_path.resolve() / "old"
     shutil.copytree(KEPT, place)
-    for cursor in place.glob("*/checkpoints/*/cursor.json"):  # it counts bytes of the log, and another root has another length
+    # it counts bytes of the log, and another root has another length
+    for cursor in place.glob("*/checkpoints/*/cursor.json"):
         found = json.loads(cursor.read_text())
         begun = (cursor.parents[2] / "events.jsonl").read_bytes()[: found["events_bytes"]]
         found["events_bytes"] = len(begun.replace(PLACEHOLDER, str(place).encode()))
@@ -52,7 +55,9 @@ def root(tmp_path, monkeypatch) -> Path:
 def here(tmp_path_factory, tiny_model) -> dict:
     """The manifest of a run of one update, made here and now."""
     folder = tmp_path_factory.mktemp("here")
-    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "the cat", "completion": " sat on a mat"}) + "\n")
+    (folder / "rows.jsonl").write_text(
+        json.dumps({"prompt": "the cat", "completion": " sat on a mat"}) + "\n"
+    )
     sets = ["loop.steps=1", "data.valid=0", "audit.before_training=false", "adapter.rank=2"]
     settings = tunesmith.configure(model=str(tiny_model), data=[str(folder / "rows.jsonl")], sets=sets)
     tunesmith.train(settings, out=folder / "run")
@@ -61,10 +66,13 @@ def here(tmp_path_factory, tiny_model) -> dict:
 
 @pytest.fixture(scope="module")
 def elsewhere(here) -> list[str]:
-    """What can move a last digit and is not as it was where the runs were made; empty: bytes have to be the same."""
+    """What can move a last digit and is not as it was where the runs were made; empty: bytes have to be the
+    same."""
     packages = ("mlx", "mlx-lm", "numpy")
     was = {name: FACTS["versions"][name] for name in packages} | FACTS["machine"]
-    now = {name: version(name) for name in packages} | {name: here["machine"][name] for name in FACTS["machine"]}
+    now = {name: version(name) for name in packages} | {
+        name: here["machine"][name] for name in FACTS["machine"]
+    }
     was |= {"vectors": FACTS["vectors"], "compiler": FACTS["compiler"]}
     now |= {"vectors": processor.vectors(), "compiler": processor.compiler()}
     return [f"{name} {was[name]} → {now[name]}" for name in was if was[name] != now[name]]
@@ -80,7 +88,9 @@ def log(run: Path, kind: str) -> list[dict]:
 
 
 def content(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()
+    }
 
 
 def evaluations(run: Path) -> dict[str, dict]:
@@ -100,7 +110,8 @@ def assert_same(folder: Path, expected: Path, elsewhere: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_it_is_reported_anew(root, kind):
-    """Every file of the report, with the numbers of the log and of the evaluations, and not a byte of the run changed."""
+    """Every file of the report, with the numbers of the log and of the evaluations, and not a byte of the run
+    changed."""
     run = root / kind
     before = content(run)
     assert tunesmith.report(run) == run / "report.md"
@@ -144,7 +155,11 @@ def test_what_was_measured_is_not_asked_again(root, kind, here):
     assert {path: path.read_bytes() for path in texts} == texts
     assert sorted((root / "cache").rglob("*.json")) == known
     told = {(one["task"], one["name"], one["part"]): one["value"] for one in found.summary()["scores"]}
-    assert told == {(one["task"], one["name"], one["part"]): one["value"] for kept in before.values() for one in kept["scores"]}
+    assert told == {
+        (one["task"], one["name"], one["part"]): one["value"]
+        for kept in before.values()
+        for one in kept["scores"]
+    }
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -153,15 +168,29 @@ def test_measured_again_the_numbers_are_the_same(root, kind):
     run = root / kind
     tasks = [name for name in FACTS["asked"][kind]["tasks"] if name in ("perplexity", "preference")]
     before = evaluations(run)
-    tunesmith.evaluate(run, checkpoint="last", tasks=tasks, max_tokens=FACTS["asked"][kind]["max_tokens"], fresh=True)
+    tunesmith.evaluate(
+        run, checkpoint="last", tasks=tasks, max_tokens=FACTS["asked"][kind]["max_tokens"], fresh=True
+    )
     after = evaluations(run)
     assert after.keys() == before.keys()
     for name in (name for name, one in after.items() if one["task"] in tasks):
-        assert after[name]["kept"] == {"base": False, "tuned": False} and after[name]["identity"] == before[name]["identity"]
+        assert (
+            after[name]["kept"] == {"base": False, "tuned": False}
+            and after[name]["identity"] == before[name]["identity"]
+        )
         for new, old in zip(after[name]["scores"], before[name]["scores"], strict=True):
-            assert (new["name"], new["part"], new["n"], new["verdict"]) == (old["name"], old["part"], old["n"], old["verdict"])
+            assert (new["name"], new["part"], new["n"], new["verdict"]) == (
+                old["name"],
+                old["part"],
+                old["n"],
+                old["verdict"],
+            )
             for number in (number for number in ("value", "delta") if old[number] is not None):
-                assert new[number] == pytest.approx(old[number], rel=1e-4, abs=1e-4), (name, new["name"], number)
+                assert new[number] == pytest.approx(old[number], rel=1e-4, abs=1e-4), (
+                    name,
+                    new["name"],
+                    number,
+                )
 
 
 def test_two_are_compared(root, tmp_path):
@@ -174,10 +203,16 @@ def test_two_are_compared(root, tmp_path):
     compared = {one["task"]: one for one in side["compared"]}
     assert compared.keys() == {"perplexity", "preference"}  # what both were asked
     own = [evaluations(root / kind)["perplexity@1"]["scores"] for kind in FINISHED]
-    (sft,), (kto,) = ([one["value"] for one in scores if (one["name"], one["part"]) == ("loss", None)] for scores in own)
-    (loss,) = (one for one in compared["perplexity"]["scores"] if (one["name"], one["part"]) == ("loss", None))
+    (sft,), (kto,) = (
+        [one["value"] for one in scores if (one["name"], one["part"]) == ("loss", None)] for scores in own
+    )
+    (loss,) = (
+        one for one in compared["perplexity"]["scores"] if (one["name"], one["part"]) == ("loss", None)
+    )
     assert loss["delta"] == pytest.approx(kto - sft, rel=1e-6) and loss["n"] == 5
-    assert len(compared["perplexity"]["prompts"]) == len((root / "kto" / "data" / "valid.jsonl").read_text().splitlines())
+    assert len(compared["perplexity"]["prompts"]) == len(
+        (root / "kto" / "data" / "valid.jsonl").read_text().splitlines()
+    )
 
 
 def test_the_interrupted_one_goes_on_to_the_same_end(root, elsewhere):
@@ -195,7 +230,8 @@ def test_the_interrupted_one_goes_on_to_the_same_end(root, elsewhere):
 
 
 def test_one_that_died_goes_on_with_its_own_reference(root, elsewhere):
-    """What the model said before training is read from the run, not measured again; the end is that of the run itself."""
+    """What the model said before training is read from the run, not measured again; the end is that of the
+    run itself."""
     run, whole = root / "kto", KEPT / "kto"
     last = run / "checkpoints" / f"{STEPS['kto']:06d}"
     shutil.rmtree(last)
@@ -219,9 +255,17 @@ def test_to_resume_a_finished_one_changes_nothing(root, kind):
 
 def test_training_goes_on_from_its_adapter(root, tmp_path):
     """A new run may begin where an old one ended, and says so."""
-    sets = ["objective=kto", "loop.steps=1", "loop.samples=0", f"adapter.start={root / 'sft-lora'}", "adapter.rank=2"]
+    sets = [
+        "objective=kto",
+        "loop.steps=1",
+        "loop.samples=0",
+        f"adapter.start={root / 'sft-lora'}",
+        "adapter.rank=2",
+    ]
     sets += ["adapter.targets=[q_proj, v_proj, lm_head]", f'data.valid=["{root / "data" / "valid.jsonl"}"]']
-    settings = tunesmith.configure(model=str(root / "model"), data=[str(root / "data" / "rows.jsonl")], sets=sets)
+    settings = tunesmith.configure(
+        model=str(root / "model"), data=[str(root / "data" / "rows.jsonl")], sets=sets
+    )
     tunesmith.train(settings, out=tmp_path / "new")
     begun = read(tmp_path / "new" / "manifest.json")["lineage"]["start"]
     assert (begun["run"], begun["objective"]) == ("sft-lora", "sft")
