@@ -1,20 +1,34 @@
-"""How a benchmark that runs through the product ends: with what it ran on beside its numbers, and its JSON
-where asked."""
+"""Adds to a benchmark's numbers what they were measured on, and writes them as JSON."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 
+def commit() -> str | None:
+    """The commit of the measured package, with ``-dirty`` if its source was changed; None outside a checkout."""
+    source = importlib.util.find_spec("tunesmith")
+    assert source is not None and source.origin is not None
+    words = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    try:
+        done = subprocess.run(words, cwd=Path(source.origin).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git
+        return None
+    return done.stdout.strip() or None
+
+
 def keep(result: dict[str, Any], out: Path | None) -> dict[str, Any]:
-    """``result`` with versions, machine and date; written to ``out`` if given."""
+    """``result`` with commit, versions, machine and date; written to ``out`` if given."""
     result |= {
+        "commit": commit(),
         "versions": {
             name: importlib.metadata.version(name) for name in ("tunesmith", "mlx", "mlx-lm", "numpy")
         },

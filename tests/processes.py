@@ -60,5 +60,5 @@ def terminal(
             yield stream, received
     finally:
         for thread in threads:
-            thread.join(timeout=10)
+            thread.join(timeout=120)
         os.close(master)

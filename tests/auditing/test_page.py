@@ -264,7 +264,7 @@ def test_a_name_stands_without_its_folder_where_it_is_the_only_one():
 
 def until(tab: Any, condition: str) -> None:
     """Playwright's own waiting needs eval, which the page forbids."""
-    for _ in range(100):
+    for _ in range(2400):
         if tab.evaluate(condition):
             return
         tab.wait_for_timeout(50)
@@ -282,7 +282,7 @@ class Window:
     def show(self, audit: Audit, name: str = "page.html") -> Any:
         page.write(audit, path := self.folder / name)
         tab = self.browser.new_page(viewport={"width": 1280, "height": 900})
-        tab.set_default_timeout(10_000)
+        tab.set_default_timeout(120_000)
         tab.on("request", lambda request: self.asked.append(request.url))
         tab.on("console", lambda message: self.told.append(message.text))
         tab.on("pageerror", lambda error: self.told.append(str(error)))

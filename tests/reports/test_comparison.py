@@ -682,6 +682,7 @@ def test_the_page_asks_for_nothing_complains_of_nothing_and_fits_every_width(bro
     asked: list[str] = []
     told: list[str] = []
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.set_default_timeout(120_000)
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("console", lambda message: told.append(message.text))
     tab.on("pageerror", lambda error: told.append(str(error)))

@@ -224,7 +224,7 @@ def on_terminal(run: Path, monkeypatch, during=None, once: bool = False, **envir
 
 def test_a_watch_follows_the_run_and_ends_with_it(run, monkeypatch):
     def wait_for(received: list[bytes], words: str) -> None:
-        late = time.monotonic() + 60
+        late = time.monotonic() + 120
         while words not in CODES.sub("", b"".join(received).decode(errors="ignore")):
             assert time.monotonic() < late
             time.sleep(0.01)

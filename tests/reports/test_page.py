@@ -177,6 +177,7 @@ def show(browser) -> Iterator[Any]:
 
     def open_(run: Path, width: int = 1280) -> Any:
         tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab.set_default_timeout(120_000)
         tab.on("request", lambda request: asked.append(request.url))
         tab.on("console", lambda message: told.append(message.text))
         tab.on("pageerror", lambda error: told.append(str(error)))
@@ -346,6 +347,7 @@ def test_no_text_of_the_data_is_more_than_text(run, show):
 def test_a_script_that_got_into_the_page_could_not_run(run, browser):
     reports.write(run)
     tab = browser.new_page()
+    tab.set_default_timeout(120_000)
     tab.goto((run / "report.html").as_uri())
     refused = tab.evaluate("""() => new Promise(done => {
         document.addEventListener('securitypolicyviolation', event => done(event.effectiveDirective));

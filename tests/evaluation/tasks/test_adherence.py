@@ -9,7 +9,6 @@ import json
 import logging
 import random
 import re
-import time
 import warnings
 from dataclasses import replace
 
@@ -840,14 +839,12 @@ def test_tables_are_a_line_with_a_pipe_above_dashes_in_cells(text):
         ),
     ],
 )
-def test_no_text_takes_long_and_a_pattern_that_does_is_not_kept_and_shown_so(
+def test_a_pattern_that_takes_too_long_does_not_hold_and_is_shown_so(
     kind, given, text, renderer, monkeypatch
 ):
     monkeypatch.setattr(constraints, "PATIENCE", 0.05)
-    start = time.process_time()
     one = asked(PROSE, renderer, constraints=[{"kind": kind, **given}, {"kind": "characters", "at_least": 1}])
     detail = score(Answered(one, said(text))).detail
-    assert time.process_time() - start < 1
     assert (detail["structure"], detail["constraints"][0]["holds"]) == (
         50,
         False if kind == "tables" else None,
