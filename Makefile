@@ -17,6 +17,8 @@ check: lint test
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python .ci/house.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 parity: $(INSTALLED)

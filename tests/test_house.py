@@ -1,9 +1,16 @@
-"""The house: nothing heavy is imported early."""
+"""The house: nothing heavy is imported early, and `make lint` refuses what breaks the order of the folders."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -27,3 +34,77 @@ def test_the_first_folders_and_the_command_line_load_neither_mlx_nor_transformer
         assert loaded_after(statement).isdisjoint(
             {"mlx.core", "mlx_lm", "transformers", "matplotlib", "scipy"}
         ), statement
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A copy of the package with what `make lint` reads beside it."""
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.gguf"))
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def lint(copy: Path, *command: str) -> str:
+    """What the command of `make lint` says of the copy, which it must refuse."""
+    assert " ".join(command) in (ROOT / "Makefile").read_text("utf-8"), "make lint runs it"
+    program, *arguments = command
+    environ = os.environ | {"PYTHONPATH": str(copy / "src"), "COLUMNS": "500"}
+    words = [str(Path(sys.executable).with_name(program)), *arguments]
+    done = subprocess.run(words, cwd=copy, env=environ, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from tunesmith.cli import main",
+        "def later():\n    from tunesmith.cli import main\n",
+        "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from tunesmith.cli import main\n",
+    ],
+    ids=["plain", "lazy", "types only"],
+)
+def test_lint_refuses_an_import_of_a_folder_above(copy, statement):
+    (copy / "src/tunesmith/data/planted.py").write_text(statement)
+    assert "tunesmith.data.planted -> tunesmith.cli " in lint(copy, "lint-imports", "--no-cache")
+
+
+def test_lint_refuses_a_folder_that_has_no_place_in_the_order(copy):
+    (copy / "src/tunesmith/helpers").mkdir()
+    (copy / "src/tunesmith/helpers/__init__.py").write_text("")
+    assert "tunesmith.helpers" in lint(copy, "lint-imports", "--no-cache")
+
+
+def test_lint_refuses_a_circle_between_files(copy):
+    (copy / "src/tunesmith/data/planted.py").write_text("from tunesmith.data import planted_too\n")
+    (copy / "src/tunesmith/data/planted_too.py").write_text(
+        "def later():\n    from tunesmith.data import planted\n"
+    )
+    assert "planted" in lint(copy, "lint-imports", "--no-cache")
+    circle = "circle of imports: tunesmith.data.planted, tunesmith.data.planted_too\n"
+    assert circle in lint(copy, "python", ".ci/house.py")
+
+
+def test_lint_refuses_a_circle_through_the_init_of_a_folder(copy):
+    folder = copy / "src/tunesmith/data/planted"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from tunesmith.data.planted.part import PART\n\nWHOLE = PART\n")
+    (folder / "part.py").write_text("from tunesmith.data.planted import WHOLE\n\nPART = WHOLE\n")
+    circle = "circle of imports: tunesmith.data.planted, tunesmith.data.planted.part\n"
+    assert circle in lint(copy, "python", ".ci/house.py")
+
+
+def test_lint_refuses_a_function_of_61_lines_and_lets_60_be(copy):
+    longer, long = ("".join(f"    x = {n}\n" for n in range(lines - 1)) for lines in (61, 60))
+    (copy / "src/tunesmith/data/planted.py").write_text(f"def longer():\n{longer}\n\ndef long():\n{long}")
+    refused = lint(copy, "python", ".ci/house.py")
+    assert "tunesmith/data/planted.py:1: longer has 61 lines, more than 60\n" in refused
+    assert "long has 60" not in refused
+
+
+def test_lint_refuses_a_class_name_that_exists_twice_and_skipped_formatting(copy):
+    (copy / "src/tunesmith/data/planted.py").write_text("class DataError:  # fmt: skip\n    pass\n")
+    refused = lint(copy, "python", ".ci/house.py")
+    assert "class DataError is defined in tunesmith/data/planted.py:1, tunesmith/errors.py:" in refused
+    assert "tunesmith/data/planted.py: skips formatting\n" in refused
