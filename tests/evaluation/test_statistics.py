@@ -18,9 +18,22 @@ from scipy.stats import binomtest, multinomial, ttest_rel
 
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation import statistics
-from tunesmith.evaluation.statistics import PAIRED, change, holm, judge, mcnemar, paired
-from tunesmith.evaluation.tasks import ALIKE, ONE, ExampleScore, Score, Statistic, Target, Task, summarise
+from tunesmith.evaluation.statistics import (
+    ALIKE,
+    ONE,
+    PAIRED,
+    Statistic,
+    Target,
+    change,
+    holm,
+    judge,
+    mcnemar,
+    paired,
+    summarise,
+)
+from tunesmith.evaluation.tasks import Task
 from tunesmith.evaluation.tasks.perplexity import Perplexity, RowLoss
+from tunesmith.runs.records import ExampleScore, Score
 
 
 class Plain(Task[ExampleScore]):

@@ -10,7 +10,8 @@ from evaluation.tasks.test_benchmarks import QUESTIONS, material
 
 from tunesmith.demo import __main__ as demo
 from tunesmith.evaluation.harness.requests import language_model
-from tunesmith.evaluation.tasks import Subject, benchmarks
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.tasks import benchmarks
 from tunesmith.model import loading as model
 from tunesmith.tokens import template
 from tunesmith.tokens.batches import BatchSpec

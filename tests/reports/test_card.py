@@ -15,7 +15,7 @@ from reports.test_comparison import HOSTILE, a_run, benchmarked, evaluated, unfe
 
 from tunesmith.data.sources import sha256
 from tunesmith.errors import ModelError
-from tunesmith.evaluation.tasks import Statistic
+from tunesmith.evaluation.statistics import Statistic
 from tunesmith.evaluation.tasks.drift import Safety
 from tunesmith.reports import card
 from tunesmith.reports import summary as facts

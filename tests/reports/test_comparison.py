@@ -20,18 +20,11 @@ from tunesmith import events
 from tunesmith.errors import ConfigError, DataError, EvaluationError
 from tunesmith.evaluation import pairing as paired
 from tunesmith.evaluation.evaluate import OF_ROWS
-from tunesmith.evaluation.statistics import judge
-from tunesmith.evaluation.tasks import (
-    EvaluationSpec,
-    ExampleScore,
-    Score,
-    Statistic,
-    perplexity,
-    preference,
-    summarise,
-)
+from tunesmith.evaluation.statistics import Statistic, judge, summarise
+from tunesmith.evaluation.tasks import EvaluationSpec, perplexity, preference
 from tunesmith.evaluation.tasks.tool_calls import CHECKS, ToolCalls
 from tunesmith.reports import compare
+from tunesmith.runs.records import ExampleScore, Record, Score
 
 HOSTILE = "<b>b</b></script><img src=x onerror='window.hacked=1'>\"{{7*7}}`<i>` | [x](javascript:1) \x00\x1b[31m\ud800\u202e\u2028"
 CALL = {"kind": "call", **dict.fromkeys(CHECKS, True)}
@@ -332,7 +325,7 @@ def test_all_numbers_of_a_benchmark_are_compared_as_its_own_statistics_would(tmp
     found = compared(one, other)
     (held,) = found.against[0].held
     own = paired._Described(Bench.name, Bench.version, Bench.statistics, Bench.parts)
-    sides = [side.examples() for side in (held.one, held.other)]
+    sides = [paired.scored(side) for side in (held.one, held.other)]
     wanted = summarise(own, *[[replace(each, source=each.source[-2:]) for each in side] for side in sides], 0)  # type: ignore[arg-type]
     assert {each.name for each in held.scores} == {"acc", "acc_norm", "perplexity"} and len(
         wanted
@@ -434,8 +427,16 @@ def test_the_command_that_would_mend_it_asks_the_same_and_the_command_line_takes
     task, family, data, settings, wanted
 ):
     spec = EvaluationSpec(**settings).model_dump(mode="json")
-    command = paired.command(Path("it's"), {"task": task, "family": family, "data": data, "settings": spec})
-    found = options(command)
+    record = Record(
+        folder=Path("it's/evals/folder"),
+        task=task,
+        version="1",
+        family=tuple(family),
+        data=tuple(data) if isinstance(data, list) else data,
+        settings=spec,
+        scores=(),
+    )
+    found = options(paired.command(record))
     assert str(found.pop("run")) == "it's"
     assert {key: [*value] if isinstance(value, tuple) else value for key, value in found.items()} == wanted
 
@@ -524,17 +525,17 @@ def test_a_torn_evaluation_is_an_error_with_its_line(runs):
     path.write_text("".join(lines[:4]) + '{"source": 1}\n' + "".join(lines[5:]))
     with pytest.raises(
         EvaluationError,
-        match=r"examples\.jsonl:5: is no example.*\nhint: measure it again: tunesmith evaluate",
+        match=r"examples\.jsonl:5: cannot be read: not an evaluated example\nhint: measure it again: tunesmith evaluate",
     ):
         compared(*runs)
     path.write_text("".join(lines[:4]) + lines[4][:30])
-    with pytest.raises(EvaluationError, match=r"examples\.jsonl:5: is no example"):
+    with pytest.raises(EvaluationError, match=r"examples\.jsonl:5: cannot be read: "):
         compared(*runs)
     path.write_text("".join(lines[:4]))
     with pytest.raises(EvaluationError, match="has 4 examples, and 60 were scored"):
         compared(*runs)
     (path.parent / "score.json").write_text('{"task": "tool_calls",\n"version"')
-    with pytest.raises(EvaluationError, match=r"score\.json:2: is no JSON"):
+    with pytest.raises(EvaluationError, match=r"score\.json: cannot be read: .*line 2"):
         compared(*runs)
 
 

@@ -27,7 +27,7 @@ from tunesmith import events, reports
 from tunesmith.cli import app as cli
 from tunesmith.display import charts, words
 from tunesmith.errors import EvaluationError
-from tunesmith.evaluation.statistics import Score, Target
+from tunesmith.evaluation.statistics import Target
 from tunesmith.evaluation.tasks import drift
 from tunesmith.evaluation.tasks.adherence import Adherence
 from tunesmith.evaluation.tasks.choices import MultipleChoice
@@ -37,6 +37,7 @@ from tunesmith.evaluation.tasks.tool_calls import ToolCalls
 from tunesmith.reports import advice, screen
 from tunesmith.reports import summary as facts
 from tunesmith.reports import verdict as evidence
+from tunesmith.runs.records import Score
 
 HOSTILE = (
     "</script><img src=x onerror='window.hacked=1'>\"&lt;{{7*7}}{% raw %}`<i>` javascript:window.hacked=1 | $x^2$ "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -21,17 +21,15 @@ from mlx.utils import tree_flatten
 from tunesmith import events
 from tunesmith.adapters import layers as adapters
 from tunesmith.data import formats
-from tunesmith.data.formats import JSON, Example
+from tunesmith.data.formats import Example
 from tunesmith.data.sources import sha256
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation.statistics import change, judge
+from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.tasks import (
     Builder,
     EvaluationSpec,
-    ExampleScore,
     Material,
-    Score,
-    Subject,
     Task,
     adherence,
     benchmarks,
@@ -43,12 +41,14 @@ from tunesmith.evaluation.tasks import (
     tool_calls,
 )
 from tunesmith.events import Notice, Sink
-from tunesmith.files import write_json, write_text
+from tunesmith.files import write_json
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.machine import backend, ranks
 from tunesmith.model import loading as models
 from tunesmith.model.loading import Loaded
+from tunesmith.runs import records
 from tunesmith.runs.directory import EVALS, VALID, Run
+from tunesmith.runs.records import ExampleRecord, ExampleScore, Record, Score
 from tunesmith.tokens import template
 from tunesmith.tokens.template import Renderer
 
@@ -80,7 +80,6 @@ DECIDING = (
     "regex",
 )
 """Packages by whose version a score can change."""
-SCORE, EXAMPLES = "score.json", "examples.jsonl"
 IMITATED = SFT()
 """Whatever the objective was, tasks ask how well the model says what is to be said: demonstrations,
 desirable, chosen."""
@@ -206,27 +205,31 @@ def evaluate(
         if not among.writes:
             continue
         scored = task.summarise(old and old.scores, new.scores, config.loop.seed)
-        about = {
-            "task": task.name,
-            "version": task.version,
-            "checkpoint": folder.name,
-            "family": family,
-            "at": time.time(),
-        }
-        about |= {"identity": task.identity, "settings": spec.model_dump(mode="json"), "base": weights}
-        about |= {"data": (data or VALID) if task.name in OF_ROWS else None}
-        about |= {"unseen": not hashes & _learned(run)} if data and task.name in OF_ROWS else {}
-        about |= {"n": len(new.scores), "seconds": {"base": old and old.seconds, "tuned": new.seconds}}
-        written.append(
-            "+".join(
-                [f"{task.name}@{task.version}", *_named(_files(task, spec)), *_shots(task, spec), *family]
-            )
+        of_rows = task.name in OF_ROWS
+        name = [f"{task.name}@{task.version}", *_named(_files(task, spec)), *_shots(task, spec), *family]
+        record = Record(
+            folder=run.path / EVALS / "+".join(name),
+            task=task.name,
+            version=task.version,
+            checkpoint=folder.name,
+            family=tuple(family),
+            at=time.time(),
+            identity=task.identity,
+            settings=spec.model_dump(mode="json"),
+            base=weights,
+            data=(tuple(data) or VALID) if of_rows else None,
+            unseen=not hashes & _learned(run) if data and of_rows else None,
+            n=len(new.scores),
+            seconds={"base": old and old.seconds, "tuned": new.seconds},
+            kept={"base": old is not None and old.kept, "tuned": new.kept},
+            scores=tuple(scored),
         )
-        _write(run.path / EVALS / written[-1], about, task, scored, old, new)
+        records.write(record, _examples_of(task, old, new))
+        written.append(record.name)
         answers = answers or _answers(old, new)
     if not among.writes:
         return None
-    judged = _judged(run.path / EVALS, folder.name, family)
+    judged = _judged(run.path, folder.name, tuple(family))
     return Evaluation(run, folder, [score for name in written for score in judged[name]], answers)
 
 
@@ -433,54 +436,43 @@ def _answers(before: _Known | None, after: _Known) -> list[Answered]:
     ]
 
 
-def _write(
-    folder: Path,
-    about: Mapping[str, object],
-    task: Task,
-    scores: list[Score],
-    before: _Known | None,
-    after: _Known,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    leading = [one for one in task.statistics if one.headline]
-    lines: list[str] = []
-    for index, score in enumerate(after.scores):
-        line: dict[str, JSON] = {"source": score.source, "units": score.units, "prompt": score.prompt}
-        line |= {
-            "reference": score.reference,
-            "tuned": score.value,
-            "tuned_detail": score.detail,
-            "tuned_answer": score.answer,
-        }
+def _examples_of(task: Task, before: _Known | None, after: _Known) -> list[ExampleRecord]:
+    """The lines of a record's examples, paired with the base's scores if it was measured."""
+    headlines = [statistic for statistic in task.statistics if statistic.headline]
+    examples: list[ExampleRecord] = []
+    for index, tuned in enumerate(after.scores):
+        example = ExampleRecord(
+            tuned.source, tuned.units, tuned.prompt, tuned.reference, tuned.value, tuned.detail, tuned.answer
+        )
         if before is not None:
-            old = before.scores[index]
-            line |= {"base": old.value, "base_detail": old.detail, "base_answer": old.answer}
-            of = next((one for one in leading if one.of(score) is not None), None)
-            line["change"] = of and change(of, of.of(old), of.of(score))
-        lines.append(json.dumps(line, ensure_ascii=False))
-    kept = {"base": before is not None and before.kept, "tuned": after.kept}
-    write_text(folder / EXAMPLES, "\n".join(lines) + "\n")
-    write_json(folder / SCORE, {**about, "kept": kept, "scores": [asdict(score) for score in scores]})
+            base = before.scores[index]
+            headline = next((statistic for statistic in headlines if statistic.of(tuned) is not None), None)
+            example = replace(
+                example,
+                base=base.value,
+                base_detail=base.detail,
+                base_answer=base.answer,
+                change=headline and change(headline, headline.of(base), headline.of(tuned)),
+            )
+        examples.append(example)
+    return examples
 
 
-def _judged(evals: Path, checkpoint: str, family: list[str]) -> dict[str, list[Score]]:
-    """By folder: the evaluations of ``checkpoint`` asked in one way, judged together as one family of tests,
-    and written so.
+def _judged(run_dir: Path, checkpoint: str, family: tuple[str, ...]) -> dict[str, tuple[Score, ...]]:
+    """By folder: the evaluations of ``checkpoint`` of one family, their verdicts corrected together, and
+    written so.
 
-    Of several versions of a task the one that was measured last counts.
-    """
-    newest: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for path in evals.glob(f"*/{SCORE}"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if (found.get("family"), found["checkpoint"]) == (family, checkpoint):  # older ones have no family
-            name = path.parent.name.replace(f"@{found['version']}", "", 1)
-            newest[name] = max(newest.get(name, (path, found)), (path, found), key=lambda one: one[1]["at"])
-    files = [newest[name] for name in sorted(newest)]
-    every = [Score(**score) for _, found in files for score in found["scores"]]
-    judged = iter(judge([replace(one, verdict=None, p_corrected=None) for one in every]))
-    folders: dict[str, list[Score]] = {}
-    for path, found in files:
-        scores = folders[path.parent.name] = [next(judged) for _ in found["scores"]]
-        if (now := json.loads(json.dumps([asdict(one) for one in scores]))) != found["scores"]:
-            write_json(path, {**found, "scores": now})
+    Only the version of a task that was measured last counts."""
+    newest: dict[str, Record] = {}
+    for record in records.read(run_dir)[0]:
+        if (record.family, record.checkpoint) == (family, checkpoint):  # older ones have no family
+            name = record.name.replace(f"@{record.version}", "", 1)
+            newest[name] = max(newest.get(name, record), record, key=lambda record: record.at or 0.0)
+    together = [newest[name] for name in sorted(newest)]
+    every = [replace(score, verdict=None, p_corrected=None) for record in together for score in record.scores]
+    verdicts = iter(judge(every))
+    folders: dict[str, tuple[Score, ...]] = {}
+    for record in together:
+        folders[record.name] = tuple(next(verdicts) for _ in record.scores)
+        records.write_scores(record, folders[record.name])
     return folders

@@ -14,37 +14,38 @@ import math
 import pkgutil
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation import tasks
-from tunesmith.evaluation.evaluate import EXAMPLES, ONLY_FOR, SCORE
-from tunesmith.evaluation.statistics import BOOTSTRAP, change, edges, inverted
-from tunesmith.evaluation.tasks import (
+from tunesmith.evaluation.evaluate import ONLY_FOR
+from tunesmith.evaluation.statistics import (
     ALIKE,
+    BOOTSTRAP,
     ONE,
     RESAMPLES,
-    EvaluationSpec,
-    ExampleScore,
-    Score,
     Statistic,
-    preference,
+    change,
+    edges,
+    inverted,
     summarise,
 )
+from tunesmith.evaluation.tasks import EvaluationSpec, preference
 from tunesmith.learning.objectives import won
-from tunesmith.runs.directory import EVALS
+from tunesmith.runs import records
+from tunesmith.runs.records import EXAMPLES, ExampleScore, Record, Score
+from tunesmith.settings.config import JSON
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.tasks import Task
 
 SEED = 0  # of the bootstrap: the same whichever run comes first
-_NEEDED = {"task", "version", "checkpoint", "family", "data", "identity", "settings", "base", "n", "scores"}
 _FINISHES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
     np.asarray,
     lambda logp: np.exp(-logp),
@@ -53,63 +54,26 @@ _FINISHES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
 """What a benchmark's mean can still become: nothing else, a perplexity, bits."""
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """One evaluation as it lies in a run directory. ``rows``: what tells it from others of its task, as
-    "+first5"."""
-
-    folder: Path
-    about: dict[str, Any]
-
-    @property
-    def task(self) -> str:
-        return str(self.about["task"])
-
-    @property
-    def version(self) -> str:
-        return str(self.about["version"])
-
-    @property
-    def rows(self) -> str:
-        return self.folder.name.removeprefix(f"{self.task}@{self.version}")
-
-    @property
-    def scores(self) -> list[Score]:
-        return [Score(**score) for score in self.about["scores"]]
-
-    def examples(self, *, ratios: bool = False) -> list[ExampleScore]:
-        """What the tuned model scored (ratios: less what the base did). Raises EvaluationError where lines
-        are torn."""
-        path = self.folder / EXAMPLES
-        hint = f"measure it again: {command(self.folder.parent.parent, self.about)}"
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise EvaluationError(f"cannot be read: {error.strerror}", where=str(path), hint=hint) from error
-        found: list[ExampleScore] = []
-        for number, line in enumerate(lines, 1):
-            try:
-                one = json.loads(line)
-                told = (
-                    float(one["units"]),
-                    one["tuned_detail"],
-                    one["prompt"],
-                    one["reference"],
-                    one["tuned_answer"],
-                )
-                found.append(
-                    ExampleScore(
-                        one["source"], float(one["tuned"]) - (float(one["base"]) if ratios else 0.0), *told
-                    )
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise EvaluationError(
-                    "is no example of an evaluation", where=f"{path}:{number}", hint=hint
-                ) from error
-        if len(found) != self.about["n"]:
-            what = f"has {len(found):,} examples, and {self.about['n']:,} were scored"
-            raise EvaluationError(what, where=str(path), hint=hint)
-        return found
+def scored(record: Record, *, ratios: bool = False) -> list[ExampleScore]:
+    """What the tuned model scored; ratios: less what the base did. Raises EvaluationError if an example
+    cannot be read, or some are missing."""
+    hint = f"measure it again: {command(record)}"
+    path = record.folder / EXAMPLES
+    try:
+        examples = list(record.examples())
+    except EvaluationError as error:
+        raise EvaluationError(error.what, where=error.where, hint=hint) from error
+    if len(examples) != record.n:
+        what = f"has {len(examples):,} examples, and {record.n:,} were scored"
+        raise EvaluationError(what, where=str(path), hint=hint)
+    scores = [example.score() for example in examples]
+    if ratios:
+        bases = [example.base for example in examples]
+        if None in bases:
+            raise EvaluationError("has examples without the base's score", where=str(path), hint=hint)
+        pairs = zip(scores, bases, strict=True)
+        scores = [replace(score, value=score.value - (base or 0.0)) for score, base in pairs]
+    return scores
 
 
 class Pair(NamedTuple):
@@ -131,8 +95,8 @@ class Held:
     """Two evaluations of the same things. ``scores``: of ``other``, with deltas other − one. ``note``: what
     limits them."""
 
-    one: Recorded
-    other: Recorded
+    one: Record
+    other: Record
     scores: list[Score]
     pairs: list[Pair]
     note: str | None = None
@@ -142,27 +106,23 @@ class Refused(NamedTuple):
     """``of``: what has no like. ``lacks``: which side was not evaluated on it; None where both were, yet not
     alike."""
 
-    of: Recorded
+    of: Record
     why: str
     lacks: Literal["one", "other"] | None = None
 
 
-def command(run_dir: Path, about: Mapping[str, Any]) -> str:
-    """How a run is asked what ``about``, the facts of an evaluation, says of another: rows, task, and all
-    that decides."""
-    task, settings, data = str(about["task"]), about.get("settings") or {}, about.get("data")
-    name, benchmarks = task.partition(".")[0], settings.get("benchmarks", ())
-    said = ["--task", name]
+def command(record: Record, run_dir: Path | None = None) -> str:
+    """The command that makes a run (the record's own, or ``run_dir``) evaluate what ``record`` did: rows,
+    task, and every setting that decides."""
+    task, settings = record.task, record.settings or {}
+    name, benchmarks = task.partition(".")[0], _texts(settings.get("benchmarks"))
+    words = ["--task", name]
     if name == "benchmark" or task in benchmarks:
         title, name = task.removeprefix("benchmark."), "benchmarks"
-        said = [
-            "--task",
-            name,
-            "--benchmark",
-            next((one for one in benchmarks if one.replace(":", "_") == title), title),
-        ]
-    for path in data if isinstance(data, list) else ():
-        said += ["--data", path]
+        spelled = next((each for each in benchmarks if each.replace(":", "_") == title), title)
+        words = ["--task", name, "--benchmark", spelled]
+    for path in record.data if isinstance(record.data, tuple) else ():
+        words += ["--data", path]
     refused = {
         "batch_size",
         "benchmarks",
@@ -173,38 +133,28 @@ def command(run_dir: Path, about: Mapping[str, Any]) -> str:
         if key in refused or value == usual:
             continue
         if isinstance(value, bool):
-            said.append(f"--{'' if value else 'no-'}{option}")
+            words.append(f"--{'' if value else 'no-'}{option}")
         else:
-            said += [
-                part
-                for one in (value if isinstance(value, list) else [value])
-                for part in (f"--{option}", str(one))
-            ]
-    said += ["--no-base"] if "tuned" in about.get("family", ()) else []
-    return shlex.join(["tunesmith", "evaluate", str(run_dir), *said])
+            values = value if isinstance(value, list) else [value]
+            words += [word for each in values for word in (f"--{option}", str(each))]
+    words += ["--no-base"] if "tuned" in (record.family or ()) else []
+    return shlex.join(["tunesmith", "evaluate", str(run_dir or record.run_dir), *words])
 
 
-def recorded(run_dir: Path) -> tuple[list[Recorded], list[str]]:
-    """The evaluations of a run; and the folders of those that an older version wrote, without saying what was
-    asked."""
-    found: list[Recorded] = []
-    older: list[str] = []
-    for path in sorted((run_dir / EVALS).glob(f"*/{SCORE}")):
-        try:
-            about = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            where = f"{path}:{getattr(error, 'lineno', 1)}"
-            raise EvaluationError(
-                "is no JSON", where=where, hint="remove the folder, and evaluate again"
-            ) from error
-        if isinstance(about, dict) and about.keys() >= _NEEDED:
-            found.append(Recorded(path.parent, about))
-        else:
-            older.append(path.parent.name)
-    return found, older
+def _texts(value: JSON) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else []
 
 
-def hold(one: Sequence[Recorded], other: Sequence[Recorded]) -> tuple[list[Held], list[Refused]]:
+def recorded(run_dir: Path) -> tuple[list[Record], list[Record]]:
+    """The evaluations of a run, and those that an earlier release wrote without saying what was asked. Raises
+    EvaluationError if one cannot be read."""
+    found, unreadable = records.read(run_dir)
+    if unreadable:
+        raise unreadable[0]
+    return [each for each in found if each.comparable], [each for each in found if not each.comparable]
+
+
+def hold(one: Sequence[Record], other: Sequence[Record]) -> tuple[list[Held], list[Refused]]:
     """What both runs evaluated alike, by the newest version that they share; and all else, with the
     reason."""
     held: list[Held] = []
@@ -212,8 +162,8 @@ def hold(one: Sequence[Recorded], other: Sequence[Recorded]) -> tuple[list[Held]
     left = _distinct(other)
     for mine in _distinct(one):
         near = [its for its in left if its.task == mine.task]
-        near.sort(key=lambda its: (bool(differences(mine, its)), its.rows != mine.rows))
-        if not near or (differences(mine, near[0]) and near[0].rows != mine.rows):
+        near.sort(key=lambda its: (bool(differences(mine, its)), its.variant != mine.variant))
+        if not near or (differences(mine, near[0]) and near[0].variant != mine.variant):
             refused.append(Refused(mine, "not evaluated", "other"))
             continue
         left.remove(near[0])
@@ -223,43 +173,45 @@ def hold(one: Sequence[Recorded], other: Sequence[Recorded]) -> tuple[list[Held]
         else:
             held.append(found)
     refused += [Refused(its, "not evaluated", "one") for its in left]
-    done = {(each.one.task, each.one.rows) for each in held}  # another version of the same is no loss
-    return held, [each for each in refused if each.lacks is None or (each.of.task, each.of.rows) not in done]
+    done = {(each.one.task, each.one.variant) for each in held}  # another version of the same is no loss
+    return held, [
+        each for each in refused if each.lacks is None or (each.of.task, each.of.variant) not in done
+    ]
 
 
-def _distinct(found: Sequence[Recorded]) -> list[Recorded]:
+def _distinct(found: Sequence[Record]) -> list[Record]:
     """Of those that asked the same, that of the best checkpoint, with the base, with the shorter name."""
 
-    def worth(each: Recorded) -> tuple[bool, bool, int]:
-        family = each.about["family"]
-        return not any(part.startswith("step") for part in family), "tuned" not in family, -len(each.rows)
+    def worth(each: Record) -> tuple[bool, bool, int]:
+        family = each.family or ()
+        return not any(part.startswith("step") for part in family), "tuned" not in family, -len(each.variant)
 
     worst_first = sorted(found, key=worth)
-    kept = {(each.task, each.version, each.about["identity"]): each for each in worst_first}
+    kept = {(each.task, each.version, each.identity): each for each in worst_first}
     newest_first = sorted(kept.values(), key=lambda each: (len(each.version), each.version), reverse=True)
-    return sorted(newest_first, key=lambda each: (each.task, each.rows))
+    return sorted(newest_first, key=lambda each: (each.task, each.variant))
 
 
-def differences(one: Recorded, other: Recorded) -> list[str]:
+def differences(one: Record, other: Record) -> list[str]:
     """Why two evaluations of a task may not be compared, in words; none where they may."""
     if one.version != other.version:
         return [f"version {one.version} and {other.version}"]
     why: list[str] = []
-    if one.about["base"] != other.about["base"]:
-        why.append(f"other bases ({one.about['base'][:12]} and {other.about['base'][:12]})")
-    if one.about["identity"] != other.about["identity"]:
-        mine, its = one.about["settings"], other.about["settings"]
+    if one.base != other.base:
+        why.append(f"other bases ({(one.base or '')[:12]} and {(other.base or '')[:12]})")
+    if one.identity != other.identity:
+        mine, its = dict(one.settings or {}), dict(other.settings or {})
         keys = [key for key in mine | its if mine.get(key) != its.get(key) and key != "batch_size"]
         told = [f"{key} {json.dumps(mine.get(key))} and {json.dumps(its.get(key))}" for key in keys]
-        identities = f"identity {one.about['identity']} and {other.about['identity']}"
+        identities = f"identity {one.identity} and {other.identity}"
         why.append(f"other rows, prompts or settings ({'; '.join([*told, identities])})")
     return why
 
 
-def _held(one: Recorded, other: Recorded) -> Held | str:
+def _held(one: Record, other: Record) -> Held | str:
     """The comparison, or why there is none."""
     preferred = (one.task, one.version) == (preference.NAME, preference.VERSION)
-    mine, its = one.examples(ratios=preferred), other.examples(ratios=preferred)
+    mine, its = scored(one, ratios=preferred), scored(other, ratios=preferred)
     pairs = paired(mine, its)
     if pairs is None:
         return f"the examples are not the same: {len(mine):,} and {len(its):,}, and not each has its like"
@@ -388,7 +340,7 @@ def paired(
 
 
 def _statistics(
-    one: Recorded, other: Recorded, pairs: Sequence[tuple[ExampleScore, ExampleScore]]
+    one: Record, other: Record, pairs: Sequence[tuple[ExampleScore, ExampleScore]]
 ) -> tuple[tuple[Statistic, ...], tuple[str, ...], str | None]:
     """The task's own, with the parts it is shown by; of a task that has no class, those that its examples
     give again."""
@@ -417,7 +369,7 @@ def _statistics(
     return (Statistic("value", _value, share=share, headline=True),), (), note
 
 
-def _rebuilt(score: Score, other: Recorded, sides: Sequence[Sequence[ExampleScore]]) -> Statistic | None:
+def _rebuilt(score: Score, other: Record, sides: Sequence[Sequence[ExampleScore]]) -> Statistic | None:
     """A statistic that gives on both sides what was scored there, from the number of that name in the
     details, or the value."""
 

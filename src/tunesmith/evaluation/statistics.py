@@ -14,14 +14,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Literal
+from typing import Protocol
 
 import numpy as np
 
 from tunesmith.errors import EvaluationError, listing
-
-if TYPE_CHECKING:
-    from tunesmith.evaluation.tasks import ExampleScore, Task
+from tunesmith.runs.records import Better, ExampleScore, Movement, Score, Verdict
 
 LEVEL = 0.05  # of a verdict, after correction
 TAIL = LEVEL / 2  # left out on each side of a 95 % interval
@@ -38,9 +36,6 @@ ALIKE_SHARE = "all examples score alike: exact binomial interval"
 PAIRED = "all examples moved alike: Bonett and Price's interval"
 ONE = "one example: no interval"
 MCNEMAR, BOOTSTRAP = "McNemar, exact", "paired bootstrap"
-
-Verdict = Literal["improved", "regressed", "no difference shown"]
-Better = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,49 +85,24 @@ class Statistic:
     target: Target | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One statistic of the tuned model. ``low``, ``high``: its 95 % interval, None where one example allows
-    none. ``n``: sources.
-
-    ``delta``: tuned − base on the same examples, None without a base; its interval is paired. ``note``: says
-    so where an interval is not a bootstrap interval. ``part``: as "tool=search", the examples it is of, None
-    for all. ``p``: two-sided, of no difference, by ``test``. ``sources``: how many improved, stayed and
-    regressed. ``met``: whether ``target`` holds, None where that is not shown. ``p_corrected`` and
-    ``verdict`` are what `judge` says."""
-
-    task: str
-    version: str
-    name: str
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-    delta: float | None = None
-    delta_low: float | None = None
-    delta_high: float | None = None
-    note: str | None = None
-    part: str | None = None
-    better: Better | None = None
-    headline: bool = False
-    unit: str = ""
-    p: float | None = None
-    test: str | None = None
-    sources: tuple[int, int, int] | None = None
-    target: str | None = None
-    met: bool | None = None
-    p_corrected: float | None = None
-    verdict: Verdict | None = None
+class Scored(Protocol):
+    """What `summarise` needs to know of a task."""
 
     @property
-    def base(self) -> float | None:
-        return None if self.delta is None else self.value - self.delta
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def statistics(self) -> Sequence[Statistic]: ...
+
+    @property
+    def parts(self) -> Sequence[str]: ...
 
 
-def change(
-    statistic: Statistic, base: float | None, tuned: float | None
-) -> Verdict | Literal["unchanged"] | None:
-    """How one example moved; None where either side has no number, or neither way is good."""
+def change(statistic: Statistic, base: float | None, tuned: float | None) -> Movement | None:
+    """How one example moved; None if either side has no number, or if neither direction is better."""
     if base is None or tuned is None or statistic.better is None:
         return None
     gain = (tuned - base) * (1 if statistic.better == "higher" else -1)
@@ -140,7 +110,7 @@ def change(
 
 
 def summarise(
-    task: Task, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
+    task: Scored, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
 ) -> list[Score]:
     """One Score for each statistic of ``task`` that any example has, in order, then its headlines by each of
     its parts.
@@ -240,7 +210,7 @@ def inverted(draws: np.ndarray, n: int) -> float:
 
 
 def _scores(
-    task: Task,
+    task: Scored,
     statistics: Sequence[Statistic],
     sides: Sequence[Sequence[ExampleScore]],
     part: str | None,
@@ -284,7 +254,7 @@ def resampled(sums: np.ndarray, seed: int) -> np.ndarray:
     )
 
 
-def _score(task: Task, statistic: Statistic, sums: np.ndarray, once: bool, seed: int) -> Score:
+def _score(task: Scored, statistic: Statistic, sums: np.ndarray, once: bool, seed: int) -> Score:
     """``sums``: (1 or 2, n, 2), the tuned model's and, where there is one, the base's. ``once``: a source is
     one example."""
     n = sums.shape[1]

@@ -23,12 +23,13 @@ from tunesmith.display import words
 from tunesmith.display.console import duration, size
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluation import pairing as paired
-from tunesmith.evaluation.pairing import Held, Pair, Recorded
-from tunesmith.evaluation.statistics import Score, judge
+from tunesmith.evaluation.pairing import Held, Pair
+from tunesmith.evaluation.statistics import judge
 from tunesmith.events import Notice, Sink, StepDone, Validated, silent
 from tunesmith.reports import summary as facts
 from tunesmith.reports import verdict as evidence
 from tunesmith.runs.directory import EVALS, ORIGIN, VALID, Run, flat
+from tunesmith.runs.records import Record, Score
 
 PAGE, TEXT, MACHINE = "compare.html", "compare.md", "compare.json"
 MARK = "tunesmith compare"
@@ -53,7 +54,7 @@ class Ran:
     settings: dict[str, Any]
     origins: dict[str, str]
     held_out: str
-    evaluations: list[Recorded]
+    evaluations: list[Record]
 
     def __str__(self) -> str:
         return f"{self.letter} ({self.name})"
@@ -127,11 +128,11 @@ class Comparison:
                     {
                         "task": held.other.task,
                         "version": held.other.version,
-                        "rows": held.other.rows,
+                        "rows": held.other.variant,
                         "note": held.note,
-                        "identity": held.other.about["identity"],
-                        "base": held.other.about["base"],
-                        "checkpoints": [held.one.about["checkpoint"], held.other.about["checkpoint"]],
+                        "identity": held.other.identity,
+                        "base": held.other.base,
+                        "checkpoints": [held.one.checkpoint, held.other.checkpoint],
                         "scores": [{**asdict(score), "against": score.base} for score in held.scores],
                         "changes": Counter(pair.change for pair in held.pairs if pair.change),
                         "prompts": [pair._asdict() for pair in held.pairs],
@@ -258,16 +259,9 @@ def _read(path: Path, letter: str, name: str, notify: Sink) -> Ran:
         (one.step, tokens[one.step], one.loss) for one in facts.only(log, Validated) if one.step in tokens
     ]
     evaluations, older = paired.recorded(path)
-    for folder in older:
-        what = f"{letter}: {EVALS}/{folder} is of an older version of tunesmith, and not compared"
-        notify(
-            Notice(
-                what,
-                level="warning",
-                where=str(path),
-                hint=paired.command(path, {"task": folder.partition("@")[0]}),
-            )
-        )
+    for record in older:
+        what = f"{letter}: {EVALS}/{record.name} is of an older version of tunesmith, and not compared"
+        notify(Notice(what, level="warning", where=str(path), hint=paired.command(record)))
     origins = json.loads((path / ORIGIN).read_text(encoding="utf-8")) if (path / ORIGIN).exists() else {}
     held_out = sha256(path / VALID) if (path / VALID).exists() and (path / VALID).stat().st_size else ""
     return Ran(
@@ -319,14 +313,14 @@ def _others(runs: Sequence[Ran]) -> list[Row]:
 
 def _refusal(first: Ran, run: Ran, one: paired.Refused) -> tuple[str, str, str | None]:
     """What, why and the command that would mend it."""
-    what, about, why, lacking = f"{one.of.task}{one.of.rows}", one.of.about, one.why, one.lacks == "other"
+    what, about, why, lacking = f"{one.of.task}{one.of.variant}", one.of, one.why, one.lacks == "other"
     if one.lacks is not None:
         why = f"{(first, run)[lacking].letter} was not evaluated on it"
-    apart = about["data"] == VALID and first.held_out != run.held_out and "other bases" not in why
+    apart = about.data == VALID and first.held_out != run.held_out and "other bases" not in why
     if apart:  # the usual command would ask each its own
-        about = about | {"data": [UNSEEN]}
+        about = replace(about, data=(UNSEEN,))
         why += f"; the runs held out other rows, so both need the same: {UNSEEN} of rows that neither was trained on"
-    commands = [paired.command(each.path, about) for each in (first, run)]
+    commands = [paired.command(about, each.path) for each in (first, run)]
     if one.lacks is None or apart:
         return what, why, "; ".join(commands) if apart or one.why.startswith("version") else None
     return what, why, commands[lacking]
@@ -400,10 +394,7 @@ def _verdict(first: Ran, sides: Sequence[Against]) -> tuple[str, str]:
     won = [one is not None and one[1].verdict == "improved" for one in leads]
     count = sum(won)
     # Only one number, of the same prompts, ranks: a share cannot be held against a perplexity.
-    alike = (
-        len({(one[1].task, one[1].name, one[0].other.about["identity"]) for one in leads if one is not None})
-        == 1
-    )
+    alike = len({(one[1].task, one[1].name, one[0].other.identity) for one in leads if one is not None}) == 1
     best = max(range(len(sides)), key=lambda at: (won[at], gains[at]))
     spoken = [sides[best]] if alike or len(sides) == 1 else sides
     worse = any(
@@ -427,7 +418,7 @@ def _verdict(first: Ran, sides: Sequence[Against]) -> tuple[str, str]:
 def lead(held: Sequence[Held]) -> tuple[Held, Score] | None:
     """The headline of the task that is nearest to what users see, on all rows rather than some."""
     for asked in (*evidence.SPEAKING, "benchmarks"):
-        for each in sorted(held, key=lambda each: len(each.other.rows)):
+        for each in sorted(held, key=lambda each: len(each.other.variant)):
             for score in each.scores:
                 if (
                     score.headline

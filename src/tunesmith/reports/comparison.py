@@ -16,7 +16,6 @@ from tunesmith.display import charts, words
 from tunesmith.display.console import duration, size
 from tunesmith.errors import ConfigError
 from tunesmith.evaluation.pairing import Held, Pair
-from tunesmith.evaluation.statistics import Score
 from tunesmith.files import write_text
 from tunesmith.reports import page
 from tunesmith.reports import verdict as evidence
@@ -34,6 +33,7 @@ from tunesmith.reports.compare import (
     read_side_by_side,
 )
 from tunesmith.reports.markdown import cell, fence, table
+from tunesmith.runs.records import Score
 
 READ, SHORT = 20, 4_000
 """Prompts of each kind and task that are shown, and letters of each text; compare.json has all of them."""
@@ -96,8 +96,8 @@ def _view(first: str, side: Against) -> dict[str, Any]:
             "task": each.other.task,
             "note": each.note,
             "pairs": len(each.pairs),
-            "about": f"version {each.other.version}{each.other.rows}, checkpoints "
-            f"{each.one.about['checkpoint']} and {each.other.about['checkpoint']}",
+            "about": f"version {each.other.version}{each.other.variant}, checkpoints "
+            f"{each.one.checkpoint} and {each.other.checkpoint}",
             "headlines": [_line(each, score) for score in _headlines(each)],
             "scores": [_line(each, score) for score in each.scores],
             "reading": list(read_side_by_side(each, READ)),
@@ -171,10 +171,7 @@ def _costs(runs: Sequence[Ran]) -> list[tuple[str, list[str]]]:
         ("validation loss, last", told(lambda one: one["validation"][-1]["loss"], number)),
         (
             "checkpoint evaluated",
-            [
-                ", ".join(sorted({str(each.about["checkpoint"]) for each in run.evaluations})) or "–"
-                for run in runs
-            ],
+            [", ".join(sorted({str(each.checkpoint) for each in run.evaluations})) or "–" for run in runs],
         ),
         ("updates took", told(lambda one: one["time"]["training_s"] or None, duration)),
         ("whole run took", told(lambda one: one["time"]["seconds"], duration)),

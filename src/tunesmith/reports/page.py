@@ -23,14 +23,13 @@ from tunesmith.auditing.screen import escaped, many, percent, visible
 from tunesmith.display import charts, words
 from tunesmith.display.console import duration, size
 from tunesmith.reports import curves, markdown
-from tunesmith.reports import summary as facts
 from tunesmith.reports import verdict as evidence
+from tunesmith.runs import records
 from tunesmith.runs.directory import flat
 
 BYTES = 1_500_000
 """Of prompts with their answers, over all evaluations."""
 LETTERS, SAMPLES, STEPS = 1_500, 12, 8
-TEXTS = ("prompt", "reference", "base_answer", "tuned_answer")
 TITLES = {
     "answers": "What came of it",
     "next": "Limits, and what to try next",
@@ -249,6 +248,7 @@ def _examples(run_dir: Path, evaluations: Sequence[Mapping[str, Any]]) -> list[d
     """Of each evaluation the rows that fit its share of `BYTES`, taken in turn from those that regressed,
     improved and stayed."""
     asked = [one for one in evaluations if one["examples"]]
+    by_folder = {record.name: record for record in records.read(run_dir)[0]}
     found = []
     for one in asked:
         classes: dict[str | None, list[list[Any]]] = {
@@ -257,14 +257,16 @@ def _examples(run_dir: Path, evaluations: Sequence[Mapping[str, Any]]) -> list[d
             "unchanged": [],
             None: [],
         }
-        for number, row in enumerate(facts.examples(run_dir, one["folder"])):
+        for number, example in enumerate(by_folder[one["folder"]].examples()):
+            texts = (example.prompt, example.reference, example.base_answer, example.tuned_answer)
             told = [
-                words.cut(str(row.get("source")), 300),
-                row.get("change"),
-                *(words.cut(row.get(key), LETTERS) for key in TEXTS),
+                words.cut(str(example.source), 300),
+                example.change,
+                *(words.cut(text, LETTERS) for text in texts),
+                None if example.base is None else words.number(example.base),
+                words.number(example.tuned),
             ]
-            told += [None if row.get(key) is None else words.number(row[key]) for key in ("base", "tuned")]
-            classes.setdefault(row.get("change"), []).append([number, told])
+            classes.setdefault(example.change, []).append([number, told])
         left, kept = BYTES // len(asked), []
         for turn in zip_longest(*classes.values()):
             for numbered in filter(None, turn):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tunesmith.display import words
-from tunesmith.evaluation.statistics import Score
+from tunesmith.runs.records import Score
 
 SAID = {"improved": "+ improved", "regressed": "− regressed", "no difference shown": "= none shown"}
 STYLES = {"improved": "green", "regressed": "red"}

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict
 from operator import mul
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,28 +22,13 @@ import yaml
 from tunesmith import events
 from tunesmith.display import console, words
 from tunesmith.errors import SHOWN, EvaluationError
-from tunesmith.evaluation.evaluate import EXAMPLES, SCORE
-from tunesmith.evaluation.statistics import Score
 from tunesmith.reports import advice
 from tunesmith.reports import verdict as evidence
-from tunesmith.runs.directory import (
-    AUDIT,
-    CHECKPOINTS,
-    CONFIG,
-    DROPPED,
-    EVALS,
-    EVENTS,
-    MANIFEST,
-    ORIGIN,
-    PLAN,
-    flat,
-)
+from tunesmith.runs import records
+from tunesmith.runs.directory import AUDIT, CHECKPOINTS, CONFIG, DROPPED, EVENTS, MANIFEST, ORIGIN, PLAN, flat
 
 Kind = TypeVar("Kind", bound=events.Event)
 SURROGATE = re.compile("[\ud800-\udfff]")
-BEFORE = {one.name: one.default for one in fields(Score) if one.default is not MISSING}
-"""What a score of an earlier release does not say."""
-NEEDED = {one.name for one in fields(Score)} - BEFORE.keys()
 
 
 def summary(run_dir: Path, told: Sequence[events.Event] | None = None) -> dict[str, Any]:
@@ -198,85 +183,54 @@ def samples(sampled: Sequence[events.Sampled]) -> list[dict[str, Any]]:
     ]
 
 
-def examples(run_dir: Path, folder: str) -> Iterator[dict[str, Any]]:
-    """The lines of an evaluation's examples. Raises EvaluationError, with the line, where one is torn."""
-    return _lines(
-        run_dir / EVALS / folder / EXAMPLES, f"evaluate again: tunesmith evaluate {shlex.quote(str(run_dir))}"
-    )
-
-
-def _lines(path: Path, hint: str | None = None) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON object of each line; none where the run did not get so far."""
     if path.exists():
         with path.open("rb") as lines:
             yield from (
-                _parsed(line, f"{path}:{number}", hint)
-                for number, line in enumerate(lines, 1)
-                if line.strip()
+                _parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
             )
 
 
-def _load(path: Path, hint: str | None = None) -> dict[str, Any]:
+def _load(path: Path) -> dict[str, Any]:
     """The JSON object at ``path``; empty where the run did not get so far."""
-    return _parsed(path.read_bytes(), str(path), hint) if path.exists() else {}
+    return _parsed(path.read_bytes(), str(path)) if path.exists() else {}
 
 
-def _parsed(text: bytes, where: str, hint: str | None) -> dict[str, Any]:
+def _parsed(text: bytes, where: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise EvaluationError(f"cannot be read: {error}", where=where, hint=hint) from error
+        raise EvaluationError(f"cannot be read: {error}", where=where) from error
     if not isinstance(found, dict):
-        raise EvaluationError("cannot be read: it is no JSON object", where=where, hint=hint)
+        raise EvaluationError("cannot be read: it is no JSON object", where=where)
     return found
 
 
 def _evaluations(run_dir: Path) -> tuple[list[dict[str, Any]], list[events.Notice]]:
     """Each with its folder, how its prompts moved and how many answers were cut; and what could not be
     read."""
-    found, unread = [], []
-    for path in sorted((run_dir / EVALS).glob(f"*/{SCORE}")):
-        what = "not in this report"
+    found: list[dict[str, Any]] = []
+    evaluations, unreadable = records.read(run_dir)
+    unread = [_unread("not in this report", error) for error in unreadable]
+    for record in evaluations:
+        one = asdict(record) | {"folder": record.name, "cut": 0, "examples": 0, "changes": None}
+        one["data"] = list(record.data) if isinstance(record.data, tuple) else record.data
+        found.append(one)
         try:
-            one = _scored(path, f"evaluate again: tunesmith evaluate {shlex.quote(str(run_dir))}")
-            found.append(one)
-            what = "its numbers are in this report, its prompts are not"
-            cut, moved = 0, Counter[str | None]()
-            for example in examples(run_dir, path.parent.name):
-                moved[example.get("change")] += 1
-                cut += (example.get("tuned_detail") or {}).get("cut") is True
-            one |= {"cut": cut, "examples": moved.total()}
-            del moved[None]
-            one["changes"] = (
-                {name: moved[name] for name in ("improved", "unchanged", "regressed")} if moved else None
-            )
+            examples = list(record.examples())
         except EvaluationError as error:
-            unread.append(
-                events.Notice(f"{what}: {error.what}", "warning", where=error.where, hint=error.hint)
-            )
+            unread.append(_unread("its numbers are in this report, its prompts are not", error))
+            continue
+        moved = Counter(example.change for example in examples if example.change is not None)
+        one |= {"cut": sum(example.cut for example in examples), "examples": len(examples)}
+        if moved:
+            one["changes"] = {name: moved[name] for name in ("improved", "unchanged", "regressed")}
     return found, unread
 
 
-def _scored(path: Path, hint: str) -> dict[str, Any]:
-    one = {
-        "task": None,
-        "version": None,
-        "data": None,
-        "cut": 0,
-        "examples": 0,
-        "changes": None,
-        **_load(path, hint),
-    }
-    scores = one.get("scores")
-    if not isinstance(scores, list) or any(
-        not isinstance(score, dict) or NEEDED - score.keys() for score in scores
-    ):
-        raise EvaluationError(
-            "cannot be read: its scores are not there, or not whole", where=str(path), hint=hint
-        )
-    first: dict[str, Any] = next(iter(scores), {})
-    told = {name: one[name] or first.get(name) for name in ("task", "version")}
-    return one | told | {"folder": path.parent.name}
+def _unread(what: str, error: EvaluationError) -> events.Notice:
+    return events.Notice(f"{what}: {error.what}", "warning", where=error.where, hint=error.hint)
 
 
 def _score(evaluation: Mapping[str, Any], score: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,7 +238,7 @@ def _score(evaluation: Mapping[str, Any], score: Mapping[str, Any]) -> dict[str,
         name: evaluation.get(name) for name in ("checkpoint", "data", "folder", "identity", "at", "unseen")
     }
     limit = (evaluation.get("settings") or {}).get("limit")
-    return {**about, "limit": limit, **BEFORE, **score, "base": words.base(score)}
+    return {**about, "limit": limit, **score, "base": words.base(score)}
 
 
 def _stages(steps: Sequence[events.StepDone]) -> dict[str, float]:

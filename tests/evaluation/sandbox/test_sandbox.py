@@ -24,7 +24,9 @@ import pytest
 from tunesmith.errors import DataError, EvaluationError, SetupError
 from tunesmith.evaluation.sandbox import confinement, sandbox
 from tunesmith.evaluation.sandbox.sandbox import Limits, run
-from tunesmith.evaluation.tasks import EvaluationSpec, Material, Said, Subject, programs, summarise
+from tunesmith.evaluation.statistics import summarise
+from tunesmith.evaluation.subject import Said, Subject
+from tunesmith.evaluation.tasks import EvaluationSpec, Material, programs
 from tunesmith.events import Notice
 from tunesmith.machine.ranks import Ranks
 from tunesmith.model import loading as models

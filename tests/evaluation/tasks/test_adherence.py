@@ -34,15 +34,9 @@ from tunesmith.data.formats import (
     read,
 )
 from tunesmith.errors import DataError
-from tunesmith.evaluation.tasks import (
-    EvaluationSpec,
-    Material,
-    Said,
-    Subject,
-    adherence,
-    summarise,
-    tool_calls,
-)
+from tunesmith.evaluation.statistics import summarise
+from tunesmith.evaluation.subject import Said, Subject
+from tunesmith.evaluation.tasks import EvaluationSpec, Material, adherence, tool_calls
 from tunesmith.evaluation.tasks.adherence import WEIGHTS, Answered, Asked, build, language, loops, score
 from tunesmith.events import Notice
 from tunesmith.learning.objectives.sft import SFT

@@ -35,7 +35,9 @@ from tunesmith.evaluation.harness.requests import (
     likelihoods,
     longest,
 )
-from tunesmith.evaluation.tasks import EvaluationSpec, Material, Subject, benchmarks, summarise
+from tunesmith.evaluation.statistics import summarise
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.tasks import EvaluationSpec, Material, benchmarks
 from tunesmith.events import Notice, Working
 from tunesmith.model import loading as model
 from tunesmith.tokens import template

@@ -18,14 +18,15 @@ from rapidfuzz import fuzz, process
 from tunesmith.adapters import layers as adapters
 from tunesmith.checks.refusals import refuses
 from tunesmith.errors import DataError, EvaluationError
-from tunesmith.evaluation.statistics import change, paired
-from tunesmith.evaluation.subject import Said
+from tunesmith.evaluation.statistics import change, paired, summarise
+from tunesmith.evaluation.subject import Said, Subject
 from tunesmith.evaluation.suites import Entry, entries, made, spread
-from tunesmith.evaluation.tasks import EvaluationSpec, ExampleScore, Material, Subject, summarise
+from tunesmith.evaluation.tasks import EvaluationSpec, Material
 from tunesmith.evaluation.tasks.choices import MultipleChoice, Question, Scored, continuation, question
 from tunesmith.evaluation.tasks.drift import Apart, Chat, Item, Safety, Text, build, distributions, divergence
 from tunesmith.events import Notice
 from tunesmith.model import loading as model
+from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens import template
 from tunesmith.tokens.batches import BatchSpec
 

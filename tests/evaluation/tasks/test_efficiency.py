@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tunesmith.evaluation.statistics import judge
-from tunesmith.evaluation.tasks import ExampleScore, Material, Subject
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.tasks import Material
 from tunesmith.evaluation.tasks import efficiency as module
 from tunesmith.evaluation.tasks.efficiency import (
     BATCHES,
@@ -25,6 +26,7 @@ from tunesmith.evaluation.tasks.efficiency import (
 )
 from tunesmith.machine.ranks import Ranks
 from tunesmith.model import loading as model
+from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens import template
 from tunesmith.tokens.batches import BatchSpec
 

@@ -17,15 +17,9 @@ from tunesmith.checks.parsers import ParsedCall, parse, same_json
 from tunesmith.data import formats
 from tunesmith.data.formats import Call, Completion, Conversation, Document, Judged, Message, Preference
 from tunesmith.errors import EvaluationError
-from tunesmith.evaluation.tasks import (
-    EvaluationSpec,
-    Material,
-    Said,
-    Subject,
-    adherence,
-    summarise,
-    tool_calls,
-)
+from tunesmith.evaluation.statistics import summarise
+from tunesmith.evaluation.subject import Said, Subject
+from tunesmith.evaluation.tasks import EvaluationSpec, Material, adherence, tool_calls
 from tunesmith.evaluation.tasks import perplexity as perplexities
 from tunesmith.evaluation.tasks.perplexity import Perplexity, RowLoss
 from tunesmith.evaluation.tasks.tool_calls import CHECKS as ALL_CHECKS

@@ -16,58 +16,13 @@ import mlx.nn as nn
 from pydantic import Field
 
 from tunesmith.data.formats import JSON, Example
-from tunesmith.evaluation.statistics import (
-    ALIKE,
-    ALIKE_SHARE,
-    ONE,
-    RESAMPLES,
-    TAIL,
-    Score,
-    Statistic,
-    Target,
-    summarise,
-)
-from tunesmith.evaluation.subject import Prompt, Said, Subject
+from tunesmith.evaluation.statistics import Statistic, summarise
+from tunesmith.evaluation.subject import Subject
 from tunesmith.events import Sink, silent
+from tunesmith.runs.records import ExampleScore, Score
 from tunesmith.settings.config import Spec
 from tunesmith.tokens.batches import BatchSpec
 from tunesmith.tokens.template import Renderer, Row, TemplateSpec
-
-__all__ = [
-    "ALIKE",
-    "ALIKE_SHARE",
-    "ONE",
-    "RESAMPLES",
-    "TAIL",
-    "EvaluationSpec",
-    "ExampleScore",
-    "Material",
-    "Prompt",
-    "Said",
-    "Score",
-    "Statistic",
-    "Subject",
-    "Target",
-    "Task",
-    "digest",
-    "summarise",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class ExampleScore:
-    """One example's score. ``value``: mean over its units; ``units``: its weight (learned tokens, or 1).
-
-    ``source``: names the example, and is one for examples that are not independent, as turns of a
-    conversation. ``prompt``, ``reference`` and ``answer`` are there to be read side by side."""
-
-    source: str
-    value: float
-    units: float = 1.0
-    detail: dict[str, JSON] = field(default_factory=dict)
-    prompt: str | None = None
-    reference: str | None = None
-    answer: str | None = None
 
 
 class EvaluationSpec(Spec):

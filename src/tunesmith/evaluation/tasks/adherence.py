@@ -31,9 +31,12 @@ from tunesmith.checks.refusals import refuses
 from tunesmith.data.examples import content_of
 from tunesmith.data.formats import JSON, Conversation, Demonstration, Document, Example, Message
 from tunesmith.errors import DataError, EvaluationError, listing
-from tunesmith.evaluation.tasks import ExampleScore, Material, Prompt, Said, Statistic, Subject, Task, digest
+from tunesmith.evaluation.statistics import Statistic
+from tunesmith.evaluation.subject import Prompt, Said, Subject
+from tunesmith.evaluation.tasks import Material, Task, digest
 from tunesmith.evaluation.tasks.tool_calls import Reference, Written, asked_last, references, written
 from tunesmith.events import Notice
+from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.template import Renderer
 
 WEIGHTS = {"sanity": 25, "structure": 30, "semantic": 30, "safety": 15}

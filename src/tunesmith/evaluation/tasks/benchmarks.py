@@ -23,9 +23,12 @@ from tunesmith.data.formats import JSON
 from tunesmith.errors import EvaluationError, TemplateError, TunesmithError
 from tunesmith.evaluation import suites
 from tunesmith.evaluation.harness import catalogue
-from tunesmith.evaluation.tasks import ExampleScore, Material, Statistic, Subject, Task, digest
+from tunesmith.evaluation.statistics import Statistic
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.tasks import Material, Task, digest
 from tunesmith.events import Notice, Sink, ticker
 from tunesmith.machine.ranks import Ranks
+from tunesmith.runs.records import ExampleScore
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

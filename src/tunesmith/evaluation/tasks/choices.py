@@ -18,9 +18,12 @@ import numpy as np
 
 from tunesmith.data.formats import JSON
 from tunesmith.errors import DataError, TemplateError
+from tunesmith.evaluation.statistics import Statistic, Target
+from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.suites import Entry, require_finite
-from tunesmith.evaluation.tasks import ExampleScore, Statistic, Subject, Target, Task, digest
+from tunesmith.evaluation.tasks import Task, digest
 from tunesmith.events import Notice, Sink
+from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Renderer, Tokens
 

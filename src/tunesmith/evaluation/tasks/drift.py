@@ -20,21 +20,14 @@ from tunesmith.checks.refusals import refuses
 from tunesmith.data.formats import JSON, Conversation, Message
 from tunesmith.errors import DataError, EvaluationError, TemplateError
 from tunesmith.evaluation import suites
+from tunesmith.evaluation.statistics import Statistic, Target
+from tunesmith.evaluation.subject import Said, Subject
 from tunesmith.evaluation.suites import Entry
-from tunesmith.evaluation.tasks import (
-    ExampleScore,
-    Material,
-    Said,
-    Statistic,
-    Subject,
-    Target,
-    Task,
-    choices,
-    digest,
-)
+from tunesmith.evaluation.tasks import Material, Task, choices, digest
 from tunesmith.events import Notice
 from tunesmith.model import loading as model
 from tunesmith.model import logprobs
+from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Renderer, Tokens
 

@@ -22,10 +22,12 @@ import numpy as np
 
 from tunesmith.data.formats import JSON
 from tunesmith.evaluation import statistics, suites
-from tunesmith.evaluation.statistics import BOOTSTRAP
-from tunesmith.evaluation.tasks import ONE, ExampleScore, Material, Score, Statistic, Subject, Task, digest
+from tunesmith.evaluation.statistics import BOOTSTRAP, ONE, Statistic
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.tasks import Material, Task, digest
 from tunesmith.machine import backend
 from tunesmith.model import loading as model
+from tunesmith.runs.records import ExampleScore, Score
 from tunesmith.tokens.template import Renderer
 
 BATCHES = (1, 4, 16)

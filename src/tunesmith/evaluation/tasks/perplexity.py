@@ -27,8 +27,11 @@ from tunesmith.data.formats import (
     Preference,
 )
 from tunesmith.errors import EvaluationError, listing
-from tunesmith.evaluation.tasks import ExampleScore, Material, Statistic, Subject, Task, digest
+from tunesmith.evaluation.statistics import Statistic
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.tasks import Material, Task, digest
 from tunesmith.events import Notice
+from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Row, render
 

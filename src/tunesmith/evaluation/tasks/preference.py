@@ -19,24 +19,24 @@ import numpy as np
 
 from tunesmith.data import formats
 from tunesmith.data.formats import Dropped
-from tunesmith.evaluation.statistics import BOOTSTRAP, Better, edges, inverted, mcnemar
-from tunesmith.evaluation.suites import require_finite
-from tunesmith.evaluation.tasks import (
+from tunesmith.evaluation.statistics import (
     ALIKE_SHARE,
+    BOOTSTRAP,
     RESAMPLES,
     TAIL,
-    ExampleScore,
-    Material,
-    Score,
     Statistic,
-    Subject,
-    Task,
-    digest,
+    edges,
+    inverted,
+    mcnemar,
 )
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.suites import require_finite
+from tunesmith.evaluation.tasks import Material, Task, digest
 from tunesmith.events import Notice
 from tunesmith.learning.objectives import won
 from tunesmith.learning.objectives.dpo import DPO
 from tunesmith.learning.objectives.kto import KTO
+from tunesmith.runs.records import Better, ExampleScore, Score
 from tunesmith.tokens import template
 from tunesmith.tokens.batches import Group
 

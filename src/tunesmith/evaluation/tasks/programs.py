@@ -23,8 +23,11 @@ from tunesmith.data.examples import BadRow
 from tunesmith.errors import DataError, EvaluationError, listing
 from tunesmith.evaluation.sandbox import sandbox
 from tunesmith.evaluation.sandbox.sandbox import Limits, Outcome
-from tunesmith.evaluation.tasks import ExampleScore, Material, Statistic, Subject, Task, digest
+from tunesmith.evaluation.statistics import Statistic
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.tasks import Material, Task, digest
 from tunesmith.events import Notice, Sink
+from tunesmith.runs.records import ExampleScore
 
 MAX_TOKENS = 512
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

@@ -27,8 +27,11 @@ from tunesmith.data.formats import (
     Preference,
 )
 from tunesmith.errors import EvaluationError
-from tunesmith.evaluation.tasks import ExampleScore, Material, Prompt, Said, Statistic, Subject, Task, digest
+from tunesmith.evaluation.statistics import Statistic
+from tunesmith.evaluation.subject import Prompt, Said, Subject
+from tunesmith.evaluation.tasks import Material, Task, digest
 from tunesmith.events import Notice, Sink
+from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.template import Refused, Renderer
 
 NO_CALL = "no call"
