@@ -1,5 +1,5 @@
 """``python -m tunesmith``"""
 
-from tunesmith.cli.app import main
+from tunesmith.cli import main
 
 main()

@@ -20,7 +20,7 @@ from tunesmith import events
 from tunesmith.auditing import AuditSpec, embeddings, survey
 from tunesmith.auditing import comparison as compare
 from tunesmith.auditing.findings import Audit, Finding
-from tunesmith.cli import app as cli
+from tunesmith.cli import app
 from tunesmith.data import formats
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.model import loading as models
@@ -54,7 +54,7 @@ def finding(found: Audit, rule: str) -> Finding:
 
 
 def command(*words: object, code: int = 0):
-    result = CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False)
+    result = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result
 

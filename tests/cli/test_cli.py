@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import tiny
 import tunesmith
 from tunesmith import events
-from tunesmith.cli import app as cli
+from tunesmith.cli import app
 from tunesmith.errors import ConfigError, DataError, ModelError, TunesmithError
 from tunesmith.machine import backend
 from tunesmith.runs.directory import Run
@@ -35,7 +35,7 @@ QUICK = [
 
 
 def run(*words: object, code: int = 0, **options):
-    result = CliRunner().invoke(cli.app, list(map(str, words)), catch_exceptions=False, **options)
+    result = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False, **options)
     assert result.exit_code == code, result.output
     return result
 
@@ -219,7 +219,7 @@ def test_an_interrupted_evaluation_says_what_is_kept(trained, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tunesmith, "evaluate", stop)
-    done = CliRunner().invoke(cli.app, ["evaluate", str(trained)])
+    done = CliRunner().invoke(app, ["evaluate", str(trained)])
     assert done.exit_code == 130
     assert done.stderr == "interrupted; what was measured is kept, and the same command goes on\n"
 
@@ -468,7 +468,7 @@ def test_every_command_in_the_readme_exists():
     root = Path(__file__).resolve().parents[2]
     text = (root / "README.md").read_text()
     verbs = set(re.findall(r"^tunesmith (\w+)", text, re.MULTILINE))
-    known = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert {"doctor", "show", "train", "evaluate", "chat"} <= verbs <= known
     makefile = (root / "Makefile").read_text()
     targets = set(re.findall(r"make (\w+)", text))

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import colours
 import tiny
 from tunesmith import events, reports
-from tunesmith.cli import app as cli
+from tunesmith.cli import app
 from tunesmith.display import charts, words
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation.statistics import Target
@@ -159,7 +159,7 @@ def trained(tmp_path_factory, tiny_model) -> Path:
         folder / "run",
         *(part for one in sets for part in ("--set", one)),
     ]
-    result = CliRunner().invoke(cli.app, list(map(str, words_)), catch_exceptions=False)
+    result = CliRunner().invoke(app, list(map(str, words_)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return folder / "run"
 
@@ -966,7 +966,7 @@ def test_a_torn_evaluation_is_told_and_the_rest_is_written(run, torn):
     prompts = "its numbers are in this report, its prompts are not: cannot be read"
     start = prompts if torn == "examples.jsonl" else "not in this report: cannot be read"
     notice = next(one for one in told(run)["notices"] if one["what"].startswith(start))
-    said = CliRunner().invoke(cli.app, ["report", str(run)], catch_exceptions=False)
+    said = CliRunner().invoke(app, ["report", str(run)], catch_exceptions=False)
     assert (
         said.stderr.startswith(f"warning: {path}")
         and start in said.stderr

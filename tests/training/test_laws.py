@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import tiny
 from tunesmith import events
-from tunesmith.cli import app as cli
+from tunesmith.cli import app
 from tunesmith.errors import ModelError
 from tunesmith.runs.directory import Run
 
@@ -51,7 +51,7 @@ def arguments(model: Path, data: Path, out: Path, **changes: object) -> list[str
 
 
 def call(*words: str) -> str:
-    result = CliRunner().invoke(cli.app, list(words), catch_exceptions=False)
+    result = CliRunner().invoke(app, list(words), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -145,7 +145,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(tiny_model, ro
         content[len(content) // 2] ^= 1
         victim.write_bytes(content[: len(content) // 2] if damage in ("cut", "cursor") else content)
     straight.mark("running")
-    result = CliRunner().invoke(cli.app, ["train", "--resume", str(straight.path)], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["train", "--resume", str(straight.path)], catch_exceptions=False)
     assert result.exit_code == 0
     assert str(victim) in result.stderr and "the checkpoint before it is used" in result.stderr
     assert final(straight) == whole
@@ -160,7 +160,7 @@ def test_resume_refuses_changed_data_and_settings_with_a_diff(tiny_model, rows, 
     run.mark("running")
     with pytest.raises(ResumeMismatch, match=r"optimizer.learning_rate: 0.01 → 0.5"):
         CliRunner().invoke(
-            cli.app,
+            app,
             ["train", "--resume", str(run.path), "--set", "optimizer.learning_rate=0.5"],
             catch_exceptions=False,
         )
@@ -169,7 +169,7 @@ def test_resume_refuses_changed_data_and_settings_with_a_diff(tiny_model, rows, 
     with data.open("a") as stream:
         stream.write(json.dumps(tiny.conversations(1, seed=5)[0]) + "\n")
     with pytest.raises(ResumeMismatch, match=r"rows.jsonl"):
-        CliRunner().invoke(cli.app, ["train", "--resume", str(run.path)], catch_exceptions=False)
+        CliRunner().invoke(app, ["train", "--resume", str(run.path)], catch_exceptions=False)
 
 
 def test_a_run_goes_on_where_its_model_was_moved(tiny_model, rows, tmp_path):
@@ -181,7 +181,7 @@ def test_a_run_goes_on_where_its_model_was_moved(tiny_model, rows, tmp_path):
     run.mark("running")
     moved.rename(tmp_path / "there")
     with pytest.raises(ModelError, match="moved: does not exist"):
-        CliRunner().invoke(cli.app, ["train", "--resume", str(run.path)], catch_exceptions=False)
+        CliRunner().invoke(app, ["train", "--resume", str(run.path)], catch_exceptions=False)
     call("train", "--resume", str(run.path), "--set", f"model.path={tmp_path / 'there'}")
     assert final(run) == whole
 
@@ -365,7 +365,7 @@ def test_two_processes_do_not_train_one_run(tiny_model, rows, tmp_path):
     run = train(tiny_model, rows, tmp_path / "run")
     run.mark("running")
     with run.lock(), pytest.raises(DataError, match="another process"):
-        CliRunner().invoke(cli.app, ["train", "--resume", str(run.path)], catch_exceptions=False)
+        CliRunner().invoke(app, ["train", "--resume", str(run.path)], catch_exceptions=False)
 
 
 def test_early_stopping_and_best(tiny_model, rows, tmp_path):

@@ -1,5 +1,73 @@
-"""What can be typed? One file for a group of verbs; each verb calls the Python function of its name."""
+"""What can be typed? One file for a group of verbs; each verb calls the Python function of its name.
 
-from tunesmith.cli.app import main
+Results go to stdout, progress to stderr. Exit status: 0 done, 1 unexpected, 2 settings, 3 data, 4 template, 5
+model, 6 training, 7 evaluation, 8 export, 9 server, 10 set-up, 130 interrupted (with what was saved, and how
+to go on)."""
 
-__all__ = ["main"]
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli import data, evaluation, setup, talking, training
+from tunesmith.errors import TunesmithError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune language models on your own machine, with proof that it worked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in (
+    setup.init,
+    setup.doctor,
+    data.show,
+    data.audit,
+    training.train,
+    training.watch,
+    evaluation.evaluate,
+    evaluation.compare,
+    evaluation.report,
+    talking.generate,
+    talking.chat,
+):
+    app.command()(verb)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"tunesmith {installed('tunesmith')}")
+        raise typer.Exit
+    if debug:
+        os.environ["TUNESMITH_DEBUG"] = "1"
+
+
+def main() -> None:
+    """The entry point. An error that a user can cause is printed without a traceback."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is missing on purpose
+    try:
+        app()
+    except TunesmithError as error:
+        if os.environ.get("TUNESMITH_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

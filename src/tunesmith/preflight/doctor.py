@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from tunesmith import events
 from tunesmith.display.console import size
@@ -43,16 +43,24 @@ class Check(TypedDict):
     hint: str | None
 
 
-def doctor(path: Path = Path("."), overfit: bool = True, notify: Sink = events.silent) -> dict[str, Any]:
-    """``{"ok": no check failed, "checks": [Check, …]}``; never raises for what is wrong with the machine.
+class Diagnosis(TypedDict):
+    """``ok``: no check failed."""
+
+    ok: bool
+    checks: list[Check]
+
+
+def doctor(path: str | Path = ".", *, overfit: bool = True, notify: Sink = events.silent) -> Diagnosis:
+    """Will it run here? Versions, device, memory, disk, BLAS, compiler, and a ten-step overfit whose end is
+    known.
 
     path: where runs will be written (it need not exist). overfit: also train a tiny random model for ten
-    steps."""
+    steps. Never raises for what is wrong with the machine."""
     groups: dict[str, Callable[[], list[Check]]] = {
         "versions": _versions,
         "device": _device,
         "memory": _memory,
-        "disk": lambda: _disk(path),
+        "disk": lambda: _disk(Path(path)),
         "products": _products,
     }
     groups |= {"overfit": _overfit} if overfit else {}

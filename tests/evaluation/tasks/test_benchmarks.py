@@ -23,7 +23,7 @@ from mlx.utils import tree_map
 
 import tiny
 from processes import LAUNCH
-from tunesmith.cli import app as cli
+from tunesmith.cli import app
 from tunesmith.errors import DataError, EvaluationError, SetupError
 from tunesmith.evaluation.harness import catalogue
 from tunesmith.evaluation.harness.requests import (
@@ -376,7 +376,7 @@ def test_hints_name_options_of_the_command():
         )
     )
     assert "evaluation." not in code.replace("tunesmith.evaluation.", "")
-    command = typer.main.get_command(cli.app).commands["evaluate"]
+    command = typer.main.get_command(app).commands["evaluate"]
     named = set(re.findall(r"[\"' ](--[a-z-]+[a-z])", code))
     assert {"--benchmark", "--benchmark-data", "--shots", "--limit"} <= named
     assert named <= {option for one in command.params for option in one.opts}

@@ -1,0 +1,165 @@
+"""``show`` and ``audit``: what is in the data."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import tunesmith
+from tunesmith.cli.options import (
+    Accept,
+    AsJson,
+    Config,
+    DataFiles,
+    Model,
+    Preset,
+    Set,
+    Tokenizer,
+    print_json,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.auditing.findings import Audit
+    from tunesmith.tokens.template import Row
+
+SHOWN_ROWS = 5
+
+
+def show(
+    data: DataFiles,
+    model: Model = None,
+    tokenizer: Tokenizer = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="only the first rows (default 5; all with --json)")
+    ] = None,
+    config: Config = None,
+    preset: Preset = None,
+    sets: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print rows as the model would learn them: learned tokens coloured (or between ⟦ and ⟧ without
+    colour)."""
+    rendered, renderer = tunesmith.show(
+        data,
+        model=model,
+        tokenizer=tokenizer,
+        config=config or (),
+        preset=preset,
+        sets=sets or (),
+        environ=os.environ,
+        limit=limit if limit is not None or as_json else SHOWN_ROWS,
+    )
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for row in rendered.rows:
+        if as_json:
+            print_json(_as_json(row))
+        else:
+            typer.echo(_marked(row, renderer.decode, colour=colour))
+    for dropped in rendered.dropped:
+        typer.echo(f"{dropped.source}: {dropped.reason}: {dropped.message}", err=True)
+    notes = "".join(f"; {note}: {count}" for note, count in sorted(rendered.notes.items()))
+    of_read = "" if limit is None and as_json else f" of the first {limit or SHOWN_ROWS} read"
+    typer.echo(f"{len(rendered.rows)} rows shown{of_read}, {len(rendered.dropped)} left out{notes}", err=True)
+
+
+def _as_json(row: Row) -> dict[str, object]:
+    return {
+        "source": row.source,
+        "id": row.example_id,
+        "turn": row.turn,
+        "label": row.label,
+        "ids": row.tokens.ids.tolist(),
+        "targets": row.tokens.targets.tolist(),
+    }
+
+
+def _marked(row: Row, decode: Callable[[list[int]], str], *, colour: bool) -> str:
+    """The row's text, its learned spans in green or between ⟦ and ⟧."""
+    ids, targets = row.tokens
+    pieces: list[str] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (targets[end] > 0) != (targets[start] > 0):
+            text = decode(ids[start:end].tolist())
+            if targets[start] > 0:
+                text = f"\x1b[1;32m{text}\x1b[0m" if colour else f"⟦{text}⟧"
+            pieces.append(text)
+            start = end
+    head = f"── {row.source}, turn {row.turn}: {len(ids)} tokens, {int((targets > 0).sum())} learned ──"
+    return f"{head}\n{''.join(pieces)}\n"
+
+
+def audit(
+    data: DataFiles,
+    model: Annotated[
+        str | None, typer.Option(help="its tokenizer counts tokens, its hidden states place prompts")
+    ] = None,
+    tokenizer: Tokenizer = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="evaluation set or prompts no row may repeat; repeatable")
+    ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="compare the first files with these; repeatable")
+    ] = None,
+    fix: Annotated[
+        Path | None, typer.Option(help="write a corrected copy here, and a ledger of every change beside it")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="the page (default: audit.html; none with --json)")
+    ] = None,
+    no_html: Annotated[bool, typer.Option("--no-html", help="no page")] = False,
+    accept: Accept = None,
+    embed: Annotated[
+        bool | None, typer.Option(help="place prompts by hidden states, or by words (default: with --model)")
+    ] = None,
+    config: Config = None,
+    preset: Preset = None,
+    sets: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find what would ruin a fine-tune: duplicates, conflicts, leaks, secrets, wrong labels, …; exit status 3
+    with errors."""
+    page = html or (None if no_html or as_json else Path("audit.html"))
+    with progress() as notify:
+        result = tunesmith.audit(
+            data,
+            model=model,
+            tokenizer=tokenizer,
+            against=against or (),
+            accept=accept or (),
+            compare=compare or (),
+            fix=fix,
+            page=page,
+            embed=embed,
+            config=config or (),
+            preset=preset,
+            sets=sets or (),
+            environ=os.environ,
+            notify=notify,
+        )
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _print_audit(result, page)
+    if result.of("error"):
+        raise typer.Exit(3)
+
+
+def _print_audit(result: Audit, page: Path | None) -> None:
+    from rich.console import Console
+
+    from tunesmith.auditing import comparison, screen
+
+    screen.render(result, Console())
+    if result.compared is not None:
+        typer.echo(comparison.told(result.compared))
+    if result.fixed is not None:
+        typer.echo(result.fixed.told())
+    if page is not None:
+        typer.echo(f"page: {page}")

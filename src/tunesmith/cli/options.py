@@ -1,0 +1,53 @@
+"""Options that several verbs share, and how a verb prints results and progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunesmith.display import console
+from tunesmith.events import Sink
+
+Model = Annotated[str | None, typer.Option(help="model folder, GGUF file or hub id")]
+Data = Annotated[
+    list[str] | None, typer.Option(help="JSONL, JSON, either gzipped, or a folder of them; repeatable")
+]
+DataFiles = Annotated[list[str], typer.Argument(help="data files")]
+Config = Annotated[list[Path] | None, typer.Option(help="YAML file; repeatable, later ones win")]
+Preset = Annotated[
+    str | None, typer.Option(help="a named set of settings; `tunesmith init --presets` lists them")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="one setting, as optimizer.learning_rate=2e-4; repeatable")
+]
+Tokenizer = Annotated[str | None, typer.Option(help="mistral-v3, or a folder with tokenizer files")]
+Accept = Annotated[
+    list[str] | None, typer.Option(help="let a finding pass, as duplicates or content.secrets; repeatable")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
+RunDirectory = Annotated[Path, typer.Argument(help="run directory")]
+Checkpoint = Annotated[str, typer.Option(help="best, last, or a step")]
+MovedModel = Annotated[
+    str | None, typer.Option("--model", help="path of the run's model, if it was moved since training")
+]
+
+
+def print_json(value: object) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+@contextmanager
+def progress(after_interrupt: str = "") -> Iterator[Sink]:
+    """Progress on stderr. after_interrupt: what an interrupted user is told about what is kept."""
+    try:
+        with console.sink(sys.stderr) as notify:
+            yield notify
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted{after_interrupt}", err=True)
+        raise typer.Exit(130) from None

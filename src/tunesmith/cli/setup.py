@@ -1,0 +1,55 @@
+"""``init`` and ``doctor``: before the first run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tunesmith
+from tunesmith.cli.options import AsJson, Data, Model, Preset, print_json, progress
+
+
+def init(
+    preset: Preset = None,
+    model: Model = None,
+    data: Data = None,
+    presets: Annotated[bool, typer.Option("--presets", help="list the presets instead")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="print the JSON schema of the settings, for editors")
+    ] = False,
+) -> None:
+    """Print an annotated configuration; `tunesmith init > run.yaml`."""
+    from tunesmith.settings import config
+
+    if presets:
+        for name, path in sorted(config.presets().items()):
+            typer.echo(f"{name}\t{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+    elif schema:
+        from tunesmith.machine import backend
+
+        backend.setup()
+        from tunesmith.runs.directory import RunConfig
+
+        print_json(config.schema(RunConfig))
+    else:
+        typer.echo(tunesmith.init(preset=preset, model=model, data=data or ()), nl=False)
+
+
+def doctor(
+    path: Annotated[Path, typer.Argument(help="where runs will be written")] = Path("."),
+    overfit: Annotated[bool, typer.Option(help="train a tiny model for ten steps")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: versions, device, memory, disk, BLAS, and a ten-step overfit."""
+    from tunesmith.preflight.doctor import render
+
+    with progress() as notify:
+        diagnosis = tunesmith.doctor(path, overfit=overfit, notify=notify)
+    if as_json:
+        print_json(diagnosis)
+    else:
+        typer.echo(render(diagnosis["checks"]))
+    if not diagnosis["ok"]:
+        raise typer.Exit(10)

@@ -1,0 +1,90 @@
+"""``generate`` and ``chat``: ask a run or a model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import tunesmith
+from tunesmith.cli.options import AsJson, Checkpoint, MovedModel, print_json, progress
+
+Target = Annotated[str, typer.Argument(help="run directory, checkpoint folder, or model")]
+System = Annotated[str | None, typer.Option(help="system message")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="longest answer")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="keep the likeliest tokens of this total share")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of the sampling")]
+
+
+def generate(
+    target: Target,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="repeatable; without it, one prompt a line from stdin")
+    ] = None,
+    checkpoint: Checkpoint = "best",
+    model: MovedModel = None,
+    base: Annotated[bool, typer.Option("--base", help="the run's model without its adapter")] = False,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Answer prompts, batched."""
+    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    with progress() as notify:
+        answers = tunesmith.generate(
+            target,
+            prompts,
+            checkpoint=checkpoint,
+            model=model,
+            adapter=not base,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            notify=notify,
+        )
+    for text, answer in zip(prompts, answers, strict=True):
+        if as_json:
+            print_json({"prompt": text, "answer": answer})
+        else:
+            typer.echo(answer)
+
+
+def chat(
+    target: Target,
+    checkpoint: Checkpoint = "best",
+    model: MovedModel = None,
+    system: System = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a run or a model; an empty line or Ctrl-D ends it."""
+    with progress() as notify:
+        conversation = tunesmith.chat(
+            target,
+            checkpoint=checkpoint,
+            model=model,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            notify=notify,
+        )
+    while True:
+        typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        for piece in conversation.say(line):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        typer.echo()

@@ -1,0 +1,115 @@
+"""``train`` and ``watch``: a run, from its settings to its last update."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import tunesmith
+from tunesmith.cli.options import (
+    Accept,
+    AsJson,
+    Config,
+    Data,
+    Model,
+    Preset,
+    RunDirectory,
+    Set,
+    print_json,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from tunesmith.runs.directory import Run, RunConfig
+    from tunesmith.settings.config import Resolved
+
+
+def train(
+    config: Config = None,
+    preset: Preset = None,
+    model: Model = None,
+    data: Data = None,
+    sets: Set = None,
+    accept: Accept = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the new run directory (default: runs/<day>-<model>-…)")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with this run")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything and count, train nothing")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="print every setting and where it came from")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune, or go on with an interrupted run."""
+    if resume is not None:
+        _refuse_beside_resume(bool(config or preset or model or data or accept or out or dry_run or explain))
+        with progress() as notify:
+            run = tunesmith.train(resume=resume, sets=sets or (), notify=notify)
+        _print_run(run, as_json)
+        return
+    resolved = tunesmith.configure(
+        preset=preset,
+        config=config or (),
+        model=model,
+        data=data or (),
+        sets=sets or (),
+        accept=accept or (),
+        environ=os.environ,
+    )
+    if explain:
+        from tunesmith.settings.config import explain as lines
+
+        typer.echo("\n".join(lines(resolved)), err=not dry_run or as_json)
+    if dry_run:
+        _plan(resolved, out)
+        return
+    with progress() as notify:
+        run = tunesmith.train(resolved, out=out, notify=notify)
+    _print_run(run, as_json)
+
+
+def _refuse_beside_resume(given: bool) -> None:
+    if given:
+        from tunesmith.errors import ConfigError
+
+        raise ConfigError("--resume takes its settings from the run", hint="only --set may stand beside it")
+
+
+def _plan(resolved: Resolved[RunConfig], out: Path | None) -> None:
+    if out is not None:
+        from tunesmith.runs.directory import require_free
+
+        require_free(out)
+    with progress() as notify:
+        counts = tunesmith.plan(resolved, notify=notify)
+    print_json(counts)
+
+
+def _print_run(run: Run | None, as_json: bool) -> None:
+    """Print the verdict; nothing on ranks but the first, whose run is None."""
+    if run is None:
+        return
+    from tunesmith import reports
+
+    if as_json:
+        print_json(reports.summarise(run.path))
+    else:
+        typer.echo(reports.verdict_line(run.path))
+        typer.echo(f"report: {run.path / 'report.html'}")
+    if run.manifest["status"] == "interrupted":
+        typer.echo(f"interrupted; go on with: {run.hint}", err=True)
+        raise typer.Exit(130)
+
+
+def watch(
+    run: RunDirectory,
+    once: Annotated[bool, typer.Option("--once", help="print the curves as they are now")] = False,
+) -> None:
+    """Show the curves of a run in the terminal, while it trains or after."""
+    tunesmith.watch(run, once=once)

@@ -1,0 +1,55 @@
+"""What would ``train`` do? Everything up to the first update, as counts; nothing is trained or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith import events
+from tunesmith.data.formats import JSON
+from tunesmith.events import Notice, Sink
+from tunesmith.model import loading
+from tunesmith.runs.directory import RunConfig
+from tunesmith.settings.config import Resolved
+from tunesmith.training import frozen, gradients, preparation, reference
+from tunesmith.training import loop as training
+
+
+def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[str, JSON]:
+    """What ``train`` would do, as counts: rows, tokens, padding, steps, trainable parameters. Trains nothing.
+
+    ``micro_batches``: of the first epoch. If layers lie below the adapter: the share of the layers' work that
+    ``loop.cache_frozen`` saves (0 within one epoch), and the disk space that it takes."""
+    spec = config.spec.anchored()
+    for text in spec.warnings():
+        notify(Notice(text, level="warning"))
+    prepared = preparation.prepare(spec, notify)
+    loaded = loading.load(spec.model, notify)
+    attached = spec.adapter.attach(loaded.net, spec.loop.seed)
+    training.begin(spec, loaded, notify)
+    gradients.require(loaded.net, spec, prepared.train, notify)
+    schedule = prepared.plan
+    micro_batches = [
+        rows
+        for step in range(min(schedule.steps, schedule.steps_per_epoch))
+        for rows in schedule.update(step)
+    ]
+    largest = [schedule.lengths[index] for index in schedule.largest()]
+    counts: dict[str, JSON] = {
+        **prepared.counts,
+        "trainable": attached.trainable,
+        "total": attached.total,
+        "micro_batches": len(micro_batches),
+        "largest_micro_batch": {"rows": len(largest), "tokens": schedule.cut.size(largest)},
+    }
+    if sequences := reference.count(prepared, spec):
+        counts["reference_sequences"] = sequences
+    if depth := frozen.depth(loaded.net):
+        epochs = schedule.steps / schedule.steps_per_epoch
+        saving = frozen.saving(loaded.net, epochs, spec.loop.checkpoint_gradients)
+        disk_bytes = frozen.Lower(loaded.net, Path()).needed(prepared.train)
+        counts |= {
+            "frozen_layers_below": depth,
+            "cache_frozen_saves": round(saving, 3),
+            "cache_frozen_gb": round(disk_bytes / 1e9, 3),
+        }
+    return counts

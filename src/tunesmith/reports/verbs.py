@@ -1,0 +1,119 @@
+"""The verbs that end in a report: ``train`` and ``evaluate`` renew it, ``report`` and ``compare`` write it,
+``watch`` shows it live."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith import events, reports
+from tunesmith.errors import ConfigError
+from tunesmith.evaluation import evaluate as evaluation
+from tunesmith.evaluation.evaluate import Evaluation
+from tunesmith.evaluation.tasks import EvaluationSpec
+from tunesmith.events import Notice, Sink
+from tunesmith.machine import ranks
+from tunesmith.reports import compare as comparing
+from tunesmith.reports import live
+from tunesmith.runs.configure import listed
+from tunesmith.runs.directory import CONFIG, Run, RunConfig
+from tunesmith.settings.config import Resolved, load
+from tunesmith.training import loop as training
+
+
+def train(
+    config: Resolved[RunConfig] | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    sets: Sequence[str] = (),
+    notify: Sink = events.silent,
+) -> Run | None:
+    """Train, write the report, and return the run directory; or go on with the run ``resume``.
+
+    Under `mlx.launch`, None on all ranks but the first. ``sets`` beside ``resume`` may change only what moves
+    no weight. Raises a TunesmithError."""
+    if resume is not None:
+        run = Run.open(resume)
+        spec = load(RunConfig, files=[run.path / CONFIG], sets=sets).spec
+        if run.manifest["status"] in ("completed", "stopped_early"):
+            run.require_same(spec, run.manifest["hashes"])
+            notify(Notice(f"{run.path} is complete: nothing is left to do"))
+            return run if ranks.join().writes else None
+        run = training.train(spec, resume=run, notify=notify)
+    elif config is not None:
+        where = None if out is None else Path(out)
+        run = training.train(config.spec, config.origins, out=where, notes=config.unused, notify=notify)
+    else:
+        raise ConfigError("nothing to train: neither settings nor a run to resume is given")
+    if run is not None:
+        reports.write(run.path)
+    return run
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    data: Sequence[str] = (),
+    checkpoint: str = "best",
+    model: str | None = None,
+    tasks: Sequence[str] = (),
+    base: bool = True,
+    fresh: bool = False,
+    notify: Sink = events.silent,
+    **options: Any,
+) -> Evaluation | None:
+    """Scores of base and tuned on the run's held-out rows (or ``data``) and the suites, with intervals; the
+    report is renewed.
+
+    model: path of the run's model, if it was moved since training. tasks: names of `evaluation.TASKS`, none:
+    the whole suite. options: the fields of `tasks.EvaluationSpec`, as ``max_tokens``, ``limit`` or
+    ``benchmarks``. fresh: measure again what is known from before. None on ranks but the first of
+    `mlx.launch`."""
+    given = {key: ([*value] if isinstance(value, tuple) else value, key) for key, value in options.items()}
+    spec = load(EvaluationSpec, overrides=given).spec
+    chosen = [*(listed(tasks) or evaluation.SUITE), *(["benchmarks"] if spec.benchmarks else [])]
+    result = evaluation.evaluate(
+        Run.open(run),
+        data=listed(data),
+        checkpoint=checkpoint,
+        model=model,
+        tasks=chosen,
+        base=base,
+        fresh=fresh,
+        spec=spec,
+        notify=notify,
+    )
+    if result is not None:
+        reports.write(result.run.path)
+    return result
+
+
+def compare(
+    runs: Sequence[str | Path],
+    *,
+    out: str | Path = "comparison",
+    against: str | Path | None = None,
+    notify: Sink = events.silent,
+) -> comparing.Comparison:
+    """How runs differ in settings and curves, and how their evaluations differ on the same prompts; a page, a
+    text and JSON go to ``out``.
+
+    against: the run that all others are compared with (default: the first). Raises DataError if one of them
+    is not a run, or if only one is given."""
+    paths = [Path(run) for run in listed(runs)]
+    baseline = None if against is None else Path(against)
+    return comparing.compare(paths, Path(out), against=baseline, notify=notify)
+
+
+def report(run: str | Path) -> Path:
+    """Write ``report.md`` and the files beside it (page, JSON, pictures, model card) again; the path of
+    ``report.md``."""
+    return reports.write(Run.open(run).path)
+
+
+def watch(run: str | Path, *, once: bool = False) -> None:
+    """Show the curves of a run in the terminal while it trains; ``once``: as they are now."""
+    live.watch(Path(run), sys.stdout, once=once)
