@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tunesmith.auditing.rules.content import masked
 from tunesmith.auditing.views import Survey, View
+from tunesmith.checks.content import masked
 
 LETTERS = 2_000
 """Of a prompt that are looked at, from its beginning."""

@@ -21,8 +21,8 @@ from tunesmith.auditing import AuditSpec
 from tunesmith.auditing.findings import Audit, Finding, Print, gravest_first
 from tunesmith.auditing.registry import RULES
 from tunesmith.auditing.rules import contamination, quality
-from tunesmith.auditing.rules.content import masked
 from tunesmith.auditing.views import Context, Survey, View, excerpt
+from tunesmith.checks.content import masked
 from tunesmith.data import formats, sources
 from tunesmith.data.examples import Example
 from tunesmith.data.formats import DataSpec, Dropped

@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal, cast
 import regex
 from pydantic import Field, ValidationError, validate_call
 
-from tunesmith.auditing.rules.content import fences, identifier
 from tunesmith.checks import schemas
+from tunesmith.checks.content import fences, identifier
 from tunesmith.checks.parsers import STRICT, parse
 from tunesmith.settings.config import JSON
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from tunesmith.auditing.rules import content
+from tunesmith.checks import content
 
 HEAD = 400
 """Letters that are looked at, from the start of the answer."""

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from tunesmith.auditing import AuditSpec
 from tunesmith.auditing.findings import Finding, Severity
-from tunesmith.auditing.rules.content import SCANNED, Content, masked
+from tunesmith.auditing.rules.content import Content
 from tunesmith.auditing.views import Context, Survey, View
+from tunesmith.checks.content import SCANNED, masked
 from tunesmith.data import formats
 from tunesmith.data.examples import (
     Call,

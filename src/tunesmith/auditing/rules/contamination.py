@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from tunesmith.auditing import near
 from tunesmith.auditing.findings import Evidence, Finding, Severity, counted
-from tunesmith.auditing.rules.content import masked
 from tunesmith.auditing.views import WORD, Context, Rule, Survey, View, excerpt, normal, spaced
+from tunesmith.checks.content import masked
 from tunesmith.data import formats, sources
 from tunesmith.data.examples import Example
 from tunesmith.errors import DataError

@@ -18,8 +18,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.auditing.findings import Evidence, Finding, Severity, counted
-from tunesmith.auditing.rules.content import masked
 from tunesmith.auditing.views import Context, Rule, Survey, View, excerpt
+from tunesmith.checks.content import masked
 from tunesmith.data import calls
 from tunesmith.data.examples import Conversation
 

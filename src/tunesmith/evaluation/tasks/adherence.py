@@ -23,8 +23,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import NamedTuple, cast
 
-from tunesmith.auditing.rules import content
-from tunesmith.checks import similarity
+from tunesmith.checks import content, similarity
 from tunesmith.checks.constraints import Constraint, declared, inferred
 from tunesmith.checks.parsers import one_form
 from tunesmith.checks.refusals import refuses
@@ -218,10 +217,10 @@ def _share(held: Iterable[bool | None]) -> float | None:
 
 
 def _control(asked: Asked, said: Said) -> bool:
-    written = {token for token, _ in content.tokens(said.text)}
+    written = {token for token, _ in content.control_tokens(said.text)}
     return (
         not written
-        - {token for token, _ in content.tokens(asked.known)}
+        - {token for token, _ in content.control_tokens(asked.known)}
         - ({"[TOOL_CALLS]"} if asked.calls else set())
     )
 
@@ -302,24 +301,11 @@ it is in the script and the language of the reference, where these can be told; 
 
 def _sensitive(text: str) -> list[tuple[str, str]]:
     """(category, value) of what `content` would name: secrets, pii, profanity."""
-    text = text[: content.SCANNED]
-    found: list[tuple[str, str]] = []
-    for one in content.scanner().scan(text).findings:
-        value, before = text[one.start : one.end], text[max(0, one.start - 60) : one.start]
-        if one.category == "secrets":
-            named = content.is_secret(one.kind, value, before)
-        elif one.category == "pii":
-            named = content.is_personal(one.kind, value, before, text[one.end : one.end + 4])
-        else:
-            masked = (
-                content.MASKED.fullmatch(value)
-                if one.confidence < 0.8
-                else 2 * sum(map(str.isalpha, value)) > len(value)
-            )
-            named = bool(masked) and language(text) in (None, "en")
-        if named:
-            found.append((one.category, value.casefold()))
-    return found
+    return [
+        (category, value.casefold())
+        for category, _, value in content.sensitive(text)
+        if category != "profanity" or language(text[: content.SCANNED]) in (None, "en")
+    ]
 
 
 def _adds_none(categories: tuple[str, ...], asked: Asked, said: Said) -> bool:
