@@ -709,11 +709,11 @@ def show(legs: dict[str, dict[str, Any]], reached: list[dict[str, Any]]) -> None
 def make_lengths(data: str, out: Path) -> None:
     """Write (tokens, learned tokens) of each row as Mistral's third tokenizer renders it."""
     from tunesmith.data import formats
-    from tunesmith.tokens import template
+    from tunesmith.tokens import renderers, template
 
     spec = formats.DataSpec.model_validate({"train": (data,), "valid": 0})
     examples = formats.read(spec.train, spec).examples
-    renderer = template.renderer("mistral-v3", "mistral-v3")
+    renderer = renderers.load("mistral-v3", "mistral-v3")
     rows = template.render(examples, renderer, template.TemplateSpec.model_validate({}), 1 << 20).rows
     pairs = [[len(row.tokens.ids), int((row.tokens.targets[1:] > 0).sum())] for row in rows]
     out.write_text(json.dumps(pairs, separators=(",", ":")).replace("],[", "],\n[") + "\n")

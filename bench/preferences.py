@@ -31,7 +31,7 @@ from tunesmith.learning.objectives import won
 from tunesmith.learning.objectives.kto import KTO
 from tunesmith.model import loading as model
 from tunesmith.runs.directory import Run
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers, template
 
 RESAMPLES = 4000
 COMMON = {
@@ -50,7 +50,7 @@ def subset(asked: argparse.Namespace, folder: Path) -> tuple[Path, Path, dict[st
     spec = formats.DataSpec(train=(asked.data,))
     read = formats.read(spec.train, spec)
     names = model.resolve(asked.model, dtype="auto")
-    renderer = template.renderer(names)
+    renderer = renderers.load(names)
     lenient = template.TemplateSpec.model_validate({"too_long": "drop"})
     rendered = template.render(KTO().select(read.examples).examples, renderer, lenient, asked.length)
     short = {row.example_id for row in rendered.rows}

@@ -26,7 +26,7 @@ from tunesmith.errors import ConfigError, DataError
 from tunesmith.model import loading as models
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs.directory import AUDIT, Run
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers
 
 QUICK = [
     "--set",
@@ -110,7 +110,7 @@ def test_a_sample_is_chosen_by_content_and_estimates_the_whole(syngen):
 
 def test_lengths_are_those_of_the_renderer(tmp_path, syngen):
     found = audited(syngen, tokenizer="mistral-v3", limit=1024)
-    by = template.renderer("mistral-v3")
+    by = renderers.load("mistral-v3")
     totals, answers = [], []
     for one in formats.read([syngen], formats.DataSpec(train=("x",))).examples:
         (made,) = by.rows(one)
@@ -366,7 +366,7 @@ def test_embeddings_are_the_mean_of_the_hidden_states_of_each_text_alone(tiny_mo
     import mlx.core as mx
 
     loaded = models.load(ModelSpec(path=str(tiny_model)))
-    by = template.renderer(tiny_model)
+    by = renderers.load(tiny_model)
     texts = ["the cat sat", "on a mat and read my note about tools", "", "music " * 400]
     found = embeddings.embedder(loaded, by, lambda done, total: None)(texts)
     for text, vector in zip(texts, found, strict=True):

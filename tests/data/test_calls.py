@@ -418,9 +418,9 @@ def test_rows_turned_on_the_way_in_are_written_and_read_again(tmp_path):
 
 
 def test_the_template_learns_calls_and_answers_and_never_results(syngen: Path):
-    from tunesmith.tokens.template import renderer
+    from tunesmith.tokens.renderers import load
 
-    mistral = renderer("mistral-v3")
+    mistral = load("mistral-v3")
     examples = [
         one
         for one in formats.read([syngen], spec(structure_calls=True)).examples

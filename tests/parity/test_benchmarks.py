@@ -13,7 +13,7 @@ from tunesmith.evaluation.harness.requests import language_model
 from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.tasks import benchmarks
 from tunesmith.model import loading as model
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers
 from tunesmith.tokens.batches import BatchSpec
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
@@ -27,7 +27,7 @@ def both(path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = model.load(model.ModelSpec(path=str(path)))
-    subject = Subject(loaded.net, template.renderer(loaded.path), "base", BatchSpec(), 8)
+    subject = Subject(loaded.net, renderers.load(loaded.path), "base", BatchSpec(), 8)
     net = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32).eval()
     theirs = HFLM(
         pretrained=net, tokenizer=AutoTokenizer.from_pretrained(loaded.path), batch_size=4, device="cpu"

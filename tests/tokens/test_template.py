@@ -26,8 +26,8 @@ from tunesmith.data.formats import (
     Preference,
 )
 from tunesmith.errors import DataError, ModelError, TemplateError
-from tunesmith.tokens.renderers import HFRenderer, MistralRenderer
-from tunesmith.tokens.template import TemplateSpec, render, renderer
+from tunesmith.tokens.renderers import HFRenderer, MistralRenderer, load
+from tunesmith.tokens.template import TemplateSpec, render
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "mistral.json").read_text(encoding="utf-8"))
 
@@ -97,9 +97,7 @@ def write(
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
     """``make(template, **options)``: the HF renderer of such a tokenizer."""
-    return lambda template, **options: renderer(
-        write(tmp_path_factory.mktemp("tokenizer"), template, **options)
-    )
+    return lambda template, **options: load(write(tmp_path_factory.mktemp("tokenizer"), template, **options))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +107,7 @@ def chatml(make):
 
 @pytest.fixture(scope="module")
 def mistral():
-    return renderer("mistral-v3")
+    return load("mistral-v3")
 
 
 def say(*words: str, system: str | None = None, tools=()) -> Conversation:
@@ -633,19 +631,19 @@ def test_cut_keeps_the_context_of_a_pair_alike(chatml):
 
 
 def test_auto_finds_the_renderer(tmp_path, mistral):
-    assert isinstance(renderer(write(tmp_path / "hf", CHATML)), HFRenderer)
+    assert isinstance(load(write(tmp_path / "hf", CHATML)), HFRenderer)
     own = write(tmp_path / "v3", CHATML)
     (own / "tokenizer.model.v3").write_bytes(Path(mistral._pieces.file_path).read_bytes())
-    assert isinstance(renderer(own), MistralRenderer) and isinstance(renderer(own, "hf"), HFRenderer)
-    assert renderer(own).fingerprint == mistral.fingerprint
+    assert isinstance(load(own), MistralRenderer) and isinstance(load(own, "hf"), HFRenderer)
+    assert load(own).fingerprint == mistral.fingerprint
     pieces = {mistral._pieces.id_to_piece(at): at for at in range(mistral._pieces.n_words)}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(pieces, []))).save_pretrained(
         tmp_path / "same"
     )
-    assert isinstance(renderer(tmp_path / "same"), MistralRenderer)
+    assert isinstance(load(tmp_path / "same"), MistralRenderer)
     for bad in (tmp_path / "absent", tmp_path):
         with pytest.raises(ModelError):
-            renderer(bad)
+            load(bad)
 
 
 def test_fingerprints_follow_what_decides_the_ids(make, mistral):

@@ -29,7 +29,8 @@ from tunesmith.data.formats import DataSpec, Dropped
 from tunesmith.data.sources import Raw
 from tunesmith.errors import ConfigError, DataError, listing
 from tunesmith.events import Notice, Sink
-from tunesmith.tokens.template import Refused, Renderer, Row, TemplateSpec, renderer
+from tunesmith.tokens import renderers
+from tunesmith.tokens.template import Refused, Renderer, Row, TemplateSpec
 
 BATCH = 256  # rows that travel to a process at once
 ALONE = 3_000
@@ -152,7 +153,7 @@ def context(setup: Setup) -> Context:
     made: Renderer | None = (
         None
         if setup.tokenizer is None
-        else renderer(setup.tokenizer, setup.template.renderer if setup.template else "auto")
+        else renderers.load(setup.tokenizer, setup.template.renderer if setup.template else "auto")
     )
     against = [contamination.load(path, setup.data) for path in setup.spec.against]
     if isinstance(setup.data.valid, tuple) and setup.data.valid:

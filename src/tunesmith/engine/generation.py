@@ -16,7 +16,7 @@ from tunesmith.errors import ConfigError, DataError
 from tunesmith.events import Notice, Sink
 from tunesmith.model import loading as model
 from tunesmith.runs.directory import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, Run
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers, template
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ def load(
     else:
         spec = model.ModelSpec(path=str(target))
         loaded = model.load(spec, notify)
-        return Speaker(loaded.net, template.renderer(loaded.path))
+        return Speaker(loaded.net, renderers.load(loaded.path))
     config = run.settings(model_path)
     loaded = model.load(config.model, notify)
-    renderer = template.renderer(config.model.tokenizer or loaded.path, config.template.renderer)
+    renderer = renderers.load(config.model.tokenizer or loaded.path, config.template.renderer)
     run.require_base(loaded.fingerprint, renderer.fingerprint)
     if folder is not None:
         adapters.load(loaded.net, folder)

@@ -49,7 +49,7 @@ from tunesmith.model.loading import Loaded
 from tunesmith.runs import records
 from tunesmith.runs.directory import EVALS, VALID, Run
 from tunesmith.runs.records import ExampleRecord, ExampleScore, Record, Score
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers, template
 from tunesmith.tokens.template import Renderer
 
 TASKS: dict[str, Builder] = {
@@ -160,7 +160,7 @@ def evaluate(
     data = [str(Path(path).expanduser().resolve()) for path in data]
     everything, imitated, hashes = _examples(run, data, tasks, spec.limit, notify)
     loaded = models.load(config.model, notify)
-    renderer = template.renderer(config.model.tokenizer or loaded.path, config.template.renderer)
+    renderer = renderers.load(config.model.tokenizer or loaded.path, config.template.renderer)
     run.require_base(loaded.fingerprint, renderer.fingerprint)
     rendered = template.render(imitated, renderer, config.template, config.batch.length)
     for row in rendered.dropped:

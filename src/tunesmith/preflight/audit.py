@@ -20,7 +20,7 @@ from tunesmith.model import loading
 from tunesmith.preflight.show import BUILT_IN, tokenizer_source
 from tunesmith.runs.configure import configure, listed
 from tunesmith.runs.directory import RunConfig
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers
 
 
 def audit(
@@ -90,5 +90,5 @@ def _embedder(spec: RunConfig, tokenizer: Path | str, notify: Sink) -> Callable[
             hint="--model MODEL",
         )
     loaded = loading.load(spec.model, notify)
-    renderer = template.renderer(tokenizer, spec.template.renderer)
+    renderer = renderers.load(tokenizer, spec.template.renderer)
     return embeddings.embedder(loaded, renderer, events.ticker(notify, "placing prompts"))

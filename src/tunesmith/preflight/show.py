@@ -9,7 +9,7 @@ from tunesmith.data import formats
 from tunesmith.model import loading
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs.configure import configure
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers, template
 from tunesmith.tokens.template import Rendered, Renderer
 
 BUILT_IN = "mistral-v3"
@@ -36,7 +36,7 @@ def show(
     spec = configure(model=named, data=data, config=config, preset=preset, sets=sets, environ=environ).spec
     read = formats.read(spec.data.train, spec.data)
     formats.require(read, 1.0)
-    renderer = template.renderer(tokenizer_source(spec.model, tokenizer), spec.template.renderer)
+    renderer = renderers.load(tokenizer_source(spec.model, tokenizer), spec.template.renderer)
     rules = spec.template
     if rules.too_long == "refuse":  # a row that training would stop for is listed as left out
         rules = rules.model_copy(update={"too_long": "drop"})

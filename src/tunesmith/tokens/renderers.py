@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.data.formats import Conversation, Message
+from tunesmith.errors import ModelError
 from tunesmith.tokens.template import SURROGATES, Refused, Renderer, json_text
 
 if TYPE_CHECKING:
@@ -177,6 +178,30 @@ class HFRenderer(Renderer):
         end = next((at for at in range(len(prompt), len(ids)) if ids[at] in self.eos_ids), len(ids) - 1)
         wrote = full[len(head) :].partition(self.decode(ids[end : end + 1]))[0]
         return prompt, ids[: end + 1], self._between(ids, len(prompt), end), wrote, full
+
+
+def load(path: Path | str, spec_name: str = "auto") -> Renderer:
+    """The renderer of a model or tokenizer folder, or of ``mistral-v3``: the tokenizer that mistral-common
+    ships.
+
+    Raises ModelError when the tokenizer cannot be read. Code that comes with a tokenizer is never run.
+    """
+    folder = Path(path)
+    if str(path) != "mistral-v3" and not folder.is_dir():
+        raise ModelError(
+            "no such tokenizer folder", where=str(path), hint="give a model's folder, or mistral-v3"
+        )
+    own = folder / "tokenizer.model.v3" if (folder / "tokenizer.model.v3").is_file() else None
+    if str(path) == "mistral-v3" or spec_name == "mistral-v3" or (own and spec_name == "auto"):
+        return MistralRenderer(own)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
+    v3 = len(tokenizer) == 32768 and tokenizer.convert_tokens_to_ids(["[INST]", "[TOOL_CALLS]"]) == [3, 5]
+    return MistralRenderer() if v3 and spec_name == "auto" else HFRenderer(tokenizer)
 
 
 def _openai(conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -25,7 +24,7 @@ from pydantic import Field
 
 from tunesmith.data import formats
 from tunesmith.data.formats import Call, Conversation, Demonstration, Document, Judged, Message, Preference
-from tunesmith.errors import DataError, ModelError, TemplateError, listing
+from tunesmith.errors import DataError, TemplateError, listing
 from tunesmith.settings.config import Spec
 
 Learn = Literal["all", "last", "marked"]
@@ -379,32 +378,6 @@ class Renderer(ABC):
                 message = replace(message, call_id=fits[0][1], name=fits[0][0].name)
             messages.append(message)
         return replace(conversation, messages=tuple(messages))
-
-
-def renderer(path: Path | str, spec_name: str = "auto") -> Renderer:
-    """The renderer of a model or tokenizer folder, or of ``mistral-v3``: the tokenizer that mistral-common
-    ships.
-
-    Raises ModelError when the tokenizer cannot be read. Code that comes with a tokenizer is never run.
-    """
-    from tunesmith.tokens.renderers import HFRenderer, MistralRenderer
-
-    folder = Path(path)
-    if str(path) != "mistral-v3" and not folder.is_dir():
-        raise ModelError(
-            "no such tokenizer folder", where=str(path), hint="give a model's folder, or mistral-v3"
-        )
-    own = folder / "tokenizer.model.v3" if (folder / "tokenizer.model.v3").is_file() else None
-    if str(path) == "mistral-v3" or spec_name == "mistral-v3" or (own and spec_name == "auto"):
-        return MistralRenderer(own)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
-    v3 = len(tokenizer) == 32768 and tokenizer.convert_tokens_to_ids(["[INST]", "[TOOL_CALLS]"]) == [3, 5]
-    return MistralRenderer() if v3 and spec_name == "auto" else HFRenderer(tokenizer)
 
 
 def render(

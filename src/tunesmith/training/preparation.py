@@ -20,7 +20,7 @@ from tunesmith.learning.objectives import Objective
 from tunesmith.machine import backend
 from tunesmith.model import loading as model
 from tunesmith.runs.directory import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run, RunConfig
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import Cut, Group, Plan
 from tunesmith.training.caution import lonely
 
@@ -81,7 +81,7 @@ def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = 
     folder = model.resolve(
         config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
     )
-    renderer = template.renderer(config.model.tokenizer or folder, config.template.renderer)
+    renderer = renderers.load(config.model.tokenizer or folder, config.template.renderer)
     kept: list[list[formats.Example]] = []
     sound: list[formats.Example] = []
     wanted: list[int] = []

@@ -16,7 +16,7 @@ from tunesmith.auditing.findings import Finding
 from tunesmith.auditing.rules.structure import REFERENCES, Structure
 from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.data import formats
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers
 
 RULE = Structure()
 UNIT = {"type": "string", "enum": ["celsius", "fahrenheit"]}
@@ -261,7 +261,7 @@ def test_a_call_written_as_text_needs_a_json_object(told, arguments):
 
 
 def test_ids_of_calls_are_a_note_where_the_model_writes_others(tmp_path, told, tiny_mistral, monkeypatch):
-    nine = Context(AuditSpec(), renderer=template.renderer(tiny_mistral))
+    nine = Context(AuditSpec(), renderer=renderers.load(tiny_mistral))
     assert told(*CLEAN, context=nine) == {}
     long = calling({"place": "Oslo"}, call_id="call_abcdef")
     assert told(*CLEAN, long, context=nine) == {"structure.call_ids": {"rows:4": "turn 2: call_abcdef"}}

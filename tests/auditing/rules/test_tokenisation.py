@@ -10,7 +10,7 @@ from tunesmith.auditing import AuditSpec, survey
 from tunesmith.auditing.findings import Audit, Finding
 from tunesmith.auditing.views import Context
 from tunesmith.data.examples import Conversation, Demonstration, Example, Message
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers
 from tunesmith.tokens.template import Refused, Row, Tokens
 
 BOS, EOS, UNKNOWN, CALL, WORD = 1, 2, 0, 5, 1000  # of Mistral's v3
@@ -39,7 +39,7 @@ def judged(rows: list[Row | Refused], limit: int = 2048, **asked: object) -> Aud
 
     spec = AuditSpec.model_validate(asked)
     context = Context(
-        spec, limit, renderer=template.renderer("mistral-v3"), tokenizer="mistral-v3", rendered=rendered
+        spec, limit, renderer=renderers.load("mistral-v3"), tokenizer="mistral-v3", rendered=rendered
     )
     return survey.examine(examples, {"rows.jsonl": ""}, context)
 

@@ -31,7 +31,7 @@ from tunesmith.events import Notice
 from tunesmith.machine.ranks import Ranks
 from tunesmith.model import loading as models
 from tunesmith.model.loading import ModelSpec
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers
 from tunesmith.tokens.batches import BatchSpec
 from tunesmith.tokens.template import TemplateSpec
 
@@ -507,7 +507,7 @@ def test_cut_is_a_prefix_without_any_stop_and_cutting_twice_changes_nothing():
 
 
 def material(tiny_model, said: list, **spec) -> Material:
-    renderer = template.renderer(models.load(ModelSpec(path=str(tiny_model))).path)
+    renderer = renderers.load(models.load(ModelSpec(path=str(tiny_model))).path)
     return Material(
         [], [], [], renderer, TemplateSpec(), BatchSpec(), EvaluationSpec(**spec), notify=said.append
     )

@@ -41,7 +41,7 @@ from tunesmith.evaluation.tasks.adherence import WEIGHTS, Answered, Asked, build
 from tunesmith.events import Notice
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.model import loading as model
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers
 from tunesmith.tokens.batches import BatchSpec
 from tunesmith.tokens.template import TemplateSpec
 
@@ -55,7 +55,7 @@ CODE = "Use this:\n\n```python\nprint('hello')\n```\n\nIt prints one word."
 
 @pytest.fixture(scope="module")
 def renderer(tiny_model):
-    return template.renderer(tiny_model)
+    return renderers.load(tiny_model)
 
 
 def material(examples, renderer, notes=None, net=None, **spec):
@@ -553,7 +553,7 @@ def test_what_ends_an_answer_needs_room_too(renderer):
 
 
 def test_a_right_call_is_right_in_every_form_and_with_any_id():
-    mistral = template.renderer("mistral-v3")
+    mistral = renderers.load("mistral-v3")
     calls = (Call("weather", {"town": "Bern", "days": 3}), Call("mail", {"to": "Ann"}))
     of = row("", calls=calls)
     (task,) = build(material([of], mistral, max_tokens=4096))
@@ -595,7 +595,7 @@ def task_reference(of: Demonstration) -> tool_calls.Reference:
 
 
 def test_meaning_is_compared_past_control_tokens(tiny_model):
-    renderer = template.renderer(tiny_model)
+    renderer = renderers.load(tiny_model)
     token = next(renderer.decode([one]) for one in sorted(renderer.control_ids))
     assert (
         renderer.plain(f"{token}a cat{token}")
@@ -623,7 +623,7 @@ def test_constraints_are_read_off_the_reference_or_taken_as_declared(renderer):
         and not one.holds('{"a": 1}')
         and not one.holds('```\n{"a": 1, "b": 2}\n```')
     )
-    called = asked("", template.renderer("mistral-v3"), calls=(Call("f", {"a": 1}),))
+    called = asked("", renderers.load("mistral-v3"), calls=(Call("f", {"a": 1}),))
     assert (
         not score(Answered(called, said('[TOOL_CALLS] [{"name": "f", "arguments": {}}]'))).detail["sanity"]
         < 100

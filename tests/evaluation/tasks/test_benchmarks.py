@@ -40,7 +40,7 @@ from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.tasks import EvaluationSpec, Material, benchmarks
 from tunesmith.events import Notice, Working
 from tunesmith.model import loading as model
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import BatchSpec
 
 pytest.importorskip("lm_eval", reason="the extra benchmarks is absent")
@@ -52,7 +52,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def loaded(tiny_model):
-    return model.load(model.ModelSpec(path=str(tiny_model))).net, template.renderer(tiny_model)
+    return model.load(model.ModelSpec(path=str(tiny_model))).net, renderers.load(tiny_model)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def renderer() -> template.Renderer:
     with tempfile.TemporaryDirectory() as folder:
         tiny.write_tokenizer(Path(folder))
         (Path(folder) / "config.json").write_text('{"model_type": "llama"}')
-        return template.renderer(folder)
+        return renderers.load(folder)
 
 
 def material(folder: Path | None, *names: str, notify=lambda event: None, **settings) -> Material:
@@ -391,7 +391,7 @@ from tunesmith.machine import ranks
 tasks = benchmarks.build(material(Path({str(folder)!r}), "mmlu:anatomy", "gsm8k", shots=0, limit=3))
 among = ranks.join()
 net = model.load(model.ModelSpec(path={str(tiny_model)!r})).net
-subject = Subject(net, template.renderer({str(tiny_model)!r}), "base", BatchSpec(), 4, ranks=among)
+subject = Subject(net, renderers.load({str(tiny_model)!r}), "base", BatchSpec(), 4, ranks=among)
 found = [task.measure(subject) for task in tasks]
 Path(sys.argv[1] + str(among.rank)).write_text(repr(found))
 """
@@ -487,7 +487,7 @@ sys.path.insert(0, "tests")
 from evaluation.tasks.test_benchmarks import benchmarks, material, model, template, BatchSpec, Path, Subject
 (task,) = benchmarks.build(material(Path({str(folder)!r}), "mmlu:anatomy"))
 net = model.load(model.ModelSpec(path={str(tiny_model)!r})).net
-print(len(task.score(task.measure(Subject(net, template.renderer({str(tiny_model)!r}), "base", BatchSpec(), 4)))))
+print(len(task.score(task.measure(Subject(net, renderers.load({str(tiny_model)!r}), "base", BatchSpec(), 4)))))
 assert "torch" not in sys.modules and "lm_eval.api.model" in sys.modules
 """
     done = subprocess.run(

@@ -27,7 +27,7 @@ from tunesmith.evaluation.tasks.drift import Apart, Chat, Item, Safety, Text, bu
 from tunesmith.events import Notice
 from tunesmith.model import loading as model
 from tunesmith.runs.records import ExampleScore
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import BatchSpec
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
@@ -41,7 +41,7 @@ def loaded(tiny_model):
 
 @pytest.fixture(scope="module")
 def renderer(tiny_model):
-    return template.renderer(tiny_model)
+    return renderers.load(tiny_model)
 
 
 def material(renderer, told=None, **settings) -> Material:
@@ -593,7 +593,7 @@ def test_a_model_without_a_chat_template_is_asked_only_in_plain_text(tmp_path):
     tiny.write_tokenizer(tmp_path, template=None)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     told: list[Notice] = []
-    tasks = build(material(template.renderer(tmp_path), told))
+    tasks = build(material(renderers.load(tmp_path), told))
     assert [task.name for task in tasks] == ["drift.knowledge", "drift.text"]
     assert "drift.chat and drift.safety are not measured" in told[0].what
     assert told[0].hint is None  # how training data are laid out changes nothing here

@@ -27,7 +27,7 @@ from tunesmith.evaluation.tasks.efficiency import (
 from tunesmith.machine.ranks import Ranks
 from tunesmith.model import loading as model
 from tunesmith.runs.records import ExampleScore
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import BatchSpec
 
 
@@ -38,7 +38,7 @@ def loaded(tiny_model):
 
 @pytest.fixture(scope="module")
 def task(tiny_model) -> Efficiency:
-    renderer = template.renderer(tiny_model)
+    renderer = renderers.load(tiny_model)
     (found,) = build(Material([], [], [], renderer, template.TemplateSpec(), BatchSpec()))
     assert isinstance(found, Efficiency)
     return found
@@ -69,9 +69,7 @@ def test_both_sides_do_the_same_work_and_all_of_it(loaded, task, tiny_model, mon
     told: list = []
     sides = []
     for side in ("base", "tuned"):
-        sides.append(
-            task.measure(Subject(loaded.net, template.renderer(tiny_model), side, notify=told.append))
-        )
+        sides.append(task.measure(Subject(loaded.net, renderers.load(tiny_model), side, notify=told.append)))
         assert all(one.value > 0 for one in sides[-1])
     half = len(asked) // 2
     assert asked[:half] == asked[half:] and half == (ROUNDS + 1) * len(BATCHES)
@@ -163,13 +161,13 @@ def test_a_load_on_one_side_is_no_verdict_but_memory_has_one(task):
 
 
 def test_of_several_ranks_the_first_measures_alone(loaded, task, tiny_model):
-    other = Subject(loaded.net, template.renderer(tiny_model), "base", ranks=Ranks(None, 1, 2))
+    other = Subject(loaded.net, renderers.load(tiny_model), "base", ranks=Ranks(None, 1, 2))
     assert task.score(task.measure(other)) == []
 
 
 def test_what_is_asked_is_in_the_identity(task, tiny_model, monkeypatch):
     before = task.identity
-    assert Efficiency(template.renderer(tiny_model)).identity == before
+    assert Efficiency(renderers.load(tiny_model)).identity == before
     monkeypatch.setattr(module, "SPOKEN", SPOKEN + 1)
     assert task.identity != before
 

@@ -26,7 +26,7 @@ from tunesmith.evaluation.tasks.tool_calls import CHECKS as ALL_CHECKS
 from tunesmith.evaluation.tasks.tool_calls import Reference, ToolCalls, asked, references, score
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.model import loading as model
-from tunesmith.tokens import template
+from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import BatchSpec
 
 ASK = Conversation((Message("user", "hello"),))
@@ -128,11 +128,11 @@ HERMES = (
 
 
 @pytest.fixture(scope="module")
-def renderers(tmp_path_factory):
-    made = {"mistral": template.renderer("mistral-v3")}
+def rendering(tmp_path_factory):
+    made = {"mistral": renderers.load("mistral-v3")}
     for name, words in {"hermes": HERMES, "llama": LLAMA, "unread": UNREAD, "plain": tiny.CHATML}.items():
         tiny.write_tokenizer(folder := tmp_path_factory.mktemp(name), words)
-        made[name] = template.renderer(folder)
+        made[name] = renderers.load(folder)
     return made
 
 
@@ -143,11 +143,11 @@ def renderers(tmp_path_factory):
         st.tuples(names, st.dictionaries(names, st.integers() | names, max_size=3)), min_size=1, max_size=3
     )
 )
-def test_what_a_renderer_teaches_is_read_back(renderers, name, made):
+def test_what_a_renderer_teaches_is_read_back(rendering, name, made):
     """The learned tokens of a row, decoded as an answer is."""
     answer = Message("assistant", "", tuple(Call(name, arguments) for name, arguments in made))
-    (row,) = renderers[name].rows(formats.Demonstration(Conversation((*ASK.messages, answer))))
-    said = renderers[name].answer(row.tokens.ids[row.tokens.targets > 0])
+    (row,) = rendering[name].rows(formats.Demonstration(Conversation((*ASK.messages, answer))))
+    said = rendering[name].answer(row.tokens.ids[row.tokens.targets > 0])
     assert [(call.name, call.arguments) for call in parse(said)] == made
 
 
@@ -440,14 +440,14 @@ def test_arguments_beyond_what_a_schema_can_follow_are_not_valid(schema, value):
         3,
     ],
 )
-def test_a_schema_that_is_none_is_told_and_not_asked(schema, notices, renderers):
+def test_a_schema_that_is_none_is_told_and_not_asked(schema, notices, rendering):
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     rows = [
         formats.Demonstration(
             Conversation((*ASK.messages, Message("assistant", as_text([("f", {"a": 1})]))), (tool,))
         )
     ]
-    (task,) = tool_calls.build(material(rows, renderers["hermes"], notices))  # Mistral's refuses such rows
+    (task,) = tool_calls.build(material(rows, rendering["hermes"], notices))  # Mistral's refuses such rows
     detail = task.score([(task.asked[0], said(as_text([("f", {"b": 1})])))])[0].detail
     assert (detail["schema_valid"], detail["required_arguments"], detail["keys_present"]) == (
         None,
@@ -595,7 +595,7 @@ def material(rows, renderer, notices, **options) -> Material:
     )
 
 
-def test_what_cannot_be_asked_is_said(notices, renderers):
+def test_what_cannot_be_asked_is_said(notices, rendering):
     user, words = Message("user", "a"), Message("assistant", "b")
     rows = [
         judged(user, words),
@@ -607,7 +607,7 @@ def test_what_cannot_be_asked_is_said(notices, renderers):
         replace(row, conversation=replace(row.conversation, tools=())) if isinstance(row, Judged) else row
         for row in rows
     ]
-    assert tool_calls.build(material(rows, renderers["mistral"], notices)) == []
+    assert tool_calls.build(material(rows, rendering["mistral"], notices)) == []
     told = [(one.what.partition(":")[2].strip(), one.count) for one in notices]
     assert told[0] == ("answers that are no usable reference are not asked for", 1)
     assert told[1][0].startswith(
@@ -621,7 +621,7 @@ TAUGHT = ({"type": "function", "function": {"name": "clock", "parameters": {"typ
 
 @pytest.mark.parametrize("task", [tool_calls, adherence])
 def test_a_row_of_which_the_template_leaves_something_out_is_not_asked_as_training_would_refuse_it(
-    task, notices, renderers
+    task, notices, rendering
 ):
     user, result, words = Message("user", "a"), Message("tool", "seven"), Message("assistant", "so")
     written = Message("assistant", as_text([("clock", {})]))
@@ -633,7 +633,7 @@ def test_a_row_of_which_the_template_leaves_something_out_is_not_asked_as_traini
     rows = [formats.Demonstration(talk, source=f"x:{at}") for at, talk in enumerate(talks)]
     for name, kept in (("plain", ["x:2"]), ("hermes", ["x:0", "x:1", "x:1", "x:2"])):
         notices.clear()
-        made = material(rows, renderers[name], notices, embed=False)
+        made = material(rows, rendering[name], notices, embed=False)
         (found,) = task.build(made)
         assert [one.source for one in found.asked] == (
             kept if task is tool_calls else list(dict.fromkeys(kept))
@@ -649,23 +649,23 @@ def test_a_row_of_which_the_template_leaves_something_out_is_not_asked_as_traini
             assert [one.source for one in task.build(long)[0].asked] == kept
 
 
-def test_calls_that_cannot_be_read_back_are_told(notices, renderers):
+def test_calls_that_cannot_be_read_back_are_told(notices, rendering):
     answer = Message("assistant", "", (Call("note", {"text": "0"}),))
     rows = [formats.Demonstration(Conversation((*ASK.messages, answer)), source="x:1")]
     for name in ("llama", "hermes", "mistral", "unread"):
         assert notices == []
-        tool_calls.build(material(rows, renderers[name], notices))
+        tool_calls.build(material(rows, rendering[name], notices))
     assert [(one.count, "cannot be read back" in one.what) for one in notices] == [(1, True)]
 
 
-def test_plain_text_has_no_answer_and_is_not_counted_as_one_that_cannot_be_used(notices, renderers):
+def test_plain_text_has_no_answer_and_is_not_counted_as_one_that_cannot_be_used(notices, rendering):
     rows = [Document("the cat", source="x:1"), Completion("ask", as_text([("f", {})]), source="x:2")]
     for task in (tool_calls, adherence):
-        assert len(task.build(material(rows, renderers["plain"], notices, embed=False))[0].asked) == 1
+        assert len(task.build(material(rows, rendering["plain"], notices, embed=False))[0].asked) == 1
     assert notices == []
 
 
-def test_only_rows_to_be_imitated_are_asked_and_another_question_is_another_task(notices, renderers):
+def test_only_rows_to_be_imitated_are_asked_and_another_question_is_another_task(notices, rendering):
     def row(name: str, source: str, desirable: bool = True, tools: tuple = ()) -> Judged:
         answer = Message("assistant", as_text([(name, {})]))
         return Judged(Conversation((*ASK.messages, answer), tools), desirable, source=source)
@@ -682,30 +682,30 @@ def test_only_rows_to_be_imitated_are_asked_and_another_question_is_another_task
         row("worse", "x:3", False, declared),
         row("declared", "x:4", tools=declared),
     ]
-    (task,) = tool_calls.build(material(rows, renderers["mistral"], notices, max_tokens=7))
+    (task,) = tool_calls.build(material(rows, rendering["mistral"], notices, max_tokens=7))
     assert (task.max_tokens, [one.source for one in task.asked]) == (7, ["x:1", "x:4"])
     assert [one.what for one in notices] == [
         "tool_calls: reference calls that their own tool's schema does not allow"
     ]
-    same = tool_calls.build(material(rows, renderers["mistral"], [], max_tokens=7))[0]
-    other = tool_calls.build(material(rows[1:], renderers["mistral"], [], max_tokens=7))[0]
+    same = tool_calls.build(material(rows, rendering["mistral"], [], max_tokens=7))[0]
+    other = tool_calls.build(material(rows[1:], rendering["mistral"], [], max_tokens=7))[0]
     assert task.identity == same.identity != other.identity
     assert (
-        task.identity != tool_calls.build(material(rows, renderers["mistral"], [], max_tokens=8))[0].identity
+        task.identity != tool_calls.build(material(rows, rendering["mistral"], [], max_tokens=8))[0].identity
     )
     described = ({"type": "function", "function": {**declared[0]["function"], "description": "said of it"}},)
     told = [*rows[:-1], row("declared", "x:4", tools=described)]
     assert (
-        task.identity != tool_calls.build(material(told, renderers["mistral"], [], max_tokens=7))[0].identity
+        task.identity != tool_calls.build(material(told, rendering["mistral"], [], max_tokens=7))[0].identity
     )
 
 
-def test_the_real_tool_data_is_asked_for(data_dir, notices, renderers):
+def test_the_real_tool_data_is_asked_for(data_dir, notices, rendering):
     """Calls in the middle of conversations count: no row of this data ends with one."""
     path = data_dir("formats/glaive_toolcall_en_demo.json")
     read = formats.read([path], formats.DataSpec(train=(str(path),)))
     rows = read.examples[:100]
-    (task,) = tool_calls.build(material(rows, renderers["hermes"], notices))
+    (task,) = tool_calls.build(material(rows, rendering["hermes"], notices))
     called = sum(len(message.calls) > 0 for row in rows for message in row.conversation.messages)
     assert (sum(bool(one.calls) for one in task.asked), sum(not one.calls for one in task.asked)) == (
         called,
@@ -749,7 +749,7 @@ ROWS = [
 
 
 def test_neither_batches_nor_the_order_of_rows_change_what_is_measured(tiny_model):
-    renderer = template.renderer(tiny_model)
+    renderer = renderers.load(tiny_model)
 
     def measured(rows, **batch):
         made = material(rows, renderer, [], batch=BatchSpec(sequences=8, **batch), max_tokens=8)
@@ -806,7 +806,7 @@ def test_parsed_calls_are_values():
 
 
 def test_perplexity_by_label_type_and_category_and_what_is_unwanted_apart(tiny_model, notices):
-    renderer = template.renderer(tiny_model)
+    renderer = renderers.load(tiny_model)
     pair = Preference(
         Conversation((*ASK.messages, Message("assistant", "my note"))),
         Conversation((*ASK.messages, Message("assistant", "timers"))),
@@ -854,7 +854,7 @@ def test_perplexity_by_label_type_and_category_and_what_is_unwanted_apart(tiny_m
 
 
 def test_rows_that_are_all_undesirable_have_a_loss_of_their_own(tiny_model, notices):
-    renderer = template.renderer(tiny_model)
+    renderer = renderers.load(tiny_model)
     rows = [replace(row, desirable=False) for row in ROWS]
     (task,) = perplexities.build(material(rows, renderer, notices))
     scores = task.score(task.measure(subject(tiny_model, renderer)))
@@ -867,7 +867,7 @@ def test_rows_that_are_all_undesirable_have_a_loss_of_their_own(tiny_model, noti
 
 @pytest.mark.parametrize("learned", ["leave_out", "learn"])
 def test_undesirable_rows_that_the_run_imitates_are_not_measured_twice(learned, tiny_model):
-    made = material(ROWS, template.renderer(tiny_model), [])
+    made = material(ROWS, renderers.load(tiny_model), [])
     imitated = SFT(undesirable=learned).select(ROWS).examples
     rendered = template.render(imitated, made.renderer, made.template, 2048)
     (task,) = perplexities.build(replace(made, imitated=imitated, rows=rendered.rows))
@@ -879,7 +879,7 @@ def test_undesirable_rows_that_the_run_imitates_are_not_measured_twice(learned, 
     ]
 
 
-def test_a_row_with_calls_and_words_says_so(renderers):
+def test_a_row_with_calls_and_words_says_so(rendering):
     calling = Message("assistant", "", (Call("f", {"a": 1}, "abcdefghi"),))
     rows = [
         formats.Demonstration(
@@ -894,7 +894,7 @@ def test_a_row_with_calls_and_words_says_so(renderers):
         )
     ]
     types = {
-        name: [one.about["type"] for one in perplexities.build(material(rows, renderers[name], []))[0].items]
+        name: [one.about["type"] for one in perplexities.build(material(rows, rendering[name], []))[0].items]
         for name in ("hermes", "mistral")
     }
     assert types["hermes"] == ["call and words"]  # all in one rendering
@@ -904,7 +904,7 @@ def test_a_row_with_calls_and_words_says_so(renderers):
 def test_a_category_with_too_many_values_is_told(tiny_model, notices):
     rows = [replace(row, metadata={"task": f"t{at}"}) for at in range(25) for row in ROWS[:1]]
     rows = [replace(row, source=f"x:{at}") for at, row in enumerate(rows)]
-    (task,) = perplexities.build(material(rows, template.renderer(tiny_model), notices))
+    (task,) = perplexities.build(material(rows, renderers.load(tiny_model), notices))
     assert all("category" not in one.about for one in task.items)
     assert [(one.what, one.count) for one in notices] == [
         ("perplexity: task has more than 20 values: not shown apart", 25)
