@@ -1,4 +1,4 @@
-"""The house: nothing heavy is imported early, and `make lint` refuses what breaks the order of the folders."""
+"""Nothing heavy is imported early, and `make lint` refuses what breaks the order of the folders."""
 
 from __future__ import annotations
 
@@ -10,30 +10,42 @@ from pathlib import Path
 
 import pytest
 
+import tunesmith
+
 ROOT = Path(__file__).parents[1]
+
+
+HEAVY = {"mlx.core", "mlx_lm", "transformers", "matplotlib", "scipy", "sklearn", "pydantic", "jinja2"}
 
 
 def loaded_after(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(' '.join(sys.modules))"
-    return set(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
-    )
+    words = [sys.executable, "-c", code]
+    return set(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
 
 
-def test_the_first_folders_and_the_command_line_load_neither_mlx_nor_transformers():
+def test_the_first_folders_load_neither_mlx_nor_transformers():
     first = "tunesmith.errors, tunesmith.files, tunesmith.settings.config, tunesmith.machine.backend"
     data = "tunesmith.display.console, tunesmith.data.formats, tunesmith.data.calls"
-    for statement in (
-        f"import {first}",
-        f"import {data}",
-        "import tunesmith.cli",
-        "import tunesmith.preflight.doctor",
-    ):
-        assert loaded_after(statement).isdisjoint(
-            {"mlx.core", "mlx_lm", "transformers", "matplotlib", "scipy"}
-        ), statement
+    for statement in (f"import {first}", f"import {data}", "import tunesmith.preflight.doctor"):
+        assert loaded_after(statement).isdisjoint(HEAVY - {"pydantic"}), statement
+
+
+def test_the_package_and_its_help_load_no_verb():
+    assert loaded_after("import tunesmith").isdisjoint(HEAVY)
+    asked = "from tunesmith.cli import app; app(['--help'], standalone_mode=False)"
+    loaded = loaded_after(asked)
+    assert loaded.isdisjoint(HEAVY) and "tunesmith.cli.training" in loaded
+    assert loaded.isdisjoint(tunesmith.VERBS.values())
+
+
+def test_every_verb_is_in_the_table_and_is_defined_where_it_says():
+    assert sorted(tunesmith.VERBS) == tunesmith.__all__ and len(tunesmith.VERBS) >= 13
+    for verb, module in tunesmith.VERBS.items():
+        function = getattr(tunesmith, verb)
+        assert (function.__module__, function.__name__) == (module, verb)
+    with pytest.raises(AttributeError, match="no attribute 'tarin'"):
+        tunesmith.tarin  # noqa: B018
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Fine-tune language models on your own machine, with proof that it worked.
 
-Each verb of the command line is a function here, under the same name and with the same meaning. A verb's module is
-loaded when the verb is first used, so that ``import tunesmith`` loads neither MLX nor transformers.
+Each verb of the command line is a function here, under the same name and with the same meaning. A verb's
+module is loaded when the verb is first used, so that ``import tunesmith`` loads neither MLX nor transformers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ backend.prepare()
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    """The verb ``name``. Raises SetupError if MLX cannot be loaded, except for ``doctor``, which reports that."""
+    """The verb ``name``. Raises SetupError if MLX cannot be loaded; ``doctor`` reports that instead."""
     if name not in VERBS:
         raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
     if name != "doctor":

@@ -332,7 +332,8 @@ def test_the_fast_blas_is_opened_before_mlx_by_the_program_and_by_the_api(tiny_m
         tmp_path / "a",
         *QUICK,
     ]
-    api = f"import tunesmith as t; t.train(t.configure(model={str(tiny_model)!r}, data=[{str(rows)!r}]), out='b')"
+    settings = f"model={str(tiny_model)!r}, data=[{str(rows)!r}]"
+    api = f"import tunesmith; tunesmith.train(tunesmith.configure({settings}), out='b')"
     chosen = backend.setup().blas
     assert backend.prepare.__wrapped__()[0] == "unknown", "what is said when MLX came first"
     for module in ("runs.directory", "training.loop", "reports", "demo.__main__", "adapters.layers"):

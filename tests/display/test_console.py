@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import processes
 from tunesmith import events
 from tunesmith.display import console
+from tunesmith.display.tensorboard import board_sink
 from tunesmith.errors import SetupError
 
 MEMORY = {"resident": 3_100_000_000, "active": 2_000_000_000, "peak": 2_500_000_000}
@@ -74,16 +75,17 @@ def test_every_kind_of_event_is_readable():
         "run x: 10 updates · 5 of 100 weights train · rows_read 7 · rows_dropped (x 2) · padding_share 0.25"
     )
     assert lines[4] == (
-        "step 2 · epoch 0.20 · loss 2.5000 · learning rate 0.0001 · gradient norm 0.75 clipped · speed 500 learned tokens/s"
-        " · memory 3.10 GB resident, 2.00 GB active, 2.50 GB peak"
+        "step 2 · epoch 0.20 · loss 2.5000 · learning rate 0.0001 · gradient norm 0.75 clipped"
+        " · speed 500 learned tokens/s · memory 3.10 GB resident, 2.00 GB active, 2.50 GB peak"
     )
     assert lines[5] == "warning: step 3 skipped, loss nan, gradient norm inf (1 in a row) · rows x, x"
     assert lines[6] == (
-        "validation at step 5: loss 1.0000 · perplexity 2.718 · 12 rows, 900 learned tokens in 3 s · best so far"
+        "validation at step 5: loss 1.0000 · perplexity 2.718 · 12 rows, 900 learned tokens in 3 s"
+        " · best so far"
     )
     assert (
-        lines[10]
-        == "largest micro-batch: 3 rows, 2,100 tokens · 4 s · memory 3.10 GB resident, 2.00 GB active, 2.50 GB peak"
+        lines[10] == "largest micro-batch: 3 rows, 2,100 tokens · 4 s"
+        " · memory 3.10 GB resident, 2.00 GB active, 2.50 GB peak"
     )
     assert lines[11] == "stopped early at step 5 after 1 m 01 s: x"
     assert (
@@ -157,6 +159,9 @@ def test_other_work_is_silent_at_first_then_tells_rate_and_end():
         "rendering: 80 of 100",
         "rendering: 100 of 100 in 10 s",
     ]
+    slow = plain([work(0.0, 0), work(64.0, 20), work(5000.0, 40)])
+    assert slow[0].startswith("rendering: 20 of 100 · 3.2 s each · 4 m 16 s to go, ends ")
+    assert slow[1].startswith("rendering: 40 of 100 · 2 m 05 s each · ")
     # The same label again is new work, with its own quiet time.
     assert len(plain([work(0.0, 0), work(10.0, 100), work(20.0, 5), work(21.0, 10)])) == 1
     # What was done before the first word of it has no known duration.
@@ -276,7 +281,7 @@ def test_tensorboard_files_hold_the_numbers(tmp_path):
     from tensorboardX.proto.event_pb2 import Event as Record
     from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the package is whole)
 
-    with console.tensorboard(tmp_path) as write:
+    with board_sink(tmp_path) as write:
         for event in one_of_each("x"):
             write(event)
     found: dict[str, Any] = {}
@@ -304,5 +309,5 @@ def test_tensorboard_files_hold_the_numbers(tmp_path):
 
 def test_a_missing_tensorboard_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(SetupError, match="pip install tensorboardX"), console.tensorboard(tmp_path):
+    with pytest.raises(SetupError, match="pip install tensorboardX"), board_sink(tmp_path):
         pass

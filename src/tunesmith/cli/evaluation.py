@@ -17,7 +17,8 @@ Files = list[str] | None
 Task = Annotated[
     Files,
     typer.Option(
-        help="perplexity, adherence, tool_calls, preference, drift, efficiency (default: all these), benchmarks"
+        help="perplexity, adherence, tool_calls, preference, drift, efficiency (default: all these), "
+        "benchmarks"
     ),
 ]
 Base = Annotated[bool, typer.Option(help="measure the base too, for the difference")]

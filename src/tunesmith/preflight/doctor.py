@@ -206,8 +206,9 @@ def _overfit() -> list[Check]:
     backend.setup()
     start = time.perf_counter()
     first, last = _overfit_probe()
-    value = f"loss {first:.2f} → {last:.2f} in ten steps, at most {OVERFIT_LOSS:g} asked, {time.perf_counter() - start:.1f} s"
-    hint = "the numbers of this machine or of this MLX are wrong; TUNESMITH_BLAS=off tells if it is BLAS"
+    seconds = time.perf_counter() - start
+    value = f"loss {first:.2f} → {last:.2f} in ten steps, at most {OVERFIT_LOSS:g} asked, {seconds:.1f} s"
+    hint = "this machine or this MLX computes wrongly; TUNESMITH_BLAS=off tells whether it is the BLAS"
     return [_check("overfit", value, not last <= OVERFIT_LOSS and "fail", hint)]
 
 

@@ -28,6 +28,7 @@ from safetensors.numpy import save as serialise
 from tunesmith import events
 from tunesmith.adapters import layers as adapters
 from tunesmith.display import console
+from tunesmith.display.tensorboard import board_sink
 from tunesmith.engine import scoring
 from tunesmith.errors import ConfigError, Diverged, OutOfMemory, RankLost, TunesmithError
 from tunesmith.events import Notice, Sink
@@ -576,7 +577,7 @@ def _sinks(
         console.log(open_files.enter_context((run.path / LOG).open("a", encoding="utf-8"))),
     ]
     if tensorboard:
-        kept.append(open_files.enter_context(console.tensorboard(run.path / "tensorboard")))
+        kept.append(open_files.enter_context(board_sink(run.path / "tensorboard")))
     keep = events.tee(kept)
     for event in early:
         keep(event)
