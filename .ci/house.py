@@ -1,7 +1,7 @@
 """Rules of the house that neither ruff nor import-linter checks.
 
-``python .ci/house.py [SRC]`` prints a line for each violation and ends with 1 if there is one. A function has at
-most 60 lines. A class name exists once in the package. No file imports itself through others; import-linter
+``python .ci/house.py [SRC]`` prints a line for each violation and ends with 1 if there is one. A function has
+at most 60 lines. A class name exists once in the package. No file imports itself through others; import-linter
 compares siblings only, so it misses a circle through a package's ``__init__``. No formatting is skipped."""
 
 from __future__ import annotations

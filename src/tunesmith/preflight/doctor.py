@@ -213,24 +213,18 @@ def _overfit() -> list[Check]:
 
 
 def _overfit_probe(steps: int = 10) -> tuple[float, float]:
-    """(first, last) loss of a tiny random model that learns one sequence by heart, through the code that
-    trains.
+    """(first, last) loss of a tiny random model that learns one sequence by heart, by the loop that trains.
 
-    Ten updates of AdamW at 2e-2 bring the loss from about ln 64 = 4.2 nats below 1: the bound that `doctor`
-    asks for."""
+    Ten updates of AdamW at 2e-2 bring the loss from about ln 64 = 4.2 nats below 1, the limit of `doctor`."""
     import mlx.core as mx
     import numpy as np
     from mlx.utils import tree_map
     from mlx_lm.models import llama
 
-    from tunesmith.adapters import layers as adapters
-    from tunesmith.data.formats import DataSpec
-    from tunesmith.learning import optimizer
-    from tunesmith.model import loading as model
     from tunesmith.runs.directory import RunConfig
     from tunesmith.tokens.batches import Group
     from tunesmith.tokens.template import Tokens
-    from tunesmith.training.gradients import Gradients, dropout_key
+    from tunesmith.training.updates import Updates
 
     random = np.random.Generator(np.random.PCG64(0))
     sizes = llama.ModelArgs(
@@ -250,21 +244,17 @@ def _overfit_probe(steps: int = 10) -> tuple[float, float]:
             net.parameters(),
         )
     )
-    config = RunConfig(
-        model=model.ModelSpec(path="probe"),
-        data=DataSpec(train=("probe",), valid=0),
-        adapter=adapters.Full.model_validate({}),
-        optimizer=optimizer.OptimizerSpec(learning_rate=2e-2, schedule="constant"),
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": "probe"},
+            "data": {"train": ("probe",), "valid": 0},
+            "adapter": {"kind": "full"},
+            "optimizer": {"learning_rate": 2e-2, "schedule": "constant"},
+            "loop": {"steps": steps},
+        }
     )
     config.adapter.attach(net, 0)
-    state = optimizer.build(config.optimizer, net)
-    group = Group((Tokens(random.integers(0, 64, 32).astype(np.int32), np.ones(32, np.float32)),), "probe")
-    gradients_of, key = Gradients(net, config), dropout_key(0, 0, 0)
-    net.train()
-    losses: list[float] = []
-    for step in range(steps):
-        (loss, _), sums = gradients_of([group], key)
-        losses.append(float(np.array(loss)) / group.units)
-        means = tree_map(lambda leaf: leaf / group.units, sums)
-        optimizer.apply(state, net, means, config.optimizer.rate(step, steps))
+    tokens = Tokens(random.integers(0, 64, 32).astype(np.int32), np.ones(32, np.float32))
+    update = Updates(net, config, [Group((tokens,), "probe")])
+    losses = [update().loss for _ in range(steps)]
     return losses[0], losses[-1]

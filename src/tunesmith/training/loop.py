@@ -270,7 +270,7 @@ class Loop:
         if tired := self._tired(cursor):  # the process died between the last save and the end
             return tired
         for step in range(cursor.step, plan.steps):
-            stopping = self._update(step, cursor, accumulation)
+            stopping = self.update(step, cursor, accumulation)
             cursor.step = done = step + 1
             cursor.elapsed_s = time.perf_counter() - started
             last = done == plan.steps
@@ -315,7 +315,7 @@ class Loop:
             return None
         return "stopped_early", f"no better validation {self.config.loop.best} in {cursor.stale} validations"
 
-    def _update(self, step: int, cursor: Cursor, accumulation: Accumulation) -> bool:
+    def update(self, step: int, cursor: Cursor, accumulation: Accumulation) -> bool:
         """One optimizer update: sums of loss and gradients over micro-batches and ranks, divided by the units
         once.
 

@@ -1,0 +1,60 @@
+"""Optimizer updates one at a time, by the loop of a run but without its directory: what ``doctor`` and the
+benchmarks measure."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import mlx.nn as nn
+
+from tunesmith import events
+from tunesmith.events import Event, StepDone
+from tunesmith.learning import optimizer
+from tunesmith.machine import backend
+from tunesmith.runs.directory import Cursor, RunConfig
+from tunesmith.tokens.batches import Cut, Group, Plan
+from tunesmith.training import gradients
+from tunesmith.training.loop import Loop
+from tunesmith.training.preparation import Prepared
+
+
+class Updates:
+    """Each call makes the next update over ``rows`` and returns its event, with loss and seconds.
+
+    net: with its adapter attached. ``plan``: which rows an update learns, in which micro-batches."""
+
+    def __init__(self, net: nn.Module, config: RunConfig, rows: Sequence[Group]) -> None:
+        lengths = tuple(group.length for group in rows)
+        cut = Cut.of(config.batch, lengths, backend.setup().kind == "gpu")
+        spec = config.loop
+        self.plan = Plan(lengths, config.batch.sequences, cut, spec.seed, max_steps=spec.steps)
+        self._net, self._recomputed = net, spec.checkpoint_gradients
+        self._events: list[Event] = []
+        nobody: Any = None  # neither samples nor validation rows are rendered
+        prepared = Prepared(
+            objective=config.objective,
+            renderer=nobody,
+            valid_examples=[],
+            held_out=[],
+            train=list(rows),
+            valid=[],
+            plan=self.plan,
+            dropped=[],
+            counts={},
+            hashes={},
+            rendered=[],
+        )
+        state = optimizer.build(config.optimizer, net)
+        self._loop = Loop(None, config, net, state, prepared, self._events.append, threading.Event())
+        self._accumulation, self._cursor = self._loop.accumulation(), Cursor()
+
+    def __call__(self) -> StepDone:
+        self._events.clear()
+        with gradients.checkpointed(self._net) if self._recomputed else nullcontext():
+            self._loop.update(self._cursor.step, self._cursor, self._accumulation)
+        self._cursor.step += 1
+        (done,) = (event for event in self._events if isinstance(event, events.StepDone))
+        return done

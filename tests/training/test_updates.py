@@ -1,0 +1,31 @@
+"""An update without a run directory is the update of a run."""
+
+from __future__ import annotations
+
+import tiny
+import tunesmith
+from tunesmith import events
+from tunesmith.model import loading
+from tunesmith.training import preparation
+from tunesmith.training.updates import Updates
+
+
+def test_updates_give_the_losses_of_a_run(tiny_model, tmp_path):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(12))
+    settings = ["data.valid=0", "loop.steps=5", "batch.sequences=4", "loop.samples=0", "adapter.dropout=0.1"]
+    resolved = tunesmith.configure(model=str(tiny_model), data=[str(rows)], sets=settings)
+    done: list[events.StepDone] = []
+
+    def hear(event: events.Event) -> None:
+        if isinstance(event, events.StepDone):
+            done.append(event)
+
+    tunesmith.train(resolved, out=tmp_path / "run", notify=hear)
+    net = loading.load(resolved.spec.model).net
+    resolved.spec.adapter.attach(net, resolved.spec.loop.seed)
+    update = Updates(net, resolved.spec, preparation.prepare(resolved.spec).train)
+    again = [update() for _ in range(5)]
+    assert [(event.step, event.loss, event.units) for event in again] == [
+        (event.step, event.loss, event.units) for event in done
+    ]
+    assert len({event.loss for event in done}) == 5 and min(event.seconds for event in again) > 0
