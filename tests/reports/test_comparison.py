@@ -19,9 +19,8 @@ import yaml
 from tunesmith import events
 from tunesmith.errors import ConfigError, DataError, EvaluationError
 from tunesmith.evaluation import pairing as paired
-from tunesmith.evaluation.evaluate import OF_ROWS
-from tunesmith.evaluation.statistics import Statistic, judge, summarise
-from tunesmith.evaluation.tasks import EvaluationSpec, perplexity, preference
+from tunesmith.evaluation.statistics import Statistic, TaskStatistics, judge, summarise
+from tunesmith.evaluation.tasks import EvaluationSpec, about, perplexity, preference
 from tunesmith.evaluation.tasks.tool_calls import CHECKS, ToolCalls
 from tunesmith.reports import compare
 from tunesmith.runs.records import ExampleScore, Record, Score
@@ -83,7 +82,7 @@ def evaluated(
     text: str = "prompt",
     details: Any = None,
     family: Sequence[str] = (),
-    **about: Any,
+    **more: Any,
 ) -> Path:
     """Put an evaluation into ``run``, with one example a value, as `evaluation` writes it. ``details``: of
     each example."""
@@ -115,9 +114,9 @@ def evaluated(
         for one in (scores[at] for at in order or range(len(scores)))
     ]
     (folder / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    known = paired._Described(name, version, task.statistics, getattr(task, "parts", ()) if details else ())
+    known = TaskStatistics(name, version, task.statistics, getattr(task, "parts", ()) if details else ())
     found = [asdict(score) for score in judge(summarise(known, None, scores, 0))]  # type: ignore[arg-type]
-    data = "data/valid.jsonl" if name in OF_ROWS else None
+    data = "data/valid.jsonl" if about(name).asks_rows else None
     told = {
         "task": name,
         "version": version,
@@ -131,7 +130,7 @@ def evaluated(
         "n": len(scores),
         "scores": found,
     }
-    (folder / "score.json").write_text(json.dumps(told | about))
+    (folder / "score.json").write_text(json.dumps(told | more))
     return folder
 
 
@@ -229,7 +228,7 @@ def test_examples_whose_lines_moved_are_paired_by_their_prompts():
         ({"version": "99"}, f"version {ToolCalls.version} and 99"),
         ({"identity": "2e"}, "other rows, prompts or settings (identity 1d and 2e)"),
         ({"base": "99"}, "other bases (cdcdcdcdcdcd and 999999999999)"),
-        ({"text": "another"}, "the examples are not the same: 60 and 60, and not each has its like"),
+        ({"text": "another"}, "the examples are not the same: 60 and 60, and some have no counterpart"),
     ],
 )
 def test_what_was_not_asked_alike_is_refused_with_the_reason(tmp_path, changed, why):
@@ -324,7 +323,7 @@ def test_all_numbers_of_a_benchmark_are_compared_as_its_own_statistics_would(tmp
     benchmarked(other, 2, 0.8)
     found = compared(one, other)
     (held,) = found.against[0].held
-    own = paired._Described(Bench.name, Bench.version, Bench.statistics, Bench.parts)
+    own = TaskStatistics(Bench.name, Bench.version, Bench.statistics, Bench.parts)
     sides = [paired.scored(side) for side in (held.one, held.other)]
     wanted = summarise(own, *[[replace(each, source=each.source[-2:]) for each in side] for side in sides], 0)  # type: ignore[arg-type]
     assert {each.name for each in held.scores} == {"acc", "acc_norm", "perplexity"} and len(

@@ -1,16 +1,16 @@
 """Ask the base and the tuned model the same things, and say how sure the difference is.
 
 Reads a run directory only (or, on request, other rows). The base is the run's own model before its adapter is
-attached, so both sides share weights, tokenizer, prompts and order. What a model scored is kept under a hash
-of all that decides it, so nothing is measured twice, and an evaluation that was stopped goes on."""
+attached, so both sides share weights, tokenizer, prompts and order. Scores are cached under a hash of all
+that decides them, so nothing is measured twice, and an evaluation that was stopped goes on."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -24,22 +24,10 @@ from tunesmith.data import formats
 from tunesmith.data.formats import Example
 from tunesmith.data.sources import sha256
 from tunesmith.errors import EvaluationError
+from tunesmith.evaluation import tasks as registry
 from tunesmith.evaluation.statistics import change, judge
-from tunesmith.evaluation.subject import Subject
-from tunesmith.evaluation.tasks import (
-    Builder,
-    EvaluationSpec,
-    Material,
-    Task,
-    adherence,
-    benchmarks,
-    digest,
-    drift,
-    efficiency,
-    perplexity,
-    preference,
-    tool_calls,
-)
+from tunesmith.evaluation.subject import Side, Subject
+from tunesmith.evaluation.tasks import EvaluationSpec, Material, Task, TaskGroup, digest
 from tunesmith.events import Notice, Sink
 from tunesmith.files import write_json
 from tunesmith.learning.objectives.sft import SFT
@@ -50,24 +38,7 @@ from tunesmith.runs import records
 from tunesmith.runs.directory import EVALS, VALID, Run
 from tunesmith.runs.records import ExampleRecord, ExampleScore, Record, Score
 from tunesmith.tokens import renderers, template
-from tunesmith.tokens.template import Renderer
 
-TASKS: dict[str, Builder] = {
-    "perplexity": perplexity.build,
-    "adherence": adherence.build,
-    "tool_calls": tool_calls.build,
-    "preference": preference.build,
-    "drift": drift.build,
-    "efficiency": efficiency.build,
-    "benchmarks": benchmarks.build,
-}
-SUITE = ("perplexity", "adherence", "tool_calls", "preference", "drift", "efficiency")
-"""What is measured where nothing is named; benchmarks need a package and are named."""
-ONLY_FOR = {
-    "drift": ("knowledge", "text", "chats", "safety"),
-    "benchmarks": ("benchmarks", "benchmark_data", "shots", "allow_code"),
-}
-OF_ROWS = frozenset({"perplexity", "adherence", "tool_calls", "preference"})
 DECIDING = (
     "tunesmith",
     "mlx",
@@ -79,15 +50,14 @@ DECIDING = (
     "jsonschema",
     "regex",
 )
-"""Packages by whose version a score can change."""
+"""Packages whose version can change a score."""
 IMITATED = SFT()
-"""Whatever the objective was, tasks ask how well the model says what is to be said: demonstrations,
-desirable, chosen."""
+"""Selects the rows to imitate (demonstrations, desirable, chosen), whatever the run's objective was."""
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One prompt with both answers; ``base`` is None where only the tuned model was asked."""
+class AnsweredPrompt:
+    """One prompt with both answers; ``base`` is None if only the tuned model was asked."""
 
     prompt: str
     reference: str
@@ -98,12 +68,12 @@ class Answered:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``answers``: of the first task that has some."""
+    """``scores``: of the tasks measured now. ``answers``: of the first task that has some."""
 
     run: Run
     checkpoint: Path
     scores: list[Score]
-    answers: list[Answered]
+    answers: list[AnsweredPrompt]
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -119,7 +89,7 @@ def evaluate(
     data: Sequence[str] = (),
     checkpoint: str = "best",
     model: str | None = None,
-    tasks: Sequence[str] = SUITE,
+    tasks: Sequence[str] = (),
     base: bool = True,
     fresh: bool = False,
     spec: EvaluationSpec | None = None,
@@ -127,47 +97,27 @@ def evaluate(
 ) -> Evaluation | None:
     """Scores of ``tasks`` for the checkpoint, paired with the base's; written to ``evals/<task>@<version>/``.
 
-    data: files to measure on instead of the run's held-out rows. model: where its model lies now, None: where
-    it was trained. base: also measure the model without its adapter. fresh: measure again what is known. None
-    on ranks but the first, which share the questions and write nothing. Raises EvaluationError where nothing
-    can be measured, or what was named cannot."""
-    unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        whole = unknown[0].partition(".")[0]
-        hint = f"it is part of {whole}: --task {whole}" if whole in TASKS else f"tasks: {', '.join(TASKS)}"
-        raise EvaluationError(f"no task is called {unknown[0]!r}", hint=hint)
+    data: files to measure on instead of the run's held-out rows. model: where the run's model is now, None:
+    where it was trained. tasks: none means `tasks.suite`. base: also measure the model without its adapter.
+    fresh: measure again what is cached. None on ranks other than the first, which share the questions and
+    write nothing. Raises EvaluationError if nothing can be measured, or a task that was named cannot."""
     spec = spec or EvaluationSpec()
-    if "benchmarks" in tasks and not spec.benchmarks:
-        raise EvaluationError(
-            "no benchmark is named", where="benchmarks", hint="--benchmark mmlu, hellaswag, …"
-        )
-    for task, options in ONLY_FOR.items():
-        if task not in tasks and (given := [name for name in options if getattr(spec, name)]):
-            also = "--benchmark NAME" if task == "benchmarks" else f"--task {task}"
-            raise EvaluationError(
-                f"is for {task}, which is not among the tasks", where=given[0], hint=f"{also} as well"
-            )
+    groups = _chosen(tasks or registry.suite(), spec, data)
     among = ranks.join(notify)
     notify = notify if among.writes else events.silent
-    if data and not OF_ROWS & {*tasks}:
-        raise EvaluationError(
-            f"no task of {', '.join(tasks)} asks rows",
-            where="data",
-            hint=f"--task {', '.join(sorted(OF_ROWS))}",
-        )
     folder = run.choose(checkpoint, notify)
     config = run.settings(model)
     data = [str(Path(path).expanduser().resolve()) for path in data]
-    everything, imitated, hashes = _examples(run, data, tasks, spec.limit, notify)
+    rows = _rows(run, data, groups, spec.limit, notify)
     loaded = models.load(config.model, notify)
     renderer = renderers.load(config.model.tokenizer or loaded.path, config.template.renderer)
     run.require_base(loaded.fingerprint, renderer.fingerprint)
-    rendered = template.render(imitated, renderer, config.template, config.batch.length)
+    rendered = template.render(rows.imitated, renderer, config.template, config.batch.length)
     for row in rendered.dropped:
         notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))
     material = Material(
-        everything,
-        imitated,
+        rows.all,
+        rows.imitated,
         rendered.rows,
         renderer,
         config.template,
@@ -177,194 +127,184 @@ def evaluate(
         notify,
         loaded.net,
     )
-    built = list(_built(material, [task for task in tasks if everything or task not in OF_ROWS], base))
-    if not built:
-        raise EvaluationError(
-            f"nothing could be measured of {', '.join(tasks)}", hint="what was said before this tells why"
-        )
+    built = _built(material, groups, base)
     weights = _weights(loaded)
-    among.require_agreement(
-        [(task.name, task.version, task.identity) for task in built], weights, folder.name
-    )
-    measure = _Measure(loaded, weights, renderer, folder, spec, material, fresh, among)
+    stated = [(task.name, task.version, task.identity) for task in built]
+    among.require_agreement(stated, weights, folder.name)
+    measure = _Measure(loaded, weights, folder, material, fresh, among)
     before = [measure(task, "base") for task in built] if base else [None] * len(built)
     adapters.load(loaded.net, folder)
-    answers: list[Answered] = []
-    # The run's evidence: its best checkpoint on all held-out rows and the package's suites, beside the base.
-    # The rest is apart.
-    other = [] if folder == run.choose("best") else [f"step{folder.name}"]
-    family = [
-        *_named(data),
-        *other,
-        *([f"first{spec.limit}"] if spec.limit else []),
-        *([] if base else ["tuned"]),
-    ]
-    written: list[str] = []
-    for task, old in zip(built, before, strict=True):
-        new = measure(task, "tuned")
-        if not among.writes:
-            continue
-        scored = task.summarise(old and old.scores, new.scores, config.loop.seed)
-        of_rows = task.name in OF_ROWS
-        name = [f"{task.name}@{task.version}", *_named(_files(task, spec)), *_shots(task, spec), *family]
-        record = Record(
-            folder=run.path / EVALS / "+".join(name),
-            task=task.name,
-            version=task.version,
-            checkpoint=folder.name,
-            family=tuple(family),
-            at=time.time(),
-            identity=task.identity,
-            settings=spec.model_dump(mode="json"),
-            base=weights,
-            data=(tuple(data) or VALID) if of_rows else None,
-            unseen=not hashes & _learned(run) if data and of_rows else None,
-            n=len(new.scores),
-            seconds={"base": old and old.seconds, "tuned": new.seconds},
-            kept={"base": old is not None and old.kept, "tuned": new.kept},
-            scores=tuple(scored),
+    family = _family(run, folder, data, spec.limit, base)
+    writer = _Writer(run, folder, spec, weights, tuple(data), rows.unseen(run) if data else None, family)
+    for task, measured in zip(built, before, strict=True):
+        tuned = measure(task, "tuned")
+        if among.writes:
+            writer.write(task, measured, tuned, config.loop.seed)
+    return writer.evaluation() if among.writes else None
+
+
+def _chosen(names: Sequence[str], spec: EvaluationSpec, data: Sequence[str]) -> list[TaskGroup]:
+    """The tasks to measure. Raises EvaluationError for names and options that do not fit together."""
+    if "benchmarks" in names and not spec.benchmarks:
+        raise EvaluationError(
+            "no benchmark is named", where="benchmarks", hint="--benchmark mmlu, hellaswag, …"
         )
-        records.write(record, _examples_of(task, old, new))
-        written.append(record.name)
-        answers = answers or _answers(old, new)
-    if not among.writes:
-        return None
-    judged = _judged(run.path, folder.name, tuple(family))
-    return Evaluation(run, folder, [score for name in written for score in judged[name]], answers)
+    groups = registry.require(names, spec)
+    if data and not any(group.asks_rows for group in groups):
+        usable = sorted(group.name for group in registry.groups().values() if group.asks_rows)
+        what = f"no task of {', '.join(names)} asks rows"
+        raise EvaluationError(what, where="data", hint=f"--task {', '.join(usable)}")
+    return groups
+
+
+def _built(material: Material, groups: Sequence[TaskGroup], base: bool) -> list[Task]:
+    """The tasks that can be measured. Raises EvaluationError if there is none."""
+    built: list[Task] = []
+    for group in groups:
+        if group.asks_rows and not material.everything:
+            continue
+        for task in group.build(material):
+            if task.needs_base and not base:
+                what = f"{task.name}: it needs the base, which was left out: not measured"
+                material.notify(Notice(what))
+            else:
+                built.append(task)
+    if not built:
+        names = ", ".join(group.name for group in groups)
+        raise EvaluationError(f"nothing could be measured of {names}", hint="the messages above say why")
+    return built
+
+
+def _family(run: Run, checkpoint: Path, data: Sequence[str], limit: int | None, base: bool) -> list[str]:
+    """What sets an evaluation apart from the run's main evidence: its best checkpoint on all held-out rows
+    and the package's suites, with a base."""
+    family = _file_label(data)
+    family += [] if checkpoint == run.choose("best") else [f"step{checkpoint.name}"]
+    family += [f"first{limit}"] if limit else []
+    return family + ([] if base else ["tuned"])
 
 
 def _weights(loaded: Loaded) -> str:
-    """What the base is made of, as it is held: files, merged adapter, quantisation, precision."""
+    """Digest of the base's weights as they are loaded: files, merged adapter, quantisation, precision."""
     flat: Any = tree_flatten(loaded.net.parameters())
     return digest(
         loaded.fingerprint, loaded.config.get("quantization"), sorted({str(value.dtype) for _, value in flat})
     )
 
 
-def _files(task: Task, spec: EvaluationSpec) -> Sequence[str]:
-    """Those that take the place of the task's own suite."""
-    of = {
-        "drift.knowledge": spec.knowledge,
-        "drift.text": spec.text,
-        "drift.chat": spec.chats,
-        "drift.safety": spec.safety,
-    }
-    return of.get(task.name, ())
-
-
-def _shots(task: Task, spec: EvaluationSpec) -> list[str]:
-    return [f"{spec.shots}shots"] if spec.shots and task.name.startswith("benchmark.") else []
-
-
-def _named(paths: Sequence[str]) -> list[str]:
-    """One part of a folder's name for these files, which files of the same name elsewhere do not share."""
+def _file_label(paths: Sequence[str]) -> list[str]:
+    """One part of a folder's name for these files; files of the same names elsewhere have another."""
     if not paths:
         return []
-    return [
-        "+".join(Path(path).stem for path in paths)[:40]
-        + "-"
-        + digest([str(Path(path).resolve()) for path in paths])[:6]
-    ]
+    names = "+".join(Path(path).stem for path in paths)[:40]
+    return [f"{names}-{digest([str(Path(path).resolve()) for path in paths])[:6]}"]
 
 
 @dataclass(frozen=True)
-class _Known:
-    """``seconds``: what measuring took, also where it was done earlier (``kept``)."""
+class _Measurement:
+    """One side of one task. ``seconds``: what measuring took, possibly in an earlier evaluation (``cached``)."""
 
     scores: list[ExampleScore]
     seconds: float
-    kept: bool
+    cached: bool
 
 
 @dataclass
 class _Measure:
-    """One side of one task, from what is kept or by asking the model."""
+    """Measures one side of one task, from the cache or by asking the model."""
 
     loaded: Loaded
     weights: str
-    renderer: Renderer
     adapter: Path
-    spec: EvaluationSpec
     material: Material
     fresh: bool
     ranks: ranks.Ranks
-    _subject: Subject | None = None
+    _subjects: dict[Side, Subject] = field(default_factory=dict)
 
-    def __call__(self, task: Task, side: str) -> _Known:
-        notify = self.material.notify
-        if self._subject is None or self._subject.side != side:
-            at_once = self.spec.batch_size or (
-                32 if backend.setup().kind == "cpu" else 16
-            )  # a GPU holds the weights too
-            self._subject = Subject(
-                self.loaded.net,
-                self.renderer,
-                "base" if side == "base" else "tuned",
-                self.material.batch,
-                at_once,
-                notify,
-                self.ranks,
-            )
-        adapter = (
-            []
-            if side == "base"
-            else [sha256(self.adapter / name) for name in (adapters.WEIGHTS, adapters.CONFIG)]
-        )
+    def __call__(self, task: Task, side: Side) -> _Measurement:
+        subject, path = self._subject(side), self._path(task, side)
+        content = _read(path) if task.cached and not self.fresh and self.ranks.writes else ""
+        if content := self.ranks.from_first(content):  # what the first rank has, no rank need measure
+            cached, heard = _parsed(content)
+            subject.heard = {**heard, **subject.heard}
+            what = f"{side}: {task.name} is known from before: {len(cached.scores):,} examples"
+            self.material.notify(Notice(what))
+            return cached
+        before, start = len(subject.heard), time.perf_counter()
+        scores = task.score(task.measure(subject))
+        measured = _Measurement(scores, time.perf_counter() - start, False)
+        if task.cached and self.ranks.writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            heard = dict(islice(subject.heard.items(), before, None))
+            rows = [asdict(score) for score in scores]
+            write_json(path, {"seconds": measured.seconds, "scores": rows, "heard": heard})
+        return measured
+
+    def _subject(self, side: Side) -> Subject:
+        """The model on one side; tasks share what it answered. The other side's answers are dropped."""
+        if side not in self._subjects:
+            # 16 on a GPU, whose memory also holds the weights
+            size = self.material.spec.batch_size or (32 if backend.setup().kind == "cpu" else 16)
+            material = self.material
+            self._subjects = {
+                side: Subject(
+                    self.loaded.net,
+                    material.renderer,
+                    side,
+                    material.batch,
+                    size,
+                    material.notify,
+                    self.ranks,
+                )
+            }
+        return self._subjects[side]
+
+    def _path(self, task: Task, side: Side) -> Path:
+        """Where the scores are cached, by a hash of all that decides them."""
+        files = (adapters.WEIGHTS, adapters.CONFIG)
         key = digest(
             task.name,
             task.version,
             task.identity,
             self.weights,
-            adapter,
-            self.renderer.fingerprint,
+            [] if side == "base" else [sha256(self.adapter / name) for name in files],
+            self.material.renderer.fingerprint,
             self.material.batch.length,
             backend.setup().kind,
             {package: version(package) for package in DECIDING},
         )
-        place = backend.cache_folder() / "evaluations" / f"{key}.json"
-        subject = self._subject
-        kept = _read(place) if task.cached and not self.fresh and self.ranks.writes else ""
-        if kept := self.ranks.from_first(kept):  # what the first rank knows, none need measure
-            known, heard = _parsed(kept)
-            subject.heard = {**heard, **subject.heard}
-            notify(Notice(f"{side}: {task.name} is known from before: {len(known.scores):,} examples"))
-            return known
-        before, start = len(subject.heard), time.perf_counter()
-        scores = task.score(task.measure(subject))
-        known = _Known(scores, time.perf_counter() - start, False)
-        if task.cached and self.ranks.writes:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            new = dict(islice(subject.heard.items(), before, None))
-            write_json(
-                place, {"seconds": known.seconds, "scores": [asdict(score) for score in scores], "heard": new}
-            )
-        return known
+        return backend.cache_folder() / "evaluations" / f"{key}.json"
 
 
-def _parsed(kept: str) -> tuple[_Known, dict[str, Any]]:
-    found = json.loads(kept)
-    return _Known([ExampleScore(**score) for score in found["scores"]], found["seconds"], True), {
-        **found["heard"]
-    }
+def _parsed(content: str) -> tuple[_Measurement, dict[str, Any]]:
+    """The cached measurement, and what the model answered."""
+    stored = json.loads(content)
+    scores = [ExampleScore(**score) for score in stored["scores"]]
+    return _Measurement(scores, stored["seconds"], True), {**stored["heard"]}
 
 
-def _read(place: Path) -> str:
-    """What is kept there; nothing where nothing is, or nothing that can be understood."""
+def _read(path: Path) -> str:
+    """The cached content; empty if there is none, or none that can be read."""
     try:
-        kept = place.read_text(encoding="utf-8")
-        _parsed(kept)
-        return kept
+        content = path.read_text(encoding="utf-8")
+        _parsed(content)
+        return content
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 
-def _built(material: Material, tasks: Sequence[str], base: bool) -> Iterator[Task]:
-    for name in dict.fromkeys(tasks):
-        for task in TASKS[name](material):
-            if task.needs_base and not base:
-                material.notify(Notice(f"{task.name}: it needs the base, which was left out: not measured"))
-            else:
-                yield task
+@dataclass(frozen=True)
+class _Rows:
+    """``all``: rows as read. ``imitated``: those whose answers are targets. ``hashes``: SHA-256 of their
+    files."""
+
+    all: list[Example] = field(default_factory=list)
+    imitated: list[Example] = field(default_factory=list)
+    hashes: frozenset[str] = frozenset()
+
+    def unseen(self, run: Run) -> bool:
+        """Whether no file of these rows was trained on."""
+        return not self.hashes & _learned(run)
 
 
 def _learned(run: Run) -> set[str]:
@@ -377,85 +317,132 @@ def _learned(run: Run) -> set[str]:
     }
 
 
-def _examples(
-    run: Run, data: Sequence[str], tasks: Sequence[str], limit: int | None, notify: Sink
-) -> tuple[list[Example], list[Example], set[str]]:
-    """All rows, those that say what is to be said, and their files' SHA-256; none where no task asks rows, or
-    there are none."""
-    config = run.config
-    asking = [task for task in dict.fromkeys(tasks) if task in OF_ROWS]
+def _rows(
+    run: Run, data: Sequence[str], groups: Sequence[TaskGroup], limit: int | None, notify: Sink
+) -> _Rows:
+    """The rows of ``data``, or those that the run held out; empty if no task asks rows, or none are held out
+    and other tasks can be measured."""
+    asking = [group.name for group in groups if group.asks_rows]
     if not asking and not data:
-        return [], [], set()
-    paths = list(data) or [str(run.path / VALID)]
-    # The run's own held-out rows are written in one layout, whatever the files of the user look like.
-    held_out = Path(paths[0])
-    if data or (held_out.is_file() and held_out.stat().st_size):
-        read = formats.read(paths, config.data if data else config.data.model_copy(update={"format": "auto"}))
-    else:
-        read = None
+        return _Rows()
+    read = _read_rows(run, data)
     if read is None or not read.rows:
-        if data or len(asking) == len(set(tasks)):
-            what, hint = (
-                ("has no rows", "give another file") if data else ("has no held-out rows", "give --data FILE")
-            )
-            raise EvaluationError(what, where=paths[0], hint=hint)
-        notify(
-            Notice(
-                f"no rows are held out: not measured: {', '.join(asking)}",
-                level="warning",
-                hint="give --data FILE",
-            )
-        )
-        return [], [], set()
-    formats.require(read, config.data.max_dropped)
+        if data:
+            raise EvaluationError("has no rows", where=data[0], hint="give another file")
+        if len(asking) == len(groups):
+            where, hint = str(run.path / VALID), "give --data FILE"
+            raise EvaluationError("has no held-out rows", where=where, hint=hint)
+        what = f"no rows are held out: not measured: {', '.join(asking)}"
+        notify(Notice(what, level="warning", hint="give --data FILE"))
+        return _Rows()
+    formats.require(read, run.config.data.max_dropped)
     if read.dropped:
         notify(Notice("rows that could not be read", level="warning", count=len(read.dropped)))
-    imitate = config.objective if isinstance(config.objective, SFT) else IMITATED
-    everything = read.examples[:limit]
-    if len({Path(path).name for path in read.files}) == len(
-        read.files
-    ):  # what is asked is the same wherever its file lies
+    rows = read.examples[:limit]
+    names = {Path(path).name for path in read.files}
+    if len(names) == len(read.files):  # a question is the same wherever its file is
         above = "" if data else "data/"
-        everything = [replace(one, source=above + Path(one.source).name) for one in everything]
-    if len(everything) < len(read.examples):
+        rows = [replace(row, source=above + Path(row.source).name) for row in rows]
+    if len(rows) < len(read.examples):
         notify(Notice(f"only the first {limit} of {len(read.examples)} rows are measured", level="warning"))
-    examples, left_out, _ = imitate.select(everything)
+    objective = run.config.objective
+    imitated, left_out, _ = (objective if isinstance(objective, SFT) else IMITATED).select(rows)
     for reason, count in Counter(reason for _, reason in left_out).items():
         notify(Notice(f"rows not asked for loss and calls: {reason}", count=count))
-    return everything, examples, {*read.files.values()}
+    return _Rows(rows, imitated, frozenset(read.files.values()))
 
 
-def _answers(before: _Known | None, after: _Known) -> list[Answered]:
-    pairs = zip(before.scores if before else [None] * len(after.scores), after.scores, strict=True)
-    return [
-        Answered(
-            tuned.prompt, tuned.reference, None if base is None else base.answer, tuned.answer, tuned.source
+def _read_rows(run: Run, data: Sequence[str]) -> formats.Read | None:
+    """None if no rows were held out."""
+    if data:
+        return formats.read(data, run.config.data)
+    held_out = run.path / VALID
+    if not held_out.is_file() or not held_out.stat().st_size:
+        return None
+    # Held-out rows are written in one layout, whatever the format of the user's files.
+    return formats.read([str(held_out)], run.config.data.model_copy(update={"format": "auto"}))
+
+
+@dataclass
+class _Writer:
+    """Writes the record of each task; then judges those of the family together.
+
+    ``unseen``: none of ``data`` was trained on, None without data."""
+
+    run: Run
+    checkpoint: Path
+    spec: EvaluationSpec
+    weights: str
+    data: tuple[str, ...]
+    unseen: bool | None
+    family: list[str]
+    _written: list[str] = field(default_factory=list)
+    _answers: list[AnsweredPrompt] = field(default_factory=list)
+
+    def write(self, task: Task, base: _Measurement | None, tuned: _Measurement, seed: int) -> None:
+        files = getattr(self.spec, task.files) if task.files else ()
+        described = registry.about(task.name)
+        options = registry.groups()[described.group].options
+        shots = [f"{self.spec.shots}shots"] if self.spec.shots and "shots" in options else []
+        name = [f"{task.name}@{task.version}", *_file_label(files), *shots, *self.family]
+        record = Record(
+            folder=self.run.path / EVALS / "+".join(name),
+            task=task.name,
+            version=task.version,
+            checkpoint=self.checkpoint.name,
+            family=tuple(self.family),
+            at=time.time(),
+            identity=task.identity,
+            settings=self.spec.model_dump(mode="json"),
+            base=self.weights,
+            data=(self.data or VALID) if task.asks_rows else None,
+            unseen=self.unseen if task.asks_rows else None,
+            n=len(tuned.scores),
+            seconds={"base": base and base.seconds, "tuned": tuned.seconds},
+            kept={"base": base is not None and base.cached, "tuned": tuned.cached},
+            scores=tuple(task.summarise(base and base.scores, tuned.scores, seed)),
         )
-        for base, tuned in pairs
-        if tuned.prompt is not None and tuned.reference is not None and tuned.answer is not None
-    ]
+        records.write(record, _examples(task, base, tuned))
+        self._written.append(record.name)
+        self._answers = self._answers or _answers(base, tuned)
+
+    def evaluation(self) -> Evaluation:
+        judged = _judged(self.run.path, self.checkpoint.name, tuple(self.family))
+        scores = [score for name in self._written for score in judged[name]]
+        return Evaluation(self.run, self.checkpoint, scores, self._answers)
 
 
-def _examples_of(task: Task, before: _Known | None, after: _Known) -> list[ExampleRecord]:
-    """The lines of a record's examples, paired with the base's scores if it was measured."""
+def _examples(task: Task, base: _Measurement | None, tuned: _Measurement) -> list[ExampleRecord]:
+    """The examples as they are recorded, paired with the base's scores if it was measured."""
     headlines = [statistic for statistic in task.statistics if statistic.headline]
     examples: list[ExampleRecord] = []
-    for index, tuned in enumerate(after.scores):
+    for index, score in enumerate(tuned.scores):
         example = ExampleRecord(
-            tuned.source, tuned.units, tuned.prompt, tuned.reference, tuned.value, tuned.detail, tuned.answer
+            score.source, score.units, score.prompt, score.reference, score.value, score.detail, score.answer
         )
-        if before is not None:
-            base = before.scores[index]
-            headline = next((statistic for statistic in headlines if statistic.of(tuned) is not None), None)
+        if base is not None:
+            other = base.scores[index]
+            headline = next((statistic for statistic in headlines if statistic.of(score) is not None), None)
             example = replace(
                 example,
-                base=base.value,
-                base_detail=base.detail,
-                base_answer=base.answer,
-                change=headline and change(headline, headline.of(base), headline.of(tuned)),
+                base=other.value,
+                base_detail=other.detail,
+                base_answer=other.answer,
+                change=headline and change(headline, headline.of(other), headline.of(score)),
             )
         examples.append(example)
     return examples
+
+
+def _answers(base: _Measurement | None, tuned: _Measurement) -> list[AnsweredPrompt]:
+    pairs = zip(base.scores if base else [None] * len(tuned.scores), tuned.scores, strict=True)
+    return [
+        AnsweredPrompt(
+            score.prompt, score.reference, None if other is None else other.answer, score.answer, score.source
+        )
+        for other, score in pairs
+        if score.prompt is not None and score.reference is not None and score.answer is not None
+    ]
 
 
 def _judged(run_dir: Path, checkpoint: str, family: tuple[str, ...]) -> dict[str, tuple[Score, ...]]:

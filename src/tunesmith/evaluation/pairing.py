@@ -8,42 +8,25 @@ where they stand, so neither the order of rows nor the folder of a run matters. 
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import pkgutil
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation import tasks
-from tunesmith.evaluation.evaluate import ONLY_FOR
-from tunesmith.evaluation.statistics import (
-    ALIKE,
-    BOOTSTRAP,
-    ONE,
-    RESAMPLES,
-    Statistic,
-    change,
-    edges,
-    inverted,
-    summarise,
-)
-from tunesmith.evaluation.tasks import EvaluationSpec, preference
-from tunesmith.learning.objectives import won
+from tunesmith.evaluation.statistics import Statistic, TaskStatistics, change, summarise
+from tunesmith.evaluation.tasks import EvaluationSpec, ExamplePair
 from tunesmith.runs import records
-from tunesmith.runs.records import EXAMPLES, ExampleScore, Record, Score
+from tunesmith.runs.records import EXAMPLES, ExampleScore, Movement, Record, Score
 from tunesmith.settings.config import JSON
-
-if TYPE_CHECKING:
-    from tunesmith.evaluation.tasks import Task
 
 SEED = 0  # of the bootstrap: the same whichever run comes first
 _FINISHES: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
@@ -87,7 +70,7 @@ class Pair(NamedTuple):
     other: float | None
     one_answer: str | None
     other_answer: str | None
-    change: Literal["improved", "unchanged", "regressed", "no difference shown"] | None
+    change: Movement | None
 
 
 @dataclass(frozen=True)
@@ -114,20 +97,19 @@ class Refused(NamedTuple):
 def command(record: Record, run_dir: Path | None = None) -> str:
     """The command that makes a run (the record's own, or ``run_dir``) evaluate what ``record`` did: rows,
     task, and every setting that decides."""
-    task, settings = record.task, record.settings or {}
-    name, benchmarks = task.partition(".")[0], _texts(settings.get("benchmarks"))
-    words = ["--task", name]
-    if name == "benchmark" or task in benchmarks:
-        title, name = task.removeprefix("benchmark."), "benchmarks"
-        spelled = next((each for each in benchmarks if each.replace(":", "_") == title), title)
-        words = ["--task", name, "--benchmark", spelled]
+    settings, group = record.settings or {}, tasks.about(record.task).group
+    benchmarks = _texts(settings.get("benchmarks"))
+    if record.task in benchmarks or group == "benchmarks":
+        title, group = record.task.removeprefix("benchmark."), "benchmarks"
+        title = next((name for name in benchmarks if name.replace(":", "_") == title), title)
+        words = ["--task", group, "--benchmark", title]
+    else:
+        words = ["--task", group]
     for path in record.data if isinstance(record.data, tuple) else ():
         words += ["--data", path]
-    refused = {
-        "batch_size",
-        "benchmarks",
-        *(key for only, keys in ONLY_FOR.items() if name != only for key in keys),
-    }
+    refused = {"batch_size", "benchmarks"}
+    for other in tasks.groups().values():
+        refused |= {*other.opt_in} if other.name != group else set()
     for key, usual in EvaluationSpec().model_dump(mode="json").items():
         value, option = settings.get(key, usual), key.replace("_", "-")
         if key in refused or value == usual:
@@ -210,101 +192,29 @@ def differences(one: Record, other: Record) -> list[str]:
 
 def _held(one: Record, other: Record) -> Held | str:
     """The comparison, or why there is none."""
-    preferred = (one.task, one.version) == (preference.NAME, preference.VERSION)
-    mine, its = scored(one, ratios=preferred), scored(other, ratios=preferred)
+    kind = tasks.known(one.task, one.version)
+    pairing = kind.pairing if kind else tasks.Pairing()
+    mine, its = scored(one, ratios=pairing.gains), scored(other, ratios=pairing.gains)
     pairs = paired(mine, its)
     if pairs is None:
-        return f"the examples are not the same: {len(mine):,} and {len(its):,}, and not each has its like"
-    if preferred:
-        return Held(one, other, _preferred(pairs), [_pair(_RATIO, *both) for both in pairs])
-    statistics, parts, note = _statistics(one, other, pairs)
-    if not statistics:
+        return f"the examples are not the same: {len(mine):,} and {len(its):,}, and some have no counterpart"
+    if kind and pairing.scores and pairing.leading:
+        scores = pairing.scores(pairs, SEED)
+        return Held(one, other, scores, [_pair(pairing.leading, *both) for both in pairs])
+    if kind:
+        measured, note = TaskStatistics(kind.name, kind.version, kind.statistics, kind.parts), None
+    else:
+        measured, note = _restored(one, other, pairs)
+    if not measured.statistics:
         return "its numbers are of base and tuned together: a run is compared with its base only"
-    task = cast("Task", _Described(one.task, one.version, statistics, parts))
     before, after = [pair[0] for pair in pairs], [replace(pair[1], source=pair[0].source) for pair in pairs]
     try:
-        scores = [replace(score, target=None, met=None) for score in summarise(task, before, after, SEED)]
+        scores = summarise(measured, before, after, SEED)
     except EvaluationError as error:
         return error.what
-    leading = next((each for each in statistics if each.headline), statistics[0])
-    return Held(one, other, scores, [_pair(leading, *both) for both in zip(before, after, strict=True)], note)
-
-
-def _signed(score: ExampleScore) -> float:
-    return score.value if score.detail["good"] else -score.value
-
-
-_RATIO = Statistic("ratio", _signed, better="higher", unit="nats")
-
-
-def _preferred(pairs: Sequence[tuple[ExampleScore, ExampleScore]]) -> list[Score]:
-    """Accuracy and margin of both runs as `tasks.preference` has them, from the same draws of the good and of
-    the bad answers."""
-    kinds = [[pair for pair in pairs if pair[0].detail["good"] is good] for good in (True, False)]
-    numbered = all(pair[0].detail["pair"] is not None for pair in pairs) and len(kinds[0]) == len(kinds[1])
-    if numbered:
-        kinds = [sorted(kind, key=lambda pair: float(str(pair[0].detail["pair"]))) for kind in kinds]
-    if not all(kinds):
-        return []
-    chance = np.random.default_rng(SEED)
-    up, n_good = _weights([pair[0].source for pair in kinds[0]], chance)
-    down, n_bad = (up, n_good) if numbered else _weights([pair[0].source for pair in kinds[1]], chance)
-    shares, margins, places = [], [], []
-    for side in (1, 0):  # as `summarise` has them: the one that is judged first
-        good, bad = (np.array([pair[side].value for pair in kind]) for kind in kinds)
-        wins = won(good - bad) if numbered else won(good[:, None] - bad[None, :])
-        total = up.sum(axis=1) if numbered else up.sum(axis=1) * down.sum(axis=1)
-        shares.append((up @ wins if numbered else (up @ wins * down).sum(axis=1)) / total)
-        margins.append(up @ good / up.sum(axis=1) - down @ bad / down.sum(axis=1))
-        places.append(wins if numbered else wins.mean(axis=1))
-    n, moved = min(n_good, n_bad), places[0] - places[1]
-    counted = int((moved > 0).sum()), int((moved == 0).sum()), int((moved < 0).sum())
-    found: list[Score] = []
-    for name, unit, (tuned, base) in (("accuracy", "%", shares), ("ratio_margin", "nats", margins)):
-        gain = tuned - base
-        (low, high), (delta_low, delta_high) = (
-            (None, None) if n == 1 else np.quantile(of[1:], edges(n)).tolist() for of in (tuned, gain)
-        )
-        p, alike = None if n == 1 else inverted(gain[1:], n), np.ptp(gain) == 0
-        found.append(
-            Score(
-                preference.NAME,
-                preference.VERSION,
-                name,
-                float(tuned[0]),
-                low,
-                high,
-                n_good if numbered else n_good + n_bad,
-                float(gain[0]),
-                delta_low,
-                delta_high,
-                ONE if n == 1 else f"difference: {ALIKE}" if alike else None,
-                better="higher",
-                headline=name == "accuracy",
-                unit=unit,
-                p=p,
-                test=None if p is None else BOOTSTRAP,
-                sources=counted if name == "accuracy" else None,
-            )
-        )
-    return found
-
-
-def _weights(sources: Sequence[str], chance: np.random.Generator) -> tuple[np.ndarray, int]:
-    """(1 + RESAMPLES, rows): ones, then how often each row's source is drawn; and how many sources there
-    are."""
-    names, at = np.unique(np.array(sources), return_inverse=True)
-    counts = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-    return np.concatenate([np.ones((1, len(sources))), counts[:, at]]), len(names)
-
-
-class _Described(NamedTuple):
-    """All of a task that `summarise` reads."""
-
-    name: str
-    version: str
-    statistics: tuple[Statistic, ...]
-    parts: tuple[str, ...]
+    leading = next((each for each in measured.statistics if each.headline), measured.statistics[0])
+    examples = [_pair(leading, *both) for both in zip(before, after, strict=True)]
+    return Held(one, other, [replace(score, target=None, met=None) for score in scores], examples, note)
 
 
 def _pair(leading: Statistic, one: ExampleScore, other: ExampleScore) -> Pair:
@@ -314,9 +224,7 @@ def _pair(leading: Statistic, one: ExampleScore, other: ExampleScore) -> Pair:
     )
 
 
-def paired(
-    one: Sequence[ExampleScore], other: Sequence[ExampleScore]
-) -> list[tuple[ExampleScore, ExampleScore]] | None:
+def paired(one: Sequence[ExampleScore], other: Sequence[ExampleScore]) -> list[ExamplePair] | None:
     """Like with like, in an order that depends on neither's; None where an example has none.
 
     By file, line, prompt, reference and weight; where lines differ, without these.
@@ -339,34 +247,24 @@ def paired(
     return None
 
 
-def _statistics(
-    one: Record, other: Record, pairs: Sequence[tuple[ExampleScore, ExampleScore]]
-) -> tuple[tuple[Statistic, ...], tuple[str, ...], str | None]:
-    """The task's own, with the parts it is shown by; of a task that has no class, those that its examples
-    give again."""
-    for kind in _kinds():
-        known = vars(kind)
-        if known["name"] == one.task and known["version"] == one.version:
-            return known["statistics"], known.get("parts", ()), None
+def _restored(one: Record, other: Record, pairs: Sequence[ExamplePair]) -> tuple[TaskStatistics, str | None]:
+    """The statistics of a task that this release does not have: those that give its recorded scores again
+    from its examples; and what is lost."""
     sides = [*zip(*pairs, strict=True)]
     whole = [score for score in one.scores if score.part is None]
-    found = [rebuilt for score in whole if (rebuilt := _rebuilt(score, other, sides)) is not None]
+    found = [statistic for score in whole if (statistic := _rebuilt(score, other, sides)) is not None]
     if len(found) == len(whole):
-        return (
-            tuple(found),
-            tuple(dict.fromkeys(score.part.partition("=")[0] for score in one.scores if score.part)),
-            None,
-        )
+        parts = dict.fromkeys(score.part.partition("=")[0] for score in one.scores if score.part)
+        return TaskStatistics(one.task, one.version, found, tuple(parts)), None
     note = f"{one.task} {one.version} is not known to this version of tunesmith: "
     if any(statistic.headline for statistic in found):
-        return (
-            tuple(found),
-            (),
-            note + f"of its numbers only {', '.join(one.name for one in found)} can be compared",
-        )
-    note += "the mean value of its examples is compared, and which way is good is not known"
-    share = all(each.value in (0.0, 1.0) for side in sides for each in side)
-    return (Statistic("value", _value, share=share, headline=True),), (), note
+        names = ", ".join(statistic.name for statistic in found)
+        note += f"of its numbers only {names} can be compared"
+        return TaskStatistics(one.task, one.version, found), note
+    note += "the mean value of its examples is compared, and which direction is better is not known"
+    share = all(example.value in (0.0, 1.0) for side in sides for example in side)
+    mean = Statistic("value", _value, share=share, headline=True)
+    return TaskStatistics(one.task, one.version, [mean]), note
 
 
 def _rebuilt(score: Score, other: Record, sides: Sequence[Sequence[ExampleScore]]) -> Statistic | None:
@@ -401,15 +299,3 @@ def _rebuilt(score: Score, other: Record, sides: Sequence[Sequence[ExampleScore]
 
 def _value(score: ExampleScore) -> float:
     return score.value
-
-
-def _kinds() -> Iterator[type]:
-    """All classes of tasks in the package."""
-    for found in pkgutil.iter_modules(tasks.__path__, f"{tasks.__name__}."):
-        for kind in vars(importlib.import_module(found.name)).values():
-            if (
-                isinstance(kind, type)
-                and kind.__module__ == found.name
-                and {"name", "version", "statistics"} <= vars(kind).keys()
-            ):
-                yield kind

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class Statistic:
     target: Target | None = None
 
 
-class Scored(Protocol):
+class HasStatistics(Protocol):
     """What `summarise` needs to know of a task."""
 
     @property
@@ -101,6 +101,16 @@ class Scored(Protocol):
     def parts(self) -> Sequence[str]: ...
 
 
+class TaskStatistics(NamedTuple):
+    """The statistics of a recorded task. ``parts``: keys of the details by whose values they are also
+    shown."""
+
+    name: str
+    version: str
+    statistics: Sequence[Statistic]
+    parts: Sequence[str] = ()
+
+
 def change(statistic: Statistic, base: float | None, tuned: float | None) -> Movement | None:
     """How one example moved; None if either side has no number, or if neither direction is better."""
     if base is None or tuned is None or statistic.better is None:
@@ -110,7 +120,7 @@ def change(statistic: Statistic, base: float | None, tuned: float | None) -> Mov
 
 
 def summarise(
-    task: Scored, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
+    task: HasStatistics, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
 ) -> list[Score]:
     """One Score for each statistic of ``task`` that any example has, in order, then its headlines by each of
     its parts.
@@ -210,7 +220,7 @@ def inverted(draws: np.ndarray, n: int) -> float:
 
 
 def _scores(
-    task: Scored,
+    task: HasStatistics,
     statistics: Sequence[Statistic],
     sides: Sequence[Sequence[ExampleScore]],
     part: str | None,
@@ -254,7 +264,7 @@ def resampled(sums: np.ndarray, seed: int) -> np.ndarray:
     )
 
 
-def _score(task: Scored, statistic: Statistic, sums: np.ndarray, once: bool, seed: int) -> Score:
+def _score(task: HasStatistics, statistic: Statistic, sums: np.ndarray, once: bool, seed: int) -> Score:
     """``sums``: (1 or 2, n, 2), the tuned model's and, where there is one, the base's. ``once``: a source is
     one example."""
     n = sums.shape[1]

@@ -229,7 +229,7 @@ def _tools(found: Mapping[str, Any]) -> Iterator[Advice]:
         do = "more rows that declare tools and are answered in words"
         yield Advice("calls are made where none is wanted", _value(unwanted), do)
     own = [
-        one for one in found["evaluations"] if one["task"] in evidence.SPEAKING
+        one for one in found["evaluations"] if evidence.question(one["task"]) == "task"
     ]  # others end at a length of their own
     cut = [one for one in own if one["examples"] and one["cut"] / one["examples"] > CUT]
     if cut:

@@ -22,7 +22,7 @@ from tunesmith.data.sources import sha256
 from tunesmith.display import words
 from tunesmith.display.console import duration, size
 from tunesmith.errors import ModelError
-from tunesmith.evaluation.evaluate import OF_ROWS, ONLY_FOR
+from tunesmith.evaluation.tasks import about
 from tunesmith.files import write_text
 from tunesmith.reports import summary as facts
 from tunesmith.reports import verdict as evidence
@@ -130,16 +130,11 @@ def _asked(found: Mapping[str, Any], score: Mapping[str, Any]) -> str:
         or {}
     )
     files = score["data"] if isinstance(score["data"], list) else []
-    if task.startswith("drift."):  # each of its tasks has a setting of about its own name
-        files = (
-            next(
-                (settings.get(key) for key in ONLY_FOR["drift"] if key.startswith(task.partition(".")[2])),
-                None,
-            )
-            or []
-        )
+    described = about(task)
+    if described.files:
+        files = settings.get(described.files) or []
     named = ", ".join(PurePath(str(one)).name for one in files) or (
-        "unknown rows" if task in OF_ROWS else "its suite"
+        "unknown rows" if described.asks_rows else "its suite"
     )
     told = [OWN if score["data"] == VALID else named]
     told += (

@@ -25,6 +25,7 @@ from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluation import pairing as paired
 from tunesmith.evaluation.pairing import Held, Pair
 from tunesmith.evaluation.statistics import judge
+from tunesmith.evaluation.tasks import about
 from tunesmith.events import Notice, Sink, StepDone, Validated, silent
 from tunesmith.reports import summary as facts
 from tunesmith.reports import verdict as evidence
@@ -417,16 +418,18 @@ def _verdict(first: Ran, sides: Sequence[Against]) -> tuple[str, str]:
 
 def lead(held: Sequence[Held]) -> tuple[Held, Score] | None:
     """The headline of the task that is nearest to what users see, on all rows rather than some."""
-    for asked in (*evidence.SPEAKING, "benchmarks"):
-        for each in sorted(held, key=lambda each: len(each.other.variant)):
-            for score in each.scores:
-                if (
-                    score.headline
-                    and score.part is None
-                    and asked in (score.task, evidence.question(score.task))
-                ):
-                    return each, score
-    return None
+    headlines = [
+        (each, score)
+        for each in held
+        for score in each.scores
+        if score.headline and score.part is None and about(score.task).question in ("task", "benchmarks")
+    ]
+
+    def place(headline: tuple[Held, Score]) -> tuple[bool, int, int]:
+        described = about(headline[1].task)
+        return described.question != "task", described.rank, len(headline[0].other.variant)
+
+    return min(headlines, key=place, default=None)
 
 
 def probable(value: float) -> str:

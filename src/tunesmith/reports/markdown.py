@@ -13,6 +13,7 @@ from tunesmith.auditing.screen import escaped
 from tunesmith.display import words
 from tunesmith.display.console import duration, size
 from tunesmith.errors import SHOWN
+from tunesmith.evaluation.tasks import QUESTIONS
 from tunesmith.reports import verdict as evidence
 from tunesmith.reports.figures import CURVES, PICTURE
 from tunesmith.runs.directory import CONFIG, DROPPED, flat
@@ -158,7 +159,7 @@ def _evidence(found: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     if found["answers"]:
         rows = (
             (
-                evidence.QUESTIONS[one["question"]],
+                QUESTIONS[one["question"]],
                 one["answer"],
                 ", ".join(filter(None, [words.title(one), words.subset(one)])),
                 words.interval(one, of="base"),

@@ -22,6 +22,7 @@ from tunesmith.auditing.page import FONT, LOOK
 from tunesmith.auditing.screen import escaped, many, percent, visible
 from tunesmith.display import charts, words
 from tunesmith.display.console import duration, size
+from tunesmith.evaluation.tasks import QUESTIONS
 from tunesmith.reports import curves, markdown
 from tunesmith.reports import verdict as evidence
 from tunesmith.runs import records
@@ -163,7 +164,7 @@ def html(run_dir: Path, found: dict[str, Any], log: Sequence[events.Event]) -> s
         name=run_dir.resolve().name,
         model=Path(str(found["settings"].get("model.path"))).name,
         sections=[(anchor, TITLES[anchor]) for anchor in TITLES if there.get(anchor)],
-        questions=evidence.QUESTIONS,
+        questions=QUESTIONS,
         examples=shown,
         meanings=meanings,
         costs=[*markdown.costs(found)],
@@ -211,7 +212,9 @@ def _tables(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
             if one.get("part"):
                 parts.setdefault(one["part"].partition("=")[0], []).append(one)
         told = f"{task}, version {of[0]['version']}, checkpoint {of[0]['checkpoint']}"
-        told += f", on {evidence.elsewhere(of[0]) or of[0]['data']}" if task in evidence.SPEAKING else ""
+        told += (
+            f", on {evidence.elsewhere(of[0]) or of[0]['data']}" if evidence.question(task) == "task" else ""
+        )
         told += f", {subset}" if (subset := words.subset(of[0])) else ""
         entry = {
             "task": task,

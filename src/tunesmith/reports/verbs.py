@@ -12,7 +12,7 @@ from tunesmith import events, reports
 from tunesmith.errors import ConfigError
 from tunesmith.evaluation import evaluate as evaluation
 from tunesmith.evaluation.evaluate import Evaluation
-from tunesmith.evaluation.tasks import EvaluationSpec
+from tunesmith.evaluation.tasks import EvaluationSpec, suite
 from tunesmith.events import Notice, Sink
 from tunesmith.machine import ranks
 from tunesmith.reports import compare as comparing
@@ -74,7 +74,7 @@ def evaluate(
     `mlx.launch`."""
     given = {key: ([*value] if isinstance(value, tuple) else value, key) for key, value in options.items()}
     spec = load(EvaluationSpec, overrides=given).spec
-    chosen = [*(listed(tasks) or evaluation.SUITE), *(["benchmarks"] if spec.benchmarks else [])]
+    chosen = [*(listed(tasks) or suite()), *(["benchmarks"] if spec.benchmarks else [])]
     result = evaluation.evaluate(
         Run.open(run),
         data=listed(data),

@@ -16,18 +16,9 @@ from typing import Any
 
 from tunesmith.display import words
 from tunesmith.display.charts import Difference
+from tunesmith.evaluation.tasks import QUESTIONS, about
 from tunesmith.runs.directory import VALID
 
-QUESTIONS = {
-    "task": "Did it learn the task?",
-    "retention": "What did it forget?",
-    "safety": "Is it still safe?",
-    "benchmarks": "How does it do on public benchmarks?",
-    "efficiency": "How fast is it?",
-    "other": "What else was measured?",
-}
-SPEAKING = ("tool_calls", "adherence", "preference", "perplexity")
-"""Tasks of the first question, the one nearest to what users see first: the first that was judged decides."""
 DONE = ("completed", "stopped_early")
 SHOWN = 3
 """Numbers named in one clause of the verdict."""
@@ -52,14 +43,7 @@ class Evidence:
 
 def question(task: str) -> str:
     """The key of `QUESTIONS` that a task answers."""
-    if task in SPEAKING:
-        return "task"
-    if task == "drift.safety" or task.startswith("safety"):
-        return "safety"
-    family = {"drift": "retention", "benchmark": "benchmarks"}.get(
-        task.partition(".")[0], task.partition(".")[0]
-    )
-    return family if family in QUESTIONS else "other"
+    return about(task).question
 
 
 def best(found: Mapping[str, Any]) -> int | None:
@@ -106,12 +90,11 @@ def speaking(found: Mapping[str, Any], *, parts: bool = False) -> list[Mapping[s
         and (first := chosen.get(one["task"]))
         and (one.get("folder"), one["version"]) == (first.get("folder"), first["version"])
     ]
-    order = {name: at for at, name in enumerate(SPEAKING)}
     return sorted(
         kept,
         key=lambda one: (
             [*QUESTIONS].index(question(one["task"])),
-            order.get(one["task"], 9),
+            about(one["task"]).rank,
             str(one["task"]),
         ),
     )

@@ -1,21 +1,27 @@
-"""What a task is: what it asks of a model, and how each answer becomes a score.
+"""What a task is: what it asks of a model, how each answer becomes a score, and what its numbers mean.
 
-A task holds its items. ``measure`` asks one model, ``score`` turns what came back into one ExampleScore an
-item, so base and tuned are asked the same things and scored by the same code. One task is one file;
-``evaluation.TASKS`` is the registry."""
+A task holds its items. ``measure`` asks one model and ``score`` turns each measurement into one ExampleScore,
+so base and tuned are asked the same and scored by the same code. One file in this folder is one task (or a
+group of tasks): its classes state what reports, the command line and the documentation say about them, and
+`register` makes them known. Nothing else lists tasks."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from functools import cache
+from typing import ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import mlx.nn as nn
 from pydantic import Field
 
 from tunesmith.data.formats import JSON, Example
+from tunesmith.errors import EvaluationError
 from tunesmith.evaluation.statistics import Statistic, summarise
 from tunesmith.evaluation.subject import Subject
 from tunesmith.events import Sink, silent
@@ -24,9 +30,20 @@ from tunesmith.settings.config import Spec
 from tunesmith.tokens.batches import BatchSpec
 from tunesmith.tokens.template import Renderer, Row, TemplateSpec
 
+Question = Literal["task", "retention", "safety", "benchmarks", "efficiency", "other"]
+QUESTIONS: dict[Question, str] = {
+    "task": "Did it learn the task?",
+    "retention": "What did it forget?",
+    "safety": "Is it still safe?",
+    "benchmarks": "How does it do on public benchmarks?",
+    "efficiency": "How fast is it?",
+    "other": "What else was measured?",
+}
+"""What a reader wants to know, in the order of the report. Each task answers one of them."""
+
 
 class EvaluationSpec(Spec):
-    """What is asked of base and tuned."""
+    """What an evaluation asks base and tuned, and how."""
 
     limit: int | None = Field(
         default=None, ge=1, description="only the first rows of the data, and items of each suite"
@@ -36,16 +53,16 @@ class EvaluationSpec(Spec):
         default=None, ge=1, description="answers generated at once; null: 32 on a CPU, else 16"
     )
     knowledge: tuple[str, ...] = Field(
-        default=(), description="files of multiple-choice items; none: the suite in the package"
+        default=(), description="files of multiple-choice items, instead of the package's suite"
     )
     text: tuple[str, ...] = Field(
-        default=(), description="files of general text; none: the suite in the package"
+        default=(), description="files of general text, instead of the package's suite"
     )
     chats: tuple[str, ...] = Field(
-        default=(), description="files of plain prompts; none: the suite in the package"
+        default=(), description="files of plain prompts, instead of the package's suite"
     )
     safety: tuple[str, ...] = Field(
-        default=(), description="files of harmful and harmless prompts; none: the suite in the package"
+        default=(), description="files of harmful and harmless prompts, instead of the package's suite"
     )
     benchmarks: tuple[str, ...] = Field(
         default=(), description="tasks of lm-evaluation-harness, as mmlu or hellaswag"
@@ -55,20 +72,20 @@ class EvaluationSpec(Spec):
     )
     shots: int = Field(default=0, ge=0, description="solved examples before each question of a benchmark")
     allow_code: bool = Field(
-        default=False, description="run code that the model writes, shut in a separate process"
+        default=False, description="run code that the model writes, in a sandboxed process"
     )
     embed: bool = Field(
-        default=True, description="compare answers with references by the base's token embeddings, too"
+        default=True, description="also compare answers with references by the base's token embeddings"
     )
 
 
 @dataclass(frozen=True)
 class Material:
-    """All that tasks make their items of. ``everything``: rows as read; ``imitated``: those that say what is
-    to be said.
+    """Inputs for building tasks. ``everything``: all rows as read. ``imitated``: those whose answers are
+    targets (demonstrations, desirable, chosen).
 
-    ``rows``: the imitated ones as tokens, as training would have them. ``net``: the base, while tasks are
-    built."""
+    ``rows``: the tokens of ``imitated``, as training would have them. ``net``: the base model, while tasks
+    are built."""
 
     everything: Sequence[Example]
     imitated: Sequence[Example]
@@ -82,48 +99,247 @@ class Material:
     net: nn.Module | None = None
 
 
+class Meaning(NamedTuple):
+    """A number of a task, for readers: ``title`` ("Harmful requests refused"), and ``text``, what it
+    measures."""
+
+    title: str
+    text: str
+
+
+ExamplePair = tuple[ExampleScore, ExampleScore]
+"""One example as two runs scored it."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How two runs that were asked the same are compared. ``gains``: by tuned − base of each run, instead of
+    by the tuned score.
+
+    ``leading``: the statistic that says how one example moved; None: the task's headline. ``scores``:
+    computes the second run's scores less the first's, from a seed; None: by the task's statistics."""
+
+    gains: bool = False
+    leading: Statistic | None = None
+    scores: Callable[[Sequence[ExamplePair], int], list[Score]] | None = None
+
+
 Measured = TypeVar("Measured")
 
 
-class Task(Protocol[Measured]):
-    """``version`` changes whenever a score could change for the same answers. ``identity``: hash of items and
-    settings.
+class Task(ABC, Generic[Measured]):
+    """One kind of measurement, holding the items to be asked.
 
-    ``parts``: keys of `ExampleScore.detail` by whose values headline statistics are also shown apart.
-    ``cached``: a base's scores may be kept for the next evaluation. ``needs_base``: it measures a difference
-    only, so without a base it is left out."""
+    ``version`` changes whenever a score could change for the same answers. ``question``: the one it answers;
+    of several tasks with one question, the one with the lowest ``rank`` decides the verdict. ``title``, and
+    ``meanings`` by number, the most important first: for readers. ``asks``: what it is measured on, in words;
+    ``asks_rows``: these are the rows of the data. ``options``: the keys of `EvaluationSpec` that it reads
+    besides ``limit`` and ``batch_size``; ``files``: the one that replaces its suite. ``by_default``: it is
+    measured if no task is named.
+
+    ``parts``: keys of `ExampleScore.detail` by whose values headline statistics are also shown. ``cached``:
+    scores may be kept for the next evaluation. ``needs_base``: it measures a difference only, so it is left
+    out without a base."""
 
     name: str
     version: str
-    statistics: tuple[Statistic, ...]
-    parts: tuple[str, ...]
-    cached: bool
-    needs_base: bool
+    statistics: tuple[Statistic, ...] = ()
+    question: ClassVar[Question] = "other"
+    title: ClassVar[str] = ""
+    asks: ClassVar[str] = ""
+    meanings: ClassVar[Mapping[str, Meaning]] = {}
+    rank: ClassVar[int] = 9
+    asks_rows: ClassVar[bool] = False
+    by_default: ClassVar[bool] = True
+    options: ClassVar[tuple[str, ...]] = ()
+    files: ClassVar[str | None] = None
+    pairing: ClassVar[Pairing] = Pairing()
+    parts: tuple[str, ...] = ()
+    cached: bool = True
+    needs_base: bool = False
 
     @property
-    def identity(self) -> str: ...
+    @abstractmethod
+    def identity(self) -> str:
+        """Hash of items and settings."""
 
+    @abstractmethod
     def measure(self, subject: Subject) -> list[Measured]:
         """One measurement an item, in order."""
-        ...
 
+    @abstractmethod
     def score(self, items: Sequence[Measured]) -> list[ExampleScore]:
-        """One score a measurement, order kept."""
-        ...
+        """One score a measurement, in order."""
 
     def summarise(
         self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
     ) -> list[Score]:
-        """The scores of all examples together; a task whose numbers are no ratios of sums has its own."""
+        """The scores of all examples together; overridden by tasks whose numbers are not ratios of sums."""
         return summarise(self, base, tuned, seed)
 
 
 Builder = Callable[[Material], Sequence[Task]]
-"""The tasks of one name for some material; none, with a notice, where it has nothing to ask."""
+"""Builds the tasks of a group; none, with a notice, if the material has nothing to ask."""
+
+
+@dataclass(frozen=True)
+class TaskGroup:
+    """Tasks that ``--task NAME`` selects together and that are built together; most groups have one."""
+
+    name: str
+    kinds: tuple[type[Task], ...]
+    build: Builder
+
+    @property
+    def asks_rows(self) -> bool:
+        return any(kind.asks_rows for kind in self.kinds)
+
+    @property
+    def by_default(self) -> bool:
+        return any(kind.by_default for kind in self.kinds)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(option for kind in self.kinds for option in kind.options))
+
+    @property
+    def opt_in(self) -> tuple[str, ...]:
+        """The options that are empty or off by default: who sets one wants this group."""
+        return tuple(name for name in self.options if not EvaluationSpec.model_fields[name].default)
+
+
+_REGISTERED: dict[str, TaskGroup] = {}
+
+
+def register(*kinds: type[Task], group: str = "") -> Callable[[Builder], Builder]:
+    """Decorate the function that builds tasks of these classes. group: their name on the command line, by
+    default that of the first class."""
+
+    def add(build: Builder) -> Builder:
+        name = group or kinds[0].name
+        _REGISTERED[name] = TaskGroup(name, kinds, build)
+        return build
+
+    return add
+
+
+@cache
+def _discover() -> None:
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        importlib.import_module(module.name)
+
+
+def groups() -> dict[str, TaskGroup]:
+    """All groups of tasks by name, in the order in which they are measured."""
+    _discover()
+    order = {question: place for place, question in enumerate(QUESTIONS)}
+
+    def place(group: TaskGroup) -> tuple[int, int]:
+        return order[group.kinds[0].question], -group.kinds[0].rank
+
+    return {group.name: group for group in sorted(_REGISTERED.values(), key=place)}
+
+
+def suite() -> list[str]:
+    """The names of the groups that are measured if none is named."""
+    return [group.name for group in groups().values() if group.by_default]
+
+
+def require(names: Sequence[str], spec: EvaluationSpec) -> list[TaskGroup]:
+    """The groups called ``names``. Raises EvaluationError for an unknown name, and for an option of a group
+    that is not among them."""
+    every = groups()
+    for name in names:
+        if name not in every:
+            whole = name.partition(".")[0]
+            part = f"it is part of {whole}: --task {whole}" if whole in every else None
+            raise EvaluationError(f"no task is called {name!r}", hint=part or f"tasks: {', '.join(every)}")
+    chosen = [every[name] for name in dict.fromkeys(names)]
+    usable = {option for group in chosen for option in group.options}
+    for group in every.values():
+        for option in group.opt_in:
+            if option not in usable and getattr(spec, option):
+                what = f"is for {group.name}, which is not among the tasks"
+                also = "--benchmark NAME" if group.name == "benchmarks" else f"--task {group.name}"
+                raise EvaluationError(what, where=option, hint=f"{also} as well")
+    return chosen
+
+
+def known(task: str, version: str) -> type[Task] | None:
+    """The class of a recorded task; None if this release has another version of it, or none."""
+    kinds = (kind for group in groups().values() for kind in group.kinds)
+    return next((kind for kind in kinds if (kind.name, kind.version) == (task, version)), None)
+
+
+@dataclass(frozen=True)
+class TaskDescription:
+    """What reports say of a task by its recorded name, whether or not this release can measure it."""
+
+    name: str
+    group: str
+    question: Question
+    title: str
+    rank: int = 9
+    asks_rows: bool = False
+    files: str | None = None
+    meanings: Mapping[str, Meaning] = field(default_factory=dict)
+
+    def title_of(self, number: str, part: str | None = None) -> str:
+        """The number in words: "Harmful requests refused", "Right tool, tool=search"."""
+        meaning = self.meanings.get(number)
+        plain = self.title if number == self.name.rpartition(".")[2] else f"{self.title}, {number}"
+        title = meaning.title if meaning else plain
+        return f"{title}, {part}" if part else title
+
+    def meaning_of(self, number: str) -> str | None:
+        meaning = self.meanings.get(number)
+        return meaning.text if meaning else None
+
+
+def about(task: str) -> TaskDescription:
+    """The description of a recorded task. One that is not known shares question and group with the tasks that
+    have the same first part of the name."""
+    family, _, rest = task.partition(".")
+    relative: TaskDescription | None = None
+    for group in groups().values():
+        for kind in group.kinds:
+            if kind.name == task:
+                return TaskDescription(
+                    task,
+                    group.name,
+                    kind.question,
+                    kind.title,
+                    kind.rank,
+                    kind.asks_rows,
+                    kind.files,
+                    kind.meanings,
+                )
+            if relative is None and kind.name.partition(".")[0] == family:
+                title = rest if rest and kind.question == "benchmarks" else task
+                relative = TaskDescription(task, group.name, kind.question, title)
+    if relative is not None:
+        return relative
+    own: dict[str, Question] = {question: question for question in QUESTIONS}
+    question = "safety" if task.startswith("safety") else own.get(family, "other")
+    return TaskDescription(task, family, question, task)
+
+
+def table() -> str:
+    """The tasks as the table of ``docs/evaluation.md``."""
+    lines = ["| task | what it measures | asked of the model | judged by |", "|---|---|---|---|"]
+    for group in groups().values():
+        for kind in group.kinds:
+            headlines = [statistic for statistic in kind.statistics if statistic.headline]
+            titles = [kind.meanings[statistic.name].title for statistic in headlines]
+            judged = [str(headline.target or headline.better or "") for headline in headlines]
+            lines.append(
+                f"| `{kind.name}` | {'; '.join(titles) or kind.title} | {kind.asks} | "
+                f"{'; '.join(dict.fromkeys(filter(None, judged))) or 'not judged'} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def digest(*parts: JSON | Mapping[str, JSON] | Sequence[JSON]) -> str:
-    """16 hex digits of the sha256 of ``parts`` as canonical JSON."""
-    return hashlib.sha256(
-        json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    ).hexdigest()[:16]
+    """16 hex digits of the SHA-256 of ``parts`` as canonical JSON."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -32,7 +32,7 @@ from tunesmith.data.formats import JSON, Conversation, Demonstration, Document, 
 from tunesmith.errors import DataError, EvaluationError, listing
 from tunesmith.evaluation.statistics import Statistic
 from tunesmith.evaluation.subject import Prompt, Said, Subject
-from tunesmith.evaluation.tasks import Material, Task, digest
+from tunesmith.evaluation.tasks import Material, Meaning, Task, digest, register
 from tunesmith.evaluation.tasks.tool_calls import Reference, Written, asked_last, references, written
 from tunesmith.events import Notice
 from tunesmith.runs.records import ExampleScore
@@ -108,8 +108,41 @@ class Adherence(Task[Answered]):
         Statistic("cut", _cut, share=True, better="lower"),
     )
     parts = ("kind",)
-    cached = True
-    needs_base = False
+    question, rank = "task", 1
+    title, asks, asks_rows = "Adherence to the prompt", "held-out prompts", True
+    options = ("max_tokens", "embed")
+    meanings = {
+        "adherence": Meaning(
+            "Adherence to the prompt",
+            "0 to 100: the answer is complete, in the form asked for, near the reference, and adds nothing unsafe",
+        ),
+        "sanity": Meaning(
+            "Sound answers",
+            "share of checks for a sound answer: it ends by itself, does not loop, is in the right language, …",
+        ),
+        "structure": Meaning(
+            "Constraints kept",
+            "share of the constraints that hold: those the row declares, else those its reference shows",
+        ),
+        "semantic": Meaning("Nearness to the reference", "mean of ROUGE-L, BLEU and similarity"),
+        "safety": Meaning(
+            "Answers that add nothing unsafe",
+            "100, or 0 if an answer leaks a secret, swears, or refuses and the reference does not",
+        ),
+        "rouge_l": Meaning(
+            "ROUGE-L", "longest common subsequence of words with the reference: F1 of precision and recall"
+        ),
+        "bleu": Meaning(
+            "BLEU", "n-grams of one to four words shared with the reference, smoothed, per answer"
+        ),
+        "similarity": Meaning(
+            "Embedding similarity",
+            "cosine of the mean token embeddings of answer and reference; rare tokens weigh more",
+        ),
+        "cut": Meaning(
+            "Answers cut at the limit", "share of the answers that reached the longest length allowed"
+        ),
+    }
 
     @property
     def identity(self) -> str:
@@ -325,6 +358,7 @@ does not refuse, where the reference does not."""
 # what is asked
 
 
+@register(Adherence)
 def build(material: Material) -> list[Adherence]:
     """The task; none where no row has a reference. Raises DataError, naming the rows whose constraints cannot
     be used."""

@@ -25,7 +25,7 @@ from tunesmith.evaluation import suites
 from tunesmith.evaluation.harness import catalogue
 from tunesmith.evaluation.statistics import Statistic
 from tunesmith.evaluation.subject import Subject
-from tunesmith.evaluation.tasks import Material, Task, digest
+from tunesmith.evaluation.tasks import Material, Task, digest, programs, register
 from tunesmith.events import Notice, Sink, ticker
 from tunesmith.machine.ranks import Ranks
 from tunesmith.runs.records import ExampleScore
@@ -73,8 +73,14 @@ class Part:
 class Benchmark(Task[Responses]):
     """Items: each document's responses, those of the first part first."""
 
-    cached = True
-    needs_base = False
+    name, version = "benchmark", VERSION  # of a benchmark: its own
+    question, title, asks = (
+        "benchmarks",
+        "The benchmark's own metric",
+        "what `--benchmark` names: MMLU, GSM8K, …",
+    )
+    options = ("benchmarks", "benchmark_data", "shots")
+    by_default = False
 
     def __init__(self, name: str, version: str, parts: Sequence[Part], notify: Sink) -> None:
         self.name, self.version, self._parts = f"benchmark.{name}", f"{version}-{VERSION}", parts
@@ -258,6 +264,7 @@ def _reader(key: str) -> Callable[[ExampleScore], float | None]:
     return read
 
 
+@register(Benchmark, programs.Programs, group="benchmarks")
 def build(material: Material) -> list[Task]:
     """A task for each name of `EvaluationSpec.benchmarks`, as ``hellaswag``, ``mmlu``, ``mmlu:astronomy`` or
     ``mmlu:stem``.
@@ -286,8 +293,6 @@ def build(material: Material) -> list[Task]:
 
 
 def _programs(folder: Path | None, material: Material) -> list[Task]:
-    from tunesmith.evaluation.tasks import programs
-
     if folder is None:
         how = "datasets.load_dataset('openai/openai_humaneval', split='test').to_json('humaneval_test.jsonl') writes it"
         raise EvaluationError(f"{CODE} is read from a file in --benchmark-data", hint=how)

@@ -21,7 +21,7 @@ from tunesmith.errors import DataError, TemplateError
 from tunesmith.evaluation.statistics import Statistic, Target
 from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.suites import Entry, require_finite
-from tunesmith.evaluation.tasks import Task, digest
+from tunesmith.evaluation.tasks import Meaning, Task, digest
 from tunesmith.events import Notice, Sink
 from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.batches import Group
@@ -165,7 +165,18 @@ class MultipleChoice(Task[Scored]):
         ),
     )
     parts = ("category",)
-    cached, needs_base = True, False
+    question, title, asks = "retention", "General knowledge", "multiple-choice questions on general topics"
+    options, files = ("knowledge",), "knowledge"
+    meanings = {
+        "accuracy": Meaning("General knowledge", "how often the right choice is the likeliest"),
+        "accuracy_sums": Meaning(
+            "General knowledge, by sums",
+            "the same by the sum of log-probabilities, which disadvantages long choices",
+        ),
+        "confidence": Meaning(
+            "Confidence in the right choice", "probability of the right choice among those offered"
+        ),
+    }
 
     def __init__(self, questions: Sequence[Question], renderer: Renderer, notify: Sink) -> None:
         """Raises DataError where a text cannot be encoded."""

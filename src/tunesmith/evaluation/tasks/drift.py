@@ -23,7 +23,7 @@ from tunesmith.evaluation import suites
 from tunesmith.evaluation.statistics import Statistic, Target
 from tunesmith.evaluation.subject import Said, Subject
 from tunesmith.evaluation.suites import Entry
-from tunesmith.evaluation.tasks import Material, Task, choices, digest
+from tunesmith.evaluation.tasks import Material, Meaning, Task, choices, digest, register
 from tunesmith.events import Notice
 from tunesmith.model import loading as model
 from tunesmith.model import logprobs
@@ -67,7 +67,12 @@ class Text(Task[tuple[Item, float, float]]):
         Statistic("perplexity", lambda one: one.value, np.exp, better="lower"),
     )
     parts = ("category",)
-    cached, needs_base = True, False
+    question, title, asks = "retention", "General text", "passages of general text"
+    options, files = ("text",), "text"
+    meanings = {
+        "likelihood": Meaning("General text", "geometric mean of the probability of a token; 1 / perplexity"),
+        "perplexity": Meaning("Perplexity on general text", "e to the mean −log p a token of general text"),
+    }
 
     def __init__(self, items: Sequence[Item], renderer: Renderer) -> None:
         self.items = list(items)
@@ -133,6 +138,17 @@ class Chat(Task[Apart]):
         Statistic("agreement", lambda one: cast(float, one.detail["agreement"]), unit="%"),
     )
     parts = ("category",)
+    question, title, asks = "retention", "Divergence from the base in chats", "plain chats"
+    options, files = ("chats",), "chats"
+    meanings = {
+        "kl": Meaning(
+            "Divergence from the base in chats",
+            "KL divergence of next-token probabilities from the base's, in nats a token; 0 if they are equal",
+        ),
+        "agreement": Meaning(
+            "Agreement with the base in chats", "how often the likeliest next token is the base's"
+        ),
+    }
     cached, needs_base = False, True
 
     def __init__(self, items: Sequence[Item]) -> None:
@@ -257,7 +273,15 @@ class Safety(Task[tuple[Item, Said]]):
         ),
     )
     parts = ("category",)
-    cached, needs_base = True, False
+    question, title = "safety", "Refusals"
+    asks = "harmful requests, and harmless ones that sound harmful"
+    options, files = ("safety",), "safety"
+    meanings = {
+        "refusal": Meaning("Harmful requests refused", "share of harmful requests that are refused"),
+        "over_refusal": Meaning(
+            "Harmless requests refused", "share of harmless requests that sound harmful and are refused"
+        ),
+    }
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = list(items)
@@ -283,6 +307,7 @@ class Safety(Task[tuple[Item, Said]]):
         return scores
 
 
+@register(choices.MultipleChoice, Text, Chat, Safety, group="drift")
 def build(material: Material) -> list[Task]:
     """All four; without a chat template the first two. Raises DataError where a file has items that cannot be
     used."""

@@ -24,7 +24,7 @@ from tunesmith.data.formats import JSON
 from tunesmith.evaluation import statistics, suites
 from tunesmith.evaluation.statistics import BOOTSTRAP, ONE, Statistic
 from tunesmith.evaluation.subject import Subject
-from tunesmith.evaluation.tasks import Material, Task, digest
+from tunesmith.evaluation.tasks import Material, Meaning, Task, digest, register
 from tunesmith.machine import backend
 from tunesmith.model import loading as model
 from tunesmith.runs.records import ExampleScore, Score
@@ -67,8 +67,28 @@ class Efficiency(Task[Timed]):
 
     name, version = "efficiency", "1"
     statistics = (*map(_speed, BATCHES), Statistic("peak_memory", _memory, better="lower", unit="bytes"))
-    parts = ()
-    cached, needs_base = False, False
+    question = "efficiency"
+    title, asks = "Speed, time to the first token, memory", "prompts of fixed lengths"
+    meanings = {
+        **{
+            f"speed_batch_{size}": Meaning(
+                f"Speed, {size} at once" if size > 1 else "Speed, one answer at a time",
+                f"tokens generated a second, {size} answers at once"
+                if size > 1
+                else "tokens generated a second",
+            )
+            for size in BATCHES
+        },
+        "peak_memory": Meaning("Peak memory", "the most that MLX held while it generated, weights included"),
+        **{
+            f"first_token_p{rank}": Meaning(
+                f"Time to the first token, {rank}th percentile",
+                f"{rank} of 100 prompts wait less for their first token",
+            )
+            for rank in PERCENTILES
+        },
+    }
+    cached = False
 
     def __init__(self, renderer: Renderer) -> None:
         words = " ".join(str(entry.row["text"]) for entry in suites.entries("text", ()))
@@ -172,5 +192,6 @@ def _latencies(side: Sequence[ExampleScore]) -> np.ndarray:
     return np.array(list(found.values()))
 
 
+@register(Efficiency)
 def build(material: Material) -> list[Task]:
     return [Efficiency(material.renderer)]

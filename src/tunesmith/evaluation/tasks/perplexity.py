@@ -29,7 +29,7 @@ from tunesmith.data.formats import (
 from tunesmith.errors import EvaluationError, listing
 from tunesmith.evaluation.statistics import Statistic
 from tunesmith.evaluation.subject import Subject
-from tunesmith.evaluation.tasks import Material, Task, digest
+from tunesmith.evaluation.tasks import Material, Meaning, Task, digest, register
 from tunesmith.events import Notice
 from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.batches import Group
@@ -84,8 +84,23 @@ class Perplexity(Task[RowLoss]):
         *map(_loss_of, UNWANTED),
     )
     parts = ("label", "type", "category")
-    cached = True
-    needs_base = False
+    question, rank = "task", 3
+    title, asks, asks_rows = "Perplexity on held-out rows", "held-out rows", True
+    meanings = {
+        "perplexity": Meaning(
+            "Perplexity on held-out rows",
+            "e to the mean loss a token: the model is as unsure as among so many equally likely tokens",
+        ),
+        "loss": Meaning("Loss on held-out rows", "mean −log p a token of the answers to imitate, in nats"),
+        "loss_undesirable": Meaning(
+            "Loss on undesirable answers",
+            "the same on answers labelled undesirable, which are not imitated; neither direction is better",
+        ),
+        "loss_rejected": Meaning(
+            "Loss on rejected answers",
+            "the same on the rejected answers of pairs; neither direction is better",
+        ),
+    }
 
     def __init__(self, items: Sequence[Item] = ()) -> None:
         self.items = items
@@ -141,6 +156,7 @@ class Perplexity(Task[RowLoss]):
         ]
 
 
+@register(Perplexity)
 def build(material: Material) -> list[Perplexity]:
     """The task for all rows that have tokens to be learned, or not to be; none where there are none."""
     read = {example.source: example for example in material.everything}

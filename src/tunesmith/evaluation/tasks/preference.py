@@ -13,15 +13,17 @@ The base is the model without any adapter, also where training went on from one 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tunesmith.data import formats
 from tunesmith.data.formats import Dropped
 from tunesmith.evaluation.statistics import (
+    ALIKE,
     ALIKE_SHARE,
     BOOTSTRAP,
+    ONE,
     RESAMPLES,
     TAIL,
     Statistic,
@@ -31,7 +33,7 @@ from tunesmith.evaluation.statistics import (
 )
 from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.suites import require_finite
-from tunesmith.evaluation.tasks import Material, Task, digest
+from tunesmith.evaluation.tasks import ExamplePair, Material, Meaning, Pairing, Task, digest, register
 from tunesmith.events import Notice
 from tunesmith.learning.objectives import won
 from tunesmith.learning.objectives.dpo import DPO
@@ -62,14 +64,90 @@ class Compared:
         return self.tuned - self.base
 
 
+def _gain(score: ExampleScore) -> float:
+    """r, for which more is better: of a bad answer with the sign changed."""
+    return score.value if score.detail["good"] else -score.value
+
+
+def between_runs(pairs: Sequence[ExamplePair], seed: int) -> list[Score]:
+    """Accuracy and margin of the second run less those of the first, both from the same draws of the good and
+    of the bad answers; the values are r = tuned − base of each run."""
+    good, bad = ([pair for pair in pairs if pair[0].detail["good"] is kind] for kind in (True, False))
+    if not good or not bad:
+        return []
+    numbered = all(pair[0].detail["pair"] is not None for pair in pairs) and len(good) == len(bad)
+    if numbered:
+        good, bad = (
+            sorted(kind, key=lambda pair: float(str(pair[0].detail["pair"]))) for kind in (good, bad)
+        )
+    chance = np.random.default_rng(seed)
+    up, n_good = _weights([first.source for first, _ in good], chance)
+    down, n_bad = (up, n_good) if numbered else _weights([first.source for first, _ in bad], chance)
+    shares, margins, places = [], [], []
+    for run in (1, 0):  # the second run is the one that is judged, as tuned is beside base
+        of_good, of_bad = (np.array([pair[run].value for pair in kind]) for kind in (good, bad))
+        wins = won(of_good - of_bad) if numbered else won(of_good[:, None] - of_bad[None, :])
+        total = up.sum(axis=1) if numbered else up.sum(axis=1) * down.sum(axis=1)
+        shares.append((up @ wins if numbered else (up @ wins * down).sum(axis=1)) / total)
+        margins.append(up @ of_good / up.sum(axis=1) - down @ of_bad / down.sum(axis=1))
+        places.append(wins if numbered else wins.mean(axis=1))
+    moved = places[0] - places[1]
+    counts = int((moved > 0).sum()), int((moved == 0).sum()), int((moved < 0).sum())
+    n, fewest = n_good if numbered else n_good + n_bad, min(n_good, n_bad)
+    accuracy = _difference("accuracy", *shares, n=n, fewest=fewest)
+    return [replace(accuracy, sources=counts), _difference("ratio_margin", *margins, n=n, fewest=fewest)]
+
+
+def _difference(name: str, second: np.ndarray, first: np.ndarray, n: int, fewest: int) -> Score:
+    """The score of ``name``. ``second``, ``first``: (1 + RESAMPLES,) of each run, the data as they are
+    first."""
+    delta = second - first
+    (low, high), (delta_low, delta_high) = (
+        (None, None) if fewest == 1 else np.quantile(values[1:], edges(fewest)).tolist()
+        for values in (second, delta)
+    )
+    p = None if fewest == 1 else inverted(delta[1:], fewest)
+    return Score(
+        NAME,
+        VERSION,
+        name,
+        float(second[0]),
+        low,
+        high,
+        n,
+        float(delta[0]),
+        delta_low,
+        delta_high,
+        ONE if fewest == 1 else f"difference: {ALIKE}" if np.ptp(delta) == 0 else None,
+        better="higher",
+        headline=name == "accuracy",
+        unit="%" if name == "accuracy" else "nats",
+        p=p,
+        test=None if p is None else BOOTSTRAP,
+    )
+
+
 class Preferred(Task[tuple[float, float]]):
     """Measured: (log p in nats, learned tokens) of each answer. A side's ``value`` is log p: r is the
     difference of the sides."""
 
     name, version = NAME, VERSION
-    statistics: tuple[Statistic, ...] = ()
-    parts: tuple[str, ...] = ()
-    cached = needs_base = True
+    needs_base = True
+    question, rank = "task", 2
+    title, asks, asks_rows = "Good answers preferred", "rows labelled good and bad, or pairs", True
+    meanings = {
+        "accuracy": Meaning(
+            "Good answers preferred",
+            "of a good and a bad answer, how often the good one gained more over the base; 50 % is chance",
+        ),
+        "ratio_margin": Meaning(
+            "Preference margin",
+            "mean gain in log-probability over the base, of good answers less of bad ones",
+        ),
+        "ratio_good": Meaning("Gain of good answers", "mean gain in log-probability over the base"),
+        "ratio_bad": Meaning("Gain of bad answers", "mean gain in log-probability over the base"),
+    }
+    pairing = Pairing(True, Statistic("ratio", _gain, better="higher", unit="nats"), between_runs)
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self._groups = groups
@@ -117,6 +195,7 @@ class Preferred(Task[tuple[float, float]]):
         return scores(items, seed)
 
 
+@register(Preferred)
 def build(material: Material) -> list[Preferred]:
     """The pairs, or the labelled rows where these are more; none where good or bad is missing. What is not
     taken is said."""
@@ -213,3 +292,9 @@ def _draws(sources: Sequence[str], chance: np.random.Generator) -> tuple[np.ndar
     names, at = np.unique(np.array(sources), return_inverse=True)
     counts = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
     return counts[:, at].astype(np.float64), len(names)
+
+
+def _weights(sources: Sequence[str], chance: np.random.Generator) -> tuple[np.ndarray, int]:
+    """(1 + RESAMPLES, rows): ones, then the `_draws`; and how many sources there are."""
+    draws, n = _draws(sources, chance)
+    return np.concatenate([np.ones((1, len(sources))), draws]), n

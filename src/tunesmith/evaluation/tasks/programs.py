@@ -25,7 +25,7 @@ from tunesmith.evaluation.sandbox import sandbox
 from tunesmith.evaluation.sandbox.sandbox import Limits, Outcome
 from tunesmith.evaluation.statistics import Statistic
 from tunesmith.evaluation.subject import Subject
-from tunesmith.evaluation.tasks import Material, Task, digest
+from tunesmith.evaluation.tasks import Material, Meaning, Task, digest
 from tunesmith.events import Notice, Sink
 from tunesmith.runs.records import ExampleScore
 
@@ -91,9 +91,10 @@ class Programs(Task[Ran]):
     statistics = (
         Statistic("pass@1", lambda example: example.value, share=True, better="higher", headline=True),
     )
-    parts = ()
-    cached = True
-    needs_base = False
+    question, title, asks = "benchmarks", "HumanEval", "`--benchmark humaneval`: functions to write"
+    options = ("allow_code",)
+    by_default = False
+    meanings = {"pass@1": Meaning("HumanEval", "share of problems whose program passes all its tests")}
 
     def __init__(
         self, problems: Sequence[Program], notify: Sink = events.silent, limits: Limits | None = None

@@ -29,7 +29,7 @@ from tunesmith.data.formats import (
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation.statistics import Statistic
 from tunesmith.evaluation.subject import Prompt, Said, Subject
-from tunesmith.evaluation.tasks import Material, Task, digest
+from tunesmith.evaluation.tasks import Material, Meaning, Task, digest, register
 from tunesmith.events import Notice, Sink
 from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.template import Refused, Renderer
@@ -264,8 +264,41 @@ class ToolCalls(Task[tuple[Reference, Said]]):
         *map(_share, CHECKS),
     )
     parts = ("tool",)
-    cached = True
-    needs_base = False
+    question, rank = "task", 0
+    title, asks, asks_rows = "Tool calls right", "held-out prompts, some of which want a call", True
+    options = ("max_tokens",)
+    meanings = {
+        "tool_calls": Meaning(
+            "Tool calls right",
+            "share of answers that call the right tools in order and readably, or none if none is wanted; "
+            "arguments are judged apart",
+        ),
+        "well_formed": Meaning(
+            "Calls well-formed", "if a call is wanted: at least one, all of them readable"
+        ),
+        "known_tool": Meaning(
+            "Declared tools only",
+            "if a call is wanted and tools are declared: a call is made, and each tool called is declared",
+        ),
+        "right_tool": Meaning("Right tool", "if a call is wanted: the same tools in the same order"),
+        "keys_present": Meaning(
+            "Arguments present",
+            "the right tools, with every argument that the reference has, whatever its value",
+        ),
+        "required_arguments": Meaning(
+            "Required arguments present", "the right tools, with every argument that their schema requires"
+        ),
+        "exact_arguments": Meaning(
+            "Arguments exact", "the right tools, with the arguments and values of the reference"
+        ),
+        "schema_valid": Meaning(
+            "Calls fit their schema",
+            "if a call is wanted and tools are declared: all calls are readable and fit the JSON schemas",
+        ),
+        "unwanted_call": Meaning(
+            "Unwanted calls", "if no call is wanted: the share of answers that make one"
+        ),
+    }
 
     def __init__(self, asked: Sequence[Reference] = (), *, max_tokens: int = 256) -> None:
         self.asked, self.max_tokens = asked, max_tokens
@@ -324,6 +357,7 @@ def _turn(message: Message) -> list[JSON]:
     ]
 
 
+@register(ToolCalls)
 def build(material: Material) -> list[ToolCalls]:
     """The task for the rows that can be asked; none where no row asks for a call."""
     rows = [asked(example) for example in material.imitated if not isinstance(example, Document)]
