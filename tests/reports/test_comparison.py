@@ -369,7 +369,7 @@ def options(command: str) -> dict[str, Any]:
     """What the command line makes of a command; it raises where an option does not exist."""
     import typer
 
-    from tunesmith.cli.app import app
+    from tunesmith.cli import app
 
     tunesmith, verb, *rest = shlex.split(command)
     group: Any = typer.main.get_command(app)

@@ -68,9 +68,8 @@ def evaluate(
     """Scores of base and tuned on the run's held-out rows (or ``data``) and the suites, with intervals; the
     report is renewed.
 
-    model: path of the run's model, if it was moved since training. tasks: names of `evaluation.TASKS`, none:
-    the whole suite. options: the fields of `tasks.EvaluationSpec`, as ``max_tokens``, ``limit`` or
-    ``benchmarks``. fresh: measure again what is known from before. None on ranks but the first of
+    model: path of the run's model, if it was moved since training. tasks: by name, none: the whole suite.
+    options: the fields of `evaluation.tasks.EvaluationSpec`, as ``max_tokens``, ``limit`` or ``benchmarks``. fresh: measure again what is known from before. None on ranks but the first of
     `mlx.launch`."""
     given = {key: ([*value] if isinstance(value, tuple) else value, key) for key, value in options.items()}
     spec = load(EvaluationSpec, overrides=given).spec
