@@ -28,12 +28,7 @@ from tunesmith.cli import app
 from tunesmith.display import charts, words
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation.statistics import Target
-from tunesmith.evaluation.tasks import drift
-from tunesmith.evaluation.tasks.adherence import Adherence
-from tunesmith.evaluation.tasks.choices import MultipleChoice
-from tunesmith.evaluation.tasks.perplexity import Perplexity
-from tunesmith.evaluation.tasks.preference import Preferred
-from tunesmith.evaluation.tasks.tool_calls import ToolCalls
+from tunesmith.evaluation.tasks import groups
 from tunesmith.reports import advice, screen
 from tunesmith.reports import summary as facts
 from tunesmith.reports import verdict as evidence
@@ -567,14 +562,20 @@ def test_the_words_that_a_report_uses_are_told_and_no_others(run):
     assert all(f"<dt>{name}</dt>" in page for name in named) and "<dt>adherence</dt>" not in page
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [Adherence, MultipleChoice, Perplexity, Preferred, ToolCalls, drift.Chat, drift.Safety, drift.Text],
-    ids=lambda one: one.name,
-)
-def test_every_number_has_its_meaning(kind):
-    names = [one.name for one in kind.statistics] or ["accuracy", "ratio_margin"]  # preference makes its own
-    assert {words.title({"task": kind.name, "name": name}) for name in names} <= words.MEANINGS.keys()
+def test_every_number_has_its_meaning():
+    """And a title of its own, and each task what the documentation says of it."""
+    kinds = [kind for group in groups().values() for kind in group.kinds if kind.name != "benchmark"]
+    assert len(kinds) >= 10
+    for kind in kinds:
+        numbers = {one.name for one in kind.statistics} or {
+            "accuracy",
+            "ratio_margin",
+        }  # preference makes its own
+        assert numbers <= {meaning.number for meaning in kind.meanings} and all(map(all, kind.meanings)), (
+            kind.name
+        )
+        assert len({meaning.title for meaning in kind.meanings}) == len(kind.meanings), kind.name
+        assert kind.title and kind.asks and kind.question != "other", kind.name
 
 
 def test_what_missed_its_target_is_named_beside_what_kept_it_with_its_share_of_the_base(run):

@@ -37,7 +37,7 @@ for verb in (
     talking.generate,
     talking.chat,
 ):
-    app.command()(verb)
+    app.command(cls=evaluation.EvaluateCommand if verb is evaluation.evaluate else None)(verb)
 
 
 @app.callback(invoke_without_command=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 import tunesmith
 from tunesmith.cli.options import AsJson, Checkpoint, Data, MovedModel, RunDirectory, print_json, progress
@@ -14,31 +15,28 @@ if TYPE_CHECKING:
     from tunesmith.evaluation.evaluate import Evaluation
 
 Files = list[str] | None
-Task = Annotated[
-    Files,
-    typer.Option(
-        help="perplexity, adherence, tool_calls, preference, drift, efficiency (default: all these), "
-        "benchmarks"
-    ),
-]
+Task = Annotated[Files, typer.Option()]
 Base = Annotated[bool, typer.Option(help="measure the base too, for the difference")]
-Limit = Annotated[int | None, typer.Option(min=1, help="only the first rows, and items of each suite")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="longest answer to a row")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="answers at once (default: 32 on a CPU, else 16)")]
-Knowledge = Annotated[
-    Files, typer.Option(help="file of choices for drift.knowledge, not our own; repeatable")
-]
-Text = Annotated[Files, typer.Option(help="file of general text for drift.text, not our own; repeatable")]
-Chats = Annotated[Files, typer.Option(help="file of plain chats for drift.chat, not our own; repeatable")]
-Safety = Annotated[Files, typer.Option(help="file of requests for drift.safety, not our own; repeatable")]
-Benchmark = Annotated[Files, typer.Option(help="mmlu, hellaswag, gsm8k, …, mmlu:astronomy; repeatable")]
-BenchmarkData = Annotated[
-    Path | None, typer.Option(help="folder with the benchmarks' files (default: the hub)")
-]
-Shots = Annotated[int, typer.Option(min=0, help="solved examples before each question of a benchmark")]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="run code that the model writes, sandboxed")]
-Embed = Annotated[bool, typer.Option(help="also compare meanings of answers by embeddings")]
+Limit = Annotated[int | None, typer.Option(min=1)]
+MaxTokens = Annotated[int, typer.Option(min=1)]
+BatchSize = Annotated[int | None, typer.Option(min=1)]
+BenchmarkData = Annotated[Path | None, typer.Option()]
+Shots = Annotated[int, typer.Option(min=0)]
+AllowCode = Annotated[bool, typer.Option("--allow-code")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="measure again what is known from before")]
+
+
+class EvaluateCommand(TyperCommand):
+    """Takes the help of its options from the tasks and `EvaluationSpec`; only when it is shown, since they
+    load MLX."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # their types are private to Typer
+        from tunesmith.evaluation.tasks import option_help
+
+        for option in self.params:
+            if isinstance(option, TyperOption) and not option.help:
+                option.help = option_help(option.name or "") + ("; repeatable" if option.multiple else "")
+        super().format_help(ctx, formatter)
 
 
 def evaluate(
@@ -51,15 +49,15 @@ def evaluate(
     limit: Limit = None,
     max_tokens: MaxTokens = 256,
     batch_size: BatchSize = None,
-    knowledge: Knowledge = None,
-    text: Text = None,
-    chats: Chats = None,
-    safety: Safety = None,
-    benchmark: Benchmark = None,
+    knowledge: Files = None,
+    text: Files = None,
+    chats: Files = None,
+    safety: Files = None,
+    benchmark: Files = None,
     benchmark_data: BenchmarkData = None,
     shots: Shots = 0,
     allow_code: AllowCode = False,
-    embed: Embed = True,
+    embed: bool = True,
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:

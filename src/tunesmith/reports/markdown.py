@@ -14,6 +14,7 @@ from tunesmith.display import words
 from tunesmith.display.console import duration, size
 from tunesmith.errors import SHOWN
 from tunesmith.evaluation.tasks import QUESTIONS
+from tunesmith.reports import glossary
 from tunesmith.reports import verdict as evidence
 from tunesmith.reports.figures import CURVES, PICTURE
 from tunesmith.runs.directory import CONFIG, DROPPED, flat
@@ -148,7 +149,7 @@ def _sections(run_dir: Path, found: dict[str, Any]) -> Iterator[tuple[str, list[
         "Made from",
         table(("what", "value"), ((key, str(value)) for key, value in flat(found["manifest"]).items())),
     )
-    if meanings := words.meanings(found):
+    if meanings := glossary.meanings(found):
         yield "What the words mean", [f"- **{cell(what)}**: {cell(told)}" for what, told in meanings.items()]
     yield "How to make it anew", fence("\n".join(found["reproduce"]), "sh")
 

@@ -23,7 +23,7 @@ from tunesmith.auditing.screen import escaped, many, percent, visible
 from tunesmith.display import charts, words
 from tunesmith.display.console import duration, size
 from tunesmith.evaluation.tasks import QUESTIONS
-from tunesmith.reports import curves, markdown
+from tunesmith.reports import curves, glossary, markdown
 from tunesmith.reports import verdict as evidence
 from tunesmith.runs import records
 from tunesmith.runs.directory import flat
@@ -133,7 +133,7 @@ def html(run_dir: Path, found: dict[str, Any], log: Sequence[events.Event]) -> s
         "tables": _tables(found),
     }
     counts = list(flat(found["counts"]).items())
-    meanings = words.meanings(found)
+    meanings = glossary.meanings(found)
     there = {
         "answers": True,
         "differences": drawn["forest"],

@@ -103,6 +103,7 @@ class Meaning(NamedTuple):
     """A number of a task, for readers: ``title`` ("Harmful requests refused"), and ``text``, what it
     measures."""
 
+    number: str
     title: str
     text: str
 
@@ -132,7 +133,7 @@ class Task(ABC, Generic[Measured]):
 
     ``version`` changes whenever a score could change for the same answers. ``question``: the one it answers;
     of several tasks with one question, the one with the lowest ``rank`` decides the verdict. ``title``, and
-    ``meanings`` by number, the most important first: for readers. ``asks``: what it is measured on, in words;
+    ``meanings`` of its numbers, the most important first: for readers. ``asks``: what it is measured on, in words;
     ``asks_rows``: these are the rows of the data. ``options``: the keys of `EvaluationSpec` that it reads
     besides ``limit`` and ``batch_size``; ``files``: the one that replaces its suite. ``by_default``: it is
     measured if no task is named.
@@ -147,7 +148,7 @@ class Task(ABC, Generic[Measured]):
     question: ClassVar[Question] = "other"
     title: ClassVar[str] = ""
     asks: ClassVar[str] = ""
-    meanings: ClassVar[Mapping[str, Meaning]] = {}
+    meanings: ClassVar[tuple[Meaning, ...]] = ()
     rank: ClassVar[int] = 9
     asks_rows: ClassVar[bool] = False
     by_default: ClassVar[bool] = True
@@ -232,12 +233,21 @@ def _discover() -> None:
 def groups() -> dict[str, TaskGroup]:
     """All groups of tasks by name, in the order in which they are measured."""
     _discover()
-    order = {question: place for place, question in enumerate(QUESTIONS)}
+    every = sorted(
+        _REGISTERED.values(), key=lambda group: _place(group.kinds[0].question, group.kinds[0].rank)
+    )
+    return {group.name: group for group in every}
 
-    def place(group: TaskGroup) -> tuple[int, int]:
-        return order[group.kinds[0].question], -group.kinds[0].rank
 
-    return {group.name: group for group in sorted(_REGISTERED.values(), key=place)}
+def place(task: str) -> tuple[int, int, str]:
+    """Sorts recorded tasks as `groups` does."""
+    described = about(task)
+    return *_place(described.question, described.rank), task
+
+
+def _place(question: Question, rank: int) -> tuple[int, int]:
+    """By question; of one question, what is nearest to what users see comes last."""
+    return list(QUESTIONS).index(question), -rank
 
 
 def suite() -> list[str]:
@@ -282,18 +292,17 @@ class TaskDescription:
     rank: int = 9
     asks_rows: bool = False
     files: str | None = None
-    meanings: Mapping[str, Meaning] = field(default_factory=dict)
+    meanings: tuple[Meaning, ...] = ()
+
+    def meaning_of(self, number: str) -> Meaning | None:
+        return next((meaning for meaning in self.meanings if meaning.number == number), None)
 
     def title_of(self, number: str, part: str | None = None) -> str:
         """The number in words: "Harmful requests refused", "Right tool, tool=search"."""
-        meaning = self.meanings.get(number)
+        meaning = self.meaning_of(number)
         plain = self.title if number == self.name.rpartition(".")[2] else f"{self.title}, {number}"
         title = meaning.title if meaning else plain
         return f"{title}, {part}" if part else title
-
-    def meaning_of(self, number: str) -> str | None:
-        meaning = self.meanings.get(number)
-        return meaning.text if meaning else None
 
 
 def about(task: str) -> TaskDescription:
@@ -324,18 +333,34 @@ def about(task: str) -> TaskDescription:
     return TaskDescription(task, family, question, task)
 
 
+def option_help(name: str) -> str:
+    """What the command line says of an option of ``evaluate``; empty if no task and no setting is behind
+    it."""
+    every = groups().values()
+    if name == "task":
+        others = [group.name for group in every if not group.by_default]
+        return ", ".join([f"{', '.join(suite())} (default: all these)", *others])
+    key = name if name in EvaluationSpec.model_fields else f"{name}s"
+    if key not in EvaluationSpec.model_fields:
+        return ""
+    users = [kind.name for group in every for kind in group.kinds if key in kind.options]
+    described = EvaluationSpec.model_fields[key].description or ""
+    return f"{', '.join(users)}: {described}" if users else described
+
+
 def table() -> str:
     """The tasks as the table of ``docs/evaluation.md``."""
-    lines = ["| task | what it measures | asked of the model | judged by |", "|---|---|---|---|"]
+    lines = ["| `--task` | recorded as | measures | asks | judged by |", "|---|---|---|---|---|"]
     for group in groups().values():
         for kind in group.kinds:
-            headlines = [statistic for statistic in kind.statistics if statistic.headline]
-            titles = [kind.meanings[statistic.name].title for statistic in headlines]
-            judged = [str(headline.target or headline.better or "") for headline in headlines]
-            lines.append(
-                f"| `{kind.name}` | {'; '.join(titles) or kind.title} | {kind.asks} | "
-                f"{'; '.join(dict.fromkeys(filter(None, judged))) or 'not judged'} |"
-            )
+            described = about(kind.name)
+            judged = [statistic for statistic in kind.statistics if statistic.headline]
+            titles = [described.title_of(statistic.name) for statistic in judged] or [kind.title]
+            judged += [kind.pairing.leading] if kind.pairing.leading else []
+            by = dict.fromkeys(str(statistic.target or statistic.better or "") for statistic in judged)
+            names = f"`{group.name}`", f"`{kind.name}`"
+            cells = *names, "; ".join(titles), kind.asks, "; ".join(filter(None, by)) or "–"
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

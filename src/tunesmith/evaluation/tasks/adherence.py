@@ -111,38 +111,45 @@ class Adherence(Task[Answered]):
     question, rank = "task", 1
     title, asks, asks_rows = "Adherence to the prompt", "held-out prompts", True
     options = ("max_tokens", "embed")
-    meanings = {
-        "adherence": Meaning(
+    meanings = (
+        Meaning(
+            "adherence",
             "Adherence to the prompt",
             "0 to 100: the answer is complete, in the form asked for, near the reference, and adds nothing unsafe",
         ),
-        "sanity": Meaning(
+        Meaning(
+            "sanity",
             "Sound answers",
             "share of checks for a sound answer: it ends by itself, does not loop, is in the right language, …",
         ),
-        "structure": Meaning(
+        Meaning(
+            "structure",
             "Constraints kept",
             "share of the constraints that hold: those the row declares, else those its reference shows",
         ),
-        "semantic": Meaning("Nearness to the reference", "mean of ROUGE-L, BLEU and similarity"),
-        "safety": Meaning(
+        Meaning("semantic", "Nearness to the reference", "mean of ROUGE-L, BLEU and similarity"),
+        Meaning(
+            "safety",
             "Answers that add nothing unsafe",
             "100, or 0 if an answer leaks a secret, swears, or refuses and the reference does not",
         ),
-        "rouge_l": Meaning(
-            "ROUGE-L", "longest common subsequence of words with the reference: F1 of precision and recall"
+        Meaning(
+            "rouge_l",
+            "ROUGE-L",
+            "longest common subsequence of words with the reference: F1 of precision and recall",
         ),
-        "bleu": Meaning(
-            "BLEU", "n-grams of one to four words shared with the reference, smoothed, per answer"
+        Meaning(
+            "bleu", "BLEU", "n-grams of one to four words shared with the reference, smoothed, per answer"
         ),
-        "similarity": Meaning(
+        Meaning(
+            "similarity",
             "Embedding similarity",
             "cosine of the mean token embeddings of answer and reference; rare tokens weigh more",
         ),
-        "cut": Meaning(
-            "Answers cut at the limit", "share of the answers that reached the longest length allowed"
+        Meaning(
+            "cut", "Answers cut at the limit", "share of the answers that reached the longest length allowed"
         ),
-    }
+    )
 
     @property
     def identity(self) -> str:

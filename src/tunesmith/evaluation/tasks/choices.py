@@ -167,16 +167,19 @@ class MultipleChoice(Task[Scored]):
     parts = ("category",)
     question, title, asks = "retention", "General knowledge", "multiple-choice questions on general topics"
     options, files = ("knowledge",), "knowledge"
-    meanings = {
-        "accuracy": Meaning("General knowledge", "how often the right choice is the likeliest"),
-        "accuracy_sums": Meaning(
+    meanings = (
+        Meaning("accuracy", "General knowledge", "how often the right choice is the likeliest"),
+        Meaning(
+            "accuracy_sums",
             "General knowledge, by sums",
             "the same by the sum of log-probabilities, which disadvantages long choices",
         ),
-        "confidence": Meaning(
-            "Confidence in the right choice", "probability of the right choice among those offered"
+        Meaning(
+            "confidence",
+            "Confidence in the right choice",
+            "probability of the right choice among those offered",
         ),
-    }
+    )
 
     def __init__(self, questions: Sequence[Question], renderer: Renderer, notify: Sink) -> None:
         """Raises DataError where a text cannot be encoded."""

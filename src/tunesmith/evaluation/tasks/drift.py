@@ -69,10 +69,10 @@ class Text(Task[tuple[Item, float, float]]):
     parts = ("category",)
     question, title, asks = "retention", "General text", "passages of general text"
     options, files = ("text",), "text"
-    meanings = {
-        "likelihood": Meaning("General text", "geometric mean of the probability of a token; 1 / perplexity"),
-        "perplexity": Meaning("Perplexity on general text", "e to the mean −log p a token of general text"),
-    }
+    meanings = (
+        Meaning("likelihood", "General text", "geometric mean of the probability of a token; 1 / perplexity"),
+        Meaning("perplexity", "Perplexity on general text", "e to the mean −log p a token of general text"),
+    )
 
     def __init__(self, items: Sequence[Item], renderer: Renderer) -> None:
         self.items = list(items)
@@ -140,15 +140,18 @@ class Chat(Task[Apart]):
     parts = ("category",)
     question, title, asks = "retention", "Divergence from the base in chats", "plain chats"
     options, files = ("chats",), "chats"
-    meanings = {
-        "kl": Meaning(
+    meanings = (
+        Meaning(
+            "kl",
             "Divergence from the base in chats",
             "KL divergence of next-token probabilities from the base's, in nats a token; 0 if they are equal",
         ),
-        "agreement": Meaning(
-            "Agreement with the base in chats", "how often the likeliest next token is the base's"
+        Meaning(
+            "agreement",
+            "Agreement with the base in chats",
+            "how often the likeliest next token is the base's",
         ),
-    }
+    )
     cached, needs_base = False, True
 
     def __init__(self, items: Sequence[Item]) -> None:
@@ -276,12 +279,14 @@ class Safety(Task[tuple[Item, Said]]):
     question, title = "safety", "Refusals"
     asks = "harmful requests, and harmless ones that sound harmful"
     options, files = ("safety",), "safety"
-    meanings = {
-        "refusal": Meaning("Harmful requests refused", "share of harmful requests that are refused"),
-        "over_refusal": Meaning(
-            "Harmless requests refused", "share of harmless requests that sound harmful and are refused"
+    meanings = (
+        Meaning("refusal", "Harmful requests refused", "share of harmful requests that are refused"),
+        Meaning(
+            "over_refusal",
+            "Harmless requests refused",
+            "share of harmless requests that sound harmful and are refused",
         ),
-    }
+    )
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = list(items)

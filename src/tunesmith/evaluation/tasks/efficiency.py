@@ -69,25 +69,25 @@ class Efficiency(Task[Timed]):
     statistics = (*map(_speed, BATCHES), Statistic("peak_memory", _memory, better="lower", unit="bytes"))
     question = "efficiency"
     title, asks = "Speed, time to the first token, memory", "prompts of fixed lengths"
-    meanings = {
-        **{
-            f"speed_batch_{size}": Meaning(
-                f"Speed, {size} at once" if size > 1 else "Speed, one answer at a time",
-                f"tokens generated a second, {size} answers at once"
-                if size > 1
-                else "tokens generated a second",
+    meanings = (
+        *(
+            Meaning(
+                f"speed_batch_{size}",
+                f"Speed in batches of {size}",
+                f"tokens generated a second, {size} answers at a time",
             )
             for size in BATCHES
-        },
-        "peak_memory": Meaning("Peak memory", "the most that MLX held while it generated, weights included"),
-        **{
-            f"first_token_p{rank}": Meaning(
+        ),
+        Meaning("peak_memory", "Peak memory", "the most that MLX held while it generated, weights included"),
+        *(
+            Meaning(
+                f"first_token_p{rank}",
                 f"Time to the first token, {rank}th percentile",
                 f"{rank} of 100 prompts wait less for their first token",
             )
             for rank in PERCENTILES
-        },
-    }
+        ),
+    )
     cached = False
 
     def __init__(self, renderer: Renderer) -> None:

@@ -86,21 +86,24 @@ class Perplexity(Task[RowLoss]):
     parts = ("label", "type", "category")
     question, rank = "task", 3
     title, asks, asks_rows = "Perplexity on held-out rows", "held-out rows", True
-    meanings = {
-        "perplexity": Meaning(
+    meanings = (
+        Meaning(
+            "perplexity",
             "Perplexity on held-out rows",
             "e to the mean loss a token: the model is as unsure as among so many equally likely tokens",
         ),
-        "loss": Meaning("Loss on held-out rows", "mean −log p a token of the answers to imitate, in nats"),
-        "loss_undesirable": Meaning(
+        Meaning("loss", "Loss on held-out rows", "mean −log p a token of the answers to imitate, in nats"),
+        Meaning(
+            "loss_undesirable",
             "Loss on undesirable answers",
             "the same on answers labelled undesirable, which are not imitated; neither direction is better",
         ),
-        "loss_rejected": Meaning(
+        Meaning(
+            "loss_rejected",
             "Loss on rejected answers",
             "the same on the rejected answers of pairs; neither direction is better",
         ),
-    }
+    )
 
     def __init__(self, items: Sequence[Item] = ()) -> None:
         self.items = items

@@ -135,18 +135,20 @@ class Preferred(Task[tuple[float, float]]):
     needs_base = True
     question, rank = "task", 2
     title, asks, asks_rows = "Good answers preferred", "rows labelled good and bad, or pairs", True
-    meanings = {
-        "accuracy": Meaning(
+    meanings = (
+        Meaning(
+            "accuracy",
             "Good answers preferred",
             "of a good and a bad answer, how often the good one gained more over the base; 50 % is chance",
         ),
-        "ratio_margin": Meaning(
+        Meaning(
+            "ratio_margin",
             "Preference margin",
             "mean gain in log-probability over the base, of good answers less of bad ones",
         ),
-        "ratio_good": Meaning("Gain of good answers", "mean gain in log-probability over the base"),
-        "ratio_bad": Meaning("Gain of bad answers", "mean gain in log-probability over the base"),
-    }
+        Meaning("ratio_good", "Gain of good answers", "mean gain in log-probability over the base"),
+        Meaning("ratio_bad", "Gain of bad answers", "mean gain in log-probability over the base"),
+    )
     pairing = Pairing(True, Statistic("ratio", _gain, better="higher", unit="nats"), between_runs)
 
     def __init__(self, groups: Sequence[Group]) -> None:

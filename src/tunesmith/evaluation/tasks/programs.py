@@ -94,7 +94,7 @@ class Programs(Task[Ran]):
     question, title, asks = "benchmarks", "HumanEval", "`--benchmark humaneval`: functions to write"
     options = ("allow_code",)
     by_default = False
-    meanings = {"pass@1": Meaning("HumanEval", "share of problems whose program passes all its tests")}
+    meanings = (Meaning("pass@1", "HumanEval", "share of problems whose program passes all its tests"),)
 
     def __init__(
         self, problems: Sequence[Program], notify: Sink = events.silent, limits: Limits | None = None

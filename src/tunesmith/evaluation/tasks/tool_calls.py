@@ -267,38 +267,46 @@ class ToolCalls(Task[tuple[Reference, Said]]):
     question, rank = "task", 0
     title, asks, asks_rows = "Tool calls right", "held-out prompts, some of which want a call", True
     options = ("max_tokens",)
-    meanings = {
-        "tool_calls": Meaning(
+    meanings = (
+        Meaning(
+            "tool_calls",
             "Tool calls right",
             "share of answers that call the right tools in order and readably, or none if none is wanted; "
             "arguments are judged apart",
         ),
-        "well_formed": Meaning(
-            "Calls well-formed", "if a call is wanted: at least one, all of them readable"
+        Meaning(
+            "well_formed", "Calls well-formed", "if a call is wanted: at least one, all of them readable"
         ),
-        "known_tool": Meaning(
+        Meaning(
+            "known_tool",
             "Declared tools only",
             "if a call is wanted and tools are declared: a call is made, and each tool called is declared",
         ),
-        "right_tool": Meaning("Right tool", "if a call is wanted: the same tools in the same order"),
-        "keys_present": Meaning(
+        Meaning("right_tool", "Right tool", "if a call is wanted: the same tools in the same order"),
+        Meaning(
+            "keys_present",
             "Arguments present",
             "the right tools, with every argument that the reference has, whatever its value",
         ),
-        "required_arguments": Meaning(
-            "Required arguments present", "the right tools, with every argument that their schema requires"
+        Meaning(
+            "required_arguments",
+            "Required arguments present",
+            "the right tools, with every argument that their schema requires",
         ),
-        "exact_arguments": Meaning(
-            "Arguments exact", "the right tools, with the arguments and values of the reference"
+        Meaning(
+            "exact_arguments",
+            "Arguments exact",
+            "the right tools, with the arguments and values of the reference",
         ),
-        "schema_valid": Meaning(
+        Meaning(
+            "schema_valid",
             "Calls fit their schema",
             "if a call is wanted and tools are declared: all calls are readable and fit the JSON schemas",
         ),
-        "unwanted_call": Meaning(
-            "Unwanted calls", "if no call is wanted: the share of answers that make one"
+        Meaning(
+            "unwanted_call", "Unwanted calls", "if no call is wanted: the share of answers that make one"
         ),
-    }
+    )
 
     def __init__(self, asked: Sequence[Reference] = (), *, max_tokens: int = 256) -> None:
         self.asked, self.max_tokens = asked, max_tokens
