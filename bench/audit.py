@@ -17,7 +17,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 import record
+import small
 
 PLANTED = {"copies": 100, "near": 100, "keys": 1000}  # one in so many rows
 BARS = {1_000: (10.0, None), 200_000: (180.0, 2e9)}  # rows: seconds, bytes
@@ -33,24 +33,7 @@ BARS = {1_000: (10.0, None), 200_000: (180.0, 2e9)}  # rows: seconds, bytes
 def generate(path: Path, rows: int, seed: int = 0) -> dict[str, int]:
     """Writes ``rows`` rows; how many of each kind were planted."""
     random = np.random.Generator(np.random.PCG64(seed))
-    parts = [
-        "ka",
-        "lo",
-        "mi",
-        "ter",
-        "sun",
-        "ra",
-        "ven",
-        "dor",
-        "pi",
-        "sha",
-        "lun",
-        "ex",
-        "qua",
-        "zen",
-        "hol",
-        "bri",
-    ]
+    parts = "ka lo mi ter sun ra ven dor pi sha lun ex qua zen hol bri".split()
     words = np.array(["".join(random.choice(parts, random.integers(1, 5))) for _ in range(30_000)])
     shares = np.cumsum(
         (np.arange(len(words)) + 2.7) ** -1.05
@@ -110,8 +93,8 @@ def _resident(pid: int) -> int:
     total = 0
     try:
         parent = psutil.Process(pid)
-        for one in (parent, *parent.children(recursive=True)):
-            total += one.memory_full_info().pss if psutil.LINUX else one.memory_info().rss
+        for process in (parent, *parent.children(recursive=True)):
+            total += process.memory_full_info().pss if psutil.LINUX else process.memory_info().rss
     except psutil.Error:  # it ended meanwhile
         pass
     return total
@@ -124,26 +107,28 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=list(BARS))
     parser.add_argument("--data", type=Path, help="also these rows")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    result: dict[str, Any] = {"runs": []}
+    parser.add_argument("--smoke", action="store_true", help=small.HELP)
+    options = parser.parse_args()
+    result: dict[str, Any] = {"benchmark": "audit", "runs": []}
     failed = False
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for rows in asked.rows:
+    with small.inputs(options, rows=[50]) as folder:
+        options.data = None if options.smoke else options.data
+        for rows in options.rows:
             path = folder / f"generated-{rows}.jsonl"
             planted = generate(path, rows)
-            found = {"rows": rows, "bytes": path.stat().st_size, "planted": planted, **measure(path, folder)}
+            run = {"rows": rows, "bytes": path.stat().st_size, "planted": planted, **measure(path, folder)}
             seconds, room = BARS.get(rows, (float("inf"), None))
-            found["met"] = found["seconds"] < seconds and (room is None or found["peak_bytes"] < room)
-            failed |= not found["met"]
-            result["runs"].append(found)
-            print(json.dumps(found), file=sys.stderr)
+            run["met"] = run["seconds"] < seconds and (room is None or run["peak_bytes"] < room)
+            failed |= not run["met"]
+            result["runs"].append(run)
+            print(json.dumps(run), file=sys.stderr)
             path.unlink()
-        if asked.data:
-            found = {"data": asked.data.name, **measure(asked.data.resolve(), folder)}
-            result["runs"].append(found)
-            print(json.dumps(found), file=sys.stderr)
-    print(json.dumps(record.keep(result, asked.out)))
+        if options.data:
+            data = Path(options.data)
+            run = {"data": data.name, **measure(data.resolve(), folder)}
+            result["runs"].append(run)
+            print(json.dumps(run), file=sys.stderr)
+        print(json.dumps(record.keep(result, options.out)))
     sys.exit(failed)
 
 

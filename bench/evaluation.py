@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import record
+import small
+
+import tunesmith
+from tunesmith.runs import records
 
 BAR_S = 1200.0  # both sides of everything, on two CPU cores
 
@@ -27,34 +31,56 @@ def command(run: Path, options: list[str]) -> tuple[float, dict[str, Any]]:
     return time.perf_counter() - started, json.loads(done.stdout)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path)
-    asked, options = parser.parse_known_args()
-    seconds, found = command(asked.run, ["--fresh", *options])
-    again, second = command(asked.run, [*options, "--task", "perplexity", "--task", "tool_calls"])
-    tasks = [json.loads(path.read_text()) for path in sorted((asked.run / "evals").glob("*/score.json"))]
-    result: dict[str, Any] = {
+def trained(options: argparse.Namespace, folder: Path) -> Path:
+    """A tiny run to try the script on."""
+    settings = ["loop.steps=2", "batch.sequences=4", "loop.samples=0", "data.valid=0.3"]
+    resolved = tunesmith.configure(model=options.model, data=[options.data], sets=settings)
+    run = tunesmith.train(resolved, out=folder / "run")
+    assert run is not None
+    return run.path
+
+
+def compare(run: Path, options: list[str]) -> dict[str, Any]:
+    seconds, first = command(run, ["--fresh", *options])
+    again, second = command(run, [*options, "--task", "perplexity", "--task", "tool_calls"])
+    tasks, _ = records.read(run)
+    values = {(score["task"], score["name"], score["part"]): score["value"] for score in first["scores"]}
+    return {
+        "benchmark": "evaluation",
         "seconds": round(seconds, 1),
         "bar": BAR_S,
         "known_again": round(again, 1),
         "options": options,
-        "tasks": {one["task"]: {"n": one["n"], **one["seconds"]} for one in tasks if one.get("task")},
+        "tasks": {task.task: {"n": task.n, **(task.seconds or {})} for task in tasks},
         "headlines": {
-            f"{one['task']} {one['name']}": [one["base"], one["value"], one["verdict"]]
-            for one in found["scores"]
-            if one["headline"]
+            f"{score['task']} {score['name']}": [score["base"], score["value"], score["verdict"]]
+            for score in first["scores"]
+            if score["headline"]
         },
+        "same_again": all(
+            values[score["task"], score["name"], score["part"]] == score["value"]
+            for score in second["scores"]
+        ),
     }
-    values = {(one["task"], one["name"], one["part"]): one["value"] for one in found["scores"]}
-    result["same_again"] = all(
-        values[one["task"], one["name"], one["part"]] == one["value"] for one in second["scores"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(json.dumps(record.keep(result, asked.out)))
-    sys.exit(seconds > BAR_S or not result["same_again"])
+    parser.add_argument("run", type=Path, nargs="?", help="run directory")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help=small.HELP)
+    options, further = parser.parse_known_args()
+    if options.run is None and not options.smoke:
+        parser.error("RUN is missing")
+    with small.inputs(options) as folder:
+        if options.smoke:
+            options.run = trained(options, folder)
+            further = ["--limit", "2", "--max-tokens", "4", *further]
+        result = record.keep(compare(options.run, further), options.out)
+    print(json.dumps(result))
+    sys.exit(result["seconds"] > BAR_S or not result["same_again"])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ go on.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -29,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ours
+import record
 
 HERE = Path(__file__).parent
 WARM, ROWS, MICRO = 3, 8, 2
@@ -136,57 +137,24 @@ def rows_of(path: Path, limit: int, shape: Shape, count: int | None, *, tiny: bo
     ]
 
 
-def our_update(net: Any, task: Task, order: Sequence[Row]) -> Callable[[int], list[Row]]:
-    """The product's update ``step`` (from 0), evaluated; returns the rows it learned. The only contact with
-    tunesmith's inside.
-
-    One epoch over ``order``, in the order that the product draws.
-    """
-    import threading
-    from types import SimpleNamespace
-
-    from tunesmith.learning import optimizer
-    from tunesmith.machine import backend
-    from tunesmith.model import kernels
-    from tunesmith.runs.directory import Cursor, RunConfig
-    from tunesmith.tokens.batches import Cut, Group, Plan
-    from tunesmith.tokens.template import Tokens
-    from tunesmith.training import gradients
-    from tunesmith.training import loop as training
-
-    config = RunConfig.model_validate(
+def product_updates(net: Any, order: Sequence[Row]) -> Callable[[int], list[Row]]:
+    """The product's update ``step`` (from 0), evaluated; returns the rows it learned, in the order that the
+    product draws."""
+    settings = ours.config(
+        "random",
         {
-            "model": {"path": "random"},
-            "data": {"train": ("random",), "valid": 0},
             "adapter": {"rank": RANK, "alpha": ALPHA, "dropout": DROPOUT, "targets": TARGETS},
             "batch": {"sequences": ROWS, "length": 2048},
             "optimizer": {"learning_rate": RATE},
             "loop": {"checkpoint_gradients": True},
-        }
+        },
     )
-    net.freeze()
-    kernels.install(net)
-    config.adapter.attach(net, 0)
-    groups = [
-        Group(
-            (Tokens(row.ids, (np.arange(row.tokens) >= row.tokens - row.learned).astype(np.float32)),),
-            f"row {row.seed}",
-        )
-        for row in order
-    ]
-    lengths = tuple(row.tokens for row in order)
-    bucket = backend.setup().kind == "gpu"
-    plan = Plan(lengths, ROWS, Cut.of(config.batch, lengths, bucket), 0)
-    prepared: Any = SimpleNamespace(train=groups, plan=plan)
-    nowhere: Any = None
-    state = optimizer.build(config.optimizer, net)
-    loop = training.Loop(nowhere, config, net, state, prepared, lambda event: None, threading.Event())
-    gradients.checkpointed(net).__enter__()  # for the life of this process
-    gradients_of, cursor = loop.accumulation(), Cursor()
+    rows = [ours.group(row.ids, row.tokens - row.learned, f"row {row.seed}") for row in order]
+    updates = ours.updates(net, settings, rows)
 
     def update(step: int) -> list[Row]:
-        members = [order[index] for micro in plan.update(step) for index in micro]
-        loop._update(step, cursor, gradients_of)
+        members = [order[index] for micro in updates.plan.update(step) for index in micro]
+        assert updates().step == step + 1
         return members
 
     return update
@@ -306,7 +274,7 @@ def leg_ours(task: Task, bits: int | None = None) -> dict[str, Any]:
     mx = use_mlx(task)
     net = random_net(task, bits)
     weights = mx.get_active_memory()
-    update = our_update(net, task, task.rows)
+    update = product_updates(net, task.rows)
     mx.reset_peak_memory()
     started, done = time.perf_counter(), []
     for step in range(WARM + task.updates):
@@ -326,7 +294,7 @@ def leg_epoch(task: Task) -> dict[str, Any]:
     net = random_net(task, None)
     mx.reset_peak_memory()
     start = time.perf_counter()
-    update = our_update(net, task, task.rows)
+    update = product_updates(net, task.rows)
     steps = -(-len(task.rows) // ROWS)
     learned: list[Row] = []
     for step in range(steps):
@@ -672,34 +640,23 @@ def bars(legs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def versions() -> dict[str, str]:
-    """What is installed of all that is compared."""
-    found = {}
-    for package in ("mlx", "mlx-cuda-13", "mlx-cuda-12", "mlx-lm", "torch", "transformers", "peft", "trl"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def show(legs: dict[str, dict[str, Any]], reached: list[dict[str, Any]]) -> None:
     """A table, and a line for each bar."""
-    print(
-        f"{'leg':30} {'tok/s':>8} {'learned/s':>9} {'s/update':>8} {'peak GB':>7} {'device GB':>9} {'MFU':>5}",
-        file=sys.stderr,
-    )
+
+    def line(name: str, *cells: str) -> None:
+        widths = (8, 9, 8, 7, 9, 5)
+        texts = [f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+        print(f"{name:30} {' '.join(texts)}", file=sys.stderr)
+
+    line("leg", "tok/s", "learned/s", "s/update", "peak GB", "device GB", "MFU")
     for name, found in legs.items():
         if problem := found.get("failed") or found.get("skipped"):
             print(f"{name:30} {problem[:95]}", file=sys.stderr)
         elif "tokens_s" in found:
             memory = [f"{found[key] / 1e9:.2f}" if found.get(key) else "–" for key in ("peak", "device")]
             use = f"{found['utilisation']:.0%}" if found.get("utilisation") else "–"
-            print(
-                f"{name:30} {found['tokens_s']:8.0f} {found['supervised_tokens_s']:9.0f} {found['seconds_update']:8.3f} "
-                f"{memory[0]:>7} {memory[1]:>9} {use:>5}",
-                file=sys.stderr,
-            )
+            rates = [f"{found[key]:.0f}" for key in ("tokens_s", "supervised_tokens_s")]
+            line(name, *rates, f"{found['seconds_update']:.3f}", *memory, use)
     for bar in reached:
         word = {None: "not measured", True: "met", False: "MISSED"}[bar["met"]]
         value = "" if bar["found"] is None else f" ({bar['found']:.2f})"
@@ -708,18 +665,11 @@ def show(legs: dict[str, dict[str, Any]], reached: list[dict[str, Any]]) -> None
 
 def make_lengths(data: str, out: Path) -> None:
     """Write (tokens, learned tokens) of each row as Mistral's third tokenizer renders it."""
-    from tunesmith.data import formats
-    from tunesmith.tokens import renderers, template
-
-    spec = formats.DataSpec.model_validate({"train": (data,), "valid": 0})
-    examples = formats.read(spec.train, spec).examples
-    renderer = renderers.load("mistral-v3", "mistral-v3")
-    rows = template.render(examples, renderer, template.TemplateSpec.model_validate({}), 1 << 20).rows
-    pairs = [[len(row.tokens.ids), int((row.tokens.targets[1:] > 0).sum())] for row in rows]
+    pairs = ours.row_lengths(data, "mistral-v3")
     out.write_text(json.dumps(pairs, separators=(",", ":")).replace("],[", "],\n[") + "\n")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--lengths", type=Path, default=HERE / "syngen_lengths.json", help="[[tokens, learned], …]"
@@ -729,7 +679,10 @@ def main() -> None:
     parser.add_argument("--legs", nargs="+", choices=tuple(LEGS), help="only these; products is always first")
     parser.add_argument("--out", type=Path, help="default: bench/results/gpu-<device>.json")
     parser.add_argument(
-        "--try-on-cpu", action="store_true", help="tiny widths in float32: tries the script, measures nothing"
+        "--try-on-cpu",
+        "--smoke",
+        action="store_true",
+        help="tiny widths in float32: tries the script, measures nothing",
     )
     parser.add_argument("--make-lengths", metavar="ROWS", help="write --lengths from this file and end")
     for hidden in ("--leg", "--result"):
@@ -737,9 +690,15 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=60.0, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.make_lengths:
-        return make_lengths(asked.make_lengths, asked.lengths)
+        make_lengths(asked.make_lengths, asked.lengths)
+        return 0
     if asked.leg:
-        return run_leg(asked.leg, asked, Path(asked.result))
+        run_leg(asked.leg, asked, Path(asked.result))
+        return 0
+    return compare(asked)
+
+
+def compare(asked: argparse.Namespace) -> int:
 
     end = time.perf_counter() + 60 * asked.minutes
     legs = {"products": start_leg("products", asked, 60 * asked.minutes)}
@@ -769,19 +728,20 @@ def main() -> None:
             found["utilisation"] = found["flops_s"] / best.get(leg.dtype, max(best.values()))
         reached = [] if asked.try_on_cpu else bars(legs)
         shape = asdict(TINY if asked.try_on_cpu else MISTRAL)
-        record = {
+        result = {
+            "benchmark": "gpu",
             "tried_on_cpu": asked.try_on_cpu,
-            "versions": versions(),
             "shape": shape,
             "rows_an_update": ROWS,
             "legs": legs,
             "bars": reached,
         }
         # After each leg, so that an end from outside loses only what was under way.
-        out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        record.keep(result, out)
     show(legs, reached)
     print(out)
+    return 1 if asked.try_on_cpu and any("failed" in leg for leg in legs.values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

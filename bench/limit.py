@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ours
+import record
+import small
 from rich.console import Console
 from rich.table import Table
 
@@ -30,8 +33,6 @@ DEVICE = backend.setup()  # before MLX: a fast BLAS must be opened first
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx.utils import tree_map  # noqa: E402
-from mlx_lm.models import llama  # noqa: E402
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -49,145 +50,98 @@ PLACE = {
 
 
 @dataclass(frozen=True)
-class Ours:
-    """All that this script knows of tunesmith's inside."""
+class Update:
+    """One optimizer update, and its parts by name."""
 
     net: nn.Module
     micro: list[tuple[np.ndarray, int]]  # tokens (N, T) as they meet the device, and how many are learned
     lengths: list[tuple[int, int]]  # (tokens, learned tokens) of each row
-    update: Callable[[], None]  # one whole optimizer update, evaluated
+    make: Callable[[], object]  # the whole update, evaluated
     attention: Callable[[mx.array, mx.array, mx.array, float], mx.array]  # q, k, v, scale
     swiglu: Callable[[mx.array, mx.array], mx.array]
-    branch: Callable[[Any, mx.array], mx.array]  # the adapter's share of an adapted layer
     head_loss: Callable[
         [mx.array, int], mx.array
     ]  # (N, T, D) hidden states, index in `micro` → sum of the loss
 
 
-def our_update(asked: argparse.Namespace) -> Ours:
-    """The update that the product makes, and its stages by name. The only contact with tunesmith's inside."""
-    import threading
-    from types import SimpleNamespace
+def update_of(options: argparse.Namespace) -> Update:
+    """The update that the product makes of the rows, with its own plan of micro-batches."""
+    from mlx_lm.models import activations
 
-    from tunesmith.learning import objectives, optimizer
-    from tunesmith.model import kernels
-    from tunesmith.model import loading as model
-    from tunesmith.runs.directory import Cursor, RunConfig
-    from tunesmith.tokens.batches import Cut, Group, Plan, collate
-    from tunesmith.tokens.template import Tokens
-    from tunesmith.training import gradients, preparation
-    from tunesmith.training import loop as training
+    from tunesmith.learning import objectives
+    from tunesmith.model import kernels, logprobs
+    from tunesmith.tokens.batches import collate
 
-    config = RunConfig.model_validate(
+    settings = ours.config(
+        options.model or "random",
         {
-            "model": {"path": asked.model or "random"},
-            "data": {"train": (asked.data or "random",), "valid": 0},
-            "template": {"too_long": "drop"},
             "adapter": {
-                "rank": asked.rank,
-                "alpha": 2 * asked.rank,
-                "dropout": asked.dropout,
-                "targets": tuple(asked.targets),
+                "rank": options.rank,
+                "alpha": 2 * options.rank,
+                "dropout": options.dropout,
+                "targets": tuple(options.targets),
             },
-            "batch": {"sequences": asked.rows, "length": asked.max_length},
-            "loop": {"checkpoint_gradients": asked.checkpoint, "steps": 1_000_000},
-        }
+            "batch": {"sequences": options.rows, "length": options.max_length},
+            "loop": {"checkpoint_gradients": options.checkpoint},
+        },
     )
-    net = model.load(config.model).net if asked.model else random_net(asked)
-    if asked.data:
-        groups = preparation.prepare(config).train[: asked.rows]
-    else:
-        random = np.random.Generator(np.random.PCG64(0))
-        groups = []
-        for row in range(asked.rows):
-            length = asked.lengths[row % len(asked.lengths)]
-            targets = (np.arange(length) >= max(1, round(length * (1 - asked.learned)))).astype(np.float32)
-            groups.append(
-                Group(
-                    (Tokens(random.integers(0, asked.vocab, length).astype(np.int32), targets),), f"row {row}"
-                )
-            )
-    kernels.install(net)
-    config.adapter.attach(net, 0)
-    lengths = tuple(group.length for group in groups)
-    plan = Plan(lengths, len(groups), Cut.of(config.batch, lengths), 0, max_steps=config.loop.steps)
-    micro = [[groups[index] for index in members] for members in plan.update(0)]
-    prepared: Any = SimpleNamespace(train=groups, plan=plan)
-    nowhere: Any = None
-    state = optimizer.build(config.optimizer, net)
-    loop = training.Loop(nowhere, config, net, state, prepared, lambda event: None, threading.Event())
-    gradients_of = loop.accumulation()
-    cursor = Cursor()
-
-    def update() -> None:
-        if config.loop.checkpoint_gradients:
-            with gradients.checkpointed(net):
-                loop._update(0, cursor, gradients_of)
-        else:
-            loop._update(0, cursor, gradients_of)
-
-    batches = [collate(members) for members in micro]
-
-    body: Any = net["model"]
-    kind = type(body)
+    net = ours.load(settings) if options.model else random_net(options)
+    groups = [ours.group(ids, learned, f"row {row}") for row, (ids, learned) in enumerate(rows(options))]
+    make = ours.updates(net, settings, groups)
+    batches = [collate([groups[index] for index in members]) for members in make.plan.update(0)]
 
     def head_loss(hidden: mx.array, index: int) -> mx.array:
-        """The objective on a model whose body answers with ``hidden``: what is left is the head and the
-        loss."""
-        body.__class__ = type(kind.__name__, (kind,), {"__call__": lambda self, *inputs, **options: hidden})
-        net.train()
-        try:
-            logps = objectives.sequence_logps(net, batches[index])
-            return config.objective.losses(logps, mx.array(batches[index].fields)).sum()
-        finally:
-            body.__class__ = kind
-            net.eval()
+        """The objective on ``hidden``: what is left is the head and the loss."""
+        batch = batches[index]
+        flat = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.positions)]
+        logps = objectives.sequence_logps(
+            net, batch, lambda net, batch: logprobs.chosen(net, flat, mx.array(batch.learned))
+        )
+        return settings.objective.losses(logps, mx.array(batch.fields)).sum()
 
-    # What the layers' own code calls by these names, be it mlx-lm's or the product's.
-    layer: Any = next(iter(net.layers))
-    held_by_attention = type(layer.self_attn).__call__.__globals__
-    held_by_mlp = type(layer.mlp).__call__.__globals__
+    own = backend.own_kernels()
 
     def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        return held_by_attention["scaled_dot_product_attention"](
-            q, k, v, cache=None, scale=scale, mask="causal"
-        )
+        if own:
+            return kernels.causal(q, k, v, scale)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
 
-    lengths = [(group.tokens, int(group.units)) for group in groups]
-    held = [(batch.tokens, len(batch.learned)) for batch in batches]
-    return Ours(
+    return Update(
         net,
-        held,
-        lengths,
-        update,
+        [(batch.tokens, len(batch.learned)) for batch in batches],
+        [(group.tokens, int(group.units)) for group in groups],
+        make,
         attention,
-        held_by_mlp["swiglu"],
-        lambda layer, x: layer.branch(x),
+        kernels.swiglu if own else activations.swiglu,
         head_loss,
     )
 
 
-def random_net(asked: argparse.Namespace) -> nn.Module:
-    """A llama of the asked widths with frozen random weights in float32."""
-    sizes = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=asked.width,
-        num_hidden_layers=asked.layers,
-        intermediate_size=asked.mlp,
-        num_attention_heads=asked.heads,
-        num_key_value_heads=asked.kv_heads,
-        rms_norm_eps=1e-5,
-        vocab_size=asked.vocab,
+def rows(options: argparse.Namespace) -> list[tuple[Any, int]]:
+    """(ids, first learned token) of each row of the update."""
+    if options.data:
+        rendered = ours.rendered_rows(options.data, options.model or "mistral-v3", options.max_length)
+        return list(rendered[1][: options.rows])
+    random = np.random.Generator(np.random.PCG64(0))
+    made = []
+    for row in range(options.rows):
+        length = options.lengths[row % len(options.lengths)]
+        made.append(
+            (random.integers(0, options.vocab, length), max(1, round(length * (1 - options.learned))))
+        )
+    return made
+
+
+def random_net(options: argparse.Namespace) -> nn.Module:
+    return ours.random_llama(
+        hidden_size=options.width,
+        num_hidden_layers=options.layers,
+        intermediate_size=options.mlp,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.kv_heads,
+        vocab_size=options.vocab,
         tie_word_embeddings=True,
     )
-    mx.random.seed(0)
-    net = llama.Model(sizes)
-    net.update(
-        tree_map(lambda p: mx.random.normal(p.shape, scale=0.02) if p.ndim > 1 else p, net.parameters())
-    )
-    net.freeze()
-    mx.eval(net.parameters())
-    return net
 
 
 def base(linear: Any) -> Any:
@@ -286,15 +240,15 @@ def rate(left: tuple[int, ...], right: tuple[int, ...], repeats: int) -> float:
     return 2 * float(np.prod(left)) * right[-1] / seconds(lambda: a @ b, repeats)
 
 
-def rates(ours: Ours, stages: Sequence[Stage], repeats: int) -> None:
+def rates(update: Update, stages: Sequence[Stage], repeats: int) -> None:
     """Give each stage the product rate of its own shape: the most common of its products, over the longest
     micro-batch."""
-    net: Any = ours.net
+    net: Any = update.net
     args = net.args
-    tokens, _ = ours.micro[0]
+    tokens, _ = update.micro[0]
     rows, length = tokens.shape[0], tokens.shape[1]
     flat = rows * length
-    learned = max(1, max(count for _, count in ours.micro))
+    learned = max(1, max(count for _, count in update.micro))
     adapted = [one for layer in net.layers for one in modules(layer).values() if "lora_a" in one]
     head_dim = net.layers[0].self_attn.head_dim
     shapes = {
@@ -318,14 +272,14 @@ def rates(ours: Ours, stages: Sequence[Stage], repeats: int) -> None:
             stage.rate = rate(*shapes[stage.name], repeats)
 
 
-def measure(ours: Ours, stages: list[Stage], checkpoint: bool, repeats: int) -> None:
+def measure(update: Update, stages: list[Stage], checkpoint: bool, repeats: int) -> None:
     """Fill in the time of each stage: the function itself on the shapes of each micro-batch, times the
     layers.
 
     backward = (forward and gradients together) − forward, since the gradients use what the forward pass
     computed. A stage of its own is added for norms, positions and residual sums, which are no products but
     take time."""
-    net: Any = ours.net
+    net: Any = update.net
     layers = list(net.layers)
     args, layer = net.args, layers[-1]
     adapted = [[name for name, one in modules(each).items() if "lora_a" in one] for each in layers]
@@ -363,7 +317,7 @@ def measure(ours: Ours, stages: list[Stage], checkpoint: bool, repeats: int) -> 
         by_name[name].forward_s += once * (times + (backward if checkpoint and again else 0))
         by_name[name].backward_s += max(0.0, both - once) * backward
 
-    for index, (tokens, _) in enumerate(ours.micro):
+    for index, (tokens, _) in enumerate(update.micro):
         rows, length = tokens.shape[0], tokens.shape[1]
         x = mx.random.normal((rows, length, args.hidden_size))
         wide = mx.random.normal((rows, length, args.num_attention_heads * head_dim))
@@ -374,7 +328,7 @@ def measure(ours: Ours, stages: list[Stage], checkpoint: bool, repeats: int) -> 
             return (*(frozen[name](x) for name in ATTENTION[:3]), frozen["o_proj"](wide))
 
         def feed(x: mx.array) -> mx.array:
-            return frozen["down_proj"](ours.swiglu(frozen["gate_proj"](x), frozen["up_proj"](x)))
+            return frozen["down_proj"](update.swiglu(frozen["gate_proj"](x), frozen["up_proj"](x)))
 
         def small(x: mx.array, y: mx.array, q: mx.array, k: mx.array) -> tuple[mx.array, ...]:
             rope = layer.self_attn.rope
@@ -384,7 +338,7 @@ def measure(ours: Ours, stages: list[Stage], checkpoint: bool, repeats: int) -> 
         add("projections q k v o", project, [x, wide], len(layers), above)
         add(
             "attention products",
-            lambda q, k, v: ours.attention(q, k, v, head_dim**-0.5),
+            lambda q, k, v: update.attention(q, k, v, head_dim**-0.5),
             [q, k, v],
             len(layers),
             above,
@@ -396,52 +350,40 @@ def measure(ours: Ours, stages: list[Stage], checkpoint: bool, repeats: int) -> 
 
             def branch(x: mx.array, a: mx.array, b: mx.array, linear: Any = linear) -> mx.array:
                 linear.lora_a, linear.lora_b = a, b
-                return ours.branch(linear, x)
+                return linear.branch(x)
 
             add("adapters", branch, [held, a, b], with_adapters, with_adapters)
             linear.lora_a, linear.lora_b = a, b  # the traced ones must not stay
         add(
-            "head and loss", lambda hidden, index=index: ours.head_loss(hidden, index), [x], 1, 1, again=False
+            "head and loss",
+            lambda hidden, index=index: update.head_loss(hidden, index),
+            [x],
+            1,
+            1,
+            again=False,
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="folder, GGUF file or hub id; default: random weights")
-    parser.add_argument("--data", help="training rows; default: random tokens")
-    parser.add_argument("--rows", type=int, default=8, help="rows of the update")
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512], help="of random rows")
-    parser.add_argument("--learned", type=float, default=0.926, help="share of learned tokens of random rows")
-    for name, default in {
-        "layers": 4,
-        "width": 576,
-        "mlp": 1536,
-        "heads": 9,
-        "kv-heads": 3,
-        "vocab": 49152,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help="of random weights")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help="or all-linear")
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--checkpoint", action="store_true", help="recompute each layer in the backward pass")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="such as bench/results/limit.json")
-    asked = parser.parse_args()
+def compare(options: argparse.Namespace) -> None:
+    update = update_of(options)
+    make = update.make
 
-    ours = our_update(asked)
-    whole = seconds(lambda: ours.update(), asked.repeats)
-    stages = count(ours.net, ours.lengths, asked.checkpoint)
-    rates(ours, stages, asked.repeats)
-    measure(ours, stages, asked.checkpoint, asked.repeats)
-    positions = sum(tokens - 1 for tokens, _ in ours.lengths)
-    padded = sum(tokens.shape[0] * tokens.shape[1] for tokens, _ in ours.micro)
+    def whole_update() -> list[mx.array]:
+        make()  # it is evaluated when this returns
+        return []
+
+    whole = seconds(whole_update, options.repeats)
+    stages = count(update.net, update.lengths, options.checkpoint)
+    rates(update, stages, options.repeats)
+    measure(update, stages, options.checkpoint, options.repeats)
+    positions = sum(tokens - 1 for tokens, _ in update.lengths)
+    padded = sum(tokens.shape[0] * tokens.shape[1] for tokens, _ in update.micro)
     explained, floor = sum(stage.measured_s for stage in stages), sum(stage.floor_s for stage in stages)
     flops, best = sum(stage.flops for stage in stages), max(stage.rate for stage in stages)
 
     table = Table(
-        title=f"one update: {len(ours.lengths)} rows, {positions} positions, padding {1 - positions / padded:.0%}"
+        title=f"one update: {len(update.lengths)} rows, {positions} positions, "
+        f"padding {1 - positions / padded:.0%}"
     )
     for heading in (
         "stage",
@@ -490,13 +432,14 @@ def main() -> None:
     )
     Console(stderr=True, width=130).print(table)
     result = {
+        "benchmark": "limit",
         "device": DEVICE.name,
         "blas": DEVICE.blas,
-        "model": asked.model or "random",
-        "rows": ours.lengths,
-        "targets": asked.targets,
-        "rank": asked.rank,
-        "checkpoint": asked.checkpoint,
+        "model": options.model or "random",
+        "rows": update.lengths,
+        "targets": options.targets,
+        "rank": options.rank,
+        "checkpoint": options.checkpoint,
         "padding_share": 1 - positions / padded,
         "whole_s": whole,
         "explained_s": explained,
@@ -507,7 +450,7 @@ def main() -> None:
         "best_product_flops_s": best,
         "share_of_own_products": floor / whole,
         "share_of_best_product": flops / best / whole,
-        "tokens_s": sum(tokens for tokens, _ in ours.lengths) / whole,
+        "tokens_s": sum(tokens for tokens, _ in update.lengths) / whole,
         "stages": [
             {
                 "name": stage.name,
@@ -521,11 +464,36 @@ def main() -> None:
             for stage in stages
         ],
     }
-    text = json.dumps(result, indent=2, ensure_ascii=False)
-    print(text)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(record.keep(result, options.out), ensure_ascii=False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="folder, GGUF file or hub id; default: random weights")
+    parser.add_argument("--data", help="training rows; default: random tokens")
+    parser.add_argument("--rows", type=int, default=8, help="rows of the update")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512], help="of random rows")
+    parser.add_argument("--learned", type=float, default=0.926, help="share of learned tokens of random rows")
+    for name, default in {
+        "layers": 4,
+        "width": 576,
+        "mlp": 1536,
+        "heads": 9,
+        "kv-heads": 3,
+        "vocab": 49152,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="of random weights")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help="or all-linear")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--checkpoint", action="store_true", help="recompute each layer in the backward pass")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="such as bench/results/limit.json")
+    parser.add_argument("--smoke", action="store_true", help=small.HELP)
+    options = parser.parse_args()
+    with small.inputs(options, rows=4, max_length=128, repeats=1):
+        compare(options)
 
 
 if __name__ == "__main__":

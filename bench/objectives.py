@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 import psutil
 import record
+import small
 
 from tunesmith.engine import scoring
 from tunesmith.machine import backend
-from tunesmith.model import loading as model
+from tunesmith.model import loading
 from tunesmith.tokens.batches import Cut, Group
 from tunesmith.tokens.template import Tokens
 
@@ -42,19 +43,19 @@ SIDES = {
 PROMPTS, ANSWERS = (32, 64, 128, 512), (2, 3)
 
 
-def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
+def measure(side: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """One run: seconds an update (median) and a learned token, peaks of memory, what the time before step 1
     was."""
     settings = {
-        "batch.length": asked.length,
+        "batch.length": options.length,
         "template.too_long": "drop",
         "data.valid": 0,
         "data.max_dropped": 1,
         "loop.samples": 0,
-        "loop.steps": asked.updates + 1,
+        "loop.steps": options.updates + 1,
         "loop.save_every": 0,
-        "batch.sequences": asked.rows,
-        "batch.tokens": asked.tokens,
+        "batch.sequences": options.rows,
+        "batch.tokens": options.tokens,
         "optimizer.learning_rate": 1e-4,
         "optimizer.warmup_share": 0,
     }
@@ -64,9 +65,9 @@ def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
         "tunesmith",
         "train",
         "--model",
-        asked.model,
+        options.model,
         "--data",
-        asked.data,
+        options.data,
         "--out",
         str(out),
     ]
@@ -104,21 +105,21 @@ def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
     }
 
 
-def steps_compared(asked: argparse.Namespace) -> dict[str, Any]:
+def steps_compared(options: argparse.Namespace) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for index in range(asked.rounds):
+        for index in range(options.rounds):
             names = [list(SIDES)[(position + index) % len(SIDES)] for position in range(len(SIDES))]
-            found = {name: measure(name, asked, Path(folder) / f"{index}-{name}") for name in names}
-            rounds.append(found)
+            runs = {name: measure(name, options, Path(folder) / f"{index}-{name}") for name in names}
+            rounds.append(runs)
             line = ", ".join(
-                f"{name} {found[name]['seconds']:.2f} s {found[name]['peak_rss_gb']:.2f} GB" for name in SIDES
+                f"{name} {runs[name]['seconds']:.2f} s {runs[name]['peak_rss_gb']:.2f} GB" for name in SIDES
             )
-            print(f"round {index + 1} of {asked.rounds}: {line}", file=sys.stderr, flush=True)
+            print(f"round {index + 1} of {options.rounds}: {line}", file=sys.stderr, flush=True)
     made: dict[str, Any] = {}
     for name in list(SIDES)[1:]:
         for key in ("seconds_a_learned_token", "peak_rss_gb", "peak_mlx_gb"):
-            ratios = sorted(one[name][key] / one["sft"][key] for one in rounds)
+            ratios = sorted(runs[name][key] / runs["sft"][key] for runs in rounds)
             made.setdefault(name, {})[key] = {
                 "median": statistics.median(ratios),
                 "min": ratios[0],
@@ -127,32 +128,34 @@ def steps_compared(asked: argparse.Namespace) -> dict[str, Any]:
     return {"ratio_to_sft": made, "rounds": rounds}
 
 
-def sharing_compared(asked: argparse.Namespace) -> list[dict[str, Any]]:
+def sharing_compared(options: argparse.Namespace) -> list[dict[str, Any]]:
     """For each length of prompt and number of answers: seconds apart by seconds shared, and how far the
     values differ."""
-    net = model.load(model.ModelSpec(path=asked.model)).net
+    net = loading.load(loading.ModelSpec(path=options.model)).net
+    args: Any = net.args
+    vocabulary = min(2000, args.vocab_size)
     chance, made, usual = np.random.default_rng(0), [], scoring.WORTH
     for length in PROMPTS:
         for count in ANSWERS:
             groups: list[Group] = []
             for _ in range(max(1, 256 // length)):
-                prompt = chance.integers(10, 2000, length)
+                prompt = chance.integers(10, vocabulary, length)
                 for _ in range(count):
-                    ids = np.concatenate([prompt, chance.integers(10, 2000, 60)]).astype(np.int32)
+                    ids = np.concatenate([prompt, chance.integers(10, vocabulary, 60)]).astype(np.int32)
                     groups.append(
                         Group((Tokens(ids, (np.arange(len(ids)) >= length).astype(np.float32)),), "")
                     )
             cut = Cut(max(512, length + 60))
             seconds: dict[str, list[float]] = {"apart": [], "shared": []}
             values: dict[str, np.ndarray] = {}
-            for index in range(2 * asked.rounds + 2):
+            for index in range(2 * options.rounds + 2):
                 side = ("apart", "shared")[index % 2]
                 scoring.WORTH = 1 << 40 if side == "apart" else 1
                 start = time.perf_counter()
-                found = scoring.sequence_sums(net, groups, cut)
+                sums = scoring.sequence_sums(net, groups, cut)
                 if index >= 2:  # the first of each is warm-up
                     seconds[side].append(time.perf_counter() - start)
-                values[side] = np.array([logp for ((logp, _),) in found])
+                values[side] = np.array([logp for ((logp, _),) in sums])
             scoring.WORTH = usual
             ratios = sorted(a / b for a, b in zip(seconds["apart"], seconds["shared"], strict=True))
             made.append(
@@ -189,17 +192,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of a micro-batch")
     parser.add_argument("--part", choices=("both", "steps", "sharing"), default="both")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help=small.HELP)
+    options = parser.parse_args()
+    with small.inputs(options, rounds=1, updates=1, rows=4, length=128, tokens=256):
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {"benchmark": "objectives"}
-    if asked.part != "sharing":
-        result |= steps_compared(asked)
-    if asked.part != "steps":
+    if options.part != "sharing":
+        result |= steps_compared(options)
+    if options.part != "steps":
         backend.setup()
-        result["sharing"] = sharing_compared(asked)
+        result["sharing"] = sharing_compared(options)
     result["settings"] = {
-        key: getattr(asked, key) for key in ("rounds", "updates", "rows", "length", "tokens")
+        key: getattr(options, key) for key in ("rounds", "updates", "rows", "length", "tokens")
     }
-    result = record.keep(result, asked.out)
+    result = record.keep(result, options.out)
     print(json.dumps({key: value for key, value in result.items() if key != "rounds"}))
 
 

@@ -26,13 +26,14 @@ TARGETS = {"qv": "adapters on q, v", "all": "adapters on all linear layers"}
 
 def bars(result: dict[str, Any], source: str) -> list[tuple[str, str, float, float]]:
     """(heading, trainer, learned tokens a second, GB) in the order in which they are drawn."""
-    found: list[tuple[str, str, float, float]] = []
+    rows: list[tuple[str, str, float, float]] = []
     for target, races in result["races"].items():
         for kind in ("speed", "checkpointed"):
-            for name, one in races.get(kind, {}).get("trainers", {}).items():
+            for name, trainer in races.get(kind, {}).get("trainers", {}).items():
                 heading = f"{TARGETS[target]}{source}"
-                found.append((heading, name, one["learned_tokens_per_second"], one["peak_rss_bytes"] / 1e9))
-    return found
+                speed, memory = trainer["learned_tokens_per_second"], trainer["peak_rss_bytes"] / 1e9
+                rows.append((heading, name, speed, memory))
+    return rows
 
 
 def draw(rows: list[tuple[str, str, float, float]], out: Path, title: str) -> None:
@@ -105,7 +106,10 @@ def main() -> int:
         for stem, result in chosen.items()
         if not all(result[target]["agree"] for target in result["races"])
     ]
-    title = f"One LoRA update of SmolLM2-135M, float32, {len(last['row_lengths'])} rows, {last['tokens']} tokens; {last['cpu']}"
+    title = (
+        f"One LoRA update of SmolLM2-135M, float32, {len(last['row_lengths'])} rows, {last['tokens']} tokens"
+        f"; {last['cpu']}, commit {last['commit']}"
+    )
     draw(rows, options.out, title + (f"\nLOSSES DISAGREE in {', '.join(disagree)}" if disagree else ""))
     print(options.out)
     return 0

@@ -23,13 +23,15 @@ from typing import Any
 
 import numpy as np
 import record
+import small
 
 import tunesmith
 from tunesmith.data import formats
 from tunesmith.display import console
 from tunesmith.learning.objectives import won
 from tunesmith.learning.objectives.kto import KTO
-from tunesmith.model import loading as model
+from tunesmith.model import loading
+from tunesmith.runs import records
 from tunesmith.runs.directory import Run
 from tunesmith.tokens import renderers, template
 
@@ -45,31 +47,30 @@ COMMON = {
 }
 
 
-def subset(asked: argparse.Namespace, folder: Path) -> tuple[Path, Path, dict[str, Any]]:
+def subset(options: argparse.Namespace, folder: Path) -> tuple[Path, Path, dict[str, Any]]:
     """(training file, held-out file, what they hold). Chosen by a hash of the row, so always the same."""
-    spec = formats.DataSpec(train=(asked.data,))
+    spec = formats.DataSpec(train=(options.data,))
     read = formats.read(spec.train, spec)
-    names = model.resolve(asked.model, dtype="auto")
+    names = loading.resolve(options.model, dtype="auto")
     renderer = renderers.load(names)
     lenient = template.TemplateSpec.model_validate({"too_long": "drop"})
-    rendered = template.render(KTO().select(read.examples).examples, renderer, lenient, asked.length)
+    rendered = template.render(KTO().select(read.examples).examples, renderer, lenient, options.length)
     short = {row.example_id for row in rendered.rows}
-    chosen = [one for one in read.examples if isinstance(one, formats.Judged) and one.id in short]
-    chosen = sorted(
-        {one.id: one for one in chosen}.values(), key=lambda one: hashlib.sha256(one.id.encode()).digest()
-    )
+    judged = {
+        example.id: example
+        for example in read.examples
+        if isinstance(example, formats.Judged) and example.id in short
+    }
+    chosen = sorted(judged.values(), key=lambda example: hashlib.sha256(example.id.encode()).digest())
     seen: set[str] = set()
     sides: dict[str, list[formats.Example]] = {"train": [], "held_out": []}
     for desirable in (True, False):
         rows: list[formats.Example] = []
-        for one in chosen:
-            if (
-                one.desirable is desirable
-                and formats.prompt_key(one) not in seen
-                and len(rows) < asked.rows // 2
-            ):
-                seen.add(formats.prompt_key(one))
-                rows.append(one)
+        for example in chosen:
+            prompt = formats.prompt_key(example)
+            if example.desirable is desirable and prompt not in seen and len(rows) < options.rows // 2:
+                seen.add(prompt)
+                rows.append(example)
         held = round(len(rows) / 5)
         sides["held_out"] += rows[:held]
         sides["train"] += rows[held:]
@@ -81,36 +82,36 @@ def subset(asked: argparse.Namespace, folder: Path) -> tuple[Path, Path, dict[st
     facts = {
         name: {
             "rows": len(rows),
-            "desirable": sum(getattr(one, "desirable", False) for one in rows),
-            "tokens": sum(tokens[one.id] for one in rows),
+            "desirable": sum(isinstance(row, formats.Judged) and row.desirable for row in rows),
+            "tokens": sum(tokens[row.id] for row in rows),
         }
         for name, rows in sides.items()
     }
     return files["train"], files["held_out"], facts
 
 
-def arm(name: str, seed: int, asked: argparse.Namespace, data: Path, folder: Path) -> Run:
+def arm(name: str, seed: int, options: argparse.Namespace, data: Path, folder: Path) -> Run:
     """Train, or find it trained."""
     out = folder / f"{name.replace(' ', '-')}-{seed}"
     if (out / "manifest.json").exists() and Run(out).manifest["status"] == "completed":
         return Run(out)
-    settings = dict(COMMON) | {"loop.seed": seed, "batch.length": asked.length}
+    settings = dict(COMMON) | {"loop.seed": seed, "batch.length": options.length}
     if name == "SFT":
         settings |= {
-            "loop.epochs": asked.sft_epochs,
-            "optimizer.learning_rate": asked.sft_rate,
+            "loop.epochs": options.sft_epochs,
+            "optimizer.learning_rate": options.sft_rate,
             "batch.sequences": 8,
         }
     else:
         settings |= {
             "objective.kind": "kto",
-            "loop.epochs": asked.epochs,
-            "optimizer.learning_rate": asked.rate,
+            "loop.epochs": options.epochs,
+            "optimizer.learning_rate": options.rate,
         }
     if name == "SFT then KTO":
         settings |= {"adapter.start": str(folder / f"SFT-{seed}")}
     words = [f"{key}={value}" for key, value in settings.items()]
-    resolved = tunesmith.configure(model=asked.model, data=[str(data)], sets=words)
+    resolved = tunesmith.configure(model=options.model, data=[str(data)], sets=words)
     resume = out if (out / "manifest.json").exists() else None
     with console.sink(sys.stderr) as notify:
         run = tunesmith.train(
@@ -122,8 +123,12 @@ def arm(name: str, seed: int, asked: argparse.Namespace, data: Path, folder: Pat
 
 def measured(run: Run, held_out: Path) -> dict[str, Any]:
     """Held-out rows → r (nats) and whether good, and the perplexity of the good."""
-    evals = run.path / "evals"
-    if not list(evals.glob(f"preference@1+{held_out.stem}-*")):
+
+    def recorded() -> dict[str, records.Record]:
+        found, _ = records.read(run.path)
+        return {record.task: record for record in found if record.variant.startswith(f"+{held_out.stem}-")}
+
+    if "preference" not in recorded():
         with console.sink(sys.stderr) as notify:
             tunesmith.evaluate(
                 run.path,
@@ -132,16 +137,14 @@ def measured(run: Run, held_out: Path) -> dict[str, Any]:
                 tasks=("perplexity", "preference"),
                 notify=notify,
             )
-    (done,) = evals.glob(f"preference@1+{held_out.stem}-*/examples.jsonl")
-    (losses,) = evals.glob(f"perplexity@*+{held_out.stem}-*/score.json")
-    rows = [json.loads(line) for line in done.read_text().splitlines()]
-    scores = json.loads(losses.read_text())["scores"]
-    loss = next(score for score in scores if score["name"] == "loss")
+    done = recorded()
+    rows = list(done["preference"].examples())
+    loss = next(score for score in done["perplexity"].scores if score.name == "loss")
     return {
-        "ratios": {row["source"]: row["tuned"] - row["base"] for row in rows},
-        "good": {row["source"]: row["tuned_detail"]["good"] for row in rows},
-        "loss": loss["value"],
-        "base_loss": loss["value"] - loss["delta"],
+        "ratios": {row.source: row.tuned - row.base for row in rows if row.base is not None},
+        "good": {row.source: row.tuned_detail["good"] for row in rows},
+        "loss": loss.value,
+        "base_loss": loss.base,
     }
 
 
@@ -156,7 +159,7 @@ def summarised(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     largest seed."""
     sources = sorted(found[0]["ratios"])
     good = np.array([found[0]["good"][source] for source in sources])
-    ratios = np.array([[one["ratios"][source] for source in sources] for one in found])  # (seeds, rows)
+    ratios = np.array([[seed["ratios"][source] for source in sources] for seed in found])  # (seeds, rows)
     up, down = ratios[:, good], ratios[:, ~good]
     wins = won(up[:, :, None] - down[:, None, :])
     chance = np.random.default_rng(0)
@@ -180,7 +183,7 @@ def summarised(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     } | {
         "ratio_good": float(up.mean()),
         "ratio_bad": float(down.mean()),
-        "loss_good": float(np.mean([one["loss"] for one in found])),
+        "loss_good": float(np.mean([seed["loss"] for seed in found])),
         "base_loss_good": found[0]["base_loss"],
     }
 
@@ -193,8 +196,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, found in result["arms"].items():
         cells = [
-            f"{one['mean']:.3f} ({one['low']:.3f} to {one['high']:.3f}; seeds {min(one['seeds']):.3f} to {max(one['seeds']):.3f})"
-            for one in (found["accuracy"], found["margin"])
+            f"{value['mean']:.3f} ({value['low']:.3f} to {value['high']:.3f}; "
+            f"seeds {min(value['seeds']):.3f} to {max(value['seeds']):.3f})"
+            for value in (found["accuracy"], found["margin"])
         ]
         cells += [f"{found[key]:+.2f}" for key in ("ratio_good", "ratio_bad")] + [f"{found['loss_good']:.3f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -223,22 +227,35 @@ def main() -> int:
     parser.add_argument("--sft-epochs", type=float, default=2.0)
     parser.add_argument("--sft-rate", type=float, default=2e-4)
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help=small.HELP)
+    options = parser.parse_args()
+    smaller = {"rows": 16, "length": 128, "seeds": 1, "epochs": 1.0, "sft_epochs": 1.0}
+    with small.inputs(options, **smaller) as folder:
+        options.work = folder if options.smoke else options.work
+        result = compare(options)
+    print(table(result))
+    learned = "KTO" not in result["arms"] or result["arms"]["KTO"]["accuracy"]["low"] > 0.5
+    if not (learned or options.smoke):
+        print("FAILED  KTO's accuracy is not clear of chance", file=sys.stderr)
+    return 0 if learned or options.smoke else 1
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    data, held_out, facts = subset(asked, asked.work)
+    options.work.mkdir(parents=True, exist_ok=True)
+    data, held_out, facts = subset(options, options.work)
     print(json.dumps(facts), file=sys.stderr)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in asked.arms}
-    spent: dict[str, list[float]] = {name: [] for name in asked.arms}
-    for seed in range(asked.seeds):
-        for name in asked.arms:
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.arms}
+    spent: dict[str, list[float]] = {name: [] for name in options.arms}
+    for seed in range(options.seeds):
+        for name in options.arms:
             print(
                 f"== {name}, seed {seed}, after {console.duration(time.perf_counter() - started)}",
                 file=sys.stderr,
                 flush=True,
             )
             began = time.perf_counter()
-            found[name].append(measured(arm(name, seed, asked, data, asked.work), held_out))
+            found[name].append(measured(arm(name, seed, options, data, options.work), held_out))
             spent[name].append(time.perf_counter() - began)
             partial = summarised(found[name])
             print(
@@ -254,21 +271,16 @@ def main() -> int:
     result = {
         "benchmark": "preferences",
         "rows": facts,
-        "seeds": asked.seeds,
+        "seeds": options.seeds,
         "settings": {
-            key: getattr(asked, key) for key in ("length", "epochs", "rate", "sft_epochs", "sft_rate")
+            key: getattr(options, key) for key in ("length", "epochs", "rate", "sft_epochs", "sft_rate")
         }
         | COMMON,
         "arms": {name: summarised(parts) for name, parts in found.items()},
         "seconds": time.perf_counter() - started,
         "seconds_of_runs": spent,
     }
-    record.keep(result, asked.out)
-    print(table(result))
-    if "KTO" in result["arms"] and result["arms"]["KTO"]["accuracy"]["low"] <= 0.5:
-        print("FAILED  KTO's accuracy is not clear of chance", file=sys.stderr)
-        return 1
-    return 0
+    return record.keep(result, options.out)
 
 
 if __name__ == "__main__":

@@ -27,22 +27,23 @@ from typing import Any
 
 import psutil
 import record
+import small
 
 SIDES = ("one", "ranks", "launched")
 
 
-def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
+def measure(side: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Seconds an update (median), learned tokens, losses, peak memory and CPU seconds of one run: one, ranks
     or launched."""
     settings = {
-        "batch.length": asked.length,
+        "batch.length": options.length,
         "template.too_long": "drop",
         "data.valid": 0,
         "data.max_dropped": 1,
         "loop.samples": 0,
-        "loop.steps": asked.updates + 1,
+        "loop.steps": options.updates + 1,
         "loop.save_every": 0,
-        "batch.sequences": asked.rows,
+        "batch.sequences": options.rows,
         "optimizer.learning_rate": 1e-4,
     }
     here = Path(sys.executable).parent
@@ -50,9 +51,9 @@ def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
         str(here / "tunesmith"),
         "train",
         "--model",
-        asked.model,
+        options.model,
         "--data",
-        asked.data,
+        options.data,
         "--out",
         str(out),
     ]
@@ -61,15 +62,15 @@ def measure(side: str, asked: argparse.Namespace, out: Path) -> dict[str, Any]:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     if side == "launched":
-        launch = [str(here / "mlx.launch"), "-n", str(asked.ranks), "--backend", "ring", "--", *words]
+        launch = [str(here / "mlx.launch"), "-n", str(options.ranks), "--backend", "ring", "--", *words]
         processes = [_start(launch, environ)]
     elif side == "ranks":
         hosts = out.with_name(
             f"{out.name}.hosts.json"
         )  # as documented for mlx.launch: one list of addresses a rank
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(asked.ranks)]))
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(options.ranks)]))
         environ["MLX_HOSTFILE"] = str(hosts)
-        processes = [_start(words, environ | {"MLX_RANK": str(rank)}) for rank in range(asked.ranks)]
+        processes = [_start(words, environ | {"MLX_RANK": str(rank)}) for rank in range(options.ranks)]
     else:
         processes = [_start(words, environ)]
     peak = 0
@@ -103,9 +104,9 @@ def _free_ports(count: int) -> list[int]:
     """Ports of this machine that nobody listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
 
 
 def _resident(root: int) -> int:
@@ -130,23 +131,29 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of an update")
     parser.add_argument("--length", type=int, default=512, help="longest row; longer ones are left out")
     parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help=small.HELP)
+    options = parser.parse_args()
+    with small.inputs(options, rounds=1, updates=1, rows=4, length=128):
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for index in range(asked.rounds):
+        for index in range(options.rounds):
             order = [SIDES[(position + index) % len(SIDES)] for position in range(len(SIDES))]
-            found = {side: measure(side, asked, Path(folder) / f"{index}-{side}") for side in order}
-            seconds = {side: found[side]["seconds"] for side in SIDES}
-            losses = {side: found[side]["losses"] for side in SIDES}
+            runs = {side: measure(side, options, Path(folder) / f"{index}-{side}") for side in order}
+            seconds = {side: runs[side]["seconds"] for side in SIDES}
+            losses = {side: runs[side]["losses"] for side in SIDES}
             worst = max(
                 abs(a - b) / abs(b)
                 for side in SIDES
                 for a, b in zip(losses[side], losses["one"], strict=True)
             )
             ratios = {side: seconds["one"] / seconds[side] for side in SIDES[1:]}
-            rounds.append({"ratios": ratios, "loss_difference": worst, **found})
+            rounds.append({"ratios": ratios, "loss_difference": worst, **runs})
             print(
-                f"round {index + 1} of {asked.rounds}: "
+                f"round {index + 1} of {options.rounds}: "
                 + ", ".join(f"{side} {value:.2f} s" for side, value in seconds.items())
                 + " an update, ratios "
                 + ", ".join(f"{side} {value:.2f}" for side, value in ratios.items())
@@ -154,25 +161,25 @@ def main() -> None:
                 file=sys.stderr,
                 flush=True,
             )
-    ratios = {side: sorted(one["ratios"][side] for one in rounds) for side in SIDES[1:]}
+    ratios = {side: sorted(runs["ratios"][side] for runs in rounds) for side in SIDES[1:]}
     result = {
         "benchmark": "ranks",
-        "ranks": asked.ranks,
+        "ranks": options.ranks,
         "ratio": {
-            side: {"median": statistics.median(all_), "min": all_[0], "max": all_[-1]}
-            for side, all_ in ratios.items()
+            side: {"median": statistics.median(values), "min": values[0], "max": values[-1]}
+            for side, values in ratios.items()
         },
         "learned_tokens_s": {
-            side: statistics.median(one[side]["learned_tokens_s"] for one in rounds) for side in SIDES
+            side: statistics.median(runs[side]["learned_tokens_s"] for runs in rounds) for side in SIDES
         },
         "cpu_seconds": {
-            side: statistics.median(one[side]["cpu_seconds"] for one in rounds) for side in SIDES
+            side: statistics.median(runs[side]["cpu_seconds"] for runs in rounds) for side in SIDES
         },
-        "peak_rss_gb": {side: max(one[side]["peak_rss_gb"] for one in rounds) for side in SIDES},
-        "loss_difference": max(one["loss_difference"] for one in rounds),
+        "peak_rss_gb": {side: max(runs[side]["peak_rss_gb"] for runs in rounds) for side in SIDES},
+        "loss_difference": max(runs["loss_difference"] for runs in rounds),
         "rounds": rounds,
     }
-    record.keep(result, asked.out)
+    record.keep(result, options.out)
     print(json.dumps({key: value for key, value in result.items() if key != "rounds"}))
     if result["loss_difference"] > 1e-4:
         raise SystemExit("the losses of one process and of several disagree")

@@ -2,40 +2,68 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("tunesmith", "mlx", "mlx-cuda-13", "mlx-lm", "torch", "transformers", "peft", "trl", "numpy")
 
-def commit() -> str | None:
-    """The commit of the measured package, with ``-dirty`` if its source was changed; None outside a checkout."""
-    source = importlib.util.find_spec("tunesmith")
-    assert source is not None and source.origin is not None
-    words = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+
+def keep(result: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    """``result`` with `facts`; written to ``out`` if given."""
+    result |= facts()
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
+
+
+def facts() -> dict[str, Any]:
+    """What a number needs beside it to mean something."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "commit": commit(),
+        "versions": versions,
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "date": datetime.now(UTC).isoformat("T", "seconds"),
+        "command": " ".join(sys.argv),
+    }
+
+
+def commit(package: Path | None = None) -> str | None:
+    """The commit of the measured package (default: the one that is imported), with ``-dirty`` if its checkout
+    was changed; None outside a checkout."""
+    if package is None:
+        source = importlib.util.find_spec("tunesmith")
+        assert source is not None and source.origin is not None
+        package = Path(source.origin).parent
+    describe = ["git", "-C", str(package), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
     try:
-        done = subprocess.run(words, cwd=Path(source.origin).parent, capture_output=True, text=True)
+        done = subprocess.run(describe, capture_output=True, text=True)
     except FileNotFoundError:  # no git
         return None
     return done.stdout.strip() or None
 
 
-def keep(result: dict[str, Any], out: Path | None) -> dict[str, Any]:
-    """``result`` with commit, versions, machine and date; written to ``out`` if given."""
-    result |= {
-        "commit": commit(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("tunesmith", "mlx", "mlx-lm", "numpy")
-        },
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "date": datetime.now(UTC).isoformat("T", "seconds"),
-    }
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    return result
+def cpu() -> str:
+    """The processor and the width of its vectors, on which ratios between trainers depend."""
+    if sys.platform != "linux":
+        return platform.processor() or platform.machine()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", "").split()
+    width = next((name for name in ("avx512f", "avx2") if name in flags), "no AVX2")
+    return f"{facts.get('model name', platform.machine())} ({width})"

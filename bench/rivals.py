@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib.util
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -26,18 +26,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-# Only the standard library here: a worker chooses its BLAS before anything of weight is loaded.
+import record
+
+# Nothing that loads a BLAS here: a worker chooses its own before anything of weight is loaded.
 
 TARGETS = {
     "qv": ("q_proj", "v_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
+OPENBLAS = "libopenblas.so.0"
+WITH_OPENBLAS = ("mlx_lm_blas", "checkpointed")
+NEEDS = {"trl": ("torch", "peft", "trl", "datasets"), "torch": ("torch", "peft")}
 DISTURBED = 0.08  # share of all cores that others may use before a measurement is made again
 REPEATS = 3
 PATIENCE_S = 120.0  # longest wait for a quiet machine before a measurement is made again
@@ -77,125 +81,16 @@ class Job:
         return [self.rows[start : start + self.batch] for start in range(0, len(self.rows), self.batch)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Contact with the inside of tunesmith: these three functions and no other place in this file and its users.
-
-
 def our_rows(data: str, model: str, max_tokens: int) -> tuple[Path, list[Row]]:
     """(model folder, rows of ``data`` as tunesmith renders them, at most ``max_tokens`` long and with a
     learned suffix)."""
-    import tunesmith  # noqa: F401 - opens the BLAS before MLX is loaded
-    from tunesmith.machine import backend
-    from tunesmith.model import loading as models
-    from tunesmith.runs.directory import RunConfig
-    from tunesmith.training import preparation
+    import ours  # opens a fast BLAS
 
-    backend.setup()
-    asked: dict[str, Any] = {
-        "model": {"path": model, "dtype": "float32"},
-        "data": {"train": [data], "valid": 0, "max_dropped": 1.0},
-        "template": {"too_long": "drop"},
-        "batch": {"length": max_tokens},
-    }
-    prepared = preparation.prepare(RunConfig.model_validate(asked))
-    rows: list[Row] = []
-    for group in prepared.train:
-        (tokens,) = group.sequences
-        learned = tokens.targets.tolist()
-        offset = learned.index(1.0)
-        if all(weight == 1.0 for weight in learned[offset:]):  # mlx-lm knows a prompt length, not a mask
-            rows.append(Row(tokens.ids.tolist(), offset))
-    return models.resolve(model, dtype="float32"), rows
+    folder, rows = ours.rendered_rows(data, model, max_tokens)
+    return folder, [Row(ids, offset) for ids, offset in rows]
 
 
-def product_rate() -> float:
-    """Floating-point operations a second of large float32 products on this machine, in this process."""
-    import tunesmith  # noqa: F401 - opens the BLAS before MLX is loaded
-    from tunesmith.machine import backend
-
-    backend.setup()
-    return max(backend.gflops(size) for size in (1024, 2048, 4096)) * 1e9
-
-
-def our_update(job: Job, checkpointed: bool, stack: ExitStack) -> Callable[[], tuple[float, int]]:
-    """A function that makes the next update by the product's own loop and returns (mean loss, learned
-    tokens).
-
-    It is ``Loop._update`` with its own plan of micro-batches; only the run directory is missing.
-    """
-    import tunesmith  # noqa: F401 - opens the BLAS and sets up the allocator before MLX is loaded
-    from tunesmith import events
-    from tunesmith.learning import optimizer
-    from tunesmith.machine import backend
-    from tunesmith.model import loading as models
-    from tunesmith.runs.directory import Cursor, RunConfig
-    from tunesmith.tokens import batches
-    from tunesmith.tokens.template import Tokens
-    from tunesmith.training import gradients
-    from tunesmith.training import loop as training
-
-    backend.setup()
-    import threading
-    from types import SimpleNamespace
-
-    import numpy as np
-
-    asked: dict[str, Any] = {
-        "model": {"path": job.model, "dtype": "float32"},
-        "data": {"train": ["rows of the benchmark"], "valid": 0},
-        "adapter": {
-            "kind": "lora",
-            "rank": job.rank,
-            "alpha": job.alpha,
-            "dropout": 0.0,
-            "targets": job.targets,
-        },
-        "batch": {"sequences": len(job.rows)},
-        "optimizer": {
-            "kind": "adamw",
-            "learning_rate": job.learning_rate,
-            "schedule": "constant",
-            "max_norm": 1.0,
-        },
-        "loop": {"checkpoint_gradients": checkpointed, "seed": SEED, "steps": 1_000_000},
-    }
-    config = RunConfig.model_validate(asked)
-    net = models.load(config.model).net
-    config.adapter.attach(net, SEED)
-    groups: list[batches.Group] = []
-    for index, row in enumerate(job.rows):
-        targets = np.zeros(len(row.ids), np.float32)
-        targets[row.offset :] = 1.0
-        groups.append(batches.Group((Tokens(np.array(row.ids, np.int32), targets),), f"row {index}"))
-    lengths = tuple(group.length for group in groups)
-    plan = batches.Plan(
-        lengths,
-        config.batch.sequences,
-        batches.Cut.of(config.batch, lengths),
-        SEED,
-        max_steps=config.loop.steps,
-    )
-    prepared: Any = SimpleNamespace(plan=plan, train=groups)
-    said: list[Any] = []
-    no_run: Any = None
-    state = optimizer.build(config.optimizer, net)
-    loop = training.Loop(no_run, config, net, state, prepared, said.append, threading.Event())
-    if config.loop.checkpoint_gradients:
-        stack.enter_context(gradients.checkpointed(net))
-    gradients_of = loop.accumulation()
-    cursor = Cursor()
-
-    def update() -> tuple[float, int]:
-        loop._update(cursor.step, cursor, gradients_of)
-        cursor.step += 1
-        done = said.pop()
-        assert isinstance(done, events.StepDone), done
-        return done.loss, round(done.units)
-
-    return update
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The worker's side.
 
 
@@ -262,12 +157,36 @@ def _cores() -> int:
 
 
 def tunesmith_worker(job: Job, gate: Gate, checkpointed: bool = False) -> None:
-    with ExitStack() as stack:
-        update = our_update(job, checkpointed, stack)
-        gate.loaded()
-        while gate.wait():
-            loss, learned = update()
-            gate.done(loss, learned)
+    """The loop of a run, with its own plan of micro-batches; only the run directory is missing."""
+    import ours  # opens a fast BLAS
+
+    settings = ours.config(
+        job.model,
+        {
+            "model": {"dtype": "float32"},
+            "adapter": {
+                "kind": "lora",
+                "rank": job.rank,
+                "alpha": job.alpha,
+                "dropout": 0.0,
+                "targets": job.targets,
+            },
+            "batch": {"sequences": len(job.rows)},
+            "optimizer": {
+                "kind": "adamw",
+                "learning_rate": job.learning_rate,
+                "schedule": "constant",
+                "max_norm": 1.0,
+            },
+            "loop": {"checkpoint_gradients": checkpointed, "seed": SEED},
+        },
+    )
+    rows = [ours.group(row.ids, row.offset, f"row {index}") for index, row in enumerate(job.rows)]
+    update = ours.updates(ours.load(settings), settings, rows)
+    gate.loaded()
+    while gate.wait():
+        done = update()
+        gate.done(done.loss, round(done.units))
 
 
 def mlx_lm_worker(job: Job, gate: Gate, blas: bool = True, checkpointed: bool = False) -> None:
@@ -277,7 +196,7 @@ def mlx_lm_worker(job: Job, gate: Gate, blas: bool = True, checkpointed: bool = 
     asked for the next one when ``train`` has evaluated the last. Inside the clock: making the batches, step,
     evaluation, clearing the cache."""
     if blas:
-        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
     import mlx.core as mx
     import mlx.optimizers as optim
     from mlx_lm import utils
@@ -488,7 +407,7 @@ WORKERS: dict[str, Callable[[Job, Gate], None]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The parent's side.
 
 
@@ -545,7 +464,7 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            self._process.wait(timeout=60)
+            self._process.wait(timeout=120)
             self._log.seek(0)
             tail = "".join(self._log.readlines()[-25:])
             raise RuntimeError(f"the worker {self.name} ended with code {self._process.returncode}:\n{tail}")
@@ -600,26 +519,25 @@ def _quiet() -> None:
             return
 
 
-def undisturbed(worker: Worker, number: int, say: Callable[[str], None]) -> Measurement:
+def undisturbed(worker: Worker, number: int, say: Callable[[str], None], repeats: int) -> Measurement:
     """A measurement during which others left the machine alone; the least disturbed one if there is none
-    after all tries."""
+    after ``repeats`` more."""
     tries: list[Measurement] = []
-    while not tries or (tries[-1].others > DISTURBED and len(tries) <= REPEATS):
+    while not tries or (tries[-1].others > DISTURBED and len(tries) <= repeats):
         if tries:
             _quiet()
         tries.append(worker.update(number))
         if tries[-1].others > DISTURBED:
-            say(
-                f"{worker.name}: others used {tries[-1].others:.0%} of the machine, {tries[-1].seconds:.1f} s not counted"
-            )
-    best = min(tries, key=lambda one: one.others)
+            share, seconds = tries[-1].others, tries[-1].seconds
+            say(f"{worker.name}: others used {share:.0%} of the machine, {seconds:.1f} s not counted")
+    best = min(tries, key=lambda measurement: measurement.others)
     best.rejected = len(tries) - 1
     return best
 
 
-def race(title: str, jobs: Mapping[str, Job], rounds: int) -> dict[str, Any]:
+def race(title: str, jobs: Mapping[str, Job], rounds: int, repeats: int = REPEATS) -> dict[str, Any]:
     """Warm each trainer up once, then ``rounds`` updates each in turn. The first of ``jobs`` is what others
-    are compared with.
+    are compared with. repeats: most measurements that are made again because others used the machine.
 
     The result: ``trainers`` (speed, memory, losses), ``ratios`` of seconds inside a round, ``agree`` and why
     not."""
@@ -628,7 +546,7 @@ def race(title: str, jobs: Mapping[str, Job], rounds: int) -> dict[str, Any]:
     def say(text: str) -> None:
         print(f"{datetime.now():%H:%M:%S}  {title}: {text}", file=sys.stderr, flush=True)
 
-    found: dict[str, list[Measurement]] = {name: [] for name in names}
+    measured: dict[str, list[Measurement]] = {name: [] for name in names}
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         warm: dict[str, Measurement] = {}
@@ -637,34 +555,41 @@ def race(title: str, jobs: Mapping[str, Job], rounds: int) -> dict[str, Any]:
             workers[name] = stack.enter_context(Worker(name, jobs[name]))
             warm[name] = workers[name].update(0)
             say(f"{name}: first update {warm[name].seconds:.1f} s, loss {warm[name].loss:.6f}")
-        left = sum(one.seconds for one in warm.values())
+        left = sum(measurement.seconds for measurement in warm.values())
         for number in range(1, rounds + 1):
             end = datetime.fromtimestamp(time.time() + left * (rounds - number + 1))
             say(f"round {number} of {rounds}, expected end {end:%H:%M}")
             for position in range(len(names)):
                 name = names[(position + number - 1) % len(names)]
-                one = undisturbed(workers[name], number, say)
-                found[name].append(one)
-                say(
-                    f"{name}: {one.seconds:.2f} s, {one.learned_tokens / one.seconds:.1f} learned tokens a second"
-                )
+                measurement = undisturbed(workers[name], number, say, repeats)
+                measured[name].append(measurement)
+                per_second = measurement.learned_tokens / measurement.seconds
+                say(f"{name}: {measurement.seconds:.2f} s, {per_second:.1f} learned tokens a second")
     problems = disagreements(warm, len(jobs[names[0]].rows))
     for text in problems:
         say(f"DISAGREE: {text}")
-    first = found[names[0]]
-    learned = warm[
-        names[0]
-    ].learned_tokens  # the same for all: mlx-lm's padding tokens are no work that anyone wanted
+    return raced(warm, measured, problems)
+
+
+def raced(
+    warm: Mapping[str, Measurement], measured: Mapping[str, list[Measurement]], problems: list[str]
+) -> dict[str, Any]:
+    """The result of a race."""
+    names = list(measured)
+    first = measured[names[0]]
+    learned = warm[names[0]].learned_tokens  # the same for all: mlx-lm's padding tokens are not wanted work
     ratios: dict[str, dict[str, float]] = {}
     for name in names[1:]:
-        each = [other.seconds / ours.seconds for ours, other in zip(first, found[name], strict=True)]
+        each = [other.seconds / ours.seconds for ours, other in zip(first, measured[name], strict=True)]
         ratios[name] = {"median": statistics.median(each), "min": min(each), "max": max(each)}
     return {
         "trainers": {
             name: {
-                "seconds": statistics.median(one.seconds for one in found[name]),
-                "learned_tokens_per_second": statistics.median(learned / one.seconds for one in found[name]),
-                "peak_rss_bytes": max(one.peak_rss_bytes for one in found[name]),
+                "seconds": statistics.median(update.seconds for update in measured[name]),
+                "learned_tokens_per_second": statistics.median(
+                    learned / update.seconds for update in measured[name]
+                ),
+                "peak_rss_bytes": max(update.peak_rss_bytes for update in measured[name]),
                 "learned_tokens": warm[name].learned_tokens,
                 "loss_first_update": warm[name].loss,
                 **warm[name].further,
@@ -674,14 +599,16 @@ def race(title: str, jobs: Mapping[str, Job], rounds: int) -> dict[str, Any]:
         "ratios": ratios,
         "agree": not problems,
         "disagreements": problems,
-        "rejected": sum(one.rejected for group in found.values() for one in group),
+        "rejected": sum(update.rejected for updates in measured.values() for update in updates),
         "disturbed": [
-            f"{one.trainer} {one.round}"
-            for group in found.values()
-            for one in group
-            if one.others > DISTURBED
+            f"{update.trainer} {update.round}"
+            for updates in measured.values()
+            for update in updates
+            if update.others > DISTURBED
         ],
-        "measurements": [asdict(one) for group in (list(warm.values()), *found.values()) for one in group],
+        "measurements": [
+            asdict(update) for updates in (list(warm.values()), *measured.values()) for update in updates
+        ],
     }
 
 
@@ -693,22 +620,22 @@ def disagreements(warm: Mapping[str, Measurement], n_rows: int) -> list[str]:
     may be up to ``n_rows`` too high."""
     first, *others = warm.values()
     problems: list[str] = []
-    for one in others:
-        loss = one.further.get("loss_same_tokens", one.loss)
+    for other in others:
+        name, loss = other.trainer, other.further.get("loss_same_tokens", other.loss)
         apart = abs(loss - first.loss) / first.loss
-        more = one.learned_tokens - first.learned_tokens
+        more = other.learned_tokens - first.learned_tokens
         if not apart <= LOSS_TOLERANCE:
             problems.append(
-                f"{one.trainer} has a loss of {loss:.7f}, {first.trainer} {first.loss:.7f}: {apart:.1e} apart"
+                f"{name} has a loss of {loss:.7f}, {first.trainer} {first.loss:.7f}: {apart:.1e} apart"
             )
-        if not 0 <= more <= (n_rows if one.trainer.startswith("mlx_lm") else 0):
+        if not 0 <= more <= (n_rows if name.startswith("mlx_lm") else 0):
             problems.append(
-                f"{one.trainer} learned {one.learned_tokens} tokens, {first.trainer} {first.learned_tokens}"
+                f"{name} learned {other.learned_tokens} tokens, {first.trainer} {first.learned_tokens}"
             )
     return problems
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the benchmarks share.
 
 
@@ -719,37 +646,6 @@ def quantiles(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     chosen = [ordered[(2 * index + 1) * len(ordered) // (2 * count)] for index in range(count)]
     random.Random(seed).shuffle(chosen)
     return chosen
-
-
-def facts() -> dict[str, Any]:
-    """What a number needs beside it to mean something."""
-    packages = ("tunesmith", "mlx", "mlx-lm", "torch", "transformers", "peft", "trl", "numpy")
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "absent"
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(describe, capture_output=True, text=True, check=False)
-    return {
-        "versions": versions,
-        "commit": done.stdout.strip() or None,
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-    }
-
-
-def _cpu() -> str:
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-            platform.machine(),
-        )
-    return platform.processor() or platform.machine()
 
 
 def rounded(value: Any) -> Any:
@@ -766,8 +662,7 @@ def finish(result: dict[str, Any], summary: dict[str, Any], problems: list[str],
     exit code."""
     result["missed"] = problems
     shared = ("versions", "commit", "cpu", "cores", "date", "command", "row_lengths")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    record.keep(result, out)
     print(json.dumps(rounded(summary | {key: result[key] for key in shared}), ensure_ascii=False), flush=True)
     disagree = [name for name, race in summary.items() if isinstance(race, dict) and not race["agree"]]
     for text in [*problems, *(f"{name}: the losses disagree, the ratios mean nothing" for name in disagree)]:
@@ -792,6 +687,25 @@ def default_data() -> str:
 
 def default_model() -> str:
     return str(Path(__file__).resolve().parents[1] / "demo" / "model" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def skipped(trainers: Sequence[str]) -> dict[str, str]:
+    """Trainer → why it cannot run here."""
+    reasons: dict[str, str] = {}
+    for name in trainers:
+        missing = [module for module in NEEDS.get(name, ()) if importlib.util.find_spec(module) is None]
+        if missing:
+            reasons[name] = f"not installed: {', '.join(missing)}"
+        elif name in WITH_OPENBLAS and not _openblas():
+            reasons[name] = f"no {OPENBLAS}"
+    for name, reason in reasons.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    return reasons
+
+
+def _openblas() -> bool:
+    probe = f"import ctypes; ctypes.CDLL({OPENBLAS!r})"
+    return subprocess.run([sys.executable, "-c", probe], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def require_inputs(parser: argparse.ArgumentParser, data: str, model: str) -> None:

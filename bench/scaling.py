@@ -20,6 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ours
+import record
+import small
+from rich.console import Console
+from rich.table import Table
+
 SLOW_S = 12.0  # where the first update takes longer, one more is measured instead of three
 
 
@@ -93,88 +99,42 @@ def axes(base: Point, max_length: int) -> list[Axis]:
     ]
 
 
-def our_update(point: Point) -> Callable[[], None]:
-    """The product's optimizer update on random rows and weights, evaluated. The only contact with tunesmith's
-    inside."""
-    from tunesmith.machine import backend
-
-    backend.setup()  # before MLX: a fast BLAS must be opened first
-    import threading
-    from contextlib import ExitStack
-    from types import SimpleNamespace
-
-    import mlx.core as mx
+def updates(point: Point) -> Callable[[], object]:
+    """Each call makes an optimizer update on random rows and weights."""
     import numpy as np
-    from mlx.utils import tree_map
-    from mlx_lm.models import llama
 
-    from tunesmith.learning import optimizer
-    from tunesmith.model import kernels
-    from tunesmith.runs.directory import Cursor, RunConfig
-    from tunesmith.tokens.batches import Cut, Group, Plan
-    from tunesmith.tokens.template import Tokens
-    from tunesmith.training import gradients
-    from tunesmith.training import loop as training
-
-    sizes = llama.ModelArgs(
-        model_type="llama",
+    net = ours.random_llama(
         hidden_size=point.width,
         num_hidden_layers=point.layers,
         intermediate_size=point.mlp,
         num_attention_heads=point.heads,
         num_key_value_heads=point.heads,
-        rms_norm_eps=1e-5,
         vocab_size=point.vocab,
     )
-    mx.random.seed(0)
-    net = llama.Model(sizes)
-    net.update(
-        tree_map(lambda p: mx.random.normal(p.shape, scale=0.02) if p.ndim > 1 else p, net.parameters())
-    )
-    net.freeze()
-    config = RunConfig.model_validate(
+    settings = ours.config(
+        "random",
         {
-            "model": {"path": "random"},
-            "data": {"train": ("random",), "valid": 0},
             "adapter": {
                 "rank": point.rank,
                 "alpha": 2 * point.rank,
                 "targets": tuple(point.targets.split(",")),
             },
             "batch": {"sequences": point.rows, "length": max(8, point.length)},
-            "loop": {"steps": 1_000_000, "checkpoint_gradients": point.checkpoint},
-        }
+            "loop": {"checkpoint_gradients": point.checkpoint},
+        },
     )
-    kernels.install(net)
-    config.adapter.attach(net, 0)
     random = np.random.Generator(np.random.PCG64(0))
-    targets = (np.arange(point.length) >= point.length // 10).astype(np.float32)
-    groups = [
-        Group(
-            (Tokens(random.integers(0, point.vocab, point.length).astype(np.int32), targets),), f"row {row}"
-        )
+    rows = [
+        ours.group(random.integers(0, point.vocab, point.length), point.length // 10, f"row {row}")
         for row in range(point.rows)
     ]
-    lengths = tuple(group.length for group in groups)
-    plan = Plan(lengths, point.rows, Cut.of(config.batch, lengths), 0, max_steps=config.loop.steps)
-    prepared: Any = SimpleNamespace(train=groups, plan=plan)
-    nowhere: Any = None
-    state = optimizer.build(config.optimizer, net)
-    mx.eval(net.parameters(), state.state)
-    loop = training.Loop(nowhere, config, net, state, prepared, lambda event: None, threading.Event())
-    gradients_of, cursor, steps = loop.accumulation(), Cursor(), iter(range(1_000_000))
-
-    def update() -> None:
-        with gradients.checkpointed(net) if point.checkpoint else ExitStack():
-            loop._update(next(steps), cursor, gradients_of)
-
-    return update
+    return ours.updates(net, settings, rows)
 
 
 def measure(point: Point) -> dict[str, Any]:
     """In this process: seconds (median), bytes above the weights in MLX's allocator, and the highest resident
     size."""
-    update = our_update(point)
+    update = updates(point)
     import mlx.core as mx
 
     weights = mx.get_active_memory()
@@ -223,15 +183,15 @@ def exponent(xs: Sequence[float], ys: Sequence[float]) -> float | None:
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
-def verdict(name: str, found: float | None, last: float | None, theory: tuple[float, float, str]) -> str:
-    """One sentence: what was found, what theory says, and whether they agree."""
-    if found is None or last is None:
+def verdict(name: str, fitted: float | None, last: float | None, theory: tuple[float, float, str]) -> str:
+    """One sentence: the fitted exponent, what theory says, and whether they agree."""
+    if fitted is None or last is None:
         return f"{name}: too few points"
     low, high, why = theory
-    agree = "as" if low <= found <= high else "NOT as"
-    kind = "linear" if LINEAR[0] <= found <= LINEAR[1] else "not linear"
+    agree = "as" if low <= fitted <= high else "NOT as"
+    kind = "linear" if LINEAR[0] <= fitted <= LINEAR[1] else "not linear"
     return (
-        f"{name}: exponent {found:.2f} ({kind}; {last:.2f} between the last two), {agree} theory says: {why}"
+        f"{name}: exponent {fitted:.2f} ({kind}; {last:.2f} between the last two), {agree} theory says: {why}"
     )
 
 
@@ -255,8 +215,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                     continue
                 xs, ys = [point[axis["key"]] for point in points], [point[key] * factor for point in points]
                 panel.plot(xs, ys, "o-", label=line["name"] or None)
-                if (found := line["exponents"][key]) is not None:
-                    fitted.append(f"{line['name']} x^{found:.2f}".strip())
+                if (power := line["exponents"][key]) is not None:
+                    fitted.append(f"{line['name']} x^{power:.2f}".strip())
             panel.set(
                 xscale="log",
                 yscale="log",
@@ -271,6 +231,61 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def along(axis: Axis, end: float, table: Table, verdicts: list[str]) -> dict[str, Any]:
+    """Measure the points of an axis; a row of ``table`` for each, and what theory says of them."""
+    lines = []
+    for name, points in axis.points.items():
+        measurements = [measured(point, end - time.perf_counter()) for point in points]
+        for point in measurements:
+            cells = [axis.name, name, str(point[axis.key])]
+            if "failed" in point:
+                table.add_row(*cells, point["failed"], "", "")
+            else:
+                memory = (point["above_weights"] / 1e6, point["peak_resident"] / 1e6)
+                table.add_row(*cells, f"{point['seconds']:.3f}", *(f"{value:.0f}" for value in memory))
+        table.add_section()
+        good = [point for point in measurements if "failed" not in point]
+        xs = [point[axis.key] for point in good]
+        exponents, last = {}, {}
+        for key, theory in (("seconds", axis.time), ("above_weights", axis.memory)):
+            ys = [point[key] for point in good]
+            exponents[key], last[key] = exponent(xs, ys), exponent(xs[-2:], ys[-2:])
+            title = f"{axis.name}{', ' if name else ''}{name}, {'time' if key == 'seconds' else 'memory'}"
+            verdicts.append(verdict(title, exponents[key], last[key], theory))
+        lines.append({"name": name, "points": measurements, "exponents": exponents, "last_two": last})
+    return {"name": axis.name, "key": axis.key, "lines": lines}
+
+
+def compare(options: argparse.Namespace) -> None:
+    console = Console(stderr=True, width=130)
+    end = time.perf_counter() + 60 * options.minutes
+    base = Point(
+        length=options.length,
+        width=options.width,
+        mlp=options.mlp,
+        heads=options.heads,
+        vocab=options.vocab,
+        checkpoint=options.checkpoint,
+    )
+    table = Table(title="one update")
+    for heading in ("axis", "", "x", "seconds", "MB above weights", "MB resident, peak"):
+        table.add_column(heading, justify="left" if heading in ("axis", "") else "right")
+    chosen = axes(base, options.max_length)
+    if options.axes:
+        chosen = [axis for axis in chosen if axis.key in options.axes]
+    verdicts: list[str] = []
+    # The longest rows last: if time runs out, it is they that are missing.
+    ordered = sorted(chosen, key=lambda axis: axis.key == "length")
+    results = [along(axis, end, table, verdicts) for axis in ordered]
+    console.print(table)
+    for line in verdicts:
+        console.print(line, highlight=False)
+    result = {"benchmark": "scaling", "base": asdict(base), "axes": results, "verdicts": verdicts}
+    print(json.dumps(record.keep(result, options.out), ensure_ascii=False))
+    if options.out:
+        plot(results, options.out.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--max-length", type=int, default=8192, help="longest row of the first axis")
@@ -282,62 +297,14 @@ def main() -> None:
         "--minutes", type=float, default=8.0, help="points that do not fit in are left out, and said so"
     )
     parser.add_argument("--out", type=Path, help="such as bench/results/scaling.json")
+    parser.add_argument("--smoke", action="store_true", help=small.HELP)
     parser.add_argument("--point", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.point:
-        print(json.dumps(measure(Point(**json.loads(asked.point)))))
+    options = parser.parse_args()
+    if options.point:
+        print(json.dumps(measure(Point(**json.loads(options.point)))))
         return
-
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(stderr=True, width=130)
-    end = time.perf_counter() + 60 * asked.minutes
-    base = Point(
-        length=asked.length,
-        width=asked.width,
-        mlp=asked.mlp,
-        heads=asked.heads,
-        vocab=asked.vocab,
-        checkpoint=asked.checkpoint,
-    )
-    table = Table(title="one update")
-    for heading in ("axis", "", "x", "seconds", "MB above weights", "MB resident, peak"):
-        table.add_column(heading, justify="left" if heading in ("axis", "") else "right")
-    results, said = [], []
-    chosen = [axis for axis in axes(base, asked.max_length) if not asked.axes or axis.key in asked.axes]
-    # The longest rows last: if time runs out, it is they that are missing.
-    for axis in sorted(chosen, key=lambda axis: axis.key == "length"):
-        lines = []
-        for name, points in axis.points.items():
-            found = [measured(point, end - time.perf_counter()) for point in points]
-            good = [point for point in found if "failed" not in point]
-            for point in found:
-                cells = [axis.name, name, str(point[axis.key])]
-                if "failed" in point:
-                    table.add_row(*cells, point["failed"], "", "")
-                else:
-                    memory = (point["above_weights"] / 1e6, point["peak_resident"] / 1e6)
-                    table.add_row(*cells, f"{point['seconds']:.3f}", *(f"{value:.0f}" for value in memory))
-            table.add_section()
-            xs = [point[axis.key] for point in good]
-            exponents, last = {}, {}
-            for key, theory in (("seconds", axis.time), ("above_weights", axis.memory)):
-                ys = [point[key] for point in good]
-                exponents[key], last[key] = exponent(xs, ys), exponent(xs[-2:], ys[-2:])
-                title = f"{axis.name}{', ' if name else ''}{name}, {'time' if key == 'seconds' else 'memory'}"
-                said.append(verdict(title, exponents[key], last[key], theory))
-            lines.append({"name": name, "points": found, "exponents": exponents, "last_two": last})
-        results.append({"name": axis.name, "key": axis.key, "lines": lines})
-    console.print(table)
-    for line in said:
-        console.print(line, highlight=False)
-    text = json.dumps({"base": asdict(base), "axes": results, "verdicts": said}, indent=2, ensure_ascii=False)
-    print(text)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(text + "\n", encoding="utf-8")
-        plot(results, asked.out.with_suffix(".png"))
+    with small.inputs(options, axes=["length"], max_length=512, width=32, mlp=64, vocab=256):
+        compare(options)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import record
+import small
+
 import rivals
 from rivals import Job, Row
 
@@ -33,32 +36,32 @@ N_SHORT = 2
 GUESSED = {"tunesmith": 130, "mlx_lm_blas": 65, "trl": 100, "torch": 115}
 
 
-def measure(label: str, job: Job, chosen: list[str], rounds: int) -> dict[str, Any]:
-    """All comparisons for one choice of adapted layers: name of the comparison → what ``race`` found."""
+def measure(label: str, job: Job, chosen: list[str], rounds: int, repeats: int) -> dict[str, Any]:
+    """All comparisons for one choice of adapted layers: name of the comparison → the result of its race."""
     races: dict[str, Any] = {}
     beside = [name for name in chosen if name in ("mlx_lm_blas", "trl", "torch")]
     if beside:
-        races["speed"] = rivals.race(label, dict.fromkeys(["tunesmith", *beside], job), rounds)
+        races["speed"] = rivals.race(label, dict.fromkeys(["tunesmith", *beside], job), rounds, repeats)
     if "checkpointed" in chosen:
         both = dict.fromkeys(["tunesmith_checkpointed", "mlx_lm_checkpointed"], job)
-        races["checkpointed"] = rivals.race(f"{label} checkpointed", both, 1)
+        races["checkpointed"] = rivals.race(f"{label} checkpointed", both, 1, repeats)
     if "mlx_lm" in chosen:
         middle = [row for row in job.rows if row.offset < SHORT // 2][:N_SHORT] or job.rows[:N_SHORT]
         rows = [Row(row.ids[:SHORT], min(row.offset, SHORT - 8)) for row in middle]
         short = Job(job.model, rows, job.targets, batch=1)
         races["short"] = rivals.race(
-            f"{label} {SHORT} tokens", dict.fromkeys(["tunesmith", "mlx_lm"], short), 1
+            f"{label} {SHORT} tokens", dict.fromkeys(["tunesmith", "mlx_lm"], short), 1, repeats
         )
     return races
 
 
 def summarise(races: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     spread: dict[str, list[float]] = {}
     for race in races.values():
         for name, ratio in race["ratios"].items():
             if name != "mlx_lm_checkpointed":
-                found[f"ratio_{name}"] = ratio["median"]
+                summary[f"ratio_{name}"] = ratio["median"]
                 spread[f"ratio_{name}"] = [ratio["min"], ratio["max"]]
 
     def peaks(kind: str, ours: str, theirs: str) -> float | None:
@@ -69,19 +72,19 @@ def summarise(races: dict[str, Any]) -> dict[str, Any]:
             else None
         )
 
-    found["memory_ratio_mlx_lm"] = peaks("speed", "tunesmith", "mlx_lm_blas")
-    found["memory_ratio_checkpointed"] = peaks(
+    summary["memory_ratio_mlx_lm"] = peaks("speed", "tunesmith", "mlx_lm_blas")
+    summary["memory_ratio_checkpointed"] = peaks(
         "checkpointed", "tunesmith_checkpointed", "mlx_lm_checkpointed"
     )
     shown = {kind: race["trainers"] for kind, race in races.items()}
-    return found | {
+    return summary | {
         "min_max": spread,
         "learned_tokens_per_second": {
-            kind: {name: one["learned_tokens_per_second"] for name, one in trainers.items()}
+            kind: {name: trainer["learned_tokens_per_second"] for name, trainer in trainers.items()}
             for kind, trainers in shown.items()
         },
         "peak_rss_gb": {
-            kind: {name: one["peak_rss_bytes"] / 1e9 for name, one in trainers.items()}
+            kind: {name: trainer["peak_rss_bytes"] / 1e9 for name, trainer in trainers.items()}
             for kind, trainers in shown.items()
         },
         "agree": all(race["agree"] for race in races.values()),
@@ -113,30 +116,39 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest row")
     parser.add_argument("--seed", type=int, default=rivals.SEED, help="of the order of the rows")
     parser.add_argument("--bars", action="store_true", help="fail when a bar is missed, too")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_speed.json")
+    parser.add_argument("--out", type=Path, help="default: bench/results/train_speed.json")
+    parser.add_argument("--smoke", action="store_true", help=small.HELP)
     options = parser.parse_args()
     if options.rows % 2 or options.rows < 2 or options.rounds < 1:
         parser.error("--rows must be even, --rounds at least 1")
-    rivals.require_inputs(parser, options.data, options.model)
+    with small.inputs(options, rows=4, max_tokens=128, rounds=1, targets=["qv"]):
+        rivals.require_inputs(parser, options.data, options.model)
+        return compare(options)
 
+
+def compare(options: argparse.Namespace) -> int:
+    without = rivals.skipped(options.trainers)
+    trainers = [name for name in options.trainers if name not in without]
     folder, rows = rivals.our_rows(options.data, options.model, options.max_tokens)
     chosen = rivals.quantiles(rows, options.rows, options.seed)
     jobs = {name: Job(str(folder), chosen, rivals.TARGETS[name]) for name in options.targets}
     lengths = [len(row.ids) for row in chosen]
-    result: dict[str, Any] = rivals.facts() | {
+    result: dict[str, Any] = record.facts() | {
         "benchmark": "train_speed",
         "rows_found": len(rows),
         "row_lengths": lengths,
         "tokens": sum(lengths),
         "learned_tokens": sum(row.learned for row in chosen),
         "rounds": options.rounds,
-        "note": "mlx-lm learns one padding token more in each padded row and means over micro-batches: its loss_first_update "
-        "differs by that; loss_same_tokens is its model's loss over the tokens that the others learn",
+        "skipped": without,
+        "note": "mlx-lm learns one padding token more in each padded row and means over micro-batches: its "
+        "loss_first_update differs by that; loss_same_tokens is its model's loss over the tokens that the "
+        "others learn",
     }
-    seconds = sum(guess(job, options.trainers, options.rounds) for job in jobs.values())
+    seconds = sum(guess(job, trainers, options.rounds) for job in jobs.values())
     print(
-        f"rows of {lengths} tokens, {result['learned_tokens']} of {sum(lengths)} learned; about {seconds / 60:.0f} minutes, "
-        f"to {datetime.fromtimestamp(time.time() + seconds):%H:%M}",
+        f"rows of {lengths} tokens, {result['learned_tokens']} of {sum(lengths)} learned; "
+        f"about {seconds / 60:.0f} minutes, to {datetime.fromtimestamp(time.time() + seconds):%H:%M}",
         file=sys.stderr,
         flush=True,
     )
@@ -144,10 +156,12 @@ def main() -> int:
     problems: list[str] = []
     result["races"] = {}
     for name, job in jobs.items():
-        result["races"][name] = races = measure(name, job, options.trainers, options.rounds)
+        repeats = 0 if options.smoke else rivals.REPEATS
+        result["races"][name] = races = measure(name, job, trainers, options.rounds, repeats)
         result[name] = summary[name] = summarise(races)
         problems += [f"{name}: {text}" for text in rivals.missed(summary[name], BARS)] if options.bars else []
-    return rivals.finish(result, summary, problems, options.out)
+    out = options.out or Path(__file__).parent / "results" / "train_speed.json"
+    return rivals.finish(result, summary, problems, out)
 
 
 if __name__ == "__main__":
