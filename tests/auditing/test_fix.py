@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.auditing import AuditSpec
-from tunesmith.auditing.findings import Audit, Evidence, Finding
+from tunesmith.auditing.findings import Audit, Finding, FindingRow
 from tunesmith.auditing.fix import Fixed, fix, mended, require_free
 from tunesmith.auditing.rules.invented import Invented
 from tunesmith.auditing.views import Context, Survey, View
@@ -327,17 +327,17 @@ def test_what_needs_a_person_is_listed_with_its_line_in_the_copy(tmp_path):
             "conflicts.labels",
             "warning",
             "2 rows say the same",
-            rows=tuple(Evidence(place[at], f"n{at}") for at in (2, 3, 4)),
+            rows=tuple(FindingRow(place[at], f"n{at}") for at in (2, 3, 4)),
         ),
-        Finding("structure.valid", "error", "1 row", rows=(Evidence(place[1], "no JSON"),)),
-        Finding("content.mojibake", "warning", "1 row", rows=(Evidence(place[5]),)),
+        Finding("structure.valid", "error", "1 row", rows=(FindingRow(place[1], "no JSON"),)),
+        Finding("content.mojibake", "warning", "1 row", rows=(FindingRow(place[5]),)),
         Finding(
             "content.secrets",
             "note",
             "1 row holds a secret",
-            rows=(Evidence(place[5], "sk-…"), Evidence("eval.jsonl:1", "sk")),
+            rows=(FindingRow(place[5], "sk-…"), FindingRow("eval.jsonl:1", "sk")),
         ),
-        Finding("length.answers", "good", "fine", rows=(Evidence(place[2]),)),
+        Finding("length.answers", "good", "fine", rows=(FindingRow(place[2]),)),
     )
     fixed = fix([file], tmp_path / "out.jsonl", SPEC, found)
     left = [

@@ -14,14 +14,14 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 import colours
-from tunesmith.auditing import page, screen
-from tunesmith.auditing.findings import Audit, Evidence, Finding, gravest_first
-from tunesmith.auditing.registry import RULES
+from tunesmith.auditing import page, registry, screen
+from tunesmith.auditing.findings import Audit, Finding, FindingRow, gravest_first
+from tunesmith.display.text import percent
 from tunesmith.errors import ConfigError
 
 HOSTILE = (
@@ -68,7 +68,7 @@ def charts(rows: int, text: str = "a prompt", file: str = "rows.jsonl") -> dict[
 
 def an_audit(text: str = "a text", file: str = "rows.jsonl", rows: int = 120) -> Audit:
     """An audit with everything in it, ``text`` wherever a text may be."""
-    named = tuple(Evidence(f"{file}:{row + 1}", f"note {row} {text}") for row in range(250))
+    named = tuple(FindingRow(f"{file}:{row + 1}", f"note {row} {text}") for row in range(250))
     findings = [
         Finding(
             "duplicates.exact",
@@ -87,7 +87,7 @@ def an_audit(text: str = "a text", file: str = "rows.jsonl", rows: int = 120) ->
         ),
         Finding("content.refusals", "note", "19 refuse", 19, 1000, accepted="warning"),
         Finding("balance.types", "good", "enough types", value=4.21, threshold=f"> 2.5 bits {text}"),
-        Finding(f"of its own.{text}", "note", "1 is odd", 1, rows=(Evidence(text[:4000], "no line"),)),
+        Finding(f"of its own.{text}", "note", "1 is odd", 1, rows=(FindingRow(text[:4000], "no line"),)),
     ]
     quality = {f"{file}:{row + 1}": 10.0 + 90 * row / rows for row in range(rows)}
     return Audit(
@@ -141,7 +141,7 @@ def test_the_same_audit_gives_the_same_page():
 
 def test_large_audits_make_small_pages():
     rows = 1_000
-    named = tuple(Evidence(f"rows.jsonl:{row + 1}", "漢" * 100_000) for row in range(rows))
+    named = tuple(FindingRow(f"rows.jsonl:{row + 1}", "漢" * 100_000) for row in range(rows))
     many = [
         Finding(f"content.{at}", "warning", "w" * 100_000, rows, rows, rows=named, hint="h" * 100_000)
         for at in range(60)
@@ -149,16 +149,26 @@ def test_large_audits_make_small_pages():
     audit = an_audit("長" * 100_000, rows=rows)
     wide = Audit(audit.files, rows, [*audit.findings, *many], audit.quality, audit.charts)
     size = len(page.html(wide).encode())
-    assert size < 7e6
+    assert size < 3e6
     assert len(page.html(NOTHING)) < 100_000
+
+
+def test_the_page_of_1_000_rows_has_less_than_500_kB():
+    text = (
+        "Move the notes of last week's meeting into the archive, and tell me how many there were before that."
+    )
+    assert 200_000 < len(page.html(an_audit(text, rows=1_000)).encode()) < 500_000
 
 
 def test_of_200_000_rows_2_000_points_are_drawn_and_every_row_is_counted():
     rows = 200_000
-    drawn = data_of(page.html(an_audit(rows=rows)))["figures"]
-    traces = drawn["map"]["data"]
-    assert 1_000 < sum(len(trace["x"]) for trace in traces) <= 2_000
-    assert len(drawn["quality"]["data"][0]["y"]) <= 100 and sum(drawn["quality"]["data"][0]["y"]) == rows
+    tags = Tags()
+    tags.feed(page.html(an_audit(rows=rows)))
+    drawn = [tag for tag, attributes in tags.tags if "point" in (attributes.get("class") or "").split()]
+    assert 1_000 < len(drawn) <= 2_000 + len("circle, cross and diamond of the legend".split())
+    assert len(json.loads(tags.data)["points"]) <= 2_000
+    counts = [int(title.split(": ")[1].replace(",", "")) for title in tags.titles["quality"]]
+    assert len(counts) <= 100 and sum(counts) == rows
 
 
 @pytest.mark.parametrize("absent", ["map", "lengths", "types", "worst"])
@@ -172,10 +182,10 @@ def test_any_chart_may_be_absent_and_every_section_that_is_named_is_there(absent
         "types": {"types"},
         "worst": set(),
     }
-    every = set(data_of(page.html(whole))["figures"])
-    assert len(every) == 6 and set(data_of(text)["figures"]) == every - left_out[absent]
-    tags = Tags()
+    tags, every = Tags(), Tags()
     tags.feed(text)
+    every.feed(page.html(whole))
+    assert len(every.drawn) == 6 and every.drawn - tags.drawn == left_out[absent]
     named = {attributes["id"] for _, attributes in tags.tags if "id" in attributes}
     links = [
         attributes["href"]
@@ -185,6 +195,9 @@ def test_any_chart_may_be_absent_and_every_section_that_is_named_is_there(absent
     assert len(links) > 10 and {link[1:] for link in links if link} <= named
 
 
+CHARTS = ["length-prompt", "length-answer", "length-total", "types", "map", "quality"]
+
+
 class Tags(HTMLParser):
     """The start tags of a page, and the text of its data."""
 
@@ -192,29 +205,30 @@ class Tags(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.data = ""
+        self.chart = ""
+        self.titles: dict[str, list[str]] = {}  # of the bars of each chart
+
+    @property
+    def drawn(self) -> set[str]:
+        return {attributes["id"] or "" for _, attributes in self.tags if attributes.get("id") in CHARTS}
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        self.chart = dict(attrs).get("id") or self.chart
 
     def handle_data(self, data):
         if self.tags and self.tags[-1][1].get("id") == "data":
             self.data += data
+        elif self.tags and self.tags[-1][0] == "title" and data.strip():
+            self.titles.setdefault(self.chart, []).append(data)
 
 
-def data_of(html: str) -> dict[str, Any]:
-    tags = Tags()
-    tags.feed(html)
-    return json.loads(tags.data)
-
-
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None)
 @given(st.text(st.characters(), min_size=1, max_size=60))
 @example(HOSTILE)
 @example("<!--<script>")
 @example("]]>\u2029\x85")
-def test_no_text_adds_a_tag_and_every_text_can_be_written(monkeypatch, text):
-    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")
-
+def test_no_text_adds_a_tag_and_every_text_can_be_written(text):
     def skeleton(html: str) -> list[tuple[str, list[str]]]:
         html.encode()
         tags = Tags()
@@ -288,7 +302,6 @@ class Window:
         tab.on("pageerror", lambda error: self.told.append(str(error)))
         tab.on("dialog", lambda dialog: self.told.append(dialog.message))
         tab.goto(path.as_uri())
-        until(tab, "[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.plotly'))")
         return tab
 
 
@@ -321,32 +334,32 @@ def visible_findings(tab: Any) -> list[str]:
 
 def test_the_page_shows_the_verdict_first_and_draws_every_chart(tab):
     assert tab.locator("body").inner_text().startswith(f"tunesmith audit\n\n✗ {an_audit().verdict}\n")
-    drawn = tab.eval_on_selector_all(".plot", "all => all.map(one => one.id)")
-    assert drawn == ["length-prompt", "length-answer", "length-total", "types", "map", "quality"]
-    assert [tab.locator(f"#{name} .trace .point").count() for name in drawn] == [3, 3, 3, 75, 120, 25]
+    drawn = charts_of(tab)
+    assert drawn == CHARTS
+    assert [tab.locator(f"#{name} .bar, #{name} .point").count() for name in drawn] == [3, 3, 3, 75, 120, 25]
     for part in ("prompt", "answer", "total"):
-        assert tab.locator(f"#length-{part} .annotation").text_content() == "limit 120"
-        assert tab.locator(f"#length-{part} .shapelayer path").count() == 1
+        assert tab.locator(f"#length-{part} text.mark").text_content() == "limit 120"
+        assert tab.locator(f"#length-{part} line.mark").count() == 1
     cards = tab.locator(".cards h3").all_inner_texts()
-    assert cards[: len(RULES)] == [rule.name for rule in RULES] and cards[-1] == "of its own"
+    assert (
+        cards[: len(registry.rules())] == [rule.name for rule in registry.rules()]
+        and cards[-1] == "of its own"
+    )
     assert (
         tab.locator("#instruction-types .lead").inner_text()
         == "Most frequent first. 65 rows of other types are not drawn."
     )
     clusters = [" ".join(row.split()) for row in tab.locator(".clusters tbody tr").all_inner_texts()]
     assert clusters == ["1 even a text 60 50.0%", "2 odd a text 59 50.0%", "3 last a text 1"]
-    assert tab.locator("#map .annotation-text").all_text_contents() == ["1", "2", "3"]
+    assert tab.locator("#map text.mark").all_text_contents() == ["1", "2", "3"]
     for link in tab.locator("nav a").all():
         assert tab.locator(link.get_attribute("href")).count() == 1
-    # Others of Plotly's buttons would send the chart to a server.
-    assert tab.locator(".modebar-btn").evaluate_all("all => all.map(one => one.dataset.title)") == [
-        "Zoom",
-        "Pan",
-        "Zoom in",
-        "Zoom out",
-        "Reset axes",
-        "Download plot as a PNG",
-    ]
+    titles = tab.locator(".zoom button").evaluate_all("all => all.map(one => one.title)")
+    assert titles == ["Zoom in", "Zoom out", "Show all"]
+
+
+def charts_of(tab: Any) -> list[str]:
+    return tab.eval_on_selector_all(".plot[id], .bars[id]", "all => all.map(one => one.id)")
 
 
 def test_what_there_is_nothing_of_is_left_out(window):
@@ -356,13 +369,8 @@ def test_what_there_is_nothing_of_is_left_out(window):
     assert "Nothing was found." in tab.locator("main").inner_text()
     whole = an_audit()
     tab = window.show(Audit(whole.files, whole.rows, [], whole.quality, {"lengths": whole.charts["lengths"]}))
-    assert tab.eval_on_selector_all(".plot", "all => all.map(one => one.id)") == [
-        "length-prompt",
-        "length-answer",
-        "length-total",
-        "quality",
-    ]
-    assert tab.locator("#quality-of-rows tbody tr").first.inner_text().startswith("10.0")
+    assert charts_of(tab) == ["length-prompt", "length-answer", "length-total", "quality"]
+    assert tab.locator("#quality-of-rows .findings tbody tr").first.inner_text().startswith("10.0")
 
 
 def test_pointing_at_a_prompt_shows_its_row_and_a_click_keeps_it_with_its_link(tab):
@@ -393,6 +401,27 @@ def test_pointing_at_a_prompt_shows_its_row_and_a_click_keeps_it_with_its_link(t
     assert tip.is_hidden()
 
 
+def test_the_map_can_be_enlarged_and_moved_and_dots_keep_their_size(tab):
+    dot = tab.locator("#map .trace").nth(1).locator(".point").nth(20)
+
+    def view() -> list[float]:
+        return [float(number) for number in tab.locator("#map").get_attribute("viewBox").split()]
+
+    whole, size = view(), dot.bounding_box()["width"]
+    tab.get_by_title("Zoom in").click()
+    near = view()
+    assert near[2] == pytest.approx(whole[2] / 1.6) and near[0] > 0
+    assert dot.bounding_box()["width"] == pytest.approx(size, abs=0.2)
+    area = tab.locator("#map").bounding_box()
+    tab.mouse.move(area["x"] + 200, area["y"] + 200)
+    tab.mouse.down()
+    tab.mouse.move(area["x"] + 260, area["y"] + 200)
+    tab.mouse.up()
+    assert view()[0] == pytest.approx(near[0] - 60 * near[2] / area["width"], abs=0.5)
+    tab.get_by_title("Show all").click()
+    assert view() == whole
+
+
 def test_colour_goes_by_cluster_or_by_label_and_the_marker_by_label_always(tab):
     def looks() -> list[tuple[int, str, str]]:
         """Cluster, form and colour of each point."""
@@ -420,7 +449,7 @@ def test_colour_goes_by_cluster_or_by_label_and_the_marker_by_label_always(tab):
     tab.get_by_role("radio", name="by cluster").check()
     assert looks() == before
     alone = tab.locator(".clusters button").nth(1)
-    faint = "all => all.map(one => one.querySelector('.point').style.opacity)"
+    faint = "all => all.map(one => getComputedStyle(one).opacity)"
     alone.click()
     assert tab.eval_on_selector_all("#map .trace", faint) == ["0.08", "0.9", "0.08"]
     alone.click()
@@ -497,7 +526,7 @@ def test_hostile_texts_are_shown_as_text_and_run_nothing(window):
         "#rows-1 tbody tr >> nth=7",
         "#tip",
         ".clusters tbody tr >> nth=0",
-        "#quality-of-rows tbody >> nth=0",
+        "#quality-of-rows .findings tbody >> nth=0",
         "#prompts .lead",
         "#lengths .lead",
         ".cards >> nth=0",
@@ -506,10 +535,9 @@ def test_hostile_texts_are_shown_as_text_and_run_nothing(window):
     assert any(SHOWN[:30] in rule for rule in tab.locator("td.rule").all_inner_texts())
     tip = tab.locator("#tip").inner_text()
     assert SHOWN in tip and "\\x00" in tip and "\\ud800" in tip and "\\u202e" in tip
-    assert tab.locator("#types .ytick text").first.text_content().startswith(SHOWN[:7])
+    assert tab.locator("#types th bdi").first.text_content().startswith(SHOWN[:7])
     assert tab.locator("#rows-1 a").first.get_attribute("href") == "file:///C:/data/x.jsonl#L1"
-    tab.locator("#types .point").first.hover(force=True)
-    assert SHOWN[:30] in tab.locator("#types .hovertext").text_content()
+    assert SHOWN[:30] in tab.locator("#types .bar title").first.text_content()
     assert tab.evaluate(
         "[window.hacked, document.querySelectorAll('img, iframe, [onerror], svg a').length]"
     ) == [None, 0]
@@ -544,14 +572,10 @@ def test_nothing_is_wider_than_the_screen_and_no_label_is_cut(window):
         button.click()
     for width in (1280, 400):
         tab.set_viewport_size({"width": width, "height": 900})
-        until(
-            tab,
-            "[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('svg').clientWidth === plot.clientWidth)",
-        )
         assert tab.evaluate("document.documentElement.scrollWidth") == width
         cut = tab.evaluate("""[...document.querySelectorAll('.plot')].flatMap(plot => {
             const box = plot.getBoundingClientRect();
-            return [...plot.querySelectorAll('.main-svg text')].map(text => [text.textContent, text.getBoundingClientRect()])
+            return [...plot.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()])
                 .filter(([words, own]) => words && own.width && (own.left < box.left - 1 || own.right > box.right + 1
                     || own.top < box.top - 1 || own.bottom > box.bottom + 1))
                 .map(([words]) => `${plot.id}: ${words}`);
@@ -563,11 +587,13 @@ def test_words_stand_out_from_the_ground_in_light_and_dark_and_paper_is_white(ta
     shown = "all => all.filter(one => one.checkVisibility()).length"
     for media, scheme in colours.SHOWN:
         colours.require(tab, media, scheme)
-        assert tab.evaluate("getComputedStyle(document.querySelector('.xtick text')).fill") == tab.evaluate(
+        assert tab.evaluate("getComputedStyle(document.querySelector('.plot text')).fill") == tab.evaluate(
             "getComputedStyle(document.querySelector('.lead')).color"
         )
-        assert tab.eval_on_selector_all(".plot .point", shown) == 229
-        assert (tab.eval_on_selector_all("nav, .copy, #search, .modebar", shown) == 0) == (media == "print")
+        assert (
+            tab.eval_on_selector_all("#lengths .bar, #types .bar, #map .point, #quality .bar", shown) == 229
+        )
+        assert (tab.eval_on_selector_all("nav, .copy, #search, .zoom", shown) == 0) == (media == "print")
     tab.emulate_media(media="screen", color_scheme="light")
 
 
@@ -589,7 +615,7 @@ def test_the_screen_has_the_verdict_every_dimension_what_to_do_and_the_worst_row
         for line in lines
         if line[:1] in "✗!i✓" and len(line) > 11 and line[11:].split()
     }
-    for rule in RULES:
+    for rule in registry.rules():
         assert any(line[11:].startswith(rule.name) for line in lines), rule.name
     assert first["contamination"] == ["✗", "error"] and first["diversity"] == ["!", "warning"]
     for words in (
@@ -663,14 +689,17 @@ def test_without_colour_there_is_nothing_but_text_and_with_it_the_same_text(monk
 def test_an_audit_of_nothing_is_told_too():
     lines = printed(NOTHING)
     assert lines[:2] == ["✓ There are no rows.", "0 rows · 0 s"]
-    assert sum("no finding" in line for line in lines) == len(RULES) and len(lines) == len(RULES) + 5
+    assert (
+        sum("no finding" in line for line in lines) == len(registry.rules())
+        and len(lines) == len(registry.rules()) + 5
+    )
 
 
 @given(st.integers(0, 10_000), st.integers(1, 10_000))
 @example(1, 10_000)
 @example(9_999, 10_000)
 def test_a_share_is_all_or_nothing_only_where_it_is(count, of):
-    told = screen.percent(min(count, of) / of)
+    told = percent(min(count, of) / of)
     assert (
         (told == "0%") == (count == 0)
         and (told == "100%") == (count >= of)

@@ -38,7 +38,7 @@ _WORD = re.compile(rf"[{_UNSPACED}]+|(?:(?![{_UNSPACED}])[^\W\d_]|[{_MARKS}])+")
 UNSPACED_LETTER = re.compile(f"[{_UNSPACED}]")
 
 
-class Group(NamedTuple):
+class PromptCluster(NamedTuple):
     """One cluster. ``tight``: its rows are about the same; otherwise what they have in common is being like
     no others."""
 
@@ -51,7 +51,7 @@ class Clustering(NamedTuple):
     ``shown``."""
 
     labels: np.ndarray
-    groups: list[Group]
+    groups: list[PromptCluster]
     shown: np.ndarray
     points: np.ndarray
     method: str
@@ -62,13 +62,13 @@ def subject(view: View) -> str | None:
     return (view.asked or view.said)[:LETTERS].strip() or None
 
 
-def of(survey: Survey) -> list[Group | None]:
+def of(survey: Survey) -> list[PromptCluster | None]:
     """The cluster of each row, None where `Diversity` kept no prompt. Done once a survey; draws
     ``charts["map"]``."""
     if "clusters" not in survey.kept:
         kept = survey.kept["diversity"]
         rows = [at for at in survey.training if kept[at] is not None and kept[at].subject]
-        groups: list[Group | None] = [None] * len(survey)
+        groups: list[PromptCluster | None] = [None] * len(survey)
         if rows:
             made = clusters(
                 [kept[at].subject for at in rows], survey.context.embed if survey.context else None
@@ -119,10 +119,10 @@ def clusters(
         points, drawn = _points(features[shown])
     alike = np.square(_means(unit, labels)).sum(axis=1)
     names = _names(_means(weights, labels), weights, terms)
-    groups: list[Group] = []
+    groups: list[PromptCluster] = []
     for name, one in zip(names, alike, strict=True):
         tight = bool(one >= least)
-        groups.append(Group(name if tight else f"various: {name}", tight))
+        groups.append(PromptCluster(name if tight else f"various: {name}", tight))
     return Clustering(labels, groups, shown, points, f"{source}, {drawn}")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tunesmith.auditing.findings import Audit, Evidence, Finding, counted
+from tunesmith.auditing.findings import Audit, Finding, FindingRow, counted
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Comparison:
 
     files: tuple[list[str], list[str]]
     rows: tuple[int, int]
-    shared: list[Evidence]
-    relabelled: list[Evidence]
-    prompts: list[Evidence]
+    shared: list[FindingRow]
+    relabelled: list[FindingRow]
+    prompts: list[FindingRow]
     only_first: list[str]
     only_second: list[str]
     changes: list[Change]
@@ -70,12 +70,12 @@ def compare(first: Audit, second: Audit) -> Comparison:
     shared, relabelled, prompts = [], [], []
     for one in second.prints:
         if one.words in words:
-            shared.append(Evidence(one.source, f"as {words[one.words]}"))
+            shared.append(FindingRow(one.source, f"as {words[one.words]}"))
             if one.label not in labels[one.words]:
                 (label, source), *_ = labels[one.words].items()
-                relabelled.append(Evidence(one.source, f"{_word(one.label)}; {source} is {_word(label)}"))
+                relabelled.append(FindingRow(one.source, f"{_word(one.label)}; {source} is {_word(label)}"))
         if one.prompt is not None and one.prompt in asked:
-            prompts.append(Evidence(one.source, f"as {asked[one.prompt]}"))
+            prompts.append(FindingRow(one.source, f"as {asked[one.prompt]}"))
     return Comparison(
         (list(first.files), list(second.files)),
         (first.rows, second.rows),

@@ -17,7 +17,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "good")
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class FindingRow:
     """One row of a finding. ``source``: ``file:line``. ``note``: what is seen there, secrets and personal
     data masked."""
 
@@ -40,7 +40,7 @@ class Finding:
     of: int = 0
     value: float | None = None
     threshold: str | None = None
-    rows: tuple[Evidence, ...] = ()
+    rows: tuple[FindingRow, ...] = ()
     hint: str = ""
     of_set: bool = False  # it is about the set: its rows are examples, not at fault
     accepted: Severity | None = None  # what it was before `AuditSpec.accept` made it a note

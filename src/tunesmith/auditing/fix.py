@@ -19,10 +19,11 @@ from typing import Any, Literal, NamedTuple, TextIO
 from tunesmith import events
 from tunesmith import files as writing
 from tunesmith.auditing.findings import Audit
-from tunesmith.auditing.views import View, excerpt
+from tunesmith.auditing.views import View
 from tunesmith.data import calls, formats, sources
 from tunesmith.data.examples import Completion, Conversation, Document, Example, Preference, content_of
 from tunesmith.data.formats import DataSpec, Dropped
+from tunesmith.display.text import excerpt
 from tunesmith.errors import ConfigError
 
 Action = Literal["changed", "removed", "left"]

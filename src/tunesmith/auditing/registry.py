@@ -1,30 +1,111 @@
-"""The registry: every rule, in the order in which the screen and the page show their dimensions."""
+"""What a rule of the audit is, and all rules that there are: one file in ``rules``, one class, one dimension.
+
+A rule states what it looks at, what each of its findings means, its bar and its chart. The screen, the page, the checks
+of ``audit.accept`` and the table of the documentation are derived from that."""
 
 from __future__ import annotations
 
-from tunesmith.auditing.rules.balance import Balance
-from tunesmith.auditing.rules.conflicts import Conflicts
-from tunesmith.auditing.rules.contamination import Contamination
-from tunesmith.auditing.rules.content import Content
-from tunesmith.auditing.rules.diversity import Diversity
-from tunesmith.auditing.rules.duplicates import Duplicates
-from tunesmith.auditing.rules.invented import Invented
-from tunesmith.auditing.rules.labels import Labels
-from tunesmith.auditing.rules.lengths import Lengths
-from tunesmith.auditing.rules.structure import Structure
-from tunesmith.auditing.rules.tokenisation import Tokenisation
-from tunesmith.auditing.views import Rule
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
-RULES: tuple[Rule, ...] = (
-    Structure(),
-    Diversity(),
-    Balance(),
-    Lengths(),
-    Duplicates(),
-    Conflicts(),
-    Contamination(),
-    Content(),
-    Tokenisation(),
-    Invented(),
-    Labels(),
-)
+from markupsafe import Markup
+
+from tunesmith.auditing.findings import Finding
+from tunesmith.auditing.views import Context, Survey, View
+
+FOLDER = "tunesmith.auditing.rules"
+
+
+class MapPoint(NamedTuple):
+    """What the page tells of a point: its row, label, cluster and text."""
+
+    source: str
+    label: str
+    cluster: str
+    text: str
+
+
+class Section(NamedTuple):
+    """A chart with its heading on the page. ``points``: of the map."""
+
+    anchor: str
+    title: str
+    lead: str
+    body: Markup
+    points: Sequence[MapPoint] = ()
+
+
+class Rule(ABC):
+    """One dimension. State is in what it keeps, never in the rule: `look` may run in another process."""
+
+    name: ClassVar[str]
+    order: ClassVar[int]
+    """Place among the dimensions, on the screen and on the page."""
+    looks_at: ClassVar[str]
+    findings: ClassVar[Mapping[str, str]]
+    """Name of a finding, without the dimension → what it means. A finding of another name is told by `otherwise`."""
+    otherwise: ClassVar[str] = ""
+    bar: ClassVar[str] = "reported"
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What it imports of the extra ``audit``, by the names of the modules."""
+    drawn: ClassVar[bool] = False
+    """Look only at rows that are `Context.drawn`."""
+    chart: ClassVar[str] = ""
+    """Key of `Survey.charts` that it fills and `draw` shows."""
+
+    @abstractmethod
+    def look(self, view: View, context: Context) -> Any:
+        """What to keep of the row: small and picklable, or None if nothing is worth keeping."""
+
+    @abstractmethod
+    def judge(self, kept: list[Any], survey: Survey) -> Iterator[Finding]:
+        """Findings from what was kept of each row (None for rows not looked at), in the order of ``survey``."""
+
+    def draw(self, chart: Any) -> Section | None:
+        """The section of the page that shows what `judge` put under `chart`."""
+        raise NotImplementedError(f"{type(self).__name__} names a chart and does not draw it")
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        return [module for module in cls.needs if find_spec(module) is None]
+
+    @classmethod
+    def meaning(cls, finding: Finding) -> str:
+        return cls.findings.get(finding.rule.partition(".")[2], cls.otherwise)
+
+
+_registered: dict[str, Rule] = {}
+
+
+_Rule = TypeVar("_Rule", bound=Rule)
+
+
+def register(kind: type[_Rule]) -> type[_Rule]:
+    """Decorates the class of a rule: from now on every audit applies it."""
+    _registered[kind.name] = kind()
+    return kind
+
+
+def unregister(name: str) -> None:
+    _registered.pop(name, None)
+
+
+def rules() -> tuple[Rule, ...]:
+    """All of them in their order."""
+    for module in pkgutil.iter_modules(import_module(FOLDER).__path__, f"{FOLDER}."):
+        import_module(module.name)
+    return tuple(sorted(_registered.values(), key=lambda rule: rule.order))
+
+
+def table() -> str:
+    """The rules as docs/audit.md shows them."""
+    lines = ["| dimension | looks at | findings | bar (setting) |", "|---|---|---|---|"]
+    for rule in rules():
+        meanings = [f"`{name}`: {meaning}" for name, meaning in rule.findings.items()]
+        meanings += [f"others: {rule.otherwise}"] if rule.otherwise else []
+        lines.append(f"| {rule.name} | {rule.looks_at} | {'; '.join(meanings)} | {rule.bar} |")
+    return "\n".join(lines)

@@ -1,8 +1,8 @@
 """An audit in one screen of a terminal: verdict, every dimension beside its bar, what to do about what was
 found, worst rows.
 
-What does not fit is counted; the page and the JSON have all of it. How a finding is put into few words, and a
-text of the data made safe to show, is here for `page` too."""
+What does not fit is counted; the page and the JSON have all of it. How a finding is put into few words is here
+for `page` too."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.auditing.findings import SEVERITIES, Audit, Finding, Severity
-from tunesmith.auditing.registry import RULES
-from tunesmith.auditing.views import excerpt
+from tunesmith.auditing.registry import Rule, rules
 from tunesmith.display.console import duration
+from tunesmith.display.text import many, percent, visible
 
 LINES = 45
 """Of the screen. At least `FEWEST` findings are shown, however many lines these take."""
@@ -29,17 +29,19 @@ FEWEST = 3
 SIGNS: dict[Severity, str] = {"error": "✗", "warning": "!", "note": "i", "good": "✓"}
 COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow", "note": "cyan", "good": "green"}
 SPARKS = "▁▂▃▄▅▆▇█"
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
 
 
 class Dimension(NamedTuple):
-    """``findings``: gravest first. ``severity``: of the first, None where there are none."""
+    """``findings``: gravest first. ``severity``: of the first, or None if there are none. ``rule``: None if it is not
+    known here."""
 
     name: str
     severity: Severity | None
     findings: list[Finding]
+    rule: Rule | None
+
+    def meaning(self, finding: Finding) -> str:
+        return self.rule.meaning(finding) if self.rule else ""
 
 
 class Worst(NamedTuple):
@@ -52,10 +54,14 @@ class Worst(NamedTuple):
 def dimensions(audit: Audit) -> list[Dimension]:
     """All of them in the order of the registry, those without a finding too; then any that it does not
     know."""
-    found: dict[str, list[Finding]] = {rule.name: [] for rule in RULES}
-    for finding in sorted(audit.findings, key=lambda one: SEVERITIES.index(one.severity)):
-        found.setdefault(finding.dimension, []).append(finding)
-    return [Dimension(name, some[0].severity if some else None, some) for name, some in found.items()]
+    known = {rule.name: rule for rule in rules()}
+    by_dimension: dict[str, list[Finding]] = {name: [] for name in known}
+    for finding in sorted(audit.findings, key=lambda finding: SEVERITIES.index(finding.severity)):
+        by_dimension.setdefault(finding.dimension, []).append(finding)
+    return [
+        Dimension(name, findings[0].severity if findings else None, findings, known.get(name))
+        for name, findings in by_dimension.items()
+    ]
 
 
 def gravest(audit: Audit) -> Severity:
@@ -84,15 +90,6 @@ def binned(scores: Iterable[float], bins: int) -> list[int]:
     return counts
 
 
-def percent(share: float) -> str:
-    """To a tenth of a percent; never 0% or 100% of what is neither."""
-    if 0 < share < 0.001:
-        return "< 0.1%"
-    if 0.999 < share < 1:
-        return "> 99.9%"
-    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
-
-
 def measured(finding: Finding) -> str:
     """What is to be held against the bar: the value, else the share of rows; "" where neither is known."""
     value = finding.value
@@ -110,23 +107,6 @@ def concerned(finding: Finding) -> str:
     if not finding.of:
         return many(finding.count, "row") if finding.count else ""
     return f"{finding.count:,} of {many(finding.of, 'row')}"
-
-
-def many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def escaped(text: str) -> str:
-    """``text`` with what no screen can show, or obeys instead (controls, lone surrogates, turns of
-    direction), written out."""
-    return _UNSEEN.sub(
-        lambda found: f"\\u{ord(found[0]):04x}" if found[0] > "\xff" else f"\\x{ord(found[0]):02x}", text
-    )
-
-
-def visible(text: str, limit: int) -> str:
-    """The first letters of ``text`` on one line, `escaped`."""
-    return escaped(excerpt(text, limit))
 
 
 def render(audit: Audit, console: Console) -> None:
@@ -165,7 +145,7 @@ def _table(audit: Audit, styles: Mapping[str, str]) -> Table:
         table.add_column(name, no_wrap=True, overflow="ellipsis", width=wide)
     for name, ratio in (("measured", 3), ("bar", 2)):
         table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=ratio)
-    for name, severity, some in dimensions(audit):
+    for name, severity, some, _ in dimensions(audit):
         some = sorted(
             some, key=lambda one: one.threshold is None
         )  # so that bars stand in the order of what they are for

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from tunesmith import events
-from tunesmith.auditing import AuditSpec
+from tunesmith.auditing import AuditSpec, quality
 from tunesmith.auditing.findings import Audit, Finding, Print, gravest_first
-from tunesmith.auditing.registry import RULES
-from tunesmith.auditing.rules import contamination, quality
-from tunesmith.auditing.views import Context, Survey, View, excerpt
+from tunesmith.auditing.registry import Rule, rules
+from tunesmith.auditing.rules import contamination
+from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.checks.content import masked
 from tunesmith.data import formats, sources
 from tunesmith.data.examples import Example
 from tunesmith.data.formats import DataSpec, Dropped
 from tunesmith.data.sources import Raw
-from tunesmith.errors import ConfigError, DataError, listing
+from tunesmith.display.text import excerpt
+from tunesmith.errors import ConfigError, DataError, SetupError, listing
 from tunesmith.events import Notice, Sink
 from tunesmith.tokens import renderers
 from tunesmith.tokens.template import Refused, Renderer, Row, TemplateSpec
@@ -36,6 +37,7 @@ BATCH = 256  # rows that travel to a process at once
 ALONE = 3_000
 """Up to so many rows one process is faster: starting others and loading libraries in each takes seconds."""
 WORST = 20
+EXTRA = "pip install 'tunesmith[audit]'"
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,11 @@ class Setup:
     limit: int = 2048
     share: float = 1.0
     call: str = ""  # differs from audit to audit, so that a process that outlives one reads its files anew
+    rules: tuple[Rule, ...] = field(default_factory=rules, compare=False)
 
 
 class Looked(NamedTuple):
-    """What comes back of a row. ``kept``: of each rule, in the order of `RULES`."""
+    """What comes back of a row. ``kept``: of each rule, in their order."""
 
     source: str
     label: bool | None
@@ -76,6 +79,8 @@ def audit(
     where a file cannot be read as a whole, ConfigError where ``accept`` names no rule."""
     started = time.perf_counter()
     check_accepted(setup.spec)
+    if modules := sorted({module for rule in setup.rules for module in rule.missing()}):
+        raise SetupError(f"the audit needs {', '.join(modules)}", hint=EXTRA)
     found = sources.files(paths)
     tick = events.ticker(notify, "counting rows")
     total = 0
@@ -92,11 +97,11 @@ def audit(
     )
     tick = events.ticker(notify, "auditing")
     for looked in _looks(found, setup, total, processes):
-        _add(survey, looked)
+        _add(survey, looked, setup.rules)
         if len(survey) % 50 == 0 or len(survey) == total:
             tick(len(survey), total)
     files = {str(path): sources.sha256(path) for path in found}
-    return _judged(survey, files, notify, started)
+    return _judged(survey, setup.rules, files, notify, started)
 
 
 def examine(
@@ -105,6 +110,10 @@ def examine(
     """The same for rows that are in memory, with what is known of their tokens."""
     started = time.perf_counter()
     check_accepted(known.spec)
+    applied = tuple(rule for rule in rules() if not rule.missing())
+    if skipped := [rule.name for rule in rules() if rule not in applied]:
+        what = f"the audit leaves out {' and '.join(skipped)}: what they need is not installed"
+        notify(Notice(what, "warning", count=len(examples), hint=EXTRA))
     known = replace(known, share=min(1.0, known.spec.sample / max(len(examples), 1)))
     survey = Survey(
         known.spec,
@@ -113,9 +122,9 @@ def examine(
     )
     tick = events.ticker(notify, "auditing")
     for done, one in enumerate(examples, 1):
-        _add(survey, _look(View(one.source, one), known))
+        _add(survey, _look(View(one.source, one), known, applied), applied)
         tick(done, len(examples))
-    return _judged(survey, files, notify, started)
+    return _judged(survey, applied, files, notify, started)
 
 
 def require(found: Audit) -> None:
@@ -139,7 +148,7 @@ def require(found: Audit) -> None:
 
 def check_accepted(spec: AuditSpec) -> None:
     """Raises ConfigError where ``accept`` names a dimension that no rule has."""
-    known = [rule.name for rule in RULES]
+    known = [rule.name for rule in rules()]
     for name in spec.accept:
         if (dimension := name.partition(".")[0]) not in known:
             near = get_close_matches(dimension, known, n=1)
@@ -206,7 +215,7 @@ def _looks(files: Sequence[Path], setup: Setup, total: int, processes: int | Non
 
 def _look_all(batch: Sequence[Raw], setup: Setup) -> list[Looked]:
     known = context(setup)
-    return [_look(_view(raw, setup.data), known) for raw in batch]
+    return [_look(_view(raw, setup.data), known, setup.rules) for raw in batch]
 
 
 def _view(raw: Raw, data: DataSpec) -> View:
@@ -216,63 +225,68 @@ def _view(raw: Raw, data: DataSpec) -> View:
     )
 
 
-def _look(view: View, known: Context) -> Looked:
+def _look(view: View, known: Context, rules: Sequence[Rule]) -> Looked:
     drawn = known.drawn(view)
     try:
-        kept = tuple(rule.look(view, known) if drawn or not rule.drawn else None for rule in RULES)
+        kept = tuple(rule.look(view, known) if drawn or not rule.drawn else None for rule in rules)
     except RecursionError:
         bad = Dropped(view.source, "json", "expected a row, found values nested too deeply", "")
-        return _look(View(view.source, None, bad), known)
+        return _look(View(view.source, None, bad), known, rules)
     return Looked(view.source, view.label, view.dropped, excerpt(view.asked or view.said), kept)
 
 
-def _add(survey: Survey, looked: Looked) -> None:
+def _add(survey: Survey, looked: Looked, applied: Sequence[Rule]) -> None:
     survey.sources.append(looked.source)
     survey.labels.append(looked.label)
     survey.dropped.append(looked.dropped)
     survey.asked.append(looked.asked)
-    for rule, kept in zip(RULES, looked.kept, strict=True):
+    for rule, kept in zip(applied, looked.kept, strict=True):
         survey.kept.setdefault(rule.name, []).append(kept)
 
 
-def _judged(survey: Survey, files: dict[str, str], notify: Sink, started: float) -> Audit:
-    found: list[Finding] = []
+def _judged(
+    survey: Survey, applied: Sequence[Rule], files: dict[str, str], notify: Sink, started: float
+) -> Audit:
+    for rule in rules():  # those that are left out kept nothing
+        survey.kept.setdefault(rule.name, [None] * len(survey))
+    prints = _prints(survey)
+    findings: list[Finding] = []
     tick = events.ticker(notify, "judging")
-    for rule in RULES:
-        survey.kept.setdefault(rule.name, [])
-    prints = [
-        Print(source, label, words.same, prompt.prompt if prompt else None)
-        for source, label, words, prompt in zip(
-            survey.sources, survey.labels, survey.kept["duplicates"], survey.kept["conflicts"], strict=True
-        )
-        if words is not None
-    ]
-    for done, rule in enumerate(RULES, 1):
-        found += rule.judge(survey.kept[rule.name], survey)
+    for done, rule in enumerate(applied, 1):
+        findings += rule.judge(survey.kept[rule.name], survey)
         survey.kept[rule.name] = []  # of many rows it is much, and no rule reads another's
-        tick(done, len(RULES))
-    names = {name for one in found for name in (one.rule, one.dimension)}
-    for name in survey.spec.accept:
-        if name not in names:
-            notify(
-                Notice(
-                    f"{name} is accepted, and nothing of that name was looked at",
-                    "warning",
-                    where="audit.accept",
-                )
-            )
-    found = [_accepted(one, survey.spec) for one in found]
+        tick(done, len(applied))
+    _tell_unused(survey.spec, findings, notify)
+    findings = [_accepted(finding, survey.spec) for finding in findings]
     unreadable = [source for source, bad in zip(survey.sources, survey.dropped, strict=True) if bad]
-    scores, why = quality.scores(survey.sources, unreadable, found)
+    scores, why = quality.scores(survey.sources, unreadable, findings)
     asked = dict(zip(survey.sources, survey.asked, strict=True))
     survey.charts["worst"] = [
         {"source": source, "score": score, "why": why.get(source, []), "text": masked(asked[source])}
         for source, score in islice(scores.items(), WORST)
         if score < 100
     ]
-    return Audit(
-        files, len(survey), gravest_first(found), scores, survey.charts, prints, time.perf_counter() - started
-    )
+    seconds = time.perf_counter() - started
+    return Audit(files, len(survey), gravest_first(findings), scores, survey.charts, prints, seconds)
+
+
+def _prints(survey: Survey) -> list[Print]:
+    repeats, conflicts = survey.kept["duplicates"], survey.kept["conflicts"]
+    return [
+        Print(source, label, words.same, prompt.prompt if prompt else None)
+        for source, label, words, prompt in zip(
+            survey.sources, survey.labels, repeats, conflicts, strict=True
+        )
+        if words is not None
+    ]
+
+
+def _tell_unused(spec: AuditSpec, findings: Sequence[Finding], notify: Sink) -> None:
+    names = {name for finding in findings for name in (finding.rule, finding.dimension)}
+    for name in spec.accept:
+        if name not in names:
+            what = f"{name} is accepted, and nothing of that name was looked at"
+            notify(Notice(what, "warning", where="audit.accept"))
 
 
 def _accepted(finding: Finding, spec: AuditSpec) -> Finding:

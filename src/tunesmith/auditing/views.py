@@ -6,14 +6,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tunesmith.auditing import AuditSpec
-from tunesmith.auditing.findings import Finding
 from tunesmith.data.examples import (
     Completion,
     Conversation,
@@ -31,11 +29,8 @@ from tunesmith.errors import TemplateError
 if TYPE_CHECKING:
     from tunesmith.tokens.template import Renderer, Row, TemplateSpec
 
-EXCERPT = 160
-"""Letters of a text that are kept to be shown."""
 
-
-class Part(NamedTuple):
+class TextPart(NamedTuple):
     """One text of a row. ``at``: ``turn 2``, ``turn 2, arguments of NAME``, ``text``, ``rejected, turn
     2``."""
 
@@ -96,15 +91,15 @@ class View:
         return "\n".join(self.answers)
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[TextPart, ...]:
         """Every text of the row, of a pair both sides' (what both share once)."""
         example = self.example
         if isinstance(example, Document):
-            return (Part("text", example.text, "text"),)
+            return (TextPart("text", example.text, "text"),)
         if isinstance(example, Completion):
             return (
-                Part("user", example.prompt, "prompt"),
-                Part("assistant", example.completion, "completion"),
+                TextPart("user", example.prompt, "prompt"),
+                TextPart("assistant", example.completion, "completion"),
             )
         found = list(_parts(self.messages, ""))
         if isinstance(example, Preference):
@@ -136,12 +131,12 @@ def _arguments(call: Any) -> str:
     return call.text if call.text is not None else json.dumps(call.arguments, ensure_ascii=False)
 
 
-def _parts(messages: Iterable[Message], before: str) -> Iterator[Part]:
+def _parts(messages: Iterable[Message], before: str) -> Iterator[TextPart]:
     for at, message in enumerate(messages, 1):
         if message.content:
-            yield Part(message.role, message.content, f"{before}turn {at}")
+            yield TextPart(message.role, message.content, f"{before}turn {at}")
         for call in message.calls:
-            yield Part("call", _arguments(call), f"{before}turn {at}, arguments of {call.name}")
+            yield TextPart("call", _arguments(call), f"{before}turn {at}, arguments of {call.name}")
 
 
 def normal(text: str) -> str:
@@ -162,12 +157,6 @@ def digest(text: str) -> int:
     )
 
 
-def excerpt(text: str, limit: int = EXCERPT) -> str:
-    """The first letters of ``text`` on one line."""
-    line = " ".join(text[: 4 * limit].split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
 @dataclass
 class Context:
     """What rules know while they look. ``share``: of the rows, chosen by their content, that are `drawn`."""
@@ -178,7 +167,7 @@ class Context:
     renderer: Renderer | None = None
     tokenizer: str = ""  # what the renderer's tokenizer is called
     rendered: Callable[[Example], list[Row]] | None = None  # where they are known; raises `template.Refused`
-    against: Sequence[Any] | None = None  # each a `contamination.Against`
+    against: Sequence[Any] | None = None  # each a `contamination.PromptIndex`
     embed: Callable[[Sequence[str]], Any] | None = None  # (n, width) features of texts by the user's model
     template: TemplateSpec | None = None  # how rows are learned and cut; None: by default
     refusals: bool = True  # whether many rows that cannot be rendered are an error here, or elsewhere
@@ -228,19 +217,3 @@ class Survey:
     def training(self) -> list[int]:
         """Indices of the rows that could be read."""
         return [at for at, bad in enumerate(self.dropped) if bad is None]
-
-
-class Rule(ABC):
-    """One dimension. State is in what it keeps, never in the rule: `look` may run in another process."""
-
-    name: ClassVar[str]
-    drawn: ClassVar[bool] = False  # look only at rows that are `Context.drawn`
-
-    @abstractmethod
-    def look(self, view: View, context: Context) -> Any:
-        """What to keep of the row: small and picklable; None where nothing is worth keeping."""
-
-    @abstractmethod
-    def judge(self, kept: list[Any], survey: Survey) -> Iterator[Finding]:
-        """Findings from what was kept of each row (None for rows not looked at), in the order of
-        ``survey``."""

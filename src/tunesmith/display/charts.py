@@ -8,18 +8,38 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
 from tunesmith.display.words import number
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 220, 52, 10, 10, 34
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 220, 52, 18, 10, 34
 DRAWN = 400
 """Points of one line at most."""
 TABLE = 12
 """Rows of the table under a chart."""
+THINNED = "Of long curves the lowest and the highest value of each stretch are drawn."
+FAR = 1.3
+"""Marks farther right than so many times the last bar are named, but not drawn."""
+SPREAD, GROUPS = (760, 520), 7
+"""Size of a `scatter`, and how many colours it has: further groups begin anew, each has its number."""
+FORMS = {
+    "true": "M0-4.5A4.5 4.5 0 1 1 0 4.5A4.5 4.5 0 1 1 0-4.5Z",
+    "false": "M-4.8-3-3-4.8 0-1.8 3-4.8 4.8-3 1.8 0 4.8 3 3 4.8 0 1.8-3 4.8-4.8 3-1.8 0Z",
+    "none": "M0-5.5 5.5 0 0 5.5-5.5 0Z",
+}
+"""Markers by label: circle, cross, diamond."""
+PATTERNS = Markup(
+    '<svg width="0" height="0" class="patterns" aria-hidden="true">'
+    '<pattern id="hatch" width="8" height="8" patternUnits="userSpaceOnUse">'
+    '<rect width="8" height="8"/><path d="M-2 6 6-2M2 10 10 2" stroke-width="1.5"/></pattern>'
+    '<pattern id="dots" width="8" height="8" patternUnits="userSpaceOnUse">'
+    '<rect width="8" height="8"/><circle cx="4" cy="4" r="1.4"/></pattern></svg>'
+)
+"""Fills that differ in print and for every eye; ``look.css`` colours them."""
 SCROLL = Markup('<div class="scroll" tabindex="0" role="region" aria-label="table">{}</div>')
 
 
@@ -50,7 +70,7 @@ class Difference(NamedTuple):
 
 def lines(
     title: str,
-    found: Sequence[Line],
+    curves: Sequence[Line],
     *,
     x: str = "step",
     y: str = "",
@@ -59,145 +79,101 @@ def lines(
     marks: Sequence[tuple[float, str]] = (),
     note: str = "",
 ) -> Markup:
-    """A card with curves over ``x``; nothing where no line has a number. ``marks``: upright lines with a
-    word.
+    """A card with curves over ``x``, or nothing if no line has a number. ``marks``: upright lines with a word.
 
-    log: a logarithmic axis, where all is above zero. zero: the axis begins there. What cannot be drawn is
-    counted below."""
-    kept, odd, fewer = [], 0, False
-    for line in found:
-        points = [
-            (float(at), float(value)) for at, value in zip(line.x, line.y, strict=True) if value is not None
-        ]
-        fine = [point for point in points if math.isfinite(point[1]) and (not log or point[1] > 0)]
-        odd += len(points) - len(fine)
-        if fine:
-            kept.append((line, few := thinned(fine)))
-            fewer |= len(few) < len(fine)
-    if not kept:
+    log: a logarithmic axis, for what is above zero. zero: the axis begins there. What cannot be drawn is counted
+    below."""
+    every = [(line, _finite(line, log)) for line in curves]
+    drawn = [(line, thinned(points)) for line, points in every if points]
+    if not drawn:
         return Markup("")
-    every = [point for _, points in kept for point in points]
-    left, right = _room([at for at, _ in every], pad=False)
-    heights = [math.log10(value) if log else value for _, value in every]
-    bottom, top = _room([0.0, *heights] if zero else heights)
-    bottom = 0.0 if zero and min(heights) >= 0 else bottom
-
-    def across(at: float) -> float:
-        return LEFT + (at - left) / (right - left) * (WIDTH - LEFT - RIGHT)
-
-    def up(value: float) -> float:
-        at = math.log10(value) if log else value
-        return HEIGHT - BOTTOM - (at - bottom) / (top - bottom) * (HEIGHT - BOTTOM - TOP)
-
-    parts = []
-    for tick in _decades(bottom, top) if log else ticks(bottom, top, 5):
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
-        )
-        parts.append(f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
-    for tick in ticks(left, right, 5):
-        parts.append(
-            f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_tick(tick)}</text>'
-        )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x)}</text>')
+    axes = _axes([point for _, points in drawn for point in points], log, zero)
+    low, high = axes.y
+    heights = _decades(low, high) if log else ticks(low, high, 5)
+    parts = [*axes.grid(heights), *axes.below(x)]
     for at, word in marks:
-        parts.append(
-            f'<line class="mark" x1="{across(at):.1f}" x2="{across(at):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-        )
-        parts.append(f'<text class="mark" x="{across(at) + 3:.1f}" y="{TOP + 8}">{escape(word)}</text>')
-    for line, points in kept:
-        way = " ".join(f"{across(at):.1f},{up(value):.1f}" for at, value in points)
+        parts.append(_upright(axes.across(at)))
+        parts.append(f'<text class="mark" x="{axes.across(at) + 3:.1f}" y="{TOP + 8}">{escape(word)}</text>')
+    for line, points in drawn:
+        way = " ".join(f"{axes.across(at):.1f},{axes.up(value):.1f}" for at, value in points)
         parts.append(f'<polyline class="{line.style} c{line.colour}" points="{way}"/>')
         if line.style == "marks" or len(points) == 1:
-            parts += [_marker(across(at), up(value), line.colour) for at, value in points]
+            parts += [_marker(axes.across(at), axes.up(value), line.colour) for at, value in points]
     hover = {
-        "box": [left, right, LEFT, WIDTH - RIGHT, WIDTH],
+        "box": [*axes.x, LEFT, WIDTH - RIGHT, WIDTH],
         "lines": [
-            [line.name, [[_short(at), _short(value)] for at, value in points]] for line, points in kept
+            [line.name, [[_short(at), _short(value)] for at, value in points]] for line, points in drawn
         ],
     }
-    told = [note] if note else []
-    told += ["Of long curves the lowest and the highest value of each stretch are drawn."] if fewer else []
-    told += (
-        [
-            f"{odd:,} value{'s' * (odd != 1)} that cannot be drawn (not finite{', or not above 0' * log}) left out."
-        ]
-        if odd
-        else []
+    drawing = _plot(
+        title, "", parts, "its numbers are in the table", json.dumps(hover, separators=(",", ":"))
     )
-    whole = Markup(
-        '<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}; its numbers are in the table" data-hover="{}">{}</svg>'
-    ).format(WIDTH, HEIGHT, title, json.dumps(hover, separators=(",", ":")), Markup("".join(parts)))
-    head = [x, *(line.name for line, _ in kept)]
-    return card(
-        title,
-        Markup("{}{}{}").format(
-            key([(line.name, line.style, line.colour) for line, _ in kept]),
-            whole,
-            about(told, table(head, _sampled(kept))),
-        ),
-        y,
+    legend = key([(line.name, line.style, line.colour) for line, _ in drawn])
+    numbers = table([x, *(line.name for line, _ in drawn)], _sampled(drawn))
+    left_out = sum(value is not None for line in curves for value in line.y) - sum(
+        len(points) for _, points in every
     )
+    thin = sum(len(points) for _, points in drawn) < sum(len(points) for _, points in every)
+    notes = [note, THINNED if thin else "", _left_out(left_out, log)]
+    return card(title, legend + drawing + about([*filter(None, notes)], numbers), y)
 
 
-def forest(found: Sequence[Difference], head: str = "Tuned − base") -> Markup:
-    """A table of differences, each with its interval; right of the line is better. Each scale has its own
-    axis."""
-    if not found:
+def _finite(line: Line, log: bool) -> list[tuple[float, float]]:
+    """The points that can be drawn."""
+    points = [
+        (float(at), float(value)) for at, value in zip(line.x, line.y, strict=True) if value is not None
+    ]
+    return [point for point in points if math.isfinite(point[1]) and (not log or point[1] > 0)]
+
+
+def _left_out(count: int, log: bool) -> str:
+    values = f"{count:,} value{'s' * (count != 1)}"
+    return f"{values} that cannot be drawn (not finite{', or not above 0' * log}) left out." if count else ""
+
+
+def forest(differences: Sequence[Difference], head: str = "Tuned − base") -> Markup:
+    """A table of differences, each with its interval; right of the line is better. Each scale has its own axis."""
+    if not differences:
         return Markup("")
-    reach = {
-        scale: max(
-            (
-                abs(at)
-                for one in found
-                if one.scale == scale
-                for at in (one.gain, one.low, one.high)
-                if at is not None and math.isfinite(at)
-            ),
-            default=0.0,
-        )
-        or 1.0
-        for scale in dict.fromkeys(one.scale for one in found)
-    }
-    rows, last = [], None
-    for one in sorted(found, key=lambda one: list(reach).index(one.scale)):
-        if one.scale != last:
-            last = one.scale
-            rows.append(
-                Markup(
-                    '<tr class="axis"><th scope="rowgroup">{}</th><td><div class="ends"><span>−{}</span><span>0</span>'
-                    "<span>+{}</span></div></td><td></td></tr>"
-                ).format(last, *[number(reach[last], bare=True)] * 2)
-            )
-
-        def place(at: float, most: float = reach[one.scale]) -> str:
-            return f"{50 + 46 * max(-1.0, min(1.0, at / most)):.2f}%"
-
-        parts = '<line class="mark" x1="50%" x2="50%" y1="0" y2="30"/>'
-        if one.low is not None and one.high is not None:
-            parts += f'<line class="whisker" x1="{place(one.low)}" x2="{place(one.high)}" y1="15" y2="15"/>'
-            for end in (one.low, one.high):
-                parts += f'<line class="whisker" x1="{place(end)}" x2="{place(end)}" y1="10" y2="20"/>'
-        shape = {"improved": "M0-7 7 5-7 5Z", "regressed": "M0 7 7-5-7-5Z"}.get(
-            one.verdict or "", "M-5-5H5V5H-5Z"
-        )
-        tone = {"improved": "good", "regressed": "error"}.get(one.verdict or "", "open")
-        parts += (
-            f'<svg x="{place(one.gain)}" y="15" overflow="visible"><path class="{tone}" d="{shape}"/></svg>'
-        )
+    rows = []
+    for scale in dict.fromkeys(difference.scale for difference in differences):
+        members = [difference for difference in differences if difference.scale == scale]
+        ends = [abs(end) for row in members for end in (row.gain, row.low, row.high) if end is not None]
+        reach = max(filter(math.isfinite, ends), default=0.0) or 1.0
         rows.append(
             Markup(
-                '<tr><th scope="row"><bdi>{}</bdi><small>{}</small></th><td class="whole">'
-                '<svg class="row" width="100%" height="30" aria-hidden="true">{}</svg></td><td class="text">{}</td></tr>'
-            ).format(one.label, one.about, Markup(parts), one.told)
+                '<tr class="axis"><th scope="rowgroup">{}</th><td><div class="ends"><span>−{}</span><span>0</span>'
+                "<span>+{}</span></div></td><td></td></tr>"
+            ).format(scale, *[number(reach, bare=True)] * 2)
         )
+        rows += [_difference(row, reach) for row in members]
     ends = '<div class="ends"><span>← worse</span><span>better →</span></div>'
     top = Markup('<tr><th scope="col">What</th><th scope="col">{}</th><th scope="col">{}</th></tr>').format(
         Markup(ends), head
     )
     whole = Markup('<div class="card"><table class="forest"><thead>{}</thead><tbody>{}</tbody></table></div>')
     return whole.format(top, Markup("").join(rows))
+
+
+def _difference(row: Difference, reach: float) -> Markup:
+    """A row of `forest`, on an axis from −``reach`` to ``reach``."""
+
+    def place(value: float) -> str:
+        return f"{50 + 46 * max(-1.0, min(1.0, value / reach)):.2f}%"
+
+    parts = '<line class="mark" x1="50%" x2="50%" y1="0" y2="30"/>'
+    if row.low is not None and row.high is not None:
+        parts += f'<line class="whisker" x1="{place(row.low)}" x2="{place(row.high)}" y1="15" y2="15"/>'
+        for end in (row.low, row.high):
+            parts += f'<line class="whisker" x1="{place(end)}" x2="{place(end)}" y1="10" y2="20"/>'
+    shape, tone = {"improved": ("M0-7 7 5-7 5Z", "good"), "regressed": ("M0 7 7-5-7-5Z", "error")}.get(
+        row.verdict or "", ("M-5-5H5V5H-5Z", "open")
+    )
+    parts += f'<svg x="{place(row.gain)}" y="15" overflow="visible"><path class="{tone}" d="{shape}"/></svg>'
+    return Markup(
+        '<tr><th scope="row"><bdi>{}</bdi><small>{}</small></th><td class="whole">'
+        '<svg class="row" width="100%" height="30" aria-hidden="true">{}</svg></td><td class="text">{}</td></tr>'
+    ).format(row.label, row.about, Markup(parts), row.told)
 
 
 def bars(found: Sequence[tuple[str, float, str]], *, most: float | None = None, tone: str = "") -> Markup:
@@ -247,39 +223,191 @@ def _row(label: str, drawn: str, told: str, tall: int) -> Markup:
     ).format(label, tall, Markup(drawn), told)
 
 
-def columns(title: str, edges: Sequence[float], counts: Sequence[int], *, x: str) -> Markup:
-    """A card with a histogram; heights are log(1 + count), which is said."""
+def columns(
+    title: str,
+    edges: Sequence[float],
+    counts: Sequence[int],
+    *,
+    x: str,
+    y: str = "how many",
+    name: str = "",
+    log: bool = False,
+    marks: Mapping[str, float] | None = None,
+) -> Markup:
+    """A card with a histogram, or nothing if all counts are 0. ``name``: id of the drawing. ``marks``: name → place of
+    an upright line; far beyond the bars it is only named. log: heights are log(1 + count), which is said."""
     if not counts or not any(counts) or edges[-1] <= edges[0]:
         return Markup("")
-    most, wide = math.log1p(max(counts)), edges[-1] - edges[0]
-    across = lambda at: LEFT + (at - edges[0]) / wide * (WIDTH - LEFT - RIGHT)  # noqa: E731
-    parts = []
-    for power in range(0, int(math.log10(max(counts))) + 1, 1 + int(math.log10(max(counts))) // 5):
-        y = HEIGHT - BOTTOM - math.log1p(10**power) / most * (HEIGHT - BOTTOM - TOP)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(10**power)}</text>')
+    near = {word: at for word, at in (marks or {}).items() if at <= FAR * edges[-1]}
+    right = max([edges[-1], *near.values()])
+    scale = math.log1p if log else float
+    axes = _Axes((edges[0], right), (0.0, scale(max(counts))), scale)
+    parts = [*axes.grid(_powers(max(counts)) if log else ticks(0, max(counts), 5)), *axes.below(x)]
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        tall = math.log1p(count) / most * (HEIGHT - BOTTOM - TOP)
+        left, width = axes.across(low), max(axes.across(high) - axes.across(low) - 0.6, 0.4)
+        top = axes.up(count)
         parts.append(
-            f'<rect class="fill" x="{across(low):.2f}" width="{max(across(high) - across(low) - 0.6, 0.4):.2f}" '
-            f'y="{HEIGHT - BOTTOM - tall:.1f}" height="{tall:.1f}"/>'
+            f'<rect class="fill bar" x="{left:.2f}" width="{width:.2f}" y="{top:.1f}" '
+            f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{low:,.4g} to {high:,.4g}: {count:,}</title></rect>'
         )
-    for tick in ticks(edges[0], edges[-1], 5):
+    for word, at in (marks or {}).items():
+        beside = word in near
+        place = axes.across(at) if beside else WIDTH - RIGHT
+        if beside:
+            parts.append(_upright(place))
+        side, gap = ("end", -4) if place > 0.6 * WIDTH else ("start", 4)
         parts.append(
-            f'<text x="{across(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_tick(tick)}</text>'
+            f'<text class="mark" x="{place + gap * beside:.1f}" y="{TOP + 8}" text-anchor="{side}">'
+            f"{escape(word)} {at:,.0f}{'' if beside else ' →'}</text>"
         )
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x)}</text>'
-    )
     rows = [
         (f"{low:.3g} to {high:.3g}", count)
         for low, high, count in zip(edges, edges[1:], counts, strict=False)
     ]
-    whole = Markup(
-        '<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}; the numbers are in the table below">{}</svg>'
+    drawing = _plot(title, name, parts, "the numbers are in the table below")
+    notes = ["Heights are logarithmic."] if log else []
+    return card(title, drawing + about(notes, table([x, y], rows)), y)
+
+
+class _Axes:
+    """Places in a plot of ``WIDTH`` × ``HEIGHT``. ``x``: from and to. ``y``: from and to, behind ``scale``."""
+
+    def __init__(
+        self, x: tuple[float, float], y: tuple[float, float], scale: Callable[[float], float]
+    ) -> None:
+        self.x, self.y, self._scale = x, y, scale
+
+    def across(self, value: float) -> float:
+        left, right = self.x
+        return LEFT + (value - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+
+    def up(self, value: float) -> float:
+        low, high = self.y
+        return HEIGHT - BOTTOM - (self._scale(value) - low) / (high - low) * (HEIGHT - BOTTOM - TOP)
+
+    def grid(self, heights: Iterable[float]) -> Iterator[str]:
+        for height in heights:
+            y = self.up(height)
+            yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(height)}</text>'
+
+    def below(self, label: str) -> Iterator[str]:
+        for tick in ticks(*self.x, 5):
+            x = self.across(tick)
+            yield f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_tick(tick)}</text>'
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        yield f'<text x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(label)}</text>'
+
+
+def _axes(points: Sequence[tuple[float, float]], log: bool, zero: bool) -> _Axes:
+    heights = [math.log10(value) if log else value for _, value in points]
+    low, high = _room([0.0, *heights] if zero else heights)
+    low = 0.0 if zero and min(heights) >= 0 else low
+    return _Axes(_room([at for at, _ in points], pad=False), (low, high), math.log10 if log else float)
+
+
+def _upright(x: float) -> str:
+    return f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+
+
+def _plot(title: str, name: str, parts: Iterable[str], where: str, hover: str = "") -> Markup:
+    return Markup('<svg class="plot"{}{} viewBox="0 0 {} {}" role="img" aria-label="{}; {}">{}</svg>').format(
+        Markup(' id="{}"').format(name) if name else "",
+        Markup(' data-hover="{}"').format(hover) if hover else "",
+        WIDTH,
+        HEIGHT,
+        title,
+        where,
+        Markup("".join(parts)),
     )
-    drawn = whole.format(WIDTH, HEIGHT, title, Markup("".join(parts)))
-    return card(title, drawn + about(["Heights are logarithmic."], table([x, "how many"], rows)), "how many")
+
+
+def _powers(most: int) -> list[float]:
+    top = int(math.log10(most))
+    return [10.0**power for power in range(0, top + 1, 1 + top // 5)]
+
+
+def stacked(
+    name: str, rows: Sequence[tuple[str, Mapping[str, int]]], keys: Mapping[str, str], limit: int
+) -> Markup:
+    """A legend and a table of bars, one a row, cut by key. ``keys``: style class → what it is called. ``limit``: rows
+    that are drawn; all of them stand in the table below."""
+    most = max((sum(counts.values()) for _, counts in rows[:limit]), default=0) or 1
+    drawn = []
+    for label, counts in rows[:limit]:
+        parts, left = [], 0.0
+        for key, called in keys.items():
+            width = 100 * counts[key] / most
+            if counts[key]:
+                parts.append(
+                    Markup(
+                        '<rect class="bar {}" x="{}%" width="{}%" height="16"><title>{}</title></rect>'
+                    ).format(key, f"{left:.2f}", f"{width:.2f}", f"{label}: {counts[key]:,} {called}")
+                )
+            left += width
+        drawn.append(_row(middle(label, 36), "".join(parts), f"{sum(counts.values()):,}", 16))
+    legend = Markup("").join(
+        Markup(
+            '<li><svg viewBox="0 0 14 14" aria-hidden="true"><rect class="bar {}" width="14" height="14" rx="2"/>'
+            "</svg>{}</li>"
+        ).format(key, called)
+        for key, called in keys.items()
+    )
+    numbers = table(["", *keys.values()], [(label, *(counts[key] for key in keys)) for label, counts in rows])
+    return Markup('<ul class="key">{}</ul>{}<table class="bars" id="{}">{}</table>{}').format(
+        legend, PATTERNS, name, Markup("").join(drawn), about([], numbers)
+    )
+
+
+def middle(text: str, width: int) -> str:
+    """``text`` in ``width`` letters, most of them of its end: there names of tools differ."""
+    return text if len(text) <= width else f"{text[: width // 4]}…{text[1 + width // 4 - width :]}"
+
+
+class Dot(NamedTuple):
+    """A point of a `scatter`. ``group``: place of its colour. ``key``: style class of its form."""
+
+    x: float
+    y: float
+    group: int
+    key: str
+
+
+def scatter(name: str, dots: Sequence[Dot], label: str) -> Markup:
+    """Points without axes, each group with its number beside its middle, the first group below. A script zooms,
+    colours and names them: ``data-n`` is the place in ``dots``."""
+    left, right = _room([dot.x for dot in dots])
+    low, high = _room([dot.y for dot in dots])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (x - left) / (right - left) * SPREAD[0], (high - y) / (high - low) * SPREAD[1]
+
+    parts = []
+    numbers = []
+    for group in sorted({dot.group for dot in dots}):
+        members = {number: dot for number, dot in enumerate(dots) if dot.group == group}
+        parts.append(f'<g class="trace k{group % GROUPS}">')
+        for number, dot in members.items():
+            x, y = place(dot.x, dot.y)
+            parts.append(
+                f'<path class="point {dot.key}" data-n="{number}" style="translate:{x:.1f}px {y:.1f}px" d="{FORMS[dot.key]}"/>'
+            )
+        parts.append("</g>")
+        x, y = place(
+            *(statistics.median(ends) for ends in zip(*(dot[:2] for dot in members.values()), strict=True))
+        )
+        numbers.append(f'<text class="mark" style="translate:{x:.1f}px {y:.1f}px" y="-8">{group + 1}</text>')
+    return Markup(
+        '<svg class="plot scatter" id="{}" viewBox="0 0 {} {}" tabindex="0" role="application" aria-label="{}" '
+        'aria-describedby="tip">{}</svg>'
+    ).format(name, *SPREAD, label, Markup("".join([*parts, *numbers])))
+
+
+def form(key: str) -> Markup:
+    """The marker of ``key`` for a legend."""
+    return Markup(
+        '<svg viewBox="-7 -7 14 14" aria-hidden="true"><path class="point {}" d="{}"/></svg>'
+    ).format(key, FORMS[key])
 
 
 def heat(
@@ -399,6 +527,8 @@ def _marker(x: float, y: float, colour: int | str) -> str:
 
 
 def _tick(value: float) -> str:
+    if 1e3 <= abs(value) < 1e4:
+        return f"{value:,.0f}".replace("-", "−")
     if abs(value) >= 1e4:
         return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")

@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tunesmith.auditing.screen import escaped
 from tunesmith.display.console import size
+from tunesmith.display.text import escaped
 
 SIGNS = {"improved": "+", "regressed": "–", "unchanged": "=", "no difference shown": "="}
 """How a change is told without colour."""

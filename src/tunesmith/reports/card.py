@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tunesmith.auditing.screen import escaped
 from tunesmith.data.sources import sha256
 from tunesmith.display import words
 from tunesmith.display.console import duration, size
+from tunesmith.display.text import escaped
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.tasks import about
 from tunesmith.files import write_text

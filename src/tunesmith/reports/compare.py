@@ -17,10 +17,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from tunesmith.auditing.screen import many
 from tunesmith.data.sources import sha256
 from tunesmith.display import words
 from tunesmith.display.console import duration, size
+from tunesmith.display.text import many
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluation import pairing as paired
 from tunesmith.evaluation.pairing import Held, Pair

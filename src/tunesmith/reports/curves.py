@@ -177,6 +177,7 @@ def growth(one: Mapping[str, Any]) -> list[Markup]:
                 histogram["edges"],
                 [int(count) for count in histogram["counts"]],
                 x="entry of ΔW",
+                log=True,
             )
         )
     return [one for one in found if one]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import events
-from tunesmith.auditing.screen import escaped
+from tunesmith.display.text import escaped
 from tunesmith.reports import verdict as evidence
 from tunesmith.reports.summary import only, trailing, unit
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunesmith.auditing.screen import escaped
 from tunesmith.display import words
 from tunesmith.display.console import duration, size
+from tunesmith.display.text import escaped
 from tunesmith.errors import SHOWN
 from tunesmith.evaluation.tasks import QUESTIONS
 from tunesmith.reports import glossary

@@ -7,21 +7,15 @@ one says in ``page.html``."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import shlex
-from collections.abc import Mapping, Sequence
-from importlib import resources
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from tunesmith import events
-from tunesmith.auditing.page import FONT, LOOK
-from tunesmith.auditing.screen import escaped, many, percent, visible
-from tunesmith.display import charts, words
-from tunesmith.display.console import duration, size
+from tunesmith.display import charts, page, words
 from tunesmith.evaluation.tasks import QUESTIONS
 from tunesmith.reports import curves, glossary, markdown
 from tunesmith.reports import verdict as evidence
@@ -55,63 +49,34 @@ TITLES = {
     "reproduce": "How to make it anew",
 }
 
-_UNWRITABLE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
-"""Letters that could end a script or cannot be written as UTF-8; inside JSON they stand as numbers."""
+FILTERS: dict[str, Callable[..., Any]] = {
+    "number": words.number,
+    "interval": words.interval,
+    "based": words.base,
+    "named": words.named,
+    "titled": words.title,
+    "met": words.met,
+    "missed": evidence.missed,
+    "subset": words.subset,
+    "reached": words.reached,
+    "quoted": shlex.quote,
+    "cut": words.cut,
+    "setting": words.setting,
+}
+"""What templates of this package use beside the filters of `display.page`."""
 
 
-def render(template: str, data: Mapping[str, Any], **facts: Any) -> str:
-    """``template`` (a file of this package that extends ``base.html``), filled. The same facts give the same
-    letters.
-
-    data: what the page's script reads as ``data``. facts: ``verb`` (who made it), ``tone`` (good, warning,
-    error or note: how the verdict looks) and all else that the template names. Filters: those of `words`,
-    ``line`` (one line of so many letters), ``percent``, ``duration``, ``size``, ``many``."""
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
-    from markupsafe import Markup
-
-    folders = {"base.html": "tunesmith.display"}  # all else lies here
-    # finalize: whatever is printed, no letter that UTF-8 cannot write gets past it.
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FunctionLoader(
-            lambda name: (resources.files(folders.get(name, "tunesmith.reports")) / name).read_text("utf-8")
-        ),
-        finalize=lambda value: escaped(value) if type(value) is str else value,
-    )
-    environment.filters |= {
-        "line": visible,
-        "percent": percent,
-        "duration": duration,
-        "size": size,
-        "many": many,
-        "number": words.number,
-        "interval": words.interval,
-        "based": words.base,
-        "named": words.named,
-        "titled": words.title,
-        "met": words.met,
-        "missed": evidence.missed,
-        "subset": words.subset,
-        "reached": words.reached,
-        "quoted": shlex.quote,
-        "cut": words.cut,
-        "setting": words.setting,
-    }
-    script = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    script = _UNWRITABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", script)
-    told = script + json.dumps(facts, default=str, sort_keys=True)
-    nonce = hashlib.sha256(told.encode()).hexdigest()[:32]  # no text can name the hash of what it is part of
-    return environment.get_template(template).render(
-        **facts,
-        data=Markup(script),
-        nonce=nonce,
-        font=Markup(FONT),
-        look=Markup(LOOK),
-        signs=words.SIGNS,
-        tones=words.TONES,
+def render(template: str, data: Mapping[str, Any], *, verb: str, tone: str, **facts: Any) -> str:
+    """``template``, a file of this package, filled by `display.page.render`."""
+    signs = {"signs": words.SIGNS, "tones": words.TONES}
+    return page.render(
+        template,
+        data,
+        package="tunesmith.reports",
+        verb=verb,
+        tone=tone,
+        filters=FILTERS,
+        facts=facts | signs,
     )
 
 

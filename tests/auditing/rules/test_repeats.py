@@ -13,7 +13,8 @@ from rapidfuzz.distance import Levenshtein
 
 from tunesmith.auditing import AuditSpec, near, survey
 from tunesmith.auditing.findings import Audit, Finding
-from tunesmith.auditing.rules.contamination import Against, Item, load
+from tunesmith.auditing.rules.conflicts import Conflicts
+from tunesmith.auditing.rules.contamination import EvaluationPrompt, PromptIndex, load
 from tunesmith.auditing.views import Context, View, normal
 from tunesmith.data import formats
 from tunesmith.errors import ConfigError, DataError
@@ -137,8 +138,11 @@ def test_a_sign_makes_another_question_and_another_answer(tmp_path):
 
 
 def test_thousands_of_like_prompts_are_each_compared_with_few():
-    against = Against(
-        [Item(f"set:{at}", f"Tell what a number such as this one is: {at}", "") for at in range(3000)],
+    against = PromptIndex(
+        [
+            EvaluationPrompt(f"set:{at}", f"Tell what a number such as this one is: {at}", "")
+            for at in range(3000)
+        ],
         held_out=True,
     )
     assert max(len(places) for band in against.bands for places in band.values()) == near.BUCKET
@@ -149,11 +153,11 @@ def test_thousands_of_like_prompts_are_each_compared_with_few():
 def test_five_thousand_answers_to_one_prompt_make_three_findings(tmp_path):
     data = write(tmp_path / "rows.jsonl", [row("Tell", f"answer {at} of many", True) for at in range(5000)])
     kept = [
-        survey.RULES[5].look(View("", one), Context(AuditSpec()))
+        Conflicts().look(View("", one), Context(AuditSpec()))
         for one in formats.read([data], formats.DataSpec(train=("x",))).examples
     ]
     whole = survey.Survey(AuditSpec(), ["x"] * 5000, [True] * 5000, [None] * 5000)
-    assert len(list(survey.RULES[5].judge(kept, whole))) == 3
+    assert len(list(Conflicts().judge(kept, whole))) == 3
 
 
 def test_many_repeated_rows_are_a_warning(tmp_path):

@@ -10,14 +10,21 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import log2
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
+
+from markupsafe import Markup
 
 from tunesmith.auditing import clusters
-from tunesmith.auditing.findings import Evidence, Finding, counted
-from tunesmith.auditing.views import WORD, Context, Rule, Survey, View
+from tunesmith.auditing.findings import Finding, FindingRow, counted
+from tunesmith.auditing.prompt_map import LABELS
+from tunesmith.auditing.registry import Rule, Section, register
+from tunesmith.auditing.views import WORD, Context, Survey, View
 from tunesmith.data import calls
+from tunesmith.display import charts
+from tunesmith.display.text import many, visible
 
-CHARTED = 40
+CHARTED, TYPES = 40, 25
+"""Instruction types in the chart's table, and those that are drawn."""
 FEWEST_ROWS, FEWEST_OF_TYPE, LEAST_LABEL = 50, 10, 0.1
 CHANCE = 0.01
 """Below it it is no chance that a type has its labels."""
@@ -31,7 +38,7 @@ _OPENERS = re.compile(
 )
 
 
-class Kept(NamedTuple):
+class InstructionType(NamedTuple):
     tool: str | None
     verb: str | None
 
@@ -40,14 +47,24 @@ class Kept(NamedTuple):
         return self.tool or (f"{self.verb} …" if self.verb else None)
 
 
+@register
 class Balance(Rule):
     name = "balance"
+    order = 30
+    looks_at = "kinds of task and labels"
+    findings: ClassVar = {
+        "types": "entropy of the instruction types (the tool called first, else the leading word of the prompt)",
+        "labels": "shares of desirable and undesirable rows",
+        "labels_by_type": "types whose labels are far from those of all rows",
+    }
+    bar = "above 2.5 bits (`audit.min_entropy`)"
+    chart = "types"
 
-    def look(self, view: View, context: Context) -> Kept | None:
-        kept = Kept(first_tool(view), leading_word(view.asked))
+    def look(self, view: View, context: Context) -> InstructionType | None:
+        kept = InstructionType(first_tool(view), leading_word(view.asked))
         return kept if kept.type else None
 
-    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, kept: list[InstructionType | None], survey: Survey) -> Iterator[Finding]:
         rows = [(at, one) for at in survey.training if (one := kept[at]) is not None]
         types = {at: one.type or "" for at, one in rows}
         if rows:
@@ -58,6 +75,20 @@ class Balance(Rule):
             yield _labels(labelled, survey)
         if len(set(labelled.values())) == 2:
             yield from _labels_by_type({at: types[at] for at in labelled if at in types}, labelled, survey)
+
+    def draw(self, chart: Sequence[Mapping[str, str | int]]) -> Section:
+        rows = [
+            (visible(str(row["type"]), 100), {key: int(row.get(key, 0)) for key in LABELS}) for row in chart
+        ]
+        rest = sum(sum(counts.values()) for _, counts in rows[TYPES:])
+        used = {
+            key: called for key, called in LABELS.items() if any(counts[key] for _, counts in rows[:TYPES])
+        }
+        lead = "Most frequent first."
+        if rest:
+            lead += f" {many(rest, 'row')} of other types {'is' if rest == 1 else 'are'} not drawn."
+        body = Markup('<figure class="card">{}</figure>').format(charts.stacked("types", rows, used, TYPES))
+        return Section("instruction-types", "Instruction types", lead, body)
 
 
 def first_tool(view: View) -> str | None:
@@ -84,7 +115,7 @@ def entropy(counts: Iterable[int]) -> float:
     return sum(count / total * log2(total / count) for count in some)
 
 
-def _types(rows: Sequence[tuple[int, Kept]], types: Mapping[int, str], survey: Survey) -> Finding:
+def _types(rows: Sequence[tuple[int, InstructionType]], types: Mapping[int, str], survey: Survey) -> Finding:
     sizes = Counter(types.values())
     bits, bar = entropy(sizes.values()), survey.spec.min_entropy
     parts = {
@@ -106,7 +137,7 @@ def _types(rows: Sequence[tuple[int, Kept]], types: Mapping[int, str], survey: S
         len(rows),
         bits,
         f"> {bar:g} bits",
-        tuple(Evidence(survey.sources[at], most[0][0]) for at in places[:NAMED]),
+        tuple(FindingRow(survey.sources[at], most[0][0]) for at in places[:NAMED]),
         ""
         if met
         else "add rows of other kinds, or leave out some of the most frequent: the model learns to expect these",
@@ -136,7 +167,7 @@ def _labels(labelled: Mapping[int, bool], survey: Survey) -> Finding:
         len(labelled),
         share,
         bar,
-        tuple(Evidence(survey.sources[at], _word(rarer)) for at in places[:NAMED]),
+        tuple(FindingRow(survey.sources[at], _word(rarer)) for at in places[:NAMED]),
         f"add {_word(rarer)} rows: from so few little is learned",
         of_set=True,
     )
@@ -167,12 +198,12 @@ def _labels_by_type(
         return
     named = far[:NAMED]
     shares = {name: f"{good[name]:,} of {sizes[name]:,} desirable" for name in named}
-    rows: list[Evidence] = []
+    rows: list[FindingRow] = []
     for name in named:  # those whose label the type goes with
         side = good[name] / sizes[name] > whole
         places = [at for at, one in types.items() if one == name and labelled[at] == side]
         rows += [
-            Evidence(survey.sources[at], f"{name}: {shares[name]}, all types {whole:.0%}")
+            FindingRow(survey.sources[at], f"{name}: {shares[name]}, all types {whole:.0%}")
             for at in places[:EACH]
         ]
     listed = "; ".join(f"{name} ({shares[name]})" for name in named[:3])

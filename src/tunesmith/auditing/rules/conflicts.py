@@ -8,31 +8,40 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from tunesmith.auditing.findings import Evidence, Finding, Severity, counted
-from tunesmith.auditing.views import Context, Rule, Survey, View, digest, spaced
+from tunesmith.auditing.findings import Finding, FindingRow, Severity, counted
+from tunesmith.auditing.registry import Rule, register
+from tunesmith.auditing.views import Context, Survey, View, digest, spaced
 
 
-class Kept(NamedTuple):
+class PromptHashes(NamedTuple):
     prompt: int
     answer: int  # the first
     said: int  # all that follows the prompt
 
 
+@register
 class Conflicts(Rule):
     name = "conflicts"
+    order = 60
+    looks_at = "rows that contradict each other"
+    findings: ClassVar = {
+        "labels": "the same words under opposite labels",
+        "prompts": "the same prompt, answered otherwise under the opposite label",
+        "answers": "the same prompt with other answers",
+    }
 
-    def look(self, view: View, context: Context) -> Kept | None:
+    def look(self, view: View, context: Context) -> PromptHashes | None:
         system = "\n".join(message.content for message in view.messages if message.role == "system")
         asked = spaced(f"{system}\n{view.asked}")
         if not asked or not view.answers:
             return None
         after = "\n".join(part.text for part in view.parts if part.role != "system")
-        return Kept(digest(asked), digest(spaced(view.answers[0])), digest(spaced(after)))
+        return PromptHashes(digest(asked), digest(spaced(view.answers[0])), digest(spaced(after)))
 
-    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
-        asked: dict[int, list[tuple[int, Kept]]] = defaultdict(list)
+    def judge(self, kept: list[PromptHashes | None], survey: Survey) -> Iterator[Finding]:
+        asked: dict[int, list[tuple[int, PromptHashes]]] = defaultdict(list)
         rows = 0
         for at in survey.training:
             if (one := kept[at]) is not None:
@@ -112,7 +121,7 @@ def _finding(
 ) -> Finding:
     count = len(notes)
     told = f"{counted(count, rows)} {what}" if count else f"no rows {what}"
-    evidence = tuple(Evidence(survey.sources[at], note) for at, note in notes.items())
+    evidence = tuple(FindingRow(survey.sources[at], note) for at, note in notes.items())
     return Finding(
         f"conflicts.{name}",
         severity if count else "good",

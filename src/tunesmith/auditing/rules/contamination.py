@@ -9,14 +9,16 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from tunesmith.auditing import near
-from tunesmith.auditing.findings import Evidence, Finding, Severity, counted
-from tunesmith.auditing.views import WORD, Context, Rule, Survey, View, excerpt, normal, spaced
+from tunesmith.auditing.findings import Finding, FindingRow, Severity, counted
+from tunesmith.auditing.registry import Rule, register
+from tunesmith.auditing.views import WORD, Context, Survey, View, normal, spaced
 from tunesmith.checks.content import masked
 from tunesmith.data import formats, sources
 from tunesmith.data.examples import Example
+from tunesmith.display.text import excerpt
 from tunesmith.errors import DataError
 
 PASSAGE = 13  # words
@@ -36,13 +38,13 @@ PROMPTS = (
 """Keys under which an evaluation set has its prompt, tried in this order; else the longest text counts."""
 
 
-class Item(NamedTuple):
+class EvaluationPrompt(NamedTuple):
     source: str
     prompt: str
     whole: str
 
 
-class Hit(NamedTuple):
+class Overlap(NamedTuple):
     """``set``: which of `Context.against`. ``item``: its place there."""
 
     kind: str  # exact | near | passages
@@ -51,14 +53,14 @@ class Hit(NamedTuple):
     similarity: float
 
 
-class Against:
+class PromptIndex:
     """What no training row may repeat. ``held_out``: rows of the same kind, of which only prompts are
     compared.
 
     unreadable: rows of the file that hold no prompt.
     """
 
-    def __init__(self, items: Iterable[Item], *, held_out: bool) -> None:
+    def __init__(self, items: Iterable[EvaluationPrompt], *, held_out: bool) -> None:
         every = list(items)
         self.items = [item for item in every if item.prompt.strip()]
         self.unreadable = len(every) - len(self.items)
@@ -121,10 +123,10 @@ def _passages(text: str) -> Iterator[int]:
     return (hash(tuple(words[at : at + PASSAGE])) for at in range(len(words) - PASSAGE + 1))
 
 
-def held_out(examples: Iterable[Example]) -> Against:
+def held_out(examples: Iterable[Example]) -> PromptIndex:
     """From validation rows."""
     views = (View(example.source, example) for example in examples)
-    return Against((Item(view.source, _asked(view), "") for view in views), held_out=True)
+    return PromptIndex((EvaluationPrompt(view.source, _asked(view), "") for view in views), held_out=True)
 
 
 def _asked(view: View) -> str:
@@ -132,7 +134,7 @@ def _asked(view: View) -> str:
     return view.asked if view.asked.strip() else view.said
 
 
-def load(path: str, spec: formats.DataSpec) -> Against:
+def load(path: str, spec: formats.DataSpec) -> PromptIndex:
     """An evaluation set or a list of prompts. Raises DataError where it cannot be read or holds no prompt."""
     file = Path(path).expanduser()
     if not file.exists():
@@ -140,7 +142,7 @@ def load(path: str, spec: formats.DataSpec) -> Against:
             "no such file or folder", where=path, hint="audit.against names evaluation sets and prompts"
         )
     try:
-        found = Against(
+        found = PromptIndex(
             _csv(file)
             if file.suffix.lower() == ".csv"
             else _lines(file)
@@ -159,36 +161,38 @@ def load(path: str, spec: formats.DataSpec) -> Against:
     return found
 
 
-def _lines(path: Path) -> Iterator[Item]:
+def _lines(path: Path) -> Iterator[EvaluationPrompt]:
     with path.open(encoding="utf-8") as lines:
         yield from (
-            Item(f"{path}:{at}", line.strip(), line) for at, line in enumerate(lines, 1) if line.strip()
+            EvaluationPrompt(f"{path}:{at}", line.strip(), line)
+            for at, line in enumerate(lines, 1)
+            if line.strip()
         )
 
 
-def _csv(path: Path) -> Iterator[Item]:
+def _csv(path: Path) -> Iterator[EvaluationPrompt]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
         for row in reader:
             texts = {key: text for key, text in row.items() if isinstance(key, str) and isinstance(text, str)}
-            yield Item(f"{path}:{reader.line_num}", _prompt(texts), "\n".join(texts.values()))
+            yield EvaluationPrompt(f"{path}:{reader.line_num}", _prompt(texts), "\n".join(texts.values()))
 
 
-def _rows(path: Path, spec: formats.DataSpec) -> Iterator[Item]:
+def _rows(path: Path, spec: formats.DataSpec) -> Iterator[EvaluationPrompt]:
     """Rows that training could read as it reads them; of others what stands under a key of `PROMPTS`."""
     for file in sources.files([path]):
         for raw in sources.raws(file):
             row = formats.row(raw, spec)
             if not isinstance(row, formats.Dropped):
                 view = View(raw.source, row)
-                yield Item(raw.source, _asked(view), view.whole)
+                yield EvaluationPrompt(raw.source, _asked(view), view.whole)
                 continue
             try:
                 value = sources.value(raw.text)
                 texts = {"text": value} if isinstance(value, str) else dict(_texts(value, ""))
             except RecursionError:
                 texts = {}
-            yield Item(raw.source, _prompt(texts), "\n".join(texts.values()))
+            yield EvaluationPrompt(raw.source, _prompt(texts), "\n".join(texts.values()))
 
 
 def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:
@@ -209,25 +213,38 @@ def _prompt(texts: dict[str, str]) -> str:
     )
 
 
+@register
 class Contamination(Rule):
     name = "contamination"
+    order = 70
+    looks_at = "rows that repeat what the model will be measured on"
+    findings: ClassVar = {
+        "validation_exact": "asks what a held-out row asks",
+        "validation_near": "asks nearly what a held-out row asks",
+        "evaluation_exact": "asks what an evaluation set asks",
+        "evaluation_near": "asks nearly what an evaluation set asks",
+        "evaluation_passages": "thirteen words in a row of an evaluation set",
+        "unreadable": "rows of the evaluation sets without a prompt",
+        "unchecked": "there is nothing to compare with",
+    }
+    bar = "none exact, else an error"
 
-    def look(self, view: View, context: Context) -> list[Hit] | None:
+    def look(self, view: View, context: Context) -> list[Overlap] | None:
         if not context.against or view.example is None:
             return None
         prompts = list(
             dict.fromkeys([*(part.text for part in view.parts if part.role == "user"), _asked(view)])
         )
-        found: list[Hit] = []
+        found: list[Overlap] = []
         for place, against in enumerate(context.against):
             asked = [_asked(view)] if against.held_out else prompts
             if (hit := against.hit(asked, view.whole, context.spec.similarity)) is not None:
-                found.append(Hit(hit[0], place, hit[1], hit[2]))
+                found.append(Overlap(hit[0], place, hit[1], hit[2]))
         return found or None
 
-    def judge(self, kept: list[list[Hit] | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, kept: list[list[Overlap] | None], survey: Survey) -> Iterator[Finding]:
         assert survey.context is not None
-        against: Sequence[Against] = survey.context.against or ()
+        against: Sequence[PromptIndex] = survey.context.against or ()
         if not against and survey.training:
             told = "nothing to compare with: neither held-out rows nor evaluation sets"
             yield Finding("contamination.unchecked", "note", told, hint="--against FILE names one")
@@ -238,7 +255,7 @@ class Contamination(Rule):
             if not any(one.held_out == held_out for one in against):
                 continue
             for kind in ("exact", "near") if held_out else ("exact", "near", "passages"):
-                rows: list[Evidence] = []
+                rows: list[FindingRow] = []
                 telling = False  # whether any of the prompts is more than a greeting
                 for at in survey.training:
                     hits = [
@@ -248,7 +265,7 @@ class Contamination(Rule):
                     ]
                     if hits:
                         item = against[hits[0].set].items[hits[0].item]
-                        rows.append(Evidence(survey.sources[at], _note(hits[0], item)))
+                        rows.append(FindingRow(survey.sources[at], _note(hits[0], item)))
                         telling |= len(item.prompt.split()) >= SHORTEST or not held_out
                 severity: Severity = (
                     "good" if not rows else "error" if kind == "exact" and telling else "warning"
@@ -267,12 +284,14 @@ class Contamination(Rule):
             )
 
 
-def _note(hit: Hit, item: Item) -> str:
+def _note(hit: Overlap, item: EvaluationPrompt) -> str:
     how = {"exact": "as", "near": f"{hit.similarity:.1%} as", "passages": "a passage of"}[hit.kind]
     return f"{how} {item.source}: {excerpt(masked(excerpt(item.prompt)), 80)}"
 
 
-def _finding(rule: str, severity: Severity, kind: str, rows: list[Evidence], of: int, words: str) -> Finding:
+def _finding(
+    rule: str, severity: Severity, kind: str, rows: list[FindingRow], of: int, words: str
+) -> Finding:
     how = {
         "exact": "asking what is asked in",
         "near": "asking nearly what is asked in",

@@ -14,10 +14,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from tunesmith.auditing.findings import SEVERITIES, Evidence, Finding, Severity, counted
-from tunesmith.auditing.views import Context, Part, Rule, Survey, View, excerpt
+from tunesmith.auditing.findings import SEVERITIES, Finding, FindingRow, Severity, counted
+from tunesmith.auditing.registry import Rule, register
+from tunesmith.auditing.views import Context, Survey, TextPart, View
 from tunesmith.checks.content import (
     CERTAIN,
     HEAD,
@@ -33,6 +34,7 @@ from tunesmith.checks.content import (
     prose,
     sensitive,
 )
+from tunesmith.display.text import excerpt
 
 LEARNED = ("assistant", "call", "text")
 REFUSING = 0.1
@@ -78,14 +80,14 @@ TELL: dict[str, tuple[str, str]] = {
 """Rules that name rows by what stands in a text: what that is, and what to do."""
 
 
-class Hit(NamedTuple):
+class ContentHit(NamedTuple):
     rule: str
     severity: Severity
     note: str
 
 
-class Kept(NamedTuple):
-    hits: tuple[Hit, ...]  # one a rule
+class RowContent(NamedTuple):
+    hits: tuple[ContentHit, ...]  # one a rule
     languages: tuple[str, ...]
 
 
@@ -116,20 +118,37 @@ class Request:
         return any(map(_FENCED.search, self.texts))
 
 
+@register
 class Content(Rule):
     name = "content"
+    order = 80
+    looks_at = "what should not be learned: in one text"
+    findings: ClassVar = {
+        "secrets": "a key, token or password",
+        "personal_data": "an e-mail address, phone or account number",
+        "profanity": "a strong English swear word or slur",
+        "markup": "HTML or broken markdown where nobody asked for it",
+        "mojibake": "broken characters",
+        "template_tokens": "control tokens of chat templates",
+        "unscanned": "text too long to be scanned whole",
+        "refusals": "answers that decline",
+        "languages": "languages of the rows, and rows in a rare one",
+    }
+    bar = "reported; a secret of a certain form in what is learned is an error"
 
-    def look(self, view: View, context: Context) -> Kept | None:
+    def look(self, view: View, context: Context) -> RowContent | None:
         request = Request(view)
         languages = request.languages if context.drawn(view) else ()
         found: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for part in view.parts:
             for rule, severity, note in _scan(part, request):
                 found[rule].append((SEVERITIES.index(severity), f"{part.at}: {note}"))
-        hits = tuple(Hit(rule, SEVERITIES[min(notes)[0]], _told(notes)) for rule, notes in found.items())
-        return Kept(hits, languages) if hits or languages else None
+        hits = tuple(
+            ContentHit(rule, SEVERITIES[min(notes)[0]], _told(notes)) for rule, notes in found.items()
+        )
+        return RowContent(hits, languages) if hits or languages else None
 
-    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, kept: list[RowContent | None], survey: Survey) -> Iterator[Finding]:
         rows = survey.training
         if not rows:
             return
@@ -156,7 +175,7 @@ def _finding(
     of: int,
     hint: str,
 ) -> Finding:
-    evidence = tuple(Evidence(survey.sources[at], note) for at, note in some)
+    evidence = tuple(FindingRow(survey.sources[at], note) for at, note in some)
     return Finding(f"content.{rule}", severity, what, len(some), of, rows=evidence, hint=hint)
 
 
@@ -211,34 +230,34 @@ def _told(notes: list[tuple[int, str]]) -> str:
     return "; ".join(several[:3]) + (f"; and {len(several) - 3:,} more" if len(several) > 3 else "")
 
 
-def _scan(part: Part, request: Request) -> Iterator[Hit]:
+def _scan(part: TextPart, request: Request) -> Iterator[ContentHit]:
     """What is found in one text; of one rule a note may come several times."""
     text, learned = part.text[:SCANNED], part.role in LEARNED
     taught = learned and request.view.label is not False and not part.at.startswith("rejected")
     if len(part.text) > SCANNED:
-        yield Hit("unscanned", "note", f"{len(part.text):,} letters")
+        yield ContentHit("unscanned", "note", f"{len(part.text):,} letters")
     for category, kind, value in sensitive(text):
         if category == "secrets":
             name = "password or token" if kind == "generic_secret" else kind.replace("_", " ")
             note = f"{name} {value[:4] if kind in PREFIXED else ''}… ({len(value):,} letters)"
-            yield Hit("secrets", "error" if learned and kind in CERTAIN else "warning", note)
+            yield ContentHit("secrets", "error" if learned and kind in CERTAIN else "warning", note)
         elif category == "pii":
             shown = f"{value[0]}…@….{value.rpartition('.')[2]}" if kind == "email" else f"…{value[-2:]}"
-            yield Hit("personal_data", "warning", f"{PERSONAL[kind]} {shown}")
+            yield ContentHit("personal_data", "warning", f"{PERSONAL[kind]} {shown}")
         elif not request.languages or "en" in request.languages:
-            yield Hit("profanity", "warning" if taught else "note", f"“{value[0]}…{value[-1]}”")
+            yield ContentHit("profanity", "warning" if taught else "note", f"“{value[0]}…{value[-1]}”")
     for note in broken_characters(text):
-        yield Hit("mojibake", "warning", note)
+        yield ContentHit("mojibake", "warning", note)
     code = fences(text)
     for token, _ in control_tokens(text):
-        yield Hit("template_tokens", "warning", token)
+        yield ContentHit("template_tokens", "warning", token)
     if part.role in ("assistant", "text", "user", "system"):
         for note in _markup(text, prose(text, code), code, part.role, request):
-            yield Hit("markup", "warning" if taught else "note", note)
+            yield ContentHit("markup", "warning" if taught else "note", note)
     if part.role == "assistant" and not part.at.startswith("rejected"):
         answer = text.rpartition("</think>")[2].lstrip()
         if refused := REFUSES.match(answer[:HEAD]):
-            yield Hit("refusals", "note", f"“{excerpt(masked(refused[0].strip()), 80).rstrip('…')}…”")
+            yield ContentHit("refusals", "note", f"“{excerpt(masked(refused[0].strip()), 80).rstrip('…')}…”")
 
 
 _HTML = re.compile(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from tunesmith.auditing import clusters
-from tunesmith.auditing.findings import Evidence, Finding, counted
-from tunesmith.auditing.views import WORD, Context, Rule, Survey, View
+from tunesmith.auditing import clusters, prompt_map
+from tunesmith.auditing.findings import Finding, FindingRow, counted
+from tunesmith.auditing.registry import Rule, Section, register
+from tunesmith.auditing.views import WORD, Context, Survey, View
 
 TOLD = 20
 """Rows that a finding about the whole set names."""
@@ -29,7 +30,7 @@ TIMES, SHARE = 3, 0.1
 """A cluster is over-represented above so many times its even share, and above this share of the rows."""
 
 
-class Kept(NamedTuple):
+class RowTrigrams(NamedTuple):
     """``many``: trigrams of the answers, of which ``trigrams`` are looked at. ``subject``:
     `clusters.subject`, of drawn rows."""
 
@@ -38,6 +39,7 @@ class Kept(NamedTuple):
     subject: str | None
 
 
+@register
 class Diversity(Rule):
     """trigrams: distinct word trigrams of the answers ÷ all of them, over all rows; 1 where none occurs
     twice.
@@ -48,20 +50,32 @@ class Diversity(Rule):
     told apart by 32 bits: 10 million of them lose about 0.1% to collisions."""
 
     name = "diversity"
+    order = 20
+    looks_at = "whether the rows show more than one thing"
+    findings: ClassVar = {
+        "trigrams": "distinct word trigrams of the answers among all of them",
+        "clusters": "clusters of prompts that hold more than their share of the rows",
+    }
+    bar = "above 70 % (`audit.min_trigrams`)"
+    needs = ("sklearn",)
+    chart = "map"
 
-    def look(self, view: View, context: Context) -> Kept | None:
+    def look(self, view: View, context: Context) -> RowTrigrams | None:
         if view.example is None:
             return None
         keys = trigrams(WORD.findall(view.said.lower()))
-        return Kept(
+        return RowTrigrams(
             len(keys), chosen(keys, context.share), clusters.subject(view) if context.drawn(view) else None
         )
 
-    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, kept: list[RowTrigrams | None], survey: Survey) -> Iterator[Finding]:
         rows = {at: one for at in survey.training if (one := kept[at]) is not None and one.many}
         if any(len(one.trigrams) for one in rows.values()):
             yield _trigrams(list(rows), list(rows.values()), survey)
         yield from _crowds(survey)
+
+    def draw(self, chart: dict[str, Any]) -> Section | None:
+        return prompt_map.section(chart)
 
 
 def _crowds(survey: Survey) -> Iterator[Finding]:
@@ -93,7 +107,7 @@ def _crowds(survey: Survey) -> Iterator[Finding]:
         count / many,
         bar,
         tuple(
-            Evidence(survey.sources[at], f"about “{group.name}”")
+            FindingRow(survey.sources[at], f"about “{group.name}”")
             for at in places
             if (group := clusters.of(survey)[at])
         ),
@@ -121,7 +135,7 @@ def trigrams(words: Sequence[str]) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def _trigrams(rows: Sequence[int], found: Sequence[Kept], survey: Survey) -> Finding:
+def _trigrams(rows: Sequence[int], found: Sequence[RowTrigrams], survey: Survey) -> Finding:
     keys = np.concatenate([one.trigrams for one in found])
     owner = np.repeat(np.arange(len(rows), dtype=np.uint32), [len(one.trigrams) for one in found])
     part = survey.context.share if survey.context else 1.0
@@ -171,7 +185,7 @@ def _trigrams(rows: Sequence[int], found: Sequence[Kept], survey: Survey) -> Fin
         share,
         threshold,
         tuple(
-            Evidence(survey.sources[rows[at]], f"{new[at] / many[at]:.0%} of its trigrams are new")
+            FindingRow(survey.sources[rows[at]], f"{new[at] / many[at]:.0%} of its trigrams are new")
             for at in least
         ),
         "rows that follow one pattern teach the pattern: rewrite some or leave them out. The share falls as a set grows: compare"

@@ -7,33 +7,43 @@ rows that agree but for the label are for `conflicts`."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from tunesmith.auditing import near
-from tunesmith.auditing.findings import Evidence, Finding, Severity, counted
-from tunesmith.auditing.views import Context, Rule, Survey, View, digest, normal
+from tunesmith.auditing.findings import Finding, FindingRow, Severity, counted
+from tunesmith.auditing.registry import Rule, register
+from tunesmith.auditing.views import Context, Survey, View, digest, normal
 
 SHARE = 0.05
 """Above it repeated rows are a warning: they then weigh on what is learned."""
 
 
-class Kept(NamedTuple):
+class RowHashes(NamedTuple):
     exact: int  # of everything that is learned or read, calls, tools and the label included
     same: int  # digest of their normal form
     signature: bytes
 
 
+@register
 class Duplicates(Rule):
     name = "duplicates"
+    order = 50
+    looks_at = "rows that repeat another"
+    findings: ClassVar = {
+        "exact": "the same to the letter",
+        "normalised": "the same but for case, spacing and punctuation",
+        "near": "nearly the same, by edit distance",
+    }
+    bar = "reported; a warning above 5 % of the rows"
 
-    def look(self, view: View, context: Context) -> Kept | None:
+    def look(self, view: View, context: Context) -> RowHashes | None:
         if view.example is None:
             return None
         text = normal(spoken(view))
         same = digest(normal(view.whole) or view.whole)
-        return Kept(int(view.example.id, 16), same, near.signature(text) if text else b"")
+        return RowHashes(int(view.example.id, 16), same, near.signature(text) if text else b"")
 
-    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, kept: list[RowHashes | None], survey: Survey) -> Iterator[Finding]:
         rows = [at for at in survey.training if kept[at] is not None]
         if not rows:
             return
@@ -96,7 +106,7 @@ def _finding(name: str, survey: Survey, rows: list[int], notes: dict[int, str], 
     hint = (
         "`--fix OUT` removes them" if name == "exact" else "keep one of each, unless the repetition is meant"
     )
-    evidence = tuple(Evidence(survey.sources[at], note) for at, note in notes.items())
+    evidence = tuple(FindingRow(survey.sources[at], note) for at, note in notes.items())
     return Finding(
         f"duplicates.{name}", severity, what, count, len(rows), rows=evidence, hint=hint if count else ""
     )

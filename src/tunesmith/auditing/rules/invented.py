@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from tunesmith.auditing.findings import Evidence, Finding, counted
-from tunesmith.auditing.views import Context, Rule, Survey, View
+from tunesmith.auditing.findings import Finding, FindingRow, counted
+from tunesmith.auditing.registry import Rule, register
+from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.data import calls
 from tunesmith.data.examples import Completion, Document
 
@@ -28,7 +29,7 @@ _MARK = re.compile(
 )
 
 
-class Kept(NamedTuple):
+class InventedResult(NamedTuple):
     """Of a row with calls. ``seen``: what is made up and where, "" where nothing is. ``note``: of
     `calls.structure`."""
 
@@ -36,10 +37,16 @@ class Kept(NamedTuple):
     note: str
 
 
+@register
 class Invented(Rule):
     name = "invented"
+    order = 100
+    looks_at = "results of calls that the assistant makes up"
+    findings: ClassVar = {
+        "results": "the assistant writes what the environment should say (`Result: {…}` after a call)"
+    }
 
-    def look(self, view: View, context: Context) -> Kept | None:
+    def look(self, view: View, context: Context) -> InventedResult | None:
         if view.example is None:
             return None
         called = any(message.calls for message in view.messages)
@@ -47,10 +54,10 @@ class Invented(Rule):
             calling, seen = made_up(text)
             called = called or calling
             if seen:
-                return Kept(f"{at}: {seen}", calls.structure(view.example)[1])
-        return Kept("", "") if called else None
+                return InventedResult(f"{at}: {seen}", calls.structure(view.example)[1])
+        return InventedResult("", "") if called else None
 
-    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, kept: list[InventedResult | None], survey: Survey) -> Iterator[Finding]:
         rows = survey.training
         calling = [(at, one) for at in rows if (one := kept[at]) is not None]
         found = [(at, one) for at, one in calling if one.seen]
@@ -66,7 +73,7 @@ class Invented(Rule):
             f"{counted(len(found), len(rows))} in which the assistant writes the results of its calls itself, and learns to",
             len(found),
             len(rows),
-            rows=tuple(Evidence(survey.sources[at], one.seen) for at, one in found),
+            rows=tuple(FindingRow(survey.sources[at], one.seen) for at, one in found),
             hint=_hint(
                 turned, Counter(one.note.removeprefix("left: ") or "another form" for _, one in found)
             ),

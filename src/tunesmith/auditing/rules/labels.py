@@ -7,13 +7,14 @@ so and names none."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from tunesmith.auditing.findings import Evidence, Finding, counted
+from tunesmith.auditing.findings import Finding, FindingRow, counted
+from tunesmith.auditing.registry import Rule, register
 from tunesmith.auditing.rules.diversity import hashes
-from tunesmith.auditing.views import Context, Rule, Survey, View
+from tunesmith.auditing.views import Context, Survey, View
 
 WORDS = 5_000
 """Of a row that are looked at, from its beginning."""
@@ -39,8 +40,16 @@ class Skill(NamedTuple):
         return f"AUC {self.area:.2f}, {self.low:.2f}–{self.high:.2f}; balanced accuracy {self.accuracy:.0%}"
 
 
+@register
 class Labels(Rule):
     name = "labels"
+    order = 110
+    looks_at = "labels that a simple model of the other rows contradicts"
+    findings: ClassVar = {
+        "predictable": "whether words tell the label at all",
+        "suspicious": "rows that read like the other label",
+    }
+    needs = ("sklearn",)
     drawn = True
 
     def look(self, view: View, context: Context) -> np.ndarray | None:
@@ -81,10 +90,10 @@ class Labels(Rule):
             )
 
 
-def _evidence(survey: Survey, rows: Sequence[int], place: int, other: int, margin: float) -> Evidence:
+def _evidence(survey: Survey, rows: Sequence[int], place: int, other: int, margin: float) -> FindingRow:
     own, like = ("desirable", "undesirable") if survey.labels[rows[place]] else ("undesirable", "desirable")
     near = survey.sources[rows[other]]
-    return Evidence(
+    return FindingRow(
         survey.sources[rows[place]],
         f"{own}, reads like {like} (margin {margin:.2f}); see {near}, which is {like}",
     )

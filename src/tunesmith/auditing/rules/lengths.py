@@ -8,12 +8,16 @@ not applied."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 
-from tunesmith.auditing.findings import Evidence, Finding, counted
-from tunesmith.auditing.views import WORD, Context, Rule, Survey, View
+from tunesmith.auditing.findings import Finding, FindingRow, counted
+from tunesmith.auditing.registry import Rule, Section, register
+from tunesmith.auditing.views import WORD, Context, Survey, View
+from tunesmith.display import charts
+from tunesmith.display.text import visible
 from tunesmith.errors import TemplateError
 
 QUANTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -22,29 +26,40 @@ FAR = 3.0
 quartile."""
 
 
-class Kept(NamedTuple):
+class RowLengths(NamedTuple):
     prompt: int
     answer: int
     total: int
 
 
+@register
 class Lengths(Rule):
     name = "length"
+    order = 40
+    looks_at = "prompt, answer and total in tokens of the target tokenizer"
+    findings: ClassVar = {
+        "answers": "mean length of the answers",
+        "tail": "length under which 99 of 100 rows stay",
+        "limit": "rows longer than `batch.length`",
+        "outliers": "rows far longer or shorter than the others",
+    }
+    bar = "mean answer 50 to 200 (`audit.mean_answer`), 99 of 100 rows under 1,024 (`audit.tail`)"
+    chart = "lengths"
     drawn = True
 
-    def look(self, view: View, context: Context) -> Kept | None:
+    def look(self, view: View, context: Context) -> RowLengths | None:
         if context.renderer is None and context.rendered is None:
             prompt, answer = (len(WORD.findall(text)) for text in (view.asked, view.said))
-            return Kept(prompt, answer, len(view.words))
+            return RowLengths(prompt, answer, len(view.words))
         rows = context.rows(view)
         if isinstance(rows, TemplateError) or not rows:
             return None
         kept = [row for row in rows if row.kind != "rejected"]
         learned = sum(int((row.tokens.targets >= 1).sum()) for row in kept)
         first = int(np.argmax(kept[0].tokens.targets >= 1))
-        return Kept(first, learned, max(len(row.tokens.ids) for row in rows))
+        return RowLengths(first, learned, max(len(row.tokens.ids) for row in rows))
 
-    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, kept: list[RowLengths | None], survey: Survey) -> Iterator[Finding]:
         assert survey.context is not None
         rows = [at for at in survey.training if kept[at] is not None]
         if not rows:
@@ -57,7 +72,7 @@ class Lengths(Rule):
         survey.charts["lengths"] = {
             "unit": unit,
             "limit": context.limit if tokens else None,
-            "parts": {name: _part(table[:, column]) for column, name in enumerate(Kept._fields)},
+            "parts": {name: _part(table[:, column]) for column, name in enumerate(RowLengths._fields)},
         }
         mean, low, high = float(table[:, 1].mean()), *spec.mean_answer
         ratio = float(np.median(table[:, 1] / np.maximum(table[:, 0], 1)))
@@ -80,6 +95,42 @@ class Lengths(Rule):
             yield self._tail(table[:, 2], rows, survey)
             yield self._cut(table[:, 2], rows, survey)
         yield self._outliers(table[:, 2], rows, survey, word)
+
+    def draw(self, chart: dict[str, Any]) -> Section:
+        limit = chart.get("limit")
+        marks = {"limit": limit} if limit else {}
+        unit = visible(chart["unit"], 32)
+        plots = [
+            charts.columns(
+                name.capitalize(),
+                part["edges"],
+                part["counts"],
+                x=unit,
+                y="rows",
+                name=f"length-{name}",
+                marks=marks,
+            )
+            for name, part in chart["parts"].items()
+        ]
+        quantiles = {"100": "Longest", "50": "Median"}
+        shares = [str(share) for share in next(iter(chart["parts"].values()), {}).get("quantiles", ())]
+        head = ["Part", "Mean", *(quantiles.get(share, f"{share}% under") for share in shares)]
+        rows = [
+            (
+                name,
+                *(
+                    f"{value:,.0f}"
+                    for value in (part["mean"], *(part["quantiles"][share] for share in shares))
+                ),
+            )
+            for name, part in chart["parts"].items()
+        ]
+        lead = f"In {visible(chart['unit'], 80)}."
+        lead += f" The dashed line is the limit, {limit:,}." if limit else ""
+        body = Markup('<div class="charts">{}</div><div class="card">{}</div>').format(
+            Markup("").join(plots), charts.table(head, rows)
+        )
+        return Section("lengths", "Lengths", lead, body)
 
     def _tail(self, totals: np.ndarray, rows: Sequence[int], survey: Survey) -> Finding:
         bar = survey.spec.tail
@@ -143,8 +194,8 @@ class Lengths(Rule):
 
 def _evidence(
     survey: Survey, rows: Sequence[int], places: Sequence[int], totals: np.ndarray, word: str = "tokens"
-) -> tuple[Evidence, ...]:
-    return tuple(Evidence(survey.sources[rows[at]], f"{int(totals[at]):,} {word}") for at in places)
+) -> tuple[FindingRow, ...]:
+    return tuple(FindingRow(survey.sources[rows[at]], f"{int(totals[at]):,} {word}") for at in places)
 
 
 def _part(values: np.ndarray) -> dict[str, Any]:

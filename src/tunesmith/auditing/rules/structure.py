@@ -15,13 +15,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from tunesmith.auditing.findings import Evidence, Finding, Severity, counted
-from tunesmith.auditing.views import Context, Rule, Survey, View, excerpt
+from tunesmith.auditing.findings import Finding, FindingRow, Severity, counted
+from tunesmith.auditing.registry import Rule, register
+from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.checks.content import masked
 from tunesmith.data import calls
 from tunesmith.data.examples import Conversation
+from tunesmith.display.text import excerpt
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
@@ -64,8 +66,20 @@ _KINDS = {
 }
 
 
+@register
 class Structure(Rule):
     name = "structure"
+    order = 10
+    looks_at = "roles, order, turns and calls, as every template needs them"
+    findings: ClassVar = {
+        "valid": "rows that cannot be used, or whose calls cannot be run",
+        "schema": "arguments of a call break the JSON schema of its tool",
+        "text_calls": "a call written as text is not a JSON object",
+        "tool_schema": "the parameters of a declared tool are not a JSON schema",
+        "call_ids": "the id of a call is not one that the target model would write",
+    }
+    otherwise = "rows that cannot be read, named by the reason"
+    bar = "at least 95 % sound (`audit.min_valid`), else an error"
 
     def look(self, view: View, context: Context) -> dict[str, str] | None:
         """What is wrong, by the rule of `TELL`, or of a row that was dropped by its reason."""
@@ -90,7 +104,7 @@ class Structure(Rule):
                     found[rule].append(at)
 
         def finding(rule: str, severity: Severity, what: str, some: list[int], hint: str) -> Finding:
-            evidence = tuple(Evidence(survey.sources[at], (kept[at] or {}).get(rule, "")) for at in some)
+            evidence = tuple(FindingRow(survey.sources[at], (kept[at] or {}).get(rule, "")) for at in some)
             told = f"{counted(len(some), len(survey))} {what}"
             return Finding(
                 f"structure.{rule}", severity, told, len(some), len(survey), rows=evidence, hint=hint

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from tunesmith.auditing.findings import Evidence, Finding, counted
-from tunesmith.auditing.views import Context, Rule, Survey, View
+from tunesmith.auditing.findings import Finding, FindingRow, counted
+from tunesmith.auditing.registry import Rule, register
+from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.data.examples import Completion, Document
 from tunesmith.errors import TemplateError
 from tunesmith.tokens.template import Refused
@@ -41,7 +42,7 @@ BARS = {
 OTHER = "not rendered by this template", "change the rows, or take a model whose template can express them"
 
 
-class Kept(NamedTuple):
+class RowTokens(NamedTuple):
     problems: tuple[str, ...]  # keys of `BARS`, or the code of a refusal
     note: str
     unknown: int
@@ -49,18 +50,30 @@ class Kept(NamedTuple):
     refused: bool  # training leaves the row out, counted
 
 
+@register
 class Tokenisation(Rule):
     name = "tokenisation"
+    order = 90
+    looks_at = "what the tokenizer and the chat template make of the rows"
+    findings: ClassVar = {
+        "unknown": "letters that the tokenizer does not know",
+        "bos": "no BOS token at the start, or a second one",
+        "no_target": "nothing to learn",
+        "control": "a control token inside an answer",
+        "words": "learned tokens that do not read as the assistant's words",
+    }
+    otherwise = "rows that the template cannot render, named by the reason"
+    bar = "0"
     drawn = True
 
-    def look(self, view: View, context: Context) -> Kept | None:
+    def look(self, view: View, context: Context) -> RowTokens | None:
         renderer = context.renderer
         if renderer is None or view.example is None:
             return None
         rows = context.rows(view)
         if isinstance(rows, TemplateError):
             code = rows.code if isinstance(rows, Refused) else "template"
-            return Kept((code,), rows.what, 0, 0, refused=True)
+            return RowTokens((code,), rows.what, 0, 0, refused=True)
         whole = isinstance(view.example, Document | Completion)
         bos = renderer.bos_id if whole else renderer.chat_bos_id
         problems: dict[str, str] = {}
@@ -89,16 +102,16 @@ class Tokenisation(Rule):
             }
             if written := [token for token in inside if token in view.said]:  # others are the template's own
                 problems["control"] = f"{' '.join(sorted(written))} inside an answer"
-        return Kept(tuple(problems), "; ".join(problems.values()), unknown, tokens, refused=False)
+        return RowTokens(tuple(problems), "; ".join(problems.values()), unknown, tokens, refused=False)
 
-    def judge(self, kept: list[Kept | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, kept: list[RowTokens | None], survey: Survey) -> Iterator[Finding]:
         rows = [(at, one) for at in survey.training if (one := kept[at]) is not None]
         if not rows:
             return
-        found: dict[str, list[tuple[Kept, Evidence]]] = defaultdict(list)
+        found: dict[str, list[tuple[RowTokens, FindingRow]]] = defaultdict(list)
         for at, one in rows:
             for problem in one.problems:
-                found[problem].append((one, Evidence(survey.sources[at], one.note)))
+                found[problem].append((one, FindingRow(survey.sources[at], one.note)))
         tokens, unknown = sum(one.tokens for _, one in rows), sum(one.unknown for _, one in rows)
         assert survey.context is not None
         most = (1 - survey.spec.min_valid) * len(rows)
