@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.auditing import AuditSpec
-from tunesmith.auditing.findings import Audit, Finding, FindingRow
-from tunesmith.auditing.fix import Fixed, fix, mended, require_free
+from tunesmith.auditing.findings import Audit, Finding, FindingRow, Fixed
+from tunesmith.auditing.fix import fix, mended, require_free
 from tunesmith.auditing.rules.invented import Invented
 from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.data import formats

@@ -4,59 +4,11 @@ cleaning, or training against validation."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
-from tunesmith.auditing.findings import Audit, Finding, FindingRow, counted
+from tunesmith.auditing.findings import Audit, AuditComparison, Change, Finding, FindingRow, counted
 
 
-@dataclass(frozen=True)
-class Change:
-    """A rule in both audits. ``first`` and ``second``: its finding there, None where it has nothing to
-    say."""
-
-    rule: str
-    first: Finding | None
-    second: Finding | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Rows by their words, but for case, spacing and punctuation. ``shared``: rows of the second that the
-    first has too.
-
-    relabelled: of those, rows whose words have another label in the first. prompts: rows of the second with a
-    prompt of the first, their words aside. only_first, only_second: rows whose words the other lacks."""
-
-    files: tuple[list[str], list[str]]
-    rows: tuple[int, int]
-    shared: list[FindingRow]
-    relabelled: list[FindingRow]
-    prompts: list[FindingRow]
-    only_first: list[str]
-    only_second: list[str]
-    changes: list[Change]
-
-    def to_json(self) -> dict[str, Any]:
-        found = asdict(self)
-        found["changes"] = [
-            {"rule": one.rule, "first": _brief(one.first), "second": _brief(one.second)}
-            for one in self.changes
-        ]
-        return found
-
-
-def _brief(finding: Finding | None) -> dict[str, Any] | None:
-    if finding is None:
-        return None
-    return {
-        key: value
-        for key, value in finding.to_json().items()
-        if key in ("severity", "what", "count", "share", "value")
-    }
-
-
-def compare(first: Audit, second: Audit) -> Comparison:
+def compare(first: Audit, second: Audit) -> AuditComparison:
     """What differs from ``first`` to ``second``."""
     words: dict[int, str] = {}
     labels: dict[int, dict[bool | None, str]] = {}
@@ -76,7 +28,7 @@ def compare(first: Audit, second: Audit) -> Comparison:
                 relabelled.append(FindingRow(one.source, f"{_word(one.label)}; {source} is {_word(label)}"))
         if one.prompt is not None and one.prompt in asked:
             prompts.append(FindingRow(one.source, f"as {asked[one.prompt]}"))
-    return Comparison(
+    return AuditComparison(
         (list(first.files), list(second.files)),
         (first.rows, second.rows),
         shared,
@@ -104,7 +56,7 @@ def _word(label: bool | None) -> str:
     return {True: "desirable", False: "undesirable", None: "unlabelled"}[label]
 
 
-def told(found: Comparison) -> str:
+def told(found: AuditComparison) -> str:
     """What differs, in a few lines for a terminal."""
     (first, second), (many, others) = (", ".join(files) for files in found.files), found.rows
     lines = [f"compared: {first} ({counted(many)}) with {second} ({counted(others)})"]

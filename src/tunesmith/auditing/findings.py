@@ -3,13 +3,11 @@ rules work."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-if TYPE_CHECKING:
-    from tunesmith.auditing.comparison import Comparison
-    from tunesmith.auditing.fix import Fixed
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 Severity = Literal["good", "note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "good")
@@ -72,6 +70,84 @@ class Print(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Change:
+    """A rule in both audits. ``first`` and ``second``: its finding there, None where it has nothing to
+    say."""
+
+    rule: str
+    first: Finding | None
+    second: Finding | None
+
+
+@dataclass(frozen=True)
+class AuditComparison:
+    """Rows by their words, but for case, spacing and punctuation. ``shared``: rows of the second that the
+    first has too.
+
+    relabelled: of those, rows whose words have another label in the first. prompts: rows of the second with a
+    prompt of the first, their words aside. only_first, only_second: rows whose words the other lacks."""
+
+    files: tuple[list[str], list[str]]
+    rows: tuple[int, int]
+    shared: list[FindingRow]
+    relabelled: list[FindingRow]
+    prompts: list[FindingRow]
+    only_first: list[str]
+    only_second: list[str]
+    changes: list[Change]
+
+    def to_json(self) -> dict[str, Any]:
+        found = asdict(self)
+        found["changes"] = [
+            {"rule": one.rule, "first": _brief(one.first), "second": _brief(one.second)}
+            for one in self.changes
+        ]
+        return found
+
+
+def _brief(finding: Finding | None) -> dict[str, Any] | None:
+    if finding is None:
+        return None
+    return {
+        key: value
+        for key, value in finding.to_json().items()
+        if key in ("severity", "what", "count", "share", "value")
+    }
+
+
+class Fixed(NamedTuple):
+    """``rows`` = written + the total of ``removed``. The counters: rule → steps. ``ledger``: JSONL, a line a
+    step."""
+
+    out: Path
+    ledger: Path
+    rows: int
+    written: int
+    changed: Counter[str]
+    removed: Counter[str]
+    left: Counter[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "out": str(self.out), "ledger": str(self.ledger)}
+
+    def told(self) -> str:
+        """What was done, in a few lines for a terminal."""
+        lines = [
+            f"fixed: {self.written:,} of {self.rows:,} rows are in {self.out}, every step in {self.ledger}"
+        ]
+        for action, rules in (
+            ("changed", self.changed),
+            ("removed", self.removed),
+            ("left as they are", self.left),
+        ):
+            if rules:
+                lines.append(
+                    f"  {action}: " + ", ".join(f"{rule} {count:,}" for rule, count in rules.most_common())
+                )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class Audit:
     """All that was found in ``rows`` rows of ``files`` (path → sha256 of its bytes). ``findings``: gravest
     first.
@@ -87,7 +163,7 @@ class Audit:
     charts: dict[str, Any] = field(default_factory=dict)
     prints: list[Print] = field(default_factory=list, repr=False)
     seconds: float = 0.0
-    compared: Comparison | None = None
+    compared: AuditComparison | None = None
     fixed: Fixed | None = None
 
     def of(self, severity: Severity) -> list[Finding]:

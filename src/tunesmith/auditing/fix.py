@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Literal, NamedTuple, TextIO
 
 from tunesmith import events
 from tunesmith import files as writing
-from tunesmith.auditing.findings import Audit
+from tunesmith.auditing.findings import Audit, Fixed
 from tunesmith.auditing.views import View
 from tunesmith.data import calls, formats, sources
 from tunesmith.data.examples import Completion, Conversation, Document, Example, Preference, content_of
@@ -40,38 +40,6 @@ class Step(NamedTuple):
     reason: str
     before: str | None = None
     after: str | None = None
-
-
-class Fixed(NamedTuple):
-    """``rows`` = written + the total of ``removed``. The counters: rule → steps. ``ledger``: JSONL, a line a
-    step."""
-
-    out: Path
-    ledger: Path
-    rows: int
-    written: int
-    changed: Counter[str]
-    removed: Counter[str]
-    left: Counter[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self._asdict(), "out": str(self.out), "ledger": str(self.ledger)}
-
-    def told(self) -> str:
-        """What was done, in a few lines for a terminal."""
-        lines = [
-            f"fixed: {self.written:,} of {self.rows:,} rows are in {self.out}, every step in {self.ledger}"
-        ]
-        for action, rules in (
-            ("changed", self.changed),
-            ("removed", self.removed),
-            ("left as they are", self.left),
-        ):
-            if rules:
-                lines.append(
-                    f"  {action}: " + ", ".join(f"{rule} {count:,}" for rule, count in rules.most_common())
-                )
-        return "\n".join(lines)
 
 
 def fix(
