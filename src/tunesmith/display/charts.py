@@ -385,12 +385,12 @@ def scatter(name: str, dots: Sequence[Dot], label: str) -> Markup:
     parts = []
     numbers = []
     for group in sorted({dot.group for dot in dots}):
-        members = {number: dot for number, dot in enumerate(dots) if dot.group == group}
+        members = {nth: dot for nth, dot in enumerate(dots) if dot.group == group}
         parts.append(f'<g class="trace k{group % GROUPS}">')
-        for number, dot in members.items():
+        for nth, dot in members.items():
             x, y = place(dot.x, dot.y)
             parts.append(
-                f'<path class="point {dot.key}" data-n="{number}" style="translate:{x:.1f}px {y:.1f}px" d="{FORMS[dot.key]}"/>'
+                f'<path class="point {dot.key}" data-n="{nth}" style="translate:{x:.1f}px {y:.1f}px" d="{FORMS[dot.key]}"/>'
             )
         parts.append("</g>")
         x, y = place(
