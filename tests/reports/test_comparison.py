@@ -285,7 +285,7 @@ def test_runs_that_held_out_other_rows_are_told_to_be_asked_the_same(runs, tmp_p
 def test_a_task_of_another_version_of_tunesmith_is_compared_by_its_headline_alone(runs):
     for run, values in zip(runs, ([1.0] * 4 + [0.0] * 8, [1.0] * 12), strict=True):
         evaluated(run, values, name="of_the_future", version="7")
-    held = next(held for held in compared(*runs).against[0].held if held.one.task == "of_the_future")
+    held = next(held for held in compared(*runs).against[0].held if held.first.task == "of_the_future")
     assert [(score.name, score.delta) for score in held.scores] == [("tool_calls", pytest.approx(8 / 12))]
     assert held.note and "of its numbers only tool_calls can be compared" in held.note
 
@@ -324,7 +324,7 @@ def test_all_numbers_of_a_benchmark_are_compared_as_its_own_statistics_would(tmp
     found = compared(one, other)
     (held,) = found.against[0].held
     own = TaskStatistics(Bench.name, Bench.version, Bench.statistics, Bench.parts)
-    sides = [paired.scored(side) for side in (held.one, held.other)]
+    sides = [paired.scored(side) for side in (held.first, held.second)]
     wanted = summarise(own, *[[replace(each, source=each.source[-2:]) for each in side] for side in sides], 0)  # type: ignore[arg-type]
     assert {each.name for each in held.scores} == {"acc", "acc_norm", "perplexity"} and len(
         wanted
@@ -500,7 +500,7 @@ def test_preferences_are_compared_by_their_ratios_to_the_base(runs, numbered):
             "scores": [asdict(score) for score in own[-1]],
         }
         (folder / "score.json").write_text(json.dumps(about))
-    (one,) = [held for held in compared(*runs).against[0].held if held.one.task == "preference"]
+    (one,) = [held for held in compared(*runs).against[0].held if held.first.task == "preference"]
     for score, before, after in zip(one.scores, own[0], own[1], strict=False):
         assert score.name == before.name and score.value == pytest.approx(after.value)
         assert (
@@ -510,10 +510,10 @@ def test_preferences_are_compared_by_their_ratios_to_the_base(runs, numbered):
         )
     counts = one.scores[0].sources
     assert counts is not None and counts[0] > counts[2] and sum(counts) == 40
-    for side, signed in zip(("one", "other"), towards, strict=True):  # of a bad answer, less likely is better
-        assert sorted(getattr(pair, side) for pair in one.pairs) == pytest.approx(sorted(signed))
-    assert all((pair.change == "improved") is (pair.one < pair.other) for pair in one.pairs)
-    (back,) = [held for held in compared(*runs[::-1]).against[0].held if held.one.task == "preference"]
+    for side, signed in zip(("first", "second"), towards, strict=True):  # of a bad answer, less likely is better
+        assert sorted(getattr(pair, side) for pair in one.examples) == pytest.approx(sorted(signed))
+    assert all((pair.change == "improved") is (pair.first < pair.second) for pair in one.examples)
+    (back,) = [held for held in compared(*runs[::-1]).against[0].held if held.first.task == "preference"]
     for score, other in zip(one.scores, back.scores, strict=True):
         assert score.delta == -other.delta and other.verdict == "regressed"
 

@@ -23,7 +23,7 @@ from tunesmith.display.console import duration, size
 from tunesmith.display.text import many
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluation import pairing as paired
-from tunesmith.evaluation.pairing import Held, Pair
+from tunesmith.evaluation.pairing import PairedRecords, PairedExample
 from tunesmith.evaluation.statistics import judge
 from tunesmith.evaluation.tasks import about
 from tunesmith.events import Notice, Sink, StepDone, Validated, silent
@@ -77,7 +77,7 @@ class Against:
     mend it."""
 
     run: Ran
-    held: list[Held]
+    held: list[PairedRecords]
     refused: list[tuple[str, str, str | None]]
     sentence: str
 
@@ -127,16 +127,16 @@ class Comparison:
                 "sentence": one.sentence,
                 "compared": [
                     {
-                        "task": held.other.task,
-                        "version": held.other.version,
-                        "rows": held.other.variant,
+                        "task": held.second.task,
+                        "version": held.second.version,
+                        "rows": held.second.variant,
                         "note": held.note,
-                        "identity": held.other.identity,
-                        "base": held.other.base,
-                        "checkpoints": [held.one.checkpoint, held.other.checkpoint],
+                        "identity": held.second.identity,
+                        "base": held.second.base,
+                        "checkpoints": [held.first.checkpoint, held.second.checkpoint],
                         "scores": [{**asdict(score), "against": score.base} for score in held.scores],
-                        "changes": Counter(pair.change for pair in held.pairs if pair.change),
-                        "prompts": [pair._asdict() for pair in held.pairs],
+                        "changes": Counter(pair.change for pair in held.examples if pair.change),
+                        "prompts": [pair._asdict() for pair in held.examples],
                     }
                     for held in one.held
                 ],
@@ -185,7 +185,7 @@ def compare(
     called = zip(paths, _letters(len(paths)), _names(paths), strict=True)
     runs = [_read(path, letter, name, notify) for path, letter, name in called]
     first = runs[0]
-    found = [paired.hold(first.evaluations, run.evaluations) for run in runs[1:]]
+    found = [paired.pair(first.evaluations, run.evaluations) for run in runs[1:]]
     every = judge([score for held, _ in found for each in held for score in each.scores])
     judged = iter(every)
     tests = sum(score.headline and score.verdict is not None for score in every)
@@ -312,25 +312,30 @@ def _others(runs: Sequence[Ran]) -> list[Row]:
     return _rows(found, [{} for _ in runs])
 
 
-def _refusal(first: Ran, run: Ran, one: paired.Refused) -> tuple[str, str, str | None]:
+def _refusal(first: Ran, run: Ran, one: paired.UnpairedRecord) -> tuple[str, str, str | None]:
     """What, why and the command that would mend it."""
-    what, about, why, lacking = f"{one.of.task}{one.of.variant}", one.of, one.why, one.lacks == "other"
-    if one.lacks is not None:
+    what, about, why, lacking = (
+        f"{one.record.task}{one.record.variant}",
+        one.record,
+        one.reason,
+        one.missing_in == "second",
+    )
+    if one.missing_in is not None:
         why = f"{(first, run)[lacking].letter} was not evaluated on it"
     apart = about.data == VALID and first.held_out != run.held_out and "other bases" not in why
     if apart:  # the usual command would ask each its own
         about = replace(about, data=(UNSEEN,))
         why += f"; the runs held out other rows, so both need the same: {UNSEEN} of rows that neither was trained on"
     commands = [paired.command(about, each.path) for each in (first, run)]
-    if one.lacks is None or apart:
-        return what, why, "; ".join(commands) if apart or one.why.startswith("version") else None
+    if one.missing_in is None or apart:
+        return what, why, "; ".join(commands) if apart or one.reason.startswith("version") else None
     return what, why, commands[lacking]
 
 
 # The verdict
 
 
-def _sentence(first: Ran, run: Ran, held: Sequence[Held], tests: int) -> str:
+def _sentence(first: Ran, run: Ran, held: Sequence[PairedRecords], tests: int) -> str:
     """How ``run`` does against ``first``: at the task, at all else, and what it costs."""
     leading = lead(held)
     if leading is None:
@@ -395,7 +400,7 @@ def _verdict(first: Ran, sides: Sequence[Against]) -> tuple[str, str]:
     won = [one is not None and one[1].verdict == "improved" for one in leads]
     count = sum(won)
     # Only one number, of the same prompts, ranks: a share cannot be held against a perplexity.
-    alike = len({(one[1].task, one[1].name, one[0].other.identity) for one in leads if one is not None}) == 1
+    alike = len({(one[1].task, one[1].name, one[0].second.identity) for one in leads if one is not None}) == 1
     best = max(range(len(sides)), key=lambda at: (won[at], gains[at]))
     spoken = [sides[best]] if alike or len(sides) == 1 else sides
     worse = any(
@@ -416,7 +421,7 @@ def _verdict(first: Ran, sides: Sequence[Against]) -> tuple[str, str]:
     return head + " ".join(one.sentence for one in spoken), tone
 
 
-def lead(held: Sequence[Held]) -> tuple[Held, Score] | None:
+def lead(held: Sequence[PairedRecords]) -> tuple[PairedRecords, Score] | None:
     """The headline of the task that is nearest to what users see, on all rows rather than some."""
     headlines = [
         (each, score)
@@ -425,9 +430,9 @@ def lead(held: Sequence[Held]) -> tuple[Held, Score] | None:
         if score.headline and score.part is None and about(score.task).question in ("task", "benchmarks")
     ]
 
-    def place(headline: tuple[Held, Score]) -> tuple[bool, int, int]:
+    def place(headline: tuple[PairedRecords, Score]) -> tuple[bool, int, int]:
         described = about(headline[1].task)
-        return described.question != "task", described.rank, len(headline[0].other.variant)
+        return described.question != "task", described.rank, len(headline[0].second.variant)
 
     return min(headlines, key=place, default=None)
 
@@ -437,16 +442,16 @@ def probable(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def read_side_by_side(held: Held, limit: int) -> Iterator[tuple[str, list[Pair], int]]:
+def read_side_by_side(held: PairedRecords, limit: int) -> Iterator[tuple[str, list[PairedExample], int]]:
     """What changed, its prompts (``limit`` at most; those that got worse first), and how many more there
     are."""
     for name in ("regressed", "improved", "unchanged", None):
         found = [
             pair
-            for pair in held.pairs
-            if pair.change == name and (pair.one_answer, pair.other_answer) != (None, None)
+            for pair in held.examples
+            if pair.change == name and (pair.first_answer, pair.second_answer) != (None, None)
         ]
-        found.sort(key=lambda pair: pair.one_answer == pair.other_answer)
+        found.sort(key=lambda pair: pair.first_answer == pair.second_answer)
         if found:
             yield (
                 {"regressed": "worse", "improved": "better", "unchanged": "unchanged"}.get(

@@ -15,7 +15,7 @@ from typing import Any
 from tunesmith.display import charts, words
 from tunesmith.display.console import duration, size
 from tunesmith.errors import ConfigError
-from tunesmith.evaluation.pairing import Held, Pair
+from tunesmith.evaluation.pairing import PairedRecords, PairedExample
 from tunesmith.files import write_text
 from tunesmith.reports import page
 from tunesmith.reports import verdict as evidence
@@ -93,11 +93,11 @@ def _view(first: str, side: Against) -> dict[str, Any]:
     """One run against the first, as the page shows it."""
     held = [
         {
-            "task": each.other.task,
+            "task": each.second.task,
             "note": each.note,
-            "pairs": len(each.pairs),
-            "about": f"version {each.other.version}{each.other.variant}, checkpoints "
-            f"{each.one.checkpoint} and {each.other.checkpoint}",
+            "pairs": len(each.examples),
+            "about": f"version {each.second.version}{each.second.variant}, checkpoints "
+            f"{each.first.checkpoint} and {each.second.checkpoint}",
             "headlines": [_line(each, score) for score in _headlines(each)],
             "scores": [_line(each, score) for score in each.scores],
             "reading": list(read_side_by_side(each, READ)),
@@ -114,7 +114,7 @@ def _view(first: str, side: Against) -> dict[str, Any]:
     }
 
 
-def _line(held: Held, score: Score) -> dict[str, Any]:
+def _line(held: PairedRecords, score: Score) -> dict[str, Any]:
     """A line of a table: each run's own number, the difference, and what it is worth."""
     p = "–" if score.p_corrected is None else probable(score.p_corrected)
     return {
@@ -211,15 +211,15 @@ def _charts(runs: Sequence[Ran]) -> Iterator[Any]:
                 yield charts.lines(f"{what.capitalize()} loss{of} by {x}", found, x=x, y=unit, note=note)
 
 
-def _headlines(held: Held) -> list[Score]:
+def _headlines(held: PairedRecords) -> list[Score]:
     """The scores that are shown first: headlines, or where there are none the first."""
     whole = [score for score in held.scores if score.part is None]
     return [score for score in whole if score.headline] or whole[:1]
 
 
-def _told(held: Held, score: Score, side: str) -> str:
+def _told(held: PairedRecords, score: Score, side: str) -> str:
     """A run's own value with its interval, as its report has it."""
-    of = held.one if side == "one" else held.other
+    of = held.first if side == "one" else held.second
     own = next((each for each in of.scores if (each.name, each.part) == (score.name, score.part)), None)
     return (
         words.interval(asdict(own))
@@ -302,17 +302,17 @@ def _side(found: Comparison, side: Against) -> Iterator[str]:
         for kind, pairs, more in read_side_by_side(held, LISTED):
             if kind in ("better", "worse"):
                 told = f" (the first {len(pairs)} of {len(pairs) + more})" if more else ""
-                yield from ["", f"### {cell(held.other.task)}: {kind} in {side.run.letter}{told}", ""]
+                yield from ["", f"### {cell(held.second.task)}: {kind} in {side.run.letter}{told}", ""]
                 for pair in pairs:
                     yield from _reading(pair, first, side.run.letter)
 
 
-def _reading(pair: Pair, one: str, other: str) -> Iterator[str]:
+def _reading(pair: PairedExample, one: str, other: str) -> Iterator[str]:
     for name, text in (
         ("prompt", pair.prompt),
         ("reference", pair.reference),
-        (one, pair.one_answer),
-        (other, pair.other_answer),
+        (one, pair.first_answer),
+        (other, pair.second_answer),
     ):
         if text is not None:
             yield from [f"{name}:", "", *fence(words.cut(text, SHORT) or ""), ""]
