@@ -510,7 +510,9 @@ def test_preferences_are_compared_by_their_ratios_to_the_base(runs, numbered):
         )
     counts = one.scores[0].sources
     assert counts is not None and counts[0] > counts[2] and sum(counts) == 40
-    for side, signed in zip(("first", "second"), towards, strict=True):  # of a bad answer, less likely is better
+    for side, signed in zip(
+        ("first", "second"), towards, strict=True
+    ):  # of a bad answer, less likely is better
         assert sorted(getattr(pair, side) for pair in one.examples) == pytest.approx(sorted(signed))
     assert all((pair.change == "improved") is (pair.first < pair.second) for pair in one.examples)
     (back,) = [held for held in compared(*runs[::-1]).against[0].held if held.first.task == "preference"]
