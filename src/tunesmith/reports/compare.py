@@ -23,7 +23,7 @@ from tunesmith.display.console import duration, size
 from tunesmith.display.text import many
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluation import pairing as paired
-from tunesmith.evaluation.pairing import PairedRecords, PairedExample
+from tunesmith.evaluation.pairing import PairedExample, PairedRecords
 from tunesmith.evaluation.statistics import judge
 from tunesmith.evaluation.tasks import about
 from tunesmith.events import Notice, Sink, StepDone, Validated, silent

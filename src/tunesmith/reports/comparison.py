@@ -15,7 +15,7 @@ from typing import Any
 from tunesmith.display import charts, words
 from tunesmith.display.console import duration, size
 from tunesmith.errors import ConfigError
-from tunesmith.evaluation.pairing import PairedRecords, PairedExample
+from tunesmith.evaluation.pairing import PairedExample, PairedRecords
 from tunesmith.files import write_text
 from tunesmith.reports import page
 from tunesmith.reports import verdict as evidence
