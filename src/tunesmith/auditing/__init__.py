@@ -24,7 +24,8 @@ class AuditSpec(Spec):
     )
     against: tuple[str, ...] = Field(
         (),
-        description="evaluation sets and fixed prompts that no training row may repeat: JSONL, JSON, CSV, or text by lines",
+        description="evaluation sets and fixed prompts that no training row may repeat: JSONL, JSON, CSV, or "
+        "text by lines",
     )
     sample: int = Field(
         20_000,

@@ -177,7 +177,10 @@ class Audit:
         errors, warnings = self.of("error"), self.of("warning")
         if errors:
             rest = f" and {len(warnings)} warning{'s' * (len(warnings) != 1)}" if warnings else ""
-            return f"Do not train on this yet: {len(errors)} error{'s' * (len(errors) != 1)}{rest}. First: {errors[0].what}"
+            return (
+                f"Do not train on this yet: {len(errors)} error{'s' * (len(errors) != 1)}{rest}. First: "
+                f"{errors[0].what}"
+            )
         if warnings:
             many = f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
             return f"Fit to train on, with {many} to look at. First: {warnings[0].what}"

@@ -28,7 +28,8 @@ BYTES = 900_000
 
 
 def write(audit: Audit, path: Path) -> None:
-    """Write the page, whole or not at all. Raises ConfigError as `check` does, and if the file cannot be written."""
+    """Write the page, whole or not at all. Raises ConfigError as `check` does, and if the file cannot be
+    written."""
     check(path)
     page.write(html(audit), path, "audit")
 
@@ -74,7 +75,8 @@ def html(audit: Audit) -> str:
 
 
 def _sections(audit: Audit) -> list[registry.Section]:
-    """The charts of the rules; the last dimension first, so that the map, which is the largest, stands at the end."""
+    """The charts of the rules; the last dimension first, so that the map, which is the largest, stands at the
+    end."""
     drawn = [
         rule.draw(audit.charts[rule.chart])
         for rule in reversed(registry.rules())

@@ -15,7 +15,10 @@ POINTS = 2_000
 LABELS = {"true": "true", "false": "false", "none": "no label"}
 """Style class of a label → what it is called."""
 LABEL = "Map of prompts. Arrow keys go from point to point, Enter keeps one below."
-KEPT = "Point at a row to read it; a click keeps it here, with a link to its line. With the keyboard: arrows and Enter."
+KEPT = (
+    "Point at a row to read it; a click keeps it here, with a link to its line. With the keyboard: "
+    "arrows and Enter."
+)
 ZOOMS = {"in": ("Zoom in", "+"), "out": ("Zoom out", "−"), "whole": ("Show all", "all")}
 
 
@@ -90,7 +93,8 @@ def _stage(drawing: Markup) -> Markup:
         for way, (title, sign) in ZOOMS.items()
     )
     return Markup(
-        '<div class="stage">{}<div class="zoom">{}</div><div class="tip" id="tip" role="status" hidden></div></div>'
+        '<div class="stage">{}<div class="zoom">{}</div><div class="tip" id="tip" role="status" '
+        "hidden></div></div>"
     ).format(drawing, buttons)
 
 

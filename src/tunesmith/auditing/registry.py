@@ -1,7 +1,7 @@
 """What a rule of the audit is, and all rules that there are: one file in ``rules``, one class, one dimension.
 
-A rule states what it looks at, what each of its findings means, its bar and its chart. The screen, the page, the checks
-of ``audit.accept`` and the table of the documentation are derived from that."""
+A rule states what it looks at, what each of its findings means, its bar and its chart. The screen, the page,
+the checks of ``audit.accept`` and the table of the documentation are derived from that."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Rule(ABC):
     """Place among the dimensions, on the screen and on the page."""
     looks_at: ClassVar[str]
     findings: ClassVar[Mapping[str, str]]
-    """Name of a finding, without the dimension → what it means. A finding of another name is told by `otherwise`."""
+    """Name of a finding, without the dimension → what it means. A finding of another name is told by
+    `otherwise`."""
     otherwise: ClassVar[str] = ""
     bar: ClassVar[str] = "reported"
     needs: ClassVar[tuple[str, ...]] = ()
@@ -63,7 +64,8 @@ class Rule(ABC):
 
     @abstractmethod
     def judge(self, kept: list[Any], survey: Survey) -> Iterator[Finding]:
-        """Findings from what was kept of each row (None for rows not looked at), in the order of ``survey``."""
+        """Findings from what was kept of each row (None for rows not looked at), in the order of
+        ``survey``."""
 
     def draw(self, chart: Any) -> Section | None:
         """The section of the page that shows what `judge` put under `chart`."""

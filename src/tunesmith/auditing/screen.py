@@ -1,8 +1,8 @@
 """An audit in one screen of a terminal: verdict, every dimension beside its bar, what to do about what was
 found, worst rows.
 
-What does not fit is counted; the page and the JSON have all of it. How a finding is put into few words is here
-for `page` too."""
+What does not fit is counted; the page and the JSON have all of it. How a finding is put into few words is
+here for `page` too."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class Dimension(NamedTuple):
-    """``findings``: gravest first. ``severity``: of the first, or None if there are none. ``rule``: None if it is not
-    known here."""
+    """``findings``: gravest first. ``severity``: of the first, or None if there are none. ``rule``: None if
+    it is not known here."""
 
     name: str
     severity: Severity | None

@@ -142,7 +142,8 @@ def require(found: Audit) -> None:
     raise DataError(
         f"the audit found what ruins a run:\n{listing(lines)}",
         where=", ".join(found.files) or None,
-        hint=f"`tunesmith audit` shows every row; {' '.join(f'--accept {one.rule}' for one in errors)} trains on it as it is",
+        hint=f"`tunesmith audit` shows every row; {' '.join(f'--accept {one.rule}' for one in errors)} "
+        f"trains on it as it is",
     )
 
 

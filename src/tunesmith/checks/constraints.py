@@ -4,10 +4,9 @@ off its reference.
 A row declares ``constraints``, a list of objects such as ``{"kind": "bullets", "exactly": 3}``, or IFEval's
 own ``instruction_id_list`` and ``kwargs`` (Zhou et al. 2023, arXiv 2311.07911): the 25 instructions are kinds
 too, under their ids and with their arguments. What IFEval's code would draw at random must be given here.
-Told otherwise than there, for want of data (other small differences are counted in the documentation):
-sentences end at . ! ? … 。！？ before a space or the end, but not after an abbreviation such as ``Mr.`` (there:
-NLTK's trained Punkt), and languages are told by py3langid (there: langdetect). What words mean is not looked
-at."""
+Two differences from there (smaller ones are counted in the documentation): a sentence ends at . ! ? … 。！？
+before a space or the end, but not after an abbreviation such as ``Mr.`` (there: NLTK's trained Punkt), and
+py3langid detects languages (there: langdetect). What words mean is not looked at."""
 
 from __future__ import annotations
 
@@ -153,7 +152,8 @@ def _kind(name: str) -> Callable[[Callable[..., Check]], Callable[..., Check]]:
 
 _END = re.compile(r"(?:[.!?…]+[\"'”’»)\]*_]*(?=\s|$)|[。！？]+[”’」』）]*)")
 _SHORT = re.compile(
-    r"(?:^|[\s(\"'“])(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Inc|Ltd|Co|Corp|vs|etc|e\.g|i\.e|cf|No|Fig|approx|[A-Z])\.$"
+    r"(?:^|[\s(\"'“])(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Inc|Ltd|Co|Corp|vs|etc|e\.g|i\.e|cf|No|Fig|approx"
+    r"|[A-Z])\.$"
 )
 _CELL = re.compile(r"\s*:?-+:?\s*")
 

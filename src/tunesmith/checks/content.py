@@ -1,10 +1,10 @@
 """What stands in one text that should not be learned or said: secrets, personal data, swear words, broken
 characters, control tokens of chat templates, open code fences, refusals; and the language it is in.
 
-Secrets and personal data are recognised by their written form (prefixes, checksums, the word before them): a name,
-a postal address or a password in a sentence is not recognised, and what is plainly made up (example.com, 555
-numbers, AKIA…EXAMPLE) is not reported. Swear words are English only. Whether a text may hold any of this is
-for its callers."""
+Secrets and personal data are recognised by their written form (prefixes, checksums, the word before them): a
+name, a postal address or a password in a sentence is not recognised, and what is plainly made up
+(example.com, 555 numbers, AKIA…EXAMPLE) is not reported. Swear words are English only. Whether a text may
+hold any of this is for its callers."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class SensitiveText(NamedTuple):
 
 
 def sensitive(text: str) -> Iterator[SensitiveText]:
-    """Secrets, personal data and English swear words in the first `SCANNED` letters, in order; what is made up or
-    harmless left out."""
+    """Secrets, personal data and English swear words in the first `SCANNED` letters, in order; what is made
+    up or harmless left out."""
     text = text[:SCANNED]
     for match in scanner().scan(text).findings:
         value, before = text[match.start : match.end], text[max(0, match.start - 60) : match.start]
@@ -82,7 +82,8 @@ def sensitive(text: str) -> Iterator[SensitiveText]:
 
 
 def language(text: str) -> str | None:
-    """The code of the language, or None if there are fewer than `LETTERS` letters or py3langid is not `SURE`."""
+    """The code of the language, or None if there are fewer than `LETTERS` letters or py3langid is not
+    `SURE`."""
     if sum(map(str.isalpha, text)) < LETTERS:
         return None
     code, probability = identifier().classify(text)
@@ -97,13 +98,15 @@ def masked(text: str) -> str:
 # secrets
 
 _MADE_UP = re.compile(
-    r"example|your|xxx|placeholder|dummy|sample|change.?me|redacted|fake|test|secret|pass|token|admin|qwerty|letmein"
+    r"example|your|xxx|placeholder|dummy|sample|change.?me|redacted|fake|test|secret|pass|token|admin"
+    r"|qwerty|letmein"
     r"|4ec39hqlyjwdarjtt1zd|zdwiioiixmjm0nty3odkwi|\.\.\."
 )  # the last two: the keys in the documentation of Stripe and of JWT
 _FAKE_BODY = re.compile(r"example|placeholder|dummy|redacted|fake|xxxx|\.\.\.", re.IGNORECASE)
 _LEET = str.maketrans("@$013457", "asoieast")
 _HARMLESS = re.compile(
-    r"(?:page|next|cursor|continuation|csrf|max|sync|public|tokeni[sz])[\w-]{0,20}[\"']?\s{0,5}[:=]\s{0,5}[\"']?$",
+    r"(?:page|next|cursor|continuation|csrf|max|sync|public"
+    r"|tokeni[sz])[\w-]{0,20}[\"']?\s{0,5}[:=]\s{0,5}[\"']?$",
     re.IGNORECASE,
 )
 _HEX = re.compile(r"[0-9a-f]+", re.IGNORECASE)
@@ -164,15 +167,20 @@ def _random(value: str) -> bool:
 # personal data
 
 _PLACE = re.compile(
-    r"example|sample|domain|company|corp\b|acme|contoso|fabrikam|placeholder|provider|(?:^|\.)(?:e?mail|test|foo|bar|abc|xyz|vendor"
-    r"|partner|host|site|website|server|business|store|shop|school|university|organi[sz]ation|org|club|brand)\.[a-z]+$"
+    r"example|sample|domain|company|corp\b|acme|contoso|fabrikam|placeholder|provider|(?:^|\.)(?:e?mail"
+    r"|test|foo|bar|abc|xyz|vendor"
+    r"|partner|host|site|website|server|business|store|shop|school|university|organi[sz]ation|org|club"
+    r"|brand)\.[a-z]+$"
     r"|\.(?:test|invalid|localhost|local|internal|lan)$"
 )
 _OFFICES = frozenset(
     (
-        "admin administrator alerts bot ci contact customer.service customerservice devops email enquiries feedback git hello "
-        "help hr info it jobs legal mail marketing me name news newsletter no-reply noreply office orders postmaster press privacy "
-        "recipient reservations root sales security sender service sip someone support team test user username webmaster you"
+        "admin administrator alerts bot ci contact customer.service customerservice devops email enquiries "
+        "feedback git hello "
+        "help hr info it jobs legal mail marketing me name news newsletter no-reply noreply office orders "
+        "postmaster press privacy "
+        "recipient reservations root sales security sender service sip someone support team test user "
+        "username webmaster you"
     ).split()
 )
 _NOBODY = re.compile(r"doe\b|john[._]?smith|jane[._]?smith|^(?:foo|bar|abc|xyz|xx+)$")
@@ -181,8 +189,10 @@ _CARD_WORD = re.compile(
 )
 _TEST_NUMBERS = frozenset(
     (
-        "4012888888881881 378282246310005 371449635398431 30569309025904 38520000023237 6011000990139424 4532015112830366 "
-        "078051120 219099999 GB82WEST12345698765432 GB29NWBK60161331926819 GB33BUKB20201555555555 DE89370400440532013000 "
+        "4012888888881881 378282246310005 371449635398431 30569309025904 38520000023237 6011000990139424 "
+        "4532015112830366 "
+        "078051120 219099999 GB82WEST12345698765432 GB29NWBK60161331926819 GB33BUKB20201555555555 "
+        "DE89370400440532013000 "
         "FR1420041010050500013M02606 FR7630006000011234567890189 NL91ABNA0417164300 ES9121000418450200051332 "
         "IT60X0542811101000000123456 BE68539007547034 AT611904300234573201 CH9300762011623852957"
     ).split()
@@ -249,7 +259,8 @@ def broken_characters(text: str) -> Iterator[str]:
 # control tokens
 
 _CONTROL = re.compile(
-    r"<\|[\w-]{1,40}\|>|<｜[\w▁-]{1,40}｜>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT)\]|<</?SYS>>"
+    r"<\|[\w-]{1,40}\|>|<｜[\w▁-]{1,40}｜>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT"
+    r"|SYSTEM_PROMPT)\]|<</?SYS>>"
     r"|</?(?:start_of_turn|end_of_turn)>"
 )
 _STRUCK = re.compile(r"</?s>")
@@ -322,19 +333,24 @@ _I = r"I ?(?:\w{2,12}ly |also |just )?"
 _UNABLE = r"(?:can(?:no|['’])t|can not|(?:am|['’]m) (?:\w{2,12}ly )?(?:unable to|not able to|not capable of))"
 _LACK = r"(?:do not|don['’]t) (?:\w{2,12}ly )?(?:have|possess)"
 _SORRY = (
-    r"(?:I(?:['’]m| am) (?:\w{1,10} ){0,2}sorry|sorry|(?:I|my) apologi[sz]e|(?:my )?apologies|unfortunately|regrettably"
-    r"|as an? (?:\w{1,12} ){0,2}(?:AI|language model)|I(?:['’]m| am) (?:\w{1,12} ){0,2}(?:AI|language model))\b[^.!?\n]{0,100}?\b"
+    r"(?:I(?:['’]m| am) (?:\w{1,10} ){0,2}sorry|sorry|(?:I|my) apologi[sz]e|(?:my )?apologies"
+    r"|unfortunately|regrettably"
+    r"|as an? (?:\w{1,12} ){0,2}(?:AI|language model)|I(?:['’]m| am) (?:\w{1,12} ){0,2}(?:AI|language "
+    r"model))\b[^.!?\n]{0,100}?\b"
 )
 _MISS = r"(?! (?:find|see\b|locate|determine|estimate|tell\b|come\b|attend|make it|join))"
 _SERVE = (
-    r"(?:assist|help|provid|fulfil|comply|support|engag|creat|generat|answer|do (?:that|this|so)\b|delet|remov|discuss|offer"
-    r"|shar(?:e|ing)|complete (?:this|that)|perform|access|brows|process|writ(?:e|ing) (?:this|that|code)|produc|recommend"
+    r"(?:assist|help|provid|fulfil|comply|support|engag|creat|generat|answer|do (?:that|this|so)\b|delet"
+    r"|remov|discuss|offer"
+    r"|shar(?:e|ing)|complete (?:this|that)|perform|access|brows|process|writ(?:e|ing) (?:this|that|code)"
+    r"|produc|recommend"
     r"|advis|participat|translat|book|order|execut|predict)"
 )
 _ACCESS = r"(?:the (?:ability|capability)|access|personal|real.?time|any (?:information|personal)|feelings)"
 REFUSES = re.compile(
     rf"\W{{0,3}}(?:{_SORRY}{_I}(?:{_UNABLE}|{_LACK}|won['’]t|will not|(?:must )?decline){_MISS}"
-    rf"|{_I}(?:{_UNABLE}|won['’]t|will not|must decline to)(?: and (?:will not|won['’]t))? {_SERVE}|{_I}{_LACK} {_ACCESS})"
+    rf"|{_I}(?:{_UNABLE}|won['’]t|will not|must decline to)(?: and (?:will not|won['’]t))? {_SERVE}"
+    rf"|{_I}{_LACK} {_ACCESS})"
     r"[^.!?\n]{0,40}",
     re.IGNORECASE,
 )

@@ -2,9 +2,11 @@
 
 Read are the forms that data and models write:
 - ``tool_call: NAME`` on a line and ``arguments: {…}`` after it, with any ``Result: …`` between calls skipped;
-- Mistral: ``[TOOL_CALLS] [{"name": …, "arguments": …}, …]`` of version 3, and ``[TOOL_CALLS]NAME[ARGS]{…}`` of later ones;
+- Mistral: ``[TOOL_CALLS] [{"name": …, "arguments": …}, …]`` of version 3, and ``[TOOL_CALLS]NAME[ARGS]{…}``
+  of later ones;
 - Hermes: ``<tool_call>{"name": …, "arguments": …}</tool_call>``;
-- OpenAI: a JSON object or array at the start of a line, ``{"name": …, "arguments": …}``, alone or as ``function`` inside
+- OpenAI: a JSON object or array at the start of a line, ``{"name": …, "arguments": …}``, alone or as
+  ``function`` inside
   ``tool_calls``; its arguments may be a string that holds JSON; Llama 3 calls them ``parameters``.
 
 What is not strict JSON (NaN, single quotes, a trailing comma, text after the closing brace on its line) is a

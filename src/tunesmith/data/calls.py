@@ -72,7 +72,8 @@ class _Run:
 
 
 _HEAD = re.compile(
-    r"^ {0,3}(?:(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})|tool_call:[ \t]*(?P<name>\S++)\s++(?:(?P<given>arguments:\s*+)|(?=Result:)))",
+    r"^ {0,3}(?:(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})|tool_call:[ "
+    r"\t]*(?P<name>\S++)\s++(?:(?P<given>arguments:\s*+)|(?=Result:)))",
     re.MULTILINE,
 )
 _CLOSE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t\r]*$", re.MULTILINE)

@@ -84,7 +84,8 @@ class DataSpec(Spec):
     )
     structure_calls: bool = Field(
         default=False,
-        description="calls and results written as text become turns, so that results are read and never learned",
+        description="calls and results written as text become turns, so that results are read and never "
+        "learned",
     )
 
     @field_validator("train", "valid", mode="before")

@@ -204,7 +204,10 @@ class _Decoder(json.JSONDecoder):
             if (end := _skip(text, end)) < len(text):
                 raise json.JSONDecodeError("more text after the value", text, end)
         except json.JSONDecodeError as error:
-            found = f"{error.msg} at column {error.pos + 1}: {show(text[max(0, error.pos - 20) : error.pos + 20])}"
+            found = (
+                f"{error.msg} at column {error.pos + 1}: "
+                f"{show(text[max(0, error.pos - 20) : error.pos + 20])}"
+            )
             return BadRow(
                 "json", "", "one whole JSON object a line", found, "rows over many lines need a JSON array"
             )

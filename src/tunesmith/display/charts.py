@@ -79,10 +79,11 @@ def lines(
     marks: Sequence[tuple[float, str]] = (),
     note: str = "",
 ) -> Markup:
-    """A card with curves over ``x``, or nothing if no line has a number. ``marks``: upright lines with a word.
+    """A card with curves over ``x``, or nothing if no line has a number. ``marks``: upright lines with a
+    word.
 
-    log: a logarithmic axis, for what is above zero. zero: the axis begins there. What cannot be drawn is counted
-    below."""
+    log: a logarithmic axis, for what is above zero. zero: the axis begins there. What cannot be drawn is
+    counted below."""
     every = [(line, _finite(line, log)) for line in curves]
     drawn = [(line, thinned(points)) for line, points in every if points]
     if not drawn:
@@ -132,7 +133,8 @@ def _left_out(count: int, log: bool) -> str:
 
 
 def forest(differences: Sequence[Difference], head: str = "Tuned − base") -> Markup:
-    """A table of differences, each with its interval; right of the line is better. Each scale has its own axis."""
+    """A table of differences, each with its interval; right of the line is better. Each scale has its own
+    axis."""
     if not differences:
         return Markup("")
     rows = []
@@ -142,7 +144,8 @@ def forest(differences: Sequence[Difference], head: str = "Tuned − base") -> M
         reach = max(filter(math.isfinite, ends), default=0.0) or 1.0
         rows.append(
             Markup(
-                '<tr class="axis"><th scope="rowgroup">{}</th><td><div class="ends"><span>−{}</span><span>0</span>'
+                '<tr class="axis"><th scope="rowgroup">{}</th><td><div '
+                'class="ends"><span>−{}</span><span>0</span>'
                 "<span>+{}</span></div></td><td></td></tr>"
             ).format(scale, *[number(reach, bare=True)] * 2)
         )
@@ -172,7 +175,8 @@ def _difference(row: Difference, reach: float) -> Markup:
     parts += f'<svg x="{place(row.gain)}" y="15" overflow="visible"><path class="{tone}" d="{shape}"/></svg>'
     return Markup(
         '<tr><th scope="row"><bdi>{}</bdi><small>{}</small></th><td class="whole">'
-        '<svg class="row" width="100%" height="30" aria-hidden="true">{}</svg></td><td class="text">{}</td></tr>'
+        '<svg class="row" width="100%" height="30" aria-hidden="true">{}</svg></td><td '
+        'class="text">{}</td></tr>'
     ).format(row.label, row.about, Markup(parts), row.told)
 
 
@@ -234,8 +238,9 @@ def columns(
     log: bool = False,
     marks: Mapping[str, float] | None = None,
 ) -> Markup:
-    """A card with a histogram, or nothing if all counts are 0. ``name``: id of the drawing. ``marks``: name → place of
-    an upright line; far beyond the bars it is only named. log: heights are log(1 + count), which is said."""
+    """A card with a histogram, or nothing if all counts are 0. ``name``: id of the drawing. ``marks``: name →
+    place of an upright line; far beyond the bars it is only named. log: heights are log(1 + count), which is
+    said."""
     if not counts or not any(counts) or edges[-1] <= edges[0]:
         return Markup("")
     near = {word: at for word, at in (marks or {}).items() if at <= FAR * edges[-1]}
@@ -270,7 +275,8 @@ def columns(
 
 
 class _Axes:
-    """Places in a plot of ``WIDTH`` × ``HEIGHT``. ``x``: from and to. ``y``: from and to, behind ``scale``."""
+    """Places in a plot of ``WIDTH`` × ``HEIGHT``. ``x``: from and to. ``y``: from and to, behind
+    ``scale``."""
 
     def __init__(
         self, x: tuple[float, float], y: tuple[float, float], scale: Callable[[float], float]
@@ -330,8 +336,8 @@ def _powers(most: int) -> list[float]:
 def stacked(
     name: str, rows: Sequence[tuple[str, Mapping[str, int]]], keys: Mapping[str, str], limit: int
 ) -> Markup:
-    """A legend and a table of bars, one a row, cut by key. ``keys``: style class → what it is called. ``limit``: rows
-    that are drawn; all of them stand in the table below."""
+    """A legend and a table of bars, one a row, cut by key. ``keys``: style class → what it is called.
+    ``limit``: rows that are drawn; all of them stand in the table below."""
     most = max((sum(counts.values()) for _, counts in rows[:limit]), default=0) or 1
     drawn = []
     for label, counts in rows[:limit]:
@@ -348,7 +354,8 @@ def stacked(
         drawn.append(_row(middle(label, 36), "".join(parts), f"{sum(counts.values()):,}", 16))
     legend = Markup("").join(
         Markup(
-            '<li><svg viewBox="0 0 14 14" aria-hidden="true"><rect class="bar {}" width="14" height="14" rx="2"/>'
+            '<li><svg viewBox="0 0 14 14" aria-hidden="true"><rect class="bar {}" width="14" height="14" '
+            'rx="2"/>'
             "</svg>{}</li>"
         ).format(key, called)
         for key, called in keys.items()
@@ -374,8 +381,8 @@ class Dot(NamedTuple):
 
 
 def scatter(name: str, dots: Sequence[Dot], label: str) -> Markup:
-    """Points without axes, each group with its number beside its middle, the first group below. A script zooms,
-    colours and names them: ``data-n`` is the place in ``dots``."""
+    """Points without axes, each group with its number beside its middle, the first group below. A script
+    zooms, colours and names them: ``data-n`` is the place in ``dots``."""
     left, right = _room([dot.x for dot in dots])
     low, high = _room([dot.y for dot in dots])
 
@@ -390,7 +397,8 @@ def scatter(name: str, dots: Sequence[Dot], label: str) -> Markup:
         for nth, dot in members.items():
             x, y = place(dot.x, dot.y)
             parts.append(
-                f'<path class="point {dot.key}" data-n="{nth}" style="translate:{x:.1f}px {y:.1f}px" d="{FORMS[dot.key]}"/>'
+                f'<path class="point {dot.key}" data-n="{nth}" style="translate:{x:.1f}px {y:.1f}px" '
+                f'd="{FORMS[dot.key]}"/>'
             )
         parts.append("</g>")
         x, y = place(
@@ -398,7 +406,8 @@ def scatter(name: str, dots: Sequence[Dot], label: str) -> Markup:
         )
         numbers.append(f'<text class="mark" style="translate:{x:.1f}px {y:.1f}px" y="-8">{group + 1}</text>')
     return Markup(
-        '<svg class="plot scatter" id="{}" viewBox="0 0 {} {}" tabindex="0" role="application" aria-label="{}" '
+        '<svg class="plot scatter" id="{}" viewBox="0 0 {} {}" tabindex="0" role="application" '
+        'aria-label="{}" '
         'aria-describedby="tip">{}</svg>'
     ).format(name, *SPREAD, label, Markup("".join([*parts, *numbers])))
 
@@ -447,7 +456,8 @@ def key(found: Sequence[tuple[str, str, int | str]]) -> Markup:
     for name, style, colour in found:
         dot = _marker(13, 6, colour) if style == "marks" else ""
         line = Markup(
-            f'<svg width="26" height="12" aria-hidden="true"><polyline class="{style} c{colour}" points="0,6 26,6"/>{dot}</svg>'
+            f'<svg width="26" height="12" aria-hidden="true"><polyline class="{style} c{colour}" points="0,6 '
+            f'26,6"/>{dot}</svg>'
         )
         items.append(Markup("<li>{}{}</li>").format(line, name))
     return Markup('<ul class="key">{}</ul>').format(Markup("").join(items))

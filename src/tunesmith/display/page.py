@@ -1,7 +1,9 @@
-"""A page: one HTML file that needs no network. One template environment, one stylesheet, one guard against overwriting.
+"""A page: one HTML file that needs no network. One template environment, one stylesheet, one guard against
+overwriting.
 
-Texts of the data are only ever text: the template escapes them, scripts set them as text, and a content policy in the
-page forbids every other script and every request. Templates extend ``base.html``; how pages look is in ``look.css``."""
+Texts of the data are only ever text: the template escapes them, scripts set them as text, and a content
+policy in the page forbids every other script and every request. Templates extend ``base.html``; how pages
+look is in ``look.css``."""
 
 from __future__ import annotations
 
@@ -40,11 +42,12 @@ def render(
     filters: Mapping[str, Callable[..., Any]],
     facts: Mapping[str, Any],
 ) -> str:
-    """``template`` (a file of ``package`` that extends ``base.html``), filled. The same facts give the same page.
+    """``template`` (a file of ``package`` that extends ``base.html``), filled. The same facts give the same
+    page.
 
-    data: what the page's script reads as ``data``. verb: the command that made it. tone: how the verdict looks (good,
-    warning, error or note). filters, facts: what the template names, beyond the filters ``line`` (one line of so many
-    letters), ``percent``, ``duration``, ``size``, ``many`` and ``coded``."""
+    data: what the page's script reads as ``data``. verb: the command that made it. tone: how the verdict
+    looks (good, warning, error or note). filters, facts: what the template names, beyond the filters ``line``
+    (one line of so many letters), ``percent``, ``duration``, ``size``, ``many`` and ``coded``."""
     folders = {"base.html": "tunesmith.display"}
     environment = Environment(
         autoescape=True,
@@ -78,7 +81,7 @@ def render(
         look=Markup(look),
         narrow=Markup(narrow),
     )
-    # No text of the page can name the hash of what it is part of, so none can carry the right to run a script.
+    # No text of the page can name the hash of what it is part of, so none carries the right to run a script.
     return page.replace(_NONCE, hashlib.sha256(page.encode("utf-8", "surrogatepass")).hexdigest()[:32])
 
 
@@ -88,7 +91,8 @@ def coded(text: str) -> Markup:
 
 
 def write(text: str, path: Path, verb: str) -> None:
-    """Write the page, whole or not at all. Raises ConfigError as `check` does, and if the file cannot be written."""
+    """Write the page, whole or not at all. Raises ConfigError as `check` does, and if the file cannot be
+    written."""
     check(path, verb)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

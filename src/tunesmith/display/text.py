@@ -13,7 +13,8 @@ _UNSEEN = re.compile(
 
 
 def escaped(text: str) -> str:
-    """``text`` with control characters, lone surrogates and marks of direction written as ``\\x1b`` or ``\\u202e``."""
+    """``text`` with control characters, lone surrogates and marks of direction written as ``\\x1b`` or
+    ``\\u202e``."""
     return _UNSEEN.sub(
         lambda match: f"\\u{ord(match[0]):04x}" if match[0] > "\xff" else f"\\x{ord(match[0]):02x}", text
     )

@@ -35,12 +35,14 @@ class BatchSpec(Spec):
     tokens: int | None = Field(
         default=None,
         ge=8,
-        description="tokens on the device at once, padding included; null: those of the longest row. Like micro, changes memory "
+        description="tokens on the device at once, padding included; null: those of the longest row. Like "
+        "micro, changes memory "
         "and speed, not the result",
     )
     pack: bool = Field(
         default=False,
-        description="lay the rows of a micro-batch end to end in one, each attending to itself alone: no padding",
+        description="lay the rows of a micro-batch end to end in one, each attending to itself alone: no "
+        "padding",
     )
     length: int = Field(
         default=4096, ge=8, description="longest row, in tokens; template.too_long says what happens beyond"

@@ -32,7 +32,8 @@ NAMED, EACH = 10, 3
 """Types that a finding names, and rows of each."""
 
 _OPENERS = re.compile(
-    r"(?:[\W_]*+(?:please|kindly|hey|hi|hello|(?:can|could|would|will) you|help me(?: to)?|(?:i'd|i would) like(?: you)? to"
+    r"(?:[\W_]*+(?:please|kindly|hey|hi|hello|(?:can|could|would|will) you|help me(?: to)?|(?:i'd|i "
+    r"would) like(?: you)? to"
     r"|i (?:want|need)(?: you)? to|let'?s)(?![\w'’]))*+[\W_]*+",
     re.IGNORECASE,
 )
@@ -53,7 +54,8 @@ class Balance(Rule):
     order = 30
     looks_at = "kinds of task and labels"
     findings: ClassVar = {
-        "types": "entropy of the instruction types (the tool called first, else the leading word of the prompt)",
+        "types": "entropy of the instruction types (the tool called first, else the leading word of the "
+        "prompt)",
         "labels": "shares of desirable and undesirable rows",
         "labels_by_type": "types whose labels are far from those of all rows",
     }
@@ -140,7 +142,8 @@ def _types(rows: Sequence[tuple[int, InstructionType]], types: Mapping[int, str]
         tuple(FindingRow(survey.sources[at], most[0][0]) for at in places[:NAMED]),
         ""
         if met
-        else "add rows of other kinds, or leave out some of the most frequent: the model learns to expect these",
+        else "add rows of other kinds, or leave out some of the most frequent: the model learns to expect "
+        "these",
         of_set=True,
     )
 
@@ -193,7 +196,10 @@ def _labels_by_type(
     far = [name for _, least, name in sorted(zip(chances, adjusted, tested, strict=True)) if least < CHANCE]
     rule, threshold = "balance.labels_by_type", "labels as in the whole"
     if not far:
-        told = f"labels of the {len(tested)} types with {FEWEST_OF_TYPE} rows or more are as in the whole, {whole:.0%} desirable"
+        told = (
+            f"labels of the {len(tested)} types with {FEWEST_OF_TYPE} rows or more are as in the whole, "
+            f"{whole:.0%} desirable"
+        )
         yield Finding(rule, "good", told, of=len(types), threshold=threshold)
         return
     named = far[:NAMED]
@@ -210,7 +216,8 @@ def _labels_by_type(
     yield Finding(
         rule,
         "warning",
-        f"{len(far)} of {len(tested)} types with labels far from those of all, {whole:.0%} desirable: {listed}",
+        f"{len(far)} of {len(tested)} types with labels far from those of all, {whole:.0%} desirable: "
+        f"{listed}",
         sum(sizes[name] for name in far),
         len(types),
         None,

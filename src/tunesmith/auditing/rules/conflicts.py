@@ -14,6 +14,25 @@ from tunesmith.auditing.findings import Finding, FindingRow, Severity, counted
 from tunesmith.auditing.registry import Rule, register
 from tunesmith.auditing.views import Context, Survey, View, digest, spaced
 
+FINDINGS: dict[str, tuple[str, Severity, str]] = {
+    "labels": (
+        "saying the same as another row under the opposite label",
+        "warning",
+        "one of the two labels is wrong: decide which, or leave both out",
+    ),
+    "prompts": (
+        "answering the prompt of another row otherwise, under the opposite label",
+        "note",
+        "KTO and DPO learn from such a contrast; for SFT only the desirable one counts",
+    ),
+    "answers": (
+        "answering the prompt of an earlier row otherwise",
+        "note",
+        "variety is welcome, contradiction is not: read a few",
+    ),
+}
+"""What such rows do, how grave that is, and what to do."""
+
 
 class PromptHashes(NamedTuple):
     prompt: int
@@ -41,75 +60,43 @@ class Conflicts(Rule):
         return PromptHashes(digest(asked), digest(spaced(view.answers[0])), digest(spaced(after)))
 
     def judge(self, kept: list[PromptHashes | None], survey: Survey) -> Iterator[Finding]:
-        asked: dict[int, list[tuple[int, PromptHashes]]] = defaultdict(list)
-        rows = 0
-        for at in survey.training:
-            if (one := kept[at]) is not None:
-                asked[one.prompt].append((at, one))
-                rows += 1
-        if not rows:
+        groups: dict[int, list[tuple[int, PromptHashes]]] = defaultdict(list)
+        for row in survey.training:
+            if (hashes := kept[row]) is not None:
+                groups[hashes.prompt].append((row, hashes))
+        if not groups:
             return
-        opposed: dict[int, str] = {}
-        judged: dict[int, str] = {}
-        answered: dict[int, str] = {}
-        for group in asked.values():
-            if len(group) < 2:
-                continue
-            said: dict[int, dict[bool, int]] = defaultdict(dict)  # words → label → first row
-            firsts: dict[bool, int] = {}
-            for at, one in group:
-                if (label := survey.labels[at]) is not None:
-                    said[one.said].setdefault(label, at)
-                    firsts.setdefault(label, at)
-            for at, one in group:
-                label = survey.labels[at]
-                other = None if label is None else said[one.said].get(not label)
-                if other is not None:
-                    opposed[at] = (
-                        f"{_word(label)}; {survey.sources[other]} says the same and is {_word(not label)}"
-                    )
-                    continue
-                contrary = None if label is None else firsts.get(not label)
-                if contrary is not None:
-                    judged[at] = (
-                        f"{_word(label)}; {survey.sources[contrary]} answers otherwise and is {_word(not label)}"
-                    )
-                    continue
-                first, before = group[0]
-                if (
-                    at != first
-                    and one.answer != before.answer
-                    and label is not False
-                    and survey.labels[first] is not False
-                ):
-                    answered[at] = f"{survey.sources[first]} answers this prompt otherwise"
-        yield _finding(
-            "labels",
-            survey,
-            rows,
-            opposed,
-            "saying the same as another row under the opposite label",
-            "warning",
-            "one of the two labels is wrong: decide which, or leave both out",
-        )
-        yield _finding(
-            "prompts",
-            survey,
-            rows,
-            judged,
-            "answering the prompt of another row otherwise, under the opposite label",
-            "note",
-            "KTO and DPO learn from such a contrast; for SFT only the desirable one counts",
-        )
-        yield _finding(
-            "answers",
-            survey,
-            rows,
-            answered,
-            "answering the prompt of an earlier row otherwise",
-            "note",
-            "variety is welcome, contradiction is not: read a few",
-        )
+        notes: dict[str, dict[int, str]] = {name: {} for name in FINDINGS}
+        for group in groups.values():
+            if len(group) > 1:
+                for name, row, note in _contradictions(group, survey):
+                    notes[name][row] = note
+        rows = sum(map(len, groups.values()))
+        for name, (what, severity, hint) in FINDINGS.items():
+            yield _finding(name, survey, rows, notes[name], what, severity, hint)
+
+
+def _contradictions(group: list[tuple[int, PromptHashes]], survey: Survey) -> Iterator[tuple[str, int, str]]:
+    """(finding, row, note) among rows with one prompt; each row is in one finding, the gravest."""
+    by_words: dict[int, dict[bool, int]] = defaultdict(dict)  # words → label → first row
+    by_label: dict[bool, int] = {}
+    for row, hashes in group:
+        if (label := survey.labels[row]) is not None:
+            by_words[hashes.said].setdefault(label, row)
+            by_label.setdefault(label, row)
+    first, before = group[0]
+    for row, hashes in group:
+        label = survey.labels[row]
+        same = None if label is None else by_words[hashes.said].get(not label)
+        other = None if label is None else by_label.get(not label)
+        own, opposite = _word(label), _word(not label)
+        if same is not None:
+            yield "labels", row, f"{own}; {survey.sources[same]} says the same and is {opposite}"
+        elif other is not None:
+            yield "prompts", row, f"{own}; {survey.sources[other]} answers otherwise and is {opposite}"
+        elif row != first and hashes.answer != before.answer:
+            if label is not False and survey.labels[first] is not False:
+                yield "answers", row, f"{survey.sources[first]} answers this prompt otherwise"
 
 
 def _word(label: bool | None) -> str:

@@ -261,16 +261,20 @@ def _scan(part: TextPart, request: Request) -> Iterator[ContentHit]:
 
 
 _HTML = re.compile(
-    r"</(?:a|b|i|p|em|strong|div|span|table|tbody|thead|tr|td|th|ul|ol|li|h[1-6]|font|center|blockquote|pre)\s{0,5}>"
-    r"|<(?:br|hr)\s{0,5}/?>|<(?:a|p|div|span|img|table|tr|td|th|ul|ol|li|h[1-6]|font)\s{1,5}[a-z-]{1,20}\s{0,5}=",
+    r"</(?:a|b|i|p|em|strong|div|span|table|tbody|thead|tr|td|th|ul|ol|li|h[1-6]|font|center|blockquote"
+    r"|pre)\s{0,5}>"
+    r"|<(?:br|hr)\s{0,5}/?>|<(?:a|p|div|span|img|table|tr|td|th|ul|ol|li|h[1-6]"
+    r"|font)\s{1,5}[a-z-]{1,20}\s{0,5}=",
     re.IGNORECASE,
 )
 _ENTITY = re.compile(
     r"&(?:nbsp|amp|lt|gt|quot|apos|[lr][sd]quo|[mn]dash|hellip|copy|reg|#\d{2,6}|#[xX][0-9a-fA-F]{2,5});"
 )
 _ABOUT = re.compile(
-    r"html|\bcss\b|\bxml|\bsvg\b|\bjsx\b|\breact(?:\.?js| app| component| native)|angular|\bvue\.?js|svelte|markup|ing tags?\b"
-    r"|web ?(?:page|site|app\b|dev)|front-?end|\bphp\b|django|\bflask\b|jinja|javascript|typescript|scraping|mail template"
+    r"html|\bcss\b|\bxml|\bsvg\b|\bjsx\b|\breact(?:\.?js| app| component| native)|angular|\bvue\.?js"
+    r"|svelte|markup|ing tags?\b"
+    r"|web ?(?:page|site|app\b|dev)|front-?end|\bphp\b|django|\bflask\b|jinja|javascript|typescript"
+    r"|scraping|mail template"
     r"|escape (?:char|seq)",
     re.IGNORECASE,
 )

@@ -88,7 +88,10 @@ def _crowds(survey: Survey) -> Iterator[Finding]:
     crowds = [group for group, size in sizes.most_common() if group.tight and size > fair * many]
     if not crowds:
         name, size = sizes.most_common(1)[0]
-        told = f"prompts fall into {len(sizes)} clusters, the largest with {size / many:.0%} of the rows ({name.name})"
+        told = (
+            f"prompts fall into {len(sizes)} clusters, the largest with {size / many:.0%} of the rows "
+            f"({name.name})"
+        )
         yield Finding(rule, "good", told, of=many, value=size / many, threshold=bar)
         return
     count = sum(sizes[group] for group in crowds)
@@ -188,7 +191,8 @@ def _trigrams(rows: Sequence[int], found: Sequence[RowTrigrams], survey: Survey)
             FindingRow(survey.sources[rows[at]], f"{new[at] / many[at]:.0%} of its trigrams are new")
             for at in least
         ),
-        "rows that follow one pattern teach the pattern: rewrite some or leave them out. The share falls as a set grows: compare"
+        "rows that follow one pattern teach the pattern: rewrite some or leave them out. The share falls as "
+        "a set grows: compare"
         " it only with sets of this size",
         of_set=True,
     )

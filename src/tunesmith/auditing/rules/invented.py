@@ -23,7 +23,8 @@ _MARK = re.compile(
     (?P<fence>```(?=[^`\n]*$)|~~~)
     |(?P<call>(?:tool|function)[ _]call:|action[ ]input:|<(?:tool|function)_?call>|\[TOOL_CALLS\])
     |(?P<block><\|?(?:tool|function)_(?:response|result|output)s?\|?>|\[TOOL_RESULTS\])
-    |(?P<word>result|observation|(?:tool|function)[ ](?:result|output|response)):(?:[ \t]*+(?P<said>[^\s])|\s*+(?P<json>[{\[]))
+    |(?P<word>result|observation|(?:tool|function)[ ](?:result|output|response)):
+        (?:[ \t]*+(?P<said>[^\s])|\s*+(?P<json>[{\[]))
     )""",
     re.MULTILINE | re.IGNORECASE | re.VERBOSE,
 )
@@ -70,7 +71,8 @@ class Invented(Rule):
         yield Finding(
             "invented.results",
             "warning",
-            f"{counted(len(found), len(rows))} in which the assistant writes the results of its calls itself, and learns to",
+            f"{counted(len(found), len(rows))} in which the assistant writes the results of its calls "
+            f"itself, and learns to",
             len(found),
             len(rows),
             rows=tuple(FindingRow(survey.sources[at], one.seen) for at, one in found),
@@ -114,6 +116,9 @@ def _hint(turned: int, notes: Counter[str]) -> str:
     left = ", ".join(
         f"{reason} {count}" for reason, count in notes.most_common() if reason != calls.STRUCTURED
     )
-    can = f"`--fix OUT` or data.structure_calls=true turns {turned:,} of them into calls and results, which are not learned"
+    can = (
+        f"`--fix OUT` or data.structure_calls=true turns {turned:,} of them into calls and results, which "
+        f"are not learned"
+    )
     cannot = f"{notes.total() - turned:,} cannot be turned ({left}): mend them or leave them out"
     return "; ".join([can] * bool(turned) + [cannot] * bool(left))

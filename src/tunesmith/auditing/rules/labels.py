@@ -62,7 +62,10 @@ class Labels(Rule):
         if not rows:
             return
         if len(rows) < FEWEST or rarer < FEWEST_OF_LABEL:
-            told = f"{counted(len(rows))} with a label, {rarer} of the rarer one: too few to tell from them which are suspicious"
+            told = (
+                f"{counted(len(rows))} with a label, {rarer} of the rarer one: too few to tell from them "
+                f"which are suspicious"
+            )
             yield Finding(rule, "note", told, of=len(rows))
             return
         features = _features([one for at in rows if (one := kept[at]) is not None])

@@ -76,13 +76,19 @@ class Lengths(Rule):
         }
         mean, low, high = float(table[:, 1].mean()), *spec.mean_answer
         ratio = float(np.median(table[:, 1] / np.maximum(table[:, 0], 1)))
-        told = f"the mean answer has {mean:,.0f} {word}; answers are {ratio:.1f} times as long as prompts (median)"
+        told = (
+            f"the mean answer has {mean:,.0f} {word}; answers are {ratio:.1f} times as long as prompts "
+            f"(median)"
+        )
         if not tokens:
             hint = "name --model or --tokenizer to count tokens"
             yield Finding("length.answers", "note", told, of=len(rows), value=mean, hint=hint)
         else:
             fits = low <= mean <= high
-            hint = "long answers cost time and memory, very short ones teach little: are they as your users are to get them?"
+            hint = (
+                "long answers cost time and memory, very short ones teach little: are they as your users "
+                "are to get them?"
+            )
             yield Finding(
                 "length.answers",
                 "good" if fits else "warning",
