@@ -198,16 +198,15 @@ HOSTILE = {
     "10 MB of digits": hostile(talk("hi", "1" * 10_000_000)),
     "10 MB of brackets": hostile(talk("hi", "<" * 10_000_000)),
     "deep nesting": b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "deep arguments": b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "meta": '
-    + b'{"a":' * 900
-    + b"1"
-    + b"}" * 900
-    + b"}",
+    "deep arguments": b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": '
+    b'"y"}], "meta": ' + b'{"a":' * 900 + b"1" + b"}" * 900 + b"}",
     "100,000 turns": hostile(talk(*["ping", "pong"] * 50_000)),
     "NUL bytes": b'{"messages": [\x00\x00\x00]}',
     "NUL in a text": hostile(talk("a\x00b", "c\x00d")),
-    "lone surrogates": b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
-    "no UTF-8": b'{"messages": [{"role": "user", "content": "\xff\xfe\xfa"}, {"role": "assistant", "content": "x"}]}',
+    "lone surrogates": b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", '
+    b'"content": "x"}]}',
+    "no UTF-8": b'{"messages": [{"role": "user", "content": "\xff\xfe\xfa"}, {"role": "assistant", '
+    b'"content": "x"}]}',
     "half a row": b'{"messages": [{"role": "us',
 }
 

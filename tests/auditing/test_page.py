@@ -25,7 +25,8 @@ from tunesmith.display.text import percent
 from tunesmith.errors import ConfigError
 
 HOSTILE = (
-    "<b>b</b></script><img src=x onerror='window.hacked=1'>\"&lt;{{7*7}}`<i>` javascript:window.hacked=1 %{x} "
+    "<b>b</b></script><img src=x onerror='window.hacked=1'>\"&lt;{{7*7}}`<i>` javascript:window.hacked=1 "
+    "%{x} "
     "\x00\x1b[31m\ud800\u202e\u2028"
 )
 SHOWN = HOSTILE.partition("`")[0]

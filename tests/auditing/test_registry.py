@@ -1,4 +1,5 @@
-"""A rule is one file: the screen, the page, `audit.accept` and the documentation know it from its class alone."""
+"""A rule is one file: the screen, the page, `audit.accept` and the documentation know it from its class
+alone."""
 
 from __future__ import annotations
 

@@ -124,7 +124,8 @@ def test_an_instruction_with_input_and_history(tmp_path):
     assert isinstance(example, Completion) and example.label is True
     assert example.completion == "3"
     assert example.prompt == (
-        "Be brief.\n\n### Instruction:\nq\n\n### Response:\nr\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+        "Be brief.\n\n### Instruction:\nq\n\n### Response:\nr\n\n### Instruction:\nAdd.\n\n### Input:\n1 "
+        "2\n\n### Response:\n"
     )
 
 

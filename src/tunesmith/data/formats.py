@@ -10,15 +10,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from tunesmith.data import sources
 from tunesmith.data.calls import structure
-from tunesmith.data.examples import BadRow, check, opening, prompt_key, split, write_examples, write_lines
+from tunesmith.data.examples import BadRow, prompt_key, split, write_examples, write_lines
+from tunesmith.data.layout import RowReader, layout_of, layouts, typed
 from tunesmith.data.sources import show
 from tunesmith.errors import DataError, listing
 from tunesmith.settings.config import JSON, Spec
@@ -59,6 +60,14 @@ __all__ = [
 ]
 
 
+def known_format(name: str) -> str:
+    if name != "auto" and name not in layouts():
+        near = get_close_matches(name, layouts(), n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"expected one of auto, {', '.join(layouts())}{meant}")
+    return name
+
+
 class DataSpec(Spec):
     """Where the rows are and how they are read."""
 
@@ -68,8 +77,8 @@ class DataSpec(Spec):
     valid: Annotated[float, Field(ge=0, lt=1)] | tuple[str, ...] = Field(
         0.2, description="share held out (0: none), or files"
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text", "preference"] = Field(
-        default="auto", description="layout of the rows; auto tells by their keys"
+    format: Annotated[str, AfterValidator(known_format)] = Field(
+        default="auto", description=f"layout of the rows: auto (by their keys), {', '.join(layouts())}"
     )
     max_dropped: float = Field(
         default=0.05, ge=0, le=1, description="largest share of unusable rows before it stops"
@@ -149,295 +158,21 @@ def row(raw: sources.Raw, spec: DataSpec) -> Example | Dropped:
         return Dropped(raw.source, "json", "expected a row, found values nested too deeply", raw.text)
 
 
-def _nested(value: JSON, at: str, reason: str) -> JSON:
-    """``value``, or where it is text, the JSON inside."""
-    inside = sources.value(value) if isinstance(value, str) else value
-    if isinstance(inside, BadRow):
-        raise BadRow(reason, at, "a string that holds JSON", f"{show(value)} ({inside})")
-    return inside
-
-
-_LAYOUTS: dict[str, tuple[str, ...]] = {
-    "preference": ("chosen", "rejected"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
-_MARKS = {"system": "", "user": "### Instruction:\n", "assistant": "### Response:\n"}
-_T = TypeVar("_T", str, list[JSON], dict[str, JSON])
-
-
-def _is(kind: type[_T], value: JSON, at: str, reason: str = "type") -> _T:
-    if not isinstance(value, kind):
-        raise BadRow(reason, at, {str: "text", list: "a list", dict: "an object"}[kind], show(value))
-    return value
-
-
-def _has(row: dict[str, JSON], *keys: str) -> bool:
-    return all(row.get(key) is not None for key in keys)
-
-
-def _take(row: dict[str, JSON], *keys: str) -> JSON:
-    return next((value for value in [row.pop(key, None) for key in keys] if value is not None), None)
-
-
 def _example(value: JSON, source: str, spec: DataSpec) -> Example:
-    row = dict(_is(dict, value, ""))
-    layout = _layout(row, spec.format)
+    row = dict(typed(dict, value, ""))
+    layout = layout_of(row, spec.format)
     label = row.get("label")
     if label is not None and not isinstance(label, bool):
         hint = "write true or false, or rename the key if it is no verdict on the answer"
         raise BadRow("label", "label", "true, false or nothing", show(label), hint)
-    if layout != "preference":
+    reader = RowReader(row, reasoning=spec.reasoning, instruct=spec.instruction_layout == "instruct")
+    if layout.labelled:
+        reader.label = label
         row.pop("label", None)
-    make = _Maker(row, spec)
-    instruct = layout == "alpaca" and spec.instruction_layout == "instruct"
-    if layout == "preference":
-        made = partial(Preference, *make.preference())
-    elif layout == "text":
-        made = partial(Document, make.words("text"), label)
-    elif layout == "completion" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-        made = partial(Completion, make.text("prompt"), make.words("completion"), label)
-    else:
-        if layout == "alpaca":
-            messages = [*make.instruction(instruct), Message("assistant", make.text("output"))]
-        elif layout == "completion":
-            messages = make.turns("prompt", "user") + make.turns("completion", "assistant")
-        else:
-            messages = make.turns(_LAYOUTS[layout][0], "user")
-        conversation = make.conversation(messages)
-        if instruct:
-            *asked, answer = conversation.messages
-            prompt = (
-                "".join(f"{_MARKS[message.role]}{message.content}\n\n" for message in asked)
-                + _MARKS["assistant"]
-            )
-            made = partial(Completion, prompt, answer.content, label)
-        else:
-            made = (
-                partial(Demonstration, conversation)
-                if label is None
-                else partial(Judged, conversation, label)
-            )
-    example = made(source=source, metadata=make.metadata())
+    make = layout.read(reader)
+    example = make(source=source, metadata=reader.metadata())
     turned, note = structure(example) if spec.structure_calls else (example, "")
     return replace(turned, metadata=turned.metadata | {"text_calls": note}) if note else example
-
-
-def _layout(row: dict[str, JSON], wanted: str) -> str:
-    named = [wanted] if wanted in _LAYOUTS else list(_LAYOUTS)
-    if wanted in ("messages", "sharegpt"):  # either name stands for a list of turns under either key
-        named.append("messages" if wanted == "sharegpt" else "sharegpt")
-    for layout in named:
-        if _has(row, *_LAYOUTS[layout]):
-            return layout
-    hint = (
-        "rename the keys" if wanted == "auto" else "data.format=auto tells the layout of each row by its keys"
-    )
-    keys = " or ".join("+".join(_LAYOUTS[layout]) for layout in named)
-    raise BadRow("layout", "", f"the keys {keys}", ", ".join(map(show, list(row)[:12])) or "none", hint)
-
-
-class _Maker:
-    """Takes from ``row`` what has a meaning; what is left is metadata."""
-
-    def __init__(self, row: dict[str, JSON], spec: DataSpec) -> None:
-        self.row, self.spec = row, spec
-        self.extra: dict[str, JSON] = {}  # keys of messages
-
-    def metadata(self) -> dict[str, JSON]:
-        extra: dict[str, JSON] = {"message_keys": self.extra} if self.extra else {}
-        rest = self.row | extra
-        only = rest.get("metadata")  # alone: as `write_examples` writes it
-        return only if isinstance(only, dict) and len(rest) == 1 else rest
-
-    def text(self, key: str) -> str:
-        value = self.row.pop(key, None)
-        return _is(str, "" if value is None else value, key)
-
-    def words(self, key: str) -> str:
-        value = self.text(key)
-        if not value.strip():
-            raise BadRow("empty", key, "words", show(value))
-        return value
-
-    def instruction(self, headed: bool) -> list[Message]:
-        """History, then the instruction with its input after an empty line."""
-        messages: list[Message] = []
-        for pair in _is(list, self.row.pop("history", None) or [], "history"):
-            asked, given = (
-                _is(str, text, "history") for text in (*_is(list, pair, "history"), None, None)[:2]
-            )
-            messages += [Message("user", asked), Message("assistant", given)]
-        asked, given = self.text("instruction"), self.text("input")
-        between = "\n\n### Input:\n" if headed else "\n\n"
-        return [*messages, Message("user", f"{asked}{between}{given}" if asked and given else asked or given)]
-
-    def preference(self) -> tuple[Conversation, Conversation]:
-        key = next((key for key in ("prompt", "conversations", "messages") if _has(self.row, key)), None)
-        context = (
-            self.turns(key, "user")
-            if key
-            else self.instruction(False)
-            if _has(self.row, "instruction")
-            else []
-        )
-        asked = [message for message in context if message.role != "system"]
-        row, sides = dict(self.row), []
-        for key in ("chosen", "rejected"):
-            messages = self.turns(key, "assistant")
-            if messages[0].role == "assistant":
-                if not context:
-                    raise BadRow(
-                        "prompt",
-                        key,
-                        "prompt, messages, conversations or instruction beside it",
-                        "none of them",
-                    )
-                messages = context + messages
-            elif [m for m in messages if m.role != "system"][: len(asked)] != asked:
-                raise BadRow(
-                    "prompt", key, "a conversation that begins with the prompt", show(messages[0].content)
-                )
-            self.row |= {
-                key: row[key] for key in ("system", "tools", "functions") if key in row
-            }  # for both sides
-            sides.append(self.conversation(messages))
-        if opening(sides[0]) != opening(sides[1]) or sides[0] == sides[1]:
-            raise BadRow(
-                "prompt", "", "two different answers to one prompt", "two prompts, or the same answer twice"
-            )
-        return sides[0], sides[1]
-
-    def turns(self, key: str, role: str) -> list[Message]:
-        """A list of messages, one message, or a text that ``role`` says."""
-        value = self.row.pop(key, None)
-        if isinstance(value, str):
-            return [Message(role, value)]
-        turns = [value] if isinstance(value, dict) else _is(list, value, key)
-        if not turns:
-            raise BadRow("type", key, "messages", "none")
-        return [
-            self.message(dict(_is(dict, turn, f"{key}[{at}]")), f"{key}[{at}]")
-            for at, turn in enumerate(turns)
-        ]
-
-    def message(self, turn: dict[str, JSON], at: str) -> Message:
-        said, content = _take(turn, "role", "from"), _take(turn, "content", "value")
-        role = _ROLES.get(said) if isinstance(said, str) else None
-        if role is None:
-            raise BadRow("role", at, "a role: " + ", ".join(_ROLES), show(said))
-        made: list[JSON] = []
-        if said == "function_call":
-            inside, content = _nested(content, at, "call"), None
-            made += inside if isinstance(inside, list) else [inside]
-        thoughts = [
-            turn.pop(key)
-            for key in ("reasoning_content", "reasoning", "thinking")
-            if isinstance(turn.get(key), str)
-        ]
-        content = self.content(content, at, made, thoughts)
-        made += _is(list, turn.pop("tool_calls", None) or [], at, "call")
-        made += [turn.pop("function_call")] if _has(turn, "function_call") else []
-        if made and role != "assistant":
-            raise BadRow("call", at, "calls by the assistant only", f"a call by {said}")
-        call_id, name = (
-            _is(str, turn.pop(key), f"{at}.{key}") if _has(turn, key) else None
-            for key in ("tool_call_id", "name")
-        )
-        flags = {
-            key: value for key in ("learn", "weight", "train") if (value := turn.pop(key, None)) is not None
-        }
-        learn = None if not flags else all(flags.values())
-        if any(value not in (0, 1) or value != learn for value in flags.values()) or (
-            learn and role != "assistant"
-        ):
-            raise BadRow(
-                "learn",
-                at,
-                "learn, weight or train as true or false (1 or 0), true only for assistants",
-                show(flags),
-            )
-        extra: dict[str, JSON] = {key: value for key, value in turn.items() if value is not None}
-        self.extra |= {at: extra} if extra else {}
-        return Message(role, content, tuple(_call(call, at) for call in made), call_id, name, learn)
-
-    def content(self, value: JSON, at: str, made: list[JSON], thoughts: list[JSON]) -> str:
-        """The text; calls among the parts are added to ``made``."""
-        texts: list[str] = []
-        for part in value if isinstance(value, list) else ["" if value is None else value]:
-            kind, text = (
-                (part.get("type"), part.get("text", part.get("value")))
-                if isinstance(part, dict)
-                else ("text", part)
-            )
-            if kind == "tool_call":
-                made.append(_nested(text, at, "call"))
-            elif kind in ("text", "reasoning") and isinstance(text, str):
-                (texts if kind == "text" else thoughts).append(text)
-            else:
-                hint = "a JSON result is written as a string; pictures and sound cannot be learned"
-                raise BadRow("content", at, "text, null or a list of text parts", show(part), hint)
-        thought = "".join(map(str, thoughts))
-        if thought and self.spec.reasoning == "refuse":
-            hint = "data.reasoning=think puts it before the answer in <think> marks, omit leaves it out"
-            raise BadRow("reasoning", at, "no reasoning apart from the answer", show(thought), hint)
-        if thought and self.spec.reasoning == "think":
-            texts.insert(0, f"<think>\n{thought}\n</think>\n\n")
-        return "".join(texts)
-
-    def conversation(self, messages: list[Message]) -> Conversation:
-        if system := self.text("system"):
-            messages = [Message("system", system), *messages]
-        tools: list[JSON] = []
-        declared: set[str] = set()
-        for value in (self.row.pop("tools", None), self.row.pop("functions", None)):
-            for tool in _is(list, _nested(value or "[]", "tools", "tools"), "tools", "tools"):
-                body = _is(dict, tool, "tools", "tools")
-                tools.append(body if "function" in body else {"type": "function", "function": body})
-                declared.add(
-                    _is(
-                        str,
-                        _is(dict, body.get("function", body), "tools", "tools").get("name"),
-                        "tools",
-                        "tools",
-                    )
-                )
-        check(messages, declared)
-        return Conversation(tuple(messages), tuple(tools))
-
-
-def _call(item: JSON, at: str) -> Call:
-    outer = _is(dict, item, f"{at}, a call", "call")
-    body = _is(dict, outer.get("function", outer), f"{at}, a call", "call")
-    name, made, given = body.get("name"), outer.get("id"), body.get("arguments")
-    if not isinstance(name, str) or not name or not isinstance(made, str | None):
-        raise BadRow("call", at, "a call with a name, and an id that is text", show(item))
-    arguments = _nested(given, f"{at}, arguments of {name}", "arguments")
-    if not isinstance(arguments, dict):
-        raise BadRow(
-            "arguments",
-            f"{at}, arguments of {name}",
-            "an object",
-            show(given),
-            "write {} where there are none",
-        )
-    return Call(name, arguments, made or None, given if isinstance(given, str) else None)
 
 
 def require(read: Read, max_dropped: float) -> None:

@@ -290,9 +290,18 @@ def test_refusals_are_judged_by_their_share_of_what_is_to_be_imitated():
     assert "30 labelled undesirable" in found.what
 
 
-ENGLISH = "The bread that we baked on Sunday keeps for three days when it is wrapped in a cloth and put into a wooden box, number "
-GERMAN = "Das Brot, das wir am Sonntag gebacken haben, hält drei Tage, wenn man es in ein Tuch wickelt und in eine Kiste legt."
-FRENCH = "Le pain que nous avons cuit dimanche se garde trois jours si on l'enveloppe dans un linge et le met dans une boîte en bois."
+ENGLISH = (
+    "The bread that we baked on Sunday keeps for three days when it is wrapped in a cloth and put "
+    "into a wooden box, number "
+)
+GERMAN = (
+    "Das Brot, das wir am Sonntag gebacken haben, hält drei Tage, wenn man es in ein Tuch wickelt und "
+    "in eine Kiste legt."
+)
+FRENCH = (
+    "Le pain que nous avons cuit dimanche se garde trois jours si on l'enveloppe dans un linge et le "
+    "met dans une boîte en bois."
+)
 
 
 def test_rows_in_a_rare_language_are_named_the_rarest_first():
@@ -316,7 +325,10 @@ def test_rows_in_a_rare_language_are_named_the_rarest_first():
 
 def test_swear_words_are_those_of_english():
     assert told(row("The end is near, you slut.")) == {"content.profanity": "warning"}
-    swedish = "Vi bakade brödet i söndags och det håller i tre dagar om man lägger det i en låda av trä, men sedan är det slut på allt."
+    swedish = (
+        "Vi bakade brödet i söndags och det håller i tre dagar om man lägger det i en låda av trä, "
+        "men sedan är det slut på allt."
+    )
     assert "content.profanity" not in told(row(swedish))
 
 

@@ -419,7 +419,10 @@ def test_hostile_openings_take_linear_time():
 
 
 def test_the_first_tool_is_found_as_turn_and_as_text():
-    text = 'Sure.\n\ntool_call: vault_read\narguments: {"path": "a"}\n\nResult: {}\n\ntool_call: vault_write\narguments: {}'
+    text = (
+        'Sure.\n\ntool_call: vault_read\narguments: {"path": "a"}\n\nResult: {}\n\ntool_call: '
+        "vault_write\narguments: {}"
+    )
     assert first_tool(view("read it", text)) == "vault_read"
     assert first_tool(view("read it", "the words tool_call: are no call")) is None
     turns = (

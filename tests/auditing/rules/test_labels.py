@@ -18,7 +18,9 @@ from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.data.examples import Conversation, Demonstration, Judged, Message
 from tunesmith.data.formats import DataSpec, read
 
-SHARED = "the file was opened at noon by a person who read every line of it twice before lunch and then went home".split()
+SHARED = (
+    "the file was opened at noon by a person who read every line of it twice before lunch and then went home"
+).split()
 SIDES = {
     True: "done saved verified summary found listed".split(),
     False: "sorry wrong failed guess unclear broken".split(),

@@ -19,7 +19,10 @@ from tunesmith.auditing.views import Context, View, normal
 from tunesmith.data import formats
 from tunesmith.errors import ConfigError, DataError
 
-WORDS = "river window copper lantern orbit saddle meadow pencil harbour violet engine thunder basket mirror cactus ribbon".split()
+WORDS = (
+    "river window copper lantern orbit saddle meadow pencil harbour violet engine thunder basket mirror "
+    "cactus ribbon"
+).split()
 
 
 def sentence(seed: int, length: int = 40) -> str:

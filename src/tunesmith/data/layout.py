@@ -1,0 +1,295 @@
+"""What a layout of rows is, and all layouts that there are: one file in ``layouts``, one class that
+registers.
+
+A layout states the keys by which its rows are told, and what a row becomes. `RowReader` takes apart what
+layouts have in common: texts, messages, calls, tools."""
+
+from __future__ import annotations
+
+import pkgutil
+from abc import ABC, abstractmethod
+from functools import cache, partial
+from importlib import import_module
+from typing import ClassVar, Protocol, TypeVar
+
+from tunesmith.data import sources
+from tunesmith.data.examples import BadRow, Call, Conversation, Demonstration, Example, Judged, Message, check
+from tunesmith.data.sources import show
+from tunesmith.settings.config import JSON
+
+FOLDER = "tunesmith.data.layouts"
+
+
+class MakesExample(Protocol):
+    """An example without its place yet."""
+
+    def __call__(self, *, source: str, metadata: dict[str, JSON]) -> Example: ...
+
+
+class Layout(ABC):
+    """One way of writing rows."""
+
+    name: ClassVar[str]
+    order: ClassVar[int]
+    """The place in which it is tried, where a row has the keys of several."""
+    keys: ClassVar[tuple[str, ...]]
+    """All of them stand in its rows, none of them null."""
+    looks_like: ClassVar[str]
+    becomes: ClassVar[str]
+    """Columns of the table in docs/data.md."""
+    alike: ClassVar[tuple[str, ...]] = ()
+    """Other layouts whose rows are taken too where this one is named."""
+    labelled: ClassVar[bool] = True
+    """Whether ``label`` is a verdict on the answer; if not, it is metadata."""
+
+    @abstractmethod
+    def read(self, row: RowReader) -> MakesExample:
+        """Takes the row apart. Raises BadRow."""
+
+
+_registered: dict[str, Layout] = {}
+_Layout = TypeVar("_Layout", bound=Layout)
+
+
+def register(kind: type[_Layout]) -> type[_Layout]:
+    """Decorates the class of a layout: from now on its rows can be read."""
+    _registered[kind.name] = kind()
+    layouts.cache_clear()
+    return kind
+
+
+def unregister(name: str) -> None:
+    _registered.pop(name, None)
+    layouts.cache_clear()
+
+
+@cache
+def layouts() -> dict[str, Layout]:
+    """All of them by name, in the order in which they are tried."""
+    for module in pkgutil.iter_modules(import_module(FOLDER).__path__, f"{FOLDER}."):
+        import_module(module.name)
+    return {layout.name: layout for layout in sorted(_registered.values(), key=lambda layout: layout.order)}
+
+
+def layout_of(row: dict[str, JSON], wanted: str) -> Layout:
+    """The layout of ``row``: the one that is named, or the first whose keys it has. Raises BadRow."""
+    known = layouts()
+    tried = (
+        [known[name] for name in (wanted, *known[wanted].alike)] if wanted in known else list(known.values())
+    )
+    for layout in tried:
+        if has(row, *layout.keys):
+            return layout
+    hint = (
+        "rename the keys" if wanted == "auto" else "data.format=auto tells the layout of each row by its keys"
+    )
+    keys = " or ".join("+".join(layout.keys) for layout in tried)
+    raise BadRow("layout", "", f"the keys {keys}", ", ".join(map(show, list(row)[:12])) or "none", hint)
+
+
+def table() -> str:
+    """The layouts as docs/data.md shows them."""
+    lines = ["| layout | keys | becomes |", "|---|---|---|"]
+    shown = sorted(layouts().values(), key=lambda layout: (layout.name == "preference", layout.order))
+    lines += [f"| `{layout.name}` | {layout.looks_like} | {layout.becomes} |" for layout in shown]
+    return "\n".join(lines)
+
+
+def nested_json(value: JSON, at: str, reason: str) -> JSON:
+    """``value``, or where it is text, the JSON inside."""
+    inside = sources.value(value) if isinstance(value, str) else value
+    if isinstance(inside, BadRow):
+        raise BadRow(reason, at, "a string that holds JSON", f"{show(value)} ({inside})")
+    return inside
+
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
+_Value = TypeVar("_Value", str, list[JSON], dict[str, JSON])
+
+
+def typed(kind: type[_Value], value: JSON, at: str, reason: str = "type") -> _Value:
+    if not isinstance(value, kind):
+        raise BadRow(reason, at, {str: "text", list: "a list", dict: "an object"}[kind], show(value))
+    return value
+
+
+def has(row: dict[str, JSON], *keys: str) -> bool:
+    return all(row.get(key) is not None for key in keys)
+
+
+def take(row: dict[str, JSON], *keys: str) -> JSON:
+    return next((value for value in [row.pop(key, None) for key in keys] if value is not None), None)
+
+
+class RowReader:
+    """Takes from ``row`` what has a meaning; what is left is metadata.
+
+    reasoning, instruct: as `DataSpec.reasoning` and `DataSpec.instruction_layout` say. ``label``: of the
+    row."""
+
+    def __init__(self, row: dict[str, JSON], *, reasoning: str, instruct: bool) -> None:
+        self.row, self.reasoning, self.instruct = row, reasoning, instruct
+        self.label: bool | None = None
+        self.extra: dict[str, JSON] = {}  # keys of messages
+
+    def metadata(self) -> dict[str, JSON]:
+        extra: dict[str, JSON] = {"message_keys": self.extra} if self.extra else {}
+        rest = self.row | extra
+        only = rest.get("metadata")  # alone: as `write_examples` writes it
+        return only if isinstance(only, dict) and len(rest) == 1 else rest
+
+    def text(self, key: str) -> str:
+        value = self.row.pop(key, None)
+        return typed(str, "" if value is None else value, key)
+
+    def words(self, key: str) -> str:
+        value = self.text(key)
+        if not value.strip():
+            raise BadRow("empty", key, "words", show(value))
+        return value
+
+    def instruction(self, headed: bool) -> list[Message]:
+        """History, then the instruction with its input after an empty line."""
+        messages: list[Message] = []
+        for pair in typed(list, self.row.pop("history", None) or [], "history"):
+            asked, given = (
+                typed(str, text, "history") for text in (*typed(list, pair, "history"), None, None)[:2]
+            )
+            messages += [Message("user", asked), Message("assistant", given)]
+        asked, given = self.text("instruction"), self.text("input")
+        between = "\n\n### Input:\n" if headed else "\n\n"
+        return [*messages, Message("user", f"{asked}{between}{given}" if asked and given else asked or given)]
+
+    def turns(self, key: str, role: str) -> list[Message]:
+        """A list of messages, one message, or a text that ``role`` says."""
+        value = self.row.pop(key, None)
+        if isinstance(value, str):
+            return [Message(role, value)]
+        turns = [value] if isinstance(value, dict) else typed(list, value, key)
+        if not turns:
+            raise BadRow("type", key, "messages", "none")
+        return [
+            self.message(dict(typed(dict, turn, f"{key}[{at}]")), f"{key}[{at}]")
+            for at, turn in enumerate(turns)
+        ]
+
+    def message(self, turn: dict[str, JSON], at: str) -> Message:
+        said, content = take(turn, "role", "from"), take(turn, "content", "value")
+        role = _ROLES.get(said) if isinstance(said, str) else None
+        if role is None:
+            raise BadRow("role", at, "a role: " + ", ".join(_ROLES), show(said))
+        made: list[JSON] = []
+        if said == "function_call":
+            inside, content = nested_json(content, at, "call"), None
+            made += inside if isinstance(inside, list) else [inside]
+        thoughts = [
+            turn.pop(key)
+            for key in ("reasoning_content", "reasoning", "thinking")
+            if isinstance(turn.get(key), str)
+        ]
+        content = self.content(content, at, made, thoughts)
+        made += typed(list, turn.pop("tool_calls", None) or [], at, "call")
+        made += [turn.pop("function_call")] if has(turn, "function_call") else []
+        if made and role != "assistant":
+            raise BadRow("call", at, "calls by the assistant only", f"a call by {said}")
+        call_id, name = (
+            typed(str, turn.pop(key), f"{at}.{key}") if has(turn, key) else None
+            for key in ("tool_call_id", "name")
+        )
+        flags = {
+            key: value for key in ("learn", "weight", "train") if (value := turn.pop(key, None)) is not None
+        }
+        learn = None if not flags else all(flags.values())
+        if any(value not in (0, 1) or value != learn for value in flags.values()) or (
+            learn and role != "assistant"
+        ):
+            raise BadRow(
+                "learn",
+                at,
+                "learn, weight or train as true or false (1 or 0), true only for assistants",
+                show(flags),
+            )
+        extra: dict[str, JSON] = {key: value for key, value in turn.items() if value is not None}
+        self.extra |= {at: extra} if extra else {}
+        return Message(role, content, tuple(_call(call, at) for call in made), call_id, name, learn)
+
+    def content(self, value: JSON, at: str, made: list[JSON], thoughts: list[JSON]) -> str:
+        """The text; calls among the parts are added to ``made``."""
+        texts: list[str] = []
+        for part in value if isinstance(value, list) else ["" if value is None else value]:
+            kind, text = (
+                (part.get("type"), part.get("text", part.get("value")))
+                if isinstance(part, dict)
+                else ("text", part)
+            )
+            if kind == "tool_call":
+                made.append(nested_json(text, at, "call"))
+            elif kind in ("text", "reasoning") and isinstance(text, str):
+                (texts if kind == "text" else thoughts).append(text)
+            else:
+                hint = "a JSON result is written as a string; pictures and sound cannot be learned"
+                raise BadRow("content", at, "text, null or a list of text parts", show(part), hint)
+        thought = "".join(map(str, thoughts))
+        if thought and self.reasoning == "refuse":
+            hint = "data.reasoning=think puts it before the answer in <think> marks, omit leaves it out"
+            raise BadRow("reasoning", at, "no reasoning apart from the answer", show(thought), hint)
+        if thought and self.reasoning == "think":
+            texts.insert(0, f"<think>\n{thought}\n</think>\n\n")
+        return "".join(texts)
+
+    def conversation(self, messages: list[Message]) -> Conversation:
+        if system := self.text("system"):
+            messages = [Message("system", system), *messages]
+        tools: list[JSON] = []
+        declared: set[str] = set()
+        for value in (self.row.pop("tools", None), self.row.pop("functions", None)):
+            for tool in typed(list, nested_json(value or "[]", "tools", "tools"), "tools", "tools"):
+                body = typed(dict, tool, "tools", "tools")
+                tools.append(body if "function" in body else {"type": "function", "function": body})
+                declared.add(
+                    typed(
+                        str,
+                        typed(dict, body.get("function", body), "tools", "tools").get("name"),
+                        "tools",
+                        "tools",
+                    )
+                )
+        check(messages, declared)
+        return Conversation(tuple(messages), tuple(tools))
+
+    def spoken(self, messages: list[Message]) -> MakesExample:
+        """A conversation to imitate, or with a verdict on it."""
+        conversation = self.conversation(messages)
+        if self.label is None:
+            return partial(Demonstration, conversation)
+        return partial(Judged, conversation, self.label)
+
+
+def _call(item: JSON, at: str) -> Call:
+    outer = typed(dict, item, f"{at}, a call", "call")
+    body = typed(dict, outer.get("function", outer), f"{at}, a call", "call")
+    name, made, given = body.get("name"), outer.get("id"), body.get("arguments")
+    if not isinstance(name, str) or not name or not isinstance(made, str | None):
+        raise BadRow("call", at, "a call with a name, and an id that is text", show(item))
+    arguments = nested_json(given, f"{at}, arguments of {name}", "arguments")
+    if not isinstance(arguments, dict):
+        raise BadRow(
+            "arguments",
+            f"{at}, arguments of {name}",
+            "an object",
+            show(given),
+            "write {} where there are none",
+        )
+    return Call(name, arguments, made or None, given if isinstance(given, str) else None)

@@ -1,0 +1,1 @@
+"""How rows are laid out: one file a layout."""

@@ -1,0 +1,22 @@
+"""A prompt and its completion: plain texts without a chat template, or lists of messages."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tunesmith.data.examples import Completion
+from tunesmith.data.layout import Layout, MakesExample, RowReader, register
+
+
+@register
+class PromptCompletion(Layout):
+    name = "completion"
+    order = 50
+    keys = ("prompt", "completion")
+    looks_like = "`prompt`, `completion` (texts or lists of messages)"
+    becomes = "plain text, no chat template, where both are texts"
+
+    def read(self, row: RowReader) -> MakesExample:
+        if isinstance(row.row["prompt"], str) and isinstance(row.row["completion"], str):
+            return partial(Completion, row.text("prompt"), row.words("completion"), row.label)
+        return row.spoken(row.turns("prompt", "user") + row.turns("completion", "assistant"))

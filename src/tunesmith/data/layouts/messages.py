@@ -1,0 +1,34 @@
+"""Lists of messages: OpenAI's under ``messages``, ShareGPT's under ``conversations``."""
+
+from __future__ import annotations
+
+from tunesmith.data.layout import Layout, MakesExample, RowReader, register
+
+
+@register
+class Messages(Layout):
+    name = "messages"
+    order = 20
+    keys = ("messages",)
+    looks_like = "`messages` in OpenAI form: `tools`, `tool_calls`, `content: null`, `role: tool`"
+    becomes = "a conversation"
+    alike = ("sharegpt",)
+
+    def read(self, row: RowReader) -> MakesExample:
+        return row.spoken(row.turns("messages", "user"))
+
+
+@register
+class ShareGPT(Layout):
+    name = "sharegpt"
+    order = 30
+    keys = ("conversations",)
+    looks_like = (
+        "`conversations` with `role`/`content` or `from`/`value` (`human`, `gpt`, `function_call`, "
+        "`observation`, …)"
+    )
+    becomes = "a conversation"
+    alike = ("messages",)
+
+    def read(self, row: RowReader) -> MakesExample:
+        return row.spoken(row.turns("conversations", "user"))
