@@ -22,7 +22,13 @@ from tunesmith.evaluation.statistics import change, paired, summarise
 from tunesmith.evaluation.subject import Said, Subject
 from tunesmith.evaluation.suites import Entry, entries, made, spread
 from tunesmith.evaluation.tasks import EvaluationSpec, Material
-from tunesmith.evaluation.tasks.choices import MultipleChoice, Question, Scored, continuation, question
+from tunesmith.evaluation.tasks.choices import (
+    MultipleChoice,
+    Question,
+    ScoredQuestion,
+    continuation,
+    question,
+)
 from tunesmith.evaluation.tasks.drift import Apart, Chat, Item, Safety, Text, build, distributions, divergence
 from tunesmith.events import Notice
 from tunesmith.model import loading as model
@@ -384,17 +390,17 @@ def ask(choices: tuple[str, ...], answer: int = 0, category: str = "c") -> Quest
 
 def test_the_likeliest_choice_a_byte_is_taken_and_the_likeliest_in_all_told_beside_it(renderer):
     task = MultipleChoice([], renderer, lambda event: None)
-    (one,) = task.score([Scored(ask(("ab", "abcdefgh")), (-3.0, -4.0))])
+    (one,) = task.score([ScoredQuestion(ask(("ab", "abcdefgh")), (-3.0, -4.0))])
     assert (one.value, one.detail["right_sum"], one.answer) == (0.0, 1.0, "abcdefgh")
     assert one.detail["confidence"] == pytest.approx(math.exp(-1.5) / (math.exp(-1.5) + math.exp(-0.5)))
-    (accent,) = task.score([Scored(ask(("é", "abc")), (-2.0, -4.5))])  # two bytes
+    (accent,) = task.score([ScoredQuestion(ask(("é", "abc")), (-2.0, -4.5))])  # two bytes
     assert accent.value == 1.0
-    (tie,) = task.score([Scored(ask(("ab", "cd")), (-1.0, -1.0))])
+    (tie,) = task.score([ScoredQuestion(ask(("ab", "cd")), (-1.0, -1.0))])
     assert tie.value == 0.0
-    (twin,) = task.score([Scored(ask(("ab", "ab", "cd")), (-1.0, -1.0, -2.0))])
+    (twin,) = task.score([ScoredQuestion(ask(("ab", "ab", "cd")), (-1.0, -1.0, -2.0))])
     assert twin.value == 1.0
     with pytest.raises(EvaluationError, match="not finite"):
-        task.score([Scored(ask(("ab", "cd")), (-1.0, math.nan))])
+        task.score([ScoredQuestion(ask(("ab", "cd")), (-1.0, math.nan))])
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,17 +1,17 @@
-"""Which of given answers does a model find likeliest? Multiple choice without a word generated.
+"""Which of the given answers does a model find likeliest? Multiple choice, without generating text.
 
-An answer is scored as the continuation of the question, Σ log p of its tokens (Brown et al. 2020, section
-2.4), as it is and for each byte of the answer, where long answers are not at a disadvantage:
-lm-evaluation-harness's ``acc`` and ``acc_bytes`` (for English ``acc_norm``, which counts letters). Plain
-text, no chat template, no solved example before it: ``Question: …\\nAnswer:``, then a space and the answer.
-Files may have the schema of the hub's MMLU, ARC, HellaSwag, WinoGrande, PIQA or TruthfulQA (mc1); HellaSwag,
-WinoGrande and PIQA are put as the harness puts them."""
+A choice is scored as the continuation of the question, Σ log p of its tokens (Brown et al. 2020, section
+2.4), as a sum and divided by its bytes, which does not disadvantage long choices: lm-evaluation-harness's
+``acc`` and ``acc_bytes`` (for English ``acc_norm``, which counts letters). The prompt is plain text, without
+chat template or solved examples: ``Question: …\\nAnswer:``, then a space and the choice. Files may have the
+schema of the hub's MMLU, ARC, HellaSwag, WinoGrande, PIQA or TruthfulQA (mc1); the prompts of HellaSwag,
+WinoGrande and PIQA are those of the harness."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -28,14 +28,15 @@ from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Renderer, Tokens
 
 SCHEMAS = (
-    "question, choices, answer (ours, MMLU) · question, choices, answerKey (ARC) · ctx, endings, label (HellaSwag) · "
-    "sentence, option1, option2, answer (WinoGrande) · goal, sol1, sol2, label (PIQA) · question, mc1_targets (TruthfulQA)"
+    "question, choices, answer (the package's suite, MMLU) · question, choices, answerKey (ARC) · "
+    "ctx, endings, label (HellaSwag) · sentence, option1, option2, answer (WinoGrande) · "
+    "goal, sol1, sol2, label (PIQA) · question, mc1_targets (TruthfulQA)"
 )
 
 
 class Question(NamedTuple):
-    """``contexts``: the text before each choice. ``choices``: as they are compared. ``shown``: as they are
-    read. One is right."""
+    """``contexts``: the text before each choice. ``choices``: the continuations that are scored. ``shown``:
+    the choices for readers. ``answer``: index of the right one."""
 
     source: str
     category: str
@@ -46,75 +47,102 @@ class Question(NamedTuple):
     answer: int
 
 
-class Scored(NamedTuple):
+class ScoredQuestion(NamedTuple):
     """``logps``: Σ log p in nats of each choice."""
 
     question: Question
     logps: tuple[float, ...]
 
 
-def question(entry: Entry) -> Question:
-    """The question of a row, its schema told by its keys. Raises DataError with the row's place."""
-    row, answer = entry.row, None
-    texts: object = None
-    context, asked = None, ""
+class _Fields(NamedTuple):
+    """What a schema says: the question, its choices as they stand in the row, and the index of the right one.
+
+    ``contexts``: the text before each choice, empty for the usual prompt. ``shown``: the choices for readers,
+    empty if they are those that are scored."""
+
+    asked: str
+    texts: JSON
+    answer: object
     contexts: tuple[str, ...] = ()
-    keys = row.keys()
-    if {"question", "choices", "answerKey"} <= keys:
-        options = row["choices"]
-        texts = options.get("text") if isinstance(options, dict) else None
-        labels = options.get("label") if isinstance(options, dict) else None
-        answer = (
-            labels.index(row["answerKey"])
-            if isinstance(labels, list) and row["answerKey"] in labels
-            else None
-        )
-    elif {"question", "choices", "answer"} <= keys:
-        texts, answer = row["choices"], row["answer"]
-    elif {"question", "mc1_targets"} <= keys:
-        targets = row["mc1_targets"]
-        texts, labels = (
-            (targets.get("choices"), targets.get("labels")) if isinstance(targets, dict) else (None, None)
-        )
-        answer = labels.index(1) if isinstance(labels, list) and labels.count(1) == 1 else None
-    elif {"ctx", "endings", "label"} <= keys:
-        parts = [part for key in ("ctx_a", "ctx_b") if isinstance(part := row.get(key), str)]
-        asked = f"{parts[0]} {parts[1].capitalize()}" if len(parts) == 2 else entry.words("ctx")
-        asked = context = _plain(f"{row['activity_label']}: {asked}" if row.get("activity_label") else asked)
-        texts, answer = row["endings"], _number(row["label"])
-        texts = (
-            [_plain(text) if isinstance(text, str) else text for text in texts]
-            if isinstance(texts, list)
-            else None
-        )
-    elif {"sentence", "option1", "option2", "answer"} <= keys:
-        asked = entry.words("sentence")
-        before, blank, after = asked.partition("_")
-        if not blank or not after.strip():
-            raise DataError("the sentence has no _ with words behind it", where=entry.source)
-        shown = (entry.words("option1"), entry.words("option2"))
-        contexts, texts = tuple(before + option for option in shown), [after.strip()] * 2
-        answer = (_number(row["answer"]) or 0) - 1
-    elif {"goal", "sol1", "sol2", "label"} <= keys:
-        asked, texts, answer = entry.words("goal"), [row["sol1"], row["sol2"]], _number(row["label"])
-    else:
-        raise DataError(
-            f"no schema of multiple choice has the keys {', '.join(sorted(keys))}", where=entry.source
-        )
-    asked = asked or entry.words("question")
-    if (
-        not isinstance(texts, list)
-        or len(texts) < 2
-        or not all(isinstance(text, str) and text.strip() for text in texts)
-    ):
+    shown: tuple[str, ...] = ()
+
+
+def question(entry: Entry) -> Question:
+    """The question of a row, by the schema that its keys show. Raises DataError with the row's place."""
+    keys = entry.row.keys()
+    reader = next((reader for required, reader in _READERS if required <= keys), None)
+    if reader is None:
+        what = f"no schema of multiple choice has the keys {', '.join(sorted(keys))}"
+        raise DataError(what, where=entry.source)
+    fields = reader(entry)
+    texts, answer = fields.texts, fields.answer
+    usable = isinstance(texts, list) and len(texts) > 1
+    if not usable or not all(isinstance(text, str) and text.strip() for text in texts):
         raise DataError("the choices must be two or more texts", where=entry.source)
-    found = tuple(str(text).strip() for text in texts)
-    if type(answer) is not int or not 0 <= answer < len(found):
-        raise DataError(f"no choice is marked as the right one of {len(found)}", where=entry.source)
-    shown = found if not contexts else (str(row["option1"]), str(row["option2"]))
-    context = f"Question: {asked}\nAnswer:" if context is None else context
-    contexts = contexts or (context,) * len(found)
-    return Question(entry.source, entry.kind("category", "subject"), asked, contexts, found, shown, answer)
+    choices = tuple(str(text).strip() for text in texts)
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise DataError(f"no choice is marked as the right one of {len(choices)}", where=entry.source)
+    contexts = fields.contexts or (f"Question: {fields.asked}\nAnswer:",)
+    contexts = contexts * len(choices) if len(contexts) == 1 else contexts
+    category = entry.kind("category", "subject")
+    return Question(entry.source, category, fields.asked, contexts, choices, fields.shown or choices, answer)
+
+
+def _arc(entry: Entry) -> _Fields:
+    options, key = entry.row["choices"], entry.row["answerKey"]
+    texts = options.get("text") if isinstance(options, dict) else None
+    labels = options.get("label") if isinstance(options, dict) else None
+    answer = labels.index(key) if isinstance(labels, list) and key in labels else None
+    return _Fields(entry.words("question"), texts, answer)
+
+
+def _mmlu(entry: Entry) -> _Fields:
+    return _Fields(entry.words("question"), entry.row["choices"], entry.row["answer"])
+
+
+def _truthfulqa(entry: Entry) -> _Fields:
+    targets = entry.row["mc1_targets"]
+    texts = targets.get("choices") if isinstance(targets, dict) else None
+    labels = targets.get("labels") if isinstance(targets, dict) else None
+    answer = labels.index(1) if isinstance(labels, list) and labels.count(1) == 1 else None
+    return _Fields(entry.words("question"), texts, answer)
+
+
+def _hellaswag(entry: Entry) -> _Fields:
+    row = entry.row
+    parts = [part for key in ("ctx_a", "ctx_b") if isinstance(part := row.get(key), str)]
+    asked = f"{parts[0]} {parts[1].capitalize()}" if len(parts) == 2 else entry.words("ctx")
+    asked = _plain(f"{row['activity_label']}: {asked}" if row.get("activity_label") else asked)
+    endings = row["endings"]
+    if isinstance(endings, list):
+        endings = [_plain(text) if isinstance(text, str) else text for text in endings]
+    return _Fields(asked or entry.words("question"), endings, _number(row["label"]), (asked,))
+
+
+def _winogrande(entry: Entry) -> _Fields:
+    asked = entry.words("sentence")
+    before, blank, after = asked.partition("_")
+    if not blank or not after.strip():
+        raise DataError("the sentence has no _ with words behind it", where=entry.source)
+    shown = entry.words("option1"), entry.words("option2")
+    answer = (_number(entry.row["answer"]) or 0) - 1
+    return _Fields(asked, [after.strip()] * 2, answer, tuple(before + option for option in shown), shown)
+
+
+def _piqa(entry: Entry) -> _Fields:
+    row = entry.row
+    return _Fields(entry.words("goal"), [row["sol1"], row["sol2"]], _number(row["label"]))
+
+
+_READERS: tuple[tuple[set[str], Callable[[Entry], _Fields]], ...] = (
+    ({"question", "choices", "answerKey"}, _arc),
+    ({"question", "choices", "answer"}, _mmlu),
+    ({"question", "mc1_targets"}, _truthfulqa),
+    ({"ctx", "endings", "label"}, _hellaswag),
+    ({"sentence", "option1", "option2", "answer"}, _winogrande),
+    ({"goal", "sol1", "sol2", "label"}, _piqa),
+)
+"""Schemas by the keys that they require, the first that fits."""
 
 
 def _number(value: JSON) -> int | None:
@@ -127,38 +155,38 @@ def _plain(text: str) -> str:
 
 
 def continuation(renderer: Renderer, context: str, rest: str) -> tuple[Tokens, bool]:
-    """``context + rest`` as one text, marked from where its tokens leave those of ``context``; whether they
-    part before its end.
+    """The tokens of ``context + rest``, those of ``rest`` marked as targets; and whether a token spans the
+    boundary, so that the targets begin before the end of ``context``.
 
-    The first token of all is never marked: nothing predicts it.
-    """
+    The first token is never a target: nothing predicts it."""
     before, whole = renderer.text_prompt(context), renderer.text_prompt(context + rest)
-    parted = (at for at, (one, other) in enumerate(zip(before, whole, strict=False)) if one != other)
+    pairs = enumerate(zip(before, whole, strict=False))
+    parted = (place for place, (token, other) in pairs if token != other)
     start = min(max(next(parted, len(before)), 1), len(whole) - 1)
     targets = np.zeros(len(whole), np.float32)
     targets[start:] = 1
     return Tokens(np.array(whole, np.int32), targets), start < len(before)
 
 
-class MultipleChoice(Task[Scored]):
-    """``value``: whether the likeliest choice for each of its bytes is the right one."""
+class MultipleChoice(Task[ScoredQuestion]):
+    """``value``: whether the right choice has the highest log p a byte."""
 
     name, version = "drift.knowledge", "1"
     statistics = (
         Statistic(
             "accuracy",
-            lambda one: one.value,
+            lambda score: score.value,
             share=True,
             better="higher",
             headline=True,
             target=Target(share=0.95),
         ),
         Statistic(
-            "accuracy_sums", lambda one: cast(float, one.detail["right_sum"]), share=True, better="higher"
+            "accuracy_sums", lambda score: cast(float, score.detail["right_sum"]), share=True, better="higher"
         ),
         Statistic(
             "confidence",
-            lambda one: cast(float, one.detail["confidence"]),
+            lambda score: cast(float, score.detail["confidence"]),
             better="higher",
             unit="%",
             target=Target(share=0.95),
@@ -182,65 +210,64 @@ class MultipleChoice(Task[Scored]):
     )
 
     def __init__(self, questions: Sequence[Question], renderer: Renderer, notify: Sink) -> None:
-        """Raises DataError where a text cannot be encoded."""
+        """Raises DataError if a text cannot be encoded."""
         self.questions = list(questions)
         self._groups: list[Group] = []
         merged = 0
-        for one in self.questions:
-            texts = [f" {choice}" for choice in one.choices]
+        for question in self.questions:
+            texts = [f" {choice}" for choice in question.choices]
             try:
-                pairs = [continuation(renderer, *both) for both in zip(one.contexts, texts, strict=True)]
+                pairs = [continuation(renderer, *both) for both in zip(question.contexts, texts, strict=True)]
             except TemplateError as error:
-                raise DataError(error.what, where=one.source, hint=error.hint) from error
+                raise DataError(error.what, where=question.source, hint=error.hint) from error
             merged += sum(early for _, early in pairs)
-            self._groups.append(Group(tuple(tokens for tokens, _ in pairs), one.source))
+            self._groups.append(Group(tuple(tokens for tokens, _ in pairs), question.source))
         if merged:
-            what = f"{self.name}: choices whose first token reaches back into the question: it is scored with them"
+            what = f"{self.name}: choices whose first token includes the end of the question: scored with it"
             notify(Notice(what, count=merged))
 
     @property
     def identity(self) -> str:
-        return digest(self.name, self.version, [list(map(_json, one)) for one in self.questions])
+        return digest(self.name, self.version, [list(map(_json, question)) for question in self.questions])
 
-    def measure(self, subject: Subject) -> list[Scored]:
+    def measure(self, subject: Subject) -> list[ScoredQuestion]:
         sums = subject.logps(self._groups, "choices")
         return [
-            Scored(one, tuple(logp for logp, _ in pairs))
-            for one, pairs in zip(self.questions, sums, strict=True)
+            ScoredQuestion(question, tuple(logp for logp, _ in choices))
+            for question, choices in zip(self.questions, sums, strict=True)
         ]
 
-    def score(self, items: Sequence[Scored]) -> list[ExampleScore]:
+    def score(self, items: Sequence[ScoredQuestion]) -> list[ExampleScore]:
         """detail: category, right_sum (by Σ log p), confidence (softmax over the choices of log p a byte),
-        chosen.
-
-        A tie for the first place is wrong.
-        """
-        require_finite(self.name, [(one.source, logp) for one, logps in items for logp in logps])
+        chosen. A tie for the first place is wrong."""
+        values = [(question.source, logp) for question, logps in items for logp in logps]
+        require_finite(self.name, values)
         return [_score(*item) for item in items]
 
 
-def _score(asked: Question, logps: tuple[float, ...]) -> ExampleScore:
-    each = [logp / len(choice.encode()) for logp, choice in zip(logps, asked.choices, strict=True)]
-    best, right = max(each), asked.answer
-    chosen = each.index(best)
+def _score(question: Question, logps: tuple[float, ...]) -> ExampleScore:
+    per_byte = [logp / len(choice.encode()) for logp, choice in zip(logps, question.choices, strict=True)]
+    best, right = max(per_byte), question.answer
+    chosen = per_byte.index(best)
 
-    pairs = list(zip(asked.contexts, asked.choices, strict=True))
-    others = [
-        at for at, pair in enumerate(pairs) if pair != pairs[right]
-    ]  # some of MMLU's choices stand there twice
+    pairs = list(zip(question.contexts, question.choices, strict=True))
+    # Some of MMLU's questions list a choice twice.
+    others = [index for index, pair in enumerate(pairs) if pair != pairs[right]]
 
     def first(values: Sequence[float]) -> float:
-        return float(all(values[right] > values[at] for at in others))
+        return float(all(values[right] > values[other] for other in others))
 
-    confidence = math.exp(each[right] - best) / sum(math.exp(one - best) for one in each)
+    confidence = math.exp(per_byte[right] - best) / sum(math.exp(value - best) for value in per_byte)
     detail: dict[str, JSON] = {
-        "category": asked.category,
+        "category": question.category,
         "right_sum": first(logps),
         "confidence": confidence,
         "chosen": chosen,
     }
-    shown = asked.shown
-    return ExampleScore(asked.source, first(each), 1.0, detail, asked.asked, shown[right], shown[chosen])
+    shown = question.shown
+    return ExampleScore(
+        question.source, first(per_byte), 1.0, detail, question.asked, shown[right], shown[chosen]
+    )
 
 
 def _json(value: str | int | tuple[str, ...]) -> JSON:
