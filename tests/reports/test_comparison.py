@@ -457,7 +457,7 @@ def test_preferences_are_compared_by_their_ratios_to_the_base(runs, numbered):
     towards: list[list[float]] = []
     for run, gap in zip(runs, (0.0, 2.0), strict=True):
         items = [
-            preference.Compared(
+            preference.AnswerRatio(
                 f"{run}/data/valid.jsonl:{at // 2 if numbered else at}",
                 at % 2 == 0,
                 -5.0 - at,

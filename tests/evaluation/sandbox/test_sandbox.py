@@ -580,7 +580,7 @@ def test_code_is_not_run_unless_it_is_allowed(tiny_model, tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_text(json.dumps(asdict(PROBLEM)) + "\n", "utf-8")
     with pytest.raises(
-        EvaluationError, match=r"humaneval runs 1 programs that the model writes .*\nhint: --allow-code"
+        EvaluationError, match=r"humaneval runs 1 programs that the model writes.*\nhint: --allow-code"
     ):
         programs.build_from([file], material(tiny_model, []))
     file.write_text('{"task_id": "a"}\n[]\n' + (json.dumps(asdict(PROBLEM)) + "\n") * 2, "utf-8")

@@ -386,7 +386,7 @@ def test_two_ranks_say_what_one_does(subject, folder, tiny_model):
     code = f"""
 import sys
 sys.path.insert(0, "tests")
-from evaluation.tasks.test_benchmarks import benchmarks, material, model, template, BatchSpec, Path, Subject
+from evaluation.tasks.test_benchmarks import benchmarks, material, model, renderers, BatchSpec, Path, Subject
 from tunesmith.machine import ranks
 tasks = benchmarks.build(material(Path({str(folder)!r}), "mmlu:anatomy", "gsm8k", shots=0, limit=3))
 among = ranks.join()
@@ -484,7 +484,7 @@ found = machinery.PathFinder.find_spec
 hide = lambda cls, name, *rest: None if name.partition(".")[0] == "torch" else found(name, *rest)
 machinery.PathFinder.find_spec = classmethod(hide)
 sys.path.insert(0, "tests")
-from evaluation.tasks.test_benchmarks import benchmarks, material, model, template, BatchSpec, Path, Subject
+from evaluation.tasks.test_benchmarks import benchmarks, material, model, renderers, BatchSpec, Path, Subject
 (task,) = benchmarks.build(material(Path({str(folder)!r}), "mmlu:anatomy"))
 net = model.load(model.ModelSpec(path={str(tiny_model)!r})).net
 print(len(task.score(task.measure(Subject(net, renderers.load({str(tiny_model)!r}), "base", BatchSpec(), 4)))))

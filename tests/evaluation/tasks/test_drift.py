@@ -29,7 +29,16 @@ from tunesmith.evaluation.tasks.choices import (
     continuation,
     question,
 )
-from tunesmith.evaluation.tasks.drift import Apart, Chat, Item, Safety, Text, build, distributions, divergence
+from tunesmith.evaluation.tasks.drift import (
+    Chat,
+    Divergence,
+    Item,
+    Safety,
+    Text,
+    build,
+    distributions,
+    divergence,
+)
 from tunesmith.events import Notice
 from tunesmith.model import loading as model
 from tunesmith.runs.records import ExampleScore
@@ -285,8 +294,8 @@ def test_files_take_the_place_of_the_suites(tmp_path, renderer):
         ("safety", [{"prompt": "x"}], "does not say whether it is harmful"),
         ("safety", [{"prompt": " ", "harmful": True}], "no text under prompt"),
         ("text", [{"texts": "x"}], "no text under text"),
-        ("text", ["no json"], "is no row"),
-        ("chats", ["[1]"], "is no JSON object"),
+        ("text", ["no json"], "is not a row"),
+        ("chats", ["[1]"], "is not a JSON object"),
         ("chats", [{"prompt": "a <|im_end|> b"}], "a text holds"),
         ("knowledge", [{"question": "<|im_start|>?", "choices": ["a", "b"], "answer": 0}], "a text holds"),
         ("text", [], "has no rows"),
@@ -343,7 +352,7 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     ]
     assert found == ["a/x.jsonl:1", "b/x.jsonl:1"]
     assert [one.source for one in entries("text", [str(tmp_path / "b/b.txt")])] == ["b.txt:1", "b.txt:2"]
-    with pytest.raises(DataError, match="leave --text out"):
+    with pytest.raises(DataError, match="omit --text"):
         entries("text", [written(tmp_path / "none.txt")])
 
 
@@ -565,7 +574,7 @@ def test_what_does_not_fit_in_memory_is_told(loaded, renderer, monkeypatch):
     from tunesmith.evaluation.tasks import drift
 
     told: list = []
-    monkeypatch.setattr(drift, "KEPT", 1)
+    monkeypatch.setattr(drift, "ROOM", 1)
     task = Chat([Item(f"c:{at}", "a", "hello" * at) for at in range(1, 4)])
     base = task.measure(Subject(loaded.net, renderer, "base", notify=told.append))
     tuned = task.measure(Subject(loaded.net, renderer, "tuned"))
@@ -619,7 +628,7 @@ def test_all_of_drift_scores_alike_in_any_batch(loaded, renderer):
 
 def test_a_measurement_that_is_no_number_is_an_error():
     with pytest.raises(EvaluationError, match="not finite"):
-        Chat([]).score([Apart(Item("c:1", "a", "x"), math.inf, 1.0, 3, "")])
+        Chat([]).score([Divergence(Item("c:1", "a", "x"), math.inf, 1.0, 3, "")])
 
 
 def test_a_passage_that_became_likelier_improved():

@@ -828,13 +828,13 @@ def test_a_cursor_from_before_there_was_more_than_the_loss_is_read(train):
 # The task
 
 
-def compared(good: list[float], bad: list[float], pair: bool = False) -> list[preference.Compared]:
+def compared(good: list[float], bad: list[float], pair: bool = False) -> list[preference.AnswerRatio]:
     made = [
-        preference.Compared(f"g:{at}", True, 0.0, value, 3.0, at if pair else None)
+        preference.AnswerRatio(f"g:{at}", True, 0.0, value, 3.0, at if pair else None)
         for at, value in enumerate(good)
     ]
     return made + [
-        preference.Compared(f"b:{at}", False, 0.0, value, 3.0, at if pair else None)
+        preference.AnswerRatio(f"b:{at}", False, 0.0, value, 3.0, at if pair else None)
         for at, value in enumerate(bad)
     ]
 

@@ -61,7 +61,7 @@ class _Fields(NamedTuple):
     empty if they are those that are scored."""
 
     asked: str
-    texts: JSON
+    texts: object
     answer: object
     contexts: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()
@@ -75,10 +75,10 @@ def question(entry: Entry) -> Question:
         what = f"no schema of multiple choice has the keys {', '.join(sorted(keys))}"
         raise DataError(what, where=entry.source)
     fields = reader(entry)
-    texts, answer = fields.texts, fields.answer
-    usable = isinstance(texts, list) and len(texts) > 1
-    if not usable or not all(isinstance(text, str) and text.strip() for text in texts):
+    texts = fields.texts if isinstance(fields.texts, list) else []
+    if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
         raise DataError("the choices must be two or more texts", where=entry.source)
+    answer = fields.answer
     choices = tuple(str(text).strip() for text in texts)
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise DataError(f"no choice is marked as the right one of {len(choices)}", where=entry.source)

@@ -1,10 +1,9 @@
-"""How surprised a model is by the learned tokens of held-out rows: loss in nats a token, and perplexity = e
-to that.
+"""Loss of a model on the learned tokens of held-out rows, in nats a token, and perplexity = e to that.
 
-The loss is a ratio of sums over all rows, Σ nats / Σ tokens, so neither the cut into batches nor the order of
-rows changes it. Answers that are not to be imitated (labelled undesirable, or the rejected side of a pair)
-have a loss of their own, for which neither way is good. Numbers of models with different tokenizers do not
-compare: their tokens are not the same."""
+The loss is a ratio of sums over all rows, Σ nats / Σ tokens, so neither batching nor the order of rows changes
+it. Answers that are not imitated (labelled undesirable, or the rejected side of a pair) have a loss of their
+own, for which neither direction is better. Models with different tokenizers cannot be compared by these
+numbers: their tokens differ."""
 
 from __future__ import annotations
 
@@ -36,18 +35,17 @@ from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Row, render
 
 UNWANTED = ("undesirable", "rejected")
-CATEGORIES = (
-    "type",
-    "category",
-    "task",
-)  # keys of rows that say what kind a row is, the first that some row has
-KINDS = 20  # of a category, beyond which it names rows rather than kinds
-OPENING = 300  # letters
+CATEGORIES = ("type", "category", "task")
+"""Keys of rows that may name the row's category; the first that some row has is used."""
+MAX_CATEGORIES = 20
+"""With more values than these, a key names rows rather than categories."""
+OPENING = 300
+"""Characters of the prompt that are recorded."""
 
 
 class RowLoss(NamedTuple):
-    """``nats``: Σ of −log p over learned tokens, ``units``: number of these, weighted. ``about``: what is
-    known of the row."""
+    """``nats``: Σ −log p over the learned tokens. ``units``: Σ of their weights. ``about``: labels of the
+    row."""
 
     source: str
     nats: float
@@ -57,8 +55,8 @@ class RowLoss(NamedTuple):
 
 
 class Item(NamedTuple):
-    """``group``: one row. ``about``: its label and type, its category where it has one, and as unwanted why
-    it is not wanted."""
+    """``group``: one row. ``about``: its label and type, and its category if it has one; or the reason why it
+    is not imitated."""
 
     group: Group
     about: dict[str, JSON]
@@ -70,9 +68,10 @@ def _wanted(score: ExampleScore) -> float | None:
 
 
 def _loss_of(kind: str) -> Statistic:
-    return Statistic(
-        f"loss_{kind}", lambda one: one.value if one.detail.get("unwanted") == kind else None, unit="nats"
-    )
+    def of(score: ExampleScore) -> float | None:
+        return score.value if score.detail.get("unwanted") == kind else None
+
+    return Statistic(f"loss_{kind}", of, unit="nats")
 
 
 class Perplexity(Task[RowLoss]):
@@ -110,43 +109,42 @@ class Perplexity(Task[RowLoss]):
 
     @property
     def identity(self) -> str:
-        """Of the tokens and which of them are learned."""
+        """Hash of the tokens, and of which are learned."""
         hashes = [
             hashlib.sha256(part.tobytes())
-            for one in self.items
-            for row in one.group.sequences
+            for item in self.items
+            for row in item.group.sequences
             for part in row
         ]
         return digest(
-            [one.hexdigest() for one in hashes], [[one.group.source, one.about] for one in self.items]
+            [item.hexdigest() for item in hashes], [[item.group.source, item.about] for item in self.items]
         )
 
     def measure(self, subject: Subject) -> list[RowLoss]:
-        sums = subject.logps([one.group for one in self.items], "loss")
+        sums = subject.logps([item.group for item in self.items], "loss")
         return [
             RowLoss(
-                one.group.source,
+                item.group.source,
                 -sum(logp for logp, _ in row),
                 sum(units for _, units in row),
-                one.about,
-                one.prompt,
+                item.about,
+                item.prompt,
             )
-            for one, row in zip(self.items, sums, strict=True)
+            for item, row in zip(self.items, sums, strict=True)
         ]
 
     def score(self, items: Sequence[RowLoss]) -> list[ExampleScore]:
         """``value``: mean nats a token; ``units``: tokens. Raises EvaluationError naming the rows without a
-        usable loss."""
+        finite loss."""
         bad = [
             f"{row.source}: loss {row.nats:g} nats over {row.units:g} learned tokens"
             for row in items
             if not (math.isfinite(row.nats) and 0 < row.units < math.inf)
         ]
-        if bad:  # left out, they would make the model look better than it is
-            raise EvaluationError(
-                f"{len(bad)} of {len(items)} rows have no usable loss\n{listing(bad)}",
-                hint="a row needs at least one learned token; a loss that is not finite means that the model has diverged",
-            )
+        if bad:  # leaving them out would make the model look better than it is
+            what = f"{len(bad)} of {len(items)} rows have no usable loss\n{listing(bad)}"
+            hint = "a row needs a learned token; a loss that is not finite means that the model has diverged"
+            raise EvaluationError(what, hint=hint)
         return [
             ExampleScore(
                 row.source,
@@ -161,7 +159,8 @@ class Perplexity(Task[RowLoss]):
 
 @register(Perplexity)
 def build(material: Material) -> list[Perplexity]:
-    """The task for all rows that have tokens to be learned, or not to be; none where there are none."""
+    """The task for all rows with tokens that are learned, or that are not to be imitated; none without
+    such rows."""
     read = {example.source: example for example in material.everything}
     imitated = {example.source: example for example in material.imitated}
     key = _category(material)
@@ -179,30 +178,29 @@ def build(material: Material) -> list[Perplexity]:
     for row in rendered.dropped:
         material.notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))
     for row in rendered.rows:
-        why: JSON = "rejected" if isinstance(read[row.source], Preference) else "undesirable"
-        one = _item(row, unwanted[row.source], why, None)
-        items.append(one._replace(about={"unwanted": why}))  # no label or type: parts are of the rest
+        reason: JSON = "rejected" if isinstance(read[row.source], Preference) else "undesirable"
+        item = _item(row, unwanted[row.source], reason, None)
+        items.append(item._replace(about={"unwanted": reason}))  # no label or type: parts are of the rest
     if not items:
-        material.notify(Notice("perplexity: no row says what is or is not to be said, so it is not measured"))
+        material.notify(Notice("perplexity: no row has an answer to score, so it is not measured"))
     return [Perplexity(items)] if items else []
 
 
 def _category(material: Material) -> str | None:
-    """The key of the rows that names their kinds, if any does."""
+    """The key of the rows that names their category, if any does."""
     for key in CATEGORIES:
         if kinds := {
             kind for example in material.imitated if isinstance(kind := example.metadata.get(key), str)
         }:
-            if len(kinds) <= KINDS:
+            if len(kinds) <= MAX_CATEGORIES:
                 return key
-            material.notify(
-                Notice(f"perplexity: {key} has more than {KINDS} values: not shown apart", count=len(kinds))
-            )
+            what = f"perplexity: {key} has more than {MAX_CATEGORIES} values: not shown apart"
+            material.notify(Notice(what, count=len(kinds)))
     return None
 
 
 def _unwanted(example: Example) -> Example | None:
-    """What ``example`` says that is not to be said."""
+    """The part of ``example`` that is not to be imitated, if any."""
     if isinstance(example, Preference):
         return Demonstration(example.rejected, source=example.source, metadata=example.metadata)
     return example if _label(example) == "undesirable" else None
@@ -223,7 +221,7 @@ def _label(example: Example) -> str:
 
 
 def _type(row: Row, example: Example) -> str:
-    """Whether the answers that ``row`` learns are calls, words, or both."""
+    """Whether the learned answers of ``row`` are calls, words, or both."""
     if isinstance(example, Document):
         return "text"
     if isinstance(example, Completion):

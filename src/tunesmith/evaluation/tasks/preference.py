@@ -1,13 +1,14 @@
-"""Does the tuned model tell good answers from bad better than the base did?
+"""Does the tuned model tell good answers from bad ones better than the base did?
 
 r = log p(answer | prompt) by the tuned model − the same by the base, in nats over the learned tokens: what
 KTO and DPO call the reward, without β. ``accuracy``: the share of pairs of a good and a bad answer in which
-the good one has the larger r: of given pairs, or of all combinations where rows are judged alone (as Mann and
-Whitney 1947 count). A model that was not trained has 0.5. ``ratio_margin``: mean r of the good less mean r of
-the bad. Intervals: bootstrap over the sources of good and of bad rows, each among its kind, widened for the
-kind with fewer sources; where the good rows win always or never, the exact binomial one of that.
+the good one has the larger r; over the given pairs, or over all combinations if rows are labelled singly
+(Mann and Whitney 1947). A model that was not trained has 0.5. ``ratio_margin``: mean r of the good answers
+less mean r of the bad ones. Intervals: bootstrap over the sources of good and of bad rows separately, widened
+for the kind with fewer sources; if the good rows win always or never, the exact binomial interval of that
+kind's number.
 
-The base is the model without any adapter, also where training went on from one and compared with that.
+The base is the model without any adapter, also if training continued from an adapter.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ from tunesmith.tokens.batches import Group
 
 NAME, VERSION = "preference", "1"
 CHANCE = {"accuracy": 0.5, "ratio_margin": 0.0, "ratio_good": 0.0, "ratio_bad": 0.0}
-"""What the base itself scores."""
+"""The base's own scores."""
 BETTER: dict[str, Better] = {"accuracy": "higher", "ratio_margin": "higher"}
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """One answer. ``pair``: number of the pair that it belongs to, None where it is judged alone."""
+class AnswerRatio:
+    """One answer. ``base``, ``tuned``: log p. ``pair``: number of its pair, None if it is labelled singly."""
 
     source: str
     good: bool
@@ -80,9 +81,9 @@ def between_runs(pairs: Sequence[ExamplePair], seed: int) -> list[Score]:
         good, bad = (
             sorted(kind, key=lambda pair: float(str(pair[0].detail["pair"]))) for kind in (good, bad)
         )
-    chance = np.random.default_rng(seed)
-    up, n_good = _weights([first.source for first, _ in good], chance)
-    down, n_bad = (up, n_good) if numbered else _weights([first.source for first, _ in bad], chance)
+    rng = np.random.default_rng(seed)
+    up, n_good = _weights([first.source for first, _ in good], rng)
+    down, n_bad = (up, n_good) if numbered else _weights([first.source for first, _ in bad], rng)
     shares, margins, places = [], [], []
     for run in (1, 0):  # the second run is the one that is judged, as tuned is beside base
         of_good, of_bad = (np.array([pair[run].value for pair in kind]) for kind in (good, bad))
@@ -156,11 +157,11 @@ class Preferred(Task[tuple[float, float]]):
         self._facts = [
             (
                 group.source,
-                at == 0 if len(group.sequences) == 2 else group.label is True,
+                place == 0 if len(group.sequences) == 2 else group.label is True,
                 index if len(group.sequences) == 2 else None,
             )
             for index, group in enumerate(groups)
-            for at in range(len(group.sequences))
+            for place in range(len(group.sequences))
         ]
 
     @property
@@ -191,7 +192,7 @@ class Preferred(Task[tuple[float, float]]):
         self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
     ) -> list[Score]:
         items = [
-            Compared(source, good, before.value, after.value, float(str(after.detail["tokens"])), pair)
+            AnswerRatio(source, good, before.value, after.value, float(str(after.detail["tokens"])), pair)
             for (source, good, pair), before, after in zip(self._facts, base or (), tuned, strict=True)
         ]
         return scores(items, seed)
@@ -199,45 +200,44 @@ class Preferred(Task[tuple[float, float]]):
 
 @register(Preferred)
 def build(material: Material) -> list[Preferred]:
-    """The pairs, or the labelled rows where these are more; none where good or bad is missing. What is not
-    taken is said."""
+    """The pairs, or the labelled rows if there are more of them; none if good or bad answers are missing. A
+    notice counts what is left out."""
     long = "drop" if material.template.too_long == "refuse" else material.template.too_long
     spec = material.template.model_copy(update={"prompt_weight": 0.0, "too_long": long})
-    found: list[tuple[list[Group], list[Dropped]]] = [([], [])]
+    candidates: list[tuple[list[Group], list[Dropped]]] = [([], [])]
     for objective in (DPO(), KTO(unlabelled="leave_out")):
         rendered = template.render(
             objective.select(material.everything).examples, material.renderer, spec, material.batch.length
         )
         groups = objective.groups(rendered.rows)
         both = {flag for group in groups for flag in objective.imitated(group)} == {True, False}
-        found.append((groups if both else [], rendered.dropped))
-    groups, dropped = max(found, key=lambda one: len(one[0]))
+        candidates.append((groups if both else [], rendered.dropped))
+    groups, dropped = max(candidates, key=lambda candidate: len(candidate[0]))
     notify = material.notify
     for row in dropped:
         notify(Notice(f"preference: not measured: {row.message}", level="warning", where=row.source))
-    if passed := sum(len(others) for others, _ in found) - len(groups):
+    if passed := sum(len(others) for others, _ in candidates) - len(groups):
         what = "labelled rows" if groups[0].label is not None else "pairs"
         notify(
             Notice(f"preference: only {what} are compared, the others are not", level="warning", count=passed)
         )
     if not groups and any(
-        isinstance(one, formats.Preference | formats.Judged) for one in material.everything
+        isinstance(example, formats.Preference | formats.Judged) for example in material.everything
     ):
         notify(Notice("preference: it needs good and bad answers: not measured"))
     return [Preferred(groups)] if groups else []
 
 
-def scores(items: Sequence[Compared], seed: int) -> list[Score]:
-    """accuracy, margin and the mean r of good and of bad, with 95 % intervals; none where a kind is
-    missing."""
-    good = np.array([one.ratio for one in items if one.good])
-    bad = np.array([one.ratio for one in items if not one.good])
+def scores(items: Sequence[AnswerRatio], seed: int) -> list[Score]:
+    """accuracy, margin and the mean r of good and of bad, with 95 % intervals; none if a kind is missing."""
+    good = np.array([item.ratio for item in items if item.good])
+    bad = np.array([item.ratio for item in items if not item.good])
     if not len(good) or not len(bad):
         return []
-    paired = all(one.pair is not None for one in items) and len(good) == len(bad)
-    chance = np.random.default_rng(seed)
-    up, n_good = _draws([one.source for one in items if one.good], chance)
-    down, n_bad = (up, 0) if paired else _draws([one.source for one in items if not one.good], chance)
+    paired = all(item.pair is not None for item in items) and len(good) == len(bad)
+    rng = np.random.default_rng(seed)
+    up, n_good = _draws([item.source for item in items if item.good], rng)
+    down, n_bad = (up, 0) if paired else _draws([item.source for item in items if not item.good], rng)
     wins = won(good - bad) if paired else won(good[:, None] - bad[None, :])
     shares = (
         up @ wins / up.sum(axis=1)
@@ -245,7 +245,7 @@ def scores(items: Sequence[Compared], seed: int) -> list[Score]:
         else (up @ wins * down).sum(axis=1) / (up.sum(axis=1) * down.sum(axis=1))
     )
     means = up @ good / up.sum(axis=1), down @ bad / down.sum(axis=1)
-    found = {
+    numbers = {
         "accuracy": (wins.mean(), shares),
         "ratio_margin": (good.mean() - bad.mean(), means[0] - means[1]),
         "ratio_good": (good.mean(), means[0]),
@@ -254,9 +254,9 @@ def scores(items: Sequence[Compared], seed: int) -> list[Score]:
     made: list[Score] = []
     fewest = n_good if paired else min(n_good, n_bad)
     cuts = edges(fewest) if fewest > 1 else (TAIL, 1 - TAIL)
-    for name, (value, draws) in found.items():
+    for name, (value, draws) in numbers.items():
         low, high = (float(edge) for edge in np.quantile(draws, cuts))
-        note = None if fewest > 1 else "one row of a kind: the interval does not hold its chance"
+        note = None if fewest > 1 else "one row of a kind: its chance is not in the interval"
         if name == "accuracy" and value in (0.0, 1.0):  # a bootstrap only sees ties
             edge, note = TAIL ** (1 / fewest), ALIKE_SHARE
             low, high = (edge, 1.0) if value else (0.0, 1 - edge)
@@ -288,15 +288,15 @@ def scores(items: Sequence[Compared], seed: int) -> list[Score]:
     return made
 
 
-def _draws(sources: Sequence[str], chance: np.random.Generator) -> tuple[np.ndarray, int]:
+def _draws(sources: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """(RESAMPLES, rows) how often each row is in each resample of the sources, and how many sources there
     are."""
-    names, at = np.unique(np.array(sources), return_inverse=True)
-    counts = chance.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
-    return counts[:, at].astype(np.float64), len(names)
+    names, source_of = np.unique(np.array(sources), return_inverse=True)
+    counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
+    return counts[:, source_of].astype(np.float64), len(names)
 
 
-def _weights(sources: Sequence[str], chance: np.random.Generator) -> tuple[np.ndarray, int]:
+def _weights(sources: Sequence[str], rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """(1 + RESAMPLES, rows): ones, then the `_draws`; and how many sources there are."""
-    draws, n = _draws(sources, chance)
+    draws, n = _draws(sources, rng)
     return np.concatenate([np.ones((1, len(sources))), draws]), n

@@ -1,10 +1,10 @@
 """Does a program that the model writes pass its tests? HumanEval: Chen et al. 2021, arXiv 2107.03374.
 
-A problem is the head of a function with its description. The model continues it, and the function is run
+A problem is the signature and docstring of a function. The model continues it, and the function is run
 against unit tests in `sandbox`. The number is the paper's pass@1 for one greedy answer: the share of problems
-whose tests all pass. An answer is cut where the paper stops to sample: before the next line that starts a
-class, a definition, a comment, a condition or a print. Unlike in OpenAI's checker a program may start neither
-threads nor processes, and may import the standard library only."""
+whose tests all pass. An answer is cut where the paper stops sampling: before the next line that starts a
+class, a definition, a comment, a condition or a print. Unlike in OpenAI's checker, a program may start
+neither threads nor processes, and may import the standard library only."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Program:
     test: str
 
 
-class Ran(NamedTuple):
+class TestedProgram(NamedTuple):
     problem: Program
     completion: str
     outcome: Outcome
@@ -54,19 +54,17 @@ class Ran(NamedTuple):
 
 def truncate(completion: str, stops: Sequence[str] = STOPS) -> str:
     """``completion`` up to the first of ``stops``."""
-    return completion[
-        : min((at for stop in stops if (at := completion.find(stop)) >= 0), default=len(completion))
-    ]
+    ends = (end for stop in stops if (end := completion.find(stop)) >= 0)
+    return completion[: min(ends, default=len(completion))]
 
 
 def completion(problem: Program, answer: str) -> str:
-    """What of ``answer`` comes after the prompt: its continuation, or the code of its first fenced block.
+    """The part of ``answer`` that continues the prompt: its beginning, or the code of its first fenced block.
 
-    A block that defines the function anew is kept whole, as it replaces the prompt's.
-    """
+    A block that defines the function again is used whole, since it replaces the prompt's definition."""
     first = next((line for line in answer.splitlines() if line.strip()), "")
     opening = _OPENING.search(answer)
-    if first[:1].isspace() or opening is None:  # it goes on with the function's body
+    if first[:1].isspace() or opening is None:  # it continues the function's body
         return truncate(answer, (*STOPS, _CLOSING))
     code = truncate(answer[opening.end() :], (_CLOSING,))
     return (
@@ -77,14 +75,14 @@ def completion(problem: Program, answer: str) -> str:
 
 
 def check(problem: Program, completion: str, limits: Limits | None = None) -> Outcome:
-    """What became of the function in its tests. Raises SetupError where it cannot be run shut in."""
+    """The outcome of the tests. Raises SetupError if code cannot be sandboxed here."""
     parts = (problem.prompt + completion, problem.test, f"check({problem.entry_point})")
     return sandbox.run("\n".join(parts), limits)
 
 
-class Programs(Task[Ran]):
-    """``version`` changes with what is run. The tests' time is on the clock: what ran too long beside others
-    runs again alone."""
+class Programs(Task[TestedProgram]):
+    """``version`` changes with the code that is run. Tests have a time limit: a program that exceeds it beside
+    others runs again alone."""
 
     name = "benchmark.humaneval"
     version = "1"
@@ -111,39 +109,44 @@ class Programs(Task[Ran]):
             platform.python_version(),
         )
 
-    def measure(self, subject: Subject) -> list[Ran]:
+    def measure(self, subject: Subject) -> list[TestedProgram]:
         """Greedy continuations of the prompts as plain text, each run in its tests. Raises SetupError before
-        it asks.
+        the model is asked.
 
-        All ranks share the answers; the first alone runs them, and the others return nothing.
-        """
+        Ranks share the answers; the first rank alone runs the programs, and the others return nothing."""
         sandbox.require()
-        said = subject.answers([problem.prompt for problem in self.problems], MAX_TOKENS, self.name)
-        pieces = [completion(problem, one.text) for problem, one in zip(self.problems, said, strict=True)]
-        open_ended = sum(one.cut and one.text == piece for one, piece in zip(said, pieces, strict=True))
+        answers = subject.answers([problem.prompt for problem in self.problems], MAX_TOKENS, self.name)
+        pairs = zip(self.problems, answers, strict=True)
+        pieces = [completion(problem, answer.text) for problem, answer in pairs]
+        open_ended = sum(
+            answer.cut and answer.text == piece for answer, piece in zip(answers, pieces, strict=True)
+        )
         if open_ended:
-            what = f"{self.name}, {subject.side}: answers cut at {MAX_TOKENS} tokens, before the function's end was seen"
+            what = (
+                f"{self.name}, {subject.side}: answers cut at {MAX_TOKENS} tokens, before the function ended"
+            )
             self.notify(Notice(what, level="warning", count=open_ended))
         if not subject.ranks.writes:
             return []
         tick = subject.ticker(f"{self.name}: tests")
-        ran: list[Ran] = []
+        ran: list[TestedProgram] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             outcomes = pool.map(
                 lambda problem, piece: check(problem, piece, self.limits), self.problems, pieces
             )
             for problem, piece, outcome in zip(self.problems, pieces, outcomes, strict=True):
-                ran.append(Ran(problem, piece, outcome))
+                ran.append(TestedProgram(problem, piece, outcome))
                 tick(len(ran), len(pieces))
-        slow = [at for at, one in enumerate(ran) if one.outcome.status == "timeout"]
+        slow = [index for index, tested in enumerate(ran) if tested.outcome.status == "timeout"]
         tick = subject.ticker(f"{self.name}: tests that took too long, each alone")
-        for done, at in enumerate(slow, 1):
-            ran[at] = ran[at]._replace(outcome=check(ran[at].problem, ran[at].completion, self.limits))
+        for done, index in enumerate(slow, 1):
+            again = check(ran[index].problem, ran[index].completion, self.limits)
+            ran[index] = ran[index]._replace(outcome=again)
             tick(done, len(slow))
         return ran
 
-    def score(self, items: Sequence[Ran]) -> list[ExampleScore]:
-        """``value``: 1 where all tests passed."""
+    def score(self, items: Sequence[TestedProgram]) -> list[ExampleScore]:
+        """``value``: 1 if all tests passed."""
         return [
             ExampleScore(
                 problem.task_id,
@@ -158,9 +161,9 @@ class Programs(Task[Ran]):
 
 
 def read(files: Sequence[Path]) -> list[Program]:
-    """The problems of JSONL ``files`` in HumanEval's form. Raises DataError with all rows that are not, or
-    come twice."""
-    found: dict[str, Program] = {}
+    """The problems of JSONL ``files`` in HumanEval's format. Raises DataError listing the rows that are not in
+    it, and duplicates."""
+    programs: dict[str, Program] = {}
     problems: list[str] = []
     for path in sources.files(files):
         for source, text in sources.raws(path):
@@ -178,39 +181,35 @@ def read(files: Sequence[Path]) -> list[Program]:
                 problems.append(f"{source}: no text under {', '.join(lacking)}")
             elif not program.entry_point.isidentifier():
                 problems.append(
-                    f"{source}: entry_point is no name of a function: {program.entry_point[:40]!r}"
+                    f"{source}: entry_point is not the name of a function: {program.entry_point[:40]!r}"
                 )
-            elif found.setdefault(program.task_id, program) is not program:
+            elif programs.setdefault(program.task_id, program) is not program:
                 problems.append(f"{source}: the task_id {program.task_id!r} is there twice")
     if problems:
         hint = f"each row of HumanEval has {', '.join(field.name for field in fields(Program))}"
         raise DataError(
-            f"{len(problems)} rows are no problems of HumanEval\n{listing(problems)}",
+            f"{len(problems)} rows are not problems of HumanEval\n{listing(problems)}",
             where=str(files[0]),
             hint=hint,
         )
-    return list(found.values())
+    return list(programs.values())
 
 
 def build_from(files: Sequence[Path], material: Material) -> list[Task]:
-    """HumanEval over the problems of ``files``; none, with a notice, where they hold none.
+    """HumanEval over the problems of ``files``; none, with a notice, if they have none.
 
-    Raises EvaluationError where running code is not allowed, SetupError where this machine cannot shut it in.
-    """
+    Raises EvaluationError if running code was not allowed, SetupError if this machine cannot sandbox it."""
     problems = read(files)
     if not problems:
         material.notify(
-            Notice("humaneval: the files hold no problem, so it is not measured", level="warning")
+            Notice("humaneval: the files have no problems, so it is not measured", level="warning")
         )
         return []
     limit = material.spec.limit
     asked = problems[:limit]
     if not material.spec.allow_code:
-        raise EvaluationError(
-            f"humaneval runs {len(asked)} programs that the model writes on this machine: each shut in, without network or files",
-            where="allow_code",
-            hint="--allow-code allows it",
-        )
+        what = f"humaneval runs {len(asked)} programs that the model writes, each sandboxed without network or files"
+        raise EvaluationError(what, where="allow_code", hint="--allow-code allows it")
     sandbox.require()
     if len(asked) < len(problems):
         what = f"humaneval: only the first {limit} of {len(problems)} problems are asked"
