@@ -66,31 +66,31 @@ def of(survey: Survey) -> list[PromptCluster | None]:
     """The cluster of each row, None where `Diversity` kept no prompt. Done once a survey; draws
     ``charts["map"]``."""
     if "clusters" not in survey.kept:
-        kept = survey.kept["diversity"]
-        rows = [at for at in survey.training if kept[at] is not None and kept[at].subject]
+        trigrams = survey.kept["diversity"]
+        rows = [row for row in survey.training if trigrams[row] is not None and trigrams[row].subject]
         groups: list[PromptCluster | None] = [None] * len(survey)
         if rows:
-            made = clusters(
-                [kept[at].subject for at in rows], survey.context.embed if survey.context else None
+            clustering = clusters(
+                [trigrams[row].subject for row in rows], survey.context.embed if survey.context else None
             )
-            for at, label in zip(rows, made.labels, strict=True):
-                groups[at] = made.groups[label]
-            survey.charts["map"] = _chart(made, rows, survey)
+            for row, label in zip(rows, clustering.labels, strict=True):
+                groups[row] = clustering.groups[label]
+            survey.charts["map"] = _chart(clustering, rows, survey)
         survey.kept["clusters"] = groups
     return survey.kept["clusters"]
 
 
-def _chart(made: Clustering, rows: Sequence[int], survey: Survey) -> dict[str, Any]:
-    shown = [rows[place] for place in made.shown]
+def _chart(clustering: Clustering, rows: Sequence[int], survey: Survey) -> dict[str, Any]:
+    shown = [rows[place] for place in clustering.shown]
     return {
-        "x": [round(float(x), 3) for x in made.points[:, 0]],
-        "y": [round(float(y), 3) for y in made.points[:, 1]],
-        "source": [survey.sources[at] for at in shown],
-        "text": [masked(survey.asked[at]) for at in shown],
-        "cluster": made.labels[made.shown].tolist(),
-        "label": [survey.labels[at] for at in shown],
-        "names": [group.name for group in made.groups],
-        "method": made.method,
+        "x": [round(float(x), 3) for x in clustering.points[:, 0]],
+        "y": [round(float(y), 3) for y in clustering.points[:, 1]],
+        "source": [survey.sources[row] for row in shown],
+        "text": [masked(survey.asked[row]) for row in shown],
+        "cluster": clustering.labels[clustering.shown].tolist(),
+        "label": [survey.labels[row] for row in shown],
+        "names": [group.name for group in clustering.groups],
+        "method": clustering.method,
     }
 
 
@@ -120,8 +120,8 @@ def clusters(
     alike = np.square(_means(unit, labels)).sum(axis=1)
     names = _names(_means(weights, labels), weights, terms)
     groups: list[PromptCluster] = []
-    for name, one in zip(names, alike, strict=True):
-        tight = bool(one >= least)
+    for name, likeness in zip(names, alike, strict=True):
+        tight = bool(likeness >= least)
         groups.append(PromptCluster(name if tight else f"various: {name}", tight))
     return Clustering(labels, groups, shown, points, f"{source}, {drawn}")
 
@@ -136,14 +136,14 @@ def words(text: str) -> list[str]:
     letters."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-    found: list[str] = []
+    parts: list[str] = []
     for word in _WORD.findall(text.lower()):
-        found += (
-            [word[at : at + 2] for at in range(max(1, len(word) - 1))]
+        parts += (
+            [word[start : start + 2] for start in range(max(1, len(word) - 1))]
             if UNSPACED_LETTER.match(word)
             else [word]
         )
-    return [word for word in found if word not in ENGLISH_STOP_WORDS and len(word) > 1] or found
+    return [word for word in parts if word not in ENGLISH_STOP_WORDS and len(word) > 1] or parts
 
 
 def _tfidf(texts: Iterable[str]) -> tuple[Any, list[str]]:
@@ -152,10 +152,10 @@ def _tfidf(texts: Iterable[str]) -> tuple[Any, list[str]]:
     from sklearn.feature_extraction import DictVectorizer
     from sklearn.feature_extraction.text import TfidfTransformer
 
-    found = [words(text) for text in texts]
+    words_of = [words(text) for text in texts]
     vectorizer = DictVectorizer()
-    counts: Any = vectorizer.fit([{"": 0}, *map(Counter, found)]).transform(
-        map(Counter, found)
+    counts: Any = vectorizer.fit([{"": 0}, *map(Counter, words_of)]).transform(
+        map(Counter, words_of)
     )  # one column at least
     terms = np.array(vectorizer.feature_names_)
     often = np.bincount(counts.indices, minlength=len(terms)) > 1
@@ -201,10 +201,10 @@ def _merged(labels: np.ndarray, unit: Any, least: float) -> np.ndarray:
         _, labels = np.unique(labels, return_inverse=True)
         means = _means(unit, labels)
         alike = np.triu(means @ means.T, 1)
-        one, other = np.unravel_index(alike.argmax(), alike.shape)
-        if alike[one, other] < least:
+        first, second = np.unravel_index(alike.argmax(), alike.shape)
+        if alike[first, second] < least:
             break
-        labels[labels == other] = one
+        labels[labels == second] = first
     order = np.argsort(-np.bincount(labels), kind="stable")
     return np.argsort(order)[labels]
 
@@ -214,7 +214,9 @@ def _names(means: np.ndarray, weights: Any, terms: Sequence[str]) -> list[str]:
     telling = means - np.asarray(weights.mean(axis=0)).ravel() / 2
     names: list[str] = []
     for row in telling:
-        best = [terms[int(at)][:LONGEST] for at in np.argsort(-row, kind="stable")[:3] if row[at] > 0]
+        best = [
+            terms[int(column)][:LONGEST] for column in np.argsort(-row, kind="stable")[:3] if row[column] > 0
+        ]
         name = ", ".join(best) or "no common words"
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
     return names

@@ -12,39 +12,39 @@ def compare(first: Audit, second: Audit) -> AuditComparison:
     """What differs from ``first`` to ``second``."""
     words: dict[int, str] = {}
     labels: dict[int, dict[bool | None, str]] = {}
-    asked: dict[int, str] = {}
-    for one in first.prints:
-        words.setdefault(one.words, one.source)
-        labels.setdefault(one.words, {}).setdefault(one.label, one.source)
-        if one.prompt is not None:
-            asked.setdefault(one.prompt, one.source)
-    has = {one.words for one in second.prints}
+    prompt_sources: dict[int, str] = {}
+    for row in first.prints:
+        words.setdefault(row.words, row.source)
+        labels.setdefault(row.words, {}).setdefault(row.label, row.source)
+        if row.prompt is not None:
+            prompt_sources.setdefault(row.prompt, row.source)
+    has = {row.words for row in second.prints}
     shared, relabelled, prompts = [], [], []
-    for one in second.prints:
-        if one.words in words:
-            shared.append(FindingRow(one.source, f"as {words[one.words]}"))
-            if one.label not in labels[one.words]:
-                (label, source), *_ = labels[one.words].items()
-                relabelled.append(FindingRow(one.source, f"{_word(one.label)}; {source} is {_word(label)}"))
-        if one.prompt is not None and one.prompt in asked:
-            prompts.append(FindingRow(one.source, f"as {asked[one.prompt]}"))
+    for row in second.prints:
+        if row.words in words:
+            shared.append(FindingRow(row.source, f"as {words[row.words]}"))
+            if row.label not in labels[row.words]:
+                (label, source), *_ = labels[row.words].items()
+                relabelled.append(FindingRow(row.source, f"{_word(row.label)}; {source} is {_word(label)}"))
+        if row.prompt is not None and row.prompt in prompt_sources:
+            prompts.append(FindingRow(row.source, f"as {prompt_sources[row.prompt]}"))
     return AuditComparison(
         (list(first.files), list(second.files)),
         (first.rows, second.rows),
         shared,
         relabelled,
         prompts,
-        [one.source for one in first.prints if one.words not in has],
-        [one.source for one in second.prints if one.words not in words],
+        [row.source for row in first.prints if row.words not in has],
+        [row.source for row in second.prints if row.words not in words],
         _changes(first.findings, second.findings),
     )
 
 
 def _changes(first: Sequence[Finding], second: Sequence[Finding]) -> list[Change]:
     """Rules on which the two differ, in the order of the first, then of the second."""
-    was, now = ({one.rule: one for one in findings} for findings in (first, second))
+    was, now = ({change.rule: change for change in findings} for findings in (first, second))
     both = [Change(rule, was.get(rule), now.get(rule)) for rule in dict.fromkeys([*was, *now])]
-    return [one for one in both if _gist(one.first) != _gist(one.second)]
+    return [change for change in both if _gist(change.first) != _gist(change.second)]
 
 
 def _gist(finding: Finding | None) -> tuple[str, int] | None:
@@ -56,23 +56,27 @@ def _word(label: bool | None) -> str:
     return {True: "desirable", False: "undesirable", None: "unlabelled"}[label]
 
 
-def told(found: AuditComparison) -> str:
+def told(comparison: AuditComparison) -> str:
     """What differs, in a few lines for a terminal."""
-    (first, second), (many, others) = (", ".join(files) for files in found.files), found.rows
+    (first, second), (many, others) = (", ".join(files) for files in comparison.files), comparison.rows
     lines = [f"compared: {first} ({counted(many)}) with {second} ({counted(others)})"]
-    for rows, what in (
-        (found.shared, "of the second with words that stand in the first too"),
-        (found.relabelled, "of these with another label there"),
-        (found.prompts, "of the second with a prompt of the first"),
+    for rows, relation in (
+        (comparison.shared, "of the second with words that stand in the first too"),
+        (comparison.relabelled, "of these with another label there"),
+        (comparison.prompts, "of the second with a prompt of the first"),
     ):
-        lines.append(f"  {counted(len(rows))} {what}{_places([row.source for row in rows])}")
-    lines.append(f"  only in the first: {counted(len(found.only_first))}{_places(found.only_first)}")
-    lines.append(f"  only in the second: {counted(len(found.only_second))}{_places(found.only_second)}")
-    for one in found.changes:
+        lines.append(f"  {counted(len(rows))} {relation}{_places([row.source for row in rows])}")
+    lines.append(
+        f"  only in the first: {counted(len(comparison.only_first))}{_places(comparison.only_first)}"
+    )
+    lines.append(
+        f"  only in the second: {counted(len(comparison.only_second))}{_places(comparison.only_second)}"
+    )
+    for change in comparison.changes:
         was, now = (
-            f"{side.severity}, {side.what}" if side else "nothing" for side in (one.first, one.second)
+            f"{side.severity}, {side.what}" if side else "nothing" for side in (change.first, change.second)
         )
-        lines.append(f"  {one.rule}: {was} → {now}")
+        lines.append(f"  {change.rule}: {was} → {now}")
     return "\n".join(lines)
 
 

@@ -32,20 +32,22 @@ def embedder(
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         ids = [_ids(renderer, text) for text in texts]
-        found: dict[int, np.ndarray] = {}
+        vectors: dict[int, np.ndarray] = {}
         batch: list[int] = []
         tick(0, len(ids))
         for place in sorted(
             range(len(ids)), key=lambda place: len(ids[place])
         ):  # like with like: little padding
             if batch and (len(batch) + 1) * len(ids[place]) > AT_ONCE:
-                found |= dict(zip(batch, _means(net, [ids[one] for one in batch]), strict=True))
-                tick(len(found), len(ids))
+                vectors |= dict(zip(batch, _means(net, [ids[member] for member in batch]), strict=True))
+                tick(len(vectors), len(ids))
                 batch = []
             batch.append(place)
-        found |= dict(zip(batch, _means(net, [ids[one] for one in batch]), strict=True)) if batch else {}
+        vectors |= (
+            dict(zip(batch, _means(net, [ids[member] for member in batch]), strict=True)) if batch else {}
+        )
         tick(len(ids), len(ids))
-        return np.stack([found[place] for place in range(len(ids))])
+        return np.stack([vectors[place] for place in range(len(ids))])
 
     return embed
 

@@ -97,12 +97,12 @@ class AuditComparison:
     changes: list[Change]
 
     def to_json(self) -> dict[str, Any]:
-        found = asdict(self)
-        found["changes"] = [
-            {"rule": one.rule, "first": _brief(one.first), "second": _brief(one.second)}
-            for one in self.changes
+        fields = asdict(self)
+        fields["changes"] = [
+            {"rule": change.rule, "first": _brief(change.first), "second": _brief(change.second)}
+            for change in self.changes
         ]
-        return found
+        return fields
 
 
 def _brief(finding: Finding | None) -> dict[str, Any] | None:
@@ -208,4 +208,4 @@ def counted(count: int, of: int = 0) -> str:
 
 def gravest_first(findings: Iterable[Finding]) -> list[Finding]:
     """By severity, then by how many rows are concerned; otherwise in the order given."""
-    return sorted(findings, key=lambda one: (SEVERITIES.index(one.severity), -one.count))
+    return sorted(findings, key=lambda finding: (SEVERITIES.index(finding.severity), -finding.count))

@@ -56,7 +56,7 @@ def fix(
     require_free(paths, out)
     drafts = {path: path.with_name(f".{path.name}.draft") for path in (out, ledger)}
     tallies: dict[str, Counter[str]] = {"changed": Counter(), "removed": Counter(), "left": Counter()}
-    found = _by_source(audit)
+    notes = _by_source(audit)
     tick = events.ticker(notify, "fixing")
     rows = written = 0
     try:
@@ -68,7 +68,7 @@ def fix(
                     tallies[step.action][step.rule] += 1
                     book.write(json.dumps({"source": source, "row": line, **step._asdict()}) + "\n")
 
-            for row in _rows(paths, spec.model_copy(update={"structure_calls": False}), found):
+            for row in _rows(paths, spec.model_copy(update={"structure_calls": False}), notes):
                 rows += 1
                 if row.text is not None:
                     written += 1
@@ -76,7 +76,7 @@ def fix(
                 note(row.source, row.line, row.steps)
                 if rows % 50 == 0 or rows == audit.rows:
                     tick(rows, audit.rows)
-            for source, steps in found.items():  # of files that are only compared with
+            for source, steps in notes.items():  # of files that are only compared with
                 note(source, None, steps)
         for path in (ledger, out):
             writing.flush(drafts[path])
@@ -127,11 +127,11 @@ def require_free(paths: Sequence[str | Path], out: Path) -> None:
 
 
 def _by_source(audit: Audit) -> dict[str, list[Step]]:
-    found: dict[str, list[Step]] = defaultdict(list)
+    notes: dict[str, list[Step]] = defaultdict(list)
     for finding in audit.findings:
         for row in finding.rows if finding.severity != "good" and not finding.of_set else ():
-            found[row.source].append(Step("left", finding.rule, finding.what, row.note or None))
-    return found
+            notes[row.source].append(Step("left", finding.rule, finding.what, row.note or None))
+    return notes
 
 
 class _Row(NamedTuple):
@@ -194,8 +194,8 @@ def mended(example: Example) -> tuple[Example, list[Step]]:
             [step._replace(action="left", reason="mended, the row could not be read") for step in steps],
         )
     if note.startswith("left"):
-        told = note.replace("left: ", "calls written as text cannot become turns: ")
-        steps.append(Step("left", _CALLS, told, _said(now)))
+        reason = note.replace("left: ", "calls written as text cannot become turns: ")
+        steps.append(Step("left", _CALLS, reason, _said(now)))
     return now, steps
 
 
@@ -203,7 +203,8 @@ def _said(example: Example) -> str:
     """The turns in brief."""
     turns = View(example.source, example).messages
     return "; ".join(
-        excerpt(" ".join([one.role, *(call.name for call in one.calls), one.content]), 60) for one in turns
+        excerpt(" ".join([message.role, *(call.name for call in message.calls), message.content]), 60)
+        for message in turns
     )
 
 
@@ -233,9 +234,9 @@ def _repaired(example: Example, steps: list[Step]) -> Example:
             (at for at, (one, other) in enumerate(zip(text, fixed, strict=False)) if one != other), len(fixed)
         )
         at = max(0, same - 20)
-        told = "letters that had been read in a wrong encoding"
+        reason = "letters that had been read in a wrong encoding"
         steps.append(
-            Step("changed", "content.mojibake", told, excerpt(text[at:], 80), excerpt(fixed[at:], 80))
+            Step("changed", "content.mojibake", reason, excerpt(text[at:], 80), excerpt(fixed[at:], 80))
         )
 
     def words(text: str) -> str:

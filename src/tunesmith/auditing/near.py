@@ -51,15 +51,15 @@ def candidates(signatures: Sequence[bytes]) -> list[tuple[int, int]]:
     """Pairs of places, each once, the smaller first."""
     if len(signatures) < 2:
         return []
-    found: set[tuple[int, int]] = set()
+    buckets_found: set[tuple[int, int]] = set()
     for column in bands(signatures).T:
         order = np.argsort(column, kind="stable")
         ordered = column[order]
         starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
         for start, end in zip(starts, np.r_[starts[1:], len(order)], strict=True):
             if end - start > 1:
-                found.update(_pairs(order[start:end].tolist()))
-    chosen = np.array(sorted(found), dtype=np.int64).reshape(-1, 2)
+                buckets_found.update(_pairs(order[start:end].tolist()))
+    chosen = np.array(sorted(buckets_found), dtype=np.int64).reshape(-1, 2)
     table = np.frombuffer(b"".join(signatures), dtype="<u4").reshape(len(signatures), -1)
     parts = (chosen[at : at + PART] for at in range(0, len(chosen), PART))
     alike = [(table[part[:, 0]] == table[part[:, 1]]).mean(axis=1) >= LIKELY for part in parts]
@@ -112,7 +112,10 @@ def _beginning(texts: Sequence[str]) -> str:
     """What all of them begin with: what the first and the last of them in order have in common."""
     low, high = min(texts), max(texts)
     return low[
-        : next((at for at, (one, other) in enumerate(zip(low, high, strict=False)) if one != other), len(low))
+        : next(
+            (place for place, (left, right) in enumerate(zip(low, high, strict=False)) if left != right),
+            len(low),
+        )
     ]
 
 
@@ -125,8 +128,8 @@ def pairs(
     known = texts(sorted({place for pair in chosen for place in pair}))
     heads = Heads(known.values())
     known = {place: heads.without(text) for place, text in known.items()}
-    scored = ((one, other, similarity(known[one], known[other], least)) for one, other in chosen)
-    return [(one, other, alike) for one, other, alike in scored if alike >= least]
+    scored = ((first, second, similarity(known[first], known[second], least)) for first, second in chosen)
+    return [(first, second, alike) for first, second, alike in scored if alike >= least]
 
 
 def groups(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:

@@ -88,7 +88,7 @@ def _sections(audit: Audit) -> list[registry.Section]:
 def _quality(scores: Sequence[float]) -> Markup:
     if not scores:
         return Markup("")
-    edges = [100 * at / BINS for at in range(BINS + 1)]
+    edges = [100 * bin / BINS for bin in range(BINS + 1)]
     title = f"Distribution of {len(scores):,} scores"
     marks = {"median": median(scores)}
     return charts.columns(
@@ -123,14 +123,14 @@ class _Places:
 
 def _rows(findings: Sequence[Finding], places: _Places) -> list[list[list[Any]]]:
     """File, line and note of the first rows of each finding."""
-    left, found = BYTES, []
+    left, rows_of = BYTES, []
     for finding in findings:
-        told = []
+        shown = []
         for row in finding.rows[:ROWS] if left > 0 else ():
-            told.append([*places.of(row.source), visible(row.note, EXCERPT)])
-            left -= len(told[-1][-1].encode()) + 20
-        found.append(told)
-    return found
+            shown.append([*places.of(row.source), visible(row.note, EXCERPT)])
+            left -= len(shown[-1][-1].encode()) + 20
+        rows_of.append(shown)
+    return rows_of
 
 
 def _pure(path: str) -> PurePath:

@@ -17,12 +17,12 @@ def scores(
     sources: Sequence[str], unreadable: Sequence[str], findings: Sequence[Finding]
 ) -> tuple[dict[str, float], dict[str, list[str]]]:
     """(source → score, lowest first; source → rules that lowered it)."""
-    found = dict.fromkeys(sources, 100.0) | dict.fromkeys(unreadable, 0.0)
+    scored = dict.fromkeys(sources, 100.0) | dict.fromkeys(unreadable, 0.0)
     why: dict[str, list[str]] = {}
     for finding in findings:
         if finding.severity == "good" or finding.of_set:
             continue
-        for source in {row.source for row in finding.rows} & found.keys():
-            found[source] *= FACTORS[finding.severity]
+        for source in {row.source for row in finding.rows} & scored.keys():
+            scored[source] *= FACTORS[finding.severity]
             why.setdefault(source, []).append(finding.rule)
-    return dict(sorted(found.items(), key=lambda item: item[1])), why
+    return dict(sorted(scored.items(), key=lambda item: item[1])), why

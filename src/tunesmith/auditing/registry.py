@@ -63,7 +63,7 @@ class Rule(ABC):
         """What to keep of the row: small and picklable, or None if nothing is worth keeping."""
 
     @abstractmethod
-    def judge(self, kept: list[Any], survey: Survey) -> Iterator[Finding]:
+    def judge(self, facts: list[Any], survey: Survey) -> Iterator[Finding]:
         """Findings from what was kept of each row (None for rows not looked at), in the order of
         ``survey``."""
 

@@ -121,20 +121,20 @@ def render(audit: Audit, console: Console) -> None:
         Text(""),
     ]
     foot = _foot(audit, styles)
-    left = LINES - sum(_height(one, console) for one in [*head, *foot])
-    for one in [*head, *_fitting(audit, console, left, styles), *foot]:
-        console.print(one, overflow="fold")
+    left = LINES - sum(_height(part, console) for part in [*head, *foot])
+    for part in [*head, *_fitting(audit, console, left, styles), *foot]:
+        console.print(part, overflow="fold")
 
 
-def _height(one: RenderableType, console: Console) -> int:
-    return len(console.render_lines(one, console.options.update(overflow="fold"), pad=False))
+def _height(part: RenderableType, console: Console) -> int:
+    return len(console.render_lines(part, console.options.update(overflow="fold"), pad=False))
 
 
 def _facts(audit: Audit) -> str:
     names = [visible(path, 60) for path in audit.files]
     more = [f"{len(names) - 2:,} more"] if len(names) > 2 else []
-    told = [many(audit.rows, "row"), ", ".join(names[:2] + more), duration(audit.seconds)]
-    return " · ".join(filter(None, told))
+    facts = [many(audit.rows, "row"), ", ".join(names[:2] + more), duration(audit.seconds)]
+    return " · ".join(filter(None, facts))
 
 
 def _table(audit: Audit, styles: Mapping[str, str]) -> Table:
@@ -145,17 +145,18 @@ def _table(audit: Audit, styles: Mapping[str, str]) -> Table:
         table.add_column(name, no_wrap=True, overflow="ellipsis", width=wide)
     for name, ratio in (("measured", 3), ("bar", 2)):
         table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=ratio)
-    for name, severity, some, _ in dimensions(audit):
-        some = sorted(
-            some, key=lambda one: one.threshold is None
+    for name, severity, findings, _ in dimensions(audit):
+        findings = sorted(
+            findings, key=lambda finding: finding.threshold is None
         )  # so that bars stand in the order of what they are for
-        told = " · ".join(
-            f"{one.rule.partition('.')[2] or one.rule} {measured(one)}".rstrip() for one in some
+        shown = " · ".join(
+            f"{finding.rule.partition('.')[2] or finding.rule} {measured(finding)}".rstrip()
+            for finding in findings
         )
-        bars = " · ".join(dict.fromkeys(one.threshold for one in some if one.threshold))
+        bars = " · ".join(dict.fromkeys(finding.threshold for finding in findings if finding.threshold))
         sign = Text(f"{SIGNS[severity]} {severity}" if severity else "·", styles.get(severity or "dim", ""))
         table.add_row(
-            sign, Text(visible(name, 40)), Text(visible(told or "no finding", 300)), Text(visible(bars, 120))
+            sign, Text(visible(name, 40)), Text(visible(shown or "no finding", 300)), Text(visible(bars, 120))
         )
     return table
 
@@ -172,10 +173,13 @@ def _fitting(audit: Audit, console: Console, lines: int, styles: Mapping[str, st
             break
         blocks.append(block)
     hidden = grave[len(blocks) :]
-    counts = [(sum(one.severity == kind for one in hidden), f"more {kind}") for kind in ("error", "warning")]
+    counts = [
+        (sum(finding_hidden.severity == kind for finding_hidden in hidden), f"more {kind}")
+        for kind in ("error", "warning")
+    ]
     if hidden:
-        told = " and ".join(many(count, kind) for count, kind in counts if count)
-        blocks.append(Text(f"… {told}: see --html or --json", styles.get("bold", "")))
+        counted = " and ".join(many(count, kind) for count, kind in counts if count)
+        blocks.append(Text(f"… {counted}: see --html or --json", styles.get("bold", "")))
     return [*blocks, Text("")] if blocks else []
 
 
@@ -202,8 +206,8 @@ def _block(finding: Finding, styles: Mapping[str, str], short: Callable[[Sequenc
 
 def placed(source: str) -> tuple[str, str]:
     """The file and ``line`` or ``line:column``, "" where ``source`` names none."""
-    found = re.fullmatch(r"(.*?):(\d+(?::\d+)?)", source, re.DOTALL)
-    return (found[1], found[2]) if found else (source, "")
+    match = re.fullmatch(r"(.*?):(\d+(?::\d+)?)", source, re.DOTALL)
+    return (match[1], match[2]) if match else (source, "")
 
 
 def _places(audit: Audit) -> Callable[[Sequence[str]], str]:
@@ -228,14 +232,14 @@ def _places(audit: Audit) -> Callable[[Sequence[str]], str]:
 
 
 def _foot(audit: Audit, styles: Mapping[str, str]) -> list[RenderableType]:
-    told: list[RenderableType] = []
+    parts_shown: list[RenderableType] = []
     short, low = _places(audit), worst(audit, 3)
     if audit.quality:
         counts = binned(audit.quality.values(), 10)
         bars = "".join(
             SPARKS[-(-count * (len(SPARKS) - 1) // max(counts))] if count else "·" for count in counts
         )
-        told.append(
+        parts_shown.append(
             Text(
                 f"quality   0 {bars} 100, median {median(audit.quality.values()):.0f}"
                 + "; worst rows:" * bool(low)
@@ -248,11 +252,13 @@ def _foot(audit: Audit, styles: Mapping[str, str]) -> list[RenderableType]:
             visible(row.text, 100),
         ]
         line = Text(" · ".join(filter(None, parts)), no_wrap=True, overflow="ellipsis")
-        told.append(Padding(line, (0, 0, 0, 10), expand=False))
+        parts_shown.append(Padding(line, (0, 0, 0, 10), expand=False))
     notes = audit.of("note")
-    accepted = sum(one.accepted is not None for one in notes)
+    accepted = sum(note.accepted is not None for note in notes)
     more = [many(len(notes), "note") + (f" ({accepted} accepted)" if accepted else "")] if notes else []
     more += [f"{many(met, 'bar')} met"] if (met := len(audit.of("good"))) else []
     return (
-        [*told, Text(f"{' and '.join(more)}: see --html or --json", styles.get("dim", ""))] if more else told
+        [*parts_shown, Text(f"{' and '.join(more)}: see --html or --json", styles.get("dim", ""))]
+        if more
+        else parts_shown
     )

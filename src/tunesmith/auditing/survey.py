@@ -81,26 +81,26 @@ def audit(
     check_accepted(setup.spec)
     if modules := sorted({module for rule in setup.rules for module in rule.missing()}):
         raise SetupError(f"the audit needs {', '.join(modules)}", hint=EXTRA)
-    found = sources.files(paths)
+    files_read = sources.files(paths)
     tick = events.ticker(notify, "counting rows")
     total = 0
-    for done, path in enumerate(found):
-        tick(done, len(found))
+    for done, path in enumerate(files_read):
+        tick(done, len(files_read))
         total += sum(1 for _ in sources.raws(path))
     if not total:
-        raise DataError("no rows", where=", ".join(map(str, found)), hint="name files of rows")
+        raise DataError("no rows", where=", ".join(map(str, files_read)), hint="name files of rows")
     setup = replace(setup, share=min(1.0, setup.spec.sample / max(total, 1)), call=uuid.uuid4().hex)
     survey = Survey(
         setup.spec,
         context=replace(context(setup), embed=embed),
-        fetch=lambda rows: _fetch(found, rows, setup.data),
+        fetch=lambda rows: _fetch(files_read, rows, setup.data),
     )
     tick = events.ticker(notify, "auditing")
-    for looked in _looks(found, setup, total, processes):
+    for looked in _looks(files_read, setup, total, processes):
         _add(survey, looked, setup.rules)
         if len(survey) % 50 == 0 or len(survey) == total:
             tick(len(survey), total)
-    files = {str(path): sources.sha256(path) for path in found}
+    files = {str(path): sources.sha256(path) for path in files_read}
     return _judged(survey, setup.rules, files, notify, started)
 
 
@@ -118,32 +118,29 @@ def examine(
     survey = Survey(
         known.spec,
         context=known,
-        fetch=lambda rows: {at: View(examples[at].source, examples[at]) for at in rows},
+        fetch=lambda rows: {row: View(examples[row].source, examples[row]) for row in rows},
     )
     tick = events.ticker(notify, "auditing")
-    for done, one in enumerate(examples, 1):
-        _add(survey, _look(View(one.source, one), known, applied), applied)
+    for done, example in enumerate(examples, 1):
+        _add(survey, _look(View(example.source, example), known, applied), applied)
         tick(done, len(examples))
     return _judged(survey, applied, files, notify, started)
 
 
-def require(found: Audit) -> None:
-    """Raises DataError with what was found where there are errors that were not accepted."""
-    if not (errors := found.of("error")):
+def require(audit: Audit) -> None:
+    """Raises DataError with what was found if there are errors that were not accepted."""
+    if not (errors := audit.of("error")):
         return
     lines = []
-    for one in errors:
-        where = ", ".join(row.source for row in one.rows[:3]) + (", …" if len(one.rows) > 3 else "")
-        lines.append(
-            f"{one.rule}: {one.what}"
-            + (f" ({where})" if where else "")
-            + (f"; {one.hint}" if one.hint else "")
-        )
+    for error in errors:
+        where = ", ".join(row.source for row in error.rows[:3]) + (", …" if len(error.rows) > 3 else "")
+        place, hint = f" ({where})" if where else "", f"; {error.hint}" if error.hint else ""
+        lines.append(f"{error.rule}: {error.what}{place}{hint}")
+    accept = " ".join(f"--accept {error.rule}" for error in errors)
     raise DataError(
         f"the audit found what ruins a run:\n{listing(lines)}",
-        where=", ".join(found.files) or None,
-        hint=f"`tunesmith audit` shows every row; {' '.join(f'--accept {one.rule}' for one in errors)} "
-        f"trains on it as it is",
+        where=", ".join(audit.files) or None,
+        hint=f"`tunesmith audit` shows every row; {accept} trains on it as it is",
     )
 
 
@@ -160,7 +157,7 @@ def check_accepted(spec: AuditSpec) -> None:
 @lru_cache(maxsize=1)
 def context(setup: Setup) -> Context:
     """Built once in each process."""
-    made: Renderer | None = (
+    made_renderer: Renderer | None = (
         None
         if setup.tokenizer is None
         else renderers.load(setup.tokenizer, setup.template.renderer if setup.template else "auto")
@@ -169,11 +166,13 @@ def context(setup: Setup) -> Context:
     if isinstance(setup.data.valid, tuple) and setup.data.valid:
         against.append(
             contamination.held_out(
-                one for one in formats.rows(setup.data.valid, setup.data) if not isinstance(one, Dropped)
+                row for row in formats.rows(setup.data.valid, setup.data) if not isinstance(row, Dropped)
             )
         )
     name = Path(setup.tokenizer).name if setup.tokenizer else ""
-    return Context(setup.spec, setup.limit, setup.share, made, name, against=against, template=setup.template)
+    return Context(
+        setup.spec, setup.limit, setup.share, made_renderer, name, against=against, template=setup.template
+    )
 
 
 def rendered(
@@ -184,13 +183,13 @@ def rendered(
     known: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         known.setdefault((row.source, row.example_id), []).append(row)
-    bad = {one.source: one for one in refusals if one.reason != "too_long"}
+    bad = {refusal.source: refusal for refusal in refusals if refusal.reason != "too_long"}
 
     def look_up(example: Example) -> list[Row]:
-        if (found := known.get((example.source, example.id))) is not None:
-            return found
-        if (one := bad.get(example.source)) is not None:
-            raise Refused(one.reason, one.message)
+        if (sequences := known.get((example.source, example.id))) is not None:
+            return sequences
+        if (refusal := bad.get(example.source)) is not None:
+            raise Refused(refusal.reason, refusal.message)
         return other.render(example)
 
     return look_up
@@ -220,20 +219,22 @@ def _look_all(batch: Sequence[Raw], setup: Setup) -> list[Looked]:
 
 
 def _view(raw: Raw, data: DataSpec) -> View:
-    made = formats.row(raw, data)
+    example = formats.row(raw, data)
     return (
-        View(raw.source, None, made._replace(raw="")) if isinstance(made, Dropped) else View(raw.source, made)
+        View(raw.source, None, example._replace(raw=""))
+        if isinstance(example, Dropped)
+        else View(raw.source, example)
     )
 
 
 def _look(view: View, known: Context, rules: Sequence[Rule]) -> Looked:
     drawn = known.drawn(view)
     try:
-        kept = tuple(rule.look(view, known) if drawn or not rule.drawn else None for rule in rules)
+        facts = tuple(rule.look(view, known) if drawn or not rule.drawn else None for rule in rules)
     except RecursionError:
         bad = Dropped(view.source, "json", "expected a row, found values nested too deeply", "")
         return _look(View(view.source, None, bad), known, rules)
-    return Looked(view.source, view.label, view.dropped, excerpt(view.asked or view.said), kept)
+    return Looked(view.source, view.label, view.dropped, excerpt(view.asked or view.said), facts)
 
 
 def _add(survey: Survey, looked: Looked, applied: Sequence[Rule]) -> None:
@@ -241,8 +242,8 @@ def _add(survey: Survey, looked: Looked, applied: Sequence[Rule]) -> None:
     survey.labels.append(looked.label)
     survey.dropped.append(looked.dropped)
     survey.asked.append(looked.asked)
-    for rule, kept in zip(applied, looked.kept, strict=True):
-        survey.kept.setdefault(rule.name, []).append(kept)
+    for rule, fact in zip(applied, looked.kept, strict=True):
+        survey.kept.setdefault(rule.name, []).append(fact)
 
 
 def _judged(
@@ -261,9 +262,9 @@ def _judged(
     findings = [_accepted(finding, survey.spec) for finding in findings]
     unreadable = [source for source, bad in zip(survey.sources, survey.dropped, strict=True) if bad]
     scores, why = quality.scores(survey.sources, unreadable, findings)
-    asked = dict(zip(survey.sources, survey.asked, strict=True))
+    prompts = dict(zip(survey.sources, survey.asked, strict=True))
     survey.charts["worst"] = [
-        {"source": source, "score": score, "why": why.get(source, []), "text": masked(asked[source])}
+        {"source": source, "score": score, "why": why.get(source, []), "text": masked(prompts[source])}
         for source, score in islice(scores.items(), WORST)
         if score < 100
     ]
@@ -297,11 +298,11 @@ def _accepted(finding: Finding, spec: AuditSpec) -> Finding:
 
 
 def _fetch(files: Sequence[Path], rows: Sequence[int], data: DataSpec) -> dict[int, View]:
-    wanted, found = set(rows), {}
+    wanted, views = set(rows), {}
     raws = (raw for path in files for raw in sources.raws(path))
-    for at, raw in enumerate(raws if wanted else ()):
-        if at in wanted:
-            found[at] = _view(raw, data)
-            if len(found) == len(wanted):
+    for row, raw in enumerate(raws if wanted else ()):
+        if row in wanted:
+            views[row] = _view(raw, data)
+            if len(views) == len(wanted):
                 break
-    return found
+    return views

@@ -101,15 +101,15 @@ class View:
                 TextPart("user", example.prompt, "prompt"),
                 TextPart("assistant", example.completion, "completion"),
             )
-        found = list(_parts(self.messages, ""))
+        parts = list(_parts(self.messages, ""))
         if isinstance(example, Preference):
-            shared = set(found)
-            found += [
+            shared = set(parts)
+            parts += [
                 part._replace(at=f"rejected, {part.at}")
                 for part in _parts(example.rejected.messages, "")
                 if part not in shared
             ]
-        return tuple(found)
+        return tuple(parts)
 
     @cached_property
     def whole(self) -> str:
@@ -132,11 +132,11 @@ def _arguments(call: Any) -> str:
 
 
 def _parts(messages: Iterable[Message], before: str) -> Iterator[TextPart]:
-    for at, message in enumerate(messages, 1):
+    for turn, message in enumerate(messages, 1):
         if message.content:
-            yield TextPart(message.role, message.content, f"{before}turn {at}")
+            yield TextPart(message.role, message.content, f"{before}turn {turn}")
         for call in message.calls:
-            yield TextPart("call", _arguments(call), f"{before}turn {at}, arguments of {call.name}")
+            yield TextPart("call", _arguments(call), f"{before}turn {turn}, arguments of {call.name}")
 
 
 def normal(text: str) -> str:
@@ -216,4 +216,4 @@ class Survey:
     @property
     def training(self) -> list[int]:
         """Indices of the rows that could be read."""
-        return [at for at, bad in enumerate(self.dropped) if bad is None]
+        return [row for row, bad in enumerate(self.dropped) if bad is None]

@@ -71,11 +71,11 @@ def constraint(kind: str, given: Mapping[str, JSON]) -> Constraint:
     try:
         return Constraint(kind, given, KINDS[kind](**given))
     except ValidationError as error:
-        told = (
-            f"{'.'.join(map(str, one['loc']))}: {one['msg'][0].lower()}{one['msg'][1:]}"
-            for one in error.errors()
+        problems = (
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            for problem in error.errors()
         )
-        raise ValueError(f"{kind}: {'; '.join(told)}") from None
+        raise ValueError(f"{kind}: {'; '.join(problems)}") from None
     except regex.error as error:
         raise ValueError(f"{kind}: {cast(Any, error).pattern!r} is no regular expression: {error}") from None
     except ValueError as error:
@@ -84,13 +84,13 @@ def constraint(kind: str, given: Mapping[str, JSON]) -> Constraint:
 
 def declared(metadata: Mapping[str, JSON]) -> list[Constraint]:
     """Those that a row's metadata declares. Raises ValueError with what is wrong."""
-    found: list[Constraint] = []
+    constraints: list[Constraint] = []
     listed, ids, arguments = (metadata.get(key) for key in ("constraints", "instruction_id_list", "kwargs"))
-    for one in listed if isinstance(listed, list) else ():
-        if not isinstance(one, dict) or not isinstance(one.get("kind"), str):
-            raise ValueError(f"a constraint is an object with a kind, not {json.dumps(one)[:80]}")
-        found.append(
-            constraint(str(one["kind"]), {key: value for key, value in one.items() if key != "kind"})
+    for item in listed if isinstance(listed, list) else ():
+        if not isinstance(item, dict) or not isinstance(item.get("kind"), str):
+            raise ValueError(f"a constraint is an object with a kind, not {json.dumps(item)[:80]}")
+        constraints.append(
+            constraint(str(item["kind"]), {key: value for key, value in item.items() if key != "kind"})
         )
     if isinstance(ids, list):
         if not isinstance(arguments, list) or len(arguments) != len(ids):
@@ -99,10 +99,10 @@ def declared(metadata: Mapping[str, JSON]) -> list[Constraint]:
             )
         for name, given in zip(ids, arguments, strict=True):
             given = given if isinstance(given, dict) else {}
-            found.append(
+            constraints.append(
                 constraint(str(name), {key: value for key, value in given.items() if value is not None})
             )
-    return found
+    return constraints
 
 
 def inferred(reference: str, *, calls: bool, callable: bool, whole: bool) -> list[Constraint]:
@@ -110,29 +110,33 @@ def inferred(reference: str, *, calls: bool, callable: bool, whole: bool) -> lis
 
     calls: it calls a tool, which is then all that is asked. callable: tools could have been called, so a call
     would be wrong. whole: it is not cut, so that its length, and a JSON text, can be seen."""
-    made: list[tuple[str, Mapping[str, JSON]]] = [("no_call", {})] if callable and not calls else []
+    kinds: list[tuple[str, Mapping[str, JSON]]] = [("no_call", {})] if callable and not calls else []
     value = _value(reference) if whole else None
     if calls:
-        made.append(("call", {} if whole else {"cut": True}))
+        kinds.append(("call", {} if whole else {"cut": True}))
     elif isinstance(value, dict | list):
         given: dict[str, JSON] = {"type": _type(value), "fence": reference.lstrip().startswith("```")}
         if isinstance(value, dict):
             given |= {
-                "keys": {key: "any" if one is None else _type(one) for key, one in value.items()},
+                "keys": {
+                    key: "any" if value_of is None else _type(value_of) for key, value_of in value.items()
+                },
                 "only": True,
             }
-        made.append(("json", given))
+        kinds.append(("json", given))
     else:
         least = {"bullets": ITEMS, "numbered": ITEMS, "sections": 1, "tables": 1, "fences": 1}
-        made += [
-            (kind, {"at_least": some}) for kind, some in least.items() if _COUNTED[kind](reference) >= some
+        kinds += [
+            (kind, {"at_least": least_count})
+            for kind, least_count in least.items()
+            if _COUNTED[kind](reference) >= least_count
         ]
         words = _COUNTED["words"](reference)
         if words >= LENGTHS_FROM:
             low, high = (round(words * times) for times in LENGTHS)
-            made.append(("words", {"at_least": low, "at_most": high} if whole else {"at_least": low}))
-    found = [constraint(kind, given) for kind, given in made]
-    return [one for one in found if one.holds(reference)]
+            kinds.append(("words", {"at_least": low, "at_most": high} if whole else {"at_least": low}))
+    constraints = [constraint(kind, given) for kind, given in kinds]
+    return [value_of for value_of in constraints if value_of.holds(reference)]
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
@@ -435,8 +439,8 @@ def _highlighted(num_highlights: Count) -> Check:
     """``*so*`` or ``**so**``, the latter also as two of the former, as IFEval counts."""
 
     def count(text: str) -> int:
-        found = re.findall(r"\*[^\n\*]*\*", text) + re.findall(r"\*\*[^\n\*]*\*\*", text)
-        return sum(bool(one.strip("*").strip()) for one in found)
+        spans = re.findall(r"\*[^\n\*]*\*", text) + re.findall(r"\*\*[^\n\*]*\*\*", text)
+        return sum(bool(one.strip("*").strip()) for one in spans)
 
     return _within(count, "at least", num_highlights)
 

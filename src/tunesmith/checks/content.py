@@ -245,15 +245,16 @@ def broken_characters(text: str) -> Iterator[str]:
     if _UNSEEN.search(text):
         counts = Counter(_UNSEEN.findall(text))
         yield ", ".join(
-            f"U+{ord(one):04X}" + f" {count:,} times" * (count > 1) for one, count in counts.most_common(3)
+            f"U+{ord(character):04X}" + f" {count:,} times" * (count > 1)
+            for character, count in counts.most_common(3)
         )
     if text.isascii():
         return
     import ftfy
     from ftfy.badness import BADNESS_RE
 
-    if (found := BADNESS_RE.search(text)) and ftfy.fix_encoding(text) != text:
-        yield "letters of another encoding" + f" (“{found[0].strip()}”)" * found[0].strip().isprintable()
+    if (match := BADNESS_RE.search(text)) and ftfy.fix_encoding(text) != text:
+        yield "letters of another encoding" + f" (“{match[0].strip()}”)" * match[0].strip().isprintable()
 
 
 # control tokens
@@ -269,19 +270,19 @@ _STRUCK = re.compile(r"</?s>")
 def control_tokens(text: str) -> Iterator[tuple[str, int]]:
     """(token, where). ``<s>`` with its ``</s>`` inside a text strikes words out and is none."""
     if "<" in text or "[" in text:
-        yield from ((found[0], found.start()) for found in _CONTROL.finditer(text))
+        yield from ((match[0], match.start()) for match in _CONTROL.finditer(text))
     if "s>" not in text:
         return
     first, last = len(text) - len(text.lstrip()), len(text.rstrip())
     opened: list[int] = []
-    for found in _STRUCK.finditer(text):
-        if found[0] == "<s>":
-            opened.append(found.start())
-        elif not opened or (opened[-1] == first and found.end() == last):  # alone, or around the whole text
-            yield "</s>", found.start()
+    for match in _STRUCK.finditer(text):
+        if match[0] == "<s>":
+            opened.append(match.start())
+        elif not opened or (opened[-1] == first and match.end() == last):  # alone, or around the whole text
+            yield "</s>", match.start()
         else:
             opened.pop()
-    yield from (("<s>", at) for at in opened)
+    yield from (("<s>", start) for start in opened)
 
 
 # markup
@@ -300,13 +301,13 @@ class Fences(NamedTuple):
 def fences(text: str) -> Fences:
     spans: list[tuple[int, int, str]] = []
     mark, start, info, marks = "", 0, "", 0
-    for found in _FENCE.finditer(text) if "```" in text or "~~~" in text else ():
-        if not mark and not ("`" in found[1] and "`" in found[2]):
-            mark, start, info = found[1], found.start(), found[2].strip().lower()
-        elif not mark or not found[1].startswith(mark):
+    for match in _FENCE.finditer(text) if "```" in text or "~~~" in text else ():
+        if not mark and not ("`" in match[1] and "`" in match[2]):
+            mark, start, info = match[1], match.start(), match[2].strip().lower()
+        elif not mark or not match[1].startswith(mark):
             continue
-        elif not found[2].strip():
-            spans.append((start, found.end(), info))
+        elif not match[2].strip():
+            spans.append((start, match.end(), info))
             mark = ""
         marks += 1
     if mark:
@@ -320,11 +321,11 @@ def prose(text: str, fences: Fences) -> str:
     """``text`` with its code blanked out, letter for letter."""
     if "`" not in text and not fences.spans:
         return text
-    pieces, at = [], 0
+    pieces, position = [], 0
     for start, end, _ in fences.spans:
-        pieces += [text[at:start], " " * (end - start)]
-        at = end
-    return _INLINE.sub(lambda found: " " * len(found[0]), "".join([*pieces, text[at:]]))
+        pieces += [text[position:start], " " * (end - start)]
+        position = end
+    return _INLINE.sub(lambda match: " " * len(match[0]), "".join([*pieces, text[position:]]))
 
 
 # refusals

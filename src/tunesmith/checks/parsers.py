@@ -58,48 +58,48 @@ def one_form(text: str) -> str:
     if not calls or any(call.problem for call in calls):
         return text
     try:
-        told = [
-            json.dumps({"arguments": one.arguments, "name": one.name}, ensure_ascii=False, sort_keys=True)
-            for one in calls
+        lines = [
+            json.dumps({"arguments": call.arguments, "name": call.name}, ensure_ascii=False, sort_keys=True)
+            for call in calls
         ]
     except RecursionError:  # read at one depth, not written at it
         return text
-    return "\n".join([*filter(None, [rest.strip()]), *told])
+    return "\n".join([*filter(None, [rest.strip()]), *lines])
 
 
 def _parsed(text: str) -> tuple[list[ParsedCall], str]:
     """The calls, and the text around them."""
     calls: list[ParsedCall] = []
-    rest, kept = "", 0
-    at, broken = 0, False
-    while mark := _MARK.search(text, at):
-        kind, at, name = str(mark.lastgroup), mark.end(), ""
+    rest, copied = "", 0
+    position, broken = 0, False
+    while mark := _MARK.search(text, position):
+        kind, position, name = str(mark.lastgroup), mark.end(), ""
         if kind == "bare" and broken:  # inside the wreck of a call a line may start with a brace
-            at += 1
+            position += 1
             continue
         broken = False
-        if kind == "text" and (line := _NAMED.match(text, at)):
-            name, at = line[1].strip(), line.end()
+        if kind == "text" and (line := _NAMED.match(text, position)):
+            name, position = line[1].strip(), line.end()
             if line[2] is None:
                 calls.append(ParsedCall(name, None, "no `arguments:` line after the name"))
                 continue
-        elif kind == "mistral" and (head := _HEADER.match(text, at)):
-            kind, name, at = "header", head[1], head.end()
+        elif kind == "mistral" and (head := _HEADER.match(text, position)):
+            kind, name, position = "header", head[1], head.end()
         try:
-            value, at = _decode(text, at)
+            value, position = _decode(text, position)
         except ValueError as error:
-            if kind == "bare" and not _OPENS_LIKE_A_CALL.match(text, at):
-                at += 1  # a bracket in prose
+            if kind == "bare" and not _OPENS_LIKE_A_CALL.match(text, position):
+                position += 1  # a bracket in prose
             elif kind != "result":
                 calls.append(ParsedCall(name, None, f"no JSON where the call should be: {error}"))
                 broken = True
             continue
-        if kind != "result" and (found := _calls(kind, name, value, text[at:])):
-            calls += found
-            rest += text[kept : mark.start()]
-            at += len(_CLOSED.match(text, at)[0]) if kind == "hermes" else 0  # type: ignore[index]  # it always matches
-            kept = at
-    return calls, rest + text[kept:]
+        if kind != "result" and (decoded := _calls(kind, name, value, text[position:])):
+            calls += decoded
+            rest += text[copied : mark.start()]
+            position += len(_CLOSED.match(text, position)[0]) if kind == "hermes" else 0  # type: ignore[index]  # it always matches
+            copied = position
+    return calls, rest + text[copied:]
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -110,10 +110,10 @@ STRICT = json.JSONDecoder(parse_constant=_refuse)
 """Reads JSON and no more: NaN is a ValueError."""
 
 
-def _decode(text: str, at: int) -> tuple[JSON, int]:
+def _decode(text: str, position: int) -> tuple[JSON, int]:
     """The JSON value that starts at ``at``, after white space, and where it ends. Raises ValueError."""
     try:
-        return STRICT.raw_decode(text, len(text) - len(text[at:].lstrip(" \t\r\n")))
+        return STRICT.raw_decode(text, len(text) - len(text[position:].lstrip(" \t\r\n")))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -140,8 +140,8 @@ def _calls(kind: str, name: str, value: JSON, after: str) -> list[ParsedCall]:
         for item in value
     ]
     named = all(
-        isinstance(one, dict) and isinstance(one.get("name"), str) and one.keys() & set(_GIVEN)
-        for one in items
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and entry.keys() & set(_GIVEN)
+        for entry in items
     )
     return [_call(item, problem) for item in items] if named or kind != "bare" else []
 
@@ -163,12 +163,12 @@ def _call(item: JSON, problem: str | None) -> ParsedCall:
     return ParsedCall(name, None, problem or "the arguments are not a JSON object")
 
 
-def same_json(one: JSON, other: JSON) -> bool:
+def same_json(first: JSON, second: JSON) -> bool:
     """Equality of JSON values: the order of keys is free, 1 equals 1.0, and true is not 1."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return one is other
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(same_json(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(same_json, one, other))
-    return one == other
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same_json(first[key], second[key]) for key in first)
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(same_json, first, second))
+    return first == second

@@ -172,4 +172,4 @@ def refuses(text: str) -> bool:
         return True
     if not (content.REFUSES.match(opening) or any(map(_DECLINES.search, said))):
         return False
-    return not any(not _INSTEAD.search(found[0] + found["rest"]) for found in _COMPLIES.finditer(answer))
+    return not any(not _INSTEAD.search(match[0] + match["rest"]) for match in _COMPLIES.finditer(answer))

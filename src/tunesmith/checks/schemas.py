@@ -48,8 +48,8 @@ def checked(schema: Any) -> Validator:
         )  # an empty one fetches nothing
         for pointer in _pointers(schema):
             resolver.lookup(pointer)
-        made = kind(schema, registry=Registry())
-        made.is_valid({})  # a schema that points at itself alone never ends
+        check = kind(schema, registry=Registry())
+        check.is_valid({})  # a schema that points at itself alone never ends
     except SchemaError as error:
         raise ValueError(f"schema{''.join(f'.{key}' for key in error.path)}: {error.message}") from None
     except Unresolvable:
@@ -58,7 +58,7 @@ def checked(schema: Any) -> Validator:
         ) from None
     except (RecursionError, TypeError, AttributeError) as error:
         raise ValueError(f"schema: it cannot be followed: {error}") from None
-    return made
+    return check
 
 
 def takes(check: Validator, value: JSON) -> bool:
@@ -74,5 +74,5 @@ def takes(check: Validator, value: JSON) -> bool:
 def _pointers(schema: JSON) -> Iterator[str]:
     if isinstance(schema, dict) and isinstance(own := schema.get("$ref"), str):
         yield own
-    for one in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
-        yield from _pointers(one)
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _pointers(part)

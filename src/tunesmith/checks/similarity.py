@@ -69,7 +69,7 @@ def embedding(net: nn.Module) -> Embedding | None:
     """The model's input embeddings, the table with the most rows; None where it has none. They stay as they
     are now, whatever becomes of the model: a copy that shares its arrays."""
     tables = [module for module in net.modules() if isinstance(module, Embedding)]
-    return copy.copy(max(tables, key=lambda one: one.weight.shape[0])) if tables else None
+    return copy.copy(max(tables, key=lambda table: table.weight.shape[0])) if tables else None
 
 
 class Encoder:
@@ -103,6 +103,6 @@ class Encoder:
             return 0.0
         if list(answer) == list(reference):
             return 1.0
-        one, other = self(answer), self(reference)
-        size = float(np.linalg.norm(one) * np.linalg.norm(other))
-        return max(0.0, min(1.0, float(one @ other) / size)) if size > 0 else 0.0
+        first, second = self(answer), self(reference)
+        size = float(np.linalg.norm(first) * np.linalg.norm(second))
+        return max(0.0, min(1.0, float(first @ second) / size)) if size > 0 else 0.0

@@ -97,8 +97,8 @@ def found(text: str) -> list[TextCall]:
     calls: list[TextCall] = []
     for run in _runs(text):
         lacking = max(len(run.calls) - len(run.results), 0)
-        for at, call in enumerate(run.calls):
-            result = run.results[at - lacking] if at >= lacking else None
+        for position, call in enumerate(run.calls):
+            result = run.results[position - lacking] if position >= lacking else None
             end = result.end if result and len(run.calls) == 1 else call.end
             calls.append(
                 TextCall(
@@ -225,13 +225,13 @@ def _runs(text: str) -> list[_Run]:
 
 def _pieces(text: str) -> Iterator[_Piece]:
     """Calls, each with the results right behind it. Every letter is read a bounded number of times."""
-    at = 0 if "tool_call:" in text else len(text)
-    while head := _HEAD.search(text, at):
+    position = 0 if "tool_call:" in text else len(text)
+    while head := _HEAD.search(text, position):
         if fence := head["fence"]:
             closed = next(
                 (end for end in _CLOSE.finditer(text, head.end()) if end[1].startswith(fence)), None
             )
-            at = closed.end() if closed else len(text)
+            position = closed.end() if closed else len(text)
             continue
         window = _window(text, head.end()) if head["given"] else ""
         end = _value(window, _STRICT, _ENDS)
@@ -242,15 +242,15 @@ def _pieces(text: str) -> Iterator[_Piece]:
             None if end is None else _object(said),
             True,
             head.start(),
-            at := head.end() + len(said),
+            position := head.end() + len(said),
         )
-        while marker := _RESULT.match(text, at):
+        while marker := _RESULT.match(text, position):
             window = _window(text, marker.end())
             end = _value(window, _STRICT, _LINE) or _value(window, _LENIENT, _LINE)
             said = window[: end or _paragraph(window)].rstrip()
             sure = bool(said) and not said.count("```") % 2 and not (said[0] in "{[" and "\n" in said)
             yield _Piece(
-                "", said, None, end is not None or sure, marker.start(), at := marker.end() + len(said)
+                "", said, None, end is not None or sure, marker.start(), position := marker.end() + len(said)
             )
 
 

@@ -19,9 +19,11 @@ from tunesmith.settings.config import JSON
 class BadRow(Exception):
     """This row cannot be used."""
 
-    def __init__(self, reason: str, at: str, expected: str, found: str, hint: str = "") -> None:
+    def __init__(self, reason: str, place: str, expected: str, found: str, hint: str = "") -> None:
         super().__init__(
-            f"{at}: " * bool(at) + f"expected {expected}, found {found}" + f"; hint: {hint}" * bool(hint)
+            f"{place}: " * bool(place)
+            + f"expected {expected}, found {found}"
+            + f"; hint: {hint}" * bool(hint)
         )
         self.reason = reason
 
@@ -166,8 +168,8 @@ def check(messages: Iterable[Message], declared: Collection[str]) -> None:
     """Raises BadRow where no template could show the turns faithfully. ``declared``: names of the tools,
     empty: any."""
     before, waiting = "", []
-    for at, message in enumerate(messages, 1):
-        where, role = f"turn {at}", message.role
+    for turn, message in enumerate(messages, 1):
+        where, role = f"turn {turn}", message.role
         if role not in _AFTER[before].split(" or "):
             code = "leading_assistant" if role == "assistant" and before in ("", "system") else "role_order"
             raise BadRow(code, where, _AFTER[before] + (f" after {before}" if before else " first"), role)
@@ -176,12 +178,15 @@ def check(messages: Iterable[Message], declared: Collection[str]) -> None:
                 call for call in waiting if call.id == message.call_id and message.name in (None, call.name)
             ]
             if not fits:
-                asked = (
+                expected = (
                     " or ".join(f"{call.name} (id {call.id})" for call in waiting)
                     or "no tool, for none was called"
                 )
                 raise BadRow(
-                    "call_id", where, f"a result of {asked}", f"one of {message.name} (id {message.call_id})"
+                    "call_id",
+                    where,
+                    f"a result of {expected}",
+                    f"one of {message.name} (id {message.call_id})",
                 )
             waiting.remove(fits[0])
         elif not message.content.strip() and not message.calls:

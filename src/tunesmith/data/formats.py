@@ -129,11 +129,11 @@ def read(paths: Sequence[str | Path], spec: DataSpec) -> Read:
     """
     examples: list[Example] = []
     dropped: list[Dropped] = []
-    for made in rows(paths, spec):
-        if isinstance(made, Dropped):
-            dropped.append(made)
+    for result in rows(paths, spec):
+        if isinstance(result, Dropped):
+            dropped.append(result)
         else:
-            examples.append(made)
+            examples.append(result)
     files = {str(path): sources.sha256(path) for path in sources.files(paths)}
     return Read(examples, dropped, len(examples) + len(dropped), files)
 

@@ -95,11 +95,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def nested_json(value: JSON, at: str, reason: str) -> JSON:
+def nested_json(value: JSON, place: str, reason: str) -> JSON:
     """``value``, or where it is text, the JSON inside."""
     inside = sources.value(value) if isinstance(value, str) else value
     if isinstance(inside, BadRow):
-        raise BadRow(reason, at, "a string that holds JSON", f"{show(value)} ({inside})")
+        raise BadRow(reason, place, "a string that holds JSON", f"{show(value)} ({inside})")
     return inside
 
 
@@ -119,9 +119,9 @@ _ROLES = {
 _Value = TypeVar("_Value", str, list[JSON], dict[str, JSON])
 
 
-def typed(kind: type[_Value], value: JSON, at: str, reason: str = "type") -> _Value:
+def typed(kind: type[_Value], value: JSON, place: str, reason: str = "type") -> _Value:
     if not isinstance(value, kind):
-        raise BadRow(reason, at, {str: "text", list: "a list", dict: "an object"}[kind], show(value))
+        raise BadRow(reason, place, {str: "text", list: "a list", dict: "an object"}[kind], show(value))
     return value
 
 
@@ -164,13 +164,16 @@ class RowReader:
         """History, then the instruction with its input after an empty line."""
         messages: list[Message] = []
         for pair in typed(list, self.row.pop("history", None) or [], "history"):
-            asked, given = (
+            question, answer = (
                 typed(str, text, "history") for text in (*typed(list, pair, "history"), None, None)[:2]
             )
-            messages += [Message("user", asked), Message("assistant", given)]
-        asked, given = self.text("instruction"), self.text("input")
+            messages += [Message("user", question), Message("assistant", answer)]
+        question, answer = self.text("instruction"), self.text("input")
         between = "\n\n### Input:\n" if headed else "\n\n"
-        return [*messages, Message("user", f"{asked}{between}{given}" if asked and given else asked or given)]
+        return [
+            *messages,
+            Message("user", f"{question}{between}{answer}" if question and answer else question or answer),
+        ]
 
     def turns(self, key: str, role: str) -> list[Message]:
         """A list of messages, one message, or a text that ``role`` says."""
@@ -181,31 +184,31 @@ class RowReader:
         if not turns:
             raise BadRow("type", key, "messages", "none")
         return [
-            self.message(dict(typed(dict, turn, f"{key}[{at}]")), f"{key}[{at}]")
-            for at, turn in enumerate(turns)
+            self.message(dict(typed(dict, turn, f"{key}[{number}]")), f"{key}[{number}]")
+            for number, turn in enumerate(turns)
         ]
 
-    def message(self, turn: dict[str, JSON], at: str) -> Message:
+    def message(self, turn: dict[str, JSON], place: str) -> Message:
         said, content = take(turn, "role", "from"), take(turn, "content", "value")
         role = _ROLES.get(said) if isinstance(said, str) else None
         if role is None:
-            raise BadRow("role", at, "a role: " + ", ".join(_ROLES), show(said))
-        made: list[JSON] = []
+            raise BadRow("role", place, "a role: " + ", ".join(_ROLES), show(said))
+        calls: list[JSON] = []
         if said == "function_call":
-            inside, content = nested_json(content, at, "call"), None
-            made += inside if isinstance(inside, list) else [inside]
+            inside, content = nested_json(content, place, "call"), None
+            calls += inside if isinstance(inside, list) else [inside]
         thoughts = [
             turn.pop(key)
             for key in ("reasoning_content", "reasoning", "thinking")
             if isinstance(turn.get(key), str)
         ]
-        content = self.content(content, at, made, thoughts)
-        made += typed(list, turn.pop("tool_calls", None) or [], at, "call")
-        made += [turn.pop("function_call")] if has(turn, "function_call") else []
-        if made and role != "assistant":
-            raise BadRow("call", at, "calls by the assistant only", f"a call by {said}")
+        content = self.content(content, place, calls, thoughts)
+        calls += typed(list, turn.pop("tool_calls", None) or [], place, "call")
+        calls += [turn.pop("function_call")] if has(turn, "function_call") else []
+        if calls and role != "assistant":
+            raise BadRow("call", place, "calls by the assistant only", f"a call by {said}")
         call_id, name = (
-            typed(str, turn.pop(key), f"{at}.{key}") if has(turn, key) else None
+            typed(str, turn.pop(key), f"{place}.{key}") if has(turn, key) else None
             for key in ("tool_call_id", "name")
         )
         flags = {
@@ -217,15 +220,15 @@ class RowReader:
         ):
             raise BadRow(
                 "learn",
-                at,
+                place,
                 "learn, weight or train as true or false (1 or 0), true only for assistants",
                 show(flags),
             )
         extra: dict[str, JSON] = {key: value for key, value in turn.items() if value is not None}
-        self.extra |= {at: extra} if extra else {}
-        return Message(role, content, tuple(_call(call, at) for call in made), call_id, name, learn)
+        self.extra |= {place: extra} if extra else {}
+        return Message(role, content, tuple(_call(call, place) for call in calls), call_id, name, learn)
 
-    def content(self, value: JSON, at: str, made: list[JSON], thoughts: list[JSON]) -> str:
+    def content(self, value: JSON, place: str, calls: list[JSON], thoughts: list[JSON]) -> str:
         """The text; calls among the parts are added to ``made``."""
         texts: list[str] = []
         for part in value if isinstance(value, list) else ["" if value is None else value]:
@@ -235,16 +238,16 @@ class RowReader:
                 else ("text", part)
             )
             if kind == "tool_call":
-                made.append(nested_json(text, at, "call"))
+                calls.append(nested_json(text, place, "call"))
             elif kind in ("text", "reasoning") and isinstance(text, str):
                 (texts if kind == "text" else thoughts).append(text)
             else:
                 hint = "a JSON result is written as a string; pictures and sound cannot be learned"
-                raise BadRow("content", at, "text, null or a list of text parts", show(part), hint)
+                raise BadRow("content", place, "text, null or a list of text parts", show(part), hint)
         thought = "".join(map(str, thoughts))
         if thought and self.reasoning == "refuse":
             hint = "data.reasoning=think puts it before the answer in <think> marks, omit leaves it out"
-            raise BadRow("reasoning", at, "no reasoning apart from the answer", show(thought), hint)
+            raise BadRow("reasoning", place, "no reasoning apart from the answer", show(thought), hint)
         if thought and self.reasoning == "think":
             texts.insert(0, f"<think>\n{thought}\n</think>\n\n")
         return "".join(texts)
@@ -277,19 +280,19 @@ class RowReader:
         return partial(Judged, conversation, self.label)
 
 
-def _call(item: JSON, at: str) -> Call:
-    outer = typed(dict, item, f"{at}, a call", "call")
-    body = typed(dict, outer.get("function", outer), f"{at}, a call", "call")
-    name, made, given = body.get("name"), outer.get("id"), body.get("arguments")
-    if not isinstance(name, str) or not name or not isinstance(made, str | None):
-        raise BadRow("call", at, "a call with a name, and an id that is text", show(item))
-    arguments = nested_json(given, f"{at}, arguments of {name}", "arguments")
+def _call(item: JSON, place: str) -> Call:
+    outer = typed(dict, item, f"{place}, a call", "call")
+    body = typed(dict, outer.get("function", outer), f"{place}, a call", "call")
+    name, call_id, given = body.get("name"), outer.get("id"), body.get("arguments")
+    if not isinstance(name, str) or not name or not isinstance(call_id, str | None):
+        raise BadRow("call", place, "a call with a name, and an id that is text", show(item))
+    arguments = nested_json(given, f"{place}, arguments of {name}", "arguments")
     if not isinstance(arguments, dict):
         raise BadRow(
             "arguments",
-            f"{at}, arguments of {name}",
+            f"{place}, arguments of {name}",
             "an object",
             show(given),
             "write {} where there are none",
         )
-    return Call(name, arguments, made or None, given if isinstance(given, str) else None)
+    return Call(name, arguments, call_id or None, given if isinstance(given, str) else None)

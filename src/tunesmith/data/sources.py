@@ -37,7 +37,7 @@ class Raw(NamedTuple):
 def files(paths: Sequence[str | Path]) -> list[Path]:
     """The files of ``paths`` in order; of a folder by name. Raises DataError where one is missing, given
     twice, or empty."""
-    found: dict[Path, Path] = {}
+    paths_found: dict[Path, Path] = {}
     for given in paths:
         path = Path(given).expanduser()
         if not path.exists():
@@ -69,11 +69,11 @@ def files(paths: Sequence[str | Path]) -> list[Path]:
                 "the folder has no data", where=str(given), hint="names must end in " + ", ".join(SUFFIXES)
             )
         for file in inside:
-            if found.setdefault(file.resolve(), file) is not file:
+            if paths_found.setdefault(file.resolve(), file) is not file:
                 raise DataError(
                     "is given twice", where=str(file), hint="name a file once, alone or by its folder"
                 )
-    return list(found.values())
+    return list(paths_found.values())
 
 
 def sha256(path: Path) -> str:
@@ -105,8 +105,8 @@ def _opened(path: Path) -> BinaryIO:
 
 def _raws(stream: BinaryIO, path: Path) -> Iterator[Raw]:
     before: list[bytes] | None = []  # blank lines, and the first that is not
-    for at, data in enumerate(stream, 1):
-        if at == 1:
+    for number, data in enumerate(stream, 1):
+        if number == 1:
             if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise DataError("is UTF-16", where=str(path), hint="save it as UTF-8")
             data = data.removeprefix(b"\xef\xbb\xbf")
@@ -121,13 +121,13 @@ def _raws(stream: BinaryIO, path: Path) -> Iterator[Raw]:
             "\n"
         )  # U+2028 and its kin do not end a line
         if text.strip():
-            yield Raw(f"{path}:{at}", text.removesuffix("\r"))
+            yield Raw(f"{path}:{number}", text.removesuffix("\r"))
 
 
 def _array(text: str, path: Path) -> Iterator[Raw]:
     """The rows of an array. What a row holds is not looked at here: only where it ends."""
     ends = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
-    line, start, counted, fresh, at = (
+    line, start, counted, fresh, position = (
         1,
         0,
         0,
@@ -135,23 +135,25 @@ def _array(text: str, path: Path) -> Iterator[Raw]:
         _skip(text, _skip(text, 0) + 1),
     )  # fresh: the first row of its line
     try:
-        while text[at : at + 1] != "]":
-            if breaks := text.count("\n", counted, at):
-                line, start, fresh = line + breaks, text.rfind("\n", counted, at) + 1, True
-            counted = at
+        while text[position : position + 1] != "]":
+            if breaks := text.count("\n", counted, position):
+                line, start, fresh = line + breaks, text.rfind("\n", counted, position) + 1, True
+            counted = position
             try:
-                _, end = ends.raw_decode(text, at)
+                _, end = ends.raw_decode(text, position)
             except RecursionError:
-                raise json.JSONDecodeError("values nested too deeply", text, at) from None
-            yield Raw(f"{path}:{line}" if fresh else f"{path}:{line}:{at - start + 1}", text[at:end])
+                raise json.JSONDecodeError("values nested too deeply", text, position) from None
+            yield Raw(
+                f"{path}:{line}" if fresh else f"{path}:{line}:{position - start + 1}", text[position:end]
+            )
             fresh = False
-            at = _skip(text, end)
-            comma = text[at : at + 1] == ","
-            at = _skip(text, at + 1) if comma else at
-            if comma == (text[at : at + 1] == "]"):
-                raise json.JSONDecodeError("expected a comma and a row, or ]", text, at)
-        if (at := _skip(text, at + 1)) < len(text):
-            raise json.JSONDecodeError("more text after ]", text, at)
+            position = _skip(text, end)
+            comma = text[position : position + 1] == ","
+            position = _skip(text, position + 1) if comma else position
+            if comma == (text[position : position + 1] == "]"):
+                raise json.JSONDecodeError("expected a comma and a row, or ]", text, position)
+        if (position := _skip(text, position + 1)) < len(text):
+            raise json.JSONDecodeError("more text after ]", text, position)
     except json.JSONDecodeError as error:
         hint = "mend it, or write one row a line (JSONL)"
         raise DataError(
@@ -159,10 +161,10 @@ def _array(text: str, path: Path) -> Iterator[Raw]:
         ) from None
 
 
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
 
 
 def value(text: str) -> JSON | BadRow:
@@ -200,27 +202,27 @@ class _Decoder(json.JSONDecoder):
 
     def whole(self, text: str) -> JSON | BadRow:
         try:
-            found, end = self.raw_decode(text, _skip(text, 0))
+            match, end = self.raw_decode(text, _skip(text, 0))
             if (end := _skip(text, end)) < len(text):
                 raise json.JSONDecodeError("more text after the value", text, end)
         except json.JSONDecodeError as error:
-            found = (
+            match = (
                 f"{error.msg} at column {error.pos + 1}: "
                 f"{show(text[max(0, error.pos - 20) : error.pos + 20])}"
             )
             return BadRow(
-                "json", "", "one whole JSON object a line", found, "rows over many lines need a JSON array"
+                "json", "", "one whole JSON object a line", match, "rows over many lines need a JSON array"
             )
         if self.problems:
             return BadRow("json", "", "plain JSON", self.problems[0])
         try:  # half a surrogate pair, which no encoding can write
             if not text.isascii() or "\\u" in text:
-                (text + json.dumps(found, ensure_ascii=False)).encode()
+                (text + json.dumps(match, ensure_ascii=False)).encode()
         except UnicodeEncodeError as error:
             part = show(error.object[max(0, error.start - 20) : error.start + 1])
             hint = "save the file as UTF-8; a character above U+FFFF takes two \\u escapes"
             return BadRow("encoding", "", "text that UTF-8 can write", part, hint)
-        return found
+        return match
 
 
 def show(value: object) -> str:

@@ -213,9 +213,9 @@ class Cut:
     def _packed(self, lengths: Sequence[int], ordered: Sequence[int]) -> list[list[int]]:
         bins: list[list[int]] = []
         for member in ordered:
-            for one in bins:
-                if self._fits(len(one) + 1, sum(lengths[other] for other in one) + lengths[member]):
-                    one.append(member)
+            for row in bins:
+                if self._fits(len(row) + 1, sum(lengths[other] for other in row) + lengths[member]):
+                    row.append(member)
                     break
             else:
                 bins.append([member])

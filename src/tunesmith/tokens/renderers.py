@@ -115,16 +115,16 @@ class HFRenderer(Renderer):
         """Finds the token that ends an answer, and whether thinking must be off for an answer to be its words
         alone."""
         roles = ("user", "assistant", "user", "assistant")
-        spoken = Conversation(tuple(Message(role, f"zq{at}") for at, role in enumerate(roles)))
+        spoken = Conversation(tuple(Message(role, f"zq{number}") for number, role in enumerate(roles)))
         for options in ({}, {"enable_thinking": False}):
             self._options = options
             head, full = (
                 self._text(replace(spoken, messages=spoken.messages[:3]), True),
                 self._text(spoken, False),
             )
-            found = self._control.search(full, len(head))
-            if found and full.startswith(head) and full[len(head) : found.start()].strip() == "zq3":
-                end = self._tokenizer.convert_tokens_to_ids(found.group())
+            match = self._control.search(full, len(head))
+            if match and full.startswith(head) and full[len(head) : match.start()].strip() == "zq3":
+                end = self._tokenizer.convert_tokens_to_ids(match.group())
                 self.eos_ids = tuple(dict.fromkeys((end, *self.eos_ids)))
                 # A BOS that opens every turn, as in some ChatML templates, is no mark of the beginning.
                 self.chat_bos_id = bos if bos is not None and self._encode(full).count(bos) == 1 else None
@@ -175,7 +175,9 @@ class HFRenderer(Renderer):
         if not full.startswith(head):
             return prompt, whole, "", "", full
         ids = self._continue(prompt, full[len(head) :], whole)
-        end = next((at for at in range(len(prompt), len(ids)) if ids[at] in self.eos_ids), len(ids) - 1)
+        end = next(
+            (place for place in range(len(prompt), len(ids)) if ids[place] in self.eos_ids), len(ids) - 1
+        )
         wrote = full[len(head) :].partition(self.decode(ids[end : end + 1]))[0]
         return prompt, ids[: end + 1], self._between(ids, len(prompt), end), wrote, full
 

@@ -159,7 +159,7 @@ class Renderer(ABC):
     def answer(self, ids: Sequence[int]) -> str:
         """What was generated, as text, up to the first end token; other special tokens are written out."""
         return self.decode(
-            ids[: next((at for at, token in enumerate(ids) if token in self.eos_ids), len(ids))]
+            ids[: next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))]
         )
 
     def rows(
@@ -267,8 +267,8 @@ class Renderer(ABC):
         system = [older for older in conversation.messages[:start] if older.role == "system"]
         before = replace(conversation, messages=(*system, *conversation.messages[start:place]))
         shown = replace(before, messages=(*before.messages, message))
-        asked = bool(before.messages) and before.messages[-1].role in ("user", "tool")
-        if not asked or not (message.calls or message.content.strip()):
+        is_asked = bool(before.messages) and before.messages[-1].role in ("user", "tool")
+        if not is_asked or not (message.calls or message.content.strip()):
             raise Refused(
                 "answer", "an answer needs a turn of the user or a tool before it, and words or calls"
             )
@@ -334,10 +334,10 @@ class Renderer(ABC):
         return (f"whitespace {'trimmed' if len(said) < len(words) else 'added'} by the template",)
 
     def _refuse_control(self, texts: Sequence[str]) -> None:
-        for found in filter(None, map(self._control.search, texts)):
+        for match in filter(None, map(self._control.search, texts)):
             raise Refused(
                 "not_text",
-                f"a text holds {found.group()!a}, which this tokenizer does not read as text",
+                f"a text holds {match.group()!a}, which this tokenizer does not read as text",
                 "repair the encoding, or remove it from the text",
             )
 
@@ -346,7 +346,7 @@ class Renderer(ABC):
         self._refuse_control([json_text(conversation.tools)])
         messages: list[Message] = []
         waiting: list[tuple[Call, str]] = []  # calls without a result, and their new ids
-        for at, message in enumerate(conversation.messages):
+        for number, message in enumerate(conversation.messages):
             calls = message.calls
             self._refuse_control(
                 [
@@ -360,7 +360,7 @@ class Renderer(ABC):
                     key = call.id
                     if not key or (self.nine_letters and not re.fullmatch("[A-Za-z0-9]{9}", key)):
                         notes["tool call id made of nine letters and digits"] += 1
-                        key = hashlib.sha256(f"{at}.{place} {call!a}".encode()).hexdigest()[:9]
+                        key = hashlib.sha256(f"{number}.{place} {call!a}".encode()).hexdigest()[:9]
                     waiting.append((call, key))
                 message = replace(message, calls=tuple(replace(call, id=key) for call, key in waiting))
             elif message.role == "tool":
@@ -400,8 +400,8 @@ def render(
                 example, learn=spec.learn, prompt_weight=spec.prompt_weight, cut=cut, notes=result.notes
             )
         except Refused as error:
-            told = "; hint: ".join(filter(None, (error.what, error.hint)))
-            result.dropped.append(formats.Dropped(example.source, error.code, told, ""))
+            message = "; hint: ".join(filter(None, (error.what, error.hint)))
+            result.dropped.append(formats.Dropped(example.source, error.code, message, ""))
         fits = [row for row in rows if len(row.tokens.ids) <= length]
         for tokens in [len(row.tokens.ids) for row in rows if len(row.tokens.ids) > length]:
             long.append(
@@ -426,12 +426,16 @@ def render(
 def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counter[str]) -> list[int]:
     """Places of the learned answers from ``first`` on. Raises Refused when there is none."""
     messages = conversation.messages
-    asked = [at for at in range(first, len(messages)) if messages[at].role == "assistant"][
+    answers = [place for place in range(first, len(messages)) if messages[place].role == "assistant"][
         -1 if learn == "last" else 0 :
     ]
-    learned = [at for at in asked if messages[at].learn or (learn != "marked" and messages[at].learn is None)]
+    learned = [
+        place
+        for place in answers
+        if messages[place].learn or (learn != "marked" and messages[place].learn is None)
+    ]
     if learn != "marked":
-        notes.update(["answer not learned: it says learn: false"] * (len(asked) - len(learned)))
+        notes.update(["answer not learned: it says learn: false"] * (len(answers) - len(learned)))
     if not learned:
         raise Refused("no_target", "no answer to learn", "template.learn says which answers are learned")
     return learned
@@ -441,7 +445,11 @@ def _starts(conversation: Conversation, before: int) -> list[int]:
     """Where a conversation can begin without its oldest turns: at user messages behind an answer, oldest
     first."""
     roles = [message.role for message in conversation.messages]
-    return [at for at in range(1, before) if roles[at] == "user" and roles[at - 1] in ("assistant", "tool")]
+    return [
+        place
+        for place in range(1, before)
+        if roles[place] == "user" and roles[place - 1] in ("assistant", "tool")
+    ]
 
 
 def _present(message: Message, text: str, *, history: bool) -> None:

@@ -63,20 +63,22 @@ class Balance(Rule):
     chart = "types"
 
     def look(self, view: View, context: Context) -> InstructionType | None:
-        kept = InstructionType(first_tool(view), leading_word(view.asked))
-        return kept if kept.type else None
+        kind = InstructionType(first_tool(view), leading_word(view.asked))
+        return kind if kind.type else None
 
-    def judge(self, kept: list[InstructionType | None], survey: Survey) -> Iterator[Finding]:
-        rows = [(at, one) for at in survey.training if (one := kept[at]) is not None]
-        types = {at: one.type or "" for at, one in rows}
-        if rows:
+    def judge(self, facts: list[InstructionType | None], survey: Survey) -> Iterator[Finding]:
+        kinds = [(row, kind) for row in survey.training if (kind := facts[row]) is not None]
+        types = {row: kind.type or "" for row, kind in kinds}
+        if kinds:
             survey.charts["types"] = _chart(types, survey.labels)
-            yield _types(rows, types, survey)
-        labelled = {at: label for at in survey.training if (label := survey.labels[at]) is not None}
+            yield _types(kinds, types, survey)
+        labelled = {row: label for row in survey.training if (label := survey.labels[row]) is not None}
         if labelled:
             yield _labels(labelled, survey)
         if len(set(labelled.values())) == 2:
-            yield from _labels_by_type({at: types[at] for at in labelled if at in types}, labelled, survey)
+            yield from _labels_by_type(
+                {row: types[row] for row in labelled if row in types}, labelled, survey
+            )
 
     def draw(self, chart: Sequence[Mapping[str, str | int]]) -> Section:
         rows = [
@@ -95,8 +97,8 @@ class Balance(Rule):
 
 def first_tool(view: View) -> str | None:
     for message in view.messages:
-        if message.role == "assistant" and (found := message.calls or calls.found(message.content)):
-            return found[0].name
+        if message.role == "assistant" and (called := message.calls or calls.found(message.content)):
+            return called[0].name
     return None
 
 
@@ -104,42 +106,42 @@ def leading_word(prompt: str) -> str | None:
     """The first word of ``prompt`` in lower case, greetings and polite words aside unless there are no
     others; of scripts without spaces the first two letters."""
     opened = _OPENERS.match(prompt[:500].replace("’", "'"))
-    found = WORD.search(prompt, opened.end() if opened else 0) or WORD.search(prompt)
-    if found and clusters.UNSPACED_LETTER.match(found[0]):
-        return prompt[found.start() :][:2]
-    return found[0].lower()[:40] if found else None
+    word = WORD.search(prompt, opened.end() if opened else 0) or WORD.search(prompt)
+    if word and clusters.UNSPACED_LETTER.match(word[0]):
+        return prompt[word.start() :][:2]
+    return word[0].lower()[:40] if word else None
 
 
 def entropy(counts: Iterable[int]) -> float:
     """In bits: 0 where all are one, log2 of how many kinds there are where these are even."""
-    some = [count for count in counts if count]
-    total = sum(some)
-    return sum(count / total * log2(total / count) for count in some)
+    nonzero = [count for count in counts if count]
+    total = sum(nonzero)
+    return sum(count / total * log2(total / count) for count in nonzero)
 
 
 def _types(rows: Sequence[tuple[int, InstructionType]], types: Mapping[int, str], survey: Survey) -> Finding:
     sizes = Counter(types.values())
     bits, bar = entropy(sizes.values()), survey.spec.min_entropy
     parts = {
-        "tools": Counter(one.tool for _, one in rows if one.tool),
-        "first words of prompts": Counter(one.verb for _, one in rows if one.verb),
+        "tools": Counter(kind.tool for _, kind in rows if kind.tool),
+        "first words of prompts": Counter(kind.verb for _, kind in rows if kind.verb),
         "clusters of prompts": Counter(group.name for group in clusters.of(survey) if group),
     }
     most = sizes.most_common(3)
-    told = f"{counted(len(rows))} of {len(sizes)} types, {bits:.1f} bits of entropy"
+    sentence = f"{counted(len(rows))} of {len(sizes)} types, {bits:.1f} bits of entropy"
     alone = ", ".join(f"{name} {entropy(part.values()):.1f}" for name, part in parts.items() if part)
     often = ", ".join(f"{name} ({size / len(rows):.0%})" for name, size in most)
     met, few = bits > bar, len(rows) < FEWEST_ROWS
-    places = [] if met else [at for at, name in types.items() if name == most[0][0]]
+    places = [] if met else [row for row, name in types.items() if name == most[0][0]]
     return Finding(
         "balance.types",
         "good" if met else "note" if few else "warning",
-        f"{told} ({alone}); most often: {often}",
+        f"{sentence} ({alone}); most often: {often}",
         len(places),
         len(rows),
         bits,
         f"> {bar:g} bits",
-        tuple(FindingRow(survey.sources[at], most[0][0]) for at in places[:NAMED]),
+        tuple(FindingRow(survey.sources[row], most[0][0]) for row in places[:NAMED]),
         ""
         if met
         else "add rows of other kinds, or leave out some of the most frequent: the model learns to expect "
@@ -151,26 +153,28 @@ def _types(rows: Sequence[tuple[int, InstructionType]], types: Mapping[int, str]
 def _labels(labelled: Mapping[int, bool], survey: Survey) -> Finding:
     good = sum(labelled.values())
     share = good / len(labelled)
-    told = f"{good:,} desirable, {len(labelled) - good:,} undesirable ({share:.0%} desirable)"
+    sentence = f"{good:,} desirable, {len(labelled) - good:,} undesirable ({share:.0%} desirable)"
     if without := len(survey.training) - len(labelled):
-        told += f", {without:,} without a label"
+        sentence += f", {without:,} without a label"
     rule, bar = "balance.labels", f"at least {LEAST_LABEL:.0%} of each"
     if share in (0, 1):
         hint = "KTO needs both labels; SFT can learn from desirable rows alone"
-        return Finding(rule, "note" if share else "warning", told, of=len(labelled), value=share, hint=hint)
+        return Finding(
+            rule, "note" if share else "warning", sentence, of=len(labelled), value=share, hint=hint
+        )
     if LEAST_LABEL <= share <= 1 - LEAST_LABEL:
-        return Finding(rule, "good", told, of=len(labelled), value=share, threshold=bar)
+        return Finding(rule, "good", sentence, of=len(labelled), value=share, threshold=bar)
     rarer = share < 0.5
-    places = [at for at, label in labelled.items() if label == rarer]
+    places = [row for row, label in labelled.items() if label == rarer]
     return Finding(
         rule,
         "warning",
-        told,
+        sentence,
         len(places),
         len(labelled),
         share,
         bar,
-        tuple(FindingRow(survey.sources[at], _word(rarer)) for at in places[:NAMED]),
+        tuple(FindingRow(survey.sources[row], _word(rarer)) for row in places[:NAMED]),
         f"add {_word(rarer)} rows: from so few little is learned",
         of_set=True,
     )
@@ -187,7 +191,7 @@ def _labels_by_type(
 
     whole = sum(labelled.values()) / len(labelled)
     sizes = Counter(types.values())
-    good = Counter(name for at, name in types.items() if labelled[at])
+    good = Counter(name for row, name in types.items() if labelled[row])
     tested = [name for name, size in sizes.items() if size >= FEWEST_OF_TYPE]
     if not tested:
         return
@@ -196,21 +200,21 @@ def _labels_by_type(
     far = [name for _, least, name in sorted(zip(chances, adjusted, tested, strict=True)) if least < CHANCE]
     rule, threshold = "balance.labels_by_type", "labels as in the whole"
     if not far:
-        told = (
+        sentence = (
             f"labels of the {len(tested)} types with {FEWEST_OF_TYPE} rows or more are as in the whole, "
             f"{whole:.0%} desirable"
         )
-        yield Finding(rule, "good", told, of=len(types), threshold=threshold)
+        yield Finding(rule, "good", sentence, of=len(types), threshold=threshold)
         return
     named = far[:NAMED]
     shares = {name: f"{good[name]:,} of {sizes[name]:,} desirable" for name in named}
     rows: list[FindingRow] = []
     for name in named:  # those whose label the type goes with
         side = good[name] / sizes[name] > whole
-        places = [at for at, one in types.items() if one == name and labelled[at] == side]
+        places = [row for row, kind in types.items() if kind == name and labelled[row] == side]
         rows += [
-            FindingRow(survey.sources[at], f"{name}: {shares[name]}, all types {whole:.0%}")
-            for at in places[:EACH]
+            FindingRow(survey.sources[row], f"{name}: {shares[name]}, all types {whole:.0%}")
+            for row in places[:EACH]
         ]
     listed = "; ".join(f"{name} ({shares[name]})" for name in named[:3])
     yield Finding(
@@ -236,8 +240,8 @@ def _chart(types: Mapping[int, str], labels: Sequence[bool | None]) -> list[dict
     """A row for each of the most frequent types, and one for all others."""
     known = {name for name, _ in Counter(types.values()).most_common(CHARTED)}
     shown: dict[str, dict[bool | None, int]] = {}
-    for at, name in types.items():
+    for row, name in types.items():
         counts = shown.setdefault(name if name in known else "others", dict.fromkeys((True, False, None), 0))
-        counts[labels[at]] += 1
-    ordered = sorted(shown.items(), key=lambda one: (one[0] not in known, -sum(one[1].values())))
+        counts[labels[row]] += 1
+    ordered = sorted(shown.items(), key=lambda entry: (entry[0] not in known, -sum(entry[1].values())))
     return [{"type": name, "true": n[True], "false": n[False], "none": n[None]} for name, n in ordered]

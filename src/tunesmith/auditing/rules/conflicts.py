@@ -53,16 +53,16 @@ class Conflicts(Rule):
 
     def look(self, view: View, context: Context) -> PromptHashes | None:
         system = "\n".join(message.content for message in view.messages if message.role == "system")
-        asked = spaced(f"{system}\n{view.asked}")
-        if not asked or not view.answers:
+        prompt = spaced(f"{system}\n{view.asked}")
+        if not prompt or not view.answers:
             return None
         after = "\n".join(part.text for part in view.parts if part.role != "system")
-        return PromptHashes(digest(asked), digest(spaced(view.answers[0])), digest(spaced(after)))
+        return PromptHashes(digest(prompt), digest(spaced(view.answers[0])), digest(spaced(after)))
 
-    def judge(self, kept: list[PromptHashes | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, facts: list[PromptHashes | None], survey: Survey) -> Iterator[Finding]:
         groups: dict[int, list[tuple[int, PromptHashes]]] = defaultdict(list)
         for row in survey.training:
-            if (hashes := kept[row]) is not None:
+            if (hashes := facts[row]) is not None:
                 groups[hashes.prompt].append((row, hashes))
         if not groups:
             return
@@ -72,8 +72,8 @@ class Conflicts(Rule):
                 for name, row, note in _contradictions(group, survey):
                     notes[name][row] = note
         rows = sum(map(len, groups.values()))
-        for name, (what, severity, hint) in FINDINGS.items():
-            yield _finding(name, survey, rows, notes[name], what, severity, hint)
+        for name, (relation, severity, hint) in FINDINGS.items():
+            yield _finding(name, survey, rows, notes[name], relation, severity, hint)
 
 
 def _contradictions(group: list[tuple[int, PromptHashes]], survey: Survey) -> Iterator[tuple[str, int, str]]:
@@ -104,15 +104,15 @@ def _word(label: bool | None) -> str:
 
 
 def _finding(
-    name: str, survey: Survey, rows: int, notes: dict[int, str], what: str, severity: Severity, hint: str
+    name: str, survey: Survey, rows: int, notes: dict[int, str], relation: str, severity: Severity, hint: str
 ) -> Finding:
     count = len(notes)
-    told = f"{counted(count, rows)} {what}" if count else f"no rows {what}"
-    evidence = tuple(FindingRow(survey.sources[at], note) for at, note in notes.items())
+    sentence = f"{counted(count, rows)} {relation}" if count else f"no rows {relation}"
+    evidence = tuple(FindingRow(survey.sources[row], note) for row, note in notes.items())
     return Finding(
         f"conflicts.{name}",
         severity if count else "good",
-        told,
+        sentence,
         count,
         rows,
         rows=evidence,

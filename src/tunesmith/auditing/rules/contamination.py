@@ -71,29 +71,29 @@ class PromptIndex:
         self.heads = near.Heads(normal(item.prompt) for item in self.items)
         self.prompts = [self.heads.without(normal(item.prompt)) for item in self.items]
         self._seen: dict[str, tuple[str, int, float] | None] = {}
-        for at, (item, prompt) in enumerate(zip(self.items, self.prompts, strict=True)):
-            self.keys.setdefault(spaced(item.prompt), at)
+        for place, (item, prompt) in enumerate(zip(self.items, self.prompts, strict=True)):
+            self.keys.setdefault(spaced(item.prompt), place)
             for band, key in zip(self.bands, _bands(prompt), strict=False):
-                some = band.setdefault(key, [])
-                if len(some) < near.BUCKET:  # so many alike are enough to be compared with
-                    some.append(at)
+                bucket = band.setdefault(key, [])
+                if len(bucket) < near.BUCKET:  # so many alike are enough to be compared with
+                    bucket.append(place)
             for gram in () if held_out else _passages(item.whole):
-                self.passages.setdefault(gram, at)
+                self.passages.setdefault(gram, place)
 
     def hit(self, prompts: Sequence[str], whole: str, least: float) -> tuple[str, int, float] | None:
         """The gravest overlap: kind, item, similarity."""
         for prompt in prompts:
-            if (at := self.keys.get(spaced(prompt))) is not None:
-                return "exact", at, 1.0
+            if (place := self.keys.get(spaced(prompt))) is not None:
+                return "exact", place, 1.0
         for prompt in prompts:
-            if (found := self._near(prompt, least)) is not None:
-                return found
-        at = (
+            if (match := self._near(prompt, least)) is not None:
+                return match
+        place = (
             next((self.passages[gram] for gram in _passages(whole) if gram in self.passages), None)
             if self.passages
             else None
         )
-        return None if at is None else ("passages", at, 0.0)
+        return None if place is None else ("passages", place, 0.0)
 
     def _near(self, prompt: str, least: float) -> tuple[str, int, float] | None:
         if prompt not in self._seen:
@@ -104,11 +104,13 @@ class PromptIndex:
 
     def _compared(self, prompt: str, least: float) -> tuple[str, int, float] | None:
         chosen = {
-            at for band, key in zip(self.bands, _bands(prompt), strict=False) for at in band.get(key, ())
+            place
+            for band, key in zip(self.bands, _bands(prompt), strict=False)
+            for place in band.get(key, ())
         }
-        for at in sorted(chosen):
-            if (similarity := near.similarity(self.prompts[at], prompt, least)) >= least:
-                return "near", at, similarity
+        for place in sorted(chosen):
+            if (similarity := near.similarity(self.prompts[place], prompt, least)) >= least:
+                return "near", place, similarity
         return None
 
 
@@ -120,7 +122,7 @@ def _bands(prompt: str) -> list[int]:
 def _passages(text: str) -> Iterator[int]:
     """The hash of each thirteen words in a row; salted, so of use within a process only."""
     words = WORD.findall(text.lower())
-    return (hash(tuple(words[at : at + PASSAGE])) for at in range(len(words) - PASSAGE + 1))
+    return (hash(tuple(words[start : start + PASSAGE])) for start in range(len(words) - PASSAGE + 1))
 
 
 def held_out(examples: Iterable[Example]) -> PromptIndex:
@@ -142,7 +144,7 @@ def load(path: str, spec: formats.DataSpec) -> PromptIndex:
             "no such file or folder", where=path, hint="audit.against names evaluation sets and prompts"
         )
     try:
-        found = PromptIndex(
+        index = PromptIndex(
             _csv(file)
             if file.suffix.lower() == ".csv"
             else _lines(file)
@@ -152,20 +154,20 @@ def load(path: str, spec: formats.DataSpec) -> PromptIndex:
         )
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot be read: {error}", where=path, hint="UTF-8 text is expected") from error
-    if not found.items:
+    if not index.items:
         raise DataError(
             "holds no prompt to compare with",
             where=path,
             hint=f"a key such as {', '.join(PROMPTS[:3])}, or rows of text",
         )
-    return found
+    return index
 
 
 def _lines(path: Path) -> Iterator[EvaluationPrompt]:
     with path.open(encoding="utf-8") as lines:
         yield from (
-            EvaluationPrompt(f"{path}:{at}", line.strip(), line)
-            for at, line in enumerate(lines, 1)
+            EvaluationPrompt(f"{path}:{number}", line.strip(), line)
+            for number, line in enumerate(lines, 1)
             if line.strip()
         )
 
@@ -235,50 +237,50 @@ class Contamination(Rule):
         prompts = list(
             dict.fromkeys([*(part.text for part in view.parts if part.role == "user"), _asked(view)])
         )
-        found: list[Overlap] = []
+        overlaps: list[Overlap] = []
         for place, against in enumerate(context.against):
-            asked = [_asked(view)] if against.held_out else prompts
-            if (hit := against.hit(asked, view.whole, context.spec.similarity)) is not None:
-                found.append(Overlap(hit[0], place, hit[1], hit[2]))
-        return found or None
+            compared = [_asked(view)] if against.held_out else prompts
+            if (hit := against.hit(compared, view.whole, context.spec.similarity)) is not None:
+                overlaps.append(Overlap(hit[0], place, hit[1], hit[2]))
+        return overlaps or None
 
-    def judge(self, kept: list[list[Overlap] | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, facts: list[list[Overlap] | None], survey: Survey) -> Iterator[Finding]:
         assert survey.context is not None
         against: Sequence[PromptIndex] = survey.context.against or ()
         if not against and survey.training:
-            told = "nothing to compare with: neither held-out rows nor evaluation sets"
-            yield Finding("contamination.unchecked", "note", told, hint="--against FILE names one")
+            sentence = "nothing to compare with: neither held-out rows nor evaluation sets"
+            yield Finding("contamination.unchecked", "note", sentence, hint="--against FILE names one")
         for held_out, name, words in (
             (True, "validation", "held-out rows"),
             (False, "evaluation", "evaluation sets or fixed prompts"),
         ):
-            if not any(one.held_out == held_out for one in against):
+            if not any(index.held_out == held_out for index in against):
                 continue
             for kind in ("exact", "near") if held_out else ("exact", "near", "passages"):
-                rows: list[FindingRow] = []
+                named: list[FindingRow] = []
                 telling = False  # whether any of the prompts is more than a greeting
-                for at in survey.training:
+                for row in survey.training:
                     hits = [
                         hit
-                        for hit in kept[at] or ()
+                        for hit in facts[row] or ()
                         if hit.kind == kind and against[hit.set].held_out == held_out
                     ]
                     if hits:
                         item = against[hits[0].set].items[hits[0].item]
-                        rows.append(FindingRow(survey.sources[at], _note(hits[0], item)))
+                        named.append(FindingRow(survey.sources[row], _note(hits[0], item)))
                         telling |= len(item.prompt.split()) >= SHORTEST or not held_out
                 severity: Severity = (
-                    "good" if not rows else "error" if kind == "exact" and telling else "warning"
+                    "good" if not named else "error" if kind == "exact" and telling else "warning"
                 )
                 yield _finding(
-                    f"contamination.{name}_{kind}", severity, kind, rows, len(survey.training), words
+                    f"contamination.{name}_{kind}", severity, kind, named, len(survey.training), words
                 )
-        if bad := sum(one.unreadable for one in against if not one.held_out):
-            told = f"{counted(bad)} of the evaluation sets without a prompt to compare with"
+        if bad := sum(index.unreadable for index in against if not index.held_out):
+            sentence = f"{counted(bad)} of the evaluation sets without a prompt to compare with"
             yield Finding(
                 "contamination.unreadable",
                 "note",
-                told,
+                sentence,
                 bad,
                 hint=f"a key such as {', '.join(PROMPTS[:3])} is looked for",
             )

@@ -139,61 +139,63 @@ class Content(Rule):
     def look(self, view: View, context: Context) -> RowContent | None:
         request = Request(view)
         languages = request.languages if context.drawn(view) else ()
-        found: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        notes_of: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for part in view.parts:
             for rule, severity, note in _scan(part, request):
-                found[rule].append((SEVERITIES.index(severity), f"{part.at}: {note}"))
+                notes_of[rule].append((SEVERITIES.index(severity), f"{part.at}: {note}"))
         hits = tuple(
-            ContentHit(rule, SEVERITIES[min(notes)[0]], _told(notes)) for rule, notes in found.items()
+            ContentHit(rule, SEVERITIES[min(notes)[0]], _told(notes)) for rule, notes in notes_of.items()
         )
         return RowContent(hits, languages) if hits or languages else None
 
-    def judge(self, kept: list[RowContent | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, facts: list[RowContent | None], survey: Survey) -> Iterator[Finding]:
         rows = survey.training
         if not rows:
             return
-        found: dict[tuple[str, Severity], list[tuple[int, str]]] = defaultdict(list)
-        for at in rows:
-            for rule, severity, note in one.hits if (one := kept[at]) else ():
-                found[rule, severity].append((at, note))
-        for rule, (what, hint) in TELL.items():
+        hits: dict[tuple[str, Severity], list[tuple[int, str]]] = defaultdict(list)
+        for row in rows:
+            for rule, severity, note in content.hits if (content := facts[row]) else ():
+                hits[rule, severity].append((row, note))
+        for rule, (thing, hint) in TELL.items():
             for severity in SEVERITIES:
-                if some := found.get((rule, severity)):
+                if noted := hits.get((rule, severity)):
                     where = ", where it is read or labelled bad" if severity == "note" else ""
-                    told = f"{counted(len(some), len(rows))} in which {what} stands{where}"
-                    yield _finding(survey, rule, severity, told, some, len(rows), hint)
-        yield from _refusals(found["refusals", "note"], survey)
-        yield from _spoken({at: one.languages for at in rows if (one := kept[at]) and one.languages}, survey)
+                    sentence = f"{counted(len(noted), len(rows))} in which {thing} stands{where}"
+                    yield _finding(survey, rule, severity, sentence, noted, len(rows), hint)
+        yield from _refusals(hits["refusals", "note"], survey)
+        yield from _spoken(
+            {row: content.languages for row in rows if (content := facts[row]) and content.languages}, survey
+        )
 
 
 def _finding(
     survey: Survey,
     rule: str,
     severity: Severity,
-    what: str,
-    some: Sequence[tuple[int, str]],
+    sentence: str,
+    noted: Sequence[tuple[int, str]],
     of: int,
     hint: str,
 ) -> Finding:
-    evidence = tuple(FindingRow(survey.sources[at], note) for at, note in some)
-    return Finding(f"content.{rule}", severity, what, len(some), of, rows=evidence, hint=hint)
+    evidence = tuple(FindingRow(survey.sources[row], note) for row, note in noted)
+    return Finding(f"content.{rule}", severity, sentence, len(noted), of, rows=evidence, hint=hint)
 
 
-def _refusals(some: list[tuple[int, str]], survey: Survey) -> Iterator[Finding]:
-    wanted = [at for at in survey.training if survey.labels[at] is not False]
-    good = [(at, note) for at, note in some if survey.labels[at] is not False]
-    if not some:
+def _refusals(noted: list[tuple[int, str]], survey: Survey) -> Iterator[Finding]:
+    wanted = [row for row in survey.training if survey.labels[row] is not False]
+    good = [(row, note) for row, note in noted if survey.labels[row] is not False]
+    if not noted:
         return
     share = len(good) / max(len(wanted), 1)
-    more = f", and in {len(some) - len(good):,} labelled undesirable" if len(some) > len(good) else ""
+    more = f", and in {len(noted) - len(good):,} labelled undesirable" if len(noted) > len(good) else ""
     many = counted(len(good), len(wanted)) if good else "no row"
-    what = f"{many} to imitate in which the assistant refuses{more}"
+    sentence = f"{many} to imitate in which the assistant refuses{more}"
     severity: Severity = "warning" if share > REFUSING else "note"
     hint = (
         "what refuses this often teaches refusing: keep those that are right, and balance them with answers"
     )
     yield _finding(
-        survey, "refusals", severity, what, good, len(wanted), hint if severity == "warning" else ""
+        survey, "refusals", severity, sentence, good, len(wanted), hint if severity == "warning" else ""
     )
 
 
@@ -212,21 +214,22 @@ def _spoken(rows: dict[int, tuple[str, ...]], survey: Survey) -> Iterator[Findin
         len(rows),
     )
     named = [
-        (min(rare[one] for one in some), at, some)
-        for at, languages in rows.items()
-        if (some := rare.keys() & {*languages})
+        (min(rare[language_of] for language_of in rare_ones), row, rare_ones)
+        for row, languages in rows.items()
+        if (rare_ones := rare.keys() & {*languages})
     ]
     if named:
-        told = f"{counted(len(named), len(rows))} in a language of less than {RARE:.0%} of the rows"
+        sentence = f"{counted(len(named), len(rows))} in a language of less than {RARE:.0%} of the rows"
         notes = [
-            (at, f"in {', '.join(sorted(some))}") for _, at, some in sorted(named, key=lambda one: one[:2])
+            (row, f"in {', '.join(sorted(rare_ones))}")
+            for _, row, rare_ones in sorted(named, key=lambda language_of: language_of[:2])
         ]
         hint = "too few to learn from: fine for translation, else strays; leave them out or add more"
-        yield _finding(survey, "languages", "warning", told, notes, len(rows), hint)
+        yield _finding(survey, "languages", "warning", sentence, notes, len(rows), hint)
 
 
 def _told(notes: list[tuple[int, str]]) -> str:
-    several = list(dict.fromkeys(note for _, note in sorted(notes, key=lambda one: one[0])))
+    several = list(dict.fromkeys(note for _, note in sorted(notes, key=lambda note: note[0])))
     return "; ".join(several[:3]) + (f"; and {len(several) - 3:,} more" if len(several) > 3 else "")
 
 
@@ -296,17 +299,19 @@ def _markup(text: str, prose: str, fences: Fences, role: str, request: Request) 
             yield "the whole answer is wrapped in a code fence"
     tags = _HTML.finditer(prose) if role in LEARNED and "<" in prose else ()
     tag = next(
-        (found[0] for found in tags if found[0][:3].lower() != "<br" or not _in_table(prose, found.start())),
+        (match[0] for match in tags if match[0][:3].lower() != "<br" or not _in_table(prose, match.start())),
         None,
     )
     entity = _ENTITY.search(prose) if "&" in prose else None
     if (tag or entity) and not request.markup:
-        yield from (f"“{' '.join(one.split()).rstrip('=')}”" for one in (tag, entity and entity[0]) if one)
+        yield from (
+            f"“{' '.join(residue.split()).rstrip('=')}”" for residue in (tag, entity and entity[0]) if residue
+        )
 
 
-def _in_table(text: str, at: int) -> bool:
+def _in_table(text: str, position: int) -> bool:
     """Whether the line is of a markdown table, where a line cannot be broken otherwise."""
-    return "|" in text[max(text.rfind("\n", 0, at) + 1, at - 500) : at]
+    return "|" in text[max(text.rfind("\n", 0, position) + 1, position - 500) : position]
 
 
 def _languages(view: View) -> tuple[str, ...]:

@@ -68,9 +68,13 @@ class Diversity(Rule):
             len(keys), chosen(keys, context.share), clusters.subject(view) if context.drawn(view) else None
         )
 
-    def judge(self, kept: list[RowTrigrams | None], survey: Survey) -> Iterator[Finding]:
-        rows = {at: one for at in survey.training if (one := kept[at]) is not None and one.many}
-        if any(len(one.trigrams) for one in rows.values()):
+    def judge(self, facts: list[RowTrigrams | None], survey: Survey) -> Iterator[Finding]:
+        rows = {
+            row: trigrams_of
+            for row in survey.training
+            if (trigrams_of := facts[row]) is not None and trigrams_of.many
+        }
+        if any(len(trigrams_of.trigrams) for trigrams_of in rows.values()):
             yield _trigrams(list(rows), list(rows.values()), survey)
         yield from _crowds(survey)
 
@@ -88,14 +92,14 @@ def _crowds(survey: Survey) -> Iterator[Finding]:
     crowds = [group for group, size in sizes.most_common() if group.tight and size > fair * many]
     if not crowds:
         name, size = sizes.most_common(1)[0]
-        told = (
+        sentence = (
             f"prompts fall into {len(sizes)} clusters, the largest with {size / many:.0%} of the rows "
             f"({name.name})"
         )
-        yield Finding(rule, "good", told, of=many, value=size / many, threshold=bar)
+        yield Finding(rule, "good", sentence, of=many, value=size / many, threshold=bar)
         return
     count = sum(sizes[group] for group in crowds)
-    told = "; ".join(f"{counted(sizes[group], many)} about “{group.name}”" for group in crowds)
+    sentence = "; ".join(f"{counted(sizes[group], many)} about “{group.name}”" for group in crowds)
     places = [
         at
         for group in crowds
@@ -104,7 +108,7 @@ def _crowds(survey: Survey) -> Iterator[Finding]:
     yield Finding(
         rule,
         "warning",
-        f"over-represented: {told}",
+        f"over-represented: {sentence}",
         count,
         many,
         count / many,
@@ -131,16 +135,20 @@ def chosen(keys: np.ndarray, share: float) -> np.ndarray:
 
 def trigrams(words: Sequence[str]) -> np.ndarray:
     """uint64, one for each three words in a row, well mixed."""
-    one = hashes(words).astype(np.uint64)
-    mixed = one[:-2] * np.uint64(0x9E3779B97F4A7C15) + one[1:-1] * np.uint64(0xC2B2AE3D27D4EB4F)
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) + one[2:]
+    words_hashed = hashes(words).astype(np.uint64)
+    mixed = words_hashed[:-2] * np.uint64(0x9E3779B97F4A7C15) + words_hashed[1:-1] * np.uint64(
+        0xC2B2AE3D27D4EB4F
+    )
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) + words_hashed[2:]
     mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def _trigrams(rows: Sequence[int], found: Sequence[RowTrigrams], survey: Survey) -> Finding:
-    keys = np.concatenate([one.trigrams for one in found])
-    owner = np.repeat(np.arange(len(rows), dtype=np.uint32), [len(one.trigrams) for one in found])
+def _trigrams(rows: Sequence[int], trigrams_of: Sequence[RowTrigrams], survey: Survey) -> Finding:
+    keys = np.concatenate([row_trigrams.trigrams for row_trigrams in trigrams_of])
+    owner = np.repeat(
+        np.arange(len(rows), dtype=np.uint32), [len(row_trigrams.trigrams) for row_trigrams in trigrams_of]
+    )
     part = survey.context.share if survey.context else 1.0
     if len(keys) > COUNTED:
         cut = 2**32 * COUNTED // len(keys)
@@ -148,48 +156,48 @@ def _trigrams(rows: Sequence[int], found: Sequence[RowTrigrams], survey: Survey)
     values, first, inverse, counts = np.unique(
         keys, return_index=True, return_inverse=True, return_counts=True
     )
-    many = np.array([one.many for one in found])
+    many = np.array([row_trigrams.many for row_trigrams in trigrams_of])
     share, bar = min(1.0, len(values) / part / many.sum()), survey.spec.min_trigrams
-    told, rule, threshold = (
+    sentence, rule, threshold = (
         f"{share:.0%} of the word trigrams of the answers are distinct",
         "diversity.trigrams",
         f"> {bar:.0%}",
     )
     if share > bar:
-        return Finding(rule, "good", told, of=len(rows), value=share, threshold=threshold)
+        return Finding(rule, "good", sentence, of=len(rows), value=share, threshold=threshold)
     new = np.minimum(
         np.bincount(owner, 1 / counts[inverse], len(rows)) / part, many
     )  # their sum ÷ all is the share
     prior = PRIOR / part
     order = np.argsort((new + prior * share) / (many + prior), kind="stable")[: 10 * TOLD].tolist()
-    least = list({found[at].trigrams.tobytes(): at for at in reversed(order)}.values())[::-1][
+    least = list({trigrams_of[place].trigrams.tobytes(): place for place in reversed(order)}.values())[::-1][
         :TOLD
     ]  # unlike each other
     most = np.argsort(-counts, kind="stable")[:FREQUENT]
-    views = survey.fetch([rows[int(at)] for at in {*least, *owner[first[most]].tolist()}])
+    views = survey.fetch([rows[int(place)] for place in {*least, *owner[first[most]].tolist()}])
     phrases: dict[int, str] = {}
     for view in views.values():
         words = WORD.findall(view.said.lower())
-        for at, key in enumerate(chosen(trigrams(words), 1).tolist()):
-            phrases.setdefault(key, " ".join(words[at : at + 3]))
+        for place, key in enumerate(chosen(trigrams(words), 1).tolist()):
+            phrases.setdefault(key, " ".join(words[place : place + 3]))
     often = [
-        (phrase, int(counts[at]))
-        for at in most
-        if (phrase := phrases.get(int(values[at]))) and not _has_digit(phrase)
+        (phrase, int(counts[place]))
+        for place in most
+        if (phrase := phrases.get(int(values[place]))) and not _has_digit(phrase)
     ]
     if often:
-        told += "; frequent: " + ", ".join(f"“{phrase}” ({count:,} times)" for phrase, count in often[:3])
+        sentence += "; frequent: " + ", ".join(f"“{phrase}” ({count:,} times)" for phrase, count in often[:3])
     return Finding(
         rule,
         "warning",
-        told,
+        sentence,
         int((new < bar * many).sum()),
         len(rows),
         share,
         threshold,
         tuple(
-            FindingRow(survey.sources[rows[at]], f"{new[at] / many[at]:.0%} of its trigrams are new")
-            for at in least
+            FindingRow(survey.sources[rows[place]], f"{new[place] / many[place]:.0%} of its trigrams are new")
+            for place in least
         ),
         "rows that follow one pattern teach the pattern: rewrite some or leave them out. The share falls as "
         "a set grows: compare"

@@ -43,40 +43,46 @@ class Duplicates(Rule):
         same = digest(normal(view.whole) or view.whole)
         return RowHashes(int(view.example.id, 16), same, near.signature(text) if text else b"")
 
-    def judge(self, kept: list[RowHashes | None], survey: Survey) -> Iterator[Finding]:
-        rows = [at for at in survey.training if kept[at] is not None]
-        if not rows:
+    def judge(self, facts: list[RowHashes | None], survey: Survey) -> Iterator[Finding]:
+        hashes = {row: fact for row in survey.training if (fact := facts[row]) is not None}
+        if not hashes:
             return
-        held = {at: one for at, one in enumerate(kept) if one is not None}
+        rows = list(hashes)
+        repeats = _repeats(survey, ((hashes[row].exact, row) for row in rows))
+        yield _finding("exact", survey, rows, repeats, "to the letter")
+        firsts = sorted({hashes[row].exact: row for row in reversed(rows)}.values())
+        repeats = _repeats(survey, ((hashes[row].same, row) for row in firsts))
+        yield _finding("normalised", survey, rows, repeats, "but for case, spacing and punctuation")
+        firsts = sorted({hashes[row].same: row for row in reversed(firsts)}.values())
+        alike = _near({row: hashes[row].signature for row in firsts if hashes[row].signature}, survey)
         yield _finding(
-            "exact", survey, rows, _repeats(survey, ((held[at].exact, at) for at in rows)), "to the letter"
-        )
-        firsts = sorted({held[at].exact: at for at in reversed(rows)}.values())
-        alike = _repeats(survey, ((held[at].same, at) for at in firsts))
-        yield _finding("normalised", survey, rows, alike, "but for case, spacing and punctuation")
-        firsts = sorted(
-            at for at in {held[at].same: at for at in reversed(firsts)}.values() if held[at].signature
+            "near", survey, rows, alike, f"to at least {survey.spec.similarity:.0%} of their letters"
         )
 
-        def texts(places: Sequence[int]) -> dict[int, str]:
-            views = survey.fetch([firsts[place] for place in places])
-            return {place: normal(spoken(views[firsts[place]])) for place in places}
 
-        found = near.pairs([held[at].signature for at in firsts], texts, survey.spec.similarity)
-        best: dict[int, tuple[float, int]] = {}
-        for one, other, similarity in found:
-            best[one] = max(best.get(one, (0.0, 0)), (similarity, -other))
-            best[other] = max(best.get(other, (0.0, 0)), (similarity, -one))
-        notes = {}
-        for group in near.groups((one, other) for one, other, _ in found):
-            for place in group[1:]:
-                similarity, most = best[place]
-                first, at = firsts[-most], firsts[place]
-                other = "" if survey.labels[first] == survey.labels[at] else ", with the other label"
-                notes[at] = f"{similarity:.1%} as {survey.sources[first]}{other}"
-        yield _finding(
-            "near", survey, rows, notes, f"to at least {survey.spec.similarity:.0%} of their letters"
-        )
+def _near(signatures: dict[int, bytes], survey: Survey) -> dict[int, str]:
+    """Row → which row it is nearest to, for all but the first of each group of near rows."""
+    rows = list(signatures)
+
+    def texts(places: Sequence[int]) -> dict[int, str]:
+        views = survey.fetch([rows[place] for place in places])
+        return {place: normal(spoken(views[rows[place]])) for place in places}
+
+    pairs = near.pairs(list(signatures.values()), texts, survey.spec.similarity)
+    best: dict[
+        int, tuple[float, int]
+    ] = {}  # place → similarity of its nearest place, and that place, negated
+    for first, second, similarity in pairs:
+        best[first] = max(best.get(first, (0.0, 0)), (similarity, -second))
+        best[second] = max(best.get(second, (0.0, 0)), (similarity, -first))
+    notes = {}
+    for group in near.groups((first, second) for first, second, _ in pairs):
+        for place in group[1:]:
+            similarity, nearest = best[place]
+            row, original = rows[place], rows[-nearest]
+            other = "" if survey.labels[original] == survey.labels[row] else ", with the other label"
+            notes[row] = f"{similarity:.1%} as {survey.sources[original]}{other}"
+    return notes
 
 
 def spoken(view: View) -> str:
@@ -87,18 +93,18 @@ def spoken(view: View) -> str:
 def _repeats(survey: Survey, keys: Iterable[tuple[int, int]]) -> dict[int, str]:
     """Row → which earlier row has the same key."""
     first: dict[int, int] = {}
-    found: dict[int, str] = {}
-    for key, at in keys:
-        if first.setdefault(key, at) != at:
-            other = "" if survey.labels[first[key]] == survey.labels[at] else ", with the other label"
-            found[at] = f"as {survey.sources[first[key]]}{other}"
-    return found
+    notes: dict[int, str] = {}
+    for key, row in keys:
+        if first.setdefault(key, row) != row:
+            other = "" if survey.labels[first[key]] == survey.labels[row] else ", with the other label"
+            notes[row] = f"as {survey.sources[first[key]]}{other}"
+    return notes
 
 
 def _finding(name: str, survey: Survey, rows: list[int], notes: dict[int, str], how: str) -> Finding:
     count, share = len(notes), len(notes) / max(len(rows), 1)
     severity: Severity = "good" if not count else "warning" if share > SHARE else "note"
-    what = (
+    sentence = (
         f"{counted(count, len(rows))} repeating an earlier row {how}"
         if count
         else f"no row repeats another {how}"
@@ -106,7 +112,7 @@ def _finding(name: str, survey: Survey, rows: list[int], notes: dict[int, str], 
     hint = (
         "`--fix OUT` removes them" if name == "exact" else "keep one of each, unless the repetition is meant"
     )
-    evidence = tuple(FindingRow(survey.sources[at], note) for at, note in notes.items())
+    evidence = tuple(FindingRow(survey.sources[row], note) for row, note in notes.items())
     return Finding(
-        f"duplicates.{name}", severity, what, count, len(rows), rows=evidence, hint=hint if count else ""
+        f"duplicates.{name}", severity, sentence, count, len(rows), rows=evidence, hint=hint if count else ""
     )

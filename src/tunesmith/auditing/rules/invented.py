@@ -51,33 +51,34 @@ class Invented(Rule):
         if view.example is None:
             return None
         called = any(message.calls for message in view.messages)
-        for at, text in _learned(view):
+        for place, text in _learned(view):
             calling, seen = made_up(text)
             called = called or calling
             if seen:
-                return InventedResult(f"{at}: {seen}", calls.structure(view.example)[1])
+                return InventedResult(f"{place}: {seen}", calls.structure(view.example)[1])
         return InventedResult("", "") if called else None
 
-    def judge(self, kept: list[InventedResult | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, facts: list[InventedResult | None], survey: Survey) -> Iterator[Finding]:
         rows = survey.training
-        calling = [(at, one) for at in rows if (one := kept[at]) is not None]
-        found = [(at, one) for at, one in calling if one.seen]
-        if not found:
+        calling = [(row, result) for row in rows if (result := facts[row]) is not None]
+        invented = [(row, result) for row, result in calling if result.seen]
+        if not invented:
             if calling:
-                told = f"none of the {counted(len(calling))} with calls makes up a result"
-                yield Finding("invented.results", "good", told, of=len(rows))
+                sentence = f"none of the {counted(len(calling))} with calls makes up a result"
+                yield Finding("invented.results", "good", sentence, of=len(rows))
             return
-        turned = sum(one.note == calls.STRUCTURED for _, one in found)
+        turned = sum(result.note == calls.STRUCTURED for _, result in invented)
         yield Finding(
             "invented.results",
             "warning",
-            f"{counted(len(found), len(rows))} in which the assistant writes the results of its calls "
+            f"{counted(len(invented), len(rows))} in which the assistant writes the results of its calls "
             f"itself, and learns to",
-            len(found),
+            len(invented),
             len(rows),
-            rows=tuple(FindingRow(survey.sources[at], one.seen) for at, one in found),
+            rows=tuple(FindingRow(survey.sources[row], result.seen) for row, result in invented),
             hint=_hint(
-                turned, Counter(one.note.removeprefix("left: ") or "another form" for _, one in found)
+                turned,
+                Counter(result.note.removeprefix("left: ") or "another form" for _, result in invented),
             ),
         )
 
@@ -107,9 +108,9 @@ def _learned(view: View) -> Iterator[tuple[str, str]]:
         yield "text", view.example.text
     elif isinstance(view.example, Completion):
         yield "completion", view.example.completion
-    for at, message in enumerate(view.messages, 1):
+    for turn, message in enumerate(view.messages, 1):
         if message.role == "assistant":
-            yield f"turn {at}", message.content
+            yield f"turn {turn}", message.content
 
 
 def _hint(turned: int, notes: Counter[str]) -> str:

@@ -55,38 +55,38 @@ class Labels(Rule):
     def look(self, view: View, context: Context) -> np.ndarray | None:
         return None if view.label is None else hashes(view.words[:WORDS])
 
-    def judge(self, kept: list[np.ndarray | None], survey: Survey) -> Iterator[Finding]:
-        rows = [at for at in survey.training if kept[at] is not None]
-        labels = np.array([survey.labels[at] for at in rows], dtype=bool)
+    def judge(self, facts: list[np.ndarray | None], survey: Survey) -> Iterator[Finding]:
+        rows = [row for row in survey.training if facts[row] is not None]
+        labels = np.array([survey.labels[row] for row in rows], dtype=bool)
         rule, bar, rarer = "labels.predictable", f"AUC > {CLEAR} for sure", min(labels.sum(), (~labels).sum())
         if not rows:
             return
         if len(rows) < FEWEST or rarer < FEWEST_OF_LABEL:
-            told = (
+            sentence = (
                 f"{counted(len(rows))} with a label, {rarer} of the rarer one: too few to tell from them "
                 f"which are suspicious"
             )
-            yield Finding(rule, "note", told, of=len(rows))
+            yield Finding(rule, "note", sentence, of=len(rows))
             return
-        features = _features([one for at in rows if (one := kept[at]) is not None])
+        features = _features([words for row in rows if (words := facts[row]) is not None])
         scores = leave_one_out(features, labels)
         skill = skill_of(scores, labels)
         if skill.low <= CLEAR:
-            told = f"words tell little about the label ({skill}): no row can be called suspicious"
-            yield Finding(rule, "note", told, of=len(rows), value=skill.area)
+            sentence = f"words tell little about the label ({skill}): no row can be called suspicious"
+            yield Finding(rule, "note", sentence, of=len(rows), value=skill.area)
             return
-        told = f"words tell the label of a row that the model was not fitted to ({skill})"
-        yield Finding(rule, "good", told, of=len(rows), value=skill.area, threshold=bar)
-        found = suspicious(features, scores, labels)
-        if found:
+        sentence = f"words tell the label of a row that the model was not fitted to ({skill})"
+        yield Finding(rule, "good", sentence, of=len(rows), value=skill.area, threshold=bar)
+        pairs = suspicious(features, scores, labels)
+        if pairs:
             evidence = tuple(
-                _evidence(survey, rows, place, other, abs(scores[place])) for place, other in found
+                _evidence(survey, rows, place, other, abs(scores[place])) for place, other in pairs
             )
             yield Finding(
                 "labels.suspicious",
                 "note",
-                f"{counted(len(found), len(rows))} that read like the other label",
-                len(found),
+                f"{counted(len(pairs), len(rows))} that read like the other label",
+                len(pairs),
                 len(rows),
                 rows=evidence,
                 hint="read them: a wrong label, or words that mislead the model?",
@@ -165,7 +165,9 @@ def suspicious(features: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> 
     most = max(AT_LEAST, int(SHARE * len(labels)))
     most_bad, most_good = np.quantile(scores[~labels], 0.9), np.quantile(scores[labels], 0.1)
     beyond = np.where(labels, scores < min(0.0, most_bad), scores > max(0.0, most_good))
-    places = [at for at in np.argsort(-np.abs(scores), kind="stable") if beyond[at]][: 4 * most]
+    places = [place_near for place_near in np.argsort(-np.abs(scores), kind="stable") if beyond[place_near]][
+        : 4 * most
+    ]
     if not places:
         return []
     points = np.asarray(normalize(features))
@@ -174,10 +176,10 @@ def suspicious(features: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> 
         .fit(points)
         .kneighbors(points[places])[1]
     )
-    found: list[tuple[int, int]] = []
+    pairs: list[tuple[int, int]] = []
     for place, around in zip(places, near, strict=True):
-        others = [int(at) for at in around if at != place][:NEIGHBOURS]
-        against = [at for at in others if labels[at] != labels[place]]
+        others = [int(place_near) for place_near in around if place_near != place][:NEIGHBOURS]
+        against = [place_near for place_near in others if labels[place_near] != labels[place]]
         if len(against) > NEIGHBOURS / 2:
-            found.append((int(place), against[0]))
-    return found[:most]
+            pairs.append((int(place), against[0]))
+    return pairs[:most]

@@ -54,18 +54,18 @@ class Lengths(Rule):
         rows = context.rows(view)
         if isinstance(rows, TemplateError) or not rows:
             return None
-        kept = [row for row in rows if row.kind != "rejected"]
-        learned = sum(int((row.tokens.targets >= 1).sum()) for row in kept)
-        first = int(np.argmax(kept[0].tokens.targets >= 1))
+        learned_rows = [row for row in rows if row.kind != "rejected"]
+        learned = sum(int((row.tokens.targets >= 1).sum()) for row in learned_rows)
+        first = int(np.argmax(learned_rows[0].tokens.targets >= 1))
         return RowLengths(first, learned, max(len(row.tokens.ids) for row in rows))
 
-    def judge(self, kept: list[RowLengths | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, facts: list[RowLengths | None], survey: Survey) -> Iterator[Finding]:
         assert survey.context is not None
-        rows = [at for at in survey.training if kept[at] is not None]
+        rows = [row for row in survey.training if facts[row] is not None]
         if not rows:
             return
         context, spec = survey.context, survey.spec
-        table = np.array([kept[at] for at in rows])
+        table = np.array([facts[row] for row in rows])
         tokens = context.renderer is not None or context.rendered is not None
         unit = f"tokens of {context.tokenizer}" if tokens else "words"
         word = "tokens" if tokens else "words"
@@ -76,13 +76,13 @@ class Lengths(Rule):
         }
         mean, low, high = float(table[:, 1].mean()), *spec.mean_answer
         ratio = float(np.median(table[:, 1] / np.maximum(table[:, 0], 1)))
-        told = (
+        sentence = (
             f"the mean answer has {mean:,.0f} {word}; answers are {ratio:.1f} times as long as prompts "
             f"(median)"
         )
         if not tokens:
             hint = "name --model or --tokenizer to count tokens"
-            yield Finding("length.answers", "note", told, of=len(rows), value=mean, hint=hint)
+            yield Finding("length.answers", "note", sentence, of=len(rows), value=mean, hint=hint)
         else:
             fits = low <= mean <= high
             hint = (
@@ -92,7 +92,7 @@ class Lengths(Rule):
             yield Finding(
                 "length.answers",
                 "good" if fits else "warning",
-                told,
+                sentence,
                 of=len(rows),
                 value=mean,
                 threshold=f"{low} to {high}",
@@ -141,13 +141,13 @@ class Lengths(Rule):
     def _tail(self, totals: np.ndarray, rows: Sequence[int], survey: Survey) -> Finding:
         bar = survey.spec.tail
         reached = float(np.percentile(totals, 99))
-        long = [at for at in np.argsort(-totals, kind="stable") if totals[at] >= bar]
+        long = [place for place in np.argsort(-totals, kind="stable") if totals[place] >= bar]
         fits = reached < bar
-        what = f"99 of 100 rows have up to {reached:,.0f} tokens; {len(long):,} rows have {bar:,} or more"
+        sentence = f"99 of 100 rows have up to {reached:,.0f} tokens; {len(long):,} rows have {bar:,} or more"
         return Finding(
             "length.tail",
             "good" if fits else "warning",
-            what,
+            sentence,
             len(long),
             len(rows),
             reached,
@@ -159,14 +159,14 @@ class Lengths(Rule):
     def _cut(self, totals: np.ndarray, rows: Sequence[int], survey: Survey) -> Finding:
         assert survey.context is not None
         limit = survey.context.limit
-        long = [at for at in np.argsort(-totals, kind="stable") if totals[at] > limit]
+        long = [place for place in np.argsort(-totals, kind="stable") if totals[place] > limit]
         many = f"{counted(len(long), len(rows))} longer than" if long else "every row fits into"
-        what = f"{many} batch.length, {limit:,} tokens"
+        sentence = f"{many} batch.length, {limit:,} tokens"
         hint = "raise batch.length, or set template.too_long to drop or cut"
         return Finding(
             "length.limit",
             "warning" if long else "good",
-            what,
+            sentence,
             len(long),
             len(rows),
             None,
@@ -180,8 +180,8 @@ class Lengths(Rule):
         low, high = np.percentile(logs, [25, 75])
         reach = FAR * max(high - low, 0.1)
         far = np.maximum(logs - high, low - logs)
-        out = [at for at in np.argsort(-far, kind="stable") if far[at] > reach]
-        what = (
+        out = [place for place in np.argsort(-far, kind="stable") if far[place] > reach]
+        sentence = (
             f"{counted(len(out))} far longer or shorter than the others"
             if out
             else "no row is far longer or shorter than the others"
@@ -190,7 +190,7 @@ class Lengths(Rule):
         return Finding(
             "length.outliers",
             "note" if out else "good",
-            what,
+            sentence,
             len(out),
             len(rows),
             rows=_evidence(survey, rows, out, totals, word),
@@ -201,7 +201,9 @@ class Lengths(Rule):
 def _evidence(
     survey: Survey, rows: Sequence[int], places: Sequence[int], totals: np.ndarray, word: str = "tokens"
 ) -> tuple[FindingRow, ...]:
-    return tuple(FindingRow(survey.sources[rows[at]], f"{int(totals[at]):,} {word}") for at in places)
+    return tuple(
+        FindingRow(survey.sources[rows[place]], f"{int(totals[place]):,} {word}") for place in places
+    )
 
 
 def _part(values: np.ndarray) -> dict[str, Any]:

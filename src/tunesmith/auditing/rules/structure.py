@@ -91,47 +91,55 @@ class Structure(Rule):
                 faults[rule].append(note)
         return {rule: excerpt(masked(_told(notes)[:1000])) for rule, notes in faults.items()} or None
 
-    def judge(self, kept: list[dict[str, str] | None], survey: Survey) -> Iterator[Finding]:
+    def judge(self, facts: list[dict[str, str] | None], survey: Survey) -> Iterator[Finding]:
         if not len(survey):
             return
         dropped: dict[str, list[int]] = defaultdict(list)
-        found: dict[str, list[int]] = defaultdict(list)
-        for at, bad in enumerate(survey.dropped):
+        faulty: dict[str, list[int]] = defaultdict(list)
+        for row, bad in enumerate(survey.dropped):
             if bad is not None:
-                dropped[bad.reason].append(at)
+                dropped[bad.reason].append(row)
             else:
-                for rule in kept[at] or ():
-                    found[rule].append(at)
+                for rule in facts[row] or ():
+                    faulty[rule].append(row)
 
-        def finding(rule: str, severity: Severity, what: str, some: list[int], hint: str) -> Finding:
-            evidence = tuple(FindingRow(survey.sources[at], (kept[at] or {}).get(rule, "")) for at in some)
-            told = f"{counted(len(some), len(survey))} {what}"
+        def finding(rule: str, severity: Severity, fault: str, concerned: list[int], hint: str) -> Finding:
+            evidence = tuple(
+                FindingRow(survey.sources[row], (facts[row] or {}).get(rule, "")) for row in concerned
+            )
+            sentence = f"{counted(len(concerned), len(survey))} {fault}"
             return Finding(
-                f"structure.{rule}", severity, told, len(some), len(survey), rows=evidence, hint=hint
+                f"structure.{rule}", severity, sentence, len(concerned), len(survey), rows=evidence, hint=hint
             )
 
-        unsound = {at for some in [*dropped.values(), *(found[rule] for rule in UNSOUND)] for at in some}
+        unsound = {
+            row for concerned in [*dropped.values(), *(faulty[rule] for rule in UNSOUND)] for row in concerned
+        }
         sound, bar = len(survey) - len(unsound), survey.spec.min_valid
         share, hint = sound / len(survey), "mend the rows that are named with what is wrong"
-        told = f"{counted(len(unsound), len(survey))} broken" if unsound else "every row is sound"
+        sentence = f"{counted(len(unsound), len(survey))} broken" if unsound else "every row is sound"
         yield Finding(
             "structure.valid",
             "good" if share >= bar else "error",
-            told,
+            sentence,
             len(unsound),
             len(survey),
             share,
             f"≥ {bar:.0%}",
             hint="" if share >= bar else hint,
         )
-        for reason, some in sorted(dropped.items(), key=lambda item: -len(item[1])):
-            advice = next(((kept[at] or {}).get(reason, "").partition("; hint: ")[2] for at in some), "")
-            what = f"that cannot be used ({reason})"
-            yield finding(reason, "warning", what, some, advice or "training leaves them out: mend them")
-        for rule, (what, hint) in TELL.items():
-            if found[rule]:
+        for reason, concerned in sorted(dropped.items(), key=lambda item: -len(item[1])):
+            advice = next(
+                ((facts[row] or {}).get(reason, "").partition("; hint: ")[2] for row in concerned), ""
+            )
+            fault = f"that cannot be used ({reason})"
+            yield finding(
+                reason, "warning", fault, concerned, advice or "training leaves them out: mend them"
+            )
+        for rule, (fault, hint) in TELL.items():
+            if faulty[rule]:
                 yield finding(
-                    rule, "note" if rule == "call_ids" else "warning", f"with {what}", found[rule], hint
+                    rule, "note" if rule == "call_ids" else "warning", f"with {fault}", faulty[rule], hint
                 )
 
 
@@ -151,9 +159,9 @@ def _faults(view: View, context: Context) -> Iterator[tuple[str, str]]:
                 if call.arguments is None
             )
     if context.renderer is not None and context.renderer.nine_letters:
-        for at, message in enumerate(view.messages, 1):
+        for turn, message in enumerate(view.messages, 1):
             ids = [call.id for call in message.calls if call.id and not NINE.fullmatch(call.id)]
-            yield from (("call_ids", f"turn {at}: {one}") for one in ids)
+            yield from (("call_ids", f"turn {turn}: {id}") for id in ids)
 
 
 def _told(notes: list[str]) -> str:
@@ -174,13 +182,13 @@ def _undeclared(conversation: Conversation) -> Iterator[tuple[str, str]]:
                 yield "tool_schema", f"{function['name']}: {problem}"
             if check is not None:
                 checks[function["name"]] = check
-    for at, message in enumerate(conversation.messages, 1):
+    for turn, message in enumerate(conversation.messages, 1):
         for call in message.calls:
             if (check := checks.get(call.name)) is None:
                 continue
             try:
                 for error in islice(check.iter_errors(call.arguments), SHOWN):
-                    yield "schema", f"turn {at}, {call.name}: {_wrong(error)}"
+                    yield "schema", f"turn {turn}, {call.name}: {_wrong(error)}"
             except (Unresolvable, UnknownType, RecursionError, ValueError, ArithmeticError):
                 yield "tool_schema", f"{call.name}: {ASTRAY}"
 
@@ -203,10 +211,10 @@ def _check(text: str) -> tuple[Validator | None, str]:
             return None, ""
         return _bounded(kind)(schema, registry=Registry()), ""  # empty: nothing is fetched from the network
     except SchemaError as error:
-        told = (
+        problem = (
             f"{error.instance!r} is no type of JSON" if error.json_path.endswith(".type") else error.message
         )
-        return None, f"{error.json_path.removeprefix('$.')}: {told}"
+        return None, f"{error.json_path.removeprefix('$.')}: {problem}"
     except (RecursionError, ValueError):
         return None, ASTRAY
 
@@ -224,7 +232,7 @@ def _bounded(kind: type[Validator]) -> type[Validator]:
         if (
             wanted
             and isinstance(instance, list)
-            and len({json.dumps(one, sort_keys=True) for one in instance}) < len(instance)
+            and len({json.dumps(item, sort_keys=True) for item in instance}) < len(instance)
         ):
             yield ValidationError("the same twice")
 
@@ -233,13 +241,13 @@ def _bounded(kind: type[Validator]) -> type[Validator]:
 
 def _wrong(error: ValidationError) -> str:
     """Which key, and what is wrong with it; never the value, which may be private."""
-    at = error.json_path.removeprefix("$.") if error.json_path != "$" else "the arguments"
+    key = error.json_path.removeprefix("$.") if error.json_path != "$" else "the arguments"
     wanted: Any = error.validator_value
     if error.validator == "type":
         kinds = wanted if isinstance(wanted, str) else " or ".join(wanted)
-        return f"{at}: {_KINDS.get(type(error.instance), 'null')}, not {kinds}"
+        return f"{key}: {_KINDS.get(type(error.instance), 'null')}, not {kinds}"
     if error.validator == "enum":
-        return f"{at}: none of {excerpt(', '.join(map(str, wanted)), 60)}"
+        return f"{key}: none of {excerpt(', '.join(map(str, wanted)), 60)}"
     if error.validator in ("required", "additionalProperties", "dependentRequired"):
-        return f"{at}: {error.message}"
-    return f"{at}: breaks {error.validator}" + f" ({wanted})" * isinstance(wanted, str | int | float)
+        return f"{key}: {error.message}"
+    return f"{key}: breaks {error.validator}" + f" ({wanted})" * isinstance(wanted, str | int | float)

@@ -104,25 +104,28 @@ class Tokenisation(Rule):
                 problems["control"] = f"{' '.join(sorted(written))} inside an answer"
         return RowTokens(tuple(problems), "; ".join(problems.values()), unknown, tokens, refused=False)
 
-    def judge(self, kept: list[RowTokens | None], survey: Survey) -> Iterator[Finding]:
-        rows = [(at, one) for at in survey.training if (one := kept[at]) is not None]
+    def judge(self, facts: list[RowTokens | None], survey: Survey) -> Iterator[Finding]:
+        rows = [(row, tokens_of) for row in survey.training if (tokens_of := facts[row]) is not None]
         if not rows:
             return
-        found: dict[str, list[tuple[RowTokens, FindingRow]]] = defaultdict(list)
-        for at, one in rows:
-            for problem in one.problems:
-                found[problem].append((one, FindingRow(survey.sources[at], one.note)))
-        tokens, unknown = sum(one.tokens for _, one in rows), sum(one.unknown for _, one in rows)
+        concerned: dict[str, list[tuple[RowTokens, FindingRow]]] = defaultdict(list)
+        for row, tokens_of in rows:
+            for problem in tokens_of.problems:
+                concerned[problem].append((tokens_of, FindingRow(survey.sources[row], tokens_of.note)))
+        tokens, unknown = (
+            sum(tokens_of.tokens for _, tokens_of in rows),
+            sum(tokens_of.unknown for _, tokens_of in rows),
+        )
         assert survey.context is not None
         most = (1 - survey.spec.min_valid) * len(rows)
-        many = survey.context.refusals and sum(one.refused for _, one in rows) > most
-        for name in (*BARS, *sorted(found.keys() - BARS.keys())):
-            bad = found[name]
-            what, hint = BARS.get(name, OTHER)
-            told = f"{counted(len(bad))} {what}" if bad else f"no rows {what}"
-            told += f"; {unknown:,} of {tokens:,} tokens" if name == "unknown" and bad else ""
-            told += f" ({name})" if name not in BARS else ""
-            mild = (all(one.refused for one, _ in bad) and not many) or (
+        many = survey.context.refusals and sum(tokens_of.refused for _, tokens_of in rows) > most
+        for name in (*BARS, *sorted(concerned.keys() - BARS.keys())):
+            bad = concerned[name]
+            thing, hint = BARS.get(name, OTHER)
+            sentence = f"{counted(len(bad))} {thing}" if bad else f"no rows {thing}"
+            sentence += f"; {unknown:,} of {tokens:,} tokens" if name == "unknown" and bad else ""
+            sentence += f" ({name})" if name not in BARS else ""
+            mild = (all(tokens_of.refused for tokens_of, _ in bad) and not many) or (
                 name == "unknown" and len(bad) <= most
             )
             severity = "good" if not bad else "warning" if mild else "error"
@@ -131,7 +134,7 @@ class Tokenisation(Rule):
             yield Finding(
                 f"tokenisation.{name}",
                 severity,
-                told,
+                sentence,
                 len(bad),
                 len(rows),
                 threshold="0",

@@ -29,7 +29,7 @@ def sides(row: RowReader) -> tuple[Conversation, Conversation]:
     """The chosen and the rejected conversation."""
     key = next((key for key in ("prompt", "conversations", "messages") if has(row.row, key)), None)
     context = row.turns(key, "user") if key else row.instruction(False) if has(row.row, "instruction") else []
-    asked = [message for message in context if message.role != "system"]
+    prompt = [message for message in context if message.role != "system"]
     whole, read = dict(row.row), []
     for key in ("chosen", "rejected"):
         messages = row.turns(key, "assistant")
@@ -39,7 +39,7 @@ def sides(row: RowReader) -> tuple[Conversation, Conversation]:
                     "prompt", key, "prompt, messages, conversations or instruction beside it", "none of them"
                 )
             messages = context + messages
-        elif [message for message in messages if message.role != "system"][: len(asked)] != asked:
+        elif [message for message in messages if message.role != "system"][: len(prompt)] != prompt:
             raise BadRow(
                 "prompt", key, "a conversation that begins with the prompt", show(messages[0].content)
             )
