@@ -102,7 +102,7 @@ def audit(
     ] = None,
     tokenizer: Tokenizer = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="evaluation set or prompts no row may repeat; repeatable")
+        list[str] | None, typer.Option(help="evaluation set or prompts that no row may repeat; repeatable")
     ] = None,
     compare: Annotated[
         list[str] | None, typer.Option(help="compare the first files with these; repeatable")
@@ -111,12 +111,15 @@ def audit(
         Path | None, typer.Option(help="write a corrected copy here, and a ledger of every change beside it")
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(help="the page (default: audit.html; none with --json)")
+        Path | None, typer.Option(help="where the page is written (default: audit.html; none with --json)")
     ] = None,
-    no_html: Annotated[bool, typer.Option("--no-html", help="no page")] = False,
+    no_html: Annotated[bool, typer.Option("--no-html", help="write no page")] = False,
     accept: Accept = None,
     embed: Annotated[
-        bool | None, typer.Option(help="place prompts by hidden states, or by words (default: with --model)")
+        bool | None,
+        typer.Option(
+            help="place prompts by the model's hidden states instead of words (default: if --model is given)"
+        ),
     ] = None,
     config: Config = None,
     preset: Preset = None,

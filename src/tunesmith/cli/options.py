@@ -16,7 +16,7 @@ from tunesmith.events import Sink
 
 Model = Annotated[str | None, typer.Option(help="model folder, GGUF file or hub id")]
 Data = Annotated[
-    list[str] | None, typer.Option(help="JSONL, JSON, either gzipped, or a folder of them; repeatable")
+    list[str] | None, typer.Option(help="JSONL or JSON file, may be gzipped, or a folder of them; repeatable")
 ]
 DataFiles = Annotated[list[str], typer.Argument(help="data files")]
 Config = Annotated[list[Path] | None, typer.Option(help="YAML file; repeatable, later ones win")]
@@ -24,11 +24,12 @@ Preset = Annotated[
     str | None, typer.Option(help="a named set of settings; `tunesmith init --presets` lists them")
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="one setting, as optimizer.learning_rate=2e-4; repeatable")
+    list[str] | None,
+    typer.Option("--set", help="one setting, such as optimizer.learning_rate=2e-4; repeatable"),
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="mistral-v3, or a folder with tokenizer files")]
 Accept = Annotated[
-    list[str] | None, typer.Option(help="let a finding pass, as duplicates or content.secrets; repeatable")
+    list[str] | None, typer.Option(help="accept a finding, such as duplicates or content.secrets; repeatable")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 RunDirectory = Annotated[Path, typer.Argument(help="run directory")]

@@ -13,8 +13,10 @@ from tunesmith.cli.options import AsJson, Checkpoint, MovedModel, print_json, pr
 Target = Annotated[str, typer.Argument(help="run directory, checkpoint folder, or model")]
 System = Annotated[str | None, typer.Option(help="system message")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="longest answer")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="keep the likeliest tokens of this total share")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="sample from the most likely tokens of this total probability")
+]
 Seed = Annotated[int, typer.Option(min=0, help="seed of the sampling")]
 
 
@@ -33,7 +35,7 @@ def generate(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Answer prompts, batched."""
+    """Answer prompts, in batches."""
     prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     with progress() as notify:
         answers = tunesmith.generate(

@@ -37,16 +37,14 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="the new run directory (default: runs/<day>-<model>-…)")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="go on with this run")] = None,
+    resume: Annotated[Path | None, typer.Option(help="resume this run")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything and count, train nothing")
     ] = False,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="print every setting and where it came from")
-    ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="print every setting with its origin")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune, or go on with an interrupted run."""
+    """Fine-tune, or resume an interrupted run."""
     if resume is not None:
         _refuse_beside_resume(bool(config or preset or model or data or accept or out or dry_run or explain))
         with progress() as notify:

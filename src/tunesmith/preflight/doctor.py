@@ -1,7 +1,7 @@
-"""Will it run here? ``doctor`` looks at versions, device, memory, disk, BLAS and compiler, and trains a tiny
+"""Will it run here? ``doctor`` checks versions, device, memory, disk, BLAS and compiler, and trains a tiny
 model.
 
-Importable when MLX is broken: whatever a check raises becomes a failed check that says so.
+It can be imported when MLX is broken: an exception in a check becomes a failed check with its message.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Status = Literal["ok", "warn", "fail"]
 
 
 class Check(TypedDict):
-    """One finding. ``hint``: what to do about it, None where nothing is to be done."""
+    """One result. ``hint``: what to do about a problem, or None if there is none."""
 
     name: str
     status: Status
@@ -65,23 +65,20 @@ def doctor(path: str | Path = ".", *, overfit: bool = True, notify: Sink = event
     }
     groups |= {"overfit": _overfit} if overfit else {}
     checks: list[Check] = []
-    for name, look in groups.items():
+    for name, examine in groups.items():
         notify(Notice(f"looking at {name}"))
         try:
-            checks += look()
+            checks += examine()
         except TunesmithError as error:
             checks.append(_check(name, error.what, "fail", error.hint))
-        except (
-            Exception
-        ) as error:  # a broken native library can raise anything; the doctor's work is to tell it
-            checks.append(
-                _check(name, f"{type(error).__name__}: {error}", "fail", "reinstall as the README says")
-            )
+        except Exception as error:  # a broken native library can raise anything, and doctor reports it
+            problem = f"{type(error).__name__}: {error}"
+            checks.append(_check(name, problem, "fail", "reinstall as the README says"))
     return {"ok": all(check["status"] != "fail" for check in checks), "checks": checks}
 
 
 def render(checks: Sequence[Check]) -> str:
-    """A table in plain text: a mark, the name, what was found, and hints on lines of their own."""
+    """A table in plain text: status, name and value, with each hint on a line of its own."""
     width = max((len(check["name"]) for check in checks), default=0)
     lines: list[str] = []
     for check in checks:
@@ -97,7 +94,7 @@ def render(checks: Sequence[Check]) -> str:
 
 
 def _check(name: str, value: str, problem: Status | Literal[False] = False, hint: str | None = None) -> Check:
-    """``problem`` False: all is well, and the hint is left out."""
+    """``problem`` False: the status is ok, and the hint is left out."""
     return {"name": name, "status": problem or "ok", "value": value, "hint": hint if problem else None}
 
 
@@ -144,8 +141,8 @@ def _memory() -> list[Check]:
 
 
 def _container() -> tuple[float, float]:
-    """(limit, in use without what can be dropped) of this control group (cgroup v2) in bytes; infinite: no
-    limit."""
+    """(limit, in use without droppable caches) of this control group (cgroup v2), in bytes; infinite if there
+    is no limit."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used, details = (
@@ -158,7 +155,7 @@ def _container() -> tuple[float, float]:
 
 
 def _disk(path: Path) -> list[Check]:
-    folder = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
+    folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not folder.is_dir():
         raise SetupError(
             f"{folder} is not a folder, so runs cannot be written there", hint="choose another folder"
@@ -168,7 +165,7 @@ def _disk(path: Path) -> list[Check]:
     checks = [_check("disk", f"{size(free)} free at {folder}", free < LOW_DISK and "warn", hint)]
     if free < 2 * WRITTEN:
         return [*checks, _check("write speed", "not measured: the disk is full", "fail", "make room")]
-    block = os.urandom(1 << 20)  # a file system that compresses must not flatter itself
+    block = os.urandom(1 << 20)  # random, so that a compressing file system gains nothing
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             start = time.perf_counter()
