@@ -1,10 +1,9 @@
-"""Findings about a data set before hours are spent on it: what an experienced eye would see after an
-afternoon.
+"""What is wrong with a data set, found before hours are spent on training: what an expert would find in an
+afternoon of reading.
 
-`survey.audit` reads rows once, in as many processes as there are cores, shows each to every rule of `rules`,
-and lets the rules judge what they kept. One rule a file, named after its dimension. `findings` is what comes
-of it, `page` and `screen` show it, `fix` mends what can be mended. This file holds the settings alone, so
-that a run can name them without loading any of that."""
+`survey.audit` reads the rows once, in one process per core, and shows each row to every rule of `rules` (one
+file a rule). `findings` holds the result, `page` and `screen` show it, `fix` repairs what can be repaired.
+This file holds the settings alone, so that a run's configuration loads none of the rest."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What an audit says: findings with their rows, and the whole of them. Knows nothing of how rows are read or
-rules work."""
+"""The result of an audit: findings with their rows, comparisons, repairs. Does not know how rows are read or
+how rules work."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple
 
 Severity = Literal["good", "note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "good")
-"""Gravest first. good: a bar that is met. note: worth knowing. warning: look at it. error: `train` stops."""
+"""Most severe first. good: a bar that is met. note: worth knowing. warning: look at it. error: `train`
+stops."""
 
 
 @dataclass(frozen=True, slots=True)
 class FindingRow:
-    """One row of a finding. ``source``: ``file:line``. ``note``: what is seen there, secrets and personal
-    data masked."""
+    """One row of a finding. ``source``: ``file:line``. ``note``: what is wrong there, with secrets and
+    personal data masked."""
 
     source: str
     note: str = ""
@@ -25,11 +26,11 @@ class FindingRow:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``rule``: dimension, dot, name (``duplicates.exact``). ``what``: one sentence. ``rows``: the most
-    telling first.
+    """``rule``: dimension, dot, name (``duplicates.exact``). ``what``: one sentence. ``rows``: the clearest
+    examples first.
 
-    count: rows concerned, of ``of`` rows looked at. value: what was measured, where it is no share.
-    threshold: the bar in words (``> 2.5 bits``), None where it is only reported."""
+    count: affected rows, of ``of`` rows examined. value: what was measured, if it is not the share of rows.
+    threshold: the bar in words (``> 2.5 bits``), or None if the number is only reported."""
 
     rule: str
     severity: Severity
@@ -56,12 +57,12 @@ class Finding:
 
 
 FEW = 50
-"""Rows below which the verdict says that they are few."""
+"""With fewer rows the verdict says that they can teach little."""
 
 
 class Print(NamedTuple):
-    """What tells a row's words and prompt from another's: 64-bit digests of their normal forms
-    (`views.normal`)."""
+    """64-bit digests of the normal forms (`views.normal`) of a row's words and prompt, by which rows of two
+    audits are compared."""
 
     source: str
     label: bool | None
@@ -71,8 +72,7 @@ class Print(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """A rule in both audits. ``first`` and ``second``: its finding there, None where it has nothing to
-    say."""
+    """A rule in both audits. ``first`` and ``second``: its finding in each, or None."""
 
     rule: str
     first: Finding | None
@@ -81,11 +81,11 @@ class Change:
 
 @dataclass(frozen=True)
 class AuditComparison:
-    """Rows by their words, but for case, spacing and punctuation. ``shared``: rows of the second that the
-    first has too.
+    """Two audits. Rows are the same if their words are, apart from case, spacing and punctuation. ``shared``:
+    rows of the second that the first has too.
 
-    relabelled: of those, rows whose words have another label in the first. prompts: rows of the second with a
-    prompt of the first, their words aside. only_first, only_second: rows whose words the other lacks."""
+    relabelled: of those, rows whose words have another label in the first. prompts: rows of the second whose
+    prompt the first has, whatever else they say. only_first, only_second: rows that the other lacks."""
 
     files: tuple[list[str], list[str]]
     rows: tuple[int, int]
@@ -116,8 +116,8 @@ def _brief(finding: Finding | None) -> dict[str, Any] | None:
 
 
 class Fixed(NamedTuple):
-    """``rows`` = written + the total of ``removed``. The counters: rule → steps. ``ledger``: JSONL, a line a
-    step."""
+    """A corrected copy. ``rows`` = written + the total of ``removed``. The counters: rule → steps.
+    ``ledger``: JSONL, one line a step."""
 
     out: Path
     ledger: Path
@@ -149,12 +149,12 @@ class Fixed(NamedTuple):
 
 @dataclass(frozen=True)
 class Audit:
-    """All that was found in ``rows`` rows of ``files`` (path → sha256 of its bytes). ``findings``: gravest
-    first.
+    """All that was found in ``rows`` rows of ``files`` (path → sha256 of its bytes). ``findings``: most
+    severe first.
 
     quality: source → score from 0 to 100 (`quality.scores`), lowest first. charts: what the page draws
-    (`page`). prints: of every row that could be read. seconds: how long it took. compared: with other files;
-    fixed: what was mended, where asked."""
+    (`page`). prints: of every row that could be read. seconds: how long it took. compared: with other files,
+    if asked. fixed: the corrected copy, if asked."""
 
     files: dict[str, str]
     rows: int
@@ -171,7 +171,7 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """One sentence: is it fit to train on, and what comes first."""
+        """One sentence: whether the rows are fit to train on, and the most severe finding."""
         if not self.rows:
             return "There are no rows."
         errors, warnings = self.of("error"), self.of("warning")
@@ -207,5 +207,5 @@ def counted(count: int, of: int = 0) -> str:
 
 
 def gravest_first(findings: Iterable[Finding]) -> list[Finding]:
-    """By severity, then by how many rows are concerned; otherwise in the order given."""
+    """By severity, then by the number of affected rows; otherwise in the order given."""
     return sorted(findings, key=lambda finding: (SEVERITIES.index(finding.severity), -finding.count))

@@ -1,8 +1,8 @@
-"""An audit in one screen of a terminal: verdict, every dimension beside its bar, what to do about what was
-found, worst rows.
+"""An audit in one screen of a terminal: verdict, every dimension beside its bar, the findings with what to
+do, the worst rows.
 
-What does not fit is counted; the page and the JSON have all of it. How a finding is put into few words is
-here for `page` too."""
+What does not fit is counted; the page and the JSON have everything. `page` uses the short forms of findings
+from here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tunesmith.display.console import duration
 from tunesmith.display.text import many, percent, visible
 
 LINES = 45
-"""Of the screen. At least `FEWEST` findings are shown, however many lines these take."""
+"""Lines of the screen. At least `FEWEST` findings are shown, however many lines they take."""
 FEWEST = 3
 SIGNS: dict[Severity, str] = {"error": "✗", "warning": "!", "note": "i", "good": "✓"}
 COLOURS: dict[Severity, str] = {"error": "red", "warning": "yellow", "note": "cyan", "good": "green"}
@@ -32,8 +32,8 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class Dimension(NamedTuple):
-    """``findings``: gravest first. ``severity``: of the first, or None if there are none. ``rule``: None if
-    it is not known here."""
+    """``findings``: most severe first. ``severity``: of the first, or None if there are none. ``rule``: None
+    if no rule is registered under this name."""
 
     name: str
     severity: Severity | None
@@ -52,8 +52,7 @@ class Worst(NamedTuple):
 
 
 def dimensions(audit: Audit) -> list[Dimension]:
-    """All of them in the order of the registry, those without a finding too; then any that it does not
-    know."""
+    """All dimensions in the order of the rules, those without a finding too; then those that no rule has."""
     known = {rule.name: rule for rule in rules()}
     by_dimension: dict[str, list[Finding]] = {name: [] for name in known}
     for finding in sorted(audit.findings, key=lambda finding: SEVERITIES.index(finding.severity)):
@@ -65,7 +64,7 @@ def dimensions(audit: Audit) -> list[Dimension]:
 
 
 def gravest(audit: Audit) -> Severity:
-    """The severity of the first finding; good where there is none."""
+    """The highest severity of all findings; good if there are none."""
     for severity in SEVERITIES:
         if audit.of(severity):
             return severity
@@ -73,7 +72,7 @@ def gravest(audit: Audit) -> Severity:
 
 
 def worst(audit: Audit, limit: int) -> list[Worst]:
-    """The first ``limit`` of the chart, or where it is absent of the scores."""
+    """The ``limit`` worst rows."""
     if "worst" in audit.charts:
         return [
             Worst(row["source"], row["score"], row["why"], row["text"])
@@ -91,7 +90,7 @@ def binned(scores: Iterable[float], bins: int) -> list[int]:
 
 
 def measured(finding: Finding) -> str:
-    """What is to be held against the bar: the value, else the share of rows; "" where neither is known."""
+    """The number to compare with the bar: the value, else the share of rows; "" if neither is known."""
     value = finding.value
     if value is None:
         return percent(finding.share) if finding.of else f"{finding.count:,}" if finding.count else ""
@@ -101,7 +100,7 @@ def measured(finding: Finding) -> str:
 
 
 def concerned(finding: Finding) -> str:
-    """``12 of 1,000 rows``; "" where the finding is about no rows in particular."""
+    """``12 of 1,000 rows``; "" if the finding is not about particular rows."""
     if finding.value is not None and not finding.count:
         return ""
     if not finding.of:
@@ -110,8 +109,8 @@ def concerned(finding: Finding) -> str:
 
 
 def render(audit: Audit, console: Console) -> None:
-    """Print it. Without a terminal, and under NO_COLOR, there is nothing but text: every colour is said by a
-    sign as well."""
+    """Print the audit. Without a terminal, and under NO_COLOR, it is plain text: every colour has a sign
+    beside it."""
     styles = {} if console.no_color else {"bold": "bold", "dim": "dim", **COLOURS}
     head: list[RenderableType] = [
         Text(f"{SIGNS[gravest(audit)]} {visible(audit.verdict, 300)}", styles.get("bold", "")),
@@ -162,7 +161,7 @@ def _table(audit: Audit, styles: Mapping[str, str]) -> Table:
 
 
 def _fitting(audit: Audit, console: Console, lines: int, styles: Mapping[str, str]) -> list[RenderableType]:
-    """Errors and warnings, gravest first, for as long as there are lines; then how many more there are."""
+    """Errors and warnings, most severe first, as many as fit into ``lines``; then how many more there are."""
     grave = [*audit.of("error"), *audit.of("warning")]
     whole = _places(audit)
     blocks: list[RenderableType] = []
@@ -205,7 +204,7 @@ def _block(finding: Finding, styles: Mapping[str, str], short: Callable[[Sequenc
 
 
 def placed(source: str) -> tuple[str, str]:
-    """The file and ``line`` or ``line:column``, "" where ``source`` names none."""
+    """The file, and ``line`` or ``line:column``, or "" if ``source`` has neither."""
     match = re.fullmatch(r"(.*?):(\d+(?::\d+)?)", source, re.DOTALL)
     return (match[1], match[2]) if match else (source, "")
 

@@ -1,8 +1,7 @@
-"""One pass over the rows, then the verdict: files or examples in, an `Audit` out.
+"""Runs an audit: one pass over the rows, then the findings.
 
-Rows are read as a stream and shown to the rules in as many processes as there are cores; of a row only what
-rules keep stays in memory. The few rows that must be seen again (candidates of near duplicates) are read a
-second time."""
+Rows are read as a stream and shown to the rules in one process per core; only what the rules return for a row
+stays in memory. The few rows that are needed again (candidates of near duplicates) are read a second time."""
 
 from __future__ import annotations
 
@@ -35,14 +34,14 @@ from tunesmith.tokens.template import Refused, Renderer, Row, TemplateSpec
 
 BATCH = 256  # rows that travel to a process at once
 ALONE = 3_000
-"""Up to so many rows one process is faster: starting others and loading libraries in each takes seconds."""
+"""Up to this many rows one process is faster: starting others and loading libraries in each takes seconds."""
 WORST = 20
 EXTRA = "pip install 'tunesmith[audit]'"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What each process builds its `Context` from. ``tokenizer``: a folder, or ``mistral-v3``; None counts
+    """What each process builds its `Context` from. ``tokenizer``: a folder, ``mistral-v3``, or None to count
     words."""
 
     data: DataSpec
@@ -56,7 +55,7 @@ class Setup:
 
 
 class Looked(NamedTuple):
-    """What comes back of a row. ``kept``: of each rule, in their order."""
+    """The result for one row. ``kept``: what each rule returned, in the order of the rules."""
 
     source: str
     label: bool | None
@@ -73,9 +72,9 @@ def audit(
     processes: int | None = None,
     notify: Sink = events.silent,
 ) -> Audit:
-    """What is found in the rows of ``paths``. processes: at most so many; None: as many as there are cores.
+    """Audit the rows of ``paths``. processes: at most so many, or None for one per core.
 
-    Held-out files that ``setup.data.valid`` names are what training rows must not repeat. Raises DataError
+    Training rows must not repeat rows of the held-out files that ``setup.data.valid`` names. Raises DataError
     where a file cannot be read as a whole, ConfigError where ``accept`` names no rule."""
     started = time.perf_counter()
     check_accepted(setup.spec)
@@ -107,7 +106,7 @@ def audit(
 def examine(
     examples: Sequence[Example], files: dict[str, str], known: Context, notify: Sink = events.silent
 ) -> Audit:
-    """The same for rows that are in memory, with what is known of their tokens."""
+    """Audit examples that are in memory, with their rendered tokens if ``known`` has them."""
     started = time.perf_counter()
     check_accepted(known.spec)
     applied = tuple(rule for rule in rules() if not rule.missing())
@@ -145,7 +144,7 @@ def require(audit: Audit) -> None:
 
 
 def check_accepted(spec: AuditSpec) -> None:
-    """Raises ConfigError where ``accept`` names a dimension that no rule has."""
+    """Raises ConfigError if ``accept`` names a dimension that no rule has."""
     known = [rule.name for rule in rules()]
     for name in spec.accept:
         if (dimension := name.partition(".")[0]) not in known:
@@ -178,8 +177,8 @@ def context(setup: Setup) -> Context:
 def rendered(
     rows: Iterable[Row], refusals: Iterable[Dropped], other: Context
 ) -> Callable[[Example], list[Row]]:
-    """Looks up an example's sequences; raises `Refused` as the renderer did. ``other`` renders what was not
-    rendered."""
+    """A function from an example to its sequences, which raises `Refused` as the renderer did. ``other``
+    renders examples that are not among ``rows``."""
     known: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         known.setdefault((row.source, row.example_id), []).append(row)

@@ -1,5 +1,5 @@
-"""What a rule sees: one row at a time (`View`) while the files are read, then all that it kept of them
-(`Survey`)."""
+"""What a rule sees: one row at a time (`View`) while the files are read, then what it returned for all of
+them (`Survey`)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 
 class TextPart(NamedTuple):
-    """One text of a row. ``at``: ``turn 2``, ``turn 2, arguments of NAME``, ``text``, ``rejected, turn
-    2``."""
+    """One text of a row. ``at``: where it stands: ``turn 2``, ``turn 2, arguments of NAME``, ``text``,
+    ``rejected, turn 2``."""
 
     role: str  # system | user | assistant | tool | call | text
     text: str
@@ -41,7 +41,8 @@ class TextPart(NamedTuple):
 
 @dataclass(eq=False)
 class View:
-    """One row: exactly one of ``example`` and ``dropped`` is given. Lives only while the rules look at it."""
+    """One row: exactly one of ``example`` and ``dropped`` is given. It exists only while the rules look at
+    it."""
 
     source: str
     example: Example | None
@@ -53,7 +54,7 @@ class View:
 
     @cached_property
     def conversation(self) -> Conversation | None:
-        """The one that is learned: of a pair the chosen one."""
+        """The conversation that is learned: of a pair the chosen one."""
         if isinstance(self.example, Preference):
             return self.example.chosen
         return self.example.conversation if isinstance(self.example, Demonstration | Judged) else None
@@ -64,16 +65,15 @@ class View:
 
     @cached_property
     def asked(self) -> str:
-        """What is asked before the first answer, system text aside; of plain text its prompt, "" where there
-        is none."""
+        """What is asked before the first answer, without the system text; of plain text its prompt, or ""."""
         if isinstance(self.example, Completion):
             return self.example.prompt
         return opening(self.conversation) if self.conversation else ""
 
     @cached_property
     def answers(self) -> tuple[str, ...]:
-        """What is learned, one text an assistant turn, with its calls as JSON; of a pair the chosen
-        side's."""
+        """What is learned: one text for each assistant turn, with its calls as JSON; of a pair the chosen
+        side."""
         if isinstance(self.example, Document):
             return (self.example.text,)
         if isinstance(self.example, Completion):
@@ -92,7 +92,7 @@ class View:
 
     @cached_property
     def parts(self) -> tuple[TextPart, ...]:
-        """Every text of the row, of a pair both sides' (what both share once)."""
+        """Every text of the row; of a pair both sides, with what they share once."""
         example = self.example
         if isinstance(example, Document):
             return (TextPart("text", example.text, "text"),)
@@ -118,7 +118,7 @@ class View:
 
     @cached_property
     def words(self) -> list[str]:
-        """Of `whole`, in lower case, without punctuation."""
+        """The words of `whole`, in lower case, without punctuation."""
         return WORD.findall(self.whole.lower())
 
 
@@ -140,18 +140,18 @@ def _parts(messages: Iterable[Message], before: str) -> Iterator[TextPart]:
 
 
 def normal(text: str) -> str:
-    """``text`` in lower case with single spaces and without punctuation: rows that differ in no more are the
-    same."""
+    """``text`` in lower case, with single spaces, without punctuation: rows with equal normal forms count as
+    the same."""
     return " ".join(WORD.findall(text.casefold()))
 
 
 def spaced(text: str) -> str:
-    """``text`` without case and with single spaces, as `examples.prompt_key` has it: every sign counts."""
+    """``text`` in lower case with single spaces, as in `examples.prompt_key`; punctuation counts."""
     return " ".join(text.casefold().split())
 
 
 def digest(text: str) -> int:
-    """64 bits of BLAKE2b: equal texts and, in all likelihood, no others."""
+    """The first 64 bits of BLAKE2b: collisions are negligible."""
     return int.from_bytes(
         hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"
     )
@@ -159,7 +159,8 @@ def digest(text: str) -> int:
 
 @dataclass
 class Context:
-    """What rules know while they look. ``share``: of the rows, chosen by their content, that are `drawn`."""
+    """What rules know while they look at a row. ``share``: of the rows that are `drawn`, chosen by their
+    content."""
 
     spec: AuditSpec
     limit: int = 2048  # batch.length, in tokens
@@ -174,7 +175,7 @@ class Context:
     _last: tuple[View | None, list[Row] | TemplateError] = (None, [])
 
     def rows(self, view: View) -> list[Row] | TemplateError:
-        """The sequences that ``view`` becomes, or why it cannot be rendered. Needs a renderer."""
+        """The sequences that ``view`` becomes, or why it cannot be rendered. Requires a renderer."""
         if self._last[0] is not view and view.example is not None:
             try:
                 self._last = (view, (self.rendered or self.render)(view.example))
@@ -191,14 +192,13 @@ class Context:
         return self.renderer.rows(example, learn=self.template.learn, cut=cut)
 
     def drawn(self, view: View) -> bool:
-        """Whether this row is among those that the costly rules look at. A function of its content, not of
-        chance."""
+        """Whether the expensive rules look at this row. Depends on its content alone."""
         return self.share >= 1 or (view.example is not None and int(view.example.id, 16) < self.share * 2**64)
 
 
 @dataclass
 class Survey:
-    """All training rows, in order; lists are parallel. fetch: rows by their index, read again."""
+    """All training rows, in order; the lists are parallel. fetch: reads rows again, by their index."""
 
     spec: AuditSpec
     sources: list[str] = field(default_factory=list)
