@@ -622,7 +622,7 @@ def test_a_table_and_what_is_no_file_are_refused_at_once(tmp_path):
     with pytest.raises(DataError, match=r"rows\.csv: is a CSV file\nhint: write it as JSONL"):
         formats.read([tmp_path / "rows.csv"], spec())
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="is no regular file"):
+    with pytest.raises(DataError, match="is not a regular file"):
         formats.read([tmp_path / "pipe"], spec())
 
 

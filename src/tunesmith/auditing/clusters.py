@@ -1,8 +1,7 @@
-"""Which prompts are about the same: clusters of them, named after their words, and a map to draw them on.
+"""Clusters of prompts that are about the same, named after their words, and their places on a map.
 
-Features are TF-IDF of words, or what the user's model makes of the texts, in 50 dimensions; k-means cuts them
-finely, and pieces whose rows are alike across the cut become one again. Whether a cluster is too large is for
-`diversity`."""
+Features are TF-IDF of words, or hidden states of the user's model, in 50 dimensions; k-means makes many small
+clusters, and those whose rows are alike are merged. Whether a cluster is too large is for `diversity`."""
 
 from __future__ import annotations
 
@@ -24,9 +23,9 @@ DIMENSIONS, CLUSTERS = 50, 40
 FEW = 30  # different points, below which t-SNE has nothing to arrange
 LONGEST = 30  # letters of a word in a name
 ALIKE_WORDS, ALIKE_STATES = 0.1, 0.2
-"""Mean cosine, of TF-IDF and of standardised hidden states, from which the rows of two clusters are about the
-same, and those of one. In real sets rows of different clusters stay below, rows of one template that k-means
-cut apart are far above."""
+"""Least mean cosine (of TF-IDF, of standardised hidden states) at which two clusters are merged, and at which
+the rows of one cluster count as about the same. In real sets rows of different clusters stay below; rows of
+one template that k-means cut apart are far above."""
 
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -39,8 +38,7 @@ UNSPACED_LETTER = re.compile(f"[{_UNSPACED}]")
 
 
 class PromptCluster(NamedTuple):
-    """One cluster. ``tight``: its rows are about the same; otherwise what they have in common is being like
-    no others."""
+    """One cluster. ``tight``: its rows are about the same; otherwise it holds what fits nowhere else."""
 
     name: str
     tight: bool
@@ -58,12 +56,12 @@ class Clustering(NamedTuple):
 
 
 def subject(view: View) -> str | None:
-    """What a row is about: its prompt, of plain text its beginning; None where there is neither."""
+    """What a row is about: its prompt, of plain text its beginning, or None."""
     return (view.asked or view.said)[:LETTERS].strip() or None
 
 
 def of(survey: Survey) -> list[PromptCluster | None]:
-    """The cluster of each row, None where `Diversity` kept no prompt. Done once a survey; draws
+    """The cluster of each row, None if `Diversity` kept no prompt. Computed once per survey; fills
     ``charts["map"]``."""
     if "clusters" not in survey.kept:
         trigrams = survey.kept["diversity"]
@@ -127,7 +125,7 @@ def clusters(
 
 
 def usual(rows: int) -> int:
-    """Into how many clusters so many rows are cut, before pieces that are alike become one again."""
+    """How many clusters k-means makes of so many rows, before clusters that are alike are merged."""
     return max(1, min(CLUSTERS, round((rows / 2) ** 0.5)))
 
 
@@ -165,7 +163,7 @@ def _tfidf(texts: Iterable[str]) -> tuple[Any, list[str]]:
 
 
 def _states(texts: Sequence[str], embed: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
-    """What ``embed`` makes of each text, as rows of length 1 or 0. Each dimension counts alike: of hidden
+    """What ``embed`` returns for each text, as rows of length 1 or 0. Dimensions are standardised: of hidden
     states a few are a hundred times as large as others, and say little."""
     from sklearn.preprocessing import normalize
 
@@ -195,8 +193,8 @@ def _means(unit: Any, labels: np.ndarray) -> np.ndarray:
 
 
 def _merged(labels: np.ndarray, unit: Any, least: float) -> np.ndarray:
-    """Joins the two most alike clusters for as long as their rows' mean cosine is ``least``; then numbers
-    them by size."""
+    """Merges the two most alike clusters as long as their rows' mean cosine is at least ``least``; then
+    numbers them by size."""
     while True:
         _, labels = np.unique(labels, return_inverse=True)
         means = _means(unit, labels)
@@ -210,7 +208,7 @@ def _merged(labels: np.ndarray, unit: Any, least: float) -> np.ndarray:
 
 
 def _names(means: np.ndarray, weights: Any, terms: Sequence[str]) -> list[str]:
-    """Of each cluster the three words that its rows have most beyond what all rows have of them."""
+    """For each cluster the three words whose weight in its rows exceeds that in all rows the most."""
     telling = means - np.asarray(weights.mean(axis=0)).ravel() / 2
     names: list[str] = []
     for row in telling:
@@ -223,7 +221,7 @@ def _names(means: np.ndarray, weights: Any, terms: Sequence[str]) -> list[str]:
 
 
 def _points(features: np.ndarray) -> tuple[np.ndarray, str]:
-    """(n, 2), by t-SNE; by principal components where there is little to arrange."""
+    """(n, 2), by t-SNE; by principal components if there are few different points."""
     from sklearn.manifold import TSNE
 
     if features.shape[1] < 2 or len(np.unique(features, axis=0)) < FEW:

@@ -48,7 +48,7 @@ def _changes(first: Sequence[Finding], second: Sequence[Finding]) -> list[Change
 
 
 def _gist(finding: Finding | None) -> tuple[str, int] | None:
-    """What makes a finding another: shares move with the number of rows, and with them every sentence."""
+    """What is compared: not shares and sentences, which change with the number of rows."""
     return finding and (finding.severity, finding.count)
 
 

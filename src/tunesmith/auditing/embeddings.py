@@ -1,4 +1,4 @@
-"""Texts as points by the user's own base model: the mean of the last layer's hidden states over a text's
+"""Texts as vectors by the user's base model: the mean of the last layer's hidden states over a text's
 tokens."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AT_ONCE = 4096  # tokens in a forward pass, padding included
 def embedder(
     loaded: model.Loaded, renderer: Renderer, tick: Callable[[int, int], None]
 ) -> Callable[[Sequence[str]], np.ndarray]:
-    """A function from n texts to (n, width) float32. Raises ModelError where the model does not show its
+    """A function from n texts to (n, width) float32. Raises ModelError if the model does not expose its
     hidden states."""
     net = loaded.net
     if not logprobs.splits(net):
@@ -53,7 +53,7 @@ def embedder(
 
 
 def _ids(renderer: Renderer, text: str) -> list[int]:
-    """At least one; a text that the tokenizer does not take as text (`content` names it) is the end token
+    """At least one id; a text that cannot be encoded as text (`content` reports it) becomes the end token
     alone."""
     try:
         ids = renderer.text_prompt(text)[:TOKENS]
@@ -63,7 +63,7 @@ def _ids(renderer: Renderer, text: str) -> list[int]:
 
 
 def _means(net: model.nn.Module, rows: list[list[int]]) -> np.ndarray:
-    """(N, D): padding stands at the end, where causal attention keeps it from what is counted."""
+    """(N, D). Padding stands at the end, where causal attention keeps it away from the tokens that count."""
     longest = max(map(len, rows))
     ids = mx.array([row + [0] * (longest - len(row)) for row in rows], dtype=mx.int32)
     counted = mx.array([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])

@@ -1,9 +1,9 @@
-"""A corrected copy of the rows, and a ledger of every change and removal with its reason. What needs a person
-is left and listed.
+"""Writes a corrected copy of the rows, and a ledger of every change and removal with its reason. What needs a
+human decision is left and listed.
 
-Mended: rows that cannot be read and rows that repeat another to the letter are removed, mojibake is decoded,
-calls written as text become turns (`calls.structure`). All else that an audit found stays in place. The files
-read are never written to, and mending a mended copy does nothing."""
+Corrected: rows that cannot be read and rows that repeat another to the letter are removed, mojibake is
+decoded, calls written as text become turns (`calls.structure`). Everything else that an audit found stays in
+place. The input is never written to, and correcting a corrected copy changes nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _AGAIN = DataSpec(train=("again",), valid=0.0)  # how a copy is read: layouts to
 
 
 class Step(NamedTuple):
-    """What is done to a row, or left. ``before`` is short where it is changed, and the whole row where it is
+    """What was done to a row, or left. ``before``: an excerpt if it was changed, the whole row if it was
     removed."""
 
     action: Action
@@ -48,7 +48,7 @@ def fix(
     """Writes ``out``, which ``data.format: auto`` reads, and beside it ``out`` + ``.ledger.jsonl``; both
     whole or not at all.
 
-    ``audit``: of the same files; what it found and is not mended is listed as left. Lines of the ledger:
+    ``audit``: of the same files; what it found and is not corrected is listed as left. Lines of the ledger:
     source, row (the line in ``out``, null where it is gone) and the fields of `Step`. Raises ConfigError
     where ``out`` exists, is read, or cannot be written, DataError where a file cannot be read as a whole."""
     out = out.expanduser()
@@ -101,7 +101,7 @@ def _ledger(out: Path) -> Path:
 
 
 def require_free(paths: Sequence[str | Path], out: Path) -> None:
-    """Raises ConfigError where a copy of ``paths`` must not be written to ``out``, or its ledger not beside
+    """Raises ConfigError if a copy of ``paths`` must not be written to ``out``, or its ledger not beside
     it."""
     out = out.expanduser()
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
@@ -135,7 +135,7 @@ def _by_source(audit: Audit) -> dict[str, list[Step]]:
 
 
 class _Row(NamedTuple):
-    """``line``: in the copy, with ``text`` on it; None where the row is gone."""
+    """``line``: in the copy, which holds ``text``; None if the row was removed."""
 
     source: str
     line: int | None
@@ -144,7 +144,8 @@ class _Row(NamedTuple):
 
 
 def _rows(paths: Sequence[str | Path], spec: DataSpec, found: dict[str, list[Step]]) -> Iterator[_Row]:
-    """What becomes of each row. Takes out of ``found``; of what is written only digests stay in memory."""
+    """What becomes of each row. Removes from ``found`` what it lists; only digests of written rows stay in
+    memory."""
     lines: dict[bytes, int] = {}  # digest of the content → line in the copy
     for made in formats.rows(paths, spec):
         listed = found.pop(made.source, [])
@@ -174,8 +175,8 @@ def _line(example: Example) -> str:
 
 
 def mended(example: Example) -> tuple[Example, list[Step]]:
-    """The example with calls as turns and mojibake decoded, where it can still be read afterwards, and what
-    was done to it."""
+    """The example with calls as turns and mojibake decoded, if it can still be read afterwards, and what was
+    done to it."""
     steps: list[Step] = []
     now, note = example, calls.STRUCTURED
     while True:  # ends: calls become turns once, and each repair makes the text less bad

@@ -2,8 +2,8 @@
 
 MinHash (Broder, 1997) over pairs of neighbouring words, cut into bands (Leskovec et al., Mining of Massive
 Datasets, chapter 3): 32 bands of 4 make texts with a third of their word pairs in common candidates in a
-third of the cases and those with two thirds in all but 1 of 1,000. What is told is the edit similarity, never
-the estimate."""
+third of the cases and those with two thirds in all but 1 of 1,000. The edit similarity is reported, never the
+estimate."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ PERMUTATIONS, BAND = 128, 4
 COMPARED = 20_000
 """Letters of a text that are compared, from its beginning: edit distance takes quadratic time."""
 LIKELY = 0.35
-"""Share of equal minima, the estimate of the share of common pairs of words, under which a candidate is not
-looked at: texts that repeat nine letters of ten have about two thirds of their pairs in common, and bands
-rarely meet below it anyway."""
+"""Candidates with a smaller share of equal minima (the estimate of the share of common word pairs) are not
+compared: texts that share nine letters of ten have about two thirds of their word pairs in common."""
 PART = 1 << 16  # candidates at once
 HEAD, SHARED = 20, 0.2
-"""Words by which beginnings are told apart, and the share of texts above which one is common."""
+"""Words of a beginning, and the share of texts above which a beginning counts as common."""
 BUCKET = 40
 """In a larger bucket each text is compared with the first and the one before it, not with all."""
 
@@ -39,7 +38,7 @@ def signature(normal: str) -> bytes:
 
 
 def bands(signatures: Sequence[bytes]) -> np.ndarray:
-    """(n, 32) uint64 keys: two texts are candidates where they share one in the same column."""
+    """(n, 32) uint64 keys: two texts are candidates if they share a key in one column."""
     table = np.frombuffer(b"".join(signatures), dtype="<u4").reshape(len(signatures), -1, BAND)
     keys = np.zeros(table.shape[:2], dtype=np.uint64)
     for column in range(BAND):
@@ -78,7 +77,7 @@ def _pairs(places: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def similarity(one: str, other: str, least: float) -> float:
-    """1 − edit distance / length of the longer, of two normal forms; 0 where it is below ``least``."""
+    """1 − edit distance / length of the longer, of two normal forms; 0 if it is below ``least``."""
     from rapidfuzz.distance import Levenshtein
 
     longer = max(len(one), len(other))
@@ -88,8 +87,8 @@ def similarity(one: str, other: str, least: float) -> float:
 
 
 class Heads:
-    """How many texts begin alike: an instruction that stands before each says nothing of whether two are
-    near."""
+    """Beginnings that many texts share: an instruction that stands before every text says nothing about
+    whether two are near."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         found: dict[str, list[str]] = defaultdict(list)
@@ -103,13 +102,13 @@ class Heads:
         }
 
     def without(self, text: str) -> str:
-        """``text`` behind what it begins with as many others do; all of it where nothing would be left."""
+        """``text`` without a beginning that many texts share; all of it if nothing would be left."""
         common = self._common.get(" ".join(text.split(" ", HEAD)[:HEAD]), "")
         return text[len(common) :] or text if text.startswith(common) else text
 
 
 def _beginning(texts: Sequence[str]) -> str:
-    """What all of them begin with: what the first and the last of them in order have in common."""
+    """What all of them begin with: what the first and the last in sorted order have in common."""
     low, high = min(texts), max(texts)
     return low[
         : next(

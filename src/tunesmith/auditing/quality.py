@@ -1,8 +1,8 @@
-"""One number a row, from 0 to 100: how little was found that speaks against it.
+"""A quality score for each row, from 0 to 100.
 
 A row begins at 100 and is multiplied by `FACTORS` once for each finding that names it; a row that cannot be
-read has 0. The score orders rows for reading, worst first. It is no probability, and findings about the set
-as a whole do not enter it."""
+read has 0. The score orders rows for reading, worst first. It is not a probability, and findings about the
+set as a whole do not enter it."""
 
 from __future__ import annotations
 

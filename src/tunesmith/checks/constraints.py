@@ -1,5 +1,5 @@
-"""What can be asked of the form of an answer, so that a program can check it: declared for a prompt, or read
-off its reference.
+"""Constraints on the form of an answer that a program can check: declared for a prompt, or inferred from its
+reference.
 
 A row declares ``constraints``, a list of objects such as ``{"kind": "bullets", "exactly": 3}``, or IFEval's
 own ``instruction_id_list`` and ``kwargs`` (Zhou et al. 2023, arXiv 2311.07911): the 25 instructions are kinds
@@ -35,13 +35,13 @@ Texts = Annotated[tuple[Text, ...], Field(min_length=1)]
 Type = Literal["object", "array", "string", "number", "boolean", "null", "any"]
 
 LENGTHS = (0.5, 2.0)
-"""Between how many times the words of its reference an answer may have."""
+"""Least and most words of an answer, as multiples of the words of its reference."""
 LENGTHS_FROM = 20
-"""Words that a reference has at least, to say how long an answer is to be."""
+"""References with fewer words say nothing about the length of an answer."""
 ITEMS = 2
-"""Bullets or numbers in a reference that make a list, and that an answer then has at least."""
+"""Bullets or numbers that make a list; if the reference has that many, an answer must too."""
 PATIENCE = 1.0
-"""Seconds of computing that a declared pattern has for a text: some would take years."""
+"""Seconds that a declared pattern may take for a text: some would take years."""
 KINDS: dict[str, Callable[..., Check]] = {}
 
 
@@ -54,8 +54,8 @@ class Constraint:
     check: Check
 
     def holds(self, text: str) -> bool | None:
-        """Whether ``text`` keeps it; an empty one keeps none, as in IFEval. None: not known in `PATIENCE`.
-        Never raises."""
+        """Whether ``text`` keeps the constraint, or None if that took longer than `PATIENCE`. An empty text
+        keeps none, as in IFEval. Never raises."""
         try:
             return bool(text.strip()) and self.check(text)
         except TimeoutError:
@@ -65,7 +65,7 @@ class Constraint:
 
 
 def constraint(kind: str, given: Mapping[str, JSON]) -> Constraint:
-    """Raises ValueError with what is wrong, where the kind or an argument of it is."""
+    """Raises ValueError if the kind or an argument is wrong."""
     if kind not in KINDS:
         raise ValueError(f"no kind of constraint is called {kind!r}{_meant(kind, KINDS)}")
     try:
@@ -83,7 +83,7 @@ def constraint(kind: str, given: Mapping[str, JSON]) -> Constraint:
 
 
 def declared(metadata: Mapping[str, JSON]) -> list[Constraint]:
-    """Those that a row's metadata declares. Raises ValueError with what is wrong."""
+    """The constraints that a row's metadata declares. Raises ValueError if one is wrong."""
     constraints: list[Constraint] = []
     listed, ids, arguments = (metadata.get(key) for key in ("constraints", "instruction_id_list", "kwargs"))
     for item in listed if isinstance(listed, list) else ():
@@ -106,10 +106,11 @@ def declared(metadata: Mapping[str, JSON]) -> list[Constraint]:
 
 
 def inferred(reference: str, *, calls: bool, callable: bool, whole: bool) -> list[Constraint]:
-    """What ``reference`` shows of the form of a good answer; it keeps all of them itself.
+    """The form of a good answer as ``reference`` shows it; the reference keeps all of these constraints.
 
-    calls: it calls a tool, which is then all that is asked. callable: tools could have been called, so a call
-    would be wrong. whole: it is not cut, so that its length, and a JSON text, can be seen."""
+    calls: the reference calls a tool, and nothing else is required. callable: tools could have been called
+    and were not, so a call is wrong. whole: the reference is not cut, so that its length, and JSON, can be
+    checked."""
     kinds: list[tuple[str, Mapping[str, JSON]]] = [("no_call", {})] if callable and not calls else []
     value = _value(reference) if whole else None
     if calls:
@@ -226,7 +227,7 @@ for _name, _count in _COUNTED.items():
 
 
 def _unfenced(text: str) -> str:
-    """What a program would read, as IFEval takes it: without a code fence around the whole."""
+    """``text`` without a code fence around the whole, as IFEval reads it."""
     return re.sub(r"^```(?:json|Json|JSON)?|```$", "", text.strip()).strip()
 
 
@@ -234,7 +235,7 @@ _NO_VALUE: Any = object()
 
 
 def _value(text: str, fence: bool = True) -> JSON:
-    """The JSON value that the whole text is; `_NO_VALUE` where it is none."""
+    """The JSON value of the whole text; `_NO_VALUE` if it is not JSON."""
     try:
         return STRICT.decode(_unfenced(text) if fence else text)
     except (ValueError, RecursionError):
@@ -276,15 +277,14 @@ def _json_schema(schema: dict[str, Any], fence: bool = True) -> Check:
 
 
 def _pattern(declared: str, flags: int = regex.IGNORECASE) -> Callable[[str], Iterator[object]]:
-    """What finds a declared pattern in a text; it raises TimeoutError after `PATIENCE`."""
+    """A function that searches a declared pattern in a text; it raises TimeoutError after `PATIENCE`."""
     found = regex.compile(declared, flags)
     return lambda text: found.finditer(text, timeout=PATIENCE)
 
 
 @_kind("regex")
 def _regex(pattern: Text, whole: bool = False, ignore_case: bool = False) -> Check:
-    """Found anywhere, or, with ``whole``, the whole answer without the space around it. ^ and $ are ends of
-    lines."""
+    """The pattern matches anywhere, or, with ``whole``, the whole stripped answer. ^ and $ match at lines."""
     found = regex.compile(pattern, regex.MULTILINE | (regex.IGNORECASE if ignore_case else 0))
     return lambda text: bool(
         (found.fullmatch if whole else found.search)(text.strip() if whole else text, timeout=PATIENCE)
@@ -353,7 +353,7 @@ def _forbidden(forbidden_words: Texts) -> Check:
 def _letters(
     letter: Annotated[str, Field(min_length=1, max_length=1)], let_frequency: Count, let_relation: Relation
 ) -> Check:
-    """Any sign; for one that is no letter, IFEval's code would count a letter drawn at random."""
+    """Any character; if it is not a letter, IFEval's code would count a letter drawn at random."""
     return _within(lambda text: Counter(text.lower())[letter.lower()], let_relation, let_frequency)
 
 
@@ -453,7 +453,7 @@ def _multiple_sections(section_spliter: Text, num_sections: Count) -> Check:
 
 @_kind("detectable_format:json_format")
 def _json_format() -> Check:
-    """As Python reads JSON: NaN is let pass."""
+    """As Python reads JSON: NaN is allowed."""
 
     def check(text: str) -> bool:
         try:
@@ -515,7 +515,7 @@ _APART = re.compile(r"[\s,;?!()\[\]{}<>\"“”«»…@#$%&*]+|--+|:(?!\d)|\.{2,
 
 @_kind("change_case:capital_word_frequency")
 def _capital_words(capital_frequency: Count, capital_relation: Relation) -> Check:
-    """Words as NLTK cuts them: a hyphen joins, a contraction (``DON'T``) is two."""
+    """Words as NLTK splits them: a hyphen joins, a contraction (``DON'T``) is two."""
     return _within(
         lambda text: sum(word.isupper() for word in _APART.split(_CONTRACTED.sub(" ", text))),
         capital_relation,

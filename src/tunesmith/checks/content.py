@@ -1,10 +1,10 @@
-"""What stands in one text that should not be learned or said: secrets, personal data, swear words, broken
-characters, control tokens of chat templates, open code fences, refusals; and the language it is in.
+"""What one text holds that should not be learned or generated: secrets, personal data, swear words, broken
+characters, control tokens of chat templates, open code fences, refusals; and its language.
 
 Secrets and personal data are recognised by their written form (prefixes, checksums, the word before them): a
 name, a postal address or a password in a sentence is not recognised, and what is plainly made up
-(example.com, 555 numbers, AKIA…EXAMPLE) is not reported. Swear words are English only. Whether a text may
-hold any of this is for its callers."""
+(example.com, 555 numbers, AKIA…EXAMPLE) is not reported. Swear words are English only. The callers decide
+what a text may hold."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from pygarble.screening import Scanner
 
 SCANNED = 100_000
-"""Letters of a text that are looked at, from its start."""
+"""Letters of a text that are scanned, from its start."""
 LETTERS, HEAD, SURE = 80, 300, 0.95
-"""A language is told from so many letters, among so many at the start of a prompt or the end of an answer, if
-so sure."""
+"""Letters that a text needs for its language to be detected; letters at the start of a prompt, or the end of
+an answer, that are looked at; least probability of the language."""
 
 CERTAIN = frozenset(
     {
@@ -43,13 +43,13 @@ CERTAIN = frozenset(
         "stripe_key",
     }
 )
-"""Kinds of secrets that are known by a prefix which means nothing else."""
+"""Kinds of secrets with a prefix that means nothing else."""
 PREFIXED = CERTAIN - {"private_key", "aws_secret_access_key"}
-"""Those whose first four letters tell the kind and nothing more."""
+"""Kinds whose first four letters reveal the kind and nothing more."""
 MACHINES = ("ipv4", "ipv6")
-"""Not looked for: mostly ranges and versions."""
+"""Not searched for: most are ranges and versions."""
 ORDINARY = ("ass", "brainfuck", "dyke", "dykes", "retard", "retarded", "retards", "spic")
-"""Words with another meaning (spic and span, a file.ass): not taken for profanity."""
+"""Words with another meaning (spic and span, a file.ass): not counted as profanity."""
 
 
 _MASKED = re.compile(r"(?=.{4})[A-Za-z]{1,2}\*{1,3}[A-Za-z]{1,3}")  # f*ck, not f*g
@@ -64,8 +64,8 @@ class SensitiveText(NamedTuple):
 
 
 def sensitive(text: str) -> Iterator[SensitiveText]:
-    """Secrets, personal data and English swear words in the first `SCANNED` letters, in order; what is made
-    up or harmless left out."""
+    """Secrets, personal data and English swear words in the first `SCANNED` letters, in order; without what
+    is made up or harmless."""
     text = text[:SCANNED]
     for match in scanner().scan(text).findings:
         value, before = text[match.start : match.end], text[max(0, match.start - 60) : match.start]
@@ -91,7 +91,7 @@ def language(text: str) -> str | None:
 
 
 def masked(text: str) -> str:
-    """``text`` with what looks like a secret or a personal datum replaced by its kind in brackets."""
+    """``text`` with secrets and personal data replaced by their kind in brackets."""
     return scanner().redact(text, categories=("secrets", "pii")).text
 
 
@@ -116,7 +116,7 @@ _WORDLIKE = re.compile(r"[A-Za-z]{3,}\d{0,4}|\d+|[A-Za-z]+")
 
 
 def is_secret(kind: str, value: str, before: str) -> bool:
-    """Whether it may open something: not plainly made up, no path, no code, no name of a variable."""
+    """Whether it may be a real secret: not made up, not a path, not code, not the name of a variable."""
     if kind == "private_key":
         body = value.partition("KEY")[2]
         return bool(_KEY_LINE.search(body)) and not _FAKE_BODY.search(body) and not _steps(body[:400])
@@ -131,8 +131,8 @@ def is_secret(kind: str, value: str, before: str) -> bool:
 
 
 def _made_up(value: str) -> bool:
-    """Placeholders, few letters, runs such as 123456 or a1b2c3: nothing that a generator of keys would
-    give."""
+    """Placeholders, few different letters, runs such as 123456 or a1b2c3: nothing that a key generator would
+    return."""
     low = value.lower()
     return (
         bool(_MADE_UP.search(low) or _MADE_UP.search(low.translate(_LEET)))
@@ -142,8 +142,8 @@ def _made_up(value: str) -> bool:
 
 
 def _steps(value: str, share: float = 1 / 3) -> bool:
-    """Whether such a share of the letters repeat the one before (or before that), or follow it in the
-    alphabet."""
+    """Whether such a share of the letters repeats the letter before (or the one before that) or follows it in
+    the alphabet."""
     codes = [ord(letter) for letter in value.lower()]
     return any(
         sum(0 <= b - a <= 1 for a, b in zip(codes, codes[far:], strict=False)) >= share * len(codes)
@@ -152,8 +152,8 @@ def _steps(value: str, share: float = 1 / 3) -> bool:
 
 
 def _random(value: str) -> bool:
-    """Whether it reads like the work of a generator: no path, no code, and a chunk that no word, number or
-    version is."""
+    """Whether it looks randomly generated: not a path, not code, and with a part that is not a word, number
+    or version."""
     if value[0] in "./~$<{[(%" or "://" in value or "\\" in value or "/" in value:
         return False
     chunks = [chunk for chunk in _CHUNK.findall(value) if not _WORDLIKE.fullmatch(chunk)]
@@ -205,7 +205,7 @@ _FICTION = re.compile("2079460|7700900|1632960")  # kept free for films, by Ofco
 
 
 def is_personal(kind: str, value: str, before: str, after: str) -> bool:
-    """Whether it may belong to someone: not made up, not of an office, not a number in a sum."""
+    """Whether it may belong to a person: not made up, not of an office, not a number in a calculation."""
     if kind == "email":
         name, _, place = value.lower().partition("@")
         return not (
@@ -240,8 +240,8 @@ _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd\ufffe\uffff\ud8
 
 
 def broken_characters(text: str) -> Iterator[str]:
-    """Characters that no text holds (controls, U+FFFD, half a pair), and letters read with the wrong
-    encoding."""
+    """Control characters, U+FFFD, lone surrogates, and letters read with the wrong encoding, each as a
+    note."""
     if _UNSEEN.search(text):
         counts = Counter(_UNSEEN.findall(text))
         yield ", ".join(
@@ -268,7 +268,8 @@ _STRUCK = re.compile(r"</?s>")
 
 
 def control_tokens(text: str) -> Iterator[tuple[str, int]]:
-    """(token, where). ``<s>`` with its ``</s>`` inside a text strikes words out and is none."""
+    """(token, position). ``<s>`` with its ``</s>`` inside a text is HTML that strikes words out, not a
+    token."""
     if "<" in text or "[" in text:
         yield from ((match[0], match.start()) for match in _CONTROL.finditer(text))
     if "s>" not in text:
@@ -292,7 +293,7 @@ _INLINE = re.compile(r"`[^`\n]*`")
 
 
 class Fences(NamedTuple):
-    """Code between fences: start, end and info string of each; ``open``: the last is never closed."""
+    """Code between fences: start, end and info string of each. ``open``: the last fence is not closed."""
 
     spans: list[tuple[int, int, str]]
     open: bool
@@ -318,7 +319,7 @@ def fences(text: str) -> Fences:
 
 
 def prose(text: str, fences: Fences) -> str:
-    """``text`` with its code blanked out, letter for letter."""
+    """``text`` with its code replaced by as many spaces."""
     if "`" not in text and not fences.spans:
         return text
     pieces, position = [], 0

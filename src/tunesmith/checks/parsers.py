@@ -9,9 +9,9 @@ Read are the forms that data and models write:
   ``function`` inside
   ``tool_calls``; its arguments may be a string that holds JSON; Llama 3 calls them ``parameters``.
 
-What is not strict JSON (NaN, single quotes, a trailing comma, text after the closing brace on its line) is a
-call with a problem, because the program that receives it would fail too. Which calls are right is not asked
-here."""
+A call that is not strict JSON (NaN, single quotes, a trailing comma, text after the closing brace on its
+line) has a problem, because the program that receives it would fail too. Whether a call is right is not
+checked here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tunesmith.data.formats import JSON
 
 
 class ParsedCall(NamedTuple):
-    """``arguments`` is None exactly where ``problem`` says what is wrong with the call."""
+    """``arguments`` is None exactly if ``problem`` says what is wrong with the call."""
 
     name: str
     arguments: dict[str, JSON] | None
@@ -50,10 +50,9 @@ def parse(text: str) -> list[ParsedCall]:
 
 
 def one_form(text: str) -> str:
-    """``text`` with its calls as OpenAI writes them, one a line, behind the rest: what they say, without ids.
+    """``text`` with its calls, without ids, in OpenAI's form, one a line, after the rest.
 
-    As it is where it makes no call, or one that cannot be read.
-    """
+    Unchanged if it makes no call, or one that cannot be read."""
     calls, rest = _parsed(text)
     if not calls or any(call.problem for call in calls):
         return text
@@ -107,7 +106,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 STRICT = json.JSONDecoder(parse_constant=_refuse)
-"""Reads JSON and no more: NaN is a ValueError."""
+"""Strict JSON: NaN is a ValueError."""
 
 
 def _decode(text: str, position: int) -> tuple[JSON, int]:
@@ -164,7 +163,7 @@ def _call(item: JSON, problem: str | None) -> ParsedCall:
 
 
 def same_json(first: JSON, second: JSON) -> bool:
-    """Equality of JSON values: the order of keys is free, 1 equals 1.0, and true is not 1."""
+    """Equality of JSON values: the order of keys does not matter, 1 equals 1.0, true is not 1."""
     if isinstance(first, bool) or isinstance(second, bool):
         return first is second
     if isinstance(first, dict) and isinstance(second, dict):

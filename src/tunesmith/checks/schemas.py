@@ -1,4 +1,4 @@
-"""Is a value what a JSON schema asks for?
+"""Validates values against JSON schemas.
 
 By the draft that the schema names in ``$schema``, else 2020-12. References are followed inside it; nothing is
 fetched."""
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def validator(schema: JSON) -> Validator | None:
-    """None where `checked` refuses it."""
+    """None if `checked` refuses it."""
     return _validator(json.dumps(schema, sort_keys=True))
 
 
@@ -30,8 +30,8 @@ def _validator(text: str) -> Validator | None:
 
 
 def checked(schema: Any) -> Validator:
-    """What checks by ``schema``. Raises ValueError where it is no schema, or points at what it does not
-    hold."""
+    """The validator of ``schema``. Raises ValueError if the schema is invalid or has a reference that it does
+    not contain."""
     from jsonschema import Draft202012Validator, SchemaError
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -62,7 +62,8 @@ def checked(schema: Any) -> Validator:
 
 
 def takes(check: Validator, value: JSON) -> bool:
-    """Never raises: a value nested deeper, or with larger numbers, than the check can follow is not taken."""
+    """Whether the value is valid. Never raises: a value nested too deeply, or with too large numbers, is not
+    valid."""
     from referencing.exceptions import Unresolvable
 
     try:

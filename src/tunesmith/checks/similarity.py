@@ -1,11 +1,11 @@
-"""How near does an answer come to its reference, in words and in meaning?
+"""How near an answer comes to its reference, in words and in meaning.
 
 ``rouge_l``: F-measure of the longest common subsequence of words (Lin 2004), words as rouge-score has them,
 but of any script. ``bleu``: sacreBLEU's sentence BLEU (Papineni et al. 2002; exponential smoothing, effective
 order), by its tokenizer 13a, or by characters where the reference is mostly in a script without spaces.
-``similarity``: cosine of two texts as smooth inverse frequency sees them (Arora et al. 2017): the mean of the
-model's input embeddings, each weighted by a / (a + p), p the token's share in all references, less the
-direction that the references have in common. Whether an answer is true is not asked."""
+``similarity``: cosine of two texts by smooth inverse frequency (Arora et al. 2017): the mean of the model's
+input embeddings, each weighted by a / (a + p), p the token's share in all references, without the direction
+that the references have in common. Whether an answer is true is not checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SMOOTHING = 1e-3  # a
 COMMON_FROM = 10
-"""References that there are at least, to say what they have in common; with fewer nothing is taken away."""
+"""With fewer references no common direction is removed."""
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
@@ -40,7 +40,7 @@ def words(text: str) -> list[str]:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """From 0 to 1; of a reference without words, as a smiley, whether the answer is the same."""
+    """From 0 to 1; if the reference has no words, like a smiley, 1 if the answer is the same."""
     from rapidfuzz.distance import LCSseq
 
     said, wanted = words(answer), words(reference)
@@ -66,15 +66,15 @@ def _bleu(tokenize: str) -> BLEU:
 
 
 def embedding(net: nn.Module) -> Embedding | None:
-    """The model's input embeddings, the table with the most rows; None where it has none. They stay as they
-    are now, whatever becomes of the model: a copy that shares its arrays."""
+    """The model's input embeddings (the table with the most rows), or None. A copy that shares the arrays, so
+    that later changes of the model do not change it."""
     tables = [module for module in net.modules() if isinstance(module, Embedding)]
     return copy.copy(max(tables, key=lambda table: table.weight.shape[0])) if tables else None
 
 
 class Encoder:
-    """Texts as points by ``table``. ``references``: the tokens of each, which say what is frequent and what
-    is common."""
+    """Texts as vectors by ``table``. ``references``: the tokens of each; token frequencies and the common
+    direction come from them."""
 
     def __init__(self, table: Embedding, references: Iterable[Sequence[int]]) -> None:
         self._table = table
@@ -97,8 +97,8 @@ class Encoder:
         return point if self._common is None else point - self._common * (point @ self._common)
 
     def similarity(self, answer: Sequence[int], reference: Sequence[int]) -> float:
-        """Cosine, from 0 to 1: what is below 0 is 0, and a text without tokens, or without direction, is like
-        none."""
+        """Cosine, from 0 to 1: negative values are 0, and so is the similarity of a text without tokens or
+        with a zero vector."""
         if not answer or not reference:
             return 0.0
         if list(answer) == list(reference):

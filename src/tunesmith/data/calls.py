@@ -2,9 +2,9 @@
 results.
 
 The form is ``tool_call: NAME``, ``arguments: {…}``, ``Result: …``, each at the start of a line. What stands
-in a code fence or in the middle of a sentence is no call. Nothing is invented or lost: a row that cannot be
-said in turns stays as it is. Other forms of calls, and whether a template can show the turns, are not looked
-at here."""
+in a code fence or in the middle of a sentence is not a call. Nothing is invented or lost: a row that cannot
+be written as turns stays as it is. Other forms of calls, and whether a template can render the turns, are not
+checked here."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ from tunesmith.data.examples import (
 from tunesmith.settings.config import JSON
 
 STRUCTURED = "structured"
-"""What `structure` says of a row that it turned."""
+"""What `structure` returns for a row whose calls became turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextCall:
-    """``arguments``: None where ``text``, which is how they are written, is no JSON object. ``result``: as
-    written, None where there is none. text[start:end] is the call, with its result where that follows at
-    once."""
+    """``arguments``: None if ``text``, which is how they are written, is no JSON object. ``result``: as
+    written, None if there is none. text[start:end] is the call, with its result if that follows at once."""
 
     name: str
     arguments: dict[str, JSON] | None
@@ -48,8 +47,8 @@ class TextCall:
 
 
 class _Piece(NamedTuple):
-    """A call, or where ``name`` is "" a result; ``text`` is what is said behind the last marker, ``sure``
-    that it ends there."""
+    """A call, or a result if ``name`` is "". ``text``: what follows the last marker. ``sure``: it ends
+    there."""
 
     name: str
     text: str
@@ -61,7 +60,7 @@ class _Piece(NamedTuple):
 
 @dataclass
 class _Run:
-    """Calls in a row and the results in a row behind them."""
+    """Consecutive calls, and the consecutive results that follow them."""
 
     calls: list[_Piece]
     results: list[_Piece] = field(default_factory=list)
@@ -92,8 +91,8 @@ _STRICT, _LENIENT = (
 
 
 def found(text: str) -> list[TextCall]:
-    """The calls of an assistant's turn, in order. Of calls and results in a row, each has its own; the last,
-    if some lack one."""
+    """The calls of an assistant's turn, in order, each with its result; if there are fewer results than
+    calls, the last calls have them."""
     calls: list[TextCall] = []
     for run in _runs(text):
         lacking = max(len(run.calls) - len(run.results), 0)
@@ -109,11 +108,11 @@ def found(text: str) -> list[TextCall]:
 
 
 def structure(example: Example) -> tuple[Example, str]:
-    """The example with its calls as turns, and ``structured``, or itself and ``left: `` with a reason; ""
-    where there is none.
+    """The example with its calls as turns, and ``structured``; or the example as it is, and ``left: `` with a
+    reason, or "" if it has no calls.
 
-    Of a pair both sides are turned or none, so that they differ in what is said and not in how it is written.
-    """
+    Of a pair both sides are changed or none, so that they differ in what they say and not in how it is
+    written."""
     if not isinstance(example, Demonstration | Judged | Preference):
         return example, ""
     pair = isinstance(example, Preference)
@@ -146,13 +145,13 @@ def _turned(conversation: Conversation) -> Conversation:
 
 
 def structured(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """``messages`` with each call as text turned into a turn that calls, a tool's turn with the result, and
+    """``messages`` with each call as text replaced by a turn that calls, a tool's turn with the result, and
     what is said next.
 
-    A call with words before it is refused: Mistral's format has either words or calls in a turn. Calls in a
-    row with as many results in a row behind them are calls of one turn. Ids have nine letters and digits, as
-    Mistral wants, and count the calls of the conversation. Raises BadRow where the calls cannot be told apart
-    from words, results, or each other. `check` is the caller's."""
+    A call with words before it is refused: Mistral's format has either words or calls in a turn. Consecutive
+    calls that as many results follow are calls of one turn. Ids have nine letters and digits, as Mistral
+    wants, and count the calls of the conversation. Raises BadRow if the calls cannot be told apart from
+    words, results, or each other. `check` is the caller's."""
     made: list[Message] = []
     ids = (f"c{number:08x}" for number in count())
     mixed = any(message.calls or message.role == "tool" for message in messages)
@@ -187,7 +186,7 @@ def structured(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _words(text: str, start: int) -> str:
-    """What is said from ``start`` on, behind a call without blank lines. Raises BadRow where it holds a stray
+    """What is said from ``start`` on, behind a call without blank lines. Raises BadRow if it holds a stray
     result."""
     if start and _STRAY.search(text):
         raise BadRow("result", "", "a result right behind its call", "one between the words")
@@ -261,7 +260,7 @@ def _window(text: str, start: int) -> str:
 
 
 def _value(window: str, decoder: json.JSONDecoder, behind: re.Pattern[str]) -> int | None:
-    """Where the JSON value that ``window`` begins with ends, if it does and ``behind`` follows."""
+    """Where the JSON value at the start of ``window`` ends, if it does and ``behind`` follows."""
     try:
         _, end = decoder.raw_decode(window)
     except (ValueError, RecursionError):
@@ -278,6 +277,6 @@ def _object(text: str) -> dict[str, JSON] | None:
 
 
 def _paragraph(window: str) -> int:
-    """Where the text that ``window`` begins with ends: at a blank line."""
+    """Where the text at the start of ``window`` ends: at a blank line."""
     stop = _BREAK.search(window)
     return 0 if window[:1] in "\r\n" else stop.start() if stop else len(window)

@@ -1,4 +1,4 @@
-"""What one training row is and when it is sound; how it is written; and which rows are held out, by whole
+"""What one training row is and when it is valid; how it is written; and which rows are held out, by whole
 prompts."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """``text``: the arguments to the letter, where the file gave them as a string."""
+    """``text``: the arguments as the file wrote them, if it gave them as a string."""
 
     name: str
     arguments: JSON
@@ -119,7 +119,7 @@ Example: TypeAlias = Document | Demonstration | Judged | Preference | Completion
 
 
 def content_of(example: _Sourced) -> dict[str, JSON]:
-    """The row that says what ``example`` says, source and metadata aside."""
+    """The row of ``example``, without source and metadata."""
     row: dict[str, JSON] = {}
     tools: tuple[JSON, ...] = ()
     for key in ("text", "prompt", "completion", "chosen", "rejected", "conversation"):
@@ -165,7 +165,7 @@ _AFTER = {
 
 
 def check(messages: Iterable[Message], declared: Collection[str]) -> None:
-    """Raises BadRow where no template could show the turns faithfully. ``declared``: names of the tools,
+    """Raises BadRow if no template could render the turns faithfully. ``declared``: names of the tools;
     empty: any."""
     before, waiting = "", []
     for turn, message in enumerate(messages, 1):
@@ -230,8 +230,8 @@ def write_lines(lines: Iterable[str], path: Path) -> None:
 
 
 def opening(conversation: Conversation) -> str:
-    """What is asked before the first answer, system text aside: conversations that share any prompt share
-    this."""
+    """What is asked before the first answer, without the system text: conversations that share any prompt
+    share this."""
     before = takewhile(lambda message: message.role != "assistant", conversation.messages)
     return "\n".join(message.content for message in before if message.role != "system")
 
@@ -252,9 +252,9 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     """(train, held out), each in the order of ``examples``; every example is in one of them, no prompt is in
     both.
 
-    Of each label about ``share`` is held out, as near as whole prompts allow, and at least one prompt is on
-    each side. Which prompts does not depend on the order of ``examples``. ``share``: from 0 to below 1.
-    Raises DataError where all share one prompt."""
+    About ``share`` of the rows of each label is held out, as nearly as whole prompts allow, and at least one
+    prompt is on each side. The choice does not depend on the order of ``examples``. ``share``: from 0 to
+    below 1. Raises DataError if all share one prompt."""
     if share == 0 or not examples:
         return list(examples), []
     keys = [

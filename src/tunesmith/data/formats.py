@@ -1,8 +1,8 @@
 """How files become examples.
 
-Read: JSON lines, a JSON array, gzip of either, folders of them. Layouts are told apart by their keys. Words
-are never changed, trimmed or invented. A row that cannot be used becomes a `Dropped` with its file:line,
-never an exception; only a file that cannot be read as a whole raises."""
+Read: JSON lines, a JSON array, gzip of either, folders of them. A row's layout is recognised by its keys.
+Words are never changed, trimmed or invented. A row that cannot be used becomes a `Dropped` with its
+file:line, never an exception; only a file that cannot be read as a whole raises."""
 
 from __future__ import annotations
 
@@ -125,8 +125,7 @@ class Read(NamedTuple):
 def read(paths: Sequence[str | Path], spec: DataSpec) -> Read:
     """All rows of ``paths`` in order; files of a folder by name, hidden ones and other endings left out.
 
-    Raises DataError where a file is missing, given twice, or cannot be read as a whole.
-    """
+    Raises DataError if a file is missing, given twice, or cannot be read as a whole."""
     examples: list[Example] = []
     dropped: list[Dropped] = []
     for result in rows(paths, spec):
@@ -176,7 +175,7 @@ def _example(value: JSON, source: str, spec: DataSpec) -> Example:
 
 
 def require(read: Read, max_dropped: float) -> None:
-    """Raises DataError where more than ``max_dropped`` (a share) of the rows are bad, or none is left."""
+    """Raises DataError if more than ``max_dropped`` (a share) of the rows are bad, or none is left."""
     share = len(read.dropped) / max(read.rows, 1)
     if read.examples and share <= max_dropped:
         return

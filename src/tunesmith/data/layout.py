@@ -1,8 +1,8 @@
 """What a layout of rows is, and all layouts that there are: one file in ``layouts``, one class that
 registers.
 
-A layout states the keys by which its rows are told, and what a row becomes. `RowReader` takes apart what
-layouts have in common: texts, messages, calls, tools."""
+A layout states the keys that its rows have, and what a row becomes. `RowReader` takes apart what layouts have
+in common: texts, messages, calls, tools."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def take(row: dict[str, JSON], *keys: str) -> JSON:
 
 
 class RowReader:
-    """Takes from ``row`` what has a meaning; what is left is metadata.
+    """Takes known keys from ``row``; what is left is metadata.
 
     reasoning, instruct: as `DataSpec.reasoning` and `DataSpec.instruction_layout` say. ``label``: of the
     row."""

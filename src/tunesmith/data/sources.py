@@ -22,7 +22,7 @@ from tunesmith.errors import DataError
 from tunesmith.settings.origins import JSON
 
 TABLES = (".csv", ".tsv", ".xlsx", ".parquet")
-"""Endings of what is no JSON: told at once, not row by row."""
+"""Endings of files that are not JSON: reported at once, not row by row."""
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 
 
@@ -35,8 +35,8 @@ class Raw(NamedTuple):
 
 
 def files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files of ``paths`` in order; of a folder by name. Raises DataError where one is missing, given
-    twice, or empty."""
+    """The files of ``paths`` in order; of a folder by name. Raises DataError if one is missing, given twice,
+    or empty."""
     paths_found: dict[Path, Path] = {}
     for given in paths:
         path = Path(given).expanduser()
@@ -44,7 +44,7 @@ def files(paths: Sequence[str | Path]) -> list[Path]:
             raise DataError("no such file or folder", where=str(given), hint=f"looked from {Path.cwd()}")
         if not path.is_dir() and not path.is_file():
             raise DataError(
-                "is no regular file",
+                "is not a regular file",
                 where=str(given),
                 hint="rows are read more than once: write them to a file",
             )
@@ -82,7 +82,7 @@ def sha256(path: Path) -> str:
 
 
 def raws(path: Path) -> Iterator[Raw]:
-    """Every row of a file; lines are streamed, an array is read whole. Raises DataError where it cannot be
+    """Every row of a file; lines are streamed, an array is read whole. Raises DataError if it cannot be
     read."""
     try:
         with closing(_opened(path)) as stream:
@@ -125,7 +125,7 @@ def _raws(stream: BinaryIO, path: Path) -> Iterator[Raw]:
 
 
 def _array(text: str, path: Path) -> Iterator[Raw]:
-    """The rows of an array. What a row holds is not looked at here: only where it ends."""
+    """The rows of an array. Only where a row ends is looked at here, not what it holds."""
     ends = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
     line, start, counted, fresh, position = (
         1,
@@ -168,14 +168,12 @@ def _skip(text: str, position: int) -> int:
 
 
 def value(text: str) -> JSON | BadRow:
-    """The JSON of a whole row, or what is wrong with it. Raises RecursionError where it is nested too
-    deeply."""
+    """The JSON of a whole row, or what is wrong with it. Raises RecursionError if it is nested too deeply."""
     return _Decoder().whole(text)
 
 
 class _Decoder(json.JSONDecoder):
-    """JSON to the letter of its standard: what Python's reader would lose or invent makes the row a bad
-    one."""
+    """Strict JSON: what Python's reader would lose or invent makes the row a bad one."""
 
     def __init__(self) -> None:
         number = self._number

@@ -1,8 +1,8 @@
-"""Charts as SVG and HTML that need no script: colours come from the page, numbers stand beside them as text.
+"""Charts as SVG and HTML that need no script. The page gives the colours; the numbers stand beside the
+drawing as text.
 
-Lines differ by dash and marker as well as by colour. A chart fits its card at any width: what is wide is laid
-out in per cent. Long curves are thinned to the lowest and the highest value of each stretch, so no spike is
-lost."""
+Lines differ by dash and marker as well as by colour. A chart fits its card at any width. Long curves are
+thinned to the lowest and the highest value of each stretch, so no spike is lost."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ TABLE = 12
 """Rows of the table under a chart."""
 THINNED = "Of long curves the lowest and the highest value of each stretch are drawn."
 FAR = 1.3
-"""Marks farther right than so many times the last bar are named, but not drawn."""
+"""A mark beyond so many times the right edge of the last bar is named, not drawn."""
 SPREAD, GROUPS = (760, 520), 7
-"""Size of a `scatter`, and how many colours it has: further groups begin anew, each has its number."""
+"""Size of a `scatter`, and its number of colours: further groups repeat them, each group has its number."""
 FORMS = {
     "true": "M0-4.5A4.5 4.5 0 1 1 0 4.5A4.5 4.5 0 1 1 0-4.5Z",
     "false": "M-4.8-3-3-4.8 0-1.8 3-4.8 4.8-3 1.8 0 4.8 3 3 4.8 0 1.8-3 4.8-4.8 3-1.8 0Z",
@@ -55,8 +55,8 @@ class Line(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A row of `forest`. ``gain``, ``low``, ``high``: towards better. ``scale``: rows of one are drawn on one
-    axis."""
+    """A row of `forest`. ``gain``, ``low``, ``high``: positive is better. ``scale``: rows of the same scale
+    share an axis."""
 
     label: str
     about: str
@@ -239,8 +239,8 @@ def columns(
     marks: Mapping[str, float] | None = None,
 ) -> Markup:
     """A card with a histogram, or nothing if all counts are 0. ``name``: id of the drawing. ``marks``: name →
-    place of an upright line; far beyond the bars it is only named. log: heights are log(1 + count), which is
-    said."""
+    place of an upright line; far beyond the bars it is only named. log: heights are log(1 + count), which a
+    note says."""
     if not counts or not any(counts) or edges[-1] <= edges[0]:
         return Markup("")
     near = {word: at for word, at in (marks or {}).items() if at <= FAR * edges[-1]}
@@ -275,8 +275,7 @@ def columns(
 
 
 class _Axes:
-    """Places in a plot of ``WIDTH`` × ``HEIGHT``. ``x``: from and to. ``y``: from and to, behind
-    ``scale``."""
+    """Places in a plot of ``WIDTH`` × ``HEIGHT``. ``x``: from and to. ``y``: from and to, after ``scale``."""
 
     def __init__(
         self, x: tuple[float, float], y: tuple[float, float], scale: Callable[[float], float]
@@ -367,7 +366,7 @@ def stacked(
 
 
 def middle(text: str, width: int) -> str:
-    """``text`` in ``width`` letters, most of them of its end: there names of tools differ."""
+    """``text`` shortened to ``width`` letters, most of them from its end, where names of tools differ."""
     return text if len(text) <= width else f"{text[: width // 4]}…{text[1 + width // 4 - width :]}"
 
 
@@ -422,7 +421,7 @@ def form(key: str) -> Markup:
 def heat(
     rows: Sequence[str], names: Sequence[str], values: Mapping[tuple[str, str], float], form: str = ".3g"
 ) -> Markup:
-    """A table of numbers, the ground the deeper the larger; an empty cell where there is none."""
+    """A table of numbers with a deeper ground the larger they are; an empty cell if there is no number."""
     most = max((value for value in values.values() if math.isfinite(value)), default=0) or 1
     head = Markup("").join(Markup('<th scope="col" class="number">{}</th>').format(name) for name in names)
     body = []
@@ -449,7 +448,7 @@ def card(title: str, inside: Markup, unit: str = "") -> Markup:
 
 
 def key(found: Sequence[tuple[str, str, int | str]]) -> Markup:
-    """What the lines of a chart are, each with a piece of it; nothing for one."""
+    """The legend of a chart's lines; nothing for a single line."""
     if len(found) < 2:
         return Markup("")
     items = []

@@ -1,10 +1,10 @@
-"""Which rows make which update: a pure function of (seed, step), so that a cursor of one integer is the whole
-state.
+"""Which rows make which update: a pure function of (seed, step), so that one integer is the whole state of
+the data order.
 
 An epoch is a permutation of all groups, cut into updates of ``sequences`` groups; the last update of an epoch
-is smaller when the division leaves a rest, so no group is ever left out. Inside an update, groups are sorted
-by length and cut into micro-batches of like length within a budget of tokens, where padding costs least; how
-it is cut changes no sum."""
+is smaller if the division leaves a rest, so that no group is left out. Within an update, groups are sorted by
+length and cut into micro-batches within a budget of tokens, where padding costs least. How an update is cut
+does not change its sums."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from tunesmith.settings.config import Spec
 from tunesmith.tokens.template import Tokens
 
 PER_CALL = 24
-"""Tokens that a pass over the device costs beside its own: what a micro-batch saves is worth so much padding,
-and no more."""
+"""Fixed cost of one pass over the device, in tokens."""
 
 
 class BatchSpec(Spec):
-    """How many rows an update learns from, and how they are cut for the device."""
+    """How many rows an update learns from, and how they are cut into micro-batches."""
 
     sequences: int = Field(default=8, ge=1, description="rows of one optimizer update")
     micro: int | None = Field(
@@ -58,8 +57,7 @@ class BatchSpec(Spec):
 class Group(NamedTuple):
     """Sequences that must stay together in a micro-batch: one row, or chosen and rejected of a pair.
 
-    ``reference``: log p of the learned tokens of each sequence before training, where the objective compares
-    with it."""
+    ``reference``: log p of the learned tokens of each sequence before training, if the objective needs it."""
 
     sequences: tuple[Tokens, ...]
     source: str
@@ -68,7 +66,7 @@ class Group(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Positions of the longest on the device: the last token is only ever predicted."""
+        """Positions of the longest sequence on the device: the last token is not fed."""
         return max(1, *(len(sequence.ids) - 1 for sequence in self.sequences))
 
     @property
@@ -82,8 +80,8 @@ class Group(NamedTuple):
 
     @property
     def learned(self) -> tuple[float, ...]:
-        """Sum of the weights of the learned tokens of each sequence. The first token has nothing before it:
-        never learned."""
+        """Sum of the weights of the learned tokens of each sequence. The first token is never learned:
+        nothing predicts it."""
         return tuple(float(sequence.targets[1:].sum()) for sequence in self.sequences)
 
     @property
@@ -93,14 +91,14 @@ class Group(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What goes to the device, as numpy or MLX arrays. Where ``ends`` is None, row n is padded on the right
-    with token 0.
+    """What goes to the device, as numpy or MLX arrays. If ``ends`` is None, rows are padded on the right with
+    token 0.
 
     ``tokens`` (N, T) int32. ``positions`` (K,) int32: places in the flattened (N · T) hidden states that
     predict a learned token, ``learned`` (K,) int32 that token, ``weights`` (K,) float32 its weight, ``rows``
     (K,) int32 its sequence. Past the learned tokens of the batch, weights are 0. ``fields`` (S, F) float32:
-    what the objective knows of each sequence. ``ends``: packed, where in the only row each sequence ends.
-    ``states`` (N, T, D): what frozen lower layers said to ``tokens``, where that is kept (`frozen`)."""
+    numbers that the objective needs for each sequence. ``ends``: where each sequence of a packed row ends.
+    ``states`` (N, T, D): the cached hidden states of the frozen lower layers, if there are any (`frozen`)."""
 
     tokens: Any
     positions: Any
@@ -115,12 +113,11 @@ class Batch(NamedTuple):
 def collate(
     groups: Sequence[Group], *, pack: bool = False, bucket: bool = False, fields: np.ndarray | None = None
 ) -> Batch:
-    """All sequences of ``groups`` in order, padded or packed; with ``bucket`` to sizes that come again (see
-    `bucketed`).
+    """All sequences of ``groups`` in order, padded or packed; with ``bucket``, to one of few sizes
+    (`bucketed`).
 
-    The only place where positions shift: ``targets[t]`` of `Tokens` marks token ``t`` by its own index, and
-    the hidden state before it is where it is predicted. The last token predicts nothing and does not enter.
-    """
+    The only place where positions shift: ``targets[t]`` of `Tokens` marks token ``t`` by its own index; it is
+    predicted by the hidden state before it. The last token predicts nothing and is left out."""
     sequences = [sequence for group in groups for sequence in group.sequences]
     lengths = [len(sequence.ids) - 1 for sequence in sequences]  # the last token is only ever predicted
     if pack:
@@ -152,15 +149,16 @@ def collate(
 
 
 def bucketed(size: int) -> int:
-    """The next size in steps of a sixteenth to a thirty-second (at least 8): few shapes for a compiled step,
-    about 3 % more."""
+    """The next larger of few sizes, in steps of a sixteenth to a thirty-second (at least 8): a compiled step
+    meets few shapes and pads about 3 % more."""
     step = max(8, 1 << max(0, (size - 1).bit_length() - 5))
     return -(-size // step) * step
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How an update is cut for the device. ``tokens``: the budget of a micro-batch; one group may exceed it.
+    """How an update is cut into micro-batches. ``tokens``: the budget of a micro-batch; one group may exceed
+    it.
 
     ``each``: sequences of a group, all padded to the longest of the micro-batch.
     """
@@ -179,14 +177,14 @@ class Cut:
     def around(
         cls, spec: BatchSpec, groups: Sequence[Group], bucket: bool = False
     ) -> tuple[Cut, tuple[int, ...]]:
-        """The cut for ``groups``, and what each of them measures: its longest sequence, or packed all of
-        them."""
+        """The cut for ``groups``, and the length of each group: of its longest sequence, or, packed, of all
+        of them."""
         each = 1 if spec.pack else max((len(group.sequences) for group in groups), default=1)
         lengths = tuple(group.positions if spec.pack else group.length for group in groups)
         return cls.of(spec, lengths, bucket, each), lengths
 
     def halved(self, lengths: Sequence[int]) -> Cut | None:
-        """With half the tokens of a micro-batch of these rows as its budget; None where it is one row."""
+        """A cut whose budget is half the tokens of this micro-batch, or None if it is one row."""
         if len(lengths) == 1:
             return None
         return replace(self, tokens=max(self.each * max(lengths), self.size(lengths) // 2))
@@ -204,9 +202,9 @@ class Cut:
     def __call__(self, lengths: Sequence[int], members: Sequence[int]) -> list[list[int]]:
         """``members`` (indices into ``lengths``), longest first, in micro-batches.
 
-        Padded, the cheapest cut of the sorted row, where a micro-batch costs its tokens and PER_CALL more;
-        packed, first fit."""
-        # Longest first: the peak of memory, and a failure for want of it, come at once.
+        Padded: the cheapest cut of the sorted groups, where a micro-batch costs its tokens plus PER_CALL.
+        Packed: first fit."""
+        # Longest first, so that the peak of memory, or out of memory, comes at once.
         ordered = sorted(members, key=lambda member: (-lengths[member], member))
         return self._packed(lengths, ordered) if self.pack else self._padded(lengths, ordered)
 
@@ -245,8 +243,8 @@ class Cut:
 class Plan:
     """The whole schedule of a run.
 
-    lengths: what each group measures (`Cut.around`). epochs: may be a fraction. steps: if given, overrides
-    ``epochs``. positions: of each group, all its sequences together, where that is not its length."""
+    lengths: of each group (`Cut.around`). epochs: may be a fraction. steps: if given, overrides ``epochs``.
+    positions: of all sequences of each group together, if that differs from its length."""
 
     lengths: tuple[int, ...]
     sequences: int
@@ -278,8 +276,8 @@ class Plan:
         ]
 
     def update(self, step: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
-        """The micro-batches of update ``step`` that fall to ``rank``, the longest rows first; none where rows
-        are too few.
+        """The micro-batches of update ``step`` for ``rank``, the longest rows first; empty if there are too
+        few rows.
 
         Ranks take turns from the longest row to the shortest, so that they finish together.
         """

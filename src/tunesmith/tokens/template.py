@@ -1,9 +1,9 @@
 """Words to tokens: which ids a conversation becomes, and which of them are learned.
 
-An answer's place is the difference of two renderings, the prompt that inference sees and the prompt with the
-answer, compared token by token; never the result of a search for text. Every row is checked: what is learned,
-decoded, is the assistant's words and the end token; there is one BOS; no message is missing; something is
-learned."""
+Where an answer begins and ends is the difference of two renderings, the prompt that inference sees and the
+prompt with the answer, compared token by token; no text is searched for. Every row is checked: the learned
+tokens decode to the assistant's words and the end token; there is one BOS; no message is missing; something
+is learned."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Tokens(NamedTuple):
 
     @property
     def start(self) -> int:
-        """The first learned token by its index, past the first of all, which nothing predicts; 1 where none
-        is."""
+        """Index of the first learned token, at least 1, since nothing predicts the first token; 1 if none is
+        learned."""
         return 1 + int(np.argmax(self.targets[1:] > 0)) if len(self.ids) > 1 else 1
 
 
@@ -82,7 +82,7 @@ class Row:
 
 @dataclass
 class Rendered:
-    """notes: how often something was done to a row that its author may not expect."""
+    """notes: changes that the author of the rows may not expect, with counts."""
 
     rows: list[Row]
     dropped: list[formats.Dropped]
@@ -110,7 +110,7 @@ Parts: TypeAlias = list[tuple[str, list[Turn]]]  # for each row its kind and its
 
 
 class Renderer(ABC):
-    """Examples to rows, prompts to ids, ids to text. ``bos_id`` is None where plain text gets no BOS."""
+    """Examples to rows, prompts to ids, ids to text. ``bos_id`` is None if plain text gets no BOS."""
 
     fingerprint: str  # of all that decides the ids
     eos_ids: tuple[int, ...]
@@ -135,29 +135,29 @@ class Renderer(ABC):
     def _answered(
         self, before: Conversation, shown: Conversation
     ) -> tuple[list[int], list[int], str, str, str]:
-        """ids of the prompt, ids up to the end token, answer without it as decoded, and as written, text of
-        all."""
+        """Ids of the prompt; ids up to the end token; the answer without it as decoded, and as written; the
+        text of all."""
 
     def prompt(self, conversation: Conversation) -> list[int]:
-        """Ids up to where the assistant starts to speak. Raises TemplateError, also when the assistant spoke
-        last."""
+        """Ids up to where the assistant's answer begins. Raises TemplateError, also if the last message is
+        the assistant's."""
         if not conversation.messages or conversation.messages[-1].role == "assistant":
             raise Refused("order", "a prompt must end with a message of the user or of a tool")
         return self._prompt(self._checked(conversation, Counter()))
 
     def text_prompt(self, text: str) -> list[int]:
-        """Ids of plain text to be continued: BOS where the tokenizer adds one, then the text."""
+        """Ids of plain text to be continued: BOS if the tokenizer adds one, then the text."""
         self._refuse_control([text])
         return [*([] if self.bos_id is None else [self.bos_id]), *self._encode(text)]
 
     def plain(self, text: str) -> str:
-        """``text`` without what would not be encoded as text: what is left can be a `text_prompt`."""
+        """``text`` without control tokens and lone surrogates: what is left can be a `text_prompt`."""
         while (left := self._control.sub("", text)) != text:  # what is left can make a new one
             text = left
         return text
 
     def answer(self, ids: Sequence[int]) -> str:
-        """What was generated, as text, up to the first end token; other special tokens are written out."""
+        """The text of generated ids up to the first end token; other special tokens are written out."""
         return self.decode(
             ids[: next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))]
         )
@@ -171,10 +171,10 @@ class Renderer(ABC):
         cut: int | None = None,
         notes: Counter[str] | None = None,
     ) -> list[Row]:
-        """One row where all answers fit in one rendering, else one for each learned answer.
+        """One row if all answers fit into one rendering, else one for each learned answer.
 
-        cut: drop the oldest turns of a row with more tokens than this, as far as that helps. notes: is added
-        to. Raises TemplateError with the example's source."""
+        cut: drop the oldest turns of a row with more tokens than this, as far as that helps. notes: counts
+        are added to it. Raises TemplateError with the example's source."""
         notes = Counter() if notes is None else notes
         try:
             parts = self._parts(example, learn, cut, notes)
@@ -215,7 +215,7 @@ class Renderer(ABC):
         return [("completion", [Turn(0, [*ids, self.eos_ids[0]], max(len(head), 1), said + bare)])]
 
     def _pair(self, pair: Preference, learn: Learn, cut: int | None, notes: Counter[str]) -> Parts:
-        """Chosen and rejected, one row each, in the same context, learned from where they part."""
+        """Chosen and rejected, one row each, in the same context, learned from where they differ."""
         sides = [self._checked(side, notes) for side in (pair.chosen, pair.rejected)]
         same = [a == b for a, b in zip(*(side.messages for side in sides), strict=False)]
         part = [*same, False].index(False)
@@ -236,7 +236,8 @@ class Renderer(ABC):
         return list(zip(("chosen", "rejected"), turns, strict=True))
 
     def _groups(self, conversation: Conversation, learned: Sequence[int], start: int = 0) -> list[list[Turn]]:
-        """The learned turns by row: together if each rendering begins with the one before, else each alone.
+        """The learned turns, grouped by row: together if each rendering begins with the one before, else each
+        alone.
 
         start: the message that follows the system messages; older ones are left out.
         """
@@ -246,11 +247,10 @@ class Renderer(ABC):
         return [turns] if nested else [[turn] for turn in turns]
 
     def _fit(self, conversation: Conversation, group: list[Turn], cut: int | None) -> list[list[Turn]]:
-        """The group without so many of its oldest turns that it fits; the answers left out get rows of their
-        own.
+        """The group without as many of its oldest turns as needed to fit; the answers left out get rows of
+        their own.
 
-        An answer that is too long even behind its own user turn stays so: the caller drops it.
-        """
+        An answer that is too long even with its own user turn alone stays: the caller drops it."""
         if cut is None or len(group[-1].ids) <= cut:
             return [group]
         earlier, groups = group[:-1], [group[-1:]]
@@ -312,15 +312,15 @@ class Renderer(ABC):
         raise Refused("boundary", "the tokens of the prompt and of the answer cannot be told apart")
 
     def _between(self, ids: Sequence[int], start: int, stop: int) -> str:
-        """The text of ids[start:stop] as it reads behind the token before it; alone, it may lose its first
-        space."""
+        """The text of ids[start:stop] as it decodes after the token before it; decoded alone, it may lose its
+        first space."""
         first = max(start - 1, 0)
         before, both = self.decode(ids[first:start]), self.decode(ids[first:stop])
         return both[len(before) :] if both.startswith(before) else self.decode(ids[start:stop])
 
     def _same(self, said: str, words: str) -> tuple[str, ...]:
-        """Notes on an allowed difference of the learned tokens, decoded, from the words. Raises Refused on
-        another."""
+        """Notes on how the decoded tokens differ from the words. Raises Refused if the difference is not
+        allowed."""
         if said == words:
             return ()
         if _plain(said) == _plain(words):
@@ -342,7 +342,8 @@ class Renderer(ABC):
             )
 
     def _checked(self, conversation: Conversation, notes: Counter[str]) -> Conversation:
-        """Encodable text; each call with an id, each result with the id and name of its call."""
+        """The conversation with an id for each call, and its id and name for each result. Raises Refused if a
+        text cannot be encoded as text."""
         self._refuse_control([json_text(conversation.tools)])
         messages: list[Message] = []
         waiting: list[tuple[Call, str]] = []  # calls without a result, and their new ids
@@ -442,7 +443,7 @@ def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counte
 
 
 def _starts(conversation: Conversation, before: int) -> list[int]:
-    """Where a conversation can begin without its oldest turns: at user messages behind an answer, oldest
+    """Where a conversation can begin if its oldest turns are cut: user messages that follow an answer, oldest
     first."""
     roles = [message.role for message in conversation.messages]
     return [

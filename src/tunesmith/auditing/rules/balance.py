@@ -1,8 +1,8 @@
-"""Whether one kind of task outweighs the others, and whether labels come with the kind instead of with the
+"""Whether one kind of task outweighs the others, and whether labels depend on the kind of task instead of the
 answer.
 
 The type of a row is the first tool that it calls, as a turn or as text, otherwise the word that its prompt
-begins with. What the prompts are about is for `diversity`; which labels are wrong for `labels`."""
+begins with. Topics of prompts are for `diversity`, wrong labels for `labels`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHARTED, TYPES = 40, 25
 """Instruction types in the chart's table, and those that are drawn."""
 FEWEST_ROWS, FEWEST_OF_TYPE, LEAST_LABEL = 50, 10, 0.1
 CHANCE = 0.01
-"""Below it it is no chance that a type has its labels."""
+"""A smaller p-value means that the labels of a type are not due to chance."""
 NAMED, EACH = 10, 3
 """Types that a finding names, and rows of each."""
 
@@ -103,8 +103,8 @@ def first_tool(view: View) -> str | None:
 
 
 def leading_word(prompt: str) -> str | None:
-    """The first word of ``prompt`` in lower case, greetings and polite words aside unless there are no
-    others; of scripts without spaces the first two letters."""
+    """The first word of ``prompt`` in lower case, after greetings and polite words unless there is nothing
+    else; in scripts without spaces the first two letters."""
     opened = _OPENERS.match(prompt[:500].replace("’", "'"))
     word = WORD.search(prompt, opened.end() if opened else 0) or WORD.search(prompt)
     if word and clusters.UNSPACED_LETTER.match(word[0]):
@@ -113,7 +113,7 @@ def leading_word(prompt: str) -> str | None:
 
 
 def entropy(counts: Iterable[int]) -> float:
-    """In bits: 0 where all are one, log2 of how many kinds there are where these are even."""
+    """In bits: 0 if all are of one kind, log2 of the number of kinds if they are even."""
     nonzero = [count for count in counts if count]
     total = sum(nonzero)
     return sum(count / total * log2(total / count) for count in nonzero)
@@ -185,8 +185,8 @@ def _labels_by_type(
 ) -> Iterator[Finding]:
     """Types whose share of desirable rows is not that of all labelled rows, by the exact binomial test.
 
-    With the correction of Benjamini and Hochberg (1995), so that of the types named 1 in 100 is there by
-    chance; where no type has labels of its own, one is named in 1 of 100 sets."""
+    With the correction of Benjamini and Hochberg (1995), so that about 1 in 100 of the named types is there
+    by chance; if labels do not depend on the type, one is named in 1 of 100 sets."""
     from scipy.stats import binomtest, false_discovery_control
 
     whole = sum(labelled.values()) / len(labelled)

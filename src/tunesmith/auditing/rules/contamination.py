@@ -1,8 +1,8 @@
 """Training rows that repeat what they will be measured on: held-out rows, evaluation sets, fixed prompts.
 
-exact: the same prompt, but for case and spacing. near: by edit distance (`near`). passages: thirteen words in
-a row of an evaluation set anywhere in the row, as GPT-3's authors looked for it (arXiv 2005.14165, appendix
-C). A model that has seen the question is measured on its memory."""
+exact: the same prompt, apart from case and spacing. near: by edit distance (`near`). passages: thirteen words
+in a row of an evaluation set anywhere in the row, as GPT-3's authors looked for it (arXiv 2005.14165,
+appendix C). A model that has seen the question is tested on its memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPTS = (
     "input",
     "text",
 )
-"""Keys under which an evaluation set has its prompt, tried in this order; else the longest text counts."""
+"""Keys of the prompt in an evaluation set, tried in this order; otherwise the longest text is the prompt."""
 
 
 class EvaluationPrompt(NamedTuple):
@@ -45,7 +45,7 @@ class EvaluationPrompt(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """``set``: which of `Context.against`. ``item``: its place there."""
+    """``set``: index into `Context.against`. ``item``: index of the prompt in it."""
 
     kind: str  # exact | near | passages
     set: int
@@ -54,8 +54,8 @@ class Overlap(NamedTuple):
 
 
 class PromptIndex:
-    """What no training row may repeat. ``held_out``: rows of the same kind, of which only prompts are
-    compared.
+    """Prompts that no training row may repeat. ``held_out``: they are validation rows, of which only prompts
+    are compared.
 
     unreadable: rows of the file that hold no prompt.
     """
@@ -81,7 +81,7 @@ class PromptIndex:
                 self.passages.setdefault(gram, place)
 
     def hit(self, prompts: Sequence[str], whole: str, least: float) -> tuple[str, int, float] | None:
-        """The gravest overlap: kind, item, similarity."""
+        """The most severe overlap: kind, item, similarity."""
         for prompt in prompts:
             if (place := self.keys.get(spaced(prompt))) is not None:
                 return "exact", place, 1.0
@@ -115,12 +115,12 @@ class PromptIndex:
 
 
 def _bands(prompt: str) -> list[int]:
-    """None of a prompt that is too short to be near to anything."""
+    """Empty if the prompt is too short to be near to anything."""
     return near.bands([near.signature(prompt)])[0].tolist() if len(prompt.split(" ")) >= SHORTEST else []
 
 
 def _passages(text: str) -> Iterator[int]:
-    """The hash of each thirteen words in a row; salted, so of use within a process only."""
+    """The hash of each thirteen consecutive words; salted, so valid within a process only."""
     words = WORD.findall(text.lower())
     return (hash(tuple(words[start : start + PASSAGE])) for start in range(len(words) - PASSAGE + 1))
 
@@ -132,12 +132,13 @@ def held_out(examples: Iterable[Example]) -> PromptIndex:
 
 
 def _asked(view: View) -> str:
-    """What `examples.prompt_key` keeps together: of text without a prompt the text."""
+    """The prompt as in `examples.prompt_key`: of text without a prompt the text."""
     return view.asked if view.asked.strip() else view.said
 
 
 def load(path: str, spec: formats.DataSpec) -> PromptIndex:
-    """An evaluation set or a list of prompts. Raises DataError where it cannot be read or holds no prompt."""
+    """The index of an evaluation set or a list of prompts. Raises DataError if it cannot be read or holds no
+    prompt."""
     file = Path(path).expanduser()
     if not file.exists():
         raise DataError(
@@ -181,7 +182,8 @@ def _csv(path: Path) -> Iterator[EvaluationPrompt]:
 
 
 def _rows(path: Path, spec: formats.DataSpec) -> Iterator[EvaluationPrompt]:
-    """Rows that training could read as it reads them; of others what stands under a key of `PROMPTS`."""
+    """Rows in a layout of `data.layouts` as training reads them; of other rows what stands under a key of
+    `PROMPTS`."""
     for file in sources.files([path]):
         for raw in sources.raws(file):
             row = formats.row(raw, spec)
@@ -198,7 +200,7 @@ def _rows(path: Path, spec: formats.DataSpec) -> Iterator[EvaluationPrompt]:
 
 
 def _texts(value: object, key: str) -> Iterator[tuple[str, str]]:
-    """Every text inside, under its path of keys."""
+    """Every text in a value, with its path of keys."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict | list):

@@ -1,12 +1,10 @@
-"""What stands in the words that should not be learned: secrets, personal data, swear words, residue of
-markup, broken characters, control tokens of templates, refusals; and which languages they are in.
+"""What stands in the rows that should not be learned: secrets, personal data, swear words, residue of markup,
+broken characters, control tokens of templates, refusals; and their languages.
 
-Secrets and personal data are found by their written form (prefixes, checksums, the word before them): a name,
-a postal address or a password in a sentence is not seen, and what is plainly made up (example.com, 555
-numbers, AKIA…EXAMPLE) is not named. Of toxicity only strong English swear words and slurs are seen, disguised
-ones too, quoted or meant; threats, contempt and harm in clean words, and other languages, are not. Refusals
-are told by English phrases at the start of an answer. Markup is no residue where it is asked for. A language
-is told from 80 letters on. Nothing that is found is shown in full."""
+`checks.content` says how each is found and what it cannot see. Of toxicity only strong English swear words
+and slurs are found, disguised ones too, whether quoted or meant; threats, contempt and harm in clean words,
+and other languages, are not. Markup does not count if the prompt asks for it. Nothing that is found is shown
+in full."""
 
 from __future__ import annotations
 
@@ -38,9 +36,9 @@ from tunesmith.display.text import excerpt
 
 LEARNED = ("assistant", "call", "text")
 REFUSING = 0.1
-"""Share of the rows to imitate that may refuse before it is a warning."""
+"""Larger shares of refusals among the rows to imitate are a warning."""
 RARE = 0.02
-"""Share of the rows under which a language is named with its rows."""
+"""A language of a smaller share of the rows is named with its rows."""
 PERSONAL = {
     "email": "e-mail address",
     "phone": "phone number",
@@ -77,7 +75,7 @@ TELL: dict[str, tuple[str, str]] = {
         "split it, or look for yourself",
     ),
 }
-"""Rules that name rows by what stands in a text: what that is, and what to do."""
+"""Findings about a text: what it holds, and what to do."""
 
 
 class ContentHit(NamedTuple):
@@ -92,7 +90,7 @@ class RowContent(NamedTuple):
 
 
 class Request:
-    """What the user and the system of a row want, and its languages, found out once it matters."""
+    """What the user and the system text of a row ask for, and its languages; computed when needed."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -103,7 +101,8 @@ class Request:
 
     @cached_property
     def markup(self) -> bool:
-        """They ask for it, or write it; plain text, which nobody asked for, speaks of it."""
+        """Whether they ask for markup or write it; of plain text, which has no prompt, whether it is about
+        markup."""
         plain = [part.text[:SCANNED] for part in self.view.parts if part.role == "text"]
         return any(_ABOUT.search(text) for text in [*self.texts, *plain]) or any(
             map(_HTML.search, self.texts)
@@ -234,7 +233,7 @@ def _told(notes: list[tuple[int, str]]) -> str:
 
 
 def _scan(part: TextPart, request: Request) -> Iterator[ContentHit]:
-    """What is found in one text; of one rule a note may come several times."""
+    """What is found in one text; a rule may occur several times."""
     text, learned = part.text[:SCANNED], part.role in LEARNED
     taught = learned and request.view.label is not False and not part.at.startswith("rejected")
     if len(part.text) > SCANNED:
@@ -286,8 +285,7 @@ _SENTENCE = re.compile(r"[a-z]{2}[.!?](?:\s|$)")
 
 
 def _markup(text: str, prose: str, fences: Fences, role: str, request: Request) -> Iterator[str]:
-    """An open fence; and where nobody asked for markup: prose that is wrapped in a fence, tags and entities
-    in prose."""
+    """An open fence; and if nobody asked for markup: prose wrapped in a fence, tags and entities in prose."""
     if fences.open:
         yield "a code fence is never closed"
     elif role == "assistant" and len(fences.spans) == 1:
@@ -310,7 +308,7 @@ def _markup(text: str, prose: str, fences: Fences, role: str, request: Request) 
 
 
 def _in_table(text: str, position: int) -> bool:
-    """Whether the line is of a markdown table, where a line cannot be broken otherwise."""
+    """Whether the line is part of a markdown table, where <br> is the only way to break a line."""
     return "|" in text[max(text.rfind("\n", 0, position) + 1, position - 500) : position]
 
 

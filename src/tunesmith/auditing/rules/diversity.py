@@ -1,8 +1,7 @@
 """Whether the rows show more than one thing: how many word trigrams of the answers are distinct, and which
 prompts crowd.
 
-Says nothing of rows that repeat each other as a whole (`duplicates`), nor of what kind of task they are
-(`balance`)."""
+Rows that repeat each other as a whole are for `duplicates`, kinds of task for `balance`."""
 
 from __future__ import annotations
 
@@ -24,10 +23,10 @@ FREQUENT = 12  # trigrams that are looked up, of which three are quoted
 COUNTED = 8_000_000
 """Trigrams that are sorted at most: half a gigabyte."""
 PRIOR = 20
-"""Trigrams looked at, of the usual novelty, that a row is given on top of its own when rows are ranked: few
-prove little."""
+"""Trigrams of average novelty that are added to each row when rows are ranked, because few trigrams prove
+little."""
 TIMES, SHARE = 3, 0.1
-"""A cluster is over-represented above so many times its even share, and above this share of the rows."""
+"""A cluster is over-represented above so many times its even share and above this share of the rows."""
 
 
 class RowTrigrams(NamedTuple):
@@ -41,13 +40,12 @@ class RowTrigrams(NamedTuple):
 
 @register
 class Diversity(Rule):
-    """trigrams: distinct word trigrams of the answers ÷ all of them, over all rows; 1 where none occurs
-    twice.
+    """trigrams: distinct word trigrams of the answers ÷ all of them, over all rows; 1 if none occurs twice.
 
-    Where rows are drawn (`Context.share` below 1) the distinct ones are counted in as large a share of all
-    possible trigrams, chosen by their hash and looked for in every row, and scaled up; how many there are is
-    always counted. Half a million distinct ones are then known to within 0.5% at a share of 0.1. Trigrams are
-    told apart by 32 bits: 10 million of them lose about 0.1% to collisions."""
+    If rows are drawn (`Context.share` below 1), distinct trigrams are counted in the same share of all
+    possible trigrams, chosen by their hash and looked for in every row, and scaled up; their total is always
+    counted in full. Half a million distinct ones are then known to within 0.5% at a share of 0.1. Trigrams
+    are compared by 32 bits: 10 million of them lose about 0.1% to collisions."""
 
     name = "diversity"
     order = 20
@@ -129,7 +127,7 @@ def hashes(words: Sequence[str]) -> np.ndarray:
 
 
 def chosen(keys: np.ndarray, share: float) -> np.ndarray:
-    """uint32, of about ``share`` of all trigrams there are: the same ones in every text."""
+    """uint32, of about ``share`` of all possible trigrams: the same ones in every text."""
     return (keys if share >= 1 else keys[keys >> np.uint64(32) < np.uint64(share * 2**32)]).astype(np.uint32)
 
 

@@ -1,8 +1,8 @@
-"""Rows that repeat another: to the letter, but for case, spacing and punctuation, or nearly (`near`).
+"""Rows that repeat another: exactly, apart from case, spacing and punctuation, or nearly (`near`).
 
-Repeated rows are learned more often than others and can stand on both sides of a split. For nearness system
-texts, and what many rows begin with, do not count. Of a group the first row is the original and is not named;
-rows that agree but for the label are for `conflicts`."""
+Repeated rows are learned more often than others and can stand on both sides of a split. System texts, and
+beginnings that many rows share, do not count for nearness. Of a group the first row is the original and is
+not named; rows that differ in the label alone are for `conflicts`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tunesmith.auditing.registry import Rule, register
 from tunesmith.auditing.views import Context, Survey, View, digest, normal
 
 SHARE = 0.05
-"""Above it repeated rows are a warning: they then weigh on what is learned."""
+"""A larger share of repeated rows is a warning."""
 
 
 class RowHashes(NamedTuple):
@@ -86,7 +86,7 @@ def _near(signatures: dict[int, bytes], survey: Survey) -> dict[int, str]:
 
 
 def spoken(view: View) -> str:
-    """All words but system texts, which rows may share at length and yet differ."""
+    """All words except system texts, which rows may share at length and yet differ."""
     return "\n".join(part.text for part in view.parts if part.role != "system")
 
 

@@ -1,9 +1,9 @@
-"""Results that the assistant makes up: its own text goes on, after a call, with what the environment should
+"""Results that the assistant makes up: after a call its own text goes on with what the environment should
 say.
 
-Learned, it teaches a model to answer its own calls. A result in a tool's turn is none, nor is one in a code
-fence, nor the word "Result:" in prose. Which rows can be turned into calls and results is asked of
-`calls.structure`."""
+A model that learns this answers its own calls. A result in a tool's turn or in a code fence, or the word
+"Result:" in prose, does not count. `calls.structure` says which rows can be rewritten as calls and
+results."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ _MARK = re.compile(
 
 
 class InventedResult(NamedTuple):
-    """Of a row with calls. ``seen``: what is made up and where, "" where nothing is. ``note``: of
-    `calls.structure`."""
+    """Of a row with calls. ``seen``: what is made up and where, or "". ``note``: of `calls.structure`."""
 
     seen: str
     note: str
@@ -84,7 +83,7 @@ class Invented(Rule):
 
 
 def made_up(text: str) -> tuple[bool, str]:
-    """Whether an assistant's text calls anything, and what it makes up after that: what, not its words."""
+    """Whether an assistant's text makes a call, and what kind of result it makes up after that."""
     written = calls.found(text)
     if first := next((call for call in written if call.result), None):
         return True, f"a result of {first.name}, {len(first.result or ''):,} letters"

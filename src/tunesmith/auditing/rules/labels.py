@@ -1,8 +1,8 @@
-"""Which labels a simple model of the other rows would not have given: a reading list, not a list of errors.
+"""Labels that a simple model of the other rows would not have given: rows to read, not a list of errors.
 
 The model is a ridge regression on the words of a row (TF-IDF in 100 dimensions), and each row is judged by
-the model fitted without it. It knows words, not truth; where it cannot tell the labels of most rows it says
-so and names none."""
+the model fitted without it. It knows words, not truth; if it cannot predict labels better than chance, no row
+is named."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from tunesmith.auditing.rules.diversity import hashes
 from tunesmith.auditing.views import Context, Survey, View
 
 WORDS = 5_000
-"""Of a row that are looked at, from its beginning."""
+"""Words of a row that count, from its beginning."""
 DIMENSIONS, PENALTY, NEIGHBOURS = 100, 1.0, 5
 FEWEST, FEWEST_OF_LABEL = 30, 5
 CLEAR = 0.6
-"""The model knows something of the labels where the area under its curve is above this with 97.5%
-confidence."""
+"""The model predicts labels if the area under its ROC curve is above this with 97.5% confidence."""
 SHARE, AT_LEAST = 0.02, 10
-"""Rows that are named at most: this share, but so many at least."""
+"""At most this share of the rows is named, or so many if that is more."""
 
 
 class Skill(NamedTuple):
-    """How well scores tell labels. ``area``: under the ROC curve, of which ``low`` and ``high`` bound 95%.
-    ``accuracy``: the mean of both labels' shares that are told right."""
+    """How well scores predict labels. ``area``: under the ROC curve, with the 95% interval ``low`` to
+    ``high``. ``accuracy``: balanced, the mean over both labels."""
 
     area: float
     low: float

@@ -1,5 +1,5 @@
-"""How long prompts, answers and whole rows are, in tokens of the target tokenizer, control tokens of the
-template included.
+"""Lengths of prompts, answers and whole rows in tokens of the target tokenizer, with the control tokens of
+the template.
 
 prompt: what stands before the first learned token. answer: all learned tokens of a row. total: the longest
 sequence that the row becomes. Without a tokenizer words are counted, and the bars, which are in tokens, are
@@ -22,7 +22,7 @@ from tunesmith.errors import TemplateError
 
 QUANTILES = (5, 25, 50, 75, 95, 99, 100)
 FAR = 3.0
-"""A total is an outlier where its logarithm is so many quartile distances above the upper or below the lower
+"""A total is an outlier if its logarithm is so many quartile distances above the upper or below the lower
 quartile."""
 
 

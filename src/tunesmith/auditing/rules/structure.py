@@ -1,11 +1,11 @@
-"""Is each row sound: roles, order, turns and calls as every template needs them, arguments as the tools
-declare them?
+"""Whether each row is valid: roles, order, turns and calls as every template needs them, arguments as the
+tools declare them.
 
-What `formats` and `examples` refuse is counted by its reason. Of the rows that can be read, the arguments of
-calls are held against the declared JSON schema, calls written as text against the form of a JSON object, and
-ids of calls against what the target model writes. A row labelled undesirable, and the rejected side of a
-pair, may break a call: that is what it shows. Not checked are `pattern` and `format`, schemas with
-`patternProperties` or very many references, and whether a call was right."""
+Rows that `formats` and `examples` refuse are counted by reason. In the rows that can be read, arguments of
+calls are checked against the declared JSON schema, calls written as text for a JSON object, and ids of calls
+for the form that the target model writes. A row labelled undesirable, and the rejected side of a pair, may
+hold a broken call. Not checked are `pattern` and `format`, schemas with `patternProperties` or very many
+references, and whether a call was right."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TELL = {
         "nothing to do: the renderer makes such an id of it",
     ),
 }
-"""What a row that can be read may have, and what to do. The first two make it unsound; the last is only worth
+"""Faults of rows that can be read, and what to do. The first two make a row invalid; the last is only worth
 knowing."""
 ASTRAY = "it cannot be followed: a reference leads nowhere or to itself, or it is nested too deeply"
 UNSOUND = ("schema", "text_calls")
@@ -82,7 +82,7 @@ class Structure(Rule):
     bar = "at least 95 % sound (`audit.min_valid`), else an error"
 
     def look(self, view: View, context: Context) -> dict[str, str] | None:
-        """What is wrong, by the rule of `TELL`, or of a row that was dropped by its reason."""
+        """What is wrong, by finding; of a row that was dropped, by reason."""
         if view.dropped is not None:
             return {view.dropped.reason: excerpt(masked(view.dropped.message[:1000]), 400)}
         faults: dict[str, list[str]] = defaultdict(list)
@@ -144,7 +144,7 @@ class Structure(Rule):
 
 
 def _faults(view: View, context: Context) -> Iterator[tuple[str, str]]:
-    """(rule, what is wrong) for everything that is, in what is to be learned."""
+    """(finding, what is wrong) for every fault in what is learned."""
     if view.conversation and view.conversation.tools:
         yield from _undeclared(view.conversation)
     for part in view.parts:
@@ -169,7 +169,7 @@ def _told(notes: list[str]) -> str:
 
 
 def _undeclared(conversation: Conversation) -> Iterator[tuple[str, str]]:
-    """Schemas that are none, and arguments that theirs does not allow."""
+    """Invalid schemas, and arguments that break their schema."""
     from jsonschema.exceptions import UnknownType
     from referencing.exceptions import Unresolvable
 
@@ -195,8 +195,8 @@ def _undeclared(conversation: Conversation) -> Iterator[tuple[str, str]]:
 
 @lru_cache(maxsize=8192)
 def _check(text: str) -> tuple[Validator | None, str]:
-    """What checks arguments against the schema in ``text``, None where they are not checked; and what is
-    wrong with it."""
+    """The validator of the schema in ``text``, or None if arguments are not checked; and what is wrong with
+    the schema."""
     from jsonschema import Draft202012Validator, FormatChecker, SchemaError
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -221,8 +221,7 @@ def _check(text: str) -> tuple[Validator | None, str]:
 
 @lru_cache(maxsize=16)
 def _bounded(kind: type[Validator]) -> type[Validator]:
-    """``kind`` without what takes more than linear time: patterns, which may be any, and equality of all
-    pairs."""
+    """``kind`` without what takes more than linear time: patterns, and comparing all pairs of items."""
     from jsonschema import ValidationError
     from jsonschema.validators import extend
 

@@ -1,9 +1,8 @@
-"""What the tokenizer and template make of the rows: unknown letters, control tokens in the wrong place,
-nothing to learn.
+"""What the tokenizer and the template make of the rows: unknown letters, misplaced control tokens, nothing to
+learn.
 
 The renderer itself refuses a row whose learned tokens do not decode to the assistant's words; those rows are
-counted here by the code of the refusal. The checks on its sequences look at the ids alone, not at how they
-were made."""
+counted here by the code of the refusal. The checks on sequences use the ids alone."""
 
 from __future__ import annotations
 
