@@ -428,8 +428,9 @@ def test_colour_goes_by_cluster_or_by_label_and_the_marker_by_label_always(tab):
         """Cluster, form and colour of each point."""
         return [
             tuple(one)
-            for one in tab.evaluate("""[...document.querySelectorAll('#map .trace')].flatMap((trace, cluster) =>
-            [...trace.querySelectorAll('.point')].map(dot => [cluster, dot.getAttribute('d'), getComputedStyle(dot).fill]))""")
+            for one in tab.evaluate("""[...document.querySelectorAll('#map .trace')].flatMap(
+            (trace, cluster) => [...trace.querySelectorAll('.point')].map(
+                dot => [cluster, dot.getAttribute('d'), getComputedStyle(dot).fill]))""")
         ]
 
     before = looks()
@@ -576,8 +577,10 @@ def test_nothing_is_wider_than_the_screen_and_no_label_is_cut(window):
         assert tab.evaluate("document.documentElement.scrollWidth") == width
         cut = tab.evaluate("""[...document.querySelectorAll('.plot')].flatMap(plot => {
             const box = plot.getBoundingClientRect();
-            return [...plot.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()])
-                .filter(([words, own]) => words && own.width && (own.left < box.left - 1 || own.right > box.right + 1
+            return [...plot.querySelectorAll('text')]
+                .map(text => [text.textContent, text.getBoundingClientRect()])
+                .filter(([words, own]) => words && own.width
+                    && (own.left < box.left - 1 || own.right > box.right + 1
                     || own.top < box.top - 1 || own.bottom > box.bottom + 1))
                 .map(([words]) => `${plot.id}: ${words}`);
         })""")

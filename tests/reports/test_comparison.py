@@ -25,7 +25,10 @@ from tunesmith.evaluation.tasks.tool_calls import CHECKS, ToolCalls
 from tunesmith.reports import compare
 from tunesmith.runs.records import ExampleScore, Record, Score
 
-HOSTILE = "<b>b</b></script><img src=x onerror='window.hacked=1'>\"{{7*7}}`<i>` | [x](javascript:1) \x00\x1b[31m\ud800\u202e\u2028"
+HOSTILE = (
+    "<b>b</b></script><img src=x onerror='window.hacked=1'>\"{{7*7}}`<i>` | [x](javascript:1) "
+    "\x00\x1b[31m\ud800\u202e\u2028"
+)
 CALL = {"kind": "call", **dict.fromkeys(CHECKS, True)}
 
 
@@ -526,7 +529,8 @@ def test_a_torn_evaluation_is_an_error_with_its_line(runs):
     path.write_text("".join(lines[:4]) + '{"source": 1}\n' + "".join(lines[5:]))
     with pytest.raises(
         EvaluationError,
-        match=r"examples\.jsonl:5: cannot be read: not an evaluated example\nhint: measure it again: tunesmith evaluate",
+        match=r"examples\.jsonl:5: cannot be read: not an evaluated example\n"
+        "hint: measure it again: tunesmith evaluate",
     ):
         compared(*runs)
     path.write_text("".join(lines[:4]) + lines[4][:30])
@@ -547,7 +551,8 @@ def test_more_comparisons_ask_for_more_evidence(runs, tmp_path):
     found = compared(*runs, third)
     assert [side.run.letter for side in found.against] == ["B", "C"] and found.tests == 2
     assert headline(found).p_corrected == pytest.approx(2 * alone.p) and alone.p_corrected == alone.p
-    head = "Of 2 runs held against A, 1 is shown to be better; the furthest ahead: B (other) is better than A (one) ("
+    head = "Of 2 runs held against A, 1 is shown to be better; "
+    head += "the furthest ahead: B (other) is better than A (one) ("
     assert found.verdict.startswith(head)
     swapped = compared(*runs, third, against=third)
     assert [run.name for run in swapped.runs] == ["third", "one", "other"]

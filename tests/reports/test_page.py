@@ -35,7 +35,8 @@ from tunesmith.reports import verdict as evidence
 from tunesmith.runs.records import Score
 
 HOSTILE = (
-    "</script><img src=x onerror='window.hacked=1'>\"&lt;{{7*7}}{% raw %}`<i>` javascript:window.hacked=1 | $x^2$ "
+    "</script><img src=x onerror='window.hacked=1'>\"&lt;{{7*7}}{% raw %}`<i>` javascript:window.hacked=1 | "
+    "$x^2$ "
     "\x00\x1b[31m\ud800\u202e\u2028"
 )
 
@@ -347,7 +348,8 @@ def test_a_script_that_got_into_the_page_could_not_run(run, browser):
     tab.goto((run / "report.html").as_uri())
     refused = tab.evaluate("""() => new Promise(done => {
         document.addEventListener('securitypolicyviolation', event => done(event.effectiveDirective));
-        document.body.append(Object.assign(document.createElement('script'), { textContent: 'window.hacked = 1' }));
+        const script = Object.assign(document.createElement('script'), { textContent: 'window.hacked = 1' });
+        document.body.append(script);
         setTimeout(() => done('nothing'), 2000);
     })""")
     assert refused == "script-src-elem" and tab.evaluate("window.hacked") is None

@@ -92,7 +92,8 @@ def test_the_three_files_are_written_and_the_numbers_are_those_of_the_events(run
     found = json.loads((folder / "report.json").read_text())
     assert found == json.loads(json.dumps(reports.summarise(folder)))
     assert found["verdict"] == (
-        "After 60 of 60 updates the validation loss fell from 2.0000 to 1.0000 nats a learned token (-50.0%), "
+        "After 60 of 60 updates the validation loss fell from 2.0000 to 1.0000 nats a learned token "
+        "(-50.0%), "
         "perplexity from 7.389 to 2.718, on 40 held-out rows."
     )
     assert found["time"] == {"seconds": 150.0, "training_s": 120.0, "validating_s": 6.0, "saving_s": 0.5}

@@ -440,7 +440,8 @@ def test_museum_21_a_key_that_is_accepted_and_ignored(run_yaml):
         ("adapter: {rnak: 3}", "run.yaml:2: adapter.rnak: unknown key\nhint: did you mean adapter.rank?"),
         (
             "keep_bset: true",
-            "run.yaml:2: keep_bset: unknown key\nhint: known here: model, adapter, second, optimizer, loop, share, tags",
+            "run.yaml:2: keep_bset: unknown key\n"
+            "hint: known here: model, adapter, second, optimizer, loop, share, tags",
         ),
         (
             "learning_rate: 1",
@@ -449,7 +450,8 @@ def test_museum_21_a_key_that_is_accepted_and_ignored(run_yaml):
         ("rank: 3", "run.yaml:2: rank: unknown key\nhint: did you mean adapter.rank or second.rank?"),
         (
             "adapter.rank: 3",
-            "run.yaml:2: adapter.rank: unknown key\nhint: a dot does not nest here: write adapter, and its keys indented below it",
+            "run.yaml:2: adapter.rank: unknown key\n"
+            "hint: a dot does not nest here: write adapter, and its keys indented below it",
         ),
         (
             "adapter: {kind: full, rank: 3}",
@@ -486,7 +488,8 @@ def test_museum_21_a_key_that_is_accepted_and_ignored(run_yaml):
         ("tags: {a: 1}", 'run.yaml:2: tags: must be a mapping, not {"a": 1}'),
         (
             "model: {quantize: 4}",
-            "model.path: missing; must be text (at least 1 character)\nhint: add it to the file, or give --set model.path=…",
+            "model.path: missing; must be text (at least 1 character)\n"
+            "hint: add it to the file, or give --set model.path=…",
         ),
     ],
 )
@@ -503,7 +506,8 @@ def test_all_mistakes_are_told_at_once(run_yaml):
         '  run.yaml:3: loop.deep.low: must be an integer, not "x"\n'
         "  run.yaml:3: loop.keep_best: must be true or false, not 1\n"
         "  --set: share: must be a number ≥ 0 and ≤ 1 or a list of text, not -1\n"
-        "  model.path: missing; must be text (at least 1 character) (add it to the file, or give --set model.path=…)"
+        "  model.path: missing; must be text (at least 1 character) "
+        "(add it to the file, or give --set model.path=…)"
     )
 
 

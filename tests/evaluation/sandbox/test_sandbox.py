@@ -61,7 +61,8 @@ FORBIDDEN = {
     "other packages": "open(package).read()",
     "link to the outside": "os.link(outside, 'linked'); os.remove('linked')",
     "symbolic link": "os.symlink(outside, 'there'); os.remove('there')",
-    "rename out": "open('mine', 'w').close(); os.rename('mine', outside + '.moved'); os.remove(outside + '.moved')",
+    "rename out": "open('mine', 'w').close(); os.rename('mine', outside + '.moved'); "
+    "os.remove(outside + '.moved')",
     "write": "open(outside, 'r+').close()",
     "truncate by path": "os.truncate(outside, 0)",
     "empty by read": "os.close(os.open(outside, os.O_RDONLY | os.O_TRUNC))",
@@ -75,7 +76,8 @@ FORBIDDEN = {
     "memory without a file": "os.close(os.memfd_create('x'))",
     "pipe with a name": "os.mkfifo('pipe'); os.remove('pipe')",
     "folder": "os.mkdir('folder'); os.rmdir('folder')",
-    "shared map": "import mmap; f = open('map', 'w+b'); f.write(b'x'); f.flush(); mmap.mmap(f.fileno(), 1); os.remove('map')",
+    "shared map": "import mmap; f = open('map', 'w+b'); f.write(b'x'); f.flush(); mmap.mmap(f.fileno(), 1); "
+    "os.remove('map')",
     "tcp": "socket.create_connection(('127.0.0.1', tcp), 1).close()",
     "listen": "socket.create_server(('127.0.0.1', 0)).close()",
     "udp": "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', udp))",
@@ -88,12 +90,14 @@ FORBIDDEN = {
     "subprocess": "subprocess.run(['true'], check=True)",
     "spawn": "os.waitpid(os.posix_spawn(sys.executable, [sys.executable, '-c', ''], {}), 0)",
     "shell": "assert os.system('true') == 0 or exec('raise OSError')",
-    "thread": "import threading\ntry: threading.Thread(target=print).start()\nexcept RuntimeError: raise OSError('no thread')",
+    "thread": "import threading\ntry: threading.Thread(target=print).start()\n"
+    "except RuntimeError: raise OSError('no thread')",
     "exec": "os.execv(sys.executable, [sys.executable, '-c', ''])",
     "signal to the parent": "os.kill(parent, 0)",
     "signal to all": "os.kill(-1, 0)",
     "signal by another's hand": "import fcntl; r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETOWN, parent)",
-    "limits of the parent": "import resource as r; r.prlimit(parent, r.RLIMIT_CORE, r.prlimit(parent, r.RLIMIT_CORE))",
+    "limits of the parent": "import resource as r; "
+    "r.prlimit(parent, r.RLIMIT_CORE, r.prlimit(parent, r.RLIMIT_CORE))",
     "priority": "os.nice(1)",
     "new session": "os.fork() and os._exit(0); os.setsid()",
     "quiet death": "import ctypes\nif ctypes.CDLL(None).prctl(1, 0, 0, 0, 0): raise OSError('refused')",
@@ -298,7 +302,8 @@ def test_it_sees_its_empty_folder_no_environment_no_input_and_is_left_without_a_
 import os, resource, sys, tempfile
 assert os.getsid(0) == os.getpid()
 assert os.listdir() == [] and sys.stdin.read() == "" and sys.argv == ["program.py"]
-assert set(os.environ) <= {"HOME", "TMPDIR", "LANG", "TZ", "PYTHONHASHSEED", "PYTHONUTF8", "LC_CTYPE", "__CF_USER_TEXT_ENCODING"}
+known = {"HOME", "TMPDIR", "LANG", "TZ", "PYTHONHASHSEED", "PYTHONUTF8", "LC_CTYPE"}
+assert set(os.environ) <= known | {"__CF_USER_TEXT_ENCODING"}
 assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
 with tempfile.TemporaryFile() as file:
     file.write(b"x")
@@ -306,7 +311,8 @@ open("a", "w").write("ü")
 os.rename("a", "b")
 assert open("b").read() == "ü"
 os.remove("b")
-import bisect, collections, dataclasses, datetime, decimal, fractions, functools, hashlib, heapq, itertools, math, random, re
+import bisect, collections, dataclasses, datetime, decimal, fractions, functools, hashlib, heapq, itertools
+import math, random, re
 import sqlite3, ssl, string, typing, unicodedata, zoneinfo
 print(hash("order"), os.getcwd(), zoneinfo.ZoneInfo("UTC"), hashlib.md5(b"").hexdigest())
 """
@@ -321,7 +327,8 @@ print(hash("order"), os.getcwd(), zoneinfo.ZoneInfo("UTC"), hashlib.md5(b"").hex
 @linux
 @shut
 def test_it_has_no_privilege_and_dies_with_whoever_started_it():
-    code = "from tunesmith.evaluation.sandbox import sandbox; sandbox._run('while True: pass', sandbox.Limits(seconds=60))"
+    run_it = "sandbox._run('while True: pass', sandbox.Limits(seconds=60))"
+    code = f"from tunesmith.evaluation.sandbox import sandbox; {run_it}"
     parent = subprocess.Popen([sys.executable, "-c", code])
     try:
         end, child, status = time.monotonic() + 120, None, {}
@@ -483,7 +490,8 @@ ANSWERS = {
     "    y = x\n\n    # twice\n    return y + x\n# so\n": "    y = x\n\n    # twice\n    return y + x",
     "    return 2 * x\n```\nThat doubles x.": "    return 2 * x",
     "\n    return 2 * x\nprint(double(2))": "\n    return 2 * x",
-    "Sure:\n```python\nimport math\n\ndef double(x):\n    return 2 * x\n\nassert double(1) == 2\n```\nIt doubles.": None,
+    "Sure:\n```python\nimport math\n\ndef double(x):\n    return 2 * x\n\n"
+    "assert double(1) == 2\n```\nIt doubles.": None,
     "```py\n    return 2 * x\n```": "    return 2 * x",
     "```\ndef double(x):\n    return x + x": None,
     "def double(x):\n    return x + x\nif True:\n    pass": "def double(x):\n    return x + x",

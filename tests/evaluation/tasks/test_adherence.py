@@ -46,7 +46,8 @@ from tunesmith.tokens.batches import BatchSpec
 from tunesmith.tokens.template import TemplateSpec
 
 PROSE = (
-    "The library opens at nine in the morning and closes at six. On Sundays it stays shut, but the café next to it is open "
+    "The library opens at nine in the morning and closes at six. On Sundays it stays shut, but the café "
+    "next to it is open "
     "all day. You can return books at any hour through the slot beside the front door."
 )
 LISTED = "Here is what you need:\n\n- a pan\n- two eggs\n- a little salt\n\nMix them well."
@@ -216,9 +217,12 @@ def test_rare_instructions_tell_good_from_bad_as_ifeval_does(ifeval, kind, given
 
 SPOKEN = {
     "en": "The weather was fine this morning, so we walked along the river and had breakfast outside.",
-    "de": "Das Wetter war heute Morgen schön, also sind wir am Fluss entlang gegangen und haben draußen gefrühstückt.",
-    "fr": "Il faisait beau ce matin, alors nous avons marché le long de la rivière et pris le petit déjeuner dehors.",
-    "es": "Esta mañana hacía buen tiempo, así que paseamos por el río y desayunamos al aire libre con los niños.",
+    "de": "Das Wetter war heute Morgen schön, also sind wir am Fluss entlang gegangen "
+    "und haben draußen gefrühstückt.",
+    "fr": "Il faisait beau ce matin, alors nous avons marché le long de la rivière "
+    "et pris le petit déjeuner dehors.",
+    "es": "Esta mañana hacía buen tiempo, así que paseamos por el río "
+    "y desayunamos al aire libre con los niños.",
     "ru": "Сегодня утром была хорошая погода, поэтому мы прогулялись вдоль реки и позавтракали на улице.",
     "ja": "今朝は天気が良かったので、川沿いを散歩して、外で朝ごはんを食べました。とても楽しかったです。",
     "ko": "오늘 아침에는 날씨가 좋아서 강을 따라 산책하고 밖에서 아침을 먹었습니다. 정말 즐거웠습니다.",

@@ -487,7 +487,8 @@ sys.path.insert(0, "tests")
 from evaluation.tasks.test_benchmarks import benchmarks, material, model, renderers, BatchSpec, Path, Subject
 (task,) = benchmarks.build(material(Path({str(folder)!r}), "mmlu:anatomy"))
 net = model.load(model.ModelSpec(path={str(tiny_model)!r})).net
-print(len(task.score(task.measure(Subject(net, renderers.load({str(tiny_model)!r}), "base", BatchSpec(), 4)))))
+subject = Subject(net, renderers.load({str(tiny_model)!r}), "base", BatchSpec(), 4)
+print(len(task.score(task.measure(subject))))
 assert "torch" not in sys.modules and "lm_eval.api.model" in sys.modules
 """
     done = subprocess.run(

@@ -77,7 +77,7 @@ def test_the_command_line_offers_it_and_says_which_options_are_its_own(brevity):
 def test_its_name_is_known_while_it_is_registered(brevity):
     (group,) = tasks.require(["brevity"], EvaluationSpec())
     assert group.kinds == (Brevity,) and "brevity" in tasks.suite()
-    with pytest.raises(EvaluationError, match="hint: tasks: .*brevity"):
+    with pytest.raises(EvaluationError, match=r"hint: tasks: .*brevity"):
         tasks.require(["wordiness"], EvaluationSpec())
     assert tasks.known("brevity", "7") is Brevity and tasks.known("brevity", "6") is None
 
