@@ -16,7 +16,7 @@ from reports.test_comparison import HOSTILE, a_run, benchmarked, evaluated, unfe
 from tunesmith.data.sources import sha256
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.statistics import Statistic
-from tunesmith.evaluation.tasks.drift import Safety
+from tunesmith.evaluation.tasks.drift import SafetyDrift
 from tunesmith.reports import card
 from tunesmith.reports import summary as facts
 from tunesmith.reports import verdict as evidence
@@ -112,7 +112,7 @@ def test_each_result_is_a_number_of_the_report_with_its_interval_and_the_hash_of
 class _Safety:
     """The safety task's name and numbers, over examples of this file."""
 
-    name, version = "drift.safety", Safety.version
+    name, version = "drift.safety", SafetyDrift.version
     statistics = (
         Statistic("refusal", lambda one: one.value, share=True, better="higher", headline=True, unit="%"),
     )

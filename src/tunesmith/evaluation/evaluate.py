@@ -202,7 +202,7 @@ def _file_label(paths: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Measurement:
-    """One side of one task. ``seconds``: what measuring took, possibly in an earlier evaluation (``cached``)."""
+    """One side of one task. ``seconds``: what measuring took, if ``cached`` in an earlier evaluation."""
 
     scores: list[ExampleScore]
     seconds: float

@@ -37,7 +37,15 @@ from tunesmith.errors import DataError
 from tunesmith.evaluation.statistics import summarise
 from tunesmith.evaluation.subject import Said, Subject
 from tunesmith.evaluation.tasks import EvaluationSpec, Material, adherence, tool_calls
-from tunesmith.evaluation.tasks.adherence import WEIGHTS, Answered, Asked, build, language, loops, score
+from tunesmith.evaluation.tasks.adherence import (
+    WEIGHTS,
+    AdherenceAnswer,
+    AdherencePrompt,
+    build,
+    language,
+    loops,
+    score,
+)
 from tunesmith.events import Notice
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.model import loading as model
@@ -72,7 +80,7 @@ def row(answer, line=1, ask="Tell me.", tools=(), calls=(), **metadata):
     return Demonstration(talk, source=f"rows.jsonl:{line}", metadata=metadata)
 
 
-def asked(answer, renderer, **options) -> Asked:
+def asked(answer, renderer, **options) -> AdherencePrompt:
     (task,) = build(material([row(answer, **options)], renderer, max_tokens=4096))
     return task.asked[0]
 
@@ -492,7 +500,7 @@ def test_each_part_of_sanity_and_safety_fails_alone(renderer):
         "no_refusal": said("I'm sorry, but I can't help with that."),
     }
     for name, answer in fails.items():
-        detail = score(Answered(one, answer)).detail
+        detail = score(AdherenceAnswer(one, answer)).detail
         parts = {**detail["sane"], **detail["safe"]}
         also = {"same_language"} if name == "same_script" else set()
         assert {part for part, holds in parts.items() if holds is False} - also == {name}
@@ -506,10 +514,15 @@ def test_what_prompt_or_reference_say_is_nothing_new_and_what_the_reference_fail
         asked("I wrote to her.", renderer, ask=f"Write to {mail}"),
         asked(f"I wrote to {mail}.", renderer),
     ):
-        assert score(Answered(one, said(f"Sent it to {mail.lower()}, as you said."))).detail["safety"] == 100
-        assert score(Answered(one, said("Sent it to bob.marley77@gmail.com."))).detail["safety"] == 0
+        assert (
+            score(AdherenceAnswer(one, said(f"Sent it to {mail.lower()}, as you said."))).detail["safety"]
+            == 100
+        )
+        assert score(AdherenceAnswer(one, said("Sent it to bob.marley77@gmail.com."))).detail["safety"] == 0
     refusal = "I'm sorry, but I can't help with that."
-    assert score(Answered(asked(refusal, renderer), said(refusal))).detail["safe"]["no_refusal"] is None
+    assert (
+        score(AdherenceAnswer(asked(refusal, renderer), said(refusal))).detail["safe"]["no_refusal"] is None
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -540,7 +553,7 @@ def test_a_reference_that_is_too_long_is_compared_as_far_as_an_answer_may_go(ren
     long, short = task.asked
     assert (long.whole, short.whole) == (False, True) and len(long.ids) == 30
     assert PROSE.startswith(long.reference) and [note.count for note in notes] == [1]
-    good, bad = (score(Answered(one, said(one.reference, cut=True), 1.0)) for one in (long, short))
+    good, bad = (score(AdherenceAnswer(one, said(one.reference, cut=True), 1.0)) for one in (long, short))
     assert good.value == 100 and good.detail["cut"] is None and good.detail["sane"]["ended"] is None
     assert bad.value < 100 and bad.detail["cut"] is True
     assert {each.kind: dict(each.given) for each in long.constraints} == {}
@@ -573,24 +586,24 @@ def test_a_right_call_is_right_in_every_form_and_with_any_id():
     ]
     assert own.text.startswith("[TOOL_CALLS]") and len({*forms}) == len(forms)
     for form in forms:
-        found = score(Answered(task.asked[0], said(form), 1.0))
+        found = score(AdherenceAnswer(task.asked[0], said(form), 1.0))
         assert (found.value, found.detail["rouge_l"], found.detail["bleu"]) == (
             100.0,
             100.0,
             pytest.approx(100.0),
         ), form
-        assert score(Answered(task.asked[0], said(form.replace("Bern", "Rome")), 1.0)).value < 99, form
+        assert score(AdherenceAnswer(task.asked[0], said(form.replace("Bern", "Rome")), 1.0)).value < 99, form
     assert (
-        score(Answered(task.asked[0], said(f"Sure!\n{forms[4]}"), 1.0)).value < 100
+        score(AdherenceAnswer(task.asked[0], said(f"Sure!\n{forms[4]}"), 1.0)).value < 100
     )  # words that the reference has not
     turned = "\n".join(json.dumps(json.loads(one), sort_keys=True) for one in told)
-    assert score(Answered(task.asked[0], said(turned), 1.0)).value == 100.0
+    assert score(AdherenceAnswer(task.asked[0], said(turned), 1.0)).value == 100.0
     own_ids = mistral.text_prompt(turned)[1:]
     assert list(task.asked[0].ids) == own_ids  # the meaning too is that of one form
     (taught,) = build(material([row(forms[5])], mistral, max_tokens=4096))[0].asked
     assert list(taught.ids) == own_ids and taught.reference == forms[5]
     broken = forms[4].replace("}}", "}")
-    assert score(Answered(task.asked[0], said(broken), 1.0)).value < 90
+    assert score(AdherenceAnswer(task.asked[0], said(broken), 1.0)).value < 90
 
 
 def task_reference(of: Demonstration) -> tool_calls.Reference:
@@ -629,7 +642,9 @@ def test_constraints_are_read_off_the_reference_or_taken_as_declared(renderer):
     )
     called = asked("", renderers.load("mistral-v3"), calls=(Call("f", {"a": 1}),))
     assert (
-        not score(Answered(called, said('[TOOL_CALLS] [{"name": "f", "arguments": {}}]'))).detail["sanity"]
+        not score(AdherenceAnswer(called, said('[TOOL_CALLS] [{"name": "f", "arguments": {}}]'))).detail[
+            "sanity"
+        ]
         < 100
     )
     assert [each.kind for each in called.constraints] == [
@@ -657,7 +672,7 @@ def test_rows_of_ifeval_are_scored_by_their_constraints_alone(renderer, data_dir
     examples = read([path], DataSpec(train=(str(path),))).examples
     (task,) = build(material(examples, renderer))
     assert len(task.asked) == 40 and {one.kind for one in task.asked} == {"declared"}
-    scores = task.score([Answered(one, said(PROSE)) for one in task.asked])
+    scores = task.score([AdherenceAnswer(one, said(PROSE)) for one in task.asked])
     assert all(one.detail["semantic"] is None and one.detail["structure"] is not None for one in scores)
     pairs = [zip(one["instruction_id_list"], one["kwargs"], strict=True) for one in lines]
     shares = [np.mean([keeps(kind, PROSE, **arguments) for kind, arguments in pair]) for pair in pairs]
@@ -691,7 +706,9 @@ def test_a_reference_is_a_perfect_answer_to_its_own_prompt(renderer, syngen):
     for max_tokens in (64, 4096):
         (task,) = build(material(examples, renderer, max_tokens=max_tokens))
         assert len(task.asked) > 40
-        items = [Answered(one, Said(one.reference, len(one.ids), not one.whole), 1.0) for one in task.asked]
+        items = [
+            AdherenceAnswer(one, Said(one.reference, len(one.ids), not one.whole), 1.0) for one in task.asked
+        ]
         scores = task.score(items)
         assert {one.value for one in scores} == {100.0}
         for layer in WEIGHTS:
@@ -704,7 +721,11 @@ def test_a_reference_is_a_perfect_answer_to_its_own_prompt(renderer, syngen):
 @pytest.mark.parametrize("text", ["👍", "!!!", "👍 👎", "…"])
 def test_a_reference_without_words_is_a_perfect_answer_as_well(renderer, text):
     one = asked(text, renderer)
-    assert score(Answered(one, said(text), 1.0)).value == 100 > score(Answered(one, said("?"), 0.0)).value
+    assert (
+        score(AdherenceAnswer(one, said(text), 1.0)).value
+        == 100
+        > score(AdherenceAnswer(one, said("?"), 0.0)).value
+    )
 
 
 REFERENCES = [
@@ -744,7 +765,9 @@ def test_no_answer_makes_it_raise_and_which_numbers_there_are_depends_on_the_pro
     renderer, text, at, near
 ):
     one = asked(REFERENCES[at], renderer)
-    found, other = (score(Answered(one, answer, near)) for answer in (said(text, cut=True), said("Fine.")))
+    found, other = (
+        score(AdherenceAnswer(one, answer, near)) for answer in (said(text, cut=True), said("Fine."))
+    )
     assert 0 <= found.value <= 100 and (text.strip() or found.value == 0)
     names = [statistic.name for statistic in adherence.Adherence.statistics[1:]]
     assert [found.detail[name] is None for name in names] == [other.detail[name] is None for name in names]
@@ -842,7 +865,7 @@ def test_a_pattern_that_takes_too_long_does_not_hold_and_is_shown_so(
 ):
     monkeypatch.setattr(constraints, "PATIENCE", 0.05)
     one = asked(PROSE, renderer, constraints=[{"kind": kind, **given}, {"kind": "characters", "at_least": 1}])
-    detail = score(Answered(one, said(text))).detail
+    detail = score(AdherenceAnswer(one, said(text))).detail
     assert (detail["structure"], detail["constraints"][0]["holds"]) == (
         50,
         False if kind == "tables" else None,

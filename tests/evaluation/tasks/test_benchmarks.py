@@ -333,13 +333,13 @@ def test_files_that_are_not_as_the_hub_has_them(tmp_path):
     (tmp_path / "piqa_validation.jsonl").write_text(
         '{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n[1]\n'
     )
-    with pytest.raises(DataError, match=r"piqa_validation.jsonl:2: is no JSON object"):
+    with pytest.raises(DataError, match=r"piqa_validation.jsonl:2: is not a JSON object"):
         benchmarks.build(material(tmp_path, "piqa"))
     (tmp_path / "piqa_validation.jsonl").rename(tmp_path / "piqa_validation_10.jsonl")
     write(tmp_path / "piqa_validation_20.jsonl", [])
     with pytest.raises(EvaluationError, match="more than one file"):
         benchmarks.build(material(tmp_path, "piqa"))
-    with pytest.raises(EvaluationError, match="is no folder"):
+    with pytest.raises(EvaluationError, match="is not a folder"):
         benchmarks.build(material(tmp_path / "nowhere", "piqa"))
 
 
@@ -445,7 +445,7 @@ def test_no_name_no_task(folder):
 
 
 def test_the_hub_offline_is_an_error_with_a_way_out():
-    with pytest.raises(EvaluationError, match="could not be had from the hub") as error:
+    with pytest.raises(EvaluationError, match="could not be fetched from the hub") as error:
         benchmarks.build(material(None, "hellaswag"))
     assert "--benchmark-data" in str(error.value.hint)
 
@@ -470,7 +470,7 @@ def test_nothing_is_left_behind_and_nothing_is_printed(subject, folder, capfd):
 
 def test_what_the_harness_warns_of_is_a_notice_with_a_count():
     told: list = []
-    with catalogue.heard(told.append):
+    with catalogue.warnings_as_notices(told.append):
         logging.getLogger("lm_eval.api.task").warning("odd")
         logging.getLogger("lm_eval.api.task").warning("odd")
     assert [(one.what, one.count, one.level) for one in told] == [("lm-eval: odd", 2, "warning")]

@@ -23,7 +23,7 @@ from tunesmith.evaluation.tasks import EvaluationSpec, Material, adherence, tool
 from tunesmith.evaluation.tasks import perplexity as perplexities
 from tunesmith.evaluation.tasks.perplexity import Perplexity, RowLoss
 from tunesmith.evaluation.tasks.tool_calls import CHECKS as ALL_CHECKS
-from tunesmith.evaluation.tasks.tool_calls import Reference, ToolCalls, asked, references, score
+from tunesmith.evaluation.tasks.tool_calls import ReferenceAnswer, ToolCalls, asked, references, score
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.model import loading as model
 from tunesmith.tokens import renderers, template
@@ -268,8 +268,8 @@ def said(text: str) -> Said:
     return Said(text, len(text), False)
 
 
-def ref(*made: tuple[str, dict]) -> Reference:
-    return Reference("x.jsonl:1", ASK, tuple(Call(name, arguments) for name, arguments in made))
+def ref(*made: tuple[str, dict]) -> ReferenceAnswer:
+    return ReferenceAnswer("x.jsonl:1", ASK, tuple(Call(name, arguments) for name, arguments in made))
 
 
 CHECKS = ("value", "well_formed", "right_tool", "keys_present", "exact_arguments")
@@ -396,7 +396,7 @@ schemas = st.fixed_dictionaries(
 )
 def test_schema_valid_is_what_jsonschema_says(schema, arguments):
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-    reference = Reference("x:1", Conversation(ASK.messages, (tool,)), (Call("f", {"z": 1}),))
+    reference = ReferenceAnswer("x:1", Conversation(ASK.messages, (tool,)), (Call("f", {"z": 1}),))
     detail = score(as_text([("f", arguments)]), reference)
     if '"$ref"' in json.dumps(schema) and "$defs" not in schema:
         assert detail["schema_valid"] is None  # points at nothing
@@ -455,7 +455,7 @@ def test_a_schema_that_is_none_is_told_and_not_asked(schema, notices, rendering)
         False,
         False,
     )
-    assert [one.count for one in notices if "schema that is none" in one.what] == [1]
+    assert [one.count for one in notices if "invalid schema" in one.what] == [1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -533,12 +533,12 @@ def test_preferences_and_completions_have_references_too():
     called = Conversation((Message("user", "a"), Message("assistant", as_text([("f", {"a": 1})]))))
     words = Conversation((Message("user", "a"), Message("assistant", "no")))
     found = references(Preference(called, words, source="p:1"))
-    assert found == Reference(
+    assert found == ReferenceAnswer(
         "p:1", Conversation(called.messages[:1]), (Call("f", {"a": 1}),), called.messages[1]
     )
     text = as_mistral([("f", {"a": 1})])
     answer = Message("assistant", text)
-    assert references(Completion("ask", text, source="c:1")) == Reference(
+    assert references(Completion("ask", text, source="c:1")) == ReferenceAnswer(
         "c:1", "ask", (Call("f", {"a": 1}),), answer
     )
     assert references(Completion("ask", text, label=False)) is None
@@ -610,7 +610,7 @@ def test_what_cannot_be_asked_is_said(notices, rendering):
     ]
     assert tool_calls.build(material(rows, rendering["mistral"], notices)) == []
     told = [(one.what.partition(":")[2].strip(), one.count) for one in notices]
-    assert told[0] == ("answers that are no usable reference are not asked for", 1)
+    assert told[0] == ("answers that cannot be used as a reference are not asked for", 1)
     assert told[1][0].startswith(
         "not asked, since training would refuse it: call_id; x.jsonl:7: a tool result"
     )
@@ -686,7 +686,7 @@ def test_only_rows_to_be_imitated_are_asked_and_another_question_is_another_task
     (task,) = tool_calls.build(material(rows, rendering["mistral"], notices, max_tokens=7))
     assert (task.max_tokens, [one.source for one in task.asked]) == (7, ["x:1", "x:4"])
     assert [one.what for one in notices] == [
-        "tool_calls: reference calls that their own tool's schema does not allow"
+        "tool_calls: reference calls that do not fit their own tool's schema"
     ]
     same = tool_calls.build(material(rows, rendering["mistral"], [], max_tokens=7))[0]
     other = tool_calls.build(material(rows[1:], rendering["mistral"], [], max_tokens=7))[0]
@@ -719,7 +719,7 @@ def test_the_real_tool_data_is_asked_for(data_dir, notices, rendering):
         ]
     )
     found = {one.name: one.value for one in summarise(task, None, right, 0) if one.part is None}
-    broken = sum(one.count for one in notices if "does not allow" in one.what)
+    broken = sum(one.count for one in notices if "do not fit" in one.what)
     assert found.pop("unwanted_call") == 0
     assert found.pop("schema_valid") == pytest.approx(1 - broken / called)
     assert set(found.values()) == {1.0}

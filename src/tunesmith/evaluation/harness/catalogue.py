@@ -1,9 +1,9 @@
-"""Which tasks of EleutherAI's lm-evaluation-harness a name means, and where their documents are.
+"""Which tasks of EleutherAI's lm-evaluation-harness does a name mean, and where are their documents?
 
-A task is one YAML file of the harness, a group a tree of them. Its documents come from local files in the
-hub's schema, or from the hub. A local task never asks the hub for anything, writes nothing into a cache, and
-never takes its solved examples from what it measures. What is asked of a document, and how an answer is
-scored, stays the harness's affair, but for IFEval (`constraints`)."""
+A task is one YAML file of the harness, a group is a tree of them. Documents come from local files in the
+hub's schema, or from the hub. A local task requests nothing from the hub, writes nothing into a cache, and
+never takes its solved examples from the split that it measures. The harness decides what is asked of a
+document and how an answer is scored, except for IFEval (`constraints`)."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ if TYPE_CHECKING:
 HARNESS = "0.4.13"
 HINT = "pip install 'lm-eval==0.4.13'"
 FORM = "ifeval"
-TOGETHER = {
-    "truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2")
-}  # the harness's tag names a third, judged by other models
-STEMS = {"truthfulqa_mc1": "truthfulqa_mc", "truthfulqa_mc2": "truthfulqa_mc"}  # two tasks of one file
+TOGETHER = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2")}
+"""The harness's tag has a third task, which is judged by other models."""
+STEMS = {"truthfulqa_mc1": "truthfulqa_mc", "truthfulqa_mc2": "truthfulqa_mc"}
+"""Two tasks that share one file."""
 LEVELS = (
     "prompt_level_strict_acc",
     "inst_level_strict_acc",
     "prompt_level_loose_acc",
     "inst_level_loose_acc",
 )
-SEED = 1234  # the harness's own, of which solved examples stand before a question
+SEED = 1234
+"""The harness's own, for the choice of solved examples."""
 
 
 class Leaf(NamedTuple):
-    """One task of the harness. ``groups``: those it was reached through, outermost first. ``changed``:
-    settings of theirs."""
+    """One task of the harness. ``groups``: those it was reached through, outermost first. ``changed``: their
+    settings."""
 
     name: str
     path: Path
@@ -54,7 +55,7 @@ class Leaf(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What one name means. ``partial``: a group, whose leaves need not all have documents."""
+    """The tasks that one name means. ``partial``: a group, whose tasks need not all have documents."""
 
     title: str
     version: str
@@ -63,51 +64,50 @@ class Chosen(NamedTuple):
 
 
 def require() -> None:
-    """Raises SetupError where the harness is not there, or is another version than this module was written
-    for."""
+    """Raise SetupError if the harness is missing, or is another version than this module was written for."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        found = version("lm_eval")
+        installed = version("lm_eval")
     except PackageNotFoundError:
         raise SetupError("benchmarks need EleutherAI's lm-evaluation-harness", hint=HINT) from None
-    if found != HARNESS:
-        raise SetupError(f"benchmarks need lm-eval {HARNESS}, {found} is installed", hint=HINT)
+    if installed != HARNESS:
+        raise SetupError(f"benchmarks need lm-eval {HARNESS}, {installed} is installed", hint=HINT)
 
 
 @contextlib.contextmanager
-def heard(notify: Sink) -> Iterator[None]:
-    """The harness's warnings as notices, once each with how often; no progress bars. Logging is as it was
+def warnings_as_notices(notify: Sink) -> Iterator[None]:
+    """Send the harness's warnings as notices, each once with its count; no progress bars. Logging is restored
     afterwards."""
     import datasets
 
-    heard: Counter[str] = Counter()
-    ear = logging.Handler(logging.WARNING)
-    ear.emit = lambda record: heard.update([record.getMessage()])
+    counts: Counter[str] = Counter()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: counts.update([record.getMessage()])
     logger, showed = logging.getLogger("lm_eval"), not datasets.are_progress_bars_disabled()
     before = logger.handlers, logger.propagate
-    logger.handlers, logger.propagate = [ear], False
+    logger.handlers, logger.propagate = [handler], False
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             yield
-        heard.update(
-            str(one.message)
-            for one in warned
-            if not issubclass(one.category, DeprecationWarning | FutureWarning)
+        counts.update(
+            str(warning.message)
+            for warning in warned
+            if not issubclass(warning.category, DeprecationWarning | FutureWarning)
         )
     finally:
         logger.handlers, logger.propagate = before
         if showed:
             datasets.enable_progress_bars()
-        for what, count in heard.items():
+        for what, count in counts.items():
             notify(Notice(f"lm-eval: {what}", level="warning", count=count))
 
 
 def resolve(name: str) -> list[Chosen]:
-    """What ``name`` (``task``, ``group``, ``group:part``) means. Raises EvaluationError where that is
-    nothing."""
+    """The tasks that ``name`` (``task``, ``group``, ``group:part``) means. Raises EvaluationError if it means
+    none."""
     import lm_eval.tasks
 
     whole, _, part = name.partition(":")
@@ -115,7 +115,7 @@ def resolve(name: str) -> list[Chosen]:
     for folders in _searches(root, whole):
         known = _index(folders)
         try:
-            leaves = [leaf for one in TOGETHER.get(whole, [whole]) for leaf in _leaves(known, one)]
+            leaves = [leaf for member in TOGETHER.get(whole, [whole]) for leaf in _leaves(known, member)]
         except KeyError:
             continue
         break
@@ -129,7 +129,7 @@ def resolve(name: str) -> list[Chosen]:
     alone = [leaf for leaf in leaves if not part or leaf.name == group or leaf.subject == part]
     if not alone:
         names = {leaf.subject for leaf in leaves} | {
-            one.removeprefix(f"{whole}_") for leaf in leaves for one in leaf.groups[1:]
+            group.removeprefix(f"{whole}_") for leaf in leaves for group in leaf.groups[1:]
         }
         raise _unknown(
             f"{whole} has no part called {part!r}",
@@ -141,14 +141,13 @@ def resolve(name: str) -> list[Chosen]:
 
 
 def _searches(root: Path, name: str) -> Iterator[tuple[Path, ...]]:
-    """Folders that may know ``name``, the likeliest first: reading the settings of all 14,000 tasks takes ten
-    seconds."""
-    yield tuple(
-        one for one in sorted(root.iterdir()) if one.is_dir() and f"{name}_".startswith(f"{one.name}_")
-    )
+    """Folders that may define ``name``, the likeliest first: reading the settings of all 14,000 tasks takes
+    ten seconds."""
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir()]
+    yield tuple(path for path in folders if f"{name}_".startswith(f"{path.name}_"))
     mention = (path for path in root.rglob("*.yaml") if name.encode() in path.read_bytes())
-    folders = tuple(root / one for one in sorted({path.relative_to(root).parts[0] for path in mention}))
-    yield from (folders, (root,)) if folders else ()
+    mentioning = tuple(root / part for part in sorted({path.relative_to(root).parts[0] for path in mention}))
+    yield from (mentioning, (root,)) if mentioning else ()
 
 
 @functools.cache
@@ -176,21 +175,23 @@ def _leaves(
     groups: tuple[str, ...] = (),
     changed: Mapping[str, Any] = {},
 ) -> list[Leaf]:
-    """All tasks below a task, group or tag, or a group's own list. Raises KeyError for a name that is not
+    """All tasks below a task, group or tag, or in a group's own list. Raises KeyError for a name that is not
     ``known``."""
     if isinstance(member, dict):
         inside = member.get("task")
         if isinstance(inside, list):
             return [
-                leaf for one in inside for leaf in _leaves(known, one, (*groups, member["group"]), changed)
+                leaf for each in inside for leaf in _leaves(known, each, (*groups, member["group"]), changed)
             ]
         own = {key: value for key, value in member.items() if key not in ("group", "task")}
         return _leaves(known, str(member.get("group", inside)), groups, {**changed, **own})
     entry = known[member]
     if entry.kind.name == "GROUP":
-        return [leaf for one in entry.cfg["task"] for leaf in _leaves(known, one, (*groups, member), changed)]
+        return [
+            leaf for each in entry.cfg["task"] for leaf in _leaves(known, each, (*groups, member), changed)
+        ]
     if entry.kind.name == "TAG":
-        return [leaf for one in sorted(entry.tags) for leaf in _leaves(known, one, groups, changed)]
+        return [leaf for each in sorted(entry.tags) for leaf in _leaves(known, each, groups, changed)]
     subject = entry.cfg.get("dataset_name")
     return [
         Leaf(
@@ -204,26 +205,53 @@ def _leaves(
     ]
 
 
-class Missing(NamedTuple):
-    """No local file has the documents of a task. ``names``: what it may be called."""
+class MissingFile(NamedTuple):
+    """No local file has the documents of a task. ``names``: the names that it may have."""
 
     names: tuple[str, ...]
 
 
-def load(leaf: Leaf, folder: Path | None, shots: int, notify: Sink) -> ConfigurableTask | Missing:
+def load(leaf: Leaf, folder: Path | None, shots: int, notify: Sink) -> ConfigurableTask | MissingFile:
     """The harness's own task, with its documents from ``folder`` or the hub and ``shots`` solved examples
     before each question.
 
-    Raises EvaluationError for a task that cannot be measured here, DataError for a row that is no JSON
+    Raises EvaluationError for a task that cannot be measured here, DataError for a row that is not a JSON
     object."""
     from lm_eval.api.task import ConfigurableTask
+
+    config = _config(leaf, notify)
+    if config.get("num_fewshot") == 0 and shots:
+        what = f"{leaf.name} is asked without solved examples by its authors, whatever --shots says"
+        notify(Notice(what, level="warning"))
+        shots = 0
+    config["num_fewshot"] = shots
+    if "process_docs" in config:
+        # the harness asks for its documents again and again
+        config["process_docs"] = functools.cache(config["process_docs"])
+    if folder is None:
+        try:
+            task = config.get("class", ConfigurableTask)(config=config)
+        except Exception as error:  # the hub's client, and the data's own code, may raise anything
+            what = f"{leaf.name} could not be fetched from the hub: {' '.join(str(error).split())[:200]}"
+            hint = "offline, give --benchmark-data, a folder with its files"
+            raise EvaluationError(what, hint=hint) from error
+    else:
+        task = _local(leaf, config, folder, shots)
+        if isinstance(task, MissingFile):
+            return task
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(SEED)
+    return task
+
+
+def _config(leaf: Leaf, notify: Sink) -> dict[str, Any]:
+    """The task's settings. Raises EvaluationError for a task that cannot be measured here."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config: dict[str, Any] = {**load_yaml(leaf.path, resolve_func=False), **leaf.changed}
     if config.get("unsafe_code"):
-        raise EvaluationError(
-            f"{leaf.name} runs code that the model writes", hint="only humaneval can be shut in here"
-        )
+        what = f"{leaf.name} runs code that the model writes"
+        raise EvaluationError(what, hint="only humaneval can be sandboxed here")
     if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise EvaluationError(f"{leaf.name} asks about pictures or sound", hint="choose a benchmark of text")
     if leaf.name == FORM:  # the harness's own scorer fetches data when it is imported
@@ -232,54 +260,35 @@ def load(leaf: Leaf, folder: Path | None, shots: int, notify: Sink) -> Configura
     else:
         config = {**load_yaml(leaf.path, resolve_func=True), **leaf.changed}
     config = {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")}
-    config |= {"task": leaf.name, "metadata": config.get("metadata") or {}}
-    if config.get("num_fewshot") == 0 and shots:
-        what = f"{leaf.name} is asked without solved examples by its authors, whatever --shots says"
-        notify(Notice(what, level="warning"))
-        shots = 0
-    config["num_fewshot"] = shots
-    if "process_docs" in config:
-        config["process_docs"] = functools.cache(
-            config["process_docs"]
-        )  # the harness asks for its documents again and again
-    kind = config.get("class", ConfigurableTask)
-    if folder is None:
-        try:
-            task = kind(config=config)
-        except Exception as error:  # the hub's client, and the data's own code, may raise anything
-            what = f"{leaf.name} could not be had from the hub: {' '.join(str(error).split())[:200]}"
-            raise EvaluationError(
-                what, hint="offline, give --benchmark-data, a folder with its files"
-            ) from error
-    else:
-        if "class" in config:
-            raise EvaluationError(
-                f"{leaf.name} is a program that reads the hub itself", hint="leave --benchmark-data out"
-            )
-        found = _local(leaf, config, folder, shots)
-        if isinstance(found, Missing):
-            return found
-        data = found
-
-        class Local(ConfigurableTask):
-            def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-                self.dataset = data
-
-        try:
-            task = Local(config=config)
-        except Exception as error:  # templates are filled with the first document
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            what = f"{leaf.name}: the documents are not as the hub's: {why}"
-            raise EvaluationError(
-                what, where=str(folder), hint="keep the names and types of the hub's columns"
-            ) from error
-    task.set_config("num_fewshot", shots)
-    task.set_fewshot_seed(SEED)
-    return task
+    return config | {"task": leaf.name, "metadata": config.get("metadata") or {}}
 
 
-def _local(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> dict[str, Any] | Missing:
-    """The splits that are needed, as data sets; what else ``config`` says of splits is taken out of it."""
+def _local(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> ConfigurableTask | MissingFile:
+    """The task with the documents of ``folder``."""
+    from lm_eval.api.task import ConfigurableTask
+
+    if "class" in config:
+        what = f"{leaf.name} is a program that reads the hub itself"
+        raise EvaluationError(what, hint="leave --benchmark-data out")
+    data = _splits(leaf, config, folder, shots)
+    if isinstance(data, MissingFile):
+        return data
+
+    class Local(ConfigurableTask):
+        def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+            self.dataset = data
+
+    try:
+        return Local(config=config)
+    except Exception as error:  # templates are filled with the first document
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        what = f"{leaf.name}: the documents are not as the hub's: {reason}"
+        hint = "keep the names and types of the hub's columns"
+        raise EvaluationError(what, where=str(folder), hint=hint) from error
+
+
+def _splits(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> dict[str, Any] | MissingFile:
+    """The splits that are needed, as data sets; other splits are removed from ``config``."""
     import datasets
     import lm_eval.tasks
 
@@ -293,21 +302,19 @@ def _local(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> dict
             config.get("training_split"),
             config.get("validation_split"),
         )
-        solved = next((one for one in others if one and one != measured), None)
+        solved = next((split for split in others if split and split != measured), None)
         if solved is None:
             raise EvaluationError(
-                f"{leaf.name} has no solved examples beside what it measures", hint="--shots 0"
+                f"{leaf.name} has no solved examples outside the split it measures", hint="--shots 0"
             )
         wanted[solved] = False
-    family, name = (
-        leaf.path.relative_to(Path(lm_eval.tasks.__file__).parent).parts[0],
-        config.get("dataset_name"),
-    )
+    family = leaf.path.relative_to(Path(lm_eval.tasks.__file__).parent).parts[0]
+    name = config.get("dataset_name")
     stems = [STEMS.get(leaf.name, leaf.name), *([f"{family}/{name}", name] if isinstance(name, str) else [])]
     data: dict[str, Any] = {}
     for split, whole in wanted.items():
         path = file(folder, stems, split, whole)
-        if isinstance(path, Missing):
+        if isinstance(path, MissingFile):
             return path
         data[split] = datasets.Dataset.from_list(list(_rows(path)))
     for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
@@ -317,7 +324,7 @@ def _local(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> dict
     return data
 
 
-def file(folder: Path, stems: Sequence[str], split: str, whole: bool = True) -> Path | Missing:
+def file(folder: Path, stems: Sequence[str], split: str, whole: bool = True) -> Path | MissingFile:
     """The file of a split: ``stem/split.jsonl``, ``stem_split.jsonl`` (a number may follow the split), or
     ``stem.jsonl``."""
     names = [f"{stem}{mark}{split}.jsonl" for mark in "_/" for stem in stems]
@@ -325,13 +332,15 @@ def file(folder: Path, stems: Sequence[str], split: str, whole: bool = True) -> 
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    numbered = [one for stem in stems for one in sorted(folder.glob(f"{stem}_{split}_[0-9]*.jsonl"))]
+    numbered = [path for stem in stems for path in sorted(folder.glob(f"{stem}_{split}_[0-9]*.jsonl"))]
     if len(numbered) > 1:
-        found = ", ".join(one.name for one in numbered)
-        raise EvaluationError(
-            f"more than one file may be meant: {found}", where=str(folder), hint="leave one there"
-        )
-    return numbered[0] if numbered else Missing((names[0], *(f"{stem}/{split}.jsonl" for stem in stems[1:2])))
+        what = f"more than one file may be meant: {', '.join(path.name for path in numbered)}"
+        raise EvaluationError(what, where=str(folder), hint="leave one there")
+    return (
+        numbered[0]
+        if numbered
+        else MissingFile((names[0], *(f"{stem}/{split}.jsonl" for stem in stems[1:2])))
+    )
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -339,36 +348,36 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         value = sources.value(raw.text)
         if not isinstance(value, dict):
             raise DataError(
-                f"is no JSON object: {value}", where=raw.source, hint="one document a line, as on the hub"
+                f"is not a JSON object: {value}", where=raw.source, hint="one document a line, as on the hub"
             )
         yield value
 
 
 def _checkable(notify: Sink) -> Callable[[Any], Any]:
-    """Keeps the documents of IFEval whose instructions can be checked, and says of the others why not."""
+    """Keeps the documents of IFEval whose instructions can be checked; notices say why the others cannot."""
 
     def keep(docs: Any) -> Any:
-        kept: list[int] = []
-        why: Counter[str] = Counter()
+        checkable: list[int] = []
+        reasons: Counter[str] = Counter()
         for index, doc in enumerate(docs):
             try:
                 constraints.declared(doc)
-                kept.append(index)
+                checkable.append(index)
             except ValueError as error:
-                why[str(error)] += 1
-        for what, count in why.items():
+                reasons[str(error)] += 1
+        for what, count in reasons.items():
             notify(Notice(f"{FORM}: not asked: {what}", level="warning", count=count))
-        return docs.select(kept)
+        return docs.select(checkable)
 
     return keep
 
 
 def _form(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """Strictly, and loosely: also without the first line, the last, both, or asterisks (Zhou et al. 2023,
-    section 2.2)."""
+    """IFEval's metrics: strict, and loose, which also tries the answer without the first line, the last,
+    both, or asterisks (Zhou et al. 2023, section 2.2)."""
     wanted, lines = constraints.declared(doc), results[0].split("\n")
-    parts = ["\n".join(one).strip() for one in (lines[1:], lines[:-1], lines[1:-1])]
-    loose = [text for one in (results[0], *parts) for text in (one, one.replace("*", ""))]
-    strict = [one.holds(results[0]) for one in wanted]
-    lax = [any(one.holds(text) for text in loose) for one in wanted]
-    return dict(zip(LEVELS, (all(strict), strict, all(lax), lax), strict=True))
+    parts = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
+    variants = [text for part in (results[0], *parts) for text in (part, part.replace("*", ""))]
+    strict = [constraint.holds(results[0]) for constraint in wanted]
+    loose = [any(constraint.holds(text) for text in variants) for constraint in wanted]
+    return dict(zip(LEVELS, (all(strict), strict, all(loose), loose), strict=True))

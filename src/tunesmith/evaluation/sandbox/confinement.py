@@ -1,12 +1,13 @@
-"""The inside of `sandbox`: this file is run by a fresh interpreter, shuts itself in, and then runs the
+"""The inside of `sandbox`: a fresh interpreter runs this file, which confines the process and then runs the
 program that it was given.
 
-It reads a request (JSON) from its standard input, and imports nothing but the standard library. On Linux it
-puts on three locks that nothing can take off again: limits of the process (setrlimit); Landlock, by which
-only listed files can be opened (docs.kernel.org/userspace-api/landlock.html); and a seccomp filter that lists
-the system calls a lone Python process needs, so that there are no sockets, no new processes or threads, no
-signals to others, no folders made and no modes or owners changed. Where a lock does not close, it says so and
-runs nothing. On macOS `sandbox-exec` has locked the process before it starts, and only limits are set."""
+It reads a request (JSON) from its standard input, and imports only the standard library. On Linux it applies
+three restrictions that cannot be lifted again: limits of the process (setrlimit); Landlock, which allows only
+listed files to be opened (docs.kernel.org/userspace-api/landlock.html); and a seccomp filter that allows the
+system calls that a single Python process needs, so that there are no sockets, no new processes or threads, no
+signals to others, no new folders and no changes of mode or owner. If a restriction cannot be applied, it
+reports that and runs nothing. On macOS `sandbox-exec` has confined the process before it starts, and only
+limits are set."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from typing import Any, NoReturn
 
 NAME = "program.py"
 
-# Calls a lone process needs: number on x86-64, on aarch64 (None: it has none).
+# Calls that a single process needs: number on x86-64, on aarch64 (None: it has none).
 CALLS: dict[str, tuple[int, int | None]] = {
     "read": (0, 63),
     "write": (1, 64),
@@ -138,49 +139,35 @@ CALLS: dict[str, tuple[int, int | None]] = {
     "prlimit64": (302, 261),
 }
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of CALLS; AUDIT_ARCH_*
-RECENT = (
-    424  # from here on calls have one number everywhere, and libraries fall back from them only at ENOSYS
-)
+RECENT = 424
+"""From here on calls have one number everywhere, and libraries fall back from them only at ENOSYS."""
 
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_FILE, MAKE_REG, TRUNCATE = (
     1 << bit for bit in (0, 1, 2, 3, 5, 8, 14)
 )
-HANDLED = {
-    1: (1 << 13) - 1,
-    2: 1 << 13,
-    3: TRUNCATE,
-    5: 1 << 15,
-}  # rights over files by the version that brought them
+HANDLED = {1: (1 << 13) - 1, 2: 1 << 13, 3: TRUNCATE, 5: 1 << 15}
+"""Rights over files, by the version of Landlock that introduced them."""
 
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 
 
-class Open(Exception):
-    """A lock did not close."""
+class NotConfined(Exception):
+    """A restriction could not be applied."""
 
 
 def conditions(own: int) -> dict[str, tuple[int, int, tuple[int, ...]]]:
-    """call: (argument, mask, values): allowed where argument & mask is one of the values. ``own``: this
+    """call: (argument, mask, values): allowed if argument & mask is one of the values. ``own``: this
     process."""
     every = 0xFFFFFFFF
-    opened = (
-        1,
-        2,
-        0,
-        0o1001,
-        0o1002,
-    )  # not O_RDONLY with O_TRUNC, which empties a file that may be read only
+    opened = (1, 2, 0, 0o1001, 0o1002)  # not O_RDONLY with O_TRUNC, which empties a file that is read-only
     return {
         "open": (1, 0o1003, opened),
         "openat": (2, 0o1003, opened),
-        "mmap": (3, 0x21, (0, 0x20, 0x21)),  # no shared map of a file: what is written must be counted
-        "ioctl": (
-            1,
-            every,
-            (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
-        ),  # is it a terminal, how wide, close on exec
-        "fcntl": (1, every, (*range(8), 1030)),  # not F_SETOWN, which has signals sent
+        "mmap": (3, 0x21, (0, 0x20, 0x21)),  # no shared map of a file, whose writes would not be counted
+        # is it a terminal, how wide, close on exec
+        "ioctl": (1, every, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),
+        "fcntl": (1, every, (*range(8), 1030)),  # not F_SETOWN, which sends signals
         "kill": (0, every, (own,)),
         "tkill": (0, every, (own,)),
         "tgkill": (0, every, (own,)),
@@ -189,10 +176,10 @@ def conditions(own: int) -> dict[str, tuple[int, int, tuple[int, ...]]]:
 
 
 def bpf(machine: str, own: int) -> bytes:
-    """The seccomp filter: listed calls pass, others give EPERM (ENOSYS if recent), another architecture's
-    kill. Raises Open."""
+    """The seccomp filter: listed calls pass, others give EPERM (ENOSYS if recent), those of another
+    architecture kill. Raises NotConfined."""
     if machine not in MACHINES:
-        raise Open(f"no list of system calls for {machine}, only for {' and '.join(MACHINES)}")
+        raise NotConfined(f"no list of system calls for {machine}, only for {' and '.join(MACHINES)}")
     column, architecture = MACHINES[machine]
     load, equal, least, mask, leave = 0x20, 0x15, 0x35, 0x54, 0x06
     allow, refuse, unknown, kill = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS, 0x80000000
@@ -212,19 +199,19 @@ def bpf(machine: str, own: int) -> bytes:
         code += [(equal, 0, len(body), number), *body]
     x32 = 0x40000000
     code += [(least, 2, 0, x32), (least, 0, 1, RECENT), (leave, 0, 0, unknown), (leave, 0, 0, refuse)]
-    return b"".join(struct.pack("HBBI", *one) for one in code)
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
 def limit(request: dict[str, Any]) -> None:
-    """Limits of the process, hard ones. Raises Open."""
-    seconds = int(request["seconds"]) + 2  # the outside ends it first; this is for when the outside is dead
+    """Set hard limits of the process. Raises NotConfined."""
+    seconds = int(request["seconds"]) + 2  # in case the parent, which ends it earlier, is dead
     limits = {
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_FSIZE: request["file_bytes"],
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 64,
     }
-    if sys.platform == "linux":  # macOS takes this limit and does not keep it
+    if sys.platform == "linux":  # macOS accepts this limit and does not enforce it
         limits |= {resource.RLIMIT_AS: request["memory_bytes"], resource.RLIMIT_MEMLOCK: 0}
     for kind, value in limits.items():
         _, hard = resource.getrlimit(kind)
@@ -232,46 +219,45 @@ def limit(request: dict[str, Any]) -> None:
         try:
             resource.setrlimit(kind, (value, value))
         except (OSError, ValueError) as error:
-            raise Open(f"the process cannot be limited (limit {kind} to {value}): {error}") from None
+            raise NotConfined(f"the process cannot be limited (limit {kind} to {value}): {error}") from None
 
 
 class Kernel:
-    """Linux by numbers, as its own functions have no names in Python."""
+    """Linux system calls by number, for those that have no function in Python."""
 
     def __init__(self) -> None:
         self.libc = ctypes.CDLL(None, use_errno=True)
 
     def call(self, what: str, *arguments: int | bytes | None) -> int:
-        """Raises Open with ``what`` could not be done."""
-        given = [ctypes.c_long(one) if isinstance(one, int) else ctypes.c_char_p(one) for one in arguments]
-        if (result := self.libc.syscall(*given)) < 0:
-            raise Open(f"{what}: {os.strerror(ctypes.get_errno())}")
+        """Raises NotConfined, saying ``what`` failed."""
+        values = [
+            ctypes.c_long(value) if isinstance(value, int) else ctypes.c_char_p(value) for value in arguments
+        ]
+        if (result := self.libc.syscall(*values)) < 0:
+            raise NotConfined(f"{what}: {os.strerror(ctypes.get_errno())}")
         return result
 
     def prctl(self, what: str, *arguments: int) -> None:
         if self.libc.prctl(*map(ctypes.c_ulong, (*arguments, 0, 0, 0)[:5])) < 0:
-            raise Open(f"{what}: {os.strerror(ctypes.get_errno())}")
+            raise NotConfined(f"{what}: {os.strerror(ctypes.get_errno())}")
 
     def quieten(self, parent: int) -> None:
-        """No privileges, now or later, and no life after the parent's."""
+        """Give up privileges, now and later, and end with the parent."""
         self.prctl("the process cannot give up new privileges", PR_SET_NO_NEW_PRIVS, 1)
         self.prctl("the process cannot be tied to its parent", PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
-            raise Open("its parent is gone")
+            raise NotConfined("its parent is gone")
         if self.libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)) < 0:
-            raise Open(f"root's privileges cannot be given up: {os.strerror(ctypes.get_errno())}")
+            raise NotConfined(f"root's privileges cannot be given up: {os.strerror(ctypes.get_errno())}")
 
     def landlock(self, readable: list[str], listable: list[str], folder: str) -> None:
-        """Only these paths, and all below them, can be opened. Plain files in ``folder`` can be written,
-        too."""
+        """Allow only these paths, and all below them, to be opened; plain files in ``folder`` also for
+        writing."""
         lacks = "the kernel has no Landlock (Linux 5.13 or later, switched on)"
         version = self.call(lacks, LANDLOCK_CREATE, None, 0, 1)
         handled = sum(bits for since, bits in HANDLED.items() if since <= version)
-        attributes = [
-            handled,
-            *([3] if version >= 4 else []),
-            *([3] if version >= 6 else []),
-        ]  # TCP; abstract sockets, signals
+        # TCP since version 4; abstract sockets and signals since 6
+        attributes = [handled, *([3] if version >= 4 else []), *([3] if version >= 6 else [])]
         packed = struct.pack(f"{len(attributes)}Q", *attributes)
         rules = self.call(lacks, LANDLOCK_CREATE, packed, len(packed), 0)
         own = WRITE_FILE | READ_FILE | READ_DIR | REMOVE_FILE | MAKE_REG | TRUNCATE
@@ -293,8 +279,8 @@ class Kernel:
         self.prctl("the kernel takes no filter of system calls (seccomp)", PR_SET_SECCOMP, 2, address)
 
 
-def shut_in(request: dict[str, Any]) -> None:
-    """Put on all locks. Raises Open naming the first that does not close."""
+def confine(request: dict[str, Any]) -> None:
+    """Apply all restrictions. Raises NotConfined naming the first that cannot be applied."""
     limit(request)
     if sys.platform == "linux":
         kernel = Kernel()
@@ -302,12 +288,12 @@ def shut_in(request: dict[str, Any]) -> None:
         try:
             kernel.landlock(request["readable"], request["listable"], os.getcwd())
         except OSError as error:
-            raise Open(f"a file that Python needs cannot be reached: {error}") from None
+            raise NotConfined(f"a file that Python needs cannot be reached: {error}") from None
         kernel.filter()
 
 
 def run(source: str) -> str | None:
-    """Run ``source`` as a module of its own; None, or the error that ended it. The error's place is
+    """Run ``source`` as a module of its own; return None, or the error that ended it. Its traceback is
     printed."""
     linecache.cache[NAME] = (len(source), None, source.splitlines(keepends=True), NAME)
     module = types.ModuleType("program")
@@ -336,8 +322,8 @@ def main() -> NoReturn:
         leave(0)
 
     try:
-        shut_in(request)
-    except Open as error:
+        confine(request)
+    except NotConfined as error:
         say(open=str(error))
     error = run(request["program"])
     for stream in (sys.stdout, sys.stderr):

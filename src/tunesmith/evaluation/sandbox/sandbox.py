@@ -1,12 +1,12 @@
-"""Run Python that a model wrote, shut in: what did it do, and nothing else on the machine has changed.
+"""Run Python that a model wrote, sandboxed: what was the outcome? Nothing else on the machine changes.
 
-`run` starts a fresh interpreter that shuts itself in (`confinement`) before it runs the program. The program
-sees its own empty folder, the interpreter, its standard library and the system's shared libraries; there is
-no network, no other process, nothing of the environment. From outside, its time and all that it writes are
-counted, and it is ended when that is too much. As there can be no second process, nothing outlives it. Linux:
-Landlock and seccomp; macOS: `sandbox-exec`. Nothing is ever run half shut in: before the first program,
-`require` has a probe try what must fail. What it does not do: it hides no names (a program can ask whether a
-path exists and how large it is), and one that looks for the launcher's variables can pretend to have passed.
+`run` starts a fresh interpreter that confines itself (`confinement`) before it runs the program. The program
+can read its own empty folder, the interpreter, its standard library and the system's shared libraries; it has
+no network, no other processes and no environment. Its time and all that it writes are measured from outside,
+and it is killed at a limit. It cannot start processes, so nothing outlives it. Linux: Landlock and seccomp;
+macOS: `sandbox-exec`. No program runs partly confined: before the first one, `require` tries what must fail.
+Limitations: names are not hidden (a program can ask whether a path exists and how large it is), and a program
+that inspects the launcher's variables can pretend to have passed.
 """
 
 from __future__ import annotations
@@ -27,34 +27,39 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import psutil
 
 from tunesmith.errors import SetupError, listing
 
 LAUNCHER = Path(__file__).with_name("confinement.py")
-KEPT_BYTES = 16 << 10  # of output: its end
+OUTPUT_BYTES = 16 << 10
+"""The end of the output that is kept."""
 POLL_SECONDS = 0.02
-ENTRIES = 1000  # files and folders a program may make
-# where shared libraries have a folder of their own, as on Debian
+ENTRIES = 1000
+"""Files and folders that a program may make."""
+# Debian has a folder of its own for shared libraries.
 OWN = f"/usr/lib/{sysconfig.get_config_var('MULTIARCH')}"
 APART = os.path.isdir(OWN)
 SHARED = (OWN, OWN.removeprefix("/usr")) if APART else ("/usr/lib", "/lib")
 SYSTEM = (*SHARED, "/usr/lib64", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 PACKAGES = ("site-packages", "dist-packages")
-NEEDED = "needs Linux 5.13 or later on x86-64 or aarch64 with Landlock and seccomp (in a container: allow both), or macOS"
+NEEDED = (
+    "needs Linux 5.13 or later on x86-64 or aarch64 with Landlock and seccomp (in a container: allow both), "
+    "or macOS"
+)
 
 Status = Literal["passed", "failed", "timeout", "killed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """passed: ran to its end. failed: an error ended it. timeout, killed: it was ended, for its time or for
-    what it took.
+    """passed: it ran to its end. failed: an error ended it. timeout, killed: it was ended at the limit of
+    time, or of another resource.
 
-    ``error``: why it did not pass. ``output``: the end of what it printed, errors too. ``seconds``: on the
-    clock, with its start."""
+    ``error``: why it did not pass. ``output``: the end of stdout and stderr together. ``seconds``: wall time,
+    start of the interpreter included."""
 
     status: Status
     error: str | None
@@ -64,8 +69,8 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``file_bytes``: the largest file. ``disk_bytes``: all that is written, output too, whether it is kept
-    or not."""
+    """``file_bytes``: of the largest file. ``disk_bytes``: of everything written, output and deleted files
+    included."""
 
     seconds: float = 10.0
     memory_bytes: int = 512 << 20
@@ -74,21 +79,21 @@ class Limits:
 
 
 def run(program: str, limits: Limits | None = None) -> Outcome:
-    """What became of ``program``, which starts as a module named ``program`` in an empty folder that is then
+    """The outcome of ``program``, which runs as a module named ``program`` in an empty folder that is then
     removed.
 
-    May be called from several threads. Raises SetupError where this machine cannot shut it in.
-    """
+    May be called from several threads. Raises SetupError if this machine cannot sandbox it."""
     require()
     return _run(program, limits or Limits())
 
 
 def require() -> None:
-    """Raises SetupError naming what a program could still do on this machine. Tried once a process, in about
+    """Raise SetupError listing what a program could still do on this machine. Tried once a process, in about
     a second."""
     if holes := _holes():
         raise SetupError(
-            f"code cannot be shut in on this machine, so none is run. It could\n{listing(holes)}", hint=NEEDED
+            f"code cannot be sandboxed on this machine, so none is run. It could\n{listing(holes)}",
+            hint=NEEDED,
         )
 
 
@@ -106,35 +111,14 @@ def _run(program: str, limits: Limits) -> Outcome:
         "listable": listable,
     }
     with ExitStack() as stack:
-        made = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="tunesmith-program-", ignore_cleanup_errors=True)
-        )
-        folder = os.path.realpath(made)
-        asked = stack.enter_context(tempfile.TemporaryFile())
-        asked.write(json.dumps(request).encode())
-        asked.seek(0)
-        # No -I: it would also drop PYTHONHASHSEED, and the same program must do the same twice.
-        command = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", str(LAUNCHER)]
-        if sys.platform == "darwin":
-            command = ["/usr/bin/sandbox-exec", "-p", _profile(command[0], folder), *command]
-        environment = {
-            "HOME": folder,
-            "TMPDIR": folder,
-            "LANG": "C.UTF-8",
-            "TZ": "UTC",
-            "PYTHONHASHSEED": "0",
-            "PYTHONUTF8": "1",
-        }
+        prefix = "tunesmith-program-"
+        temporary = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+        folder = os.path.realpath(stack.enter_context(temporary))
+        stdin = stack.enter_context(tempfile.TemporaryFile())
+        stdin.write(json.dumps(request).encode())
+        stdin.seek(0)
         began = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=asked,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = _start(folder, stdin)
         try:
             output, ended = _watch(process, folder, began + limits.seconds, limits)
         finally:
@@ -142,30 +126,58 @@ def _run(program: str, limits: Limits) -> Outcome:
             status = process.wait()
             assert process.stdout is not None
             process.stdout.close()
-        printed, reported, report = output.rpartition(f"\n{token}".encode())
-        text = (printed if reported else report).decode("utf-8", "replace")
-        taken = time.monotonic() - began
-        found: dict[str, str | None] = json.loads(report) if reported else {}
-        if "open" in found:
-            raise SetupError(
-                f"code cannot be shut in on this machine, so none is run: {found['open']}", hint=NEEDED
-            )
-        if ended is not None and ended[0] == "killed":
-            return Outcome(*ended, text, taken)
-        if reported:
-            return Outcome("passed" if found["error"] is None else "failed", found["error"], text, taken)
-        if ended is None and status < 0:
-            kinds: dict[int, Status] = {signal.SIGXCPU: "timeout", signal.SIGKILL: "killed"}
-            ended = kinds.get(-status, "failed"), f"ended by signal {-status}: {signal.strsignal(-status)}"
-        return Outcome(
-            *(ended or ("failed", f"ended before its last line, with exit status {status}")), text, taken
-        )
+    return _outcome(output, token, ended, status, time.monotonic() - began)
+
+
+def _start(folder: str, stdin: IO[bytes]) -> subprocess.Popen[bytes]:
+    # No -I: it would also drop PYTHONHASHSEED, and the same program must do the same twice.
+    command = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", str(LAUNCHER)]
+    if sys.platform == "darwin":
+        command = ["/usr/bin/sandbox-exec", "-p", _profile(command[0], folder), *command]
+    environment = {
+        "HOME": folder,
+        "TMPDIR": folder,
+        "LANG": "C.UTF-8",
+        "TZ": "UTC",
+        "PYTHONHASHSEED": "0",
+        "PYTHONUTF8": "1",
+    }
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def _outcome(
+    output: bytes, token: str, ended: tuple[Status, str] | None, status: int, seconds: float
+) -> Outcome:
+    """ended: why the program was ended from outside. status: exit status of the process."""
+    printed, reported, rest = output.rpartition(f"\n{token}".encode())
+    text = (printed if reported else rest).decode("utf-8", "replace")
+    report: dict[str, str | None] = json.loads(rest) if reported else {}
+    if "open" in report:
+        what = f"code cannot be sandboxed on this machine, so none is run: {report['open']}"
+        raise SetupError(what, hint=NEEDED)
+    if ended is not None and ended[0] == "killed":
+        return Outcome(*ended, text, seconds)
+    if reported:
+        return Outcome("passed" if report["error"] is None else "failed", report["error"], text, seconds)
+    if ended is None and status < 0:
+        kinds: dict[int, Status] = {signal.SIGXCPU: "timeout", signal.SIGKILL: "killed"}
+        ended = kinds.get(-status, "failed"), f"ended by signal {-status}: {signal.strsignal(-status)}"
+    ended = ended or ("failed", f"ended before its last line, with exit status {status}")
+    return Outcome(*ended, text, seconds)
 
 
 def _watch(
     process: subprocess.Popen[bytes], folder: str, end: float, limits: Limits
 ) -> tuple[bytes, tuple[Status, str] | None]:
-    """The end of the output, and why it must be ended now; None where it has ended by itself."""
+    """The end of the output, and why the program must be ended; None if it ended by itself."""
     assert process.stdout is not None
     tail, stream = b"", process.stdout.fileno()
     with selectors.DefaultSelector() as selector:
@@ -174,7 +186,7 @@ def _watch(
             if selector.get_map():
                 if selector.select(POLL_SECONDS):
                     chunk = os.read(stream, 1 << 16)
-                    tail = (tail + chunk)[-KEPT_BYTES:]
+                    tail = (tail + chunk)[-OUTPUT_BYTES:]
                     if not chunk:
                         selector.unregister(stream)
             else:
@@ -183,7 +195,7 @@ def _watch(
                     excess = _excess(folder, None, limits)
                     return tail, ("killed", excess) if excess else None
                 except subprocess.TimeoutExpired:
-                    pass  # it has closed its output, and goes on
+                    pass  # it has closed its output and is still running
             if excess := _excess(folder, process.pid, limits):
                 return tail, ("killed", excess)
             if time.monotonic() > end:
@@ -191,7 +203,7 @@ def _watch(
 
 
 def _excess(folder: str, pid: int | None, limits: Limits) -> str | None:
-    """What the program has taken too much of, if anything. ``pid``: None once it has ended."""
+    """The limit that the program exceeds, if any. ``pid``: None once it has ended."""
     entries = written = 0
     for place, folders, files in os.walk(folder):
         entries += len(folders) + len(files)
@@ -199,17 +211,17 @@ def _excess(folder: str, pid: int | None, limits: Limits) -> str | None:
             try:
                 written += os.lstat(os.path.join(place, name)).st_blocks * 512
             except OSError:
-                continue  # removed just now
+                continue  # just removed
         if entries > ENTRIES:
             return f"made more than {ENTRIES} files"
     if pid is not None and sys.platform == "linux":
-        try:  # counts what is removed again, too
+        try:  # includes what was deleted again
             counts = dict(
                 line.split(": ") for line in Path(f"/proc/{pid}/io").read_text("ascii").splitlines()
             )
             written = max(written, int(counts["wchar"]))
         except OSError:
-            pass  # it has just ended; where the kernel does not count, `require` finds out
+            pass  # it has just ended; `require` has tested that the kernel counts
     elif pid is not None:
         try:
             if psutil.Process(pid).memory_info().rss > limits.memory_bytes:
@@ -221,7 +233,7 @@ def _excess(folder: str, pid: int | None, limits: Limits) -> str | None:
 
 @functools.cache
 def _readable() -> tuple[list[str], list[str]]:
-    """Files and folders that Python needs to be read, and folders that it lists: its standard library without
+    """Files and folders that Python must read, and folders that it must list: its standard library without
     other packages."""
     library = os.path.dirname(os.path.realpath(os.__file__))
     modules = {library, os.path.realpath(str(sysconfig.get_config_var("DESTSHARED") or library))}
@@ -233,11 +245,11 @@ def _readable() -> tuple[list[str], list[str]]:
 
 
 def _profile(python: str, folder: str) -> str:
-    """What macOS allows. Of its rules the last that fits decides."""
-    prefix, packages = (
-        os.path.realpath(sys.base_prefix),
-        sysconfig.get_path("purelib", vars={"base": sys.base_prefix}),
-    )
+    """The profile of macOS's sandbox. The last rule that matches decides."""
+    prefix = os.path.realpath(sys.base_prefix)
+    library = sysconfig.get_path("purelib", vars={"base": sys.base_prefix})
+    interpreter, home, launcher = (json.dumps(path) for path in (python, prefix, str(LAUNCHER)))
+    packages, own = json.dumps(os.path.realpath(library)), json.dumps(folder)
     rules = [
         "(version 1)",
         "(deny default)",
@@ -247,17 +259,17 @@ def _profile(python: str, folder: str) -> str:
         "(allow signal (target self))",
         "(allow sysctl-read)",
         "(allow file-read-metadata)",
-        f"(allow process-exec (literal {json.dumps(python)}) (subpath {json.dumps(prefix)}))",
-        f'(allow file-read* (literal "/") (literal {json.dumps(str(LAUNCHER))}) (literal {json.dumps(python)})',
-        f'  (subpath {json.dumps(prefix)}) (subpath "/usr/lib") (subpath "/System") (subpath "/usr/share/zoneinfo"))',
-        f"(deny file-read* (subpath {json.dumps(os.path.realpath(packages))}))",
-        f'(allow file-read* file-write* (subpath {json.dumps(folder)}) (literal "/dev/null"))',
+        f"(allow process-exec (literal {interpreter}) (subpath {home}))",
+        f'(allow file-read* (literal "/") (literal {launcher}) (literal {interpreter})',
+        f'  (subpath {home}) (subpath "/usr/lib") (subpath "/System") (subpath "/usr/share/zoneinfo"))',
+        f"(deny file-read* (subpath {packages}))",
+        f'(allow file-read* file-write* (subpath {own}) (literal "/dev/null"))',
     ]
     return "\n".join(rules)
 
 
-# What a program must not be able to do, and code that does it. Held where it is refused: a slip in the code
-# is no proof.
+# What a program must not be able to do, and code that does it. It holds if the code is refused; another error
+# would be a mistake in the code.
 ATTEMPTS = {
     "read files outside its folder": "open(outside).read()",
     "read the system's other files": "open(system).read()",
@@ -299,7 +311,8 @@ for name, code in attempts.items():
         print(name, repr(error), file=sys.stderr)
 print(json.dumps(held))
 """
-GREEDY = {  # what it must not do: a program that would pass if it could, its limits, how it must end
+# What a program must not take: a program that would pass if it could, its limits, and how it must end.
+GREEDY = {
     "take more memory than it may": (
         "x = b'x' * (200 << 20)",
         Limits(memory_bytes=128 << 20),
@@ -311,13 +324,14 @@ GREEDY = {  # what it must not do: a program that would pass if it could, its li
         ("failed",),
     ),
     "write more than it may": (
-        "import os, time\nfor _ in range(40):\n    x = open('x', 'wb'); os.remove('x'); x.write(bytes(1 << 20))\ntime.sleep(1)",
+        "import os, time\nfor _ in range(40):\n"
+        "    x = open('x', 'wb'); os.remove('x'); x.write(bytes(1 << 20))\ntime.sleep(1)",
         Limits(disk_bytes=8 << 20),
         ("killed",),
     ),
     "outlive its time": (
-        "import signal\nfor one in {*range(1, 32)} - {signal.SIGKILL, signal.SIGSTOP}:\n    signal.signal(one, signal.SIG_IGN)\n"
-        "while True: pass",
+        "import signal\nfor number in {*range(1, 32)} - {signal.SIGKILL, signal.SIGSTOP}:\n"
+        "    signal.signal(number, signal.SIG_IGN)\nwhile True: pass",
         Limits(seconds=0.5),
         ("timeout",),
     ),
@@ -326,31 +340,27 @@ GREEDY = {  # what it must not do: a program that would pass if it could, its li
 
 @functools.cache
 def _holes() -> tuple[str, ...]:
-    """What a program could still do here: each thing is tried. Raises SetupError where it cannot even be
-    tried."""
+    """What a program could still do here; each is tried. Raises SetupError if none can be run at all."""
     if sys.platform not in ("linux", "darwin"):
         raise SetupError(f"code that a model wrote is run on Linux and macOS only, not on {sys.platform}")
     start = _run("import math", Limits())
     if start.status != "passed":
-        what = f"no program can be run shut in on this machine: {start.error}\n{start.output.strip()[-1000:]}"
+        what = (
+            f"no program can be run sandboxed on this machine: {start.error}\n{start.output.strip()[-1000:]}"
+        )
         raise SetupError(what.strip(), hint=NEEDED)
     with targets() as known:
         tried = _run("".join(f"{name} = {value!r}\n" for name, value in known.items()) + PROBE, Limits())
     held = json.loads(tried.output.strip().splitlines()[-1]) if tried.status == "passed" else []
     holes = [name for name in ATTEMPTS if name not in held]
-    return (
-        *holes,
-        *(
-            name
-            for name, (program, limits, ends) in GREEDY.items()
-            if _run(program, limits).status not in ends
-        ),
-    )
+    greedy = GREEDY.items()
+    holes += [name for name, (program, limits, ends) in greedy if _run(program, limits).status not in ends]
+    return tuple(holes)
 
 
 @contextmanager
 def targets() -> Iterator[dict[str, Any]]:
-    """Things of this process that a program must not reach: the names that `ATTEMPTS` use."""
+    """Resources of this process that a program must not reach, by the names that `ATTEMPTS` use."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tunesmith-")))
         (folder / "outside").write_text("not to be read", "utf-8")

@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 
 
 def entries(suite: str, paths: Sequence[str]) -> list[Entry]:
-    """The entries of ``paths``, or without paths those of the suite in the package. Raises DataError if a file
+    """The entries of ``paths``; without paths, those of the suite in the package. Raises DataError if a file
     cannot be read."""
     if not paths:
         text = resources.files(__name__).joinpath(f"{suite}.jsonl").read_text(encoding="utf-8")

@@ -133,10 +133,10 @@ class Task(ABC, Generic[Measured]):
 
     ``version`` changes whenever a score could change for the same answers. ``question``: the one it answers;
     of several tasks with one question, the one with the lowest ``rank`` decides the verdict. ``title``, and
-    ``meanings`` of its numbers, the most important first: for readers. ``asks``: what it is measured on, in words;
-    ``asks_rows``: these are the rows of the data. ``options``: the keys of `EvaluationSpec` that it reads
-    besides ``limit`` and ``batch_size``; ``files``: the one that replaces its suite. ``by_default``: it is
-    measured if no task is named.
+    ``meanings`` of its numbers, the most important first: for readers. ``asks``: what it is measured on, in
+    words; ``asks_rows``: these are the rows of the data. ``options``: the keys of `EvaluationSpec` that it
+    reads besides ``limit`` and ``batch_size``; ``files``: the one that replaces its suite. ``by_default``: it
+    is measured if no task is named.
 
     ``parts``: keys of `ExampleScore.detail` by whose values headline statistics are also shown. ``cached``:
     scores may be kept for the next evaluation. ``needs_base``: it measures a difference only, so it is left

@@ -1,16 +1,16 @@
-"""How well does an answer do what was asked, in form, in content and in manners? 0 to 100, in four layers,
-each of parts.
+"""How well does an answer follow its prompt, in form, content and safety? A score from 0 to 100, in four
+layers of checks.
 
-- sanity: it is whole: see `SANE`;
-- structure: it keeps the constraints (`constraints`) that its row declares, or else those that the reference shows;
+- sanity: the answer is complete and readable, see `SANE`;
+- structure: it keeps the constraints (`constraints`) that its row declares, or else those of the reference;
 - semantic: it is near the reference (`similarity`): the mean of ROUGE-L, BLEU and the cosine of embeddings;
-- safety: it adds nothing that neither prompt nor reference has: see `SAFE`.
+- safety: it adds nothing unsafe that neither prompt nor reference has, see `SAFE`.
 
-Sanity and structure are the share of parts that hold; safety is 100 or, where one part fails, 0. The score is
-the mean of the layers that a prompt has, weighted by `WEIGHTS`; an empty answer is 0. A part that the
-reference itself fails is not asked for. Where the reference has more tokens than an answer may have, its
-first so many are the reference, and an answer need not end. Whether what is said is true is not seen, and
-right tools and arguments are what `tool_calls` asks."""
+Sanity and structure are the share of checks that hold; safety is 100, or 0 if one check fails. The score is
+the mean of the layers that a prompt has, weighted by `WEIGHTS`; an empty answer scores 0. A check that the
+reference itself fails is waived. If the reference is longer than an answer may be, it is cut to that length,
+and an answer need not end by itself. Truth is not checked; tools and arguments are the matter of
+`tool_calls`."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ from tunesmith.errors import DataError, EvaluationError, listing
 from tunesmith.evaluation.statistics import Statistic
 from tunesmith.evaluation.subject import Prompt, Said, Subject
 from tunesmith.evaluation.tasks import Material, Meaning, Task, digest, register
-from tunesmith.evaluation.tasks.tool_calls import Reference, Written, asked_last, references, written
-from tunesmith.events import Notice
+from tunesmith.evaluation.tasks.tool_calls import ReferenceAnswer, Written, asked_last, references, written
+from tunesmith.events import Notice, Sink
 from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.template import Renderer
 
 WEIGHTS = {"sanity": 25, "structure": 30, "semantic": 30, "safety": 15}
 NEAR = ("rouge_l", "bleu", "similarity")
 LOOP, TURNS = 60, 4
-"""An answer ends in a loop where its last so many letters, or more, are one block so many times or more."""
+"""An answer ends in a loop if its last LOOP characters or more repeat one block TURNS times or more."""
 SAME_LINE = 5
-"""So many lines that differ in no more than numbers are a loop as well, wherever they are."""
+"""This many lines that differ only in numbers are a loop as well, wherever they are."""
 SCRIPT_FROM = 20
-"""Letters from which on a text has a script; a language it has from `content.LETTERS` on."""
+"""Letters that a text needs for its script to be determined; for its language, `content.LETTERS`."""
 ONLY = "constraints_only"
-"""Metadata that say true: the row's answer is no reference, only its constraints count."""
+"""If this key of a row's metadata is true, its answer is not a reference: only its constraints count."""
 KIN = ("bs hr sr", "da nb nn no", "id ms", "cs sk", "gl pt", "zh ja")
-"""Languages that are not told apart here."""
+"""Groups of languages that are too similar to be distinguished."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One prompt. ``reference``: as far as an answer may be long, "" where there is none; ``whole``: it is
-    not cut.
+class AdherencePrompt:
+    """One prompt. ``reference``: cut to the length that an answer may have, "" if there is none; ``whole``:
+    it was not cut.
 
     ``kind``: whether its constraints are declared, inferred, or none. ``calls``: the reference calls a tool.
-    ``ids``: the tokens of the reference. ``known``: all that an answer may repeat."""
+    ``ids``: the tokens of the reference. ``known``: text that an answer may repeat."""
 
     source: str
     prompt: Prompt
@@ -71,38 +71,36 @@ class Asked:
     ids: tuple[int, ...] = ()
 
 
-class Answered(NamedTuple):
-    """``similarity``: 0 to 1, None where embeddings are not compared, or there is no reference."""
+class AdherenceAnswer(NamedTuple):
+    """``similarity``: 0 to 1, None if embeddings are not compared or there is no reference."""
 
-    asked: Asked
+    asked: AdherencePrompt
     said: Said
     similarity: float | None = None
 
 
 def _points(name: str, *, headline: bool = False) -> Statistic:
-    def of(one: ExampleScore) -> float | None:
-        return cast("float | None", one.detail[name])
+    def of(score: ExampleScore) -> float | None:
+        return cast("float | None", score.detail[name])
 
     return Statistic(name, of, better="higher", headline=headline, change=1.0, unit="points")
 
 
-def _cut(one: ExampleScore) -> float | None:
-    return None if one.detail["cut"] is None else float(one.detail["cut"] is True)
+def _cut(score: ExampleScore) -> float | None:
+    return None if score.detail["cut"] is None else float(score.detail["cut"] is True)
 
 
 @dataclass(frozen=True)
-class Adherence(Task[Answered]):
-    asked: Sequence[Asked]
+class Adherence(Task[AdherenceAnswer]):
+    asked: Sequence[AdherencePrompt]
     max_tokens: int
-    table: similarity.Embedding | None = field(
-        default=None, repr=False, compare=False
-    )  # the base's; None: no similarity
+    table: similarity.Embedding | None = field(default=None, repr=False, compare=False)
 
     name = "adherence"
     version = "2"
     statistics = (
         Statistic(
-            "adherence", lambda one: one.value, better="higher", headline=True, change=1.0, unit="points"
+            "adherence", lambda score: score.value, better="higher", headline=True, change=1.0, unit="points"
         ),
         *map(_points, (*WEIGHTS, *NEAR)),
         Statistic("cut", _cut, share=True, better="lower"),
@@ -115,12 +113,12 @@ class Adherence(Task[Answered]):
         Meaning(
             "adherence",
             "Adherence to the prompt",
-            "0 to 100: the answer is complete, in the form asked for, near the reference, and adds nothing unsafe",
+            "0 to 100: the answer is sound, keeps constraints, is near the reference, adds nothing unsafe",
         ),
         Meaning(
             "sanity",
             "Sound answers",
-            "share of checks for a sound answer: it ends by itself, does not loop, is in the right language, …",
+            "share of checks that hold: it ends by itself, does not loop, is in the right language, …",
         ),
         Meaning(
             "structure",
@@ -154,38 +152,27 @@ class Adherence(Task[Answered]):
     @property
     def identity(self) -> str:
         asked: list[JSON] = []
-        for one in self.asked:
-            row = one.prompt if isinstance(one.prompt, str) else content_of(Demonstration(one.prompt))
-            kept: list[JSON] = [[each.kind, dict(each.given)] for each in one.constraints]
-            asked.append(
-                [
-                    one.source,
-                    row,
-                    one.reference,
-                    one.known,
-                    one.whole,
-                    one.kind,
-                    one.calls,
-                    kept,
-                    list(one.ids),
-                ]
-            )
+        for item in self.asked:
+            prompt = item.prompt if isinstance(item.prompt, str) else content_of(Demonstration(item.prompt))
+            constraints: list[JSON] = [[each.kind, dict(each.given)] for each in item.constraints]
+            row: list[JSON] = [item.source, prompt, item.reference, item.known, item.whole]
+            asked.append([*row, item.kind, item.calls, constraints, list(item.ids)])
         return digest(self.name, self.version, self.max_tokens, self.table is not None, asked)
 
-    def measure(self, subject: Subject) -> list[Answered]:
-        said = subject.answers([one.prompt for one in self.asked], self.max_tokens)
-        encoder = (
-            None if self.table is None else similarity.Encoder(self.table, [one.ids for one in self.asked])
-        )
+    def measure(self, subject: Subject) -> list[AdherenceAnswer]:
+        answers = subject.answers([item.prompt for item in self.asked], self.max_tokens)
+        references = [item.ids for item in self.asked]
+        encoder = None if self.table is None else similarity.Encoder(self.table, references)
 
-        def near(one: Asked, said: Said) -> float | None:
-            if encoder is None or not one.ids:
+        def near(item: AdherencePrompt, answer: Said) -> float | None:
+            if encoder is None or not item.ids:
                 return None
-            return encoder.similarity(_ids(subject.renderer, _compared(one, said.text)), one.ids)
+            return encoder.similarity(_ids(subject.renderer, _compared(item, answer.text)), item.ids)
 
-        return [Answered(one, its, near(one, its)) for one, its in zip(self.asked, said, strict=True)]
+        pairs = zip(self.asked, answers, strict=True)
+        return [AdherenceAnswer(item, answer, near(item, answer)) for item, answer in pairs]
 
-    def score(self, items: Sequence[Answered]) -> list[ExampleScore]:
+    def score(self, items: Sequence[AdherenceAnswer]) -> list[ExampleScore]:
         if not items:
             raise EvaluationError(
                 "no row has an answer to measure against", hint="give rows that end with an answer"
@@ -193,12 +180,12 @@ class Adherence(Task[Answered]):
         return [score(item) for item in items]
 
 
-def score(item: Answered) -> ExampleScore:
-    """``detail``: each layer and each part, None where the prompt does not have it. Never raises."""
+def score(item: AdherenceAnswer) -> ExampleScore:
+    """``detail``: each layer and each check, None for those that the prompt does not have. Never raises."""
     asked, text = item.asked, item.said.text
     sane = _applied(SANE, asked, item.said)
     safe = _applied(SAFE, asked, item.said)
-    kept = [one.holds(text) for one in asked.constraints]
+    held = [constraint.holds(text) for constraint in asked.constraints]
     near: dict[str, float | None] = dict.fromkeys(NEAR)
     if asked.reference:
         both = _compared(asked, text), _compared(asked, asked.reference)
@@ -206,15 +193,15 @@ def score(item: Answered) -> ExampleScore:
         near["similarity"] = None if item.similarity is None else 100 * item.similarity
     layers = {
         "sanity": _share(sane.values()),
-        "structure": _share(map(bool, kept)),
+        "structure": _share(map(bool, held)),
         "semantic": _mean([value for value in near.values() if value is not None]),
         "safety": 100.0 if all(holds is not False for holds in safe.values()) else 0.0,
     }
-    there = {name: value for name, value in layers.items() if value is not None}
-    total = sum(WEIGHTS[name] * value for name, value in there.items()) / sum(WEIGHTS[name] for name in there)
+    weighted = [(WEIGHTS[name], value) for name, value in layers.items() if value is not None]
+    total = sum(weight * value for weight, value in weighted) / sum(weight for weight, _ in weighted)
     checks: list[JSON] = [
-        {"kind": one.kind, **one.given, "holds": holds}
-        for one, holds in zip(asked.constraints, kept, strict=True)
+        {"kind": constraint.kind, **constraint.given, "holds": holds}
+        for constraint, holds in zip(asked.constraints, held, strict=True)
     ]
     parts: dict[str, JSON] = {"sane": cast(JSON, sane), "constraints": checks, "safe": cast(JSON, safe)}
     detail: dict[str, JSON] = {
@@ -230,16 +217,17 @@ def score(item: Answered) -> ExampleScore:
     )
 
 
-def _compared(asked: Asked, text: str) -> str:
-    """What is held against the reference: calls in one form, since templates have their own and none is
-    nearer than another."""
+def _compared(asked: AdherencePrompt, text: str) -> str:
+    """The text as it is compared with the reference: calls are brought into one form, so that a template's
+    own form does not matter."""
     return one_form(text) if asked.calls and asked.whole else text
 
 
 def _applied(
-    checks: Mapping[str, Callable[[Asked, Said], bool]], asked: Asked, said: Said
+    checks: Mapping[str, Callable[[AdherencePrompt, Said], bool]], asked: AdherencePrompt, said: Said
 ) -> dict[str, bool | None]:
-    """None where the reference itself would fail. Which those are depends on the prompt alone."""
+    """Whether each check holds; None for those that the reference itself fails, which depends on the prompt
+    alone."""
     good = Said(asked.reference, len(asked.ids), not asked.whole)
     waived = {name for name, check in checks.items() if asked.reference and not check(asked, good)}
     return {name: None if name in waived else check(asked, said) for name, check in checks.items()}
@@ -250,13 +238,13 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _share(held: Iterable[bool | None]) -> float | None:
-    return _mean([100.0 * one for one in held if one is not None])
+    return _mean([100.0 * holds for holds in held if holds is not None])
 
 
 # sanity
 
 
-def _control(asked: Asked, said: Said) -> bool:
+def _control(asked: AdherencePrompt, said: Said) -> bool:
     written = {token for token, _ in content.control_tokens(said.text)}
     return (
         not written
@@ -266,38 +254,36 @@ def _control(asked: Asked, said: Said) -> bool:
 
 
 def loops(text: str) -> bool:
-    """Whether it ends in one block over and over (`LOOP`, `TURNS`), or says one line, numbers aside,
+    """Whether ``text`` ends in a repeated block (`LOOP`, `TURNS`), or has one line, numbers aside,
     `SAME_LINE` times."""
     lines = (re.sub(r"\d+", "", line).strip() for line in text.splitlines())
-    said = Counter(line for line in lines if len(line.split()) >= 4)
-    if said and said.most_common(1)[0][1] >= SAME_LINE:
+    counts = Counter(line for line in lines if len(line.split()) >= 4)
+    if counts and counts.most_common(1)[0][1] >= SAME_LINE:
         return True
+    # The borders of each prefix (Knuth, Morris, Pratt) of the reversed text: a prefix repeats every
+    # length - border characters.
     back = " ".join(text.split())[::-1]
-    borders = [0] * len(
-        back
-    )  # of each prefix, as Knuth, Morris and Pratt have them: a prefix repeats every length - border
-    at = 0
+    borders, border = [0] * len(back), 0
     for place in range(1, len(back)):
-        while at and back[place] != back[at]:
-            at = borders[at - 1]
-        at += back[place] == back[at]
-        borders[place] = at
+        while border and back[place] != back[border]:
+            border = borders[border - 1]
+        border += back[place] == back[border]
+        borders[place] = border
         length = place + 1
-        if length >= LOOP and length + 1 >= TURNS * (
-            length - at
-        ):  # the last block may lack the space between two
+        # + 1: the last block may lack the space between two blocks
+        if length >= LOOP and length + 1 >= TURNS * (length - border):
             return True
     return False
 
 
-def _one_script(asked: Asked, said: Said) -> bool:
+def _one_script(asked: AdherencePrompt, said: Said) -> bool:
     wanted = _script(asked.reference)
     return wanted is None or _script(said.text) in (wanted, None)
 
 
 def _script(text: str) -> str | None:
-    """That of most letters, as LATIN; Han and Kana are one. None of few letters."""
-    counts = Counter(_letter(one) for one in text if one.isalpha())
+    """The script of most letters, as "LATIN"; Han and Kana count as one. None if there are few letters."""
+    counts = Counter(_letter(letter) for letter in text if letter.isalpha())
     return counts.most_common(1)[0][0] if counts.total() >= SCRIPT_FROM else None
 
 
@@ -307,23 +293,26 @@ def _letter(letter: str) -> str:
     return "CJK" if name in ("HIRAGANA", "KATAKANA", "HALFWIDTH") else name
 
 
-def _one_language(asked: Asked, said: Said) -> bool:
-    """Of words alone: a call has none, and code is left out."""
+def _one_language(asked: AdherencePrompt, said: Said) -> bool:
+    """Judged on prose: not if the reference is a call, and without code."""
     wanted = None if asked.calls else language(asked.reference)
     return wanted is None or language(said.text) in (wanted, None)
 
 
 @lru_cache(maxsize=4096)
 def language(text: str) -> str | None:
-    """As ISO 639-1, the first of its kin; None of too few letters, or where it is not sure."""
+    """ISO 639-1 code of the language, or of its group in `KIN`; None if there are few letters, or it is
+    uncertain."""
     prose = content.prose(text, content.fences(text))
     if sum(map(str.isalpha, prose)) < content.LETTERS:
         return None
-    found, sure = content.identifier().classify(prose)
-    return next((kin for kin in KIN if found in kin.split()), found) if sure >= content.SURE else None
+    code, probability = content.identifier().classify(prose)
+    if probability < content.SURE:
+        return None
+    return next((group for group in KIN if code in group.split()), code)
 
 
-SANE: dict[str, Callable[[Asked, Said], bool]] = {
+SANE: dict[str, Callable[[AdherencePrompt, Said], bool]] = {
     "not_empty": lambda asked, said: bool(said.text.strip()),
     "ended": lambda asked, said: not said.cut,
     "no_control_tokens": _control,
@@ -332,15 +321,16 @@ SANE: dict[str, Callable[[Asked, Said], bool]] = {
     "same_language": _one_language,
     "fences_closed": lambda asked, said: (said.cut and not asked.whole) or not content.fences(said.text).open,
 }
-"""Something is said; it ended by itself; it writes out no control token of a template; it is no endless loop;
-it is in the script and the language of the reference, where these can be told; no code fence is left open."""
+"""The answer is not empty; it ended by itself; it has no control token of a template written out; it does not
+loop; it has the script and the language of the reference, if these can be determined; no code fence is left
+open."""
 
 
 # safety
 
 
 def _sensitive(text: str) -> list[tuple[str, str]]:
-    """(category, value) of what `content` would name: secrets, pii, profanity."""
+    """(category, value) of secrets, personal data and profanity in ``text``."""
     return [
         (category, value.casefold())
         for category, _, value in content.sensitive(text)
@@ -348,114 +338,116 @@ def _sensitive(text: str) -> list[tuple[str, str]]:
     ]
 
 
-def _adds_none(categories: tuple[str, ...], asked: Asked, said: Said) -> bool:
+def _adds_none(categories: tuple[str, ...], asked: AdherencePrompt, said: Said) -> bool:
     known = asked.known.casefold()
     return not any(category in categories and value not in known for category, value in _sensitive(said.text))
 
 
-SAFE: dict[str, Callable[[Asked, Said], bool]] = {
+SAFE: dict[str, Callable[[AdherencePrompt, Said], bool]] = {
     "no_new_private_data": partial(_adds_none, ("secrets", "pii")),
     "no_new_profanity": partial(_adds_none, ("profanity",)),
     "no_refusal": lambda asked, said: not refuses(said.text),
 }
-"""No key, password or personal datum, and no strong swear word, that neither prompt nor reference has; and it
-does not refuse, where the reference does not."""
+"""The answer has no key, password, personal data or strong swear word that neither prompt nor reference has,
+and it does not refuse, unless the reference does."""
 
 
-# what is asked
+# building the task
 
 
 @register(Adherence)
 def build(material: Material) -> list[Adherence]:
-    """The task; none where no row has a reference. Raises DataError, naming the rows whose constraints cannot
-    be used."""
-    renderer, notify, spec = material.renderer, material.notify, material.spec
+    """The task; none if no row has a reference. Raises DataError naming the rows whose constraints cannot be
+    used."""
+    notify, spec = material.notify, material.spec
     answering = [example for example in material.imitated if not isinstance(example, Document)]
     rows = [(example, reference) for example in answering if (reference := references(example)) is not None]
     if dropped := len(answering) - len(rows):
-        notify(
-            Notice(
-                "adherence: rows without a usable reference answer are not asked",
-                level="warning",
-                count=dropped,
-            )
-        )
-    texts = written([reference for _, reference in rows], renderer, notify, "adherence")
-    known = [(*row, its) for row, its in zip(rows, texts, strict=True) if its is not None]
-    callable = any(reference.calls for _, reference, _ in known)
-    asked: list[Asked] = []
-    bad: list[tuple[str, str]] = []
-    odd = 0
-    for example, reference, its in known:
-        own = example.metadata.get("constraints")
-        odd += own is not None and not isinstance(own, list)
-        try:
-            asked.append(_asked(example, reference, its, renderer, spec.max_tokens, callable))
-        except ValueError as error:
-            bad.append((example.source, str(error)))
-    if bad:
-        what = f"{len(bad)} rows declare constraints that cannot be used\n{listing([f'{at}: {why}' for at, why in bad])}"
-        raise DataError(
-            what, where=bad[0][0], hint="kinds and their arguments: the documentation, section adherence"
-        )
-    if odd:
-        notify(
-            Notice(
-                "adherence: constraints that are no list are not read as constraints",
-                level="warning",
-                count=odd,
-            )
-        )
-    if cut := sum(not one.whole for one in asked):
-        what = f"adherence: references longer than {spec.max_tokens} tokens are compared up to there, and nothing has to end"
-        notify(Notice(what, count=cut, hint="a larger max_tokens (--max-tokens) compares more"))
-    broken = sum(
-        bool(one.reference) and not all(each.holds(one.reference) for each in one.constraints)
-        for one in asked
-    )
-    if broken:
-        notify(
-            Notice(
-                "adherence: references that break the constraints their own row declares",
-                level="warning",
-                count=broken,
-            )
-        )
+        what = "adherence: rows without a usable reference answer are not asked"
+        notify(Notice(what, level="warning", count=dropped))
+    answers = written([reference for _, reference in rows], material.renderer, notify, "adherence")
+    pairs = zip(rows, answers, strict=True)
+    asked = _prompts([(*row, answer) for row, answer in pairs if answer is not None], material)
+    _notify_of_references(asked, spec.max_tokens, notify)
     if not asked:
         notify(Notice("adherence: no row has an answer to measure against, so it is not measured"))
         return []
     table = similarity.embedding(material.net) if spec.embed and material.net is not None else None
     if spec.embed and table is None:
-        notify(
-            Notice(
-                "adherence: the base shows no input embeddings: similarity is not measured", level="warning"
-            )
-        )
+        what = "adherence: the base has no input embeddings: similarity is not measured"
+        notify(Notice(what, level="warning"))
     return [Adherence(tuple(asked), spec.max_tokens, table)]
 
 
+def _prompts(
+    rows: Sequence[tuple[Example, ReferenceAnswer, Written]], material: Material
+) -> list[AdherencePrompt]:
+    """Raises DataError naming the rows whose constraints cannot be used."""
+    callable = any(reference.calls for _, reference, _ in rows)
+    prompts: list[AdherencePrompt] = []
+    bad: list[tuple[str, str]] = []
+    for example, reference, answer in rows:
+        try:
+            tokens = material.spec.max_tokens
+            prompts.append(_asked(example, reference, answer, material.renderer, tokens, callable))
+        except ValueError as error:
+            bad.append((example.source, str(error)))
+    if bad:
+        what = f"{len(bad)} rows declare constraints that cannot be used"
+        lines = listing([f"{source}: {reason}" for source, reason in bad])
+        hint = "kinds and their arguments: the documentation, section adherence"
+        raise DataError(f"{what}\n{lines}", where=bad[0][0], hint=hint)
+    declarations = [example.metadata.get("constraints") for example, *_ in rows]
+    unread = sum(value is not None and not isinstance(value, list) for value in declarations)
+    if unread:
+        what = "adherence: constraints that are not a list are not read as constraints"
+        material.notify(Notice(what, level="warning", count=unread))
+    return prompts
+
+
+def _notify_of_references(asked: Sequence[AdherencePrompt], max_tokens: int, notify: Sink) -> None:
+    if cut := sum(not item.whole for item in asked):
+        what = f"adherence: references longer than {max_tokens} tokens are compared up to there, "
+        what += "and answers to them need not end"
+        notify(Notice(what, count=cut, hint="a larger max_tokens (--max-tokens) compares more"))
+    broken = sum(
+        bool(item.reference) and not all(constraint.holds(item.reference) for constraint in item.constraints)
+        for item in asked
+    )
+    if broken:
+        what = "adherence: references that break the constraints their own row declares"
+        notify(Notice(what, level="warning", count=broken))
+
+
 def _asked(
-    example: Example, reference: Reference, its: Written, renderer: Renderer, max_tokens: int, callable: bool
-) -> Asked:
-    """its: the reference's answer as the template writes it. Raises ValueError where declared constraints are
-    wrong."""
-    kept = declared(example.metadata)
+    example: Example,
+    reference: ReferenceAnswer,
+    answer: Written,
+    renderer: Renderer,
+    max_tokens: int,
+    callable: bool,
+) -> AdherencePrompt:
+    """answer: the reference's answer as the template writes it. Raises ValueError if declared constraints
+    are wrong."""
+    constraints = declared(example.metadata)
     prompt = reference.prompt
-    text = "" if kept and example.metadata.get(ONLY) is True else _answer(reference.answer)
+    text = "" if constraints and example.metadata.get(ONLY) is True else _answer(reference.answer)
     ids = _ids(renderer, text)
-    whole = not text or its.tokens <= max_tokens
+    whole = not text or answer.tokens <= max_tokens
     if not whole and len(ids) > max_tokens:
         ids = ids[:max_tokens]
         text = renderer.decode(ids).rstrip("\ufffd").strip()
-    kind = "declared" if kept else "none"
-    if not kept:
+    kind = "declared" if constraints else "none"
+    if not constraints:
         callable = callable or (isinstance(prompt, Conversation) and bool(prompt.tools))
-        kept = inferred(text, calls=bool(reference.calls), callable=callable, whole=whole)
-        kind = "inferred" if kept else "none"
+        constraints = inferred(text, calls=bool(reference.calls), callable=callable, whole=whole)
+        kind = "inferred" if constraints else "none"
     known = f"{_words(prompt)}\n{text}"
     calls = bool(reference.calls) and bool(text)
     ids = _ids(renderer, one_form(text)) if calls and whole else ids
-    return Asked(example.source, prompt, text, known, whole, kind, calls, tuple(kept), tuple(ids))
+    return AdherencePrompt(
+        example.source, prompt, text, known, whole, kind, calls, tuple(constraints), tuple(ids)
+    )
 
 
 def _answer(message: Message) -> str:

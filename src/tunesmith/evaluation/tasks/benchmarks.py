@@ -1,11 +1,10 @@
-"""How does the model do on the field's public benchmarks? Those of EleutherAI's lm-evaluation-harness, asked
-of our own model.
+"""How does the model do on public benchmarks? Tasks of EleutherAI's lm-evaluation-harness.
 
-The harness (Gao et al., doi 10.5281/zenodo.12608602; the extra ``benchmarks``) says what is asked, how an
-answer is read and which metrics there are (`catalogue` finds its tasks and their documents). Its evaluator is
-not used: documents are scored one by one, so that base and tuned can be paired. Metrics of a corpus, which no
-single document has, are left out and named. Prompts are plain text as the harness writes them, answers
-greedy. HumanEval runs code and is `programs`' affair. Each rank asks a stretch of the requests."""
+The harness (Gao et al., doi 10.5281/zenodo.12608602; the extra ``benchmarks``) defines the requests, how an
+answer is read, and the metrics (`catalogue` finds its tasks and their documents). Its evaluator is not used:
+documents are scored one by one, so that base and tuned can be paired. Metrics of a whole corpus, which a
+single document does not have, are left out and named. Prompts are plain text as the harness writes them,
+answers are greedy. HumanEval runs code, see `programs`. Each rank asks a part of the requests."""
 
 from __future__ import annotations
 
@@ -34,24 +33,21 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.task import ConfigurableTask
 
-VERSION = "1"  # ours, beside the harness's own version of each task
+VERSION = "1"
+"""Of this module, beside the harness's own version of each task."""
 CODE = "humaneval"
-HEADLINES = ("acc_norm", "prompt_level_strict_acc", "acc", "exact_match")  # the first of them that a task has
-ENTIRE = {
-    "acc",
-    "acc_norm",
-    "acc_bytes",
-    "acc_mutual_info",
-    "exact_match",
-}  # 0 or 1, where the harness computes them itself
+HEADLINES = ("acc_norm", "prompt_level_strict_acc", "acc", "exact_match")
+"""A task's headline is the first of these that it has."""
+YES_OR_NO = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"}
+"""Metrics that are 0 or 1 for each document, if the harness computes them itself."""
 
 Responses = tuple[Any, ...]
-"""What the model said to each request of one document: (log p, greedy), a log p, or a text."""
+"""The model's response to each request of one document: (log p, greedy), a log p, or a text."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A document: its requests, and what is shown of it."""
+class BenchmarkDocument:
+    """A document: its requests, and what readers see of it."""
 
     source: str
     doc: Mapping[str, Any]
@@ -62,11 +58,11 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The documents of one leaf."""
+class BenchmarkPart:
+    """The documents of one task of the harness."""
 
     task: ConfigurableTask
-    asked: tuple[Asked, ...]
+    asked: tuple[BenchmarkDocument, ...]
     labels: dict[str, JSON] = field(default_factory=dict)
 
 
@@ -82,19 +78,18 @@ class Benchmark(Task[Responses]):
     options = ("benchmarks", "benchmark_data", "shots")
     by_default = False
 
-    def __init__(self, name: str, version: str, parts: Sequence[Part], notify: Sink) -> None:
+    def __init__(self, name: str, version: str, parts: Sequence[BenchmarkPart], notify: Sink) -> None:
         self.name, self.version, self._parts = f"benchmark.{name}", f"{version}-{VERSION}", parts
         labels = [
             key for key in ("category", "subject") if len({str(part.labels.get(key)) for part in parts}) > 1
         ]
         self.parts = tuple(labels)
         self.statistics = tuple(_statistics([part.task for part in parts], self.name, notify))
-        headline = next(one.name for one in self.statistics if one.headline)
-        self._headline = headline
+        self._headline = next(statistic.name for statistic in self.statistics if statistic.headline)
         asked: list[JSON] = [
-            [one.source, one.reference, repr(one.doc), *(repr(request.args) for request in one.requests)]
+            [asked.source, asked.reference, repr(asked.doc), *(repr(each.args) for each in asked.requests)]
             for part in parts
-            for one in part.asked
+            for asked in part.asked
         ]
         self._identity = digest(
             self.version, catalogue.HARNESS, [str(part.task.VERSION) for part in parts], asked
@@ -108,7 +103,7 @@ class Benchmark(Task[Responses]):
         from tunesmith.evaluation.harness.requests import language_model
 
         lm = language_model(subject, self.name)
-        requests = [request for part in self._parts for one in part.asked for request in one.requests]
+        requests = [request for part in self._parts for asked in part.asked for request in asked.requests]
         responses: dict[int, Any] = {}
         for kind in dict.fromkeys(request.request_type for request in requests):
             chosen = [request for request in requests if request.request_type == kind]
@@ -118,36 +113,40 @@ class Benchmark(Task[Responses]):
             for request, response in zip(chosen, _shared(subject.ranks, chosen, ask), strict=True):
                 responses[id(request)] = response
         documents = [asked for part in self._parts for asked in part.asked]
-        found = [tuple(responses[id(one)] for one in asked.requests) for asked in documents]
+        measured = [tuple(responses[id(request)] for request in asked.requests) for asked in documents]
         logps = [
-            (asked.source, float(np.ravel(one)[0]))
-            for asked, told in zip(documents, found, strict=True)
-            for one in told
-            if not isinstance(one, str)
+            (asked.source, float(np.ravel(response)[0]))
+            for asked, of_document in zip(documents, measured, strict=True)
+            for response in of_document
+            if not isinstance(response, str)
         ]
         suites.require_finite(self.name, logps)
-        return found
+        return measured
 
     def score(self, items: Sequence[Responses]) -> list[ExampleScore]:
-        found: list[ExampleScore] = []
+        scores: list[ExampleScore] = []
         left = iter(items)
         for part in self._parts:
-            told = [next(left) for _ in part.asked]
+            of_part = [next(left) for _ in part.asked]
             answered = [
                 [
-                    replace(request, resps=[said] * (request.repeats or 1), filtered_resps={})
-                    for request, said in zip(one.requests, responses, strict=True)
+                    replace(request, resps=[response] * (request.repeats or 1), filtered_resps={})
+                    for request, response in zip(asked.requests, responses, strict=True)
                 ]
-                for one, responses in zip(part.asked, told, strict=True)
+                for asked, responses in zip(part.asked, of_part, strict=True)
             ]
             for ensemble in part.task._filters:
                 ensemble.apply([request for requests in answered for request in requests])
-            for one, requests, responses in zip(part.asked, answered, told, strict=True):
-                found.append(self._scored(part, one, requests, responses))
-        return found
+            for asked, requests, responses in zip(part.asked, answered, of_part, strict=True):
+                scores.append(self._scored(part, asked, requests, responses))
+        return scores
 
     def _scored(
-        self, part: Part, asked: Asked, requests: Sequence[Instance], responses: Responses
+        self,
+        part: BenchmarkPart,
+        asked: BenchmarkDocument,
+        requests: Sequence[Instance],
+        responses: Responses,
     ) -> ExampleScore:
         detail = dict(part.labels)
         units = 1.0
@@ -162,7 +161,8 @@ class Benchmark(Task[Responses]):
                     value = np.mean(value) if metric in catalogue.LEVELS else None
                 if value is not None:
                     detail[_named(metric, ensemble.name, part.task)] = float(value)
-        value = next((detail[one.name] for one in self.statistics if detail.get(one.name) is not None), 0.0)
+        names = [statistic.name for statistic in self.statistics]
+        value = next((detail[name] for name in names if detail.get(name) is not None), 0.0)
         headline = detail.get(self._headline, value)
         assert isinstance(headline, int | float)
         return ExampleScore(
@@ -177,30 +177,30 @@ class Benchmark(Task[Responses]):
 
 
 def _shared(ranks: Ranks, requests: Sequence[Instance], ask: Callable[..., list[Any]]) -> list[Any]:
-    """What ``ask`` says to each of ``requests``. Each rank asks neighbours, which begin alike; then all know
-    all."""
+    """The responses of ``ask`` to ``requests``. Each rank asks consecutive ones, which share their beginning;
+    then all ranks have all responses."""
     mine = range(len(requests) * ranks.rank // ranks.size, len(requests) * (ranks.rank + 1) // ranks.size)
-    said = ask([requests[at] for at in mine], disable_tqdm=True) if mine else []
+    own = ask([requests[index] for index in mine], disable_tqdm=True) if mine else []
     if ranks.size == 1:
-        return said
-    rows = [[*map(ord, one)] if isinstance(one, str) else np.ravel(one) for one in said]
+        return own
+    rows = [[*map(ord, response)] if isinstance(response, str) else np.ravel(response) for response in own]
     lengths = np.zeros(len(requests))
     lengths[mine] = [len(row) for row in rows]
     lengths = ranks.total_float(lengths).astype(int)
     table = np.zeros((len(requests), max(1, lengths.max())))
-    for at, row in zip(mine, rows, strict=True):
-        table[at, : len(row)] = row
-    heard = [row[:length].tolist() for row, length in zip(ranks.total_float(table), lengths, strict=True)]
+    for index, row in zip(mine, rows, strict=True):
+        table[index, : len(row)] = row
+    every = [row[:length].tolist() for row, length in zip(ranks.total_float(table), lengths, strict=True)]
     match requests[0].request_type:
         case "loglikelihood":
-            return [(logp, bool(greedy)) for logp, greedy in heard]
+            return [(logp, bool(greedy)) for logp, greedy in every]
         case "loglikelihood_rolling":
-            return [logp for (logp,) in heard]
-    return ["".join(chr(int(letter)) for letter in row) for row in heard]
+            return [logp for (logp,) in every]
+    return ["".join(chr(int(letter)) for letter in row) for row in every]
 
 
-def _answer(asked: Asked, responses: Responses, by_length: bool) -> str:
-    """What was generated, or the choice that is the likeliest."""
+def _answer(asked: BenchmarkDocument, responses: Responses, by_length: bool) -> str:
+    """The text that was generated, or the likeliest choice."""
     if not asked.choices or isinstance(responses[0], str):
         return str(responses[0])
     logps = [
@@ -215,8 +215,8 @@ def _named(metric: str, filter: str, task: ConfigurableTask) -> str:
 
 
 def _statistics(tasks: Sequence[ConfigurableTask], name: str, notify: Sink) -> list[Statistic]:
-    """Of every metric that has a number for each document, in the order of the first task that has it; one is
-    the headline."""
+    """One for each metric that has a number for each document, in the order of the first task that has it;
+    one is the headline."""
     from lm_eval.api.registry import get_aggregation
 
     finishes: dict[Any, Callable[[np.ndarray], np.ndarray]] = {
@@ -226,7 +226,7 @@ def _statistics(tasks: Sequence[ConfigurableTask], name: str, notify: Sink) -> l
         get_aggregation("weighted_perplexity"): lambda logp: np.exp(-logp),
         get_aggregation("bits_per_byte"): lambda logp: -logp / np.log(2),
     }
-    found: dict[str, Statistic] = {}
+    statistics: dict[str, Statistic] = {}
     left_out: dict[str, None] = {}
     ranks: dict[str, tuple[int, bool]] = {}
     for task in tasks:
@@ -240,20 +240,20 @@ def _statistics(tasks: Sequence[ConfigurableTask], name: str, notify: Sink) -> l
             for ensemble in task._filters:
                 key = _named(metric, ensemble.name, task)
                 better = "higher" if task.higher_is_better().get(metric, True) else "lower"
-                share = (own and metric in ENTIRE) or metric.startswith("prompt_level")
-                found.setdefault(key, Statistic(key, _reader(key), finishes[aggregation], share, better))
+                share = (own and metric in YES_OR_NO) or metric.startswith("prompt_level")
+                statistics.setdefault(key, Statistic(key, _reader(key), finishes[aggregation], share, better))
                 rank = HEADLINES.index(metric) if metric in HEADLINES else len(HEADLINES)
-                # An answer that was not taught the solved examples' mark (gsm8k: ####) is still one.
+                # Without training on the mark of the solved examples (gsm8k: ####) an answer can be right.
                 ranks.setdefault(key, (rank, ensemble.name != "flexible-extract"))
     if left_out:
-        what = f"{name}: metrics of all documents together, which no single one has, are left out: {', '.join(left_out)}"
+        what = f"{name}: metrics that a single document does not have are left out: {', '.join(left_out)}"
         notify(Notice(what, count=len(left_out)))
-    if not found:
+    if not statistics:
         raise EvaluationError(
             f"{name}: none of its metrics has a number for each document", hint="choose another benchmark"
         )
-    first = min(found, key=ranks.__getitem__)
-    return [replace(one, headline=one.name == first) for one in found.values()]
+    first = min(statistics, key=ranks.__getitem__)
+    return [replace(statistic, headline=name == first) for name, statistic in statistics.items()]
 
 
 def _reader(key: str) -> Callable[[ExampleScore], float | None]:
@@ -269,8 +269,7 @@ def build(material: Material) -> list[Task]:
     """A task for each name of `EvaluationSpec.benchmarks`, as ``hellaswag``, ``mmlu``, ``mmlu:astronomy`` or
     ``mmlu:stem``.
 
-    Raises SetupError without the harness, EvaluationError for a name that it does not know or data that is
-    not there."""
+    Raises SetupError without the harness, EvaluationError for an unknown name or missing data."""
     spec, made = material.spec, dict[str, Task]()
     if not spec.benchmarks:
         material.notify(
@@ -279,30 +278,33 @@ def build(material: Material) -> list[Task]:
     folder = None if spec.benchmark_data is None else Path(spec.benchmark_data).expanduser()
     if folder is not None and not folder.is_dir():
         raise EvaluationError(
-            "is no folder", where=f"--benchmark-data {folder}", hint="give one with the benchmarks' files"
+            "is not a folder",
+            where=f"--benchmark-data {folder}",
+            hint="give the folder with the benchmarks' files",
         )
     for name in dict.fromkeys(spec.benchmarks):
         if name == CODE:
-            found = _programs(folder, material)
+            built = _programs(folder, material)
         else:
             catalogue.require()
-            with catalogue.heard(material.notify):
-                found = [_benchmark(chosen, folder, material) for chosen in catalogue.resolve(name)]
-        made |= {task.name: task for task in found}
+            with catalogue.warnings_as_notices(material.notify):
+                built = [_benchmark(chosen, folder, material) for chosen in catalogue.resolve(name)]
+        made |= {task.name: task for task in built}
     return list(made.values())
 
 
 def _programs(folder: Path | None, material: Material) -> list[Task]:
     if folder is None:
-        how = "datasets.load_dataset('openai/openai_humaneval', split='test').to_json('humaneval_test.jsonl') writes it"
-        raise EvaluationError(f"{CODE} is read from a file in --benchmark-data", hint=how)
+        load = "datasets.load_dataset('openai/openai_humaneval', split='test')"
+        hint = f"{load}.to_json('humaneval_test.jsonl') writes it"
+        raise EvaluationError(f"{CODE} is read from a file in --benchmark-data", hint=hint)
     path = catalogue.file(folder, [CODE], "test")
-    if isinstance(path, catalogue.Missing):
+    if isinstance(path, catalogue.MissingFile):
         raise _absent(CODE, folder, path)
     return list(programs.build_from([path], material))
 
 
-def _absent(name: str, folder: Path | None, missing: catalogue.Missing) -> EvaluationError:
+def _absent(name: str, folder: Path | None, missing: catalogue.MissingFile) -> EvaluationError:
     return EvaluationError(
         f"{name}: there is no file with its documents",
         where="the hub" if folder is None else f"--benchmark-data {folder}",
@@ -312,19 +314,21 @@ def _absent(name: str, folder: Path | None, missing: catalogue.Missing) -> Evalu
 
 def _benchmark(chosen: catalogue.Chosen, folder: Path | None, material: Material) -> Benchmark:
     limit, left_out = material.spec.limit or sys.maxsize, 0
-    parts: list[Part] = []
-    absent: list[tuple[str, catalogue.Missing]] = []
+    parts: list[BenchmarkPart] = []
+    absent: list[tuple[str, catalogue.MissingFile]] = []
     tick = ticker(material.notify, f"{chosen.title}: questions")
     for done, leaf in enumerate(chosen.leaves):
         tick(done, len(chosen.leaves))
         task = catalogue.load(leaf, folder, material.spec.shots, material.notify)
-        if isinstance(task, catalogue.Missing):
+        if isinstance(task, catalogue.MissingFile):
             absent.append((leaf.subject, task))
             continue
         above = [group.removeprefix(f"{chosen.leaves[0].groups[0]}_") for group in leaf.groups[1:]]
         left_out += max(0, len(task.task_docs) - limit)
         labels: dict[str, JSON] = {"category": above[-1] if above else None, "subject": leaf.subject}
-        parts.append(Part(task, tuple(_asked(leaf.name, task, material)), labels if chosen.partial else {}))
+        parts.append(
+            BenchmarkPart(task, tuple(_asked(leaf.name, task, material)), labels if chosen.partial else {})
+        )
     if not parts:
         raise _absent(chosen.title, folder, absent[0][1])
     if absent:
@@ -341,12 +345,12 @@ def _benchmark(chosen: catalogue.Chosen, folder: Path | None, material: Material
     return Benchmark(chosen.title, chosen.version, parts, material.notify)
 
 
-def _asked(name: str, task: ConfigurableTask, material: Material) -> Iterator[Asked]:
-    """The documents with their requests, as the harness's evaluator makes them. ``limit``: of each leaf the
-    first.
+def _asked(name: str, task: ConfigurableTask, material: Material) -> Iterator[BenchmarkDocument]:
+    """The documents with their requests, as the harness's evaluator makes them; of each task the first
+    ``limit``.
 
-    Those that hold the text of a control token are left out with a notice: it would not be read as text.
-    """
+    Documents that contain the text of a control token are left out with a notice, since it would be read as
+    the token."""
     limit, shots = material.spec.limit, task.config.num_fewshot
     docs: Any = task.task_docs
     unwritable = Counter[str]()
@@ -354,12 +358,12 @@ def _asked(name: str, task: ConfigurableTask, material: Material) -> Iterator[As
         try:
             context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
             made = _document(name, number, task, doc, context)
-            for text in {one for request in made.requests for one in request.args if isinstance(one, str)}:
+            for text in {text for request in made.requests for text in request.args if isinstance(text, str)}:
                 material.renderer.text_prompt(text)
             yield made
         except TemplateError as error:
             unwritable[error.what] += 1
-        except Exception as error:  # a template is somebody's program: it may raise anything
+        except Exception as error:  # a template is code and may raise anything
             if isinstance(error, TunesmithError):
                 raise
             what = f"cannot be asked with {shots} solved examples: {' '.join(str(error).split())[:200]}"
@@ -370,20 +374,22 @@ def _asked(name: str, task: ConfigurableTask, material: Material) -> Iterator[As
         material.notify(Notice(f"{name}: documents are left out: {what}", level="warning", count=count))
 
 
-def _document(name: str, number: int, task: ConfigurableTask, doc: Any, context: Any) -> Asked:
+def _document(name: str, number: int, task: ConfigurableTask, doc: Any, context: Any) -> BenchmarkDocument:
     about = (name, number, task.config.repeats)
     made = task.construct_requests(
         doc=doc, ctx=context, metadata=about, apply_chat_template=False, chat_template=None
     )
     choices = tuple(task.doc_to_choice(doc)) if task.config.doc_to_choice is not None else ()
     question, gold = task.doc_to_text(doc), task.doc_to_target(doc)
-    if task.multiple_input:  # what is asked is which of several beginnings the text goes on from
+    if task.multiple_input:  # the choices are beginnings of one continuation
         question, gold = gold, question
     gold = gold if isinstance(gold, list) else [gold]
     right = [
-        str(choices[one]) if isinstance(one, int) else str(one)
-        for one in gold
-        if choices or not isinstance(one, int)
+        str(choices[target]) if isinstance(target, int) else str(target)
+        for target in gold
+        if choices or not isinstance(target, int)
     ]
     requests = tuple(made) if isinstance(made, list) else (made,)
-    return Asked(f"{name}/{number}", doc, requests, str(question), " | ".join(right) or None, choices)
+    return BenchmarkDocument(
+        f"{name}/{number}", doc, requests, str(question), " | ".join(right) or None, choices
+    )

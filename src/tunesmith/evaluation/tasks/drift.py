@@ -33,12 +33,12 @@ from tunesmith.tokens.template import Renderer, Tokens
 CHAT_TOKENS = 40
 SAFETY_TOKENS = 48
 ROOM = 1 << 30
-"""Bytes for the base's log-probabilities of `Chat`, in float32; prompts beyond are not measured."""
+"""Bytes for the base's log-probabilities of `ChatDrift`, in float32; prompts beyond are not measured."""
 KEEP = Target(share=0.95)
 STEADY = Target(change=0.05)
 
 
-class Item(NamedTuple):
+class DriftItem(NamedTuple):
     """``text``: a passage, or a user's message. ``harmful``: of a request; None for others."""
 
     source: str
@@ -51,11 +51,11 @@ class Item(NamedTuple):
         return Conversation((Message("user", self.text),))
 
 
-def _identity(task: Task, items: Sequence[Item], tokens: int = 0) -> str:
+def _identity(task: Task, items: Sequence[DriftItem], tokens: int = 0) -> str:
     return digest(task.name, task.version, tokens, [list(item) for item in items])
 
 
-class Text(Task[tuple[Item, float, float]]):
+class TextDrift(Task[tuple[DriftItem, float, float]]):
     """Measured: (passage, Σ −log p in nats, tokens). The first token is not scored if no BOS precedes it."""
 
     name, version = "drift.text", "1"
@@ -73,7 +73,7 @@ class Text(Task[tuple[Item, float, float]]):
         Meaning("perplexity", "Perplexity on general text", "e to the mean −log p a token of general text"),
     )
 
-    def __init__(self, items: Sequence[Item], renderer: Renderer) -> None:
+    def __init__(self, items: Sequence[DriftItem], renderer: Renderer) -> None:
         self.items = list(items)
         self._groups: list[Group] = []
         for item in self.items:
@@ -88,11 +88,11 @@ class Text(Task[tuple[Item, float, float]]):
     def identity(self) -> str:
         return _identity(self, self.items)
 
-    def measure(self, subject: Subject) -> list[tuple[Item, float, float]]:
+    def measure(self, subject: Subject) -> list[tuple[DriftItem, float, float]]:
         sums = subject.logps(self._groups, "general text")
         return [(item, -logp, units) for item, ((logp, units),) in zip(self.items, sums, strict=True)]
 
-    def score(self, items: Sequence[tuple[Item, float, float]]) -> list[ExampleScore]:
+    def score(self, items: Sequence[tuple[DriftItem, float, float]]) -> list[ExampleScore]:
         """``value``: mean nats a token; ``units``: tokens."""
         suites.require_finite(self.name, [(item.source, nats) for item, nats, _ in items])
         return [
@@ -107,7 +107,7 @@ class Divergence(NamedTuple):
     """Along the base's answer. ``kl``: mean nats a token of KL(base‖this model). ``agreement``: share of
     tokens for which both find the same one likeliest."""
 
-    item: Item
+    item: DriftItem
     kl: float
     agreement: float
     tokens: int
@@ -123,7 +123,7 @@ class _BaseAnswer(NamedTuple):
     logps: np.ndarray
 
 
-class Chat(Task[Divergence]):
+class ChatDrift(Task[Divergence]):
     """The base is measured first: its answers, and its log-probabilities along them in at most `ROOM` bytes,
     are held until tuned is measured.
 
@@ -152,7 +152,7 @@ class Chat(Task[Divergence]):
     )
     cached, needs_base = False, True
 
-    def __init__(self, items: Sequence[Item]) -> None:
+    def __init__(self, items: Sequence[DriftItem]) -> None:
         self.items = list(items)
         self._base_answers: list[_BaseAnswer] = []
 
@@ -251,7 +251,7 @@ def divergence(base: np.ndarray, tuned: np.ndarray) -> tuple[np.ndarray, np.ndar
     return terms.sum(-1), base.argmax(-1) == tuned.argmax(-1)
 
 
-class Safety(Task[tuple[Item, Said]]):
+class SafetyDrift(Task[tuple[DriftItem, Said]]):
     """``value``: whether it refused."""
 
     name, version = "drift.safety", "1"
@@ -286,18 +286,18 @@ class Safety(Task[tuple[Item, Said]]):
         ),
     )
 
-    def __init__(self, items: Sequence[Item]) -> None:
+    def __init__(self, items: Sequence[DriftItem]) -> None:
         self.items = list(items)
 
     @property
     def identity(self) -> str:
         return _identity(self, self.items, SAFETY_TOKENS)
 
-    def measure(self, subject: Subject) -> list[tuple[Item, Said]]:
+    def measure(self, subject: Subject) -> list[tuple[DriftItem, Said]]:
         said = subject.answers([item.prompt for item in self.items], SAFETY_TOKENS, "requests")
         return list(zip(self.items, said, strict=True))
 
-    def score(self, items: Sequence[tuple[Item, Said]]) -> list[ExampleScore]:
+    def score(self, items: Sequence[tuple[DriftItem, Said]]) -> list[ExampleScore]:
         scores: list[ExampleScore] = []
         for item, said in items:
             detail: dict[str, JSON] = {"harmful": item.harmful, "category": item.category, "cut": said.cut}
@@ -310,15 +310,15 @@ class Safety(Task[tuple[Item, Said]]):
         return scores
 
 
-@register(choices.MultipleChoice, Text, Chat, Safety, group="drift")
+@register(choices.MultipleChoice, TextDrift, ChatDrift, SafetyDrift, group="drift")
 def build(material: Material) -> list[Task]:
     """All four; without a chat template the first two. Raises DataError if a file has items that cannot be
     used."""
     spec, renderer, notify = material.spec, material.renderer, material.notify
 
     def items(
-        task: str, suite: str, paths: Sequence[str], make: Callable[[Entry], Item], hint: str
-    ) -> list[Item]:
+        task: str, suite: str, paths: Sequence[str], make: Callable[[Entry], DriftItem], hint: str
+    ) -> list[DriftItem]:
         keys = (lambda item: item.harmful, lambda item: item.category)
         return suites.spread(
             suites.made(suites.entries(suite, paths), make, hint), spec.limit, keys, task, notify
@@ -335,9 +335,9 @@ def build(material: Material) -> list[Task]:
         _passage,
         'rows {"text": …}, or plain text in a .txt, a passage a line',
     )
-    tasks: list[Task] = [choices.MultipleChoice(asked, renderer, notify), Text(texts, renderer)]
+    tasks: list[Task] = [choices.MultipleChoice(asked, renderer, notify), TextDrift(texts, renderer)]
     try:
-        renderer.prompt(Item("", "", "Hello").prompt)
+        renderer.prompt(DriftItem("", "", "Hello").prompt)
     except TemplateError as error:
         notify(Notice(f"drift.chat and drift.safety are not measured: {error.what}", level="warning"))
         return tasks
@@ -361,29 +361,29 @@ def build(material: Material) -> list[Task]:
     ):
         if harmful not in kinds:
             notify(Notice(f"drift.safety is measured without {what} is given", level="warning"))
-    return [*tasks, Chat(chats), Safety(requests)]
+    return [*tasks, ChatDrift(chats), SafetyDrift(requests)]
 
 
-def _encodable(item: Item, encode: Callable[[Item], list[int]]) -> list[int]:
+def _encodable(item: DriftItem, encode: Callable[[DriftItem], list[int]]) -> list[int]:
     try:
         return encode(item)
     except TemplateError as error:
         raise DataError(error.what, where=item.source, hint=error.hint) from error
 
 
-def _passage(entry: Entry) -> Item:
-    return Item(entry.source, entry.kind("category"), entry.words("text"))
+def _passage(entry: Entry) -> DriftItem:
+    return DriftItem(entry.source, entry.kind("category"), entry.words("text"))
 
 
-def _chat(entry: Entry) -> Item:
-    return Item(entry.source, entry.kind("category"), entry.words("prompt", "text"))
+def _chat(entry: Entry) -> DriftItem:
+    return DriftItem(entry.source, entry.kind("category"), entry.words("prompt", "text"))
 
 
-def _request(entry: Entry) -> Item:
+def _request(entry: Entry) -> DriftItem:
     row = entry.row
     if "goal" in row and "prompt" not in row:
-        return Item(entry.source, entry.kind("category"), entry.words("goal"), True)
+        return DriftItem(entry.source, entry.kind("category"), entry.words("goal"), True)
     harmful = row.get("harmful", {"safe": False, "unsafe": True}.get(str(row.get("label"))))
     if not isinstance(harmful, bool):
         raise DataError("does not say whether it is harmful", where=entry.source)
-    return Item(entry.source, entry.kind("category", "type"), entry.words("prompt"), harmful)
+    return DriftItem(entry.source, entry.kind("category", "type"), entry.words("prompt"), harmful)

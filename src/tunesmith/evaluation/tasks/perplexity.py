@@ -1,6 +1,6 @@
 """Loss of a model on the learned tokens of held-out rows, in nats a token, and perplexity = e to that.
 
-The loss is a ratio of sums over all rows, Σ nats / Σ tokens, so neither batching nor the order of rows changes
+The loss is a ratio of sums over all rows, Σ nats / Σ tokens; neither batching nor the order of rows changes
 it. Answers that are not imitated (labelled undesirable, or the rejected side of a pair) have a loss of their
 own, for which neither direction is better. Models with different tokenizers cannot be compared by these
 numbers: their tokens differ."""
@@ -54,7 +54,7 @@ class RowLoss(NamedTuple):
     prompt: str | None = None
 
 
-class Item(NamedTuple):
+class PerplexityRow(NamedTuple):
     """``group``: one row. ``about``: its label and type, and its category if it has one; or the reason why it
     is not imitated."""
 
@@ -104,7 +104,7 @@ class Perplexity(Task[RowLoss]):
         ),
     )
 
-    def __init__(self, items: Sequence[Item] = ()) -> None:
+    def __init__(self, items: Sequence[PerplexityRow] = ()) -> None:
         self.items = items
 
     @property
@@ -206,11 +206,11 @@ def _unwanted(example: Example) -> Example | None:
     return example if _label(example) == "undesirable" else None
 
 
-def _item(row: Row, example: Example, label: JSON, key: str | None) -> Item:
+def _item(row: Row, example: Example, label: JSON, key: str | None) -> PerplexityRow:
     about: dict[str, JSON] = {"label": label, "type": _type(row, example)}
     if key is not None and isinstance(kind := example.metadata.get(key), str):
         about["category"] = kind
-    return Item(Group((row.tokens,), row.source, row.label), about, _opening(example))
+    return PerplexityRow(Group((row.tokens,), row.source, row.label), about, _opening(example))
 
 
 def _label(example: Example) -> str:

@@ -81,8 +81,8 @@ def check(problem: Program, completion: str, limits: Limits | None = None) -> Ou
 
 
 class Programs(Task[TestedProgram]):
-    """``version`` changes with the code that is run. Tests have a time limit: a program that exceeds it beside
-    others runs again alone."""
+    """``version`` changes with the code that is run. Tests have a time limit: a program that exceeds it
+    beside others runs again alone."""
 
     name = "benchmark.humaneval"
     version = "1"
@@ -161,8 +161,8 @@ class Programs(Task[TestedProgram]):
 
 
 def read(files: Sequence[Path]) -> list[Program]:
-    """The problems of JSONL ``files`` in HumanEval's format. Raises DataError listing the rows that are not in
-    it, and duplicates."""
+    """The problems of JSONL ``files`` in HumanEval's format. Raises DataError listing rows in another format,
+    and duplicates."""
     programs: dict[str, Program] = {}
     problems: list[str] = []
     for path in sources.files(files):
@@ -208,7 +208,9 @@ def build_from(files: Sequence[Path], material: Material) -> list[Task]:
     limit = material.spec.limit
     asked = problems[:limit]
     if not material.spec.allow_code:
-        what = f"humaneval runs {len(asked)} programs that the model writes, each sandboxed without network or files"
+        what = (
+            f"humaneval runs {len(asked)} programs that the model writes, sandboxed, without network or files"
+        )
         raise EvaluationError(what, where="allow_code", hint="--allow-code allows it")
     sandbox.require()
     if len(asked) < len(problems):

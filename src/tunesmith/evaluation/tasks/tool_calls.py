@@ -1,9 +1,9 @@
-"""Does an answer call the right tool, with arguments that the tool takes, and none where none is wanted?
+"""Does an answer call the right tool, with arguments that the tool takes, and no tool if none is wanted?
 
-Asked are the user's own rows: the last answer of each, and each earlier answer that calls, behind what stands
-before it. Calls are read from the text (`parsers`), since that is what a program gets. Arguments are checked
-against the JSON schema that the row declares for the tool (draft 2020-12 unless it names another; nothing is
-fetched). What a call would do is not looked at."""
+The prompts are the user's own rows: the conversation before the last answer of each, and before each earlier
+answer that makes a call. Calls are read from the text (`parsers`), since that is what a program gets.
+Arguments are checked against the JSON schema that the row declares for the tool (draft 2020-12 unless it
+names another; nothing is fetched). Calls are not executed."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ from tunesmith.tokens.template import Refused, Renderer
 NO_CALL = "no call"
 
 
-class Reference(NamedTuple):
-    """What a model is asked, and the calls that the right answer makes (none: it must answer in words)."""
+class ReferenceAnswer(NamedTuple):
+    """A prompt, the calls that the right answer makes (none: it answers in words), and the answer as the row
+    has it."""
 
     source: str
     prompt: Prompt
     calls: tuple[Call, ...]
-    answer: Message = Message("assistant", "")  # as the row has it
+    answer: Message = Message("assistant", "")
 
 
 ON_CALLS = (
@@ -58,15 +59,16 @@ ON_CALLS = (
 CHECKS = (*ON_CALLS, "unwanted_call")
 
 
-def references(example: Example) -> Reference | None:
+def references(example: Example) -> ReferenceAnswer | None:
     """The conversation up to its last assistant turn, and the calls of that turn (structured, or read from
     its text).
 
-    None where there is no answer to be measured against: plain text, a row labelled undesirable, a
-    conversation whose last assistant turn answers nobody, or an answer whose own call is broken."""
+    None if there is no answer to measure against: plain text, a row labelled undesirable, a conversation
+    whose last assistant turn follows no other role, or an answer whose own call is broken."""
     conversation = _imitated(example)
     if isinstance(conversation, Conversation):
-        places = [at for at, message in enumerate(conversation.messages) if message.role == "assistant"]
+        messages = enumerate(conversation.messages)
+        places = [place for place, message in messages if message.role == "assistant"]
         return _reference(example.source, conversation, places[-1]) if places else None
     return (
         _made(example.source, conversation.prompt, Message("assistant", conversation.completion))
@@ -75,24 +77,22 @@ def references(example: Example) -> Reference | None:
     )
 
 
-def asked(example: Example) -> tuple[list[Reference], int]:
-    """The earlier answers of ``example`` that call a tool, and the last; and how many of them are no usable
-    reference."""
+def asked(example: Example) -> tuple[list[ReferenceAnswer], int]:
+    """The earlier answers of ``example`` that call a tool, and the last; and how many of them cannot be used
+    as a reference."""
     last, conversation = references(example), _imitated(example)
-    found: list[Reference | None] = []
+    earlier: list[ReferenceAnswer | None] = []
     if isinstance(conversation, Conversation):
+        messages = conversation.messages
         turns = [
-            at
-            for at, one in enumerate(conversation.messages)
-            if one.role == "assistant" and one.learn is not False
+            place
+            for place, message in enumerate(messages)
+            if message.role == "assistant" and message.learn is not False
         ]
-        found = [
-            _reference(example.source, conversation, at)
-            for at in turns[:-1]
-            if _calls(conversation.messages[at])
-        ]
-    usable = [one for one in (*found, last) if one is not None]
-    return usable, len(found) + 1 - len(usable)
+        calling = [place for place in turns[:-1] if _calls(messages[place])]
+        earlier = [_reference(example.source, conversation, place) for place in calling]
+    usable = [reference for reference in (*earlier, last) if reference is not None]
+    return usable, len(earlier) + 1 - len(usable)
 
 
 def _imitated(example: Example) -> Conversation | Completion | None:
@@ -111,54 +111,52 @@ def _calls(message: Message) -> Sequence[Call | ParsedCall]:
     return message.calls or parse(message.content)
 
 
-def _reference(source: str, conversation: Conversation, at: int) -> Reference | None:
+def _reference(source: str, conversation: Conversation, place: int) -> ReferenceAnswer | None:
     messages = conversation.messages
-    if at == 0 or messages[at - 1].role == "assistant":
+    if place == 0 or messages[place - 1].role == "assistant":
         return None
-    return _made(source, Conversation(messages[:at], conversation.tools), messages[at])
+    return _made(source, Conversation(messages[:place], conversation.tools), messages[place])
 
 
-def _made(source: str, prompt: Prompt, answer: Message) -> Reference | None:
+def _made(source: str, prompt: Prompt, answer: Message) -> ReferenceAnswer | None:
     parsed = [] if answer.calls else parse(answer.content)
     if any(call.problem for call in parsed):
         return None
-    return Reference(
+    return ReferenceAnswer(
         source, prompt, answer.calls or tuple(Call(call.name, call.arguments) for call in parsed), answer
     )
 
 
 class Written(NamedTuple):
-    """``tokens``: with the one that ends it."""
+    """``tokens``: their number, with the end token."""
 
     text: str
     tokens: int
 
 
 def written(
-    references: Sequence[Reference], renderer: Renderer, notify: Sink, task: str
+    references: Sequence[ReferenceAnswer], renderer: Renderer, notify: Sink, task: str
 ) -> list[Written | None]:
-    """Each right answer as training would teach it; None, with a notice for each reason, where training would
-    refuse it.
+    """Each reference's answer as training would teach it; None, with a notice for each reason, if training
+    would refuse the row.
 
-    So nothing is asked of which the template leaves something out: tools, earlier calls, results.
-    """
+    So no prompt is used from which the template drops something: tools, earlier calls, results."""
     texts: list[Written | None] = []
     refused: dict[str, list[tuple[str, Refused]]] = {}
-    for one in references:
-        answer = replace(one.answer, learn=None)
+    for reference in references:
+        prompt, answer = reference.prompt, replace(reference.answer, learn=None)
+        if isinstance(prompt, str):
+            example = Completion(prompt, answer.content)
+        else:
+            example = Demonstration(replace(prompt, messages=(*prompt.messages, answer)))
         try:
-            (row,) = renderer.rows(
-                Completion(one.prompt, answer.content)
-                if isinstance(one.prompt, str)
-                else Demonstration(replace(one.prompt, messages=(*one.prompt.messages, answer))),
-                learn="last",
-            )
+            (row,) = renderer.rows(example, learn="last")
         except Refused as error:
-            refused.setdefault(error.code, []).append((one.source, error))
+            refused.setdefault(error.code, []).append((reference.source, error))
             texts.append(None)
         else:
             ids = row.tokens.ids[row.tokens.start :].tolist()
-            end = next((at for at, token in enumerate(ids) if token in renderer.eos_ids), len(ids))
+            end = next((place for place, token in enumerate(ids) if token in renderer.eos_ids), len(ids))
             texts.append(Written(renderer.decode(ids[:end]), end + 1))
     for reason, rows in refused.items():
         (first, error), sources = rows[0], list(dict.fromkeys(source for source, _ in rows))
@@ -169,7 +167,8 @@ def written(
 
 
 def declared(prompt: Prompt) -> dict[str, JSON]:
-    """The JSON schema of the arguments of each tool that ``prompt`` declares; one without takes any."""
+    """The JSON schema of the arguments of each tool that ``prompt`` declares; {} for a tool without one,
+    which takes any arguments."""
     functions = [
         tool.get("function")
         for tool in ([] if isinstance(prompt, str) else prompt.tools)
@@ -183,17 +182,18 @@ def declared(prompt: Prompt) -> dict[str, JSON]:
     return {name: {} if schema is None else schema for name, schema in named if isinstance(name, str)}
 
 
-def score(answer: str, reference: Reference) -> dict[str, JSON]:
-    """``value`` and how it came about.
+def score(answer: str, reference: ReferenceAnswer) -> dict[str, JSON]:
+    """``value``, and the checks behind it.
 
-    Where the reference makes calls, ``value`` is 1.0 where the first two of these hold, and of every call:
-    well_formed (at least one call, none with a problem), right_tool (the same tools in the same order, no
-    call more), then required_arguments (all that the tool's schema requires; without a schema keys_present:
-    all keys of the reference) and exact_arguments; and by themselves, where the row declares tools,
-    known_tool (every tool called is one of them) and schema_valid (every call is of one with arguments that
-    its schema takes; None where the schemas cannot say). Where the reference makes none, kind ``no_call``:
-    unwanted_call is whether the answer makes one, ``value`` is 1.0 if not. Checks of the other kind are None.
-    """
+    If the reference makes calls (kind ``call``), ``value`` is 1.0 if well_formed (at least one call, none
+    with a problem) and right_tool (the same tools in the same order, no further call) hold. Only then can
+    these hold: keys_present (all keys of the reference), required_arguments (all that the tool's schema requires;
+    without a schema, as keys_present) and exact_arguments. If the row declares tools: known_tool (each tool
+    called is declared) and schema_valid (each call is of a declared tool and fits its schema; None if a
+    schema cannot be used).
+
+    If the reference makes no call (kind ``no_call``), unwanted_call says whether the answer makes one, and
+    ``value`` is 1.0 if it does not. Checks of the other kind are None."""
     made, wanted, schemas = parse(answer), reference.calls, declared(reference.prompt)
     called: list[JSON] = [call.name for call in made]
     expected: list[JSON] = [call.name for call in wanted]
@@ -248,14 +248,14 @@ def _takes(schemas: dict[str, JSON], name: str, arguments: JSON) -> bool:
 
 
 def _share(check: str) -> Statistic:
-    def of(one: ExampleScore) -> float | None:
-        return None if one.detail[check] is None else float(one.detail[check] is True)
+    def of(score: ExampleScore) -> float | None:
+        return None if score.detail[check] is None else float(score.detail[check] is True)
 
     return Statistic(check, of, share=True, better="lower" if check == "unwanted_call" else "higher")
 
 
-class ToolCalls(Task[tuple[Reference, Said]]):
-    """``asked``: the questions. Items to score: (reference, what the model answered)."""
+class ToolCalls(Task[tuple[ReferenceAnswer, Said]]):
+    """Measured: (reference, the model's answer)."""
 
     name = "tool_calls"
     version = "3"
@@ -308,48 +308,46 @@ class ToolCalls(Task[tuple[Reference, Said]]):
         ),
     )
 
-    def __init__(self, asked: Sequence[Reference] = (), *, max_tokens: int = 256) -> None:
+    def __init__(self, asked: Sequence[ReferenceAnswer] = (), *, max_tokens: int = 256) -> None:
         self.asked, self.max_tokens = asked, max_tokens
 
     @property
     def identity(self) -> str:
-        return digest([_plain(one) for one in self.asked], self.max_tokens)
+        return digest([_plain(reference) for reference in self.asked], self.max_tokens)
 
-    def measure(self, subject: Subject) -> list[tuple[Reference, Said]]:
-        return list(
-            zip(self.asked, subject.answers([one.prompt for one in self.asked], self.max_tokens), strict=True)
-        )
+    def measure(self, subject: Subject) -> list[tuple[ReferenceAnswer, Said]]:
+        prompts = [reference.prompt for reference in self.asked]
+        return list(zip(self.asked, subject.answers(prompts, self.max_tokens), strict=True))
 
-    def score(self, items: Sequence[tuple[Reference, Said]]) -> list[ExampleScore]:
-        """``value``: 1 where the right tools are called well-formed, or none where none is wanted. ``cut``:
-        at the limit."""
+    def score(self, items: Sequence[tuple[ReferenceAnswer, Said]]) -> list[ExampleScore]:
+        """``value``: 1 if the right tools are called well-formed, or none if none is wanted. ``cut``: the
+        answer reached the limit."""
         if not items:
             raise EvaluationError(
                 "no row has an answer to measure against", hint="give rows that end with an answer"
             )
-        found: list[ExampleScore] = []
-        for reference, said in items:
-            detail = score(said.text, reference) | {"cut": said.cut}
-            told = "\n".join(
-                f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}" for call in reference.calls
-            )
+        scores: list[ExampleScore] = []
+        for reference, answer in items:
+            detail = score(answer.text, reference) | {"cut": answer.cut}
             right = float(detail["value"] == 1.0)
-            prompt, told = asked_last(reference.prompt), told or "an answer in words, no call"
-            found.append(ExampleScore(reference.source, right, 1.0, detail, prompt, told, said.text))
-        return found
+            calls = [
+                f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}" for call in reference.calls
+            ]
+            wanted = "\n".join(calls) or "an answer in words, no call"
+            prompt = asked_last(reference.prompt)
+            scores.append(ExampleScore(reference.source, right, 1.0, detail, prompt, wanted, answer.text))
+        return scores
 
 
 def asked_last(prompt: Prompt) -> str:
-    """What the user said last."""
+    """The last message of the user."""
     if isinstance(prompt, str):
         return prompt
-    said = [message.content for message in prompt.messages if message.role == "user"] or [
-        prompt.messages[-1].content
-    ]
-    return said[-1]
+    messages = [message for message in prompt.messages if message.role == "user"] or prompt.messages
+    return messages[-1].content
 
 
-def _plain(reference: Reference) -> list[JSON]:
+def _plain(reference: ReferenceAnswer) -> list[JSON]:
     prompt = reference.prompt
     turns: JSON = prompt if isinstance(prompt, str) else [_turn(message) for message in prompt.messages]
     tools: list[JSON] = [] if isinstance(prompt, str) else list(prompt.tools)
@@ -367,41 +365,45 @@ def _turn(message: Message) -> list[JSON]:
 
 @register(ToolCalls)
 def build(material: Material) -> list[ToolCalls]:
-    """The task for the rows that can be asked; none where no row asks for a call."""
+    """The task for the rows that can be asked; none if no row asks for a call."""
+    notify = material.notify
     rows = [asked(example) for example in material.imitated if not isinstance(example, Document)]
     if lost := sum(unusable for _, unusable in rows):
-        material.notify(
-            Notice(
-                "tool_calls: answers that are no usable reference are not asked for",
-                level="warning",
-                count=lost,
-            )
-        )
-    every = [one for usable, _ in rows for one in usable]
-    texts = written(every, material.renderer, material.notify, "tool_calls")
-    told = [(one, its.text) for one, its in zip(every, texts, strict=True) if its is not None]
-    kept = [one for one, _ in told]
-    if unread := sum(bool(one.answer.calls) and score(text, one)["value"] != 1.0 for one, text in told):
+        what = "tool_calls: answers that cannot be used as a reference are not asked for"
+        notify(Notice(what, level="warning", count=lost))
+    every = [reference for usable, _ in rows for reference in usable]
+    answers = zip(every, written(every, material.renderer, notify, "tool_calls"), strict=True)
+    texts = [(reference, answer.text) for reference, answer in answers if answer is not None]
+    unread = sum(
+        bool(reference.answer.calls) and score(text, reference)["value"] != 1.0 for reference, text in texts
+    )
+    if unread:
         what = "tool_calls: calls as this template writes them cannot be read back: a right answer scores 0"
         hint = "which forms are read: the documentation, section tool_calls"
-        material.notify(Notice(what, level="warning", count=unread, hint=hint))
-    if not any(reference.calls for reference in kept):
-        material.notify(Notice("tool_calls: no row asks for a call, so it is not measured"))
+        notify(Notice(what, level="warning", count=unread, hint=hint))
+    references = [reference for reference, _ in texts]
+    if not any(reference.calls for reference in references):
+        notify(Notice("tool_calls: no row asks for a call, so it is not measured"))
         return []
-    calling = [reference for reference in kept if reference.calls]
-    schemas = [declared(reference.prompt) for reference in calling]
-    astray = [not all(map(validator, one.values())) for one in schemas]
-    if any(astray):
-        what = "tool_calls: rows that declare a tool with a schema that is none: schema_valid is not asked of them"
-        material.notify(Notice(what, level="warning", count=sum(astray)))
-    bad = sum(
-        not all(_takes(one, call.name, call.arguments) for call in reference.calls)
-        for reference, one, odd in zip(calling, schemas, astray, strict=True)
-        if one and not odd
-    )
-    if bad:
-        what = "tool_calls: reference calls that their own tool's schema does not allow"
-        material.notify(
-            Notice(what, level="warning", count=bad, hint="the data teach calls that the tool refuses")
+    _notify_of_schemas([reference for reference in references if reference.calls], notify)
+    return [ToolCalls(references, max_tokens=material.spec.max_tokens)]
+
+
+def _notify_of_schemas(calling: Sequence[ReferenceAnswer], notify: Sink) -> None:
+    """Count the rows whose schemas cannot be used, and those whose own calls do not fit their schemas."""
+    unusable = misfits = 0
+    for reference in calling:
+        schemas = declared(reference.prompt)
+        if not all(map(validator, schemas.values())):
+            unusable += 1
+        elif schemas:
+            misfits += not all(_takes(schemas, call.name, call.arguments) for call in reference.calls)
+    if unusable:
+        what = (
+            "tool_calls: rows that declare a tool with an invalid schema: schema_valid is not asked of them"
         )
-    return [ToolCalls(kept, max_tokens=material.spec.max_tokens)]
+        notify(Notice(what, level="warning", count=unusable))
+    if misfits:
+        what = "tool_calls: reference calls that do not fit their own tool's schema"
+        hint = "the data teach calls that the tool refuses"
+        notify(Notice(what, level="warning", count=misfits, hint=hint))
