@@ -16,8 +16,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import tiny
-from tunesmith import errors, events
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters, errors, events
 from tunesmith.engine import scoring
 from tunesmith.learning import objectives, optimizer
 from tunesmith.learning.objectives.sft import SFT

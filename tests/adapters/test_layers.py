@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from goldens import make_adapters
-from tunesmith.adapters import layers as adapters
-from tunesmith.adapters.layers import DoRA, Full, LoRA
+from tunesmith import adapters
+from tunesmith.adapters import DoRA, Full, LoRA
 from tunesmith.errors import ConfigError, ModelError, TrainingError
 from tunesmith.training import instruments
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from training.test_speed_laws import Recurrent
 
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters
 from tunesmith.engine import scoring
 from tunesmith.model import kernels
 from tunesmith.model import loading as model

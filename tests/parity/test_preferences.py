@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import tiny
 from goldens import make_preferences as golden
 from goldens import make_sft
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters
 from tunesmith.engine import scoring
 from tunesmith.learning.objectives.apo import APOZeroUnpaired
 from tunesmith.learning.objectives.dpo import DPO

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import tiny
 from goldens import make_sft
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters
 from tunesmith.learning import optimizer
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.learning.optimizer import OptimizerSpec

@@ -17,9 +17,8 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from training.test_laws import call, final, train
 
 import tiny
-from tunesmith import events
-from tunesmith.adapters import layers as adapters
-from tunesmith.adapters.layers import DoRA, Full, LoRA
+from tunesmith import adapters, events
+from tunesmith.adapters import DoRA, Full, LoRA
 from tunesmith.engine import scoring
 from tunesmith.learning import optimizer
 from tunesmith.learning.optimizer import OptimizerSpec

@@ -19,8 +19,7 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
 import tiny
-from tunesmith import errors, events
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters, errors, events
 from tunesmith.model import kernels, logprobs
 from tunesmith.model import loading as model
 from tunesmith.runs.directory import Run, RunConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from tunesmith import events
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters, events
+from tunesmith.adapters import merging
 from tunesmith.data.formats import Conversation, Message
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.events import Notice, Sink
@@ -129,10 +129,10 @@ def load(
         raise ConfigError(what, where=str(path), hint="name a run")
     else:
         spec = model.ModelSpec(path=str(target))
-        loaded = model.load(spec, notify)
+        loaded = merging.load(spec, notify)
         return Speaker(loaded.net, renderers.load(loaded.path))
     config = run.settings(model_path)
-    loaded = model.load(config.model, notify)
+    loaded = merging.load(config.model, notify)
     renderer = renderers.load(config.model.tokenizer or loaded.path, config.template.renderer)
     run.require_base(loaded.fingerprint, renderer.fingerprint)
     if folder is not None:

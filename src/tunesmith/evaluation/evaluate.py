@@ -18,8 +18,8 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from tunesmith import events
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters, events
+from tunesmith.adapters import merging
 from tunesmith.data import formats
 from tunesmith.data.formats import Example
 from tunesmith.data.sources import sha256
@@ -32,7 +32,6 @@ from tunesmith.events import Notice, Sink
 from tunesmith.files import write_json
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.machine import backend, ranks
-from tunesmith.model import loading as models
 from tunesmith.model.loading import Loaded
 from tunesmith.runs import records
 from tunesmith.runs.directory import EVALS, VALID, Run
@@ -109,7 +108,7 @@ def evaluate(
     config = run.settings(model)
     data = [str(Path(path).expanduser().resolve()) for path in data]
     rows = _rows(run, data, groups, spec.limit, notify)
-    loaded = models.load(config.model, notify)
+    loaded = merging.load(config.model, notify)
     renderer = renderers.load(config.model.tokenizer or loaded.path, config.template.renderer)
     run.require_base(loaded.fingerprint, renderer.fingerprint)
     rendered = template.render(rows.imitated, renderer, config.template, config.batch.length)

@@ -22,7 +22,6 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from tunesmith import events
-from tunesmith.adapters import layers as adapters
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
 from tunesmith.model import kernels
@@ -107,7 +106,8 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
 
 
 def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
-    """The base model, every weight in its place, frozen, in evaluation mode, quantised if asked.
+    """The base model, every weight in its place, frozen, in evaluation mode, quantised if asked; without
+    ``spec.adapter``, which `tunesmith.adapters.merging.load` merges.
 
     Raises ModelError where files are missing or torn, the architecture is unknown, or tensors are missing,
     left over or of another shape; all of them are listed."""
@@ -153,22 +153,12 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
         net.set_dtype(mx.float32)
         what = "the quantised weights are held as float32: the same numbers, and packed ones are about 50 times slower on a CPU"
         notify(Notice(what, where="model"))
-    files = fingerprint = _fingerprint(path)
-    if spec.adapter is not None:
-        folder = Path(spec.adapter)
-        adapters.load(net, folder)
-        full = len(adapters.trainable(net))
-        count = adapters.merge(net)
-        what = f"{count} layers" if count else f"{full} tensors"
-        dense = "; what was quantised there is not any more" if count and "quantization" in config else ""
-        notify(Notice(f"an adapter is merged into {what} of the base{dense}", where=str(folder)))
-        weights = hashlib.sha256((folder / adapters.WEIGHTS).read_bytes()).hexdigest()
-        fingerprint = hashlib.sha256(f"{files} {weights}".encode()).hexdigest()
     kernels.install(net)
     net.eval()
     net.freeze()
     mx.eval(net.parameters())
-    return Loaded(net, path, config, fingerprint, files)
+    files = _fingerprint(path)
+    return Loaded(net, path, config, files, files)
 
 
 def _on_cpu() -> bool:

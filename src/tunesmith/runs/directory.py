@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tunesmith.adapters.layers import DoRA, Full, LoRA
+from tunesmith.adapters.specs import DoRA, Full, LoRA
 from tunesmith.auditing import AuditSpec
 from tunesmith.data.formats import DataSpec
 from tunesmith.data.sources import sha256

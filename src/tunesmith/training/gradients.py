@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters
 from tunesmith.errors import ConfigError, OutOfMemory
 from tunesmith.events import Notice, Probed, Sink
 from tunesmith.learning import objectives

@@ -20,9 +20,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from tunesmith import events
-from tunesmith.adapters import layers as adapters
-from tunesmith.adapters.layers import DoRALinear, LoRALinear
+from tunesmith import adapters, events
+from tunesmith.adapters import DoRALinear, LoRALinear
 from tunesmith.runs.directory import LoopSpec
 from tunesmith.tokens.batches import Group
 

@@ -25,8 +25,8 @@ from mlx.utils import tree_map
 from safetensors.numpy import load_file
 from safetensors.numpy import save as serialise
 
-from tunesmith import events
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters, events
+from tunesmith.adapters import merging
 from tunesmith.display import console
 from tunesmith.display.tensorboard import board_sink
 from tunesmith.engine import scoring
@@ -111,7 +111,7 @@ def train(
                 "the warm-up is as long as the run: the learning rate never reaches its peak", level="warning"
             )
         )
-    loaded = model.load(config.model, hear)  # base weights, frozen, quantised if asked
+    loaded = merging.load(config.model, hear)  # base weights, frozen, quantised if asked
     attached = config.adapter.attach(loaded.net, config.loop.seed)  # what is trainable
     before = begin(config, loaded, hear)  # adapters that it goes on from
     gradients.require(loaded.net, config, prepared.train, hear)

@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters
 from tunesmith.checks import constraints, similarity
 from tunesmith.checks.constraints import KINDS, constraint, declared, inferred, sentences
 from tunesmith.data.formats import (

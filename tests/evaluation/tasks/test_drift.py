@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz import fuzz, process
 
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters
 from tunesmith.checks.refusals import refuses
 from tunesmith.errors import DataError, EvaluationError
 from tunesmith.evaluation.statistics import change, paired, summarise

@@ -19,8 +19,7 @@ from parity import test_preferences as parity
 from safetensors.numpy import load_file
 
 import tiny
-from tunesmith import errors, events
-from tunesmith.adapters import layers as adapters
+from tunesmith import adapters, errors, events
 from tunesmith.data import formats
 from tunesmith.data.formats import (
     Completion,

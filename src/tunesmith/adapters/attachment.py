@@ -1,0 +1,100 @@
+"""An adapter as a value: what was trained, attached to a model and detached from it again.
+
+Detaching leaves the model exactly as it was: the same module objects, the same arrays, the same parameters
+frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from tunesmith.adapters.layers import trainable
+from tunesmith.adapters.specs import AdapterSpec
+from tunesmith.errors import ConfigError, ModelError, listing
+
+UNFIT = "give a folder that tunesmith saved, and its model"
+
+
+class _ModuleState:
+    """What one module holds: its class, its parameters and children by reference, which of them are frozen."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.kind = module, type(module)
+        self.members = {name: _copied(member) for name, member in module.items()}
+        self.frozen = set(module._no_grad)
+
+    def restore(self) -> None:
+        self.module.__class__ = self.kind
+        self.module.clear()
+        dict.update(self.module, self.members)  # nn.Module.update takes parameters only
+        self.module._no_grad = set(self.frozen)
+
+
+def _copied(member: Any) -> Any:
+    """The lists and dictionaries of children, which replacing a child changes in place."""
+    if isinstance(member, list):
+        return [_copied(child) for child in member]
+    if isinstance(member, dict) and not isinstance(member, nn.Module):
+        return {name: _copied(child) for name, child in member.items()}
+    return member
+
+
+class Handle:
+    """An adapter in its place in ``net``."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self._states = [_ModuleState(module) for module in net.modules()]
+
+    def detach(self) -> None:
+        """Make ``net`` what it was before the adapter came. Does nothing the second time."""
+        for state in self._states:
+            state.restore()
+        self._states = []
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """``tensors``: what was trained, by the name that it has in an adapted model. ``source``: where it was
+    read, for messages."""
+
+    spec: AdapterSpec
+    tensors: Mapping[str, mx.array]
+    source: str = ""
+
+    def attach(self, net: nn.Module) -> Handle:
+        """Put the adapter into ``net``, which is frozen except for it. Raises ModelError and leaves ``net`` as
+        it was if the two do not fit."""
+        handle = Handle(net)
+        try:
+            self.spec.attach(net, seed=0)
+            self.fill(net)
+        except ConfigError as error:
+            what = f"the adapter does not fit the model: {error}"
+            raise ModelError(what, where=self.source, hint=UNFIT) from error
+        except ModelError:
+            handle.detach()
+            raise
+        return handle
+
+    def fill(self, net: nn.Module) -> None:
+        """Give the trainable tensors of ``net`` these values. Raises ModelError, listing every tensor that does
+        not fit, and leaves ``net`` as it was."""
+        in_net = {name: value.shape for name, value in trainable(net).items()}
+        in_file = {name: value.shape for name, value in self.tensors.items()}
+        problems = [
+            f"{name}: {in_file.get(name, 'missing')} in the file, {in_net.get(name, 'not')} in the model"
+            for name in sorted(in_net | in_file)
+            if in_net.get(name) != in_file.get(name)
+        ]
+        if problems:
+            what = f"{len(problems)} tensors of the adapter do not fit the model\n{listing(problems)}"
+            hint = "an adapter fits only the model that it was trained on"
+            raise ModelError(what, where=self.source, hint=hint)
+        net.update(tree_unflatten([(name, value.astype(mx.float32)) for name, value in self.tensors.items()]))
+        mx.eval(trainable(net))

@@ -1,0 +1,118 @@
+"""Adapters on disk: adapters.safetensors and adapter_config.json, in mlx-lm's layout, which mlx-lm reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import safetensors.numpy
+from pydantic import Field, TypeAdapter
+
+from tunesmith.adapters.attachment import UNFIT, Adapter
+from tunesmith.adapters.layers import adapted, trainable
+from tunesmith.adapters.specs import AdapterSpec, Full, blocks_of
+from tunesmith.errors import ConfigError, ModelError
+
+WEIGHTS = "adapters.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def save(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
+    """Write the trainable tensors and the spec, not atomically. mlx-lm reads both, but refuses
+    ``full_modules`` by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, object] = {"fine_tune_type": spec.kind, "num_layers": len(blocks_of(net, spec.layers))}
+    if not isinstance(spec, Full):
+        config["lora_parameters"] = {
+            "rank": spec.rank,
+            "scale": spec.scale,
+            "dropout": spec.dropout,
+            "keys": list(adapted(net)),
+        }
+    config["tunesmith"] = {"adapter": spec.model_dump(mode="json")}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: np.array(value) for name, value in trainable(net).items()}
+    (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "mlx"}))
+
+
+def read(folder: Path) -> Adapter:
+    """What `save` wrote. Raises ModelError if it cannot be read."""
+    return Adapter(read_spec(folder), _read_tensors(folder), str(folder))
+
+
+def load(net: nn.Module, folder: Path) -> AdapterSpec:
+    """Attach what `save` wrote, for good; returns its spec. Raises ModelError if it cannot be read or does not
+    fit, and leaves ``net`` as it was."""
+    adapter = read(folder)
+    adapter.attach(net)
+    return adapter.spec
+
+
+@contextmanager
+def attached(net: nn.Module, folder: Path) -> Iterator[Adapter]:
+    """Inside, ``net`` has the adapter of ``folder``; afterwards it is exactly what it was. Raises as `load`
+    does."""
+    adapter = read(folder)
+    handle = adapter.attach(net)
+    try:
+        yield adapter
+    finally:
+        handle.detach()
+
+
+def load_tensors(net: nn.Module, folder: Path) -> None:
+    """Fill the adapter that is attached to ``net``. Raises ModelError, listing every tensor that does not fit,
+    and leaves ``net`` as it was."""
+    read(folder).fill(net)
+
+
+def read_spec(folder: Path) -> AdapterSpec:
+    """The spec of what `save` wrote. Raises ModelError if it cannot be read."""
+    try:
+        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["tunesmith"]["adapter"]
+        kinds: TypeAdapter[AdapterSpec] = TypeAdapter(Annotated[AdapterSpec, Field(discriminator="kind")])
+        return kinds.validate_python(stored)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = f"{CONFIG} cannot be read: {type(error).__name__}: {error}"
+        raise ModelError(what, where=str(folder), hint=UNFIT) from error
+
+
+def _read_tensors(folder: Path) -> dict[str, mx.array]:
+    try:
+        tensors: Any = mx.load(str(folder / WEIGHTS))
+        mx.eval(tensors)  # a file that is cut short shows only when it is read
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"{WEIGHTS} cannot be read: {error}", where=str(folder)) from error
+    return tensors
+
+
+def go_on(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
+    """Fill the adapter that ``spec`` attached with what ``folder`` holds. Raises ConfigError if the two differ
+    in shape."""
+    start = read(folder)
+    before, now = _shape(start.spec), _shape(spec)
+    if before != now:
+        if before["kind"] == now["kind"]:
+            differences = [
+                f"adapter.{key} is {now.get(key)}, there {before.get(key)}"
+                for key in sorted(before | now)
+                if before.get(key) != now.get(key)
+            ]
+        else:
+            differences = [f"adapter.kind is {now['kind']}, there {before['kind']}"]
+        what = f"the adapter of {folder} has another shape: {'; '.join(differences)}"
+        hint = "give the same, or model.adapter instead: it is merged into the base, and the new adapter may have any shape"
+        raise ConfigError(what, where="adapter.start", hint=hint)
+    start.fill(net)
+
+
+def _shape(spec: AdapterSpec) -> dict[str, object]:
+    """The settings that decide the tensors' names and shapes; the order of names in a list means nothing."""
+    settings = spec.model_dump(mode="json", exclude={"start", "dropout"})
+    return {key: sorted(value) if isinstance(value, list) else value for key, value in settings.items()}

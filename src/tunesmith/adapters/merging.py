@@ -1,0 +1,58 @@
+"""Adapters merged into the weights of the base, after which the model has none."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from tunesmith import events
+from tunesmith.adapters import files
+from tunesmith.adapters.layers import adapted, trainable
+from tunesmith.events import Notice, Sink
+from tunesmith.model import loading
+from tunesmith.model.loading import Loaded, ModelSpec
+
+
+def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
+    """The base model as `loading.load` gives it, with the adapter that ``spec`` names merged into it. Raises
+    ModelError if either cannot be read or they do not fit."""
+    loaded = loading.load(spec, notify)
+    if spec.adapter is None:
+        return loaded
+    net, folder = loaded.net, Path(spec.adapter)
+    files.load(net, folder)
+    n_full = len(trainable(net))
+    n_layers = merge(net)
+    net.freeze()
+    changed = f"{n_layers} layers" if n_layers else f"{n_full} tensors"
+    dense = (
+        "; what was quantised there is not any more" if n_layers and "quantization" in loaded.config else ""
+    )
+    notify(Notice(f"an adapter is merged into {changed} of the base{dense}", where=str(folder)))
+    weights = hashlib.sha256((folder / files.WEIGHTS).read_bytes()).hexdigest()
+    fingerprint = hashlib.sha256(f"{loaded.files} {weights}".encode()).hexdigest()
+    return loaded._replace(fingerprint=fingerprint)
+
+
+def merge(net: nn.Module) -> int:
+    """Put a dense frozen nn.Linear in place of each adapter layer, since quantising again would erase the
+    update; returns how many."""
+    layers = adapted(net)
+    for name, layer in layers.items():
+        base: Any = layer.linear
+        dtype = (base.scales if "scales" in base else base.weight).dtype
+        if not mx.issubdtype(dtype, mx.floating):
+            dtype = mx.bfloat16
+        plain = nn.Linear(1, 1, bias=False)
+        plain.weight = layer.merged_weight().astype(dtype)
+        if "bias" in base:
+            plain.bias = base.bias
+        mx.eval(plain.parameters())  # one expanded weight at a time
+        plain.freeze().train(base.training)
+        net.update_modules(tree_unflatten([(name, plain)]))
+    return len(layers)

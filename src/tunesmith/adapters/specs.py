@@ -1,0 +1,217 @@
+"""What is trainable, as settings: LoRA, DoRA or the weights themselves; and how a spec is attached to a model.
+
+Initial values are functions of (seed, tensor name). Experts of mixture layers are not linear layers: they are
+not adapted."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from pydantic import BeforeValidator, Field
+
+from tunesmith.adapters.layers import DoRALinear, Linear, LoRALinear, adapted, dims, key_from, trainable
+from tunesmith.errors import ConfigError
+from tunesmith.model import wrap
+from tunesmith.settings.config import Spec
+
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v, tuple[str, ...] | str)
+]
+
+
+class Attached(NamedTuple):
+    """``trainable`` and ``total`` count parameters (of a quantised weight, its elements). ``tensors``: the
+    sorted names of the trainable ones."""
+
+    trainable: int
+    total: int
+    tensors: tuple[str, ...]
+
+
+START = "run or checkpoint that training goes on from: its adapter, of the same shape, instead of a new one"
+
+
+class _LowRank(Spec):
+    rank: int = Field(
+        16, ge=1, description="width of the update; at most the smaller side of each adapted weight"
+    )
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the branch's inputs set to zero in training"
+    )
+    targets: Names = Field(
+        ("q_proj", "v_proj"),
+        min_length=1,
+        description="linear layers by name, suffix (mlp.up_proj) or pattern (*_proj); all-linear is each one in the blocks",
+    )
+    layers: int | None = Field(None, ge=1, description="only the last n blocks; null is all")
+    rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    full_modules: Names = Field((), description="modules trained in full beside it, such as input_layernorm")
+    start: str | None = Field(None, description=START)
+    _layer: ClassVar[type[LoRALinear]]
+
+    @property
+    def scale(self) -> float:
+        """s in W + s·(A·B)ᵀ"""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def attach(self, net: nn.Module, seed: int) -> Attached:
+        """Freeze ``net`` and put adapter layers in place of its targets; A is drawn from (seed, tensor name).
+
+        With ``layers``, a module outside the blocks is reached only by its plain name, not by a pattern.
+        Raises ConfigError and leaves ``net`` as it was if a target matches nothing, the rank is too large, a
+        full module is quantised or also adapted, or ``net`` has adapters already."""
+        chosen = _select(net, self.targets, self.layers, "adapter.targets", full=False)
+        for name, linear in chosen.items():
+            if self.rank > min(dims(linear)):
+                what = f"rank {self.rank} is more than {name} (in, out = {dims(linear)}) can hold"
+                raise ConfigError(what, where="adapter.rank", hint="a smaller rank, or other adapter.targets")
+        full = _select(net, self.full_modules, self.layers, "adapter.full_modules", full=True)
+        if both := sorted(full.keys() & chosen.keys()):
+            raise ConfigError(f"{both[0]} is both adapted and trained in full", where="adapter.full_modules")
+        net.freeze()
+        for name, linear in chosen.items():
+            layer = self._layer(linear, self.rank, self.scale, self.dropout, key_from(seed, f"{name}.lora_a"))
+            net.update_modules(tree_unflatten([(name, layer)]))
+        return _unfreeze(net, full)
+
+
+class LoRA(_LowRank):
+    """A frozen base with a low-rank update beside chosen linear layers; over a quantised base it is QLoRA."""
+
+    kind: Literal["lora"] = "lora"
+    _layer: ClassVar[type[LoRALinear]] = LoRALinear
+
+
+class DoRA(_LowRank):
+    """LoRA with a learned length for each output row: nearer to full training at low ranks, slower a step."""
+
+    kind: Literal["dora"] = "dora"
+    _layer: ClassVar[type[LoRALinear]] = DoRALinear
+
+
+class Full(Spec):
+    """The weights themselves, in float32."""
+
+    targets: Names = Field(
+        ("*",), min_length=1, description="modules by name or pattern, with all inside them"
+    )
+    layers: int | None = Field(None, ge=1, description="only the last n blocks; null is all")
+    start: str | None = Field(None, description=START)
+    kind: Literal["full"] = "full"
+
+    def attach(self, net: nn.Module, seed: int) -> Attached:
+        """Freeze ``net`` except the targets, which become float32. No random number is drawn. Raises
+        ConfigError as `LoRA.attach` does."""
+        full = _select(net, self.targets, self.layers, "adapter.targets", full=True)
+        net.freeze()
+        return _unfreeze(net, full)
+
+
+AdapterSpec = LoRA | DoRA | Full
+
+
+def blocks_of(net: nn.Module, last: int | None = None) -> list[str]:
+    """Name prefixes of the ``last`` transformer blocks in order; of all if None."""
+    blocks: Any = net.layers
+    names = {id(module): f"{name}." for name, module in net.named_modules()}
+    return [names[id(block)] for block in blocks][-(last or 0) :]
+
+
+def _weights(module: nn.Module) -> dict[str, mx.array]:
+    """The floating-point parameters that ``module`` itself holds."""
+    arrays = {name: value for name, value in module.items() if isinstance(value, mx.array) and name[0] != "_"}
+    return {name: value for name, value in arrays.items() if mx.issubdtype(value.dtype, mx.floating)}
+
+
+def _select(
+    net: nn.Module, targets: Sequence[str], layers: int | None, where: str, *, full: bool
+) -> dict[str, Any]:
+    """By name the linear layers that ``targets`` mean; or, if ``full``, the modules with weights that are
+    targets or inside them."""
+    if adapted(net):
+        hint = "merge them, or load it again"
+        raise ConfigError("the model has adapters already", where="adapter", hint=hint)
+    blocks, last = tuple(blocks_of(net)), tuple(blocks_of(net, layers))
+    if layers is not None and layers > len(blocks):
+        raise ConfigError(f"{layers} is more than the model's {len(blocks)} blocks", where="adapter.layers")
+    modules = {
+        name: module
+        for name, module in net.named_modules()
+        if (_weights(module) if full else isinstance(module, Linear))
+    }
+    chosen: set[str] = set()
+    for target in targets:
+        # With `layers` a pattern stays inside the last blocks; a plain name may also mean what is outside all
+        # blocks.
+        outside = target != "all-linear" and (layers is None or not any(sign in target for sign in "*?["))
+        reachable = [
+            name for name in modules if name.startswith(last) or (outside and not name.startswith(blocks))
+        ]
+        matches = _matching(target, reachable, full)
+        if not matches:
+            what = f"{target!r} matches no {'module' if full else 'linear layer'}"
+            what += "" if layers is None else f" in the last {layers} blocks"
+            raise ConfigError(what, where=where, hint=_other_targets(target, modules, full))
+        chosen |= matches
+    if packed := [name for name in sorted(chosen) if full and "scales" in modules[name]]:
+        hint = "leave out model.quantize, or train LoRA or DoRA over the quantised model"
+        raise ConfigError(f"{packed[0]} is quantised: its weights cannot be trained", where=where, hint=hint)
+    return {name: modules[name] for name in sorted(chosen)}
+
+
+def _matching(target: str, names: Iterable[str], full: bool) -> set[str]:
+    # The dot in front makes a plain name match whole words only.
+    patterns = [f"*.{target}", f"*.{target}.*"] if full else [f"*.{target}"]
+    if target == "all-linear":
+        patterns = ["*"]
+    return {name for name in names if any(fnmatchcase(f".{name}", pattern) for pattern in patterns)}
+
+
+def _other_targets(target: str, names: Iterable[str], full: bool) -> str:
+    """The hint for a target that matches nothing: what it could have been."""
+    words = {word for name in names for word in name.split(".")[0 if full else -1 :]}
+    choices = sorted(word for word in words if not word.isdigit())
+    close = difflib.get_close_matches(target.rsplit(".", 1)[-1], choices, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"the model has {', '.join(choices)}"
+
+
+def _rounding(dtype: mx.Dtype) -> Callable[[type[nn.Module]], wrap.Call]:
+    """Outputs in ``dtype``: one float32 weight would turn all later activations to float32."""
+
+    def call_of(kind: type[nn.Module]) -> wrap.Call:
+        def call(self: nn.Module, *args: mx.array) -> mx.array:
+            return kind.__call__(self, *args).astype(dtype)
+
+        return call
+
+    return call_of
+
+
+def _unfreeze(net: nn.Module, full: Mapping[str, nn.Module]) -> Attached:
+    """Make the weights of ``full`` float32 and trainable, and count."""
+    for module in full.values():
+        weights = _weights(module)
+        module.update({key: value.astype(mx.float32) for key, value in weights.items()})
+        module.unfreeze(recurse=False, keys=list(weights))
+        dtype = next(iter(weights.values())).dtype
+        if dtype != mx.float32:
+            wrap.replace([module], _rounding(dtype))
+    tensors, total = trainable(net), 0
+    mx.eval(tensors)
+    for _, module in net.named_modules():
+        packed = "scales" in module
+        total += module.weight.size * 32 // module.bits if packed else 0
+        total += sum(
+            value.size
+            for key, value in _weights(module).items()
+            if not packed or key not in ("scales", "biases")
+        )
+    return Attached(sum(value.size for value in tensors.values()), total, tuple(tensors))
