@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
+from adapters.test_layers import IDS, adapted, fresh
 from mlx.utils import tree_flatten
 
-from adapters.test_layers import IDS, adapted, fresh
 from tunesmith import adapters
 from tunesmith.adapters import DoRA, Full, LoRA
 from tunesmith.errors import ModelError
