@@ -1,8 +1,8 @@
-"""What can go wrong and how it is told: every error a user can cause says what, where and a hint.
+"""The hierarchy of errors. Every error that a user can cause says what is wrong, where, and what to do.
 
 TunesmithError 1
 ├── ConfigError 2      a key, its origin, a did-you-mean
-├── DataError 3        file:line, the first twenty, a hint
+├── DataError 3        file:line, the first twenty problems
 ├── TemplateError 4    the template cannot express a role or a call, or a check on the rendered row failed
 ├── ModelError 5       weights or tokenizer cannot be read; all mismatched tensors listed
 ├── TrainingError 6

@@ -1,7 +1,8 @@
-"""What happens during a run, as plain records, and where they go: the terminal, JSON lines, a tracker.
+"""What happens during a run, as records, and the sinks that take them: terminal, JSON lines, a tracker.
 
-The loop never prints: it calls a sink. ``events.jsonl`` is the one truth of a run; everything else is derived
-from it. Times are seconds since the epoch (UTC), memory is bytes, losses are means a unit of the objective.
+The loop never prints: it calls a sink. All curves and numbers of a report are derived from ``events.jsonl``.
+Times are seconds since the epoch (UTC), memory is in bytes, a loss is the mean over the units of the
+objective.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Notice(Event):
-    """Something the user should know: a fallback, a dropped row, a clamped value. ``count`` of how many it
-    concerns."""
+    """Something the user should know: a fallback, a dropped row, a clamped value. ``count``: how many are
+    concerned."""
 
     what: str
     level: str = "info"  # info | warning
@@ -48,7 +49,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class Working(Event):
-    """Progress of other long work, for whoever watches; never written to the run directory."""
+    """Progress of long work other than updates, for the display only; never written to the run directory."""
 
     label: str
     done: int
@@ -57,8 +58,8 @@ class Working(Event):
 
 @dataclass(frozen=True, slots=True)
 class Resumed(Event):
-    """``step``: the checkpoint it goes on from, of ``steps``. ``redone``: updates logged after it, done
-    again."""
+    """Training continues from the checkpoint at ``step`` of ``steps``. ``redone``: updates that were logged
+    after it and are made again."""
 
     step: int
     redone: int
@@ -67,10 +68,11 @@ class Resumed(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Event):
-    """One optimizer update. ``loss``: mean over its ``units``, learned tokens (weighted) or rows or pairs:
-    the objective's unit.
+    """One optimizer update. ``loss``: mean over its ``units`` (learned tokens with their weights, rows, or
+    pairs, depending on the objective).
 
-    ``learned``: its learned tokens, None where they are the units. ``metrics``: what the objective watches.
+    ``learned``: its learned tokens, or None if these are the units. ``metrics``: those of the objective.
+    ``shapes``: compiled shapes so far, and micro-batches of other shapes.
     """
 
     step: int
@@ -96,8 +98,8 @@ class StepDone(Event):
 
 @dataclass(frozen=True, slots=True)
 class Instruments(Event):
-    """Of one optimizer update, by trainable weight: norm of its gradient before clipping, of itself before,
-    of its change."""
+    """Norms of one optimizer update by trainable weight: of the gradient before clipping, of the weight
+    before the update, and of its change."""
 
     step: int
     gradient: dict[str, float]
@@ -106,18 +108,17 @@ class Instruments(Event):
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Change over weight. A weight that is all zero before its update, as LoRA's B is before the first,
-        has none."""
+        """Change over weight. A weight that is zero before the update, such as LoRA's B before the first, is
+        left out."""
         return {name: self.update[name] / size for name, size in self.weight.items() if size > 0}
 
 
 @dataclass(frozen=True, slots=True)
 class RowLosses(Event):
-    """``losses``: source → mean nats a learned token of that row, as the model was when it learned it;
-    ``units``: how many.
+    """Loss of each row of an update, before it: source → mean nats a learned token, of a pair that of the
+    chosen answer. ``units``: learned tokens of each row.
 
-    Of a pair, of the chosen answer. ``epoch``: from 1. ``avoided``: those of them that are to become less
-    likely."""
+    ``epoch``: from 1. ``avoided``: sources of the rows that are to become less likely."""
 
     step: int
     epoch: int
@@ -128,8 +129,7 @@ class RowLosses(Event):
 
 @dataclass(frozen=True, slots=True)
 class Probed(Event):
-    """The run's largest micro-batch was tried before step 1: ``rows`` with ``tokens`` on the device, padding
-    included."""
+    """The run's largest micro-batch was tried before step 1. ``tokens``: on the device, padding included."""
 
     rows: int
     tokens: int
@@ -139,8 +139,7 @@ class Probed(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepSkipped(Event):
-    """The guard found a loss or gradient that is not finite. ``rows``: the sources (file:line) of the
-    update."""
+    """An update was skipped because its loss or gradient is not finite. ``rows``: its sources (file:line)."""
 
     step: int
     loss: str
@@ -151,10 +150,10 @@ class StepSkipped(Event):
 
 @dataclass(frozen=True, slots=True)
 class Validated(Event):
-    """All validation rows. ``loss``: mean over ``units``. ``perplexity``: a learned token of what is
-    imitated, NaN for none.
+    """Loss on all validation rows: mean over ``units``. ``perplexity``: per learned token of the rows to
+    imitate, NaN if there are none.
 
-    ``metrics``: what the objective watches. ``best``: the best so far by what `LoopSpec.best` follows.
+    ``metrics``: those of the objective. ``best``: the best so far, by the metric that `LoopSpec.best` names.
     """
 
     step: int
@@ -169,7 +168,7 @@ class Validated(Event):
 
 @dataclass(frozen=True, slots=True)
 class Sampled(Event):
-    """What the model answered to a fixed prompt at this step, greedily."""
+    """The model's greedy answer to a fixed prompt at this step."""
 
     step: int
     prompt: str
@@ -179,10 +178,11 @@ class Sampled(Event):
 
 @dataclass(frozen=True, slots=True)
 class Growth(Event):
-    """Of the change ΔW of each adapted weight W: its Frobenius norm, that over W's, and its effective rank.
+    """The change ΔW of each adapted weight W: its Frobenius norm, the ratio of this to the norm of W, and its
+    effective rank.
 
-    ``histogram``: of all entries of all ΔW: ``edges`` (one more) and ``counts``, ``not_finite`` (how many are
-    in no bin); empty where they were not looked at."""
+    ``histogram`` of all entries of all ΔW: ``counts``, ``edges`` (one more), and ``not_finite``, the number
+    of entries in no bin. Empty if it was not computed."""
 
     step: int
     norms: dict[str, float]
@@ -193,8 +193,8 @@ class Growth(Event):
 
 @dataclass(frozen=True, slots=True)
 class Activations(Event):
-    """Of each layer's output on the first validation rows (training rows where none are held out): root mean
-    square, and largest absolute value."""
+    """Root mean square and largest absolute value of each layer's output on the first validation rows, or
+    training rows if none are held out."""
 
     step: int
     rms: dict[str, float]
@@ -248,9 +248,9 @@ def to_json(event: Event) -> str:
 
 
 def from_json(line: str | bytes) -> tuple[Event | None, bool]:
-    """The event of a line of ``events.jsonl``, and whether all of the line is in it.
+    """The event of a line of ``events.jsonl``, and whether it holds all of the line.
 
-    A field that is not known is left out; a kind that is not known, and a line that is damaged, is None.
+    An unknown field is left out. An unknown kind or a damaged line gives None.
     """
     try:
         values = json.loads(line)
@@ -262,22 +262,23 @@ def from_json(line: str | bytes) -> tuple[Event | None, bool]:
 
 
 def read(path: Path) -> Iterator[Event]:
-    """The events of a run in order; a torn last line (the process was killed while writing it) is left out.
+    """The events of a run in order. An unfinished last line (the process was killed while writing) is left
+    out.
 
-    What is damaged or from a later version is told by a last notice, at the time of the last event.
+    If lines are damaged or from a later version, a last notice counts them, at the time of the last event.
     """
-    strange, at = 0, 0.0
+    unread, at = 0, 0.0
     with path.open("rb") as lines:
         for line in lines:
             if line.endswith(b"\n"):
                 event, whole = from_json(line)
-                strange += not whole
+                unread += not whole
                 if event is not None:
                     at = event.at
                     yield event
-    if strange:
+    if unread:
         what = "lines of the log were not read whole: they are from a later version, or damaged"
-        yield Notice(what, "warning", strange, path.name, at=at)
+        yield Notice(what, "warning", unread, path.name, at=at)
 
 
 def silent(event: Event) -> None:
@@ -295,8 +296,8 @@ def tee(sinks: Sequence[Sink]) -> Sink:
 
 
 def ticker(sink: Sink, label: str) -> Callable[[int, int], None]:
-    """A callable (done, total) that tells ``sink`` how far the work called ``label`` is; it began when this
-    was called."""
+    """A function of (done, total) that reports the progress of ``label`` to ``sink``. The work begins when
+    the ticker is made."""
     began: float | None = time.time()
 
     def tick(done: int, total: int) -> None:

@@ -198,7 +198,7 @@ def test_a_rank_without_its_others_is_told(tmp_path, settings):
 def test_a_rank_whose_host_file_is_missing_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_RANK", "0")
     monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "none.json"))
-    with pytest.raises(errors.SetupError, match=r"none\.json: MLX_HOSTFILE names no file"):
+    with pytest.raises(errors.SetupError, match=r"none\.json: MLX_HOSTFILE does not name a file"):
         ranks.join()
 
 

@@ -1,11 +1,11 @@
-"""Which MLX device this is, and what must be in place before MLX is loaded. The only module that sets up MLX.
+"""Which device does MLX use? Also sets up what must be in place before MLX is loaded.
 
 On Linux the CPU wheel of MLX links a reference BLAS (2–8 GFLOP/s a core). The dynamic linker looks in the
-global scope first, so a fast BLAS opened with RTLD_GLOBAL *before* ``import mlx.core`` serves its products,
-with no rebuild. ``TUNESMITH_BLAS`` chooses: ``auto`` (default), ``off``, or the path of a library.
-``TUNESMITH_KERNELS=off`` leaves attention and e^x to MLX (see `kernels`), ``TUNESMITH_ALLOCATOR=off`` glibc's
-allocator as it is. OpenBLAS's own variables (OPENBLAS_CORETYPE, OPENBLAS_NUM_THREADS, …) win over what is set
-here."""
+global scope first, so a fast BLAS that was opened with RTLD_GLOBAL *before* ``import mlx.core`` computes the
+matrix products, with no rebuild. ``TUNESMITH_BLAS`` chooses it: ``auto`` (default), ``off``, or the path of a
+library. With ``TUNESMITH_KERNELS=off`` MLX computes attention and e^x (see `kernels`). With
+``TUNESMITH_ALLOCATOR=off`` the settings of glibc's allocator are not changed. OpenBLAS's own variables
+(OPENBLAS_CORETYPE, OPENBLAS_NUM_THREADS, …) take precedence over the settings made here."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunesmith.errors import SetupError
 
@@ -34,7 +35,7 @@ _M_MMAP_THRESHOLD = -3
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """``blas``: the library in use, ``reference`` where none better was found, ``not used`` on a GPU."""
+    """``blas``: the library in use, ``reference`` if no other was found, ``not used`` on a GPU."""
 
     name: str
     kind: str  # cpu | gpu
@@ -45,8 +46,7 @@ class Device:
 
 @functools.cache
 def prepare() -> tuple[str, str | None, tuple[str, ...]]:
-    """What must come before ``import mlx.core``: a fast BLAS where it helps, and the allocator. (BLAS, hint,
-    notes)"""
+    """Open a fast BLAS and set up the allocator, before ``import mlx.core``; returns (BLAS, hint, notes)."""
     if sys.platform != "linux":
         return "not used", None, ()
     _keep_freed_memory()
@@ -61,8 +61,7 @@ def prepare() -> tuple[str, str | None, tuple[str, ...]]:
 
 @functools.cache
 def setup() -> Device:
-    """`prepare`, load MLX, and say what this machine is. Idempotent. Raises SetupError where MLX cannot be
-    loaded."""
+    """Load MLX after `prepare`; returns its device. Idempotent. Raises SetupError if MLX cannot be loaded."""
     blas, hint, early = prepare()
     notes = [*early, *_odd_switches()]
     try:
@@ -83,10 +82,10 @@ def setup() -> Device:
 
 
 def _odd_switches() -> list[str]:
-    """What the environment says and nothing obeys."""
+    """Notes about environment variables that have no effect."""
     switches = {name: os.environ.get(name, "") for name in ("TUNESMITH_KERNELS", "TUNESMITH_ALLOCATOR")}
     odd = [
-        f"{name} is {value!r}: only off is known, so it is on"
+        f"{name} is {value!r}, not off: it has no effect"
         for name, value in switches.items()
         if value not in ("", "on", "off")
     ]
@@ -123,7 +122,7 @@ _opened: list[ctypes.CDLL] = []
 
 
 def cpu_settings() -> str:
-    """What serves products and the rest on a Linux CPU, in words; empty elsewhere."""
+    """What computes matrix products and the rest on a Linux CPU, in words; empty elsewhere."""
     device = setup()
     if device.kind != "cpu" or sys.platform != "linux":
         return ""
@@ -140,15 +139,15 @@ def cpu_settings() -> str:
 
 
 def own_kernels() -> bool:
-    """Whether `kernels` serve here: on a Linux CPU, unless TUNESMITH_KERNELS=off."""
+    """Whether `kernels` are used: on a Linux CPU, unless TUNESMITH_KERNELS=off."""
     return setup().kind == "cpu" and sys.platform == "linux" and os.environ.get("TUNESMITH_KERNELS") != "off"
 
 
 def _tune_openblas() -> None:
-    """Settings that OpenBLAS reads when it is opened; what the user has set stays.
+    """Set variables that OpenBLAS reads when it is opened, except those that the user has set.
 
-    Waiting threads spin for 2^26 cycles, on cores that the next operation of MLX needs, and ranks on one
-    machine would each start a thread on every core."""
+    By default its waiting threads spin for 2^26 cycles, on cores that the next operation of MLX needs, and
+    each of several ranks on one machine starts a thread on every core."""
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     if (ranks := _ranks_here()) > 1:
         for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -156,7 +155,7 @@ def _tune_openblas() -> None:
 
 
 def _ranks_here() -> int:
-    """Processes that `mlx.launch` started on this machine, this one among them."""
+    """Number of processes that `mlx.launch` started on this machine, this one included."""
     try:
         hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
         names = [str(addresses[0]).rsplit(":", 1)[0] for addresses in hosts]
@@ -182,7 +181,7 @@ def _keep_freed_memory() -> None:
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
 
 
-def _chip(mx, kind: str) -> str:
+def _chip(mx: Any, kind: str) -> str:
     info = mx.device_info() if kind == "gpu" else {}
     if "device_name" in info:
         return str(info["device_name"])
@@ -197,8 +196,8 @@ def _chip(mx, kind: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether MLX gave up for want of memory (it says so in words only: Metal, CUDA and malloc each in their
-    own)."""
+    """Whether MLX ran out of memory. Only the text of the error says so; Metal, CUDA and malloc word it
+    differently."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or any(
         word in words for word in ("alloc", "out of memory", "insufficient memory")
@@ -218,14 +217,14 @@ def memory() -> dict[str, int]:
 
 
 def cache_folder() -> Path:
-    """Where converted models and reference log-probabilities lie: ``$TUNESMITH_CACHE``, else
+    """Folder for converted models and reference log-probabilities: ``$TUNESMITH_CACHE``, else
     ``~/.cache/tunesmith``."""
     return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
 
 
 def memory_limit() -> int:
-    """Bytes that a process can use without swapping: the GPU's recommended working set, or the memory of the
-    machine."""
+    """Bytes that a process can use without swapping: the GPU's recommended working set, or the machine's
+    memory."""
     import mlx.core as mx
     import psutil
 
@@ -235,7 +234,7 @@ def memory_limit() -> int:
 
 
 def gflops(size: int = 1024, repeats: int = 3) -> float:
-    """Measured speed of a float32 product of two ``size`` × ``size`` matrices, in 1e9 operations a second."""
+    """Measured speed of a float32 product of two matrices of ``size`` × ``size``, in GFLOP/s."""
     import mlx.core as mx
 
     a = mx.random.normal((size, size), key=mx.random.key(0))
