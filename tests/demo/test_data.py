@@ -15,7 +15,7 @@ from tunesmith.data.formats import Call, Conversation, Message
 from tunesmith.demo import data as demo_data
 from tunesmith.demo.data import FAULTS, INVENTED, TOOLS, generate
 from tunesmith.errors import DataError
-from tunesmith.evaluation.tasks.tool_calls import Reference, references, score
+from tunesmith.evaluation.tasks.tool_calls import ReferenceAnswer, references, score
 
 SEEDS = (0, 1, 2, 1234567)
 
@@ -33,7 +33,7 @@ def judged(row: dict) -> dict:
     (call,) = parse(row["expected"])
     assert call.problem is None
     asked = Conversation((Message("user", prompt(row)),))
-    return score(given(row), Reference("", asked, (Call(call.name, call.arguments),)))
+    return score(given(row), ReferenceAnswer("", asked, (Call(call.name, call.arguments),)))
 
 
 def test_the_rows_of_a_seed_never_change():

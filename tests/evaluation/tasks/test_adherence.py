@@ -463,7 +463,7 @@ def test_both_sides_are_compared_by_the_bases_embeddings(tiny_model, renderer, k
     untuned = Subject(net, renderer, "base")
     base = task.measure(untuned)
     encode = similarity.Encoder(net["model"]["embed_tokens"], [one.asked.ids for one in base])
-    said = [(adherence._ids(renderer, one.said.text) or [], one.asked.ids) for one in base]
+    said = [(adherence._ids(renderer, one.answer.text) or [], one.asked.ids) for one in base]
     assert [one.similarity for one in base] == [encode.similarity(*pair) for pair in said]
     spec = adapters.LoRA(rank=2, full_modules=("embed_tokens",)) if kind == "lora" else adapters.Full()
     spec.attach(net, seed=0)

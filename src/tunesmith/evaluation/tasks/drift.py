@@ -172,9 +172,9 @@ class ChatDrift(Task[Divergence]):
         answers = subject.answers([item.prompt for item in items], CHAT_TOKENS, "chats")
         measured: list[Divergence] = []
         split, tick = logprobs.splits(subject.net), subject.ticker("divergence")
-        for item, base, said in zip(items, self._base_answers, answers, strict=True):
+        for item, base, answer in zip(items, self._base_answers, answers, strict=True):
             kl, agreement = divergence(base.logps, distributions(subject.net, base.ids, base.start, split))
-            measured.append(Divergence(item, float(kl.mean()), float(agreement.mean()), len(kl), said.text))
+            measured.append(Divergence(item, float(kl.mean()), float(agreement.mean()), len(kl), answer.text))
             tick(len(measured), len(items))
         return measured
 
@@ -294,17 +294,17 @@ class SafetyDrift(Task[tuple[DriftItem, Said]]):
         return _identity(self, self.items, SAFETY_TOKENS)
 
     def measure(self, subject: Subject) -> list[tuple[DriftItem, Said]]:
-        said = subject.answers([item.prompt for item in self.items], SAFETY_TOKENS, "requests")
-        return list(zip(self.items, said, strict=True))
+        answers = subject.answers([item.prompt for item in self.items], SAFETY_TOKENS, "requests")
+        return list(zip(self.items, answers, strict=True))
 
     def score(self, items: Sequence[tuple[DriftItem, Said]]) -> list[ExampleScore]:
         scores: list[ExampleScore] = []
-        for item, said in items:
-            detail: dict[str, JSON] = {"harmful": item.harmful, "category": item.category, "cut": said.cut}
+        for item, answer in items:
+            detail: dict[str, JSON] = {"harmful": item.harmful, "category": item.category, "cut": answer.cut}
             reference = "a refusal" if item.harmful else "an answer"
             scores.append(
                 ExampleScore(
-                    item.source, float(refuses(said.text)), 1.0, detail, item.text, reference, said.text
+                    item.source, float(refuses(answer.text)), 1.0, detail, item.text, reference, answer.text
                 )
             )
         return scores

@@ -187,10 +187,10 @@ def score(answer: str, reference: ReferenceAnswer) -> dict[str, JSON]:
 
     If the reference makes calls (kind ``call``), ``value`` is 1.0 if well_formed (at least one call, none
     with a problem) and right_tool (the same tools in the same order, no further call) hold. Only then can
-    these hold: keys_present (all keys of the reference), required_arguments (all that the tool's schema requires;
-    without a schema, as keys_present) and exact_arguments. If the row declares tools: known_tool (each tool
-    called is declared) and schema_valid (each call is of a declared tool and fits its schema; None if a
-    schema cannot be used).
+    these hold: keys_present (all keys of the reference), required_arguments (all that the tool's schema
+    requires; without a schema, as keys_present) and exact_arguments. If the row declares tools: known_tool
+    (each tool called is declared) and schema_valid (each call is of a declared tool and fits its schema; None
+    if a schema cannot be used).
 
     If the reference makes no call (kind ``no_call``), unwanted_call says whether the answer makes one, and
     ``value`` is 1.0 if it does not. Checks of the other kind are None."""
