@@ -14,7 +14,7 @@ from tunesmith.machine import backend
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from tunesmith.runs.directory import RunConfig
+    from tunesmith.runs.config import RunConfig
     from tunesmith.tokens.batches import Group
     from tunesmith.training.updates import Updates
 
@@ -24,7 +24,7 @@ STEPS = 1_000_000  # of the plan: more than any benchmark makes
 def config(model: str, sections: dict[str, dict[str, Any]]) -> RunConfig:
     """Settings of an update: ``sections`` as in a run's YAML, rows given by hand."""
     backend.setup()
-    from tunesmith.runs.directory import RunConfig
+    from tunesmith.runs.config import RunConfig
 
     common: dict[str, dict[str, Any]] = {
         "model": {"path": model},

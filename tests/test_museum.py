@@ -21,7 +21,10 @@ from tunesmith.engine import scoring
 from tunesmith.learning import objectives, optimizer
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.model import loading as model
-from tunesmith.runs.directory import Cursor, Run, RunConfig
+from tunesmith.runs import checkpoints
+from tunesmith.runs.checkpoints import Cursor
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import Run
 from tunesmith.settings import config
 from tunesmith.tokens.batches import Cut, Group, Plan, collate
 from tunesmith.tokens.template import Tokens
@@ -153,10 +156,10 @@ def test_museum_20_a_save_that_dies_leaves_the_checkpoint_before_it(tmp_path):
         whole(folder)
         raise KeyboardInterrupt
 
-    run.save(Cursor(step=1), whole, 10)
+    checkpoints.save(run, Cursor(step=1), whole, 10)
     with pytest.raises(KeyboardInterrupt):
-        run.save(Cursor(step=2), dies, 10)
-    assert run.checkpoints() == [1] and run.cursor(1).step == 1
+        checkpoints.save(run, Cursor(step=2), dies, 10)
+    assert run.checkpoints() == [1] and checkpoints.read(run, 1).step == 1
 
 
 def test_museum_23_a_loss_that_is_not_finite_is_skipped_named_and_stops_the_run(

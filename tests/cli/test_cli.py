@@ -20,6 +20,7 @@ from tunesmith import events
 from tunesmith.cli import app
 from tunesmith.errors import ConfigError, DataError, ModelError, TunesmithError
 from tunesmith.machine import backend
+from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 
 QUICK = [
@@ -231,7 +232,7 @@ def test_a_run_without_a_checkpoint_says_what_to_do(trained, tmp_path, status, h
     young = Path(shutil.copytree(trained, tmp_path / "young", ignore=shutil.ignore_patterns("0*")))
     Run.open(young).mark(status)
     with pytest.raises(DataError, match=f"has no checkpoint yet\n{re.escape(hint)}tunesmith train --resume"):
-        Run.open(young).choose()
+        checkpoints.choose(Run.open(young))
     with pytest.raises(DataError, match="nowhere: no run here: there is no such folder"):
         Run.open("nowhere")
 

@@ -21,6 +21,7 @@ from tunesmith.evaluation import evaluate as evaluation
 from tunesmith.evaluation import pairing as paired
 from tunesmith.evaluation.tasks import EvaluationSpec
 from tunesmith.model import loading as model
+from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 
 ROWS_ONLY = ("perplexity", "adherence", "tool_calls", "preference")
@@ -234,13 +235,13 @@ def test_a_stopped_evaluation_goes_on(run, monkeypatch):
 
 def test_another_adapter_is_another_measurement(run, tiny_model, tmp_path, cache):
     measured(run)
-    checkpoint = Run.open(run).choose()
+    checkpoint = checkpoints.choose(Run.open(run))
     known = len(list((cache / "evaluations").iterdir()))
     other = tmp_path / "other"
     data = tiny.write_rows(tmp_path / "rows.jsonl", rows(40))
     sets = ["loop.steps=2", "batch.sequences=4", "loop.samples=0", "adapter.rank=4", "data.valid=0.5"]
     tunesmith.train(tunesmith.configure(model=str(tiny_model), data=[str(data)], sets=sets), out=other)
-    assert checkpoint != Run.open(other).choose()
+    assert checkpoint != checkpoints.choose(Run.open(other))
     measured(other)
     assert len(list((cache / "evaluations").iterdir())) == known + 4, (
         "the base is known, four tuned sides are not"

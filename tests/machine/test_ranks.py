@@ -19,6 +19,7 @@ import tiny
 from processes import LAUNCH, TUNESMITH
 from tunesmith import errors, events
 from tunesmith.machine import backend, ranks
+from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 from tunesmith.training import loop as training
 
@@ -97,7 +98,7 @@ def test_two_ranks_are_one(tmp_path, settings, judged, objective, monkeypatch):
     one, two = ([one.loss for one in log(tmp_path / name, events.Validated)] for name in ("one", "two"))
     assert len(one) == 3 and two == pytest.approx(one, rel=1e-6)
     one, two = (
-        load_file(Run.open(tmp_path / name).choose("last") / "adapters.safetensors")
+        load_file(checkpoints.choose(Run.open(tmp_path / name), "last") / "adapters.safetensors")
         for name in ("one", "two")
     )
     for name, value in one.items():

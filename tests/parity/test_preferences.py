@@ -19,7 +19,7 @@ from tunesmith.learning.objectives.kto import KTO
 from tunesmith.learning.objectives.orpo import ORPO
 from tunesmith.learning.objectives.simpo import SimPO
 from tunesmith.model import loading as model
-from tunesmith.runs.directory import RunConfig
+from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Cut, Group
 from tunesmith.tokens.template import Tokens
 from tunesmith.training import gradients, reference

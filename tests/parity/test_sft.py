@@ -18,7 +18,7 @@ from tunesmith.learning import optimizer
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.learning.optimizer import OptimizerSpec
 from tunesmith.model import loading as model
-from tunesmith.runs.directory import RunConfig
+from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Tokens
 from tunesmith.training import loop as training

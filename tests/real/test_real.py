@@ -13,6 +13,7 @@ import pytest
 import tunesmith
 from tunesmith.demo import __main__ as demo
 from tunesmith.demo import data as demo_data
+from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 
 pytestmark = pytest.mark.real
@@ -43,7 +44,7 @@ def test_mlx_lm_reads_the_checkpoint_as_it_is(shown):
 
     mlx_lm = importlib.import_module("mlx_lm")
     folder = model.resolve(run.config.model.path, dtype="auto")
-    net, tokenizer = mlx_lm.load(str(folder), adapter_path=str(run.choose("best")))
+    net, tokenizer = mlx_lm.load(str(folder), adapter_path=str(checkpoints.choose(run, "best")))
     ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
     assert mlx_lm.generate(net, tokenizer, ids, max_tokens=40).strip() == ours.strip()
 

@@ -24,6 +24,7 @@ from tunesmith.learning import optimizer
 from tunesmith.learning.optimizer import OptimizerSpec
 from tunesmith.model import loading as model
 from tunesmith.model.loading import ModelSpec
+from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 from tunesmith.tokens.batches import Cut, Group
 from tunesmith.tokens.template import Tokens
@@ -89,7 +90,7 @@ def test_gradient_norms_of_weights_make_the_global_norm(run):
 def adapter_names(run: Run) -> list[str]:
     from safetensors.numpy import load_file
 
-    return list(load_file(run.choose("last") / "adapters.safetensors"))
+    return list(load_file(checkpoints.choose(run, "last") / "adapters.safetensors"))
 
 
 def test_lora_b_has_no_ratio_before_its_first_update(run):

@@ -22,6 +22,7 @@ import tiny
 from tunesmith import events
 from tunesmith.cli import app
 from tunesmith.errors import ModelError
+from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 
 SETTINGS = {
@@ -74,12 +75,12 @@ def validations(run: Run) -> list[float]:
 
 
 def final(run: Run) -> dict[str, bytes]:
-    folder = run.choose("last")
+    folder = checkpoints.choose(run, "last")
     return {name: (folder / name).read_bytes() for name in ("adapters.safetensors", "optimizer.safetensors")}
 
 
 def agree(one: Run, other: Run, tolerance: float) -> None:
-    a, b = (load_file(run.choose("last") / "adapters.safetensors") for run in (one, other))
+    a, b = (load_file(checkpoints.choose(run, "last") / "adapters.safetensors") for run in (one, other))
     assert a.keys() == b.keys() and len(a) == 8
     for name in a:
         assert np.abs(a[name]).max() > 0, name
@@ -230,7 +231,7 @@ def test_torn_checkpoints_never_push_out_good_ones(tiny_model, rows, tmp_path):
 def test_a_log_that_lost_its_end_is_mended_and_told(tiny_model, rows, tmp_path):
     run = train(tiny_model, rows, tmp_path / "run", loop__keep_last=9)
     log = run.path / "events.jsonl"
-    log.write_bytes(log.read_bytes()[: run.cursor(8).events_bytes - 50])
+    log.write_bytes(log.read_bytes()[: checkpoints.read(run, 8).events_bytes - 50])
     run.mark("running")
     call("train", "--resume", str(run.path))
     told = [event.what for event in events.read(log) if isinstance(event, events.Notice)]

@@ -22,7 +22,9 @@ import tiny
 from tunesmith import adapters, errors, events
 from tunesmith.model import kernels, logprobs
 from tunesmith.model import loading as model
-from tunesmith.runs.directory import Run, RunConfig
+from tunesmith.runs import checkpoints
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import Run
 from tunesmith.tokens.batches import Cut, Group, Plan
 from tunesmith.tokens.template import Tokens
 from tunesmith.training import frozen, gradients
@@ -419,8 +421,8 @@ def test_want_of_memory_shows_before_the_first_step(small):
 def test_want_of_memory_later_halves_the_budget_and_says_so(small):
     run, said = small(220, 2, "run", tokens=1000, pack=True)
     notices = [event.what for event in said if isinstance(event, events.Notice) and "ran out" in event.what]
-    left = run.cursor(4).tokens
-    assert 100 <= left <= 250 and run.cursor(1).tokens is None
+    left = checkpoints.read(run, 4).tokens
+    assert 100 <= left <= 250 and checkpoints.read(run, 1).tokens is None
     assert "from step 2 on" in notices[0] and notices[-1].endswith(f"at most {left} tokens at once")
     assert [event.step for event in said if isinstance(event, events.StepDone)] == [1, 2, 3, 4]
     # A run that goes on from there keeps the budget, and ends in the same bytes.
@@ -494,7 +496,7 @@ def test_a_run_with_kept_lower_layers_is_the_run_without(tmp_path, tiny_model):
         )
         run = training.train(asked, out=tmp_path / out, notify=said.append)
         assert not (run.path / "frozen").exists()
-        return load_file(run.choose("last") / "adapters.safetensors")
+        return load_file(checkpoints.choose(run, "last") / "adapters.safetensors")
 
     plain_run, kept = train("plain"), train("kept", cache_frozen=True)
     for name, value in plain_run.items():

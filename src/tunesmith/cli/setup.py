@@ -30,7 +30,7 @@ def init(
         from tunesmith.machine import backend
 
         backend.setup()
-        from tunesmith.runs.directory import RunConfig
+        from tunesmith.runs.config import RunConfig
 
         print_json(config.schema(RunConfig))
     else:

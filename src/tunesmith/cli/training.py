@@ -23,7 +23,8 @@ from tunesmith.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from tunesmith.runs.directory import Run, RunConfig
+    from tunesmith.runs.config import RunConfig
+    from tunesmith.runs.directory import Run
     from tunesmith.settings.config import Resolved
 
 

@@ -15,6 +15,7 @@ from tunesmith.data.formats import Conversation, Message
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.events import Notice, Sink
 from tunesmith.model import loading as model
+from tunesmith.runs import checkpoints, manifest
 from tunesmith.runs.directory import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, Run
 from tunesmith.tokens import renderers, template
 
@@ -116,14 +117,14 @@ def load(
     folder: Path | None = None
     if (path / MANIFEST).is_file():
         run = Run.open(path)
-        folder = run.choose(checkpoint, notify) if adapter else None
+        folder = checkpoints.choose(run, checkpoint, notify) if adapter else None
     elif (path / ADAPTER_CONFIG).is_file():
         if path.resolve().parent.name != CHECKPOINTS:
             raise DataError(
                 "is an adapter outside a run", where=str(path), hint="name its run directory, or a model"
             )
         run = Run.open(path.resolve().parent.parent)
-        folder = run.choose(path.resolve().name) if adapter else None
+        folder = checkpoints.choose(run, path.resolve().name) if adapter else None
     elif checkpoint != "best" or not adapter or model_path is not None:
         what = "a plain model has no checkpoint, no adapter to leave out, and no other place"
         raise ConfigError(what, where=str(path), hint="name a run")
@@ -134,7 +135,7 @@ def load(
     config = run.settings(model_path)
     loaded = merging.load(config.model, notify)
     renderer = renderers.load(config.model.tokenizer or loaded.path, config.template.renderer)
-    run.require_base(loaded.fingerprint, renderer.fingerprint)
+    manifest.require_base(run, loaded.fingerprint, renderer.fingerprint)
     if folder is not None:
         adapters.load(loaded.net, folder)
         notify(Notice(f"checkpoint {folder.name}"))

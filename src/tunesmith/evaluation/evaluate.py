@@ -33,7 +33,7 @@ from tunesmith.files import write_json
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.machine import backend, ranks
 from tunesmith.model.loading import Loaded
-from tunesmith.runs import records
+from tunesmith.runs import checkpoints, manifest, records
 from tunesmith.runs.directory import EVALS, VALID, Run
 from tunesmith.runs.records import ExampleRecord, ExampleScore, Record, Score
 from tunesmith.tokens import renderers, template
@@ -104,13 +104,13 @@ def evaluate(
     groups = _chosen(tasks or registry.suite(), spec, data)
     among = ranks.join(notify)
     notify = notify if among.writes else events.silent
-    folder = run.choose(checkpoint, notify)
+    folder = checkpoints.choose(run, checkpoint, notify)
     config = run.settings(model)
     data = [str(Path(path).expanduser().resolve()) for path in data]
     rows = _rows(run, data, groups, spec.limit, notify)
     loaded = merging.load(config.model, notify)
     renderer = renderers.load(config.model.tokenizer or loaded.path, config.template.renderer)
-    run.require_base(loaded.fingerprint, renderer.fingerprint)
+    manifest.require_base(run, loaded.fingerprint, renderer.fingerprint)
     rendered = template.render(rows.imitated, renderer, config.template, config.batch.length)
     for row in rendered.dropped:
         notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))
@@ -178,7 +178,7 @@ def _family(run: Run, checkpoint: Path, data: Sequence[str], limit: int | None, 
     """What sets an evaluation apart from the run's main evidence: its best checkpoint on all held-out rows
     and the package's suites, with a base."""
     family = _file_label(data)
-    family += [] if checkpoint == run.choose("best") else [f"step{checkpoint.name}"]
+    family += [] if checkpoint == checkpoints.choose(run, "best") else [f"step{checkpoint.name}"]
     family += [f"first{limit}"] if limit else []
     return family + ([] if base else ["tuned"])
 

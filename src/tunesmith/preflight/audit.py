@@ -18,8 +18,8 @@ from tunesmith.errors import ConfigError
 from tunesmith.events import Sink
 from tunesmith.model import loading
 from tunesmith.preflight.show import BUILT_IN, tokenizer_source
+from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import configure, listed
-from tunesmith.runs.directory import RunConfig
 from tunesmith.tokens import renderers
 
 

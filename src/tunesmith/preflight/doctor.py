@@ -218,7 +218,7 @@ def _overfit_probe(steps: int = 10) -> tuple[float, float]:
     from mlx.utils import tree_map
     from mlx_lm.models import llama
 
-    from tunesmith.runs.directory import RunConfig
+    from tunesmith.runs.config import RunConfig
     from tunesmith.tokens.batches import Group
     from tunesmith.tokens.template import Tokens
     from tunesmith.training.updates import Updates

@@ -8,7 +8,8 @@ from tunesmith import events
 from tunesmith.data.formats import JSON
 from tunesmith.events import Notice, Sink
 from tunesmith.model import loading
-from tunesmith.runs.directory import RunConfig
+from tunesmith.runs import lineage
+from tunesmith.runs.config import RunConfig
 from tunesmith.settings.config import Resolved
 from tunesmith.training import frozen, gradients, preparation, reference
 from tunesmith.training import loop as training
@@ -19,7 +20,7 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[s
 
     ``micro_batches``: of the first epoch. If layers lie below the adapter: the share of the layers' work that
     ``loop.cache_frozen`` saves (0 within one epoch), and the disk space that it takes."""
-    spec = config.spec.anchored()
+    spec = lineage.anchored(config.spec)
     for text in spec.warnings():
         notify(Notice(text, level="warning"))
     prepared = preparation.prepare(spec, notify)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tunesmith.display import words
 from tunesmith.evaluation.tasks.tool_calls import NO_CALL
 from tunesmith.reports import verdict as evidence
-from tunesmith.training.loop import SKIPS_BEFORE_STOP
+from tunesmith.runs.config import SKIPS_BEFORE_STOP
 
 RISE = 0.01
 """Share of the lowest validation loss from which a later rise counts."""

@@ -27,7 +27,8 @@ from tunesmith.files import write_text
 from tunesmith.reports import summary as facts
 from tunesmith.reports import verdict as evidence
 from tunesmith.reports.markdown import cell, fence, table
-from tunesmith.runs.directory import VALID, flat
+from tunesmith.runs.directory import VALID
+from tunesmith.settings.config import flat
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

@@ -29,8 +29,9 @@ from tunesmith.evaluation.tasks import about
 from tunesmith.events import Notice, Sink, StepDone, Validated, silent
 from tunesmith.reports import summary as facts
 from tunesmith.reports import verdict as evidence
-from tunesmith.runs.directory import EVALS, ORIGIN, VALID, Run, flat
+from tunesmith.runs.directory import EVALS, ORIGIN, VALID, Run
 from tunesmith.runs.records import Record, Score
+from tunesmith.settings.config import flat
 
 PAGE, TEXT, MACHINE = "compare.html", "compare.md", "compare.json"
 MARK = "tunesmith compare"

@@ -17,7 +17,8 @@ from tunesmith.evaluation.tasks import QUESTIONS
 from tunesmith.reports import glossary
 from tunesmith.reports import verdict as evidence
 from tunesmith.reports.figures import CURVES, PICTURE
-from tunesmith.runs.directory import CONFIG, DROPPED, flat
+from tunesmith.runs.directory import CONFIG, DROPPED
+from tunesmith.settings.config import flat
 
 GROWN = 10  # weights in the table of growth
 ROWS = 10  # of each class of rows

@@ -20,7 +20,7 @@ from tunesmith.evaluation.tasks import QUESTIONS
 from tunesmith.reports import curves, glossary, markdown
 from tunesmith.reports import verdict as evidence
 from tunesmith.runs import records
-from tunesmith.runs.directory import flat
+from tunesmith.settings.config import flat
 
 BYTES = 1_500_000
 """Of prompts with their answers, over all evaluations."""

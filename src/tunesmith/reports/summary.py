@@ -25,7 +25,8 @@ from tunesmith.errors import SHOWN, EvaluationError
 from tunesmith.reports import advice
 from tunesmith.reports import verdict as evidence
 from tunesmith.runs import records
-from tunesmith.runs.directory import AUDIT, CHECKPOINTS, CONFIG, DROPPED, EVENTS, MANIFEST, ORIGIN, PLAN, flat
+from tunesmith.runs.directory import AUDIT, CHECKPOINTS, CONFIG, DROPPED, EVENTS, MANIFEST, ORIGIN, PLAN
+from tunesmith.settings.config import flat
 
 Kind = TypeVar("Kind", bound=events.Event)
 SURROGATE = re.compile("[\ud800-\udfff]")

@@ -17,8 +17,10 @@ from tunesmith.events import Notice, Sink
 from tunesmith.machine import ranks
 from tunesmith.reports import compare as comparing
 from tunesmith.reports import live
+from tunesmith.runs import manifest
+from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import listed
-from tunesmith.runs.directory import CONFIG, Run, RunConfig
+from tunesmith.runs.directory import CONFIG, Run
 from tunesmith.settings.config import Resolved, load
 from tunesmith.training import loop as training
 
@@ -39,7 +41,7 @@ def train(
         run = Run.open(resume)
         spec = load(RunConfig, files=[run.path / CONFIG], sets=sets).spec
         if run.manifest["status"] in ("completed", "stopped_early"):
-            run.require_same(spec, run.manifest["hashes"])
+            manifest.require_same(run, spec, run.manifest["hashes"])
             notify(Notice(f"{run.path} is complete: nothing is left to do"))
             return run if ranks.join().writes else None
         run = training.train(spec, resume=run, notify=notify)

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tunesmith.data.formats import JSON
-from tunesmith.runs.directory import RunConfig, flat
+from tunesmith.runs.config import RunConfig
 from tunesmith.settings import config as settings
 from tunesmith.settings import origins
-from tunesmith.settings.config import Resolved
+from tunesmith.settings.config import Resolved, flat
 
 
 def listed(values: str | Path | Sequence[str | Path]) -> list[str]:

@@ -165,6 +165,17 @@ def annotated(root: type[Spec], values: Mapping[str, JSON] = {}) -> str:
     return "\n".join(_commented(root, layers.tree, "")) + "\n"
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
 def _node(value: object, origin: str = "default") -> Node:
     value = value.model_dump() if isinstance(value, Spec) else value
     return Node(

@@ -25,7 +25,8 @@ from tunesmith.learning.objectives import Objective
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import Ranks
 from tunesmith.model import kernels, logprobs
-from tunesmith.runs.directory import Cursor, RunConfig
+from tunesmith.runs.checkpoints import Cursor
+from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Batch, Group, Plan, bucketed, collate
 from tunesmith.training.frozen import Lower
 

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from tunesmith import adapters, events
 from tunesmith.adapters import DoRALinear, LoRALinear
-from tunesmith.runs.directory import LoopSpec
+from tunesmith.runs.config import LoopSpec
 from tunesmith.tokens.batches import Group
 
 STAGES = ("reference", "gradients", "reduce", "optimizer", "other")

@@ -37,35 +37,17 @@ from tunesmith.learning import optimizer
 from tunesmith.machine import backend, ranks
 from tunesmith.machine.ranks import ONE, Ranks
 from tunesmith.model import loading as model
-from tunesmith.runs.directory import (
-    EVENTS,
-    FROZEN,
-    LOG,
-    OPTIMIZER,
-    REFERENCE,
-    Cursor,
-    Run,
-    RunConfig,
-    facts,
-    flat,
-    lineage,
-    name,
-    require_free,
-)
+from tunesmith.runs import checkpoints, lineage, manifest
+from tunesmith.runs.checkpoints import Cursor
+from tunesmith.runs.config import LOWER, SKIPS_BEFORE_STOP, RunConfig
+from tunesmith.runs.directory import EVENTS, FROZEN, LOG, OPTIMIZER, REFERENCE, Run, name, require_free
+from tunesmith.settings.config import flat
 from tunesmith.tokens.batches import Cut, Group
 from tunesmith.training import gradients, preparation, reference
 from tunesmith.training.caution import Watch
 from tunesmith.training.frozen import Lower
 from tunesmith.training.gradients import Accumulation, Gradients
 from tunesmith.training.instruments import Grown, Measured, Stages, activations, due, row_losses
-
-SKIPS_BEFORE_STOP = 3
-AVOIDED = ("undesirable", "rejected")
-LOWER = frozenset(
-    {"loss", "perplexity", "kl", "kl_error"}
-    | {f"{of}_{side}" for of in ("reward", "logp") for side in AVOIDED}
-)
-"""Of what `LoopSpec.best` can name, what is better the lower it is."""
 
 
 def train(
@@ -96,8 +78,8 @@ def train(
     if resume is None and out is not None and among.writes:
         require_free(out)
     device = backend.setup()
-    config = config.anchored() if resume is None else config
-    changed = resume.moved(facts(config, {}, among.size)) if resume else ()
+    config = lineage.anchored(config) if resume is None else config
+    changed = manifest.moved(resume, manifest.facts(config, {}, among.size)) if resume else ()
     for text in (*config.warnings(), *notes, *device.notes, *changed):
         hear(Notice(text, level="warning"))
     if device.blas == "reference":
@@ -118,12 +100,15 @@ def train(
     hashes = prepared.hashes | {"base": loaded.fingerprint}
     hashes |= {"start": before["start"]["sha256"]} if "start" in before else {}
     if resume is not None:
-        resume.require_same(config, hashes)
+        manifest.require_same(resume, config, hashes)
     run = resume
     if run is None and among.writes:
         place = out or Path("runs") / name(config, date.today())
         run = Run.create(
-            place, config, origins or {}, facts(config, hashes, among.size, before, prepared.accepted)
+            place,
+            config,
+            origins or {},
+            manifest.facts(config, hashes, among.size, before, prepared.accepted),
         )
     with ExitStack() as held:
         if run is not None and among.writes:
@@ -186,9 +171,9 @@ def begin(config: RunConfig, loaded: model.Loaded, notify: Sink = events.silent)
     """Fill the adapter with the one that training goes on from; where it and a merged one come from."""
     found: dict[str, Any] = {}
     if config.model.adapter is not None:
-        found["merged"] = lineage(config.model.adapter, loaded.files)
+        found["merged"] = lineage.origin(config.model.adapter, loaded.files)
     if config.adapter.start is not None:
-        found["start"] = lineage(config.adapter.start, loaded.fingerprint)
+        found["start"] = lineage.origin(config.adapter.start, loaded.fingerprint)
         adapters.go_on(loaded.net, config.adapter, Path(config.adapter.start))
         notify(Notice(f"training goes on from the adapter {config.adapter.start}"))
     return found
@@ -496,8 +481,8 @@ class Loop:
             # mode.
             (folder / OPTIMIZER).write_bytes(serialise(tensors))
 
-        size = self.run.save(cursor, write, needed)
-        self.run.retain(cursor, self.config.loop)
+        size = checkpoints.save(self.run, cursor, write, needed)
+        checkpoints.retain(self.run, cursor, self.config.loop)
         path = self.run.checkpoint(cursor.step)
         self.emit(events.Saved(cursor.step, str(path), size, time.perf_counter() - start))
 
@@ -506,7 +491,7 @@ def restore(run: Run, net: nn.Module, state: Any, among: Ranks, notify: Sink) ->
     """Load the newest whole checkpoint into ``net`` and ``state``, or start where there is none. Torn ones
     are named."""
     torn: list[str] = []
-    newest = run.newest(lambda error: torn.append(str(error))) if among.writes else None
+    newest = checkpoints.newest(run, lambda error: torn.append(str(error))) if among.writes else None
     for text in torn:
         notify(Notice(f"{text}; the checkpoint before it is used", level="warning"))
     # The first rank sets torn ones aside; the others wait for its word.
@@ -514,7 +499,7 @@ def restore(run: Run, net: nn.Module, state: Any, among: Ranks, notify: Sink) ->
     if step == 0:
         return Cursor()
     folder = run.checkpoint(step)
-    cursor = run.cursor(step)
+    cursor = checkpoints.read(run, step)
     adapters.load_tensors(net, folder)
     optimizer.restore(state, load_file(folder / OPTIMIZER))
     return cursor

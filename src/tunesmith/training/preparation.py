@@ -19,7 +19,8 @@ from tunesmith.files import write_json
 from tunesmith.learning.objectives import Objective
 from tunesmith.machine import backend
 from tunesmith.model import loading as model
-from tunesmith.runs.directory import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run, RunConfig
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run
 from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import Cut, Group, Plan
 from tunesmith.training.caution import lonely

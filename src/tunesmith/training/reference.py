@@ -35,7 +35,8 @@ from tunesmith.files import flush
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import ONE, Ranks
 from tunesmith.model.loading import Loaded
-from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS, RunConfig
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS
 from tunesmith.tokens.batches import Cut, Group
 from tunesmith.tokens.template import Tokens
 from tunesmith.training.preparation import Prepared

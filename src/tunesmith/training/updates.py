@@ -14,7 +14,8 @@ from tunesmith import events
 from tunesmith.events import Event, StepDone
 from tunesmith.learning import optimizer
 from tunesmith.machine import backend
-from tunesmith.runs.directory import Cursor, RunConfig
+from tunesmith.runs.checkpoints import Cursor
+from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Cut, Group, Plan
 from tunesmith.training import gradients
 from tunesmith.training.loop import Loop

@@ -39,7 +39,9 @@ from tunesmith.learning.objectives.judged import Judging
 from tunesmith.learning.objectives.kto import KTO
 from tunesmith.learning.objectives.orpo import ORPO
 from tunesmith.model import loading as model
-from tunesmith.runs.directory import CURSOR, MANIFEST, REFERENCE, Run, RunConfig
+from tunesmith.runs import checkpoints
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import CURSOR, MANIFEST, REFERENCE, Run
 from tunesmith.settings.config import load
 from tunesmith.tokens.batches import Cut, Group, Plan
 from tunesmith.tokens.template import Tokens
@@ -95,7 +97,7 @@ def train(tiny_model, tmp_path):
 
 
 def weights(run: Run) -> dict[str, np.ndarray]:
-    return load_file(run.choose("last") / "adapters.safetensors")
+    return load_file(checkpoints.choose(run, "last") / "adapters.safetensors")
 
 
 def steps_of(said: list[events.Event]) -> list[events.StepDone]:
@@ -582,7 +584,7 @@ def test_the_best_checkpoint_can_follow_any_number(train):
     assert best == [value > max(margins[:at], default=-1e9) for at, value in enumerate(margins)]
     index = json.loads((run.path / "checkpoints" / "index.json").read_text())
     assert index["metric"] == "validation margin" and index["best_value"] == max(margins)
-    cursor = json.loads((run.choose("last") / CURSOR).read_text())
+    cursor = json.loads((checkpoints.choose(run, "last") / CURSOR).read_text())
     assert cursor["best_step"] == int(np.argmax(margins))
 
 
@@ -817,11 +819,11 @@ def test_a_stop_before_the_first_update_keeps_what_was_measured(train, tmp_path,
 
 def test_a_cursor_from_before_there_was_more_than_the_loss_is_read(train):
     run, _ = train("run", objective={"kind": "sft"})
-    path = run.choose("last") / CURSOR
+    path = checkpoints.choose(run, "last") / CURSOR
     found = json.loads(path.read_text())
     found["best_loss"] = found.pop("best_value")
     path.write_text(json.dumps(found))
-    assert run.cursor(5).best_value == found["best_loss"]
+    assert checkpoints.read(run, 5).best_value == found["best_loss"]
 
 
 # The task

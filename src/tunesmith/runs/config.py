@@ -1,0 +1,167 @@
+"""What decides a run: its settings as data, what must fit together in them, and what is allowed but poor."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from tunesmith.adapters.specs import DoRA, Full, LoRA
+from tunesmith.auditing import AuditSpec
+from tunesmith.data.formats import DataSpec
+from tunesmith.learning.objectives.apo import APOZeroUnpaired
+from tunesmith.learning.objectives.dpo import DPO
+from tunesmith.learning.objectives.kto import KTO
+from tunesmith.learning.objectives.orpo import ORPO
+from tunesmith.learning.objectives.sft import SFT
+from tunesmith.learning.objectives.simpo import SimPO
+from tunesmith.learning.optimizer import OptimizerSpec
+from tunesmith.model.loading import ModelSpec
+from tunesmith.settings.config import Spec
+from tunesmith.tokens.batches import BatchSpec
+from tunesmith.tokens.template import TemplateSpec
+
+SKIPS_BEFORE_STOP = 3
+"""Training stops after so many updates in a row whose loss or gradient is not finite."""
+LOWER = frozenset(
+    {"loss", "perplexity", "kl", "kl_error"}
+    | {f"{prefix}_{side}" for prefix in ("reward", "logp") for side in ("undesirable", "rejected")}
+)
+"""Values of `LoopSpec.best` that are better the lower they are."""
+
+
+class LoopSpec(Spec):
+    """How long to train, and what to do on the way."""
+
+    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows")
+    steps: int | None = Field(
+        default=None, ge=1, description="optimizer updates; where given, epochs does not count"
+    )
+    validate_every: int = Field(
+        default=50, ge=0, description="updates between validations; 0: first and last only"
+    )
+    save_every: int = Field(default=100, ge=0, description="updates between checkpoints; 0: the last only")
+    keep_last: int = Field(default=3, ge=1, description="checkpoints kept beside the best")
+    keep_best: bool | None = Field(
+        default=None,
+        description="save and keep the best checkpoint by validation; null: where rows are held out",
+    )
+    best: str = Field(
+        default="loss",
+        description="what best means: loss, perplexity, or what the objective watches (margin, accuracy, …)",
+    )
+    early_stop: int | None = Field(
+        default=None, ge=1, description="stop after so many validations without a new best"
+    )
+    sample_every: int = Field(
+        default=0, ge=0, description="updates between sample answers; 0: first and last only"
+    )
+    samples: int = Field(default=3, ge=0, description="validation prompts answered as samples")
+    sample_tokens: int = Field(default=128, ge=1, description="longest sample answer, in tokens")
+    instrument_every: int = Field(
+        default=10,
+        ge=0,
+        description="updates between measurements of each weight's gradient and change; 0: never",
+    )
+    activations: bool = Field(
+        default=False, description="at validations, also measure the output of each layer"
+    )
+    checkpoint_gradients: bool = Field(
+        default=False,
+        description="recompute each layer in the backward pass: about half of the memory beside the weights, 1.2 to 1.5 the time",
+    )
+    cache_frozen: bool = Field(
+        default=False,
+        description="keep on disk, while training, what the frozen layers below the adapter say to each row",
+    )
+    compile: bool | None = Field(
+        default=None,
+        description="compile the step for the shapes that come most often; null: on a GPU, where rows are not packed",
+    )
+    seed: int = Field(
+        default=0, ge=0, description="decides the split, the order of rows, the adapter and its dropout"
+    )
+    tensorboard: bool = Field(
+        default=False, description="also write TensorBoard files (needs the tensorboard extra)"
+    )
+
+
+class RunConfig(Spec):
+    """Everything that decides a run."""
+
+    model: ModelSpec
+    data: DataSpec
+    audit: AuditSpec = Field(default_factory=lambda: AuditSpec.model_validate({}))
+    template: TemplateSpec = Field(default_factory=lambda: TemplateSpec.model_validate({}))
+    objective: SFT | KTO | APOZeroUnpaired | DPO | ORPO | SimPO = Field(default_factory=SFT)
+    adapter: LoRA | DoRA | Full = Field(default_factory=lambda: LoRA.model_validate({}))
+    batch: BatchSpec = Field(default_factory=BatchSpec)
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    loop: LoopSpec = Field(default_factory=LoopSpec)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.data.valid in (0, ()):
+            if self.loop.early_stop is not None:
+                raise ValueError("loop.early_stop needs validation rows, and data.valid is 0")
+            if self.loop.keep_best:
+                raise ValueError("loop.keep_best needs validation rows, and data.valid is 0")
+            if self.loop.best != "loss":
+                raise ValueError("loop.best needs validation rows, and data.valid is 0")
+        if self.loop.early_stop is not None and self.loop.validate_every == 0:
+            raise ValueError("loop.early_stop needs loop.validate_every above 0")
+        if self.loop.best not in (names := ("loss", "perplexity", *self.objective.watched)):
+            raise ValueError(f"loop.best is {self.loop.best}; {self.objective.kind} has {', '.join(names)}")
+        if self.template.prompt_weight and self.objective.kind != "sft":
+            raise ValueError(
+                f"template.prompt_weight is for sft: {self.objective.kind} compares answers, not prompts"
+            )
+        if self.loop.compile and self.batch.pack:
+            raise ValueError(
+                "loop.compile and batch.pack exclude each other: nearly every packed row would be a new shape"
+            )
+        return self
+
+    def warnings(self) -> list[str]:
+        """Choices that are allowed and poor, each with its reason."""
+        found: list[str] = []
+        full = self.adapter.kind == "full"
+        rate = self.optimizer.learning_rate
+        suits = {**self.objective.suits, **(self.objective.suits.get("full", {}) if full else {})}
+        suited = suits.get("optimizer.learning_rate")
+        if suited is not None:
+            kind, usual = self.objective.kind, suited
+            if rate >= 2 * usual:
+                found.append(
+                    f"optimizer.learning_rate {rate:g} is high for {kind}: {usual:g} is usual; SFT's is too much for it"
+                )
+            if self.objective.needs_reference and getattr(self.adapter, "dropout", 0.0) > 0:
+                found.append(
+                    "adapter.dropout is SFT's: it makes the log-ratios to the reference noisy; 0 is usual here"
+                )
+            if self.batch.sequences < self.objective.suits["batch.sequences"]:
+                many = self.objective.suits["batch.sequences"]
+                found.append(f"batch.sequences {self.batch.sequences} is few for {kind}: {many} is usual")
+        elif full and rate > 5e-5:
+            found.append(
+                f"optimizer.learning_rate {rate:g} is high for full weights: 1e-5 is usual, LoRA's is ten times it"
+            )
+        if not full and suited is None and self.optimizer.kind.startswith("adam") and rate > 1e-3:
+            found.append(f"optimizer.learning_rate {rate:g} is high for LoRA: 1e-4 to 2e-4 is usual")
+        if not full and suited is None and rate < 1e-5:
+            found.append(
+                f"optimizer.learning_rate {rate:g} is low for LoRA: it likes about ten times full weights' rate"
+            )
+        if not full and self.batch.sequences > 32:
+            found.append(
+                f"batch.sequences {self.batch.sequences} is large: LoRA learns better from batches under 32"
+            )
+        if self.data.valid in (0, ()):
+            found.append(
+                "data.valid is 0: nothing is held out, so there is no validation, no sample and no evaluation"
+            )
+        if self.optimizer.max_norm is None:
+            found.append("optimizer.max_norm is null: one bad row can throw the adapter far off")
+        if full and self.model.quantize is not None:
+            found.append(
+                "model.quantize with full weights: the quantised layers stay frozen, only the rest is trained"
+            )
+        return found

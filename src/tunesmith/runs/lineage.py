@@ -1,0 +1,77 @@
+"""Where an adapter comes from: the run or the checkpoint that a setting names, and what it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tunesmith.data.sources import sha256
+from tunesmith.errors import ModelError
+from tunesmith.runs import checkpoints
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import ADAPTERS, MANIFEST, Run
+
+
+def anchored(config: RunConfig) -> RunConfig:
+    """``config`` with absolute paths, so that its run can be resumed from any folder. A run that is named as an
+    adapter becomes its best checkpoint."""
+    data = {"train": tuple(map(_absolute, config.data.train))}
+    data |= (
+        {"valid": tuple(map(_absolute, config.data.valid))} if isinstance(config.data.valid, tuple) else {}
+    )
+    model = {
+        "path": _absolute(config.model.path),
+        "tokenizer": config.model.tokenizer and _absolute(config.model.tokenizer),
+        "adapter": _checkpoint(config.model.adapter, "model.adapter"),
+    }
+    start = _checkpoint(config.adapter.start, "adapter.start")
+    blocks = {
+        "data": config.data.model_copy(update=data),
+        "model": config.model.model_copy(update=model),
+        "adapter": config.adapter.model_copy(update={"start": start}),
+    }
+    return config.model_copy(update=blocks)
+
+
+def _absolute(path: str) -> str:
+    """``path`` as it is if no such file exists: it may be the name of a package."""
+    return str(Path(path).expanduser().resolve()) if Path(path).expanduser().exists() else path
+
+
+def _checkpoint(path: str | None, where: str) -> str | None:
+    """The checkpoint folder that ``path`` names: itself, or the best one of a run. Raises ModelError if it is
+    neither."""
+    if path is None:
+        return None
+    folder = Path(path).expanduser()
+    if (folder / MANIFEST).is_file():
+        return str(checkpoints.choose(Run(folder), "best").resolve())
+    if not (folder / ADAPTERS).is_file():
+        raise ModelError(
+            "is neither a run nor a checkpoint", where=f"{where}: {path}", hint="give the folder of one"
+        )
+    return str(folder.resolve())
+
+
+def origin(checkpoint: str, base: str) -> dict[str, Any]:
+    """The manifest's entry on the adapter in ``checkpoint``. Raises ModelError if it was not trained on ``base``."""
+    folder = Path(checkpoint)
+    if not (folder / ADAPTERS).is_file():
+        raise ModelError(
+            "the adapter to go on from is gone", where=checkpoint, hint="put it back, or start a new run"
+        )
+    entry: dict[str, Any] = {"checkpoint": checkpoint, "sha256": sha256(folder / ADAPTERS)}
+    run = Run(folder.parent.parent)
+    if (run.path / MANIFEST).is_file():
+        facts = run.manifest
+        if facts["hashes"]["base"] != base:
+            below = facts.get("lineage", {}).get("merged", {}).get("checkpoint", "null")
+            hint = f"give the model it was made for, with model.adapter={below}"
+            raise ModelError("this adapter was trained on another base", where=checkpoint, hint=hint)
+        entry |= {
+            "run": run.path.name,
+            "objective": run.config.objective.kind,
+            "data": facts["hashes"]["data"],
+        }
+        entry |= {key: facts[key] for key in ("lineage",) if facts.get(key)}
+    return entry

@@ -1,0 +1,95 @@
+"""What a run was made from: versions, machine, hashes of the inputs; and whether they are still the same."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from tunesmith.errors import ModelError, ResumeMismatch
+from tunesmith.machine import backend
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import Run
+from tunesmith.settings.config import flat
+
+SAFE_TO_CHANGE = frozenset(
+    {
+        "loop.save_every",
+        "loop.keep_last",
+        "loop.tensorboard",
+        "loop.instrument_every",
+        "loop.activations",
+        "model.path",
+    }
+)
+"""Keys that may differ when a run is resumed, because they move no weight. Another model.path must hold the
+same model, by its hash."""
+
+
+def facts(
+    config: RunConfig,
+    hashes: Mapping[str, Any],
+    ranks: int = 1,
+    lineage: Mapping[str, Any] | None = None,
+    accepted: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The manifest of a run that starts now. accepted: findings that ``audit.accept`` allowed, rule → message."""
+    device = backend.setup()
+    packages = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common", "numpy")
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in packages},
+        "machine": {
+            "system": platform.platform(),
+            "device": device.name,
+            "kind": device.kind,
+            "blas": device.blas,
+            "cpu": backend.cpu_settings(),
+            "ranks": ranks,
+        },
+        "seed": config.loop.seed,
+        "hashes": dict(hashes),
+        "lineage": dict(lineage or {}),
+        "accepted": dict(accepted or {}),
+    }
+
+
+def require_same(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> None:
+    """Raises ResumeMismatch, with the differences, if settings or inputs changed that would move a weight."""
+    old, new = flat(run.config.model_dump(mode="json")), flat(config.model_dump(mode="json"))
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in SAFE_TO_CHANGE]
+    lines = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in changed]
+    was, now = flat(run.manifest["hashes"]), flat(dict(hashes))
+    lines += [
+        f"{key}: {was.get(key)} → {now.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)
+    ]
+    if lines:
+        raise ResumeMismatch(
+            "the run cannot go on exactly, because this has changed:\n  " + "\n  ".join(lines),
+            where=str(run.path),
+            hint="put it back, or start a new run; only " + ", ".join(sorted(SAFE_TO_CHANGE)) + " may change",
+        )
+
+
+def moved(run: Run, now: Mapping[str, Any]) -> list[str]:
+    """A warning if the machine or the software changed since the run began; the resumed bytes may then differ."""
+    was, current = flat({key: run.manifest[key] for key in ("versions", "machine")}), flat(dict(now))
+    was.setdefault("machine.ranks", 1)  # runs made before ranks were recorded
+    changed = [f"{key} {was[key]} → {current.get(key)}" for key in was if current.get(key) != was[key]]
+    return (
+        [f"resumed elsewhere, the result may differ in its last digits: {', '.join(changed)}"]
+        if changed
+        else []
+    )
+
+
+def require_base(run: Run, base: str, template: str) -> None:
+    """Raises ModelError if the base weights or the template are not those that the run was trained with."""
+    hashes = run.manifest["hashes"]
+    changed = [name for name, value in (("base", base), ("template", template)) if hashes[name] != value]
+    if changed:
+        message = f"the {' and the '.join(changed)} changed since this run was trained: its adapter fits another model"
+        raise ModelError(message, where=run.config.model.path, hint="put it back, or train again")
