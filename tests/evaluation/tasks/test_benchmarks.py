@@ -27,7 +27,7 @@ from tunesmith.cli import app
 from tunesmith.errors import DataError, EvaluationError, SetupError
 from tunesmith.evaluation.harness import catalogue
 from tunesmith.evaluation.harness.requests import (
-    Request,
+    HarnessRequest,
     _families,
     _passes,
     continuations,
@@ -129,7 +129,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def naive(net, request: Request) -> tuple[float, bool]:
+def naive(net, request: HarnessRequest) -> tuple[float, bool]:
     """One request alone, all logits, float64."""
     ids = request.context + request.said
     logits = np.array(net(mx.array([ids[:-1]]))[0], np.float64)[len(request.context) - 1 :]
@@ -138,7 +138,7 @@ def naive(net, request: Request) -> tuple[float, bool]:
     return float(logps[rows, request.said].sum()), bool((logits.argmax(-1) == request.said).all())
 
 
-def some_requests(net, seed: int) -> list[Request]:
+def some_requests(net, seed: int) -> list[HarnessRequest]:
     """Few-shot choices of one token, endings of several, doubles, a greedy continuation, and one alone."""
     random = np.random.default_rng(seed)
 
@@ -148,12 +148,12 @@ def some_requests(net, seed: int) -> list[Request]:
     shots, found = ids(150), []
     for _ in range(3):
         context = shots + ids(int(random.integers(5, 40)))
-        found += [Request(context, ids(1)) for _ in range(4)]
-        found += [Request(context, ids(int(random.integers(1, 6)))) for _ in range(3)]
-        found += [found[-1], Request(context, found[-1].said[:1]), Request(context, ())]
+        found += [HarnessRequest(context, ids(1)) for _ in range(4)]
+        found += [HarnessRequest(context, ids(int(random.integers(1, 6)))) for _ in range(3)]
+        found += [found[-1], HarnessRequest(context, found[-1].said[:1]), HarnessRequest(context, ())]
         likeliest = int(net(mx.array([context]))[0, -1].argmax())
-        found.append(Request(context, (likeliest,)))
-    return [*found, Request((5,), ids(3)), Request(ids(1), ids(1))]
+        found.append(HarnessRequest(context, (likeliest,)))
+    return [*found, HarnessRequest((5,), ids(3)), HarnessRequest(ids(1), ids(1))]
 
 
 @pytest.mark.parametrize("batch", [BatchSpec(), BatchSpec(tokens=32, micro=1), BatchSpec(tokens=2000)])
@@ -532,7 +532,7 @@ def test_all_that_is_longer_than_the_model_reads_is_cut_and_told(subject, monkey
     lm = language_model(subject, "long")
     context, said = tuple(range(3, 300)) * 20, (7, 8)
     ((logp, _),) = lm._loglikelihood_tokens([(("", ""), list(context), list(said))])
-    expected, _ = naive(subject.net, Request(context[-(room - 1) :], said))
+    expected, _ = naive(subject.net, HarnessRequest(context[-(room - 1) :], said))
     assert logp == pytest.approx(expected, abs=1e-3)
     assert any(
         isinstance(one, Notice) and "cut at the beginning" in one.what and one.count == 1 for one in told
@@ -548,7 +548,7 @@ def test_rolling_likelihood_is_that_of_all_its_tokens(subject):
         [Instance("loglikelihood_rolling", {}, (text,), 0)]
     )
     assert found == pytest.approx(
-        naive(subject.net, Request((subject.renderer.eos_ids[-1],), ids))[0], abs=1e-3
+        naive(subject.net, HarnessRequest((subject.renderer.eos_ids[-1],), ids))[0], abs=1e-3
     )
 
 

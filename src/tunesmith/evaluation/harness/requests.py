@@ -1,9 +1,9 @@
-"""Our loaded model, with its adapter, as a language model of EleutherAI's lm-evaluation-harness: likelihoods
+"""The loaded model, with its adapter, as a language model of EleutherAI's lm-evaluation-harness: likelihoods
 and greedy text.
 
-What is asked is the harness's affair; how likely a continuation is, whether it is what the model would say,
-and what the model says up to a stop string is answered here. Requests that say the same are computed once,
-and so is what many of them begin with: the choices of a question share its text, the questions of a subject
+The harness decides what is asked. Here its requests are answered: how likely a continuation is, whether it is
+the greedy one, and what the model generates up to a stop string. Equal requests are computed once, and so is
+the text with which many of them begin: the choices of a question share its text, the questions of a subject
 their solved examples."""
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ if TYPE_CHECKING:
 
 Ids = tuple[int, ...]
 Tick = Callable[[int, int], None]
-MAX_TOKENS = 256  # of an answer, where a task does not say
+MAX_TOKENS = 256
+"""Of an answer, if a task does not set it."""
 
 
-class Request(NamedTuple):
-    """``said`` is to be measured as what follows ``context``, which has one token at least."""
+class HarnessRequest(NamedTuple):
+    """The likelihood of ``said`` after ``context``, which has at least one token."""
 
     context: Ids
     said: Ids
 
 
-class Measured(NamedTuple):
-    """``logp``: nats of all that was said. ``greedy``: each of its tokens was the likeliest."""
+class Likelihood(NamedTuple):
+    """``logp``: Σ log p in nats. ``greedy``: each token was the likeliest."""
 
     logp: float
     greedy: bool
@@ -49,8 +50,8 @@ class Measured(NamedTuple):
 
 @dataclass
 class _Pass:
-    """Tokens to run once, for all ``requests`` that they contain. ``first``: the first position that predicts
-    what was said."""
+    """Tokens to run once, for all ``requests`` that they contain. ``first``: the first position whose
+    prediction is needed."""
 
     ids: Ids
     requests: list[int]
@@ -58,37 +59,38 @@ class _Pass:
 
 
 def likelihoods(
-    net: nn.Module, requests: Sequence[Request], batch: BatchSpec, tick: Tick | None = None
-) -> list[Measured]:
-    """One Measured a request, in order, in evaluation mode; the mode is left as it was."""
-    found = [Measured(0.0, True)] * len(requests)
+    net: nn.Module, requests: Sequence[HarnessRequest], batch: BatchSpec, tick: Tick | None = None
+) -> list[Likelihood]:
+    """One Likelihood a request, in order, in evaluation mode; the mode is restored afterwards."""
+    scores = [Likelihood(0.0, True)] * len(requests)
     done = 0
     with model.evaluating(net):
         gather = logprobs.splits(net)
         passes = _passes(requests)
         families = _families(passes) if gather and scoring.continues(net) else [(0, range(len(passes)))]
-        tokens = batch.tokens or max((len(one.ids) for one in passes), default=1)
+        tokens = batch.tokens or max((len(run.ids) for run in passes), default=1)
         few = min(batch.micro or scoring.ANSWERS, scoring.ANSWERS)
-        alone = [member for kept, members in families if not kept for member in members]
-        for kept, members in [(0, alone), *((kept, list(members)) for kept, members in families if kept)]:
-            lengths = [len(passes[member].ids) - kept for member in members]
-            prompt = kernels.prompt(net, mx.array(passes[members[0]].ids[:kept])[None]) if kept else None
-            for part in Cut(tokens, few if kept else batch.micro)(lengths, range(len(members))):
+        alone = [member for shared, members in families if not shared for member in members]
+        sharing = [(shared, list(members)) for shared, members in families if shared]
+        for shared, members in [(0, alone), *sharing]:
+            lengths = [len(passes[member].ids) - shared for member in members]
+            prompt = kernels.prompt(net, mx.array(passes[members[0]].ids[:shared])[None]) if shared else None
+            for part in Cut(tokens, few if shared else batch.micro)(lengths, range(len(members))):
                 chosen = [passes[members[place]] for place in part]
-                for request, measured in _measure(net, chosen, requests, kept, prompt, gather):
-                    found[request] = measured
+                for index, score in _measure(net, chosen, requests, shared, prompt, gather):
+                    scores[index] = score
                     done += 1
                 if tick is not None:
                     tick(done, len(requests))
-    return found
+    return scores
 
 
-def _passes(requests: Sequence[Request]) -> list[_Pass]:
-    """In lexicographic order; no one's tokens begin another's, so " A", " B" and " C" after one text are one
-    pass."""
-    runs = sorted(((one.context + one.said[:-1], index) for index, one in enumerate(requests)), reverse=True)
+def _passes(requests: Sequence[HarnessRequest]) -> list[_Pass]:
+    """The passes in lexicographic order. The tokens of none begin another's, so " A", " B" and " C" after one
+    text are one pass."""
+    ids_of = [request.context + request.said[:-1] for request in requests]
     passes: list[_Pass] = []
-    for ids, index in runs:
+    for ids, index in sorted(zip(ids_of, range(len(requests)), strict=True), reverse=True):
         if not passes or passes[-1].ids[: len(ids)] != ids:
             passes.append(_Pass(ids, [], len(ids)))
         passes[-1].requests.append(index)
@@ -97,9 +99,9 @@ def _passes(requests: Sequence[Request]) -> list[_Pass]:
 
 
 def _families(passes: Sequence[_Pass]) -> list[tuple[int, range]]:
-    """(how many first tokens they share and keep, which of the sorted ``passes``), the cheapest division; 0:
-    nothing is kept."""
-    sums = [0, *accumulate(len(one.ids) for one in passes)]
+    """The cheapest division of the sorted ``passes``: (number of first tokens that are cached and shared,
+    which passes); 0: nothing is shared."""
+    sums = [0, *accumulate(len(run.ids) for run in passes)]
 
     def divide(start: int, end: int) -> tuple[int, list[tuple[int, range]]]:
         """Tokens to compute for passes start to end, and how."""
@@ -107,17 +109,16 @@ def _families(passes: Sequence[_Pass]) -> list[tuple[int, range]]:
         if end - start == 1:
             return apart, [(0, range(start, end))]
         pairs = zip(passes[start].ids, passes[end - 1].ids, strict=False)
-        depth = next(
-            at for at, (one, other) in enumerate(pairs) if one != other
-        )  # sorted: what these share, all share
-        kept = min(depth, *(one.first for one in passes[start:end]))
-        together = apart - (end - start - 1) * kept + scoring.WORTH
-        cost, families, at = 0, [], start
+        # They are sorted: what the first and the last share, all share.
+        depth = next(place for place, (token, other) in enumerate(pairs) if token != other)
+        shared = min(depth, *(run.first for run in passes[start:end]))
+        together = apart - (end - start - 1) * shared + scoring.WORTH
+        cost, families, begin = 0, [], start
         for _, members in groupby(range(start, end), lambda member: passes[member].ids[depth]):
-            after = at + sum(1 for _ in members)
-            price, found = divide(at, after)
-            cost, families, at = cost + price, families + found, after
-        return (together, [(kept, range(start, end))]) if kept and together < cost else (cost, families)
+            stop = begin + sum(1 for _ in members)
+            part_cost, part = divide(begin, stop)
+            cost, families, begin = cost + part_cost, families + part, stop
+        return (together, [(shared, range(start, end))]) if shared and together < cost else (cost, families)
 
     return divide(0, len(passes))[1] if passes else []
 
@@ -125,20 +126,20 @@ def _families(passes: Sequence[_Pass]) -> list[tuple[int, range]]:
 def _measure(
     net: nn.Module,
     chosen: Sequence[_Pass],
-    requests: Sequence[Request],
-    kept: int,
+    requests: Sequence[HarnessRequest],
+    shared: int,
     prompt: list[kernels.Prompt] | None,
     gather: bool,
-) -> Iterator[tuple[int, Measured]]:
-    """(request, what was measured) of all requests of ``chosen``, which run as one batch after their first
-    ``kept`` tokens."""
-    width = max(len(one.ids) for one in chosen) - kept
+) -> Iterator[tuple[int, Likelihood]]:
+    """(index, likelihood) of all requests of ``chosen``, which run as one batch after the first ``shared``
+    tokens."""
+    width = max(len(run.ids) for run in chosen) - shared
     tokens = np.zeros((len(chosen), width), np.int32)
     owners, positions, targets = [], [], []
-    for row, one in enumerate(chosen):
-        tokens[row, : len(one.ids) - kept] = one.ids[kept:]
-        for index in one.requests:
-            said, before = requests[index].said, row * width + len(requests[index].context) - 1 - kept
+    for row, run in enumerate(chosen):
+        tokens[row, : len(run.ids) - shared] = run.ids[shared:]
+        for index in run.requests:
+            said, before = requests[index].said, row * width + len(requests[index].context) - 1 - shared
             owners += [index] * len(said)
             positions += range(before, before + len(said))
             targets += said
@@ -147,15 +148,17 @@ def _measure(
     states = states.reshape(-1, states.shape[-1])
     logps, best = [np.zeros(0)], [np.zeros(0, bool)]
     rows = max(1, logprobs.CHUNK // (logprobs.head(net, states[:1]) if gather else states).shape[-1])
-    for at in range(0, len(targets), rows):
-        part, wanted = states[mx.array(positions[at : at + rows])], mx.array(targets[at : at + rows])
+    for start in range(0, len(targets), rows):
+        chunk = slice(start, start + rows)
+        part, wanted = states[mx.array(positions[chunk])], mx.array(targets[chunk])
         logits = logprobs.head(net, part) if gather else part
         logps.append(np.array(kernels.token_logprobs(logits, wanted)))
         best.append(np.array(logits.argmax(axis=-1) == wanted))
-    of, likeliest, owned = np.concatenate(logps), np.concatenate(best), np.array(owners, int)
-    for one in chosen:
-        for index in one.requests:
-            yield index, Measured(float(of[owned == index].sum()), bool(likeliest[owned == index].all()))
+    logp, likeliest, owner = np.concatenate(logps), np.concatenate(best), np.array(owners, int)
+    for run in chosen:
+        for index in run.requests:
+            own = owner == index
+            yield index, Likelihood(float(logp[own].sum()), bool(likeliest[own].all()))
 
 
 def continuations(
@@ -165,15 +168,15 @@ def continuations(
     max_tokens: Sequence[int],
     label: str,
 ) -> list[str]:
-    """The greedy text after each of ``prompts``, before the first of its stop strings, without control
+    """The greedy text after each of ``prompts``, up to the first of its stop strings, without control
     tokens."""
     from mlx_lm.generate import BatchGenerator
 
     renderer, tick = subject.renderer, subject.ticker(label)
     said: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    # A token holds a byte at least; two more, since what a decoded text begins with may be half a letter or a
-    # swallowed space.
+    # A token has at least one byte; two more, since a decoded text may begin with half a letter or without
+    # its space.
     looks = [2 + max((len(stop.encode()) for stop in stops), default=0) for stops in until]
     done = 0
 
@@ -216,7 +219,7 @@ def continuations(
 
 
 def longest(net: Any) -> int | None:
-    """How many tokens the model can read at once, by its own configuration; None where it does not say."""
+    """How many tokens the model can read at once, by its own configuration; None if it does not say."""
     try:
         return int(net.args.max_position_embeddings)
     except (AttributeError, TypeError):
@@ -224,79 +227,88 @@ def longest(net: Any) -> int | None:
 
 
 def language_model(subject: Subject, label: str) -> TemplateLM:
-    """``subject`` as the harness wants it: plain text, no chat template, greedy. ``label``: names its
-    progress.
+    """``subject`` as the harness's model: plain text, no chat template, greedy. ``label``: of its progress.
 
-    Texts are tokenised as training rows are, with a BOS where the tokenizer adds one. What is longer than the
+    Texts are tokenised as training rows are, with a BOS if the tokenizer adds one. What is longer than the
     model can read loses its beginning, and a notice says how often."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    renderer, room = subject.renderer, longest(subject.net)
-    ids_of = functools.lru_cache(1024)(renderer.text_prompt)  # the choices of a question follow one text
-
-    def tell(what: str, count: int) -> None:
-        if count:
-            subject.notify(Notice(f"{label}: {what}", level="warning", count=count))
+    served = _Served(subject, label, longest(subject.net))
 
     class Adapter(TemplateLM):
         @property
         def eot_token_id(self) -> int:
-            return renderer.eos_ids[-1]
+            return subject.renderer.eos_ids[-1]
 
         @property
         def prefix_token_id(self) -> int:
-            return renderer.eos_ids[-1] if renderer.bos_id is None else renderer.bos_id
+            bos = subject.renderer.bos_id
+            return self.eot_token_id if bos is None else bos
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            start = 1 if add_special_tokens is False and renderer.bos_id is not None else 0
-            return list(ids_of(string)[start:])
+            return served.ids(string, add_special_tokens is not False)
 
         def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-            asked = [Request(tuple(context), tuple(said)) for _, context, said in requests]
-            if room is not None:
-                fit = [_cut(one, room) for one in asked]
-                tell(
-                    f"longer than the {room} tokens that the model reads, cut at the beginning",
-                    _differ(asked, fit),
-                )
-                asked = fit
-            found = likelihoods(subject.net, asked, subject.batch, subject.ticker(label))
-            return [(one.logp, one.greedy) for one in found]
+            asked = [HarnessRequest(tuple(context), tuple(said)) for _, context, said in requests]
+            return [(score.logp, score.greedy) for score in served.likelihoods(asked, cut=True)]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            asked: list[Request] = []
+            width = served.room or subject.batch.length
+            asked: list[HarnessRequest] = []
             owners: list[int] = []
             for index, request in enumerate(requests):
-                ids = self.tok_encode(request.args[0], add_special_tokens=False)
-                for window in get_rolling_token_windows(
-                    ids, self.prefix_token_id, room or subject.batch.length, 1
-                ):
+                ids = served.ids(request.args[0], False)
+                for window in get_rolling_token_windows(ids, self.prefix_token_id, width, 1):
                     context, said = make_disjoint_window(window)
-                    asked.append(Request(tuple(context), tuple(said)))
+                    asked.append(HarnessRequest(tuple(context), tuple(said)))
                     owners.append(index)
-            measured = likelihoods(subject.net, asked, subject.batch, subject.ticker(label))
-            sums = np.bincount(owners, [one.logp for one in measured], len(requests))
-            return [float(one) for one in sums]
+            logps = [score.logp for score in served.likelihoods(asked, cut=False)]
+            return np.bincount(owners, logps, len(requests)).tolist()
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            settings = [request.args[1] for request in requests]
-            drawn = sum(
-                bool(one.get("do_sample")) or float(one.get("temperature") or 0) > 0 for one in settings
-            )
-            tell("answers that the task wants drawn at random are greedy here", drawn)
-            tokens = [int(one.get("max_gen_toks", one.get("max_new_tokens", MAX_TOKENS))) for one in settings]
-            prompts = [self.tok_encode(request.args[0]) for request in requests]
-            if room is not None:
-                fit = [ids[-max(1, room - most) :] for ids, most in zip(prompts, tokens, strict=True)]
-                tell(
-                    f"prompts that leave no room for an answer in {room} tokens, cut at the beginning",
-                    _differ(prompts, fit),
-                )
-                prompts = fit
-            return continuations(subject, prompts, [_stops(one) for one in settings], tokens, label)
+            contexts, settings = ([request.args[place] for request in requests] for place in (0, 1))
+            return served.texts(contexts, settings)
 
     return Adapter()
+
+
+class _Served:
+    """Answers the harness's requests. ``room``: how many tokens the model can read, None if unknown."""
+
+    def __init__(self, subject: Subject, label: str, room: int | None) -> None:
+        self.subject, self.label, self.room = subject, label, room
+        # the choices of a question follow one text
+        self._ids = functools.lru_cache(1024)(subject.renderer.text_prompt)
+
+    def ids(self, text: str, bos: bool) -> list[int]:
+        start = 1 if not bos and self.subject.renderer.bos_id is not None else 0
+        return list(self._ids(text)[start:])
+
+    def likelihoods(self, requests: list[HarnessRequest], *, cut: bool) -> list[Likelihood]:
+        if cut and self.room is not None:
+            fitting = [_cut(request, self.room) for request in requests]
+            what = f"longer than the {self.room} tokens that the model reads, cut at the beginning"
+            self._notify(what, _n_different(requests, fitting))
+            requests = fitting
+        subject = self.subject
+        return likelihoods(subject.net, requests, subject.batch, subject.ticker(self.label))
+
+    def texts(self, contexts: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
+        sampled = [bool(own.get("do_sample")) or float(own.get("temperature") or 0) > 0 for own in settings]
+        self._notify("answers that the task wants drawn at random are greedy here", sum(sampled))
+        tokens = [int(own.get("max_gen_toks", own.get("max_new_tokens", MAX_TOKENS))) for own in settings]
+        prompts = [self.ids(context, True) for context in contexts]
+        if self.room is not None:
+            fitting = [ids[-max(1, self.room - most) :] for ids, most in zip(prompts, tokens, strict=True)]
+            what = f"prompts that leave no room for an answer in {self.room} tokens, cut at the beginning"
+            self._notify(what, _n_different(prompts, fitting))
+            prompts = fitting
+        return continuations(self.subject, prompts, list(map(_stops, settings)), tokens, self.label)
+
+    def _notify(self, what: str, count: int) -> None:
+        if count:
+            self.subject.notify(Notice(f"{self.label}: {what}", level="warning", count=count))
 
 
 def _stops(settings: dict[str, Any]) -> list[str]:
@@ -304,10 +316,10 @@ def _stops(settings: dict[str, Any]) -> list[str]:
     return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
 
 
-def _cut(request: Request, room: int) -> Request:
-    """The last ``room`` + 1 tokens: the last of all is only ever predicted."""
-    return Request(request.context[-max(1, room + 1 - len(request.said)) :], request.said[-room:])
+def _cut(request: HarnessRequest, room: int) -> HarnessRequest:
+    """The last ``room`` + 1 tokens: the last of them is predicted, not read."""
+    return HarnessRequest(request.context[-max(1, room + 1 - len(request.said)) :], request.said[-room:])
 
 
-def _differ(before: Sequence[object], after: Sequence[object]) -> int:
-    return sum(one != other for one, other in zip(before, after, strict=True))
+def _n_different(before: Sequence[object], after: Sequence[object]) -> int:
+    return sum(old != new for old, new in zip(before, after, strict=True))
