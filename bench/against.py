@@ -1,8 +1,9 @@
-"""Is this checkout as fast and as small as another one? The same run by both, in turn, by the command line.
+"""Is this checkout as fast and as small as another one? The same run by both, update by update in turn.
 
-Seconds of an update are those of the run's own events, without the first. Memory is the highest resident size
-of the process. ``ratio``: seconds of the other over ours inside a round, above 1 if ours is faster;
-``memory_ratio``: our peak over the other's. The losses must agree. Ends with 1 if a bar is missed.
+Each checkout trains in a process of its own, through ``tunesmith.train``, which is held up between two
+updates while the other one computes. ``ratio``: seconds of the other over ours inside a round, above 1 if
+ours is faster; ``cpu_ratio``: the same of CPU seconds, which other programs disturb less; ``memory_ratio``:
+our peak of resident memory over the other's. The losses must agree. Ends with 1 if a bar is missed.
 
     git worktree add /tmp/before COMMIT
     python bench/against.py /tmp/before --out bench/results/against.json
@@ -12,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,72 +30,82 @@ BARS = {"ratio": 0.97, "memory_ratio": 1.03}  # at least, at most
 LOSS_TOLERANCE = 1e-6  # relative
 
 
-def measure(checkout: Path, options: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """One run of the code in ``checkout``: seconds an update (median), losses and peak memory."""
-    settings = {
-        "data.valid": 0,
-        "data.max_dropped": 1,
-        "template.too_long": "drop",
-        "batch.length": options.length,
-        "batch.sequences": options.rows,
-        "loop.samples": 0,
-        "loop.save_every": 0,
-        "loop.steps": options.updates + 1,
-        "audit.before_training": False,
-        "optimizer.learning_rate": 1e-4,
-        "adapter.targets": options.targets,
-    }
-    words = [sys.executable, "-m", "tunesmith", "train", "--model", options.model, "--data", options.data]
-    words += ["--out", str(out)]
-    for key, value in settings.items():
-        words += ["--set", f"{key}={json.dumps(value) if isinstance(value, bool) else value}"]
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
-    environ |= {"PYTHONPATH": str(checkout / "src"), "HF_HUB_OFFLINE": "1"}
-    with out.with_suffix(".log").open("w+") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=log, env=environ)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            raise SystemExit(f"the run of {checkout} ended with {process.returncode}:\n{log.read()[-3000:]}")
-    lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "StepDone"]
-    return {
-        "seconds": statistics.median(step["seconds"] for step in steps[1:]),
-        "losses": [step["loss"] for step in steps],
-        "peak_rss_bytes": usage.ru_maxrss * (1024 if sys.platform == "linux" else 1),
-    }
+def work() -> None:
+    """In a process of its own: train, and wait for the parent's word before each update."""
+    gate = rivals.Gate()
+    job = json.loads(gate.job_line)
+    import tunesmith
+
+    started, first = 0.0, True
+
+    def hear(event: Any) -> None:
+        nonlocal started, first
+        kind = type(event).__name__
+        if kind not in ("RunStarted", "StepDone"):
+            return
+        if first:
+            gate.loaded()
+            first = False
+        if kind == "StepDone":
+            gate.stop()
+            cpu_seconds = time.process_time() - started
+            learned = event.units if event.learned is None else event.learned
+            gate.done(event.loss, round(learned), cpu_seconds=cpu_seconds)
+        if not gate.wait():
+            raise KeyboardInterrupt  # which ends a run as the user would
+        started = time.process_time()
+
+    resolved = tunesmith.configure(model=job["model"], data=[job["data"]], sets=job["sets"])
+    with tempfile.TemporaryDirectory() as folder:
+        tunesmith.train(resolved, out=Path(folder) / "run", notify=hear)
 
 
-def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    sides = {"ours": HERE, "other": options.checkout}
-    rounds: list[dict[str, dict[str, Any]]] = []
-    for number in range(options.rounds):
-        names = list(sides) if number % 2 == 0 else [*sides][::-1]
-        runs = {name: measure(sides[name], options, folder / f"{number}-{name}") for name in names}
-        rounds.append(runs)
-        texts = [
-            f"{name} {runs[name]['seconds']:.3f} s {runs[name]['peak_rss_bytes'] / 1e9:.3f} GB"
-            for name in sides
-        ]
-        print(f"round {number + 1} of {options.rounds}: {', '.join(texts)}", file=sys.stderr, flush=True)
-    ratios = [runs["other"]["seconds"] / runs["ours"]["seconds"] for runs in rounds]
-    memory = [runs["ours"]["peak_rss_bytes"] / runs["other"]["peak_rss_bytes"] for runs in rounds]
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    sets = [
+        "data.valid=0",
+        "data.max_dropped=1",
+        "template.too_long=drop",
+        f"batch.length={options.length}",
+        f"batch.sequences={options.rows}",
+        "loop.samples=0",
+        "loop.save_every=0",
+        f"loop.steps={1_000_000}",
+        "audit.before_training=false",
+        "optimizer.learning_rate=1e-4",
+        f"adapter.targets={options.targets}",
+    ]
+    job = {"model": options.model, "data": options.data, "sets": sets}
+    command = [str(Path(__file__).resolve()), "--worker"]
+    workers = [
+        rivals.Worker(name, command, job, {"PYTHONPATH": str(checkout / "src"), "BENCH_KEEP_MEMORY": "1"})
+        for name, checkout in (("ours", HERE), ("other", options.checkout))
+    ]
+    race = rivals.compete(
+        "against", workers, options.rounds, repeats=0
+    )  # so that both stay at the same update
+    by_round: dict[int, dict[str, dict[str, Any]]] = {}
+    for update in race["measurements"]:
+        by_round.setdefault(update["round"], {})[update["trainer"]] = update
     apart = max(
-        abs(mine - other) / abs(other)
-        for runs in rounds
-        for mine, other in zip(runs["ours"]["losses"], runs["other"]["losses"], strict=True)
+        abs(pair["ours"]["loss"] - pair["other"]["loss"]) / abs(pair["other"]["loss"])
+        for pair in by_round.values()
     )
+    cpu_ratios = [
+        pair["other"]["further"]["cpu_seconds"] / pair["ours"]["further"]["cpu_seconds"]
+        for number, pair in by_round.items()
+        if number
+    ]
+    ratio, trainers = race["ratios"]["other"], race["trainers"]
     return {
         "benchmark": "against",
         "other": record.commit(options.checkout),
-        "ratio": statistics.median(ratios),
-        "ratio_min_max": [min(ratios), max(ratios)],
-        "memory_ratio": statistics.median(memory),
-        "memory_ratio_min_max": [min(memory), max(memory)],
+        "ratio": ratio["median"],
+        "ratio_min_max": [ratio["min"], ratio["max"]],
+        "cpu_ratio": statistics.median(cpu_ratios),
+        "memory_ratio": trainers["ours"]["peak_rss_bytes"] / trainers["other"]["peak_rss_bytes"],
         "loss_difference": apart,
-        "settings": {key: getattr(options, key) for key in ("length", "rows", "updates", "targets")},
-        "rounds": rounds,
+        "settings": {key: getattr(options, key) for key in ("length", "rows", "rounds", "targets")},
+        "race": race,
     }
 
 
@@ -105,22 +116,22 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, nargs="?", help="folder of the other checkout")
     parser.add_argument("--model", default=rivals.default_model(), help="folder or GGUF file")
     parser.add_argument("--data", default=rivals.default_data(), help="rows to learn")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=4, help="measured in a run, after one more")
+    parser.add_argument("--rounds", type=int, default=15, help="updates of each")
     parser.add_argument("--rows", type=int, default=8, help="of an update")
     parser.add_argument("--length", type=int, default=512, help="longest row; longer ones are left out")
     parser.add_argument("--targets", default="[q_proj, v_proj]", help="adapted layers, or all-linear")
     parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--smoke", action="store_true", help=f"{small.HELP}; compares this checkout with itself"
-    )
+    parser.add_argument("--smoke", action="store_true", help=f"{small.HELP}; this checkout against itself")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        return work()
     options.checkout = HERE if options.smoke else options.checkout
     if options.checkout is None:
         parser.error("the folder of the other checkout is missing")
-    with small.inputs(options, rounds=1, updates=1, rows=4, length=128) as folder:
-        result = record.keep(compare(options, folder), options.out)
-    print(json.dumps({key: value for key, value in result.items() if key != "rounds"}))
+    with small.inputs(options, rounds=2, rows=4, length=128):
+        result = record.keep(compare(options), options.out)
+    print(json.dumps({key: value for key, value in result.items() if key != "race"}))
     missed: list[str] = []
     if result["loss_difference"] > LOSS_TOLERANCE:
         missed.append(f"the losses differ by {result['loss_difference']:.1e}")

@@ -428,31 +428,35 @@ class Measurement:
 
 
 class Worker:
-    """A trainer's process. Leaving the context ends it."""
+    """A trainer's process: ``command`` reads the job, then waits. Leaving the context ends it."""
 
-    def __init__(self, name: str, job: Job) -> None:
-        self.name, self._job = name, job
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        job: Mapping[str, Any],
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self._command, self._job, self._environ = name, command, job, environ or {}
 
     def __enter__(self) -> Worker:
         import psutil
 
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{self.name}-", suffix=".log")
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", self.name]
-        # What our own preparation of OpenBLAS left in this process is not for the rivals, and what the user's
-        # environment says of its kernels would slow one BLAS and not another: each library chooses for this
-        # processor.
+        # The variables of OpenBLAS that tunesmith set in this process are not for the rivals, and a kernel that
+        # the user chose would slow one BLAS and not another: each library chooses for this processor.
         environ = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, *self._command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=environ | quiet,
+            env={**environ, **quiet, **self._environ},
         )
         self._usage = psutil.Process(self._process.pid)
-        self._ask(json.dumps(asdict(self._job)))
+        self._ask(json.dumps(self._job))
         return self
 
     def _ask(self, line: str) -> dict[str, Any]:
@@ -536,36 +540,43 @@ def undisturbed(worker: Worker, number: int, say: Callable[[str], None], repeats
 
 
 def race(title: str, jobs: Mapping[str, Job], rounds: int, repeats: int = REPEATS) -> dict[str, Any]:
-    """Warm each trainer up once, then ``rounds`` updates each in turn. The first of ``jobs`` is what others
-    are compared with. repeats: most measurements that are made again because others used the machine.
+    """`compete` of the trainers that ``jobs`` names."""
+    script = str(Path(__file__).resolve())
+    workers = [Worker(name, [script, "--worker", name], asdict(job)) for name, job in jobs.items()]
+    return compete(title, workers, rounds, repeats, n_rows=len(next(iter(jobs.values())).rows))
+
+
+def compete(
+    title: str, workers: Sequence[Worker], rounds: int, repeats: int, n_rows: int = 0
+) -> dict[str, Any]:
+    """Warm each worker up once, then ``rounds`` updates each in turn. The others are compared with the first.
+    repeats: most measurements that are made again because other programs used the machine.
 
     The result: ``trainers`` (speed, memory, losses), ``ratios`` of seconds inside a round, ``agree`` and why
     not."""
-    names = list(jobs)
 
     def say(text: str) -> None:
         print(f"{datetime.now():%H:%M:%S}  {title}: {text}", file=sys.stderr, flush=True)
 
-    measured: dict[str, list[Measurement]] = {name: [] for name in names}
+    measured: dict[str, list[Measurement]] = {worker.name: [] for worker in workers}
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
         warm: dict[str, Measurement] = {}
-        for name in names:
+        for worker in workers:
+            name = worker.name
             say(f"{name}: loading and warming up")
-            workers[name] = stack.enter_context(Worker(name, jobs[name]))
-            warm[name] = workers[name].update(0)
+            warm[name] = stack.enter_context(worker).update(0)
             say(f"{name}: first update {warm[name].seconds:.1f} s, loss {warm[name].loss:.6f}")
         left = sum(measurement.seconds for measurement in warm.values())
         for number in range(1, rounds + 1):
             end = datetime.fromtimestamp(time.time() + left * (rounds - number + 1))
             say(f"round {number} of {rounds}, expected end {end:%H:%M}")
-            for position in range(len(names)):
-                name = names[(position + number - 1) % len(names)]
-                measurement = undisturbed(workers[name], number, say, repeats)
-                measured[name].append(measurement)
+            for position in range(len(workers)):
+                worker = workers[(position + number - 1) % len(workers)]
+                measurement = undisturbed(worker, number, say, repeats)
+                measured[worker.name].append(measurement)
                 per_second = measurement.learned_tokens / measurement.seconds
-                say(f"{name}: {measurement.seconds:.2f} s, {per_second:.1f} learned tokens a second")
-    problems = disagreements(warm, len(jobs[names[0]].rows))
+                say(f"{worker.name}: {measurement.seconds:.2f} s, {per_second:.1f} learned tokens a second")
+    problems = disagreements(warm, n_rows)
     for text in problems:
         say(f"DISAGREE: {text}")
     return raced(warm, measured, problems)
