@@ -15,6 +15,7 @@ from tunesmith.adapters.files import (
 )
 from tunesmith.adapters.layers import DoRALinear, LoRALinear, dense, seed_dropout, trainable
 from tunesmith.adapters.merging import merge
+from tunesmith.adapters.routing import Routing, routed
 from tunesmith.adapters.specs import AdapterSpec, Attached, DoRA, Full, LoRA
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Handle",
     "LoRA",
     "LoRALinear",
+    "Routing",
     "attached",
     "dense",
     "go_on",
@@ -37,6 +39,7 @@ __all__ = [
     "merge",
     "read",
     "read_spec",
+    "routed",
     "save",
     "seed_dropout",
     "trainable",

@@ -21,7 +21,7 @@ UNFIT = "give a folder that tunesmith saved, and its model"
 
 
 class _ModuleState:
-    """What one module holds: its class, its parameters and children by reference, which of them are frozen."""
+    """One module's class, parameters and children (by reference), and which of them are frozen."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, type(module)
@@ -68,8 +68,8 @@ class Adapter:
     source: str = ""
 
     def attach(self, net: nn.Module) -> Handle:
-        """Put the adapter into ``net``, which is frozen except for it. Raises ModelError and leaves ``net`` as
-        it was if the two do not fit."""
+        """Put the adapter into ``net``; all other parameters are frozen. Raises ModelError and leaves
+        ``net`` as it was if the two do not fit."""
         handle = Handle(net)
         try:
             self.spec.attach(net, seed=0)
@@ -83,8 +83,8 @@ class Adapter:
         return handle
 
     def fill(self, net: nn.Module) -> None:
-        """Give the trainable tensors of ``net`` these values. Raises ModelError, listing every tensor that does
-        not fit, and leaves ``net`` as it was."""
+        """Give the trainable tensors of ``net`` these values. Raises ModelError, listing every tensor that
+        does not fit, and leaves ``net`` as it was."""
         in_net = {name: value.shape for name, value in trainable(net).items()}
         in_file = {name: value.shape for name, value in self.tensors.items()}
         problems = [

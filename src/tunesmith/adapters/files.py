@@ -47,8 +47,8 @@ def read(folder: Path) -> Adapter:
 
 
 def load(net: nn.Module, folder: Path) -> AdapterSpec:
-    """Attach what `save` wrote, for good; returns its spec. Raises ModelError if it cannot be read or does not
-    fit, and leaves ``net`` as it was."""
+    """Attach what `save` wrote, for good; returns its spec. Raises ModelError if it cannot be read or does
+    not fit, and leaves ``net`` as it was."""
     adapter = read(folder)
     adapter.attach(net)
     return adapter.spec
@@ -67,8 +67,8 @@ def attached(net: nn.Module, folder: Path) -> Iterator[Adapter]:
 
 
 def load_tensors(net: nn.Module, folder: Path) -> None:
-    """Fill the adapter that is attached to ``net``. Raises ModelError, listing every tensor that does not fit,
-    and leaves ``net`` as it was."""
+    """Fill the adapter that is attached to ``net``. Raises ModelError, listing every tensor that does not
+    fit, and leaves ``net`` as it was."""
     read(folder).fill(net)
 
 
@@ -93,8 +93,8 @@ def _read_tensors(folder: Path) -> dict[str, mx.array]:
 
 
 def go_on(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
-    """Fill the adapter that ``spec`` attached with what ``folder`` holds. Raises ConfigError if the two differ
-    in shape."""
+    """Fill the adapter that ``spec`` attached with the tensors of ``folder``. Raises ConfigError if the two
+    differ in shape."""
     start = read(folder)
     before, now = _shape(start.spec), _shape(spec)
     if before != now:
@@ -107,7 +107,8 @@ def go_on(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
         else:
             differences = [f"adapter.kind is {now['kind']}, there {before['kind']}"]
         what = f"the adapter of {folder} has another shape: {'; '.join(differences)}"
-        hint = "give the same, or model.adapter instead: it is merged into the base, and the new adapter may have any shape"
+        hint = "give the same, or model.adapter instead: it is merged into the base, "
+        hint += "and the new adapter may have any shape"
         raise ConfigError(what, where="adapter.start", hint=hint)
     start.fill(net)
 

@@ -1,4 +1,4 @@
-"""What is trainable, as settings: LoRA, DoRA or the weights themselves; and how a spec is attached to a model.
+"""What is trainable: LoRA, DoRA or the weights themselves, as settings that attach to a model.
 
 Initial values are functions of (seed, tensor name). Experts of mixture layers are not linear layers: they are
 not adapted."""
@@ -49,7 +49,8 @@ class _LowRank(Spec):
     targets: Names = Field(
         ("q_proj", "v_proj"),
         min_length=1,
-        description="linear layers by name, suffix (mlp.up_proj) or pattern (*_proj); all-linear is each one in the blocks",
+        description="linear layers by name, suffix (mlp.up_proj) or pattern (*_proj); "
+        "all-linear is each one in the blocks",
     )
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null is all")
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")

@@ -1,0 +1,150 @@
+"""Several adapters side by side on one base, chosen for each row of a batch.
+
+The base's product is computed once for all rows. The low-rank updates of a mixed batch are gathered by row
+(`mx.gather_mm`), so that a pass takes the same number of operations however many adapters take part; ranks
+are padded with zeros to the largest. For inference: nothing here is trained, and dropout is off. Adapters
+that replace whole modules cannot be routed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from tunesmith.adapters.attachment import Adapter, Handle
+from tunesmith.adapters.layers import DoRALinear, Linear, LoRALinear, adapted, dims, product
+from tunesmith.adapters.specs import Full
+from tunesmith.errors import ModelError
+
+BASE = 0
+"""The place of the base without an adapter in every stack."""
+
+
+class Selection:
+    """``places``: the adapter of every row, by its place in the stacks; one for all rows, or (B,) int32."""
+
+    def __init__(self) -> None:
+        self.places: int | mx.array = BASE
+
+
+class RoutedLinear(nn.Module):
+    """A frozen linear layer with the updates of several adapters, one of which applies to each row.
+
+    ``updates``: by place; None if that adapter leaves this layer alone."""
+
+    def __init__(self, linear: Linear, updates: Sequence[LoRALinear | None], selection: Selection) -> None:
+        super().__init__()
+        self.linear = linear
+        self._selection = selection
+        inputs, outputs = dims(linear)
+        rank = max(update.lora_a.shape[1] for update in updates if update is not None)
+        idle = mx.zeros((inputs, rank)), mx.zeros((rank, outputs)), 0.0
+        stacks = [idle if update is None else _padded(update, rank) for update in updates]
+        self._a = mx.stack([a for a, _, _ in stacks])  # (n, in, r)
+        self._b = mx.stack([b for _, b, _ in stacks])  # (n, r, out)
+        self._scale = mx.array([scale for _, _, scale in stacks])  # (n,)
+        self._idle = [update is None for update in updates]
+        self._factor: mx.array | None = None
+        if any(isinstance(update, DoRALinear) for update in updates):
+            ones = mx.ones(outputs)
+            self._factor = mx.stack(
+                [
+                    update.m / update.lengths() if isinstance(update, DoRALinear) else ones
+                    for update in updates
+                ]
+            )  # (n, out)
+        mx.eval(self._a, self._b, self._scale, self._factor)
+        self.train(linear.training)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, ..., in) → (B, ..., out) in the dtype of the frozen layer's output. Raises ModelError if the
+        adapters were chosen for another number of rows."""
+        places = self._selection.places
+        if isinstance(places, int):
+            if self._idle[places]:
+                return self.linear(x)
+            branch = ((x @ self._a[places]) * self._scale[places]) @ self._b[places]
+            factor = None if self._factor is None else self._factor[places]
+        else:
+            if len(x) != len(places):
+                what = f"a pass of {len(x)} rows, but adapters are chosen for {len(places)}"
+                raise ModelError(what, hint="call select() with one name for each row of the next pass")
+            rows = x.reshape(len(x), -1, x.shape[-1])
+            inner = mx.gather_mm(rows.astype(mx.float32), self._a, rhs_indices=places)
+            inner = inner * self._scale[places][:, None, None]
+            branch = mx.gather_mm(inner, self._b, rhs_indices=places).reshape(*x.shape[:-1], -1)
+            factor = None
+            if self._factor is not None:
+                factor = self._factor[places].reshape(len(x), *[1] * (x.ndim - 2), -1)
+        if factor is None:
+            y = self.linear(x)
+            return y + branch.astype(y.dtype)
+        y = product(self.linear, x)
+        out = (factor * (y.astype(mx.float32) + branch)).astype(y.dtype)
+        return out + self.linear.bias if "bias" in self.linear else out
+
+
+def _padded(update: LoRALinear, rank: int) -> tuple[mx.array, mx.array, float]:
+    missing = rank - update.lora_a.shape[1]
+    a = mx.pad(update.lora_a, [(0, 0), (0, missing)])
+    return a, mx.pad(update.lora_b, [(0, missing), (0, 0)]), update.scale
+
+
+class Routing:
+    """The adapters that lie on ``net``, by name. Until `select` is called, every row meets the base alone."""
+
+    def __init__(self, net: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        """Put them there. Raises ModelError and leaves ``net`` as it was if one of them replaces whole
+        modules or does not fit."""
+        self._places: dict[str | None, int] = {None: BASE}
+        self._places |= {name: place for place, name in enumerate(adapters, start=1)}
+        self._selection = Selection()
+        layers = {name: _layers(net, name, adapter) for name, adapter in adapters.items()}
+        self._handle = Handle(net)
+        modules: dict[str, Any] = dict(net.named_modules())
+        for target in sorted({target for by_target in layers.values() for target in by_target}):
+            updates = [None, *(by_target.get(target) for by_target in layers.values())]
+            routed_layer = RoutedLinear(modules[target], updates, self._selection)
+            net.update_modules(tree_unflatten([(target, routed_layer)]))
+
+    def select(self, names: str | Sequence[str | None] | None) -> None:
+        """Choose for all later passes: one adapter, or None for the base alone, for all rows; or one for each
+        row in the order of the batch. Raises ModelError for a name that is not here."""
+        by_row = [names] if names is None or isinstance(names, str) else list(names)
+        if unknown := sorted({str(name) for name in by_row if name not in self._places}):
+            known = ", ".join(repr(name) for name in self._places if name is not None) or "none"
+            raise ModelError(f"there is no adapter {unknown[0]!r}", hint=f"there are: {known}")
+        places = [self._places[name] for name in by_row]
+        self._selection.places = places[0] if len(set(places)) == 1 else mx.array(places, dtype=mx.int32)
+
+    def detach(self) -> None:
+        """Make the net exactly what it was."""
+        self._handle.detach()
+
+
+@contextmanager
+def routed(net: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[Routing]:
+    """Inside, ``net`` carries ``adapters``; afterwards it is exactly what it was. Raises as `Routing`
+    does."""
+    routing = Routing(net, adapters)
+    try:
+        yield routing
+    finally:
+        routing.detach()
+
+
+def _layers(net: nn.Module, name: str, adapter: Adapter) -> dict[str, LoRALinear]:
+    """The layers of ``adapter`` by the name of what they adapt; ``net`` is as it was afterwards."""
+    if isinstance(adapter.spec, Full) or adapter.spec.full_modules:
+        what = f"adapter {name!r} trains whole modules, which the rows of a batch share"
+        raise ModelError(
+            what, where=adapter.source, hint="attach it alone, or merge it into a base of its own"
+        )
+    handle = adapter.attach(net)
+    layers = adapted(net)
+    handle.detach()
+    return layers
