@@ -31,7 +31,7 @@ def signature(normal: str) -> bytes:
     from rensa import RMinHash  # type: ignore[attr-defined]  # a compiled module without stubs
 
     words = normal.split(" ")
-    pairs = [f"{one} {other}" for one, other in pairwise(words)] or words
+    pairs = [f"{word} {following}" for word, following in pairwise(words)] or words
     hashed = RMinHash(num_perm=PERMUTATIONS, seed=1)
     hashed.update(pairs)
     return np.array(hashed.digest(), dtype="<u4").tobytes()
@@ -50,25 +50,27 @@ def candidates(signatures: Sequence[bytes]) -> list[tuple[int, int]]:
     """Pairs of places, each once, the smaller first."""
     if len(signatures) < 2:
         return []
-    buckets_found: set[tuple[int, int]] = set()
+    pairs: set[tuple[int, int]] = set()
     for column in bands(signatures).T:
         order = np.argsort(column, kind="stable")
         ordered = column[order]
         starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
         for start, end in zip(starts, np.r_[starts[1:], len(order)], strict=True):
             if end - start > 1:
-                buckets_found.update(_pairs(order[start:end].tolist()))
-    chosen = np.array(sorted(buckets_found), dtype=np.int64).reshape(-1, 2)
+                pairs.update(_pairs(order[start:end].tolist()))
+    chosen = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)
     table = np.frombuffer(b"".join(signatures), dtype="<u4").reshape(len(signatures), -1)
-    parts = (chosen[at : at + PART] for at in range(0, len(chosen), PART))
+    parts = (chosen[start_of_part : start_of_part + PART] for start_of_part in range(0, len(chosen), PART))
     alike = [(table[part[:, 0]] == table[part[:, 1]]).mean(axis=1) >= LIKELY for part in parts]
-    return [(one, other) for one, other in chosen[np.concatenate(alike) if alike else slice(0)].tolist()]
+    return [
+        (first, second) for first, second in chosen[np.concatenate(alike) if alike else slice(0)].tolist()
+    ]
 
 
 def _pairs(places: list[int]) -> Iterator[tuple[int, int]]:
     """``places`` in ascending order, as `candidates` pairs them."""
     if len(places) <= BUCKET:
-        yield from ((one, other) for at, one in enumerate(places) for other in places[at + 1 :])
+        yield from ((first, second) for nth, first in enumerate(places) for second in places[nth + 1 :])
         return
     for before, place in pairwise(places):
         yield places[0], place
@@ -76,14 +78,14 @@ def _pairs(places: list[int]) -> Iterator[tuple[int, int]]:
             yield before, place
 
 
-def similarity(one: str, other: str, least: float) -> float:
+def similarity(first: str, second: str, least: float) -> float:
     """1 − edit distance / length of the longer, of two normal forms; 0 if it is below ``least``."""
     from rapidfuzz.distance import Levenshtein
 
-    longer = max(len(one), len(other))
-    if min(len(one), len(other)) < least * longer:
+    longer = max(len(first), len(second))
+    if min(len(first), len(second)) < least * longer:
         return 0.0
-    return Levenshtein.normalized_similarity(one[:COMPARED], other[:COMPARED], score_cutoff=least)
+    return Levenshtein.normalized_similarity(first[:COMPARED], second[:COMPARED], score_cutoff=least)
 
 
 class Heads:
@@ -91,14 +93,16 @@ class Heads:
     whether two are near."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        found: dict[str, list[str]] = defaultdict(list)
+        by_head: dict[str, list[str]] = defaultdict(list)
         many = 0
         for text in texts:
             many += 1
             if len(words := text.split(" ", HEAD)) > HEAD:
-                found[" ".join(words[:HEAD])].append(text)
+                by_head[" ".join(words[:HEAD])].append(text)
         self._common = {
-            key: _beginning(some) for key, some in found.items() if len(some) > max(SHARED * many, 4)
+            key: _beginning(texts_alike)
+            for key, texts_alike in by_head.items()
+            if len(texts_alike) > max(SHARED * many, 4)
         }
 
     def without(self, text: str) -> str:
@@ -140,10 +144,10 @@ def groups(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
             parent[place] = place = parent[parent[place]]
         return place
 
-    for one, other in pairs:
-        first, second = sorted((root(one), root(other)))
+    for left, right in pairs:
+        first, second = sorted((root(left), root(right)))
         parent[second] = first
-    found: dict[int, list[int]] = defaultdict(list)
+    members: dict[int, list[int]] = defaultdict(list)
     for place in sorted(parent):
-        found[root(place)].append(place)
-    return [found[first] for first in sorted(found)]
+        members[root(place)].append(place)
+    return [members[first] for first in sorted(members)]

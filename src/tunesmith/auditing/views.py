@@ -21,6 +21,7 @@ from tunesmith.data.examples import (
     Judged,
     Message,
     Preference,
+    label_of,
     opening,
 )
 from tunesmith.data.formats import Dropped
@@ -50,7 +51,7 @@ class View:
 
     @cached_property
     def label(self) -> bool | None:
-        return getattr(self.example, "desirable", getattr(self.example, "label", None))
+        return None if self.example is None else label_of(self.example)
 
     @cached_property
     def conversation(self) -> Conversation | None:

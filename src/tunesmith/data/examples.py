@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from tunesmith.errors import DataError
 from tunesmith.settings.config import JSON
@@ -70,7 +70,8 @@ class _Sourced:
 
     def __post_init__(self) -> None:
         if not self.id:
-            digest = hashlib.sha256(json.dumps(content_of(self)).encode()).hexdigest()
+            content = content_of(cast(Example, self))
+            digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
             object.__setattr__(self, "id", digest[:16])
 
 
@@ -118,23 +119,33 @@ class Completion(_Sourced):
 Example: TypeAlias = Document | Demonstration | Judged | Preference | Completion
 
 
-def content_of(example: _Sourced) -> dict[str, JSON]:
+def content_of(example: Example) -> dict[str, JSON]:
     """The row of ``example``, without source and metadata."""
     row: dict[str, JSON] = {}
     tools: tuple[JSON, ...] = ()
-    for key in ("text", "prompt", "completion", "chosen", "rejected", "conversation"):
-        value = getattr(example, key, None)
-        if isinstance(value, Conversation):
-            tools = value.tools
-            row["messages" if key == "conversation" else key] = [_turn(message) for message in value.messages]
-        elif value is not None:
-            row[key] = value
-    optional: dict[str, JSON] = {"tools": list(tools) or None, "label": _label(example)}
+    if isinstance(example, Document):
+        row["text"] = example.text
+    elif isinstance(example, Completion):
+        row |= {"prompt": example.prompt, "completion": example.completion}
+    elif isinstance(example, Preference):
+        tools = example.rejected.tools
+        row |= {"chosen": _turns(example.chosen), "rejected": _turns(example.rejected)}
+    else:
+        tools = example.conversation.tools
+        row["messages"] = _turns(example.conversation)
+    optional: dict[str, JSON] = {"tools": list(tools) or None, "label": label_of(example)}
     return row | {key: value for key, value in optional.items() if value is not None}
 
 
-def _label(example: object) -> bool | None:
-    return getattr(example, "desirable", getattr(example, "label", None))
+def label_of(example: Example) -> bool | None:
+    """The verdict on the row, or None if it has none."""
+    if isinstance(example, Judged):
+        return example.desirable
+    return None if isinstance(example, Preference) else example.label
+
+
+def _turns(conversation: Conversation) -> list[JSON]:
+    return [_turn(message) for message in conversation.messages]
 
 
 def _turn(message: Message) -> JSON:
@@ -263,8 +274,8 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     ]
     sizes: dict[bytes, list[int]] = defaultdict(lambda: [0, 0, 0, 0])  # rows in all, by label
     for key, example in zip(keys, examples, strict=True):
-        for at in (0, (True, False, None).index(_label(example)) + 1):
-            sizes[key][at] += 1
+        for column in (0, (True, False, None).index(label_of(example)) + 1):
+            sizes[key][column] += 1
     if len(sizes) < 2:
         hint = "data.valid=0 holds out nothing; or name files of other prompts in data.valid"
         raise DataError(
@@ -275,26 +286,25 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
 
     def after(moved: Iterable[bytes]) -> list[float]:
         return [
-            rows - sum(sizes[key][at] * (-1 if key in held else 1) for key in moved)
-            for at, rows in enumerate(left)
+            rows - sum(sizes[key][column] * (-1 if key in held else 1) for key in moved)
+            for column, rows in enumerate(left)
         ]
 
     def miss(rows: Iterable[float]) -> float:
         return sum(number * number for number in rows)
 
-    changes, alike = (
-        [{key} for key in sorted(sizes)],
-        list(sizes),
-    )  # at random, so that prompts with many rows have the same chance as others
+    # First every prompt in the order of its hash, so that large prompts have the same chance as others;
+    # then, of each size and side, one prompt or two at once, as long as that comes nearer to the share.
+    changes, alike = [{key} for key in sorted(sizes)], list(sizes)
     nearer = True
-    while nearer:  # then, of each size and side, one prompt or two at once, for as long as it comes nearer
+    while nearer:
         nearer = False
         for moved in changes:
             if miss(rest := after(moved)) < miss(left) - 1e-9:
                 left, nearer = rest, True
                 held.symmetric_difference_update(moved)
         alike = list({(*sizes[key], key in held): key for key in sorted(sizes)}.values())
-        changes = [{one, other} for one in alike for other in alike]
+        changes = [{first, second} for first in alike for second in alike]
     if len(held) in (0, len(sizes)):
         held ^= min(({key} for key in alike), key=lambda moved: miss(after(moved)))
     sides: tuple[list[Example], list[Example]] = [], []

@@ -92,18 +92,21 @@ def lines(
     low, high = axes.y
     heights = _decades(low, high) if log else ticks(low, high, 5)
     parts = [*axes.grid(heights), *axes.below(x)]
-    for at, word in marks:
-        parts.append(_upright(axes.across(at)))
-        parts.append(f'<text class="mark" x="{axes.across(at) + 3:.1f}" y="{TOP + 8}">{escape(word)}</text>')
+    for x_value, word in marks:
+        parts.append(_upright(axes.across(x_value)))
+        parts.append(
+            f'<text class="mark" x="{axes.across(x_value) + 3:.1f}" y="{TOP + 8}">{escape(word)}</text>'
+        )
     for line, points in drawn:
-        way = " ".join(f"{axes.across(at):.1f},{axes.up(value):.1f}" for at, value in points)
+        way = " ".join(f"{axes.across(x_value):.1f},{axes.up(value):.1f}" for x_value, value in points)
         parts.append(f'<polyline class="{line.style} c{line.colour}" points="{way}"/>')
         if line.style == "marks" or len(points) == 1:
-            parts += [_marker(axes.across(at), axes.up(value), line.colour) for at, value in points]
+            parts += [_marker(axes.across(x_value), axes.up(value), line.colour) for x_value, value in points]
     hover = {
         "box": [*axes.x, LEFT, WIDTH - RIGHT, WIDTH],
         "lines": [
-            [line.name, [[_short(at), _short(value)] for at, value in points]] for line, points in drawn
+            [line.name, [[_short(x_value), _short(value)] for x_value, value in points]]
+            for line, points in drawn
         ],
     }
     drawing = _plot(
@@ -121,9 +124,7 @@ def lines(
 
 def _finite(line: Line, log: bool) -> list[tuple[float, float]]:
     """The points that can be drawn."""
-    points = [
-        (float(at), float(value)) for at, value in zip(line.x, line.y, strict=True) if value is not None
-    ]
+    points = [(float(x), float(value)) for x, value in zip(line.x, line.y, strict=True) if value is not None]
     return [point for point in points if math.isfinite(point[1]) and (not log or point[1] > 0)]
 
 
@@ -180,21 +181,23 @@ def _difference(row: Difference, reach: float) -> Markup:
     ).format(row.label, row.about, Markup(parts), row.told)
 
 
-def bars(found: Sequence[tuple[str, float, str]], *, most: float | None = None, tone: str = "") -> Markup:
+def bars(
+    rows_given: Sequence[tuple[str, float, str]], *, most: float | None = None, tone: str = ""
+) -> Markup:
     """A table of label, bar and text; bars go from 0 to ``most`` (the largest)."""
-    most = most or max((value for _, value, _ in found if math.isfinite(value)), default=0) or 1
+    most = most or max((value for _, value, _ in rows_given if math.isfinite(value)), default=0) or 1
     rows = []
-    for label, value, told in found:
+    for label, value, text in rows_given:
         wide = 100 * max(0.0, min(1.0, value / most)) if math.isfinite(value) else 0
         bar = f'<rect class="fill {tone}" width="{wide:.2f}%" height="16" rx="2"/>'
-        rows.append(_row(label, bar, told, 16))
+        rows.append(_row(label, bar, text, 16))
     return Markup('<table class="bars">{}</table>').format(Markup("").join(rows))
 
 
-def spread(found: Sequence[tuple[str, Sequence[float]]]) -> Markup:
+def spread(boxes: Sequence[tuple[str, Sequence[float]]]) -> Markup:
     """A table of label, box and median, over one logarithmic axis; of five numbers each, as `facts.five`
     gives them."""
-    fine = [value for _, five in found for value in five if value > 0 and math.isfinite(value)]
+    fine = [value for _, five in boxes for value in five if value > 0 and math.isfinite(value)]
     if not fine:
         return Markup("")
     low, high = _room([math.log10(value) for value in fine])
@@ -203,12 +206,13 @@ def spread(found: Sequence[tuple[str, Sequence[float]]]) -> Markup:
         return 2 + 96 * (min(max(math.log10(value), low), high) - low) / (high - low) if value > 0 else 0.0
 
     rows = []
-    for label, five in found:
-        at = [place(value) for value in five]
+    for label, five in boxes:
+        places = [place(value) for value in five]
         parts = (
-            f'<line class="whisker" x1="{at[0]:.2f}%" x2="{at[4]:.2f}%" y1="10" y2="10"/>'
-            f'<rect class="box" x="{at[1]:.2f}%" width="{max(at[3] - at[1], 0.3):.2f}%" y="3" height="14"/>'
-            f'<line class="middle" x1="{at[2]:.2f}%" x2="{at[2]:.2f}%" y1="3" y2="17"/>'
+            f'<line class="whisker" x1="{places[0]:.2f}%" x2="{places[4]:.2f}%" y1="10" y2="10"/>'
+            f'<rect class="box" x="{places[1]:.2f}%" width="{max(places[3] - places[1], 0.3):.2f}%" y="3" '
+            f'height="14"/>'
+            f'<line class="middle" x1="{places[2]:.2f}%" x2="{places[2]:.2f}%" y1="3" y2="17"/>'
         )
         rows.append(
             _row(label, parts, " · ".join(f"{value:.2g}" for value in (five[0], five[2], five[4])), 20)
@@ -220,11 +224,11 @@ def spread(found: Sequence[tuple[str, Sequence[float]]]) -> Markup:
     return Markup('<table class="bars">{}{}</table>').format(head, Markup("").join(rows))
 
 
-def _row(label: str, drawn: str, told: str, tall: int) -> Markup:
+def _row(label: str, drawn: str, text: str, tall: int) -> Markup:
     return Markup(
         '<tr><th scope="row"><bdi>{}</bdi></th><td class="whole"><svg class="row" width="100%" height="{}" '
         'aria-hidden="true">{}</svg></td><td class="number">{}</td></tr>'
-    ).format(label, tall, Markup(drawn), told)
+    ).format(label, tall, Markup(drawn), text)
 
 
 def columns(
@@ -243,7 +247,7 @@ def columns(
     note says."""
     if not counts or not any(counts) or edges[-1] <= edges[0]:
         return Markup("")
-    near = {word: at for word, at in (marks or {}).items() if at <= FAR * edges[-1]}
+    near = {word: mark for word, mark in (marks or {}).items() if mark <= FAR * edges[-1]}
     right = max([edges[-1], *near.values()])
     scale = math.log1p if log else float
     axes = _Axes((edges[0], right), (0.0, scale(max(counts))), scale)
@@ -255,15 +259,15 @@ def columns(
             f'<rect class="fill bar" x="{left:.2f}" width="{width:.2f}" y="{top:.1f}" '
             f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{low:,.4g} to {high:,.4g}: {count:,}</title></rect>'
         )
-    for word, at in (marks or {}).items():
+    for word, mark in (marks or {}).items():
         beside = word in near
-        place = axes.across(at) if beside else WIDTH - RIGHT
+        place = axes.across(mark) if beside else WIDTH - RIGHT
         if beside:
             parts.append(_upright(place))
         side, gap = ("end", -4) if place > 0.6 * WIDTH else ("start", 4)
         parts.append(
             f'<text class="mark" x="{place + gap * beside:.1f}" y="{TOP + 8}" text-anchor="{side}">'
-            f"{escape(word)} {at:,.0f}{'' if beside else ' →'}</text>"
+            f"{escape(word)} {mark:,.0f}{'' if beside else ' →'}</text>"
         )
     rows = [
         (f"{low:.3g} to {high:.3g}", count)
@@ -308,7 +312,7 @@ def _axes(points: Sequence[tuple[float, float]], log: bool, zero: bool) -> _Axes
     heights = [math.log10(value) if log else value for _, value in points]
     low, high = _room([0.0, *heights] if zero else heights)
     low = 0.0 if zero and min(heights) >= 0 else low
-    return _Axes(_room([at for at, _ in points], pad=False), (low, high), math.log10 if log else float)
+    return _Axes(_room([x for x, _ in points], pad=False), (low, high), math.log10 if log else float)
 
 
 def _upright(x: float) -> str:
@@ -447,12 +451,12 @@ def card(title: str, inside: Markup, unit: str = "") -> Markup:
     )
 
 
-def key(found: Sequence[tuple[str, str, int | str]]) -> Markup:
+def key(curves: Sequence[tuple[str, str, int | str]]) -> Markup:
     """The legend of a chart's lines; nothing for a single line."""
-    if len(found) < 2:
+    if len(curves) < 2:
         return Markup("")
     items = []
-    for name, style, colour in found:
+    for name, style, colour in curves:
         dot = _marker(13, 6, colour) if style == "marks" else ""
         line = Markup(
             f'<svg width="26" height="12" aria-hidden="true"><polyline class="{style} c{colour}" points="0,6 '
@@ -484,7 +488,10 @@ def ticks(low: float, high: float, many: int) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) between ``low`` and ``high``, about ``many``."""
     step = 10 ** math.floor(math.log10((high - low) / many))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= many)
-    return [at * step for at in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        multiple * step
+        for multiple in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def _decades(low: float, high: float) -> list[float]:
@@ -507,28 +514,28 @@ def thinned(points: list[tuple[float, float]], most: int = DRAWN) -> list[tuple[
     if len(points) <= most:
         return points
     size = -(-2 * len(points) // most)
-    kept = []
+    thin = []
     for start in range(0, len(points), size):
         part = points[start : start + size]
-        kept += sorted({min(part, key=lambda one: one[1]), max(part, key=lambda one: one[1])})
-    return kept
+        thin += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
+    return thin
 
 
-def _sampled(kept: Sequence[tuple[Line, list[tuple[float, float]]]]) -> list[list[Any]]:
-    every = sorted({at for _, points in kept for at, _ in points})
+def _sampled(curves: Sequence[tuple[Line, list[tuple[float, float]]]]) -> list[list[Any]]:
+    every = sorted({x for _, points in curves for x, _ in points})
     shown = (
         [
-            every[round(at * (len(every) - 1) / (min(len(every), TABLE) - 1))]
-            for at in range(min(len(every), TABLE))
+            every[round(x * (len(every) - 1) / (min(len(every), TABLE) - 1))]
+            for x in range(min(len(every), TABLE))
         ]
         if len(every) > 1
         else every
     )
-    known = [dict(points) for _, points in kept]
+    known = [dict(points) for _, points in curves]
     marked = sorted(
-        {*shown, *(at for line, points in kept if line.style == "marks" for at, _ in points[:TABLE])}
+        {*shown, *(x for line, points in curves if line.style == "marks" for x, _ in points[:TABLE])}
     )
-    return [[at, *(points.get(at) for points in known)] for at in marked]
+    return [[x, *(points.get(x) for points in known)] for x in marked]
 
 
 def _marker(x: float, y: float, colour: int | str) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from tunesmith.data import formats
+from tunesmith.data.examples import label_of
 from tunesmith.data.formats import Call, Conversation, Demonstration, Document, Judged, Message, Preference
 from tunesmith.errors import DataError, TemplateError, listing
 from tunesmith.settings.config import Spec
@@ -181,7 +182,7 @@ class Renderer(ABC):
         except Refused as error:
             error.where = example.source
             raise
-        label = example.desirable if isinstance(example, Judged) else getattr(example, "label", None)
+        label = label_of(example)
         rows = []
         for kind, group in parts:
             ids = np.array(group[-1].ids, dtype=np.int32)
