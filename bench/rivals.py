@@ -444,8 +444,8 @@ class Worker:
 
         self._log = tempfile.NamedTemporaryFile("w+", prefix=f"bench-{self.name}-", suffix=".log")
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-        # The variables of OpenBLAS that tunesmith set in this process are not for the rivals, and a kernel that
-        # the user chose would slow one BLAS and not another: each library chooses for this processor.
+        # The variables of OpenBLAS that tunesmith set in this process are not for the rivals, and a kernel
+        # that the user chose would slow one BLAS and not another: each library chooses for this processor.
         environ = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
         self._process = subprocess.Popen(
             [sys.executable, *self._command],
