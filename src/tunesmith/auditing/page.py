@@ -144,6 +144,6 @@ def _address(path: str) -> str:
     try:
         return "file://" + quote(
             fsencode(Path(realpath(pure.parent), pure.name))
-        )  # a link keeps its ending, ".." is no part
+        )  # a link keeps its name; ".." is resolved
     except ValueError:  # no file of this machine has such a name
         return ""

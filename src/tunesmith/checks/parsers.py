@@ -123,7 +123,7 @@ def _calls(kind: str, name: str, value: JSON, after: str) -> list[ParsedCall]:
     problem = f"text after the arguments: {rest[:40]!r}" if rest else None
     if kind == "header" and rest.startswith("[TOOL_CALLS]"):  # the next call
         problem = None
-    if kind in ("text", "header"):  # a string is no object here, whatever it holds
+    if kind in ("text", "header"):  # a string does not count as an object, whatever it holds
         value = [{"name": name, "arguments": None if isinstance(value, str) else value}]
     elif kind == "hermes":
         value = [value]

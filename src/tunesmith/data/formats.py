@@ -162,7 +162,7 @@ def _example(value: JSON, source: str, spec: DataSpec) -> Example:
     layout = layout_of(row, spec.format)
     label = row.get("label")
     if label is not None and not isinstance(label, bool):
-        hint = "write true or false, or rename the key if it is no verdict on the answer"
+        hint = "write true or false, or rename the key if it is not a verdict on the answer"
         raise BadRow("label", "label", "true, false or nothing", show(label), hint)
     reader = RowReader(row, reasoning=spec.reasoning, instruct=spec.instruction_layout == "instruct")
     if layout.labelled:

@@ -187,10 +187,10 @@ def test_a_schema_that_is_none_is_said_instead_of_what_would_break_it(told, monk
     fetched: list[object] = []
     monkeypatch.setattr("urllib.request.urlopen", lambda *asked, **more: fetched.append(asked))
     for parameters, said in [
-        ({"type": "dict"}, "'dict' is no type of JSON"),
-        ({"properties": {"days": {"type": "int"}}}, "properties.days.type: 'int' is no type of JSON"),
+        ({"type": "dict"}, "'dict' is not a JSON type"),
+        ({"properties": {"days": {"type": "int"}}}, "properties.days.type: 'int' is not a JSON type"),
         ({"required": True}, "required: True is not of type 'array'"),
-        (["place"], "a list is no schema"),
+        (["place"], "a list is not a schema"),
         ({"properties": {"place": {"$ref": "#/$defs/nowhere"}}}, "cannot be followed"),
         ({"properties": {"place": {"$ref": "https://example.com/schema"}}}, "cannot be followed"),
         ({"$ref": "#"}, "cannot be followed"),

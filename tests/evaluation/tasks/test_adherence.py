@@ -355,7 +355,7 @@ def test_a_schema_is_checked_as_jsonschema_checks_it(schema, value):
         ),
         ({"constraints": [{"kind": "words", "atleast": 3}]}, "atleast: unexpected keyword argument"),
         ({"constraints": ["bullets"]}, 'an object with a kind, not "bullets"'),
-        ({"constraints": [{"kind": "regex", "pattern": "("}]}, "'(' is no regular expression"),
+        ({"constraints": [{"kind": "regex", "pattern": "("}]}, "'(' is not a regular expression"),
         ({"constraints": [{"kind": "json_schema", "schema": {"type": "objct"}}]}, "schema.type: 'objct'"),
         ({"constraints": [{"kind": "json_schema", "schema": {"pattern": "("}}]}, "schema.pattern: '('"),
         (

@@ -39,11 +39,11 @@ TELL = {
         "mend the call or the schema: it fails when it is run",
     ),
     "text_calls": (
-        "a call written as text whose arguments are no JSON object",
+        "a call written as text whose arguments are not a JSON object",
         "mend the JSON: such a call cannot be run",
     ),
     "tool_schema": (
-        "a declared tool whose parameters are no JSON schema",
+        "a declared tool whose parameters are not a JSON schema",
         "mend the schema: calls of this tool were not checked",
     ),
     "call_ids": (
@@ -203,7 +203,7 @@ def _check(text: str) -> tuple[Validator | None, str]:
 
     schema = json.loads(text)
     if not isinstance(schema, dict | bool):
-        return None, f"{_KINDS[type(schema)]} is no schema"
+        return None, f"{_KINDS[type(schema)]} is not a schema"
     try:
         kind: Any = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema, format_checker=FormatChecker(formats=()))
@@ -212,7 +212,7 @@ def _check(text: str) -> tuple[Validator | None, str]:
         return _bounded(kind)(schema, registry=Registry()), ""  # empty: nothing is fetched from the network
     except SchemaError as error:
         problem = (
-            f"{error.instance!r} is no type of JSON" if error.json_path.endswith(".type") else error.message
+            f"{error.instance!r} is not a JSON type" if error.json_path.endswith(".type") else error.message
         )
         return None, f"{error.json_path.removeprefix('$.')}: {problem}"
     except (RecursionError, ValueError):
