@@ -77,7 +77,9 @@ def constraint(kind: str, given: Mapping[str, JSON]) -> Constraint:
         )
         raise ValueError(f"{kind}: {'; '.join(problems)}") from None
     except regex.error as error:
-        raise ValueError(f"{kind}: {cast(Any, error).pattern!r} is not a regular expression: {error}") from None
+        raise ValueError(
+            f"{kind}: {cast(Any, error).pattern!r} is not a regular expression: {error}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{kind}: {error}") from None
 
