@@ -1,8 +1,9 @@
 """Rules of the house that neither ruff nor import-linter checks.
 
 ``python .ci/house.py [SRC]`` prints a line for each violation and ends with 1 if there is one. A function has
-at most 60 lines. A class name exists once in the package. No file imports itself through others; import-linter
-compares siblings only, so it misses a circle through a package's ``__init__``. No formatting is skipped."""
+at most 60 lines. A class name exists once in the package. A module's name says what it holds. No file imports
+itself through others; import-linter compares siblings only, so it misses a circle through a package's
+``__init__``. No formatting is skipped."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LINES = 60
+BANNED = {"utils", "helpers", "common", "misc", "base", "manager", "core"}
 PACKAGE = "tunesmith"
 
 
@@ -62,6 +64,8 @@ def violations(source: Path) -> list[str]:
     for module, path in paths.items():
         text, place = path.read_text("utf-8"), path.relative_to(source)
         tree = ast.parse(text)
+        if BANNED & {path.stem, path.parent.name}:
+            found.append(f"{place}: a name that says nothing")
         imports[module] = set(imported(module, tree, set(paths)))
         found += [
             f"{place}: skips formatting" for _ in range(text.count("# fmt: ") or text.count("# fmt:skip"))

@@ -86,6 +86,8 @@ def test_lint_refuses_a_folder_that_has_no_place_in_the_order(copy):
     (copy / "src/tunesmith/helpers").mkdir()
     (copy / "src/tunesmith/helpers/__init__.py").write_text("")
     assert "tunesmith.helpers" in lint(copy, "lint-imports", "--no-cache")
+    named = "tunesmith/helpers/__init__.py: a name that says nothing\n"
+    assert named in lint(copy, "python", ".ci/house.py")
 
 
 def test_lint_refuses_a_circle_between_files(copy):

@@ -275,4 +275,4 @@ def test_the_command_line_opens_it(root):
     words = [sys.executable, "-m", "tunesmith", "train", "--resume", str(root / "sft-lora"), "--json"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["status"] == "completed" and "nothing is left to do" in done.stderr
+    assert json.loads(done.stdout)["status"] == "completed" and "there is nothing to do" in done.stderr

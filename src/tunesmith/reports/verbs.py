@@ -33,16 +33,16 @@ def train(
     sets: Sequence[str] = (),
     notify: Sink = events.silent,
 ) -> Run | None:
-    """Train, write the report, and return the run directory; or go on with the run ``resume``.
+    """Train, write the report, and return the run directory; or resume the run ``resume``.
 
-    Under `mlx.launch`, None on all ranks but the first. ``sets`` beside ``resume`` may change only what moves
-    no weight. Raises a TunesmithError."""
+    Returns None on ranks other than the first of `mlx.launch`. With ``resume``, ``sets`` may change only
+    settings that have no effect on the weights. Raises a TunesmithError."""
     if resume is not None:
         run = Run.open(resume)
         spec = load(RunConfig, files=[run.path / CONFIG], sets=sets).spec
         if run.manifest["status"] in ("completed", "stopped_early"):
             manifest.require_same(run, spec, run.manifest["hashes"])
-            notify(Notice(f"{run.path} is complete: nothing is left to do"))
+            notify(Notice(f"{run.path} is complete: there is nothing to do"))
             return run if ranks.join().writes else None
         run = training.train(spec, resume=run, notify=notify)
     elif config is not None:
@@ -67,12 +67,13 @@ def evaluate(
     notify: Sink = events.silent,
     **options: Any,
 ) -> Evaluation | None:
-    """Scores of base and tuned on the run's held-out rows (or ``data``) and the suites, with intervals; the
-    report is renewed.
+    """Score base and tuned on the run's held-out rows (or ``data``) and the suites, with intervals, and renew
+    the report.
 
-    model: path of the run's model, if it was moved since training. tasks: by name, none: the whole suite.
-    options: the fields of `evaluation.tasks.EvaluationSpec`, as ``max_tokens``, ``limit`` or ``benchmarks``. fresh: measure again what is known from before. None on ranks but the first of
-    `mlx.launch`."""
+    model: path of the run's model, if it was moved since training. tasks: by name (default: the whole suite).
+    fresh: measure again instead of using scores kept from before. options: the fields of
+    `evaluation.tasks.EvaluationSpec`, such as ``max_tokens``, ``limit`` or ``benchmarks``. Returns None on
+    ranks other than the first of `mlx.launch`."""
     given = {key: ([*value] if isinstance(value, tuple) else value, key) for key, value in options.items()}
     spec = load(EvaluationSpec, overrides=given).spec
     chosen = [*(listed(tasks) or suite()), *(["benchmarks"] if spec.benchmarks else [])]
