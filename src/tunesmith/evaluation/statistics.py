@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,25 +85,8 @@ class Statistic:
     target: Target | None = None
 
 
-class HasStatistics(Protocol):
-    """What `summarise` needs to know of a task."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def version(self) -> str: ...
-
-    @property
-    def statistics(self) -> Sequence[Statistic]: ...
-
-    @property
-    def parts(self) -> Sequence[str]: ...
-
-
 class TaskStatistics(NamedTuple):
-    """The statistics of a recorded task. ``parts``: keys of the details by whose values they are also
-    shown."""
+    """The statistics of a task. ``parts``: keys of the details by whose values they are also shown."""
 
     name: str
     version: str
@@ -120,7 +103,7 @@ def change(statistic: Statistic, base: float | None, tuned: float | None) -> Mov
 
 
 def summarise(
-    task: HasStatistics, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
+    task: TaskStatistics, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
 ) -> list[Score]:
     """One Score for each statistic of ``task`` that any example has, in order, then its headlines by each of
     its parts.
@@ -215,7 +198,7 @@ def inverted(draws: np.ndarray, n: int) -> float:
 
 
 def _scores(
-    task: HasStatistics,
+    task: TaskStatistics,
     statistics: Sequence[Statistic],
     sides: Sequence[Sequence[ExampleScore]],
     part: str | None,
@@ -256,7 +239,7 @@ def resampled(sums: np.ndarray, seed: int) -> np.ndarray:
     return totals.transpose(0, 2, 1)
 
 
-def _score(task: HasStatistics, statistic: Statistic, sums: np.ndarray, once: bool, seed: int) -> Score:
+def _score(task: TaskStatistics, statistic: Statistic, sums: np.ndarray, once: bool, seed: int) -> Score:
     """``sums``: (1 or 2, n, 2), of the tuned model and, if measured, the base. ``once``: each source is one
     example."""
     n = sums.shape[1]

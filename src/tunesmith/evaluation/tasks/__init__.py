@@ -22,7 +22,7 @@ from pydantic import Field
 
 from tunesmith.data.formats import JSON, Example
 from tunesmith.errors import EvaluationError
-from tunesmith.evaluation.statistics import Statistic, summarise
+from tunesmith.evaluation.statistics import Statistic, TaskStatistics, summarise
 from tunesmith.evaluation.subject import Subject
 from tunesmith.events import Sink, silent
 from tunesmith.runs.records import ExampleScore, Score
@@ -176,7 +176,8 @@ class Task(ABC, Generic[Measured]):
         self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
     ) -> list[Score]:
         """The scores of all examples together; overridden by tasks whose numbers are not ratios of sums."""
-        return summarise(self, base, tuned, seed)
+        statistics = TaskStatistics(self.name, self.version, self.statistics, self.parts)
+        return summarise(statistics, base, tuned, seed)
 
 
 Builder = Callable[[Material], Sequence[Task]]

@@ -144,7 +144,7 @@ class Efficiency(Task[Timed]):
     ) -> list[Score]:
         """The ratios of sums as every task has them, then percentiles of the time to the first token, in
         seconds."""
-        found = statistics.summarise(self, base, tuned, seed)
+        found = super().summarise(base, tuned, seed)
         sides = [_latencies(side) for side in (tuned, base) if side is not None]
         return found + [self._percentile(rank, sides, seed) for rank in PERCENTILES]
 
