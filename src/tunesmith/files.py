@@ -1,26 +1,61 @@
-"""Files that are written whole or not at all, and are on the disk when the call returns."""
+"""Files and folders that are written whole or not at all, and are on the disk when the call returns."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import DataError, TunesmithError
+
+
+@contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """Give a free name beside ``path``, for the body to make a file or a folder of. It is flushed and renamed
+    to ``path`` when the body ends, or removed if the body raises."""
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")  # MLX and matplotlib go by the suffix
+    try:
+        yield temporary
+        is_folder = temporary.is_dir()
+        for file in [part for part in temporary.rglob("*") if part.is_file()] if is_folder else [temporary]:
+            flush(file)
+        temporary.rename(path)
+        if is_folder:
+            flush(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with draft(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all: temporary name, flushed to disk, renamed."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        flush(draft)
-        draft.rename(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, error_class: type[TunesmithError] = DataError) -> Any:
+    """The value in a JSON file. Raises ``error_class``, which names the file and the line, if there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise error_class(f"is not JSON: {error.msg}", where=f"{path}:{error.lineno}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise error_class(f"cannot be read: {reason}", where=str(path)) from error
 
 
 def flush(path: Path) -> None:

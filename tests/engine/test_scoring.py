@@ -13,7 +13,7 @@ from training.test_speed_laws import Recurrent
 
 from tunesmith import adapters
 from tunesmith.engine import scoring
-from tunesmith.model import kernels
+from tunesmith.model import abilities, kernels
 from tunesmith.model import loading as model
 from tunesmith.tokens.batches import Cut, Group
 from tunesmith.tokens.template import Tokens
@@ -73,6 +73,7 @@ def test_a_shared_prompt_changes_nothing(net, prompts, each, pack, seed):
 
 
 def test_the_prompt_is_computed_once_where_it_pays(net, monkeypatch):
+    vars(net).pop("_abilities", None)  # tried anew
     seen: list[int] = []
     kept = kernels.prompt
     monkeypatch.setattr(kernels, "prompt", lambda net, ids: seen.append(ids.shape[1]) or kept(net, ids))
@@ -90,10 +91,11 @@ def test_a_model_that_cannot_go_on_after_a_prompt_takes_whole_rows(net, monkeypa
         raise ValueError("layers with a sliding window cannot keep a prompt")
 
     monkeypatch.setattr(kernels.Prompt, "make_mask", refuse)
-    assert not scoring.continues(net)
+    vars(net).pop("_abilities", None)  # tried anew
+    assert not abilities.continues(net)
     assert flat(scoring.sequence_sums(net, groups, Cut(300))) == pytest.approx(whole, rel=1e-5)
 
-    assert not scoring.continues(Recurrent())
+    assert not abilities.continues(Recurrent())
 
 
 def test_an_interrupted_reference_goes_on_to_the_same_bytes(net, monkeypatch, tmp_path):

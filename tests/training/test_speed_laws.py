@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 import tiny
 from tunesmith import adapters, errors, events
-from tunesmith.model import kernels, logprobs
+from tunesmith.model import abilities, kernels, logprobs
 from tunesmith.model import loading as model
 from tunesmith.runs import checkpoints
 from tunesmith.runs.config import RunConfig
@@ -197,7 +197,7 @@ def test_no_more_shapes_are_compiled_than_allowed(tiny_model):
 def test_head_of_features_is_the_model(kind, request):
     net = model.load(model.ModelSpec(path=str(request.getfixturevalue(kind)))).net
     ids = mx.array([[5, 6, 7, 8, 9, 10, 11, 12]])
-    assert logprobs.splits(net)
+    assert abilities.splits(net)
     np.testing.assert_allclose(logprobs.head(net, logprobs.features(net, ids)[0]), net(ids)[0], atol=1e-6)
 
 
@@ -220,7 +220,7 @@ def test_what_a_model_does_after_its_head_is_done_here_too_or_refused(tiny_model
 
     inner = model.load(model.ModelSpec(path=str(tiny_model))).net
     capped = Capped(inner)
-    assert logprobs.splits(capped)
+    assert abilities.splits(capped)
     hidden, targets = mx.random.normal((9, 64), key=mx.random.key(0)), mx.arange(9)
     wanted = 0.5 * mx.tanh(inner.model.embed_tokens.as_linear(hidden) / 0.5)
     wanted = mx.take_along_axis(
@@ -228,13 +228,13 @@ def test_what_a_model_does_after_its_head_is_done_here_too_or_refused(tiny_model
     )[:, 0]
     capped.freeze()
     np.testing.assert_allclose(logprobs.chosen(capped, hidden, targets), wanted, atol=1e-6)
-    assert not logprobs.splits(Looking(inner))
-    assert not logprobs.splits(nn.Linear(3, 3))
+    assert not abilities.splits(Looking(inner))
+    assert not abilities.splits(nn.Linear(3, 3))
 
 
 def test_a_model_that_mixes_packed_rows_is_refused_by_name(tiny_model):
-    assert gradients.packs(model.load(model.ModelSpec(path=str(tiny_model))).net)
-    assert not gradients.packs(Recurrent())
+    assert abilities.packs(model.load(model.ModelSpec(path=str(tiny_model))).net)
+    assert not abilities.packs(Recurrent())
     with pytest.raises(errors.ConfigError, match=r"batch\.pack: test_speed_laws models mix rows"):
         gradients.require(Recurrent(), config(pack=True), [], print)
 

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from tunesmith.errors import ModelError
+from tunesmith.model import abilities, logprobs
 from tunesmith.model import loading as model
-from tunesmith.model import logprobs
 from tunesmith.tokens.template import Refused, Renderer
 
 TOKENS = 128  # of a text, from its beginning
@@ -23,7 +23,7 @@ def embedder(
     """A function from n texts to (n, width) float32. Raises ModelError if the model does not expose its
     hidden states."""
     net = loaded.net
-    if not logprobs.splits(net):
+    if not abilities.splits(net):
         raise ModelError(
             "this model does not show its hidden states",
             where=str(loaded.path),

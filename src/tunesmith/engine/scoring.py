@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from tunesmith.learning import objectives
-from tunesmith.model import kernels, logprobs
+from tunesmith.model import abilities, kernels
 from tunesmith.tokens.batches import Cut, Group, collate
 from tunesmith.tokens.template import Tokens
 
@@ -26,7 +26,7 @@ def sequence_sums(
     """(Σ weight · log p in nats, Σ weight) of each sequence of each group, in order, in evaluation mode. None
     is left out."""
     net.eval()
-    gather = logprobs.splits(net)
+    gather = abilities.splits(net)
     sequences = [sequence for group in groups for sequence in group.sequences]
     found: list[tuple[float, float]] = [(0.0, 0.0)] * len(sequences)
     done = 0
@@ -35,7 +35,7 @@ def sequence_sums(
         for members in families(sequences)
         if (len(members) - 1) * (sequences[members[0]].start - 1) >= WORTH
     ]
-    if shared and not (gather and continues(net)):
+    if shared and not (gather and abilities.continues(net)):
         shared = []
     together = {member for members in shared for member in members}
 
@@ -85,20 +85,3 @@ def families(sequences: Sequence[Tokens]) -> list[list[int]]:
     for index, tokens in enumerate(sequences):
         found.setdefault(tokens.ids[: tokens.start].astype("<i4").tobytes(), []).append(index)
     return list(found.values())
-
-
-def continues(net: nn.Module) -> bool:
-    """Whether ``net`` says after a kept prompt what it says to the whole, tried on a few tokens."""
-    ids, tails = mx.array([[3, 1, 4]]), mx.array([[1, 5, 9, 2], [6, 5, 3, 5]])
-    try:
-        after = net(tails, cache=kernels.prompt(net, ids))
-        whole = net(mx.concatenate([mx.broadcast_to(ids, (2, 3)), tails], axis=1))[:, 3:]
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-    ):  # sliding windows, recurrent layers, …
-        return False
-    return after.shape == whole.shape and bool(mx.abs(after - whole).max() <= 1e-3 * mx.abs(whole).max())

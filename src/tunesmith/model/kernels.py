@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models import base
 
 from tunesmith.machine import backend
+from tunesmith.model import wrap
 
 F = TypeVar("F", bound=Callable[..., Any])
 PART = 256  # weights added up at once
@@ -305,27 +306,21 @@ def install(net: nn.Module) -> int:
     Each such layer becomes an object of a subclass whose ``__call__`` is its own code with these two names
     bound anew, so every architecture keeps its own arithmetic, and other models in the process stay as they
     were."""
-    mine: dict[str, Any] = {"scaled_dot_product_attention": attention} | (
-        {"swiglu": swiglu} if backend.own_kernels() else {}
-    )
-    count = 0
-    for module in net.modules():
+    ours: dict[str, Any] = {"scaled_dot_product_attention": attention}
+    if backend.own_kernels():
+        ours["swiglu"] = swiglu
+
+    def call_of(kind: type[nn.Module]) -> wrap.Call:
+        call: Any = kind.__call__
+        bound = call.__globals__ | {name: ours[name] for name in ours if name in call.__code__.co_names}
+        own = types.FunctionType(call.__code__, bound, call.__name__, call.__defaults__, call.__closure__)
+        own.__kwdefaults__ = call.__kwdefaults__
+        return own
+
+    def calls_them(module: nn.Module) -> bool:
         call = type(module).__call__
-        if isinstance(call, types.FunctionType) and (
-            names := tuple(name for name in mine if name in call.__code__.co_names)
-        ):
-            module.__class__ = _calling(type(module), names)
-            count += 1
-    return count
+        return isinstance(call, types.FunctionType) and not ours.keys().isdisjoint(call.__code__.co_names)
 
-
-@functools.cache
-def _calling(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    call: Any = kind.__call__
-    mine: dict[str, Any] = {"scaled_dot_product_attention": attention, "swiglu": swiglu}
-    bound = call.__globals__ | {name: mine[name] for name in names}
-    own = types.FunctionType(call.__code__, bound, call.__name__, call.__defaults__, call.__closure__)
-    own.__kwdefaults__ = call.__kwdefaults__
-    return type(
-        kind.__name__, (kind,), {"__call__": own, "__doc__": kind.__doc__, "__module__": kind.__module__}
-    )
+    modules = [module for module in net.modules() if calls_them(module)]
+    wrap.replace(modules, call_of)
+    return len(modules)

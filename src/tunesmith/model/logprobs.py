@@ -15,7 +15,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tunesmith.model import kernels
-from tunesmith.model import loading as model
 
 CHUNK = 1 << 24  # logits at once: 64 MiB in float32
 
@@ -48,35 +47,18 @@ class _Headless:
 
 
 def features(net: nn.Module, ids: mx.array, **options: Any) -> mx.array:
-    """(N, T) int32 → (N, T, D): hidden states after the last norm. For models where `splits` holds."""
+    """(N, T) int32 → (N, T, D): hidden states after the last norm. For models where `abilities.splits` holds."""
     return net["model"](ids, **options)
 
 
 def head(net: nn.Module, hidden: mx.array) -> mx.array:
-    """(K, D) → (K, V) logits by the model's own code. For models where `splits` holds."""
+    """(K, D) → (K, V) logits by the model's own code. For models where `abilities.splits` holds."""
     code: Any = type(net).__call__
     return code(_Headless(net, hidden[None]), mx.zeros((1, len(hidden)), mx.int32))[0]
 
 
-def splits(net: nn.Module) -> bool:
-    """Whether head(features(x)) = net(x), tried on a few tokens. False for models whose body is not called
-    ``model``."""
-    ids = mx.arange(8, dtype=mx.int32)[None]
-    with model.evaluating(net):
-        try:
-            split, whole = head(net, features(net, ids)[0]).astype(mx.float32), net(ids)[0].astype(mx.float32)
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ):  # another layout, another signature, another shape
-            return False
-        return split.shape == whole.shape and bool(mx.abs(whole - split).max() <= 1e-3 * mx.abs(whole).max())
-
-
 def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
-    """(K,) float32 log p of ``targets`` (K,) given ``hidden`` (K, D). For models where `splits` holds."""
+    """(K,) float32 log p of ``targets`` (K,) given ``hidden`` (K, D). For models where `abilities.splits` holds."""
     rows = max(1, CHUNK // head(net, hidden[:1]).shape[-1])
     starts = range(0, len(targets), rows)
 

@@ -21,8 +21,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from tunesmith.errors import ConfigError, DiskFull
-from tunesmith.files import flush
-from tunesmith.model.loading import evaluating
+from tunesmith.files import draft
+from tunesmith.model import abilities
 from tunesmith.tokens.batches import Batch, Group
 
 KEY = "loop.cache_frozen"
@@ -81,18 +81,14 @@ class Lower:
             )
         longest = max((one for group in groups for one in group.sequences), key=lambda one: len(one.ids))
         ids = mx.array(longest.ids)[None]
-        try:
-            with evaluating(self.net):
-                states = self._below(ids)
-                with self.above():
-                    found = self.net["model"](ids, input_embeddings=states)
-                whole = self.net["model"](ids)
-                same = found.shape == whole.shape and bool(
-                    mx.abs(whole - found).max() <= 1e-3 * mx.abs(whole).max()
-                )
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            same = False
-        if not same:
+
+        def both() -> tuple[mx.array, mx.array]:
+            states = self._below(ids)
+            with self.above():
+                upper = self.net["model"](ids, input_embeddings=states)
+            return upper, self.net["model"](ids)
+
+        if not abilities.agree(self.net, both):
             what = (
                 f"{type(self.net).__module__.rsplit('.', 1)[-1]} models cannot begin at a layer in the middle"
             )
@@ -129,16 +125,14 @@ class Lower:
                 return held["states"]
         self.computed += 1
         states = self._below(mx.array(ids)[None])
-        draft = path.with_name(f".{path.name}")
         mx.eval(states)
         try:
-            mx.save_safetensors(str(draft), {"states": states})
-            flush(draft)
+            with draft(path) as temporary:
+                mx.save_safetensors(str(temporary), {"states": states})
         except (RuntimeError, OSError) as error:
             raise DiskFull(
                 f"{KEY}: cannot be written: {error}", where=str(path), hint="make room, or leave it out"
             ) from error
-        draft.rename(path)
         return states
 
     def _below(self, ids: mx.array) -> mx.array:

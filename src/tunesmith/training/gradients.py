@@ -24,7 +24,7 @@ from tunesmith.learning import objectives
 from tunesmith.learning.objectives import Objective
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import Ranks
-from tunesmith.model import kernels, logprobs
+from tunesmith.model import abilities, wrap
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Batch, Group, Plan, bucketed, collate
@@ -58,7 +58,7 @@ class Gradients:
         self.plain, self.compiles = 0, bool(compiled)
         self.objective = objective = objective or config.objective
         self._net, self._pack, self._compiled = net, config.batch.pack, compiled
-        of_batch = functools.partial(objectives.learned_logprobs, gather=logprobs.splits(net))
+        of_batch = functools.partial(objectives.learned_logprobs, gather=abilities.splits(net))
 
         def total(
             weights: dict, arrays: list[mx.array], ends: tuple[int, ...] | None, key: mx.array
@@ -247,38 +247,17 @@ def dropout_key(seed: int, step: int, micro: int) -> mx.array:
     return mx.random.key(int(np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]))
 
 
-def packs(net: nn.Module) -> bool:
-    """Whether rows laid end to end give each row's own hidden states, tried on two short ones."""
-    first, second = mx.array([[3, 1, 4, 1, 5]]), mx.array([[2, 7, 1]])
-    net.eval()
-    try:
-        packed = net(mx.concatenate([first, second], axis=1), cache=kernels.packed(net, (5, 8)))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        return False
-    alone = mx.concatenate([net(first), net(second)], axis=1)
-    return bool(mx.abs(packed - alone).max() <= 1e-3 * mx.abs(alone).max())
-
-
 @contextmanager
 def checkpointed(net: nn.Module) -> Iterator[None]:
     """Inside, each layer of ``net`` is recomputed in the backward pass instead of kept.
 
-    The class of these layer objects is swapped for a subclass and put back; other models in the process stay
-    as they were. Dropout masks come from explicit keys, so that the second pass draws what the first drew.
-    """
-    layers: list[Any] = list(net.layers or [])
-    kinds = [type(layer) for layer in layers]
-    try:
-        for layer in layers:
-            layer.__class__ = _recomputing(type(layer))
+    Dropout masks come from explicit keys, so that the second pass draws what the first drew."""
+    layers: Any = net.layers or []
+    with wrap.replaced(layers, _recomputing):
         yield
-    finally:
-        for layer, kind in zip(layers, kinds, strict=True):
-            layer.__class__ = kind
 
 
-@functools.cache
-def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
+def _recomputing(kind: type[nn.Module]) -> wrap.Call:
     def call(self: nn.Module, x: mx.array, *rest: Any, **options: Any) -> mx.array:
         if not self.training:
             return kind.__call__(self, x, *rest, **options)
@@ -289,19 +268,19 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
 
         return mx.checkpoint(run)(self.trainable_parameters(), x)
 
-    return type(f"Recomputing{kind.__name__}", (kind,), {"__call__": call})
+    return call
 
 
 def require(net: nn.Module, config: RunConfig, rows: Sequence[Group], notify: Sink) -> None:
     """Raises ConfigError where ``net``, with its adapter, cannot do what ``config`` asks; tells what it does
     the slow way."""
-    if config.batch.pack and not packs(net):
+    if config.batch.pack and not abilities.packs(net):
         what = f"{type(net).__module__.rsplit('.', 1)[-1]} models mix rows that are packed (sliding windows, recurrent layers, …)"
         raise ConfigError(
             what, where="batch.pack", hint="leave it out: rows of like length are put together instead"
         )
     if config.loop.cache_frozen:
         Lower(net, Path()).require(rows)
-    if not logprobs.splits(net):
+    if not abilities.splits(net):
         what = "this model's head cannot be told from its body: logits of every position are computed, learned or not"
         notify(Notice(what, level="warning"))

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from tunesmith import adapters, events
 from tunesmith.adapters import DoRALinear, LoRALinear
+from tunesmith.model import wrap
 from tunesmith.runs.config import LoopSpec
 from tunesmith.tokens.batches import Group
 
@@ -206,28 +207,20 @@ class Histogram:
 
 @contextmanager
 def _listening(net: nn.Module, hear: Callable[[str, mx.array], None]) -> Iterator[None]:
-    """Inside, each layer of ``net`` tells ``hear`` its name and output. The class of these objects is swapped
-    and put back."""
-    layers: list[Any] = list(net.layers or [])
+    """Inside, each layer of ``net`` gives ``hear`` its name and output."""
+    layers: Any = net.layers or []
     names = {id(module): name for name, module in net.named_modules()}
-    kinds = [type(layer) for layer in layers]
 
-    def listener(kind: type[nn.Module]) -> type[nn.Module]:
+    def call_of(kind: type[nn.Module]) -> wrap.Call:
         def call(self: nn.Module, *inputs: Any, **options: Any) -> Any:
             out = kind.__call__(self, *inputs, **options)
             hear(names[id(self)], out[0] if isinstance(out, tuple) else out)
             return out
 
-        return type(f"Listening{kind.__name__}", (kind,), {"__call__": call})
+        return call
 
-    made = {kind: listener(kind) for kind in kinds}
-    try:
-        for layer, kind in zip(layers, kinds, strict=True):
-            layer.__class__ = made[kind]
+    with wrap.replaced(layers, call_of):
         yield
-    finally:
-        for layer, kind in zip(layers, kinds, strict=True):
-            layer.__class__ = kind
 
 
 def activations(net: nn.Module, rows: Sequence[Group], step: int) -> events.Activations:

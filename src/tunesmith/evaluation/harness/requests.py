@@ -21,7 +21,7 @@ import numpy as np
 from tunesmith.engine import scoring
 from tunesmith.evaluation.subject import Subject
 from tunesmith.events import Notice
-from tunesmith.model import kernels, logprobs
+from tunesmith.model import abilities, kernels, logprobs
 from tunesmith.model import loading as model
 from tunesmith.tokens.batches import BatchSpec, Cut
 
@@ -65,9 +65,9 @@ def likelihoods(
     scores = [Likelihood(0.0, True)] * len(requests)
     done = 0
     with model.evaluating(net):
-        gather = logprobs.splits(net)
+        gather = abilities.splits(net)
         passes = _passes(requests)
-        families = _families(passes) if gather and scoring.continues(net) else [(0, range(len(passes)))]
+        families = _families(passes) if gather and abilities.continues(net) else [(0, range(len(passes)))]
         tokens = batch.tokens or max((len(run.ids) for run in passes), default=1)
         few = min(batch.micro or scoring.ANSWERS, scoring.ANSWERS)
         alone = [member for shared, members in families if not shared for member in members]

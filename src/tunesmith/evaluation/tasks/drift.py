@@ -24,8 +24,8 @@ from tunesmith.evaluation.subject import Said, Subject
 from tunesmith.evaluation.suites import Entry
 from tunesmith.evaluation.tasks import Material, Meaning, Task, choices, digest, register
 from tunesmith.events import Notice
+from tunesmith.model import abilities, logprobs
 from tunesmith.model import loading as model
-from tunesmith.model import logprobs
 from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Renderer, Tokens
@@ -171,7 +171,7 @@ class ChatDrift(Task[Divergence]):
         items = self.items[: len(self._base_answers)]
         answers = subject.answers([item.prompt for item in items], CHAT_TOKENS, "chats")
         measured: list[Divergence] = []
-        split, tick = logprobs.splits(subject.net), subject.ticker("divergence")
+        split, tick = abilities.splits(subject.net), subject.ticker("divergence")
         for item, base, answer in zip(items, self._base_answers, answers, strict=True):
             kl, agreement = divergence(base.logps, distributions(subject.net, base.ids, base.start, split))
             measured.append(Divergence(item, float(kl.mean()), float(agreement.mean()), len(kl), answer.text))
@@ -191,7 +191,7 @@ class ChatDrift(Task[Divergence]):
             on_done=tick,
         )
         self._base_answers, room, measured = [], ROOM, list[Divergence]()
-        split, tick = logprobs.splits(subject.net), subject.ticker("divergence")
+        split, tick = abilities.splits(subject.net), subject.ticker("divergence")
         for item, prompt, answer in zip(self.items, prompts, made, strict=True):
             # If the answer ended by itself, the end token counts as well.
             ids = [*prompt, *answer.ids, *(eos[:1] if answer.finish == "stop" else ())]
