@@ -68,7 +68,6 @@ def update_of(options: argparse.Namespace) -> Update:
     """The update that the product makes of the rows, with its own plan of micro-batches."""
     from mlx_lm.models import activations
 
-    from tunesmith.learning import objectives
     from tunesmith.model import kernels, logprobs
     from tunesmith.tokens.batches import collate
 
@@ -94,7 +93,7 @@ def update_of(options: argparse.Namespace) -> Update:
         """The objective on ``hidden``: what is left is the head and the loss."""
         batch = batches[index]
         flat = hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.positions)]
-        logps = objectives.sequence_logps(
+        logps = logprobs.sequence_logps(
             net, batch, lambda net, batch: logprobs.chosen(net, flat, mx.array(batch.learned))
         )
         return settings.objective.losses(logps, mx.array(batch.fields)).sum()

@@ -18,9 +18,10 @@ from mlx.utils import tree_flatten, tree_map
 import tiny
 from tunesmith import adapters, errors, events
 from tunesmith.engine import scoring
-from tunesmith.learning import objectives, optimizer
+from tunesmith.learning import optimizer
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.model import loading as model
+from tunesmith.model import logprobs
 from tunesmith.runs import checkpoints
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
@@ -44,7 +45,7 @@ def group(ids, targets, source="x.jsonl:1") -> Group:
 
 
 def loss(net, groups) -> tuple[float, float]:
-    logps = objectives.sequence_logps(net, collate(groups))
+    logps = logprobs.sequence_logps(net, collate(groups))
     return SFT().losses(logps, mx.zeros((len(groups), 1))).sum().item(), sum(
         SFT().units(group) for group in groups
     )

@@ -105,13 +105,13 @@ def test_schedule_matches_transformers_but_for_the_wasted_first_update():
 
 
 def test_gathering_learned_positions_changes_nothing(setting):
-    from tunesmith.learning import objectives
+    from tunesmith.model import logprobs
     from tunesmith.tokens.batches import collate
 
     net, groups, _ = setting
     batch = collate(groups)
-    ways = [functools.partial(objectives.learned_logprobs, gather=gather) for gather in (True, False)]
+    ways = [functools.partial(logprobs.learned_logprobs, gather=gather) for gather in (True, False)]
     results = [
-        SFT().losses(objectives.sequence_logps(net, batch, way), batch.fields).sum().item() for way in ways
+        SFT().losses(logprobs.sequence_logps(net, batch, way), batch.fields).sum().item() for way in ways
     ]
     assert results[0] == pytest.approx(results[1], rel=1e-6)

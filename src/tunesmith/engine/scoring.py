@@ -9,8 +9,7 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 
-from tunesmith.learning import objectives
-from tunesmith.model import abilities, kernels
+from tunesmith.model import abilities, kernels, logprobs
 from tunesmith.tokens.batches import Cut, Group, collate
 from tunesmith.tokens.template import Tokens
 
@@ -46,7 +45,7 @@ def sequence_sums(
         for part in cut(list(lengths.values()), range(len(places))):
             members = [places[place] for place in part]
             batch = collate([Group((chosen[member],), "") for member in members], pack=cut.pack)
-            sums = objectives.sequence_sums(net, batch, gather=gather, prompt=prompt)
+            sums = logprobs.batch_sums(net, batch, gather=gather, prompt=prompt)
             for member, pair in zip(members, sums, strict=True):
                 found[member] = pair
             done += len(members)

@@ -8,14 +8,18 @@ makes them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tunesmith.model import kernels
+from tunesmith.tokens.batches import Batch
 
+LogProbs = Callable[[nn.Module, Batch], mx.array]
 CHUNK = 1 << 24  # logits at once: 64 MiB in float32
 
 
@@ -135,6 +139,47 @@ def _after(part: mx.array, made: list[mx.array]) -> mx.array:
     """``part``, but not before ``made``: the logits of one chunk are free before the next are made."""
     later: Any = mx.depends(part, made) if made else part
     return later
+
+
+def learned_logprobs(
+    net: nn.Module, batch: Batch, *, gather: bool = True, prompt: list[kernels.Prompt] | None = None
+) -> mx.array:
+    """(K,) float32: log p of each learned token of ``batch`` given ``prompt`` and the tokens before it.
+
+    With ``gather`` only the positions that predict a learned token go through the output projection, in chunks
+    (`chosen`), so that logits are never (N, T, V). A batch without learned tokens gives an empty array."""
+    targets, flat = mx.array(batch.learned), mx.array(batch.positions)
+    if len(targets) == 0:
+        return mx.zeros((0,))
+    ids = mx.array(batch.tokens)
+    options: dict[str, Any] = {} if prompt is None else {"cache": prompt}
+    options |= {} if batch.ends is None else {"cache": kernels.packed(net, batch.ends)}
+    options |= {} if batch.states is None else {"input_embeddings": batch.states}
+    if gather:
+        hidden = features(net, ids, **options)
+        return chosen(net, hidden.reshape(-1, hidden.shape[-1])[flat], targets)
+    logits = net(ids, **options)
+    return kernels.token_logprobs(logits.reshape(-1, logits.shape[-1])[flat], targets)
+
+
+def sequence_logps(net: nn.Module, batch: Batch, of_batch: LogProbs = learned_logprobs) -> mx.array:
+    """(S,) float32: Σ weight · log p over the learned tokens of each sequence.
+
+    Summed by a product with a one-hot matrix: a scatter adds in no fixed order on a GPU, and runs would not
+    resume to the same bytes."""
+    owner = mx.array(batch.rows)[None] == mx.arange(len(batch.fields))[:, None]
+    return mx.where(owner, mx.array(batch.weights) * of_batch(net, batch), 0).sum(axis=1)
+
+
+def batch_sums(
+    net: nn.Module, batch: Batch, *, gather: bool = True, prompt: list[kernels.Prompt] | None = None
+) -> list[tuple[float, float]]:
+    """(Σ weight · log p in nats, Σ weight) of the learned tokens of each sequence, summed in float64."""
+    logps = np.array(learned_logprobs(net, batch, gather=gather, prompt=prompt), dtype=np.float64)
+    count = len(batch.fields)
+    weights = np.array(batch.weights, dtype=np.float64)
+    sums = np.bincount(batch.rows, weights * logps, count)
+    return list(zip(sums.tolist(), np.bincount(batch.rows, weights, count).tolist(), strict=True))
 
 
 def _trainable(net: nn.Module) -> tuple[list[str], list[mx.array]]:

@@ -20,7 +20,6 @@ from mlx.utils import tree_map
 from tunesmith import adapters
 from tunesmith.errors import ConfigError, OutOfMemory
 from tunesmith.events import Notice, Probed, Sink
-from tunesmith.learning import objectives
 from tunesmith.learning.objectives import Objective
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import Ranks
@@ -58,7 +57,7 @@ class Gradients:
         self.plain, self.compiles = 0, bool(compiled)
         self.objective = objective = objective or config.objective
         self._net, self._pack, self._compiled = net, config.batch.pack, compiled
-        of_batch = functools.partial(objectives.learned_logprobs, gather=abilities.splits(net))
+        of_batch = functools.partial(logprobs.learned_logprobs, gather=abilities.splits(net))
 
         def total(
             weights: dict, arrays: list[mx.array], ends: tuple[int, ...] | None, key: mx.array
@@ -70,7 +69,7 @@ class Gradients:
                 tokens, positions, learned, tok_weights, rows, fields, ends, states[0] if states else None
             )
             with lower.above() if lower else ExitStack():
-                logps = objectives.sequence_logps(net, batch, of_batch)
+                logps = logprobs.sequence_logps(net, batch, of_batch)
             return objective.losses(logps, batch.fields).sum(), logps
 
         self._step: Any = mx.value_and_grad(total)

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from tunesmith.data.formats import Example
-from tunesmith.model import kernels, logprobs
 from tunesmith.settings.config import Spec
-from tunesmith.tokens.batches import Batch, Group
+from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Row
-
-LogProbs = Callable[[nn.Module, Batch], mx.array]
 
 
 class Selected(NamedTuple):
@@ -92,48 +88,6 @@ class Objective(Spec):
     def metrics(self, groups: Sequence[Group], logps: np.ndarray) -> dict[str, float]:
         """Some of `watched`, of ``logps`` (S,) float64 over the sequences of ``groups``."""
         return {}
-
-
-def learned_logprobs(
-    net: nn.Module, batch: Batch, *, gather: bool = True, prompt: list[kernels.Prompt] | None = None
-) -> mx.array:
-    """(K,) float32: log p of each learned token of ``batch`` given those before it in its sequence, and
-    ``prompt`` before all.
-
-    With ``gather`` only the positions that predict a learned token meet the output projection, in chunks
-    (`logprobs.chosen`), so logits are never (N, T, V). A batch with no target gives an empty array."""
-    targets, flat = mx.array(batch.learned), mx.array(batch.positions)
-    if len(targets) == 0:
-        return mx.zeros((0,))
-    ids = mx.array(batch.tokens)
-    options: dict[str, Any] = {} if prompt is None else {"cache": prompt}
-    options |= {} if batch.ends is None else {"cache": kernels.packed(net, batch.ends)}
-    options |= {} if batch.states is None else {"input_embeddings": batch.states}
-    if gather:
-        hidden = logprobs.features(net, ids, **options)
-        return logprobs.chosen(net, hidden.reshape(-1, hidden.shape[-1])[flat], targets)
-    logits = net(ids, **options)
-    return kernels.token_logprobs(logits.reshape(-1, logits.shape[-1])[flat], targets)
-
-
-def sequence_logps(net: nn.Module, batch: Batch, of_batch: LogProbs = learned_logprobs) -> mx.array:
-    """(S,) float32: Σ weight · log p over the learned tokens of each sequence.
-
-    Summed as a product with who owns which token: a scatter would add in no fixed order on a GPU, and runs
-    would not resume to the byte."""
-    owner = mx.array(batch.rows)[None] == mx.arange(len(batch.fields))[:, None]
-    return mx.where(owner, mx.array(batch.weights) * of_batch(net, batch), 0).sum(axis=1)
-
-
-def sequence_sums(
-    net: nn.Module, batch: Batch, *, gather: bool = True, prompt: list[kernels.Prompt] | None = None
-) -> list[tuple[float, float]]:
-    """(Σ weight · log p in nats, Σ weight) of the learned tokens of each sequence, added in float64."""
-    logps = np.array(learned_logprobs(net, batch, gather=gather, prompt=prompt), dtype=np.float64)
-    count = len(batch.fields)
-    weights = np.array(batch.weights, dtype=np.float64)
-    sums = np.bincount(batch.rows, weights * logps, count)
-    return list(zip(sums.tolist(), np.bincount(batch.rows, weights, count).tolist(), strict=True))
 
 
 NOISE = 1e-3
