@@ -28,7 +28,7 @@ import small
 import tunesmith
 from tunesmith.data import formats
 from tunesmith.display import console
-from tunesmith.learning.objectives import won
+from tunesmith.learning.objective import won
 from tunesmith.learning.objectives.kto import KTO
 from tunesmith.model import loading
 from tunesmith.runs import records

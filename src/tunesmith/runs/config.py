@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from tunesmith.adapters.specs import DoRA, Full, LoRA
 from tunesmith.auditing import AuditSpec
 from tunesmith.data.formats import DataSpec
-from tunesmith.learning.objectives.apo import APOZeroUnpaired
-from tunesmith.learning.objectives.dpo import DPO
-from tunesmith.learning.objectives.kto import KTO
-from tunesmith.learning.objectives.orpo import ORPO
+from tunesmith.learning.objective import Objective
 from tunesmith.learning.objectives.sft import SFT
-from tunesmith.learning.objectives.simpo import SimPO
 from tunesmith.learning.optimizer import OptimizerSpec
 from tunesmith.model.loading import ModelSpec
 from tunesmith.settings.config import Spec
@@ -91,7 +89,9 @@ class RunConfig(Spec):
     data: DataSpec
     audit: AuditSpec = Field(default_factory=lambda: AuditSpec.model_validate({}))
     template: TemplateSpec = Field(default_factory=lambda: TemplateSpec.model_validate({}))
-    objective: SFT | KTO | APOZeroUnpaired | DPO | ORPO | SimPO = Field(default_factory=SFT)
+    objective: Annotated[Objective, SerializeAsAny(), BeforeValidator(Objective.member)] = Field(
+        default_factory=SFT
+    )
     adapter: LoRA | DoRA | Full = Field(default_factory=lambda: LoRA.model_validate({}))
     batch: BatchSpec = Field(default_factory=BatchSpec)
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
@@ -110,7 +110,7 @@ class RunConfig(Spec):
             raise ValueError("loop.early_stop needs loop.validate_every above 0")
         if self.loop.best not in (names := ("loss", "perplexity", *self.objective.watched)):
             raise ValueError(f"loop.best is {self.loop.best}; {self.objective.kind} has {', '.join(names)}")
-        if self.template.prompt_weight and self.objective.kind != "sft":
+        if self.template.prompt_weight and not self.objective.learns_prompts:
             raise ValueError(
                 f"template.prompt_weight is for sft: {self.objective.kind} compares answers, not prompts"
             )
@@ -121,47 +121,59 @@ class RunConfig(Spec):
         return self
 
     def warnings(self) -> list[str]:
-        """Choices that are allowed and poor, each with its reason."""
-        found: list[str] = []
-        full = self.adapter.kind == "full"
-        rate = self.optimizer.learning_rate
-        suits = {**self.objective.suits, **(self.objective.suits.get("full", {}) if full else {})}
-        suited = suits.get("optimizer.learning_rate")
-        if suited is not None:
-            kind, usual = self.objective.kind, suited
-            if rate >= 2 * usual:
-                found.append(
-                    f"optimizer.learning_rate {rate:g} is high for {kind}: {usual:g} is usual; SFT's is too much for it"
-                )
-            if self.objective.needs_reference and getattr(self.adapter, "dropout", 0.0) > 0:
-                found.append(
-                    "adapter.dropout is SFT's: it makes the log-ratios to the reference noisy; 0 is usual here"
-                )
-            if self.batch.sequences < self.objective.suits["batch.sequences"]:
-                many = self.objective.suits["batch.sequences"]
-                found.append(f"batch.sequences {self.batch.sequences} is few for {kind}: {many} is usual")
-        elif full and rate > 5e-5:
-            found.append(
-                f"optimizer.learning_rate {rate:g} is high for full weights: 1e-5 is usual, LoRA's is ten times it"
-            )
-        if not full and suited is None and self.optimizer.kind.startswith("adam") and rate > 1e-3:
-            found.append(f"optimizer.learning_rate {rate:g} is high for LoRA: 1e-4 to 2e-4 is usual")
-        if not full and suited is None and rate < 1e-5:
-            found.append(
-                f"optimizer.learning_rate {rate:g} is low for LoRA: it likes about ten times full weights' rate"
-            )
-        if not full and self.batch.sequences > 32:
-            found.append(
-                f"batch.sequences {self.batch.sequences} is large: LoRA learns better from batches under 32"
-            )
+        """Settings that are allowed but poor, each with its reason."""
+        texts = self._for_the_objective() + self._for_the_adapter()
         if self.data.valid in (0, ()):
-            found.append(
+            texts.append(
                 "data.valid is 0: nothing is held out, so there is no validation, no sample and no evaluation"
             )
         if self.optimizer.max_norm is None:
-            found.append("optimizer.max_norm is null: one bad row can throw the adapter far off")
-        if full and self.model.quantize is not None:
-            found.append(
+            texts.append("optimizer.max_norm is null: one bad row can throw the adapter far off")
+        if self.adapter.kind == "full" and self.model.quantize is not None:
+            texts.append(
                 "model.quantize with full weights: the quantised layers stay frozen, only the rest is trained"
             )
-        return found
+        return texts
+
+    def _usual(self, key: str) -> float | None:
+        """The value that the objective suggests for ``key`` beside this adapter, or None if it suggests none."""
+        suits = self.objective.suits
+        return suits.get(self.adapter.kind, {}).get(key, suits.get(key))
+
+    def _for_the_objective(self) -> list[str]:
+        """Warnings on settings for which the objective suggests a value."""
+        texts: list[str] = []
+        kind, rate, rows = self.objective.kind, self.optimizer.learning_rate, self.batch.sequences
+        usual_rate, usual_rows = self._usual("optimizer.learning_rate"), self._usual("batch.sequences")
+        if usual_rate is not None and rate >= 2 * usual_rate:
+            texts.append(
+                f"optimizer.learning_rate {rate:g} is high for {kind}: {usual_rate:g} is usual; SFT's is too much for it"
+            )
+        if self.objective.needs_reference and not isinstance(self.adapter, Full) and self.adapter.dropout > 0:
+            texts.append(
+                "adapter.dropout is SFT's: it makes the log-ratios to the reference noisy; 0 is usual here"
+            )
+        if usual_rows is not None and rows < usual_rows:
+            texts.append(f"batch.sequences {rows} is few for {kind}: {usual_rows} is usual")
+        return texts
+
+    def _for_the_adapter(self) -> list[str]:
+        """Warnings on the learning rate, if the objective suggests none, and on large batches for LoRA."""
+        rate, full = self.optimizer.learning_rate, self.adapter.kind == "full"
+        stated = self._usual("optimizer.learning_rate") is not None
+        texts: list[str] = []
+        if full and not stated and rate > 5e-5:
+            texts.append(
+                f"optimizer.learning_rate {rate:g} is high for full weights: 1e-5 is usual, LoRA's is ten times it"
+            )
+        if not full and not stated and self.optimizer.kind.startswith("adam") and rate > 1e-3:
+            texts.append(f"optimizer.learning_rate {rate:g} is high for LoRA: 1e-4 to 2e-4 is usual")
+        if not full and not stated and rate < 1e-5:
+            texts.append(
+                f"optimizer.learning_rate {rate:g} is low for LoRA: it likes about ten times full weights' rate"
+            )
+        if not full and self.batch.sequences > 32:
+            texts.append(
+                f"batch.sequences {self.batch.sequences} is large: LoRA learns better from batches under 32"
+            )
+        return texts

@@ -11,17 +11,30 @@ from __future__ import annotations
 
 import difflib
 import json
+import pkgutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, to_jsonable_python
+from pydantic_core import CoreSchema, ErrorDetails, to_jsonable_python
+from pydantic_core.core_schema import union_schema
 
 from tunesmith.errors import ConfigError, listing
 from tunesmith.settings.origins import JSON, Node, parse, plain, read, write
@@ -61,6 +74,46 @@ class Spec(BaseModel):
                 value = {"kind": prepared[name]} if prepared[name] in shape.kinds else prepared[name]
                 prepared[name] = {"kind": shape.first, **value} if isinstance(value, dict) else value
         return prepared
+
+
+class Family(Spec):
+    """Abstract: a block whose kinds are not listed. Each concrete subclass of a direct subclass registers its kind.
+
+    A field takes every registered kind if it is declared as ``Annotated[Base, SerializeAsAny(),
+    BeforeValidator(Base.member)]``."""
+
+    folder: ClassVar[str]
+    """The package whose modules define kinds; they are imported when kinds are first asked for."""
+    registered: ClassVar[dict[str, type[Spec]]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        if Family in cls.__bases__:
+            cls.registered = {}
+        else:
+            cls.registered |= {kind: cls for kind in _kinds(cls) if kind}
+
+    @classmethod
+    def members(cls) -> dict[str, type[Spec]]:
+        """All kinds by name, in the order of their names."""
+        for module in pkgutil.iter_modules(import_module(cls.folder).__path__, f"{cls.folder}."):
+            import_module(module.name)
+        return dict(sorted(cls.registered.items()))
+
+    @classmethod
+    def member(cls, value: object) -> object:
+        """A mapping with a known ``kind`` as the spec of that kind; anything else as it is."""
+        kind = value.get("kind") if isinstance(value, dict) else None
+        known = cls.members()
+        return known[kind].model_validate(value) if kind in known else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        if Family not in cls.__bases__:
+            return handler(schema)
+        return handler(union_schema([member.__pydantic_core_schema__ for member in cls.members().values()]))
 
 
 S = TypeVar("S", bound=Spec)
@@ -244,7 +297,9 @@ def _default(field: FieldInfo) -> Any:
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """The members of a union, nested and annotated ones unfolded."""
+    """The members of a union or a family, nested and annotated ones unfolded."""
+    if isinstance(annotation, type) and Family in annotation.__bases__:
+        return list(annotation.members().values())
     if get_origin(annotation) is Annotated:
         return _parts(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -274,7 +329,7 @@ def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
             [one for item in args[1:] for one in (item.metadata if isinstance(item, FieldInfo) else [item])],
         )
     if origin in (Union, UnionType) or _kinds(annotation):
-        parts = sorted(args or [annotation], key=lambda part: part is NoneType)
+        parts = sorted(args or _parts(annotation), key=lambda part: part is NoneType)
         kinds = [kind for part in parts for kind in _kinds(part)]
         block = f"one of the kinds {', '.join(kinds)}" if any(kinds) else "a mapping of keys"
         return " or ".join(

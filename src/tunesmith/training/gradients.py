@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 from tunesmith import adapters
 from tunesmith.errors import ConfigError, OutOfMemory
 from tunesmith.events import Notice, Probed, Sink
-from tunesmith.learning.objectives import Objective
+from tunesmith.learning.objective import Objective
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import Ranks
 from tunesmith.model import abilities, wrap

@@ -16,7 +16,7 @@ from tunesmith.auditing.views import Context
 from tunesmith.data import formats
 from tunesmith.events import Notice, Sink
 from tunesmith.files import write_json
-from tunesmith.learning.objectives import Objective
+from tunesmith.learning.objective import Objective
 from tunesmith.machine import backend
 from tunesmith.model import loading as model
 from tunesmith.runs.config import RunConfig
@@ -134,11 +134,7 @@ def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = 
         notify(Notice(note, count=count))
     objective, remarks = config.objective.settled(groups[0])
     for remark in remarks:
-        notify(
-            Notice(
-                remark.lstrip("!"), level="warning" if remark.startswith("!") else "info", where="objective"
-            )
-        )
+        notify(Notice(remark.text, level=remark.level, where="objective"))
     bucket = (
         backend.setup().kind == "gpu" and not config.batch.pack
         if config.loop.compile is None

@@ -36,7 +36,7 @@ from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.suites import require_finite
 from tunesmith.evaluation.tasks import ExamplePair, Material, Meaning, Pairing, Task, digest, register
 from tunesmith.events import Notice
-from tunesmith.learning.objectives import won
+from tunesmith.learning.objective import won
 from tunesmith.learning.objectives.dpo import DPO
 from tunesmith.learning.objectives.kto import KTO
 from tunesmith.runs.records import Better, ExampleScore, Score

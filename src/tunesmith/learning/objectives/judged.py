@@ -25,7 +25,7 @@ from tunesmith.data.formats import (
     Preference,
 )
 from tunesmith.errors import DataError
-from tunesmith.learning.objectives import Objective, Selected, ranked
+from tunesmith.learning.objective import Objective, Remark, Selected, ranked
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Row
 
@@ -102,7 +102,7 @@ class Judging(Objective):
         )
         raise DataError(what, where="objective", hint=hint)
 
-    def settled(self, groups: Sequence[Group]) -> tuple[Judging, list[str]]:
+    def settled(self, groups: Sequence[Group]) -> tuple[Judging, list[Remark]]:
         good, bad = _classes(groups)
         high, low = self.desirable_weight, self.undesirable_weight
         given = high is not None or low is not None
@@ -116,11 +116,12 @@ class Judging(Objective):
         elif high is None:
             high = float(np.clip(1.0, low * bad / good, low * bad / good * WIDEST))
         ratio = high * good / (low * bad)
-        remark = f"{good} desirable and {bad} undesirable rows: weights {high:.4g} and {low:.4g}, in all {ratio:.3g} : 1"
-        warn = not 1 - 1e-9 <= ratio <= WIDEST + 1e-9
-        remark += f" ({'given' if given else 'set from the counts'}; {'OUTSIDE' if warn else 'within'} 1 : 1 to 4 : 3)"
-        made = self.model_copy(update={"desirable_weight": high, "undesirable_weight": low})
-        return made, [("!" if warn else "") + remark]
+        outside = not 1 - 1e-9 <= ratio <= WIDEST + 1e-9
+        weights = f"{good} desirable and {bad} undesirable rows: weights {high:.4g} and {low:.4g}"
+        source = "given" if given else "set from the counts"
+        text = f"{weights}, in all {ratio:.3g} : 1 ({source}; {'OUTSIDE' if outside else 'within'} 1 : 1 to 4 : 3)"
+        settled = self.model_copy(update={"desirable_weight": high, "undesirable_weight": low})
+        return settled, [Remark(text, "warning" if outside else "info")]
 
     def fields(self, groups: Sequence[Group], baseline: float) -> np.ndarray:
         """(S, 5): which way, λ, the reference's log p, z0, and the weight of its own log p."""

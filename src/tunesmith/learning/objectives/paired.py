@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tunesmith.data.formats import Example, Judged, Preference
 from tunesmith.errors import DataError
-from tunesmith.learning.objectives import Objective, Selected, won
+from tunesmith.learning.objective import Objective, Selected, won
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Row
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import mlx.core as mx
 import numpy as np
 from pydantic import Field
 
 from tunesmith.data.formats import Demonstration, Example, Judged, Preference
-from tunesmith.learning.objectives import Objective, Selected
+from tunesmith.learning.objective import Objective, Selected
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Row
 
@@ -22,6 +22,7 @@ class SFT(Objective):
     preferences."""
 
     kind: Literal["sft"] = "sft"
+    learns_prompts: ClassVar[bool] = True
     undesirable: Literal["leave_out", "learn"] = Field(
         default="leave_out",
         description="rows labelled false: leave_out (counted), or learn them like the others",
