@@ -89,7 +89,7 @@ class RunConfig(Spec):
     data: DataSpec
     audit: AuditSpec = Field(default_factory=lambda: AuditSpec.model_validate({}))
     template: TemplateSpec = Field(default_factory=lambda: TemplateSpec.model_validate({}))
-    objective: Annotated[Objective, SerializeAsAny(), BeforeValidator(Objective.member)] = Field(
+    objective: Annotated[SerializeAsAny[Objective], BeforeValidator(Objective.member)] = Field(
         default_factory=SFT
     )
     adapter: LoRA | DoRA | Full = Field(default_factory=lambda: LoRA.model_validate({}))

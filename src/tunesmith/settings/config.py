@@ -19,6 +19,7 @@ from importlib import import_module, resources
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     ClassVar,
@@ -79,9 +80,11 @@ class Spec(BaseModel):
 class Family(Spec):
     """Abstract: a block whose kinds are not listed. Each concrete subclass of a direct subclass registers its kind.
 
-    A field takes every registered kind if it is declared as ``Annotated[Base, SerializeAsAny(),
+    A field takes every registered kind if it is declared as ``Annotated[SerializeAsAny[Base],
     BeforeValidator(Base.member)]``."""
 
+    if TYPE_CHECKING:
+        kind: Any  # a Literal in each concrete subclass
     folder: ClassVar[str]
     """The package whose modules define kinds; they are imported when kinds are first asked for."""
     registered: ClassVar[dict[str, type[Spec]]]
