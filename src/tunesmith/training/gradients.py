@@ -23,7 +23,7 @@ from tunesmith.events import Notice, Probed, Sink
 from tunesmith.learning.objective import Objective
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import Ranks
-from tunesmith.model import abilities, wrap
+from tunesmith.model import abilities, logprobs, wrap
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Batch, Group, Plan, bucketed, collate
