@@ -115,8 +115,8 @@ class Instruments(Event):
 
 @dataclass(frozen=True, slots=True)
 class RowLosses(Event):
-    """Loss of each row of an update, before it: source → mean nats a learned token, of a pair that of the
-    chosen answer. ``units``: learned tokens of each row.
+    """Loss of each row of an update, before the update: source → mean nats a learned token; for a pair, of
+    the chosen answer. ``units``: learned tokens of each row.
 
     ``epoch``: from 1. ``avoided``: sources of the rows that are to become less likely."""
 
@@ -277,7 +277,7 @@ def read(path: Path) -> Iterator[Event]:
                     at = event.at
                     yield event
     if unread:
-        what = "lines of the log were not read whole: they are from a later version, or damaged"
+        what = "lines of the log could not be read in full: they are damaged, or from a later version"
         yield Notice(what, "warning", unread, path.name, at=at)
 
 

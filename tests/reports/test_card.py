@@ -297,7 +297,7 @@ def test_texts_of_a_gguf_header_are_those_that_its_own_reader_finds_and_a_torn_o
     whole = path.read_bytes()
     for end in [*range(0, len(whole) - 32, 7), len(whole) - 32]:
         path.write_bytes(whole[:end])
-        with pytest.raises(ModelError, match="is no GGUF file whose header can be read"):
+        with pytest.raises(ModelError, match="is not a GGUF file with a readable header"):
             texts(path)
 
 

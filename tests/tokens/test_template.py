@@ -576,10 +576,10 @@ def test_preferences_are_two_rows_learned_from_where_they_part(chatml, mistral):
         ]
         starts = [int(np.argmax(row.tokens.targets)) for row in rows]
         assert rows[0].tokens.ids[: starts[0]].tolist() == rows[1].tokens.ids[: starts[1]].tolist()
-        for other, match in ((say("other", "b"), "do not part"), (say("a", "b"), "no answer")):
+        for other, match in ((say("other", "b"), "do not diverge"), (say("a", "b"), "no answer")):
             with pytest.raises(TemplateError, match=match):
                 ours.rows(preference(say("a", "b"), other))
-    with pytest.raises(TemplateError, match="do not part"):
+    with pytest.raises(TemplateError, match="do not diverge"):
         mistral.rows(
             preference(say("a", "b", tools=(weather("one"),)), say("a", "c", tools=(weather("two"),)))
         )

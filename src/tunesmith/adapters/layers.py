@@ -1,8 +1,8 @@
-"""LoRA and DoRA layers: what they compute, their lengths, their dropout and the weight they amount to.
+"""LoRA and DoRA layers: what they compute, DoRA's magnitudes, dropout, and the merged weight.
 
-LoRA (arXiv 2106.09685) adds s·(x·A)·B to a frozen linear layer; DoRA (arXiv 2402.09353) gives each output row
-a learned length as well. Parameters are float32 whatever the base is; activations keep the base's dtype.
-Initial values and dropout masks come from keys, never from the global random state."""
+LoRA (arXiv 2106.09685) adds s·(x·A)·B to a frozen linear layer; DoRA (arXiv 2402.09353) also gives each
+output row a learned magnitude. Parameters are float32 whatever the base is; activations keep the base's
+dtype. Initial values and dropout masks come from keys, never from the global random state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LoRALinear(nn.Module):
         self.train(linear.training)
 
     def branch(self, x: mx.array) -> mx.array:
-        """(..., out) s·(dropout(x)·A)·B. Raises TrainingError when a mask is due and no key was set."""
+        """(..., out) s·(dropout(x)·A)·B. Raises TrainingError if dropout needs a mask and no key was set."""
         if self.training and self.dropout > 0:
             if self._key is None:
                 hint = "call adapters.seed_dropout(net, key) first, or net.eval()"
@@ -57,8 +57,8 @@ class LoRALinear(nn.Module):
 
 
 class DoRALinear(LoRALinear):
-    """y = m·(V·x)/‖V‖ + b with V = W + Δ, lengths by row; ‖V‖ is held constant in the gradient (paper,
-    section 4.3)."""
+    """y = m·(V·x)/‖V‖ + b with V = W + Δ, norms by row; ‖V‖ is held constant in the gradient (paper, section
+    4.3)."""
 
     def __init__(self, linear: Linear, rank: int, scale: float, dropout: float, key: mx.array) -> None:
         super().__init__(linear, rank, scale, dropout, key)

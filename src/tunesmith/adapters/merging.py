@@ -30,9 +30,7 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     n_layers = merge(net)
     net.freeze()
     changed = f"{n_layers} layers" if n_layers else f"{n_full} tensors"
-    dense = (
-        "; what was quantised there is not any more" if n_layers and "quantization" in loaded.config else ""
-    )
+    dense = "; their quantised weights become dense" if n_layers and "quantization" in loaded.config else ""
     notify(Notice(f"an adapter is merged into {changed} of the base{dense}", where=str(folder)))
     weights = hashlib.sha256((folder / files.WEIGHTS).read_bytes()).hexdigest()
     fingerprint = hashlib.sha256(f"{loaded.files} {weights}".encode()).hexdigest()

@@ -35,12 +35,12 @@ class Attached(NamedTuple):
     tensors: tuple[str, ...]
 
 
-START = "run or checkpoint that training goes on from: its adapter, of the same shape, instead of a new one"
+START = "run or checkpoint whose adapter, of the same shape, is trained further instead of a new one"
 
 
 class _LowRank(Spec):
     rank: int = Field(
-        16, ge=1, description="width of the update; at most the smaller side of each adapted weight"
+        16, ge=1, description="rank of the update; at most the smaller side of each adapted weight"
     )
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(
@@ -50,9 +50,9 @@ class _LowRank(Spec):
         ("q_proj", "v_proj"),
         min_length=1,
         description="linear layers by name, suffix (mlp.up_proj) or pattern (*_proj); "
-        "all-linear is each one in the blocks",
+        "all-linear: every linear layer in the blocks",
     )
-    layers: int | None = Field(None, ge=1, description="only the last n blocks; null is all")
+    layers: int | None = Field(None, ge=1, description="only the last n blocks; null: all")
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
     full_modules: Names = Field((), description="modules trained in full beside it, such as input_layernorm")
     start: str | None = Field(None, description=START)
@@ -92,7 +92,7 @@ class LoRA(_LowRank):
 
 
 class DoRA(_LowRank):
-    """LoRA with a learned length for each output row: nearer to full training at low ranks, slower a step."""
+    """LoRA with a learned magnitude for each output row: closer to full training at low ranks, slower."""
 
     kind: Literal["dora"] = "dora"
     _layer: ClassVar[type[LoRALinear]] = DoRALinear
@@ -102,9 +102,9 @@ class Full(Spec):
     """The weights themselves, in float32."""
 
     targets: Names = Field(
-        ("*",), min_length=1, description="modules by name or pattern, with all inside them"
+        ("*",), min_length=1, description="modules by name or pattern, with everything inside them"
     )
-    layers: int | None = Field(None, ge=1, description="only the last n blocks; null is all")
+    layers: int | None = Field(None, ge=1, description="only the last n blocks; null: all")
     start: str | None = Field(None, description=START)
     kind: Literal["full"] = "full"
 

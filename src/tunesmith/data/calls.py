@@ -35,7 +35,7 @@ STRUCTURED = "structured"
 
 @dataclass(frozen=True, slots=True)
 class TextCall:
-    """``arguments``: None if ``text``, which is how they are written, is no JSON object. ``result``: as
+    """``arguments``: None if ``text``, which is how they are written, is not a JSON object. ``result``: as
     written, None if there is none. text[start:end] is the call, with its result if that follows at once."""
 
     name: str
@@ -205,9 +205,7 @@ def _check_run(run: _Run, at: str) -> None:
             f"{len(run.results)} for {len(run.calls)} calls",
         )
     if not all(result.sure for result in run.results):
-        raise BadRow(
-            "result", at, f"a result of {names} whose end is plain to see", "one that is empty or breaks off"
-        )
+        raise BadRow("result", at, f"a result of {names} with a clear end", "one that is empty or breaks off")
 
 
 def _runs(text: str) -> list[_Run]:

@@ -89,7 +89,7 @@ class DataSpec(Spec):
     )
     reasoning: Literal["refuse", "think", "omit"] = Field(
         default="refuse",
-        description="thoughts kept apart from the answer: refuse, put before it in <think>, or omit",
+        description="reasoning beside the answer: refuse the row, put it into <think> before, or omit it",
     )
     structure_calls: bool = Field(
         default=False,
@@ -123,7 +123,7 @@ class Read(NamedTuple):
 
 
 def read(paths: Sequence[str | Path], spec: DataSpec) -> Read:
-    """All rows of ``paths`` in order; files of a folder by name, hidden ones and other endings left out.
+    """All rows of ``paths`` in order; files of a folder by name, without hidden files and other endings.
 
     Raises DataError if a file is missing, given twice, or cannot be read as a whole."""
     examples: list[Example] = []
@@ -194,6 +194,6 @@ def require(read: Read, max_dropped: float) -> None:
 
 
 def write_dropped(dropped: Iterable[Dropped], path: Path) -> None:
-    """JSONL, one object a row: source, reason, message, raw. Plain ASCII, for ``raw`` may be no valid
+    """JSONL, one object a row: source, reason, message, raw. Plain ASCII, since ``raw`` may not be valid
     text."""
     write_lines([json.dumps(row._asdict()) for row in dropped], path)

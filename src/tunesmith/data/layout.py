@@ -21,7 +21,7 @@ FOLDER = "tunesmith.data.layouts"
 
 
 class MakesExample(Protocol):
-    """An example without its place yet."""
+    """Makes an example once its place is known."""
 
     def __call__(self, *, source: str, metadata: dict[str, JSON]) -> Example: ...
 
@@ -31,14 +31,14 @@ class Layout(ABC):
 
     name: ClassVar[str]
     order: ClassVar[int]
-    """The place in which it is tried, where a row has the keys of several."""
+    """The place in which it is tried if a row has the keys of several layouts."""
     keys: ClassVar[tuple[str, ...]]
-    """All of them stand in its rows, none of them null."""
+    """Its rows have all of them, none of them null."""
     looks_like: ClassVar[str]
     becomes: ClassVar[str]
     """Columns of the table in docs/data.md."""
     alike: ClassVar[tuple[str, ...]] = ()
-    """Other layouts whose rows are taken too where this one is named."""
+    """Other layouts whose rows are also read if this one is named."""
     labelled: ClassVar[bool] = True
     """Whether ``label`` is a verdict on the answer; if not, it is metadata."""
 
@@ -52,7 +52,7 @@ _Layout = TypeVar("_Layout", bound=Layout)
 
 
 def register(kind: type[_Layout]) -> type[_Layout]:
-    """Decorates the class of a layout: from now on its rows can be read."""
+    """Decorate the class of a layout: its rows can then be read."""
     _registered[kind.name] = kind()
     layouts.cache_clear()
     return kind
@@ -81,7 +81,9 @@ def layout_of(row: dict[str, JSON], wanted: str) -> Layout:
         if has(row, *layout.keys):
             return layout
     hint = (
-        "rename the keys" if wanted == "auto" else "data.format=auto tells the layout of each row by its keys"
+        "rename the keys"
+        if wanted == "auto"
+        else "data.format=auto detects the layout of each row by its keys"
     )
     keys = " or ".join("+".join(layout.keys) for layout in tried)
     raise BadRow("layout", "", f"the keys {keys}", ", ".join(map(show, list(row)[:12])) or "none", hint)
@@ -96,7 +98,7 @@ def table() -> str:
 
 
 def nested_json(value: JSON, place: str, reason: str) -> JSON:
-    """``value``, or where it is text, the JSON inside."""
+    """``value``, or the JSON inside it if it is text."""
     inside = sources.value(value) if isinstance(value, str) else value
     if isinstance(inside, BadRow):
         raise BadRow(reason, place, "a string that holds JSON", f"{show(value)} ({inside})")
@@ -293,6 +295,6 @@ def _call(item: JSON, place: str) -> Call:
             f"{place}, arguments of {name}",
             "an object",
             show(given),
-            "write {} where there are none",
+            "write {} if there are none",
         )
     return Call(name, arguments, call_id or None, given if isinstance(given, str) else None)

@@ -119,7 +119,7 @@ def _raws(stream: BinaryIO, path: Path) -> Iterator[Raw]:
                 before = None
         text = data.decode("utf-8", "surrogateescape").removesuffix(
             "\n"
-        )  # U+2028 and its kin do not end a line
+        )  # U+2028 and similar characters do not end a line
         if text.strip():
             yield Raw(f"{path}:{number}", text.removesuffix("\r"))
 

@@ -26,7 +26,9 @@ from typing import Any
 from tunesmith.errors import SetupError
 
 BLAS_CANDIDATES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
-BLAS_HINT = "for products about 50 times faster: apt-get install libopenblas0-pthread (or pip install mkl)"
+BLAS_HINT = (
+    "for matrix products about 50 times faster: apt-get install libopenblas0-pthread (or pip install mkl)"
+)
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD = -1
@@ -54,7 +56,7 @@ def prepare() -> tuple[str, str | None, tuple[str, ...]]:
         return (
             "unknown",
             None,
-            ("mlx was imported before tunesmith: the BLAS could not be chosen, products may be slow",),
+            ("mlx was imported before tunesmith: the BLAS could not be chosen, matrix products may be slow",),
         )
     return *_open_blas(), ()
 
@@ -100,7 +102,7 @@ def _open_blas() -> tuple[str, str | None]:
     if choice == "off":
         return (
             "reference",
-            "unset TUNESMITH_BLAS, which is off: products are about 50 times faster with a fast BLAS",
+            "unset TUNESMITH_BLAS, which is off: matrix products are about 50 times faster with a fast BLAS",
         )
     _tune_openblas()
     # MKL's wheel puts its libraries where the linker does not look.

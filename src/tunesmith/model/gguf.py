@@ -27,7 +27,7 @@ from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
 from tunesmith.machine import backend
 
-CONVERTER = 1  # part of the cache key: goes up when the same file would be converted to something else
+CONVERTER = 1  # part of the cache key: increased when the same file would be converted differently
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 TENSOR_TYPES = frozenset(
     "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
@@ -60,7 +60,7 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> (how text is cut before merging, is a whole piece looked up first). None: GPT-2's own
+# tokenizer.ggml.pre -> (the pre-tokenizer, whether a whole piece is looked up first). None: GPT-2's own
 # cut.
 SPLITS: dict[str, tuple[str | None, bool]] = {
     "gpt-2": (None, False),
@@ -79,8 +79,8 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
     """The model folder of a GGUF file, from the cache or made now.
 
     The cache is `backend.cache_folder`. dtype: float32, float16 or bfloat16, of all tensors; or auto: the
-    file's own where most matrices are bfloat16 or float32, float16 otherwise. Raises ModelError where
-    anything in the file cannot be read exactly."""
+    file's own where most matrices are bfloat16 or float32, float16 otherwise. Raises ModelError if anything
+    in the file cannot be read exactly."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     target = backend.cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-{dtype}-{CONVERTER}"
@@ -106,14 +106,14 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
 
 
 def texts(path: Path) -> dict[str, str]:
-    """The texts of the header, as ``general.license``, in milliseconds. Raises ModelError where it is
-    torn."""
+    """The texts of the header, as ``general.license``, in milliseconds. Raises ModelError if the header is
+    damaged."""
 
     def number(code: str) -> int:
         return struct.unpack(f"<{code}", stream.read(struct.calcsize(code)))[0]
 
     def value(kind: int) -> str | None:
-        """The next one, where it is a text; all else is passed over."""
+        """The next value if it is a text; other values are skipped."""
         if kind == STRING:
             length = number("Q")
             if len(text := stream.read(length)) < length:
@@ -133,18 +133,17 @@ def texts(path: Path) -> dict[str, str]:
             stream.seek(12, os.SEEK_CUR)  # version, number of tensors
             found = {str(value(STRING)): value(number("I")) for _ in range(number("Q"))}
     except (OSError, ValueError, OverflowError, MemoryError, RecursionError, struct.error) as error:
-        raise ModelError(f"is no GGUF file whose header can be read: {error}", where=str(path)) from error
+        raise ModelError(f"is not a GGUF file with a readable header: {error}", where=str(path)) from error
     return {key: text for key, text in found.items() if text is not None}
 
 
 def _write(path: Path, folder: Path, dtype: str) -> str:
-    """Everything of the file into ``folder``. Returns the types of its matrices and how many there are of
-    each."""
+    """Convert the file into ``folder``. Returns how many matrices there are of each type."""
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         hint = "it may be cut short or of a newer version; compare its size with the source's"
-        raise ModelError(f"is not a whole GGUF file that can be read: {error}", hint=hint) from error
+        raise ModelError(f"is not a complete, readable GGUF file: {error}", hint=hint) from error
     if reader.byte_order != "I":
         raise ModelError("is a GGUF file of the other byte order")
     metadata = {name: field.contents() for name, field in reader.fields.items()}
@@ -171,7 +170,7 @@ def _write(path: Path, folder: Path, dtype: str) -> str:
 
 
 def _config(metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    """The values of config.json. Raises ModelError listing all that is not understood."""
+    """The values of config.json. Raises ModelError, which lists everything that is not understood."""
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         hint = (
@@ -287,7 +286,7 @@ def _write_weights(tensors: dict[str, Any], config: dict[str, Any], target: Path
 def build_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer of the metadata, and the values of tokenizer_config.json.
 
-    Raises ModelError where its kind or its way of cutting text is not known, or where it cannot spell a probe
+    Raises ModelError if its kind or its pre-tokenizer is not known, or if it does not reproduce a probe
     text."""
     given = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     kind, tokens = given.get("model"), given.get("tokens")
@@ -322,7 +321,7 @@ def build_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]
     back = tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False).ids, skip_special_tokens=False)
     if back != PROBE:
         raise ModelError(
-            "the tokenizer in the file does not spell a probe text back", hint=f"read as {back!r}"
+            "the tokenizer in the file does not reproduce a probe text", hint=f"read as {back!r}"
         )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
     templates = [
@@ -338,10 +337,10 @@ def build_tokenizer(metadata: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]
 def _byte_level(given: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
     pre = given.get("pre")
     if pre not in SPLITS:
-        hint = f"these are: {', '.join(SPLITS)}; others would give other tokens than the model was trained on"
-        raise ModelError(
-            f"tokenizer.ggml.pre is {pre!r}: how its text is cut before merging is not known", hint=hint
+        hint = (
+            f"known ones: {', '.join(SPLITS)}; another would give other tokens than the model was trained on"
         )
+        raise ModelError(f"tokenizer.ggml.pre is {pre!r}: its pre-tokenizer is not known", hint=hint)
     pattern, whole = SPLITS[pre]
     merges = [tuple(merge.split(" ", 1)) for merge in given.get("merges") or ()]
     if not merges:

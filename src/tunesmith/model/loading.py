@@ -1,4 +1,4 @@
-"""The base model: where it is, loading it whole, quantising it, and letting it speak.
+"""The base model: finding it, loading it completely, and quantising it.
 
 The only module that loads through mlx-lm. Tokenizers are not read here. On a CPU everything computes in
 float32; a quantised base is turned back into float32 after quantising, since quantised products are about 50
@@ -37,15 +37,16 @@ class ModelSpec(Spec):
 
     path: str = Field(min_length=1, description="folder, GGUF file, or hub id (owner/name)")
     quantize: Literal[4, 8] | None = Field(
-        default=None, description="bits of the frozen base; null: as it is"
+        default=None, description="bits of the frozen base; null: as it is stored"
     )
     group_size: Literal[32, 64, 128] = Field(
-        default=64, description="weights that share a scale when quantised"
+        default=64, description="weights that share a scale if quantised"
     )
     dtype: Dtype = Field(
-        default="auto", description="of what is not quantised; auto: float32 on CPU, else the file's"
+        default="auto",
+        description="dtype of the weights that are not quantised; auto: float32 on a CPU, else the file's",
     )
-    tokenizer: str | None = Field(default=None, description="another folder, or mistral-v3; null: its own")
+    tokenizer: str | None = Field(default=None, description="folder, or mistral-v3; null: the model's own")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     adapter: str | None = Field(
         default=None,
@@ -58,8 +59,8 @@ class Loaded(NamedTuple):
     """``net``: frozen, in evaluation mode. ``path``: folder with config.json.
 
     ``fingerprint``: sha256 (hex) over config.json and the name, size, first MiB and last MiB of each weights
-    file, in the order of names; with a merged adapter, over that and the adapter's file. A change in the
-    middle of a file of equal size is not seen. ``files``: the same of the files alone."""
+    file, in the order of names; with a merged adapter, over this hash and the adapter's file. A change in the
+    middle of a file of equal size is not seen. ``files``: the same hash without an adapter."""
 
     net: nn.Module
     path: Path
@@ -71,7 +72,7 @@ class Loaded(NamedTuple):
 def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sink = events.silent) -> Path:
     """The folder of a model: a local one, the converted form of a GGUF file, or a snapshot from the hub.
 
-    Raises ModelError where there is none, or where a GGUF file holds what cannot be read.
+    Raises ModelError if there is none, or if a GGUF file cannot be converted.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -93,12 +94,9 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
 
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # all of the hub client's errors, offline and no such model among them
+    except (OSError, ValueError) as error:  # the hub client's errors, such as offline, or no such model
         what = (
-            f"is neither a local folder or file nor a model that the hub gives: {str(error).splitlines()[0]}"
+            f"is not a local folder or file, and cannot be fetched from the hub: {str(error).splitlines()[0]}"
         )
         raise ModelError(
             what, where=path, hint="offline, or for a model behind a licence, give a local folder"
@@ -106,11 +104,11 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
 
 
 def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
-    """The base model, every weight in its place, frozen, in evaluation mode, quantised if asked; without
-    ``spec.adapter``, which `tunesmith.adapters.merging.load` merges.
+    """The base model, frozen, in evaluation mode, quantised if the spec says so; without ``spec.adapter``,
+    which `tunesmith.adapters.merging.load` merges.
 
-    Raises ModelError where files are missing or torn, the architecture is unknown, or tensors are missing,
-    left over or of another shape; all of them are listed."""
+    Raises ModelError if files are missing or damaged, the architecture is unknown, or tensors are missing,
+    left over or of another shape; it lists all of them."""
     from mlx_lm import utils
 
     path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision, notify=notify)
@@ -144,14 +142,14 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
             )
         )
     elif spec.quantize not in (None, bits):
-        hint = "leave out model.quantize, or give the model before it was quantised"
+        hint = "leave out model.quantize, or name the model before it was quantised"
         raise ModelError(
             f"is quantised to {bits} bits already, {spec.quantize} asked for", where=str(path), hint=hint
         )
     if cpu and "quantization" in config:
         net = utils.dequantize_model(net)
         net.set_dtype(mx.float32)
-        what = "the quantised weights are held as float32: the same numbers, and packed ones are about 50 times slower on a CPU"
+        what = "the quantised weights are held as float32: the same numbers, about 50 times faster on a CPU"
         notify(Notice(what, where="model"))
     kernels.install(net)
     net.eval()
@@ -166,7 +164,8 @@ def _on_cpu() -> bool:
 
 
 def _check_files(path: Path) -> None:
-    """config.json, at least one weights file, every file of the index, none of them torn."""
+    """Checks for config.json, at least one weights file, and every file of the index, none of them
+    damaged."""
     problems = [] if (path / "config.json").is_file() else ["config.json is missing"]
     present = {file.name for file in path.glob("model*.safetensors")}
     index = path / "model.safetensors.index.json"
@@ -179,15 +178,15 @@ def _check_files(path: Path) -> None:
         try:
             safe_open(path / name, framework="numpy").keys()
         except (SafetensorError, OSError) as error:
-            problems.append(f"{name} is torn or not a safetensors file: {error}")
+            problems.append(f"{name} is damaged or not a safetensors file: {error}")
     if problems:
         hint = "fetch it again; .bin and .pth weights must be saved as safetensors first"
-        raise ModelError(f"is not a whole model:\n{listing(problems)}", where=str(path), hint=hint)
+        raise ModelError(f"is not a complete model:\n{listing(problems)}", where=str(path), hint=hint)
 
 
 def _strict_classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """mlx-lm's classes for a config, but told all that does not fit; its own check stops at the first wrong
-    shape."""
+    """mlx-lm's classes for a config, with a check that lists every tensor that does not fit; its own check
+    stops at the first wrong shape."""
     from mlx_lm import utils
 
     model, arguments = utils._get_classes(config)
@@ -203,7 +202,7 @@ def _strict_classes(config: dict[str, Any]) -> tuple[Any, Any]:
             ]
             if problems:
                 raise ValueError(f"weights do not fit config.json:\n{listing(problems)}")
-            self.__class__ = model  # the check is for the loading alone
+            self.__class__ = model  # the check is for loading only
             return self.load_weights(weights, strict)
 
     return Strict, arguments
@@ -222,7 +221,7 @@ def _fingerprint(path: Path) -> str:
 
 @contextlib.contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Dropout off inside; each module's mode as it was afterwards."""
+    """Inside, dropout is off; afterwards each module has its former mode."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:

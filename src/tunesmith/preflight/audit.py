@@ -41,7 +41,7 @@ def audit(
     environ: Mapping[str, str] | None = None,
     notify: Sink = events.silent,
 ) -> Audit:
-    """What would ruin a fine-tune on these rows, each finding with its rows and what to do.
+    """Audit the rows: what would ruin a fine-tune on them, each finding with its rows and what to do.
 
     model: its tokenizer counts tokens and its hidden states place the prompts (embed False: TF-IDF does;
     True: the model of the settings). tokenizer: ``mistral-v3`` (the default) or a folder. against: evaluation

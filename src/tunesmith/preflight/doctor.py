@@ -204,13 +204,13 @@ def _overfit() -> list[Check]:
     start = time.perf_counter()
     first, last = _overfit_probe()
     seconds = time.perf_counter() - start
-    value = f"loss {first:.2f} → {last:.2f} in ten steps, at most {OVERFIT_LOSS:g} asked, {seconds:.1f} s"
+    value = f"loss {first:.2f} → {last:.2f} in ten steps, limit {OVERFIT_LOSS:g}, {seconds:.1f} s"
     hint = "this machine or this MLX computes wrongly; TUNESMITH_BLAS=off tells whether it is the BLAS"
     return [_check("overfit", value, not last <= OVERFIT_LOSS and "fail", hint)]
 
 
 def _overfit_probe(steps: int = 10) -> tuple[float, float]:
-    """(first, last) loss of a tiny random model that learns one sequence by heart, by the loop that trains.
+    """(first, last) loss of a tiny random model that memorises one sequence in the training loop.
 
     Ten updates of AdamW at 2e-2 bring the loss from about ln 64 = 4.2 nats below 1, the limit of `doctor`."""
     import mlx.core as mx

@@ -38,8 +38,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would read as something other than text; lists of scalars stand on one
-    line."""
+    """Quotes texts that YAML 1.1 or 1.2 would read as another type; writes lists of scalars on one line."""
 
 
 def _list(dumper: _Dumper, items: list[Any]) -> yaml.Node:
@@ -82,7 +81,7 @@ def write(value: object) -> str:
 
 
 def read(path: Path, origin: Callable[[int], str]) -> Node:
-    """The mapping of a file, or a node of None where it is empty. ``origin`` as in `parse`."""
+    """The mapping of a file, or a node of None if it is empty. ``origin`` as in `parse`."""
     try:
         node = parse(path.read_text(encoding="utf-8"), origin)
     except (OSError, UnicodeError) as error:
@@ -121,7 +120,7 @@ def _composed(node: yaml.Node, origin: Callable[[int], str], line: int) -> Node:
         if key.tag != "tag:yaml.org,2002:str":
             raise ConfigError("a key must be text", where=origin(line), hint="put it in quotes")
         if key.value in values:
-            hint = f"it stands at {values[key.value].origin} already"
+            hint = f"it is already given at {values[key.value].origin} already"
             raise ConfigError(f'the key "{key.value}" is given twice', where=origin(line), hint=hint)
         values[key.value] = _composed(item, origin, line)
     return Node(values, where)

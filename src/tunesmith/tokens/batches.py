@@ -27,9 +27,9 @@ PER_CALL = 24
 class BatchSpec(Spec):
     """How many rows an update learns from, and how they are cut into micro-batches."""
 
-    sequences: int = Field(default=8, ge=1, description="rows of one optimizer update")
+    sequences: int = Field(default=8, ge=1, description="rows an optimizer update")
     micro: int | None = Field(
-        default=None, ge=1, description="at most so many rows on the device at once; null: no such limit"
+        default=None, ge=1, description="most rows on the device at once; null: no limit"
     )
     tokens: int | None = Field(
         default=None,
@@ -149,8 +149,8 @@ def collate(
 
 
 def bucketed(size: int) -> int:
-    """The next larger of few sizes, in steps of a sixteenth to a thirty-second (at least 8): a compiled step
-    meets few shapes and pads about 3 % more."""
+    """The next larger of few sizes, in steps of a sixteenth to a thirty-second (at least 8): so that a
+    compiled step has few shapes, at about 3 % more padding."""
     step = max(8, 1 << max(0, (size - 1).bit_length() - 5))
     return -(-size // step) * step
 

@@ -112,8 +112,8 @@ class HFRenderer(Renderer):
         self.fingerprint = _digest(words, self._tokenizer.chat_template, bos, self.eos_ids, self._options)
 
     def _probe(self, bos: int | None) -> None:
-        """Finds the token that ends an answer, and whether thinking must be off for an answer to be its words
-        alone."""
+        """Finds the token that ends an answer, and whether thinking must be turned off so that an answer
+        holds its words only."""
         roles = ("user", "assistant", "user", "assistant")
         spoken = Conversation(tuple(Message(role, f"zq{number}") for number, role in enumerate(roles)))
         for options in ({}, {"enable_thinking": False}):
@@ -126,13 +126,13 @@ class HFRenderer(Renderer):
             if match and full.startswith(head) and full[len(head) : match.start()].strip() == "zq3":
                 end = self._tokenizer.convert_tokens_to_ids(match.group())
                 self.eos_ids = tuple(dict.fromkeys((end, *self.eos_ids)))
-                # A BOS that opens every turn, as in some ChatML templates, is no mark of the beginning.
+                # A BOS that opens every turn, as in some ChatML templates, does not mark the beginning.
                 self.chat_bos_id = bos if bos is not None and self._encode(full).count(bos) == 1 else None
                 return
         raise Refused(
             "template",
-            "the chat template does not write an answer as prompt, words and end token",
-            "put a template that does into chat_template.jinja",
+            "the chat template does not render an answer as prompt, words and end token",
+            "write a chat_template.jinja that does",
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -156,12 +156,12 @@ class HFRenderer(Renderer):
         options = dict(tools=tools, tokenize=False, add_generation_prompt=generate)
         try:
             return self._tokenizer.apply_chat_template(messages, **options, **self._options)
-        except Exception as error:  # a template is somebody's program: it may raise anything
+        except Exception as error:  # a template is a program, which may raise anything
             roles = " ".join(message.role for message in conversation.messages)
             raise Refused(
                 "template",
                 f"the chat template refuses the roles {roles}: {error}",
-                "a system text can stand in the first user message",
+                "put the system text into the first user message",
             ) from error
 
     def _prompt(self, conversation: Conversation) -> list[int]:
@@ -186,7 +186,7 @@ def load(path: Path | str, spec_name: str = "auto") -> Renderer:
     """The renderer of a model or tokenizer folder, or of ``mistral-v3``: the tokenizer that mistral-common
     ships.
 
-    Raises ModelError when the tokenizer cannot be read. Code that comes with a tokenizer is never run.
+    Raises ModelError if the tokenizer cannot be read. Code that comes with a tokenizer is never run.
     """
     folder = Path(path)
     if str(path) != "mistral-v3" and not folder.is_dir():

@@ -31,9 +31,7 @@ from tunesmith.settings.config import Spec
 Learn = Literal["all", "last", "marked"]
 
 SURROGATES = r"[\ud800-\udfff]"  # halves of a character: no tokenizer can encode them
-ANCHOR = (
-    "☺"  # merges with nothing, and shields what follows from the space that some tokenizers put before a text
-)
+ANCHOR = "☺"  # merges with nothing, and keeps the space that some tokenizers put before a text away from what follows
 SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
 
 
@@ -50,7 +48,8 @@ class TemplateSpec(Spec):
         0.0, ge=0, le=1, description="weight of all other tokens; 0.01 to 0.5 helps short answers"
     )
     too_long: Literal["refuse", "drop", "cut"] = Field(
-        "refuse", description="beyond batch.length: stop, drop, or cut old turns"
+        "refuse",
+        description="rows longer than batch.length: stop the run, drop them, or cut their oldest turns",
     )
 
 
@@ -118,7 +117,7 @@ class Renderer(ABC):
     bos_id: int | None
     unknown_id: int | None  # of what the tokenizer cannot write
     control_ids: frozenset[int]  # of tokens that are no text
-    _control: re.Pattern[str]  # what must not stand in a text, since it would not be encoded as text
+    _control: re.Pattern[str]  # texts that are encoded as control tokens
     chat_bos_id: int | None  # the id that opens a rendered conversation, once
     nine_letters: bool  # the format wants call ids of nine letters or digits
 
@@ -212,7 +211,7 @@ class Renderer(ABC):
             )
         ids = self._continue(head, after, self.text_prompt(before + after))
         said = self._same(self._between(ids, len(head), len(ids)), after)
-        bare = () if head else ("first token of a text not learned: nothing stands before it",)
+        bare = () if head else ("first token of a text not learned: nothing precedes it",)
         return [("completion", [Turn(0, [*ids, self.eos_ids[0]], max(len(head), 1), said + bare)])]
 
     def _pair(self, pair: Preference, learn: Learn, cut: int | None, notes: Counter[str]) -> Parts:
@@ -230,7 +229,7 @@ class Renderer(ABC):
                 or max(map(len, groups)) > 1
             ):
                 raise Refused(
-                    "pair", "chosen and rejected do not part at an answer, or need more than a row each"
+                    "pair", "chosen and rejected do not diverge at an answer, or need more than one row each"
                 )
             if cut is None or all(len(side[-1].ids) <= cut for side in turns):
                 break
@@ -263,7 +262,7 @@ class Renderer(ABC):
         return [*(self._fit(conversation, earlier, cut) if earlier else []), *groups]
 
     def _turn(self, conversation: Conversation, place: int, start: int) -> Turn:
-        """The answer ``messages[place]`` behind the system messages and those from ``start`` on, checked."""
+        """The answer ``messages[place]`` after the system messages and those from ``start`` on, checked."""
         message = conversation.messages[place]
         system = [older for older in conversation.messages[:start] if older.role == "system"]
         before = replace(conversation, messages=(*system, *conversation.messages[start:place]))
@@ -293,7 +292,7 @@ class Renderer(ABC):
             raise Refused(
                 "left_out",
                 f"the template leaves out the declared tools ({', '.join(missing)})",
-                "a model with this template cannot see them: tell of them in the system text",
+                "a model with this template cannot see them: describe them in the system message",
             )
         if not all(_written(part, text) for part in _leaves(tools)):
             notes += ("a declared tool is not written in full by the template",)
@@ -391,7 +390,7 @@ def render(
 ) -> Rendered:
     """All rows of at most ``length`` tokens; what cannot be rendered is in ``dropped`` with its reason.
 
-    Raises DataError when a row is longer and ``spec.too_long`` is refuse.
+    Raises DataError if a row is longer and ``spec.too_long`` is refuse.
     """
     result, cut = Rendered([], [], Counter()), length if spec.too_long == "cut" else None
     long: list[formats.Dropped] = []
@@ -426,7 +425,7 @@ def render(
 
 
 def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counter[str]) -> list[int]:
-    """Places of the learned answers from ``first`` on. Raises Refused when there is none."""
+    """Places of the learned answers from ``first`` on. Raises Refused if there is none."""
     messages = conversation.messages
     answers = [place for place in range(first, len(messages)) if messages[place].role == "assistant"][
         -1 if learn == "last" else 0 :
@@ -455,7 +454,7 @@ def _starts(conversation: Conversation, before: int) -> list[int]:
 
 
 def _present(message: Message, text: str, *, history: bool) -> None:
-    """Raises Refused when words, a call's name or an argument are not in ``text``.
+    """Raises Refused if words, a call's name or an argument are not in ``text``.
 
     A template may leave the reasoning out of answers that are history, and write a JSON result anew.
     """
