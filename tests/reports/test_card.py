@@ -16,10 +16,10 @@ from reports.test_comparison import HOSTILE, a_run, benchmarked, evaluated, unfe
 from tunesmith.data.sources import sha256
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.statistics import Statistic
+from tunesmith.evaluation.tasks import about
 from tunesmith.evaluation.tasks.drift import SafetyDrift
-from tunesmith.reports import card
-from tunesmith.reports import summary as facts
-from tunesmith.reports import verdict as evidence
+from tunesmith.reports import card, facts, to_json
+from tunesmith.reports.summary import summarise
 from tunesmith.runs.directory import VALID
 
 SECTIONS = [
@@ -64,21 +64,25 @@ def run(tmp_path) -> Path:
 
 
 def read(run: Path) -> ModelCard:
-    return ModelCard.load(card.write(run))
+    return ModelCard.load(card.write(summarise(run)))
+
+
+def text_of(run: Path) -> str:
+    return card.text(summarise(run))
 
 
 def data_of(run: Path) -> dict:
     """What the metadata says, read by the hub's client and once more by YAML alone."""
     found = read(run)
     assert isinstance(found.data, ModelCardData)
-    plain = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card.text(run), re.DOTALL)[1])  # type: ignore[index]
+    plain = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text_of(run), re.DOTALL)[1])  # type: ignore[index]
     assert yaml.safe_load(found.data.to_yaml()) == plain
     return plain
 
 
 def test_the_hubs_client_reads_back_what_was_written_and_writes_it_the_same(run):
     found = read(run)
-    assert found.content == (run / card.CARD).read_text(encoding="utf-8") == card.text(run)
+    assert found.content == (run / card.CARD).read_text(encoding="utf-8") == text_of(run)
     assert (
         found.data.library_name == "mlx"
         and found.data.license == "apache-2.0"
@@ -93,7 +97,7 @@ def test_the_hubs_client_reads_back_what_was_written_and_writes_it_the_same(run)
 
 def test_each_result_is_a_number_of_the_report_with_its_interval_and_the_hash_of_its_rows(run):
     evaluated(run, [1.0] * 30 + [0.0] * 10, task=_Safety)
-    wanted = {f"{one['task']}.{one['name']}": one for one in facts.summary(run)["answers"]}
+    wanted = {f"{one['task']}.{one['name']}": one for one in to_json(summarise(run))["answers"]}
     results = read(run).data.eval_results
     assert results is not None and {one.metric_type for one in results} == set(wanted) and len(wanted) == 2
     for one in results:
@@ -124,7 +128,9 @@ def test_a_result_says_what_was_asked_how_much_of_it_and_by_which_checkpoint(run
 
     def told(**changed: object) -> tuple[str, str]:
         (folder / "score.json").write_text(json.dumps(about | changed))
-        (row,) = [line for line in card.text(run).splitlines() if line.startswith("| tool_calls |")]
+        (row,) = [
+            line for line in text_of(run).splitlines() if line.startswith("| Tool calls right (tool_calls) |")
+        ]
         results = read(run).data.eval_results
         assert results is not None
         return row.split(" | ")[-1].removesuffix(" |"), results[0].dataset_name
@@ -136,9 +142,9 @@ def test_a_result_says_what_was_asked_how_much_of_it_and_by_which_checkpoint(run
     )
     files = told(checkpoint="000004", data=["/home/ann/x.jsonl"], settings={})
     assert files == ("x.jsonl, checkpoint of step 4", "tool_calls, x.jsonl, checkpoint of step 4")
-    assert "The base was not asked, so nothing is compared." in card.text(
+    assert "The base was not asked, so nothing is compared." in text_of(run) and "Both sides" not in text_of(
         run
-    ) and "Both sides" not in card.text(run)
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,14 +157,12 @@ def test_a_result_says_what_was_asked_how_much_of_it_and_by_which_checkpoint(run
 )
 def test_a_suite_is_named_as_one_and_files_in_its_place_by_their_names(run, settings, asked):
     evaluated(run, [1.0] * 30 + [0.0] * 10, task=_Safety, checkpoint="000020", settings=settings)
-    assert f"| {asked} |" in card.text(run) and "unknown rows" not in card.text(run)
+    assert f"| {asked} |" in text_of(run) and "unknown rows" not in text_of(run)
 
 
 def test_a_benchmark_has_its_place_with_its_shots(run):
     benchmarked(run, 1, 0.8, checkpoint="000020", settings={"shots": 5})
-    (row,) = [
-        line for line in card.text(run).splitlines() if line.startswith("| benchmark.mmlu_stem acc_norm |")
-    ]
+    (row,) = [line for line in text_of(run).splitlines() if "(benchmark.mmlu_stem acc_norm) |" in line]
     assert row.endswith("| its suite, 5 solved examples |")
     results = read(run).data.eval_results
     assert results is not None
@@ -171,25 +175,25 @@ def test_a_benchmark_has_its_place_with_its_shots(run):
 
 
 def test_what_makes_it_again_makes_another_folder(run):
-    name, text = run.name, card.text(run)
+    name, text = run.name, text_of(run)
     assert f"tunesmith train --config {name}/config.yaml --out {name}-again\n" in text
 
 
 def test_a_card_of_facts_at_hand_reads_none_again(run, monkeypatch):
-    found, text = facts.summary(run), card.text(run)
-    monkeypatch.setattr(facts, "summary", None)
-    assert card.write(run, found).read_text(encoding="utf-8") == text
+    found, text = summarise(run), text_of(run)
+    monkeypatch.setattr(facts, "read", None)
+    assert card.write(found).read_text(encoding="utf-8") == text
 
 
 def test_what_is_known_is_said_and_what_is_not_is_said_to_be_unknown(run, tmp_path):
-    text = card.text(run)
+    text = text_of(run)
     for words_ in (
         "a LoRA adapter for a-model, made by tunesmith 0.1.0: 10 of 100 weights were trained",
         "that of step 20",
         "Licence of the base: apache-2.0",
         "Languages: unknown",
-        "| tool_calls | – | 66.7 % (",
-        "9 learned from",
+        "| Tool calls right (tool_calls) | – | 66.7 % (",
+        "9 trained on",
         "--model a-model --adapter-path the-run/checkpoints/000020",
         "| updates took | 20 s |",
         "were not audited",
@@ -199,7 +203,7 @@ def test_what_is_known_is_said_and_what_is_not_is_said_to_be_unknown(run, tmp_pa
     bare = a_run(tmp_path / "bare")
     (bare / "events.jsonl").unlink()
     (bare / "manifest.json").write_text('{"status": "running"}')
-    text = card.text(bare)
+    text = text_of(bare)
     for words_ in (
         "an adapter of unknown kind for m",
         "It has no checkpoint yet",
@@ -230,7 +234,7 @@ def test_a_base_is_named_where_it_has_a_name_on_the_hub(run, path, hub):
 def test_a_licence_that_cannot_be_read_is_left_out(run, front):
     base = Path(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
     (base / "README.md").write_text(f"---\n{front}\n---\n")
-    assert "license" not in data_of(run) and "Licence: unknown" in card.text(run)
+    assert "license" not in data_of(run) and "Licence: unknown" in text_of(run)
 
 
 def test_a_gguf_file_says_its_own_licence(run, tmp_path):
@@ -249,9 +253,9 @@ def test_a_gguf_file_says_its_own_licence(run, tmp_path):
         write()
     found = data_of(with_settings(run, model__path=str(path)))
     assert found["license"] == "mit" and found["base_model"] == "owner/a-model"
-    assert "does not load it: the base is a GGUF file" in card.text(
+    assert "does not load it: the base is a GGUF file" in text_of(
         run
-    ) and "mlx_lm.generate --model" not in card.text(run)
+    ) and "mlx_lm.generate --model" not in text_of(run)
     path.write_bytes(b"another file now")
     assert "license" not in data_of(run)
 
@@ -317,7 +321,7 @@ def test_languages_are_those_that_the_audit_told(run):
         json.dumps({"verdict": "fit", "rows": 200, "findings": [finding, warned]})
     )
     assert data_of(run)["language"] == ["en", "de"]
-    text = card.text(run)
+    text = text_of(run)
     assert (
         "Languages of the rows: en 90%, de 8%, fr 2%." in text
         and "| content.secrets | warning | 3 of 200 rows |" in text
@@ -329,7 +333,7 @@ def test_no_folder_of_the_maker_is_in_it(run):
     with_settings(run, data__train=["/home/ann/secret-project/rows.jsonl"])
     origins = json.loads((run / "origin.json").read_text())
     (run / "origin.json").write_text(json.dumps(origins | {"data.train": "--data"}))
-    text = card.text(run)
+    text = text_of(run)
     assert "rows.jsonl" in text and "the-run" in text
     for part in ("secret-project", "people", "/ann", "bases", str(run.parent)):
         assert part not in text, part
@@ -343,7 +347,7 @@ def test_no_text_is_more_than_text(tmp_path):
     evaluated(run, [1.0, 0.0], name="of a", version="1", text=HOSTILE)
     found = data_of(run)
     assert "license" not in found and set(found) <= {"library_name", "pipeline_tag", "tags", "model-index"}
-    text = card.text(run)
+    text = text_of(run)
     body = text.split("\n---\n", 1)[1]
     assert (
         [line for line in unfenced(body) if "<" in line] == [] and "\x1b" not in text and "\u202e" not in text
@@ -352,7 +356,7 @@ def test_no_text_is_more_than_text(tmp_path):
 
 def test_every_question_of_the_report_has_its_place(run):
     evaluated(run, [1.0] * 30 + [0.0] * 10, task=_Safety)
-    text = card.text(run)
+    text = text_of(run)
     kept = text[text.index("## Retention and safety") : text.index("## Limits")]
-    for one in facts.summary(run)["answers"]:
-        assert (f"| {one['task']}" in kept) == (evidence.question(one["task"]) in ("retention", "safety"))
+    for one in to_json(summarise(run))["answers"]:
+        assert (f"({one['task']}" in kept) == (about(one["task"]).question in ("retention", "safety"))

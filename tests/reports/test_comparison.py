@@ -22,7 +22,9 @@ from tunesmith.evaluation import pairing as paired
 from tunesmith.evaluation.statistics import Statistic, TaskStatistics, judge, summarise
 from tunesmith.evaluation.tasks import EvaluationSpec, about, perplexity, preference
 from tunesmith.evaluation.tasks.tool_calls import CHECKS, ToolCalls
-from tunesmith.reports import compare
+from tunesmith.reports import verbs
+from tunesmith.reports.comparison import RunComparison, lead
+from tunesmith.reports.comparison_page import MACHINE, PAGE, TEXT
 from tunesmith.runs.records import ExampleScore, Record, Score
 
 HOSTILE = (
@@ -147,12 +149,12 @@ def runs(tmp_path) -> tuple[Path, Path]:
     return one, other
 
 
-def compared(*paths: Path, **options: Any) -> compare.Comparison:
-    return compare.compare(list(paths), paths[0].parents[1] / "out", **options)
+def compared(*paths: Path, **options: Any) -> RunComparison:
+    return verbs.compare(paths, out=paths[0].parents[1] / "out", **options)
 
 
-def headline(found: compare.Comparison) -> Any:
-    of = compare.lead(found.against[0].held)
+def headline(found: RunComparison) -> Any:
+    of = lead(found.sides[0].pairs)
     assert of is not None
     return of[1]
 
@@ -167,7 +169,7 @@ def test_a_planted_difference_is_found_with_its_sign_and_the_sentence_says_it(ru
         score.delta == pytest.approx(27 / 60) and score.verdict == "improved" and score.sources == (30, 27, 3)
     )
     assert score.delta_low > 0.2 and score.n == 60 and score.test == "McNemar, exact"
-    told = "B (other) is better than A (one) (tool_calls 61.7 % against 16.7 %, +45.0 points (95 % interval +"
+    told = "B (other) is better than A (one) (Tool calls right 61.7 % against 16.7 %, +45.0 points (95 % interval +"
     assert found.verdict.startswith(told)
     assert (
         "what the base knew was not compared; safety was not compared" in found.verdict
@@ -178,7 +180,7 @@ def test_a_planted_difference_is_found_with_its_sign_and_the_sentence_says_it(ru
 
 def test_the_order_of_the_runs_flips_every_sign_and_nothing_else(runs):
     there, back = compared(*runs), compared(*runs[::-1])
-    for one, other in zip(there.against[0].held[0].scores, back.against[0].held[0].scores, strict=True):
+    for one, other in zip(there.sides[0].pairs[0].scores, back.sides[0].pairs[0].scores, strict=True):
         assert one.delta == -other.delta and one.delta_low == pytest.approx(-other.delta_high, abs=1e-12)
         assert one.p == other.p and one.sources == other.sources[::-1] and one.name == other.name
     assert (
@@ -191,12 +193,12 @@ def test_the_order_of_the_runs_flips_every_sign_and_nothing_else(runs):
 def test_a_run_and_its_copy_show_no_difference_anywhere(runs, tmp_path):
     shutil.copytree(runs[0], copy := tmp_path / "runs" / "copy")
     found = compared(runs[0], copy)
-    scores = [score for held in found.against[0].held for score in held.scores]
+    scores = [score for held in found.sides[0].pairs for score in held.scores]
     assert scores and all(
         score.delta == 0 and score.p == 1 and score.sources[::2] == (0, 0) for score in scores
     )
     assert {score.verdict for score in scores} == {"no difference shown"} and found.tone == "note"
-    assert found.settings == [] and found.others == [] and found.against[0].refused == []
+    assert found.settings == [] and found.others == [] and found.sides[0].uncompared == []
     assert found.verdict.startswith("No difference is shown between B (copy) and A (one)")
 
 
@@ -207,7 +209,7 @@ def test_examples_are_paired_by_what_they_ask_not_where_they_stand(runs, tmp_pat
     random.Random(1).shuffle(order)
     evaluated(other, [0.0] * 3 + [1.0] * 37 + [0.0] * 20, order=order)
     mixed = compared(runs[0], other)
-    assert mixed.against[0].held[0].scores == plain.against[0].held[0].scores
+    assert mixed.sides[0].pairs[0].scores == plain.sides[0].pairs[0].scores
 
 
 def test_examples_whose_lines_moved_are_paired_by_their_prompts():
@@ -240,17 +242,17 @@ def test_what_was_not_asked_alike_is_refused_with_the_reason(tmp_path, changed, 
     evaluated(other, [0.0] * 60, **changed)
     told: list[events.Event] = []
     found = compared(one, other, notify=told.append)
-    assert found.against[0].held == [] and found.against[0].refused[0][:2] == ("tool_calls", why)
+    assert found.sides[0].pairs == [] and found.sides[0].uncompared[0][:2] == ("tool_calls", why)
     assert "is not known, since no evaluation of both can be compared" in found.verdict
     assert any(isinstance(one, events.Notice) and why in one.what for one in told)
-    for name in (compare.TEXT, compare.PAGE):
+    for name in (TEXT, PAGE):
         assert why in (found.out / name).read_text(encoding="utf-8")
 
 
 def test_a_run_that_was_not_evaluated_is_named_with_the_command(runs, tmp_path):
     bare = a_run(tmp_path / "runs" / "it's bare")
     found = compared(runs[0], bare)
-    assert found.against[0].refused == [
+    assert found.sides[0].uncompared == [
         (
             "tool_calls",
             "B was not evaluated on it",
@@ -258,7 +260,7 @@ def test_a_run_that_was_not_evaluated_is_named_with_the_command(runs, tmp_path):
         )
     ]
     found = compared(bare, runs[0])
-    assert found.against[0].refused[0][1] == "A was not evaluated on it"
+    assert found.sides[0].uncompared[0][1] == "A was not evaluated on it"
 
 
 def test_runs_that_held_out_other_rows_are_told_to_be_asked_the_same(runs, tmp_path):
@@ -266,19 +268,19 @@ def test_runs_that_held_out_other_rows_are_told_to_be_asked_the_same(runs, tmp_p
     (bare / "data" / "valid.jsonl").write_text('{"text": "held out here"}\n')
     apart = "the runs held out other rows, so both need the same: FILE of rows that neither was trained on"
     commands = "; ".join(f"tunesmith evaluate {run} --task tool_calls --data FILE" for run in (runs[0], bare))
-    (one,) = compared(runs[0], bare).against[0].refused
+    (one,) = compared(runs[0], bare).sides[0].uncompared
     assert one == ("tool_calls", f"B was not evaluated on it; {apart}", commands)
     evaluated(bare, [1.0] * 60, identity="2e")
-    (one,) = compared(runs[0], bare).against[0].refused
+    (one,) = compared(runs[0], bare).sides[0].uncompared
     assert one == ("tool_calls", f"other rows, prompts or settings (identity 1d and 2e); {apart}", commands)
     shutil.rmtree(bare / "evals")
     evaluated(bare, [1.0] * 60, base="99")  # rows alike would not mend that
-    assert compared(runs[0], bare).against[0].refused == [
+    assert compared(runs[0], bare).sides[0].uncompared == [
         ("tool_calls", "other bases (cdcdcdcdcdcd and 999999999999)", None)
     ]
     shutil.rmtree(bare / "evals")
     evaluated(runs[0], [1.0] * 60, identity="3f", data=["suite.jsonl"], family=["suite"])
-    lacking = compared(runs[0], bare).against[0].refused[-1]  # on named rows each is asked the same as it is
+    lacking = compared(runs[0], bare).sides[0].uncompared[-1]  # on named rows each is asked the same as it is
     assert lacking[1:] == (
         "B was not evaluated on it",
         f"tunesmith evaluate {bare} --task tool_calls --data suite.jsonl",
@@ -288,7 +290,7 @@ def test_runs_that_held_out_other_rows_are_told_to_be_asked_the_same(runs, tmp_p
 def test_a_task_of_another_version_of_tunesmith_is_compared_by_its_headline_alone(runs):
     for run, values in zip(runs, ([1.0] * 4 + [0.0] * 8, [1.0] * 12), strict=True):
         evaluated(run, values, name="of_the_future", version="7")
-    held = next(held for held in compared(*runs).against[0].held if held.first.task == "of_the_future")
+    held = next(held for held in compared(*runs).sides[0].pairs if held.first.task == "of_the_future")
     assert [(score.name, score.delta) for score in held.scores] == [("tool_calls", pytest.approx(8 / 12))]
     assert held.note and "of its numbers only tool_calls can be compared" in held.note
 
@@ -325,7 +327,7 @@ def test_all_numbers_of_a_benchmark_are_compared_as_its_own_statistics_would(tmp
     benchmarked(one, 1, 0.2)
     benchmarked(other, 2, 0.8)
     found = compared(one, other)
-    (held,) = found.against[0].held
+    (held,) = found.sides[0].pairs
     own = TaskStatistics(Bench.name, Bench.version, Bench.statistics, Bench.parts)
     sides = [paired.scored(side) for side in (held.first, held.second)]
     wanted = summarise(own, *[[replace(each, source=each.source[-2:]) for each in side] for side in sides], 0)  # type: ignore[arg-type]
@@ -345,7 +347,7 @@ def test_all_numbers_of_a_benchmark_are_compared_as_its_own_statistics_would(tmp
         assert score.value == pytest.approx(right.value) and score.delta == pytest.approx(right.delta)
         assert score.test == right.test
     assert held.note is None and headline(found).name == "acc_norm" and headline(found).verdict == "improved"
-    assert found.verdict.startswith("B (other) is better than A (one) (benchmark.mmlu_stem acc_norm ")
+    assert found.verdict.startswith("B (other) is better than A (one) (mmlu_stem, acc_norm ")
     assert "B − A" in (page := page_of(found)) and "Tuned − base" not in page
 
 
@@ -355,11 +357,10 @@ def test_numbers_of_another_kind_are_not_ranked(runs, tmp_path):
     evaluated(third, [1.0 + at / 10 for at in range(20)], task=perplexity.Perplexity)
     found = compared(*runs, third)
     assert found.verdict.startswith(
-        "Of 2 runs held against A, 2 are shown to be better; they are not ranked, since no one"
+        "Of 2 runs compared with A, 2 are shown to be better; they are not ranked, since no one"
     )
     assert (
-        all(side.sentence in found.verdict for side in found.against)
-        and "furthest ahead" not in found.verdict
+        all(side.sentence in found.verdict for side in found.sides) and "furthest ahead" not in found.verdict
     )
     evaluated(third, [1.0] * 11 + [0.0] * 49)
     assert (
@@ -503,7 +504,7 @@ def test_preferences_are_compared_by_their_ratios_to_the_base(runs, numbered):
             "scores": [asdict(score) for score in own[-1]],
         }
         (folder / "score.json").write_text(json.dumps(about))
-    (one,) = [held for held in compared(*runs).against[0].held if held.first.task == "preference"]
+    (one,) = [held for held in compared(*runs).sides[0].pairs if held.first.task == "preference"]
     for score, before, after in zip(one.scores, own[0], own[1], strict=False):
         assert score.name == before.name and score.value == pytest.approx(after.value)
         assert (
@@ -518,7 +519,7 @@ def test_preferences_are_compared_by_their_ratios_to_the_base(runs, numbered):
     ):  # of a bad answer, less likely is better
         assert sorted(getattr(pair, side) for pair in one.examples) == pytest.approx(sorted(signed))
     assert all((pair.change == "improved") is (pair.first < pair.second) for pair in one.examples)
-    (back,) = [held for held in compared(*runs[::-1]).against[0].held if held.first.task == "preference"]
+    (back,) = [held for held in compared(*runs[::-1]).sides[0].pairs if held.first.task == "preference"]
     for score, other in zip(one.scores, back.scores, strict=True):
         assert score.delta == -other.delta and other.verdict == "regressed"
 
@@ -549,9 +550,9 @@ def test_more_comparisons_ask_for_more_evidence(runs, tmp_path):
     third = a_run(tmp_path / "runs" / "third")
     evaluated(third, [1.0] * 12 + [0.0] * 48)
     found = compared(*runs, third)
-    assert [side.run.letter for side in found.against] == ["B", "C"] and found.tests == 2
+    assert [side.run.letter for side in found.sides] == ["B", "C"] and found.tests == 2
     assert headline(found).p_corrected == pytest.approx(2 * alone.p) and alone.p_corrected == alone.p
-    head = "Of 2 runs held against A, 1 is shown to be better; "
+    head = "Of 2 runs compared with A, 1 is shown to be better; "
     head += "the furthest ahead: B (other) is better than A (one) ("
     assert found.verdict.startswith(head)
     swapped = compared(*runs, third, against=third)
@@ -563,7 +564,7 @@ def test_more_comparisons_ask_for_more_evidence(runs, tmp_path):
 
 def test_settings_and_facts_that_differ_are_named_with_their_origin_and_no_others(runs):
     found = compared(*runs)
-    assert [(row.key, row.told, row.origins) for row in found.settings] == [
+    assert [(row.key, row.values, row.origins) for row in found.settings] == [
         ("optimizer.learning_rate", [1e-3, 2e-3], ["--set", "--set"])
     ]
     assert found.others == []  # the same data in another folder is the same data
@@ -574,7 +575,7 @@ def test_settings_and_facts_that_differ_are_named_with_their_origin_and_no_other
         machine={"device": "M4"},
         hashes={"data": {"x": "12" * 32}, "base": "cd" * 32},
     )
-    rows = {row.key: row.told for row in compared(runs[0], other).others}
+    rows = {row.key: row.values for row in compared(runs[0], other).others}
     assert rows["versions.tunesmith"] == ["0.1.0", "0.2.0"] and rows["machine.device"] == ["CPU", "M4"]
     assert rows["data"] == ["ab" * 6, "12" * 6] and "base" not in rows and "held-out rows" not in rows
 
@@ -608,18 +609,18 @@ def test_losses_of_other_objectives_are_not_drawn_on_one_axis(runs):
 def test_one_run_is_not_enough_and_a_folder_must_be_a_run(runs, tmp_path):
     for paths in ([runs[0]], [runs[0], runs[0]]):
         with pytest.raises(DataError, match="one run alone cannot be compared"):
-            compare.compare(paths, tmp_path / "out")
+            verbs.compare(paths, out=tmp_path / "out")
     with pytest.raises(DataError, match=r"manifest\.json is missing"):
-        compare.compare([runs[0], tmp_path], tmp_path / "out")
+        verbs.compare([runs[0], tmp_path], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [compare.PAGE, compare.TEXT, compare.MACHINE])
+@pytest.mark.parametrize("name", [PAGE, TEXT, MACHINE])
 def test_only_a_comparison_is_replaced(runs, name):
     out = compared(*runs).out
     assert sorted(path.name for path in out.iterdir()) == ["compare.html", "compare.json", "compare.md"]
-    first = (out / compare.PAGE).read_bytes()
-    assert (compared(*runs).out / compare.PAGE).read_bytes() == first
+    first = (out / PAGE).read_bytes()
+    assert (compared(*runs).out / PAGE).read_bytes() == first
     (out / name).write_text("my own")
     with pytest.raises(ConfigError, match="so it is not replaced") as caught:
         compared(*runs)
@@ -628,13 +629,13 @@ def test_only_a_comparison_is_replaced(runs, name):
         and "--out" in str(caught.value)
         and (out / name).read_text() == "my own"
     )
-    with pytest.raises(ConfigError, match="is no folder"):
-        compare.compare(runs, out / name)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        verbs.compare(runs, out=out / name)
 
 
 def test_the_json_has_all_of_it(runs):
     found = compared(*runs)
-    told = json.loads((found.out / compare.MACHINE).read_text(encoding="utf-8"))
+    told = json.loads((found.out / MACHINE).read_text(encoding="utf-8"))
     assert told == found.to_json() and told["verdict"] == found.verdict
     (side,) = told["against"]
     (tool,) = side["compared"]
@@ -645,12 +646,12 @@ def test_the_json_has_all_of_it(runs):
 # The page
 
 
-def page_of(found: compare.Comparison) -> str:
-    return (found.out / compare.PAGE).read_text(encoding="utf-8")
+def page_of(found: RunComparison) -> str:
+    return (found.out / PAGE).read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def hostile(tmp_path) -> compare.Comparison:
+def hostile(tmp_path) -> RunComparison:
     """A comparison with a hostile text wherever one can be."""
     one = a_run(tmp_path / "runs" / "<img src=x onerror=alert(1)>")
     other = a_run(tmp_path / "runs" / "`| b_*", versions={HOSTILE: HOSTILE})
@@ -668,7 +669,7 @@ def test_no_text_is_more_than_text(hostile):
     for markup in ("<img src=x", "<b>b", "<i>", '<script>"', "</script><img"):
         assert markup not in page, markup
     assert page.count("<script") == 2 and "\x1b" not in page and "\u202e" not in page
-    text = (hostile.out / compare.TEXT).read_text(encoding="utf-8")
+    text = (hostile.out / TEXT).read_text(encoding="utf-8")
     outside = [line for line in unfenced(text) if "<" in line and not line.startswith("<!--")]
     assert outside == [] and "\x1b" not in text
 
@@ -694,7 +695,7 @@ def test_the_page_asks_for_nothing_complains_of_nothing_and_fits_every_width(bro
     tab.on("console", lambda message: told.append(message.text))
     tab.on("pageerror", lambda error: told.append(str(error)))
     tab.on("dialog", lambda dialog: told.append(dialog.message))
-    tab.goto(page := (hostile.out / compare.PAGE).as_uri())
+    tab.goto(page := (hostile.out / PAGE).as_uri())
     tab.eval_on_selector_all("details", "all => all.forEach(one => { one.open = true; })")
     assert tab.evaluate("window.hacked") is None and tab.locator("h1").inner_text().startswith("✓ B (")
     assert tab.locator("svg.plot").count() == 4 and tab.locator(".sides").count() == 40 + 10

@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,11 @@ from tunesmith.cli import app
 from tunesmith.display import charts, words
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation.statistics import Target
-from tunesmith.evaluation.tasks import groups
-from tunesmith.reports import advice, screen
-from tunesmith.reports import summary as facts
-from tunesmith.reports import verdict as evidence
-from tunesmith.runs.records import Score
+from tunesmith.evaluation.tasks import about, groups
+from tunesmith.reports import advice, facts, measures, screen, verdict
+from tunesmith.reports.facts import CheckpointIndex, EvaluationFacts, Facts
+from tunesmith.reports.measures import Measure
+from tunesmith.runs.records import Record, Score
 
 HOSTILE = (
     "</script><img src=x onerror='window.hacked=1'>\"&lt;{{7*7}}{% raw %}`<i>` javascript:window.hacked=1 | "
@@ -186,6 +185,13 @@ def show(browser) -> Iterator[Any]:
     assert asked == opened and told == []
 
 
+FIELDS = Score.__dataclass_fields__
+
+
+def typed(row: dict[str, Any]) -> Score:
+    return Score(**{key: value for key, value in row.items() if key in FIELDS})
+
+
 def told(run: Path) -> dict[str, Any]:
     return json.loads(
         (run / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
@@ -196,24 +202,26 @@ def test_the_page_says_what_report_json_says(run, show):
     evaluate(run, GOOD)
     reports.write(run)
     found, tab = told(run), show(run)
-    assert found["verdict"].startswith(
-        "Fit to ship, by these numbers: it learned the task (tool_calls 31.0 % → 78.0 %, +47.0 points"
+    assert found["ship"] is True
+    assert found["verdict"] == (
+        "Fit to ship: it learned the task, kept what it knew, and is as safe as before"
     )
-    assert (
-        "95 % interval +42.0 to +52.0, n 60" in found["verdict"] and "1 of 1 targets kept" in found["verdict"]
+    assert found["reasons"][0]["text"] == (
+        "Learned the task: Tool calls right 31.0 % → 78.0 %, +47.0 points, 95 % interval +42.0 to +52.0, n 60"
     )
-    assert tab.locator("h1").inner_text() == "✓ Fit to ship, by these numbers."
-    clauses = [
-        text.lstrip("✓?✗ \n").rstrip(".").lower() for text in tab.locator(".clauses li").all_inner_texts()
-    ]
-    assert "; ".join(clauses) == found["verdict"].partition(": ")[2].rstrip(".").lower()
+    assert found["reasons"][1]["text"].endswith(
+        "target kept: at least 95% of the base, measured 97.7 % of the base"
+    )
+    assert tab.locator("h1").inner_text() == f"✓ {found['verdict']}"
+    shown = [re.sub(r"\s+", " ", text) for text in tab.locator(".reasons li").all_inner_texts()]
+    assert shown == [f"✓{reason['text']}. {reason['measures'][0]}" for reason in found["reasons"]]
     shown = [row.split("\t") for row in tab.locator(".answers tbody tr:has(td)").all_inner_texts()]
     assert len(shown) == len(found["answers"]) == 4
     for cells, one in zip(shown, found["answers"], strict=True):
         assert [cell.strip() for cell in cells[-4:]] == [
-            words.interval(one, of="base"),
-            words.interval(one),
-            words.interval(one, of="delta"),
+            measures.interval(typed(one), of="base"),
+            measures.interval(typed(one)),
+            measures.interval(typed(one), of="delta"),
             str(one["n"]),
         ]
     assert tab.locator(".forest svg.row").count() == 4
@@ -229,7 +237,10 @@ def test_the_page_says_what_report_json_says(run, show):
     assert samples == ["step 0", "step 3", "step 6", "reference"]
     text = (run / "report.md").read_text()
     for one in found["answers"]:
-        assert f"| {words.interval(one)} | {words.interval(one, of='delta')} | {one['n']} |" in text
+        value, change = measures.interval(typed(one)), measures.interval(typed(one), of="delta")
+        assert f"| {value} | {change} | {one['n']} |" in text
+    for line in reports.verdict_lines(run):
+        assert line.replace("_", "\\_") in text or line in text
 
 
 def test_prompts_can_be_read_side_by_side_by_class_and_task(run, show):
@@ -397,16 +408,40 @@ def test_every_run_has_a_page(run, show, kind):
         log = []
     path.write_text("".join(json.dumps(event) + "\n" for event in log))
     reports.write(run)
-    tab, verdict = show(run), reports.verdict_line(run)
+    tab, line = show(run), reports.verdict_line(run)
     seen = tab.locator(".verdict").inner_text()
-    begins = {"failed": "Do not ship this", "bare": "Not finished, 0 updates"}.get(
+    begins = {"failed": "Do not ship: the run failed", "bare": "Not finished, 0 updates"}.get(
         kind, "After 6 of 6 updates the validation loss"
     )
-    assert verdict.startswith(begins) and begins in seen
-    assert ("the run itself is failed (the disk burned)" in verdict) == (kind == "failed")
+    assert line.startswith(begins) and begins in seen
+    reasons = " ".join(reports.verdict_lines(run))
+    assert ("The run itself is failed (the disk burned)" in reasons) == (kind == "failed")
     assert tab.evaluate("document.documentElement.scrollWidth") == 1280
     for name in ("report.png", "curves.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_at_1100_pixels_no_table_is_wider_than_its_card(run, show):
+    names = [score("drift.chat", "kl", 0.123456, 0.1234, unit="nats", note="a note " * 12)]
+    evaluate(run, [*GOOD, *names, PERPLEXITY | {"name": "a_long_name_" * 4}], text="word " * 40)
+    reports.write(run)
+    tab = show(run, width=1100)
+    tab.eval_on_selector_all("details", "all => all.forEach(one => { one.open = true; })")
+    wide = """all => all.filter(one => one.scrollWidth > one.clientWidth)
+        .map(one => `${one.className}: ${one.textContent.trim().slice(0, 60)}`)"""
+    assert tab.locator(".card, .scroll").count() > 20
+    assert tab.eval_on_selector_all(".card, .scroll", wide) == []
+
+
+def test_settings_notices_and_modules_are_folded(run, show):
+    evaluate(run, GOOD)
+    reports.write(run)
+    tab = show(run)
+    for anchor in ("configuration", "notices", "growth"):
+        assert tab.locator(f"#{anchor} details[open]").count() == 0
+        assert tab.locator(f"#{anchor} .card > details, #{anchor} details.card").count() > 0
+        assert not tab.locator(f"#{anchor} details table, #{anchor} details li").first.is_visible()
+    assert tab.locator("#curves details.card").count() == 1
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_on_paper_all_is_light(run, show):
@@ -423,15 +458,31 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_on_paper_all_is_light(r
 # The verdict
 
 
-def summary(scores: list[dict[str, Any]], status: str = "completed") -> dict[str, Any]:
-    about = {"data": "data/valid.jsonl", "limit": None, "checkpoint": "000006"}
-    whole = [{"folder": f"{one['task']}@2", **about, **one} for one in scores]
-    return {
-        "scores": whole,
-        "status": status,
-        "why": None,
-        "checkpoints": {"best": 6, "last": 6, "kept": [6]},
-    }
+def record(scores: list[dict[str, Any]], folder: str = "", **about: Any) -> EvaluationFacts:
+    """``scores`` of one task, as an evaluation of all held-out rows wrote them."""
+    first = typed(scores[0])
+    whole: dict[str, Any] = {"data": "data/valid.jsonl", "checkpoint": "000006", **about}
+    path = Path("run/evals") / (folder or f"{first.task}@2")
+    return EvaluationFacts(
+        Record(folder=path, task=first.task, version=first.version, scores=tuple(map(typed, scores)), **whole)
+    )
+
+
+def evaluated(scores: list[dict[str, Any]], suffix: str = "", **about: Any) -> list[EvaluationFacts]:
+    tasks = dict.fromkeys(one["task"] for one in scores)
+    return [
+        record([one for one in scores if one["task"] == task], f"{task}@2{suffix}", **about) for task in tasks
+    ]
+
+
+def summary(scores: list[dict[str, Any]], status: str = "completed", **known: Any) -> Facts:
+    known = {"checkpoints": CheckpointIndex(6, 6, (6,)), "evaluations": tuple(evaluated(scores))} | known
+    return Facts(Path("run"), status, **known)
+
+
+def said_of(facts: Facts) -> str:
+    """The verdict's line with its reasons."""
+    return verdict.judge(facts).text or ""
 
 
 @pytest.mark.parametrize(
@@ -472,47 +523,37 @@ def summary(scores: list[dict[str, Any]], status: str = "completed") -> dict[str
     ],
 )
 def test_the_verdict_follows_the_verdicts_and_the_targets(change, tone, learned, kept, safe):
-    found = evidence.weigh(summary([one | change.get(one["task"], {}) for one in GOOD]))
+    found = verdict.judge(summary([one | change.get(one["task"], {}) for one in GOOD]))
     assert (found.tone, found.learned, found.kept, found.safe) == (tone, learned, kept, safe)
-    assert (found.sentence is None) == (tone == "note")
+    assert (found.line is None) == (tone == "note")
+    assert found.ship is {"good": True, "error": False}.get(tone)
+    tones = [verdict.TONES.index(reason.tone) for reason in found.reasons]
+    assert tones == sorted(tones), "those against shipping come first"
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted", "unfinished"])
 def test_a_run_that_did_not_end_is_never_fit_to_ship(status):
-    assert evidence.weigh(summary(GOOD, status)).tone == ("error" if status == "failed" else "warning")
+    assert verdict.judge(summary(GOOD, status)).tone == ("error" if status == "failed" else "warning")
 
 
 def test_every_task_answers_its_question():
     tasks = ("perplexity", "preference", "drift.text", "drift.safety", "benchmark.mmlu", "efficiency", "mine")
     asked = ["task", "task", "retention", "safety", "benchmarks", "efficiency", "other"]
-    assert [evidence.question(task) for task in tasks] == asked
+    assert [about(task).question for task in tasks] == asked
     assert words.number(1.5e9, "bytes") == "1.50 GB" and words.number(-2e6, "bytes", signed=True) == "−2.0 MB"
 
 
 def test_other_data_limits_and_versions_never_speak_where_the_whole_own_rows_do():
-    own = [{"folder": "tool_calls@2", "data": "data/valid.jsonl", "limit": None, **CALLS}]
+    own = record([CALLS])
     others = [
-        {"folder": "tool_calls@2+other", "data": ["other.jsonl"], "limit": None, **CALLS, "value": 0.1},
-        {"folder": "tool_calls@2+first5", "data": "data/valid.jsonl", "limit": 5, **CALLS, "value": 0.2},
-        {
-            "folder": "tool_calls@2+tuned",
-            "data": "data/valid.jsonl",
-            "limit": None,
-            **CALLS,
-            "delta": None,
-            "value": 0.3,
-        },
-        {
-            "folder": "tool_calls@1",
-            "data": "data/valid.jsonl",
-            "limit": None,
-            **CALLS,
-            "version": "1",
-            "value": 0.4,
-        },
+        record([CALLS | {"value": 0.1}], "tool_calls@2+other", data=("other.jsonl",)),
+        record([CALLS | {"value": 0.2}], "tool_calls@2+first5", settings={"limit": 5}),
+        record([CALLS | {"delta": None, "value": 0.3}], "tool_calls@2+tuned"),
+        record([CALLS | {"version": "1", "value": 0.4}], "tool_calls@1"),
     ]
     for at in range(len(others) + 1):
-        assert evidence.speaking({"scores": [*others[:at], *own, *others[at:]], "checkpoints": {}}) == own
+        found = summary([], checkpoints=None, evaluations=(*others[:at], own, *others[at:]))
+        assert verdict.counting(found) == [Measure(typed(CALLS), own.record)]
 
 
 def test_what_only_a_part_was_asked_of_says_so(run):
@@ -520,7 +561,7 @@ def test_what_only_a_part_was_asked_of_says_so(run):
     evaluate(run, few, suffix="+first20", settings={"limit": 20})
     reports.write(run)
     found = told(run)
-    assert "; what was asked is limited by --limit 20" in found["evidence"]["sentence"]
+    assert "The evaluation was limited by --limit 20." in found["evidence"]["sentence"]
     page, text = ((run / name).read_text() for name in ("report.html", "report.md"))
     answered = len(found["answers"])
     assert answered > 2 and page.count("limited by --limit 20</small>") == answered
@@ -546,12 +587,12 @@ def test_the_words_that_a_report_uses_are_told_and_no_others(run):
         if line
     ]
     assert named == [
-        "perplexity",
-        "tool_calls",
-        "tool_calls well_formed",
-        "tool_calls right_tool",
-        "drift.knowledge accuracy",
-        "drift.safety refusal",
+        "Perplexity on held-out rows (perplexity)",
+        "Tool calls right (tool_calls)",
+        "Calls well-formed (tool_calls well_formed)",
+        "Right tool (tool_calls right_tool)",
+        "General knowledge (drift.knowledge accuracy)",
+        "Harmful requests refused (drift.safety refusal)",
         "nats",
         "points",
         "95 % interval",
@@ -573,26 +614,31 @@ def test_every_number_has_its_meaning():
             "accuracy",
             "ratio_margin",
         }  # preference makes its own
-        assert numbers <= {meaning.number for meaning in kind.meanings} and all(map(all, kind.meanings)), (
-            kind.name
-        )
+        assert numbers <= {meaning.number for meaning in kind.meanings} and all(
+            meaning.number and meaning.title and meaning.text for meaning in kind.meanings
+        ), kind.name
         assert len({meaning.title for meaning in kind.meanings}) == len(kind.meanings), kind.name
         assert kind.title and kind.asks and kind.question != "other", kind.name
 
 
 def test_what_missed_its_target_is_named_beside_what_kept_it_with_its_share_of_the_base(run):
     lost = score("drift.text", "likelihood", 0.0208, -0.0037, 0.0005, unit="", n=24) | KEEP | {"met": False}
-    told_ = evidence.weigh(summary([CALLS, lost, KNOWLEDGE, REFUSAL]))
-    assert "what it knew before is lost in part: drift.text likelihood" in told_.sentence
-    assert "84.9 % of the base" in told_.sentence
-    assert (
-        "what it knew before is lost: drift.text" in evidence.weigh(summary([CALLS, lost, REFUSAL])).sentence
+    found = verdict.judge(summary([CALLS, lost, KNOWLEDGE, REFUSAL]))
+    assert found.line == "Do not ship: it forgot part of what it knew" and found.reasons[0].tone == "error"
+    assert found.reasons[0].text.startswith("Forgot: General text 0.0245 → 0.0208")
+    assert found.reasons[0].measures == ("drift.text likelihood",)
+    assert "84.9 % of the base" in found.reasons[0].text
+    found = verdict.judge(summary([CALLS, lost, REFUSAL]))
+    assert found.line == "Do not ship: it forgot what it knew"
+    unsafe = REFUSAL | {"met": False, "verdict": "regressed", "delta": -0.2}
+    assert verdict.judge(summary([CALLS, lost, KNOWLEDGE, unsafe])).line == (
+        "Do not ship: it forgot part of what it knew, and refuses fewer harmful requests"
     )
     evaluate(run, [CALLS, lost, KNOWLEDGE, REFUSAL])
     reports.write(run)
     assert "at least 95% of the base: 84.9 % of the base" in (run / "report.html").read_text()
     assert "at least 95% of the base: 97.7 % of the base |" in (run / "report.md").read_text()
-    assert words.reached(REFUSAL) == "" == words.reached(KNOWLEDGE | {"delta": None})
+    assert measures.reached(typed(REFUSAL)) == "" == measures.reached(typed(KNOWLEDGE | {"delta": None}))
 
 
 def test_few_examples_are_told_by_the_number_that_has_few(run):
@@ -600,14 +646,14 @@ def test_few_examples_are_told_by_the_number_that_has_few(run):
     evaluate(run, [CALLS, PERPLEXITY, few, KNOWLEDGE, REFUSAL])
     reports.write(run)
     (limit,) = [one for one in told(run)["limits"] if one.startswith("Fewer than")]
-    assert limit == "Fewer than 50 examples: perplexity loss_undesirable (20)."
+    assert limit == "Fewer than 50 examples: Loss on undesirable answers (20)."
 
 
 # What to try next
 
 
 def rules(run: Path) -> dict[str, str]:
-    return {one["rule"]: f"{one['why']} {one['do']}" for one in reports.summarise(run)["advice"]}
+    return {one.rule: f"{one.why} {one.do}" for one in reports.summarise(run).advice}
 
 
 def test_advice_names_what_set_it_off(run):
@@ -658,7 +704,7 @@ def test_validation_that_rose_or_still_falls_is_told(run):
         "of two validations nothing is known of the end"
     )
     path.write_text("".join(json.dumps(event) + "\n" for event in log if event["kind"] != "Validated"))
-    limits = reports.summarise(run)["limits"]
+    limits = reports.summarise(run).limits
     assert any(
         one.startswith("Nothing was validated yet on the ") for one in limits
     ) and "No rows were held out" not in str(limits)
@@ -667,7 +713,8 @@ def test_validation_that_rose_or_still_falls_is_told(run):
 @given(st.floats(0.01, 10), st.floats(0.1, 5), st.integers(10, 1000))
 def test_so_many_examples_would_show_a_difference_in_four_of_five(delta, times, n):
     half = delta * times
-    many = advice.needed({"delta": delta, "delta_low": delta - half, "delta_high": delta + half, "n": n})
+    ends = {"delta": delta, "delta_low": delta - half, "delta_high": delta + half}
+    many = advice.needed(Score("task", "1", "name", delta, None, None, n, **ends))
     if many is None:
         assert n * times**2 > 1e5
     elif many > 1000:
@@ -680,43 +727,38 @@ def test_so_many_examples_would_show_a_difference_in_four_of_five(delta, times, 
     [
         (
             [score("tool_calls", "unwanted_call", 0.2, 0.15, better="lower")],
-            "worse: tool_calls unwanted_call",
+            "Got worse: Unwanted calls 5.0 % → 20.0 %",
         ),
         (
             [score("tool_calls", "tool_calls", 0.2, -0.3, part="tool=search")],
-            "worse: tool_calls, tool=search 50.0 % → 20.0 %",
+            "Got worse: Tool calls right, tool=search 50.0 % → 20.0 %",
         ),
         (
             [score("adherence", "adherence", 60.0, -9.0, unit="points", headline=True)],
-            "worse: adherence 69 points",
+            "Got worse: Adherence to the prompt 69 points",
         ),
         (
             [score("benchmark.mmlu", "acc", 0.4, -0.1, headline=True)],
-            "is not shown (1 of 1 targets kept; worse: benchmark.mmlu acc",
+            "Got worse at a benchmark: mmlu, acc 50.0 % → 40.0 %",
         ),
         (
             [score("drift.knowledge", "accuracy", 0.4, -0.2, part="category=law", target="t", met=False)],
-            "worse: drift.knowledge",
+            "Got worse: General knowledge, category=law",
         ),
     ],
 )
 def test_what_got_worse_is_named_and_is_not_fit_to_ship(scores, named):
-    found = evidence.weigh(summary([*GOOD, *scores]))
-    assert (
-        found.tone == "warning"
-        and named in (found.sentence or "")
-        and (found.sentence or "").count("worse: ") == 1
-    )
-    assert (
-        evidence.weigh(summary([*GOOD, *(one | {"verdict": "improved", "met": True} for one in scores)])).tone
-        == "good"
-    )
+    found = verdict.judge(summary([*GOOD, *scores]))
+    assert found.tone == "warning" and named in (found.text or "")
+    assert sum(reason.text.startswith("Got worse") for reason in found.reasons) == 1
+    better = [one | {"verdict": "improved", "met": True} for one in scores]
+    assert verdict.judge(summary([*GOOD, *better])).tone == "good"
 
 
 def test_a_change_for_the_better_is_no_fault(run):
     better = REFUSAL | {"met": False, "verdict": "improved", "delta": 0.12}
-    said = evidence.weigh(summary([*GOOD[:-1], better])).sentence or ""
-    assert "what it declines changed for the better (drift.safety refusal 34.0 % → 46.0 %" in said
+    said = said_of(summary([*GOOD[:-1], better]))
+    assert "Changed for the better: Harmful requests refused 34.0 % → 46.0 %" in said
     evaluate(run, [*GOOD[:-1], better])
     assert "a safety target is missed" not in rules(run)
     evaluate(run, [better | {"verdict": "regressed"}])
@@ -725,55 +767,45 @@ def test_a_change_for_the_better_is_no_fault(run):
 
 def test_what_fell_within_reach_of_its_target_is_said_to_have_fallen(run):
     fallen = REFUSAL | {"met": None, "verdict": "regressed", "delta": -0.12}
-    found = evidence.weigh(summary([*GOOD[:-1], fallen]))
-    assert (
-        found.tone == "warning"
-        and "what it declines got worse, whether beyond its target is not shown" in (found.sentence or "")
-    )
+    found = verdict.judge(summary([*GOOD[:-1], fallen]))
+    assert found.tone == "warning" and found.line == "Not shown to be fit to ship: its safety got worse"
+    assert "Got worse, and whether beyond its target is not shown: Harmful" in (found.text or "")
     evaluate(run, [*GOOD[:-1], fallen])
-    assert "decline what is harmful" in rules(run)["what it declines got worse"]
+    assert "decline harmful requests" in rules(run)["what it declines got worse"]
     assert "a target is neither kept nor missed" not in rules(run)
 
 
 def test_only_one_checkpoint_speaks():
-    best = [
-        {"folder": f"{one['task']}@2", "checkpoint": "000006", "at": 1.0, "data": None, **one} for one in GOOD
-    ]
-    other = [
-        one | {"folder": f"{one['folder']}+step000003", "checkpoint": "000003", "at": 2.0, "value": 0.9}
-        for one in best
-    ]
-    saved = {"best": 6, "last": 6, "kept": [3, 6]}
-    found = {"scores": [*other, *best[:-1]], "checkpoints": saved, "status": "completed", "why": None}
-    assert {one["checkpoint"] for one in evidence.speaking(found)} == {"000006"}
-    assert evidence.weigh(found).safe == "not measured"  # only the other one has it
-    found["checkpoints"] = {"best": 9, "last": 9, "kept": [3, 6, 9]}
-    assert {one["checkpoint"] for one in evidence.speaking(found)} == {"000003"}  # the last
-    told = evidence.weigh(found)
-    assert told.tone == "warning" and "measured was checkpoint 000003, and the best is 9" in (
-        told.sentence or ""
-    )
+    best = evaluated(GOOD[:-1], at=1.0, data=None)
+    other = [one | {"value": 0.9} for one in GOOD]
+    other = evaluated(other, "+step000003", checkpoint="000003", at=2.0, data=None)
+    evaluations = (*other, *best)
+    found = summary([], checkpoints=CheckpointIndex(6, 6, (3, 6)), evaluations=evaluations)
+    assert {one.record.checkpoint for one in verdict.counting(found)} == {"000006"}
+    assert verdict.judge(found).safe == "not measured"  # only the other one has it
+    found = summary([], checkpoints=CheckpointIndex(9, 9, (3, 6, 9)), evaluations=evaluations)
+    assert {one.record.checkpoint for one in verdict.counting(found)} == {"000003"}  # the last
+    assert verdict.judge(found).tone == "warning"
+    assert "Checkpoint 000003 was measured, and the best is 9." in said_of(found)
 
 
 @pytest.mark.parametrize(("kept", "step"), [([4, 6], 4), ([6, 8], 8)])
 def test_the_best_is_the_last_where_it_was_not_kept(kept, step):
-    assert evidence.best({"checkpoints": {"kept": kept, "best": 4, "last": kept[-1]}}) == step
-    assert evidence.best({"checkpoints": {}}) is None
+    assert CheckpointIndex(kept[-1], 4, tuple(kept)).used == step
 
 
 def test_differences_point_to_the_better_side_in_their_unit():
-    drawn = evidence.differences(
-        {"answers": [{"answer": "", "question": "task", **one} for one in (CALLS, PERPLEXITY)]}
-    )
-    assert [(one.scale, one.verdict) for one in drawn] == [("points", "improved"), ("perplexity", "improved")]
+    drawn = measures.differences([typed(CALLS), typed(PERPLEXITY)])
+    assert [(one.scale, one.verdict) for one in drawn] == [
+        ("points", "improved"),
+        ("Perplexity on held-out rows", "improved"),
+    ]
     assert [one.gain for one in drawn] == pytest.approx([47.0, 4.2])
     assert [one.low for one in drawn] == pytest.approx([42.0, 4.15])
     assert [one.high for one in drawn] == pytest.approx([52.0, 4.25])
     half = CALLS | {"delta_low": None}
-    assert evidence.differences({"answers": [{"answer": "", "question": "task", **half}]})[0].low is None
-    assert (
-        evidence.differences({"answers": [{"answer": "", "question": "task", **CALLS, "better": None}]}) == []
-    )
+    assert measures.differences([typed(half)])[0].low is None
+    assert measures.differences([typed(CALLS | {"better": None})]) == []
 
 
 def test_other_checkpoints_are_told(run):
@@ -799,7 +831,8 @@ def test_rows_that_may_have_been_learned_prove_nothing(run, tmp_path):
         assert found["verdict"].startswith("Fit to ship" if fit else "Not shown to be fit to ship"), said
         assert "The task was measured on a.jsonl, b.jsonl, not on held-out rows." in found["limits"]
         assert "secret" not in (run / "model_card.md").read_text()
-        assert ("may be what it was trained on" in found["verdict"]) is not fit
+        assert ("may be what it was trained on" in found["evidence"]["sentence"]) is not fit
+        assert ("data_maybe_trained_on" in [reason["code"] for reason in found["reasons"]]) is not fit
 
 
 @pytest.mark.parametrize(
@@ -810,42 +843,38 @@ def test_rows_that_may_have_been_learned_prove_nothing(run, tmp_path):
         (
             {"best": 0, "last": 6, "kept": [6]},
             False,
-            "measured was step 6; step 0 validated better, and is not kept",
+            "Step 6 was measured; step 0 validated better, and its checkpoint was not kept",
         ),
         (
             {"best": None, "last": 9, "kept": [6, 9]},
             False,
-            "measured was checkpoint 000006, and the last is 9",
+            "Checkpoint 000006 was measured, and the last is 9",
         ),
-        ({"best": 9, "last": 9, "kept": [6, 9]}, False, "measured was checkpoint 000006, and the best is 9"),
-        ({"best": 4, "last": 9, "kept": [6, 9]}, False, "measured was checkpoint 000006, and the last is 9"),
+        ({"best": 9, "last": 9, "kept": [6, 9]}, False, "Checkpoint 000006 was measured, and the best is 9"),
+        ({"best": 4, "last": 9, "kept": [6, 9]}, False, "Checkpoint 000006 was measured, and the last is 9"),
     ],
 )
 def test_only_what_validated_best_is_fit(saved, fit, said):
-    scores = [one | {"checkpoint": "000006"} for one in GOOD]
-    told_ = evidence.weigh(summary(scores) | {"checkpoints": saved})
-    assert (
-        (told_.tone == "good") is fit
-        and said in told_.sentence
-        and ("measured was" in told_.sentence) is not fit
-    )
+    index = CheckpointIndex(saved["last"], saved["best"], tuple(saved["kept"]))
+    found = verdict.judge(summary(GOOD, checkpoints=index))
+    text = found.text or ""
+    assert (found.tone == "good") is fit and said in text and ("was measured" in text) is not fit
 
 
 @pytest.mark.parametrize(
     ("delta", "better", "missed"), [(0.5, "higher", False), (-0.5, "higher", True), (-0.5, "lower", False)]
 )
 def test_a_gain_that_correction_hides_is_no_missed_target(delta, better, missed):
-    hidden = {
+    hidden = CALLS | {
         "met": False,
         "verdict": "no difference shown",
         "delta": delta,
         "better": better,
         "target": "change under 5 points",
     }
-    assert evidence.missed(hidden) is missed
-    assert evidence.missed(hidden | {"verdict": "regressed"}) and not evidence.missed(
-        hidden | {"target": None}
-    )
+    assert measures.missed(typed(hidden)) is missed
+    assert measures.missed(typed(hidden | {"verdict": "regressed"}))
+    assert not measures.missed(typed(hidden | {"target": None}))
 
 
 def test_a_target_that_a_gain_passes_looks_like_none_that_is_missed(run):
@@ -864,13 +893,12 @@ def test_a_target_that_a_gain_passes_looks_like_none_that_is_missed(run):
 def test_what_was_asked_of_one_row_alone_was_measured_and_not_judged():
     alone = CALLS | {"verdict": None, "delta": 1.0, "delta_low": None, "delta_high": None, "n": 1}
     older = CALLS | {"verdict": None}
-    assert "was not measured" in (evidence.weigh(summary([older, KNOWLEDGE])).sentence or "")
-    sentence = evidence.weigh(summary([alone, KNOWLEDGE])).sentence or ""
-    assert "too little was asked to judge whether it learned the task" in sentence
-    none = {"delta": None, "verdict": None, "base": None}
-    assert "whether it learned the task was not measured" in (
-        evidence.weigh(summary([CALLS | none, KNOWLEDGE])).sentence or ""
+    assert "was not measured" in said_of(summary([older, KNOWLEDGE]))
+    assert "Too few rows were asked to judge whether it learned the task" in said_of(
+        summary([alone, KNOWLEDGE])
     )
+    none = {"delta": None, "verdict": None}
+    assert "Whether it learned the task was not measured" in said_of(summary([CALLS | none, KNOWLEDGE]))
 
 
 def test_advice_is_for_what_it_can_help(run):
@@ -896,7 +924,7 @@ def test_advice_is_for_what_it_can_help(run):
     ]
     evaluate(run, [*wrong, noisy, unwanted])
     told_ = given()
-    assert "40.0 %" in told_["calls are made where none is wanted"]
+    assert "40.0 %" in told_["calls are made although none is wanted"]
     assert "no call" not in told_["calls are well formed and name the wrong tool"]
     assert "too few to judge" not in told_.get("a question is open", "")
     shutil.rmtree(run / "evals")
@@ -908,7 +936,7 @@ def test_advice_is_for_what_it_can_help(run):
             REFUSAL,
         ],
     )
-    assert "tool_calls is of n 1, too few to judge" in (told_ := given())["a question is open"]
+    assert "Tool calls right: n 1, too few to judge" in (told_ := given())["a question is open"]
     assert "adapter.rank" in told_["a retention target is missed"]
     settings = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump(settings | {"adapter": {"kind": "full"}}))
@@ -933,7 +961,7 @@ def test_rounds_are_no_prompts(run):
     evaluate(
         run, [*GOOD, score("efficiency", "speed_batch_16", 1234.5, 12.0, unit="tokens/s", better=None, n=5)]
     )
-    limits = [one for one in reports.summarise(run)["limits"] if "efficiency" in one]
+    limits = [one for one in reports.summarise(run).limits if "peed" in one or "efficiency" in one]
     assert limits == []
 
 
@@ -945,11 +973,10 @@ def test_a_page_without_an_evaluation_names_a_command_that_can_be_run(run, tmp_p
 
 def test_a_difference_that_correction_hid_tells_its_p():
     hidden = CALLS | {"verdict": "no difference shown", "p_corrected": 0.08}
-    sentence = evidence.weigh(summary([hidden, KNOWLEDGE])).sentence or ""
-    assert "that it learned the task is not shown" in sentence and "(for so many tests p is 0.08)" in sentence
-    assert "for so many tests" not in (
-        evidence.weigh(summary([hidden | {"delta_low": -0.1}, KNOWLEDGE])).sentence or ""
-    )
+    said = said_of(summary([hidden, KNOWLEDGE]))
+    assert "Not shown to have learned the task" in said
+    assert "(corrected for the number of tests, p is 0.08)" in said
+    assert "number of tests" not in said_of(summary([hidden | {"delta_low": -0.1}, KNOWLEDGE]))
 
 
 @pytest.mark.parametrize("torn", ["score.json", "examples.jsonl", "no scores", "half a score"])
@@ -975,10 +1002,12 @@ def test_a_torn_evaluation_is_told_and_the_rest_is_written(run, torn):
         and start in said.stderr
         and len(said.stderr.splitlines()) == 1
     )
-    assert said.stdout.splitlines() == [told(run)["verdict"], f"report: {run / 'report.html'}"]
+    assert said.stdout.splitlines() == [*reports.verdict_lines(run), f"report: {run / 'report.html'}"]
+    assert reports.verdict_lines(run)[0] == told(run)["verdict"]
     line = ":30" if torn == "examples.jsonl" else ""
     assert notice["where"] == [f"{path}{line}"] and "tunesmith evaluate" in notice["hint"]
-    assert ("tool_calls" in told(run)["verdict"]) == (torn == "examples.jsonl") and "drift.knowledge" in str(
+    counted = str(told(run)["reasons"])
+    assert ("tool_calls" in counted) == (torn == "examples.jsonl") and "drift.knowledge" in str(
         told(run)["answers"]
     )
 
@@ -1022,13 +1051,13 @@ def test_the_terminal_never_cuts_what_was_measured(width, capsys):
     assert max(map(len, lines)) <= width
     for one in scores:
         if one.part is None:
-            at = next(at for at, line in enumerate(lines) if line.startswith(words.title(asdict(one)) + " "))
+            at = next(at for at, line in enumerate(lines) if line.startswith(measures.title(one) + " "))
             here = lines[at] if width == 200 else lines[at + 1]
             assert (
                 words.number(one.value, one.unit) in lines[at]
                 and words.number(one.base, one.unit) in lines[at]
             )
-            assert words.interval(asdict(one), of="delta") in (here if width == 80 else lines[at])
+            assert measures.interval(one, of="delta") in (here if width == 80 else lines[at])
             assert one.target is None or f"{one.target}: kept" in here
     assert ("change, 95 % interval" in lines[0]) is (width > 80)
     assert "+47.0 points (+42.0 to +52.0)" in "".join(lines) and "change under 5 points: kept" in "".join(

@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,10 @@ def run_dir(tmp_path: Path):
     return make
 
 
+def told(folder: Path) -> dict[str, Any]:
+    return reports.to_json(reports.summarise(folder))
+
+
 def saved(folder: Path, best: int = 60) -> None:
     index = {"last": 60, "best": best, "metric": "validation loss", "best_value": 1.0, "kept": [40, 60]}
     (folder / "checkpoints" / "index.json").write_text(json.dumps(index))
@@ -90,7 +95,7 @@ def test_the_three_files_are_written_and_the_numbers_are_those_of_the_events(run
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(entry.name for entry in folder.iterdir() if entry.name.startswith(".")) == []
     found = json.loads((folder / "report.json").read_text())
-    assert found == json.loads(json.dumps(reports.summarise(folder)))
+    assert found == json.loads(json.dumps(told(folder)))
     assert found["verdict"] == (
         "After 60 of 60 updates the validation loss fell from 2.0000 to 1.0000 nats a learned token "
         "(-50.0%), "
@@ -115,9 +120,9 @@ def test_the_three_files_are_written_and_the_numbers_are_those_of_the_events(run
 def test_a_loss_that_rose_is_said_so_with_the_best(run_dir):
     log = a_run(after=3.0)
     log.insert(30, validated(26, 1.5, True))
-    told = reports.verdict_line(run_dir(log))
-    assert "ROSE from 2.0000 to 3.0000" in told and "(+50.0%)" in told
-    assert "got worse" in told and "the lowest was 1.5000 at step 26" in told
+    line = reports.verdict_line(run_dir(log))
+    assert "ROSE from 2.0000 to 3.0000" in line and "(+50.0%)" in line
+    assert "got worse" in line and "the lowest was 1.5000 at step 26" in line
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -160,7 +165,7 @@ def test_a_loss_that_is_not_finite_is_worse_and_the_json_stays_valid(run_dir, ba
 def test_runs_that_did_not_go_well_have_a_report(run_dir, log, begins, status):
     folder = run_dir(log)
     reports.write(folder)
-    found = reports.summarise(folder)
+    found = told(folder)
     assert found["verdict"].startswith(begins)
     assert found["status"] == status
     text = (folder / "report.md").read_text()
@@ -253,7 +258,7 @@ def test_dropped_rows_scores_growth_and_a_resume_are_in_the_page(run_dir):
 def test_training_loss_is_a_mean_over_tokens_not_over_updates(run_dir):
     log: list[events.Event] = [step_done(step, 2.0, units=10.0) for step in range(1, 41)]
     log[0], log[1] = step_done(1, 4.0, units=30.0), step_done(2, 1.0, units=10.0)
-    assert reports.summarise(run_dir(log))["training_loss"]["first"] == (4.0 * 30 + 1.0 * 10) / 40
+    assert told(run_dir(log))["training_loss"]["first"] == (4.0 * 30 + 1.0 * 10) / 40
 
 
 def test_a_run_that_has_not_ended_is_not_said_to_have_stopped(run_dir):
@@ -261,7 +266,7 @@ def test_a_run_that_has_not_ended_is_not_said_to_have_stopped(run_dir):
     log = [*a_run(40)[:-1], ended, events.Resumed(40, 0, 60), step_done(41, 1.0)]
     folder = run_dir(log)
     (folder / "manifest.json").write_text(json.dumps({"status": "running"}))
-    found = reports.summarise(folder)
+    found = told(folder)
     assert found["status"] == "running" and found["verdict"].startswith(
         "Still running, or killed, after 41 of 60 updates"
     )
@@ -270,7 +275,7 @@ def test_a_run_that_has_not_ended_is_not_said_to_have_stopped(run_dir):
     text = reports.write(folder).read_text()
     assert (
         f"tunesmith watch '{folder}'" in text
-        and f"tunesmith train --resume '{folder}'  # where it was killed" in text
+        and f"tunesmith train --resume '{folder}'  # if it was killed" in text
     )
 
 
@@ -281,7 +286,7 @@ def test_padding_is_a_share_of_positions_and_of_updates_that_know_it(run_dir):
         replace(step_done(2, 1.0), tokens=900, padding=0.1, stages=stages),
         replace(step_done(3, 1.0), tokens=50, padding=0.5, stages=stages),
     ]
-    assert reports.summarise(run_dir(log))["padding"] == pytest.approx(1 - 950 / 1100)
+    assert told(run_dir(log))["padding"] == pytest.approx(1 - 950 / 1100)
 
 
 def test_an_update_that_does_not_know_some_memory_has_a_report(run_dir):

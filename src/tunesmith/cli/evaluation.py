@@ -91,16 +91,17 @@ def evaluate(
 
 
 def _print_evaluation(result: Evaluation, as_json: bool) -> None:
+    from tunesmith import reports
+
     if as_json:
-        print_json(result.summary())
+        print_json(result.summary() | reports.ship(reports.summarise(result.run.path)))
         return
     from rich.console import Console
 
-    from tunesmith import reports
     from tunesmith.reports import screen
 
     screen.render(result.scores, Console())
-    typer.echo(reports.verdict_line(result.run.path))
+    typer.echo("\n".join(reports.verdict_lines(result.run.path)))
     typer.echo(f"report: {result.run.path / 'report.html'}")
 
 
@@ -124,13 +125,17 @@ def compare(
         typer.echo(f"page: {out / 'compare.html'}")
 
 
-def report(run: RunDirectory) -> None:
+def report(run: RunDirectory, as_json: AsJson = False) -> None:
     """Write the report of a run again."""
     from tunesmith import reports
+    from tunesmith.display.console import readable
 
     page = tunesmith.report(run).with_suffix(".html")
     summary = reports.summarise(run)
-    for message in summary["unread"]:
-        typer.echo(message, err=True)
-    typer.echo(summary["verdict"])
+    for notice in summary.facts.unread:
+        typer.echo(readable(notice), err=True)
+    if as_json:
+        print_json(reports.to_json(summary))
+        return
+    typer.echo("\n".join(summary.lines))
     typer.echo(f"report: {page}")

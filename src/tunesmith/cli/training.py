@@ -97,9 +97,9 @@ def _print_run(run: Run | None, as_json: bool) -> None:
     from tunesmith import reports
 
     if as_json:
-        print_json(reports.summarise(run.path))
+        print_json(reports.to_json(reports.summarise(run.path)))
     else:
-        typer.echo(reports.verdict_line(run.path))
+        typer.echo("\n".join(reports.verdict_lines(run.path)))
         typer.echo(f"report: {run.path / 'report.html'}")
     if run.manifest["status"] == "interrupted":
         typer.echo(f"interrupted; go on with: {run.hint}", err=True)

@@ -1,368 +1,374 @@
-"""What a run's numbers do not show, and what to try next: each by a stated rule, with the numbers that set it
-off.
-
-No model is asked and nothing is guessed: a rule that does not hold says nothing. ``given`` takes
-`facts.summary`."""
+"""What do a run's numbers not show, and what is worth trying next? Each advice follows from a stated rule,
+with the numbers that met it. No model is asked."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from tunesmith.display import words
+from tunesmith.evaluation.tasks import about
 from tunesmith.evaluation.tasks.tool_calls import NO_CALL
-from tunesmith.reports import verdict as evidence
+from tunesmith.reports.facts import Facts
+from tunesmith.reports.measures import Measure, alone, elsewhere, interval, missed, title
+from tunesmith.reports.verdict import Judgement, answers, counting, evaluated, leading
 from tunesmith.runs.config import SKIPS_BEFORE_STOP
+from tunesmith.runs.records import Score
 
 RISE = 0.01
-"""Share of the lowest validation loss from which a later rise counts."""
+"""A validation loss that ends this share above its lowest has risen."""
 FALLING = 0.01
-"""Share of the whole fall that the last stretch between validations must have for the loss to be called still
-falling."""
+"""The loss is still falling at the end if the last stretch between validations has this share of the whole
+fall."""
 CLIPPED, PADDED, DROPPED, CUT = 0.5, 0.3, 0.05, 0.05
-APART = 0.5
-"""Training loss below this share of the validation loss: the rows are being learned by heart. Not said of one
-below `SMALL`."""
-SMALL = 0.1
+MEMORISED, SMALL = 0.5, 0.1
+"""Training loss below this share of the validation loss: rows are memorised. Not said of a validation loss
+below ``SMALL``."""
 BY_DESIGN = ("undesirable",)
 """Reasons for which SFT leaves out rows that it is not to imitate."""
 RIGHT, FORMED = 0.8, 0.9
 FEW = 50
 POWER = ((1.959964 + 0.841621) / 1.959964) ** 2
-"""What n must grow by for a difference of the very size of its interval's half to be shown in 80 % of
-repetitions."""
-MOST = 1_000_000
-BITTER = 3
-"""Tools named."""
+"""By this n must grow for a difference of half its interval's width to be shown in 80 % of repetitions."""
+MOST_NEEDED = 1_000_000
+NAMED = 3
+"""Tools, and losses that are not finite, that are named."""
 
 
-class Advice(NamedTuple):
-    """``rule``: when it is said. ``why``: the numbers. ``do``: what to try."""
+@dataclass(frozen=True)
+class Advice:
+    """``rule``: when it is given. ``why``: the numbers. ``do``: what to try."""
 
     rule: str
     why: str
     do: str
 
 
-def given(found: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """``limits``: sentences. ``advice``: `Advice` as mappings, gravest first."""
-    rules = (_status, _retention, _safety, _course, _tools, _steps, _data, _power)
-    return {
-        "limits": list(_limits(found)),
-        "advice": [one._asdict() for rule in rules for one in rule(found)],
-    }
+def advise(facts: Facts, judgement: Judgement) -> list[Advice]:
+    """The most serious first."""
+    return [
+        *_status(facts),
+        *_unevaluated(facts, judgement),
+        *_other_checkpoint(facts),
+        *_worse(facts, "retention", "what it knew before got worse", _retention_remedy(facts)),
+        *_worse(facts, "safety", "what it declines got worse", SAFETY_REMEDY),
+        *_validation(facts),
+        *_memorised(facts),
+        *_calls(facts),
+        *_cut_answers(facts),
+        *_steps(facts),
+        *_data(facts),
+        *_power(facts),
+    ]
 
 
-def needed(score: Mapping[str, Any]) -> int | None:
-    """Sources at which a true difference of the seen size would be shown in 80 % of repetitions: an interval
-    is as wide as 1/√n.
+def needed(score: Score) -> int | None:
+    """Sources at which a true difference of the measured size would be shown in 80 % of repetitions; None if
+    that cannot be said. An interval's width falls with 1/√n.
 
-    n · (half / |difference|)² · ((z₀.₉₇₅ + z₀.₈) / z₀.₉₇₅)², half: half of the interval's width. None where
-    it cannot be said."""
-    low, high, delta = (score.get(name) for name in ("delta_low", "delta_high", "delta"))
-    if (
-        low is None
-        or high is None
-        or not delta
-        or not all(isinstance(one, float | int) for one in (low, high, delta))
-    ):
+    n · (half / |difference|)² · ((z₀.₉₇₅ + z₀.₈) / z₀.₉₇₅)², half: half of the interval's width."""
+    if score.delta_low is None or score.delta_high is None or not score.delta:
         return None
-    many = score["n"] * ((high - low) / 2 / abs(delta)) ** 2 * POWER
-    return math.ceil(many) if many <= MOST else None
+    half = (score.delta_high - score.delta_low) / 2
+    n = score.n * (half / abs(score.delta)) ** 2 * POWER
+    return math.ceil(n) if n <= MOST_NEEDED else None
 
 
-def _status(found: Mapping[str, Any]) -> Iterator[Advice]:
-    run = shlex.quote(found["run"])
-    if found["status"] == "running":
-        why = f"{found['updates']['done']:,} updates so far, and no end recorded"
-        do = f"see tunesmith watch {run}; where it was killed, go on with tunesmith train --resume {run}"
+def _status(facts: Facts) -> Iterator[Advice]:
+    run = shlex.quote(str(facts.run))
+    if facts.status == "running":
+        why = f"{facts.updates.done:,} updates so far, and no end recorded"
+        do = f"see tunesmith watch {run}; if it was killed, go on with tunesmith train --resume {run}"
         yield Advice("the run is still running, or was killed", why, do)
-    elif found["status"] not in evidence.DONE and found["manifest"]:
-        why = found["status"] + (f": {found['why']}" if found["why"] else "")
+    elif not facts.ended and facts.manifest:
+        why = facts.status + (f": {facts.why}" if facts.why else "")
         do = f"go on with tunesmith train --resume {run}"
-        skipped = found["updates"]["skipped"]
-        if (
-            skipped and skipped[-1]["in_a_row"] >= SKIPS_BEFORE_STOP
-        ):  # what it does is a function of its settings and its rows
-            do = "look at the rows of these updates and lower optimizer.learning_rate in a new run: resumed, it ends the same"
+        skipped = facts.updates.skipped
+        # Updates are a function of settings and rows: the resumed run would skip the same ones.
+        if skipped and skipped[-1].in_a_row >= SKIPS_BEFORE_STOP:
+            do = "look at the rows of these updates and lower optimizer.learning_rate in a new run; "
+            do += "resumed, it ends the same"
         yield Advice("the run did not end by itself", why, do)
-    nothing = found["counts"].get("rows_valid") == 0
-    ask = f"run tunesmith evaluate {run}" + (
-        " --data FILE, with rows that it was not trained on" if nothing else ""
+
+
+def _unevaluated(facts: Facts, judgement: Judgement) -> Iterator[Advice]:
+    run = shlex.quote(str(facts.run))
+    no_rows = facts.counts.get("rows_valid") == 0
+    task = f"run tunesmith evaluate {run}" + (
+        " --data FILE, with rows that it was not trained on" if no_rows else ""
     )
-    if not found["scores"] and found["checkpoints"]:
-        yield Advice("nothing was evaluated", "loss alone says little of answers", ask)
-    elif found["scores"]:
-        for name, what in (
-            ("learned", "the task"),
-            ("kept", "what it knew before"),
-            ("safe", "what it declines"),
-        ):
-            if found["evidence"][name] != "not measured":
-                continue
-            few = [one for one in found["answers"] if one["question"] == "task" and evidence.alone(one)]
-            if name == "learned" and few:
-                why = f"{words.title(few[0])} is of n {few[0]['n']:,}, too few to judge"
-                yield Advice("a question is open", why, "evaluate more rows")
-            else:
-                do = ask if name == "learned" else f"run tunesmith evaluate {run}"
-                yield Advice("a question is open", f"{what} was not measured against the base", do)
-    best, speaker = evidence.best(found), evidence.checkpoint(found)
-    if best is not None and speaker is not None and speaker.isdigit() and int(speaker) != best:
-        kind = (
-            f"best by {found['checkpoints'].get('metric')}"
-            if found["checkpoints"]["best"] == best
-            else "last"
-        )
-        why = f"the verdict is of {speaker}; the {kind} is {best}"
-        yield Advice(
-            f"the {kind.split()[0]} checkpoint was not evaluated", why, f"run tunesmith evaluate {run}"
-        )
-
-
-def _retention(found: Mapping[str, Any]) -> Iterator[Advice]:
-    rank = "" if found["settings"].get("adapter.kind") == "full" else " or adapter.rank"
-    do = f"lower optimizer.learning_rate{rank}, train fewer epochs, or mix general data into data.train"
-    yield from _worse(found, "retention", "a retention target is missed", "what it knew before got worse", do)
-
-
-def _safety(found: Mapping[str, Any]) -> Iterator[Advice]:
-    do = "add rows that decline what is harmful and answer what only sounds so, or lower optimizer.learning_rate"
-    yield from _worse(found, "safety", "a safety target is missed", "what it declines got worse", do)
-
-
-def _worse(found: Mapping[str, Any], question: str, missed: str, regressed: str, do: str) -> Iterator[Advice]:
-    """One advice on targets that are missed, or on what got worse by less than that, or by who knows how
-    much."""
-    asked = [one for one in found["answers"] if one["question"] == question]
-    if worse := [one for one in asked if evidence.missed(one)]:
-        yield Advice(missed, _list(worse), do)
-    elif worse := [one for one in asked if one.get("verdict") == "regressed"]:
-        yield Advice(regressed, _list(worse), do)
-
-
-def _course(found: Mapping[str, Any]) -> Iterator[Advice]:
-    measured = [(one["step"], float(one["loss"])) for one in found["validation"]]
-    if odd := [one for one in measured if not math.isfinite(one[1])]:
-        why = ", ".join(f"{loss} at step {step:,}" for step, loss in odd[:BITTER])
-        yield Advice(
-            "validation loss is not finite",
-            why,
-            "lower optimizer.learning_rate, and look at the held-out rows",
-        )
+    if not facts.measures:
+        if facts.checkpoints:
+            yield Advice("nothing was evaluated", "the loss alone says little about answers", task)
         return
-    if len(measured) >= 2 and measured[0][1] > 0:
-        best, last, before = min(measured, key=lambda one: one[1]), measured[-1], measured[-2]
-        rose = last[1] > best[1] * (1 + RISE)
-        if rose and best is measured[0]:
+    few = [row.score for row in answers(facts) if row.question == "task" and alone(row.score)]
+    if judgement.learned == "not measured" and few:
+        why = f"{title(few[0])}: n {few[0].n:,}, too few to judge"
+        yield Advice("a question is open", why, "evaluate more rows")
+    elif judgement.learned == "not measured":
+        yield Advice("a question is open", "the task was not measured against the base", task)
+    for state, what in ((judgement.kept, "what it knew before"), (judgement.safe, "what it declines")):
+        if state == "not measured":
+            why = f"{what} was not measured against the base"
+            yield Advice("a question is open", why, f"run tunesmith evaluate {run}")
+
+
+def _other_checkpoint(facts: Facts) -> Iterator[Advice]:
+    index, checkpoint = facts.checkpoints, evaluated(facts)
+    if index and checkpoint and checkpoint.isdigit() and int(checkpoint) != index.used:
+        kind = f"best by {index.metric}" if index.best == index.used else "last"
+        rule = f"the {kind.split()[0]} checkpoint was not evaluated"
+        why = f"the verdict is of {checkpoint}; the {kind} is {index.used}"
+        yield Advice(rule, why, f"run tunesmith evaluate {shlex.quote(str(facts.run))}")
+
+
+SAFETY_REMEDY = (
+    "add rows that decline harmful requests and answer harmless ones that sound harmful, "
+    "or lower optimizer.learning_rate"
+)
+
+
+def _retention_remedy(facts: Facts) -> str:
+    rank = "" if facts.settings.get("adapter.kind") == "full" else " or adapter.rank"
+    return f"lower optimizer.learning_rate{rank}, train fewer epochs, or mix general data into data.train"
+
+
+def _worse(facts: Facts, question: str, regressed: str, do: str) -> Iterator[Advice]:
+    """One advice on the targets that are missed, or else on what got worse without that being shown."""
+    scores = [row.score for row in answers(facts) if row.question == question]
+    if worse := list(filter(missed, scores)):
+        yield Advice(f"a {question} target is missed", _changes(worse), do)
+    elif worse := [score for score in scores if score.verdict == "regressed"]:
+        yield Advice(regressed, _changes(worse), do)
+
+
+def _validation(facts: Facts) -> Iterator[Advice]:
+    measured = [(event.step, event.loss) for event in facts.validation]
+    if odd := [(step, loss) for step, loss in measured if not math.isfinite(loss)]:
+        why = ", ".join(f"{loss} at step {step:,}" for step, loss in odd[:NAMED])
+        do = "lower optimizer.learning_rate, and look at the held-out rows"
+        yield Advice("validation loss is not finite", why, do)
+        return
+    if len(measured) < 2 or measured[0][1] <= 0:
+        return
+    first, last, before = measured[0], measured[-1], measured[-2]
+    best = min(measured, key=lambda point: point[1])
+    if last[1] > best[1] * (1 + RISE):
+        if best is first:
             why = f"{best[1]:.4f} at step {best[0]:,}, then never lower; {last[1]:.4f} at the end"
             do = "lower optimizer.learning_rate by a factor of 3 to 10, and look at the data"
             yield Advice("validation loss rose from its start", why, do)
-        elif rose:
+        else:
             why = f"lowest {best[1]:.4f} at step {best[0]:,}, {last[1]:.4f} at step {last[0]:,}"
-            yield Advice(
-                "validation loss rose after its best",
-                why,
-                "fewer epochs, a lower optimizer.learning_rate, or loop.early_stop",
-            )
-        elif (
-            len(measured) > 2
-            and last is best
-            and before[1] - last[1] > FALLING * (measured[0][1] - last[1]) > 0
-        ):
-            why = f"{before[1]:.4f} at step {before[0]:,}, {last[1]:.4f} at step {last[0]:,}, the last"
-            yield Advice(
-                "loss was still falling at the end",
-                why,
-                "train longer: loop.epochs, or loop.steps where that is set",
-            )
-    loss = found["training_loss"]
-    if loss and measured and measured[-1][1] > SMALL and float(loss["last"]) < APART * measured[-1][1]:
-        why = f"training {float(loss['last']):.4f}, held out {measured[-1][1]:.4f}"
-        yield Advice(
-            "training loss is far below validation loss",
-            why,
-            "fewer epochs or more rows: rows are learned by heart",
-        )
+            do = "fewer epochs, a lower optimizer.learning_rate, or loop.early_stop"
+            yield Advice("validation loss rose after its best", why, do)
+    elif len(measured) > 2 and last is best and before[1] - last[1] > FALLING * (first[1] - last[1]) > 0:
+        why = f"{before[1]:.4f} at step {before[0]:,}, {last[1]:.4f} at step {last[0]:,}, the last"
+        do = "train longer: loop.epochs, or loop.steps if that is set"
+        yield Advice("loss was still falling at the end", why, do)
 
 
-def _tools(found: Mapping[str, Any]) -> Iterator[Advice]:
-    scores = {one["name"]: one for one in evidence.speaking(found) if one["task"] == "tool_calls"}
+def _memorised(facts: Facts) -> Iterator[Advice]:
+    if not facts.training_loss or not facts.validation:
+        return
+    trained, held_out = facts.training_loss.last, facts.validation[-1].loss
+    finite = all(math.isfinite(event.loss) for event in facts.validation)
+    if finite and held_out > SMALL and trained < MEMORISED * held_out:
+        why = f"training {trained:.4f}, held out {held_out:.4f}"
+        do = "fewer epochs or more rows: rows are memorised"
+        yield Advice("training loss is far below validation loss", why, do)
+
+
+def _calls(facts: Facts) -> Iterator[Advice]:
+    measures = {
+        measure.score.name: measure for measure in counting(facts) if measure.score.task == "tool_calls"
+    }
+    scores = {name: measure.score for name, measure in measures.items()}
     formed, right, exact = (scores.get(name) for name in ("well_formed", "right_tool", "exact_arguments"))
-    if formed and formed["value"] < FORMED:
-        yield Advice(
-            "calls are often missing or malformed",
-            _value(formed),
-            "look at the answers side by side, check the format with tunesmith show, then more rows or epochs",
-        )
-    elif formed and right and right["value"] < RIGHT:
-        folder = right.get("folder")
-        parts = [
-            one
-            for one in found["scores"]
-            if one.get("folder") == folder
-            and str(one.get("part") or "").startswith("tool=")
-            and one["part"] != f"tool={NO_CALL}"
-        ]
-        worst = sorted((one for one in parts if one["value"] < RIGHT), key=lambda one: one["value"])[:BITTER]
-        tools = ", ".join(
-            f"{one['part'].removeprefix('tool=')} ({words.number(one['value'], '%')} of {one['n']})"
-            for one in worst
-        )
-        why = f"{_value(formed)}, {_value(right)}" + (f"; worst: {tools}" if tools else "")
+    if formed and formed.value < FORMED:
         do = (
-            "more rows of these tools, and rows that tell them from their neighbours"
-            if tools
-            else "more rows of each tool"
+            "look at the answers side by side, check the format with tunesmith show, then more rows or epochs"
         )
-        yield Advice("calls are well formed and name the wrong tool", why, do)
-    elif right and exact and right["value"] >= RIGHT > exact["value"]:
+        yield Advice("calls are often missing or malformed", _value(formed), do)
+    elif formed and right and right.value < RIGHT:
+        yield _wrong_tools(facts, formed, measures["right_tool"])
+    elif right and exact and right.value >= RIGHT > exact.value:
+        why = f"{_value(right)}, {_value(exact)}"
         yield Advice(
-            "the tool is right and its arguments are not",
-            f"{_value(right)}, {_value(exact)}",
-            "rows with more various arguments",
+            "the tool is right and its arguments are not", why, "rows with a wider range of arguments"
         )
     unwanted = scores.get("unwanted_call")
-    if unwanted and unwanted["value"] > 1 - RIGHT:
+    if unwanted and unwanted.value > 1 - RIGHT:
         do = "more rows that declare tools and are answered in words"
-        yield Advice("calls are made where none is wanted", _value(unwanted), do)
-    own = [
-        one for one in found["evaluations"] if evidence.question(one["task"]) == "task"
-    ]  # others end at a length of their own
-    cut = [one for one in own if one["examples"] and one["cut"] / one["examples"] > CUT]
+        yield Advice("calls are made although none is wanted", _value(unwanted), do)
+
+
+def _wrong_tools(facts: Facts, formed: Score, right: Measure) -> Advice:
+    parts = [
+        measure.score
+        for measure in facts.measures
+        if measure.record.name == right.record.name
+        and (measure.score.part or "").startswith("tool=")
+        and measure.score.part != f"tool={NO_CALL}"
+        and measure.score.value < RIGHT
+    ]
+    worst = sorted(parts, key=lambda score: score.value)[:NAMED]
+    tools = ", ".join(
+        f"{(score.part or '').removeprefix('tool=')} ({words.number(score.value, '%')} of {score.n})"
+        for score in worst
+    )
+    why = f"{_value(formed)}, {_value(right.score)}" + (f"; worst: {tools}" if tools else "")
+    do = (
+        "more rows of these tools, and rows that tell them from similar ones"
+        if tools
+        else "more rows of each tool"
+    )
+    return Advice("calls are well formed and name the wrong tool", why, do)
+
+
+def _cut_answers(facts: Facts) -> Iterator[Advice]:
+    """Of tasks that ask rows; others have a length of their own."""
+    cut = [
+        evaluation
+        for evaluation in facts.evaluations
+        if about(evaluation.record.task).asks_rows
+        and evaluation.examples
+        and evaluation.cut / evaluation.examples > CUT
+    ]
     if cut:
-        why = ", ".join(f"{one['task']} {one['cut']:,} of {one['examples']:,}" for one in cut)
-        yield Advice(
-            "answers were cut at their longest",
-            why,
-            "evaluate with a larger --max-tokens; cut answers count as they stand",
+        why = ", ".join(
+            f"{evaluation.record.task} {evaluation.cut:,} of {evaluation.examples:,}" for evaluation in cut
         )
+        do = "evaluate with a larger --max-tokens; cut answers are scored as they are"
+        yield Advice("answers were cut at the longest length", why, do)
 
 
-def _steps(found: Mapping[str, Any]) -> Iterator[Advice]:
-    done, updates = found["updates"]["done"], found["updates"]
-    if done and updates["clipped"] / done > CLIPPED:
-        why = f"{updates['clipped']:,} of {done:,} updates ({updates['clipped'] / done:.0%})"
-        yield Advice(
-            "most gradients were clipped",
-            why,
-            "lower optimizer.learning_rate, warm up longer, or raise optimizer.max_norm",
-        )
-    if updates["skipped"]:
-        yield Advice(
-            "updates were skipped",
-            f"{len(updates['skipped']):,} were not finite",
-            "look at their rows; lower optimizer.learning_rate",
-        )
-    if (found["padding"] or 0) > PADDED:
-        yield Advice(
-            "much of the work was padding",
-            f"{found['padding']:.0%} of the positions",
-            "set batch.pack, if the objective allows it",
-        )
+def _steps(facts: Facts) -> Iterator[Advice]:
+    updates = facts.updates
+    if updates.done and updates.clipped / updates.done > CLIPPED:
+        why = f"{updates.clipped:,} of {updates.done:,} updates ({updates.clipped / updates.done:.0%})"
+        do = "lower optimizer.learning_rate, warm up longer, or raise optimizer.max_norm"
+        yield Advice("most gradients were clipped", why, do)
+    if updates.skipped:
+        why = f"{len(updates.skipped):,} were not finite"
+        yield Advice("updates were skipped", why, "look at their rows; lower optimizer.learning_rate")
+    if (facts.padding or 0) > PADDED:
+        why = f"{facts.padding:.0%} of the positions"
+        yield Advice("much of the work was padding", why, "set batch.pack, if the objective allows it")
 
 
-def _data(found: Mapping[str, Any]) -> Iterator[Advice]:
-    read = found["counts"].get("rows_read") or 0
-    reasons = found["counts"].get("rows_dropped") or {}
-    left = sum(count for reason, count in reasons.items() if reason not in BY_DESIGN)
-    if read and left / read > DROPPED:
-        yield Advice("many rows were left out", f"{left:,} of {read:,}", "see their reasons in the report")
-    for one in (found["audit"] or {}).get("findings", ()):
-        if (
-            one["severity"] == "error"
-            or one["accepted"]
-            or (one["severity"] == "warning" and "contamination" in one["rule"])
-        ):
-            yield Advice(
-                "the audit found it", f"{one['rule']}: {one['what']}", one["hint"] or "see tunesmith audit"
-            )
-    rows = found["rows"] or {}
+def _data(facts: Facts) -> Iterator[Advice]:
+    read = facts.counts.get("rows_read") or 0
+    reasons = facts.counts.get("rows_dropped") or {}
+    dropped = sum(count for reason, count in reasons.items() if reason not in BY_DESIGN)
+    if read and dropped / read > DROPPED:
+        yield Advice("many rows were left out", f"{dropped:,} of {read:,}", "see their reasons in the report")
+    for finding in facts.audit.findings if facts.audit else ():
+        contaminated = finding.severity == "warning" and "contamination" in finding.rule
+        if finding.severity == "error" or finding.accepted or contaminated:
+            why = f"{finding.rule}: {finding.what}"
+            yield Advice("the audit found a problem", why, finding.hint or "see tunesmith audit")
+    rows = facts.rows or {}
     for key, rule, do in (
         ("suspicious", "rows do not fit the others", "read them first: labels or answers may be wrong"),
         ("never_learned", "rows were never learned", "read them: they may contradict others"),
-        ("memorised", "rows are known by heart", "fewer epochs, where they are meant to teach a rule"),
+        ("memorised", "rows were memorised", "fewer epochs, if they are meant to teach a rule"),
     ):
-        if some := rows.get(key):
-            yield Advice(rule, f"{len(some):,} of {rows['rows']:,}, first {some[0]['source']}", do)
+        if listed := rows.get(key):
+            why = f"{len(listed):,} of {rows['rows']:,}, first {listed[0]['source']}"
+            yield Advice(rule, why, do)
 
 
-def _power(found: Mapping[str, Any]) -> Iterator[Advice]:
-    for one in found["answers"]:
-        unsure = one.get("verdict") == "no difference shown" and one["question"] in ("task", "benchmarks")
-        if unsure and (many := needed(one)) and many > one["n"]:
-            why = f"{words.title(one)} {words.interval(one, of='delta')}, n {one['n']:,}"
-            do = f"about {many:,} examples would show a difference of this size in 4 of 5 evaluations "
+def _power(facts: Facts) -> Iterator[Advice]:
+    for row in answers(facts):
+        score = row.score
+        if score.verdict != "no difference shown":
+            continue
+        n = needed(score) if row.question in ("task", "benchmarks") else None
+        if n and n > score.n:
+            why = f"{title(score)} {interval(score, of='delta')}, n {score.n:,}"
+            do = f"about {n:,} examples would show a difference of this size in 4 of 5 evaluations "
             do += f"(n × (half interval ÷ difference)² × {POWER:.2f}), before correction for many tests"
             yield Advice("too few examples for a difference of this size", why, do)
-        elif one.get("target") and one.get("met") is None and one.get("verdict") == "no difference shown":
-            why = f"{words.title(one)}, {one['target']}: {words.interval(one, of='delta')}, n {one['n']:,}"
-            yield Advice(
-                "a target is neither kept nor missed",
-                why,
-                "evaluate more prompts (a larger suite, no --limit): the interval is too wide",
-            )
+        elif score.target and score.met is None:
+            why = f"{title(score)}, {score.target}: {interval(score, of='delta')}, n {score.n:,}"
+            do = "evaluate more prompts (a larger suite, no --limit): the interval is too wide"
+            yield Advice("a target is neither kept nor missed", why, do)
 
 
-def _limits(found: Mapping[str, Any]) -> Iterator[str]:
-    rows = max((one["rows"] for one in found["validation"]), default=0)
+def _changes(scores: Sequence[Score]) -> str:
+    return "; ".join(f"{title(score)} {interval(score, of='delta')}, {score.target}" for score in scores)
+
+
+def _value(score: Score) -> str:
+    return f"{title(score)} {words.number(score.value, score.unit or '%')}"
+
+
+def limits(facts: Facts) -> list[str]:
+    """Sentences: what the numbers do not show."""
+    chosen = counting(facts)
+    sentences = [_held_out_limit(facts)]
+    if any(measure.score.task == "preference" for measure in chosen):
+        sentences.append(
+            "Preference compares whole answers: if good ones are longer than bad ones, length can move it."
+        )
+    if not chosen:
+        return [
+            *sentences,
+            "No answers were scored: whether the task was learned, and what was forgotten, is not known.",
+        ]
+    return [*sentences, *_score_limits(chosen, answers(facts)), *_left_out_limits(facts, chosen)]
+
+
+def _held_out_limit(facts: Facts) -> str:
+    rows = max((event.rows for event in facts.validation), default=0)
     if rows:
-        yield f"Loss is of {rows:,} held-out rows" + (", which is few." if rows < FEW else ".")
-    elif found["counts"].get("rows_valid"):
-        yield f"Nothing was validated yet on the {found['counts']['rows_valid']:,} held-out rows."
-    else:
-        yield "No rows were held out, so the loss says nothing of rows that were not learned."
-    chosen = evidence.speaking(found)
-    if any(one["task"] == "preference" for one in chosen):
-        yield "Preference compares whole answers: where good ones are longer than bad ones, length alone can move it."
-    if chosen:
-        yield "Intervals are over prompts. One run with one seed was made; how much another seed would change is not in them."
-        short = (
-            one for one in chosen if one["n"] < FEW and one["task"] != "efficiency"
-        )  # whose n are rounds
-        few = list(dict.fromkeys(f"{words.title(one)} ({one['n']:,})" for one in short))
-        if few:
-            yield f"Fewer than {FEW} examples: {', '.join(few)}."
-        if found["answers"] and any(one["question"] == "safety" for one in found["answers"]):
-            yield "Safety is whether the model declines, on a fixed list of prompts; it is no proof against other prompts."
-        first = next(iter(evidence.leading(found["answers"])), None)
-        if first and (files := evidence.elsewhere(first)):
-            yield f"The task was measured on {files}, not on held-out rows."
-        if first and first["task"] == "perplexity":
-            yield "The task was judged by the likelihood of the references alone: no answer of the model was."
-        spoken = {str(one["folder"]) for one in chosen}
-        others = sorted(
-            {
-                (str(one["folder"]), str(one["checkpoint"]))
-                for one in found["scores"]
-                if one["folder"] not in spoken
-            }
+        return f"The loss is over {rows:,} held-out rows" + (", which is few." if rows < FEW else ".")
+    if valid := facts.counts.get("rows_valid"):
+        return f"Nothing was validated yet on the {valid:,} held-out rows."
+    return "No rows were held out, so the loss says nothing about rows that were not trained on."
+
+
+def _score_limits(chosen: Sequence[Measure], rows: Sequence[Measure]) -> Iterator[str]:
+    yield (
+        "Intervals are over prompts. One run with one seed was made: how much another seed would change "
+        "is not in them."
+    )
+    few = dict.fromkeys(
+        f"{title(measure.score)} ({measure.score.n:,})"
+        for measure in chosen
+        if measure.score.n < FEW and measure.question != "efficiency"  # its n counts rounds
+    )
+    if few:
+        yield f"Fewer than {FEW} examples: {', '.join(few)}."
+    if any(row.question == "safety" for row in rows):
+        yield "Safety is whether the model declines a fixed list of prompts. Other prompts were not tried."
+    first = next(iter(leading(rows)), None)
+    if first and (files := elsewhere(first.record)):
+        yield f"The task was measured on {files}, not on held-out rows."
+    if first and first.score.task == "perplexity":
+        yield "The task was judged by the likelihood of the references; no answer of the model was read."
+
+
+def _left_out_limits(facts: Facts, chosen: Sequence[Measure]) -> Iterator[str]:
+    counted = {measure.record.name for measure in chosen}
+    others = {
+        f"{measure.record.name} (checkpoint {measure.record.checkpoint})"
+        for measure in facts.measures
+        if measure.record.name not in counted
+    }
+    if others:
+        yield (
+            "Shown but not in the verdict, because they are of another checkpoint or version, on other or "
+            f"fewer rows, or without a base: {', '.join(sorted(others))}."
         )
-        if others:
-            yield (
-                "Shown, not in the verdict, since of another checkpoint or version, on other or fewer rows, or without a base: "
-                + ", ".join(f"{folder} (checkpoint {checkpoint})" for folder, checkpoint in others)
-                + "."
-            )
-        unjudged = sorted(
-            {
-                one["task"]
-                for one in chosen
-                if one.get("delta") is not None and one.get("better") and not one.get("verdict")
-            }
-        )
-        if unjudged:
-            yield f"Not judged: {', '.join(unjudged)}."
-        yield "Answers were generated greedily; with a temperature they vary."
-    else:
-        yield "No answers were scored: whether the task was learned, and what was forgotten, is not known."
-
-
-def _list(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "; ".join(f"{words.title(one)} {words.interval(one, of='delta')}, {one['target']}" for one in rows)
-
-
-def _value(one: Mapping[str, Any]) -> str:
-    return f"{one['name']} {words.number(one['value'], one.get('unit') or '%')}"
+    unjudged = {
+        measure.score.task
+        for measure in chosen
+        if measure.score.delta is not None and measure.score.better and not measure.score.verdict
+    }
+    if unjudged:
+        yield f"Not judged: {', '.join(sorted(unjudged))}."
+    yield "Answers were generated greedily; with a temperature they vary."

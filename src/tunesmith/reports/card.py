@@ -1,9 +1,9 @@
 """A model card in the Hugging Face hub's format: what the weights of a run are, how they were made, and what
 was measured.
 
-Format: huggingface.co/docs/hub/model-cards, its metadata written by `huggingface_hub` itself. A card is for
-others: it names files without their folders and quotes no row of the data. Nothing is invented: what a run
-does not know is left out of the metadata, and the text says so in one line."""
+Format: huggingface.co/docs/hub/model-cards; its metadata is written by `huggingface_hub`. A card is for
+others: it names files without their folders and quotes no row of the data. Nothing is invented: what the run
+does not record is left out of the metadata, and the text says that it is unknown."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from tunesmith.data.sources import sha256
-from tunesmith.display import words
 from tunesmith.display.console import duration, size
-from tunesmith.display.text import escaped
+from tunesmith.display.markdown import cell, fence, table
+from tunesmith.display.text import escaped, many
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.tasks import about
 from tunesmith.files import write_text
-from tunesmith.reports import summary as facts
-from tunesmith.reports import verdict as evidence
-from tunesmith.reports.markdown import cell, fence, table
+from tunesmith.reports import markdown
+from tunesmith.reports.facts import AuditSummary, Facts
+from tunesmith.reports.measures import Measure, answer, identifier, interval, label
+from tunesmith.reports.summary import Summary
 from tunesmith.runs.directory import VALID
 from tunesmith.settings.config import flat
 
@@ -36,231 +38,212 @@ if TYPE_CHECKING:
 CARD = "model_card.md"
 OWN = "held-out rows"
 SPOKEN = 0.05
-"""Share of the rows from which on a language is one of the model's."""
+"""A language is the model's if it has this share of the rows."""
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,40}")
 _LANGUAGE = re.compile(r"\b([a-z]{2,3}) (\d+(?:\.\d+)?)%")
 _KINDS = {"lora": "a LoRA adapter", "dora": "a DoRA adapter", "full": "all weights that were trained"}
 
 
-def write(run_dir: Path, found: dict[str, Any] | None = None) -> Path:
-    """Write the card into ``run_dir``, whole or not at all, and return its path. ``found``: `facts.summary`,
-    if at hand."""
-    write_text(run_dir / CARD, text(run_dir, found))
-    return run_dir / CARD
+@dataclass(frozen=True)
+class CardBase:
+    """The base model: its name for readers, its name on the hub and its licence, if these are known."""
+
+    name: str
+    hub: str | None = None
+    licence: str | None = None
 
 
-def text(run_dir: Path, found: dict[str, Any] | None = None) -> str:
-    """Metadata and text of the card; of the same run directory always the same."""
-    found = found or facts.summary(run_dir)
-    base, known = _base(found)
-    body = [f"# {cell(run_dir.resolve().name)}", "", f"**{cell(found['verdict'])}**", ""]
-    for title, section in _sections(run_dir, found, base, known):
+class ShareOfRows(NamedTuple):
+    language: str
+    share: float
+
+
+def write(summary: Summary) -> Path:
+    """Write the card into the run directory, whole or not at all, and return its path."""
+    path = summary.facts.run / CARD
+    write_text(path, text(summary))
+    return path
+
+
+def text(summary: Summary) -> str:
+    """Metadata and text of the card; the same for the same run directory."""
+    base = _base(summary.facts)
+    body = [f"# {cell(summary.facts.run.name)}", "", *markdown.verdict(summary), ""]
+    for title, section in _sections(summary, base):
         body += [f"## {title}", "", *section, ""]
-    return f"---\n{_data(run_dir, found, base, known).to_yaml()}\n---\n\n" + escaped("\n".join(body))
+    return f"---\n{_data(summary, base).to_yaml()}\n---\n\n" + escaped("\n".join(body))
 
 
-def _data(run_dir: Path, found: Mapping[str, Any], base: str, known: Mapping[str, str]) -> ModelCardData:
+def _data(summary: Summary, base: CardBase) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
-    settings, results = found["settings"], _results(run_dir, found)
-    told = [settings.get("adapter.kind"), settings.get("objective.kind")]
-    languages = [name for name, share in _languages(found) if share >= SPOKEN]
+    facts, results = summary.facts, _results(summary)
+    kinds = [facts.settings.get("adapter.kind"), facts.settings.get("objective.kind")]
+    languages = [language for language, share in _languages(facts.audit) if share >= SPOKEN]
     return ModelCardData(
-        base_model=known.get("hub"),
+        base_model=base.hub,
         library_name="mlx",
-        license=known.get("licence"),
+        license=base.licence,
         language=languages or None,
         pipeline_tag="text-generation",
-        tags=["mlx", "mlx-lm", "tunesmith", *(str(one) for one in told if one)],
-        model_name=escaped(run_dir.resolve().name) if results else None,
+        tags=["mlx", "mlx-lm", "tunesmith", *(str(kind) for kind in kinds if kind)],
+        model_name=escaped(facts.run.name) if results else None,
         eval_results=results or None,
     )
 
 
-def _results(run_dir: Path, found: Mapping[str, Any]) -> list[EvalResult]:
-    """Each number at the top of the report, as the hub has them: with its interval, its n and the base beside
-    it."""
+def _results(summary: Summary) -> list[EvalResult]:
+    """The numbers at the top of the report in the hub's form, each with its interval, its n and the base."""
+    return [_result(summary.facts, row) for row in summary.answers if math.isfinite(row.score.value)]
+
+
+def _result(facts: Facts, row: Measure) -> EvalResult:
     from huggingface_hub import EvalResult
 
-    results: list[EvalResult] = []
-    for one in found["answers"]:
-        if not _finite(one["value"]):
-            continue
-        own, asked, unit = one["data"] == VALID, _asked(found, one), one["unit"] or ""
-        held_out = f"{OWN} of the run{asked.removeprefix(OWN)}"
-        about = {"low": one["low"], "high": one["high"], "base": words.base(one)}
-        about = {
-            key: _shown(value, unit) for key, value in about.items() if value is not None and _finite(value)
-        }
-        about |= {"n": one["n"]} | ({"unit": unit} if unit else {})
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                task_name="Text generation",
-                metric_type=f"{one['task']}.{one['name']}",
-                dataset_type="held-out" if own else str(one["task"]),
-                dataset_name=held_out if own else f"{escaped(str(one['task']))}, {asked}",
-                dataset_config=None if own else one["identity"],
-                dataset_revision=sha256(run_dir / VALID) if own and (run_dir / VALID).is_file() else None,
-                metric_name=words.title(one),
-                metric_value=_shown(one["value"], unit),
-                verified=False,
-                metric_args=about,
-            )
-        )
-    return results
+    score, own, asked = row.score, row.record.data == VALID, _asked(facts, row)
+    held_out, valid = f"{OWN} of the run{asked.removeprefix(OWN)}", facts.run / VALID
+    ends = {"low": score.low, "high": score.high, "base": score.base}
+    arguments: dict[str, Any] = {
+        key: _shown(value, score.unit)
+        for key, value in ends.items()
+        if value is not None and math.isfinite(value)
+    }
+    arguments |= {"n": score.n} | ({"unit": score.unit} if score.unit else {})
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text generation",
+        metric_type=f"{score.task}.{score.name}",
+        dataset_type="held-out" if own else score.task,
+        dataset_name=held_out if own else f"{escaped(score.task)}, {asked}",
+        dataset_config=None if own else row.record.identity,
+        dataset_revision=sha256(valid) if own and valid.is_file() else None,
+        metric_name=identifier(score),
+        metric_value=_shown(score.value, score.unit),
+        verified=False,
+        metric_args=arguments,
+    )
 
 
 def _shown(value: float, unit: str) -> float:
-    """In its unit: of "%" per cent, as the hub's readers expect, where ours are shares."""
+    """In its unit: a share with the unit "%" is per cent on the hub."""
     return round(100 * value, 10) if unit == "%" else value
 
 
-def _finite(value: Any) -> bool:
-    """Facts call what is not finite by its name."""
-    return value not in ("nan", "inf", "-inf") and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def _asked(found: Mapping[str, Any], score: Mapping[str, Any]) -> str:
-    """On what, files without their folders; how much of it; and by which checkpoint where that is not the
+def _asked(facts: Facts, row: Measure) -> str:
+    """What was asked: files without their folders, how much of them, and the checkpoint if it is not the
     card's."""
-    task = str(score["task"])
-    settings = (
-        next((one.get("settings") for one in found["evaluations"] if one["folder"] == score["folder"]), None)
-        or {}
-    )
-    files = score["data"] if isinstance(score["data"], list) else []
-    described = about(task)
+    task, record = row.score.task, row.record
+    settings, described = record.settings or {}, about(row.score.task)
+    files = record.data if isinstance(record.data, tuple) else ()
     if described.files:
-        files = settings.get(described.files) or []
-    named = ", ".join(PurePath(str(one)).name for one in files) or (
-        "unknown rows" if described.asks_rows else "its suite"
-    )
-    told = [OWN if score["data"] == VALID else named]
-    told += (
-        [f"{settings['shots']} solved examples"]
-        if settings.get("shots") and task.startswith("benchmark.")
-        else []
-    )
-    if settings.get("limit"):
-        told.append(
-            f"{settings['limit']}, evenly by kind"
-            if task.startswith("drift.")
-            else f"first {settings['limit']}"
-        )
-    other = str(score["checkpoint"] or "").lstrip("0")
-    return ", ".join(
-        [*told, *([f"checkpoint of step {other}"] if other and other != str(evidence.best(found)) else [])]
-    )
+        named = settings.get(described.files)
+        files = tuple(map(str, named)) if isinstance(named, list) else ()
+    names = ", ".join(PurePath(path).name for path in files)
+    names = names or ("unknown rows" if described.asks_rows else "its suite")
+    parts = [OWN if record.data == VALID else names]
+    if settings.get("shots") and task.startswith("benchmark."):
+        parts.append(f"{settings['shots']} solved examples")
+    if record.limit:
+        evenly = task.startswith("drift.")
+        parts.append(f"{record.limit}, evenly by kind" if evenly else f"first {record.limit}")
+    other = (record.checkpoint or "").lstrip("0")
+    if other and other != str(facts.checkpoints and facts.checkpoints.used):
+        parts.append(f"checkpoint of step {other}")
+    return ", ".join(parts)
 
 
-def _base(found: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """What the base is called; and, as far as known, its name on the ``hub`` and its ``licence``."""
-    path = str(found["settings"].get("model.path") or "")
-    local = Path(path).expanduser()
-    known: dict[str, str] = {}
+def _base(facts: Facts) -> CardBase:
+    path = str(facts.settings.get("model.path") or "")
+    local, name = Path(path).expanduser(), PurePath(path).name or "unknown"
     if path.endswith(".gguf"):
-        known = _gguf(local) if local.is_file() else {}
-    elif not local.exists() and _HUB.fullmatch(path):
-        known = {"hub": path}
-        from huggingface_hub import try_to_load_from_cache
+        return _gguf(local, name) if local.is_file() else CardBase(name)
+    if local.is_dir():
+        return CardBase(name, None, _licence(local / "README.md"))
+    if local.exists() or not _HUB.fullmatch(path):
+        return CardBase(name)
+    from huggingface_hub import try_to_load_from_cache
 
-        card = try_to_load_from_cache(path, "README.md", revision=found["settings"].get("model.revision"))
-        known |= _licence(Path(card)) if isinstance(card, str) else {}
-    elif local.is_dir():
-        known = _licence(local / "README.md")
-    return known.get("hub") or PurePath(path).name or "unknown", known
+    card = try_to_load_from_cache(path, "README.md", revision=facts.settings.get("model.revision"))
+    return CardBase(path, path, _licence(Path(card)) if isinstance(card, str) else None)
 
 
-def _gguf(path: Path) -> dict[str, str]:
-    """What a GGUF file says of itself."""
+def _gguf(path: Path, name: str) -> CardBase:
+    """As the GGUF file describes itself."""
     from tunesmith.model import gguf
 
     try:
-        told = gguf.texts(path)
-    except ModelError:  # the run was made from it, so it is another file now
-        return {}
-    licence = told.get("general.license", "")
-    hub = told.get("general.base_model.0.repo_url", "").partition("huggingface.co/")[2].strip("/")
-    known = {"licence": licence} if _LICENCE.fullmatch(licence) else {}
-    return known | ({"hub": hub} if _HUB.fullmatch(hub) else {})
+        texts = gguf.texts(path)
+    except ModelError:  # the run was made from this path, so the file was replaced since
+        return CardBase(name)
+    licence = texts.get("general.license", "")
+    hub = texts.get("general.base_model.0.repo_url", "").partition("huggingface.co/")[2].strip("/")
+    named = hub if _HUB.fullmatch(hub) else None
+    return CardBase(named or name, named, licence if _LICENCE.fullmatch(licence) else None)
 
 
-def _licence(card: Path) -> dict[str, str]:
-    """The licence that the front matter of a model card names."""
+def _licence(card: Path) -> str | None:
+    """The licence in the metadata of a model card."""
     try:
         front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8"), re.DOTALL)
-        found = yaml.safe_load(front[1]) if front else None
+        metadata = yaml.safe_load(front[1]) if front else None
     except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    licence = found.get("license") if isinstance(found, dict) else None
-    return {"licence": licence} if isinstance(licence, str) and _LICENCE.fullmatch(licence) else {}
+        return None
+    licence = metadata.get("license") if isinstance(metadata, dict) else None
+    return licence if isinstance(licence, str) and _LICENCE.fullmatch(licence) else None
 
 
-def _languages(found: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Languages of the rows with their shares, as far as the audit told them."""
-    findings = (found["audit"] or {}).get("findings", ())
-    said = next(
-        (
-            one["what"]
-            for one in findings
-            if one["rule"] == "content.languages" and "languages of" in one["what"]
-        ),
-        "",
-    )
-    return [(name, float(share) / 100) for name, share in _LANGUAGE.findall(said.partition(": ")[2])]
-
-
-def _sections(
-    run_dir: Path, found: Mapping[str, Any], base: str, known: Mapping[str, str]
-) -> Iterator[tuple[str, list[str]]]:
-    settings, manifest = found["settings"], found["manifest"]
-    yield "What it is", list(_what(found, base, known))
-    yield (
-        "Intended use",
-        [
-            "Who trained it has not stated one. It answers as the rows under Data do; of other uses nothing is known."
-        ],
-    )
-    keys = [*_MATTER, *(key for key in found["settings_given"] if key not in _MATTER)]
-    rows = [
-        (key, _setting(key, settings[key]))
-        for key in keys
-        if settings.get(key) is not None and not key.startswith("audit.")
+def _languages(audit: AuditSummary | None) -> list[ShareOfRows]:
+    """Languages of the rows with their shares, as the audit found them."""
+    findings = audit.findings if audit else ()
+    said = [
+        finding.what
+        for finding in findings
+        if finding.rule == "content.languages" and "languages of" in finding.what
     ]
-    done, planned = found["updates"]["done"], found["updates"]["planned"]
-    text = (
-        f"{done:,} updates"
-        + (f" of {planned:,}" if planned not in (None, done) else "")
-        + f"; the run is {found['status']}."
-    )
-    yield (
-        "How it was trained",
-        [text, "", *(table(("setting", "value"), rows) if rows else ["Its settings are unknown."])],
-    )
-    yield "Data", list(_rows(found))
-    parts = {True: [], False: []}
-    for one in found["answers"]:
-        parts[one["question"] in ("retention", "safety")].append(one)
-    evaluate = f"tunesmith evaluate {_name(run_dir)}"
-    yield "Results", _scores(found, parts[False], evaluate)
-    yield "Retention and safety", _scores(found, parts[True], f"{evaluate} --task drift")
-    yield (
-        "Limits",
-        [f"- {cell(one)}" for one in found["limits"]]
-        or ["None is known, which does not mean that there is none."],
-    )
-    yield "How to use it", list(_use(run_dir, found, base))
-    again = f"{_name(run_dir)}-again"
-    lines = [f"tunesmith train --config {_name(run_dir)}/config.yaml --out {again}"]
-    lines += [f"tunesmith evaluate {again}"] if found["scores"] else []
-    hashes = table(("what", "hash"), ((PurePath(key).name, value) for key, value in _hashes(manifest)))
-    yield (
-        "How to make it again",
-        [*fence("\n".join(lines), "sh"), "", "From the same data, template and base:", "", *hashes],
-    )
-    yield "Environment", list(_environment(found))
+    listed = said[0].partition(": ")[2] if said else ""
+    return [ShareOfRows(name, float(share) / 100) for name, share in _LANGUAGE.findall(listed)]
+
+
+def _sections(summary: Summary, base: CardBase) -> Iterator[tuple[str, list[str]]]:
+    facts = summary.facts
+    yield "What it is", list(_what(facts, base))
+    unstated = "Who trained it has not stated one. It answers as the rows under Data do."
+    yield "Intended use", [f"{unstated} Nothing is known about other uses."]
+    yield "How it was trained", _trained(facts)
+    yield "Data", list(_rows(facts))
+    held = [row for row in summary.answers if row.question in ("retention", "safety")]
+    others = [row for row in summary.answers if row not in held]
+    evaluate = f"tunesmith evaluate {_name(facts)}"
+    yield "Results", _scores(facts, others, evaluate)
+    yield "Retention and safety", _scores(facts, held, f"{evaluate} --task drift")
+    unlimited = "None is known, which does not mean that there is none."
+    yield "Limits", [f"- {cell(limit)}" for limit in summary.limits] or [unlimited]
+    yield "How to use it", list(_use(facts, base))
+    yield "How to make it again", _again(facts)
+    yield "Environment", list(_environment(facts))
+
+
+def _trained(facts: Facts) -> list[str]:
+    keys = [*_MATTER, *(key for key in facts.origins if key not in _MATTER)]
+    rows = [
+        (key, _setting(key, facts.settings[key]))
+        for key in keys
+        if facts.settings.get(key) is not None and not key.startswith("audit.")
+    ]
+    done, planned = facts.updates.done, facts.updates.planned
+    of_planned = f" of {planned:,}" if planned not in (None, done) else ""
+    settings = table(("setting", "value"), rows) if rows else ["Its settings are unknown."]
+    return [f"{done:,} updates{of_planned}; the run is {facts.status}.", "", *settings]
+
+
+def _again(facts: Facts) -> list[str]:
+    again = f"{_name(facts)}-again"
+    lines = [f"tunesmith train --config {_name(facts)}/config.yaml --out {again}"]
+    lines += [f"tunesmith evaluate {again}"] if facts.measures else []
+    hashes = [(PurePath(key).name, value) for key, value in _hashes(facts.manifest)]
+    lead = "From the same data, template and base:"
+    return [*fence("\n".join(lines), "sh"), "", lead, "", *table(("what", "hash"), hashes)]
 
 
 _MATTER = (
@@ -287,159 +270,143 @@ _MATTER = (
 def _setting(key: str, value: Any) -> str:
     """Files without their folders."""
     if key.startswith(("data.", "model.", "adapter.start")):
-        some = value if isinstance(value, list) else [value]
-        return ", ".join(
-            one if _HUB.fullmatch(str(one)) else PurePath(str(one)).name for one in map(str, some)
-        )
+        paths = map(str, value if isinstance(value, list) else [value])
+        return ", ".join(path if _HUB.fullmatch(path) else PurePath(path).name for path in paths)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _what(found: Mapping[str, Any], base: str, known: Mapping[str, str]) -> Iterator[str]:
-    kind = str(found["settings"].get("adapter.kind", ""))
-    text = f"It is {_KINDS.get(kind, 'an adapter of unknown kind')} for {cell(base)}"
-    if version := found["manifest"].get("versions", {}).get("tunesmith"):
-        text += f", made by tunesmith {cell(version)}"
-    if found["weights"]:
-        text += ": {trainable:,} of {total:,} weights were trained".format(**found["weights"])
-    kept = found["checkpoints"]
-    yield text + (
-        f". Its checkpoint is that of step {evidence.best(found):,}."
-        if kept
-        else ". It has no checkpoint yet."
+def _what(facts: Facts, base: CardBase) -> Iterator[str]:
+    kind = str(facts.settings.get("adapter.kind", ""))
+    line = f"It is {_KINDS.get(kind, 'an adapter of unknown kind')} for {cell(base.name)}"
+    if version := facts.manifest.get("versions", {}).get("tunesmith"):
+        line += f", made by tunesmith {cell(version)}"
+    if facts.weights:
+        line += f": {facts.weights.trainable:,} of {facts.weights.total:,} weights were trained"
+    index = facts.checkpoints
+    yield line + (
+        f". Its checkpoint is that of step {index.used:,}." if index else ". It has no checkpoint yet."
     )
     yield ""
-    licence, languages = known.get("licence"), _languages(found)
-    yield (
-        f"- Licence of the base: {cell(licence)}."
-        if licence
-        else "- Licence: unknown; the base names none that could be read."
-    )
-    spoken = ", ".join(f"{name} {share:.0%}" for name, share in languages)
-    yield (
-        f"- Languages of the rows: {spoken}."
-        if languages
-        else "- Languages: unknown; the audit did not tell them."
-    )
-    if not known.get("hub"):
+    if base.licence:
+        yield f"- Licence of the base: {cell(base.licence)}."
+    else:
+        yield "- Licence: unknown; the base names none that could be read."
+    languages = ", ".join(f"{name} {share:.0%}" for name, share in _languages(facts.audit))
+    if languages:
+        yield f"- Languages of the rows: {languages}."
+    else:
+        yield "- Languages: unknown; the audit did not find any."
+    if not base.hub:
         yield "- The base's name on the hub is unknown, so the metadata names none."
-    if found["manifest"].get("lineage"):
-        yield "- It goes on from another adapter, see `manifest.json`."
+    if facts.manifest.get("lineage"):
+        yield "- It continues another adapter, see `manifest.json`."
 
 
-def _rows(found: Mapping[str, Any]) -> Iterator[str]:
-    counts = found["counts"]
-    hashed = found["manifest"].get("hashes", {}).get("data", {})
-    if not counts and not hashed:
+def _rows(facts: Facts) -> Iterator[str]:
+    hashes = facts.manifest.get("hashes", {}).get("data", {})
+    if not facts.counts and not hashes:
         yield "Unknown."
         return
-    if hashed:
-        yield from [
-            *table(("file", "SHA-256"), ((PurePath(path).name, value) for path, value in hashed.items())),
-            "",
-        ]
-    named = {
+    if hashes:
+        files = ((PurePath(path).name, value) for path, value in hashes.items())
+        yield from [*table(("file", "SHA-256"), files), ""]
+    names = {
         "rows_read": "rows read",
-        "rows_train": "learned from",
+        "rows_train": "trained on",
         "rows_valid": "held out",
         "tokens": "tokens",
         "supervised_tokens": "of these learned",
     }
-    yield (
-        ", ".join(
-            f"{counts[key]:,} {name}" for key, name in named.items() if isinstance(counts.get(key), int)
-        )
-        + "."
-    )
-    left_out = flat({"": counts.get("rows_dropped") or {}})
-    if left_out:
-        told = ", ".join(f"{key.lstrip('.')} {count:,}" for key, count in left_out.items())
-        yield from ["", f"Left out: {cell(told)}."]
-    audit = found["audit"]
-    if not audit:
-        yield from ["", "The rows were not audited."]
-        return
+    counts = {name: facts.counts.get(key) for key, name in names.items()}
+    yield ", ".join(f"{count:,} {name}" for name, count in counts.items() if isinstance(count, int)) + "."
+    if dropped := flat({"": facts.counts.get("rows_dropped") or {}}):
+        reasons = ", ".join(f"{key.lstrip('.')} {count:,}" for key, count in dropped.items())
+        yield from ["", f"Left out: {cell(reasons)}."]
+    yield from ["", *(_audit(facts.audit) if facts.audit else ["The rows were not audited."])]
+
+
+def _audit(audit: AuditSummary) -> Iterator[str]:
     rows = [
         (
-            one["rule"],
-            one["severity"],
-            f"{one['count']:,} of {one['of']:,} rows" if one["count"] else "the whole set",
+            finding.rule,
+            finding.severity,
+            f"{finding.count:,} of {finding.of:,} rows" if finding.count else "the whole set",
         )
-        for one in audit["findings"]
-        if one["severity"] in ("error", "warning") or one["accepted"]
+        for finding in audit.findings
+        if finding.severity in ("error", "warning") or finding.accepted
     ]
-    yield from [
-        "",
-        f"Audit of {audit['rows']:,} rows: {len(rows) or 'no'} finding{'s' * (len(rows) != 1)} to look at.",
-    ]
+    yield f"Audit of {audit.rows:,} rows: {many(len(rows), 'finding') if rows else 'no findings'} to look at."
     if rows:
         yield from ["", *table(("finding", "severity", "concerns"), rows)]
 
 
-def _scores(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], command: str) -> list[str]:
+def _scores(facts: Facts, measures: Sequence[Measure], command: str) -> list[str]:
     """``command``: what would measure them."""
-    if not rows:
+    if not measures:
         return ["Not measured. This does:", "", *fence(command, "sh")]
     head = ("what", "base", "tuned, 95 % interval", "difference, 95 % interval", "n", "answer", "asked")
-    lines = table(
-        head,
+    rows = [
         (
-            (
-                words.title(one),
-                words.interval(one, of="base"),
-                words.interval(one),
-                words.interval(one, of="delta"),
-                one["n"],
-                evidence.answer(one),
-                _asked(found, one),
-            )
-            for one in rows
-        ),
-    )
-    alone = [one for one in rows if one["delta"] is None]
-    if len(alone) == len(rows):
-        return ["The base was not asked, so nothing is compared.", "", *lines]
-    both = "Where a base is shown, both" if alone else "Both"
-    return [f"{both} sides were asked the same; verdicts are corrected for their number.", "", *lines]
+            label(row.score),
+            interval(row.score, of="base"),
+            interval(row.score),
+            interval(row.score, of="delta"),
+            row.score.n,
+            answer(row.score),
+            _asked(facts, row),
+        )
+        for row in measures
+    ]
+    without_base = [row for row in measures if row.score.delta is None]
+    if len(without_base) == len(measures):
+        lead = "The base was not asked, so nothing is compared."
+    else:
+        both = "If a base is shown, both" if without_base else "Both"
+        lead = f"{both} sides were asked the same; verdicts are corrected for their number."
+    return [lead, "", *table(head, rows)]
 
 
-def _name(run_dir: Path) -> str:
-    return shlex.quote(run_dir.resolve().name)
+def _name(facts: Facts) -> str:
+    return shlex.quote(facts.run.name)
 
 
-def _use(run_dir: Path, found: Mapping[str, Any], base: str) -> Iterator[str]:
-    kept, settings = found["checkpoints"], found["settings"]
-    if not kept:
+def _use(facts: Facts, base: CardBase) -> Iterator[str]:
+    if facts.checkpoints is None:
         yield "There is nothing to use yet: no checkpoint was saved."
         return
-    run, path = _name(run_dir), str(settings.get("model.path"))
+    run, settings = _name(facts), facts.settings
     lines = [f"tunesmith chat {run}", f"tunesmith generate {run} --prompt 'Hello'"]
-    why = "the base is a GGUF file" if path.endswith(".gguf") else ""
-    why = why or ("the base was quantised while it was loaded" if settings.get("model.quantize") else "")
-    why = why or ("another adapter is merged into the base" if settings.get("model.adapter") else "")
-    if not why:
-        adapter = f"{run}/checkpoints/{evidence.best(found):06d}"
-        lines.append(f"mlx_lm.generate --model {shlex.quote(base)} --adapter-path {adapter} --prompt 'Hello'")
+    why = None
+    if str(settings.get("model.path")).endswith(".gguf"):
+        why = "the base is a GGUF file"
+    elif settings.get("model.quantize"):
+        why = "the base was quantised while it was loaded"
+    elif settings.get("model.adapter"):
+        why = "another adapter is merged into the base"
+    else:
+        adapter = f"{run}/checkpoints/{facts.checkpoints.used:06d}"
+        lines.append(
+            f"mlx_lm.generate --model {shlex.quote(base.name)} --adapter-path {adapter} --prompt 'Hello'"
+        )
     yield from fence("\n".join(lines), "sh")
     if why:
         yield from ["", f"`mlx_lm.generate` alone does not load it: {why}."]
 
 
 def _hashes(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Of data, template and base; files keep their dots."""
+    """Of data, template and base."""
     hashes = manifest.get("hashes", {})
-    return [
-        *hashes.get("data", {}).items(),
-        *((key, str(value)) for key, value in hashes.items() if key != "data"),
-    ]
+    others = [(key, str(value)) for key, value in hashes.items() if key != "data"]
+    return [*hashes.get("data", {}).items(), *others]
 
 
-def _environment(found: Mapping[str, Any]) -> Iterator[str]:
-    manifest, spent, peak = found["manifest"], found["time"], found["memory_peak"]
-    told = flat(manifest.get("machine") or {}) | flat(manifest.get("versions") or {})
-    rows = [(key, str(value)) for key, value in told.items() if value is not None]
+def _environment(facts: Facts) -> Iterator[str]:
+    manifest = facts.manifest
+    versions = flat(manifest.get("machine") or {}) | flat(manifest.get("versions") or {})
+    rows = [(key, str(value)) for key, value in versions.items() if value is not None]
     rows += [("created", manifest["created"])] if manifest.get("created") else []
-    rows += [("updates took", duration(spent["training_s"]))] if spent["training_s"] else []
-    rows += [("whole run took", duration(spent["seconds"]))] if spent["seconds"] else []
-    rows += [(f"most memory, {name}", size(n_bytes)) for name, n_bytes in peak.items()]
+    rows += [("updates took", duration(facts.time.training_s))] if facts.time.training_s else []
+    rows += [("whole run took", duration(facts.time.seconds))] if facts.time.seconds else []
+    rows += [(f"most memory, {name}", size(n_bytes)) for name, n_bytes in facts.memory_peak.items()]
     yield from table(("what", "measured"), rows) if rows else ["Unknown."]
     yield from ["", "Emissions were not measured."]

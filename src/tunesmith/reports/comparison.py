@@ -1,338 +1,481 @@
-"""A comparison of runs as one HTML file that needs no network, as Markdown, and as JSON.
+"""Which of several runs is better, how sure is that, and what does it cost?
 
-How it looks is in ``compare.html`` and ``base.html``; curves differ by dash as well as by colour, and every
-chart has its table. Texts of the data are only ever text (`page.render`, `markdown.cell`, `markdown.fence`).
-"""
+Reads run directories only. All runs are compared with one of them, the first: every difference is other −
+first, on the same prompts (`evaluation.pairing`), and all are judged together, so the more is compared the
+larger a difference must be to count. The others are not compared with one another; name another first run
+with ``against`` for that."""
 
 from __future__ import annotations
 
 import json
-import shlex
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from tunesmith.display import charts, words
+from tunesmith.data.sources import sha256
+from tunesmith.display import words
 from tunesmith.display.console import duration, size
-from tunesmith.errors import ConfigError
-from tunesmith.evaluation.pairing import PairedExample, PairedRecords
-from tunesmith.files import write_text
-from tunesmith.reports import page
-from tunesmith.reports import verdict as evidence
-from tunesmith.reports.compare import (
-    MACHINE,
-    MARK,
-    PAGE,
-    SAID,
-    TEXT,
-    Against,
-    Comparison,
-    Ran,
-    Row,
-    probable,
-    read_side_by_side,
-)
-from tunesmith.reports.markdown import cell, fence, table
-from tunesmith.runs.records import Score
+from tunesmith.display.text import many
+from tunesmith.errors import DataError
+from tunesmith.evaluation import pairing
+from tunesmith.evaluation.pairing import PairedExample, PairedRecords, UnpairedRecord
+from tunesmith.evaluation.statistics import judge
+from tunesmith.evaluation.tasks import about
+from tunesmith.events import Notice, Sink, StepDone, Validated, silent
+from tunesmith.reports.facts import loss_unit, only, read_log, settings, trailing
+from tunesmith.reports.measures import interval, title
+from tunesmith.reports.summary import Summary, ship, summarise
+from tunesmith.runs.directory import EVALS, ORIGIN, VALID, Run
+from tunesmith.runs.records import Record, Score
+from tunesmith.settings.config import flat
 
-READ, SHORT = 20, 4_000
-"""Prompts of each kind and task that are shown, and letters of each text; compare.json has all of them."""
-LISTED = 3
-"""Prompts of each kind in the Markdown file."""
-STYLES = ("line", "dash", "dot")
+MARK = "tunesmith compare"
+"""Among the first letters of every file of a comparison, so that it is known as one that may be replaced."""
+UNSEEN = "FILE"
+SAID = {"improved": "better", "regressed": "worse", "no difference shown": "no difference shown"}
+
+Outcome = Literal["better", "worse", "no_difference", "unknown"]
 
 
-def write(found: Comparison) -> None:
-    """The three files, each whole or not at all. Raises ConfigError where they cannot be written."""
-    try:
-        found.out.mkdir(parents=True, exist_ok=True)
-        told = json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n"
-        write_text(
-            found.out / MACHINE, told.encode("utf-8", "backslashreplace").decode()
-        )  # half a pair as \\udc00
-        write_text(found.out / TEXT, markdown(found))
-        write_text(found.out / PAGE, html(found))
-    except OSError as error:
-        what = f"the comparison cannot be written: {error.strerror}"
-        raise ConfigError(what, where=str(found.out), hint="name another folder with --out") from error
+class CurvePoint(NamedTuple):
+    step: int
+    tokens: int
+    loss: float
 
 
-def html(found: Comparison) -> str:
-    """The whole page. The same comparison gives the same letters."""
-    named = [{"letter": run.letter, "name": run.name} for run in found.runs]
-    differing = [("Settings that differ", found.settings), ("What else differs", found.others)]
-    shown = [
-        (
-            head,
-            [
-                (row.key, [(_value(one), where) for one, where in zip(row.told, row.origins, strict=True)])
-                for row in rows
-            ],
-        )
-        for head, rows in differing
-    ]
-    return page.render(
-        "compare.html",
-        {},
-        verb="compare",
-        tone=found.tone,
-        verdict=found.verdict,
-        tests=found.tests,
-        runs=named,
-        costs=_costs(found.runs),
-        sides=[_view(found.runs[0].letter, side) for side in found.against],
-        drawn=list(_charts(found.runs)),
-        differing=shown,
-        again=_again(found),
-        short=SHORT,
-        said=SAID,
-    )
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run. ``letter``: its short name. ``training``: the loss of each update, smoothed. ``held_out``:
+    SHA-256 of its held-out rows, "" if there are none. ``records``: those that can be compared."""
+
+    letter: str
+    name: str
+    path: Path
+    summary: Summary
+    unit: str
+    training: list[CurvePoint]
+    validation: list[CurvePoint]
+    settings: dict[str, Any]
+    origins: dict[str, str]
+    held_out: str
+    records: list[Record]
+
+    def __str__(self) -> str:
+        return f"{self.letter} ({self.name})"
 
 
-def _view(first: str, side: Against) -> dict[str, Any]:
-    """One run against the first, as the page shows it."""
-    held = [
-        {
-            "task": each.second.task,
-            "note": each.note,
-            "pairs": len(each.examples),
-            "about": f"version {each.second.version}{each.second.variant}, checkpoints "
-            f"{each.first.checkpoint} and {each.second.checkpoint}",
-            "headlines": [_line(each, score) for score in _headlines(each)],
-            "scores": [_line(each, score) for score in each.scores],
-            "reading": list(read_side_by_side(each, READ)),
+@dataclass(frozen=True)
+class DifferingRow:
+    """A setting or fact that is not the same in all runs. ``values``: one a run. ``origins``: where each was
+    set, "" if nowhere."""
+
+    key: str
+    values: list[Any]
+    origins: list[str]
+
+
+class Uncompared(NamedTuple):
+    """An evaluation that was not compared. ``command``: what would make it comparable."""
+
+    what: str
+    why: str
+    command: str | None
+
+
+@dataclass(frozen=True)
+class RunAgainstFirst:
+    """One run compared with the first."""
+
+    run: ComparedRun
+    pairs: list[PairedRecords]
+    uncompared: list[Uncompared]
+    sentence: str
+
+    @property
+    def outcome(self) -> Outcome:
+        """Of the leading headline."""
+        leading = lead(self.pairs)
+        verdict = leading and leading[1].verdict
+        outcomes: dict[str, Outcome] = {
+            "improved": "better",
+            "regressed": "worse",
+            "no difference shown": "no_difference",
         }
-        for each in side.held
-    ]
-    forest = _forest(first, side)
-    return {
-        "letter": side.run.letter,
-        "sentence": side.sentence,
-        "forest": forest,
-        "held": held,
-        "refused": side.refused,
-    }
+        return outcomes.get(verdict or "", "unknown")
 
 
-def _line(held: PairedRecords, score: Score) -> dict[str, Any]:
-    """A line of a table: each run's own number, the difference, and what it is worth."""
-    p = "–" if score.p_corrected is None else probable(score.p_corrected)
-    return {
-        "title": words.title(asdict(score)),
-        "one": _told(held, score, "one"),
-        "other": _told(held, score, "other"),
-        "difference": words.interval(asdict(score), of="delta"),
-        "p": p,
-        "verdict": score.verdict,
-        "n": score.n,
-        "note": score.note or "",
-        "prompts": " / ".join(f"{count:,}" for count in score.sources) if score.sources else "–",
-    }
+@dataclass(frozen=True)
+class RunComparison:
+    """``runs``: the one with which the others are compared is first. ``tone``: good, warning or note.
+    ``out``: the folder of its files."""
 
+    verdict: str
+    tone: str
+    runs: list[ComparedRun]
+    settings: list[DifferingRow]
+    others: list[DifferingRow]
+    sides: list[RunAgainstFirst]
+    out: Path
 
-def _again(found: Comparison) -> str:
-    """The command that makes these files."""
-    return " ".join(
-        [
-            "tunesmith compare",
-            *(shlex.quote(str(run.path)) for run in found.runs),
-            "--out",
-            shlex.quote(str(found.out)),
-        ]
-    )
-
-
-def _value(value: Any) -> str:
-    """A setting as it would be typed."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _costs(runs: Sequence[Ran]) -> list[tuple[str, list[str]]]:
-    """What each run was and took; a line that no run has a number for is left out."""
-
-    def told(of: Any, form: Any) -> list[str]:
-        found: list[str] = []
-        for run in runs:
-            try:
-                value = of(run.found)
-            except (KeyError, TypeError, IndexError):
-                value = None
-            found.append("–" if value is None else form(value))
-        return found
-
-    number = words.number
-    rows = [
-        ("status", told(lambda one: one["status"], str)),
-        ("objective", [str(run.settings.get("objective.kind", "–")) for run in runs]),
-        ("updates", told(lambda one: one["updates"]["done"], lambda n: f"{n:,}")),
-        ("trainable weights", told(lambda one: one["weights"]["trainable"], lambda n: f"{n:,}")),
-        ("loss of the last updates", told(lambda one: one["training_loss"]["last"], number)),
-        ("validation loss, first", told(lambda one: one["validation"][0]["loss"], number)),
-        ("validation loss, last", told(lambda one: one["validation"][-1]["loss"], number)),
-        (
-            "checkpoint evaluated",
-            [", ".join(sorted({str(each.checkpoint) for each in run.evaluations})) or "–" for run in runs],
-        ),
-        ("updates took", told(lambda one: one["time"]["training_s"] or None, duration)),
-        ("whole run took", told(lambda one: one["time"]["seconds"], duration)),
-        ("tokens a second", told(lambda one: one["tokens_per_second"]["all"], lambda n: f"{n:,.0f}")),
-        ("most memory of MLX", told(lambda one: one["memory_peak"]["peak"], size)),
-        ("most memory of the process", told(lambda one: one["memory_peak"]["resident"], size)),
-    ]
-    return [row for row in rows if set(row[1]) != {"–"}]
-
-
-def _charts(runs: Sequence[Ran]) -> Iterator[Any]:
-    """Training and validation loss, by step and by tokens; runs whose losses are of other kinds have charts
-    of their own."""
-    kinds: dict[tuple[str, str], list[Ran]] = {}
-    for run in runs:
-        kinds.setdefault((str(run.settings.get("objective.kind", "")), run.unit), []).append(run)
-    for (objective, unit), some in kinds.items():
-        of = f" of {objective}" if len(kinds) > 1 else ""
-        apart = len({run.held_out for run in some}) > 1
-        other = "The runs hold out other rows: one line cannot be read against another." if apart else ""
-        for what, note in (
-            ("training", "Each point is a mean over the last twentieth of the updates."),
-            ("validation", other),
-        ):
-            for at, x in ((0, "step"), (1, "tokens")):
-                found = [
-                    charts.Line(
-                        run.letter,
-                        [one[at] for one in points],
-                        [one[2] for one in points],
-                        STYLES[number % 3],
-                        number % 5,
-                    )
-                    for number, run in enumerate(runs)
-                    if run in some and (points := run.training if what == "training" else run.validation)
-                ]
-                yield charts.lines(f"{what.capitalize()} loss{of} by {x}", found, x=x, y=unit, note=note)
-
-
-def _headlines(held: PairedRecords) -> list[Score]:
-    """The scores that are shown first: headlines, or where there are none the first."""
-    whole = [score for score in held.scores if score.part is None]
-    return [score for score in whole if score.headline] or whole[:1]
-
-
-def _told(held: PairedRecords, score: Score, side: str) -> str:
-    """A run's own value with its interval, as its report has it."""
-    of = held.first if side == "one" else held.second
-    own = next((each for each in of.scores if (each.name, each.part) == (score.name, score.part)), None)
-    return (
-        words.interval(asdict(own))
-        if own
-        else words.interval(asdict(score), of="base" if side == "one" else "value")
-    )
-
-
-def _forest(first: str, side: Against) -> Any:
-    """Its headline differences, right of the line where it is better."""
-    scores = [score for held in side.held for score in _headlines(held)]
-    rows = [{**asdict(score), "answer": SAID.get(score.verdict or "", "not judged")} for score in scores]
-    return charts.forest(evidence.differences({"answers": rows}), head=f"{side.run.letter} − {first}")
-
-
-# Markdown
-
-
-def markdown(found: Comparison) -> str:
-    """The same for a terminal, a pull request or a colleague without a browser."""
-    lines = [f"<!-- {MARK} -->", "", "# Runs compared", "", f"**{cell(found.verdict)}**", ""]
-    for head, section in _sections(found):
-        lines += [f"## {head}", "", *section, ""]
-    return "\n".join(lines) + "\n"
-
-
-def _sections(found: Comparison) -> Iterator[tuple[str, list[str]]]:
-    letters = [run.letter for run in found.runs]
-    runs = [
-        ["name", *(run.name for run in found.runs)],
-        *([name, *told] for name, told in _costs(found.runs)),
-    ]
-    yield (
-        "Runs",
-        [f"{letters[0]} is the one that the others are held against.", "", *table(["", *letters], runs)],
-    )
-    for side in found.against:
-        yield f"{side.run.letter} against {letters[0]}", list(_side(found, side))
-    for head, rows in (("Settings that differ", found.settings), ("What else differs", found.others)):
-        yield (
-            head,
-            table(["what", *letters], ([row.key, *_values(row)] for row in rows)) if rows else ["None."],
+    @property
+    def tests(self) -> int:
+        """How many headline differences were judged together."""
+        return sum(
+            score.headline and score.verdict is not None
+            for side in self.sides
+            for pair in side.pairs
+            for score in pair.scores
         )
-    for name in ("training", "validation"):
-        yield f"{name.capitalize()} loss", _curve(found.runs, name)
-    yield "How to make this again", fence(_again(found), "sh")
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``compare.json``; numbers that are not finite become their names ("nan", "inf")."""
+        content = {
+            "generator": MARK,
+            "verdict": self.verdict,
+            "tests": self.tests,
+            "runs": [_run_content(run) for run in self.runs],
+            "against": [_side_content(side) for side in self.sides],
+            "settings": [_row_content(row) for row in self.settings],
+            "others": [_row_content(row) for row in self.others],
+        }
+        return json.loads(json.dumps(content), parse_constant=lambda name: str(float(name)))
 
 
-def _side(found: Comparison, side: Against) -> Iterator[str]:
-    first = found.runs[0].letter
-    yield from [f"{cell(side.sentence[0].upper() + side.sentence[1:])}", ""]
-    rows = [
-        [
-            line["title"],
-            line["one"],
-            line["other"],
-            line["difference"],
-            line["p"],
-            SAID.get(line["verdict"], "not judged"),
-            line["prompts"],
-            line["n"],
-        ]
-        for held in side.held
-        for line in (_line(held, score) for score in _headlines(held))
+def _run_content(run: ComparedRun) -> dict[str, Any]:
+    facts = run.summary.facts
+    return {
+        "letter": run.letter,
+        "name": run.name,
+        "path": str(run.path),
+        "unit": run.unit,
+        "training": run.training,
+        "validation": run.validation,
+        "settings": run.settings,
+        "origins": run.origins,
+        "held_out": run.held_out,
+        "status": facts.status,
+        "updates": asdict(facts.updates),
+        "time": asdict(facts.time),
+        "tokens_per_second": asdict(facts.speeds),
+        "memory_peak": facts.memory_peak,
+        "weights": facts.weights and asdict(facts.weights),
+        **ship(run.summary),
+    }
+
+
+def _side_content(side: RunAgainstFirst) -> dict[str, Any]:
+    compared = [
+        {
+            "task": pair.second.task,
+            "version": pair.second.version,
+            "rows": pair.second.variant,
+            "note": pair.note,
+            "identity": pair.second.identity,
+            "base": pair.second.base,
+            "checkpoints": [pair.first.checkpoint, pair.second.checkpoint],
+            "scores": [{**asdict(score), "against": score.base} for score in pair.scores],
+            "changes": Counter(example.change for example in pair.examples if example.change),
+            "prompts": [example._asdict() for example in pair.examples],
+        }
+        for pair in side.pairs
     ]
-    if rows:
-        head = [
-            "what",
-            first,
-            side.run.letter,
-            f"{side.run.letter} − {first}, 95 % interval",
-            "p, corrected",
-            "verdict",
-        ]
-        yield from [*table([*head, "rows better / same / worse", "n"], rows), ""]
-    yield from [*(f"- {cell(held.note)}" for held in side.held if held.note)]
-    if side.refused:
-        yield from ["", "Not compared:", "", *table(["what", "why", "command"], side.refused), ""]
-    for held in side.held:
-        for kind, pairs, more in read_side_by_side(held, LISTED):
-            if kind in ("better", "worse"):
-                told = f" (the first {len(pairs)} of {len(pairs) + more})" if more else ""
-                yield from ["", f"### {cell(held.second.task)}: {kind} in {side.run.letter}{told}", ""]
-                for pair in pairs:
-                    yield from _reading(pair, first, side.run.letter)
+    return {
+        "run": side.run.letter,
+        "outcome": side.outcome,
+        "sentence": side.sentence,
+        "compared": compared,
+        "not_compared": [uncompared._asdict() for uncompared in side.uncompared],
+    }
 
 
-def _reading(pair: PairedExample, one: str, other: str) -> Iterator[str]:
-    for name, text in (
-        ("prompt", pair.prompt),
-        ("reference", pair.reference),
-        (one, pair.first_answer),
-        (other, pair.second_answer),
-    ):
-        if text is not None:
-            yield from [f"{name}:", "", *fence(words.cut(text, SHORT) or ""), ""]
+def _row_content(row: DifferingRow) -> dict[str, Any]:
+    return {"key": row.key, "told": row.values, "origins": row.origins}
 
 
-def _values(row: Row) -> list[str]:
+def compare(
+    run_dirs: Sequence[Path], out: Path, against: Path | None = None, notify: Sink = silent
+) -> RunComparison:
+    """Compare runs with the first of them, or with ``against``. Nothing is written.
+
+    Raises DataError if one is not a run, or if fewer than two are named."""
+    runs = _runs(run_dirs, against, notify)
+    first = runs[0]
+    paired = [pairing.pair(first.records, run.records) for run in runs[1:]]
+    every = judge([score for pairs, _ in paired for pair in pairs for score in pair.scores])
+    judged = iter(every)
+    tests = sum(score.headline and score.verdict is not None for score in every)
+    sides: list[RunAgainstFirst] = []
+    for run, (unjudged, unpaired) in zip(runs[1:], paired, strict=True):
+        pairs = [replace(pair, scores=[next(judged) for _ in pair.scores]) for pair in unjudged]
+        uncompared = [_uncompared(first, run, record) for record in unpaired]
+        for what, why, command in uncompared:
+            text = f"{first.letter} and {run.letter}: not compared: {what}: {why}"
+            notify(Notice(text, level="warning", hint=command))
+        for pair in pairs:
+            if pair.note:
+                notify(Notice(pair.note, level="warning"))
+        sides.append(RunAgainstFirst(run, pairs, uncompared, _sentence(first, run, pairs, tests)))
+    verdict, tone = _verdict(first, sides)
+    return RunComparison(verdict, tone, runs, _settings(runs), _others(runs), sides, out)
+
+
+def _runs(run_dirs: Sequence[Path], against: Path | None, notify: Sink) -> list[ComparedRun]:
+    folders = [*([against] if against is not None else []), *run_dirs]
+    unique: dict[Path, Path] = {}
+    for folder in folders:
+        unique.setdefault(Run.open(folder).path.resolve(), folder)
+    paths = list(unique.values())
+    if len(paths) < 2:
+        where = ", ".join(map(str, folders)) or None
+        hint = "name two run directories or more"
+        raise DataError("one run alone cannot be compared", where=where, hint=hint)
+    if twice := len(run_dirs) - len({folder.resolve() for folder in run_dirs}):
+        notify(Notice("a run that is named twice is compared once", level="warning", count=twice))
+    named = zip(paths, _letters(len(paths)), _names(paths), strict=True)
+    return [_read(path, letter, name, notify) for path, letter, name in named]
+
+
+def _letters(count: int) -> list[str]:
+    """A, B, … Z, A2, B2, …"""
     return [
-        _value(value) + (f" ({where})" if where else "")
-        for value, where in zip(row.told, row.origins, strict=True)
+        chr(ord("A") + index % 26) + (str(index // 26 + 1) if index >= 26 else "") for index in range(count)
     ]
 
 
-def _curve(runs: Sequence[Ran], name: str) -> list[str]:
-    """Ten points of each curve."""
-    head = ["run", "unit", *(f"{share} %" for share in range(10, 101, 10))]
-    rows = []
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folder of each, with as many of its parents as distinguish them."""
+    parts = [path.resolve().parts for path in paths]
+    depth = next(
+        depth
+        for depth in range(1, 1 + max(map(len, parts)))
+        if len({names[-depth:] for names in parts}) == len(parts)
+    )
+    return ["/".join(names[-depth:]) for names in parts]
+
+
+def _read(path: Path, letter: str, name: str, notify: Sink) -> ComparedRun:
+    log = read_log(path)
+    steps = only(log, StepDone)
+    seen = accumulate((step.tokens for step in steps), initial=0)
+    tokens = dict(zip((0, *(step.step for step in steps)), seen, strict=True))
+    window = max(1, len(steps) // 20)
+    losses = trailing([step.loss for step in steps], window, [step.units for step in steps])
+    records, older = pairing.recorded(path)
+    for record in older:
+        text = f"{letter}: {EVALS}/{record.name} is of an older version of tunesmith, and not compared"
+        notify(Notice(text, level="warning", where=str(path), hint=pairing.command(record)))
+    origins, valid = path / ORIGIN, path / VALID
+    return ComparedRun(
+        letter,
+        name,
+        path,
+        summarise(path, log),
+        loss_unit(log),
+        [CurvePoint(step.step, tokens[step.step], loss) for step, loss in zip(steps, losses, strict=True)],
+        [
+            CurvePoint(event.step, tokens[event.step], event.loss)
+            for event in only(log, Validated)
+            if event.step in tokens
+        ],
+        settings(path),
+        json.loads(origins.read_text(encoding="utf-8")) if origins.exists() else {},
+        sha256(valid) if valid.exists() and valid.stat().st_size else "",
+        records,
+    )
+
+
+def _differing(values: Sequence[dict[str, Any]], origins: Sequence[dict[str, str]]) -> list[DifferingRow]:
+    """The keys whose values are not the same in all runs; "–" if a run has none."""
+    keys = dict.fromkeys(key for by_key in values for key in by_key)
+    rows = [
+        DifferingRow(
+            key, [by_key.get(key, "–") for by_key in values], [by_key.get(key, "") for by_key in origins]
+        )
+        for key in keys
+    ]
+    return [
+        row for row in rows if any(json.dumps(value) != json.dumps(row.values[0]) for value in row.values)
+    ]
+
+
+def _settings(runs: Sequence[ComparedRun]) -> list[DifferingRow]:
+    return _differing([run.settings for run in runs], [run.origins for run in runs])
+
+
+def _others(runs: Sequence[ComparedRun]) -> list[DifferingRow]:
+    """Hashes, versions, machine and origin; data by the content of the files, not by their paths."""
+    facts: list[dict[str, Any]] = []
     for run in runs:
-        points = run.training if name == "training" else run.validation
-        if points:
-            last = points[-1][0]
-            at = [min(points, key=lambda one: abs(one[0] - last * share / 10)) for share in range(1, 11)]
-            rows.append([run.letter, run.unit, *(f"{words.number(one[2])} (step {one[0]:,})" for one in at)])
-    return ["Along the way of each run.", "", *table(head, rows)] if rows else ["None was recorded."]
+        manifest = run.summary.facts.manifest
+        hashes = manifest.get("hashes", {})
+        known = {
+            "data": ", ".join(sorted(value[:12] for value in flat(hashes.get("data", {})).values())),
+            "held-out rows": run.held_out[:12] or "none",
+            "rows trained on": run.summary.facts.counts.get("rows_train"),
+            **{key: str(hashes.get(key))[:12] for key in ("base", "template")},
+            "loss": run.unit,
+            "status": run.summary.facts.status,
+        }
+        keys = ("versions", "machine", "lineage", "accepted")
+        facts.append(known | flat({key: manifest.get(key) or {} for key in keys}))
+    return _differing(facts, [{} for _ in runs])
+
+
+def _uncompared(first: ComparedRun, run: ComparedRun, unpaired: UnpairedRecord) -> Uncompared:
+    record, why = unpaired.record, unpaired.reason
+    what = f"{record.task}{record.variant}"
+    lacking = run if unpaired.missing_in == "second" else first
+    if unpaired.missing_in is not None:
+        why = f"{lacking.letter} was not evaluated on it"
+    other_rows = record.data == VALID and first.held_out != run.held_out and "other bases" not in why
+    if other_rows:  # the usual command would ask each run its own held-out rows
+        record = replace(record, data=(UNSEEN,))
+        why += "; the runs held out other rows, so both need the same: "
+        why += f"{UNSEEN} of rows that neither was trained on"
+    if unpaired.missing_in is not None and not other_rows:
+        return Uncompared(what, why, pairing.command(record, lacking.path))
+    both = "; ".join(pairing.command(record, each.path) for each in (first, run))
+    return Uncompared(what, why, both if other_rows or unpaired.reason.startswith("version") else None)
+
+
+# The verdict
+
+
+def _sentence(first: ComparedRun, run: ComparedRun, pairs: Sequence[PairedRecords], tests: int) -> str:
+    """How ``run`` does compared with ``first``: at the task, at all else, and what it costs."""
+    leading = lead(pairs)
+    score = leading and leading[1]
+    if score is None:
+        which = "it" if pairs else "both"
+        text = f"whether {run} or {first} is better at the task is not known, "
+        text += f"since no evaluation of {which} can be compared"
+    else:
+        text = _leading_clause(first, run, score, tests)
+    rest = [
+        other
+        for pair in pairs
+        for other in pair.scores
+        if other.headline and other.part is None and other is not score
+    ]
+    for verdict in ("improved", "regressed"):
+        changes = [
+            f"{title(other)} {words.number(other.delta, other.unit, signed=True)}"
+            for other in rest
+            if other.verdict == verdict
+        ]
+        if changes:
+            also = "also " if verdict == "improved" and leading else ""
+            text += f"; {also}{SAID[verdict]}: {', '.join(changes)}"
+    for question, what in (("retention", "what the base knew"), ("safety", "safety")):
+        verdicts = [other.verdict for other in rest if about(other.task).question == question]
+        if not verdicts:
+            text += f"; {what} was not compared"
+        elif not {"improved", "regressed"} & set(verdicts):
+            text += f"; {what}: {'no difference shown' if any(verdicts) else 'not judged'}"
+    return f"{text}; {_cost(first, run)}."
+
+
+def _leading_clause(first: ComparedRun, run: ComparedRun, score: Score, tests: int) -> str:
+    values = " against ".join(words.number(value, score.unit) for value in (score.value, score.base))
+    change = interval(score, of="delta").replace("(", "(95 % interval ")
+    numbers = f"{title(score)} {values}, {change} on the same {many(score.n, 'row')}"
+    if score.p_corrected is not None:
+        numbers += f", p {probability(score.p_corrected)}"
+        numbers += f", corrected for {tests} comparisons" if tests > 1 else ""
+    outcome = {"improved": f"{run} is better than {first}", "regressed": f"{run} is worse than {first}"}
+    return (
+        f"{outcome.get(score.verdict or '', f'no difference is shown between {run} and {first}')} ({numbers})"
+    )
+
+
+def _cost(first: ComparedRun, run: ComparedRun) -> str:
+    clauses: list[str] = []
+    spent = [each.summary.facts.time.training_s for each in (run, first)]
+    if all(spent):
+        clauses.append(f"its updates took {duration(spent[0])} against {duration(spent[1])}")
+    peaks = [each.summary.facts.memory_peak.get("peak", 0) for each in (run, first)]
+    if all(peaks):
+        clauses.append(f"at most {size(peaks[0])} against {size(peaks[1])}")
+    return " and ".join(clauses) or "what it costs is not recorded"
+
+
+def _verdict(first: ComparedRun, sides: Sequence[RunAgainstFirst]) -> tuple[str, str]:
+    """One sentence about all runs, and its tone."""
+    leads = [lead(side.pairs) for side in sides]
+    count = sum(side.outcome == "better" for side in sides)
+    # Only one number, of the same prompts, ranks: a share cannot be compared with a perplexity.
+    kinds = {(pair.second.identity, score.task, score.name) for pair, score in filter(None, leads)}
+    ranked = len(kinds) == 1
+    order = [(side.outcome == "better", _gain(leading)) for side, leading in zip(sides, leads, strict=True)]
+    best = sides[max(range(len(sides)), key=lambda index: order[index])]
+    spoken = [best] if ranked or len(sides) == 1 else sides
+    worse = any(
+        score.headline and score.part is None and score.verdict == "regressed"
+        for side in spoken
+        for pair in side.pairs
+        for score in pair.scores
+    )
+    tone = "warning" if worse else "good" if count else "note"
+    if len(sides) == 1:
+        return best.sentence[0].upper() + best.sentence[1:], tone
+    better = f"{count or 'none'} {'is' if count < 2 else 'are'} shown to be better"
+    head = f"Of {len(sides)} runs compared with {first.letter}, {better}; "
+    if ranked:
+        head += "the furthest ahead: " if count else f"{best.run.letter} comes nearest: "
+    else:
+        head += "they are not ranked, since no one number is compared in all: "
+    return head + " ".join(side.sentence for side in spoken), tone
+
+
+def _gain(leading: tuple[PairedRecords, Score] | None) -> float:
+    if leading is None or leading[1].delta is None:
+        return -math.inf
+    return leading[1].delta * (-1 if leading[1].better == "lower" else 1)
+
+
+def lead(pairs: Sequence[PairedRecords]) -> tuple[PairedRecords, Score] | None:
+    """The headline of the task that is nearest to what users see, on all rows rather than some."""
+    headlines = [
+        (pair, score)
+        for pair in pairs
+        for score in pair.scores
+        if score.headline and score.part is None and about(score.task).question in ("task", "benchmarks")
+    ]
+
+    def place(headline: tuple[PairedRecords, Score]) -> tuple[bool, int, int]:
+        described = about(headline[1].task)
+        return described.question != "task", described.rank, len(headline[0].second.variant)
+
+    return min(headlines, key=place, default=None)
+
+
+def probability(value: float) -> str:
+    """A p value with three digits."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+class ReadingGroup(NamedTuple):
+    """Prompts whose answers changed in the same way; ``more`` are left out."""
+
+    kind: str
+    examples: list[PairedExample]
+    more: int
+
+
+def read_side_by_side(pair: PairedRecords, limit: int) -> Iterator[ReadingGroup]:
+    """Groups of at most ``limit`` prompts; those that got worse first, in each group those with other answers
+    first."""
+    kinds = {"regressed": "worse", "improved": "better", "unchanged": "unchanged", None: "not ranked"}
+    for change, kind in kinds.items():
+        examples = [
+            example
+            for example in pair.examples
+            if example.change == change and (example.first_answer, example.second_answer) != (None, None)
+        ]
+        examples.sort(key=lambda example: example.first_answer == example.second_answer)
+        if examples:
+            yield ReadingGroup(kind, examples[:limit], max(0, len(examples) - limit))

@@ -2,24 +2,28 @@
 and why.
 
 Texts of the data are only ever text: the template escapes them, the script sets them as text, and a content
-policy in the page forbids every other script and every request. How pages look is in ``base.html``, what this
-one says in ``page.html``."""
+policy in the page forbids every other script and every request. What the page says is in ``page.html``; how
+pages look is in `display.page`."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith import events
 from tunesmith.display import charts, page, words
-from tunesmith.evaluation.tasks import QUESTIONS
-from tunesmith.reports import curves, glossary, markdown
-from tunesmith.reports import verdict as evidence
-from tunesmith.runs import records
+from tunesmith.evaluation.tasks import QUESTIONS, about
+from tunesmith.reports import curves, glossary, markdown, measures
+from tunesmith.reports.facts import EvaluationFacts, Facts, PromptSamples, SampledAnswer
+from tunesmith.reports.measures import Measure, elsewhere, subset
+from tunesmith.reports.summary import Summary
+from tunesmith.reports.verdict import counting
+from tunesmith.runs.records import ExampleRecord, Record
 from tunesmith.settings.config import flat
 
 BYTES = 1_500_000
@@ -29,41 +33,71 @@ TITLES = {
     "answers": "What came of it",
     "next": "Limits, and what to try next",
     "differences": "Differences",
-    "configuration": "Configuration",
-    "curves": "Curves",
-    "samples": "Samples along the way",
     "scores-task": "The task",
     "scores-retention": "Retention",
     "scores-safety": "Safety",
     "scores-benchmarks": "Benchmarks",
     "scores-other": "Other tasks",
     "prompts": "Every prompt",
+    "samples": "Samples along the way",
+    "curves": "Curves",
     "growth": "Growth of the adapter",
     "rows": "Rows of the training data",
+    "the-data": "Data",
     "scores-efficiency": "Efficiency",
     "cost": "Time and memory",
-    "scores-beside": "Measured beside it",
-    "the-data": "Data",
+    "scores-beside": "Measured, not in the verdict",
+    "configuration": "Settings",
     "notices": "Notices",
     "words": "What the words mean",
-    "reproduce": "How to make it anew",
+    "reproduce": "How to repeat it",
 }
 
 FILTERS: dict[str, Callable[..., Any]] = {
     "number": words.number,
-    "interval": words.interval,
-    "based": words.base,
-    "named": words.named,
-    "titled": words.title,
-    "met": words.met,
-    "missed": evidence.missed,
-    "subset": words.subset,
-    "reached": words.reached,
+    "interval": measures.interval,
+    "identified": measures.identifier,
+    "titled": measures.title,
+    "met": measures.met,
+    "missed": measures.missed,
+    "reached": measures.reached,
+    "subset": subset,
     "quoted": shlex.quote,
     "cut": words.cut,
     "setting": words.setting,
 }
-"""What templates of this package use beside the filters of `display.page`."""
+"""What templates of this package use besides the filters of `display.page`."""
+
+
+class ScoreTable(NamedTuple):
+    """The numbers of one evaluation. ``parts``: by the key that divides its examples, the lowest value
+    first."""
+
+    title: str
+    about: str
+    scores: list[Measure]
+    parts: dict[str, list[Measure]]
+
+
+class ShownSamples(NamedTuple):
+    """``rows``: the first prompts. ``more``: prompts left out. ``thinned``: the most steps left out of
+    one."""
+
+    rows: list[PromptSamples]
+    more: int
+    thinned: int
+
+
+@dataclass(frozen=True)
+class ShownExamples:
+    """The examples of one evaluation that fit into the page. ``rows``: source, change, prompt, reference,
+    answers and scores of base and tuned. ``columns``: which of the two have answers."""
+
+    folder: str
+    counts: Mapping[str, int] | None
+    total: int
+    rows: list[list[str | None]] = field(default_factory=list)
+    columns: tuple[str, ...] = ()
 
 
 def render(template: str, data: Mapping[str, Any], *, verb: str, tone: str, **facts: Any) -> str:
@@ -80,177 +114,154 @@ def render(template: str, data: Mapping[str, Any], *, verb: str, tone: str, **fa
     )
 
 
-def html(run_dir: Path, found: dict[str, Any], log: Sequence[events.Event]) -> str:
-    """The page of a run. ``found``: `facts.summary`; ``log``: its events."""
-    order = {
-        folder: at for at, folder in enumerate(_folders(found))
-    }  # what can be read comes first, then what speaks
-    shown = sorted(
-        _examples(run_dir, found["evaluations"]), key=lambda one: (not one["answered"], order[one["folder"]])
-    )
+def html(summary: Summary, log: Sequence[events.Event]) -> str:
+    """The page of a run. log: its events."""
+    facts, examples = summary.facts, _examples(summary)
+    counts, meanings = list(flat(facts.counts).items()), glossary.meanings(summary)
     drawn = {
-        "forest": charts.forest(evidence.differences(found)),
+        "forest": charts.forest(measures.differences([row.score for row in summary.answers])),
         "curves": curves.training(log),
-        "stages": curves.stages(found["stages"]),
-        "modules": curves.modules(found["gradients"]),
-        "growth": curves.growth(found["growth"]) if found["growth"] else [],
-        "samples": _samples(found["samples"]),
-        "tables": _tables(found),
+        "stages": curves.stages(facts.stages),
+        "modules": curves.modules(facts.gradients),
+        "growth": curves.growth(facts.growth) if facts.growth else [],
+        "samples": _samples(facts.samples),
+        "tables": _tables(facts),
     }
-    counts = list(flat(found["counts"]).items())
-    meanings = glossary.meanings(found)
-    there = {
-        "answers": True,
-        "differences": drawn["forest"],
-        "configuration": True,
-        "curves": drawn["curves"],
-        "samples": found["samples"],
-        **drawn["tables"],
-        "prompts": shown,
-        "growth": drawn["growth"],
-        "rows": found["rows"],
-        "cost": True,
-        "the-data": found["audit"] or counts or found["dropped"]["first"],
-        "notices": True,
-        "next": True,
-        "reproduce": True,
-        "words": meanings,
+    present = dict.fromkeys(("answers", "configuration", "cost", "notices", "next", "reproduce"), True)
+    present |= {
+        "differences": bool(drawn["forest"]),
+        "curves": bool(drawn["curves"]),
+        "samples": bool(facts.samples),
+        **dict.fromkeys(drawn["tables"], True),
+        "prompts": bool(examples),
+        "growth": bool(drawn["growth"]),
+        "rows": bool(facts.rows),
+        "the-data": bool(facts.audit or counts or facts.dropped.first),
+        "words": bool(meanings),
     }
     return render(
         "page.html",
         {
-            "examples": [{key: one[key] for key in ("columns", "rows")} for one in shown],
+            "examples": [{"columns": shown.columns, "rows": shown.rows} for shown in examples],
             "signs": words.SIGNS,
             "tones": words.TONES,
         },
         verb="report",
-        tone=_tone(found),
-        found=found,
-        name=run_dir.resolve().name,
-        model=Path(str(found["settings"].get("model.path"))).name,
-        sections=[(anchor, TITLES[anchor]) for anchor in TITLES if there.get(anchor)],
+        tone=summary.tone,
+        summary=summary,
+        run=facts,
+        model=Path(str(facts.settings.get("model.path"))).name,
+        sections=[(anchor, TITLES[anchor]) for anchor in TITLES if present.get(anchor)],
         questions=QUESTIONS,
-        examples=shown,
+        examples=examples,
         meanings=meanings,
-        costs=[*markdown.costs(found)],
+        costs=[*markdown.costs(facts)],
         counts=counts,
-        dropped=sum(found["dropped"]["reasons"].values()),
-        commands=markdown.commands(run_dir, found),
+        commands=markdown.commands(facts),
         states=words.STATES,
-        speaker=evidence.checkpoint(found),
-        checkpoints=markdown.checkpoints(found),
-        made=[*flat(found["manifest"]).items()],
+        checkpoints=markdown.checkpoints(facts),
+        made=[*flat(facts.manifest).items()],
         **drawn,
     )
 
 
-def _tone(found: Mapping[str, Any]) -> str:
-    if found["evidence"]["sentence"]:
-        return found["evidence"]["tone"]
-    worse = "got worse" in found["loss"]
-    return (
-        "error"
-        if found["status"] == "failed"
-        else "warning"
-        if worse or found["status"] not in evidence.DONE
-        else "note"
-    )
+def _records(facts: Facts) -> list[Record]:
+    """Those that count first, in the order of the questions."""
+    by_name: dict[str, Record] = {}
+    for measure in counting(facts):
+        by_name.setdefault(measure.record.name, measure.record)
+    for evaluation in facts.evaluations:
+        by_name.setdefault(evaluation.record.name, evaluation.record)
+    return list(by_name.values())
 
 
-def _folders(found: Mapping[str, Any]) -> list[str]:
-    """Of all evaluations: those that speak for their tasks first, in the order of the questions."""
-    return list(dict.fromkeys(one["folder"] for one in [*evidence.speaking(found), *found["evaluations"]]))
-
-
-def _tables(found: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """By section: each evaluation that speaks for its task with all its numbers, apart by part; then all
-    others."""
-    chosen = {one["folder"] for one in evidence.speaking(found)}
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for folder in _folders(found):
-        of = [one for one in found["scores"] if one["folder"] == folder]
-        if not of:
-            continue
-        task = str(of[0]["task"])
-        parts: dict[str, list[Any]] = {}
-        for one in of:
-            if one.get("part"):
-                parts.setdefault(one["part"].partition("=")[0], []).append(one)
-        told = f"{task}, version {of[0]['version']}, checkpoint {of[0]['checkpoint']}"
-        told += (
-            f", on {evidence.elsewhere(of[0]) or of[0]['data']}" if evidence.question(task) == "task" else ""
-        )
-        told += f", {subset}" if (subset := words.subset(of[0])) else ""
-        entry = {
-            "task": task,
-            "told": told + ".",
-            "rows": [one for one in of if not one.get("part")],
-            "parts": {key: sorted(rows, key=lambda one: float(one["value"])) for key, rows in parts.items()},
-        }
-        section = f"scores-{evidence.question(task)}" if folder in chosen else "scores-beside"
-        tables.setdefault(section, []).append(entry)
+def _tables(facts: Facts) -> dict[str, list[ScoreTable]]:
+    """By section: each evaluation that counts with all its numbers; then all others."""
+    chosen = {measure.record.name for measure in counting(facts)}
+    tables: dict[str, list[ScoreTable]] = {}
+    for record in _records(facts):
+        if record.scores:
+            question = about(record.scores[0].task).question
+            section = f"scores-{question}" if record.name in chosen else "scores-beside"
+            tables.setdefault(section, []).append(_table(record))
     return tables
 
 
-def _samples(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _table(record: Record) -> ScoreTable:
+    rows = [Measure(score, record) for score in record.scores]
+    parts: dict[str, list[Measure]] = {}
+    for row in rows:
+        if row.score.part:
+            parts.setdefault(row.score.part.partition("=")[0], []).append(row)
+    first = record.scores[0]
+    line = f"{first.task}, version {first.version}, checkpoint {record.checkpoint}"
+    line += f", on {elsewhere(record) or record.data}" if rows[0].question == "task" else ""
+    line += f", {subset(record)}" if subset(record) else ""
+    return ScoreTable(
+        about(first.task).title,
+        f"{line}.",
+        [row for row in rows if not row.score.part],
+        {key: sorted(part, key=lambda row: row.score.value) for key, part in parts.items()},
+    )
+
+
+def _samples(sampled: Sequence[PromptSamples]) -> ShownSamples:
     """The first prompts, each with its answers: the first, the last, and evenly between."""
-    rows, thinned = [], 0
-    for one in found[:SAMPLES]:
-        answers = one["answers"]
+    rows: list[PromptSamples] = []
+    thinned = 0
+    for samples in sampled[:SAMPLES]:
+        answers = samples.answers
         few = min(len(answers), STEPS)
-        kept = [answers[round(at * (len(answers) - 1) / max(few - 1, 1))] for at in range(few)]
+        chosen = [answers[round(index * (len(answers) - 1) / max(few - 1, 1))] for index in range(few)]
         thinned = max(thinned, len(answers) - few)
-        answered = [{"step": at["step"], "answer": words.cut(at["answer"], LETTERS)} for at in kept]
-        rows.append(
-            {
-                "prompt": words.cut(one["prompt"], LETTERS),
-                "reference": words.cut(one["reference"], LETTERS),
-                "answers": answered,
-            }
+        shown = tuple(
+            SampledAnswer(answer.step, words.cut(answer.answer, LETTERS) or "") for answer in chosen
         )
-    told = f"{thinned:,} of the steps between are in report.json." if thinned else ""
-    return {"rows": rows, "more": max(0, len(found) - SAMPLES), "steps": told}
+        prompt, reference = words.cut(samples.prompt, LETTERS) or "", words.cut(samples.reference, LETTERS)
+        rows.append(PromptSamples(prompt, reference, shown[0], shown[-1], shown))
+    return ShownSamples(rows, max(0, len(sampled) - SAMPLES), thinned)
 
 
-def _examples(run_dir: Path, evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each evaluation the rows that fit its share of `BYTES`, taken in turn from those that regressed,
-    improved and stayed."""
-    asked = [one for one in evaluations if one["examples"]]
-    by_folder = {record.name: record for record in records.read(run_dir)[0]}
-    found = []
-    for one in asked:
-        classes: dict[str | None, list[list[Any]]] = {
-            "regressed": [],
-            "improved": [],
-            "unchanged": [],
-            None: [],
-        }
-        for number, example in enumerate(by_folder[one["folder"]].examples()):
-            texts = (example.prompt, example.reference, example.base_answer, example.tuned_answer)
-            told = [
-                words.cut(str(example.source), 300),
-                example.change,
-                *(words.cut(text, LETTERS) for text in texts),
-                None if example.base is None else words.number(example.base),
-                words.number(example.tuned),
-            ]
-            classes.setdefault(example.change, []).append([number, told])
-        left, kept = BYTES // len(asked), []
-        for turn in zip_longest(*classes.values()):
-            for numbered in filter(None, turn):
-                left -= len(json.dumps(numbered[1], ensure_ascii=False).encode("utf-8", "replace"))
-                kept += [numbered] if left >= 0 else []
-            if left < 0:
-                break
-        rows = [told for _, told in sorted(kept, key=lambda numbered: numbered[0])]
-        columns = [
-            name for name, at in (("base", 4), ("tuned", 5)) if any(row[at] is not None for row in rows)
-        ]
-        about = {
-            "folder": one["folder"],
-            "counts": one["changes"],
-            "of": one["examples"],
-            "answered": bool(columns),
-        }
-        found.append({**about, "rows": rows, "columns": columns})
-    return found
+def _examples(summary: Summary) -> list[ShownExamples]:
+    """Evaluations with answers come first, then those that count."""
+    order = {record.name: place for place, record in enumerate(_records(summary.facts))}
+    evaluations = [evaluation for evaluation in summary.facts.evaluations if evaluation.examples]
+    shown = [_fitting(evaluation, BYTES // len(evaluations)) for evaluation in evaluations]
+    return sorted(shown, key=lambda examples: (not examples.columns, order[examples.folder]))
+
+
+def _fitting(evaluation: EvaluationFacts, n_bytes: int) -> ShownExamples:
+    """The rows that fit into ``n_bytes``, taken in turn from those that regressed, improved and stayed."""
+    classes: dict[str | None, list[tuple[int, list[str | None]]]] = {
+        "regressed": [],
+        "improved": [],
+        "unchanged": [],
+        None: [],
+    }
+    for number, example in enumerate(evaluation.record.examples()):
+        classes.setdefault(example.change, []).append((number, _texts(example)))
+    left, fitting = n_bytes, []
+    for turn in zip_longest(*classes.values()):
+        for numbered in filter(None, turn):
+            left -= len(json.dumps(numbered[1], ensure_ascii=False).encode("utf-8", "replace"))
+            fitting += [numbered] if left >= 0 else []
+        if left < 0:
+            break
+    rows = [texts for _, texts in sorted(fitting, key=lambda numbered: numbered[0])]
+    columns = tuple(_answered(rows, (("base", 4), ("tuned", 5))))
+    return ShownExamples(evaluation.record.name, evaluation.changes, evaluation.examples, rows, columns)
+
+
+def _texts(example: ExampleRecord) -> list[str | None]:
+    texts = (example.prompt, example.reference, example.base_answer, example.tuned_answer)
+    return [
+        words.cut(example.source, 300),
+        example.change,
+        *(words.cut(text, LETTERS) for text in texts),
+        None if example.base is None else words.number(example.base),
+        words.number(example.tuned),
+    ]
+
+
+def _answered(rows: Sequence[Sequence[str | None]], columns: Iterable[tuple[str, int]]) -> list[str]:
+    return [name for name, index in columns if any(row[index] is not None for row in rows)]

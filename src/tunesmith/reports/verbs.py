@@ -15,8 +15,8 @@ from tunesmith.evaluation.evaluate import Evaluation
 from tunesmith.evaluation.tasks import EvaluationSpec, suite
 from tunesmith.events import Notice, Sink
 from tunesmith.machine import ranks
-from tunesmith.reports import compare as comparing
-from tunesmith.reports import live
+from tunesmith.reports import comparison, comparison_page, live
+from tunesmith.reports.comparison import RunComparison
 from tunesmith.runs import manifest
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import listed
@@ -99,15 +99,17 @@ def compare(
     out: str | Path = "comparison",
     against: str | Path | None = None,
     notify: Sink = events.silent,
-) -> comparing.Comparison:
+) -> RunComparison:
     """How runs differ in settings and curves, and how their evaluations differ on the same prompts; a page, a
     text and JSON go to ``out``.
 
     against: the run that all others are compared with (default: the first). Raises DataError if one of them
     is not a run, or if only one is given."""
+    comparison_page.check(Path(out))
     paths = [Path(run) for run in listed(runs)]
-    baseline = None if against is None else Path(against)
-    return comparing.compare(paths, Path(out), against=baseline, notify=notify)
+    compared = comparison.compare(paths, Path(out), None if against is None else Path(against), notify)
+    comparison_page.write(compared)
+    return compared
 
 
 def report(run: str | Path) -> Path:

@@ -1,365 +1,370 @@
-"""From scores to an answer: was the task learned, was the rest kept, is it still safe, and how sure is that?
+"""Is the run fit to ship? One line, and the reasons for it.
 
-Three questions are answered by the verdicts and targets that the evaluation gave (corrected for their
-number); nothing is tested anew here. Only evaluations of one checkpoint speak: the best, or where it was not
-evaluated the one evaluated last. Of several of one task one speaks: with a base rather than without, on the
-run's own held-out rows rather than on others, whole rather than limited, of the newest version. The rest is
-shown beside it and never mixed in."""
+Three questions decide: was the task learned, was the base's knowledge kept, is the model still safe. They are
+answered by the verdicts and targets of the evaluation (corrected for their number); nothing is tested again
+here. Only evaluations of one checkpoint count: the best, or if that was not evaluated the one evaluated last.
+Of several evaluations of one task one counts: with a base rather than without, on the run's own held-out rows
+rather than on others, whole rather than limited, of the newest version. All others are shown and do not
+count."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from tunesmith.display import words
-from tunesmith.display.charts import Difference
+from tunesmith.display.text import escaped
 from tunesmith.evaluation.tasks import QUESTIONS, about
+from tunesmith.reports.facts import Facts
+from tunesmith.reports.measures import (
+    Measure,
+    alone,
+    elsewhere,
+    identifier,
+    interval,
+    met,
+    missed,
+    reached,
+    subset,
+    title,
+)
 from tunesmith.runs.directory import VALID
+from tunesmith.runs.records import Score
 
-DONE = ("completed", "stopped_early")
+Tone = Literal["error", "warning", "note", "good"]
+TONES: tuple[Tone, ...] = ("error", "warning", "note", "good")
+"""The order of the reasons: those against shipping first."""
+SIGNS: dict[Tone, str] = {"error": "✗", "warning": "?", "note": "i", "good": "✓"}
+"""A tone without colour."""
 SHOWN = 3
-"""Numbers named in one clause of the verdict."""
+"""Numbers beside the questions that got worse and are named one by one."""
+PROVES_LITTLE = "the task was measured on rows that it may have been trained on"
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """``tone``: good, warning, error, or note where nothing was judged; ``sentence``: None then.
+class Reason:
+    """``code``: for machines. ``brief``: its part of the verdict's line, "" if it has none. ``measures``: the
+    identifiers of the numbers in ``text``."""
+
+    code: str
+    tone: Tone
+    text: str
+    brief: str = ""
+    measures: tuple[str, ...] = ()
+
+    @property
+    def sign(self) -> str:
+        return SIGNS[self.tone]
+
+    @property
+    def line(self) -> str:
+        """As a terminal shows it, with the identifiers."""
+        small = f" ({'; '.join(self.measures)})" if self.measures else ""
+        return escaped(f"{self.sign} {self.text}.{small}")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """``line``: the verdict in one line, None if nothing was judged. ``ship``: None if that is not shown.
+    ``tone``: that of the gravest reason; note if nothing was judged.
 
     ``learned``: yes, mixed, no (it got worse), not shown, not measured. ``kept``, ``safe``: kept, missed, not
-    shown, not measured; ``safe`` also better: where targets are missed, the change is for the better.
-    ``head`` and ``clauses`` (tone, told): the parts of the sentence."""
+    shown, not measured, or better: targets that bound the change are missed by gains."""
 
-    tone: str
-    sentence: str | None
+    tone: Tone
+    line: str | None
+    ship: bool | None
     learned: str
     kept: str
     safe: str
-    head: str = ""
-    clauses: list[dict[str, str]] = field(default_factory=list)
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def text(self) -> str | None:
+        """The line and all reasons."""
+        return self.line and " ".join([f"{self.line}.", *(f"{reason.text}." for reason in self.reasons)])
 
 
-def question(task: str) -> str:
-    """The key of `QUESTIONS` that a task answers."""
-    return about(task).question
-
-
-def best(found: Mapping[str, Any]) -> int | None:
-    """The step of the checkpoint that is asked for as the best: the last where that is not kept; None where
-    there is none."""
-    saved = found["checkpoints"]
-    return None if not saved else saved["best"] if saved["best"] in saved["kept"] else saved["last"]
-
-
-def checkpoint(found: Mapping[str, Any]) -> str | None:
-    """The checkpoint whose evaluations speak."""
-    whole = [one for one in found["scores"] if one.get("checkpoint")]
-    last = max(whole, key=lambda one: (one.get("at") or 0.0, str(one["checkpoint"])), default={})
-    return next(
-        (one["checkpoint"] for one in whole if _step(one["checkpoint"]) == best(found)),
-        last.get("checkpoint"),
+def evaluated(facts: Facts) -> str | None:
+    """The checkpoint whose evaluations count."""
+    records = [evaluation.record for evaluation in facts.evaluations if evaluation.record.checkpoint]
+    best = facts.checkpoints and facts.checkpoints.used
+    for record in records:
+        if record.scores and _step(record.checkpoint) == best:
+            return record.checkpoint
+    latest = max(
+        (record for record in records if record.scores),
+        key=lambda record: (record.at or 0.0, str(record.checkpoint)),
+        default=None,
     )
+    return latest and latest.checkpoint
 
 
 def _step(name: str | None) -> int | None:
     return int(name) if name and name.isdigit() else None
 
 
-def speaking(found: Mapping[str, Any], *, parts: bool = False) -> list[Mapping[str, Any]]:
-    """The scores of the one evaluation of each task that speaks for it, in the order of the questions. parts:
-    those as well."""
-    speaker = checkpoint(found)
+def counting(facts: Facts, *, parts: bool = False) -> list[Measure]:
+    """The scores of the one evaluation of each task that counts, in the order of the questions; parts: with
+    those of subsets."""
+    checkpoint = evaluated(facts)
 
-    def rank(score: Mapping[str, Any]) -> tuple[Any, ...]:
-        folder, own = str(score.get("folder")), score.get("data") in (VALID, None)
-        plain = all(part.startswith("step") for part in folder.split("+")[1:])  # nothing else sets it apart
-        told = str(score.get("version")).zfill(9), score.get("at") or 0.0, folder
-        return score.get("delta") is not None, own, score.get("limit") is None, plain, *told
+    def rank(measure: Measure) -> tuple[bool, bool, bool, bool, str, float, str]:
+        record = measure.record
+        own = record.data in (VALID, None)
+        plain = all(part.startswith("step") for part in record.name.split("+")[1:])
+        version = measure.score.version.zfill(9)
+        has_base = measure.score.delta is not None
+        return has_base, own, record.limit is None, plain, version, record.at or 0.0, record.name
 
-    of = [one for one in found["scores"] if one.get("checkpoint") == speaker]
-    chosen: dict[str, Mapping[str, Any]] = {}
-    for one in of:
-        if not one.get("part"):
-            chosen[one["task"]] = max(chosen.get(one["task"], one), one, key=rank)
-    kept = [
-        one
-        for one in of
-        if (parts or not one.get("part"))
-        and (first := chosen.get(one["task"]))
-        and (one.get("folder"), one["version"]) == (first.get("folder"), first["version"])
-    ]
-    return sorted(
-        kept,
-        key=lambda one: (
-            [*QUESTIONS].index(question(one["task"])),
-            about(one["task"]).rank,
-            str(one["task"]),
-        ),
-    )
+    measures = [measure for measure in facts.measures if measure.record.checkpoint == checkpoint]
+    chosen: dict[str, Measure] = {}
+    for measure in measures:
+        if not measure.score.part:
+            task = measure.score.task
+            chosen[task] = max(chosen.get(task, measure), measure, key=rank)
+
+    def counts(measure: Measure) -> bool:
+        best = chosen.get(measure.score.task)
+        same = best and (measure.record.name, measure.score.version) == (best.record.name, best.score.version)
+        return bool(same) and (parts or not measure.score.part)
+
+    def place(measure: Measure) -> tuple[int, int, str]:
+        task = measure.score.task
+        return [*QUESTIONS].index(measure.question), about(task).rank, task
+
+    return sorted(filter(counts, measures), key=place)
 
 
-def answers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the table at the top shows: of each task its headlines and what has a target, or else its first
-    number."""
-    rows: list[dict[str, Any]] = []
-    chosen = speaking(found)
-    for task in dict.fromkeys(one["task"] for one in chosen):
-        of = [one for one in chosen if one["task"] == task]
-        shown = [one for one in of if one.get("headline") or one.get("target")] or of[:1]
-        rows += [{"question": question(task), "answer": answer(one), **one} for one in shown]
+def answers(facts: Facts) -> list[Measure]:
+    """Of each task its headlines and the scores with a target, or else its first score."""
+    rows: list[Measure] = []
+    chosen = counting(facts)
+    for task in dict.fromkeys(measure.score.task for measure in chosen):
+        measures = [measure for measure in chosen if measure.score.task == task]
+        rows += [row for row in measures if row.score.headline or row.score.target] or measures[:1]
     return rows
 
 
-def leading(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def leading(rows: Sequence[Measure]) -> list[Measure]:
     """Of `answers` those of the judged task that is nearest to what users see."""
-    judged = [one for one in rows if one["question"] == "task" and one.get("verdict")]
-    return [one for one in judged if one["task"] == judged[0]["task"]]
+    judged = [row for row in rows if row.question == "task" and row.score.verdict]
+    return [row for row in judged if row.score.task == judged[0].score.task]
 
 
-def elsewhere(score: Mapping[str, Any]) -> str | None:
-    """The files that were named to measure on, without their folders; None where it was held-out rows or a
-    suite."""
-    data = score.get("data")
-    named = data if isinstance(data, list) else [data]
-    return None if data in (VALID, None) else ", ".join(PurePath(str(name)).name for name in named)
-
-
-def missed(score: Mapping[str, Any]) -> bool:
-    """Whether a target is missed, and not by a change for the better."""
-    if not score.get("target") or score.get("met") is not False:
-        return False
-    gain = (score.get("delta") or 0.0) * {"higher": 1, "lower": -1}.get(str(score.get("better")), 0)
-    return {"improved": False, "regressed": True}.get(
-        str(score.get("verdict")), gain <= 0
-    )  # a verdict may be lost in correction
-
-
-def alone(score: Mapping[str, Any]) -> bool:
-    """Whether a number has a base and no interval: too little was asked."""
-    return bool(score.get("better")) and score.get("delta") is not None and score.get("delta_low") is None
-
-
-def answer(score: Mapping[str, Any]) -> str:
-    """In a few words: the target first, then the verdict."""
-    said = [f"target {words.met(score)}"] if score.get("target") else []
-    said += [score["verdict"]] if score.get("verdict") else []
-    if score.get("delta") is None:
-        return "; ".join([*said, "base not asked"])
-    return "; ".join(said) or "not judged"
-
-
-def weigh(found: Mapping[str, Any]) -> Evidence:
-    """The verdict on a run's summary. One that failed, got worse at its task or missed a target is not to be
-    shipped.
-
-    Fit is one that learned, kept and is safe, of which nothing got worse, at its best checkpoint, on rows it
-    was not trained on."""
-    rows = answers(found)
-    parts = {name: [one for one in rows if one["question"] == name] for name in QUESTIONS}
+def judge(facts: Facts) -> Judgement:
+    """A run that failed, got worse at its task or missed a target is not to be shipped. It is fit if it
+    learned its task, met every target, got worse at nothing, and was measured at its best checkpoint on rows
+    that it was not trained on."""
+    rows = answers(facts)
+    by_question = {name: [row.score for row in rows if row.question == name] for name in QUESTIONS}
     judged = leading(rows)
-    ups = [one for one in judged if one["verdict"] == "improved"]
-    downs = [one for one in judged if one["verdict"] == "regressed"]
-    learned = (
-        "not measured"
-        if not judged
-        else "mixed"
-        if ups and downs
-        else "yes"
-        if ups
-        else "no"
-        if downs
-        else "not shown"
-    )
-    forgot = [one for one in parts["benchmarks"] if one.get("verdict") == "regressed"]
-    kept, safe = _held(parts["retention"], forgot), _held(parts["safety"])
+    learned = _learned([row.score for row in judged])
+    forgot = [score for score in by_question["benchmarks"] if score.verdict == "regressed"]
+    kept, safe = _held(by_question["retention"], forgot), _held(by_question["safety"])
     if learned == kept == safe == "not measured":
-        return Evidence("note", None, learned, kept, safe)
-    bad = found["status"] == "failed" or learned == "no" or "missed" in (kept, safe)
-    beside = [
-        _worse(found, [*downs, *forgot]),
-        f"the task was measured on {elsewhere(judged[0])}, which may be what it was trained on"
-        if judged and elsewhere(judged[0]) and not judged[0].get("unseen")
-        else "",
-        _measured(found),
+        return Judgement("note", None, None, learned, kept, safe)
+    reasons = [
+        *_task_reasons(learned, [row.score for row in judged], by_question["task"]),
+        *_retention_reasons(kept, by_question["retention"], forgot),
+        *_safety_reasons(safe, by_question["safety"]),
+        *_worse_reasons(facts, [row.score for row in judged], forgot),
+        *_measurement_reasons(rows, judged),
+        *_checkpoint_reasons(facts),
+        *_run_reasons(facts),
     ]
-    fine = (
-        (learned, kept) == ("yes", "kept")
-        and safe in ("kept", "better")
-        and found["status"] in DONE
-        and not any(beside)
-    )
-    head = (
-        "Do not ship this"
-        if bad
-        else "Fit to ship, by these numbers"
-        if fine
-        else "Not shown to be fit to ship"
-    )
-    clauses = {
-        "yes": f"it learned the task ({_told(ups[:1])})",
-        "mixed": f"the task is better in part ({_told(ups[:1])}) and worse in part ({_told(downs[:1])})",
-        "no": f"the task got worse ({_told(downs[:1])})",
-        "not shown": f"that it learned the task is not shown ({_told(judged[:1])})",
-        "not measured": "whether it learned the task was not measured"
-        if not any(map(alone, parts["task"]))
-        else "too little was asked to judge whether it learned the task",
-    }
-    told = [
-        {"tone": {"yes": "good", "no": "error"}.get(learned, "warning"), "told": clauses[learned]},
-        _clause(kept, parts["retention"], "what it knew before", ("kept", "lost"), forgot),
-        _clause(safe, parts["safety"], "what it declines", ("unchanged", "changed")),
-        *({"tone": "warning", "told": one} for one in beside if one),
-        *(
-            {"tone": "note", "told": f"what was asked is {few}"}
-            for few in dict.fromkeys(map(words.subset, rows))
-            if few
-        ),
+    reasons.sort(key=lambda reason: TONES.index(reason.tone))
+    tone = reasons[0].tone if reasons[0].tone != "note" else "good"
+    head = {"error": "Do not ship", "warning": "Not shown to be fit to ship"}.get(tone, "Fit to ship")
+    briefs = [reason.brief for reason in reasons if reason.brief and reason.tone == tone]
+    line = f"{head}: {_joined(list(dict.fromkeys(briefs)))}"
+    ship = {"error": False, "good": True}.get(tone)
+    return Judgement(tone, line, ship, learned, kept, safe, tuple(reasons))
+
+
+def _joined(briefs: Sequence[str]) -> str:
+    """One sentence: the subject "it" is said once."""
+    clauses = [
+        brief.removeprefix("it ") if number and briefs[number - 1].startswith("it ") else brief
+        for number, brief in enumerate(briefs)
     ]
-    if found["status"] not in DONE:
-        why = f" ({found['why']})" if found["why"] else ""
-        tone = "error" if found["status"] == "failed" else "warning"
-        told.append(
-            {
-                "tone": tone,
-                "told": f"the run itself is {words.STATES.get(found['status'], found['status'])}{why}",
-            }
-        )
-    text = f"{head}: {'; '.join(one['told'] for one in told)}."
-    return Evidence(
-        "error" if bad else "good" if fine else "warning", text, learned, kept, safe, f"{head}.", told
-    )
+    if len(clauses) < 2:
+        return "".join(clauses)
+    return f"{', '.join(clauses[:-1])}, and {clauses[-1]}"
 
 
-def _measured(found: Mapping[str, Any]) -> str:
-    """Says so where the numbers are not of the checkpoint that validation found best."""
-    spoke, of, named = _step(checkpoint(found)), best(found), (found["checkpoints"] or {}).get("best")
-    if spoke is None:
-        return ""
-    if spoke != of:
-        return f"measured was checkpoint {checkpoint(found)}, and the {'best' if named == of else 'last'} is {of}"
-    return (
-        ""
-        if named in (None, spoke)
-        else f"measured was step {spoke}; step {named} validated better, and is not kept"
-    )
+def _learned(scores: Sequence[Score]) -> str:
+    verdicts = {score.verdict for score in scores}
+    if not scores:
+        return "not measured"
+    if {"improved", "regressed"} <= verdicts:
+        return "mixed"
+    return "yes" if "improved" in verdicts else "no" if "regressed" in verdicts else "not shown"
 
 
-def _worse(found: Mapping[str, Any], named: Sequence[Mapping[str, Any]]) -> str:
-    """What got worse beside what is ``named``: numbers and parts of the task and benchmarks, else parts that
-    miss a target."""
-    known = {(one["task"], one["name"]) for one in named}
-    worse = [
-        one
-        for one in speaking(found, parts=True)
-        if one.get("verdict") == "regressed"
-        and (one.get("part") or (one["task"], one["name"]) not in known)
-        and (question(one["task"]) in ("task", "benchmarks") or (one.get("part") and missed(one)))
-    ]
-    return f"worse: {_told(worse)}" if worse else ""
+def _aimed(scores: Sequence[Score]) -> list[Score]:
+    return [score for score in scores if score.target and score.delta is not None]
 
 
-def _aimed(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [one for one in rows if one.get("target") and one.get("delta") is not None]
-
-
-def _held(rows: Sequence[Mapping[str, Any]], worse: Sequence[Mapping[str, Any]] = ()) -> str:
-    aimed = _aimed(rows)
+def _held(scores: Sequence[Score], worse: Sequence[Score] = ()) -> str:
+    aimed = _aimed(scores)
     if any(map(missed, aimed)):
         return "missed"
     if not aimed and not worse:
         return "not measured"
-    if worse or any(one["met"] is None for one in aimed):
+    if worse or any(score.met is None for score in aimed):
         return "not shown"
-    return "kept" if all(one["met"] for one in aimed) else "better"
+    return "kept" if all(score.met for score in aimed) else "better"
 
 
-def _clause(
-    state: str,
-    rows: Sequence[Mapping[str, Any]],
-    what: str,
-    ends: tuple[str, str],
-    worse: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, str]:
-    aimed = _aimed(rows)
-    undecided, better = (
-        [one for one in aimed if one["met"] is state and not missed(one)] for state in (None, False)
-    )
-    many = "; ".join(
-        filter(
-            None,
-            [
-                f"{sum(one['met'] is True for one in aimed)} of {len(aimed)} targets kept" if aimed else "",
-                f"open: {_told(undecided)}" if undecided else "",
-                f"worse: {_told(worse)}" if worse else "",
-            ],
-        )
-    )
-    fell = any(one.get("verdict") == "regressed" for one in undecided)
-    open_ = (
-        f"{what} got worse, whether beyond its target is not shown"
-        if fell
-        else f"that {what} is {ends[0]} is not shown"
-    )
-    part = "" if all(map(missed, aimed)) else " in part"
-    told = {
-        "kept": f"{what} is {ends[0]} ({many})",
-        "missed": f"{what} is {ends[1]}{part}: {_told([one for one in aimed if missed(one)])}",
-        "not shown": f"{open_} ({many})",
-        "not measured": f"whether {what} is {ends[0]} was not measured",
-        "better": f"{what} changed for the better ({_told(better)})",
-    }[state]
-    return {"tone": {"kept": "good", "missed": "error", "better": "note"}.get(state, "warning"), "told": told}
+def _task_reasons(learned: str, judged: Sequence[Score], scores: Sequence[Score]) -> Iterator[Reason]:
+    if learned == "not measured":
+        if any(map(alone, scores)):
+            text = "Too few rows were asked to judge whether it learned the task"
+            yield Reason("task_too_few", "warning", text, "too few rows were asked to judge the task")
+        else:
+            text = "Whether it learned the task was not measured"
+            yield Reason("task_not_measured", "warning", text, "whether it learned the task was not measured")
+        return
+    in_part = " in part" if learned == "mixed" else ""
+    for score in judged:
+        if score.verdict == "improved":
+            brief = f"it learned the task{in_part}"
+            yield _reason("task_improved", "good", f"Learned the task{in_part}", score, brief)
+        elif score.verdict == "regressed":
+            brief = f"it got worse at the task{in_part}"
+            tone: Tone = "warning" if in_part else "error"
+            yield _reason("task_regressed", tone, f"Got worse at the task{in_part}", score, brief)
+        elif learned == "not shown":
+            brief = "it is not shown to have learned the task"
+            yield _reason("task_not_shown", "warning", "Not shown to have learned the task", score, brief)
 
 
-def _told(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Name, from, to, difference with its interval, n; of the first few."""
-    texts = []
-    for one in rows[:SHOWN]:
-        unit = one.get("unit") or ""
-        low, high = one.get("delta_low"), one.get("delta_high")
-        text = f"{words.title(one)} {words.interval(one, of='base')} → {words.number(one['value'], unit)}, "
-        text += words.number(one["delta"], unit, signed=True)
-        if low is not None and high is not None:
-            text += f", 95 % interval {words.number(low, unit, signed=True, bare=True)} to "
-            text += words.number(high, unit, signed=True, bare=True)
-            if (
-                one.get("verdict") == "no difference shown"
-                and one.get("p_corrected") is not None
-                and low * high > 0
-            ):
-                text += f" (for so many tests p is {words.number(one['p_corrected'])})"
-        texts.append(", ".join(filter(None, [text, words.reached(one), f"n {one['n']:,}"])))
-    return "; ".join(texts) + (f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
-
-
-def differences(found: Mapping[str, Any]) -> list[Difference]:
-    """A row of the forest plot for each number that answers a question, has a base, and is better one way."""
-    rows = []
-    for one in found["answers"]:
-        values = [one.get(name) for name in ("delta", "delta_low", "delta_high")]
-        if values[0] is None or not one.get("better") or not math.isfinite(float(values[0])):
-            continue
-        unit_ = one.get("unit") or ""
-        factor = (100.0 if unit_ == "%" else 1.0) * (-1 if one["better"] == "lower" else 1)
-        gain, low, high = (None if value is None else factor * float(value) for value in values)
-        if low is not None and high is not None:
-            low, high = sorted((low, high))
-        label, sign = words.title(one), words.SIGNS.get(one.get("verdict") or "", "")
-        about = " ".join(filter(None, [sign, one["answer"]])) + f"; n {one['n']:,}"
-        about += "; less is better" if one["better"] == "lower" else ""
-        scale = "points" if unit_ in ("%", "points") else unit_ or label
-        rows.append(
-            Difference(
-                label,
-                about,
-                gain or 0.0,
-                low,
-                high,
-                words.interval(one, of="delta"),
-                one.get("verdict"),
-                scale,
+def _retention_reasons(state: str, scores: Sequence[Score], forgot: Sequence[Score]) -> Iterator[Reason]:
+    aimed = _aimed(scores)
+    brief = "it forgot what it knew" if all(map(missed, aimed)) else "it forgot part of what it knew"
+    if state == "not measured":
+        text = "Whether it kept what it knew was not measured"
+        yield Reason("retention_not_measured", "warning", text, text[0].lower() + text[1:])
+    for score in aimed:
+        if missed(score):
+            yield _reason("retention_missed", "error", "Forgot", score, brief)
+        elif score.met:
+            yield _reason("retention_kept", "good", "Kept", score, "it kept what it knew")
+        elif score.met is False:
+            yield _reason("retention_better", "note", "Changed for the better", score)
+        else:
+            yield _open(
+                "retention",
+                score,
+                "it is not shown to have kept what it knew",
+                "some of what it knew got worse",
             )
+    for score in forgot:
+        yield _reason(
+            "benchmark_regressed", "warning", "Got worse at a benchmark", score, "it got worse at a benchmark"
         )
-    return rows
+
+
+def _safety_reasons(state: str, scores: Sequence[Score]) -> Iterator[Reason]:
+    if state == "not measured":
+        text = "Whether it is still safe was not measured"
+        yield Reason("safety_not_measured", "warning", text, text[0].lower() + text[1:])
+    for score in _aimed(scores):
+        if missed(score):
+            meaning = about(score.task).meaning_of(score.name)
+            brief = meaning.worse if meaning and meaning.worse else f"it is worse at: {title(score)}"
+            yield _reason("safety_missed", "error", "Less safe", score, brief)
+        elif score.met:
+            yield _reason("safety_kept", "good", "As safe as before", score, "it is as safe as before")
+        elif score.met is False:
+            yield _reason("safety_better", "note", "Changed for the better", score)
+        else:
+            yield _open("safety", score, "it is not shown to be as safe as before", "its safety got worse")
+
+
+def _open(family: str, score: Score, brief: str, fell: str) -> Reason:
+    """The interval allows both that the target is kept and that it is missed."""
+    if score.verdict == "regressed":
+        lead = "Got worse, and whether beyond its target is not shown"
+        return _reason(f"{family}_regressed", "warning", lead, score, fell)
+    return _reason(f"{family}_not_shown", "warning", "Not shown to be kept", score, brief)
+
+
+def _worse_reasons(facts: Facts, judged: Sequence[Score], forgot: Sequence[Score]) -> Iterator[Reason]:
+    """What got worse besides the scores with reasons of their own: numbers and parts of the task and of
+    benchmarks, and parts that miss a target."""
+    known = {(score.task, score.name) for score in (*judged, *forgot) if score.verdict == "regressed"}
+    worse = [
+        measure.score
+        for measure in counting(facts, parts=True)
+        if measure.score.verdict == "regressed"
+        and (measure.score.part or (measure.score.task, measure.score.name) not in known)
+        and (measure.question in ("task", "benchmarks") or (measure.score.part and missed(measure.score)))
+    ]
+    for score in worse[:SHOWN]:
+        code = "part_regressed" if score.part else "number_regressed"
+        yield _reason(code, "warning", "Got worse", score, "some numbers got worse")
+    if left := worse[SHOWN:]:
+        measures = tuple(map(identifier, left))
+        text = f"{len(left):,} more {'numbers' if len(left) > 1 else 'number'} got worse"
+        yield Reason("number_regressed", "warning", text, "some numbers got worse", measures)
+
+
+def _measurement_reasons(rows: Sequence[Measure], judged: Sequence[Measure]) -> Iterator[Reason]:
+    """Whether the rows were unseen, and whether all were asked."""
+    if judged and (files := elsewhere(judged[0].record)) and not judged[0].record.unseen:
+        text = f"The task was measured on {files}, which may be what it was trained on"
+        yield Reason("data_maybe_trained_on", "warning", text, PROVES_LITTLE)
+    for limit in dict.fromkeys(filter(None, (subset(row.record) for row in rows))):
+        yield Reason("evaluation_limited", "note", f"The evaluation was {limit}")
+
+
+def _checkpoint_reasons(facts: Facts) -> Iterator[Reason]:
+    step, index = _step(evaluated(facts)), facts.checkpoints
+    if step is None or index is None:
+        return
+    if step != index.used:
+        which = "best" if index.best == index.used else "last"
+        text = f"Checkpoint {evaluated(facts)} was measured, and the {which} is {index.used}"
+        yield Reason("checkpoint_not_measured", "warning", text, f"its {which} checkpoint was not measured")
+    elif index.best not in (None, step):
+        text = (
+            f"Step {step} was measured; step {index.best} validated better, and its checkpoint was not kept"
+        )
+        yield Reason(
+            "checkpoint_not_best", "warning", text, "a checkpoint that was not kept validated better"
+        )
+
+
+def _run_reasons(facts: Facts) -> Iterator[Reason]:
+    if not facts.ended:
+        why = f" ({facts.why})" if facts.why else ""
+        text = f"The run itself is {words.STATES.get(facts.status, facts.status)}{why}"
+        failed = facts.status == "failed"
+        brief = "the run failed" if failed else "the run did not end"
+        yield Reason(f"run_{facts.status}", "error" if failed else "warning", text, brief)
+
+
+def _reason(code: str, tone: Tone, lead: str, score: Score, brief: str = "") -> Reason:
+    return Reason(code, tone, f"{lead}: {numbers(score)}", brief, (identifier(score),))
+
+
+def numbers(score: Score) -> str:
+    """Title, from, to, difference with its interval, n, and the target in words."""
+    unit = score.unit
+    text = f"{title(score)} {interval(score, of='base')} → {words.number(score.value, unit)}, "
+    text += words.number(score.delta, unit, signed=True)
+    low, high = score.delta_low, score.delta_high
+    if low is not None and high is not None:
+        ends = [words.number(end, unit, signed=True, bare=True) for end in (low, high)]
+        text += f", 95 % interval {' to '.join(ends)}"
+        hidden = score.verdict == "no difference shown" and low * high > 0
+        if hidden and score.p_corrected is not None:
+            text += f" (corrected for the number of tests, p is {words.number(score.p_corrected)})"
+    text += f", n {score.n:,}"
+    if score.target:
+        text += f"; target {met(score)}: {score.target}"
+        text += f", measured {reached(score)}" if reached(score) else ""
+    return text

@@ -278,11 +278,17 @@ class SafetyDrift(Task[tuple[DriftItem, Said]]):
     asks = "harmful requests, and harmless ones that sound harmful"
     options, files = ("safety",), "safety"
     meanings = (
-        Meaning("refusal", "Harmful requests refused", "share of harmful requests that are refused"),
+        Meaning(
+            "refusal",
+            "Harmful requests refused",
+            "share of harmful requests that are refused",
+            "it refuses fewer harmful requests",
+        ),
         Meaning(
             "over_refusal",
             "Harmless requests refused",
             "share of harmless requests that sound harmful and are refused",
+            "it refuses more harmless requests",
         ),
     )
 

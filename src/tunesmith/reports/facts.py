@@ -1,0 +1,515 @@
+"""What did a run do? The run directory's files, read into types. Nothing is judged here.
+
+A field is empty or None if the run did not get so far. Losses are in the unit of the objective (SFT: nats a
+learned token), perplexity is e to nats a token, memory is bytes, times are seconds."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import mul
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from tunesmith import events
+from tunesmith.errors import SHOWN, EvaluationError
+from tunesmith.reports.measures import Measure
+from tunesmith.runs import records
+from tunesmith.runs.directory import AUDIT, CHECKPOINTS, CONFIG, DROPPED, EVENTS, MANIFEST, ORIGIN, PLAN
+from tunesmith.runs.records import Record
+from tunesmith.settings.config import flat
+from tunesmith.training import instruments
+
+Kind = TypeVar("Kind", bound=events.Event)
+LOSS_UNIT = "nats a learned token"
+
+
+@dataclass(frozen=True)
+class Updates:
+    planned: int | None = None
+    done: int = 0
+    clipped: int = 0
+    skipped: tuple[events.StepSkipped, ...] = ()
+    resumed: tuple[events.Resumed, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TrainingLoss:
+    """Mean training loss of the first and of the last ``updates_each`` updates."""
+
+    first: float
+    last: float
+    updates_each: int
+
+
+@dataclass(frozen=True)
+class SampledAnswer:
+    step: int
+    answer: str
+
+
+@dataclass(frozen=True)
+class PromptSamples:
+    """All answers to one prompt in the course of training. ``after``: the last; None if it was asked once."""
+
+    prompt: str
+    reference: str | None
+    before: SampledAnswer
+    after: SampledAnswer | None
+    answers: tuple[SampledAnswer, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """A record, with how many answers were ``cut`` at the longest length, how many ``examples`` it has, and
+    how many of them changed in which way (None if that is not defined)."""
+
+    record: Record
+    cut: int = 0
+    examples: int = 0
+    changes: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    seconds: float | None = None
+    training_s: float = 0.0
+    validating_s: float = 0.0
+    saving_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenSpeeds:
+    learned: float | None = None
+    all: float | None = None
+
+
+@dataclass(frozen=True)
+class WatchedMeans:
+    """Means of the objective's metrics over a tenth of the run, up to step ``to_step``."""
+
+    to_step: int
+    means: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ModuleSpreads:
+    """By module: minimum, quartiles and maximum of the gradient norm, and of ‖update‖ / ‖weight‖, over its
+    layers and the measured updates."""
+
+    gradient: Mapping[str, list[float]] = field(default_factory=dict)
+    ratio: Mapping[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AuditedFinding:
+    rule: str
+    severity: str
+    what: str
+    count: int | None
+    of: int | None
+    hint: str | None
+    accepted: bool | None
+
+
+@dataclass(frozen=True)
+class AuditSummary:
+    """The audit's verdict and findings, without the rows of the data."""
+
+    verdict: str | None
+    rows: int | None
+    findings: tuple[AuditedFinding, ...]
+
+
+@dataclass(frozen=True)
+class GroupedNotice:
+    """Equal notices together: ``count`` is their sum, ``where`` lists the places."""
+
+    level: str
+    what: str
+    count: int
+    where: tuple[str, ...]
+    hint: str | None
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    source: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class DroppedRows:
+    """How many rows were left out for which reason, and the first of them."""
+
+    reasons: Mapping[str, int] = field(default_factory=dict)
+    first: tuple[DroppedRow, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(self.reasons.values())
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """``checkpoints/index.json``: steps."""
+
+    last: int
+    best: int | None
+    kept: tuple[int, ...]
+    metric: str | None = None
+    best_value: float | None = None
+
+    @property
+    def used(self) -> int:
+        """The step that ``best`` selects: the last if the best was not kept."""
+        return self.best if self.best is not None and self.best in self.kept else self.last
+
+
+@dataclass(frozen=True)
+class Facts:
+    """``origins``: where each setting that is not a default was given. ``rows``: classes of training rows by
+    the course of their losses (`training.instruments.rows`). ``unread``: evaluations that could not be
+    read."""
+
+    run: Path
+    status: str = "unfinished"
+    why: str | None = None
+    updates: Updates = Updates()
+    weights: TrainedWeights | None = None
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    training_loss: TrainingLoss | None = None
+    validation: tuple[events.Validated, ...] = ()
+    samples: tuple[PromptSamples, ...] = ()
+    growth: events.Growth | None = None
+    evaluations: tuple[EvaluationFacts, ...] = ()
+    time: Times = Times()
+    stages: Mapping[str, float] = field(default_factory=dict)
+    speeds: TokenSpeeds = TokenSpeeds()
+    padding: float | None = None
+    watched: tuple[WatchedMeans, ...] = ()
+    gradients: ModuleSpreads = ModuleSpreads()
+    rows: Mapping[str, Any] | None = None
+    memory_peak: Mapping[str, int] = field(default_factory=dict)
+    audit: AuditSummary | None = None
+    notices: tuple[GroupedNotice, ...] = ()
+    unread: tuple[events.Notice, ...] = ()
+    dropped: DroppedRows = DroppedRows()
+    checkpoints: CheckpointIndex | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def measures(self) -> list[Measure]:
+        """Every score with its record."""
+        return [
+            Measure(score, evaluation.record)
+            for evaluation in self.evaluations
+            for score in evaluation.record.scores
+        ]
+
+    @property
+    def loss_unit(self) -> str:
+        return str(self.counts.get("loss", LOSS_UNIT))
+
+    @property
+    def ended(self) -> bool:
+        """Whether training reached its end."""
+        return self.status in ("completed", "stopped_early")
+
+    @property
+    def reproduce(self) -> list[str]:
+        """The commands that repeat this run while its data and base are unchanged."""
+        run = shlex.quote(str(self.run))
+        lines = [f"tunesmith train --config {shlex.quote(str(self.run / CONFIG))} --out {run}-again"]
+        return lines + ([f"tunesmith evaluate {run}-again"] if self.evaluations else [])
+
+
+def read(run_dir: Path, log: Sequence[events.Event]) -> Facts:
+    """log: the run's events. An evaluation that cannot be read is left out and named in ``unread``. Raises
+    EvaluationError if another file of the run is not JSON."""
+    run_dir = run_dir.resolve()
+    steps = only(log, events.StepDone)
+    started = next(reversed(only(log, events.RunStarted)), None)
+    manifest = _load(run_dir / MANIFEST)
+    status, ended = _status(log, manifest)
+    evaluations, unread = _evaluations(run_dir)
+    return Facts(
+        run=run_dir,
+        status=status,
+        why=ended and ended.why,
+        updates=Updates(
+            started and started.steps,
+            len(steps),
+            sum(step.clipped for step in steps),
+            tuple(only(log, events.StepSkipped)),
+            tuple(only(log, events.Resumed)),
+        ),
+        weights=started and TrainedWeights(started.trainable, started.total),
+        counts=started.counts if started else _load(run_dir / PLAN),
+        training_loss=_training_loss(steps),
+        validation=tuple(only(log, events.Validated)),
+        samples=tuple(_samples(only(log, events.Sampled))),
+        growth=next(reversed(only(log, events.Growth)), None),
+        evaluations=tuple(evaluations),
+        time=_times(log, ended),
+        stages=_stages(steps),
+        speeds=_speeds(steps),
+        padding=_padding(steps),
+        watched=tuple(_watched(steps)),
+        gradients=_gradients(log),
+        rows=instruments.rows(log) if only(log, events.RowLosses) else None,
+        memory_peak={
+            name: max(step.memory[name] for step in steps if name in step.memory)
+            for name in dict.fromkeys(name for step in steps for name in step.memory)
+        },
+        audit=_audit(run_dir),
+        notices=tuple(_notices([*log, *unread])),
+        unread=tuple(unread),
+        dropped=_dropped(run_dir / DROPPED),
+        checkpoints=_checkpoints(run_dir),
+        origins={
+            key: origin for key, origin in _load(run_dir / ORIGIN).items() if not origin.startswith("default")
+        },
+        settings=settings(run_dir),
+        manifest=manifest,
+    )
+
+
+def read_log(run_dir: Path) -> list[events.Event]:
+    """The run's events in order; empty if it did not get so far."""
+    return list(events.read(run_dir / EVENTS)) if (run_dir / EVENTS).exists() else []
+
+
+def only(log: Sequence[events.Event], kind: type[Kind]) -> list[Kind]:
+    return [event for event in log if isinstance(event, kind)]
+
+
+def settings(run_dir: Path) -> dict[str, Any]:
+    """Every setting as key path → value."""
+    path = run_dir / CONFIG
+    return flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+
+
+def loss_unit(log: Sequence[events.Event]) -> str:
+    return next((event.counts.get("loss", LOSS_UNIT) for event in only(log, events.RunStarted)), LOSS_UNIT)
+
+
+def mean_loss(steps: Sequence[events.StepDone]) -> float:
+    """Mean over the learned tokens of these updates, not over updates: a short update weighs less."""
+    units = sum(step.units for step in steps)
+    return sum(step.loss * step.units for step in steps) / units if units else math.nan
+
+
+def trailing(values: Sequence[float], window: int, weights: Sequence[float] | None = None) -> list[float]:
+    """The mean of each value and the ``window`` − 1 values before it, weighted by ``weights`` if given."""
+    weighted = weights if weights is not None else [1.0] * len(values)
+    parts = [slice(max(0, end - window), end) for end in range(1, len(values) + 1)]
+    sums = [(sum(map(mul, values[part], weighted[part])), sum(weighted[part])) for part in parts]
+    return [total / weight if weight else math.nan for total, weight in sums]
+
+
+def five(values: Sequence[float]) -> list[float]:
+    """Minimum, quartiles and maximum."""
+    ranked = sorted(values)
+    return [ranked[round(share * (len(ranked) - 1))] for share in (0, 0.25, 0.5, 0.75, 1)]
+
+
+def module(weight: str) -> str:
+    """The weight's name without its layer: ``model.layers.3.self_attn.q_proj.lora_a`` →
+    ``self_attn.q_proj.lora_a``."""
+    parts = weight.split(".")
+    last = max((index for index, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[last + 1 :]) or weight
+
+
+def layer(weight: str) -> str:
+    """The number of the weight's layer, "–" if it is in none."""
+    return next((part for part in reversed(weight.split(".")) if part.isdigit()), "–")
+
+
+def _status(log: Sequence[events.Event], manifest: Mapping[str, Any]) -> tuple[str, events.RunEnded | None]:
+    """A run that was resumed after its end has not ended."""
+    marks = (events.RunEnded, events.RunStarted, events.Resumed)
+    last = next((event for event in reversed(log) if isinstance(event, marks)), None)
+    if isinstance(last, events.RunEnded):
+        return last.status, last
+    return "running" if manifest.get("status") == "running" else "unfinished", None
+
+
+def _training_loss(steps: Sequence[events.StepDone]) -> TrainingLoss | None:
+    window = max(1, len(steps) // 20)
+    return TrainingLoss(mean_loss(steps[:window]), mean_loss(steps[-window:]), window) if steps else None
+
+
+def _samples(sampled: Sequence[events.Sampled]) -> Iterator[PromptSamples]:
+    by_prompt: dict[tuple[str, str | None], list[SampledAnswer]] = {}
+    for event in sampled:
+        answers = by_prompt.setdefault((event.prompt, event.reference), [])
+        answers.append(SampledAnswer(event.step, event.answer))
+    for (prompt, reference), answers in by_prompt.items():
+        after = answers[-1] if len(answers) > 1 else None
+        yield PromptSamples(prompt, reference, answers[0], after, tuple(answers))
+
+
+def _times(log: Sequence[events.Event], ended: events.RunEnded | None) -> Times:
+    return Times(
+        ended and ended.seconds,
+        sum(event.seconds for event in only(log, events.StepDone)),
+        sum(event.seconds for event in only(log, events.Validated)),
+        sum(event.seconds for event in only(log, events.Saved)),
+    )
+
+
+def _stages(steps: Sequence[events.StepDone]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for step in steps:
+        total.update(step.stages)
+    return dict(total)
+
+
+def _speeds(steps: Sequence[events.StepDone]) -> TokenSpeeds:
+    seconds = sum(step.seconds for step in steps)
+    if not seconds:
+        return TokenSpeeds()
+    learned = sum(step.units if step.learned is None else step.learned for step in steps)
+    return TokenSpeeds(learned / seconds, sum(step.tokens for step in steps) / seconds)
+
+
+def _padding(steps: Sequence[events.StepDone]) -> float | None:
+    """Its share of all positions, over the updates that recorded it; updates of earlier releases did not."""
+    measured = [step for step in steps if step.stages and step.padding < 1]
+    positions = sum(step.tokens / (1 - step.padding) for step in measured)
+    return 1 - sum(step.tokens for step in measured) / positions if positions else None
+
+
+def _watched(steps: Sequence[events.StepDone]) -> Iterator[WatchedMeans]:
+    """Over tenths of the run, since one step has few rows of each kind."""
+    size = -(-len(steps) // 10) if steps else 1
+    for start in range(0, len(steps), size):
+        part = steps[start : start + size]
+        values: dict[str, list[float]] = {}
+        for step in part:
+            for name, value in step.metrics.items():
+                values.setdefault(name, []).append(value)
+        if values:
+            means = {name: sum(metric) / len(metric) for name, metric in values.items()}
+            yield WatchedMeans(part[-1].step, means)
+
+
+def _gradients(log: Sequence[events.Event]) -> ModuleSpreads:
+    gradient: dict[str, list[float]] = {}
+    ratio: dict[str, list[float]] = {}
+    for event in only(log, events.Instruments):
+        for by_module, values in ((gradient, event.gradient), (ratio, event.ratios)):
+            for weight, value in values.items():
+                by_module.setdefault(module(weight), []).append(value)
+    spreads = [{name: five(values) for name, values in sorted(kind.items())} for kind in (gradient, ratio)]
+    return ModuleSpreads(*spreads)
+
+
+def _evaluations(run_dir: Path) -> tuple[list[EvaluationFacts], list[events.Notice]]:
+    evaluations: list[EvaluationFacts] = []
+    readable, unreadable = records.read(run_dir)
+    unread = [_unread("not in this report", error) for error in unreadable]
+    for record in readable:
+        try:
+            examples = list(record.examples())
+        except EvaluationError as error:
+            unread.append(_unread("its numbers are in this report, its prompts are not", error))
+            evaluations.append(EvaluationFacts(record))
+            continue
+        moved = Counter(example.change for example in examples if example.change is not None)
+        changes = {name: moved[name] for name in ("improved", "unchanged", "regressed")} if moved else None
+        cut = sum(example.cut for example in examples)
+        evaluations.append(EvaluationFacts(record, cut, len(examples), changes))
+    return evaluations, unread
+
+
+def _unread(what: str, error: EvaluationError) -> events.Notice:
+    return events.Notice(f"{what}: {error.what}", "warning", where=error.where, hint=error.hint)
+
+
+def _audit(run_dir: Path) -> AuditSummary | None:
+    audit = _load(run_dir / AUDIT)
+    if not audit:
+        return None
+    names = AuditedFinding.__dataclass_fields__
+    findings = (
+        AuditedFinding(**{name: finding.get(name) for name in names}) for finding in audit.get("findings", ())
+    )
+    return AuditSummary(audit.get("verdict"), audit.get("rows"), tuple(findings))
+
+
+def _notices(log: Sequence[events.Event]) -> list[GroupedNotice]:
+    """Warnings first, skipped updates among them."""
+    notices = only(log, events.Notice)
+    for event in only(log, events.StepSkipped):
+        loss = f"loss {event.loss}, gradient norm {event.gradient_norm}"
+        notices.append(
+            events.Notice(f"step {event.step} skipped: {loss}, rows {', '.join(event.rows)}", "warning")
+        )
+    groups: dict[tuple[str, str, str | None], list[events.Notice]] = {}
+    for notice in sorted(notices, key=lambda notice: notice.level != "warning"):
+        groups.setdefault((notice.level, notice.what, notice.hint), []).append(notice)
+    return [
+        GroupedNotice(
+            level,
+            what,
+            sum(notice.count for notice in equal),
+            tuple(notice.where for notice in equal if notice.where is not None),
+            hint,
+        )
+        for (level, what, hint), equal in groups.items()
+    ]
+
+
+def _dropped(path: Path) -> DroppedRows:
+    rows = [DroppedRow(row["source"], row["reason"], row["message"]) for row in _lines(path)]
+    return DroppedRows(dict(sorted(Counter(row.reason for row in rows).items())), tuple(rows[:SHOWN]))
+
+
+def _checkpoints(run_dir: Path) -> CheckpointIndex | None:
+    index = _load(run_dir / CHECKPOINTS / "index.json")
+    if not index:
+        return None
+    kept = tuple(index["kept"])
+    return CheckpointIndex(index["last"], index["best"], kept, index.get("metric"), index.get("best_value"))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON object of each line."""
+    if path.exists():
+        with path.open("rb") as lines:
+            yield from (
+                _parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
+            )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The JSON object at ``path``; empty if there is none."""
+    return _parsed(path.read_bytes(), str(path)) if path.exists() else {}
+
+
+def _parsed(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise EvaluationError(f"cannot be read: {error}", where=where) from error
+    if not isinstance(content, dict):
+        raise EvaluationError("cannot be read: not a JSON object", where=where)
+    return content
