@@ -169,8 +169,8 @@ def test_a_planted_difference_is_found_with_its_sign_and_the_sentence_says_it(ru
         score.delta == pytest.approx(27 / 60) and score.verdict == "improved" and score.sources == (30, 27, 3)
     )
     assert score.delta_low > 0.2 and score.n == 60 and score.test == "McNemar, exact"
-    told = "B (other) is better than A (one) (Tool calls right 61.7 % against 16.7 %, +45.0 points (95 % interval +"
-    assert found.verdict.startswith(told)
+    told = "B (other) is better than A (one) (Tool calls right 61.7 % against 16.7 %, "
+    assert found.verdict.startswith(told + "+45.0 points (95 % interval +")
     assert (
         "what the base knew was not compared; safety was not compared" in found.verdict
         and found.tone == "good"
