@@ -11,14 +11,17 @@ from operator import attrgetter
 from pathlib import Path
 
 import click
+import mlx.core as mx
 import typer
 from typer.testing import CliRunner
 
+import tunesmith
 from tunesmith.auditing import AuditSpec, registry, survey
 from tunesmith.cli import app
 from tunesmith.data import formats, layout
 from tunesmith.data.formats import DataSpec
 from tunesmith.evaluation import tasks
+from tunesmith.learning.objective import Objective
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "tunesmith"
@@ -33,7 +36,7 @@ WORDS = {"and", "adds", "needs", "runs", "did", "is", "on"}
 """What follows "tunesmith" in sentences."""
 ENDINGS = {"html", "md", "json", "jsonl", "png", "safetensors", "log", "yaml"}
 """Of files in a run directory, that look like names with a dot."""
-EXAMPLES = {"brevity.py", "shouting.py", "riddle.py"}
+EXAMPLES = {"brevity.py", "shouting.py", "riddle.py", "slic.py"}
 FOLDERS = {entry.stem for entry in SOURCE.iterdir() if not entry.name.startswith("_")}
 """The folders and modules of the package."""
 
@@ -166,8 +169,13 @@ def block(heading: str) -> str:
     return match[2]
 
 
+def execute(heading: str) -> None:
+    """Run the example below a heading of docs/house.md as a module of its own."""
+    exec(compile(block(heading), heading, "exec", dont_inherit=True), {"__name__": "example"})
+
+
 def test_the_example_of_a_task_is_a_task():
-    exec(block("### A task"), {"__name__": "brevity"})
+    execute("### A task")
     try:
         assert "| `brevity` | `brevity` | Words an answer | one prompt | lower |" in tasks.table()
         output = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "300"}).output
@@ -180,7 +188,7 @@ def test_the_example_of_a_rule_finds_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"Question {index}?", "completion": "Quiet."} for index in range(9)]
     path.write_text("\n".join(map(json.dumps, [*rows, {"prompt": "Why?", "completion": "LOUD"}])))
-    exec(block("### A rule"), {"__name__": "shouting"})
+    execute("### A rule")
     try:
         setup = survey.Setup(DataSpec(train=(str(path),)), AuditSpec())
         audit = survey.audit([path], setup, processes=1)
@@ -194,12 +202,22 @@ def test_the_example_of_a_rule_finds_rows(tmp_path):
 def test_the_example_of_a_layout_reads_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"riddle": "What has keys?", "solution": "A piano."}\n')
-    exec(block("### A layout"), {"__name__": "riddle"})
+    execute("### A layout")
     try:
         (row,) = formats.read([path], DataSpec(train=("x",))).examples
         assert (row.prompt, row.completion) == ("What has keys?", "A piano.")  # type: ignore[union-attr]
     finally:
         layout.unregister("riddle")
+
+
+def test_the_example_of_an_objective_is_accepted_and_computes_its_loss():
+    execute("### An objective")
+    try:
+        config = tunesmith.configure(model="m", data=["d"], sets=["objective=slic", "objective.margin=2"])
+        losses = config.spec.objective.losses(mx.array([-1.0, -3.5, -2.0, -1.0]), mx.zeros((4, 2)))
+        assert losses.tolist() == [0.0, 3.0]
+    finally:
+        del Objective.registered["slic"]
 
 
 def test_the_rows_that_the_readme_shows_are_read(tmp_path):
