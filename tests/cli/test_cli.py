@@ -337,7 +337,7 @@ def test_the_fast_blas_is_opened_before_mlx_by_the_program_and_by_the_api(tiny_m
     api = f"import tunesmith; tunesmith.train(tunesmith.configure({settings}), out='b')"
     chosen = backend.setup().blas
     assert backend.prepare.__wrapped__()[0] == "unknown", "what is said when MLX came first"
-    for module in ("runs.directory", "training.loop", "reports", "demo.__main__", "adapters.layers"):
+    for module in ("runs.directory", "training.story", "reports", "demo.__main__", "adapters.layers"):
         code = (
             f"import tunesmith.{module}; from tunesmith.machine import backend; print(backend.setup().blas)"
         )

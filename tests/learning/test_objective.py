@@ -16,7 +16,7 @@ from tunesmith.learning.objectives.sft import SFT
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
 from tunesmith.settings.config import schema
-from tunesmith.training import loop as training
+from tunesmith.training import story
 
 SETS = ["batch.sequences=4", "loop.steps=2", "loop.samples=0", "adapter.rank=2"]
 
@@ -44,7 +44,7 @@ def test_an_objective_of_one_class_is_accepted_documented_and_trained_with(toy, 
         config = tunesmith.configure(model=str(tiny_model), data=[str(rows)], sets=[*SETS, *sets]).spec
         out = tmp_path / f"run-{len(sets)}"
         events = []
-        training.train(config, out=out, notify=events.append)
+        story.train(config, out=out, notify=events.append)
         assert Run.open(out).config.objective == config.objective
         return [event.loss for event in events if isinstance(event, StepDone)]
 

@@ -21,7 +21,7 @@ from tunesmith import errors, events
 from tunesmith.machine import backend, ranks
 from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
-from tunesmith.training import loop as training
+from tunesmith.training import interruption
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_signal_does_not_come_before_the_reason():
     unheard."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with pytest.raises(errors.RankLost), training._interruptible(ranks.Ranks(None, 1, 2)) as stop:
+        with pytest.raises(errors.RankLost), interruption.interruptible(ranks.Ranks(None, 1, 2)) as stop:
             for _ in range(3):
                 os.kill(os.getpid(), signal.SIGTERM)
             assert stop.is_set()
@@ -150,7 +150,7 @@ def test_a_signal_does_not_come_before_the_reason():
         for number, handler in before.items():
             signal.signal(number, handler)
     for among, number in ((ranks.ONE, signal.SIGTERM), (ranks.Ranks(None, 1, 2), signal.SIGINT)):
-        with pytest.raises(KeyboardInterrupt), training._interruptible(among):
+        with pytest.raises(KeyboardInterrupt), interruption.interruptible(among):
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
         assert signal.getsignal(number) is before[number]

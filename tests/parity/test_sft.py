@@ -21,8 +21,7 @@ from tunesmith.model import loading as model
 from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Tokens
-from tunesmith.training import loop as training
-from tunesmith.training.gradients import dropout_key
+from tunesmith.training.gradients import Gradients, dropout_key
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def check(net, groups, config, golden):
         warmup_steps=make_sft.WARMUP,
         max_norm=make_sft.MAX_NORM,
     )
-    gradients_of = training.Gradients(net, config)
+    gradients_of = Gradients(net, config)
     units = sum(group.units for group in groups)
     state = optimizer.build(spec, net)
     for update in range(make_sft.UPDATES):

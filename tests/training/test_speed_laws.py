@@ -27,8 +27,7 @@ from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
 from tunesmith.tokens.batches import Cut, Group, Plan
 from tunesmith.tokens.template import Tokens
-from tunesmith.training import frozen, gradients
-from tunesmith.training import loop as training
+from tunesmith.training import frozen, gradients, loop, story
 
 ADAPTERS = {
     "lora": adapters.LoRA(rank=4, dropout=0.3),
@@ -388,7 +387,7 @@ def small(monkeypatch, tmp_path, tiny_model):
     """(most, after, settings) → the run and its events."""
 
     def train(most: int, after: int, out: str, **batch: object):
-        monkeypatch.setattr(training, "Gradients", type("Small", (Small,), {"most": most, "after": after}))
+        monkeypatch.setattr(loop, "Gradients", type("Small", (Small,), {"most": most, "after": after}))
         said: list[events.Event] = []
         data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))
         asked = RunConfig(
@@ -399,7 +398,7 @@ def small(monkeypatch, tmp_path, tiny_model):
             loop={"steps": 4, "samples": 0, "save_every": 1, "keep_last": 9},
             optimizer={"learning_rate": 1e-2},
         )
-        return training.train(asked, out=tmp_path / out, notify=said.append), said
+        return story.train(asked, out=tmp_path / out, notify=said.append), said
 
     return train
 
@@ -429,7 +428,7 @@ def test_want_of_memory_later_halves_the_budget_and_says_so(small):
     expected = (run.checkpoint(4) / "adapters.safetensors").read_bytes()
     for step in (3, 4):
         shutil.rmtree(run.checkpoint(step))
-    training.train(run.config, resume=run, notify=said.append)
+    story.train(run.config, resume=run, notify=said.append)
     assert (run.checkpoint(4) / "adapters.safetensors").read_bytes() == expected
     assert len(
         [event for event in said if isinstance(event, events.Notice) and "ran out" in event.what]
@@ -494,7 +493,7 @@ def test_a_run_with_kept_lower_layers_is_the_run_without(tmp_path, tiny_model):
             loop={"epochs": 2, "samples": 0, **loop},
             optimizer={"learning_rate": 1e-2},
         )
-        run = training.train(asked, out=tmp_path / out, notify=said.append)
+        run = story.train(asked, out=tmp_path / out, notify=said.append)
         assert not (run.path / "frozen").exists()
         return load_file(checkpoints.choose(run, "last") / "adapters.safetensors")
 

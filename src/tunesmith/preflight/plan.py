@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunesmith import events
+from tunesmith.adapters import merging
 from tunesmith.data.formats import JSON
 from tunesmith.events import Notice, Sink
-from tunesmith.model import loading
 from tunesmith.runs import lineage
 from tunesmith.runs.config import RunConfig
 from tunesmith.settings.config import Resolved
-from tunesmith.training import frozen, gradients, preparation, reference
-from tunesmith.training import loop as training
+from tunesmith.training import frozen, gradients, preparation, reference, story
 
 
 def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[str, JSON]:
@@ -24,9 +23,9 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[s
     for text in spec.warnings():
         notify(Notice(text, level="warning"))
     prepared = preparation.prepare(spec, notify)
-    loaded = loading.load(spec.model, notify)
+    loaded = merging.load(spec.model, notify)
     attached = spec.adapter.attach(loaded.net, spec.loop.seed)
-    training.begin(spec, loaded, notify)
+    story.begin(spec, loaded, notify)
     gradients.require(loaded.net, spec, prepared.train, notify)
     schedule = prepared.plan
     micro_batches = [

@@ -22,7 +22,7 @@ from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import listed
 from tunesmith.runs.directory import CONFIG, Run
 from tunesmith.settings.config import Resolved, load
-from tunesmith.training import loop as training
+from tunesmith.training import story
 
 
 def train(
@@ -44,10 +44,10 @@ def train(
             manifest.require_same(run, spec, run.manifest["hashes"])
             notify(Notice(f"{run.path} is complete: there is nothing to do"))
             return run if ranks.join().writes else None
-        run = training.train(spec, resume=run, notify=notify)
+        run = story.train(spec, resume=run, notify=notify)
     elif config is not None:
         where = None if out is None else Path(out)
-        run = training.train(config.spec, config.origins, out=where, notes=config.unused, notify=notify)
+        run = story.train(config.spec, config.origins, out=where, notes=config.unused, notify=notify)
     else:
         raise ConfigError("nothing to train: neither settings nor a run to resume is given")
     if run is not None:

@@ -45,8 +45,7 @@ from tunesmith.runs.directory import CURSOR, MANIFEST, REFERENCE, Run
 from tunesmith.settings.config import load
 from tunesmith.tokens.batches import Cut, Group, Plan
 from tunesmith.tokens.template import Tokens
-from tunesmith.training import caution, preparation, reference
-from tunesmith.training import loop as training
+from tunesmith.training import caution, loop, preparation, reference, story
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +87,7 @@ def train(tiny_model, tmp_path):
             given_blocks[block] = given_blocks.get(block, {}) | values
         said: list[events.Event] = []
         config = RunConfig(**given_blocks)
-        run = training.train(
-            config, out=None if resume else tmp_path / out, resume=resume, notify=said.append
-        )
+        run = story.train(config, out=None if resume else tmp_path / out, resume=resume, notify=said.append)
         return run, said
 
     return go
@@ -371,7 +368,7 @@ class Stop(Exception):
 def interrupted(train, out: str, after: int) -> None:
     """A run whose process died after ``after`` updates were saved."""
     seen: list[int] = []
-    real = training.Loop._save
+    real = loop.Loop._save
 
     def save(self, cursor):
         real(self, cursor)
@@ -380,7 +377,7 @@ def interrupted(train, out: str, after: int) -> None:
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(training.Loop, "_save", save)
+        patch.setattr(loop.Loop, "_save", save)
         train(out, loop={"save_every": 1, "steps": 6})
 
 

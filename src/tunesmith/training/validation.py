@@ -1,0 +1,117 @@
+"""How good is the model now? Losses and metrics of the held-out rows, and sample answers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from tunesmith import events
+from tunesmith.engine import scoring
+from tunesmith.errors import ConfigError
+from tunesmith.events import Sink
+from tunesmith.machine.ranks import Ranks
+from tunesmith.model import loading
+from tunesmith.runs.checkpoints import Cursor
+from tunesmith.runs.config import LOWER, RunConfig
+from tunesmith.tokens.batches import Cut, Group
+from tunesmith.training import preparation, reference
+from tunesmith.training.preparation import Prepared
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Passes over rows without gradient and dropout; ranks share the work."""
+
+    net: nn.Module
+    config: RunConfig
+    prepared: Prepared
+    ranks: Ranks
+    emit: Sink
+
+    def logps(
+        self, groups: Sequence[Group], cursor: Cursor, tick: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
+        """(S,) Σ weight · log p of all sequences of ``groups``."""
+        if not groups:
+            return np.zeros(0)
+        cut, _ = Cut.around(self.config.batch, groups)
+        if cursor.tokens is not None:  # the budget was lowered when memory ran out
+            cut = replace(cut, tokens=cursor.tokens)
+        parts = [np.zeros(len(group.sequences)) for group in groups]
+        mine = range(self.ranks.rank, len(groups), self.ranks.size)
+        sums = scoring.sequence_sums(self.net, [groups[index] for index in mine], cut, tick)
+        for index, scores in zip(mine, sums, strict=True):
+            parts[index] = np.array([logp for logp, _ in scores])
+        return self.ranks.total_float(np.concatenate(parts))
+
+    def held_out(self, cursor: Cursor) -> events.Validated:
+        """Loss, perplexity and metrics of all held-out rows. ``cursor`` keeps the best so far.
+
+        Raises ConfigError if the rows do not give the value that `LoopSpec.best` names."""
+        start = time.perf_counter()
+        objective, valid = self.prepared.objective, self.prepared.valid
+        pairs = reference.twins(self.prepared, self.config, None)
+        every = self.logps([*valid, *pairs], cursor, events.ticker(self.emit, "validating"))
+        logps, pair_logps = np.split(every, [len(every) - len(pairs)])
+        baseline, metrics = reference.baseline(pairs, pair_logps)
+        metrics |= objective.metrics(valid, logps)
+        fields = objective.fields(valid, baseline)
+        losses = objective.losses(mx.array(logps, mx.float32), mx.array(fields, mx.float32))
+        units = sum(objective.units(group) for group in valid)
+        loss = float(np.array(losses, dtype=np.float64).sum()) / units
+        perplexity = self._perplexity(logps)
+        values = {"loss": loss} | ({} if perplexity is None else {"perplexity": perplexity}) | metrics
+        best = self._best(values, cursor)
+        seconds = time.perf_counter() - start
+        shown = math.nan if perplexity is None else perplexity
+        return events.Validated(cursor.step, loss, shown, units, len(valid), seconds, best, metrics)
+
+    def _perplexity(self, logps: np.ndarray) -> float | None:
+        """Of the sequences that the objective imitates, or None if they have no learned token."""
+        objective, valid = self.prepared.objective, self.prepared.valid
+        imitated = np.array([flag for group in valid for flag in objective.imitated(group)])
+        learned = float(np.concatenate([group.learned for group in valid])[imitated].sum())
+        return math.exp(min(-float(logps[imitated].sum()) / learned, 700.0)) if learned else None
+
+    def _best(self, values: dict[str, float], cursor: Cursor) -> bool:
+        """Whether the value that `LoopSpec.best` names is the best so far, which ``cursor`` then keeps."""
+        name = self.config.loop.best
+        value = values.get(name)
+        if value is None:
+            message = f"loop.best is {name}, and the held-out rows do not give it"
+            hint = "it may need rows of both kinds, or more of them; loss is always there"
+            raise ConfigError(message, where="loop.best", hint=hint)
+        before = cursor.best_value
+        best = math.isfinite(value) and (
+            before is None or (value < before if name in LOWER else value > before)
+        )
+        if best:
+            cursor.best_step, cursor.best_value, cursor.stale = cursor.step, value, 0
+        else:
+            cursor.stale += 1
+        return best
+
+    def sample(self, step: int) -> None:
+        """Greedy answers to prompts spread evenly over the validation rows."""
+        if not self.ranks.writes:
+            return
+        renderer, spec = self.prepared.renderer, self.config.loop
+        prompts = preparation.prompts(self.prepared.valid_examples, renderer, spec.samples)
+        if not prompts:
+            return
+        self.net.eval()
+        answers = loading.generate(
+            self.net,
+            [prompt.ids for prompt in prompts],
+            max_tokens=spec.sample_tokens,
+            eos_ids=renderer.eos_ids,
+            on_done=events.ticker(self.emit, "sampling"),
+        )
+        for prompt, answer in zip(prompts, answers, strict=True):
+            self.emit(events.Sampled(step, prompt.text, renderer.answer(answer.ids), prompt.reference))
