@@ -248,13 +248,13 @@ def _charts(runs: Sequence[ComparedRun]) -> Iterator[Markup]:
         smooth = "Each point is a mean over the last twentieth of the updates."
         for name, note in (("training", smooth), ("validation", other)):
             for x in ("step", "tokens"):
-                found = [
+                curve = [
                     _curve_line(run, runs.index(run), _points(run, name), x)
                     for run in alike
                     if _points(run, name)
                 ]
                 heading = f"{name.capitalize()} loss{of_kind} by {x}"
-                yield charts.lines(heading, found, x=x, y=unit, note=note)
+                yield charts.lines(heading, curve, x=x, y=unit, note=note)
 
 
 def _points(run: ComparedRun, name: str) -> list[CurvePoint]:

@@ -31,7 +31,7 @@ LOSS_UNIT = "nats a learned token"
 
 
 @dataclass(frozen=True)
-class Updates:
+class UpdateCounts:
     planned: int | None = None
     done: int = 0
     clipped: int = 0
@@ -188,7 +188,7 @@ class Facts:
     run: Path
     status: str = "unfinished"
     why: str | None = None
-    updates: Updates = Updates()
+    updates: UpdateCounts = UpdateCounts()
     weights: TrainedWeights | None = None
     counts: Mapping[str, Any] = field(default_factory=dict)
     training_loss: TrainingLoss | None = None
@@ -252,7 +252,7 @@ def read(run_dir: Path, log: Sequence[events.Event]) -> Facts:
         run=run_dir,
         status=status,
         why=ended and ended.why,
-        updates=Updates(
+        updates=UpdateCounts(
             started and started.steps,
             len(steps),
             sum(step.clipped for step in steps),

@@ -1,9 +1,7 @@
-"""The curves of a run in the terminal, while it trains or after: what ``events.jsonl`` says, and nothing
-else.
+"""The curves of a run in the terminal, while it trains or after, from ``events.jsonl`` alone.
 
-It only reads: the run does not know that it is watched, and any number may watch. Told apart by their marks,
-the curves are readable without colour; NO_COLOR is respected. Drawing is plotext's, the live screen rich's.
-"""
+It only reads, so any number of watchers may watch a run. The curves differ by their marks and are readable
+without colour; NO_COLOR is respected. plotext draws, rich shows the live screen."""
 
 from __future__ import annotations
 
@@ -28,9 +26,9 @@ from tunesmith.runs.directory import EVENTS, Run
 SMOOTH = 20
 """The smoothed curve forgets over a SMOOTHth of the updates so far, but not over fewer than five."""
 LEAST_CHART = 7
-"""Lines below which a chart shows nothing, and is left out."""
+"""A chart with fewer lines shows nothing and is left out."""
 QUIET_S = 120.0
-"""A run that should be training and has not said a word for so long, and for ten updates, may have been
+"""A run that should be training and has logged nothing for so long, and for ten updates, may have been
 killed."""
 _END = 64  # bytes before the place of reading: where they changed, the log was cut by a resumed run
 
@@ -89,9 +87,9 @@ def frame(run_dir: str | Path, width: int, height: int, colour: bool, now: float
 
 def watch(run_dir: str | Path, stream: TextIO, *, every: float = 1.0, once: bool = False) -> None:
     """Show the run on ``stream``, read anew each ``every`` seconds, until it has ended; on what is no
-    terminal once.
+    terminal, once.
 
-    A signal to interrupt ends the watching, not the run. Raises DataError where no run is.
+    A signal to interrupt ends the watching, not the run. Raises DataError if there is no run.
     """
     run = Run.open(run_dir)
     screen = Console(file=stream)  # reads NO_COLOR, TERM and COLUMNS by itself
@@ -126,7 +124,7 @@ def watch(run_dir: str | Path, stream: TextIO, *, every: float = 1.0, once: bool
 
 
 def draw(run: Run, log: Log, width: int, height: int, colour: bool, now: float) -> str:
-    """The frame of what ``log`` has read."""
+    """The frame of the events that ``log`` has read."""
     state, steps, validations = console.State(), list[events.StepDone](), list[events.Validated]()
     said: deque[events.Event] = deque(maxlen=2)
     sample: events.Sampled | None = None
@@ -180,17 +178,17 @@ def _place(state: console.State, steps: Sequence[events.StepDone], now: float | 
 
 def _numbers(steps: Sequence[events.StepDone], validations: Sequence[events.Validated]) -> list[str]:
     """The last numbers in words, as the charts show only their course."""
-    found: list[str] = []
+    lines: list[str] = []
     if steps:
         facts = console.facts(steps[-20:])
-        found.append(
+        lines.append(
             " · ".join([f"loss {steps[-1].loss:.4f}", *(f"{name} {value}" for name, value in facts.items())])
         )
     if validations:
-        last, best = validations[-1], [one for one in validations if one.best][-1:]
+        last, best = validations[-1], [event for event in validations if event.best][-1:]
         text = f"validation {last.loss:.4f} at step {last.step:,} · perplexity {last.perplexity:.4g}"
-        found.append(text + "".join(f" · best {one.loss:.4f} at step {one.step:,}" for one in best))
-    return found
+        lines.append(text + "".join(f" · best {event.loss:.4f} at step {event.step:,}" for event in best))
+    return lines
 
 
 def _charts(
@@ -209,7 +207,9 @@ def _charts(
     if len(steps) > 2:
         curves.append(Series(*_thinned(x, smoothed(losses, span), 2 * width), "hd", "blue", joined=True))
     curves.append(
-        Series([float(one.step) for one in validations], [one.loss for one in validations], "●", "orange")
+        Series(
+            [float(event.step) for event in validations], [event.loss for event in validations], "●", "orange"
+        )
     )
     many = min(3, width // 30)
     below = height // 3 if many and height >= 2 * LEAST_CHART + 2 else 0
@@ -236,12 +236,12 @@ def smoothed(values: Sequence[float], span: int) -> list[float]:
     """Exponential means with weight 2 / (span + 1) on the newest, corrected for the start; what is not finite
     is passed over."""
     keep = 1 - 2 / (span + 1)
-    total, weight, found = 0.0, 0.0, []
+    total, weight, means = 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):
             total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        found.append(total / weight if weight else math.nan)
-    return found
+        means.append(total / weight if weight else math.nan)
+    return means
 
 
 def _thinned(x: Sequence[float], y: Sequence[float], most: int) -> tuple[list[float], list[float]]:
@@ -258,11 +258,11 @@ def _chart(title: str, curves: Sequence[Series], width: int, height: int) -> lis
     figure.theme("colorless")
     figure.plot_size(width, height)
     figure.title(_cut(title, width - 2))
-    for one in curves:
-        if not one.x:
+    for curve in curves:
+        if not curve.x:
             continue
-        drawn = figure.signal(list(one.x), list(one.y), marker=plotext.marker(one.mark, one.colour))
-        if one.joined and len(one.x) > 1:
+        drawn = figure.signal(list(curve.x), list(curve.y), marker=plotext.marker(curve.mark, curve.colour))
+        if curve.joined and len(curve.x) > 1:
             drawn.lines(True)
         figure.draw(drawn)
     return str(figure.build()).split("\n")[:height]

@@ -25,7 +25,7 @@ ROWS = 10
 """Rows of each class that are listed."""
 
 
-class Section(NamedTuple):
+class ReportSection(NamedTuple):
     title: str
     lines: list[str]
 
@@ -44,25 +44,25 @@ def verdict(summary: Summary) -> list[str]:
     return [f"**{cell(line)}**", *([""] if reasons else []), *(f"- {cell(reason)}" for reason in reasons)]
 
 
-def _sections(summary: Summary) -> Iterator[Section]:
+def _sections(summary: Summary) -> Iterator[ReportSection]:
     yield from _evidence(summary)
     pictures = [
         f"![verdict, differences and loss]({PICTURE})",
         f"![loss, learning rate, gradient norm and memory]({CURVES})",
     ]
-    yield Section("Curves", [pictures[0], "", pictures[1]])
+    yield ReportSection("Curves", [pictures[0], "", pictures[1]])
     yield from _course(summary.facts)
     if summary.facts.measures:
         lead = "With 95 % intervals; the change is tuned − base on the same rows."
-        yield Section("Scores", [lead, "", *_scores(summary.facts.measures)])
+        yield ReportSection("Scores", [lead, "", *_scores(summary.facts.measures)])
     yield from _data(summary.facts)
     yield from _spent(summary.facts)
     yield from _made(summary)
 
 
-def _evidence(summary: Summary) -> Iterator[Section]:
+def _evidence(summary: Summary) -> Iterator[ReportSection]:
     if summary.judgement.line:
-        yield Section("Loss", [cell(summary.loss)])
+        yield ReportSection("Loss", [cell(summary.loss)])
     if summary.answers:
         rows = [
             (
@@ -78,37 +78,39 @@ def _evidence(summary: Summary) -> Iterator[Section]:
             for row in summary.answers
         ]
         head = ("question", "answer", "measured", "base", "tuned", "change", "n", "target")
-        yield Section("Answers", [f"Of checkpoint {cell(summary.checkpoint)}.", "", *table(head, rows)])
+        yield ReportSection("Answers", [f"Of checkpoint {cell(summary.checkpoint)}.", "", *table(head, rows)])
     if summary.advice:
         lines = [
             f"1. {cell(advice.rule)}: {cell(advice.why)}. → {cell(advice.do)}" for advice in summary.advice
         ]
-        yield Section("What to try next", lines)
-    yield Section("Limits", [f"- {cell(limit)}" for limit in summary.limits])
+        yield ReportSection("What to try next", lines)
+    yield ReportSection("Limits", [f"- {cell(limit)}" for limit in summary.limits])
 
 
-def _course(facts: Facts) -> Iterator[Section]:
+def _course(facts: Facts) -> Iterator[ReportSection]:
     if facts.validation:
         head = ("step", facts.counts.get("loss", "loss"), "perplexity", "rows", "units", "best so far")
         rows = [
             (event.step, event.loss, event.perplexity, event.rows, round(event.units), "yes" * event.best)
             for event in facts.validation
         ]
-        yield Section("Validation", table(head, rows))
+        yield ReportSection("Validation", table(head, rows))
         metrics = [(event.step, event.metrics) for event in facts.validation]
         yield from _metrics("Good against bad, on held-out rows", "step", metrics)
     watched = [(means.to_step, means.means) for means in facts.watched]
     yield from _metrics("Good against bad, on training rows (means up to a step)", "to step", watched)
     if facts.samples:
         lines = [line for samples in facts.samples for line in _samples(samples)]
-        yield Section("Samples, before and after", lines)
+        yield ReportSection("Samples, before and after", lines)
 
 
-def _metrics(title: str, key: str, rows: Sequence[tuple[int, Mapping[str, float]]]) -> Iterator[Section]:
+def _metrics(
+    title: str, key: str, rows: Sequence[tuple[int, Mapping[str, float]]]
+) -> Iterator[ReportSection]:
     names = list(dict.fromkeys(name for _, values in rows for name in values))
     if names:
         cells = ([step, *(values.get(name) for name in names)] for step, values in rows)
-        yield Section(title, table((key, *names), cells))
+        yield ReportSection(title, table((key, *names), cells))
 
 
 def _scores(measures: Sequence[Measure]) -> list[str]:
@@ -148,19 +150,19 @@ def _data_of(measure: Measure) -> str:
     return elsewhere(measure.record) or str(measure.record.data or "")
 
 
-def _data(facts: Facts) -> Iterator[Section]:
+def _data(facts: Facts) -> Iterator[ReportSection]:
     if facts.rows:
-        yield Section("Rows of the training data", _rows(facts.rows))
+        yield ReportSection("Rows of the training data", _rows(facts.rows))
     if facts.audit:
-        yield Section("Data audit", _audit(facts.audit))
-    yield Section("Notices", [_notice(notice) for notice in facts.notices] or ["None."])
+        yield ReportSection("Data audit", _audit(facts.audit))
+    yield ReportSection("Notices", [_notice(notice) for notice in facts.notices] or ["None."])
     lines, dropped = table(("what", "how many"), flat(facts.counts).items()), facts.dropped
     if dropped.first:
         shown = f"the first {len(dropped.first)} of them (all: {DROPPED}):"
         rows = [(row.source, row.reason, row.message) for row in dropped.first]
         lines += ["", f"Rows left out: {dropped.total:,}, {shown}", ""]
         lines += table(("row", "reason", "message"), rows)
-    yield Section("Counts", lines)
+    yield ReportSection("Counts", lines)
 
 
 def _audit(audit: AuditSummary) -> list[str]:
@@ -168,8 +170,8 @@ def _audit(audit: AuditSummary) -> list[str]:
     return [cell(audit.verdict), "", *table(("severity", "rule", "what", "what to do"), rows)]
 
 
-def _spent(facts: Facts) -> Iterator[Section]:
-    yield Section("Time and memory", table(("what", "measured"), costs(facts)))
+def _spent(facts: Facts) -> Iterator[ReportSection]:
+    yield ReportSection("Time and memory", table(("what", "measured"), costs(facts)))
     if growth := facts.growth:
         largest = sorted(growth.norms.items(), key=lambda item: -item[1])[:GROWN]
         rows = [
@@ -183,24 +185,24 @@ def _spent(facts: Facts) -> Iterator[Section]:
         )
         columns = 4 if growth.relative else 2
         lines = table(head[:columns], (row[:columns] for row in rows))
-        yield Section(f"Growth of the adapter at step {growth.step:,}", lines)
+        yield ReportSection(f"Growth of the adapter at step {growth.step:,}", lines)
 
 
-def _made(summary: Summary) -> Iterator[Section]:
+def _made(summary: Summary) -> Iterator[ReportSection]:
     facts = summary.facts
-    yield Section("Checkpoints", [checkpoints(facts)])
-    yield Section("How to go on", fence("\n".join(commands(facts)), "sh"))
+    yield ReportSection("Checkpoints", [checkpoints(facts)])
+    yield ReportSection("How to go on", fence("\n".join(commands(facts)), "sh"))
     given = ((key, facts.settings.get(key), origin) for key, origin in facts.origins.items())
     head = ["Given for this run; all others are defaults:", "", *table(("setting", "value", "from"), given)]
     path = facts.run / CONFIG
     config = path.read_text(encoding="utf-8").rstrip("\n") if path.exists() else ""
-    yield Section("Settings", [*head, "", "All of them:", "", *fence(config, "yaml")])
+    yield ReportSection("Settings", [*head, "", "All of them:", "", *fence(config, "yaml")])
     manifest = ((key, str(value)) for key, value in flat(facts.manifest).items())
-    yield Section("Made from", table(("what", "value"), manifest))
+    yield ReportSection("Made from", table(("what", "value"), manifest))
     if meanings := glossary.meanings(summary):
         lines = [f"- **{cell(word)}**: {cell(meaning)}" for word, meaning in meanings.items()]
-        yield Section("What the words mean", lines)
-    yield Section("How to repeat it", fence("\n".join(facts.reproduce), "sh"))
+        yield ReportSection("What the words mean", lines)
+    yield ReportSection("How to repeat it", fence("\n".join(facts.reproduce), "sh"))
 
 
 def _rows(rows: Mapping[str, Any]) -> list[str]:
