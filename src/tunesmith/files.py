@@ -48,7 +48,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path, error_class: type[TunesmithError] = DataError) -> Any:
-    """The value in a JSON file. Raises ``error_class``, which names the file and the line, if there is none."""
+    """The value in a JSON file. Raises ``error_class``, which names the file and the line, if it has none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

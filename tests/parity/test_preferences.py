@@ -81,7 +81,7 @@ def measured(folder, name: str, pack: bool):
         for one, (logp, _) in zip(
             group.sequences, scoring.sequence_sums(net, [group], Cut(999))[0], strict=True
         ):
-            before.values[reference.digest(one)] = logp
+            before.values[one.digest] = logp
     adapters.LoRA(rank=make_sft.RANK, alpha=make_sft.ALPHA, targets=make_sft.TARGETS).attach(net, 0)
     drawn = [
         (key, mx.array(make_sft.adapter(key, value.shape))) for key, value in adapters.trainable(net).items()
@@ -90,7 +90,7 @@ def measured(folder, name: str, pack: bool):
     kl = 0.0
     if twins:
         ratios = [
-            logp - before.values[reference.digest(twin.sequences[0])]
+            logp - before.values[twin.sequences[0].digest]
             for twin, ((logp, _),) in zip(twins, scoring.sequence_sums(net, twins, Cut(40)), strict=True)
         ]
         kl = float(np.mean(ratios))

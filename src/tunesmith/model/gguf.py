@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import struct
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tunesmith import events
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
+from tunesmith.files import draft
 from tunesmith.machine import backend
 
 CONVERTER = 1  # part of the cache key: increased when the same file would be converted differently
@@ -34,10 +34,13 @@ TENSOR_TYPES = frozenset(
 )
 # Keys under the architecture's name. Any other could change what the model computes, unless its value is the
 # neutral one.
-REQUIRED = "block_count embedding_length feed_forward_length attention.head_count attention.layer_norm_rms_epsilon".split()
+REQUIRED = (
+    "block_count embedding_length feed_forward_length attention.head_count attention.layer_norm_rms_epsilon"
+).split()
 OPTIONAL = (
     "context_length attention.head_count_kv attention.key_length attention.value_length rope.freq_base "
-    "rope.dimension_count rope.scaling.original_context_length rope.scaling.finetuned vocab_size tensor_data_layout"
+    "rope.dimension_count rope.scaling.original_context_length rope.scaling.finetuned "
+    "vocab_size tensor_data_layout"
 ).split()
 NEUTRAL = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0}
 ROPE = "rope_freqs.weight"
@@ -54,7 +57,10 @@ BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
@@ -88,19 +94,17 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
         notify(Notice(f"GGUF {path.name}: converted before, read from {target}"))
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as temporary:
-        draft = Path(temporary) / "model"
-        draft.mkdir()
-        try:
-            types = _write(path, draft, dtype)
-        except ModelError as error:
-            error.where = error.where or str(path)
-            raise
-        for file in draft.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+    try:
+        with draft(target) as folder:
+            folder.mkdir()
+            types = _write(path, folder, dtype)
+    except ModelError as error:
+        error.where = error.where or str(path)
+        raise
+    except OSError:
         if not target.is_dir():  # else another process was faster
-            draft.rename(target)
+            raise
+        return target
     notify(Notice(f"GGUF {path.name}: converted to {target} ({types})"))
     return target
 

@@ -8,7 +8,8 @@ makes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -23,9 +24,9 @@ LogProbs = Callable[[nn.Module, Batch], mx.array]
 CHUNK = 1 << 24  # logits at once: 64 MiB in float32
 
 
-class _Said:
-    """Stands for the body of a model: says what was computed before, and has the body's weights for a tied
-    head."""
+class _ComputedBody:
+    """Stands for the body of a model: returns hidden states that were computed earlier, and has the body's
+    weights for a tied head."""
 
     def __init__(self, body: Any, hidden: mx.array) -> None:
         self._body, self._hidden = body, hidden
@@ -37,11 +38,11 @@ class _Said:
         return getattr(self._body, name)
 
 
-class _Headless:
-    """A model whose body is `_Said`."""
+class _HeadOnly:
+    """A model whose body is a `_ComputedBody`."""
 
     def __init__(self, net: nn.Module, hidden: mx.array) -> None:
-        self._net, self.model = net, _Said(net["model"], hidden)
+        self._net, self.model = net, _ComputedBody(net["model"], hidden)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._net, name)
@@ -51,88 +52,107 @@ class _Headless:
 
 
 def features(net: nn.Module, ids: mx.array, **options: Any) -> mx.array:
-    """(N, T) int32 → (N, T, D): hidden states after the last norm. For models where `abilities.splits` holds."""
+    """(N, T) int32 → (N, T, D): hidden states after the last norm. For models where
+    `abilities.splits` holds."""
     return net["model"](ids, **options)
 
 
 def head(net: nn.Module, hidden: mx.array) -> mx.array:
     """(K, D) → (K, V) logits by the model's own code. For models where `abilities.splits` holds."""
     code: Any = type(net).__call__
-    return code(_Headless(net, hidden[None]), mx.zeros((1, len(hidden)), mx.int32))[0]
+    return code(_HeadOnly(net, hidden[None]), mx.zeros((1, len(hidden)), mx.int32))[0]
 
 
 def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
-    """(K,) float32 log p of ``targets`` (K,) given ``hidden`` (K, D). For models where `abilities.splits` holds."""
-    rows = max(1, CHUNK // head(net, hidden[:1]).shape[-1])
-    starts = range(0, len(targets), rows)
+    """(K,) float32 log p of ``targets`` (K,) given ``hidden`` (K, D). For models where `abilities.splits`
+    holds."""
+    chunks = _Chunks(net, targets, max(1, CHUNK // head(net, hidden[:1]).shape[-1]))
+    if not net.training:  # nobody will ask for the gradient
+        return chunks.in_turn(hidden)
+    names, weights = _trainable(net)
+    return chunks.with_trained_head(hidden, names, weights) if names else chunks.with_frozen_head(hidden)
 
-    def of_chunk(hidden: mx.array, start: int) -> mx.array:
-        return kernels.token_logprobs(head(net, hidden), targets[start : start + rows])
 
-    def frozen(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        """The values, and the gradient of their sum: rows do not mix, so it is each value's own."""
+@dataclass
+class _Chunks:
+    """The positions of a batch, ``rows`` of them at a time."""
+
+    net: nn.Module
+    targets: mx.array
+    rows: int
+
+    @property
+    def starts(self) -> range:
+        return range(0, len(self.targets), self.rows)
+
+    def part(self, values: mx.array, start: int) -> mx.array:
+        return values[start : start + self.rows]
+
+    def logprobs(self, hidden: mx.array, start: int) -> mx.array:
+        return kernels.token_logprobs(head(self.net, hidden), self.part(self.targets, start))
+
+    def in_turn(self, hidden: mx.array) -> mx.array:
         values: list[mx.array] = []
-        slopes: list[mx.array] = []
-        for start in starts:
-            part = _after(hidden[start : start + rows], [*values[-1:], *slopes[-1:]])
-            (value,), (slope,) = mx.vjp(
-                lambda part, start=start: of_chunk(part, start), [part], [mx.ones(part.shape[:1])]
-            )
-            values.append(value)
-            slopes.append(slope)
-        return mx.concatenate(values), mx.concatenate(slopes)
-
-    def frozen_vjp(
-        primal: mx.array, cotangents: tuple[mx.array, mx.array], results: tuple[mx.array, mx.array]
-    ) -> mx.array:
-        return (cotangents[0][:, None] * results[1]).astype(primal.dtype)
-
-    def in_turn(hidden: mx.array) -> mx.array:
-        values: list[mx.array] = []
-        for start in starts:
-            values.append(of_chunk(_after(hidden[start : start + rows], values[-1:]), start))
+        for start in self.starts:
+            values.append(self.logprobs(_after(self.part(hidden, start), values[-1:]), start))
         return mx.concatenate(values)
 
-    if not net.training:  # nobody will ask for the gradient
-        return in_turn(hidden)
-    names, weights = _trainable(net)
-    if not names:
-        return kernels.with_gradient(frozen, frozen_vjp)(hidden)[0]
+    def with_frozen_head(self, hidden: mx.array) -> mx.array:
+        """Each chunk's gradient is made beside its value."""
 
-    def place(weights: list[mx.array]) -> None:
-        net.update(tree_unflatten(list(zip(names, weights, strict=True))))
+        def forward(hidden: mx.array) -> tuple[mx.array, mx.array]:
+            """The values, and the gradient of their sum: rows do not mix, so it is each value's own."""
+            values: list[mx.array] = []
+            slopes: list[mx.array] = []
+            for start in self.starts:
+                part = _after(self.part(hidden, start), [*values[-1:], *slopes[-1:]])
+                (value,), (slope,) = mx.vjp(
+                    lambda part, start=start: self.logprobs(part, start), [part], [mx.ones(part.shape[:1])]
+                )
+                values.append(value)
+                slopes.append(slope)
+            return mx.concatenate(values), mx.concatenate(slopes)
 
-    def trained(hidden: mx.array, *weights: mx.array) -> mx.array:
-        place(list(weights))
-        return in_turn(hidden)
+        def backward(
+            primal: mx.array, cotangents: tuple[mx.array, mx.array], results: tuple[mx.array, mx.array]
+        ) -> mx.array:
+            return (cotangents[0][:, None] * results[1]).astype(primal.dtype)
 
-    def trained_vjp(
-        primals: tuple[mx.array, ...], cotangent: mx.array, result: mx.array
-    ) -> tuple[mx.array, ...]:
-        """Each chunk is computed again: the gradient of the weights needs the cotangent, which the values do
-        not know."""
-        hidden, *weights = primals
-        slopes: list[mx.array] = []
-        sums: list[mx.array] = []
-        for start in starts:
-            part, bar = (
-                _after(hidden[start : start + rows], [*slopes[-1:], *sums]),
-                cotangent[start : start + rows],
-            )
+        return kernels.with_gradient(forward, backward)(hidden)[0]
 
-            def run(part: mx.array, *weights: mx.array, start: int = start) -> mx.array:
-                place(list(weights))
-                return of_chunk(part, start)
+    def with_trained_head(self, hidden: mx.array, names: list[str], weights: list[mx.array]) -> mx.array:
+        """Each chunk is computed again in the backward pass: the gradient of the weights needs the cotangent,
+        which is not known before."""
 
-            _, (slope, *own) = mx.vjp(run, [part, *weights], [bar])
-            slopes.append(slope)
-            sums = [total + one for total, one in zip(sums, own, strict=True)] if sums else own
+        def place(weights: Sequence[mx.array]) -> None:
+            self.net.update(tree_unflatten(list(zip(names, weights, strict=True))))
+
+        def forward(hidden: mx.array, *weights: mx.array) -> mx.array:
+            place(weights)
+            return self.in_turn(hidden)
+
+        def backward(
+            primals: tuple[mx.array, ...], cotangent: mx.array, result: mx.array
+        ) -> tuple[mx.array, ...]:
+            hidden, *weights = primals
+            slopes: list[mx.array] = []
+            sums: list[mx.array] = []
+            for start in self.starts:
+                part = _after(self.part(hidden, start), [*slopes[-1:], *sums])
+
+                def run(part: mx.array, *weights: mx.array, start: int = start) -> mx.array:
+                    place(weights)
+                    return self.logprobs(part, start)
+
+                _, (slope, *own) = mx.vjp(run, [part, *weights], [self.part(cotangent, start)])
+                slopes.append(slope)
+                sums = [total + gradient for total, gradient in zip(sums, own, strict=True)] if sums else own
+            place(weights)
+            return mx.concatenate(slopes), *sums
+
+        values = kernels.with_gradient(forward, backward)(hidden, *weights)
         place(weights)
-        return mx.concatenate(slopes), *sums
-
-    values = kernels.with_gradient(trained, trained_vjp)(hidden, *weights)
-    place(weights)
-    return values
+        return values
 
 
 def _after(part: mx.array, made: list[mx.array]) -> mx.array:

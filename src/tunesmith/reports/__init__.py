@@ -8,12 +8,10 @@ receive the weights. They can be written again at any time."""
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 from tunesmith.errors import EvaluationError
-from tunesmith.files import write_json, write_text
+from tunesmith.files import draft, write_json, write_text
 from tunesmith.reports import card, figures, markdown, page
 from tunesmith.reports.facts import read_log
 from tunesmith.reports.summary import Summary, ship, summarise, to_json
@@ -44,8 +42,10 @@ def write(run_dir: Path) -> Path:
     summary = summarise(run_dir, log)
     try:
         write_json(run_dir / MACHINE, to_json(summary))
-        _draw(run_dir / figures.CURVES, lambda draft: figures.curves(log, draft))
-        _draw(run_dir / figures.PICTURE, lambda draft: figures.picture(summary, log, draft))
+        with draft(run_dir / figures.CURVES) as path:
+            figures.curves(log, path)
+        with draft(run_dir / figures.PICTURE) as path:
+            figures.picture(summary, log, path)
         write_text(run_dir / HTML, page.html(summary, log))
         write_text(run_dir / TEXT, markdown.text(summary))
         card.write(summary)
@@ -76,12 +76,3 @@ def verdict_lines(run_dir: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # there is none, or it cannot be read
     return summarise(run_dir).lines
-
-
-def _draw(path: Path, draw: Callable[[Path], None]) -> None:
-    draft = path.with_name(f".{path.name}")
-    try:
-        draw(draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

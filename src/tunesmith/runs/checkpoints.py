@@ -16,7 +16,7 @@ from typing import Literal
 from tunesmith.data.sources import sha256
 from tunesmith.errors import CorruptCheckpoint, DataError
 from tunesmith.events import Notice, Sink, silent
-from tunesmith.files import flush, write_json
+from tunesmith.files import draft, write_json
 from tunesmith.runs.config import LoopSpec
 from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS, CHECKPOINTS, CURSOR, OPTIMIZER, Run
 
@@ -46,19 +46,11 @@ def save(run: Run, cursor: Cursor, write: Callable[[Path], None], needed: int) -
     margin = needed + (16 << 20)
     if free < margin:
         raise run.full(f"a checkpoint needs {margin / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
-    draft = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        draft.mkdir()
-        write(draft)
-        cursor.sha256 = {file.name: sha256(file) for file in sorted(draft.iterdir())}
-        write_json(draft / CURSOR, asdict(cursor))
-        for file in draft.iterdir():
-            flush(file)
-        draft.rename(final)
-        flush(final.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with draft(final) as folder:
+        folder.mkdir()
+        write(folder)
+        cursor.sha256 = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+        write_json(folder / CURSOR, asdict(cursor))
     return sum(file.stat().st_size for file in final.iterdir())
 
 

@@ -66,6 +66,12 @@ class Tokens(NamedTuple):
         learned."""
         return 1 + int(np.argmax(self.targets[1:] > 0)) if len(self.ids) > 1 else 1
 
+    @property
+    def digest(self) -> bytes:
+        """(32,) SHA-256 of the ids and of the weights of learning them."""
+        content = self.ids.astype("<i4").tobytes() + b"|" + self.targets.astype("<f4").tobytes()
+        return hashlib.sha256(content).digest()
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

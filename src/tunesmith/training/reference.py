@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from tunesmith.display.console import duration
 from tunesmith.engine import scoring
 from tunesmith.errors import TrainingError
 from tunesmith.events import Notice, Sink
-from tunesmith.files import flush
+from tunesmith.files import write_bytes
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import ONE, Ranks
 from tunesmith.model.loading import Loaded
@@ -60,13 +59,6 @@ def name(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def digest(tokens: Tokens) -> bytes:
-    """(32,) of the ids and of the weights of learning them."""
-    return hashlib.sha256(
-        tokens.ids.astype("<i4").tobytes() + b"|" + tokens.targets.astype("<f4").tobytes()
-    ).digest()
-
-
 @dataclass
 class Reference:
     """``values``: digest of a sequence → Σ weight · log p in nats by the model before training."""
@@ -80,7 +72,7 @@ class Reference:
         """``groups`` with their reference. Raises TrainingError where one was not measured."""
         try:
             return [
-                group._replace(reference=tuple(self.values[digest(one)] for one in group.sequences))
+                group._replace(reference=tuple(self.values[one.digest] for one in group.sequences))
                 for group in groups
             ]
         except KeyError as error:
@@ -112,13 +104,7 @@ class Reference:
             "logps": np.array([self.values[key] for key in chosen], dtype=np.float64),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            draft.write_bytes(save(tensors, metadata={"name": self.name}))
-            flush(draft)
-            draft.rename(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_bytes(path, save(tensors, metadata={"name": self.name}))
 
 
 def measure(
@@ -148,7 +134,7 @@ def measure(
                         f"reference log-probabilities measured again: {path.name} {problem}", level="warning"
                     )
                 )
-    wanted = {digest(one): one for group in groups for one in group.sequences}
+    wanted = {one.digest: one for group in groups for one in group.sequences}
     # What the first rank knows, all know.
     keys = sorted(wanted)
     known = ranks.total_float(np.array([key in reference.values for key in keys], dtype=np.float64)) > 0
@@ -270,7 +256,7 @@ def count(prepared: Prepared, config: RunConfig) -> int:
     ]
     return len(
         {
-            digest(one)
+            one.digest
             for group in (*_used(prepared).values(), *prepared.valid, *pairs)
             for one in group.sequences
         }

@@ -289,7 +289,8 @@ def test_a_planted_failure_is_caught(monkeypatch, tmp_path, fault):
             lambda self, groups: [
                 group._replace(
                     reference=tuple(
-                        value + 1.0 for value in map(self.values.get, map(reference.digest, group.sequences))
+                        value + 1.0
+                        for value in (self.values.get(tokens.digest) for tokens in group.sequences)
                     )
                 )
                 for group in groups
