@@ -356,7 +356,7 @@ def test_two_files_are_compared_row_by_row(tmp_path):
     assert same.changes == [] and same.only_first == same.only_second == same.relabelled == []
     shown = command("audit", a, "--compare", b, "--no-html").output
     assert (
-        "2 rows of the second with words that stand in the first too" in shown
+        "2 rows of the second whose words are also in the first" in shown
         and "1 row of these with another label" in shown
     )
 

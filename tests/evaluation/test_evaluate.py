@@ -175,7 +175,7 @@ def test_nothing_is_measured_twice_but_on_request(run, monkeypatch):
     monkeypatch.setattr(model, "generate", counted)
     heard: list[events.Event] = []
     assert numbers(measured(run, notify=heard.append)) == first and asked == []
-    assert sum("is known from before" in one.what for one in heard if isinstance(one, events.Notice)) == 8
+    assert sum("is cached" in one.what for one in heard if isinstance(one, events.Notice)) == 8
     assert numbers(measured(run, fresh=True)) == first and sum(asked) > 0
     asked.clear()
     measured(run, max_tokens=11)

@@ -234,7 +234,7 @@ def test_what_a_model_does_after_its_head_is_done_here_too_or_refused(tiny_model
 def test_a_model_that_mixes_packed_rows_is_refused_by_name(tiny_model):
     assert abilities.packs(model.load(model.ModelSpec(path=str(tiny_model))).net)
     assert not abilities.packs(Recurrent())
-    with pytest.raises(errors.ConfigError, match=r"batch\.pack: test_speed_laws models mix rows"):
+    with pytest.raises(errors.ConfigError, match=r"batch\.pack: test_speed_laws models mix packed rows"):
         gradients.require(Recurrent(), config(pack=True), [], print)
 
 

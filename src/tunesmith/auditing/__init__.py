@@ -29,7 +29,7 @@ class AuditSpec(Spec):
     sample: int = Field(
         20_000,
         ge=100,
-        description="rows for what is costly: tokens, clusters, languages, the model of labels",
+        description="rows that the costly rules look at: tokens, clusters, languages, the model of labels",
     )
     min_valid: float = Field(0.95, ge=0, le=1, description="least share of rows that are sound")
     min_trigrams: float = Field(
@@ -37,10 +37,13 @@ class AuditSpec(Spec):
     )
     min_entropy: float = Field(2.5, ge=0, description="least entropy of the instruction types, in bits")
     similarity: float = Field(
-        0.9, gt=0, le=1, description="from which share of equal letters (1 − edit distance) rows are near"
+        0.9,
+        gt=0,
+        le=1,
+        description="least share of equal letters (1 − edit distance) at which rows are near duplicates",
     )
     mean_answer: tuple[int, ...] = Field(
-        (50, 200), min_length=2, max_length=2, description="mean answer in tokens, from and to"
+        (50, 200), min_length=2, max_length=2, description="range of the mean answer, in tokens"
     )
     tail: int = Field(1024, ge=1, description="tokens under which 99 of 100 rows should stay")
 

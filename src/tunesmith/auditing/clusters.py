@@ -38,7 +38,8 @@ UNSPACED_LETTER = re.compile(f"[{_UNSPACED}]")
 
 
 class PromptCluster(NamedTuple):
-    """One cluster. ``tight``: its rows are about the same; otherwise it holds what fits nowhere else."""
+    """One cluster. ``tight``: its rows are about the same; otherwise it holds rows that fit no other
+    cluster."""
 
     name: str
     tight: bool
@@ -103,13 +104,11 @@ def clusters(
 
     texts = [prompt[:LETTERS] for prompt in prompts]
     weights, terms = _tfidf(texts)
-    if embed is None or len(set(texts)) == 1:  # what all share cannot be seen in how states differ
+    if embed is None or len(set(texts)) == 1:  # differences of states do not show what all prompts share
         unit, least, source = weights, ALIKE_WORDS, "TF-IDF of words"
     else:
         unit, least, source = _states(texts, embed), ALIKE_STATES, "mean hidden states of the model"
-    with threadpool_limits(
-        1
-    ):  # sums over threads have no fixed order, and t-SNE makes much of the last digit
+    with threadpool_limits(1):  # sums over threads have no fixed order, and t-SNE amplifies the last digit
         left, sizes, _ = randomized_svd(unit, min(DIMENSIONS, *unit.shape), random_state=0)
         features = np.round(np.asarray(normalize(left * sizes)), 6) + 0.0  # equal texts are equal points
         labels = _merged(_kmeans(features), unit, least)

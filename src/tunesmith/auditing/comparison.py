@@ -61,7 +61,7 @@ def told(comparison: AuditComparison) -> str:
     (first, second), (many, others) = (", ".join(files) for files in comparison.files), comparison.rows
     lines = [f"compared: {first} ({counted(many)}) with {second} ({counted(others)})"]
     for rows, relation in (
-        (comparison.shared, "of the second with words that stand in the first too"),
+        (comparison.shared, "of the second whose words are also in the first"),
         (comparison.relabelled, "of these with another label there"),
         (comparison.prompts, "of the second with a prompt of the first"),
     ):

@@ -25,7 +25,7 @@ def embedder(
     net = loaded.net
     if not abilities.splits(net):
         raise ModelError(
-            "this model does not show its hidden states",
+            "this model does not expose its hidden states",
             where=str(loaded.path),
             hint="--no-embed uses TF-IDF instead",
         )

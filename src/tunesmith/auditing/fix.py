@@ -28,7 +28,7 @@ from tunesmith.errors import ConfigError
 
 Action = Literal["changed", "removed", "left"]
 _CALLS = "invented.results"
-_AGAIN = DataSpec(train=("again",), valid=0.0)  # how a copy is read: layouts told by their keys
+_AGAIN = DataSpec(train=("again",), valid=0.0)  # how a copy is read: layouts detected by their keys
 
 
 class Step(NamedTuple):
@@ -49,8 +49,8 @@ def fix(
     whole or not at all.
 
     ``audit``: of the same files; what it found and is not corrected is listed as left. Lines of the ledger:
-    source, row (the line in ``out``, null where it is gone) and the fields of `Step`. Raises ConfigError
-    where ``out`` exists, is read, or cannot be written, DataError where a file cannot be read as a whole."""
+    source, row (the line in ``out``, null where it is gone) and the fields of `Step`. Raises ConfigError if
+    ``out`` exists, is read, or cannot be written, DataError if a file cannot be read as a whole."""
     out = out.expanduser()
     ledger = _ledger(out)
     require_free(paths, out)
@@ -122,7 +122,7 @@ def require_free(paths: Sequence[str | Path], out: Path) -> None:
             )
         for folder in (Path(given).expanduser().resolve() for given in paths):
             if folder.is_dir() and path.resolve().is_relative_to(folder):
-                hint = "name a file outside of it, or the next reading takes both"
+                hint = "name a file outside of it; the next audit would read both"
                 raise ConfigError(f"is in the folder {folder}, which is read", where=str(path), hint=hint)
 
 
@@ -192,7 +192,7 @@ def mended(example: Example) -> tuple[Example, list[Step]]:
     if now != example and formats.row(sources.Raw(example.source, _line(now)), _AGAIN) != now:
         now, steps = (
             example,
-            [step._replace(action="left", reason="mended, the row could not be read") for step in steps],
+            [step._replace(action="left", reason="the corrected row could not be read") for step in steps],
         )
     if note.startswith("left"):
         reason = note.replace("left: ", "calls written as text cannot become turns: ")
@@ -210,7 +210,7 @@ def _said(example: Example) -> str:
 
 
 def _repaired(example: Example, steps: list[Step]) -> Example:
-    """The example with mojibake decoded where ftfy sees it and the text gets better by it. Arguments are left
+    """The example with mojibake decoded if ftfy detects it and the text improves. Arguments are left
     alone."""
     if isinstance(example, Document | Completion):
         texts = [example.text] if isinstance(example, Document) else [example.prompt, example.completion]
@@ -224,7 +224,7 @@ def _repaired(example: Example, steps: list[Step]) -> Example:
     made = {letter for text, fixed in better.items() for letter in Counter(fixed) - Counter(text)}
     if made & right:
         step = Step(
-            "left", "content.mojibake", "the row has these letters right as well: it may be about such errors"
+            "left", "content.mojibake", "the row also has these letters right: it may be about such errors"
         )
         steps += [step] * (step not in steps)
         return example

@@ -103,13 +103,12 @@ class _Places:
         self._at: dict[str, int] = {}
 
     def of(self, source: str) -> tuple[int, str]:
-        """The number of the file and the line, "" where the source names none."""
+        """The number of the file and the line, or "" if the source names none."""
         path, line = placed(source)
         return self._at.setdefault(path, len(self._at)), line
 
     def files(self) -> list[dict[str, str]]:
-        """name: without its folder where that is enough. path: as given. address: "" where none can be
-        written."""
+        """name: without its folder if that is enough. path: as given. address: "" if none can be written."""
         names = Counter(_pure(path).name for path in self._at)
         return [
             {

@@ -21,7 +21,7 @@ FOLDER = "tunesmith.auditing.rules"
 
 
 class MapPoint(NamedTuple):
-    """What the page tells of a point: its row, label, cluster and text."""
+    """What the page shows of a point: its row, label, cluster and text."""
 
     source: str
     label: str
@@ -40,21 +40,21 @@ class Section(NamedTuple):
 
 
 class Rule(ABC):
-    """One dimension. State is in what it keeps, never in the rule: `look` may run in another process."""
+    """One dimension. A rule has no state of its own, since `look` may run in another process."""
 
     name: ClassVar[str]
     order: ClassVar[int]
     """Place among the dimensions, on the screen and on the page."""
     looks_at: ClassVar[str]
     findings: ClassVar[Mapping[str, str]]
-    """Name of a finding, without the dimension → what it means. A finding of another name is told by
-    `otherwise`."""
+    """Name of a finding, without the dimension → what it means. `otherwise` describes a finding of another
+    name."""
     otherwise: ClassVar[str] = ""
     bar: ClassVar[str] = "reported"
     needs: ClassVar[tuple[str, ...]] = ()
-    """What it imports of the extra ``audit``, by the names of the modules."""
+    """Modules of the extra ``audit`` that it imports."""
     drawn: ClassVar[bool] = False
-    """Look only at rows that are `Context.drawn`."""
+    """It looks only at rows that are `Context.drawn`."""
     chart: ClassVar[str] = ""
     """Key of `Survey.charts` that it fills and `draw` shows."""
 
@@ -87,7 +87,7 @@ _Rule = TypeVar("_Rule", bound=Rule)
 
 
 def register(kind: type[_Rule]) -> type[_Rule]:
-    """Decorates the class of a rule: from now on every audit applies it."""
+    """Decorate the class of a rule: every audit then applies it."""
     _registered[kind.name] = kind()
     return kind
 
@@ -97,14 +97,14 @@ def unregister(name: str) -> None:
 
 
 def rules() -> tuple[Rule, ...]:
-    """All of them in their order."""
+    """All rules in their order."""
     for module in pkgutil.iter_modules(import_module(FOLDER).__path__, f"{FOLDER}."):
         import_module(module.name)
     return tuple(sorted(_registered.values(), key=lambda rule: rule.order))
 
 
 def table() -> str:
-    """The rules as docs/audit.md shows them."""
+    """The rules as the table of docs/audit.md."""
     lines = ["| dimension | looks at | findings | bar (setting) |", "|---|---|---|---|"]
     for rule in rules():
         meanings = [f"`{name}`: {meaning}" for name, meaning in rule.findings.items()]

@@ -75,7 +75,7 @@ def audit(
     """Audit the rows of ``paths``. processes: at most so many, or None for one per core.
 
     Training rows must not repeat rows of the held-out files that ``setup.data.valid`` names. Raises DataError
-    where a file cannot be read as a whole, ConfigError where ``accept`` names no rule."""
+    if a file cannot be read as a whole, ConfigError if ``accept`` names no rule."""
     started = time.perf_counter()
     check_accepted(setup.spec)
     if modules := sorted({module for rule in setup.rules for module in rule.missing()}):
@@ -137,7 +137,7 @@ def require(audit: Audit) -> None:
         lines.append(f"{error.rule}: {error.what}{place}{hint}")
     accept = " ".join(f"--accept {error.rule}" for error in errors)
     raise DataError(
-        f"the audit found what ruins a run:\n{listing(lines)}",
+        f"the audit found errors:\n{listing(lines)}",
         where=", ".join(audit.files) or None,
         hint=f"`tunesmith audit` shows every row; {accept} trains on it as it is",
     )
@@ -286,7 +286,7 @@ def _tell_unused(spec: AuditSpec, findings: Sequence[Finding], notify: Sink) -> 
     names = {name for finding in findings for name in (finding.rule, finding.dimension)}
     for name in spec.accept:
         if name not in names:
-            what = f"{name} is accepted, and nothing of that name was looked at"
+            what = f"{name} is accepted, but no rule of that name was applied"
             notify(Notice(what, "warning", where="audit.accept"))
 
 

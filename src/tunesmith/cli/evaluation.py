@@ -23,7 +23,7 @@ BatchSize = Annotated[int | None, typer.Option(min=1)]
 BenchmarkData = Annotated[Path | None, typer.Option()]
 Shots = Annotated[int, typer.Option(min=0)]
 AllowCode = Annotated[bool, typer.Option("--allow-code")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="measure again what is known from before")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="measure again instead of using cached scores")]
 
 
 class EvaluateCommand(TyperCommand):
@@ -61,8 +61,8 @@ def evaluate(
     fresh: Fresh = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score base and tuned on the held-out rows (or --data) and the suites: what improved, what was lost, how
-    sure it is."""
+    """Measure base and tuned on held-out rows (or --data) and fixed suites: what improved, what got worse,
+    how sure that is."""
     with progress("; what was measured is kept, and the same command goes on") as notify:
         result = tunesmith.evaluate(
             run,

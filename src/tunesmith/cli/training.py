@@ -77,7 +77,7 @@ def _refuse_beside_resume(given: bool) -> None:
     if given:
         from tunesmith.errors import ConfigError
 
-        raise ConfigError("--resume takes its settings from the run", hint="only --set may stand beside it")
+        raise ConfigError("--resume takes its settings from the run", hint="only --set may be given with it")
 
 
 def _plan(resolved: Resolved[RunConfig], out: Path | None) -> None:
@@ -91,7 +91,7 @@ def _plan(resolved: Resolved[RunConfig], out: Path | None) -> None:
 
 
 def _print_run(run: Run | None, as_json: bool) -> None:
-    """Print the verdict; nothing on ranks but the first, whose run is None."""
+    """Print the verdict. On all ranks but the first the run is None, and nothing is printed."""
     if run is None:
         return
     from tunesmith import reports

@@ -23,7 +23,7 @@ TABLE = 12
 """Rows of the table under a chart."""
 THINNED = "Of long curves the lowest and the highest value of each stretch are drawn."
 FAR = 1.3
-"""A mark beyond so many times the right edge of the last bar is named, not drawn."""
+"""A mark further out than so many times the right edge of the last bar is named and not drawn."""
 SPREAD, GROUPS = (760, 520), 7
 """Size of a `scatter`, and its number of colours: further groups repeat them, each group has its number."""
 FORMS = {

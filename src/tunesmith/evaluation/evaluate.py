@@ -1,8 +1,8 @@
-"""Ask the base and the tuned model the same things, and say how sure the difference is.
+"""Ask base and tuned model the same questions, and measure how sure their difference is.
 
 Reads a run directory only (or, on request, other rows). The base is the run's own model before its adapter is
 attached, so both sides share weights, tokenizer, prompts and order. Scores are cached under a hash of all
-that decides them, so nothing is measured twice, and an evaluation that was stopped goes on."""
+that decides them, so nothing is measured twice, and an interrupted evaluation continues."""
 
 from __future__ import annotations
 
@@ -97,9 +97,10 @@ def evaluate(
     """Scores of ``tasks`` for the checkpoint, paired with the base's; written to ``evals/<task>@<version>/``.
 
     data: files to measure on instead of the run's held-out rows. model: where the run's model is now, None:
-    where it was trained. tasks: none means `tasks.suite`. base: also measure the model without its adapter.
-    fresh: measure again what is cached. None on ranks other than the first, which share the questions and
-    write nothing. Raises EvaluationError if nothing can be measured, or a task that was named cannot."""
+    where it was when it was trained. tasks: none means `tasks.suite`. base: also measure the model without
+    its adapter. fresh: measure again what is cached. None on ranks other than the first, which share the
+    questions and write nothing. Raises EvaluationError if nothing can be measured, or a task that was named
+    cannot."""
     spec = spec or EvaluationSpec()
     groups = _chosen(tasks or registry.suite(), spec, data)
     among = ranks.join(notify)
@@ -223,10 +224,10 @@ class _Measure:
     def __call__(self, task: Task, side: Side) -> _Measurement:
         subject, path = self._subject(side), self._path(task, side)
         content = _read(path) if task.cached and not self.fresh and self.ranks.writes else ""
-        if content := self.ranks.from_first(content):  # what the first rank has, no rank need measure
+        if content := self.ranks.from_first(content):  # what the first rank has cached, no rank measures
             cached, heard = _parsed(content)
             subject.heard = {**heard, **subject.heard}
-            what = f"{side}: {task.name} is known from before: {len(cached.scores):,} examples"
+            what = f"{side}: {task.name} is cached: {len(cached.scores):,} examples"
             self.material.notify(Notice(what))
             return cached
         before, start = len(subject.heard), time.perf_counter()
@@ -347,7 +348,7 @@ def _rows(
     objective = run.config.objective
     imitated, left_out, _ = (objective if isinstance(objective, SFT) else IMITATED).select(rows)
     for reason, count in Counter(reason for _, reason in left_out).items():
-        notify(Notice(f"rows not asked for loss and calls: {reason}", count=count))
+        notify(Notice(f"rows left out of loss and calls: {reason}", count=count))
     return _Rows(rows, imitated, frozenset(read.files.values()))
 
 

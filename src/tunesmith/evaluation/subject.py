@@ -1,5 +1,5 @@
-"""A model under test: the same questions in the same order, whichever adapter it wears, however many ranks
-share them."""
+"""A model under test, base or tuned: it is asked the same questions in the same order, on any number of
+ranks."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ class Said(NamedTuple):
 
 @dataclass
 class Subject:
-    """Answers are greedy, and the net is in evaluation mode: an adapter comes with its dropout on.
+    """Greedy answers and log-probabilities of one model. The net is put into evaluation mode, since an
+    attached adapter has its dropout on.
 
-    ``heard``: they and log-probabilities by the hash of what was asked, oldest first. What was heard is not
-    asked again: tasks that ask the same share it, and one filled with what was heard earlier goes on as if
-    never stopped, in the same batches."""
+    ``heard``: what the model answered, by the hash of the question, oldest first. A question is asked once,
+    and tasks share the answer. A subject that is given the answers of an interrupted evaluation continues in
+    the same batches."""
 
     net: nn.Module
     renderer: Renderer
@@ -55,8 +56,8 @@ class Subject:
         self.net.eval()
 
     def ids(self, prompt: Prompt) -> list[int]:
-        """The tokens of ``prompt`` up to where the answer begins. Raises TemplateError where the template
-        cannot say it."""
+        """The tokens of ``prompt`` up to where the answer begins. Raises TemplateError if the template cannot
+        express it."""
         return self.renderer.text_prompt(prompt) if isinstance(prompt, str) else self.renderer.prompt(prompt)
 
     def answers(self, prompts: Sequence[Prompt], max_tokens: int, label: str = "answers") -> list[Said]:

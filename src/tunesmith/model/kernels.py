@@ -1,10 +1,9 @@
-"""What a Linux CPU computes another way than MLX's wheel: e^x, causal attention and SwiGLU.
+"""Faster e^x, causal attention and SwiGLU for a Linux CPU than those of MLX's wheel.
 
 The wheel has no vectorised exponential on x86 (10 to 20 ns an element, where a multiplication takes 0.2), and
 its attention builds all scores at once. Here e^x is a polynomial in plain MLX operations, and attention runs
-over blocks of queries that meet only the keys before them, with scores made again in the backward pass
-instead of kept (FlashAttention, arXiv 2205.14135). On a GPU nothing of this is used: MLX has kernels of its
-own there."""
+over blocks of queries that use only the keys before them, with scores recomputed in the backward pass instead
+of kept (FlashAttention, arXiv 2205.14135). On a GPU MLX's own kernels are used."""
 
 from __future__ import annotations
 
@@ -131,7 +130,7 @@ def _causal(scale: float) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.a
     / K."""
 
     def scores(queries: mx.array, keys: mx.array, start: int, end: int) -> mx.array:
-        """(B, K, G, end − start, end): the products of one block, what lies ahead at −1e9."""
+        """(B, K, G, end − start, end): the scores of one block, with later positions at −1e9."""
         batch, heads, groups, _, width = queries.shape
         block = queries[:, :, :, start:end].reshape(batch, heads, -1, width) * scale
         products = (block @ keys[:, :, :end].swapaxes(-1, -2)).reshape(batch, heads, groups, end - start, end)
@@ -196,12 +195,12 @@ def _add(total: mx.array, part: mx.array, end: int) -> mx.array:
 
 
 class Packed:
-    """Passed to a model as the cache of each layer: the one row holds several, which end at ``ends``, each
-    seeing itself alone.
+    """Passed to a model as the cache of each layer: its one sequence holds several rows, which end at
+    ``ends``, and each row attends only to itself.
 
-    Positions run on through the row: rotary embeddings only tell differences of positions. (An architecture
-    that also scales by the absolute position beyond some length would see the place in the row.) No mask of T
-    × T is ever made."""
+    Positions continue through the sequence, since rotary embeddings depend only on differences of positions.
+    (An architecture that also scales by the absolute position beyond some length would depend on the place in
+    the sequence.) No mask of T × T is ever made."""
 
     offset = 0
 

@@ -2,10 +2,10 @@
 
 Layers, lowest first: defaults < preset < files in the order given < environment (``TUNESMITH_ADAPTER__RANK``)
 < ``--set adapter.rank=8`` < flags of the command line. Mappings are merged key by key; lists and scalars are
-replaced. Where a higher layer changes the *kind* of a block to one of another class, nothing of the lower
+replaced. If a higher layer changes the *kind* of a block to one of another class, nothing of the lower
 layers' block is carried over, keys of the same name included: it starts from the defaults of its new kind,
-and ``Resolved.unused`` tells what was left. The module knows `Spec` and nothing of what a run is. Files are
-read by `origins`."""
+and ``Resolved.unused`` lists the values that were dropped. The module knows `Spec` and nothing of what a run
+is. Files are read by `origins`."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ def load(
     """All layers as one checked spec. ``overrides``: key path → (value, origin), from flags such as
     ``--model``.
 
-    Raises ConfigError: at once where a text is not readable as YAML; else with every unknown key, missing
-    key, and value of a wrong type or out of range together."""
+    Raises ConfigError: immediately if a text is not readable as YAML; otherwise one error lists every unknown
+    key, missing key, and value of a wrong type or out of range."""
     for name in sorted(environ.keys() - EXEMPT):
         if name.startswith(PREFIX) and (near := difflib.get_close_matches(name, EXEMPT, n=1, cutoff=0.95)):
             raise ConfigError("is no setting", where=name, hint=f"did you mean {near[0]}?")
@@ -182,7 +182,7 @@ def presets() -> dict[str, Path]:
 
 
 def preset_file(name: str) -> Path:
-    """Raises ConfigError with the names there are."""
+    """Raises ConfigError, which lists the presets."""
     if name not in presets():
         hint = _meant(difflib.get_close_matches(name, presets()), "presets", presets())
         raise ConfigError(f'no preset is called "{name}"', hint=hint)
@@ -210,7 +210,7 @@ def annotated(root: type[Spec], values: Mapping[str, JSON] = {}) -> str:
     """YAML of every key with its description, what is allowed and its default as comments; ``values``: key
     path → value.
 
-    A required key without a value is left as a comment. Raises ConfigError where a value is wrong.
+    A required key without a value is left as a comment. Raises ConfigError if a value is wrong.
     """
     layers = _Layers(root)
     layers.add(*((key.split("."), _node(value, "values")) for key, value in values.items()))
@@ -261,7 +261,7 @@ def _tuples(value: object) -> object:
 
 
 class _Shape(NamedTuple):
-    """A field that holds a Spec. ``members``: kind → class, or "" → class where there are no kinds."""
+    """A field that holds a Spec. ``members``: kind → class, or "" → class if there are no kinds."""
 
     members: dict[str, type[Spec]]
     first: str  # the kind of a mapping that names none
@@ -311,7 +311,7 @@ def _parts(annotation: Any) -> list[Any]:
 
 
 def _kinds(part: Any) -> tuple[str, ...]:
-    """The kinds of a Spec, ``("",)`` where it has none; empty for anything else."""
+    """The kinds of a Spec, or ``("",)`` if it has none; empty if it is not a Spec."""
     if not (isinstance(part, type) and issubclass(part, Spec)):
         return ()
     field = part.model_fields.get("kind")
@@ -381,7 +381,7 @@ def _meant(names: Sequence[str], label: str, every: Iterable[str]) -> str:
 
 
 _FAILED = object()
-"""Stands in a tree for a block whose problem is already noted."""
+"""Placeholder in a tree for a block whose problem is already noted."""
 
 
 def _assignment(text: str) -> tuple[list[str], Node]:
@@ -394,7 +394,7 @@ def _assignment(text: str) -> tuple[list[str], Node]:
 
 
 class _Layers:
-    """The settings while layers are added, lowest first, and all that is wrong with them."""
+    """The settings while layers are added, lowest first, and the problems found so far."""
 
     def __init__(self, root: type[Spec]) -> None:
         self.shape = _Shape({"": root}, "", optional=False)
@@ -455,9 +455,9 @@ class _Layers:
         return Node(merged, upper.origin)
 
     def suit(self) -> None:
-        """Where a chosen kind has ``suits`` (key path → value), they stand instead of what nobody has set.
-
-        Under the name of another block's kind lie those that hold beside it.
+        """If a chosen kind has ``suits`` (key path → value), they replace the defaults of keys that nobody
+        has set. A key of ``suits`` that is a kind of another block holds the values that apply together with
+        that kind.
         """
         blocks = [block.value for block in self.tree.value.values() if isinstance(block.value, dict)]
         chosen = {block["kind"].value for block in blocks if "kind" in block}
@@ -493,7 +493,8 @@ class _Layers:
         self.problems.append(ConfigError(what, where=f"{origin}: {key}", hint=hint))
 
     def build(self, model: type[S], node: Node, key: str) -> S | None:
-        """The checked spec of a tree of known keys; None where something is wrong, which is then noted."""
+        """The checked spec of a tree of known keys, or None if something is wrong; the problem is then
+        noted."""
         values: dict[str, Any] = {}
         for name, child in node.value.items():
             shape = _shape(model.model_fields[name])

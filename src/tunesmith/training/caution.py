@@ -1,4 +1,4 @@
-"""Warnings that practice has for objectives that compare good with bad: each is said once, when it first
+"""Warnings for objectives that compare good with bad answers, each given once, when its condition first
 holds."""
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ RUNAWAY_KL = 30.0
 
 
 class Watch:
-    """What was seen so far, and what was said. ``compared``: rewards are ratios to the model before
-    training."""
+    """What was seen so far, and which warnings were given. ``compared``: rewards are ratios to the model
+    before training."""
 
     def __init__(self, compared: bool = True) -> None:
         self._compared = compared
@@ -47,14 +47,14 @@ class Watch:
             hint += (
                 "set objective.sft_weight"
                 if name == "desirable"
-                else "try objective=orpo, which holds the chosen up"
+                else "try objective=orpo, which also imitates the chosen answers"
             )
             self._say(f"falling {name}", what, hint, emit)
         if found.get("kl", 0.0) > RUNAWAY_KL:
-            what = f"the model runs away from the reference {where}: kl {found['kl']:.3g} nats a row"
+            what = f"the model moves far from the reference {where}: kl {found['kl']:.3g} nats a row"
             self._say("kl", what, "lower optimizer.learning_rate, or raise objective.beta", emit)
         if self._compared and found.get("margin", 0.0) < 0 and self._recent:
-            what = f"what should be avoided gained on what should be learned {where}: margin {found['margin']:.3g}"
+            what = f"bad answers gained more than good ones {where}: margin {found['margin']:.3g}"
             self._say("margin", what, "look at the labels with `tunesmith show`", emit)
 
     def _say(self, key: str, what: str, hint: str, emit: Sink) -> None:

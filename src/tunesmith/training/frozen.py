@@ -1,9 +1,9 @@
-"""What the frozen layers below the adapter compute for each row: once, kept on disk, read again in every
-later epoch.
+"""Hidden states of the frozen layers below the adapter: computed once for each row, cached on disk, and read
+in later epochs.
 
-Where only the upper layers are adapted, the lower ones give the same hidden states for a row whenever it
-comes. Files are named by the hash of the row's tokens and lie in the run directory, whose base cannot change
-(`Run.require_same`); they go when it ends."""
+If only the upper layers are adapted, the lower ones give the same hidden states for a row in every epoch.
+Files are named by the hash of the row's tokens and lie in the run directory, whose base cannot change
+(`Run.require_same`); they are removed when it ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY = "loop.cache_frozen"
 
 
 def depth(net: nn.Module) -> int:
-    """Layers below the lowest with a trainable tensor; 0 where the embedding is trained, too."""
+    """Number of layers below the lowest with a trainable tensor; 0 if the embedding is trained."""
     layers: Any = net.layers
     trained = [index for index, layer in enumerate(layers) if tree_flatten(layer.trainable_parameters())]
     embedding: Any = net["model"].get("embed_tokens") if "model" in net else None
@@ -39,7 +39,7 @@ def depth(net: nn.Module) -> int:
 
 
 def saving(net: nn.Module, epochs: float, recomputed: bool) -> float:
-    """Share of the layers' work that keeping them would save: a layer's backward pass costs as much as its
+    """Share of the layers' work that caching would save, if a layer's backward pass costs as much as its
     forward pass."""
     layers: Any = net.layers
     below, above = depth(net), len(layers) - depth(net)
@@ -47,7 +47,8 @@ def saving(net: nn.Module, epochs: float, recomputed: bool) -> float:
 
 
 class Lower:
-    """The lowest ``depth`` layers of ``net``, with what they said to each row under ``folder``."""
+    """The lowest ``depth`` layers of ``net``, with their cached hidden states of each row under
+    ``folder``."""
 
     def __init__(self, net: nn.Module, folder: Path) -> None:
         self.net, self.folder, self.depth = net, folder, depth(net)
@@ -71,9 +72,8 @@ class Lower:
         return sum(group.tokens for group in groups) * self._below(mx.zeros((1, 1), mx.int32)).nbytes
 
     def require(self, groups: Sequence[Group]) -> None:
-        """Raises ConfigError where nothing is below the adapter, or the model cannot begin in the middle.
-
-        Tried on the longest row, so that layers which look at a window only show themselves.
+        """Raises ConfigError if no layer is below the adapter, or the model cannot start at a layer in the
+        middle. Tried on the longest row, since layers with a window differ only there.
         """
         if self.depth == 0:
             raise ConfigError(
@@ -90,7 +90,7 @@ class Lower:
 
         if not abilities.agree(self.net, both):
             what = (
-                f"{type(self.net).__module__.rsplit('.', 1)[-1]} models cannot begin at a layer in the middle"
+                f"{type(self.net).__module__.rsplit('.', 1)[-1]} models cannot start at a layer in the middle"
             )
             raise ConfigError(what, where=KEY, hint="leave it out")
 
@@ -118,9 +118,9 @@ class Lower:
         name = hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()[:32]
         path = self.folder / f"{name}.safetensors"
         if path.exists():
-            with contextlib.suppress(RuntimeError):  # torn by a power cut: computed again
+            with contextlib.suppress(RuntimeError):  # damaged by a power cut: computed again
                 held: Any = mx.load(str(path))
-                mx.eval(held)  # read now: MLX would meet a short file only in the step
+                mx.eval(held)  # read now: with a short file MLX would fail only in the step
                 self.read += 1
                 return held["states"]
         self.computed += 1

@@ -30,7 +30,7 @@ from tunesmith.tokens.batches import Batch, Group, Plan, bucketed, collate
 from tunesmith.training.frozen import Lower
 
 COMPILED_SHAPES = 64
-"""Most shapes that a run compiles: each keeps a graph of the whole step. What is rarer runs as it is."""
+"""Most shapes that a run compiles: each keeps a graph of the whole step. Rarer shapes run uncompiled."""
 
 Shape = tuple[int, int, int]
 """Rows, tokens and learned tokens of a micro-batch, as they are on the device."""
@@ -40,9 +40,9 @@ class Gradients:
     """micro-batch, dropout key → (sum of losses (), log p of each sequence (S,)), gradients of that sum; not
     yet evaluated.
 
-    objective: as it is settled for the training rows (default: the config's). compiled: shapes for which the
-    step is compiled; ``traces`` counts those met so far, ``plain`` the micro-batches of others. lower: the
-    frozen layers whose results are kept."""
+    objective: with the settings that depend on the training rows (default: the config's). compiled: shapes
+    for which the step is compiled; ``traces`` counts those met so far, ``plain`` the micro-batches of others.
+    lower: the frozen layers whose results are kept."""
 
     def __init__(
         self,
@@ -113,8 +113,8 @@ class Accumulation:
 
     @property
     def shapes(self) -> dict[str, int]:
-        """``compiled``: shapes so far; ``uncompiled``: micro-batches of other shapes, where a step is
-        compiled at all."""
+        """``compiled``: shapes so far; ``uncompiled``: micro-batches of other shapes, if steps are
+        compiled."""
         made = self._gradients_of
         return {"compiled": len(made.traces), "uncompiled": made.plain} if made.compiles else {}
 
@@ -127,13 +127,13 @@ class Accumulation:
         return 1 - used / sum(plan.cut.size([plan.lengths[member] for member in micro]) for micro in micros)
 
     def _plan(self, cursor: Cursor) -> Plan:
-        """The plan, with the smaller budget that the run came down to."""
+        """The plan, with the smaller budget that out-of-memory forced."""
         plan = self._plan_of_run
         return plan if cursor.tokens is None else replace(plan, cut=replace(plan.cut, tokens=cursor.tokens))
 
     def probe(self, cursor: Cursor) -> None:
-        """The run's largest micro-batch, for nothing: want of memory shows now, not at night. Raises
-        OutOfMemory."""
+        """Run the largest micro-batch once and discard it, so that out-of-memory appears before step 1.
+        Raises OutOfMemory."""
         plan, start = self._plan(cursor), time.perf_counter()
         largest = plan.largest(self._ranks.size)
         lengths = [plan.lengths[index] for index in largest]
@@ -158,8 +158,8 @@ class Accumulation:
 
         The log p are those of all sequences of `Plan.members` in order, 0 where another rank has them.
 
-        Where the device runs out of memory, ``cursor.tokens`` becomes half of what it was given and the
-        update begins anew. Raises OutOfMemory where one row is too much."""
+        If the device runs out of memory, ``cursor.tokens`` becomes half of the budget and the update starts
+        again. Raises OutOfMemory if a single row is too large."""
         while True:
             plan = self._plan(cursor)
             micros = plan.update(step, self._ranks.rank, self._ranks.size)
@@ -178,7 +178,7 @@ class Accumulation:
                 if smaller is None:
                     raise self._out_of_memory(error, lengths, f"step {step + 1}") from error
                 cursor.tokens = smaller.tokens
-            mx.clear_cache()  # what the attempt held is free: its frames are gone
+            mx.clear_cache()  # the attempt's memory is free: its frames are gone
 
     def _accumulate(
         self, step: int, micros: list[list[int]], done: list[int], baseline: float
@@ -190,7 +190,7 @@ class Accumulation:
         parts: list[mx.array] = []
         for index, micro in enumerate(micros):
             done.append(index)
-            # The next graph is built while the device works on the last; then that one is waited for, so that
+            # The next graph is built while the device computes the last one, which is then awaited, so that
             # only one is in memory.
             key = dropout_key(self._config.loop.seed, step, index * self._ranks.size + self._ranks.rank)
             (part, logps), part_gradients = self._gradients_of(
@@ -271,15 +271,16 @@ def _recomputing(kind: type[nn.Module]) -> wrap.Call:
 
 
 def require(net: nn.Module, config: RunConfig, rows: Sequence[Group], notify: Sink) -> None:
-    """Raises ConfigError where ``net``, with its adapter, cannot do what ``config`` asks; tells what it does
-    the slow way."""
+    """Raises ConfigError if ``net``, with its adapter, cannot do what ``config`` asks; notices say what is
+    done the slow way."""
     if config.batch.pack and not abilities.packs(net):
-        what = f"{type(net).__module__.rsplit('.', 1)[-1]} models mix rows that are packed (sliding windows, recurrent layers, …)"
+        name = type(net).__module__.rsplit(".", 1)[-1]
+        what = f"{name} models mix packed rows (sliding windows, recurrent layers, …)"
         raise ConfigError(
-            what, where="batch.pack", hint="leave it out: rows of like length are put together instead"
+            what, where="batch.pack", hint="leave it out: rows of similar length are put together instead"
         )
     if config.loop.cache_frozen:
         Lower(net, Path()).require(rows)
     if not abilities.splits(net):
-        what = "this model's head cannot be told from its body: logits of every position are computed, learned or not"
+        what = "this model's head cannot be separated from its body: all logits are computed, learned or not"
         notify(Notice(what, level="warning"))

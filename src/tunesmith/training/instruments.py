@@ -1,7 +1,7 @@
-"""What training looks like from inside: gradients, updates, ΔW and activations by weight, time by stage,
+"""What a run measures of itself: gradients, updates and ΔW by weight, activations by layer, time by stage,
 losses by row.
 
-Measuring moves nothing: no random number is drawn and no array of the run is changed, so a run ends in the
+Measuring changes nothing: no random number is drawn and no array of the run is changed, so a run ends in the
 same bytes with it and without. Effective rank: Roy and Vetterli, "The effective rank" (EUSIPCO 2007). Robust
 z: Iglewicz and Hoaglin (1993)."""
 
@@ -28,17 +28,17 @@ from tunesmith.tokens.batches import Group
 
 STAGES = ("reference", "gradients", "reduce", "optimizer", "other")
 BINS = 64
-"""Of the histogram of ΔW: equal, half of them below 0, out to the first power of two that no entry
-reaches."""
+"""Bins of the histogram of ΔW: equal, half of them below 0, up to the first power of two above every
+entry."""
 CHUNK = 1 << 18
-"""Entries of ΔW that are formed and counted at once: what a core's cache holds, as counting in memory takes
+"""Entries of ΔW that are computed and counted at once: they fit a core's cache; from memory, counting takes
 14 times as long."""
 ACTIVATION_ROWS = 8
-"""First validation rows whose activations are looked at."""
+"""Validation rows whose activations are measured, from the first."""
 
 
 class Stages:
-    """A stopwatch: ``clock(stage)`` puts the time since the last word down to ``stage``."""
+    """A stopwatch: ``clock(stage)`` adds the time since its last call to ``stage``."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -51,8 +51,8 @@ class Stages:
 
 
 def due(loop: LoopSpec, step: int, steps: int) -> bool:
-    """Whether the weights are measured at update ``step`` (from 1) of ``steps``: the first, the last, and as
-    often as asked."""
+    """Whether the weights are measured at update ``step`` (from 1) of ``steps``: the first, the last, and
+    every ``instrument_every``-th."""
     every = loop.instrument_every
     return every > 0 and (step % every == 0 or step in (1, steps))
 
@@ -74,15 +74,16 @@ def _norm(leaf: mx.array) -> mx.array:
 
 
 class Measured:
-    """One optimizer step: made before it of the gradients (means over units, before clipping), which makes
-    it, asked after it."""
+    """Measures one optimizer step: created before it from the gradients (means over units, before clipping),
+    it makes the step, and then gives the norms."""
 
     def __init__(self, net: nn.Module, gradients: dict) -> None:
         self._gradients, self._weights = norms(gradients), norms(net.trainable_parameters())
         self._updates: dict[str, float] = {}
 
     def apply(self, state: Any, net: nn.Module, gradients: dict, rate: float) -> None:
-        """As `optimizer.apply`, weight by weight: of one at a time the old one stays beside the new one."""
+        """As `optimizer.apply`, weight by weight, so that only one old weight is kept beside its new
+        value."""
         old: Any = dict(tree_flatten(net.trainable_parameters()))
         state.learning_rate = rate
         state.update(net, gradients)
@@ -97,7 +98,7 @@ class Measured:
 
 
 class Grown:
-    """How far the adapted weights of ``net`` are from their base. ‖W‖ is measured once: the base is
+    """Measures how far the adapted weights of ``net`` are from their base. ‖W‖ is measured once: the base is
     frozen."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -110,9 +111,9 @@ class Grown:
         """Norm, norm over ‖W‖, effective rank, and one histogram of all entries. Weights trained in full are
         left out.
 
-        Of DoRA norm and histogram are of the whole change, lengths included; its effective rank is of s·A·B
-        alone, as another length for each row makes the whole of full rank. Entries that are not finite are
-        counted, and their weight has no norm and no rank."""
+        For DoRA norm and histogram are of the whole change, with the magnitudes; the effective rank is of
+        s·A·B alone, since a magnitude for each row makes the whole change full rank. Entries that are not
+        finite are counted, and their weight has no norm and no rank."""
         sizes: dict[str, float] = {}
         ranks: dict[str, float] = {}
         histogram = Histogram()
@@ -149,7 +150,7 @@ def low_rank_values(layer: LoRALinear) -> np.ndarray:
 
     Their squares are the eigenvalues of √G·H·√G. In float64; what is below 1e-7 of the largest is rounding,
     and 0. The products are einsum's: numpy's BLAS would wake threads of its own beside MLX's, which took up
-    to 800 times as long on busy cores. All NaN where a factor is not finite."""
+    to 800 times as long on busy cores. All NaN if a factor is not finite."""
     a, b = np.array(layer.lora_a.T, dtype=np.float64), np.array(layer.lora_b, dtype=np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return np.full(len(a), np.nan)
@@ -161,7 +162,7 @@ def low_rank_values(layer: LoRALinear) -> np.ndarray:
 
 
 def effective_rank(values: np.ndarray) -> float:
-    """exp of the entropy of the singular ``values`` as shares of their sum; 0 where all are zero."""
+    """exp of the entropy of the singular ``values`` as shares of their sum; 0 if all are zero."""
     total = float(values.sum())
     if total == 0:
         return 0.0
@@ -170,7 +171,7 @@ def effective_rank(values: np.ndarray) -> float:
 
 
 class Histogram:
-    """Counts of BINS equal bins around 0. Where an entry does not fit, neighbours are put together and the
+    """Counts of BINS equal bins around 0. If an entry does not fit, neighbouring bins are merged and the
     range doubles."""
 
     def __init__(self) -> None:
@@ -179,8 +180,7 @@ class Histogram:
         self._not_finite = 0
 
     def add(self, values: np.ndarray) -> None:
-        """All of ``values`` (n,) float32, none of them lost: what is not finite is counted beside the
-        bins."""
+        """Add all ``values`` (n,) float32; those that are not finite are counted beside the bins."""
         if not (finite := np.isfinite(values)).all():
             self._not_finite += len(values) - int(finite.sum())
             values = values[finite]
@@ -197,8 +197,8 @@ class Histogram:
 
     @property
     def found(self) -> dict[str, Any]:
-        """``edges`` (BINS + 1), ``counts`` (BINS) and ``not_finite``, entries in no bin; empty where there
-        was no entry."""
+        """``edges`` (BINS + 1), ``counts`` (BINS) and ``not_finite``, entries in no bin; empty if there was
+        no entry."""
         if not self._counts.any() and not self._not_finite:
             return {}
         edges = np.linspace(-self._reach, self._reach, BINS + 1).tolist()
@@ -207,7 +207,7 @@ class Histogram:
 
 @contextmanager
 def _listening(net: nn.Module, hear: Callable[[str, mx.array], None]) -> Iterator[None]:
-    """Inside, each layer of ``net`` gives ``hear`` its name and output."""
+    """Inside, each layer of ``net`` passes its name and output to ``hear``."""
     layers: Any = net.layers or []
     names = {id(module): name for name, module in net.named_modules()}
 
@@ -251,8 +251,8 @@ def activations(net: nn.Module, rows: Sequence[Group], step: int) -> events.Acti
 
 
 def row_losses(step: int, epoch: int, groups: Sequence[Group], logps: np.ndarray) -> events.RowLosses:
-    """logps (S,): Σ weight · log p of all sequences of ``groups``. Of a pair the chosen counts; one source is
-    one row."""
+    """logps (S,): Σ weight · log p of all sequences of ``groups``. For a pair, of the chosen answer; one
+    source is one row."""
     sums: dict[str, float] = defaultdict(float)
     units: dict[str, float] = defaultdict(float)
     avoided: set[str] = set()
@@ -269,24 +269,25 @@ def row_losses(step: int, epoch: int, groups: Sequence[Group], logps: np.ndarray
 
 
 MEMORISED = 0.1
-"""Nats a learned token below which a row is known by heart: each token has a probability of 0.9 and more."""
+"""Nats a learned token below which a row is memorised: a token then has a probability of about 0.9 or
+more."""
 FAR = 0.25
-"""A memorised row's loss is at most this share of what unseen rows cost."""
+"""A memorised row's loss is at most this share of the loss of unseen rows."""
 HIGH = 3.5
 """Robust z from which on a row is an outlier (Iglewicz and Hoaglin)."""
 ABOVE = 2.0
-"""Robust z above which a row that is never learned ends among its neighbours."""
+"""Robust z above which a row that was never learned ends."""
 FALL = 0.05
-"""Share of their loss that a row's neighbours must have lost before it is compared with them; and that is a
-rise."""
+"""A row is compared with its neighbours if their loss fell by at least this share; a loss that rose by this
+share is a rise."""
 NO_FALL = 0.1
-"""A row that lost less than this share of what its neighbours lost did not fall."""
+"""A row whose loss fell by less than this share of its neighbours' fall did not fall."""
 FLOOR = 0.01
-"""Nats: the least spread that rows are compared by."""
+"""Least spread, in nats, by which rows are compared."""
 NEAR, FEW = 5, 8
-"""Updates on either side whose rows are a row's neighbours: the model was about as far when it learned them.
-At the ends of an epoch as few as lie on the shorter side, so that none is compared with later ones alone;
-unless that makes fewer than FEW rows."""
+"""Updates on either side whose rows are a row's neighbours: the model had learned about as much when it met
+them. At the ends of an epoch as few as lie on the shorter side, so that no row is compared with later ones
+only; unless that makes fewer than FEW rows."""
 
 DEFINITIONS = {
     "memorised": f"loss fell to {MEMORISED} nats a token or less from above it, and to {FAR:.0%} or less of the loss of unseen "
@@ -300,7 +301,7 @@ DEFINITIONS = {
 
 
 class _Visit(NamedTuple):
-    """A row in an epoch: its loss, the median of its neighbours, and the robust z of what lies between."""
+    """A row in an epoch: its loss, the median of its neighbours, and the robust z of the difference."""
 
     loss: float
     middle: float
@@ -339,7 +340,7 @@ def rows(log: Iterable[events.Event]) -> dict[str, Any]:
     visits: dict[str, list[_Visit | None]] = {
         source: [None] * len(epochs) for source in units if source not in avoided
     }
-    latest = math.nan  # what rows cost that were learned last in the first epoch
+    latest = math.nan  # the loss of the rows that were learned last in the first epoch
     for place, epoch in enumerate(epochs):
         whole = {
             source

@@ -1,5 +1,5 @@
-"""Optimizer updates one at a time, by the loop of a run but without its directory: what ``doctor`` and the
-benchmarks measure."""
+"""Optimizer updates one at a time, made by the loop of a run without a run directory; for ``doctor`` and the
+benchmarks."""
 
 from __future__ import annotations
 

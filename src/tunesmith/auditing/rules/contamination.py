@@ -303,7 +303,7 @@ def _finding(
     }[kind]
     many = counted(len(rows), of) if rows else "no rows"
     bar = "0" if kind == "exact" else None
-    hint = "take them out of the training rows, or the measurement is of memory" if rows else ""
+    hint = "remove them from the training rows, or the evaluation measures memory" if rows else ""
     return Finding(
         rule, severity, f"{many} {how} {words}", len(rows), of, threshold=bar, rows=tuple(rows), hint=hint
     )

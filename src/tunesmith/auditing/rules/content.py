@@ -190,9 +190,7 @@ def _refusals(noted: list[tuple[int, str]], survey: Survey) -> Iterator[Finding]
     many = counted(len(good), len(wanted)) if good else "no row"
     sentence = f"{many} to imitate in which the assistant refuses{more}"
     severity: Severity = "warning" if share > REFUSING else "note"
-    hint = (
-        "what refuses this often teaches refusing: keep those that are right, and balance them with answers"
-    )
+    hint = "so many refusals teach refusing: keep the right ones, and balance them with answers"
     yield _finding(
         survey, "refusals", severity, sentence, good, len(wanted), hint if severity == "warning" else ""
     )

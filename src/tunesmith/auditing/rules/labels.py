@@ -71,10 +71,10 @@ class Labels(Rule):
         scores = leave_one_out(features, labels)
         skill = skill_of(scores, labels)
         if skill.low <= CLEAR:
-            sentence = f"words tell little about the label ({skill}): no row can be called suspicious"
+            sentence = f"words predict the label poorly ({skill}): no row can be called suspicious"
             yield Finding(rule, "note", sentence, of=len(rows), value=skill.area)
             return
-        sentence = f"words tell the label of a row that the model was not fitted to ({skill})"
+        sentence = f"words predict the labels of rows that the model was not fitted to ({skill})"
         yield Finding(rule, "good", sentence, of=len(rows), value=skill.area, threshold=bar)
         pairs = suspicious(features, scores, labels)
         if pairs:

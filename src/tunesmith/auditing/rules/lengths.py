@@ -86,8 +86,8 @@ class Lengths(Rule):
         else:
             fits = low <= mean <= high
             hint = (
-                "long answers cost time and memory, very short ones teach little: are they as your users "
-                "are to get them?"
+                "long answers cost time and memory, very short ones teach little: is this the length "
+                "that your users should get?"
             )
             yield Finding(
                 "length.answers",

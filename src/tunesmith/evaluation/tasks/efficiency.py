@@ -1,14 +1,14 @@
-"""How fast a model speaks here, how long it thinks before its first token, and how much memory that takes.
+"""How fast a model generates on this machine, how long its first token takes, and how much memory it needs.
 
 Every side does the same work: prompts of given lengths, continued greedily for a given number of tokens past
 any end token. Tokens a second are generated tokens over the whole time, the prompt's included. Rounds are the
 sources of speed and memory, prompts those of latency, whose percentiles are bootstrapped over prompts with
-all their rounds. An adapter is measured beside its base, not merged: merged, it costs nothing. Memory is what
-MLX holds, weights included, not what Python does.
+all their rounds. An adapter is measured beside its base, not merged: merged, it costs nothing. Memory is
+MLX's, weights included, without Python's.
 
-Of time no verdict is given: base and tuned are timed one after the other, and what else the machine does
-meanwhile falls on all rounds of one side, which no interval over rounds can tell from a slower model. Of
-several ranks only the first measures, while the others wait."""
+Times get no verdict: base and tuned are timed one after the other, so other load on the machine can affect
+all rounds of one side, and no interval over rounds distinguishes that from a slower model. Of several ranks
+only the first measures, while the others wait."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ class Efficiency(Task[Timed]):
             )
             for size in BATCHES
         ),
-        Meaning("peak_memory", "Peak memory", "the most that MLX held while it generated, weights included"),
+        Meaning(
+            "peak_memory", "Peak memory", "the most memory that MLX held while generating, weights included"
+        ),
         *(
             Meaning(
                 f"first_token_p{rank}",
@@ -105,7 +107,7 @@ class Efficiency(Task[Timed]):
         )
 
     def measure(self, subject: Subject) -> list[Timed]:
-        """After a round that warms up and is not kept; nothing on ranks but the first."""
+        """All rounds after a warm-up; empty on ranks other than the first."""
         if not subject.ranks.writes:
             return []
         tick, done, found = subject.ticker("speed"), 0, list[Timed]()
@@ -149,7 +151,7 @@ class Efficiency(Task[Timed]):
         return found + [self._percentile(rank, sides, seed) for rank in PERCENTILES]
 
     def _percentile(self, rank: int, sides: Sequence[np.ndarray], seed: int) -> Score:
-        """sides: (prompts, rounds) seconds of tuned and, where there is one, base."""
+        """sides: (prompts, rounds) seconds of tuned and, if measured, base."""
         n = len(sides[0])
         drawn = np.random.default_rng(seed).integers(n, size=(statistics.RESAMPLES, n))
         values = [float(np.percentile(side, rank)) for side in sides]

@@ -89,7 +89,7 @@ class Perplexity(Task[RowLoss]):
         Meaning(
             "perplexity",
             "Perplexity on held-out rows",
-            "e to the mean loss a token: the model is as unsure as among so many equally likely tokens",
+            "e to the mean loss a token: the model is as uncertain as between so many equally likely tokens",
         ),
         Meaning("loss", "Loss on held-out rows", "mean −log p a token of the answers to imitate, in nats"),
         Meaning(

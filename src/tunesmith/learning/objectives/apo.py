@@ -15,7 +15,7 @@ from tunesmith.learning.objectives.judged import Judging
 
 
 class APOZeroUnpaired(Judging):
-    """Learns from labelled rows, where the desirable are better than what the model says by itself."""
+    """Learns from labelled rows whose desirable answers are better than the model's own."""
 
     kind: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
     suits: ClassVar[Mapping[str, Any]] = {

@@ -33,7 +33,7 @@ class DPO(Preferring):
         description="ipo and sigmoid_norm do not favour length; robust expects flipped labels",
     )
     beta: float = Field(
-        default=0.1, gt=0, description="how hard the reference holds; sigmoid_norm likes about 5"
+        default=0.1, gt=0, description="how strongly the reference holds; about 5 for sigmoid_norm"
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="share of flipped labels, for loss=robust"

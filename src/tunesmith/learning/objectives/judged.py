@@ -46,7 +46,7 @@ class Judging(Objective):
     sft_weight: float = Field(
         default=0.0,
         ge=0,
-        description="so much of the mean loss a token of each desirable row is learned beside it",
+        description="weight of the mean loss a token of the desirable rows, learned beside it",
     )
     unlabelled: Literal["desirable", "leave_out"] = Field(
         default="desirable", description="rows without a label: taken as desirable (counted), or left out"

@@ -25,7 +25,7 @@ class SFT(Objective):
     learns_prompts: ClassVar[bool] = True
     undesirable: Literal["leave_out", "learn"] = Field(
         default="leave_out",
-        description="rows labelled false: leave_out (counted), or learn them like the others",
+        description="rows labelled bad: leave_out (counted), or learn them like the others",
     )
 
     def select(self, examples: Sequence[Example]) -> Selected:
