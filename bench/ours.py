@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tunesmith.runs.config import RunConfig
     from tunesmith.tokens.batches import Group
-    from tunesmith.training.updates import Updates
+    from tunesmith.training.updates import UpdatesWithoutRun
 
 STEPS = 1_000_000  # of the plan: more than any benchmark makes
 
@@ -46,15 +46,15 @@ def group(ids: Any, learned_from: int, source: str) -> Group:
     return Group((Tokens(np.asarray(ids, np.int32), targets),), source)
 
 
-def updates(net: nn.Module, settings: RunConfig, rows: Sequence[Group]) -> Updates:
+def updates(net: nn.Module, settings: RunConfig, rows: Sequence[Group]) -> UpdatesWithoutRun:
     """Attach the adapter that ``settings`` name to ``net``; each call of the result makes an update."""
     from tunesmith.model import kernels
-    from tunesmith.training.updates import Updates
+    from tunesmith.training.updates import UpdatesWithoutRun
 
     net.freeze()
     kernels.install(net)
     settings.adapter.attach(net, settings.loop.seed)
-    return Updates(net, settings, rows)
+    return UpdatesWithoutRun(net, settings, rows)
 
 
 def load(settings: RunConfig) -> nn.Module:

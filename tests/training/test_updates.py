@@ -7,7 +7,7 @@ import tunesmith
 from tunesmith import events
 from tunesmith.model import loading
 from tunesmith.training import preparation
-from tunesmith.training.updates import Updates
+from tunesmith.training.updates import UpdatesWithoutRun
 
 
 def test_updates_give_the_losses_of_a_run(tiny_model, tmp_path):
@@ -23,7 +23,7 @@ def test_updates_give_the_losses_of_a_run(tiny_model, tmp_path):
     tunesmith.train(resolved, out=tmp_path / "run", notify=hear)
     net = loading.load(resolved.spec.model).net
     resolved.spec.adapter.attach(net, resolved.spec.loop.seed)
-    update = Updates(net, resolved.spec, preparation.prepare(resolved.spec).train)
+    update = UpdatesWithoutRun(net, resolved.spec, preparation.prepare(resolved.spec).train)
     again = [update() for _ in range(5)]
     assert [(event.step, event.loss, event.units) for event in again] == [
         (event.step, event.loss, event.units) for event in done

@@ -221,7 +221,7 @@ def _overfit_probe(steps: int = 10) -> tuple[float, float]:
     from tunesmith.runs.config import RunConfig
     from tunesmith.tokens.batches import Group
     from tunesmith.tokens.template import Tokens
-    from tunesmith.training.updates import Updates
+    from tunesmith.training.updates import UpdatesWithoutRun
 
     random = np.random.Generator(np.random.PCG64(0))
     sizes = llama.ModelArgs(
@@ -252,6 +252,6 @@ def _overfit_probe(steps: int = 10) -> tuple[float, float]:
     )
     config.adapter.attach(net, 0)
     tokens = Tokens(random.integers(0, 64, 32).astype(np.int32), np.ones(32, np.float32))
-    update = Updates(net, config, [Group((tokens,), "probe")])
+    update = UpdatesWithoutRun(net, config, [Group((tokens,), "probe")])
     losses = [update().loss for _ in range(steps)]
     return losses[0], losses[-1]

@@ -22,7 +22,7 @@ from tunesmith.training.loop import Loop
 from tunesmith.training.preparation import Prepared
 
 
-class Updates:
+class UpdatesWithoutRun:
     """Each call makes the next update over ``rows`` and returns its event, with loss and seconds.
 
     net: with its adapter attached. ``plan``: which rows an update learns, in which micro-batches."""
