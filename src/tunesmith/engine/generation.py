@@ -1,23 +1,15 @@
-"""A model that answers: a run, one of its checkpoints, or a plain model, with the renderer that trained
-it."""
+"""Answers of one model: a batch of conversations, a stream, and a chat that goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import mlx.nn as nn
 
-from tunesmith import adapters, events
-from tunesmith.adapters import merging
 from tunesmith.data.formats import Conversation, Message
-from tunesmith.errors import ConfigError, DataError
-from tunesmith.events import Notice, Sink
 from tunesmith.model import loading as model
-from tunesmith.runs import checkpoints, manifest
-from tunesmith.runs.directory import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, Run
-from tunesmith.tokens import renderers, template
+from tunesmith.tokens import template
 
 
 @dataclass(frozen=True)
@@ -98,46 +90,3 @@ class Chat:
 def asked(prompt: str, system: str | None) -> Conversation:
     messages = [Message("user", prompt)]
     return Conversation(tuple([Message("system", system), *messages] if system else messages))
-
-
-def load(
-    target: str | Path,
-    checkpoint: str = "best",
-    *,
-    model_path: str | None = None,
-    adapter: bool = True,
-    notify: Sink = events.silent,
-) -> Speaker:
-    """The model of a run directory or of a checkpoint folder inside one, or a plain model (folder, GGUF file,
-    hub id).
-
-    checkpoint: best, last or a step, for a run. model_path: where the run's model lies now, if it was moved.
-    adapter False: the run's base as it was before training."""
-    path = Path(target)
-    folder: Path | None = None
-    if (path / MANIFEST).is_file():
-        run = Run.open(path)
-        folder = checkpoints.choose(run, checkpoint, notify) if adapter else None
-    elif (path / ADAPTER_CONFIG).is_file():
-        if path.resolve().parent.name != CHECKPOINTS:
-            raise DataError(
-                "is an adapter outside a run", where=str(path), hint="name its run directory, or a model"
-            )
-        run = Run.open(path.resolve().parent.parent)
-        folder = checkpoints.choose(run, path.resolve().name) if adapter else None
-    elif checkpoint != "best" or not adapter or model_path is not None:
-        what = "a plain model has no checkpoint, no adapter to leave out, and no other place"
-        raise ConfigError(what, where=str(path), hint="name a run")
-    else:
-        spec = model.ModelSpec(path=str(target))
-        loaded = merging.load(spec, notify)
-        return Speaker(loaded.net, renderers.load(loaded.path))
-    config = run.settings(model_path)
-    loaded = merging.load(config.model, notify)
-    renderer = renderers.load(config.model.tokenizer or loaded.path, config.template.renderer)
-    manifest.require_base(run, loaded.fingerprint, renderer.fingerprint)
-    if folder is not None:
-        adapters.load(loaded.net, folder)
-        notify(Notice(f"checkpoint {folder.name}"))
-    loaded.net.eval()
-    return Speaker(loaded.net, renderer)

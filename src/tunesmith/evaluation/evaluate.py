@@ -19,7 +19,6 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from tunesmith import adapters, events
-from tunesmith.adapters import merging
 from tunesmith.data import formats
 from tunesmith.data.formats import Example
 from tunesmith.data.sources import sha256
@@ -33,10 +32,10 @@ from tunesmith.files import write_json
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.machine import backend, ranks
 from tunesmith.model.loading import Loaded
-from tunesmith.runs import checkpoints, manifest, records
+from tunesmith.runs import checkpoints, opening, records
 from tunesmith.runs.directory import EVALS, VALID, Run
 from tunesmith.runs.records import ExampleRecord, ExampleScore, Record, Score
-from tunesmith.tokens import renderers, template
+from tunesmith.tokens import template
 
 DECIDING = (
     "tunesmith",
@@ -106,12 +105,11 @@ def evaluate(
     among = ranks.join(notify)
     notify = notify if among.writes else events.silent
     folder = checkpoints.choose(run, checkpoint, notify)
-    config = run.settings(model)
+    source = opening.of_run(run, folder, model)
     data = [str(Path(path).expanduser().resolve()) for path in data]
     rows = _rows(run, data, groups, spec.limit, notify)
-    loaded = merging.load(config.model, notify)
-    renderer = renderers.load(config.model.tokenizer or loaded.path, config.template.renderer)
-    manifest.require_base(run, loaded.fingerprint, renderer.fingerprint)
+    config, opened = run.config, source.open(notify)
+    loaded, renderer = opened.loaded, opened.renderer
     rendered = template.render(rows.imitated, renderer, config.template, config.batch.length)
     for row in rendered.dropped:
         notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))
@@ -133,7 +131,7 @@ def evaluate(
     among.require_agreement(stated, weights, folder.name)
     measure = _Measure(loaded, weights, folder, material, fresh, among)
     before = [measure(task, "base") for task in built] if base else [None] * len(built)
-    adapters.load(loaded.net, folder)
+    opened.attach()
     family = _family(run, folder, data, spec.limit, base)
     writer = _Writer(run, folder, spec, weights, tuple(data), rows.unseen(run) if data else None, family)
     for task, measured in zip(built, before, strict=True):

@@ -8,8 +8,9 @@ from pathlib import Path
 from tunesmith import events
 from tunesmith.data.formats import Message
 from tunesmith.engine import generation
-from tunesmith.engine.generation import Chat, Sampling
-from tunesmith.events import Sink
+from tunesmith.engine.generation import Chat, Sampling, Speaker
+from tunesmith.events import Notice, Sink
+from tunesmith.runs import opening
 from tunesmith.runs.configure import listed
 
 
@@ -31,7 +32,7 @@ def generate(
 
     model: path of the run's model, if it was moved since training. adapter False: ask the model without the
     run's adapter."""
-    speaker = generation.load(target, checkpoint, model_path=model, adapter=adapter, notify=notify)
+    speaker = _speaker(opening.find(target, checkpoint, model=model, adapter=adapter, notify=notify), notify)
     conversations = [generation.asked(prompt, system) for prompt in listed(prompts)]
     sampling = Sampling(max_tokens, temperature, top_p, seed)
     return speaker.answer(conversations, sampling, events.ticker(notify, "answering"))
@@ -53,6 +54,16 @@ def chat(
     …``.
 
     model: path of the run's model, if it was moved since training."""
-    speaker = generation.load(target, checkpoint, model_path=model, notify=notify)
+    speaker = _speaker(opening.find(target, checkpoint, model=model, notify=notify), notify)
     sampling = Sampling(max_tokens, temperature, top_p, seed)
     return Chat(speaker, sampling, [Message("system", system)] if system else [])
+
+
+def _speaker(source: opening.Source, notify: Sink) -> Speaker:
+    """The model, with its adapter attached, ready to answer."""
+    opened = source.open(notify)
+    opened.attach()
+    if source.checkpoint:
+        notify(Notice(f"checkpoint {source.checkpoint.name}"))
+    opened.loaded.net.eval()
+    return Speaker(opened.loaded.net, opened.renderer)

@@ -1,0 +1,91 @@
+"""Which model does a run, a checkpoint or a plain model name, and how is it opened for use?
+
+Finding reads small files only, so that a wrong name is told before weights are loaded; opening loads the base
+and its renderer and checks that they are those of training. The adapter is attached by the caller, who may
+need the base alone first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith import adapters, events
+from tunesmith.adapters import merging
+from tunesmith.errors import ConfigError, DataError
+from tunesmith.events import Sink
+from tunesmith.model.loading import Loaded, ModelSpec
+from tunesmith.runs import checkpoints, manifest
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, Run
+from tunesmith.tokens import renderers
+from tunesmith.tokens.template import Renderer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base model in memory, with its renderer. ``checkpoint``: folder of the adapter; None: there is
+    none."""
+
+    loaded: Loaded
+    renderer: Renderer
+    checkpoint: Path | None
+
+    def attach(self) -> adapters.Handle | None:
+        """Attach the checkpoint's adapter. Raises ModelError if it does not fit the base."""
+        return adapters.read(self.checkpoint).attach(self.loaded.net) if self.checkpoint else None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found. ``run`` and ``config``: None for a plain model."""
+
+    model: ModelSpec
+    run: Run | None = None
+    config: RunConfig | None = None
+    checkpoint: Path | None = None
+
+    def open(self, notify: Sink = events.silent) -> Opened:
+        """Load base and renderer. Raises ModelError if they are not those that the run was trained with."""
+        loaded = merging.load(self.model, notify)
+        if self.run is None or self.config is None:
+            return Opened(loaded, renderers.load(loaded.path), None)
+        renderer = renderers.load(self.model.tokenizer or loaded.path, self.config.template.renderer)
+        manifest.require_base(self.run, loaded.fingerprint, renderer.fingerprint)
+        return Opened(loaded, renderer, self.checkpoint)
+
+
+def of_run(run: Run, checkpoint: Path | None, model: str | None = None) -> Source:
+    """The model of ``run``, whose base lies at ``model`` if it was moved. Raises ModelError if it is not
+    there."""
+    config = run.settings(model)
+    return Source(config.model, run, config, checkpoint)
+
+
+def find(
+    target: str | Path,
+    checkpoint: str = "best",
+    *,
+    model: str | None = None,
+    adapter: bool = True,
+    notify: Sink = events.silent,
+) -> Source:
+    """The model of a run directory, of a checkpoint folder inside one, or a plain model (folder, GGUF file,
+    hub id).
+
+    checkpoint: best, last or a step, for a run. model: where the run's base lies now, if it was moved.
+    adapter False: the run's base as it was before training. Raises ConfigError for options that a plain model
+    does not have, DataError for an adapter outside a run."""
+    path = Path(target)
+    if (path / MANIFEST).is_file():
+        run = Run.open(path)
+        return of_run(run, checkpoints.choose(run, checkpoint, notify) if adapter else None, model)
+    if (path / ADAPTER_CONFIG).is_file():
+        if path.resolve().parent.name != CHECKPOINTS:
+            hint = "name its run directory, or a model"
+            raise DataError("is an adapter outside a run", where=str(path), hint=hint)
+        run = Run.open(path.resolve().parent.parent)
+        return of_run(run, checkpoints.choose(run, path.resolve().name) if adapter else None, model)
+    if checkpoint != "best" or not adapter or model is not None:
+        what = "a plain model has no checkpoint, no adapter to leave out, and no other place"
+        raise ConfigError(what, where=str(path), hint="name a run")
+    return Source(ModelSpec(path=str(target)))
