@@ -87,7 +87,7 @@ def test_a_frame_says_where_the_run_is(run):
         "warning: mind the \\x1b[2Jgap",
     ):
         assert words in " ".join(shown.split()), words
-    assert "\x1b" not in shown and "no word" not in shown
+    assert "\x1b" not in shown and "no event for" not in shown
     (chart,) = [line for line in shown.split("\n") if "┤" in line and line.startswith("3.2")]
     assert "●" in chart  # the first validation is the highest of all
 
@@ -135,10 +135,10 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 
 def test_a_silent_run_may_have_been_killed(run):
-    assert "no word for 16 m 40 s: it may be busy, or killed" in live.frame(run, 200, 24, False, now=2081.0)
+    assert "no event for 16 m 40 s: it may be busy, or killed" in live.frame(run, 200, 24, False, now=2081.0)
     end(run)
     shown = live.frame(run, 200, 24, False, now=2081.0)
-    assert "no word" not in shown and "to go" not in shown and shown.startswith("cats · completed")
+    assert "no event for" not in shown and "to go" not in shown and shown.startswith("cats · completed")
 
 
 # The log

@@ -45,7 +45,7 @@ def print_json(value: object) -> None:
 
 @contextmanager
 def progress(after_interrupt: str = "") -> Iterator[Sink]:
-    """Progress on stderr. after_interrupt: what an interrupted user is told about what is kept."""
+    """Progress on stderr. after_interrupt: what the user is told after Ctrl-C."""
     try:
         with console.sink(sys.stderr) as notify:
             yield notify

@@ -167,7 +167,8 @@ def learned_logprobs(
     """(K,) float32: log p of each learned token of ``batch`` given ``prompt`` and the tokens before it.
 
     With ``gather`` only the positions that predict a learned token go through the output projection, in
-    chunks (`chosen`), so that logits are never (N, T, V). A batch without learned tokens gives an empty array."""
+    chunks (`chosen`), so that logits are never (N, T, V). A batch without learned tokens gives an empty
+    array."""
     targets, flat = mx.array(batch.learned), mx.array(batch.positions)
     if len(targets) == 0:
         return mx.zeros((0,))

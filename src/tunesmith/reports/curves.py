@@ -22,7 +22,7 @@ WIDE = 20.0
 
 
 def training(log: Sequence[events.Event]) -> list[Markup]:
-    """The charts that there are numbers for."""
+    """The charts for which there are numbers."""
     steps, validations = only(log, events.StepDone), only(log, events.Validated)
     window = max(1, len(steps) // 20)
     drawn = [

@@ -30,12 +30,12 @@ LEAST_CHART = 7
 QUIET_S = 120.0
 """A run that should be training and has logged nothing for so long, and for ten updates, may have been
 killed."""
-_END = 64  # bytes before the place of reading: where they changed, the log was cut by a resumed run
+_END = 64  # bytes before the position: if they changed, a resumed run cut the log
 
 
 class Log:
-    """The events of a run so far. A log that was cut when its run resumed is read anew; a torn last line is
-    waited for."""
+    """The events of a run so far. A log that was cut when its run resumed is read again; an unfinished last
+    line is read once it is complete."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,7 +46,7 @@ class Log:
         self.strange, self._place, self._end = 0, 0, b""
 
     def poll(self) -> bool:
-        """Read on; whether anything has changed."""
+        """Read new events. Returns whether there are any."""
         try:
             stream = self.path.open("rb")
         except FileNotFoundError:
@@ -77,8 +77,8 @@ class Series(NamedTuple):
 
 
 def frame(run_dir: str | Path, width: int, height: int, colour: bool, now: float | None = None) -> str:
-    """At most ``height`` lines of at most ``width`` cells. now: seconds since the epoch. Raises DataError
-    where no run is."""
+    """At most ``height`` lines of at most ``width`` cells. now: seconds since the epoch. Raises DataError if
+    there is no run."""
     run = Run.open(run_dir)
     log = Log(run.path / EVENTS)
     log.poll()
@@ -86,10 +86,10 @@ def frame(run_dir: str | Path, width: int, height: int, colour: bool, now: float
 
 
 def watch(run_dir: str | Path, stream: TextIO, *, every: float = 1.0, once: bool = False) -> None:
-    """Show the run on ``stream``, read anew each ``every`` seconds, until it has ended; on what is no
-    terminal, once.
+    """Show the run on ``stream``, read anew each ``every`` seconds, until it has ended; once if it is not a
+    terminal.
 
-    A signal to interrupt ends the watching, not the run. Raises DataError if there is no run.
+    An interrupt ends the display, not the run. Raises DataError if there is no run.
     """
     run = Run.open(run_dir)
     screen = Console(file=stream)  # reads NO_COLOR, TERM and COLUMNS by itself
@@ -113,7 +113,7 @@ def watch(run_dir: str | Path, stream: TextIO, *, every: float = 1.0, once: bool
             while True:
                 status = run.manifest[
                     "status"
-                ]  # before the log: what a run that has ended wrote last is then seen
+                ]  # before the log: so that the last events of a run that has ended are seen
                 log.poll()
                 place.update(Text.from_ansi(drawn()), refresh=True)
                 if status != "running":
@@ -148,7 +148,7 @@ def draw(run: Run, log: Log, width: int, height: int, colour: bool, now: float) 
         silent = now - log.events[-1].at
         if silent > max(QUIET_S, 10 * max((step.seconds for step in steps[-20:]), default=0.0)):
             head.append(
-                f"no word for {console.duration(silent)}: it may be busy, or killed; go on with: {run.hint}"
+                f"no event for {console.duration(silent)}: it may be busy, or killed; go on with: {run.hint}"
             )
     if log.strange:
         head.append(f"{log.strange:,} lines of {EVENTS} are not understood (another version of tunesmith?)")
@@ -194,7 +194,7 @@ def _numbers(steps: Sequence[events.StepDone], validations: Sequence[events.Vali
 def _charts(
     steps: Sequence[events.StepDone], validations: Sequence[events.Validated], width: int, height: int
 ) -> list[str]:
-    """The loss; under it, where there is room, learning rate, gradient norm and speed beside one another."""
+    """The loss; below it, if there is room, learning rate, gradient norm and speed side by side."""
     x = [float(step.step) for step in steps]
     losses = [step.loss for step in steps]
     span = max(5, len(steps) // SMOOTH)
@@ -233,8 +233,8 @@ def _charts(
 
 
 def smoothed(values: Sequence[float], span: int) -> list[float]:
-    """Exponential means with weight 2 / (span + 1) on the newest, corrected for the start; what is not finite
-    is passed over."""
+    """Exponential means with weight 2 / (span + 1) on the newest, corrected for the start; values that are
+    not finite are skipped."""
     keep = 1 - 2 / (span + 1)
     total, weight, means = 0.0, 0.0, []
     for value in values:
@@ -274,7 +274,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _cut(text: str, width: int) -> str:
-    """One line of at most ``width`` cells, an ellipsis where it was longer."""
+    """One line of at most ``width`` cells, with an ellipsis if it was longer."""
     if cell_len(text) <= width:
         return text
     line = Text(text)

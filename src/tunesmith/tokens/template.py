@@ -31,7 +31,8 @@ from tunesmith.settings.config import Spec
 Learn = Literal["all", "last", "marked"]
 
 SURROGATES = r"[\ud800-\udfff]"  # halves of a character: no tokenizer can encode them
-ANCHOR = "☺"  # merges with nothing, and keeps the space that some tokenizers put before a text away from what follows
+# Merges with nothing, and keeps the space that some tokenizers put before a text away from what follows.
+ANCHOR = "☺"
 SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
 
 

@@ -290,12 +290,21 @@ them. At the ends of an epoch as few as lie on the shorter side, so that no row 
 only; unless that makes fewer than FEW rows."""
 
 DEFINITIONS = {
-    "memorised": f"loss fell to {MEMORISED} nats a token or less from above it, and to {FAR:.0%} or less of the loss of unseen "
-    "rows, which is above it too: held-out ones, or where there are none the last ones of the first epoch",
-    "never_learned": f"from its first epoch to its last it fell by at most {NO_FALL:.0%} of what its neighbours of both fell by, "
-    f"which is {FALL:.0%} or more of their loss; and it ends above them (robust z above {ABOVE:g}) and {MEMORISED} nats",
-    "suspicious": f"robust z above {HIGH} among its neighbours in every epoch; or its loss rose by {FALL:.0%} or more while that "
-    f"of its neighbours fell by as much, and the difference is an outlier (robust z above {HIGH}); above {MEMORISED} nats",
+    "memorised": (
+        f"loss fell from above {MEMORISED} nats a token to {MEMORISED} or less, and to {FAR:.0%} or less of the "
+        "loss of unseen rows, which is above it too: held-out ones, or without held-out rows the last ones of "
+        "the first epoch"
+    ),
+    "never_learned": (
+        f"from its first epoch to its last it fell by at most {NO_FALL:.0%} of what its neighbours fell by, "
+        f"which is {FALL:.0%} or more of their loss; and it ends above them (robust z above {ABOVE:g}) and "
+        f"{MEMORISED} nats"
+    ),
+    "suspicious": (
+        f"above {MEMORISED} nats a token, and either robust z above {HIGH} among its neighbours in every epoch; "
+        f"or its loss rose by {FALL:.0%} or more while that of its neighbours fell by as much, and the "
+        f"difference is an outlier (robust z above {HIGH})"
+    ),
     "outliers": f"robust z above {HIGH} among its neighbours in the only epoch",
 }
 

@@ -1,10 +1,10 @@
-"""What the model said before training: log p of every sequence that an objective compares with, measured once
-and kept.
+"""Log-probabilities by the model before training, of every sequence that an objective compares with; measured
+once and cached.
 
-A value is known by what it was computed from: the cache file by the base weights, their precision, the
+A value is identified by what it was computed from: the cache file by the base weights, their precision, the
 adapter that training starts from, and the versions of the code that computes; a value inside it by the tokens
-and which of them are learned. Whatever changes gives another name, so a stale value cannot be found. The run
-keeps its own copy, so that it resumes to the byte."""
+and which of them are learned. Any change gives another name, so a stale value cannot be found. The run keeps
+its own copy, so that it resumes to the byte."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tunesmith.tokens.template import Tokens
 from tunesmith.training.preparation import Prepared
 
 CODE = 2
-"""Changes whenever the same weights and tokens could give another value."""
+"""Changed whenever the same weights and tokens could give another value."""
 SAVED_EVERY = 16  # sequences: what an interruption can lose
 
 
@@ -69,7 +69,7 @@ class Reference:
     found: int = 0
 
     def fill(self, groups: Iterable[Group]) -> list[Group]:
-        """``groups`` with their reference. Raises TrainingError where one was not measured."""
+        """``groups`` with their reference. Raises TrainingError if one was not measured."""
         try:
             return [
                 group._replace(reference=tuple(self.values[one.digest] for one in group.sequences))
@@ -81,7 +81,8 @@ class Reference:
             ) from error
 
     def read(self, path: Path) -> str | None:
-        """Add what ``path`` holds; what was wrong with it, None where nothing was, or nothing is there."""
+        """Add the values in ``path``. Returns what is wrong with the file, or None if it is in order or
+        missing."""
         if not path.exists():
             return None
         try:
@@ -92,7 +93,7 @@ class Reference:
         except (SafetensorError, OSError, KeyError) as error:
             return f"cannot be read: {error}"
         if digests.dtype != np.uint8 or digests.shape != (len(values), 32) or not np.isfinite(values).all():
-            return "does not hold what it should"
+            return "does not have the expected content"
         self.values |= dict(zip(map(bytes, digests), values.tolist(), strict=True))
         return None
 
@@ -122,12 +123,12 @@ def measure(
     checkpoint is restored.
 
     own: where the run keeps its values; they come first. Then the shared cache; the rest is computed, ranks
-    share the work, and what is done is saved every few sequences. Raises KeyboardInterrupt soon after
-    ``stopped`` (on any rank) says so."""
+    share the work, and finished values are saved every few sequences. Raises KeyboardInterrupt soon after
+    ``stopped()`` is true on any rank."""
     cache = backend.cache_folder() / "reference" / f"{name}.safetensors"
     reference = Reference(name)
     if ranks.writes:
-        for path in (cache, *([own] if own else [])):  # the run's own win
+        for path in (cache, *([own] if own else [])):  # the run's own values take precedence
             if problem := reference.read(path):
                 notify(
                     Notice(
@@ -135,7 +136,7 @@ def measure(
                     )
                 )
     wanted = {one.digest: one for group in groups for one in group.sequences}
-    # What the first rank knows, all know.
+    # All ranks get the values of the first.
     keys = sorted(wanted)
     known = ranks.total_float(np.array([key in reference.values for key in keys], dtype=np.float64)) > 0
     values = ranks.total_float(np.array([reference.values.get(key, 0.0) for key in keys]))
@@ -175,8 +176,8 @@ def measure(
 
 
 def _parts(keys: Sequence[bytes], wanted: Mapping[bytes, Tokens], size: int) -> Iterator[list[list[bytes]]]:
-    """``keys`` in parts of ``size`` or more, those with one prompt together: what is left after any part is
-    cut as before."""
+    """``keys`` in parts of ``size`` or more, those with one prompt together; after any part the rest is cut
+    in the same way."""
     part: list[list[bytes]] = []
     for members in scoring.families([wanted[key] for key in keys]):
         part.append([keys[member] for member in members])
@@ -188,7 +189,7 @@ def _parts(keys: Sequence[bytes], wanted: Mapping[bytes, Tokens], size: int) -> 
 
 
 def _merge(reference: Reference, cache: Path) -> None:
-    """Into the shared cache, with what it has from other runs."""
+    """Add the values to the shared cache, which keeps those of other runs."""
     both = Reference(reference.name)
     both.read(cache)
     both.values |= reference.values
@@ -210,7 +211,7 @@ def compared(
     started = time.perf_counter()
     facts: dict[str, Any] = {"base": _digest(loaded.path, "*.json", "*.safetensors")}
     facts["model"] = config.model.model_dump(include={"quantize", "group_size", "dtype"})
-    # Layers that are trained in full may be held in another precision than those beside an adapter.
+    # Layers that are trained in full may have another precision than those beside an adapter.
     facts["adapter"] = config.adapter.model_dump(include={"kind", "full_modules"})
     for role, folder in (("merged", config.model.adapter), ("start", config.adapter.start)):
         facts[role] = folder and _digest(Path(folder), ADAPTERS, ADAPTER_CONFIG)
@@ -227,7 +228,7 @@ def compared(
     found = measure(
         loaded.net, everything, cut, name(facts), own=own, ranks=among, stopped=stopped, notify=notify
     )
-    what = f"reference: {found.measured:,} sequences measured, {found.found:,} known from before"
+    what = f"reference: {found.measured:,} sequences measured, {found.found:,} cached"
     notify(Notice(f"{what}, {duration(time.perf_counter() - started)}"))
     known = dict(zip(used, found.fill(used.values()), strict=True))
     train = [known.get(member, group) for member, group in enumerate(prepared.train)]
@@ -235,20 +236,21 @@ def compared(
 
 
 def _used(prepared: Prepared) -> dict[int, Group]:
-    """The training rows that the run comes to, by their place: a short run does not wait for the others."""
+    """The training rows that the run uses, by index: a short run does not measure the others."""
     members = {member for step in range(prepared.plan.steps) for member in prepared.plan.members(step)}
     return {member: prepared.train[member] for member in sorted(members)}
 
 
 def twins(prepared: Prepared, config: RunConfig, step: int | None) -> list[Group]:
-    """The mismatched pairs of update ``step``, or (None) of the validation rows, with their reference where
-    it is measured."""
+    """The mismatched pairs of update ``step``, or (None) of the validation rows, with their reference if it
+    is measured."""
     pairs, _ = _pairs(prepared, config, step)
     return pairs if prepared.reference is None else prepared.reference.fill(pairs)
 
 
 def count(prepared: Prepared, config: RunConfig) -> int:
-    """Sequences that the run compares with the model before training; 0 where its objective does not."""
+    """Number of sequences that the run compares with the model before training; 0 if its objective does
+    not."""
     if not prepared.objective.needs_reference:
         return 0
     pairs = [
@@ -271,16 +273,15 @@ def _pairs(prepared: Prepared, config: RunConfig, step: int | None) -> tuple[lis
 
 
 def _digest(folder: Path, *patterns: str) -> str:
-    """Of every byte of these files: what is changed in the middle of one shows too."""
+    """Hash of every byte of these files, so that any change shows."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     return hashlib.sha256(" ".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()
 
 
 def baseline(pairs: Sequence[Group], logps: np.ndarray) -> tuple[float, dict[str, float]]:
-    """z0, the mean log-ratio of ``pairs`` held at 0 or above, from their ``logps`` now (S,); and what is
-    logged of it.
+    """z0, the mean log-ratio of ``pairs`` clamped at 0, from their ``logps`` now (S,); and its metrics.
 
-    ``kl``: the mean before it is held; ``kl_error``: its standard error. No pair: no baseline.
+    ``kl``: the mean before clamping; ``kl_error``: its standard error. No pair: no baseline.
     """
     if not pairs:
         return 0.0, {}

@@ -811,8 +811,8 @@ def test_a_stop_before_the_first_update_keeps_what_was_measured(train, tmp_path,
     run = Run(tmp_path / "halves")
     assert run.manifest["status"] == "interrupted"
     resumed, said = train("halves", resume=run)
-    known = next(text for text in notices(said) if "known from before" in text)
-    assert int(re.findall(r"(\d+) known", known)[0]) >= 20
+    known = next(text for text in notices(said) if " cached" in text)
+    assert int(re.findall(r"(\d+) cached", known)[0]) >= 20
     assert resumed is not None and resumed.manifest["status"] == "completed"
     assert_same(whole, resumed)
 

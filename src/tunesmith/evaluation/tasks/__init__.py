@@ -101,7 +101,8 @@ class Material:
 
 class Meaning(NamedTuple):
     """A number of a task, for readers: ``title`` ("Harmful requests refused"), and ``text``, what it
-    measures. ``worse``: how the verdict says that it missed its target ("it refuses fewer harmful requests")."""
+    measures. ``worse``: how the verdict says that it missed its target ("it refuses fewer harmful
+    requests")."""
 
     number: str
     title: str
