@@ -309,7 +309,7 @@ def test_museum_mlx_tune_kto_the_reference_is_the_model_before_training(train, c
     _, said = train("one")
     last = [event for event in said if isinstance(event, events.Validated)][-1]
     assert abs(last.metrics["margin"]) > 0.01 and last.metrics["reward_desirable"] != 0
-    assert any("reference: 67 sequences measured, 0 known" in text for text in notices(said)), notices(said)
+    assert any("reference: 67 sequences measured, 0 cached" in text for text in notices(said)), notices(said)
     first = next(event for event in said if isinstance(event, events.Validated))
     assert (
         abs(first.metrics["margin"]) < 1e-4
@@ -317,12 +317,12 @@ def test_museum_mlx_tune_kto_the_reference_is_the_model_before_training(train, c
         and first.metrics["accuracy"] == 0.5
     )
     _, again = train("two")
-    assert any("reference: 0 sequences measured, 67 known" in text for text in notices(again))
+    assert any("reference: 0 sequences measured, 67 cached" in text for text in notices(again))
     _, other = train(
         "three", loop={"seed": 1}
     )  # another split and other pairs: rows are known, pairs are not
     measured, known = map(
-        int, re.findall(r"reference: (\d+) sequences measured, (\d+) known", " ".join(notices(other)))[0]
+        int, re.findall(r"reference: (\d+) sequences measured, (\d+) cached", " ".join(notices(other)))[0]
     )
     assert known >= 30 and measured > 20
     assert len(list(cache.iterdir())) == 1
@@ -339,7 +339,7 @@ def test_another_base_gives_another_reference(train, tiny_model, tmp_path, cache
     shutil.copytree(tiny_model, other)
     tiny.write_model(other, json.loads((other / "config.json").read_text())["vocab_size"], seed=5)
     _, said = train("two", model={"path": str(other)})
-    assert any("67 sequences measured, 0 known" in text for text in notices(said))
+    assert any("67 sequences measured, 0 cached" in text for text in notices(said))
     assert len(list(cache.iterdir())) == 2
 
 
@@ -358,7 +358,7 @@ def test_a_spoilt_cache_is_not_used(train, cache, harm):
         held.values = dict.fromkeys(held.values, float("nan"))
         held.write(file)
     _, said = train("two")
-    assert any("67 sequences measured, 0 known" in text for text in notices(said))
+    assert any("67 sequences measured, 0 cached" in text for text in notices(said))
     assert any("measured again" in text for text in notices(said))
 
 
