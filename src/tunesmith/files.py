@@ -16,8 +16,8 @@ from tunesmith.errors import DataError, TunesmithError
 
 @contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """Give a free name beside ``path``, for the body to make a file or a folder of. It is flushed and renamed
-    to ``path`` when the body ends, or removed if the body raises."""
+    """Give a free name beside ``path``, at which the body creates a file or a folder. It is flushed and
+    renamed to ``path`` when the body ends, or removed if the body raises."""
     temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")  # MLX and matplotlib go by the suffix
     try:
         yield temporary

@@ -95,10 +95,10 @@ def _padded(update: LoRALinear, rank: int) -> tuple[mx.array, mx.array, float]:
 
 
 class Routing:
-    """The adapters that lie on ``net``, by name. Until `select` is called, every row meets the base alone."""
+    """Adapters on ``net``, by name. Until `select` is called, every row uses the base only."""
 
     def __init__(self, net: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-        """Put them there. Raises ModelError and leaves ``net`` as it was if one of them replaces whole
+        """Attach the adapters. Raises ModelError and leaves ``net`` as it was if one of them replaces whole
         modules or does not fit."""
         self._places: dict[str | None, int] = {None: BASE}
         self._places |= {name: place for place, name in enumerate(adapters, start=1)}
@@ -113,7 +113,7 @@ class Routing:
 
     def select(self, names: str | Sequence[str | None] | None) -> None:
         """Choose for all later passes: one adapter, or None for the base alone, for all rows; or one for each
-        row in the order of the batch. Raises ModelError for a name that is not here."""
+        row in the order of the batch. Raises ModelError for an unknown name."""
         by_row = [names] if names is None or isinstance(names, str) else list(names)
         if unknown := sorted({str(name) for name in by_row if name not in self._places}):
             known = ", ".join(repr(name) for name in self._places if name is not None) or "none"
@@ -122,14 +122,13 @@ class Routing:
         self._selection.places = places[0] if len(set(places)) == 1 else mx.array(places, dtype=mx.int32)
 
     def detach(self) -> None:
-        """Make the net exactly what it was."""
+        """Restore the net exactly."""
         self._handle.detach()
 
 
 @contextmanager
 def routed(net: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[Routing]:
-    """Inside, ``net`` carries ``adapters``; afterwards it is exactly what it was. Raises as `Routing`
-    does."""
+    """Inside, ``net`` has ``adapters``; afterwards it is exactly what it was. Raises as `Routing` does."""
     routing = Routing(net, adapters)
     try:
         yield routing

@@ -1,4 +1,4 @@
-"""Answers of one model: a batch of conversations, a stream, and a chat that goes on."""
+"""Answers of one model: to a batch of conversations, as a stream, or in a chat."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Speaker:
 
 @dataclass
 class Chat:
-    """A conversation that goes on: ``say`` streams the answer and remembers both turns."""
+    """A chat: ``say`` streams the answer and keeps both turns."""
 
     speaker: Speaker
     sampling: Sampling = Sampling()

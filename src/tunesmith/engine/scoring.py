@@ -16,7 +16,7 @@ from tunesmith.tokens.template import Tokens
 WORTH = 192
 """Tokens that sharing a prompt must save, for what its two passes cost beside their tokens
 (`bench/objectives.py`)."""
-ANSWERS = 8  # at once after a shared prompt: each layer lays its keys beside those of every answer
+ANSWERS = 8  # at once after a shared prompt: each layer concatenates its keys with those of every answer
 
 
 def sequence_sums(

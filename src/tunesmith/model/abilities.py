@@ -32,7 +32,7 @@ def agree(net: nn.Module, both: Callable[[], tuple[mx.array, mx.array]]) -> bool
 
 
 def _once(trial: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
-    """``trial``, whose answer is remembered with the model."""
+    """``trial``, whose result is cached with the model."""
 
     @functools.wraps(trial)
     def remembered(net: nn.Module) -> bool:

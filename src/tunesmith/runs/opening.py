@@ -1,8 +1,8 @@
 """Which model does a run, a checkpoint or a plain model name, and how is it opened for use?
 
-Finding reads small files only, so that a wrong name is told before weights are loaded; opening loads the base
-and its renderer and checks that they are those of training. The adapter is attached by the caller, who may
-need the base alone first."""
+Finding reads small files only, so that a wrong name is reported before weights are loaded; opening loads the
+base and its renderer and checks that they are those of training. The adapter is attached by the caller, who
+may need the base alone first."""
 
 from __future__ import annotations
 
