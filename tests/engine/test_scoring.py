@@ -87,10 +87,10 @@ def test_a_model_that_cannot_go_on_after_a_prompt_takes_whole_rows(net, monkeypa
     groups = answers([120], 3, 1)
     whole = flat(scoring.sequence_sums(net, groups, Cut(300)))
 
-    def refuse(self: kernels.Prompt, length: int, **options: object) -> None:
+    def refuse(self: kernels.PromptCache, length: int, **options: object) -> None:
         raise ValueError("layers with a sliding window cannot keep a prompt")
 
-    monkeypatch.setattr(kernels.Prompt, "make_mask", refuse)
+    monkeypatch.setattr(kernels.PromptCache, "make_mask", refuse)
     vars(net).pop("_abilities", None)  # tried anew
     assert not abilities.continues(net)
     assert flat(scoring.sequence_sums(net, groups, Cut(300))) == pytest.approx(whole, rel=1e-5)

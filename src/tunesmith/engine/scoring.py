@@ -38,7 +38,7 @@ def sequence_sums(
         shared = []
     together = {member for members in shared for member in members}
 
-    def score(cut: Cut, chosen: dict[int, Tokens], prompt: list[kernels.Prompt] | None = None) -> None:
+    def score(cut: Cut, chosen: dict[int, Tokens], prompt: list[kernels.PromptCache] | None = None) -> None:
         nonlocal done
         lengths = {member: max(1, len(tokens.ids) - 1) for member, tokens in chosen.items()}
         places = list(chosen)

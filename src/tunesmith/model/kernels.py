@@ -232,7 +232,7 @@ def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
     return [Packed(ends)] * len(layers)
 
 
-class Prompt:
+class PromptCache:
     """Passed to a model as the cache of a layer: keeps the keys and values of the first row and lays them
     before all later ones.
 
@@ -262,10 +262,10 @@ class Prompt:
         return list(self._kept or ())
 
 
-def prompt(net: nn.Module, ids: mx.array) -> list[Prompt]:
+def prompt(net: nn.Module, ids: mx.array) -> list[PromptCache]:
     """What to pass to ``net`` as its cache for sequences that go on after ``ids`` (1, P). Evaluated."""
     layers: Any = net.layers
-    kept = [Prompt() for _ in layers]
+    kept = [PromptCache() for _ in layers]
     net(ids, cache=kept)
     mx.eval([one.state() for one in kept])
     return kept
@@ -292,7 +292,7 @@ def attention(
         if sinks is not None:
             raise ValueError("layers with attention sinks cannot take packed rows")
         return mask.attend(queries, keys, values, scale)
-    whole = queries.shape[2] == keys.shape[2] if isinstance(cache, Prompt) else cache is None
+    whole = queries.shape[2] == keys.shape[2] if isinstance(cache, PromptCache) else cache is None
     if whole and sinks is None and isinstance(mask, str) and mask == "causal":
         return _one_row(queries, keys, values, scale)
     theirs: Any = base.scaled_dot_product_attention

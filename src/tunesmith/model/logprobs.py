@@ -162,7 +162,7 @@ def _after(part: mx.array, made: list[mx.array]) -> mx.array:
 
 
 def learned_logprobs(
-    net: nn.Module, batch: Batch, *, gather: bool = True, prompt: list[kernels.Prompt] | None = None
+    net: nn.Module, batch: Batch, *, gather: bool = True, prompt: list[kernels.PromptCache] | None = None
 ) -> mx.array:
     """(K,) float32: log p of each learned token of ``batch`` given ``prompt`` and the tokens before it.
 
@@ -193,7 +193,7 @@ def sequence_logps(net: nn.Module, batch: Batch, of_batch: LogProbs = learned_lo
 
 
 def batch_sums(
-    net: nn.Module, batch: Batch, *, gather: bool = True, prompt: list[kernels.Prompt] | None = None
+    net: nn.Module, batch: Batch, *, gather: bool = True, prompt: list[kernels.PromptCache] | None = None
 ) -> list[tuple[float, float]]:
     """(Σ weight · log p in nats, Σ weight) of the learned tokens of each sequence, summed in float64."""
     logps = np.array(learned_logprobs(net, batch, gather=gather, prompt=prompt), dtype=np.float64)

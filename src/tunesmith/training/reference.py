@@ -128,32 +128,17 @@ def measure(
     cache = backend.cache_folder() / "reference" / f"{name}.safetensors"
     reference = Reference(name)
     if ranks.writes:
-        for path in (cache, *([own] if own else [])):  # the run's own values take precedence
-            if problem := reference.read(path):
-                notify(
-                    Notice(
-                        f"reference log-probabilities measured again: {path.name} {problem}", level="warning"
-                    )
-                )
-    wanted = {one.digest: one for group in groups for one in group.sequences}
-    # All ranks get the values of the first.
+        # the run's own values take precedence
+        _read_known(reference, [cache, *([own] if own else [])], notify)
+    wanted = {sequence.digest: sequence for group in groups for sequence in group.sequences}
     keys = sorted(wanted)
-    known = ranks.total_float(np.array([key in reference.values for key in keys], dtype=np.float64)) > 0
-    values = ranks.total_float(np.array([reference.values.get(key, 0.0) for key in keys]))
-    reference.values = {
-        key: float(value) for key, value, have in zip(keys, values, known, strict=True) if have
-    }
-    reference.found = len(reference.values)
+    _share_known(reference, keys, ranks)
     missing = sorted(
         (key for key in keys if key not in reference.values), key=lambda key: (-len(wanted[key].ids), key)
     )
     done = 0
     tick = events.ticker(notify, "reference: the model before training")
     for part in _parts(missing, wanted, SAVED_EVERY * ranks.size):
-        sizes = np.array([len(family) for family in part])
-        mine = np.repeat(np.arange(len(part)) % ranks.size == ranks.rank, sizes)
-        together = [key for family in part for key in family]
-        singles = [Group((wanted[key],), "") for key, have in zip(together, mine, strict=True) if have]
         if ranks.total_float(np.array([float(stopped())])).any():
             raise KeyboardInterrupt
 
@@ -162,10 +147,13 @@ def measure(
                 raise KeyboardInterrupt
             tick(min(done + now * ranks.size, len(missing)), len(missing))
 
-        sums = scoring.sequence_sums(net, singles, cut, ahead)
-        found = np.zeros(len(together))
-        found[mine] = [logp for ((logp, _),) in sums]
-        reference.values |= dict(zip(together, ranks.total_float(found).tolist(), strict=True))
+        sizes = np.array([len(family) for family in part])
+        mine = np.repeat(np.arange(len(part)) % ranks.size == ranks.rank, sizes)
+        together = [key for family in part for key in family]
+        singles = [Group((wanted[key],), "") for key, have in zip(together, mine, strict=True) if have]
+        logps = np.zeros(len(together))
+        logps[mine] = [logp for ((logp, _),) in scoring.sequence_sums(net, singles, cut, ahead)]
+        reference.values |= dict(zip(together, ranks.total_float(logps).tolist(), strict=True))
         done += len(together)
         if ranks.writes:
             _merge(reference, cache)
@@ -173,6 +161,25 @@ def measure(
     if ranks.writes and own is not None:
         reference.write(own, keys)
     return reference
+
+
+def _read_known(reference: Reference, paths: Sequence[Path], notify: Sink) -> None:
+    """Take the values of ``paths``, the later ones first; a file that cannot be used is measured again, with
+    a notice."""
+    for path in paths:
+        if problem := reference.read(path):
+            what = f"reference log-probabilities measured again: {path.name} {problem}"
+            notify(Notice(what, level="warning"))
+
+
+def _share_known(reference: Reference, keys: Sequence[bytes], ranks: Ranks) -> None:
+    """Give every rank the values of ``keys`` that the first rank has, and no others."""
+    known = ranks.total_float(np.array([key in reference.values for key in keys], dtype=np.float64)) > 0
+    values = ranks.total_float(np.array([reference.values.get(key, 0.0) for key in keys]))
+    reference.values = {
+        key: float(value) for key, value, have in zip(keys, values, known, strict=True) if have
+    }
+    reference.found = len(reference.values)
 
 
 def _parts(keys: Sequence[bytes], wanted: Mapping[bytes, Tokens], size: int) -> Iterator[list[list[bytes]]]:

@@ -128,7 +128,7 @@ def _measure(
     chosen: Sequence[_Pass],
     requests: Sequence[HarnessRequest],
     shared: int,
-    prompt: list[kernels.Prompt] | None,
+    prompt: list[kernels.PromptCache] | None,
     gather: bool,
 ) -> Iterator[tuple[int, Likelihood]]:
     """(index, likelihood) of all requests of ``chosen``, which run as one batch after the first ``shared``
@@ -236,7 +236,7 @@ def language_model(subject: Subject, label: str) -> TemplateLM:
 
     served = _Served(subject, label, longest(subject.net))
 
-    class Adapter(TemplateLM):
+    class HarnessModel(TemplateLM):
         @property
         def eot_token_id(self) -> int:
             return subject.renderer.eos_ids[-1]
@@ -270,7 +270,7 @@ def language_model(subject: Subject, label: str) -> TemplateLM:
             contexts, settings = ([request.args[place] for request in requests] for place in (0, 1))
             return served.texts(contexts, settings)
 
-    return Adapter()
+    return HarnessModel()
 
 
 class _Served:
