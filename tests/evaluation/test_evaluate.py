@@ -229,7 +229,7 @@ def test_a_stopped_evaluation_goes_on(run, monkeypatch):
     assert "perplexity" in " ".join(examples(run)), "what was done is written"
     heard: list[events.Event] = []
     assert numbers(measured(run, notify=heard.append)) == whole
-    known = [one.what for one in heard if isinstance(one, events.Notice) and "is known" in one.what]
+    known = [one.what for one in heard if isinstance(one, events.Notice) and "is cached" in one.what]
     assert len(known) == 6, "four bases, and the tuned sides that were done"
 
 
