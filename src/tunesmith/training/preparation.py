@@ -1,5 +1,4 @@
-"""From files to a plan of updates, loading no weights: everything that can be wrong with words is found
-here."""
+"""From files to a plan of updates, without loading weights: all errors in the data appear here."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from tunesmith.auditing.views import Context
 from tunesmith.data import formats
 from tunesmith.events import Notice, Sink
 from tunesmith.files import write_json
-from tunesmith.learning.objective import Objective
+from tunesmith.learning.objective import Objective, Selected
 from tunesmith.machine import backend
 from tunesmith.model import loading as model
 from tunesmith.runs.config import RunConfig
@@ -30,8 +29,7 @@ RENDERED_ROWS_KEPT = 5
 
 @dataclass(frozen=True)
 class Prepared:
-    """Words become updates: everything that is known before weights are loaded. ``objective``: settled for
-    the training rows."""
+    """Everything that is known before weights are loaded. ``objective``: settled for the training rows."""
 
     objective: Objective
     renderer: template.Renderer
@@ -49,167 +47,239 @@ class Prepared:
 
     @property
     def accepted(self) -> dict[str, str]:
-        """Findings that were let pass: rule → what it says."""
-        return {one.rule: one.what for one in self.audit.findings if one.accepted} if self.audit else {}
+        """Findings that ``audit.accept`` allowed: rule → message."""
+        findings = self.audit.findings if self.audit else []
+        return {finding.rule: finding.what for finding in findings if finding.accepted}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files as read, and their examples as the two sides of the run."""
+
+    reads: list[formats.Read]
+    train: list[formats.Example]
+    valid: list[formats.Example]
+
+    @property
+    def dropped(self) -> list[formats.Dropped]:
+        return [row for read in self.reads for row in read.dropped]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Path → hash."""
+        return {path: digest for read in self.reads for path, digest in read.files.items()}
+
+
+@dataclass(frozen=True)
+class Side:
+    """Training or held-out rows: what was read, what the objective takes of it, and what that became."""
+
+    examples: list[formats.Example]
+    selected: Selected
+    rendered: template.Rendered
+    groups: list[Group]
+
+    @property
+    def usable(self) -> list[formats.Example]:
+        """The selected examples that gave at least one row."""
+        sources = self._rendered_sources
+        return [example for example in self.selected.examples if example.source in sources]
+
+    @property
+    def sound(self) -> list[formats.Example]:
+        """The examples that were read, without those of which no row could be rendered."""
+        lost = {row.source for row in self.rendered.dropped} - self._rendered_sources
+        return [example for example in self.examples if example.source not in lost]
+
+    def unused(self, kind: str) -> list[formats.Dropped]:
+        """Sound examples that the objective ``kind`` does not learn from."""
+        return [
+            formats.Dropped(example.source, reason, f"not for {kind}: {reason}", "")
+            for example, reason in self.selected.left_out
+        ]
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why examples were left out, with counts."""
+        sources = self._rendered_sources
+        refused = (row.reason for row in self.rendered.dropped if row.source not in sources)
+        return Counter(reason for _, reason in self.selected.left_out) + Counter(refused)
+
+    @property
+    def notes(self) -> Counter[str]:
+        """Changes to rows. Of a conversation in several rows, one answer may be left out and the others stay."""
+        sources = self._rendered_sources
+        answers = Counter(
+            f"answers left out: {row.reason}" for row in self.rendered.dropped if row.source in sources
+        )
+        return self.selected.notes + self.rendered.notes + answers
+
+    @property
+    def _rendered_sources(self) -> set[str]:
+        return {row.source for row in self.rendered.rows}
 
 
 def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = False) -> Prepared:
-    """Read, split, render, audit and plan, loading no weights. audited: the same rows have been, when the run
-    began.
-
-    Raises DataError or TemplateError.
-    """
-    read = formats.read(config.data.train, config.data)
-    formats.require(read, config.data.max_dropped)
-    if isinstance(config.data.valid, tuple):
-        held_out = formats.read(config.data.valid, config.data) if config.data.valid else None
-        if held_out is not None:
-            formats.require(held_out, config.data.max_dropped)
-        sides = [read.examples, held_out.examples if held_out else []]
-        sources = [read, *([held_out] if held_out else [])]
-        asked = {formats.prompt_key(example) for example in sides[0]}
-        shared = sum(formats.prompt_key(example) in asked for example in sides[1])
-        if shared and not config.audit.before_training:  # else the audit tells it
-            notify(
-                Notice(
-                    "held-out rows whose prompt is also in the training rows", level="warning", count=shared
-                )
-            )
-    else:
-        sides, sources = list(formats.split(read.examples, config.data.valid, config.loop.seed)), [read]
-    dropped = [row for source in sources for row in source.dropped]
-    reasons = Counter(row.reason for row in dropped)
+    """Read, split, render, audit and plan, without loading weights. audited: these rows were audited when the run
+    began. Raises DataError or TemplateError."""
+    sources = _read(config, notify)
     folder = model.resolve(
         config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
     )
     renderer = renderers.load(config.model.tokenizer or folder, config.template.renderer)
-    kept: list[list[formats.Example]] = []
-    sound: list[formats.Example] = []
-    wanted: list[int] = []
-    groups: list[list[Group]] = []
-    rows: list[template.Row] = []
-    unused: list[formats.Dropped] = []  # sound rows that the objective does not learn from
-    notes: Counter[str] = Counter()
-    for side in sides:
-        selected, left_out, done = config.objective.select(side)
-        reasons.update(reason for _, reason in left_out)
-        notes += done
-        wanted.append(len(selected))
-        turned = (
-            str(example.metadata["text_calls"])
-            for example in side
-            if config.data.structure_calls and "text_calls" in example.metadata
-        )
-        notes.update(f"calls written as text: {how}" for how in turned)
-        unused += [
-            formats.Dropped(one.source, why, f"not for {config.objective.kind}: {why}", "")
-            for one, why in left_out
-        ]
-        tick = events.ticker(notify, "rendering")
-        rendered = template.render(selected, renderer, config.template, config.batch.length, tick)
-        dropped += rendered.dropped
-        notes += rendered.notes
-        rows += rendered.rows
-        # Of a conversation in several rows one answer may be left out and the others stay.
-        alive = {row.source for row in rendered.rows}
-        notes.update(f"answers left out: {row.reason}" for row in rendered.dropped if row.source in alive)
-        reasons.update(row.reason for row in rendered.dropped if row.source not in alive)
-        kept.append([example for example in selected if example.source in alive])
-        lost = {row.source for row in rendered.dropped} - alive
-        sound = [example for example in side if example.source not in lost]
-        groups.append(config.objective.groups(rendered.rows))
+    train, valid = (_render(side, config, renderer, notify) for side in (sources.train, sources.valid))
+    rows = [*train.rendered.rows, *valid.rendered.rows]
+    refused = [*sources.dropped, *train.rendered.dropped, *valid.rendered.dropped]
     audit = None
     if config.audit.before_training and not audited:
-        audit = _audit(config, sides, read, renderer, rows, dropped, notify)
-    if groups[0] or not wanted[0]:  # else all were dropped, which is told below
-        config.objective.require(groups[0], sides[0])
-    n_seen = sum(len(side) for side in sides) + sum(len(source.dropped) for source in sources)
-    formats.require(formats.Read(kept[0], dropped, n_seen, read.files), config.data.max_dropped)
-    dropped += unused
+        audit = _audit(config, sources, renderer, rows, refused, notify)
+    _require(config, sources, train, refused)
+    kind = config.objective.kind
+    dropped = [*refused, *train.unused(kind), *valid.unused(kind)]
+    reasons = Counter(row.reason for row in sources.dropped) + train.reasons + valid.reasons
+    notes = train.notes + valid.notes + _structured_calls(config, sources)
+    _tell(dropped, reasons, notes, notify)
+    objective, remarks = config.objective.settled(train.groups)
+    for remark in remarks:
+        notify(Notice(remark.text, level=remark.level, where="objective"))
+    plan = _plan(config, train.groups, notify)
+    counts: dict[str, Any] = {
+        "rows_read": sum(read.rows for read in sources.reads),
+        "rows_dropped": dict(sorted(reasons.items())),
+        "rows_train": len(train.usable),
+        "rows_valid": len(valid.usable),
+        "sequences_train": len(train.groups),
+        "sequences_valid": len(valid.groups),
+        "tokens": sum(group.tokens for group in train.groups),
+        "supervised_tokens": sum(
+            int((part.targets[1:] > 0).sum()) for group in train.groups for part in group.sequences
+        ),
+        "padding_share": round(plan.padding_share(), 4),
+        "steps": plan.steps,
+        "loss": objective.unit,
+        "notes": dict(sorted(notes.items())),
+    } | _labels(train.groups, valid.groups, notify)
+    return Prepared(
+        objective=objective,
+        renderer=renderer,
+        valid_examples=valid.usable,
+        held_out=valid.sound,
+        train=train.groups,
+        valid=valid.groups,
+        plan=plan,
+        dropped=dropped,
+        counts=counts,
+        hashes={"data": sources.files, "template": renderer.fingerprint},
+        rendered=rows[:RENDERED_ROWS_KEPT],
+        audit=audit,
+    )
+
+
+def _read(config: RunConfig, notify: Sink) -> Sources:
+    """The rows of both sides: held-out files, or a share of the training files. Raises DataError."""
+    read = formats.read(config.data.train, config.data)
+    formats.require(read, config.data.max_dropped)
+    if not isinstance(config.data.valid, tuple):
+        train, valid = formats.split(read.examples, config.data.valid, config.loop.seed)
+        return Sources([read], train, valid)
+    if not config.data.valid:
+        return Sources([read], read.examples, [])
+    held_out = formats.read(config.data.valid, config.data)
+    formats.require(held_out, config.data.max_dropped)
+    prompts = {formats.prompt_key(example) for example in read.examples}
+    shared = sum(formats.prompt_key(example) in prompts for example in held_out.examples)
+    if shared and not config.audit.before_training:  # else the audit reports it
+        text = "held-out rows whose prompt is also in the training rows"
+        notify(Notice(text, level="warning", count=shared))
+    return Sources([read, held_out], read.examples, held_out.examples)
+
+
+def _render(
+    examples: list[formats.Example], config: RunConfig, renderer: template.Renderer, notify: Sink
+) -> Side:
+    """What the objective takes of ``examples``, as rows of tokens and as its groups."""
+    selected = config.objective.select(examples)
+    tick = events.ticker(notify, "rendering")
+    rendered = template.render(selected.examples, renderer, config.template, config.batch.length, tick)
+    return Side(examples, selected, rendered, config.objective.groups(rendered.rows))
+
+
+def _require(config: RunConfig, sources: Sources, train: Side, refused: list[formats.Dropped]) -> None:
+    """Raises DataError if the objective cannot learn from the training rows, or if too many rows were dropped."""
+    if train.groups or not train.selected.examples:  # else all were dropped, which is reported below
+        config.objective.require(train.groups, sources.train)
+    rows_read = len(sources.train) + len(sources.valid) + len(sources.dropped)
+    read = formats.Read(train.usable, refused, rows_read, sources.reads[0].files)
+    formats.require(read, config.data.max_dropped)
+
+
+def _structured_calls(config: RunConfig, sources: Sources) -> Counter[str]:
+    """Calls that were written as text and became structured ones, by what was done with them."""
+    if not config.data.structure_calls:
+        return Counter()
+    return Counter(
+        f"calls written as text: {example.metadata['text_calls']}"
+        for example in (*sources.train, *sources.valid)
+        if "text_calls" in example.metadata
+    )
+
+
+def _tell(dropped: list[formats.Dropped], reasons: Counter[str], notes: Counter[str], notify: Sink) -> None:
+    """Report rows that were left out, with the first places, and changes to rows."""
     for reason, count in sorted(reasons.items()):
         places = [row.source for row in dropped if row.reason == reason]
         where = ", ".join(places[:3]) + (", …" if len(places) > 3 else "")
         notify(Notice(f"rows left out: {reason}", level="warning", count=count, where=where))
     for note, count in sorted(notes.items()):
         notify(Notice(note, count=count))
-    objective, remarks = config.objective.settled(groups[0])
-    for remark in remarks:
-        notify(Notice(remark.text, level=remark.level, where="objective"))
-    bucket = (
-        backend.setup().kind == "gpu" and not config.batch.pack
-        if config.loop.compile is None
-        else config.loop.compile
-    )
-    cut, lengths = Cut.around(config.batch, groups[0], bucket)
-    positions = tuple(group.positions for group in groups[0])
-    plan = Plan(
-        lengths,
-        config.batch.sequences,
-        cut,
-        config.loop.seed,
-        config.loop.epochs,
-        config.loop.steps,
-        positions,
-    )
-    if few := lonely(plan, groups[0]):
-        notify(
-            Notice("updates with rows of one class only: raise batch.sequences", level="warning", count=few)
-        )
-    tokens = sum(group.tokens for group in groups[0])
-    counts = {
-        "rows_read": sum(source.rows for source in sources),
-        "rows_dropped": dict(sorted(reasons.items())),
-        "rows_train": len(kept[0]),
-        "rows_valid": len(kept[1]),
-        "sequences_train": len(groups[0]),
-        "sequences_valid": len(groups[1]),
-        "tokens": tokens,
-        "supervised_tokens": sum(
-            int((part.targets[1:] > 0).sum()) for group in groups[0] for part in group.sequences
-        ),
-        "padding_share": round(plan.padding_share(), 4),
-        "steps": plan.steps,
-        "loss": objective.unit,
-        "notes": dict(sorted(notes.items())),
-    }
-    if any(group.label is not None for group in groups[0]):
-        good = [sum(group.label is True for group in side) for side in groups]
-        if groups[1] and good[1] in (0, len(groups[1])):
-            what = f"all held-out rows are {'desirable' if good[1] else 'undesirable'}: they give no margin and no accuracy"
-            notify(
-                Notice(what, level="warning", hint="more rows of the other label, with prompts of their own")
-            )
-        counts["labels"] = {
-            f"{name}_{side}": count
-            for side, true, rows in zip(("train", "valid"), good, groups, strict=True)
-            for name, count in (("desirable", true), ("undesirable", len(rows) - true))
-        }
-    hashes = {
-        "data": {key: value for source in sources for key, value in source.files.items()},
-        "template": renderer.fingerprint,
-    }
-    shown = rows[:RENDERED_ROWS_KEPT]
-    return Prepared(
-        objective, renderer, kept[1], sound, groups[0], groups[1], plan, dropped, counts, hashes, shown, audit
-    )
+
+
+def _plan(config: RunConfig, groups: list[Group], notify: Sink) -> Plan:
+    """Which rows make which update."""
+    bucket = config.loop.compile
+    if bucket is None:
+        bucket = backend.setup().kind == "gpu" and not config.batch.pack
+    cut, lengths = Cut.around(config.batch, groups, bucket)
+    positions = tuple(group.positions for group in groups)
+    spec = config.loop
+    plan = Plan(lengths, config.batch.sequences, cut, spec.seed, spec.epochs, spec.steps, positions)
+    if few := lonely(plan, groups):
+        text = "updates with rows of one class only: raise batch.sequences"
+        notify(Notice(text, level="warning", count=few))
+    return plan
+
+
+def _labels(train: list[Group], valid: list[Group], notify: Sink) -> dict[str, Any]:
+    """Counts of desirable and undesirable rows; empty if the rows have no labels."""
+    if all(group.label is None for group in train):
+        return {}
+    sides = {"train": train, "valid": valid}
+    good = {name: sum(group.label is True for group in side) for name, side in sides.items()}
+    if valid and good["valid"] in (0, len(valid)):
+        label = "desirable" if good["valid"] else "undesirable"
+        text = f"all held-out rows are {label}: they give no margin and no accuracy"
+        hint = "more rows of the other label, with prompts of their own"
+        notify(Notice(text, level="warning", hint=hint))
+    labels: dict[str, int] = {}
+    for name, side in sides.items():
+        labels |= {f"desirable_{name}": good[name], f"undesirable_{name}": len(side) - good[name]}
+    return {"labels": labels}
 
 
 def _audit(
     config: RunConfig,
-    sides: list[list[formats.Example]],
-    read: formats.Read,
+    sources: Sources,
     renderer: template.Renderer,
     rows: list[template.Row],
     refused: list[formats.Dropped],
     notify: Sink,
 ) -> Audit:
-    """What is found in the training rows; warnings are told. Raises DataError where that should stop the
-    run."""
+    """The audit of the training rows; its warnings are reported. Raises DataError if it found an error."""
     against = [contamination.load(path, config.data) for path in config.audit.against]
-    against += [contamination.held_out(sides[1])] if sides[1] else []
+    against += [contamination.held_out(sources.valid)] if sources.valid else []
     name = Path(config.model.tokenizer or config.model.path).name
-    # Rows that cannot be used are counted against data.max_dropped, here too many are no error.
-    seen = Context(
+    # Rows that cannot be used count against data.max_dropped; here too many of them are no error.
+    context = Context(
         config.audit,
         config.batch.length,
         1.0,
@@ -219,27 +289,21 @@ def _audit(
         template=config.template,
         refusals=False,
     )
-    weighted = config.template.prompt_weight > 0  # then targets do not tell the answer from the prompt
-    seen.rendered = None if weighted else survey.rendered(rows, refused, seen)
-    found = survey.examine(sides[0], read.files, seen, notify)
-    survey.require(found)
-    for one in [*found.of("warning"), *(one for one in found.findings if one.accepted)]:
-        where = ", ".join(row.source for row in one.rows[:3]) + (", …" if len(one.rows) > 3 else "")
-        notify(
-            Notice(
-                f"{one.rule}{', accepted' * bool(one.accepted)}: {one.what}",
-                "warning",
-                max(one.count, 1),
-                where or "audit",
-                one.hint or None,
-            )
-        )
-    return found
+    weighted = config.template.prompt_weight > 0  # then targets do not mark the answer
+    context.rendered = None if weighted else survey.rendered(rows, refused, context)
+    audit = survey.examine(sources.train, sources.reads[0].files, context, notify)
+    survey.require(audit)
+    accepted = [finding for finding in audit.findings if finding.accepted]
+    for finding in [*audit.of("warning"), *accepted]:
+        where = ", ".join(row.source for row in finding.rows[:3]) + (", …" if len(finding.rows) > 3 else "")
+        text = f"{finding.rule}{', accepted' * bool(finding.accepted)}: {finding.what}"
+        count, hint = max(finding.count, 1), finding.hint or None
+        notify(Notice(text, "warning", count, where or "audit", hint))
+    return audit
 
 
 def write(run: Run, prepared: Prepared) -> None:
-    """What was read, left out and planned, for everything that comes after and reads only the run
-    directory."""
+    """Write what was read, dropped and planned to the run directory, for the verbs that read only that."""
     formats.write_dropped(prepared.dropped, run.path / DROPPED)
     formats.write_examples(prepared.held_out, run.path / VALID)
     write_json(run.path / PLAN, prepared.counts)
@@ -257,31 +321,31 @@ def write(run: Run, prepared: Prepared) -> None:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """``ids``: up to where the assistant speaks. ``text``: what was asked. ``reference``: what the data
-    answers."""
+class SamplePrompt:
+    """``ids``: up to where the assistant answers. ``text``: the last message of the prompt. ``reference``: the
+    answer in the data."""
 
     ids: list[int]
     text: str
     reference: str
 
 
-def prompts(examples: list[formats.Example], renderer: template.Renderer, count: int) -> list[Prompt]:
-    """Up to ``count`` last assistant turns, spread evenly over ``examples``, as prompts. Documents ask
-    nothing."""
-    asking = [example for example in examples if not isinstance(example, formats.Document)]
-    count = min(count, len(asking))
-    asked: list[Prompt] = []
-    for example in (asking[index * len(asking) // count] for index in range(count)):
-        if isinstance(example, formats.Completion):
-            ids, text = renderer.text_prompt(example.prompt), example.prompt
-            asked.append(Prompt(ids, text, example.completion))
-        else:
-            assert not isinstance(example, formats.Document)
-            conversation = example.chosen if isinstance(example, formats.Preference) else example.conversation
-            context = formats.Conversation(conversation.messages[:-1], conversation.tools)
-            last = conversation.messages[-1]
-            reference = last.content or "\n".join(f"{call.name} {call.arguments}" for call in last.calls)
-            text = context.messages[-1].content if context.messages else ""
-            asked.append(Prompt(renderer.prompt(context), text, reference))
-    return asked
+def prompts(examples: list[formats.Example], renderer: template.Renderer, count: int) -> list[SamplePrompt]:
+    """Prompts for up to ``count`` last assistant turns, spread evenly over ``examples``; documents have none."""
+    with_prompt = [example for example in examples if not isinstance(example, formats.Document)]
+    count = min(count, len(with_prompt))
+    return [_prompt(with_prompt[index * len(with_prompt) // count], renderer) for index in range(count)]
+
+
+def _prompt(
+    example: formats.Completion | formats.Demonstration | formats.Judged | formats.Preference,
+    renderer: template.Renderer,
+) -> SamplePrompt:
+    if isinstance(example, formats.Completion):
+        return SamplePrompt(renderer.text_prompt(example.prompt), example.prompt, example.completion)
+    conversation = example.chosen if isinstance(example, formats.Preference) else example.conversation
+    context = formats.Conversation(conversation.messages[:-1], conversation.tools)
+    last = conversation.messages[-1]
+    reference = last.content or "\n".join(f"{call.name} {call.arguments}" for call in last.calls)
+    text = context.messages[-1].content if context.messages else ""
+    return SamplePrompt(renderer.prompt(context), text, reference)
