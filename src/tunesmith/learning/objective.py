@@ -1,8 +1,9 @@
-"""What an objective is: settings (its YAML block) and behaviour (its rows and its loss) in one file of ``objectives``.
+"""What an objective is: settings (its YAML block) and behaviour (its rows and its loss) in one file of
+``objectives``.
 
-Every objective is a function of one number a sequence, Σ weight · log p over its learned tokens. All of them thus
-share one way through the model: chunked head, packing and compiled steps included. Losses are sums over units,
-never means, so that accumulation, validation and ranks are right by construction."""
+Every objective is a function of one number a sequence, Σ weight · log p over its learned tokens. All of them
+thus share one way through the model: chunked head, packing and compiled steps included. Losses are sums over
+units, never means, so that accumulation, validation and ranks are right by construction."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from tunesmith.tokens.template import Row
 
 
 class Selected(NamedTuple):
-    """``left_out``: with the reason. ``notes``: changes to rows that their author may not expect, with counts."""
+    """``left_out``: with the reason. ``notes``: changes to rows that their author may not expect, with
+    counts."""
 
     examples: list[Example]
     left_out: list[tuple[Example, str]]
@@ -59,7 +61,8 @@ class Objective(Family):
 
     @abstractmethod
     def fields(self, groups: Sequence[Group], baseline: float) -> np.ndarray:
-        """(S, F) inputs of `losses` beside the log-probabilities. ``baseline``: mean log-ratio of the `twins`."""
+        """(S, F) inputs of `losses` beside the log-probabilities. ``baseline``: mean log-ratio of the
+        `twins`."""
 
     @abstractmethod
     def losses(self, logps: mx.array, fields: mx.array) -> mx.array:
@@ -80,8 +83,8 @@ class Objective(Family):
     def twins(
         self, groups: Sequence[Group], salt: int, spares: Sequence[Group], limit: int
     ) -> tuple[list[Group], Counter[str]]:
-        """Mismatched pairs, whose mean log-ratio to the reference is the baseline of an update (0 without any), and
-        notes with counts.
+        """Mismatched pairs, whose mean log-ratio to the reference is the baseline of an update (0 without
+        any), and notes with counts.
 
         spares: more rows to make them from."""
         return [], Counter()
@@ -91,12 +94,14 @@ class Objective(Family):
         return (True,) * len(group.sequences)
 
     def metrics(self, groups: Sequence[Group], logps: np.ndarray) -> dict[str, float]:
-        """Values of `watched` from ``logps`` (S,) float64 of the sequences of ``groups``; those that are known."""
+        """Values of `watched` from ``logps`` (S,) float64 of the sequences of ``groups``; those that are
+        known."""
         return {}
 
 
 NOISE = 1e-3
-"""Nats within which two log-ratios count as equal: float32 sums differ by so much with the cut into batches."""
+"""Nats within which two log-ratios count as equal: float32 sums differ by so much with the cut into
+batches."""
 
 
 def won(difference: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment: written to a temporary name, flushed and renamed.
 
-``cursor.json`` holds the SHA-256 of a checkpoint's other files. A torn checkpoint does not match it, and the one
-before it is used."""
+``cursor.json`` holds the SHA-256 of a checkpoint's other files. A torn checkpoint does not match it, and the
+one before it is used."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def retain(run: Run, cursor: Cursor, spec: LoopSpec) -> None:
 
 
 def read(run: Run, step: int) -> Cursor:
-    """The cursor of the checkpoint at ``step``. Raises CorruptCheckpoint, naming the file, if one does not match
-    its checksum."""
+    """The cursor of the checkpoint at ``step``. Raises CorruptCheckpoint, naming the file, if one does not
+    match its checksum."""
     folder = run.checkpoint(step)
     try:
         fields = json.loads((folder / CURSOR).read_text(encoding="utf-8"))
@@ -113,8 +113,8 @@ def newest(run: Run, report: Callable[[CorruptCheckpoint], None]) -> Cursor | No
 
 
 def choose(run, which: str | int | Literal["best", "last"] = "best", notify: Sink = silent) -> Path:
-    """The folder of a checkpoint: ``best``, ``last`` or a step. The last one is used, with a warning, if the best
-    was not kept."""
+    """The folder of a checkpoint: ``best``, ``last`` or a step. The last one is used, with a warning, if the
+    best was not kept."""
     steps = run.checkpoints()
     if not steps:
         wait = "while it trains, wait; else: " if run.manifest["status"] == "running" else ""

@@ -64,7 +64,8 @@ class LoopSpec(Spec):
     )
     checkpoint_gradients: bool = Field(
         default=False,
-        description="recompute each layer in the backward pass: about half of the memory beside the weights, 1.2 to 1.5 the time",
+        description="recompute each layer in the backward pass: about half of the memory beside the weights, "
+        "1.2 to 1.5 the time",
     )
     cache_frozen: bool = Field(
         default=False,
@@ -72,7 +73,8 @@ class LoopSpec(Spec):
     )
     compile: bool | None = Field(
         default=None,
-        description="compile the step for the shapes that come most often; null: on a GPU, where rows are not packed",
+        description="compile the step for the shapes that come most often; null: on a GPU, if rows are not "
+        "packed",
     )
     seed: int = Field(
         default=0, ge=0, description="decides the split, the order of rows, the adapter and its dropout"
@@ -136,7 +138,8 @@ class RunConfig(Spec):
         return texts
 
     def _usual(self, key: str) -> float | None:
-        """The value that the objective suggests for ``key`` beside this adapter, or None if it suggests none."""
+        """The value that the objective suggests for ``key`` beside this adapter, or None if it suggests
+        none."""
         suits = self.objective.suits
         return suits.get(self.adapter.kind, {}).get(key, suits.get(key))
 
@@ -147,7 +150,8 @@ class RunConfig(Spec):
         usual_rate, usual_rows = self._usual("optimizer.learning_rate"), self._usual("batch.sequences")
         if usual_rate is not None and rate >= 2 * usual_rate:
             texts.append(
-                f"optimizer.learning_rate {rate:g} is high for {kind}: {usual_rate:g} is usual; SFT's is too much for it"
+                f"optimizer.learning_rate {rate:g} is high for {kind}: {usual_rate:g} is usual; "
+                "SFT's is too much for it"
             )
         if self.objective.needs_reference and not isinstance(self.adapter, Full) and self.adapter.dropout > 0:
             texts.append(
@@ -164,13 +168,15 @@ class RunConfig(Spec):
         texts: list[str] = []
         if full and not stated and rate > 5e-5:
             texts.append(
-                f"optimizer.learning_rate {rate:g} is high for full weights: 1e-5 is usual, LoRA's is ten times it"
+                f"optimizer.learning_rate {rate:g} is high for full weights: 1e-5 is usual, "
+                "LoRA's is ten times it"
             )
         if not full and not stated and self.optimizer.kind.startswith("adam") and rate > 1e-3:
             texts.append(f"optimizer.learning_rate {rate:g} is high for LoRA: 1e-4 to 2e-4 is usual")
         if not full and not stated and rate < 1e-5:
             texts.append(
-                f"optimizer.learning_rate {rate:g} is low for LoRA: it likes about ten times full weights' rate"
+                f"optimizer.learning_rate {rate:g} is low for LoRA: "
+                "it likes about ten times full weights' rate"
             )
         if not full and self.batch.sequences > 32:
             texts.append(

@@ -1,4 +1,5 @@
-"""Where a run lives: the name of every file in its directory, how the directory is created and opened, and its lock.
+"""Where a run lives: the name of every file in its directory, how the directory is created and opened, and
+its lock.
 
 Every file is written to a temporary name, flushed and renamed, so that it is whole or absent."""
 
@@ -58,8 +59,8 @@ class Run:
         return load(RunConfig, files=[self.path / CONFIG]).spec
 
     def settings(self, model: str | None = None) -> RunConfig:
-        """`config` with the base model at ``model`` if it was moved; `manifest.require_base` checks that it is
-        the same model."""
+        """`config` with the base model at ``model`` if it was moved; `manifest.require_base` checks that it
+        is the same model."""
         config = self.config
         was = Path(config.model.path)
         if model is None and was.is_absolute() and not was.exists():

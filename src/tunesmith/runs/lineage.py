@@ -13,8 +13,8 @@ from tunesmith.runs.directory import ADAPTERS, MANIFEST, Run
 
 
 def anchored(config: RunConfig) -> RunConfig:
-    """``config`` with absolute paths, so that its run can be resumed from any folder. A run that is named as an
-    adapter becomes its best checkpoint."""
+    """``config`` with absolute paths, so that its run can be resumed from any folder. A run that is named as
+    an adapter becomes its best checkpoint."""
     data = {"train": tuple(map(_absolute, config.data.train))}
     data |= (
         {"valid": tuple(map(_absolute, config.data.valid))} if isinstance(config.data.valid, tuple) else {}
@@ -54,7 +54,8 @@ def _checkpoint(path: str | None, where: str) -> str | None:
 
 
 def origin(checkpoint: str, base: str) -> dict[str, Any]:
-    """The manifest's entry on the adapter in ``checkpoint``. Raises ModelError if it was not trained on ``base``."""
+    """The manifest's entry on the adapter in ``checkpoint``. Raises ModelError if it was not trained on
+    ``base``."""
     folder = Path(checkpoint)
     if not (folder / ADAPTERS).is_file():
         raise ModelError(

@@ -35,7 +35,8 @@ def facts(
     lineage: Mapping[str, Any] | None = None,
     accepted: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a run that starts now. accepted: findings that ``audit.accept`` allowed, rule → message."""
+    """The manifest of a run that starts now. accepted: findings that ``audit.accept`` allowed, rule →
+    message."""
     device = backend.setup()
     packages = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common", "numpy")
     return {
@@ -75,7 +76,8 @@ def require_same(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> None
 
 
 def moved(run: Run, now: Mapping[str, Any]) -> list[str]:
-    """A warning if the machine or the software changed since the run began; the resumed bytes may then differ."""
+    """A warning if the machine or the software changed since the run began; the resumed bytes may then
+    differ."""
     was, current = flat({key: run.manifest[key] for key in ("versions", "machine")}), flat(dict(now))
     was.setdefault("machine.ranks", 1)  # runs made before ranks were recorded
     changed = [f"{key} {was[key]} → {current.get(key)}" for key in was if current.get(key) != was[key]]
@@ -91,5 +93,6 @@ def require_base(run: Run, base: str, template: str) -> None:
     hashes = run.manifest["hashes"]
     changed = [name for name, value in (("base", base), ("template", template)) if hashes[name] != value]
     if changed:
-        message = f"the {' and the '.join(changed)} changed since this run was trained: its adapter fits another model"
+        message = f"the {' and the '.join(changed)} changed since this run was trained: "
+        message += "its adapter fits another model"
         raise ModelError(message, where=run.config.model.path, hint="put it back, or train again")

@@ -78,7 +78,8 @@ class Spec(BaseModel):
 
 
 class Family(Spec):
-    """Abstract: a block whose kinds are not listed. Each concrete subclass of a direct subclass registers its kind.
+    """Abstract: a block whose kinds are not listed. Each concrete subclass of a direct subclass registers its
+    kind.
 
     A field takes every registered kind if it is declared as ``Annotated[SerializeAsAny[Base],
     BeforeValidator(Base.member)]``."""

@@ -149,8 +149,9 @@ class Accumulation:
         size, memory, limit = plan.cut.size(lengths), backend.memory(), backend.memory_limit()
         self._emit(Probed(len(lengths), size, time.perf_counter() - start, memory))
         if memory["peak"] > 0.9 * limit:
-            what = f"the largest micro-batch takes {memory['peak'] / 1e9:.1f} of {limit / 1e9:.1f} GB: it will swap"
-            self._emit(Notice(what, level="warning", hint=self._smaller(lengths)))
+            share = f"{memory['peak'] / 1e9:.1f} of {limit / 1e9:.1f} GB"
+            text = f"the largest micro-batch takes {share}: it will swap"
+            self._emit(Notice(text, level="warning", hint=self._smaller(lengths)))
 
     def sums(self, step: int, cursor: Cursor, baseline: float = 0.0) -> tuple[mx.array, dict, np.ndarray]:
         """(sum of losses (), sums of gradients, log p of each sequence) of this rank's rows of update

@@ -43,8 +43,8 @@ from tunesmith.training.validation import Validation
 class Totals(NamedTuple):
     """What an update sums over its micro-batches and all ranks.
 
-    ``loss``: mean a unit. ``norm``: of the mean gradients. ``logps`` (S,): of the sequences. ``stopping``: whether
-    any rank was asked to stop."""
+    ``loss``: mean a unit. ``norm``: of the mean gradients. ``logps`` (S,): of the sequences. ``stopping``:
+    whether any rank was asked to stop."""
 
     loss: float
     norm: mx.array

@@ -107,7 +107,8 @@ class Side:
 
     @property
     def notes(self) -> Counter[str]:
-        """Changes to rows. Of a conversation in several rows, one answer may be left out and the others stay."""
+        """Changes to rows. Of a conversation in several rows, one answer may be left out and the others
+        stay."""
         sources = self._rendered_sources
         answers = Counter(
             f"answers left out: {row.reason}" for row in self.rendered.dropped if row.source in sources
@@ -120,8 +121,8 @@ class Side:
 
 
 def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = False) -> Prepared:
-    """Read, split, render, audit and plan, without loading weights. audited: these rows were audited when the run
-    began. Raises DataError or TemplateError."""
+    """Read, split, render, audit and plan, without loading weights. audited: these rows were audited when the
+    run began. Raises DataError or TemplateError."""
     sources = _read(config, notify)
     folder = model.resolve(
         config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
@@ -205,7 +206,8 @@ def _render(
 
 
 def _require(config: RunConfig, sources: Sources, train: Side, refused: list[formats.Dropped]) -> None:
-    """Raises DataError if the objective cannot learn from the training rows, or if too many rows were dropped."""
+    """Raises DataError if the objective cannot learn from the training rows, or if too many rows were
+    dropped."""
     if train.groups or not train.selected.examples:  # else all were dropped, which is reported below
         config.objective.require(train.groups, sources.train)
     rows_read = len(sources.train) + len(sources.valid) + len(sources.dropped)
@@ -322,8 +324,8 @@ def write(run: Run, prepared: Prepared) -> None:
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """``ids``: up to where the assistant answers. ``text``: the last message of the prompt. ``reference``: the
-    answer in the data."""
+    """``ids``: up to where the assistant answers. ``text``: the last message of the prompt. ``reference``:
+    the answer in the data."""
 
     ids: list[int]
     text: str
@@ -331,7 +333,8 @@ class SamplePrompt:
 
 
 def prompts(examples: list[formats.Example], renderer: template.Renderer, count: int) -> list[SamplePrompt]:
-    """Prompts for up to ``count`` last assistant turns, spread evenly over ``examples``; documents have none."""
+    """Prompts for up to ``count`` last assistant turns, spread evenly over ``examples``; documents have
+    none."""
     with_prompt = [example for example in examples if not isinstance(example, formats.Document)]
     count = min(count, len(with_prompt))
     return [_prompt(with_prompt[index * len(with_prompt) // count], renderer) for index in range(count)]

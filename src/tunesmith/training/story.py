@@ -41,7 +41,8 @@ def train(
     """Train as ``config`` says. Returns the run, or None on all ranks but the first.
 
     out: the new run directory (default ``runs/<day>-<model>-<objective>-<id>``). resume: a run to continue
-    instead. Raises DataError, TemplateError or ModelError before step 1, TrainingError later; checkpoints stay."""
+    instead. Raises DataError, TemplateError or ModelError before step 1, TrainingError later; checkpoints
+    stay."""
     hear = Early(notify)  # notices that come before the run has a log
     among = ranks.join(hear)
     hear.muted = not among.writes

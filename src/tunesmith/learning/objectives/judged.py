@@ -94,7 +94,8 @@ class Judging(Objective):
             else "objective.pairs=judge takes pairs apart, objective=dpo learns them"
         )
         hint += "; objective=sft learns from desirable rows alone" if good else ""
-        what = f"{type(self).__name__} needs desirable and undesirable rows, and of {len(seen)} rows to train on "
+        what = f"{type(self).__name__} needs desirable and undesirable rows, "
+        what += f"and of {len(seen)} rows to train on "
         what += f"{good} are desirable and {bad} undesirable"
         unlabelled = sum(isinstance(example, Demonstration) for example in seen)
         what += "".join(
@@ -119,7 +120,8 @@ class Judging(Objective):
         outside = not 1 - 1e-9 <= ratio <= WIDEST + 1e-9
         weights = f"{good} desirable and {bad} undesirable rows: weights {high:.4g} and {low:.4g}"
         source = "given" if given else "set from the counts"
-        text = f"{weights}, in all {ratio:.3g} : 1 ({source}; {'OUTSIDE' if outside else 'within'} 1 : 1 to 4 : 3)"
+        place = "OUTSIDE" if outside else "within"
+        text = f"{weights}, in all {ratio:.3g} : 1 ({source}; {place} 1 : 1 to 4 : 3)"
         settled = self.model_copy(update={"desirable_weight": high, "undesirable_weight": low})
         return settled, [Remark(text, "warning" if outside else "info")]
 

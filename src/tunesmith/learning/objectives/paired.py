@@ -23,7 +23,8 @@ class Preferring(Objective):
 
     judged: Literal["leave_out", "pair"] = Field(
         default="leave_out",
-        description="labelled rows: left out, or a desirable and an undesirable answer to the same prompt taken as a pair",
+        description="labelled rows: left out, or a desirable and an undesirable answer to the same prompt taken "
+        "as a pair",
     )
     beta: float
     unit: ClassVar[str] = "a pair"
@@ -60,8 +61,10 @@ class Preferring(Objective):
         judged = sum(isinstance(example, Judged) for example in seen)
         hint = "give rows with chosen and rejected"
         if judged:
-            hint += "; objective=kto learns from labelled rows as they are, objective.judged=pair looks for pairs among them"
-        what = f"{type(self).__name__} needs pairs of a chosen and a rejected answer, there are none in {len(seen)} rows to train on"
+            hint += "; objective=kto learns from labelled rows as they are, "
+            hint += "objective.judged=pair looks for pairs among them"
+        what = f"{type(self).__name__} needs pairs of a chosen and a rejected answer, "
+        what += f"there are none in {len(seen)} rows to train on"
         raise DataError(what, where="objective", hint=hint)
 
     def fields(self, groups: Sequence[Group], baseline: float) -> np.ndarray:
