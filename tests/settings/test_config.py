@@ -368,7 +368,7 @@ def test_a_byte_order_mark_is_no_key(run_yaml):
     [
         (
             "model: {path: m}\nadapter:\n  rank: 1\n  rank: 2\n",
-            'run.yaml:4: the key "rank" is given twice\nhint: it stands at run.yaml:3 already',
+            'run.yaml:4: the key "rank" is given twice\nhint: it is already given at run.yaml:3',
         ),
         ("model: {path: m}\n1: x\n", "run.yaml:2: a key must be text\nhint: put it in quotes"),
         ("- a\n- b\n", "run.yaml:1: must be a mapping of keys, not list"),

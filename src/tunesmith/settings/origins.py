@@ -120,7 +120,7 @@ def _composed(node: yaml.Node, origin: Callable[[int], str], line: int) -> Node:
         if key.tag != "tag:yaml.org,2002:str":
             raise ConfigError("a key must be text", where=origin(line), hint="put it in quotes")
         if key.value in values:
-            hint = f"it is already given at {values[key.value].origin} already"
+            hint = f"it is already given at {values[key.value].origin}"
             raise ConfigError(f'the key "{key.value}" is given twice', where=origin(line), hint=hint)
         values[key.value] = _composed(item, origin, line)
     return Node(values, where)

@@ -332,6 +332,63 @@ def rows(log: Iterable[events.Event]) -> dict[str, Any]:
     None for none; ``medians`` by epoch; then for each class its rows, the clearest first, with ``source``,
     ``losses`` and ``z`` by epoch (None where it was not learned whole), ``units`` (learned tokens). With one
     epoch only ``outliers`` are looked for."""
+    history = _history(log)
+    known = {source: [visit for visit in line if visit] for source, line in history.visits.items()}
+    several = {source: line for source, line in known.items() if len(line) > 1}
+    facts: dict[str, Any] = {
+        "epochs": history.epochs,
+        "rows": len(known),
+        "avoided": history.avoided,
+        "held_out": history.held_out,
+        "medians": [
+            _median([visit.loss for visit in visits if visit])
+            for visits in zip(*history.visits.values(), strict=True)
+        ],
+        "definitions": DEFINITIONS if several else {"outliers": DEFINITIONS["outliers"]},
+        "note": "" if several or not known else "one epoch: only outliers",
+        **{name: [] for name in DEFINITIONS},
+    }
+
+    def highest(source: str) -> float:
+        return max(visit.z for visit in known[source])
+
+    classes: dict[str, list[str]] = defaultdict(list)
+    if several:
+        for source, name in _classes(several, history.unseen):
+            classes[name].append(source)
+        classes["memorised"].sort(key=lambda source: several[source][-1].loss)
+    else:
+        classes["outliers"] = [source for source in known if highest(source) > HIGH]
+    for name in ("suspicious", "never_learned", "outliers"):
+        classes[name].sort(key=highest, reverse=True)
+    return facts | {name: [history.described(source) for source in rows] for name, rows in classes.items()}
+
+
+class _History(NamedTuple):
+    """What a log says of the training rows.
+
+    ``visits``: source → its visit in each epoch, or None if not all of it was learned. ``latest``: what rows
+    cost that were learned last in the first epoch."""
+
+    visits: dict[str, list[_Visit | None]]
+    units: dict[str, float]
+    epochs: int
+    avoided: int
+    held_out: float | None
+    latest: float
+
+    @property
+    def unseen(self) -> float:
+        """Nats a token of rows that the model has not learned."""
+        return self.latest if self.held_out is None else self.held_out
+
+    def described(self, source: str) -> dict[str, Any]:
+        losses = [visit and visit.loss for visit in self.visits[source]]
+        scores = [visit and visit.z for visit in self.visits[source]]
+        return {"source": source, "losses": losses, "z": scores, "units": self.units[source]}
+
+
+def _history(log: Iterable[events.Event]) -> _History:
     by_epoch: dict[int, dict[int, events.RowLosses]] = defaultdict(dict)
     avoided: set[str] = set()
     held_out: float | None = None
@@ -342,14 +399,14 @@ def rows(log: Iterable[events.Event]) -> dict[str, Any]:
         elif isinstance(event, events.Validated) and event.perplexity > 0 and math.isfinite(event.perplexity):
             held_out = math.log(event.perplexity)
     epochs = sorted(by_epoch)
-    totals = {epoch: _units(found.values()) for epoch, found in by_epoch.items()}
+    totals = {epoch: _units(updates.values()) for epoch, updates in by_epoch.items()}
     units: dict[str, float] = {}
     for total in totals.values():
         units |= {source: max(count, units.get(source, 0.0)) for source, count in total.items()}
     visits: dict[str, list[_Visit | None]] = {
         source: [None] * len(epochs) for source in units if source not in avoided
     }
-    latest = math.nan  # the loss of the rows that were learned last in the first epoch
+    latest = math.nan
     for place, epoch in enumerate(epochs):
         whole = {
             source
@@ -359,52 +416,27 @@ def rows(log: Iterable[events.Event]) -> dict[str, Any]:
         for source, visit in _visits(by_epoch[epoch], whole).items():
             visits[source][place] = visit
             latest = visit.middle if place == 0 else latest
-    known = {source: [one for one in line if one is not None] for source, line in visits.items()}
-    several = {source: line for source, line in known.items() if len(line) > 1}
-    facts: dict[str, Any] = {
-        "epochs": len(epochs),
-        "rows": len(visits),
-        "avoided": len(avoided),
-        "held_out": held_out,
-        "medians": [
-            _median([one.loss for one in line if one]) for line in zip(*visits.values(), strict=True)
-        ],
-        "definitions": DEFINITIONS if several else {"outliers": DEFINITIONS["outliers"]},
-        "note": "" if several or not visits else "one epoch: only outliers",
-        **{name: [] for name in DEFINITIONS},
-    }
+    return _History(visits, units, len(epochs), len(avoided), held_out, latest)
 
-    def told(source: str) -> dict[str, Any]:
-        losses, scores = ([one and one[at] for one in visits[source]] for at in (0, 2))
-        return {"source": source, "losses": losses, "z": scores, "units": units[source]}
 
-    def highest(source: str) -> float:
-        return max(one.z for one in known[source])
-
-    if not several:
-        odd = [source for source in known if highest(source) > HIGH]
-        return facts | {"outliers": [told(source) for source in sorted(odd, key=highest, reverse=True)]}
-    parted = {
+def _classes(several: Mapping[str, list[_Visit]], unseen: float) -> Iterator[tuple[str, str]]:
+    """(source, class) of the rows that `DEFINITIONS` describes, from their visits in several epochs."""
+    apart = {
         source: (line[0].middle - line[-1].middle) - (line[0].loss - line[-1].loss)
         for source, line in several.items()
     }
-    spread = _spread(list(parted.values()))
-    unseen = latest if held_out is None else held_out
+    spread = _spread(list(apart.values()))
     for source, line in several.items():
         first, last = line[0], line[-1]
         fall, others = first.loss - last.loss, first.middle - last.middle
         fell = others >= FALL * first.middle
-        rose = fell and fall <= -FALL * first.loss and parted[source] > HIGH * spread
-        if (rose or min(one.z for one in line) > HIGH) and max(first.loss, last.loss) > MEMORISED:
-            facts["suspicious"].append(told(source))
+        rose = fell and fall <= -FALL * first.loss and apart[source] > HIGH * spread
+        if (rose or min(visit.z for visit in line) > HIGH) and max(first.loss, last.loss) > MEMORISED:
+            yield source, "suspicious"
         elif fell and fall <= NO_FALL * others and last.z > ABOVE and last.loss > MEMORISED:
-            facts["never_learned"].append(told(source))
+            yield source, "never_learned"
         elif min(first.loss, unseen) > MEMORISED >= last.loss and last.loss <= FAR * unseen:
-            facts["memorised"].append(told(source))
-    for name in ("suspicious", "never_learned"):
-        facts[name].sort(key=lambda row: -highest(row["source"]))
-    facts["memorised"].sort(key=lambda row: several[row["source"]][-1].loss)
-    return facts
+            yield source, "memorised"
 
 
 def _units(found: Iterable[events.RowLosses]) -> dict[str, float]:

@@ -23,8 +23,8 @@ class Preferring(Objective):
 
     judged: Literal["leave_out", "pair"] = Field(
         default="leave_out",
-        description="labelled rows: left out, or a desirable and an undesirable answer to the same prompt taken "
-        "as a pair",
+        description="labelled rows: left out, or a desirable and an undesirable answer to the same prompt "
+        "taken as a pair",
     )
     beta: float
     unit: ClassVar[str] = "a pair"
