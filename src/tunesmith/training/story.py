@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import mlx.nn as nn
@@ -62,41 +63,30 @@ def train(
     gradients.require(loaded.net, config, prepared.train, hear)
     # 4. The run directory, new or resumed
     hashes = _hashes(prepared, loaded, ancestors)
-    if resume is not None:
-        manifest.require_same(resume, config, hashes)
-        run = resume
-    elif among.writes:
-        facts = manifest.facts(config, hashes, among.size, ancestors, prepared.accepted)
-        run = Run.create(out or Path("runs") / name(config, date.today()), config, origins or {}, facts)
-    else:
-        run = None
+    facts = manifest.facts(config, hashes, among.size, ancestors, prepared.accepted)
+    run = _resumed(resume, config, hashes) if resume else _created(among, out, config, origins, facts)
+    own = run if among.writes else None
     with ExitStack() as held:
-        if run is not None and among.writes:
-            held.enter_context(run.lock())
-            held.enter_context(run.room())
+        if own is not None:
+            held.enter_context(own.lock())
+            held.enter_context(own.room())
         stop = held.enter_context(interruptible(among))
         state = optimizer.build(config.optimizer, loaded.net)
         among.require_agreement(_without_paths(config), sorted(map(str, flat(hashes).values())))
         # 5. The reference, by the model before training: before a checkpoint is restored
-        if prepared.objective.needs_reference:
-            with before_training(run if among.writes else None, hear):
-                own = run.path / REFERENCE if run and among.writes else None
-                prepared = reference.compared(
-                    prepared, config, loaded, own=own, among=among, stopped=stop.is_set, notify=hear
-                )
+        prepared = _compared(prepared, config, loaded, own, among, stop, hear)
         # 6. The checkpoint to continue from, and the log
         cursor = _restored(resume, loaded.net, state, among, hear)
         emit = events.silent
-        if run is not None and among.writes:
-            emit = recording.record(run, cursor, prepared.plan.steps, config.loop.tensorboard, hear, held)
-            preparation.write(run, prepared)
+        if own is not None:
+            emit = recording.record(own, cursor, prepared.plan.steps, config.loop.tensorboard, hear, held)
+            preparation.write(own, prepared)
         if cursor.step == 0:
-            where, counts = str(run.path) if run else "", prepared.counts
-            steps = prepared.plan.steps
-            emit(events.RunStarted(where, steps, attached.trainable, attached.total, counts))
+            place, steps = str(own.path) if own else "", prepared.plan.steps
+            emit(events.RunStarted(place, steps, attached.trainable, attached.total, prepared.counts))
         # 7. The loop
         Loop(run, config, loaded.net, state, prepared, emit, stop, among).finish(cursor)
-    return run if among.writes else None
+    return own
 
 
 def _warn(config: RunConfig, resume: Run | None, among: Ranks, notes: Sequence[str], hear: Sink) -> None:
@@ -131,6 +121,43 @@ def _hashes(prepared: Prepared, loaded: Loaded, ancestors: Mapping[str, Any]) ->
     """Hashes of all inputs: data, template, base and starting adapter."""
     start = {"start": ancestors["start"]["sha256"]} if "start" in ancestors else {}
     return prepared.hashes | {"base": loaded.fingerprint} | start
+
+
+def _resumed(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> Run:
+    manifest.require_same(run, config, hashes)
+    return run
+
+
+def _created(
+    among: Ranks,
+    out: Path | None,
+    config: RunConfig,
+    origins: Mapping[str, str] | None,
+    facts: Mapping[str, Any],
+) -> Run | None:
+    """A new run directory, or None on ranks that do not write."""
+    if not among.writes:
+        return None
+    return Run.create(out or Path("runs") / name(config, date.today()), config, origins or {}, facts)
+
+
+def _compared(
+    prepared: Prepared,
+    config: RunConfig,
+    loaded: Loaded,
+    run: Run | None,
+    among: Ranks,
+    stop: Event,
+    hear: Sink,
+) -> Prepared:
+    """``prepared`` with the reference of its rows, if the objective needs one."""
+    if not prepared.objective.needs_reference:
+        return prepared
+    with before_training(run, hear):
+        own = run.path / REFERENCE if run else None
+        return reference.compared(
+            prepared, config, loaded, own=own, among=among, stopped=stop.is_set, notify=hear
+        )
 
 
 def _restored(resume: Run | None, net: nn.Module, state: Any, among: Ranks, hear: Early) -> Cursor:
