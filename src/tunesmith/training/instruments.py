@@ -291,9 +291,9 @@ only; unless that makes fewer than FEW rows."""
 
 DEFINITIONS = {
     "memorised": (
-        f"loss fell from above {MEMORISED} nats a token to {MEMORISED} or less, and to {FAR:.0%} or less of "
-        "the loss of unseen rows, which is above it too: held-out ones, or without held-out rows the last ones "
-        "of the first epoch"
+        f"loss fell from above {MEMORISED} nats a token to {MEMORISED} or less, and to {FAR:.0%} or less "
+        "of the loss of unseen rows, which is above it too: held-out ones, or without held-out rows the last "
+        "ones of the first epoch"
     ),
     "never_learned": (
         f"from its first epoch to its last it fell by at most {NO_FALL:.0%} of what its neighbours fell by, "
@@ -302,8 +302,8 @@ DEFINITIONS = {
     ),
     "suspicious": (
         f"above {MEMORISED} nats a token, and either robust z above {HIGH} among its neighbours in every "
-        f"epoch; or its loss rose by {FALL:.0%} or more while that of its neighbours fell by as much, and the "
-        f"difference is an outlier (robust z above {HIGH})"
+        f"epoch; or its loss rose by {FALL:.0%} or more while that of its neighbours fell by as much, and "
+        f"the difference is an outlier (robust z above {HIGH})"
     ),
     "outliers": f"robust z above {HIGH} among its neighbours in the only epoch",
 }
