@@ -233,7 +233,7 @@ def test_a_run_without_a_checkpoint_says_what_to_do(trained, tmp_path, status, h
     Run.open(young).mark(status)
     with pytest.raises(DataError, match=f"has no checkpoint yet\n{re.escape(hint)}tunesmith train --resume"):
         checkpoints.choose(Run.open(young))
-    with pytest.raises(DataError, match="nowhere: no run here: there is no such folder"):
+    with pytest.raises(DataError, match="nowhere: not a run: there is no such folder"):
         Run.open("nowhere")
 
 

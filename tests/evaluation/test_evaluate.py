@@ -392,7 +392,7 @@ def test_a_model_that_was_moved_is_asked_where_it_lies_now(run, tiny_model, tmp_
     pointed(tmp_path / "gone")
     for ask in (lambda: tunesmith.evaluate(run), lambda: tunesmith.generate(run, ["hello"])):
         with pytest.raises(
-            errors.ModelError, match=r"gone: the model of this run is not there any more\n.*--model PATH"
+            errors.ModelError, match=r"gone: the model of this run was moved or removed\n.*--model PATH"
         ):
             ask()
     assert numbers(measured(run, tasks=["tool_calls"], model=str(tiny_model))) == before

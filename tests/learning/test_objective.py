@@ -1,4 +1,4 @@
-"""An objective costs one file: a class that subclasses `Objective` is accepted, documented and trained with."""
+"""An objective costs one file: a subclass of `Objective` is accepted, documented and trained with."""
 
 from __future__ import annotations
 

@@ -127,10 +127,10 @@ def test_odd_losses_are_drawn_without_a_warning(run, losses):
 
 def test_what_is_no_run_is_refused(tmp_path):
     for place in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(DataError, match="no run here") as caught:
+        with pytest.raises(DataError, match="not a run") as caught:
             live.frame(place, 80, 24, False)
         assert str(place) in str(caught.value)
-        with pytest.raises(DataError, match="no run here"):
+        with pytest.raises(DataError, match="not a run"):
             live.watch(place, io.StringIO())
 
 

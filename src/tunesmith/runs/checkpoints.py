@@ -30,7 +30,7 @@ class Cursor:
     best_value: float | None = None  # of what `LoopSpec.best` names
     stale: int = 0  # validations since the best
     skipped: int = 0  # updates that the guard skipped, in a row
-    tokens: int | None = None  # on the device at once, where the plan's budget was too much
+    tokens: int | None = None  # tokens on the device at once, if the plan's budget was too large
     elapsed_s: float = 0.0
     events_bytes: int = 0  # events.jsonl up to here belongs to this checkpoint
     sha256: dict[str, str] = field(default_factory=dict)
@@ -63,7 +63,7 @@ def retain(run: Run, cursor: Cursor, spec: LoopSpec) -> None:
             doomed = run.checkpoint(step)
             aside = doomed.with_name(
                 f".{doomed.name}.{uuid.uuid4().hex[:8]}"
-            )  # a kill half way leaves no half checkpoint
+            )  # a kill during the removal leaves no partial checkpoint
             doomed.rename(aside)
             shutil.rmtree(aside)
     write_json(

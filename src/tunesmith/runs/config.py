@@ -1,4 +1,4 @@
-"""What decides a run: its settings as data, what must fit together in them, and what is allowed but poor."""
+"""What decides a run: its settings, which of them must fit together, and warnings on poor ones."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ LOWER = frozenset(
 
 
 class LoopSpec(Spec):
-    """How long to train, and what to do on the way."""
+    """How long to train, and when to validate, save and sample."""
 
     epochs: float = Field(default=1.0, gt=0, description="passes over the training rows")
     steps: int | None = Field(
-        default=None, ge=1, description="optimizer updates; where given, epochs does not count"
+        default=None, ge=1, description="optimizer updates; if given, epochs is ignored"
     )
     validate_every: int = Field(
         default=50, ge=0, description="updates between validations; 0: first and last only"
@@ -40,11 +40,11 @@ class LoopSpec(Spec):
     keep_last: int = Field(default=3, ge=1, description="checkpoints kept beside the best")
     keep_best: bool | None = Field(
         default=None,
-        description="save and keep the best checkpoint by validation; null: where rows are held out",
+        description="save and keep the best checkpoint by validation; null: if rows are held out",
     )
     best: str = Field(
         default="loss",
-        description="what best means: loss, perplexity, or what the objective watches (margin, accuracy, …)",
+        description="what decides the best: loss, perplexity, or a metric of the objective (margin, …)",
     )
     early_stop: int | None = Field(
         default=None, ge=1, description="stop after so many validations without a new best"
@@ -68,13 +68,11 @@ class LoopSpec(Spec):
         "1.2 to 1.5 the time",
     )
     cache_frozen: bool = Field(
-        default=False,
-        description="keep on disk, while training, what the frozen layers below the adapter say to each row",
+        default=False, description="cache the frozen layers' hidden states on disk while training"
     )
     compile: bool | None = Field(
         default=None,
-        description="compile the step for the shapes that come most often; null: on a GPU, if rows are not "
-        "packed",
+        description="compile the step for the most frequent shapes; null: on a GPU, if rows are not packed",
     )
     seed: int = Field(
         default=0, ge=0, description="decides the split, the order of rows, the adapter and its dropout"
@@ -176,7 +174,7 @@ class RunConfig(Spec):
         if not full and not stated and rate < 1e-5:
             texts.append(
                 f"optimizer.learning_rate {rate:g} is low for LoRA: "
-                "it likes about ten times full weights' rate"
+                "about ten times the rate of full weights is usual"
             )
         if not full and self.batch.sequences > 32:
             texts.append(

@@ -64,8 +64,10 @@ class Run:
         config = self.config
         was = Path(config.model.path)
         if model is None and was.is_absolute() and not was.exists():
-            hint = f"name where it lies now: --model PATH, or to train on: {self.hint} --set model.path=PATH"
-            raise ModelError("the model of this run is not there any more", where=str(was), hint=hint)
+            hint = (
+                f"give its new path: --model PATH, or to continue training: {self.hint} --set model.path=PATH"
+            )
+            raise ModelError("the model of this run was moved or removed", where=str(was), hint=hint)
         return (
             config
             if model is None
@@ -86,7 +88,7 @@ class Run:
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
             reason = f"{MANIFEST} is missing" if folder.is_dir() else "there is no such folder"
-            raise DataError(f"no run here: {reason}", where=str(path), hint="runs live in ./runs/<name>")
+            raise DataError(f"not a run: {reason}", where=str(path), hint="runs live in ./runs/<name>")
         return cls(folder)
 
     @classmethod

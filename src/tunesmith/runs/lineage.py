@@ -48,7 +48,9 @@ def _checkpoint(path: str | None, where: str) -> str | None:
         return str(checkpoints.choose(Run(folder), "best").resolve())
     if not (folder / ADAPTERS).is_file():
         raise ModelError(
-            "is neither a run nor a checkpoint", where=f"{where}: {path}", hint="give the folder of one"
+            "is neither a run nor a checkpoint",
+            where=f"{where}: {path}",
+            hint="give the folder of a run or a checkpoint",
         )
     return str(folder.resolve())
 
@@ -59,7 +61,7 @@ def origin(checkpoint: str, base: str) -> dict[str, Any]:
     folder = Path(checkpoint)
     if not (folder / ADAPTERS).is_file():
         raise ModelError(
-            "the adapter to go on from is gone", where=checkpoint, hint="put it back, or start a new run"
+            "the adapter to start from is missing", where=checkpoint, hint="put it back, or start a new run"
         )
     entry: dict[str, Any] = {"checkpoint": checkpoint, "sha256": sha256(folder / ADAPTERS)}
     run = Run(folder.parent.parent)

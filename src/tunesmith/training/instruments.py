@@ -367,8 +367,8 @@ def rows(log: Iterable[events.Event]) -> dict[str, Any]:
 class _History(NamedTuple):
     """What a log says of the training rows.
 
-    ``visits``: source → its visit in each epoch, or None if not all of it was learned. ``latest``: what rows
-    cost that were learned last in the first epoch."""
+    ``visits``: source → its visit in each epoch, or None if not all of it was learned. ``latest``: the loss
+    of the rows that were learned last in the first epoch."""
 
     visits: dict[str, list[_Visit | None]]
     units: dict[str, float]

@@ -260,7 +260,7 @@ def _labels(train: list[Group], valid: list[Group], notify: Sink) -> dict[str, A
     if valid and good["valid"] in (0, len(valid)):
         label = "desirable" if good["valid"] else "undesirable"
         text = f"all held-out rows are {label}: they give no margin and no accuracy"
-        hint = "more rows of the other label, with prompts of their own"
+        hint = "add rows of the other label with other prompts"
         notify(Notice(text, level="warning", hint=hint))
     labels: dict[str, int] = {}
     for name, side in sides.items():
