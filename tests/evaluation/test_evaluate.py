@@ -16,11 +16,10 @@ import tiny
 import tunesmith
 from processes import LAUNCH, TUNESMITH
 from tunesmith import errors, events
-from tunesmith.engine import scoring
+from tunesmith.engine import generation, scoring
 from tunesmith.evaluation import evaluate as evaluation
 from tunesmith.evaluation import pairing as paired
 from tunesmith.evaluation.tasks import EvaluationSpec
-from tunesmith.model import loading as model
 from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 
@@ -166,13 +165,13 @@ def test_ranks_change_no_score(run, tmp_path):
 def test_nothing_is_measured_twice_but_on_request(run, monkeypatch):
     first = numbers(measured(run))
     asked: list[int] = []
-    speak = model.generate
+    speak = generation.generate
 
     def counted(net, prompts, **options):
         asked.append(len(prompts))
         return speak(net, prompts, **options)
 
-    monkeypatch.setattr(model, "generate", counted)
+    monkeypatch.setattr(generation, "generate", counted)
     heard: list[events.Event] = []
     assert numbers(measured(run, notify=heard.append)) == first and asked == []
     assert sum("is cached" in one.what for one in heard if isinstance(one, events.Notice)) == 8
@@ -191,9 +190,11 @@ def test_tasks_that_ask_the_same_share_the_answer(run, monkeypatch):
         lambda net, groups, *rest: scored.append(len(groups)) or sums(net, groups, *rest),
     )
     asked: list[int] = []
-    speak = model.generate
+    speak = generation.generate
     monkeypatch.setattr(
-        model, "generate", lambda net, ids, **options: asked.append(len(ids)) or speak(net, ids, **options)
+        generation,
+        "generate",
+        lambda net, ids, **options: asked.append(len(ids)) or speak(net, ids, **options),
     )
     found = measured(run)
     assert {one.task for one in found.scores} == set(ROWS_ONLY)

@@ -17,6 +17,8 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
 import tiny
+from tunesmith.engine import generation
+from tunesmith.engine.requests import Request, sampler
 from tunesmith.errors import ModelError
 from tunesmith.events import Notice
 from tunesmith.model import gguf
@@ -226,33 +228,33 @@ def prompts(count: int) -> list[list[int]]:
     return [random.integers(3, 300, random.integers(1, 20)).tolist() for _ in range(count)]
 
 
-def greedy(net: nn.Module, prompt: list[int], count: int, ends: set[int]) -> model.Generation:
+def greedy(net: nn.Module, prompt: list[int], count: int, ends: set[int]) -> generation.Generation:
     """The definition: the whole sequence again for each token, no cache, no batch."""
     ids: list[int] = []
     for _ in range(count):
         token = int(np.argmax(logits(net, mx.array([prompt + ids]))[0, -1]))
         if token in ends:
-            return model.Generation(ids, "stop")
+            return generation.Generation(ids, "stop")
         ids.append(token)
-    return model.Generation(ids, "length")
+    return generation.Generation(ids, "length")
 
 
 def test_batched_is_one_by_one_is_the_definition(tiny_model):
     net = load(tiny_model).net
     asked = prompts(11)
-    free = model.generate(net, asked, max_tokens=8, eos_ids=[])
+    free = generation.generate(net, asked, max_tokens=8, eos_ids=[])
     ends = [free[2].ids[3], free[7].ids[0]]  # some of the answers end early
     expected = [greedy(net, prompt, 8, set(ends)) for prompt in asked]
     seen: list[tuple[int, int]] = []
     told = lambda done, count: seen.append((done, count))  # noqa: E731
-    assert model.generate(net, asked, max_tokens=8, eos_ids=ends, batch_size=4, on_done=told) == expected
+    assert generation.generate(net, asked, max_tokens=8, eos_ids=ends, batch_size=4, on_done=told) == expected
     assert seen == [(done, 11) for done in range(1, 12)]
-    assert [model.generate(net, [prompt], max_tokens=8, eos_ids=ends)[0] for prompt in asked] == expected
-    assert [list(model.stream(net, prompt, max_tokens=8, eos_ids=ends)) for prompt in asked] == [
+    assert [generation.generate(net, [prompt], max_tokens=8, eos_ids=ends)[0] for prompt in asked] == expected
+    assert [list(generation.stream(net, prompt, max_tokens=8, eos_ids=ends)) for prompt in asked] == [
         e.ids for e in expected
     ]
     assert {answer.finish for answer in expected} == {"stop", "length"}
-    assert expected[7] == model.Generation([], "stop")
+    assert expected[7] == generation.Generation([], "stop")
     assert not any(set(answer.ids) & set(ends) for answer in expected)
 
 
@@ -263,24 +265,24 @@ def test_samples_depend_on_seed_and_index_only(tiny_model):
     mx.random.seed(11)
     expected_next = mx.random.uniform(shape=(2,)).tolist()
     mx.random.seed(11)
-    first = model.generate(net, asked, seed=1, **options)
+    first = generation.generate(net, asked, seed=1, **options)
     assert mx.random.uniform(shape=(2,)).tolist() == expected_next  # the global stream was not drawn from
-    assert model.generate(net, asked, seed=1, batch_size=2, **options) == first
-    assert model.generate(net, asked[:3], seed=1, **options) == first[:3]
-    assert list(model.stream(net, asked[0], seed=1, **options)) == first[0].ids
-    assert model.generate(net, asked, seed=2, **options) != first
-    assert len({tuple(g.ids) for g in model.generate(net, [asked[0]] * 6, seed=1, **options)}) == 6
+    assert generation.generate(net, asked, seed=1, batch_size=2, **options) == first
+    assert generation.generate(net, asked[:3], seed=1, **options) == first[:3]
+    assert list(generation.stream(net, asked[0], seed=1, **options)) == first[0].ids
+    assert generation.generate(net, asked, seed=2, **options) != first
+    assert len({tuple(g.ids) for g in generation.generate(net, [asked[0]] * 6, seed=1, **options)}) == 6
 
 
 def test_sampling_follows_temperature_and_top_p():
     values = mx.log(mx.array([[0.5, 0.1, 0.3, 0.1]]))
-    draw = model._sampler(1.0, 1.0, 0, 0)
+    draw = sampler(Request([1], temperature=1.0))
     shares = np.bincount([draw(values).item() for _ in range(2000)], minlength=4) / 2000
     np.testing.assert_allclose(shares, [0.5, 0.1, 0.3, 0.1], atol=0.04)
-    draw = model._sampler(0.5, 0.9, 0, 0)  # squared: .694 .028 .25 .028, so two reach 0.9
+    draw = sampler(Request([1], temperature=0.5, top_p=0.9))  # squared: .694 .028 .25 .028, so two reach 0.9
     shares = np.bincount([draw(values).item() for _ in range(2000)], minlength=4) / 2000
     np.testing.assert_allclose(shares, [25 / 34, 0, 9 / 34, 0], atol=0.04)
-    draw = model._sampler(1.0, 0.01, 0, 0)
+    draw = sampler(Request([1], temperature=1.0, top_p=0.01))
     assert {draw(values).item() for _ in range(20)} == {0}
 
 
@@ -295,7 +297,7 @@ def test_generation_leaves_modes_as_they_were_and_closes_when_abandoned(tiny_mod
     close, insert = engine.close, engine.insert
     monkeypatch.setattr(engine, "close", lambda self: (closed.append(self), close(self)))
     monkeypatch.setattr(engine, "insert", lambda self, *a, **k: (held.append(self), insert(self, *a, **k))[1])
-    pieces = model.stream(net, [5, 6], max_tokens=50, eos_ids=[])
+    pieces = generation.stream(net, [5, 6], max_tokens=50, eos_ids=[])
     next(pieces)
     assert not any(module.training for module in net.modules()) and not closed
     pieces.close()
@@ -305,10 +307,10 @@ def test_generation_leaves_modes_as_they_were_and_closes_when_abandoned(tiny_mod
 def test_empty_prompts_and_lengths_are_refused(tiny_model):
     net = load(tiny_model).net
     with pytest.raises(ModelError, match="prompt 1: cannot continue an empty prompt"):
-        model.generate(net, [[1], []], eos_ids=[])
+        generation.generate(net, [[1], []], eos_ids=[])
     with pytest.raises(ModelError, match="max_tokens is 0"):
-        model.generate(net, [[1]], eos_ids=[], max_tokens=0)
-    assert model.generate(net, [], eos_ids=[]) == []
+        generation.generate(net, [[1]], eos_ids=[], max_tokens=0)
+    assert generation.generate(net, [], eos_ids=[]) == []
 
 
 # GGUF
@@ -699,7 +701,7 @@ def test_the_demo_model_answers(demo_gguf):
     assert tokenizer.convert_ids_to_tokens(tokenizer("in 1234").input_ids) == ["in", "Ġ", "1", "2", "3", "4"]
     chat = [{"role": "user", "content": "Name three primary colors."}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    answer = model.generate(loaded.net, [prompt], max_tokens=60, eos_ids=[tokenizer.eos_token_id])[0]
+    answer = generation.generate(loaded.net, [prompt], max_tokens=60, eos_ids=[tokenizer.eos_token_id])[0]
     said = tokenizer.decode(answer.ids).lower()
     assert answer.finish == "stop" and all(color in said for color in ("red", "blue", "yellow"))
 

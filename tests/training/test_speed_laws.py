@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import tiny
 from tunesmith import adapters, errors, events
+from tunesmith.engine import generation
 from tunesmith.model import abilities, kernels, logprobs
 from tunesmith.model import loading as model
 from tunesmith.runs import checkpoints
@@ -321,7 +322,7 @@ def test_the_kernels_serve_whole_causal_passes_only(tiny_model):
     with mock.patch.object(kernels, "causal", spy):
         net(mx.array([[1, 2, 3]]))
         assert len(asked) == 2
-        model.generate(net, [[1, 2, 3]], max_tokens=3, eos_ids=[0])
+        generation.generate(net, [[1, 2, 3]], max_tokens=3, eos_ids=[0])
     assert len(asked) == 2
 
 

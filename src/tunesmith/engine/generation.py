@@ -1,15 +1,77 @@
-"""Answers of one model: to a batch of conversations, as a stream, or in a chat."""
+"""Answers of one model: continuations of prompts, answers to a batch of conversations, a stream, a chat."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import mlx.nn as nn
 
 from tunesmith.data.formats import Conversation, Message
-from tunesmith.model import loading as model
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.requests import Finish, Request
 from tunesmith.tokens import template
+
+
+class Generation(NamedTuple):
+    """``ids``: what was generated, without the end token."""
+
+    ids: list[int]
+    finish: Finish
+
+
+def generate(
+    net: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 256,
+    eos_ids: Sequence[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    on_done: Callable[[int, int], None] | None = None,
+) -> list[Generation]:
+    """One continuation a prompt, in the order of the prompts; ``batch_size`` of them at a time.
+
+    temperature 0 is greedy. Otherwise each prompt draws from its own stream, a function of (seed, index of
+    the prompt), and MLX's global random state is untouched. on_done: (finished, all). Raises ModelError for
+    an empty prompt."""
+    requests = [
+        Request(prompt, eos_ids, max_tokens, temperature, top_p, seed, index)
+        for index, prompt in enumerate(prompts)
+    ]
+    finish: dict[int, Finish] = {}
+    with Engine(net, batch_size) as engine:
+        numbers = engine.submit(requests)
+        ids: dict[int, list[int]] = {number: [] for number in numbers}
+        while tokens := engine.step():
+            for number, token, end in tokens:
+                if end != "stop":
+                    ids[number].append(token)
+                if end is not None:
+                    finish[number] = end
+                    if on_done is not None:
+                        on_done(len(finish), len(prompts))
+    return [Generation(ids[number], finish[number]) for number in numbers]
+
+
+def stream(
+    net: nn.Module,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 256,
+    eos_ids: Sequence[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The ids of ``generate([prompt])``, each as soon as it is known."""
+    with Engine(net, 1) as engine:
+        engine.submit([Request(prompt, eos_ids, max_tokens, temperature, top_p, seed)])
+        while tokens := engine.step():
+            yield from (token for _, token, end in tokens if end != "stop")
 
 
 @dataclass(frozen=True)
@@ -35,7 +97,7 @@ class Speaker:
         tick: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """One answer a conversation, in order."""
-        found = model.generate(
+        answers = generate(
             self.net,
             [self.renderer.prompt(conversation) for conversation in conversations],
             max_tokens=sampling.max_tokens,
@@ -45,13 +107,13 @@ class Speaker:
             seed=sampling.seed,
             on_done=tick,
         )
-        return [self.renderer.answer(answer.ids) for answer in found]
+        return [self.renderer.answer(answer.ids) for answer in answers]
 
     def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[str]:
         """The answer in pieces; a character that is not complete yet waits for its last byte."""
         ids: list[int] = []
         shown = ""
-        for token in model.stream(
+        for token in stream(
             self.net,
             self.renderer.prompt(conversation),
             max_tokens=sampling.max_tokens,

@@ -14,10 +14,9 @@ import numpy as np
 
 from tunesmith import events
 from tunesmith.data.formats import Conversation
-from tunesmith.engine import scoring
+from tunesmith.engine import generation, scoring
 from tunesmith.events import Sink
 from tunesmith.machine.ranks import ONE, Ranks
-from tunesmith.model import loading as model
 from tunesmith.tokens.batches import BatchSpec, Cut, Group
 from tunesmith.tokens.template import Renderer, Tokens
 
@@ -66,7 +65,7 @@ class Subject:
         keys = [_hash(max_tokens, np.array(ids, "<i4")) for ids in asked]
         new = {key: ids for key, ids in zip(keys, asked, strict=True) if key not in self.heard}
         mine = list(new.values())[self.ranks.rank :: self.ranks.size]
-        made = model.generate(
+        made = generation.generate(
             self.net,
             mine,
             max_tokens=max_tokens,

@@ -10,13 +10,12 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
@@ -230,120 +229,3 @@ def evaluating(net: nn.Module) -> Iterator[None]:
         for module, training in modes:  # parents come before their children
             if module.training != training:
                 module.train(training)
-
-
-class Generation(NamedTuple):
-    """``ids``: what was generated, without the end token."""
-
-    ids: list[int]
-    finish: Finish
-
-
-def generate(
-    net: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_tokens: int = 256,
-    eos_ids: Sequence[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 16,
-    on_done: Callable[[int, int], None] | None = None,
-) -> list[Generation]:
-    """One continuation a prompt, in the order of the prompts; ``batch_size`` of them at a time, long prompts
-    first.
-
-    temperature 0 is greedy. Otherwise each prompt draws from its own stream, a function of (seed, index of
-    the prompt), and MLX's global random state is untouched. on_done: (finished, all). Raises ModelError for
-    an empty prompt."""
-    ids: list[list[int]] = [[] for _ in prompts]
-    finish: dict[int, Finish] = {}
-    for index, token, end in _speak(net, prompts, max_tokens, eos_ids, temperature, top_p, seed, batch_size):
-        if end != "stop":
-            ids[index].append(token)
-        if end is not None:
-            finish[index] = end
-            if on_done is not None:
-                on_done(len(finish), len(prompts))
-    return [Generation(said, finish[index]) for index, said in enumerate(ids)]
-
-
-def stream(
-    net: nn.Module,
-    prompt: Sequence[int],
-    *,
-    max_tokens: int = 256,
-    eos_ids: Sequence[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Iterator[int]:
-    """The ids of ``generate([prompt])``, each as soon as it is known."""
-    for _, token, end in _speak(net, [prompt], max_tokens, eos_ids, temperature, top_p, seed, 1):
-        if end != "stop":
-            yield token
-
-
-def _speak(
-    net: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    eos_ids: Sequence[int],
-    temperature: float,
-    top_p: float,
-    seed: int,
-    batch_size: int,
-) -> Iterator[tuple[int, int, Finish | None]]:
-    """(index of the prompt, token, None | stop | length); the token of a stop is the end token."""
-    if empty := [index for index, prompt in enumerate(prompts) if len(prompt) == 0]:
-        raise ModelError(
-            "cannot continue an empty prompt", where=f"prompt {empty[0]}", hint="give at least one token"
-        )
-    if max_tokens < 1:
-        raise ModelError(f"max_tokens is {max_tokens}", hint="at least 1")
-    from mlx_lm.generate import BatchGenerator
-
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    samplers = None if temperature == 0 else [_sampler(temperature, top_p, seed, index) for index in order]
-    with evaluating(net):
-        batch = BatchGenerator(
-            net,
-            stop_tokens=[[end] for end in eos_ids],
-            completion_batch_size=batch_size,
-            prefill_batch_size=min(8, batch_size),
-            stream=mx.default_stream(mx.default_device()),
-        )
-        try:
-            asked = [[*map(int, prompts[index])] for index in order]
-            inserted = batch.insert(asked, [max_tokens] * len(order), samplers=samplers)
-            index_of = dict(zip(inserted, order, strict=True))
-            while responses := batch.next_generated():
-                for response in responses:
-                    yield (
-                        index_of[response.uid],
-                        response.token,
-                        cast("Finish | None", response.finish_reason),
-                    )
-        finally:
-            batch.close()  # gives the process its wired limit back
-
-
-def _sampler(temperature: float, top_p: float, seed: int, index: int) -> Callable[[mx.array], mx.array]:
-    """(1, V) log-probabilities → (1,) token. top_p: the likeliest tokens that together reach this share."""
-    key = mx.random.key(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint32)[0]))
-
-    def draw(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        logits = logprobs.astype(mx.float32) / temperature
-        if top_p < 1:
-            ranked = -mx.sort(-logits, axis=-1)
-            shares = mx.softmax(ranked, axis=-1)
-            kept = (
-                mx.cumsum(shares, axis=-1) - shares < top_p
-            )  # the likeliest always, and all that tie with the last
-            logits = mx.where(logits >= mx.where(kept, ranked, mx.inf).min(), logits, -mx.inf)
-        return mx.random.categorical(logits, key=now)
-
-    return draw

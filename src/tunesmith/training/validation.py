@@ -12,11 +12,10 @@ import mlx.nn as nn
 import numpy as np
 
 from tunesmith import events
-from tunesmith.engine import scoring
+from tunesmith.engine import generation, scoring
 from tunesmith.errors import ConfigError
 from tunesmith.events import Sink
 from tunesmith.machine.ranks import Ranks
-from tunesmith.model import loading
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import LOWER, RunConfig
 from tunesmith.tokens.batches import Cut, Group
@@ -106,7 +105,7 @@ class Validation:
         if not prompts:
             return
         self.net.eval()
-        answers = loading.generate(
+        answers = generation.generate(
             self.net,
             [prompt.ids for prompt in prompts],
             max_tokens=spec.sample_tokens,

@@ -24,6 +24,7 @@ from mlx.utils import tree_map
 import tiny
 from processes import LAUNCH
 from tunesmith.cli import app
+from tunesmith.engine import generation
 from tunesmith.errors import DataError, EvaluationError, SetupError
 from tunesmith.evaluation.harness import catalogue
 from tunesmith.evaluation.harness.requests import (
@@ -192,7 +193,7 @@ def test_every_request_is_in_one_pass_and_sharing_never_computes_more(loaded):
 
 def test_text_is_what_the_model_says_up_to_the_first_stop_string(subject):
     prompts = [subject.renderer.text_prompt(text) for text in QUESTIONS]
-    ids = model.generate(subject.net, prompts, max_tokens=24, eos_ids=subject.renderer.eos_ids)
+    ids = generation.generate(subject.net, prompts, max_tokens=24, eos_ids=subject.renderer.eos_ids)
     whole = [
         subject.renderer.decode([token for token in one.ids if token not in subject.renderer.control_ids])
         for one in ids
@@ -209,7 +210,7 @@ def test_text_is_what_the_model_says_up_to_the_first_stop_string(subject):
 
 def test_an_answer_ends_at_its_stop_string_and_not_at_its_limit(subject):
     prompt = subject.renderer.text_prompt(QUESTIONS[0])
-    first = model.generate(subject.net, [prompt], max_tokens=6, eos_ids=subject.renderer.eos_ids)[0].ids
+    first = generation.generate(subject.net, [prompt], max_tokens=6, eos_ids=subject.renderer.eos_ids)[0].ids
     stop = subject.renderer.decode(first)[-1:]
     seen: list[int] = []
     whole = type(subject.renderer).decode

@@ -17,6 +17,7 @@ from rapidfuzz import fuzz, process
 
 from tunesmith import adapters
 from tunesmith.checks.refusals import refuses
+from tunesmith.engine import generation
 from tunesmith.errors import DataError, EvaluationError
 from tunesmith.evaluation.statistics import change, paired, summarise
 from tunesmith.evaluation.subject import Said, Subject
@@ -550,8 +551,8 @@ def test_distributions_are_those_of_the_answer(loaded, renderer):
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
 def test_where_the_base_ended_by_itself_its_end_is_one_more_token(loaded, renderer, monkeypatch, finish):
-    made = [model.Generation([5, 6, 7], finish)]
-    monkeypatch.setattr(model, "generate", lambda *_, **__: made)
+    made = [generation.Generation([5, 6, 7], finish)]
+    monkeypatch.setattr(generation, "generate", lambda *_, **__: made)
     (one,) = ChatDrift([DriftItem("c:1", "a", "hello")]).measure(Subject(loaded.net, renderer, "base"))
     assert one.tokens == 3 + (finish == "stop")
 

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from tunesmith.engine import generation
 from tunesmith.evaluation.statistics import judge
 from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.tasks import Material
@@ -58,14 +59,14 @@ def timed(speed: dict[int, list[float]], latency: list[list[float]], memory: flo
 
 def test_both_sides_do_the_same_work_and_all_of_it(loaded, task, tiny_model, monkeypatch):
     asked: list[tuple] = []
-    real = model.generate
+    real = generation.generate
 
     def spied(net, prompts, **options):
         made = real(net, prompts, **options)
         asked.append((tuple(map(tuple, prompts)), sum(len(one.ids) for one in made)))
         return made
 
-    monkeypatch.setattr(model, "generate", spied)
+    monkeypatch.setattr(generation, "generate", spied)
     told: list = []
     sides = []
     for side in ("base", "tuned"):

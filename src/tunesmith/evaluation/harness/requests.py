@@ -19,6 +19,8 @@ import mlx.nn as nn
 import numpy as np
 
 from tunesmith.engine import scoring
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.requests import Request
 from tunesmith.evaluation.subject import Subject
 from tunesmith.events import Notice
 from tunesmith.model import abilities, kernels, logprobs
@@ -170,11 +172,7 @@ def continuations(
 ) -> list[str]:
     """The greedy text after each of ``prompts``, up to the first of its stop strings, without control
     tokens."""
-    from mlx_lm.generate import BatchGenerator
-
     renderer, tick = subject.renderer, subject.ticker(label)
-    said: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     # A token has at least one byte; two more, since a decoded text may begin with half a letter or without
     # its space.
     looks = [2 + max((len(stop.encode()) for stop in stops), default=0) for stops in until]
@@ -183,35 +181,28 @@ def continuations(
     def text(ids: Sequence[int]) -> str:
         return renderer.decode([token for token in ids if token not in renderer.control_ids])
 
-    with model.evaluating(subject.net):
-        batch = BatchGenerator(
-            subject.net,
-            stop_tokens=[[end] for end in renderer.eos_ids],
-            completion_batch_size=subject.batch_size,
-            prefill_batch_size=min(8, subject.batch_size),
-            stream=mx.default_stream(mx.default_device()),
+    with Engine(subject.net, subject.batch_size) as engine:
+        numbers = engine.submit(
+            [
+                Request(prompt, renderer.eos_ids, most)
+                for prompt, most in zip(prompts, max_tokens, strict=True)
+            ]
         )
-        try:
-            inserted = batch.insert(
-                [[*prompts[index]] for index in order], [max_tokens[index] for index in order]
-            )
-            index_of = dict(zip(inserted, order, strict=True))
-            while responses := batch.next_generated():
-                stopped: list[int] = []
-                for response in responses:
-                    index = index_of[response.uid]
-                    if response.finish_reason != "stop":
-                        said[index].append(response.token)
-                    end = text(said[index][-looks[index] :]) if until[index] else ""
-                    if response.finish_reason is None and any(stop in end for stop in until[index]):
-                        stopped.append(response.uid)
-                    if response.finish_reason is not None or response.uid in stopped:
-                        done += 1
-                        tick(done, len(prompts))
-                if stopped:
-                    batch.remove(stopped)
-        finally:
-            batch.close()
+        place_of = {number: place for place, number in enumerate(numbers)}
+        said: list[list[int]] = [[] for _ in prompts]
+        while tokens := engine.step():
+            stopped: list[int] = []
+            for number, token, finish in tokens:
+                place = place_of[number]
+                if finish != "stop":
+                    said[place].append(token)
+                end = text(said[place][-looks[place] :]) if until[place] else ""
+                if finish is None and any(stop in end for stop in until[place]):
+                    stopped.append(number)
+                if finish is not None or number in stopped:
+                    done += 1
+                    tick(done, len(prompts))
+            engine.cancel(stopped)
     return [
         functools.reduce(lambda all, stop: all.partition(stop)[0], until[at], text(ids))
         for at, ids in enumerate(said)

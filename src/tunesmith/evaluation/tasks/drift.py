@@ -17,6 +17,7 @@ import numpy as np
 
 from tunesmith.checks.refusals import refuses
 from tunesmith.data.formats import JSON, Conversation, Message
+from tunesmith.engine import generation
 from tunesmith.errors import DataError, EvaluationError, TemplateError
 from tunesmith.evaluation import suites
 from tunesmith.evaluation.statistics import Statistic, Target
@@ -25,7 +26,6 @@ from tunesmith.evaluation.suites import Entry
 from tunesmith.evaluation.tasks import Material, Meaning, Task, choices, digest, register
 from tunesmith.events import Notice
 from tunesmith.model import abilities, logprobs
-from tunesmith.model import loading as model
 from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Renderer, Tokens
@@ -182,7 +182,7 @@ class ChatDrift(Task[Divergence]):
         prompts = [subject.ids(item.prompt) for item in self.items]
         eos = subject.renderer.eos_ids
         tick = subject.ticker("chats")
-        made = model.generate(
+        made = generation.generate(
             subject.net,
             prompts,
             max_tokens=CHAT_TOKENS,

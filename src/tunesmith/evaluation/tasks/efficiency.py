@@ -21,12 +21,12 @@ import mlx.core as mx
 import numpy as np
 
 from tunesmith.data.formats import JSON
+from tunesmith.engine import generation
 from tunesmith.evaluation import statistics, suites
 from tunesmith.evaluation.statistics import BOOTSTRAP, ONE, Statistic
 from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.tasks import Material, Meaning, Task, digest, register
 from tunesmith.machine import backend
-from tunesmith.model import loading as model
 from tunesmith.runs.records import ExampleScore, Score
 from tunesmith.tokens.template import Renderer
 
@@ -116,7 +116,9 @@ class Efficiency(Task[Timed]):
             for size in BATCHES:
                 prompts = [self._ids[at : at + PROMPT] for at in range(size)]
                 began = time.perf_counter()
-                made = model.generate(subject.net, prompts, max_tokens=SPOKEN, eos_ids=(), batch_size=size)
+                made = generation.generate(
+                    subject.net, prompts, max_tokens=SPOKEN, eos_ids=(), batch_size=size
+                )
                 spent, tokens = time.perf_counter() - began, sum(len(one.ids) for one in made)
                 if round >= 0:
                     found.append(Timed(f"round {round + 1}", "speed", size, spent / tokens, tokens))
@@ -128,7 +130,7 @@ class Efficiency(Task[Timed]):
         for round in range(-1, LATENCY_ROUNDS):
             for at, length in enumerate(LENGTHS):
                 began = time.perf_counter()
-                next(model.stream(subject.net, self._ids[:length], max_tokens=1, eos_ids=()))
+                next(generation.stream(subject.net, self._ids[:length], max_tokens=1, eos_ids=()))
                 if round >= 0:
                     found.append(Timed(f"prompt {at + 1}", "latency", length, time.perf_counter() - began, 1))
                 tick((round + 1) * len(LENGTHS) + at + 1, (LATENCY_ROUNDS + 1) * len(LENGTHS))
