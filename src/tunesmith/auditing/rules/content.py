@@ -89,7 +89,7 @@ class RowContent(NamedTuple):
     languages: tuple[str, ...]
 
 
-class Request:
+class RowRequest:
     """What the user and the system text of a row ask for, and its languages; computed when needed."""
 
     def __init__(self, view: View) -> None:
@@ -136,7 +136,7 @@ class Content(Rule):
     bar = "reported; a secret of a certain form in what is learned is an error"
 
     def look(self, view: View, context: Context) -> RowContent | None:
-        request = Request(view)
+        request = RowRequest(view)
         languages = request.languages if context.drawn(view) else ()
         notes_of: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for part in view.parts:
@@ -230,7 +230,7 @@ def _told(notes: list[tuple[int, str]]) -> str:
     return "; ".join(several[:3]) + (f"; and {len(several) - 3:,} more" if len(several) > 3 else "")
 
 
-def _scan(part: TextPart, request: Request) -> Iterator[ContentHit]:
+def _scan(part: TextPart, request: RowRequest) -> Iterator[ContentHit]:
     """What is found in one text; a rule may occur several times."""
     text, learned = part.text[:SCANNED], part.role in LEARNED
     taught = learned and request.view.label is not False and not part.at.startswith("rejected")
@@ -282,7 +282,7 @@ _FENCED = re.compile(r"markdown|code ?block|fence|```", re.IGNORECASE)
 _SENTENCE = re.compile(r"[a-z]{2}[.!?](?:\s|$)")
 
 
-def _markup(text: str, prose: str, fences: Fences, role: str, request: Request) -> Iterator[str]:
+def _markup(text: str, prose: str, fences: Fences, role: str, request: RowRequest) -> Iterator[str]:
     """An open fence; and if nobody asked for markup: prose wrapped in a fence, tags and entities in prose."""
     if fences.open:
         yield "a code fence is never closed"
