@@ -203,7 +203,7 @@ def test_a_quantised_base_gives_the_quantised_models_numbers(tiny_model, bits):
     assert loaded.config["quantization"] == {"group_size": 32, "bits": bits, "mode": "affine"}
     if model._on_cpu():
         assert describe(loaded.net)["quantised"] == {} and describe(packed)["quantised"].keys() == {bits}
-        assert any("50 times slower on a CPU" in notice.what for notice in notices)
+        assert any("50 times faster on a CPU" in notice.what for notice in notices)
         assert describe(packed)["parameters"] == describe(loaded.net)["parameters"]
     assert not any(module.training for module in loaded.net.modules())
     assert not tree_flatten(loaded.net.trainable_parameters())
