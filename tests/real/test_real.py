@@ -86,10 +86,10 @@ def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
     for run in (right, other):
         tunesmith.evaluate(run, data=[str(asked)], tasks=["tool_calls"], max_tokens=60)
     found = tunesmith.compare([right, other], out=tmp_path / "comparison")
-    (tools,) = [held for held in found.against[0].held if held.other.task == "tool_calls"]
+    (tools,) = [pair for pair in found.sides[0].pairs if pair.first.task == "tool_calls"]
     told = {score.name: score for score in tools.scores if score.part is None}
     assert told["right_tool"].verdict == told["tool_calls"].verdict == "regressed"
     assert told["right_tool"].value < 0.2 and told["well_formed"].value > told["right_tool"].value, (
         "sound calls of other tools"
     )
-    assert "tool_calls" in found.verdict
+    assert "Tool calls right" in found.verdict
