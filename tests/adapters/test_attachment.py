@@ -72,3 +72,15 @@ def test_an_adapter_that_does_not_fit_leaves_the_net_alone(tmp_path):
     with pytest.raises(ModelError, match="3 is more than the model's 2 blocks"):
         adapters.load(net, tmp_path)
     assert state(net) == before
+
+
+def test_detaching_gives_each_module_its_former_mode(tmp_path):
+    net, spec = fresh(), LoRA(rank=2)
+    spec.attach(net, 0)
+    adapters.save(net, spec, tmp_path / "adapter")
+    bare = fresh()
+    bare.eval()
+    handle = adapters.read(tmp_path / "adapter").attach(bare)
+    bare.train()
+    handle.detach()
+    assert not any(module.training for module in bare.modules())

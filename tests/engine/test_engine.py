@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import pytest
 from adapters.test_layers import fresh, move
 
@@ -128,3 +129,12 @@ def test_an_adapter_that_is_not_here_is_refused_and_nothing_begins(values):
         with pytest.raises(ModelError, match="there is no adapter 'lows'"):
             engine.submit([request(0), request(1, adapter="lows")])
         assert engine.step() == []
+
+
+def test_after_an_engine_the_net_answers_as_the_base(values):
+    net, ids = fresh(), mx.array([[1, 2, 3]])
+    base = net(ids)
+    with adapters.routed(net, values) as routing:
+        with Engine(net, 8, routing) as engine:
+            finished(engine, engine.submit([request(0, adapter="wide"), request(1, adapter="low")]))
+        assert mx.array_equal(net(ids), base)

@@ -21,18 +21,18 @@ UNFIT = "give a folder that tunesmith saved, and its model"
 
 
 class _ModuleState:
-    """One module's class, parameters and children (by reference), and which of them are frozen."""
+    """One module's class, mode, parameters and children (by reference), and which of them are frozen."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind = module, type(module)
         self.members = {name: _copied(member) for name, member in module.items()}
-        self.frozen = set(module._no_grad)
+        self.frozen, self.training = set(module._no_grad), module._training
 
     def restore(self) -> None:
         self.module.__class__ = self.kind
         self.module.clear()
         dict.update(self.module, self.members)  # nn.Module.update takes parameters only
-        self.module._no_grad = set(self.frozen)
+        self.module._no_grad, self.module._training = set(self.frozen), self.training
 
 
 def _copied(member: Any) -> Any:
@@ -75,9 +75,10 @@ class Adapter:
             self.spec.attach(net, seed=0)
             self.fill(net)
         except ConfigError as error:
+            handle.detach()
             what = f"the adapter does not fit the model: {error}"
             raise ModelError(what, where=self.source, hint=UNFIT) from error
-        except ModelError:
+        except BaseException:
             handle.detach()
             raise
         return handle

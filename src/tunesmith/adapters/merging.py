@@ -29,6 +29,7 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     n_full = len(trainable(net))
     n_layers = merge(net)
     net.freeze()
+    net.eval()
     changed = f"{n_layers} layers" if n_layers else f"{n_full} tensors"
     dense = "; their quantised weights become dense" if n_layers and "quantization" in loaded.config else ""
     notify(Notice(f"an adapter is merged into {changed} of the base{dense}", where=str(folder)))

@@ -115,11 +115,15 @@ class Routing:
         """Choose for all later passes: one adapter, or None for the base alone, for all rows; or one for each
         row in the order of the batch. Raises ModelError for an unknown name."""
         by_row = [names] if names is None or isinstance(names, str) else list(names)
-        if unknown := sorted({str(name) for name in by_row if name not in self._places}):
-            known = ", ".join(repr(name) for name in self._places if name is not None) or "none"
-            raise ModelError(f"there is no adapter {unknown[0]!r}", hint=f"there are: {known}")
+        self.require(by_row)
         places = [self._places[name] for name in by_row]
         self._selection.places = places[0] if len(set(places)) == 1 else mx.array(places, dtype=mx.int32)
+
+    def require(self, names: Sequence[str | None]) -> None:
+        """Raises ModelError for a name that is not here; selects nothing."""
+        if unknown := sorted({str(name) for name in names if name not in self._places}):
+            known = ", ".join(repr(name) for name in self._places if name is not None) or "none"
+            raise ModelError(f"there is no adapter {unknown[0]!r}", hint=f"there are: {known}")
 
     def detach(self) -> None:
         """Restore the net exactly."""

@@ -74,19 +74,23 @@ class Engine:
     def __enter__(self) -> Engine:
         from mlx_lm.generate import BatchGenerator
 
-        self._inside.enter_context(evaluating(self._net))
-        self._batch = BatchGenerator(
-            self._net if self._routing is None else cast("nn.Module", self._routed),
-            completion_batch_size=self._batch_size,
-            prefill_batch_size=min(PREFILL, self._batch_size),
-            stream=mx.default_stream(mx.default_device()),
-        )
+        with ExitStack() as inside:
+            inside.enter_context(evaluating(self._net))
+            if self._routing is not None:
+                inside.callback(self._routing.select, None)  # later passes meet the base alone
+            self._batch = BatchGenerator(
+                self._net if self._routing is None else cast("nn.Module", self._routed),
+                completion_batch_size=self._batch_size,
+                prefill_batch_size=min(PREFILL, self._batch_size),
+                stream=mx.default_stream(mx.default_device()),
+            )
+            inside.callback(self._batch.close)  # gives the process its wired limit back
+            self._inside = inside.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._batch.close()  # gives the process its wired limit back
         self._inside.close()
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
@@ -99,7 +103,7 @@ class Engine:
             if self._routing is None and request.adapter is not None:
                 raise ModelError(f"there is no adapter {request.adapter!r}", hint="the engine has no routing")
         if self._routing is not None:
-            self._routing.select([request.adapter for request in requests] or None)  # refuses unknown names
+            self._routing.require([request.adapter for request in requests])
         order = sorted(range(len(requests)), key=lambda place: -len(requests[place].ids))
         ordered = [requests[place] for place in order]
         caches = None

@@ -3,7 +3,7 @@ in later epochs.
 
 If only the upper layers are adapted, the lower ones give the same hidden states for a row in every epoch.
 Files are named by the hash of the row's tokens and lie in the run directory, whose base cannot change
-(`Run.require_same`); they are removed when it ends."""
+(`manifest.require_same`); they are removed when it ends."""
 
 from __future__ import annotations
 
