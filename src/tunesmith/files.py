@@ -9,9 +9,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from tunesmith.errors import DataError, TunesmithError
 
 
 @contextmanager
@@ -45,17 +42,6 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path, error_class: type[TunesmithError] = DataError) -> Any:
-    """The value in a JSON file. Raises ``error_class``, which names the file and the line, if it has none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise error_class(f"is not JSON: {error.msg}", where=f"{path}:{error.lineno}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise error_class(f"cannot be read: {reason}", where=str(path)) from error
 
 
 def flush(path: Path) -> None:

@@ -66,11 +66,11 @@ def test_an_adapter_that_does_not_fit_leaves_the_net_alone(tmp_path):
     net = fresh(layers=2)
     before = state(net)
     with pytest.raises(ModelError, match="do not fit the model"):
-        adapters.load(net, tmp_path)
+        adapters.read(tmp_path).attach(net)
     assert state(net) == before
     adapters.save(adapted(LoRA(rank=4, layers=3)), LoRA(rank=4, layers=3), tmp_path)
     with pytest.raises(ModelError, match="3 is more than the model's 2 blocks"):
-        adapters.load(net, tmp_path)
+        adapters.read(tmp_path).attach(net)
     assert state(net) == before
 
 
@@ -84,3 +84,14 @@ def test_detaching_gives_each_module_its_former_mode(tmp_path):
     bare.train()
     handle.detach()
     assert not any(module.training for module in bare.modules())
+
+
+def test_a_file_that_is_cut_short_is_refused_before_it_is_used(tmp_path):
+    net, spec = fresh(), LoRA(rank=2)
+    spec.attach(net, 0)
+    adapters.save(net, spec, tmp_path)
+    whole = (tmp_path / adapters.WEIGHTS).read_bytes()
+    for size in (len(whole) - 1, len(whole) // 2, 20, 4):
+        (tmp_path / adapters.WEIGHTS).write_bytes(whole[:size])
+        with pytest.raises(ModelError, match="cannot be read"):
+            adapters.read(tmp_path)

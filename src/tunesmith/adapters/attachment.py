@@ -72,16 +72,21 @@ class Adapter:
         ``net`` as it was if the two do not fit."""
         handle = Handle(net)
         try:
-            self.spec.attach(net, seed=0)
-            self.fill(net)
-        except ConfigError as error:
-            handle.detach()
-            what = f"the adapter does not fit the model: {error}"
-            raise ModelError(what, where=self.source, hint=UNFIT) from error
+            self.install(net)
         except BaseException:
             handle.detach()
             raise
         return handle
+
+    def install(self, net: nn.Module) -> None:
+        """Put the adapter into ``net`` for good: the weights that it replaces are freed. Raises ModelError if
+        the two do not fit; ``net`` may have changed then."""
+        try:
+            self.spec.attach(net, seed=0)
+        except ConfigError as error:
+            what = f"the adapter does not fit the model: {error}"
+            raise ModelError(what, where=self.source, hint=UNFIT) from error
+        self.fill(net)
 
     def fill(self, net: nn.Module) -> None:
         """Give the trainable tensors of ``net`` these values. Raises ModelError, listing every tensor that
@@ -98,4 +103,4 @@ class Adapter:
             hint = "an adapter fits only the model that it was trained on"
             raise ModelError(what, where=self.source, hint=hint)
         net.update(tree_unflatten([(name, value.astype(mx.float32)) for name, value in self.tensors.items()]))
-        mx.eval(trainable(net))
+        mx.eval(trainable(net))  # read from the file only now, when what they replace is free

@@ -47,10 +47,10 @@ def read(folder: Path) -> Adapter:
 
 
 def load(net: nn.Module, folder: Path) -> AdapterSpec:
-    """Attach what `save` wrote, for good; returns its spec. Raises ModelError if it cannot be read or does
-    not fit, and leaves ``net`` as it was."""
+    """Put what `save` wrote into ``net`` for good; returns its spec. Raises ModelError if it cannot be read
+    or does not fit; ``net`` may have changed then."""
     adapter = read(folder)
-    adapter.attach(net)
+    adapter.install(net)
     return adapter.spec
 
 
@@ -85,11 +85,24 @@ def read_spec(folder: Path) -> AdapterSpec:
 
 def _read_tensors(folder: Path) -> dict[str, mx.array]:
     try:
+        _require_whole(folder / WEIGHTS)
         tensors: Any = mx.load(str(folder / WEIGHTS))
-        mx.eval(tensors)  # a file that is cut short shows only when it is read
-    except (OSError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{WEIGHTS} cannot be read: {error}", where=str(folder)) from error
     return tensors
+
+
+def _require_whole(path: Path) -> None:
+    """Raises ValueError if the file is shorter than its header says. MLX would notice only when it reads the
+    tensors; here they stay unread until they are used."""
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if 8 + header_size > path.stat().st_size:
+            raise ValueError("it is cut short")
+        header = json.loads(file.read(header_size))
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if 8 + header_size + max(ends, default=0) > path.stat().st_size:
+        raise ValueError("it is cut short")
 
 
 def go_on(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:

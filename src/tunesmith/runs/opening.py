@@ -30,9 +30,10 @@ class Opened:
     renderer: Renderer
     checkpoint: Path | None
 
-    def attach(self) -> adapters.Handle | None:
-        """Attach the checkpoint's adapter. Raises ModelError if it does not fit the base."""
-        return adapters.read(self.checkpoint).attach(self.loaded.net) if self.checkpoint else None
+    def attach(self) -> None:
+        """Put the checkpoint's adapter into the base for good. Raises ModelError if it does not fit."""
+        if self.checkpoint is not None:
+            adapters.load(self.loaded.net, self.checkpoint)
 
 
 @dataclass(frozen=True)
