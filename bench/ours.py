@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tunesmith.runs.config import RunConfig
     from tunesmith.tokens.batches import Group
-    from tunesmith.training.updates import UpdatesWithoutRun
+    from tunesmith.training.without_run import UpdatesWithoutRun
 
 STEPS = 1_000_000  # of the plan: more than any benchmark makes
 
@@ -49,7 +49,7 @@ def group(ids: Any, learned_from: int, source: str) -> Group:
 def updates(net: nn.Module, settings: RunConfig, rows: Sequence[Group]) -> UpdatesWithoutRun:
     """Attach the adapter that ``settings`` name to ``net``; each call of the result makes an update."""
     from tunesmith.model import kernels
-    from tunesmith.training.updates import UpdatesWithoutRun
+    from tunesmith.training.without_run import UpdatesWithoutRun
 
     net.freeze()
     kernels.install(net)

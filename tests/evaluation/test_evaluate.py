@@ -212,6 +212,17 @@ def test_a_torn_file_of_what_is_known_is_measured_again(run, cache):
     assert numbers(measured(run)) == first
 
 
+def test_a_damaged_evaluation_of_the_run_is_told(run):
+    first = numbers(measured(run, tasks=("perplexity",)))
+    damaged = run / "evals" / "preference@1" / "score.json"
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_text("{")
+    heard: list[events.Event] = []
+    assert numbers(measured(run, tasks=("perplexity",), notify=heard.append)).keys() == first.keys()
+    notices = [event.what for event in heard if isinstance(event, events.Notice)]
+    assert sum("left out of the correction" in what and str(damaged) in what for what in notices) == 1
+
+
 def test_a_stopped_evaluation_goes_on(run, monkeypatch):
     whole = numbers(measured(run))
     shutil.rmtree(run / "evals")

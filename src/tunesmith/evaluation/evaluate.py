@@ -138,7 +138,7 @@ def evaluate(
         tuned = measure(task, "tuned")
         if among.writes:
             writer.write(task, measured, tuned, config.loop.seed)
-    return writer.evaluation() if among.writes else None
+    return writer.evaluation(notify) if among.writes else None
 
 
 def _chosen(names: Sequence[str], spec: EvaluationSpec, data: Sequence[str]) -> list[TaskGroup]:
@@ -404,8 +404,8 @@ class _Writer:
         self._written.append(record.name)
         self._answers = self._answers or _answers(base, tuned)
 
-    def evaluation(self) -> Evaluation:
-        judged = _judged(self.run.path, self.checkpoint.name, tuple(self.family))
+    def evaluation(self, notify: Sink) -> Evaluation:
+        judged = _judged(self.run.path, self.checkpoint.name, tuple(self.family), notify)
         scores = [score for name in self._written for score in judged[name]]
         return Evaluation(self.run, self.checkpoint, scores, self._answers)
 
@@ -443,13 +443,20 @@ def _answers(base: _Measurement | None, tuned: _Measurement) -> list[AnsweredPro
     ]
 
 
-def _judged(run_dir: Path, checkpoint: str, family: tuple[str, ...]) -> dict[str, tuple[Score, ...]]:
+def _judged(
+    run_dir: Path, checkpoint: str, family: tuple[str, ...], notify: Sink
+) -> dict[str, tuple[Score, ...]]:
     """By folder: the evaluations of ``checkpoint`` of one family, their verdicts corrected together, and
     written so.
 
     Only the version of a task that was measured last counts."""
     newest: dict[str, Record] = {}
-    for record in records.read(run_dir)[0]:
+    readable, damaged = records.read(run_dir)
+    for error in damaged:
+        notify(
+            Notice(f"an evaluation is left out of the correction for many tests: {error}", level="warning")
+        )
+    for record in readable:
         if (record.family, record.checkpoint) == (family, checkpoint):  # older ones have no family
             name = record.name.replace(f"@{record.version}", "", 1)
             newest[name] = max(newest.get(name, record), record, key=lambda record: record.at or 0.0)

@@ -221,7 +221,7 @@ def _overfit_probe(steps: int = 10) -> tuple[float, float]:
     from tunesmith.runs.config import RunConfig
     from tunesmith.tokens.batches import Group
     from tunesmith.tokens.template import Tokens
-    from tunesmith.training.updates import UpdatesWithoutRun
+    from tunesmith.training.without_run import UpdatesWithoutRun
 
     random = np.random.Generator(np.random.PCG64(0))
     sizes = llama.ModelArgs(

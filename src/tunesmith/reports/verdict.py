@@ -253,7 +253,7 @@ def _retention_reasons(state: str, scores: Sequence[Score], forgot: Sequence[Sco
         elif score.met:
             yield _reason("retention_kept", "good", "Kept", score, "it kept what it knew")
         elif score.met is False:
-            yield _reason("retention_better", "note", "Changed for the better", score)
+            yield _reason("retention_better", "warning", "Changed for the better", score)
         else:
             yield _open(
                 "retention",

@@ -58,6 +58,8 @@ class Lower:
         """Make the folder; returns the bytes that all rows will take. Raises DiskFull."""
         needed = self.needed(groups)
         self.folder.mkdir(exist_ok=True)
+        for left in self.folder.glob(".*"):  # drafts of a process that was killed
+            left.unlink()
         present = sum(file.stat().st_size for file in self.folder.iterdir())
         if shutil.disk_usage(self.folder).free < needed - present:
             raise DiskFull(

@@ -608,7 +608,7 @@ def test_warnings_are_said_once():
     assert len(heard) == 3
 
 
-def test_updates_of_one_class_are_counted(train):
+def test_without_run_of_one_class_are_counted(train):
     groups = judged(3, 1)
     assert caution.lonely(Plan((1,) * 4, 2, Cut(9), 0), groups) == 1
     _, said = train("run", batch={"sequences": 2})

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.nn as nn
 
 from tunesmith import events
+from tunesmith.errors import TrainingError
 from tunesmith.events import Event, StepDone
 from tunesmith.learning import optimizer
 from tunesmith.machine import backend
@@ -23,7 +24,8 @@ from tunesmith.training.preparation import Prepared
 
 
 class UpdatesWithoutRun:
-    """Each call makes the next update over ``rows`` and returns its event, with loss and seconds.
+    """Each call makes the next update over ``rows`` and returns its event, with loss and seconds. Raises
+    TrainingError if the update is not finite.
 
     net: with its adapter attached. ``plan``: which rows an update learns, in which micro-batches."""
 
@@ -57,5 +59,10 @@ class UpdatesWithoutRun:
         with gradients.checkpointed(self._net) if self._recomputed else nullcontext():
             self._loop.update(self._cursor.step, self._cursor, self._accumulation)
         self._cursor.step += 1
-        (done,) = (event for event in self._events if isinstance(event, events.StepDone))
-        return done
+        for event in self._events:
+            if isinstance(event, events.StepDone):
+                return event
+            if isinstance(event, events.StepSkipped):
+                what = f"the update is not finite: loss {event.loss}, gradient norm {event.gradient_norm}"
+                raise TrainingError(what, where=", ".join(event.rows), hint="lower optimizer.learning_rate")
+        raise AssertionError("an update ends with one of the two events")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+import pytest
+
 import tiny
 import tunesmith
 from tunesmith import events
+from tunesmith.errors import TrainingError
 from tunesmith.model import loading
 from tunesmith.training import preparation
-from tunesmith.training.updates import UpdatesWithoutRun
+from tunesmith.training.without_run import UpdatesWithoutRun
 
 
-def test_updates_give_the_losses_of_a_run(tiny_model, tmp_path):
+def test_updates_without_a_run_give_its_losses(tiny_model, tmp_path):
     rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(12))
     settings = ["data.valid=0", "loop.steps=5", "batch.sequences=4", "loop.samples=0", "adapter.dropout=0.1"]
     resolved = tunesmith.configure(model=str(tiny_model), data=[str(rows)], sets=settings)
@@ -29,3 +33,16 @@ def test_updates_give_the_losses_of_a_run(tiny_model, tmp_path):
         (event.step, event.loss, event.units) for event in done
     ]
     assert len({event.loss for event in done}) == 5 and min(event.seconds for event in again) > 0
+
+
+def test_an_update_that_is_not_finite_is_an_error(tiny_model, tmp_path):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(4))
+    resolved = tunesmith.configure(
+        model=str(tiny_model), data=[str(rows)], sets=["data.valid=0", "loop.steps=2", "batch.sequences=4"]
+    )
+    net = loading.load(resolved.spec.model).net
+    resolved.spec.adapter.attach(net, 0)
+    net.layers[0].self_attn.q_proj.lora_b += mx.nan
+    update = UpdatesWithoutRun(net, resolved.spec, preparation.prepare(resolved.spec).train)
+    with pytest.raises(TrainingError, match="the update is not finite: loss nan"):
+        update()
