@@ -330,7 +330,7 @@ def rows(log: Iterable[events.Event]) -> dict[str, Any]:
 
     ``epochs`` and ``rows`` count, ``avoided`` too; ``held_out`` is the last held-out loss in nats a token,
     None for none; ``medians`` by epoch; then for each class its rows, the clearest first, with ``source``,
-    ``losses`` and ``z`` by epoch (None where it was not learned whole), ``units`` (learned tokens). With one
+    ``losses`` and ``z`` by epoch (None if it was not learned whole), ``units`` (learned tokens). With one
     epoch only ``outliers`` are looked for."""
     history = _history(log)
     known = {source: [visit for visit in line if visit] for source, line in history.visits.items()}

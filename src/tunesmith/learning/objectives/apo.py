@@ -8,8 +8,7 @@ KTO with its baseline held at zero: no mismatched pairs, so an update costs what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from tunesmith.learning.objectives.judged import Judging
 
@@ -18,11 +17,6 @@ class APOZeroUnpaired(Judging):
     """Learns from labelled rows whose desirable answers are better than the model's own."""
 
     kind: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
-    suits: ClassVar[Mapping[str, Any]] = {
-        "optimizer.learning_rate": 5e-5,
-        "batch.sequences": 16,
-        "full": {"optimizer.learning_rate": 5e-6},
-    }
     watched: ClassVar[tuple[str, ...]] = (
         "reward_desirable",
         "reward_undesirable",

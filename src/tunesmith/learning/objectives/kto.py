@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -27,13 +27,6 @@ class KTO(Judging):
     """Learns from rows labelled desirable and undesirable; no pairs are needed."""
 
     kind: Literal["kto"] = "kto"
-    # 5e-6 is the paper's for full weights and TRL's advice for adapters ten times that; 16 rows are TRL's
-    # least for z0.
-    suits: ClassVar[Mapping[str, Any]] = {
-        "optimizer.learning_rate": 5e-5,
-        "batch.sequences": 16,
-        "full": {"optimizer.learning_rate": 5e-6},
-    }
     watched: ClassVar[tuple[str, ...]] = (
         "reward_desirable",
         "reward_undesirable",
