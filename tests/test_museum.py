@@ -29,7 +29,7 @@ from tunesmith.runs.directory import Run
 from tunesmith.settings import config
 from tunesmith.tokens.batches import Cut, Group, Plan, collate
 from tunesmith.tokens.template import Tokens
-from tunesmith.training import gradients, loop, story
+from tunesmith.training import gradients, story, updates
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_museum_23_a_loss_that_is_not_finite_is_skipped_named_and_stops_the_run(
         batch={"sequences": 2, "tokens": 4096, "pack": True},
         loop={"steps": 9, "samples": 0, "validate_every": 0},
     )
-    real = loop.Gradients
+    real = updates.Gradients
 
     class Poisoned(real):
         calls = iter(range(-1, 100))  # the first is the probe's
@@ -183,7 +183,7 @@ def test_museum_23_a_loss_that_is_not_finite_is_skipped_named_and_stops_the_run(
             bad = next(self.calls) in (1, 4, 5, 6)
             return value, tree_map(lambda leaf: leaf * math.nan, found) if bad else found
 
-    monkeypatch.setattr(loop, "Gradients", Poisoned)
+    monkeypatch.setattr(updates, "Gradients", Poisoned)
     log: list[events.Event] = []
     with pytest.raises(errors.Diverged, match="3 updates in a row"):
         story.train(settings, out=tmp_path / "run", notify=log.append)
@@ -209,7 +209,7 @@ def test_museum_24_every_preset_is_loaded_by_a_test():
 def test_gradient_reaches_every_trainable_tensor_and_none_other(net):
     net.load_weights([(name, value + 0.1) for name, value in adapters.trainable(net).items()], strict=False)
     settings = RunConfig(model={"path": "x"}, data={"train": "x"})
-    step = loop.Gradients(net, settings)
+    step = updates.Gradients(net, settings)
     _, sums = step([group(range(3, 20), [0] * 8 + [1] * 9)], gradients.dropout_key(0, 0, 0))
     flat = dict(tree_flatten(sums))
     assert flat.keys() == adapters.trainable(net).keys() and len(flat) == 8

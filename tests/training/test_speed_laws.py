@@ -28,7 +28,7 @@ from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
 from tunesmith.tokens.batches import Cut, Group, Plan
 from tunesmith.tokens.template import Tokens
-from tunesmith.training import frozen, gradients, loop, story
+from tunesmith.training import frozen, gradients, story, updates
 
 ADAPTERS = {
     "lora": adapters.LoRA(rank=4, dropout=0.3),
@@ -388,7 +388,7 @@ def small(monkeypatch, tmp_path, tiny_model):
     """(most, after, settings) → the run and its events."""
 
     def train(most: int, after: int, out: str, **batch: object):
-        monkeypatch.setattr(loop, "Gradients", type("Small", (Small,), {"most": most, "after": after}))
+        monkeypatch.setattr(updates, "Gradients", type("Small", (Small,), {"most": most, "after": after}))
         said: list[events.Event] = []
         data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))
         asked = RunConfig(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import tempfile
+
 import mlx.core as mx
 import pytest
 
@@ -46,3 +49,23 @@ def test_an_update_that_is_not_finite_is_an_error(tiny_model, tmp_path):
     update = UpdatesWithoutRun(net, resolved.spec, preparation.prepare(resolved.spec).train)
     with pytest.raises(TrainingError, match="the update is not finite: loss nan"):
         update()
+
+
+def test_the_frozen_layers_are_cached_in_a_folder_that_goes_with_the_updates(
+    tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(4))
+    settings = ["data.valid=0", "loop.steps=2", "batch.sequences=4", "loop.cache_frozen=true"]
+    resolved = tunesmith.configure(
+        model=str(tiny_model), data=[str(rows)], sets=[*settings, "adapter.layers=1"]
+    )
+    net = loading.load(resolved.spec.model).net
+    resolved.spec.adapter.attach(net, 0)
+    update = UpdatesWithoutRun(net, resolved.spec, preparation.prepare(resolved.spec).train)
+    update()
+    assert len(list((tmp_path / "temporary").glob("*/*.safetensors"))) == 4
+    del update
+    gc.collect()
+    assert list((tmp_path / "temporary").iterdir()) == []

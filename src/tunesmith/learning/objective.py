@@ -61,8 +61,8 @@ class Objective(Family):
 
     @abstractmethod
     def fields(self, groups: Sequence[Group], baseline: float) -> np.ndarray:
-        """(S, F) inputs of `losses` beside the log-probabilities. ``baseline``: mean log-ratio of the
-        `twins`."""
+        """(S, F) inputs of `losses` beside the log-probabilities. ``baseline``: as
+        `baseline` gives it."""
 
     @abstractmethod
     def losses(self, logps: mx.array, fields: mx.array) -> mx.array:
@@ -83,11 +83,15 @@ class Objective(Family):
     def twins(
         self, groups: Sequence[Group], salt: int, spares: Sequence[Group], limit: int
     ) -> tuple[list[Group], Counter[str]]:
-        """Mismatched pairs, whose mean log-ratio to the reference is the baseline of an update (0 without
-        any), and notes with counts.
+        """Mismatched pairs, from which `baseline` is measured, and notes with counts.
 
         spares: more rows to make them from."""
         return [], Counter()
+
+    def baseline(self, pairs: Sequence[Group], logps: np.ndarray) -> tuple[float, dict[str, float]]:
+        """What log-ratios are compared with, from the `twins` and their log-probabilities now (S,); and its
+        metrics."""
+        return 0.0, {}
 
     def imitated(self, group: Group) -> tuple[bool, ...]:
         """Which sequences are to become likelier. Perplexity is measured on these."""

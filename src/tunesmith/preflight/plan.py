@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tunesmith import events
-from tunesmith.adapters import merging
 from tunesmith.data.formats import JSON
 from tunesmith.events import Notice, Sink
 from tunesmith.runs import lineage
 from tunesmith.runs.config import RunConfig
 from tunesmith.settings.config import Resolved
-from tunesmith.training import frozen, gradients, preparation, reference, story
+from tunesmith.training import frozen, preparation, reference, story
 
 
 def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[str, JSON]:
@@ -23,10 +20,7 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[s
     for text in spec.warnings():
         notify(Notice(text, level="warning"))
     prepared = preparation.prepare(spec, notify)
-    loaded = merging.load(spec.model, notify)
-    attached = spec.adapter.attach(loaded.net, spec.loop.seed)
-    story.begin(spec, loaded, notify)
-    gradients.require(loaded.net, spec, prepared.train, notify)
+    model = story.open_model(spec, prepared.train, notify)
     schedule = prepared.plan
     micro_batches = [
         rows
@@ -36,17 +30,17 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[s
     largest = [schedule.lengths[index] for index in schedule.largest()]
     counts: dict[str, JSON] = {
         **prepared.counts,
-        "trainable": attached.trainable,
-        "total": attached.total,
+        "trainable": model.attached.trainable,
+        "total": model.attached.total,
         "micro_batches": len(micro_batches),
         "largest_micro_batch": {"rows": len(largest), "tokens": schedule.cut.size(largest)},
     }
     if sequences := reference.count(prepared, spec):
         counts["reference_sequences"] = sequences
-    if depth := frozen.depth(loaded.net):
+    if depth := frozen.depth(model.net):
         epochs = schedule.steps / schedule.steps_per_epoch
-        saving = frozen.saving(loaded.net, epochs, spec.loop.checkpoint_gradients)
-        disk_bytes = frozen.Lower(loaded.net, Path()).needed(prepared.train)
+        saving = frozen.saving(model.net, epochs, spec.loop.checkpoint_gradients)
+        disk_bytes = frozen.Lower(model.net).needed(prepared.train)
         counts |= {
             "frozen_layers_below": depth,
             "cache_frozen_saves": round(saving, 3),

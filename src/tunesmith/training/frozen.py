@@ -3,13 +3,15 @@ in later epochs.
 
 If only the upper layers are adapted, the lower ones give the same hidden states for a row in every epoch.
 Files are named by the hash of the row's tokens and lie in the run directory, whose base cannot change
-(`manifest.require_same`); they are removed when it ends."""
+(`manifest.require_same`); they are removed when the run is complete."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from tunesmith.errors import ConfigError, DiskFull
+from tunesmith.events import Notice, Sink
 from tunesmith.files import draft
 from tunesmith.model import abilities
 from tunesmith.tokens.batches import Batch, Group
@@ -46,11 +49,23 @@ def saving(net: nn.Module, epochs: float, recomputed: bool) -> float:
     return below * max(0.0, 1 - 1 / epochs) / (below + above * (3 if recomputed else 2))
 
 
-class Lower:
-    """The lowest ``depth`` layers of ``net``, with their cached hidden states of each row under
-    ``folder``."""
+def opened(net: nn.Module, groups: Sequence[Group], folder: Path | None, notify: Sink) -> Lower:
+    """The layers below the adapter of ``net``, with their cache for ``groups`` under ``folder``, or under a
+    temporary folder that is removed with the result. Raises DiskFull."""
+    lower = Lower(net, folder or Path(tempfile.mkdtemp(prefix="tunesmith-")))
+    if folder is None:
+        weakref.finalize(lower, shutil.rmtree, lower.folder, ignore_errors=True)
+    size = lower.open(groups)
+    layers = f"{lower.depth} layers below the adapter"
+    notify(Notice(f"the hidden states of the {layers} are cached on disk: {size / 1e9:.2f} GB"))
+    return lower
 
-    def __init__(self, net: nn.Module, folder: Path) -> None:
+
+class Lower:
+    """The lowest ``depth`` layers of ``net``, with their cached hidden states of each row under ``folder``
+    (which only a cache needs)."""
+
+    def __init__(self, net: nn.Module, folder: Path = Path()) -> None:
         self.net, self.folder, self.depth = net, folder, depth(net)
         self.read = self.computed = 0
 
@@ -58,8 +73,8 @@ class Lower:
         """Make the folder; returns the bytes that all rows will take. Raises DiskFull."""
         needed = self.needed(groups)
         self.folder.mkdir(exist_ok=True)
-        for left in self.folder.glob(".*"):  # drafts of a process that was killed
-            left.unlink()
+        for unfinished in self.folder.glob(".*"):  # drafts of a process that was killed
+            unfinished.unlink()
         present = sum(file.stat().st_size for file in self.folder.iterdir())
         if shutil.disk_usage(self.folder).free < needed - present:
             raise DiskFull(
@@ -75,26 +90,24 @@ class Lower:
 
     def require(self, groups: Sequence[Group]) -> None:
         """Raises ConfigError if no layer is below the adapter, or the model cannot start at a layer in the
-        middle. Tried on the longest row, since layers with a window differ only there.
-        """
+        middle. Tried on the longest row, since layers with a window differ only there."""
         if self.depth == 0:
             raise ConfigError(
                 "no layer lies below the adapter", where=KEY, hint="set adapter.layers, or leave it out"
             )
-        longest = max((one for group in groups for one in group.sequences), key=lambda one: len(one.ids))
+        longest = max((row for group in groups for row in group.sequences), key=lambda row: len(row.ids))
         ids = mx.array(longest.ids)[None]
 
-        def both() -> tuple[mx.array, mx.array]:
+        def split_and_whole() -> tuple[mx.array, mx.array]:
             states = self._below(ids)
             with self.above():
                 upper = self.net["model"](ids, input_embeddings=states)
             return upper, self.net["model"](ids)
 
-        if not abilities.agree(self.net, both):
-            what = (
-                f"{type(self.net).__module__.rsplit('.', 1)[-1]} models cannot start at a layer in the middle"
-            )
-            raise ConfigError(what, where=KEY, hint="leave it out")
+        if not abilities.agree(self.net, split_and_whole):
+            name = type(self.net).__module__.rsplit(".", 1)[-1]
+            message = f"{name} models cannot start at a layer in the middle"
+            raise ConfigError(message, where=KEY, hint="leave it out")
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -121,10 +134,10 @@ class Lower:
         path = self.folder / f"{name}.safetensors"
         if path.exists():
             with contextlib.suppress(RuntimeError):  # damaged by a power cut: computed again
-                held: Any = mx.load(str(path))
-                mx.eval(held)  # read now: with a short file MLX would fail only in the step
+                cached: Any = mx.load(str(path))
+                mx.eval(cached)  # read now: with a short file MLX would fail only in the step
                 self.read += 1
-                return held["states"]
+                return cached["states"]
         self.computed += 1
         states = self._below(mx.array(ids)[None])
         mx.eval(states)
@@ -149,11 +162,11 @@ class Lower:
 
 
 @contextmanager
-def _layers(net: nn.Module, some: slice) -> Iterator[None]:
+def _layers(net: nn.Module, selected: slice) -> Iterator[None]:
     body = net["model"]
-    all_of_them = body.layers
-    body.layers = all_of_them[some]
+    layers = body.layers
+    body.layers = layers[selected]
     try:
         yield
     finally:
-        body.layers = all_of_them
+        body.layers = layers

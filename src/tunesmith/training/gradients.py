@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -281,7 +280,7 @@ def require(net: nn.Module, config: RunConfig, rows: Sequence[Group], notify: Si
             what, where="batch.pack", hint="leave it out: rows of similar length are put together instead"
         )
     if config.loop.cache_frozen:
-        Lower(net, Path()).require(rows)
+        Lower(net).require(rows)
     if not abilities.splits(net):
         what = "this model's head cannot be separated from its body: all logits are computed, learned or not"
         notify(Notice(what, level="warning"))

@@ -1,4 +1,4 @@
-"""What stops a run: signals, and failures before step 1."""
+"""What stops a run: signals and failures, before step 1 and after it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from tunesmith.errors import OutOfMemory, RankLost
+from tunesmith.errors import OutOfMemory, RankLost, TunesmithError
 from tunesmith.events import Notice, Sink
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import Ranks
+from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.directory import Run
 
 
@@ -32,6 +34,37 @@ def before_training(run: Run | None, notify: Sink) -> Iterator[None]:
                 message, where="before step 1", hint="lower batch.tokens, in a new run"
             ) from error
         raise
+
+
+@dataclass
+class Ending:
+    """How training ended, and why if it did not complete; a failure if nothing else is said."""
+
+    status: str = "failed"
+    reason: str | None = None
+
+
+@contextmanager
+def explained(ending: Ending, cursor: Cursor, hint: str) -> Iterator[None]:
+    """Write to ``ending`` why the block was left, if an exception ends it. ``hint``: how the run goes on."""
+    try:
+        yield
+    except TunesmithError as error:
+        ending.reason = error.what
+        raise
+    except KeyboardInterrupt:
+        ending.status = "interrupted"
+        ending.reason = f"at once, before the step was finished; go on with: {hint}"
+        raise
+    except (RuntimeError, MemoryError) as error:
+        ending.reason = f"{type(error).__name__}: {error}"
+        if not backend.is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"the device ran out of memory: {error}",
+            where=f"after step {cursor.step}",
+            hint=f"lower batch.tokens or loop.sample_tokens, in a new run; or try: {hint}",
+        ) from error
 
 
 @contextmanager

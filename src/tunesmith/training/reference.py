@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -283,17 +282,3 @@ def _digest(folder: Path, *patterns: str) -> str:
     """Hash of every byte of these files, so that any change shows."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     return hashlib.sha256(" ".join(f"{file.name} {sha256(file)}" for file in files).encode()).hexdigest()
-
-
-def baseline(pairs: Sequence[Group], logps: np.ndarray) -> tuple[float, dict[str, float]]:
-    """z0, the mean log-ratio of ``pairs`` clamped at 0, from their ``logps`` now (S,); and its metrics.
-
-    ``kl``: the mean before clamping; ``kl_error``: its standard error. No pair: no baseline.
-    """
-    if not pairs:
-        return 0.0, {}
-    ratios = logps - np.array([pair.reference[0] for pair in pairs])
-    found = {"kl": float(ratios.mean())}
-    if len(ratios) > 1:
-        found["kl_error"] = float(ratios.std(ddof=1) / np.sqrt(len(ratios)))
-    return (max(0.0, found["kl"]) if math.isfinite(found["kl"]) else found["kl"]), found  # max(0, nan) is 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from threading import Event
@@ -13,6 +14,7 @@ import mlx.nn as nn
 
 from tunesmith import adapters, events
 from tunesmith.adapters import merging
+from tunesmith.adapters.specs import Attached
 from tunesmith.events import Notice, Sink
 from tunesmith.learning import optimizer
 from tunesmith.machine import backend, ranks
@@ -23,6 +25,7 @@ from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import REFERENCE, Run, name, require_free
 from tunesmith.settings.config import flat
+from tunesmith.tokens.batches import Group
 from tunesmith.training import gradients, preparation, recording, reference, saving
 from tunesmith.training.interruption import before_training, interruptible
 from tunesmith.training.loop import Loop
@@ -48,55 +51,76 @@ def train(
     among = ranks.join(hear)
     hear.muted = not among.writes
     # 1. Settings and machine
-    if resume is None:
-        if out is not None and among.writes:
-            require_free(out)
-        config = lineage.anchored(config)
-    _warn(config, resume, among, notes, hear)
+    config = _checked(config, out, resume, among, notes, hear)
     # 2. Files → examples → audit → tokens → groups → plan of updates
     prepared = preparation.prepare(config, hear, audited=resume is not None)
     _warn_of_warmup(config, prepared, hear)
     # 3. Base model, and the adapter that is trained on it
-    loaded = merging.load(config.model, hear)
-    attached = config.adapter.attach(loaded.net, config.loop.seed)
-    ancestors = begin(config, loaded, hear)
-    gradients.require(loaded.net, config, prepared.train, hear)
+    model = open_model(config, prepared.train, hear)
+    hashes = _hashes(prepared, model)
     # 4. The run directory, new or resumed
-    hashes = _hashes(prepared, loaded, ancestors)
-    facts = manifest.facts(config, hashes, among.size, ancestors, prepared.accepted)
-    run = _resumed(resume, config, hashes) if resume else _created(among, out, config, origins, facts)
-    own = run if among.writes else None
+    run = _directory(config, origins, out, resume, prepared, model, hashes, among)
     with ExitStack() as held:
-        if own is not None:
-            held.enter_context(own.lock())
-            held.enter_context(own.room())
-        stop = held.enter_context(interruptible(among))
-        state = optimizer.build(config.optimizer, loaded.net)
+        stop = _hold(run, among, held)
+        state = optimizer.build(config.optimizer, model.net)
         among.require_agreement(_without_paths(config), sorted(map(str, flat(hashes).values())))
         # 5. The reference, by the model before training: before a checkpoint is restored
-        prepared = _compared(prepared, config, loaded, own, among, stop, hear)
+        prepared = _compared(prepared, config, model.loaded, run, among, stop, hear)
         # 6. The checkpoint to continue from, and the log
-        cursor = _restored(resume, loaded.net, state, among, hear)
-        emit = events.silent
-        if own is not None:
-            emit = recording.record(own, cursor, prepared.plan.steps, config.loop.tensorboard, hear, held)
-            preparation.write(own, prepared)
-        if cursor.step == 0:
-            place, steps = str(own.path) if own else "", prepared.plan.steps
-            emit(events.RunStarted(place, steps, attached.trainable, attached.total, prepared.counts))
+        cursor = _restored(resume, model.net, state, among, hear)
+        emit = _log(run, cursor, config, prepared, model.attached, hear, held)
         # 7. The loop
-        Loop(run, config, loaded.net, state, prepared, emit, stop, among).finish(cursor)
-    return own
+        Loop(run, config, model.net, state, prepared, emit, stop, among).finish(cursor)
+    return run
 
 
-def _warn(config: RunConfig, resume: Run | None, among: Ranks, notes: Sequence[str], hear: Sink) -> None:
-    """Poor settings, a slow machine, and a machine or software that is not the one of the resumed run."""
+@dataclass(frozen=True)
+class Trainable:
+    """A base model with the adapter that is trained on it. ``ancestors``: where the adapters that were merged
+    into it, and that training starts from, come from."""
+
+    loaded: Loaded
+    attached: Attached
+    ancestors: Mapping[str, Any]
+
+    @property
+    def net(self) -> nn.Module:
+        return self.loaded.net
+
+
+def open_model(config: RunConfig, rows: Sequence[Group], notify: Sink = events.silent) -> Trainable:
+    """Load the base, attach the adapter, and give it the weights that training starts from. Raises
+    ModelError, or ConfigError if the model cannot do what ``config`` asks of it."""
+    loaded = merging.load(config.model, notify)
+    attached = config.adapter.attach(loaded.net, config.loop.seed)
+    ancestors: dict[str, Any] = {}
+    if config.model.adapter is not None:
+        ancestors["merged"] = lineage.origin(config.model.adapter, loaded.files)
+    if config.adapter.start is not None:
+        ancestors["start"] = lineage.origin(config.adapter.start, loaded.fingerprint)
+        adapters.go_on(loaded.net, config.adapter, Path(config.adapter.start))
+        notify(Notice(f"training goes on from the adapter {config.adapter.start}"))
+    gradients.require(loaded.net, config, rows, notify)
+    return Trainable(loaded, attached, ancestors)
+
+
+def _checked(
+    config: RunConfig, out: Path | None, resume: Run | None, among: Ranks, notes: Sequence[str], hear: Sink
+) -> RunConfig:
+    """The settings of the run, after warnings of poor settings, of a slow machine, and of a machine or
+    software that is not the one of the resumed run. Raises DataError if the run cannot be created at
+    ``out``."""
+    if resume is None:
+        if out is not None and among.writes:
+            require_free(out)
+        config = lineage.anchored(config)
     device = backend.setup()
     changed = manifest.moved(resume, manifest.facts(config, {}, among.size)) if resume else ()
     for text in (*config.warnings(), *notes, *device.notes, *changed):
         hear(Notice(text, level="warning"))
     if device.blas == "reference":
         hear(Notice("MLX computes with its slow reference BLAS", level="warning", hint=device.blas_hint))
+    return config
 
 
 def _warn_of_warmup(config: RunConfig, prepared: Prepared, hear: Sink) -> None:
@@ -105,40 +129,42 @@ def _warn_of_warmup(config: RunConfig, prepared: Prepared, hear: Sink) -> None:
         hear(Notice(text, level="warning"))
 
 
-def begin(config: RunConfig, loaded: Loaded, notify: Sink = events.silent) -> dict[str, Any]:
-    """Load the adapter that training starts from, if any. Returns where it and a merged adapter come from."""
-    ancestors: dict[str, Any] = {}
-    if config.model.adapter is not None:
-        ancestors["merged"] = lineage.origin(config.model.adapter, loaded.files)
-    if config.adapter.start is not None:
-        ancestors["start"] = lineage.origin(config.adapter.start, loaded.fingerprint)
-        adapters.go_on(loaded.net, config.adapter, Path(config.adapter.start))
-        notify(Notice(f"training goes on from the adapter {config.adapter.start}"))
-    return ancestors
-
-
-def _hashes(prepared: Prepared, loaded: Loaded, ancestors: Mapping[str, Any]) -> dict[str, Any]:
+def _hashes(prepared: Prepared, model: Trainable) -> dict[str, Any]:
     """Hashes of all inputs: data, template, base and starting adapter."""
+    ancestors = model.ancestors
     start = {"start": ancestors["start"]["sha256"]} if "start" in ancestors else {}
-    return prepared.hashes | {"base": loaded.fingerprint} | start
+    return prepared.hashes | {"base": model.loaded.fingerprint} | start
 
 
-def _resumed(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> Run:
-    manifest.require_same(run, config, hashes)
-    return run
-
-
-def _created(
-    among: Ranks,
-    out: Path | None,
+def _directory(
     config: RunConfig,
     origins: Mapping[str, str] | None,
-    facts: Mapping[str, Any],
+    out: Path | None,
+    resume: Run | None,
+    prepared: Prepared,
+    model: Trainable,
+    hashes: Mapping[str, Any],
+    among: Ranks,
 ) -> Run | None:
-    """A new run directory, or None on ranks that do not write."""
+    """The run directory, new or that of ``resume``, or None on ranks that do not write. Raises
+    ResumeMismatch."""
+    if resume is not None:
+        manifest.require_same(resume, config, hashes)
     if not among.writes:
         return None
+    if resume is not None:
+        return resume
+    facts = manifest.facts(config, hashes, among.size, model.ancestors, prepared.accepted)
     return Run.create(out or Path("runs") / name(config, date.today()), config, origins or {}, facts)
+
+
+def _hold(run: Run | None, among: Ranks, held: ExitStack) -> Event:
+    """Lock ``run``, and turn a full disk into DiskFull, until ``held`` is closed. Returns the event that
+    signals set."""
+    if run is not None:
+        held.enter_context(run.lock())
+        held.enter_context(run.room())
+    return held.enter_context(interruptible(among))
 
 
 def _compared(
@@ -158,6 +184,26 @@ def _compared(
         return reference.compared(
             prepared, config, loaded, own=own, among=among, stopped=stop.is_set, notify=hear
         )
+
+
+def _log(
+    run: Run | None,
+    cursor: Cursor,
+    config: RunConfig,
+    prepared: Prepared,
+    size: Attached,
+    hear: Early,
+    held: ExitStack,
+) -> Sink:
+    """Where the events of the run go: to its log, open until ``held`` is closed, and to whoever listens."""
+    if run is None:
+        return events.silent
+    steps = prepared.plan.steps
+    emit = recording.record(run, cursor, steps, config.loop.tensorboard, hear, held)
+    preparation.write(run, prepared)
+    if cursor.step == 0:
+        emit(events.RunStarted(str(run.path), steps, size.trainable, size.total, prepared.counts))
+    return emit
 
 
 def _restored(resume: Run | None, net: nn.Module, state: Any, among: Ranks, hear: Early) -> Cursor:

@@ -58,7 +58,7 @@ class Validation:
         pairs = reference.twins(self.prepared, self.config, None)
         every = self.logps([*valid, *pairs], cursor, events.ticker(self.emit, "validating"))
         logps, pair_logps = np.split(every, [len(every) - len(pairs)])
-        baseline, metrics = reference.baseline(pairs, pair_logps)
+        baseline, metrics = objective.baseline(pairs, pair_logps)
         metrics |= objective.metrics(valid, logps)
         fields = objective.fields(valid, baseline)
         losses = objective.losses(mx.array(logps, mx.float32), mx.array(fields, mx.float32))

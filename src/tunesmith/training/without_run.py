@@ -1,4 +1,4 @@
-"""Optimizer updates one at a time, made by the loop of a run without a run directory; for ``doctor`` and the
+"""Optimizer updates one at a time, as a run makes them but without a run directory; for ``doctor`` and the
 benchmarks."""
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from tunesmith.errors import TrainingError
 from tunesmith.events import Event, StepDone
 from tunesmith.learning import optimizer
 from tunesmith.machine import backend
+from tunesmith.machine.ranks import ONE
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Cut, Group, Plan
-from tunesmith.training import gradients
-from tunesmith.training.loop import Loop
+from tunesmith.training import frozen, gradients
 from tunesmith.training.preparation import Prepared
+from tunesmith.training.updates import Updates
 
 
 class UpdatesWithoutRun:
@@ -50,19 +51,22 @@ class UpdatesWithoutRun:
             hashes={},
             rendered=[],
         )
-        state = optimizer.build(config.optimizer, net)
-        self._loop = Loop(None, config, net, state, prepared, self._events.append, threading.Event())
-        self._accumulation, self._cursor = self._loop.accumulation(), Cursor()
+        state, emit = optimizer.build(config.optimizer, net), self._events.append
+        lower = frozen.opened(net, prepared.train, None, emit) if config.loop.cache_frozen else None
+        self._updates = Updates(net, config, prepared, state, emit, threading.Event(), ONE, lower)
+        self._cursor = Cursor()
 
     def __call__(self) -> StepDone:
         self._events.clear()
         with gradients.checkpointed(self._net) if self._recomputed else nullcontext():
-            self._loop.update(self._cursor.step, self._cursor, self._accumulation)
+            self._updates.make(self._cursor.step, self._cursor)
         self._cursor.step += 1
         for event in self._events:
             if isinstance(event, events.StepDone):
                 return event
             if isinstance(event, events.StepSkipped):
-                what = f"the update is not finite: loss {event.loss}, gradient norm {event.gradient_norm}"
-                raise TrainingError(what, where=", ".join(event.rows), hint="lower optimizer.learning_rate")
+                message = f"the update is not finite: loss {event.loss}, gradient norm {event.gradient_norm}"
+                raise TrainingError(
+                    message, where=", ".join(event.rows), hint="lower optimizer.learning_rate"
+                )
         raise AssertionError("an update ends with one of the two events")

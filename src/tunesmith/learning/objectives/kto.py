@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -49,12 +50,16 @@ class KTO(Judging):
         made: list[Group] = []
         notes: Counter[str] = Counter()
         for place, group in enumerate(ordered):
-            others = ((ordered[at], sides[at]) for at in (*range(place + 1, len(ordered)), *range(place)))
-            others = itertools.chain(others, ((spare, _sides(spare)) for spare in spares))
+            following = (*range(place + 1, len(ordered)), *range(place))
+            others = itertools.chain(
+                ((ordered[index], sides[index]) for index in following),
+                ((spare, _sides(spare)) for spare in spares),
+            )
+            prompt, completion = sides[place]
             fits = (
                 other
-                for other, found in others
-                if all(a != b for a, b in zip(found, sides[place], strict=True))
+                for other, (other_prompt, other_completion) in others
+                if other_prompt != prompt and other_completion != completion
             )
             if (other := next(fits, None)) is None:
                 notes["rows without another of other prompt and answer: no mismatched pair"] += 1
@@ -69,6 +74,18 @@ class KTO(Judging):
                 notes["mismatched pairs without an answer within batch.length"] += 1
         return made, notes
 
+    def baseline(self, pairs: Sequence[Group], logps: np.ndarray) -> tuple[float, dict[str, float]]:
+        """z0: the mean log-ratio of ``pairs``, at least 0; 0 without a pair. Metrics: ``kl``, the mean
+        itself, and ``kl_error``, its standard error."""
+        if not pairs:
+            return 0.0, {}
+        ratios = logps - np.array([pair.reference[0] for pair in pairs])
+        mean = float(ratios.mean())
+        metrics = {"kl": mean}
+        if len(ratios) > 1:
+            metrics["kl_error"] = float(ratios.std(ddof=1) / np.sqrt(len(ratios)))
+        return max(0.0, mean) if math.isfinite(mean) else mean, metrics  # max(0, nan) is 0
+
 
 def _digest(group: Group, salt: int) -> bytes:
     tokens = group.sequences[0]
@@ -82,9 +99,8 @@ def _sides(group: Group) -> tuple[bytes, bytes]:
     return tokens.ids[: tokens.start].tobytes(), tokens.ids[tokens.start :].tobytes()
 
 
-def _mismatched(asked: Tokens, answered: Tokens) -> Tokens:
-    """The first's prompt with the second's completion."""
-    ids = np.concatenate([asked.ids[: asked.start], answered.ids[answered.start :]])
-    return Tokens(
-        ids, np.concatenate([np.zeros(asked.start, np.float32), answered.targets[answered.start :]])
-    )
+def _mismatched(prompted: Tokens, answered: Tokens) -> Tokens:
+    """The prompt of the first with the completion of the second."""
+    ids = np.concatenate([prompted.ids[: prompted.start], answered.ids[answered.start :]])
+    targets = [np.zeros(prompted.start, np.float32), answered.targets[answered.start :]]
+    return Tokens(ids, np.concatenate(targets))
