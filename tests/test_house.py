@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -46,6 +47,18 @@ def test_every_verb_is_in_the_table_and_is_defined_where_it_says():
         assert (function.__module__, function.__name__) == (module, verb)
     with pytest.raises(AttributeError, match="no attribute 'tarin'"):
         tunesmith.tarin  # noqa: B018
+
+
+def test_without_mlx_the_package_has_its_verbs_and_each_raises_when_it_is_called():
+    code = (
+        "import sys; sys.modules['mlx'] = sys.modules['mlx.core'] = None; import tunesmith\n"
+        "print(hasattr(tunesmith, 'train'), hasattr(tunesmith, 'tarin'), dir(tunesmith))\n"
+        "tunesmith.train()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("True False ")
+    assert set(tunesmith.__all__) <= set(ast.literal_eval(done.stdout.removeprefix("True False ")))
+    assert "SetupError: MLX cannot be loaded" in done.stderr
 
 
 @pytest.fixture

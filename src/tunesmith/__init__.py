@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from tunesmith.errors import SetupError
 from tunesmith.machine import backend
 
 if TYPE_CHECKING:
@@ -59,10 +60,27 @@ backend.prepare()
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
-    """The verb ``name``. Raises SetupError if MLX cannot be loaded; ``doctor`` reports that instead."""
+    """The verb ``name``. If MLX cannot be loaded, a verb that raises SetupError when it is called, so that
+    ``hasattr`` and autocompletion work everywhere; ``doctor`` runs and reports the reason."""
     if name not in VERBS:
         raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
     if name != "doctor":
-        backend.setup()
+        try:
+            backend.setup()
+        except SetupError as error:
+            return _unavailable(name, error)
     verb = globals()[name] = getattr(import_module(VERBS[name]), name)
+    return verb
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _unavailable(name: str, reason: SetupError) -> Callable[..., NoReturn]:
+    def verb(*_arguments: object, **_options: object) -> NoReturn:
+        raise reason
+
+    verb.__name__ = verb.__qualname__ = name
+    verb.__doc__ = f"Not available on this machine: {reason}"
     return verb

@@ -29,6 +29,7 @@ from tunesmith.data.sources import Raw
 from tunesmith.display.text import excerpt
 from tunesmith.errors import ConfigError, DataError, SetupError, listing
 from tunesmith.events import Notice, Sink
+from tunesmith.machine import imports
 from tunesmith.tokens import renderers
 from tunesmith.tokens.template import Refused, Renderer, Row, TemplateSpec
 
@@ -195,21 +196,34 @@ def rendered(
 
 
 def _looks(files: Sequence[Path], setup: Setup, total: int, processes: int | None) -> Iterator[Looked]:
-    import joblib
-    from joblib.externals.loky import get_reusable_executor
-
     raws = (raw for path in files for raw in sources.raws(path))
     batches = iter(lambda: list(islice(raws, BATCH)), [])
-    processes = min(processes or joblib.cpu_count(), joblib.cpu_count())
-    if total <= ALONE or processes == 1:
+    if total <= ALONE or (processes := _available(processes)) == 1:
         for batch in batches:
             yield from _look_all(batch, setup)
         return
+    import joblib
+    from joblib.externals.loky import get_reusable_executor
+
     work = joblib.Parallel(n_jobs=processes, return_as="generator", pre_dispatch="3*n_jobs")
-    parts = cast(Iterable[list[Looked]], work(joblib.delayed(_look_all)(batch, setup) for batch in batches))
+    parts = cast(
+        Iterable[list[Looked]], work(joblib.delayed(_look_in_worker)(batch, setup) for batch in batches)
+    )
     for part in parts:
         yield from part
     get_reusable_executor().shutdown(wait=True)  # its processes would hold their memory while the rules judge
+
+
+def _available(processes: int | None) -> int:
+    """``processes``, or one for each core, never more than there are cores."""
+    import joblib
+
+    return min(processes or joblib.cpu_count(), joblib.cpu_count())
+
+
+def _look_in_worker(batch: Sequence[Raw], setup: Setup) -> list[Looked]:
+    imports.hide("torch")  # each process would load it with the tokenizer
+    return _look_all(batch, setup)
 
 
 def _look_all(batch: Sequence[Raw], setup: Setup) -> list[Looked]:

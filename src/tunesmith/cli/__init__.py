@@ -14,6 +14,7 @@ import typer
 
 from tunesmith.cli import data, evaluation, setup, talking, training
 from tunesmith.errors import TunesmithError
+from tunesmith.machine import imports
 
 __all__ = ["app", "main"]
 
@@ -57,7 +58,8 @@ def _options(
 
 def main() -> None:
     """The entry point. An error that a user can cause is printed without a traceback."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # PyTorch is missing on purpose
+    imports.hide("torch")  # transformers would load it, for nothing that a verb uses
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that torch is missing
     try:
         app()
     except TunesmithError as error:

@@ -23,6 +23,7 @@ from tunesmith.data.sources import sha256
 from tunesmith.demo import data
 from tunesmith.display import console
 from tunesmith.errors import SetupError, TunesmithError
+from tunesmith.machine import imports
 from tunesmith.runs import records
 from tunesmith.settings.config import JSON
 
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="number of rows to write")
     parser.add_argument("--set", action="append", default=[], help="one setting, such as loop.epochs=1")
     options = parser.parse_args()
+    imports.hide("torch")  # as the command line does
     try:
         print(json.dumps(demo(options.out, options.rows, options.set)))
     except TunesmithError as error:

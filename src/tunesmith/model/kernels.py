@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import base
 
 from tunesmith.machine import backend
 from tunesmith.model import wrap
@@ -295,6 +294,8 @@ def attention(
     whole = queries.shape[2] == keys.shape[2] if isinstance(cache, PromptCache) else cache is None
     if whole and sinks is None and isinstance(mask, str) and mask == "causal":
         return _one_row(queries, keys, values, scale)
+    from mlx_lm.models import base  # loads transformers, which reading settings or rows does not need
+
     theirs: Any = base.scaled_dot_product_attention
     return theirs(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
 

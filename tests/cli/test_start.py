@@ -1,0 +1,115 @@
+"""Each verb loads the heavy packages that it uses and no others, and never torch, even if it is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import tiny
+import tunesmith
+from tunesmith.cli import app
+
+SETTINGS = {"mlx.core", "numpy", "rich"}
+"""Loaded where settings are read and progress is shown."""
+MISTRAL = {"mistral_common", "sentencepiece", "jsonschema", "huggingface_hub"}
+TEMPLATE = {"transformers", "tokenizers", "sentencepiece", "jinja2", "huggingface_hub"}
+"""A tokenizer of Hugging Face with its chat template."""
+MODEL = TEMPLATE | {"mlx_lm"}
+"""mlx-lm imports transformers itself."""
+AUDIT = set(
+    "py3langid pygarble ftfy rapidfuzz rensa scipy scipy.stats jsonschema sklearn joblib narwhals".split()
+)
+PANDAS = {"pandas", "pyarrow"}
+"""scikit-learn imports pandas wherever it is installed."""
+REPORT = {"jinja2", "matplotlib"}
+CARD = {"huggingface_hub"}
+TASKS = {"scipy", "scipy.stats", "sacrebleu", "rapidfuzz", "pygarble"}
+HEAVY = SETTINGS | MISTRAL | MODEL | AUDIT | PANDAS | REPORT | CARD | TASKS
+HEAVY |= {"torch", "plotext", "datasets", "lm_eval", "gguf", "numba"}
+
+VERBS = {
+    "init --presets": {"rich"},
+    "init --model model --data rows.jsonl": SETTINGS,
+    "doctor": SETTINGS | MODEL,
+    "show rows.jsonl": SETTINGS | MISTRAL,
+    "show rows.jsonl --model model": SETTINGS | TEMPLATE,
+    "audit rows.jsonl --accept diversity": SETTINGS | MISTRAL | AUDIT | PANDAS | {"jinja2"},
+    "train --dry-run --model model --data rows.jsonl": SETTINGS | MODEL | AUDIT | PANDAS,
+    "train --model model --data rows.jsonl --out other --set loop.steps=2": (
+        SETTINGS | MODEL | AUDIT | PANDAS | REPORT
+    ),
+    "watch run --once": SETTINGS | {"plotext", "jinja2"},
+    "evaluate run --limit 4 --max-tokens 4": SETTINGS | MODEL | REPORT | TASKS,
+    "report run": SETTINGS | REPORT | CARD,
+    "compare run other": SETTINGS | {"jinja2"},
+    "generate model --prompt hello --max-tokens 2": SETTINGS | MODEL,
+    "chat run": SETTINGS | MODEL,
+}
+"""Command → the heavy packages that it may have loaded when it ends. Commands run in this order."""
+WRITES_ITS_MODULES = """
+import atexit, os, pathlib, sys
+atexit.register(lambda: pathlib.Path(os.environ["LOADED"]).write_text(" ".join(sys.modules)))
+from tunesmith.cli import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a tiny model, rows and a run. The ``torch`` on its path ends the process at import."""
+
+    folder: Path
+
+    def heavy(self, *words: str) -> set[str]:
+        """The heavy packages in ``sys.modules`` when the verb has ended."""
+        loaded = self.folder / "loaded.txt"
+        environ = os.environ | {"PYTHONPATH": self.path, "LOADED": str(loaded)}
+        command = [sys.executable, "-c", WRITES_ITS_MODULES, *words]
+        done = subprocess.run(command, cwd=self.folder, env=environ, input="", capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return HEAVY & set(loaded.read_text().split())
+
+    @property
+    def path(self) -> str:
+        return os.pathsep.join([str(self.folder / "site"), str(Path(tunesmith.__file__).parents[1])])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    folder = tmp_path_factory.mktemp("start")
+    tiny.write_llama(folder / "model")
+    tiny.write_rows(folder / "rows.jsonl", tiny.conversations(40))
+    package = folder / "site" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise SystemExit('torch was imported')\n")
+    metadata = folder / "site" / "torch-2.13.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n")
+    place = Place(folder)
+    place.heavy(*"train --model model --data rows.jsonl --set loop.steps=2 --out run".split())
+    return place
+
+
+def test_the_planted_torch_is_what_transformers_would_import(place):
+    code = "from transformers import AutoTokenizer"
+    environ = os.environ | {"PYTHONPATH": place.path}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    assert "torch was imported" in done.stderr
+
+    code = "from tunesmith.machine import imports; imports.hide('torch'); " + code
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True)
+
+
+def test_a_verb_loads_what_it_uses_and_no_more(place):
+    excess = {command: place.heavy(*command.split()) - may for command, may in VERBS.items()}
+    assert not any(excess.values()), excess
+
+
+def test_every_verb_is_held_to_what_it_loads():
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert {command.split()[0] for command in VERBS} == verbs and len(verbs) >= 11
