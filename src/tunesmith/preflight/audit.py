@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pydantic import Field, field_validator
 
 from tunesmith import events
 from tunesmith.auditing import comparison, embeddings, survey
@@ -20,37 +22,53 @@ from tunesmith.model import loading
 from tunesmith.preflight.show import BUILT_IN, tokenizer_source
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import configure, listed
+from tunesmith.settings.config import Spec, from_arguments
 from tunesmith.tokens import renderers
+
+
+class AuditOptions(Spec):
+    """What an audit on its own does beside judging the rows."""
+
+    tokenizer: str | None = Field(None, description="mistral-v3 (the default without a model) or a folder")
+    against: tuple[str, ...] = Field((), description="evaluation sets and prompts that no row may repeat")
+    compare: tuple[str, ...] = Field((), description="files to compare the rows with: `Audit.compared`")
+    fix: Path | None = Field(
+        None, strict=False, description="where a corrected copy goes, with a ledger beside it: `Audit.fixed`"
+    )
+    page: Path | None = Field(None, strict=False, description="where an HTML page goes")
+    embed: bool | None = Field(
+        None,
+        description="place prompts by the model's hidden states instead of words; null: if a model is given",
+    )
+    processes: int | None = Field(None, ge=1, description="how many at most; null: one a core")
+
+    @field_validator("against", "compare", mode="before")
+    @classmethod
+    def _several(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
 
 def audit(
     data: str | Path | Sequence[str | Path],
     *,
     model: str | None = None,
-    tokenizer: str | None = None,
-    against: Sequence[str | Path] = (),
     accept: Sequence[str] = (),
-    compare: str | Path | Sequence[str | Path] = (),
-    fix: str | Path | None = None,
-    page: str | Path | None = None,
-    embed: bool | None = None,
-    processes: int | None = None,
     config: Sequence[str | Path] = (),
     preset: str | None = None,
     sets: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
     notify: Sink = events.silent,
+    **options: Any,
 ) -> Audit:
     """Audit the rows: what would ruin a fine-tune on them, each finding with its rows and what to do.
 
-    model: its tokenizer counts tokens and its hidden states place the prompts (embed False: TF-IDF does;
-    True: the model of the settings). tokenizer: ``mistral-v3`` (the default) or a folder. against: evaluation
-    sets and prompts that no row may repeat. accept: findings to let pass. compare: files to compare ``data``
-    with, as `Audit.compared`. fix: where a corrected copy goes, with a ledger beside it, as `Audit.fixed`.
-    page: where an HTML page goes. processes: how many at most (default: one a core). Raises DataError or
+    model: its tokenizer counts tokens and its hidden states place the prompts. accept: findings to let pass.
+    options: the fields of `AuditOptions`, such as ``against``, ``fix`` or ``page``. Raises DataError or
     ConfigError."""
-    named = model or (None if preset or config else tokenizer or BUILT_IN)
-    sets = [*listed(sets), *([f"audit.against={json.dumps(listed(against))}"] if against else [])]
+    chosen = from_arguments(AuditOptions, options)
+    named = model or (None if preset or config else chosen.tokenizer or BUILT_IN)
+    if chosen.against:
+        sets = [*listed(sets), f"audit.against={json.dumps(chosen.against)}"]
     spec = configure(
         model=named,
         data=listed(data),
@@ -60,25 +78,25 @@ def audit(
         accept=accept,
         environ=environ,
     ).spec
-    if fix is not None:
-        fixes.require_free(spec.data.train, Path(fix))
-    if page is not None:
-        pages.check(Path(page))
-    words = tokenizer_source(spec.model, tokenizer)
-    by_hidden_states = embed if embed is not None else model is not None
+    if chosen.fix is not None:
+        fixes.require_free(spec.data.train, chosen.fix)
+    if chosen.page is not None:
+        pages.check(chosen.page)
+    words = tokenizer_source(spec.model, chosen.tokenizer)
+    by_hidden_states = chosen.embed if chosen.embed is not None else model is not None
     embedder = _embedder(spec, words, notify) if by_hidden_states else None
     setup = survey.Setup(spec.data, spec.audit, str(words), spec.template, spec.batch.length)
 
     def survey_of(files: Sequence[str]) -> Audit:
-        return survey.audit(files, setup, embed=embedder, processes=processes, notify=notify)
+        return survey.audit(files, setup, embed=embedder, processes=chosen.processes, notify=notify)
 
     result = survey_of(spec.data.train)
-    if compare:
-        result = replace(result, compared=comparison.compare(result, survey_of(listed(compare))))
-    if fix is not None:
-        result = replace(result, fixed=fixes.fix(spec.data.train, Path(fix), spec.data, result, notify))
-    if page is not None:
-        pages.write(result, Path(page))
+    if chosen.compare:
+        result = replace(result, compared=comparison.compare(result, survey_of(chosen.compare)))
+    if chosen.fix is not None:
+        result = replace(result, fixed=fixes.fix(spec.data.train, chosen.fix, spec.data, result, notify))
+    if chosen.page is not None:
+        pages.write(result, chosen.page)
     return result
 
 

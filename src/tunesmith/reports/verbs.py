@@ -21,7 +21,7 @@ from tunesmith.runs import manifest
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import listed
 from tunesmith.runs.directory import CONFIG, Run
-from tunesmith.settings.config import Resolved, load
+from tunesmith.settings.config import Resolved, from_arguments, load
 from tunesmith.training import story
 
 
@@ -74,8 +74,7 @@ def evaluate(
     fresh: measure again instead of using scores kept from before. options: the fields of
     `evaluation.tasks.EvaluationSpec`, such as ``max_tokens``, ``limit`` or ``benchmarks``. Returns None on
     ranks other than the first of `mlx.launch`."""
-    given = {key: ([*value] if isinstance(value, tuple) else value, key) for key, value in options.items()}
-    spec = load(EvaluationSpec, overrides=given).spec
+    spec = from_arguments(EvaluationSpec, options)
     chosen = [*(listed(tasks) or suite()), *(["benchmarks"] if spec.benchmarks else [])]
     result = evaluation.evaluate(
         Run.open(run),

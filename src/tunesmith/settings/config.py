@@ -176,6 +176,17 @@ def load(
     )
 
 
+def from_arguments(root: type[S], arguments: Mapping[str, object]) -> S:
+    """A spec from the keyword arguments of a function. Raises ConfigError as `load` does."""
+
+    def plain_value(value: Any) -> JSON:
+        if isinstance(value, list | tuple):
+            return [plain_value(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return load(root, overrides={key: (plain_value(value), key) for key, value in arguments.items()}).spec
+
+
 def presets() -> dict[str, Path]:
     """Name → file of the settings that ship with the package, by name."""
     folder = Path(str(resources.files("tunesmith.settings") / "presets"))
