@@ -162,20 +162,25 @@ def headline(found: RunComparison) -> Any:
 # What is held against what
 
 
-def test_a_planted_difference_is_found_with_its_sign_and_the_sentence_says_it(runs):
+def test_a_planted_difference_is_found_with_its_sign_and_the_verdict_says_it(runs):
     found = compared(*runs)
     score = headline(found)
     assert (
         score.delta == pytest.approx(27 / 60) and score.verdict == "improved" and score.sources == (30, 27, 3)
     )
     assert score.delta_low > 0.2 and score.n == 60 and score.test == "McNemar, exact"
-    told = "B (other) is better than A (one) (Tool calls right 61.7 % against 16.7 %, "
-    assert found.verdict.startswith(told + "+45.0 points (95 % interval +")
-    assert (
-        "what the base knew was not compared; safety was not compared" in found.verdict
-        and found.tone == "good"
-    )
-    assert "took 20 s against 20 s and at most 2.00 GB against 2.00 GB" in found.verdict
+    assert found.verdict == "B (other) is better than A (one) at the task" and found.tone == "good"
+    assert [(reason.sign, reason.code) for reason in found.reasons] == [
+        ("?", "retention_not_compared"),
+        ("?", "safety_not_compared"),
+        ("i", "cost"),
+        ("✓", "task_improved"),
+    ]
+    retention, safety, cost, task = (reason.text for reason in found.reasons)
+    head = "Better at the task: Tool calls right 61.7 % against 16.7 %, "
+    assert task.startswith(head + "+45.0 points (95 % interval +")
+    assert (retention, safety) == ("What the base knew was not compared", "Safety was not compared")
+    assert "took 20 s against 20 s and at most 2.00 GB against 2.00 GB" in cost
 
 
 def test_the_order_of_the_runs_flips_every_sign_and_nothing_else(runs):
@@ -186,7 +191,10 @@ def test_the_order_of_the_runs_flips_every_sign_and_nothing_else(runs):
     assert (
         headline(back).verdict == "regressed"
         and back.tone == "warning"
-        and "B (one) is worse than A (other)" in back.verdict
+        and back.verdict == "B (one) is worse than A (other) at the task"
+        and back.reasons[0].text.startswith(
+            "Worse at the task: Tool calls right 16.7 % against 61.7 %, -45.0"
+        )
     )
 
 
@@ -347,7 +355,8 @@ def test_all_numbers_of_a_benchmark_are_compared_as_its_own_statistics_would(tmp
         assert score.value == pytest.approx(right.value) and score.delta == pytest.approx(right.delta)
         assert score.test == right.test
     assert held.note is None and headline(found).name == "acc_norm" and headline(found).verdict == "improved"
-    assert found.verdict.startswith("B (other) is better than A (one) (mmlu_stem, acc_norm ")
+    assert found.verdict == "B (other) is better than A (one) at the task"
+    assert found.reasons[-1].text.startswith("Better at the task: mmlu_stem, acc_norm ")
     assert "B − A" in (page := page_of(found)) and "Tuned − base" not in page
 
 
@@ -359,13 +368,12 @@ def test_numbers_of_another_kind_are_not_ranked(runs, tmp_path):
     assert found.verdict.startswith(
         "Of 2 runs compared with A, 2 are shown to be better; they are not ranked, since no one"
     )
-    assert (
-        all(side.sentence in found.verdict for side in found.sides) and "furthest ahead" not in found.verdict
-    )
+    assert "furthest ahead" not in found.verdict and len(found.reasons) == 2
+    for side, reason in zip(found.sides, found.reasons, strict=True):
+        assert reason.text.startswith(f"{side.verdict} (") and reason.tone == "good"
     evaluated(third, [1.0] * 11 + [0.0] * 49)
-    assert (
-        "they are not ranked" not in (ranked := compared(*runs, third).verdict)
-        and "the furthest ahead: B (other)" in ranked
+    assert "they are not ranked" not in (ranked := compared(*runs, third).verdict) and ranked.endswith(
+        "; the furthest ahead: B (other)"
     )
 
 
@@ -553,8 +561,8 @@ def test_more_comparisons_ask_for_more_evidence(runs, tmp_path):
     assert [side.run.letter for side in found.sides] == ["B", "C"] and found.tests == 2
     assert headline(found).p_corrected == pytest.approx(2 * alone.p) and alone.p_corrected == alone.p
     head = "Of 2 runs compared with A, 1 is shown to be better; "
-    head += "the furthest ahead: B (other) is better than A (one) ("
-    assert found.verdict.startswith(head)
+    assert found.verdict == head + "the furthest ahead: B (other)"
+    assert any(reason.text.startswith("Better at the task: ") for reason in found.reasons)
     swapped = compared(*runs, third, against=third)
     assert [run.name for run in swapped.runs] == ["third", "one", "other"]
 
@@ -637,6 +645,7 @@ def test_the_json_has_all_of_it(runs):
     found = compared(*runs)
     told = json.loads((found.out / MACHINE).read_text(encoding="utf-8"))
     assert told == found.to_json() and told["verdict"] == found.verdict
+    assert [reason["code"] for reason in told["reasons"]] == [reason.code for reason in found.reasons]
     (side,) = told["against"]
     (tool,) = side["compared"]
     assert tool["changes"] == {"improved": 30, "unchanged": 27, "regressed": 3} and len(tool["prompts"]) == 60

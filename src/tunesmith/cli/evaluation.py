@@ -121,7 +121,7 @@ def compare(
     if as_json:
         print_json(comparison.to_json())
     else:
-        typer.echo(comparison.verdict)
+        typer.echo("\n".join(comparison.lines))
         typer.echo(f"page: {out / 'compare.html'}")
 
 

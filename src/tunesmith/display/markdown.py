@@ -33,3 +33,9 @@ def cell(value: Any) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     lines = [head, ["---"] * len(head), *([cell(value) for value in row] for row in rows)]
     return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def verdict(lines: Sequence[str]) -> list[str]:
+    """The verdict, which is the first line, then its reasons as a list."""
+    line, *reasons = lines
+    return [f"**{cell(line)}**", *([""] if reasons else []), *(f"- {cell(reason)}" for reason in reasons)]

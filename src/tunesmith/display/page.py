@@ -48,7 +48,7 @@ def render(
     data: what the page's script reads as ``data``. verb: the command that made it. tone: how the verdict
     looks (good, warning, error or note). filters, facts: what the template names, beyond the filters ``line``
     (one line of so many letters), ``percent``, ``duration``, ``size``, ``many`` and ``coded``."""
-    folders = {"base.html": "tunesmith.display"}
+    folders = {"base.html": "tunesmith.display", "reasons.html": "tunesmith.display"}
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,

@@ -20,12 +20,11 @@ import yaml
 
 from tunesmith.data.sources import sha256
 from tunesmith.display.console import duration, size
-from tunesmith.display.markdown import cell, fence, table
+from tunesmith.display.markdown import cell, fence, table, verdict
 from tunesmith.display.text import escaped, many
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.tasks import about
 from tunesmith.files import write_text
-from tunesmith.reports import markdown
 from tunesmith.reports.facts import AuditSummary, Facts
 from tunesmith.reports.measures import Measure, answer, identifier, interval, label
 from tunesmith.reports.summary import Summary
@@ -69,7 +68,7 @@ def write(summary: Summary) -> Path:
 def text(summary: Summary) -> str:
     """Metadata and text of the card; the same for the same run directory."""
     base = _base(summary.facts)
-    body = [f"# {cell(summary.facts.run.name)}", "", *markdown.verdict(summary), ""]
+    body = [f"# {cell(summary.facts.run.name)}", "", *verdict(summary.lines), ""]
     for title, section in _sections(summary, base):
         body += [f"## {title}", "", *section, ""]
     return f"---\n{_data(summary, base).to_yaml()}\n---\n\n" + escaped("\n".join(body))

@@ -27,8 +27,9 @@ from tunesmith.evaluation.statistics import judge
 from tunesmith.evaluation.tasks import about
 from tunesmith.events import Notice, Sink, StepDone, Validated, silent
 from tunesmith.reports.facts import loss_unit, only, read_log, settings, trailing
-from tunesmith.reports.measures import interval, title
+from tunesmith.reports.measures import identifier, interval, title
 from tunesmith.reports.summary import Summary, ship, summarise
+from tunesmith.reports.verdict import TONES, Reason, Tone
 from tunesmith.runs.directory import EVALS, ORIGIN, VALID, Run
 from tunesmith.runs.records import Record, Score
 from tunesmith.settings.config import flat
@@ -88,12 +89,13 @@ class Uncompared(NamedTuple):
 
 @dataclass(frozen=True)
 class RunAgainstFirst:
-    """One run compared with the first."""
+    """One run compared with the first. ``verdict``: one line. ``reasons``: what is worse first."""
 
     run: ComparedRun
     pairs: list[PairedRecords]
     uncompared: list[Uncompared]
-    sentence: str
+    verdict: str
+    reasons: tuple[Reason, ...]
 
     @property
     def outcome(self) -> Outcome:
@@ -110,16 +112,23 @@ class RunAgainstFirst:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """``runs``: the one with which the others are compared is first. ``tone``: good, warning or note.
-    ``out``: the folder of its files."""
+    """``verdict``: one line. ``reasons``: of the other run, or of several one for each. ``tone``: good,
+    warning or note. ``runs``: the one with which the others are compared is first. ``out``: the folder of its
+    files."""
 
     verdict: str
-    tone: str
+    reasons: tuple[Reason, ...]
+    tone: Tone
     runs: list[ComparedRun]
     settings: list[DifferingRow]
     others: list[DifferingRow]
     sides: list[RunAgainstFirst]
     out: Path
+
+    @property
+    def lines(self) -> list[str]:
+        """The verdict, then its reasons."""
+        return [self.verdict, *(reason.line for reason in self.reasons)]
 
     @property
     def tests(self) -> int:
@@ -136,6 +145,7 @@ class RunComparison:
         content = {
             "generator": MARK,
             "verdict": self.verdict,
+            "reasons": [asdict(reason) for reason in self.reasons],
             "tests": self.tests,
             "runs": [_run_content(run) for run in self.runs],
             "against": [_side_content(side) for side in self.sides],
@@ -186,7 +196,8 @@ def _side_content(side: RunAgainstFirst) -> dict[str, Any]:
     return {
         "run": side.run.letter,
         "outcome": side.outcome,
-        "sentence": side.sentence,
+        "verdict": side.verdict,
+        "reasons": [asdict(reason) for reason in side.reasons],
         "compared": compared,
         "not_compared": [uncompared._asdict() for uncompared in side.uncompared],
     }
@@ -218,9 +229,13 @@ def compare(
         for pair in pairs:
             if pair.note:
                 notify(Notice(pair.note, level="warning"))
-        sides.append(RunAgainstFirst(run, pairs, uncompared, _sentence(first, run, pairs, tests)))
-    verdict, tone = _verdict(first, sides)
-    return RunComparison(verdict, tone, runs, _settings(runs), _others(runs), sides, out)
+        reasons = sorted(_reasons(first, run, pairs, tests), key=lambda reason: TONES.index(reason.tone))
+        sides.append(RunAgainstFirst(run, pairs, uncompared, _outcome(first, run, pairs), tuple(reasons)))
+    verdict, spoken = _verdict(first, sides)
+    reasons = spoken[0].reasons if len(spoken) == 1 else tuple(_in_short(side, tests) for side in spoken)
+    return RunComparison(
+        verdict, reasons, _tone(sides, spoken), runs, _settings(runs), _others(runs), sides, out
+    )
 
 
 def _runs(run_dirs: Sequence[Path], against: Path | None, notify: Sink) -> list[ComparedRun]:
@@ -345,51 +360,73 @@ def _uncompared(first: ComparedRun, run: ComparedRun, unpaired: UnpairedRecord) 
 # The verdict
 
 
-def _sentence(first: ComparedRun, run: ComparedRun, pairs: Sequence[PairedRecords], tests: int) -> str:
-    """How ``run`` does compared with ``first``: at the task, at all else, and what it costs."""
+def _outcome(first: ComparedRun, run: ComparedRun, pairs: Sequence[PairedRecords]) -> str:
+    """How ``run`` does compared with ``first``, in one line: at the task, and at what else."""
     leading = lead(pairs)
-    score = leading and leading[1]
-    if score is None:
+    if leading is None:
         which = "it" if pairs else "both"
-        text = f"whether {run} or {first} is better at the task is not known, "
-        text += f"since no evaluation of {which} can be compared"
+        line = f"Whether {run} or {first} is better at the task is not known, "
+        line += f"since no evaluation of {which} can be compared"
     else:
-        text = _leading_clause(first, run, score, tests)
-    rest = [
-        other
-        for pair in pairs
-        for other in pair.scores
-        if other.headline and other.part is None and other is not score
-    ]
+        none = f"No difference is shown between {run} and {first} at the task"
+        line = {
+            "improved": f"{run} is better than {first} at the task",
+            "regressed": f"{run} is worse than {first} at the task",
+        }.get(leading[1].verdict or "", none)
     for verdict in ("improved", "regressed"):
-        changes = [
-            f"{title(other)} {words.number(other.delta, other.unit, signed=True)}"
-            for other in rest
-            if other.verdict == verdict
-        ]
-        if changes:
-            also = "also " if verdict == "improved" and leading else ""
-            text += f"; {also}{SAID[verdict]}: {', '.join(changes)}"
-    for question, what in (("retention", "what the base knew"), ("safety", "safety")):
-        verdicts = [other.verdict for other in rest if about(other.task).question == question]
+        titles = [title(score) for score in _others_judged(pairs) if score.verdict == verdict]
+        line += f"; {SAID[verdict]}: {', '.join(titles)}" if titles else ""
+    return line
+
+
+def _others_judged(pairs: Sequence[PairedRecords]) -> list[Score]:
+    """The headlines but the leading one."""
+    leading = lead(pairs)
+    return [
+        score
+        for pair in pairs
+        for score in pair.scores
+        if score.headline and score.part is None and not (leading and score is leading[1])
+    ]
+
+
+def _reasons(
+    first: ComparedRun, run: ComparedRun, pairs: Sequence[PairedRecords], tests: int
+) -> Iterator[Reason]:
+    """The numbers behind `_outcome`, what was not compared, and what ``run`` costs."""
+    if leading := lead(pairs):
+        yield _reason("task", " at the task", leading[1], tests)
+    others = _others_judged(pairs)
+    for score in others:
+        if score.verdict in ("improved", "regressed"):
+            yield _reason(score.task, "", score, tests)
+    for question, name in (("retention", "What the base knew"), ("safety", "Safety")):
+        verdicts = [score.verdict for score in others if about(score.task).question == question]
         if not verdicts:
-            text += f"; {what} was not compared"
+            yield Reason(f"{question}_not_compared", "warning", f"{name} was not compared")
         elif not {"improved", "regressed"} & set(verdicts):
-            text += f"; {what}: {'no difference shown' if any(verdicts) else 'not judged'}"
-    return f"{text}; {_cost(first, run)}."
+            text = f"{name}: {'no difference shown' if any(verdicts) else 'not judged'}"
+            yield Reason(f"{question}_not_shown", "note", text)
+    yield Reason("cost", "note", _cost(first, run))
 
 
-def _leading_clause(first: ComparedRun, run: ComparedRun, score: Score, tests: int) -> str:
+def _reason(code: str, place: str, score: Score, tests: int) -> Reason:
+    tones: dict[str, Tone] = {"improved": "good", "regressed": "error"}
+    verdict = score.verdict or ""
+    text = f"{SAID.get(verdict, 'no difference shown').capitalize()}{place}: {_numbers(score, tests)}"
+    return Reason(
+        f"{code}_{verdict.replace(' ', '_')}", tones.get(verdict, "note"), text, "", (identifier(score),)
+    )
+
+
+def _numbers(score: Score, tests: int) -> str:
     values = " against ".join(words.number(value, score.unit) for value in (score.value, score.base))
     change = interval(score, of="delta").replace("(", "(95 % interval ")
     numbers = f"{title(score)} {values}, {change} on the same {many(score.n, 'row')}"
     if score.p_corrected is not None:
         numbers += f", p {probability(score.p_corrected)}"
         numbers += f", corrected for {tests} comparisons" if tests > 1 else ""
-    outcome = {"improved": f"{run} is better than {first}", "regressed": f"{run} is worse than {first}"}
-    return (
-        f"{outcome.get(score.verdict or '', f'no difference is shown between {run} and {first}')} ({numbers})"
-    )
+    return numbers
 
 
 def _cost(first: ComparedRun, run: ComparedRun) -> str:
@@ -400,35 +437,40 @@ def _cost(first: ComparedRun, run: ComparedRun) -> str:
     peaks = [each.summary.facts.memory_peak.get("peak", 0) for each in (run, first)]
     if all(peaks):
         clauses.append(f"at most {size(peaks[0])} against {size(peaks[1])}")
-    return " and ".join(clauses) or "what it costs is not recorded"
+    text = " and ".join(clauses) or "what it costs is not recorded"
+    return text[0].upper() + text[1:]
 
 
-def _verdict(first: ComparedRun, sides: Sequence[RunAgainstFirst]) -> tuple[str, str]:
-    """One sentence about all runs, and its tone."""
+def _verdict(first: ComparedRun, sides: Sequence[RunAgainstFirst]) -> tuple[str, Sequence[RunAgainstFirst]]:
+    """One line about all runs, and the runs that it speaks of."""
     leads = [lead(side.pairs) for side in sides]
     count = sum(side.outcome == "better" for side in sides)
     # Only one number, of the same prompts, ranks: a share cannot be compared with a perplexity.
     kinds = {(pair.second.identity, score.task, score.name) for pair, score in filter(None, leads)}
-    ranked = len(kinds) == 1
     order = [(side.outcome == "better", _gain(leading)) for side, leading in zip(sides, leads, strict=True)]
     best = sides[max(range(len(sides)), key=lambda index: order[index])]
-    spoken = [best] if ranked or len(sides) == 1 else sides
-    worse = any(
-        score.headline and score.part is None and score.verdict == "regressed"
-        for side in spoken
-        for pair in side.pairs
-        for score in pair.scores
-    )
-    tone = "warning" if worse else "good" if count else "note"
     if len(sides) == 1:
-        return best.sentence[0].upper() + best.sentence[1:], tone
+        return best.verdict, sides
     better = f"{count or 'none'} {'is' if count < 2 else 'are'} shown to be better"
     head = f"Of {len(sides)} runs compared with {first.letter}, {better}; "
-    if ranked:
-        head += "the furthest ahead: " if count else f"{best.run.letter} comes nearest: "
-    else:
-        head += "they are not ranked, since no one number is compared in all: "
-    return head + " ".join(side.sentence for side in spoken), tone
+    if len(kinds) == 1:
+        return head + (f"the furthest ahead: {best.run}" if count else f"{best.run} comes nearest"), [best]
+    return head + "they are not ranked, since no one number is compared in all", sides
+
+
+def _tone(sides: Sequence[RunAgainstFirst], spoken: Sequence[RunAgainstFirst]) -> Tone:
+    if any(reason.tone == "error" for side in spoken for reason in side.reasons):
+        return "warning"
+    return "good" if any(side.outcome == "better" for side in sides) else "note"
+
+
+def _in_short(side: RunAgainstFirst, tests: int) -> Reason:
+    """A run of several in one line, with the number that decides."""
+    tones: dict[str, Tone] = {"better": "good", "worse": "error", "unknown": "warning"}
+    leading = lead(side.pairs)
+    numbers = f" ({_numbers(leading[1], tests)})" if leading else ""
+    text = side.verdict + numbers
+    return Reason(f"{side.run.letter}_{side.outcome}", tones.get(side.outcome, "note"), text)
 
 
 def _gain(leading: tuple[PairedRecords, Score] | None) -> float:

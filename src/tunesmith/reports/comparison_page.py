@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from tunesmith.display import charts, words
 from tunesmith.display.console import duration, size
-from tunesmith.display.markdown import cell, fence, table
+from tunesmith.display.markdown import cell, fence, table, verdict
 from tunesmith.errors import ConfigError
 from tunesmith.evaluation.pairing import PairedExample, PairedRecords
 from tunesmith.files import write_text
@@ -109,7 +109,8 @@ def html(comparison: RunComparison) -> str:
     sides = [
         {
             "letter": side.run.letter,
-            "sentence": side.sentence,
+            "verdict": side.verdict,
+            "reasons": side.reasons,
             "forest": _forest(first, side),
             "tasks": [_task(pair) for pair in side.pairs],
             "uncompared": side.uncompared,
@@ -127,6 +128,7 @@ def html(comparison: RunComparison) -> str:
         verb="compare",
         tone=comparison.tone,
         verdict=comparison.verdict,
+        reasons=comparison.reasons,
         tests=comparison.tests,
         runs=comparison.runs,
         costs=_costs(comparison.runs),
@@ -282,7 +284,7 @@ def _forest(first: str, side: RunAgainstFirst) -> Markup:
 
 def markdown(comparison: RunComparison) -> str:
     """The same for a terminal, a pull request or a reader without a browser."""
-    lines = [f"<!-- {MARK} -->", "", "# Runs compared", "", f"**{cell(comparison.verdict)}**", ""]
+    lines = [f"<!-- {MARK} -->", "", "# Runs compared", "", *verdict(comparison.lines), ""]
     for head, section in _sections(comparison):
         lines += [f"## {head}", "", *section, ""]
     return "\n".join(lines) + "\n"
@@ -295,7 +297,9 @@ def _sections(comparison: RunComparison) -> Iterator[tuple[str, list[str]]]:
     lead = f"The others are compared with {letters[0]}."
     yield "Runs", [lead, "", *table(["", *letters], [names, *costs])]
     for side in comparison.sides:
-        yield f"{side.run.letter} against {letters[0]}", list(_side(letters[0], side))
+        lines = [side.verdict, *(reason.line for reason in side.reasons)]
+        head = [*verdict(lines), ""] if len(comparison.sides) > 1 else []
+        yield f"{side.run.letter} against {letters[0]}", [*head, *_side(letters[0], side)]
     differing = (("Settings that differ", comparison.settings), ("What else differs", comparison.others))
     for head, rows in differing:
         cells = ([row.key, *_values(row)] for row in rows)
@@ -307,7 +311,6 @@ def _sections(comparison: RunComparison) -> Iterator[tuple[str, list[str]]]:
 
 def _side(first: str, side: RunAgainstFirst) -> Iterator[str]:
     letter = side.run.letter
-    yield from [cell(side.sentence[0].upper() + side.sentence[1:]), ""]
     rows = [
         [
             label(score),

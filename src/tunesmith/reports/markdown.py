@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tunesmith.display.console import duration, size
-from tunesmith.display.markdown import cell, fence, table
+from tunesmith.display.markdown import cell, fence, table, verdict
 from tunesmith.errors import SHOWN
 from tunesmith.evaluation.tasks import QUESTIONS
 from tunesmith.reports import glossary
@@ -32,16 +32,10 @@ class ReportSection(NamedTuple):
 
 def text(summary: Summary) -> str:
     """The whole report."""
-    lines = [f"# {cell(summary.facts.run.name)}", "", *verdict(summary), ""]
+    lines = [f"# {cell(summary.facts.run.name)}", "", *verdict(summary.lines), ""]
     for section in _sections(summary):
         lines += [f"## {section.title}", "", *section.lines, ""]
     return "\n".join(lines) + "\n"
-
-
-def verdict(summary: Summary) -> list[str]:
-    """The verdict in one line, then the reasons."""
-    line, *reasons = summary.lines
-    return [f"**{cell(line)}**", *([""] if reasons else []), *(f"- {cell(reason)}" for reason in reasons)]
 
 
 def _sections(summary: Summary) -> Iterator[ReportSection]:

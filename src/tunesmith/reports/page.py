@@ -149,6 +149,7 @@ def html(summary: Summary, log: Sequence[events.Event]) -> str:
         verb="report",
         tone=summary.tone,
         summary=summary,
+        reasons=summary.judgement.reasons,
         run=facts,
         model=Path(str(facts.settings.get("model.path"))).name,
         sections=[(anchor, TITLES[anchor]) for anchor in TITLES if present.get(anchor)],
