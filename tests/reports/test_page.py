@@ -1022,11 +1022,13 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(run):
 def test_the_verdict_is_read_from_a_report_that_is_newer_than_the_run(run):
     reports.write(run)
     assert reports.verdict_line(run) == told(run)["verdict"]
-    (run / "report.json").write_text(json.dumps({"verdict": "as it is written"}))
-    assert reports.verdict_line(run) == "as it is written"
+    (run / "report.json").write_text(json.dumps({"verdict": "as it is written", "reasons": []}))
+    assert reports.verdict_lines(run) == ["as it is written"]
+    (run / "report.json").write_text(json.dumps({"verdict": "of 0.1.0, which wrote no reasons"}))
+    assert reports.verdict_line(run).startswith("After 6 of 6 updates")
     (run / "report.json").write_text("{")
     assert reports.verdict_line(run).startswith("After 6 of 6 updates")
-    (run / "report.json").write_text(json.dumps({"verdict": "as it is written"}))
+    (run / "report.json").write_text(json.dumps({"verdict": "as it is written", "reasons": []}))
     evaluate(run, GOOD)
     assert reports.verdict_line(run).startswith("Fit to ship")
 

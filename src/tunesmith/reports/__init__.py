@@ -64,7 +64,8 @@ def verdict_line(run_dir: Path) -> str:
 def verdict_lines(run_dir: Path) -> list[str]:
     """The verdict's line, then its reasons, those against shipping first.
 
-    They are those of report.json if that is newer than all it was made from."""
+    They are those of report.json if that is newer than all it was made from and has reasons (0.1.0 wrote
+    none)."""
     made = run_dir / MACHINE
     sources = [run_dir / EVENTS, run_dir / MANIFEST, run_dir / CHECKPOINTS, run_dir / EVALS]
     sources += [*(run_dir / EVALS).glob("*"), *(run_dir / EVALS).glob("*/*")]
@@ -72,7 +73,7 @@ def verdict_lines(run_dir: Path) -> list[str]:
     try:
         if made.stat().st_mtime_ns > max(times, default=0):
             content = json.loads(made.read_text(encoding="utf-8"))
-            return [content["verdict"], *(Reason(**reason).line for reason in content.get("reasons", ()))]
+            return [content["verdict"], *(Reason(**reason).line for reason in content["reasons"])]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # there is none, or it cannot be read
     return summarise(run_dir).lines
