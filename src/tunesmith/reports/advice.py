@@ -270,14 +270,13 @@ def _data(facts: Facts) -> Iterator[Advice]:
         if finding.severity == "error" or finding.accepted or contaminated:
             why = f"{finding.rule}: {finding.what}"
             yield Advice("the audit found a problem", why, finding.hint or "see tunesmith audit")
-    rows = facts.rows or {}
-    for key, rule, do in (
+    for name, rule, do in (
         ("suspicious", "rows do not fit the others", "read them first: labels or answers may be wrong"),
         ("never_learned", "rows were never learned", "read them: they may contradict others"),
         ("memorised", "rows were memorised", "fewer epochs, if they are meant to teach a rule"),
     ):
-        if listed := rows.get(key):
-            why = f"{len(listed):,} of {rows['rows']:,}, first {listed[0]['source']}"
+        if facts.rows and (members := facts.rows.of(name)):
+            why = f"{len(members):,} of {facts.rows.rows:,}, first {members[0].source}"
             yield Advice(rule, why, do)
 
 

@@ -20,11 +20,11 @@ import yaml
 from tunesmith import events
 from tunesmith.errors import SHOWN, EvaluationError
 from tunesmith.reports.measures import Measure
+from tunesmith.reports.row_losses import RowClasses, classify
 from tunesmith.runs import records
 from tunesmith.runs.directory import AUDIT, CHECKPOINTS, CONFIG, DROPPED, EVENTS, MANIFEST, ORIGIN, PLAN
 from tunesmith.runs.records import Record
 from tunesmith.settings.config import flat
-from tunesmith.training import instruments
 
 Kind = TypeVar("Kind", bound=events.Event)
 LOSS_UNIT = "nats a learned token"
@@ -181,9 +181,8 @@ class CheckpointIndex:
 
 @dataclass(frozen=True)
 class Facts:
-    """``origins``: where each setting that is not a default was given. ``rows``: classes of training rows by
-    the course of their losses (`training.instruments.rows`). ``unread``: evaluations that could not be
-    read."""
+    """``origins``: where each setting that is not a default was given. ``unread``: evaluations that could
+    not be read."""
 
     run: Path
     status: str = "unfinished"
@@ -202,7 +201,7 @@ class Facts:
     padding: float | None = None
     watched: tuple[WatchedMeans, ...] = ()
     gradients: ModuleSpreads = ModuleSpreads()
-    rows: Mapping[str, Any] | None = None
+    rows: RowClasses | None = None
     memory_peak: Mapping[str, int] = field(default_factory=dict)
     audit: AuditSummary | None = None
     notices: tuple[GroupedNotice, ...] = ()
@@ -272,7 +271,7 @@ def read(run_dir: Path, log: Sequence[events.Event]) -> Facts:
         padding=_padding(steps),
         watched=tuple(_watched(steps)),
         gradients=_gradients(log),
-        rows=instruments.rows(log) if only(log, events.RowLosses) else None,
+        rows=classify(log) if only(log, events.RowLosses) else None,
         memory_peak={
             name: max(step.memory[name] for step in steps if name in step.memory)
             for name in dict.fromkeys(name for step in steps for name in step.memory)

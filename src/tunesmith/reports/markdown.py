@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tunesmith.display.console import duration, size
 from tunesmith.display.markdown import cell, fence, table, verdict
@@ -15,6 +15,7 @@ from tunesmith.reports import glossary
 from tunesmith.reports.facts import AuditSummary, Facts, GroupedNotice, PromptSamples
 from tunesmith.reports.figures import CURVES, PICTURE
 from tunesmith.reports.measures import Measure, answer, elsewhere, interval, label, met, reached, subset
+from tunesmith.reports.row_losses import RowClasses
 from tunesmith.reports.summary import Summary
 from tunesmith.runs.directory import CONFIG, DROPPED
 from tunesmith.settings.config import flat
@@ -199,19 +200,15 @@ def _made(summary: Summary) -> Iterator[ReportSection]:
     yield ReportSection("How to repeat it", fence("\n".join(facts.reproduce), "sh"))
 
 
-def _rows(rows: Mapping[str, Any]) -> list[str]:
-    lines = [f"{rows['rows']:,} rows over {rows['epochs']} epochs. {rows['note']}".rstrip()]
-    for name, definition in rows["definitions"].items():
-        members = rows[name]
+def _rows(rows: RowClasses) -> list[str]:
+    lines = [f"{rows.rows:,} rows over {rows.epochs} epochs. {rows.note}".rstrip()]
+    for name, definition in rows.definitions.items():
+        members = rows.of(name)
         first = f", the first {ROWS}" if len(members) > ROWS else ""
         lines += ["", f"**{name.replace('_', ' ')}** ({definition}): {len(members):,}{first}", ""]
         if members:
             cells = [
-                (
-                    row["source"],
-                    " → ".join(f"{loss:.3g}" for loss in row["losses"] if loss is not None),
-                    row["units"],
-                )
+                (row.source, " → ".join(f"{loss:.3g}" for loss in row.losses if loss is not None), row.units)
                 for row in members[:ROWS]
             ]
             lines += table(("row", "loss by epoch", "learned tokens"), cells)

@@ -171,7 +171,7 @@ def _facts_content(facts: Facts) -> dict[str, Any]:
         "padding": facts.padding,
         "watched": [{"to_step": watched.to_step, **watched.means} for watched in facts.watched],
         "gradients": asdict(facts.gradients),
-        "rows": facts.rows,
+        "rows": facts.rows and asdict(facts.rows),
         "memory_peak": facts.memory_peak,
         "audit": facts.audit and asdict(facts.audit),
         "notices": [asdict(notice) for notice in facts.notices],
