@@ -21,15 +21,13 @@ TEMPLATE = {"transformers", "tokenizers", "sentencepiece", "jinja2", "huggingfac
 """A tokenizer of Hugging Face with its chat template."""
 MODEL = TEMPLATE | {"mlx_lm"}
 """mlx-lm imports transformers itself."""
-AUDIT = set(
-    "py3langid pygarble ftfy rapidfuzz rensa scipy scipy.stats jsonschema sklearn joblib narwhals".split()
-)
-PANDAS = {"pandas", "pyarrow"}
-"""scikit-learn imports pandas wherever it is installed."""
+AUDIT = {"py3langid", "pygarble", "ftfy", "rapidfuzz", "rensa", "scipy", "jsonschema"}
+MAP = {"sklearn", "joblib", "scipy.stats", "narwhals", "pandas", "pyarrow"}
+"""For the t-SNE of the map of prompts, which training does not draw."""
 REPORT = {"jinja2", "matplotlib"}
 CARD = {"huggingface_hub"}
 TASKS = {"scipy", "scipy.stats", "sacrebleu", "rapidfuzz", "pygarble"}
-HEAVY = SETTINGS | MISTRAL | MODEL | AUDIT | PANDAS | REPORT | CARD | TASKS
+HEAVY = SETTINGS | MISTRAL | MODEL | AUDIT | MAP | REPORT | CARD | TASKS
 HEAVY |= {"torch", "plotext", "datasets", "lm_eval", "gguf", "numba"}
 
 VERBS = {
@@ -38,10 +36,10 @@ VERBS = {
     "doctor": SETTINGS | MODEL,
     "show rows.jsonl": SETTINGS | MISTRAL,
     "show rows.jsonl --model model": SETTINGS | TEMPLATE,
-    "audit rows.jsonl --accept diversity": SETTINGS | MISTRAL | AUDIT | PANDAS | {"jinja2"},
-    "train --dry-run --model model --data rows.jsonl": SETTINGS | MODEL | AUDIT | PANDAS,
+    "audit rows.jsonl --accept diversity": SETTINGS | MISTRAL | AUDIT | MAP | {"jinja2"},
+    "train --dry-run --model model --data rows.jsonl": SETTINGS | MODEL | AUDIT,
     "train --model model --data rows.jsonl --out other --set loop.steps=2": (
-        SETTINGS | MODEL | AUDIT | PANDAS | REPORT
+        SETTINGS | MODEL | AUDIT | REPORT
     ),
     "watch run --once": SETTINGS | {"plotext", "jinja2"},
     "evaluate run --limit 4 --max-tokens 4": SETTINGS | MODEL | REPORT | TASKS,

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tunesmith.auditing import features
 from tunesmith.auditing.views import Survey, View
 from tunesmith.checks.content import masked
 
@@ -63,18 +65,20 @@ def subject(view: View) -> str | None:
 
 def of(survey: Survey) -> list[PromptCluster | None]:
     """The cluster of each row, None if `Diversity` kept no prompt. Computed once per survey; fills
-    ``charts["map"]``."""
+    ``charts["map"]`` if charts are wanted."""
     if "clusters" not in survey.kept:
         trigrams = survey.kept["diversity"]
         rows = [row for row in survey.training if trigrams[row] is not None and trigrams[row].subject]
         groups: list[PromptCluster | None] = [None] * len(survey)
         if rows:
-            clustering = clusters(
-                [trigrams[row].subject for row in rows], survey.context.embed if survey.context else None
-            )
+            context = survey.context
+            mapped = context is None or context.charts
+            prompts = [trigrams[row].subject for row in rows]
+            clustering = clusters(prompts, context.embed if context else None, mapped=mapped)
             for row, label in zip(rows, clustering.labels, strict=True):
                 groups[row] = clustering.groups[label]
-            survey.charts["map"] = _chart(clustering, rows, survey)
+            if mapped:
+                survey.charts["map"] = _chart(clustering, rows, survey)
         survey.kept["clusters"] = groups
     return survey.kept["clusters"]
 
@@ -94,27 +98,26 @@ def _chart(clustering: Clustering, rows: Sequence[int], survey: Survey) -> dict[
 
 
 def clusters(
-    prompts: Sequence[str], embed: Callable[[Sequence[str]], np.ndarray] | None = None
+    prompts: Sequence[str], embed: Callable[[Sequence[str]], np.ndarray] | None = None, *, mapped: bool = True
 ) -> Clustering:
     """Clusters of one prompt or more, the same on each call. ``embed``: (n, width) features, instead of
-    TF-IDF."""
-    from sklearn.preprocessing import normalize
-    from sklearn.utils.extmath import randomized_svd
+    TF-IDF. mapped: also place them on the map."""
     from threadpoolctl import threadpool_limits
 
     texts = [prompt[:LETTERS] for prompt in prompts]
     weights, terms = _tfidf(texts)
     if embed is None or len(set(texts)) == 1:  # differences of states do not show what all prompts share
-        unit, least, source = weights, ALIKE_WORDS, "TF-IDF of words"
+        vectors, least, source = weights, ALIKE_WORDS, "TF-IDF of words"
     else:
-        unit, least, source = _states(texts, embed), ALIKE_STATES, "mean hidden states of the model"
+        vectors, least, source = _states(texts, embed), ALIKE_STATES, "mean hidden states of the model"
     with threadpool_limits(1):  # sums over threads have no fixed order, and t-SNE amplifies the last digit
-        left, sizes, _ = randomized_svd(unit, min(DIMENSIONS, *unit.shape), random_state=0)
-        features = np.round(np.asarray(normalize(left * sizes)), 6) + 0.0  # equal texts are equal points
-        labels = _merged(_kmeans(features), unit, least)
-        shown = np.linspace(0, len(texts) - 1, min(len(texts), MAPPED)).astype(int)
-        points, drawn = _points(features[shown])
-    alike = np.square(_means(unit, labels)).sum(axis=1)
+        coordinates = features.unit(features.reduced(vectors, min(DIMENSIONS, *vectors.shape)))
+        coordinates = np.round(coordinates, 6) + 0.0  # equal texts are equal points
+        many = min(usual(len(coordinates)), len(np.unique(coordinates, axis=0)))
+        labels = _merged(features.kmeans(coordinates, many), vectors, least)
+        shown = np.linspace(0, len(texts) - 1, min(len(texts), MAPPED) if mapped else 0).astype(int)
+        points, drawn = _points(coordinates[shown]) if mapped else (np.zeros((0, 2)), "not drawn")
+    alike = np.square(_means(vectors, labels)).sum(axis=1)
     names = _names(_means(weights, labels), weights, terms)
     groups: list[PromptCluster] = []
     for name, likeness in zip(names, alike, strict=True):
@@ -131,8 +134,6 @@ def usual(rows: int) -> int:
 def words(text: str) -> list[str]:
     """In lower case, without English stop words where others are left; of scripts without spaces, pairs of
     letters."""
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-
     parts: list[str] = []
     for word in _WORD.findall(text.lower()):
         parts += (
@@ -140,46 +141,35 @@ def words(text: str) -> list[str]:
             if UNSPACED_LETTER.match(word)
             else [word]
         )
-    return [word for word in parts if word not in ENGLISH_STOP_WORDS and len(word) > 1] or parts
+    return [word for word in parts if word not in features.STOP_WORDS and len(word) > 1] or parts
 
 
 def _tfidf(texts: Iterable[str]) -> tuple[Any, list[str]]:
     """Sparse rows of length 1, or 0 where no word is known, and the words: those in two texts or more, if
     there are any."""
-    from sklearn.feature_extraction import DictVectorizer
-    from sklearn.feature_extraction.text import TfidfTransformer
+    from scipy.sparse import csr_array
 
-    words_of = [words(text) for text in texts]
-    vectorizer = DictVectorizer()
-    counts: Any = vectorizer.fit([{"": 0}, *map(Counter, words_of)]).transform(
-        map(Counter, words_of)
-    )  # one column at least
-    terms = np.array(vectorizer.feature_names_)
-    often = np.bincount(counts.indices, minlength=len(terms)) > 1
+    counts_of = [Counter(words(text)) for text in texts]
+    names = sorted({"", *chain.from_iterable(counts_of)})  # one column at least
+    columns = {name: column for column, name in enumerate(names)}
+    places = [columns[word] for counts in counts_of for word in counts]
+    numbers = [float(count) for counts in counts_of for count in counts.values()]
+    starts = np.cumsum([0, *map(len, counts_of)])
+    counts: Any = csr_array((numbers, places, starts), shape=(len(counts_of), len(names)))
+    often = np.bincount(counts.indices, minlength=len(names)) > 1
     if often.any():
-        counts, terms = counts[:, often], terms[often]
-    return TfidfTransformer(sublinear_tf=True).fit_transform(counts), list(map(str, terms))
+        counts, names = counts[:, often], list(compress(names, often))
+    return features.tfidf(counts), names
 
 
 def _states(texts: Sequence[str], embed: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
     """What ``embed`` returns for each text, as rows of length 1 or 0. Dimensions are standardised: of hidden
     states a few are a hundred times as large as others, and say little."""
-    from sklearn.preprocessing import normalize
-
     places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     states = np.asarray(embed(list(places)), dtype=np.float64)[[places[text] for text in texts]]
     spread = states.std(axis=0)
     spread[spread <= 1e-6 * np.abs(states).max()] = 1.0
-    return np.asarray(normalize((states - states.mean(axis=0)) / spread))
-
-
-def _kmeans(features: np.ndarray) -> np.ndarray:
-    """(n,) labels of the `usual` number of clusters, never more than there are different points."""
-    from sklearn.cluster import KMeans
-
-    many = min(usual(len(features)), len(np.unique(features, axis=0)))
-    starts: Any = 3
-    return KMeans(many, n_init=starts, random_state=0).fit_predict(features)
+    return features.unit((states - states.mean(axis=0)) / spread)
 
 
 def _means(unit: Any, labels: np.ndarray) -> np.ndarray:
@@ -219,16 +209,16 @@ def _names(means: np.ndarray, weights: Any, terms: Sequence[str]) -> list[str]:
     return names
 
 
-def _points(features: np.ndarray) -> tuple[np.ndarray, str]:
+def _points(coordinates: np.ndarray) -> tuple[np.ndarray, str]:
     """(n, 2), by t-SNE; by principal components if there are few different points."""
-    from sklearn.manifold import TSNE
-
-    if features.shape[1] < 2 or len(np.unique(features, axis=0)) < FEW:
-        centred = features - features.mean(axis=0)
+    if coordinates.shape[1] < 2 or len(np.unique(coordinates, axis=0)) < FEW:
+        centred = coordinates - coordinates.mean(axis=0)
         left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
         flat = (left * sizes)[:, :2]
         return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1]))), "two principal components"
-    perplexity = min(30, (len(features) - 1) // 3)
+    from sklearn.manifold import TSNE  # a second to import
+
+    perplexity = min(30, (len(coordinates) - 1) // 3)
     return TSNE(2, init="pca", perplexity=perplexity, max_iter=500, random_state=0).fit_transform(
-        features
+        coordinates
     ), "t-SNE"

@@ -289,6 +289,7 @@ def _audit(
         name,
         against=against,
         template=config.template,
+        charts=False,
         refusals=False,
     )
     weighted = config.template.prompt_weight > 0  # then targets do not mark the answer

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import log2
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 from markupsafe import Markup
 
 from tunesmith.auditing import clusters
@@ -187,16 +188,14 @@ def _labels_by_type(
 
     With the correction of Benjamini and Hochberg (1995), so that about 1 in 100 of the named types is there
     by chance; if labels do not depend on the type, one is named in 1 of 100 sets."""
-    from scipy.stats import binomtest, false_discovery_control
-
     whole = sum(labelled.values()) / len(labelled)
     sizes = Counter(types.values())
     good = Counter(name for row, name in types.items() if labelled[row])
     tested = [name for name, size in sizes.items() if size >= FEWEST_OF_TYPE]
     if not tested:
         return
-    chances = [float(binomtest(good[name], sizes[name], whole).pvalue) for name in tested]
-    adjusted = false_discovery_control(chances).tolist()
+    chances = [binomial_test(good[name], sizes[name], whole) for name in tested]
+    adjusted = false_discovery_rates(chances)
     far = [name for _, least, name in sorted(zip(chances, adjusted, tested, strict=True)) if least < CHANCE]
     rule, threshold = "balance.labels_by_type", "labels as in the whole"
     if not far:
@@ -230,6 +229,28 @@ def _labels_by_type(
         "the model may learn to like or avoid these types themselves: give each rows of both labels",
         of_set=True,
     )
+
+
+def binomial_test(successes: int, trials: int, share: float) -> float:
+    """How likely a result is that is no more probable than ``successes`` of ``trials`` at this ``share``: the
+    exact two-sided test."""
+    from scipy.special import gammaln, xlog1py, xlogy
+
+    counts = np.arange(trials + 1)
+    ways = gammaln(trials + 1) - gammaln(counts + 1) - gammaln(trials - counts + 1)
+    chances = np.exp(ways + xlogy(counts, share) + xlog1py(trials - counts, -share))
+    return float(min(1.0, chances[chances <= chances[successes] * (1 + 1e-7)].sum()))
+
+
+def false_discovery_rates(chances: Sequence[float]) -> list[float]:
+    """Adjusted p-values: the share of false discoveries if all that are as small are named (Benjamini and
+    Hochberg, 1995)."""
+    values = np.array(chances)
+    order = np.argsort(values)
+    scaled = values[order] * len(values) / np.arange(1, len(values) + 1)
+    rates = np.empty_like(values)
+    rates[order] = np.minimum(1.0, np.minimum.accumulate(scaled[::-1])[::-1])
+    return rates.tolist()
 
 
 def _word(label: bool) -> str:

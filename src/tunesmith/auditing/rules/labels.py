@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from tunesmith.auditing import features
 from tunesmith.auditing.findings import Finding, FindingRow, counted
 from tunesmith.auditing.registry import Rule, register
 from tunesmith.auditing.rules.diversity import hashes
@@ -67,8 +68,8 @@ class Labels(Rule):
             )
             yield Finding(rule, "note", sentence, of=len(rows))
             return
-        features = _features([words for row in rows if (words := facts[row]) is not None])
-        scores = leave_one_out(features, labels)
+        table = _features([words for row in rows if (words := facts[row]) is not None])
+        scores = leave_one_out(table, labels)
         skill = skill_of(scores, labels)
         if skill.low <= CLEAR:
             sentence = f"words predict the label poorly ({skill}): no row can be called suspicious"
@@ -76,7 +77,7 @@ class Labels(Rule):
             return
         sentence = f"words predict the labels of rows that the model was not fitted to ({skill})"
         yield Finding(rule, "good", sentence, of=len(rows), value=skill.area, threshold=bar)
-        pairs = suspicious(features, scores, labels)
+        pairs = suspicious(table, scores, labels)
         if pairs:
             evidence = tuple(
                 _evidence(survey, rows, place, other, abs(scores[place])) for place, other in pairs
@@ -105,8 +106,6 @@ def _features(words: Sequence[np.ndarray]) -> np.ndarray:
     """(n, width) of TF-IDF, by singular value decomposition; words of a single row say nothing about others
     and are left out."""
     from scipy.sparse import csr_matrix
-    from sklearn.feature_extraction.text import TfidfTransformer
-    from sklearn.utils.extmath import randomized_svd
 
     _, columns = np.unique(np.concatenate(words), return_inverse=True)
     starts = np.cumsum([0, *map(len, words)])
@@ -115,12 +114,10 @@ def _features(words: Sequence[np.ndarray]) -> np.ndarray:
     counts = counts[:, np.bincount(counts.indices, minlength=counts.shape[1]) > 1]
     if not counts.nnz:
         return np.zeros((len(words), 1))
-    weights = TfidfTransformer(sublinear_tf=True).fit_transform(counts)
-    left, sizes, _ = randomized_svd(weights, min(DIMENSIONS, *counts.shape), random_state=0)
-    return np.asarray(left * sizes, dtype=np.float64)
+    return features.reduced(features.tfidf(counts), min(DIMENSIONS, *counts.shape)).astype(np.float64)
 
 
-def leave_one_out(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def leave_one_out(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Of each row the score, about −1 for False to 1 for True, that a ridge regression gives it that was
     fitted to all others.
 
@@ -128,8 +125,8 @@ def leave_one_out(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
     leverage)."""
     target = np.where(labels, 1.0, -1.0)
     weight = len(labels) / 2 / np.where(labels, labels.sum(), (~labels).sum())
-    table = np.column_stack([features, np.ones(len(labels))])
-    penalty = np.diag([PENALTY] * features.shape[1] + [0.0])
+    penalty = np.diag([PENALTY] * table.shape[1] + [0.0])
+    table = np.column_stack([table, np.ones(len(labels))])
     solved = np.linalg.solve((table.T * weight) @ table + penalty, table.T * weight)
     leverage = np.einsum("ij,ji->i", table, solved)
     return target - (target - table @ (solved @ target)) / (1 - leverage)
@@ -137,30 +134,29 @@ def leave_one_out(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def skill_of(scores: np.ndarray, labels: np.ndarray) -> Skill:
     """With the interval of Hanley and McNeil (1982)."""
-    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
-
     # Without a row the others lean to the other label, so that no skill at all can come out below a half.
-    area = max(0.5, float(roc_auc_score(labels, scores)))
+    area = max(0.5, _area(scores, labels))
     good, bad = int(labels.sum()), int((~labels).sum())
     both_good, both_bad = area / (2 - area), 2 * area**2 / (1 + area)
     spread = area * (1 - area) + (good - 1) * (both_good - area**2) + (bad - 1) * (both_bad - area**2)
     reach = 1.96 * (spread / good / bad) ** 0.5
-    return Skill(
-        area,
-        max(0.0, area - reach),
-        min(1.0, area + reach),
-        float(balanced_accuracy_score(labels, scores > 0)),
-    )
+    accuracy = ((scores[labels] > 0).mean() + (scores[~labels] <= 0).mean()) / 2
+    return Skill(area, max(0.0, area - reach), min(1.0, area + reach), float(accuracy))
 
 
-def suspicious(features: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> list[tuple[int, int]]:
+def _area(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The area under the ROC curve: how often a True row scores above a False row, ties counting half."""
+    ordered = np.sort(scores[~labels])
+    below = np.searchsorted(ordered, scores[labels], "left")
+    up_to = np.searchsorted(ordered, scores[labels], "right")
+    return float((below + up_to).sum() / 2 / len(ordered) / labels.sum())
+
+
+def suspicious(table: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> list[tuple[int, int]]:
     """(place, place of the row of the other label most like it), most suspicious first.
 
     Rows that score beyond 0 and beyond the weakest tenth of the other label, and of whose nearest rows most
     have it."""
-    from sklearn.neighbors import NearestNeighbors
-    from sklearn.preprocessing import normalize
-
     most = max(AT_LEAST, int(SHARE * len(labels)))
     most_bad, most_good = np.quantile(scores[~labels], 0.9), np.quantile(scores[labels], 0.1)
     beyond = np.where(labels, scores < min(0.0, most_bad), scores > max(0.0, most_good))
@@ -169,16 +165,13 @@ def suspicious(features: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> 
     ]
     if not places:
         return []
-    points = np.asarray(normalize(features))
-    near = (
-        NearestNeighbors(n_neighbors=NEIGHBOURS + 1, algorithm="brute")
-        .fit(points)
-        .kneighbors(points[places])[1]
-    )
+    unit = features.unit(table)
     pairs: list[tuple[int, int]] = []
-    for place, around in zip(places, near, strict=True):
-        others = [int(place_near) for place_near in around if place_near != place][:NEIGHBOURS]
-        against = [place_near for place_near in others if labels[place_near] != labels[place]]
+    for place in map(int, places):
+        likeness = unit @ unit[place]
+        likeness[place] = -np.inf
+        near = np.sort(np.argpartition(-likeness, NEIGHBOURS)[:NEIGHBOURS])
+        against = near[labels[near] != labels[place]]
         if len(against) > NEIGHBOURS / 2:
-            pairs.append((int(place), against[0]))
+            pairs.append((place, int(against[likeness[against].argmax()])))
     return pairs[:most]
