@@ -77,7 +77,7 @@ def test_slow_products_and_a_missing_blas_are_warned_about(monkeypatch):
     assert found("products", checks) == {
         "name": "products",
         "status": "warn",
-        "value": "100 GFLOP/s float32; BLAS reference, freed memory kept, attention and e^x of our own",
+        "value": "100 GFLOP/s float32; BLAS reference, freed memory kept",
         "hint": "install a BLAS",
     }
     assert {"name": "device", "status": "warn", "value": "a note", "hint": None} in checks
@@ -95,7 +95,7 @@ def test_what_the_environment_slows_down_or_misspells_is_told(monkeypatch):
     assert found("products", preflight.doctor(overfit=False)["checks"])["status"] == "ok"
     for name in ("MLX_HOSTFILE", "MLX_RANK", "OMPI_COMM_WORLD_RANK"):
         monkeypatch.delenv(name, raising=False)
-    for value, told in (("on", 0), ("off", 0), ("OFF", 1), ("0", 1)):
+    for value, told in (("on", 0), ("operations", 0), ("off", 0), ("OFF", 1), ("0", 1)):
         monkeypatch.setenv("TUNESMITH_KERNELS", value)
         assert len(backend._odd_switches()) == told
     monkeypatch.setenv("TUNESMITH_KERNELS", "off")
@@ -227,3 +227,28 @@ def test_a_blas_from_the_package_registry_is_found_where_the_linker_does_not_loo
     assert backend._open_blas() == (str(tmp_path / "lib" / "libmkl_rt.so.3"), None)
     monkeypatch.setattr(sys, "prefix", "/nowhere")
     assert backend._open_blas() == ("reference", backend.BLAS_HINT)
+
+
+def test_the_kernels_of_a_model_are_listed(tiny_model):
+    checks = preflight.doctor(model=str(tiny_model), overfit=False)["checks"]
+    assert found("kernels", checks)["status"] == "ok"
+    check = found("model", checks)
+    assert check["status"] == "ok"
+    assert check["value"].startswith("RMSNorm, SwiGLU, attention, cross-entropy, rotary: compiled")
+
+
+def test_an_attention_that_the_kernels_do_not_cover_is_told(tiny_model, monkeypatch):
+    from tunesmith.model import kernels
+
+    monkeypatch.setattr(kernels, "_quantised", lambda cache: True)
+    check = found("model", preflight.doctor(model=str(tiny_model), overfit=False)["checks"])
+    assert check["status"] == "warn" and "attention: MLX's" in check["value"]
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    from tunesmith.model.kernels import extension
+
+    absent = extension.Extension(None, "no C++ compiler (g++)", "apt-get install g++")
+    monkeypatch.setattr(extension, "load", lambda: absent)
+    check = found("kernels", preflight.doctor(overfit=False)["checks"])
+    assert check["status"] == "warn" and "operations" in check["value"] and "g++" in str(check["hint"])

@@ -23,6 +23,7 @@ from tunesmith import adapters, errors, events
 from tunesmith.engine import generation
 from tunesmith.model import abilities, kernels, logprobs
 from tunesmith.model import loading as model
+from tunesmith.model.kernels import operations
 from tunesmith.runs import checkpoints
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
@@ -245,10 +246,10 @@ def test_a_model_that_mixes_packed_rows_is_refused_by_name(tiny_model):
 @given(st.lists(st.floats(-80, 80, width=32), min_size=1, max_size=50))
 def test_exp_is_exp(values):
     x = mx.array(values)
-    np.testing.assert_allclose(np.array(kernels.exp(x)), np.exp(np.array(x, dtype=np.float64)), rtol=6e-6)
+    np.testing.assert_allclose(np.array(operations.exp(x)), np.exp(np.array(x, dtype=np.float64)), rtol=6e-6)
     small = mx.clip(x, -8, 8)
     np.testing.assert_allclose(
-        np.array(kernels.exp(small)), np.exp(np.array(small, dtype=np.float64)), rtol=1e-6
+        np.array(operations.exp(small)), np.exp(np.array(small, dtype=np.float64)), rtol=1e-6
     )
 
 
@@ -288,7 +289,7 @@ def test_half_precision_takes_mlx_own_ways(tiny_model, dtype):
 
 
 def test_exp_far_below_is_nothing():
-    assert kernels.exp(mx.array([-1e9, -mx.inf, -200.0])).max().item() < 2e-38
+    assert operations.exp(mx.array([-1e9, -mx.inf, -200.0])).max().item() < 2e-38
 
 
 @settings(max_examples=25, deadline=None)
@@ -299,7 +300,7 @@ def test_causal_attention_in_blocks_is_causal_attention(length, heads, batch, se
 
     given = [draw(heads[0], 0), draw(heads[1], 1), draw(heads[1], 2)]
     cotangent = draw(heads[0], 3)
-    ours = mx.vjp(lambda q, k, v: kernels.causal(q, k, v, 0.25), given, [cotangent])
+    ours = mx.vjp(lambda q, k, v: operations.causal(q, k, v, 0.25), given, [cotangent])
     theirs = mx.vjp(
         lambda q, k, v: mx.fast.scaled_dot_product_attention(q, k, v, scale=0.25, mask="causal"),
         given,
@@ -309,17 +310,18 @@ def test_causal_attention_in_blocks_is_causal_attention(length, heads, batch, se
         np.testing.assert_allclose(np.array(found), np.array(expected), atol=2e-5)
 
 
-def test_the_kernels_serve_whole_causal_passes_only(tiny_model):
+def test_without_a_compiler_the_kernels_serve_whole_causal_passes_only(tiny_model):
     """Generation, with its cache and its single queries, keeps MLX's own attention."""
     asked: list[tuple[int, ...]] = []
-    real = kernels.causal
+    real = operations.causal
 
     def spy(queries, *rest):
         asked.append(queries.shape)
         return real(queries, *rest)
 
     net = model.load(model.ModelSpec(path=str(tiny_model))).net
-    with mock.patch.object(kernels, "causal", spy):
+    without = mock.patch.dict("os.environ", {"TUNESMITH_KERNELS": "operations"})
+    with mock.patch.object(operations, "causal", spy), without:
         net(mx.array([[1, 2, 3]]))
         assert len(asked) == 2
         generation.generate(net, [[1, 2, 3]], max_tokens=3, eos_ids=[0])

@@ -39,14 +39,17 @@ def init(
 
 def doctor(
     path: Annotated[Path, typer.Argument(help="where runs will be written")] = Path("."),
+    model: Annotated[
+        str | None, typer.Option(help="also load this model, and tell which kernels compute it")
+    ] = None,
     overfit: Annotated[bool, typer.Option(help="train a tiny model for ten steps")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine: versions, device, memory, disk, BLAS, and a ten-step overfit."""
+    """Check this machine: versions, device, memory, disk, BLAS, kernels, and a ten-step overfit."""
     from tunesmith.preflight.doctor import render
 
     with progress() as notify:
-        diagnosis = tunesmith.doctor(path, overfit=overfit, notify=notify)
+        diagnosis = tunesmith.doctor(path, model=model, overfit=overfit, notify=notify)
     if as_json:
         print_json(diagnosis)
     else:

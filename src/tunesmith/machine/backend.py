@@ -3,7 +3,7 @@
 On Linux the CPU wheel of MLX links a reference BLAS (2–8 GFLOP/s a core). The dynamic linker looks in the
 global scope first, so a fast BLAS that was opened with RTLD_GLOBAL *before* ``import mlx.core`` computes the
 matrix products, with no rebuild. ``TUNESMITH_BLAS`` chooses it: ``auto`` (default), ``off``, or the path of a
-library. With ``TUNESMITH_KERNELS=off`` MLX computes attention and e^x (see `kernels`). With
+library. ``TUNESMITH_KERNELS`` chooses what computes the rest (see `model.kernels`). With
 ``TUNESMITH_ALLOCATOR=off`` the settings of glibc's allocator are not changed. OpenBLAS's own variables
 (OPENBLAS_CORETYPE, OPENBLAS_NUM_THREADS, …) take precedence over the settings made here."""
 
@@ -83,13 +83,16 @@ def setup() -> Device:
     return Device(_chip(mx, kind), kind, blas, hint, tuple(notes))
 
 
+SWITCHES = {"TUNESMITH_KERNELS": ("on", "operations", "off"), "TUNESMITH_ALLOCATOR": ("on", "off")}
+"""Environment variables and their values, the default first."""
+
+
 def _odd_switches() -> list[str]:
     """Notes about environment variables that have no effect."""
-    switches = {name: os.environ.get(name, "") for name in ("TUNESMITH_KERNELS", "TUNESMITH_ALLOCATOR")}
     odd = [
-        f"{name} is {value!r}, not off: it has no effect"
-        for name, value in switches.items()
-        if value not in ("", "on", "off")
+        f"{name} is {os.environ[name]!r}, not {' or '.join(values)}: it has no effect"
+        for name, values in SWITCHES.items()
+        if os.environ.get(name, "") not in ("", *values)
     ]
     if "MLX_HOSTFILE" in os.environ and not os.environ.keys() & {"MLX_RANK", "OMPI_COMM_WORLD_RANK"}:
         odd.append("MLX_HOSTFILE is set and MLX_RANK is not: this is one process alone")
@@ -136,13 +139,31 @@ def cpu_settings() -> str:
             words += [f"kernels for {core().decode()}", f"{_opened[0].openblas_get_num_threads()} threads"]
             words.append(f"spin 2^{os.environ.get('OPENBLAS_THREAD_TIMEOUT', '26')} cycles")
     words.append("freed memory " + ("kept" if _allocator_tuned() else "given back (TUNESMITH_ALLOCATOR=off)"))
-    words.append("attention and e^x " + ("of our own" if own_kernels() else "of MLX (TUNESMITH_KERNELS=off)"))
     return ", ".join(words)
 
 
+def on_linux() -> bool:
+    return sys.platform == "linux"
+
+
+def wanted_kernels() -> str:
+    """The value of TUNESMITH_KERNELS: ``on``, ``operations`` or ``off``."""
+    first, *others = SWITCHES["TUNESMITH_KERNELS"]
+    wanted: str | None = os.environ.get("TUNESMITH_KERNELS")
+    return wanted if wanted in others and wanted is not None else first
+
+
 def own_kernels() -> bool:
-    """Whether `kernels` are used: on a Linux CPU, unless TUNESMITH_KERNELS=off."""
-    return setup().kind == "cpu" and sys.platform == "linux" and os.environ.get("TUNESMITH_KERNELS") != "off"
+    """Whether other kernels than MLX's are used: on a Linux CPU, unless TUNESMITH_KERNELS=off."""
+    return setup().kind == "cpu" and on_linux() and wanted_kernels() != "off"
+
+
+def cpu_threads() -> int:
+    """Threads of the compiled kernels: as many as the BLAS has, or one for each core of this process."""
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        if (count := os.environ.get(name, "")).isdigit():
+            return max(1, int(count))
+    return len(os.sched_getaffinity(0)) if on_linux() else 1
 
 
 def _tune_openblas() -> None:

@@ -151,6 +151,8 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
         what = "the quantised weights are held as float32: the same numbers, about 50 times faster on a CPU"
         notify(Notice(what, where="model"))
     kernels.install(net)
+    if missing := kernels.missing():
+        notify(Notice(f"training and generation are slower here: {missing}", where="kernels"))
     net.eval()
     net.freeze()
     mx.eval(net.parameters())

@@ -50,19 +50,24 @@ class Diagnosis(TypedDict):
     checks: list[Check]
 
 
-def doctor(path: str | Path = ".", *, overfit: bool = True, notify: Sink = events.silent) -> Diagnosis:
-    """Will it run here? Versions, device, memory, disk, BLAS, compiler, and a ten-step overfit whose end is
+def doctor(
+    path: str | Path = ".", *, model: str | None = None, overfit: bool = True, notify: Sink = events.silent
+) -> Diagnosis:
+    """Will it run here? Versions, device, memory, disk, BLAS, kernels, and a ten-step overfit whose end is
     known.
 
-    path: where runs will be written (it need not exist). overfit: also train a tiny random model for ten
-    steps. Never raises for what is wrong with the machine."""
+    path: where runs will be written (it need not exist). model: folder, GGUF file or hub id; it is loaded,
+    and the kernels that compute it are listed. overfit: also train a tiny random model for ten steps. Never
+    raises for what is wrong with the machine."""
     groups: dict[str, Callable[[], list[Check]]] = {
         "versions": _versions,
         "device": _device,
         "memory": _memory,
         "disk": lambda: _disk(Path(path)),
         "products": _products,
+        "kernels": _kernels,
     }
+    groups |= {} if model is None else {"model": lambda: _model(model)}
     groups |= {"overfit": _overfit} if overfit else {}
     checks: list[Check] = []
     for name, examine in groups.items():
@@ -199,6 +204,32 @@ def _products() -> list[Check]:
     return [_check("products", f"{speed:,.0f} GFLOP/s float32; {how}", problem, hint)]
 
 
+def _kernels() -> list[Check]:
+    """What computes everything but matrix products."""
+    from tunesmith.model import kernels
+
+    missing = kernels.missing()
+    return [_check("kernels", kernels.described(), bool(missing) and "warn", missing)]
+
+
+def _model(path: str) -> list[Check]:
+    """Which kernels compute a pass of this model."""
+    import mlx.core as mx
+
+    from tunesmith.model import kernels, loading
+
+    net = loading.load(loading.ModelSpec(path=path)).net
+    with kernels.watched() as calls:
+        logits = net(mx.arange(8, dtype=mx.int32)[None])[0]
+        kernels.token_logprobs(logits, mx.arange(8))
+    ours, others = (sorted(name for name, compiled in calls if compiled == kind) for kind in (True, False))
+    parts = [f"{', '.join(ours)}: {kernels.described()}"] if ours else []
+    parts += [f"{', '.join(others)}: MLX's"] if others else []
+    slow = "attention" in others and kernels.choice() == "compiled" and "warn"
+    hint = "the compiled kernels do not cover this attention (sinks, additive masks): it trains more slowly"
+    return [_check("model", "; ".join(parts), slow, hint)]
+
+
 def _overfit() -> list[Check]:
     backend.setup()
     start = time.perf_counter()
@@ -218,6 +249,7 @@ def _overfit_probe(steps: int = 10) -> tuple[float, float]:
     from mlx.utils import tree_map
     from mlx_lm.models import llama
 
+    from tunesmith.model import kernels
     from tunesmith.runs.config import RunConfig
     from tunesmith.tokens.batches import Group
     from tunesmith.tokens.template import Tokens
@@ -235,6 +267,7 @@ def _overfit_probe(steps: int = 10) -> tuple[float, float]:
         num_key_value_heads=1,
     )
     net = llama.Model(sizes)
+    kernels.install(net)
     net.update(
         tree_map(
             lambda p: mx.array(random.normal(0, 0.1, p.shape).astype(np.float32)) if p.ndim > 1 else p,

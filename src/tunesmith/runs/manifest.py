@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith.errors import ModelError, ResumeMismatch
 from tunesmith.machine import backend
+from tunesmith.model import kernels
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
 from tunesmith.settings.config import flat
@@ -49,6 +50,7 @@ def facts(
             "kind": device.kind,
             "blas": device.blas,
             "cpu": backend.cpu_settings(),
+            "kernels": kernels.described(),
             "ranks": ranks,
         },
         "seed": config.loop.seed,

@@ -32,6 +32,7 @@ from tunesmith.events import Notice, Sink
 from tunesmith.files import write_bytes
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import ONE, Ranks
+from tunesmith.model import kernels
 from tunesmith.model.loading import Loaded
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS
@@ -54,7 +55,7 @@ def name(facts: Mapping[str, Any]) -> str:
         "device": device.kind,
         "blas": device.blas,
     }
-    whole = dict(facts) | code | {"kernels": backend.own_kernels()}
+    whole = dict(facts) | code | {"kernels": kernels.choice()}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -25,7 +25,7 @@ from tunesmith.evaluation.subject import Said, Subject
 from tunesmith.evaluation.suites import Entry
 from tunesmith.evaluation.tasks import Material, Meaning, Task, choices, digest, register
 from tunesmith.events import Notice
-from tunesmith.model import abilities, logprobs
+from tunesmith.model import abilities, kernels, logprobs
 from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Renderer, Tokens
@@ -234,7 +234,7 @@ def distributions(net: nn.Module, ids: Sequence[int], start: int, split: bool) -
     else:
         logits = net(tokens)[0, start - 1 :]
     logits = logits.astype(mx.float32)
-    return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    return np.array(logits - kernels.log_sums(logits)[..., None])
 
 
 def divergence(base: np.ndarray, tuned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,5 @@
-"""Faster e^x, causal attention and SwiGLU for a Linux CPU than those of MLX's wheel.
+"""e^x, causal attention, SwiGLU and cross-entropy for a Linux CPU as chains of MLX's operations, where the
+compiled kernels are missing.
 
 The wheel has no vectorised exponential on x86 (10 to 20 ns an element, where a multiplication takes 0.2), and
 its attention builds all scores at once. Here e^x is a polynomial in plain MLX operations, and attention runs
@@ -8,15 +9,10 @@ of kept (FlashAttention, arXiv 2205.14135). On a GPU MLX's own kernels are used.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
-
-from tunesmith.machine import backend
-from tunesmith.model import wrap
 
 F = TypeVar("F", bound=Callable[..., Any])
 PART = 256  # weights added up at once
@@ -67,12 +63,7 @@ def _swiglu_vjp(
     return cotangent * x * (share + silu * (1 - share)), cotangent * silu
 
 
-_own_swiglu = with_gradient(_swiglu, _swiglu_vjp)
-
-
-def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """gate · σ(gate) · x; in half precision MLX's own."""
-    return _own_swiglu(gate, x) if gate.dtype == mx.float32 == x.dtype else nn.silu(gate) * x
+swiglu = with_gradient(_swiglu, _swiglu_vjp)
 
 
 @mx.compile  # one pass over a block too large for the cache; without a compiler MLX runs it as it is
@@ -113,8 +104,14 @@ _logprobs = with_gradient(_cross, _cross_vjp)
 
 def token_logprobs(logits: mx.array, targets: mx.array) -> mx.array:
     """(K, V), (K,) → (K,) float32: log p of each target."""
-    logits = logits.astype(mx.float32)
-    return _logprobs(logits, targets)[0] if backend.own_kernels() else -mx.fast.cross_entropy(logits, targets)
+    return _logprobs(logits, targets)[0]
+
+
+def log_sums(logits: mx.array) -> mx.array:
+    """(..., V) → (...) log Σ e^logit."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    highest = rows.max(axis=-1, keepdims=True)
+    return (highest + mx.log(_total(_above(rows, highest)))).reshape(logits.shape[:-1])
 
 
 def causal(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
@@ -191,136 +188,3 @@ def _add(total: mx.array, part: mx.array, end: int) -> mx.array:
         if end < total.shape[2]
         else total + part
     )
-
-
-class Packed:
-    """Passed to a model as the cache of each layer: its one sequence holds several rows, which end at
-    ``ends``, and each row attends only to itself.
-
-    Positions continue through the sequence, since rotary embeddings depend only on differences of positions.
-    (An architecture that also scales by the absolute position beyond some length would depend on the place in
-    the sequence.) No mask of T × T is ever made."""
-
-    offset = 0
-
-    def __init__(self, ends: tuple[int, ...]) -> None:
-        self.ends = ends
-
-    def make_mask(self, length: int, **options: Any) -> Packed:
-        if options.get("window_size") is not None:
-            raise ValueError("layers with a sliding window cannot take packed rows")
-        return self
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return keys, values
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-        """(1, H, T, D) attention inside each row."""
-        starts = (0, *self.ends)
-        parts = [
-            _one_row(queries[:, :, start:end], keys[:, :, start:end], values[:, :, start:end], scale)
-            for start, end in zip(starts, self.ends, strict=False)
-            if end > start
-        ]
-        return mx.concatenate(parts, axis=2)
-
-
-def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
-    """What to pass to ``net`` as its cache, for one row of rows that end at ``ends``."""
-    layers: Any = net.layers
-    return [Packed(ends)] * len(layers)
-
-
-class PromptCache:
-    """Passed to a model as the cache of a layer: keeps the keys and values of the first row and lays them
-    before all later ones.
-
-    What comes after the prompt is not kept, so any number of answers follow it, each alone.
-    """
-
-    def __init__(self) -> None:
-        self._kept: tuple[mx.array, mx.array] | None = None
-
-    @property
-    def offset(self) -> int:
-        return 0 if self._kept is None else self._kept[0].shape[2]
-
-    def make_mask(self, length: int, **options: Any) -> str | None:
-        if options.get("window_size") is not None:
-            raise ValueError("layers with a sliding window cannot keep a prompt")
-        return "causal" if length > 1 else None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self._kept is None:
-            self._kept = keys, values
-            return keys, values
-        before = [mx.broadcast_to(kept, (len(keys), *kept.shape[1:])) for kept in self._kept]
-        return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
-
-    def state(self) -> list[mx.array]:
-        return list(self._kept or ())
-
-
-def prompt(net: nn.Module, ids: mx.array) -> list[PromptCache]:
-    """What to pass to ``net`` as its cache for sequences that go on after ``ids`` (1, P). Evaluated."""
-    layers: Any = net.layers
-    kept = [PromptCache() for _ in layers]
-    net(ids, cache=kept)
-    mx.eval([one.state() for one in kept])
-    return kept
-
-
-def _one_row(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    if queries.dtype == mx.float32 and backend.own_kernels():
-        return causal(queries, keys, values, scale)
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
-
-
-def attention(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: Any,
-    scale: float,
-    mask: Any,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """What mlx-lm's layers call, with the blocks above where they serve: a causal pass over whole rows,
-    without a cache."""
-    if isinstance(mask, Packed):
-        if sinks is not None:
-            raise ValueError("layers with attention sinks cannot take packed rows")
-        return mask.attend(queries, keys, values, scale)
-    whole = queries.shape[2] == keys.shape[2] if isinstance(cache, PromptCache) else cache is None
-    if whole and sinks is None and isinstance(mask, str) and mask == "causal":
-        return _one_row(queries, keys, values, scale)
-    from mlx_lm.models import base  # loads transformers, which reading settings or rows does not need
-
-    theirs: Any = base.scaled_dot_product_attention
-    return theirs(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-
-
-def install(net: nn.Module) -> int:
-    """Let the layers of ``net`` that call attention or SwiGLU call those above; returns how many do.
-
-    Each such layer becomes an object of a subclass whose ``__call__`` is its own code with these two names
-    bound anew, so every architecture keeps its own arithmetic, and other models in the process stay as they
-    were."""
-    ours: dict[str, Any] = {"scaled_dot_product_attention": attention}
-    if backend.own_kernels():
-        ours["swiglu"] = swiglu
-
-    def call_of(kind: type[nn.Module]) -> wrap.Call:
-        call: Any = kind.__call__
-        bound = call.__globals__ | {name: ours[name] for name in ours if name in call.__code__.co_names}
-        own = types.FunctionType(call.__code__, bound, call.__name__, call.__defaults__, call.__closure__)
-        own.__kwdefaults__ = call.__kwdefaults__
-        return own
-
-    def calls_them(module: nn.Module) -> bool:
-        call = type(module).__call__
-        return isinstance(call, types.FunctionType) and not ours.keys().isdisjoint(call.__code__.co_names)
-
-    modules = [module for module in net.modules() if calls_them(module)]
-    wrap.replace(modules, call_of)
-    return len(modules)

@@ -1,0 +1,258 @@
+"""What computes attention, norms, rotary embeddings, activations and cross-entropy?
+
+On a GPU, and for half precision, MLX's own kernels. On a Linux CPU those of `cpp`, compiled for the machine
+(`extension`); without a compiler the chains of MLX's operations in `operations`. ``TUNESMITH_KERNELS``
+chooses: ``on`` (the default), ``operations`` or ``off``."""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from tunesmith.machine import backend
+from tunesmith.model import wrap
+from tunesmith.model.kernels import extension, operations
+from tunesmith.model.kernels.operations import with_gradient
+from tunesmith.model.kernels.sequences import Packed, PromptCache, packed, prompt
+
+__all__ = [
+    "Choice",
+    "Packed",
+    "PromptCache",
+    "attention",
+    "choice",
+    "described",
+    "gelu_approx",
+    "install",
+    "log_sums",
+    "missing",
+    "packed",
+    "prompt",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "token_logprobs",
+    "watched",
+    "with_gradient",
+]
+
+Choice = Literal["compiled", "operations", "mlx"]
+
+
+def choice() -> Choice:
+    """What computes here. The kernels are compiled when this is first asked for."""
+    if not backend.own_kernels():
+        return "mlx"
+    wanted = backend.wanted_kernels() == "on"
+    return "compiled" if wanted and extension.load().module is not None else "operations"
+
+
+def described() -> str:
+    """`choice` in words, with the reason where it is not the compiled kernels."""
+    if backend.setup().kind != "cpu" or not backend.on_linux():
+        return "MLX's"
+    if choice() == "compiled":
+        return "compiled for this CPU"
+    words = {"operations": "as operations of MLX", "mlx": "MLX's"}[choice()]
+    if backend.wanted_kernels() != "on":
+        return f"{words} (TUNESMITH_KERNELS={backend.wanted_kernels()})"
+    return f"{words} ({extension.load().missing})"
+
+
+def missing() -> str:
+    """Why the compiled kernels cannot be had, and what to do about it; empty if they compute, or are not
+    wanted here."""
+    if not backend.own_kernels() or backend.wanted_kernels() != "on" or choice() == "compiled":
+        return ""
+    found = extension.load()
+    return found.missing + (f" ({found.hint})" if found.hint else "")
+
+
+def _compiled(kernel: str, *arrays: mx.array | None) -> Any:
+    """The extension if it computes this, else None. ``kernel`` is counted for `watched`."""
+    float32 = all(array is None or array.dtype == mx.float32 for array in arrays)
+    module = extension.load().module if float32 and choice() == "compiled" else None
+    if _calls is not None:
+        _calls[kernel, module is not None] += 1
+    return module
+
+
+_calls: Counter[tuple[str, bool]] | None = None
+
+
+@contextmanager
+def watched() -> Iterator[Counter[tuple[str, bool]]]:
+    """Counts of (kernel, whether it was the compiled one) of all calls inside."""
+    global _calls
+    before, _calls = _calls, Counter()
+    try:
+        yield _calls
+    finally:
+        _calls = before
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """gate · σ(gate) · x"""
+    if gate.shape == x.shape and (module := _compiled("SwiGLU", gate, x)):
+        return module.swiglu(gate, x)
+    if gate.dtype == mx.float32 == x.dtype and backend.own_kernels():
+        return operations.swiglu(gate, x)
+    return nn.silu(gate) * x
+
+
+def gelu_approx(x: mx.array) -> mx.array:
+    """GELU by its tanh approximation (arXiv 1606.08415)."""
+    return module.gelu(x) if (module := _compiled("GELU", x)) else nn.gelu_approx(x)
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
+    """x / sqrt(mean(x²) + eps) · weight along the last axis."""
+    if module := _compiled("RMSNorm", x, weight):
+        return module.rms_norm(x, weight, eps)
+    return mx.fast.rms_norm(x, weight, eps)
+
+
+def rope(
+    x: mx.array,
+    dims: int,
+    *,
+    traditional: bool,
+    base: float | None,
+    scale: float,
+    offset: int | mx.array,
+    freqs: mx.array | None = None,
+) -> mx.array:
+    """Rotary embeddings of (B, H, T, D), as `mlx.core.fast.rope` computes them."""
+    if x.ndim == 4 and dims % 2 == 0 and (module := _compiled("rotary", x)):
+        first = offset if isinstance(offset, mx.array) else mx.array([offset])
+        return module.rotary(x, dims, traditional, base, scale, first, freqs)
+    given: Any = {"traditional": traditional, "base": base, "scale": scale, "offset": offset, "freqs": freqs}
+    return mx.fast.rope(x, dims, **given)
+
+
+def token_logprobs(logits: mx.array, targets: mx.array) -> mx.array:
+    """(K, V), (K,) → (K,) float32: log p of each target."""
+    logits = logits.astype(mx.float32)
+    if module := _compiled("cross-entropy", logits):
+        return module.logprobs(logits, targets)
+    if backend.own_kernels():
+        return operations.token_logprobs(logits, targets)
+    return -mx.fast.cross_entropy(logits, targets)
+
+
+def log_sums(logits: mx.array) -> mx.array:
+    """(..., V) → (...) float32: log Σ e^logit. No gradient.
+
+    MLX's own sum over a long row errs by 2e-4 on the CPU, and its ``logsumexp`` with it."""
+    logits = logits.astype(mx.float32)
+    if module := _compiled("cross-entropy", logits):
+        return module.log_sums(logits)
+    return operations.log_sums(logits) if backend.own_kernels() else mx.logsumexp(logits, axis=-1)
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """What mlx-lm's layers call: queries (B, H, T, D), keys and values (B, K, S, D) → (B, H, T, D)."""
+    rows = isinstance(mask, Packed)
+    if rows and sinks is not None:
+        raise ValueError("layers with attention sinks cannot take packed rows")
+    simple = mask is None or rows or mask == "causal" if not isinstance(mask, mx.array) else _boolean(mask)
+    if simple and sinks is None and not _quantised(cache):
+        if module := _compiled("attention", queries, keys, values):
+            allowed = mask if isinstance(mask, mx.array) else None
+            ends = list(mask.ends) if isinstance(mask, Packed) else []
+            causal = mask is not None and allowed is None
+            return module.attention(queries, keys, values, scale, causal, ends, allowed)
+    elif _calls is not None:
+        _calls["attention", False] += 1
+    if isinstance(mask, Packed):
+        return _row_by_row(queries, keys, values, scale, mask.ends)
+    whole = queries.shape[2] == keys.shape[2] if isinstance(cache, PromptCache) else cache is None
+    if whole and sinks is None and isinstance(mask, str) and mask == "causal":
+        return _one_row(queries, keys, values, scale)
+    from mlx_lm.models import base  # loads transformers, which reading settings or rows does not need
+
+    theirs: Any = base.scaled_dot_product_attention
+    return theirs(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+
+
+def _quantised(cache: Any) -> bool:
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    return isinstance(cache, QuantizedKVCache)
+
+
+def _boolean(mask: mx.array) -> bool:
+    return mask.dtype == mx.bool_ and mask.ndim <= 4
+
+
+def _row_by_row(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, ends: tuple[int, ...]
+) -> mx.array:
+    """(1, H, T, D) attention inside each row."""
+    parts = [
+        _one_row(queries[:, :, start:end], keys[:, :, start:end], values[:, :, start:end], scale)
+        for start, end in zip((0, *ends), ends, strict=False)
+        if end > start
+    ]
+    return mx.concatenate(parts, axis=2)
+
+
+def _one_row(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    if queries.dtype == mx.float32 and backend.own_kernels():
+        return operations.causal(queries, keys, values, scale)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
+
+
+_FAST = types.SimpleNamespace(**(vars(mx.fast) | {"rms_norm": rms_norm, "rope": rope}))
+_CORE = types.SimpleNamespace(**(vars(mx) | {"fast": _FAST}))
+_NN = types.SimpleNamespace(**(vars(nn) | {"gelu_approx": gelu_approx}))
+_OURS: tuple[tuple[str, Any, frozenset[str]], ...] = (
+    ("scaled_dot_product_attention", attention, frozenset()),
+    ("swiglu", swiglu, frozenset()),
+    ("mx", _CORE, frozenset({"rms_norm", "rope"})),
+    ("nn", _NN, frozenset({"gelu_approx"})),
+)
+"""A global name in the code of a layer, what stands for it, and the names of which that code must also use
+one (or none)."""
+
+
+def _bindings(kind: type[nn.Module]) -> dict[str, Any]:
+    """What the code of ``kind`` has to call instead of what it names."""
+    call: Any = kind.__call__
+    if not isinstance(call, types.FunctionType):
+        return {}
+    names = set(call.__code__.co_names)
+    return {name: ours for name, ours, any_of in _OURS if name in names and (not any_of or names & any_of)}
+
+
+def install(net: nn.Module) -> int:
+    """Let the layers of ``net`` call the functions above; returns how many do.
+
+    Each such layer becomes an object of a subclass whose ``__call__`` is its own code with these names bound
+    anew, so every architecture keeps its own arithmetic, and other models in the process stay as they
+    were."""
+
+    def call_of(kind: type[nn.Module]) -> wrap.Call:
+        call: Any = kind.__call__
+        bound = call.__globals__ | _bindings(kind)
+        own = types.FunctionType(call.__code__, bound, call.__name__, call.__defaults__, call.__closure__)
+        own.__kwdefaults__ = call.__kwdefaults__
+        return own
+
+    modules = [module for module in net.modules() if _bindings(type(module))]
+    wrap.replace(modules, call_of)
+    return len(modules)

@@ -1,0 +1,379 @@
+// e^x, and what consists of it: SwiGLU, GELU, cross-entropy; RMSNorm; rotary embeddings. All float32.
+//
+// Loops are written so that the compiler makes vectors of them (-O3 -fopenmp-simd). Long sums are made of
+// partial sums in float32, which are added in float64.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <mutex>
+
+#include "threads.h"
+
+namespace tunesmith {
+
+constexpr int64_t kPart = 16384;  // elements of one unit: 64 KiB, which stays in the cache of a core
+constexpr int64_t kSum = 1024;    // elements that are added up in float32
+
+// e^x, relative error under 2e-7; NaN stays NaN; about 1e-38 instead of less; infinity above 88.7.
+inline float exponential(float x) {
+  constexpr float kLog2e = 1.44269504f;
+  constexpr float kRest = 1.92596299e-8f;  // log2(e) - kLog2e
+  constexpr float kRound = 12582912.0f;    // 1.5 * 2^23: adding it leaves the rounded value in the low bits
+  float y = x * kLog2e;
+  y = y < -126.0f ? -126.0f : y;
+  y = y > 128.0f ? 128.0f : y;
+  const float shifted = y + kRound;
+  const float whole = shifted - kRound;
+  // The rounding error of the product, which would be |x| * 6e-8 of the result.
+  float f = std::fma(x, kLog2e, -whole);
+  f = std::fma(x, kRest, f);
+  f = f < -0.51f ? -0.51f : f;  // x beyond the range of y
+  f = f > 0.51f ? 0.51f : f;
+  // 2^f on [-1/2, 1/2], relative error 1.9e-9 in exact arithmetic (Remez).
+  float power = 0.0001534581202f;
+  power = std::fma(power, f, 0.001339993122f);
+  power = std::fma(power, f, 0.009618488957f);
+  power = std::fma(power, f, 0.05550328777f);
+  power = std::fma(power, f, 0.2402264689f);
+  power = std::fma(power, f, 0.6931472057f);
+  power = std::fma(power, f, 1.0f);
+  const uint32_t scale = (std::bit_cast<uint32_t>(shifted) << 23) + (127u << 23);
+  return power * std::bit_cast<float>(scale);
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// sigmoid(x), and 1 - sigmoid(x) without the digits that the difference would lose where x is large.
+struct Shares {
+  float of, rest;
+};
+
+inline Shares sigmoids(float x) {
+  const float e = exponential(-x);
+  const float of = 1.0f / (1.0f + e);
+  return {of, e < 1.0f ? e * of : 1.0f - of};
+}
+
+// Rows of a softmax ------------------------------------------
+
+inline float highest(const float* x, int64_t size) {
+  float most = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < size; ++i) most = most < x[i] ? x[i] : most;
+  return most;
+}
+
+// y = e^(x - shift), and its sum. y may be x.
+inline double exponentials(const float* x, float* y, int64_t size, float shift) {
+  double total = 0;
+  for (int64_t start = 0; start < size; start += kSum) {
+    const int64_t end = std::min(size, start + kSum);
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = start; i < end; ++i) {
+      const float weight = exponential(x[i] - shift);
+      y[i] = weight;
+      part += weight;
+    }
+    total += part;
+  }
+  return total;
+}
+
+inline double sum_of_exponentials(const float* x, int64_t size, float shift) {
+  double total = 0;
+  for (int64_t start = 0; start < size; start += kSum) {
+    const int64_t end = std::min(size, start + kSum);
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = start; i < end; ++i) part += exponential(x[i] - shift);
+    total += part;
+  }
+  return total;
+}
+
+inline bool any_nan(const float* x, int64_t size) {
+  int count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < size; ++i) count += x[i] != x[i];
+  return count > 0;
+}
+
+// log of the sum of e^x over each row (float64: it is the difference of two numbers of its size that counts).
+inline double log_sum(const float* row, int64_t width) {
+  const float most = highest(row, width);
+  if (!std::isfinite(most)) return any_nan(row, width) ? std::numeric_limits<double>::quiet_NaN() : most;
+  return most + std::log(sum_of_exponentials(row, width, most));
+}
+
+inline void log_sums(const float* logits, float* out, int64_t rows, int64_t width) {
+  in_parts(rows, 1, [=](int64_t row, int64_t) {
+    out[row] = static_cast<float>(log_sum(logits + row * width, width));
+  });
+}
+
+// Cross-entropy: log p of each row's target -----------------------------------------------------------------
+
+inline void logprobs(
+    const float* logits, const int32_t* targets, float* logps, int64_t rows, int64_t width) {
+  in_parts(rows, 1, [=](int64_t row, int64_t) {
+    const float* x = logits + row * width;
+    const double normaliser = log_sum(x, width);
+    logps[row] = targets[row] >= 0 && targets[row] < width ? static_cast<float>(x[targets[row]] - normaliser)
+                                                           : std::numeric_limits<float>::quiet_NaN();
+  });
+}
+
+// cotangent * (one-hot - softmax)
+inline void logprobs_gradient(
+    const float* logits, const int32_t* targets, const float* cotangents, float* out, int64_t rows,
+    int64_t width) {
+  in_parts(rows, 1, [=](int64_t row, int64_t) {
+    const float* x = logits + row * width;
+    float* y = out + row * width;
+    const float most = highest(x, width);
+    const double total = exponentials(x, y, width, most);
+    const float factor = static_cast<float>(-cotangents[row] / total);
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) y[i] *= factor;
+    if (targets[row] >= 0 && targets[row] < width) y[targets[row]] += cotangents[row];
+  });
+}
+
+// SwiGLU and GELU --------------------------------------------
+
+inline void swiglu(const float* gate, const float* up, float* out, int64_t size) {
+  in_parts(size, kPart, [=](int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+  });
+}
+
+inline void swiglu_gradient(
+    const float* gate, const float* up, const float* cotangent, float* of_gate, float* of_up, int64_t size) {
+  in_parts(size, kPart, [=](int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) {
+      const Shares share = sigmoids(gate[i]);
+      const float silu = gate[i] * share.of;
+      of_gate[i] = cotangent[i] * up[i] * (share.of + silu * share.rest);
+      of_up[i] = cotangent[i] * silu;
+    }
+  });
+}
+
+// GELU by its tanh approximation (arXiv 1606.08415), of the gate: x/2 (1 + tanh z) = x sigmoid(2z).
+constexpr float kGelu = 1.5957691216057308f;  // 2 sqrt(2 / pi)
+constexpr float kCubic = 0.044715f;
+
+inline void gelu(const float* x, float* out, int64_t size) {
+  in_parts(size, kPart, [=](int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i)
+      out[i] = x[i] * sigmoid(kGelu * (x[i] + kCubic * x[i] * x[i] * x[i]));
+  });
+}
+
+inline void gelu_gradient(const float* x, const float* cotangent, float* out, int64_t size) {
+  in_parts(size, kPart, [=](int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) {
+      const float square = x[i] * x[i];
+      const Shares share = sigmoids(kGelu * x[i] * (1.0f + kCubic * square));
+      const float slope = kGelu * (1.0f + 3.0f * kCubic * square);
+      out[i] = cotangent[i] * share.of * (1.0f + x[i] * slope * share.rest);
+    }
+  });
+}
+
+// RMSNorm (arXiv 1910.07467) ---------------------------------
+
+template <typename Term>
+double row_sum(int64_t width, const Term& term) {
+  double total = 0;
+  for (int64_t start = 0; start < width; start += kSum) {
+    const int64_t end = std::min(width, start + kSum);
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = start; i < end; ++i) part += term(i);
+    total += part;
+  }
+  return total;
+}
+
+inline float inverse_length(const float* x, int64_t width, float eps) {
+  const double squares = row_sum(width, [=](int64_t i) { return x[i] * x[i]; });
+  return static_cast<float>(1.0 / std::sqrt(squares / width + eps));
+}
+
+inline int64_t rows_at_once(int64_t width) { return std::max<int64_t>(1, kPart / width); }
+
+// `weight` may be null: all ones.
+inline void rms_norm(const float* x, const float* weight, float* out, int64_t rows, int64_t width, float eps) {
+  in_parts(rows, rows_at_once(width), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* a = x + row * width;
+      float* y = out + row * width;
+      const float inverse = inverse_length(a, width, eps);
+      if (weight) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) y[i] = weight[i] * (a[i] * inverse);
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) y[i] = a[i] * inverse;
+      }
+    }
+  });
+}
+
+inline void rms_norm_gradient(
+    const float* x, const float* weight, const float* cotangent, float* out, int64_t rows, int64_t width,
+    float eps) {
+  in_parts(rows, rows_at_once(width), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* a = x + row * width;
+      const float* c = cotangent + row * width;
+      float* y = out + row * width;
+      const float inverse = inverse_length(a, width, eps);
+      const double across = weight ? row_sum(width, [=](int64_t i) { return c[i] * weight[i] * a[i]; })
+                                   : row_sum(width, [=](int64_t i) { return c[i] * a[i]; });
+      const float along = static_cast<float>(across / width * inverse * inverse * inverse);
+      if (weight) {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) y[i] = inverse * (c[i] * weight[i]) - along * a[i];
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) y[i] = inverse * c[i] - along * a[i];
+      }
+    }
+  });
+}
+
+// Gradient of the weight: sums over rows, in groups of a fixed size and then over the groups.
+inline void rms_norm_weight_gradient(
+    const float* x, const float* cotangent, float* out, int64_t rows, int64_t width, float eps) {
+  constexpr int64_t kRows = 64;
+  const int64_t groups = (rows + kRows - 1) / kRows;
+  std::vector<float> sums(groups * width);
+  float* parts = sums.data();
+  in_parts(rows, kRows, [=](int64_t begin, int64_t end) {
+    float* part = parts + begin / kRows * width;
+    for (int64_t row = begin; row < end; ++row) {
+      const float* a = x + row * width;
+      const float* c = cotangent + row * width;
+      const float inverse = inverse_length(a, width, eps);
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) part[i] += c[i] * (a[i] * inverse);
+    }
+  });
+  for (int64_t i = 0; i < width; ++i) {
+    double total = 0;
+    for (int64_t group = 0; group < groups; ++group) total += parts[group * width + i];
+    out[i] = static_cast<float>(total);
+  }
+}
+
+// Rotary embeddings (arXiv 2104.09864) -----------------------
+
+// cos and sin of position * frequency. As in MLX and torch the angle is rounded to float32.
+struct Angles {
+  std::vector<float> frequencies;
+  float scale;
+  int64_t positions = 0;
+  std::vector<float> cos, sin;  // positions x frequencies
+
+  void reach(int64_t wanted) {
+    if (wanted <= positions) return;
+    const int64_t all = std::max<int64_t>(wanted, std::max<int64_t>(256, 2 * positions));
+    const int64_t half = static_cast<int64_t>(frequencies.size());
+    cos.resize(all * half);
+    sin.resize(all * half);
+    in_parts(all - positions, 64, [&, from = positions](int64_t begin, int64_t end) {
+      for (int64_t position = from + begin; position < from + end; ++position) {
+        const float place = static_cast<float>(position) * scale;
+        for (int64_t j = 0; j < half; ++j) {
+          const double angle = place * frequencies[j];
+          cos[position * half + j] = static_cast<float>(std::cos(angle));
+          sin[position * half + j] = static_cast<float>(std::sin(angle));
+        }
+      }
+    });
+    positions = all;
+  }
+};
+
+// The table of these frequencies, long enough for `positions`; it is kept for the next layer.
+inline std::shared_ptr<Angles> angles(std::vector<float> frequencies, float scale, int64_t positions) {
+  static std::mutex lock;
+  static std::vector<std::shared_ptr<Angles>> kept;
+  constexpr size_t kTables = 16;
+  std::lock_guard<std::mutex> guard(lock);
+  for (auto& table : kept) {
+    if (table->scale == scale && table->frequencies == frequencies) {
+      if (table->positions < positions && table.use_count() > 1) break;  // in use: a longer one beside it
+      table->reach(positions);
+      return table;
+    }
+  }
+  auto table = std::make_shared<Angles>(Angles{std::move(frequencies), scale});
+  table->reach(positions);
+  if (kept.size() >= kTables) kept.erase(kept.begin());
+  kept.insert(kept.begin(), table);
+  return table;
+}
+
+struct Rows {  // (batch, heads, rows, width), the last dimension without gaps
+  int64_t batch, head, row;  // distances in elements
+};
+
+struct Rotation {
+  int64_t batches, heads, rows, width, dims;
+  bool traditional, inverse;
+};
+
+inline void rotate_row(
+    const float* x, float* y, const float* cos, const float* sin, const Rotation& of, float sign) {
+  const int64_t half = of.dims / 2;
+  if (of.traditional) {
+    for (int64_t j = 0; j < half; ++j) {
+      const float a = x[2 * j], b = x[2 * j + 1];
+      y[2 * j] = a * cos[j] - sign * b * sin[j];
+      y[2 * j + 1] = b * cos[j] + sign * a * sin[j];
+    }
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < half; ++j) {
+      const float a = x[j], b = x[half + j];
+      y[j] = a * cos[j] - sign * b * sin[j];
+      y[half + j] = b * cos[j] + sign * a * sin[j];
+    }
+  }
+  for (int64_t j = of.dims; j < of.width; ++j) y[j] = x[j];
+}
+
+// offsets: the position of the first row, one for each batch.
+inline void rotate(
+    const float* x, Rows in, float* y, Rows out, const Rotation& of, const std::vector<int64_t>& offsets,
+    const std::vector<float>& frequencies, float scale) {
+  const int64_t last = *std::max_element(offsets.begin(), offsets.end()) + of.rows;
+  const auto table = angles(frequencies, scale, last);
+  const int64_t half = of.dims / 2;
+  const float sign = of.inverse ? -1.0f : 1.0f;
+  const int64_t all = of.batches * of.rows;
+  in_parts(all, std::max<int64_t>(1, kPart / (of.heads * of.width)), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t batch = index / of.rows, row = index % of.rows;
+      const int64_t position = std::max<int64_t>(0, offsets[batch] + row);
+      const float* cos = table->cos.data() + position * half;
+      const float* sin = table->sin.data() + position * half;
+      for (int64_t head = 0; head < of.heads; ++head)
+        rotate_row(x + batch * in.batch + head * in.head + row * in.row,
+                   y + batch * out.batch + head * out.head + row * out.row, cos, sin, of, sign);
+    }
+  });
+}
+
+}  // namespace tunesmith

@@ -1,0 +1,77 @@
+"""How rows lie in a sequence: several end to end, or all after one prompt.
+
+Both are passed to a model as the cache of its layers, and reach attention as mask or cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class Packed:
+    """Passed to a model as the cache of each layer: its one sequence holds several rows, which end at
+    ``ends``, and each row attends only to itself.
+
+    Positions continue through the sequence, since rotary embeddings depend only on differences of positions.
+    (An architecture that also scales by the absolute position beyond some length would depend on the place in
+    the sequence.) No mask of T × T is ever made."""
+
+    offset = 0
+
+    def __init__(self, ends: tuple[int, ...]) -> None:
+        self.ends = ends
+
+    def make_mask(self, length: int, **options: Any) -> Packed:
+        if options.get("window_size") is not None:
+            raise ValueError("layers with a sliding window cannot take packed rows")
+        return self
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+
+def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
+    """What to pass to ``net`` as its cache, for one row of rows that end at ``ends``."""
+    layers: Any = net.layers
+    return [Packed(ends)] * len(layers)
+
+
+class PromptCache:
+    """Passed to a model as the cache of a layer: keeps the keys and values of the first row and lays them
+    before all later ones.
+
+    What comes after the prompt is not kept, so any number of answers follow it, each alone.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[mx.array, mx.array] | None = None
+
+    @property
+    def offset(self) -> int:
+        return 0 if self._kept is None else self._kept[0].shape[2]
+
+    def make_mask(self, length: int, **options: Any) -> str | None:
+        if options.get("window_size") is not None:
+            raise ValueError("layers with a sliding window cannot keep a prompt")
+        return "causal" if length > 1 else None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self._kept is None:
+            self._kept = keys, values
+            return keys, values
+        before = [mx.broadcast_to(kept, (len(keys), *kept.shape[1:])) for kept in self._kept]
+        return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
+
+    def state(self) -> list[mx.array]:
+        return list(self._kept or ())
+
+
+def prompt(net: nn.Module, ids: mx.array) -> list[PromptCache]:
+    """What to pass to ``net`` as its cache for sequences that go on after ``ids`` (1, P). Evaluated."""
+    layers: Any = net.layers
+    kept = [PromptCache() for _ in layers]
+    net(ids, cache=kept)
+    mx.eval([one.state() for one in kept])
+    return kept

@@ -1,0 +1,426 @@
+"""The compiled kernels equal float64 within roundings of float32, values and gradients, at every shape."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.engine import generation
+from tunesmith.model import kernels
+from tunesmith.model import loading as model
+from tunesmith.model.kernels import extension
+
+pytestmark = pytest.mark.skipif(
+    extension.load().module is None, reason=f"no compiled kernels: {extension.load().missing}"
+)
+NUMBERS = np.random.default_rng(0)
+
+
+def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+    return (NUMBERS.normal(size=shape) * scale).astype(np.float32)
+
+
+def assert_close(
+    result: mx.array, expected: np.ndarray, tolerance: float = 1e-6, terms: float = 1e-30
+) -> None:
+    """Equal within ``tolerance`` of the largest value, or of ``terms``: the size of what cancels out."""
+    difference = np.abs(np.array(result, dtype=np.float64) - expected).max(initial=0)
+    allowed = tolerance * max(np.abs(expected).max(initial=0), terms)
+    assert difference <= allowed, f"{difference:.2g} where {allowed:.2g} is allowed"
+
+
+def both(function, *arrays: np.ndarray) -> tuple[mx.array, list[mx.array], np.ndarray]:
+    """(value, gradient of each array, the cotangent that they were made with)"""
+    given_arrays = [mx.array(array) for array in arrays]
+    value = function(*given_arrays)
+    cotangent = normal(*value.shape)
+    (value,), slopes = mx.vjp(lambda *inputs: function(*inputs), given_arrays, [mx.array(cotangent)])
+    return value, slopes, cotangent.astype(np.float64)
+
+
+# Attention --------------------
+
+
+def exact_attention(q, k, v, scale, allowed, cotangent):
+    """Value and gradients in float64; ``allowed`` (B, H, T, S) boolean. A query without keys gives zero."""
+    q, k, v = (array.astype(np.float64) for array in (q, k, v))
+    sharing = q.shape[1] // k.shape[1]
+    keys, values = np.repeat(k, sharing, axis=1), np.repeat(v, sharing, axis=1)
+    scores = np.where(allowed, q @ keys.swapaxes(-1, -2) * scale, -np.inf)
+    highest = np.where(np.isfinite(scores.max(-1, keepdims=True)), scores.max(-1, keepdims=True), 0)
+    weights = np.exp(scores - highest)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    output = weights @ values
+    change = cotangent @ values.swapaxes(-1, -2)
+    change = weights * (change - (cotangent * output).sum(-1, keepdims=True)) * scale
+
+    def shared(array):
+        return array.reshape(*k.shape[:2], sharing, *array.shape[2:]).sum(axis=2)
+
+    return output, [
+        change @ keys,
+        shared(change.swapaxes(-1, -2) @ q),
+        shared(weights.swapaxes(-1, -2) @ cotangent),
+    ]
+
+
+def check_attention(q, k, v, mask, allowed, cache=None) -> None:
+    scale = q.shape[-1] ** -0.5
+    with kernels.watched() as calls:
+        value, slopes, cotangent = both(
+            lambda *arrays: kernels.attention(*arrays, cache=cache, scale=scale, mask=mask), q, k, v
+        )
+    assert set(calls) == {("attention", True)}
+    allowed = np.broadcast_to(allowed, (*q.shape[:3], k.shape[2]))
+    expected, gradients = exact_attention(q, k, v, scale, allowed, cotangent)
+    assert_close(value, expected)
+    # The change of a score is a difference: of a product with the cotangent and the mean of all.
+    change = scale * np.abs(cotangent).max() * np.abs(v).max() * v.shape[-1] ** 0.5
+    terms = (change * np.abs(k).max(), change * np.abs(q).max(), 0)
+    for slope, gradient, size in zip(slopes, gradients, terms, strict=True):
+        assert_close(slope, gradient, terms=size)
+
+
+def lower(queries: int, keys: int) -> np.ndarray:
+    return np.arange(keys)[None] <= np.arange(queries)[:, None] + keys - queries
+
+
+HEADS = [(1, 1), (4, 4), (6, 2), (8, 1), (9, 3)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 400), st.sampled_from(HEADS), st.integers(1, 2), st.sampled_from([1, 8, 20, 64]))
+def test_causal_attention(length, heads, batch, width):
+    q, k, v = (normal(batch, count, length, width) for count in (heads[0], heads[1], heads[1]))
+    check_attention(q, k, v, "causal", lower(length, length))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 300), (7, 150), (130, 259), (256, 256)])
+def test_queries_behind_a_prompt(heads, queries, keys):
+    q = normal(2, heads[0], queries, 16)
+    k, v = normal(2, heads[1], keys, 16), normal(2, heads[1], keys, 24)  # values of another width
+    check_attention(q, k, v, "causal", lower(queries, keys))
+    check_attention(q, k, v, None, np.ones((queries, keys), bool))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=6), st.sampled_from(HEADS))
+def test_packed_rows_do_not_see_each_other(lengths, heads):
+    ends = np.cumsum(lengths)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    q, k, v = (normal(1, count, int(ends[-1]), 16) for count in (heads[0], heads[1], heads[1]))
+    allowed = lower(len(owner), len(owner)) & (owner[:, None] == owner[None])
+    check_attention(q, k, v, kernels.Packed(tuple(map(int, ends))), allowed)
+
+
+@pytest.mark.parametrize("window", [1, 5, 31, 64, 200, 500])
+@pytest.mark.parametrize("length", [1, 33, 300])
+def test_a_window_shorter_than_a_block(window, length):
+    q, k, v = (normal(2, heads, length, 16) for heads in (6, 2, 2))
+    distance = np.arange(length)[:, None] - np.arange(length)[None]
+    allowed = (distance >= 0) & (distance < window)
+    check_attention(q, k, v, mx.array(allowed), allowed)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_masks_with_gaps_padding_and_rows_without_keys(queries):
+    q, k, v = normal(3, 4, queries, 16), normal(3, 2, 90, 16), normal(3, 2, 90, 16)
+    by_row = (np.arange(90)[None] >= np.array([0, 30, 90])[:, None])[:, None, None]  # the last sees no key
+    check_attention(q, k, v, mx.array(by_row), by_row)
+    gaps = NUMBERS.random((3, 1, queries, 90)) < 0.3
+    gaps[1, :, 0] = False
+    check_attention(q, k, v, mx.array(gaps), gaps)
+    by_head = NUMBERS.random((1, 4, 1, 90)) < 0.5
+    check_attention(q, k, v, mx.array(by_head), by_head)
+
+
+def test_arrays_are_taken_as_they_lie():
+    """Heads side by side, as layers make them, cut from a larger array, or with the last dimension apart."""
+    q = normal(2, 50, 4, 16).swapaxes(1, 2)
+    k = normal(2, 50, 6, 16)[:, :, 2:4].swapaxes(1, 2)
+    v = normal(2, 2, 16, 50).swapaxes(2, 3)
+    given_arrays = [
+        mx.contiguous(mx.array(q.swapaxes(1, 2))).transpose(0, 2, 1, 3),
+        mx.array(np.ascontiguousarray(normal(2, 50, 6, 16))),
+        mx.contiguous(mx.array(v.swapaxes(2, 3))).swapaxes(2, 3),
+    ]
+    whole = np.array(given_arrays[1])
+    k = whole[:, :, 2:4].swapaxes(1, 2)
+    given_arrays[1] = given_arrays[1][:, :, 2:4].swapaxes(1, 2)
+    result = kernels.attention(*given_arrays, cache=None, scale=0.25, mask="causal")
+    expected, _ = exact_attention(q, k, v, 0.25, lower(50, 50), np.zeros((2, 4, 50, 16)))
+    assert_close(result, expected)
+    assert_close(result.transpose(0, 2, 1, 3).reshape(2, 50, -1), expected.swapaxes(1, 2).reshape(2, 50, -1))
+
+
+def test_gradients_by_finite_differences():
+    q, k, v = (normal(1, heads, 9, 4) for heads in (4, 2, 2))
+    cotangent = normal(1, 4, 9, 4)
+
+    def value(q, k, v):
+        return exact_attention(q, k, v, 0.5, lower(9, 9), cotangent)[0]
+
+    _, slopes = mx.vjp(
+        lambda *arrays: kernels.attention(*arrays, cache=None, scale=0.5, mask="causal"),
+        [mx.array(q), mx.array(k), mx.array(v)],
+        [mx.array(cotangent)],
+    )
+    for which, array in enumerate((q, k, v)):
+        numbers = np.zeros(array.shape)
+        for place in np.ndindex(array.shape):
+            moved = [[given_array.astype(np.float64) for given_array in (q, k, v)] for _ in range(2)]
+            moved[0][which][place] += 1e-6
+            moved[1][which][place] -= 1e-6
+            numbers[place] = ((value(*moved[0]) - value(*moved[1])) * cotangent).sum() / 2e-6
+        assert_close(slopes[which], numbers, 2e-6)
+
+
+@pytest.mark.parametrize("bad", ["sinks", "float16", "additive"])
+def test_what_the_kernels_do_not_cover_is_mlx_s(bad):
+    dtype = mx.float16 if bad == "float16" else mx.float32
+    q, k, v = (mx.array(normal(1, 2, 5, 8)).astype(dtype) for _ in range(3))
+    sinks = mx.zeros((2,)) if bad == "sinks" else None
+    mask = mx.zeros((5, 5)) if bad == "additive" else "causal"
+    with kernels.watched() as calls:
+        result = kernels.attention(q, k, v, cache=None, scale=0.5, mask=mask, sinks=sinks)
+    assert set(calls) == {("attention", False)}
+    expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.5, mask=mask, sinks=sinks)
+    np.testing.assert_allclose(np.array(result), np.array(expected), atol=1e-3)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    module = extension.load().module
+    with pytest.raises(ValueError, match="do not fit"):
+        module.attention(mx.zeros((1, 3, 4, 8)), *[mx.zeros((1, 2, 4, 8))] * 2, 1.0, True, [], None)
+    with pytest.raises(ValueError, match="float32"):
+        module.gelu(mx.zeros((3,), mx.bfloat16))
+
+
+# Cross-entropy --------------------
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 1024, 49152, 152064])
+def test_cross_entropy(vocabulary):
+    logits, targets = normal(9, vocabulary, scale=3), NUMBERS.integers(vocabulary, size=9)
+    value, (slope,), cotangent = both(lambda x: kernels.token_logprobs(x, mx.array(targets)), logits)
+    exact = logits.astype(np.float64)
+    normaliser = np.log(np.exp(exact).sum(axis=1))
+    np.testing.assert_allclose(
+        np.array(value), exact[np.arange(9), targets] - normaliser, rtol=4e-7, atol=1e-6
+    )
+    softmax = np.exp(exact - normaliser[:, None])
+    onehot = np.arange(vocabulary)[None] == targets[:, None]
+    np.testing.assert_allclose(np.array(slope), cotangent[:, None] * (onehot - softmax), rtol=1e-6, atol=4e-7)
+    np.testing.assert_allclose(np.array(kernels.log_sums(mx.array(logits))), normaliser, rtol=4e-7)
+
+
+def test_cross_entropy_at_the_ends():
+    logits = mx.array([[0.0, -mx.inf, 3.0], [3e38, 0.0, -3e38], [mx.nan, 0.0, 1.0]])
+    values = np.array(kernels.token_logprobs(logits, mx.array([2, 0, 1])))
+    np.testing.assert_allclose(values[:2], [-np.log1p(np.exp(-3)), 0], rtol=1e-6)
+    assert np.isnan(values[2])
+    assert np.isnan(np.array(kernels.token_logprobs(mx.zeros((1, 3)), mx.array([3])))).all()
+
+
+# Activations, norms, rotary embeddings --------------------
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 129, 300)])
+def test_swiglu(shape):
+    gate, up = normal(*shape, scale=4), normal(*shape)
+    value, slopes, cotangent = both(kernels.swiglu, gate, up)
+    g, u = gate.astype(np.float64), up.astype(np.float64)
+    assert_close(value, g * sigmoid(g) * u)
+    share = sigmoid(g)
+    assert_close(slopes[0], cotangent * u * (share + g * share * (1 - share)))
+    assert_close(slopes[1], cotangent * g * share)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 129, 300)])
+def test_gelu(shape):
+    x = normal(*shape, scale=3)
+    value, (slope,), cotangent = both(kernels.gelu_approx, x)
+    z = x.astype(np.float64)
+    tanh = np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
+    assert_close(value, 0.5 * z * (1 + tanh))
+    inner = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * z**2)
+    assert_close(slope, cotangent * (0.5 * (1 + tanh) + 0.5 * z * (1 - tanh**2) * inner))
+
+
+def test_activations_at_the_ends():
+    ends = mx.array([-mx.inf, -3e38, -1e4, -89.0, 0.0, 89.0, 1e4, mx.nan])
+    for kernel in (lambda x: kernels.swiglu(x, mx.ones(x.shape)), kernels.gelu_approx):
+        result = np.array(kernel(ends[1:]))
+        np.testing.assert_allclose(result[:-1], [0, 0, 0, 0, 89, 1e4], atol=1e-30, rtol=1e-6)
+        assert np.isnan(result[-1])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (70, 576), (2, 3, 5, 33), (3, 8192)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm(shape, weighted):
+    x, weight = normal(*shape, scale=3), normal(shape[-1])
+    weights = (weight,) if weighted else ()
+    value, slopes, cotangent = both(
+        lambda x, *w: kernels.rms_norm(x, w[0] if weighted else None, 1e-5), x, *weights
+    )
+    a, w = x.astype(np.float64), weight.astype(np.float64) if weighted else np.ones(shape[-1])
+    inverse = 1 / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-5)
+    assert_close(value, a * inverse * w)
+    along = (cotangent * w * a).mean(-1, keepdims=True) * inverse**3
+    assert_close(slopes[0], cotangent * w * inverse - a * along, terms=np.abs(cotangent * w * inverse).max())
+    if weighted:
+        assert_close(slopes[1], (cotangent * a * inverse).reshape(-1, shape[-1]).sum(0))
+
+
+@pytest.mark.parametrize("traditional", [True, False])
+@pytest.mark.parametrize("dims", [64, 32, 2])
+@pytest.mark.parametrize("given_by", ["base", "wavelengths"])
+@pytest.mark.parametrize("offset", [0, 5000, [3, 700]])
+def test_rotary_embeddings(traditional, dims, given_by, offset):
+    x = normal(2, 3, 40, 64)
+    base = 1e4 if given_by == "base" else None
+    waves = None if base else np.exp(NUMBERS.random(dims // 2) * 8).astype(np.float32)
+    first = mx.array(offset) if isinstance(offset, list) else offset
+    value, (slope,), cotangent = both(
+        lambda x: kernels.rope(
+            x,
+            dims,
+            traditional=traditional,
+            base=base,
+            scale=0.5,
+            offset=first,
+            freqs=None if waves is None else mx.array(waves),
+        ),
+        x,
+    )
+    frequencies = (1e4 ** (-2.0 * np.arange(dims // 2) / dims)).astype(np.float32) if base else 1 / waves
+    places = (np.array(offset).reshape(-1, 1) + np.arange(40)).astype(np.float32) * np.float32(0.5)
+    # Models are trained with angles that were rounded to float32.
+    angles = (places[..., None] * frequencies).astype(np.float64)[:, None]
+
+    def turned(array, sign):
+        rest, array = array[..., dims:], array[..., :dims].astype(np.float64)
+        if traditional:
+            a, b = array[..., ::2], array[..., 1::2]
+        else:
+            a, b = array[..., : dims // 2], array[..., dims // 2 :]
+        c, s = np.cos(angles), sign * np.sin(angles)
+        first_half, second_half = a * c - b * s, b * c + a * s
+        if traditional:
+            array = np.stack([first_half, second_half], axis=-1).reshape(array.shape)
+        else:
+            array = np.concatenate([first_half, second_half], axis=-1)
+        return np.concatenate([array, rest], axis=-1)
+
+    assert_close(value, turned(x, 1))
+    assert_close(slope, turned(cotangent, -1))
+
+
+# Threads, processes, and machines without them --------------------
+
+DIGEST = """
+import hashlib, os, sys
+from tunesmith.machine import backend
+backend.setup()
+import mlx.core as mx, numpy as np
+from tunesmith.model import kernels
+from tunesmith.model.kernels import extension
+extension.load().module.set_threads(int(sys.argv[1]))
+def draw(*shape, seed=[0]):
+    seed[0] += 1
+    return mx.random.normal(shape, key=mx.random.key(seed[0]))
+def values():
+    q, k, v, c = draw(2, 9, 300, 64), draw(2, 3, 300, 64), draw(2, 3, 300, 64), draw(2, 9, 300, 64)
+    attend = lambda q, k, v: kernels.attention(q, k, v, cache=None, scale=0.125, mask="causal")
+    norm = lambda x, w: kernels.rms_norm(x, w, 1e-5)
+    x, w, d = draw(500, 576), draw(576), draw(500, 576)
+    logits, targets = draw(64, 5000), mx.arange(64)
+    parts = [mx.vjp(attend, [q, k, v], [c]), mx.vjp(norm, [x, w], [d]),
+             mx.vjp(lambda x: kernels.token_logprobs(x, targets), [logits], [draw(64)]),
+             mx.vjp(kernels.swiglu, [x, d], [d])]
+    arrays = [array for part in parts for side in part for array in side]
+    return hashlib.sha256(b"".join(np.array(array).tobytes() for array in arrays)).hexdigest()
+print(values())
+"""
+
+
+def run(*arguments: str, **environment: str) -> list[str]:
+    environ = os.environ | environment
+    command = [sys.executable, "-c", DIGEST, *arguments]
+    return subprocess.run(
+        command, env=environ, timeout=300, capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
+def test_the_number_of_threads_changes_no_bit():
+    assert len({run(threads)[0] for threads in ("1", "2", "3", "7")}) == 1
+
+
+def test_generation_and_training_meet_only_compiled_kernels(tiny_model):
+    net = model.load(model.ModelSpec(path=str(tiny_model))).net
+    with kernels.watched() as calls:
+        net(mx.array([[1, 2, 3]]))
+        trained = set(calls)
+        generation.generate(net, [[1, 2, 3], [4, 5]], max_tokens=3, eos_ids=[0])
+    expected = {(name, True) for name in ("attention", "SwiGLU", "RMSNorm", "rotary")}
+    assert trained == set(calls) == expected
+
+
+REASONS = {
+    "no C++ compiler": ({"PATH": "/nowhere"}, "no C++ compiler (g++)"),
+    "a broken compiler": ({"CXXFLAGS": "-nonsense"}, "g++ cannot compile the kernels"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_without_a_compiler_mlx_s_operations_compute(case, tmp_path):
+    environment, reason = REASONS[case]
+    code = (
+        "from tunesmith.machine import backend; backend.setup();"
+        "from tunesmith.model import kernels; import mlx.core as mx;"
+        "print(kernels.choice(), kernels.described());"
+        "print(kernels.swiglu(mx.array([2.0]), mx.array([1.0])).item())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment | {"TUNESMITH_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert result[0].startswith(f"operations as operations of MLX ({reason}")
+    assert float(result[1]) == pytest.approx(1.7615942)
+
+
+def test_two_processes_compile_once(tmp_path):
+    """And the second finds what the first has compiled."""
+    environment = os.environ | {"TUNESMITH_CACHE": str(tmp_path), "CXXFLAGS": "-O0"}
+    code = (
+        "from tunesmith.machine import backend; backend.setup();"
+        "from tunesmith.model import kernels; print(kernels.choice())"
+    )
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    ends = [process.communicate() for process in running]
+    assert [end[0].strip() for end in ends] == ["compiled", "compiled"]
+    assert sum("compiling the kernels" in end[1] for end in ends) == 1
