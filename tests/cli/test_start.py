@@ -22,13 +22,13 @@ TEMPLATE = {"transformers", "tokenizers", "sentencepiece", "jinja2", "huggingfac
 MODEL = TEMPLATE | {"mlx_lm"}
 """mlx-lm imports transformers itself."""
 AUDIT = {"py3langid", "pygarble", "ftfy", "rapidfuzz", "rensa", "scipy", "jsonschema"}
-MAP = {"sklearn", "joblib", "scipy.stats", "narwhals", "pandas", "pyarrow"}
+MAP = {"sklearn", "joblib", "scipy.stats", "narwhals"}
 """For the t-SNE of the map of prompts, which training does not draw."""
 REPORT = {"jinja2", "matplotlib"}
 CARD = {"huggingface_hub"}
 TASKS = {"scipy", "scipy.stats", "sacrebleu", "rapidfuzz", "pygarble"}
 HEAVY = SETTINGS | MISTRAL | MODEL | AUDIT | MAP | REPORT | CARD | TASKS
-HEAVY |= {"torch", "plotext", "datasets", "lm_eval", "gguf", "numba"}
+HEAVY |= {"torch", "pandas", "pyarrow", "plotext", "datasets", "lm_eval", "gguf", "numba"}
 
 VERBS = {
     "init --presets": {"rich"},

@@ -102,8 +102,11 @@ def clusters(
 ) -> Clustering:
     """Clusters of one prompt or more, the same on each call. ``embed``: (n, width) features, instead of
     TF-IDF. mapped: also place them on the map."""
+    import scipy.linalg  # noqa: F401  # before the limit below, which covers libraries that are loaded
     from threadpoolctl import threadpool_limits
 
+    if mapped:
+        import sklearn.manifold  # noqa: F401  # likewise
     texts = [prompt[:LETTERS] for prompt in prompts]
     weights, terms = _tfidf(texts)
     if embed is None or len(set(texts)) == 1:  # differences of states do not show what all prompts share
@@ -216,7 +219,7 @@ def _points(coordinates: np.ndarray) -> tuple[np.ndarray, str]:
         left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
         flat = (left * sizes)[:, :2]
         return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1]))), "two principal components"
-    from sklearn.manifold import TSNE  # a second to import
+    from sklearn.manifold import TSNE
 
     perplexity = min(30, (len(coordinates) - 1) // 3)
     return TSNE(2, init="pca", perplexity=perplexity, max_iter=500, random_state=0).fit_transform(

@@ -23,6 +23,7 @@ from tunesmith.cli.options import (
     print_json,
     progress,
 )
+from tunesmith.machine import imports
 
 if TYPE_CHECKING:
     from tunesmith.auditing.findings import Audit
@@ -128,6 +129,7 @@ def audit(
 ) -> None:
     """Find what would ruin a fine-tune: duplicates, conflicts, leaks, secrets, wrong labels, …; exit status 3
     with errors."""
+    imports.hide("pandas")  # scikit-learn imports it wherever it is installed
     page = html or (None if no_html or as_json else Path("audit.html"))
     with progress() as notify:
         result = tunesmith.audit(
