@@ -277,8 +277,8 @@ def read(path: Path) -> Iterator[Event]:
                     at = event.at
                     yield event
     if unread:
-        what = "lines of the log could not be read in full: they are damaged, or from a later version"
-        yield Notice(what, "warning", unread, path.name, at=at)
+        text = "lines of the log could not be read in full: they are damaged, or from a later version"
+        yield Notice(text, "warning", unread, path.name, at=at)
 
 
 def silent(event: Event) -> None:

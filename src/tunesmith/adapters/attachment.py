@@ -84,8 +84,8 @@ class Adapter:
         try:
             self.spec.attach(net, seed=0)
         except ConfigError as error:
-            what = f"the adapter does not fit the model: {error}"
-            raise ModelError(what, where=self.source, hint=UNFIT) from error
+            message = f"the adapter does not fit the model: {error}"
+            raise ModelError(message, where=self.source, hint=UNFIT) from error
         self.fill(net)
 
     def fill(self, net: nn.Module) -> None:
@@ -99,8 +99,8 @@ class Adapter:
             if in_net.get(name) != in_file.get(name)
         ]
         if problems:
-            what = f"{len(problems)} tensors of the adapter do not fit the model\n{listing(problems)}"
+            message = f"{len(problems)} tensors of the adapter do not fit the model\n{listing(problems)}"
             hint = "an adapter fits only the model that it was trained on"
-            raise ModelError(what, where=self.source, hint=hint)
+            raise ModelError(message, where=self.source, hint=hint)
         net.update(tree_unflatten([(name, value.astype(mx.float32)) for name, value in self.tensors.items()]))
         mx.eval(trainable(net))  # read from the file only now, when what they replace is free

@@ -79,8 +79,8 @@ def read_spec(folder: Path) -> AdapterSpec:
         kinds: TypeAdapter[AdapterSpec] = TypeAdapter(Annotated[AdapterSpec, Field(discriminator="kind")])
         return kinds.validate_python(stored)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        what = f"{CONFIG} cannot be read: {type(error).__name__}: {error}"
-        raise ModelError(what, where=str(folder), hint=UNFIT) from error
+        message = f"{CONFIG} cannot be read: {type(error).__name__}: {error}"
+        raise ModelError(message, where=str(folder), hint=UNFIT) from error
 
 
 def _read_tensors(folder: Path) -> dict[str, mx.array]:
@@ -119,10 +119,10 @@ def go_on(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
             ]
         else:
             differences = [f"adapter.kind is {now['kind']}, there {before['kind']}"]
-        what = f"the adapter of {folder} has another shape: {'; '.join(differences)}"
+        message = f"the adapter of {folder} has another shape: {'; '.join(differences)}"
         hint = "give the same, or model.adapter instead: it is merged into the base, "
         hint += "and the new adapter may have any shape"
-        raise ConfigError(what, where="adapter.start", hint=hint)
+        raise ConfigError(message, where="adapter.start", hint=hint)
     start.fill(net)
 
 

@@ -71,8 +71,8 @@ class RoutedLinear(nn.Module):
             factor = None if self._factor is None else self._factor[places]
         else:
             if len(x) != len(places):
-                what = f"a pass of {len(x)} rows, but adapters are chosen for {len(places)}"
-                raise ModelError(what, hint="call select() with one name for each row of the next pass")
+                message = f"a pass of {len(x)} rows, but adapters are chosen for {len(places)}"
+                raise ModelError(message, hint="call select() with one name for each row of the next pass")
             rows = x.reshape(len(x), -1, x.shape[-1])
             inner = mx.gather_mm(rows.astype(mx.float32), self._a, rhs_indices=places)
             inner = inner * self._scale[places][:, None, None]
@@ -143,9 +143,9 @@ def routed(net: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[Routing]
 def _layers(net: nn.Module, name: str, adapter: Adapter) -> dict[str, LoRALinear]:
     """The layers of ``adapter`` by the name of what they adapt; ``net`` is as it was afterwards."""
     if isinstance(adapter.spec, Full) or adapter.spec.full_modules:
-        what = f"adapter {name!r} trains whole modules, which the rows of a batch share"
+        message = f"adapter {name!r} trains whole modules, which the rows of a batch share"
         raise ModelError(
-            what, where=adapter.source, hint="attach it alone, or merge it into a base of its own"
+            message, where=adapter.source, hint="attach it alone, or merge it into a base of its own"
         )
     handle = adapter.attach(net)
     layers = adapted(net)

@@ -72,8 +72,10 @@ class _LowRank(Spec):
         chosen = _select(net, self.targets, self.layers, "adapter.targets", full=False)
         for name, linear in chosen.items():
             if self.rank > min(dims(linear)):
-                what = f"rank {self.rank} is more than {name} (in, out = {dims(linear)}) can hold"
-                raise ConfigError(what, where="adapter.rank", hint="a smaller rank, or other adapter.targets")
+                message = f"rank {self.rank} is more than {name} (in, out = {dims(linear)}) can hold"
+                raise ConfigError(
+                    message, where="adapter.rank", hint="a smaller rank, or other adapter.targets"
+                )
         full = _select(net, self.full_modules, self.layers, "adapter.full_modules", full=True)
         if both := sorted(full.keys() & chosen.keys()):
             raise ConfigError(f"{both[0]} is both adapted and trained in full", where="adapter.full_modules")
@@ -158,9 +160,9 @@ def _select(
         ]
         matches = _matching(target, reachable, full)
         if not matches:
-            what = f"{target!r} matches no {'module' if full else 'linear layer'}"
-            what += "" if layers is None else f" in the last {layers} blocks"
-            raise ConfigError(what, where=where, hint=_other_targets(target, modules, full))
+            message = f"{target!r} matches no {'module' if full else 'linear layer'}"
+            message += "" if layers is None else f" in the last {layers} blocks"
+            raise ConfigError(message, where=where, hint=_other_targets(target, modules, full))
         chosen |= matches
     if packed := [name for name in sorted(chosen) if full and "scales" in modules[name]]:
         hint = "leave out model.quantize, or train LoRA or DoRA over the quantised model"

@@ -157,8 +157,8 @@ def _rows(paths: Sequence[str | Path], spec: DataSpec, found: dict[str, list[Ste
         example, steps = mended(made)
         digest = hashlib.blake2b(json.dumps(content_of(example)).encode(), digest_size=16).digest()
         if first := lines.get(digest):
-            told = f"line {first} of the copy has the same content and label"
-            yield _Row(made.source, None, None, [Step("removed", "duplicates.exact", told, _line(made))])
+            reason = f"line {first} of the copy has the same content and label"
+            yield _Row(made.source, None, None, [Step("removed", "duplicates.exact", reason, _line(made))])
             continue
         lines[digest] = len(lines) + 1
         known = {step.rule for step in steps}
@@ -232,12 +232,13 @@ def _repaired(example: Example, steps: list[Step]) -> Example:
         return example
     for text, fixed in better.items():
         same = next(
-            (at for at, (one, other) in enumerate(zip(text, fixed, strict=False)) if one != other), len(fixed)
+            (start for start, (one, other) in enumerate(zip(text, fixed, strict=False)) if one != other),
+            len(fixed),
         )
-        at = max(0, same - 20)
+        start = max(0, same - 20)
         reason = "letters that had been read in a wrong encoding"
         steps.append(
-            Step("changed", "content.mojibake", reason, excerpt(text[at:], 80), excerpt(fixed[at:], 80))
+            Step("changed", "content.mojibake", reason, excerpt(text[start:], 80), excerpt(fixed[start:], 80))
         )
 
     def words(text: str) -> str:
@@ -246,7 +247,9 @@ def _repaired(example: Example, steps: list[Step]) -> Example:
     def side(conversation: Conversation) -> Conversation:
         return replace(
             conversation,
-            messages=tuple(replace(one, content=words(one.content)) for one in conversation.messages),
+            messages=tuple(
+                replace(message, content=words(message.content)) for message in conversation.messages
+            ),
         )
 
     if isinstance(example, Document):

@@ -112,8 +112,8 @@ def examine(
     check_accepted(known.spec)
     applied = tuple(rule for rule in rules() if not rule.missing())
     if skipped := [rule.name for rule in rules() if rule not in applied]:
-        what = f"the audit leaves out {' and '.join(skipped)}: what they need is not installed"
-        notify(Notice(what, "warning", count=len(examples), hint=EXTRA))
+        text = f"the audit leaves out {' and '.join(skipped)}: what they need is not installed"
+        notify(Notice(text, "warning", count=len(examples), hint=EXTRA))
     known = replace(known, share=min(1.0, known.spec.sample / max(len(examples), 1)))
     survey = Survey(
         known.spec,
@@ -300,8 +300,8 @@ def _tell_unused(spec: AuditSpec, findings: Sequence[Finding], notify: Sink) -> 
     names = {name for finding in findings for name in (finding.rule, finding.dimension)}
     for name in spec.accept:
         if name not in names:
-            what = f"{name} is accepted, but no rule of that name was applied"
-            notify(Notice(what, "warning", where="audit.accept"))
+            text = f"{name} is accepted, but no rule of that name was applied"
+            notify(Notice(text, "warning", where="audit.accept"))
 
 
 def _accepted(finding: Finding, spec: AuditSpec) -> Finding:

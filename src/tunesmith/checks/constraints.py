@@ -280,16 +280,18 @@ def _json_schema(schema: dict[str, Any], fence: bool = True) -> Check:
 
 def _pattern(declared: str, flags: int = regex.IGNORECASE) -> Callable[[str], Iterator[object]]:
     """A function that searches a declared pattern in a text; it raises TimeoutError after `PATIENCE`."""
-    found = regex.compile(declared, flags)
-    return lambda text: found.finditer(text, timeout=PATIENCE)
+    expression = regex.compile(declared, flags)
+    return lambda text: expression.finditer(text, timeout=PATIENCE)
 
 
 @_kind("regex")
 def _regex(pattern: Text, whole: bool = False, ignore_case: bool = False) -> Check:
     """The pattern matches anywhere, or, with ``whole``, the whole stripped answer. ^ and $ match at lines."""
-    found = regex.compile(pattern, regex.MULTILINE | (regex.IGNORECASE if ignore_case else 0))
+    expression = regex.compile(pattern, regex.MULTILINE | (regex.IGNORECASE if ignore_case else 0))
     return lambda text: bool(
-        (found.fullmatch if whole else found.search)(text.strip() if whole else text, timeout=PATIENCE)
+        (expression.fullmatch if whole else expression.search)(
+            text.strip() if whole else text, timeout=PATIENCE
+        )
     )
 
 
@@ -315,8 +317,8 @@ def _call(cut: bool = False) -> Check:
     """At least one call, and none that a program could not run. cut: the last of several may be broken."""
 
     def check(text: str) -> bool:
-        found = parse(text)
-        return bool(found) and not any(call.problem for call in found[: max(1, len(found) - cut)])
+        calls = parse(text)
+        return bool(calls) and not any(call.problem for call in calls[: max(1, len(calls) - cut)])
 
     return check
 
@@ -433,7 +435,7 @@ def _bullet_lists(num_bullets: Count) -> Check:
 
 @_kind("detectable_format:constrained_response")
 def _constrained() -> Check:
-    return lambda text: any(f"My answer is {one}." in text for one in ("yes", "no", "maybe"))
+    return lambda text: any(f"My answer is {answer}." in text for answer in ("yes", "no", "maybe"))
 
 
 @_kind("detectable_format:number_highlighted_sections")
@@ -442,7 +444,7 @@ def _highlighted(num_highlights: Count) -> Check:
 
     def count(text: str) -> int:
         spans = re.findall(r"\*[^\n\*]*\*", text) + re.findall(r"\*\*[^\n\*]*\*\*", text)
-        return sum(bool(one.strip("*").strip()) for one in spans)
+        return sum(bool(span.strip("*").strip()) for span in spans)
 
     return _within(count, "at least", num_highlights)
 

@@ -155,21 +155,21 @@ def structured(messages: Sequence[Message]) -> tuple[Message, ...]:
     made: list[Message] = []
     ids = (f"c{number:08x}" for number in count())
     mixed = any(message.calls or message.role == "tool" for message in messages)
-    for at, message in enumerate(messages, 1):
+    for turn, message in enumerate(messages, 1):
         runs = _runs(message.content) if message.role == "assistant" else []
         if runs and mixed:
-            raise BadRow("mixed_calls", f"turn {at}", "calls as text or as calls, in one row", "both")
+            raise BadRow("mixed_calls", f"turn {turn}", "calls as text or as calls, in one row", "both")
         start = 0
         for run in runs:
             words = _words(message.content[start : run.calls[0].start].rstrip(), start)
             start = run.end
-            _check_run(run, f"turn {at}")
+            _check_run(run, f"turn {turn}")
             if not run.results and message.content[start:].strip():
-                raise BadRow("unanswered_call", f"turn {at}", f"the result of {run.calls[-1].name}", "none")
+                raise BadRow("unanswered_call", f"turn {turn}", f"the result of {run.calls[-1].name}", "none")
             if words.strip():
                 raise BadRow(
                     "words",
-                    f"turn {at}",
+                    f"turn {turn}",
                     "a call alone in its turn, as Mistral's format has it",
                     "words before it",
                 )

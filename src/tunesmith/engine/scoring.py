@@ -27,7 +27,7 @@ def sequence_sums(
     net.eval()
     gather = abilities.splits(net)
     sequences = [sequence for group in groups for sequence in group.sequences]
-    found: list[tuple[float, float]] = [(0.0, 0.0)] * len(sequences)
+    pairs: list[tuple[float, float]] = [(0.0, 0.0)] * len(sequences)
     done = 0
     shared = [
         members
@@ -47,7 +47,7 @@ def sequence_sums(
             batch = collate([Group((chosen[member],), "") for member in members], pack=cut.pack)
             sums = logprobs.batch_sums(net, batch, gather=gather, prompt=prompt)
             for member, pair in zip(members, sums, strict=True):
-                found[member] = pair
+                pairs[member] = pair
             done += len(members)
             if tick is not None:
                 tick(done, len(sequences))
@@ -65,7 +65,7 @@ def sequence_sums(
             for member in members
         }
         score(few, tails, kernels.prompt(net, mx.array(first.ids[:split])[None]))
-    ends = iter(found)
+    ends = iter(pairs)
     return [[next(ends) for _ in group.sequences] for group in groups]
 
 
@@ -80,7 +80,7 @@ def row_losses(
 def families(sequences: Sequence[Tokens]) -> list[list[int]]:
     """All of ``sequences`` by index, those with the same tokens before the first learned one together, in
     order of the first."""
-    found: dict[bytes, list[int]] = {}
+    by_prompt: dict[bytes, list[int]] = {}
     for index, tokens in enumerate(sequences):
-        found.setdefault(tokens.ids[: tokens.start].astype("<i4").tobytes(), []).append(index)
-    return list(found.values())
+        by_prompt.setdefault(tokens.ids[: tokens.start].astype("<i4").tobytes(), []).append(index)
+    return list(by_prompt.values())

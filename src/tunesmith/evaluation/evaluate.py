@@ -150,8 +150,8 @@ def _chosen(names: Sequence[str], spec: EvaluationSpec, data: Sequence[str]) -> 
     groups = registry.require(names, spec)
     if data and not any(group.asks_rows for group in groups):
         usable = sorted(group.name for group in registry.groups().values() if group.asks_rows)
-        what = f"no task of {', '.join(names)} asks rows"
-        raise EvaluationError(what, where="data", hint=f"--task {', '.join(usable)}")
+        message = f"no task of {', '.join(names)} asks rows"
+        raise EvaluationError(message, where="data", hint=f"--task {', '.join(usable)}")
     return groups
 
 
@@ -163,8 +163,8 @@ def _built(material: Material, groups: Sequence[TaskGroup], base: bool) -> list[
             continue
         for task in group.build(material):
             if task.needs_base and not base:
-                what = f"{task.name}: it needs the base, which was left out: not measured"
-                material.notify(Notice(what))
+                text = f"{task.name}: it needs the base, which was left out: not measured"
+                material.notify(Notice(text))
             else:
                 built.append(task)
     if not built:
@@ -225,8 +225,8 @@ class _Measure:
         if content := self.ranks.from_first(content):  # what the first rank has cached, no rank measures
             cached, heard = _parsed(content)
             subject.heard = {**heard, **subject.heard}
-            what = f"{side}: {task.name} is cached: {len(cached.scores):,} examples"
-            self.material.notify(Notice(what))
+            text = f"{side}: {task.name} is cached: {len(cached.scores):,} examples"
+            self.material.notify(Notice(text))
             return cached
         before, start = len(subject.heard), time.perf_counter()
         scores = task.score(task.measure(subject))
@@ -330,8 +330,8 @@ def _rows(
         if len(asking) == len(groups):
             where, hint = str(run.path / VALID), "give --data FILE"
             raise EvaluationError("has no held-out rows", where=where, hint=hint)
-        what = f"no rows are held out: not measured: {', '.join(asking)}"
-        notify(Notice(what, level="warning", hint="give --data FILE"))
+        text = f"no rows are held out: not measured: {', '.join(asking)}"
+        notify(Notice(text, level="warning", hint="give --data FILE"))
         return _Rows()
     formats.require(read, run.config.data.max_dropped)
     if read.dropped:

@@ -47,8 +47,8 @@ def scored(record: Record, *, gains: bool = False) -> list[ExampleScore]:
     except EvaluationError as error:
         raise EvaluationError(error.what, where=error.where, hint=hint) from error
     if len(examples) != record.n:
-        what = f"has {len(examples):,} examples, and {record.n:,} were scored"
-        raise EvaluationError(what, where=str(path), hint=hint)
+        message = f"has {len(examples):,} examples, and {record.n:,} were scored"
+        raise EvaluationError(message, where=str(path), hint=hint)
     scores = [example.score() for example in examples]
     if gains:
         bases = [example.base for example in examples]
@@ -195,9 +195,9 @@ def differences(first: Record, second: Record) -> list[str]:
     if first.base != second.base:
         reasons.append(f"other bases ({(first.base or '')[:12]} and {(second.base or '')[:12]})")
     if first.identity != second.identity:
-        one, other = dict(first.settings or {}), dict(second.settings or {})
-        keys = [key for key in one | other if one.get(key) != other.get(key) and key != "batch_size"]
-        parts = [f"{key} {json.dumps(one.get(key))} and {json.dumps(other.get(key))}" for key in keys]
+        own, other = dict(first.settings or {}), dict(second.settings or {})
+        keys = [key for key in own | other if own.get(key) != other.get(key) and key != "batch_size"]
+        parts = [f"{key} {json.dumps(own.get(key))} and {json.dumps(other.get(key))}" for key in keys]
         parts.append(f"identity {first.identity} and {second.identity}")
         reasons.append(f"other rows, prompts or settings ({'; '.join(parts)})")
     return reasons

@@ -118,8 +118,10 @@ def summarise(
     pairs = zip_longest(*([(score.source, score.units) for score in side] for side in sides))
     odd = [f"tuned {pair[0]}, base {pair[-1]}" for pair in pairs if pair[0] != pair[-1]]
     if odd:
-        what = f"{task.name}: base and tuned were not scored on the same examples (source, units)"
-        raise EvaluationError(f"{what}\n{listing(odd)}", hint="score both on the same rows in the same order")
+        message = f"{task.name}: base and tuned were not scored on the same examples (source, units)"
+        raise EvaluationError(
+            f"{message}\n{listing(odd)}", hint="score both on the same rows in the same order"
+        )
     scores = list(_scores(task, task.statistics, sides, None, seed))
     headlines = [statistic for statistic in task.statistics if statistic.headline]
     for key in task.parts:
@@ -209,8 +211,8 @@ def _scores(
         if not all(by_source):
             continue
         if odd := sorted(by_source[0].keys() ^ by_source[-1].keys()):
-            what = f"{task.name}: {statistic.name} has a number on one side only\n{listing(odd)}"
-            raise EvaluationError(what, hint="whether an example has one may depend on the question alone")
+            message = f"{task.name}: {statistic.name} has a number on one side only\n{listing(odd)}"
+            raise EvaluationError(message, hint="whether an example has one may depend on the question alone")
         once = all(count == 1 for *_, count in by_source[0].values())
         sums = np.array([[side[source][:2] for source in sorted(side)] for side in by_source])
         yield replace(_score(task, statistic, sums, once, seed), part=part)

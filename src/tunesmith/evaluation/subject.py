@@ -61,9 +61,9 @@ class Subject:
 
     def answers(self, prompts: Sequence[Prompt], max_tokens: int, label: str = "answers") -> list[Said]:
         """One greedy answer a prompt, in order."""
-        asked = [self.ids(prompt) for prompt in prompts]
-        keys = [_hash(max_tokens, np.array(ids, "<i4")) for ids in asked]
-        new = {key: ids for key, ids in zip(keys, asked, strict=True) if key not in self.heard}
+        sequences = [self.ids(prompt) for prompt in prompts]
+        keys = [_hash(max_tokens, np.array(ids, "<i4")) for ids in sequences]
+        new = {key: ids for key, ids in zip(keys, sequences, strict=True) if key not in self.heard}
         mine = list(new.values())[self.ranks.rank :: self.ranks.size]
         made = generation.generate(
             self.net,
@@ -75,7 +75,9 @@ class Subject:
         )
         for key, ids, cut in zip(
             new,
-            *self._met([one.ids for one in made], [one.finish == "length" for one in made], len(new)),
+            *self._met(
+                [answer.ids for answer in made], [answer.finish == "length" for answer in made], len(new)
+            ),
             strict=True,
         ):
             self.heard[key] = Said(self.renderer.answer(ids), len(ids), cut)
@@ -89,14 +91,16 @@ class Subject:
         mine = range(self.ranks.rank, n, self.ranks.size)
         lengths = np.zeros((n, 2), np.float32)
         lengths[mine] = (
-            [[len(one), end] for one, end in zip(ids, cut, strict=True)] if ids else np.zeros((0, 2))
+            [[len(answer_ids), end] for answer_ids, end in zip(ids, cut, strict=True)]
+            if ids
+            else np.zeros((0, 2))
         )
         lengths = np.array(self.ranks.total([mx.array(lengths)])[0])
         table = np.zeros(
             (n, max(1, int(lengths[:, 0].max(initial=0)))), np.float32
         )  # ids under 2**24 are exact
-        for place, one in zip(mine, ids, strict=True):
-            table[place, : len(one)] = one
+        for place, answer_ids in zip(mine, ids, strict=True):
+            table[place, : len(answer_ids)] = answer_ids
         table = np.array(self.ranks.total([mx.array(table)])[0]).astype(int)
         return [row[: int(length)].tolist() for row, (length, _) in zip(table, lengths, strict=True)], [
             bool(end) for _, end in lengths
@@ -106,15 +110,15 @@ class Subject:
         """(Σ weight · log p in nats, Σ weight) over the targets of each sequence of each group, in order."""
         new = [group for group in groups if any(_key(tokens) not in self.heard for tokens in group.sequences)]
         mine = range(self.ranks.rank, len(new), self.ranks.size)
-        asked = [new[at] for at in mine]
-        found = (
-            scoring.sequence_sums(self.net, asked, Cut.around(self.batch, new)[0], self.ticker(label))
-            if asked
+        own = [new[index] for index in mine]
+        own_sums = (
+            scoring.sequence_sums(self.net, own, Cut.around(self.batch, new)[0], self.ticker(label))
+            if own
             else []
         )
         parts = [np.zeros((len(group.sequences), 2)) for group in new]
-        for at, sums in zip(mine, found, strict=True):
-            parts[at][:] = sums
+        for index, sums in zip(mine, own_sums, strict=True):
+            parts[index][:] = sums
         summed = self.ranks.total_float(np.concatenate([np.zeros((0, 2)), *parts]))
         sequences = [tokens for group in new for tokens in group.sequences]
         for tokens, (logp, units) in zip(sequences, summed.tolist(), strict=True):

@@ -111,9 +111,9 @@ def join(notify: Sink = silent) -> Ranks:
             hint=f"give the file of addresses, or unset {named}",
         )
     rank = os.environ.get("MLX_RANK", "?")
-    what = f"rank {rank} still waits for the others"
+    text = f"rank {rank} still waits for the others"
     how = "start each of them, with the same addresses and its own rank"
-    waiting = threading.Timer(PATIENCE_S, lambda: notify(Notice(what, "warning", where=hosts, hint=how)))
+    waiting = threading.Timer(PATIENCE_S, lambda: notify(Notice(text, "warning", where=hosts, hint=how)))
     waiting.daemon = True
     waiting.start()
     try:

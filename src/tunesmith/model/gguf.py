@@ -135,10 +135,10 @@ def texts(path: Path) -> dict[str, str]:
             if stream.read(4) != b"GGUF":
                 raise ValueError("it does not begin with GGUF")
             stream.seek(12, os.SEEK_CUR)  # version, number of tensors
-            found = {str(value(STRING)): value(number("I")) for _ in range(number("Q"))}
+            fields = {str(value(STRING)): value(number("I")) for _ in range(number("Q"))}
     except (OSError, ValueError, OverflowError, MemoryError, RecursionError, struct.error) as error:
         raise ModelError(f"is not a GGUF file with a readable header: {error}", where=str(path)) from error
-    return {key: text for key, text in found.items() if text is not None}
+    return {key: text for key, text in fields.items() if text is not None}
 
 
 def _write(path: Path, folder: Path, dtype: str) -> str:
@@ -241,8 +241,8 @@ def _llama3_scaling(factors: np.ndarray, theta: float, head: int) -> dict[str, A
 
 def _name(name: str) -> str | None:
     """The Hugging Face name of a GGUF tensor."""
-    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    layer, part, suffix = found.groups() if found else (None, "", "")
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    layer, part, suffix = match.groups() if match else (None, "", "")
     target = (
         f"model.layers.{layer}.{BLOCK[part]}" if layer and part in BLOCK else None if layer else TOP.get(part)
     )
@@ -260,8 +260,8 @@ def _write_weights(tensors: dict[str, Any], config: dict[str, Any], target: Path
         entries[_name(name)] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
     free = shutil.disk_usage(target.parent).free
     if free < end + (64 << 20):
-        what = f"converted weights take {end / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        raise ModelError(what, hint="set TUNESMITH_CACHE to a folder on a larger disk")
+        message = f"converted weights take {end / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise ModelError(message, hint="set TUNESMITH_CACHE to a folder on a larger disk")
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     with target.open("wb") as out:
@@ -368,10 +368,10 @@ def _sentencepiece(given: dict[str, Any], vocab: dict[str, int], kinds: list[int
     scores = given.get("scores") or [-float(index) for index in range(len(vocab))]
     usable = {token for token, index in vocab.items() if kinds[index] in (NORMAL, USER_DEFINED)}
     merges = [
-        (token[:at], token[at:])
+        (token[:cut], token[cut:])
         for token in usable
-        for at in range(1, len(token))
-        if {token[:at], token[at:]} <= usable
+        for cut in range(1, len(token))
+        if {token[:cut], token[cut:]} <= usable
     ]
     merges.sort(key=lambda pair: (-scores[vocab[pair[0] + pair[1]]], vocab[pair[0]], vocab[pair[1]]))
     unknown = next((token for token, index in vocab.items() if kinds[index] == UNKNOWN), None)

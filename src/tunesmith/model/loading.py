@@ -94,11 +94,11 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:  # the hub client's errors, such as offline, or no such model
-        what = (
+        message = (
             f"is not a local folder or file, and cannot be fetched from the hub: {str(error).splitlines()[0]}"
         )
         raise ModelError(
-            what, where=path, hint="offline, or for a model behind a licence, give a local folder"
+            message, where=path, hint="offline, or for a model behind a licence, give a local folder"
         ) from error
 
 
@@ -148,8 +148,8 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     if cpu and "quantization" in config:
         net = utils.dequantize_model(net)
         net.set_dtype(mx.float32)
-        what = "the quantised weights are held as float32: the same numbers, about 50 times faster on a CPU"
-        notify(Notice(what, where="model"))
+        text = "the quantised weights are held as float32: the same numbers, about 50 times faster on a CPU"
+        notify(Notice(text, where="model"))
     kernels.install(net)
     if missing := kernels.missing():
         notify(Notice(f"training and generation are slower here: {missing}", where="kernels"))

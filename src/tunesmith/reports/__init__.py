@@ -50,9 +50,9 @@ def write(run_dir: Path) -> Path:
         write_text(run_dir / TEXT, markdown.text(summary))
         card.write(summary)
     except OSError as error:
-        what = f"the report cannot be written: {error.strerror or error}"
+        message = f"the report cannot be written: {error.strerror or error}"
         hint = "make room, or copy the run to a folder that you may write to"
-        raise EvaluationError(what, where=str(run_dir), hint=hint) from error
+        raise EvaluationError(message, where=str(run_dir), hint=hint) from error
     return run_dir / TEXT
 
 

@@ -109,9 +109,9 @@ def _unevaluated(facts: Facts, judgement: Judgement) -> Iterator[Advice]:
         yield Advice("a question is open", why, "evaluate more rows")
     elif judgement.learned == "not measured":
         yield Advice("a question is open", "the task was not measured against the base", task)
-    for state, what in ((judgement.kept, "what it knew before"), (judgement.safe, "what it declines")):
+    for state, part in ((judgement.kept, "what it knew before"), (judgement.safe, "what it declines")):
         if state == "not measured":
-            why = f"{what} was not measured against the base"
+            why = f"{part} was not measured against the base"
             yield Advice("a question is open", why, f"run tunesmith evaluate {run}")
 
 

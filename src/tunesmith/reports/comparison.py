@@ -223,8 +223,8 @@ def compare(
     for run, (unjudged, unpaired) in zip(runs[1:], paired, strict=True):
         pairs = [replace(pair, scores=[next(judged) for _ in pair.scores]) for pair in unjudged]
         uncompared = [_uncompared(first, run, record) for record in unpaired]
-        for what, why, command in uncompared:
-            text = f"{first.letter} and {run.letter}: not compared: {what}: {why}"
+        for name, why, command in uncompared:
+            text = f"{first.letter} and {run.letter}: not compared: {name}: {why}"
             notify(Notice(text, level="warning", hint=command))
         for pair in pairs:
             if pair.note:
@@ -342,7 +342,7 @@ def _others(runs: Sequence[ComparedRun]) -> list[DifferingRow]:
 
 def _uncompared(first: ComparedRun, run: ComparedRun, unpaired: UnpairedRecord) -> Uncompared:
     record, why = unpaired.record, unpaired.reason
-    what = f"{record.task}{record.variant}"
+    name = f"{record.task}{record.variant}"
     lacking = run if unpaired.missing_in == "second" else first
     if unpaired.missing_in is not None:
         why = f"{lacking.letter} was not evaluated on it"
@@ -352,9 +352,9 @@ def _uncompared(first: ComparedRun, run: ComparedRun, unpaired: UnpairedRecord) 
         why += "; the runs held out other rows, so both need the same: "
         why += f"{UNSEEN} of rows that neither was trained on"
     if unpaired.missing_in is not None and not other_rows:
-        return Uncompared(what, why, pairing.command(record, lacking.path))
+        return Uncompared(name, why, pairing.command(record, lacking.path))
     both = "; ".join(pairing.command(record, each.path) for each in (first, run))
-    return Uncompared(what, why, both if other_rows or unpaired.reason.startswith("version") else None)
+    return Uncompared(name, why, both if other_rows or unpaired.reason.startswith("version") else None)
 
 
 # The verdict

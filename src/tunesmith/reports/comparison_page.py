@@ -84,8 +84,8 @@ def check(out: Path) -> None:
                 if MARK.encode() in stream.read(4096):
                     continue
         if path.exists():
-            what = "was not made by tunesmith compare, so it is not replaced"
-            raise ConfigError(what, where=str(path), hint=hint)
+            message = "was not made by tunesmith compare, so it is not replaced"
+            raise ConfigError(message, where=str(path), hint=hint)
 
 
 def write(comparison: RunComparison) -> None:
@@ -99,8 +99,8 @@ def write(comparison: RunComparison) -> None:
         write_text(out / TEXT, markdown(comparison))
         write_text(out / PAGE, html(comparison))
     except OSError as error:
-        what = f"the comparison cannot be written: {error.strerror}"
-        raise ConfigError(what, where=str(out), hint="name another folder with --out") from error
+        message = f"the comparison cannot be written: {error.strerror}"
+        raise ConfigError(message, where=str(out), hint="name another folder with --out") from error
 
 
 def html(comparison: RunComparison) -> str:
@@ -264,9 +264,9 @@ def _points(run: ComparedRun, name: str) -> list[CurvePoint]:
 
 
 def _curve_line(run: ComparedRun, number: int, points: Sequence[CurvePoint], x: str) -> charts.Line:
-    at = [point.step if x == "step" else point.tokens for point in points]
+    places = [point.step if x == "step" else point.tokens for point in points]
     losses = [point.loss for point in points]
-    return charts.Line(run.letter, at, losses, STYLES[number % 3], number % 5)
+    return charts.Line(run.letter, places, losses, STYLES[number % 3], number % 5)
 
 
 def _forest(first: str, side: RunAgainstFirst) -> Markup:
@@ -335,8 +335,8 @@ def _side(first: str, side: RunAgainstFirst) -> Iterator[str]:
     for pair in side.pairs:
         for kind, examples, more in read_side_by_side(pair, LISTED):
             if kind in ("better", "worse"):
-                some = f" (the first {len(examples)} of {len(examples) + more})" if more else ""
-                yield from ["", f"### {cell(pair.second.task)}: {kind} in {letter}{some}", ""]
+                shown = f" (the first {len(examples)} of {len(examples) + more})" if more else ""
+                yield from ["", f"### {cell(pair.second.task)}: {kind} in {letter}{shown}", ""]
                 for example in examples:
                     yield from _reading(example, first, letter)
 

@@ -41,17 +41,17 @@ def _losses(
     validations: Sequence[events.Validated],
     window: int,
 ) -> Iterator[Markup]:
-    at, over, unit = [step.step for step in steps], f"mean of {window} updates", loss_unit(log)
+    places, over, unit = [step.step for step in steps], f"mean of {window} updates", loss_unit(log)
     marks = [(event.step, "skipped") for event in only(log, events.StepSkipped)]
     marks += [(event.step, "resumed") for event in only(log, events.Resumed)]
     means = trailing([step.loss for step in steps], window, [step.units for step in steps])
     held_out = [event.step for event in validations]
-    loss = [Line("training, each update", at, [step.loss for step in steps], "thin", "soft")]
-    loss += [Line(f"training, {over}", at, means)] if window > 1 else []
+    loss = [Line("training, each update", places, [step.loss for step in steps], "thin", "soft")]
+    loss += [Line(f"training, {over}", places, means)] if window > 1 else []
     loss += [Line("held out", held_out, [event.loss for event in validations], "marks", 1)]
     perplexity = [Line("held out", held_out, [event.perplexity for event in validations], "marks", 1)]
     if unit.startswith(LOSS_UNIT) and steps:
-        perplexity.insert(0, Line(f"training, {over}", at, [math.exp(min(mean, 700)) for mean in means]))
+        perplexity.insert(0, Line(f"training, {over}", places, [math.exp(min(mean, 700)) for mean in means]))
     yield charts.lines("Loss", loss, y=unit, marks=marks)
     yield charts.lines("Perplexity", perplexity, log=_wide(perplexity))
 
@@ -74,10 +74,10 @@ def _optimisation(
     )
     measured = [(event.step, list(event.ratios.values())) for event in only(log, events.Instruments)]
     measured = [(step, ratios) for step, ratios in measured if ratios]
-    at = [step for step, _ in measured]
+    places = [step for step, _ in measured]
     ratio_lines = [
-        Line("median weight", at, [median(ratios) for _, ratios in measured]),
-        Line("largest", at, [max(ratios) for _, ratios in measured], "dash", 1),
+        Line("median weight", places, [median(ratios) for _, ratios in measured]),
+        Line("largest", places, [max(ratios) for _, ratios in measured], "dash", 1),
     ]
     yield charts.lines("Update over weight", ratio_lines, y="‖Δθ‖ / ‖θ‖", log=True)
     grown = only(log, events.Growth)
@@ -92,10 +92,10 @@ def _speed(steps: Sequence[events.StepDone], window: int) -> Iterator[Markup]:
         return step.tokens / step.seconds if step.seconds else math.nan
 
     yield _smoothed("Tokens a second", steps, speed, window, zero=True)
-    at = [step.step for step in steps]
+    places = [step.step for step in steps]
     styles = zip(steps[-1].memory if steps else (), ("line", "dash", "dot"), strict=False)
     memory = [
-        Line(name, at, [_gigabytes(step.memory.get(name)) for step in steps], style, colour)
+        Line(name, places, [_gigabytes(step.memory.get(name)) for step in steps], style, colour)
         for colour, (name, style) in enumerate(styles)
     ]
     yield charts.lines("Memory", memory, y="GB", zero=True)
@@ -120,19 +120,19 @@ def _smoothed(
     note: str = "",
 ) -> Markup:
     """Each update, and the mean over ``window`` updates."""
-    at, values = [step.step for step in steps], [value(step) for step in steps]
-    curve = [Line("each update", at, values, "thin", "soft")]
-    curve += [Line(f"mean of {window} updates", at, trailing(values, window))] if window > 1 else []
+    places, values = [step.step for step in steps], [value(step) for step in steps]
+    curve = [Line("each update", places, values, "thin", "soft")]
+    curve += [Line(f"mean of {window} updates", places, trailing(values, window))] if window > 1 else []
     return charts.lines(title, curve, y=y, log=log, zero=zero, note=note)
 
 
 def _activations(measured: Sequence[events.Activations]) -> Markup:
-    at = [event.step for event in measured]
+    places = [event.step for event in measured]
     rms = [max(event.rms.values(), default=None) for event in measured]
     largest = [max(event.largest.values(), default=None) for event in measured]
     curve = [
-        Line("root mean square, largest layer", at, rms, "marks", 0),
-        Line("largest value", at, largest, "marks", 1),
+        Line("root mean square, largest layer", places, rms, "marks", 0),
+        Line("largest value", places, largest, "marks", 1),
     ]
     return charts.lines("Activations", curve, log=True)
 
@@ -200,12 +200,12 @@ def _watched(
         for colour, name in enumerate(metrics):
             trained = [step for step in steps if name in step.metrics]
             means = trailing([step.metrics[name] for step in trained], window)
-            style, at = ("line", "dash")[colour % 2], [step.step for step in trained]
-            curve.append(Line(f"{name}, training", at, means, style, colour % 5))
+            style, places = ("line", "dash")[colour % 2], [step.step for step in trained]
+            curve.append(Line(f"{name}, training", places, means, style, colour % 5))
             measured = [event for event in validations if name in event.metrics]
             values = [event.metrics[name] for event in measured]
-            at = [event.step for event in measured]
-            curve.append(Line(f"{name}, held out", at, values, "marks", colour % 5))
+            places = [event.step for event in measured]
+            curve.append(Line(f"{name}, held out", places, values, "marks", colour % 5))
         yield charts.lines(title[:1].upper() + title[1:], curve)
 
 

@@ -439,8 +439,8 @@ def _evaluations(run_dir: Path) -> tuple[list[EvaluationFacts], list[events.Noti
     return evaluations, unread
 
 
-def _unread(what: str, error: EvaluationError) -> events.Notice:
-    return events.Notice(f"{what}: {error.what}", "warning", where=error.where, hint=error.hint)
+def _unread(text: str, error: EvaluationError) -> events.Notice:
+    return events.Notice(f"{text}: {error.what}", "warning", where=error.where, hint=error.hint)
 
 
 def _audit(run_dir: Path) -> AuditSummary | None:
@@ -468,12 +468,12 @@ def _notices(log: Sequence[events.Event]) -> list[GroupedNotice]:
     return [
         GroupedNotice(
             level,
-            what,
+            text,
             sum(notice.count for notice in equal),
             tuple(notice.where for notice in equal if notice.where is not None),
             hint,
         )
-        for (level, what, hint), equal in groups.items()
+        for (level, text, hint), equal in groups.items()
     ]
 
 
@@ -486,8 +486,10 @@ def _checkpoints(run_dir: Path) -> CheckpointIndex | None:
     index = _load(run_dir / CHECKPOINTS / "index.json")
     if not index:
         return None
-    kept = tuple(index["kept"])
-    return CheckpointIndex(index["last"], index["best"], kept, index.get("metric"), index.get("best_value"))
+    retained = tuple(index["kept"])
+    return CheckpointIndex(
+        index["last"], index["best"], retained, index.get("metric"), index.get("best_value")
+    )
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

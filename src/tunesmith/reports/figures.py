@@ -40,8 +40,8 @@ def curves(log: Sequence[events.Event], path: Path) -> None:
     if rewards:
         _rewards(panels[1], rewards, steps, validations)
     dot = "." if len(steps) < 30 else ""
-    at = [step.step for step in steps]
-    panels[-3].plot(at, [step.learning_rate for step in steps], color="tab:blue", marker=dot)
+    places = [step.step for step in steps]
+    panels[-3].plot(places, [step.learning_rate for step in steps], color="tab:blue", marker=dot)
     _gradient(panels[-2], steps, dot)
     _memory(panels[-1], steps, dot)
     for panel, label in zip(panels, labels, strict=True):
@@ -65,8 +65,8 @@ def _rewards(
         word = name.removeprefix("reward_")
         trained = [step for step in steps if name in step.metrics]
         means = trailing([step.metrics[name] for step in trained], window)
-        at = [step.step for step in trained]
-        panel.plot(at, means, color=colour, ls=style, label=f"{word}, {over}")
+        places = [step.step for step in trained]
+        panel.plot(places, means, color=colour, ls=style, label=f"{word}, {over}")
         measured = [(event.step, event.metrics[name]) for event in validations if name in event.metrics]
         if measured:
             x, y = zip(*measured, strict=True)
@@ -74,32 +74,34 @@ def _rewards(
 
 
 def _gradient(panel: Any, steps: Sequence[events.StepDone], dot: str) -> None:
-    at, norms = [step.step for step in steps], [step.gradient_norm for step in steps]
-    panel.plot(at, norms, color="tab:blue", lw=0.8, marker=dot, label="before clipping")
+    places, norms = [step.step for step in steps], [step.gradient_norm for step in steps]
+    panel.plot(places, norms, color="tab:blue", lw=0.8, marker=dot, label="before clipping")
     clipped = [step for step in steps if step.clipped]
     norms = [step.gradient_norm for step in clipped]
     panel.plot([step.step for step in clipped], norms, "kx", ms=4, label="clipped")
 
 
 def _memory(panel: Any, steps: Sequence[events.StepDone], dot: str) -> None:
-    at = [step.step for step in steps]
+    places = [step.step for step in steps]
     for name, style in zip(steps[-1].memory if steps else (), ("-", "--", ":"), strict=False):
         values = [step.memory.get(name, math.nan) / 1e9 for step in steps]
-        panel.plot(at, values, ls=style, marker=dot, label=name)
+        panel.plot(places, values, ls=style, marker=dot, label=name)
     panel.set_ylim(bottom=0)
 
 
 def _loss(log: Sequence[events.Event], panel: Any) -> None:
     """The loss over updates: each, smoothed, held out; where updates were skipped or the run was resumed."""
     steps, validations = only(log, events.StepDone), only(log, events.Validated)
-    at, window = [step.step for step in steps], max(1, len(steps) // 20)
+    places, window = [step.step for step in steps], max(1, len(steps) // 20)
     dot = "." if len(steps) < 30 else ""
     panel.plot(
-        at, [step.loss for step in steps], color="0.7", lw=0.8, marker=dot, label="training, each update"
+        places, [step.loss for step in steps], color="0.7", lw=0.8, marker=dot, label="training, each update"
     )
     if window > 1:
         smooth = trailing([step.loss for step in steps], window, [step.units for step in steps])
-        panel.plot(at, smooth, color="tab:blue", lw=2, label=f"training, mean of the last {window} updates")
+        panel.plot(
+            places, smooth, color="tab:blue", lw=2, label=f"training, mean of the last {window} updates"
+        )
     measured = [event.step for event in validations], [event.loss for event in validations]
     panel.plot(*measured, color="tab:red", marker="D", ls="--", ms=6, label="validation")
     for kind, word, style in ((events.StepSkipped, "skipped", ":"), (events.Resumed, "resumed", "-.")):

@@ -87,6 +87,6 @@ def find(
         run = Run.open(path.resolve().parent.parent)
         return of_run(run, checkpoints.choose(run, path.resolve().name) if adapter else None, model)
     if checkpoint != "best" or not adapter or model is not None:
-        what = "a plain model has no checkpoint, no adapter to leave out, and no other place"
-        raise ConfigError(what, where=str(path), hint="name a run")
+        message = "a plain model has no checkpoint, no adapter to leave out, and no other place"
+        raise ConfigError(message, where=str(path), hint="name a run")
     return Source(ModelSpec(path=str(target)))

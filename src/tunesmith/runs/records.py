@@ -224,8 +224,8 @@ def _record(path: Path) -> Record:
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and row.keys() >= _REQUIRED for row in rows
     ):
-        what = "cannot be read: scores are missing or incomplete"
-        raise EvaluationError(what, where=str(path), hint=hint)
+        message = "cannot be read: scores are missing or incomplete"
+        raise EvaluationError(message, where=str(path), hint=hint)
     known = {item.name for item in fields(Record)}
     stated = {key: value for key, value in content.items() if key in known}
     scores = tuple(_score(row) for row in rows)

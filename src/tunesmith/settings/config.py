@@ -285,13 +285,13 @@ class _Shape(NamedTuple):
 
     def block(self, kind: str) -> dict[str, Node]:
         """The defaults of a kind; of a required block in it without kinds, the defaults of its keys."""
-        found = {"kind": Node(kind, "default")} if kind else {}
+        blocks = {"kind": Node(kind, "default")} if kind else {}
         for name, field in self.members[kind].model_fields.items():
-            if name not in found and not field.is_required():
-                found[name] = _node(_default(field))
+            if name not in blocks and not field.is_required():
+                blocks[name] = _node(_default(field))
             elif (shape := _shape(field)) and not shape.kinds:
-                found[name] = Node(shape.block(""), "default")
-        return found
+                blocks[name] = Node(shape.block(""), "default")
+        return blocks
 
     def member(self, node: Node) -> type[Spec]:
         return self.members[node.value["kind"].value if self.kinds else ""]
@@ -356,8 +356,8 @@ def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is tuple:
         items = _allowed(args[0]).replace("an integer", "integers").replace("a number", "numbers")
         return f"a list of {items}" + f" (at least {least})" * bool(least)
-    found = [(sign, getattr(limit, name, None)) for limit in metadata for name, sign in _SIGNS.items()]
-    bounds = " and ".join(f"{sign} {bound:g}" for sign, bound in found if bound is not None)
+    limits = [(sign, getattr(limit, name, None)) for limit in metadata for name, sign in _SIGNS.items()]
+    bounds = " and ".join(f"{sign} {bound:g}" for sign, bound in limits if bound is not None)
     words = {
         bool: "true or false",
         int: f"an integer {bounds}".rstrip(),
@@ -497,12 +497,12 @@ class _Layers:
         others = [other for other in shape.kinds if name in shape.members[other].model_fields]
         same = [known for known in self.known if known.rpartition(".")[2] == name]
         near = [_join(section, match) for match in difflib.get_close_matches(name, here)]
-        what, hint = "unknown key", _meant(list(dict.fromkeys(same + near))[:3], "known here", here)
+        message, hint = "unknown key", _meant(list(dict.fromkeys(same + near))[:3], "known here", here)
         if others:
-            what, hint = f"{section} is {kind}, and this key belongs to {', '.join(others)}", None
+            message, hint = f"{section} is {kind}, and this key belongs to {', '.join(others)}", None
         elif key in self.known:
             hint = f"a dot does not nest here: write {name.partition('.')[0]}, and its keys indented below it"
-        self.problems.append(ConfigError(what, where=f"{origin}: {key}", hint=hint))
+        self.problems.append(ConfigError(message, where=f"{origin}: {key}", hint=hint))
 
     def build(self, model: type[S], node: Node, key: str) -> S | None:
         """The checked spec of a tree of known keys, or None if something is wrong; the problem is then
@@ -538,8 +538,8 @@ class _Layers:
             )
         elif detail["input"] is not _FAILED:
             value = _show(plain(child))
-            told = f"{own}; it is {value}" if own else f"{must}, not {value}"
-            self.problems.append(ConfigError(told, where=f"{child.origin}: {path}"))
+            message = f"{own}; it is {value}" if own else f"{must}, not {value}"
+            self.problems.append(ConfigError(message, where=f"{child.origin}: {path}"))
 
 
 def _known(model: type[Spec], key: str) -> Iterator[str]:

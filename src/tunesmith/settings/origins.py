@@ -99,10 +99,10 @@ def parse(text: str, origin: Callable[[int], str]) -> Node:
         return _composed(node, origin, node.start_mark.line + 1) if node else Node(None, origin(1))
     except (yaml.YAMLError, RecursionError) as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        what = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error).partition("\n")[0]
+        message = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error).partition("\n")[0]
         hint = "text that holds or starts with one of * & : { [ % @ ! needs quotes; indent with spaces"
         raise ConfigError(
-            f"not readable as YAML: {what}", where=origin(mark.line + 1 if mark else 1), hint=hint
+            f"not readable as YAML: {message}", where=origin(mark.line + 1 if mark else 1), hint=hint
         ) from error
 
 

@@ -130,12 +130,19 @@ def collate(
         width = bucketed(longest) if bucket else longest
         tokens = np.zeros((len(sequences), width), dtype=np.int32)
         starts, ends, flat = np.arange(len(sequences)) * width, None, tokens.reshape(-1)
-    found: list[tuple[np.ndarray, ...]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     for row, (sequence, start, length) in enumerate(zip(sequences, starts, lengths, strict=True)):
         flat[start : start + length] = sequence.ids[:-1]
-        (at,) = np.nonzero(sequence.targets[1:])
-        found.append((start + at, sequence.ids[1:][at], sequence.targets[1:][at], np.full(len(at), row)))
-    positions, learned, weights, rows = (np.concatenate(part) for part in zip(*found, strict=True))
+        (places,) = np.nonzero(sequence.targets[1:])
+        parts.append(
+            (
+                start + places,
+                sequence.ids[1:][places],
+                sequence.targets[1:][places],
+                np.full(len(places), row),
+            )
+        )
+    positions, learned, weights, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
     spare = (0, bucketed(max(1, len(learned))) - len(learned) if bucket else 0)
     return Batch(
         tokens,

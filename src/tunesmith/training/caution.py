@@ -31,36 +31,41 @@ class Watch:
             return
         self._recent.append(metrics)
         if len(self._recent) == WINDOW:
-            means = {key: statistics.fmean(one[key] for one in self._recent if key in one) for key in metrics}
+            means = {
+                key: statistics.fmean(update[key] for update in self._recent if key in update)
+                for key in metrics
+            }
             self._look(means, f"over the last {WINDOW} updates", emit)
 
     def validation(self, metrics: dict[str, float], emit: Sink) -> None:
         if metrics:
             self._look(metrics, "on the held-out rows", emit)
 
-    def _look(self, found: dict[str, float], where: str, emit: Sink) -> None:
-        good = next((key for key in ("reward_desirable", "reward_chosen") if key in found), None)
+    def _look(self, metrics: dict[str, float], where: str, emit: Sink) -> None:
+        good = next((key for key in ("reward_desirable", "reward_chosen") if key in metrics), None)
         name = (good or "").removeprefix("reward_")
-        if good and self._compared and found[good] < -1e-3:
-            what = f"{name} answers became less likely than before training {where}: {good} {found[good]:.3g}"
+        if good and self._compared and metrics[good] < -1e-3:
+            text = (
+                f"{name} answers became less likely than before training {where}: {good} {metrics[good]:.3g}"
+            )
             hint = "raise objective.beta, lower optimizer.learning_rate, or "
             hint += (
                 "set objective.sft_weight"
                 if name == "desirable"
                 else "try objective=orpo, which also imitates the chosen answers"
             )
-            self._say(f"falling {name}", what, hint, emit)
-        if found.get("kl", 0.0) > RUNAWAY_KL:
-            what = f"the model moves far from the reference {where}: kl {found['kl']:.3g} nats a row"
-            self._say("kl", what, "lower optimizer.learning_rate, or raise objective.beta", emit)
-        if self._compared and found.get("margin", 0.0) < 0 and self._recent:
-            what = f"bad answers gained more than good ones {where}: margin {found['margin']:.3g}"
-            self._say("margin", what, "look at the labels with `tunesmith show`", emit)
+            self._say(f"falling {name}", text, hint, emit)
+        if metrics.get("kl", 0.0) > RUNAWAY_KL:
+            text = f"the model moves far from the reference {where}: kl {metrics['kl']:.3g} nats a row"
+            self._say("kl", text, "lower optimizer.learning_rate, or raise objective.beta", emit)
+        if self._compared and metrics.get("margin", 0.0) < 0 and self._recent:
+            text = f"bad answers gained more than good ones {where}: margin {metrics['margin']:.3g}"
+            self._say("margin", text, "look at the labels with `tunesmith show`", emit)
 
-    def _say(self, key: str, what: str, hint: str, emit: Sink) -> None:
+    def _say(self, key: str, text: str, hint: str, emit: Sink) -> None:
         if key not in self._said:
             self._said.add(key)
-            emit(Notice(what, level="warning", hint=hint))
+            emit(Notice(text, level="warning", hint=hint))
 
 
 def lonely(plan: Plan, groups: Sequence[Group]) -> int:

@@ -165,11 +165,11 @@ class Accumulation:
             micros = plan.update(step, self._ranks.rank, self._ranks.size)
             done: list[int] = []
             try:
-                loss, total, found = self._accumulate(step, micros, done, baseline)
+                loss, total, logps = self._accumulate(step, micros, done, baseline)
                 if total is None:
                     total = tree_map(mx.zeros_like, self._net.trainable_parameters())
                 none = {member: np.zeros(len(self._rows[member].sequences)) for member in plan.members(step)}
-                return loss, total, np.concatenate(list((none | found).values()))
+                return loss, total, np.concatenate(list((none | logps).values()))
             except (RuntimeError, MemoryError) as error:
                 if not backend.is_out_of_memory(error):
                     raise
@@ -201,18 +201,18 @@ class Accumulation:
             parts.append(logps)
             mx.async_eval(loss, total, logps)
         mx.eval(loss, total or {}, parts)
-        found: dict[int, np.ndarray] = {}
+        by_member: dict[int, np.ndarray] = {}
         for micro, logps in zip(micros, parts, strict=True):
             sizes = [len(self._rows[member].sequences) for member in micro]
             ends = np.cumsum(sizes)[:-1]
-            found |= dict(zip(micro, np.split(np.array(logps, dtype=np.float64), ends), strict=True))
-        return loss, total, found
+            by_member |= dict(zip(micro, np.split(np.array(logps, dtype=np.float64), ends), strict=True))
+        return loss, total, by_member
 
     def _out_of_memory(self, error: Exception, lengths: list[int], where: str) -> OutOfMemory:
-        what = (
+        message = (
             f"the device ran out of memory with {len(lengths)} rows of up to {max(lengths)} tokens: {error}"
         )
-        return OutOfMemory(what, where=where, hint=self._smaller(lengths))
+        return OutOfMemory(message, where=where, hint=self._smaller(lengths))
 
     def _smaller(self, lengths: list[int]) -> str:
         hint = "lower batch.tokens" if len(lengths) > 1 else "lower batch.length"
@@ -275,12 +275,12 @@ def require(net: nn.Module, config: RunConfig, rows: Sequence[Group], notify: Si
     done the slow way."""
     if config.batch.pack and not abilities.packs(net):
         name = type(net).__module__.rsplit(".", 1)[-1]
-        what = f"{name} models mix packed rows (sliding windows, recurrent layers, …)"
+        text = f"{name} models mix packed rows (sliding windows, recurrent layers, …)"
         raise ConfigError(
-            what, where="batch.pack", hint="leave it out: rows of similar length are put together instead"
+            text, where="batch.pack", hint="leave it out: rows of similar length are put together instead"
         )
     if config.loop.cache_frozen:
         Lower(net).require(rows)
     if not abilities.splits(net):
-        what = "this model's head cannot be separated from its body: all logits are computed, learned or not"
-        notify(Notice(what, level="warning"))
+        text = "this model's head cannot be separated from its body: all logits are computed, learned or not"
+        notify(Notice(text, level="warning"))

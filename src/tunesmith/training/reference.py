@@ -66,13 +66,13 @@ class Reference:
     name: str
     values: dict[bytes, float] = field(default_factory=dict)
     measured: int = 0
-    found: int = 0
+    cached: int = 0
 
     def fill(self, groups: Iterable[Group]) -> list[Group]:
         """``groups`` with their reference. Raises TrainingError if one was not measured."""
         try:
             return [
-                group._replace(reference=tuple(self.values[one.digest] for one in group.sequences))
+                group._replace(reference=tuple(self.values[sequence.digest] for sequence in group.sequences))
                 for group in groups
             ]
         except KeyError as error:
@@ -150,7 +150,9 @@ def measure(
         sizes = np.array([len(family) for family in part])
         mine = np.repeat(np.arange(len(part)) % ranks.size == ranks.rank, sizes)
         together = [key for family in part for key in family]
-        singles = [Group((wanted[key],), "") for key, have in zip(together, mine, strict=True) if have]
+        singles = [
+            Group((wanted[key],), "") for key, own_share in zip(together, mine, strict=True) if own_share
+        ]
         logps = np.zeros(len(together))
         logps[mine] = [logp for ((logp, _),) in scoring.sequence_sums(net, singles, cut, ahead)]
         reference.values |= dict(zip(together, ranks.total_float(logps).tolist(), strict=True))
@@ -168,8 +170,8 @@ def _read_known(reference: Reference, paths: Sequence[Path], notify: Sink) -> No
     a notice."""
     for path in paths:
         if problem := reference.read(path):
-            what = f"reference log-probabilities measured again: {path.name} {problem}"
-            notify(Notice(what, level="warning"))
+            text = f"reference log-probabilities measured again: {path.name} {problem}"
+            notify(Notice(text, level="warning"))
 
 
 def _share_known(reference: Reference, keys: Sequence[bytes], ranks: Ranks) -> None:
@@ -177,9 +179,9 @@ def _share_known(reference: Reference, keys: Sequence[bytes], ranks: Ranks) -> N
     known = ranks.total_float(np.array([key in reference.values for key in keys], dtype=np.float64)) > 0
     values = ranks.total_float(np.array([reference.values.get(key, 0.0) for key in keys]))
     reference.values = {
-        key: float(value) for key, value, have in zip(keys, values, known, strict=True) if have
+        key: float(value) for key, value, is_known in zip(keys, values, known, strict=True) if is_known
     }
-    reference.found = len(reference.values)
+    reference.cached = len(reference.values)
 
 
 def _parts(keys: Sequence[bytes], wanted: Mapping[bytes, Tokens], size: int) -> Iterator[list[list[bytes]]]:
@@ -232,14 +234,14 @@ def compared(
     for note, count in sorted(counted.items()):
         notify(Notice(note, count=count))
     cut, _ = Cut.around(config.batch, everything)
-    found = measure(
+    measured = measure(
         loaded.net, everything, cut, name(facts), own=own, ranks=among, stopped=stopped, notify=notify
     )
-    what = f"reference: {found.measured:,} sequences measured, {found.found:,} cached"
-    notify(Notice(f"{what}, {duration(time.perf_counter() - started)}"))
-    known = dict(zip(used, found.fill(used.values()), strict=True))
+    text = f"reference: {measured.measured:,} sequences measured, {measured.cached:,} cached"
+    notify(Notice(f"{text}, {duration(time.perf_counter() - started)}"))
+    known = dict(zip(used, measured.fill(used.values()), strict=True))
     train = [known.get(member, group) for member, group in enumerate(prepared.train)]
-    return replace(prepared, train=train, valid=found.fill(prepared.valid), reference=found)
+    return replace(prepared, train=train, valid=measured.fill(prepared.valid), reference=measured)
 
 
 def _used(prepared: Prepared) -> dict[int, Group]:
@@ -265,9 +267,9 @@ def count(prepared: Prepared, config: RunConfig) -> int:
     ]
     return len(
         {
-            one.digest
+            sequence.digest
             for group in (*_used(prepared).values(), *prepared.valid, *pairs)
-            for one in group.sequences
+            for sequence in group.sequences
         }
     )
 

@@ -268,11 +268,11 @@ def test_solved_examples_stand_before_the_question_and_never_the_question_itself
     task = benchmarks.build(material(folder, "mmlu:anatomy", "gsm8k", shots=3))
     assert [one.name for one in task] == ["benchmark.mmlu_anatomy", "benchmark.gsm8k"]
     for one in task:
-        for asked in one._parts[0].asked:
+        for asked in one._parts[0].documents:
             prompt = asked.requests[0].args[0]
             assert prompt.endswith(asked.prompt) and prompt.count("Answer:") == 4
     dev = [json.loads(line) for line in (folder / "mmlu/anatomy/dev.jsonl").read_text().splitlines()]
-    assert f"D. {dev[0]['choices'][3]}\nAnswer: A\n\n" in task[0]._parts[0].asked[0].requests[0].args[0]
+    assert f"D. {dev[0]['choices'][3]}\nAnswer: A\n\n" in task[0]._parts[0].documents[0].requests[0].args[0]
 
 
 def test_identity_is_that_of_documents_shots_and_limit(folder, tmp_path):
@@ -567,7 +567,7 @@ def test_the_real_files_are_found_and_can_be_asked(data_dir):
         "gsm8k",
     )
     tasks = benchmarks.build(material(folder, *names, limit=3))
-    assert all(len(part.asked) == 3 for task in tasks for part in task._parts)
+    assert all(len(part.documents) == 3 for task in tasks for part in task._parts)
     assert {task.name: sum(len(part.task.task_docs) for part in task._parts) for task in tasks} == {
         "benchmark.hellaswag": 2000,
         "benchmark.arc_easy": 2376,

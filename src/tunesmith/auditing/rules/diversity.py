@@ -99,9 +99,9 @@ def _crowds(survey: Survey) -> Iterator[Finding]:
     count = sum(sizes[group] for group in crowds)
     sentence = "; ".join(f"{counted(sizes[group], many)} about “{group.name}”" for group in crowds)
     places = [
-        at
+        place
         for group in crowds
-        for at in [at for at, one in enumerate(clusters.of(survey)) if one == group][: TOLD // 2]
+        for place in [place for place, one in enumerate(clusters.of(survey)) if one == group][: TOLD // 2]
     ]
     yield Finding(
         rule,
@@ -112,9 +112,9 @@ def _crowds(survey: Survey) -> Iterator[Finding]:
         count / many,
         bar,
         tuple(
-            FindingRow(survey.sources[at], f"about “{group.name}”")
-            for at in places
-            if (group := clusters.of(survey)[at])
+            FindingRow(survey.sources[place], f"about “{group.name}”")
+            for place in places
+            if (group := clusters.of(survey)[place])
         ),
         "leave some of them out, or add rows about other things: what is most frequent is learned most",
         of_set=True,

@@ -101,8 +101,8 @@ def warnings_as_notices(notify: Sink) -> Iterator[None]:
         logger.handlers, logger.propagate = before
         if showed:
             datasets.enable_progress_bars()
-        for what, count in counts.items():
-            notify(Notice(f"lm-eval: {what}", level="warning", count=count))
+        for text, count in counts.items():
+            notify(Notice(f"lm-eval: {text}", level="warning", count=count))
 
 
 def resolve(name: str) -> list[Chosen]:
@@ -221,8 +221,8 @@ def load(leaf: Leaf, folder: Path | None, shots: int, notify: Sink) -> Configura
 
     config = _config(leaf, notify)
     if config.get("num_fewshot") == 0 and shots:
-        what = f"{leaf.name} is asked without solved examples by its authors, whatever --shots says"
-        notify(Notice(what, level="warning"))
+        text = f"{leaf.name} is asked without solved examples by its authors, whatever --shots says"
+        notify(Notice(text, level="warning"))
         shots = 0
     config["num_fewshot"] = shots
     if "process_docs" in config:
@@ -232,9 +232,9 @@ def load(leaf: Leaf, folder: Path | None, shots: int, notify: Sink) -> Configura
         try:
             task = config.get("class", ConfigurableTask)(config=config)
         except Exception as error:  # the hub's client, and the data's own code, may raise anything
-            what = f"{leaf.name} could not be fetched from the hub: {' '.join(str(error).split())[:200]}"
+            text = f"{leaf.name} could not be fetched from the hub: {' '.join(str(error).split())[:200]}"
             hint = "offline, give --benchmark-data, a folder with its files"
-            raise EvaluationError(what, hint=hint) from error
+            raise EvaluationError(text, hint=hint) from error
     else:
         task = _local(leaf, config, folder, shots)
         if isinstance(task, MissingFile):
@@ -250,8 +250,8 @@ def _config(leaf: Leaf, notify: Sink) -> dict[str, Any]:
 
     config: dict[str, Any] = {**load_yaml(leaf.path, resolve_func=False), **leaf.changed}
     if config.get("unsafe_code"):
-        what = f"{leaf.name} runs code that the model writes"
-        raise EvaluationError(what, hint="only humaneval can be sandboxed here")
+        message = f"{leaf.name} runs code that the model writes"
+        raise EvaluationError(message, hint="only humaneval can be sandboxed here")
     if config.get("doc_to_image") or config.get("doc_to_audio"):
         raise EvaluationError(f"{leaf.name} asks about pictures or sound", hint="choose a benchmark of text")
     if leaf.name == FORM:  # the harness's own scorer fetches data when it is imported
@@ -268,8 +268,8 @@ def _local(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> Conf
     from lm_eval.api.task import ConfigurableTask
 
     if "class" in config:
-        what = f"{leaf.name} is a program that reads the hub itself"
-        raise EvaluationError(what, hint="leave --benchmark-data out")
+        message = f"{leaf.name} is a program that reads the hub itself"
+        raise EvaluationError(message, hint="leave --benchmark-data out")
     data = _splits(leaf, config, folder, shots)
     if isinstance(data, MissingFile):
         return data
@@ -282,9 +282,9 @@ def _local(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> Conf
         return Local(config=config)
     except Exception as error:  # templates are filled with the first document
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        what = f"{leaf.name}: the documents are not as the hub's: {reason}"
+        message = f"{leaf.name}: the documents are not as the hub's: {reason}"
         hint = "keep the names and types of the hub's columns"
-        raise EvaluationError(what, where=str(folder), hint=hint) from error
+        raise EvaluationError(message, where=str(folder), hint=hint) from error
 
 
 def _splits(leaf: Leaf, config: dict[str, Any], folder: Path, shots: int) -> dict[str, Any] | MissingFile:
@@ -334,8 +334,8 @@ def file(folder: Path, stems: Sequence[str], split: str, whole: bool = True) -> 
             return folder / name
     numbered = [path for stem in stems for path in sorted(folder.glob(f"{stem}_{split}_[0-9]*.jsonl"))]
     if len(numbered) > 1:
-        what = f"more than one file may be meant: {', '.join(path.name for path in numbered)}"
-        raise EvaluationError(what, where=str(folder), hint="leave one there")
+        message = f"more than one file may be meant: {', '.join(path.name for path in numbered)}"
+        raise EvaluationError(message, where=str(folder), hint="leave one there")
     return (
         numbered[0]
         if numbered
@@ -365,8 +365,8 @@ def _checkable(notify: Sink) -> Callable[[Any], Any]:
                 checkable.append(index)
             except ValueError as error:
                 reasons[str(error)] += 1
-        for what, count in reasons.items():
-            notify(Notice(f"{FORM}: not asked: {what}", level="warning", count=count))
+        for reason, count in reasons.items():
+            notify(Notice(f"{FORM}: not asked: {reason}", level="warning", count=count))
         return docs.select(checkable)
 
     return keep

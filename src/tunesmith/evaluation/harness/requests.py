@@ -204,8 +204,8 @@ def continuations(
                     tick(done, len(prompts))
             engine.cancel(stopped)
     return [
-        functools.reduce(lambda all, stop: all.partition(stop)[0], until[at], text(ids))
-        for at, ids in enumerate(said)
+        functools.reduce(lambda all, stop: all.partition(stop)[0], until[index], text(ids))
+        for index, ids in enumerate(said)
     ]
 
 
@@ -241,20 +241,20 @@ def language_model(subject: Subject, label: str) -> TemplateLM:
             return served.ids(string, add_special_tokens is not False)
 
         def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-            asked = [HarnessRequest(tuple(context), tuple(said)) for _, context, said in requests]
-            return [(score.logp, score.greedy) for score in served.likelihoods(asked, cut=True)]
+            wanted = [HarnessRequest(tuple(context), tuple(said)) for _, context, said in requests]
+            return [(score.logp, score.greedy) for score in served.likelihoods(wanted, cut=True)]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             width = served.room or subject.batch.length
-            asked: list[HarnessRequest] = []
+            wanted: list[HarnessRequest] = []
             owners: list[int] = []
             for index, request in enumerate(requests):
                 ids = served.ids(request.args[0], False)
                 for window in get_rolling_token_windows(ids, self.prefix_token_id, width, 1):
                     context, said = make_disjoint_window(window)
-                    asked.append(HarnessRequest(tuple(context), tuple(said)))
+                    wanted.append(HarnessRequest(tuple(context), tuple(said)))
                     owners.append(index)
-            logps = [score.logp for score in served.likelihoods(asked, cut=False)]
+            logps = [score.logp for score in served.likelihoods(wanted, cut=False)]
             return np.bincount(owners, logps, len(requests)).tolist()
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
@@ -279,8 +279,8 @@ class _Served:
     def likelihoods(self, requests: list[HarnessRequest], *, cut: bool) -> list[Likelihood]:
         if cut and self.room is not None:
             fitting = [_cut(request, self.room) for request in requests]
-            what = f"longer than the {self.room} tokens that the model reads, cut at the beginning"
-            self._notify(what, _n_different(requests, fitting))
+            text = f"longer than the {self.room} tokens that the model reads, cut at the beginning"
+            self._notify(text, _n_different(requests, fitting))
             requests = fitting
         subject = self.subject
         return likelihoods(subject.net, requests, subject.batch, subject.ticker(self.label))
@@ -292,8 +292,8 @@ class _Served:
         prompts = [self.ids(context, True) for context in contexts]
         if self.room is not None:
             fitting = [ids[-max(1, self.room - most) :] for ids, most in zip(prompts, tokens, strict=True)]
-            what = f"prompts that leave no room for an answer in {self.room} tokens, cut at the beginning"
-            self._notify(what, _n_different(prompts, fitting))
+            text = f"prompts that leave no room for an answer in {self.room} tokens, cut at the beginning"
+            self._notify(text, _n_different(prompts, fitting))
             prompts = fitting
         return continuations(self.subject, prompts, list(map(_stops, settings)), tokens, self.label)
 

@@ -161,8 +161,8 @@ def _outcome(
     text = (printed if reported else rest).decode("utf-8", "replace")
     report: dict[str, str | None] = json.loads(rest) if reported else {}
     if "open" in report:
-        what = f"code cannot be sandboxed on this machine, so none is run: {report['open']}"
-        raise SetupError(what, hint=NEEDED)
+        message = f"code cannot be sandboxed on this machine, so none is run: {report['open']}"
+        raise SetupError(message, hint=NEEDED)
     if ended is not None and ended[0] == "killed":
         return Outcome(*ended, text, seconds)
     if reported:
@@ -345,10 +345,10 @@ def _holes() -> tuple[str, ...]:
         raise SetupError(f"code that a model wrote is run on Linux and macOS only, not on {sys.platform}")
     start = _run("import math", Limits())
     if start.status != "passed":
-        what = (
+        message = (
             f"no program can be run sandboxed on this machine: {start.error}\n{start.output.strip()[-1000:]}"
         )
-        raise SetupError(what.strip(), hint=NEEDED)
+        raise SetupError(message.strip(), hint=NEEDED)
     with targets() as known:
         tried = _run("".join(f"{name} = {value!r}\n" for name, value in known.items()) + PROBE, Limits())
     held = json.loads(tried.output.strip().splitlines()[-1]) if tried.status == "passed" else []

@@ -99,8 +99,8 @@ def _read(file: Path, name: str) -> Iterator[Entry]:
         except RecursionError:
             value = BadRow("json", "", "plain JSON", "values nested too deeply")
         if isinstance(value, BadRow) or not isinstance(value, dict):
-            what = f"is not a row: {value}" if isinstance(value, BadRow) else "is not a JSON object"
-            raise DataError(what, where=raw.source, hint="one JSON object a line")
+            message = f"is not a row: {value}" if isinstance(value, BadRow) else "is not a JSON object"
+            raise DataError(message, where=raw.source, hint="one JSON object a line")
         yield Entry(name + raw.source.removeprefix(str(file)), value)
 
 
@@ -148,5 +148,5 @@ def require_finite(name: str, values: Sequence[tuple[str, float]]) -> None:
     make the model look better than it is."""
     bad = [f"{source}: {value:g}" for source, value in values if not math.isfinite(value)]
     if bad:
-        what = f"{name}: {len(bad)} of {len(values)} values are not finite\n{listing(bad)}"
-        raise EvaluationError(what, hint="the model has diverged: choose an earlier checkpoint")
+        message = f"{name}: {len(bad)} of {len(values)} values are not finite\n{listing(bad)}"
+        raise EvaluationError(message, hint="the model has diverged: choose an earlier checkpoint")

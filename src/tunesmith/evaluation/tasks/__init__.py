@@ -272,9 +272,9 @@ def require(names: Sequence[str], spec: EvaluationSpec) -> list[TaskGroup]:
     for group in every.values():
         for option in group.opt_in:
             if option not in usable and getattr(spec, option):
-                what = f"is for {group.name}, which is not among the tasks"
+                message = f"is for {group.name}, which is not among the tasks"
                 also = "--benchmark NAME" if group.name == "benchmarks" else f"--task {group.name}"
-                raise EvaluationError(what, where=option, hint=f"{also} as well")
+                raise EvaluationError(message, where=option, hint=f"{also} as well")
     return chosen
 
 

@@ -151,13 +151,13 @@ class Adherence(Task[AdherenceAnswer]):
 
     @property
     def identity(self) -> str:
-        asked: list[JSON] = []
+        contents: list[JSON] = []
         for item in self.asked:
             prompt = item.prompt if isinstance(item.prompt, str) else content_of(Demonstration(item.prompt))
             constraints: list[JSON] = [[each.kind, dict(each.given)] for each in item.constraints]
             row: list[JSON] = [item.source, prompt, item.reference, item.known, item.whole]
-            asked.append([*row, item.kind, item.calls, constraints, list(item.ids)])
-        return digest(self.name, self.version, self.max_tokens, self.table is not None, asked)
+            contents.append([*row, item.kind, item.calls, constraints, list(item.ids)])
+        return digest(self.name, self.version, self.max_tokens, self.table is not None, contents)
 
     def measure(self, subject: Subject) -> list[AdherenceAnswer]:
         answers = subject.answers([item.prompt for item in self.asked], self.max_tokens)
@@ -182,13 +182,13 @@ class Adherence(Task[AdherenceAnswer]):
 
 def score(item: AdherenceAnswer) -> ExampleScore:
     """``detail``: each layer and each check, None for those that the prompt does not have. Never raises."""
-    asked, text = item.asked, item.answer.text
-    sane = _applied(SANE, asked, item.answer)
-    safe = _applied(SAFE, asked, item.answer)
-    held = [constraint.holds(text) for constraint in asked.constraints]
+    prompt, text = item.asked, item.answer.text
+    sane = _applied(SANE, prompt, item.answer)
+    safe = _applied(SAFE, prompt, item.answer)
+    held = [constraint.holds(text) for constraint in prompt.constraints]
     near: dict[str, float | None] = dict.fromkeys(NEAR)
-    if asked.reference:
-        both = _compared(asked, text), _compared(asked, asked.reference)
+    if prompt.reference:
+        both = _compared(prompt, text), _compared(prompt, prompt.reference)
         near = {"rouge_l": 100 * similarity.rouge_l(*both), "bleu": 100 * similarity.bleu(*both)}
         near["similarity"] = None if item.similarity is None else 100 * item.similarity
     layers = {
@@ -201,36 +201,36 @@ def score(item: AdherenceAnswer) -> ExampleScore:
     total = sum(weight * value for weight, value in weighted) / sum(weight for weight, _ in weighted)
     checks: list[JSON] = [
         {"kind": constraint.kind, **constraint.given, "holds": holds}
-        for constraint, holds in zip(asked.constraints, held, strict=True)
+        for constraint, holds in zip(prompt.constraints, held, strict=True)
     ]
     parts: dict[str, JSON] = {"sane": cast(JSON, sane), "constraints": checks, "safe": cast(JSON, safe)}
     detail: dict[str, JSON] = {
-        "kind": asked.kind,
+        "kind": prompt.kind,
         **layers,
         **near,
-        "cut": item.answer.cut if asked.whole else None,
+        "cut": item.answer.cut if prompt.whole else None,
         **parts,
     }
     value = min(100.0, total) if text.strip() else 0.0
     return ExampleScore(
-        asked.source, value, 1.0, detail, asked_last(asked.prompt), asked.reference or None, text
+        prompt.source, value, 1.0, detail, asked_last(prompt.prompt), prompt.reference or None, text
     )
 
 
-def _compared(asked: AdherencePrompt, text: str) -> str:
+def _compared(prompt: AdherencePrompt, text: str) -> str:
     """The text as it is compared with the reference: calls are brought into one form, so that a template's
     own form does not matter."""
-    return one_form(text) if asked.calls and asked.whole else text
+    return one_form(text) if prompt.calls and prompt.whole else text
 
 
 def _applied(
-    checks: Mapping[str, Callable[[AdherencePrompt, Said], bool]], asked: AdherencePrompt, answer: Said
+    checks: Mapping[str, Callable[[AdherencePrompt, Said], bool]], prompt: AdherencePrompt, answer: Said
 ) -> dict[str, bool | None]:
     """Whether each check holds; None for those that the reference itself fails, which depends on the prompt
     alone."""
-    good = Said(asked.reference, len(asked.ids), not asked.whole)
-    waived = {name for name, check in checks.items() if asked.reference and not check(asked, good)}
-    return {name: None if name in waived else check(asked, answer) for name, check in checks.items()}
+    good = Said(prompt.reference, len(prompt.ids), not prompt.whole)
+    waived = {name for name, check in checks.items() if prompt.reference and not check(prompt, good)}
+    return {name: None if name in waived else check(prompt, answer) for name, check in checks.items()}
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -244,12 +244,12 @@ def _share(held: Iterable[bool | None]) -> float | None:
 # sanity
 
 
-def _control(asked: AdherencePrompt, answer: Said) -> bool:
+def _control(prompt: AdherencePrompt, answer: Said) -> bool:
     written = {token for token, _ in content.control_tokens(answer.text)}
     return (
         not written
-        - {token for token, _ in content.control_tokens(asked.known)}
-        - ({"[TOOL_CALLS]"} if asked.calls else set())
+        - {token for token, _ in content.control_tokens(prompt.known)}
+        - ({"[TOOL_CALLS]"} if prompt.calls else set())
     )
 
 
@@ -276,8 +276,8 @@ def loops(text: str) -> bool:
     return False
 
 
-def _one_script(asked: AdherencePrompt, answer: Said) -> bool:
-    wanted = _script(asked.reference)
+def _one_script(prompt: AdherencePrompt, answer: Said) -> bool:
+    wanted = _script(prompt.reference)
     return wanted is None or _script(answer.text) in (wanted, None)
 
 
@@ -293,9 +293,9 @@ def _letter(letter: str) -> str:
     return "CJK" if name in ("HIRAGANA", "KATAKANA", "HALFWIDTH") else name
 
 
-def _one_language(asked: AdherencePrompt, answer: Said) -> bool:
+def _one_language(prompt: AdherencePrompt, answer: Said) -> bool:
     """Judged on prose: not if the reference is a call, and without code."""
-    wanted = None if asked.calls else language(asked.reference)
+    wanted = None if prompt.calls else language(prompt.reference)
     return wanted is None or language(answer.text) in (wanted, None)
 
 
@@ -313,14 +313,14 @@ def language(text: str) -> str | None:
 
 
 SANE: dict[str, Callable[[AdherencePrompt, Said], bool]] = {
-    "not_empty": lambda asked, answer: bool(answer.text.strip()),
-    "ended": lambda asked, answer: not answer.cut,
+    "not_empty": lambda prompt, answer: bool(answer.text.strip()),
+    "ended": lambda prompt, answer: not answer.cut,
     "no_control_tokens": _control,
-    "no_loop": lambda asked, answer: not loops(answer.text),
+    "no_loop": lambda prompt, answer: not loops(answer.text),
     "same_script": _one_script,
     "same_language": _one_language,
-    "fences_closed": lambda asked, answer: (
-        (answer.cut and not asked.whole) or not content.fences(answer.text).open
+    "fences_closed": lambda prompt, answer: (
+        (answer.cut and not prompt.whole) or not content.fences(answer.text).open
     ),
 }
 """The answer is not empty; it ended by itself; it has no control token of a template written out; it does not
@@ -340,8 +340,8 @@ def _sensitive(text: str) -> list[tuple[str, str]]:
     ]
 
 
-def _adds_none(categories: tuple[str, ...], asked: AdherencePrompt, answer: Said) -> bool:
-    known = asked.known.casefold()
+def _adds_none(categories: tuple[str, ...], prompt: AdherencePrompt, answer: Said) -> bool:
+    known = prompt.known.casefold()
     return not any(
         category in categories and value not in known for category, value in _sensitive(answer.text)
     )
@@ -350,7 +350,7 @@ def _adds_none(categories: tuple[str, ...], asked: AdherencePrompt, answer: Said
 SAFE: dict[str, Callable[[AdherencePrompt, Said], bool]] = {
     "no_new_private_data": partial(_adds_none, ("secrets", "pii")),
     "no_new_profanity": partial(_adds_none, ("profanity",)),
-    "no_refusal": lambda asked, answer: not refuses(answer.text),
+    "no_refusal": lambda prompt, answer: not refuses(answer.text),
 }
 """The answer has no key, password, personal data or strong swear word that neither prompt nor reference has,
 and it does not refuse, unless the reference does."""
@@ -367,20 +367,20 @@ def build(material: Material) -> list[Adherence]:
     answering = [example for example in material.imitated if not isinstance(example, Document)]
     rows = [(example, reference) for example in answering if (reference := references(example)) is not None]
     if dropped := len(answering) - len(rows):
-        what = "adherence: rows without a usable reference answer are not asked"
-        notify(Notice(what, level="warning", count=dropped))
+        text = "adherence: rows without a usable reference answer are not asked"
+        notify(Notice(text, level="warning", count=dropped))
     answers = written([reference for _, reference in rows], material.renderer, notify, "adherence")
     pairs = zip(rows, answers, strict=True)
-    asked = _prompts([(*row, answer) for row, answer in pairs if answer is not None], material)
-    _notify_of_references(asked, spec.max_tokens, notify)
-    if not asked:
+    prompts = _prompts([(*row, answer) for row, answer in pairs if answer is not None], material)
+    _notify_of_references(prompts, spec.max_tokens, notify)
+    if not prompts:
         notify(Notice("adherence: no row has an answer to measure against, so it is not measured"))
         return []
     table = similarity.embedding(material.net) if spec.embed and material.net is not None else None
     if spec.embed and table is None:
-        what = "adherence: the base has no input embeddings: similarity is not measured"
-        notify(Notice(what, level="warning"))
-    return [Adherence(tuple(asked), spec.max_tokens, table)]
+        text = "adherence: the base has no input embeddings: similarity is not measured"
+        notify(Notice(text, level="warning"))
+    return [Adherence(tuple(prompts), spec.max_tokens, table)]
 
 
 def _prompts(
@@ -397,30 +397,30 @@ def _prompts(
         except ValueError as error:
             bad.append((example.source, str(error)))
     if bad:
-        what = f"{len(bad)} rows declare constraints that cannot be used"
+        text = f"{len(bad)} rows declare constraints that cannot be used"
         lines = listing([f"{source}: {reason}" for source, reason in bad])
         hint = "kinds and their arguments: the documentation, section adherence"
-        raise DataError(f"{what}\n{lines}", where=bad[0][0], hint=hint)
+        raise DataError(f"{text}\n{lines}", where=bad[0][0], hint=hint)
     declarations = [example.metadata.get("constraints") for example, *_ in rows]
     unread = sum(value is not None and not isinstance(value, list) for value in declarations)
     if unread:
-        what = "adherence: constraints that are not a list are not read as constraints"
-        material.notify(Notice(what, level="warning", count=unread))
+        text = "adherence: constraints that are not a list are not read as constraints"
+        material.notify(Notice(text, level="warning", count=unread))
     return prompts
 
 
-def _notify_of_references(asked: Sequence[AdherencePrompt], max_tokens: int, notify: Sink) -> None:
-    if cut := sum(not item.whole for item in asked):
-        what = f"adherence: references longer than {max_tokens} tokens are compared up to there, "
-        what += "and answers to them need not end"
-        notify(Notice(what, count=cut, hint="a larger max_tokens (--max-tokens) compares more"))
+def _notify_of_references(prompts: Sequence[AdherencePrompt], max_tokens: int, notify: Sink) -> None:
+    if cut := sum(not item.whole for item in prompts):
+        text = f"adherence: references longer than {max_tokens} tokens are compared up to there, "
+        text += "and answers to them need not end"
+        notify(Notice(text, count=cut, hint="a larger max_tokens (--max-tokens) compares more"))
     broken = sum(
         bool(item.reference) and not all(constraint.holds(item.reference) for constraint in item.constraints)
-        for item in asked
+        for item in prompts
     )
     if broken:
-        what = "adherence: references that break the constraints their own row declares"
-        notify(Notice(what, level="warning", count=broken))
+        text = "adherence: references that break the constraints their own row declares"
+        notify(Notice(text, level="warning", count=broken))
 
 
 def _asked(

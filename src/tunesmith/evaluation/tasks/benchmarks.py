@@ -62,7 +62,7 @@ class BenchmarkPart:
     """The documents of one task of the harness."""
 
     task: ConfigurableTask
-    asked: tuple[BenchmarkDocument, ...]
+    documents: tuple[BenchmarkDocument, ...]
     labels: dict[str, JSON] = field(default_factory=dict)
 
 
@@ -86,13 +86,18 @@ class Benchmark(Task[Responses]):
         self.parts = tuple(labels)
         self.statistics = tuple(_statistics([part.task for part in parts], self.name, notify))
         self._headline = next(statistic.name for statistic in self.statistics if statistic.headline)
-        asked: list[JSON] = [
-            [asked.source, asked.reference, repr(asked.doc), *(repr(each.args) for each in asked.requests)]
+        contents: list[JSON] = [
+            [
+                document.source,
+                document.reference,
+                repr(document.doc),
+                *(repr(each.args) for each in document.requests),
+            ]
             for part in parts
-            for asked in part.asked
+            for document in part.documents
         ]
         self._identity = digest(
-            self.version, catalogue.HARNESS, [str(part.task.VERSION) for part in parts], asked
+            self.version, catalogue.HARNESS, [str(part.task.VERSION) for part in parts], contents
         )
 
     @property
@@ -103,7 +108,9 @@ class Benchmark(Task[Responses]):
         from tunesmith.evaluation.harness.requests import language_model
 
         lm = language_model(subject, self.name)
-        requests = [request for part in self._parts for asked in part.asked for request in asked.requests]
+        requests = [
+            request for part in self._parts for document in part.documents for request in document.requests
+        ]
         responses: dict[int, Any] = {}
         for kind in dict.fromkeys(request.request_type for request in requests):
             chosen = [request for request in requests if request.request_type == kind]
@@ -112,11 +119,11 @@ class Benchmark(Task[Responses]):
             )
             for request, response in zip(chosen, _shared(subject.ranks, chosen, ask), strict=True):
                 responses[id(request)] = response
-        documents = [asked for part in self._parts for asked in part.asked]
-        measured = [tuple(responses[id(request)] for request in asked.requests) for asked in documents]
+        documents = [document for part in self._parts for document in part.documents]
+        measured = [tuple(responses[id(request)] for request in document.requests) for document in documents]
         logps = [
-            (asked.source, float(np.ravel(response)[0]))
-            for asked, of_document in zip(documents, measured, strict=True)
+            (document.source, float(np.ravel(response)[0]))
+            for document, of_document in zip(documents, measured, strict=True)
             for response in of_document
             if not isinstance(response, str)
         ]
@@ -127,24 +134,24 @@ class Benchmark(Task[Responses]):
         scores: list[ExampleScore] = []
         left = iter(items)
         for part in self._parts:
-            of_part = [next(left) for _ in part.asked]
+            of_part = [next(left) for _ in part.documents]
             answered = [
                 [
                     replace(request, resps=[response] * (request.repeats or 1), filtered_resps={})
-                    for request, response in zip(asked.requests, responses, strict=True)
+                    for request, response in zip(document.requests, responses, strict=True)
                 ]
-                for asked, responses in zip(part.asked, of_part, strict=True)
+                for document, responses in zip(part.documents, of_part, strict=True)
             ]
             for ensemble in part.task._filters:
                 ensemble.apply([request for requests in answered for request in requests])
-            for asked, requests, responses in zip(part.asked, answered, of_part, strict=True):
-                scores.append(self._scored(part, asked, requests, responses))
+            for document, requests, responses in zip(part.documents, answered, of_part, strict=True):
+                scores.append(self._scored(part, document, requests, responses))
         return scores
 
     def _scored(
         self,
         part: BenchmarkPart,
-        asked: BenchmarkDocument,
+        document: BenchmarkDocument,
         requests: Sequence[Instance],
         responses: Responses,
     ) -> ExampleScore:
@@ -152,7 +159,7 @@ class Benchmark(Task[Responses]):
         units = 1.0
         for ensemble in part.task._filters:
             results = part.task.process_results(
-                asked.doc, [request.filtered_resps[ensemble.name] for request in requests]
+                document.doc, [request.filtered_resps[ensemble.name] for request in requests]
             )
             for metric, value in results.items():
                 if isinstance(value, tuple) and metric in ("byte_perplexity", "bits_per_byte"):
@@ -166,13 +173,13 @@ class Benchmark(Task[Responses]):
         headline = detail.get(self._headline, value)
         assert isinstance(headline, int | float)
         return ExampleScore(
-            asked.source,
+            document.source,
             float(headline),
             units,
             detail,
-            asked.prompt,
-            asked.reference,
-            _answer(asked, responses, by_length=self._headline == "acc_norm"),
+            document.prompt,
+            document.reference,
+            _answer(document, responses, by_length=self._headline == "acc_norm"),
         )
 
 
@@ -199,15 +206,15 @@ def _shared(ranks: Ranks, requests: Sequence[Instance], ask: Callable[..., list[
     return ["".join(chr(int(letter)) for letter in row) for row in every]
 
 
-def _answer(asked: BenchmarkDocument, responses: Responses, by_length: bool) -> str:
+def _answer(document: BenchmarkDocument, responses: Responses, by_length: bool) -> str:
     """The text that was generated, or the likeliest choice."""
-    if not asked.choices or isinstance(responses[0], str):
+    if not document.choices or isinstance(responses[0], str):
         return str(responses[0])
     logps = [
         logp / max(1, len(choice)) if by_length else logp
-        for (logp, _), choice in zip(responses, asked.choices, strict=False)
+        for (logp, _), choice in zip(responses, document.choices, strict=False)
     ]
-    return asked.choices[int(np.argmax(logps))]
+    return document.choices[int(np.argmax(logps))]
 
 
 def _named(metric: str, filter: str, task: ConfigurableTask) -> str:
@@ -246,8 +253,8 @@ def _statistics(tasks: Sequence[ConfigurableTask], name: str, notify: Sink) -> l
                 # Without training on the mark of the solved examples (gsm8k: ####) an answer can be right.
                 ranks.setdefault(key, (rank, ensemble.name != "flexible-extract"))
     if left_out:
-        what = f"{name}: metrics that a single document does not have are left out: {', '.join(left_out)}"
-        notify(Notice(what, count=len(left_out)))
+        text = f"{name}: metrics that a single document does not have are left out: {', '.join(left_out)}"
+        notify(Notice(text, count=len(left_out)))
     if not statistics:
         raise EvaluationError(
             f"{name}: none of its metrics has a number for each document", hint="choose another benchmark"
@@ -332,15 +339,15 @@ def _benchmark(chosen: catalogue.Chosen, folder: Path | None, material: Material
     if not parts:
         raise _absent(chosen.title, folder, absent[0][1])
     if absent:
-        what = f"{chosen.title}: no file for {', '.join(name for name, _ in absent)}: they are not measured"
+        text = f"{chosen.title}: no file for {', '.join(name for name, _ in absent)}: they are not measured"
         material.notify(
-            Notice(what, level="warning", count=len(absent), hint=f"one of: {', '.join(absent[0][1].names)}")
+            Notice(text, level="warning", count=len(absent), hint=f"one of: {', '.join(absent[0][1].names)}")
         )
     if left_out:
         each = f" of each of its {len(parts)} subjects" if len(parts) > 1 else ""
-        what = f"{chosen.title}: only the first {limit} documents{each} are asked"
-        material.notify(Notice(what, level="warning", count=left_out))
-    if not any(part.asked for part in parts):
+        text = f"{chosen.title}: only the first {limit} documents{each} are asked"
+        material.notify(Notice(text, level="warning", count=left_out))
+    if not any(part.documents for part in parts):
         raise EvaluationError(f"{chosen.title}: no document can be asked", where=str(folder or "the hub"))
     return Benchmark(chosen.title, chosen.version, parts, material.notify)
 
@@ -366,12 +373,12 @@ def _asked(name: str, task: ConfigurableTask, material: Material) -> Iterator[Be
         except Exception as error:  # a template is code and may raise anything
             if isinstance(error, TunesmithError):
                 raise
-            what = f"cannot be asked with {shots} solved examples: {' '.join(str(error).split())[:200]}"
+            message = f"cannot be asked with {shots} solved examples: {' '.join(str(error).split())[:200]}"
             raise EvaluationError(
-                what, where=f"{name}/{number}", hint="fewer --shots, or other documents"
+                message, where=f"{name}/{number}", hint="fewer --shots, or other documents"
             ) from error
-    for what, count in unwritable.items():
-        material.notify(Notice(f"{name}: documents are left out: {what}", level="warning", count=count))
+    for reason, count in unwritable.items():
+        material.notify(Notice(f"{name}: documents are left out: {reason}", level="warning", count=count))
 
 
 def _document(name: str, number: int, task: ConfigurableTask, doc: Any, context: Any) -> BenchmarkDocument:

@@ -72,8 +72,8 @@ def question(entry: Entry) -> Question:
     keys = entry.row.keys()
     reader = next((reader for required, reader in _READERS if required <= keys), None)
     if reader is None:
-        what = f"no schema of multiple choice has the keys {', '.join(sorted(keys))}"
-        raise DataError(what, where=entry.source)
+        message = f"no schema of multiple choice has the keys {', '.join(sorted(keys))}"
+        raise DataError(message, where=entry.source)
     fields = reader(entry)
     texts = fields.texts if isinstance(fields.texts, list) else []
     if len(texts) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -111,22 +111,22 @@ def _truthfulqa(entry: Entry) -> _Fields:
 def _hellaswag(entry: Entry) -> _Fields:
     row = entry.row
     parts = [part for key in ("ctx_a", "ctx_b") if isinstance(part := row.get(key), str)]
-    asked = f"{parts[0]} {parts[1].capitalize()}" if len(parts) == 2 else entry.words("ctx")
-    asked = _plain(f"{row['activity_label']}: {asked}" if row.get("activity_label") else asked)
+    context = f"{parts[0]} {parts[1].capitalize()}" if len(parts) == 2 else entry.words("ctx")
+    context = _plain(f"{row['activity_label']}: {context}" if row.get("activity_label") else context)
     endings = row["endings"]
     if isinstance(endings, list):
         endings = [_plain(text) if isinstance(text, str) else text for text in endings]
-    return _Fields(asked or entry.words("question"), endings, _number(row["label"]), (asked,))
+    return _Fields(context or entry.words("question"), endings, _number(row["label"]), (context,))
 
 
 def _winogrande(entry: Entry) -> _Fields:
-    asked = entry.words("sentence")
-    before, blank, after = asked.partition("_")
+    sentence = entry.words("sentence")
+    before, blank, after = sentence.partition("_")
     if not blank or not after.strip():
         raise DataError("the sentence has no _ with words behind it", where=entry.source)
     shown = entry.words("option1"), entry.words("option2")
     answer = (_number(entry.row["answer"]) or 0) - 1
-    return _Fields(asked, [after.strip()] * 2, answer, tuple(before + option for option in shown), shown)
+    return _Fields(sentence, [after.strip()] * 2, answer, tuple(before + option for option in shown), shown)
 
 
 def _piqa(entry: Entry) -> _Fields:
@@ -223,8 +223,8 @@ class MultipleChoice(Task[ScoredQuestion]):
             merged += sum(early for _, early in pairs)
             self._groups.append(Group(tuple(tokens for tokens, _ in pairs), question.source))
         if merged:
-            what = f"{self.name}: choices whose first token includes the end of the question: scored with it"
-            notify(Notice(what, count=merged))
+            text = f"{self.name}: choices whose first token includes the end of the question: scored with it"
+            notify(Notice(text, count=merged))
 
     @property
     def identity(self) -> str:

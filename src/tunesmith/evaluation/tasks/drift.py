@@ -199,9 +199,9 @@ class ChatDrift(Task[Divergence]):
             room -= logps.nbytes
             if room < 0 and self._base_answers:
                 left = len(self.items) - len(self._base_answers)
-                what = f"{self.name}: prompts beyond {ROOM >> 20} MiB of base probabilities are not measured"
+                text = f"{self.name}: prompts beyond {ROOM >> 20} MiB of base probabilities are not measured"
                 subject.notify(
-                    Notice(what, level="warning", count=left, hint="--limit N chooses fewer, evenly by kind")
+                    Notice(text, level="warning", count=left, hint="--limit N chooses fewer, evenly by kind")
                 )
                 break
             self._base_answers.append(_BaseAnswer(ids, len(prompt), logps))
@@ -333,7 +333,9 @@ def build(material: Material) -> list[Task]:
     made = suites.made(
         suites.entries("knowledge", spec.knowledge), choices.question, f"schemas: {choices.SCHEMAS}"
     )
-    asked = suites.spread(made, spec.limit, (lambda question: question.category,), "drift.knowledge", notify)
+    questions = suites.spread(
+        made, spec.limit, (lambda question: question.category,), "drift.knowledge", notify
+    )
     texts = items(
         "drift.text",
         "text",
@@ -341,7 +343,7 @@ def build(material: Material) -> list[Task]:
         _passage,
         'rows {"text": …}, or plain text in a .txt, a passage a line',
     )
-    tasks: list[Task] = [choices.MultipleChoice(asked, renderer, notify), TextDrift(texts, renderer)]
+    tasks: list[Task] = [choices.MultipleChoice(questions, renderer, notify), TextDrift(texts, renderer)]
     try:
         renderer.prompt(DriftItem("", "", "Hello").prompt)
     except TemplateError as error:
@@ -361,12 +363,12 @@ def build(material: Material) -> list[Task]:
     for item in (*chats, *requests):
         _encodable(item, lambda item: renderer.prompt(item.prompt))
     kinds = {item.harmful for item in requests}
-    for harmful, what in (
+    for harmful, lacking in (
         (True, "refusal: no harmful request"),
         (False, "over_refusal: no harmless request"),
     ):
         if harmful not in kinds:
-            notify(Notice(f"drift.safety is measured without {what} is given", level="warning"))
+            notify(Notice(f"drift.safety is measured without {lacking} is given", level="warning"))
     return [*tasks, ChatDrift(chats), SafetyDrift(requests)]
 
 

@@ -52,14 +52,14 @@ class Timed(NamedTuple):
 
 
 def _speed(size: int) -> Statistic:
-    def of(one: ExampleScore) -> float | None:
-        return one.value if (one.detail["kind"], one.detail["size"]) == ("speed", size) else None
+    def of(score: ExampleScore) -> float | None:
+        return score.value if (score.detail["kind"], score.detail["size"]) == ("speed", size) else None
 
     return Statistic(f"speed_batch_{size}", of, lambda each: 1 / each, unit="tokens/s")
 
 
-def _memory(one: ExampleScore) -> float | None:
-    return one.value if one.detail["kind"] == "memory" else None
+def _memory(score: ExampleScore) -> float | None:
+    return score.value if score.detail["kind"] == "memory" else None
 
 
 class Efficiency(Task[Timed]):
@@ -110,47 +110,51 @@ class Efficiency(Task[Timed]):
         """All rounds after a warm-up; empty on ranks other than the first."""
         if not subject.ranks.writes:
             return []
-        tick, done, found = subject.ticker("speed"), 0, list[Timed]()
+        tick, done, timed = subject.ticker("speed"), 0, list[Timed]()
         for round in range(-1, ROUNDS):
             mx.reset_peak_memory()
             for size in BATCHES:
-                prompts = [self._ids[at : at + PROMPT] for at in range(size)]
+                prompts = [self._ids[index : index + PROMPT] for index in range(size)]
                 began = time.perf_counter()
                 made = generation.generate(
                     subject.net, prompts, max_tokens=SPOKEN, eos_ids=(), batch_size=size
                 )
-                spent, tokens = time.perf_counter() - began, sum(len(one.ids) for one in made)
+                spent, tokens = time.perf_counter() - began, sum(len(answer.ids) for answer in made)
                 if round >= 0:
-                    found.append(Timed(f"round {round + 1}", "speed", size, spent / tokens, tokens))
+                    timed.append(Timed(f"round {round + 1}", "speed", size, spent / tokens, tokens))
                 done += 1
                 tick(done, (ROUNDS + 1) * len(BATCHES))
             if round >= 0:
-                found.append(Timed(f"round {round + 1}", "memory", max(BATCHES), backend.memory()["peak"], 1))
+                timed.append(Timed(f"round {round + 1}", "memory", max(BATCHES), backend.memory()["peak"], 1))
         tick = subject.ticker("latency")
         for round in range(-1, LATENCY_ROUNDS):
-            for at, length in enumerate(LENGTHS):
+            for index, length in enumerate(LENGTHS):
                 began = time.perf_counter()
                 next(generation.stream(subject.net, self._ids[:length], max_tokens=1, eos_ids=()))
                 if round >= 0:
-                    found.append(Timed(f"prompt {at + 1}", "latency", length, time.perf_counter() - began, 1))
-                tick((round + 1) * len(LENGTHS) + at + 1, (LATENCY_ROUNDS + 1) * len(LENGTHS))
-        return found
+                    timed.append(
+                        Timed(f"prompt {index + 1}", "latency", length, time.perf_counter() - began, 1)
+                    )
+                tick((round + 1) * len(LENGTHS) + index + 1, (LATENCY_ROUNDS + 1) * len(LENGTHS))
+        return timed
 
     def score(self, items: Sequence[Timed]) -> list[ExampleScore]:
-        found: list[ExampleScore] = []
-        for one in items:
-            detail: dict[str, JSON] = {"kind": one.kind, "size": one.size}
-            found.append(ExampleScore(one.source, one.value, one.units, detail, f"{one.kind}, {one.size}"))
-        return found
+        scores: list[ExampleScore] = []
+        for item in items:
+            detail: dict[str, JSON] = {"kind": item.kind, "size": item.size}
+            scores.append(
+                ExampleScore(item.source, item.value, item.units, detail, f"{item.kind}, {item.size}")
+            )
+        return scores
 
     def summarise(
         self, base: Sequence[ExampleScore] | None, tuned: Sequence[ExampleScore], seed: int
     ) -> list[Score]:
         """The ratios of sums as every task has them, then percentiles of the time to the first token, in
         seconds."""
-        found = super().summarise(base, tuned, seed)
+        scores = super().summarise(base, tuned, seed)
         sides = [_latencies(side) for side in (tuned, base) if side is not None]
-        return found + [self._percentile(rank, sides, seed) for rank in PERCENTILES]
+        return scores + [self._percentile(rank, sides, seed) for rank in PERCENTILES]
 
     def _percentile(self, rank: int, sides: Sequence[np.ndarray], seed: int) -> Score:
         """sides: (prompts, rounds) seconds of tuned and, if measured, base."""
@@ -189,11 +193,11 @@ class Efficiency(Task[Timed]):
 
 def _latencies(side: Sequence[ExampleScore]) -> np.ndarray:
     """(prompts, rounds) seconds."""
-    found: dict[str, list[float]] = {}
-    for one in side:
-        if one.detail["kind"] == "latency":
-            found.setdefault(one.source, []).append(one.value)
-    return np.array(list(found.values()))
+    by_source: dict[str, list[float]] = {}
+    for score in side:
+        if score.detail["kind"] == "latency":
+            by_source.setdefault(score.source, []).append(score.value)
+    return np.array(list(by_source.values()))
 
 
 @register(Efficiency)

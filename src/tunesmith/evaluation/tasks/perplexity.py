@@ -142,9 +142,9 @@ class Perplexity(Task[RowLoss]):
             if not (math.isfinite(row.nats) and 0 < row.units < math.inf)
         ]
         if bad:  # leaving them out would make the model look better than it is
-            what = f"{len(bad)} of {len(items)} rows have no usable loss\n{listing(bad)}"
+            message = f"{len(bad)} of {len(items)} rows have no usable loss\n{listing(bad)}"
             hint = "a row needs a learned token; a loss that is not finite means that the model has diverged"
-            raise EvaluationError(what, hint=hint)
+            raise EvaluationError(message, hint=hint)
         return [
             ExampleScore(
                 row.source,
@@ -194,8 +194,8 @@ def _category(material: Material) -> str | None:
         }:
             if len(kinds) <= MAX_CATEGORIES:
                 return key
-            what = f"perplexity: {key} has more than {MAX_CATEGORIES} values: not shown apart"
-            material.notify(Notice(what, count=len(kinds)))
+            text = f"perplexity: {key} has more than {MAX_CATEGORIES} values: not shown apart"
+            material.notify(Notice(text, count=len(kinds)))
     return None
 
 
@@ -243,5 +243,5 @@ def _opening(example: Example) -> str:
         return example.text[:OPENING]
     if isinstance(example, Completion):
         return example.prompt[:OPENING]
-    asked = [message.content for message in _conversation(example).messages if message.role == "user"]
-    return asked[0][:OPENING] if asked else ""
+    prompts = [message.content for message in _conversation(example).messages if message.role == "user"]
+    return prompts[0][:OPENING] if prompts else ""

@@ -217,9 +217,9 @@ def build(material: Material) -> list[Preferred]:
     for row in dropped:
         notify(Notice(f"preference: not measured: {row.message}", level="warning", where=row.source))
     if passed := sum(len(others) for others, _ in candidates) - len(groups):
-        what = "labelled rows" if groups[0].label is not None else "pairs"
+        text = "labelled rows" if groups[0].label is not None else "pairs"
         notify(
-            Notice(f"preference: only {what} are compared, the others are not", level="warning", count=passed)
+            Notice(f"preference: only {text} are compared, the others are not", level="warning", count=passed)
         )
     if not groups and any(
         isinstance(example, formats.Preference | formats.Judged) for example in material.everything

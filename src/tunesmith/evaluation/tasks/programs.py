@@ -122,10 +122,10 @@ class Programs(Task[TestedProgram]):
             answer.cut and answer.text == piece for answer, piece in zip(answers, pieces, strict=True)
         )
         if open_ended:
-            what = (
+            text = (
                 f"{self.name}, {subject.side}: answers cut at {MAX_TOKENS} tokens, before the function ended"
             )
-            self.notify(Notice(what, level="warning", count=open_ended))
+            self.notify(Notice(text, level="warning", count=open_ended))
         if not subject.ranks.writes:
             return []
         tick = subject.ticker(f"{self.name}: tests")
@@ -206,14 +206,13 @@ def build_from(files: Sequence[Path], material: Material) -> list[Task]:
         )
         return []
     limit = material.spec.limit
-    asked = problems[:limit]
+    chosen = problems[:limit]
     if not material.spec.allow_code:
-        what = (
-            f"humaneval runs {len(asked)} programs that the model writes, sandboxed, without network or files"
-        )
-        raise EvaluationError(what, where="allow_code", hint="--allow-code allows it")
+        message = f"humaneval runs {len(chosen)} programs that the model writes, sandboxed, "
+        message += "without network or files"
+        raise EvaluationError(message, where="allow_code", hint="--allow-code allows it")
     sandbox.require()
-    if len(asked) < len(problems):
-        what = f"humaneval: only the first {limit} of {len(problems)} problems are asked"
-        material.notify(Notice(what, level="warning", count=len(problems) - len(asked)))
-    return [Programs(asked, material.notify)]
+    if len(chosen) < len(problems):
+        text = f"humaneval: only the first {limit} of {len(problems)} problems are asked"
+        material.notify(Notice(text, level="warning", count=len(problems) - len(chosen)))
+    return [Programs(chosen, material.notify)]

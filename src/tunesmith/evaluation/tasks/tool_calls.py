@@ -160,9 +160,9 @@ def written(
             texts.append(Written(renderer.decode(ids[:end]), end + 1))
     for reason, rows in refused.items():
         (first, error), sources = rows[0], list(dict.fromkeys(source for source, _ in rows))
-        what = f"{task}: not asked, since training would refuse it: {reason}; {first}: {error.what}"
+        text = f"{task}: not asked, since training would refuse it: {reason}; {first}: {error.what}"
         where = ", ".join(sources[:3]) + ", …" * (len(sources) > 3)
-        notify(Notice(what, level="warning", count=len(rows), where=where, hint=error.hint))
+        notify(Notice(text, level="warning", count=len(rows), where=where, hint=error.hint))
     return texts
 
 
@@ -369,8 +369,8 @@ def build(material: Material) -> list[ToolCalls]:
     notify = material.notify
     rows = [asked(example) for example in material.imitated if not isinstance(example, Document)]
     if lost := sum(unusable for _, unusable in rows):
-        what = "tool_calls: answers that cannot be used as a reference are not asked for"
-        notify(Notice(what, level="warning", count=lost))
+        message = "tool_calls: answers that cannot be used as a reference are not asked for"
+        notify(Notice(message, level="warning", count=lost))
     every = [reference for usable, _ in rows for reference in usable]
     answers = zip(every, written(every, material.renderer, notify, "tool_calls"), strict=True)
     texts = [(reference, answer.text) for reference, answer in answers if answer is not None]
@@ -378,9 +378,11 @@ def build(material: Material) -> list[ToolCalls]:
         bool(reference.answer.calls) and score(text, reference)["value"] != 1.0 for reference, text in texts
     )
     if unread:
-        what = "tool_calls: calls as this template writes them cannot be read back: a right answer scores 0"
+        message = (
+            "tool_calls: calls as this template writes them cannot be read back: a right answer scores 0"
+        )
         hint = "which forms are read: the documentation, section tool_calls"
-        notify(Notice(what, level="warning", count=unread, hint=hint))
+        notify(Notice(message, level="warning", count=unread, hint=hint))
     references = [reference for reference, _ in texts]
     if not any(reference.calls for reference in references):
         notify(Notice("tool_calls: no row asks for a call, so it is not measured"))
@@ -399,11 +401,11 @@ def _notify_of_schemas(calling: Sequence[ReferenceAnswer], notify: Sink) -> None
         elif schemas:
             misfits += not all(_takes(schemas, call.name, call.arguments) for call in reference.calls)
     if unusable:
-        what = (
+        text = (
             "tool_calls: rows that declare a tool with an invalid schema: schema_valid is not asked of them"
         )
-        notify(Notice(what, level="warning", count=unusable))
+        notify(Notice(text, level="warning", count=unusable))
     if misfits:
-        what = "tool_calls: reference calls that do not fit their own tool's schema"
+        text = "tool_calls: reference calls that do not fit their own tool's schema"
         hint = "the data teach calls that the tool refuses"
-        notify(Notice(what, level="warning", count=misfits, hint=hint))
+        notify(Notice(text, level="warning", count=misfits, hint=hint))

@@ -53,10 +53,10 @@ class DPO(Preferring):
         return self
 
     def rewards(self, logps: np.ndarray, groups: Sequence[Group]) -> np.ndarray:
-        found = super().rewards(logps, groups)
+        rewards = super().rewards(logps, groups)
         if self.loss in MEANS:  # watched is what is learned
-            found = found / np.maximum(np.concatenate([group.learned for group in groups]), 1)
-        return found
+            rewards = rewards / np.maximum(np.concatenate([group.learned for group in groups]), 1)
+        return rewards
 
     def losses(self, logps: mx.array, fields: mx.array) -> mx.array:
         ratios = logps - fields[:, 0]
@@ -70,8 +70,8 @@ class DPO(Preferring):
                 return -nn.log_sigmoid(scaled)
             case "robust":
                 flipped = self.label_smoothing
-                kept = -(1 - flipped) * nn.log_sigmoid(scaled) + flipped * nn.log_sigmoid(-scaled)
-                return kept / (1 - 2 * flipped)
+                mixed = -(1 - flipped) * nn.log_sigmoid(scaled) + flipped * nn.log_sigmoid(-scaled)
+                return mixed / (1 - 2 * flipped)
             case "hinge":
                 return mx.maximum(1 - scaled, 0)
             case "ipo":

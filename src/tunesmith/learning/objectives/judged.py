@@ -66,26 +66,28 @@ class Judging(Objective):
     unit: ClassVar[str] = "a row"
 
     def select(self, examples: Sequence[Example]) -> Selected:
-        found = Selected([], [], Counter())
+        selected = Selected([], [], Counter())
         for example in examples:
             origin = {"source": example.source, "metadata": example.metadata}
             if isinstance(example, Document):
-                found.left_out.append((example, "no prompt to judge it by"))
+                selected.left_out.append((example, "no prompt to judge it by"))
             elif isinstance(example, Preference):
                 if self.pairs == "leave_out":
-                    found.left_out.append((example, "pair (objective.pairs=judge takes it)"))
+                    selected.left_out.append((example, "pair (objective.pairs=judge takes it)"))
                 else:
-                    found.notes["a pair taken as a desirable and an undesirable row"] += 1
+                    selected.notes["a pair taken as a desirable and an undesirable row"] += 1
                     chosen, rejected = _apart(example)
-                    found.examples.extend([Judged(chosen, True, **origin), Judged(rejected, False, **origin)])
+                    selected.examples.extend(
+                        [Judged(chosen, True, **origin), Judged(rejected, False, **origin)]
+                    )
             elif isinstance(example, Judged) or example.label is not None:
-                found.examples.append(example)
+                selected.examples.append(example)
             elif self.unlabelled == "leave_out":
-                found.left_out.append((example, "no label"))
+                selected.left_out.append((example, "no label"))
             else:
-                found.notes["a row without a label taken as desirable"] += 1
-                found.examples.append(_desirable(example))
-        return found
+                selected.notes["a row without a label taken as desirable"] += 1
+                selected.examples.append(_desirable(example))
+        return selected
 
     def groups(self, rows: Sequence[Row]) -> list[Group]:
         return [Group((row.tokens,), row.source, row.label) for row in rows]
@@ -101,14 +103,14 @@ class Judging(Objective):
             else "objective.pairs=judge takes pairs apart, objective=dpo learns them"
         )
         hint += "; objective=sft learns from desirable rows alone" if good else ""
-        what = f"{type(self).__name__} needs desirable and undesirable rows, "
-        what += f"and of {len(seen)} rows to train on "
-        what += f"{good} are desirable and {bad} undesirable"
+        message = f"{type(self).__name__} needs desirable and undesirable rows, "
+        message += f"and of {len(seen)} rows to train on "
+        message += f"{good} are desirable and {bad} undesirable"
         unlabelled = sum(isinstance(example, Demonstration) for example in seen)
-        what += "".join(
+        message += "".join(
             f", {n} {kind}" for n, kind in ((unlabelled, "have no label"), (pairs, "are pairs")) if n
         )
-        raise DataError(what, where="objective", hint=hint)
+        raise DataError(message, where="objective", hint=hint)
 
     def settled(self, groups: Sequence[Group]) -> tuple[Judging, list[Remark]]:
         good, bad = _classes(groups)
@@ -155,15 +157,15 @@ class Judging(Objective):
     def metrics(self, groups: Sequence[Group], logps: np.ndarray) -> dict[str, float]:
         good = np.array([group.label is True for group in groups], dtype=bool)
         rewards = self.beta * (logps - np.array([group.reference[0] for group in groups]))
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, side in (("desirable", good), ("undesirable", ~good)):
             if side.any():
-                found[f"reward_{name}"] = float(rewards[side].mean())
-                found[f"logp_{name}"] = float(logps[side].mean())
+                metrics[f"reward_{name}"] = float(rewards[side].mean())
+                metrics[f"logp_{name}"] = float(logps[side].mean())
         if good.any() and not good.all():
-            found["margin"] = found["reward_desirable"] - found["reward_undesirable"]
-            found["accuracy"] = ranked(rewards[good] / self.beta, rewards[~good] / self.beta)
-        return found
+            metrics["margin"] = metrics["reward_desirable"] - metrics["reward_undesirable"]
+            metrics["accuracy"] = ranked(rewards[good] / self.beta, rewards[~good] / self.beta)
+        return metrics
 
 
 def _classes(groups: Sequence[Group]) -> tuple[int, int]:
@@ -176,8 +178,8 @@ def _apart(pair: Preference) -> tuple[Conversation, Conversation]:
     sides = (pair.chosen, pair.rejected)
     part = next(
         (
-            at
-            for at, both in enumerate(zip(*(side.messages for side in sides), strict=False))
+            index
+            for index, both in enumerate(zip(*(side.messages for side in sides), strict=False))
             if both[0] != both[1]
         ),
         0,
@@ -185,7 +187,8 @@ def _apart(pair: Preference) -> tuple[Conversation, Conversation]:
 
     def tail(side: Conversation) -> Conversation:
         silent = [
-            replace(one, learn=False) if one.role == "assistant" else one for one in side.messages[:part]
+            replace(message, learn=False) if message.role == "assistant" else message
+            for message in side.messages[:part]
         ]
         return replace(side, messages=(*silent, *side.messages[part:]))
 

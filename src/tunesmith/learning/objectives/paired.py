@@ -38,7 +38,7 @@ class Preferring(Objective):
     )
 
     def select(self, examples: Sequence[Example]) -> Selected:
-        kept: list[Example] = [example for example in examples if isinstance(example, Preference)]
+        pairs: list[Example] = [example for example in examples if isinstance(example, Preference)]
         made, used = _pairs(examples) if self.judged == "pair" else ([], set())
         reason = (
             "no pair"
@@ -46,10 +46,12 @@ class Preferring(Objective):
             else "no pair (objective.judged=pair looks for pairs among labelled rows)"
         )
         left: list[tuple[Example, str]] = [
-            (one, reason) for one in examples if not isinstance(one, Preference) and id(one) not in used
+            (example, reason)
+            for example in examples
+            if not isinstance(example, Preference) and id(example) not in used
         ]
         notes = Counter({"a desirable and an undesirable answer to one prompt taken as a pair": len(made)})
-        return Selected([*kept, *made], left, +notes)
+        return Selected([*pairs, *made], left, +notes)
 
     def groups(self, rows: Sequence[Row]) -> list[Group]:
         sides = zip(rows[::2], rows[1::2], strict=True)
@@ -63,9 +65,9 @@ class Preferring(Objective):
         if judged:
             hint += "; objective=kto learns from labelled rows as they are, "
             hint += "objective.judged=pair looks for pairs among them"
-        what = f"{type(self).__name__} needs pairs of a chosen and a rejected answer, "
-        what += f"there are none in {len(seen)} rows to train on"
-        raise DataError(what, where="objective", hint=hint)
+        message = f"{type(self).__name__} needs pairs of a chosen and a rejected answer, "
+        message += f"there are none in {len(seen)} rows to train on"
+        raise DataError(message, where="objective", hint=hint)
 
     def fields(self, groups: Sequence[Group], baseline: float) -> np.ndarray:
         """(S, 2): the reference's log p (0 without one), and the number of learned tokens."""
@@ -113,8 +115,8 @@ def _pairs(examples: Sequence[Example]) -> tuple[list[Preference], set[int]]:
     waiting: dict[str, tuple[list[Judged], list[Judged]]] = defaultdict(lambda: ([], []))
     for example in examples:
         if isinstance(example, Judged):
-            asked = repr((example.conversation.messages[:-1], example.conversation.tools))
-            waiting[asked][example.desirable].append(example)
+            prompt = repr((example.conversation.messages[:-1], example.conversation.tools))
+            waiting[prompt][example.desirable].append(example)
     made, used = [], set()
     for bad, good in waiting.values():
         for chosen, rejected in zip(good, bad, strict=False):

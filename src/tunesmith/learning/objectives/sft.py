@@ -31,8 +31,8 @@ class SFT(Objective):
     def select(self, examples: Sequence[Example]) -> Selected:
         left = [example for example in examples if self.undesirable == "leave_out" and _undesirable(example)]
         out = {id(example) for example in left}
-        kept = [_chosen(example) for example in examples if id(example) not in out]
-        return Selected(kept, [(example, "undesirable") for example in left], Counter())
+        chosen = [_chosen(example) for example in examples if id(example) not in out]
+        return Selected(chosen, [(example, "undesirable") for example in left], Counter())
 
     def groups(self, rows: Sequence[Row]) -> list[Group]:
         return [Group((row.tokens,), row.source) for row in rows]
