@@ -66,8 +66,6 @@ class Update:
 
 def update_of(options: argparse.Namespace) -> Update:
     """The update that the product makes of the rows, with its own plan of micro-batches."""
-    from mlx_lm.models import activations
-
     from tunesmith.model import kernels, logprobs
     from tunesmith.tokens.batches import collate
 
@@ -98,12 +96,8 @@ def update_of(options: argparse.Namespace) -> Update:
         )
         return settings.objective.losses(logps, mx.array(batch.fields)).sum()
 
-    own = backend.own_kernels()
-
     def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-        if own:
-            return kernels.causal(q, k, v, scale)
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        return kernels.attention(q, k, v, cache=None, scale=scale, mask="causal")
 
     return Update(
         net,
@@ -111,7 +105,7 @@ def update_of(options: argparse.Namespace) -> Update:
         [(group.tokens, int(group.units)) for group in groups],
         make,
         attention,
-        kernels.swiglu if own else activations.swiglu,
+        kernels.swiglu,
         head_loss,
     )
 

@@ -63,6 +63,14 @@ def load(settings: RunConfig) -> nn.Module:
     return loading.load(settings.model).net
 
 
+def folder(model: str) -> Path:
+    """Where the model lies with config.json: a GGUF file is converted first."""
+    backend.setup()
+    from tunesmith.model import loading
+
+    return loading.resolve(model, dtype="float32")
+
+
 def random_llama(**sizes: Any) -> nn.Module:
     """A frozen llama of these sizes with random weights in float32."""
     backend.setup()
@@ -82,9 +90,6 @@ def random_llama(**sizes: Any) -> nn.Module:
 
 def rendered_rows(data: str, model: str, max_tokens: int) -> tuple[Path, list[tuple[list[int], int]]]:
     """(model folder, (ids, first learned token) of each row that ends with its learned tokens)."""
-    backend.setup()
-    from tunesmith.model import loading
-
     sets = ["template.too_long=drop", f"batch.length={max_tokens}", "model.dtype=float32"]
     rendered, _ = tunesmith.show([data], model=model, sets=sets)
     rows: list[tuple[list[int], int]] = []
@@ -94,7 +99,7 @@ def rendered_rows(data: str, model: str, max_tokens: int) -> tuple[Path, list[tu
         # mlx-lm knows the length of a prompt, not a mask. Rows labelled bad are not for SFT.
         if row.label is not False and all(weight == 1.0 for weight in learned[offset:]):
             rows.append((row.tokens.ids.tolist(), offset))
-    return loading.resolve(model, dtype="float32"), rows
+    return folder(model), rows
 
 
 def row_lengths(data: str, tokenizer: str) -> list[tuple[int, int]]:

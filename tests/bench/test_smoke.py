@@ -15,6 +15,7 @@ QUICK = {
     "against": [],
     "audit": [],
     "bounds": [],
+    "generation": [],
     "limit": [],
     "preferences": [],
     "scaling": [],

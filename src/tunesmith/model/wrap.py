@@ -1,7 +1,7 @@
 """Replace what single layer objects compute, and put it back.
 
-The class of these objects becomes a subclass with another ``__call__``. Other objects of the same class, in
-this model or in others of the process, stay as they are."""
+The class of these objects becomes a subclass with another ``__call__``, or another method. Other objects of
+the same class, in this model or in others of the process, stay as they are."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from typing import Any
 import mlx.nn as nn
 
 Call = Callable[..., Any]
-"""A ``__call__``: takes the module first."""
+"""A method: takes the module first."""
 
 
-def replace(modules: Iterable[nn.Module], call_of: Callable[[type[nn.Module]], Call]) -> Callable[[], None]:
+def replace(
+    modules: Iterable[nn.Module], call_of: Callable[[type[nn.Module]], Call], method: str = "__call__"
+) -> Callable[[], None]:
     """Let each module compute ``call_of(its class)``; returns the function that puts the classes back."""
     originals = [(module, type(module)) for module in modules]
     subclasses: dict[type[nn.Module], type[nn.Module]] = {}
     for module, kind in originals:
         if kind not in subclasses:
-            members = {"__call__": call_of(kind), "__doc__": kind.__doc__, "__module__": kind.__module__}
+            members = {method: call_of(kind), "__doc__": kind.__doc__, "__module__": kind.__module__}
             subclasses[kind] = type(kind.__name__, (kind,), members)
         module.__class__ = subclasses[kind]
 

@@ -220,8 +220,8 @@ def _model(path: str) -> list[Check]:
 
     net = loading.load(loading.ModelSpec(path=path)).net
     with kernels.watched() as calls:
-        logits = net(mx.arange(8, dtype=mx.int32)[None])[0]
-        kernels.token_logprobs(logits, mx.arange(8))
+        logits = net(mx.arange(16, dtype=mx.int32)[None])[0]
+        kernels.token_logprobs(logits, mx.arange(16))
     ours, others = (sorted(name for name, compiled in calls if compiled == kind) for kind in (True, False))
     parts = [f"{', '.join(ours)}: {kernels.described()}"] if ours else []
     parts += [f"{', '.join(others)}: MLX's"] if others else []

@@ -30,6 +30,7 @@ __all__ = [
     "described",
     "gelu_approx",
     "install",
+    "linear",
     "log_sums",
     "missing",
     "packed",
@@ -134,6 +135,17 @@ def rope(
         return module.rotary(x, dims, traditional, base, scale, first, freqs)
     given: Any = {"traditional": traditional, "base": base, "scale": scale, "offset": offset, "freqs": freqs}
     return mx.fast.rope(x, dims, **given)
+
+
+FEW_ROWS = 8
+"""Most rows whose product with a weight the compiled kernel computes faster than a BLAS."""
+
+
+def linear(x: mx.array, weight: mx.array) -> mx.array:
+    """(..., in), (out, in) → (..., out) x·Wᵀ"""
+    if x.size <= FEW_ROWS * x.shape[-1] and (module := _compiled("few rows", x, weight)):
+        return module.linear(x, weight)
+    return x @ weight.T
 
 
 def token_logprobs(logits: mx.array, targets: mx.array) -> mx.array:
@@ -255,4 +267,18 @@ def install(net: nn.Module) -> int:
 
     modules = [module for module in net.modules() if _bindings(type(module))]
     wrap.replace(modules, call_of)
+    wrap.replace([module for module in net.modules() if type(module) is nn.Linear], lambda kind: _linear)
+    tables = [module for module in net.modules() if type(module) is nn.Embedding]
+    wrap.replace(tables, lambda kind: _as_linear, method="as_linear")
     return len(modules)
+
+
+def _linear(layer: nn.Module, x: mx.array) -> mx.array:
+    if "bias" in layer and x.size > FEW_ROWS * x.shape[-1]:
+        return mx.addmm(layer["bias"], x, layer["weight"].T)
+    y = linear(x, layer["weight"])
+    return y + layer["bias"] if "bias" in layer else y
+
+
+def _as_linear(table: nn.Module, x: mx.array) -> mx.array:
+    return linear(x, table["weight"])

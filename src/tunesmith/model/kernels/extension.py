@@ -32,7 +32,15 @@ from tunesmith.machine import backend
 NAME = "tunesmith_cpu"
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = (
-    *("-std=c++20", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"),
+    *(
+        "-std=c++20",
+        "-O3",
+        "-march=native",
+        "-fopenmp-simd",
+        "-ffp-contract=fast",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+    ),
     *("-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-DNDEBUG", "-DNB_DOMAIN=mlx"),
 )
 

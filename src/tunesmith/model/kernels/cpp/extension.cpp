@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "attention.h"
+#include "linear.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -113,6 +114,29 @@ mx::array gelu(const mx::array& x) {
     return [x = in[0].data<float>(), y = allocate(out[0]), size = in[0].size()] { tunesmith::gelu(x, y, size); };
   };
   return make("GELU", {x.shape()}, {plain(x)}, prepare, gelu_gradient)[0];
+}
+
+// Products of few rows --------------------
+
+// (..., inputs), weight (outputs, inputs) -> (..., outputs)
+mx::array linear(const mx::array& x, const mx::array& weight) {
+  if (x.ndim() == 0 || weight.ndim() != 2 || x.shape(-1) != weight.shape(1))
+    throw std::invalid_argument("x must be as wide as the weight");
+  const auto prepare = [](const Arrays& in, Arrays& out, auto&) {
+    return [x = in[0].data<float>(), w = in[1].data<float>(), y = allocate(out[0]), rows = rows_of(in[0]),
+            inputs = width_of(in[0]), outputs = in[1].shape(0)] {
+      tunesmith::linear(x, w, y, rows, inputs, outputs);
+    };
+  };
+  const auto gradient = [](const Arrays& in, const Arrays&, const Arrays& cotangents) {
+    const mx::Device cpu = mx::Device::cpu;
+    const mx::array &w = in[1], c = cotangents[0];
+    const mx::array rows = mx::reshape(c, {-1, w.shape(0)}, cpu), x = mx::reshape(in[0], {-1, w.shape(1)}, cpu);
+    return Arrays{mx::matmul(c, w, cpu), mx::matmul(mx::transpose(rows, cpu), x, cpu)};
+  };
+  mx::Shape shape = x.shape();
+  shape.back() = weight.shape(0);
+  return make("Linear", {shape}, {plain(x), plain(weight)}, prepare, gradient)[0];
 }
 
 // Cross-entropy ----------------------------------------------
@@ -353,6 +377,7 @@ NB_MODULE(tunesmith_cpu, module) {
   module.def("gelu", &gelu);
   module.def("logprobs", &logprobs);
   module.def("log_sums", &log_sums);
+  module.def("linear", &linear);
   module.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
   module.def("attention", &attention, "queries"_a, "keys"_a, "values"_a, "scale"_a, "causal"_a, "ends"_a,
              "allowed"_a.none());

@@ -35,7 +35,8 @@ class Threads {
 
   int count() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls work(0) to work(units - 1); returns when all have returned. The work must not throw.
+  // Calls work(0) to work(units - 1); returns when all have returned. The work must not throw. A thread that
+  // is late finds the round closed: nobody waits for one to wake up.
   void run(int units, const std::function<void(int)>& work) {
     if (units <= 1 || workers_.empty()) {
       for (int unit = 0; unit < units; ++unit) work(unit);
@@ -44,12 +45,13 @@ class Threads {
     std::lock_guard<std::mutex> one_caller(callers_);
     work_ = &work;
     units_ = units;
-    next_.store(0, std::memory_order_relaxed);
-    running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_release);
+    next_ = 0;
+    open_ = true;
+    round_.fetch_add(1);
     round_.notify_all();
     take();
-    wait_while(running_, [](int running) { return running != 0; });
+    open_ = false;
+    wait_while(inside_, [](int inside) { return inside != 0; });
   }
 
  private:
@@ -60,11 +62,11 @@ class Threads {
   template <typename T, typename Condition>
   static void wait_while(std::atomic<T>& value, Condition holds) {
     for (int spin = 0; spin < kSpins; ++spin) {
-      if (!holds(value.load(std::memory_order_acquire))) return;
+      if (!holds(value.load())) return;
       pause();
     }
-    for (T seen = value.load(std::memory_order_acquire); holds(seen); seen = value.load(std::memory_order_acquire))
-      value.wait(seen, std::memory_order_acquire);
+    for (T seen = value.load(); holds(seen); seen = value.load())
+      value.wait(seen);
   }
 
   void take() {
@@ -72,12 +74,12 @@ class Threads {
   }
 
   void serve() {
-    uint32_t seen = 0;
-    for (;;) {
+    for (uint32_t seen = 0;;) {
       wait_while(round_, [seen](uint32_t round) { return round == seen; });
-      ++seen;
-      take();
-      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_all();
+      seen = round_;
+      inside_.fetch_add(1);
+      if (open_) take();
+      if (inside_.fetch_sub(1) == 1) inside_.notify_all();
     }
   }
 
@@ -86,7 +88,8 @@ class Threads {
   const std::function<void(int)>* work_ = nullptr;
   int units_ = 0;
   std::atomic<int> next_{0};
-  std::atomic<int> running_{0};
+  std::atomic<bool> open_{false};  // whether the work of this round may be taken
+  std::atomic<int> inside_{0};     // threads that look whether it may
   std::atomic<uint32_t> round_{0};
 };
 
