@@ -59,6 +59,17 @@ def command(*words: object, code: int = 0):
     return result
 
 
+def test_a_second_process_makes_the_same_clusters_and_the_same_map(tmp_path, monkeypatch):
+    unreadable = [{"conversations": "none"}]
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(survey.APART) + unreadable)
+    alone = audited(rows)
+    monkeypatch.setattr(survey.clusters, "clusters", None)  # not in this process
+    monkeypatch.setattr(survey, "_available", lambda processes: processes)
+    beside = audited(rows, processes=2)
+    assert beside.findings == alone.findings and beside.charts == alone.charts
+    assert len(beside.charts["map"]["x"]) == survey.APART
+
+
 @pytest.fixture
 def rows(tmp_path) -> Path:
     return tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(40))

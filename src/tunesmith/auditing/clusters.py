@@ -74,7 +74,10 @@ def of(survey: Survey) -> list[PromptCluster | None]:
             context = survey.context
             mapped = context is None or context.charts
             prompts = [trigrams[row].subject for row in rows]
-            clustering = clusters(prompts, context.embed if context else None, mapped=mapped)
+            if context is not None and context.clusters is not None:
+                clustering: Clustering = context.clusters(prompts)
+            else:
+                clustering = clusters(prompts, context.embed if context else None, mapped=mapped)
             for row, label in zip(rows, clustering.labels, strict=True):
                 groups[row] = clustering.groups[label]
             if mapped:

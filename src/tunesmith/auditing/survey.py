@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from tunesmith import events
-from tunesmith.auditing import AuditSpec, quality
+from tunesmith.auditing import AuditSpec, clusters, quality
+from tunesmith.auditing.clusters import Clustering
 from tunesmith.auditing.findings import Audit, Finding, Print, gravest_first
 from tunesmith.auditing.registry import Rule, rules
 from tunesmith.auditing.rules import contamination
@@ -36,6 +37,9 @@ from tunesmith.tokens.template import Refused, Renderer, Row, TemplateSpec
 BATCH = 256  # rows that travel to a process at once
 ALONE = 3_000
 """Up to this many rows one process is faster: starting others and loading libraries in each takes seconds."""
+APART = 300
+"""From so many rows on, and up to `ALONE`, a second process clusters the prompts while this one looks at the
+rows."""
 WORST = 20
 EXTRA = "pip install 'tunesmith[audit]'"
 
@@ -90,9 +94,12 @@ def audit(
     if not total:
         raise DataError("no rows", where=", ".join(map(str, files_read)), hint="name files of rows")
     setup = replace(setup, share=min(1.0, setup.spec.sample / max(total, 1)), call=uuid.uuid4().hex)
+    beside = APART <= total <= ALONE and embed is None and _available(processes) > 1
     survey = Survey(
         setup.spec,
-        context=replace(context(setup), embed=embed),
+        context=replace(
+            context(setup), embed=embed, clusters=_clusters_beside(files_read, setup.data) if beside else None
+        ),
         fetch=lambda rows: _fetch(files_read, rows, setup.data),
     )
     tick = events.ticker(notify, "auditing")
@@ -219,6 +226,30 @@ def _available(processes: int | None) -> int:
     import joblib
 
     return min(processes or joblib.cpu_count(), joblib.cpu_count())
+
+
+def _clusters_beside(files: Sequence[Path], data: DataSpec) -> Callable[[Sequence[str]], Clustering]:
+    """Starts to cluster the prompts of ``files`` in another process; a function that waits for the result, or
+    computes it if it is called with other prompts."""
+    from joblib.externals.loky import get_reusable_executor
+
+    executor = get_reusable_executor(max_workers=1)
+    future = executor.submit(_clusters_in_worker, files, data)
+
+    def clusters_of(prompts: Sequence[str]) -> Clustering:
+        clustered, clustering = future.result()
+        executor.shutdown(wait=False)
+        return clustering if clustered == list(prompts) else clusters.clusters(prompts)
+
+    return clusters_of
+
+
+def _clusters_in_worker(files: Sequence[Path], data: DataSpec) -> tuple[list[str], Clustering]:
+    imports.hide("pandas")  # scikit-learn would load it
+    views = (_view(raw, data) for path in files for raw in sources.raws(path))
+    subjects = (clusters.subject(view) for view in views if view.example is not None)
+    prompts = [subject for subject in subjects if subject]
+    return prompts, clusters.clusters(prompts)
 
 
 def _look_in_worker(batch: Sequence[Raw], setup: Setup) -> list[Looked]:

@@ -172,6 +172,7 @@ class Context:
     against: Sequence[Any] | None = None  # each a `contamination.PromptIndex`
     embed: Callable[[Sequence[str]], Any] | None = None  # (n, width) features of texts by the user's model
     template: TemplateSpec | None = None  # how rows are learned and cut; None: by default
+    clusters: Callable[[Sequence[str]], Any] | None = None  # (prompts) → Clustering, if it is made elsewhere
     charts: bool = True  # whether the map of prompts is wanted, which takes longer than all else
     refusals: bool = True  # whether many rows that cannot be rendered are an error here, or elsewhere
     _last: tuple[View | None, list[Row] | TemplateError] = (None, [])
