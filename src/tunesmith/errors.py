@@ -109,9 +109,9 @@ class SetupError(TunesmithError):
     exit_code = 10
 
 
-def listing(problems: Sequence[str], *, indent: str = "  ") -> str:
+def listing(problems: Sequence[str]) -> str:
     """The first twenty problems, one a line, and how many more there are."""
-    lines = [f"{indent}{problem}" for problem in problems[:SHOWN]]
+    lines = [f"  {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
-        lines.append(f"{indent}… and {len(problems) - SHOWN} more")
+        lines.append(f"  … and {len(problems) - SHOWN} more")
     return "\n".join(lines)

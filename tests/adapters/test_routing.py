@@ -168,6 +168,8 @@ def test_names_and_rows_that_do_not_fit_are_refused(values):
 
 def test_one_layer_rounds_to_bfloat16_as_it_does_alone():
     linear = nn.Linear(64, 48)
+    linear.weight = mx.random.uniform(-0.125, 0.125, (48, 64), key=mx.random.key(100))
+    linear.bias = mx.random.uniform(-0.125, 0.125, (48,), key=mx.random.key(500))
     linear.set_dtype(mx.bfloat16)
     updates = [None, *(kind(linear, 4, 2.0, 0.0, mx.random.key(3)) for kind in (LoRALinear, DoRALinear))]
     for update in updates[1:]:

@@ -9,21 +9,17 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from tunesmith.adapters.layers import DoRALinear, Linear, LoRALinear, adapted, dims, key_from, trainable
 from tunesmith.errors import ConfigError
 from tunesmith.model import wrap
-from tunesmith.settings.config import Spec
-
-Names = Annotated[
-    tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v, tuple[str, ...] | str)
-]
+from tunesmith.settings.config import Spec, Texts
 
 
 class Attached(NamedTuple):
@@ -46,7 +42,7 @@ class _LowRank(Spec):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="share of the branch's inputs set to zero in training"
     )
-    targets: Names = Field(
+    targets: Texts = Field(
         ("q_proj", "v_proj"),
         min_length=1,
         description="linear layers by name, suffix (mlp.up_proj) or pattern (*_proj); "
@@ -54,7 +50,7 @@ class _LowRank(Spec):
     )
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null: all")
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
-    full_modules: Names = Field((), description="modules trained in full beside it, such as input_layernorm")
+    full_modules: Texts = Field((), description="modules trained in full beside it, such as input_layernorm")
     start: str | None = Field(None, description=START)
     _layer: ClassVar[type[LoRALinear]]
 
@@ -103,7 +99,7 @@ class DoRA(_LowRank):
 class Full(Spec):
     """The weights themselves, in float32."""
 
-    targets: Names = Field(
+    targets: Texts = Field(
         ("*",), min_length=1, description="modules by name or pattern, with everything inside them"
     )
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null: all")

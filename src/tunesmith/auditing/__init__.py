@@ -7,9 +7,9 @@ This file holds the settings alone, so that a run's configuration loads none of 
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from tunesmith.settings.config import Spec
+from tunesmith.settings.config import Spec, Texts
 
 
 class AuditSpec(Spec):
@@ -18,10 +18,8 @@ class AuditSpec(Spec):
     before_training: bool = Field(
         True, description="audit the rows before training; errors stop it, warnings go into the report"
     )
-    accept: tuple[str, ...] = Field(
-        (), description="rules or dimensions whose findings are accepted as they are"
-    )
-    against: tuple[str, ...] = Field(
+    accept: Texts = Field((), description="rules or dimensions whose findings are accepted as they are")
+    against: Texts = Field(
         (),
         description="evaluation sets and fixed prompts that no training row may repeat: JSONL, JSON, CSV, or "
         "text by lines",
@@ -46,8 +44,3 @@ class AuditSpec(Spec):
         (50, 200), min_length=2, max_length=2, description="range of the mean answer, in tokens"
     )
     tail: int = Field(1024, ge=1, description="tokens under which 99 of 100 rows should stay")
-
-    @field_validator("accept", "against", mode="before")
-    @classmethod
-    def _one(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value

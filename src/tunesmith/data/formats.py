@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field
 
 from tunesmith.data import sources
 from tunesmith.data.calls import structure
@@ -22,7 +22,7 @@ from tunesmith.data.examples import BadRow, prompt_key, split, write_examples, w
 from tunesmith.data.layout import RowReader, layout_of, layouts, typed
 from tunesmith.data.sources import show
 from tunesmith.errors import DataError, listing
-from tunesmith.settings.config import JSON, Spec
+from tunesmith.settings.config import JSON, Spec, Texts
 
 # isort: split
 from tunesmith.data.examples import (
@@ -71,10 +71,8 @@ def known_format(name: str) -> str:
 class DataSpec(Spec):
     """Where the rows are and how they are read."""
 
-    train: tuple[str, ...] = Field(
-        min_length=1, description="files or folders: JSONL, a JSON array, gzip of either"
-    )
-    valid: Annotated[float, Field(ge=0, lt=1)] | tuple[str, ...] = Field(
+    train: Texts = Field(min_length=1, description="files or folders: JSONL, a JSON array, gzip of either")
+    valid: Annotated[float, Field(ge=0, lt=1)] | Texts = Field(
         0.2, description="share held out (0: none), or files"
     )
     format: Annotated[str, AfterValidator(known_format)] = Field(
@@ -96,11 +94,6 @@ class DataSpec(Spec):
         description="calls and results written as text become turns, so that results are read and never "
         "learned",
     )
-
-    @field_validator("train", "valid", mode="before")
-    @classmethod
-    def _one_path(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
 
 class Dropped(NamedTuple):

@@ -181,15 +181,13 @@ def _difference(row: Difference, reach: float) -> Markup:
     ).format(row.label, row.about, Markup(parts), row.told)
 
 
-def bars(
-    rows_given: Sequence[tuple[str, float, str]], *, most: float | None = None, tone: str = ""
-) -> Markup:
-    """A table of label, bar and text; bars go from 0 to ``most`` (the largest)."""
-    most = most or max((value for _, value, _ in rows_given if math.isfinite(value)), default=0) or 1
+def bars(given: Sequence[tuple[str, float, str]]) -> Markup:
+    """A table of label, bar and text; bars go from 0 to the largest value."""
+    most = max((value for _, value, _ in given if math.isfinite(value)), default=0) or 1
     rows = []
-    for label, value, text in rows_given:
-        wide = 100 * max(0.0, min(1.0, value / most)) if math.isfinite(value) else 0
-        bar = f'<rect class="fill {tone}" width="{wide:.2f}%" height="16" rx="2"/>'
+    for label, value, text in given:
+        wide = 100 * max(0.0, value / most) if math.isfinite(value) else 0
+        bar = f'<rect class="fill" width="{wide:.2f}%" height="16" rx="2"/>'
         rows.append(_row(label, bar, text, 16))
     return Markup('<table class="bars">{}</table>').format(Markup("").join(rows))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from tunesmith import events
 from tunesmith.auditing import comparison, embeddings, survey
@@ -22,7 +22,7 @@ from tunesmith.model import loading
 from tunesmith.preflight.show import BUILT_IN, tokenizer_source
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import configure, listed
-from tunesmith.settings.config import Spec, from_arguments
+from tunesmith.settings.config import Spec, Texts, from_arguments
 from tunesmith.tokens import renderers
 
 
@@ -30,8 +30,8 @@ class AuditOptions(Spec):
     """What an audit on its own does beside judging the rows."""
 
     tokenizer: str | None = Field(None, description="mistral-v3 (the default without a model) or a folder")
-    against: tuple[str, ...] = Field((), description="evaluation sets and prompts that no row may repeat")
-    compare: tuple[str, ...] = Field((), description="files to compare the rows with: `Audit.compared`")
+    against: Texts = Field((), description="evaluation sets and prompts that no row may repeat")
+    compare: Texts = Field((), description="files to compare the rows with: `Audit.compared`")
     fix: Path | None = Field(
         None, strict=False, description="where a corrected copy goes, with a ledger beside it: `Audit.fixed`"
     )
@@ -41,11 +41,6 @@ class AuditOptions(Spec):
         description="place prompts by the model's hidden states instead of words; null: if a model is given",
     )
     processes: int | None = Field(None, ge=1, description="how many at most; null: one a core")
-
-    @field_validator("against", "compare", mode="before")
-    @classmethod
-    def _several(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
 
 def audit(

@@ -32,7 +32,14 @@ from typing import (
     get_origin,
 )
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, ErrorDetails, to_jsonable_python
 from pydantic_core.core_schema import union_schema
@@ -43,6 +50,13 @@ from tunesmith.settings.origins import JSON, Node, parse, plain, read, write
 PREFIX = "TUNESMITH_"
 EXEMPT = frozenset(PREFIX + name for name in ("ALLOCATOR", "BLAS", "CACHE", "DEBUG", "KERNELS"))
 """Variables that belong to the machine, not to a run; they are read elsewhere."""
+
+
+Texts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value, tuple[str, ...] | str),
+]
+"""Several texts; one alone may be written without a list."""
 
 
 class Spec(BaseModel):

@@ -88,7 +88,7 @@ class Trainable:
         return self.loaded.net
 
 
-def open_model(config: RunConfig, rows: Sequence[Group], notify: Sink = events.silent) -> Trainable:
+def open_model(config: RunConfig, rows: Sequence[Group], notify: Sink) -> Trainable:
     """Load the base, attach the adapter, and give it the weights that training starts from. Raises
     ModelError, or ConfigError if the model cannot do what ``config`` asks of it."""
     loaded = merging.load(config.model, notify)

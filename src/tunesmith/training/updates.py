@@ -55,7 +55,7 @@ class Updates:
         emit: Sink,
         stop: threading.Event,
         ranks: Ranks,
-        lower: Lower | None = None,
+        lower: Lower | None,
     ) -> None:
         self._net, self._config, self._prepared, self._optimizer = net, config, prepared, state
         self._emit, self._stop, self._ranks = emit, stop, ranks

@@ -94,10 +94,8 @@ class Programs(Task[TestedProgram]):
     by_default = False
     meanings = (Meaning("pass@1", "HumanEval", "share of problems whose program passes all its tests"),)
 
-    def __init__(
-        self, problems: Sequence[Program], notify: Sink = events.silent, limits: Limits | None = None
-    ) -> None:
-        self.problems, self.notify, self.limits = tuple(problems), notify, limits or Limits()
+    def __init__(self, problems: Sequence[Program], notify: Sink = events.silent) -> None:
+        self.problems, self.notify, self.limits = tuple(problems), notify, Limits()
 
     @property
     def identity(self) -> str:
