@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,6 +50,14 @@ def root(tmp_path, monkeypatch) -> Path:
             path.write_bytes(content.replace(PLACEHOLDER, str(place).encode()))
     monkeypatch.setenv("TUNESMITH_CACHE", str(place / "cache"))
     return place
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_of_then() -> Iterator[None]:
+    """0.1.0 had no compiled kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNESMITH_KERNELS", "operations")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +236,16 @@ def test_the_interrupted_one_goes_on_to_the_same_end(root, elsewhere):
     assert [event["step"] for event in log(run, "Resumed")] == [STEPS["full-modules"]]
     assert all(event in [*log(run, "StepDone"), *log(run, "Validated")] for event in before)
     assert read(run / "report.json")["status"] == "completed"
+
+
+def test_with_the_compiled_kernels_it_goes_on_nearly_the_same(root, monkeypatch):
+    """And a notice says that they were not there when the run began."""
+    monkeypatch.setenv("TUNESMITH_KERNELS", "on")
+    run = root / "full-modules"
+    told: list[str] = []
+    tunesmith.train(resume=run, notify=lambda event: told.append(str(getattr(event, "what", ""))))
+    assert_same(run / "checkpoints" / f"{WHOLE:06d}", root / "full-modules-expected", ["kernels"])
+    assert any("the result may differ in its last digits" in text for text in told), told
 
 
 def test_one_that_died_goes_on_with_its_own_reference(root, elsewhere):

@@ -42,6 +42,8 @@ from tunesmith.training.preparation import Prepared
 
 CODE = 2
 """Changed whenever the same weights and tokens could give another value."""
+RECORDED = {"mlx": False, "operations": True, "compiled": "compiled"}
+"""How a name tells the kernels; 0.1.0 knew the first two."""
 SAVED_EVERY = 16  # sequences: what an interruption can lose
 
 
@@ -55,7 +57,7 @@ def name(facts: Mapping[str, Any]) -> str:
         "device": device.kind,
         "blas": device.blas,
     }
-    whole = dict(facts) | code | {"kernels": kernels.choice()}
+    whole = dict(facts) | code | {"kernels": RECORDED[kernels.choice()]}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "missing",
     "packed",
     "prompt",
+    "recorded",
     "rms_norm",
     "rope",
     "swiglu",
@@ -64,6 +65,15 @@ def described() -> str:
     if backend.wanted_kernels() != "on":
         return f"{words} (TUNESMITH_KERNELS={backend.wanted_kernels()})"
     return f"{words} ({extension.load().missing})"
+
+
+def recorded() -> str:
+    """What a manifest says of `choice`: what computed decides the last digits. Empty on a GPU."""
+    if backend.setup().kind != "cpu" or not backend.on_linux():
+        return ""
+    own = "attention and e^x of our own"
+    off = "attention and e^x of MLX (TUNESMITH_KERNELS=off)"
+    return {"compiled": "compiled kernels", "operations": own, "mlx": off}[choice()]
 
 
 def missing() -> str:
