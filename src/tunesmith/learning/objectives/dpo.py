@@ -1,11 +1,12 @@
-"""Direct preference optimisation (arXiv 2305.18290) and its variants, on Δ = (log π_c − log π_ref,c) − (log
-π_r − log π_ref,r).
+"""Direct preference optimisation (arXiv 2305.18290) and its variants, on
+Δ = (log π_c − log π_ref,c) − (log π_r − log π_ref,r).
 
-sigmoid        −log σ(βΔ) robust         (−(1−ε) log σ(βΔ) + ε log σ(−βΔ)) / (1 − 2ε)     ε of the labels are
-flipped (arXiv 2403.00409) hinge          max(0, 1 − βΔ)                                   (arXiv 2309.06657)
-ipo            (Δ̄ − 1/(2β))², log-ratios as means a token       (arXiv 2310.12036; its authors' way of
-averaging) sigmoid_norm   −log σ(βΔ̄), log-ratios as means a token          (length-normalised, arXiv
-2411.15124) apo_zero       1 − σ(βr_c) + σ(βr_r)                            (arXiv 2408.06266, equation 7)"""
+    sigmoid        −log σ(βΔ)
+    robust         (−(1−ε) log σ(βΔ) + ε log σ(−βΔ)) / (1 − 2ε); ε of the labels are flipped (2403.00409)
+    hinge          max(0, 1 − βΔ) (2309.06657)
+    ipo            (Δ̄ − 1/(2β))², log-ratios as means a token, as its authors average (2310.12036)
+    sigmoid_norm   −log σ(βΔ̄), log-ratios as means a token: length-normalised (2411.15124)
+    apo_zero       1 − σ(βr_c) + σ(βr_r) (2408.06266, equation 7)"""
 
 from __future__ import annotations
 
