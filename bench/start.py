@@ -4,8 +4,9 @@ Each verb runs in a fresh process with little to do: one row, 40 rows, one token
 audit of 1,000 rows. Measured are seconds of CPU (user and system, of all threads), seconds on the clock, and
 the highest resident memory. ``--torch PYTHON`` also measures with a second interpreter, which has torch
 beside tunesmith's dependencies. Both run the package that this script imports. The first round compiles
-bytecode and is not counted. A process reports at least the memory of the one that started it, so this script
-imports little.
+bytecode and is not counted. ``load`` in the result is the machine's load average at the start; seconds on the
+clock mean something only if it is low. A process reports at least the memory of the one that started it, so
+this script imports little.
 
     python bench/start.py --torch /path/to/python --data rows.jsonl --out bench/results/start.json
 """
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help=small.HELP)
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     rows, rounds = (40, 1) if options.smoke else (AUDITED, options.rounds)
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
@@ -166,7 +168,14 @@ def main() -> None:
             pythons.append({"torch": torch, "commands": measured(python, folder, data, rounds)})
     met = all(taken["met"] for python in pythons for taken in python["commands"].values())
     audited = Path(options.data).name if options.data else f"{rows} rows that are made"
-    result = {"benchmark": "start", "audited": audited, "rounds": rounds, "pythons": pythons, "met": met}
+    result = {
+        "benchmark": "start",
+        "audited": audited,
+        "rounds": rounds,
+        "load": load,
+        "pythons": pythons,
+        "met": met,
+    }
     print(json.dumps(record.keep(result, options.out)))
     sys.exit(not met and not options.smoke)
 
