@@ -40,6 +40,18 @@ TARGETS = {
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 OPENBLAS = "libopenblas.so.0"
+VECTORS = {
+    "widest": {},
+    # As on a processor without AVX-512, for each library that chooses by itself.
+    "avx2": {
+        "OPENBLAS_CORETYPE": "Haswell",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "CXXFLAGS": "-march=haswell",
+    },
+}
+"""Environment of the trainers, by the widest vectors that they may use."""
 WITH_OPENBLAS = ("mlx_lm_blas", "checkpointed")
 NEEDS = {"trl": ("torch", "peft", "trl", "datasets"), "torch": ("torch", "peft")}
 DISTURBED = 0.08  # share of all cores that others may use before a measurement is made again
@@ -453,7 +465,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**environ, **quiet, **self._environ},
+            env={**environ, **quiet, **VECTORS[os.environ.get("BENCH_VECTORS", "widest")], **self._environ},
         )
         self._usage = psutil.Process(self._process.pid)
         self._ask(json.dumps(self._job))
