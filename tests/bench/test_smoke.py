@@ -15,6 +15,7 @@ QUICK = {
     "against": [],
     "audit": [],
     "bounds": [],
+    "experts": [],
     "generation": [],
     "limit": [],
     "preferences": [],

@@ -61,11 +61,12 @@ class Handle:
 @dataclass(frozen=True)
 class Adapter:
     """``tensors``: what was trained, by the name that it has in an adapted model. ``source``: where it was
-    read, for messages."""
+    read, for messages. ``layers``: names of the adapted layers, if the file has them."""
 
     spec: AdapterSpec
     tensors: Mapping[str, mx.array]
     source: str = ""
+    layers: tuple[str, ...] | None = None
 
     def attach(self, net: nn.Module) -> Handle:
         """Put the adapter into ``net``; all other parameters are frozen. Raises ModelError and leaves
@@ -82,7 +83,7 @@ class Adapter:
         """Put the adapter into ``net`` for good: the weights that it replaces are freed. Raises ModelError if
         the two do not fit; ``net`` may have changed then."""
         try:
-            self.spec.attach(net, seed=0)
+            self.spec.attach(net, seed=0, recorded=self.layers)
         except ConfigError as error:
             message = f"the adapter does not fit the model: {error}"
             raise ModelError(message, where=self.source, hint=UNFIT) from error

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 import safetensors.numpy
 from pydantic import Field, TypeAdapter
+from safetensors import SafetensorError, safe_open
 
 from tunesmith.adapters.attachment import UNFIT, Adapter
 from tunesmith.adapters.layers import adapted, trainable
@@ -43,7 +44,7 @@ def save(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
 
 def read(folder: Path) -> Adapter:
     """What `save` wrote. Raises ModelError if it cannot be read."""
-    return Adapter(read_spec(folder), _read_tensors(folder), str(folder))
+    return Adapter(read_spec(folder), _read_tensors(folder), str(folder), read_layers(folder))
 
 
 def load(net: nn.Module, folder: Path) -> AdapterSpec:
@@ -81,6 +82,28 @@ def read_spec(folder: Path) -> AdapterSpec:
     except (OSError, ValueError, TypeError, KeyError) as error:
         message = f"{CONFIG} cannot be read: {type(error).__name__}: {error}"
         raise ModelError(message, where=str(folder), hint=UNFIT) from error
+
+
+def read_layers(folder: Path) -> tuple[str, ...] | None:
+    """Names of the layers that the adapter of ``folder`` adapts; None if it was trained in full. Raises
+    ModelError if they cannot be read."""
+    try:
+        stored = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("lora_parameters")
+        return None if stored is None else tuple(map(str, stored["keys"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        message = f"{CONFIG} cannot be read: {type(error).__name__}: {error}"
+        raise ModelError(message, where=str(folder), hint=UNFIT) from error
+
+
+def has_dora_on_experts(folder: Path) -> bool:
+    """Whether the adapter of ``folder`` has magnitudes for each expert, which mlx-lm cannot load; False if
+    there is no whole adapter."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="numpy") as file:
+            magnitudes = [name for name in file.keys() if name.endswith(".m")]
+            return any(len(file.get_slice(name).get_shape()) == 2 for name in magnitudes)
+    except (OSError, SafetensorError):
+        return False
 
 
 def _read_tensors(folder: Path) -> dict[str, mx.array]:

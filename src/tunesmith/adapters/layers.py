@@ -1,12 +1,14 @@
 """LoRA and DoRA layers: what they compute, DoRA's magnitudes, dropout, and the merged weight.
 
 LoRA (arXiv 2106.09685) adds s·(x·A)·B to a frozen linear layer; DoRA (arXiv 2402.09353) also gives each
-output row a learned magnitude. Parameters are float32 whatever the base is; activations keep the base's
-dtype. Initial values and dropout masks come from keys, never from the global random state."""
+output row a learned magnitude; `experts` has both for routed experts. Parameters are float32 whatever the
+base is; activations keep the base's dtype. Initial values and dropout masks come from keys, never from the
+global random state."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -19,37 +21,61 @@ from tunesmith.errors import TrainingError
 Linear = nn.Linear | nn.QuantizedLinear
 
 
-class LoRALinear(nn.Module):
-    """y = W·x + b + s·(x·A)·B beside a frozen linear layer, quantised or not.
+class AdapterLayer(nn.Module):
+    """A frozen layer, ``linear``, with a low-rank update beside it.
 
-    ``lora_a`` (in, r) is uniform within ±1/sqrt(in), drawn from ``key`` alone; ``lora_b`` (r, out) is zero.
-    ``dropout`` acts on the input of the branch; its mask is a function of the key that ``seed_dropout`` sets,
+    ``dropout`` acts on the input of the update; its mask is a function of the key that ``seed_dropout`` sets,
     as a recomputed forward pass needs."""
 
-    def __init__(self, linear: Linear, rank: int, scale: float, dropout: float, key: mx.array) -> None:
+    linear: Any
+    lora_a: mx.array
+    lora_b: mx.array
+
+    def __init__(self, linear: nn.Module, scale: float, dropout: float) -> None:
         super().__init__()
+        self.linear, self.scale, self.dropout = linear, scale, dropout
+        self._key: mx.array | None = None
+
+    def dropped(self, x: mx.array) -> mx.array:
+        """``x`` after dropout. Raises TrainingError if a mask is needed and no key was set."""
+        if not self.training or self.dropout == 0:
+            return x
+        if self._key is None:
+            hint = "call adapters.seed_dropout(net, key) first, or net.eval()"
+            raise TrainingError("adapter dropout has no key to draw its mask from", hint=hint)
+        keep = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._key)
+        return mx.where(keep, x * (1 / (1 - self.dropout)), 0)
+
+    def parts(self) -> Iterator[LoRALinear]:
+        """The layer as layers of one matrix each."""
+        raise NotImplementedError
+
+
+class LoRALinear(AdapterLayer):
+    """y = W·x + b + s·(x·A)·B beside a frozen linear layer, quantised or not.
+
+    ``lora_a`` (in, r) is uniform within ±1/sqrt(in), drawn from ``key`` alone; ``lora_b`` (r, out) is
+    zero."""
+
+    def __init__(self, linear: Linear, rank: int, scale: float, dropout: float, key: mx.array) -> None:
+        super().__init__(linear, scale, dropout)
         inputs, outputs = dims(linear)
         bound = inputs**-0.5
-        self.linear, self.scale, self.dropout = linear, scale, dropout
         self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
         self.lora_b = mx.zeros((rank, outputs))
-        self._key: mx.array | None = None
         self.train(linear.training)
 
     def branch(self, x: mx.array) -> mx.array:
         """(..., out) s·(dropout(x)·A)·B. Raises TrainingError if dropout needs a mask and no key was set."""
-        if self.training and self.dropout > 0:
-            if self._key is None:
-                hint = "call adapters.seed_dropout(net, key) first, or net.eval()"
-                raise TrainingError("adapter dropout has no key to draw its mask from", hint=hint)
-            keep = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._key)
-            x = mx.where(keep, x * (1 / (1 - self.dropout)), 0)
-        return ((x @ self.lora_a) * self.scale) @ self.lora_b
+        return ((self.dropped(x) @ self.lora_a) * self.scale) @ self.lora_b
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) → (..., out) in the dtype of the frozen layer's output."""
         y = self.linear(x)
         return y + self.branch(x).astype(y.dtype)
+
+    def parts(self) -> Iterator[LoRALinear]:
+        yield self
 
     def merged_weight(self) -> mx.array:
         """(out, in) the weight of the plain layer that computes the same, float32."""
@@ -84,10 +110,10 @@ class DoRALinear(LoRALinear):
         return (self.m / self.lengths())[:, None] * super().merged_weight()
 
 
-def dims(linear: Linear) -> tuple[int, int]:
-    """(in, out)"""
-    outputs, inputs = linear.weight.shape
-    return (inputs * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else inputs), outputs
+def dims(linear: Any) -> tuple[int, int]:
+    """(in, out) of a linear layer, or of each expert in a layer of experts."""
+    outputs, inputs = linear["weight"].shape[-2:]
+    return (inputs * 32 // linear.bits if "scales" in linear else inputs), outputs
 
 
 def product(linear: Linear, x: mx.array) -> mx.array:
@@ -108,6 +134,7 @@ def dense(linear: Linear) -> mx.array:
         # with.
         held = [value.astype(mx.float32) for value in held]
     packing: Any = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+    packing["global_scale"] = linear.get("global_scale")
     return mx.dequantize(linear.weight, *held, **packing).astype(mx.float32)
 
 
@@ -117,8 +144,10 @@ def key_from(*parts: object) -> mx.array:
     return mx.array(np.frombuffer(digest[:8], dtype="<u4"))
 
 
-def adapted(net: nn.Module) -> dict[str, LoRALinear]:
-    return dict(sorted((name, layer) for name, layer in net.named_modules() if isinstance(layer, LoRALinear)))
+def adapted(net: nn.Module) -> dict[str, AdapterLayer]:
+    """The adapter layers of ``net`` by name, sorted."""
+    layers = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, AdapterLayer)]
+    return dict(sorted(layers))
 
 
 def trainable(net: nn.Module) -> dict[str, mx.array]:

@@ -12,7 +12,8 @@ from mlx.utils import tree_unflatten
 
 from tunesmith import events
 from tunesmith.adapters import files
-from tunesmith.adapters.layers import adapted, trainable
+from tunesmith.adapters.experts import LoRAExperts, dense_experts
+from tunesmith.adapters.layers import AdapterLayer, adapted, trainable
 from tunesmith.events import Notice, Sink
 from tunesmith.model import loading
 from tunesmith.model.loading import Loaded, ModelSpec
@@ -39,19 +40,28 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
 
 
 def merge(net: nn.Module) -> int:
-    """Put a dense frozen nn.Linear in place of each adapter layer, since quantising again would erase the
-    update; returns how many."""
+    """Put a dense frozen layer in place of each adapter layer, since quantising again would erase the update;
+    returns how many."""
     layers = adapted(net)
     for name, layer in layers.items():
-        base: Any = layer.linear
-        dtype = (base.scales if "scales" in base else base.weight).dtype
-        if not mx.issubdtype(dtype, mx.floating):
-            dtype = mx.bfloat16
-        plain = nn.Linear(1, 1, bias=False)
-        plain.weight = layer.merged_weight().astype(dtype)
-        if "bias" in base:
-            plain.bias = base.bias
-        mx.eval(plain.parameters())  # one expanded weight at a time
-        plain.freeze().train(base.training)
-        net.update_modules(tree_unflatten([(name, plain)]))
+        net.update_modules(tree_unflatten([(name, _merged(layer))]))
     return len(layers)
+
+
+def _merged(layer: AdapterLayer) -> nn.Module:
+    """nn.Linear, or a dense layer of experts, in the dtype of the base."""
+    base = layer.linear
+    dtype = (base.scales if "scales" in base else base.weight).dtype
+    if not mx.issubdtype(dtype, mx.floating):
+        dtype = mx.bfloat16
+    weights: list[mx.array] = []
+    for part in layer.parts():
+        weights.append(part.merged_weight().astype(dtype))
+        mx.eval(weights)  # one weight at a time in float32
+    plain: Any = dense_experts() if isinstance(layer, LoRAExperts) else nn.Linear(1, 1, bias=False)
+    plain.weight = mx.stack(weights) if isinstance(layer, LoRAExperts) else weights[0]
+    if "bias" in base:
+        plain.bias = base.bias
+    mx.eval(plain.parameters())
+    plain.freeze().train(base.training)
+    return plain

@@ -3,7 +3,8 @@
 The base's product is computed once for all rows. The low-rank updates of a mixed batch are gathered by row
 (`mx.gather_mm`), so that a pass takes the same number of operations however many adapters take part; ranks
 are padded with zeros to the largest. For inference: nothing here is trained, and dropout is off. Adapters
-that replace whole modules cannot be routed."""
+that replace whole modules cannot be routed; with adapters on routed experts, all rows of a pass have the same
+one, since a layer of experts does not see which row a token is from."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from tunesmith.adapters.attachment import Adapter, Handle
-from tunesmith.adapters.layers import DoRALinear, Linear, LoRALinear, adapted, dims, product
+from tunesmith.adapters.experts import is_experts
+from tunesmith.adapters.layers import AdapterLayer, DoRALinear, Linear, LoRALinear, adapted, dims, product
 from tunesmith.adapters.specs import Full
 from tunesmith.errors import ModelError
 
@@ -88,6 +90,33 @@ class RoutedLinear(nn.Module):
         return out + self.linear.bias if "bias" in self.linear else out
 
 
+class RoutedExperts(nn.Module):
+    """A frozen layer of experts with the updates of several adapters, one of which applies to all rows.
+
+    ``updates``: by place; None if that adapter leaves this layer alone."""
+
+    _updates: list[AdapterLayer | None]
+
+    def __init__(
+        self, linear: nn.Module, updates: Sequence[AdapterLayer | None], selection: Selection
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self._selection = selection
+        # Past nn.Module's own __setattr__: each update holds the frozen layer again.
+        object.__setattr__(
+            self, "_updates", [update if update is None else update.eval() for update in updates]
+        )
+        self.train(linear.training)
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """(..., 1, in), (...) → (..., 1, out)"""
+        places = self._selection.places
+        update = self._updates[places] if isinstance(places, int) else None
+        layer: Any = self.linear if update is None else update
+        return layer(x, indices, sorted_indices=sorted_indices)
+
+
 def _padded(update: LoRALinear, rank: int) -> tuple[mx.array, mx.array, float]:
     missing = rank - update.lora_a.shape[1]
     a = mx.pad(update.lora_a, [(0, 0), (0, missing)])
@@ -105,18 +134,26 @@ class Routing:
         self._selection = Selection()
         layers = {name: _layers(net, name, adapter) for name, adapter in adapters.items()}
         self._handle = Handle(net)
+        self._one_for_all = False
         modules: dict[str, Any] = dict(net.named_modules())
         for target in sorted({target for by_target in layers.values() for target in by_target}):
-            updates = [None, *(by_target.get(target) for by_target in layers.values())]
-            routed_layer = RoutedLinear(modules[target], updates, self._selection)
+            updates: Any = [None, *(by_target.get(target) for by_target in layers.values())]
+            experts = is_experts(modules[target])
+            self._one_for_all |= experts
+            kind: Any = RoutedExperts if experts else RoutedLinear
+            routed_layer = kind(modules[target], updates, self._selection)
             net.update_modules(tree_unflatten([(target, routed_layer)]))
 
     def select(self, names: str | Sequence[str | None] | None) -> None:
         """Choose for all later passes: one adapter, or None for the base alone, for all rows; or one for each
-        row in the order of the batch. Raises ModelError for an unknown name."""
+        row in the order of the batch. Raises ModelError for an unknown name, and for rows that differ if an
+        adapter changes routed experts."""
         by_row = [names] if names is None or isinstance(names, str) else list(names)
         self.require(by_row)
         places = [self._places[name] for name in by_row]
+        if self._one_for_all and len(set(places)) > 1:
+            message = "rows of one pass cannot have different adapters on routed experts"
+            raise ModelError(message, hint="ask for one adapter at a time")
         self._selection.places = places[0] if len(set(places)) == 1 else mx.array(places, dtype=mx.int32)
 
     def require(self, names: Sequence[str | None]) -> None:
@@ -140,7 +177,7 @@ def routed(net: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[Routing]
         routing.detach()
 
 
-def _layers(net: nn.Module, name: str, adapter: Adapter) -> dict[str, LoRALinear]:
+def _layers(net: nn.Module, name: str, adapter: Adapter) -> dict[str, AdapterLayer]:
     """The layers of ``adapter`` by the name of what they adapt; ``net`` is as it was afterwards."""
     if isinstance(adapter.spec, Full) or adapter.spec.full_modules:
         message = f"adapter {name!r} trains whole modules, which the rows of a batch share"

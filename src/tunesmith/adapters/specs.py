@@ -1,13 +1,13 @@
 """What is trainable: LoRA, DoRA or the weights themselves, as settings that attach to a model.
 
-Initial values are functions of (seed, tensor name). Experts of mixture layers are not linear layers: they are
-not adapted."""
+Initial values are functions of (seed, tensor name). In a mixture of experts the routed experts are adapted
+like other layers, routers only if a target names them (`mixtures`)."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -16,27 +16,39 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from pydantic import Field
 
+from tunesmith.adapters.experts import DoRAExperts, LoRAExperts, is_experts
 from tunesmith.adapters.layers import DoRALinear, Linear, LoRALinear, adapted, dims, key_from, trainable
+from tunesmith.adapters.mixtures import Mixture
 from tunesmith.errors import ConfigError
+from tunesmith.events import Notice
 from tunesmith.model import wrap
 from tunesmith.settings.config import Spec, Texts
 
 
 class Attached(NamedTuple):
     """``trainable`` and ``total`` count parameters (of a quantised weight, its elements). ``tensors``: the
-    sorted names of the trainable ones."""
+    sorted names of the trainable ones. ``coverage``: in one line, which layers are adapted and which are
+    not."""
 
     trainable: int
     total: int
     tensors: tuple[str, ...]
+    coverage: str = ""
+    notices: tuple[Notice, ...] = ()
 
 
 START = "run or checkpoint whose adapter, of the same shape, is trained further instead of a new one"
 
 
+DEFAULT_RANK = 16
+
+
 class _LowRank(Spec):
     rank: int = Field(
-        16, ge=1, description="rank of the update; at most the smaller side of each adapted weight"
+        DEFAULT_RANK,
+        ge=1,
+        description="rank of the update, of each expert's own in routed experts; at most the smaller side of "
+        "each adapted weight",
     )
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(
@@ -45,41 +57,56 @@ class _LowRank(Spec):
     targets: Texts = Field(
         ("q_proj", "v_proj"),
         min_length=1,
-        description="linear layers by name, suffix (mlp.up_proj) or pattern (*_proj); "
-        "all-linear: every linear layer in the blocks",
+        description="linear layers and routed experts by name, suffix (mlp.up_proj) or pattern (*_proj); "
+        "all-linear: all of them in the blocks, but no router",
     )
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null: all")
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
     full_modules: Texts = Field((), description="modules trained in full beside it, such as input_layernorm")
     start: str | None = Field(None, description=START)
     _layer: ClassVar[type[LoRALinear]]
+    _experts: ClassVar[type[LoRAExperts]]
 
     @property
     def scale(self) -> float:
         """s in W + s·(A·B)ᵀ"""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
-    def attach(self, net: nn.Module, seed: int) -> Attached:
+    def attach(self, net: nn.Module, seed: int, recorded: Collection[str] | None = None) -> Attached:
         """Freeze ``net`` and put adapter layers in place of its targets; A is drawn from (seed, tensor name).
 
         With ``layers``, a module outside the blocks is reached only by its plain name, not by a pattern.
-        Raises ConfigError and leaves ``net`` as it was if a target matches nothing, the rank is too large, a
-        full module is quantised or also adapted, or ``net`` has adapters already."""
-        chosen = _select(net, self.targets, self.layers, "adapter.targets", full=False)
-        for name, linear in chosen.items():
-            if self.rank > min(dims(linear)):
-                message = f"rank {self.rank} is more than {name} (in, out = {dims(linear)}) can hold"
-                raise ConfigError(
-                    message, where="adapter.rank", hint="a smaller rank, or other adapter.targets"
-                )
+        recorded: names of the layers that a saved adapter adapts: whether experts, routers and layers one
+        output wide are adapted is taken from there. Raises ConfigError and leaves ``net`` as it was if a
+        target matches nothing, the rank is too large, a full module is quantised or also adapted, or ``net``
+        has adapters already."""
+        chosen = _select(net, self.targets, self.layers, "adapter.targets", full=False, recorded=recorded)
+        small = self._too_small(chosen)
         full = _select(net, self.full_modules, self.layers, "adapter.full_modules", full=True)
         if both := sorted(full.keys() & chosen.keys()):
             raise ConfigError(f"{both[0]} is both adapted and trained in full", where="adapter.full_modules")
+        mixture = Mixture.of(_adaptable(net))
         net.freeze()
         for name, linear in chosen.items():
-            layer = self._layer(linear, self.rank, self.scale, self.dropout, key_from(seed, f"{name}.lora_a"))
+            kind = self._experts if name in mixture.experts else self._layer
+            layer = kind(linear, self.rank, self.scale, self.dropout, key_from(seed, f"{name}.lora_a"))
             net.update_modules(tree_unflatten([(name, layer)]))
-        return _unfreeze(net, full)
+        notices = (*small, *mixture.notices(chosen, dora=self._layer is DoRALinear))
+        return _unfreeze(net, full)._replace(coverage=mixture.coverage(chosen), notices=notices)
+
+    def _too_small(self, chosen: Mapping[str, nn.Module]) -> list[Notice]:
+        """A notice if the rank is more than some of the layers can hold. Raises ConfigError if it was set to
+        such a value, which the default was not."""
+        small = {name: dims(linear) for name, linear in chosen.items() if min(dims(linear)) < self.rank}
+        if not small:
+            return []
+        name, sizes = next(iter(small.items()))
+        if self.rank > DEFAULT_RANK:
+            message = f"rank {self.rank} is more than {name} (in, out = {sizes}) can hold"
+            raise ConfigError(message, where="adapter.rank", hint="a smaller rank, or other adapter.targets")
+        text = f"rank {self.rank} is more than some adapted layers can hold: {name} (in, out = {sizes}) has "
+        text += f"an update of rank {min(sizes)} at most, and more parameters than it needs"
+        return [Notice(text, count=len(small), where="adapter.rank")]
 
 
 class LoRA(_LowRank):
@@ -87,6 +114,7 @@ class LoRA(_LowRank):
 
     kind: Literal["lora"] = "lora"
     _layer: ClassVar[type[LoRALinear]] = LoRALinear
+    _experts: ClassVar[type[LoRAExperts]] = LoRAExperts
 
 
 class DoRA(_LowRank):
@@ -94,6 +122,7 @@ class DoRA(_LowRank):
 
     kind: Literal["dora"] = "dora"
     _layer: ClassVar[type[LoRALinear]] = DoRALinear
+    _experts: ClassVar[type[LoRAExperts]] = DoRAExperts
 
 
 class Full(Spec):
@@ -106,12 +135,12 @@ class Full(Spec):
     start: str | None = Field(None, description=START)
     kind: Literal["full"] = "full"
 
-    def attach(self, net: nn.Module, seed: int) -> Attached:
-        """Freeze ``net`` except the targets, which become float32. No random number is drawn. Raises
-        ConfigError as `LoRA.attach` does."""
+    def attach(self, net: nn.Module, seed: int, recorded: Collection[str] | None = None) -> Attached:
+        """Freeze ``net`` except the targets, which become float32. No random number is drawn, and
+        ``recorded`` means nothing. Raises ConfigError as `LoRA.attach` does."""
         full = _select(net, self.targets, self.layers, "adapter.targets", full=True)
         net.freeze()
-        return _unfreeze(net, full)
+        return _unfreeze(net, full)._replace(coverage=f"{len(full)} modules are trained in full")
 
 
 AdapterSpec = LoRA | DoRA | Full
@@ -130,22 +159,37 @@ def _weights(module: nn.Module) -> dict[str, mx.array]:
     return {name: value for name, value in arrays.items() if mx.issubdtype(value.dtype, mx.floating)}
 
 
+def _adaptable(net: nn.Module) -> dict[str, Any]:
+    """The linear layers and layers of experts by name."""
+    return {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, Linear) or is_experts(module)
+    }
+
+
 def _select(
-    net: nn.Module, targets: Sequence[str], layers: int | None, where: str, *, full: bool
+    net: nn.Module,
+    targets: Sequence[str],
+    layers: int | None,
+    where: str,
+    *,
+    full: bool,
+    recorded: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """By name the linear layers that ``targets`` mean; or, if ``full``, the modules with weights that are
-    targets or inside them."""
+    """By name the linear layers and layers of experts that ``targets`` mean; or, if ``full``, the modules
+    with weights that are targets or inside them."""
     if adapted(net):
         hint = "merge them, or load it again"
         raise ConfigError("the model has adapters already", where="adapter", hint=hint)
     blocks, last = tuple(blocks_of(net)), tuple(blocks_of(net, layers))
     if layers is not None and layers > len(blocks):
         raise ConfigError(f"{layers} is more than the model's {len(blocks)} blocks", where="adapter.layers")
-    modules = {
-        name: module
-        for name, module in net.named_modules()
-        if (_weights(module) if full else isinstance(module, Linear))
-    }
+    if full:
+        modules = {name: module for name, module in net.named_modules() if _weights(module)}
+    else:
+        modules = _adaptable(net)
+    mixture = Mixture.of({} if full else modules)
     chosen: set[str] = set()
     for target in targets:
         # With `layers` a pattern stays inside the last blocks; a plain name may also mean what is outside all
@@ -159,7 +203,11 @@ def _select(
             message = f"{target!r} matches no {'module' if full else 'linear layer'}"
             message += "" if layers is None else f" in the last {layers} blocks"
             raise ConfigError(message, where=where, hint=_other_targets(target, modules, full))
-        chosen |= matches
+        chosen |= matches - mixture.spared(target, recorded)
+    if targets and not chosen:
+        names = ", ".join(map(repr, targets))
+        message = f"{names} means only routers, or layers one output wide, which have no low-rank update"
+        raise ConfigError(message, where=where, hint="name routers outright, such as mlp.gate")
     if packed := [name for name in sorted(chosen) if full and "scales" in modules[name]]:
         hint = "leave out model.quantize, or train LoRA or DoRA over the quantised model"
         raise ConfigError(f"{packed[0]} is quantised: its weights cannot be trained", where=where, hint=hint)

@@ -14,8 +14,9 @@ from tunesmith.training import frozen, preparation, reference, story
 def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[str, JSON]:
     """What ``train`` would do, as counts: rows, tokens, padding, steps, trainable parameters. Trains nothing.
 
-    ``micro_batches``: of the first epoch. If layers lie below the adapter: the share of the layers' work that
-    ``loop.cache_frozen`` saves (0 within one epoch), and the disk space that it takes."""
+    ``adapter``: in one line, which layers are adapted and which are not. ``micro_batches``: of the first
+    epoch. If layers lie below the adapter: the share of the layers' work that ``loop.cache_frozen`` saves (0
+    within one epoch), and the disk space that it takes."""
     spec = lineage.anchored(config.spec)
     for text in spec.warnings():
         notify(Notice(text, level="warning"))
@@ -32,6 +33,7 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[s
         **prepared.counts,
         "trainable": model.attached.trainable,
         "total": model.attached.total,
+        "adapter": model.attached.coverage,
         "micro_batches": len(micro_batches),
         "largest_micro_batch": {"rows": len(largest), "tokens": schedule.cut.size(largest)},
     }

@@ -28,7 +28,7 @@ from tunesmith.files import write_text
 from tunesmith.reports.facts import AuditSummary, Facts
 from tunesmith.reports.measures import Measure, answer, identifier, interval, label
 from tunesmith.reports.summary import Summary
-from tunesmith.runs.directory import VALID
+from tunesmith.runs.directory import CHECKPOINTS, VALID
 from tunesmith.settings.config import flat
 
 if TYPE_CHECKING:
@@ -382,14 +382,22 @@ def _use(facts: Facts, base: CardBase) -> Iterator[str]:
         why = "the base was quantised while it was loaded"
     elif settings.get("model.adapter"):
         why = "another adapter is merged into the base"
+    elif settings.get("adapter.kind") == "dora" and _has_dora_on_experts(facts, facts.checkpoints.used):
+        why = "it has no DoRA on routed experts"
     else:
-        adapter = f"{run}/checkpoints/{facts.checkpoints.used:06d}"
+        adapter = f"{run}/{CHECKPOINTS}/{facts.checkpoints.used:06d}"
         lines.append(
             f"mlx_lm.generate --model {shlex.quote(base.name)} --adapter-path {adapter} --prompt 'Hello'"
         )
     yield from fence("\n".join(lines), "sh")
     if why:
         yield from ["", f"`mlx_lm.generate` alone does not load it: {why}."]
+
+
+def _has_dora_on_experts(facts: Facts, step: int) -> bool:
+    from tunesmith.adapters import has_dora_on_experts  # loads MLX, which other cards do not need
+
+    return has_dora_on_experts(facts.run / CHECKPOINTS / f"{step:06d}")
 
 
 def _hashes(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

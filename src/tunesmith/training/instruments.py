@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from tunesmith import adapters, events
-from tunesmith.adapters import DoRALinear, LoRALinear
+from tunesmith.adapters import AdapterLayer, DoRALinear, LoRALinear
 from tunesmith.model import wrap
 from tunesmith.runs.config import LoopSpec
 from tunesmith.tokens.batches import Group
@@ -31,6 +31,9 @@ entry."""
 CHUNK = 1 << 18
 """Entries of ΔW that are computed and counted at once: they fit a core's cache; from memory, counting takes
 14 times as long."""
+MEASURED_EXPERTS = 8
+"""Most experts of a layer whose growth is measured, evenly spaced: all entries of ΔW of hundreds of experts
+would take longer than the updates."""
 ACTIVATION_ROWS = 8
 """Validation rows whose activations are measured, from the first."""
 
@@ -100,14 +103,12 @@ class Grown:
     frozen."""
 
     def __init__(self, net: nn.Module) -> None:
-        self._layers = {
-            name: layer for name, layer in sorted(net.named_modules()) if isinstance(layer, LoRALinear)
-        }
+        self._layers = adapters.adapted(net)
         self._frozen: dict[str, float] = {}
 
     def event(self, step: int) -> events.Growth:
         """Norm, norm over ‖W‖, effective rank, and one histogram of all entries. Weights trained in full are
-        left out.
+        left out. Of a layer of experts, MEASURED_EXPERTS are measured, and the effective rank is their mean.
 
         For DoRA norm and histogram are of the whole change, with the magnitudes; the effective rank is of
         s·A·B alone, since a magnitude for each row makes the whole change full rank. Entries that are not
@@ -116,21 +117,34 @@ class Grown:
         ranks: dict[str, float] = {}
         histogram = Histogram()
         for name, layer in self._layers.items():
+            parts = _measured(layer)
             if name not in self._frozen:
-                self._frozen[name] = norms({name: adapters.dense(layer.linear)})[name]
-            values = low_rank_values(layer)
+                bases = [norms({name: adapters.dense(part.linear)})[name] for part in parts]
+                self._frozen[name] = math.hypot(*bases)
+            values = [low_rank_values(part) for part in parts]
             if np.isfinite(values).all():
-                ranks[name] = effective_rank(values)
-            squares = 0.0
-            for part in _changes(layer):
-                entries = np.array(part).reshape(-1)
-                for start in range(0, len(entries), CHUNK):
-                    histogram.add(piece := entries[start : start + CHUNK])
-                    squares += float(np.square(piece, dtype=np.float64).sum())
+                ranks[name] = float(np.mean([effective_rank(of_part) for of_part in values]))
+            squares = sum(_counted(change, histogram) for part in parts for change in _changes(part))
             if math.isfinite(squares):
                 sizes[name] = math.sqrt(squares)
         relative = {name: size / self._frozen[name] for name, size in sizes.items() if self._frozen[name] > 0}
         return events.Growth(step, sizes, relative, ranks, histogram.content)
+
+
+def _measured(layer: AdapterLayer) -> list[LoRALinear]:
+    """The matrices of ``layer`` whose growth is measured."""
+    parts = list(layer.parts())
+    count = min(len(parts), MEASURED_EXPERTS)
+    return [parts[place * len(parts) // count] for place in range(count)]
+
+
+def _counted(change: mx.array, histogram: Histogram) -> float:
+    """The sum of the squares of ``change``, whose entries go into ``histogram``."""
+    entries, squares = np.array(change).reshape(-1), 0.0
+    for start in range(0, len(entries), CHUNK):
+        histogram.add(piece := entries[start : start + CHUNK])
+        squares += float(np.square(piece, dtype=np.float64).sum())
+    return squares
 
 
 def _changes(layer: LoRALinear) -> Iterator[mx.array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -15,6 +15,7 @@ import mlx.nn as nn
 from tunesmith import adapters, events
 from tunesmith.adapters import merging
 from tunesmith.adapters.specs import Attached
+from tunesmith.errors import ModelError
 from tunesmith.events import Notice, Sink
 from tunesmith.learning import optimizer
 from tunesmith.machine import backend, ranks
@@ -56,7 +57,7 @@ def train(
     prepared = preparation.prepare(config, hear, audited=resume is not None)
     _warn_of_warmup(config, prepared, hear)
     # 3. Base model, and the adapter that is trained on it
-    model = open_model(config, prepared.train, hear)
+    model = open_model(config, prepared.train, hear, resume)
     hashes = _hashes(prepared, model)
     # 4. The run directory, new or resumed
     run = _directory(config, origins, out, resume, prepared, model, hashes, among)
@@ -88,11 +89,15 @@ class Trainable:
         return self.loaded.net
 
 
-def open_model(config: RunConfig, rows: Sequence[Group], notify: Sink) -> Trainable:
+def open_model(
+    config: RunConfig, rows: Sequence[Group], notify: Sink, resume: Run | None = None
+) -> Trainable:
     """Load the base, attach the adapter, and give it the weights that training starts from. Raises
     ModelError, or ConfigError if the model cannot do what ``config`` asks of it."""
     loaded = merging.load(config.model, notify)
-    attached = config.adapter.attach(loaded.net, config.loop.seed)
+    attached = config.adapter.attach(loaded.net, config.loop.seed, _recorded(config, resume))
+    for notice in attached.notices:
+        notify(notice)
     ancestors: dict[str, Any] = {}
     if config.model.adapter is not None:
         ancestors["merged"] = lineage.origin(config.model.adapter, loaded.files)
@@ -102,6 +107,15 @@ def open_model(config: RunConfig, rows: Sequence[Group], notify: Sink) -> Traina
         notify(Notice(f"training goes on from the adapter {config.adapter.start}"))
     gradients.require(loaded.net, config, rows, notify)
     return Trainable(loaded, attached, ancestors)
+
+
+def _recorded(config: RunConfig, resume: Run | None) -> tuple[str, ...] | None:
+    """The layers that the adapter to continue adapts, which an earlier release may have chosen, or None if
+    there is none."""
+    if resume is not None and (steps := resume.checkpoints()):
+        with suppress(ModelError):  # a torn checkpoint is dealt with when it is restored
+            return adapters.read_layers(resume.checkpoint(steps[-1]))
+    return None if config.adapter.start is None else adapters.read_layers(Path(config.adapter.start))
 
 
 def _checked(
