@@ -178,9 +178,36 @@ def learned_logprobs(
     options |= {} if batch.states is None else {"input_embeddings": batch.states}
     if gather:
         hidden = features(net, ids, **options)
-        return chosen(net, hidden.reshape(-1, hidden.shape[-1])[flat], targets)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return chosen(net, _different_rows(rows, flat) if _rising(batch.positions) else rows[flat], targets)
     logits = net(ids, **options)
     return kernels.token_logprobs(logits.reshape(-1, logits.shape[-1])[flat], targets)
+
+
+def _take_rows(values: mx.array, places: mx.array) -> mx.array:
+    return values[places]
+
+
+def _take_rows_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, result: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Each row of the gradient is looked up. MLX's own gradient adds on one thread, element by element."""
+    values, places = primals
+    count = len(places)
+    none = mx.full((len(values),), count, dtype=mx.int32)
+    source = mx.put_along_axis(none, places, mx.arange(count, dtype=mx.int32), axis=0)
+    padded = mx.concatenate([cotangent, mx.zeros((1, cotangent.shape[1]), cotangent.dtype)])
+    return padded[source], mx.zeros_like(places)
+
+
+_different_rows = kernels.with_gradient(_take_rows, _take_rows_vjp)
+"""values (N, D), places (K,) without repetition → (K, D)"""
+
+
+def _rising(positions: object) -> bool:
+    """Whether no position is there twice; a batch that was rounded up repeats one, and in a compiled step the
+    positions are not known."""
+    return isinstance(positions, np.ndarray) and bool((np.diff(positions) > 0).all())
 
 
 def sequence_logps(net: nn.Module, batch: Batch, of_batch: LogProbs = learned_logprobs) -> mx.array:
