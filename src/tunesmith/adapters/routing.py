@@ -21,6 +21,7 @@ from tunesmith.adapters.experts import is_experts
 from tunesmith.adapters.layers import AdapterLayer, DoRALinear, Linear, LoRALinear, adapted, dims, product
 from tunesmith.adapters.specs import Full
 from tunesmith.errors import ModelError
+from tunesmith.model import vocabulary
 
 BASE = 0
 """The place of the base without an adapter in every stack."""
@@ -184,6 +185,9 @@ def _layers(net: nn.Module, name: str, adapter: Adapter) -> dict[str, AdapterLay
         raise ModelError(
             message, where=adapter.source, hint="attach it alone, or merge it into a base of its own"
         )
+    if vocabulary.extended(net):
+        message = f"adapter {name!r} trains rows of new tokens, which the rows of a batch share"
+        raise ModelError(message, where=adapter.source, hint="attach it alone")
     handle = adapter.attach(net)
     layers = adapted(net)
     handle.detach()

@@ -21,7 +21,7 @@ from tunesmith.adapters.layers import DoRALinear, Linear, LoRALinear, adapted, d
 from tunesmith.adapters.mixtures import Mixture
 from tunesmith.errors import ConfigError
 from tunesmith.events import Notice
-from tunesmith.model import wrap
+from tunesmith.model import vocabulary, wrap
 from tunesmith.settings.config import Spec, Texts
 
 
@@ -243,7 +243,10 @@ def _rounding(dtype: mx.Dtype) -> Callable[[type[nn.Module]], wrap.Call]:
 
 
 def _unfreeze(net: nn.Module, full: Mapping[str, nn.Module]) -> Attached:
-    """Make the weights of ``full`` float32 and trainable, and count."""
+    """Make the weights of ``full`` float32 and trainable, and the rows that were added for new tokens, and
+    count."""
+    for module in vocabulary.extended(net):
+        module.unfreeze(recurse=False, keys=list(_weights(module)))
     for module in full.values():
         weights = _weights(module)
         module.update({key: value.astype(mx.float32) for key, value in weights.items()})

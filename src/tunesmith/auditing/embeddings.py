@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from tunesmith.errors import ModelError
-from tunesmith.model import abilities, logprobs
+from tunesmith.model import abilities, logprobs, vocabulary
 from tunesmith.model import loading as model
 from tunesmith.tokens.template import Refused, Renderer
 
@@ -31,7 +31,7 @@ def embedder(
         )
 
     def embed(texts: Sequence[str]) -> np.ndarray:
-        ids = [_ids(renderer, text) for text in texts]
+        ids = [_ids(renderer, text, vocabulary.limits(net).ids) for text in texts]
         vectors: dict[int, np.ndarray] = {}
         batch: list[int] = []
         tick(0, len(ids))
@@ -52,14 +52,14 @@ def embedder(
     return embed
 
 
-def _ids(renderer: Renderer, text: str) -> list[int]:
-    """At least one id; a text that cannot be encoded as text (`content` reports it) becomes the end token
-    alone."""
+def _ids(renderer: Renderer, text: str, known: int) -> list[int]:
+    """At least one id, all below ``known`` (`tokenisation` reports the others). A text that cannot be encoded
+    as text (`content` reports it) becomes the end token alone."""
     try:
         ids = renderer.text_prompt(text)[:TOKENS]
     except Refused:
         ids = []
-    return ids or [renderer.eos_ids[0]]
+    return [token for token in ids or [renderer.eos_ids[0]] if token < known] or [0]
 
 
 def _means(net: model.nn.Module, rows: list[list[int]]) -> np.ndarray:

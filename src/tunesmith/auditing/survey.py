@@ -56,6 +56,7 @@ class Setup:
     limit: int = 2048
     share: float = 1.0
     call: str = ""  # differs from audit to audit, so that a process that outlives one reads its files anew
+    known: int | None = None  # see `Context`
     rules: tuple[Rule, ...] = field(default_factory=rules, compare=False)
 
 
@@ -178,7 +179,14 @@ def context(setup: Setup) -> Context:
         )
     name = Path(setup.tokenizer).name if setup.tokenizer else ""
     return Context(
-        setup.spec, setup.limit, setup.share, made_renderer, name, against=against, template=setup.template
+        setup.spec,
+        setup.limit,
+        setup.share,
+        made_renderer,
+        name,
+        against=against,
+        template=setup.template,
+        known=setup.known,
     )
 
 

@@ -175,6 +175,7 @@ class Context:
     clusters: Callable[[Sequence[str]], Any] | None = None  # (prompts) → Clustering, if it is made elsewhere
     charts: bool = True  # whether the map of prompts is wanted, which takes longer than all else
     refusals: bool = True  # whether many rows that cannot be rendered are an error here, or elsewhere
+    known: int | None = None  # rows of the model's embedding; None: no model is named, or rows are added
     _last: tuple[View | None, list[Row] | TemplateError] = (None, [])
 
     def rows(self, view: View) -> list[Row] | TemplateError:

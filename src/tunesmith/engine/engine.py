@@ -19,6 +19,7 @@ import mlx.nn as nn
 from tunesmith.adapters.routing import Routing
 from tunesmith.engine.requests import Finish, NewToken, Request, sampler
 from tunesmith.errors import ModelError
+from tunesmith.model import vocabulary
 from tunesmith.model.loading import evaluating
 
 PREFILL = 8
@@ -95,13 +96,16 @@ class Engine:
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """A number for each request, in their order; the longest prompts begin first. Raises ModelError, and
-        takes none of them, if one is empty, allows no token, or names an adapter that is not here."""
+        takes none of them, if one is empty, allows no token, has an id that the model does not know, or
+        names an adapter that is not here."""
         from mlx_lm.models.cache import make_prompt_cache
 
         for place, request in enumerate(requests):
             request.require(place)
             if self._routing is None and request.adapter is not None:
                 raise ModelError(f"there is no adapter {request.adapter!r}", hint="the engine has no routing")
+        prompts = [(f"prompt {place}", request.ids) for place, request in enumerate(requests)]
+        vocabulary.require_known(self._net, prompts)
         if self._routing is not None:
             self._routing.require([request.adapter for request in requests])
         order = sorted(range(len(requests)), key=lambda place: -len(requests[place].ids))
@@ -112,7 +116,7 @@ class Engine:
         samplers = [sampler(request) for request in ordered]
         numbers = self._batch.insert(
             [[*map(int, request.ids)] for request in ordered],
-            [request.max_tokens for request in ordered],
+            [self._most(request) for request in ordered],
             caches=caches,
             samplers=samplers if any(samplers) else None,
             stop_sequences=[self._stop(request.end_ids) for request in ordered],
@@ -130,6 +134,13 @@ class Engine:
     def cancel(self, numbers: Sequence[int]) -> None:
         """Free the rows of these requests; those that have finished already are passed over."""
         self._batch.remove(list(numbers))
+
+    def _most(self, request: Request) -> int:
+        """Tokens that ``request`` may have: a model with learned positions stops at the last of them."""
+        positions = vocabulary.limits(self._net).positions
+        if positions is None:
+            return request.max_tokens
+        return min(request.max_tokens, positions - len(request.ids) + 1)  # the last token is not read
 
     def _routed(self, tokens: mx.array, cache: list[Any]) -> mx.array:
         """(B, T) → (B, T, V) logits, each row with its own adapter."""

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from tunesmith.data.formats import Conversation, Message
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.requests import Finish, Request
+from tunesmith.model import vocabulary
 from tunesmith.tokens import template
 
 
@@ -99,7 +100,7 @@ class Speaker:
         """One answer a conversation, in order."""
         answers = generate(
             self.net,
-            [self.renderer.prompt(conversation) for conversation in conversations],
+            self._prompts(conversations),
             max_tokens=sampling.max_tokens,
             eos_ids=self.renderer.eos_ids,
             temperature=sampling.temperature,
@@ -115,7 +116,7 @@ class Speaker:
         shown = ""
         for token in stream(
             self.net,
-            self.renderer.prompt(conversation),
+            self._prompts([conversation])[0],
             max_tokens=sampling.max_tokens,
             eos_ids=self.renderer.eos_ids,
             temperature=sampling.temperature,
@@ -130,6 +131,13 @@ class Speaker:
         rest = self.renderer.answer(ids)
         if rest != shown:
             yield rest[len(shown) :]
+
+    def _prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """Ids of the prompts. Raises ModelError if the model does not know one of their tokens."""
+        prompts = [self.renderer.prompt(conversation) for conversation in conversations]
+        places = [f"prompt {place}" for place in range(len(prompts))]
+        vocabulary.require_known(self.net, zip(places, prompts, strict=True), self.renderer.decode)
+        return prompts
 
 
 @dataclass

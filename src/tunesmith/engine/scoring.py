@@ -9,7 +9,7 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 
-from tunesmith.model import abilities, kernels, logprobs
+from tunesmith.model import abilities, kernels, logprobs, vocabulary
 from tunesmith.tokens.batches import Cut, Group, collate
 from tunesmith.tokens.template import Tokens
 
@@ -23,10 +23,11 @@ def sequence_sums(
     net: nn.Module, groups: Sequence[Group], cut: Cut, tick: Callable[[int, int], None] | None = None
 ) -> list[list[tuple[float, float]]]:
     """(Σ weight · log p in nats, Σ weight) of each sequence of each group, in order, in evaluation mode. None
-    is left out."""
+    is left out. Raises ModelError for an id that the model does not know."""
     net.eval()
     gather = abilities.splits(net)
     sequences = [sequence for group in groups for sequence in group.sequences]
+    vocabulary.require_rows(net, groups)
     pairs: list[tuple[float, float]] = [(0.0, 0.0)] * len(sequences)
     done = 0
     shared = [

@@ -17,6 +17,7 @@ from tunesmith.data.formats import Conversation
 from tunesmith.engine import generation, scoring
 from tunesmith.events import Sink
 from tunesmith.machine.ranks import ONE, Ranks
+from tunesmith.model import vocabulary
 from tunesmith.tokens.batches import BatchSpec, Cut, Group
 from tunesmith.tokens.template import Renderer, Tokens
 
@@ -60,8 +61,11 @@ class Subject:
         return self.renderer.text_prompt(prompt) if isinstance(prompt, str) else self.renderer.prompt(prompt)
 
     def answers(self, prompts: Sequence[Prompt], max_tokens: int, label: str = "answers") -> list[Said]:
-        """One greedy answer a prompt, in order."""
+        """One greedy answer a prompt, in order. Raises ModelError if the model does not know a token of
+        one."""
         sequences = [self.ids(prompt) for prompt in prompts]
+        places = [f"{label}, prompt {place}" for place in range(len(sequences))]
+        vocabulary.require_known(self.net, zip(places, sequences, strict=True), self.renderer.decode)
         keys = [_hash(max_tokens, np.array(ids, "<i4")) for ids in sequences]
         new = {key: ids for key, ids in zip(keys, sequences, strict=True) if key not in self.heard}
         mine = list(new.values())[self.ranks.rank :: self.ranks.size]

@@ -1,15 +1,14 @@
 """The base model: finding it, loading it completely, and quantising it.
 
-The only module that loads through mlx-lm. Tokenizers are not read here. On a CPU everything computes in
-float32; a quantised base is turned back into float32 after quantising, since quantised products are about 50
-times slower there."""
+The only module that loads through mlx-lm. Tokenizers are read here only to count their ids, if the embedding
+is to be resized. On a CPU everything computes in float32; a quantised base is turned back into float32 after
+quantising, since quantised products are about 50 times slower there."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -18,17 +17,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 
 from tunesmith import events
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
-from tunesmith.model import kernels
+from tunesmith.model import integrity, kernels, vocabulary
 from tunesmith.settings.config import Spec
+from tunesmith.tokens import renderers
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Finish = Literal["stop", "length"]
 HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model*", "tekken.json", "*.txt", "*.jinja", "*.py"]
+LEAST_IDS = 16
+"""The abilities of a model are tried with the first ids."""
 
 
 class ModelSpec(Spec):
@@ -46,6 +47,10 @@ class ModelSpec(Spec):
         description="dtype of the weights that are not quantised; auto: float32 on a CPU, else the file's",
     )
     tokenizer: str | None = Field(default=None, description="folder, or mistral-v3; null: the model's own")
+    resize_embeddings: bool = Field(
+        default=False,
+        description="add rows to the embedding for ids of the tokenizer that it lacks, and train them",
+    )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     adapter: str | None = Field(
         default=None,
@@ -58,8 +63,9 @@ class Loaded(NamedTuple):
     """``net``: frozen, in evaluation mode. ``path``: folder with config.json.
 
     ``fingerprint``: sha256 (hex) over config.json and the name, size, first MiB and last MiB of each weights
-    file, in the order of names; with a merged adapter, over this hash and the adapter's file. A change in the
-    middle of a file of equal size is not seen. ``files``: the same hash without an adapter."""
+    file, in the order of names; with added rows, also over their number; with a merged adapter, over this
+    hash and the adapter's file. A change in the middle of a file of equal size is not seen. ``files``: the
+    same hash without an adapter."""
 
     net: nn.Module
     path: Path
@@ -106,19 +112,12 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     """The base model, frozen, in evaluation mode, quantised if the spec says so; without ``spec.adapter``,
     which `tunesmith.adapters.merging.load` merges.
 
-    Raises ModelError if files are missing or damaged, the architecture is unknown, or tensors are missing,
-    left over or of another shape; it lists all of them."""
+    Raises ModelError if files are missing or damaged, the architecture is unknown, tensors are missing, left
+    over or of another shape (it lists all of them), or weights are not finite."""
     from mlx_lm import utils
 
     path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision, notify=notify)
-    trust = spec.trust_remote_code
-    try:
-        _check_files(path)
-        net, config = utils.load_model(
-            path, lazy=True, get_model_classes=_strict_classes, trust_remote_code=trust
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"cannot be loaded: {error}", where=str(path)) from error
+    net, config = _built(path, spec.trust_remote_code)
     cpu = _on_cpu()
     dtype = "float32" if spec.dtype == "auto" and cpu else spec.dtype
     if dtype != "auto":
@@ -155,61 +154,76 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
         notify(Notice(f"training and generation are slower here: {missing}", where="kernels"))
     net.eval()
     net.freeze()
-    mx.eval(net.parameters())
-    files = _fingerprint(path)
+    integrity.require_finite(net, path)
+    n_added = _resized(net, spec, path, notify) if spec.resize_embeddings else 0
+    files = _fingerprint(path, n_added)
     return Loaded(net, path, config, files, files)
+
+
+def _built(path: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, its weights not yet read, and its settings. The graph of a short pass is built as well,
+    since some settings are used only there."""
+    from mlx_lm import utils
+
+    integrity.require_files(path)
+    classes = _StrictClasses()
+    try:
+        net, config = utils.load_model(
+            path, lazy=True, get_model_classes=classes, trust_remote_code=trust_remote_code
+        )
+        if (known := vocabulary.limits(net).ids) < LEAST_IDS:
+            raise ValueError(f"the token embedding has {known} rows, at least {LEAST_IDS} expected")
+    except Exception as error:  # an architecture is a program, which may raise anything
+        text = integrity.explained(error, classes.config, classes.arguments)
+        raise ModelError(f"cannot be loaded: {text}", where=str(path)) from error
+    return net, config
+
+
+def _resized(net: nn.Module, spec: ModelSpec, path: Path, notify: Sink) -> int:
+    """How many rows the embedding was given, so that it has one for each id of the tokenizer."""
+    known, size = vocabulary.limits(net).ids, renderers.load(spec.tokenizer or path).size
+    n_added = vocabulary.resize(net, size)
+    text = f"the embedding has {known:,} rows, the tokenizer {size:,} ids: {n_added:,} rows are added"
+    notify(Notice(text, where="model.resize_embeddings"))
+    return n_added
 
 
 def _on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
-def _check_files(path: Path) -> None:
-    """Checks for config.json, at least one weights file, and every file of the index, none of them
-    damaged."""
-    problems = [] if (path / "config.json").is_file() else ["config.json is missing"]
-    present = {file.name for file in path.glob("model*.safetensors")}
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        problems += [f"{name} is missing (named in {index.name})" for name in sorted(listed - present)]
-    elif not present:
-        problems.append("no weights: model*.safetensors")
-    for name in sorted(present):
-        try:
-            safe_open(path / name, framework="numpy").keys()
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{name} is damaged or not a safetensors file: {error}")
-    if problems:
-        hint = "fetch it again; .bin and .pth weights must be saved as safetensors first"
-        raise ModelError(f"is not a complete model:\n{listing(problems)}", where=str(path), hint=hint)
-
-
-def _strict_classes(config: dict[str, Any]) -> tuple[Any, Any]:
+class _StrictClasses:
     """mlx-lm's classes for a config, with a check that lists every tensor that does not fit; its own check
-    stops at the first wrong shape."""
-    from mlx_lm import utils
+    stops at the first wrong shape. ``config`` and ``arguments``: what the last call was given and found."""
 
-    model, arguments = utils._get_classes(config)
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
+        self.arguments: type | None = None
 
-    class Strict(model):
-        def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
-            given = {name: value.shape for name, value in weights}
-            due = {name: cast(mx.array, value).shape for name, value in tree_flatten(self.parameters())}
-            problems = [
-                f"{name}: the weights have {given.get(name, 'none')}, the model {due.get(name, 'none')}"
-                for name in sorted(given.keys() | due.keys())
-                if given.get(name) != due.get(name)
-            ]
-            if problems:
-                raise ValueError(f"weights do not fit config.json:\n{listing(problems)}")
-            self.__class__ = model  # the check is for loading only
-            return self.load_weights(weights, strict)
+    def __call__(self, config: dict[str, Any]) -> tuple[Any, Any]:
+        from mlx_lm import utils
 
-    return Strict, arguments
+        self.config = config
+        model, self.arguments = utils._get_classes(config)
+
+        class Strict(model):
+            def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
+                given = {name: value.shape for name, value in weights}
+                due = {name: cast(mx.array, value).shape for name, value in tree_flatten(self.parameters())}
+                problems = [
+                    f"{name}: the weights have {given.get(name, 'none')}, the model {due.get(name, 'none')}"
+                    for name in sorted(given.keys() | due.keys())
+                    if given.get(name) != due.get(name)
+                ]
+                if problems:
+                    raise ValueError(f"weights do not fit config.json:\n{listing(problems)}")
+                self.__class__ = model  # the check is for loading only
+                return self.load_weights(weights, strict)
+
+        return Strict, self.arguments
 
 
-def _fingerprint(path: Path) -> str:
+def _fingerprint(path: Path, n_added: int) -> str:
     total = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.glob("model*.safetensors")):
         size = file.stat().st_size
@@ -217,6 +231,8 @@ def _fingerprint(path: Path) -> str:
             total.update(f"{file.name} {size}\n".encode() + stream.read(1 << 20))
             stream.seek(max(0, size - (1 << 20)))
             total.update(stream.read())
+    if n_added:
+        total.update(f"{n_added} rows\n".encode())
     return total.hexdigest()
 
 

@@ -18,7 +18,8 @@ from tunesmith.auditing import page as pages
 from tunesmith.auditing.findings import Audit
 from tunesmith.errors import ConfigError
 from tunesmith.events import Sink
-from tunesmith.model import loading
+from tunesmith.model import loading, vocabulary
+from tunesmith.model.loading import ModelSpec
 from tunesmith.preflight.show import BUILT_IN, tokenizer_source
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import configure, listed
@@ -80,7 +81,8 @@ def audit(
     words = tokenizer_source(spec.model, chosen.tokenizer)
     by_hidden_states = chosen.embed if chosen.embed is not None else model is not None
     embedder = _embedder(spec, words, notify) if by_hidden_states else None
-    setup = survey.Setup(spec.data, spec.audit, str(words), spec.template, spec.batch.length)
+    known = _known(spec.model, None if chosen.tokenizer or spec.model.tokenizer else Path(words))
+    setup = survey.Setup(spec.data, spec.audit, str(words), spec.template, spec.batch.length, known=known)
 
     def survey_of(files: Sequence[str]) -> Audit:
         return survey.audit(files, setup, embed=embedder, processes=chosen.processes, notify=notify)
@@ -93,6 +95,14 @@ def audit(
     if chosen.page is not None:
         pages.write(result, chosen.page)
     return result
+
+
+def _known(model: ModelSpec, resolved: Path | None) -> int | None:
+    """Rows of the embedding of ``model``, which lies at its path or at ``resolved``; None if that is not
+    known, or if rows are added."""
+    local = Path(model.path).expanduser()
+    folder = local if local.is_dir() else resolved
+    return None if folder is None or model.resize_embeddings else vocabulary.stored(folder)
 
 
 def _embedder(spec: RunConfig, tokenizer: Path | str, notify: Sink) -> Callable[[Sequence[str]], np.ndarray]:

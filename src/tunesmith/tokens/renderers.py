@@ -4,6 +4,7 @@ template."""
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,13 @@ from tunesmith.tokens.template import SURROGATES, Refused, Renderer, json_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+)
 RULES = 2  # part of every fingerprint: change it when unchanged data would give other ids or targets
 
 
@@ -45,6 +53,7 @@ class MistralRenderer(Renderer):
         self.bos_id = self.chat_bos_id = pieces.bos_id
         self.eos_ids = (pieces.eos_id,)
         self.unknown_id, self.control_ids = pieces.unk_id, frozenset(pieces.special_ids)
+        self.size = pieces.n_words
         self.fingerprint = _digest(mistral_common.__version__, file.read_bytes())
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -53,7 +62,10 @@ class MistralRenderer(Renderer):
             if special:
                 text += "".join(self._special[token] for token in run)
             else:  # written out, a space follows every control token but BOS and EOS
-                text += " " * text.endswith("]") + self._pieces.decode(list(run))
+                text += " " * text.endswith("]")
+                for known, part in groupby(run, lambda token: token < self.size):
+                    ids = list(part)
+                    text += self._pieces.decode(ids) if known else "\ufffd" * len(ids)
         return text
 
     def _encode(self, text: str) -> list[int]:
@@ -98,6 +110,8 @@ class HFRenderer(Renderer):
         self.control_ids = frozenset(
             id for id, token in self._tokenizer.added_tokens_decoder.items() if token.special
         )
+        added = self._tokenizer.added_tokens_decoder
+        self.size = max(len(self._tokenizer), *(id + 1 for id in added), 0)
         self.bos_id = bos if bos in self._tokenizer.encode("a")[:1] and bos not in self._encode("a") else None
         self.eos_ids = () if eos is None else (eos,)
         self._options: dict[str, bool] = {}
@@ -194,16 +208,40 @@ def load(path: Path | str, spec_name: str = "auto") -> Renderer:
             "no such tokenizer folder", where=str(path), hint="give a model's folder, or mistral-v3"
         )
     own = folder / "tokenizer.model.v3" if (folder / "tokenizer.model.v3").is_file() else None
-    if str(path) == "mistral-v3" or spec_name == "mistral-v3" or (own and spec_name == "auto"):
-        return MistralRenderer(own)
+    try:
+        if str(path) == "mistral-v3" or spec_name == "mistral-v3" or (own and spec_name == "auto"):
+            return MistralRenderer(own)
+        return _of_folder(folder, spec_name)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # a library in Rust raises plain Exception, and its panics are not even that
+        text = f"the tokenizer cannot be read: {_damaged(folder) or error or type(error).__name__}"
+        raise ModelError(text, where=str(path)) from error
+
+
+def _of_folder(folder: Path, spec_name: str) -> Renderer:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"the tokenizer cannot be read: {error}", where=str(path)) from error
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     v3 = len(tokenizer) == 32768 and tokenizer.convert_tokens_to_ids(["[INST]", "[TOOL_CALLS]"]) == [3, 5]
     return MistralRenderer() if v3 and spec_name == "auto" else HFRenderer(tokenizer)
+
+
+def _damaged(folder: Path) -> str:
+    """The files of a tokenizer that are not a JSON object, and why; empty if all are."""
+    problems: list[str] = []
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            try:
+                content = json.loads((folder / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                problems.append(f"{name} is not JSON: {error}")
+            else:
+                if not isinstance(content, dict):
+                    problems.append(f"{name} holds {type(content).__name__}, an object expected")
+    return "; ".join(problems)
 
 
 def _openai(conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:

@@ -120,6 +120,7 @@ class Renderer(ABC):
     """Examples to rows, prompts to ids, ids to text. ``bos_id`` is None if plain text gets no BOS."""
 
     fingerprint: str  # of all that decides the ids
+    size: int  # one more than the highest id
     eos_ids: tuple[int, ...]
     bos_id: int | None
     unknown_id: int | None  # of what the tokenizer cannot write

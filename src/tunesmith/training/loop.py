@@ -6,6 +6,7 @@ never stopped."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from typing import Any
 import mlx.nn as nn
 
 from tunesmith import events
+from tunesmith.errors import TrainingError
 from tunesmith.events import Sink
 from tunesmith.machine.ranks import Ranks
 from tunesmith.runs.checkpoints import Cursor
@@ -122,6 +124,10 @@ class Loop:
         if self.prepared.valid:
             validated = self.validation.held_out(cursor)
             self.emit(validated)
+            if cursor.step == 0 and not math.isfinite(validated.loss):
+                message = f"the loss of the held-out rows is {validated.loss} before the first update"
+                hint = "all weights of the base are finite, so a product overflowed: try model.dtype=float32"
+                raise TrainingError(message, where="model.dtype", hint=hint)
             self.watch.validation(validated.metrics, self.emit)
             best = validated.best
         if self.run:

@@ -17,7 +17,7 @@ from tunesmith.events import Notice, Sink
 from tunesmith.files import write_json
 from tunesmith.learning.objective import Objective, Selected
 from tunesmith.machine import backend
-from tunesmith.model import loading as model
+from tunesmith.model import loading, vocabulary
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run
 from tunesmith.tokens import renderers, template
@@ -122,13 +122,14 @@ class Side:
 
 def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = False) -> Prepared:
     """Read, split, render, audit and plan, without loading weights. audited: these rows were audited when the
-    run began. Raises DataError or TemplateError."""
+    run began. Raises DataError, TemplateError, or ModelError for an id that the model does not know."""
     sources = _read(config, notify)
-    folder = model.resolve(
+    folder = loading.resolve(
         config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
     )
     renderer = renderers.load(config.model.tokenizer or folder, config.template.renderer)
-    train, valid = (_render(side, config, renderer, notify) for side in (sources.train, sources.valid))
+    known = None if config.model.resize_embeddings else vocabulary.stored(folder)
+    train, valid = (_render(side, config, renderer, known, notify) for side in (sources.train, sources.valid))
     rows = [*train.rendered.rows, *valid.rendered.rows]
     refused = [*sources.dropped, *train.rendered.dropped, *valid.rendered.dropped]
     audit = None
@@ -196,12 +197,20 @@ def _read(config: RunConfig, notify: Sink) -> Sources:
 
 
 def _render(
-    examples: list[formats.Example], config: RunConfig, renderer: template.Renderer, notify: Sink
+    examples: list[formats.Example],
+    config: RunConfig,
+    renderer: template.Renderer,
+    known: int | None,
+    notify: Sink,
 ) -> Side:
-    """What the objective takes of ``examples``, as rows of tokens and as its groups."""
+    """What the objective takes of ``examples``, as rows of tokens and as its groups. Raises ModelError if an
+    id is not below ``known``, the rows of the embedding."""
     selected = config.objective.select(examples)
     tick = events.ticker(notify, "rendering")
     rendered = template.render(selected.examples, renderer, config.template, config.batch.length, tick)
+    if known is not None:
+        places = ((row.source, row.tokens.ids) for row in rendered.rows)
+        vocabulary.require(known, places, renderer.decode)
     return Side(examples, selected, rendered, config.objective.groups(rendered.rows))
 
 

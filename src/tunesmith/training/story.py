@@ -20,6 +20,7 @@ from tunesmith.events import Notice, Sink
 from tunesmith.learning import optimizer
 from tunesmith.machine import backend, ranks
 from tunesmith.machine.ranks import Ranks
+from tunesmith.model import vocabulary
 from tunesmith.model.loading import Loaded
 from tunesmith.runs import lineage, manifest
 from tunesmith.runs.checkpoints import Cursor
@@ -93,8 +94,10 @@ def open_model(
     config: RunConfig, rows: Sequence[Group], notify: Sink, resume: Run | None = None
 ) -> Trainable:
     """Load the base, attach the adapter, and give it the weights that training starts from. Raises
-    ModelError, or ConfigError if the model cannot do what ``config`` asks of it."""
+    ModelError, also for an id that the model does not know, or ConfigError if the model cannot do what
+    ``config`` asks of it."""
     loaded = merging.load(config.model, notify)
+    vocabulary.require_rows(loaded.net, rows)
     attached = config.adapter.attach(loaded.net, config.loop.seed, _recorded(config, resume))
     for notice in attached.notices:
         notify(notice)

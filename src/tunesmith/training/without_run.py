@@ -16,6 +16,7 @@ from tunesmith.events import Event, StepDone
 from tunesmith.learning import optimizer
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import ONE
+from tunesmith.model import vocabulary
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Cut, Group, Plan
@@ -26,11 +27,13 @@ from tunesmith.training.updates import Updates
 
 class UpdatesWithoutRun:
     """Each call makes the next update over ``rows`` and returns its event, with loss and seconds. Raises
-    TrainingError if the update is not finite.
+    TrainingError if the update is not finite, and on creation ModelError for an id that the model does not
+    know.
 
     net: with its adapter attached. ``plan``: which rows an update learns, in which micro-batches."""
 
     def __init__(self, net: nn.Module, config: RunConfig, rows: Sequence[Group]) -> None:
+        vocabulary.require_rows(net, rows)
         lengths = tuple(group.length for group in rows)
         cut = Cut.of(config.batch, lengths, backend.setup().kind == "gpu")
         spec = config.loop

@@ -28,6 +28,10 @@ BARS = {
         "lacking a BOS token at the start, or with a second one",
         "template and tokenizer both write it: take one out",
     ),
+    "embedding": (
+        "with ids outside of the model's embedding",
+        "name the tokenizer of the model, or set model.resize_embeddings: true",
+    ),
     "no_target": ("with nothing to learn", "template.learn says which answers are learned"),
     "control": (
         "with a control token inside an answer",
@@ -57,6 +61,7 @@ class Tokenisation(Rule):
     findings: ClassVar = {
         "unknown": "letters that the tokenizer does not know",
         "bos": "no BOS token at the start, or a second one",
+        "embedding": "ids outside of the model's embedding, if a model is named",
         "no_target": "nothing to learn",
         "control": "a control token inside an answer",
         "words": "learned tokens that do not read as the assistant's words",
@@ -89,6 +94,10 @@ class Tokenisation(Rule):
                 problems["bos"] = (
                     f"{int((ids == bos).sum())} BOS tokens, {'' if ids[0] == bos else 'not '}at the start"
                 )
+            if context.known is not None and (outside := np.unique(ids[ids >= context.known]).tolist()):
+                named = ", ".join(f"{token} ({renderer.decode([token])!r})" for token in outside[:5])
+                more = f" and {len(outside) - 5} more" if len(outside) > 5 else ""
+                problems["embedding"] = f"ids {named}{more}; the embedding has {context.known:,} rows"
             learned = targets >= 1
             if not learned.any():
                 problems["no_target"] = "no learned token"
@@ -119,6 +128,8 @@ class Tokenisation(Rule):
         most = (1 - survey.spec.min_valid) * len(rows)
         many = survey.context.refusals and sum(tokens_of.refused for _, tokens_of in rows) > most
         for name in (*BARS, *sorted(concerned.keys() - BARS.keys())):
+            if name == "embedding" and survey.context.known is None:
+                continue
             bad = concerned[name]
             thing, hint = BARS.get(name, OTHER)
             sentence = f"{counted(len(bad))} {thing}" if bad else f"no rows {thing}"

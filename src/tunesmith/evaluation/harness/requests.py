@@ -23,7 +23,7 @@ from tunesmith.engine.engine import Engine
 from tunesmith.engine.requests import Request
 from tunesmith.evaluation.subject import Subject
 from tunesmith.events import Notice
-from tunesmith.model import abilities, kernels, logprobs
+from tunesmith.model import abilities, kernels, logprobs, vocabulary
 from tunesmith.model import loading as model
 from tunesmith.tokens.batches import BatchSpec, Cut
 
@@ -63,7 +63,9 @@ class _Pass:
 def likelihoods(
     net: nn.Module, requests: Sequence[HarnessRequest], batch: BatchSpec, tick: Tick | None = None
 ) -> list[Likelihood]:
-    """One Likelihood a request, in order, in evaluation mode; the mode is restored afterwards."""
+    """One Likelihood a request, in order, in evaluation mode; the mode is restored afterwards. Raises
+    ModelError for an id that the model does not know."""
+    vocabulary.require_known(net, (("", request.context + request.said) for request in requests))
     scores = [Likelihood(0.0, True)] * len(requests)
     done = 0
     with model.evaluating(net):

@@ -25,7 +25,7 @@ from tunesmith.evaluation.subject import Said, Subject
 from tunesmith.evaluation.suites import Entry
 from tunesmith.evaluation.tasks import Material, Meaning, Task, choices, digest, register
 from tunesmith.events import Notice
-from tunesmith.model import abilities, kernels, logprobs
+from tunesmith.model import abilities, kernels, logprobs, vocabulary
 from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Renderer, Tokens
@@ -227,7 +227,8 @@ class ChatDrift(Task[Divergence]):
 
 def distributions(net: nn.Module, ids: Sequence[int], start: int, split: bool) -> np.ndarray:
     """(len(ids) − start, V) float32 log p of every token at each position from ``start`` on. split: whether
-    `logprobs.splits` holds."""
+    `logprobs.splits` holds. Raises ModelError for an id that the model does not know."""
+    vocabulary.require_known(net, [("", ids)])
     tokens = mx.array(list(ids[:-1]))[None]
     if split:
         logits = logprobs.head(net, logprobs.features(net, tokens)[0, start - 1 :])
