@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
@@ -72,8 +73,8 @@ def require_finite(net: nn.Module, path: Path) -> None:
     mx.eval(net.parameters(), sums)
     problems: list[str] = []
     for (name, value), total in zip(floating.items(), sums, strict=True):
-        if not math.isfinite(total.item()):
-            count = int((~mx.isfinite(value)).sum().item())  # 0: finite values whose sum is not
+        if not math.isfinite(float(np.array(total))):
+            count = int(np.array((~mx.isfinite(value)).sum()))  # 0: finite values whose sum is not
             problems += [f"{name}: {count:,} of {value.size:,} values"] if count else []
     if problems:
         message = f"{len(problems)} tensors of the base hold NaN or infinity:\n{listing(problems)}"

@@ -28,7 +28,7 @@ HINT = (
 )
 
 
-class Limits(NamedTuple):
+class IndexLimits(NamedTuple):
     """``ids``: rows of the token embedding. ``positions``: rows of the table of learned positions; None if
     the model has none."""
 
@@ -58,7 +58,7 @@ class ExtendedEmbedding(nn.Module):
     @property
     def weight(self) -> mx.array:
         """(V + n, D) for the models whose own code multiplies with it."""
-        old = self.base.weight
+        old = cast(Any, self.base).weight
         return mx.concatenate([old, self.rows.astype(old.dtype)])
 
 
@@ -88,7 +88,7 @@ def extended(net: nn.Module) -> list[ExtendedEmbedding | ExtendedHead]:
     return [module for module in net.modules() if isinstance(module, Extended)]
 
 
-def limits(net: nn.Module) -> Limits:
+def limits(net: nn.Module) -> IndexLimits:
     """The limits of ``net``, found once: the tables are watched during a pass whose graph is built and never
     computed. Raises ModelError if the model reads no token embedding."""
     state = vars(net)
@@ -205,7 +205,7 @@ def _watched(net: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield *tables[key], "position"
 
 
-def _limits(net: nn.Module) -> Limits:
+def _limits(net: nn.Module) -> IndexLimits:
     rows: dict[str, list[int]] = {"token": [], "position": []}
     for _, table, kind in _watched(net):
         known = (
@@ -214,7 +214,7 @@ def _limits(net: nn.Module) -> Limits:
         rows[kind].append(known)
     if not rows["token"]:
         raise ModelError("reads no token embedding", where=type(net).__module__)
-    return Limits(min(rows["token"]), min(rows["position"], default=None))
+    return IndexLimits(min(rows["token"]), min(rows["position"], default=None))
 
 
 def _width(net: nn.Module) -> int:
