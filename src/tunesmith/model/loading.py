@@ -21,7 +21,7 @@ from pydantic import Field
 from tunesmith import events
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
-from tunesmith.model import integrity, kernels, vocabulary
+from tunesmith.model import families, integrity, kernels, layouts, mends, vocabulary
 from tunesmith.settings.config import Spec
 from tunesmith.tokens import renderers
 
@@ -150,6 +150,7 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
         text = "the quantised weights are held as float32: the same numbers, about 50 times faster on a CPU"
         notify(Notice(text, where="model"))
     kernels.install(net)
+    mends.install(net, config)
     if missing := kernels.missing():
         notify(Notice(f"training and generation are slower here: {missing}", where="kernels"))
     net.eval()
@@ -168,8 +169,15 @@ def _built(path: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, An
     integrity.require_files(path)
     classes = _StrictClasses()
     try:
+        config = layouts.translate(utils.load_config(path))
+        if (reason := families.refusal(config)) is not None:
+            raise ValueError(f"models of type {config['model_type']} are refused: {reason}")
         net, config = utils.load_model(
-            path, lazy=True, get_model_classes=classes, trust_remote_code=trust_remote_code
+            path,
+            lazy=True,
+            model_config=config,
+            get_model_classes=classes,
+            trust_remote_code=trust_remote_code,
         )
         if (known := vocabulary.limits(net).ids) < LEAST_IDS:
             raise ValueError(f"the token embedding has {known} rows, at least {LEAST_IDS} expected")
@@ -204,9 +212,13 @@ class _StrictClasses:
         from mlx_lm import utils
 
         self.config = config
-        model, self.arguments = utils._get_classes(config)
+        model, self.arguments = utils._get_classes(layouts.with_class(config))
 
         class Strict(model):
+            def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                weights = layouts.rename(config, weights)
+                return super().sanitize(weights) if "sanitize" in dir(model) else weights
+
             def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True) -> nn.Module:
                 given = {name: value.shape for name, value in weights}
                 due = {name: cast(mx.array, value).shape for name, value in tree_flatten(self.parameters())}

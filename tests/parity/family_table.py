@@ -1,0 +1,126 @@
+"""Compare logits of every family in `families` with transformers on torch, from files in both layouts, and
+write the table of docs/models.md. Needs the parity extra.
+
+    PYTHONPATH=src:tests python tests/parity/family_table.py [--write] [MODEL_TYPE…]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from parity import families
+from parity.families import Family
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+TOLERANCE = 1e-4
+START, END = "<!-- families -->\n", "<!-- end of families -->\n"
+
+
+class Measured(NamedTuple):
+    """``error``: largest difference of the logits, as a share of the largest logit, over the first ``window``
+    positions if the model is right only that far; None if it was refused for a ``reason``."""
+
+    error: float | None
+    window: int | None = None
+    reason: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """What the table says."""
+        if self.error is None:
+            return f"refused: {self.reason}"
+        if self.error > TOLERANCE:
+            return f"wrong: {self.error:.1e}"
+        return "exact" if self.window is None else "exact; rows longer than the window are refused"
+
+
+def prompt() -> np.ndarray:
+    """(2, T) ids."""
+    return np.random.default_rng(1).integers(3, families.VOCABULARY, (2, families.LENGTH))
+
+
+def expected(model: Any) -> np.ndarray:
+    """(2, T, V) logits of transformers."""
+    import torch
+
+    # the wrapper of Llama 4 cannot be called without images
+    text = model.language_model if type(model).__name__ == "Llama4ForConditionalGeneration" else model
+    with torch.no_grad():
+        return text(torch.tensor(prompt())).logits.float().numpy()
+
+
+def measure(folder: Path, logits: np.ndarray) -> Measured:
+    """What the model in ``folder`` computes, against ``logits``."""
+    import mlx.core as mx
+
+    from tunesmith.errors import ModelError
+    from tunesmith.model import families as standing
+    from tunesmith.model import loading
+
+    try:
+        loaded = loading.load(loading.ModelSpec(path=str(folder)))
+    except ModelError as error:
+        first = error.what.splitlines()[0].removeprefix("cannot be loaded: ").split("refused: ")[-1]
+        return Measured(None, reason=first.rstrip(".:"))
+    limit = standing.exact_length(loaded.config)
+    window = limit if limit is not None and limit < families.LENGTH else None
+    found = np.array(loaded.net(mx.array(prompt())).astype(mx.float32))[:, :window]
+    return Measured(float(np.abs(found - logits[:, :window]).max() / np.abs(logits).max()), window)
+
+
+def measured(family: Family, folder: Path) -> list[Measured]:
+    """From the layout of transformers 5 and, if transformers 4 knew the family, from that before it."""
+    model = families.build(family)
+    model.save_pretrained(folder / "new")
+    layouts = [folder / "new"]
+    if family.old:
+        families.write_old_layout(folder / "new", folder / "old")
+        layouts.append(folder / "old")
+    logits = expected(model)
+    return [measure(layout, logits) for layout in layouts]
+
+
+def cells(family: Family, results: list[Measured]) -> list[str]:
+    """A row of the table."""
+    verdicts = [result.verdict for result in results]
+    return [family.name, f"`{family.model_type}`", *verdicts, *["–"] * (2 - len(verdicts))]
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """The cells of the table in the text of docs/models.md, by the name of the family."""
+    table = page.split(START)[1].split(END)[0].strip().splitlines()[2:]
+    return {
+        row[0]: row for row in ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in table)
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    lines = [
+        "| model | `model_type` | saved by transformers 5 | saved by transformers 4 |",
+        "|---|---|---|---|",
+    ]
+    for family in families.FAMILIES:
+        if options.names and family.model_type not in options.names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            results = measured(family, Path(folder))
+        errors = ", ".join(f"{result.error:.1e}" for result in results if result.error is not None)
+        lines.append("| " + " | ".join(cells(family, results)) + " |")
+        print(lines[-1], errors, flush=True)
+    if options.write and not options.names:
+        before, after = PAGE.read_text().split(START)[0], PAGE.read_text().split(END)[1]
+        PAGE.write_text(before + START + "\n".join(lines) + "\n" + END + after)
+
+
+if __name__ == "__main__":
+    main()
