@@ -10,7 +10,7 @@ from parity import family_table
 
 import tiny
 from tunesmith.errors import ModelError
-from tunesmith.model import families, loading
+from tunesmith.model import families, loading, vocabulary
 
 QWEN = {
     "model_type": "qwen2",
@@ -66,3 +66,13 @@ def test_the_page_of_models_shows_each_family_that_is_compared_and_each_that_is_
     assert exact == families.PROVEN
     assert families.REFUSED.keys() <= refused
     assert not any("wrong" in cell for row in page.values() for cell in row)
+
+
+def test_sequences_beyond_an_ignored_window_are_errors_with_their_place(tmp_path):
+    tiny.write_model(tmp_path, 64, kind="mistral")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 8}))
+    net = loading.load(loading.ModelSpec(path=str(tmp_path))).net
+    vocabulary.require_known(net, [("row", [1] * 8)])
+    with pytest.raises(ModelError, match="row: 9 tokens, and the model is computed right for 8"):
+        vocabulary.require_known(net, [("row", [1] * 9)])

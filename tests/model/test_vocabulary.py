@@ -114,7 +114,7 @@ def test_learned_positions_are_a_limit_too():
     net = Positions()
     assert vocabulary.limits(net) == (40, 7)
     vocabulary.require_known(net, [("row", [39] * 7)])
-    with pytest.raises(ModelError, match="row: 8 tokens, and the model has 7 learned positions"):
+    with pytest.raises(ModelError, match="row: 8 tokens, and the model has learned positions for 7"):
         vocabulary.require_known(net, [("row", [39] * 8)])
 
 

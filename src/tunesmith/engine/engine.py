@@ -136,7 +136,7 @@ class Engine:
         self._batch.remove(list(numbers))
 
     def _most(self, request: Request) -> int:
-        """Tokens that ``request`` may have: a model with learned positions stops at the last of them."""
+        """Tokens that ``request`` may have: a model with a longest sequence stops there."""
         positions = vocabulary.limits(self._net).positions
         if positions is None:
             return request.max_tokens

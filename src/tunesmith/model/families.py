@@ -53,11 +53,11 @@ def exact_length(config: Config) -> int | None:
     window = settings.get("sliding_window")
     if str(config.get("model_type")) not in _WITHOUT_WINDOW or not isinstance(window, int) or window < 1:
         return None
-    types = settings.get("layer_types")
+    types, below = settings.get("layer_types"), settings.get("max_window_layers")
     if settings.get("use_sliding_window") is False:
         return None
     if isinstance(types, list) and "sliding_attention" not in types:
         return None
-    if types is None and settings.get("max_window_layers", 0) >= settings.get("num_hidden_layers", 1):
-        return None  # Qwen counts the layers below that attend to all positions
+    if types is None and isinstance(below, int) and below >= settings["num_hidden_layers"]:
+        return None  # Qwen: the layers below this number attend to all positions
     return window if window < settings.get("max_position_embeddings", window + 1) else None

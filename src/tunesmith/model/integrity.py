@@ -23,7 +23,7 @@ from tunesmith.errors import ModelError, listing
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-REPEATED = re.compile(r"(^|_)(layers?|blocks?|depth)$")
+REPEATED = re.compile(r"(?<!_window)(^|_)(layers?|blocks?|depth)$")
 """Keys of config.json that say how many equal parts are built, each of at least one tensor."""
 FETCH_AGAIN = "fetch it again; .bin and .pth weights must be saved as safetensors first"
 

@@ -179,6 +179,8 @@ def _built(path: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, An
             get_model_classes=classes,
             trust_remote_code=trust_remote_code,
         )
+        if (longest := families.exact_length(config)) is not None:
+            vocabulary.bound(net, longest)
         if (known := vocabulary.limits(net).ids) < LEAST_IDS:
             raise ValueError(f"the token embedding has {known} rows, at least {LEAST_IDS} expected")
     except Exception as error:  # an architecture is a program, which may raise anything

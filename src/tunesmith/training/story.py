@@ -15,12 +15,12 @@ import mlx.nn as nn
 from tunesmith import adapters, events
 from tunesmith.adapters import merging
 from tunesmith.adapters.specs import Attached
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import ModelError
 from tunesmith.events import Notice, Sink
 from tunesmith.learning import optimizer
 from tunesmith.machine import backend, ranks
 from tunesmith.machine.ranks import Ranks
-from tunesmith.model import families, vocabulary
+from tunesmith.model import vocabulary
 from tunesmith.model.loading import Loaded
 from tunesmith.runs import lineage, manifest
 from tunesmith.runs.checkpoints import Cursor
@@ -98,7 +98,6 @@ def open_model(
     ``config`` asks of it."""
     loaded = merging.load(config.model, notify)
     vocabulary.require_rows(loaded.net, rows)
-    _require_length(loaded, rows)
     attached = config.adapter.attach(loaded.net, config.loop.seed, _recorded(config, resume))
     for notice in attached.notices:
         notify(notice)
@@ -120,17 +119,6 @@ def _recorded(config: RunConfig, resume: Run | None) -> tuple[str, ...] | None:
         with suppress(ModelError):  # a torn checkpoint is dealt with when it is restored
             return adapters.read_layers(resume.checkpoint(steps[-1]))
     return None if config.adapter.start is None else adapters.read_layers(Path(config.adapter.start))
-
-
-def _require_length(loaded: Loaded, rows: Sequence[Group]) -> None:
-    """Raises DataError if a row is longer than the model is computed right for."""
-    limit = families.exact_length(loaded.config)
-    long = [row for row in rows if limit is not None and row.length > limit]
-    if limit is not None and long:
-        kind = loaded.config["model_type"]
-        text = f"{len(long):,} rows are longer than the sliding window of this {kind} model, {limit:,} tokens"
-        hint = "mlx-lm ignores the window, so longer rows would be computed wrong: leave them out or cut them"
-        raise DataError(text, where=long[0].source, hint=hint)
 
 
 def _checked(

@@ -1,0 +1,104 @@
+"""What mlx-lm's layers compute wrong is mended: values of transformers 5.24, and laws."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import gemma, glm, jamba, phi3
+from mlx_lm.models.rope_utils import initialize_rope
+
+from tunesmith.model import mends
+
+LONG = {
+    "rope_type": "longrope",
+    "type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 32,
+}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"intermediate_size": 96, "rms_norm_eps": 1e-6, "vocab_size": 32}
+
+
+class Layers(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+
+def close(found, wanted):
+    np.testing.assert_allclose(np.array(found), np.array(wanted), rtol=2e-5, atol=2e-5)
+
+
+def test_yarn_with_a_range_that_is_not_rounded_has_the_wavelengths_of_transformers():
+    scaling = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    scaling["original_max_position_embeddings"] = 4096
+    layer = initialize_rope(16, 150000.0, False, scaling)
+    net = Layers(layer)
+    mends.install(net, {"model_type": "gpt_oss", "rope_theta": 150000.0, "rope_scaling": scaling})
+    wanted = [1.0, 4.4362030, 19.6798973, 147.167923, 2190.65771, 54980.289, 243903.719, 1082006.375]
+    np.testing.assert_allclose(np.array(layer._freqs), wanted, rtol=1e-5)
+
+
+def rope():
+    """LongRoPE whose short factors change nothing, mended; its scale of queries is 1."""
+    layer = initialize_rope(16, 10000.0, False, LONG, 32)
+    mends.install(Layers(layer), {"model_type": "phi3", "rope_theta": 10000.0, "rope_scaling": LONG})
+    return layer
+
+
+def test_longrope_takes_its_short_factors_up_to_the_length_of_pretraining():
+    x = mx.random.normal((2, 4, 32, 16))
+    close(rope()(x), nn.RoPE(16)(x))
+
+
+def test_longrope_takes_its_long_factors_beyond_that():
+    x, base = mx.random.normal((2, 4, 33, 16)), 10000.0 ** (mx.arange(0, 16, 2) / 16)
+    wanted = mx.fast.rope(x, 16, traditional=False, base=None, scale=1.0, offset=0, freqs=4 * base)
+    close(rope()(x), wanted)
+
+
+def test_longrope_counts_from_the_offset_of_the_cache_given_as_number_or_array():
+    x = mx.random.normal((2, 4, 1, 16))
+    for offset in (31, 32):
+        close(rope()(x, offset=mx.array([offset, offset])), rope()(x, offset=offset))
+    assert np.abs(np.array(rope()(x, offset=32) - nn.RoPE(16)(x, offset=32))).max() > 0.1
+
+
+def test_glm_turns_a_part_of_each_head():
+    net = glm.Model(glm.ModelArgs(model_type="glm", head_dim=16, **SIZES))
+    mends.install(net, {"model_type": "glm", "partial_rotary_factor": 0.5})
+    assert net.model.layers[0].self_attn.rope.dims == 8
+
+
+def test_gemma_has_the_tanh_approximation_of_gelu():
+    net = gemma.Model(gemma.ModelArgs(model_type="gemma", head_dim=16, **SIZES))
+    layer, x = net.model.layers[0].mlp, mx.random.normal((3, 64))
+    mends.install(net, {"model_type": "gemma", "hidden_act": "gelu"})
+    close(layer(x), layer.down_proj(nn.gelu_approx(layer.gate_proj(x)) * layer.up_proj(x)))
+
+
+def test_jamba_weighs_the_chosen_experts_by_the_softmax_over_all():
+    arguments = {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 0}
+    arguments |= {"expert_layer_period": 1, "mamba_d_conv": 4, "mamba_d_state": 8, "mamba_expand": 2}
+    arguments |= {"num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64}
+    net = jamba.Model(jamba.ModelArgs(model_type="jamba", **SIZES | {"num_hidden_layers": 2}, **arguments))
+    layer, x = net.model.layers[0].feed_forward, mx.random.normal((3, 64))
+    mends.install(net, {"model_type": "jamba"})
+    weights = np.array(mx.softmax(layer.router(x), axis=-1))
+    each = [np.array(layer.switch_mlp(x, mx.full((3, 1), expert))[:, 0]) for expert in range(4)]
+    wanted = np.zeros((3, 64), np.float32)
+    for row in range(3):
+        for expert in np.argsort(-weights[row])[:2]:
+            wanted[row] += weights[row, expert] * each[expert][row]
+    close(layer(x), wanted)
+
+
+def test_a_model_without_a_fault_keeps_its_classes():
+    net = phi3.Model(phi3.ModelArgs(model_type="phi3", **SIZES))
+    before = [type(module) for module in net.modules()]
+    mends.install(net, {"model_type": "phi3", "rope_scaling": None})
+    assert [type(module) for module in net.modules()] == before
