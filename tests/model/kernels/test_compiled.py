@@ -23,6 +23,12 @@ pytestmark = pytest.mark.skipif(
 NUMBERS = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Each test draws its own, whichever tests run before it."""
+    NUMBERS.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
     return (NUMBERS.normal(size=shape) * scale).astype(np.float32)
 
@@ -30,7 +36,8 @@ def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
 def assert_close(
     result: mx.array, expected: np.ndarray, tolerance: float = 1e-6, terms: float = 1e-30
 ) -> None:
-    """Equal within ``tolerance`` of the largest value, or of ``terms``: the size of what cancels out."""
+    """Equal within ``tolerance`` of the largest value, or of ``terms``: the largest sum of absolute terms, in
+    which each rounding of float32 counts."""
     difference = np.abs(np.array(result, dtype=np.float64) - expected).max(initial=0)
     allowed = tolerance * max(np.abs(expected).max(initial=0), terms)
     assert difference <= allowed, f"{difference:.2g} where {allowed:.2g} is allowed"
@@ -49,7 +56,8 @@ def both(function, *arrays: np.ndarray) -> tuple[mx.array, list[mx.array], np.nd
 
 
 def exact_attention(q, k, v, scale, allowed, cotangent):
-    """Value and gradients in float64; ``allowed`` (B, H, T, S) boolean. A query without keys gives zero."""
+    """Value, gradients, and for each the largest sum of absolute terms, in float64; ``allowed`` (B, H, T, S)
+    boolean. A query without keys gives zero."""
     q, k, v = (array.astype(np.float64) for array in (q, k, v))
     sharing = q.shape[1] // k.shape[1]
     keys, values = np.repeat(k, sharing, axis=1), np.repeat(v, sharing, axis=1)
@@ -59,16 +67,25 @@ def exact_attention(q, k, v, scale, allowed, cotangent):
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
     output = weights @ values
     change = cotangent @ values.swapaxes(-1, -2)
-    change = weights * (change - (cotangent * output).sum(-1, keepdims=True)) * scale
+    inner = (cotangent * output).sum(-1, keepdims=True)
+    size = weights * (np.abs(cotangent) @ np.abs(values).swapaxes(-1, -2) + np.abs(inner)) * scale
+    change = weights * (change - inner) * scale
 
     def shared(array):
         return array.reshape(*k.shape[:2], sharing, *array.shape[2:]).sum(axis=2)
 
-    return output, [
+    gradients = [
         change @ keys,
         shared(change.swapaxes(-1, -2) @ q),
         shared(weights.swapaxes(-1, -2) @ cotangent),
     ]
+    sizes = [
+        weights @ np.abs(values),
+        size @ np.abs(keys),
+        shared(size.swapaxes(-1, -2) @ np.abs(q)),
+        shared(weights.swapaxes(-1, -2) @ np.abs(cotangent)),
+    ]
+    return output, gradients, [array.max() for array in sizes]
 
 
 def check_attention(q, k, v, mask, allowed, cache=None) -> None:
@@ -79,13 +96,10 @@ def check_attention(q, k, v, mask, allowed, cache=None) -> None:
         )
     assert set(calls) == {("attention", True)}
     allowed = np.broadcast_to(allowed, (*q.shape[:3], k.shape[2]))
-    expected, gradients = exact_attention(q, k, v, scale, allowed, cotangent)
-    assert_close(value, expected)
-    # The change of a score is a difference: of a product with the cotangent and the mean of all.
-    change = scale * np.abs(cotangent).max() * np.abs(v).max() * v.shape[-1] ** 0.5
-    terms = (change * np.abs(k).max(), change * np.abs(q).max(), 0)
-    for slope, gradient, size in zip(slopes, gradients, terms, strict=True):
-        assert_close(slope, gradient, terms=size)
+    expected, gradients, sizes = exact_attention(q, k, v, scale, allowed, cotangent)
+    assert_close(value, expected, terms=sizes[0])
+    for slope, gradient, size in zip(slopes, gradients, sizes[1:], strict=True):
+        assert_close(slope, gradient, 2e-6, terms=size)  # three products, one after the other
 
 
 def lower(queries: int, keys: int) -> np.ndarray:
@@ -156,7 +170,7 @@ def test_arrays_are_taken_as_they_lie():
     k = whole[:, :, 2:4].swapaxes(1, 2)
     given_arrays[1] = given_arrays[1][:, :, 2:4].swapaxes(1, 2)
     result = kernels.attention(*given_arrays, cache=None, scale=0.25, mask="causal")
-    expected, _ = exact_attention(q, k, v, 0.25, lower(50, 50), np.zeros((2, 4, 50, 16)))
+    expected, _, _ = exact_attention(q, k, v, 0.25, lower(50, 50), np.zeros((2, 4, 50, 16)))
     assert_close(result, expected)
     assert_close(result.transpose(0, 2, 1, 3).reshape(2, 50, -1), expected.swapaxes(1, 2).reshape(2, 50, -1))
 
@@ -267,9 +281,9 @@ def test_products_of_few_rows(rows, inputs, outputs):
         value, slopes, cotangent = both(kernels.linear, x, weight)
     assert set(calls) == {("few rows", True)}
     a, w = x.astype(np.float64), weight.astype(np.float64)
-    assert_close(value, a @ w.T)
-    assert_close(slopes[0], cotangent @ w)
-    assert_close(slopes[1], cotangent.T @ a)
+    assert_close(value, a @ w.T, terms=(np.abs(a) @ np.abs(w).T).max())
+    assert_close(slopes[0], cotangent @ w, terms=(np.abs(cotangent) @ np.abs(w)).max())
+    assert_close(slopes[1], cotangent.T @ a, terms=(np.abs(cotangent).T @ np.abs(a)).max())
 
 
 def test_activations_at_the_ends():
