@@ -210,8 +210,21 @@ def test_what_the_kernels_do_not_cover_is_mlx_s(bad):
     np.testing.assert_allclose(np.array(result), np.array(expected), atol=1e-3)
 
 
+def test_arrays_without_elements():
+    nothing = mx.zeros((0, 2, 3, 8))
+    result = kernels.rope(nothing, 8, traditional=False, base=1e4, scale=1.0, offset=0)
+    assert result.shape == kernels.attention(*[nothing] * 3, cache=None, scale=1.0, mask=None).shape
+    mx.eval(result)
+    q, none = mx.ones((1, 2, 3, 8)), mx.zeros((1, 2, 0, 8))
+    assert not np.array(kernels.attention(q, none, none, cache=None, scale=1.0, mask=None)).any()
+    assert kernels.swiglu(mx.zeros((0, 4)), mx.zeros((0, 4))).shape == (0, 4)
+    assert kernels.token_logprobs(mx.zeros((0, 5)), mx.zeros((0,), mx.int32)).shape == (0,)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     module = extension.load().module
+    with pytest.raises(ValueError, match="do not fit"):  # a row that ends beyond the sequence
+        module.attention(*[mx.zeros((1, 2, 4, 8))] * 3, 1.0, True, [2, 5], None)
     with pytest.raises(ValueError, match="do not fit"):
         module.attention(mx.zeros((1, 3, 4, 8)), *[mx.zeros((1, 2, 4, 8))] * 2, 1.0, True, [], None)
     with pytest.raises(ValueError, match="float32"):

@@ -72,7 +72,8 @@ struct Block {
   int64_t rows() const { return end - begin; }
   int64_t keys() const { return last - first; }
 
-  Block(const Heads& shape, const Mask& mask, int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t row)
+  Block(
+      const Heads& shape, const Mask& mask, int64_t batch, int64_t head, int64_t begin, int64_t end, int64_t row)
       : batch(batch), head(head), begin(begin), end(end), first(shape.keys), last(0) {
     for (int64_t query = begin; query < end; ++query) {
       spans.push_back(span(shape, mask, batch, head, query, row));
@@ -100,7 +101,7 @@ inline int64_t queries_at_once(const Heads& shape, const Mask& mask) {
   int64_t keys = mask.ends.empty() ? shape.keys : 1;
   if (!mask.ends.empty())
     for (const auto& [first, last] : rows_of(shape, mask)) keys = std::max(keys, last - first);
-  return std::clamp<int64_t>(kScores / keys, 16, kQueries);
+  return std::clamp<int64_t>(kScores / std::max<int64_t>(1, keys), 16, kQueries);
 }
 
 // Scores outside a query's span become `empty`; those of masked keys inside it too.
@@ -211,7 +212,7 @@ inline void attend(
     float* normaliser = normalisers + (batch * shape.heads + head) * shape.queries + block.begin;
     scratch.resize(block.rows() * block.keys());
     float inverses[kQueries];
-    scores_of(shape, queries, keys, block, scratch.data());
+    if (block.keys() > 0) scores_of(shape, queries, keys, block, scratch.data());
     for (int64_t row = 0; row < block.rows(); ++row) {
       const Span& range = block.spans[row];
       float* scores = scratch.data() + row * block.keys();

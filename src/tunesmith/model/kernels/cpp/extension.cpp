@@ -295,7 +295,7 @@ mx::array attention(
   check_heads(q, "queries"), check_heads(k, "keys"), check_heads(v, "values");
   const bool fit = k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) == v.shape(1) &&
       k.shape(1) > 0 && q.shape(1) % k.shape(1) == 0 && k.shape(2) == v.shape(2) && k.shape(3) == q.shape(3) &&
-      (ends.empty() || k.shape(2) == q.shape(2));
+      (ends.empty() || (k.shape(2) == q.shape(2) && *std::max_element(ends.begin(), ends.end()) <= q.shape(2)));
   if (!fit) throw std::invalid_argument("the shapes of queries, keys and values do not fit each other");
   Arrays inputs{q, k, v};
   if (allowed) {
@@ -340,7 +340,8 @@ mx::array rotated(const Arrays& inputs, const RotaryOptions& options) {
       for (int64_t batch = 0; batch < of.batches; ++batch) offsets[batch] = first[firsts == 1 ? 0 : batch];
       std::vector<float> frequencies(of.dims / 2);
       for (int64_t j = 0; j < of.dims / 2; ++j)
-        frequencies[j] = waves ? 1.0f / waves[j] : static_cast<float>(std::pow(*options.base, -2.0 * j / of.dims));
+        frequencies[j] =
+            waves ? 1.0f / waves[j] : static_cast<float>(std::pow(*options.base, -2.0 * j / of.dims));
       tunesmith::rotate(from.data, from.distance, to.data, to.distance, of, offsets, frequencies, options.scale);
     };
   };

@@ -34,7 +34,8 @@ void tile(const float* x, const float* weight, float* y, int64_t inputs, int64_t
     for (int column = 0; column < kColumns; ++column) {
       float total = 0;
       for (int lane = 0; lane < kLanes; ++lane) total += sums[row][column][lane];
-      for (int64_t rest = k; rest < inputs; ++rest) total += x[row * inputs + rest] * weight[column * inputs + rest];
+      for (int64_t rest = k; rest < inputs; ++rest)
+        total += x[row * inputs + rest] * weight[column * inputs + rest];
       y[row * outputs + column] = total;
     }
   }

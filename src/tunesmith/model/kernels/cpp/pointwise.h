@@ -358,6 +358,7 @@ inline void rotate_row(
 inline void rotate(
     const float* x, Rows in, float* y, Rows out, const Rotation& of, const std::vector<int64_t>& offsets,
     const std::vector<float>& frequencies, float scale) {
+  if (offsets.empty() || of.rows == 0) return;
   const int64_t last = *std::max_element(offsets.begin(), offsets.end()) + of.rows;
   const auto table = angles(frequencies, scale, last);
   const int64_t half = of.dims / 2;
