@@ -211,3 +211,16 @@ def test_experts_of_gpt_oss_that_are_not_quantised_are_split_and_turned():
 def test_quantised_experts_of_gpt_oss_stay():
     weights = {"model.layers.0.mlp.experts.gate_up_proj_blocks": mx.zeros((2, 8, 1, 16))}
     assert layouts.rename({"model_type": "gpt_oss"}, weights) is weights
+
+
+@pytest.mark.parametrize("tensors", [["weight"], ["weight", "scales", "biases"]])
+def test_falcon_h1_has_its_multipliers_of_keys_and_values_whether_quantised_or_not(tensors):
+    prefix = "model.layers.0.self_attn."
+    weights = {f"{prefix}{layer}_proj.{tensor}": mx.ones(2) for layer in "qkv" for tensor in tensors}
+    settings = {"model_type": "falcon_h1", "key_multiplier": 0.5, "attention_in_multiplier": 0.25}
+    renamed = layouts.rename(settings, weights)
+    changed = tensors[-1]
+    values = [renamed[f"{prefix}{layer}_proj.{changed}"].tolist()[0] for layer in "qkv"]
+    assert values == [1.0, 0.5, 0.25]
+    if len(tensors) > 1:
+        assert renamed[f"{prefix}k_proj.weight"].tolist() == [1.0, 1.0]

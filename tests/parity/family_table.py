@@ -73,22 +73,41 @@ def measure(folder: Path, logits: np.ndarray) -> Measured:
     return Measured(float(np.abs(found - logits[:, :window]).max() / np.abs(logits).max()), window)
 
 
-def measured(family: Family, folder: Path) -> list[Measured]:
-    """From the layout of transformers 5 and, if transformers 4 knew the family, from that before it."""
+def converted(folder: Path, target: Path) -> Path | None:
+    """The model in ``folder`` as mlx-lm writes it again; None if mlx-lm cannot read it."""
+    from mlx_lm import utils
+
+    try:
+        net, config = utils.load_model(folder, lazy=True)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
+    target.mkdir()
+    utils.save_model(target, net)
+    utils.save_config(config, target / "config.json")
+    return target
+
+
+def measured(family: Family, folder: Path) -> list[Measured | None]:
+    """From the layouts of transformers 5 and 4, and as mlx-lm converts the older that there is; None where
+    transformers 4 or mlx-lm does not know the family."""
     model = families.build(family)
     model.save_pretrained(folder / "new")
-    layouts = [folder / "new"]
+    new, old = folder / "new", folder / "old"
     if family.old:
-        families.write_old_layout(folder / "new", folder / "old")
-        layouts.append(folder / "old")
+        families.write_old_layout(new, old)
     logits = expected(model)
-    return [measure(layout, logits) for layout in layouts]
+    first = measure(new, logits)
+    if first.error is None:  # refused for its family, whatever the layout
+        return [first, first if family.old else None, None]
+    again = converted(old if family.old else new, folder / "mlx")
+    layouts = (new, old if family.old else None, again)
+    return [None if layout is None else measure(layout, logits) for layout in layouts]
 
 
-def cells(family: Family, results: list[Measured]) -> list[str]:
+def cells(family: Family, results: list[Measured | None]) -> list[str]:
     """A row of the table."""
-    verdicts = [result.verdict for result in results]
-    return [family.name, f"`{family.model_type}`", *verdicts, *["–"] * (2 - len(verdicts))]
+    verdicts = ["–" if result is None else result.verdict for result in results]
+    return [family.name, f"`{family.model_type}`", *verdicts]
 
 
 def rows(page: str) -> dict[str, list[str]]:
@@ -114,7 +133,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             results = measured(family, Path(folder))
-        errors = ", ".join(f"{result.error:.1e}" for result in results if result.error is not None)
+        errors = ", ".join(f"{result.error:.1e}" for result in results if result and result.error is not None)
         lines.append("| " + " | ".join(cells(family, results)) + " |")
         print(lines[-1], errors, flush=True)
     if options.write and not options.names:

@@ -1,5 +1,5 @@
-"""Every family, from files in both layouts: the logits of transformers on torch to 1e-4, or refused, as
-docs/models.md says."""
+"""Every family, from files of transformers 5 and 4 and of mlx-lm: the logits of transformers on torch to
+1e-4, or refused, as docs/models.md says."""
 
 from __future__ import annotations
 

@@ -317,16 +317,19 @@ def _gpt_oss_experts(weights: dict[str, mx.array], config: Config) -> dict[str, 
 
 
 def _falcon_h1(weights: dict[str, mx.array], config: Config) -> dict[str, mx.array]:
-    """mlx-lm multiplies weights by muP's multipliers, but leaves out those of keys and values. Files that it
-    wrote hold products already: their convolution ends in one channel."""
-    convolution = weights.get("model.layers.0.mamba.conv1d.weight")
-    if convolution is None or convolution.shape[-1] <= convolution.shape[1]:
-        return weights
+    """mlx-lm multiplies weights by muP's multipliers, also in its own files, but leaves out those of keys and
+    values."""
     factors = {
-        "k_proj.weight": config.get("key_multiplier", 1.0),
-        "v_proj.weight": config.get("attention_in_multiplier", 1.0),
+        "k_proj": config.get("key_multiplier", 1.0),
+        "v_proj": config.get("attention_in_multiplier", 1.0),
     }
-    return {name: value * factors.get(name.rsplit(".self_attn.")[-1], 1.0) for name, value in weights.items()}
+
+    def factor(name: str) -> float:
+        layer, _, tensor = name.rpartition(".")
+        scaled = ("scales", "biases") if f"{layer}.scales" in weights else ("weight",)
+        return factors.get(layer.rpartition(".self_attn.")[2], 1.0) if tensor in scaled else 1.0
+
+    return {name: value if factor(name) == 1.0 else value * factor(name) for name, value in weights.items()}
 
 
 _WEIGHTS: dict[str, Callable[[dict[str, mx.array], Config], dict[str, mx.array]]] = {
