@@ -242,14 +242,16 @@ def _one_row(queries: mx.array, keys: mx.array, values: mx.array, scale: float) 
 _FAST = types.SimpleNamespace(**(vars(mx.fast) | {"rms_norm": rms_norm, "rope": rope}))
 _CORE = types.SimpleNamespace(**(vars(mx) | {"fast": _FAST}))
 _NN = types.SimpleNamespace(**(vars(nn) | {"gelu_approx": gelu_approx}))
-_OURS: tuple[tuple[str, Any, frozenset[str]], ...] = (
-    ("scaled_dot_product_attention", attention, frozenset()),
+_Binding = tuple[str, Any, frozenset[str]]
+_ATTENTION: tuple[_Binding, ...] = (("scaled_dot_product_attention", attention, frozenset()),)
+_ON_A_CPU: tuple[_Binding, ...] = (
+    *_ATTENTION,
     ("swiglu", swiglu, frozenset()),
     ("mx", _CORE, frozenset({"rms_norm", "rope"})),
     ("nn", _NN, frozenset({"gelu_approx"})),
 )
 """A global name in the code of a layer, what stands for it, and the names of which that code must also use
-one (or none)."""
+one (or none). A GPU needs attention only, for packed rows and prompts."""
 
 
 def _bindings(kind: type[nn.Module]) -> dict[str, Any]:
@@ -258,7 +260,8 @@ def _bindings(kind: type[nn.Module]) -> dict[str, Any]:
     if not isinstance(call, types.FunctionType):
         return {}
     names = set(call.__code__.co_names)
-    return {name: ours for name, ours, any_of in _OURS if name in names and (not any_of or names & any_of)}
+    ours = _ON_A_CPU if backend.own_kernels() else _ATTENTION
+    return {name: stand for name, stand, any_of in ours if name in names and (not any_of or names & any_of)}
 
 
 def install(net: nn.Module) -> int:
@@ -277,9 +280,11 @@ def install(net: nn.Module) -> int:
 
     modules = [module for module in net.modules() if _bindings(type(module))]
     wrap.replace(modules, call_of)
-    wrap.replace([module for module in net.modules() if type(module) is nn.Linear], lambda kind: _linear)
-    tables = [module for module in net.modules() if type(module) is nn.Embedding]
-    wrap.replace(tables, lambda kind: _as_linear, method="as_linear")
+    if backend.own_kernels():
+        linear_layers = [module for module in net.modules() if type(module) is nn.Linear]
+        wrap.replace(linear_layers, lambda kind: _linear)
+        tables = [module for module in net.modules() if type(module) is nn.Embedding]
+        wrap.replace(tables, lambda kind: _as_linear, method="as_linear")
     return len(modules)
 
 
