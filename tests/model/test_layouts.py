@@ -1,4 +1,4 @@
-"""Settings as transformers 5 writes them give the names that mlx-lm reads; those that are there stay."""
+"""Settings as transformers 5 writes them give the names that mlx-lm reads; those of transformers 4 stay."""
 
 from __future__ import annotations
 
@@ -224,3 +224,10 @@ def test_falcon_h1_has_its_multipliers_of_keys_and_values_whether_quantised_or_n
     assert values == [1.0, 0.5, 0.25]
     if len(tensors) > 1:
         assert renamed[f"{prefix}k_proj.weight"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.skipif(mx.default_device().type != mx.DeviceType.cpu, reason="a GPU computes in bfloat16")
+def test_norms_to_which_mlx_lm_adds_one_are_float32_before_it_does():
+    weights = {"model.norm.weight": mx.array([0.001], mx.bfloat16), "packed": mx.array([7], mx.uint32)}
+    renamed = layouts.rename({"model_type": "qwen3_next"}, weights)
+    assert (renamed["model.norm.weight"].dtype, renamed["packed"].dtype) == (mx.float32, mx.uint32)

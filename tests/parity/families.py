@@ -40,13 +40,14 @@ ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention", "full
 class Family(NamedTuple):
     """One row of the table. ``settings`` are added to the sizes that all families share; a size of None is
     left to the family's default. ``wrapper``: the text model lies inside a multimodal one. ``old``: whether
-    transformers 4 knew the family."""
+    transformers 4 knew the family. ``rounded``: mlx-lm's conversion adds or multiplies in bfloat16."""
 
     name: str
     model_type: str
     settings: dict[str, Any]
     wrapper: bool = False
     old: bool = True
+    rounded: bool = False
 
 
 SIZES: dict[str, Any] = {
@@ -166,9 +167,11 @@ FAMILIES = (
     Family("qwen2_moe, norm_topk_prob", "qwen2_moe", {**SOFT, "shared_expert_intermediate_size": 32}),
     Family("qwen3", "qwen3", HEADS),
     Family("qwen3_moe", "qwen3_moe", {**HEADS, **SOFT}),
-    Family("qwen3_next", "qwen3_next", {**DELTA, **SOFT, "shared_expert_intermediate_size": 32}),
+    Family(
+        "qwen3_next", "qwen3_next", {**DELTA, **SOFT, "shared_expert_intermediate_size": 32}, rounded=True
+    ),
     Family("qwen3_5_text", "qwen3_5_text", DELTA, old=False),
-    Family("qwen3_5", "qwen3_5", DELTA, wrapper=True, old=False),
+    Family("qwen3_5", "qwen3_5", DELTA, wrapper=True, old=False, rounded=True),
     Family("qwen2_vl", "qwen2_vl", {"rope_parameters": MROPE}, wrapper=True),
     Family("qwen2_5_vl", "qwen2_5_vl", {"rope_parameters": MROPE}, wrapper=True),
     Family("qwen3_vl", "qwen3_vl", {**HEADS, "rope_parameters": MROPE}, wrapper=True),
@@ -359,6 +362,7 @@ FAMILIES = (
         "falcon_h1",
         "falcon_h1",
         {**MAMBA2, "mamba_d_ssm": 128, "key_multiplier": 0.5, "attention_in_multiplier": 0.8, "head_dim": 16},
+        rounded=True,
     ),
     Family(
         "afmoe",
@@ -431,7 +435,20 @@ def build(family: Family) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.1)
+        for tensor in model.state_dict().values():  # files hold bfloat16
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.bfloat16())
     return model.float().eval()
+
+
+def save(model: Any, folder: Path) -> None:
+    """The folder that transformers 5 writes, its weights in bfloat16."""
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tensors = {name: value.bfloat16() for name, value in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def write_old_layout(folder: Path, target: Path) -> None:

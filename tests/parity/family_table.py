@@ -91,7 +91,7 @@ def measured(family: Family, folder: Path) -> list[Measured | None]:
     """From the layouts of transformers 5 and 4, and as mlx-lm converts the older that there is; None where
     transformers 4 or mlx-lm does not know the family."""
     model = families.build(family)
-    model.save_pretrained(folder / "new")
+    families.save(model, folder / "new")
     new, old = folder / "new", folder / "old"
     if family.old:
         families.write_old_layout(new, old)
@@ -107,6 +107,8 @@ def measured(family: Family, folder: Path) -> list[Measured | None]:
 def cells(family: Family, results: list[Measured | None]) -> list[str]:
     """A row of the table."""
     verdicts = ["–" if result is None else result.verdict for result in results]
+    if family.rounded and verdicts[2].startswith("wrong"):
+        verdicts[2] = "rounded by the conversion"
     return [family.name, f"`{family.model_type}`", *verdicts]
 
 

@@ -3,7 +3,7 @@
 transformers 5 moved and renamed settings: `rope_parameters` holds the rotary settings (for each layer type in
 some families), `layer_types` stands for a period of sliding windows, experts are counted under another name.
 mlx-lm reads the names of transformers 4, and uses its own default where one is missing. `translate` adds the
-names that mlx-lm reads; settings that are there already stay. Files are not changed."""
+names that mlx-lm reads. Files are not changed."""
 
 from __future__ import annotations
 
@@ -329,13 +329,30 @@ def _falcon_h1(weights: dict[str, mx.array], config: Config) -> dict[str, mx.arr
         scaled = ("scales", "biases") if f"{layer}.scales" in weights else ("weight",)
         return factors.get(layer.rpartition(".self_attn.")[2], 1.0) if tensor in scaled else 1.0
 
-    return {name: value if factor(name) == 1.0 else value * factor(name) for name, value in weights.items()}
+    wide = _in_float32(weights, config)
+    return {name: value if factor(name) == 1.0 else value * factor(name) for name, value in wide.items()}
+
+
+def _in_float32(weights: dict[str, mx.array], config: Config) -> dict[str, mx.array]:
+    """mlx-lm adds 1 to the norms of Qwen3-Next and Qwen3.5, and multiplies weights of Falcon-H1: in bfloat16
+    that rounds. On a CPU the weights become float32 anyway, here before that arithmetic."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return weights
+    halves = (mx.bfloat16, mx.float16)
+    return {
+        name: value.astype(mx.float32) if value.dtype in halves else value for name, value in weights.items()
+    }
 
 
 _WEIGHTS: dict[str, Callable[[dict[str, mx.array], Config], dict[str, mx.array]]] = {
     "falcon_h1": _falcon_h1,
     "llama4_text": _into_wrapper,
     "gpt2": _without_prefix,
+    "qwen3_5": _in_float32,
+    "qwen3_5_moe": _in_float32,
+    "qwen3_5_moe_text": _in_float32,
+    "qwen3_5_text": _in_float32,
+    "qwen3_next": _in_float32,
     "gpt_neox": _gpt_neox_head,
     "gpt_oss": _gpt_oss_experts,
 }
