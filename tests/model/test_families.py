@@ -28,6 +28,12 @@ def test_a_refused_family_is_named_with_the_reason_before_its_weights_are_read(t
         loading.load(loading.ModelSpec(path=str(tmp_path)))
 
 
+def test_a_family_that_is_neither_proven_nor_refused_is_named():
+    assert families.doubt({"model_type": "llama"}) is None
+    assert families.doubt({"model_type": "olmo"}) is None
+    assert "type bitnet have not been compared" in str(families.doubt({"model_type": "bitnet"}))
+
+
 def test_no_family_is_both_proven_and_refused():
     assert not families.PROVEN & families.REFUSED.keys()
     assert len(families.PROVEN) >= 60

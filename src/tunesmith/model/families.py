@@ -45,6 +45,14 @@ def refusal(config: Config) -> str | None:
     return REFUSED.get(kind)
 
 
+def doubt(config: Config) -> str | None:
+    """What a user should know before training a family that is neither proven nor refused; None otherwise."""
+    kind = str(config.get("model_type"))
+    if kind in PROVEN or refusal(config) is not None:
+        return None
+    return f"models of type {kind} have not been compared with transformers: their numbers may be wrong"
+
+
 def exact_length(config: Config) -> int | None:
     """The longest sequence, in tokens, for which the model computes what transformers computes: the sliding
     window, if mlx-lm ignores it; None if there is no such limit."""

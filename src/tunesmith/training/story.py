@@ -20,7 +20,7 @@ from tunesmith.events import Notice, Sink
 from tunesmith.learning import optimizer
 from tunesmith.machine import backend, ranks
 from tunesmith.machine.ranks import Ranks
-from tunesmith.model import vocabulary
+from tunesmith.model import families, vocabulary
 from tunesmith.model.loading import Loaded
 from tunesmith.runs import lineage, manifest
 from tunesmith.runs.checkpoints import Cursor
@@ -98,6 +98,8 @@ def open_model(
     ``config`` asks of it."""
     loaded = merging.load(config.model, notify)
     vocabulary.require_rows(loaded.net, rows)
+    if (doubt := families.doubt(loaded.config)) is not None:
+        notify(Notice(doubt, level="warning", where="model", hint="docs/models.md lists those that were"))
     attached = config.adapter.attach(loaded.net, config.loop.seed, _recorded(config, resume))
     for notice in attached.notices:
         notify(notice)
