@@ -123,6 +123,22 @@ def test_an_embedding_of_a_few_rows_is_refused(tiny_model, tmp_path):
         loading.load(loading.ModelSpec(path=str(folder)))
 
 
+def test_an_architecture_whose_package_is_missing_is_refused(tiny_model, tmp_path):
+    folder = changed(tiny_model, tmp_path / "m", model_type="olmo")
+    with pytest.raises(ModelError, match="No module named 'hf_olmo'"):
+        loading.load(loading.ModelSpec(path=str(folder)))
+
+
+@pytest.mark.parametrize("number", [10**7, 2**31, 2**32 - 1])
+def test_an_id_that_no_tokenizer_has_is_named(tiny_model, tmp_path, number):
+    folder = changed(tiny_model, tmp_path / "m")
+    words = json.loads((folder / "tokenizer.json").read_text())
+    words["model"]["vocab"]["new"] = number
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(ModelError, match=f"tokenizer.json: the id of 'new' is {number}"):
+        renderers.load(folder)
+
+
 # Weights that are not finite
 
 

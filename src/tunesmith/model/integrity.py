@@ -54,10 +54,12 @@ def require_files(path: Path) -> None:
         raise ModelError(message, where=str(path), hint=FETCH_AGAIN)
 
 
-def explained(error: Exception, config: Mapping[str, Any], arguments: type | None) -> str:
+def explained(error: Exception | SystemExit, config: Mapping[str, Any], arguments: type | None) -> str:
     """Why a model could not be built: the error, and every key of ``config`` that has not the type that
     ``arguments``, mlx-lm's class of settings, declares."""
     problems = list(_misfits(config, arguments)) if arguments is not None else []
+    if isinstance(error, SystemExit) and isinstance(error.__context__, ImportError):
+        error = error.__context__  # mlx-lm's olmo ends the process where its package is missing
     text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
     return f"{CONFIG} does not give a model ({text}):\n{listing(problems)}" if problems else text
 

@@ -183,7 +183,7 @@ def _built(path: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, An
             vocabulary.bound(net, longest)
         if (known := vocabulary.limits(net).ids) < LEAST_IDS:
             raise ValueError(f"the token embedding has {known} rows, at least {LEAST_IDS} expected")
-    except Exception as error:  # an architecture is a program, which may raise anything
+    except (Exception, SystemExit) as error:  # an architecture is a program, which may raise anything
         text = integrity.explained(error, classes.config, classes.arguments)
         raise ModelError(f"cannot be loaded: {text}", where=str(path)) from error
     return net, config

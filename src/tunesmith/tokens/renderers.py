@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "config.json",
 )
+LONG_NUMBER = re.compile(rb":\s*\d{8}")
 RULES = 2  # part of every fingerprint: change it when unchanged data would give other ids or targets
 
 
@@ -214,19 +215,37 @@ def load(path: Path | str, spec_name: str = "auto") -> Renderer:
         return _of_folder(folder, spec_name)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # a library in Rust raises plain Exception, and its panics are not even that
-        text = f"the tokenizer cannot be read: {_damaged(folder) or error or type(error).__name__}"
-        raise ModelError(text, where=str(path)) from error
+    except ModelError:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is not an Exception
+        text = _damaged(folder) or f"tokenizer.json, tokenizer_config.json: {type(error).__name__}: {error}"
+        raise ModelError(f"the tokenizer cannot be read: {text}", where=str(path)) from error
 
 
 def _of_folder(folder: Path, spec_name: str) -> Renderer:
     from transformers import AutoTokenizer
 
+    _require_possible_ids(folder)
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     v3 = len(tokenizer) == 32768 and tokenizer.convert_tokens_to_ids(["[INST]", "[TOOL_CALLS]"]) == [3, 5]
     return MistralRenderer() if v3 and spec_name == "auto" else HFRenderer(tokenizer)
+
+
+def _require_possible_ids(folder: Path) -> None:
+    """Raises ModelError for an id of eight or more digits: the library would make a list of that length."""
+    file = folder / "tokenizer.json"
+    if not file.is_file() or not LONG_NUMBER.search(file.read_bytes()):  # parsing it takes ten times as long
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        pairs = [*content["model"]["vocab"].items()]
+        pairs += [(token["content"], token["id"]) for token in content.get("added_tokens") or ()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # the library says what is wrong
+    for token, number in pairs:
+        if isinstance(number, int) and number >= 10**7:
+            text = f"tokenizer.json: the id of {token!r} is {number}, and it has {len(pairs):,} tokens"
+            raise ModelError(f"the tokenizer cannot be read: {text}", where=str(folder))
 
 
 def _damaged(folder: Path) -> str:
