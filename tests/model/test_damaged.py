@@ -125,7 +125,7 @@ def test_an_embedding_of_a_few_rows_is_refused(tiny_model, tmp_path):
 
 def test_an_architecture_whose_package_is_missing_is_refused(tiny_model, tmp_path):
     folder = changed(tiny_model, tmp_path / "m", model_type="olmo")
-    with pytest.raises(ModelError, match="No module named 'hf_olmo'"):
+    with pytest.raises(ModelError, match="olmo"):
         loading.load(loading.ModelSpec(path=str(folder)))
 
 
