@@ -11,6 +11,7 @@ from tunesmith.adapters import DoRA, LoRA
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.requests import Request
 from tunesmith.errors import ModelError
+from tunesmith.model import abilities
 
 SPECS = {
     "low": LoRA(rank=2, targets=("q_proj", "v_proj")),
@@ -18,6 +19,13 @@ SPECS = {
     "lengths": DoRA(rank=4, targets=("all-linear", "lm_head")),
 }
 NAMES = [None, *SPECS, None, "wide", "low", "lengths"]
+
+
+@pytest.fixture(autouse=True, params=["batched", "separate"])
+def way(request, monkeypatch) -> None:
+    """The laws hold with mlx-lm's batches, and where each request has passes of its own."""
+    if request.param == "separate":
+        monkeypatch.setattr(abilities, "batches", lambda net: False)
 
 
 @pytest.fixture(scope="module")

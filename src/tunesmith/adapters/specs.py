@@ -9,7 +9,8 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,6 +38,10 @@ class Attached(NamedTuple):
     notices: tuple[Notice, ...] = ()
 
 
+AUTO, ALL_LINEAR = "auto", "all-linear"
+ATTENTION = ("q_proj", "v_proj")
+"""What `AUTO` means where every block has them."""
+
 START = "run or checkpoint whose adapter, of the same shape, is trained further instead of a new one"
 
 
@@ -55,10 +60,11 @@ class _LowRank(Spec):
         0.0, ge=0, lt=1, description="share of the branch's inputs set to zero in training"
     )
     targets: Texts = Field(
-        ("q_proj", "v_proj"),
+        (AUTO,),
         min_length=1,
         description="linear layers and routed experts by name, suffix (mlp.up_proj) or pattern (*_proj); "
-        "all-linear: all of them in the blocks, but no router",
+        "all-linear: all of them in the blocks, but no router; auto: q_proj and v_proj, or all-linear where a "
+        "block does not have both",
     )
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null: all")
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
@@ -72,6 +78,13 @@ class _LowRank(Spec):
         """s in W + s·(A·B)ᵀ"""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
+    def settled(self, net: nn.Module) -> Self:
+        """With the targets that ``auto`` means for ``net``."""
+        if self.targets != (AUTO,):
+            return self
+        everywhere = all(reached == n_blocks for reached, n_blocks in map(partial(reach, net), ATTENTION))
+        return self.model_copy(update={"targets": ATTENTION if everywhere else (ALL_LINEAR,)})
+
     def attach(self, net: nn.Module, seed: int, recorded: Collection[str] | None = None) -> Attached:
         """Freeze ``net`` and put adapter layers in place of its targets; A is drawn from (seed, tensor name).
 
@@ -80,7 +93,8 @@ class _LowRank(Spec):
         output wide are adapted is taken from there. Raises ConfigError and leaves ``net`` as it was if a
         target matches nothing, the rank is too large, a full module is quantised or also adapted, or ``net``
         has adapters already."""
-        chosen = _select(net, self.targets, self.layers, "adapter.targets", full=False, recorded=recorded)
+        targets = self.settled(net).targets
+        chosen = _select(net, targets, self.layers, "adapter.targets", full=False, recorded=recorded)
         small = self._too_small(chosen)
         full = _select(net, self.full_modules, self.layers, "adapter.full_modules", full=True)
         if both := sorted(full.keys() & chosen.keys()):
@@ -135,6 +149,10 @@ class Full(Spec):
     start: str | None = Field(None, description=START)
     kind: Literal["full"] = "full"
 
+    def settled(self, net: nn.Module) -> Self:
+        """As it is: its targets are the same for every model."""
+        return self
+
     def attach(self, net: nn.Module, seed: int, recorded: Collection[str] | None = None) -> Attached:
         """Freeze ``net`` except the targets, which become float32. No random number is drawn, and
         ``recorded`` means nothing. Raises ConfigError as `LoRA.attach` does."""
@@ -151,6 +169,15 @@ def blocks_of(net: nn.Module, last: int | None = None) -> list[str]:
     blocks: Any = net.layers
     names = {id(module): f"{name}." for name, module in net.named_modules()}
     return [names[id(block)] for block in blocks][-(last or 0) :]
+
+
+def reach(net: nn.Module, target: str) -> tuple[int, int]:
+    """(blocks of ``net`` with a linear layer that ``target`` means, all blocks), before adapters."""
+    blocks = tuple(blocks_of(net))
+    linear = [name for name, module in net.named_modules() if isinstance(module, Linear)]
+    matches = _matching(target, linear, full=False)
+    reached = {block for name in matches for block in blocks if name.startswith(block)}
+    return len(reached), len(blocks)
 
 
 def _weights(module: nn.Module) -> dict[str, mx.array]:
@@ -194,7 +221,7 @@ def _select(
     for target in targets:
         # With `layers` a pattern stays inside the last blocks; a plain name may also mean what is outside all
         # blocks.
-        outside = target != "all-linear" and (layers is None or not any(sign in target for sign in "*?["))
+        outside = target != ALL_LINEAR and (layers is None or not any(sign in target for sign in "*?["))
         reachable = [
             name for name in modules if name.startswith(last) or (outside and not name.startswith(blocks))
         ]
@@ -217,7 +244,7 @@ def _select(
 def _matching(target: str, names: Iterable[str], full: bool) -> set[str]:
     # The dot in front makes a plain name match whole words only.
     patterns = [f"*.{target}", f"*.{target}.*"] if full else [f"*.{target}"]
-    if target == "all-linear":
+    if target == ALL_LINEAR:
         patterns = ["*"]
     return {name for name in names if any(fnmatchcase(f".{name}", pattern) for pattern in patterns)}
 

@@ -1,10 +1,11 @@
 """One batch of continuations: requests join while others are under way, and leave when they end or are
 cancelled.
 
-mlx-lm's BatchGenerator schedules prompts and tokens. With a `Routing` each row has an adapter of its own: its
-name lies beside the row's keys and values as one more layer of its cache, so that it follows the row when
-prompts are read, rows join, and rows leave; the adapters are selected from it just before each pass. The
-engine knows no HTTP and no runs, and MLX is used on the caller's thread only."""
+mlx-lm's BatchGenerator schedules prompts and tokens, or `SeparateRows` where it gives other answers. With a
+`Routing` each row has an adapter of its own: its name lies beside the row's keys and values as one more
+layer of its cache, so that it follows the row when prompts are read, rows join, and rows leave; the adapters
+are selected from it just before each pass. The engine knows no HTTP and no runs, and MLX is used on the
+caller's thread only."""
 
 from __future__ import annotations
 
@@ -18,12 +19,21 @@ import mlx.nn as nn
 
 from tunesmith.adapters.routing import Routing
 from tunesmith.engine.requests import Finish, NewToken, Request, sampler
+from tunesmith.engine.separate import SeparateRows
 from tunesmith.errors import ModelError
-from tunesmith.model import vocabulary
+from tunesmith.events import Notice, Sink
+from tunesmith.model import abilities, vocabulary
 from tunesmith.model.loading import evaluating
 
 PREFILL = 8
 """Most prompts that are read in one pass."""
+
+
+def notify_if_separate(net: nn.Module, notify: Sink) -> None:
+    """Notice that ``net`` generates each answer in passes of its own, if it does."""
+    if not abilities.batches(net):
+        text = "answers are generated one by one, which is slower: batched, this model would give others"
+        notify(Notice(text, where="model"))
 
 
 class RowAdapters:
@@ -64,7 +74,8 @@ class Engine:
     """A context manager: inside, dropout of ``net`` is off; leaving it drops what is not finished.
 
     ``batch_size``: most continuations under way at once; the others wait. ``routing``: adapters on ``net``
-    that requests may name; without it no request may name one."""
+    that requests may name; without it no request may name one. Where batched answers differ from single ones
+    (`abilities.batches`), each continuation has passes of its own."""
 
     def __init__(self, net: nn.Module, batch_size: int = 16, routing: Routing | None = None) -> None:
         self._net, self._routing, self._batch_size = net, routing, batch_size
@@ -79,12 +90,16 @@ class Engine:
             inside.enter_context(evaluating(self._net))
             if self._routing is not None:
                 inside.callback(self._routing.select, None)  # later passes meet the base alone
-            self._batch = BatchGenerator(
-                self._net if self._routing is None else cast("nn.Module", self._routed),
-                completion_batch_size=self._batch_size,
-                prefill_batch_size=min(PREFILL, self._batch_size),
-                stream=mx.default_stream(mx.default_device()),
-            )
+            model = self._net if self._routing is None else cast("nn.Module", self._routed)
+            if abilities.batches(self._net):
+                self._batch = BatchGenerator(
+                    model,
+                    completion_batch_size=self._batch_size,
+                    prefill_batch_size=min(PREFILL, self._batch_size),
+                    stream=mx.default_stream(mx.default_device()),
+                )
+            else:
+                self._batch = SeparateRows(model, self._net, self._batch_size)
             inside.callback(self._batch.close)  # gives the process its wired limit back
             self._inside = inside.pop_all()
         return self

@@ -22,6 +22,7 @@ from tunesmith import adapters, events
 from tunesmith.data import formats
 from tunesmith.data.formats import Example
 from tunesmith.data.sources import sha256
+from tunesmith.engine.engine import notify_if_separate
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation import tasks as registry
 from tunesmith.evaluation.statistics import change, judge
@@ -110,6 +111,7 @@ def evaluate(
     rows = _rows(run, data, groups, spec.limit, notify)
     config, opened = run.config, source.open(notify)
     loaded, renderer = opened.loaded, opened.renderer
+    notify_if_separate(loaded.net, notify)
     rendered = template.render(rows.imitated, renderer, config.template, config.batch.length)
     for row in rendered.dropped:
         notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))

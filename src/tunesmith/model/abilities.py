@@ -46,8 +46,8 @@ def _once(trial: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
 
 @_once
 def splits(net: nn.Module) -> bool:
-    """Whether head and body can be called apart: head(features(x)) = net(x). False if the body is not called
-    ``model``."""
+    """Whether head and body can be called apart: head(features(x)) = net(x). False if `bodies` does not find
+    the body."""
     ids = mx.arange(8, dtype=mx.int32)[None]
     return agree(net, lambda: (logprobs.head(net, logprobs.features(net, ids)[0]), net(ids)[0]))
 
@@ -75,3 +75,52 @@ def continues(net: nn.Module) -> bool:
         return after, net(whole)[:, 3:]
 
     return agree(net, both)
+
+
+PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5], [2, 7], [1, 8, 2, 8, 1])
+"""Prompts of `batches`: of several lengths, so that padding is tried."""
+NEW_TOKENS = (2, 4, 3)
+"""How many tokens follow each of them, so that rows leave at several times."""
+
+
+@_once
+def batches(net: nn.Module) -> bool:
+    """Whether prompts of several lengths, continued in one batch that rows join and leave, get the
+    probabilities that each gets alone."""
+
+    def both() -> tuple[mx.array, mx.array]:
+        together = _batched(net)
+        alone = [_alone(net, prompt, tokens) for prompt, (tokens, _) in zip(PROMPTS, together, strict=True)]
+        return mx.concatenate([logprobs for _, logprobs in together]), mx.concatenate(alone)
+
+    return agree(net, both)
+
+
+def _batched(net: nn.Module) -> list[tuple[list[int], mx.array]]:
+    """The new tokens of each of `PROMPTS` and their log-probabilities (T, V), at most two rows at a time."""
+    from mlx_lm.generate import BatchGenerator
+
+    stream = mx.default_stream(mx.default_device())
+    generator = BatchGenerator(net, completion_batch_size=2, prefill_batch_size=2, stream=stream)
+    try:
+        numbers = generator.insert(list(PROMPTS), list(NEW_TOKENS))
+        tokens: dict[int, list[int]] = {number: [] for number in numbers}
+        rows: dict[int, list[mx.array]] = {number: [] for number in numbers}
+        while responses := generator.next_generated():
+            for response in responses:
+                tokens[response.uid].append(response.token)
+                rows[response.uid].append(response.logprobs)
+    finally:
+        generator.close()
+    return [(tokens[number], mx.stack(rows[number])) for number in numbers]
+
+
+def _alone(net: nn.Module, prompt: list[int], tokens: list[int]) -> mx.array:
+    """(T, V): log-probabilities at the ``tokens`` that follow ``prompt``, one row with a cache of its own."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(net)
+    logits = [net(mx.array([prompt]), cache=cache)[0, -1]]
+    logits += [net(mx.array([[token]]), cache=cache)[0, -1] for token in tokens[:-1]]
+    stacked = mx.stack(logits)
+    return stacked - mx.logsumexp(stacked, axis=-1, keepdims=True)

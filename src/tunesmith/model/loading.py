@@ -217,6 +217,10 @@ class _StrictClasses:
         model, self.arguments = utils._get_classes(layouts.with_class(config))
 
         class Strict(model):
+            def __init__(self, *args: Any) -> None:
+                nn.Module.__init__(self)  # mlx-lm's RecurrentGemma leaves it out
+                super().__init__(*args)
+
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 weights = layouts.rename(config, weights)
                 return super().sanitize(weights) if "sanitize" in dir(model) else weights

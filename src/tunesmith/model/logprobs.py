@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from tunesmith.model import kernels
+from tunesmith.model import bodies, kernels
 from tunesmith.tokens.batches import Batch
 
 LogProbs = Callable[[nn.Module, Batch], mx.array]
@@ -39,10 +39,11 @@ class _ComputedBody:
 
 
 class _HeadOnly:
-    """A model whose body is a `_ComputedBody`."""
+    """A text model whose body is a `_ComputedBody`."""
 
     def __init__(self, net: nn.Module, hidden: mx.array) -> None:
-        self._net, self.model = net, _ComputedBody(net["model"], hidden)
+        self._net = net
+        setattr(self, bodies.body_name(net), _ComputedBody(bodies.body(net), hidden))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._net, name)
@@ -54,13 +55,14 @@ class _HeadOnly:
 def features(net: nn.Module, ids: mx.array, **options: Any) -> mx.array:
     """(N, T) int32 → (N, T, D): hidden states after the last norm. For models where
     `abilities.splits` holds."""
-    return net["model"](ids, **options)
+    return bodies.body(net)(ids, **({"cache": None} | options))
 
 
 def head(net: nn.Module, hidden: mx.array) -> mx.array:
     """(K, D) → (K, V) logits by the model's own code. For models where `abilities.splits` holds."""
-    code: Any = type(net).__call__
-    return code(_HeadOnly(net, hidden[None]), mx.zeros((1, len(hidden)), mx.int32))[0]
+    text = bodies.text_model(net)
+    code: Any = type(text).__call__
+    return code(_HeadOnly(text, hidden[None]), mx.zeros((1, len(hidden)), mx.int32))[0]
 
 
 def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
@@ -124,8 +126,10 @@ class _Chunks:
         """Each chunk is computed again in the backward pass: the gradient of the weights needs the cotangent,
         which is not known before."""
 
+        text = bodies.text_model(self.net)
+
         def place(weights: Sequence[mx.array]) -> None:
-            self.net.update(tree_unflatten(list(zip(names, weights, strict=True))))
+            text.update(tree_unflatten(list(zip(names, weights, strict=True))))
 
         def forward(hidden: mx.array, *weights: mx.array) -> mx.array:
             place(weights)
@@ -175,7 +179,6 @@ def learned_logprobs(
     ids = mx.array(batch.tokens)
     options: dict[str, Any] = {} if prompt is None else {"cache": prompt}
     options |= {} if batch.ends is None else {"cache": kernels.packed(net, batch.ends)}
-    options |= {} if batch.states is None else {"input_embeddings": batch.states}
     if gather:
         hidden = features(net, ids, **options)
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -231,7 +234,8 @@ def batch_sums(
 
 
 def _trainable(net: nn.Module) -> tuple[list[str], list[mx.array]]:
-    """The trainable tensors that the head may use: those outside the blocks."""
-    flat: Any = tree_flatten(net.trainable_parameters())
-    outside = [(name, value) for name, value in flat if not name.startswith("model.layers.")]
+    """The trainable tensors that the head may use: those outside the blocks, as the text model names them."""
+    flat: Any = tree_flatten(bodies.text_model(net).trainable_parameters())
+    blocks = bodies.block_prefixes(net)
+    outside = [(name, value) for name, value in flat if not name.startswith(blocks)]
     return [name for name, _ in outside], [value for _, value in outside]

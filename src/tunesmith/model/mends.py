@@ -95,6 +95,22 @@ def _gemma(net: nn.Module, config: Config) -> None:
     wrap.replace([module for module in net.modules() if isinstance(module, gemma.MLP)], lambda kind: call)
 
 
+def _gemma2(net: nn.Module, config: Config) -> None:
+    """Gemma 2 computes scores of (B, key heads, queries a key head, T, S); a batch's mask is (B, 1, T, S).
+    mlx-lm fails, or where the batch is as large as the key heads, gives each head the mask of a row."""
+    from mlx_lm.models import gemma2
+
+    def call_of(kind: type[nn.Module]) -> wrap.Call:
+        def call(layer: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+            if isinstance(mask, mx.array) and mask.ndim == 4 and layer.repeats > 1:
+                mask = mask[:, :, None]
+            return kind.__call__(layer, x, mask, cache)
+
+        return call
+
+    wrap.replace([module for module in net.modules() if isinstance(module, gemma2.Attention)], call_of)
+
+
 def _starcoder2(net: nn.Module, config: Config) -> None:
     from mlx_lm.models import starcoder2
 
@@ -149,6 +165,7 @@ def _jamba(net: nn.Module, config: Config) -> None:
 
 _FAMILIES: dict[str, Callable[[nn.Module, Config], None]] = {
     "gemma": _gemma,
+    "gemma2": _gemma2,
     "glm": _partial_rotary,
     "gpt_bigcode": _gpt_bigcode,
     "gpt_neox": _gpt_neox,

@@ -56,9 +56,10 @@ def doctor(
     """Will it run here? Versions, device, memory, disk, BLAS, kernels, and a ten-step overfit whose end is
     known.
 
-    path: where runs will be written (it need not exist). model: folder, GGUF file or hub id; it is loaded,
-    and the kernels that compute it are listed. overfit: also train a tiny random model for ten steps. Never
-    raises for what is wrong with the machine."""
+    path: where runs will be written (it need not exist). model: folder, GGUF file or hub id; it is loaded
+    and examined: its family, what an adapter reaches, which kernels compute it, and with torch installed how
+    far its logits are from those of transformers. overfit: also train a tiny random model for ten steps.
+    Never raises for what is wrong with the machine."""
     groups: dict[str, Callable[[], list[Check]]] = {
         "versions": _versions,
         "device": _device,
@@ -213,21 +214,12 @@ def _kernels() -> list[Check]:
 
 
 def _model(path: str) -> list[Check]:
-    """Which kernels compute a pass of this model."""
-    import mlx.core as mx
+    """What can be done with this model, and whether it is computed as transformers computes it."""
+    from tunesmith.model import loading
+    from tunesmith.preflight import examination
 
-    from tunesmith.model import kernels, loading
-
-    net = loading.load(loading.ModelSpec(path=path)).net
-    with kernels.watched() as calls:
-        logits = net(mx.arange(16, dtype=mx.int32)[None])[0]
-        kernels.token_logprobs(logits, mx.arange(16))
-    ours, others = (sorted(name for name, compiled in calls if compiled == kind) for kind in (True, False))
-    parts = [f"{', '.join(ours)}: {kernels.described()}"] if ours else []
-    parts += [f"{', '.join(others)}: MLX's"] if others else []
-    slow = "attention" in others and kernels.choice() == "compiled" and "warn"
-    hint = "the compiled kernels do not cover this attention (sinks, additive masks): it trains more slowly"
-    return [_check("model", "; ".join(parts), slow, hint)]
+    findings = examination.examine(loading.load(loading.ModelSpec(path=path)))
+    return [_check(name, value, problem or False, hint) for name, value, problem, hint in findings]
 
 
 def _overfit() -> list[Check]:

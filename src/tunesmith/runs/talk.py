@@ -8,6 +8,7 @@ from pathlib import Path
 from tunesmith import events
 from tunesmith.data.formats import Message
 from tunesmith.engine import generation
+from tunesmith.engine.engine import notify_if_separate
 from tunesmith.engine.generation import Chat, Sampling, Speaker
 from tunesmith.events import Notice, Sink
 from tunesmith.runs import opening
@@ -62,6 +63,7 @@ def chat(
 def _speaker(source: opening.Source, notify: Sink) -> Speaker:
     """The model, with its adapter attached, ready to answer."""
     opened = source.open(notify)
+    notify_if_separate(opened.loaded.net, notify)
     opened.attach()
     if source.checkpoint:
         notify(Notice(f"checkpoint {source.checkpoint.name}"))

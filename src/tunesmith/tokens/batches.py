@@ -97,8 +97,7 @@ class Batch(NamedTuple):
     ``tokens`` (N, T) int32. ``positions`` (K,) int32: places in the flattened (N · T) hidden states that
     predict a learned token, ``learned`` (K,) int32 that token, ``weights`` (K,) float32 its weight, ``rows``
     (K,) int32 its sequence. Past the learned tokens of the batch, weights are 0. ``fields`` (S, F) float32:
-    numbers that the objective needs for each sequence. ``ends``: where each sequence of a packed row ends.
-    ``states`` (N, T, D): the cached hidden states of the frozen lower layers, if there are any (`frozen`)."""
+    numbers that the objective needs for each sequence. ``ends``: where each sequence of a packed row ends."""
 
     tokens: Any
     positions: Any
@@ -107,7 +106,6 @@ class Batch(NamedTuple):
     rows: Any
     fields: Any
     ends: tuple[int, ...] | None = None
-    states: Any = None
 
 
 def collate(

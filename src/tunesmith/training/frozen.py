@@ -12,7 +12,7 @@ import hashlib
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,34 @@ from mlx.utils import tree_flatten
 from tunesmith.errors import ConfigError, DiskFull
 from tunesmith.events import Notice, Sink
 from tunesmith.files import draft
-from tunesmith.model import abilities
+from tunesmith.model import abilities, bodies, logprobs, wrap
 from tunesmith.tokens.batches import Batch, Group
 
 KEY = "loop.cache_frozen"
+LAST_NORMS = ("norm", "norm_f", "ln_f", "final_norm", "final_layernorm", "embedding_norm")
+"""What bodies call the norm after their last block."""
 
 
 def depth(net: nn.Module) -> int:
     """Number of layers below the lowest with a trainable tensor; 0 if the embedding is trained."""
     layers: Any = net.layers
     trained = [index for index, layer in enumerate(layers) if tree_flatten(layer.trainable_parameters())]
-    embedding: Any = net["model"].get("embed_tokens") if "model" in net else None
-    if embedding is None or not trained or tree_flatten(embedding.trainable_parameters()):
-        return 0
-    return trained[0]
+    return 0 if not trained or _trains_what_feeds_blocks(net) else trained[0]
+
+
+def _trains_what_feeds_blocks(net: nn.Module) -> bool:
+    """Whether the body has a trainable tensor outside its blocks and its last norm: an embedding, or what is
+    computed of it."""
+    try:
+        body = bodies.body(net)
+    except KeyError:
+        return True
+    outside = {name: child for name, child in body.children().items() if not isinstance(child, list)}
+    return any(
+        tree_flatten(child.trainable_parameters())
+        for name, child in outside.items()
+        if isinstance(child, nn.Module) and name not in LAST_NORMS
+    )
 
 
 def saving(net: nn.Module, epochs: float, recomputed: bool) -> float:
@@ -68,6 +82,9 @@ class Lower:
     def __init__(self, net: nn.Module, folder: Path = Path()) -> None:
         self.net, self.folder, self.depth = net, folder, depth(net)
         self.read = self.computed = 0
+        layers: Any = net.layers
+        self._lower: list[nn.Module] = list(layers[: self.depth])
+        self._extra: int | None = None  # outputs of a layer beside the hidden states, once known
 
     def open(self, groups: Sequence[Group]) -> int:
         """Make the folder; returns the bytes that all rows will take. Raises DiskFull."""
@@ -99,10 +116,9 @@ class Lower:
         ids = mx.array(longest.ids)[None]
 
         def split_and_whole() -> tuple[mx.array, mx.array]:
-            states = self._below(ids)
-            with self.above():
-                upper = self.net["model"](ids, input_embeddings=states)
-            return upper, self.net["model"](ids)
+            with self.above(self._below(ids)):
+                upper = logprobs.features(self.net, ids)
+            return upper, logprobs.features(self.net, ids)
 
         if not abilities.agree(self.net, split_and_whole):
             name = type(self.net).__module__.rsplit(".", 1)[-1]
@@ -121,9 +137,13 @@ class Lower:
         return mx.concatenate([mx.pad(row, [(0, 0), (0, width - row.shape[1]), (0, 0)]) for row in rows])
 
     @contextmanager
-    def above(self) -> Iterator[None]:
-        """Inside, ``net`` has its upper layers only."""
-        with _layers(self.net, slice(self.depth, None)):
+    def above(self, states: mx.array) -> Iterator[None]:
+        """Inside, ``net`` computes its upper layers only, of ``states`` (N, T, D). The lower ones keep their
+        places, since architectures choose masks by a layer's number; what comes before them is not evaluated,
+        since nothing depends on it."""
+        if self._extra is None:
+            self._below(mx.zeros((1, 1), mx.int32))
+        with wrap.replaced(self._lower, _passing(states, self._extra or 0)):
             yield
 
     def _of(self, ids: np.ndarray) -> mx.array:
@@ -151,22 +171,35 @@ class Lower:
         return states
 
     def _below(self, ids: mx.array) -> mx.array:
-        body = self.net["model"]
-        norm = body.norm
-        body.norm = nn.Identity()
+        """(N, T) → (N, T, D): what the lower layers make of ``ids``."""
         try:
-            with _layers(self.net, slice(0, self.depth)):
-                return body(ids)
-        finally:
-            body.norm = norm
+            with wrap.replaced(self._lower[-1:], _stopping):
+                logprobs.features(self.net, ids)
+        except _Stopped as stopped:
+            states, *extra = stopped.output if isinstance(stopped.output, tuple) else (stopped.output,)
+            self._extra = len(extra)
+            return states
+        raise TypeError(f"{type(self.net).__name__} does not call its layers in order")
 
 
-@contextmanager
-def _layers(net: nn.Module, selected: slice) -> Iterator[None]:
-    body = net["model"]
-    layers = body.layers
-    body.layers = layers[selected]
-    try:
-        yield
-    finally:
-        body.layers = layers
+class _Stopped(Exception):
+    """The pass has reached the last layer that is wanted."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+def _stopping(kind: type[nn.Module]) -> wrap.Call:
+    def call(self: nn.Module, *args: Any, **options: Any) -> Any:
+        raise _Stopped(kind.__call__(self, *args, **options))
+
+    return call
+
+
+def _passing(states: mx.array, extra: int) -> Callable[[type[nn.Module]], wrap.Call]:
+    """Layers that return ``states``, with ``extra`` further outputs that are None."""
+
+    def call(self: nn.Module, *args: Any, **options: Any) -> Any:
+        return (states, *[None] * extra) if extra else states
+
+    return lambda kind: call

@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from tunesmith import adapters
+from tunesmith.engine.engine import notify_if_separate
 from tunesmith.errors import ConfigError, OutOfMemory
 from tunesmith.events import Notice, Probed, Sink
 from tunesmith.learning.objective import Objective
@@ -64,10 +65,8 @@ class Gradients:
             net.update(weights)
             adapters.seed_dropout(net, key)
             tokens, positions, learned, tok_weights, rows, fields, *states = arrays
-            batch = Batch(
-                tokens, positions, learned, tok_weights, rows, fields, ends, states[0] if states else None
-            )
-            with lower.above() if lower else ExitStack():
+            batch = Batch(tokens, positions, learned, tok_weights, rows, fields, ends)
+            with lower.above(states[0]) if lower else ExitStack():
                 logps = logprobs.sequence_logps(net, batch, of_batch)
             return objective.losses(logps, batch.fields).sum(), logps
 
@@ -284,3 +283,4 @@ def require(net: nn.Module, config: RunConfig, rows: Sequence[Group], notify: Si
     if not abilities.splits(net):
         text = "this model's head cannot be separated from its body: all logits are computed, learned or not"
         notify(Notice(text, level="warning"))
+    notify_if_separate(net, notify)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from tunesmith import adapters, events
 from tunesmith.adapters import merging
-from tunesmith.adapters.specs import Attached
+from tunesmith.adapters.specs import Attached, Full, blocks_of
 from tunesmith.errors import ModelError
 from tunesmith.events import Notice, Sink
 from tunesmith.learning import optimizer
@@ -59,6 +59,7 @@ def train(
     _warn_of_warmup(config, prepared, hear)
     # 3. Base model, and the adapter that is trained on it
     model = open_model(config, prepared.train, hear, resume)
+    config = model.config
     hashes = _hashes(prepared, model)
     # 4. The run directory, new or resumed
     run = _directory(config, origins, out, resume, prepared, model, hashes, among)
@@ -78,9 +79,11 @@ def train(
 
 @dataclass(frozen=True)
 class Trainable:
-    """A base model with the adapter that is trained on it. ``ancestors``: where the adapters that were merged
-    into it, and that training starts from, come from."""
+    """A base model with the adapter that is trained on it. ``config``: with the settings that depend on the
+    model. ``ancestors``: where the adapters that were merged into it, and that training starts from, come
+    from."""
 
+    config: RunConfig
     loaded: Loaded
     attached: Attached
     ancestors: Mapping[str, Any]
@@ -100,6 +103,7 @@ def open_model(
     vocabulary.require_rows(loaded.net, rows)
     if (doubt := families.doubt(loaded.config)) is not None:
         notify(Notice(doubt, level="warning", where="model", hint="docs/models.md lists those that were"))
+    config = config.model_copy(update={"adapter": config.adapter.settled(loaded.net)})
     attached = config.adapter.attach(loaded.net, config.loop.seed, _recorded(config, resume))
     for notice in attached.notices:
         notify(notice)
@@ -111,7 +115,19 @@ def open_model(
         adapters.go_on(loaded.net, config.adapter, Path(config.adapter.start))
         notify(Notice(f"training goes on from the adapter {config.adapter.start}"))
     gradients.require(loaded.net, config, rows, notify)
-    return Trainable(loaded, attached, ancestors)
+    _tell_reach(config, loaded.net, attached, notify)
+    return Trainable(config, loaded, attached, ancestors)
+
+
+def _tell_reach(config: RunConfig, net: nn.Module, attached: Attached, notify: Sink) -> None:
+    """Say how many blocks a low-rank adapter reaches, if not all."""
+    if isinstance(config.adapter, Full):
+        return
+    blocks = blocks_of(net, config.adapter.layers)
+    reached = {block for name in attached.tensors for block in blocks if name.startswith(block)}
+    if len(reached) < len(blocks):
+        text = f"{', '.join(config.adapter.targets)} reach {len(reached)} of {len(blocks)} blocks"
+        notify(Notice(text, where="adapter.targets", hint="all-linear adapts every block"))
 
 
 def _recorded(config: RunConfig, resume: Run | None) -> tuple[str, ...] | None:
