@@ -21,7 +21,7 @@ from tunesmith.engine import generation
 from tunesmith.engine.requests import Request, sampler
 from tunesmith.errors import ModelError
 from tunesmith.events import Notice
-from tunesmith.model import gguf
+from tunesmith.model import abilities, gguf
 from tunesmith.model import loading as model
 
 IDS = mx.array([[5, 77, 130, 9, 262, 33, 71, 12]])
@@ -291,6 +291,7 @@ def test_generation_leaves_modes_as_they_were_and_closes_when_abandoned(tiny_mod
     net.train()
     net.layers[1].eval()
     modes = [module.training for module in net.modules()]
+    assert abilities.batches(net)  # tried before anything is counted
     engine = importlib.import_module("mlx_lm.generate").BatchGenerator
     closed: list[object] = []
     held: list[object] = []  # so that closing is not left to the garbage collector

@@ -63,7 +63,7 @@ class _LowRank(Spec):
         (AUTO,),
         min_length=1,
         description="linear layers and routed experts by name, suffix (mlp.up_proj) or pattern (*_proj); "
-        "all-linear: all of them in the blocks, but no router; auto: q_proj and v_proj, or all-linear where a "
+        "all-linear: all of them in the blocks, but no router; auto: q_proj and v_proj, or all-linear if a "
         "block does not have both",
     )
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null: all")
