@@ -44,3 +44,11 @@ def test_gemma_2_gives_each_row_its_own_mask(heads, rows):
     net = made("gemma2", num_key_value_heads=heads)
     answers = generation.generate(net, PROMPTS[:rows], max_tokens=8, eos_ids=[], batch_size=rows)
     assert [answer.ids for answer in answers] == [greedy(net, prompt, 8) for prompt in PROMPTS[:rows]]
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_rounding_is_not_mistaken_for_padding_that_is_read(dtype):
+    for name in ("llama", "gemma2", "granitemoehybrid", "qwen3_5", "mamba"):
+        net = made(name)
+        net.set_dtype(dtype)
+        assert abilities.batches(net) == (name not in NOT_BATCHED), name

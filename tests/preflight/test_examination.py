@@ -24,7 +24,8 @@ def findings(name: str, **config: object) -> dict[str, examination.Finding]:
 def test_a_wrapper_and_a_hybrid_are_described():
     found = findings("qwen3_5", text_config={"model_type": "qwen3_5_text", "rope_parameters": {}})
     assert found["family"].value == (
-        "qwen3_5 (of which qwen3_5_text, the text model), 4 blocks; config.json as transformers 5 writes it"
+        "qwen3_5 (of which qwen3_5_text, the text model), 4 blocks; config.json as transformers 5 writes it; "
+        "proven against transformers"
     )
     assert "2 q_proj" in found["targets"].value and found["targets"].value.endswith("in 4 of 4 blocks")
     assert found["abilities"].value.startswith(
@@ -36,6 +37,11 @@ def test_what_is_slow_is_a_warning():
     found = findings("mamba")["abilities"]
     assert found.problem == "warn" and found.hint == "answers are generated one by one"
     assert "answers are batched: no" in found.value
+
+
+def test_a_family_that_was_not_compared_is_a_warning():
+    found = findings("recurrent_gemma")["family"]
+    assert found.problem == "warn" and "not proven" in found.value and "recurrent_gemma" in str(found.hint)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +69,9 @@ def test_doctor_lists_all_of_it(tiny_model):
     checks = {
         check["name"]: check for check in tunesmith.doctor(model=str(tiny_model), overfit=False)["checks"]
     }
-    assert checks["family"]["value"] == "llama, 2 blocks; config.json as transformers wrote it before 5"
+    assert checks["family"]["value"] == (
+        "llama, 2 blocks; config.json as transformers wrote it before 5; proven against transformers"
+    )
     assert "not quantised, computed in float32" in checks["weights"]["value"]
     assert checks["targets"]["value"] == "auto adapts 2 q_proj, 2 v_proj: in 2 of 2 blocks"
     assert all(checks[name]["status"] == "ok" for name in ("family", "weights", "targets", "abilities"))

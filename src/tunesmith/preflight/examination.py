@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from tunesmith.adapters.attachment import Handle
 from tunesmith.adapters.specs import LoRA, blocks_of
 from tunesmith.display.console import size
-from tunesmith.model import abilities, bodies, kernels, wrap
+from tunesmith.model import abilities, bodies, families, kernels, wrap
 from tunesmith.model.loading import Loaded
 
 COMPARED_BYTES = 4 << 30
@@ -63,8 +64,17 @@ def _family(loaded: Loaded) -> Finding:
     if bodies.text_model(loaded.net) is not loaded.net:
         inside = (loaded.config.get("text_config") or {}).get("model_type", "text model")
         family += f" (of which {inside}, the text model)"
-    n_blocks = len(blocks_of(loaded.net))
-    return Finding("family", f"{family}, {n_blocks} blocks; config.json {layout(loaded.config)}")
+    value = f"{family}, {len(blocks_of(loaded.net))} blocks; config.json {layout(_written(loaded))}"
+    doubt = families.doubt(loaded.config)
+    if doubt is None:
+        return Finding("family", f"{value}; proven against transformers")
+    return Finding("family", f"{value}; not proven", "warn", doubt)
+
+
+def _written(loaded: Loaded) -> dict[str, Any]:
+    """config.json as it lies on disk: what was loaded has the names of before transformers 5."""
+    file = loaded.path / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else loaded.config
 
 
 def _weights(loaded: Loaded) -> Finding:
