@@ -377,6 +377,11 @@ FAMILIES = (
         },
         old=False,
     ),
+    Family(
+        "recurrent_gemma",
+        "recurrent_gemma",
+        {"lru_width": 64, "attention_window_size": WINDOW, "num_key_value_heads": 1},
+    ),
     Family("arcee", "arcee", HEADS),
     Family("nanochat", "nanochat", {}, old=False),
     Family(

@@ -7,6 +7,7 @@ write the table of docs/models.md. Needs the parity extra.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from parity import families
 from parity.families import Family
+
+from tunesmith.model import families as standing
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TOLERANCE = 1e-4
@@ -48,10 +51,8 @@ def expected(model: Any) -> np.ndarray:
     """(2, T, V) logits of transformers."""
     import torch
 
-    # the wrapper of Llama 4 cannot be called without images
-    text = model.language_model if type(model).__name__ == "Llama4ForConditionalGeneration" else model
     with torch.no_grad():
-        return text(torch.tensor(prompt())).logits.float().numpy()
+        return text_model(model)(torch.tensor(prompt())).logits.float().numpy()
 
 
 def measure(folder: Path, logits: np.ndarray) -> Measured:
@@ -59,7 +60,6 @@ def measure(folder: Path, logits: np.ndarray) -> Measured:
     import mlx.core as mx
 
     from tunesmith.errors import ModelError
-    from tunesmith.model import families as standing
     from tunesmith.model import loading
 
     try:
@@ -71,6 +71,41 @@ def measure(folder: Path, logits: np.ndarray) -> Measured:
     window = limit if limit is not None and limit < families.LENGTH else None
     found = np.array(loaded.net(mx.array(prompt())).astype(mx.float32))[:, :window]
     return Measured(float(np.abs(found - logits[:, :window]).max() / np.abs(logits).max()), window)
+
+
+def text_model(model: Any) -> Any:
+    """The part of a model of transformers that takes ids alone: the wrapper of Llama 4 wants images."""
+    return model.language_model if type(model).__name__ == "Llama4ForConditionalGeneration" else model
+
+
+def gradient_error(folder: Path, model: Any) -> float:
+    """Largest difference between the gradients of the loss by the embedding, of the model in ``folder`` and
+    of transformers, as a share of the largest entry. They pass through all layers."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import torch
+    from mlx.utils import tree_flatten
+
+    from tunesmith.model import loading
+
+    net = loading.load(loading.ModelSpec(path=str(folder))).net
+    ids = prompt()[:, : standing.exact_length(json.loads((folder / "config.json").read_text()))]
+    text, tensor = text_model(model), torch.tensor(ids)
+    logits = text(tensor).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, tensor[:, 1:].flatten()).backward()
+    embedding = text.get_input_embeddings().weight
+    wanted, rows = embedding.grad.numpy(), embedding.detach().numpy()
+    tables = [module for module in net.modules() if isinstance(module, nn.Embedding)]
+    (table,) = [table for table in tables if np.array_equal(np.array(table.weight), rows)]
+    table.unfreeze()
+
+    def loss(net: nn.Module) -> mx.array:
+        x = mx.array(ids)
+        return nn.losses.cross_entropy(net(x)[:, :-1], x[:, 1:], reduction="mean")
+
+    _, gradients = nn.value_and_grad(net, loss)(net)
+    ((_, found),) = tree_flatten(gradients)
+    return float(np.abs(np.array(found) - wanted).max() / np.abs(wanted).max())
 
 
 def converted(folder: Path, target: Path) -> Path | None:
