@@ -161,10 +161,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    lines = [
-        "| model | `model_type` | saved by transformers 5 | saved by transformers 4 |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| model | `model_type` | transformers 5 | transformers 4 | mlx-lm |", "|---|---|---|---|---|"]
     for family in families.FAMILIES:
         if options.names and family.model_type not in options.names:
             continue

@@ -19,13 +19,13 @@ REFUSED = {
 else."""
 
 PROVEN = frozenset(
-    "afmoe apertus cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 exaone4 exaone_moe falcon_h1"
-    " falcon_mamba gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite"
-    " gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid helium hunyuan_v1_dense"
-    " internlm3 jamba lfm2 lfm2_moe llama llama4 llama4_text mamba mamba2 minimax_m2 ministral3 mistral"
-    " mistral3 mixtral nemotron nemotron_h olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe"
-    " qwen2_vl qwen3 qwen3_5 qwen3_5_text qwen3_moe qwen3_next qwen3_vl seed_oss smollm3 solar_open"
-    " stablelm starcoder2 youtu".split()
+    "afmoe apertus cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 exaone4 exaone_moe"
+    " falcon_h1 falcon_mamba gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe"
+    " glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid"
+    " helium hunyuan_v1_dense internlm3 jamba lfm2 lfm2_moe llama llama4 llama4_text mamba mamba2"
+    " minimax_m2 ministral3 mistral mistral3 mixtral nemotron nemotron_h olmo2 olmo3 olmoe phi"
+    " phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_text qwen3_moe"
+    " qwen3_next qwen3_vl recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2 youtu".split()
 )
 """Model types whose logits equal transformers'."""
 

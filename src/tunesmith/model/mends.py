@@ -81,6 +81,15 @@ def _partial_rotary(net: nn.Module, config: Config) -> None:
             module.rope.dims = int(module.head_dim * config.get("partial_rotary_factor", 0.5))
 
 
+def _recurrent_gemma(net: nn.Module, config: Config) -> None:
+    """mlx-lm does not read the base of RecurrentGemma's rotary embedding."""
+    from mlx_lm.models import recurrent_gemma
+
+    for module in net.modules():
+        if isinstance(module, recurrent_gemma.LocalAttentionBlock):
+            module.rope.base = config["rope_theta"]
+
+
 def _activation(name: str) -> Callable[[mx.array], mx.array]:
     return nn.gelu if name == "gelu" else kernels.gelu_approx
 
@@ -170,6 +179,7 @@ _FAMILIES: dict[str, Callable[[nn.Module, Config], None]] = {
     "gpt_bigcode": _gpt_bigcode,
     "gpt_neox": _gpt_neox,
     "jamba": _jamba,
+    "recurrent_gemma": _recurrent_gemma,
     "starcoder2": _starcoder2,
 }
 """What is mended besides rotary embeddings, by model type."""
