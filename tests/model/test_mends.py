@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import gemma, glm, jamba, phi3
+from mlx_lm.models.recurrent_gemma import LocalAttentionBlock
 from mlx_lm.models.rope_utils import initialize_rope
 
 from tunesmith.model import mends
@@ -72,6 +73,12 @@ def test_glm_turns_a_part_of_each_head():
     net = glm.Model(glm.ModelArgs(model_type="glm", head_dim=16, **SIZES))
     mends.install(net, {"model_type": "glm", "partial_rotary_factor": 0.5})
     assert net.model.layers[0].self_attn.rope.dims == 8
+
+
+def test_recurrent_gemma_turns_with_the_base_of_its_settings():
+    layer, x = LocalAttentionBlock(64, 4, 32), mx.random.normal((1, 4, 9, 16))
+    mends.install(Layers(layer), {"model_type": "recurrent_gemma", "rope_theta": 50000.0})
+    close(layer.rope(x), nn.RoPE(8, base=50000.0)(x))
 
 
 def test_gemma_has_the_tanh_approximation_of_gelu():
