@@ -18,8 +18,9 @@ TOLERANCE = 1e-3
 """Largest difference, as a share of the largest value, between two ways to compute the same."""
 
 
-PADDED = {mx.float16: 1e-2, mx.bfloat16: 5e-2}
-"""The same where padding changes the order in which half-precision numbers are added."""
+PADDED = {mx.float32: 5e-5, mx.float16: 1e-2, mx.bfloat16: 5e-2}
+"""The same for batched answers, by dtype. In float32 rounding gives 5e-7, and padding that Nemotron-H reads
+as little as 5e-4; in half precision so small an error is below rounding."""
 
 
 def agree(
@@ -99,7 +100,7 @@ def batches(net: nn.Module) -> bool:
         alone = [_alone(net, prompt, tokens) for prompt, (tokens, _) in zip(PROMPTS, together, strict=True)]
         return mx.concatenate([logprobs for _, logprobs in together]), mx.concatenate(alone)
 
-    return agree(net, both, PADDED.get(net(mx.zeros((1, 1), mx.int32)).dtype, TOLERANCE))
+    return agree(net, both, PADDED[net(mx.zeros((1, 1), mx.int32)).dtype])
 
 
 def _batched(net: nn.Module) -> list[tuple[list[int], mx.array]]:
