@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from tunesmith.adapters.layers import AdapterLayer, DoRALinear, LoRALinear, dense, dims
+from tunesmith.model import kernels
 
 
 @functools.cache
@@ -107,9 +108,9 @@ class DoRAExperts(LoRAExperts):
 
 def _product(experts: nn.Module, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
     """(..., n, in), (...) → (..., n, out) x·Wᵀ without the bias; quantised weights stay packed."""
-    gathered: Any = {"rhs_indices": indices, "sorted_indices": sorted_indices}
     if "scales" not in experts:
-        return mx.gather_mm(x, experts["weight"].swapaxes(-1, -2), **gathered)
+        return kernels.routed(x, experts["weight"], indices, sorted_indices)
+    gathered: Any = {"rhs_indices": indices, "sorted_indices": sorted_indices}
     settings: Any = experts
     packing: Any = {"group_size": settings.group_size, "bits": settings.bits, "mode": settings.mode}
     packing["global_scale"] = experts.get("global_scale")

@@ -7,15 +7,17 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from tunesmith.engine import generation
 from tunesmith.model import kernels
 from tunesmith.model import loading as model
-from tunesmith.model.kernels import extension
+from tunesmith.model.kernels import extension, operations
 
 pytestmark = pytest.mark.skipif(
     extension.load().module is None, reason=f"no compiled kernels: {extension.load().missing}"
@@ -299,6 +301,49 @@ def test_products_of_few_rows(rows, inputs, outputs):
     assert_close(slopes[1], cotangent.T @ a, terms=(np.abs(cotangent).T @ np.abs(a)).max())
 
 
+@pytest.mark.parametrize("per_expert", [8, 11, 40])
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize(("experts", "inputs", "outputs"), [(1, 5, 3), (6, 37, 65), (32, 64, 16)])
+def test_products_of_routed_experts(experts, inputs, outputs, per_expert, skewed):
+    """Skewed: the last expert has nearly all rows, and some have none."""
+    rows = experts * per_expert
+    chosen = NUMBERS.integers(0, experts, rows)
+    chosen = np.sort(np.where(NUMBERS.random(rows) < 0.9, experts - 1, chosen) if skewed else chosen)
+    x, weight = normal(rows, 1, inputs), normal(experts, outputs, inputs)
+    indices = mx.array(chosen.astype(np.uint32))
+    value, slopes, cotangent = both(lambda x, w: kernels.routed(x, w, indices, True), x, weight)
+    compiled = mx.compile(lambda x, w: kernels.routed(x, w, indices, True))
+    a, w = x.astype(np.float64), weight.astype(np.float64)[chosen]
+    expected = a @ w.swapaxes(1, 2)
+    assert_close(value, expected)
+    assert_close(compiled(mx.array(x), mx.array(weight)), expected)
+    assert_close(slopes[0], cotangent @ w)
+    by_expert = np.zeros_like(weight, dtype=np.float64)
+    np.add.at(by_expert, chosen, cotangent.swapaxes(1, 2) @ a)
+    assert_close(slopes[1], by_expert)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_experts_multiply_in_blocks(bias, monkeypatch):
+    """And those that are trained do not: the gradient of each block would be as large as a matrix."""
+    layer = SwitchLinear(16, 24, 4, bias=bias)
+    net = nn.Sequential(layer)
+    x, indices = mx.array(normal(80, 1, 16)), mx.sort(mx.array(NUMBERS.integers(0, 4, 80)))
+    expected = layer(x, indices, sorted_indices=True)
+    kernels.install(net)
+    asked: list[int] = []
+    blocks = operations.routed
+    monkeypatch.setattr(operations, "routed", lambda *arrays: asked.append(1) or blocks(*arrays))
+    assert_close(layer(x, indices, sorted_indices=True), np.array(expected))
+    assert not asked, "a trained layer"
+    layer.freeze()
+    assert_close(layer(x, indices, sorted_indices=True), np.array(expected))
+    assert asked == [1]
+    layer(x[:20], indices[:20], sorted_indices=True)
+    layer(x, indices)
+    assert asked == [1], "few rows, or rows in no order"
+
+
 def test_activations_at_the_ends():
     ends = mx.array([-mx.inf, -3e38, -1e4, -89.0, 0.0, 89.0, 1e4, mx.nan])
     for kernel in (lambda x: kernels.swiglu(x, mx.ones(x.shape)), kernels.gelu_approx):
@@ -376,7 +421,7 @@ from tunesmith.machine import backend
 backend.setup()
 import mlx.core as mx, numpy as np
 from tunesmith.model import kernels
-from tunesmith.model.kernels import extension
+from tunesmith.model.kernels import extension, operations
 extension.load().module.set_threads(int(sys.argv[1]))
 def draw(*shape, seed=[0]):
     seed[0] += 1

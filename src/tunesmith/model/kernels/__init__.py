@@ -38,6 +38,7 @@ __all__ = [
     "recorded",
     "rms_norm",
     "rope",
+    "routed",
     "swiglu",
     "token_logprobs",
     "watched",
@@ -156,6 +157,21 @@ def linear(x: mx.array, weight: mx.array) -> mx.array:
     if x.size <= FEW_ROWS * x.shape[-1] and (module := _compiled("few rows", x, weight)):
         return module.linear(x, weight)
     return x @ weight.T
+
+
+ROUTED_ROWS = 8
+"""Fewest rows for each expert, on average, that are multiplied in blocks."""
+
+
+def routed(x: mx.array, weight: mx.array, experts: mx.array, sorted_indices: bool) -> mx.array:
+    """(..., n, in), (E, out, in), (...) → (..., n, out) x·Wᵀ with the matrix of the expert of each entry."""
+    one_each = sorted_indices and x.ndim == 3 and x.shape[1] == 1 and experts.ndim == 1
+    float32 = x.dtype == mx.float32 == weight.dtype
+    # Only where kernels are compiled: runs that began without them keep their last digits.
+    if one_each and float32 and len(x) >= ROUTED_ROWS * len(weight) and choice() == "compiled":
+        return operations.routed(x[:, 0], weight, experts)[:, None]
+    gathered: Any = {"rhs_indices": experts, "sorted_indices": sorted_indices}
+    return mx.gather_mm(x, weight.swapaxes(-1, -2), **gathered)
 
 
 def token_logprobs(logits: mx.array, targets: mx.array) -> mx.array:
@@ -281,8 +297,12 @@ def install(net: nn.Module) -> int:
     modules = [module for module in net.modules() if _bindings(type(module))]
     wrap.replace(modules, call_of)
     if backend.own_kernels():
+        from mlx_lm.models.switch_layers import SwitchLinear  # loads transformers
+
         linear_layers = [module for module in net.modules() if type(module) is nn.Linear]
         wrap.replace(linear_layers, lambda kind: _linear)
+        layers_of_experts = [module for module in net.modules() if type(module) is SwitchLinear]
+        wrap.replace(layers_of_experts, lambda kind: _experts)
         tables = [module for module in net.modules() if type(module) is nn.Embedding]
         wrap.replace(tables, lambda kind: _as_linear, method="as_linear")
     return len(modules)
@@ -293,6 +313,15 @@ def _linear(layer: nn.Module, x: mx.array) -> mx.array:
         return mx.addmm(layer["bias"], x, layer["weight"].T)
     y = linear(x, layer["weight"])
     return y + layer["bias"] if "bias" in layer else y
+
+
+def _experts(layer: nn.Module, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+    if layer.trainable_parameters():  # in blocks, its gradient would hold a matrix for each block
+        gathered: Any = {"rhs_indices": indices, "sorted_indices": sorted_indices}
+        y = mx.gather_mm(x, layer["weight"].swapaxes(-1, -2), **gathered)
+    else:
+        y = routed(x, layer["weight"], indices, sorted_indices)
+    return y + mx.expand_dims(layer["bias"][indices], -2) if "bias" in layer else y
 
 
 def _as_linear(table: nn.Module, x: mx.array) -> mx.array:

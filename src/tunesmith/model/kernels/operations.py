@@ -1,5 +1,5 @@
 """e^x, causal attention, SwiGLU and cross-entropy for a Linux CPU as chains of MLX's operations, where the
-compiled kernels are missing.
+compiled kernels are missing; and the products of routed experts.
 
 The wheel has no vectorised exponential on x86 (10 to 20 ns an element, where a multiplication takes 0.2), and
 its attention builds all scores at once. Here e^x is a polynomial in plain MLX operations, and attention runs
@@ -188,3 +188,31 @@ def _add(total: mx.array, part: mx.array, end: int) -> mx.array:
         if end < total.shape[2]
         else total + part
     )
+
+
+ROWS_OF_EXPERT = 32
+"""Most rows of a block in `routed`: larger blocks are padded more, smaller ones read the weights more
+often."""
+
+
+def routed(x: mx.array, weight: mx.array, experts: mx.array) -> mx.array:
+    """(N, in), (E, out, in), (N,) → (N, out): each row times the transposed matrix of its expert; ``experts``
+    is sorted, with 8 rows for each expert on average or more.
+
+    On the CPU MLX multiplies gathered matrices one row at a time, which reads an expert's weights for each of
+    its rows. Here each expert's rows are padded to blocks, which a BLAS multiplies 4 to 9 times as fast. The
+    number of blocks depends on the shapes alone, so nothing is computed before it is needed."""
+    n_rows, n_experts = len(x), len(weight)
+    block = min(ROWS_OF_EXPERT, n_rows // n_experts)
+    counts = (experts[:, None] == mx.arange(n_experts)).sum(axis=0)
+    blocks = (counts + (block - 1)) // block  # of each expert
+    ends = mx.cumsum(blocks)
+    shift = (ends - blocks) * block - (mx.cumsum(counts) - counts)
+    places = mx.arange(n_rows) + shift[experts]
+    n_blocks = n_rows // block + n_experts  # at most so many are used
+    owners = (mx.arange(n_blocks)[:, None] >= ends).sum(axis=1)
+    owners = mx.minimum(owners, n_experts - 1)
+    padded = mx.zeros((n_blocks * block, x.shape[-1]), x.dtype).at[places].add(x)
+    rows = padded.reshape(n_blocks, block, -1)
+    products = mx.gather_mm(rows, weight.swapaxes(-1, -2), rhs_indices=owners, sorted_indices=True)
+    return products.reshape(n_blocks * block, -1)[places]
