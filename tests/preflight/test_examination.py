@@ -15,7 +15,7 @@ from tunesmith.model.loading import Loaded
 from tunesmith.preflight import examination
 
 
-def findings(name: str, **config: object) -> dict[str, examination.Finding]:
+def findings(name: str, **config: object) -> dict[str, examination.Observation]:
     """What is said of a tiny model of a family that lies nowhere on disk."""
     loaded = Loaded(made(name), Path("/nowhere"), {"model_type": name, "vocab_size": 96, **config}, "", "")
     return {finding.name: finding for finding in examination.examine(loaded)}

@@ -29,7 +29,7 @@ class Response(NamedTuple):
 
 
 @dataclass
-class _Row:
+class _Sequence:
     """``ids``: tokens that were not read yet. ``left``: how many may still be made."""
 
     uid: int
@@ -46,8 +46,8 @@ class SeparateRows:
 
     def __init__(self, model: Callable[..., mx.array], net: nn.Module, size: int) -> None:
         self._model, self._net, self._size = model, net, size
-        self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []
+        self._waiting: deque[_Sequence] = deque()
+        self._rows: list[_Sequence] = []
         self._count = 0
 
     def insert(
@@ -67,7 +67,7 @@ class SeparateRows:
             cache = caches[place] if caches else make_prompt_cache(self._net)
             sampler = samplers[place] if samplers else None
             matcher = stop_sequences[place].matcher()
-            self._waiting.append(_Row(uid, prompts[place], max_tokens[place], cache, sampler, matcher))
+            self._waiting.append(_Sequence(uid, prompts[place], max_tokens[place], cache, sampler, matcher))
         return numbers
 
     def next_generated(self) -> list[Response]:
@@ -85,7 +85,7 @@ class SeparateRows:
     def close(self) -> None:
         self._rows, self._waiting = [], deque()
 
-    def _advance(self, row: _Row) -> Response:
+    def _advance(self, row: _Sequence) -> Response:
         while len(row.ids) > 1:
             part = row.ids[: min(PREFILL_TOKENS, len(row.ids) - 1)]
             self._model(mx.array([part]), cache=row.cache)

@@ -31,7 +31,7 @@ FAR = {mx.float32: 1e-3, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 weights."""
 
 
-class Finding(NamedTuple):
+class Observation(NamedTuple):
     """``problem``: None if all is well; ``hint``: what to do about it."""
 
     name: str
@@ -40,7 +40,7 @@ class Finding(NamedTuple):
     hint: str | None = None
 
 
-def examine(loaded: Loaded) -> list[Finding]:
+def examine(loaded: Loaded) -> list[Observation]:
     return [
         _family(loaded),
         _weights(loaded),
@@ -59,7 +59,7 @@ def layout(config: Mapping[str, Any]) -> str:
     return "as transformers 5 writes it" if new else "as transformers wrote it before 5"
 
 
-def _family(loaded: Loaded) -> Finding:
+def _family(loaded: Loaded) -> Observation:
     family = loaded.config["model_type"]
     if bodies.text_model(loaded.net) is not loaded.net:
         inside = (loaded.config.get("text_config") or {}).get("model_type", "text model")
@@ -67,8 +67,8 @@ def _family(loaded: Loaded) -> Finding:
     value = f"{family}, {len(blocks_of(loaded.net))} blocks; config.json {layout(_written(loaded))}"
     doubt = families.doubt(loaded.config)
     if doubt is None:
-        return Finding("family", f"{value}; proven against transformers")
-    return Finding("family", f"{value}; not proven", "warn", doubt)
+        return Observation("family", f"{value}; proven against transformers")
+    return Observation("family", f"{value}; not proven", "warn", doubt)
 
 
 def _written(loaded: Loaded) -> dict[str, Any]:
@@ -77,12 +77,12 @@ def _written(loaded: Loaded) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else loaded.config
 
 
-def _weights(loaded: Loaded) -> Finding:
+def _weights(loaded: Loaded) -> Observation:
     weights = loaded.config.get("quantization")
     held = "not quantised" if weights is None else f"quantised to {weights['bits']} bits"
     files = sum(file.stat().st_size for file in loaded.path.glob("model*.safetensors"))
     dtype = str(_dtype(loaded.net)).removeprefix("mlx.core.")
-    return Finding("weights", f"{size(float(files))} on disk, {held}, computed in {dtype}")
+    return Observation("weights", f"{size(float(files))} on disk, {held}, computed in {dtype}")
 
 
 def _dtype(net: nn.Module) -> mx.Dtype:
@@ -90,7 +90,7 @@ def _dtype(net: nn.Module) -> mx.Dtype:
     return net(mx.zeros((1, 1), mx.int32)).dtype
 
 
-def _targets(net: nn.Module) -> Finding:
+def _targets(net: nn.Module) -> Observation:
     """What the adapter's default targets reach, found by attaching such an adapter for a moment."""
     spec = LoRA.model_validate({"rank": 1}).settled(net)
     handle = Handle(net)
@@ -103,7 +103,7 @@ def _targets(net: nn.Module) -> Finding:
     blocks = blocks_of(net)
     reached = {block for name in layers for block in blocks if name.startswith(block)}
     each = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    return Finding("targets", f"auto adapts {each}: in {len(reached)} of {len(blocks)} blocks")
+    return Observation("targets", f"auto adapts {each}: in {len(reached)} of {len(blocks)} blocks")
 
 
 ABILITIES: dict[str, tuple[Callable[[nn.Module], bool], str]] = {
@@ -115,14 +115,14 @@ ABILITIES: dict[str, tuple[Callable[[nn.Module], bool], str]] = {
 """Ability → how it is tried, and what is slow without it."""
 
 
-def _abilities(net: nn.Module) -> Finding:
+def _abilities(net: nn.Module) -> Observation:
     has = {name: tried(net) for name, (tried, _) in ABILITIES.items()}
     value = "; ".join(f"{name}: {'yes' if able else 'no'}" for name, able in has.items())
     slow = [costs for name, (_, costs) in ABILITIES.items() if costs and not has[name]]
-    return Finding("abilities", value, "warn" if slow else None, "; ".join(slow))
+    return Observation("abilities", value, "warn" if slow else None, "; ".join(slow))
 
 
-def _kernels(net: nn.Module) -> Finding:
+def _kernels(net: nn.Module) -> Observation:
     """Which kernels compute a pass."""
     with kernels.watched() as calls:
         logits = net(mx.arange(16, dtype=mx.int32)[None])[0]
@@ -132,22 +132,24 @@ def _kernels(net: nn.Module) -> Finding:
     parts += [f"{', '.join(others)}: MLX's"] if others else []
     slow = "attention" in others and kernels.choice() == "compiled"
     hint = "the compiled kernels do not cover this attention (sinks, additive masks): it trains more slowly"
-    return Finding("model", "; ".join(parts), "warn" if slow else None, hint)
+    return Observation("model", "; ".join(parts), "warn" if slow else None, hint)
 
 
-def _parity(loaded: Loaded) -> Finding:
+def _parity(loaded: Loaded) -> Observation:
     """How far the logits are from those of transformers on torch, if it is installed."""
     if importlib.util.find_spec("torch") is None:
-        return Finding("logits", "not compared with transformers: torch is not installed (the extra parity)")
+        return Observation(
+            "logits", "not compared with transformers: torch is not installed (the extra parity)"
+        )
     if "quantization" in loaded.config or not (loaded.path / "config.json").is_file():
-        return Finding("logits", "not compared with transformers: it does not read this format")
+        return Observation("logits", "not compared with transformers: it does not read this format")
     files = sum(file.stat().st_size for file in loaded.path.glob("model*.safetensors"))
     first = FIRST_LAYERS if files > COMPARED_BYTES else None
     ids = _ids(loaded.config)
     try:
         theirs = _by_transformers(loaded.path, ids, first)
     except Exception as error:  # transformers raises anything for a model that it does not know
-        return Finding(
+        return Observation(
             "logits", f"not compared: transformers cannot compute it: {str(error).splitlines()[0]}"
         )
     layers: Any = loaded.net.layers
@@ -158,9 +160,9 @@ def _parity(loaded: Loaded) -> Finding:
     which = f", first {first} layers" if first else ""
     value = f"worst error {error:.1e} of the largest logit against transformers on torch{which}"
     if error <= FAR[_dtype(loaded.net)]:
-        return Finding("logits", value)
+        return Observation("logits", value)
     hint = "this model is not computed as transformers does: do not train it here, and report its config.json"
-    return Finding("logits", value, "fail", hint)
+    return Observation("logits", value, "fail", hint)
 
 
 def _ids(config: Mapping[str, Any]) -> list[int]:
