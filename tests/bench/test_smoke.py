@@ -21,6 +21,7 @@ QUICK = {
     "preferences": [],
     "scaling": [],
     "start": [],
+    "wrappers": [],
     "train_speed": ["--trainers", "mlx_lm_blas", "trl"],
 }
 LONG = {"evaluation": [], "gpu": ["--updates", "2"], "objectives": [], "ranks": [], "shape_7b": []}
