@@ -111,3 +111,19 @@ def test_a_verb_loads_what_it_uses_and_no_more(place):
 def test_every_verb_is_held_to_what_it_loads():
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert {command.split()[0] for command in VERBS} == verbs and len(verbs) >= 11
+
+
+@pytest.mark.parametrize(
+    ("words", "uses"),
+    [
+        (["doctor", "--model", "m"], True),
+        (["doctor", ".", "--model=m"], True),
+        (["doctor"], False),
+        (["train", "--model", "m"], False),
+        ([], False),
+    ],
+)
+def test_only_the_comparison_with_transformers_sees_torch(words, uses):
+    from tunesmith import cli
+
+    assert cli._compares_with_torch(words) == uses

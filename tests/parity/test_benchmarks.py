@@ -36,7 +36,7 @@ def both(path: Path):
 
 
 def compare(ours, theirs, task) -> int:
-    requests = [request for part in task._parts for one in part.asked for request in one.requests]
+    requests = [request for part in task._parts for one in part.documents for request in one.requests]
     mine, others = (
         ours.loglikelihood(requests, disable_tqdm=True),
         theirs.loglikelihood(requests, disable_tqdm=True),
@@ -57,7 +57,7 @@ def test_log_likelihoods_of_a_tiny_model(tiny_model, data_dir):
 def test_text_of_a_tiny_model(tiny_model, data_dir):
     ours, theirs = both(tiny_model)
     (task,) = benchmarks.build(material(data_dir("benchmarks"), "gsm8k", limit=3))
-    requests = [request for one in task._parts[0].asked for request in one.requests]
+    requests = [request for one in task._parts[0].documents for request in one.requests]
     for request in requests:
         request.args[1]["max_gen_toks"] = 32
     said = ours.generate_until(requests, disable_tqdm=True)

@@ -56,9 +56,15 @@ def _options(
         os.environ["TUNESMITH_DEBUG"] = "1"
 
 
+def _compares_with_torch(words: list[str]) -> bool:
+    """Only ``doctor --model`` uses torch: the logits of transformers are the oracle."""
+    return words[:1] == ["doctor"] and any(word.split("=")[0] == "--model" for word in words)
+
+
 def main() -> None:
     """The entry point. An error that a user can cause is printed without a traceback."""
-    imports.hide("torch")  # transformers would load it, for nothing that a verb uses
+    if not _compares_with_torch(sys.argv[1:]):
+        imports.hide("torch")  # transformers would load it, for nothing that the verb uses
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that torch is missing
     try:
         app()

@@ -160,7 +160,7 @@ def own_kernels() -> bool:
 
 def cpu_threads() -> int:
     """Threads of the compiled kernels: as many as the BLAS has, or one for each core of this process."""
-    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         if (count := os.environ.get(name, "")).isdigit():
             return max(1, int(count))
     return len(os.sched_getaffinity(0)) if on_linux() else 1

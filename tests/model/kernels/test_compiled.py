@@ -212,7 +212,33 @@ def test_what_the_kernels_do_not_cover_is_mlx_s(bad):
     np.testing.assert_allclose(np.array(result), np.array(expected), atol=1e-3)
 
 
+def test_rows_that_repeat_or_run_backwards_are_copied_first():
+    q, k, v = (mx.array(normal(1, 2, 9, 8)) for _ in range(3))
+
+    def attend(q, k, v):
+        return kernels.attention(q, k, v, cache=None, scale=0.5, mask="causal")
+
+    def total(q, k, v):  # its cotangent repeats one row
+        return (attend(q, k, v).sum(axis=2) ** 2).sum()
+
+    def exact(q, k, v):
+        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.5, mask="causal")
+        return (mixed.sum(axis=2) ** 2).sum()
+
+    for ours, theirs in zip(
+        mx.grad(total, (0, 1, 2))(q, k, v), mx.grad(exact, (0, 1, 2))(q, k, v), strict=True
+    ):
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-4)
+    back = attend(q, k[:, :, ::-1], v[:, :, ::-1])
+    copied = attend(q, *(mx.array(np.ascontiguousarray(np.array(x)[:, :, ::-1])) for x in (k, v)))
+    np.testing.assert_allclose(np.array(back), np.array(copied), atol=1e-6)
+    lone = [x[:, :, 0][:, :, None] for x in (q, k, v)]
+    np.testing.assert_allclose(np.array(attend(*lone)), np.array(lone[2]), atol=1e-6)
+
+
 def test_arrays_without_elements():
+    assert kernels.linear(mx.zeros((0, 4)), mx.zeros((3, 4))).shape == (0, 3)
+    assert kernels.rms_norm(mx.zeros((2, 0)), None, 1e-5).shape == (2, 0)
     nothing = mx.zeros((0, 2, 3, 8))
     result = kernels.rope(nothing, 8, traditional=False, base=1e4, scale=1.0, offset=0)
     assert result.shape == kernels.attention(*[nothing] * 3, cache=None, scale=1.0, mask=None).shape
@@ -372,7 +398,7 @@ def test_rms_norm(shape, weighted):
 @pytest.mark.parametrize("traditional", [True, False])
 @pytest.mark.parametrize("dims", [64, 32, 2])
 @pytest.mark.parametrize("given_by", ["base", "wavelengths"])
-@pytest.mark.parametrize("offset", [0, 5000, [3, 700]])
+@pytest.mark.parametrize("offset", [0, 5000, -60, [3, -7]])
 def test_rotary_embeddings(traditional, dims, given_by, offset):
     x = normal(2, 3, 40, 64)
     base = 1e4 if given_by == "base" else None

@@ -154,7 +154,7 @@ FEW_ROWS = 8
 
 def linear(x: mx.array, weight: mx.array) -> mx.array:
     """(..., in), (out, in) → (..., out) x·Wᵀ"""
-    if x.size <= FEW_ROWS * x.shape[-1] and (module := _compiled("few rows", x, weight)):
+    if 0 < x.size <= FEW_ROWS * x.shape[-1] and (module := _compiled("few rows", x, weight)):
         return module.linear(x, weight)
     return x @ weight.T
 
@@ -207,7 +207,7 @@ def attention(
     rows = isinstance(mask, Packed)
     if rows and sinks is not None:
         raise ValueError("layers with attention sinks cannot take packed rows")
-    simple = mask is None or rows or mask == "causal" if not isinstance(mask, mx.array) else _boolean(mask)
+    simple = _boolean(mask) if isinstance(mask, mx.array) else rows or mask in (None, "causal")
     if simple and sinks is None and not _quantised(cache):
         if module := _compiled("attention", queries, keys, values):
             allowed = mask if isinstance(mask, mx.array) else None

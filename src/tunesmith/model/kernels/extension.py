@@ -88,7 +88,10 @@ def _compiled() -> Path:
     if found is None or found.origin is None:
         raise _Missing("nanobind is not installed", "pip install 'nanobind>=3.0.1,<4'")
     binding, library = Path(found.origin).parent, Path(mx.__file__).parent
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    try:
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    except ValueError as error:
+        raise _Missing(f"CXXFLAGS cannot be read: {error}") from error
     include = (binding / "include", binding / "ext" / "robin_map" / "include", headers, library / "include")
     command = [compiler, *FLAGS, *_vectors(), *extra, *(f"-I{folder}" for folder in include)]
     command += [str(SOURCES / "extension.cpp"), str(binding / "src" / "nb_combined.cpp")]

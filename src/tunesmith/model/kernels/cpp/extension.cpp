@@ -45,7 +45,8 @@ class Kernel : public mx::Primitive {
     if (!gradient_) throw std::invalid_argument(std::string("[") + name_ + "] has no gradient");
     const Arrays all = gradient_(inputs, results, cotangents);
     Arrays chosen;
-    for (const int input : wanted) chosen.push_back(all.at(input));
+    for (const int input : wanted)  // masks, positions and targets have none
+      chosen.push_back(input < static_cast<int>(all.size()) ? all[input] : mx::zeros_like(inputs[input], stream()));
     return chosen;
   }
   const char* name() const override { return name_; }
@@ -224,9 +225,11 @@ tunesmith::Result allocate_by_row(mx::array& result) {
   return {result.data<float>(), {strides[0], strides[1], strides[2]}};
 }
 
-// `x` (B, H, T, D) as it lies, or a copy if its last dimension has gaps.
+// `x` (B, H, T, D) as it lies, or a copy if a BLAS cannot read its rows: gaps in the last dimension, or rows
+// that overlap, repeat or run backwards.
 tunesmith::Operand operand(const mx::array& x, mx::cpu::CommandEncoder& encoder) {
-  if (x.strides(-1) == 1 || x.shape(-1) == 1)
+  const int64_t row = x.strides(-2);
+  if (x.strides(-1) == 1 && row >= std::max<int64_t>(1, x.shape(-1)) && row <= std::numeric_limits<int>::max())
     return {x.data<float>(), {x.strides(0), x.strides(1), x.strides(2)}};
   mx::array copy(x.shape(), mx::float32, nullptr, {});
   float* to = allocate(copy);
@@ -295,7 +298,7 @@ mx::array attention(
   check_heads(q, "queries"), check_heads(k, "keys"), check_heads(v, "values");
   const bool fit = k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) == v.shape(1) &&
       k.shape(1) > 0 && q.shape(1) % k.shape(1) == 0 && k.shape(2) == v.shape(2) && k.shape(3) == q.shape(3) &&
-      (ends.empty() || (k.shape(2) == q.shape(2) && *std::max_element(ends.begin(), ends.end()) <= q.shape(2)));
+      (ends.empty() || (causal && k.shape(2) == q.shape(2) && *std::max_element(ends.begin(), ends.end()) <= q.shape(2)));
   if (!fit) throw std::invalid_argument("the shapes of queries, keys and values do not fit each other");
   Arrays inputs{q, k, v};
   if (allowed) {

@@ -52,7 +52,7 @@ void columns(const float* x, const float* weight, float* y, int64_t rows, int64_
 // y (rows, outputs) = x (rows, inputs) times the transposed weight (outputs, inputs).
 inline void linear(
     const float* x, const float* weight, float* y, int64_t rows, int64_t inputs, int64_t outputs) {
-  const int64_t part = kTermsOfUnit / (rows * inputs) / kOutputs * kOutputs;
+  const int64_t part = kTermsOfUnit / std::max<int64_t>(1, rows * inputs) / kOutputs * kOutputs;
   in_parts(outputs, std::max<int64_t>(kOutputs, part), [=](int64_t begin, int64_t end) {
     int64_t column = begin;
     for (; column + kOutputs <= end; column += kOutputs)
