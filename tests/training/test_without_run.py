@@ -30,6 +30,7 @@ def test_updates_without_a_run_give_its_losses(tiny_model, tmp_path):
     tunesmith.train(resolved, out=tmp_path / "run", notify=hear)
     net = loading.load(resolved.spec.model).net
     resolved.spec.adapter.attach(net, resolved.spec.loop.seed)
+    net.train()  # dropout has no key before the first update
     update = UpdatesWithoutRun(net, resolved.spec, preparation.prepare(resolved.spec).train)
     again = [update() for _ in range(5)]
     assert [(event.step, event.loss, event.units) for event in again] == [

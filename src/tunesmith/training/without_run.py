@@ -17,6 +17,7 @@ from tunesmith.learning import optimizer
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import ONE
 from tunesmith.model import vocabulary
+from tunesmith.model.loading import evaluating
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Cut, Group, Plan
@@ -33,7 +34,8 @@ class UpdatesWithoutRun:
     net: with its adapter attached. ``plan``: which rows an update learns, in which micro-batches."""
 
     def __init__(self, net: nn.Module, config: RunConfig, rows: Sequence[Group]) -> None:
-        vocabulary.require_rows(net, rows)
+        with evaluating(net):  # no dropout, which has no key yet
+            vocabulary.require_rows(net, rows)
         lengths = tuple(group.length for group in rows)
         cut = Cut.of(config.batch, lengths, backend.setup().kind == "gpu")
         spec = config.loop
