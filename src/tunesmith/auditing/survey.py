@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -95,7 +96,7 @@ def audit(
     if not total:
         raise DataError("no rows", where=", ".join(map(str, files_read)), hint="name files of rows")
     setup = replace(setup, share=min(1.0, setup.spec.sample / max(total, 1)), call=uuid.uuid4().hex)
-    beside = APART <= total <= ALONE and embed is None and _available(processes) > 1
+    beside = APART <= total <= ALONE and setup.share == 1 and embed is None and _available(processes) > 1
     survey = Survey(
         setup.spec,
         context=replace(
@@ -245,8 +246,12 @@ def _clusters_beside(files: Sequence[Path], data: DataSpec) -> Callable[[Sequenc
     future = executor.submit(_clusters_in_worker, files, data)
 
     def clusters_of(prompts: Sequence[str]) -> Clustering:
-        clustered, clustering = future.result()
-        executor.shutdown(wait=False)
+        try:
+            clustered, clustering = future.result()
+        except BrokenExecutor:  # the process was killed, as when memory runs out
+            return clusters.clusters(prompts)
+        finally:
+            executor.shutdown(wait=False)
         return clustering if clustered == list(prompts) else clusters.clusters(prompts)
 
     return clusters_of

@@ -126,7 +126,10 @@ class Loop:
             self.emit(validated)
             if cursor.step == 0 and not math.isfinite(validated.loss):
                 message = f"the loss of the held-out rows is {validated.loss} before the first update"
-                hint = "all weights of the base are finite, so a product overflowed: try model.dtype=float32"
+                hint = (
+                    "all weights of the base are finite: in half precision a product may have overflowed "
+                    "(try model.dtype=float32), or the adapter of adapter.start is not finite"
+                )
                 raise TrainingError(message, where="model.dtype", hint=hint)
             self.watch.validation(validated.metrics, self.emit)
             best = validated.best
