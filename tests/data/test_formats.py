@@ -350,7 +350,7 @@ RESULT = {"role": "tool", "tool_call_id": "i", "content": "r"}
             "content",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]},
         ),
-        ("label", {"messages": [USER, ANSWER], "label": "true"}),
+        ("label", {"messages": [USER, ANSWER], "label": "perhaps"}),
         ("label", {"text": "t", "label": 1}),
         ("leading_assistant", {"messages": [ANSWER, USER, ANSWER]}),
         ("leading_assistant", {"messages": [{"role": "system", "content": "s"}, ANSWER]}),

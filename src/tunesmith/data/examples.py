@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast
 
 from tunesmith.errors import DataError
 from tunesmith.settings.config import JSON
@@ -20,12 +20,16 @@ class BadRow(Exception):
     """This row cannot be used."""
 
     def __init__(self, reason: str, place: str, expected: str, found: str, hint: str = "") -> None:
-        super().__init__(
-            f"{place}: " * bool(place)
-            + f"expected {expected}, found {found}"
-            + f"; hint: {hint}" * bool(hint)
-        )
         self.reason = reason
+        self.fault = f"expected {expected}, found {found}"
+        super().__init__(f"{place}: " * bool(place) + self.fault + f"; hint: {hint}" * bool(hint))
+
+
+class RowRemark(NamedTuple):
+    """How a row was read. ``doubt``: something that it says was not understood."""
+
+    text: str
+    doubt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +66,12 @@ class Conversation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sourced:
     """``id``: 16 hex digits of the sha256 of the content, source and metadata aside. ``source``:
-    ``file:line``."""
+    ``file:line``. ``remarks``: how the row was read, where that may not be what its author expects."""
 
     id: str = ""
     source: str = ""
     metadata: dict[str, JSON] = field(default_factory=dict)
+    remarks: tuple[RowRemark, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.id:

@@ -20,7 +20,6 @@ from tunesmith.data import sources
 from tunesmith.data.calls import structure
 from tunesmith.data.examples import BadRow, prompt_key, split, write_examples, write_lines
 from tunesmith.data.layout import RowReader, layout_of, layouts, typed
-from tunesmith.data.sources import show
 from tunesmith.errors import DataError, listing
 from tunesmith.settings.config import JSON, Spec, Texts
 
@@ -35,6 +34,7 @@ from tunesmith.data.examples import (
     Judged,
     Message,
     Preference,
+    RowRemark,
 )
 
 __all__ = [
@@ -51,8 +51,10 @@ __all__ = [
     "Message",
     "Preference",
     "Read",
+    "RowRemark",
     "prompt_key",
     "read",
+    "remarks",
     "require",
     "split",
     "write_dropped",
@@ -153,18 +155,21 @@ def row(raw: sources.Raw, spec: DataSpec) -> Example | Dropped:
 def _example(value: JSON, source: str, spec: DataSpec) -> Example:
     row = dict(typed(dict, value, ""))
     layout = layout_of(row, spec.format)
-    label = row.get("label")
-    if label is not None and not isinstance(label, bool):
-        hint = "write true or false, or rename the key if it is not a verdict on the answer"
-        raise BadRow("label", "label", "true, false or nothing", show(label), hint)
     reader = RowReader(row, reasoning=spec.reasoning, instruct=spec.instruction_layout == "instruct")
     if layout.labelled:
-        reader.label = label
-        row.pop("label", None)
+        reader.judge(layout)
     make = layout.read(reader)
+    reader.tell_unread(layout)
     example = make(source=source, metadata=reader.metadata())
+    if reader.remarks:
+        example = replace(example, remarks=tuple(reader.remarks))
     turned, note = structure(example) if spec.structure_calls else (example, "")
     return replace(turned, metadata=turned.metadata | {"text_calls": note}) if note else example
+
+
+def remarks(examples: Iterable[Example]) -> Counter[RowRemark]:
+    """How rows were read, where their author may not expect it, with counts."""
+    return Counter(remark for example in examples for remark in example.remarks)
 
 
 def require(read: Read, max_dropped: float) -> None:

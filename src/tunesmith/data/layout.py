@@ -6,18 +6,32 @@ in common: texts, messages, calls, tools."""
 
 from __future__ import annotations
 
+import json
 import pkgutil
 from abc import ABC, abstractmethod
 from functools import cache, partial
 from importlib import import_module
 from typing import ClassVar, Protocol, TypeVar
 
-from tunesmith.data import sources
-from tunesmith.data.examples import BadRow, Call, Conversation, Demonstration, Example, Judged, Message, check
+from tunesmith.data import nested
+from tunesmith.data.examples import (
+    BadRow,
+    Call,
+    Conversation,
+    Demonstration,
+    Example,
+    Judged,
+    Message,
+    RowRemark,
+    check,
+)
 from tunesmith.data.sources import show
 from tunesmith.settings.config import JSON
 
 FOLDER = "tunesmith.data.layouts"
+
+
+EMPTY_SYSTEM = "empty system text left out"
 
 
 class MakesExample(Protocol):
@@ -41,6 +55,8 @@ class Layout(ABC):
     """Other layouts whose rows are also read if this one is named."""
     labelled: ClassVar[bool] = True
     """Whether ``label`` is a verdict on the answer; if not, it is metadata."""
+    label_words: ClassVar[bool] = True
+    """Whether 0, 1 and words such as good are verdicts too; if not, they may be classes of the text."""
 
     @abstractmethod
     def read(self, row: RowReader) -> MakesExample:
@@ -97,27 +113,14 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def nested_json(value: JSON, place: str, reason: str) -> JSON:
-    """``value``, or the JSON inside it if it is text."""
-    inside = sources.value(value) if isinstance(value, str) else value
-    if isinstance(inside, BadRow):
-        raise BadRow(reason, place, "a string that holds JSON", f"{show(value)} ({inside})")
-    return inside
-
-
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
+_GOOD = frozenset({"true", "1", "good", "desirable", "chosen", "accepted"})
+_BAD = frozenset({"false", "0", "bad", "undesirable", "rejected"})
+_MEANINGFUL = frozenset(
+    "system system_prompt tools functions history instruction input output prompt completion messages "
+    "conversations text chosen rejected question kto_tag weight train learn image images video videos audio "
+    "audios documents chat_template_kwargs".split()
+)
+"""Keys that some layout reads, or that other programs for training read."""
 _Value = TypeVar("_Value", str, list[JSON], dict[str, JSON])
 
 
@@ -125,6 +128,12 @@ def typed(kind: type[_Value], value: JSON, place: str, reason: str = "type") -> 
     if not isinstance(value, kind):
         raise BadRow(reason, place, {str: "text", list: "a list", dict: "an object"}[kind], show(value))
     return value
+
+
+def _verdict(value: JSON) -> bool | None:
+    """The verdict that 0, 1, or a word is, or None if it may be something else."""
+    word = value.strip().lower() if isinstance(value, str) else str(value) if isinstance(value, int) else ""
+    return True if word in _GOOD else False if word in _BAD else None
 
 
 def has(row: dict[str, JSON], *keys: str) -> bool:
@@ -145,6 +154,52 @@ class RowReader:
         self.row, self.reasoning, self.instruct = row, reasoning, instruct
         self.label: bool | None = None
         self.extra: dict[str, JSON] = {}  # keys of messages
+        self.remarks: list[RowRemark] = []
+
+    def remark(self, text: str, *, doubt: bool = False) -> None:
+        if (remark := RowRemark(text, doubt)) not in self.remarks:
+            self.remarks.append(remark)
+
+    def judge(self, layout: Layout) -> None:
+        """Take the verdict on the answer from ``label`` or ``kto_tag``."""
+        verdicts: dict[str, bool] = {}
+        for key in ("label", "kto_tag"):
+            if not has(self.row, key):
+                continue
+            value = self.row.pop(key)
+            verdict = value if isinstance(value, bool) else _verdict(value) if layout.label_words else None
+            if verdict is None:
+                hint = "write true or false, or rename the key if it is not a verdict on the answer"
+                raise BadRow("label", key, "true, false or nothing", show(value), hint)
+            if key != "label" or not isinstance(value, bool):
+                self.remark(f"{key} read as a verdict: {json.dumps(value)} is {json.dumps(verdict)}")
+            verdicts[key] = verdict
+        self.row.pop("label", None)
+        if len(set(verdicts.values())) > 1:
+            raise BadRow("label", "label", "the verdict of kto_tag", show(verdicts["label"]))
+        self.label = next(iter(verdicts.values()), None)
+
+    def tell_unread(self, layout: Layout) -> None:
+        """RowRemark on keys that mean something elsewhere and are metadata here."""
+        for key in sorted(_MEANINGFUL & self.row.keys()):
+            if self.row[key] not in (None, "", [], {}):
+                self.remark(f"{key} is not read beside {' and '.join(layout.keys)}: metadata", doubt=True)
+
+    def unpack(self, *keys: str) -> None:
+        """Replace messages that stand in the row as text by the messages. Raises BadRow if they cannot be
+        read."""
+        for key in keys:
+            text = self.row.get(key)
+            if isinstance(text, str) and (turns := nested.messages(text, key)) is not None:
+                self.row[key] = turns
+                self.remark(f"{key} held messages as text: read as messages")
+
+    def whole(self, key: str) -> list[Message]:
+        """The messages of a conversation. Raises BadRow for text that does not hold messages."""
+        self.unpack(key)
+        if isinstance(self.row[key], str):
+            raise BadRow("type", key, "a list of messages", show(self.row[key]))
+        return self.turns(key, "user")
 
     def metadata(self) -> dict[str, JSON]:
         extra: dict[str, JSON] = {"message_keys": self.extra} if self.extra else {}
@@ -185,19 +240,23 @@ class RowReader:
         turns = [value] if isinstance(value, dict) else typed(list, value, key)
         if not turns:
             raise BadRow("type", key, "messages", "none")
-        return [
+        messages = [
             self.message(dict(typed(dict, turn, f"{key}[{number}]")), f"{key}[{number}]")
             for number, turn in enumerate(turns)
         ]
+        spoken = [message for message in messages if message.role != "system" or message.content.strip()]
+        if len(spoken) < len(messages):
+            self.remark(EMPTY_SYSTEM)
+        return spoken
 
     def message(self, turn: dict[str, JSON], place: str) -> Message:
         said, content = take(turn, "role", "from"), take(turn, "content", "value")
-        role = _ROLES.get(said) if isinstance(said, str) else None
+        role = nested.ROLES.get(said) if isinstance(said, str) else None
         if role is None:
-            raise BadRow("role", place, "a role: " + ", ".join(_ROLES), show(said))
+            raise BadRow("role", place, "a role: " + ", ".join(nested.ROLES), show(said))
         calls: list[JSON] = []
         if said == "function_call":
-            inside, content = nested_json(content, place, "call"), None
+            inside, content = nested.from_json(content, place, "call"), None
             calls += inside if isinstance(inside, list) else [inside]
         thoughts = [
             turn.pop(key)
@@ -240,7 +299,7 @@ class RowReader:
                 else ("text", part)
             )
             if kind == "tool_call":
-                calls.append(nested_json(text, place, "call"))
+                calls.append(nested.from_json(text, place, "call"))
             elif kind in ("text", "reasoning") and isinstance(text, str):
                 (texts if kind == "text" else thoughts).append(text)
             else:
@@ -255,12 +314,15 @@ class RowReader:
         return "".join(texts)
 
     def conversation(self, messages: list[Message]) -> Conversation:
-        if system := self.text("system"):
+        system = self.text("system")
+        if system.strip():
             messages = [Message("system", system), *messages]
+        elif system:
+            self.remark(EMPTY_SYSTEM)
         tools: list[JSON] = []
         declared: set[str] = set()
         for value in (self.row.pop("tools", None), self.row.pop("functions", None)):
-            for tool in typed(list, nested_json(value or "[]", "tools", "tools"), "tools", "tools"):
+            for tool in typed(list, nested.from_json(value or "[]", "tools", "tools"), "tools", "tools"):
                 body = typed(dict, tool, "tools", "tools")
                 tools.append(body if "function" in body else {"type": "function", "function": body})
                 declared.add(
@@ -288,7 +350,10 @@ def _call(item: JSON, place: str) -> Call:
     name, call_id, given = body.get("name"), outer.get("id"), body.get("arguments")
     if not isinstance(name, str) or not name or not isinstance(call_id, str | None):
         raise BadRow("call", place, "a call with a name, and an id that is text", show(item))
-    arguments = nested_json(given, f"{place}, arguments of {name}", "arguments")
+    if isinstance(given, str) and not given.strip():
+        hint = "write {} if there are none"
+        raise BadRow("arguments", f"{place}, arguments of {name}", "an object", show(given), hint)
+    arguments = nested.from_json(given, f"{place}, arguments of {name}", "arguments")
     if not isinstance(arguments, dict):
         raise BadRow(
             "arguments",

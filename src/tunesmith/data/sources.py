@@ -54,26 +54,28 @@ def files(paths: Sequence[str | Path]) -> list[Path]:
                 where=str(given),
                 hint="write it as JSONL, one row a line",
             )
-        inside = [path]
-        if path.is_dir():
-            inside = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.name.lower().endswith(SUFFIXES) and file.is_file()
-            ]
-            inside = [
-                file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)
-            ]
-        if not inside:
+        listed = inside(path) if path.is_dir() else [path]
+        if not listed:
             raise DataError(
                 "the folder has no data", where=str(given), hint="names must end in " + ", ".join(SUFFIXES)
             )
-        for file in inside:
+        for file in listed:
             if paths_found.setdefault(file.resolve(), file) is not file:
                 raise DataError(
                     "is given twice", where=str(file), hint="name a file once, alone or by its folder"
                 )
     return list(paths_found.values())
+
+
+def inside(folder: Path) -> list[Path]:
+    """The files of rows in a folder, by name; hidden ones are left out."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.name.lower().endswith(SUFFIXES)
+        and not any(part[0] == "." for part in file.relative_to(folder).parts)
+        and file.is_file()
+    ]
 
 
 def sha256(path: Path) -> str:

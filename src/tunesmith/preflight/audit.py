@@ -17,7 +17,7 @@ from tunesmith.auditing import fix as fixes
 from tunesmith.auditing import page as pages
 from tunesmith.auditing.findings import Audit
 from tunesmith.errors import ConfigError
-from tunesmith.events import Sink
+from tunesmith.events import Notice, Sink
 from tunesmith.model import loading, vocabulary
 from tunesmith.model.loading import ModelSpec
 from tunesmith.preflight.show import BUILT_IN, tokenizer_source
@@ -65,7 +65,7 @@ def audit(
     named = model or (None if preset or config else chosen.tokenizer or BUILT_IN)
     if chosen.against:
         sets = [*listed(sets), f"audit.against={json.dumps(chosen.against)}"]
-    spec = configure(
+    resolved = configure(
         model=named,
         data=listed(data),
         config=config,
@@ -73,7 +73,10 @@ def audit(
         sets=sets,
         accept=accept,
         environ=environ,
-    ).spec
+    )
+    spec = resolved.spec
+    for text in resolved.notes:
+        notify(Notice(text, where="data.train"))
     if chosen.fix is not None:
         fixes.require_free(spec.data.train, chosen.fix)
     if chosen.page is not None:

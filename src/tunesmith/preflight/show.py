@@ -33,7 +33,8 @@ def show(
     model: folder, GGUF file or hub id whose tokenizer and chat template are used; tokenizer: ``mistral-v3``
     or a folder."""
     named = model or (None if preset or config else tokenizer or BUILT_IN)
-    spec = configure(model=named, data=data, config=config, preset=preset, sets=sets, environ=environ).spec
+    resolved = configure(model=named, data=data, config=config, preset=preset, sets=sets, environ=environ)
+    spec = resolved.spec
     read = formats.read(spec.data.train, spec.data)
     formats.require(read, 1.0)
     renderer = renderers.load(tokenizer_source(spec.model, tokenizer), spec.template.renderer)
@@ -42,6 +43,9 @@ def show(
         rules = rules.model_copy(update={"too_long": "drop"})
     rendered = template.render(read.examples[:limit], renderer, rules, spec.batch.length)
     rendered.dropped[:0] = read.dropped
+    rendered.notes.update(resolved.notes)
+    for remark, count in formats.remarks(read.examples[:limit]).items():
+        rendered.notes[remark.text] += count
     return rendered, renderer
 
 

@@ -47,7 +47,8 @@ def train(
         run = story.train(spec, resume=run, notify=notify)
     elif config is not None:
         where = None if out is None else Path(out)
-        run = story.train(config.spec, config.origins, out=where, notes=config.unused, notify=notify)
+        notes = (*config.unused, *config.notes)
+        run = story.train(config.spec, config.origins, out=where, notes=notes, notify=notify)
     else:
         raise ConfigError("nothing to train: neither settings nor a run to resume is given")
     if run is not None:

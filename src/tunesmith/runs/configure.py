@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from tunesmith.data import folders
 from tunesmith.data.formats import JSON
 from tunesmith.runs.config import RunConfig
 from tunesmith.settings import config as settings
@@ -53,7 +56,37 @@ def configure(
         accepted = dict.fromkeys([*resolved.spec.audit.accept, *listed(accept)])
         overrides["audit.accept"] = ([*accepted], "--accept")
         resolved = load()
-    return resolved
+    return _in_parts(resolved)
+
+
+def _in_parts(resolved: Resolved[RunConfig]) -> Resolved[RunConfig]:
+    """The settings with the train file of a folder to train on, and its valid file to hold out, if the folder
+    has such parts."""
+    data = resolved.spec.data
+    parts = folders.parts(data.train)
+    if parts is None:
+        return resolved
+    where = ", ".join(path for path in data.train if path not in parts.train)
+    values: dict[str, Any] = {"train": tuple(parts.train)}
+    notes = [f"{where}: {_names(parts.train)} to train on"]
+    named = data.valid if isinstance(data.valid, tuple) else ()
+    if parts.valid and not isinstance(data.valid, tuple) and data.valid > 0:
+        values["valid"] = tuple(parts.valid)
+        notes.append(f"{_names(parts.valid)} held out, instead of a share of the training rows")
+    elif unused := [file for file in parts.valid if file not in named]:
+        notes.append(f"{_names(unused)} neither trained on nor held out, as data.valid says")
+    if parts.test:
+        notes.append(f"{_names(parts.test)} not trained on: tunesmith evaluate RUN --data {parts.test[0]}")
+    if parts.others:
+        notes.append(f"{_names(parts.others)} not read: name it in data.train to train on it")
+    spec = resolved.spec.model_copy(update={"data": data.model_copy(update=values)})
+    places = resolved.origins | {f"data.{key}": f"the files of {where}" for key in values}
+    return replace(resolved, spec=spec, origins=places, notes=("; ".join(notes),))
+
+
+def _names(files: Sequence[str]) -> str:
+    names = [Path(file).name for file in files]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def init(*, preset: str | None = None, model: str | None = None, data: Sequence[str] = ()) -> str:

@@ -140,13 +140,14 @@ S = TypeVar("S", bound=Spec)
 @dataclass(frozen=True, slots=True)
 class Resolved(Generic[S]):
     """``origins``: key path → where its value was set. ``unused``: what a change of kind left behind, one
-    line each."""
+    line each. ``notes``: what was read from the layout of folders, one line each."""
 
     spec: S
     origins: dict[
         str, str
     ]  # "run.yaml:4" | "default" | "default of kto" | "preset NAME" | "TUNESMITH_…" | "--set" | a flag
     unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def load(

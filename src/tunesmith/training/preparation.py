@@ -140,7 +140,10 @@ def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = 
     dropped = [*refused, *train.unused(kind), *valid.unused(kind)]
     reasons = Counter(row.reason for row in sources.dropped) + train.reasons + valid.reasons
     notes = train.notes + valid.notes + _structured_calls(config, sources)
+    remarks = formats.remarks((*sources.train, *sources.valid))
     _tell(dropped, reasons, notes, notify)
+    _tell_remarks(remarks, audit is not None, notify)
+    notes += Counter({remark.text: count for remark, count in remarks.items()})
     objective, remarks = config.objective.settled(train.groups)
     for remark in remarks:
         notify(Notice(remark.text, level=remark.level, where="objective"))
@@ -243,6 +246,13 @@ def _tell(dropped: list[formats.Dropped], reasons: Counter[str], notes: Counter[
         notify(Notice(f"rows left out: {reason}", level="warning", count=count, where=where))
     for note, count in sorted(notes.items()):
         notify(Notice(note, count=count))
+
+
+def _tell_remarks(remarks: Counter[formats.RowRemark], audited: bool, notify: Sink) -> None:
+    """Report how rows were read. The audit has told of what was not understood."""
+    for remark, count in sorted(remarks.items()):
+        if not (remark.doubt and audited):
+            notify(Notice(remark.text, level="warning" if remark.doubt else "info", count=count))
 
 
 def _plan(config: RunConfig, groups: list[Group], notify: Sink) -> Plan:

@@ -119,7 +119,7 @@ def test_sound_rows_meet_the_bar_and_have_no_other_finding(tmp_path):
         ("unanswered_call", {"messages": [*calling({})["messages"][:2], *turns("So?", "Yes.")]}),
         ("undeclared_tool", calling({}) | {"tools": [{"type": "function", "function": {"name": "other"}}]}),
         ("arguments", calling("[1]")),
-        ("label", row(label="good")),
+        ("label", row(label="perhaps")),
         ("encoding", '{"text": "\\ud800"}'),
     ],
 )

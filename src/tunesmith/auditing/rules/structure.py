@@ -50,11 +50,16 @@ TELL = {
         "an id of a call that is not nine letters or digits",
         "nothing to do: the renderer makes such an id of it",
     ),
+    "read_as": ("something that was read as what it can only mean", "nothing to do, if it is meant so"),
+    "unread": (
+        "a key that means something elsewhere and is metadata here",
+        "rename the key, or use the layout that reads it (docs/data.md)",
+    ),
 }
-"""Faults of rows that can be read, and what to do. The first two make a row invalid; the last is only worth
-knowing."""
+"""Faults of rows that can be read, and what to do. The first two make a row invalid."""
 ASTRAY = "it cannot be followed: a reference leads nowhere or to itself, or it is nested too deeply"
 UNSOUND = ("schema", "text_calls")
+HARMLESS = ("call_ids", "read_as")
 NINE = re.compile("[A-Za-z0-9]{9}")
 _KINDS = {
     dict: "an object",
@@ -77,6 +82,8 @@ class Structure(Rule):
         "text_calls": "a call written as text is not a JSON object",
         "tool_schema": "the parameters of a declared tool are not a JSON schema",
         "call_ids": "the id of a call is not one that the target model would write",
+        "read_as": "messages stored as text, verdicts as words, and the like, read as what they mean",
+        "unread": "keys that mean something elsewhere, such as `system` beside `text`",
     }
     otherwise = "rows that cannot be read, named by the reason"
     bar = "at least 95 % sound (`audit.min_valid`), else an error"
@@ -139,12 +146,14 @@ class Structure(Rule):
         for rule, (fault, hint) in TELL.items():
             if faulty[rule]:
                 yield finding(
-                    rule, "note" if rule == "call_ids" else "warning", f"with {fault}", faulty[rule], hint
+                    rule, "note" if rule in HARMLESS else "warning", f"with {fault}", faulty[rule], hint
                 )
 
 
 def _faults(view: View, context: Context) -> Iterator[tuple[str, str]]:
     """(finding, what is wrong) for every fault in what is learned."""
+    for remark in view.example.remarks if view.example else ():
+        yield ("unread" if remark.doubt else "read_as"), remark.text
     if view.conversation and view.conversation.tools:
         yield from _undeclared(view.conversation)
     for part in view.parts:

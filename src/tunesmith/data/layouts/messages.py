@@ -15,7 +15,7 @@ class Messages(Layout):
     alike = ("sharegpt",)
 
     def read(self, row: RowReader) -> MakesExample:
-        return row.spoken(row.turns("messages", "user"))
+        return row.spoken(row.whole("messages"))
 
 
 @register
@@ -31,4 +31,4 @@ class ShareGPT(Layout):
     alike = ("messages",)
 
     def read(self, row: RowReader) -> MakesExample:
-        return row.spoken(row.turns("conversations", "user"))
+        return row.spoken(row.whole("conversations"))

@@ -27,6 +27,7 @@ class ChosenRejected(Layout):
 
 def sides(row: RowReader) -> tuple[Conversation, Conversation]:
     """The chosen and the rejected conversation."""
+    row.unpack("prompt", "conversations", "messages", "chosen", "rejected")
     key = next((key for key in ("prompt", "conversations", "messages") if has(row.row, key)), None)
     context = row.turns(key, "user") if key else row.instruction(False) if has(row.row, "instruction") else []
     prompt = [message for message in context if message.role != "system"]

@@ -15,6 +15,7 @@ class PlainText(Layout):
     keys = ("text",)
     looks_like = "`text`"
     becomes = "plain text, all of it learned"
+    label_words = False
 
     def read(self, row: RowReader) -> MakesExample:
         return partial(Document, row.words("text"), row.label)

@@ -1,0 +1,64 @@
+"""What a folder says by the names of its files: train, valid and test, as mlx-lm and the hub lay out data.
+
+Such a test file is never trained on, and the valid file is held out."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tunesmith.data import sources
+
+_PART = re.compile(r"(train|training|valid|validation|val|dev|test)(?:[-_.]?\d+(?:[-_]of[-_]\d+)?)?")
+_SIDES = {"train": "train", "training": "train", "test": "test"}
+
+
+class Parts(NamedTuple):
+    """``train``: files and folders to train on. ``others``: files of folders with parts that are none of
+    them."""
+
+    train: list[str]
+    valid: list[str]
+    test: list[str]
+    others: list[str]
+
+
+def parts(paths: Sequence[str]) -> Parts | None:
+    """The parts of ``paths``, or None if no folder among them holds both a train and a valid or test file."""
+    result = Parts([], [], [], [])
+    split = False
+    for given in paths:
+        folder = Path(given).expanduser()
+        sides = _sides(folder) if folder.is_dir() else None
+        if sides is None:
+            result.train.append(given)
+            continue
+        split = True
+        for side, files in sides.items():
+            getattr(result, side).extend(map(str, files))
+    return result if split else None
+
+
+def _sides(folder: Path) -> dict[str, list[Path]] | None:
+    """Side → files, or None if no folder in ``folder`` is laid out in parts."""
+    beside: dict[Path, list[tuple[str, Path]]] = defaultdict(list)
+    for file in sources.inside(folder):
+        beside[file.parent].append((_side(file), file))
+    result: dict[str, list[Path]] = defaultdict(list)
+    split = False
+    for files in beside.values():
+        names = {side for side, _ in files}
+        in_parts = "train" in names and bool(names & {"valid", "test"})
+        split |= in_parts
+        for side, file in files:
+            result[side if in_parts else "train"].append(file)
+    return result if split else None
+
+
+def _side(file: Path) -> str:
+    ending = next(suffix for suffix in sources.SUFFIXES if file.name.lower().endswith(suffix))
+    match = _PART.fullmatch(file.name.lower().removesuffix(ending))
+    return _SIDES.get(match[1], "valid") if match else "others"
