@@ -92,4 +92,6 @@ def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
     assert told["right_tool"].value < 0.2 and told["well_formed"].value > told["right_tool"].value, (
         "sound calls of other tools"
     )
-    assert "Tool calls right" in found.verdict
+    assert found.verdict.endswith("is worse than A (" + right.name + ") at the task")
+    (reason,) = [reason for reason in found.reasons if reason.code == "task_regressed"]
+    assert "Tool calls right" in reason.text
