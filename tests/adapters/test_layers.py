@@ -250,6 +250,32 @@ def test_dropout_is_off_in_eval_mode_and_refuses_to_be_skipped():
     assert mx.array_equal(net.eval()(IDS), plain(IDS))
 
 
+@pytest.mark.parametrize("base", ["plain", "bias", "4 bits"])
+@pytest.mark.parametrize("dropout", [0, 0.3])
+def test_the_kernels_of_training_compute_what_the_operations_do(base, dropout, monkeypatch):
+    linear = nn.Linear(96, 64, bias=base == "bias")
+    if base == "4 bits":
+        linear = nn.QuantizedLinear.from_linear(linear, 32, 4)
+    linear.freeze()
+    layer = adapters.LoRALinear(linear, 8, 2.0, dropout, mx.random.key(3)).train()
+    weights = {"lora_a": layer.lora_a, "lora_b": mx.random.normal((8, 64), key=mx.random.key(1))}
+    object.__setattr__(layer, "_key", mx.random.key(5))
+    x = mx.random.normal((2, 7, 96), key=mx.random.key(2))
+
+    def value(x: mx.array, weights: dict[str, mx.array]) -> mx.array:
+        layer.update(weights)
+        return mx.sin(layer(x)).sum()
+
+    def gradients_of() -> list[np.ndarray]:
+        total, (of_x, by_name) = mx.value_and_grad(value, argnums=(0, 1))(x, weights)
+        return [np.array(array) for array in (total, of_x, by_name["lora_a"], by_name["lora_b"])]
+
+    fused = gradients_of()
+    monkeypatch.setattr("tunesmith.adapters.layers.computes_float32", lambda linear, x: False)
+    for ours, plain in zip(fused, gradients_of(), strict=True):
+        assert np.abs(ours - plain).max() <= 2e-6 * max(1, np.abs(plain).max())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_museum_06_checkpointed_gradients_with_dropout(kind):
     """nn.Dropout under mx.checkpoint draws another mask in the second pass."""

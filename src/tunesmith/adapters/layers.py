@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from tunesmith.errors import TrainingError
+from tunesmith.model import kernels
 
 Linear = nn.Linear | nn.QuantizedLinear
 
@@ -38,13 +39,18 @@ class AdapterLayer(nn.Module):
 
     def dropped(self, x: mx.array) -> mx.array:
         """``x`` after dropout. Raises TrainingError if a mask is needed and no key was set."""
+        key = self.mask_key()
+        return x if key is None else kernels.dropout(x, self.dropout, key)
+
+    def mask_key(self) -> mx.array | None:
+        """(2,) uint32: what this pass draws its mask from; None without dropout. Raises TrainingError if no
+        key was set."""
         if not self.training or self.dropout == 0:
-            return x
+            return None
         if self._key is None:
             hint = "call adapters.seed_dropout(net, key) first, or net.eval()"
             raise TrainingError("adapter dropout has no key to draw its mask from", hint=hint)
-        keep = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._key)
-        return mx.where(keep, x * (1 / (1 - self.dropout)), 0)
+        return self._key
 
     def parts(self) -> Iterator[LoRALinear]:
         """The layer as layers of one matrix each."""
@@ -71,8 +77,38 @@ class LoRALinear(AdapterLayer):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) → (..., out) in the dtype of the frozen layer's output."""
+        if self.training and computes_float32(self.linear, x):
+            return self._trained(x)
         y = self.linear(x)
         return y + self.branch(x).astype(y.dtype)
+
+    def _trained(self, x: mx.array) -> mx.array:
+        """The same by the compiled kernels: no pass over ``x`` or the result but those of the products and
+        dropout, and only the (..., r) between A and B is kept for the gradient."""
+        key, rate = self.mask_key(), self.dropout
+        linear, scale = self.linear, self.scale
+
+        def dropped(x: mx.array) -> mx.array:
+            return x if key is None else kernels.dropout(x, rate, key)
+
+        def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+            inner = (dropped(x) @ a) * scale
+            return kernels.add_product(linear(x), inner, b), inner
+
+        def backward(
+            primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], results: tuple[mx.array, ...]
+        ) -> tuple[mx.array, ...]:
+            x, a, b = primals
+            slope, inner = cotangents[0], results[1]
+            of_inner = (slope @ b.T) * scale
+            of_base = product(linear, slope, transposed=True)
+            if key is None:
+                of_x = kernels.add_product(of_base, of_inner, a.T)
+            else:
+                of_x = kernels.dropout(of_inner @ a.T, rate, key, onto=of_base)
+            return of_x, _rows(dropped(x)).T @ _rows(of_inner), _rows(inner).T @ _rows(slope)
+
+        return kernels.with_gradient(forward, backward)(x, self.lora_a, self.lora_b)[0]
 
     def parts(self) -> Iterator[LoRALinear]:
         yield self
@@ -116,12 +152,24 @@ def dims(linear: Any) -> tuple[int, int]:
     return (inputs * 32 // linear.bits if "scales" in linear else inputs), outputs
 
 
-def product(linear: Linear, x: mx.array) -> mx.array:
-    """(..., in) → (..., out) x·Wᵀ without the bias; a quantised weight stays packed."""
+def product(linear: Linear, x: mx.array, transposed: bool = False) -> mx.array:
+    """(..., in) → (..., out) x·Wᵀ without the bias; a quantised weight stays packed. ``transposed``:
+    (..., out) → (..., in) x·W."""
     if not isinstance(linear, nn.QuantizedLinear):
-        return x @ linear.weight.T
+        return x @ (linear.weight if transposed else linear.weight.T)
     packing: Any = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
-    return mx.quantized_matmul(x, linear.weight, linear.scales, linear.get("biases"), **packing)
+    biases = linear.get("biases")
+    return mx.quantized_matmul(x, linear.weight, linear.scales, biases, transpose=not transposed, **packing)
+
+
+def computes_float32(linear: Linear, x: mx.array) -> bool:
+    """Whether the compiled kernels serve an adapter of ``linear`` on ``x``."""
+    held = linear.scales if isinstance(linear, nn.QuantizedLinear) else linear.weight
+    return x.dtype == held.dtype == mx.float32 and kernels.choice() == "compiled"
+
+
+def _rows(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def dense(linear: Linear) -> mx.array:

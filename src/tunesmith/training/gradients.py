@@ -60,7 +60,7 @@ class Gradients:
         of_batch = functools.partial(logprobs.learned_logprobs, gather=abilities.splits(net))
 
         def total(
-            weights: dict, arrays: list[mx.array], ends: tuple[int, ...] | None, key: mx.array
+            weights: dict, arrays: list[Any], ends: tuple[int, ...] | None, key: mx.array
         ) -> tuple[mx.array, mx.array]:
             net.update(weights)
             adapters.seed_dropout(net, key)
@@ -88,7 +88,8 @@ class Gradients:
                 self.traces.add(shape)
                 return self._fast(weights, arrays, key)
             self.plain += 1
-            return self._step(weights, arrays, batch.ends, key)
+            known = [arrays[0], batch.positions, *arrays[2:]]  # known positions have a faster gradient
+            return self._step(weights, known, batch.ends, key)
         finally:
             self._net.update(weights)  # tracing leaves its placeholders behind
 

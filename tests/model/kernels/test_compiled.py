@@ -439,6 +439,58 @@ def test_rotary_embeddings(traditional, dims, given_by, offset):
     assert_close(slope, turned(cotangent, -1))
 
 
+# Dropout, and low-rank updates --------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 100, 16384, 16385, 49155, 1_000_003])
+@pytest.mark.parametrize("rate", [1e-9, 0.05, 0.1, 0.5, 0.9, 0.999999])
+def test_the_mask_of_dropout_is_mlx_s_bit_for_bit(size, rate):
+    x, key = mx.array(normal(size)), mx.array([size * 7 + 1, 99], dtype=mx.uint32)
+    scaled = mx.where(mx.random.bernoulli(1 - rate, x.shape, key=key), x * (1 / (1 - rate)), 0)
+    value, (slope,) = mx.vjp(lambda x: kernels.dropout(x, rate, key), [x], [x])
+    assert np.array_equal(np.array(value[0]), np.array(scaled))
+    assert np.array_equal(np.array(slope), np.array(scaled))
+
+
+def test_dropout_onto_another_array_leaves_that_as_it_was():
+    x, key = mx.array(normal(3, 5, 7)), mx.random.key(4)
+    dropped = np.array(kernels.dropout(x, 0.3, key)).astype(np.float64)
+    held = mx.array(normal(3, 5, 7))
+    before = np.array(held).astype(np.float64)
+    slopes = mx.grad(lambda x, onto: (kernels.dropout(x, 0.3, key, onto=onto) ** 2).sum(), argnums=(0, 1))(
+        x, held
+    )
+    assert_close(kernels.dropout(x, 0.3, key, onto=held), before + dropped)
+    assert_close(kernels.dropout(x, 0.3, key, onto=held[:, :, ::-1]), before[:, :, ::-1] + dropped)
+    assert_close(kernels.dropout(x, 0.3, key, onto=held * 2), 2 * before + dropped)
+    assert np.array_equal(np.array(held), before)
+    mask = np.where(dropped != 0, 1 / 0.7, 0)
+    assert_close(slopes[1], 2 * (before + dropped))
+    assert_close(slopes[0], 2 * (before + dropped) * mask, tolerance=2e-6)
+    with pytest.raises(ValueError, match="shape of x"):
+        kernels.dropout(x, 0.3, key, onto=held[0])
+
+
+@pytest.mark.parametrize("rows", [(1,), (3, 5), (0,), (130,)])
+def test_a_low_rank_product_is_added_in_place(rows):
+    y, h, b = normal(*rows, 70), normal(*rows, 4), normal(4, 70)
+    value, slopes, c = both(kernels.add_product, y, h, b)
+    wide = [array.astype(np.float64) for array in (y, h, b)]
+    terms = (np.abs(wide[1]) @ np.abs(wide[2])).max(initial=1)
+    assert_close(value, wide[0] + wide[1] @ wide[2], terms=terms)
+    assert_close(slopes[0], c)
+    assert_close(slopes[1], c @ wide[2].T, terms=(np.abs(c) @ np.abs(wide[2].T)).max(initial=1))
+    flat = [array.reshape(-1, array.shape[-1]) for array in (wide[1], c)]
+    assert_close(slopes[2], flat[0].T @ flat[1], terms=(np.abs(flat[0]).T @ np.abs(flat[1])).max(initial=1))
+    held = mx.array(y) + 0
+    sums = kernels.add_product(held, mx.array(h), mx.array(b)), held * 1
+    mx.eval(*sums)
+    assert np.array_equal(np.array(held), y) and np.array_equal(np.array(sums[1]), y)
+    assert_close(sums[0], wide[0] + wide[1] @ wide[2], terms=terms)
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.add_product(mx.array(y), mx.array(h), mx.array(b.T))
+
+
 # Threads, processes, and machines without them --------------------
 
 DIGEST = """
@@ -460,7 +512,8 @@ def values():
     logits, targets = draw(64, 5000), mx.arange(64)
     parts = [mx.vjp(attend, [q, k, v], [c]), mx.vjp(norm, [x, w], [d]),
              mx.vjp(lambda x: kernels.token_logprobs(x, targets), [logits], [draw(64)]),
-             mx.vjp(kernels.swiglu, [x, d], [d])]
+             mx.vjp(kernels.swiglu, [x, d], [d]),
+             mx.vjp(lambda x: kernels.dropout(x, 0.1, mx.random.key(1)), [x], [d])]
     arrays = [array for part in parts for side in part for array in side]
     return hashlib.sha256(b"".join(np.array(array).tobytes() for array in arrays)).hexdigest()
 print(values())

@@ -25,9 +25,11 @@ __all__ = [
     "Choice",
     "Packed",
     "PromptCache",
+    "add_product",
     "attention",
     "choice",
     "described",
+    "dropout",
     "gelu_approx",
     "install",
     "linear",
@@ -157,6 +159,22 @@ def linear(x: mx.array, weight: mx.array) -> mx.array:
     if 0 < x.size <= FEW_ROWS * x.shape[-1] and (module := _compiled("few rows", x, weight)):
         return module.linear(x, weight)
     return x @ weight.T
+
+
+def add_product(y: mx.array, h: mx.array, b: mx.array) -> mx.array:
+    """(..., out), (..., r), (r, out) → (..., out) y + h·b, in one pass over y where kernels are compiled."""
+    if module := _compiled("low rank", y, h, b):
+        return module.add_product(y, h, b)
+    return y + h @ b
+
+
+def dropout(x: mx.array, rate: float, key: mx.array, onto: mx.array | None = None) -> mx.array:
+    """x / (1 − rate) where the mask drawn from ``key`` (2,) uint32 keeps it, else 0; plus ``onto``. The mask
+    is the same wherever it is computed."""
+    if module := _compiled("dropout", x, onto):
+        return module.dropout(x, key, 1 - rate, 1 / (1 - rate), onto)
+    kept = mx.where(mx.random.bernoulli(1 - rate, x.shape, key=key), x * (1 / (1 - rate)), 0)
+    return kept if onto is None else onto + kept
 
 
 ROUTED_ROWS = 8

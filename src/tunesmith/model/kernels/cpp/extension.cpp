@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "attention.h"
+#include "dropout.h"
 #include "linear.h"
 
 namespace nb = nanobind;
@@ -138,6 +139,62 @@ mx::array linear(const mx::array& x, const mx::array& weight) {
   mx::Shape shape = x.shape();
   shape.back() = weight.shape(0);
   return make("Linear", {shape}, {plain(x), plain(weight)}, prepare, gradient)[0];
+}
+
+// y (..., outputs) + h (..., rank) · b (rank, outputs), in the memory of y if nothing else needs it.
+mx::array add_product(const mx::array& y, const mx::array& h, const mx::array& b) {
+  const bool fit = y.ndim() > 0 && h.ndim() > 0 && b.ndim() == 2 && h.shape(-1) == b.shape(0) &&
+      y.shape(-1) == b.shape(1) && rows_of(y) == rows_of(h);
+  if (!fit) throw std::invalid_argument("the shapes of y, h and b do not fit each other");
+  const auto prepare = [](const Arrays& in, Arrays& out, auto&) {
+    const mx::array &y = in[0], &h = in[1], &b = in[2];
+    const bool shared = y.is_donatable() && y.flags().row_contiguous;
+    if (shared)
+      out[0].copy_shared_buffer(y);
+    else
+      allocate(out[0]);
+    return [from = shared ? nullptr : y.data<float>(), to = out[0].data<float>(), h = h.data<float>(),
+            b = b.data<float>(), rows = rows_of(y), rank = width_of(h), width = width_of(y)] {
+      if (from != nullptr) std::copy(from, from + rows * width, to);
+      if (rows * width * rank > 0) tunesmith::product(false, false, rows, width, rank, 1, h, rank, b, width, 1, to, width);
+    };
+  };
+  const auto gradient = [](const Arrays& in, const Arrays&, const Arrays& cotangents) {
+    const mx::Device cpu = mx::Device::cpu;
+    const mx::array &h = in[1], &b = in[2], &c = cotangents[0];
+    const mx::array rows = mx::reshape(c, {-1, b.shape(1)}, cpu), inner = mx::reshape(h, {-1, b.shape(0)}, cpu);
+    return Arrays{c, mx::matmul(c, mx::transpose(b, cpu), cpu), mx::matmul(mx::transpose(inner, cpu), rows, cpu)};
+  };
+  return make("AddProduct", {y.shape()}, {plain(y), plain(h), plain(b)}, prepare, gradient)[0];
+}
+
+// Dropout ----------------------------------------------------
+
+// x · scale where the mask of `key` (2,) uint32 keeps it, else 0; plus `onto`.
+mx::array dropout(
+    const mx::array& x, const mx::array& key, float keep, float scale, const std::optional<mx::array>& onto) {
+  if (key.size() != 2 || key.dtype() != mx::uint32) throw std::invalid_argument("the key must be (2,) uint32");
+  if (onto && onto->shape() != x.shape()) throw std::invalid_argument("onto must have the shape of x");
+  const tunesmith::Dropout options{keep, scale};
+  const auto prepare = [options](const Arrays& in, Arrays& out, auto&) {
+    const bool added = in.size() > 2;
+    const bool shared = added && in[2].is_donatable() && in[2].flags().row_contiguous;
+    if (shared)
+      out[0].copy_shared_buffer(in[2]);
+    else
+      allocate(out[0]);
+    return [x = in[0].data<float>(), key = in[1].data<uint32_t>(), onto = added ? in[2].data<float>() : nullptr,
+            y = out[0].data<float>(), size = in[0].size(),
+            options] { tunesmith::dropout(x, onto, y, size, key, options); };
+  };
+  const auto gradient = [options](const Arrays& in, const Arrays&, const Arrays& cotangents) {
+    const mx::array of_x = dropout(cotangents[0], in[1], options.keep, options.scale, std::nullopt);
+    if (in.size() == 2) return Arrays{of_x};
+    return Arrays{of_x, mx::zeros_like(in[1], mx::Device::cpu), cotangents[0]};
+  };
+  Arrays inputs{plain(x), mx::contiguous(key, false, mx::Device::cpu)};
+  if (onto) inputs.push_back(plain(*onto));
+  return make("Dropout", {x.shape()}, inputs, prepare, gradient)[0];
 }
 
 // Cross-entropy ----------------------------------------------
@@ -382,6 +439,8 @@ NB_MODULE(tunesmith_cpu, module) {
   module.def("logprobs", &logprobs);
   module.def("log_sums", &log_sums);
   module.def("linear", &linear);
+  module.def("add_product", &add_product);
+  module.def("dropout", &dropout, "x"_a, "key"_a, "keep"_a, "scale"_a, "onto"_a.none());
   module.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
   module.def("attention", &attention, "queries"_a, "keys"_a, "values"_a, "scale"_a, "causal"_a, "ends"_a,
              "allowed"_a.none());
