@@ -263,7 +263,7 @@ def test_a_gguf_file_says_its_own_licence(run, tmp_path):
 def test_texts_of_a_gguf_header_are_those_that_its_own_reader_finds_and_a_torn_one_is_an_error(tmp_path):
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-    from tunesmith.model.gguf import texts
+    from tunesmith.model.gguf.header import texts
 
     writer = GGUFWriter(path := tmp_path / "x.gguf", "llama")
     writer.add_license("mit")

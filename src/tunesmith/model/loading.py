@@ -88,9 +88,9 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
                 raise ModelError(
                     "is not a GGUF file", where=path, hint="give a GGUF file or the folder of a model"
                 )
-        from tunesmith.model import gguf
+        from tunesmith.model.gguf import conversion
 
-        return gguf.convert(local, "float32" if dtype == "auto" and _on_cpu() else dtype, notify)
+        return conversion.convert(local, "float32" if dtype == "auto" and _on_cpu() else dtype, notify)
     if path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(
             "does not exist", where=path, hint="give a folder, a GGUF file, or a hub id (owner/name)"

@@ -169,10 +169,10 @@ def _base(facts: Facts) -> CardBase:
 
 def _gguf(path: Path, name: str) -> CardBase:
     """As the GGUF file describes itself."""
-    from tunesmith.model import gguf
+    from tunesmith.model.gguf import header
 
     try:
-        texts = gguf.texts(path)
+        texts = header.texts(path)
     except ModelError:  # the run was made from this path, so the file was replaced since
         return CardBase(name)
     licence = texts.get("general.license", "")

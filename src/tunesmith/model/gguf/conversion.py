@@ -1,0 +1,124 @@
+"""A GGUF file as a model folder in the cache.
+
+The folder is kept under the hash of the file, and is complete or absent, never half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader
+
+from tunesmith import events
+from tunesmith.errors import ModelError, listing
+from tunesmith.events import Notice, Sink
+from tunesmith.files import draft
+from tunesmith.machine import backend
+from tunesmith.model.gguf import weights
+from tunesmith.model.gguf.architectures import ARCHITECTURES, NEUTRAL, REQUIRED, Architecture, settings
+from tunesmith.model.gguf.metadata import Metadata
+from tunesmith.model.gguf.tokenizer import build_tokenizer
+
+CONVERTER = 2
+"""Part of the cache key: increased if the same file would be converted differently."""
+ORIGINAL = "give the folder of the original model, or convert it again with a newer llama.cpp"
+
+
+def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
+    """The model folder of a GGUF file, from the cache or made now.
+
+    The cache is `backend.cache_folder`. dtype: float32, float16 or bfloat16, of all tensors; or auto: the
+    file's own if most matrices are bfloat16 or float32, bfloat16 if most are MXFP4, else float16. Raises
+    ModelError if anything in the file cannot be read exactly."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    target = backend.cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-{dtype}-{CONVERTER}"
+    if target.is_dir():
+        notify(Notice(f"GGUF {path.name}: converted before, read from {target}"))
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with draft(target) as folder:
+            folder.mkdir()
+            types = _write(path, folder, dtype)
+    except ModelError as error:
+        error.where, error.hint = error.where or str(path), error.hint or ORIGINAL
+        raise
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
+        return target
+    notify(Notice(f"GGUF {path.name}: converted to {target} ({types})"))
+    return target
+
+
+def _write(path: Path, folder: Path, dtype: str) -> str:
+    """Convert the file into ``folder``. Returns how many matrices there are of each type."""
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        hint = "it may be cut short or of a newer version; compare its size with the source's"
+        raise ModelError(f"is not a complete, readable GGUF file: {error}", hint=hint) from error
+    if reader.byte_order != "I":
+        raise ModelError("is a GGUF file of the other byte order")
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    architecture, metadata = _read(keys, reader)
+    config = settings(architecture, metadata)
+    tokenizer, tokenizer_settings = build_tokenizer(keys)
+    parts = list(weights.parts(architecture, metadata, config))
+    types = Counter(
+        tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1
+    ).most_common()
+    if dtype == "auto":
+        dtype = {"BF16": "bfloat16", "F32": "float32", "MXFP4": "bfloat16"}.get(types[0][0], "float16")
+    ends = [
+        keys[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in keys
+    ]
+    config |= {"dtype": dtype, "eos_token_id": list(dict.fromkeys(ends)) or None}
+    if any(part.packed for part in parts):
+        config["quantization_config"] = {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        }
+    weights.write(parts, folder / "model.safetensors", dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings, indent=1))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return ", ".join(f"{count} {name}" for name, count in types)
+
+
+def _read(keys: dict[str, Any], reader: GGUFReader) -> tuple[Architecture, Metadata]:
+    """The architecture of the file and its values, which it understands: all keys and tensors are known,
+    none is missing. Raises ModelError, which lists every problem."""
+    name = keys.get("general.architecture")
+    if name not in ARCHITECTURES:
+        hint = (
+            f"these can be read: {', '.join(ARCHITECTURES)}; for others give the Hugging Face or MLX folder"
+        )
+        raise ModelError(f"GGUF of architecture {name!r}", hint=hint)
+    if keys.get("split.count", 1) > 1:
+        hint = "join the parts first: llama-gguf-split --merge FIRST_PART WHOLE"
+        raise ModelError(f"is one of {keys['split.count']} parts of a model", hint=hint)
+    architecture = ARCHITECTURES[name]
+    prefix = f"{name}."
+    values = {key.removeprefix(prefix): value for key, value in keys.items() if key.startswith(prefix)}
+    metadata = Metadata(name, values, {tensor.name: tensor for tensor in reader.tensors})
+    known = architecture.known_keys()
+    problems = [f"{prefix}{key} is missing" for key in (*REQUIRED, *architecture.keys) if key not in values]
+    problems += [
+        f"{prefix}{key} = {value!r} is not understood"
+        for key, value in values.items()
+        if isinstance(value, list) or (key not in known and value not in (0, None, NEUTRAL.get(key)))
+    ]
+    problems += weights.problems(architecture, metadata)
+    if problems:
+        raise ModelError(f"cannot be read:\n{listing(problems)}")
+    return architecture, metadata

@@ -1,0 +1,110 @@
+"""Tokenizers from GGUF metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gguf_files
+from tunesmith.errors import ModelError
+from tunesmith.model.gguf.pretokenizers import PRETOKENIZERS
+from tunesmith.model.gguf.tokenizer import BYTE, CONTROL, NORMAL, PROBE, UNKNOWN, build_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces", "whole"),
+    [
+        ("gpt-2", "It 's Ġ12345 Ġa Ċ Ċ XY", ["12"]),
+        ("smollm", "It 's Ġ 1 2 3 4 5 Ġa Ċ Ċ XY", ["1", "2"]),
+        ("llama-bpe", "It 's Ġ 123 45 Ġa ĊĊ XY", ["12"]),
+        ("qwen2", "It 's Ġ 1 2 3 4 5 Ġa ĊĊ XY", ["1", "2"]),
+        ("tekken", "It 's Ġ 1 2 3 4 5 Ġa ĊĊ XY", ["1", "2"]),
+    ],
+)
+def test_text_is_cut_as_the_name_says(pre, pieces, whole):
+    tokenizer, _ = build_tokenizer(gguf_files.alphabet(pre))
+    cut = tokenizer.pre_tokenizer.pre_tokenize_str("It's 12345 a\n\nXY")
+    assert [piece for piece, _ in cut] == pieces.split()
+    assert tokenizer.encode("12").tokens == whole
+    assert tokenizer.encode("XY").tokens == (["XY"] if pre in ("llama-bpe", "tekken") else ["X", "Y"])
+
+
+def test_tekken_is_cut_by_the_pattern_that_mistral_ships():
+    import mistral_common
+
+    shipped = json.loads((Path(mistral_common.__file__).parent / "data" / "tekken_240911.json").read_text())
+    assert PRETOKENIZERS["tekken"].patterns[0] == shipped["config"]["pattern"]
+
+
+def sentencepiece_metadata() -> tuple[dict, Any]:
+    """Mistral's v3 tokenizer as llama.cpp's converter writes it, and SentencePiece's own reading of it."""
+    import mistral_common
+    from sentencepiece import SentencePieceProcessor
+
+    file = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+    oracle = SentencePieceProcessor(model_file=str(file))
+    size = oracle.get_piece_size()
+    kinds = [
+        UNKNOWN
+        if oracle.is_unknown(i)
+        else CONTROL
+        if oracle.is_control(i)
+        else BYTE
+        if oracle.is_byte(i)
+        else NORMAL
+        for i in range(size)
+    ]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [oracle.id_to_piece(i) for i in range(size)],
+        "tokenizer.ggml.scores": [oracle.get_score(i) for i in range(size)],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }, oracle
+
+
+def test_a_sentencepiece_vocabulary_gives_sentencepieces_ids():
+    metadata, oracle = sentencepiece_metadata()
+    tokenizer, settings = build_tokenizer(metadata)
+    texts = [
+        PROBE,
+        "Hello",
+        "  two  spaces",
+        "\n\nx\t\ty  ",
+        "naïve café — “quotes” 👍🏽 𝔘𝔫𝔦",
+        "",
+        " lead",
+        "trail ",
+        '{"a": [1, 2, 3.14], "b": null}',
+        "日本語テキスト ไทย عربى",
+        Path(json.__file__).read_text()[:4000],
+        *(" " * count + "x" for count in range(70)),
+        *("=" * count for count in range(70)),
+    ]
+    for text in texts:
+        assert tokenizer.encode(text, add_special_tokens=False).ids == oracle.encode(text), text
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.encode("Hello").ids == [1, *oracle.encode("Hello")]
+    assert settings["bos_token"] == "<s>" and settings["eos_token"] == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'"),
+        ({"tokenizer.ggml.model": None}, "tokenizer.ggml.model is None"),
+        ({"tokenizer.ggml.pre": None}, "tokenizer.ggml.pre is None"),
+        ({"tokenizer.ggml.merges": []}, "merges is missing"),
+        ({"tokenizer.ggml.merges": ["q zz"]}, "merges cannot be used"),
+        ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "tokens listed twice: 'a'"),
+        ({"tokenizer.ggml.tokens": ["1", "2", "12", "Ġ", "a", "Ġa"]}, "does not reproduce a probe text"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_rebuilt_is_refused(change, words):
+    with pytest.raises(ModelError, match=words):
+        build_tokenizer(gguf_files.alphabet("gpt-2") | change)
