@@ -20,8 +20,8 @@ from tunesmith.auditing.registry import Rule, Section, register
 from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.data import formats
 from tunesmith.data.formats import DataSpec
-from tunesmith.errors import ConfigError, SetupError
-from tunesmith.events import Notice
+from tunesmith.errors import ConfigError
+from tunesmith.events import Event, Notice
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,22 +118,33 @@ def test_every_finding_has_a_meaning(rows):
         assert by_name[finding.dimension].meaning(finding), finding.rule
 
 
-def test_without_the_extra_audit_says_what_to_install_and_train_leaves_rules_out_and_says_so(
-    rows, monkeypatch
-):
-    for module in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+def test_without_the_extra_every_rule_runs_and_the_map_is_plainer(tmp_path, monkeypatch):
+    path = tmp_path / "labelled.jsonl"
+    rows = [
+        {
+            "prompt": f"Question {number}, about {'rain' if number % 2 else 'snow'} on hill {number % 7}?",
+            "completion": f"It is {'wet' if number % 2 else 'cold'} there, {number} times.",
+            "label": bool(number % 2),
+        }
+        for number in range(80)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for module in [name for name in sys.modules if name.partition(".")[0] in ("sklearn", "joblib")]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(SetupError, match="sklearn") as caught:
-        audited(rows)
-    assert caught.value.hint == "pip install 'tunesmith[audit]'" and caught.value.exit_code == 10
+    for package in ("sklearn", "joblib"):
+        monkeypatch.setitem(sys.modules, package, None)
+    told: list[Event] = []
+    setup = survey.Setup(DataSpec(train=(str(path),)), AuditSpec())
+    audit = survey.audit([path], setup, notify=told.append)
+    assert {"diversity.clusters", "labels.predictable"} <= {finding.rule for finding in audit.findings}
+    assert audit.charts["map"]["method"] == "TF-IDF of words, two principal components"
+    notices = [event for event in told if isinstance(event, Notice)]
+    assert ["t-SNE" in notice.what for notice in notices] == [True, False]
+    assert {notice.hint for notice in notices} == {"pip install 'tunesmith[audit]'"}
 
-    spec = DataSpec(train=(str(rows),))
-    told: list[Notice] = []
-    examples = formats.read([rows], spec).examples
-    audit = survey.examine(examples, {}, Context(AuditSpec()), told.append)
-    assert not {finding.dimension for finding in audit.findings} & {"diversity", "labels"}
-    assert {finding.dimension for finding in audit.findings} >= {"duplicates", "balance", "conflicts"}
-    (notice,) = [event for event in told if isinstance(event, Notice)]
-    assert "diversity and labels" in notice.what and notice.count == 21
-    assert notice.hint == "pip install 'tunesmith[audit]'"
+    examples = formats.read([path], setup.data).examples
+    before_training = survey.examine(examples, {}, Context(AuditSpec(), charts=False), told.append)
+    assert {finding.rule for finding in audit.findings} == {
+        finding.rule for finding in before_training.findings
+    }
+    assert len([event for event in told if isinstance(event, Notice)]) == 2

@@ -16,6 +16,7 @@ import numpy as np
 from tunesmith.auditing import features
 from tunesmith.auditing.views import Survey, View
 from tunesmith.checks.content import masked
+from tunesmith.machine import imports
 
 LETTERS = 2_000
 """Of a prompt that are looked at, from its beginning."""
@@ -108,7 +109,7 @@ def clusters(
     import scipy.linalg  # noqa: F401  # before the limit below, which covers libraries that are loaded
     from threadpoolctl import threadpool_limits
 
-    if mapped:
+    if mapped and imports.installed("sklearn"):
         import sklearn.manifold  # noqa: F401  # likewise
     texts = [prompt[:LETTERS] for prompt in prompts]
     weights, terms = _tfidf(texts)
@@ -216,8 +217,9 @@ def _names(means: np.ndarray, weights: Any, terms: Sequence[str]) -> list[str]:
 
 
 def _points(coordinates: np.ndarray) -> tuple[np.ndarray, str]:
-    """(n, 2), by t-SNE; by principal components if there are few different points."""
-    if coordinates.shape[1] < 2 or len(np.unique(coordinates, axis=0)) < FEW:
+    """(n, 2), by t-SNE; by principal components if there are few different points, or no scikit-learn."""
+    few = coordinates.shape[1] < 2 or len(np.unique(coordinates, axis=0)) < FEW
+    if few or not imports.installed("sklearn"):
         centred = coordinates - coordinates.mean(axis=0)
         left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
         flat = (left * sizes)[:, :2]

@@ -9,7 +9,6 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from markupsafe import Markup
@@ -51,8 +50,6 @@ class Rule(ABC):
     name."""
     otherwise: ClassVar[str] = ""
     bar: ClassVar[str] = "reported"
-    needs: ClassVar[tuple[str, ...]] = ()
-    """Modules of the extra ``audit`` that it imports."""
     drawn: ClassVar[bool] = False
     """It looks only at rows that are `Context.drawn`."""
     chart: ClassVar[str] = ""
@@ -70,10 +67,6 @@ class Rule(ABC):
     def draw(self, chart: Any) -> Section | None:
         """The section of the page that shows what `judge` put under `chart`."""
         raise NotImplementedError(f"{type(self).__name__} names a chart and does not draw it")
-
-    @classmethod
-    def missing(cls) -> list[str]:
-        return [module for module in cls.needs if find_spec(module) is None]
 
     @classmethod
     def meaning(cls, finding: Finding) -> str:

@@ -29,7 +29,7 @@ from tunesmith.data.examples import Example
 from tunesmith.data.formats import DataSpec, Dropped
 from tunesmith.data.sources import Raw
 from tunesmith.display.text import excerpt
-from tunesmith.errors import ConfigError, DataError, SetupError, listing
+from tunesmith.errors import ConfigError, DataError, listing
 from tunesmith.events import Notice, Sink
 from tunesmith.machine import imports
 from tunesmith.tokens import renderers
@@ -42,7 +42,11 @@ APART = 300
 """From so many rows on, and up to `ALONE`, a second process clusters the prompts while this one looks at the
 rows."""
 WORST = 20
-EXTRA = "pip install 'tunesmith[audit]'"
+EXTRA = {
+    "sklearn": "the map of prompts shows two principal components, not t-SNE: scikit-learn is not installed",
+    "joblib": "one process reads all rows: joblib is not installed",
+}
+"""Module of the extra ``audit`` → what is different without it."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ def audit(
     if a file cannot be read as a whole, ConfigError if ``accept`` names no rule."""
     started = time.perf_counter()
     check_accepted(setup.spec)
-    if modules := sorted({module for rule in setup.rules for module in rule.missing()}):
-        raise SetupError(f"the audit needs {', '.join(modules)}", hint=EXTRA)
+    for text in [text for module, text in EXTRA.items() if not imports.installed(module)]:
+        notify(Notice(text, hint="pip install 'tunesmith[audit]'"))
     files_read = sources.files(paths)
     tick = events.ticker(notify, "counting rows")
     total = 0
@@ -119,10 +123,7 @@ def examine(
     """Audit examples that are in memory, with their rendered tokens if ``known`` has them."""
     started = time.perf_counter()
     check_accepted(known.spec)
-    applied = tuple(rule for rule in rules() if not rule.missing())
-    if skipped := [rule.name for rule in rules() if rule not in applied]:
-        text = f"the audit leaves out {' and '.join(skipped)}: what they need is not installed"
-        notify(Notice(text, "warning", count=len(examples), hint=EXTRA))
+    applied = rules()
     known = replace(known, share=min(1.0, known.spec.sample / max(len(examples), 1)))
     survey = Survey(
         known.spec,
@@ -231,7 +232,9 @@ def _looks(files: Sequence[Path], setup: Setup, total: int, processes: int | Non
 
 
 def _available(processes: int | None) -> int:
-    """``processes``, or one for each core, never more than there are cores."""
+    """``processes``, or one for each core, never more than there are cores; one without joblib."""
+    if not imports.installed("joblib"):
+        return 1
     import joblib
 
     return min(processes or joblib.cpu_count(), joblib.cpu_count())

@@ -7,6 +7,7 @@ demo, the workers of the audit): a program that imports tunesmith may need torch
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
@@ -23,6 +24,13 @@ class _VisiblePackages(PathFinder):
         cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         return None if fullname in _hidden else super().find_spec(fullname, path, target)
+
+
+def installed(package: str) -> bool:
+    """Whether this process can import ``package``; it is not imported."""
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
 
 
 def hide(*packages: str) -> None:

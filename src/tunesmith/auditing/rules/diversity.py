@@ -55,7 +55,6 @@ class Diversity(Rule):
         "clusters": "clusters of prompts that hold more than their share of the rows",
     }
     bar = "above 70 % (`audit.min_trigrams`)"
-    needs = ("sklearn",)
     chart = "map"
 
     def look(self, view: View, context: Context) -> RowTrigrams | None:

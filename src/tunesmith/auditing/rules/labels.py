@@ -49,7 +49,6 @@ class Labels(Rule):
         "predictable": "whether words tell the label at all",
         "suspicious": "rows that read like the other label",
     }
-    needs = ("sklearn",)
     drawn = True
 
     def look(self, view: View, context: Context) -> np.ndarray | None:
