@@ -48,7 +48,7 @@ VECTORS = {
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "ATEN_CPU_CAPABILITY": "avx2",
-        "CXXFLAGS": "-march=haswell",
+        "TUNESMITH_CXXFLAGS": "-march=haswell",
     },
 }
 """Environment of the trainers, by the widest vectors that they may use."""

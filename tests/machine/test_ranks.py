@@ -237,6 +237,19 @@ def test_ranks_on_one_machine_share_its_cores(tmp_path, monkeypatch):
     assert backend._ranks_here() == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels of a Linux CPU")
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (8, 4), (9, 4)])
+def test_the_kernels_of_two_ranks_share_the_cores_of_their_machine(cores, threads, monkeypatch):
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert backend.cpu_threads() == cores
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2")
+    assert backend.cpu_threads() == threads
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "two")
+    assert backend.cpu_threads() == cores
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="settings of OpenBLAS on Linux")
 def test_what_the_user_set_for_openblas_stays(monkeypatch):
     names = ("OPENBLAS_THREAD_TIMEOUT", "OPENBLAS_NUM_THREADS")

@@ -159,11 +159,17 @@ def own_kernels() -> bool:
 
 
 def cpu_threads() -> int:
-    """Threads of the compiled kernels: as many as the BLAS has, or one for each core of this process."""
+    """Threads of the compiled kernels: as many as the BLAS has, or one for each core of this process, shared
+    with the other ranks on this machine."""
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         if (count := os.environ.get(name, "")).isdigit():
             return max(1, int(count))
-    return len(os.sched_getaffinity(0)) if on_linux() else 1
+    return _cores_of_rank() if on_linux() else 1
+
+
+def _cores_of_rank() -> int:
+    """The cores of this process, shared equally among the ranks on this machine; at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // _ranks_here())
 
 
 def _tune_openblas() -> None:
@@ -172,9 +178,9 @@ def _tune_openblas() -> None:
     By default its waiting threads spin for 2^26 cycles, on cores that the next operation of MLX needs, and
     each of several ranks on one machine starts a thread on every core."""
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
-    if (ranks := _ranks_here()) > 1:
+    if _ranks_here() > 1:
         for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            os.environ.setdefault(name, str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+            os.environ.setdefault(name, str(_cores_of_rank()))
 
 
 def _ranks_here() -> int:
@@ -184,7 +190,8 @@ def _ranks_here() -> int:
         names = [str(addresses[0]).rsplit(":", 1)[0] for addresses in hosts]
         return names.count(names[int(os.environ["MLX_RANK"])])
     except (KeyError, OSError, ValueError, IndexError, TypeError):
-        return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+        count = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+        return max(1, int(count)) if count.isdigit() else 1
 
 
 def _allocator_tuned() -> bool:

@@ -151,8 +151,9 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
         notify(Notice(text, where="model"))
     kernels.install(net)
     mends.install(net, config)
-    if missing := kernels.missing():
-        notify(Notice(f"training and generation are slower here: {missing}", where="kernels"))
+    if absent := kernels.missing(notify):
+        text = f"training and generation are slower here: {absent.missing}"
+        notify(Notice(text, where="kernels", hint=absent.hint))
     net.eval()
     net.freeze()
     integrity.require_finite(net, path)

@@ -66,7 +66,7 @@ def doctor(
         "memory": _memory,
         "disk": lambda: _disk(Path(path)),
         "products": _products,
-        "kernels": _kernels,
+        "kernels": lambda: _kernels(notify),
     }
     groups |= {} if model is None else {"model": lambda: _model(model)}
     groups |= {"overfit": _overfit} if overfit else {}
@@ -205,12 +205,14 @@ def _products() -> list[Check]:
     return [_check("products", f"{speed:,.0f} GFLOP/s float32; {how}", problem, hint)]
 
 
-def _kernels() -> list[Check]:
+def _kernels(notify: Sink) -> list[Check]:
     """What computes everything but matrix products."""
     from tunesmith.model import kernels
 
-    missing = kernels.missing()
-    return [_check("kernels", kernels.described(), bool(missing) and "warn", missing)]
+    absent = kernels.missing(notify)
+    if absent is None:
+        return [_check("kernels", kernels.described())]
+    return [_check("kernels", kernels.described(), "warn", absent.hint)]
 
 
 def _model(path: str) -> list[Check]:

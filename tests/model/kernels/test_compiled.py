@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from tunesmith import events
 from tunesmith.engine import generation
-from tunesmith.model import kernels
-from tunesmith.model import loading as model
+from tunesmith.model import kernels, loading
 from tunesmith.model.kernels import extension, operations
 
 pytestmark = pytest.mark.skipif(
@@ -255,6 +259,10 @@ def test_shapes_that_do_not_fit_are_refused():
         module.attention(*[mx.zeros((1, 2, 4, 8))] * 3, 1.0, True, [2, 5], None)
     with pytest.raises(ValueError, match="do not fit"):
         module.attention(mx.zeros((1, 3, 4, 8)), *[mx.zeros((1, 2, 4, 8))] * 2, 1.0, True, [], None)
+    with pytest.raises(ValueError, match="do not fit"):  # rows end to end, and a mask
+        module.attention(*[mx.zeros((1, 2, 4, 8))] * 3, 1.0, True, [2, 4], mx.ones((4, 4), mx.bool_))
+    with pytest.raises(ValueError, match="must be"):
+        module.log_sums(mx.array(1.0))
     with pytest.raises(ValueError, match="float32"):
         module.gelu(mx.zeros((3,), mx.bfloat16))
 
@@ -274,7 +282,18 @@ def test_cross_entropy(vocabulary):
     softmax = np.exp(exact - normaliser[:, None])
     onehot = np.arange(vocabulary)[None] == targets[:, None]
     np.testing.assert_allclose(np.array(slope), cotangent[:, None] * (onehot - softmax), rtol=1e-6, atol=4e-7)
-    np.testing.assert_allclose(np.array(kernels.log_sums(mx.array(logits))), normaliser, rtol=4e-7)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 1024, 49152, 152064])
+@pytest.mark.parametrize("log_sums", [kernels.log_sums, operations.log_sums], ids=["compiled", "operations"])
+def test_log_sums(vocabulary, log_sums):
+    logits = normal(3, 2, vocabulary, scale=3)
+    value, (slope,), cotangent = both(log_sums, logits)
+    exact = logits.astype(np.float64)
+    normaliser = np.log(np.exp(exact).sum(axis=-1))
+    np.testing.assert_allclose(np.array(value), normaliser, rtol=4e-7)
+    softmax = np.exp(exact - normaliser[..., None])
+    np.testing.assert_allclose(np.array(slope), cotangent[..., None] * softmax, rtol=1e-6, atol=1e-9)
 
 
 def test_cross_entropy_at_the_ends():
@@ -533,7 +552,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def test_generation_and_training_meet_only_compiled_kernels(tiny_model):
-    net = model.load(model.ModelSpec(path=str(tiny_model))).net
+    net = loading.load(loading.ModelSpec(path=str(tiny_model))).net
     with kernels.watched() as calls:
         net(mx.array([[1, 2, 3]]))
         trained = set(calls)
@@ -542,49 +561,136 @@ def test_generation_and_training_meet_only_compiled_kernels(tiny_model):
     assert trained - {("few rows", True)} == set(calls) - {("few rows", True)} == expected
 
 
+def run_code(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code`` in another process, after MLX and the kernels are imported."""
+    start = """
+from tunesmith.machine import backend
+backend.setup()
+import mlx.core as mx, numpy as np
+from tunesmith.model import kernels
+from tunesmith.model.kernels import extension
+"""
+    command = [sys.executable, "-c", start + code]
+    return subprocess.run(
+        command, env=os.environ | environment, timeout=300, capture_output=True, text=True, check=True
+    )
+
+
+def test_streams_take_turns():
+    """Two threads with a stream each, at positions that make the tables of rotary embeddings grow."""
+    arrays = [mx.array(normal(1, heads, 200, 32)) for heads in (8, 2, 2)]
+
+    def value(stream: mx.Stream, offset: int) -> np.ndarray:
+        def total(q, k, v):
+            q = kernels.rope(q, 32, traditional=False, base=1e4, scale=1.0, offset=offset)
+            return (kernels.attention(q, k, v, cache=None, scale=0.2, mask="causal") ** 2).sum()
+
+        with mx.stream(stream):
+            return np.array(mx.grad(total)(*arrays))
+
+    def values() -> list[bytes]:
+        stream = mx.new_stream(mx.cpu)
+        return [value(stream, offset).tobytes() for offset in range(0, 6000, 300)]
+
+    expected = values()
+    with ThreadPoolExecutor(2) as threads:
+        assert [task.result() for task in [threads.submit(values) for _ in range(2)]] == [expected] * 2
+
+
+OUT_OF_MEMORY = """
+import resource, psutil
+def slopes(width):
+    q, k, v = (mx.ones((1, heads, 16, width)) for heads in (32, 1, 1))
+    attend = lambda q, k, v: kernels.attention(q, k, v, cache=None, scale=1e-3, mask="causal")
+    value, slopes = mx.vjp(attend, [q, k, v], [q])
+    mx.eval(q, k, v, value)
+    return slopes
+mx.eval(slopes(4096))
+mx.reset_peak_memory()
+mx.eval(slopes(4096))
+print(mx.get_peak_memory())
+arrays = slopes(65536)
+limit = psutil.Process().memory_info().vms + 200_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    mx.eval(arrays)
+except (RuntimeError, MemoryError) as error:
+    print(backend.is_out_of_memory(error), error)
+"""
+
+
+def test_what_the_backward_pass_of_attention_allocates_is_counted_and_may_be_missing():
+    peak, message = run_code(OUT_OF_MEMORY).stdout.splitlines()
+    queries, keys = 32 * 16 * 4096, 16 * 4096
+    # Queries, output and slope; slopes of keys and values for each query head.
+    assert int(peak) > 4 * (3 * queries + 2 * 32 * keys)
+    assert message == f"True [malloc] Unable to allocate {4 * 2 * 32 * 16 * 65536} bytes."
+
+
 REASONS = {
     "no C++ compiler": ({"PATH": "/nowhere"}, "no C++ compiler (g++)"),
-    "a broken compiler": ({"CXXFLAGS": "-nonsense"}, "g++ cannot compile the kernels"),
+    "a broken compiler": ({"TUNESMITH_CXXFLAGS": "-nonsense"}, "g++ cannot compile the kernels"),
+    "an open quote": ({"TUNESMITH_CXXFLAGS": "'"}, "TUNESMITH_CXXFLAGS cannot be read"),
+    "inexact arithmetic": (
+        {"TUNESMITH_CXXFLAGS": "-O2 -ffast-math"},
+        "TUNESMITH_CXXFLAGS has -ffast-math, which makes the results inexact",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REASONS)
 def test_without_a_compiler_mlx_s_operations_compute(case, tmp_path):
     environment, reason = REASONS[case]
-    code = (
-        "from tunesmith.machine import backend; backend.setup();"
-        "from tunesmith.model import kernels; import mlx.core as mx;"
-        "print(kernels.choice(), kernels.described());"
-        "print(kernels.swiglu(mx.array([2.0]), mx.array([1.0])).item())"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment | {"TUNESMITH_CACHE": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
+    code = """
+print(kernels.choice(), kernels.described())
+print(kernels.swiglu(mx.array([2.0]), mx.array([1.0])).item())
+"""
+    result = run_code(code, TUNESMITH_CACHE=str(tmp_path), **environment).stdout.splitlines()
     assert result[0].startswith(f"operations as operations of MLX ({reason}")
     assert float(result[1]) == pytest.approx(1.7615942)
 
 
-def test_two_processes_compile_once(tmp_path):
-    """And the second finds what the first has compiled."""
-    environment = os.environ | {"TUNESMITH_CACHE": str(tmp_path), "CXXFLAGS": "-O0"}
-    code = (
-        "from tunesmith.machine import backend; backend.setup();"
-        "from tunesmith.model import kernels; print(kernels.choice())"
-    )
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    ends = [process.communicate() for process in running]
-    assert [end[0].strip() for end in ends] == ["compiled", "compiled"]
-    assert sum("compiling the kernels" in end[1] for end in ends) == 1
+def test_missing_headers_are_named_with_their_packages(monkeypatch, tmp_path):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    absent = extension._load(events.silent)
+    assert absent.module is None and absent.missing == f"Python's headers are not in {tmp_path}"
+    assert absent.hint == "apt-get install python3-dev (Fedora: dnf install python3-devel)"
+
+
+COMPILE_BESIDE_ANOTHER = """
+print("missing", kernels.missing(lambda notice: print("notice", notice.what)))
+x = np.linspace(-80, 80, 100_001).astype(np.float32)
+exact = x.astype(np.float64)
+sums = np.array(kernels.log_sums(mx.array(np.stack([x, np.zeros_like(x)], axis=-1))))
+print("error", np.abs(sums - np.logaddexp(exact, 0)).max())
+gate = np.array(kernels.swiglu(mx.array(x), mx.array(1 / x)))
+print("error", np.abs(gate * (1 + np.exp(-exact)) - 1).max())
+"""
+
+
+def test_two_processes_compile_once(tmp_path, monkeypatch):
+    """And the second finds what the first has compiled. CXXFLAGS are for other programs. On x86 the kernels
+    are those of a CPU that cannot multiply and add at once: e^x is as exact there."""
+    flags = "-O1 -march=x86-64-v2" if platform.machine() == "x86_64" else "-O1"
+    environment = {"TUNESMITH_CACHE": str(tmp_path), "TUNESMITH_CXXFLAGS": flags, "CXXFLAGS": "-nonsense"}
+    with ThreadPoolExecutor(2) as threads:
+        tasks = [threads.submit(run_code, COMPILE_BESIDE_ANOTHER, **environment) for _ in range(2)]
+        lines = [line for task in tasks for line in task.result().stdout.splitlines()]
+    assert lines.count("missing None") == 2
+    notices = [line for line in lines if line.startswith("notice")]
+    assert notices == ["notice compiling the kernels for this CPU, once: about 10 seconds"]
+    errors = [float(line.removeprefix("error ")) for line in lines if line.startswith("error")]
+    assert len(errors) == 4 and max(errors) < 8e-6
+
+
+def test_kernels_that_nobody_loads_are_deleted(tmp_path):
+    now = time.time()
+    for name, days in (("new", 0), ("used", 29), ("unused", 31), ("own", 90)):
+        library = tmp_path / name / "kernels.so"
+        library.parent.mkdir()
+        library.touch()
+        for path in (library, library.parent):
+            os.utime(path, (now, now - days * 86_400))
+    os.utime(tmp_path / "used", (now, now - 90 * 86_400))  # compiled long ago, loaded since
+    extension._delete_unused(tmp_path / "own")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "own", "used"]

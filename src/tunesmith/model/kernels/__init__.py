@@ -15,6 +15,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
+from tunesmith.events import Sink, silent
 from tunesmith.machine import backend
 from tunesmith.model import wrap
 from tunesmith.model.kernels import extension, operations
@@ -51,7 +52,7 @@ Choice = Literal["compiled", "operations", "mlx"]
 
 
 def choice() -> Choice:
-    """What computes here. The kernels are compiled when this is first asked for."""
+    """What computes here. The first call compiles the kernels."""
     if not backend.own_kernels():
         return "mlx"
     wanted = backend.wanted_kernels() == "on"
@@ -59,7 +60,7 @@ def choice() -> Choice:
 
 
 def described() -> str:
-    """`choice` in words, with the reason where it is not the compiled kernels."""
+    """`choice` in words, with the reason if it is not the compiled kernels."""
     if backend.setup().kind != "cpu" or not backend.on_linux():
         return "MLX's"
     if choice() == "compiled":
@@ -79,13 +80,13 @@ def recorded() -> str:
     return {"compiled": "compiled kernels", "operations": own, "mlx": off}[choice()]
 
 
-def missing() -> str:
-    """Why the compiled kernels cannot be had, and what to do about it; empty if they compute, or are not
-    wanted here."""
-    if not backend.own_kernels() or backend.wanted_kernels() != "on" or choice() == "compiled":
-        return ""
-    found = extension.load()
-    return found.missing + (f" ({found.hint})" if found.hint else "")
+def missing(notify: Sink = silent) -> extension.Extension | None:
+    """Why the compiled kernels cannot be had; None if they compute, or are not wanted here. If they must be
+    compiled first, ``notify`` is told."""
+    if not backend.own_kernels() or backend.wanted_kernels() != "on":
+        return None
+    compiled = extension.load(notify)
+    return compiled if compiled.module is None else None
 
 
 def _compiled(kernel: str, *arrays: mx.array | None) -> Any:
@@ -203,7 +204,7 @@ def token_logprobs(logits: mx.array, targets: mx.array) -> mx.array:
 
 
 def log_sums(logits: mx.array) -> mx.array:
-    """(..., V) → (...) float32: log Σ e^logit. No gradient.
+    """(..., V) → (...) float32: log Σ e^logit.
 
     MLX's own sum over a long row errs by 2e-4 on the CPU, and its ``logsumexp`` with it."""
     logits = logits.astype(mx.float32)

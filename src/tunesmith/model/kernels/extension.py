@@ -6,7 +6,6 @@ compiler, without Python's headers or with another build of MLX goes without the
 from __future__ import annotations
 
 import fcntl
-import functools
 import hashlib
 import importlib.machinery
 import importlib.metadata
@@ -19,14 +18,17 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import mlx.core as mx
 
+from tunesmith.events import Notice, Sink, silent
 from tunesmith.machine import backend
 
 NAME = "tunesmith_cpu"
@@ -43,6 +45,18 @@ FLAGS = (
     ),
     *("-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-DNDEBUG", "-DNB_DOMAIN=mlx"),
 )
+
+
+UNSAFE = frozenset(
+    {
+        *("-Ofast", "-ffast-math", "-funsafe-math-optimizations", "-fassociative-math"),
+        *("-freciprocal-math", "-ffinite-math-only", "-fno-signed-zeros", "-mdaz-ftz"),
+    }
+)
+"""Compiler options that change what the kernels compute: NaN and infinity are lost, or sums no longer have a
+fixed order. Some also flush the denormal numbers of the whole process."""
+UNUSED_DAYS = 30
+"""Kernels that nobody has loaded for so long are deleted when others are compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,45 +76,70 @@ class _Missing(Exception):
         self.hint = hint
 
 
-@functools.cache
-def load() -> Extension:
-    """The kernels, compiled first if the cache does not hold them (about 10 seconds, told on stderr)."""
+_loading = threading.Lock()
+_loaded: Extension | None = None
+
+
+def load(notify: Sink = silent) -> Extension:
+    """The kernels; all calls return the same. The first compiles them if the cache does not hold them, which
+    takes about 10 seconds, after a notice to ``notify``."""
+    global _loaded
+    if _loaded is None:
+        with _loading:
+            _loaded = _loaded or _load(notify)
+    return _loaded
+
+
+def _load(notify: Sink) -> Extension:
     try:
-        module = _import(_compiled())
+        library = _compiled(notify)
+        module = _import(library)
         module.set_threads(backend.cpu_threads())
         _try(module)
     except _Missing as missing:
         return Extension(None, str(missing), missing.hint)
     except (ImportError, OSError, subprocess.SubprocessError, TypeError) as error:
         return Extension(None, f"the compiled kernels cannot be used: {error}".splitlines()[0])
+    with suppress(OSError):  # a cache that cannot be written
+        os.utime(library)
     return Extension(module)
 
 
-def _compiled() -> Path:
+def _compiled(notify: Sink) -> Path:
     """The shared library in the cache. Raises _Missing."""
     compiler = shutil.which("g++")
     if compiler is None:
-        raise _Missing("no C++ compiler (g++)", "apt-get install g++")
+        raise _Missing("no C++ compiler (g++)", "apt-get install g++ (Fedora: dnf install gcc-c++)")
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").is_file():
-        raise _Missing(f"Python's headers are not in {headers}", "apt-get install python3-dev")
-    found = importlib.util.find_spec("nanobind")
-    if found is None or found.origin is None:
+        hint = "apt-get install python3-dev (Fedora: dnf install python3-devel)"
+        raise _Missing(f"Python's headers are not in {headers}", hint)
+    nanobind = importlib.util.find_spec("nanobind")
+    if nanobind is None or nanobind.origin is None:
         raise _Missing("nanobind is not installed", "pip install 'nanobind>=3.0.1,<4'")
-    binding, library = Path(found.origin).parent, Path(mx.__file__).parent
-    try:
-        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    except ValueError as error:
-        raise _Missing(f"CXXFLAGS cannot be read: {error}") from error
+    binding, library = Path(nanobind.origin).parent, Path(mx.__file__).parent
     include = (binding / "include", binding / "ext" / "robin_map" / "include", headers, library / "include")
-    command = [compiler, *FLAGS, *_vectors(), *extra, *(f"-I{folder}" for folder in include)]
+    command = [compiler, *FLAGS, *_vectors(), *_options(), *(f"-I{folder}" for folder in include)]
     command += [str(SOURCES / "extension.cpp"), str(binding / "src" / "nb_combined.cpp")]
     command += [f"-L{library / 'lib'}", "-lmlx"]  # MLX has been loaded from there already
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     target = backend.cache_folder() / "kernels" / _digest(command) / f"{NAME}{suffix}"
     if not target.is_file():
-        _compile(command, target)
+        _compile(command, target, notify)
+        _delete_unused(target.parent)
     return target
+
+
+def _options() -> list[str]:
+    """The user's further options for the compiler. Raises _Missing if the kernels may not be compiled with
+    them."""
+    try:
+        options = shlex.split(os.environ.get("TUNESMITH_CXXFLAGS", ""))
+    except ValueError as error:
+        raise _Missing(f"TUNESMITH_CXXFLAGS cannot be read: {error}") from error
+    if unsafe := [option for option in options if option in UNSAFE]:
+        raise _Missing(f"TUNESMITH_CXXFLAGS has {unsafe[0]}, which makes the results inexact", "leave it out")
+    return options
 
 
 def _digest(command: list[str]) -> str:
@@ -129,12 +168,12 @@ def _vectors() -> list[str]:
     return ["-mprefer-vector-width=512"] if "avx512f" in _instructions().split() else []
 
 
-def _compile(command: list[str], target: Path) -> None:
+def _compile(command: list[str], target: Path, notify: Sink) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(target.parent / "lock"):
         if target.is_file():  # another process has compiled it meanwhile
             return
-        print("compiling the kernels for this CPU, once: about 10 seconds", file=sys.stderr, flush=True)
+        notify(Notice("compiling the kernels for this CPU, once: about 10 seconds", where="kernels"))
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             draft = Path(folder) / target.name
             run = subprocess.run([*command, "-o", str(draft)], capture_output=True, text=True, check=False)
@@ -144,6 +183,17 @@ def _compile(command: list[str], target: Path) -> None:
                 ] or run.stderr.splitlines()
                 raise _Missing(f"g++ cannot compile the kernels: {lines[0] if lines else run.returncode}")
             os.replace(draft, target)
+
+
+def _delete_unused(folder: Path) -> None:
+    """Delete the other kernels beside ``folder`` that nobody has loaded for `UNUSED_DAYS`. A process that
+    still runs with them keeps its copy."""
+    oldest = time.time() - UNUSED_DAYS * 86_400
+    with suppress(OSError):
+        for other in folder.parent.iterdir():
+            used = max(path.stat().st_mtime for path in (other, *other.iterdir()))
+            if other != folder and used < oldest:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 @contextmanager

@@ -107,11 +107,27 @@ def token_logprobs(logits: mx.array, targets: mx.array) -> mx.array:
     return _logprobs(logits, targets)[0]
 
 
+def _sums(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """(K,) log Σ e^logit; e^(logit − highest) (K, V) and its sum (K, 1), for the gradient."""
+    highest = logits.max(axis=-1, keepdims=True)
+    weights = _above(logits, highest)
+    total = _total(weights)
+    return (highest + mx.log(total))[:, 0], weights, total
+
+
+def _sums_vjp(
+    logits: mx.array, cotangents: tuple[mx.array, ...], results: tuple[mx.array, mx.array, mx.array]
+) -> mx.array:
+    _, weights, total = results
+    return (cotangents[0][:, None] / total) * weights
+
+
+_log_sums = with_gradient(_sums, _sums_vjp)
+
+
 def log_sums(logits: mx.array) -> mx.array:
     """(..., V) → (...) log Σ e^logit."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    highest = rows.max(axis=-1, keepdims=True)
-    return (highest + mx.log(_total(_above(rows, highest)))).reshape(logits.shape[:-1])
+    return _log_sums(logits.reshape(-1, logits.shape[-1]))[0].reshape(logits.shape[:-1])
 
 
 def causal(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:

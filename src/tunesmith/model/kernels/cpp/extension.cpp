@@ -73,9 +73,29 @@ mx::array plain(const mx::array& x) {
   return mx::contiguous(x, false, mx::Device::cpu);
 }
 
+// MLX's allocator for the CPU returns null where there is no memory left.
+mx::allocator::Data memory(size_t bytes) {
+  mx::allocator::Data data = mx::allocator::malloc(bytes);
+  if (data.buffer().ptr() == nullptr)
+    throw std::runtime_error("[malloc] Unable to allocate " + std::to_string(bytes) + " bytes.");
+  return data;
+}
+
 float* allocate(mx::array& result) {
-  result.set_data(mx::allocator::malloc(result.nbytes()));
+  result.set_data(memory(result.nbytes()));
   return result.data<float>();
+}
+
+// Memory of (rows, width) for one kernel, which counts as MLX's and is given back when the kernel has run.
+float* allocate(int64_t rows, int64_t width, mx::cpu::CommandEncoder& encoder) {
+  mx::array numbers({static_cast<int>(rows), static_cast<int>(width)}, mx::float32, nullptr, {});
+  float* data = allocate(numbers);
+  encoder.add_temporary(numbers);
+  return data;
+}
+
+tunesmith::Scratch scratch(int64_t each, mx::cpu::CommandEncoder& encoder) {
+  return {allocate(tunesmith::threads().count(), each, encoder), each};
 }
 
 int64_t width_of(const mx::array& x) { return x.shape(-1); }
@@ -222,15 +242,27 @@ mx::array logprobs(const mx::array& logits, const mx::array& targets) {
   return make("LogProbs", {{logits.shape(0)}}, {plain(logits), ids}, prepare, logprobs_gradient)[0];
 }
 
-// (..., V) -> (...) log of the sum of e^x. No gradient.
+Arrays log_sums_gradient(const Arrays& in, const Arrays&, const Arrays& cotangents) {
+  return make("LogSumsGradient", {in[0].shape()}, {in[0], plain(cotangents[0])},
+              [](const Arrays& in, Arrays& out, auto&) {
+                return [x = in[0].data<float>(), c = in[1].data<float>(), y = allocate(out[0]),
+                        rows = rows_of(in[0]), width = width_of(in[0])] {
+                  tunesmith::log_sums_gradient(x, c, y, rows, width);
+                };
+              });
+}
+
+// (..., V) -> (...) log of the sum of e^x.
 mx::array log_sums(const mx::array& logits) {
+  if (logits.ndim() == 0) throw std::invalid_argument("logits must be (..., V)");
   mx::Shape rows = logits.shape();
   rows.pop_back();
-  return make("LogSums", {rows}, {plain(logits)}, [](const Arrays& in, Arrays& out, auto&) {
+  const auto prepare = [](const Arrays& in, Arrays& out, auto&) {
     return [x = in[0].data<float>(), y = allocate(out[0]), rows = rows_of(in[0]), width = width_of(in[0])] {
       tunesmith::log_sums(x, y, rows, width);
     };
-  })[0];
+  };
+  return make("LogSums", {rows}, {plain(logits)}, prepare, log_sums_gradient)[0];
 }
 
 // RMSNorm ----------------------------------------------------
@@ -246,9 +278,11 @@ Arrays rms_norm_gradient(const Arrays& in, const mx::array& cotangent, float eps
             y = allocate(out[0]), rows = rows_of(in[0]), width = width_of(in[0]),
             eps] { tunesmith::rms_norm_gradient(x, w, c, y, rows, width, eps); };
   };
-  const auto of_weight = [eps](const Arrays& in, Arrays& out, auto&) {
-    return [x = in[0].data<float>(), c = in[1].data<float>(), y = allocate(out[0]), rows = rows_of(in[0]),
-            width = width_of(in[0]), eps] { tunesmith::rms_norm_weight_gradient(x, c, y, rows, width, eps); };
+  const auto of_weight = [eps](const Arrays& in, Arrays& out, auto& encoder) {
+    const int64_t rows = rows_of(in[0]), width = width_of(in[0]);
+    return [x = in[0].data<float>(), c = in[1].data<float>(), y = allocate(out[0]),
+            parts = allocate(tunesmith::row_groups(rows), width, encoder), rows, width,
+            eps] { tunesmith::rms_norm_weight_gradient(x, c, y, parts, rows, width, eps); };
   };
   Arrays slopes = make("RMSNormGradient", {in[0].shape()}, inputs, of_x);
   if (weighted) slopes.push_back(make("RMSNormWeightGradient", {in[1].shape()}, {in[0], c}, of_weight)[0]);
@@ -278,7 +312,7 @@ tunesmith::Result allocate_by_row(mx::array& result) {
   const int64_t heads = result.shape(1), rows = result.shape(2), width = result.shape(3);
   const mx::Strides strides{rows * heads * width, width, heads * width, 1};
   const mx::array::Flags flags{true, heads == 1 || rows == 1, false};
-  result.set_data(mx::allocator::malloc(result.nbytes()), result.size(), strides, flags);
+  result.set_data(memory(result.nbytes()), result.size(), strides, flags);
   return {result.data<float>(), {strides[0], strides[1], strides[2]}};
 }
 
@@ -320,13 +354,19 @@ tunesmith::Heads heads_of(const Arrays& in, float scale) {
   return {q.shape(0), q.shape(1), k.shape(1), q.shape(2), k.shape(2), q.shape(3), v.shape(3), scale};
 }
 
-tunesmith::Mask mask_of(const Arrays& in, const AttentionOptions& options) {
+tunesmith::Mask mask_of(
+    const Arrays& in, const AttentionOptions& options, mx::cpu::CommandEncoder& encoder) {
   tunesmith::Mask mask{options.causal, options.ends};
   if (options.masked) {
+    static_assert(sizeof(tunesmith::Span) == 3 * sizeof(float));
     const mx::array& allowed = in[3];
     mask.allowed = allowed.data<bool>();
     mask.of_batch = allowed.strides(0), mask.of_head = allowed.strides(1);
     mask.of_query = allowed.strides(2), mask.of_key = allowed.strides(3);
+    mask.batches = mask.of_batch == 0 ? 1 : allowed.shape(0);
+    mask.heads = mask.of_head == 0 ? 1 : allowed.shape(1);
+    float* spans = allocate(mask.batches * mask.heads * allowed.shape(2), 3, encoder);
+    mask.spans = reinterpret_cast<tunesmith::Span*>(spans);
   }
   return mask;
 }
@@ -337,25 +377,31 @@ Arrays attention_gradient(
   inputs.insert(inputs.end(), {results[0], results[1], cotangent});
   const auto prepare = [options](const Arrays& in, Arrays& out, auto& encoder) {
     const mx::array *output = &in[in.size() - 3], *normalisers = &in[in.size() - 2], *cotangent = &in.back();
-    const tunesmith::Gradients of{allocate_by_row(out[0]), allocate_by_row(out[1]), allocate_by_row(out[2])};
-    return [shape = heads_of(in, options.scale), mask = mask_of(in, options), q = operand(in[0], encoder),
-            k = operand(in[1], encoder), v = operand(in[2], encoder), y = operand(*output, encoder),
-            c = operand(*cotangent, encoder), n = normalisers->data<float>(), of] {
-      tunesmith::attend_gradient(shape, mask, q, k, v, y, c, n, of);
+    const tunesmith::Heads shape = heads_of(in, options.scale);
+    const tunesmith::Mask mask = mask_of(in, options, encoder);
+    const tunesmith::GradientPlan plan(shape, mask);
+    const tunesmith::Gradients slopes{allocate_by_row(out[0]), allocate_by_row(out[1]), allocate_by_row(out[2])};
+    const tunesmith::Forward forward{operand(in[0], encoder),      operand(in[1], encoder),
+                                     operand(in[2], encoder),      operand(*output, encoder),
+                                     operand(*cotangent, encoder), normalisers->data<float>()};
+    return [shape, mask, plan, slopes, forward, own = scratch(plan.scratch(shape), encoder),
+            parts = allocate(shape.batches * shape.heads, plan.part(shape), encoder)] {
+      tunesmith::attend_gradient(shape, mask, plan, forward, slopes, own, parts);
     };
   };
   return make("AttentionGradient", {in[0].shape(), in[1].shape(), in[2].shape()}, inputs, prepare);
 }
 
 // queries (B, H, T, D), keys (B, K, S, D), values (B, K, S, E) -> (B, H, T, E). `causal`: the last query is that
-// of the last key. `ends`: rows end to end, T = S. `allowed`: boolean, broadcast to (B, H, T, S).
+// of the last key. `ends`: rows end to end, T = S, without a mask. `allowed`: boolean, broadcast to (B, H, T, S).
 mx::array attention(
     const mx::array& q, const mx::array& k, const mx::array& v, float scale, bool causal,
     std::vector<int64_t> ends, const std::optional<mx::array>& allowed) {
   check_heads(q, "queries"), check_heads(k, "keys"), check_heads(v, "values");
   const bool fit = k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) == v.shape(1) &&
       k.shape(1) > 0 && q.shape(1) % k.shape(1) == 0 && k.shape(2) == v.shape(2) && k.shape(3) == q.shape(3) &&
-      (ends.empty() || (causal && k.shape(2) == q.shape(2) && *std::max_element(ends.begin(), ends.end()) <= q.shape(2)));
+      (ends.empty() || (causal && !allowed && k.shape(2) == q.shape(2) &&
+                        *std::max_element(ends.begin(), ends.end()) <= q.shape(2)));
   if (!fit) throw std::invalid_argument("the shapes of queries, keys and values do not fit each other");
   Arrays inputs{q, k, v};
   if (allowed) {
@@ -367,11 +413,12 @@ mx::array attention(
   mx::Shape mixed = q.shape(), rows{q.shape(0), q.shape(1), q.shape(2)};
   mixed.back() = v.shape(3);
   const auto prepare = [options](const Arrays& in, Arrays& out, auto& encoder) {
-    return [shape = heads_of(in, options.scale), mask = mask_of(in, options), q = operand(in[0], encoder),
-            k = operand(in[1], encoder), v = operand(in[2], encoder), y = allocate_by_row(out[0]),
-            normalisers = allocate(out[1])] {
-      const auto kernel = shape.queries == 1 ? tunesmith::attend_once : tunesmith::attend;
-      kernel(shape, mask, q, k, v, y, normalisers);
+    const tunesmith::Heads shape = heads_of(in, options.scale);
+    const tunesmith::Mask mask = mask_of(in, options, encoder);
+    return [shape, mask, q = operand(in[0], encoder), k = operand(in[1], encoder), v = operand(in[2], encoder),
+            y = allocate_by_row(out[0]), normalisers = allocate(out[1]),
+            own = scratch(tunesmith::attend_scratch(shape, mask), encoder)] {
+      tunesmith::attend(shape, mask, q, k, v, y, normalisers, own);
     };
   };
   const auto gradient = [options](const Arrays& in, const Arrays& results, const Arrays& cotangents) {

@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "threads.h"
 
@@ -17,29 +18,42 @@ namespace tunesmith {
 constexpr int64_t kPart = 16384;  // elements of one unit: 64 KiB, which stays in the cache of a core
 constexpr int64_t kSum = 1024;    // elements that are added up in float32
 
+// a b + c in one instruction, or in two on a CPU that has no such instruction: there std::fma is a function.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FP_FAST_FMAF)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // e^x, relative error under 2e-7; NaN stays NaN; about 1e-38 instead of less; infinity above 88.3.
 inline float exponential(float x) {
   constexpr float kLog2e = 1.44269504f;
-  constexpr float kRest = 1.92596299e-8f;  // log2(e) - kLog2e
   constexpr float kRound = 12582912.0f;    // 1.5 * 2^23: adding it leaves the rounded value in the low bits
   float y = x * kLog2e;
   y = y < -126.0f ? -126.0f : y;
   y = y > 128.0f ? 128.0f : y;
   const float shifted = y + kRound;
   const float whole = shifted - kRound;
-  // The rounding error of the product, which would be |x| * 6e-8 of the result.
-  float f = std::fma(x, kLog2e, -whole);
-  f = std::fma(x, kRest, f);
+  // Without the rounding error of the product, which would be |x| * 6e-8 of the result.
+#if defined(__FP_FAST_FMAF)
+  constexpr float kRest = 1.92596299e-8f;  // log2(e) - kLog2e
+  float f = multiply_add(x, kRest, multiply_add(x, kLog2e, -whole));
+#else
+  constexpr float kLn2 = 0.693359375f, kLn2Rest = -2.12194440e-4f;  // `whole` times the first is exact
+  float f = ((x - whole * kLn2) - whole * kLn2Rest) * kLog2e;
+#endif
   f = f < -0.51f ? -0.51f : f;  // x beyond the range of y
   f = f > 0.51f ? 0.51f : f;
   // 2^f on [-1/2, 1/2], relative error 1.9e-9 in exact arithmetic (Remez).
   float power = 0.0001534581202f;
-  power = std::fma(power, f, 0.001339993122f);
-  power = std::fma(power, f, 0.009618488957f);
-  power = std::fma(power, f, 0.05550328777f);
-  power = std::fma(power, f, 0.2402264689f);
-  power = std::fma(power, f, 0.6931472057f);
-  power = std::fma(power, f, 1.0f);
+  power = multiply_add(power, f, 0.001339993122f);
+  power = multiply_add(power, f, 0.009618488957f);
+  power = multiply_add(power, f, 0.05550328777f);
+  power = multiply_add(power, f, 0.2402264689f);
+  power = multiply_add(power, f, 0.6931472057f);
+  power = multiply_add(power, f, 1.0f);
   const uint32_t scale = (std::bit_cast<uint32_t>(shifted) << 23) + (127u << 23);
   return power * std::bit_cast<float>(scale);
 }
@@ -115,6 +129,20 @@ inline void log_sums(const float* logits, float* out, int64_t rows, int64_t widt
   });
 }
 
+// y = factor * softmax(x)
+inline void softmax(const float* x, float* y, int64_t width, float factor) {
+  const double total = exponentials(x, y, width, highest(x, width));
+  const float share = static_cast<float>(factor / total);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) y[i] *= share;
+}
+
+inline void log_sums_gradient(const float* logits, const float* cotangents, float* out, int64_t rows, int64_t width) {
+  in_parts(rows, 1, [=](int64_t row, int64_t) {
+    softmax(logits + row * width, out + row * width, width, cotangents[row]);
+  });
+}
+
 // Cross-entropy: log p of each row's target -----------------------------------------------------------------
 
 inline void logprobs(
@@ -132,13 +160,8 @@ inline void logprobs_gradient(
     const float* logits, const int32_t* targets, const float* cotangents, float* out, int64_t rows,
     int64_t width) {
   in_parts(rows, 1, [=](int64_t row, int64_t) {
-    const float* x = logits + row * width;
     float* y = out + row * width;
-    const float most = highest(x, width);
-    const double total = exponentials(x, y, width, most);
-    const float factor = static_cast<float>(-cotangents[row] / total);
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) y[i] *= factor;
+    softmax(logits + row * width, y, width, -cotangents[row]);
     if (targets[row] >= 0 && targets[row] < width) y[targets[row]] += cotangents[row];
   });
 }
@@ -252,15 +275,18 @@ inline void rms_norm_gradient(
   });
 }
 
-// Gradient of the weight: sums over rows, in groups of a fixed size and then over the groups.
+constexpr int64_t kRowsOfSum = 64;
+
+inline int64_t row_groups(int64_t rows) { return (rows + kRowsOfSum - 1) / kRowsOfSum; }
+
+// Gradient of the weight: sums over rows, in groups of a fixed size and then over the groups. `parts`:
+// (row_groups(rows), width), for the sums of each group.
 inline void rms_norm_weight_gradient(
-    const float* x, const float* cotangent, float* out, int64_t rows, int64_t width, float eps) {
-  constexpr int64_t kRows = 64;
-  const int64_t groups = (rows + kRows - 1) / kRows;
-  std::vector<float> sums(groups * width);
-  float* parts = sums.data();
-  in_parts(rows, kRows, [=](int64_t begin, int64_t end) {
-    float* part = parts + begin / kRows * width;
+    const float* x, const float* cotangent, float* out, float* parts, int64_t rows, int64_t width, float eps) {
+  const int64_t groups = row_groups(rows);
+  in_parts(rows, kRowsOfSum, [=](int64_t begin, int64_t end) {
+    float* part = parts + begin / kRowsOfSum * width;
+    std::fill(part, part + width, 0.0f);
     for (int64_t row = begin; row < end; ++row) {
       const float* a = x + row * width;
       const float* c = cotangent + row * width;
@@ -282,18 +308,17 @@ inline void rms_norm_weight_gradient(
 struct Angles {
   std::vector<float> frequencies;
   float scale;
-  int64_t positions = 0;
+  int64_t positions;
   std::vector<float> cos, sin;  // positions x frequencies
 
-  void reach(int64_t wanted) {
-    if (wanted <= positions) return;
-    const int64_t all = std::max<int64_t>(wanted, std::max<int64_t>(256, 2 * positions));
+  Angles(std::vector<float> frequencies_, float scale, int64_t positions)
+      : frequencies(std::move(frequencies_)), scale(scale), positions(positions) {
     const int64_t half = static_cast<int64_t>(frequencies.size());
-    cos.resize(all * half);
-    sin.resize(all * half);
-    in_parts(all - positions, 64, [&, from = positions](int64_t begin, int64_t end) {
-      for (int64_t position = from + begin; position < from + end; ++position) {
-        const float place = static_cast<float>(position) * scale;
+    cos.resize(positions * half);
+    sin.resize(positions * half);
+    in_parts(positions, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t position = begin; position < end; ++position) {
+        const float place = static_cast<float>(position) * this->scale;
         for (int64_t j = 0; j < half; ++j) {
           const double angle = place * frequencies[j];
           cos[position * half + j] = static_cast<float>(std::cos(angle));
@@ -301,27 +326,31 @@ struct Angles {
         }
       }
     });
-    positions = all;
   }
 };
 
-// The table of these frequencies, long enough for `positions`; it is kept for the next layer.
-inline std::shared_ptr<Angles> angles(std::vector<float> frequencies, float scale, int64_t positions) {
-  static std::mutex lock;
-  static std::vector<std::shared_ptr<Angles>> kept;
+// The table of these frequencies, long enough for `positions`; it is kept for the next layer. A table that is
+// too short is replaced, never changed: another stream may be reading it.
+inline std::shared_ptr<const Angles> angles(std::vector<float> frequencies, float scale, int64_t positions) {
+  using Tables = std::vector<std::shared_ptr<const Angles>>;
   constexpr size_t kTables = 16;
+  static std::mutex lock;
+  static Tables& tables = *new Tables;  // never destroyed: a stream may use it until the process ends
   std::lock_guard<std::mutex> guard(lock);
-  for (auto& table : kept) {
-    if (table->scale == scale && table->frequencies == frequencies) {
-      if (table->positions < positions && table.use_count() > 1) break;  // in use: a longer one beside it
-      table->reach(positions);
-      return table;
-    }
+  const auto known = std::find_if(tables.begin(), tables.end(), [&](const auto& table) {
+    return table->scale == scale && table->frequencies == frequencies;
+  });
+  int64_t least = 256;
+  if (known != tables.end()) {
+    if ((*known)->positions >= positions) return *known;
+    least = 2 * (*known)->positions;
   }
-  auto table = std::make_shared<Angles>(Angles{std::move(frequencies), scale});
-  table->reach(positions);
-  if (kept.size() >= kTables) kept.pop_back();
-  kept.insert(kept.begin(), table);
+  auto table = std::make_shared<const Angles>(std::move(frequencies), scale, std::max(positions, least));
+  if (known != tables.end())
+    tables.erase(known);
+  else if (tables.size() >= kTables)
+    tables.pop_back();
+  tables.insert(tables.begin(), table);
   return table;
 }
 
