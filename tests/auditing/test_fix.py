@@ -448,6 +448,11 @@ ROWS = (
 def test_fixing_what_is_fixed_changes_nothing(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("fix")
     file = write(folder / "rows.jsonl", *rows)
+    if not formats.read([file], SPEC).examples:  # then there is nothing to write
+        with pytest.raises(DataError, match="no row is left"):
+            fix([file], folder / "out.jsonl", SPEC, audit())
+        assert [path.name for path in folder.iterdir()] == ["rows.jsonl"]
+        return
     lawful([file], fix([file], folder / "out.jsonl", SPEC, audit()))
 
 

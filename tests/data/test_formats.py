@@ -618,9 +618,9 @@ def test_what_is_written_is_read_again_equal(tmp_path, rows):
 
 
 def test_a_table_and_what_is_no_file_are_refused_at_once(tmp_path):
-    (tmp_path / "rows.csv").write_text("prompt,answer\na,b\n")
-    with pytest.raises(DataError, match=r"rows\.csv: is a CSV file\nhint: write it as JSONL"):
-        formats.read([tmp_path / "rows.csv"], spec())
+    (tmp_path / "rows.xlsx").write_text("prompt,answer\na,b\n")
+    with pytest.raises(DataError, match=r"rows\.xlsx: is a XLSX file\nhint: write it as JSONL"):
+        formats.read([tmp_path / "rows.xlsx"], spec())
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="is not a regular file"):
         formats.read([tmp_path / "pipe"], spec())

@@ -24,7 +24,7 @@ from tunesmith.data import calls, formats, sources
 from tunesmith.data.examples import Completion, Conversation, Document, Example, Preference, content_of
 from tunesmith.data.formats import DataSpec, Dropped
 from tunesmith.display.text import excerpt
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, DataError
 
 Action = Literal["changed", "removed", "left"]
 _CALLS = "invented.results"
@@ -78,6 +78,9 @@ def fix(
                     tick(rows, audit.rows)
             for source, steps in notes.items():  # of files that are only compared with
                 note(source, None, steps)
+        if not written:
+            hint = "mend the rows that the audit names"
+            raise DataError("no row is left, so nothing is written", where=str(out), hint=hint)
         for path in (ledger, out):
             writing.flush(drafts[path])
             drafts[path].rename(path)
@@ -149,16 +152,24 @@ def _rows(paths: Sequence[str | Path], spec: DataSpec, found: dict[str, list[Ste
     lines: dict[bytes, int] = {}  # digest of the content → line in the copy
     for made in formats.rows(paths, spec):
         listed = found.pop(made.source, [])
-        if isinstance(made, Dropped):
+        turned = _with_tagged_calls(made, spec) if isinstance(made, Dropped) else made
+        if isinstance(turned, Dropped):
             yield _Row(
-                made.source, None, None, [Step("removed", f"structure.{made.reason}", made.message, made.raw)]
+                turned.source,
+                None,
+                None,
+                [Step("removed", f"structure.{turned.reason}", turned.message, turned.raw)],
             )
             continue
-        example, steps = mended(made)
+        example, steps = mended(turned)
+        if turned is not made:
+            reason = "calls in <tool_call> marks are turns now"
+            steps.insert(0, Step("changed", _CALLS, reason, None, _said(turned)))
         digest = hashlib.blake2b(json.dumps(content_of(example)).encode(), digest_size=16).digest()
         if first := lines.get(digest):
             reason = f"line {first} of the copy has the same content and label"
-            yield _Row(made.source, None, None, [Step("removed", "duplicates.exact", reason, _line(made))])
+            removed = Step("removed", "duplicates.exact", reason, _line(turned))
+            yield _Row(made.source, None, None, [removed])
             continue
         lines[digest] = len(lines) + 1
         known = {step.rule for step in steps}
@@ -168,6 +179,15 @@ def _rows(paths: Sequence[str | Path], spec: DataSpec, found: dict[str, list[Ste
             _line(example),
             steps + [step for step in listed if step.rule not in known],
         )
+
+
+def _with_tagged_calls(dropped: Dropped, spec: DataSpec) -> Example | Dropped:
+    """The row with calls in ``<tool_call>`` marks as turns, or ``dropped`` if it cannot be read so either."""
+    if "<tool_call>" not in dropped.raw:
+        return dropped
+    raw = sources.Raw(dropped.source, dropped.raw)
+    example = formats.row(raw, spec.model_copy(update={"structure_calls": True}))
+    return dropped if isinstance(example, Dropped) else example
 
 
 def _line(example: Example) -> str:

@@ -16,7 +16,8 @@ from tunesmith.events import Sink
 
 Model = Annotated[str | None, typer.Option(help="model folder, GGUF file or hub id")]
 Data = Annotated[
-    list[str] | None, typer.Option(help="JSONL or JSON file, may be gzipped, or a folder of them; repeatable")
+    list[str] | None,
+    typer.Option(help="JSONL or JSON file (may be compressed), CSV, Parquet, or a folder; repeatable"),
 ]
 DataFiles = Annotated[list[str], typer.Argument(help="data files")]
 Config = Annotated[list[Path] | None, typer.Option(help="YAML file; repeatable, later ones win")]

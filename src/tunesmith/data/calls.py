@@ -12,10 +12,10 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, zip_longest
+from itertools import count, pairwise, zip_longest
 from typing import Any, NamedTuple, cast
 
-from tunesmith.data import sources
+from tunesmith.data import nested, sources
 from tunesmith.data.examples import (
     BadRow,
     Call,
@@ -75,6 +75,9 @@ _HEAD = re.compile(
     r"\t]*(?P<name>\S++)\s++(?:(?P<given>arguments:\s*+)|(?=Result:)))",
     re.MULTILINE,
 )
+_CALL, _RESPONSE = (
+    re.compile(rf"<{mark}>\s*(.*?)\s*</{mark}>", re.DOTALL) for mark in ("tool_call", "tool_response")
+)
 _CLOSE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t\r]*$", re.MULTILINE)
 _MARKER = re.compile(r"^ {0,3}(?:tool_call|Result):", re.MULTILINE)  # JSON has no such line
 _STRAY = re.compile(r"^ {0,3}Result:", re.MULTILINE)
@@ -88,6 +91,53 @@ _STRICT, _LENIENT = (
     json.JSONDecoder(strict=strict, parse_int=str, parse_float=str, parse_constant=str)
     for strict in (True, False)
 )
+
+
+def tagged(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """``messages`` with calls in ``<tool_call>`` marks, as Hermes writes them, as calls, and what stands in
+    ``<tool_response>`` marks as their results. Words before the calls stay beside them. Raises BadRow for
+    marks that cannot be read so."""
+    made: list[Message] = []
+    ids = (f"c{number:08x}" for number in count())
+    waiting: list[Call] = []
+    for turn, message in enumerate(messages, 1):
+        if message.role == "assistant" and not message.calls and "<tool_call>" in message.content:
+            words, waiting = _tagged_calls(message.content, f"turn {turn}", ids)
+            made.append(replace(message, content=words, calls=tuple(waiting)))
+        elif message.role == "tool" and message.call_id is None and waiting:
+            results = _RESPONSE.findall(message.content) or [message.content]
+            if len(results) > len(waiting):
+                wanted = f"{len(waiting)} results"
+                raise BadRow("results", f"turn {turn}", wanted, f"{len(results)} in one turn")
+            for result in results:
+                call = waiting.pop(0)
+                made.append(Message("tool", result, call_id=call.id, name=call.name))
+        else:
+            made.append(message)
+    return tuple(made)
+
+
+def _tagged_calls(text: str, place: str, ids: Iterator[str]) -> tuple[str, list[Call]]:
+    """(the words before the calls, the calls)."""
+    marks = list(_CALL.finditer(text))
+    between = [text[before.end() : after.start()] for before, after in pairwise(marks)]
+    if not marks or any(part.strip() for part in between) or text[marks[-1].end() :].strip():
+        raise BadRow(
+            "call", place, "calls in <tool_call> marks after the words", "words behind or an open mark"
+        )
+    calls: list[Call] = []
+    for mark in marks:
+        try:
+            value = nested.literal(mark[1])
+        except ValueError as error:
+            raise BadRow("call", place, "an object in <tool_call> marks", str(error)) from None
+        name, arguments = (
+            (value.get("name"), value.get("arguments")) if isinstance(value, dict) else (None, None)
+        )
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise BadRow("call", place, "a call with a name and arguments", sources.show(mark[1]))
+        calls.append(Call(name, arguments, next(ids)))
+    return text[: marks[0].start()].rstrip(), calls
 
 
 def found(text: str) -> list[TextCall]:

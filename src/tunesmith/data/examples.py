@@ -180,33 +180,39 @@ _AFTER = {
 }
 
 
+_HINTS = {
+    "leading_assistant": "put the greeting into the system text, or begin with what the user says",
+    "user after user": "join the turns of one speaker into one",
+    "assistant after assistant": "join the turns of one speaker into one",
+    "system after system": "join the system texts into one",
+    "system": "put it first, or into the user's turn",
+    "tool": "a result follows the call of a tool; data.structure_calls reads calls that are written as text",
+}
+
+
 def check(messages: Iterable[Message], declared: Collection[str]) -> None:
     """Raises BadRow if no template could render the turns faithfully. ``declared``: names of the tools;
     empty: any."""
     before, waiting = "", []
+    answered = False
     for turn, message in enumerate(messages, 1):
         where, role = f"turn {turn}", message.role
         if role not in _AFTER[before].split(" or "):
             code = "leading_assistant" if role == "assistant" and before in ("", "system") else "role_order"
-            raise BadRow(code, where, _AFTER[before] + (f" after {before}" if before else " first"), role)
+            hint = _HINTS.get(f"{role} after {before}", _HINTS.get(code, _HINTS.get(role, "")))
+            raise BadRow(
+                code, where, _AFTER[before] + (f" after {before}" if before else " first"), role, hint
+            )
         if role == "tool":
             fits = [
                 call for call in waiting if call.id == message.call_id and message.name in (None, call.name)
             ]
             if not fits:
-                expected = (
-                    " or ".join(f"{call.name} (id {call.id})" for call in waiting)
-                    or "no tool, for none was called"
-                )
-                raise BadRow(
-                    "call_id",
-                    where,
-                    f"a result of {expected}",
-                    f"one of {message.name} (id {message.call_id})",
-                )
+                raise _unasked(message, waiting, where)
             waiting.remove(fits[0])
         elif not message.content.strip() and not message.calls:
-            raise BadRow(f"empty_{role}", where, "words" + " or a call" * (role == "assistant"), "none")
+            wanted, hint = "words" + " or a call" * (role == "assistant"), "drop the turn, or the row"
+            raise BadRow(f"empty_{role}", where, wanted, "none", hint)
         elif waiting:
             raise BadRow("unanswered_call", where, f"the result of {waiting[0].name}", role)
         else:
@@ -220,15 +226,29 @@ def check(messages: Iterable[Message], declared: Collection[str]) -> None:
             raise BadRow(
                 "undeclared_tool", where, " or ".join(sorted(declared)), " and ".join(sorted(unknown))
             )
-        before = role
+        before, answered = role, answered or role == "assistant"
     if before != "assistant":
         raise BadRow(
             "no_answer",
             "",
             "the assistant to have the last word",
             before or "no turn",
-            "there is nothing to learn",
+            "drop the turns after the last answer" if answered else "there is nothing to learn",
         )
+
+
+def _unasked(result: Message, waiting: Sequence[Call], where: str) -> BadRow:
+    """What is wrong with a result that answers none of the calls that wait."""
+    own = " ".join(
+        filter(None, (result.name and f"of {result.name}", result.call_id and f"for the id {result.call_id}"))
+    )
+    if not waiting:
+        return BadRow("call_id", where, "no result, since no call waits for one", "one", _HINTS["tool"])
+    wanted = " or ".join(
+        f"the result of {call.name}" + (f" (id {call.id})" if call.id else "") for call in waiting
+    )
+    hint = "tool_call_id names the call that a result answers"
+    return BadRow("call_id", where, wanted, f"a result {own or 'without id and name'}", hint)
 
 
 def write_examples(examples: Iterable[Example], path: Path) -> None:

@@ -1,8 +1,8 @@
 """How files become examples.
 
-Read: JSON lines, a JSON array, gzip of either, folders of them. A row's layout is recognised by its keys.
-Words are never changed, trimmed or invented. A row that cannot be used becomes a `Dropped` with its
-file:line, never an exception; only a file that cannot be read as a whole raises."""
+Read: JSON lines, a JSON array, CSV and Parquet, compressed files, folders of them. A row's layout is
+recognised by its keys. Words are never changed, trimmed or invented. A row that cannot be used becomes a
+`Dropped` with its file:line, never an exception; only a file that cannot be read as a whole raises."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def known_format(name: str) -> str:
 class DataSpec(Spec):
     """Where the rows are and how they are read."""
 
-    train: Texts = Field(min_length=1, description="files or folders: JSONL, a JSON array, gzip of either")
+    train: Texts = Field(
+        min_length=1, description="files or folders: JSONL, a JSON array (also compressed), CSV, Parquet"
+    )
     valid: Annotated[float, Field(ge=0, lt=1)] | Texts = Field(
         0.2, description="share held out (0: none), or files"
     )
@@ -155,7 +157,12 @@ def row(raw: sources.Raw, spec: DataSpec) -> Example | Dropped:
 def _example(value: JSON, source: str, spec: DataSpec) -> Example:
     row = dict(typed(dict, value, ""))
     layout = layout_of(row, spec.format)
-    reader = RowReader(row, reasoning=spec.reasoning, instruct=spec.instruction_layout == "instruct")
+    reader = RowReader(
+        row,
+        reasoning=spec.reasoning,
+        instruct=spec.instruction_layout == "instruct",
+        structure_calls=spec.structure_calls,
+    )
     if layout.labelled:
         reader.judge(layout)
     make = layout.read(reader)
@@ -187,7 +194,8 @@ def require(read: Read, max_dropped: float) -> None:
     raise DataError(
         f"{len(read.dropped)} of {read.rows} rows cannot be used, {share:.1%} ({reasons}):\n{shown}",
         where=files or None,
-        hint=f"mend these rows, or allow more than {max_dropped:.1%} with data.max_dropped",
+        hint="mend these rows"
+        + (f", or allow more than {max_dropped:.1%} with data.max_dropped" if share < 1 else ""),
     )
 
 

@@ -13,7 +13,7 @@ from functools import cache, partial
 from importlib import import_module
 from typing import ClassVar, Protocol, TypeVar
 
-from tunesmith.data import nested
+from tunesmith.data import calls, nested
 from tunesmith.data.examples import (
     BadRow,
     Call,
@@ -147,11 +147,14 @@ def take(row: dict[str, JSON], *keys: str) -> JSON:
 class RowReader:
     """Takes known keys from ``row``; what is left is metadata.
 
-    reasoning, instruct: as `DataSpec.reasoning` and `DataSpec.instruction_layout` say. ``label``: of the
+    reasoning, instruct, structure_calls: as `DataSpec` says. ``label``: of the
     row."""
 
-    def __init__(self, row: dict[str, JSON], *, reasoning: str, instruct: bool) -> None:
+    def __init__(
+        self, row: dict[str, JSON], *, reasoning: str, instruct: bool, structure_calls: bool = False
+    ) -> None:
         self.row, self.reasoning, self.instruct = row, reasoning, instruct
+        self.structure_calls = structure_calls
         self.label: bool | None = None
         self.extra: dict[str, JSON] = {}  # keys of messages
         self.remarks: list[RowRemark] = []
@@ -333,6 +336,9 @@ class RowReader:
                         "tools",
                     )
                 )
+        if self.structure_calls and (read := list(calls.tagged(messages))) != messages:
+            messages = read
+            self.remark("calls in <tool_call> marks: read as calls")
         check(messages, declared)
         return Conversation(tuple(messages), tuple(tools))
 

@@ -1,15 +1,13 @@
-"""From files to rows as they are written: JSON lines, a JSON array, gzip of either, folders of them; read as
-a stream.
+"""From files to rows as they are written: JSON lines, a JSON array, a table, compressed or not, folders of
+them; read as a stream.
 
 What a row means is for `formats`. Words are never changed; bytes that are not UTF-8 become lone surrogates,
 so that only their own rows are lost."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -17,13 +15,16 @@ from math import inf
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from tunesmith.data import packing, tables
 from tunesmith.data.examples import BadRow
 from tunesmith.errors import DataError
 from tunesmith.settings.origins import JSON
 
-TABLES = (".csv", ".tsv", ".xlsx", ".parquet")
-"""Endings of files that are not JSON: reported at once, not row by row."""
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+TABLES = tables.SUFFIXES
+UNREAD = (".xlsx", ".xls", ".ods", ".arrow", ".feather", ".pkl", ".pickle", ".txt.lz4", ".7z", ".rar", ".tar")
+"""Endings of files that are not read: reported at once, not row by row."""
+_LINES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (*_LINES, *(f"{name}{packed}" for name in _LINES for packed in packing.SUFFIXES), *TABLES)
 
 
 class Raw(NamedTuple):
@@ -48,7 +49,7 @@ def files(paths: Sequence[str | Path]) -> list[Path]:
                 where=str(given),
                 hint="rows are read more than once: write them to a file",
             )
-        if path.suffix.lower() in TABLES:
+        if path.name.lower().endswith(UNREAD):
             raise DataError(
                 f"is a {path.suffix[1:].upper()} file",
                 where=str(given),
@@ -68,14 +69,16 @@ def files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def inside(folder: Path) -> list[Path]:
-    """The files of rows in a folder, by name; hidden ones are left out."""
-    return [
+    """The files of rows in a folder, by name; hidden ones are left out, and tables beside JSON, which are
+    often copies of it."""
+    visible = [
         file
         for file in sorted(folder.rglob("*"))
         if file.name.lower().endswith(SUFFIXES)
         and not any(part[0] == "." for part in file.relative_to(folder).parts)
         and file.is_file()
     ]
+    return [file for file in visible if not file.name.lower().endswith(TABLES)] or visible
 
 
 def sha256(path: Path) -> str:
@@ -84,25 +87,17 @@ def sha256(path: Path) -> str:
 
 
 def raws(path: Path) -> Iterator[Raw]:
-    """Every row of a file; lines are streamed, an array is read whole. Raises DataError if it cannot be
-    read."""
+    """Every row of a file; lines and tables are streamed, an array is read whole. Raises DataError if it
+    cannot be read."""
+    if path.name.lower().endswith(TABLES):
+        for place, row in tables.rows(path):
+            yield Raw(f"{path}:{place}", row)
+        return
     try:
-        with closing(_opened(path)) as stream:
+        with closing(packing.opened(path)) as stream:
             yield from _raws(stream, path)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"the gzip file is damaged: {error}", where=str(path), hint="copy or compress it again"
-        ) from error
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
-
-
-def _opened(path: Path) -> BinaryIO:
-    stream = path.open("rb")
-    if stream.peek(2)[:2] == b"\x1f\x8b":
-        stream.close()
-        return gzip.open(path)  # type: ignore[return-value]  # a reader of bytes
-    return stream
+        raise DataError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
 
 
 def _raws(stream: BinaryIO, path: Path) -> Iterator[Raw]:
