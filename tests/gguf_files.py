@@ -130,11 +130,13 @@ def _write_settings(writer: Any, config: dict[str, Any]) -> None:
     if "num_experts_per_tok" in config:
         writer.add_expert_count(config.get("num_experts") or config["num_local_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(
-            config.get("moe_intermediate_size") or config["intermediate_size"]
-        )
+        width = "intermediate_size" if config["model_type"] == "gpt_oss" else "moe_intermediate_size"
+        writer.add_expert_feed_forward_length(config[width])
     if config["model_type"] in ("gemma2", "gemma3_text", "gpt_oss", "phi3"):
         writer.add_sliding_window(config.get("sliding_window") or 0)
+    if config["model_type"] == "gemma3_text":
+        writer.add_sliding_window_pattern(config.get("sliding_window_pattern", 6))
+        writer.add_rope_freq_base_swa(config.get("rope_local_base_freq", 10_000.0))
     if config["model_type"] == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])

@@ -214,6 +214,7 @@ def _phi3(metadata: Metadata, shared: Config) -> Config:
         "partial_rotary_factor": rotary / head,
         "original_max_position_embeddings": original,
         "sliding_window": metadata.values.get("attention.sliding_window") or None,
+        "pad_token_id": None,  # else transformers takes 32000
     }
     short, long = (metadata.factors(f"rope_factors_{name}.weight") for name in ("short", "long"))
     if (short is None) != (long is None):
@@ -252,9 +253,11 @@ def _granite(metadata: Metadata, shared: Config) -> Config:
 def _gpt_oss(metadata: Metadata, shared: Config) -> Config:
     """Every second layer, from the first, attends through the window. YaRN's range is not rounded to whole
     dimensions, which the file does not say and llama.cpp does not do."""
-    scaling = shared["rope_scaling"]
+    scaling, theta = shared["rope_scaling"], shared["rope_theta"]
     width = metadata.values["expert_feed_forward_length"]
     return {
+        # without a scaling, transformers takes that of the released models unless it is told
+        **({} if scaling else {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}),
         "rope_scaling": scaling and scaling | {"truncate": False},
         "intermediate_size": width,
         "num_local_experts": metadata.values["expert_count"],
