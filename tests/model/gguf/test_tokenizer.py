@@ -108,3 +108,52 @@ def test_a_sentencepiece_vocabulary_gives_sentencepieces_ids():
 def test_a_tokenizer_that_cannot_be_rebuilt_is_refused(change, words):
     with pytest.raises(ModelError, match=words):
         build_tokenizer(gguf_files.alphabet("gpt-2") | change)
+
+
+@pytest.mark.parametrize("pre", PRETOKENIZERS)
+def test_every_pretokenizer_is_named_in_the_documents(pre):
+    page = Path(__file__).parents[3] / "docs" / "models.md"
+    assert f"`{pre}`" in page.read_text().split("## GGUF files")[1]
+
+
+def test_special_tokens_of_phi_3_swallow_the_white_space_after_them():
+    metadata, _ = sentencepiece_metadata()
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    for token, place in (("<|user|>", -1), ("<|endoftext|>", -2)):
+        tokens[place], kinds[place] = token, CONTROL
+
+    def read(architecture: str) -> list[str]:
+        tokenizer, _ = build_tokenizer(metadata | {"general.architecture": architecture})
+        ids = tokenizer.encode("<|user|>\nHi<|endoftext|>\n", add_special_tokens=False).ids
+        return [tokens[index] for index in ids]
+
+    assert read("phi3") == ["<|user|>", "▁Hi", "<|endoftext|>", "▁", "<0x0A>"]
+    assert read("llama") == ["<|user|>", "▁", "<0x0A>", "Hi", "<|endoftext|>", "▁", "<0x0A>"]
+
+
+@pytest.mark.parametrize(
+    ("marks", "ids"), [({}, []), ({"add_bos_token": True}, [1]), ({"add_eos_token": True}, [2])]
+)
+def test_the_ends_of_a_text_are_marked_as_the_file_says(marks, ids):
+    roles = {"bos_token_id": 1, "eos_token_id": 2}
+    metadata = gguf_files.alphabet("gpt-2") | {
+        f"tokenizer.ggml.{key}": value for key, value in (roles | marks).items()
+    }
+    tokenizer, _ = build_tokenizer(metadata)
+    inner = tokenizer.encode("a", add_special_tokens=False).ids
+    before, after = [ids, []] if marks.get("add_bos_token") else [[], ids]
+    assert tokenizer.encode("a").ids == [*before, *inner, *after]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"token_type": [1, 1]}, "token_type has 2 values, tokenizer.ggml.tokens 259"),
+        ({"bos_token_id": 259}, "bos_token_id is 259, there are 259 tokens"),
+        ({"tokens": []}, "tokenizer.ggml.tokens is missing"),
+    ],
+)
+def test_values_that_do_not_fit_the_tokens_are_refused(change, words):
+    metadata = gguf_files.alphabet("gpt-2")
+    with pytest.raises(ModelError, match=words):
+        build_tokenizer(metadata | {f"tokenizer.ggml.{key}": value for key, value in change.items()})
