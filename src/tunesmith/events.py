@@ -12,8 +12,11 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
+
+from typing_extensions import TypedDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,19 +179,25 @@ class Sampled(Event):
     reference: str | None = None
 
 
+class Bins(TypedDict, total=False):
+    """A histogram: edges, one more than the bins; entries in each bin; entries in none. Empty if it was not
+    computed."""
+
+    edges: list[float]
+    counts: list[float]
+    not_finite: int
+
+
 @dataclass(frozen=True, slots=True)
 class Growth(Event):
     """The change ΔW of each adapted weight W: its Frobenius norm, the ratio of this to the norm of W, and its
-    effective rank.
-
-    ``histogram`` of all entries of all ΔW: ``counts``, ``edges`` (one more), and ``not_finite``, the number
-    of entries in no bin. Empty if it was not computed."""
+    effective rank. ``histogram``: of all entries of all ΔW."""
 
     step: int
     norms: dict[str, float]
     relative: dict[str, float] = field(default_factory=dict)
     effective_rank: dict[str, float] = field(default_factory=dict)
-    histogram: dict[str, Any] = field(default_factory=dict)
+    histogram: Bins = field(default_factory=lambda: Bins())
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,15 +259,23 @@ def to_json(event: Event) -> str:
 def from_json(line: str | bytes) -> tuple[Event | None, bool]:
     """The event of a line of ``events.jsonl``, and whether it holds all of the line.
 
-    An unknown field is left out. An unknown kind or a damaged line gives None.
+    An unknown field is left out. An unknown kind, a damaged line or a value of a wrong type gives None.
     """
     try:
         values = json.loads(line)
         kind = KINDS[values.pop("kind")]
         known = {name: value for name, value in values.items() if name in kind.__dataclass_fields__}
-        return kind(**known), len(known) == len(values)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return _reader(kind)(known), len(known) == len(values)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None, False
+
+
+@cache
+def _reader(kind: type[Event]) -> Callable[[dict[str, Any]], Event]:
+    """Makes an event of ``kind``. Raises ValueError for a value of a wrong type."""
+    from pydantic import TypeAdapter  # slow to import, and most verbs read no log
+
+    return TypeAdapter(kind).validate_python
 
 
 def read(path: Path) -> Iterator[Event]:

@@ -1,21 +1,47 @@
-"""Files and folders that are written whole or not at all, and are on the disk when the call returns."""
+"""Files and folders that are written whole or not at all, and are on the disk when the call returns; and JSON
+that is checked against a type when it is read."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tunesmith.errors import TunesmithError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+T = TypeVar("T")
+_DRAFT = re.compile(r"\.(?P<pid>\d+)-[0-9a-f]{8}\.(?P<name>.+)")
+_NAMELESS = re.compile(r"\.[0-9a-f]{8}\.(?P<name>.+)|\.(?P<before>.+)\.[0-9a-f]{8}")
+"""A draft of 0.1.0, which does not name its process."""
+_LATE_S = 60.0
+"""A draft that does not name its process is abandoned once it is so old."""
+_open: set[Path] = set()
+"""The drafts that this process is writing."""
+
+
+def draft_name(path: Path) -> Path:
+    """A free hidden name beside ``path``, which names this process. MLX and matplotlib go by the suffix, so
+    that the name of ``path`` stays last."""
+    return path.with_name(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.{path.name}")
 
 
 @contextmanager
 def draft(path: Path) -> Iterator[Path]:
     """Give a free name beside ``path``, at which the body creates a file or a folder. It is flushed and
     renamed to ``path`` when the body ends, or removed if the body raises."""
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")  # MLX and matplotlib go by the suffix
+    temporary = draft_name(path)
+    _open.add(temporary.absolute())
     try:
         yield temporary
         is_folder = temporary.is_dir()
@@ -25,10 +51,46 @@ def draft(path: Path) -> Iterator[Path]:
         if is_folder:
             flush(path.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
+        _open.discard(temporary.absolute())
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_drafts(folder: Path, of: str | None = None) -> None:
+    """Remove what processes that have ended left unfinished in ``folder``: all drafts, or those ``of`` one
+    name."""
+    if not folder.is_dir():
+        return
+    for path in list(folder.iterdir()):
+        if (match := _DRAFT.fullmatch(path.name)) is not None:
+            name, abandoned = match["name"], _has_ended(int(match["pid"]), path)
+        elif (match := _NAMELESS.fullmatch(path.name)) is not None:
+            name = match["name"] or match["before"]
+            abandoned = time.time() - path.lstat().st_mtime > _LATE_S
         else:
-            temporary.unlink(missing_ok=True)
+            continue
+        if abandoned and of in (None, name):
+            remove(path)
+
+
+def _has_ended(pid: int, draft: Path) -> bool:
+    """Whether the process that writes ``draft`` is gone. In containers its number may be this process's."""
+    if pid == os.getpid():
+        return draft.absolute() not in _open
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -42,6 +104,55 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, kind: type[T], error: type[TunesmithError], hint: str | None) -> T:
+    """The JSON of a file as a ``kind``: a dataclass, a TypedDict, or a type such as ``dict[str, str]``.
+    Raises ``error`` with the file, the key that is wrong and the hint."""
+    try:
+        content = path.read_bytes()
+    except OSError as failure:
+        reason = failure.strerror or str(failure)
+        raise error(f"cannot be read: {reason}", where=str(path), hint=hint) from failure
+    return parse_json(content, kind, str(path), error, hint)
+
+
+def parse_json(text: bytes, kind: type[T], where: str, error: type[TunesmithError], hint: str | None) -> T:
+    """``text`` as a ``kind``. Raises ``error`` as `read_json` does."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as failure:
+        raise error(f"cannot be read: {failure}", where=where, hint=hint) from failure
+    return checked(content, kind, where, error, hint)
+
+
+def checked(content: object, kind: type[T], where: str, error: type[TunesmithError], hint: str | None) -> T:
+    """Parsed JSON as a ``kind``. Raises ``error`` as `read_json` does."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_python(content)
+    except (ValidationError, RecursionError) as failure:
+        problem = _problem(failure) if isinstance(failure, ValidationError) else "nested too deeply"
+        raise error(f"cannot be read: {problem}", where=where, hint=hint) from failure
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _problem(error: Any) -> str:
+    """The first finding of pydantic, with its key."""
+    finding = error.errors(include_url=False, include_input=False)[0]
+    key = ".".join(str(part) for part in finding["loc"] if not str(part).startswith("function-"))[:200]
+    if finding["type"] == "missing":
+        return f"the key {key} is missing"
+    message = finding["msg"].replace("Input should be", "must be").replace("valid dictionary", "JSON object")
+    message = message.replace("an instance of", "of the form of").replace("a dictionary or ", "")
+    return f"{key}: {message}" if key else message
 
 
 def flush(path: Path) -> None:

@@ -538,7 +538,7 @@ def test_a_torn_evaluation_is_an_error_with_its_line(runs):
     path.write_text("".join(lines[:4]) + '{"source": 1}\n' + "".join(lines[5:]))
     with pytest.raises(
         EvaluationError,
-        match=r"examples\.jsonl:5: cannot be read: not an evaluated example\n"
+        match=r"examples\.jsonl:5: cannot be read: source: must be a valid string\n"
         "hint: measure it again: tunesmith evaluate",
     ):
         compared(*runs)

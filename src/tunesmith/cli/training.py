@@ -101,7 +101,7 @@ def _print_run(run: Run | None, as_json: bool) -> None:
     else:
         typer.echo("\n".join(reports.verdict_lines(run.path)))
         typer.echo(f"report: {run.path / 'report.html'}")
-    if run.manifest["status"] == "interrupted":
+    if run.status == "interrupted":
         typer.echo(f"interrupted; go on with: {run.hint}", err=True)
         raise typer.Exit(130)
 

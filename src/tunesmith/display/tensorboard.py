@@ -91,8 +91,8 @@ class Board:
         self._numbers(event, "growth", event.norms)
         self._numbers(event, "relative_growth", event.relative)
         self._numbers(event, "effective_rank", event.effective_rank)
-        if event.histogram:
-            self._histogram(event)
+        if "edges" in event.histogram and "counts" in event.histogram:
+            self._histogram(event, event.histogram["edges"], event.histogram["counts"])
 
     @write.register
     def _activations(self, event: events.Activations) -> None:
@@ -103,9 +103,8 @@ class Board:
         for name, value in values.items():
             self.writer.add_scalar(f"{group}/{name}", value, event.step, walltime=event.at)
 
-    def _histogram(self, event: events.Growth) -> None:
+    def _histogram(self, event: events.Growth, edges: list[float], counts: list[float]) -> None:
         """The entries are not kept, so their sum is taken as if each lay in the middle of its bin."""
-        edges, counts = event.histogram["edges"], event.histogram["counts"]
         middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
         self.writer.add_histogram_raw(
             "change",

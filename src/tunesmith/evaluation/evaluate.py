@@ -309,7 +309,7 @@ class _Rows:
 
 def _learned(run: Run) -> set[str]:
     """SHA-256 of the files that training rows were taken from."""
-    files = {Path(path): value for path, value in run.manifest["hashes"]["data"].items()}
+    files = {Path(path): value for path, value in run.hashes["data"].items()}
     return {
         value
         for path, value in files.items()

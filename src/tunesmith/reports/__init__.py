@@ -7,11 +7,13 @@ receive the weights. They can be written again at any time."""
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from tunesmith.errors import EvaluationError
-from tunesmith.files import draft, write_json, write_text
+from tunesmith.files import draft, read_json, write_json, write_text
 from tunesmith.reports import card, figures, markdown, page
 from tunesmith.reports.facts import read_log
 from tunesmith.reports.summary import Summary, ship, summarise, to_json
@@ -23,6 +25,7 @@ __all__ = [
     "MACHINE",
     "TEXT",
     "Summary",
+    "is_current",
     "ship",
     "summarise",
     "to_json",
@@ -61,19 +64,36 @@ def verdict_line(run_dir: Path) -> str:
     return verdict_lines(run_dir)[0]
 
 
+class _Made(TypedDict):
+    """What the verdict needs of report.json."""
+
+    verdict: str
+    reasons: list[Reason]
+
+
+def is_current(run_dir: Path) -> bool:
+    """Whether all files are there, and newer than what they were made from."""
+    files = (MACHINE, HTML, TEXT, card.CARD, figures.CURVES, figures.PICTURE)
+    return all((run_dir / name).is_file() for name in files) and _newest_source(run_dir) < (
+        (run_dir / MACHINE).stat().st_mtime_ns
+    )
+
+
 def verdict_lines(run_dir: Path) -> list[str]:
     """The verdict's line, then its reasons, those against shipping first.
 
     They are those of report.json if that is newer than all it was made from and has reasons (0.1.0 wrote
     none)."""
     made = run_dir / MACHINE
+    with suppress(OSError, EvaluationError):  # there is none, or it cannot be read
+        if made.stat().st_mtime_ns > _newest_source(run_dir):
+            content = read_json(made, _Made, EvaluationError, None)
+            return [content["verdict"], *(reason.line for reason in content["reasons"])]
+    return summarise(run_dir).lines
+
+
+def _newest_source(run_dir: Path) -> int:
+    """When the newest of the files was written that a report is made from, in nanoseconds."""
     sources = [run_dir / EVENTS, run_dir / MANIFEST, run_dir / CHECKPOINTS, run_dir / EVALS]
     sources += [*(run_dir / EVALS).glob("*"), *(run_dir / EVALS).glob("*/*")]
-    times = [path.stat().st_mtime_ns for path in sources if path.exists()]
-    try:
-        if made.stat().st_mtime_ns > max(times, default=0):
-            content = json.loads(made.read_text(encoding="utf-8"))
-            return [content["verdict"], *(Reason(**reason).line for reason in content["reasons"])]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is none, or it cannot be read
-    return summarise(run_dir).lines
+    return max((path.stat().st_mtime_ns for path in sources if path.exists()), default=0)

@@ -26,11 +26,11 @@ from tunesmith.evaluation.pairing import PairedExample, PairedRecords, UnpairedR
 from tunesmith.evaluation.statistics import judge
 from tunesmith.evaluation.tasks import about
 from tunesmith.events import Notice, Sink, StepDone, Validated, silent
-from tunesmith.reports.facts import loss_unit, only, read_log, settings, trailing
+from tunesmith.reports.facts import given, loss_unit, only, read_log, settings, trailing
 from tunesmith.reports.measures import identifier, interval, title
 from tunesmith.reports.summary import Summary, ship, summarise
 from tunesmith.reports.verdict import TONES, Reason, Tone
-from tunesmith.runs.directory import EVALS, ORIGIN, VALID, Run
+from tunesmith.runs.directory import EVALS, VALID, Run
 from tunesmith.runs.records import Record, Score
 from tunesmith.settings.config import flat
 
@@ -283,7 +283,7 @@ def _read(path: Path, letter: str, name: str, notify: Sink) -> ComparedRun:
     for record in older:
         text = f"{letter}: {EVALS}/{record.name} is of an older version of tunesmith, and not compared"
         notify(Notice(text, level="warning", where=str(path), hint=pairing.command(record)))
-    origins, valid = path / ORIGIN, path / VALID
+    valid = path / VALID
     return ComparedRun(
         letter,
         name,
@@ -297,7 +297,7 @@ def _read(path: Path, letter: str, name: str, notify: Sink) -> ComparedRun:
             if event.step in tokens
         ],
         settings(path),
-        json.loads(origins.read_text(encoding="utf-8")) if origins.exists() else {},
+        given(path),
         sha256(valid) if valid.exists() and valid.stat().st_size else "",
         records,
     )

@@ -167,9 +167,10 @@ def growth(event: events.Growth) -> list[Markup]:
     if not relative:
         drawn.append(_heat("Change ‖ΔW‖", event.norms, ".3g"))
     drawn.append(_heat("Effective rank of ΔW", event.effective_rank, ".1f"))
-    if histogram := event.histogram:
-        counts = [int(count) for count in histogram["counts"]]
-        drawn.append(charts.columns("Entries of ΔW", histogram["edges"], counts, x="entry of ΔW", log=True))
+    bins = event.histogram
+    if "counts" in bins and "edges" in bins and len(bins["edges"]) == len(bins["counts"]) + 1:
+        counts = [int(count) for count in bins["counts"]]
+        drawn.append(charts.columns("Entries of ΔW", bins["edges"], counts, x="entry of ΔW", log=True))
     return [chart for chart in drawn if chart]
 
 

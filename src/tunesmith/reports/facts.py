@@ -5,7 +5,6 @@ learned token), perplexity is e to nats a token, memory is bytes, times are seco
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections import Counter
@@ -15,19 +14,55 @@ from operator import mul
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from tunesmith import events
 from tunesmith.errors import SHOWN, EvaluationError
+from tunesmith.files import checked, parse_json, read_json
 from tunesmith.reports.measures import Measure
 from tunesmith.reports.row_losses import RowClasses, classify
 from tunesmith.runs import records
-from tunesmith.runs.directory import AUDIT, CHECKPOINTS, CONFIG, DROPPED, EVENTS, MANIFEST, ORIGIN, PLAN
+from tunesmith.runs.directory import (
+    AUDIT,
+    CHECKPOINTS,
+    CONFIG,
+    DROPPED,
+    EVENTS,
+    MANIFEST,
+    ORIGIN,
+    PLAN,
+    RESTORE,
+    Manifest,
+)
 from tunesmith.runs.records import Record
+from tunesmith.settings import origins as sources
 from tunesmith.settings.config import flat
 
 Kind = TypeVar("Kind", bound=events.Event)
+T = TypeVar("T")
 LOSS_UNIT = "nats a learned token"
+REMOVE = "put it back from a copy of the run, or remove it: the report then goes without it"
+
+
+class Counts(TypedDict, total=False):
+    """``data/plan.json``: what was read, dropped and planned. An objective adds counts of its own."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    rows_read: int
+    rows_dropped: dict[str, int]
+    rows_train: int
+    rows_valid: int
+    sequences_train: int
+    sequences_valid: int
+    tokens: int
+    supervised_tokens: int
+    padding_share: float
+    steps: int
+    loss: str
+    notes: dict[str, int]
+    labels: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -118,19 +153,19 @@ class AuditedFinding:
     rule: str
     severity: str
     what: str
-    count: int | None
-    of: int | None
-    hint: str | None
-    accepted: bool | None
+    count: int | None = None
+    of: int | None = None
+    hint: str | None = None
+    accepted: bool | None = None
 
 
 @dataclass(frozen=True)
 class AuditSummary:
     """The audit's verdict and findings, without the rows of the data."""
 
-    verdict: str | None
-    rows: int | None
-    findings: tuple[AuditedFinding, ...]
+    verdict: str | None = None
+    rows: int | None = None
+    findings: tuple[AuditedFinding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -240,11 +275,11 @@ class Facts:
 
 def read(run_dir: Path, log: Sequence[events.Event]) -> Facts:
     """log: the run's events. An evaluation that cannot be read is left out and named in ``unread``. Raises
-    EvaluationError if another file of the run is not JSON."""
+    EvaluationError, with file, key and cure, if another file of the run cannot be read."""
     run_dir = run_dir.resolve()
     steps = only(log, events.StepDone)
     started = next(reversed(only(log, events.RunStarted)), None)
-    manifest = _load(run_dir / MANIFEST)
+    manifest = _load(run_dir / MANIFEST, Manifest, RESTORE) or {}
     status, ended = _status(log, manifest)
     evaluations, unread = _evaluations(run_dir)
     return Facts(
@@ -259,7 +294,7 @@ def read(run_dir: Path, log: Sequence[events.Event]) -> Facts:
             tuple(only(log, events.Resumed)),
         ),
         weights=started and TrainedWeights(started.trainable, started.total),
-        counts=started.counts if started else _load(run_dir / PLAN),
+        counts=_counts(run_dir, started),
         training_loss=_training_loss(steps),
         validation=tuple(only(log, events.Validated)),
         samples=tuple(_samples(only(log, events.Sampled))),
@@ -276,22 +311,26 @@ def read(run_dir: Path, log: Sequence[events.Event]) -> Facts:
             name: max(step.memory[name] for step in steps if name in step.memory)
             for name in dict.fromkeys(name for step in steps for name in step.memory)
         },
-        audit=_audit(run_dir),
+        audit=_load(run_dir / AUDIT, AuditSummary, REMOVE),
         notices=tuple(_notices([*log, *unread])),
         unread=tuple(unread),
         dropped=_dropped(run_dir / DROPPED),
         checkpoints=_checkpoints(run_dir),
-        origins={
-            key: origin for key, origin in _load(run_dir / ORIGIN).items() if not origin.startswith("default")
-        },
+        origins={key: origin for key, origin in given(run_dir).items() if not origin.startswith("default")},
         settings=settings(run_dir),
         manifest=manifest,
     )
 
 
 def read_log(run_dir: Path) -> list[events.Event]:
-    """The run's events in order; empty if it did not get so far."""
-    return list(events.read(run_dir / EVENTS)) if (run_dir / EVENTS).exists() else []
+    """The run's events in order; empty if it did not get so far. Raises EvaluationError if the file cannot be
+    read."""
+    path = run_dir / EVENTS
+    try:
+        return list(events.read(path)) if path.exists() else []
+    except OSError as error:
+        message = f"cannot be read: {error.strerror}"
+        raise EvaluationError(message, where=str(path), hint=RESTORE) from error
 
 
 def only(log: Sequence[events.Event], kind: type[Kind]) -> list[Kind]:
@@ -299,9 +338,16 @@ def only(log: Sequence[events.Event], kind: type[Kind]) -> list[Kind]:
 
 
 def settings(run_dir: Path) -> dict[str, Any]:
-    """Every setting as key path → value."""
+    """Every setting as key path → value. Raises ConfigError if they cannot be read."""
     path = run_dir / CONFIG
-    return flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return flat(sources.plain(sources.read(path, lambda line: f"{path}:{line}")) or {})
+
+
+def given(run_dir: Path) -> dict[str, str]:
+    """Key path → where the setting was given."""
+    return _load(run_dir / ORIGIN, dict[str, str], REMOVE) or {}
 
 
 def loss_unit(log: Sequence[events.Event]) -> str:
@@ -443,15 +489,10 @@ def _unread(text: str, error: EvaluationError) -> events.Notice:
     return events.Notice(f"{text}: {error.what}", "warning", where=error.where, hint=error.hint)
 
 
-def _audit(run_dir: Path) -> AuditSummary | None:
-    audit = _load(run_dir / AUDIT)
-    if not audit:
-        return None
-    names = AuditedFinding.__dataclass_fields__
-    findings = (
-        AuditedFinding(**{name: finding.get(name) for name in names}) for finding in audit.get("findings", ())
-    )
-    return AuditSummary(audit.get("verdict"), audit.get("rows"), tuple(findings))
+def _counts(run_dir: Path, started: events.RunStarted | None) -> Counts:
+    if started is not None:
+        return checked(started.counts, Counts, f"{run_dir / EVENTS}: RunStarted", EvaluationError, RESTORE)
+    return _load(run_dir / PLAN, Counts, REMOVE) or {}
 
 
 def _notices(log: Sequence[events.Event]) -> list[GroupedNotice]:
@@ -478,39 +519,25 @@ def _notices(log: Sequence[events.Event]) -> list[GroupedNotice]:
 
 
 def _dropped(path: Path) -> DroppedRows:
-    rows = [DroppedRow(row["source"], row["reason"], row["message"]) for row in _lines(path)]
+    if not path.exists():
+        return DroppedRows()
+    try:
+        with path.open("rb") as lines:
+            rows = [
+                parse_json(line, DroppedRow, f"{path}:{number}", EvaluationError, REMOVE)
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            ]
+    except OSError as error:
+        message = f"cannot be read: {error.strerror}"
+        raise EvaluationError(message, where=str(path), hint=REMOVE) from error
     return DroppedRows(dict(sorted(Counter(row.reason for row in rows).items())), tuple(rows[:SHOWN]))
 
 
 def _checkpoints(run_dir: Path) -> CheckpointIndex | None:
-    index = _load(run_dir / CHECKPOINTS / "index.json")
-    if not index:
-        return None
-    retained = tuple(index["kept"])
-    return CheckpointIndex(
-        index["last"], index["best"], retained, index.get("metric"), index.get("best_value")
-    )
+    return _load(run_dir / CHECKPOINTS / "index.json", CheckpointIndex, REMOVE)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON object of each line."""
-    if path.exists():
-        with path.open("rb") as lines:
-            yield from (
-                _parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
-            )
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """The JSON object at ``path``; empty if there is none."""
-    return _parsed(path.read_bytes(), str(path)) if path.exists() else {}
-
-
-def _parsed(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise EvaluationError(f"cannot be read: {error}", where=where) from error
-    if not isinstance(content, dict):
-        raise EvaluationError("cannot be read: not a JSON object", where=where)
-    return content
+def _load(path: Path, kind: type[T], hint: str) -> T | None:
+    """What the file at ``path`` holds, or None if there is none."""
+    return read_json(path, kind, EvaluationError, hint) if path.exists() else None

@@ -111,9 +111,7 @@ def watch(run_dir: str | Path, stream: TextIO, *, every: float = 1.0, once: bool
     try:
         with Live(console=screen, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as place:
             while True:
-                status = run.manifest[
-                    "status"
-                ]  # before the log: so that the last events of a run that has ended are seen
+                status = run.status  # before the log: so that the last events of an ended run are seen
                 log.poll()
                 place.update(Text.from_ansi(drawn()), refresh=True)
                 if status != "running":
@@ -138,7 +136,7 @@ def draw(run: Run, log: Log, width: int, height: int, colour: bool, now: float) 
             said.append(event)
         elif isinstance(event, events.Sampled):
             sample = event
-    status = str(run.manifest["status"]).replace("_", " ")
+    status = run.status.replace("_", " ")
     head = [
         f"{run.path.resolve().name} · {status}" + _place(state, steps, now if status == "running" else None)
     ]

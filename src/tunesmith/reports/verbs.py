@@ -40,10 +40,17 @@ def train(
     if resume is not None:
         run = Run.open(resume)
         spec = load(RunConfig, files=[run.path / CONFIG], sets=sets).spec
-        if run.manifest["status"] in ("completed", "stopped_early"):
-            manifest.require_same(run, spec, run.manifest["hashes"])
-            notify(Notice(f"{run.path} is complete: there is nothing to do"))
-            return run if ranks.join().writes else None
+        if run.status in ("completed", "stopped_early"):
+            manifest.require_same(run, spec, run.hashes)
+            if not ranks.join().writes:
+                return None
+            if reports.is_current(run.path):
+                notify(Notice(f"{run.path} is complete: there is nothing to do"))
+            else:  # the process died after the last update
+                notify(Notice(f"{run.path} is complete: only its report is written"))
+                with run.lock():
+                    reports.write(run.path)
+            return run
         run = story.train(spec, resume=run, notify=notify)
     elif config is not None:
         where = None if out is None else Path(out)

@@ -5,18 +5,19 @@ one before it is used."""
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tunesmith.data.sources import sha256
 from tunesmith.errors import CorruptCheckpoint, DataError
 from tunesmith.events import Notice, Sink, silent
-from tunesmith.files import draft, write_json
+from tunesmith.files import checked, draft, draft_name, read_json, remove, write_json
 from tunesmith.runs.config import LoopSpec
 from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS, CHECKPOINTS, CURSOR, OPTIMIZER, Run
 
@@ -58,14 +59,11 @@ def retain(run: Run, cursor: Cursor, spec: LoopSpec) -> None:
     """Remove all checkpoints but the last ``keep_last`` and the best, and write the index."""
     steps = run.checkpoints()
     retained = set(steps[-spec.keep_last :]) | ({cursor.best_step} if spec.keep_best is not False else set())
+    for abandoned in (run.path / CHECKPOINTS).glob(".*"):  # of a removal that was interrupted
+        remove(abandoned)
     for step in steps:
         if step not in retained:
-            doomed = run.checkpoint(step)
-            aside = doomed.with_name(
-                f".{doomed.name}.{uuid.uuid4().hex[:8]}"
-            )  # a kill during the removal leaves no partial checkpoint
-            doomed.rename(aside)
-            shutil.rmtree(aside)
+            _remove(run.checkpoint(step))
     write_json(
         run.path / CHECKPOINTS / "index.json",
         {
@@ -78,24 +76,75 @@ def retain(run: Run, cursor: Cursor, spec: LoopSpec) -> None:
     )
 
 
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, but not while `held`: then a later retention removes it. A kill during the removal
+    leaves no partial checkpoint."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+        aside = draft_name(folder)
+        folder.rename(aside)
+        shutil.rmtree(aside)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def held(folder: Path | None) -> Iterator[None]:
+    """Inside, retention does not remove the checkpoint ``folder``. Raises DataError if it has just done
+    so."""
+    if folder is None:
+        yield
+        return
+    import fcntl
+
+    gone = "was removed a moment ago by the training of its run"
+    hint = "the same command chooses another checkpoint"
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise DataError(gone, where=str(folder), hint=hint) from error
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        if not folder.exists():
+            raise DataError(gone, where=str(folder), hint=hint)
+        yield
+    finally:
+        os.close(handle)
+
+
+CURE = "put it back from a copy, or use another: --checkpoint STEP; a resumed run goes on from the one before"
+
+
 def read(run: Run, step: int) -> Cursor:
     """The cursor of the checkpoint at ``step``. Raises CorruptCheckpoint, naming the file, if one does not
     match its checksum."""
     folder = run.checkpoint(step)
-    try:
-        fields = json.loads((folder / CURSOR).read_text(encoding="utf-8"))
-        old = {"best_value": fields.pop("best_loss")} if "best_loss" in fields else {}  # its name in old runs
-        cursor = Cursor(**fields, **old)
-        complete = {ADAPTERS, ADAPTER_CONFIG, OPTIMIZER} <= cursor.sha256.keys() and cursor.step == step
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CorruptCheckpoint(f"cannot be read: {error}", where=str(folder / CURSOR)) from error
-    if not complete:
-        raise CorruptCheckpoint("does not describe this checkpoint", where=str(folder / CURSOR))
+    path = folder / CURSOR
+    fields = read_json(path, dict[str, Any], CorruptCheckpoint, CURE)
+    if "best_loss" in fields:  # its name in old runs
+        fields["best_value"] = fields.pop("best_loss")
+    cursor = checked(fields, Cursor, str(path), CorruptCheckpoint, CURE)
+    if not ({ADAPTERS, ADAPTER_CONFIG, OPTIMIZER} <= cursor.sha256.keys() and cursor.step == step):
+        raise CorruptCheckpoint("does not describe this checkpoint", where=str(path), hint=CURE)
     for name, expected in cursor.sha256.items():
-        if not (folder / name).is_file():
-            raise CorruptCheckpoint("is missing", where=str(folder / name))
-        if sha256(folder / name) != expected:
-            raise CorruptCheckpoint("does not match its checksum", where=str(folder / name))
+        file = folder / name
+        if "/" in name or not file.is_file():
+            raise CorruptCheckpoint("is missing", where=str(file), hint=CURE)
+        try:
+            whole = sha256(file) == expected
+        except OSError as error:
+            message = f"cannot be read: {error.strerror}"
+            raise CorruptCheckpoint(message, where=str(file), hint=CURE) from error
+        if not whole:
+            raise CorruptCheckpoint("does not match its checksum", where=str(file), hint=CURE)
     return cursor
 
 
@@ -112,12 +161,12 @@ def newest(run: Run, report: Callable[[CorruptCheckpoint], None]) -> Cursor | No
     return None
 
 
-def choose(run, which: str | int | Literal["best", "last"] = "best", notify: Sink = silent) -> Path:
+def choose(run: Run, which: str | int | Literal["best", "last"] = "best", notify: Sink = silent) -> Path:
     """The folder of a checkpoint: ``best``, ``last`` or a step. The last one is used, with a warning, if the
     best was not kept."""
     steps = run.checkpoints()
     if not steps:
-        wait = "while it trains, wait; else: " if run.manifest["status"] == "running" else ""
+        wait = "while it trains, wait; else: " if run.status == "running" else ""
         raise DataError("has no checkpoint yet", where=str(run.path), hint=wait + run.hint)
     if which == "best":
         last = read(run, steps[-1])
@@ -129,7 +178,8 @@ def choose(run, which: str | int | Literal["best", "last"] = "best", notify: Sin
     elif which == "last":
         step = steps[-1]
     else:
-        step = int(which) if str(which).isdigit() else None
+        named = str(which)
+        step = int(named) if named.isascii() and named.isdigit() and len(named) < 20 else None
         if step not in steps:
             known = ", ".join(map(str, steps))
             raise DataError(

@@ -6,21 +6,24 @@ Every file is written to a temporary name, flushed and renamed, so that it is wh
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shlex
-import shutil
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
-from tunesmith.errors import DataError, DiskFull, ModelError
-from tunesmith.files import write_json, write_text
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
+
+from tunesmith.errors import DataError, DiskFull, EvaluationError, ModelError, TrainingError
+from tunesmith.events import Notice, Sink
+from tunesmith.files import checked, draft, read_json, remove, remove_drafts, write_json, write_text
 from tunesmith.runs.config import RunConfig
 from tunesmith.settings.config import dump, load
 
@@ -46,6 +49,39 @@ ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, CURSOR = (
     "optimizer.safetensors",
     "cursor.json",
 )
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that is full."""
+RESTORE = "put it back from a copy of the run, or train again"
+
+
+class Hashes(TypedDict):
+    """SHA-256 of what a run was made from. ``data``: of each file."""
+
+    data: dict[str, str]
+    template: str
+    base: str
+    start: NotRequired[str]
+
+
+class Manifest(TypedDict):
+    """``manifest.json``, in the order in which it is written. Keys of other releases are kept."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    created: NotRequired[str]
+    versions: NotRequired[dict[str, str]]
+    machine: NotRequired[dict[str, str | int]]
+    seed: NotRequired[int]
+    hashes: NotRequired[dict[str, str | dict[str, str]]]
+    lineage: NotRequired[dict[str, dict[str, Any]]]
+    accepted: NotRequired[dict[str, str]]
+    status: str
+
+
+class _Hashed(TypedDict):
+    """The part of a manifest that a run needs to go on."""
+
+    hashes: Hashes
 
 
 @dataclass(frozen=True)
@@ -75,8 +111,19 @@ class Run:
         )
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+    def manifest(self) -> Manifest:
+        """Raises DataError if it cannot be read."""
+        return read_json(self.path / MANIFEST, Manifest, DataError, RESTORE)
+
+    @property
+    def status(self) -> str:
+        return self.manifest["status"]
+
+    @property
+    def hashes(self) -> Hashes:
+        """Of the inputs. Raises DataError if one is missing."""
+        place = str(self.path / MANIFEST)
+        return checked(self.manifest, _Hashed, place, DataError, RESTORE)["hashes"]
 
     @property
     def hint(self) -> str:
@@ -98,18 +145,24 @@ class Run:
         """A new run directory, which appears complete with its settings or not at all. Raises DataError if
         ``path`` exists."""
         require_free(path)
-        draft = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
         try:
-            for folder in (DATA, CHECKPOINTS):
-                (draft / folder).mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_drafts(path.parent, path.name)
+            with draft(path) as folder:
+                for part in (DATA, CHECKPOINTS):
+                    (folder / part).mkdir(parents=True)
+                write_text(folder / CONFIG, dump(config))
+                write_json(folder / ORIGIN, dict(origins))
+                write_json(folder / MANIFEST, {**manifest, "status": "running"})
         except OSError as error:
-            raise DataError(
-                f"cannot be made: {error.strerror}", where=str(path), hint="choose another --out"
-            ) from error
-        write_text(draft / CONFIG, dump(config))
-        write_json(draft / ORIGIN, dict(origins))
-        write_json(draft / MANIFEST, {**manifest, "status": "running"})
-        draft.rename(path)
+            if error.errno in FULL:
+                message, hint = f"the disk is full: {error}", "make room, and start again"
+                raise DiskFull(message, where=str(path), hint=hint) from error
+            if path.exists():
+                message = "exists already: another process made it a moment ago"
+                raise DataError(message, where=str(path), hint="choose another --out") from error
+            message = f"cannot be made: {error.strerror}"
+            raise DataError(message, where=str(path), hint="choose another --out") from error
         return cls(path)
 
     def mark(self, status: str) -> None:
@@ -119,21 +172,39 @@ class Run:
         return self.path / CHECKPOINTS / f"{step:06d}"
 
     def checkpoints(self) -> list[int]:
-        """Steps that have a checkpoint folder, ascending."""
+        """Steps that have a checkpoint folder, ascending. Raises DataError if they cannot be listed."""
         folder = self.path / CHECKPOINTS
-        return sorted(
-            int(entry.name) for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit()
-        )
+        try:
+            names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            message = f"cannot be read: {error.strerror}"
+            raise DataError(message, where=str(folder), hint=RESTORE) from error
+        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
     @contextmanager
     def room(self) -> Iterator[None]:
-        """Inside, a write that fails because the disk is full raises DiskFull."""
+        """Inside, a write that fails raises DiskFull if the disk is full, else TrainingError with the file
+        and the cure."""
         try:
             yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        except (OSError, DataError) as error:
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise self.full(str(error)) from error
+            if not self.path.is_dir():
+                message = "the run directory was moved or removed while it was in use"
+                hint = f"if it was moved, put it back, then: {self.hint}"
+                raise TrainingError(message, where=str(self.path), hint=hint) from error
+            if isinstance(error, DataError):
                 raise
-            raise self.full(str(error)) from error
+            place = str(error.filename or "")
+            inside = place.startswith((str(self.path), str(self.path.absolute())))
+            if not inside and (place or error.errno not in (errno.EIO, errno.EROFS, errno.ESTALE)):
+                raise
+            message = f"cannot be used: {error.strerror}"
+            hint = f"make the folder writable and the file what it was, then: {self.hint}"
+            raise TrainingError(message, where=place or str(self.path), hint=hint) from error
 
     def full(self, what: str) -> DiskFull:
         return DiskFull(
@@ -144,17 +215,79 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Let only one process train the run. The kernel releases the lock when the process ends."""
+        """Let only one process train the run, and remove what ended processes left unfinished. The kernel
+        releases the lock when the process ends."""
+        with self._locked(self.path / ".lock", DataError) as owner:
+            if owner is not None:
+                message = "another process is training this run"
+                raise DataError(message, where=str(self.path), hint=f"it is {owner}")
+            if (self.path / CHECKPOINTS).is_dir():
+                for unfinished in (self.path / CHECKPOINTS).glob(".*"):
+                    remove(unfinished)
+            for folder in (self.path, self.path / DATA, *(self.path / EVALS).glob("*")):
+                remove_drafts(folder)
+            remove_drafts(self.path.absolute().parent, self.path.name)
+            yield
+
+    @contextmanager
+    def evaluating(self, notify: Sink) -> Iterator[None]:
+        """Let only one process at a time write evaluations of the run; others wait, and say for whom. Raises
+        EvaluationError if the folder cannot be written to."""
         import fcntl
 
-        with (self.path / ".lock").open("w") as handle:
+        path = self.path / EVALS / ".lock"
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _unwritable(path.parent, error, EvaluationError) from error
+        with self._locked(path, EvaluationError) as owner:
+            if owner is not None:
+                text = f"another evaluation of this run is under way ({owner}): waiting until it ends"
+                notify(Notice(text, level="warning", where=str(self.path)))
+                with path.open("r+") as handle:
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                    yield
+            else:
+                yield
+
+    @contextmanager
+    def _locked(self, path: Path, failed: type[DataError] | type[EvaluationError]) -> Iterator[str | None]:
+        """None if this process now holds the lock at ``path``, else which process does. Raises ``failed`` if
+        the file cannot be written."""
+        import fcntl
+
+        try:
+            handle = path.open("a+", encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise _unwritable(path, error, failed) from error
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise DataError("another process is training this run", where=str(self.path)) from error
-            for draft in (self.path / CHECKPOINTS).glob(".*"):  # of a process that was killed
-                shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
-            yield
+            except BlockingIOError:
+                handle.seek(0)
+                yield handle.read(200).strip() or "an unknown process"
+                return
+            except OSError:  # a file system without locks
+                yield None
+                return
+            with suppress(OSError):  # a full disk: who holds the lock is then not said
+                handle.truncate(0)
+                handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                handle.flush()
+            try:
+                yield None
+            finally:
+                with suppress(OSError):
+                    handle.truncate(0)
+
+
+def _unwritable(
+    path: Path, error: OSError, failed: type[DataError] | type[EvaluationError]
+) -> DataError | EvaluationError | DiskFull:
+    if error.errno in FULL:
+        return DiskFull(f"the disk is full: {error}", where=str(path), hint="make room, and start again")
+    hint = "make the run's folder writable, or copy the run to a folder that you may write to"
+    return failed(f"cannot be written: {error.strerror}", where=str(path), hint=hint)
 
 
 def require_free(path: Path) -> None:

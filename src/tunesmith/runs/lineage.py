@@ -66,15 +66,12 @@ def origin(checkpoint: str, base: str) -> dict[str, Any]:
     entry: dict[str, Any] = {"checkpoint": checkpoint, "sha256": sha256(folder / ADAPTERS)}
     run = Run(folder.parent.parent)
     if (run.path / MANIFEST).is_file():
-        facts = run.manifest
-        if facts["hashes"]["base"] != base:
-            below = facts.get("lineage", {}).get("merged", {}).get("checkpoint", "null")
+        manifest, hashes = run.manifest, run.hashes
+        ancestors = manifest.get("lineage", {})
+        if hashes["base"] != base:
+            below = ancestors.get("merged", {}).get("checkpoint", "null")
             hint = f"give the model it was made for, with model.adapter={below}"
             raise ModelError("this adapter was trained on another base", where=checkpoint, hint=hint)
-        entry |= {
-            "run": run.path.name,
-            "objective": run.config.objective.kind,
-            "data": facts["hashes"]["data"],
-        }
-        entry |= {key: facts[key] for key in ("lineage",) if facts.get(key)}
+        entry |= {"run": run.path.name, "objective": run.config.objective.kind, "data": hashes["data"]}
+        entry |= {"lineage": ancestors} if ancestors else {}
     return entry

@@ -64,7 +64,7 @@ def require_same(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> None
     old, new = flat(run.config.model_dump(mode="json")), flat(config.model_dump(mode="json"))
     changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key not in SAFE_TO_CHANGE]
     lines = [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in changed]
-    was, now = flat(run.manifest["hashes"]), flat(dict(hashes))
+    was, now = flat(run.hashes), flat(dict(hashes))
     lines += [
         f"{key}: {was.get(key)} → {now.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)
     ]
@@ -79,7 +79,9 @@ def require_same(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> None
 def moved(run: Run, now: Mapping[str, Any]) -> list[str]:
     """A warning if the machine or the software changed since the run began; the resumed bytes may then
     differ."""
-    was, current = flat({key: run.manifest[key] for key in ("versions", "machine")}), flat(dict(now))
+    recorded = run.manifest
+    was = flat({"versions": recorded.get("versions", {}), "machine": recorded.get("machine", {})})
+    current = flat(dict(now))
     was.setdefault("machine.ranks", 1)  # runs made before ranks were recorded
     changed = [f"{key} {was[key]} → {current.get(key)}" for key in was if current.get(key) != was[key]]
     return (
@@ -91,7 +93,7 @@ def moved(run: Run, now: Mapping[str, Any]) -> list[str]:
 
 def require_base(run: Run, base: str, template: str) -> None:
     """Raises ModelError if the base weights or the template are not those that the run was trained with."""
-    hashes = run.manifest["hashes"]
+    hashes = run.hashes
     changed = [name for name, value in (("base", base), ("template", template)) if hashes[name] != value]
     if changed:
         message = f"the {' and the '.join(changed)} changed since this run was trained: "

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from typing_extensions import TypedDict
+
 from tunesmith.errors import EvaluationError
-from tunesmith.files import write_json, write_text
+from tunesmith.files import checked, parse_json, read_json, write_json, write_text
 from tunesmith.runs.directory import EVALS
 from tunesmith.settings.config import JSON
 
@@ -214,59 +216,33 @@ def write_scores(record: Record, scores: Sequence[Score]) -> None:
     """Replace the scores of a written record; the file is left alone if they are the same."""
     if tuple(scores) != record.scores:
         path = record.folder / SCORE
-        write_json(path, _object(path.read_bytes(), str(path), None) | {"scores": list(map(asdict, scores))})
+        content = read_json(path, dict[str, Any], EvaluationError, _hint(record.run_dir))
+        write_json(path, content | {"scores": list(map(asdict, scores))})
+
+
+class _Scores(TypedDict):
+    """The part of ``score.json`` that no release may lack."""
+
+    scores: list[Score]
 
 
 def _record(path: Path) -> Record:
     hint = _hint(path.parent.parent.parent)
-    content = _object(path.read_bytes(), str(path), hint)
-    rows = content.get("scores")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and row.keys() >= _REQUIRED for row in rows
-    ):
-        message = "cannot be read: scores are missing or incomplete"
-        raise EvaluationError(message, where=str(path), hint=hint)
+    content = read_json(path, dict[str, Any], EvaluationError, hint)
+    scores = checked(content, _Scores, str(path), EvaluationError, hint)["scores"]
     known = {item.name for item in fields(Record)}
     stated = {key: value for key, value in content.items() if key in known}
-    scores = tuple(_score(row) for row in rows)
     folder_task, _, rest = path.parent.name.partition("@")
     stated["task"] = stated.get("task") or (scores[0].task if scores else folder_task)
     stated["version"] = stated.get("version") or (scores[0].version if scores else rest.partition("+")[0])
-    stated |= {key: tuple(stated[key]) for key in ("family", "data") if isinstance(stated.get(key), list)}
-    return Record(**stated | {"folder": path.parent, "scores": scores})
-
-
-_REQUIRED = {item.name for item in fields(Score) if item.default is MISSING}
-_SCORE_NAMES = {item.name for item in fields(Score)}
-
-
-def _score(row: Mapping[str, Any]) -> Score:
-    values: dict[str, Any] = {key: value for key, value in row.items() if key in _SCORE_NAMES}
-    if values.get("sources") is not None:
-        values["sources"] = tuple(values["sources"])
-    return Score(**values)
+    stated |= {"folder": path.parent, "scores": tuple(scores)}
+    return checked(stated, Record, str(path), EvaluationError, hint)
 
 
 def _example(line: bytes, where: str, hint: str) -> ExampleRecord:
-    content = _object(line, where, hint)
-    names = {item.name for item in fields(ExampleRecord)}
+    content = parse_json(line, dict[str, Any], where, EvaluationError, hint)
     values: dict[str, Any] = {"prompt": None, "reference": None, "tuned_detail": {}, "tuned_answer": None}
-    values |= {key: value for key, value in content.items() if key in names}
-    try:
-        values["units"], values["tuned"] = float(values["units"]), float(values["tuned"])
-        return ExampleRecord(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise EvaluationError("cannot be read: not an evaluated example", where=where, hint=hint) from error
-
-
-def _object(text: bytes, where: str, hint: str | None) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise EvaluationError(f"cannot be read: {error}", where=where, hint=hint) from error
-    if not isinstance(content, dict):
-        raise EvaluationError("cannot be read: not a JSON object", where=where, hint=hint)
-    return content
+    return checked(values | content, ExampleRecord, where, EvaluationError, hint)
 
 
 def _hint(run_dir: Path) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import yaml
+from pydantic import JsonValue
 from pydantic_core import to_jsonable_python
 
 from tunesmith.errors import ConfigError
 
-JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
+JSON: TypeAlias = JsonValue
 
 
 class Node(NamedTuple):

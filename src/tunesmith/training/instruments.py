@@ -208,7 +208,7 @@ class Histogram:
         self._counts += np.bincount(bins + np.int16(BINS // 2), minlength=BINS)
 
     @property
-    def content(self) -> dict[str, Any]:
+    def content(self) -> events.Bins:
         """``edges`` (BINS + 1), ``counts`` (BINS) and ``not_finite``, entries in no bin; empty if there was
         no entry."""
         if not self._counts.any() and not self._not_finite:

@@ -43,7 +43,11 @@ def restore(run: Run, net: nn.Module, state: Any, among: Ranks, notify: Sink) ->
     """Load the newest intact checkpoint into ``net`` and ``state``, or start if there is none. Torn ones are
     named."""
     torn: list[str] = []
-    newest = checkpoints.newest(run, lambda error: torn.append(str(error))) if among.writes else None
+    newest = (
+        checkpoints.newest(run, lambda error: torn.append(f"{error.where}: {error.what}"))
+        if among.writes
+        else None
+    )
     for text in torn:
         notify(Notice(f"{text}; the checkpoint before it is used", level="warning"))
     # The first rank sets torn ones aside; the others wait for its word.
