@@ -668,7 +668,7 @@ print("error", np.abs(gate * (1 + np.exp(-exact)) - 1).max())
 """
 
 
-def test_two_processes_compile_once(tmp_path, monkeypatch):
+def test_two_processes_compile_once(tmp_path):
     """And the second finds what the first has compiled. CXXFLAGS are for other programs. On x86 the kernels
     are those of a CPU that cannot multiply and add at once: e^x is as exact there."""
     flags = "-O1 -march=x86-64-v2" if platform.machine() == "x86_64" else "-O1"
@@ -681,6 +681,10 @@ def test_two_processes_compile_once(tmp_path, monkeypatch):
     assert notices == ["notice compiling the kernels for this CPU, once: about 10 seconds"]
     errors = [float(line.removeprefix("error ")) for line in lines if line.startswith("error")]
     assert len(errors) == 4 and max(errors) < 8e-6
+    (library,) = tmp_path.glob("kernels/*/*.so")
+    os.utime(library, (0, 0))
+    assert run_code("print(kernels.missing())", **environment).stdout == "None\n"
+    assert library.stat().st_mtime > time.time() - 3600, "when it was last loaded"
 
 
 def test_kernels_that_nobody_loads_are_deleted(tmp_path):

@@ -119,13 +119,13 @@ def _compiled(notify: Sink) -> Path:
         raise _Missing("nanobind is not installed", "pip install 'nanobind>=3.0.1,<4'")
     binding, library = Path(nanobind.origin).parent, Path(mx.__file__).parent
     include = (binding / "include", binding / "ext" / "robin_map" / "include", headers, library / "include")
-    command = [compiler, *FLAGS, *_vectors(), *_options(), *(f"-I{folder}" for folder in include)]
-    command += [str(SOURCES / "extension.cpp"), str(binding / "src" / "nb_combined.cpp")]
-    command += [f"-L{library / 'lib'}", "-lmlx"]  # MLX has been loaded from there already
+    options = [*FLAGS, *_vectors(), *_options(), *(f"-I{folder}" for folder in include)]
+    options.append(f"-L{library / 'lib'}")
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    target = backend.cache_folder() / "kernels" / _digest(command) / f"{NAME}{suffix}"
+    target = backend.cache_folder() / "kernels" / _digest(compiler, options) / f"{NAME}{suffix}"
     if not target.is_file():
-        _compile(command, target, notify)
+        sources = [str(SOURCES / "extension.cpp"), str(binding / "src" / "nb_combined.cpp")]
+        _compile([compiler, *options, *sources, "-lmlx"], target, notify)  # MLX is loaded already
         _delete_unused(target.parent)
     return target
 
@@ -142,16 +142,11 @@ def _options() -> list[str]:
     return options
 
 
-def _digest(command: list[str]) -> str:
-    """Of everything that decides what is compiled: sources, packages, compiler, the CPU's instructions."""
-    compiler = Path(command[0]).resolve()
-    facts = [
-        *command[1:],
-        str(compiler),
-        str(compiler.stat().st_mtime_ns),
-        platform.machine(),
-        _instructions(),
-    ]
+def _digest(compiler: str, options: list[str]) -> str:
+    """Hash of everything that decides what is compiled: sources, wherever they lie, packages, compiler, the
+    CPU's instructions."""
+    program = Path(compiler).resolve()
+    facts = [*options, str(program), str(program.stat().st_mtime_ns), platform.machine(), _instructions()]
     facts += [importlib.metadata.version(package) for package in ("mlx", "nanobind")] + [sys.version]
     facts += [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]

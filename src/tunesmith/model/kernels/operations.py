@@ -38,9 +38,9 @@ def _exp(x: mx.array) -> mx.array:
 
 def with_gradient(function: F, vjp: Callable[..., Any]) -> F:
     """``function``, whose gradient is ``vjp`` (primals, cotangents, results)."""
-    made: Any = mx.custom_function(function)
-    made.vjp(vjp)
-    return made
+    differentiable: Any = mx.custom_function(function)
+    differentiable.vjp(vjp)
+    return differentiable
 
 
 def _exp_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
@@ -189,8 +189,8 @@ def _causal(scale: float) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.a
             change = (weights * (change - inner[:, :, :, rows]) * scale).reshape(batch, heads, -1, end)
             weights = weights.reshape(change.shape)
             of_queries.append((change @ keys[:, :, :end]).reshape(batch, heads, groups, end - start, width))
-            asked = queries[:, :, :, rows].reshape(batch, heads, -1, width)
-            of_keys = _add(of_keys, change.swapaxes(-1, -2) @ asked, end)
+            block_queries = queries[:, :, :, rows].reshape(batch, heads, -1, width)
+            of_keys = _add(of_keys, change.swapaxes(-1, -2) @ block_queries, end)
             of_values = _add(of_values, weights.swapaxes(-1, -2) @ block, end)
         return mx.concatenate(of_queries[::-1], axis=3).reshape(shape), of_keys, of_values
 

@@ -39,11 +39,11 @@ def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
 
 
 class PromptCache:
-    """Passed to a model as the cache of a layer: keeps the keys and values of the first row and lays them
-    before all later ones.
+    """Passed to a model as the cache of a layer: keeps the keys and values of the first pass, the prompt, and
+    puts them before those of each later pass.
 
-    What comes after the prompt is not kept, so any number of answers follow it, each alone.
-    """
+    Keys and values of later passes are not kept, so any number of answers can follow the prompt, each by
+    itself."""
 
     def __init__(self) -> None:
         self._kept: tuple[mx.array, mx.array] | None = None
@@ -61,7 +61,7 @@ class PromptCache:
         if self._kept is None:
             self._kept = keys, values
             return keys, values
-        before = [mx.broadcast_to(kept, (len(keys), *kept.shape[1:])) for kept in self._kept]
+        before = [mx.broadcast_to(array, (len(keys), *array.shape[1:])) for array in self._kept]
         return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
 
     def state(self) -> list[mx.array]:
@@ -71,7 +71,7 @@ class PromptCache:
 def prompt(net: nn.Module, ids: mx.array) -> list[PromptCache]:
     """What to pass to ``net`` as its cache for sequences that go on after ``ids`` (1, P). Evaluated."""
     layers: Any = net.layers
-    kept = [PromptCache() for _ in layers]
-    net(ids, cache=kept)
-    mx.eval([one.state() for one in kept])
-    return kept
+    caches = [PromptCache() for _ in layers]
+    net(ids, cache=caches)
+    mx.eval([cache.state() for cache in caches])
+    return caches

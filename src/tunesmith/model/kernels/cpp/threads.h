@@ -65,7 +65,7 @@ class Threads {
  private:
   // A waiting thread spins about as long as a small kernel takes, then sleeps: spinning any longer would take
   // the core from the threads of the BLAS, or of another process.
-  static constexpr auto kSpin = std::chrono::microseconds(30);
+  static constexpr auto kSpin = std::chrono::microseconds(50);
   static constexpr int kPauses = 64;  // between two looks at the clock
 
   template <typename T, typename Condition>
