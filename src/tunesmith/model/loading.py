@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -21,7 +20,7 @@ from pydantic import Field
 from tunesmith import events
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
-from tunesmith.model import families, integrity, kernels, layouts, mends, vocabulary
+from tunesmith.model import families, integrity, kernels, layouts, mends, quantisation, vocabulary
 from tunesmith.settings.config import Spec
 from tunesmith.tokens import renderers
 
@@ -114,41 +113,9 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
 
     Raises ModelError if files are missing or damaged, the architecture is unknown, tensors are missing, left
     over or of another shape (it lists all of them), or weights are not finite."""
-    from mlx_lm import utils
-
     path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision, notify=notify)
     net, config = _built(path, spec.trust_remote_code)
-    cpu = _on_cpu()
-    dtype = "float32" if spec.dtype == "auto" and cpu else spec.dtype
-    if dtype != "auto":
-        net.set_dtype({"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[dtype])
-    if cpu and dtype != "float32":
-        notify(
-            Notice(
-                f"{dtype} on a CPU is about 50 times slower than float32",
-                level="warning",
-                where="model.dtype",
-            )
-        )
-    bits = config["quantization"]["bits"] if "quantization" in config else None
-    if spec.quantize is not None and bits is None:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints
-            net, config = utils.quantize_model(net, config, spec.group_size, spec.quantize)
-        notify(
-            Notice(
-                f"quantised to {spec.quantize} bits, one scale for {spec.group_size} weights", where="model"
-            )
-        )
-    elif spec.quantize not in (None, bits):
-        hint = "leave out model.quantize, or name the model before it was quantised"
-        raise ModelError(
-            f"is quantised to {bits} bits already, {spec.quantize} asked for", where=str(path), hint=hint
-        )
-    if cpu and "quantization" in config:
-        net = utils.dequantize_model(net)
-        net.set_dtype(mx.float32)
-        text = "the quantised weights are held as float32: the same numbers, about 50 times faster on a CPU"
-        notify(Notice(text, where="model"))
+    net, config = _converted(net, config, spec, path, notify)
     kernels.install(net)
     mends.install(net, config)
     if absent := kernels.missing(notify):
@@ -190,6 +157,41 @@ def _built(path: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, An
     return net, config
 
 
+def _converted(
+    net: nn.Module, config: dict[str, Any], spec: ModelSpec, path: Path, notify: Sink
+) -> tuple[nn.Module, dict[str, Any]]:
+    """``net`` in the dtype, and quantised to the bits, that ``spec`` asks for, and its settings. On a CPU,
+    quantised weights become float32."""
+    from mlx_lm import utils
+
+    cpu = _on_cpu()
+    dtype = "float32" if spec.dtype == "auto" and cpu else spec.dtype
+    if dtype != "auto":
+        net.set_dtype({"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[dtype])
+    bits = config["quantization"]["bits"] if "quantization" in config else None
+    if spec.quantize is not None and bits is None:
+        settings, notices = quantisation.quantise(net, spec.quantize, spec.group_size)
+        config = config | {"quantization": settings, "quantization_config": settings}
+        for notice in notices:
+            notify(notice)
+    elif spec.quantize not in (None, bits):
+        hint = "leave out model.quantize, or name the model before it was quantised"
+        message = f"is quantised to {bits} bits already, {spec.quantize} asked for"
+        raise ModelError(message, where=str(path), hint=hint)
+    if cpu and dtype != "float32":
+        if "quantization" not in config and _has_experts(net):
+            message = f"has routed experts, which MLX multiplies on a CPU in float32 only, not in {dtype}"
+            raise ModelError(message, where="model.dtype", hint="leave it out, or model.dtype=float32")
+        text = f"{dtype} on a CPU is about 50 times slower than float32"
+        notify(Notice(text, level="warning", where="model.dtype"))
+    if cpu and "quantization" in config:
+        net = utils.dequantize_model(net)
+        net.set_dtype(mx.float32)
+        text = "the quantised weights are held as float32: the same numbers, about 50 times faster on a CPU"
+        notify(Notice(text, where="model"))
+    return net, config
+
+
 def _resized(net: nn.Module, spec: ModelSpec, path: Path, notify: Sink) -> int:
     """How many rows the embedding was given, so that it has one for each id of the tokenizer."""
     known, size = vocabulary.limits(net).ids, renderers.load(spec.tokenizer or path).size
@@ -197,6 +199,12 @@ def _resized(net: nn.Module, spec: ModelSpec, path: Path, notify: Sink) -> int:
     text = f"the embedding has {known:,} rows, the tokenizer {size:,} ids: {n_added:,} rows are added"
     notify(Notice(text, where="model.resize_embeddings"))
     return n_added
+
+
+def _has_experts(net: nn.Module) -> bool:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    return any(isinstance(module, SwitchLinear | QuantizedSwitchLinear) for module in net.modules())
 
 
 def _on_cpu() -> bool:
