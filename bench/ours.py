@@ -4,7 +4,7 @@ Nothing of weight is loaded at import: `backend.setup` must open a fast BLAS bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +74,18 @@ def folder(model: str) -> Path:
 def random_llama(**sizes: Any) -> nn.Module:
     """A frozen llama of these sizes with random weights in float32."""
     backend.setup()
-    import mlx.core as mx
-    from mlx.utils import tree_map
     from mlx_lm.models import llama
 
+    return randomised(lambda: llama.Model(llama.ModelArgs(model_type="llama", rms_norm_eps=1e-5, **sizes)))
+
+
+def randomised(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model that ``build`` makes, frozen, with random weights in float32; the same ones in each call."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
     mx.random.seed(0)
-    net = llama.Model(llama.ModelArgs(model_type="llama", rms_norm_eps=1e-5, **sizes))
+    net = build()
     net.update(
         tree_map(lambda p: mx.random.normal(p.shape, scale=0.02) if p.ndim > 1 else p, net.parameters())
     )

@@ -25,7 +25,7 @@ QUICK = {
     "train_speed": ["--trainers", "mlx_lm_blas", "trl"],
 }
 LONG = {"evaluation": [], "gpu": ["--updates", "2"], "objectives": [], "ranks": [], "shape_7b": []}
-PARTS = {"ours", "record", "rivals", "small", "plot"}  # used by the others; plot draws a result
+PARTS = {"ours", "record", "rivals", "sides", "small", "plot"}  # used by the others; plot draws a result
 
 
 def smoke(script: str, *words: str, out: Path) -> dict:
