@@ -17,7 +17,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.utils import load_adapters
 
 from tunesmith import adapters
-from tunesmith.adapters import DoRA, DoRAExperts, LoRA, LoRAExperts
+from tunesmith.adapters import DoRA, DoRAExperts, LoRA, LoRAExperts, routing
 from tunesmith.errors import ConfigError, ModelError, TrainingError
 from tunesmith.training import instruments
 
@@ -398,24 +398,66 @@ def test_gradient_reaches_every_expert_and_nothing_else():
 
 # --- several adapters
 
+ROUTED = {
+    "lora": LoRA(rank=4, dropout=0.2, targets="all-linear"),
+    "dora": DoRA(rank=3, targets="all-linear"),
+    "upper": LoRA(rank=2, layers=1, targets=("up_proj",)),
+    "attention": LoRA(rank=2),
+}
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapters_on_experts_are_chosen_for_all_rows_at_once(kind, tmp_path):
-    spec = KINDS[kind](rank=4, dropout=0.2, targets="all-linear")
-    plain = LoRA(rank=2)
-    for name, chosen in (("experts", spec), ("attention", plain)):
-        adapters.save(adapted(chosen), chosen, tmp_path / name)
-    values = {name: adapters.read(tmp_path / name) for name in ("experts", "attention")}
-    net = fresh()
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    """Adapter values by family and name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    read = {}
+    for family in FAMILIES:
+        for seed, (name, spec) in enumerate(ROUTED.items()):
+            adapters.save(adapted(spec, seed, family), spec, folder / family / name)
+            read[family, name] = adapters.read(folder / family / name)
+    return read
+
+
+@pytest.mark.parametrize("names", [[None, *ROUTED], ["dora", "lora", "dora"], ["upper", None]])
+@pytest.mark.parametrize("length", [3, 40])
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_of_a_mixed_batch_is_what_it_is_alone(family, bits, length, names, values):
+    """Few choices of experts go to them in the order of the tokens, many sorted by expert."""
+    ids = (mx.arange(len(names) * length).reshape(len(names), length) * 37 + 11) % 64
+    net = fresh(family, bits)
     before = state(net)
-    with adapters.routed(net, values) as routing:
-        for name in (None, "experts", "attention"):
-            routing.select(name)
-            alone = fresh()
-            if name:
-                adapters.load(alone, tmp_path / name)
-            close(net(LONG), alone.eval()(LONG), 2e-6)
-        routing.select(["experts", "experts"])
-        with pytest.raises(ModelError, match="one adapter at a time"):
-            routing.select(["experts", None])
+    with adapters.routed(net, {name: values[family, name] for name in ROUTED}) as lanes:
+        lanes.select(names)
+        logits = net(ids)
+        for row, name in enumerate(names):
+            lanes.select(name)
+            close(logits[row], net(ids[row : row + 1])[0], 2e-5)
     assert state(net) == before
+    for row, name in enumerate(names):
+        handle = values[family, name].attach(net) if name else None
+        close(logits[row], net(ids[row : row + 1])[0], 2e-5)
+        if handle:
+            handle.detach()
+
+
+def test_a_pass_of_other_rows_than_were_selected_is_refused(values):
+    net = fresh()
+    chosen = {name: values["qwen3_moe", name] for name in ("lora", "upper")}
+    with adapters.routed(net, {"upper": chosen["upper"]}) as lanes:
+        lanes.select(["upper", None, None, None, None])
+        with pytest.raises(ModelError, match="24 choices of experts for 5 rows"):
+            net(IDS)
+    with adapters.routed(net, chosen) as lanes:
+        lanes.select(["upper", None, "lora"])
+        with pytest.raises(ModelError, match="a pass of 2 rows"):
+            net(IDS)
+
+
+def test_experts_outside_of_a_mixture_have_one_adapter_for_all_rows(values, monkeypatch):
+    monkeypatch.setattr(routing, "is_mixture", lambda module: False)
+    net = fresh()
+    with adapters.routed(net, {"lora": values["qwen3_moe", "lora"]}) as lanes:
+        lanes.select(["lora", "lora"])
+        with pytest.raises(ModelError, match="one adapter at a time"):
+            lanes.select(["lora", None])

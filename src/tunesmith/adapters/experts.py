@@ -29,6 +29,14 @@ def is_experts(module: nn.Module) -> bool:
     return isinstance(module, _stacked())
 
 
+def is_mixture(module: nn.Module) -> bool:
+    """Whether ``module`` sends tokens to the layers of experts in it: (..., in), (..., choices) →
+    (..., choices, out)."""
+    from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP  # loads transformers
+
+    return isinstance(module, SwitchGLU | SwitchMLP)
+
+
 def dense_experts() -> nn.Module:
     """A layer of experts without quantisation, whose weight and bias the caller sets."""
     return _stacked()[0](1, 1, 1, bias=False)
@@ -55,10 +63,14 @@ class LoRAExperts(AdapterLayer):
         inner = mx.gather_mm(x, self.lora_a.swapaxes(-1, -2), **gathered) * self.scale
         return mx.gather_mm(inner, self.lora_b.swapaxes(-1, -2), **gathered)
 
+    def updated(self, y: mx.array, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        """(..., 1, out): ``y``, which the frozen layer makes of ``x``, with the update, in its dtype."""
+        return y + self.branch(x, indices, sorted_indices).astype(y.dtype)
+
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """(..., 1, in), (...) → (..., 1, out) in the dtype of the frozen layer's output."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
-        return y + self.branch(x, indices, sorted_indices).astype(y.dtype)
+        return self.updated(y, x, indices, sorted_indices)
 
     def parts(self) -> Iterator[LoRALinear]:
         """The layer of each expert alone. Its arrays are slices of those of all."""
@@ -88,16 +100,19 @@ class DoRAExperts(LoRAExperts):
     def lengths(self) -> mx.array:
         """(experts, out) ‖V‖ per row, as `DoRALinear.lengths`. No gradient."""
         a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
-        through = _product(self.linear, a, mx.arange(len(a)), sorted_indices=True).swapaxes(-1, -2)
+        through = routed_product(self.linear, a, mx.arange(len(a)), sorted_indices=True).swapaxes(-1, -2)
         across = 2 * self.scale * (b * through).sum(axis=-1)
         own = self.scale**2 * (b * (b @ (a @ a.swapaxes(-1, -2)))).sum(axis=-1)
         return mx.sqrt(mx.maximum(self._rows + across + own, 1e-24))
 
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y = _product(self.linear, x, indices, sorted_indices)
+    def updated(self, y: mx.array, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        """As `LoRAExperts.updated`; ``y`` is without the bias."""
         factor = (self.m / self.lengths())[indices][..., None, :]
-        out = (factor * (y.astype(mx.float32) + self.branch(x, indices, sorted_indices))).astype(y.dtype)
-        return out + self.linear["bias"][indices][..., None, :] if "bias" in self.linear else out
+        return (factor * (y.astype(mx.float32) + self.branch(x, indices, sorted_indices))).astype(y.dtype)
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = self.updated(routed_product(self.linear, x, indices, sorted_indices), x, indices, sorted_indices)
+        return with_bias(self.linear, y, indices)
 
     def parts(self) -> Iterator[LoRALinear]:
         for expert in range(len(self.lora_a)):
@@ -106,7 +121,7 @@ class DoRAExperts(LoRAExperts):
             yield self._fill(part, expert)
 
 
-def _product(experts: nn.Module, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+def routed_product(experts: nn.Module, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
     """(..., n, in), (...) → (..., n, out) x·Wᵀ without the bias; quantised weights stay packed."""
     if "scales" not in experts:
         return kernels.routed(x, experts["weight"], indices, sorted_indices)
@@ -117,6 +132,11 @@ def _product(experts: nn.Module, x: mx.array, indices: mx.array, sorted_indices:
     return mx.gather_qmm(
         x, experts["weight"], experts["scales"], experts.get("biases"), **gathered, **packing
     )
+
+
+def with_bias(experts: nn.Module, y: mx.array, indices: mx.array) -> mx.array:
+    """``y`` (..., 1, out) with the bias of the expert of each entry, if there is one."""
+    return y + experts["bias"][indices][..., None, :] if "bias" in experts else y
 
 
 def _one_expert(experts: Any, expert: int) -> Any:

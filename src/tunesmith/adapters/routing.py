@@ -2,13 +2,13 @@
 
 The base's product is computed once for all rows. The low-rank updates of a mixed batch are gathered by row
 (`mx.gather_mm`), so that a pass takes the same number of operations however many adapters take part; ranks
-are padded with zeros to the largest. For inference: nothing here is trained, and dropout is off. Adapters
-that replace whole modules cannot be routed; with adapters on routed experts, all rows of a pass have the same
-one, since a layer of experts does not see which row a token is from."""
+are padded with zeros to the largest. A layer of routed experts does not see which row a token is from, so the
+mixture that it belongs to tells it. For inference: nothing here is trained, and dropout is off. Adapters that
+replace whole modules cannot be routed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,21 +17,26 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from tunesmith.adapters.attachment import Adapter, Handle
-from tunesmith.adapters.experts import is_experts
+from tunesmith.adapters.experts import LoRAExperts, is_experts, is_mixture, routed_product, with_bias
 from tunesmith.adapters.layers import AdapterLayer, DoRALinear, Linear, LoRALinear, adapted, dims, product
 from tunesmith.adapters.specs import Full
 from tunesmith.errors import ModelError
-from tunesmith.model import vocabulary
+from tunesmith.model import vocabulary, wrap
 
 BASE = 0
 """The place of the base without an adapter in every stack."""
+RESELECT = "call select() with one name for each row of the next pass"
 
 
 class Selection:
-    """``places``: the adapter of every row, by its place in the stacks; one for all rows, or (B,) int32."""
+    """``places``: the adapter of every row, by its place in the stacks; one for all rows, or (B,) int32.
+    ``present``: the places of a mixed batch, each once. ``by_choice``: in the pass through a mixture of
+    experts, the place of each choice of an expert, as `_by_choice` gives it."""
 
     def __init__(self) -> None:
         self.places: int | mx.array = BASE
+        self.present: tuple[int, ...] = (BASE,)
+        self.by_choice = mx.array(BASE), mx.array(BASE)
 
 
 class RoutedLinear(nn.Module):
@@ -75,7 +80,7 @@ class RoutedLinear(nn.Module):
         else:
             if len(x) != len(places):
                 message = f"a pass of {len(x)} rows, but adapters are chosen for {len(places)}"
-                raise ModelError(message, hint="call select() with one name for each row of the next pass")
+                raise ModelError(message, hint=RESELECT)
             rows = x.reshape(len(x), -1, x.shape[-1])
             inner = mx.gather_mm(rows.astype(mx.float32), self._a, rhs_indices=places)
             inner = inner * self._scale[places][:, None, None]
@@ -92,14 +97,15 @@ class RoutedLinear(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """A frozen layer of experts with the updates of several adapters, one of which applies to all rows.
+    """A frozen layer of experts with the updates of several adapters, one of which applies to each row.
 
-    ``updates``: by place; None if that adapter leaves this layer alone."""
+    ``updates``: by place; None if that adapter leaves this layer alone. The branches of all adapters of a
+    mixed batch are computed for all tokens, and each token takes its own."""
 
-    _updates: list[AdapterLayer | None]
+    _updates: list[LoRAExperts | None]
 
     def __init__(
-        self, linear: nn.Module, updates: Sequence[AdapterLayer | None], selection: Selection
+        self, linear: nn.Module, updates: Sequence[LoRAExperts | None], selection: Selection
     ) -> None:
         super().__init__()
         self.linear = linear
@@ -113,9 +119,42 @@ class RoutedExperts(nn.Module):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """(..., 1, in), (...) → (..., 1, out)"""
         places = self._selection.places
-        update = self._updates[places] if isinstance(places, int) else None
-        layer: Any = self.linear if update is None else update
-        return layer(x, indices, sorted_indices=sorted_indices)
+        if isinstance(places, int):
+            update = self._updates[places]
+            layer: Any = self.linear if update is None else update
+            return layer(x, indices, sorted_indices=sorted_indices)
+        unsorted_places, sorted_places = self._selection.by_choice
+        by_entry = (sorted_places if sorted_indices else unsorted_places)[..., None, None]
+        y = out = routed_product(self.linear, x, indices, sorted_indices)
+        for place in self._selection.present:
+            if (update := self._updates[place]) is not None:
+                out = mx.where(by_entry == place, update.updated(y, x, indices, sorted_indices), out)
+        return with_bias(self.linear, out, indices)
+
+
+def _telling_rows(selection: Selection) -> Callable[[type[nn.Module]], wrap.Call]:
+    """Let a mixture of experts tell `RoutedExperts` which adapter each choice of an expert belongs to."""
+
+    def call_of(kind: type[nn.Module]) -> wrap.Call:
+        def call(mixture: nn.Module, x: mx.array, indices: mx.array) -> mx.array:
+            if not isinstance(selection.places, int):
+                selection.by_choice = _by_choice(selection.places, indices)
+            return kind.__call__(mixture, x, indices)
+
+        return call
+
+    return call_of
+
+
+def _by_choice(places: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
+    """(B,), (B, T, k) or (B · T, k) → the place of each choice in the shape of ``indices``, and (B · T · k,)
+    in the order in which mlx-lm sorts many choices by expert. Raises ModelError if the tokens are not those
+    of so many rows."""
+    n_of_a_row, rest = divmod(indices.size, len(places))
+    if rest or n_of_a_row % indices.shape[-1]:
+        raise ModelError(f"a pass of {indices.size} choices of experts for {len(places)} rows", hint=RESELECT)
+    flat = mx.repeat(places, n_of_a_row)
+    return flat.reshape(indices.shape), flat[mx.argsort(indices.flatten())]
 
 
 def _padded(update: LoRALinear, rank: int) -> tuple[mx.array, mx.array, float]:
@@ -135,26 +174,31 @@ class Routing:
         self._selection = Selection()
         layers = {name: _layers(net, name, adapter) for name, adapter in adapters.items()}
         self._handle = Handle(net)
-        self._one_for_all = False
         modules: dict[str, Any] = dict(net.named_modules())
+        mixtures: dict[str, nn.Module] = {}
         for target in sorted({target for by_target in layers.values() for target in by_target}):
             updates: Any = [None, *(by_target.get(target) for by_target in layers.values())]
-            experts = is_experts(modules[target])
-            self._one_for_all |= experts
-            kind: Any = RoutedExperts if experts else RoutedLinear
+            kind: Any = RoutedLinear
+            if is_experts(modules[target]):
+                kind, parent = RoutedExperts, target.rpartition(".")[0]
+                mixtures[parent] = modules[parent]
             routed_layer = kind(modules[target], updates, self._selection)
             net.update_modules(tree_unflatten([(target, routed_layer)]))
+        self._one_for_all = not all(is_mixture(mixture) for mixture in mixtures.values())
+        if not self._one_for_all:
+            wrap.replace(mixtures.values(), _telling_rows(self._selection))
 
     def select(self, names: str | Sequence[str | None] | None) -> None:
         """Choose for all later passes: one adapter, or None for the base alone, for all rows; or one for each
         row in the order of the batch. Raises ModelError for an unknown name, and for rows that differ if an
-        adapter changes routed experts."""
+        adapter changes experts outside of mlx-lm's own mixtures."""
         by_row = [names] if names is None or isinstance(names, str) else list(names)
         self.require(by_row)
         places = [self._places[name] for name in by_row]
         if self._one_for_all and len(set(places)) > 1:
-            message = "rows of one pass cannot have different adapters on routed experts"
+            message = "in this model, rows of one pass cannot have different adapters on routed experts"
             raise ModelError(message, hint="ask for one adapter at a time")
+        self._selection.present = tuple(sorted(set(places)))
         self._selection.places = places[0] if len(set(places)) == 1 else mx.array(places, dtype=mx.int32)
 
     def require(self, names: Sequence[str | None]) -> None:
