@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_map_with_path
 
-from tunesmith.model import kernels, mends
+from tunesmith.model import kernels, mends, windows
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -150,7 +150,7 @@ def made(name: str, seed: int = 0, **settings: Any) -> nn.Module:
         text = SIZES | WRAPPERS[name] | settings
         config = {"model_type": family, "text_config": text}
     else:
-        config = SIZES | {"model_type": family} | FAMILIES[name] | settings
+        config = SIZES | {"model_type": family} | FAMILIES.get(name, {}) | settings
     net = module.Model.__new__(module.Model)
     nn.Module.__init__(net)
     net.__init__(module.ModelArgs.from_dict(config))
@@ -158,6 +158,7 @@ def made(name: str, seed: int = 0, **settings: Any) -> nn.Module:
     net.update(tree_map_with_path(_random, net.parameters()))
     kernels.install(net)
     mends.install(net, config)
+    windows.install(net, config)
     net.eval()
     net.freeze()
     mx.eval(net.parameters())

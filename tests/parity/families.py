@@ -15,6 +15,7 @@ VOCABULARY = 128
 LENGTH = 40
 WINDOW = 512
 """Longer than the prompt."""
+SHORT = {"use_sliding_window": True, "sliding_window": 16}
 
 ROPE = {"rope_type": "default", "rope_theta": THETA}
 PARTIAL = {**ROPE, "partial_rotary_factor": 0.5}
@@ -147,6 +148,12 @@ FAMILIES = (
     ),
     Family("mistral3", "mistral3", {**HEADS, "text_model_type": "mistral"}, wrapper=True),
     Family(
+        "mistral3, 16-token window",
+        "mistral3",
+        {**HEADS, "text_model_type": "mistral", "sliding_window": 16},
+        wrapper=True,
+    ),
+    Family(
         "mistral3 around ministral3",
         "mistral3",
         {**HEADS, "text_model_type": "ministral3", "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}},
@@ -154,6 +161,11 @@ FAMILIES = (
         old=False,
     ),
     Family("mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Family(
+        "mixtral, 16-token window",
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+    ),
     Family("qwen2", "qwen2", {}),
     Family("qwen2, yarn", "qwen2", {"rope_parameters": YARN}),
     Family(
@@ -165,18 +177,32 @@ FAMILIES = (
         "qwen2_moe", "qwen2_moe", {**SOFT, "norm_topk_prob": False, "shared_expert_intermediate_size": 32}
     ),
     Family("qwen2_moe, norm_topk_prob", "qwen2_moe", {**SOFT, "shared_expert_intermediate_size": 32}),
+    Family(
+        "qwen2_moe, 16-token window",
+        "qwen2_moe",
+        {**SOFT, "norm_topk_prob": False, "shared_expert_intermediate_size": 32, **SHORT},
+    ),
     Family("qwen3", "qwen3", HEADS),
+    Family("qwen3, 16-token window", "qwen3", {**HEADS, **SHORT, "max_window_layers": 3}),
     Family("qwen3_moe", "qwen3_moe", {**HEADS, **SOFT}),
+    Family("qwen3_moe, 16-token window", "qwen3_moe", {**HEADS, **SOFT, **SHORT}),
     Family(
         "qwen3_next", "qwen3_next", {**DELTA, **SOFT, "shared_expert_intermediate_size": 32}, rounded=True
     ),
     Family("qwen3_5_text", "qwen3_5_text", DELTA, old=False),
     Family("qwen3_5", "qwen3_5", DELTA, wrapper=True, old=False, rounded=True),
     Family("qwen2_vl", "qwen2_vl", {"rope_parameters": MROPE}, wrapper=True),
+    Family(
+        "qwen2_vl, 16-token window",
+        "qwen2_vl",
+        {"rope_parameters": MROPE, **SHORT, "max_window_layers": 1},
+        wrapper=True,
+    ),
     Family("qwen2_5_vl", "qwen2_5_vl", {"rope_parameters": MROPE}, wrapper=True),
     Family("qwen3_vl", "qwen3_vl", {**HEADS, "rope_parameters": MROPE}, wrapper=True),
     Family("phi", "phi", {"rope_parameters": PARTIAL}),
     Family("phi3", "phi3", {}),
+    Family("phi3, 16-token window", "phi3", {"sliding_window": 16}),
     Family("phi3, partial rotary (phi 4 mini)", "phi3", {"rope_parameters": PARTIAL}),
     Family(
         "phi3, longrope within the first range",
@@ -190,6 +216,17 @@ FAMILIES = (
         "phimoe",
         "phimoe",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+    ),
+    Family(
+        "phimoe, 16-token window",
+        "phimoe",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 16,
+        },
     ),
     Family("gemma", "gemma", HEADS),
     Family("gemma2", "gemma2", {**HEADS, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}),
@@ -205,6 +242,7 @@ FAMILIES = (
     Family("olmo3, 16-token window", "olmo3", {"sliding_window": 16, "rope_parameters": None}),
     Family("olmoe", "olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     Family("smollm3", "smollm3", {}),
+    Family("smollm3, 16-token window", "smollm3", SHORT),
     Family("cohere", "cohere", {}),
     Family("cohere2", "cohere2", {**HEADS, "sliding_window": WINDOW}),
     Family("cohere2, 16-token window", "cohere2", {**HEADS, "sliding_window": 16}),
@@ -259,6 +297,7 @@ FAMILIES = (
     ),
     Family("gpt_oss, 16-token window", "gpt_oss", {**GPT_OSS, "sliding_window": 16, "rope_parameters": ROPE}),
     Family("starcoder2", "starcoder2", {}),
+    Family("starcoder2, 16-token window", "starcoder2", {"sliding_window": 16}),
     Family("hunyuan_v1_dense", "hunyuan_v1_dense", HEADS),
     Family(
         "hunyuan_v1_dense, alpha",
@@ -317,6 +356,19 @@ FAMILIES = (
             "n_shared_experts": 1,
             "first_k_dense_replace": 1,
             "sliding_window": None,
+        },
+    ),
+    Family(
+        "dots1, 16-token window",
+        "dots1",
+        {
+            **HEADS,
+            **EXPERTS,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "sliding_window": 16,
+            "max_window_layers": 2,
         },
     ),
     Family(

@@ -7,7 +7,6 @@ write the table of docs/models.md. Needs the parity extra.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -17,19 +16,16 @@ import numpy as np
 from parity import families
 from parity.families import Family
 
-from tunesmith.model import families as standing
-
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TOLERANCE = 1e-4
 START, END = "<!-- families -->\n", "<!-- end of families -->\n"
 
 
 class Measured(NamedTuple):
-    """``error``: largest difference of the logits, as a share of the largest logit, over the first ``window``
-    positions if the model is right only that far; None if it was refused for a ``reason``."""
+    """``error``: largest difference of the logits, as a share of the largest logit; None if the model was
+    refused for a ``reason``."""
 
     error: float | None
-    window: int | None = None
     reason: str = ""
 
     @property
@@ -37,9 +33,7 @@ class Measured(NamedTuple):
         """What the table says."""
         if self.error is None:
             return f"refused: {self.reason}"
-        if self.error > TOLERANCE:
-            return f"wrong: {self.error:.1e}"
-        return "exact" if self.window is None else "exact; rows longer than the window are refused"
+        return "exact" if self.error <= TOLERANCE else f"wrong: {self.error:.1e}"
 
 
 def prompt() -> np.ndarray:
@@ -67,10 +61,8 @@ def measure(folder: Path, logits: np.ndarray) -> Measured:
     except ModelError as error:
         first = error.what.splitlines()[0].removeprefix("cannot be loaded: ").split("refused: ")[-1]
         return Measured(None, reason=first.rstrip(".:"))
-    limit = standing.exact_length(loaded.config)
-    window = limit if limit is not None and limit < families.LENGTH else None
-    found = np.array(loaded.net(mx.array(prompt())).astype(mx.float32))[:, :window]
-    return Measured(float(np.abs(found - logits[:, :window]).max() / np.abs(logits).max()), window)
+    found = np.array(loaded.net(mx.array(prompt())).astype(mx.float32))
+    return Measured(float(np.abs(found - logits).max() / np.abs(logits).max()))
 
 
 def text_model(model: Any) -> Any:
@@ -89,7 +81,7 @@ def gradient_error(folder: Path, model: Any) -> float:
     from tunesmith.model import loading
 
     net = loading.load(loading.ModelSpec(path=str(folder))).net
-    ids = prompt()[:, : standing.exact_length(json.loads((folder / "config.json").read_text()))]
+    ids = prompt()
     text, tensor = text_model(model), torch.tensor(ids)
     logits = text(tensor).logits[:, :-1].flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, tensor[:, 1:].flatten()).backward()

@@ -1,4 +1,4 @@
-"""What is known of each family of models: proven, right up to some length, or refused.
+"""What is known of each family of models: proven, or refused.
 
 A family is proven if the logits of a tiny random model equal those of transformers on torch, from files in
 the layout of transformers 5 and in the layout before it (tests/parity/test_families.py, docs/models.md)."""
@@ -29,12 +29,6 @@ PROVEN = frozenset(
 )
 """Model types whose logits equal transformers'."""
 
-_WITHOUT_WINDOW = frozenset(
-    "dots1 gemma2 minimax mistral mistral3 mixtral phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl"
-    " qwen3 qwen3_moe qwen3_vl smollm3 starcoder2".split()
-)
-"""Model types for which mlx-lm ignores the sliding window that config.json may have."""
-
 
 def refusal(config: Config) -> str | None:
     """Why the model of ``config`` cannot be computed as its authors meant; None if nothing is known
@@ -51,21 +45,3 @@ def doubt(config: Config) -> str | None:
     if kind in PROVEN or refusal(config) is not None:
         return None
     return f"models of type {kind} have not been compared with transformers: their numbers may be wrong"
-
-
-def exact_length(config: Config) -> int | None:
-    """The longest sequence, in tokens, for which the model computes what transformers computes: the sliding
-    window, if mlx-lm ignores it; None if there is no such limit."""
-    text = config.get("text_config")
-    settings = {**config, **text} if isinstance(text, dict) else config
-    window = settings.get("sliding_window")
-    if str(config.get("model_type")) not in _WITHOUT_WINDOW or not isinstance(window, int) or window < 1:
-        return None
-    types, below = settings.get("layer_types"), settings.get("max_window_layers")
-    if settings.get("use_sliding_window") is False:
-        return None
-    if isinstance(types, list) and "sliding_attention" not in types:
-        return None
-    if types is None and isinstance(below, int) and below >= settings["num_hidden_layers"]:
-        return None  # Qwen: the layers below this number attend to all positions
-    return window if window < settings.get("max_position_embeddings", window + 1) else None

@@ -19,6 +19,15 @@ _SAME_COUNT = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names of the number of routed experts."""
 
 
+SHIFTED_NORMS = (
+    ".input_layernorm.weight",
+    ".post_attention_layernorm.weight",
+    "model.norm.weight",
+    ".q_norm.weight",
+    ".k_norm.weight",
+)
+
+
 def translate(config: Config) -> Config:
     """A copy of ``config`` with the names that mlx-lm reads, also in the text model of a multimodal one.
 
@@ -125,6 +134,11 @@ def _windows_by_letters(config: Config) -> None:
 def _head_dim(config: Config) -> None:
     if config.get("head_dim") is None:
         config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+
+
+def _mistral(config: Config) -> None:
+    """All layers have the window (`windows`), which mlx-lm's class would give to those listed here only."""
+    config.pop("layer_types", None)
 
 
 def _gpt_neox(config: Config) -> None:
@@ -240,6 +254,7 @@ _FAMILIES: dict[str, Callable[[Config], None]] = {
     "llama4_text": _alone,
     "lfm2": _lfm2,
     "minicpm3": _minicpm3,
+    "mistral": _mistral,
     "solar_open": _solar_open,
     "ernie4_5": _head_dim,
     "exaone4": _windows_by_letters,
@@ -338,21 +353,33 @@ def _in_float32(weights: dict[str, mx.array], config: Config) -> dict[str, mx.ar
     that rounds. On a CPU the weights become float32 anyway, here before that arithmetic."""
     if mx.default_device().type != mx.DeviceType.cpu:
         return weights
-    halves = (mx.bfloat16, mx.float16)
-    return {
-        name: value.astype(mx.float32) if value.dtype in halves else value for name, value in weights.items()
-    }
+    return {name: _widened(value) for name, value in weights.items()}
+
+
+def _with_shifted_norms(weights: dict[str, mx.array], config: Config) -> dict[str, mx.array]:
+    """The norms are float32 on every device, and stay so (`mends`)."""
+    wide = _in_float32(weights, config)
+    return {name: _widened(value) if is_shifted_norm(name) else value for name, value in wide.items()}
+
+
+def is_shifted_norm(name: str) -> bool:
+    """Whether the tensor is the weight of a norm that Qwen3-Next and Qwen3.5 store without the 1."""
+    return name.endswith(SHIFTED_NORMS)
+
+
+def _widened(value: mx.array) -> mx.array:
+    return value.astype(mx.float32) if value.dtype in (mx.bfloat16, mx.float16) else value
 
 
 _WEIGHTS: dict[str, Callable[[dict[str, mx.array], Config], dict[str, mx.array]]] = {
     "falcon_h1": _falcon_h1,
     "llama4_text": _into_wrapper,
     "gpt2": _without_prefix,
-    "qwen3_5": _in_float32,
-    "qwen3_5_moe": _in_float32,
-    "qwen3_5_moe_text": _in_float32,
-    "qwen3_5_text": _in_float32,
-    "qwen3_next": _in_float32,
+    "qwen3_5": _with_shifted_norms,
+    "qwen3_5_moe": _with_shifted_norms,
+    "qwen3_5_moe_text": _with_shifted_norms,
+    "qwen3_5_text": _with_shifted_norms,
+    "qwen3_next": _with_shifted_norms,
     "gpt_neox": _gpt_neox_head,
     "gpt_oss": _gpt_oss_experts,
 }

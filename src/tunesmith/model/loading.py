@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import Field
 
 from tunesmith import events
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
-from tunesmith.model import families, integrity, kernels, layouts, mends, quantisation, vocabulary
+from tunesmith.model import families, integrity, kernels, layouts, mends, quantisation, vocabulary, windows
 from tunesmith.settings.config import Spec
 from tunesmith.tokens import renderers
 
@@ -118,6 +118,7 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     net, config = _converted(net, config, spec, path, notify)
     kernels.install(net)
     mends.install(net, config)
+    windows.install(net, config)
     if absent := kernels.missing(notify):
         text = f"training and generation are slower here: {absent.missing}"
         notify(Notice(text, where="kernels", hint=absent.hint))
@@ -147,8 +148,6 @@ def _built(path: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, An
             get_model_classes=classes,
             trust_remote_code=trust_remote_code,
         )
-        if (longest := families.exact_length(config)) is not None:
-            vocabulary.bound(net, longest)
         if (known := vocabulary.limits(net).ids) < LEAST_IDS:
             raise ValueError(f"the token embedding has {known} rows, at least {LEAST_IDS} expected")
     except (Exception, SystemExit) as error:  # an architecture is a program, which may raise anything
@@ -167,7 +166,9 @@ def _converted(
     cpu = _on_cpu()
     dtype = "float32" if spec.dtype == "auto" and cpu else spec.dtype
     if dtype != "auto":
+        wide = mends.in_float32(net, config)
         net.set_dtype({"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[dtype])
+        net.update(tree_unflatten(list(wide.items())))
     bits = config["quantization"]["bits"] if "quantization" in config else None
     if spec.quantize is not None and bits is None:
         settings, notices = quantisation.quantise(net, spec.quantize, spec.group_size)

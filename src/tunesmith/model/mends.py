@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-from tunesmith.model import kernels, wrap
+from tunesmith.model import kernels, layouts, wrap
 
 Config = dict[str, Any]
 
@@ -172,6 +173,31 @@ def _jamba(net: nn.Module, config: Config) -> None:
     wrap.replace(blocks, lambda kind: call)
 
 
+def _shifted_norms(net: nn.Module, config: Config) -> None:
+    """The norms of Qwen3-Next and Qwen3.5 multiply by 1 + w, which bfloat16 would round: they compute in
+    float32, as in transformers, whatever the dtype of the rest."""
+    norms = [module for name, module in net.named_modules() if layouts.is_shifted_norm(f"{name}.weight")]
+    wide = [norm for norm in norms if cast(mx.array, norm["weight"]).dtype == mx.float32]
+
+    def call_of(kind: type[nn.Module]) -> wrap.Call:
+        def call(norm: nn.Module, x: mx.array) -> mx.array:
+            return kind.__call__(norm, x.astype(mx.float32)).astype(x.dtype)
+
+        return call
+
+    wrap.replace(wide, call_of)
+
+
+def in_float32(net: nn.Module, config: Config) -> dict[str, mx.array]:
+    """The parameters of ``net`` that stay in float32 if the rest gets another dtype."""
+    text = config.get("text_config")
+    settings = text if isinstance(text, dict) else config
+    if _FAMILIES.get(str(settings.get("model_type"))) is not _shifted_norms:
+        return {}
+    parameters: Any = tree_flatten(net.parameters())
+    return {name: value for name, value in parameters if layouts.is_shifted_norm(name)}
+
+
 _FAMILIES: dict[str, Callable[[nn.Module, Config], None]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
@@ -179,6 +205,9 @@ _FAMILIES: dict[str, Callable[[nn.Module, Config], None]] = {
     "gpt_bigcode": _gpt_bigcode,
     "gpt_neox": _gpt_neox,
     "jamba": _jamba,
+    "qwen3_5_moe_text": _shifted_norms,
+    "qwen3_5_text": _shifted_norms,
+    "qwen3_next": _shifted_norms,
     "recurrent_gemma": _recurrent_gemma,
     "starcoder2": _starcoder2,
 }

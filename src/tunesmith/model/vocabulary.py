@@ -30,7 +30,7 @@ HINT = (
 
 class IndexLimits(NamedTuple):
     """``ids``: rows of the token embedding. ``positions``: the longest sequence, which is the rows of the
-    table of learned positions, or the tokens that `bound` was given; None if there is no limit."""
+    table of learned positions; None if there is none."""
 
     ids: int
     positions: int | None
@@ -97,12 +97,6 @@ def limits(net: nn.Module) -> IndexLimits:
     return state["_limits"]
 
 
-def bound(net: nn.Module, positions: int | None) -> None:
-    """Take sequences longer than ``positions`` for too long, since ``net`` computes them wrong."""
-    vars(net)["_bound"] = positions
-    vars(net).pop("_limits", None)
-
-
 def stored(folder: Path) -> int | None:
     """Rows of the token embedding according to config.json; None if it does not say. Loading compares the
     weights with it."""
@@ -135,14 +129,13 @@ def require(size: int, sequences: Iterable[tuple[str, Ids]], decode: Decode | No
 
 def require_known(net: nn.Module, sequences: Iterable[tuple[str, Ids]], decode: Decode | None = None) -> None:
     """Raises ModelError as `require` does for the embedding of ``net``, and if a sequence is longer than the
-    positions that it has, or that it computes right."""
+    table of learned positions."""
     bounds, rows = limits(net), list(sequences)
     require(bounds.ids, rows, decode)
     if bounds.positions is not None:
         for place, ids in rows:
             if len(ids) > bounds.positions:
-                reason = "is computed right for" if "_bound" in vars(net) else "has learned positions for"
-                message = f"{len(ids):,} tokens, and the model {reason} {bounds.positions:,}"
+                message = f"{len(ids):,} tokens, and the model has learned positions for {bounds.positions:,}"
                 hint = f"batch.length={bounds.positions} with template.too_long=drop or cut, or shorter text"
                 raise ModelError(message, where=place or None, hint=hint)
 
@@ -221,8 +214,6 @@ def _limits(net: nn.Module) -> IndexLimits:
         rows[kind].append(known)
     if not rows["token"]:
         raise ModelError("reads no token embedding", where=type(net).__module__)
-    if vars(net).get("_bound") is not None:
-        rows["position"].append(vars(net)["_bound"])
     return IndexLimits(min(rows["token"]), min(rows["position"], default=None))
 
 
