@@ -333,7 +333,7 @@ def test_gelu(shape):
     assert_close(slope, cotangent * (0.5 * (1 + tanh) + 0.5 * z * (1 - tanh**2) * inner))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 15, 23])
 @pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (37, 65), (576, 1000)])
 def test_products_of_few_rows(rows, inputs, outputs):
     x, weight = normal(rows, inputs), normal(outputs, inputs)
@@ -344,6 +344,8 @@ def test_products_of_few_rows(rows, inputs, outputs):
     assert_close(value, a @ w.T, terms=(np.abs(a) @ np.abs(w).T).max())
     assert_close(slopes[0], cotangent @ w, terms=(np.abs(cotangent) @ np.abs(w)).max())
     assert_close(slopes[1], cotangent.T @ a, terms=(np.abs(cotangent).T @ np.abs(a)).max())
+    alone = [kernels.linear(mx.array(row[None]), mx.array(weight)) for row in x]
+    assert np.array_equal(np.array(value), np.array(mx.concatenate(alone))), "whatever the other rows are"
 
 
 @pytest.mark.parametrize("per_expert", [8, 11, 40])
