@@ -295,7 +295,7 @@ def test_results_without_ids_find_their_calls_by_name(mistral):
             "answer",
             Conversation((Message("system", "S"), Message("assistant", "Welcome"), Message("user", "a"))),
         ),
-        ("template", tool_use("Let me look.")),
+        ("words_beside_calls", tool_use("Let me look.")),
         (
             "call_id",
             Conversation(

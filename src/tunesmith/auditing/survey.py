@@ -172,6 +172,8 @@ def context(setup: Setup) -> Context:
         if setup.tokenizer is None
         else renderers.load(setup.tokenizer, setup.template.renderer if setup.template else "auto")
     )
+    if made_renderer and setup.template:
+        made_renderer.follow(setup.template, setup.data.text_control)
     against = [contamination.load(path, setup.data) for path in setup.spec.against]
     if isinstance(setup.data.valid, tuple) and setup.data.valid:
         against.append(

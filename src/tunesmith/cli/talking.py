@@ -17,6 +17,9 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most li
 TopP = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="sample from the most likely tokens of this total probability")
 ]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="continue plain text, however the run was trained: no chat template")
+]
 Seed = Annotated[int, typer.Option(min=0, help="seed of the sampling")]
 
 
@@ -33,6 +36,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    raw: Raw = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts, in batches."""
@@ -49,6 +53,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            raw=raw,
             notify=notify,
         )
     for text, answer in zip(prompts, answers, strict=True):
@@ -67,6 +72,7 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    raw: Raw = False,
 ) -> None:
     """Talk with a run or a model; an empty line or Ctrl-D ends it."""
     with progress() as notify:
@@ -79,6 +85,7 @@ def chat(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            raw=raw,
             notify=notify,
         )
     while True:

@@ -98,6 +98,11 @@ class DataSpec(Spec):
         description="calls and results written as text become turns, so that results are read and never "
         "learned",
     )
+    text_control: Literal["refuse", "read", "letters"] = Field(
+        default="refuse",
+        description="control tokens such as [INST] written in plain text: refuse the row, read them as "
+        "tokens, or as letters (Mistral)",
+    )
 
 
 class Dropped(NamedTuple):

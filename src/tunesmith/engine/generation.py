@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import mlx.nn as nn
 
+from tunesmith.data.asking import AskedAs, question
 from tunesmith.data.formats import Conversation, Message
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.requests import Finish, Request
@@ -93,16 +94,16 @@ class Speaker:
 
     def answer(
         self,
-        conversations: Sequence[Conversation],
+        questions: Sequence[Conversation | str],
         sampling: Sampling,
         tick: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """One answer a conversation, in order."""
+        """One answer a question, in order: a conversation, or plain text to be continued."""
         answers = generate(
             self.net,
-            self._prompts(conversations),
+            self._prompts(questions),
             max_tokens=sampling.max_tokens,
-            eos_ids=self.renderer.eos_ids,
+            eos_ids=self.renderer.stops,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,
@@ -110,15 +111,15 @@ class Speaker:
         )
         return [self.renderer.answer(answer.ids) for answer in answers]
 
-    def stream(self, conversation: Conversation, sampling: Sampling) -> Iterator[str]:
+    def stream(self, question: Conversation | str, sampling: Sampling) -> Iterator[str]:
         """The answer in pieces; a character that is not complete yet waits for its last byte."""
         ids: list[int] = []
         shown = ""
         for token in stream(
             self.net,
-            self._prompts([conversation])[0],
+            self._prompts([question])[0],
             max_tokens=sampling.max_tokens,
-            eos_ids=self.renderer.eos_ids,
+            eos_ids=self.renderer.stops,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,
@@ -132,9 +133,14 @@ class Speaker:
         if rest != shown:
             yield rest[len(shown) :]
 
-    def _prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+    def _prompts(self, questions: Sequence[Conversation | str]) -> list[list[int]]:
         """Ids of the prompts. Raises ModelError if the model does not know one of their tokens."""
-        prompts = [self.renderer.prompt(conversation) for conversation in conversations]
+        prompts = [
+            self.renderer.text_prompt(question)
+            if isinstance(question, str)
+            else self.renderer.prompt(question)
+            for question in questions
+        ]
         places = [f"prompt {place}" for place in range(len(prompts))]
         vocabulary.require_known(self.net, zip(places, prompts, strict=True), self.renderer.decode)
         return prompts
@@ -147,16 +153,12 @@ class Chat:
     speaker: Speaker
     sampling: Sampling = Sampling()
     messages: list[Message] = field(default_factory=list)
+    asked_as: AskedAs = "chat"
 
     def say(self, text: str) -> Iterator[str]:
         self.messages.append(Message("user", text))
         pieces: list[str] = []
-        for piece in self.speaker.stream(Conversation(tuple(self.messages)), self.sampling):
+        for piece in self.speaker.stream(question(self.messages, self.asked_as), self.sampling):
             pieces.append(piece)
             yield piece
         self.messages.append(Message("assistant", "".join(pieces)))
-
-
-def asked(prompt: str, system: str | None) -> Conversation:
-    messages = [Message("user", prompt)]
-    return Conversation(tuple([Message("system", system), *messages] if system else messages))

@@ -38,6 +38,7 @@ def show(
     read = formats.read(spec.data.train, spec.data)
     formats.require(read, 1.0)
     renderer = renderers.load(tokenizer_source(spec.model, tokenizer), spec.template.renderer)
+    renderer.follow(spec.template, spec.data.text_control)
     rules = spec.template
     if rules.too_long == "refuse":  # a row that training would stop for is listed as left out
         rules = rules.model_copy(update={"too_long": "drop"})

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from tunesmith.data.asking import KINDS, question
+from tunesmith.data.examples import Message
 from tunesmith.data.sources import sha256
 from tunesmith.display.console import duration, size
 from tunesmith.display.markdown import cell, fence, table, verdict
@@ -387,11 +389,20 @@ def _use(facts: Facts, base: CardBase) -> Iterator[str]:
     else:
         adapter = f"{run}/{CHECKPOINTS}/{facts.checkpoints.used:06d}"
         lines.append(
-            f"mlx_lm.generate --model {shlex.quote(base.name)} --adapter-path {adapter} --prompt 'Hello'"
+            f"mlx_lm.generate --model {shlex.quote(base.name)} --adapter-path {adapter} {_said(facts)}"
         )
     yield from fence("\n".join(lines), "sh")
     if why:
         yield from ["", f"`mlx_lm.generate` alone does not load it: {why}."]
+
+
+def _said(facts: Facts) -> str:
+    """The prompt for `mlx_lm.generate`, which knows the chat template alone, as the run was trained."""
+    kind = next((kind for kind in KINDS if kind == facts.counts.get("asked_as")), "chat")
+    asked = question([Message("user", "Hello")], kind)
+    return (
+        "--prompt 'Hello'" if kind == "chat" else f"--ignore-chat-template --prompt {shlex.quote(str(asked))}"
+    )
 
 
 def _has_dora_on_experts(facts: Facts, step: int) -> bool:

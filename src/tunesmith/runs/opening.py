@@ -51,6 +51,7 @@ class Source:
         if self.run is None or self.config is None:
             return Opened(loaded, renderers.load(loaded.path), None)
         renderer = renderers.load(self.model.tokenizer or loaded.path, self.config.template.renderer)
+        renderer.follow(self.config.template, self.config.data.text_control)
         manifest.require_base(self.run, loaded.fingerprint, renderer.fingerprint)
         return Opened(loaded, renderer, self.checkpoint)
 

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith import events
+from tunesmith.data import asking
+from tunesmith.data.asking import AskedAs
 from tunesmith.data.formats import Message
-from tunesmith.engine import generation
 from tunesmith.engine.engine import notify_if_separate
 from tunesmith.engine.generation import Chat, Sampling, Speaker
+from tunesmith.errors import ConfigError
 from tunesmith.events import Notice, Sink
 from tunesmith.runs import opening
+from tunesmith.runs.asking import of_run
 from tunesmith.runs.configure import listed
 
 
@@ -27,16 +30,21 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    raw: bool = False,
     notify: Sink = events.silent,
 ) -> list[str]:
-    """One answer a prompt from a run, a checkpoint folder, or a plain model; batched.
+    """One answer a prompt from a run, a checkpoint folder, or a plain model; batched. A run is asked as it
+    was trained: in a chat, by plain text, or under the marks of an instruction.
 
     model: path of the run's model, if it was moved since training. adapter False: ask the model without the
-    run's adapter."""
-    speaker = _speaker(opening.find(target, checkpoint, model=model, adapter=adapter, notify=notify), notify)
-    conversations = [generation.asked(prompt, system) for prompt in listed(prompts)]
+    run's adapter. raw: continue the prompts as plain text."""
+    source = opening.find(target, checkpoint, model=model, adapter=adapter, notify=notify)
+    kind = _asked_as(source, raw, system, notify)
+    speaker = _speaker(source, notify)
+    before = [Message("system", system)] if system else []
+    questions = [asking.question([*before, Message("user", prompt)], kind) for prompt in listed(prompts)]
     sampling = Sampling(max_tokens, temperature, top_p, seed)
-    return speaker.answer(conversations, sampling, events.ticker(notify, "answering"))
+    return speaker.answer(questions, sampling, events.ticker(notify, "answering"))
 
 
 def chat(
@@ -49,15 +57,30 @@ def chat(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    raw: bool = False,
     notify: Sink = events.silent,
 ) -> Chat:
     """A conversation with a run, a checkpoint folder or a plain model: ``for piece in chat(run).say("Hello"):
     …``.
 
-    model: path of the run's model, if it was moved since training."""
-    speaker = _speaker(opening.find(target, checkpoint, model=model, notify=notify), notify)
+    A run is asked as it was trained; plain text is continued without the turns before it. model: path of the
+    run's model, if it was moved since training. raw: continue plain text."""
+    source = opening.find(target, checkpoint, model=model, notify=notify)
+    kind = _asked_as(source, raw, system, notify)
+    speaker = _speaker(source, notify)
     sampling = Sampling(max_tokens, temperature, top_p, seed)
-    return Chat(speaker, sampling, [Message("system", system)] if system else [])
+    return Chat(speaker, sampling, [Message("system", system)] if system else [], kind)
+
+
+def _asked_as(source: opening.Source, raw: bool, system: str | None, notify: Sink) -> AskedAs:
+    """How the model is asked. Raises ConfigError for a system message that plain text cannot have."""
+    kind: AskedAs = "text" if raw else "chat" if source.run is None else of_run(source.run)
+    if kind == "text" and system:
+        raise ConfigError("plain text has no system message", where="--system", hint="put it into the prompt")
+    if kind != "chat" and not raw:
+        words = {"text": "plain text", "instruct": "text under ### Instruction:"}[kind]
+        notify(Notice(f"asked by {words}, as the run was trained"))
+    return kind
 
 
 def _speaker(source: opening.Source, notify: Sink) -> Speaker:

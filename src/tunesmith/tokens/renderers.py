@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.data.formats import Conversation, Message
 from tunesmith.errors import ModelError
-from tunesmith.tokens.template import SURROGATES, Refused, Renderer, json_text
+from tunesmith.tokens.template import ANCHOR, SURROGATES, Refused, Renderer, json_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +36,7 @@ class MistralRenderer(Renderer):
 
     nine_letters = True
     _control = re.compile(SURROGATES)
+    _in_text = re.compile(r"\[/?(?:INST|TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS)\]|\A\s*<s>|</s>\s*\Z")
 
     def __init__(self, path: Path | None = None) -> None:
         """path: a ``tokenizer.model.v3``; None is the one that mistral-common ships."""
@@ -72,6 +73,22 @@ class MistralRenderer(Renderer):
     def _encode(self, text: str) -> list[int]:
         return self._pieces.encode(text, bos=False, eos=False)
 
+    def _text_ids(self, text: str) -> list[int]:
+        if self.text_control != "read":
+            return self._encode(text)
+        control = {piece: token for token, piece in self._special.items()}
+        pattern = re.compile("(" + "|".join(map(re.escape, control)) + ")")
+        ids: list[int] = []
+        for part in pattern.split(text):
+            bracket = bool(ids) and self._special.get(ids[-1], "").endswith("]")
+            if part in control:
+                ids.append(control[part])
+            elif bracket and not part.startswith(" "):  # written out, a space follows these tokens
+                ids += self._encode(ANCHOR + part)[len(self._encode(ANCHOR)) :]
+            else:
+                ids += self._encode(part.removeprefix(" ") if bracket else part)
+        return ids
+
     def _prompt(self, conversation: Conversation) -> list[int]:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -106,6 +123,9 @@ class HFRenderer(Renderer):
         self._control = re.compile(
             "|".join((SURROGATES, *map(re.escape, sorted(special, key=len, reverse=True))))
         )
+        self._in_text = re.compile(
+            "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)"
+        )
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         self.unknown_id = self._tokenizer.unk_token_id
         self.control_ids = frozenset(
@@ -115,6 +135,7 @@ class HFRenderer(Renderer):
         self.size = max(len(self._tokenizer), *(id + 1 for id in added), 0)
         self.bos_id = bos if bos in self._tokenizer.encode("a")[:1] and bos not in self._encode("a") else None
         self.eos_ids = () if eos is None else (eos,)
+        self.text_end_id = eos  # runs of 0.1.0 have None: their texts end with the first of eos_ids
         self._options: dict[str, bool] = {}
         self.chat_bos_id: int | None = None
         self._broken: Refused | None = None

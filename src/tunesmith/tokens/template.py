@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 from pydantic import Field
@@ -33,6 +33,8 @@ Learn = Literal["all", "last", "marked"]
 SURROGATES = r"[\ud800-\udfff]"  # halves of a character: no tokenizer can encode them
 # Merges with nothing, and keeps the space that some tokenizers put before a text away from what follows.
 ANCHOR = "☺"
+TextControl = Literal["refuse", "read", "letters"]
+WordsBesideCalls = Literal["refuse", "drop_words", "split"]
 SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
 
 
@@ -47,6 +49,11 @@ class TemplateSpec(Spec):
     )
     prompt_weight: float = Field(
         0.0, ge=0, le=1, description="weight of all other tokens; 0.01 to 0.5 helps short answers"
+    )
+    words_beside_calls: WordsBesideCalls = Field(
+        "refuse",
+        description="a turn of words and calls, if the format has one or the other: refuse the row, drop the "
+        "words, or split it: a row that learns the words, and one that learns the calls",
     )
     too_long: Literal["refuse", "drop", "cut"] = Field(
         "refuse",
@@ -113,6 +120,12 @@ class Turn(NamedTuple):
     notes: tuple[str, ...]
 
 
+_SURROGATES = re.compile(SURROGATES)
+_DONE = {
+    "drop_words": "words beside calls left out",
+    "split": "words beside calls learned in a row of their own",
+}
+_Made = TypeVar("_Made")
 Parts: TypeAlias = list[tuple[str, list[Turn]]]  # for each row its kind and its learned turns
 
 
@@ -128,6 +141,26 @@ class Renderer(ABC):
     _control: re.Pattern[str]  # texts that are encoded as control tokens
     chat_bos_id: int | None  # the id that opens a rendered conversation, once
     nine_letters: bool  # the format wants call ids of nine letters or digits
+    text_end_id: int | None = None  # ends plain text; None: the first of eos_ids does
+    text_control: TextControl = "refuse"  # as `DataSpec.text_control` says
+    words_beside_calls: WordsBesideCalls = "refuse"  # as `TemplateSpec` says
+    _in_text: re.Pattern[str]  # texts that a row of plain text may mean as control tokens
+
+    def follow(self, spec: TemplateSpec, text_control: TextControl) -> Renderer:
+        """Render by the settings of a run from now on."""
+        self.words_beside_calls, self.text_control = spec.words_beside_calls, text_control
+        return self
+
+    @property
+    def text_end(self) -> int | None:
+        """The id that ends plain text, or None if the tokenizer has none."""
+        return next(iter(self.eos_ids), None) if self.text_end_id is None else self.text_end_id
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids at which an answer or a text ends."""
+        end = self.text_end
+        return self.eos_ids if end is None or end in self.eos_ids else (*self.eos_ids, end)
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -151,12 +184,27 @@ class Renderer(ABC):
         the assistant's."""
         if not conversation.messages or conversation.messages[-1].role == "assistant":
             raise Refused("order", "a prompt must end with a message of the user or of a tool")
-        return self._prompt(self._checked(conversation, Counter()))
+        try:
+            return self._prompt(self._checked(conversation, Counter()))
+        except Refused as error:
+            if not _words_beside_calls(conversation):
+                raise
+            quiet = _calls_only(conversation)
+            return self._without_words(error, lambda: self._prompt(self._checked(quiet, Counter())))
 
     def text_prompt(self, text: str) -> list[int]:
         """Ids of plain text to be continued: BOS if the tokenizer adds one, then the text."""
-        self._refuse_control([text])
-        return [*([] if self.bos_id is None else [self.bos_id]), *self._encode(text)]
+        start = [] if self.bos_id is None else [self.bos_id]
+        if self.text_control == "read":
+            self._refuse([text], _SURROGATES)
+            text = text.removeprefix(self.decode(start))
+        else:
+            self._refuse([text], self._control)
+        return [*start, *self._text_ids(text)]
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Ids of a part of a plain text."""
+        return self._encode(text)
 
     def plain(self, text: str) -> str:
         """``text`` without control tokens and lone surrogates: what is left can be a `text_prompt`."""
@@ -167,7 +215,7 @@ class Renderer(ABC):
     def answer(self, ids: Sequence[int]) -> str:
         """The text of generated ids up to the first end token; other special tokens are written out."""
         return self.decode(
-            ids[: next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))]
+            ids[: next((place for place, token in enumerate(ids) if token in self.stops), len(ids))]
         )
 
     def rows(
@@ -202,25 +250,97 @@ class Renderer(ABC):
         return rows
 
     def _parts(self, example: formats.Example, learn: Learn, cut: int | None, notes: Counter[str]) -> Parts:
+        if isinstance(example, Document | formats.Completion):
+            return [("completion", [self._text_turn(example)])]
+        sides = (
+            (example.chosen, example.rejected) if isinstance(example, Preference) else (example.conversation,)
+        )
+        first_notes: Counter[str] = Counter()
+        try:
+            parts = self._answers(example, learn, cut, first_notes)
+        except Refused as error:
+            first_notes = Counter()
+            spoken = sum(len(_words_beside_calls(side)) for side in sides)
+            if not spoken:
+                raise
+            parts = self._without_words(
+                error, lambda: self._answers(_quiet(example), learn, cut, first_notes)
+            )
+            if self.words_beside_calls == "split":
+                parts = self._words_alone(example, learn, cut, first_notes) + parts
+            first_notes[_DONE[self.words_beside_calls]] += spoken
+        notes.update(first_notes)
+        return parts
+
+    def _answers(
+        self, example: Demonstration | Judged | Preference, learn: Learn, cut: int | None, notes: Counter[str]
+    ) -> Parts:
         if isinstance(example, Preference):
             return self._pair(example, learn, cut, notes)
-        if isinstance(example, Demonstration | Judged):
-            conversation = self._checked(example.conversation, notes)
-            groups = self._groups(conversation, _learned(conversation, learn, 0, notes))
-            return [("completion", part) for group in groups for part in self._fit(conversation, group, cut)]
+        conversation = self._checked(example.conversation, notes)
+        groups = self._groups(conversation, _learned(conversation, learn, 0, notes))
+        return [("completion", part) for group in groups for part in self._fit(conversation, group, cut)]
+
+    def _without_words(self, refused: Refused, render: Callable[[], _Made]) -> _Made:
+        """What ``render`` gives of turns that only call. Raises ``refused`` if they are refused too, and
+        names the setting if it does not allow to leave words out."""
+        try:
+            made = render()
+        except Refused:
+            raise refused from None
+        if self.words_beside_calls == "refuse":
+            raise Refused(
+                "words_beside_calls",
+                "an assistant's turn has words and calls, and this format has one or the other",
+                "template.words_beside_calls: drop_words leaves the words out, split learns them in a row of "
+                "their own",
+            ) from None
+        return made
+
+    def _words_alone(
+        self, example: Demonstration | Judged | Preference, learn: Learn, cut: int | None, notes: Counter[str]
+    ) -> Parts:
+        """A row for the words of each learned turn that has words and calls."""
+        if isinstance(example, Preference):
+            text = "the sides of a pair cannot be split into words and calls"
+            raise Refused("words_beside_calls", text, "template.words_beside_calls: drop_words")
+        quiet = self._checked(_calls_only(example.conversation), Counter())
+        learned = _learned(quiet, learn, 0, Counter())
+        parts: Parts = []
+        for place, message in _words_beside_calls(example.conversation).items():
+            if place in learned:
+                spoken = replace(quiet, messages=(*quiet.messages[:place], replace(message, calls=())))
+                group = self._groups(spoken, [place])[0]
+                parts += [("completion", part) for part in self._fit(spoken, group, cut)]
+        return parts
+
+    def _text_turn(self, example: Document | formats.Completion) -> Turn:
+        """Plain text with its end token, learned from where the prompt ends."""
         text = isinstance(example, Document)
         before, after = ("", example.text) if text else (example.prompt, example.completion)
-        head = self.text_prompt(before)
-        if not after or not (head or text):
-            raise Refused("empty", "a completion or its context is empty", 'use {"text": …} for text alone')
-        if not self.eos_ids:
+        marked = self._in_text.search(before + "\n" + after) if self.text_control == "refuse" else None
+        if marked:
+            raise Refused(
+                "text_control",
+                f"the text holds {marked.group()!r}, which is a control token",
+                "write the row as messages; or data.text_control: read takes it as the token",
+            )
+        end = self.text_end
+        if end is None:
             raise Refused(
                 "end_token", "this tokenizer has no end token", "set eos_token in tokenizer_config.json"
             )
+        if self.text_control == "read":  # both are added once
+            after = after.removesuffix(self.decode([end]))
+            if self.bos_id is not None and not before:
+                after = after.removeprefix(self.decode([self.bos_id]))
+        head = self.text_prompt(before)
+        if not after or not (head or text):
+            raise Refused("empty", "a completion or its context is empty", 'use {"text": …} for text alone')
         ids = self._continue(head, after, self.text_prompt(before + after))
         said = self._same(self._between(ids, len(head), len(ids)), after)
         bare = () if head else ("first token of a text not learned: nothing precedes it",)
-        return [("completion", [Turn(0, [*ids, self.eos_ids[0]], max(len(head), 1), said + bare)])]
+        return Turn(0, [*ids, end], max(len(head), 1), said + bare)
 
     def _pair(self, pair: Preference, learn: Learn, cut: int | None, notes: Counter[str]) -> Parts:
         """Chosen and rejected, one row each, in the same context, learned from where they differ."""
@@ -313,7 +433,8 @@ class Renderer(ABC):
         the prompt and the ids of the segment, since inference never sees a token that spans the boundary."""
         if whole[: len(prompt)] == prompt:
             return whole
-        for segment in (self._encode(rest), self._encode(ANCHOR + rest)[len(self._encode(ANCHOR)) :]):
+        anchored = self._text_ids(ANCHOR + rest)[len(self._encode(ANCHOR)) :]
+        for segment in (self._text_ids(rest), anchored):
             ids = [*prompt, *segment]
             if _plain(self._between(ids, len(prompt), len(ids))) == _plain(rest):
                 return ids
@@ -342,7 +463,10 @@ class Renderer(ABC):
         return (f"whitespace {'trimmed' if len(said) < len(words) else 'added'} by the template",)
 
     def _refuse_control(self, texts: Sequence[str]) -> None:
-        for match in filter(None, map(self._control.search, texts)):
+        self._refuse(texts, self._control)
+
+    def _refuse(self, texts: Sequence[str], pattern: re.Pattern[str]) -> None:
+        for match in filter(None, map(pattern.search, texts)):
             raise Refused(
                 "not_text",
                 f"a text holds {match.group()!a}, which this tokenizer does not read as text",
@@ -430,6 +554,30 @@ def render(
         )
     result.dropped += long
     return result
+
+
+def _words_beside_calls(conversation: Conversation) -> dict[int, Message]:
+    """The assistant's turns that have words and calls, by their places."""
+    return {
+        place: message
+        for place, message in enumerate(conversation.messages)
+        if message.calls and message.content.strip()
+    }
+
+
+def _calls_only(conversation: Conversation) -> Conversation:
+    """The conversation without words beside calls."""
+    messages = (
+        replace(message, content="") if message.calls else message for message in conversation.messages
+    )
+    return replace(conversation, messages=tuple(messages))
+
+
+def _quiet(example: Demonstration | Judged | Preference) -> Demonstration | Judged | Preference:
+    """The example without words beside calls."""
+    if isinstance(example, Preference):
+        return replace(example, chosen=_calls_only(example.chosen), rejected=_calls_only(example.rejected))
+    return replace(example, conversation=_calls_only(example.conversation))
 
 
 def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counter[str]) -> list[int]:

@@ -12,7 +12,7 @@ from tunesmith.auditing import survey
 from tunesmith.auditing.findings import Audit
 from tunesmith.auditing.rules import contamination
 from tunesmith.auditing.views import Context
-from tunesmith.data import formats
+from tunesmith.data import asking, formats
 from tunesmith.events import Notice, Sink
 from tunesmith.files import write_json
 from tunesmith.learning.objective import Objective, Selected
@@ -128,6 +128,7 @@ def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = 
         config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
     )
     renderer = renderers.load(config.model.tokenizer or folder, config.template.renderer)
+    renderer.follow(config.template, config.data.text_control)
     known = None if config.model.resize_embeddings else vocabulary.stored(folder)
     train, valid = (_render(side, config, renderer, known, notify) for side in (sources.train, sources.valid))
     rows = [*train.rendered.rows, *valid.rendered.rows]
@@ -162,6 +163,7 @@ def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = 
         "padding_share": round(plan.padding_share(), 4),
         "steps": plan.steps,
         "loss": objective.unit,
+        "asked_as": asking.asked_as(train.usable),
         "notes": dict(sorted(notes.items())),
     } | _labels(train.groups, valid.groups, notify)
     return Prepared(

@@ -42,6 +42,17 @@ BARS = {
         "the template or the tokenizer changes the answer",
     ),
 }
+REFUSED = {
+    "text_control": (
+        "with control tokens written in plain text",
+        "write the rows as messages; or data.text_control=read takes them as the tokens",
+    ),
+    "words_beside_calls": (
+        "with words and calls in one turn, which this format does not have",
+        "template.words_beside_calls: drop_words or split",
+    ),
+}
+"""What is wrong with rows that the renderer refuses for a reason that a setting lifts."""
 OTHER = "not rendered by this template", "change the rows, or take a model whose template can express them"
 
 
@@ -131,7 +142,7 @@ class Tokenisation(Rule):
             if name == "embedding" and survey.context.known is None:
                 continue
             bad = concerned[name]
-            thing, hint = BARS.get(name, OTHER)
+            thing, hint = BARS.get(name) or REFUSED.get(name, OTHER)
             sentence = f"{counted(len(bad))} {thing}" if bad else f"no rows {thing}"
             sentence += f"; {unknown:,} of {tokens:,} tokens" if name == "unknown" and bad else ""
             sentence += f" ({name})" if name not in BARS else ""

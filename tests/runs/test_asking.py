@@ -1,0 +1,154 @@
+"""A run is asked as it was trained: the prompt that `generate` and `chat` give is that of its rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny
+import tunesmith
+from tunesmith.cli import app
+from tunesmith.data.asking import asked_as, question
+from tunesmith.data.examples import Completion, Conversation, Demonstration, Document, Message
+from tunesmith.data.formats import DataSpec, row
+from tunesmith.data.sources import Raw
+from tunesmith.engine import generation
+from tunesmith.errors import ConfigError
+from tunesmith.runs.asking import of_run
+from tunesmith.runs.directory import Run
+from tunesmith.tokens import renderers
+
+SETS = ["loop.steps=1", "audit.before_training=false", "adapter.rank=2", "loop.sample_tokens=4"]
+ROWS = {
+    "text": [{"text": f"the cat sat {n}"} for n in range(8)],
+    "completion": [{"prompt": f"Q: the cat {n}\nA:", "completion": " sat"} for n in range(8)],
+    "instruct": [{"instruction": f"say {n}", "input": "a mat", "output": "mat"} for n in range(8)],
+    "chat": tiny.conversations(8),
+}
+KIND = {"text": "text", "completion": "text", "instruct": "instruct", "chat": "chat"}
+
+
+def trained(folder: Path, model: Path, rows: str) -> Path:
+    data = tiny.write_rows(folder / "rows.jsonl", ROWS[rows])
+    sets = [*SETS, *(["data.instruction_layout=instruct"] if rows == "instruct" else [])]
+    tunesmith.train(tunesmith.configure(model=str(model), data=[str(data)], sets=sets), out=folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_model) -> dict[str, Path]:
+    return {rows: trained(tmp_path_factory.mktemp(rows), tiny_model, rows) for rows in ROWS}
+
+
+@pytest.fixture
+def prompts(monkeypatch) -> list[list[int]]:
+    """The ids that models are asked to continue."""
+    seen: list[list[int]] = []
+    ask = generation.generate
+
+    def heard(net, ids, **options):
+        seen.extend(ids)
+        return ask(net, ids, **options)
+
+    monkeypatch.setattr(generation, "generate", heard)
+    return seen
+
+
+def test_most_rows_decide():
+    chat = Demonstration(Conversation((Message("user", "u"), Message("assistant", "a"))))
+    marked = row(
+        Raw("f:1", json.dumps(ROWS["instruct"][0])), DataSpec(train="x", instruction_layout="instruct")
+    )
+    assert asked_as([]) == asked_as([chat]) == asked_as([chat, Document("t")]) == "chat"
+    assert asked_as([Document("t"), Completion("p", "c"), chat]) == "text"
+    assert asked_as([marked]) == "instruct"
+
+
+def test_the_question_under_marks_is_the_prompt_of_a_row():
+    given = {"instruction": "say", "output": "mat", "system": "s", "history": [["q", "a"]]}
+    example = row(Raw("f:1", json.dumps(given)), DataSpec(train="x", instruction_layout="instruct"))
+    turns = [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "say")]
+    assert question([Message(*turn) for turn in turns], "instruct") == example.prompt
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_run_keeps_how_it_is_asked(runs, rows):
+    run = Run.open(runs[rows])
+    assert of_run(run) == KIND[rows]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_an_older_run_is_asked_as_its_held_out_rows(runs, rows, tmp_path):
+    plan = runs[rows] / "data" / "plan.json"
+    content = json.loads(plan.read_text())
+    whole = plan.read_text()
+    try:
+        plan.write_text(json.dumps({key: value for key, value in content.items() if key != "asked_as"}))
+        assert of_run(Run.open(runs[rows])) == KIND[rows]
+    finally:
+        plan.write_text(whole)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_generate_gives_the_prompt_of_training(runs, rows, tiny_model, prompts):
+    renderer = renderers.load(tiny_model)
+    tunesmith.generate(runs[rows], ["the cat"], max_tokens=2)
+    asked = question([Message("user", "the cat")], KIND[rows])
+    expected = renderer.text_prompt(asked) if isinstance(asked, str) else renderer.prompt(asked)
+    assert prompts == [expected]
+    prompts.clear()
+    tunesmith.generate(runs[rows], ["the cat"], max_tokens=2, raw=True)
+    assert prompts == [renderer.text_prompt("the cat")]
+
+
+def test_chat_with_plain_text_continues_what_was_said_last(runs):
+    talk = tunesmith.chat(runs["completion"], max_tokens=2)
+    for text in ("the cat", "my note"):
+        list(talk.say(text))
+    alone = tunesmith.chat(runs["completion"], max_tokens=2)
+    assert "".join(alone.say("my note")) == talk.messages[-1].content
+
+
+def test_a_plain_model_is_asked_in_a_chat_unless_raw(tiny_model, prompts):
+    renderer = renderers.load(tiny_model)
+    tunesmith.generate(tiny_model, ["the cat"], max_tokens=2)
+    tunesmith.generate(tiny_model, ["the cat"], max_tokens=2, raw=True)
+    asked = Conversation((Message("user", "the cat"),))
+    assert prompts == [renderer.prompt(asked), renderer.text_prompt("the cat")]
+
+
+def test_a_model_without_template_can_be_asked_what_it_learned(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    tiny.write_model(model, tiny.write_tokenizer(model, template=None))
+    run = trained(tmp_path, model, "completion")
+    (answer,) = tunesmith.generate(run, ["Q: the cat\nA:"], max_tokens=4)
+    assert isinstance(answer, str)
+
+
+def test_plain_text_has_no_system_message(runs):
+    with pytest.raises(ConfigError, match="no system message"):
+        tunesmith.generate(runs["text"], ["the cat"], system="s")
+    with pytest.raises(ConfigError, match="no system message"):
+        tunesmith.chat(runs["chat"], system="s", raw=True)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_commands_of_the_card_work(runs, rows, monkeypatch):
+    card = (runs[rows] / "model_card.md").read_text()
+    lines = re.findall(r"^tunesmith (?:generate|chat) .*$", card, re.M)
+    assert len(lines) == 2
+    monkeypatch.chdir(runs[rows].parent)
+    for line in lines:
+        result = CliRunner().invoke(app, [*shlex.split(line)[1:], "--max-tokens", "2"], input="the cat\n\n")
+        assert result.exit_code == 0, result.output
+    (command,) = re.findall(r"^mlx_lm.generate [^`]*?(?=\n```)", card, re.M)
+    plain = "--ignore-chat-template" in command
+    assert plain == (KIND[rows] != "chat")
+    asked = question([Message("user", "Hello")], KIND[rows])
+    assert shlex.split(command)[-1] == (asked if plain else "Hello")
