@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
+import tiny
 from tunesmith.model import kernels, mends, windows
 
 SIZES: dict[str, Any] = {
@@ -148,7 +151,8 @@ def made(name: str, seed: int = 0, **settings: Any) -> nn.Module:
     module = importlib.import_module(f"mlx_lm.models.{family}")
     if name in WRAPPERS:
         text = SIZES | WRAPPERS[name] | settings
-        config = {"model_type": family, "text_config": text}
+        # The wrappers of Gemma overwrite the inner size of the vocabulary with the outer one.
+        config = {"model_type": family, "vocab_size": text["vocab_size"], "text_config": text}
     else:
         config = SIZES | {"model_type": family} | FAMILIES.get(name, {}) | settings
     net = module.Model.__new__(module.Model)
@@ -163,6 +167,19 @@ def made(name: str, seed: int = 0, **settings: Any) -> nn.Module:
     net.freeze()
     mx.eval(net.parameters())
     return net
+
+
+def write_wrapper(name: str, folder: Path) -> Path:
+    """The folder of a model with a tokenizer, its weights those of `made`."""
+    folder.mkdir(parents=True)
+    size = tiny.write_tokenizer(folder)
+    net = made(name, vocab_size=size)
+    flat: Any = tree_flatten(net.parameters())
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(flat))
+    text = SIZES | WRAPPERS[name] | {"vocab_size": size}
+    config = {"model_type": name.split("/")[0], "vocab_size": size, "text_config": text}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _random(name: str, value: mx.array) -> mx.array:

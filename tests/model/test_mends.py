@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models import gemma, glm, jamba, phi3
 from mlx_lm.models.recurrent_gemma import LocalAttentionBlock
 from mlx_lm.models.rope_utils import initialize_rope
+from model.families import SIZES as SIZES_OF_ALL
+from model.families import WRAPPERS, made
 
-from tunesmith.model import mends
+from tunesmith.model import layouts, loading, mends
 
 LONG = {
     "rope_type": "longrope",
@@ -102,6 +108,48 @@ def test_jamba_weighs_the_chosen_experts_by_the_softmax_over_all():
         for expert in np.argsort(-weights[row])[:2]:
             wanted[row] += weights[row, expert] * each[expert][row]
     close(layer(x), wanted)
+
+
+def shifted_norms(folder, dtype):
+    """A Qwen3.5 as transformers stores it in ``dtype``, with norms of w, and those norms by name."""
+    net = made("qwen3_5")
+    weights = {name: value.astype(dtype) for name, value in tree_flatten(net.parameters())}
+    for name, value in weights.items():
+        if "conv1d.weight" in name:
+            weights[name] = value.moveaxis(2, 1)
+    norms = {
+        name: 0.1 * mx.random.normal(v.shape) for name, v in weights.items() if layouts.is_shifted_norm(name)
+    }
+    norms = {name: value.astype(dtype) for name, value in norms.items()}
+    folder.mkdir(exist_ok=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights | norms)
+    text = SIZES_OF_ALL | WRAPPERS["qwen3_5"]
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": text}))
+    return norms
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+def test_norms_of_qwen3_5_are_added_and_computed_in_float32_on_a_gpu_too(dtype, tmp_path, monkeypatch):
+    """Loaded as on a GPU, where the rest stays in half precision."""
+    norms = shifted_norms(tmp_path, mx.bfloat16)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    net = loading.load(loading.ModelSpec(path=str(tmp_path), dtype=dtype)).net
+    monkeypatch.undo()
+    half = {"auto": mx.bfloat16, "bfloat16": mx.bfloat16, "float16": mx.float16}[dtype]
+    assert net.language_model.model.embed_tokens.weight.dtype == half
+    layers = dict(net.named_modules())
+    assert len(norms) == 2 * 4 + 1 + 2 * 2
+    for name, stored in norms.items():
+        norm = layers[name.removesuffix(".weight")]
+        assert mx.array_equal(norm.weight, 1 + stored.astype(mx.float32)), name
+    x = mx.random.normal((3, 32)).astype(half)
+    norm = net.language_model.model.norm
+    wide = x.astype(mx.float32)
+    expected = wide * mx.rsqrt(mx.square(wide).mean(axis=-1, keepdims=True) + norm.eps) * norm.weight
+    np.testing.assert_allclose(
+        np.array(norm(x).astype(mx.float32)), np.array(expected.astype(half).astype(mx.float32)), rtol=8e-3
+    )
+    assert norm(x).dtype == half == net(mx.array([[1, 2, 3]])).dtype
 
 
 def test_a_model_without_a_fault_keeps_its_classes():

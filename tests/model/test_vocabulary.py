@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import tiny
 import tunesmith
 from tunesmith import adapters
+from tunesmith.adapters import LoRA
 from tunesmith.engine import generation, scoring
 from tunesmith.errors import ModelError
 from tunesmith.evaluation.harness.requests import HarnessRequest, likelihoods
@@ -234,6 +235,98 @@ def test_an_untied_head_grows_too(tiny_model, tmp_path, size):
     logits = np.array(net(mx.array([[1, 2, size]])))
     assert logits.shape[-1] == size + 1 and isinstance(net.lm_head, vocabulary.ExtendedHead)
     np.testing.assert_allclose(logits[..., size], logits[..., :size].mean(axis=-1), atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantised_embedding_and_head_grow_and_train(tiny_model, tmp_path, size, tied):
+    """As on a GPU, where the weights stay packed; on a CPU loading turns them into float32."""
+    net = load(tiny_model if tied else untied(tiny_model, tmp_path / "untied")).net
+    nn.quantize(net, 32, 4)
+    net.freeze()
+    ids = mx.array([[5, 77, 130, 9]])
+    old, table = np.array(net(ids)), np.array(net.model.embed_tokens(mx.arange(size)))
+    assert vocabulary.resize(net, size + 2) == 2 and vocabulary.limits(net).ids == size + 2
+    logits = np.array(net(ids))
+    np.testing.assert_array_equal(logits[..., :size], old)
+    np.testing.assert_allclose(logits[..., size:], old.mean(axis=-1, keepdims=True).repeat(2, -1), atol=1e-4)
+    new = np.array(net.model.embed_tokens(mx.array([[size, size + 1]], dtype=mx.uint32)))
+    np.testing.assert_allclose(new[0], table.mean(axis=0)[None].repeat(2, 0), atol=1e-6)
+    LoRA(rank=2).attach(net, 0)
+    row = mx.array([[1, size, 4, size + 1, 2]])
+
+    def loss(tree) -> mx.array:
+        net.update(tree)
+        return nn.losses.cross_entropy(net(row)[:, :-1], row[:, 1:], reduction="sum")
+
+    slopes = dict(tree_flatten(mx.grad(loss)(net.trainable_parameters())))
+    names = ["model.embed_tokens.rows", *(() if tied else ("lm_head.rows",))]
+    assert all((mx.abs(slopes[name]).max(axis=1) > 0).all() for name in names)
+
+
+def test_a_head_with_biases_grows_by_the_mean_of_them():
+    head = nn.Linear(4, 3)
+    grown = vocabulary.ExtendedHead(head, mx.ones((2, 4)), mx.array([5.0, 7.0]))
+    x = mx.array([[1.0, 2.0, 3.0, 4.0]])
+    np.testing.assert_allclose(np.array(grown(x)), np.concatenate([np.array(head(x)), [[15, 17]]], axis=1))
+
+
+class Tables(nn.Module):
+    """Two token embeddings of 40 and 50 rows, and a head of its own size."""
+
+    def __init__(self, n_tables: int, n_heads: int, width: int = 40) -> None:
+        super().__init__()
+        self.tables = [nn.Embedding(40 + 10 * number, 4) for number in range(n_tables)]
+        self.heads = [nn.Linear(4, width) for _ in range(n_heads)]
+        self.layers = []
+
+    def __call__(self, ids: mx.array, cache: object = None) -> mx.array:
+        x = sum(table(ids) for table in self.tables)
+        return self.heads[0](x) if self.heads else x
+
+
+@pytest.mark.parametrize(
+    ("net", "reason"),
+    [
+        (Tables(2, 1), "one token embedding can be resized, this model reads tables.0, tables.1"),
+        (Tables(1, 2), "one output projection can be resized, this model has"),
+        (Tables(1, 1, width=33), "does not follow its embedding: 33 logits, 42 rows"),
+    ],
+)
+def test_a_model_that_cannot_be_resized_is_refused(net, reason):
+    assert vocabulary.limits(net).ids == 40
+    with pytest.raises(ModelError, match=reason):
+        vocabulary.resize(net, 42)
+
+
+def test_rows_are_counted_by_the_text_model_of_a_wrapper(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 9, "text_config": {"vocab_size": 5}}))
+    assert vocabulary.stored(tmp_path) == 5
+
+
+def test_the_old_rows_are_trained_too_if_they_are_named(grown, rows, size, tmp_path):
+    """New rows alone are trained by default: Adam's state for all of them would be twice the embedding."""
+    sets = (
+        "model.resize_embeddings=true",
+        "adapter.full_modules=[embed_tokens]",
+        "optimizer.learning_rate=1e-2",
+    )
+    run = tunesmith.train(settings(grown, rows, *sets), out=tmp_path / "run")
+    saved = load_file(checkpoints.choose(run, "last") / adapters.WEIGHTS)
+    assert saved["model.embed_tokens.rows"].shape == (1, 64)
+    assert saved["model.embed_tokens.base.weight"].shape == (size, 64)
+    before = load_file(grown / "model.safetensors")["model.embed_tokens.weight"]
+    assert np.abs(saved["model.embed_tokens.base.weight"] - before).max() > 1e-3
+    assert len(tunesmith.generate(str(run.path), [f"say {NEW}"], max_tokens=2)) == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_run_on_a_resized_quantised_base_is_evaluated_and_chatted_with(grown, rows, tmp_path, tied):
+    folder = grown if tied else untied(grown, tmp_path / "untied")
+    sets = ("model.resize_embeddings=true", "model.quantize=4", "model.group_size=32")
+    run = tunesmith.train(settings(folder, rows, *sets), out=tmp_path / "run")
+    tunesmith.evaluate(run.path, tasks=["drift"])
+    assert list((run.path / "evals").rglob("*.json"))
+    assert isinstance("".join(tunesmith.chat(str(run.path), max_tokens=3).say(f"say {NEW}")), str)
 
 
 def test_resizing_is_part_of_the_fingerprint_only_if_rows_are_added(tiny_model, grown):
