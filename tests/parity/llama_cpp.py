@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import urllib.request
 from pathlib import Path
@@ -14,8 +15,7 @@ class LlamaCpp:
     """A model that computes and caches in float32."""
 
     def __init__(self, path: Path) -> None:
-        import xllamacpp
-
+        xllamacpp: Any = importlib.import_module("xllamacpp")  # a compiled module without types
         settings = xllamacpp.CommonParams()
         settings.model.path = str(path)
         settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 256, 1, 0

@@ -71,8 +71,8 @@ def family_of(name: str) -> Family:
     return family._replace(settings={**family.settings, "vocab_size": SIZE, **CHANGED.get(name, {})})
 
 
-def written(name: str, folder: Path) -> tuple[Any, Path]:
-    """The model on torch, and its GGUF file."""
+def written(name: str, folder: Path, kind: str = "F32") -> tuple[Any, Path]:
+    """The model on torch, and its GGUF file, with matrices of the type ``kind``."""
     model = families.build(family_of(name))
     model.save_pretrained(folder / "source")
     config = families.old_config(json.loads((folder / "source" / "config.json").read_text()))
@@ -80,7 +80,7 @@ def written(name: str, folder: Path) -> tuple[Any, Path]:
     if config["tie_word_embeddings"]:
         weights.pop("lm_head.weight", None)
     path = folder / "model.gguf"
-    return model, gguf_files.write(path, config, weights, gguf_files.alphabet(n_tokens=SIZE))
+    return model, gguf_files.write(path, config, weights, gguf_files.alphabet(n_tokens=SIZE), kind)
 
 
 def torch_logits(model: Any) -> np.ndarray:
@@ -154,6 +154,18 @@ def test_transformers_reads_the_converted_folder(name, tmp_path):
     assert np.abs(torch_logits(read.eval()) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+def test_transformers_reads_mxfp4_experts_from_the_converted_folder(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _, path = written("gpt_oss", tmp_path, "MXFP4")
+    folder = loading.resolve(str(path), dtype="float32")
+    assert "quantization_config" in json.loads((folder / "config.json").read_text())
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    expected = torch_logits(read.float().eval())
+    assert np.abs(our_logits(path) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 # Tokenizers
 
 PIECES = (
@@ -213,11 +225,11 @@ def byte_metadata(pre: str) -> dict[str, Any]:
     return gguf_files.byte_tokenizer(tokens, [" ".join(pair) for pair in model["merges"]], pre)
 
 
-def with_tokenizer(folder: Path, metadata: dict[str, Any]) -> Path:
+def with_tokenizer(folder: Path, metadata: dict[str, Any], name: str = "llama") -> Path:
     """A model of one block around a tokenizer."""
     size = len(metadata["tokenizer.ggml.tokens"])
     model = families.build(
-        family_of("llama")._replace(
+        family_of(name)._replace(
             settings={"vocab_size": size, "num_hidden_layers": 1, "tie_word_embeddings": True}
         )
     )
@@ -330,3 +342,29 @@ def test_sentencepiece_ids_are_those_of_sentencepiece_and_llama_cpp(prefix, tmp_
         assert ids == oracle.encode(text), text
         assert ids == other.ids(text, special=False), text
         assert tokenizer.encode(text).ids == other.ids(text), text
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_ids_are_those_of_the_tokenizer_that_transformers_reads(name, tmp_path):
+    """Of normalised texts that do not begin with white space: its readers leave out Qwen's normalisation,
+    and SentencePiece's first space before white space."""
+    from transformers import AutoTokenizer
+
+    if name == "qwen2":
+        metadata = byte_metadata("qwen2")
+        end = len(metadata["tokenizer.ggml.tokens"])
+        metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "<|end|>"]
+        metadata["tokenizer.ggml.token_type"] = [NORMAL] * end + [CONTROL]
+        metadata |= {"tokenizer.ggml.bos_token_id": end, "tokenizer.ggml.eos_token_id": end}
+    else:
+        metadata, _ = sentencepiece_metadata(tmp_path, prefix=True)
+    path = with_tokenizer(tmp_path, metadata, name)
+    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    tokenizer, _ = build_tokenizer(metadata)
+    given = [unicodedata.normalize("NFC", text).lstrip() for text in texts()]
+    differing = [
+        text
+        for text in given
+        if read.encode(text, add_special_tokens=False) != tokenizer.encode(text, add_special_tokens=False).ids
+    ]
+    assert differing == []

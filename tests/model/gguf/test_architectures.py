@@ -308,3 +308,41 @@ def test_the_types_that_can_be_read_are_those_that_the_gguf_package_dequantises(
         except NotImplementedError:
             pass
     assert read == TENSOR_TYPES
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("gemma3", ("attention.sliding_window_pattern", "rope.freq_base_swa")),
+        ("llama", ("attention.head_count_kv",)),
+        ("phi3", ("rope.dimension_count", "rope.scaling.original_context_length")),
+    ],
+)
+def test_a_key_that_may_be_missing_has_the_value_of_llama_cpp(tmp_path, name, keys):
+    config = SIZES | MODELS[name] | {"num_key_value_heads": 4}
+    weights = random_weights(config)
+    change = drop(*(f"{name}.{key}" for key in keys))
+    path = gguf_files.write(tmp_path / "m.gguf", config, weights, gguf_files.alphabet(), change=change)
+    expected = expected_logits(tmp_path / "mlx", config, weights)
+    assert np.abs(logits(path) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_queries_of_gemma_27b_are_scaled_by_the_width_over_the_heads(tmp_path, name, layers):
+    config = SIZES | MODELS[name]
+
+    def read(count: int) -> Any:
+        size = config | {"num_hidden_layers": count}
+        path = tmp_path / f"{count}.gguf"
+        gguf_files.write(path, size, random_weights(size), gguf_files.alphabet())
+        folder = conversion.convert(path, "float32")
+        return json.loads((folder / "config.json").read_text())["query_pre_attn_scalar"]
+
+    assert (read(2), read(layers)) == (32, 16)
+
+
+def test_yarn_of_gpt_oss_is_not_rounded(tmp_path):
+    config = SIZES | MODELS["gpt-oss"]
+    path = gguf_files.write(tmp_path / "m.gguf", config, random_weights(config), gguf_files.alphabet())
+    read = json.loads((conversion.convert(path, "float32") / "config.json").read_text())
+    assert read["rope_scaling"] == config["rope_scaling"] and read["layer_types"] == config["layer_types"]
