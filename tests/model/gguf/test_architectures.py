@@ -254,7 +254,15 @@ def drop(*keys: str) -> gguf_files.Change:
 
 
 def value(method: str, number: float) -> gguf_files.Change:
-    return lambda writer, tensors: getattr(writer, method)(number)
+    """Write the key anew, by the writer's method."""
+
+    def change(writer, tensors):
+        written = dict(writer.kv_data[0])
+        writer.kv_data[0].clear()
+        getattr(writer, method)(number)
+        writer.kv_data[0] = written | writer.kv_data[0]
+
+    return change
 
 
 def head(writer: Any, tensors: dict[str, np.ndarray]) -> None:
@@ -289,6 +297,13 @@ def uneven_experts(writer: Any, tensors: dict[str, np.ndarray]) -> None:
             drop("mistral3.rope.scaling.original_context_length"),
             "mistral3.rope.scaling.original_context_length is missing",
         ),
+        (
+            "mistral3",
+            value("add_rope_scaling_yarn_log_mul", 0.5),
+            "yarn_log_multiplier = 0.5 is not",
+        ),
+        ("mistral3", value("add_attn_temperature_length", 16), "temperature_length = 16 is not understood"),
+        ("qwen3", value("add_rope_dimension_count", 8), "qwen3.rope.dimension_count is 8, a head has 32"),
         ("qwen2, yarn", value("add_rope_scaling_yarn_attn_factor", 1.2), "yarn_attn_factor = 1.2"),
         ("llama", value("add_rope_scaling_factor", 2.0), "llama.rope.scaling.factor = 2.0"),
         ("llama", lambda writer, tensors: writer.add_uint16("split.count", 3), "is one of 3 parts"),
@@ -311,15 +326,20 @@ def test_the_types_that_can_be_read_are_those_that_the_gguf_package_dequantises(
 
 
 @pytest.mark.parametrize(
-    ("name", "keys"),
+    ("name", "keys", "values"),
     [
-        ("gemma3", ("attention.sliding_window_pattern", "rope.freq_base_swa")),
-        ("llama", ("attention.head_count_kv",)),
-        ("phi3", ("rope.dimension_count", "rope.scaling.original_context_length")),
+        ("gemma3", ("attention.sliding_window_pattern", "rope.freq_base_swa"), {}),
+        ("llama", ("attention.head_count_kv",), {"num_key_value_heads": 4}),
+        ("phi3", ("rope.dimension_count", "rope.scaling.original_context_length"), {}),
+        (
+            "granite",
+            ("attention.scale", "embedding_scale", "residual_scale"),
+            {"attention_multiplier": 0.25, "embedding_multiplier": 1.0, "residual_multiplier": 1.0},
+        ),
     ],
 )
-def test_a_key_that_may_be_missing_has_the_value_of_llama_cpp(tmp_path, name, keys):
-    config = SIZES | MODELS[name] | {"num_key_value_heads": 4}
+def test_a_key_that_may_be_missing_has_the_value_of_llama_cpp(tmp_path, name, keys, values):
+    config = SIZES | MODELS[name] | values
     weights = random_weights(config)
     change = drop(*(f"{name}.{key}" for key in keys))
     path = gguf_files.write(tmp_path / "m.gguf", config, weights, gguf_files.alphabet(), change=change)

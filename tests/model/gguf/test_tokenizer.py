@@ -157,3 +157,12 @@ def test_values_that_do_not_fit_the_tokens_are_refused(change, words):
     metadata = gguf_files.alphabet("gpt-2")
     with pytest.raises(ModelError, match=words):
         build_tokenizer(metadata | {f"tokenizer.ggml.{key}": value for key, value in change.items()})
+
+
+def test_unicode_is_normalised_for_qwen_alone():
+    read = {
+        pre: build_tokenizer(gguf_files.alphabet(pre))[0].encode("e\u0301").ids
+        for pre in ("qwen2", "deepseek-r1-qwen", "llama-bpe")
+    }
+    composed = build_tokenizer(gguf_files.alphabet("llama-bpe"))[0].encode("\u00e9").ids
+    assert read["qwen2"] == read["deepseek-r1-qwen"] == composed != read["llama-bpe"]

@@ -31,8 +31,8 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
     """The model folder of a GGUF file, from the cache or made now.
 
     The cache is `backend.cache_folder`. dtype: float32, float16 or bfloat16, of all tensors; or auto: the
-    file's own if most matrices are bfloat16 or float32, bfloat16 if most are MXFP4, else float16. Raises
-    ModelError if anything in the file cannot be read exactly."""
+    file's own if most matrices are bfloat16 or float32, float16 otherwise. Raises ModelError if anything in
+    the file cannot be read exactly."""
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     target = backend.cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-{dtype}-{CONVERTER}"
@@ -73,7 +73,7 @@ def _write(path: Path, folder: Path, dtype: str) -> str:
         tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1
     ).most_common()
     if dtype == "auto":
-        dtype = {"BF16": "bfloat16", "F32": "float32", "MXFP4": "bfloat16"}.get(types[0][0], "float16")
+        dtype = {"BF16": "bfloat16", "F32": "float32"}.get(types[0][0], "float16")
     ends = [
         keys[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in keys
     ]
