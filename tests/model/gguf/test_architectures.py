@@ -297,11 +297,7 @@ def uneven_experts(writer: Any, tensors: dict[str, np.ndarray]) -> None:
             drop("mistral3.rope.scaling.original_context_length"),
             "mistral3.rope.scaling.original_context_length is missing",
         ),
-        (
-            "mistral3",
-            value("add_rope_scaling_yarn_log_mul", 0.5),
-            "yarn_log_multiplier = 0.5 is not",
-        ),
+        ("mistral3", value("add_rope_scaling_yarn_log_mul", 0.5), "yarn_log_multiplier = 0.5 is not"),
         ("mistral3", value("add_attn_temperature_length", 16), "temperature_length = 16 is not understood"),
         ("qwen3", value("add_rope_dimension_count", 8), "qwen3.rope.dimension_count is 8, a head has 32"),
         ("qwen2, yarn", value("add_rope_scaling_yarn_attn_factor", 1.2), "yarn_attn_factor = 1.2"),
