@@ -19,6 +19,7 @@ from tunesmith.data.formats import DataSpec, row
 from tunesmith.data.sources import Raw
 from tunesmith.engine import generation
 from tunesmith.errors import ConfigError
+from tunesmith.runs import config
 from tunesmith.runs.asking import of_run
 from tunesmith.runs.directory import Run
 from tunesmith.tokens import renderers
@@ -92,6 +93,17 @@ def test_an_older_run_is_asked_as_its_held_out_rows(runs, rows, tmp_path):
         assert of_run(Run.open(runs[rows])) == KIND[rows]
     finally:
         plan.write_text(whole)
+
+
+def test_texts_of_a_run_that_does_not_name_their_end_end_as_they_did(runs, tmp_path):
+    file = runs["text"] / "config.yaml"
+    assert config.of_run(file).template.text_end == "eos"
+    older = tmp_path / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    older.write_text("".join(line for line in lines if "text_end:" not in line))
+    assert config.of_run(older).template.text_end == "turn"
+    assert config.of_run(older, ["loop.keep_last=2"]).template.text_end == "turn"
+    assert config.of_run(older, ["template.text_end=eos"]).template.text_end == "eos"
 
 
 @pytest.mark.parametrize("rows", ROWS)

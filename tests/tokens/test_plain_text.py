@@ -41,6 +41,11 @@ def test_a_text_ends_with_eos_and_a_chat_with_its_turn(tmp_path):
     assert ours._turn(spoken, 1, 0).ids[-1] == turn
 
 
+def test_the_end_of_a_turn_ends_text_if_asked(tmp_path):
+    ours = made(tmp_path, eos="</s>").follow(TemplateSpec(text_end="turn"), "refuse")
+    assert ids(ours, Document("the cat"))[-1] == ours.eos_ids[0] == ours.text_end
+
+
 def test_generation_stops_at_both_ends(tmp_path):
     ours = made(tmp_path, eos="</s>")
     assert set(ours.stops) == {ours.eos_ids[0], ours.text_end}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from tunesmith.data.asking import KINDS, question
+from tunesmith.data.asking import question
 from tunesmith.data.examples import Message
 from tunesmith.data.sources import sha256
 from tunesmith.display.console import duration, size
@@ -398,11 +398,11 @@ def _use(facts: Facts, base: CardBase) -> Iterator[str]:
 
 def _said(facts: Facts) -> str:
     """The prompt for `mlx_lm.generate`, which knows the chat template alone, as the run was trained."""
-    kind = next((kind for kind in KINDS if kind == facts.counts.get("asked_as")), "chat")
-    asked = question([Message("user", "Hello")], kind)
-    return (
-        "--prompt 'Hello'" if kind == "chat" else f"--ignore-chat-template --prompt {shlex.quote(str(asked))}"
-    )
+    kind = facts.counts.get("asked_as")
+    if kind not in ("text", "instruct"):
+        return "--prompt 'Hello'"
+    text = str(question([Message("user", "Hello")], kind))
+    return f"--ignore-chat-template --prompt {shlex.quote(text)}"
 
 
 def _has_dora_on_experts(facts: Facts, step: int) -> bool:

@@ -18,10 +18,10 @@ from tunesmith.machine import ranks
 from tunesmith.reports import comparison, comparison_page, live
 from tunesmith.reports.comparison import RunComparison
 from tunesmith.runs import manifest
-from tunesmith.runs.config import RunConfig
+from tunesmith.runs.config import RunConfig, of_run
 from tunesmith.runs.configure import listed
 from tunesmith.runs.directory import CONFIG, Run
-from tunesmith.settings.config import Resolved, from_arguments, load
+from tunesmith.settings.config import Resolved, from_arguments
 from tunesmith.training import story
 
 
@@ -39,7 +39,7 @@ def train(
     settings that have no effect on the weights. Raises a TunesmithError."""
     if resume is not None:
         run = Run.open(resume)
-        spec = load(RunConfig, files=[run.path / CONFIG], sets=sets).spec
+        spec = of_run(run.path / CONFIG, sets)
         if run.status in ("completed", "stopped_early"):
             manifest.require_same(run, spec, run.hashes)
             if not ranks.join().writes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
@@ -13,7 +15,7 @@ from tunesmith.learning.objective import Objective
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.learning.optimizer import OptimizerSpec
 from tunesmith.model.loading import ModelSpec
-from tunesmith.settings.config import Spec
+from tunesmith.settings.config import Spec, load
 from tunesmith.tokens.batches import BatchSpec
 from tunesmith.tokens.template import TemplateSpec
 
@@ -181,3 +183,13 @@ class RunConfig(Spec):
                 f"batch.sequences {self.batch.sequences} is large: LoRA learns better from batches under 32"
             )
         return texts
+
+
+def of_run(file: Path, sets: Sequence[str] = ()) -> RunConfig:
+    """The settings that a run wrote to ``file``, with ``sets`` over them. Plain text of runs that do not name
+    its end, which are older than the setting, ends as a chat's turn does."""
+    resolved = load(RunConfig, files=[file], sets=sets)
+    spec = resolved.spec
+    if resolved.origins["template.text_end"] != "default":
+        return spec
+    return spec.model_copy(update={"template": spec.template.model_copy(update={"text_end": "turn"})})

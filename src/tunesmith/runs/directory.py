@@ -24,8 +24,8 @@ from typing_extensions import TypedDict
 from tunesmith.errors import DataError, DiskFull, EvaluationError, ModelError, TrainingError
 from tunesmith.events import Notice, Sink
 from tunesmith.files import checked, draft, read_json, remove, remove_drafts, write_json, write_text
-from tunesmith.runs.config import RunConfig
-from tunesmith.settings.config import dump, load
+from tunesmith.runs.config import RunConfig, of_run
+from tunesmith.settings.config import dump
 
 CONFIG, ORIGIN, MANIFEST, EVENTS, LOG = (
     "config.yaml",
@@ -92,7 +92,7 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        return load(RunConfig, files=[self.path / CONFIG]).spec
+        return of_run(self.path / CONFIG)
 
     def settings(self, model: str | None = None) -> RunConfig:
         """`config` with the base model at ``model`` if it was moved; `manifest.require_base` checks that it

@@ -135,7 +135,7 @@ class HFRenderer(Renderer):
         self.size = max(len(self._tokenizer), *(id + 1 for id in added), 0)
         self.bos_id = bos if bos in self._tokenizer.encode("a")[:1] and bos not in self._encode("a") else None
         self.eos_ids = () if eos is None else (eos,)
-        self.text_end_id = eos  # runs of 0.1.0 have None: their texts end with the first of eos_ids
+        self.text_end_id = eos
         self._options: dict[str, bool] = {}
         self.chat_bos_id: int | None = None
         self._broken: Refused | None = None

@@ -55,6 +55,9 @@ class TemplateSpec(Spec):
         description="a turn of words and calls, if the format has one or the other: refuse the row, drop the "
         "words, or split it: a row that learns the words, and one that learns the calls",
     )
+    text_end: Literal["eos", "turn"] = Field(
+        "eos", description="what ends plain text: the tokenizer's eos_token, or the end of a chat's turn"
+    )
     too_long: Literal["refuse", "drop", "cut"] = Field(
         "refuse",
         description="rows longer than batch.length: stop the run, drop them, or cut their oldest turns",
@@ -142,6 +145,7 @@ class Renderer(ABC):
     chat_bos_id: int | None  # the id that opens a rendered conversation, once
     nine_letters: bool  # the format wants call ids of nine letters or digits
     text_end_id: int | None = None  # ends plain text; None: the first of eos_ids does
+    ends_text_as_turn: bool = False  # as `TemplateSpec.text_end` says
     text_control: TextControl = "refuse"  # as `DataSpec.text_control` says
     words_beside_calls: WordsBesideCalls = "refuse"  # as `TemplateSpec` says
     _in_text: re.Pattern[str]  # texts that a row of plain text may mean as control tokens
@@ -149,12 +153,14 @@ class Renderer(ABC):
     def follow(self, spec: TemplateSpec, text_control: TextControl) -> Renderer:
         """Render by the settings of a run from now on."""
         self.words_beside_calls, self.text_control = spec.words_beside_calls, text_control
+        self.ends_text_as_turn = spec.text_end == "turn"
         return self
 
     @property
     def text_end(self) -> int | None:
         """The id that ends plain text, or None if the tokenizer has none."""
-        return next(iter(self.eos_ids), None) if self.text_end_id is None else self.text_end_id
+        own = None if self.ends_text_as_turn else self.text_end_id
+        return next(iter(self.eos_ids), None) if own is None else own
 
     @property
     def stops(self) -> tuple[int, ...]:
