@@ -441,6 +441,17 @@ def test_each_row_of_a_mixed_batch_is_what_it_is_alone(family, bits, length, nam
             handle.detach()
 
 
+def test_dropout_is_off_in_a_net_that_is_in_training(values):
+    net = fresh().train()
+    with adapters.routed(net, {"lora": values["qwen3_moe", "lora"]}) as lanes:
+        lanes.select(["lora", None])
+        logits = net(LONG)
+    net.eval()
+    with adapters.routed(net, {"lora": values["qwen3_moe", "lora"]}) as lanes:
+        lanes.select(["lora", None])
+        close(logits, net(LONG), 1e-6)
+
+
 def test_a_pass_of_other_rows_than_were_selected_is_refused(values):
     net = fresh()
     chosen = {name: values["qwen3_moe", name] for name in ("lora", "upper")}

@@ -111,7 +111,8 @@ DEFAULT = 4096
 def _within(window: int, n_queries: int, n_keys: int) -> mx.array:
     keys = np.arange(n_keys)
     queries = keys[n_keys - n_queries :, None]
-    return mx.array((keys <= queries) & (queries < keys + window))
+    seen: Any = (keys <= queries) & (queries < keys + window)
+    return mx.array(seen)
 
 
 def _call(kind: type[nn.Module], window: int, within: Within) -> wrap.Call:
@@ -137,5 +138,5 @@ def _narrowed_rows(rows: Packed, window: int, within: Within) -> Packed | mx.arr
     if lengths.max() <= window:
         return rows
     row_of = np.repeat(np.arange(len(lengths)), lengths)
-    total = len(row_of)
-    return mx.array(row_of[:, None] == row_of) & within(total, total)
+    same_row: Any = row_of[:, None] == row_of
+    return mx.array(same_row) & within(len(row_of), len(row_of))
