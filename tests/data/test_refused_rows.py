@@ -11,6 +11,8 @@ import tunesmith
 from tunesmith.data import formats
 from tunesmith.data.formats import DataSpec, Preference, Read
 from tunesmith.errors import DataError
+from tunesmith.tokens import renderers
+from tunesmith.tokens.template import TemplateSpec, render
 
 CASES = Path(__file__).resolve().parents[2].parent / "shared" / "cases"
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
@@ -172,6 +174,19 @@ def test_a_corrected_copy_is_never_empty(tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_a_corrected_copy_drops_words_beside_calls_if_asked(tmp_path):
+    call = {"function": {"name": "f", "arguments": {}}}
+    turns = [ASK, ANSWER | {"tool_calls": [call]}, {"role": "tool", "content": "4"}, ANSWER]
+    read(tmp_path, {"messages": turns})
+    for rule, words in (("refuse", "a"), ("drop_words", "")):
+        out = tmp_path / f"{rule}.jsonl"
+        sets = ["data.valid=0", f"template.words_beside_calls={rule}"]
+        fixed = tunesmith.audit(tmp_path / "rows.jsonl", fix=out, sets=sets).fixed
+        (example,) = formats.read([out], DataSpec(train="x")).examples
+        assert example.conversation.messages[1].content == words
+        assert fixed.changed["structure.words_beside_calls"] == (rule == "drop_words")
+
+
 # Reported files
 
 
@@ -194,6 +209,16 @@ def test_the_reported_files_are_read_or_refused_with_their_reason():
     for name in ("18_empty_arguments", "19_role_order"):
         result = formats.read([CASES / f"{name}.jsonl"], DataSpec(train="x"))
         assert result.examples == [] and all("hint: " in bad.message for bad in result.dropped)
+    mistral = renderers.load("mistral-v3")
+    for name in ("03_plain", "04_completion"):
+        examples = formats.read([CASES / f"{name}.jsonl"], DataSpec(train="x")).examples
+        assert render(examples, mistral, TemplateSpec(), 2048).dropped == []
+    texts = formats.read([CASES / "07_text_templated.jsonl"], DataSpec(train="x")).examples
+    refused = render(texts, mistral, TemplateSpec(), 2048).dropped
+    assert [bad.reason for bad in refused] == ["text_control"] * len(texts)
+    rows = render(texts, mistral.follow(TemplateSpec(), "read"), TemplateSpec(), 2048).rows
+    assert all(row.tokens.ids[:2].tolist() == [1, 3] and row.tokens.ids[-1] == 2 for row in rows)
+    assert len(rows) == len(texts)
     calls = formats.read([CASES / "13_hermes.jsonl"], DataSpec(train="x", structure_calls=True))
     assert calls.dropped == [] and calls.rows == 1
     pytest.importorskip("pyarrow")

@@ -12,13 +12,15 @@ from typer.testing import CliRunner
 
 import tiny
 import tunesmith
+from tunesmith import events
 from tunesmith.cli import app
 from tunesmith.data.asking import asked_as, question
 from tunesmith.data.examples import Completion, Conversation, Demonstration, Document, Message
 from tunesmith.data.formats import DataSpec, row
 from tunesmith.data.sources import Raw
+from tunesmith.display import console
 from tunesmith.engine import generation
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, ResumeMismatch
 from tunesmith.runs import config
 from tunesmith.runs.asking import of_run
 from tunesmith.runs.directory import Run
@@ -141,6 +143,22 @@ def test_a_model_without_template_can_be_asked_what_it_learned(tmp_path):
     run = trained(tmp_path, model, "completion")
     (answer,) = tunesmith.generate(run, ["Q: the cat\nA:"], max_tokens=4)
     assert isinstance(answer, str)
+
+
+def test_a_finished_run_says_how_to_train_further(runs):
+    heard = []
+    tunesmith.train(resume=runs["text"], notify=heard.append)
+    assert heard[-1].hint == f"to train further, begin a run with --set adapter.start={runs['text']}"
+    with pytest.raises(ResumeMismatch, match="To train further"):
+        tunesmith.train(resume=runs["text"], sets=["loop.steps=2"])
+    with pytest.raises(ResumeMismatch) as caught:
+        tunesmith.train(resume=runs["text"], sets=["loop.seed=2"])
+    assert "further" not in str(caught.value)
+
+
+def test_growth_of_full_weights_is_not_told_as_nothing():
+    text = console.readable(events.Growth(3, {}))
+    assert "0 weights" not in text and "largest" not in text
 
 
 def test_plain_text_has_no_system_message(runs):

@@ -43,14 +43,21 @@ class Step(NamedTuple):
 
 
 def fix(
-    paths: Sequence[str | Path], out: Path, spec: DataSpec, audit: Audit, notify: events.Sink = events.silent
+    paths: Sequence[str | Path],
+    out: Path,
+    spec: DataSpec,
+    audit: Audit,
+    notify: events.Sink = events.silent,
+    *,
+    drop_words: bool = False,
 ) -> Fixed:
     """Writes ``out``, which ``data.format: auto`` reads, and beside it ``out`` + ``.ledger.jsonl``; both
     whole or not at all.
 
-    ``audit``: of the same files; what it found and is not corrected is listed as left. Lines of the ledger:
-    source, row (the line in ``out``, null where it is gone) and the fields of `Step`. Raises ConfigError if
-    ``out`` exists, is read, or cannot be written, DataError if a file cannot be read as a whole."""
+    ``audit``: of the same files; what it found and is not corrected is listed as left. drop_words: leave out
+    words beside calls. Lines of the ledger: source, row (the line in ``out``, null where it is gone) and the
+    fields of `Step`. Raises ConfigError if ``out`` exists, is read, or cannot be written, DataError if a file
+    cannot be read as a whole or no row is left."""
     out = out.expanduser()
     ledger = _ledger(out)
     require_free(paths, out)
@@ -68,7 +75,8 @@ def fix(
                     tallies[step.action][step.rule] += 1
                     book.write(json.dumps({"source": source, "row": line, **step._asdict()}) + "\n")
 
-            for row in _rows(paths, spec.model_copy(update={"structure_calls": False}), notes):
+            as_written = spec.model_copy(update={"structure_calls": False})
+            for row in _rows(paths, as_written, notes, drop_words):
                 rows += 1
                 if row.text is not None:
                     written += 1
@@ -146,7 +154,9 @@ class _Row(NamedTuple):
     steps: list[Step]
 
 
-def _rows(paths: Sequence[str | Path], spec: DataSpec, found: dict[str, list[Step]]) -> Iterator[_Row]:
+def _rows(
+    paths: Sequence[str | Path], spec: DataSpec, found: dict[str, list[Step]], drop_words: bool
+) -> Iterator[_Row]:
     """What becomes of each row. Removes from ``found`` what it lists; only digests of written rows stay in
     memory."""
     lines: dict[bytes, int] = {}  # digest of the content → line in the copy
@@ -165,6 +175,12 @@ def _rows(paths: Sequence[str | Path], spec: DataSpec, found: dict[str, list[Ste
         if turned is not made:
             reason = "calls in <tool_call> marks are turns now"
             steps.insert(0, Step("changed", _CALLS, reason, None, _said(turned)))
+        if drop_words and (quiet := calls.without_words(example)) != example:
+            reason = "words beside calls are left out"
+            steps.append(
+                Step("changed", "structure.words_beside_calls", reason, _said(example), _said(quiet))
+            )
+            example = quiet
         digest = hashlib.blake2b(json.dumps(content_of(example)).encode(), digest_size=16).digest()
         if first := lines.get(digest):
             reason = f"line {first} of the copy has the same content and label"

@@ -140,6 +140,22 @@ def _tagged_calls(text: str, place: str, ids: Iterator[str]) -> tuple[str, list[
     return text[: marks[0].start()].rstrip(), calls
 
 
+def without_words(example: Example) -> Example:
+    """The example without words in turns that call, as formats have it whose turns hold words or calls."""
+
+    def quiet(conversation: Conversation) -> Conversation:
+        messages = tuple(
+            replace(message, content="") if message.calls else message for message in conversation.messages
+        )
+        return replace(conversation, messages=messages)
+
+    if isinstance(example, Preference):
+        return replace(example, chosen=quiet(example.chosen), rejected=quiet(example.rejected), id="")
+    if isinstance(example, Demonstration | Judged):
+        return replace(example, conversation=quiet(example.conversation), id="")
+    return example
+
+
 def found(text: str) -> list[TextCall]:
     """The calls of an assistant's turn, in order, each with its result; if there are fewer results than
     calls, the last calls have them."""

@@ -15,7 +15,7 @@ from tunesmith import events
 from tunesmith.auditing import comparison, embeddings, survey
 from tunesmith.auditing import fix as fixes
 from tunesmith.auditing import page as pages
-from tunesmith.auditing.findings import Audit
+from tunesmith.auditing.findings import Audit, Fixed
 from tunesmith.errors import ConfigError
 from tunesmith.events import Notice, Sink
 from tunesmith.model import loading, vocabulary
@@ -94,10 +94,16 @@ def audit(
     if chosen.compare:
         result = replace(result, compared=comparison.compare(result, survey_of(chosen.compare)))
     if chosen.fix is not None:
-        result = replace(result, fixed=fixes.fix(spec.data.train, chosen.fix, spec.data, result, notify))
+        result = replace(result, fixed=_fixed(spec, chosen.fix, result, notify))
     if chosen.page is not None:
         pages.write(result, chosen.page)
     return result
+
+
+def _fixed(spec: RunConfig, out: Path, result: Audit, notify: Sink) -> Fixed:
+    """The corrected copy, without words beside calls if the settings drop them."""
+    drop_words = spec.template.words_beside_calls == "drop_words"
+    return fixes.fix(spec.data.train, out, spec.data, result, notify, drop_words=drop_words)
 
 
 def _known(model: ModelSpec, resolved: Path | None) -> int | None:

@@ -161,7 +161,9 @@ def modules(spreads: ModuleSpreads) -> list[Markup]:
 
 
 def growth(event: events.Growth) -> list[Markup]:
-    """How far each adapted weight moved, by layer and module."""
+    """How far each adapted weight moved, by layer and module. Empty if none was measured."""
+    if not event.norms:
+        return []
     relative = {name: 100 * share for name, share in event.relative.items()}
     drawn = [_heat("Change ‖ΔW‖ in per cent of ‖W‖", relative, ".2f")]
     if not relative:

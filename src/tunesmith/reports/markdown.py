@@ -167,7 +167,7 @@ def _audit(audit: AuditSummary) -> list[str]:
 
 def _spent(facts: Facts) -> Iterator[ReportSection]:
     yield ReportSection("Time and memory", table(("what", "measured"), costs(facts)))
-    if growth := facts.growth:
+    if (growth := facts.growth) and growth.norms:
         largest = sorted(growth.norms.items(), key=lambda item: -item[1])[:GROWN]
         rows = [
             (name, norm, growth.relative.get(name), growth.effective_rank.get(name)) for name, norm in largest

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,10 @@ def train(
             if not ranks.join().writes:
                 return None
             if reports.is_current(run.path):
-                notify(Notice(f"{run.path} is complete: there is nothing to do"))
+                longer = (
+                    f"to train further, begin a run with --set adapter.start={shlex.quote(str(run.path))}"
+                )
+                notify(Notice(f"{run.path} is complete: there is nothing to do", hint=longer))
             else:  # the process died after the last update
                 notify(Notice(f"{run.path} is complete: only its report is written"))
                 with run.lock():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -69,10 +70,13 @@ def require_same(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> None
         f"{key}: {was.get(key)} → {now.get(key)}" for key in sorted(was | now) if was.get(key) != now.get(key)
     ]
     if lines:
+        hint = "put it back, or start a new run; only " + ", ".join(sorted(SAFE_TO_CHANGE)) + " may change"
+        if {"loop.steps", "loop.epochs"} & set(changed):
+            hint += f". To train further, begin a run with --set adapter.start={shlex.quote(str(run.path))}"
         raise ResumeMismatch(
             "the run cannot go on exactly, because this has changed:\n  " + "\n  ".join(lines),
             where=str(run.path),
-            hint="put it back, or start a new run; only " + ", ".join(sorted(SAFE_TO_CHANGE)) + " may change",
+            hint=hint,
         )
 
 
