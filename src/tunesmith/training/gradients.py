@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from tunesmith import adapters
 from tunesmith.engine.engine import notify_if_separate
@@ -257,17 +257,30 @@ def checkpointed(net: nn.Module) -> Iterator[None]:
 
 
 def _recomputing(kind: type[nn.Module]) -> wrap.Call:
-    def call(self: nn.Module, x: mx.array, *rest: Any, **options: Any) -> mx.array:
+    def call(self: nn.Module, *arguments: Any, **options: Any) -> Any:
         if not self.training:
-            return kind.__call__(self, x, *rest, **options)
+            return kind.__call__(self, *arguments, **options)
+        # Arrays that `run` captures get no gradient. More than the hidden states needs one: keys and values
+        # of an earlier layer, and the inputs of each layer (Gemma 4).
+        inputs = (arguments, options)
+        flat: Any = tree_flatten(inputs)
+        arrays = [leaf for _, leaf in flat if _is_differentiable(leaf)]
 
-        def run(parameters: dict, x: mx.array) -> mx.array:
+        def run(parameters: dict, arrays: list[mx.array]) -> Any:
             self.update(parameters)
-            return kind.__call__(self, x, *rest, **options)
+            in_order = iter(arrays)
+            arguments, options = tree_map(
+                lambda leaf: next(in_order) if _is_differentiable(leaf) else leaf, inputs
+            )
+            return kind.__call__(self, *arguments, **options)
 
-        return mx.checkpoint(run)(self.trainable_parameters(), x)
+        return mx.checkpoint(run)(self.trainable_parameters(), arrays)
 
     return call
+
+
+def _is_differentiable(leaf: object) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
 def require(net: nn.Module, config: RunConfig, rows: Sequence[Group], notify: Sink) -> None:
