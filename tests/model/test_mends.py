@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import gemma, glm, jamba, phi3
-from mlx_lm.models.recurrent_gemma import LocalAttentionBlock
+from mlx_lm.models import ernie4_5_moe, gemma, glm, jamba, llama, minicpm3, nanochat, phi3, qwen2_moe
+from mlx_lm.models.recurrent_gemma import RGLRU, LocalAttentionBlock
 from mlx_lm.models.rope_utils import initialize_rope
 from model.families import SIZES as SIZES_OF_ALL
 from model.families import WRAPPERS, made
@@ -75,6 +75,13 @@ def test_longrope_counts_from_the_offset_of_the_cache_given_as_number_or_array()
     assert np.abs(np.array(rope()(x, offset=32) - nn.RoPE(16)(x, offset=32))).max() > 0.1
 
 
+def test_each_row_of_a_batch_has_the_factors_of_its_own_length():
+    x = mx.random.normal((2, 4, 1, 16))
+    both = rope()(x, offset=mx.array([31, 32]))
+    close(both[:1], rope()(x[:1], offset=31))
+    close(both[1:], rope()(x[1:], offset=32))
+
+
 def test_glm_turns_a_part_of_each_head():
     net = glm.Model(glm.ModelArgs(model_type="glm", head_dim=16, **SIZES))
     mends.install(net, {"model_type": "glm", "partial_rotary_factor": 0.5})
@@ -83,8 +90,25 @@ def test_glm_turns_a_part_of_each_head():
 
 def test_recurrent_gemma_turns_with_the_base_of_its_settings():
     layer, x = LocalAttentionBlock(64, 4, 32), mx.random.normal((1, 4, 9, 16))
-    mends.install(Layers(layer), {"model_type": "recurrent_gemma", "rope_theta": 50000.0})
+    mends.install(
+        Layers(layer), {"model_type": "recurrent_gemma", "rope_theta": 50000.0, "rms_norm_eps": 1e-6}
+    )
     close(layer.rope(x), nn.RoPE(8, base=50000.0)(x))
+
+
+def test_the_gradient_of_a_recurrence_without_decay_is_finite():
+    """Where a rounds to 1, the slope of sqrt(1 - a²) is infinite; at the first position it is multiplied by
+    zero."""
+    layer, x = RGLRU(8, 2), mx.random.normal((1, 5, 8))
+    layer.recurrent_param = mx.full((8,), -40.0)
+    layer.recurrent_gate_weight = mx.random.normal((2, 4, 4))
+    before, state = layer(x)
+    mends.install(Layers(layer), {"model_type": "recurrent_gemma", "rope_theta": 1e4, "rms_norm_eps": 1e-6})
+    after, again = layer(x)
+    close(after, before)
+    close(again, state)
+    slope = np.array(mx.grad(lambda x: layer(x)[0].sum())(x))
+    assert np.isfinite(slope).all() and np.abs(slope).max() > 0
 
 
 def test_gemma_has_the_tanh_approximation_of_gelu():
@@ -150,6 +174,75 @@ def test_norms_of_qwen3_5_are_added_and_computed_in_float32_on_a_gpu_too(dtype, 
         np.array(norm(x).astype(mx.float32)), np.array(expected.astype(half).astype(mx.float32)), rtol=8e-3
     )
     assert norm(x).dtype == half == net(mx.array([[1, 2, 3]])).dtype
+
+
+MIXTURE = SIZES | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "rope_theta": 1e4}
+MIXTURE |= {"shared_expert_intermediate_size": 32}
+
+
+def test_qwen2_moe_normalises_the_weights_of_its_experts_if_the_settings_say_so():
+    net = qwen2_moe.Model(qwen2_moe.ModelArgs(model_type="qwen2_moe", **MIXTURE))
+    layer, x = net.model.layers[0].mlp, mx.random.normal((3, 64))
+    layer.shared_expert.down_proj.weight *= 0
+    plain, probabilities = np.array(layer(x)), np.array(mx.softmax(layer.gate(x), axis=-1))
+    mends.install(net, {"model_type": "qwen2_moe", "norm_topk_prob": False})
+    close(layer(x), plain)
+    mends.install(net, {"model_type": "qwen2_moe", "norm_topk_prob": True})
+    close(layer(x), plain / np.sort(probabilities)[:, -2:].sum(axis=-1, keepdims=True))
+
+
+def test_ernie_chooses_experts_by_probability_plus_bias_and_weighs_them_by_probability():
+    settings = SIZES | {"max_position_embeddings": 64, "rope_theta": 1e4, "use_bias": False, "moe_k": 1}
+    settings |= {"tie_word_embeddings": True, "moe_num_experts": 4, "moe_intermediate_size": 32}
+    net = ernie4_5_moe.Model(ernie4_5_moe.ModelArgs(model_type="ernie4_5_moe", **settings))
+    config = {"model_type": "ernie4_5_moe"}
+    mends.complete(net, config)
+    mends.install(net, config)
+    layer, x = net.model.layers[0].mlp, mx.random.normal((3, 64))
+    layer.selection_bias = mx.array([0.0, 0.0, 2.0, 0.0])
+    close(layer(x), layer.switch_mlp(x, mx.full((3, 1), 2))[:, 0])
+
+
+def test_arcee_has_two_layers_and_a_squared_relu_in_its_mlp():
+    net = llama.Model(llama.ModelArgs(model_type="arcee", **SIZES))
+    mends.complete(net, {"model_type": "arcee"})
+    layer, x = net.layers[0].mlp, mx.random.normal((3, 64))
+    close(layer(x), layer.down_proj(mx.square(mx.maximum(layer.up_proj(x), 0))))
+    assert "gate_proj" not in layer
+
+
+def test_olmo_has_norms_without_weights():
+    net = llama.Model(llama.ModelArgs(model_type="olmo", **SIZES))
+    mends.complete(net, {"model_type": "olmo"})
+    x = mx.random.normal((3, 64))
+    wanted = (x - x.mean(axis=-1, keepdims=True)) / mx.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+    for norm in (net.layers[0].input_layernorm, net.layers[0].post_attention_layernorm, net.model.norm):
+        close(norm(x), wanted)
+        assert not norm.parameters()
+
+
+def test_minicpm3_divides_before_a_tied_head():
+    settings = SIZES | {"dim_model_base": 16, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8}
+    settings |= {"qk_rope_head_dim": 8, "scale_depth": 1.4, "scale_emb": 2.0, "tie_word_embeddings": True}
+    settings |= {
+        "max_position_embeddings": 64,
+        "rope_scaling": LONG | {"short_factor": 1.0, "long_factor": 1.0},
+    }
+    net = minicpm3.Model(minicpm3.ModelArgs(model_type="minicpm3", **settings))
+    ids = mx.array([[3, 1, 4]])
+    config = {"model_type": "minicpm3", "tie_word_embeddings": True}
+    mends.install(net, config)
+    close(net(ids), net.model.embed_tokens.as_linear(net.model(ids)) / 4)
+    assert net.layers[0].self_attn.q_a_layernorm.eps == 1e-6
+
+
+def test_nanochat_has_the_epsilon_of_its_settings():
+    net = nanochat.Model(nanochat.ModelArgs(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    x = mx.full((1, 1, 16), 1e-3)
+    mends.install(net, {"model_type": "nanochat", "rms_norm_eps": 1.0})
+    net.transformer.wte = lambda ids: x
+    net.transformer.h = [lambda x, mask, cache: x]
+    close(net.transformer(mx.array([[0]])), x)
 
 
 def test_a_model_without_a_fault_keeps_its_classes():

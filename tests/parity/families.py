@@ -3,7 +3,9 @@ layout of transformers 5 and in the layout before it."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +15,8 @@ THETA = 50_000.0
 """Not the default of any family, so that a rotary setting that was not read shows."""
 VOCABULARY = 128
 LENGTH = 40
+GROUP_SIZE = 32
+"""Weights that share a scale when a model is quantised."""
 WINDOW = 512
 """Longer than the prompt."""
 SHORT = {"use_sliding_window": True, "sliding_window": 16}
@@ -97,6 +101,7 @@ DELTA = {
     "linear_num_value_heads": 4,
 }
 GRANITE = {
+    "intermediate_size": 128,  # mlx-lm quantises one layer in groups of 64, whatever was asked
     "embedding_multiplier": 1.5,
     "logits_scaling": 2.0,
     "residual_multiplier": 0.5,
@@ -541,3 +546,26 @@ def old_config(config: dict[str, Any]) -> dict[str, Any]:
     if "num_local_experts" in old and old.get("model_type") in ("qwen3_moe", "olmoe"):
         old["num_experts"] = old.pop("num_local_experts")
     return old
+
+
+def text_model(model: Any) -> Any:
+    """The part of a model of transformers that takes ids alone: the wrapper of Llama 4 wants images."""
+    return model.language_model if type(model).__name__ == "Llama4ForConditionalGeneration" else model
+
+
+def converted(folder: Path, target: Path, bits: int | None = None) -> Path | None:
+    """The model in ``folder`` as mlx-lm writes it again, quantised if ``bits`` are given; None if mlx-lm
+    cannot read it."""
+    from mlx_lm import utils
+
+    try:
+        net, config = utils.load_model(folder, lazy=True)
+    except (ValueError, TypeError, AttributeError, KeyError, SystemExit):
+        return None
+    if bits is not None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints
+            net, config = utils.quantize_model(net, config, GROUP_SIZE, bits)
+    target.mkdir()
+    utils.save_model(target, net)
+    utils.save_config(config, target / "config.json")
+    return target

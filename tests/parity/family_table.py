@@ -1,5 +1,5 @@
-"""Compare logits of every family in `families` with transformers on torch, from files in both layouts, and
-write the table of docs/models.md. Needs the parity extra.
+"""Compare every family of `families` with transformers and PEFT on torch, and write the table of
+docs/models.md. Needs the parity extra.
 
     PYTHONPATH=src:tests python tests/parity/family_table.py [--write] [MODEL_TYPE…]
 """
@@ -13,11 +13,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from parity import families
+from parity import families, family_life, family_training
 from parity.families import Family
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TOLERANCE = 1e-4
+COLUMNS = (
+    "model",
+    "`model_type`",
+    "transformers 5",
+    "transformers 4",
+    "mlx-lm",
+    "LoRA and DoRA",
+    "batches",
+    "4 and 8 bits",
+    "a run",
+)
 START, END = "<!-- families -->\n", "<!-- end of families -->\n"
 
 
@@ -46,7 +57,7 @@ def expected(model: Any) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return text_model(model)(torch.tensor(prompt())).logits.float().numpy()
+        return families.text_model(model)(torch.tensor(prompt())).logits.float().numpy()
 
 
 def measure(folder: Path, logits: np.ndarray) -> Measured:
@@ -65,11 +76,6 @@ def measure(folder: Path, logits: np.ndarray) -> Measured:
     return Measured(float(np.abs(found - logits).max() / np.abs(logits).max()))
 
 
-def text_model(model: Any) -> Any:
-    """The part of a model of transformers that takes ids alone: the wrapper of Llama 4 wants images."""
-    return model.language_model if type(model).__name__ == "Llama4ForConditionalGeneration" else model
-
-
 def gradient_error(folder: Path, model: Any) -> float:
     """Largest difference between the gradients of the loss by the embedding, of the model in ``folder`` and
     of transformers, as a share of the largest entry. They pass through all layers."""
@@ -82,7 +88,7 @@ def gradient_error(folder: Path, model: Any) -> float:
 
     net = loading.load(loading.ModelSpec(path=str(folder))).net
     ids = prompt()
-    text, tensor = text_model(model), torch.tensor(ids)
+    text, tensor = families.text_model(model), torch.tensor(ids)
     logits = text(tensor).logits[:, :-1].flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, tensor[:, 1:].flatten()).backward()
     embedding = text.get_input_embeddings().weight
@@ -100,20 +106,6 @@ def gradient_error(folder: Path, model: Any) -> float:
     return float(np.abs(np.array(found) - wanted).max() / np.abs(wanted).max())
 
 
-def converted(folder: Path, target: Path) -> Path | None:
-    """The model in ``folder`` as mlx-lm writes it again; None if mlx-lm cannot read it."""
-    from mlx_lm import utils
-
-    try:
-        net, config = utils.load_model(folder, lazy=True)
-    except (ValueError, TypeError, AttributeError, KeyError):
-        return None
-    target.mkdir()
-    utils.save_model(target, net)
-    utils.save_config(config, target / "config.json")
-    return target
-
-
 def measured(family: Family, folder: Path) -> list[Measured | None]:
     """From the layouts of transformers 5 and 4, and as mlx-lm converts the older that there is; None where
     transformers 4 or mlx-lm does not know the family."""
@@ -126,17 +118,23 @@ def measured(family: Family, folder: Path) -> list[Measured | None]:
     first = measure(new, logits)
     if first.error is None:  # refused for its family, whatever the layout
         return [first, first if family.old else None, None]
-    again = converted(old if family.old else new, folder / "mlx")
+    again = families.converted(old if family.old else new, folder / "mlx")
     layouts = (new, old if family.old else None, again)
     return [None if layout is None else measure(layout, logits) for layout in layouts]
 
 
 def cells(family: Family, results: list[Measured | None]) -> list[str]:
-    """A row of the table."""
+    """A row of the table up to the logits."""
     verdicts = ["–" if result is None else result.verdict for result in results]
     if family.rounded and verdicts[2].startswith("wrong"):
         verdicts[2] = "rounded by the conversion"
     return [family.name, f"`{family.model_type}`", *verdicts]
+
+
+def trained_cells(family: Family) -> list[str]:
+    """The rest of the row of a model that is not refused."""
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        return [*family_training.cells(family, Path(first)), family_life.cell(family, Path(second))]
 
 
 def rows(page: str) -> dict[str, list[str]]:
@@ -153,15 +151,15 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    lines = ["| model | `model_type` | transformers 5 | transformers 4 | mlx-lm |", "|---|---|---|---|---|"]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for family in families.FAMILIES:
         if options.names and family.model_type not in options.names:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            results = measured(family, Path(folder))
-        errors = ", ".join(f"{result.error:.1e}" for result in results if result and result.error is not None)
-        lines.append("| " + " | ".join(cells(family, results)) + " |")
-        print(lines[-1], errors, flush=True)
+            row = cells(family, measured(family, Path(folder)))
+        row += trained_cells(family) if row[2].startswith("exact") else ["–"] * 4
+        lines.append(f"| {' | '.join(row)} |")
+        print(lines[-1], flush=True)
     if options.write and not options.names:
         before, after = PAGE.read_text().split(START)[0], PAGE.read_text().split(END)[1]
         PAGE.write_text(before + START + "\n".join(lines) + "\n" + END + after)

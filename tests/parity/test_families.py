@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 @pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
 def test_logits_are_those_of_transformers_or_the_model_is_refused(family, tmp_path):
     row = family_table.cells(family, family_table.measured(family, tmp_path))
-    assert row == family_table.rows(family_table.PAGE.read_text())[family.name]
+    assert row == family_table.rows(family_table.PAGE.read_text())[family.name][:5]
     assert not any("wrong" in cell for cell in row)
 
 

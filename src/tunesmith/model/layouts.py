@@ -173,6 +173,7 @@ def _deepseek_v2(config: Config) -> None:
 
 def _minicpm3(config: Config) -> None:
     """The class needs LongRoPE; factors of 1 give the plain frequencies."""
+    config.setdefault("tie_word_embeddings", True)
     if not config.get("rope_scaling"):
         ones = [1.0] * (config["qk_rope_head_dim"] // 2)
         config["rope_scaling"] = {
@@ -182,6 +183,17 @@ def _minicpm3(config: Config) -> None:
             "long_factor": ones,
             "original_max_position_embeddings": config["max_position_embeddings"],
         }
+
+
+def _nemotron_h(config: Config) -> None:
+    """transformers bounds time steps from below by `time_step_min`, which mlx-lm does not read."""
+    _by_older_layer_names(config)
+    if "time_step_min" in config:
+        config["time_step_limit"] = (config["time_step_min"], math.inf)
+
+
+def _olmo(config: Config) -> None:
+    config.setdefault("rms_norm_eps", 1e-5)  # the class needs it, `mends.complete` replaces the norms
 
 
 def _alone(config: Config) -> None:
@@ -255,6 +267,8 @@ _FAMILIES: dict[str, Callable[[Config], None]] = {
     "lfm2": _lfm2,
     "minicpm3": _minicpm3,
     "mistral": _mistral,
+    "nemotron_h": _nemotron_h,
+    "olmo": _olmo,
     "solar_open": _solar_open,
     "ernie4_5": _head_dim,
     "exaone4": _windows_by_letters,
@@ -272,12 +286,15 @@ _FAMILIES: dict[str, Callable[[Config], None]] = {
 """What a family needs besides, by model type."""
 
 _CLASSES = {
+    "arcee": "llama",
     "llama4_text": "llama4",
+    "olmo": "llama",
     "qwen3_5_moe_text": "qwen3_5_moe",
     "qwen3_5_text": "qwen3_5",
     "youtu": "youtu_llm",
 }
-"""Model types whose class mlx-lm has under another name."""
+"""Model types whose class mlx-lm has under another name, or for a family that differs in what
+`mends.complete` builds."""
 
 
 def with_class(config: Config) -> Config:
@@ -331,6 +348,42 @@ def _gpt_oss_experts(weights: dict[str, mx.array], config: Config) -> dict[str, 
     return renamed
 
 
+def _ernie_moe_bias(weights: dict[str, mx.array], config: Config) -> dict[str, mx.array]:
+    """The bias by which the router chooses experts, under the name of `mends`: mlx-lm drops the original."""
+    if not any("mlp.experts." in name or "selection_bias" in name for name in weights):
+        raise ValueError(
+            "mlx-lm left out the bias by which the router chooses experts when it wrote this folder"
+        )
+    return {
+        name.replace("moe_statics.e_score_correction_bias", "selection_bias"): value.flatten()
+        if name.endswith("e_score_correction_bias")
+        else value
+        for name, value in weights.items()
+    }
+
+
+_NANOCHAT = {
+    "model.embed_tokens": "transformer.wte",
+    "model.layers": "transformer.h",
+    "self_attn.q_proj": "attn.c_q",
+    "self_attn.k_proj": "attn.c_k",
+    "self_attn.v_proj": "attn.c_v",
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+"""Names of transformers, and those of nanochat's own files, which mlx-lm reads."""
+
+
+def _nanochat(weights: dict[str, mx.array], config: Config) -> dict[str, mx.array]:
+    def renamed(name: str) -> str:
+        for theirs, ours in _NANOCHAT.items():
+            name = name.replace(theirs, ours)
+        return name
+
+    return {renamed(name): value for name, value in weights.items()}
+
+
 def _falcon_h1(weights: dict[str, mx.array], config: Config) -> dict[str, mx.array]:
     """mlx-lm multiplies weights by muP's multipliers, also in its own files, but leaves out those of keys and
     values."""
@@ -372,7 +425,9 @@ def _widened(value: mx.array) -> mx.array:
 
 
 _WEIGHTS: dict[str, Callable[[dict[str, mx.array], Config], dict[str, mx.array]]] = {
+    "ernie4_5_moe": _ernie_moe_bias,
     "falcon_h1": _falcon_h1,
+    "nanochat": _nanochat,
     "llama4_text": _into_wrapper,
     "gpt2": _without_prefix,
     "qwen3_5": _with_shifted_norms,

@@ -116,9 +116,15 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision, notify=notify)
     net, config = _built(path, spec.trust_remote_code)
     net, config = _converted(net, config, spec, path, notify)
+    if (short := families.longrope_range(config)) is not None:
+        text = f"LongRoPE has other factors beyond {short:,} tokens: the longest row of a batch decides"
+        hint = "keep rows and prompts on one side of it, or set batch.micro=1"
+        notify(Notice(text, where="model", hint=hint))
     kernels.install(net)
     mends.install(net, config)
     windows.install(net, config)
+    if families.depends_on_positions(config):
+        kernels.forbid_packing(net)
     if absent := kernels.missing(notify):
         text = f"training and generation are slower here: {absent.missing}"
         notify(Notice(text, where="kernels", hint=absent.hint))
@@ -230,6 +236,7 @@ class _StrictClasses:
             def __init__(self, *args: Any) -> None:
                 nn.Module.__init__(self)  # mlx-lm's RecurrentGemma leaves it out
                 super().__init__(*args)
+                mends.complete(self, config)
 
             def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 weights = layouts.rename(config, weights)

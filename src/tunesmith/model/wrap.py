@@ -5,7 +5,8 @@ the same class, in this model or in others of the process, stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +33,16 @@ def replace(
             module.__class__ = kind
 
     return restore
+
+
+def rebound(call: Call, names: Mapping[str, Any]) -> Call:
+    """The method ``call``, whose global ``names`` mean these values."""
+    code: Any = call
+    copy = types.FunctionType(
+        code.__code__, code.__globals__ | names, code.__name__, code.__defaults__, code.__closure__
+    )
+    copy.__kwdefaults__ = code.__kwdefaults__
+    return copy
 
 
 @contextmanager

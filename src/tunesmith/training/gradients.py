@@ -288,7 +288,7 @@ def require(net: nn.Module, config: RunConfig, rows: Sequence[Group], notify: Si
     done the slow way."""
     if config.batch.pack and not abilities.packs(net):
         name = type(net).__module__.rsplit(".", 1)[-1]
-        text = f"{name} models mix packed rows (sliding windows, recurrent layers, …)"
+        text = f"{name} models mix packed rows (recurrent layers, scaling by the position, …)"
         raise ConfigError(
             text, where="batch.pack", hint="leave it out: rows of similar length are put together instead"
         )

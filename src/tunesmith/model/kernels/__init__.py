@@ -20,7 +20,7 @@ from tunesmith.machine import backend
 from tunesmith.model import wrap
 from tunesmith.model.kernels import extension, operations
 from tunesmith.model.kernels.operations import with_gradient
-from tunesmith.model.kernels.sequences import Packed, PromptCache, packed, prompt
+from tunesmith.model.kernels.sequences import Packed, PromptCache, forbid_packing, packed, prompt
 
 __all__ = [
     "Choice",
@@ -31,6 +31,7 @@ __all__ = [
     "choice",
     "described",
     "dropout",
+    "forbid_packing",
     "gelu_approx",
     "install",
     "linear",
@@ -312,15 +313,8 @@ def install(net: nn.Module) -> int:
     anew, so every architecture keeps its own arithmetic, and other models in the process stay as they
     were."""
 
-    def call_of(kind: type[nn.Module]) -> wrap.Call:
-        call: Any = kind.__call__
-        bound = call.__globals__ | _bindings(kind)
-        own = types.FunctionType(call.__code__, bound, call.__name__, call.__defaults__, call.__closure__)
-        own.__kwdefaults__ = call.__kwdefaults__
-        return own
-
     modules = [module for module in net.modules() if _bindings(type(module))]
-    wrap.replace(modules, call_of)
+    wrap.replace(modules, lambda kind: wrap.rebound(kind.__call__, _bindings(kind)))
     if backend.own_kernels():
         from mlx_lm.models.switch_layers import SwitchLinear  # loads transformers
 

@@ -14,9 +14,9 @@ class Packed:
     """Passed to a model as the cache of each layer: its one sequence holds several rows, which end at
     ``ends``, and each row attends only to itself.
 
-    Positions continue through the sequence, since rotary embeddings depend only on differences of positions.
-    (An architecture that also scales by the absolute position beyond some length would depend on the place in
-    the sequence.) No mask of T × T is ever made."""
+    Positions continue through the sequence, since rotary embeddings depend only on differences of positions;
+    `forbid_packing` is for the architectures that scale by the position itself. No mask of T × T is ever
+    made."""
 
     offset = 0
 
@@ -32,8 +32,16 @@ class Packed:
         return keys, values
 
 
+def forbid_packing(net: nn.Module) -> None:
+    """Let `packed` raise for ``net``, where the position of a token matters, not only its distances."""
+    vars(net)["_depends_on_positions"] = True
+
+
 def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
-    """What to pass to ``net`` as its cache, for one row of rows that end at ``ends``."""
+    """What to pass to ``net`` as its cache, for one row of rows that end at ``ends``. Raises ValueError after
+    `forbid_packing`."""
+    if "_depends_on_positions" in vars(net):
+        raise ValueError("layers that scale by the position cannot take packed rows")
     layers: Any = net.layers
     return [Packed(ends)] * len(layers)
 
