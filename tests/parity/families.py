@@ -240,6 +240,9 @@ FAMILIES = (
     Family("gemma3_text, 16-token window", "gemma3_text", {**GEMMA3, "sliding_window": 16}),
     Family("gemma3", "gemma3", GEMMA3, wrapper=True),
     Family("gemma4_text", "gemma4_text", GEMMA4, old=False),
+    Family(
+        "gemma4_text, shared keys and values", "gemma4_text", {**GEMMA4, "num_kv_shared_layers": 2}, old=False
+    ),
     Family("gemma4", "gemma4", GEMMA4, wrapper=True, old=False),
     Family("olmo", "olmo", {}),
     Family("olmo2", "olmo2", {}),
