@@ -263,6 +263,20 @@ def test_a_quantised_embedding_and_head_grow_and_train(tiny_model, tmp_path, siz
     assert all((mx.abs(slopes[name]).max(axis=1) > 0).all() for name in names)
 
 
+def test_the_old_table_is_never_indexed_beyond_its_rows():
+    """What it would read there is not used, but it is another's memory."""
+
+    class Bounded(nn.Embedding):
+        def __call__(self, ids: mx.array) -> mx.array:
+            assert 0 <= mx.min(ids).item() and mx.max(ids).item() < len(self.weight)
+            return super().__call__(ids)
+
+    grown = vocabulary.ExtendedEmbedding(Bounded(5, 4), 5, mx.ones((2, 4)))
+    for dtype in (mx.int32, mx.uint32):
+        values = np.array(grown(mx.array([[0, 4, 5, 6]], dtype=dtype)))
+        np.testing.assert_array_equal(values[0, 2:], np.ones((2, 4)))
+
+
 def test_a_head_with_biases_grows_by_the_mean_of_them():
     head = nn.Linear(4, 3)
     grown = vocabulary.ExtendedHead(head, mx.ones((2, 4)), mx.array([5.0, 7.0]))
