@@ -637,7 +637,9 @@ def test_auto_finds_the_renderer(tmp_path, mistral):
     assert isinstance(load(write(tmp_path / "hf", CHATML)), HFRenderer)
     own = write(tmp_path / "v3", CHATML)
     (own / "tokenizer.model.v3").write_bytes(Path(mistral._pieces.file_path).read_bytes())
-    assert isinstance(load(own), MistralRenderer) and isinstance(load(own, "hf"), HFRenderer)
+    assert isinstance(load(own), MistralRenderer) and isinstance(
+        load(own, TemplateSpec(renderer="hf")), HFRenderer
+    )
     assert load(own).fingerprint == mistral.fingerprint
     pieces = {mistral._pieces.id_to_piece(at): at for at in range(mistral._pieces.n_words)}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(pieces, []))).save_pretrained(

@@ -168,9 +168,7 @@ def check_accepted(spec: AuditSpec) -> None:
 def context(setup: Setup) -> Context:
     """Built once in each process."""
     made_renderer: Renderer | None = (
-        None
-        if setup.tokenizer is None
-        else renderers.load(setup.tokenizer, setup.template.renderer if setup.template else "auto")
+        None if setup.tokenizer is None else renderers.load(setup.tokenizer, setup.template)
     )
     if made_renderer and setup.template:
         made_renderer.follow(setup.template, setup.data.text_control)

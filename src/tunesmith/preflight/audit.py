@@ -122,5 +122,5 @@ def _embedder(spec: RunConfig, tokenizer: Path | str, notify: Sink) -> Callable[
             hint="--model MODEL",
         )
     loaded = loading.load(spec.model, notify)
-    renderer = renderers.load(tokenizer, spec.template.renderer)
+    renderer = renderers.load(tokenizer, spec.template)
     return embeddings.embedder(loaded, renderer, events.ticker(notify, "placing prompts"))

@@ -37,7 +37,7 @@ def show(
     spec = resolved.spec
     read = formats.read(spec.data.train, spec.data)
     formats.require(read, 1.0)
-    renderer = renderers.load(tokenizer_source(spec.model, tokenizer), spec.template.renderer)
+    renderer = renderers.load(tokenizer_source(spec.model, tokenizer), spec.template)
     renderer.follow(spec.template, spec.data.text_control)
     rules = spec.template
     if rules.too_long == "refuse":  # a row that training would stop for is listed as left out

@@ -15,6 +15,7 @@ from tunesmith.model import kernels
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
 from tunesmith.settings.config import flat
+from tunesmith.tokens.renderers import Recorded
 
 SAFE_TO_CHANGE = frozenset(
     {
@@ -58,6 +59,12 @@ def facts(
         "lineage": dict(lineage or {}),
         "accepted": dict(accepted or {}),
     }
+
+
+def recorded(run: Run) -> Recorded:
+    """What ``run`` recorded of its renderer."""
+    created = datetime.fromisoformat(run.manifest["created"])
+    return Recorded(run.manifest["hashes"]["template"], created.date())
 
 
 def require_same(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> None:

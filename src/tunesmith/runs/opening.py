@@ -50,7 +50,8 @@ class Source:
         loaded = merging.load(self.model, notify)
         if self.run is None or self.config is None:
             return Opened(loaded, renderers.load(loaded.path), None)
-        renderer = renderers.load(self.model.tokenizer or loaded.path, self.config.template.renderer)
+        tokenizer = self.model.tokenizer or loaded.path
+        renderer = renderers.load(tokenizer, self.config.template, manifest.recorded(self.run))
         renderer.follow(self.config.template, self.config.data.text_control)
         manifest.require_base(self.run, loaded.fingerprint, renderer.fingerprint)
         return Opened(loaded, renderer, self.checkpoint)

@@ -7,6 +7,7 @@ is learned."""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
@@ -35,6 +36,8 @@ SURROGATES = r"[\ud800-\udfff]"  # halves of a character: no tokenizer can encod
 ANCHOR = "☺"
 TextControl = Literal["refuse", "read", "letters"]
 WordsBesideCalls = Literal["refuse", "drop_words", "split"]
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\n*(.*)", re.DOTALL)
+CONTINUED_THOUGHT = re.compile(r"((?:(?!</?think>).)+?)\n</think>\n+(.*)", re.DOTALL)
 SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
 
 
@@ -43,6 +46,18 @@ class TemplateSpec(Spec):
 
     renderer: Literal["auto", "hf", "mistral-v3"] = Field(
         "auto", description="hf: the chat template; mistral-v3: mistral-common"
+    )
+    thinking: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="whether prompts without an answer ask for reasoning (samples, evaluation, chat); auto: "
+        "as most answers that are learned. A row decides by its own answer",
+    )
+    options: dict[str, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="variables for the chat template in every row and prompt, such as enable_thinking: true",
+    )
+    date: datetime.date | None = Field(
+        None, description="the date that a template writes; none: the day on which the run began"
     )
     learn: Learn = Field(
         "all", description="all answers but those with learn: false; the last; those with learn: true"
@@ -129,6 +144,26 @@ _DONE = {
     "split": "words beside calls learned in a row of their own",
 }
 _Made = TypeVar("_Made")
+
+
+class Thought(NamedTuple):
+    """An answer in its two parts."""
+
+    reasoning: str
+    words: str
+
+
+class Answered(NamedTuple):
+    """An answer after its prompt. ids: up to the last end token. said: the answer without it, as the ids
+    decode. wrote: as it should read. text: of prompt and answer."""
+
+    prompt: list[int]
+    ids: list[int]
+    said: str
+    wrote: str
+    text: str
+
+
 Parts: TypeAlias = list[tuple[str, list[Turn]]]  # for each row its kind and its learned turns
 
 
@@ -179,11 +214,12 @@ class Renderer(ABC):
     def _prompt(self, conversation: Conversation) -> list[int]: ...
 
     @abstractmethod
-    def _answered(
-        self, before: Conversation, shown: Conversation
-    ) -> tuple[list[int], list[int], str, str, str]:
-        """Ids of the prompt; ids up to the end token; the answer without it as decoded, and as written; the
-        text of all."""
+    def _answered(self, before: Conversation, answer: Message) -> Answered:
+        """The answer in its context, up to its end."""
+
+    @abstractmethod
+    def _unframed(self, text: str) -> str:
+        """A generated answer without what the template writes around words."""
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Ids up to where the assistant's answer begins. Raises TemplateError, also if the last message is
@@ -219,10 +255,10 @@ class Renderer(ABC):
         return text
 
     def answer(self, ids: Sequence[int]) -> str:
-        """The text of generated ids up to the first end token; other special tokens are written out."""
-        return self.decode(
-            ids[: next((place for place, token in enumerate(ids) if token in self.stops), len(ids))]
-        )
+        """The text of generated ids up to the first end token, without what the template writes around words;
+        other special tokens are written out."""
+        end = next((place for place, token in enumerate(ids) if token in self.stops), len(ids))
+        return self._unframed(self.decode(ids[:end]))
 
     def rows(
         self,
@@ -406,7 +442,7 @@ class Renderer(ABC):
             raise Refused(
                 "answer", "an answer needs a turn of the user or a tool before it, and words or calls"
             )
-        prompt, ids, said, wrote, text = self._answered(before, shown)
+        prompt, ids, said, wrote, text = self._answered(before, message)
         if ids[: len(prompt)] != prompt or ids[-1] not in self.eos_ids:
             raise Refused(
                 "prefix",
@@ -416,7 +452,7 @@ class Renderer(ABC):
         bos = self.chat_bos_id
         if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
             raise Refused("bos", f"{ids.count(bos)} BOS tokens; there must be one, at the start")
-        notes = self._same(said, wrote if message.calls else message.content)
+        notes = self._same(said, wrote)
         for other in before.messages:
             _present(other, text, history=True)
         _present(message, said, history=False)
@@ -442,7 +478,7 @@ class Renderer(ABC):
         anchored = self._text_ids(ANCHOR + rest)[len(self._encode(ANCHOR)) :]
         for segment in (self._text_ids(rest), anchored):
             ids = [*prompt, *segment]
-            if _plain(self._between(ids, len(prompt), len(ids))) == _plain(rest):
+            if plain(self._between(ids, len(prompt), len(ids))) == plain(rest):
                 return ids
         raise Refused("boundary", "the tokens of the prompt and of the answer cannot be told apart")
 
@@ -458,9 +494,9 @@ class Renderer(ABC):
         allowed."""
         if said == words:
             return ()
-        if _plain(said) == _plain(words):
+        if plain(said) == plain(words):
             return ("Unicode normalised by the tokenizer",)
-        if _plain(said.strip()) != _plain(words.strip()):
+        if plain(said.strip()) != plain(words.strip()):
             raise Refused(
                 "words",
                 f"the learned tokens read {said!r:.120}, the assistant's words are {words!r:.120}",
@@ -489,7 +525,7 @@ class Renderer(ABC):
             calls = message.calls
             self._refuse_control(
                 [
-                    message.content,
+                    *(thought_of(message.content) if message.role == "assistant" else [message.content]),
                     *(text for call in calls for text in (call.name, json_text(call.arguments))),
                 ]
             )
@@ -620,10 +656,10 @@ def _present(message: Message, text: str, *, history: bool) -> None:
 
     A template may leave the reasoning out of answers that are history, and write a JSON result anew.
     """
-    words = message.content.strip()
-    if message.role == "assistant" and history:
-        words = words.rpartition("</think>")[2].strip()
-    parts = [words, *_leaves([[call.name, call.arguments] for call in message.calls])]
+    thought = thought_of(message.content) if message.role == "assistant" else Thought("", message.content)
+    words = thought.words.strip()
+    shown = [words.rpartition("</think>")[2].strip()] if history else [thought.reasoning.strip(), words]
+    parts = [*shown, *_leaves([[call.name, call.arguments] for call in message.calls])]
     missing = [part for part in parts if not _written(part, text)]
     if missing and message.role == "tool":
         with suppress(ValueError):
@@ -638,7 +674,7 @@ def _present(message: Message, text: str, *, history: bool) -> None:
 
 def _written(part: str, text: str) -> bool:
     """Whether ``part`` is in ``text``, as it is, normalised, or as JSON writes it."""
-    return any(form in text for form in (part, _plain(part), json_text(part)[1:-1], json.dumps(part)[1:-1]))
+    return any(form in text for form in (part, plain(part), json_text(part)[1:-1], json.dumps(part)[1:-1]))
 
 
 def _leaves(value: formats.JSON) -> list[str]:
@@ -651,9 +687,21 @@ def _leaves(value: formats.JSON) -> list[str]:
     return [] if value is None or isinstance(value, bool) else [str(value)]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """``text`` in the Unicode form in which texts are compared."""
     return unicodedata.normalize("NFC", text)
 
 
 def json_text(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def thought_of(content: str) -> Thought:
+    """The reasoning that stands in <think> marks before the words of an answer; the first mark may be
+    missing, since some prompts end with it."""
+    match = THOUGHT.fullmatch(content) or CONTINUED_THOUGHT.fullmatch(content)
+    return Thought(match.group(1).strip("\n"), match.group(2)) if match else Thought("", content)
+
+
+def digest(rules: int, *parts: object) -> str:
+    return hashlib.sha256(repr((rules, *parts)).encode()).hexdigest()

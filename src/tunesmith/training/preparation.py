@@ -22,6 +22,7 @@ from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run
 from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import Cut, Group, Plan
+from tunesmith.tokens.renderers import Recorded
 from tunesmith.training.caution import lonely
 
 RENDERED_ROWS_KEPT = 5
@@ -120,14 +121,21 @@ class Side:
         return {row.source for row in self.rendered.rows}
 
 
-def prepare(config: RunConfig, notify: Sink = events.silent, *, audited: bool = False) -> Prepared:
+def prepare(
+    config: RunConfig,
+    notify: Sink = events.silent,
+    *,
+    audited: bool = False,
+    recorded: Recorded | None = None,
+) -> Prepared:
     """Read, split, render, audit and plan, without loading weights. audited: these rows were audited when the
-    run began. Raises DataError, TemplateError, or ModelError for an id that the model does not know."""
+    run began. recorded: of the run that is resumed. Raises DataError, TemplateError, or ModelError for an id
+    that the model does not know."""
     sources = _read(config, notify)
     folder = loading.resolve(
         config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
     )
-    renderer = renderers.load(config.model.tokenizer or folder, config.template.renderer)
+    renderer = renderers.load(config.model.tokenizer or folder, config.template, recorded)
     renderer.follow(config.template, config.data.text_control)
     known = None if config.model.resize_embeddings else vocabulary.stored(folder)
     train, valid = (_render(side, config, renderer, known, notify) for side in (sources.train, sources.valid))

@@ -55,7 +55,8 @@ def train(
     # 1. Settings and machine
     config = _checked(config, out, resume, among, notes, hear)
     # 2. Files → examples → audit → tokens → groups → plan of updates
-    prepared = preparation.prepare(config, hear, audited=resume is not None)
+    recorded = manifest.recorded(resume) if resume else None
+    prepared = preparation.prepare(config, hear, audited=resume is not None, recorded=recorded)
     _warn_of_warmup(config, prepared, hear)
     # 3. Base model, and the adapter that is trained on it
     model = open_model(config, prepared.train, hear, resume)

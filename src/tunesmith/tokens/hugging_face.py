@@ -1,0 +1,245 @@
+"""A Hugging Face tokenizer with its own chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, cast
+
+from tunesmith.data.formats import Conversation, Message
+from tunesmith.tokens.chat_templates import ChatTemplate, Choices
+from tunesmith.tokens.template import (
+    SURROGATES,
+    Answered,
+    Refused,
+    Renderer,
+    digest,
+    json_text,
+    plain,
+    thought_of,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPOKEN = Conversation(tuple(Message(role, "zq") for role in ("user", "assistant", "user", "assistant")))
+RULES = 3  # part of every fingerprint: change it when unchanged data would give other ids or targets
+
+
+class Vocabulary:
+    """The ids and texts of a Hugging Face tokenizer, and which of its tokens are control tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = cast(Any, tokenizer)
+        added = self.tokenizer.added_tokens_decoder
+        special = {token.content for token in added.values() if token.special}
+        special |= set(self.tokenizer.all_special_tokens)
+        marks = [re.escape(text) for text in sorted(special, key=len, reverse=True)]
+        self.in_text = re.compile("|".join(marks) or r"(?!)")
+        self.control = re.compile("|".join((SURROGATES, *marks)))
+        self.control_ids = frozenset(id for id, token in added.items() if token.special)
+        self.size = max(len(self.tokenizer), *(id + 1 for id in added), 0)
+        self.bos: int | None = self.tokenizer.bos_token_id
+        self.eos: int | None = self.tokenizer.eos_token_id
+        self.unknown: int | None = self.tokenizer.unk_token_id
+        opens = self.bos in self.tokenizer.encode("a")[:1] and self.bos not in self.encode("a")
+        self.text_bos = self.bos if opens else None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(
+            [*map(int, ids)], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    @property
+    def content(self) -> str:
+        """Everything that decides which ids a text becomes."""
+        if self.tokenizer.is_fast:
+            return self.tokenizer.backend_tokenizer.to_str()
+        return json_text(self.tokenizer.get_vocab())
+
+
+class HFRenderer(Renderer):
+    """Prompts are those of the tokenizer's ``apply_chat_template``. ``thinking``: whether a prompt without an
+    answer asks for reasoning. ``template``: None if it cannot be used."""
+
+    nine_letters = False
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        choices: Choices | None = None,
+        stops: Sequence[int] = (),
+        *,
+        thinking: bool = False,
+    ) -> None:
+        """stops: the end tokens that the model's generation_config.json names. thinking: ask for reasoning in
+        prompts without an answer."""
+        self._words = words = Vocabulary(tokenizer)
+        self._tokenizer = words.tokenizer
+        self._control, self._in_text = words.control, words.in_text
+        self.text_end_id = words.eos
+        self.unknown_id, self.control_ids = words.unknown, words.control_ids
+        self.size, self.bos_id = words.size, words.text_bos
+        self.thinking = thinking
+        self._endings: dict[bool, str] = {}
+        self._frames: dict[bool, tuple[str, str, str] | None] = {}
+        known = () if words.eos is None else (words.eos,)
+        self.eos_ids = tuple(dict.fromkeys((*known, *stops)))
+        self.chat_bos_id: int | None = None
+        self.template: ChatTemplate | None = None
+        self._broken: Refused | None = None
+        choices = choices or Choices({}, datetime.now(UTC).date(), False)
+        try:
+            if words.tokenizer.chat_template is None:
+                raise Refused(
+                    "no_chat_template",
+                    "this tokenizer has no chat template",
+                    "set data.instruction_layout: instruct",
+                )
+            self.template = ChatTemplate(tokenizer, choices)
+            self._find_ends(self.template)
+            self._frames = {thinking: self.template.frame(thinking=thinking) for thinking in (False, True)}
+        except Refused as error:
+            self._broken = error  # plain text can still be rendered
+        parts = [words.tokenizer.chat_template, words.bos, self.eos_ids, choices.options]
+        day = [str(choices.day)] if self.template and self.template.uses_date else []
+        self.fingerprint = digest(RULES, words.content, *parts, *day)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._words.decode(ids)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._words.encode(text)
+
+    def _find_ends(self, template: ChatTemplate) -> None:
+        """The tokens that end an answer and those that end calls, and what is appended to a turn that the
+        template leaves open until the next one begins."""
+        ends, self._endings = self._ends_of_words(template)
+        self.eos_ids = tuple(dict.fromkeys((*ends, *self.eos_ids)))
+        with suppress(Refused):  # a template without calls
+            self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, *self._ends_of_calls(template))))
+        bos, spoken = self._words.bos, template.text(SPOKEN, generate=False, thinking=False)
+        # A BOS that opens every turn, as in some ChatML templates, does not mark the beginning.
+        self.chat_bos_id = bos if bos is not None and self._encode(spoken).count(bos) == 1 else None
+
+    def _ends_of_words(self, template: ChatTemplate) -> tuple[list[int], dict[bool, str]]:
+        last, added = template.after(calls=False)
+        if run := self._run(last):
+            known = [place for place, (token, _) in enumerate(run) if token in self.eos_ids]
+            return [token for token, _ in run[: 1 + max(known, default=0)]], {}
+        for token, text in self._run(added):
+            if token in self.eos_ids:
+                return [token], {False: added[: added.index(text) + len(text)]}
+        raise Refused(
+            "template",
+            "the chat template ends an answer with no end token, and begins the next turn with none that "
+            "stops generation",
+            "write a chat_template.jinja that ends answers with the tokenizer's eos_token",
+        )
+
+    def _ends_of_calls(self, template: ChatTemplate) -> list[int]:
+        last, added = template.after(calls=True)
+        inside = [match.group() for match in self._control.finditer(last)]
+        if any(self._id(text) in self.eos_ids for text in inside):
+            return []
+        for token, text in self._run(added):
+            if token in self.eos_ids:
+                self._endings[True] = added[: added.index(text) + len(text)]
+                return []
+        return [self._id(inside[-1])] if inside and last.rstrip().endswith(inside[-1]) else []
+
+    def _id(self, text: str) -> int:
+        return self._words.tokenizer.convert_tokens_to_ids(text)
+
+    def _run(self, text: str) -> list[tuple[int, str]]:
+        """The control tokens that ``text`` begins with, after white space."""
+        run: list[tuple[int, str]] = []
+        place = len(text) - len(text.lstrip())
+        while match := self._control.match(text, place):
+            run.append((self._id(match.group()), match.group()))
+            place = match.end()
+        return run
+
+    def _require_template(self) -> ChatTemplate:
+        if self.template is None or self._broken is not None:
+            error = self._broken or Refused("template", "the chat template cannot be used")
+            raise Refused(error.code, error.what, error.hint)
+        return self.template
+
+    def _prompt(self, conversation: Conversation) -> list[int]:
+        template = self._require_template()
+        return self._encode(template.text(conversation, generate=True, thinking=self.thinking))
+
+    def _answered(self, before: Conversation, answer: Message) -> Answered:
+        template = self._require_template()
+        segment = template.segment(before, answer)
+        head, rest = segment
+        prompt = self._encode(head)
+        ids = self._continue(prompt, rest, self._encode(head + rest))
+        if not any(token in self.eos_ids for token in ids[len(prompt) :]):
+            rest += self._endings.get(bool(answer.calls), "")
+            ids = self._continue(prompt, rest, self._encode(head + rest))
+        first = next((place for place in range(len(prompt), len(ids)) if ids[place] in self.eos_ids), None)
+        if first is None:
+            ended = "these calls" if answer.calls else "this answer"
+            raise Refused(
+                "end_token",
+                f"no token ends {ended}: generation would not stop",
+                "name the end token in generation_config.json, or write a chat_template.jinja that ends it",
+            )
+        said = self._between(ids, len(prompt), first)
+        self._require_whole(answer, said, self._between(ids, first, len(ids)), ids[first])
+        ending = rest.removeprefix(segment.rest)
+        wrote = self._wrote(template, before, answer, said, ending)
+        return Answered(prompt, ids[: self._last(ids, first) + 1], said, wrote, head + rest)
+
+    def _last(self, ids: Sequence[int], first: int) -> int:
+        """The last of the end tokens that stand together: Cohere ends the answer, then the turn."""
+        last = place = first
+        while place + 1 < len(ids) and ids[place + 1] in self.control_ids:
+            place += 1
+            last = place if ids[place] in self.eos_ids else last
+        return last
+
+    def _require_whole(self, answer: Message, said: str, left: str, end: int) -> None:
+        """Raises Refused if a token that stops generation stands inside the answer."""
+        thought = thought_of(answer.content)
+        words = [thought.words.strip(), *(call.name for call in answer.calls)]
+        if any(said.count(word) < words.count(word) and word in left for word in words if word):
+            raise Refused(
+                "end_token",
+                f"{self.decode([end])!r} stops generation before the answer is whole",
+                "write one call a turn, or leave the reasoning out",
+            )
+
+    def _wrote(
+        self, template: ChatTemplate, before: Conversation, answer: Message, said: str, ending: str
+    ) -> str:
+        """What the learned tokens should read: words and reasoning as they are, between what the template
+        writes around any words. An answer of calls alone is compared call by call."""
+        content = answer.content
+        if plain(said.strip()) == plain(content.strip()) or not content.strip():
+            return content if content.strip() else said
+        for expected in template.expected(before, answer):
+            if plain(expected + ending).startswith(plain(said)):
+                return said
+        return content
+
+    def _unframed(self, text: str) -> str:
+        """Reasoning that the template marks otherwise stands in <think> marks."""
+        if self.template is None or self._broken is not None:
+            return text
+        before, between, _ = self._frames.get(True) or ("", "", "")
+        if between and "</think>" not in between and text.lstrip().startswith(before.strip()):
+            reasoning, mark, words = text.lstrip().removeprefix(before.strip()).partition(between.strip())
+            if mark:
+                return f"<think>\n{reasoning.strip()}\n</think>\n\n{words.lstrip()}"
+        before = (self._frames.get(False) or ("", "", ""))[0]
+        if before.strip() and text.lstrip().startswith(before.strip()):
+            return text.lstrip().removeprefix(before.strip()).lstrip()
+        return text
