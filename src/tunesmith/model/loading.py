@@ -117,9 +117,9 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     net, config = _built(path, spec.trust_remote_code)
     net, config = _converted(net, config, spec, path, notify)
     if (short := families.longrope_range(config)) is not None:
-        text = f"LongRoPE has other factors beyond {short:,} tokens: the longest row of a batch decides"
-        hint = "keep rows and prompts on one side of it, or set batch.micro=1"
-        notify(Notice(text, where="model", hint=hint))
+        text = f"LongRoPE has other factors beyond {short:,} tokens: the longest row of a batch decides for "
+        text += "all, and a longer prompt is read in parts, the first with the factors of short ones"
+        notify(Notice(text, where="model", hint="keep rows and prompts within it"))
     kernels.install(net)
     mends.install(net, config)
     windows.install(net, config)
