@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, quants
+from gguf.gguf_writer import GGUFValue
 from mlx.utils import tree_flatten
 
 import gguf_files
@@ -133,13 +135,13 @@ def random_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
     kind = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
     module = importlib.import_module(f"mlx_lm.models.{kind}")
     net: nn.Module = module.Model(module.ModelArgs.from_dict(layouts.translate(config)))
-    random = np.random.Generator(np.random.PCG64(7))
+    generator = np.random.Generator(np.random.PCG64(7))
     weights = {}
     for name, value in tree_flatten(net.parameters()):
         assert isinstance(value, mx.array)
         scale = 0.1 if value.ndim == 1 or name.endswith("bias") else value.shape[-1] ** -0.5
         centre = 0.0 if config["model_type"] in TIED or not name.endswith("norm.weight") else 1.0
-        weights[name] = (centre + scale * random.normal(size=value.shape)).astype(np.float32)
+        weights[name] = (centre + scale * generator.normal(size=value.shape)).astype(np.float32)
     if config["model_type"] in TIED:
         weights.pop("lm_head.weight", None)
     return weights
@@ -277,6 +279,18 @@ def uneven_experts(writer: Any, tensors: dict[str, np.ndarray]) -> None:
     tensors["blk.0.ffn_up_exps.weight"] = tensors["blk.0.ffn_up_exps.weight"][:, :32]
 
 
+def no_number(writer: Any, tensors: dict[str, np.ndarray]) -> None:
+    writer.kv_data[0]["granite.logit_scale"] = GGUFValue(value="x", type=GGUFValueType.STRING)
+
+
+def no_tokens(writer: Any, tensors: dict[str, np.ndarray]) -> None:
+    writer.kv_data[0]["tokenizer.ggml.tokens"] = GGUFValue(value=5, type=GGUFValueType.UINT32)
+
+
+def flat_experts(writer: Any, tensors: dict[str, np.ndarray]) -> None:
+    tensors["blk.0.ffn_up_exps.weight"] = tensors["blk.0.ffn_up_exps.weight"][0]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
@@ -303,6 +317,13 @@ def uneven_experts(writer: Any, tensors: dict[str, np.ndarray]) -> None:
         ("qwen2, yarn", value("add_rope_scaling_yarn_attn_factor", 1.2), "yarn_attn_factor = 1.2"),
         ("llama", value("add_rope_scaling_factor", 2.0), "llama.rope.scaling.factor = 2.0"),
         ("llama", lambda writer, tensors: writer.add_uint16("split.count", 3), "is one of 3 parts"),
+        ("llama", value("add_block_count", 1 << 30), "llama.block_count is 1073741824, the file has"),
+        ("llama", value("add_head_count", 0), "llama.attention.head_count = 0 is not a whole number from 1"),
+        ("llama", value("add_key_length", 31), "a head has 31 dimensions, an even number expected"),
+        ("gemma2", value("add_layer_norm_rms_eps", float("nan")), "epsilon = nan is not a number from 0"),
+        ("qwen3moe", flat_experts, "tensor blk.0.ffn_up_exps.weight has 2 dimensions, 3 expected"),
+        ("llama", no_tokens, "has values in its header that cannot be used"),
+        ("granite", no_number, "granite.logit_scale = 'x' is not a number from 0"),
     ],
 )
 def test_what_the_model_type_does_not_have_is_refused_by_name(tmp_path, name, change, words):
@@ -362,3 +383,38 @@ def test_yarn_of_gpt_oss_is_not_rounded(tmp_path):
     path = gguf_files.write(tmp_path / "m.gguf", config, random_weights(config), gguf_files.alphabet())
     read = json.loads((conversion.convert(path, "float32") / "config.json").read_text())
     assert read["rope_scaling"] == config["rope_scaling"] and read["layer_types"] == config["layer_types"]
+
+
+def test_any_value_of_any_key_is_read_or_refused(tmp_path):
+    """Every key of a header under some values that it cannot have: an error at most, never another one."""
+    values: list[tuple[Any, GGUFValueType]] = [
+        (0, GGUFValueType.UINT32),
+        (-3, GGUFValueType.INT32),
+        (1 << 31, GGUFValueType.UINT32),
+        (float("nan"), GGUFValueType.FLOAT32),
+        ("x", GGUFValueType.STRING),
+        ([1, 2], GGUFValueType.ARRAY),
+    ]
+    source = random.Random(3)
+    refusals = 0
+    for name in ("llama", "gemma3", "phi3, longrope", "gpt-oss", "mistral3"):
+        config = SIZES | MODELS[name] | {"num_hidden_layers": 2}
+        if "layer_types" in config:
+            config["layer_types"] = config["layer_types"][:2]
+        tensors = random_weights(config)
+        for number in range(25):
+
+            def change(writer, tensors):
+                key = source.choice(list(writer.kv_data[0]))
+                spoiled, kind = source.choice(values)
+                inner = GGUFValueType.INT32 if kind == GGUFValueType.ARRAY else None
+                writer.kv_data[0][key] = GGUFValue(value=spoiled, type=kind, sub_type=inner)
+
+            path = tmp_path / f"{number}.gguf"
+            gguf_files.write(path, config, tensors, gguf_files.alphabet(), change=change)
+            try:
+                conversion.convert(path, "float32")
+            except ModelError as error:
+                refusals += 1
+                assert error.where == str(path) and error.hint
+    assert refusals > 60

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.numpy import load_file, save_file
 
 import gguf_files
@@ -229,3 +229,19 @@ def test_rope_scaling_of_llama_3_is_recovered(tiny_model, tmp_path):
     np.testing.assert_allclose(
         logits(got.net), logits(load(copied(tiny_model, tmp_path / "x", rope_scaling=wanted)).net), atol=1e-5
     )
+
+
+def test_an_architecture_that_is_not_supported_is_refused_by_its_name(tmp_path):
+    path = tmp_path / "m.gguf"
+    writer = GGUFWriter(path, "starcoder2")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError) as caught:
+        loading.resolve(str(path), dtype="float32")
+    assert str(caught.value).startswith(
+        f"{path}: general.architecture is 'starcoder2', which is not supported"
+    )
+    assert "these can be read: llama, qwen2, qwen3, " in str(caught.value)

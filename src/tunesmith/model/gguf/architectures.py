@@ -90,6 +90,8 @@ def settings(architecture: Architecture, metadata: Metadata) -> Config:
         partial = key == "rope.dimension_count" and architecture.model_type == "phi3"
         if values.get(key, head) != head and not partial:
             raise ModelError(f"{metadata.key(key)} is {values[key]}, a head has {head}")
+    if head % 2:
+        raise ModelError(f"a head has {head} dimensions, an even number expected")
     shared: Config = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,

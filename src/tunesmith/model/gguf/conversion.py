@@ -66,8 +66,11 @@ def _write(path: Path, folder: Path, dtype: str) -> str:
         raise ModelError("is a GGUF file of the other byte order")
     keys = {name: field.contents() for name, field in reader.fields.items()}
     architecture, metadata = _read(keys, reader)
-    config = settings(architecture, metadata)
-    tokenizer, tokenizer_settings = build_tokenizer(keys)
+    try:
+        config = settings(architecture, metadata)
+        tokenizer, tokenizer_settings = build_tokenizer(keys)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ModelError(f"has values in its header that cannot be used: {error!r}") from error
     parts = list(weights.parts(architecture, metadata, config))
     types = Counter(
         tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1
@@ -99,12 +102,12 @@ def _read(keys: dict[str, Any], reader: GGUFReader) -> tuple[Architecture, Metad
     """The architecture of the file and its values, which it understands: all keys and tensors are known,
     none is missing. Raises ModelError, which lists every problem."""
     name = keys.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         hint = (
             f"these can be read: {', '.join(ARCHITECTURES)}; for others give the Hugging Face or MLX folder"
         )
-        raise ModelError(f"GGUF of architecture {name!r}", hint=hint)
-    if keys.get("split.count", 1) > 1:
+        raise ModelError(f"general.architecture is {name!r}, which is not supported", hint=hint)
+    if keys.get("split.count", 1) not in (0, 1):
         hint = "join the parts first: llama-gguf-split --merge FIRST_PART WHOLE"
         raise ModelError(f"is one of {keys['split.count']} parts of a model", hint=hint)
     architecture = ARCHITECTURES[name]
@@ -112,6 +115,8 @@ def _read(keys: dict[str, Any], reader: GGUFReader) -> tuple[Architecture, Metad
     values = {key.removeprefix(prefix): value for key, value in keys.items() if key.startswith(prefix)}
     metadata = Metadata(name, values, {tensor.name: tensor for tensor in reader.tensors})
     known = architecture.known_keys()
+    if problems := [*metadata.wrong_numbers(known), *weights.wrong_ranks(architecture, metadata)]:
+        raise ModelError(f"cannot be read:\n{listing(problems)}")
     problems = [f"{prefix}{key} is missing" for key in (*REQUIRED, *architecture.keys) if key not in values]
     problems += [
         f"{prefix}{key} = {value!r} is not understood"

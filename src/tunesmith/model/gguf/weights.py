@@ -65,6 +65,20 @@ def problems(architecture: Architecture, metadata: Metadata) -> list[str]:
     ]
 
 
+def wrong_ranks(architecture: Architecture, metadata: Metadata) -> list[str]:
+    """The tensors whose number of dimensions is not what their name says, one text each."""
+    known = {*TOP, *architecture.parts, *(name.removesuffix(".weight") for name in FACTORS)}
+    problems = []
+    for name, tensor in metadata.tensors.items():
+        part, _, suffix = name.rpartition(".")
+        part = part.rpartition(".")[2]
+        vector = suffix == "bias" or name in FACTORS or part.endswith(("norm", "sinks"))
+        rank = (1 if vector else 2) + (part in EXPERTS)
+        if part in known and len(tensor.shape) != rank:
+            problems.append(f"tensor {name} has {len(tensor.shape)} dimensions, {rank} expected")
+    return problems
+
+
 def parts(architecture: Architecture, metadata: Metadata, config: Config) -> Iterator[Part]:
     """The tensors of model.safetensors in the order of the file."""
     for name, tensor in metadata.tensors.items():
