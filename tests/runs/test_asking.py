@@ -100,9 +100,13 @@ def test_an_older_run_is_asked_as_its_held_out_rows(runs, rows, tmp_path):
 def test_texts_of_a_run_that_does_not_name_their_end_end_as_they_did(runs, tmp_path):
     file = runs["text"] / "config.yaml"
     assert config.of_run(file).template.text_end == "eos"
+    assert config.of_run(file).data.text_control == "refuse"
     older = tmp_path / "config.yaml"
     lines = file.read_text().splitlines(keepends=True)
-    older.write_text("".join(line for line in lines if "text_end:" not in line))
+    older.write_text(
+        "".join(line for line in lines if "text_end:" not in line and "text_control:" not in line)
+    )
+    assert config.of_run(older).data.text_control == "letters"
     assert config.of_run(older).template.text_end == "turn"
     assert config.of_run(older, ["loop.keep_last=2"]).template.text_end == "turn"
     assert config.of_run(older, ["template.text_end=eos"]).template.text_end == "eos"
@@ -143,6 +147,19 @@ def test_a_model_without_template_can_be_asked_what_it_learned(tmp_path):
     run = trained(tmp_path, model, "completion")
     (answer,) = tunesmith.generate(run, ["Q: the cat\nA:"], max_tokens=4)
     assert isinstance(answer, str)
+
+
+@pytest.mark.parametrize("key", ["rows_train", "tokens", "supervised_tokens"])
+def test_a_run_whose_rows_give_other_tokens_now_is_not_resumed(tmp_path, tiny_model, key):
+    run = trained(tmp_path, tiny_model, "chat")
+    state = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(state | {"status": "interrupted"}))
+    plan = json.loads((run / "data" / "plan.json").read_text())
+    (run / "data" / "plan.json").write_text(json.dumps(plan | {key: plan[key] + 1}))
+    with pytest.raises(ResumeMismatch, match=f"{key}: {plan[key] + 1} → {plan[key]}"):
+        tunesmith.train(resume=run)
+    (run / "data" / "plan.json").write_text(json.dumps(plan))
+    assert tunesmith.train(resume=run).manifest["status"] == "completed"
 
 
 def test_a_finished_run_says_how_to_train_further(runs):

@@ -73,6 +73,9 @@ def test_mistral_refuses_control_tokens_in_plain_text(mistral, text):
     for example in (Document(text, source="f:1"), Completion(text, " x"), Completion("x", text)):
         with pytest.raises(TemplateError) as caught:
             mistral.rows(example)
+        assert caught.value.what in (
+            f"the text holds {mark!r}, which is a control token" for mark in ("[INST]", "<s>")
+        )
         assert caught.value.code == "text_control" and "data.text_control: read" in str(caught.value)
 
 

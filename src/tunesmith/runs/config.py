@@ -186,10 +186,13 @@ class RunConfig(Spec):
 
 
 def of_run(file: Path, sets: Sequence[str] = ()) -> RunConfig:
-    """The settings that a run wrote to ``file``, with ``sets`` over them. Plain text of runs that do not name
-    its end, which are older than the setting, ends as a chat's turn does."""
+    """The settings that a run wrote to ``file``, with ``sets`` over them. A run that does not name them is
+    older than the settings of plain text, and keeps its rules: it ends as a chat's turn does, and control
+    tokens in it are letters."""
     resolved = load(RunConfig, files=[file], sets=sets)
-    spec = resolved.spec
-    if resolved.origins["template.text_end"] != "default":
-        return spec
-    return spec.model_copy(update={"template": spec.template.model_copy(update={"text_end": "turn"})})
+    template, data = resolved.spec.template, resolved.spec.data
+    if resolved.origins["template.text_end"] == "default":
+        template = template.model_copy(update={"text_end": "turn"})
+    if resolved.origins["data.text_control"] == "default":
+        data = data.model_copy(update={"text_control": "letters"})
+    return resolved.spec.model_copy(update={"template": template, "data": data})

@@ -360,11 +360,11 @@ class Renderer(ABC):
         """Plain text with its end token, learned from where the prompt ends."""
         text = isinstance(example, Document)
         before, after = ("", example.text) if text else (example.prompt, example.completion)
-        marked = self._in_text.search(before + "\n" + after) if self.text_control == "refuse" else None
-        if marked:
+        marked = [match for match in map(self._in_text.search, (before, after)) if match is not None]
+        if marked and self.text_control == "refuse":
             raise Refused(
                 "text_control",
-                f"the text holds {marked.group()!r}, which is a control token",
+                f"the text holds {marked[0].group().strip()!r}, which is a control token",
                 "write the row as messages; or data.text_control: read takes it as the token",
             )
         end = self.text_end

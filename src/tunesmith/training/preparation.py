@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from tunesmith.auditing.findings import Audit
 from tunesmith.auditing.rules import contamination
 from tunesmith.auditing.views import Context
 from tunesmith.data import asking, formats
+from tunesmith.errors import ResumeMismatch
 from tunesmith.events import Notice, Sink
 from tunesmith.files import write_json
 from tunesmith.learning.objective import Objective, Selected
@@ -26,6 +28,8 @@ from tunesmith.tokens.renderers import Recorded
 from tunesmith.training.caution import lonely
 
 RENDERED_ROWS_KEPT = 5
+SAME = ("rows_train", "sequences_train", "tokens", "supervised_tokens", "steps")
+"""Counts that a resumed run has as when it began."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +336,24 @@ def _audit(
         count, hint = max(finding.count, 1), finding.hint or None
         notify(Notice(text, "warning", count, where or "audit", hint))
     return audit
+
+
+def require_same(run: Run, prepared: Prepared) -> None:
+    """Raises ResumeMismatch if the rows of ``run`` gave other tokens when it began: another release may read
+    them otherwise."""
+    try:
+        plan = json.loads((run.path / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    was = plan if isinstance(plan, dict) else {}
+    changed = [key for key in SAME if key in was and was[key] != prepared.counts[key]]
+    if changed:
+        lines = "".join(f"\n  {key}: {was[key]} → {prepared.counts[key]}" for key in changed)
+        raise ResumeMismatch(
+            f"the rows give other tokens than when the run began:{lines}",
+            where=str(run.path),
+            hint="this release reads them otherwise (docs/data.md): begin a new run",
+        )
 
 
 def write(run: Run, prepared: Prepared) -> None:

@@ -186,6 +186,7 @@ def _directory(
     ResumeMismatch."""
     if resume is not None:
         manifest.require_same(resume, config, hashes)
+        preparation.require_same(resume, prepared)
     if not among.writes:
         return None
     if resume is not None:
