@@ -57,7 +57,7 @@ class Setup:
     data: DataSpec
     spec: AuditSpec
     tokenizer: str | None = None
-    template: TemplateSpec | None = None
+    template: TemplateSpec | None = field(default=None, hash=False)  # its options are a dictionary
     limit: int = 2048
     share: float = 1.0
     call: str = ""  # differs from audit to audit, so that a process that outlives one reads its files anew
