@@ -418,3 +418,10 @@ def test_any_value_of_any_key_is_read_or_refused(tmp_path):
                 refusals += 1
                 assert error.where == str(path) and error.hint
     assert refusals > 60
+
+
+def test_a_large_rotary_base_is_read(tmp_path):
+    config = SIZES | MODELS["llama"] | {"rope_theta": 3.6e9}
+    path = gguf_files.write(tmp_path / "m.gguf", config, random_weights(config), gguf_files.alphabet())
+    read = json.loads((conversion.convert(path, "float32") / "config.json").read_text())
+    assert read["rope_theta"] == pytest.approx(3.6e9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,16 +12,15 @@ from tunesmith.errors import ModelError
 
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that belong to the settings, not to the weights."""
-
-
 WHOLE = frozenset(
     "block_count embedding_length feed_forward_length context_length vocab_size attention.head_count "
     "attention.head_count_kv attention.key_length attention.value_length rope.dimension_count "
     "rope.scaling.original_context_length expert_count expert_used_count expert_feed_forward_length "
     "attention.sliding_window_pattern".split()
 )
-"""Keys whose value is a whole number, 1 or more."""
+"""Keys whose value is a whole number."""
 MAY_BE_0 = frozenset({"expert_count", "expert_used_count"})
+"""Of them those that may be 0; the others are 1 or more."""
 WORDS = frozenset({"rope.scaling.type", "rope.scaling.finetuned", "tensor_data_layout"})
 """Keys whose value is not a number."""
 
@@ -54,7 +54,7 @@ class Metadata(NamedTuple):
                 continue
             least = 1 if whole and name not in MAY_BE_0 else 0
             fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-            if not fits or not least <= value < 1 << 31:
+            if not fits or not least <= value < (1 << 31 if whole else math.inf):
                 kind = "whole number" if whole else "number"
                 problems.append(f"{self.key(name)} = {value!r} is not a {kind} from {least}")
             elif name == "block_count" and value > n_tensors:
