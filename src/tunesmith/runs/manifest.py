@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from tunesmith.errors import ModelError, ResumeMismatch
 from tunesmith.machine import backend
 from tunesmith.model import kernels
 from tunesmith.runs.config import RunConfig
-from tunesmith.runs.directory import Run
+from tunesmith.runs.directory import PLAN, Run
 from tunesmith.settings.config import flat
 from tunesmith.tokens.renderers import Recorded
 
@@ -64,7 +65,12 @@ def facts(
 def recorded(run: Run) -> Recorded:
     """What ``run`` recorded of its renderer."""
     created = datetime.fromisoformat(run.manifest["created"])
-    return Recorded(run.manifest["hashes"]["template"], created.date())
+    try:
+        plan = json.loads((run.path / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        plan = None  # a resumed run writes it again
+    thinking = isinstance(plan, dict) and plan.get("thinking") is True
+    return Recorded(run.manifest["hashes"]["template"], created.date(), thinking)
 
 
 def require_same(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> None:

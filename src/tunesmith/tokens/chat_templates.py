@@ -346,9 +346,16 @@ def _entry(message: Message, forms: Forms) -> dict[str, JSON]:
     if reasoning and forms.reasoning is not None:
         entry[forms.reasoning] = reasoning
     if message.calls:
-        entry["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        as_text = forms.arguments == "text"
+        functions: list[tuple[JSON, JSON]] = [
+            (
+                call.id,
+                {"name": call.name, "arguments": json_text(call.arguments) if as_text else call.arguments},
+            )
             for call in message.calls
+        ]
+        entry["tool_calls"] = [
+            {"id": key, "type": "function", "function": function} for key, function in functions
         ]
     optional = {"tool_call_id": message.call_id, "name": message.name}
     return entry | {key: value for key, value in optional.items() if value is not None}

@@ -77,8 +77,7 @@ class HFRenderer(Renderer):
         *,
         thinking: bool = False,
     ) -> None:
-        """stops: the end tokens that the model's generation_config.json names. thinking: ask for reasoning in
-        prompts without an answer."""
+        """stops: the end tokens that the model's generation_config.json names."""
         self._words = words = Vocabulary(tokenizer)
         self._tokenizer = words.tokenizer
         self._control, self._in_text = words.control, words.in_text
@@ -164,6 +163,11 @@ class HFRenderer(Renderer):
             run.append((self._id(match.group()), match.group()))
             place = match.end()
         return run
+
+    @property
+    def switches_thinking(self) -> bool:
+        """Whether a variable of the template turns thinking on and off."""
+        return self.template is not None and self.template.forms.switch is not None
 
     def _require_template(self) -> ChatTemplate:
         if self.template is None or self._broken is not None:

@@ -123,10 +123,12 @@ class MistralRenderer(Renderer):
 
 
 class Recorded(NamedTuple):
-    """What a run recorded of its renderer. day: on which the run began."""
+    """What a run recorded of its renderer. day: on which the run began. thinking: whether its prompts ask for
+    reasoning."""
 
     fingerprint: str
     day: date
+    thinking: bool
 
 
 def load(path: Path | str, spec: TemplateSpec | None = None, recorded: Recorded | None = None) -> Renderer:
@@ -167,8 +169,9 @@ def _of_folder(folder: Path, spec: TemplateSpec, recorded: Recorded | None) -> R
         if first.fingerprint == recorded.fingerprint:
             return first
     day = spec.date or (recorded.day if recorded else datetime.now(UTC).date())
+    thinking = recorded.thinking if recorded and spec.thinking == "auto" else spec.thinking == "on"
     choices = Choices(dict(spec.options), day, spec.date is not None)
-    return HFRenderer(tokenizer, choices, _stops(folder), thinking=spec.thinking == "on")
+    return HFRenderer(tokenizer, choices, _stops(folder), thinking=thinking)
 
 
 def _stops(folder: Path) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ TextControl = Literal["refuse", "read", "letters"]
 WordsBesideCalls = Literal["refuse", "drop_words", "split"]
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\n*(.*)", re.DOTALL)
 CONTINUED_THOUGHT = re.compile(r"((?:(?!</?think>).)+?)\n</think>\n+(.*)", re.DOTALL)
+REASONED = "answers learned with their reasoning"
 SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
 
 
@@ -178,6 +179,7 @@ class Renderer(ABC):
     control_ids: frozenset[int]  # of tokens that are no text
     _control: re.Pattern[str]  # texts that are encoded as control tokens
     chat_bos_id: int | None  # the id that opens a rendered conversation, once
+    thinking: bool = False  # whether prompts without an answer ask for reasoning
     nine_letters: bool  # the format wants call ids of nine letters or digits
     text_end_id: int | None = None  # ends plain text; None: the first of eos_ids does
     ends_text_as_turn: bool = False  # as `TemplateSpec.text_end` says
@@ -452,7 +454,7 @@ class Renderer(ABC):
         bos = self.chat_bos_id
         if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
             raise Refused("bos", f"{ids.count(bos)} BOS tokens; there must be one, at the start")
-        notes = self._same(said, wrote)
+        notes = self._same(said, wrote) + (REASONED,) * bool(thought_of(message.content).reasoning)
         for other in before.messages:
             _present(other, text, history=True)
         _present(message, said, history=False)

@@ -24,6 +24,7 @@ from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run
 from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import Cut, Group, Plan
+from tunesmith.tokens.hugging_face import HFRenderer
 from tunesmith.tokens.renderers import Recorded
 from tunesmith.training.caution import lonely
 
@@ -156,6 +157,7 @@ def prepare(
     remarks = formats.remarks((*sources.train, *sources.valid))
     _tell(dropped, reasons, notes, notify)
     _tell_remarks(remarks, audit is not None, notify)
+    _settle_thinking(config, renderer, notes[template.REASONED], len(rows), notify)
     notes += Counter({remark.text: count for remark, count in remarks.items()})
     objective, remarks = config.objective.settled(train.groups)
     for remark in remarks:
@@ -176,6 +178,7 @@ def prepare(
         "steps": plan.steps,
         "loss": objective.unit,
         "asked_as": asking.asked_as(train.usable),
+        "thinking": renderer.thinking,
         "notes": dict(sorted(notes.items())),
     } | _labels(train.groups, valid.groups, notify)
     return Prepared(
@@ -192,6 +195,22 @@ def prepare(
         rendered=rows[:RENDERED_ROWS_KEPT],
         audit=audit,
     )
+
+
+def _settle_thinking(
+    config: RunConfig, renderer: template.Renderer, reasoned: int, rows: int, notify: Sink
+) -> None:
+    """Decide whether prompts without an answer ask for reasoning, and say so if the template has a choice."""
+    if config.template.thinking == "auto":
+        renderer.thinking = 2 * reasoned >= rows > 0
+    if isinstance(renderer, HFRenderer) and renderer.switches_thinking:
+        state = "on" if renderer.thinking else "off"
+        text = f"thinking is {state} in prompts: {reasoned} learned answers have reasoning, in {rows} rows"
+        notify(
+            Notice(
+                text, where="template.thinking", hint="a row without reasoning is learned with thinking off"
+            )
+        )
 
 
 def _read(config: RunConfig, notify: Sink) -> Sources:

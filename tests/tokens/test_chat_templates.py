@@ -1,0 +1,220 @@
+"""What a template has of its own: frames, openings, ends and switches. The prompt is transformers' rendering,
+and the learned tokens read as the template's frame, the words and the end."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tunesmith.data.formats import Call, Conversation, Demonstration, Message
+from tunesmith.errors import ModelError, TemplateError
+from tunesmith.tokens.first_rules import FirstRules
+from tunesmith.tokens.renderers import HFRenderer, Recorded, load
+from tunesmith.tokens.template import TemplateSpec
+
+MARKS = ("<s>", "</s>", "<|u|>", "<|a|>", "<|t|>", "<|end|>", "<|turn|>", "<|ch|>", "<|call|>")
+TURNS = "{% for m in messages %}{% if m.role != 'assistant' %}<|u|>{{ m.content }}{% else %}"
+CLOSE = "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+PLAIN = TURNS + "<|a|>{{ m.content }}<|end|>" + CLOSE + "<|a|>{% endif %}"
+OPENED = (  # reasoning is left out of every answer, and the prompt opens it
+    TURNS + "<|a|>{{ m.content.split('</think>')[-1] }}<|end|>" + CLOSE + "<|a|><think>\n{% endif %}"
+)
+SWITCHED = (  # an empty block if thinking is off
+    TURNS
+    + "<|a|>{% if m.reasoning_content or loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
+    + "{% endif %}{{ m.content }}<|end|>"
+    + CLOSE
+    + "<|a|>{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+EMPTY_BLOCK = TURNS + "<|a|>{{ m.content }}<|end|>" + CLOSE + "<|a|><think></think>{% endif %}"
+CHANNEL = (
+    TURNS
+    + "<|a|>{% if m.thinking %}analysis<|ch|>{{ m.thinking }}<|t|><|a|>{% endif %}final<|ch|>{{ m.content }}"
+    + "<|end|>"
+    + CLOSE
+    + "<|a|>{% endif %}"
+)
+NO_END = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|u|>{{ m.content }}{% elif m.role == 'tool' %}<|t|>"
+    "{{ m.content }}{% else %}<|a|>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}"
+    "{% endfor %}{% endif %}{% endfor %}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+TWO_ENDS = TURNS + "<|a|>{{ m.content }}<|end|><|turn|>" + CLOSE + "<|a|>{% endif %}"
+NEEDS_TOOLS = "{% for t in tools %}{{ t | tojson }}{% endfor %}" + PLAIN
+PARTS = PLAIN.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+DATED = "{{ strftime_now('%d %b %Y') }}" + PLAIN
+TEXT_ARGUMENTS = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    + TURNS
+    + "<|a|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    + "{{ c.function.name + '(' + c.function.arguments }})"
+    + "{% endfor %}<|end|>"
+    + CLOSE
+    + "<|a|>{% endif %}"
+)
+HIDDEN = TURNS + "<|a|>{{ m.content.split('</think>')[-1] }}<|end|>" + CLOSE + "<|a|>{% endif %}"
+TOOL = {"type": "function", "function": {"name": "sky", "description": "of a town", "parameters": {}}}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """``made(template, …)``: the renderer of a folder with it. stops: of generation_config.json."""
+
+    def make(template, *, eos="</s>", stops=(), spec=None, recorded=None):
+        pieces = {piece: place for place, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        inner = Tokenizer(models.BPE(pieces, []))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS])
+        fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos)
+        fast.chat_template = template
+        fast.save_pretrained(tmp_path)
+        if stops:
+            ids = [inner.token_to_id(mark) for mark in stops]
+            (Path(tmp_path) / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        return load(tmp_path, spec, recorded)
+
+    return make
+
+
+def asked(*words: str) -> Conversation:
+    roles = ("user", "assistant")
+    return Conversation(tuple(Message(roles[place % 2], text) for place, text in enumerate(words)))
+
+
+def learned(renderer, conversation: Conversation) -> list[tuple[str, str]]:
+    """Of each row the end of what is not learned, and what is, which follows transformers' prompt."""
+    example = Demonstration(conversation=conversation, label=None, id="0", source="x:1", metadata={})
+    rows = renderer.rows(example)
+    texts = []
+    for row in rows:
+        start = row.tokens.start
+        texts.append((renderer.decode(row.tokens.ids[:start]), renderer.decode(row.tokens.ids[start:])))
+    return texts
+
+
+THOUGHT = "<think>\nthree, four\n</think>\n\nSeven."
+
+
+@pytest.mark.parametrize(
+    ("template", "words", "prompt", "said"),
+    [
+        (PLAIN, "Seven.", "<|u|>Hm?<|a|>", "Seven.<|end|>"),
+        (PLAIN, THOUGHT, "<|u|>Hm?<|a|>", THOUGHT + "<|end|>"),
+        (OPENED, THOUGHT, "<|u|>Hm?<|a|><think>\n", "three, four\n</think>\n\nSeven.<|end|>"),
+        (OPENED, "Seven.", "<|u|>Hm?<|a|><think>\n", "\n</think>\n\nSeven.<|end|>"),
+        (SWITCHED, "Seven.", "<|u|>Hm?<|a|><think>\n\n</think>\n\n", "Seven.<|end|>"),
+        (SWITCHED, THOUGHT, "<|u|>Hm?<|a|>", THOUGHT + "<|end|>"),
+        (SWITCHED, THOUGHT.removeprefix("<think>\n"), "<|u|>Hm?<|a|>", THOUGHT + "<|end|>"),
+        (EMPTY_BLOCK, "Seven.", "<|u|>Hm?<|a|><think></think>", "Seven.<|end|>"),
+        (CHANNEL, "Seven.", "<|u|>Hm?<|a|>", "final<|ch|>Seven.<|end|>"),
+        (CHANNEL, THOUGHT, "<|u|>Hm?<|a|>", "analysis<|ch|>three, four<|t|><|a|>final<|ch|>Seven.<|end|>"),
+        (TWO_ENDS, "Seven.", "<|u|>Hm?<|a|>", "Seven.<|end|><|turn|>"),
+        (NEEDS_TOOLS, "Seven.", "<|u|>Hm?<|a|>", "Seven.<|end|>"),
+        (PARTS, "Seven.", "<|u|>Hm?<|a|>", "Seven.<|end|>"),
+    ],
+)
+def test_what_is_learned_begins_where_inference_begins(made, template, words, prompt, said):
+    renderer = made(template, eos="<|turn|>")
+    assert learned(renderer, asked("Hm?", words)) == [(prompt, said)]
+    assert prompt == renderer.decode(renderer.prompt(asked("Hm?"))) or "think" in words
+
+
+def test_a_template_without_end_tokens_ends_with_the_next_role(made):
+    """GLM: an answer ends with the next user, calls with their result, since generation stops at both."""
+    renderer = made(NO_END, stops=("<|u|>", "<|t|>"))
+    calls = (Call("sky", {"town": "Rome"}),)
+    messages = (Message("user", "?"), Message("assistant", "", calls), Message("tool", "blue"))
+    ((_, said),) = learned(renderer, Conversation((*messages, Message("assistant", "Blue.")), ()))[-1:]
+    assert said.endswith("<|t|>blue<|a|>Blue.<|u|>") or said == "Blue.<|u|>"
+    assert learned(renderer, asked("?", "b"))[0][1] == "b<|u|>"
+    bare = HFRenderer(renderer._tokenizer)
+    with pytest.raises(TemplateError, match="ends an answer with no end token"):
+        learned(bare, asked("?", "b"))
+
+
+def test_stops_are_those_of_generation_config_tokenizer_and_template(made):
+    renderer = made(PLAIN, eos="</s>", stops=("<|call|>", "</s>"))
+    assert [renderer.decode([token]) for token in renderer.eos_ids] == ["<|end|>", "</s>", "<|call|>"]
+
+
+def test_generation_config_that_cannot_be_read_is_named(made, tmp_path):
+    made(PLAIN)
+    for content in ("{", '{"eos_token_id": "x"}'):
+        (tmp_path / "generation_config.json").write_text(content)
+        with pytest.raises(ModelError, match="generation_config"):
+            load(tmp_path)
+
+
+def test_a_row_with_reasoning_turns_thinking_on_and_a_row_without_off(made):
+    """In one conversation too: each answer is a row of its own."""
+    renderer = made(SWITCHED)
+    rows = learned(renderer, asked("Hm?", "Six.", "And?", THOUGHT))
+    assert [said for _, said in rows] == ["Six.<|end|>", THOUGHT + "<|end|>"]
+    assert rows[0][0].endswith("<|a|><think>\n\n</think>\n\n") and rows[1][0].endswith("And?<|a|>")
+    assert renderer.decode(renderer.prompt(asked("Hm?"))).endswith("</think>\n\n")
+    renderer.thinking = True
+    assert renderer.decode(renderer.prompt(asked("Hm?"))).endswith("<|a|>")
+
+
+def test_an_option_decides_for_every_row(made):
+    renderer = made(SWITCHED, spec=TemplateSpec(options={"enable_thinking": True}))
+    assert learned(renderer, asked("Hm?", "Six.")) == [
+        ("<|u|>Hm?<|a|>", "<think>\n\n</think>\n\nSix.<|end|>")
+    ]
+
+
+def test_old_reasoning_is_no_context_if_the_template_leaves_it_to_others(made):
+    rows = learned(made(PLAIN), asked("Hm?", THOUGHT, "And?", THOUGHT))
+    assert rows[1] == ("<|u|>Hm?<|a|>Seven.<|end|><|u|>And?<|a|>", THOUGHT + "<|end|>")
+
+
+def test_reasoning_that_the_template_drops_is_refused(made):
+    with pytest.raises(TemplateError, match="three, four"):
+        learned(made(HIDDEN), asked("Hm?", THOUGHT))
+
+
+def test_an_end_token_inside_an_answer_is_refused(made):
+    inside = CHANNEL.replace("<|t|><|a|>", "<|end|><|a|>")
+    with pytest.raises(TemplateError, match="stops generation before the answer is whole"):
+        learned(made(inside), asked("Hm?", THOUGHT))
+
+
+def test_arguments_are_given_as_the_template_takes_them(made):
+    calls = (Call("sky", {"town": "Rome"}),)
+    conversation = Conversation((Message("user", "?"), Message("assistant", "", calls)), (TOOL,))
+    assert learned(made(TEXT_ARGUMENTS), conversation)[0][1] == 'sky({"town": "Rome"})<|end|>'
+
+
+def test_generated_answers_lose_the_frame(made):
+    renderer = made(CHANNEL)
+    assert renderer.answer(renderer._encode("final<|ch|>Seven.<|end|>x")) == "Seven."
+    said = "analysis<|ch|>three, four<|t|><|a|>final<|ch|>Seven.<|end|>"
+    assert renderer.answer(renderer._encode(said)) == THOUGHT
+    assert made(PLAIN).answer(renderer._encode("Seven.<|end|>")) == "Seven."
+
+
+def test_the_date_is_that_of_the_run(made):
+    renderer = made(DATED, spec=TemplateSpec(date=date(2024, 7, 26)))
+    assert learned(renderer, asked("Hm?", "Six."))[0][0].startswith("26 Jul 2024<|u|>")
+    begun = made(DATED, recorded=Recorded("another", date(2025, 1, 2), False))
+    assert begun.decode(begun.prompt(asked("Hm?"))).startswith("02 Jan 2025")
+    assert begun.fingerprint != renderer.fingerprint
+    days = [date(2024, 1, 1), date(2024, 1, 2)]
+    assert len({made(PLAIN, recorded=Recorded("another", day, False)).fingerprint for day in days}) == 1
+
+
+def test_a_run_of_0_1_0_keeps_its_rules(made):
+    renderer = made(SWITCHED)
+    first = FirstRules(renderer._tokenizer, date(2026, 1, 1))
+    again = made(SWITCHED, recorded=Recorded(first.fingerprint, date(2026, 1, 1), False))
+    assert isinstance(again, FirstRules) and again.fingerprint == first.fingerprint != renderer.fingerprint
+    shut = "<|u|>Hm?<|a|><think>\n\n</think>\n\n"
+    assert learned(again, asked("Hm?", THOUGHT)) == [(shut, THOUGHT + "<|end|>")]
+    assert learned(again, asked("Hm?", "Six.")) == learned(made(SWITCHED), asked("Hm?", "Six."))
