@@ -201,7 +201,7 @@ def test_generated_answers_lose_the_frame(made):
 
 
 def test_the_date_is_that_of_the_run(made):
-    renderer = made(DATED, spec=TemplateSpec(date=date(2024, 7, 26)))
+    renderer = made(DATED, spec=TemplateSpec(date="2024-07-26"))
     assert learned(renderer, asked("Hm?", "Six."))[0][0].startswith("26 Jul 2024<|u|>")
     begun = made(DATED, recorded=Recorded("another", date(2025, 1, 2), False))
     assert begun.decode(begun.prompt(asked("Hm?"))).startswith("02 Jan 2025")

@@ -168,7 +168,8 @@ def _of_folder(folder: Path, spec: TemplateSpec, recorded: Recorded | None) -> R
         first = FirstRules(tokenizer, recorded.day)
         if first.fingerprint == recorded.fingerprint:
             return first
-    day = spec.date or (recorded.day if recorded else datetime.now(UTC).date())
+    day = recorded.day if recorded else datetime.now(UTC).date()
+    day = day if spec.date is None else date.fromisoformat(spec.date)
     thinking = recorded.thinking if recorded and spec.thinking == "auto" else spec.thinking == "on"
     choices = Choices(dict(spec.options), day, spec.date is not None)
     return HFRenderer(tokenizer, choices, _stops(folder), thinking=thinking)

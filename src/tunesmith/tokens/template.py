@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from tunesmith.data import formats
 from tunesmith.data.examples import label_of
@@ -42,6 +42,11 @@ REASONED = "answers learned with their reasoning"
 SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
 
 
+def _iso_date(text: str) -> str:
+    datetime.date.fromisoformat(text)
+    return text
+
+
 class TemplateSpec(Spec):
     """How conversations become tokens, and which tokens are learned."""
 
@@ -57,8 +62,9 @@ class TemplateSpec(Spec):
         default_factory=dict,
         description="variables for the chat template in every row and prompt, such as enable_thinking: true",
     )
-    date: datetime.date | None = Field(
-        None, description="the date that a template writes; none: the day on which the run began"
+    date: Annotated[str, AfterValidator(_iso_date)] | None = Field(
+        None,
+        description="the date that a template writes, as 2026-01-31; none: the day on which the run began",
     )
     learn: Learn = Field(
         "all", description="all answers but those with learn: false; the last; those with learn: true"
