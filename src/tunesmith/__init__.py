@@ -14,6 +14,7 @@ from tunesmith.errors import SetupError
 from tunesmith.machine import backend
 
 if TYPE_CHECKING:
+    from tunesmith.exports.verb import export
     from tunesmith.preflight.audit import audit
     from tunesmith.preflight.doctor import doctor
     from tunesmith.preflight.plan import plan
@@ -29,6 +30,7 @@ __all__ = [
     "configure",
     "doctor",
     "evaluate",
+    "export",
     "generate",
     "init",
     "plan",
@@ -45,6 +47,7 @@ VERBS = {
     "configure": "tunesmith.runs.configure",
     "doctor": "tunesmith.preflight.doctor",
     "evaluate": "tunesmith.reports.verbs",
+    "export": "tunesmith.exports.verb",
     "generate": "tunesmith.runs.talk",
     "init": "tunesmith.runs.configure",
     "plan": "tunesmith.preflight.plan",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import safetensors.numpy
+from mlx.utils import tree_unflatten
 from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 
@@ -153,3 +154,20 @@ def _shape(spec: AdapterSpec) -> dict[str, object]:
     """The settings that decide the tensors' names and shapes; the order of names in a list means nothing."""
     settings = spec.model_dump(mode="json", exclude={"start", "dropout"})
     return {key: sorted(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+def load_by_mlx_lm(net: nn.Module, folder: Path) -> Callable[[], None]:
+    """Put the adapter of ``folder`` into ``net`` by mlx-lm's own code; returns the function that merges it.
+    Raises ModelError if mlx-lm refuses it."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    try:
+        load_adapters(net, str(folder))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"mlx-lm does not load the adapter: {error}", where=str(folder)) from error
+
+    def fuse() -> None:
+        layers: Any = [(name, module) for name, module in net.named_modules() if "fuse" in dir(module)]
+        net.update_modules(tree_unflatten([(name, module.fuse(dequantize=True)) for name, module in layers]))
+
+    return fuse

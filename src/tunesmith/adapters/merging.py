@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from tunesmith import events
 from tunesmith.adapters import files
@@ -65,3 +68,32 @@ def _merged(layer: AdapterLayer) -> nn.Module:
     mx.eval(plain.parameters())
     plain.freeze().train(base.training)
     return plain
+
+
+def save_dense(
+    net: nn.Module,
+    config: dict[str, Any],
+    dtype_of: Callable[[str], mx.Dtype],
+    folder: Path,
+    bits: int | None,
+) -> dict[str, Any]:
+    """Write the weights of ``net`` in mlx-lm's layout with its adapters merged, and return the settings for
+    config.json. Changes ``net``.
+
+    dtype_of: the dtype of a tensor, to which it is rounded once. bits: quantise after that, 64 weights a
+    scale. config: config.json without quantisation."""
+    from mlx_lm import utils
+
+    merge(net)
+    net = utils.dequantize_model(net)
+    flat: Any = tree_flatten(net.parameters())
+    for name, value in flat:
+        if mx.issubdtype(value.dtype, mx.floating):
+            net.update(tree_unflatten([(name, value.astype(dtype_of(name)))]))
+    mx.eval(net.parameters())
+    if bits is not None:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints
+            net, config = utils.quantize_model(net, config, 64, bits)
+        config["quantization_config"] = config["quantization"]
+    utils.save_model(folder, net)
+    return config

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli import data, evaluation, setup, talking, training
+from tunesmith.cli import data, evaluation, exporting, setup, talking, training
 from tunesmith.errors import TunesmithError
 from tunesmith.machine import imports
 
@@ -35,6 +35,7 @@ for verb in (
     evaluation.evaluate,
     evaluation.compare,
     evaluation.report,
+    exporting.export,
     talking.generate,
     talking.chat,
 ):

@@ -1,0 +1,165 @@
+"""What a kind of artefact is: what it accepts, how it is written, how it is read back, how far it may be from
+the live adapter. A kind is one file under `kinds` that registers a class."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import mlx.nn as nn
+
+from tunesmith.errors import ConfigError, ExportError
+from tunesmith.events import Sink
+from tunesmith.model.loading import Loaded, ModelSpec
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import Run
+from tunesmith.tokens.template import Renderer
+
+
+class Tolerance(NamedTuple):
+    """The most that an artefact may differ from the live adapter. ``kl``: mean KL divergence, nats a token.
+    ``p99``: its 99th percentile. ``top``: least share of equal top tokens. ``lost``: KL divergence as a share
+    of that between the live adapter and the base."""
+
+    kl: float
+    p99: float
+    top: float
+    lost: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A run that is exported. ``source``: the settings of its base. ``loaded.net`` has the adapter attached
+    once `ExportKind.write` is called."""
+
+    run: Run
+    config: RunConfig
+    source: ModelSpec
+    checkpoint: Path
+    loaded: Loaded
+    renderer: Renderer
+
+    @property
+    def base_config(self) -> dict[str, Any]:
+        """config.json of the base."""
+        return json.loads((self.loaded.path / "config.json").read_text("utf-8"))
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder that the tokenizer was read from."""
+        named = self.source.tokenizer
+        return Path(named) if named and Path(named).is_dir() else self.loaded.path
+
+
+class ArtefactNotes(NamedTuple):
+    """``survived``: share of the adapter's change of the weights that rounding left, or None if nothing was
+    rounded. ``remarks``: what the user should know of the artefact."""
+
+    survived: float | None = None
+    remarks: tuple[str, ...] = ()
+
+
+class Reloaded(NamedTuple):
+    """An artefact that was read from disk. ``ends``: the tokens at which those who use it stop.
+    ``problems``: what could not be placed. ``merge``: merges an adapter that is not one of ours."""
+
+    net: nn.Module
+    renderer: Renderer
+    ends: tuple[int, ...]
+    problems: tuple[str, ...] = ()
+    merge: Callable[[], None] | None = None
+
+
+class ExportKind(ABC):
+    """Abstract. A concrete kind is final and registered."""
+
+    name: ClassVar[str]
+    what: ClassVar[str]
+    """One line for people."""
+    tolerance: ClassVar[Tolerance]
+    more_precise: ClassVar[str | None] = None
+    """The options of the next more precise kind, or None if there is none."""
+
+    @abstractmethod
+    def accepts(self, tuned: Tuned) -> None:
+        """Raises ExportError, naming what cannot be expressed and what to do, before anything is written."""
+
+    @abstractmethod
+    def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
+        """Write the artefact into the empty ``folder``."""
+
+    @abstractmethod
+    def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
+        """Read the artefact as its users do. ``source``: the settings of the base, for an artefact that
+        stands beside it."""
+
+
+_REGISTERED: dict[str, type[ExportKind]] = {}
+KINDS = "tunesmith.exports.kinds"
+
+
+def register(kind: type[ExportKind]) -> type[ExportKind]:
+    _REGISTERED[kind.name] = kind
+    return kind
+
+
+def kinds() -> dict[str, type[ExportKind]]:
+    """All kinds by name."""
+    for module in pkgutil.iter_modules(import_module(KINDS).__path__, f"{KINDS}."):
+        import_module(module.name)
+    return dict(sorted(_REGISTERED.items()))
+
+
+def named(name: str) -> ExportKind:
+    """The kind ``name``. Raises ConfigError if there is none."""
+    known = kinds()
+    if name not in known:
+        raise ConfigError(f"{name!r} is not a kind of export", where="--to", hint=", ".join(known))
+    return known[name]()
+
+
+def plain(source: ModelSpec, path: Path | None = None) -> ModelSpec:
+    """``source`` as it is stored: not quantised, no adapter merged, no rows added; at ``path`` if given."""
+    update: dict[str, object] = {"quantize": None, "adapter": None, "resize_embeddings": False}
+    if path is not None:
+        update |= {"path": str(path), "tokenizer": None, "revision": None}
+    return source.model_copy(update=update)
+
+
+def declared_ends(folder: Path, tokenizer: Renderer) -> tuple[int, ...]:
+    """The end tokens that a model folder declares: generation_config.json, else config.json, else the
+    tokenizer's own."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ends = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
+            if ends is not None:
+                return tuple(ends) if isinstance(ends, list) else (ends,)
+    return tokenizer.eos_ids[-1:]  # the last is the tokenizer's eos_token
+
+
+def refuse(what: str, instead: str) -> ExportError:
+    return ExportError(what, hint=instead)
+
+
+def require_stored_base(tuned: Tuned, kind: str) -> None:
+    """Raises ExportError if an adapter alone cannot be applied to the base as it is stored."""
+    source, adapter = tuned.source, tuned.config.adapter
+    instead = "--to hf writes a merged model that stands alone"
+    if source.adapter is not None:
+        raise refuse(f"{kind}: the base of this run has another adapter merged into it", instead)
+    if source.resize_embeddings:
+        raise refuse(f"{kind}: an adapter cannot hold the embedding rows that were added", instead)
+    if source.quantize is not None:
+        what = f"{kind}: the base was quantised when it was loaded (model.quantize: {source.quantize})"
+        raise refuse(f"{what}, and the adapter fits those weights", instead)
+    if Path(source.path).is_file():
+        raise refuse(f"{kind}: the base is a GGUF file, to which such an adapter cannot be applied", instead)
+    if adapter.kind != "full" and adapter.full_modules:
+        modules = ", ".join(adapter.full_modules)
+        raise refuse(f"{kind}: modules were trained in full beside the adapter ({modules})", instead)

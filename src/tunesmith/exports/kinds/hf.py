@@ -1,0 +1,57 @@
+"""A merged model in the base's own layout: its files, in which only the changed tensors are replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from tunesmith.adapters import merging
+from tunesmith.events import Sink
+from tunesmith.exports import stored, weights
+from tunesmith.exports.kind import (
+    ArtefactNotes,
+    ExportKind,
+    Reloaded,
+    Tolerance,
+    Tuned,
+    declared_ends,
+    plain,
+    refuse,
+    register,
+)
+from tunesmith.model import vocabulary
+from tunesmith.model.loading import ModelSpec
+from tunesmith.runs.config import RunConfig
+from tunesmith.tokens import renderers
+
+
+@register
+class Merged(ExportKind):
+    name: ClassVar[str] = "hf"
+    what: ClassVar[str] = "merged model in the base's own layout, for transformers, vLLM, SGLang and mlx-lm"
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1)
+    more_precise: ClassVar[str | None] = "mlx"
+
+    def accepts(self, tuned: Tuned) -> None:
+        config = tuned.base_config
+        text = config.get("text_config")
+        if {"quantization", "quantization_config"} & {*config, *(text if isinstance(text, dict) else ())}:
+            what = "hf: the base's own files are quantised, and quantising again would erase the update"
+            raise refuse(what, "train on the model before it was quantised, or keep the adapter: --to mlx")
+
+    def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
+        net, base = tuned.loaded.net, tuned.loaded.path
+        found = stored.places(net, base, tuned.loaded.config)
+        everything = tuned.source.adapter is not None or tuned.source.quantize is not None
+        stored.require_places(net, found, self.name, everything)
+        stored.copy_settings(base, tuned.tokenizer, folder)
+        copied = stored.copy_weights(base, folder, weights.dense(net), found)
+        stored.write_ends(folder, tuned.renderer.eos_ids)
+        if vocabulary.extended(net):
+            stored.write_vocabulary(folder, vocabulary.limits(net).ids)
+        return ArtefactNotes(copied.survived)
+
+    def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
+        loaded = merging.load(plain(source, folder))
+        renderer = renderers.load(folder, config.template.renderer)
+        return Reloaded(loaded.net, renderer, declared_ends(folder, renderer))

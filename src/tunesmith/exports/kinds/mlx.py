@@ -1,0 +1,51 @@
+"""The adapter alone, in mlx-lm's layout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+from tunesmith.adapters import files
+from tunesmith.events import Sink
+from tunesmith.exports.kind import (
+    ArtefactNotes,
+    ExportKind,
+    Reloaded,
+    Tolerance,
+    Tuned,
+    declared_ends,
+    plain,
+    refuse,
+    register,
+    require_stored_base,
+)
+from tunesmith.model import loading
+from tunesmith.model.loading import ModelSpec
+from tunesmith.runs.config import RunConfig
+from tunesmith.tokens import renderers
+
+
+@register
+class MLXAdapter(ExportKind):
+    name: ClassVar[str] = "mlx"
+    what: ClassVar[str] = "adapter for mlx-lm (--adapter-path)"
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
+
+    def accepts(self, tuned: Tuned) -> None:
+        require_stored_base(tuned, self.name)
+        if files.has_dora_on_experts(tuned.checkpoint):
+            raise refuse("mlx: mlx-lm has no DoRA on routed experts", "--to mlx-merged")
+
+    def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
+        for name in (files.WEIGHTS, files.CONFIG):
+            shutil.copyfile(tuned.checkpoint / name, folder / name)
+        return ArtefactNotes(
+            remarks=(f"use: mlx_lm.generate --model {tuned.loaded.path} --adapter-path <folder>",)
+        )
+
+    def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
+        loaded = loading.load(plain(source))
+        renderer = renderers.load(source.tokenizer or loaded.path, config.template.renderer)
+        merge = files.load_by_mlx_lm(loaded.net, folder)
+        return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), merge=merge)

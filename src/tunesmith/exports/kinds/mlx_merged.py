@@ -1,0 +1,94 @@
+"""A merged model in mlx-lm's layout, in the dtype of the base or quantised after merging.
+
+Merging into quantised weights and quantising again erases the update. So the base is expanded, merged in
+float32, rounded once to the dtype of its files, and then quantised."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import mlx.core as mx
+
+from tunesmith.adapters import merging
+from tunesmith.events import Sink
+from tunesmith.exports import stored
+from tunesmith.exports.kind import (
+    ArtefactNotes,
+    ExportKind,
+    Reloaded,
+    Tolerance,
+    Tuned,
+    declared_ends,
+    plain,
+    refuse,
+    register,
+)
+from tunesmith.model.loading import ModelSpec
+from tunesmith.runs.config import RunConfig
+from tunesmith.tokens import renderers
+
+
+class _MLXModel(ExportKind):
+    """Abstract. ``bits``: None for the dtype of the base."""
+
+    bits: ClassVar[Literal[4, 8] | None] = None
+
+    def accepts(self, tuned: Tuned) -> None:
+        if tuned.source.resize_embeddings:
+            raise refuse(f"{self.name}: rows were added to the embedding", "--to hf writes them")
+
+    def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
+        loaded, base = tuned.loaded, tuned.loaded.path
+        codes = {name: tensor.code for name, tensor in stored.tensors(base).items()}
+        usual = Counter(code for code in codes.values() if code in stored.CODES).most_common(1)[0][0]
+        code_of = {
+            place.name: codes[name]
+            for name, place in stored.places(loaded.net, base, loaded.config).items()
+            if codes[name] in stored.CODES
+        }
+
+        def dtype_of(name: str) -> mx.Dtype:
+            return stored.CODES[code_of.get(name, usual)][1]
+
+        stored.copy_settings(base, tuned.tokenizer, folder)
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        packing = ("quantization", "quantization_config")
+        config = {key: value for key, value in tuned.base_config.items() if key not in packing}
+        config = merging.save_dense(loaded.net, config, dtype_of, folder, self.bits)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        stored.write_ends(folder, tuned.renderer.eos_ids)
+        return ArtefactNotes()
+
+    def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
+        loaded = merging.load(plain(source, folder))
+        renderer = renderers.load(folder, config.template.renderer)
+        return Reloaded(loaded.net, renderer, declared_ends(folder, renderer))
+
+
+@register
+class MLXMerged(_MLXModel):
+    name: ClassVar[str] = "mlx-merged"
+    what: ClassVar[str] = "merged model in mlx-lm's layout, in the dtype of the base"
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1)
+    more_precise: ClassVar[str | None] = "mlx"
+
+
+@register
+class MLX8(_MLXModel):
+    name: ClassVar[str] = "mlx-8bit"
+    what: ClassVar[str] = "merged model in mlx-lm's layout, quantised to 8 bits"
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.02, p99=0.2, top=0.95, lost=0.25)
+    more_precise: ClassVar[str | None] = "mlx-merged"
+    bits: ClassVar[Literal[4, 8] | None] = 8
+
+
+@register
+class MLX4(_MLXModel):
+    name: ClassVar[str] = "mlx-4bit"
+    what: ClassVar[str] = "merged model in mlx-lm's layout, quantised to 4 bits"
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.1, p99=1.0, top=0.85, lost=0.5)
+    more_precise: ClassVar[str | None] = "mlx-8bit"
+    bits: ClassVar[Literal[4, 8] | None] = 4

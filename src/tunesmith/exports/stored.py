@@ -1,0 +1,305 @@
+"""The files of a base model: which stored tensor is which tensor of the net, and a copy of the files in which
+only the tensors that differ are replaced.
+
+The names are found by letting mlx-lm's own code rename placeholders. A stored tensor that it splits, turns or
+computes with has no place; it is copied as it is, and refused if it was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from tunesmith.adapters import adapted, trainable
+from tunesmith.errors import ExportError, listing
+from tunesmith.exports.weights import Tensors
+from tunesmith.model import layouts
+from tunesmith.model.vocabulary import extended
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+NOT_COPIED = {"adapter_config.json", "export.json", "README.md", "pytorch_model.bin.index.json"}
+"""Files of the base that would be wrong beside merged weights."""
+CODES: dict[str, tuple[str, mx.Dtype]] = {
+    "F32": ("<f4", mx.float32),
+    "F16": ("<f2", mx.float16),
+    "BF16": ("<u2", mx.bfloat16),
+}
+
+
+class StoredTensor(NamedTuple):
+    """``offsets``: of its bytes in the file."""
+
+    file: Path
+    code: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, int]
+
+
+class Place(NamedTuple):
+    """The tensor of the net, or its part for one ``expert``, that a stored tensor becomes."""
+
+    name: str
+    expert: int | None = None
+
+
+def headers(folder: Path) -> dict[Path, tuple[dict[str, Any], int]]:
+    """Header and offset of the data of each weights file."""
+    found: dict[Path, tuple[dict[str, Any], int]] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            found[file] = json.loads(stream.read(size)), 8 + size
+    return found
+
+
+def tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The stored tensors by name."""
+    return {
+        name: StoredTensor(
+            file,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            (start + entry["data_offsets"][0], start + entry["data_offsets"][1]),
+        )
+        for file, (header, start) in headers(folder).items()
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def places(net: nn.Module, folder: Path, config: Mapping[str, Any]) -> dict[str, Place]:
+    """Stored name → place in ``net``; a stored tensor that is left out or computed with is absent."""
+    marks: dict[str, mx.array] = {}
+    by_value: dict[int, str] = {}
+    for number, (name, tensor) in enumerate(tensors(folder).items(), start=1):
+        marks[name] = mx.broadcast_to(mx.array(float(number)), tensor.shape)
+        by_value[number] = name
+    stored = tensors(folder)
+    by_identity = {id(value): name for name, value in marks.items()}
+    held = list(marks.values())  # an identity is that of an object only while it lives
+    code: Any = net
+    renamed = layouts.rename(dict(config), dict(marks))
+    renamed = code.sanitize(renamed) if "sanitize" in dir(code) else renamed
+    found: dict[str, Place] = {}
+    for name, value in renamed.items():
+        if id(value) in by_identity:
+            found[by_identity[id(value)]] = Place(name)
+        elif value.ndim == 3:
+            found |= _experts(name, value, by_value, stored)
+    del held
+    if config.get("tie_word_embeddings"):
+        found |= _tied_heads(found, stored)
+    return found
+
+
+def _tied_heads(found: Mapping[str, Place], stored: Mapping[str, StoredTensor]) -> dict[str, Place]:
+    """A tied head that is stored beside its embedding: transformers may read either."""
+    embeddings = [name for name in found if name.endswith(("embed_tokens.weight", "wte.weight"))]
+    heads = [name for name in stored if name.endswith("lm_head.weight") and name not in found]
+    return {
+        head: found[embedding]
+        for head in heads
+        for embedding in embeddings
+        if stored[head].shape == stored[embedding].shape
+    }
+
+
+def _experts(
+    name: str, value: mx.array, by_value: Mapping[int, str], stored: Mapping[str, StoredTensor]
+) -> dict[str, Place]:
+    """The places of stored tensors that were stacked, one an expert."""
+    numbers = np.array(value[:, 0, 0]).astype(int).tolist()
+    constant = bool(mx.all(value == value[:, :1, :1]))
+    names = [by_value.get(number) for number in numbers]
+    if not constant or len(set(names)) < len(names):
+        return {}
+    shape = tuple(value.shape[1:])
+    if any(part is None or stored[part].shape != shape for part in names):
+        return {}
+    return {part: Place(name, index) for index, part in enumerate(names) if part is not None}
+
+
+def changed_names(net: nn.Module) -> set[str]:
+    """Names of the dense tensors of ``net`` that its adapter changes."""
+    layers = adapted(net)
+    names = {f"{name}.weight" for name in layers}
+    inner = {id(module) for module in extended(net)}
+    tables = {name: module for name, module in net.named_modules() if id(module) in inner}
+    names |= {f"{name}.weight" for name in tables}
+    names |= {
+        name
+        for name in trainable(net)
+        if not any(name.startswith(f"{holder}.") for holder in (*layers, *tables))
+    }
+    return names
+
+
+def require_places(net: nn.Module, found: Mapping[str, Place], kind: str, all_changed: bool) -> None:
+    """Raises ExportError if a tensor that the run changed is not stored as one tensor. all_changed: every
+    matrix may differ from the files."""
+    placed = {place.name for place in found.values()}
+    names = changed_names(net)
+    if all_changed:
+        flat: Any = tree_flatten(net.parameters())
+        names |= {name for name, value in flat if name.endswith(".weight") and value.ndim > 1}
+        names = {name for name in names if ".linear." not in name and ".base." not in name}
+    if missing := sorted(names - placed):
+        message = f"{kind}: {len(missing)} trained tensors are split or turned in the base's own files:\n"
+        hint = "--to mlx-merged writes them in mlx-lm's layout"
+        raise ExportError(message + listing(missing), hint=hint)
+
+
+class Copied(NamedTuple):
+    """``replaced``: names of the tensors that were replaced. ``change`` and ``error``: sums of squares of the
+    change in float32, and of what rounding left of the difference to it."""
+
+    replaced: list[str]
+    change: float
+    error: float
+
+    @property
+    def survived(self) -> float | None:
+        return max(0.0, 1 - self.error / self.change) if self.change else None
+
+
+def copy_settings(folder: Path, tokenizer: Path, target: Path) -> None:
+    """Copy all files of a model but weights and adapters; those of the tokenizer from ``tokenizer``."""
+    for source in dict.fromkeys((folder, tokenizer)):
+        for file in sorted(source.iterdir()):
+            skipped = file.suffix in WEIGHTS or file.name in NOT_COPIED or file.name.startswith(".")
+            if file.is_file() and not skipped and (source == folder or file.name not in _OF_MODEL):
+                shutil.copyfile(file, target / file.name)
+        if (source / "additional_chat_templates").is_dir():
+            name = "additional_chat_templates"
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+
+
+_OF_MODEL = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+
+
+def write_ends(folder: Path, ends: tuple[int, ...]) -> None:
+    """Name ``ends`` first in generation_config.json, before those that the base declares."""
+    path = folder / "generation_config.json"
+    settings: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    model = json.loads((folder / "config.json").read_text("utf-8"))
+    base = settings.get("eos_token_id", model.get("eos_token_id"))
+    known = base if isinstance(base, list) else [] if base is None else [base]
+    settings["eos_token_id"] = list(dict.fromkeys((*ends, *known)))
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def write_vocabulary(folder: Path, size: int) -> None:
+    """Write the rows of the embedding into config.json, also where the text model's settings lie."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        if "vocab_size" in part:
+            part["vocab_size"] = size
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_weights(folder: Path, target: Path, values: Tensors, found: Mapping[str, Place]) -> Copied:
+    """Copy the weights files of ``folder``, one tensor at a time; a tensor whose value in ``values`` differs
+    is rounded once to the dtype of the file, all others stay byte for byte."""
+    replaced: list[str] = []
+    sums = np.zeros(2)
+    last: tuple[str, np.ndarray] = ("", np.zeros(0))
+
+    def value(place: Place) -> np.ndarray:
+        nonlocal last
+        if last[0] != place.name:
+            last = place.name, np.array(values[place.name]())
+        return last[1] if place.expert is None else last[1][place.expert]
+
+    for file, (header, start) in headers(folder).items():
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        rows = {
+            name: list(values_shape)
+            for name in entries
+            if name in found and (values_shape := value_rows(values, found[name], entries[name])) is not None
+        }
+        with file.open("rb") as source, (target / file.name).open("wb") as out:
+            source.seek(0)
+            out.write(_resized_header(header, rows) if rows else source.read(start))
+            order = sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
+            for name, entry in order:
+                content = _read(source, start, entry)
+                place = found.get(name)
+                if place is None or place.name not in values or entry["dtype"] not in CODES:
+                    out.write(content)
+                    continue
+                new = value(place)
+                old = _decode(content, entry["dtype"]).reshape(entry["shape"])
+                if new.shape == old.shape and np.array_equal(new, old):
+                    out.write(content)
+                    continue
+                stored = _encode(new, entry["dtype"], name)
+                out.write(stored)
+                replaced.append(name)
+                if new.shape == old.shape:
+                    rounded = _decode(stored, entry["dtype"]).reshape(new.shape)
+                    sums += np.square(new - old).sum(), np.square(rounded - new).sum()
+    return Copied(replaced, float(sums[0]), float(sums[1]))
+
+
+def value_rows(values: Tensors, place: Place, entry: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The new shape of a stored tensor that was given rows; None for all others. Only tables of tokens and
+    heads can grow, which are computed at once."""
+    make = values.get(place.name)
+    if make is None or place.expert is not None or len(entry["shape"]) > 2 or not _may_grow(place.name):
+        return None
+    shape = tuple(make().shape)
+    return shape if list(shape) != list(entry["shape"]) else None
+
+
+def _may_grow(name: str) -> bool:
+    return ".layers." not in name and ".h." not in name
+
+
+def _resized_header(header: Mapping[str, Any], rows: Mapping[str, list[int]]) -> bytes:
+    entries: dict[str, Any] = {}
+    end = 0
+    order = sorted(
+        (item for item in header.items() if item[0] != "__metadata__"),
+        key=lambda item: item[1]["data_offsets"][0],
+    )
+    for name, entry in order:
+        start, stop = entry["data_offsets"]
+        size = stop - start
+        if name in rows:
+            size = size // int(np.prod(entry["shape"])) * int(np.prod(rows[name]))
+        entries[name] = {**entry, "shape": rows.get(name, entry["shape"]), "data_offsets": [end, end + size]}
+        end += size
+    metadata = {"__metadata__": header["__metadata__"]} if "__metadata__" in header else {}
+    content = json.dumps({**metadata, **entries}).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+def _read(source: BinaryIO, start: int, entry: Mapping[str, Any]) -> bytes:
+    first, end = entry["data_offsets"]
+    source.seek(start + first)
+    return source.read(end - first)
+
+
+def _decode(content: bytes, code: str) -> np.ndarray:
+    values = np.frombuffer(content, CODES[code][0])
+    if code == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def _encode(value: np.ndarray, code: str, name: str) -> bytes:
+    rounded = mx.array(value).astype(CODES[code][1])
+    if not bool(mx.isfinite(rounded).all()):
+        raise ExportError(
+            f"{name} has values that {code} cannot hold", hint="--to mlx keeps the adapter apart"
+        )
+    return np.array(rounded.view(mx.uint16) if code == "BF16" else rounded).tobytes()

@@ -1,0 +1,179 @@
+"""Every kind is written, reloaded in a fresh process and compared; what says something else is rejected."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+import tiny
+import tunesmith
+from tunesmith.cli import app
+from tunesmith.errors import ExportError
+from tunesmith.exports import fidelity, kind
+from tunesmith.exports.fidelity import Carried
+from tunesmith.exports.kinds import peft
+from tunesmith.exports.kinds.hf import Merged
+
+QUICK = ["loop.steps=12", "optimizer.learning_rate=0.01", "adapter.targets=all-linear"]
+
+
+def train(folder: Path, model: Path, *sets: str) -> Path:
+    rows = tiny.write_rows(folder / "rows.jsonl", tiny.conversations(24))
+    config = tunesmith.configure(model=str(model), data=[str(rows)], sets=[*QUICK, *sets])
+    tunesmith.train(config, out=folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model) -> Path:
+    return train(tmp_path_factory.mktemp("export"), tiny_model, "adapter.rank=4")
+
+
+@pytest.mark.parametrize("name", ["hf", "peft", "mlx", "mlx-merged", "mlx-8bit", "mlx-4bit"])
+def test_every_kind_says_what_the_live_adapter_says(run, name, tmp_path):
+    words = ["export", str(run), "--to", name, "--out", str(tmp_path / "out"), "--rows", "3", "--json"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record == json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["accepted"] and record["rows"] == 3
+    assert record["kl"]["mean"] <= {"mlx-8bit": 1e-3, "mlx-4bit": 0.05}.get(name, 1e-6)
+    assert record["kl"]["base"] > 0.01 and record["kl"]["survived"] == pytest.approx(1, abs=0.1)
+    assert not list(tmp_path.glob(".export-*"))
+
+
+def test_in_a_merged_folder_only_the_changed_tensors_differ(tmp_path, tiny_model):
+    run = train(tmp_path, tiny_model, "adapter.targets=[q_proj]")
+    out = tunesmith.export(run, to="hf", rows=2).path
+    assert out == run / "exports" / "hf"
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_model, out))
+    differing = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert differing == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)}
+    header = int.from_bytes((out / "model.safetensors").read_bytes()[:8], "little") + 8
+    assert (out / "model.safetensors").read_bytes()[:header] == (
+        tiny_model / "model.safetensors"
+    ).read_bytes()[:header]
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (tiny_model / name).read_bytes()
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [2]  # <|im_end|>
+
+
+def test_full_weights_and_a_base_that_is_quantised_when_it_is_loaded_are_merged(tmp_path, tiny_model):
+    (tmp_path / "full").mkdir()
+    full = train(tmp_path / "full", tiny_model, "adapter.kind=full", 'adapter.targets="*"')
+    assert tunesmith.export(full, to="hf", rows=2).distances.mean < 1e-6
+    with pytest.raises(ExportError, match="trained in full"):
+        tunesmith.export(full, to="peft", rows=2)
+    (tmp_path / "packed").mkdir()
+    packed = train(tmp_path / "packed", tiny_model, "model.quantize=8")
+    assert tunesmith.export(packed, to="hf", rows=2).distances.mean < 1e-6
+    with pytest.raises(ExportError, match="quantised when it was loaded"):
+        tunesmith.export(packed, to="mlx", rows=2)
+
+
+def test_dora_is_an_adapter_of_peft_and_of_mlx_lm(tmp_path, tiny_model):
+    run = train(tmp_path, tiny_model, "adapter.kind=dora")
+    assert tunesmith.export(run, to="peft", rows=2).distances.mean < 1e-6
+    assert tunesmith.export(run, to="mlx", rows=2).distances.mean < 1e-6
+
+
+def planted(monkeypatch, true: type[kind.ExportKind], spoil) -> None:
+    """Let the writer of a kind spoil what it wrote; the fresh process reads it by the true kind."""
+    write = true.write
+
+    def spoiled(self, tuned, folder, notify):
+        notes = write(self, tuned, folder, notify)
+        spoil(folder)
+        return notes
+
+    monkeypatch.setattr(true, "write", spoiled)
+
+
+def edit(change):
+    def spoil(folder: Path) -> None:
+        path = folder / peft.WEIGHTS
+        save_file(change(load_file(path)), path)
+
+    return spoil
+
+
+def rename(tensors):
+    return {name.replace("self_attn", "attention").replace("mlp", "ffn"): v for name, v in tensors.items()}
+
+
+def turned(tensors):
+    return {name: np.ascontiguousarray(v.reshape(v.shape[::-1]).T) for name, v in tensors.items()}
+
+
+def without_alpha(folder: Path) -> None:
+    settings = json.loads((folder / peft.CONFIG).read_text())
+    (folder / peft.CONFIG).write_text(json.dumps(settings | {"lora_alpha": settings["r"]}))
+
+
+def without_end(folder: Path) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = settings["chat_template"].replace("<|im_end|>", "")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def other_stop(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+
+
+@pytest.mark.parametrize(
+    ("true", "spoil", "reason"),
+    [
+        (peft.PEFTAdapter, edit(rename), "matches no layer of the base"),
+        (peft.PEFTAdapter, edit(turned), "holds the change|another change|do not hold"),
+        (peft.PEFTAdapter, without_alpha, r"all changes are multiplied by 0\.125: look at alpha / rank"),
+        (Merged, without_end, "its tokenizer or template renders no row"),
+        (Merged, other_stop, "it never stops: the trained end token 2"),
+    ],
+    ids=["names match nothing", "untransposed", "alpha forgotten", "template without end", "end token"],
+)
+def test_a_planted_fault_is_rejected_and_named(run, true, spoil, reason, monkeypatch, tmp_path):
+    planted(monkeypatch, true, spoil)
+    words = ["export", str(run), "--to", true.name, "--out", str(tmp_path / "out"), "--rows", "2"]
+    with pytest.raises(ExportError) as caught:
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    assert caught.value.exit_code == 8 and re.search(reason, str(caught.value))
+    assert not (tmp_path / "out").exists()
+    record = json.loads((tmp_path / "out.rejected" / "export.json").read_text())
+    assert not record["accepted"] and any(re.search(reason, line) for line in record["reasons"])
+
+
+def test_a_tensor_that_was_left_out_is_named():
+    base = {"a.weight": np.zeros(4), "lm_head.weight": np.zeros(4)}
+    live = {name: np.ones(4) for name in base}
+    carried = fidelity.carried(base, live, {**live, "lm_head.weight": np.zeros(4)})
+    assert carried.gains == {"a.weight": 1, "lm_head.weight": 0} and carried.error == 0.5
+    assert "lm_head.weight" in fidelity.diagnosis(carried, None)[0]
+    lost = fidelity.diagnosis(Carried({"a.weight": 0.9}), 0.4)
+    assert lost == ["rounding to the dtype of the base left 40% of the change of the weights"]
+
+
+def test_an_artefact_that_is_there_is_not_overwritten_and_a_wrong_kind_lists_all(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(tunesmith.errors.DataError, match="exists already"):
+        tunesmith.export(run, to="hf", out=tmp_path / "out")
+    with pytest.raises(tunesmith.errors.ConfigError, match="hf, mlx, mlx-4bit, mlx-8bit, mlx-merged, peft"):
+        tunesmith.export(run, to="onnx")
+
+
+def test_a_kind_costs_one_class():
+    @kind.register
+    class Toy(Merged):
+        name = "toy"
+
+    try:
+        assert kind.named("toy").what == Merged.what and "toy" in kind.kinds()
+    finally:
+        del kind._REGISTERED["toy"]
