@@ -156,7 +156,7 @@ class AuditedFinding:
     count: int | None = None
     of: int | None = None
     hint: str | None = None
-    accepted: bool | None = None
+    accepted: str | None = None
 
 
 @dataclass(frozen=True)
