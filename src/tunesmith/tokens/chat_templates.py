@@ -227,7 +227,7 @@ class ChatTemplate:
             opening = _opening(head, full)
             rest = full[len(head) - len(opening) :]
             if rest.count(REASONING) == 1 == rest.count(WORDS) and rest.find(REASONING) < rest.find(WORDS):
-                if key == "words" and not variables and rest.startswith(content):
+                if key == "words" and not variables and rest.lstrip().startswith(content):
                     return replace(tried, thinking=forms.plain, thinking_opening=forms.plain_opening)
                 closing = rest.partition(REASONING)[2].partition(WORDS)[0]
                 key = "marks" if key == "words" else key
@@ -255,6 +255,7 @@ class ChatTemplate:
         messages = [_entry(message, forms) for message in _without_old_reasoning(conversation, forms)]
         tools = list(conversation.tools) or ([] if forms.lists_tools else None)
         variables = {**self._shared(conversation), **(forms.thinking if thinking else forms.plain)}
+        variables |= self._choices.options
         try:
             template = self._tokenizer.get_chat_template(None, tools)
             return self._tokenizer.apply_chat_template(
@@ -263,7 +264,7 @@ class ChatTemplate:
                 chat_template=dated(template, self._choices.day),
                 tokenize=False,
                 add_generation_prompt=generate,
-                **{**variables, **self._choices.options},
+                **variables,
             )
         except Exception as error:  # a template is a program, which may raise anything
             roles = " ".join(message.role for message in conversation.messages)
