@@ -163,24 +163,10 @@ def prepare(
     for remark in remarks:
         notify(Notice(remark.text, level=remark.level, where="objective"))
     plan = _plan(config, train.groups, notify)
-    counts: dict[str, Any] = {
-        "rows_read": sum(read.rows for read in sources.reads),
-        "rows_dropped": dict(sorted(reasons.items())),
-        "rows_train": len(train.usable),
-        "rows_valid": len(valid.usable),
-        "sequences_train": len(train.groups),
-        "sequences_valid": len(valid.groups),
-        "tokens": sum(group.tokens for group in train.groups),
-        "supervised_tokens": sum(
-            int((part.targets[1:] > 0).sum()) for group in train.groups for part in group.sequences
-        ),
-        "padding_share": round(plan.padding_share(), 4),
-        "steps": plan.steps,
-        "loss": objective.unit,
-        "asked_as": asking.asked_as(train.usable),
-        "thinking": renderer.thinking,
-        "notes": dict(sorted(notes.items())),
-    } | _labels(train.groups, valid.groups, notify)
+    counts = _counts(sources, train, valid, plan, objective.unit)
+    counts["thinking"] = renderer.thinking
+    counts["rows_dropped"], counts["notes"] = dict(sorted(reasons.items())), dict(sorted(notes.items()))
+    counts |= _labels(train.groups, valid.groups, notify)
     return Prepared(
         objective=objective,
         renderer=renderer,
@@ -211,6 +197,26 @@ def _settle_thinking(
                 text, where="template.thinking", hint="a row without reasoning is learned with thinking off"
             )
         )
+
+
+def _counts(sources: Sources, train: Side, valid: Side, plan: Plan, unit: str) -> dict[str, Any]:
+    """What the run directory says of the rows; `prepare` adds what was dropped and changed."""
+    return {
+        "rows_read": sum(read.rows for read in sources.reads),
+        "rows_dropped": {},
+        "rows_train": len(train.usable),
+        "rows_valid": len(valid.usable),
+        "sequences_train": len(train.groups),
+        "sequences_valid": len(valid.groups),
+        "tokens": sum(group.tokens for group in train.groups),
+        "supervised_tokens": sum(
+            int((part.targets[1:] > 0).sum()) for group in train.groups for part in group.sequences
+        ),
+        "padding_share": round(plan.padding_share(), 4),
+        "steps": plan.steps,
+        "loss": unit,
+        "asked_as": asking.asked_as(train.usable),
+    }
 
 
 def _read(config: RunConfig, notify: Sink) -> Sources:
