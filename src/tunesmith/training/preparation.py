@@ -164,7 +164,6 @@ def prepare(
         notify(Notice(remark.text, level=remark.level, where="objective"))
     plan = _plan(config, train.groups, notify)
     counts = _counts(sources, train, valid, plan, objective.unit) | {"thinking": renderer.thinking}
-    counts["thinking"] = renderer.thinking
     counts["rows_dropped"], counts["notes"] = dict(sorted(reasons.items())), dict(sorted(notes.items()))
     counts |= _labels(train.groups, valid.groups, notify)
     return Prepared(
