@@ -53,5 +53,5 @@ class Merged(ExportKind):
 
     def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
         loaded = merging.load(plain(source, folder))
-        renderer = renderers.load(folder, config.template.renderer)
+        renderer = renderers.load(folder, config.template)
         return Reloaded(loaded.net, renderer, declared_ends(folder, renderer))

@@ -46,6 +46,6 @@ class MLXAdapter(ExportKind):
 
     def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
         loaded = loading.load(plain(source))
-        renderer = renderers.load(source.tokenizer or loaded.path, config.template.renderer)
+        renderer = renderers.load(source.tokenizer or loaded.path, config.template)
         merge = files.load_by_mlx_lm(loaded.net, folder)
         return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), merge=merge)

@@ -92,7 +92,7 @@ class PEFTAdapter(ExportKind):
 
     def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
         loaded = loading.load(plain(source))
-        renderer = renderers.load(source.tokenizer or loaded.path, config.template.renderer)
+        renderer = renderers.load(source.tokenizer or loaded.path, config.template)
         places = stored.places(loaded.net, loaded.path, loaded.config)
         problems = _apply(loaded.net, folder, {name: place.name for name, place in places.items()})
         return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), tuple(problems))
