@@ -45,7 +45,7 @@ SETTINGS = {
 def write_model(family: Family, folder: Path) -> Path:
     """The model in the layout of transformers 5, in float32, with a row of its embedding for each token of a
     tokenizer, which is there too."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     size = tiny.write_tokenizer(folder)
     names = [name for name in family.settings if name.startswith("vocab_size")]
     settings = family.settings | dict.fromkeys(["vocab_size", *names], size)

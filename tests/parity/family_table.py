@@ -131,10 +131,13 @@ def cells(family: Family, results: list[Measured | None]) -> list[str]:
     return [family.name, f"`{family.model_type}`", *verdicts]
 
 
-def trained_cells(family: Family) -> list[str]:
+def trained_cells(family: Family, folder: Path) -> list[str]:
     """The rest of the row of a model that is not refused."""
-    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        return [*family_training.cells(family, Path(first)), family_life.cell(family, Path(second))]
+    return [
+        *family_training.trained_cells(family, folder / "trained"),
+        family_training.quantised_cell(family, folder / "quantised"),
+        family_life.cell(family, folder / "life"),
+    ]
 
 
 def rows(page: str) -> dict[str, list[str]]:
@@ -157,7 +160,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             row = cells(family, measured(family, Path(folder)))
-        row += trained_cells(family) if row[2].startswith("exact") else ["–"] * 4
+            row += trained_cells(family, Path(folder)) if row[2].startswith("exact") else ["–"] * 4
         lines.append(f"| {' | '.join(row)} |")
         print(lines[-1], flush=True)
     if options.write and not options.names:

@@ -316,28 +316,27 @@ def verdict(family: Family, errors: Sequence[Error]) -> str:
     return f"wrong: {worst.of_all:.1e} of the largest, {worst.of_tensor:.1e} of {worst.tensor}"
 
 
-def cells(family: Family, folder: Path) -> list[str]:
-    """What the table says of adapters, of batches and of quantised weights, for a model that is not
-    refused."""
-    new, old = folder / "new", folder / "old"
-    model = families.build(family)
-    families.save(model, new)
-    if family.old:
-        families.write_old_layout(new, old)
+def trained_cells(family: Family, folder: Path) -> list[str]:
+    """What the table says of adapters and of batches, for a model that is not refused."""
+    families.save(families.build(family), folder)
     kinds: tuple[Kind, ...] = ("lora", "dora")
     texts = [families.text_model(families.build(family)) for _ in kinds]
-    adapter_errors = [adapter_error(new, *pair).error for pair in zip(texts, kinds, strict=True)]
-    batches = batch_errors(new)
-    quantised = [quantised_errors(new, new, bits) for bits in BITS]
-    if not family.rounded:
-        for bits in BITS:
-            written = families.converted(old if family.old else new, folder / str(bits), bits)
-            with suppress(ModelError):  # mlx-lm left something out, as the column of its layout says
-                quantised += [] if written is None else [quantised_errors(new, written, bits)]
-    batch_verdict = verdict(family, [batches.padded, batches.recomputed, *filter(None, [batches.packed])])
+    adapter_errors = [adapter_error(folder, *pair).error for pair in zip(texts, kinds, strict=True)]
+    batches = batch_errors(folder)
     refused = "" if batches.packed else "; packing is refused"
-    return [
-        verdict(family, adapter_errors),
-        batch_verdict + refused,
-        verdict(family, [error for pair in quantised for error in pair]),
-    ]
+    batch_verdict = verdict(family, [batches.padded, batches.recomputed, *filter(None, [batches.packed])])
+    return [verdict(family, adapter_errors), batch_verdict + refused]
+
+
+def quantised_cell(family: Family, folder: Path) -> str:
+    """What the table says of quantised weights."""
+    new, old = folder / "new", folder / "old"
+    families.save(families.build(family), new)
+    if family.old:
+        families.write_old_layout(new, old)
+    pairs = [quantised_errors(new, new, bits) for bits in BITS]
+    for bits in () if family.rounded else BITS:
+        written = families.converted(old if family.old else new, folder / str(bits), bits)
+        with suppress(ModelError):  # mlx-lm left something out, as the column of its layout says
+            pairs += [] if written is None else [quantised_errors(new, written, bits)]
+    return verdict(family, [error for pair in pairs for error in pair])

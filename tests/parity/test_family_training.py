@@ -1,6 +1,6 @@
 """Every family that is not refused: gradients of LoRA and DoRA are PEFT's on torch; padded, recomputed and
-packed batches are single rows; quantised folders are the weights that their numbers stand for; and, for some
-of each kind, the life of a run. All as docs/models.md says."""
+packed batches are single rows. For some of each kind: quantised folders are the weights that their numbers
+stand for, and the life of a run. All as docs/models.md says."""
 
 from __future__ import annotations
 
@@ -36,16 +36,25 @@ LIVED = {
 
 
 @pytest.mark.parametrize("family", TRAINED, ids=lambda family: family.name)
-def test_adapters_batches_and_quantised_weights_are_exact(family, tmp_path):
-    cells = family_training.cells(family, tmp_path)
-    assert cells == PAGE[family.name][5:8]
+def test_adapters_and_batches_are_exact(family, tmp_path):
+    cells = family_training.trained_cells(family, tmp_path)
+    assert cells == PAGE[family.name][5:7]
     assert all(cell.startswith("exact") for cell in cells)
 
 
 @pytest.mark.parametrize("name", sorted(LIVED))
+def test_quantised_weights_are_the_numbers_that_they_stand_for(name, tmp_path):
+    assert family_training.quantised_cell(by_name(name), tmp_path) == PAGE[name][7] == "exact"
+
+
+@pytest.mark.parametrize("name", sorted(LIVED))
 def test_a_run_is_resumed_evaluated_and_answers_in_batches(name, tmp_path):
+    assert family_life.cell(by_name(name), tmp_path) == PAGE[name][8] == "exact"
+
+
+def by_name(name):
     (family,) = (family for family in TRAINED if family.name == name)
-    assert family_life.cell(family, tmp_path) == PAGE[name][8]
+    return family
 
 
 def test_no_cell_of_the_table_is_wrong():
