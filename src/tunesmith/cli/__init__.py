@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli import data, evaluation, exporting, setup, talking, training
+from tunesmith.display.text import escaped
 from tunesmith.errors import TunesmithError
 from tunesmith.machine import imports
 
@@ -72,7 +73,7 @@ def main() -> None:
     except TunesmithError as error:
         if os.environ.get("TUNESMITH_DEBUG"):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {escaped(str(error))}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -80,3 +81,9 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # of a file that no verb expected to fail
+        if os.environ.get("TUNESMITH_DEBUG"):
+            raise
+        place = "" if error.filename is None else f"{escaped(str(error.filename))[:1000]}: "
+        sys.stderr.write(f"error: {place}{error.strerror or error}\n")
+        sys.exit(1)

@@ -15,6 +15,7 @@ from tunesmith.cli.options import (
     Accept,
     AsJson,
     Config,
+    Control,
     DataFiles,
     Model,
     Preset,
@@ -22,7 +23,9 @@ from tunesmith.cli.options import (
     Tokenizer,
     print_json,
     progress,
+    say,
 )
+from tunesmith.display.text import escaped
 from tunesmith.machine import imports
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ def show(
     config: Config = None,
     preset: Preset = None,
     sets: Set = None,
+    control: Control = False,
     as_json: AsJson = False,
 ) -> None:
     """Print rows as the model would learn them: learned tokens coloured (or between ⟦ and ⟧ without
@@ -61,12 +65,13 @@ def show(
         if as_json:
             print_json(_as_json(row))
         else:
-            typer.echo(_marked(row, renderer.decode, colour=colour))
+            decode = renderer.decode if control else lambda ids: escaped(renderer.decode(ids))
+            typer.echo(_marked(row, decode, colour=colour))
     for dropped in rendered.dropped:
-        typer.echo(f"{dropped.source}: {dropped.reason}: {dropped.message}", err=True)
+        say(f"{dropped.source}: {dropped.reason}: {dropped.message}", err=True)
     notes = "".join(f"; {note}: {count}" for note, count in sorted(rendered.notes.items()))
     of_read = "" if limit is None and as_json else f" of the first {limit or SHOWN_ROWS} read"
-    typer.echo(f"{len(rendered.rows)} rows shown{of_read}, {len(rendered.dropped)} left out{notes}", err=True)
+    say(f"{len(rendered.rows)} rows shown{of_read}, {len(rendered.dropped)} left out{notes}", err=True)
 
 
 def _as_json(row: Row) -> dict[str, object]:
@@ -92,7 +97,9 @@ def _marked(row: Row, decode: Callable[[list[int]], str], *, colour: bool) -> st
                 text = f"\x1b[1;32m{text}\x1b[0m" if colour else f"⟦{text}⟧"
             pieces.append(text)
             start = end
-    head = f"── {row.source}, turn {row.turn}: {len(ids)} tokens, {int((targets > 0).sum())} learned ──"
+    head = (
+        f"── {escaped(row.source)}, turn {row.turn}: {len(ids)} tokens, {int((targets > 0).sum())} learned ──"
+    )
     return f"{head}\n{''.join(pieces)}\n"
 
 
@@ -163,8 +170,8 @@ def _print_audit(result: Audit, page: Path | None) -> None:
 
     screen.render(result, Console())
     if result.compared is not None:
-        typer.echo(comparison.told(result.compared))
+        say(comparison.told(result.compared))
     if result.fixed is not None:
-        typer.echo(result.fixed.told())
+        say(result.fixed.told())
     if page is not None:
-        typer.echo(f"page: {page}")
+        say(f"page: {page}")

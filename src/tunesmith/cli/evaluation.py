@@ -9,7 +9,16 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 import tunesmith
-from tunesmith.cli.options import AsJson, Checkpoint, Data, MovedModel, RunDirectory, print_json, progress
+from tunesmith.cli.options import (
+    AsJson,
+    Checkpoint,
+    Data,
+    MovedModel,
+    RunDirectory,
+    print_json,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.evaluate import Evaluation
@@ -101,8 +110,8 @@ def _print_evaluation(result: Evaluation, as_json: bool) -> None:
     from tunesmith.reports import screen
 
     screen.render(result.scores, Console())
-    typer.echo("\n".join(reports.verdict_lines(result.run.path)))
-    typer.echo(f"report: {result.run.path / 'report.html'}")
+    say("\n".join(reports.verdict_lines(result.run.path)))
+    say(f"report: {result.run.path / 'report.html'}")
 
 
 def compare(
@@ -121,8 +130,8 @@ def compare(
     if as_json:
         print_json(comparison.to_json())
     else:
-        typer.echo("\n".join(comparison.lines))
-        typer.echo(f"page: {out / 'compare.html'}")
+        say("\n".join(comparison.lines))
+        say(f"page: {out / 'compare.html'}")
 
 
 def report(run: RunDirectory, as_json: AsJson = False) -> None:
@@ -137,5 +146,5 @@ def report(run: RunDirectory, as_json: AsJson = False) -> None:
     if as_json:
         print_json(reports.to_json(summary))
         return
-    typer.echo("\n".join(summary.lines))
-    typer.echo(f"report: {page}")
+    say("\n".join(summary.lines))
+    say(f"report: {page}")

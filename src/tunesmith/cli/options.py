@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 
 from tunesmith.display import console
+from tunesmith.display.text import escaped
 from tunesmith.events import Sink
 
 Model = Annotated[str | None, typer.Option(help="model folder, GGUF file or hub id")]
@@ -40,8 +42,22 @@ MovedModel = Annotated[
 ]
 
 
+Control = Annotated[
+    bool, typer.Option("--control", help="print control characters as they are: the terminal obeys them")
+]
+_OBEYED = re.compile("[\x7f-\x9f\ud800-\udfff]")
+"""What JSON leaves as it is, and a terminal obeys or UTF-8 cannot hold."""
+
+
 def print_json(value: object) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False))
+    text = json.dumps(value, ensure_ascii=False)
+    typer.echo(_OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def say(text: str, *, err: bool = False, control: bool = False) -> None:
+    """Print text that may come from data or a model: control characters are written out, unless
+    ``control``."""
+    typer.echo(text if control else escaped(text), err=err)
 
 
 @contextmanager

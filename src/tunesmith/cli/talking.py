@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 import tunesmith
-from tunesmith.cli.options import AsJson, Checkpoint, MovedModel, print_json, progress
+from tunesmith.cli.options import AsJson, Checkpoint, Control, MovedModel, print_json, progress, say
+from tunesmith.display.text import escaped
 
 Target = Annotated[str, typer.Argument(help="run directory, checkpoint folder, or model")]
 System = Annotated[str | None, typer.Option(help="system message")]
@@ -37,6 +38,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     raw: Raw = False,
+    control: Control = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts, in batches."""
@@ -60,7 +62,7 @@ def generate(
         if as_json:
             print_json({"prompt": text, "answer": answer})
         else:
-            typer.echo(answer)
+            say(answer, control=control)
 
 
 def chat(
@@ -73,6 +75,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     raw: Raw = False,
+    control: Control = False,
 ) -> None:
     """Talk with a run or a model; an empty line or Ctrl-D ends it."""
     with progress() as notify:
@@ -94,6 +97,6 @@ def chat(
         if not line:
             return
         for piece in conversation.say(line):
-            sys.stdout.write(piece)
+            sys.stdout.write(piece if control else escaped(piece))
             sys.stdout.flush()
         typer.echo()

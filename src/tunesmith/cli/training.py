@@ -20,6 +20,7 @@ from tunesmith.cli.options import (
     Set,
     print_json,
     progress,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def train(
     if explain:
         from tunesmith.settings.config import explain as lines
 
-        typer.echo("\n".join(lines(resolved)), err=not dry_run or as_json)
+        say("\n".join(lines(resolved)), err=not dry_run or as_json)
     if dry_run:
         _plan(resolved, out)
         return
@@ -99,10 +100,10 @@ def _print_run(run: Run | None, as_json: bool) -> None:
     if as_json:
         print_json(reports.to_json(reports.summarise(run.path)))
     else:
-        typer.echo("\n".join(reports.verdict_lines(run.path)))
-        typer.echo(f"report: {run.path / 'report.html'}")
+        say("\n".join(reports.verdict_lines(run.path)))
+        say(f"report: {run.path / 'report.html'}")
     if run.status == "interrupted":
-        typer.echo(f"interrupted; go on with: {run.hint}", err=True)
+        say(f"interrupted; go on with: {run.hint}", err=True)
         raise typer.Exit(130)
 
 

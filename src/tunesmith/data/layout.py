@@ -29,6 +29,8 @@ from tunesmith.data.sources import show
 from tunesmith.settings.config import JSON
 
 FOLDER = "tunesmith.data.layouts"
+MOST_MESSAGES = 20_000
+"""Of one conversation: each has a token or more, and no model reads so long a row."""
 
 
 EMPTY_SYSTEM = "empty system text left out"
@@ -243,6 +245,8 @@ class RowReader:
         turns = [value] if isinstance(value, dict) else typed(list, value, key)
         if not turns:
             raise BadRow("type", key, "messages", "none")
+        if len(turns) > MOST_MESSAGES:
+            raise BadRow("too_long", key, f"at most {MOST_MESSAGES:,} messages", f"{len(turns):,}")
         messages = [
             self.message(dict(typed(dict, turn, f"{key}[{number}]")), f"{key}[{number}]")
             for number, turn in enumerate(turns)

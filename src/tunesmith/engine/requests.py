@@ -11,6 +11,8 @@ import numpy as np
 
 from tunesmith.errors import ModelError
 
+MOST_ANSWER_TOKENS = 1 << 16
+"""An answer of more is not asked for: it would take hours, and more memory than the model."""
 Finish = Literal["stop", "length"]
 """Why a continuation ended: an end token, or as many tokens as were allowed."""
 

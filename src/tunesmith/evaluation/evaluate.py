@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
@@ -50,6 +51,7 @@ DECIDING = (
     "regex",
 )
 """Packages whose version can change a score."""
+CACHE_HINT = "make the cache folder writable, or name another: TUNESMITH_CACHE=FOLDER"
 IMITATED = SFT()
 """Selects the rows to imitate (demonstrations, desirable, chosen), whatever the run's objective was."""
 
@@ -106,6 +108,23 @@ def evaluate(
     among = ranks.join(notify)
     notify = notify if among.writes else events.silent
     folder = checkpoints.choose(run, checkpoint, notify)
+    with run.evaluating(notify) if among.writes else nullcontext(), checkpoints.held(folder):
+        return _evaluated(run, folder, groups, among, data, model, base, fresh, spec, notify)
+
+
+def _evaluated(
+    run: Run,
+    folder: Path,
+    groups: Sequence[TaskGroup],
+    among: ranks.Ranks,
+    data: Sequence[str],
+    model: str | None,
+    base: bool,
+    fresh: bool,
+    spec: EvaluationSpec,
+    notify: Sink,
+) -> Evaluation | None:
+    """What `evaluate` gives for the checkpoint in ``folder``, while no other process evaluates the run."""
     source = opening.of_run(run, folder, model)
     data = [str(Path(path).expanduser().resolve()) for path in data]
     rows = _rows(run, data, groups, spec.limit, notify)
@@ -220,6 +239,7 @@ class _Measure:
     fresh: bool
     ranks: ranks.Ranks
     _subjects: dict[Side, Subject] = field(default_factory=dict)
+    _uncached: list[Path] = field(default_factory=list)
 
     def __call__(self, task: Task, side: Side) -> _Measurement:
         subject, path = self._subject(side), self._path(task, side)
@@ -234,11 +254,21 @@ class _Measure:
         scores = task.score(task.measure(subject))
         measured = _Measurement(scores, time.perf_counter() - start, False)
         if task.cached and self.ranks.writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
             heard = dict(islice(subject.heard.items(), before, None))
             rows = [asdict(score) for score in scores]
-            write_json(path, {"seconds": measured.seconds, "scores": rows, "heard": heard})
+            self._cache(path, {"seconds": measured.seconds, "scores": rows, "heard": heard})
         return measured
+
+    def _cache(self, path: Path, content: object) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, content)
+        except OSError as error:
+            if self._uncached:
+                return
+            self._uncached.append(path)
+            text = f"scores are not cached, so that they are measured again next time: {error}"
+            self.material.notify(Notice(text, level="warning", where=str(path.parent), hint=CACHE_HINT))
 
     def _subject(self, side: Side) -> Subject:
         """The model on one side; tasks share what it answered. The other side's answers are dropped."""
@@ -402,7 +432,8 @@ class _Writer:
             kept={"base": base is not None and base.cached, "tuned": tuned.cached},
             scores=tuple(task.summarise(base and base.scores, tuned.scores, seed)),
         )
-        records.write(record, _examples(task, base, tuned))
+        with self.run.writable():
+            records.write(record, _examples(task, base, tuned))
         self._written.append(record.name)
         self._answers = self._answers or _answers(base, tuned)
 
@@ -468,5 +499,6 @@ def _judged(
     folders: dict[str, tuple[Score, ...]] = {}
     for record in together:
         folders[record.name] = tuple(next(verdicts) for _ in record.scores)
-        records.write_scores(record, folders[record.name])
+        with Run(run_dir).writable():
+            records.write_scores(record, folders[record.name])
     return folders

@@ -138,7 +138,8 @@ def draw(run: Run, log: Log, width: int, height: int, colour: bool, now: float) 
             sample = event
     status = run.status.replace("_", " ")
     head = [
-        f"{run.path.resolve().name} · {status}" + _place(state, steps, now if status == "running" else None)
+        console.line(f"{run.path.resolve().name} · {status}")
+        + _place(state, steps, now if status == "running" else None)
     ]
     if not steps:
         head.append("no update yet" if status == "running" else "no update was made")

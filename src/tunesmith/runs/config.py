@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from tunesmith.adapters.specs import DoRA, Full, LoRA
 from tunesmith.auditing import AuditSpec
 from tunesmith.data.formats import DataSpec
+from tunesmith.engine.requests import MOST_ANSWER_TOKENS
 from tunesmith.learning.objective import Objective
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.learning.optimizer import OptimizerSpec
@@ -21,6 +22,8 @@ from tunesmith.tokens.template import TemplateSpec
 
 SKIPS_BEFORE_STOP = 3
 """Training stops after so many updates in a row whose loss or gradient is not finite."""
+MOST_STEPS = 1_000_000
+"""Updates of a run. At ten a second they take more than a day; more is a slip of the finger."""
 LOWER = frozenset(
     {"loss", "perplexity", "kl", "kl_error"}
     | {f"{prefix}_{side}" for prefix in ("reward", "logp") for side in ("undesirable", "rejected")}
@@ -31,9 +34,9 @@ LOWER = frozenset(
 class LoopSpec(Spec):
     """How long to train, and when to validate, save and sample."""
 
-    epochs: float = Field(default=1.0, gt=0, description="passes over the training rows")
+    epochs: float = Field(default=1.0, gt=0, le=MOST_STEPS, description="passes over the training rows")
     steps: int | None = Field(
-        default=None, ge=1, description="optimizer updates; if given, epochs is ignored"
+        default=None, ge=1, le=MOST_STEPS, description="optimizer updates; if given, epochs is ignored"
     )
     validate_every: int = Field(
         default=50, ge=0, description="updates between validations; 0: first and last only"
@@ -55,7 +58,9 @@ class LoopSpec(Spec):
         default=0, ge=0, description="updates between sample answers; 0: first and last only"
     )
     samples: int = Field(default=3, ge=0, description="validation prompts answered as samples")
-    sample_tokens: int = Field(default=128, ge=1, description="longest sample answer, in tokens")
+    sample_tokens: int = Field(
+        default=128, ge=1, le=MOST_ANSWER_TOKENS, description="longest sample answer, in tokens"
+    )
     instrument_every: int = Field(
         default=10,
         ge=0,
@@ -77,7 +82,10 @@ class LoopSpec(Spec):
         description="compile the step for the most frequent shapes; null: on a GPU, if rows are not packed",
     )
     seed: int = Field(
-        default=0, ge=0, description="decides the split, the order of rows, the adapter and its dropout"
+        default=0,
+        ge=0,
+        le=2**63 - 1,
+        description="decides the split, the order of rows, the adapter and its dropout",
     )
     tensorboard: bool = Field(
         default=False, description="also write TensorBoard files (needs the tensorboard extra)"

@@ -206,6 +206,14 @@ class Run:
             hint = f"make the folder writable and the file what it was, then: {self.hint}"
             raise TrainingError(message, where=place or str(self.path), hint=hint) from error
 
+    @contextmanager
+    def writable(self) -> Iterator[None]:
+        """Inside, a write that fails raises DiskFull or EvaluationError with the file and the cure."""
+        try:
+            yield
+        except OSError as error:
+            raise _unwritable(Path(error.filename or self.path), error, EvaluationError) from error
+
     def full(self, what: str) -> DiskFull:
         return DiskFull(
             f"the disk is full: {what}",

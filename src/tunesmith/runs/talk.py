@@ -11,9 +11,10 @@ from tunesmith.data.asking import AskedAs
 from tunesmith.data.formats import Message
 from tunesmith.engine.engine import notify_if_separate
 from tunesmith.engine.generation import Chat, Sampling, Speaker
+from tunesmith.engine.requests import MOST_ANSWER_TOKENS
 from tunesmith.errors import ConfigError
 from tunesmith.events import Notice, Sink
-from tunesmith.runs import opening
+from tunesmith.runs import checkpoints, opening
 from tunesmith.runs.asking import of_run
 from tunesmith.runs.configure import listed
 
@@ -43,7 +44,7 @@ def generate(
     speaker = _speaker(source, notify)
     before = [Message("system", system)] if system else []
     questions = [asking.question([*before, Message("user", prompt)], kind) for prompt in listed(prompts)]
-    sampling = Sampling(max_tokens, temperature, top_p, seed)
+    sampling = _sampling(max_tokens, temperature, top_p, seed)
     return speaker.answer(questions, sampling, events.ticker(notify, "answering"))
 
 
@@ -68,7 +69,7 @@ def chat(
     source = opening.find(target, checkpoint, model=model, notify=notify)
     kind = _asked_as(source, raw, system, notify)
     speaker = _speaker(source, notify)
-    sampling = Sampling(max_tokens, temperature, top_p, seed)
+    sampling = _sampling(max_tokens, temperature, top_p, seed)
     return Chat(speaker, sampling, [Message("system", system)] if system else [], kind)
 
 
@@ -83,11 +84,19 @@ def _asked_as(source: opening.Source, raw: bool, system: str | None, notify: Sin
     return kind
 
 
+def _sampling(max_tokens: int, temperature: float, top_p: float, seed: int) -> Sampling:
+    if max_tokens > MOST_ANSWER_TOKENS:
+        message = f"must be at most {MOST_ANSWER_TOKENS}, not {max_tokens}"
+        raise ConfigError(message, where="max_tokens")
+    return Sampling(max_tokens, temperature, top_p, seed)
+
+
 def _speaker(source: opening.Source, notify: Sink) -> Speaker:
     """The model, with its adapter attached, ready to answer."""
-    opened = source.open(notify)
-    notify_if_separate(opened.loaded.net, notify)
-    opened.attach()
+    with checkpoints.held(source.checkpoint):
+        opened = source.open(notify)
+        notify_if_separate(opened.loaded.net, notify)
+        opened.attach()
     if source.checkpoint:
         notify(Notice(f"checkpoint {source.checkpoint.name}"))
     opened.loaded.net.eval()

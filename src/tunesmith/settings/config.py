@@ -45,7 +45,7 @@ from pydantic_core import CoreSchema, ErrorDetails, to_jsonable_python
 from pydantic_core.core_schema import union_schema
 
 from tunesmith.errors import ConfigError, listing
-from tunesmith.settings.origins import JSON, Node, parse, plain, read, write
+from tunesmith.settings.origins import JSON, Node, parse, plain, read, shortened, writable, write
 
 PREFIX = "TUNESMITH_"
 EXEMPT = frozenset(PREFIX + name for name in ("ALLOCATOR", "BLAS", "CACHE", "DEBUG", "KERNELS"))
@@ -179,6 +179,10 @@ def load(
     }
     layers.add(*((key, parse(environ[name], lambda line, name=name: name)) for name, key in keys.items()))
     layers.add(*map(_assignment, sets))
+    for value, origin in overrides.values():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                writable(text, origin)
     layers.add(*((key.split("."), _node(value, origin)) for key, (value, origin) in overrides.items()))
     layers.suit()
     spec = layers.build(root, layers.tree, "")
@@ -415,8 +419,11 @@ def _assignment(text: str) -> tuple[list[str], Node]:
     key, sign, value = text.partition("=")
     if not sign:
         raise ConfigError(
-            f'must be key=value, not "{text}"', where="--set", hint="for example --set adapter.rank=8"
+            f'must be key=value, not "{shortened(text)}"',
+            where="--set",
+            hint="for example --set adapter.rank=8",
         )
+    writable(key, "--set")
     return key.strip().split("."), parse(value, lambda line: "--set")
 
 
@@ -508,7 +515,7 @@ class _Layers:
                     node.value[last] = Node(value, f"default of {block.value['kind'].value}")
 
     def unknown(self, name: str, origin: str, section: str, shape: _Shape, kind: str) -> None:
-        key, here = _join(section, name), list(shape.members[kind].model_fields)
+        key, here = shortened(_join(section, name)), list(shape.members[kind].model_fields)
         others = [other for other in shape.kinds if name in shape.members[other].model_fields]
         same = [known for known in self.known if known.rpartition(".")[2] == name]
         near = [_join(section, match) for match in difflib.get_close_matches(name, here)]

@@ -20,6 +20,14 @@ from tunesmith.errors import ConfigError
 JSON: TypeAlias = JsonValue
 
 
+MOST_BYTES = 256 << 10
+"""Of one text of settings: the reader takes about ten seconds a megabyte."""
+MOST_VALUES = 20_000
+"""Of one text of settings. Few lines of nested aliases can stand for any number of values."""
+LONGEST = 4096
+"""Characters of a text in the settings, as of a path on Linux."""
+
+
 class Node(NamedTuple):
     """A value and where it was set. ``value``: dict of nodes, or anything else as YAML has it."""
 
@@ -84,10 +92,12 @@ def write(value: object) -> str:
 def read(path: Path, origin: Callable[[int], str]) -> Node:
     """The mapping of a file, or a node of None if it is empty. ``origin`` as in `parse`."""
     try:
-        node = parse(path.read_text(encoding="utf-8"), origin)
-    except (OSError, UnicodeError) as error:
+        with path.open("rb") as file:  # which may be a pipe, or a device that never ends
+            content = file.read(MOST_BYTES + 1)
+        node = parse(content.decode("utf-8"), origin)
+    except (OSError, ValueError) as error:  # ValueError also for a path with a null character
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"cannot be read: {why}", where=str(path)) from error
+        raise ConfigError(f"cannot be read: {why}", where=shortened(str(path))) from error
     if not isinstance(node.value, dict | None):
         raise ConfigError(f"must be a mapping of keys, not {type(node.value).__name__}", where=node.origin)
     return node
@@ -95,9 +105,12 @@ def read(path: Path, origin: Callable[[int], str]) -> Node:
 
 def parse(text: str, origin: Callable[[int], str]) -> Node:
     """``origin``: line (from 1) → where it is, in words. Raises ConfigError."""
+    if len(text) > MOST_BYTES:
+        hint = "settings are a few kilobytes: is this another file?"
+        raise ConfigError(f"has more than {MOST_BYTES >> 10} kB", where=origin(1), hint=hint)
     try:
         node = yaml.compose(text, Loader=_Loader)
-        return _composed(node, origin, node.start_mark.line + 1) if node else Node(None, origin(1))
+        return _Composer(origin)(node, node.start_mark.line + 1) if node else Node(None, origin(1))
     except (yaml.YAMLError, RecursionError) as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         message = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error).partition("\n")[0]
@@ -107,21 +120,59 @@ def parse(text: str, origin: Callable[[int], str]) -> Node:
         ) from error
 
 
-def _composed(node: yaml.Node, origin: Callable[[int], str], line: int) -> Node:
-    where, values = origin(line), {}
-    if isinstance(node, yaml.ScalarNode):
+class _Composer:
+    """Makes nodes of YAML's nodes, of which an alias repeats one with all that is in it."""
+
+    def __init__(self, origin: Callable[[int], str]) -> None:
+        self.origin, self.count = origin, 0
+
+    def __call__(self, node: yaml.Node, line: int) -> Node:
+        where, values = self.origin(line), {}
+        self.count += 1
+        if self.count > MOST_VALUES:
+            hint = "aliases (*name) repeat all that they name: write the values out"
+            raise ConfigError(f"has more than {MOST_VALUES:,} values", where=where, hint=hint)
+        if isinstance(node, yaml.ScalarNode):
+            return Node(self._scalar(node, where), where)
+        if isinstance(node, yaml.SequenceNode):
+            return Node([plain(self(item, item.start_mark.line + 1)) for item in node.value], where)
+        for key, item in node.value:
+            line = key.start_mark.line + 1
+            if key.tag != "tag:yaml.org,2002:str":
+                raise ConfigError("a key must be text", where=self.origin(line), hint="put it in quotes")
+            writable(key.value, self.origin(line))
+            if key.value in values:
+                hint = f"it is already given at {values[key.value].origin}"
+                message = f'the key "{shortened(key.value)}" is given twice'
+                raise ConfigError(message, where=self.origin(line), hint=hint)
+            values[key.value] = self(item, line)
+        return Node(values, where)
+
+    def _scalar(self, node: yaml.ScalarNode, where: str) -> JSON:
+        writable(node.value, where)
         try:
-            return Node(_SCALARS[node.tag.removeprefix("tag:yaml.org,2002:")](node.value), where)
+            if node.tag.endswith(":int") and len(node.value) > 400:
+                raise ValueError("more digits than Python writes")
+            return _SCALARS[node.tag.removeprefix("tag:yaml.org,2002:")](node.value)
         except (KeyError, ValueError) as error:
-            raise ConfigError(f'"{node.value}" cannot be read as {node.tag}', where=where) from error
-    if isinstance(node, yaml.SequenceNode):
-        return Node([plain(_composed(item, origin, item.start_mark.line + 1)) for item in node.value], where)
-    for key, item in node.value:
-        line = key.start_mark.line + 1
-        if key.tag != "tag:yaml.org,2002:str":
-            raise ConfigError("a key must be text", where=origin(line), hint="put it in quotes")
-        if key.value in values:
-            hint = f"it is already given at {values[key.value].origin}"
-            raise ConfigError(f'the key "{key.value}" is given twice', where=origin(line), hint=hint)
-        values[key.value] = _composed(item, origin, line)
-    return Node(values, where)
+            message = f'"{shortened(node.value)}" cannot be read as {node.tag}'
+            raise ConfigError(message, where=where) from error
+
+
+def writable(text: str, where: str) -> None:
+    """Raises ConfigError for a text that no file of settings can hold."""
+    if len(text) > LONGEST:
+        message = f"a text has {len(text):,} characters, more than {LONGEST:,}: {shortened(text)}"
+        raise ConfigError(message, where=where)
+    if _UNWRITABLE.search(text):
+        message = f"{shortened(text)} holds half of a surrogate pair"
+        raise ConfigError(message, where=where, hint="names of files must be UTF-8")
+
+
+_UNWRITABLE = re.compile("[\ud800-\udfff]")
+
+
+def shortened(text: str) -> str:
+    """The first characters of ``text``, as ASCII if it cannot be printed."""
+    start = text if len(text) <= 80 else f"{text[:80]}…"
+    return start if start.isprintable() else ascii(start)

@@ -20,6 +20,8 @@ from pydantic import Field, model_validator
 from tunesmith.settings.config import Spec
 from tunesmith.tokens.template import Tokens
 
+LOOKED_AT = 10_000
+"""Updates of a longer run that are looked at before it begins: they hold every row many times."""
 PER_CALL = 24
 """Fixed cost of one pass over the device, in tokens."""
 
@@ -27,7 +29,7 @@ PER_CALL = 24
 class BatchSpec(Spec):
     """How many rows an update learns from, and how they are cut into micro-batches."""
 
-    sequences: int = Field(default=8, ge=1, description="rows an optimizer update")
+    sequences: int = Field(default=8, ge=1, le=1 << 20, description="rows an optimizer update")
     micro: int | None = Field(
         default=None, ge=1, description="most rows on the device at once; null: no limit"
     )
@@ -44,7 +46,10 @@ class BatchSpec(Spec):
         "padding",
     )
     length: int = Field(
-        default=4096, ge=8, description="longest row, in tokens; template.too_long says what happens beyond"
+        default=4096,
+        ge=8,
+        le=1 << 24,
+        description="longest row, in tokens; template.too_long says what happens beyond",
     )
 
     @model_validator(mode="after")
@@ -300,11 +305,11 @@ class Plan:
         return 1 - used / padded if padded else 0.0
 
     def largest(self, ranks: int = 1) -> list[int]:
-        """The micro-batch of the whole run with the most tokens on the device, on any rank: the peak of
-        memory."""
+        """The micro-batch of the first LOOKED_AT updates with the most tokens on the device, on any rank: the
+        peak of memory."""
         every = (
             micro
-            for step in range(self.steps)
+            for step in range(min(self.steps, LOOKED_AT))
             for rank in range(ranks)
             for micro in self.update(step, rank, ranks)
         )

@@ -39,6 +39,11 @@ WordsBesideCalls = Literal["refuse", "drop_words", "split"]
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\n*(.*)", re.DOTALL)
 CONTINUED_THOUGHT = re.compile(r"((?:(?!</?think>).)+?)\n</think>\n+(.*)", re.DOTALL)
 REASONED = "answers learned with their reasoning"
+SURE = 16
+"""A text of fewer characters a token than this is encoded as a whole: that takes no time."""
+MOST_TURNS = 10_000
+"""Turns of a conversation whose oldest turns may be cut: cutting renders it again and again."""
+_NO_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), "?")
 SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
 
 
@@ -217,6 +222,10 @@ class Renderer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
+
+    def encoded_part(self, text: str) -> list[int]:
+        """Ids of the beginning of a text, to count them; control tokens in it are not refused."""
+        return self._encode(text.translate(_NO_SURROGATES))
 
     @abstractmethod
     def _prompt(self, conversation: Conversation) -> list[int]: ...
@@ -578,6 +587,12 @@ def render(
     long: list[formats.Dropped] = []
     for done, example in enumerate(examples, 1):
         rows: list[Row] = []
+        if (at_least := tokens_at_least(example, renderer, length, cut is not None)) is not None:
+            message = f"more than {at_least} tokens, the limit is {length}"
+            long.append(formats.Dropped(example.source, "too_long", message, ""))
+            if progress is not None:
+                progress(done, len(examples))
+            continue
         try:
             rows = renderer.rows(
                 example, learn=spec.learn, prompt_weight=spec.prompt_weight, cut=cut, notes=result.notes
@@ -628,6 +643,34 @@ def _quiet(example: Demonstration | Judged | Preference) -> Demonstration | Judg
     if isinstance(example, Preference):
         return replace(example, chosen=_calls_only(example.chosen), rejected=_calls_only(example.rejected))
     return replace(example, conversation=_calls_only(example.conversation))
+
+
+def tokens_at_least(example: formats.Example, renderer: Renderer, length: int, cut: bool) -> int | None:
+    """A number above ``length`` of which the row surely has more tokens, found without encoding all of it;
+    None if it may have fewer, or if turns could be ``cut``.
+
+    A text is encoded up to twice ``length`` tokens; a merge that crosses the end of the part changes few."""
+    texts = _texts(example)
+    if cut and not isinstance(example, Document | formats.Completion):
+        return length if len(texts) > MOST_TURNS else None
+    if len(texts) > length:  # each message has a token of its own
+        return length
+    longest = max(texts, key=len, default="")
+    size = SURE * length
+    while len(longest) > size:
+        if (count := len(renderer.encoded_part(longest[:size]))) > 2 * length:
+            return count // 2
+        size *= 2
+    return None
+
+
+def _texts(example: formats.Example) -> list[str]:
+    if isinstance(example, Document):
+        return [example.text]
+    if isinstance(example, formats.Completion):
+        return [example.prompt, example.completion]
+    conversation = example.chosen if isinstance(example, Preference) else example.conversation
+    return [message.content for message in conversation.messages]
 
 
 def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counter[str]) -> list[int]:

@@ -14,13 +14,13 @@ from tunesmith.auditing.findings import Audit
 from tunesmith.auditing.rules import contamination
 from tunesmith.auditing.views import Context
 from tunesmith.data import asking, formats
-from tunesmith.errors import ResumeMismatch
+from tunesmith.errors import ConfigError, ResumeMismatch
 from tunesmith.events import Notice, Sink
 from tunesmith.files import write_json
 from tunesmith.learning.objective import Objective, Selected
 from tunesmith.machine import backend
 from tunesmith.model import loading, vocabulary
-from tunesmith.runs.config import RunConfig
+from tunesmith.runs.config import MOST_STEPS, RunConfig
 from tunesmith.runs.directory import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run
 from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import Cut, Group, Plan
@@ -302,6 +302,9 @@ def _plan(config: RunConfig, groups: list[Group], notify: Sink) -> Plan:
     positions = tuple(group.positions for group in groups)
     spec = config.loop
     plan = Plan(lengths, config.batch.sequences, cut, spec.seed, spec.epochs, spec.steps, positions)
+    if plan.steps > MOST_STEPS:
+        message = f"makes {plan.steps:,} updates of these rows, and a run has at most {MOST_STEPS:,}"
+        raise ConfigError(message, where="loop.epochs", hint="lower it, or give loop.steps")
     if few := lonely(plan, groups):
         text = "updates with rows of one class only: raise batch.sequences"
         notify(Notice(text, level="warning", count=few))

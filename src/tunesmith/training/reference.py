@@ -36,7 +36,7 @@ from tunesmith.model import kernels
 from tunesmith.model.loading import Loaded
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS
-from tunesmith.tokens.batches import Cut, Group
+from tunesmith.tokens.batches import LOOKED_AT, Cut, Group
 from tunesmith.tokens.template import Tokens
 from tunesmith.training.preparation import Prepared
 
@@ -85,9 +85,9 @@ class Reference:
     def read(self, path: Path) -> str | None:
         """Add the values in ``path``. Returns what is wrong with the file, or None if it is in order or
         missing."""
-        if not path.exists():
-            return None
         try:
+            if not path.exists():
+                return None
             with safe_open(path, framework="numpy") as file:
                 if (file.metadata() or {}).get("name") != self.name:
                     return "was made from another base, adapter or version"
@@ -138,7 +138,7 @@ def measure(
     missing = sorted(
         (key for key in keys if key not in reference.values), key=lambda key: (-len(wanted[key].ids), key)
     )
-    done = 0
+    done, uncached = 0, False
     tick = events.ticker(notify, "reference: the model before training")
     for part in _parts(missing, wanted, SAVED_EVERY * ranks.size):
         if ranks.total_float(np.array([float(stopped())])).any():
@@ -159,8 +159,8 @@ def measure(
         logps[mine] = [logp for ((logp, _),) in scoring.sequence_sums(net, singles, cut, ahead)]
         reference.values |= dict(zip(together, ranks.total_float(logps).tolist(), strict=True))
         done += len(together)
-        if ranks.writes:
-            _merge(reference, cache)
+        if ranks.writes and not uncached:
+            uncached = _merge(reference, cache, notify)
     reference.measured = len(missing)
     if ranks.writes and own is not None:
         reference.write(own, keys)
@@ -199,12 +199,20 @@ def _parts(keys: Sequence[bytes], wanted: Mapping[bytes, Tokens], size: int) -> 
         yield part
 
 
-def _merge(reference: Reference, cache: Path) -> None:
-    """Add the values to the shared cache, which keeps those of other runs."""
+def _merge(reference: Reference, cache: Path, notify: Sink) -> bool:
+    """Add the values to the shared cache, which keeps those of other runs. True, and a warning, if it cannot
+    be written."""
     both = Reference(reference.name)
     both.read(cache)
     both.values |= reference.values
-    both.write(cache)
+    try:
+        both.write(cache)
+    except OSError as error:
+        text = f"the reference is not cached for other runs: {error}"
+        hint = "make the cache folder writable, or name another: TUNESMITH_CACHE=FOLDER"
+        notify(Notice(text, level="warning", where=str(cache.parent), hint=hint))
+        return True
+    return False
 
 
 def compared(
@@ -248,7 +256,9 @@ def compared(
 
 def _used(prepared: Prepared) -> dict[int, Group]:
     """The training rows that the run uses, by index: a short run does not measure the others."""
-    members = {member for step in range(prepared.plan.steps) for member in prepared.plan.members(step)}
+    plan = prepared.plan
+    first_epoch = range(min(plan.steps, plan.steps_per_epoch))
+    members = {member for step in first_epoch for member in plan.members(step)}
     return {member: prepared.train[member] for member in sorted(members)}
 
 
@@ -260,12 +270,14 @@ def twins(prepared: Prepared, config: RunConfig, step: int | None) -> list[Group
 
 
 def count(prepared: Prepared, config: RunConfig) -> int:
-    """Number of sequences that the run compares with the model before training; 0 if its objective does
-    not."""
+    """Number of sequences that the first LOOKED_AT updates compare with the model before training; 0 if the
+    objective does not."""
     if not prepared.objective.needs_reference:
         return 0
     pairs = [
-        pair for step in (None, *range(prepared.plan.steps)) for pair in _pairs(prepared, config, step)[0]
+        pair
+        for step in (None, *range(min(prepared.plan.steps, LOOKED_AT)))
+        for pair in _pairs(prepared, config, step)[0]
     ]
     return len(
         {

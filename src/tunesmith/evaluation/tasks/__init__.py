@@ -21,6 +21,7 @@ import mlx.nn as nn
 from pydantic import Field
 
 from tunesmith.data.formats import JSON, Example
+from tunesmith.engine.requests import MOST_ANSWER_TOKENS
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation.statistics import Statistic, TaskStatistics, summarise
 from tunesmith.evaluation.subject import Subject
@@ -48,7 +49,9 @@ class EvaluationSpec(Spec):
     limit: int | None = Field(
         default=None, ge=1, description="only the first rows of the data, and items of each suite"
     )
-    max_tokens: int = Field(default=256, ge=1, description="longest answer to a row of the data")
+    max_tokens: int = Field(
+        default=256, ge=1, le=MOST_ANSWER_TOKENS, description="longest answer to a row of the data"
+    )
     batch_size: int | None = Field(
         default=None, ge=1, description="answers generated at once; null: 32 on a CPU, else 16"
     )
