@@ -64,13 +64,14 @@ def facts(
 
 def recorded(run: Run) -> Recorded:
     """What ``run`` recorded of its renderer."""
-    created = datetime.fromisoformat(run.manifest["created"])
+    created = datetime.fromisoformat(run.manifest.get("created") or datetime.now(UTC).isoformat())
+    template = run.manifest.get("hashes", {}).get("template")
     try:
         plan = json.loads((run.path / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         plan = None  # a resumed run writes it again
     thinking = isinstance(plan, dict) and plan.get("thinking") is True
-    return Recorded(run.manifest["hashes"]["template"], created.date(), thinking)
+    return Recorded(str(template), created.date(), thinking)
 
 
 def require_same(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> None:

@@ -137,7 +137,7 @@ def load(path: Path | str, spec: TemplateSpec | None = None, recorded: Recorded 
 
     Raises ModelError if the tokenizer cannot be read. Code that comes with a tokenizer is never run.
     """
-    spec, folder = spec or TemplateSpec(), Path(path)
+    spec, folder = spec or TemplateSpec.model_validate({}), Path(path)
     if str(path) != "mistral-v3" and not folder.is_dir():
         raise ModelError(
             "no such tokenizer folder", where=str(path), hint="give a model's folder, or mistral-v3"
