@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +178,37 @@ def test_a_kind_costs_one_class():
         assert kind.named("toy").what == Merged.what and "toy" in kind.kinds()
     finally:
         del kind._REGISTERED["toy"]
+
+
+def test_a_quantised_base_keeps_its_adapter_or_is_expanded_and_hf_refuses_it(tmp_path, tiny_model):
+    from mlx_lm import convert
+
+    packed = tmp_path / "packed"
+    convert(str(tiny_model), str(packed), quantize=True, q_group_size=32, q_bits=4)
+    run = train(tmp_path, packed)
+    assert tunesmith.export(run, to="mlx", rows=2).distances.mean < 1e-6
+    assert tunesmith.export(run, to="mlx-merged", rows=2).distances.mean < 1e-6
+    with pytest.raises(ExportError, match="files are quantised"):
+        tunesmith.export(run, to="hf", rows=2)
+
+
+def test_rows_that_were_added_to_the_embedding_are_in_the_merged_folder(tmp_path, tiny_model):
+    small = shutil.copytree(tiny_model, tmp_path / "small")
+    tensors, config = load_file(small / "model.safetensors"), json.loads((small / "config.json").read_text())
+    known = config["vocab_size"] - 4
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:known].copy()
+    save_file(tensors, small / "model.safetensors")
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": known}))
+    run = train(tmp_path, small, "model.resize_embeddings=true")
+    exported = tunesmith.export(run, to="hf", rows=2)
+    assert exported.distances.mean < 1e-6
+    assert json.loads((exported.path / "config.json").read_text())["vocab_size"] == known + 4
+    with pytest.raises(ExportError, match="rows that were added"):
+        tunesmith.export(run, to="peft", rows=2)
+
+
+def test_what_was_merged_into_the_base_is_in_the_merged_folder(run, tmp_path, tiny_model):
+    above = train(tmp_path, tiny_model, f"model.adapter={run}", "adapter.full_modules=[input_layernorm]")
+    assert tunesmith.export(above, to="hf", rows=2).distances.mean < 1e-6
+    with pytest.raises(ExportError, match="another adapter merged into it"):
+        tunesmith.export(above, to="mlx", rows=2)
