@@ -21,6 +21,7 @@ from rich.text import Text
 
 from tunesmith import events
 from tunesmith.display import charts, console
+from tunesmith.errors import DataError
 from tunesmith.runs.directory import EVENTS, Run
 
 SMOOTH = 20
@@ -51,6 +52,8 @@ class Log:
             stream = self.path.open("rb")
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}", where=str(self.path)) from error
         with stream:
             stream.seek(self._place - len(self._end))
             if anew := stream.read(len(self._end)) != self._end:

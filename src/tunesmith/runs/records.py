@@ -179,7 +179,12 @@ class Record:
         path = self.folder / EXAMPLES
         if not path.exists():
             return
-        with path.open("rb") as lines:
+        try:
+            lines = path.open("rb")
+        except OSError as error:
+            message = f"cannot be read: {error.strerror}"
+            raise EvaluationError(message, where=str(path), hint=_hint(self.run_dir)) from error
+        with lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _example(line, f"{path}:{number}", _hint(self.run_dir))
