@@ -313,6 +313,7 @@ def test_the_environment_of_the_machine_is_not_a_setting(run_yaml):
         "TUNESMITH_ALLOCATOR",
         "TUNESMITH_BLAS",
         "TUNESMITH_CACHE",
+        "TUNESMITH_CXXFLAGS",
         "TUNESMITH_DEBUG",
         "TUNESMITH_KERNELS",
     } <= read

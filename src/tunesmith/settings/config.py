@@ -48,7 +48,7 @@ from tunesmith.errors import ConfigError, listing
 from tunesmith.settings.origins import JSON, Node, parse, plain, read, shortened, writable, write
 
 PREFIX = "TUNESMITH_"
-EXEMPT = frozenset(PREFIX + name for name in ("ALLOCATOR", "BLAS", "CACHE", "DEBUG", "KERNELS"))
+EXEMPT = frozenset(PREFIX + name for name in ("ALLOCATOR", "BLAS", "CACHE", "CXXFLAGS", "DEBUG", "KERNELS"))
 """Variables that belong to the machine, not to a run; they are read elsewhere."""
 
 
