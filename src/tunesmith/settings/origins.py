@@ -97,7 +97,7 @@ def read(path: Path, origin: Callable[[int], str]) -> Node:
         node = parse(content.decode("utf-8"), origin)
     except (OSError, ValueError) as error:  # ValueError also for a path with a null character
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"cannot be read: {why}", where=shortened(str(path))) from error
+        raise ConfigError(f"cannot be read: {why}", where=shortened(str(path), 1000)) from error
     if not isinstance(node.value, dict | None):
         raise ConfigError(f"must be a mapping of keys, not {type(node.value).__name__}", where=node.origin)
     return node
@@ -172,7 +172,7 @@ def writable(text: str, where: str) -> None:
 _UNWRITABLE = re.compile("[\ud800-\udfff]")
 
 
-def shortened(text: str) -> str:
-    """The first characters of ``text``, as ASCII if it cannot be printed."""
-    start = text if len(text) <= 80 else f"{text[:80]}…"
+def shortened(text: str, most: int = 80) -> str:
+    """The first ``most`` characters of ``text``, as ASCII if they cannot be printed."""
+    start = text if len(text) <= most else f"{text[:most]}…"
     return start if start.isprintable() else ascii(start)
