@@ -23,7 +23,7 @@ lint: $(INSTALLED)
 
 parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[parity]'
-	$(BIN)/python -m pytest -m parity
+	$(BIN)/python -m pytest -m parity -n 2 --dist loadfile
 
 real: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'real and not parity' -n 2 --dist loadfile

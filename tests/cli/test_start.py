@@ -47,6 +47,7 @@ VERBS = {
     "compare run other": SETTINGS | {"jinja2"},
     "generate model --prompt hello --max-tokens 2": SETTINGS | MODEL,
     "chat run": SETTINGS | MODEL,
+    "export run --to peft": SETTINGS | MODEL,
 }
 """Command → the heavy packages that it may have loaded when it ends. Commands run in this order."""
 WRITES_ITS_MODULES = """

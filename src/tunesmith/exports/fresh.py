@@ -16,7 +16,7 @@ import numpy as np
 from tunesmith.errors import ExportError, TunesmithError
 from tunesmith.exports import fidelity, kind, weights
 from tunesmith.exports.fidelity import Probe
-from tunesmith.machine import backend
+from tunesmith.machine import backend, imports
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs.directory import Run
 
@@ -64,6 +64,7 @@ def _differing(opened: Run, reloaded: kind.Reloaded, limit: int, expected: list[
 
 
 if __name__ == "__main__":
+    imports.hide("torch")  # as the command line does
     backend.setup()
     try:
         measure(Path(sys.argv[1]))
