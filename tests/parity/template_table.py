@@ -106,7 +106,7 @@ def result(renderer: HFRenderer, fast: PreTrainedTokenizerFast, conversation: Co
             assert renderer.decode(ids[:start]) == text, (renderer.decode(ids[:start]), text)
             assert ids[:start] == fast.encode(text, add_special_tokens=False)
             said, thought = renderer.decode(ids[start:]), thought_of(shown.messages[-1].content)
-            assert thought.words in said and thought.reasoning in said and ids[-1] in renderer.stops
+            assert thought.words in said and thought.reasoning in said and ids[-1] in renderer.eos_ids
     except Refused as error:
         return f"refused: {error.code}"
     return "exact"

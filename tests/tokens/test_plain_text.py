@@ -48,7 +48,7 @@ def test_the_end_of_a_turn_ends_text_if_asked(tmp_path):
 
 def test_generation_stops_at_both_ends(tmp_path):
     ours = made(tmp_path, eos="</s>")
-    assert set(ours.stops) == {ours.eos_ids[0], ours.text_end}
+    assert set(ours.eos_ids) == {ours.eos_ids[0], ours.text_end}
     for end in ("</s>", "<|im_end|>"):
         assert ours.answer(ours._encode(f"he{end}llo")) == "he"
 

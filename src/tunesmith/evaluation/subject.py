@@ -73,7 +73,7 @@ class Subject:
             self.net,
             mine,
             max_tokens=max_tokens,
-            eos_ids=self.renderer.stops,
+            eos_ids=self.renderer.eos_ids,
             batch_size=self.batch_size,
             on_done=self.ticker(label),
         )

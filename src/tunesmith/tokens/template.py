@@ -192,7 +192,7 @@ class Renderer(ABC):
     chat_bos_id: int | None  # the id that opens a rendered conversation, once
     thinking: bool = False  # whether prompts without an answer ask for reasoning
     nine_letters: bool  # the format wants call ids of nine letters or digits
-    text_end_id: int | None = None  # ends plain text; None: the first of eos_ids does
+    text_end_id: int | None = None  # the one of eos_ids that ends plain text; None: the first
     ends_text_as_turn: bool = False  # as `TemplateSpec.text_end` says
     text_control: TextControl = "refuse"  # as `DataSpec.text_control` says
     words_beside_calls: WordsBesideCalls = "refuse"  # as `TemplateSpec` says
@@ -209,12 +209,6 @@ class Renderer(ABC):
         """The id that ends plain text, or None if the tokenizer has none."""
         own = None if self.ends_text_as_turn else self.text_end_id
         return next(iter(self.eos_ids), None) if own is None else own
-
-    @property
-    def stops(self) -> tuple[int, ...]:
-        """The ids at which an answer or a text ends."""
-        end = self.text_end
-        return self.eos_ids if end is None or end in self.eos_ids else (*self.eos_ids, end)
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -274,7 +268,7 @@ class Renderer(ABC):
     def answer(self, ids: Sequence[int]) -> str:
         """The text of generated ids up to the first end token, without what the template writes around words;
         other special tokens are written out."""
-        end = next((place for place, token in enumerate(ids) if token in self.stops), len(ids))
+        end = next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
         return self._unframed(self.decode(ids[:end]))
 
     def rows(

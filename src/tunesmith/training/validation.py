@@ -109,7 +109,7 @@ class Validation:
             self.net,
             [prompt.ids for prompt in prompts],
             max_tokens=spec.sample_tokens,
-            eos_ids=renderer.stops,
+            eos_ids=renderer.eos_ids,
             on_done=events.ticker(self.emit, "sampling"),
         )
         for prompt, answer in zip(prompts, answers, strict=True):
