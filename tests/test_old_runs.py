@@ -294,6 +294,12 @@ def test_training_goes_on_from_its_adapter(root, tmp_path):
     assert (begun["run"], begun["objective"]) == ("sft-lora", "sft")
 
 
+@pytest.mark.parametrize("kind", ["hf", "mlx"])
+def test_it_is_exported(root, kind, tmp_path):
+    exported = tunesmith.export(root / "sft-lora", to=kind, out=tmp_path / "out", rows=2)
+    assert exported.rows == 2 and exported.distances.mean < 1e-6
+
+
 def test_the_command_line_opens_it(root):
     """Its report is written first, since the fixture has none."""
     words = [sys.executable, "-m", "tunesmith", "train", "--resume", str(root / "sft-lora"), "--json"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tunesmith.exports import fidelity, kind
 from tunesmith.exports.fidelity import Carried
 from tunesmith.exports.kinds import peft
 from tunesmith.exports.kinds.hf import Merged
+from tunesmith.tokens import renderers
 
 QUICK = ["loop.steps=12", "optimizer.learning_rate=0.01", "adapter.targets=all-linear"]
 
@@ -84,6 +86,32 @@ def test_dora_is_an_adapter_of_peft_and_of_mlx_lm(tmp_path, tiny_model):
     run = train(tmp_path, tiny_model, "adapter.kind=dora")
     assert tunesmith.export(run, to="peft", rows=2).distances.mean < 1e-6
     assert tunesmith.export(run, to="mlx", rows=2).distances.mean < 1e-6
+
+
+@pytest.fixture(scope="module")
+def dated(tmp_path_factory, tiny_model) -> Path:
+    """A run whose template writes the date. It was prepared on a day long ago, and created after midnight."""
+
+    class Earlier(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2025, 1, 2, 23, 59, 59, tzinfo=tz)
+
+    folder = tmp_path_factory.mktemp("dated")
+    model = shutil.copytree(tiny_model, folder / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ strftime_now('%d %b %Y') }}" + settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(renderers, "datetime", Earlier)
+        return train(folder, model)
+
+
+@pytest.mark.parametrize("name", ["hf", "peft", "mlx", "mlx-merged"])
+def test_the_date_in_the_prompts_is_that_of_the_run(dated, name, tmp_path):
+    manifest = json.loads((dated / "manifest.json").read_text())
+    assert manifest["day"] == "2025-01-02" < manifest["created"]
+    assert tunesmith.export(dated, to=name, out=tmp_path / "out", rows=2).rows == 2
 
 
 def planted(monkeypatch, true: type[kind.ExportKind], spoil) -> None:

@@ -38,7 +38,7 @@ def measure(job: Path) -> None:
     source = ModelSpec.model_validate(settings["source"])
     opened = Run.open(settings["run"])
     chosen, folder = kind.named(settings["kind"]), Path(settings["folder"])
-    reloaded = chosen.reload(folder, source, opened.config)
+    reloaded = chosen.reload(folder, source, opened)
     probes = [Probe(*probe) for probe in settings["probes"]]
     differing = _differing(opened, reloaded, settings["rows"], settings["all"])
     fidelity.log_probabilities(reloaded.net, probes, job / LOGPROBS)

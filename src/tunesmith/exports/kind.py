@@ -95,9 +95,9 @@ class ExportKind(ABC):
         """Write the artefact into the empty ``folder``."""
 
     @abstractmethod
-    def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
-        """Read the artefact as its users do. ``source``: the settings of the base, for an artefact that
-        stands beside it."""
+    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
+        """Read the artefact as its users do, and render as ``run`` does. ``source``: the settings of the
+        base, for an artefact that stands beside it."""
 
 
 _REGISTERED: dict[str, type[ExportKind]] = {}

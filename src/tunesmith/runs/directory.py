@@ -69,6 +69,7 @@ class Manifest(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
     created: NotRequired[str]
+    day: NotRequired[str]
     versions: NotRequired[dict[str, str]]
     machine: NotRequired[dict[str, str | int]]
     seed: NotRequired[int]

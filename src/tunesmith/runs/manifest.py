@@ -6,15 +6,15 @@ import json
 import platform
 import shlex
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from importlib.metadata import version
 from typing import Any
 
-from tunesmith.errors import ModelError, ResumeMismatch
+from tunesmith.errors import DataError, ModelError, ResumeMismatch
 from tunesmith.machine import backend
 from tunesmith.model import kernels
 from tunesmith.runs.config import RunConfig
-from tunesmith.runs.directory import PLAN, Run
+from tunesmith.runs.directory import MANIFEST, PLAN, RESTORE, Run
 from tunesmith.settings.config import flat
 from tunesmith.tokens.renderers import Recorded
 
@@ -38,13 +38,15 @@ def facts(
     ranks: int = 1,
     lineage: Mapping[str, Any] | None = None,
     accepted: Mapping[str, str] | None = None,
+    day: date | None = None,
 ) -> dict[str, Any]:
     """The manifest of a run that starts now. accepted: findings that ``audit.accept`` allowed, rule →
-    message."""
+    message. day: the date that the template saw; preparing may have begun before midnight."""
     device = backend.setup()
     packages = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common", "numpy")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **({} if day is None else {"day": day.isoformat()}),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in packages},
         "machine": {
@@ -63,15 +65,21 @@ def facts(
 
 
 def recorded(run: Run) -> Recorded:
-    """What ``run`` recorded of its renderer."""
-    created = datetime.fromisoformat(run.manifest.get("created") or datetime.now(UTC).isoformat())
-    template = run.manifest.get("hashes", {}).get("template")
+    """What ``run`` recorded of its renderer. Raises DataError if a date in its manifest is not one."""
+    facts = run.manifest
+    begun = facts.get("day") or facts.get("created") or datetime.now(UTC).isoformat()
+    try:
+        day = datetime.fromisoformat(begun).date()
+    except ValueError as error:
+        place = str(run.path / MANIFEST)
+        raise DataError(f"{begun!r} is not a date", where=place, hint=RESTORE) from error
+    template = facts.get("hashes", {}).get("template")
     try:
         plan = json.loads((run.path / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         plan = None  # a resumed run writes it again
     thinking = isinstance(plan, dict) and plan.get("thinking") is True
-    return Recorded(str(template), created.date(), thinking)
+    return Recorded(str(template), day, thinking)
 
 
 def require_same(run: Run, config: RunConfig, hashes: Mapping[str, Any]) -> None:

@@ -51,10 +51,15 @@ class Source:
         if self.run is None or self.config is None:
             return Opened(loaded, renderers.load(loaded.path), None)
         tokenizer = self.model.tokenizer or loaded.path
-        renderer = renderers.load(tokenizer, self.config.template, manifest.recorded(self.run))
-        renderer.follow(self.config.template, self.config.data.text_control)
+        renderer = renderer_of(self.run, tokenizer)
         manifest.require_base(self.run, loaded.fingerprint, renderer.fingerprint)
         return Opened(loaded, renderer, self.checkpoint)
+
+
+def renderer_of(run: Run, tokenizer: Path | str) -> Renderer:
+    """The renderer of the folder ``tokenizer``, by the settings, the date and the rules of ``run``."""
+    template, text_control = run.config.template, run.config.data.text_control
+    return renderers.load(tokenizer, template, manifest.recorded(run)).follow(template, text_control)
 
 
 def of_run(run: Run, checkpoint: Path | None, model: str | None = None) -> Source:

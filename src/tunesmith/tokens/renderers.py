@@ -123,12 +123,17 @@ class MistralRenderer(Renderer):
 
 
 class Recorded(NamedTuple):
-    """What a run recorded of its renderer. day: on which the run began. thinking: whether its prompts ask for
-    reasoning."""
+    """What a run recorded of its renderer. fingerprint: None for a run that begins now. day: the date that
+    its template sees. thinking: whether its prompts ask for reasoning."""
 
-    fingerprint: str
+    fingerprint: str | None
     day: date
     thinking: bool
+
+    @classmethod
+    def now(cls) -> Recorded:
+        """Of a run that begins now."""
+        return cls(None, datetime.now(UTC).date(), False)
 
 
 def load(path: Path | str, spec: TemplateSpec | None = None, recorded: Recorded | None = None) -> Renderer:
@@ -164,7 +169,7 @@ def _of_folder(folder: Path, spec: TemplateSpec, recorded: Recorded | None) -> R
     v3 = len(tokenizer) == 32768 and tokenizer.convert_tokens_to_ids(["[INST]", "[TOOL_CALLS]"]) == [3, 5]
     if v3 and spec.renderer == "auto":
         return MistralRenderer()
-    if recorded is not None:
+    if recorded is not None and recorded.fingerprint is not None:
         first = FirstRules(tokenizer, recorded.day)
         if first.fingerprint == recorded.fingerprint:
             return first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Prepared:
     hashes: dict[str, Any]
     rendered: list[template.Row]
     audit: Audit | None = None
+    day: date | None = None  # that the template saw
     reference: Any = None  # `reference.Reference`, once the base has been measured
 
     @property
@@ -136,6 +138,7 @@ def prepare(
     """Read, split, render, audit and plan, without loading weights. audited: these rows were audited when the
     run began. recorded: of the run that is resumed. Raises DataError, TemplateError, or ModelError for an id
     that the model does not know."""
+    recorded = recorded or Recorded.now()
     sources = _read(config, notify)
     folder = loading.resolve(
         config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
@@ -179,6 +182,7 @@ def prepare(
         hashes={"data": sources.files, "template": renderer.fingerprint},
         rendered=rows[:RENDERED_ROWS_KEPT],
         audit=audit,
+        day=recorded.day,
     )
 
 

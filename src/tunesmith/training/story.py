@@ -191,7 +191,7 @@ def _directory(
         return None
     if resume is not None:
         return resume
-    facts = manifest.facts(config, hashes, among.size, model.ancestors, prepared.accepted)
+    facts = manifest.facts(config, hashes, among.size, model.ancestors, prepared.accepted, prepared.day)
     return Run.create(out or Path("runs") / name(config, date.today()), config, origins or {}, facts)
 
 

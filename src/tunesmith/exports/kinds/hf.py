@@ -21,8 +21,8 @@ from tunesmith.exports.kind import (
 )
 from tunesmith.model import vocabulary
 from tunesmith.model.loading import ModelSpec
-from tunesmith.runs.config import RunConfig
-from tunesmith.tokens import renderers
+from tunesmith.runs import opening
+from tunesmith.runs.directory import Run
 
 
 @register
@@ -51,7 +51,7 @@ class Merged(ExportKind):
             stored.write_vocabulary(folder, vocabulary.limits(net).ids)
         return ArtefactNotes(copied.survived)
 
-    def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
+    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
         loaded = merging.load(plain(source, folder))
-        renderer = renderers.load(folder, config.template)
+        renderer = opening.renderer_of(run, folder)
         return Reloaded(loaded.net, renderer, declared_ends(folder, renderer))

@@ -22,8 +22,8 @@ from tunesmith.exports.kind import (
 )
 from tunesmith.model import loading
 from tunesmith.model.loading import ModelSpec
-from tunesmith.runs.config import RunConfig
-from tunesmith.tokens import renderers
+from tunesmith.runs import opening
+from tunesmith.runs.directory import Run
 
 
 @register
@@ -44,8 +44,8 @@ class MLXAdapter(ExportKind):
             remarks=(f"use: mlx_lm.generate --model {tuned.loaded.path} --adapter-path <folder>",)
         )
 
-    def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
+    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
         loaded = loading.load(plain(source))
-        renderer = renderers.load(source.tokenizer or loaded.path, config.template)
+        renderer = opening.renderer_of(run, source.tokenizer or loaded.path)
         merge = files.load_by_mlx_lm(loaded.net, folder)
         return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), merge=merge)

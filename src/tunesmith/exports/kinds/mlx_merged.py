@@ -27,8 +27,8 @@ from tunesmith.exports.kind import (
     register,
 )
 from tunesmith.model.loading import ModelSpec
-from tunesmith.runs.config import RunConfig
-from tunesmith.tokens import renderers
+from tunesmith.runs import opening
+from tunesmith.runs.directory import Run
 
 
 class _MLXModel(ExportKind):
@@ -62,9 +62,9 @@ class _MLXModel(ExportKind):
         stored.write_ends(folder, tuned.renderer.eos_ids)
         return ArtefactNotes()
 
-    def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
+    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
         loaded = merging.load(plain(source, folder))
-        renderer = renderers.load(folder, config.template)
+        renderer = opening.renderer_of(run, folder)
         return Reloaded(loaded.net, renderer, declared_ends(folder, renderer))
 
 

@@ -30,8 +30,8 @@ from tunesmith.exports.kind import (
 )
 from tunesmith.model import loading
 from tunesmith.model.loading import ModelSpec
-from tunesmith.runs.config import RunConfig
-from tunesmith.tokens import renderers
+from tunesmith.runs import opening
+from tunesmith.runs.directory import Run
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
@@ -90,9 +90,9 @@ class PEFTAdapter(ExportKind):
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return ArtefactNotes(remarks=("vLLM does not load DoRA",) if spec.kind == "dora" else ())
 
-    def reload(self, folder: Path, source: ModelSpec, config: RunConfig) -> Reloaded:
+    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
         loaded = loading.load(plain(source))
-        renderer = renderers.load(source.tokenizer or loaded.path, config.template)
+        renderer = opening.renderer_of(run, source.tokenizer or loaded.path)
         places = stored.places(loaded.net, loaded.path, loaded.config)
         problems = _apply(loaded.net, folder, {name: place.name for name, place in places.items()})
         return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), tuple(problems))
