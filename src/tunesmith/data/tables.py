@@ -67,7 +67,11 @@ def _parquet(path: Path) -> Iterator[tuple[int, str]]:
             for batch in table.iter_batches(batch_size=BATCH):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, json.dumps(_plain(row), default=str)
+                    plain = {name: _plain(cell) for name, cell in row.items()}
+                    yield number, json.dumps(plain, default=str)
+    except UnicodeDecodeError as error:
+        text = f"a text in the {BATCH} rows after row {number} is not UTF-8: {error.reason}"
+        raise DataError(text, where=str(path), hint="write it again, with its texts in UTF-8") from error
     except (ArrowException, OSError) as error:
         raise DataError(
             f"the Parquet file is damaged: {error}", where=str(path), hint="copy it again"
@@ -75,10 +79,13 @@ def _parquet(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` without what JSON cannot write: NaN becomes null, bytes the count of them."""
+    """The value of a cell without what JSON cannot write: NaN becomes null, bytes the count of them.
+
+    Fields that are null are left out of objects: Arrow gives every object of a column the fields of all of
+    them, such as the arguments of other calls. A map is a list of pairs."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
