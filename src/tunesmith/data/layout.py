@@ -58,7 +58,8 @@ class Layout(ABC):
     labelled: ClassVar[bool] = True
     """Whether ``label`` is a verdict on the answer; if not, it is metadata."""
     label_words: ClassVar[bool] = True
-    """Whether 0, 1 and words such as good are verdicts too; if not, they may be classes of the text."""
+    """Whether 0, 1 and words such as good are verdicts too; if not, they may be classes of the text. The
+    words true and false are verdicts everywhere: a cell of a CSV file can hold nothing else."""
 
     @abstractmethod
     def read(self, row: RowReader) -> MakesExample:
@@ -132,9 +133,12 @@ def typed(kind: type[_Value], value: JSON, place: str, reason: str = "type") -> 
     return value
 
 
-def _verdict(value: JSON) -> bool | None:
-    """The verdict that 0, 1, or a word is, or None if it may be something else."""
+def _verdict(value: JSON, words: bool) -> bool | None:
+    """The verdict that a number or word is, or None if it may be something else. ``words``: more than true
+    and false are verdicts."""
     word = value.strip().lower() if isinstance(value, str) else str(value) if isinstance(value, int) else ""
+    if not words and word not in ("true", "false"):
+        return None
     return True if word in _GOOD else False if word in _BAD else None
 
 
@@ -172,7 +176,7 @@ class RowReader:
             if not has(self.row, key):
                 continue
             value = self.row.pop(key)
-            verdict = value if isinstance(value, bool) else _verdict(value) if layout.label_words else None
+            verdict = value if isinstance(value, bool) else _verdict(value, layout.label_words)
             if verdict is None:
                 hint = "write true or false, or rename the key if it is not a verdict on the answer"
                 raise BadRow("label", key, "true, false or nothing", show(value), hint)
