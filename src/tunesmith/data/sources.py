@@ -21,10 +21,13 @@ from tunesmith.errors import DataError
 from tunesmith.settings.origins import JSON
 
 TABLES = tables.SUFFIXES
-UNREAD = (".xlsx", ".xls", ".ods", ".arrow", ".feather", ".pkl", ".pickle", ".txt.lz4", ".7z", ".rar", ".tar")
+UNREAD = (".xlsx", ".xls", ".ods", ".arrow", ".feather", ".pkl", ".pickle", ".txt.lz4")
+_ARCHIVES = (".7z", ".rar", ".tar", ".tgz")
 """Endings of files that are not read: reported at once, not row by row."""
 _LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*_LINES, *(f"{name}{packed}" for name in _LINES for packed in packing.SUFFIXES), *TABLES)
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+"""Files that the datasets library writes beside the rows."""
 
 
 class Raw(NamedTuple):
@@ -49,12 +52,8 @@ def files(paths: Sequence[str | Path]) -> list[Path]:
                 where=str(given),
                 hint="rows are read more than once: write them to a file",
             )
-        if path.name.lower().endswith(UNREAD):
-            raise DataError(
-                f"is a {path.suffix[1:].upper()} file",
-                where=str(given),
-                hint="write it as JSONL, one row a line",
-            )
+        if path.is_file():
+            _refuse_unread(path)
         listed = inside(path) if path.is_dir() else [path]
         if not listed:
             raise DataError(
@@ -69,16 +68,44 @@ def files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def inside(folder: Path) -> list[Path]:
-    """The files of rows in a folder, by name; hidden ones are left out, and tables beside JSON, which are
-    often copies of it."""
+    """The files of rows in a folder, by name. Hidden files and descriptions of the data are left out, and a
+    table beside a JSON file of the same stem, which is a copy of it."""
     visible = [
         file
         for file in sorted(folder.rglob("*"))
         if file.name.lower().endswith(SUFFIXES)
+        and file.name.lower() not in _DESCRIPTIONS
         and not any(part[0] == "." for part in file.relative_to(folder).parts)
         and file.is_file()
     ]
-    return [file for file in visible if not file.name.lower().endswith(TABLES)] or visible
+    json_stems = {(file.parent, stem(file)) for file in visible if not _is_table(file.name)}
+    return [
+        file for file in visible if not _is_table(file.name) or (file.parent, stem(file)) not in json_stems
+    ]
+
+
+def stem(file: Path) -> str:
+    """The name of a file of rows in lower case, without its ending."""
+    name = file.name.lower()
+    return name.removesuffix(next((suffix for suffix in SUFFIXES if name.endswith(suffix)), ""))
+
+
+def _is_table(name: str) -> bool:
+    return name.lower().endswith(TABLES)
+
+
+def _refuse_unread(path: Path) -> None:
+    """Raises DataError if the name of a file says that it cannot be read, whatever it is compressed by."""
+    name = unpacked = path.name.lower()
+    while unpacked.endswith(packing.SUFFIXES):
+        unpacked = unpacked.rpartition(".")[0]
+    kind = unpacked.rpartition(".")[2].upper()
+    if unpacked.endswith(_ARCHIVES):
+        raise DataError(f"is a {kind} archive", where=str(path), hint="unpack it and name its folder")
+    if unpacked.endswith(UNREAD):
+        raise DataError(f"is a {kind} file", where=str(path), hint="write it as JSONL, one row a line")
+    if unpacked != name and _is_table(unpacked):
+        raise DataError(f"is a compressed {kind} file", where=str(path), hint="unpack it")
 
 
 def sha256(path: Path) -> str:
@@ -89,7 +116,7 @@ def sha256(path: Path) -> str:
 def raws(path: Path) -> Iterator[Raw]:
     """Every row of a file; lines and tables are streamed, an array is read whole. Raises DataError if it
     cannot be read."""
-    if path.name.lower().endswith(TABLES):
+    if _is_table(path.name):
         for place, row in tables.rows(path):
             yield Raw(f"{path}:{place}", row)
         return
