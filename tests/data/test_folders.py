@@ -54,6 +54,24 @@ def test_train_is_trained_on_and_valid_held_out(tmp_path, tiny_model):
             ["sub/dev.jsonl"],
             [],
         ),
+        (
+            ["train-00000-of-00001-a09b74b3ef9c3b56.json", "test-00000-of-00001-5b0c34a1f0e2d977.json"],
+            ["train-00000-of-00001-a09b74b3ef9c3b56.json"],
+            [],
+            ["test-00000-of-00001-5b0c34a1f0e2d977.json"],
+        ),
+        (
+            ["data/train_sft-00000-of-00001.json", "data/test_sft-00000-of-00001.json"],
+            ["data/train_sft-00000-of-00001.json"],
+            [],
+            ["data/test_sft-00000-of-00001.json"],
+        ),
+        (
+            ["en/train/0.jsonl", "en/validation/part/0.jsonl", "en/test/test.jsonl"],
+            ["en/train/0.jsonl"],
+            ["en/validation/part/0.jsonl"],
+            ["en/test/test.jsonl"],
+        ),
     ],
 )
 def test_siblings_of_the_layout(tmp_path, names, train, valid, test):
@@ -78,6 +96,12 @@ def test_a_file_that_is_none_of_the_parts_is_not_read_and_named(tmp_path, tiny_m
     folder = fill(tmp_path / "data", "train.jsonl", "valid.jsonl", "notes.jsonl")
     (note,) = settings(tiny_model, folder).notes
     assert "notes.jsonl not read" in note
+
+
+def test_files_in_folders_named_as_parts_are_told_with_their_folder(tmp_path, tiny_model):
+    folder = fill(tmp_path / "data", "train/0.jsonl", "test/0.jsonl")
+    (note,) = settings(tiny_model, folder).notes
+    assert "train/0.jsonl to train on; test/0.jsonl not trained on" in note
 
 
 def test_held_out_files_that_are_named_stay(tmp_path, tiny_model):

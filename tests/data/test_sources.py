@@ -135,3 +135,68 @@ def test_tables_beside_json_in_a_folder_are_not_read_twice(tmp_path):
     assert [example.text for example in read(tmp_path).examples] == ["hello"]
     (tmp_path / "rows.jsonl").write_text('{"text": "hello"}\n')
     assert read(tmp_path).rows == 1
+
+
+def test_only_a_table_of_the_same_stem_is_left_out_and_descriptions_are_not_rows(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "json"}\n')
+    (tmp_path / "one.csv").write_text("text\njson\n")
+    (tmp_path / "two.csv").write_text("text\ntable\n")
+    (tmp_path / "dataset_infos.json").write_text('{"text": "a description"}')
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "one.csv").write_text("text\ndeep\n")
+    assert [example.text for example in read(tmp_path).examples] == ["deep", "json", "table"]
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("rows.csv.gz", "is a compressed CSV file\nhint: unpack it"),
+        ("rows.TSV.zst", "is a compressed TSV file\nhint: unpack it"),
+        ("rows.tar.gz", "is a TAR archive\nhint: unpack it and name its folder"),
+        ("rows.xlsx.zip", "is a XLSX file\nhint: write it as JSONL"),
+    ],
+)
+def test_what_is_unread_is_named_whatever_compresses_it(tmp_path, name, match):
+    (tmp_path / name).write_bytes(gzip.compress(b"text\nhello\n"))
+    with pytest.raises(DataError, match=match):
+        read(tmp_path / name)
+
+
+def test_parquet_does_not_add_null_arguments(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def turns(name: str, arguments: dict) -> list:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return [
+            {"role": "user", "content": "u", "tool_calls": None},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+
+    rows = [turns("weather", {"city": "Rome"}), turns("add", {"a": 1, "b": 2})]
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.struct([("x", pyarrow.int64()), ("y", pyarrow.int64())]))
+    pairs = pyarrow.array([[("k", {"x": 1})], [("k", {"y": 2})]], kind)
+    parquet.write_table(pyarrow.table({"messages": rows, "pairs": pairs}), tmp_path / "rows.parquet")
+    first, second = read(tmp_path / "rows.parquet").examples
+    calls = [example.conversation.messages[1].calls[0].arguments for example in (first, second)]
+    assert calls == [{"city": "Rome"}, {"a": 1, "b": 2}]
+    assert (first.metadata, second.metadata) == ({"pairs": [["k", {"x": 1}]]}, {"pairs": [["k", {"y": 2}]]})
+
+
+def test_parquet_text_that_is_not_utf_8_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    data = [None, pyarrow.array([0, 2, 4], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"ok\xff\xfe")]
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, data)
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="after row 0 is not UTF-8") as caught:
+        read(tmp_path / "rows.parquet")
+    assert caught.value.where == str(tmp_path / "rows.parquet")
+
+
+def test_a_label_of_true_or_false_in_a_table_of_texts_is_a_verdict(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\na,true\nb,False\nc,\nd,1\n")
+    result = read(tmp_path / "rows.csv")
+    assert [example.label for example in result.examples] == [True, False, None]
+    assert [row.reason for row in result.dropped] == ["label"]

@@ -12,7 +12,11 @@ from typing import NamedTuple
 
 from tunesmith.data import sources
 
-_PART = re.compile(r"(train|training|valid|validation|val|dev|test)(?:[-_.]?\d+(?:[-_]of[-_]\d+)?)?")
+_PART = re.compile(
+    r"(train|training|valid|validation|val|dev|test)"
+    r"(?:_(?:sft|gen|prefs))?"  # the purpose, as in UltraChat and UltraFeedback
+    r"(?:[-_.]?\d+(?:[-_]of[-_]\d+(?:-[0-9a-f]{16})?)?)?"  # the shard, and its hash on the hub
+)
 _SIDES = {"train": "train", "training": "train", "test": "test"}
 
 
@@ -46,7 +50,8 @@ def _sides(folder: Path) -> dict[str, list[Path]] | None:
     """Side → files, or None if no folder in ``folder`` is laid out in parts."""
     beside: dict[Path, list[tuple[str, Path]]] = defaultdict(list)
     for file in sources.inside(folder):
-        beside[file.parent].append((_side(file), file))
+        group, side = _place(file, folder)
+        beside[group].append((side, file))
     result: dict[str, list[Path]] = defaultdict(list)
     split = False
     for files in beside.values():
@@ -58,7 +63,17 @@ def _sides(folder: Path) -> dict[str, list[Path]] | None:
     return result if split else None
 
 
-def _side(file: Path) -> str:
-    ending = next(suffix for suffix in sources.SUFFIXES if file.name.lower().endswith(suffix))
-    match = _PART.fullmatch(file.name.lower().removesuffix(ending))
+def _place(file: Path, folder: Path) -> tuple[Path, str]:
+    """The folder whose parts are compared, and the side of ``file``: of its name, or of the nearest folder in
+    ``folder`` around it that is named as a part."""
+    own = _side(sources.stem(file))
+    around = [parent for parent in file.parents if parent.is_relative_to(folder) and parent != folder]
+    for parent in around:
+        if (side := _side(parent.name.lower())) != "others":
+            return parent.parent, side if own == "others" else own
+    return file.parent, own
+
+
+def _side(name: str) -> str:
+    match = _PART.fullmatch(name)
     return _SIDES.get(match[1], "valid") if match else "others"

@@ -67,26 +67,32 @@ def _in_parts(resolved: Resolved[RunConfig]) -> Resolved[RunConfig]:
     if parts is None:
         return resolved
     where = ", ".join(path for path in data.train if path not in parts.train)
+
+    def names(files: Sequence[str]) -> str:
+        shown = [_inside(file, data.train) for file in files]
+        return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+
     values: dict[str, Any] = {"train": tuple(parts.train)}
-    notes = [f"{where}: {_names(parts.train)} to train on"]
+    notes = [f"{where}: {names(parts.train)} to train on"]
     named = data.valid if isinstance(data.valid, tuple) else ()
     if parts.valid and not isinstance(data.valid, tuple) and data.valid > 0:
         values["valid"] = tuple(parts.valid)
-        notes.append(f"{_names(parts.valid)} held out, instead of a share of the training rows")
+        notes.append(f"{names(parts.valid)} held out, instead of a share of the training rows")
     elif unused := [file for file in parts.valid if file not in named]:
-        notes.append(f"{_names(unused)} neither trained on nor held out, as data.valid says")
+        notes.append(f"{names(unused)} neither trained on nor held out, as data.valid says")
     if parts.test:
-        notes.append(f"{_names(parts.test)} not trained on: tunesmith evaluate RUN --data {parts.test[0]}")
+        notes.append(f"{names(parts.test)} not trained on: tunesmith evaluate RUN --data {parts.test[0]}")
     if parts.others:
-        notes.append(f"{_names(parts.others)} not read: name it in data.train to train on it")
+        notes.append(f"{names(parts.others)} not read: name it in data.train to train on it")
     spec = resolved.spec.model_copy(update={"data": data.model_copy(update=values)})
     places = resolved.origins | {f"data.{key}": f"the files of {where}" for key in values}
     return replace(resolved, spec=spec, origins=places, notes=("; ".join(notes),))
 
 
-def _names(files: Sequence[str]) -> str:
-    names = [Path(file).name for file in files]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _inside(file: str, folders_given: Sequence[str]) -> str:
+    """The path of ``file`` in the folder that was given, or its name if it was given by itself."""
+    around = [path for given in folders_given if (path := Path(given).expanduser()) in Path(file).parents]
+    return str(Path(file).relative_to(around[0])) if around else Path(file).name
 
 
 def init(*, preset: str | None = None, model: str | None = None, data: Sequence[str] = ()) -> str:
