@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import tiny
@@ -22,8 +23,16 @@ from tunesmith.exports.fidelity import Carried
 from tunesmith.exports.kinds import peft
 from tunesmith.exports.kinds.hf import Merged
 from tunesmith.tokens import renderers
+from tunesmith.tokens.first_rules import FirstRules
 
 QUICK = ["loop.steps=12", "optimizer.learning_rate=0.01", "adapter.targets=all-linear"]
+
+SWITCHED = (  # the last answer has a block of reasoning, which the prompt closes if thinking is off
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
+    "{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 
 
 def train(folder: Path, model: Path, *sets: str) -> Path:
@@ -112,6 +121,23 @@ def test_the_date_in_the_prompts_is_that_of_the_run(dated, name, tmp_path):
     manifest = json.loads((dated / "manifest.json").read_text())
     assert manifest["day"] == "2025-01-02" < manifest["created"]
     assert tunesmith.export(dated, to=name, out=tmp_path / "out", rows=2).rows == 2
+
+
+def test_a_run_of_0_1_0_is_exported_by_its_rules(run, tmp_path, tiny_model):
+    """Its prompts turn thinking off also before an answer with reasoning."""
+    old, model = (shutil.copytree(source, tmp_path / source.name) for source in (run, tiny_model))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = SWITCHED
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    manifest = json.loads((old / "manifest.json").read_text())
+    manifest["hashes"]["template"] = FirstRules(tokenizer, date(2026, 1, 1)).fingerprint
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    answer = {"role": "assistant", "content": "<think>\na mat\n</think>\n\nthe cat"}
+    row = {"messages": [{"role": "user", "content": "my note"}, answer]}
+    (old / "data" / "valid.jsonl").write_text(json.dumps(row) + "\n")
+    exported = tunesmith.export(old, to="hf", model=str(model), out=tmp_path / "out")
+    assert exported.rows == 1 and exported.distances.mean < 1e-6
 
 
 def planted(monkeypatch, true: type[kind.ExportKind], spoil) -> None:
