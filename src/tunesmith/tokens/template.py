@@ -659,12 +659,16 @@ def tokens_at_least(example: formats.Example, renderer: Renderer, length: int, c
 
 
 def _texts(example: formats.Example) -> list[str]:
+    """The texts that each of its rows has, with all their words: an answer in the middle may be rendered
+    without its reasoning, and later messages belong to later rows only."""
     if isinstance(example, Document):
         return [example.text]
     if isinstance(example, formats.Completion):
         return [example.prompt, example.completion]
     conversation = example.chosen if isinstance(example, Preference) else example.conversation
-    return [message.content for message in conversation.messages]
+    messages = conversation.messages
+    answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    return [message.content for message in messages[: answers[0] if len(answers) > 1 else None]]
 
 
 def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counter[str]) -> list[int]:

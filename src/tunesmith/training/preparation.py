@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -160,7 +161,7 @@ def prepare(
     remarks = formats.remarks((*sources.train, *sources.valid))
     _tell(dropped, reasons, notes, notify)
     _tell_remarks(remarks, audit is not None, notify)
-    _settle_thinking(config, renderer, notes[template.REASONED], len(rows), notify)
+    _settle_thinking(config, renderer, (*train.usable, *valid.usable), notify)
     notes += Counter({remark.text: count for remark, count in remarks.items()})
     objective, remarks = config.objective.settled(train.groups)
     for remark in remarks:
@@ -187,19 +188,27 @@ def prepare(
 
 
 def _settle_thinking(
-    config: RunConfig, renderer: template.Renderer, reasoned: int, rows: int, notify: Sink
+    config: RunConfig, renderer: template.Renderer, examples: Sequence[formats.Example], notify: Sink
 ) -> None:
     """Decide whether prompts without an answer ask for reasoning, and say so if the template has a choice."""
+    conversations = [
+        example.chosen if isinstance(example, formats.Preference) else example.conversation
+        for example in examples
+        if isinstance(example, formats.Demonstration | formats.Judged | formats.Preference)
+    ]
+    reasoned = [
+        bool(template.thought_of(message.content).reasoning)
+        for conversation in conversations
+        for message in conversation.messages
+        if message.role == "assistant" and message.learn is not False
+    ]
     if config.template.thinking == "auto":
-        renderer.thinking = 2 * reasoned >= rows > 0
+        renderer.thinking = 2 * sum(reasoned) >= len(reasoned) > 0
     if isinstance(renderer, HFRenderer) and renderer.switches_thinking:
         state = "on" if renderer.thinking else "off"
-        text = f"thinking is {state} in prompts: {reasoned} learned answers have reasoning, in {rows} rows"
-        notify(
-            Notice(
-                text, where="template.thinking", hint="a row without reasoning is learned with thinking off"
-            )
-        )
+        text = f"thinking is {state} in prompts: {sum(reasoned)} of {len(reasoned)} answers have reasoning"
+        hint = "a row without reasoning is learned with thinking off"
+        notify(Notice(text, where="template.thinking", hint=hint))
 
 
 def _counts(sources: Sources, train: Side, valid: Side, plan: Plan, unit: str) -> dict[str, Any]:
