@@ -51,7 +51,7 @@ class OptimizerSpec(Spec):
         "adamw", "adam", "adamax", "adagrad", "adadelta", "rmsprop", "adafactor", "lion", "sgd", "muon"
     ] = "adamw"
     learning_rate: float = Field(
-        default=1e-4, gt=0, le=100, description="peak learning rate; LoRA likes 1e-4 to 2e-4"
+        default=1e-4, ge=1e-12, le=100, description="peak learning rate; LoRA likes 1e-4 to 2e-4"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="from the peak after warm-up towards final_share of it at the end"
