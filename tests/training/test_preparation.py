@@ -16,7 +16,9 @@ THOUGHT = "<think>\nIt is two and two.\n</think>\n\nFour."
 
 
 def conversation(*answers: str) -> Conversation:
-    turns = [Message(role, text) for answer in answers for role, text in (("user", "?"), ("assistant", answer))]
+    turns = [
+        Message(role, text) for answer in answers for role, text in (("user", "?"), ("assistant", answer))
+    ]
     return Conversation(tuple(turns))
 
 
