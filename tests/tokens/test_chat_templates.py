@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from tunesmith.data.formats import Call, Conversation, Demonstration, Message
 from tunesmith.errors import ModelError, TemplateError
 from tunesmith.tokens.first_rules import FirstRules
+from tunesmith.tokens.hugging_face import Vocabulary
 from tunesmith.tokens.renderers import HFRenderer, Recorded, load
 from tunesmith.tokens.template import TemplateSpec
 
@@ -97,6 +98,15 @@ def learned(renderer, conversation: Conversation) -> list[tuple[str, str]]:
         start = row.tokens.start
         texts.append((renderer.decode(row.tokens.ids[:start]), renderer.decode(row.tokens.ids[start:])))
     return texts
+
+
+def test_an_empty_special_token_is_not_a_control_token(made, tmp_path):
+    made(PLAIN)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": ""}))
+    words = Vocabulary(PreTrainedTokenizerFast.from_pretrained(tmp_path))
+    assert words.in_text.match("words") is None and words.in_text.match("<|end|>") is not None
+    assert learned(load(tmp_path, None, None), asked("Hm?", "Seven."))
 
 
 THOUGHT = "<think>\nthree, four\n</think>\n\nSeven."

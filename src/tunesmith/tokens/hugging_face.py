@@ -35,7 +35,7 @@ class Vocabulary:
         self.tokenizer = cast(Any, tokenizer)
         added = self.tokenizer.added_tokens_decoder
         special = {token.content for token in added.values() if token.special}
-        special |= set(self.tokenizer.all_special_tokens)
+        special = (special | set(self.tokenizer.all_special_tokens)) - {""}  # which would match anywhere
         marks = [re.escape(text) for text in sorted(special, key=len, reverse=True)]
         self.in_text = re.compile("|".join(marks) or r"(?!)")
         self.control = re.compile("|".join((SURROGATES, *marks)))
