@@ -202,6 +202,27 @@ def test_arguments_are_given_as_the_template_takes_them(made):
     assert learned(made(TEXT_ARGUMENTS), conversation)[0][1] == 'sky({"town": "Rome"})<|end|>'
 
 
+@pytest.mark.parametrize("template", [PLAIN, OPENED, CHANNEL, SWITCHED])
+@pytest.mark.parametrize("words", ["Seven.", "  final answer: analysis", THOUGHT, "<think>", ""])
+def test_what_is_settled_of_an_answer_never_changes(made, template, words):
+    renderer = made(template)
+    for said in (words, f"final<|ch|>{words}", f"analysis<|ch|>three<|t|><|a|>final<|ch|>{words}"):
+        ids, shown = renderer._encode(said), ""
+        for count in range(1, len(ids) + 1):
+            if renderer.settled(ids[:count]):
+                answer = renderer.answer(ids[:count])
+                assert answer.startswith(shown), (said, count)
+                shown = answer
+        assert renderer.answer(ids).startswith(shown)
+
+
+def test_words_in_a_channel_are_shown_as_they_come(made):
+    renderer = made(CHANNEL)
+    ids = renderer._encode("final<|ch|>Seven is it")
+    assert [renderer.settled(ids[:count]) for count in (1, 5, 6)] == [False, False, False]
+    assert renderer.settled(ids[:9]) and renderer.answer(ids[:9]) == "Sev"
+
+
 def test_generated_answers_lose_the_frame(made):
     renderer = made(CHANNEL)
     assert renderer.answer(renderer._encode("final<|ch|>Seven.<|end|>x")) == "Seven."

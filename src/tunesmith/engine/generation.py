@@ -112,7 +112,8 @@ class Speaker:
         return [self.renderer.answer(answer.ids) for answer in answers]
 
     def stream(self, question: Conversation | str, sampling: Sampling) -> Iterator[str]:
-        """The answer in pieces; a character that is not complete yet waits for its last byte."""
+        """The answer in pieces; a character waits for its last byte, and words for the end of what the
+        template writes before them."""
         ids: list[int] = []
         shown = ""
         for token in stream(
@@ -125,7 +126,7 @@ class Speaker:
             seed=sampling.seed,
         ):
             ids.append(token)
-            text = self.renderer.answer(ids)
+            text = self.renderer.answer(ids) if self.renderer.settled(ids) else shown
             if text.startswith(shown) and not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text

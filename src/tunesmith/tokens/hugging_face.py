@@ -234,6 +234,18 @@ class HFRenderer(Renderer):
                 return said
         return content
 
+    def _opens(self, text: str) -> bool:
+        if self.template is None or self._broken is not None:
+            return False
+        text = text.lstrip()
+        for before, between, _ in filter(None, (self._frames.get(True), self._frames.get(False))):
+            if before.strip().startswith(text):
+                return bool(before.strip())
+            marked = bool(between.strip()) and "</think>" not in between
+            if marked and text.startswith(before.strip()) and between.strip() not in text:
+                return True
+        return False
+
     def _unframed(self, text: str) -> str:
         """Reasoning that the template marks otherwise stands in <think> marks."""
         if self.template is None or self._broken is not None:

@@ -271,6 +271,14 @@ class Renderer(ABC):
         end = next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
         return self._unframed(self.decode(ids[:end]))
 
+    def settled(self, ids: Sequence[int]) -> bool:
+        """Whether more ids only add to `answer`: no mark around words is written by half."""
+        return not self._opens(self.decode(ids))
+
+    def _opens(self, text: str) -> bool:
+        """Whether ``text`` may still be what the template writes before words, or reasoning that goes on."""
+        return False
+
     def rows(
         self,
         example: formats.Example,
