@@ -69,8 +69,12 @@ def test_split_adds_a_row_that_learns_the_words(renderer):
 def test_words_that_are_not_learned_get_no_row(renderer):
     turns = talk("Let me look.").messages
     quiet = Conversation((turns[0], Message("assistant", "Let me look.", (CALL,), learn=False), *turns[2:]))
-    ids, _ = rendered(renderer, Demonstration(quiet), "split")
+    ids, notes = rendered(renderer, Demonstration(quiet), "split")
     assert ids == rendered(renderer, Demonstration(quiet), "drop_words")[0]
+    assert (
+        notes["words beside calls left out"] == 1
+        and not notes["words beside calls learned in a row of their own"]
+    )
 
 
 def test_a_prompt_whose_history_has_both_follows_the_setting(renderer):

@@ -142,18 +142,20 @@ def _tagged_calls(text: str, place: str, ids: Iterator[str]) -> tuple[str, list[
 
 def without_words(example: Example) -> Example:
     """The example without words in turns that call, as formats have it whose turns hold words or calls."""
-
-    def quiet(conversation: Conversation) -> Conversation:
-        messages = tuple(
-            replace(message, content="") if message.calls else message for message in conversation.messages
-        )
-        return replace(conversation, messages=messages)
-
     if isinstance(example, Preference):
-        return replace(example, chosen=quiet(example.chosen), rejected=quiet(example.rejected), id="")
+        chosen, rejected = calls_only(example.chosen), calls_only(example.rejected)
+        return replace(example, chosen=chosen, rejected=rejected, id="")
     if isinstance(example, Demonstration | Judged):
-        return replace(example, conversation=quiet(example.conversation), id="")
+        return replace(example, conversation=calls_only(example.conversation), id="")
     return example
+
+
+def calls_only(conversation: Conversation) -> Conversation:
+    """The conversation without words in turns that call."""
+    messages = (
+        replace(message, content="") if message.calls else message for message in conversation.messages
+    )
+    return replace(conversation, messages=tuple(messages))
 
 
 def found(text: str) -> list[TextCall]:

@@ -24,6 +24,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from tunesmith.data import formats
+from tunesmith.data.calls import calls_only, without_words
 from tunesmith.data.examples import label_of
 from tunesmith.data.formats import Call, Conversation, Demonstration, Document, Judged, Message, Preference
 from tunesmith.errors import DataError, TemplateError, listing
@@ -151,10 +152,7 @@ class Turn(NamedTuple):
 
 
 _SURROGATES = re.compile(SURROGATES)
-_DONE = {
-    "drop_words": "words beside calls left out",
-    "split": "words beside calls learned in a row of their own",
-}
+_LEFT_OUT, _ALONE = "words beside calls left out", "words beside calls learned in a row of their own"
 _Made = TypeVar("_Made")
 
 
@@ -242,7 +240,7 @@ class Renderer(ABC):
         except Refused as error:
             if not _words_beside_calls(conversation):
                 raise
-            quiet = _calls_only(conversation)
+            quiet = calls_only(conversation)
             return self._without_words(error, lambda: self._prompt(self._checked(quiet, Counter())))
 
     def text_prompt(self, text: str) -> list[int]:
@@ -325,11 +323,14 @@ class Renderer(ABC):
             if not spoken:
                 raise
             parts = self._without_words(
-                error, lambda: self._answers(_quiet(example), learn, cut, first_notes)
+                error, lambda: self._answers(cast(Any, without_words(example)), learn, cut, first_notes)
             )
+            alone: Parts = []
             if self.words_beside_calls == "split":
-                parts = self._words_alone(example, learn, cut, first_notes) + parts
-            first_notes[_DONE[self.words_beside_calls]] += spoken
+                alone = self._words_alone(example, learn, cut, first_notes)
+            done = Counter({_ALONE: len(alone), _LEFT_OUT: spoken - len(alone)})
+            first_notes.update(+done)  # those above 0
+            parts = alone + parts
         notes.update(first_notes)
         return parts
 
@@ -365,7 +366,7 @@ class Renderer(ABC):
         if isinstance(example, Preference):
             text = "the sides of a pair cannot be split into words and calls"
             raise Refused("words_beside_calls", text, "template.words_beside_calls: drop_words")
-        quiet = self._checked(_calls_only(example.conversation), Counter())
+        quiet = self._checked(calls_only(example.conversation), Counter())
         learned = _learned(quiet, learn, 0, Counter())
         parts: Parts = []
         for place, message in _words_beside_calls(example.conversation).items():
@@ -630,21 +631,6 @@ def _words_beside_calls(conversation: Conversation) -> dict[int, Message]:
         for place, message in enumerate(conversation.messages)
         if message.calls and message.content.strip()
     }
-
-
-def _calls_only(conversation: Conversation) -> Conversation:
-    """The conversation without words beside calls."""
-    messages = (
-        replace(message, content="") if message.calls else message for message in conversation.messages
-    )
-    return replace(conversation, messages=tuple(messages))
-
-
-def _quiet(example: Demonstration | Judged | Preference) -> Demonstration | Judged | Preference:
-    """The example without words beside calls."""
-    if isinstance(example, Preference):
-        return replace(example, chosen=_calls_only(example.chosen), rejected=_calls_only(example.rejected))
-    return replace(example, conversation=_calls_only(example.conversation))
 
 
 def tokens_at_least(example: formats.Example, renderer: Renderer, length: int, cut: bool) -> int | None:
