@@ -7,6 +7,8 @@ import re
 import shutil
 from datetime import date, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -266,3 +268,37 @@ def test_what_was_merged_into_the_base_is_in_the_merged_folder(run, tmp_path, ti
     assert tunesmith.export(above, to="hf", rows=2).distances.mean < 1e-6
     with pytest.raises(ExportError, match="another adapter merged into it"):
         tunesmith.export(above, to="mlx", rows=2)
+
+
+def test_numbers_that_are_not_finite_never_pass():
+    """A NaN is neither above nor below a tolerance."""
+    live = np.log(np.full((4, 8), 1 / 8, dtype=np.float32))
+    base = live + np.linspace(-1, 1, 8, dtype=np.float32)
+    artefact = live.copy()
+    artefact[1, 2] = np.nan
+    measured = fidelity.distances(live, base, artefact)
+    loose = kind.Tolerance(kl=1e9, p99=1e9, top=0.0, lost=1e9)
+    found = fidelity.reasons(measured, fidelity.Stops(0, 0, 0, 0, ()), Carried(), loose, None)
+    assert found[0] == "its log-probabilities are not finite"
+    certain = np.log(np.eye(8, dtype=np.float32)[:4] + 1e-45)
+    certain[certain < -80] = -np.inf
+    assert fidelity.distances(certain, base, certain).mean == 0
+
+
+def test_the_end_tokens_that_count_are_those_that_end_rows():
+    probes = [fidelity.Probe([5, 6, 2], 1, [0]), fidelity.Probe([5, 7, 2], 1, [0])]
+    assert fidelity.trained_ends(probes, (9, 2, 4)) == [2]
+    stopping = fidelity.stops([], [], [2], [9])
+    assert stopping.undeclared == (2,) and fidelity.stops([], [], [2], [2]).undeclared == ()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "refused"), [("arcee", True), ("ernie4_5_moe", True), ("llama", False)]
+)
+def test_a_base_that_mlx_lm_cannot_load_is_refused(model_type, refused):
+    tuned: Any = SimpleNamespace(base_config={"model_type": model_type})
+    if refused:
+        with pytest.raises(ExportError, match="mlx-lm itself cannot load models of type"):
+            kind.require_class_of_mlx_lm(tuned, "mlx")
+    else:
+        kind.require_class_of_mlx_lm(tuned, "mlx")

@@ -17,7 +17,7 @@ from tunesmith.engine import generation
 from tunesmith.errors import ExportError, listing
 from tunesmith.evaluation.evaluate import IMITATED
 from tunesmith.exports.kind import Tolerance
-from tunesmith.model import abilities, logprobs
+from tunesmith.model import abilities, kernels, logprobs
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import VALID, Run
 from tunesmith.tokens import template
@@ -78,7 +78,7 @@ def log_probabilities(net: nn.Module, probes: Sequence[Probe], path: Path) -> No
         else:
             logits = net(ids)[0][places]
         logits = logits.astype(mx.float32)
-        parts.append(np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
+        parts.append(np.array(logits - kernels.log_sums(logits)[..., None]))
     np.save(path, np.concatenate(parts))
 
 
@@ -145,8 +145,9 @@ def distances(live: np.ndarray, base: np.ndarray, artefact: np.ndarray) -> Dista
 
 
 def _divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    # a divergence below 0 is rounding
-    return np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0)
+    with np.errstate(invalid="ignore"):  # a probability of 0 adds nothing
+        terms = np.where(np.isneginf(p), 0, np.exp(p) * (p - q))
+    return np.maximum(terms.sum(axis=1), 0)  # a divergence below 0 is rounding
 
 
 def _mean(parts: list[np.ndarray]) -> float:
@@ -186,15 +187,22 @@ def answers(net: nn.Module, probes: Sequence[Probe], ends: Sequence[int]) -> lis
     return [Ended(answer.ids, answer.finish == "stop") for answer in made]
 
 
+def trained_ends(probes: Sequence[Probe], ends: Sequence[int]) -> list[int]:
+    """The tokens of ``ends`` that end rows."""
+    last = {probe.ids[-1] for probe in probes}
+    return [token for token in ends if token in last]
+
+
 def stops(
     live: Sequence[Ended], artefact: Sequence[Ended], trained: Sequence[int], ends: Sequence[int]
 ) -> Stops:
+    """``trained``: the tokens that end rows. ``ends``: those that end an answer of the artefact."""
     return Stops(
         n=len(live),
         live=sum(answer.stopped for answer in live),
         artefact=sum(answer.stopped for answer in artefact),
         equal=sum(one.ids == other.ids for one, other in zip(live, artefact, strict=True)),
-        undeclared=tuple(token for token in trained[:1] if token not in ends),
+        undeclared=tuple(token for token in trained if token not in ends),
     )
 
 
@@ -239,6 +247,8 @@ def reasons(
 ) -> list[str]:
     """Why the artefact is rejected, one sentence each; empty if it is accepted."""
     found: list[str] = []
+    if not np.isfinite([measured.mean, measured.from_base]).all():
+        found.append("its log-probabilities are not finite")
     if measured.base > FAINT and measured.mean >= measured.from_base:
         found.append("inert: it is nearer to the base than to the adapter")
     limits = {
@@ -247,7 +257,7 @@ def reasons(
         "share of the adapter's effect that was lost": (measured.lost, tolerance.lost),
     }
     found += [
-        f"{name} {value:.3g}, at most {most:g}" for name, (value, most) in limits.items() if value > most
+        f"{name} {value:.3g}, at most {most:g}" for name, (value, most) in limits.items() if not value <= most
     ]
     if measured.top < tolerance.top:
         found.append(f"equal top tokens {measured.top:.1%}, at least {tolerance.top:.0%}")

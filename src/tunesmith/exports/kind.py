@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from tunesmith.errors import ConfigError, ExportError
 from tunesmith.events import Sink
+from tunesmith.model import layouts, mends
 from tunesmith.model.loading import Loaded, ModelSpec
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
@@ -145,6 +146,14 @@ def declared_ends(folder: Path, tokenizer: Renderer) -> tuple[int, ...]:
 
 def refuse(what: str, instead: str) -> ExportError:
     return ExportError(what, hint=instead)
+
+
+def require_class_of_mlx_lm(tuned: Tuned, kind: str) -> None:
+    """Raises ExportError if mlx-lm cannot load the base, which tunesmith loads by a class of another name or
+    with layers of its own."""
+    if not layouts.has_class(tuned.base_config) or mends.completes(tuned.base_config):
+        what = f"{kind}: mlx-lm itself cannot load models of type {tuned.base_config['model_type']}"
+        raise refuse(what, "--to hf writes a merged model for transformers")
 
 
 def require_stored_base(tuned: Tuned, kind: str) -> None:

@@ -105,12 +105,12 @@ def export(
     folder = checkpoints.choose(opened, checkpoint, notify)
     source = opening.of_run(opened, folder, model)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as work:
+    with checkpoints.held(folder), tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as work:
         artefact = Path(work) / "artefact"
         artefact.mkdir()
         exported = _made(chosen, source, Path(work), artefact, rows, notify)
         place = target.with_name(f"{target.name}.rejected") if exported.reasons else target
-        if exported.reasons and place.exists():
+        if exported.reasons and (place / RECORD).is_file():  # an earlier one of this kind
             shutil.rmtree(place)
         exported = replace(exported, path=place)
         write_json(artefact / RECORD, exported.to_json())
@@ -157,8 +157,9 @@ def _made(
     answers = fidelity.answers(net, probes, opened.renderer.eos_ids)
     notify(Notice(f"writing {chosen.name}: {chosen.what}"))
     written = chosen.write(tuned, artefact, notify)
-    trained = opened.renderer.eos_ids
+    trained = fidelity.trained_ends(every, opened.renderer.eos_ids)
     del net, opened, tuned  # the fresh process needs the memory
+    mx.clear_cache()
     notify(Notice("reloading it in a fresh process"))
     heard = _reloaded(chosen, source, work, artefact, limit, probes, every)
     with np.load(work / fresh.SKETCH) as sketches:

@@ -297,6 +297,11 @@ _CLASSES = {
 `mends.complete` builds."""
 
 
+def has_class(config: Config) -> bool:
+    """Whether mlx-lm has a class of the name that ``config`` gives."""
+    return config.get("model_type") not in _CLASSES
+
+
 def with_class(config: Config) -> Config:
     """``config`` with the model type under which mlx-lm has its class."""
     kind = config.get("model_type")

@@ -28,6 +28,11 @@ def install(net: nn.Module, config: Config) -> None:
         family(net, settings)
 
 
+def completes(config: Config) -> bool:
+    """Whether `complete` changes what mlx-lm's class builds."""
+    return config.get("model_type") in _LAYERS
+
+
 def complete(net: nn.Module, config: Config) -> None:
     """Give ``net``, before weights are read, the layers that mlx-lm's class has otherwise or leaves out."""
     family = _LAYERS.get(str(config.get("model_type")))

@@ -18,6 +18,7 @@ from tunesmith.exports.kind import (
     plain,
     refuse,
     register,
+    require_class_of_mlx_lm,
     require_stored_base,
 )
 from tunesmith.model import loading
@@ -33,6 +34,7 @@ class MLXAdapter(ExportKind):
     tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
 
     def accepts(self, tuned: Tuned) -> None:
+        require_class_of_mlx_lm(tuned, self.name)
         require_stored_base(tuned, self.name)
         if files.has_dora_on_experts(tuned.checkpoint):
             raise refuse("mlx: mlx-lm has no DoRA on routed experts", "--to mlx-merged")

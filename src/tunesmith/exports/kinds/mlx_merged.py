@@ -25,6 +25,7 @@ from tunesmith.exports.kind import (
     plain,
     refuse,
     register,
+    require_class_of_mlx_lm,
 )
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs import opening
@@ -37,6 +38,7 @@ class _MLXModel(ExportKind):
     bits: ClassVar[Literal[4, 8] | None] = None
 
     def accepts(self, tuned: Tuned) -> None:
+        require_class_of_mlx_lm(tuned, self.name)
         if tuned.source.resize_embeddings:
             raise refuse(f"{self.name}: rows were added to the embedding", "--to hf writes them")
 
