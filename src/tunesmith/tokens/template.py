@@ -340,7 +340,7 @@ class Renderer(ABC):
         if isinstance(example, Preference):
             return self._pair(example, learn, cut, notes)
         conversation = self._checked(example.conversation, notes)
-        groups = self._groups(conversation, _learned(conversation, learn, 0, notes))
+        groups = self._groups(conversation, learned_places(conversation, learn, 0, notes))
         return [("completion", part) for group in groups for part in self._fit(conversation, group, cut)]
 
     def _without_words(self, refused: Refused, render: Callable[[], _Made]) -> _Made:
@@ -367,7 +367,7 @@ class Renderer(ABC):
             text = "the sides of a pair cannot be split into words and calls"
             raise Refused("words_beside_calls", text, "template.words_beside_calls: drop_words")
         quiet = self._checked(calls_only(example.conversation), Counter())
-        learned = _learned(quiet, learn, 0, Counter())
+        learned = learned_places(quiet, learn, 0, Counter())
         parts: Parts = []
         for place, message in _words_beside_calls(example.conversation).items():
             if place in learned:
@@ -409,7 +409,7 @@ class Renderer(ABC):
         sides = [self._checked(side, notes) for side in (pair.chosen, pair.rejected)]
         same = [a == b for a, b in zip(*(side.messages for side in sides), strict=False)]
         part = [*same, False].index(False)
-        learned = [_learned(side, learn, part, notes) for side in sides]
+        learned = [learned_places(side, learn, part, notes) for side in sides]
         turns: list[list[Turn]] = []
         for start in (0, *_starts(sides[0], part)):
             groups = [self._groups(side, places, start) for side, places in zip(sides, learned, strict=True)]
@@ -662,10 +662,11 @@ def _texts(example: formats.Example) -> list[str]:
     conversation = example.chosen if isinstance(example, Preference) else example.conversation
     messages = conversation.messages
     answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
-    return [message.content for message in messages[: answers[0] if len(answers) > 1 else None]]
+    end = answers[0] + (len(answers) == 1) if answers else None
+    return ["" if message.calls else message.content for message in messages[:end]]
 
 
-def _learned(conversation: Conversation, learn: Learn, first: int, notes: Counter[str]) -> list[int]:
+def learned_places(conversation: Conversation, learn: Learn, first: int, notes: Counter[str]) -> list[int]:
     """Places of the learned answers from ``first`` on. Raises Refused if there is none."""
     messages = conversation.messages
     answers = [place for place in range(first, len(messages)) if messages[place].role == "assistant"][

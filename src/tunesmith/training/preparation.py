@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -196,12 +197,11 @@ def _settle_thinking(
         for example in examples
         if isinstance(example, formats.Demonstration | formats.Judged | formats.Preference)
     ]
-    reasoned = [
-        bool(template.thought_of(message.content).reasoning)
-        for conversation in conversations
-        for message in conversation.messages
-        if message.role == "assistant" and message.learn is not False
-    ]
+    reasoned: list[bool] = []
+    for conversation in conversations:
+        with suppress(template.Refused):  # no answer is learned
+            for place in template.learned_places(conversation, config.template.learn, 0, Counter()):
+                reasoned.append(bool(template.thought_of(conversation.messages[place].content).reasoning))
     if config.template.thinking == "auto":
         renderer.thinking = 2 * sum(reasoned) >= len(reasoned) > 0
     if isinstance(renderer, HFRenderer) and renderer.switches_thinking:
