@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tunesmith.data.formats import Call, Conversation, Demonstration, Message
-from tunesmith.errors import ModelError, TemplateError
+from tunesmith.errors import ConfigError, ModelError, TemplateError
 from tunesmith.tokens.first_rules import FirstRules
 from tunesmith.tokens.hugging_face import Vocabulary
 from tunesmith.tokens.renderers import HFRenderer, Recorded, load
@@ -249,3 +249,29 @@ def test_a_run_of_0_1_0_keeps_its_rules(made):
     shut = "<|u|>Hm?<|a|><think>\n\n</think>\n\n"
     assert learned(again, asked("Hm?", THOUGHT)) == [(shut, THOUGHT + "<|end|>")]
     assert learned(again, asked("Hm?", "Six.")) == learned(made(SWITCHED), asked("Hm?", "Six."))
+
+
+@pytest.mark.parametrize(
+    ("template", "setting", "named"),
+    [
+        (PLAIN, {"options": {"enable_thinkng": True}}, "template.options.enable_thinkng"),
+        (PLAIN, {"date": "2026-01-02"}, "template.date"),
+        (PLAIN, {"thinking": "on"}, "template.thinking"),
+        (SWITCHED, {"options": {"enable_thinking": True}}, None),
+        (SWITCHED, {"thinking": "on"}, None),
+        (PLAIN, {"thinking": "off"}, None),
+        ("mistral-v3", {"options": {"x": 1}}, "template.options.x"),
+        ("mistral-v3", {"date": "2026-01-02"}, "template.date"),
+    ],
+)
+def test_a_setting_that_the_template_does_not_read_is_refused(made, template, setting, named):
+    spec = TemplateSpec.model_validate(setting)
+
+    def opened():
+        return load(template, spec) if template == "mistral-v3" else made(template, spec=spec)
+
+    if named is None:
+        assert opened()
+    else:
+        with pytest.raises(ConfigError, match=f"{named}: the chat template does not read it"):
+            opened()

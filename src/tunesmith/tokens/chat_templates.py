@@ -97,6 +97,10 @@ class ChatTemplate:
         self.forms = self._thinking_forms(self.forms)
         self.forms = self._call_forms(self.forms)
 
+    def names(self, variable: str) -> bool:
+        """Whether the template's text has the name."""
+        return re.search(rf"\b{re.escape(variable)}\b", self._source) is not None
+
     @property
     def uses_date(self) -> bool:
         """Whether the text depends on the date."""
@@ -190,7 +194,7 @@ class ChatTemplate:
 
     def _variables(self, value: bool) -> list[dict[str, JSON]]:
         """What may turn thinking on or off: nothing, then the switches that the template names."""
-        return [{}, *({name: value} for name in SWITCHES if re.search(rf"\b{name}\b", self._source))]
+        return [{}, *({name: value} for name in SWITCHES if self.names(name))]
 
     def _plain_forms(self, forms: Forms) -> Forms:
         """Answers without reasoning: words and end after the prompt if any variable gives that, else with
@@ -215,7 +219,7 @@ class ChatTemplate:
 
     def _thinking_forms(self, forms: Forms) -> Forms:
         """Answers with reasoning: the first form in which it stands before the words."""
-        keys = [key for key in REASONING_KEYS if re.search(rf"\b{key}\b", self._source)]
+        keys = [key for key in REASONING_KEYS if self.names(key)]
         content = f"<think>\n{REASONING}\n</think>\n\n{WORDS}"
         composed: Forms | None = None
         for key, variables in product((*keys, "words"), self._variables(True)):
@@ -283,7 +287,7 @@ class ChatTemplate:
         }
         if self._choices.has_day:
             known["date_string"] = day.strftime("%d %b %Y")
-        return {name: value for name, value in known.items() if re.search(rf"\b{name}\b", self._source)}
+        return {name: value for name, value in known.items() if self.names(name)}
 
 
 def dated(template: str, day: date) -> str:

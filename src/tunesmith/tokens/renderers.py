@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from tunesmith.data.formats import Conversation, Message
-from tunesmith.errors import ModelError
+from tunesmith.errors import ConfigError, ModelError, TunesmithError
 from tunesmith.tokens.chat_templates import Choices, openai
 from tunesmith.tokens.first_rules import FirstRules
 from tunesmith.tokens.hugging_face import HFRenderer
@@ -150,15 +150,31 @@ def load(path: Path | str, spec: TemplateSpec | None = None, recorded: Recorded 
     own = folder / "tokenizer.model.v3" if (folder / "tokenizer.model.v3").is_file() else None
     try:
         if str(path) == "mistral-v3" or spec.renderer == "mistral-v3" or (own and spec.renderer == "auto"):
-            return MistralRenderer(own)
-        return _of_folder(folder, spec, recorded)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except ModelError:
+            return _with_effect(spec, MistralRenderer(own))
+        return _with_effect(spec, _of_folder(folder, spec, recorded))
+    except (KeyboardInterrupt, SystemExit, TunesmithError):
         raise
     except BaseException as error:  # a panic of a library in Rust is not an Exception
         text = _damaged(folder) or f"tokenizer.json, tokenizer_config.json: {type(error).__name__}: {error}"
         raise ModelError(f"the tokenizer cannot be read: {text}", where=str(path)) from error
+
+
+def _with_effect(spec: TemplateSpec, renderer: Renderer) -> Renderer:
+    """``renderer``. Raises ConfigError for a setting that its template does not read."""
+    template = renderer.template if isinstance(renderer, HFRenderer) else None
+    if template is None and not isinstance(renderer, MistralRenderer):
+        return renderer  # of a run of 0.1.0; or it cannot render a conversation, and says so
+    unread = [f"options.{name}" for name in spec.options if template is None or not template.names(name)]
+    if spec.date is not None and (template is None or not template.uses_date):
+        unread.append("date")
+    if spec.thinking == "on" and not (isinstance(renderer, HFRenderer) and renderer.switches_thinking):
+        unread.append("thinking")
+    if unread:
+        names = ", ".join(f"template.{name}" for name in unread)
+        raise ConfigError(
+            f"{names}: the chat template does not read it", hint="leave it out, or correct the name"
+        )
+    return renderer
 
 
 def _of_folder(folder: Path, spec: TemplateSpec, recorded: Recorded | None) -> Renderer:
