@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import tiny
 import tunesmith
 from tunesmith.cli import app
-from tunesmith.errors import ExportError
+from tunesmith.errors import DataError, ExportError
 from tunesmith.exports import fidelity, kind
 from tunesmith.exports.fidelity import Carried
 from tunesmith.exports.kinds import peft
@@ -302,3 +302,12 @@ def test_a_base_that_mlx_lm_cannot_load_is_refused(model_type, refused):
             kind.require_class_of_mlx_lm(tuned, "mlx")
     else:
         kind.require_class_of_mlx_lm(tuned, "mlx")
+
+
+def test_the_place_of_a_rejected_artefact_is_not_taken_from_others(run, tmp_path):
+    place = tmp_path / "out.rejected"
+    place.mkdir()
+    (place / "mine.txt").write_text("kept")
+    with pytest.raises(DataError, match="exists already"):
+        tunesmith.export(run, to="peft", out=tmp_path / "out")
+    assert (place / "mine.txt").read_text() == "kept"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import tunesmith
-from tunesmith.cli.options import AsJson, Checkpoint, MovedModel, RunDirectory, print_json, progress
+from tunesmith.cli.options import AsJson, Checkpoint, MovedModel, RunDirectory, print_json, progress, say
 
 
 def export(
@@ -30,5 +30,4 @@ def export(
     if as_json:
         print_json(exported.to_json())
     else:
-        typer.echo("\n".join(exported.lines))
-        typer.echo(f"exported: {exported.path}")
+        say("\n".join([*exported.lines, f"exported: {exported.path}"]))

@@ -101,7 +101,8 @@ def export(
     ``.rejected``."""
     chosen, opened = kind.named(to), Run.open(run)
     target = opened.path / EXPORTS / to if out is None else Path(out)
-    _require_free(target)
+    rejected = target.with_name(f"{target.name}.rejected")
+    _require_free(target, rejected)
     folder = checkpoints.choose(opened, checkpoint, notify)
     source = opening.of_run(opened, folder, model)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,8 +110,8 @@ def export(
         artefact = Path(work) / "artefact"
         artefact.mkdir()
         exported = _made(chosen, source, Path(work), artefact, rows, notify)
-        place = target.with_name(f"{target.name}.rejected") if exported.reasons else target
-        if exported.reasons and (place / RECORD).is_file():  # an earlier one of this kind
+        place = rejected if exported.reasons else target
+        if exported.reasons and place.exists():  # an earlier one
             shutil.rmtree(place)
         exported = replace(exported, path=place)
         write_json(artefact / RECORD, exported.to_json())
@@ -121,10 +122,12 @@ def export(
     return exported
 
 
-def _require_free(target: Path) -> None:
-    if target.exists():
+def _require_free(target: Path, rejected: Path) -> None:
+    """Raises DataError if the artefact's place is taken, or that of a rejected one by something else."""
+    taken = target if target.exists() else rejected
+    if taken.exists() and (taken == target or not (rejected / RECORD).is_file()):
         hint = "choose another --out, or remove it"
-        raise DataError("exists already", where=str(target), hint=hint)
+        raise DataError("exists already", where=str(taken), hint=hint)
 
 
 def _rejected(exported: Exported, chosen: ExportKind) -> ExportError:
