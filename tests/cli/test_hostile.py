@@ -20,6 +20,7 @@ from tunesmith.data.formats import DataSpec, rows
 from tunesmith.errors import ConfigError
 from tunesmith.runs import configure
 from tunesmith.runs.config import MOST_STEPS
+from tunesmith.tokens import batches
 from tunesmith.tokens.batches import BatchSpec, Cut, Plan
 
 SECONDS, MEMORY = 20, 2 << 30
@@ -198,3 +199,12 @@ def test_an_error_of_the_system_is_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         cli.main()
     assert capsys.readouterr().err.endswith("x: File name too long\n")
+
+
+def test_what_is_looked_at_before_a_run_holds_every_row(monkeypatch):
+    monkeypatch.setattr(batches, "LOOKED_AT", 3)
+    lengths = tuple(range(10, 50))
+    plan = Plan(lengths, 1, Cut.of(BatchSpec(), lengths), 0, max_steps=400)
+    assert plan.largest() == [lengths.index(49)]
+    assert {member for step in plan.looked_at for member in plan.members(step)} == set(range(40))
+    assert len(plan.looked_at) == 40

@@ -21,7 +21,7 @@ from tunesmith.settings.config import Spec
 from tunesmith.tokens.template import Tokens
 
 LOOKED_AT = 10_000
-"""Updates of a longer run that are looked at before it begins: they hold every row many times."""
+"""Updates that are looked at before a longer run begins, or its first epoch if that has more."""
 PER_CALL = 24
 """Fixed cost of one pass over the device, in tokens."""
 
@@ -304,12 +304,17 @@ class Plan:
                 padded += self.cut.size([self.lengths[member] for member in micro])
         return 1 - used / padded if padded else 0.0
 
+    @property
+    def looked_at(self) -> range:
+        """The updates that are looked at before the run begins: each row is in one of them."""
+        return range(min(self.steps, max(LOOKED_AT, self.steps_per_epoch)))
+
     def largest(self, ranks: int = 1) -> list[int]:
-        """The micro-batch of the first LOOKED_AT updates with the most tokens on the device, on any rank: the
-        peak of memory."""
+        """The micro-batch with the most tokens on the device of the updates that are looked at, on any rank:
+        the peak of memory."""
         every = (
             micro
-            for step in range(min(self.steps, LOOKED_AT))
+            for step in self.looked_at
             for rank in range(ranks)
             for micro in self.update(step, rank, ranks)
         )

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from tunesmith.events import Notice, Sink
-from tunesmith.tokens.batches import LOOKED_AT, Group, Plan
+from tunesmith.tokens.batches import Group, Plan
 
 WINDOW = 10  # updates
 RUNAWAY_KL = 30.0
@@ -69,10 +69,7 @@ class Watch:
 
 
 def lonely(plan: Plan, groups: Sequence[Group]) -> int:
-    """How many of the first LOOKED_AT updates hold rows of one class only."""
+    """How many of the updates that are looked at hold rows of one class only."""
     if all(group.label is None for group in groups):
         return 0
-    return sum(
-        len({groups[member].label for member in plan.members(step)}) < 2
-        for step in range(min(plan.steps, LOOKED_AT))
-    )
+    return sum(len({groups[member].label for member in plan.members(step)}) < 2 for step in plan.looked_at)

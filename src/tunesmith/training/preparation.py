@@ -300,7 +300,7 @@ def _tell(dropped: list[formats.Dropped], reasons: Counter[str], notes: Counter[
 
 
 def _tell_remarks(remarks: Counter[formats.RowRemark], audited: bool, notify: Sink) -> None:
-    """Report how rows were read. The audit has told of what was not understood."""
+    """Report how rows were read. If the rows were audited, its report names the keys that are not read."""
     for remark, count in sorted(remarks.items()):
         if not (remark.doubt and audited):
             notify(Notice(remark.text, level="warning" if remark.doubt else "info", count=count))

@@ -36,7 +36,7 @@ from tunesmith.model import kernels
 from tunesmith.model.loading import Loaded
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS
-from tunesmith.tokens.batches import LOOKED_AT, Cut, Group
+from tunesmith.tokens.batches import Cut, Group
 from tunesmith.tokens.template import Tokens
 from tunesmith.training.preparation import Prepared
 
@@ -270,15 +270,11 @@ def twins(prepared: Prepared, config: RunConfig, step: int | None) -> list[Group
 
 
 def count(prepared: Prepared, config: RunConfig) -> int:
-    """Number of sequences that the first LOOKED_AT updates compare with the model before training; 0 if the
-    objective does not."""
+    """Number of sequences that the updates that are looked at compare with the model before training; 0 if
+    the objective does not."""
     if not prepared.objective.needs_reference:
         return 0
-    pairs = [
-        pair
-        for step in (None, *range(min(prepared.plan.steps, LOOKED_AT)))
-        for pair in _pairs(prepared, config, step)[0]
-    ]
+    pairs = [pair for step in (None, *prepared.plan.looked_at) for pair in _pairs(prepared, config, step)[0]]
     return len(
         {
             sequence.digest

@@ -185,8 +185,8 @@ def _delete_unused(folder: Path) -> None:
     """Delete the other kernels beside ``folder`` that nobody has loaded for `UNUSED_DAYS`. A process that
     still runs with them keeps its copy."""
     oldest = time.time() - UNUSED_DAYS * 86_400
-    with suppress(OSError):
-        for other in folder.parent.iterdir():
+    for other in folder.parent.iterdir():
+        with suppress(OSError):  # a file, or another process deletes it
             used = max(path.stat().st_mtime for path in (other, *other.iterdir()))
             if other != folder and used < oldest:
                 shutil.rmtree(other, ignore_errors=True)
