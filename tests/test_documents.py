@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import typer
+from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 import tunesmith
@@ -141,9 +142,10 @@ def test_verbs_and_options_exist():
             if verb not in verbs:
                 assert verb in WORDS, f"{page.name}: tunesmith {verb}"
                 continue
-            options = {
-                name for option in verbs[verb].params for name in [*option.opts, *option.secondary_opts]
-            }
+            command = verbs[verb]
+            if isinstance(command, TyperGroup):  # a verb of verbs, as `runs show`
+                command = command.commands.get(rest.split()[0] if rest.split() else "", command)
+            options = {name for option in command.params for name in [*option.opts, *option.secondary_opts]}
             for option in re.findall(r"(--[a-z-]+)", rest):
                 assert option in options, f"{page.name}: tunesmith {verb} {option}"
                 count += 1

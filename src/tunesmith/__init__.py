@@ -1,7 +1,8 @@
 """Fine-tune language models on your own machine, with proof that it worked.
 
-Each verb of the command line is a function here, under the same name and with the same meaning. A verb's
-module is loaded when the verb is first used, so that ``import tunesmith`` loads neither MLX nor transformers.
+Each verb of the command line is a function here, under the same name and with the same meaning (``runs`` is
+`list_runs`, ``runs show`` is `lineage` and ``runs prune`` is `prune`). A verb's module is loaded when the
+verb is first used, so that ``import tunesmith`` loads neither MLX nor transformers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from tunesmith.preflight.plan import plan
     from tunesmith.preflight.show import show
     from tunesmith.reports.verbs import compare, evaluate, report, train, watch
+    from tunesmith.runs.ancestry import lineage
     from tunesmith.runs.configure import configure, init
+    from tunesmith.runs.pruning import prune
+    from tunesmith.runs.registry import list_runs, tag
     from tunesmith.runs.talk import chat, generate
 
 __all__ = [
@@ -33,9 +37,13 @@ __all__ = [
     "export",
     "generate",
     "init",
+    "lineage",
+    "list_runs",
     "plan",
+    "prune",
     "report",
     "show",
+    "tag",
     "train",
     "watch",
 ]
@@ -50,13 +58,19 @@ VERBS = {
     "export": "tunesmith.exports.verb",
     "generate": "tunesmith.runs.talk",
     "init": "tunesmith.runs.configure",
+    "lineage": "tunesmith.runs.ancestry",
+    "list_runs": "tunesmith.runs.registry",
     "plan": "tunesmith.preflight.plan",
+    "prune": "tunesmith.runs.pruning",
     "report": "tunesmith.reports.verbs",
     "show": "tunesmith.preflight.show",
+    "tag": "tunesmith.runs.registry",
     "train": "tunesmith.reports.verbs",
     "watch": "tunesmith.reports.verbs",
 }
 """Verb → the module that defines a function of this name."""
+WITHOUT_MLX = frozenset({"doctor", "lineage", "list_runs", "prune", "tag"})
+"""Verbs that do not need MLX; ``doctor`` reports why it cannot be loaded."""
 
 # The one thing done at import: MLX binds its BLAS when it is loaded, by whichever module of the package.
 backend.prepare()
@@ -64,10 +78,10 @@ backend.prepare()
 
 def __getattr__(name: str) -> Callable[..., Any]:
     """The verb ``name``. If MLX cannot be loaded, a verb that raises SetupError when it is called, so that
-    ``hasattr`` and autocompletion work everywhere; ``doctor`` runs and reports the reason."""
+    ``hasattr`` and autocompletion work everywhere."""
     if name not in VERBS:
         raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
-    if name != "doctor":
+    if name not in WITHOUT_MLX:
         try:
             backend.setup()
         except SetupError as error:

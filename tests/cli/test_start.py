@@ -47,6 +47,10 @@ VERBS = {
     "compare run other": SETTINGS | {"jinja2"},
     "generate model --prompt hello --max-tokens 2": SETTINGS | MODEL,
     "chat run": SETTINGS | MODEL,
+    "tag run tool:1": {"rich"},
+    "runs --folder .": {"rich"},
+    "runs show run": {"rich"},
+    "runs prune --folder .": {"rich"},
     "export run --to peft": SETTINGS | MODEL,
 }
 """Command → the heavy packages that it may have loaded when it ends. Commands run in this order."""
@@ -111,6 +115,7 @@ def test_a_verb_loads_what_it_uses_and_no_more(place):
 
 def test_every_verb_is_held_to_what_it_loads():
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    verbs |= {group.typer_instance.info.name for group in app.registered_groups}
     assert {command.split()[0] for command in VERBS} == verbs and len(verbs) >= 11
 
 

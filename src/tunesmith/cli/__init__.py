@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli import data, evaluation, exporting, setup, talking, training
+from tunesmith.cli import data, evaluation, exporting, register, setup, talking, training
 from tunesmith.display.text import escaped
 from tunesmith.errors import TunesmithError
 from tunesmith.machine import imports
@@ -37,10 +37,12 @@ for verb in (
     evaluation.compare,
     evaluation.report,
     exporting.export,
+    register.tag,
     talking.generate,
     talking.chat,
 ):
     app.command(cls=evaluation.EvaluateCommand if verb is evaluation.evaluate else None)(verb)
+app.add_typer(register.app)
 
 
 @app.callback(invoke_without_command=True)

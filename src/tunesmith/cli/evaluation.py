@@ -140,7 +140,7 @@ def report(run: RunDirectory, as_json: AsJson = False) -> None:
     from tunesmith.display.console import readable
 
     page = tunesmith.report(run).with_suffix(".html")
-    summary = reports.summarise(run)
+    summary = reports.summarise(page.parent)
     for notice in summary.facts.unread:
         typer.echo(readable(notice), err=True)
     if as_json:

@@ -35,7 +35,7 @@ Accept = Annotated[
     list[str] | None, typer.Option(help="accept a finding, such as duplicates or content.secrets; repeatable")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
-RunDirectory = Annotated[Path, typer.Argument(help="run directory")]
+RunDirectory = Annotated[Path, typer.Argument(help="run directory, or its tag")]
 Checkpoint = Annotated[str, typer.Option(help="best, last, or a step")]
 MovedModel = Annotated[
     str | None, typer.Option("--model", help="path of the run's model, if it was moved since training")

@@ -11,7 +11,7 @@ import tunesmith
 from tunesmith.cli.options import AsJson, Checkpoint, Control, MovedModel, print_json, progress, say
 from tunesmith.display.text import escaped
 
-Target = Annotated[str, typer.Argument(help="run directory, checkpoint folder, or model")]
+Target = Annotated[str, typer.Argument(help="run directory or its tag, checkpoint folder, or model")]
 System = Annotated[str | None, typer.Option(help="system message")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="longest answer")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token")]

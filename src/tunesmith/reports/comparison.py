@@ -239,16 +239,18 @@ def compare(
 
 
 def _runs(run_dirs: Sequence[Path], against: Path | None, notify: Sink) -> list[ComparedRun]:
-    folders = [*([against] if against is not None else []), *run_dirs]
+    first = [] if against is None else [Run.open(against).path]
+    named_runs = [Run.open(folder).path for folder in run_dirs]
+    folders = [*first, *named_runs]
     unique: dict[Path, Path] = {}
     for folder in folders:
-        unique.setdefault(Run.open(folder).path.resolve(), folder)
+        unique.setdefault(folder.resolve(), folder)
     paths = list(unique.values())
     if len(paths) < 2:
         where = ", ".join(map(str, folders)) or None
         hint = "name two run directories or more"
         raise DataError("one run alone cannot be compared", where=where, hint=hint)
-    if twice := len(run_dirs) - len({folder.resolve() for folder in run_dirs}):
+    if twice := len(named_runs) - len({folder.resolve() for folder in named_runs}):
         notify(Notice("a run that is named twice is compared once", level="warning", count=twice))
     named = zip(paths, _letters(len(paths)), _names(paths), strict=True)
     return [_read(path, letter, name, notify) for path, letter, name in named]

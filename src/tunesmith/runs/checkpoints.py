@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.data.sources import sha256
 from tunesmith.errors import CorruptCheckpoint, DataError
 from tunesmith.events import Notice, Sink, silent
 from tunesmith.files import checked, draft, draft_name, read_json, remove, write_json
-from tunesmith.runs.config import LoopSpec
 from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS, CHECKPOINTS, CURSOR, OPTIMIZER, Run
+
+if TYPE_CHECKING:
+    from tunesmith.runs.config import LoopSpec
 
 
 @dataclass
@@ -74,6 +76,17 @@ def retain(run: Run, cursor: Cursor, spec: LoopSpec) -> None:
             "kept": [step for step in steps if step in retained],
         },
     )
+
+
+def discard(run: Run, folder: Path) -> None:
+    """Remove a checkpoint, also from the index. Raises DataError while it is `held`."""
+    _remove(folder)
+    if folder.exists():
+        raise DataError("another process uses it", where=str(folder))
+    index = run.path / CHECKPOINTS / "index.json"
+    content = read_json(index, dict[str, Any], DataError, None)
+    steps = run.checkpoints()
+    write_json(index, content | {"kept": [step for step in content.get("kept", steps) if step in steps]})
 
 
 def _remove(folder: Path) -> None:

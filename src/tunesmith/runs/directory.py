@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import TYPE_CHECKING, Any, NotRequired
 
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
@@ -24,8 +24,11 @@ from typing_extensions import TypedDict
 from tunesmith.errors import DataError, DiskFull, EvaluationError, ModelError, TrainingError
 from tunesmith.events import Notice, Sink
 from tunesmith.files import checked, draft, read_json, remove, remove_drafts, write_json, write_text
-from tunesmith.runs.config import RunConfig, of_run
+from tunesmith.runs import tags
 from tunesmith.settings.config import dump
+
+if TYPE_CHECKING:
+    from tunesmith.runs.config import RunConfig  # loads MLX, which listing runs does not need
 
 CONFIG, ORIGIN, MANIFEST, EVENTS, LOG = (
     "config.yaml",
@@ -93,6 +96,8 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
+        from tunesmith.runs.config import of_run
+
         return of_run(self.path / CONFIG)
 
     def settings(self, model: str | None = None) -> RunConfig:
@@ -132,8 +137,8 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """The run at ``path``. Raises DataError if there is none."""
-        folder = Path(path)
+        """The run at ``path``, which may also be a tag. Raises DataError if there is none."""
+        folder = tags.find(path)
         if not (folder / MANIFEST).is_file():
             reason = f"{MANIFEST} is missing" if folder.is_dir() else "there is no such folder"
             raise DataError(f"not a run: {reason}", where=str(path), hint="runs live in ./runs/<name>")

@@ -7,7 +7,7 @@ from typing import Any
 
 from tunesmith.data.sources import sha256
 from tunesmith.errors import ModelError
-from tunesmith.runs import checkpoints
+from tunesmith.runs import checkpoints, tags
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import ADAPTERS, MANIFEST, Run
 
@@ -39,11 +39,11 @@ def _absolute(path: str) -> str:
 
 
 def _checkpoint(path: str | None, where: str) -> str | None:
-    """The checkpoint folder that ``path`` names: itself, or the best one of a run. Raises ModelError if it is
-    neither."""
+    """The checkpoint folder that ``path`` names: itself, or the best one of a run, which may be named by a
+    tag. Raises ModelError if it is neither."""
     if path is None:
         return None
-    folder = Path(path).expanduser()
+    folder = tags.find(Path(path).expanduser())
     if (folder / MANIFEST).is_file():
         return str(checkpoints.choose(Run(folder), "best").resolve())
     if not (folder / ADAPTERS).is_file():

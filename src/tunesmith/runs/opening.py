@@ -14,7 +14,7 @@ from tunesmith.adapters import merging
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.events import Sink
 from tunesmith.model.loading import Loaded, ModelSpec
-from tunesmith.runs import checkpoints, manifest
+from tunesmith.runs import checkpoints, manifest, tags
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, Run
 from tunesmith.tokens import renderers
@@ -77,13 +77,13 @@ def find(
     adapter: bool = True,
     notify: Sink = events.silent,
 ) -> Source:
-    """The model of a run directory, of a checkpoint folder inside one, or a plain model (folder, GGUF file,
-    hub id).
+    """The model of a run (its directory or a tag), of a checkpoint folder inside one, or a plain model
+    (folder, GGUF file, hub id).
 
     checkpoint: best, last or a step, for a run. model: where the run's base lies now, if it was moved.
     adapter False: the run's base as it was before training. Raises ConfigError for options that a plain model
     does not have, DataError for an adapter outside a run."""
-    path = Path(target)
+    path = tags.find(target)
     if (path / MANIFEST).is_file():
         run = Run.open(path)
         return of_run(run, checkpoints.choose(run, checkpoint, notify) if adapter else None, model)

@@ -1,0 +1,215 @@
+"""What was a run made from, and what was made from it?
+
+The manifest of a run names the adapters that it started from or merged, with theirs; so ancestors are known
+even if they were removed. What was made from a run is found among the runs of a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired
+
+from typing_extensions import TypedDict
+
+from tunesmith.errors import DataError, TunesmithError
+from tunesmith.files import checked, read_json
+from tunesmith.runs.directory import ADAPTERS, CHECKPOINTS, CONFIG, CURSOR, MANIFEST, RESTORE, Run
+from tunesmith.runs.registry import RegisteredRun, folders, read
+from tunesmith.runs.tags import FOLDER
+from tunesmith.settings import origins
+from tunesmith.settings.config import JSON
+
+EXPORTS, EXPORT = "exports", "export.json"
+RELATIONS = {"start": "starts from", "merged": "has merged"}
+"""Role of an adapter in the manifest's lineage, in words."""
+
+
+class _Entry(TypedDict):
+    """One adapter in the manifest's lineage."""
+
+    checkpoint: str
+    sha256: NotRequired[str]
+    run: NotRequired[str]
+    lineage: NotRequired[dict[str, Any]]
+
+
+class _Export(TypedDict):
+    """The part of ``export.json`` that is listed."""
+
+    kind: str
+    checkpoint: NotRequired[str]
+    accepted: NotRequired[bool]
+
+
+class Parent(NamedTuple):
+    """An adapter that a run uses. ``relation``: a key of `RELATIONS`. ``parents``: of its own run."""
+
+    relation: str
+    checkpoint: Path
+    sha256: str | None
+    parents: tuple[Parent, ...]
+
+    @property
+    def run(self) -> Path:
+        """The run directory that the checkpoint was in."""
+        return self.checkpoint.parent.parent
+
+
+class Child(NamedTuple):
+    """A run that uses a checkpoint of another. ``step``: name of the checkpoint's folder."""
+
+    relation: str
+    step: str
+    run: RegisteredRun
+    children: tuple[Child, ...]
+
+
+class ExportedTo(NamedTuple):
+    kind: str
+    path: Path
+    checkpoint: str | None
+    accepted: bool | None
+
+
+@dataclass(frozen=True)
+class Ancestry:
+    """A run with all that it was made from, and all under ``folder`` that was made from it."""
+
+    run: RegisteredRun
+    folder: Path
+    parents: tuple[Parent, ...]
+    children: tuple[Child, ...]
+    exports: tuple[ExportedTo, ...]
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            **self.run.to_json(),
+            "made_from": [_parent_json(parent) for parent in self.parents],
+            "used_by": [_child_json(child) for child in self.children],
+            "exports": [{**export._asdict(), "path": str(export.path)} for export in self.exports],
+        }
+
+
+def _parent_json(parent: Parent) -> dict[str, JSON]:
+    return {
+        "relation": parent.relation,
+        "checkpoint": str(parent.checkpoint),
+        "exists": parent.checkpoint.is_dir(),
+        "made_from": [_parent_json(above) for above in parent.parents],
+    }
+
+
+def _child_json(child: Child) -> dict[str, JSON]:
+    return {
+        "relation": child.relation,
+        "step": child.step,
+        "path": str(child.run.path),
+        "used_by": [_child_json(below) for below in child.children],
+    }
+
+
+def lineage(run: str | Path, folder: str | Path | None = None) -> Ancestry:
+    """The run with its lineage. folder: where to look for runs that use it (default: the folder that holds
+    it). Raises DataError if there is no such run."""
+    path = Run.open(run).path
+    around = _around(path) if folder is None else Path(folder)
+    users = by_user([other for other in folders(around) if not other.samefile(path)], also=path)
+    children = _children(path.resolve(), users, frozenset({path.resolve()}))
+    return Ancestry(read(path), around, parents(path), children, tuple(_exports(path)))
+
+
+def _around(path: Path) -> Path:
+    runs = Path(FOLDER)
+    return runs if runs.resolve() in path.resolve().parents else path.parent
+
+
+def parents(run: Path) -> tuple[Parent, ...]:
+    """The adapters that the run used; those that its settings name if its manifest cannot be read."""
+    try:
+        return _parents(Run(run).manifest.get("lineage", {}), str(run / MANIFEST))
+    except DataError:
+        return tuple(_of_settings(run))
+
+
+def _of_settings(run: Path) -> Iterator[Parent]:
+    try:
+        content = checked(origins.skim(run / CONFIG), dict[str, Any], str(run / CONFIG), DataError, RESTORE)
+    except TunesmithError:
+        return
+    for block, key, relation in (("adapter", "start", "start"), ("model", "adapter", "merged")):
+        settings = content.get(block)
+        checkpoint = settings.get(key, "null") if isinstance(settings, dict) else "null"
+        if checkpoint != "null":
+            yield Parent(relation, Path(str(checkpoint)), None, ())
+
+
+def _parents(entries: Mapping[str, Any], where: str, depth: int = 0) -> tuple[Parent, ...]:
+    if depth > 50:  # a manifest that was made by hand
+        return ()
+    found: list[Parent] = []
+    for role, content in entries.items():
+        if role in RELATIONS:
+            entry = checked(content, _Entry, where, DataError, RESTORE)
+            above = _parents(entry.get("lineage", {}), where, depth + 1)
+            found.append(Parent(role, Path(entry["checkpoint"]), entry.get("sha256"), above))
+    return tuple(found)
+
+
+class Use(NamedTuple):
+    """``user`` uses ``parent``, a checkpoint of the run at ``owner`` (a resolved path)."""
+
+    owner: Path
+    parent: Parent
+    user: Path
+
+
+def by_user(users: Sequence[Path], *, also: Path | None = None) -> list[Use]:
+    """What the runs use of each other, and of the run ``also``. A checkpoint is known by its path, or by its
+    content if it is no longer there."""
+    used = [(user, parent) for user in users for parent in parents(user)]
+    by_hash: dict[str, list[Path]] = {}
+    if not all(parent.checkpoint.exists() for _, parent in used):
+        for run in [*users, *([] if also is None else [also])]:
+            for value in _adapter_hashes(run):
+                by_hash.setdefault(value, []).append(run.resolve())
+    return [
+        Use(owner, parent, user)
+        for user, parent in used
+        for owner in dict.fromkeys((parent.run.resolve(), *_elsewhere(parent, by_hash)))
+    ]
+
+
+def _elsewhere(parent: Parent, by_hash: Mapping[str, Sequence[Path]]) -> Sequence[Path]:
+    return () if parent.sha256 is None or parent.checkpoint.exists() else by_hash.get(parent.sha256, ())
+
+
+def _adapter_hashes(run: Path) -> Iterator[str]:
+    """SHA-256 of the adapter in each checkpoint, as the checkpoints record it."""
+    for path in sorted((run / CHECKPOINTS).glob(f"*/{CURSOR}")):
+        try:
+            yield str(json.loads(path.read_text("utf-8"))["sha256"][ADAPTERS])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+
+
+def _children(run: Path, uses: Sequence[Use], seen: frozenset[Path]) -> tuple[Child, ...]:
+    children: list[Child] = []
+    for use in uses:
+        user = use.user.resolve()
+        if use.owner == run and user not in seen:
+            below = _children(user, uses, seen | {user})
+            children.append(Child(use.parent.relation, use.parent.checkpoint.name, read(use.user), below))
+    return tuple(children)
+
+
+def _exports(run: Path) -> Iterator[ExportedTo]:
+    for path in sorted((run / EXPORTS).glob(f"[!.]*/{EXPORT}")):
+        try:
+            export = read_json(path, _Export, DataError, None)
+        except DataError:
+            yield ExportedTo("unreadable", path.parent, None, None)
+        else:
+            accepted = export.get("accepted")
+            yield ExportedTo(export["kind"], path.parent, export.get("checkpoint"), accepted)

@@ -1,0 +1,141 @@
+"""Names for runs, as ``mytool:2``: kept in the run, in ``tags.json``, and understood wherever a run is asked.
+
+A tag names one run under a folder. It is looked for under ``runs``, or under the folder before it:
+``experiments/mytool:2``. A path that exists is never taken for a tag."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from typing_extensions import TypedDict
+
+from tunesmith.errors import ConfigError, DataError
+from tunesmith.files import read_json, write_json
+
+TAGS = "tags.json"
+FOLDER = "runs"
+"""Where runs are made and looked for, from the current folder."""
+_TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,99}:[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
+
+
+class Tags(TypedDict):
+    """``tags.json``."""
+
+    tags: list[str]
+
+
+def find(target: str | Path) -> Path:
+    """The folder that ``target`` names: a path, or the run with this tag. Raises DataError if no run has the
+    tag, or more than one."""
+    path = Path(target)
+    if _exists(path) or not _TAG.fullmatch(path.name):
+        return path
+    folder, tag = _place(path)
+    holders = _holders(folder, tag)
+    if len(holders) == 1:
+        return holders[0]
+    if holders:
+        names = " and ".join(map(str, holders))
+        hint = f"name the folder, or decide: tunesmith tag {shlex.quote(str(holders[0]))} {tag} --move"
+        raise DataError(f"the tag is ambiguous: {names} have it", where=str(target), hint=hint)
+    hint = f"tunesmith runs --folder {shlex.quote(str(folder))} lists the runs with their tags"
+    raise DataError(f"no run under {folder} has this tag", where=str(target), hint=hint)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _place(path: Path) -> tuple[Path, str]:
+    """The folder in which a tag is looked for, and the tag."""
+    return Path(FOLDER) if path.parent == Path() else path.parent, path.name
+
+
+def _holders(folder: Path, tag: str) -> list[Path]:
+    """The runs under ``folder`` that have the tag. A damaged list of tags names none."""
+    holders: list[Path] = []
+    for file in listed(folder):
+        with suppress(DataError):
+            if tag in read(file.parent):
+                holders.append(file.parent)
+    return holders
+
+
+def listed(folder: Path) -> list[Path]:
+    """The lists of tags under ``folder``, in its folders and theirs."""
+    return sorted([*folder.glob(f"[!.]*/{TAGS}"), *folder.glob(f"[!.]*/[!.]*/{TAGS}")])
+
+
+def read(run: Path) -> list[str]:
+    """The tags of a run. Raises DataError if they cannot be read."""
+    path = run / TAGS
+    if not os.path.lexists(path):
+        return []
+    hint = f"remove the file, and tag the run again: tunesmith tag {shlex.quote(str(run))} NAME:VERSION"
+    return read_json(path, Tags, DataError, hint)["tags"]
+
+
+def add(run: Path, tag: str, *, move: bool = False) -> None:
+    """Give the run a tag. ``move``: take it from the run that has it. Raises DataError if another run beside
+    this one has it, ConfigError if it is not a tag."""
+    if not _TAG.fullmatch(tag):
+        hint = "a name and a version, of letters, digits, '.', '-' and '_': mytool:2"
+        raise ConfigError(f"{tag!r} is not a tag", where="tag", hint=hint)
+    with _alone(run):
+        folder = _root(run)
+        others = [other for other in _holders(folder, tag) if not other.samefile(run)]
+        if others and not move:
+            hint = f"take it from there: tunesmith tag {shlex.quote(str(run))} {tag} --move"
+            raise DataError(f"{others[0]} has the tag {tag}", where=str(run), hint=hint)
+        # First given, then taken: if the process dies between the two, both have it and none has lost it.
+        if tag not in (tags := read(run)):
+            _write(run, [*tags, tag])
+        for other in others:
+            _write(other, [name for name in read(other) if name != tag])
+
+
+def remove(run: Path, tag: str) -> None:
+    """Take a tag from the run. Raises DataError if it has no such tag."""
+    with _alone(run):
+        tags = read(run)
+        if tag not in tags:
+            hint = f"it has {', '.join(tags)}" if tags else "it has no tags"
+            raise DataError(f"has no tag {tag}", where=str(run), hint=hint)
+        _write(run, [name for name in tags if name != tag])
+
+
+def _root(run: Path) -> Path:
+    """The folder under which a tag of ``run`` is unique: the runs of the current folder if it is one of
+    them, else the folder that holds it."""
+    around = Path(FOLDER).resolve()
+    return Path(FOLDER) if around in run.resolve().parents else run.parent
+
+
+def _write(run: Path, tags: list[str]) -> None:
+    try:
+        write_json(run / TAGS, Tags(tags=tags))
+    except OSError as error:
+        hint = "make the run's folder writable, and the disk not full"
+        raise DataError(f"cannot be written: {error.strerror}", where=str(run / TAGS), hint=hint) from error
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Let one process at a time change tags under the folder of ``run``."""
+    import fcntl
+
+    handle = os.open(_root(run), os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
