@@ -49,7 +49,14 @@ def run(tmp_path_factory, tiny_model) -> Path:
     return train(tmp_path_factory.mktemp("export"), tiny_model, "adapter.rank=4")
 
 
-@pytest.mark.parametrize("name", ["hf", "peft", "mlx", "mlx-merged", "mlx-8bit", "mlx-4bit"])
+KINDS = {  # mean KL divergence at most
+    **dict.fromkeys(("hf", "peft", "mlx", "mlx-merged", "gguf-f32", "gguf-f16"), 1e-6),
+    **{"mlx-8bit": 1e-3, "mlx-4bit": 0.05, "gguf-bf16": 1e-5, "gguf-q8_0": 1e-3, "gguf-q5_1": 0.01},
+    **{"gguf-q5_0": 0.01, "gguf-q4_1": 0.02, "gguf-q4_0": 0.03},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_every_kind_says_what_the_live_adapter_says(run, name, tmp_path):
     words = ["export", str(run), "--to", name, "--out", str(tmp_path / "out"), "--rows", "3", "--json"]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
@@ -57,7 +64,7 @@ def test_every_kind_says_what_the_live_adapter_says(run, name, tmp_path):
     record = json.loads(result.stdout)
     assert record == json.loads((tmp_path / "out" / "export.json").read_text())
     assert record["accepted"] and record["rows"] == 3
-    assert record["kl"]["mean"] <= {"mlx-8bit": 1e-3, "mlx-4bit": 0.05}.get(name, 1e-6)
+    assert record["kl"]["mean"] <= KINDS[name]
     assert record["kl"]["base"] > 0.01 and record["kl"]["survived"] == pytest.approx(1, abs=0.1)
     assert not list(tmp_path.glob(".export-*"))
 
@@ -221,7 +228,7 @@ def test_an_artefact_that_is_there_is_not_overwritten_and_a_wrong_kind_lists_all
     (tmp_path / "out").mkdir()
     with pytest.raises(tunesmith.errors.DataError, match="exists already"):
         tunesmith.export(run, to="hf", out=tmp_path / "out")
-    with pytest.raises(tunesmith.errors.ConfigError, match="hf, mlx, mlx-4bit, mlx-8bit, mlx-merged, peft"):
+    with pytest.raises(tunesmith.errors.ConfigError, match="gguf-q8_0, hf, mlx, mlx-4bit, mlx-8bit, mlx-merged, peft"):
         tunesmith.export(run, to="onnx")
 
 

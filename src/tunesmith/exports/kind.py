@@ -37,7 +37,8 @@ class Tolerance(NamedTuple):
 @dataclass(frozen=True)
 class Tuned:
     """A run that is exported. ``source``: the settings of its base. ``loaded.net`` has the adapter attached
-    once `ExportKind.write` is called."""
+    once `ExportKind.write` is called. ``ends``: the tokens that end an answer, first those that end the rows
+    that it was trained on."""
 
     run: Run
     config: RunConfig
@@ -45,6 +46,7 @@ class Tuned:
     checkpoint: Path
     loaded: Loaded
     renderer: Renderer
+    ends: tuple[int, ...]
 
     @property
     def base_config(self) -> dict[str, Any]:
@@ -117,9 +119,16 @@ def kinds() -> dict[str, type[ExportKind]]:
     return dict(sorted(_REGISTERED.items()))
 
 
+SHORT = {"gguf": "gguf-q8_0", "mlx-16": "mlx-merged", "mlx-8": "mlx-8bit", "mlx-4": "mlx-4bit"}
+"""Other names of kinds."""
+
+
 def named(name: str) -> ExportKind:
-    """The kind ``name``. Raises ConfigError if there is none."""
+    """The kind ``name``; ``gguf:q8_0`` is another spelling of ``gguf-q8_0``. Raises ConfigError if there is
+    none."""
     known = kinds()
+    name = name.replace(":", "-", 1)
+    name = SHORT.get(name, name)
     if name not in known:
         raise ConfigError(f"{name!r} is not a kind of export", where="--to", hint=", ".join(known))
     return known[name]()

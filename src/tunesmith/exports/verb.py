@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from tunesmith.exports.kind import ArtefactNotes, ExportKind, Tuned
 from tunesmith.files import draft, write_json
 from tunesmith.runs import checkpoints, opening
 from tunesmith.runs.directory import Run
+from tunesmith.tokens.template import Renderer
 
 RECORD, EXPORTS = "export.json", "exports"
 ROWS = 64
@@ -100,7 +102,7 @@ def export(
     kind cannot express the run, or if the artefact is rejected: it is then kept under a name that ends with
     ``.rejected``."""
     chosen, opened = kind.named(to), Run.open(run)
-    target = opened.path / EXPORTS / to if out is None else Path(out)
+    target = opened.path / EXPORTS / chosen.name if out is None else Path(out)
     rejected = target.with_name(f"{target.name}.rejected")
     _require_free(target, rejected)
     folder = checkpoints.choose(opened, checkpoint, notify)
@@ -145,9 +147,11 @@ def _made(
     assert source.run is not None and source.config is not None and source.checkpoint is not None
     run, config = source.run, source.config
     opened = source.open(notify)
-    tuned = Tuned(run, config, source.model, source.checkpoint, opened.loaded, opened.renderer)
-    chosen.accepts(tuned)
     every = fidelity.rows(run, config, opened.renderer, limit)
+    trained = fidelity.trained_ends(every, opened.renderer.eos_ids)
+    ends = _ends(opened.renderer, trained)
+    tuned = Tuned(run, config, source.model, source.checkpoint, opened.loaded, opened.renderer, ends)
+    chosen.accepts(tuned)
     net = opened.loaded.net
     width = net(mx.zeros((1, 2), mx.int32)).shape[-1]
     probes = fidelity.thinned(every, width)
@@ -160,7 +164,6 @@ def _made(
     answers = fidelity.answers(net, probes, opened.renderer.eos_ids)
     notify(Notice(f"writing {chosen.name}: {chosen.what}"))
     written = chosen.write(tuned, artefact, notify)
-    trained = fidelity.trained_ends(every, opened.renderer.eos_ids)
     del net, opened, tuned  # the fresh process needs the memory
     mx.clear_cache()
     notify(Notice("reloading it in a fresh process"))
@@ -185,6 +188,12 @@ def _made(
         written,
         tuple([*heard["problems"], *reasons]),
     )
+
+
+def _ends(renderer: Renderer, trained: Sequence[int]) -> tuple[int, ...]:
+    """The tokens that end an answer, first those that end rows; of these first the one that ends texts."""
+    texts = [token for token in trained if token == renderer.text_end_id]
+    return tuple(dict.fromkeys((*texts, *trained, *renderer.eos_ids)))
 
 
 def _reloaded(

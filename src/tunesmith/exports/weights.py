@@ -71,11 +71,13 @@ def _of_special(module: Any) -> Tensors:
 
 
 def _merged(layer: AdapterLayer) -> mx.array:
+    if not isinstance(layer, LoRAExperts):
+        return next(iter(layer.parts())).merged_weight()
     weights: list[mx.array] = []
     for part in layer.parts():
         weights.append(part.merged_weight())
         mx.eval(weights)  # one weight at a time
-    return mx.stack(weights) if isinstance(layer, LoRAExperts) else weights[0]
+    return mx.stack(weights)
 
 
 def _expanded(module: Any) -> mx.array:

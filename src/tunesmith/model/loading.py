@@ -89,7 +89,7 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
                 )
         from tunesmith.model.gguf import conversion
 
-        return conversion.convert(local, "float32" if dtype == "auto" and _on_cpu() else dtype, notify)
+        return conversion.convert(local, stored_dtype(dtype), notify)
     if path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelError(
             "does not exist", where=path, hint="give a folder, a GGUF file, or a hub id (owner/name)"
@@ -105,6 +105,11 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
         raise ModelError(
             message, where=path, hint="offline, or for a model behind a licence, give a local folder"
         ) from error
+
+
+def stored_dtype(dtype: Dtype) -> Dtype:
+    """The dtype that a GGUF file is converted to."""
+    return "float32" if dtype == "auto" and _on_cpu() else dtype
 
 
 def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:

@@ -50,6 +50,9 @@ EXPERTS = frozenset("ffn_gate_exps ffn_up_exps ffn_down_exps".split())
 """Stacks of the experts' matrices, (experts, rows, columns)."""
 
 Config = dict[str, Any]
+Value = bool | int | float | str | list[str] | list[int] | list[float]
+Values = dict[str, Value]
+"""Keys of the header and their values."""
 
 
 class Architecture(NamedTuple):
@@ -59,7 +62,8 @@ class Architecture(NamedTuple):
     ``keys``: needed besides REQUIRED. ``more_keys``: read if they are there. ``scalings``: the rotary
     scalings of the model type. ``interleaved``: rows of queries and keys are stored in pairs. ``shifted``:
     norms are stored with the 1 that the model adds. ``head``: whether there is an output matrix besides the
-    embedding; None if either is possible."""
+    embedding; None if either is possible. ``values``: the inverse of ``settings``; None if files of the
+    architecture are only read."""
 
     model_type: str
     class_name: str
@@ -73,6 +77,7 @@ class Architecture(NamedTuple):
     interleaved: bool = False
     shifted: bool = False
     head: bool | None = None
+    values: Callable[[Config], Values] | None = None
 
     def known_keys(self) -> set[str]:
         yarn = YARN if "yarn" in self.scalings else ()
@@ -113,6 +118,69 @@ def settings(architecture: Architecture, metadata: Metadata) -> Config:
     return shared | architecture.settings(metadata, shared)
 
 
+class Description(NamedTuple):
+    """A model's settings as a file holds them: ``values`` by key, without the name of the architecture, and
+    ``factors``, the tensors of rotary frequencies."""
+
+    values: Values
+    factors: dict[str, np.ndarray]
+
+
+def describe(architecture: Architecture, config: Config, n_tokens: int) -> Description:
+    """The inverse of `settings`. ``config``: with the defaults of its model class. n_tokens: rows of the
+    embedding. Raises ModelError if the file cannot hold a rotary scaling."""
+    assert architecture.values is not None
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    values: Values = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config.get("max_position_embeddings") or 2048,
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.freq_base": float(config.get("rope_theta") or 10000.0),
+        "rope.dimension_count": head,
+        "vocab_size": n_tokens,
+    }
+    scaling, factors = _described_scaling(architecture, config, head)
+    return Description(values | scaling | architecture.values(config), factors)
+
+
+def _described_scaling(
+    architecture: Architecture, config: Config, head: int
+) -> tuple[Values, dict[str, np.ndarray]]:
+    scaling = config.get("rope_scaling")
+    kind = "default" if not scaling else scaling.get("rope_type", scaling.get("type", "default"))
+    if not scaling or kind == "default":
+        return {}, {}
+    if kind == "llama3" and architecture.model_type == "llama":
+        shape = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        if wrong := [name for name, value in shape.items() if scaling[name] != value]:
+            raise ModelError(f"rope_scaling.{wrong[0]} is {scaling[wrong[0]]}, {shape[wrong[0]]} expected")
+        factors = _llama3_factors(scaling["factor"], config.get("rope_theta") or 10000.0, head, 8192)
+        return {}, {"rope_freqs.weight": factors.astype(np.float32)}
+    if kind in ("longrope", "su") and "longrope" in architecture.scalings:
+        names = {f"rope_factors_{name}.weight": scaling[f"{name}_factor"] for name in ("long", "short")}
+        return {}, {name: np.array(factors, np.float32) for name, factors in names.items()}
+    if kind not in architecture.scalings or scaling.get("truncate") is False:
+        raise ModelError(f"rope_scaling is of type {kind}, which the file cannot hold")
+    values: Values = {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
+    if kind == "yarn":
+        if scaling.get("mscale", 1.0) != 1.0 or scaling.get("mscale_all_dim", 0) != 0:
+            raise ModelError("rope_scaling has a factor of attention, which the file cannot hold")
+        values["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+        values |= {
+            key: float(scaling[name])
+            for key in YARN
+            if (name := key.removeprefix("rope.scaling.yarn_")) in scaling
+        }
+    return values, {}
+
+
 def _scaling(architecture: Architecture, metadata: Metadata) -> Config | None:
     """`rope_scaling` of config.json for linear scaling and YaRN; None without a scaling, and for those that
     are given by tensors."""
@@ -149,9 +217,7 @@ def _llama(metadata: Metadata, shared: Config) -> Config:
 def _llama3_scaling(given: np.ndarray, theta: float, head: int) -> Config:
     """The rule of Llama 3.1 that gives these factors of the (head / 2,) frequencies."""
     original = 8192
-    wave = 2 * np.pi * theta ** (np.arange(0, head, 2) / head)
-    smooth = np.clip((original / wave - 1.0) / 3.0, 0.0, 1.0)
-    expected = 1.0 / ((1.0 - smooth) / given.max() + smooth)
+    expected = _llama3_factors(float(given.max()), theta, head, original)
     if given.shape != expected.shape or not np.allclose(given, expected, rtol=1e-3):
         raise ModelError("rope_freqs.weight does not follow Llama 3.1's rule")
     return {
@@ -163,8 +229,19 @@ def _llama3_scaling(given: np.ndarray, theta: float, head: int) -> Config:
     }
 
 
+def _llama3_factors(factor: float, theta: float, head: int, original: int) -> np.ndarray:
+    wave = 2 * np.pi * theta ** (np.arange(0, head, 2) / head)
+    smooth = np.clip((original / wave - 1.0) / 3.0, 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / factor + smooth)
+
+
 def _nothing(metadata: Metadata, shared: Config) -> Config:
     return {}
+
+
+def _smollm3(metadata: Metadata, shared: Config) -> Config:
+    """Every fourth layer has no rotary embedding, which the file does not say."""
+    return {"no_rope_layer_interval": 4, "sliding_window": None, "use_sliding_window": False}
 
 
 def _qwen3_moe(metadata: Metadata, shared: Config) -> Config:
@@ -225,8 +302,7 @@ def _phi3(metadata: Metadata, shared: Config) -> Config:
         return phi3
     if not len(short) == len(long) == rotary // 2:
         raise ModelError(f"{len(short)} short and {len(long)} long rope factors, {rotary // 2} expected")
-    ratio = longest / original
-    attention = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    attention = _longrope_attention(longest, original)
     given = metadata.number("rope.scaling.attn_factor", 1.0)
     if abs(given - attention) > 1e-5:
         raise ModelError(f"{metadata.key('rope.scaling.attn_factor')} is {given}, {attention:.6f} expected")
@@ -237,6 +313,12 @@ def _phi3(metadata: Metadata, shared: Config) -> Config:
         "long_factor": long.tolist(),
     }
     return phi3
+
+
+def _longrope_attention(longest: int, original: int) -> float:
+    """The factor that LongRoPE multiplies attention with."""
+    ratio = longest / original
+    return math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
 
 
 def _granite(metadata: Metadata, shared: Config) -> Config:
@@ -299,6 +381,40 @@ def _mistral3(metadata: Metadata, shared: Config) -> Config:
     }
 
 
+def _no_values(config: Config) -> Values:
+    return {}
+
+
+def _gemma2_values(config: Config) -> Values:
+    return {
+        "attn_logit_softcapping": float(config["attn_logit_softcapping"]),
+        "final_logit_softcapping": float(config["final_logit_softcapping"]),
+        "attention.sliding_window": config.get("sliding_window") or 4096,
+    }
+
+
+def _gemma3_values(config: Config) -> Values:
+    return {
+        "attention.sliding_window": config["sliding_window"],
+        "attention.sliding_window_pattern": config["sliding_window_pattern"],
+        "rope.freq_base_swa": float(config["rope_local_base_freq"]),
+    }
+
+
+def _phi3_values(config: Config) -> Values:
+    head = config["hidden_size"] // config["num_attention_heads"]
+    longest, scaled = config["max_position_embeddings"], bool(config.get("rope_scaling"))
+    original = config["original_max_position_embeddings"] if scaled else longest
+    values: Values = {
+        "rope.dimension_count": int(head * config.get("partial_rotary_factor", 1.0)),
+        "rope.scaling.original_context_length": original,
+        "attention.sliding_window": config.get("sliding_window") or 0,
+    }
+    if scaled:
+        values["rope.scaling.attn_factor"] = _longrope_attention(longest, original)
+    return values
+
+
 _EXPERT_KEYS = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 
 ARCHITECTURES = {
@@ -310,9 +426,16 @@ ARCHITECTURES = {
         biases=BIASES,
         scalings=("linear", "yarn"),
         interleaved=True,
+        values=_no_values,
     ),
     "qwen2": Architecture(
-        "qwen2", "Qwen2ForCausalLM", LLAMA, _nothing, biases=BIASES, scalings=("linear", "yarn")
+        "qwen2",
+        "Qwen2ForCausalLM",
+        LLAMA,
+        _nothing,
+        biases=BIASES,
+        scalings=("linear", "yarn"),
+        values=_no_values,
     ),
     "qwen3": Architecture(
         "qwen3",
@@ -321,6 +444,7 @@ ARCHITECTURES = {
         _nothing,
         keys=("attention.key_length", "rope.freq_base"),
         scalings=("linear", "yarn"),
+        values=_no_values,
     ),
     "qwen3moe": Architecture(
         "qwen3_moe",
@@ -349,6 +473,7 @@ ARCHITECTURES = {
         ),
         shifted=True,
         head=False,
+        values=_gemma2_values,
     ),
     "gemma3": Architecture(
         "gemma3_text",
@@ -360,6 +485,7 @@ ARCHITECTURES = {
         scalings=("linear",),
         shifted=True,
         head=False,
+        values=_gemma3_values,
     ),
     "phi3": Architecture(
         "phi3",
@@ -376,6 +502,7 @@ ARCHITECTURES = {
         keys=("rope.freq_base", "context_length"),
         more_keys=("attention.sliding_window", "rope.scaling.attn_factor"),
         scalings=("longrope",),
+        values=_phi3_values,
     ),
     "granite": Architecture(
         "granite",
@@ -416,6 +543,16 @@ ARCHITECTURES = {
         ),
         scalings=("yarn",),
         interleaved=True,
+    ),
+    "smollm3": Architecture(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        LLAMA,
+        _smollm3,
+        keys=("rope.freq_base",),
+        scalings=("linear", "yarn"),
+        interleaved=True,
+        values=_no_values,
     ),
 }
 """By the name in general.architecture."""

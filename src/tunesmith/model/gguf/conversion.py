@@ -43,7 +43,7 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
     try:
         with draft(target) as folder:
             folder.mkdir()
-            types = _write(path, folder, dtype)
+            types = write_folder(path, folder, dtype)
     except ModelError as error:
         error.where, error.hint = error.where or str(path), error.hint or ORIGINAL
         raise
@@ -55,8 +55,9 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
     return target
 
 
-def _write(path: Path, folder: Path, dtype: str) -> str:
-    """Convert the file into ``folder``. Returns how many matrices there are of each type."""
+def write_folder(path: Path, folder: Path, dtype: str) -> str:
+    """Convert the file into the empty ``folder``. Returns how many matrices there are of each type. Raises
+    ModelError if anything in the file cannot be read exactly."""
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:

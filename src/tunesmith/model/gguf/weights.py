@@ -164,6 +164,18 @@ def _halves(tensor: ReaderTensor, heads: int, head: int) -> Iterator[np.ndarray]
     yield array.reshape(heads, head // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
 
 
+def in_file(architecture: Architecture, part: str, array: np.ndarray, config: Config) -> np.ndarray:
+    """``array`` as the file holds it, the inverse of what `parts` reads: rows of queries and keys in pairs,
+    norms with their 1."""
+    if architecture.interleaved and part in ("attn_q", "attn_k"):
+        heads = config["num_attention_heads"]
+        heads = heads if part == "attn_q" else config.get("num_key_value_heads") or heads
+        return array.reshape(heads, 2, len(array) // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
+    if architecture.shifted and part.endswith("norm"):
+        return array + 1.0
+    return array
+
+
 def _without_one(tensor: ReaderTensor) -> Iterator[np.ndarray]:
     yield _values(tensor.data, tensor) - 1.0
 

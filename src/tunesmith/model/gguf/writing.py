@@ -1,0 +1,268 @@
+"""A GGUF file from the tensors and settings of a model: the inverse of reading one, by the same tables.
+
+Tensors are written one at a time. A model that was read from a GGUF file keeps that file's header, and the
+bytes of all tensors that did not change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    GGUFWriter,
+    LlamaFileType,
+    ReaderField,
+    ReaderTensor,
+    quants,
+)
+
+from tunesmith.errors import ModelError, listing
+from tunesmith.model.gguf import weights
+from tunesmith.model.gguf.architectures import (
+    ARCHITECTURES,
+    TOP,
+    Architecture,
+    Config,
+    Value,
+    Values,
+    describe,
+    settings,
+)
+from tunesmith.model.gguf.metadata import Metadata
+
+Dense = Mapping[str, Callable[[], mx.array]]
+"""Name of a tensor in the net → function that computes it in float32."""
+SAME = {"mistral": "llama", "gemma3": "gemma3_text"}
+"""Model types that are written as another one."""
+NOT_COMPARED = frozenset(
+    "architectures model_type vocab_size tie_word_embeddings attention_bias mlp_bias rope_scaling "
+    "rope_parameters pad_token_id sliding_window use_sliding_window hidden_activation".split()
+)
+"""Settings that hold the same in other words, or that are compared by what follows from them."""
+PRECISE = {"Q4_0": "Q8_0", "Q4_1": "Q8_0", "Q5_0": "Q8_0", "Q5_1": "Q8_0"}
+"""The type of the matrix that gives the logits, which suffers most from few bits."""
+
+
+class NewTensor(NamedTuple):
+    """A tensor of the file. ``shape``: in numpy's order. ``content``: makes its bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    content: Callable[[], np.ndarray]
+
+
+class Slot(NamedTuple):
+    """The tensor ``tensor`` of the net, which is the part ``part`` of a block, or of the whole, in a file."""
+
+    tensor: str
+    part: str
+
+
+def architecture_of(config: Config) -> str:
+    """The name of the architecture that a model is written as. Raises ModelError if there is none."""
+    model_type = str(config.get("model_type"))
+    model_type = SAME.get(model_type, model_type)
+    for name, architecture in ARCHITECTURES.items():
+        if architecture.model_type == model_type and architecture.values is not None:
+            return name
+    raise ModelError(f"models of type {config.get('model_type')} cannot be written as GGUF")
+
+
+def slots(architecture: Architecture, n_blocks: int) -> dict[str, Slot]:
+    """The tensors that a file can have, by name."""
+    possible = {f"{part}.weight": Slot(f"{name}.weight", part) for part, name in TOP.items()}
+    for number in range(n_blocks):
+        for part, name in architecture.parts.items():
+            place = f"model.layers.{number}.{name or _experts(architecture, part)}"
+            for suffix in ("weight", "bias"):
+                tensor = place if part == "attn_sinks" else f"{place}.{suffix}"
+                possible[f"blk.{number}.{part}.{suffix}"] = Slot(tensor, part)
+    return possible
+
+
+def _experts(architecture: Architecture, part: str) -> str:
+    holder = "experts" if architecture.model_type == "gpt_oss" else "switch_mlp"
+    return f"mlp.{holder}.{part.split('_')[1]}_proj"
+
+
+def described(config: Config, dense: Dense) -> tuple[str, Values, dict[str, np.ndarray]]:
+    """The architecture, its values by key, and the tensors of rotary frequencies.
+
+    Raises ModelError, with everything that the file cannot hold: what would be read from it is compared with
+    ``config``."""
+    name = architecture_of(config)
+    architecture = ARCHITECTURES[name]
+    shapes = {
+        slot: tuple(dense[place.tensor]().shape)
+        for slot, place in slots(architecture, config["num_hidden_layers"]).items()
+        if place.tensor in dense
+    }
+    n_tokens = shapes["token_embd.weight"][0]
+    description = describe(architecture, config, n_tokens)
+    tensors = {slot: _stand_in(slot, shape) for slot, shape in shapes.items()}
+    tensors |= {slot: _stand_in(slot, value.shape, value) for slot, value in description.factors.items()}
+    metadata = Metadata(name, dict(description.values), tensors)
+    problems = weights.problems(architecture, metadata)
+    if len(shapes) < len(dense):
+        known = {place.tensor for place in slots(architecture, config["num_hidden_layers"]).values()}
+        problems += [f"tensor {tensor} has no place" for tensor in dense if tensor not in known]
+    if not problems:
+        problems = _differences(config, settings(architecture, metadata))
+    if problems:
+        raise ModelError(f"cannot be written as GGUF:\n{listing(problems)}")
+    values: Values = {f"{name}.{key}": value for key, value in description.values.items()}
+    return name, values, description.factors
+
+
+def _stand_in(name: str, shape: tuple[int, ...], data: np.ndarray | None = None) -> ReaderTensor:
+    size = math.prod(shape)
+    held = np.zeros(0, np.float32) if data is None else data
+    kind, order = GGMLQuantizationType.F32, np.array(shape[::-1], np.uint32)
+    return ReaderTensor(name, kind, order, size, 4 * size, 0, held, ReaderField(0, name))
+
+
+def _differences(config: Config, read: Config) -> list[str]:
+    """The settings that would be read otherwise."""
+    problems = [
+        f"{key} is {config[key]}, a file says {value}"
+        for key, value in read.items()
+        if key not in NOT_COMPARED and config.get(key) is not None and not _equal(config[key], value)
+    ]
+    rotary = config.get("no_rope_layers")
+    if rotary is not None and rotary != [int((number + 1) % 4 != 0) for number in range(len(rotary))]:
+        problems.append("no_rope_layers: every fourth layer expected")
+    return problems
+
+
+def _equal(value: object, other: object) -> bool:
+    if isinstance(value, int | float) and isinstance(other, int | float):
+        return math.isclose(value, other, rel_tol=1e-6)
+    return value == other
+
+
+def type_of(name: str, shape: Sequence[int], asked: str, *, head: bool) -> GGMLQuantizationType:
+    """The type of a tensor in a file of the type ``asked``: vectors stay float32, rows that do not fill
+    blocks float16. head: whether the matrix gives the logits."""
+    if len(shape) == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
+        return GGMLQuantizationType.F32
+    kind = GGMLQuantizationType[PRECISE.get(asked, asked) if head else asked]
+    return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
+
+
+def new_tensors(
+    architecture: Architecture, config: Config, dense: Dense, factors: Mapping[str, np.ndarray], asked: str
+) -> list[NewTensor]:
+    """All tensors of a file, in the types of one of the type ``asked``."""
+    tensors = [
+        NewTensor(name, value.shape, GGMLQuantizationType.F32, lambda value=value: value)
+        for name, value in factors.items()
+    ]
+    n_blocks, tied = config["num_hidden_layers"], "lm_head.weight" not in dense
+    for name, slot in slots(architecture, n_blocks).items():
+        if slot.tensor in dense:
+            head = name == ("token_embd.weight" if tied else "output.weight")
+            shape = tuple(dense[slot.tensor]().shape)
+            kind = type_of(name, shape, asked, head=head)
+            tensors.append(_computed(name, shape, kind, architecture, slot, config, dense))
+    return tensors
+
+
+def _computed(
+    name: str,
+    shape: tuple[int, ...],
+    kind: GGMLQuantizationType,
+    architecture: Architecture,
+    slot: Slot,
+    config: Config,
+    dense: Dense,
+) -> NewTensor:
+    def content() -> np.ndarray:
+        value = np.array(dense[slot.tensor](), copy=False)
+        return encoded(weights.in_file(architecture, slot.part, value, config), kind, name)
+
+    return NewTensor(name, shape, kind, content)
+
+
+def encoded(value: np.ndarray, kind: GGMLQuantizationType, name: str) -> np.ndarray:
+    """``value`` in the type. Raises ModelError if the type cannot hold it."""
+    with np.errstate(over="ignore"):
+        content = quants.quantize(np.ascontiguousarray(value), kind)
+    if kind == GGMLQuantizationType.F16 and not np.isfinite(content).all():
+        raise ModelError(f"{name} has values that {kind.name} cannot hold")
+    return content
+
+
+def kept_tensors(
+    reader: GGUFReader,
+    architecture: Architecture,
+    config: Config,
+    dense: Dense,
+    changed: Collection[str],
+    asked: str,
+) -> Iterator[NewTensor]:
+    """The tensors of the file that the model was read from: those of ``changed`` as they are in ``dense``, in
+    the type ``asked``, all others as they are."""
+    places = slots(architecture, config["num_hidden_layers"])
+    head = "output.weight" if any(tensor.name == "output.weight" for tensor in reader.tensors) else ""
+    for tensor in reader.tensors:
+        slot = places.get(tensor.name)
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        if slot is None or slot.tensor not in changed:
+            yield NewTensor(tensor.name, shape, tensor.tensor_type, lambda data=tensor.data: data)
+            continue
+        is_head = tensor.name == (head or "token_embd.weight")
+        shape = tuple(dense[slot.tensor]().shape)
+        kind = type_of(tensor.name, shape, asked, head=is_head)
+        yield _computed(tensor.name, shape, kind, architecture, slot, config, dense)
+
+
+def file_type(asked: str) -> int:
+    """The value of general.file_type."""
+    return LlamaFileType.ALL_F32 if asked == "F32" else LlamaFileType[f"MOSTLY_{asked}"]
+
+
+def write(
+    path: Path,
+    architecture: str,
+    values: Mapping[str, Value],
+    tensors: Sequence[NewTensor],
+    fields: Sequence[ReaderField] = (),
+) -> None:
+    """Write the file. fields: of the header of another file; ``values`` come before those."""
+    writer = GGUFWriter(path, architecture)
+    for key, value in values.items():
+        writer.add_key_value(key, value, _value_type(value))
+    for field in fields:
+        if not field.name.startswith("GGUF.") and field.name not in {*values, "general.architecture"}:
+            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    for tensor in tensors:
+        block, size = GGML_QUANT_SIZES[tensor.type]
+        n_bytes = math.prod(tensor.shape) // block * size
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, tensor.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(tensor.content())
+        mx.clear_cache()
+    writer.close()
+
+
+def _value_type(value: Value) -> GGUFValueType:
+    if isinstance(value, list):
+        return GGUFValueType.ARRAY
+    if isinstance(value, bool):
+        return GGUFValueType.BOOL
+    if isinstance(value, str):
+        return GGUFValueType.STRING
+    return GGUFValueType.UINT32 if isinstance(value, int) else GGUFValueType.FLOAT32
