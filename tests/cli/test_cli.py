@@ -480,7 +480,7 @@ def test_every_command_in_the_readme_exists():
     )
     for name in tunesmith.__all__:
         assert callable(getattr(tunesmith, name))
-    functions = {"list_runs", "lineage", "prune"}  # of runs, runs show, runs prune: tunesmith.runs is a folder
+    functions = {"list_runs", "lineage", "prune"}  # of runs, runs show, runs prune
     assert known - {"init", "runs"} | functions <= set(tunesmith.__all__)
     assert yaml.safe_load(tunesmith.init(model="m", data=["x"]))["model"]["path"] == "m"
     assert issubclass(ConfigError, TunesmithError)

@@ -69,6 +69,20 @@ def test_runs_that_use_each_other_are_shown_once(folder):
     assert shape(ancestry.lineage(folder / "a").children) == {"b": {"c": {}}}
 
 
+def test_the_sources_of_a_composition_are_its_parents(folder):
+    mixture = planted.run(folder / "mix", status="composed", start=folder / "a" / "checkpoints" / "000010")
+    manifest = json.loads((mixture / "manifest.json").read_text())
+    a, d = (str(folder / name / "checkpoints" / "000010") for name in ("a", "d"))
+    sources = [{"checkpoint": a, "weight": 0.7}, {"checkpoint": d, "weight": -0.3}]
+    manifest["lineage"] = {"composed": {"method": "svd", "sources": sources}}
+    (mixture / "manifest.json").write_text(json.dumps(manifest))
+    parents = ancestry.lineage(mixture).parents
+    assert [(parent.run.name, parent.weight) for parent in parents] == [("a", 0.7), ("d", -0.3)]
+    assert shape(ancestry.lineage(folder / "d").children) == {"mix": {}}
+    text = CliRunner().invoke(app, ["runs", "show", str(mixture)], catch_exceptions=False).stdout
+    assert "is composed of -0.3 ×" in text
+
+
 def test_exports_are_listed_with_what_the_gate_said(folder):
     for name, accepted in (("hf", True), ("mlx-4bit.rejected", False)):
         place = folder / "a" / "exports" / name
@@ -87,7 +101,10 @@ def test_exports_are_listed_with_what_the_gate_said(folder):
     assert "exported to hf of checkpoint 000020" in text and "REJECTED" in text
 
 
-@pytest.mark.parametrize("lineage", ["x", {"start": 3}, {"start": {}}, {"start": {"checkpoint": None}}])
+@pytest.mark.parametrize(
+    "lineage",
+    ["x", {"start": 3}, {"start": {}}, {"start": {"checkpoint": None}}, {"composed": {"sources": [1]}}],
+)
 def test_a_damaged_lineage_is_no_traceback(folder, lineage):
     manifest = json.loads((folder / "b" / "manifest.json").read_text())
     (folder / "b" / "manifest.json").write_text(json.dumps(manifest | {"lineage": lineage}))

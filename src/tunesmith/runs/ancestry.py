@@ -22,7 +22,7 @@ from tunesmith.settings import origins
 from tunesmith.settings.config import JSON
 
 EXPORTS, EXPORT = "exports", "export.json"
-RELATIONS = {"start": "starts from", "merged": "has merged"}
+RELATIONS = {"start": "starts from", "merged": "has merged", "composed": "is composed of"}
 """Role of an adapter in the manifest's lineage, in words."""
 
 
@@ -33,6 +33,13 @@ class _Entry(TypedDict):
     sha256: NotRequired[str]
     run: NotRequired[str]
     lineage: NotRequired[dict[str, Any]]
+    weight: NotRequired[float]
+
+
+class _Composed(TypedDict):
+    """The mixture in the manifest's lineage."""
+
+    sources: list[_Entry]
 
 
 class _Export(TypedDict):
@@ -44,12 +51,14 @@ class _Export(TypedDict):
 
 
 class Parent(NamedTuple):
-    """An adapter that a run uses. ``relation``: a key of `RELATIONS`. ``parents``: of its own run."""
+    """An adapter that a run uses. ``relation``: a key of `RELATIONS`. ``parents``: of its own run.
+    ``weight``: in a composition."""
 
     relation: str
     checkpoint: Path
     sha256: str | None
     parents: tuple[Parent, ...]
+    weight: float | None = None
 
     @property
     def run(self) -> Path:
@@ -96,6 +105,7 @@ def _parent_json(parent: Parent) -> dict[str, JSON]:
     return {
         "relation": parent.relation,
         "checkpoint": str(parent.checkpoint),
+        "weight": parent.weight,
         "exists": parent.checkpoint.is_dir(),
         "made_from": [_parent_json(above) for above in parent.parents],
     }
@@ -149,11 +159,15 @@ def _parents(entries: Mapping[str, Any], where: str, depth: int = 0) -> tuple[Pa
     if depth > 50:  # a manifest that was made by hand
         return ()
     found: list[Parent] = []
-    for role, content in entries.items():
-        if role in RELATIONS:
-            entry = checked(content, _Entry, where, DataError, RESTORE)
+    for role in [role for role in RELATIONS if role in entries]:
+        if role == "composed":
+            adapters = checked(entries[role], _Composed, where, DataError, RESTORE)["sources"]
+        else:
+            adapters = [checked(entries[role], _Entry, where, DataError, RESTORE)]
+        for entry in adapters:
             above = _parents(entry.get("lineage", {}), where, depth + 1)
-            found.append(Parent(role, Path(entry["checkpoint"]), entry.get("sha256"), above))
+            checkpoint = Path(entry["checkpoint"])
+            found.append(Parent(role, checkpoint, entry.get("sha256"), above, entry.get("weight")))
     return tuple(found)
 
 

@@ -130,7 +130,8 @@ def _described(run: RegisteredRun) -> str:
 
 def _add_parent(tree: Tree, parent: Parent) -> None:
     gone = "" if parent.checkpoint.is_dir() else " (no longer there)"
-    branch = tree.add(_text(f"{RELATIONS[parent.relation]} {parent.checkpoint}{gone}"))
+    share = "" if parent.weight is None else f"{parent.weight:g} × "
+    branch = tree.add(_text(f"{RELATIONS[parent.relation]} {share}{parent.checkpoint}{gone}"))
     for above in parent.parents:
         _add_parent(branch, above)
 
