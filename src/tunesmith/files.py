@@ -3,6 +3,7 @@ that is checked against a type when it is read."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
-_DRAFT = re.compile(r"\.(?P<pid>\d+)-[0-9a-f]{8}\.(?P<name>.+)")
+_DRAFT = re.compile(r"\.(?P<pid>\d+)-(?P<system>[0-9a-f]{8})[0-9a-f]{8}\.(?P<name>.+)")
 _NAMELESS = re.compile(r"\.[0-9a-f]{8}\.(?P<name>.+)|\.(?P<before>.+)\.[0-9a-f]{8}")
 """A draft of 0.1.0, which does not name its process."""
 _LATE_S = 60.0
-"""A draft that does not name its process is abandoned once it is so old."""
+"""A draft that does not name its process is abandoned if nothing in it has changed for so long."""
+_LATE_ELSEWHERE_S = 3600.0
+"""The same for a draft of another container, another machine or before a restart, whose process cannot be
+looked up."""
 _open: set[Path] = set()
 """The drafts that this process is writing."""
 
@@ -33,7 +37,22 @@ _open: set[Path] = set()
 def draft_name(path: Path) -> Path:
     """A free hidden name beside ``path``, which names this process. MLX and matplotlib go by the suffix, so
     that the name of ``path`` stays last."""
-    return path.with_name(f".{os.getpid()}-{uuid.uuid4().hex[:8]}.{path.name}")
+    return path.with_name(f".{os.getpid()}-{_system()}{uuid.uuid4().hex[:8]}.{path.name}")
+
+
+@cache
+def _system() -> str:
+    """Eight hex digits of what gives processes their numbers: this machine since it started, and on Linux the
+    container."""
+    try:
+        identity = Path("/proc/sys/kernel/random/boot_id").read_text("ascii") + os.readlink(
+            "/proc/self/ns/pid"
+        )
+    except OSError:  # not Linux
+        import psutil
+
+        identity = f"{uuid.getnode()} {psutil.boot_time():.0f}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
 @contextmanager
@@ -55,6 +74,20 @@ def draft(path: Path) -> Iterator[Path]:
         remove(temporary)
 
 
+@contextmanager
+def workspace(path: Path) -> Iterator[Path]:
+    """A hidden folder beside ``path`` for what is needed until ``path`` is written. It is removed at the end;
+    if the process is killed, `remove_drafts` removes it."""
+    folder = draft_name(path)
+    _open.add(folder.absolute())
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        _open.discard(folder.absolute())
+        remove(folder)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder; nothing if there is none."""
     if path.is_dir() and not path.is_symlink():
@@ -70,10 +103,11 @@ def remove_drafts(folder: Path, of: str | None = None) -> None:
         return
     for path in list(folder.iterdir()):
         if (match := _DRAFT.fullmatch(path.name)) is not None:
-            name, abandoned = match["name"], _has_ended(int(match["pid"]), path)
+            here = match["system"] == _system()
+            abandoned = _has_ended(int(match["pid"]), path) if here else _is_older(path, _LATE_ELSEWHERE_S)
+            name = match["name"]
         elif (match := _NAMELESS.fullmatch(path.name)) is not None:
-            name = match["name"] or match["before"]
-            abandoned = time.time() - path.lstat().st_mtime > _LATE_S
+            name, abandoned = match["name"] or match["before"], _is_older(path, _LATE_S)
         else:
             continue
         if abandoned and of in (None, name):
@@ -81,8 +115,8 @@ def remove_drafts(folder: Path, of: str | None = None) -> None:
 
 
 def _has_ended(pid: int, draft: Path) -> bool:
-    """Whether the process that writes ``draft`` is gone. In containers its number may be this process's."""
-    if pid == os.getpid():
+    """Whether the process of this system that writes ``draft`` is gone."""
+    if pid == os.getpid():  # of an earlier process with this number
         return draft.absolute() not in _open
     try:
         os.kill(pid, 0)
@@ -91,6 +125,15 @@ def _has_ended(pid: int, draft: Path) -> bool:
     except PermissionError:
         return False
     return False
+
+
+def _is_older(draft: Path, seconds: float) -> bool:
+    """Whether nothing in ``draft`` has changed for so long."""
+    try:
+        changed = [path.lstat().st_mtime for path in (draft, *draft.rglob("*"))]
+    except FileNotFoundError:  # it is being written or removed
+        return False
+    return time.time() - max(changed) > seconds
 
 
 def write_bytes(path: Path, content: bytes) -> None:

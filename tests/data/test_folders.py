@@ -122,3 +122,18 @@ def test_a_run_counts_only_the_rows_of_train_and_valid(tmp_path, tiny_model):
     counts = tunesmith.plan(settings(tiny_model, folder, "audit.before_training=false"), notify=heard.append)
     assert (counts["rows_train"], counts["rows_valid"], counts["rows_read"]) == (3, 3, 6)
     assert any("test.jsonl not trained on" in getattr(notice, "what", "") for notice in heard)
+
+
+def test_tables_beside_json_of_the_same_name_are_told_with_their_number(tmp_path, tiny_model):
+    folder = fill(tmp_path / "data", "a.jsonl", "b.jsonl", "sub/c.jsonl")
+    for name in ("a.csv", "b.csv", "c.csv"):  # the last is not beside c.jsonl
+        (folder / name).write_text("text\nthe cat\n")
+    text = f"{folder}: 2 tables not read, beside JSON of the same name (a.csv, b.csv): name them to read them"
+    assert settings(tiny_model, folder).notes == (text,)
+    told: list[str] = []
+    tunesmith.plan(settings(tiny_model, folder), notify=lambda event: told.append(getattr(event, "what", "")))
+    assert text in told
+    (folder / "a.csv").unlink()
+    assert "1 table not read" in settings(tiny_model, folder).notes[0]
+    (folder / "b.csv").unlink()
+    assert settings(tiny_model, folder).notes == ()

@@ -140,24 +140,37 @@ def test_a_folder_in_a_files_place_is_named(run):
 def test_drafts_of_ended_processes_go_and_those_of_living_ones_stay(run, tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
+    here = files.draft_name(run.path / "x").name.partition("-")[2][:8]
     old = {
-        run.path / f".{ended.pid}-0123abcd.report.json",
-        run.path / f".{os.getpid()}-0123abcd.plan.json",  # of an earlier process with this number
+        run.path / f".{ended.pid}-{here}0123abcd.report.json",
+        run.path / f".{os.getpid()}-{here}0123abcd.plan.json",  # of an earlier process with this number
+        run.path / f".{os.getppid()}-0123abcd0123abcd.config.yaml",  # of another system, long ago
+        run.path / "exports" / f".{ended.pid}-{here}0123abcd.hf",
         run.path / "data" / ".0123abcd.audit.json",
         run.path / "checkpoints" / ".000002.0123abcd",
         tmp_path / ".run.0123abcd",
     }
+    (run.path / "exports").mkdir()
     for path in old:
         path.write_text("")
         os.utime(path, (0, 0))
-    other = {run.path / f".{os.getppid()}-0123abcd.report.md", tmp_path / ".other.0123abcd", run.path / ".x"}
+    other = {
+        run.path / f".{os.getppid()}-{here}0123abcd.report.md",
+        run.path / f".{ended.pid}-0123abcd0123abcd.report.md",  # its process may live, in another container
+        tmp_path / ".other.0123abcd",
+        run.path / ".x",
+    }
     for path in other:
         path.write_text("")
+    folder = run.path / "data" / f".{ended.pid}-0123abcd0123abcd.frozen"  # old, but still written to
+    folder.mkdir()
+    (folder / "part").write_text("")
+    os.utime(folder, (0, 0))
     with files.draft(run.path / "now") as own:
         own.write_text("")
         with run.lock():
             assert not any(path.exists() for path in old)
-            assert all(path.exists() for path in (*other, own))
+            assert all(path.exists() for path in (*other, folder, own))
 
 
 def test_a_checkpoint_that_is_read_is_removed_by_a_later_retention(run):

@@ -1,6 +1,7 @@
 """What a folder says by the names of its files: train, valid and test, as mlx-lm and the hub lay out data.
 
-Such a test file is never trained on, and the valid file is held out."""
+Such a test file is never trained on, and the valid file is held out. A table beside JSON of the same name is
+taken for a copy of it."""
 
 from __future__ import annotations
 
@@ -44,6 +45,19 @@ def parts(paths: Sequence[str]) -> Parts | None:
         for side, files in sides.items():
             getattr(result, side).extend(map(str, files))
     return result if split else None
+
+
+def copies(paths: Sequence[str]) -> list[str]:
+    """One line for each folder of ``paths`` with tables that are taken for copies of JSON files."""
+    lines: list[str] = []
+    for given in paths:
+        if tables := sources.copies(Path(given).expanduser()):
+            names = ", ".join(table.name for table in tables[:3]) + ", …" * (len(tables) > 3)
+            count = "1 table" if len(tables) == 1 else f"{len(tables)} tables"
+            lines.append(
+                f"{given}: {count} not read, beside JSON of the same name ({names}): name them to read them"
+            )
+    return lines
 
 
 def _sides(folder: Path) -> dict[str, list[Path]] | None:

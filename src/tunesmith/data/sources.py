@@ -68,9 +68,18 @@ def files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def inside(folder: Path) -> list[Path]:
-    """The files of rows in a folder, by name. Hidden files and descriptions of the data are left out, and a
-    table beside a JSON file of the same stem, which is a copy of it."""
-    visible = [
+    """The files of rows in a folder, by name. Hidden files and descriptions of the data are left out, and
+    tables that are `copies`."""
+    return _without_copies(_visible(folder))[0]
+
+
+def copies(folder: Path) -> list[Path]:
+    """Tables in a folder beside a JSON file of the same stem: copies of it, as the hub makes them."""
+    return _without_copies(_visible(folder))[1] if folder.is_dir() else []
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [
         file
         for file in sorted(folder.rglob("*"))
         if file.name.lower().endswith(SUFFIXES)
@@ -78,10 +87,16 @@ def inside(folder: Path) -> list[Path]:
         and not any(part[0] == "." for part in file.relative_to(folder).parts)
         and file.is_file()
     ]
-    json_stems = {(file.parent, stem(file)) for file in visible if not _is_table(file.name)}
-    return [
-        file for file in visible if not _is_table(file.name) or (file.parent, stem(file)) not in json_stems
-    ]
+
+
+def _without_copies(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    json_stems = {(file.parent, stem(file)) for file in files if not _is_table(file.name)}
+    rows: list[Path] = []
+    tables: list[Path] = []
+    for file in files:
+        is_copy = _is_table(file.name) and (file.parent, stem(file)) in json_stems
+        (tables if is_copy else rows).append(file)
+    return rows, tables
 
 
 def stem(file: Path) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from tunesmith import adapters, events
-from tunesmith.data import formats
+from tunesmith.data import folders, formats
 from tunesmith.data.formats import Example
 from tunesmith.data.sources import sha256
 from tunesmith.engine.engine import notify_if_separate
@@ -355,6 +355,8 @@ def _rows(
     asking = [group.name for group in groups if group.asks_rows]
     if not asking and not data:
         return _Rows()
+    for text in folders.copies(data):
+        notify(Notice(text))
     read = _read_rows(run, data)
     if read is None or not read.rows:
         if data:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -21,12 +20,12 @@ from tunesmith.events import Notice, Sink
 from tunesmith.exports import fidelity, fresh, kind, weights
 from tunesmith.exports.fidelity import Carried, Distances, Ended, Probe, Stops
 from tunesmith.exports.kind import ArtefactNotes, ExportKind, Tuned
-from tunesmith.files import draft, write_json
+from tunesmith.files import draft, remove_drafts, workspace, write_json
 from tunesmith.runs import checkpoints, opening
-from tunesmith.runs.directory import Run
+from tunesmith.runs.directory import EXPORTS, Run
 from tunesmith.tokens.template import Renderer
 
-RECORD, EXPORTS = "export.json", "exports"
+RECORD = "export.json"
 ROWS = 64
 """Held-out rows that an artefact is measured on."""
 
@@ -108,10 +107,12 @@ def export(
     folder = checkpoints.choose(opened, checkpoint, notify)
     source = opening.of_run(opened, folder, model)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoints.held(folder), tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as work:
-        artefact = Path(work) / "artefact"
+    for name in (target.name, rejected.name):
+        remove_drafts(target.parent, name)
+    with checkpoints.held(folder), workspace(target) as work:
+        artefact = work / "artefact"
         artefact.mkdir()
-        exported = _made(chosen, source, Path(work), artefact, rows, notify)
+        exported = _made(chosen, source, work, artefact, rows, notify)
         place = rejected if exported.reasons else target
         if exported.reasons and place.exists():  # an earlier one
             shutil.rmtree(place)

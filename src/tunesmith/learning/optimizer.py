@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from pydantic import Field, model_validator
 
-from tunesmith.settings.config import Spec
+from tunesmith.settings.config import Sensible, Spec
 
 # What each optimizer of MLX takes beside the learning rate.
 _TAKES: dict[str, tuple[Callable[..., optim.Optimizer], frozenset[str]]] = {
@@ -50,8 +50,8 @@ class OptimizerSpec(Spec):
     kind: Literal[
         "adamw", "adam", "adamax", "adagrad", "adadelta", "rmsprop", "adafactor", "lion", "sgd", "muon"
     ] = "adamw"
-    learning_rate: float = Field(
-        default=1e-4, ge=1e-12, le=100, description="peak learning rate; LoRA likes 1e-4 to 2e-4"
+    learning_rate: Annotated[float, Field(gt=0), Sensible(ge=1e-12, le=100)] = Field(
+        default=1e-4, description="peak learning rate; LoRA likes 1e-4 to 2e-4"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="from the peak after warm-up towards final_share of it at the end"

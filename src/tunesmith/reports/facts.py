@@ -342,7 +342,7 @@ def settings(run_dir: Path) -> dict[str, Any]:
     path = run_dir / CONFIG
     if not path.exists():
         return {}
-    return flat(sources.plain(sources.read(path, lambda line: f"{path}:{line}")) or {})
+    return flat(sources.plain(sources.read(path, lambda line: f"{path}:{line}", sources.RECORDED)) or {})
 
 
 def given(run_dir: Path) -> dict[str, str]:

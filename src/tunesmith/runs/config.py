@@ -16,7 +16,7 @@ from tunesmith.learning.objective import Objective
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.learning.optimizer import OptimizerSpec
 from tunesmith.model.loading import ModelSpec
-from tunesmith.settings.config import Spec, load
+from tunesmith.settings.config import Sensible, Spec, load
 from tunesmith.tokens.batches import BatchSpec
 from tunesmith.tokens.template import TemplateSpec
 
@@ -34,9 +34,11 @@ LOWER = frozenset(
 class LoopSpec(Spec):
     """How long to train, and when to validate, save and sample."""
 
-    epochs: float = Field(default=1.0, gt=0, le=MOST_STEPS, description="passes over the training rows")
-    steps: int | None = Field(
-        default=None, ge=1, le=MOST_STEPS, description="optimizer updates; if given, epochs is ignored"
+    epochs: Annotated[float, Field(gt=0), Sensible(le=MOST_STEPS)] = Field(
+        default=1.0, description="passes over the training rows"
+    )
+    steps: Annotated[int | None, Field(ge=1), Sensible(le=MOST_STEPS)] = Field(
+        default=None, description="optimizer updates; if given, epochs is ignored"
     )
     validate_every: int = Field(
         default=50, ge=0, description="updates between validations; 0: first and last only"
@@ -58,8 +60,8 @@ class LoopSpec(Spec):
         default=0, ge=0, description="updates between sample answers; 0: first and last only"
     )
     samples: int = Field(default=3, ge=0, description="validation prompts answered as samples")
-    sample_tokens: int = Field(
-        default=128, ge=1, le=MOST_ANSWER_TOKENS, description="longest sample answer, in tokens"
+    sample_tokens: Annotated[int, Field(ge=1), Sensible(le=MOST_ANSWER_TOKENS)] = Field(
+        default=128, description="longest sample answer, in tokens"
     )
     instrument_every: int = Field(
         default=10,
@@ -197,7 +199,7 @@ def of_run(file: Path, sets: Sequence[str] = ()) -> RunConfig:
     """The settings that a run wrote to ``file``, with ``sets`` over them. A run that does not name them is
     older than the settings of plain text, and keeps its rules: it ends as a chat's turn does, and control
     tokens in it are letters."""
-    resolved = load(RunConfig, files=[file], sets=sets)
+    resolved = load(RunConfig, files=[file], sets=sets, recorded=[file])
     template, data = resolved.spec.template, resolved.spec.data
     if resolved.origins["template.text_end"] == "default":
         template = template.model_copy(update={"text_end": "turn"})

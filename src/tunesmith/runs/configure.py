@@ -10,6 +10,7 @@ from typing import Any
 from tunesmith.data import folders
 from tunesmith.data.formats import JSON
 from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import MANIFEST
 from tunesmith.settings import config as settings
 from tunesmith.settings import origins
 from tunesmith.settings.config import Resolved, flat
@@ -49,6 +50,7 @@ def configure(
             files=files,
             environ=environ or {},
             sets=listed(sets),
+            recorded=[path for path in files if (path.parent / MANIFEST).is_file()],
         )
 
     resolved = load()
@@ -56,7 +58,10 @@ def configure(
         accepted = dict.fromkeys([*resolved.spec.audit.accept, *listed(accept)])
         overrides["audit.accept"] = ([*accepted], "--accept")
         resolved = load()
-    return _in_parts(resolved)
+    held_out = resolved.spec.data.valid
+    copies = folders.copies([*resolved.spec.data.train, *(held_out if isinstance(held_out, tuple) else ())])
+    resolved = _in_parts(resolved)
+    return replace(resolved, notes=(*resolved.notes, *copies))
 
 
 def _in_parts(resolved: Resolved[RunConfig]) -> Resolved[RunConfig]:

@@ -37,9 +37,10 @@ CONFIG, ORIGIN, MANIFEST, EVENTS, LOG = (
     "events.jsonl",
     "training.log",
 )
-DATA, EVALS, CHECKPOINTS, FROZEN, REFERENCE = (
+DATA, EVALS, EXPORTS, CHECKPOINTS, FROZEN, REFERENCE = (
     "data",
     "evals",
+    "exports",
     "checkpoints",
     "frozen",
     "reference.safetensors",
@@ -238,7 +239,7 @@ class Run:
             if (self.path / CHECKPOINTS).is_dir():
                 for unfinished in (self.path / CHECKPOINTS).glob(".*"):
                     remove(unfinished)
-            for folder in (self.path, self.path / DATA, *(self.path / EVALS).glob("*")):
+            for folder in (self.path, self.path / DATA, self.path / EXPORTS, *(self.path / EVALS).glob("*")):
                 remove_drafts(folder)
             remove_drafts(self.path.absolute().parent, self.path.name)
             yield

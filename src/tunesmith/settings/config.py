@@ -13,7 +13,7 @@ import difflib
 import json
 import pkgutil
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
@@ -36,15 +36,18 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, ErrorDetails, to_jsonable_python
-from pydantic_core.core_schema import union_schema
+from pydantic_core import CoreSchema, ErrorDetails, PydanticKnownError, to_jsonable_python
+from pydantic_core.core_schema import union_schema, with_info_after_validator_function
 
 from tunesmith.errors import ConfigError, listing
+from tunesmith.settings import origins
 from tunesmith.settings.origins import JSON, Node, parse, plain, read, shortened, writable, write
 
 PREFIX = "TUNESMITH_"
@@ -57,6 +60,36 @@ Texts = Annotated[
     BeforeValidator(lambda value: (value,) if isinstance(value, str) else value, tuple[str, ...] | str),
 ]
 """Several texts; one alone may be written without a list."""
+
+
+@dataclass(frozen=True)
+class Sensible:
+    """Annotates a number: the range that a user may set. A run that recorded a number beyond it is read."""
+
+    ge: float | None = None
+    le: float | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return with_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        limits = {"minimum": self.ge, "maximum": self.le}
+        return handler(schema) | {name: limit for name, limit in limits.items() if limit is not None}
+
+    def _checked(self, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None or info.context is _RECORDED:
+            return value
+        if self.ge is not None and value < self.ge:
+            raise PydanticKnownError("greater_than_equal", {"ge": self.ge})
+        if self.le is not None and value > self.le:
+            raise PydanticKnownError("less_than_equal", {"le": self.le})
+        return value
+
+
+_RECORDED = {"recorded": True}
+"""Pydantic's context while the settings of a run are read."""
 
 
 class Spec(BaseModel):
@@ -158,20 +191,23 @@ def load(
     environ: Mapping[str, str] = {},
     sets: Sequence[str] = (),
     overrides: Mapping[str, tuple[JSON, str]] = {},
+    recorded: Collection[Path] = (),
 ) -> Resolved[S]:
     """All layers as one checked spec. ``overrides``: key path → (value, origin), from flags such as
-    ``--model``.
+    ``--model``. ``recorded``: those of ``files`` that runs have written. They may be long, and numbers need
+    not be `Sensible` then.
 
     Raises ConfigError: immediately if a text is not readable as YAML; otherwise one error lists every unknown
     key, missing key, and value of a wrong type or out of range."""
     for name in sorted(environ.keys() - EXEMPT):
         if name.startswith(PREFIX) and (near := difflib.get_close_matches(name, EXEMPT, n=1, cutoff=0.95)):
             raise ConfigError("is no setting", where=name, hint=f"did you mean {near[0]}?")
-    layers = _Layers(root)
+    layers = _Layers(root, _RECORDED if recorded else None)
     if preset is not None:
         layers.add(([], read(preset_file(preset), lambda line: f"preset {preset}")))
     for path in files:
-        layers.add(([], read(path, lambda line, path=path: f"{path}:{line}")))
+        bounds = origins.RECORDED if path in recorded else origins.OF_A_USER
+        layers.add(([], read(path, lambda line, path=path: f"{path}:{line}", bounds)))
     keys = {
         name: name[len(PREFIX) :].lower().split("__")
         for name in environ
@@ -376,7 +412,10 @@ def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         items = _allowed(args[0]).replace("an integer", "integers").replace("a number", "numbers")
         return f"a list of {items}" + f" (at least {least})" * bool(least)
     limits = [(sign, getattr(limit, name, None)) for limit in metadata for name, sign in _SIGNS.items()]
-    bounds = " and ".join(f"{sign} {bound:g}" for sign, bound in limits if bound is not None)
+    given = {sign: bound for sign, bound in limits if bound is not None}
+    if "≥" in given:  # which says more
+        given.pop(">", None)
+    bounds = " and ".join(f"{sign} {bound:g}" for sign, bound in given.items())
     words = {
         bool: "true or false",
         int: f"an integer {bounds}".rstrip(),
@@ -430,7 +469,8 @@ def _assignment(text: str) -> tuple[list[str], Node]:
 class _Layers:
     """The settings while layers are added, lowest first, and the problems found so far."""
 
-    def __init__(self, root: type[Spec]) -> None:
+    def __init__(self, root: type[Spec], context: dict[str, bool] | None = None) -> None:
+        self.context = context
         self.shape = _Shape({"": root}, "", optional=False)
         self.tree = Node(self.shape.block(""), "default")
         self.problems: list[ConfigError] = []
@@ -536,7 +576,7 @@ class _Layers:
             if shape and isinstance(child.value, dict):
                 values[name] = self.build(shape.member(child), child, _join(key, name)) or _FAILED
         try:
-            return model.model_validate(values)
+            return model.model_validate(values, context=self.context)
         except ValidationError as error:
             first = {detail["loc"][:1]: detail for detail in reversed(error.errors(include_url=False))}
             for name, detail in reversed(first.items()):

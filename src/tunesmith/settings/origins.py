@@ -20,12 +20,19 @@ from tunesmith.errors import ConfigError
 JSON: TypeAlias = JsonValue
 
 
-MOST_BYTES = 256 << 10
-"""Of one text of settings: the reader takes about ten seconds a megabyte."""
-MOST_VALUES = 20_000
-"""Of one text of settings. Few lines of nested aliases can stand for any number of values."""
-LONGEST = 4096
-"""Characters of a text in the settings, as of a path on Linux."""
+class Bounds(NamedTuple):
+    """What one text of settings may hold. ``size``: bytes; the reader takes about ten seconds a megabyte.
+    ``values``: None allows one for each character, of which there are more only by aliases.
+    ``characters``: of one value."""
+
+    size: int
+    values: int | None
+    characters: int
+
+
+OF_A_USER = Bounds(256 << 10, 20_000, 4096)
+RECORDED = Bounds(32 << 20, None, 32 << 20)
+"""Of the settings that a run has written, which name every file of its data."""
 
 
 class Node(NamedTuple):
@@ -89,12 +96,12 @@ def write(value: object) -> str:
     )
 
 
-def read(path: Path, origin: Callable[[int], str]) -> Node:
+def read(path: Path, origin: Callable[[int], str], bounds: Bounds = OF_A_USER) -> Node:
     """The mapping of a file, or a node of None if it is empty. ``origin`` as in `parse`."""
     try:
         with path.open("rb") as file:  # which may be a pipe, or a device that never ends
-            content = file.read(MOST_BYTES + 1)
-        node = parse(content.decode("utf-8"), origin)
+            content = file.read(bounds.size + 1)
+        node = parse(content.decode("utf-8"), origin, bounds)
     except (OSError, ValueError) as error:  # ValueError also for a path with a null character
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"cannot be read: {why}", where=shortened(str(path), 1000)) from error
@@ -103,14 +110,18 @@ def read(path: Path, origin: Callable[[int], str]) -> Node:
     return node
 
 
-def parse(text: str, origin: Callable[[int], str]) -> Node:
+def parse(text: str, origin: Callable[[int], str], bounds: Bounds = OF_A_USER) -> Node:
     """``origin``: line (from 1) → where it is, in words. Raises ConfigError."""
-    if len(text) > MOST_BYTES:
+    if len(text) > bounds.size:
         hint = "settings are a few kilobytes: is this another file?"
-        raise ConfigError(f"has more than {MOST_BYTES >> 10} kB", where=origin(1), hint=hint)
+        raise ConfigError(f"has more than {bounds.size >> 10:,} kB", where=origin(1), hint=hint)
     try:
         node = yaml.compose(text, Loader=_Loader)
-        return _Composer(origin)(node, node.start_mark.line + 1) if node else Node(None, origin(1))
+        return (
+            _Composer(origin, bounds, len(text))(node, node.start_mark.line + 1)
+            if node
+            else Node(None, origin(1))
+        )
     except (yaml.YAMLError, RecursionError) as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         message = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error).partition("\n")[0]
@@ -123,15 +134,16 @@ def parse(text: str, origin: Callable[[int], str]) -> Node:
 class _Composer:
     """Makes nodes of YAML's nodes, of which an alias repeats one with all that is in it."""
 
-    def __init__(self, origin: Callable[[int], str]) -> None:
-        self.origin, self.count = origin, 0
+    def __init__(self, origin: Callable[[int], str], bounds: Bounds, length: int) -> None:
+        self.origin, self.bounds, self.count = origin, bounds, 0
+        self.most = length if bounds.values is None else bounds.values
 
     def __call__(self, node: yaml.Node, line: int) -> Node:
         where, values = self.origin(line), {}
         self.count += 1
-        if self.count > MOST_VALUES:
+        if self.count > self.most:
             hint = "aliases (*name) repeat all that they name: write the values out"
-            raise ConfigError(f"has more than {MOST_VALUES:,} values", where=where, hint=hint)
+            raise ConfigError(f"has more than {self.most:,} values", where=where, hint=hint)
         if isinstance(node, yaml.ScalarNode):
             return Node(self._scalar(node, where), where)
         if isinstance(node, yaml.SequenceNode):
@@ -140,7 +152,7 @@ class _Composer:
             line = key.start_mark.line + 1
             if key.tag != "tag:yaml.org,2002:str":
                 raise ConfigError("a key must be text", where=self.origin(line), hint="put it in quotes")
-            writable(key.value, self.origin(line))
+            writable(key.value, self.origin(line), self.bounds)
             if key.value in values:
                 hint = f"it is already given at {values[key.value].origin}"
                 message = f'the key "{shortened(key.value)}" is given twice'
@@ -149,7 +161,7 @@ class _Composer:
         return Node(values, where)
 
     def _scalar(self, node: yaml.ScalarNode, where: str) -> JSON:
-        writable(node.value, where)
+        writable(node.value, where, self.bounds)
         try:
             if node.tag.endswith(":int") and len(node.value) > 400:
                 raise ValueError("more digits than Python writes")
@@ -159,10 +171,10 @@ class _Composer:
             raise ConfigError(message, where=where) from error
 
 
-def writable(text: str, where: str) -> None:
+def writable(text: str, where: str, bounds: Bounds = OF_A_USER) -> None:
     """Raises ConfigError for a text that no file of settings can hold."""
-    if len(text) > LONGEST:
-        message = f"a text has {len(text):,} characters, more than {LONGEST:,}: {shortened(text)}"
+    if len(text) > bounds.characters:
+        message = f"a text has {len(text):,} characters, more than {bounds.characters:,}: {shortened(text)}"
         raise ConfigError(message, where=where)
     if _UNWRITABLE.search(text):
         message = f"{shortened(text)} holds half of a surrogate pair"
@@ -184,7 +196,7 @@ def skim(path: Path) -> Any:
     loader = yaml.CBaseLoader if yaml.__with_libyaml__ else yaml.BaseLoader
     try:
         with path.open("rb") as file:
-            return yaml.load(file.read(MOST_BYTES).decode("utf-8"), Loader=loader)
+            return yaml.load(file.read(OF_A_USER.size).decode("utf-8"), Loader=loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not YAML in UTF-8"
         raise ConfigError(f"cannot be read: {why}", where=shortened(str(path), 1000)) from error

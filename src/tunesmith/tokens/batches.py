@@ -12,12 +12,12 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from tunesmith.settings.config import Spec
+from tunesmith.settings.config import Sensible, Spec
 from tunesmith.tokens.template import Tokens
 
 LOOKED_AT = 10_000
@@ -29,7 +29,9 @@ PER_CALL = 24
 class BatchSpec(Spec):
     """How many rows an update learns from, and how they are cut into micro-batches."""
 
-    sequences: int = Field(default=8, ge=1, le=1 << 20, description="rows an optimizer update")
+    sequences: Annotated[int, Field(ge=1), Sensible(le=1 << 20)] = Field(
+        default=8, description="rows an optimizer update"
+    )
     micro: int | None = Field(
         default=None, ge=1, description="most rows on the device at once; null: no limit"
     )
@@ -45,11 +47,8 @@ class BatchSpec(Spec):
         description="lay the rows of a micro-batch end to end in one, each attending to itself alone: no "
         "padding",
     )
-    length: int = Field(
-        default=4096,
-        ge=8,
-        le=1 << 24,
-        description="longest row, in tokens; template.too_long says what happens beyond",
+    length: Annotated[int, Field(ge=8), Sensible(le=1 << 24)] = Field(
+        default=4096, description="longest row, in tokens; template.too_long says what happens beyond"
     )
 
     @model_validator(mode="after")

@@ -140,6 +140,7 @@ def prepare(
     """Read, split, render, audit and plan, without loading weights. audited: these rows were audited when the
     run began. recorded: of the run that is resumed. Raises DataError, TemplateError, or ModelError for an id
     that the model does not know."""
+    is_new = recorded is None
     recorded = recorded or Recorded.now()
     sources = _read(config, notify)
     folder = loading.resolve(
@@ -168,6 +169,8 @@ def prepare(
     for remark in remarks:
         notify(Notice(remark.text, level=remark.level, where="objective"))
     plan = _plan(config, train.groups, notify)
+    if is_new:
+        _require_few_updates(plan)
     counts = _counts(sources, train, valid, plan, objective.unit) | {"thinking": renderer.thinking}
     counts["rows_dropped"], counts["notes"] = dict(sorted(reasons.items())), dict(sorted(notes.items()))
     counts |= _labels(train.groups, valid.groups, notify)
@@ -315,13 +318,17 @@ def _plan(config: RunConfig, groups: list[Group], notify: Sink) -> Plan:
     positions = tuple(group.positions for group in groups)
     spec = config.loop
     plan = Plan(lengths, config.batch.sequences, cut, spec.seed, spec.epochs, spec.steps, positions)
-    if plan.steps > MOST_STEPS:
-        message = f"makes {plan.steps:,} updates of these rows, and a run has at most {MOST_STEPS:,}"
-        raise ConfigError(message, where="loop.epochs", hint="lower it, or give loop.steps")
     if few := lonely(plan, groups):
         text = "updates with rows of one class only: raise batch.sequences"
         notify(Notice(text, level="warning", count=few))
     return plan
+
+
+def _require_few_updates(plan: Plan) -> None:
+    """Raises ConfigError if the epochs of a new run make more updates than `MOST_STEPS`."""
+    if plan.steps > MOST_STEPS:
+        message = f"makes {plan.steps:,} updates of these rows, and a run has at most {MOST_STEPS:,}"
+        raise ConfigError(message, where="loop.epochs", hint="lower it, or give loop.steps")
 
 
 def _labels(train: list[Group], valid: list[Group], notify: Sink) -> dict[str, Any]:
