@@ -9,6 +9,7 @@ caller's thread only."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -22,7 +23,7 @@ from tunesmith.engine.requests import Finish, NewToken, Request, sampler
 from tunesmith.engine.separate import SeparateRows
 from tunesmith.errors import ModelError
 from tunesmith.events import Notice, Sink
-from tunesmith.model import abilities, vocabulary
+from tunesmith.model import abilities, kernels, vocabulary
 from tunesmith.model.loading import evaluating
 
 PREFILL = 8
@@ -34,6 +35,20 @@ def notify_if_separate(net: nn.Module, notify: Sink) -> None:
     if not abilities.batches(net):
         text = "answers are generated one by one, which is slower: batched, this model would give others"
         notify(Notice(text, where="model"))
+
+
+class _Exact:
+    """`mlx.core` for mlx-lm's generator: its sum over the vocabulary is `kernels.log_sums`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mx, name)
+
+    def logsumexp(self, logits: mx.array, axis: int = -1, keepdims: bool = False) -> mx.array:
+        sums = kernels.log_sums(logits).astype(logits.dtype)
+        return sums[..., None] if keepdims else sums
+
+
+_EXACT = _Exact()
 
 
 class RowAdapters:
@@ -84,15 +99,15 @@ class Engine:
         self._stops: dict[tuple[int, ...], Any] = {}
 
     def __enter__(self) -> Engine:
-        from mlx_lm.generate import BatchGenerator
-
+        generator: Any = importlib.import_module("mlx_lm.generate")
+        generator.mx = _EXACT
         with ExitStack() as inside:
             inside.enter_context(evaluating(self._net))
             if self._routing is not None:
                 inside.callback(self._routing.select, None)  # later passes meet the base alone
             model = self._net if self._routing is None else cast("nn.Module", self._routed)
             if abilities.batches(self._net):
-                self._batch = BatchGenerator(
+                self._batch = generator.BatchGenerator(
                     model,
                     completion_batch_size=self._batch_size,
                     prefill_batch_size=min(PREFILL, self._batch_size),

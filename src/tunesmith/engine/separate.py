@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from tunesmith.engine.requests import Finish
+from tunesmith.model import kernels
 
 PREFILL_TOKENS = 2048
 """Most tokens of a prompt that are read in one pass."""
@@ -92,7 +93,7 @@ class SeparateRows:
             mx.eval([layer.state for layer in row.cache])  # not the logits: nobody reads them
             row.ids = row.ids[len(part) :]
         logits = self._model(mx.array([row.ids]), cache=row.cache)[:, -1]
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        logprobs = logits - kernels.log_sums(logits)[..., None]
         drawn = mx.argmax(logprobs, axis=-1) if row.sampler is None else row.sampler(logprobs)
         token = int(np.array(drawn).item())
         row.ids, row.left = [token], row.left - 1

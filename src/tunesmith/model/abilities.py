@@ -130,4 +130,4 @@ def _alone(net: nn.Module, prompt: list[int], tokens: list[int]) -> mx.array:
     logits = [net(mx.array([prompt]), cache=cache)[0, -1]]
     logits += [net(mx.array([[token]]), cache=cache)[0, -1] for token in tokens[:-1]]
     stacked = mx.stack(logits)
-    return stacked - mx.logsumexp(stacked, axis=-1, keepdims=True)
+    return stacked - kernels.log_sums(stacked)[..., None]

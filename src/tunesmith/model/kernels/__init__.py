@@ -152,14 +152,12 @@ def rope(
     return mx.fast.rope(x, dims, **given)
 
 
-FEW_ROWS = 23
-"""Most rows whose product with a weight the compiled kernel computes faster than a BLAS, except for the 16
-rows that OpenBLAS takes at once."""
+FEW_ROWS = 32
+"""Most rows whose product with a weight the compiled kernel computes faster than a BLAS."""
 
 
 def _few(x: mx.array) -> bool:
-    rows = x.size // max(1, x.shape[-1])
-    return 0 < rows <= FEW_ROWS and rows != 16
+    return 0 < x.size // max(1, x.shape[-1]) <= FEW_ROWS
 
 
 def linear(x: mx.array, weight: mx.array) -> mx.array:

@@ -144,10 +144,11 @@ mx::array gelu(const mx::array& x) {
 mx::array linear(const mx::array& x, const mx::array& weight) {
   if (x.ndim() == 0 || weight.ndim() != 2 || x.shape(-1) != weight.shape(1))
     throw std::invalid_argument("x must be as wide as the weight");
-  const auto prepare = [](const Arrays& in, Arrays& out, auto&) {
-    return [x = in[0].data<float>(), w = in[1].data<float>(), y = allocate(out[0]), rows = rows_of(in[0]),
-            inputs = width_of(in[0]), outputs = in[1].shape(0)] {
-      tunesmith::linear(x, w, y, rows, inputs, outputs);
+  const auto prepare = [](const Arrays& in, Arrays& out, auto& encoder) {
+    const int64_t rows = rows_of(in[0]), inputs = width_of(in[0]);
+    return [x = in[0].data<float>(), w = in[1].data<float>(), y = allocate(out[0]), rows, inputs,
+            turned = allocate(tunesmith::turned_rows(rows), inputs, encoder), outputs = in[1].shape(0)] {
+      tunesmith::linear(x, turned, w, y, rows, inputs, outputs);
     };
   };
   const auto gradient = [](const Arrays& in, const Arrays&, const Arrays& cotangents) {

@@ -1,85 +1,160 @@
 // The product of a few rows with a weight, as in generation. A BLAS first copies the weight into another order,
 // which costs more than a product of few rows; here it is read once, as it lies.
+//
+// From two rows on, each output is summed over the inputs one after the other, so it does not depend on how many
+// rows there are.
 #pragma once
+
+#include <cstring>
+#include <utility>
 
 #include "threads.h"
 
 namespace tunesmith {
 
+// A tile has up to kVectors vectors of rows and kSums vectors of sums, which with the operands fill the registers.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kOutputs = 4;
+constexpr int kLanes = 16, kVectors = 2, kSums = 16;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kOutputs = 2;
+constexpr int kLanes = 8, kVectors = 3, kSums = 12;
 #else
-constexpr int kLanes = 4, kOutputs = 4;
+constexpr int kLanes = 4, kVectors = 3, kSums = 12;
 #endif
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Places __attribute__((vector_size(4 * kLanes)));
 
-constexpr int kRows = 4;                 // of a tile at most, which with kOutputs fills the registers
-constexpr int64_t kTermsOfRow = 65536;   // products of numbers in a unit, for each of up to four rows
+constexpr int kColumnsOfRow = 4;             // of a tile of a single row
+constexpr int64_t kColumns = 48;             // a unit has a multiple of them, and with them only whole tiles
+constexpr int64_t kWeightsOfUnit = 1 << 16;  // about
+
+inline Vector loaded(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+
+// The first `count` lanes from memory, the others 0.
+inline Vector loaded(const float* from, int64_t count) {
+  if (count >= kLanes) return loaded(from);
+  Vector lanes = {};
+  std::memcpy(&lanes, from, count * sizeof(float));
+  return lanes;
+}
+
+// Swaps one bit of the number of each vector with the same bit of the number of each lane.
+template <int bit, size_t... lane>
+void swap_bit(Vector (&square)[kLanes], std::index_sequence<lane...>) {
+  constexpr Places low = {((lane & bit) ? kLanes + (lane ^ bit) : lane)...};
+  constexpr Places high = {((lane & bit) ? kLanes + lane : lane ^ bit)...};
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if ((i & bit) == 0) {
+      const Vector a = square[i], b = square[i | bit];
+      square[i] = __builtin_shuffle(a, b, low);
+      square[i | bit] = __builtin_shuffle(a, b, high);
+    }
+}
+
+template <int bit = kLanes / 2>
+void transpose(Vector (&square)[kLanes]) {
+  swap_bit<bit>(square, std::make_index_sequence<kLanes>());
+  if constexpr (bit > 1) transpose<bit / 2>(square);
+}
 
 // Halves are added to each other, always in the same order.
 inline float total(const Vector& lanes) {
   float parts[kLanes];
-  __builtin_memcpy(parts, &lanes, sizeof(parts));
+  std::memcpy(parts, &lanes, sizeof(parts));
   for (int half = kLanes / 2; half > 0; half /= 2)
 #pragma omp simd
     for (int lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
   return parts[0];
 }
 
-// The first `count` lanes from memory, the others 0.
-inline Vector loaded(const float* from, int64_t count) {
-  Vector lanes = {};
-  __builtin_memcpy(&lanes, from, count * sizeof(float));
-  return lanes;
-}
-
-// y (rows, columns) = x (rows, inputs) times the transposed weight (columns, inputs).
-template <int rows, int columns>
-void tile(const float* x, const float* weight, float* y, int64_t inputs, int64_t outputs) {
-  Vector sums[rows][columns] = {};
-  const auto add = [&](const auto& load, int64_t k) {
-    Vector a[rows];
-    for (int row = 0; row < rows; ++row) a[row] = load(x + row * inputs + k);
-    for (int column = 0; column < columns; ++column) {
-      const Vector b = load(weight + column * inputs + k);
-      for (int row = 0; row < rows; ++row) sums[row][column] += a[row] * b;
-    }
-  };
+// y (columns) = x (inputs) times the transposed weight (columns, inputs).
+template <int columns>
+void row_tile(const float* x, const float* weight, float* y, int64_t inputs) {
+  Vector sums[columns] = {};
   int64_t k = 0;
-  for (; k + kLanes <= inputs; k += kLanes)
-    add([](const float* from) { return *reinterpret_cast<const Vector*>(from); }, k);
-  if (k < inputs) add([rest = inputs - k](const float* from) { return loaded(from, rest); }, k);
-  for (int row = 0; row < rows; ++row)
-    for (int column = 0; column < columns; ++column) y[row * outputs + column] = total(sums[row][column]);
+  for (; k + kLanes <= inputs; k += kLanes) {
+    const Vector a = loaded(x + k);
+    for (int column = 0; column < columns; ++column) sums[column] += a * loaded(weight + column * inputs + k);
+  }
+  if (k < inputs) {
+    const Vector a = loaded(x + k, inputs - k);
+    for (int column = 0; column < columns; ++column)
+      sums[column] += a * loaded(weight + column * inputs + k, inputs - k);
+  }
+  for (int column = 0; column < columns; ++column) y[column] = total(sums[column]);
 }
 
-// The columns [begin, end) of y for one group of rows, which stays in the nearest cache.
-template <int rows>
-void columns(
-    const float* x, const float* weight, float* y, int64_t begin, int64_t end, int64_t inputs, int64_t outputs) {
+// y (rows, columns), of `turned`, which is x as `turn` writes it, and the weight (columns, inputs).
+template <int vectors, int columns>
+void wide_tile(
+    const float* turned, const float* weight, float* y, int64_t rows, int64_t inputs, int64_t outputs) {
+  Vector sums[columns][vectors] = {};
+  for (int64_t k = 0; k < inputs; ++k) {
+    Vector a[vectors];
+    for (int v = 0; v < vectors; ++v) a[v] = loaded(turned + (k * vectors + v) * kLanes);
+    for (int column = 0; column < columns; ++column)
+      for (int v = 0; v < vectors; ++v) sums[column][v] += a[v] * weight[column * inputs + k];
+  }
+  for (int column = 0; column < columns; ++column)
+    for (int64_t row = 0; row < rows; ++row)
+      y[row * outputs + column] = sums[column][row / kLanes][row % kLanes];
+}
+
+// The columns [begin, end) of y.
+inline void single(const float* x, const float* weight, float* y, int64_t begin, int64_t end, int64_t inputs) {
   int64_t column = begin;
-  for (; column + kOutputs <= end; column += kOutputs)
-    tile<rows, kOutputs>(x, weight + column * inputs, y + column, inputs, outputs);
-  for (; column < end; ++column) tile<rows, 1>(x, weight + column * inputs, y + column, inputs, outputs);
+  for (; column + kColumnsOfRow <= end; column += kColumnsOfRow)
+    row_tile<kColumnsOfRow>(x, weight + column * inputs, y + column, inputs);
+  for (; column < end; ++column) row_tile<1>(x, weight + column * inputs, y + column, inputs);
+}
+template <int vectors>
+void wide(const float* turned, const float* weight, float* y, int64_t begin, int64_t end, int64_t rows,
+          int64_t inputs, int64_t outputs) {
+  constexpr int columns = kSums / vectors;
+  int64_t column = begin;
+  for (; column + columns <= end; column += columns)
+    wide_tile<vectors, columns>(turned, weight + column * inputs, y + column, rows, inputs, outputs);
+  for (; column < end; ++column)
+    wide_tile<vectors, 1>(turned, weight + column * inputs, y + column, rows, inputs, outputs);
 }
 
-// y (rows, outputs) = x (rows, inputs) times the transposed weight (outputs, inputs). Each sum is made in the
-// same order whatever the other rows are.
-inline void linear(
-    const float* x, const float* weight, float* y, int64_t rows, int64_t inputs, int64_t outputs) {
-  const int64_t terms = std::max<int64_t>(1, rows * inputs);
-  const int64_t part = kTermsOfRow * std::min<int64_t>(rows, kRows) / terms / kOutputs * kOutputs;
-  in_parts(outputs, std::max<int64_t>(kOutputs, part), [=](int64_t begin, int64_t end) {
-    for (int64_t row = 0; row < rows; row += kRows) {
-      const float* from = x + row * inputs;
+// turned (inputs, vectors, kLanes) = x (rows, inputs) transposed, with zeros for the rows that fill the last vector.
+inline void turn(const float* x, float* turned, int64_t rows, int64_t inputs) {
+  const int64_t vectors = (rows + kLanes - 1) / kLanes;
+  for (int64_t v = 0; v < vectors; ++v)
+    for (int64_t k = 0; k < inputs; k += kLanes) {
+      const int64_t width = std::min<int64_t>(kLanes, inputs - k), first = v * kLanes;
+      Vector square[kLanes] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - first); ++i)
+        square[i] = loaded(x + (first + i) * inputs + k, width);
+      transpose(square);
+      for (int64_t i = 0; i < width; ++i)
+        std::memcpy(turned + ((k + i) * vectors + v) * kLanes, &square[i], sizeof(Vector));
+    }
+}
+
+// Rows of numbers that `linear` needs to turn `rows` rows.
+inline int64_t turned_rows(int64_t rows) { return rows > 1 ? (rows + kLanes - 1) / kLanes * kLanes : 0; }
+
+// y (rows, outputs) = x (rows, inputs) times the transposed weight (outputs, inputs). `turned`: memory of
+// (turned_rows(rows), inputs).
+inline void linear(const float* x, float* turned, const float* weight, float* y, int64_t rows, int64_t inputs,
+                   int64_t outputs) {
+  constexpr int64_t group = kVectors * kLanes;
+  if (rows > 1)
+    for (int64_t row = 0; row < rows; row += group)
+      turn(x + row * inputs, turned + row * inputs, std::min(group, rows - row), inputs);
+  const int64_t part = kWeightsOfUnit / std::max<int64_t>(1, inputs) / kColumns * kColumns;
+  in_parts(outputs, std::max(kColumns, part), [=](int64_t begin, int64_t end) {
+    if (rows == 1) return single(x, weight, y, begin, end, inputs);
+    for (int64_t row = 0; row < rows; row += group) {
+      const int64_t count = std::min(group, rows - row);
+      const float* from = turned + row * inputs;
       float* to = y + row * outputs;
-      switch (std::min<int64_t>(kRows, rows - row)) {
-        case 1: columns<1>(from, weight, to, begin, end, inputs, outputs); break;
-        case 2: columns<2>(from, weight, to, begin, end, inputs, outputs); break;
-        case 3: columns<3>(from, weight, to, begin, end, inputs, outputs); break;
-        default: columns<4>(from, weight, to, begin, end, inputs, outputs);
+      switch ((count + kLanes - 1) / kLanes) {
+        case 1: wide<1>(from, weight, to, begin, end, count, inputs, outputs); break;
+        case 2: wide<2>(from, weight, to, begin, end, count, inputs, outputs); break;
+        default: wide<kVectors>(from, weight, to, begin, end, count, inputs, outputs);
       }
     }
   });
