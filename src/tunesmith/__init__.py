@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.preflight.doctor import doctor
     from tunesmith.preflight.plan import plan
     from tunesmith.preflight.show import show
-    from tunesmith.reports.verbs import compare, evaluate, report, train, watch
+    from tunesmith.reports.verbs import compare, compose, evaluate, report, train, watch
     from tunesmith.runs.ancestry import lineage
     from tunesmith.runs.configure import configure, init
     from tunesmith.runs.pruning import prune
@@ -31,6 +31,7 @@ __all__ = [
     "audit",
     "chat",
     "compare",
+    "compose",
     "configure",
     "doctor",
     "evaluate",
@@ -52,6 +53,7 @@ VERBS = {
     "audit": "tunesmith.preflight.audit",
     "chat": "tunesmith.runs.talk",
     "compare": "tunesmith.reports.verbs",
+    "compose": "tunesmith.reports.verbs",
     "configure": "tunesmith.runs.configure",
     "doctor": "tunesmith.preflight.doctor",
     "evaluate": "tunesmith.reports.verbs",

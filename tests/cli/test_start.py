@@ -45,6 +45,7 @@ VERBS = {
     "evaluate run --limit 4 --max-tokens 4": SETTINGS | MODEL | REPORT | TASKS,
     "report run": SETTINGS | REPORT | CARD,
     "compare run other": SETTINGS | {"jinja2"},
+    "compose run=1 other=-1 --out mixed": SETTINGS | MODEL | REPORT,
     "generate model --prompt hello --max-tokens 2": SETTINGS | MODEL,
     "chat run": SETTINGS | MODEL,
     "tag run tool:1": {"rich"},

@@ -226,7 +226,7 @@ def test_a_damaged_evaluation_of_the_run_is_told(run):
 def test_a_stopped_evaluation_goes_on(run, monkeypatch):
     whole = numbers(measured(run))
     shutil.rmtree(run / "evals")
-    evaluation_of = evaluation._Measure.__call__
+    evaluation_of = evaluation.CachedMeasure.__call__
 
     def stopping(self, task, side):
         if side == "tuned" and task.name == "tool_calls":
@@ -235,7 +235,7 @@ def test_a_stopped_evaluation_goes_on(run, monkeypatch):
 
     monkeypatch.setenv("TUNESMITH_CACHE", str(run / "other-cache"))
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation._Measure, "__call__", stopping)
+        patch.setattr(evaluation.CachedMeasure, "__call__", stopping)
         with pytest.raises(KeyboardInterrupt):
             measured(run)
     assert "perplexity" in " ".join(examples(run)), "what was done is written"

@@ -35,6 +35,7 @@ for verb in (
     training.watch,
     evaluation.evaluate,
     evaluation.compare,
+    evaluation.compose,
     evaluation.report,
     exporting.export,
     register.tag,

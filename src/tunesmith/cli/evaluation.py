@@ -1,7 +1,8 @@
-"""``evaluate``, ``compare`` and ``report``: what a run is worth."""
+"""``evaluate``, ``compare`` and ``report``: what a run is worth; ``compose``: one run of several."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from tunesmith.cli.options import (
     progress,
     say,
 )
+from tunesmith.errors import ConfigError
 
 if TYPE_CHECKING:
     from tunesmith.evaluation.evaluate import Evaluation
@@ -132,6 +134,68 @@ def compare(
     else:
         say("\n".join(comparison.lines))
         say(f"page: {out / 'compare.html'}")
+
+
+def compose(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN=WEIGHT", help="runs with their weights; a negative weight subtracts"),
+    ],
+    out: Annotated[Path, typer.Option(help="the new run directory")],
+    method: Annotated[str, typer.Option(help="linear, svd, ties or dare")] = "linear",
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="rank of the result (default: linear the sum, others the largest)"),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="share of entries that ties (default 0.2) and dare (0.5) use")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="decides which entries dare uses")] = 0,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="measure each source's held-out rows alone and in the mixture")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first held-out rows of each")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    model: MovedModel = None,
+    as_json: AsJson = False,
+) -> None:
+    """Combine the adapters of runs into a new run: added, subtracted, and factored again."""
+    weights = dict(map(_weighted, sources))
+    if len(weights) < len(sources):
+        raise ConfigError("a run is named twice", where="compose", hint="add up its weights")
+    with progress() as notify:
+        made = tunesmith.compose(
+            weights,
+            out=out,
+            method=method,
+            rank=rank,
+            density=density,
+            seed=seed,
+            evaluate=evaluate,
+            limit=limit,
+            max_tokens=max_tokens,
+            model=model,
+            notify=notify,
+        )
+    if as_json:
+        print_json(made.to_json())
+    else:
+        say("\n".join([*made.lines, f"run: {out}"]))
+
+
+def _weighted(source: str) -> tuple[str, float]:
+    """``RUN=WEIGHT``; a run alone has the weight 1."""
+    run, sign, weight = source.rpartition("=")
+    if not sign:
+        return source, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        hint = "for example runs/a=0.7 runs/b=-0.3"
+        raise ConfigError(f"{weight!r} is not a weight", where=source, hint=hint)
+    return run, value
 
 
 def report(run: RunDirectory, as_json: AsJson = False) -> None:

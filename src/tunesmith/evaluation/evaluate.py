@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from tunesmith import adapters, events
@@ -38,6 +39,7 @@ from tunesmith.runs import checkpoints, opening, records
 from tunesmith.runs.directory import EVALS, VALID, Run
 from tunesmith.runs.records import ExampleRecord, ExampleScore, Record, Score
 from tunesmith.tokens import template
+from tunesmith.tokens.template import Renderer
 
 DECIDING = (
     "tunesmith",
@@ -127,30 +129,16 @@ def _evaluated(
     """What `evaluate` gives for the checkpoint in ``folder``, while no other process evaluates the run."""
     source = opening.of_run(run, folder, model)
     data = [str(Path(path).expanduser().resolve()) for path in data]
-    rows = _rows(run, data, groups, spec.limit, notify)
+    rows = rows_of(run, data, groups, spec.limit, notify)
     config, opened = run.config, source.open(notify)
     loaded, renderer = opened.loaded, opened.renderer
     notify_if_separate(loaded.net, notify)
-    rendered = template.render(rows.imitated, renderer, config.template, config.batch.length)
-    for row in rendered.dropped:
-        notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))
-    material = Material(
-        rows.all,
-        rows.imitated,
-        rendered.rows,
-        renderer,
-        config.template,
-        config.batch,
-        spec,
-        config.loop.seed,
-        notify,
-        loaded.net,
-    )
-    built = _built(material, groups, base)
-    weights = _weights(loaded)
+    material = material_of(run, rows, loaded.net, renderer, spec, notify)
+    built = build_tasks(material, groups, base)
+    weights = weights_digest(loaded)
     stated = [(task.name, task.version, task.identity) for task in built]
     among.require_agreement(stated, weights, folder.name)
-    measure = _Measure(loaded, weights, folder, material, fresh, among)
+    measure = CachedMeasure(loaded, weights, folder, material, fresh, among)
     before = [measure(task, "base") for task in built] if base else [None] * len(built)
     opened.attach()
     family = _family(run, folder, data, spec.limit, base)
@@ -176,7 +164,29 @@ def _chosen(names: Sequence[str], spec: EvaluationSpec, data: Sequence[str]) -> 
     return groups
 
 
-def _built(material: Material, groups: Sequence[TaskGroup], base: bool) -> list[Task]:
+def material_of(
+    run: Run, rows: EvaluationRows, net: nn.Module, renderer: Renderer, spec: EvaluationSpec, notify: Sink
+) -> Material:
+    """What tasks are built from: ``rows``, rendered as ``run`` renders them. net: the base."""
+    config = run.config
+    rendered = template.render(rows.imitated, renderer, config.template, config.batch.length)
+    for row in rendered.dropped:
+        notify(Notice(f"perplexity: not measured: {row.message}", level="warning", where=row.source))
+    return Material(
+        rows.all,
+        rows.imitated,
+        rendered.rows,
+        renderer,
+        config.template,
+        config.batch,
+        spec,
+        config.loop.seed,
+        notify,
+        net,
+    )
+
+
+def build_tasks(material: Material, groups: Sequence[TaskGroup], base: bool) -> list[Task]:
     """The tasks that can be measured. Raises EvaluationError if there is none."""
     built: list[Task] = []
     for group in groups:
@@ -203,7 +213,7 @@ def _family(run: Run, checkpoint: Path, data: Sequence[str], limit: int | None, 
     return family + ([] if base else ["tuned"])
 
 
-def _weights(loaded: Loaded) -> str:
+def weights_digest(loaded: Loaded) -> str:
     """Digest of the base's weights as they are loaded: files, merged adapter, quantisation, precision."""
     flat: Any = tree_flatten(loaded.net.parameters())
     return digest(
@@ -220,7 +230,7 @@ def _file_label(paths: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Measurement:
+class Measurement:
     """One side of one task. ``seconds``: what measuring took, if ``cached`` in an earlier evaluation."""
 
     scores: list[ExampleScore]
@@ -229,7 +239,7 @@ class _Measurement:
 
 
 @dataclass
-class _Measure:
+class CachedMeasure:
     """Measures one side of one task, from the cache or by asking the model."""
 
     loaded: Loaded
@@ -241,7 +251,7 @@ class _Measure:
     _subjects: dict[Side, Subject] = field(default_factory=dict)
     _uncached: list[Path] = field(default_factory=list)
 
-    def __call__(self, task: Task, side: Side) -> _Measurement:
+    def __call__(self, task: Task, side: Side) -> Measurement:
         subject, path = self._subject(side), self._path(task, side)
         content = _read(path) if task.cached and not self.fresh and self.ranks.writes else ""
         if content := self.ranks.from_first(content):  # what the first rank has cached, no rank measures
@@ -252,7 +262,7 @@ class _Measure:
             return cached
         before, start = len(subject.heard), time.perf_counter()
         scores = task.score(task.measure(subject))
-        measured = _Measurement(scores, time.perf_counter() - start, False)
+        measured = Measurement(scores, time.perf_counter() - start, False)
         if task.cached and self.ranks.writes:
             heard = dict(islice(subject.heard.items(), before, None))
             rows = [asdict(score) for score in scores]
@@ -306,11 +316,11 @@ class _Measure:
         return backend.cache_folder() / "evaluations" / f"{key}.json"
 
 
-def _parsed(content: str) -> tuple[_Measurement, dict[str, Any]]:
+def _parsed(content: str) -> tuple[Measurement, dict[str, Any]]:
     """The cached measurement, and what the model answered."""
     stored = json.loads(content)
     scores = [ExampleScore(**score) for score in stored["scores"]]
-    return _Measurement(scores, stored["seconds"], True), {**stored["heard"]}
+    return Measurement(scores, stored["seconds"], True), {**stored["heard"]}
 
 
 def _read(path: Path) -> str:
@@ -324,7 +334,7 @@ def _read(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class EvaluationRows:
     """``all``: rows as read. ``imitated``: those whose answers are targets. ``hashes``: SHA-256 of their
     files."""
 
@@ -347,14 +357,14 @@ def _learned(run: Run) -> set[str]:
     }
 
 
-def _rows(
+def rows_of(
     run: Run, data: Sequence[str], groups: Sequence[TaskGroup], limit: int | None, notify: Sink
-) -> _Rows:
+) -> EvaluationRows:
     """The rows of ``data``, or those that the run held out; empty if no task asks rows, or none are held out
     and other tasks can be measured."""
     asking = [group.name for group in groups if group.asks_rows]
     if not asking and not data:
-        return _Rows()
+        return EvaluationRows()
     for text in folders.copies(data):
         notify(Notice(text))
     read = _read_rows(run, data)
@@ -366,7 +376,7 @@ def _rows(
             raise EvaluationError("has no held-out rows", where=where, hint=hint)
         text = f"no rows are held out: not measured: {', '.join(asking)}"
         notify(Notice(text, level="warning", hint="give --data FILE"))
-        return _Rows()
+        return EvaluationRows()
     formats.require(read, run.config.data.max_dropped)
     if read.dropped:
         notify(Notice("rows that could not be read", level="warning", count=len(read.dropped)))
@@ -381,7 +391,7 @@ def _rows(
     imitated, left_out, _ = (objective if isinstance(objective, SFT) else IMITATED).select(rows)
     for reason, count in Counter(reason for _, reason in left_out).items():
         notify(Notice(f"rows left out of loss and calls: {reason}", count=count))
-    return _Rows(rows, imitated, frozenset(read.files.values()))
+    return EvaluationRows(rows, imitated, frozenset(read.files.values()))
 
 
 def _read_rows(run: Run, data: Sequence[str]) -> formats.Read | None:
@@ -411,7 +421,7 @@ class _Writer:
     _written: list[str] = field(default_factory=list)
     _answers: list[AnsweredPrompt] = field(default_factory=list)
 
-    def write(self, task: Task, base: _Measurement | None, tuned: _Measurement, seed: int) -> None:
+    def write(self, task: Task, base: Measurement | None, tuned: Measurement, seed: int) -> None:
         files = getattr(self.spec, task.files) if task.files else ()
         described = registry.about(task.name)
         options = registry.groups()[described.group].options
@@ -445,7 +455,7 @@ class _Writer:
         return Evaluation(self.run, self.checkpoint, scores, self._answers)
 
 
-def _examples(task: Task, base: _Measurement | None, tuned: _Measurement) -> list[ExampleRecord]:
+def _examples(task: Task, base: Measurement | None, tuned: Measurement) -> list[ExampleRecord]:
     """The examples as they are recorded, paired with the base's scores if it was measured."""
     headlines = [statistic for statistic in task.statistics if statistic.headline]
     examples: list[ExampleRecord] = []
@@ -467,7 +477,7 @@ def _examples(task: Task, base: _Measurement | None, tuned: _Measurement) -> lis
     return examples
 
 
-def _answers(base: _Measurement | None, tuned: _Measurement) -> list[AnsweredPrompt]:
+def _answers(base: Measurement | None, tuned: Measurement) -> list[AnsweredPrompt]:
     pairs = zip(base.scores if base else [None] * len(tuned.scores), tuned.scores, strict=True)
     return [
         AnsweredPrompt(

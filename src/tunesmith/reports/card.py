@@ -30,7 +30,7 @@ from tunesmith.files import write_text
 from tunesmith.reports.facts import AuditSummary, Facts
 from tunesmith.reports.measures import Measure, answer, identifier, interval, label
 from tunesmith.reports.summary import Summary
-from tunesmith.runs.directory import CHECKPOINTS, VALID
+from tunesmith.runs.directory import CHECKPOINTS, COMPOSED, VALID
 from tunesmith.settings.config import flat
 
 if TYPE_CHECKING:
@@ -299,7 +299,9 @@ def _what(facts: Facts, base: CardBase) -> Iterator[str]:
         yield "- Languages: unknown; the audit did not find any."
     if not base.hub:
         yield "- The base's name on the hub is unknown, so the metadata names none."
-    if facts.manifest.get("lineage"):
+    if COMPOSED in facts.manifest.get("lineage", {}):
+        yield "- It is composed of other adapters, which `manifest.json` names with their weights."
+    elif facts.manifest.get("lineage"):
         yield "- It continues another adapter, see `manifest.json`."
 
 

@@ -26,6 +26,7 @@ from tunesmith.runs import records
 from tunesmith.runs.directory import (
     AUDIT,
     CHECKPOINTS,
+    COMPOSED,
     CONFIG,
     DROPPED,
     EVENTS,
@@ -262,8 +263,8 @@ class Facts:
 
     @property
     def ended(self) -> bool:
-        """Whether training reached its end."""
-        return self.status in ("completed", "stopped_early")
+        """Whether training reached its end, or there was none."""
+        return self.status in ("completed", "stopped_early", COMPOSED)
 
     @property
     def reproduce(self) -> list[str]:
@@ -388,7 +389,9 @@ def layer(weight: str) -> str:
 
 
 def _status(log: Sequence[events.Event], manifest: Mapping[str, Any]) -> tuple[str, events.RunEnded | None]:
-    """A run that was resumed after its end has not ended."""
+    """A run that was resumed after its end has not ended; one that was composed has no log."""
+    if manifest.get("status") == COMPOSED:
+        return COMPOSED, None
     marks = (events.RunEnded, events.RunStarted, events.Resumed)
     last = next((event for event in reversed(log) if isinstance(event, marks)), None)
     if isinstance(last, events.RunEnded):

@@ -20,6 +20,7 @@ from tunesmith.reports.advice import Advice, advise, limits
 from tunesmith.reports.facts import EvaluationFacts, Facts, read, read_log
 from tunesmith.reports.measures import Measure, answer
 from tunesmith.reports.verdict import Judgement, answers, evaluated, judge
+from tunesmith.runs.directory import COMPOSED
 from tunesmith.settings.config import JSON
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -76,6 +77,8 @@ def summarise(run_dir: Path, log: Sequence[events.Event] | None = None) -> Summa
 
 def loss_sentence(facts: Facts) -> str:
     """How the loss moved, with its numbers."""
+    if facts.status == COMPOSED:
+        return "Composed of the adapters of other runs, not trained; nothing was evaluated."
     planned = "" if facts.updates.planned is None else f" of {facts.updates.planned:,}"
     so_far = f"{facts.updates.done:,}{planned} updates"
     failed = f" ({facts.why})" if facts.why else ""

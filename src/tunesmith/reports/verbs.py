@@ -1,27 +1,30 @@
-"""The verbs that end in a report: ``train`` and ``evaluate`` renew it, ``report`` and ``compare`` write it,
-``watch`` shows it live."""
+"""The verbs that end in a report: ``train``, ``compose`` and ``evaluate`` renew it, ``report`` and
+``compare`` write it, ``watch`` shows it live."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tunesmith import events, reports
-from tunesmith.errors import ConfigError
+from tunesmith.adapters.composition import Recipe
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluation import evaluate as evaluation
+from tunesmith.evaluation import interference
 from tunesmith.evaluation.evaluate import Evaluation
 from tunesmith.evaluation.tasks import EvaluationSpec, suite
 from tunesmith.events import Notice, Sink
 from tunesmith.machine import ranks
 from tunesmith.reports import comparison, comparison_page, live
 from tunesmith.reports.comparison import RunComparison
-from tunesmith.runs import manifest
+from tunesmith.reports.mixture import MixtureReport
+from tunesmith.runs import composed, manifest
 from tunesmith.runs.config import RunConfig, of_run
 from tunesmith.runs.configure import listed
-from tunesmith.runs.directory import CONFIG, Run
+from tunesmith.runs.directory import COMPOSED, CONFIG, Run
 from tunesmith.settings.config import Resolved, from_arguments
 from tunesmith.training import story
 
@@ -41,6 +44,9 @@ def train(
     if resume is not None:
         run = Run.open(resume)
         spec = of_run(run.path / CONFIG, sets)
+        if run.status == COMPOSED:
+            hint = f"to train it further, begin a run with --set adapter.start={shlex.quote(str(run.path))}"
+            raise DataError("was composed of other runs, not trained", where=str(run.path), hint=hint)
         if run.status in ("completed", "stopped_early"):
             manifest.require_same(run, spec, run.hashes)
             if not ranks.join().writes:
@@ -102,6 +108,32 @@ def evaluate(
     if result is not None:
         reports.write(result.run.path)
     return result
+
+
+def compose(
+    sources: Mapping[str, float] | Mapping[Path, float],
+    *,
+    out: str | Path,
+    model: str | None = None,
+    evaluate: bool = False,
+    limit: int | None = None,
+    max_tokens: int = 256,
+    notify: Sink = events.silent,
+    **recipe: Any,
+) -> MixtureReport:
+    """Combine the adapters of ``sources`` (run or checkpoint folder → weight; negative weights subtract) into
+    a new run at ``out``, which every verb takes.
+
+    model: path of the base, if it was moved since training. evaluate: measure each source's held-out rows
+    under the mixture and under the source alone; limit, max_tokens: as for `evaluate`. recipe: the fields of
+    `adapters.composition.Recipe`, such as ``method`` or ``rank``."""
+    spec = from_arguments(EvaluationSpec, {"limit": limit, "max_tokens": max_tokens})
+    made = composed.compose(sources, from_arguments(Recipe, recipe), Path(out), model=model, notify=notify)
+    effects = interference.measure(made, model=model, spec=spec, notify=notify) if evaluate else []
+    if evaluate:
+        composed.add_to_record(made.run, "kept", [effect.to_json() for effect in effects])
+    reports.write(made.run.path)
+    return MixtureReport(made, tuple(effects))
 
 
 def compare(

@@ -145,7 +145,8 @@ def read(run: Run, step: int) -> Cursor:
     if "best_loss" in fields:  # its name in old runs
         fields["best_value"] = fields.pop("best_loss")
     cursor = checked(fields, Cursor, str(path), CorruptCheckpoint, CURE)
-    if not ({ADAPTERS, ADAPTER_CONFIG, OPTIMIZER} <= cursor.sha256.keys() and cursor.step == step):
+    needed = {ADAPTERS, ADAPTER_CONFIG} | ({OPTIMIZER} if step else set())  # before step 1 it has no state
+    if not (needed <= cursor.sha256.keys() and cursor.step == step):
         raise CorruptCheckpoint("does not describe this checkpoint", where=str(path), hint=CURE)
     for name, expected in cursor.sha256.items():
         file = folder / name

@@ -55,6 +55,8 @@ ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, CURSOR = (
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk that is full."""
+COMPOSED = "composed"
+"""Status, and key of the lineage, of a run that was composed of other runs, not trained."""
 RESTORE = "put it back from a copy of the run, or train again"
 
 

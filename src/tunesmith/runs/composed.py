@@ -1,0 +1,238 @@
+"""A run that was not trained: the mixture of the adapters of other runs on their common base, in a run
+directory that every verb takes.
+
+Its settings are those of the first source, with the mixture's adapter and the data of all sources. Its one
+checkpoint is that of step 0. ``composition.json`` holds how it was made and what was measured of the layers;
+the manifest's lineage names the sources, their weights and hashes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith import adapters, events
+from tunesmith.adapters import composition
+from tunesmith.adapters.composition import ComposedLayer, Recipe
+from tunesmith.adapters.specs import DoRA, Full, LoRA
+from tunesmith.errors import ConfigError, ModelError
+from tunesmith.events import Notice, Sink
+from tunesmith.files import draft, read_json, write_json, write_text
+from tunesmith.runs import checkpoints, lineage, manifest, opening
+from tunesmith.runs.checkpoints import Cursor
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import COMPOSED, PLAN, VALID, Run, require_free
+
+RECORD = "composition.json"
+PLANNED = ("asked_as", "thinking")
+"""What the plan of a run says of how the model is asked."""
+
+
+@dataclass(frozen=True)
+class WeightedRun:
+    """A source of a mixture: a run with one of its checkpoints. ``name``: that no other source has."""
+
+    name: str
+    run: Run
+    config: RunConfig
+    checkpoint: Path
+    weight: float
+    model: opening.Source
+
+
+@dataclass(frozen=True)
+class ComposedRun:
+    """``run``: the new run directory. ``rank``: of its adapter."""
+
+    run: Run
+    recipe: Recipe
+    rank: int
+    sources: tuple[WeightedRun, ...]
+    layers: tuple[ComposedLayer, ...]
+
+    @property
+    def retained(self) -> float:
+        """Share of the combined update's energy that the result's rank holds, over all layers."""
+        total = sum(layer.energy for layer in self.layers)
+        return sum(layer.energy * layer.retained for layer in self.layers) / total if total else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        sources = [
+            {"run": str(source.run.path), "checkpoint": source.checkpoint.name, "weight": source.weight}
+            for source in self.sources
+        ]
+        layers = [
+            {**layer._asdict(), "overlaps": [overlap._asdict() for overlap in layer.overlaps]}
+            for layer in self.layers
+        ]
+        return {
+            "run": str(self.run.path),
+            **self.recipe.model_dump(mode="json"),
+            "rank": self.rank,
+            "density": self.recipe.used_density,
+            "sources": sources,
+            "retained": self.retained,
+            "layers": layers,
+        }
+
+
+def compose(
+    sources: Mapping[str, float] | Mapping[Path, float],
+    recipe: Recipe,
+    out: Path,
+    *,
+    model: str | None = None,
+    notify: Sink = events.silent,
+) -> ComposedRun:
+    """Write the mixture of ``sources`` (run or checkpoint folder → weight) as a new run at ``out``.
+
+    model: path of the base, if it was moved since training. Raises ConfigError for sources that cannot be
+    named so, ModelError for adapters that cannot be composed or are not of one base."""
+    require_free(out)
+    weighted = _found(sources, model, notify)
+    _require_one_base(weighted)
+    for notice in _differing(weighted):
+        notify(notice)
+    opened = weighted[0].model.open(notify)
+    net = opened.loaded.net
+    notify(Notice(f"reading the updates of {len(weighted)} adapters"))
+    updates = []
+    specs: list[LoRA | DoRA] = []
+    for source in weighted:
+        with checkpoints.held(source.checkpoint):
+            adapter = adapters.read(source.checkpoint)
+            updates.append(composition.read_updates(net, adapter))
+        assert not isinstance(adapter.spec, Full)  # it was refused
+        specs.append(adapter.spec)
+    notify(Notice(f"composing by {recipe.method}"))
+    result = composition.compose(
+        updates, [source.weight for source in weighted], [spec.rank for spec in specs], recipe
+    )
+    del updates
+    spec = composition.spec_of(result, specs)
+    composition.install(net, spec, result)
+    made = ComposedRun(Run(out), recipe, result.rank, weighted, result.layers)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with draft(out) as folder:
+        _write(folder, made, spec, opened.loaded.fingerprint, net)
+    return made
+
+
+def _found(
+    sources: Mapping[str, float] | Mapping[Path, float], model: str | None, notify: Sink
+) -> tuple[WeightedRun, ...]:
+    """The runs and checkpoints that are named. Raises ConfigError if none is, or one is not a run."""
+    if not sources:
+        raise ConfigError("no run is named", where="compose", hint="tunesmith compose RUN=0.7 OTHER=0.3")
+    folders = Counter(Path(target).resolve().name for target in sources)
+    weighted: list[WeightedRun] = []
+    for target, weight in sources.items():
+        source = opening.find(target, model=model, notify=notify)
+        if source.run is None or source.config is None or source.checkpoint is None:
+            raise ConfigError("is not a run", where=str(target), hint="name run directories: RUN=0.7")
+        if weight == 0:
+            raise ConfigError("has the weight 0", where=str(target), hint="leave it out")
+        folder = Path(target).resolve().name
+        name = folder if folders[folder] == 1 else str(target)
+        weighted.append(WeightedRun(name, source.run, source.config, source.checkpoint, weight, source))
+    return tuple(weighted)
+
+
+def _require_one_base(sources: Sequence[WeightedRun]) -> None:
+    """Raises ModelError if the adapters were not trained on the same base, held in the same way."""
+    first = sources[0]
+    held = ("quantize", "group_size", "resize_embeddings")
+    for source in sources[1:]:
+        if source.run.hashes["base"] != first.run.hashes["base"]:
+            what = f"was trained on another base than {first.run.path}"
+            hint = "only updates of the same weights can be added"
+            raise ModelError(what, where=str(source.run.path), hint=hint)
+        own, other = source.config.model, first.config.model
+        keys = held if own.quantize or other.quantize else held[2:]
+        for key in keys:
+            if (value := getattr(own, key)) != (expected := getattr(other, key)):
+                what = f"model.{key} is {value}, and {expected} in {first.run.path}"
+                hint = "only updates of the same weights can be added"
+                raise ModelError(what, where=str(source.run.path), hint=hint)
+
+
+def _differing(sources: Sequence[WeightedRun]) -> list[Notice]:
+    """What the sources do not share and the mixture takes from the first of them."""
+    first, notices = sources[0], []
+    facts = {"chat template": [source.run.hashes["template"] for source in sources]}
+    facts |= {key: [_plan(source.run).get(key) for source in sources] for key in PLANNED}
+    words = {"asked_as": "form of the prompts", "thinking": "thinking"}
+    for key, values in facts.items():
+        if any(value != values[0] for value in values):
+            text = f"the sources differ in their {words.get(key, key)}: that of {first.name} is used"
+            notices.append(Notice(text, level="warning", where="compose"))
+    return notices
+
+
+def _plan(run: Run) -> dict[str, Any]:
+    try:
+        plan = json.loads((run.path / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def _write(folder: Path, made: ComposedRun, spec: LoRA, base: str, net: Any) -> None:
+    """Write the run directory. ``net`` has the mixture attached."""
+    first = made.sources[0]
+    config = _config(made.sources, spec)
+    composed = {
+        "method": made.recipe.method,
+        "rank": made.rank,
+        "density": made.recipe.used_density,
+        "seed": made.recipe.seed,
+        "sources": [
+            {**lineage.origin(str(source.checkpoint.resolve()), base), "weight": source.weight}
+            for source in made.sources
+        ],
+    }
+    data = {path: value for source in made.sources for path, value in source.run.hashes["data"].items()}
+    hashes = {"data": data, "template": first.run.hashes["template"], "base": base}
+    day = manifest.recorded(first.run).day
+    facts = manifest.facts(config, hashes, lineage={COMPOSED: composed}, day=day)
+    run = Run.create(folder, config, {}, facts)
+    rows = _held_out(made.sources)
+    write_text(run.path / VALID, "".join(rows))
+    plan = {key: value for key, value in _plan(first.run).items() if key in PLANNED}
+    write_json(run.path / PLAN, {**plan, "rows_valid": len(rows)})
+    cursor = Cursor()
+    size = sum(value.nbytes for value in adapters.trainable(net).values())
+    checkpoints.save(run, cursor, lambda place: adapters.save(net, spec, place), size)
+    checkpoints.retain(run, cursor, config.loop)
+    write_json(run.path / RECORD, made.to_json())
+    run.mark(COMPOSED)
+
+
+def _config(sources: Sequence[WeightedRun], spec: LoRA) -> RunConfig:
+    """The settings of the first source with the mixture's adapter and the data of all."""
+    first = sources[0].config
+    files = dict.fromkeys(path for source in sources for path in source.config.data.train)
+    data = first.data.model_copy(update={"train": tuple(files)})
+    if any(source.config.data.format != data.format for source in sources):
+        data = data.model_copy(update={"format": "auto"})
+    return first.model_copy(update={"data": data, "adapter": spec})
+
+
+def _held_out(sources: Sequence[WeightedRun]) -> list[str]:
+    """The lines of all sources' held-out rows, each once."""
+    lines: dict[str, None] = {}
+    for source in sources:
+        path = source.run.path / VALID
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="\n") as file:
+                lines |= dict.fromkeys(line if line.endswith("\n") else f"{line}\n" for line in file)
+    return list(lines)
+
+
+def add_to_record(run: Run, key: str, value: object) -> None:
+    """Write what was measured of the mixture into its record."""
+    record = read_json(run.path / RECORD, dict[str, Any], ModelError, "compose it again")
+    write_json(run.path / RECORD, {**record, key: value})
