@@ -21,6 +21,7 @@ from tunesmith.evaluation.tasks.efficiency import (
     PROMPT,
     ROUNDS,
     SPOKEN,
+    WARM_UP,
     Efficiency,
     Timed,
     build,
@@ -75,9 +76,10 @@ def test_both_sides_do_the_same_work_and_all_of_it(loaded, task, tiny_model, mon
     half = len(asked) // 2
     assert asked[:half] == asked[half:] and half == (ROUNDS + 1) * len(BATCHES)
     # Past any end token: every sequence speaks for as long.
+    spoken = [WARM_UP] * len(BATCHES) + [SPOKEN] * ROUNDS * len(BATCHES)
     assert all(
-        tokens == len(prompts) * SPOKEN and {len(one) for one in prompts} == {PROMPT}
-        for prompts, tokens in asked
+        tokens == len(prompts) * each and {len(one) for one in prompts} == {PROMPT}
+        for (prompts, tokens), each in zip(asked[:half], spoken, strict=True)
     )
     assert [(one.source, one.kind, one.size, one.units) for one in sides[0]] == [
         (one.source, one.kind, one.size, one.units) for one in sides[1]

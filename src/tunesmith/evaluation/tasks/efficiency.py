@@ -33,6 +33,8 @@ from tunesmith.tokens.template import Renderer
 BATCHES = (1, 4, 16)
 PROMPT, SPOKEN = 48, 24
 """Tokens of each prompt, and generated after it, for speed."""
+WARM_UP = 2
+"""Tokens generated after each prompt before the first round."""
 ROUNDS = 5
 LATENCY_ROUNDS = 2
 LENGTHS = tuple(int(length) for length in np.geomspace(8, 256, 30).round())
@@ -116,8 +118,9 @@ class Efficiency(Task[Timed]):
             for size in BATCHES:
                 prompts = [self._ids[index : index + PROMPT] for index in range(size)]
                 began = time.perf_counter()
+                spoken = SPOKEN if round >= 0 else WARM_UP
                 made = generation.generate(
-                    subject.net, prompts, max_tokens=SPOKEN, eos_ids=(), batch_size=size
+                    subject.net, prompts, max_tokens=spoken, eos_ids=(), batch_size=size
                 )
                 spent, tokens = time.perf_counter() - began, sum(len(answer.ids) for answer in made)
                 if round >= 0:
@@ -127,15 +130,14 @@ class Efficiency(Task[Timed]):
             if round >= 0:
                 timed.append(Timed(f"round {round + 1}", "memory", max(BATCHES), backend.memory()["peak"], 1))
         tick = subject.ticker("latency")
-        for round in range(-1, LATENCY_ROUNDS):
+        next(generation.stream(subject.net, self._ids[: max(LENGTHS)], max_tokens=1, eos_ids=()))
+        for round in range(LATENCY_ROUNDS):
             for index, length in enumerate(LENGTHS):
                 began = time.perf_counter()
                 next(generation.stream(subject.net, self._ids[:length], max_tokens=1, eos_ids=()))
-                if round >= 0:
-                    timed.append(
-                        Timed(f"prompt {index + 1}", "latency", length, time.perf_counter() - began, 1)
-                    )
-                tick((round + 1) * len(LENGTHS) + index + 1, (LATENCY_ROUNDS + 1) * len(LENGTHS))
+                spent = time.perf_counter() - began
+                timed.append(Timed(f"prompt {index + 1}", "latency", length, spent, 1))
+                tick(round * len(LENGTHS) + index + 1, LATENCY_ROUNDS * len(LENGTHS))
         return timed
 
     def score(self, items: Sequence[Timed]) -> list[ExampleScore]:
