@@ -1,18 +1,21 @@
 """The inside of `sandbox`: a fresh interpreter runs this file, which confines the process and then runs the
-program that it was given.
+program that it was given; or the function of a program for tests in another such process, or those tests.
 
-It reads a request (JSON) from its standard input, and imports only the standard library. On Linux it applies
-three restrictions that cannot be lifted again: limits of the process (setrlimit); Landlock, which allows only
-listed files to be opened (docs.kernel.org/userspace-api/landlock.html); and a seccomp filter that allows the
-system calls that a single Python process needs, so that there are no sockets, no new processes or threads, no
-signals to others, no new folders and no changes of mode or owner. If a restriction cannot be applied, it
-reports that and runs nothing. On macOS `sandbox-exec` has confined the process before it starts, and only
-limits are set."""
+It reads a request (JSON) from its standard input, and imports only the standard library and `calls`. On Linux
+it applies three restrictions that cannot be lifted again: limits of the process (setrlimit); Landlock, which
+allows only listed files to be opened (docs.kernel.org/userspace-api/landlock.html); and a seccomp filter that
+allows the system calls that a single Python process needs, so that there are no sockets, no new processes or
+threads, no signals to others, no new folders and no changes of mode or owner. If a restriction cannot be
+applied, it reports that and runs nothing. On macOS `sandbox-exec` has confined the process before it starts,
+and only limits are set."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import functools
+import importlib
 import json
 import linecache
 import os
@@ -23,9 +26,13 @@ import struct
 import sys
 import traceback
 import types
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import IO, Any, NoReturn
 
+OWN = os.path.dirname(__file__) + os.sep
 NAME = "program.py"
+CHANNEL = (3, 4)
+"""File descriptors by which tests and program call each other."""
 
 # Calls that a single process needs: number on x86-64, on aarch64 (None: it has none).
 CALLS: dict[str, tuple[int, int | None]] = {
@@ -292,28 +299,60 @@ def confine(request: dict[str, Any]) -> None:
         kernel.filter()
 
 
-def run(source: str) -> str | None:
-    """Run ``source`` as a module of its own; return None, or the error that ended it. Its traceback is
-    printed."""
+def run(source: str) -> BaseException | None:
+    """Run ``source`` as a module of its own; return None, or the error that ended it."""
     linecache.cache[NAME] = (len(source), None, source.splitlines(keepends=True), NAME)
     module = types.ModuleType("program")
     sys.modules["program"] = module
+    return ended_by(lambda: exec(compile(source, NAME, "exec", dont_inherit=True), vars(module)))
+
+
+def ended_by(work: Callable[[], object]) -> BaseException | None:
+    """None, or the error that ended ``work``. Its traceback is printed."""
     try:
-        exec(compile(source, NAME, "exec", dont_inherit=True), vars(module))
+        work()
     except BaseException as error:  # the program's own, SystemExit too
         try:
-            traceback.print_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
-            text = str(error)
+            trace = error.__traceback__
+            while trace is not None and trace.tb_frame.f_code.co_filename.startswith(OWN):
+                trace = trace.tb_next
+            traceback.print_exception(type(error), error, trace)
         except BaseException:  # printing runs code of the program again
-            text = "and its text cannot be had"
-        return f"{type(error).__name__}: {text[:1000]}" if text else type(error).__name__
+            pass
+        return error
     return None
+
+
+def described(error: BaseException) -> str:
+    """The class of an error, and its text if there is one."""
+    try:
+        text = str(error)
+    except BaseException:  # code of the program
+        text = "and its text cannot be had"
+    return f"{type(error).__name__}: {text[:1000]}" if text else type(error).__name__
+
+
+def channel(numbers: list[int]) -> tuple[IO[bytes], IO[bytes]]:
+    """The two pipes that the parent has opened as ``numbers``, to read from and to write to."""
+    high = [fcntl.fcntl(number, fcntl.F_DUPFD, 1 << 9) for number in numbers]
+    for number in numbers:
+        os.close(number)
+    for number, copy in zip(CHANNEL, high, strict=True):
+        os.dup2(copy, number)
+        os.close(copy)
+    return open(CHANNEL[0], "rb"), open(CHANNEL[1], "wb")
 
 
 def main() -> NoReturn:
     request = json.load(sys.stdin.buffer)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.closerange(3, 64)
+    pipes = channel(request["channel"]) if request["channel"] else None
+    os.closerange(CHANNEL[1] + 1 if pipes else CHANNEL[0], 64)
+    calls: Any = None
+    if pipes:
+        sys.path.insert(0, OWN)
+        calls = importlib.import_module("calls")
+        del sys.path[0]
     write, leave, dumps, token = os.write, os._exit, json.dumps, request["token"]
     sys.argv[:] = [NAME]
 
@@ -325,13 +364,21 @@ def main() -> NoReturn:
         confine(request)
     except NotConfined as error:
         say(open=str(error))
-    error = run(request["program"])
+    tests = request["tests"]
+    if pipes and not tests:
+        token = request["token"] = ""  # the program has nothing to report
+    if pipes and tests:
+        error = ended_by(functools.partial(calls.judge, tests, *pipes))
+    else:
+        error = run(request["program"])
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BaseException:  # the program may have put anything there
             continue
-    say(error=error)
+    if pipes and not tests:
+        calls.serve(sys.modules["program"], request["entry_point"], error, *pipes)
+    say(error=None if error is None else described(error))
 
 
 if __name__ == "__main__":

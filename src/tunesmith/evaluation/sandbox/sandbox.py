@@ -5,8 +5,11 @@ can read its own empty folder, the interpreter, its standard library and the sys
 no network, no other processes and no environment. Its time and all that it writes are measured from outside,
 and it is killed at a limit. It cannot start processes, so nothing outlives it. Linux: Landlock and seccomp;
 macOS: `sandbox-exec`. No program runs partly confined: before the first one, `require` tries what must fail.
-Limitations: names are not hidden (a program can ask whether a path exists and how large it is), and a program
-that inspects the launcher's variables can pretend to have passed.
+`judge` decides whether a function passes its tests: they run in a second sandboxed process, which executes
+nothing of the program and calls the function over pipes (`calls`).
+Limitations: names are not hidden (a program can ask whether a path exists and how large it is). A program
+under `run` that inspects the launcher's variables can pretend to have reached its end; under `judge` it gains
+nothing by that.
 """
 
 from __future__ import annotations
@@ -24,10 +27,11 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple
 
 import psutil
 
@@ -78,6 +82,16 @@ class Limits:
     disk_bytes: int = 64 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class ProgramTests:
+    """``source`` defines ``check``, which gets the function named ``entry_point`` of the program and may use
+    what ``reference`` defines: code that the program does not reach."""
+
+    source: str
+    entry_point: str
+    reference: str = ""
+
+
 def run(program: str, limits: Limits | None = None) -> Outcome:
     """The outcome of ``program``, which runs as a module named ``program`` in an empty folder that is then
     removed.
@@ -97,11 +111,79 @@ def require() -> None:
         )
 
 
+def judge(program: str, tests: ProgramTests, limits: Limits | None = None) -> Outcome:
+    """The outcome of ``tests`` of a function that ``program`` defines.
+
+    The tests run in a sandboxed process of their own, which calls the function in the process of the program:
+    what decides the outcome is out of the program's reach. Raises SetupError if this machine cannot sandbox
+    them."""
+    require()
+    limits = limits or Limits()
+    questions, answers = os.pipe(), os.pipe()
+    began = time.monotonic()
+    with ExitStack() as stack:
+        try:
+            started = _started(
+                {"program": program, "entry_point": tests.entry_point}, limits, (questions[0], answers[1])
+            )
+            tested = stack.enter_context(started)
+            judging = stack.enter_context(
+                _started({"tests": asdict(tests)}, limits, (answers[0], questions[1]))
+            )
+        finally:
+            for number in (*questions, *answers):
+                os.close(number)
+        with ThreadPoolExecutor(1) as pool:
+            watched = pool.submit(_watch_to_the_end, tested, began, limits)
+            tested_judged = _watch(judging, began, limits)
+            tested.process.kill()
+            printed, why = watched.result()
+        judging.process.kill()
+        judging.process.wait()
+    seconds = time.monotonic() - began
+    judged = _outcome(*tested_judged, judging, seconds)
+    return _of_both(judged, tested, printed, why)
+
+
+def _of_both(judged: Outcome, tested: _Confined, printed: bytes, why: tuple[Status, str] | None) -> Outcome:
+    """The outcome of the tests, unless the tested program was ended at a limit (``why``) or ended itself
+    before it was killed. Nothing that it printed counts."""
+    text, report = _report(printed, tested.token)
+    _require_confined(report)
+    output = (text + judged.output)[-OUTPUT_BYTES:]
+    ended_itself = why is None and tested.process.returncode != -signal.SIGKILL
+    exceeded = why is not None and why[0] == "killed"
+    if exceeded or (judged.status != "passed" and (why is not None or ended_itself)):
+        return Outcome(*_ending(why, tested.process.returncode), output, judged.seconds)
+    return replace(judged, output=output)
+
+
 def _run(program: str, limits: Limits) -> Outcome:
+    began = time.monotonic()
+    with _started({"program": program}, limits) as confined:
+        output, ended = _watch(confined, began, limits)
+    return _outcome(output, ended, confined, time.monotonic() - began)
+
+
+class _Confined(NamedTuple):
+    """A process that confines itself. ``token``: marks its report in its output."""
+
+    process: subprocess.Popen[bytes]
+    folder: str
+    token: str
+
+
+@contextmanager
+def _started(work: dict[str, Any], limits: Limits, channel: tuple[int, ...] = ()) -> Iterator[_Confined]:
+    """A process that does ``work`` in an empty folder. It is killed, and the folder removed, at the end."""
     token = secrets.token_hex(16)
     readable, listable = _readable()
     request = {
-        "program": program,
+        "program": None,
+        "entry_point": None,
+        "tests": None,
+        **work,
+        "channel": channel,
         "token": token,
         "parent": os.getpid(),
         "seconds": limits.seconds,
@@ -117,19 +199,17 @@ def _run(program: str, limits: Limits) -> Outcome:
         stdin = stack.enter_context(tempfile.TemporaryFile())
         stdin.write(json.dumps(request).encode())
         stdin.seek(0)
-        began = time.monotonic()
-        process = _start(folder, stdin)
+        process = _start(folder, stdin, channel)
         try:
-            output, ended = _watch(process, folder, began + limits.seconds, limits)
+            yield _Confined(process, folder, token)
         finally:
             process.kill()
-            status = process.wait()
+            process.wait()
             assert process.stdout is not None
             process.stdout.close()
-    return _outcome(output, token, ended, status, time.monotonic() - began)
 
 
-def _start(folder: str, stdin: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(folder: str, stdin: IO[bytes], channel: tuple[int, ...]) -> subprocess.Popen[bytes]:
     # No -I: it would also drop PYTHONHASHSEED, and the same program must do the same twice.
     command = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-B", str(LAUNCHER)]
     if sys.platform == "darwin":
@@ -150,34 +230,56 @@ def _start(folder: str, stdin: IO[bytes]) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        pass_fds=channel,
     )
 
 
-def _outcome(
-    output: bytes, token: str, ended: tuple[Status, str] | None, status: int, seconds: float
-) -> Outcome:
-    """ended: why the program was ended from outside. status: exit status of the process."""
+def _outcome(output: bytes, ended: tuple[Status, str] | None, confined: _Confined, seconds: float) -> Outcome:
+    """ended: why the process was ended from outside."""
+    text, report = _report(output, confined.token)
+    _require_confined(report)
+    if "error" in report and (ended is None or ended[0] != "killed"):
+        return Outcome("passed" if report["error"] is None else "failed", report["error"], text, seconds)
+    return Outcome(*_ending(ended, confined.process.returncode), text, seconds)
+
+
+def _report(output: bytes, token: str) -> tuple[str, dict[str, str | None]]:
+    """What a process printed, and its report: empty if it made none."""
     printed, reported, rest = output.rpartition(f"\n{token}".encode())
     text = (printed if reported else rest).decode("utf-8", "replace")
-    report: dict[str, str | None] = json.loads(rest) if reported else {}
+    return text, json.loads(rest) if reported else {}
+
+
+def _require_confined(report: dict[str, str | None]) -> None:
     if "open" in report:
         message = f"code cannot be sandboxed on this machine, so none is run: {report['open']}"
         raise SetupError(message, hint=NEEDED)
-    if ended is not None and ended[0] == "killed":
-        return Outcome(*ended, text, seconds)
-    if reported:
-        return Outcome("passed" if report["error"] is None else "failed", report["error"], text, seconds)
-    if ended is None and status < 0:
+
+
+def _ending(ended: tuple[Status, str] | None, status: int) -> tuple[Status, str]:
+    """Why a process without a report ended. ``status``: its exit status."""
+    if ended is not None:
+        return ended
+    if status < 0:
         kinds: dict[int, Status] = {signal.SIGXCPU: "timeout", signal.SIGKILL: "killed"}
-        ended = kinds.get(-status, "failed"), f"ended by signal {-status}: {signal.strsignal(-status)}"
-    ended = ended or ("failed", f"ended before its last line, with exit status {status}")
-    return Outcome(*ended, text, seconds)
+        return kinds.get(-status, "failed"), f"ended by signal {-status}: {signal.strsignal(-status)}"
+    return "failed", f"ended before its last line, with exit status {status}"
 
 
-def _watch(
-    process: subprocess.Popen[bytes], folder: str, end: float, limits: Limits
+def _watch_to_the_end(
+    confined: _Confined, began: float, limits: Limits
 ) -> tuple[bytes, tuple[Status, str] | None]:
+    """As `_watch`; then it is killed, so that the process that waits for it goes on."""
+    try:
+        return _watch(confined, began, limits)
+    finally:
+        confined.process.kill()
+        confined.process.wait()
+
+
+def _watch(confined: _Confined, began: float, limits: Limits) -> tuple[bytes, tuple[Status, str] | None]:
     """The end of the output, and why the program must be ended; None if it ended by itself."""
+    process, folder, end = confined.process, confined.folder, began + limits.seconds
     assert process.stdout is not None
     tail, stream = b"", process.stdout.fileno()
     with selectors.DefaultSelector() as selector:
@@ -248,7 +350,8 @@ def _profile(python: str, folder: str) -> str:
     """The profile of macOS's sandbox. The last rule that matches decides."""
     prefix = os.path.realpath(sys.base_prefix)
     library = sysconfig.get_path("purelib", vars={"base": sys.base_prefix})
-    interpreter, home, launcher = (json.dumps(path) for path in (python, prefix, str(LAUNCHER)))
+    paths = (python, prefix, str(LAUNCHER), str(LAUNCHER.with_name("calls.py")))
+    interpreter, home, launcher, calls = map(json.dumps, paths)
     packages, own = json.dumps(os.path.realpath(library)), json.dumps(folder)
     rules = [
         "(version 1)",
@@ -260,7 +363,7 @@ def _profile(python: str, folder: str) -> str:
         "(allow sysctl-read)",
         "(allow file-read-metadata)",
         f"(allow process-exec (literal {interpreter}) (subpath {home}))",
-        f'(allow file-read* (literal "/") (literal {launcher}) (literal {interpreter})',
+        f'(allow file-read* (literal "/") (literal {launcher}) (literal {calls}) (literal {interpreter})',
         f'  (subpath {home}) (subpath "/usr/lib") (subpath "/System") (subpath "/usr/share/zoneinfo"))',
         f"(deny file-read* (subpath {packages}))",
         f'(allow file-read* file-write* (subpath {own}) (literal "/dev/null"))',

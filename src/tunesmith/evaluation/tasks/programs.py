@@ -22,7 +22,7 @@ from tunesmith.data import sources
 from tunesmith.data.examples import BadRow
 from tunesmith.errors import DataError, EvaluationError, listing
 from tunesmith.evaluation.sandbox import sandbox
-from tunesmith.evaluation.sandbox.sandbox import Limits, Outcome
+from tunesmith.evaluation.sandbox.sandbox import Limits, Outcome, ProgramTests
 from tunesmith.evaluation.statistics import Statistic
 from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.tasks import Material, Meaning, Task, digest
@@ -76,8 +76,18 @@ def completion(problem: Program, answer: str) -> str:
 
 def check(problem: Program, completion: str, limits: Limits | None = None) -> Outcome:
     """The outcome of the tests. Raises SetupError if code cannot be sandboxed here."""
-    parts = (problem.prompt + completion, problem.test, f"check({problem.entry_point})")
-    return sandbox.run("\n".join(parts), limits)
+    tests = ProgramTests(problem.test, problem.entry_point, _reference(problem))
+    return sandbox.judge(problem.prompt + completion, tests, limits)
+
+
+def _reference(problem: Program) -> str:
+    """What the prompt defines beside the function; tests use it."""
+    whole = problem.prompt + problem.canonical_solution
+    try:
+        compile(whole, problem.task_id, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return problem.prompt  # a signature with its docstring is whole
+    return whole
 
 
 class Programs(Task[TestedProgram]):
@@ -85,7 +95,7 @@ class Programs(Task[TestedProgram]):
     beside others runs again alone."""
 
     name = "benchmark.humaneval"
-    version = "1"
+    version = "2"
     statistics = (
         Statistic("pass@1", lambda example: example.value, share=True, better="higher", headline=True),
     )
