@@ -24,6 +24,7 @@ from tunesmith.exports import fidelity, kind
 from tunesmith.exports.fidelity import Carried
 from tunesmith.exports.kinds import peft
 from tunesmith.exports.kinds.hf import Merged
+from tunesmith.runs import artefacts
 from tunesmith.tokens import renderers
 from tunesmith.tokens.first_rules import FirstRules
 
@@ -320,3 +321,43 @@ def test_the_place_of_a_rejected_artefact_is_not_taken_from_others(run, tmp_path
     with pytest.raises(DataError, match="exists already"):
         tunesmith.export(run, to="peft", out=tmp_path / "out")
     assert (place / "mine.txt").read_text() == "kept"
+
+
+def test_what_an_artefact_costs_and_loses_is_measured(run, tmp_path):
+    """8 bits cost less memory than the dtype of the base; loss and task are those of the live adapter."""
+    exact, packed = (
+        tunesmith.export(run, to=name, out=tmp_path / name, rows=3, evaluate=True, limit=3)
+        for name in ("mlx-merged", "mlx-8bit")
+    )
+    assert exact.cost and packed.cost and exact.cost.speed.value > 0 and exact.cost.speed.n == 5
+    assert packed.cost.memory_bytes < exact.cost.memory_bytes
+    assert exact.loss and exact.loss.n == 3 and exact.loss.delta == pytest.approx(0, abs=1e-6)
+    assert {score.task for score in exact.scores} >= {"perplexity"}
+    for score in exact.scores:
+        assert score.headline and score.delta == pytest.approx(0, abs=1e-6 * score.value)
+    assert exact.distances.low is not None and exact.distances.high is not None
+    assert exact.distances.low <= exact.distances.mean <= exact.distances.high
+    assert artefacts.load(tmp_path / "mlx-8bit") == packed
+
+
+def test_the_loss_is_that_of_the_next_tokens():
+    probes = [fidelity.Probe([0, 1, 2], 1, [0, 1]), fidelity.Probe([0, 3], 1, [0])]
+    live = np.log(np.full((3, 4), 0.25, dtype=np.float32))
+    artefact = live.copy()
+    for place, token in enumerate((1, 2, 3)):
+        artefact[place, token] = np.log(0.5)
+    score = fidelity.loss(live, artefact, probes)
+    assert score is not None and score.n == 2
+    assert score.value == pytest.approx(np.log(2)) and score.delta == pytest.approx(-np.log(2))
+
+
+def test_an_artefact_is_not_rejected_for_a_few_answers_that_do_not_end():
+    loose, same = kind.Tolerance(1, 1, 0, 1), fidelity.Distances(1, 0, 0, 0, 0, 0, 1, 0, 1, 1, 1)
+
+    def rejected(n: int) -> list[str]:
+        return fidelity.reasons(same, fidelity.Stops(n, n, 0, 0, (), lost=n), Carried(), loose, None)
+
+    assert not rejected(1) and not rejected(5)
+    assert rejected(6) == ["it does not stop: 0 of 6 answers end, live 6"]
+    assert "too few to say" in fidelity.undecided(fidelity.Stops(1, 1, 0, 0, (), lost=1))[0]
+    assert not fidelity.undecided(fidelity.Stops(6, 6, 0, 0, (), lost=6))

@@ -20,14 +20,34 @@ def export(
     rows: Annotated[int, typer.Option(min=1, help="held-out rows that it is measured on")] = 64,
     checkpoint: Checkpoint = "best",
     model: MovedModel = None,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="also ask it and the live adapter the tasks of the run")
+    ] = False,
+    task: Annotated[
+        list[str] | None, typer.Option(help="with --evaluate: tasks to ask instead; repeatable")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="with --evaluate: only the first rows and items")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the tuned model for other programs, reload it, and compare it with the live adapter."""
     with progress() as notify:
         exported = tunesmith.export(
-            run, to=to, out=out, rows=rows, checkpoint=checkpoint, model=model, notify=notify
+            run,
+            to=to,
+            out=out,
+            rows=rows,
+            checkpoint=checkpoint,
+            model=model,
+            evaluate=evaluate,
+            tasks=task or (),
+            limit=limit,
+            notify=notify,
         )
     if as_json:
         print_json(exported.to_json())
     else:
-        say("\n".join([*exported.lines, f"exported: {exported.path}"]))
+        from tunesmith.exports import screen
+
+        say("\n".join([*screen.lines(exported), f"exported: {exported.path}"]))

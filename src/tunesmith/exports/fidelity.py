@@ -1,5 +1,5 @@
 """How far is an artefact from the live adapter? Log-probabilities of both and of the base at the same places
-of held-out rows, the weights by their sketches, the ids of rows and where answers end."""
+of held-out rows, the loss on these rows, the weights by their sketches, and where answers end."""
 
 from __future__ import annotations
 
@@ -15,18 +15,25 @@ import numpy as np
 from tunesmith.data import formats
 from tunesmith.engine import generation
 from tunesmith.errors import ExportError, listing
+from tunesmith.evaluation import statistics
 from tunesmith.evaluation.evaluate import IMITATED
+from tunesmith.evaluation.statistics import Statistic, TaskStatistics
 from tunesmith.exports.kind import Tolerance
 from tunesmith.model import abilities, kernels, logprobs
+from tunesmith.runs.artefacts import FAINT, Distances, Stops
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import VALID, Run
+from tunesmith.runs.records import ExampleScore, Score
 from tunesmith.tokens import template
 from tunesmith.tokens.template import Renderer
 
 VALUES = 1 << 27
 """Log-probabilities that are kept of each model at most: 512 MiB."""
-FAINT = 1e-9
-"""An adapter whose KL divergence from the base is less changes nothing that could be lost."""
+SEED = 0
+"""Of the bootstrap."""
+ENOUGH = 0.05
+"""An artefact "does not stop" if chance explains the lost ends of its answers with less probability
+(McNemar)."""
 
 
 class Probe(NamedTuple):
@@ -82,35 +89,12 @@ def log_probabilities(net: nn.Module, probes: Sequence[Probe], path: Path) -> No
     np.save(path, np.concatenate(parts))
 
 
-@dataclass(frozen=True)
-class Distances:
-    """KL divergence of an artefact from the live adapter in nats a token, over ``n`` places.
-
-    ``top``: share of equal top tokens. ``rms_p``: root mean square difference of the probability of the live
-    top token. ``base``: mean KL divergence of the live adapter from the base. ``from_base``: that of the
-    artefact. ``survived``: the second as a share of the first."""
-
-    n: int
-    mean: float
-    median: float
-    p95: float
-    p99: float
-    max: float
-    top: float
-    rms_p: float
-    base: float
-    from_base: float
-    survived: float | None
-
-    @property
-    def lost(self) -> float:
-        """KL divergence from the live adapter as a share of the base's; 0 if the adapter does nothing."""
-        return self.mean / self.base if self.base > FAINT else 0.0
-
-
-def distances(live: np.ndarray, base: np.ndarray, artefact: np.ndarray) -> Distances:
+def distances(
+    live: np.ndarray, base: np.ndarray, artefact: np.ndarray, of_row: Sequence[int] | None = None
+) -> Distances:
     """From (P, V) log-probabilities of the three. If the artefact or base have fewer rows in their embedding,
-    the ids that all of them know are compared."""
+    the ids that all of them know are compared. of_row: the row of each place, for the interval of the
+    mean."""
     width = min(values.shape[1] for values in (live, base, artefact))
     kl: list[np.ndarray] = []
     of_base: list[np.ndarray] = []
@@ -129,6 +113,7 @@ def distances(live: np.ndarray, base: np.ndarray, artefact: np.ndarray) -> Dista
         rows = np.arange(len(best))
         moved.append(np.exp(p[rows, best]) - np.exp(q[rows, best]))
     values, before, after = np.concatenate(kl), _mean(of_base), _mean(change)
+    low, high = _interval(values, of_row)
     return Distances(
         n=len(values),
         mean=float(values.mean()),
@@ -141,7 +126,50 @@ def distances(live: np.ndarray, base: np.ndarray, artefact: np.ndarray) -> Dista
         base=before,
         from_base=after,
         survived=after / before if before > FAINT else None,
+        low=low,
+        high=high,
     )
+
+
+def _interval(values: np.ndarray, of_row: Sequence[int] | None) -> tuple[float | None, float | None]:
+    """95 % interval of the mean of ``values``, over rows."""
+    if of_row is None or not np.isfinite(values).all():
+        return None, None
+    score = _summarised("kl", None, _by_row(values, of_row))
+    return score.low, score.high
+
+
+def rows_of(probes: Sequence[Probe]) -> list[int]:
+    """The row of each place, in the order in which `log_probabilities` writes them."""
+    return [row for row, probe in enumerate(probes) for _ in probe.places]
+
+
+def loss(live: np.ndarray, artefact: np.ndarray, probes: Sequence[Probe]) -> Score | None:
+    """The artefact's loss on the rows in nats a learned token; its difference is that from the live adapter,
+    paired by row. None if the artefact's is not finite."""
+    next_ids = np.array([probe.ids[place + 1] for probe in probes for place in probe.places])
+    places, of_row = np.arange(len(next_ids)), rows_of(probes)
+    if next_ids.max() >= artefact.shape[1]:
+        return None
+    sides = [-np.asarray(values[places, next_ids], np.float64) for values in (live, artefact)]
+    if not np.isfinite(sides).all():
+        return None
+    return _summarised("loss", _by_row(sides[0], of_row), _by_row(sides[1], of_row))
+
+
+def _by_row(values: np.ndarray, of_row: Sequence[int]) -> list[ExampleScore]:
+    sums = np.bincount(of_row, weights=values)
+    counts = np.bincount(of_row)
+    return [
+        ExampleScore(f"row {row}", float(sums[row] / counts[row]), float(counts[row]))
+        for row in np.flatnonzero(counts)
+    ]
+
+
+def _summarised(name: str, live: Sequence[ExampleScore] | None, artefact: Sequence[ExampleScore]) -> Score:
+    statistic = Statistic(name, lambda score: score.value, better="lower", headline=True, unit="nats")
+    task = TaskStatistics(f"export.{name}", "1", [statistic])
+    return statistics.judge(statistics.summarise(task, live, artefact, SEED))[0]
 
 
 def _divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -154,19 +182,6 @@ def _mean(parts: list[np.ndarray]) -> float:
     return float(np.concatenate(parts).mean())
 
 
-@dataclass(frozen=True)
-class Stops:
-    """``n`` prompts that were answered. ``live`` and ``artefact``: answers that ended by themselves.
-    ``equal``: answers with the same ids. ``undeclared``: tokens that end a trained answer and do not end the
-    artefact's."""
-
-    n: int
-    live: int
-    artefact: int
-    equal: int
-    undeclared: tuple[int, ...]
-
-
 class Ended(NamedTuple):
     """``ids``: the answer. ``stopped``: it ended by itself."""
 
@@ -176,13 +191,13 @@ class Ended(NamedTuple):
 
 def answers(net: nn.Module, probes: Sequence[Probe], ends: Sequence[int]) -> list[Ended]:
     """A greedy answer to the prompt of each row, up to half as long again as the longest trained one."""
-    asked = [probe for probe in probes if probe.start > 1]
-    if not asked:
+    prompted = [probe for probe in probes if probe.start > 1]
+    if not prompted:
         return []
-    longest = max(len(probe.ids) - probe.start for probe in asked)
+    longest = max(len(probe.ids) - probe.start for probe in prompted)
     limit = min(256, 16 + 3 * longest // 2)
     made = generation.generate(
-        net, [probe.ids[: probe.start] for probe in asked], max_tokens=limit, eos_ids=list(ends)
+        net, [probe.ids[: probe.start] for probe in prompted], max_tokens=limit, eos_ids=list(ends)
     )
     return [Ended(answer.ids, answer.finish == "stop") for answer in made]
 
@@ -197,12 +212,15 @@ def stops(
     live: Sequence[Ended], artefact: Sequence[Ended], trained: Sequence[int], ends: Sequence[int]
 ) -> Stops:
     """``trained``: the tokens that end rows. ``ends``: those that end an answer of the artefact."""
+    pairs = list(zip(live, artefact, strict=True))
     return Stops(
         n=len(live),
         live=sum(answer.stopped for answer in live),
         artefact=sum(answer.stopped for answer in artefact),
-        equal=sum(one.ids == other.ids for one, other in zip(live, artefact, strict=True)),
+        equal=sum(own.ids == other.ids for own, other in pairs),
         undeclared=tuple(token for token in trained if token not in ends),
+        lost=sum(own.stopped and not other.stopped for own, other in pairs),
+        gained=sum(other.stopped and not own.stopped for own, other in pairs),
     )
 
 
@@ -246,31 +264,46 @@ def reasons(
     measured: Distances, stopping: Stops, weights: Carried, tolerance: Tolerance, rounded: float | None
 ) -> list[str]:
     """Why the artefact is rejected, one sentence each; empty if it is accepted."""
-    found: list[str] = []
+    problems: list[str] = []
     if not np.isfinite([measured.mean, measured.from_base]).all():
-        found.append("its log-probabilities are not finite")
+        problems.append("its log-probabilities are not finite")
     if measured.base > FAINT and measured.mean >= measured.from_base:
-        found.append("inert: it is nearer to the base than to the adapter")
+        problems.append("inert: it is nearer to the base than to the adapter")
     limits = {
         "mean KL divergence": (measured.mean, tolerance.kl),
         "99th percentile of the KL divergence": (measured.p99, tolerance.p99),
         "share of the adapter's effect that was lost": (measured.lost, tolerance.lost),
     }
-    found += [
+    problems += [
         f"{name} {value:.3g}, at most {most:g}" for name, (value, most) in limits.items() if not value <= most
     ]
     if measured.top < tolerance.top:
-        found.append(f"equal top tokens {measured.top:.1%}, at least {tolerance.top:.0%}")
-    if found:
-        found += diagnosis(weights, rounded)
+        problems.append(f"equal top tokens {measured.top:.1%}, at least {tolerance.top:.0%}")
+    if problems:
+        problems += diagnosis(weights, rounded)
     if stopping.undeclared:
         tokens = ", ".join(map(str, stopping.undeclared))
-        found.append(f"it never stops: the trained end token {tokens} is not an end token of the artefact")
-    elif stopping.live and stopping.artefact < stopping.live / 2:
-        found.append(
+        problems.append(f"it never stops: the trained end token {tokens} is not an end token of the artefact")
+    elif stopping.artefact < stopping.live / 2 and _is_shown(stopping):
+        problems.append(
             f"it does not stop: {stopping.artefact} of {stopping.n} answers end, live {stopping.live}"
         )
-    return found
+    return problems
+
+
+def _is_shown(stopping: Stops) -> bool:
+    """Whether the answers are enough to say that fewer end than those of the live adapter."""
+    return statistics.mcnemar(stopping.gained, stopping.lost) < ENOUGH
+
+
+def undecided(stopping: Stops) -> tuple[str, ...]:
+    """A remark if fewer than half as many answers end, and they are too few to reject the artefact."""
+    if stopping.undeclared or stopping.artefact >= stopping.live / 2 or _is_shown(stopping):
+        return ()
+    return (
+        f"{stopping.artefact} of {stopping.n} answers end by themselves, live {stopping.live}: too few to "
+        "say whether it stops; measure it on more --rows",
+    )
 
 
 def diagnosis(weights: Carried, rounded: float | None) -> list[str]:

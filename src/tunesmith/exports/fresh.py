@@ -1,57 +1,106 @@
 """Reload an artefact in a process of its own and measure it: ``python -m tunesmith.exports.fresh JOB``.
 
-JOB is a folder with ``job.json``. The log-probabilities of the artefact, the sketches of its weights and its
-answers are written into it."""
+JOB is a folder with ``job.json``. The log-probabilities of the artefact, the sketches of its weights, its
+answers, its cost and its scores are written into it."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
+from tunesmith import events
 from tunesmith.errors import ExportError, TunesmithError
-from tunesmith.exports import fidelity, kind, weights
-from tunesmith.exports.fidelity import Probe
+from tunesmith.exports import cost, fidelity, headlines, kind, weights
+from tunesmith.exports.fidelity import Ended, Probe
+from tunesmith.files import read_json
 from tunesmith.machine import backend, imports
 from tunesmith.model.loading import ModelSpec
+from tunesmith.runs.artefacts import Cost
 from tunesmith.runs.directory import Run
+from tunesmith.runs.records import ExampleScore
 
 JOB, RESULT, LOGPROBS, SKETCH = "job.json", "result.json", "artefact.npy", "artefact.npz"
 
 
-def run(job: Path) -> None:
-    """Start the process. Raises ExportError, with what it said, if it fails."""
-    words = [sys.executable, "-m", "tunesmith.exports.fresh", str(job)]
+@dataclass(frozen=True)
+class Job:
+    """What is measured. ``rows``: most held-out rows. ``ids``: those of each row in training. ``tasks``:
+    groups of tasks that are asked, each on the first ``limit`` rows and items."""
+
+    kind: str
+    folder: str
+    run: str
+    source: ModelSpec
+    rows: int
+    probes: Sequence[Probe]
+    ids: Sequence[Sequence[int]]
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """``ends``: the tokens at which those who use the artefact stop. ``problems``: reasons to reject it.
+    ``scores``: by task and version."""
+
+    answers: Sequence[Ended]
+    ends: Sequence[int]
+    problems: Sequence[str]
+    cost: Cost | None = None
+    scores: Mapping[str, list[ExampleScore]] = field(default_factory=dict)
+
+
+def run(job: Job, folder: Path) -> Result:
+    """Start the process; it works in ``folder``. Raises ExportError, with what it said, if it fails."""
+    content = {**vars(job), "source": job.source.model_dump(mode="json")}
+    (folder / JOB).write_text(json.dumps(content), encoding="utf-8")
+    words = [sys.executable, "-m", "tunesmith.exports.fresh", str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise ExportError(f"the artefact cannot be reloaded: {last[0]}")
+    return read_json(folder / RESULT, Result, ExportError, None)
 
 
-def measure(job: Path) -> None:
+def measure(folder: Path) -> None:
     """Write what the job asks."""
-    settings = json.loads((job / JOB).read_text("utf-8"))
-    source = ModelSpec.model_validate(settings["source"])
-    opened = Run.open(settings["run"])
-    chosen, folder = kind.named(settings["kind"]), Path(settings["folder"])
-    reloaded = chosen.reload(folder, source, opened)
-    probes = [Probe(*probe) for probe in settings["probes"]]
-    differing = _differing(opened, reloaded, settings["rows"], settings["all"])
-    fidelity.log_probabilities(reloaded.net, probes, job / LOGPROBS)
-    answers = fidelity.answers(reloaded.net, probes, reloaded.ends)
+    job = read_json(folder / JOB, Job, ExportError, None)
+    opened, chosen = Run.open(job.run), kind.named(job.kind)
+    began = time.perf_counter()
+    reloaded = chosen.reload(Path(job.folder), job.source, opened)
+    mx.eval(reloaded.net.parameters())
+    load_s = time.perf_counter() - began
+    problems = [*reloaded.problems, *_differing(opened, reloaded, job.rows, job.ids)]
+    fidelity.log_probabilities(reloaded.net, job.probes, folder / LOGPROBS)
+    answers = fidelity.answers(reloaded.net, job.probes, reloaded.ends)
+    spent = cost.measure(reloaded.net, job.probes, load_s) if chosen.runs_on_mlx else None
+    scores = headlines.measure(reloaded.net, reloaded.renderer, opened, job.tasks, job.limit, events.silent)
     if reloaded.merge is not None:
         reloaded.merge()
-    np.savez(job / SKETCH, **weights.sketch(reloaded.net))  # type: ignore[arg-type]
-    result = {"answers": answers, "ends": reloaded.ends, "problems": [*reloaded.problems, *differing]}
-    (job / RESULT).write_text(json.dumps(result), encoding="utf-8")
+    np.savez(folder / SKETCH, **weights.sketch(reloaded.net))  # type: ignore[arg-type]
+    result = {
+        "answers": answers,
+        "ends": reloaded.ends,
+        "problems": problems,
+        "cost": spent and asdict(spent),
+        "scores": {label: [asdict(score) for score in of_task] for label, of_task in scores.items()},
+    }
+    (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
 
 
-def _differing(opened: Run, reloaded: kind.Reloaded, limit: int, expected: list[list[int]]) -> list[str]:
-    """What is said of rows that the artefact's own tokenizer and template render to other ids."""
+def _differing(
+    opened: Run, reloaded: kind.Reloaded, limit: int, expected: Sequence[Sequence[int]]
+) -> list[str]:
+    """Sentences on rows that the artefact's own tokenizer and template render to other ids."""
     try:
         rendered = fidelity.rows(opened, opened.config, reloaded.renderer, limit)
     except TunesmithError as error:

@@ -88,6 +88,8 @@ class ExportKind(ABC):
     tolerance: ClassVar[Tolerance]
     more_precise: ClassVar[str | None] = None
     """The options of the next more precise kind, or None if there is none."""
+    runs_on_mlx: ClassVar[bool] = True
+    """Whether its users run it by MLX, so that speed and memory measured here are theirs."""
 
     @abstractmethod
     def accepts(self, tuned: Tuned) -> None:

@@ -42,6 +42,7 @@ class _GGUF(ExportKind):
     """Abstract. ``type``: of the matrices, in the gguf package's spelling."""
 
     type: ClassVar[str]
+    runs_on_mlx: ClassVar[bool] = False
 
     def accepts(self, tuned: Tuned) -> None:
         if _is_file(tuned) and tuned.source.tokenizer is None:

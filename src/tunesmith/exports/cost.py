@@ -1,0 +1,38 @@
+"""What does it take to use an artefact on this machine: its speed and memory while it answers one prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from tunesmith.engine import generation
+from tunesmith.evaluation import statistics
+from tunesmith.evaluation.statistics import Statistic, TaskStatistics
+from tunesmith.exports.fidelity import SEED, Probe
+from tunesmith.machine import backend
+from tunesmith.runs.artefacts import Cost
+from tunesmith.runs.records import ExampleScore
+
+PROMPT, ANSWER, ROUNDS = 48, 24, 5
+"""Tokens of the prompt, tokens of the answer, and how often it is generated after a warm-up."""
+SPEED = Statistic("speed", lambda score: score.value, lambda each: 1 / each, better="higher", unit="tokens/s")
+
+
+def measure(net: nn.Module, probes: Sequence[Probe], load_s: float) -> Cost:
+    """load_s: how long loading took. The prompts are the rows' own tokens."""
+    ids = [token for probe in probes for token in probe.ids]
+    prompt = (ids * -(-PROMPT // len(ids)))[:PROMPT]
+    rounds: list[ExampleScore] = []
+    mx.reset_peak_memory()
+    for number in range(-1, ROUNDS):
+        began = time.perf_counter()
+        generation.generate(net, [prompt], max_tokens=ANSWER, eos_ids=(), batch_size=1)
+        spent = time.perf_counter() - began
+        if number >= 0:
+            rounds.append(ExampleScore(f"round {number + 1}", spent / ANSWER, ANSWER))
+    task = TaskStatistics("export.speed", "1", [SPEED])
+    speed = statistics.summarise(task, None, rounds, SEED)[0]
+    return Cost(load_s, backend.memory()["peak"], speed)

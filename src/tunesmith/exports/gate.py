@@ -1,0 +1,154 @@
+"""Does an artefact say what the live adapter says? The live adapter and its base are measured once, each
+artefact is written, reloaded in a fresh process, measured alike and judged by the tolerance of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from tunesmith.events import Notice, Sink
+from tunesmith.exports import fidelity, fresh, headlines, weights
+from tunesmith.exports.fidelity import Carried, Ended, Probe
+from tunesmith.exports.headlines import TaskScores
+from tunesmith.exports.kind import ArtefactNotes, ExportKind, Tuned
+from tunesmith.runs.artefacts import CarriedSummary, Exported
+from tunesmith.runs.opening import Opened, Source
+from tunesmith.tokens.template import Renderer
+
+ROWS = 64
+"""Held-out rows that an artefact is measured on."""
+BASE, LIVE = "base.npy", "live.npy"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is measured. ``rows``: held-out rows. ``tasks``: groups of tasks, each asked on the first
+    ``limit`` rows and items, none: all."""
+
+    rows: int = ROWS
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class LiveSide:
+    """Base and live adapter. ``ids``: of each row. ``trained``: the tokens that end rows. ``base``, ``live``:
+    sketches of their weights."""
+
+    probes: Sequence[Probe]
+    ids: Sequence[Sequence[int]]
+    trained: Sequence[int]
+    answers: Sequence[Ended]
+    base: Mapping[str, np.ndarray]
+    live: Mapping[str, np.ndarray]
+    scores: TaskScores = field(default_factory=dict)
+
+
+class Gate:
+    """Makes and measures artefacts of one run. ``work``: a folder for what is measured."""
+
+    def __init__(self, source: Source, scope: Scope, work: Path, notify: Sink) -> None:
+        assert source.run is not None and source.config is not None and source.checkpoint is not None
+        self.run, self.config, self.checkpoint = source.run, source.config, source.checkpoint
+        self._source, self._scope, self._work, self._notify = source, scope, work, notify
+        self._live: LiveSide | None = None
+
+    def make(self, chosen: ExportKind, artefact: Path) -> Exported:
+        """Write the artefact into the empty folder ``artefact`` and measure it. Raises ExportError if the
+        kind cannot express the run."""
+        live, written = self._written(chosen, artefact)
+        mx.clear_cache()  # the fresh process needs the memory
+        self._notify(Notice("reloading it in a fresh process"))
+        job = fresh.Job(
+            chosen.name,
+            str(artefact.resolve()),
+            str(self.run.path.resolve()),
+            self._source.model,
+            self._scope.rows,
+            live.probes,
+            live.ids,
+            self._scope.tasks,
+            self._scope.limit,
+        )
+        return self._judged(chosen, artefact, live, written, fresh.run(job, self._work))
+
+    def _written(self, chosen: ExportKind, artefact: Path) -> tuple[LiveSide, ArtefactNotes]:
+        """Write the artefact; measure the live side if that was not done for an earlier one."""
+        opened = self._source.open(self._notify)
+        renderer = opened.renderer
+        rows = fidelity.rows(self.run, self.config, renderer, self._scope.rows)
+        ends = _ends(renderer, fidelity.trained_ends(rows, renderer.eos_ids))
+        tuned = Tuned(
+            self.run, self.config, self._source.model, self.checkpoint, opened.loaded, renderer, ends
+        )
+        chosen.accepts(tuned)
+        if self._live is None:
+            self._live = self._measured(opened, rows)
+        else:
+            opened.attach()
+        self._notify(Notice(f"writing {chosen.name}: {chosen.what}"))
+        return self._live, chosen.write(tuned, artefact, self._notify)
+
+    def _measured(self, opened: Opened, rows: list[Probe]) -> LiveSide:
+        """Measure the base, attach the adapter, and measure it."""
+        net, renderer = opened.loaded.net, opened.renderer
+        probes = fidelity.thinned(rows, net(mx.zeros((1, 2), mx.int32)).shape[-1])
+        self._notify(Notice(f"measuring base and live adapter on {len(probes)} rows"))
+        fidelity.log_probabilities(net, probes, self._work / BASE)
+        base = weights.sketch(net)
+        opened.attach()
+        fidelity.log_probabilities(net, probes, self._work / LIVE)
+        answers = fidelity.answers(net, probes, renderer.eos_ids)
+        scope = self._scope
+        scores = headlines.measure(net, renderer, self.run, scope.tasks, scope.limit, self._notify)
+        return LiveSide(
+            probes,
+            [probe.ids for probe in rows],
+            fidelity.trained_ends(rows, renderer.eos_ids),
+            answers,
+            base,
+            weights.sketch(net),
+            scores,
+        )
+
+    def _judged(
+        self, chosen: ExportKind, artefact: Path, live: LiveSide, written: ArtefactNotes, result: fresh.Result
+    ) -> Exported:
+        with np.load(self._work / fresh.SKETCH) as sketches:
+            arrived = fidelity.carried(live.base, live.live, dict(sketches))
+        own, base, its = (np.load(self._work / name, "r") for name in (LIVE, BASE, fresh.LOGPROBS))
+        measured = fidelity.distances(own, base, its, fidelity.rows_of(live.probes))
+        stopping = fidelity.stops(live.answers, result.answers, live.trained, result.ends)
+        reasons = fidelity.reasons(measured, stopping, arrived, chosen.tolerance, written.survived)
+        return Exported(
+            path=artefact,
+            kind=chosen.name,
+            checkpoint=self.checkpoint.name,
+            rows=len(live.probes),
+            size_bytes=sum(file.stat().st_size for file in artefact.rglob("*") if file.is_file()),
+            distances=measured,
+            stops=stopping,
+            weights=_summary(arrived, written.survived),
+            reasons=(*result.problems, *reasons),
+            remarks=(*written.remarks, *fidelity.undecided(stopping)),
+            cost=result.cost,
+            loss=fidelity.loss(own, its, live.probes),
+            scores=headlines.compare(live.scores, result.scores),
+            tunesmith=version("tunesmith"),
+        )
+
+
+def _summary(arrived: Carried, survived: float | None) -> CarriedSummary:
+    least = sorted(arrived.gains.items(), key=lambda item: item[1])[:3]
+    return CarriedSummary(len(arrived.gains), dict(least), survived)
+
+
+def _ends(renderer: Renderer, trained: Sequence[int]) -> tuple[int, ...]:
+    """The tokens that end an answer, first those that end rows; of these first the one that ends texts."""
+    texts = [token for token in trained if token == renderer.text_end_id]
+    return tuple(dict.fromkeys((*texts, *trained, *renderer.eos_ids)))
