@@ -15,6 +15,7 @@ from tunesmith.errors import SetupError
 from tunesmith.machine import backend
 
 if TYPE_CHECKING:
+    from tunesmith.exports.push import push
     from tunesmith.exports.verb import export
     from tunesmith.preflight.audit import audit
     from tunesmith.preflight.doctor import doctor
@@ -42,6 +43,7 @@ __all__ = [
     "list_runs",
     "plan",
     "prune",
+    "push",
     "report",
     "show",
     "tag",
@@ -64,6 +66,7 @@ VERBS = {
     "list_runs": "tunesmith.runs.registry",
     "plan": "tunesmith.preflight.plan",
     "prune": "tunesmith.runs.pruning",
+    "push": "tunesmith.exports.push",
     "report": "tunesmith.reports.verbs",
     "show": "tunesmith.preflight.show",
     "tag": "tunesmith.runs.registry",
@@ -71,7 +74,7 @@ VERBS = {
     "watch": "tunesmith.reports.verbs",
 }
 """Verb → the module that defines a function of this name."""
-WITHOUT_MLX = frozenset({"doctor", "lineage", "list_runs", "prune", "tag"})
+WITHOUT_MLX = frozenset({"doctor", "lineage", "list_runs", "prune", "push", "tag"})
 """Verbs that do not need MLX; ``doctor`` reports why it cannot be loaded."""
 
 # The one thing done at import: MLX binds its BLAS when it is loaded, by whichever module of the package.

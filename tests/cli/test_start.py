@@ -52,6 +52,7 @@ VERBS = {
     "runs --folder .": {"rich"},
     "runs show run": {"rich"},
     "runs prune --folder .": {"rich"},
+    "push run --to me/it --dry-run": {"rich"} | CARD,
     "export run --to peft": SETTINGS | MODEL,
 }
 """Command → the heavy packages that it may have loaded when it ends. Commands run in this order."""

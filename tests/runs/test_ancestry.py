@@ -67,6 +67,9 @@ def test_runs_that_use_each_other_are_shown_once(folder):
     manifest["lineage"] = {"start": {"checkpoint": str(folder / "c" / "checkpoints" / "000010")}}
     (folder / "a" / "manifest.json").write_text(json.dumps(manifest))
     assert shape(ancestry.lineage(folder / "a").children) == {"b": {"c": {}}}
+    manifest["lineage"]["merged"] = {"checkpoint": str(folder / "d" / "checkpoints" / "000010")}
+    (folder / "a" / "manifest.json").write_text(json.dumps(manifest))
+    assert shape(ancestry.lineage(folder / "d").children) == {"a": {"b": {"c": {}}}}
 
 
 def test_the_sources_of_a_composition_are_its_parents(folder):

@@ -103,7 +103,8 @@ def test_a_run_that_was_done_again_but_not_finished_protects_the_old_one(folder)
 
 
 def test_what_is_being_trained_stays(folder):
-    path = planted.run(folder / "b", status="running", steps=())
+    path = planted.run(folder / "b", status="running", steps=(), day=1)
+    planted.run(folder / "again", day=2)  # which would make it one that was done again
     with Run(path).lock():
         assert "b" not in proposed(folder)
     assert "b" in proposed(folder)  # its process died

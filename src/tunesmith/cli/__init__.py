@@ -38,6 +38,7 @@ for verb in (
     evaluation.compose,
     evaluation.report,
     exporting.export,
+    register.push,
     register.tag,
     talking.generate,
     talking.chat,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import tunesmith
-from tunesmith.cli.options import AsJson, RunDirectory, print_json, say
+from tunesmith.cli.options import AsJson, RunDirectory, print_json, progress, say
 
 app = typer.Typer(name="runs", help="List the runs under a folder; their lineage; what can be pruned.")
 Folder = Annotated[Path, typer.Option("--folder", help="folder of the runs")]
@@ -97,3 +97,31 @@ def tag(
         print_json(tags)
     else:
         say("\n".join(tags) or "no tags")
+
+
+def push(
+    run: RunDirectory,
+    to: Annotated[str, typer.Option(help="repository of the hub, as you/name")],
+    kind: Annotated[str, typer.Option(help="which export of the run: peft, hf, mlx, gguf-q8_0, …")] = "peft",
+    public: Annotated[bool, typer.Option("--public", help="a new repository is for everyone")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be pushed")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Push an export with its model card to a Hugging Face hub; a new repository is private."""
+    with progress() as notify:
+        pushed = tunesmith.push(run, to=to, kind=kind, private=not public, dry_run=dry_run, notify=notify)
+    if as_json:
+        print_json(pushed.to_json())
+        return
+    from tunesmith.display.console import size
+
+    for file in pushed.files:
+        say(f"{size(file['bytes']):>10}  {file['path']}")
+    total = f"{len(pushed.files)} files, {size(pushed.size_bytes)}"
+    if pushed.why_not is None:
+        say(f"pushed {total}: {pushed.url}")
+    else:
+        access = "private" if pushed.private else "public"
+        say(
+            f"nothing was pushed ({pushed.why_not}): {total} would go to {to}, which is {access} if it is new"
+        )
