@@ -14,6 +14,9 @@ import pytest
 
 from tunesmith import events, reports
 from tunesmith.errors import EvaluationError
+from tunesmith.runs import artefacts
+from tunesmith.runs.artefacts import CarriedSummary, Cost, Distances, Exported, Stops
+from tunesmith.runs.records import Score
 
 HOSTILE = "# heading\n```\n````text\n</td></tr></table>\n![x](http://x) | pipe\x1b[31m"
 
@@ -308,3 +311,52 @@ def test_a_torn_manifest_is_an_error_with_its_place(run_dir):
     (folder / "manifest.json").write_text('{"status": ')
     with pytest.raises(EvaluationError, match=r"manifest\.json: cannot be read"):
         reports.write(folder)
+
+
+def exported(folder: Path, *reasons: str) -> Exported:
+    name = "mlx-4bit.rejected" if reasons else "mlx-4bit"
+    speed = Score("export.speed", "1", "speed", 41.5, 40.0, 43.0, 5, unit="tokens/s")
+    artefact = Exported(
+        path=folder / "exports" / name,
+        kind="mlx-4bit",
+        checkpoint="000060",
+        rows=7,
+        size_bytes=83_000_000,
+        distances=Distances(9, 0.012, 0.01, 0.1, 0.2, 0.3, 0.97, 0.01, 0.5, 0.49, 0.98, 0.011, 0.014),
+        stops=Stops(7, 7, 7, 6, ()),
+        weights=CarriedSummary(4, {"a<b": 0.9}),
+        reasons=reasons,
+        cost=Cost(0.5, 91_000_000, speed),
+        loss=Score("export.loss", "1", "loss", 1.2, 1.0, 1.4, 7, 0.034, 0.01, 0.06, unit="nats"),
+    )
+    artefact.path.mkdir(parents=True)
+    artefacts.write(artefact, artefact.path)
+    return artefact
+
+
+def test_exports_are_in_page_text_json_and_card(run_dir):
+    folder = run_dir(a_run())
+    saved(folder)
+    kept, rejected = exported(folder), exported(folder, "it never stops: <i>")
+    (folder / "exports" / "broken").mkdir()
+    (folder / "exports" / "broken" / "export.json").write_text("{}")
+    assert artefacts.read(folder)[0] == [kept, rejected]
+    reports.write(folder)
+    text, page = (folder / "report.md").read_text(), html.unescape((folder / "report.html").read_text())
+    card, content = (folder / "model_card.md").read_text(), json.loads((folder / "report.json").read_text())
+    for shown in (text, page, card):
+        for part in ("0.012", "0.011 to 0.014", "98.0 %", "97.0 %", "83.0 MB", "91.0 MB", "41.5", "0.034"):
+            assert part in shown, part
+        assert "it never stops" in shown
+    assert "<i>" not in (folder / "report.html").read_text()
+    assert [export["accepted"] for export in content["exports"]] == [True, False]
+    assert content["exports"][0]["kl"]["mean"] == 0.012
+    assert any("broken" in notice for notice in content["unread"])
+
+
+def test_a_report_is_older_than_an_export_that_came_after_it(run_dir):
+    folder = run_dir(a_run())
+    reports.write(folder)
+    assert reports.is_current(folder)
+    exported(folder)
+    assert not reports.is_current(folder)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tunesmith import events
+from tunesmith import events, reports
 from tunesmith.errors import DataError, ExportError
 from tunesmith.events import Sink
 from tunesmith.exports import headlines, kind
@@ -35,11 +35,11 @@ def export(
 ) -> Exported:
     """Write the run's model as the kind ``to`` and measure it against the live adapter.
 
-    out: folder of the artefact (default: ``exports/<kind>`` in the run). rows: held-out rows that it is
-    measured on. model: path of the run's model, if it was moved since training. evaluate: also ask both the
-    tasks on the held-out rows, or the ``tasks`` named, each on the first ``limit`` rows and items. Raises
-    ExportError if the kind cannot express the run, or if the artefact is rejected: it is then kept under a
-    name that ends with ``.rejected``."""
+    out: folder of the artefact (default: ``exports/<kind>`` in the run, whose report is renewed). rows:
+    held-out rows that it is measured on. model: path of the run's model, if it was moved since training.
+    evaluate: also ask both the tasks on the held-out rows, or the ``tasks`` named, each on the first
+    ``limit`` rows and items. Raises ExportError if the kind cannot express the run, or if the artefact is
+    rejected: it is then kept under a name that ends with ``.rejected``."""
     chosen, opened = kind.named(to), Run.open(run)
     target = opened.path / EXPORTS / chosen.name if out is None else Path(out)
     require_free(target)
@@ -51,6 +51,8 @@ def export(
     with checkpoints.held(folder), workspace(target) as work:
         gate = Gate(source, scope(rows, evaluate, tasks, limit), work, notify)
         exported = place(gate, chosen, work, target)
+    if target.parent.resolve() == (opened.path / EXPORTS).resolve():
+        reports.write(opened.path)
     if not exported.accepted:
         raise _rejection(exported, chosen)
     return exported

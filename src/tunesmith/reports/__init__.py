@@ -18,7 +18,8 @@ from tunesmith.reports import card, figures, markdown, page
 from tunesmith.reports.facts import read_log
 from tunesmith.reports.summary import Summary, ship, summarise, to_json
 from tunesmith.reports.verdict import Reason
-from tunesmith.runs.directory import CHECKPOINTS, EVALS, EVENTS, MANIFEST
+from tunesmith.runs.artefacts import RECORD
+from tunesmith.runs.directory import CHECKPOINTS, EVALS, EVENTS, EXPORTS, MANIFEST
 
 __all__ = [
     "HTML",
@@ -96,4 +97,5 @@ def _newest_source(run_dir: Path) -> int:
     """When the newest of the files was written that a report is made from, in nanoseconds."""
     sources = [run_dir / EVENTS, run_dir / MANIFEST, run_dir / CHECKPOINTS, run_dir / EVALS]
     sources += [*(run_dir / EVALS).glob("*"), *(run_dir / EVALS).glob("*/*")]
+    sources += [run_dir / EXPORTS, *(run_dir / EXPORTS).glob(f"*/{RECORD}")]
     return max((path.stat().st_mtime_ns for path in sources if path.exists()), default=0)

@@ -28,6 +28,7 @@ from tunesmith.errors import ModelError
 from tunesmith.evaluation.tasks import about
 from tunesmith.files import write_text
 from tunesmith.reports.facts import AuditSummary, Facts
+from tunesmith.reports.markdown import exports
 from tunesmith.reports.measures import Measure, answer, identifier, interval, label
 from tunesmith.reports.summary import Summary
 from tunesmith.runs.directory import CHECKPOINTS, COMPOSED, VALID
@@ -218,6 +219,8 @@ def _sections(summary: Summary, base: CardBase) -> Iterator[tuple[str, list[str]
     evaluate = f"tunesmith evaluate {_name(facts)}"
     yield "Results", _scores(facts, others, evaluate)
     yield "Retention and safety", _scores(facts, held, f"{evaluate} --task drift")
+    if facts.artefacts:
+        yield "Exports", exports(facts.artefacts)
     unlimited = "None is known, which does not mean that there is none."
     yield "Limits", [f"- {cell(limit)}" for limit in summary.limits] or [unlimited]
     yield "How to use it", list(_use(facts, base))

@@ -22,7 +22,8 @@ from tunesmith.errors import SHOWN, EvaluationError
 from tunesmith.files import checked, parse_json, read_json
 from tunesmith.reports.measures import Measure
 from tunesmith.reports.row_losses import RowClasses, classify
-from tunesmith.runs import records
+from tunesmith.runs import artefacts, records
+from tunesmith.runs.artefacts import Exported
 from tunesmith.runs.directory import (
     AUDIT,
     CHECKPOINTS,
@@ -217,8 +218,8 @@ class CheckpointIndex:
 
 @dataclass(frozen=True)
 class Facts:
-    """``origins``: where each setting that is not a default was given. ``unread``: evaluations that could
-    not be read."""
+    """``origins``: where each setting that is not a default was given. ``unread``: evaluations and exports
+    that could not be read."""
 
     run: Path
     status: str = "unfinished"
@@ -231,6 +232,7 @@ class Facts:
     samples: tuple[PromptSamples, ...] = ()
     growth: events.Growth | None = None
     evaluations: tuple[EvaluationFacts, ...] = ()
+    artefacts: tuple[Exported, ...] = ()
     time: Times = Times()
     stages: Mapping[str, float] = field(default_factory=dict)
     speeds: TokenSpeeds = TokenSpeeds()
@@ -283,6 +285,8 @@ def read(run_dir: Path, log: Sequence[events.Event]) -> Facts:
     manifest = _load(run_dir / MANIFEST, Manifest, RESTORE) or {}
     status, ended = _status(log, manifest)
     evaluations, unread = _evaluations(run_dir)
+    exported, unreadable = artefacts.read(run_dir)
+    unread += [_unread("not in this report", error) for error in unreadable]
     return Facts(
         run=run_dir,
         status=status,
@@ -301,6 +305,7 @@ def read(run_dir: Path, log: Sequence[events.Event]) -> Facts:
         samples=tuple(_samples(only(log, events.Sampled))),
         growth=next(reversed(only(log, events.Growth)), None),
         evaluations=tuple(evaluations),
+        artefacts=tuple(exported),
         time=_times(log, ended),
         stages=_stages(steps),
         speeds=_speeds(steps),

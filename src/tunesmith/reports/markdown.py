@@ -11,12 +11,13 @@ from tunesmith.display.console import duration, size
 from tunesmith.display.markdown import cell, fence, table, verdict
 from tunesmith.errors import SHOWN
 from tunesmith.evaluation.tasks import QUESTIONS
-from tunesmith.reports import glossary
+from tunesmith.reports import artefacts, glossary
 from tunesmith.reports.facts import AuditSummary, Facts, GroupedNotice, PromptSamples
 from tunesmith.reports.figures import CURVES, PICTURE
 from tunesmith.reports.measures import Measure, answer, elsewhere, interval, label, met, reached, subset
 from tunesmith.reports.row_losses import RowClasses
 from tunesmith.reports.summary import Summary
+from tunesmith.runs.artefacts import Exported
 from tunesmith.runs.directory import CONFIG, DROPPED
 from tunesmith.settings.config import flat
 
@@ -50,6 +51,8 @@ def _sections(summary: Summary) -> Iterator[ReportSection]:
     if summary.facts.measures:
         lead = "With 95 % intervals; the change is tuned − base on the same rows."
         yield ReportSection("Scores", [lead, "", *_scores(summary.facts.measures)])
+    if summary.facts.artefacts:
+        yield ReportSection("Exports", exports(summary.facts.artefacts))
     yield from _data(summary.facts)
     yield from _spent(summary.facts)
     yield from _made(summary)
@@ -139,6 +142,12 @@ def _scores(measures: Sequence[Measure]) -> list[str]:
         for measure in measures
     ]
     return table(head, rows)
+
+
+def exports(exported: Sequence[Exported]) -> list[str]:
+    rows = map(artefacts.cells, exported)
+    listed = [f"- {cell(note)}" for note in artefacts.notes(exported)]
+    return [artefacts.LEAD, "", *table(artefacts.HEAD, rows), "", *listed]
 
 
 def _data_of(measure: Measure) -> str:

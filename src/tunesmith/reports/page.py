@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tunesmith import events
 from tunesmith.display import charts, page, words
 from tunesmith.evaluation.tasks import QUESTIONS, about
-from tunesmith.reports import curves, glossary, markdown, measures
+from tunesmith.reports import artefacts, curves, glossary, markdown, measures
 from tunesmith.reports.facts import EvaluationFacts, Facts, PromptSamples, SampledAnswer
 from tunesmith.reports.measures import Measure, elsewhere, subset
 from tunesmith.reports.summary import Summary
@@ -45,6 +45,7 @@ TITLES = {
     "rows": "Rows of the training data",
     "the-data": "Data",
     "scores-efficiency": "Efficiency",
+    "exports": "Exports",
     "cost": "Time and memory",
     "scores-beside": "Measured, not in the verdict",
     "configuration": "Settings",
@@ -136,6 +137,7 @@ def html(summary: Summary, log: Sequence[events.Event]) -> str:
         "prompts": bool(examples),
         "growth": bool(drawn["growth"]),
         "rows": bool(facts.rows),
+        "exports": bool(facts.artefacts),
         "the-data": bool(facts.audit or counts or facts.dropped.first),
         "words": bool(meanings),
     }
@@ -157,6 +159,7 @@ def html(summary: Summary, log: Sequence[events.Event]) -> str:
         examples=examples,
         meanings=meanings,
         costs=[*markdown.costs(facts)],
+        exports=artefacts,
         counts=counts,
         commands=markdown.commands(facts),
         states=words.STATES,

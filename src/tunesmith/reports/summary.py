@@ -168,6 +168,7 @@ def _facts_content(facts: Facts) -> dict[str, Any]:
         "growth": facts.growth and asdict(facts.growth),
         "evaluations": [_evaluation_content(evaluation) for evaluation in facts.evaluations],
         "scores": [_score_content(measure) for measure in facts.measures],
+        "exports": [artefact.to_json() for artefact in facts.artefacts],
         "time": asdict(facts.time),
         "stages": facts.stages,
         "tokens_per_second": asdict(facts.speeds),
