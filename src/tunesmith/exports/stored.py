@@ -1,8 +1,5 @@
-"""The files of a base model: which stored tensor is which tensor of the net, and a copy of the files in which
-only the tensors that differ are replaced.
-
-The names are found by letting mlx-lm's own code rename placeholders. A stored tensor that it splits, turns or
-computes with has no place; it is copied as it is, and refused if it was trained."""
+"""A copy of the files of a base model in which only the tensors that differ are replaced. A stored tensor
+that has no place in the net is copied as it is, and refused if it was trained."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from mlx.utils import tree_flatten
 from tunesmith.adapters import adapted, trainable
 from tunesmith.errors import ExportError, listing
 from tunesmith.exports.weights import Tensors
-from tunesmith.model import layouts
+from tunesmith.model.stored import Place, headers
 from tunesmith.model.vocabulary import extended
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
@@ -31,99 +28,6 @@ CODES: dict[str, tuple[str, mx.Dtype]] = {
     "F16": ("<f2", mx.float16),
     "BF16": ("<u2", mx.bfloat16),
 }
-
-
-class StoredTensor(NamedTuple):
-    """``offsets``: of its bytes in the file."""
-
-    file: Path
-    code: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, int]
-
-
-class Place(NamedTuple):
-    """The tensor of the net, or its part for one ``expert``, that a stored tensor becomes."""
-
-    name: str
-    expert: int | None = None
-
-
-def headers(folder: Path) -> dict[Path, tuple[dict[str, Any], int]]:
-    """Header and offset of the data of each weights file."""
-    found: dict[Path, tuple[dict[str, Any], int]] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            found[file] = json.loads(stream.read(size)), 8 + size
-    return found
-
-
-def tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The stored tensors by name."""
-    return {
-        name: StoredTensor(
-            file,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            (start + entry["data_offsets"][0], start + entry["data_offsets"][1]),
-        )
-        for file, (header, start) in headers(folder).items()
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-
-
-def places(net: nn.Module, folder: Path, config: Mapping[str, Any]) -> dict[str, Place]:
-    """Stored name → place in ``net``; a stored tensor that is left out or computed with is absent."""
-    marks: dict[str, mx.array] = {}
-    by_value: dict[int, str] = {}
-    for number, (name, tensor) in enumerate(tensors(folder).items(), start=1):
-        marks[name] = mx.broadcast_to(mx.array(float(number)), tensor.shape)
-        by_value[number] = name
-    stored = tensors(folder)
-    by_identity = {id(value): name for name, value in marks.items()}
-    held = list(marks.values())  # an identity is that of an object only while it lives
-    code: Any = net
-    renamed = layouts.rename(dict(config), dict(marks))
-    renamed = code.sanitize(renamed) if "sanitize" in dir(code) else renamed
-    found: dict[str, Place] = {}
-    for name, value in renamed.items():
-        if id(value) in by_identity:
-            found[by_identity[id(value)]] = Place(name)
-        elif value.ndim == 3:
-            found |= _experts(name, value, by_value, stored)
-    del held
-    if config.get("tie_word_embeddings"):
-        found |= _tied_heads(found, stored)
-    return found
-
-
-def _tied_heads(found: Mapping[str, Place], stored: Mapping[str, StoredTensor]) -> dict[str, Place]:
-    """A tied head that is stored beside its embedding: transformers may read either."""
-    embeddings = [name for name in found if name.endswith(("embed_tokens.weight", "wte.weight"))]
-    heads = [name for name in stored if name.endswith("lm_head.weight") and name not in found]
-    return {
-        head: found[embedding]
-        for head in heads
-        for embedding in embeddings
-        if stored[head].shape == stored[embedding].shape
-    }
-
-
-def _experts(
-    name: str, value: mx.array, by_value: Mapping[int, str], stored: Mapping[str, StoredTensor]
-) -> dict[str, Place]:
-    """The places of stored tensors that were stacked, one an expert."""
-    numbers = np.array(value[:, 0, 0]).astype(int).tolist()
-    constant = bool(mx.all(value == value[:, :1, :1]))
-    names = [by_value.get(number) for number in numbers]
-    if not constant or len(set(names)) < len(names):
-        return {}
-    shape = tuple(value.shape[1:])
-    if any(part is None or stored[part].shape != shape for part in names):
-        return {}
-    return {part: Place(name, index) for index, part in enumerate(names) if part is not None}
 
 
 def changed_names(net: nn.Module) -> set[str]:

@@ -21,6 +21,7 @@ from tunesmith.exports.kind import (
 )
 from tunesmith.model import vocabulary
 from tunesmith.model.loading import ModelSpec
+from tunesmith.model.stored import places
 from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
 
@@ -41,7 +42,7 @@ class Merged(ExportKind):
 
     def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
         net, base = tuned.loaded.net, tuned.loaded.path
-        found = stored.places(net, base, tuned.loaded.config)
+        found = places(net, base, tuned.loaded.config)
         everything = tuned.source.adapter is not None or tuned.source.quantize is not None
         stored.require_places(net, found, self.name, everything)
         stored.copy_settings(base, tuned.tokenizer, folder)

@@ -28,6 +28,7 @@ from tunesmith.exports.kind import (
     require_class_of_mlx_lm,
 )
 from tunesmith.model.loading import ModelSpec
+from tunesmith.model.stored import places, tensors
 from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
 
@@ -44,11 +45,11 @@ class _MLXModel(ExportKind):
 
     def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
         loaded, base = tuned.loaded, tuned.loaded.path
-        codes = {name: tensor.code for name, tensor in stored.tensors(base).items()}
+        codes = {name: tensor.code for name, tensor in tensors(base).items()}
         usual = Counter(code for code in codes.values() if code in stored.CODES).most_common(1)[0][0]
         code_of = {
             place.name: codes[name]
-            for name, place in stored.places(loaded.net, base, loaded.config).items()
+            for name, place in places(loaded.net, base, loaded.config).items()
             if codes[name] in stored.CODES
         }
 

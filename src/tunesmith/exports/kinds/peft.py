@@ -15,7 +15,6 @@ from tunesmith.adapters import DoRALinear, LoRAExperts, LoRALinear, adapted
 from tunesmith.adapters.specs import Full
 from tunesmith.errors import ExportError
 from tunesmith.events import Sink
-from tunesmith.exports import stored
 from tunesmith.exports.kind import (
     ArtefactNotes,
     ExportKind,
@@ -30,6 +29,7 @@ from tunesmith.exports.kind import (
 )
 from tunesmith.model import loading
 from tunesmith.model.loading import ModelSpec
+from tunesmith.model.stored import places
 from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
 
@@ -93,14 +93,14 @@ class PEFTAdapter(ExportKind):
     def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
         loaded = loading.load(plain(source))
         renderer = opening.renderer_of(run, source.tokenizer or loaded.path)
-        places = stored.places(loaded.net, loaded.path, loaded.config)
-        problems = _apply(loaded.net, folder, {name: place.name for name, place in places.items()})
+        stored = places(loaded.net, loaded.path, loaded.config)
+        problems = _apply(loaded.net, folder, {name: place.name for name, place in stored.items()})
         return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), tuple(problems))
 
 
 def _stored_names(tuned: Tuned) -> dict[str, str]:
     """Name of a layer in the net → its name in the base's files."""
-    found = stored.places(tuned.loaded.net, tuned.loaded.path, tuned.loaded.config)
+    found = places(tuned.loaded.net, tuned.loaded.path, tuned.loaded.config)
     suffix = ".weight"
     return {
         place.name.removesuffix(suffix): name.removesuffix(suffix)
