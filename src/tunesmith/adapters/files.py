@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,9 +20,12 @@ from tunesmith.adapters.attachment import UNFIT, Adapter
 from tunesmith.adapters.layers import adapted, trainable
 from tunesmith.adapters.specs import AdapterSpec, Full, blocks_of
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.settings.origins import JSON
 
 WEIGHTS = "adapters.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+Layout = Literal["tunesmith", "mlx-lm", "PEFT"]
 
 
 def save(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
@@ -45,7 +48,7 @@ def save(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
 
 def read(folder: Path) -> Adapter:
     """What `save` wrote. Raises ModelError if it cannot be read."""
-    return Adapter(read_spec(folder), _read_tensors(folder), str(folder), read_layers(folder))
+    return Adapter(read_spec(folder), read_tensors(folder / WEIGHTS), str(folder), read_layers(folder))
 
 
 def load(net: nn.Module, folder: Path) -> AdapterSpec:
@@ -72,6 +75,30 @@ def load_tensors(net: nn.Module, folder: Path) -> None:
     """Fill the adapter that is attached to ``net``. Raises ModelError, listing every tensor that does not
     fit, and leaves ``net`` as it was."""
     read(folder).fill(net)
+
+
+def layout(folder: Path) -> Layout:
+    """The program whose layout the settings of an adapter have. Raises ModelError if they cannot be read."""
+    settings = read_settings(folder)
+    return "tunesmith" if "tunesmith" in settings else "PEFT" if "peft_type" in settings else "mlx-lm"
+
+
+def read_settings(folder: Path) -> dict[str, JSON]:
+    """The settings beside the tensors of an adapter. Raises ModelError if they cannot be read."""
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"{CONFIG} cannot be read: {type(error).__name__}: {error}"
+        raise ModelError(message, where=str(folder), hint=UNFIT) from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{CONFIG} does not hold settings by name", where=str(folder), hint=UNFIT)
+    return settings
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of an adapter's tensors: PEFT's if only that exists."""
+    of_peft = folder / PEFT_WEIGHTS
+    return of_peft if of_peft.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
 
 
 def read_spec(folder: Path) -> AdapterSpec:
@@ -107,12 +134,13 @@ def has_dora_on_experts(folder: Path) -> bool:
         return False
 
 
-def _read_tensors(folder: Path) -> dict[str, mx.array]:
+def read_tensors(path: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file by name. Raises ModelError if it cannot be read."""
     try:
-        _require_whole(folder / WEIGHTS)
-        tensors: Any = mx.load(str(folder / WEIGHTS))
+        _require_whole(path)
+        tensors: Any = mx.load(str(path))
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{WEIGHTS} cannot be read: {error}", where=str(folder)) from error
+        raise ModelError(f"{path.name} cannot be read: {error}", where=str(path.parent)) from error
     return tensors
 
 
@@ -129,10 +157,9 @@ def _require_whole(path: Path) -> None:
         raise ValueError("it is cut short")
 
 
-def go_on(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
-    """Fill the adapter that ``spec`` attached with the tensors of ``folder``. Raises ConfigError if the two
+def go_on(net: nn.Module, spec: AdapterSpec, start: Adapter) -> None:
+    """Fill the adapter that ``spec`` attached with the tensors of ``start``. Raises ConfigError if the two
     differ in shape."""
-    start = read(folder)
     before, now = _shape(start.spec), _shape(spec)
     if before != now:
         if before["kind"] == now["kind"]:
@@ -143,7 +170,7 @@ def go_on(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
             ]
         else:
             differences = [f"adapter.kind is {now['kind']}, there {before['kind']}"]
-        message = f"the adapter of {folder} has another shape: {'; '.join(differences)}"
+        message = f"the adapter of {start.source} has another shape: {'; '.join(differences)}"
         hint = "give the same, or model.adapter instead: it is merged into the base, "
         hint += "and the new adapter may have any shape"
         raise ConfigError(message, where="adapter.start", hint=hint)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from tunesmith import events
-from tunesmith.adapters import files
+from tunesmith.adapters import files, starting
 from tunesmith.adapters.experts import LoRAExperts, dense_experts
 from tunesmith.adapters.layers import AdapterLayer, adapted, trainable
 from tunesmith.events import Notice, Sink
@@ -29,16 +29,21 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     if spec.adapter is None:
         return loaded
     net, folder = loaded.net, Path(spec.adapter)
-    files.load(net, folder)
-    n_full = len(trainable(net))
-    n_layers = merge(net)
-    net.freeze()
+    n_full = n_layers = 0
+    for part in starting.read(folder, loaded, spec.path, notify):
+        part.install(net)
+        n_full += len(trainable(net))
+        n_layers += merge(net)
+        net.freeze()
     net.eval()
     changed = f"{n_layers} layers" if n_layers else f"{n_full} tensors"
     dense = "; their quantised weights become dense" if n_layers and "quantization" in loaded.config else ""
     notify(Notice(f"an adapter is merged into {changed} of the base{dense}", where=str(folder)))
-    weights = hashlib.sha256((folder / files.WEIGHTS).read_bytes()).hexdigest()
-    fingerprint = hashlib.sha256(f"{loaded.files} {weights}".encode()).hexdigest()
+    deciding = [files.weights_file(folder)]
+    if files.layout(folder) != "tunesmith":  # where the settings alone can change the scale
+        deciding.append(folder / files.CONFIG)
+    hashes = " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in deciding)
+    fingerprint = hashlib.sha256(f"{loaded.files} {hashes}".encode()).hexdigest()
     return loaded._replace(fingerprint=fingerprint)
 
 

@@ -42,7 +42,10 @@ AUTO, ALL_LINEAR = "auto", "all-linear"
 ATTENTION = ("q_proj", "v_proj")
 """What `AUTO` means where every block has them."""
 
-START = "run or checkpoint whose adapter, of the same shape, is trained further instead of a new one"
+START = (
+    "run, checkpoint, or folder that PEFT or mlx-lm saved, whose adapter, of the same shape, is trained "
+    "further instead of a new one"
+)
 
 
 DEFAULT_RANK = 16

@@ -53,7 +53,8 @@ class ModelSpec(Spec):
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     adapter: str | None = Field(
         default=None,
-        description="run or checkpoint whose adapter is merged into the base: training starts on top of it",
+        description="run, checkpoint, or folder that PEFT or mlx-lm saved, whose adapter is merged into "
+        "the base: training starts on top of it",
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 

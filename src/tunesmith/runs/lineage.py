@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tunesmith.adapters import files
 from tunesmith.data.sources import sha256
 from tunesmith.errors import ModelError
 from tunesmith.runs import checkpoints, tags
 from tunesmith.runs.config import RunConfig
-from tunesmith.runs.directory import ADAPTERS, MANIFEST, Run
+from tunesmith.runs.directory import MANIFEST, Run
 
 
 def anchored(config: RunConfig) -> RunConfig:
@@ -46,12 +47,11 @@ def _checkpoint(path: str | None, where: str) -> str | None:
     folder = tags.find(Path(path).expanduser())
     if (folder / MANIFEST).is_file():
         return str(checkpoints.choose(Run(folder), "best").resolve())
-    if not (folder / ADAPTERS).is_file():
-        raise ModelError(
-            "is neither a run nor a checkpoint",
-            where=f"{where}: {path}",
-            hint="give the folder of a run or a checkpoint",
-        )
+    if not files.weights_file(folder).is_file():
+        hint = "give the folder of a run or a checkpoint, or of an adapter that PEFT or mlx-lm saved"
+        if (folder / "adapter_model.bin").is_file():
+            hint = "it has adapter_model.bin, which is not read: save it in PEFT as safetensors"
+        raise ModelError("is neither a run nor a checkpoint", where=f"{where}: {path}", hint=hint)
     return str(folder.resolve())
 
 
@@ -59,11 +59,14 @@ def origin(checkpoint: str, base: str) -> dict[str, Any]:
     """The manifest's entry on the adapter in ``checkpoint``. Raises ModelError if it was not trained on
     ``base``."""
     folder = Path(checkpoint)
-    if not (folder / ADAPTERS).is_file():
+    weights = files.weights_file(folder)
+    if not weights.is_file():
         raise ModelError(
             "the adapter to start from is missing", where=checkpoint, hint="put it back, or start a new run"
         )
-    entry: dict[str, Any] = {"checkpoint": checkpoint, "sha256": sha256(folder / ADAPTERS)}
+    entry: dict[str, Any] = {"checkpoint": checkpoint, "sha256": sha256(weights)}
+    if (program := files.layout(folder)) != "tunesmith":
+        entry["saved_by"] = program
     run = Run(folder.parent.parent)
     if (run.path / MANIFEST).is_file():
         manifest, hashes = run.manifest, run.hashes

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from tunesmith import events
+from tunesmith.adapters.files import PEFT_WEIGHTS
 from tunesmith.data.sources import sha256
 from tunesmith.display.console import duration
 from tunesmith.engine import scoring
@@ -233,7 +234,7 @@ def compared(
     # Layers that are trained in full may have another precision than those beside an adapter.
     facts["adapter"] = config.adapter.model_dump(include={"kind", "full_modules"})
     for role, folder in (("merged", config.model.adapter), ("start", config.adapter.start)):
-        facts[role] = folder and _digest(Path(folder), ADAPTERS, ADAPTER_CONFIG)
+        facts[role] = folder and _digest(Path(folder), ADAPTERS, PEFT_WEIGHTS, ADAPTER_CONFIG)
     counted: Counter[str] = Counter()
     used = _used(prepared)
     everything = [*used.values(), *prepared.valid]

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.nn as nn
 
 from tunesmith import adapters, events
-from tunesmith.adapters import merging
+from tunesmith.adapters import Adapter, merging, starting
 from tunesmith.adapters.specs import Attached, Full, blocks_of
 from tunesmith.errors import ModelError
 from tunesmith.events import Notice, Sink
@@ -105,16 +105,19 @@ def open_model(
     if (doubt := families.doubt(loaded.config)) is not None:
         notify(Notice(doubt, level="warning", where="model", hint="docs/models.md lists those that were"))
     config = config.model_copy(update={"adapter": config.adapter.settled(loaded.net)})
-    attached = config.adapter.attach(loaded.net, config.loop.seed, _recorded(config, resume))
-    for notice in attached.notices:
-        notify(notice)
     ancestors: dict[str, Any] = {}
     if config.model.adapter is not None:
         ancestors["merged"] = lineage.origin(config.model.adapter, loaded.files)
-    if config.adapter.start is not None:
-        ancestors["start"] = lineage.origin(config.adapter.start, loaded.fingerprint)
-        adapters.go_on(loaded.net, config.adapter, Path(config.adapter.start))
-        notify(Notice(f"training goes on from the adapter {config.adapter.start}"))
+    start: tuple[Adapter, ...] = ()
+    if (folder := config.adapter.start) is not None:
+        ancestors["start"] = lineage.origin(folder, loaded.fingerprint)
+        start = starting.read(Path(folder), loaded, config.model.path, notify)
+    attached = config.adapter.attach(loaded.net, config.loop.seed, _recorded(start, resume))
+    for notice in attached.notices:
+        notify(notice)
+    if start:
+        starting.go_on(loaded.net, config.adapter, start)
+        notify(Notice(f"training goes on from the adapter {folder}"))
     gradients.require(loaded.net, config, rows, notify)
     _tell_reach(config, loaded.net, attached, notify)
     return Trainable(config, loaded, attached, ancestors)
@@ -131,13 +134,14 @@ def _tell_reach(config: RunConfig, net: nn.Module, attached: Attached, notify: S
         notify(Notice(text, where="adapter.targets", hint="all-linear adapts every block"))
 
 
-def _recorded(config: RunConfig, resume: Run | None) -> tuple[str, ...] | None:
+def _recorded(start: Sequence[Adapter], resume: Run | None) -> tuple[str, ...] | None:
     """The layers that the adapter to continue adapts, which an earlier release may have chosen, or None if
     there is none."""
     if resume is not None and (steps := resume.checkpoints()):
         with suppress(ModelError):  # a torn checkpoint is dealt with when it is restored
             return adapters.read_layers(resume.checkpoint(steps[-1]))
-    return None if config.adapter.start is None else adapters.read_layers(Path(config.adapter.start))
+    layers = [part.layers for part in start]
+    return None if not layers or layers[0] is None else tuple(name for part in layers for name in part or ())
 
 
 def _checked(
