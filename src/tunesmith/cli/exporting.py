@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import tunesmith
 from tunesmith.cli.options import AsJson, Checkpoint, MovedModel, RunDirectory, print_json, progress, say
+from tunesmith.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tunesmith.exports.table import ExportTable
 
 
 def export(
     run: RunDirectory,
-    to: Annotated[str, typer.Option(help="kind of artefact; a name that does not exist lists them")],
+    to: Annotated[
+        str | None, typer.Option(help="kind of artefact; a name that does not exist lists them")
+    ] = None,
+    table: Annotated[
+        str | None, typer.Option(help="kinds to export and compare instead, as mlx:16,mlx:8,mlx:4,gguf:q8_0")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder of the artefact (default: exports/<kind> in the run)")
+        Path | None,
+        typer.Option(help="folder of the artefact, or of the table (default: exports/<kind> in the run)"),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="held-out rows that it is measured on")] = 64,
     checkpoint: Checkpoint = "best",
@@ -29,10 +39,35 @@ def export(
     limit: Annotated[
         int | None, typer.Option(min=1, help="with --evaluate: only the first rows and items")
     ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep/--discard", help="with --table: keep the artefacts once they are measured")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Write the tuned model for other programs, reload it, and compare it with the live adapter."""
+    if (to is None) == (table is None):
+        message = "one kind, or a table of kinds, must be named"
+        raise ConfigError(message, where="--to", hint="--to hf, or --table mlx:16,mlx:8,gguf:q8_0")
     with progress() as notify:
+        if table is not None:
+            from tunesmith.exports.table import export_table
+
+            made = export_table(
+                run,
+                [name.strip() for name in table.split(",") if name.strip()],
+                out=out,
+                keep=keep,
+                rows=rows,
+                checkpoint=checkpoint,
+                model=model,
+                evaluate=evaluate,
+                tasks=task or (),
+                limit=limit,
+                notify=notify,
+            )
+            _print_table(made, as_json)
+            return
+        assert to is not None
         exported = tunesmith.export(
             run,
             to=to,
@@ -51,3 +86,12 @@ def export(
         from tunesmith.exports import screen
 
         say("\n".join([*screen.lines(exported), f"exported: {exported.path}"]))
+
+
+def _print_table(table: ExportTable, as_json: bool) -> None:
+    from tunesmith.exports.table import PICTURE
+
+    if as_json:
+        print_json(table.to_json())
+    else:
+        say("\n".join([*table.lines, f"picture: {table.folder / PICTURE}"]))

@@ -88,6 +88,8 @@ class ExportKind(ABC):
     tolerance: ClassVar[Tolerance]
     more_precise: ClassVar[str | None] = None
     """The options of the next more precise kind, or None if there is none."""
+    stands_alone: ClassVar[bool] = True
+    """Whether it can be used without the base."""
     runs_on_mlx: ClassVar[bool] = True
     """Whether its users run it by MLX, so that speed and memory measured here are theirs."""
 

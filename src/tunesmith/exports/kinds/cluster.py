@@ -53,6 +53,7 @@ class TokenRow(TypedDict):
 class Cluster(ExportKind):
     name: ClassVar[str] = "cluster"
     what: ClassVar[str] = "exact tokens, adapter and scripts to continue with TRL, axolotl or SkyPilot"
+    stands_alone: ClassVar[bool] = False
     tolerance: ClassVar[Tolerance] = PEFTAdapter.tolerance
 
     def accepts(self, tuned: Tuned) -> None:

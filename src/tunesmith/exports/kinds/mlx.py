@@ -31,6 +31,7 @@ from tunesmith.runs.directory import Run
 class MLXAdapter(ExportKind):
     name: ClassVar[str] = "mlx"
     what: ClassVar[str] = "adapter for mlx-lm (--adapter-path)"
+    stands_alone: ClassVar[bool] = False
     tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
 
     def accepts(self, tuned: Tuned) -> None:

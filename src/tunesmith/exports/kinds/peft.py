@@ -41,6 +41,7 @@ MAGNITUDE = "lora_magnitude_vector"
 class PEFTAdapter(ExportKind):
     name: ClassVar[str] = "peft"
     what: ClassVar[str] = "adapter for transformers with PEFT, vLLM and SGLang"
+    stands_alone: ClassVar[bool] = False
     tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
 
     def accepts(self, tuned: Tuned) -> None:
