@@ -117,7 +117,7 @@ def test_the_files_and_the_card_arrive_in_one_commit_of_a_private_repository(run
         "deep/settings.json": b"{}",
     }
     (_, token, created), *_, (address, _, _) = Hub.requests
-    assert created["private"] is True and created["name"] == "tool" and created["organization"] == "me"
+    assert created == {"name": "tool", "organization": "me", "visibility": "private"}
     assert token == "Bearer hf_secret" and address == "/api/models/me/tool/commit/main"
     assert [path for path, _, _ in Hub.requests if "/commit/" in path] == [address]
     assert "hf_secret" not in done.stdout + done.stderr
@@ -125,7 +125,7 @@ def test_the_files_and_the_card_arrive_in_one_commit_of_a_private_repository(run
 
 def test_a_repository_is_public_only_on_request(run, hub):
     assert verb(run, hub, "--public").returncode == 0
-    assert Hub.requests[0][2].get("private") is False
+    assert Hub.requests[0][2]["visibility"] == "public"
 
 
 @pytest.mark.parametrize(("words", "environ"), [(["--dry-run"], {}), ([], {"HF_HUB_OFFLINE": "1"})])
