@@ -52,8 +52,8 @@ VERBS = {
     "runs --folder .": {"rich"},
     "runs show run": {"rich"},
     "runs prune --folder .": {"rich"},
-    "push run --to me/it --dry-run": {"rich"} | CARD,
     "export run --to peft": SETTINGS | MODEL,
+    "push run --to me/it --dry-run": {"rich"} | CARD,
 }
 """Command → the heavy packages that it may have loaded when it ends. Commands run in this order."""
 WRITES_ITS_MODULES = """

@@ -54,7 +54,7 @@ class Pushed:
         return sum(file["bytes"] for file in self.files)
 
     def to_json(self) -> dict[str, JSON]:
-        return {**asdict(self), "files": list(self.files), "size_bytes": self.size_bytes}
+        return {**asdict(self), "size_bytes": self.size_bytes}
 
 
 class _Record(TypedDict):
@@ -162,7 +162,10 @@ def _commit(api: HfApi, repository: str, files: dict[str, Path], private: bool, 
     """Make the repository if need be, and add the files in one commit. Returns its address. Raises
     ExportError."""
     from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, by its version
+    )
 
     operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     try:

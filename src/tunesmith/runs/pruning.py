@@ -20,7 +20,7 @@ from tunesmith.files import draft_name, read_json, remove
 from tunesmith.runs import checkpoints, tags
 from tunesmith.runs.ancestry import EXPORTS, Use, by_user
 from tunesmith.runs.directory import CHECKPOINTS, CONFIG, EVALS, FROZEN, RESTORE, Run
-from tunesmith.runs.registry import FINISHED, INDEX, CheckpointIndex, RegisteredRun, folders, read, size
+from tunesmith.runs.registry import FINISHED, INDEX, ListedCheckpoints, RegisteredRun, folders, read, size
 from tunesmith.runs.tags import FOLDER
 from tunesmith.settings.config import JSON
 
@@ -127,7 +127,7 @@ def _checkpoints(run: RegisteredRun, uses: Sequence[Use]) -> Iterator[Prunable]:
     steps = opened.checkpoints()
     if not steps or not (run.path / INDEX).is_file():
         return
-    best = read_json(run.path / INDEX, CheckpointIndex, DataError, RESTORE).get("best")
+    best = read_json(run.path / INDEX, ListedCheckpoints, DataError, RESTORE).get("best")
     needed = {use.parent.checkpoint.name for use in uses}
     for step in steps[:-1]:
         folder = opened.checkpoint(step)

@@ -91,7 +91,7 @@ class _Settings(TypedDict):
     objective: _Objective
 
 
-class CheckpointIndex(TypedDict):
+class ListedCheckpoints(TypedDict):
     """The part of ``checkpoints/index.json`` that is listed."""
 
     best: NotRequired[int | None]
@@ -177,7 +177,7 @@ def _settings(path: Path) -> _Settings:
 def _best(path: Path) -> BestValue | None:
     if not os.path.lexists(path):  # no checkpoint was saved yet
         return None
-    index = read_json(path, CheckpointIndex, DataError, RESTORE)
+    index = read_json(path, ListedCheckpoints, DataError, RESTORE)
     step, value = index.get("best"), index.get("best_value")
     if step is None or value is None:
         return None

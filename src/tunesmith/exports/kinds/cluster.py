@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from tunesmith import events
 from tunesmith.adapters.specs import Full
@@ -27,7 +27,9 @@ from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
 from tunesmith.settings import origins
 from tunesmith.tokens.batches import Group
-from tunesmith.training import preparation
+
+if TYPE_CHECKING:
+    from tunesmith.training.preparation import Prepared
 
 ADAPTER, TOKENIZER, SETTINGS = "adapter", "tokenizer", "settings.json"
 ROWS = {"train": "rows/train.jsonl", "valid": "rows/valid.jsonl"}
@@ -112,9 +114,11 @@ def _text(name: str) -> str:
     return (files("tunesmith.exports") / "cluster_files" / name).read_text("utf-8")
 
 
-def _prepared(run: Run, config: RunConfig, notify: Sink) -> preparation.Prepared:
+def _prepared(run: Run, config: RunConfig, notify: Sink) -> Prepared:
     """The rows of the run, read and rendered as when it was trained. Raises ExportError if the files or their
     tokens are no longer the same."""
+    from tunesmith.training import preparation  # loads the audit, which no other kind needs
+
     try:
         prepared = preparation.prepare(config, notify, audited=True, recorded=manifest.recorded(run))
         preparation.require_same(run, prepared)
@@ -127,7 +131,7 @@ def _prepared(run: Run, config: RunConfig, notify: Sink) -> preparation.Prepared
     return prepared
 
 
-def first_epoch(prepared: preparation.Prepared) -> list[Group]:
+def first_epoch(prepared: Prepared) -> list[Group]:
     """The training rows in the order in which the first epoch learns them."""
     return [prepared.train[index] for index in prepared.plan.order(0)]
 
@@ -171,7 +175,7 @@ def differing(path: Path, expected: Sequence[TokenRow]) -> list[str]:
     return [f"{path.name}:{wrong[0]}: other ids or labels than in training, in {len(wrong)} rows"]
 
 
-def _settings(tuned: Tuned, adapter: dict[str, Any], prepared: preparation.Prepared) -> dict[str, Any]:
+def _settings(tuned: Tuned, adapter: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
     """The settings of the run in the names of TRL, PEFT and transformers. adapter: PEFT's settings of it."""
     config = tuned.config
     loop, optimizer, batch = config.loop, config.optimizer, config.batch
@@ -213,7 +217,7 @@ def _settings(tuned: Tuned, adapter: dict[str, Any], prepared: preparation.Prepa
     }
 
 
-def _validations(prepared: preparation.Prepared, every: int) -> dict[str, Any]:
+def _validations(prepared: Prepared, every: int) -> dict[str, Any]:
     return {"eval_strategy": "steps", "eval_steps": every} if prepared.valid and every else {}
 
 
