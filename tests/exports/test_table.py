@@ -15,7 +15,7 @@ import tunesmith
 from tunesmith.cli import app
 from tunesmith.errors import ConfigError, ExportError
 from tunesmith.exports import kind
-from tunesmith.exports.table import Entry, ExportTable, export_table
+from tunesmith.exports.table import TableEntry, ExportTable, export_table
 from tunesmith.runs.artefacts import CarriedSummary, Distances, Exported, Stops
 from tunesmith.runs.records import Score, Verdict
 
@@ -62,7 +62,7 @@ def test_a_kind_and_a_table_exclude_each_other(run):
         export_table(run, ["mlx:16", "onnx"])
 
 
-def entry(name: str, size: int, verdict: Verdict = "no difference shown", *reasons: str) -> Entry:
+def entry(name: str, size: int, verdict: Verdict = "no difference shown", *reasons: str) -> TableEntry:
     loss = Score("export.loss", "1", "loss", 1.0, 0.9, 1.1, 9, 0.1, 0.0, 0.2, better="lower", verdict=verdict)
     exported = Exported(
         path=Path(name),
@@ -76,7 +76,7 @@ def entry(name: str, size: int, verdict: Verdict = "no difference shown", *reaso
         reasons=reasons,
         loss=loss,
     )
-    return Entry(name, exported)
+    return TableEntry(name, exported)
 
 
 def test_the_smallest_is_accepted_stands_alone_and_is_not_shown_to_be_worse():
@@ -85,13 +85,13 @@ def test_the_smallest_is_accepted_stands_alone_and_is_not_shown_to_be_worse():
         entry("mlx-4bit", 4, "regressed"),
         entry("gguf-q4_0", 3, "no difference shown", "it never stops"),
         entry("peft", 1),
-        Entry("mlx", refused="no"),
+        TableEntry("mlx", refused="no"),
     )
     assert ExportTable(Path(), "", (whole, packed, *others)).smallest is packed.exported
     assert ExportTable(Path(), "", others).smallest is None
     assert packed.exported is not None
     task = Score("tool_calls", "1", "tool_calls", 0.5, 0.4, 0.6, 9, -0.2, -0.3, -0.1, verdict="regressed")
-    worse = Entry("mlx-8bit", replace(packed.exported, scores=(task,)))
+    worse = TableEntry("mlx-8bit", replace(packed.exported, scores=(task,)))
     assert worse.state == "worse: tool_calls"
     assert ExportTable(Path(), "", (whole, worse)).smallest is whole.exported
 

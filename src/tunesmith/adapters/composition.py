@@ -75,7 +75,7 @@ class Directions(NamedTuple):
     outputs: np.ndarray
 
 
-class Overlap(NamedTuple):
+class UpdateOverlap(NamedTuple):
     """How much two sources (by their places) change the same of one layer.
 
     ``inputs`` and ``outputs``: mean squared cosine of the principal angles between the subspaces that the
@@ -97,7 +97,7 @@ class ComposedLayer(NamedTuple):
     name: str
     energy: float
     retained: float
-    overlaps: tuple[Overlap, ...]
+    overlaps: tuple[UpdateOverlap, ...]
 
 
 class Composition(NamedTuple):
@@ -286,7 +286,7 @@ def _size(update: Update) -> tuple[int, int]:
     return (len(update.a), update.b.shape[1]) if isinstance(update, Factors) else update.shape
 
 
-def _overlaps(updates: Mapping[int, Update], ranks: Sequence[int]) -> list[Overlap]:
+def _overlaps(updates: Mapping[int, Update], ranks: Sequence[int]) -> list[UpdateOverlap]:
     """Of each pair of sources, in the directions that each source's own rank can hold."""
     spans: dict[int, Directions] = {}
     for place, update in updates.items():
@@ -296,10 +296,10 @@ def _overlaps(updates: Mapping[int, Update], ranks: Sequence[int]) -> list[Overl
     return [_overlap(first, second, spans) for first, second in combinations(sorted(spans), 2)]
 
 
-def _overlap(first: int, second: int, spans: Mapping[int, Directions]) -> Overlap:
+def _overlap(first: int, second: int, spans: Mapping[int, Directions]) -> UpdateOverlap:
     one, other = spans[first], spans[second]
     if not len(one.values) or not len(other.values):  # an update of zeros
-        return Overlap(first, second, 0.0, 0.0, 90.0, 0.0)
+        return UpdateOverlap(first, second, 0.0, 0.0, 90.0, 0.0)
     across_inputs, across_outputs = one.inputs.T @ other.inputs, one.outputs @ other.outputs.T
     of_inputs, of_outputs = (
         np.clip(np.linalg.svd(product, compute_uv=False), 0, 1) for product in (across_inputs, across_outputs)
@@ -307,7 +307,7 @@ def _overlap(first: int, second: int, spans: Mapping[int, Directions]) -> Overla
     angle = np.degrees(np.arccos(max(of_inputs[0], of_outputs[0])))
     inner = one.values @ (across_inputs * across_outputs) @ other.values
     norms = np.linalg.norm(one.values) * np.linalg.norm(other.values)
-    return Overlap(
+    return UpdateOverlap(
         first,
         second,
         float(np.square(of_inputs).mean()),
@@ -317,14 +317,14 @@ def _overlap(first: int, second: int, spans: Mapping[int, Directions]) -> Overla
     )
 
 
-def _means(overlaps: Sequence[Sequence[Overlap]]) -> tuple[Overlap, ...]:
+def _means(overlaps: Sequence[Sequence[UpdateOverlap]]) -> tuple[UpdateOverlap, ...]:
     """Over the matrices of a layer; of the angles the smallest."""
-    means: list[Overlap] = []
+    means: list[UpdateOverlap] = []
     for pair in zip(*overlaps, strict=True):
         values = np.array([overlap[2:] for overlap in pair])
         inputs, outputs, _, cosine = values.mean(axis=0).tolist()
         means.append(
-            Overlap(pair[0].first, pair[0].second, inputs, outputs, float(values[:, 2].min()), cosine)
+            UpdateOverlap(pair[0].first, pair[0].second, inputs, outputs, float(values[:, 2].min()), cosine)
         )
     return tuple(means)
 

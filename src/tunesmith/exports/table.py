@@ -27,7 +27,7 @@ HEAD = ("kind", "size", "memory", "tokens/s", "KL", "effect kept", "loss less li
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """A kind and its artefact; ``refused``: why there is none."""
 
     kind: str
@@ -58,7 +58,7 @@ class ExportTable:
 
     folder: Path
     checkpoint: str
-    entries: tuple[Entry, ...]
+    entries: tuple[TableEntry, ...]
 
     @property
     def smallest(self) -> Exported | None:
@@ -134,7 +134,7 @@ def export_table(
     for each in chosen:
         if keep and known[each.name] is None:
             verb.require_free(parent / each.name)
-    entries: list[Entry] = []
+    entries: list[TableEntry] = []
     with checkpoints.held(folder), workspace(parent / TABLE) as work:
         gate = Gate(source, scope, work, notify)
         for each in chosen:
@@ -143,7 +143,7 @@ def export_table(
                 notify(
                     Notice(f"{each.name}: there already, taken as it was measured", where=str(earlier.path))
                 )
-                entries.append(Entry(each.name, earlier))
+                entries.append(TableEntry(each.name, earlier))
             else:
                 entries.append(_entry(gate, each, work, parent / each.name if keep else None))
     table = ExportTable(parent, folder.name, tuple(entries))
@@ -158,15 +158,15 @@ def export_table(
     return table
 
 
-def _entry(gate: Gate, chosen: ExportKind, work: Path, target: Path | None) -> Entry:
+def _entry(gate: Gate, chosen: ExportKind, work: Path, target: Path | None) -> TableEntry:
     """target: None: the artefact is not kept."""
     try:
         if target is not None:
-            return Entry(chosen.name, verb.place(gate, chosen, work, target))
+            return TableEntry(chosen.name, verb.place(gate, chosen, work, target))
         with workspace(work / "discarded") as artefact:
-            return Entry(chosen.name, gate.make(chosen, artefact))
+            return TableEntry(chosen.name, gate.make(chosen, artefact))
     except ExportError as error:
-        return Entry(chosen.name, refused=error.what + (f" ({error.hint})" if error.hint else ""))
+        return TableEntry(chosen.name, refused=error.what + (f" ({error.hint})" if error.hint else ""))
 
 
 def _earlier(target: Path, checkpoint: str, scope: Scope) -> Exported | None:
@@ -180,7 +180,7 @@ def _earlier(target: Path, checkpoint: str, scope: Scope) -> Exported | None:
     return exported if same and not scope.tasks and (every or exported.rows == scope.rows) else None
 
 
-def _cells(entry: Entry) -> tuple[str, ...]:
+def _cells(entry: TableEntry) -> tuple[str, ...]:
     exported = entry.exported
     if exported is None:
         return entry.kind, *[""] * (len(HEAD) - 2), entry.state
@@ -257,7 +257,7 @@ def _speed(exported: Exported) -> list[float] | None:
     return [end for end in (speed.value, speed.low, speed.high) if end is not None]
 
 
-def _mark(panel: Any, entry: Entry, values: Sequence[float]) -> None:
+def _mark(panel: Any, entry: TableEntry, values: Sequence[float]) -> None:
     assert entry.exported is not None
     loss = entry.exported.loss
     if loss is None or loss.delta is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.adapters.composition import ComposedLayer, Overlap
+from tunesmith.adapters.composition import ComposedLayer, UpdateOverlap
 from tunesmith.display import words
 from tunesmith.evaluation.interference import KeptEffect
 from tunesmith.reports.measures import title
@@ -62,7 +62,7 @@ def _closest(layer: ComposedLayer) -> str:
 def _pairs(made: ComposedRun) -> Iterator[str]:
     """One line a pair of sources: means over the layers that both have."""
     for first, second in combinations(range(len(made.sources)), 2):
-        shared: list[Overlap] = [
+        shared: list[UpdateOverlap] = [
             overlap
             for layer in made.layers
             for overlap in layer.overlaps
