@@ -15,7 +15,7 @@ import tunesmith
 from tunesmith.cli import app
 from tunesmith.errors import ConfigError, ExportError
 from tunesmith.exports import kind
-from tunesmith.exports.table import TableEntry, ExportTable, export_table
+from tunesmith.exports.table import ExportTable, TableEntry, export_table
 from tunesmith.runs.artefacts import CarriedSummary, Distances, Exported, Stops
 from tunesmith.runs.records import Score, Verdict
 

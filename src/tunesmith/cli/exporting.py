@@ -15,33 +15,37 @@ if TYPE_CHECKING:
     from tunesmith.exports.table import ExportTable
 
 
+Kind = Annotated[str | None, typer.Option(help="kind of artefact; a name that does not exist lists them")]
+Kinds = Annotated[
+    str | None, typer.Option(help="kinds to export and compare instead, as mlx:16,mlx:8,mlx:4,gguf:q8_0")
+]
+Target = Annotated[
+    Path | None,
+    typer.Option(help="folder of the artefact, or of the table (default: exports/<kind> in the run)"),
+]
+Rows = Annotated[int, typer.Option(min=1, help="held-out rows that it is measured on")]
+Evaluate = Annotated[
+    bool, typer.Option("--evaluate", help="also ask it and the live adapter the tasks of the run")
+]
+Tasks = Annotated[list[str] | None, typer.Option(help="with --evaluate: tasks to ask instead; repeatable")]
+Limit = Annotated[int | None, typer.Option(min=1, help="with --evaluate: only the first rows and items")]
+Keep = Annotated[
+    bool, typer.Option("--keep/--discard", help="with --table: keep the artefacts once they are measured")
+]
+
+
 def export(
     run: RunDirectory,
-    to: Annotated[
-        str | None, typer.Option(help="kind of artefact; a name that does not exist lists them")
-    ] = None,
-    table: Annotated[
-        str | None, typer.Option(help="kinds to export and compare instead, as mlx:16,mlx:8,mlx:4,gguf:q8_0")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="folder of the artefact, or of the table (default: exports/<kind> in the run)"),
-    ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="held-out rows that it is measured on")] = 64,
+    to: Kind = None,
+    table: Kinds = None,
+    out: Target = None,
+    rows: Rows = 64,
     checkpoint: Checkpoint = "best",
     model: MovedModel = None,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="also ask it and the live adapter the tasks of the run")
-    ] = False,
-    task: Annotated[
-        list[str] | None, typer.Option(help="with --evaluate: tasks to ask instead; repeatable")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="with --evaluate: only the first rows and items")
-    ] = None,
-    keep: Annotated[
-        bool, typer.Option("--keep/--discard", help="with --table: keep the artefacts once they are measured")
-    ] = True,
+    evaluate: Evaluate = False,
+    task: Tasks = None,
+    limit: Limit = None,
+    keep: Keep = True,
     as_json: AsJson = False,
 ) -> None:
     """Write the tuned model for other programs, reload it, and compare it with the live adapter."""
