@@ -26,12 +26,17 @@ AXOLOTL = (
 )
 
 
-def main(folder: Path) -> None:
+class Unavailable(Exception):
+    """A template that cannot be fetched, or is not the listed one."""
+
+
+def fetch(folder: Path) -> None:
+    """Writes the listed templates into ``folder``. Raises Unavailable, and then writes none of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    listed: dict[str, str] = json.loads(LISTED.read_text())
+    listed: dict[str, str] = json.loads(LISTED.read_text(encoding="utf-8"))
     contents = packaged(folder)
     for name in (name for name in listed if name.startswith("axolotl--")):
-        with urllib.request.urlopen(AXOLOTL + name.removeprefix("axolotl--")) as answer:
+        with urllib.request.urlopen(AXOLOTL + name.removeprefix("axolotl--"), timeout=60) as answer:
             contents[name] = answer.read()
     wrong = [
         name
@@ -39,16 +44,17 @@ def main(folder: Path) -> None:
         if hashlib.sha256(contents.get(name, b"")).hexdigest() != digest
     ]
     if wrong:
-        raise SystemExit(f"not as listed: {', '.join(wrong)}")
+        raise Unavailable(f"not as listed: {', '.join(wrong)}")
     for name in listed:
         (folder / name).write_bytes(contents[name])
 
 
 def packaged(folder: Path) -> dict[str, bytes]:
     """The templates in the packages, by name."""
-    fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder / "packages")]
-    subprocess.run([*fetch, TRL], check=True)
-    subprocess.run([*fetch, "--no-binary", ":all:", LLAMA], check=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder / "packages")]
+    for package in ([TRL], ["--no-binary", ":all:", LLAMA]):
+        if subprocess.run([*pip, *package], stdout=sys.stderr).returncode:
+            raise Unavailable(f"pip cannot download {package[-1]}")
     contents: dict[str, bytes] = {}
     for wheel in (folder / "packages").glob("trl-*.whl"):
         with zipfile.ZipFile(wheel) as archive:
@@ -65,4 +71,7 @@ def packaged(folder: Path) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        fetch(Path(sys.argv[1]))
+    except Unavailable as error:
+        raise SystemExit(str(error)) from None

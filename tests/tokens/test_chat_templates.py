@@ -4,6 +4,7 @@ and the learned tokens read as the template's frame, the words and the end."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import date
 from pathlib import Path
 
@@ -58,6 +59,73 @@ TEXT_ARGUMENTS = (
     + "{% endfor %}<|end|>"
     + CLOSE
     + "<|a|>{% endif %}"
+)
+CALLS = (
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+)
+SHOWN_TOOLS = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+INSTRUCTED = (  # an instruction ends every prompt, and stands behind every answer
+    SHOWN_TOOLS
+    + TURNS.replace("<|u|>{{ m.content }}", "<|u|>{{ m.content }}<|end|>")
+    + "<|a|>{{ m.content }}"
+    "{% if m.tool_calls %}" + CALLS + "{% else %}<|end|>{% endif %}{% endif %}{% endfor %}"
+    "<|t|>Be helpful.<|end|>{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+TAGGED = (  # tags close with the same tokens as inside an answer; only the last one ends it
+    SHOWN_TOOLS + TURNS + "<|a|>{% if thinking %}<|t|>think<|ch|>{{ m.reasoning or '' }}<|call|>think<|ch|>"
+    "{% endif %}<|t|>say<|ch|>{{ m.content }}<|call|>say<|ch|>{% for c in m.tool_calls or [] %}<|t|>"
+    + CALLS.replace("{% for c in m.tool_calls or [] %}", "").replace("{% endfor %}", "")
+    + "<|call|>call<|ch|>{% endfor %}<|end|>"
+    + CLOSE
+    + "<|a|>{% if thinking %}<|t|>think<|ch|>{% else %}<|t|>say<|ch|>{% endif %}{% endif %}"
+)
+CLOSED = (  # the prompt closes the reasoning, whatever the row has
+    TURNS
+    + "<|a|><think>\n{{ m.reasoning or '' }}\n</think>\n\n{{ m.content }}<|end|>"
+    + CLOSE
+    + "<|a|><think>\n\n</think>\n\n{% endif %}"
+)
+OWN_QUOTES = (
+    SHOWN_TOOLS + TURNS + "<|a|>{{ m.content }}{% for c in m.tool_calls or [] %}{% set f = c.function %}"
+    "{{ f.name + '{' }}{% if f.arguments is mapping %}{% for k, v in f.arguments.items() %}{{ k }}:"
+    "<|t|>{{ v }}<|t|>{% endfor %}{% else %}{{ f.arguments }}{% endif %}{{ '}' }}{% endfor %}<|end|>"
+    + CLOSE
+    + "<|a|>{% endif %}"
+)
+NAMED_CALLS = (  # the id is all that names a call, as in Kimi K2's template
+    SHOWN_TOOLS
+    + TURNS.replace("<|u|>", "<|u|>{% if m.tool_call_id %}Return of {{ m.tool_call_id }}: {% endif %}")
+    + "<|a|>{{ m.content }}{% for c in m.tool_calls or [] %}<|call|>{{ c.id }}<|t|>"
+    "{{ c.function.arguments | tojson }}{% endfor %}<|end|>" + CLOSE + "<|a|>{% endif %}"
+)
+CLOSED_RESULTS = (  # a line break follows results, unless they are the last message
+    SHOWN_TOOLS + "{% for m in messages %}{% if m.role == 'tool' %}<|t|>{{ m.content }}{% if not loop.last %}"
+    "{{ '\\n' }}{% endif %}{% elif m.role == 'user' %}<|u|>{{ m.content }}{% else %}<|a|>{{ m.content }}"
+    + CALLS
+    + "<|end|>"
+    + CLOSE
+    + "<|a|>{% endif %}"
+)
+OPENED_CALLS = (  # the prompt opens reasoning, which training shows before words and not before calls
+    SHOWN_TOOLS
+    + TURNS
+    + "<|a|>{% if m.tool_calls %}"
+    + CALLS
+    + "{% else %}{% if loop.last %}<think>\n{% endif %}"
+    "{{ m.content }}{% endif %}<|end|>" + CLOSE + "<|a|><think>\n{% endif %}"
+)
+MARKED_WORDS = (  # words have a mark of their own behind reasoning, and calls have none
+    SHOWN_TOOLS
+    + TURNS
+    + "<|a|>{% if m.reasoning %}<think>{{ m.reasoning }}</think>{% endif %}{% if m.content %}<|t|>"
+    "{{ m.content }}{% endif %}" + CALLS + "<|end|>" + CLOSE + "<|a|><think>{% endif %}"
+)
+LEFT_OPEN = (  # the last answer is left open, and only older calls have ids
+    SHOWN_TOOLS
+    + TURNS
+    + "<|a|>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    "{% if m.tool_calls and not loop.last %}{{ m.tool_calls[0].id }}{% endif %}"
+    "{% if not loop.last %}<|end|>{% endif %}" + CLOSE + "<|a|>{% endif %}"
 )
 HIDDEN = TURNS + "<|a|>{{ m.content.split('</think>')[-1] }}<|end|>" + CLOSE + "<|a|>{% endif %}"
 TOOL = {"type": "function", "function": {"name": "sky", "description": "of a town", "parameters": {}}}
@@ -186,7 +254,7 @@ def test_old_reasoning_is_no_context_if_the_template_leaves_it_to_others(made):
 
 
 def test_reasoning_that_the_template_drops_is_refused(made):
-    with pytest.raises(TemplateError, match="three, four"):
+    with pytest.raises(TemplateError, match="no place for the reasoning"):
         learned(made(HIDDEN), asked("Hm?", THOUGHT))
 
 
@@ -202,8 +270,173 @@ def test_arguments_are_given_as_the_template_takes_them(made):
     assert learned(made(TEXT_ARGUMENTS), conversation)[0][1] == 'sky({"town": "Rome"})<|end|>'
 
 
-@pytest.mark.parametrize("template", [PLAIN, OPENED, CHANNEL, SWITCHED])
-@pytest.mark.parametrize("words", ["Seven.", "  final answer: analysis", THOUGHT, "<think>", ""])
+SKY = Call("sky", {"town": "Rome"})
+ASKED_SKY = (Message("user", "?"), Message("assistant", "", (SKY,)), Message("tool", "blue"))
+
+
+def answers(renderer, tools=(TOOL,)) -> list[tuple[str, str]]:
+    """What follows the question in the prompt of a call and of the words after its result, and what is
+    learned."""
+    called = Conversation((*ASKED_SKY, Message("assistant", "Blue.")), tools)
+    texts = []
+    for place in (1, 3):
+        shown = Conversation(called.messages[: place + 1], tools)
+        example = Demonstration(conversation=shown, label=None, id="0", source="x:1", metadata={})
+        (row,) = renderer.rows(example, learn="last")
+        before = renderer._checked(Conversation(called.messages[:place], tools), Counter())
+        start = row.tokens.start
+        assert row.tokens.ids[:start].tolist() == renderer.prompt(before)
+        text = renderer.decode(row.tokens.ids[:start])
+        texts.append((text[text.index("?") + 1 :], renderer.decode(row.tokens.ids[start:])))
+    return texts
+
+
+def test_an_instruction_behind_every_prompt_is_context(made):
+    renderer = made(INSTRUCTED, eos="<|end|>")
+    prompt = "<|u|>Hm?<|end|><|t|>Be helpful.<|end|><|a|>"
+    assert learned(renderer, asked("Hm?", "Seven.")) == [(prompt, "Seven.<|end|>")]
+    rows = learned(renderer, asked("Hm?", "Six.", "And?", "Seven."))
+    assert rows[1] == (
+        "<|u|>Hm?<|end|><|a|>Six.<|end|><|u|>And?<|end|><|t|>Be helpful.<|end|><|a|>",
+        "Seven.<|end|>",
+    )
+
+
+def test_calls_without_an_end_of_their_own_are_refused(made):
+    """The end token of the next turn is not the end of the calls."""
+    with pytest.raises(TemplateError, match="no token ends these calls"):
+        answers(made(INSTRUCTED, eos="<|end|>"))
+
+
+def test_an_end_token_is_not_one_of_the_marks_inside_an_answer(made):
+    renderer = made(TAGGED)
+    assert renderer.decode(renderer.eos_ids[:1]) == "<|end|>"
+    said = "Seven.<|call|>say<|ch|><|end|>"
+    assert learned(renderer, asked("Hm?", "Seven.")) == [("<|u|>Hm?<|a|><|t|>say<|ch|>", said)]
+    thought = learned(renderer, asked("Hm?", THOUGHT))[0]
+    assert thought[0] == "<|u|>Hm?<|a|><|t|>think<|ch|>"
+    assert thought[1] == "three, four<|call|>think<|ch|><|t|>say<|ch|>" + said
+    call = '<|call|>say<|ch|><|t|>sky{"town": "Rome"}<|call|>call<|ch|><|end|>'
+    assert answers(renderer)[0] == ("<|a|><|t|>say<|ch|>", call)
+    assert renderer.answer(renderer._encode(said)) == "Seven."
+    assert renderer.answer(renderer._encode(thought[1])) == THOUGHT
+
+
+def test_reasoning_is_never_learned_behind_its_end(made):
+    renderer = made(CLOSED)
+    assert learned(renderer, asked("Hm?", "Six."))[0][1] == "Six.<|end|>"
+    with pytest.raises(TemplateError, match="no place for the reasoning"):
+        learned(renderer, asked("Hm?", THOUGHT))
+
+
+def test_a_template_with_quotes_of_its_own_gets_arguments_as_objects(made):
+    assert answers(made(OWN_QUOTES))[0][1] == "sky{town:<|t|>Rome<|t|>}<|end|>"
+
+
+def test_calls_are_named_in_their_ids_if_nothing_else_names_them(made):
+    called, replied = answers(made(NAMED_CALLS))
+    assert called[1] == '<|call|>functions.sky:0<|t|>{"town": "Rome"}<|end|>'
+    assert "Return of functions.sky:0: blue" in replied[0]
+
+
+def test_a_context_that_training_shows_otherwise_is_the_one_of_inference(made):
+    called, replied = answers(made(CLOSED_RESULTS))
+    assert called == ("<|a|>", 'sky{"town": "Rome"}<|end|>')
+    assert replied[0].endswith("<|t|>blue<|a|>") and replied[1] == "Blue.<|end|>"
+
+
+def test_a_call_closes_the_reasoning_that_its_prompt_opens(made):
+    called, replied = answers(made(OPENED_CALLS))
+    assert called == ("<|a|><think>\n", '\n</think>\n\nsky{"town": "Rome"}<|end|>')
+    assert replied[1] == "\n</think>\n\nBlue.<|end|>"
+    rows = learned(made(OPENED_CALLS), asked("Hm?", THOUGHT))
+    assert rows == [("<|u|>Hm?<|a|><think>\n", THOUGHT.removeprefix("<think>\n") + "<|end|>")]
+
+
+def test_marks_of_words_stand_once_behind_the_reasoning(made):
+    renderer = made(MARKED_WORDS)
+    called, replied = answers(renderer)
+    assert called == ("<|a|><think>", '</think>sky{"town": "Rome"}<|end|>')
+    assert replied[1] == "</think><|t|>Blue.<|end|>"
+
+
+def test_calls_that_are_left_open_end_as_words_do(made):
+    renderer = made(LEFT_OPEN, eos="<|end|>")
+    called, replied = answers(renderer)
+    assert called[1] == '{"name": "sky", "arguments": {"town": "Rome"}}<|end|>'
+    assert replied[1] == "Blue.<|end|>"
+
+
+RAISES = "{{ raise_exception('no') }}"
+NEEDS = {
+    "describe each parameter": "{% for t in tools or [] %}"
+    "{% for p in t.function.parameters.properties.values() %}"
+    "{{ 'x' + p.description }}"
+    "{% endfor %}{% endfor %}",
+    "one call a turn": "{% for m in messages %}{% if m.tool_calls and m.tool_calls | length > 1 %}"
+    + RAISES
+    + "{% endif %}{% endfor %}",
+    "call without arguments": "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+    "{% if not c.function.arguments %}" + RAISES + "{% endif %}{% endfor %}{% endfor %}",
+    "no system role": "{% if messages[0].role == 'system' %}" + RAISES + "{% endif %}",
+    "join messages": "{% for m in messages %}{% if m.role == loop.previtem.role %}"
+    + RAISES
+    + "{% endif %}{% endfor %}",
+    "cannot write the tools": "{% if tools %}" + RAISES + "{% endif %}",
+    "write them as text": "{% for m in messages %}{% if m.role == 'tool' %}"
+    + RAISES
+    + "{% endif %}{% endfor %}",
+    "drop this row": "{% for m in messages %}{% if 'blue' in m.content %}"
+    + RAISES
+    + "{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("hint", NEEDS)
+def test_the_hint_speaks_of_what_the_template_refuses(made, hint):
+    """All rows have all that can be wrong; the template refuses one thing."""
+    calls = (Call("sky", {}), Call("sky", {"town": "Rome"}))
+    tool = {"type": "function", "function": {"name": "sky", "parameters": {"properties": {"town": {}}}}}
+    messages = (
+        Message("system", "Be brief."),
+        Message("user", "Hm?"),
+        Message("user", "Well?"),
+        Message("assistant", "", calls),
+        Message("tool", "blue"),
+        Message("tool", "blue"),
+        Message("assistant", "Blue."),
+    )
+    template = (
+        NEEDS[hint]
+        + SHOWN_TOOLS
+        + TURNS
+        + "<|a|>{{ m.content }}"
+        + CALLS
+        + "<|end|>"
+        + CLOSE
+        + "<|a|>{% endif %}"
+    )
+    with pytest.raises(TemplateError) as caught:
+        learned(
+            made(template.replace("loop.previtem.role", "(loop.previtem or {}).role")),
+            Conversation(messages, (tool,)),
+        )
+    assert hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("template", [PLAIN, OPENED, CHANNEL, SWITCHED, TAGGED])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Seven.",
+        "Seven.<|call|>say<|ch|>",
+        "<|call|>say<|ch|><|t|>x",
+        "  final answer: analysis",
+        THOUGHT,
+        "<think>",
+        "",
+    ],
+)
 def test_what_is_settled_of_an_answer_never_changes(made, template, words):
     renderer = made(template)
     for said in (words, f"final<|ch|>{words}", f"analysis<|ch|>three<|t|><|a|>final<|ch|>{words}"):

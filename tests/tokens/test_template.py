@@ -710,12 +710,18 @@ def test_museum_16_truncation_never_eats_the_answer(chatml):
 
 
 def test_museum_the_v3_template_drops_the_system_prompt(make, mistral):
-    """The chat template of Mistral v0.3 leaves the system text out when the assistant has the last word."""
+    """The chat template of Mistral v0.3 leaves the system text out when the assistant has the last word: the
+    row has the prompt of inference, and the answer that follows it."""
     hf = make(V3_LIKE, bos="<s>", eos="</s>")
     example = demo(say("a", "b", "c", "d", system="Be brief."))
     assert "Be brief." in hf.decode(hf.prompt(say("a", system="Be brief.")))
-    with pytest.raises(TemplateError, match="must be its prompt"):
-        hf.rows(example)
+    first, last = hf.rows(example)
+    for row, shown in ((first, say("a", system="Be brief.")), (last, say("a", "b", "c", system="Be brief."))):
+        prompt = hf.prompt(shown)
+        assert row.tokens.ids[: len(prompt)].tolist() == prompt and row.tokens.start == len(prompt)
+        assert "Be brief." in hf.decode(prompt)
+    ends = [[*hf._encode(f" {word}"), hf.eos_ids[0]] for word in "bd"]
+    assert [learned(row) for row in (first, last)] == ends
     rows = mistral.rows(example)
     assert len(rows) == 2 and all("Be brief." in mistral.decode(row.tokens.ids) for row in rows)
 

@@ -1,14 +1,14 @@
 """What a tokenizer's chat template writes: the text of a conversation, and of one answer after its prompt.
 
 A template is a program that is known by its output only. Before the first row it is tried with neutral words:
-how it takes tools, contents and reasoning; which variable turns thinking on and off; how much of an answer
-the prompt of inference already holds; and what ends an answer. The text of every prompt is that of
+how it takes tools, calls, contents and reasoning; which variable turns thinking on and off; how much of an
+answer the prompt of inference already holds; and what ends an answer. The text of every prompt is that of
 transformers' ``apply_chat_template``."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -16,28 +16,31 @@ from itertools import product, takewhile
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from tunesmith.data.formats import JSON, Call, Conversation, Message
+from tunesmith.tokens.amendments import amendments
 from tunesmith.tokens.template import Refused, json_text, thought_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QUESTION, WORDS, REASONING, VALUE = "zq1u", "zq3w", "zq5r", "zq7v"
+QUESTION, WORDS, REASONING = "zq1u", "zq3w", "zq5r"
+NAME, KEY, VALUE, CALL_ID = "zq7n", "zq7k", "zq7v", "zq9c00000"
 """Neutral texts, which no template writes and which begin like no mark."""
 
-CALL_ID = "zq7v00000"
+THOUGHT = f"<think>\n{REASONING}\n</think>\n\n"
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 SWITCHES = ("enable_thinking", "thinking")
 OPEN = re.compile(r"<think>\s*$")
 CLOSED = re.compile(r"(?:</[\w:]+>|<\w+\|>|<\|END_\w+\|>|\[/\w+\])\s*$")
+CLOSES = re.compile(r"</think")
 CLOSING = "\n</think>\n\n"
 """How a model ends its reasoning if its template leaves reasoning out of every answer, as DeepSeek R1's."""
 DIRECTIVES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdjmpUwWxXyYHIMSfzZ"))
 TOOL: JSON = {
     "type": "function",
     "function": {
-        "name": VALUE,
-        "description": VALUE,
-        "parameters": {"type": "object", "properties": {VALUE: {"type": "string", "description": VALUE}}},
+        "name": NAME,
+        "description": NAME,
+        "parameters": {"type": "object", "properties": {KEY: {"type": "string", "description": KEY}}},
     },
 }
 
@@ -58,24 +61,48 @@ class Segment(NamedTuple):
     rest: str
 
 
+class Ending(NamedTuple):
+    """``last``: what follows the last word of an answer that is the last message. ``own``: as much of it as
+    follows the word of an older answer, too. ``later``: what stands there before the next turn, or what is
+    added when it follows."""
+
+    last: str
+    own: str
+    later: str
+
+
+class After(NamedTuple):
+    """``head``: the prompt of inference. ``rest``: what training shows after it. ``is_open``: whether the
+    prompt ends in reasoning that the model has to close."""
+
+    head: str
+    rest: str
+    is_open: bool
+
+
 @dataclass(frozen=True)
 class Forms:
     """How a template takes what it is given.
 
     lists_tools: it needs a list of tools, empty if there are none. contents: of messages. arguments: of
-    calls, as JSON if text. reasoning: the key of messages that holds it; ``words`` if it stands in
-    <think> marks before the words and the template passes it on; ``marks`` if the template reads the
-    marks; None if no form reaches the text. plain, thinking: variables for answers without and with
-    reasoning; their openings: what the prompt of inference then holds that the template does not write
-    before the answer. closing: what the template writes between reasoning and words."""
+    calls, as JSON if text. writes_calls: whether one of these forms reaches the text. call_ids: ``given`` as
+    the row has them, or ``functions.NAME:N``, numbered through a ``turn`` or the ``conversation``.
+    reasoning: the key of messages that holds it; ``words`` if it stands in <think> marks before the words and
+    the template passes it on; ``marks`` if the template reads the marks; None if no form reaches the text.
+    plain, thinking: variables for answers without and with reasoning. plain_opening, call_opening,
+    thinking_opening: what the prompt of inference then holds that the template does not write before words,
+    calls and reasoning. closing: what the template writes between reasoning and words."""
 
     lists_tools: bool = False
     contents: Literal["text", "parts"] = "text"
     arguments: Literal["object", "text"] = "object"
+    writes_calls: bool = False
+    call_ids: Literal["given", "turn", "conversation"] = "given"
     reasoning: str | None = "words"
     plain: dict[str, JSON] = field(default_factory=dict)
     thinking: dict[str, JSON] = field(default_factory=dict)
     plain_opening: str = ""
+    call_opening: str = ""
     thinking_opening: str = ""
     closing: str = CLOSING
 
@@ -94,8 +121,8 @@ class ChatTemplate:
         given = self._tokenizer.chat_template
         self._source = "\n".join(given.values()) if isinstance(given, dict) else given or ""
         self.forms = self._plain_forms(self._inputs())
-        self.forms = self._thinking_forms(self.forms)
         self.forms = self._call_forms(self.forms)
+        self.forms = self._thinking_forms(self.forms)
 
     def names(self, variable: str) -> bool:
         """Whether the template's text has the name."""
@@ -116,31 +143,75 @@ class ChatTemplate:
         context in training than at inference."""
         forms, thought = self.forms, thought_of(answer.content)
         thinking = bool(thought.reasoning) and forms.reasoning != "words"
-        shown = replace(before, messages=(*before.messages, answer))
-        head = self._text(forms, before, True, thinking)
-        full = self._text(forms, shown, False, thinking)
-        opening = forms.thinking_opening if thinking else forms.plain_opening
-        if full.startswith(head):
-            opening = ""
-        elif not (opening and head.endswith(opening) and full.startswith(head.removesuffix(opening))):
+        head, rest, is_open = self._after_prompt(before, answer, thinking)
+        if thinking and forms.reasoning is None and not is_open:
             raise Refused(
-                "prefix",
-                "a rendered answer must be its prompt, the answer and an end token",
-                "this template shows another context in training than at inference",
+                "left_out",
+                "the template has no place for the reasoning of an answer",
+                "data.reasoning: omit leaves it out; or template.options turns reasoning on, if it can",
             )
-        rest = full[len(head) - len(opening) :]
-        if not _is_open(head, opening) or (thinking and forms.reasoning is not None):
+        if not is_open or (thinking and forms.reasoning is not None):
             return Segment(head, rest)
         if rest.lstrip().startswith(forms.closing.strip()):
             return Segment(head, thought.reasoning * thinking + rest)
         return Segment(head, thought.reasoning * thinking + forms.closing + rest)
 
+    def _after_prompt(self, before: Conversation, answer: Message, thinking: bool) -> After:
+        """The prompt of inference, and what training shows after it."""
+        forms = self.forms
+        shown = replace(before, messages=(*before.messages, answer))
+        head = self._text(forms, before, True, thinking)
+        full = self._text(forms, shown, False, thinking)
+        calls = bool(answer.calls) and not answer.content.strip()
+        opening = forms.call_opening if calls else forms.plain_opening
+        opening = forms.thinking_opening if thinking else opening
+        if full.startswith(head):
+            return After(head, full[len(head) :], bool(OPEN.search(head)))
+        if opening and head.endswith(opening) and full.startswith(head.removesuffix(opening)):
+            return After(head, *_behind(opening, full[len(head) - len(opening) :], head))
+        return self._as_if_alone(before, answer, thinking, full)
+
+    def _as_if_alone(self, before: Conversation, answer: Message, thinking: bool, full: str) -> After:
+        """What follows the prompt if training shows another context than inference: what the template writes
+        for this answer to one question, if the whole ends with it and it follows the same prompt.
+
+        Mistral's templates show the system text in the last turn of the user, if nothing follows it."""
+        if answer.calls and not self.forms.writes_calls:
+            raise Refused(
+                "left_out", "the template does not write the calls of an answer", "write them as text"
+            )
+        alone = replace(before, messages=(Message("user", QUESTION),))
+        if before.messages == alone.messages:
+            raise Refused(
+                "prefix",
+                "a rendered answer must be its prompt, the answer and an end token",
+                "this template shows another context in training than at inference",
+            )
+        _, rest, is_open = self._after_prompt(alone, answer, thinking)
+        head = self._text(self.forms, before, True, thinking)
+        asked = before.messages[-1].content.strip()
+        same = _beginning(head[::-1], full.removesuffix(rest)[::-1])[::-1]
+        added = [self._added(conversation, thinking) for conversation in (before, alone)]
+        if not full.endswith(rest) or not (asked in same or (added[0] and added[0] == added[1])):
+            raise Refused(
+                "prefix",
+                "the template shows another context in training than at inference, and the answer cannot be "
+                "told from it",
+                "write a chat_template.jinja that renders older turns as it renders the last one",
+            )
+        return After(head, rest, is_open)
+
+    def _added(self, conversation: Conversation, thinking: bool) -> str:
+        """What the template adds to a conversation so that the assistant answers; empty if nothing."""
+        whole = self._text(self.forms, conversation, True, thinking)
+        context = self._text(self.forms, conversation, False, thinking)
+        return whole[len(context) :] if whole.startswith(context) else ""
+
     def expected(self, before: Conversation, answer: Message) -> Iterator[str]:
         """What may follow the prompt: the text that the template writes around neutral words, with the words
         and the reasoning of ``answer`` in their place; first as they are, then trimmed."""
         thought = thought_of(answer.content)
-        neutral = f"<think>\n{REASONING}\n</think>\n\n" if thought.reasoning else ""
-        neutral += WORDS if thought.words.strip() else ""
+        neutral = (THOUGHT if thought.reasoning else "") + (WORDS if thought.words.strip() else "")
         frame = self.segment(before, replace(answer, content=neutral)).rest
         trims = (str, str.strip, str.rstrip, str.lstrip)
         for trim_words, trim_reasoning in product(trims, trims if thought.reasoning else trims[:1]):
@@ -153,24 +224,33 @@ class ChatTemplate:
         reasoning."""
         if thinking and self.forms.reasoning in (None, "words"):
             return None
-        content = f"<think>\n{REASONING}\n</think>\n\n{WORDS}" if thinking else WORDS
+        content = (THOUGHT if thinking else "") + WORDS
         rest = self.segment(Conversation((Message("user", QUESTION),)), Message("assistant", content)).rest
         before, _, after = rest.partition(WORDS)
         first, _, between = before.partition(REASONING)
         return first, between, after
 
-    def after(self, *, calls: bool) -> tuple[str, str]:
-        """What the template writes after the last word or argument of an answer when it is the last message,
-        and what it adds when the next turn follows. Raises Refused if it has no calls."""
-        result = Message("tool", QUESTION, call_id=CALL_ID, name=VALUE)
+    def ending(self, *, calls: bool) -> Ending:
+        """What the template writes after the last word or argument of an answer. Raises Refused if it has no
+        calls."""
+        result = Message("tool", QUESTION, call_id=CALL_ID, name=NAME)
         spoken = _called() if calls else _spoken(WORDS)
         reply = result if calls else Message("user", QUESTION)
         followed = replace(spoken, messages=(*spoken.messages, reply))
         full, longer = (
             self._text(self.forms, conversation, False, False) for conversation in (spoken, followed)
         )
-        last = full.rpartition(VALUE if calls else WORDS)[2]
-        return last, longer[len(full) :] if longer.startswith(full) else longer.rpartition(WORDS)[2]
+        mark = VALUE if calls else WORDS
+        last, older = full.rpartition(mark)[2], longer.rpartition(mark)[2]
+        if longer.startswith(full):
+            return Ending(last, last, longer[len(full) :])
+        return Ending(last, _beginning(last, older), older)
+
+    def inside(self) -> str:
+        """What the template writes before the last word of an answer with reasoning; empty without a form for
+        it."""
+        before = self.frame(thinking=True)
+        return "".join(before[:2]) if before else ""
 
     # How the template takes what it is given
 
@@ -209,8 +289,8 @@ class ChatTemplate:
                 refused = refused or error
                 continue
             opening = _opening(head, rest)
-            tail = rest[len(head) - len(opening) :]
-            rank = 2 if _is_open(head, opening) else 0 if tail.lstrip().startswith(WORDS) else 1
+            tail, is_open = _behind(opening, rest[len(head) - len(opening) :], head)
+            rank = 2 if is_open else 0 if tail.lstrip().startswith(WORDS) else 1
             if best is None or rank < best[0]:
                 best = rank, replace(tried, plain_opening=opening)
         if best is None:
@@ -218,35 +298,90 @@ class ChatTemplate:
         return best[1]
 
     def _thinking_forms(self, forms: Forms) -> Forms:
-        """Answers with reasoning: the first form in which it stands before the words."""
+        """Answers with reasoning: the first form in which it stands before the words, and the prompt of
+        inference does not close it."""
         keys = [key for key in REASONING_KEYS if self.names(key)]
-        content = f"<think>\n{REASONING}\n</think>\n\n{WORDS}"
+        places = [*keys, *([] if self._thinks_before_calls(forms, keys) else ["words"])]
         composed: Forms | None = None
-        for key, variables in product((*keys, "words"), self._variables(True)):
+        for key, variables in product(places, self._variables(True)):
             tried = replace(forms, reasoning=key, thinking=variables)
             try:
-                head, full = self._tried(tried, content, True)
+                head, full = self._tried(tried, THOUGHT + WORDS, True)
+                opening = _opening(head, full)
             except Refused:
                 continue
-            opening = _opening(head, full)
-            rest = full[len(head) - len(opening) :]
+            rest, is_open = _behind(opening, full[len(head) - len(opening) :], head)
+            if CLOSED.search(opening):
+                continue
             if rest.count(REASONING) == 1 == rest.count(WORDS) and rest.find(REASONING) < rest.find(WORDS):
-                if key == "words" and not variables and rest.lstrip().startswith(content):
+                before, _, after = rest.partition(REASONING)
+                if CLOSES.search(before) or (is_open and OPEN.search(before)):
+                    continue  # behind its end, or opened twice
+                if key == "words" and not variables and rest.lstrip().startswith(THOUGHT + WORDS):
                     return replace(tried, thinking=forms.plain, thinking_opening=forms.plain_opening)
-                closing = rest.partition(REASONING)[2].partition(WORDS)[0]
                 key = "marks" if key == "words" else key
+                closing = self._closing(forms, after)
                 return replace(tried, reasoning=key, thinking_opening=opening, closing=closing)
-            if composed is None and _is_open(head, opening) and REASONING not in rest:
+            if composed is None and is_open and REASONING not in rest:
                 composed = replace(tried, reasoning=None, thinking_opening=opening)
-        return composed or replace(forms, reasoning=None, thinking=forms.plain)
+        closed = replace(forms, reasoning=None, thinking=forms.plain, thinking_opening=forms.plain_opening)
+        return composed or closed
+
+    def _thinks_before_calls(self, forms: Forms, keys: Sequence[str]) -> bool:
+        """Whether the template has marks of its own for reasoning before calls."""
+        called = _called(THOUGHT)
+        for key, variables in product(keys, self._variables(True)):
+            with suppress(Refused):
+                tried = replace(forms, reasoning=key, thinking=variables)
+                if REASONING in self._text(tried, called, False, True):
+                    return True
+        return False
+
+    def _closing(self, forms: Forms, after: str) -> str:
+        """What stands between reasoning and words: ``after``, which follows the reasoning, without what the
+        template writes for the words alone."""
+        head, full = self._tried(forms, WORDS, False)
+        plain = _behind(forms.plain_opening, full[len(head) - len(forms.plain_opening) :], head)[0]
+        return after.removesuffix(plain) if after.endswith(plain) else after.partition(WORDS)[0]
 
     def _call_forms(self, forms: Forms) -> Forms:
-        """Arguments as JSON text if the template does not write them otherwise."""
+        """Arguments as objects if the template writes them by itself, else as JSON."""
         for arguments in ("object", "text"):
-            tried = replace(forms, arguments=cast(Literal["object", "text"], arguments))
+            tried = replace(forms, arguments=cast(Literal["object", "text"], arguments), writes_calls=True)
             with suppress(Refused):
-                if VALUE + '"' in self._text(tried, _called(), False, False).rpartition(QUESTION)[2]:
-                    return tried
+                written = self._text(tried, _called(), False, False).rpartition(QUESTION)[2]
+                if self._writes_call(written, arguments):
+                    return self._call_openings(self._id_forms(tried))
+        return forms
+
+    def _writes_call(self, written: str, arguments: str) -> bool:
+        """Whether the text of a call holds its arguments, and not as Python or quoted JSON writes them."""
+        if KEY not in written or VALUE not in written:
+            return False
+        return f'"{KEY}": "{VALUE}"' in written if arguments == "text" else f"'{KEY}'" not in written
+
+    def _id_forms(self, forms: Forms) -> Forms:
+        """The ids of calls as the template writes them, or as ``functions.NAME:N`` if it writes the id and
+        not the name. Kimi K2's results name their call so."""
+        called = _called()
+        result = Message("tool", QUESTION, call_id=CALL_ID, name=NAME)
+        twice = replace(called, messages=(*called.messages, result, *called.messages), tools=())
+        try:
+            written = self._text(forms, twice, False, False)
+        except Refused:
+            return forms
+        if f"functions.{NAME}:0" in written:
+            through = f"functions.{NAME}:1" in written
+            return replace(forms, call_ids="conversation" if through else "turn")
+        calls = written.partition(QUESTION)[2].partition(QUESTION)[0]
+        return replace(forms, call_ids="conversation") if CALL_ID in calls and NAME not in calls else forms
+
+    def _call_openings(self, forms: Forms) -> Forms:
+        called = _called()
+        asked = replace(called, messages=called.messages[:1])
+        head, full = self._text(forms, asked, True, False), self._text(forms, called, False, False)
+        with suppress(Refused):
+            return replace(forms, call_opening=_opening(head, full))
         return forms
 
     def _tried(self, forms: Forms, content: str, thinking: bool) -> tuple[str, str]:
@@ -256,25 +391,37 @@ class ChatTemplate:
         return self._text(forms, asked, True, thinking), self._text(forms, spoken, False, thinking)
 
     def _text(self, forms: Forms, conversation: Conversation, generate: bool, thinking: bool) -> str:
-        messages = [_entry(message, forms) for message in _without_old_reasoning(conversation, forms)]
+        try:
+            return self._written(forms, conversation, generate, thinking)
+        except Exception as error:  # a template is a program, which may raise anything
+            roles = " ".join(message.role for message in conversation.messages)
+            hint = self._advice(forms, conversation, generate, thinking)
+            message = f"the chat template refuses the roles {roles}: {error}"
+            raise Refused("template", message, hint) from error
+
+    def _written(self, forms: Forms, conversation: Conversation, generate: bool, thinking: bool) -> str:
+        """What transformers renders. Raises what the template raises."""
+        messages = _with_call_ids(_without_old_reasoning(conversation, forms), forms)
         tools = list(conversation.tools) or ([] if forms.lists_tools else None)
         variables = {**self._shared(conversation), **(forms.thinking if thinking else forms.plain)}
         variables |= self._choices.options
-        try:
-            template = self._tokenizer.get_chat_template(None, tools)
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=dated(template, self._choices.day),
-                tokenize=False,
-                add_generation_prompt=generate,
-                **variables,
-            )
-        except Exception as error:  # a template is a program, which may raise anything
-            roles = " ".join(message.role for message in conversation.messages)
-            raise Refused(
-                "template", f"the chat template refuses the roles {roles}: {error}", _hint(conversation)
-            ) from error
+        template = self._tokenizer.get_chat_template(None, tools)
+        return self._tokenizer.apply_chat_template(
+            [_entry(message, forms) for message in messages],
+            tools=tools,
+            chat_template=dated(template, self._choices.day),
+            tokenize=False,
+            add_generation_prompt=generate,
+            **variables,
+        )
+
+    def _advice(self, forms: Forms, conversation: Conversation, generate: bool, thinking: bool) -> str:
+        """What to change, found by rendering the conversation with one change at a time."""
+        for hint, changed in amendments(conversation):
+            with suppress(Exception):
+                self._written(forms, changed, generate, thinking)
+                return hint
+        return "drop this row, or write a chat_template.jinja that renders it"
 
     def _shared(self, conversation: Conversation) -> dict[str, JSON]:
         """Variables beside messages and tools that this template names, as inference servers pass them."""
@@ -303,17 +450,23 @@ def _spoken(content: str) -> Conversation:
     return Conversation((Message("user", QUESTION), Message("assistant", content)))
 
 
-def _called() -> Conversation:
+def _called(content: str = "") -> Conversation:
     """A question that is answered by a call."""
-    call = Call(VALUE, {VALUE: VALUE}, CALL_ID)
-    return Conversation((Message("user", QUESTION), Message("assistant", "", (call,))), (TOOL,))
+    call = Call(NAME, {KEY: VALUE}, CALL_ID)
+    return Conversation((Message("user", QUESTION), Message("assistant", content, (call,))), (TOOL,))
+
+
+def _beginning(first: str, second: str) -> str:
+    """The longest text with which both begin."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    return "".join(letter for letter, _ in pairs)
 
 
 def _opening(head: str, full: str) -> str:
     """The end of the prompt that training does not write before the answer; marks stay whole."""
     if full.startswith(head):
         return ""
-    stem = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(head, full, strict=False))))
+    stem = len(_beginning(head, full))
     mark = head.rfind("<", 0, stem)
     if mark > head.rfind(">", 0, stem):
         stem = mark
@@ -322,9 +475,36 @@ def _opening(head: str, full: str) -> str:
     return head[stem:]
 
 
-def _is_open(head: str, opening: str) -> bool:
-    """Whether the prompt ends in reasoning that the model has to close."""
-    return bool(OPEN.search(head)) or bool(opening.strip() and not CLOSED.search(opening))
+def _behind(opening: str, rest: str, head: str) -> tuple[str, bool]:
+    """What follows a prompt that ends with ``opening``, where training shows ``rest`` after what stands
+    before the opening; and whether the opening is of reasoning that the model has to close.
+
+    The end of the opening may be the mark that training writes before the answer, too. Such an opening is
+    context: Command R+ ends every prompt with an instruction."""
+    for size in range(min(len(opening), len(rest)), 0, -1):
+        if opening.endswith(rest[:size]) and rest[:size].strip():
+            return rest[size:], False
+    return rest, bool(OPEN.search(head)) or bool(opening.strip() and not CLOSED.search(opening))
+
+
+def _with_call_ids(messages: Sequence[Message], forms: Forms) -> list[Message]:
+    """Messages with the ids of calls and results that the template is made for."""
+    if forms.call_ids == "given":
+        return list(messages)
+    number, names = 0, dict[str | None, str]()
+    named: list[Message] = []
+    for message in messages:
+        if message.calls and forms.call_ids == "turn":
+            number = 0
+        calls: list[Call] = []
+        for call in message.calls:
+            names[call.id] = f"functions.{call.name}:{number}"
+            calls.append(replace(call, id=names[call.id]))
+            number += 1
+        named.append(
+            replace(message, calls=tuple(calls), call_id=names.get(message.call_id, message.call_id))
+        )
+    return named
 
 
 def _without_old_reasoning(conversation: Conversation, forms: Forms) -> list[Message]:
@@ -364,15 +544,6 @@ def _entry(message: Message, forms: Forms) -> dict[str, JSON]:
         ]
     optional = {"tool_call_id": message.call_id, "name": message.name}
     return entry | {key: value for key, value in optional.items() if value is not None}
-
-
-def _hint(conversation: Conversation) -> str:
-    roles = [message.role for message in conversation.messages]
-    if "system" in roles:
-        return "if it has no system role, put the system text into the first user message"
-    if "tool" in roles or any(message.calls for message in conversation.messages):
-        return "if it has no calls or results in this form, write them as text"
-    return "drop this row, or write a chat_template.jinja that renders it"
 
 
 def openai(conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:

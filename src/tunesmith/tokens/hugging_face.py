@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.data.formats import Conversation, Message
-from tunesmith.tokens.chat_templates import ChatTemplate, Choices
+from tunesmith.tokens.chat_templates import QUESTION, ChatTemplate, Choices
 from tunesmith.tokens.template import (
     SURROGATES,
     Answered,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPOKEN = Conversation(tuple(Message(role, "zq") for role in ("user", "assistant", "user", "assistant")))
-RULES = 3  # part of every fingerprint: change it when unchanged data would give other ids or targets
+RULES = 4  # part of every fingerprint: change it when unchanged data would give other ids or targets
 
 
 class Vocabulary:
@@ -86,6 +86,8 @@ class HFRenderer(Renderer):
         self.size, self.bos_id = words.size, words.text_bos
         self.thinking = thinking
         self._endings: dict[bool, str] = {}
+        self._endless_calls = False
+        self._tail = ""
         self._frames: dict[bool, tuple[str, str, str] | None] = {}
         known = () if words.eos is None else (words.eos,)
         self.eos_ids = tuple(dict.fromkeys((*known, *stops)))
@@ -103,6 +105,7 @@ class HFRenderer(Renderer):
             self.template = ChatTemplate(tokenizer, choices)
             self._find_ends(self.template)
             self._frames = {thinking: self.template.frame(thinking=thinking) for thinking in (False, True)}
+            self._tail = self._before_end((self._frames[False] or ("", "", ""))[2])
         except Refused as error:
             self._broken = error  # plain text can still be rendered
         parts = [words.tokenizer.chat_template, words.bos, self.eos_ids, choices.options]
@@ -127,10 +130,15 @@ class HFRenderer(Renderer):
         self.chat_bos_id = bos if bos is not None and self._encode(spoken).count(bos) == 1 else None
 
     def _ends_of_words(self, template: ChatTemplate) -> tuple[list[int], dict[bool, str]]:
-        last, added = template.after(calls=False)
+        last, own, added = template.ending(calls=False)
         if run := self._run(last):
             known = [place for place, (token, _) in enumerate(run) if token in self.eos_ids]
-            return [token for token, _ in run[: 1 + max(known, default=0)]], {}
+            if known:
+                return [token for token, _ in run[: 1 + known[-1]]], {}
+            inside = template.inside()
+            marks = [match.group() for match in self._control.finditer(own)]
+            once = [mark for mark in marks if mark not in inside and marks.count(mark) == 1]
+            return [self._id(once[0]) if once else run[0][0]], {}
         for token, text in self._run(added):
             if token in self.eos_ids:
                 return [token], {False: added[: added.index(text) + len(text)]}
@@ -142,15 +150,31 @@ class HFRenderer(Renderer):
         )
 
     def _ends_of_calls(self, template: ChatTemplate) -> list[int]:
-        last, added = template.after(calls=True)
-        inside = [match.group() for match in self._control.finditer(last)]
-        if any(self._id(text) in self.eos_ids for text in inside):
+        last, own, later = template.ending(calls=True)
+        marks = [match.group() for match in self._control.finditer(last)]
+        stops = [mark for mark in marks if self._id(mark) in self.eos_ids]
+        written = own if own == last else later.partition(QUESTION)[0]
+        if any(mark in written for mark in stops):
             return []
+        added = later if own == last else later[len(own) :]
         for token, text in self._run(added):
             if token in self.eos_ids:
                 self._endings[True] = added[: added.index(text) + len(text)]
                 return []
-        return [self._id(inside[-1])] if inside and last.rstrip().endswith(inside[-1]) else []
+        if own == last and marks and last.rstrip().endswith(marks[-1]):
+            return [self._id(marks[-1])]
+        if (ending := self._endings.get(False)) and ending in later:
+            self._endings[True] = ending
+        else:
+            self._endless_calls = bool(stops)
+        return []
+
+    def _before_end(self, after: str) -> str:
+        """What the template writes between words and their end token, if that is more than white space."""
+        for match in self._control.finditer(after):
+            if self._id(match.group()) in self.eos_ids:
+                return after[: match.start()].strip()
+        return ""
 
     def _id(self, text: str) -> int:
         return self._words.tokenizer.convert_tokens_to_ids(text)
@@ -189,7 +213,7 @@ class HFRenderer(Renderer):
             rest += self._endings.get(bool(answer.calls), "")
             ids = self._continue(prompt, rest, self._encode(head + rest))
         first = next((place for place in range(len(prompt), len(ids)) if ids[place] in self.eos_ids), None)
-        if first is None:
+        if first is None or (answer.calls and self._endless_calls):
             ended = "these calls" if answer.calls else "this answer"
             raise Refused(
                 "end_token",
@@ -250,6 +274,8 @@ class HFRenderer(Renderer):
         """Reasoning that the template marks otherwise stands in <think> marks."""
         if self.template is None or self._broken is not None:
             return text
+        sizes = range(len(self._tail), 0, -1)
+        text = text[: -next((size for size in sizes if text.endswith(self._tail[:size])), 0) or None]
         before, between, _ = self._frames.get(True) or ("", "", "")
         if between and "</think>" not in between and text.lstrip().startswith(before.strip()):
             reasoning, mark, words = text.lstrip().removeprefix(before.strip()).partition(between.strip())
