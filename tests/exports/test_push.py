@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import tunesmith
 from tunesmith.cli import app
-from tunesmith.errors import ConfigError, DataError, ExportError
+from tunesmith.errors import ConfigError, DataError, EvaluationError, ExportError
 
 WEIGHTS = bytes(range(256)) * 40
 
@@ -87,14 +87,12 @@ def run(tmp_path) -> Path:
 
 
 def export(run: Path, kind: str, *, accepted: bool) -> Path:
-    folder = run / "exports" / kind
-    (folder / "deep").mkdir(parents=True)
+    folder = planted.export(run, kind, accepted=accepted)
+    (folder / "deep").mkdir()
     (folder / "adapter_model.safetensors").write_bytes(WEIGHTS)
     (folder / "deep" / "settings.json").write_text("{}")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     (folder / ".draft").write_text("unfinished")
-    record = {"kind": kind, "path": "/home/me/secret", "accepted": accepted, "reasons": ["inert"]}
-    (folder / "export.json").write_text(json.dumps(record))
     return folder
 
 
@@ -164,7 +162,7 @@ def test_what_may_not_be_pushed_is_refused(run):
     for kind, reason in {
         "mlx": "the export was rejected: inert",
         "cluster": "rows of the training data",
-        "hf": "has no export hf; there are: cluster, mlx, peft",
+        "hf": "has no export hf that was accepted; there are: cluster, peft",
     }.items():
         with pytest.raises(ExportError, match=reason):
             tunesmith.push(run, to="me/tool", kind=kind, dry_run=True)
@@ -178,7 +176,7 @@ def test_what_may_not_be_pushed_is_refused(run):
 
 def test_a_damaged_record_is_named(run):
     (run / "exports" / "peft" / "export.json").write_text('{"kind": "peft"}')
-    with pytest.raises(ExportError, match="the key accepted is missing"):
+    with pytest.raises(EvaluationError, match="the key checkpoint is missing"):
         tunesmith.push(run, to="me/tool", dry_run=True)
 
 

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tunesmith.runs import artefacts
+from tunesmith.runs.artefacts import CarriedSummary, Distances, Exported, Stops
+
 CONFIG = """model:
   path: {model}
   adapter: null
@@ -62,6 +65,25 @@ def run(
         (path / "checkpoints" / "index.json").write_text(json.dumps(index | {"kept": list(steps)}))
     if report is not None:
         (path / "report.json").write_text(json.dumps(report))
+    return path
+
+
+def export(run: Path, kind: str, *, accepted: bool = True, folder: str | None = None) -> Path:
+    """An artefact of ``run`` that is only its record. folder: its name, if it is not ``kind``."""
+    path = run / "exports" / (folder or kind)
+    path.mkdir(parents=True)
+    exported = Exported(
+        path=path,
+        kind=kind,
+        checkpoint="000020",
+        rows=1,
+        size_bytes=1,
+        distances=Distances(1, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0),
+        stops=Stops(1, 1, 1, 1, ()),
+        weights=CarriedSummary(1),
+        reasons=() if accepted else ("inert",),
+    )
+    artefacts.write(exported, path)
     return path
 
 

@@ -87,21 +87,15 @@ def test_the_sources_of_a_composition_are_its_parents(folder):
 
 
 def test_exports_are_listed_with_what_the_gate_said(folder):
-    for name, accepted in (("hf", True), ("mlx-4bit.rejected", False)):
-        place = folder / "a" / "exports" / name
-        place.mkdir(parents=True)
-        record = {"kind": name.partition(".")[0], "checkpoint": "000020", "accepted": accepted}
-        (place / "export.json").write_text(json.dumps(record))
+    planted.export(folder / "a", "hf")
+    planted.export(folder / "a", "mlx-4bit", accepted=False, folder="mlx-4bit.rejected")
     (folder / "a" / "exports" / "torn").mkdir()
     (folder / "a" / "exports" / "torn" / "export.json").write_text("{")
     exports = ancestry.lineage(folder / "a").exports
-    assert [(export.kind, export.accepted) for export in exports] == [
-        ("hf", True),
-        ("mlx-4bit", False),
-        ("unreadable", None),
-    ]
+    assert [(export.kind, export.accepted) for export in exports] == [("hf", True), ("mlx-4bit", False)]
     text = CliRunner().invoke(app, ["runs", "show", str(folder / "a")], catch_exceptions=False).stdout
-    assert "exported to hf of checkpoint 000020" in text and "REJECTED" in text
+    assert "exported to hf" in text and "of checkpoint 000020, accepted" in text and "REJECTED" in text
+    assert "damaged" in text and "torn/export.json" in text
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def push(
     from tunesmith.display.console import size
 
     for file in pushed.files:
-        say(f"{size(file['bytes']):>10}  {file['path']}")
+        say(f"{file['bytes']:>15,} bytes  {file['path']}")
     total = f"{len(pushed.files)} files, {size(pushed.size_bytes)}"
     if pushed.why_not is None:
         say(f"pushed {total}: {pushed.url}")

@@ -10,16 +10,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired
+from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict
 
 from tunesmith import events
 from tunesmith.errors import ConfigError, DataError, ExportError
 from tunesmith.events import Notice, Sink
-from tunesmith.files import read_json
-from tunesmith.runs.ancestry import EXPORT, EXPORTS
-from tunesmith.runs.directory import Run
+from tunesmith.runs import artefacts
+from tunesmith.runs.artefacts import RECORD
+from tunesmith.runs.directory import EXPORTS, Run
 from tunesmith.settings.config import JSON
 
 if TYPE_CHECKING:
@@ -55,14 +55,6 @@ class Pushed:
 
     def to_json(self) -> dict[str, JSON]:
         return {**asdict(self), "size_bytes": self.size_bytes}
-
-
-class _Record(TypedDict):
-    """The part of ``export.json`` that decides whether an artefact may be pushed."""
-
-    kind: str
-    accepted: bool
-    reasons: NotRequired[list[str]]
 
 
 def push(
@@ -119,13 +111,14 @@ def _artefact(run: Path, kind: str) -> Path:
         )
     folder = run / EXPORTS / kind
     again = f"tunesmith export {run} --to {kind}"
-    if not (folder / EXPORT).is_file():
-        present = sorted(path.parent.name for path in (run / EXPORTS).glob(f"[!.]*/{EXPORT}"))
-        exports = f"; there are: {', '.join(present)}" if present else ""
-        raise ExportError(f"has no export {kind}{exports}", where=str(run), hint=again)
-    record = read_json(folder / EXPORT, _Record, ExportError, f"export it again: {again}")
-    if not record["accepted"]:
-        reasons = "; ".join(record.get("reasons", [])) or "see its export.json"
+    accepted = [artefact for artefact in artefacts.read(run)[0] if artefact.accepted]
+    if not (folder / RECORD).is_file():
+        exports = ", ".join(artefact.path.name for artefact in accepted)
+        there = f"; there are: {exports}" if exports else ""
+        raise ExportError(f"has no export {kind} that was accepted{there}", where=str(run), hint=again)
+    artefact = artefacts.load(folder)
+    if not artefact.accepted:
+        reasons = "; ".join(artefact.reasons)
         raise ExportError(f"the export was rejected: {reasons}", where=str(folder), hint=again)
     return folder
 
@@ -140,7 +133,7 @@ def _files(run: Path, folder: Path) -> dict[str, Path]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and name not in (EXPORT, README):
+        if path.is_file() and not hidden and name not in (RECORD, README):
             files[name] = path
     return files
 

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple, NotRequired
 from typing_extensions import TypedDict
 
 from tunesmith.errors import DataError, TunesmithError
-from tunesmith.files import checked, read_json
+from tunesmith.files import checked
+from tunesmith.runs import artefacts
+from tunesmith.runs.artefacts import Exported
 from tunesmith.runs.directory import ADAPTERS, CHECKPOINTS, CONFIG, CURSOR, MANIFEST, RESTORE, Run
-from tunesmith.runs.registry import RegisteredRun, folders, read
+from tunesmith.runs.registry import RegisteredRun, fault_line, folders, read
 from tunesmith.runs.tags import FOLDER
 from tunesmith.settings import origins
 from tunesmith.settings.config import JSON
 
-EXPORTS, EXPORT = "exports", "export.json"
 RELATIONS = {"start": "starts from", "merged": "has merged", "composed": "is composed of"}
 """Role of an adapter in the manifest's lineage, in words."""
 
@@ -40,14 +41,6 @@ class _Composed(TypedDict):
     """The mixture in the manifest's lineage."""
 
     sources: list[_Entry]
-
-
-class _Export(TypedDict):
-    """The part of ``export.json`` that is listed."""
-
-    kind: str
-    checkpoint: NotRequired[str]
-    accepted: NotRequired[bool]
 
 
 class Parent(NamedTuple):
@@ -75,29 +68,24 @@ class Child(NamedTuple):
     children: tuple[Child, ...]
 
 
-class ExportedTo(NamedTuple):
-    kind: str
-    path: Path
-    checkpoint: str | None
-    accepted: bool | None
-
-
 @dataclass(frozen=True)
 class Ancestry:
-    """A run with all that it was made from, and all under ``folder`` that was made from it."""
+    """A run with all that it was made from, and all under ``folder`` that was made from it. ``faults``: what
+    cannot be read of its exports."""
 
     run: RegisteredRun
     folder: Path
     parents: tuple[Parent, ...]
     children: tuple[Child, ...]
-    exports: tuple[ExportedTo, ...]
+    exports: tuple[Exported, ...]
+    faults: tuple[str, ...]
 
     def to_json(self) -> dict[str, JSON]:
         return {
             **self.run.to_json(),
             "made_from": [_parent_json(parent) for parent in self.parents],
             "used_by": [_child_json(child) for child in self.children],
-            "exports": [{**export._asdict(), "path": str(export.path)} for export in self.exports],
+            "exports": [_export_json(export) for export in self.exports],
         }
 
 
@@ -108,6 +96,15 @@ def _parent_json(parent: Parent) -> dict[str, JSON]:
         "weight": parent.weight,
         "exists": parent.checkpoint.is_dir(),
         "made_from": [_parent_json(above) for above in parent.parents],
+    }
+
+
+def _export_json(export: Exported) -> dict[str, JSON]:
+    return {
+        "kind": export.kind,
+        "path": str(export.path),
+        "checkpoint": export.checkpoint,
+        "accepted": export.accepted,
     }
 
 
@@ -127,7 +124,9 @@ def lineage(run: str | Path, folder: str | Path | None = None) -> Ancestry:
     around = _around(path) if folder is None else Path(folder)
     users = by_user([other for other in folders(around) if not other.samefile(path)], also=path)
     children = _children(path.resolve(), users, frozenset({path.resolve()}))
-    return Ancestry(read(path), around, parents(path), children, tuple(_exports(path)))
+    exports, unreadable = artefacts.read(path)
+    faults = tuple(fault_line(error) for error in unreadable)
+    return Ancestry(read(path), around, parents(path), children, tuple(exports), faults)
 
 
 def _around(path: Path) -> Path:
@@ -216,14 +215,3 @@ def _children(run: Path, uses: Sequence[Use], seen: frozenset[Path]) -> tuple[Ch
             below = _children(user, uses, seen | {user})
             children.append(Child(use.parent.relation, use.parent.checkpoint.name, read(use.user), below))
     return tuple(children)
-
-
-def _exports(run: Path) -> Iterator[ExportedTo]:
-    for path in sorted((run / EXPORTS).glob(f"[!.]*/{EXPORT}")):
-        try:
-            export = read_json(path, _Export, DataError, None)
-        except DataError:
-            yield ExportedTo("unreadable", path.parent, None, None)
-        else:
-            accepted = export.get("accepted")
-            yield ExportedTo(export["kind"], path.parent, export.get("checkpoint"), accepted)

@@ -18,8 +18,9 @@ from typing import Literal
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.files import draft_name, read_json, remove
 from tunesmith.runs import checkpoints, tags
-from tunesmith.runs.ancestry import EXPORTS, Use, by_user
-from tunesmith.runs.directory import CHECKPOINTS, CONFIG, EVALS, FROZEN, RESTORE, Run
+from tunesmith.runs.ancestry import Use, by_user
+from tunesmith.runs.artefacts import REJECTED
+from tunesmith.runs.directory import CHECKPOINTS, CONFIG, EVALS, EXPORTS, FROZEN, RESTORE, Run
 from tunesmith.runs.registry import FINISHED, INDEX, ListedCheckpoints, RegisteredRun, folders, read, size
 from tunesmith.runs.tags import FOLDER
 from tunesmith.settings.config import JSON
@@ -139,7 +140,7 @@ def _caches(run: RegisteredRun) -> Iterator[Prunable]:
     why: dict[Callable[[], list[Path]], str] = {
         lambda: [run.path / FROZEN]: "hidden states that only training uses",
         lambda: sorted((run.path / CHECKPOINTS).glob("torn-*")): "a torn checkpoint, which nothing reads",
-        lambda: sorted((run.path / EXPORTS).glob("*.rejected")): "a rejected export",
+        lambda: sorted((run.path / EXPORTS).glob(f"*{REJECTED}")): "a rejected export",
     }
     for paths, reason in why.items():
         for path in paths():

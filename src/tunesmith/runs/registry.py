@@ -145,7 +145,7 @@ def read(path: Path) -> RegisteredRun:
         try:
             return make()
         except (TunesmithError, OSError) as error:
-            faults.append(" ".join(str(error).partition("\nhint:")[0].split()))
+            faults.append(fault_line(error))
             return None
 
     manifest = part(lambda: Run.open(path).manifest)
@@ -168,6 +168,11 @@ def read(path: Path) -> RegisteredRun:
         tags=tuple(part(lambda: tags.read(path)) or ()),
         faults=tuple(faults),
     )
+
+
+def fault_line(error: Exception) -> str:
+    """What an error says, in one line and without its hint."""
+    return " ".join(str(error).partition("\nhint:")[0].split())
 
 
 def _settings(path: Path) -> _Settings:

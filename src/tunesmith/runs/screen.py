@@ -13,7 +13,8 @@ from rich.tree import Tree
 from tunesmith.display import words
 from tunesmith.display.console import size
 from tunesmith.display.text import escaped, many
-from tunesmith.runs.ancestry import RELATIONS, Ancestry, Child, ExportedTo, Parent
+from tunesmith.runs.ancestry import RELATIONS, Ancestry, Child, Parent
+from tunesmith.runs.artefacts import Exported
 from tunesmith.runs.pruning import Pruning
 from tunesmith.runs.registry import RegisteredRun
 
@@ -118,13 +119,16 @@ def render_lineage(ancestry: Ancestry, screen: Console) -> None:
     if not below.children:
         below.add(_text(f"nothing under {ancestry.folder}"))
     screen.print(tree, soft_wrap=True)
-    for fault in run.faults:
+    if run.verdict:
+        screen.print(_text(run.verdict), soft_wrap=True)
+    for fault in (*run.faults, *ancestry.faults):
         screen.print(_text(f"damaged: {fault}"), style="red", soft_wrap=True)
 
 
-def _described(run: RegisteredRun) -> str:
+def _described(run: RegisteredRun, how: str = "") -> str:
+    """how: its relation to another run."""
     best = f"best {_best(run)}" if run.best else ""
-    parts = [run.objective or "", run.state or "damaged", best, " ".join(run.tags), run.verdict or ""]
+    parts = [how, run.objective or "", run.state or "damaged", best, " ".join(run.tags)]
     return f"{run.path}: {', '.join(part for part in parts if part)}"
 
 
@@ -137,15 +141,15 @@ def _add_parent(tree: Tree, parent: Parent) -> None:
 
 
 def _add_child(tree: Tree, child: Child) -> None:
-    branch = tree.add(_text(f"{_described(child.run)}: {RELATIONS[child.relation]} checkpoint {child.step}"))
+    how = f"{RELATIONS[child.relation]} checkpoint {child.step}"
+    branch = tree.add(_text(_described(child.run, how)))
     for below in child.children:
         _add_child(branch, below)
 
 
-def _exported(export: ExportedTo) -> str:
-    verdict = {True: "accepted", False: "REJECTED", None: "not known if accepted"}[export.accepted]
-    step = f" of checkpoint {export.checkpoint}" if export.checkpoint else ""
-    return f"exported to {export.kind}{step}: {export.path}, {verdict}"
+def _exported(export: Exported) -> str:
+    verdict = "accepted" if export.accepted else "REJECTED"
+    return f"exported to {export.kind}: {export.path}, of checkpoint {export.checkpoint}, {verdict}"
 
 
 def render_pruning(pruning: Pruning, screen: Console) -> None:
