@@ -3,11 +3,16 @@ k of llama-like models with the rows of a head in pairs, Gemma's norms with thei
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
+
+import tiny
+from tunesmith.model.gguf.tokenizer import CONTROL, NORMAL
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -236,3 +241,22 @@ def _with_stacks(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         else:
             stacks[name.replace("switch_mlp", "experts")] = value
     return stacks
+
+
+def write_gguf(
+    path: Path, source: Path, kind: str = "F32", change=None, arch: str = "llama", pre: str = "gpt-2"
+) -> Path:
+    """A GGUF file of a tiny model. ``change(writer, tensors)`` may spoil it."""
+    config = json.loads((source / "config.json").read_text()) | {"model_type": arch}
+    spelled = json.loads((source / "tokenizer.json").read_text())
+    control = {token["content"] for token in spelled["added_tokens"]}
+    vocab = sorted(spelled["model"]["vocab"], key=spelled["model"]["vocab"].__getitem__)
+    tokenizer = byte_tokenizer(
+        vocab,
+        [" ".join(merge) for merge in spelled["model"]["merges"]],
+        pre,
+        token_type=[CONTROL if token in control else NORMAL for token in vocab],
+        bos_token_id=1,
+        eos_token_id=2,
+    ) | {"tokenizer.chat_template": tiny.CHATML}
+    return write(path, config, load_file(source / "model.safetensors"), tokenizer, kind, change)

@@ -15,13 +15,12 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.numpy import load_file, save_file
 
-import gguf_files
 import tiny
+from gguf_files import write_gguf
 from tunesmith.errors import ModelError
 from tunesmith.events import Notice
 from tunesmith.model import kernels, loading
 from tunesmith.model.gguf import conversion
-from tunesmith.model.gguf.tokenizer import CONTROL, NORMAL
 
 IDS = mx.array([[5, 77, 130, 9, 262, 33, 71, 12]])
 
@@ -44,25 +43,6 @@ def copied(source: Path, target: Path, **config) -> Path:
 
 def logits(net: nn.Module) -> np.ndarray:
     return np.array(net(IDS).astype(mx.float32))
-
-
-def write_gguf(
-    path: Path, source: Path, kind: str = "F32", change=None, arch: str = "llama", pre: str = "gpt-2"
-) -> Path:
-    """A GGUF file of a tiny model. ``change(writer, tensors)`` may spoil it."""
-    config = json.loads((source / "config.json").read_text()) | {"model_type": arch}
-    spelled = json.loads((source / "tokenizer.json").read_text())
-    control = {token["content"] for token in spelled["added_tokens"]}
-    vocab = sorted(spelled["model"]["vocab"], key=spelled["model"]["vocab"].__getitem__)
-    tokenizer = gguf_files.byte_tokenizer(
-        vocab,
-        [" ".join(merge) for merge in spelled["model"]["merges"]],
-        pre,
-        token_type=[CONTROL if token in control else NORMAL for token in vocab],
-        bos_token_id=1,
-        eos_token_id=2,
-    ) | {"tokenizer.chat_template": tiny.CHATML}
-    return gguf_files.write(path, config, load_file(source / "model.safetensors"), tokenizer, kind, change)
 
 
 @pytest.mark.parametrize("tied", [True, False])

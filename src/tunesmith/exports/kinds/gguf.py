@@ -27,8 +27,9 @@ from tunesmith.exports.kind import (
 )
 from tunesmith.exports.weights import Tensors
 from tunesmith.model import loading, windows
-from tunesmith.model.gguf import conversion, tokenizer_header, writing
+from tunesmith.model.gguf import conversion, reading, tokenizer_header, writing
 from tunesmith.model.gguf.architectures import ARCHITECTURES, Config, Values
+from tunesmith.model.gguf.reading import GGUFModel
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
@@ -81,7 +82,7 @@ class _GGUF(ExportKind):
 
     def _write_into_copy(self, tuned: Tuned, path: Path) -> None:
         """Keep the header and the tensors of the file that is the base, but those that changed."""
-        reader = GGUFReader(tuned.source.path)
+        reader = reading.read(Path(tuned.source.path))
         fields = list(reader.fields.values())
         keys = {field.name: field.contents() for field in fields if field.name.startswith("general.")}
         values: Values = {"general.file_type": int(writing.file_type(self.type))}
@@ -143,7 +144,7 @@ def _header(tuned: Tuned) -> tuple[str, Values, dict[str, Any]]:
     return architecture, values | tokenizer, factors
 
 
-def _kept_ends(reader: GGUFReader, ends: tuple[int, ...]) -> Values:
+def _kept_ends(reader: GGUFModel, ends: tuple[int, ...]) -> Values:
     """The end tokens, if the trained one is not the first of those in the file."""
     key = "tokenizer.ggml.eos_token_id"
     field = reader.fields.get(key)

@@ -1,4 +1,4 @@
-"""A GGUF file as a model folder in the cache.
+"""A GGUF file, or the parts of a split one, as a model folder in the cache.
 
 The folder is kept under the hash of the file, and is complete or absent, never half-written."""
 
@@ -7,19 +7,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from gguf import GGUFReader
 
 from tunesmith import events
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
 from tunesmith.files import draft
 from tunesmith.machine import backend
-from tunesmith.model.gguf import weights
+from tunesmith.model.gguf import reading, weights
 from tunesmith.model.gguf.architectures import ARCHITECTURES, NEUTRAL, REQUIRED, Architecture, settings
 from tunesmith.model.gguf.metadata import Metadata
+from tunesmith.model.gguf.reading import GGUFModel
 from tunesmith.model.gguf.tokenizer import build_tokenizer
 
 CONVERTER = 2
@@ -33,8 +33,7 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
     The cache is `backend.cache_folder`. dtype: float32, float16 or bfloat16, of all tensors; or auto: the
     file's own if most matrices are bfloat16 or float32, float16 otherwise. Raises ModelError if anything in
     the file cannot be read exactly."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = _digest(reading.files(path))
     target = backend.cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-{dtype}-{CONVERTER}"
     if target.is_dir():
         notify(Notice(f"GGUF {path.name}: converted before, read from {target}"))
@@ -58,15 +57,9 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
 def write_folder(path: Path, folder: Path, dtype: str) -> str:
     """Convert the file into the empty ``folder``. Returns how many matrices there are of each type. Raises
     ModelError if anything in the file cannot be read exactly."""
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        hint = "it may be cut short or of a newer version; compare its size with the source's"
-        raise ModelError(f"is not a complete, readable GGUF file: {error}", hint=hint) from error
-    if reader.byte_order != "I":
-        raise ModelError("is a GGUF file of the other byte order")
-    keys = {name: field.contents() for name, field in reader.fields.items()}
-    architecture, metadata = _read(keys, reader)
+    model = reading.read(path)
+    keys = {name: field.contents() for name, field in model.fields.items()}
+    architecture, metadata = _read(keys, model)
     try:
         config = settings(architecture, metadata)
         tokenizer, tokenizer_settings = build_tokenizer(keys)
@@ -74,7 +67,7 @@ def write_folder(path: Path, folder: Path, dtype: str) -> str:
         raise ModelError(f"has values in its header that cannot be used: {error!r}") from error
     parts = list(weights.parts(architecture, metadata, config))
     types = Counter(
-        tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1
+        tensor.tensor_type.name for tensor in model.tensors if len(tensor.shape) > 1
     ).most_common()
     if dtype == "auto":
         dtype = {"BF16": "bfloat16", "F32": "float32"}.get(types[0][0], "float16")
@@ -99,7 +92,16 @@ def write_folder(path: Path, folder: Path, dtype: str) -> str:
     return ", ".join(f"{count} {name}" for name, count in types)
 
 
-def _read(keys: dict[str, Any], reader: GGUFReader) -> tuple[Architecture, Metadata]:
+def _digest(files: Sequence[Path]) -> str:
+    """The hash of a file, or of the hashes of several."""
+    hashes: list[str] = []
+    for file in files:
+        with file.open("rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def _read(keys: dict[str, Any], model: GGUFModel) -> tuple[Architecture, Metadata]:
     """The architecture of the file and its values, which it understands: all keys and tensors are known,
     none is missing. Raises ModelError, which lists every problem."""
     name = keys.get("general.architecture")
@@ -108,13 +110,10 @@ def _read(keys: dict[str, Any], reader: GGUFReader) -> tuple[Architecture, Metad
             f"these can be read: {', '.join(ARCHITECTURES)}; for others give the Hugging Face or MLX folder"
         )
         raise ModelError(f"general.architecture is {name!r}, which is not supported", hint=hint)
-    if keys.get("split.count", 1) not in (0, 1):
-        hint = "join the parts first: llama-gguf-split --merge FIRST_PART WHOLE"
-        raise ModelError(f"is one of {keys['split.count']} parts of a model", hint=hint)
     architecture = ARCHITECTURES[name]
     prefix = f"{name}."
     values = {key.removeprefix(prefix): value for key, value in keys.items() if key.startswith(prefix)}
-    metadata = Metadata(name, values, {tensor.name: tensor for tensor in reader.tensors})
+    metadata = Metadata(name, values, {tensor.name: tensor for tensor in model.tensors})
     known = architecture.known_keys()
     if problems := [*metadata.wrong_numbers(known), *weights.wrong_ranks(architecture, metadata)]:
         raise ModelError(f"cannot be read:\n{listing(problems)}")

@@ -15,7 +15,6 @@ import numpy as np
 from gguf import (
     GGML_QUANT_SIZES,
     GGMLQuantizationType,
-    GGUFReader,
     GGUFValueType,
     GGUFWriter,
     LlamaFileType,
@@ -37,6 +36,7 @@ from tunesmith.model.gguf.architectures import (
     settings,
 )
 from tunesmith.model.gguf.metadata import Metadata
+from tunesmith.model.gguf.reading import GGUFModel
 
 Dense = Mapping[str, Callable[[], mx.array]]
 """Name of a tensor in the net → function that computes it in float32."""
@@ -202,7 +202,7 @@ def encoded(value: np.ndarray, kind: GGMLQuantizationType, name: str) -> np.ndar
 
 
 def kept_tensors(
-    reader: GGUFReader,
+    reader: GGUFModel,
     architecture: Architecture,
     config: Config,
     dense: Dense,
