@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -17,6 +18,8 @@ from tunesmith.errors import ExportError
 from tunesmith.exports.kinds import cluster
 from tunesmith.learning.optimizer import OptimizerSpec
 from tunesmith.runs.directory import Run
+from tunesmith.tokens.batches import Group
+from tunesmith.tokens.template import Tokens
 from tunesmith.training import preparation
 
 QUICK = ["loop.steps=6", "optimizer.learning_rate=0.01", "adapter.rank=4", "batch.sequences=6"]
@@ -59,6 +62,20 @@ def test_the_rows_are_the_tokens_of_the_run_in_the_order_of_its_first_epoch(run,
         assert [label for label in row["labels"] if label != -100] == learned
         assert all(label in (-100, token) for label, token in zip(row["labels"], ids.tolist(), strict=True))
     assert len(lines(folder / "rows" / "valid.jsonl")) == len(prepared.valid) > 0
+
+
+def group(*weights: float) -> Group:
+    return Group((Tokens(np.arange(3, dtype=np.int32), np.array(weights, np.float32)),), "rows.jsonl:1")
+
+
+def test_the_first_token_which_nothing_predicts_is_not_counted_as_learned():
+    assert cluster.token_row(group(1, 0, 1))["labels"] == [-100, -100, 2]
+
+
+def test_a_weight_that_a_label_cannot_hold_is_refused_with_its_row():
+    with pytest.raises(ExportError, match="weights of tokens") as caught:
+        cluster.token_row(group(0, 0.5, 1))
+    assert caught.value.where == "rows.jsonl:1"
 
 
 def test_trl_axolotl_and_the_run_have_the_same_settings(run, folder):

@@ -56,7 +56,8 @@ def test_the_first_losses_are_those_of_the_run(setting, tmp_path, tiny_model):
         for step in range(EPOCH):
             assert log[step]["loss"] == pytest.approx(ours[step]["loss"], abs=1e-3)
             assert log[step]["learning_rate"] == pytest.approx(ours[step]["learning_rate"], rel=1e-6)
-    assert (tmp_path / "out0" / "adapter_model.safetensors").is_file()
+    back = train(tmp_path, tiny_model, "back", setting, f"adapter.start={tmp_path / 'out0'}")
+    assert str(tmp_path / "out0") in (back / "config.yaml").read_text()
 
 
 def test_a_new_adapter_has_the_settings_of_the_run(tmp_path, tiny_model):

@@ -107,8 +107,10 @@ def test_what_is_not_a_condition_is_refused(folder, condition):
 def test_an_unknown_sort_or_folder_is_refused(folder):
     with pytest.raises(ConfigError, match="cannot sort by 'colour'"):
         list_runs(folder, sort="colour")
-    with pytest.raises(DataError, match="is not a folder"):
+    with pytest.raises(DataError, match="there is no such folder"):
         list_runs(folder / "none")
+    with pytest.raises(DataError, match="is not a folder"):
+        list_runs(folder / "first" / "manifest.json")
 
 
 DAMAGE = ["", "{", "[]", "null", "\x00\xff", '{"status": 3}', '{"model": 1}', '{"tags": 1}']
