@@ -110,9 +110,9 @@ def folders(folder: Path) -> list[Path]:
     """The run directories under ``folder``: its folders and theirs, by name. Raises DataError if it is not a
     folder."""
     if not folder.is_dir():
-        raise DataError(
-            "is not a folder", where=str(folder), hint="name the folder of the runs: --folder DIR"
-        )
+        what = "is not a folder" if folder.exists() else "there is no such folder"
+        hint = "tunesmith train makes runs in ./runs; --folder names another place"
+        raise DataError(what, where=str(folder), hint=hint)
     return [path for child in _children(folder) for path in ([child] if _is_run(child) else _inside(child))]
 
 
