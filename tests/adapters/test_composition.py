@@ -194,6 +194,12 @@ def test_overlaps_are_those_of_the_subspaces():
     assert result.layers[0].overlaps[0].cosine == pytest.approx(expected)
 
 
+def test_updates_that_cancel_have_the_cosine_of_minus_one():
+    one = factors(3)
+    _, result = composed([one, Factors(-2 * one.a, one.b)], [1, 1])
+    assert result.layers[0].overlaps[0].cosine == pytest.approx(-1)
+
+
 def test_what_cannot_be_composed_is_refused_by_name(tmp_path):
     net = fresh()
     for spec, words in [

@@ -1,6 +1,6 @@
-"""What is trained beside or inside the weights? LoRA, DoRA and full modules: specs that settings name, layers
-that compute (of one matrix, and of routed experts), values that attach to a model and detach again, files
-that mlx-lm reads."""
+"""What is trained beside or inside the weights? LoRA, DoRA, QA-LoRA and full modules: specs that settings
+name, layers that compute (of one matrix, and of routed experts), values that attach to a model and detach
+again, files that mlx-lm reads."""
 
 from tunesmith.adapters.attachment import Adapter, Handle
 from tunesmith.adapters.experts import DoRAExperts, LoRAExperts
@@ -20,6 +20,7 @@ from tunesmith.adapters.layers import (
     AdapterLayer,
     DoRALinear,
     LoRALinear,
+    QALoRALinear,
     adapted,
     dense,
     seed_dropout,
@@ -27,7 +28,7 @@ from tunesmith.adapters.layers import (
 )
 from tunesmith.adapters.merging import merge
 from tunesmith.adapters.routing import Routing, routed
-from tunesmith.adapters.specs import AdapterSpec, Attached, DoRA, Full, LoRA
+from tunesmith.adapters.specs import AdapterSpec, Attached, DoRA, Full, LoRA, QALoRA
 
 __all__ = [
     "CONFIG",
@@ -44,6 +45,8 @@ __all__ = [
     "LoRA",
     "LoRAExperts",
     "LoRALinear",
+    "QALoRA",
+    "QALoRALinear",
     "Routing",
     "adapted",
     "attached",

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from tunesmith.adapters.attachment import Adapter
 from tunesmith.adapters.layers import AdapterLayer, DoRALinear, adapted, dense
-from tunesmith.adapters.specs import DEFAULT_RANK, DoRA, Full, LoRA
+from tunesmith.adapters.specs import DEFAULT_RANK, DoRA, Full, LoRA, QALoRA
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.model import vocabulary
 from tunesmith.settings.config import Spec
@@ -134,7 +134,7 @@ def _updates(layer: AdapterLayer) -> list[Update]:
         if isinstance(part, DoRALinear):  # the magnitudes change W itself: no update of low rank
             updates.append(_float64((part.merged_weight() - dense(part.linear)).T))
         else:
-            updates.append(Factors(_float64(part.lora_a), part.scale * _float64(part.lora_b)))
+            updates.append(Factors(_float64(part.expanded_a()), part.scale * _float64(part.lora_b)))
     return updates
 
 
@@ -346,7 +346,7 @@ def install(net: nn.Module, spec: LoRA, composition: Composition) -> None:
     mx.eval(net.parameters())
 
 
-def spec_of(composition: Composition, sources: Sequence[LoRA | DoRA]) -> LoRA:
+def spec_of(composition: Composition, sources: Sequence[LoRA | DoRA | QALoRA]) -> LoRA:
     """The settings of the result: the targets of the sources if they share them, else its layers by name;
     scale 1."""
     shared = {(spec.targets, spec.layers) for spec in sources}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,8 +17,8 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 
 from tunesmith.adapters.attachment import UNFIT, Adapter
-from tunesmith.adapters.layers import adapted, trainable
-from tunesmith.adapters.specs import AdapterSpec, Full, blocks_of
+from tunesmith.adapters.layers import QALoRALinear, adapted, trainable
+from tunesmith.adapters.specs import AdapterSpec, Full, LoRA, QALoRA, blocks_of
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.settings.origins import JSON
 
@@ -31,19 +31,39 @@ Layout = Literal["tunesmith", "mlx-lm", "PEFT"]
 def save(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
     """Write the trainable tensors and the spec, not atomically. mlx-lm reads both, but refuses
     ``full_modules`` by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, object] = {"fine_tune_type": spec.kind, "num_layers": len(blocks_of(net, spec.layers))}
+    config = _config(spec, len(blocks_of(net, spec.layers)), adapted(net))
+    _write(folder, config, {name: np.array(value) for name, value in trainable(net).items()})
+
+
+def _config(spec: AdapterSpec, n_blocks: int, layers: Iterable[str]) -> dict[str, object]:
+    """What ``adapter_config.json`` holds. layers: names of the adapted ones."""
+    config: dict[str, object] = {"fine_tune_type": spec.kind, "num_layers": n_blocks}
     if not isinstance(spec, Full):
         config["lora_parameters"] = {
             "rank": spec.rank,
             "scale": spec.scale,
             "dropout": spec.dropout,
-            "keys": list(adapted(net)),
+            "keys": list(layers),
         }
-    config["tunesmith"] = {"adapter": spec.model_dump(mode="json")}
+    return config | {"tunesmith": {"adapter": spec.model_dump(mode="json")}}
+
+
+def _write(folder: Path, config: Mapping[str, object], tensors: dict[str, np.ndarray]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: np.array(value) for name, value in trainable(net).items()}
     (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "mlx"}))
+
+
+def save_as_lora(net: nn.Module, spec: QALoRA, folder: Path) -> None:
+    """Write the QA-LoRA adapter of ``net`` as the LoRA adapter that computes the same, for mlx-lm."""
+    layers = adapted(net)
+    plain = LoRA.model_validate(spec.model_dump(exclude={"kind", "start"}))
+    tensors: dict[str, np.ndarray] = {}
+    for name, layer in layers.items():
+        assert isinstance(layer, QALoRALinear)
+        tensors |= {f"{name}.lora_a": np.array(layer.expanded_a()), f"{name}.lora_b": np.array(layer.lora_b)}
+    config = _config(plain, len(blocks_of(net, spec.layers)), layers)
+    _write(folder, config, tensors)
 
 
 def read(folder: Path) -> Adapter:

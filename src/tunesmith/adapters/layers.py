@@ -1,9 +1,11 @@
-"""LoRA and DoRA layers: what they compute, DoRA's magnitudes, dropout, and the merged weight.
+"""LoRA, DoRA and QA-LoRA layers: what they compute, DoRA's magnitudes, dropout, and the merged weight.
 
 LoRA (arXiv 2106.09685) adds s·(x·A)·B to a frozen linear layer; DoRA (arXiv 2402.09353) also gives each
-output row a learned magnitude; `experts` has both for routed experts. Parameters are float32 whatever the
-base is; activations keep the base's dtype. Initial values and dropout masks come from keys, never from the
-global random state."""
+output row a learned magnitude; `experts` has both for routed experts. QA-LoRA (arXiv 2309.14717) reads sums
+over the groups of inputs whose weights share a scale, so that the update can be added to their biases.
+
+Parameters are float32 whatever the base is; activations keep the base's dtype. Initial values and dropout
+masks come from keys, never from the global random state."""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from tunesmith.errors import TrainingError
 from tunesmith.model import kernels
+from tunesmith.model.quantisation import ExpandedLinear
 
 Linear = nn.Linear | nn.QuantizedLinear
 
@@ -65,11 +68,20 @@ class LoRALinear(AdapterLayer):
 
     def __init__(self, linear: Linear, rank: int, scale: float, dropout: float, key: mx.array) -> None:
         super().__init__(linear, scale, dropout)
-        inputs, outputs = dims(linear)
+        inputs, outputs = self.sides(linear)
         bound = inputs**-0.5
         self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
         self.lora_b = mx.zeros((rank, outputs))
         self.train(linear.training)
+
+    @staticmethod
+    def sides(linear: Any) -> tuple[int, int]:
+        """(in, out) of the update; of each expert's in a layer of experts."""
+        return dims(linear)
+
+    def expanded_a(self) -> mx.array:
+        """(in, r) A as it acts on each input."""
+        return self.lora_a
 
     def branch(self, x: mx.array) -> mx.array:
         """(..., out) s·(dropout(x)·A)·B. Raises TrainingError if dropout needs a mask and no key was set."""
@@ -115,7 +127,7 @@ class LoRALinear(AdapterLayer):
 
     def merged_weight(self) -> mx.array:
         """(out, in) the weight of the plain layer that computes the same, float32."""
-        return dense(self.linear) + self.scale * (self.lora_a @ self.lora_b).T
+        return dense(self.linear) + self.scale * (self.expanded_a() @ self.lora_b).T
 
 
 class DoRALinear(LoRALinear):
@@ -144,6 +156,55 @@ class DoRALinear(LoRALinear):
 
     def merged_weight(self) -> mx.array:
         return (self.m / self.lengths())[:, None] * super().merged_weight()
+
+
+class QALoRALinear(LoRALinear):
+    """y = W·x + b + s·(P·x·A)·B beside a quantised layer. P·x is the sum of x over each quantisation group,
+    divided by the root of the group's size g: A then starts and learns as LoRA's does.
+
+    ``lora_a`` (in / g, r), ``lora_b`` (r, out). ΔW is constant within a group. Dropout acts on P·x."""
+
+    def __init__(self, linear: Linear, rank: int, scale: float, dropout: float, key: mx.array) -> None:
+        super().__init__(linear, rank, scale, dropout, key)
+        self.group_size = _required_group_size(linear)
+
+    @staticmethod
+    def sides(linear: Any) -> tuple[int, int]:
+        inputs, outputs = dims(linear)
+        return inputs // _required_group_size(linear), outputs
+
+    def expanded_a(self) -> mx.array:
+        return mx.repeat(self.lora_a, self.group_size, axis=0) * self.group_size**-0.5
+
+    def branch(self, x: mx.array) -> mx.array:
+        groups = x.astype(mx.float32).reshape(*x.shape[:-1], -1, self.group_size)
+        pooled = groups.sum(axis=-1) * self.group_size**-0.5
+        return ((self.dropped(pooled) @ self.lora_a) * self.scale) @ self.lora_b
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        return y + self.branch(x).astype(y.dtype)
+
+    def changed_biases(self, biases: mx.array) -> mx.array:
+        """(out, in / g) float32: the quantisation's ``biases`` with the update in them."""
+        change = (self.scale * self.group_size**-0.5) * (self.lora_a @ self.lora_b).T
+        return biases.astype(mx.float32) + change
+
+
+def group_size(linear: Any) -> int | None:
+    """How many inputs share a bias of the quantisation; None if the layer is not quantised with biases. On a
+    CPU a quantised layer is held expanded, and remembers it."""
+    if isinstance(linear, ExpandedLinear):
+        return linear.group_size
+    if isinstance(linear, nn.QuantizedLinear) and linear.mode == "affine":
+        return linear.group_size
+    return None
+
+
+def _required_group_size(linear: Any) -> int:
+    size = group_size(linear)
+    assert size is not None  # the spec has checked it
+    return size
 
 
 def dims(linear: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What is trainable: LoRA, DoRA or the weights themselves, as settings that attach to a model.
+"""What is trainable: LoRA, DoRA, QA-LoRA or the weights themselves, as settings that attach to a model.
 
 Initial values are functions of (seed, tensor name). In a mixture of experts the routed experts are adapted
 like other layers, routers only if a target names them (`mixtures`)."""
@@ -18,9 +18,19 @@ from mlx.utils import tree_unflatten
 from pydantic import Field
 
 from tunesmith.adapters.experts import DoRAExperts, LoRAExperts, is_experts
-from tunesmith.adapters.layers import DoRALinear, Linear, LoRALinear, adapted, dims, key_from, trainable
+from tunesmith.adapters.layers import (
+    DoRALinear,
+    Linear,
+    LoRALinear,
+    QALoRALinear,
+    adapted,
+    dims,
+    group_size,
+    key_from,
+    trainable,
+)
 from tunesmith.adapters.mixtures import Mixture
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, listing
 from tunesmith.events import Notice
 from tunesmith.model import vocabulary, wrap
 from tunesmith.settings.config import Spec, Texts
@@ -98,6 +108,8 @@ class _LowRank(Spec):
         has adapters already."""
         targets = self.settled(net).targets
         chosen = _select(net, targets, self.layers, "adapter.targets", full=False, recorded=recorded)
+        if self._layer is QALoRALinear:
+            _require_groups(chosen)
         small = self._too_small(chosen)
         full = _select(net, self.full_modules, self.layers, "adapter.full_modules", full=True)
         if both := sorted(full.keys() & chosen.keys()):
@@ -114,7 +126,8 @@ class _LowRank(Spec):
     def _too_small(self, chosen: Mapping[str, nn.Module]) -> list[Notice]:
         """A notice if the rank is more than some of the layers can hold. Raises ConfigError if it was set to
         such a value, which the default was not."""
-        small = {name: dims(linear) for name, linear in chosen.items() if min(dims(linear)) < self.rank}
+        sides = {name: self._layer.sides(linear) for name, linear in chosen.items()}
+        small = {name: sizes for name, sizes in sides.items() if min(sizes) < self.rank}
         if not small:
             return []
         name, sizes = next(iter(small.items()))
@@ -142,6 +155,15 @@ class DoRA(_LowRank):
     _experts: ClassVar[type[LoRAExperts]] = DoRAExperts
 
 
+class QALoRA(_LowRank):
+    """LoRA over a quantised base that reads sums over quantisation groups: it is merged into the base at its
+    own bits, without loss."""
+
+    kind: Literal["qalora"] = "qalora"
+    _layer: ClassVar[type[LoRALinear]] = QALoRALinear
+    _experts: ClassVar[type[LoRAExperts]] = LoRAExperts
+
+
 class Full(Spec):
     """The weights themselves, in float32."""
 
@@ -164,7 +186,7 @@ class Full(Spec):
         return _unfreeze(net, full)._replace(coverage=f"{len(full)} modules are trained in full")
 
 
-AdapterSpec = LoRA | DoRA | Full
+AdapterSpec = LoRA | DoRA | QALoRA | Full
 
 
 def blocks_of(net: nn.Module, last: int | None = None) -> list[str]:
@@ -242,6 +264,20 @@ def _select(
         hint = "leave out model.quantize, or train LoRA or DoRA over the quantised model"
         raise ConfigError(f"{packed[0]} is quantised: its weights cannot be trained", where=where, hint=hint)
     return {name: modules[name] for name in sorted(chosen)}
+
+
+def _require_groups(chosen: Mapping[str, nn.Module]) -> None:
+    """Raises ConfigError, which names them, if layers have no biases of a quantisation to be merged into."""
+    problems: list[str] = []
+    for name, module in chosen.items():
+        if is_experts(module):
+            problems.append(f"{name}: it is a layer of routed experts")
+        elif group_size(module) is None:
+            problems.append(f"{name} (width {dims(module)[0]}): it is not quantised with biases")
+    if problems:
+        message = f"qalora cannot adapt {len(problems)} of {len(chosen)} layers\n{listing(problems)}"
+        hint = "set model.quantize: 4 and a model.group_size that divides the widths, leave them out of "
+        raise ConfigError(message, where="adapter.targets", hint=hint + "adapter.targets, or take lora")
 
 
 def _matching(target: str, names: Iterable[str], full: bool) -> set[str]:

@@ -142,6 +142,15 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     return Loaded(net, path, config, files, files)
 
 
+def load_packed(spec: ModelSpec) -> Loaded:
+    """As `load`, to be written only: quantised weights stay packed, on a CPU too."""
+    path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision)
+    net, config = _built(path, spec.trust_remote_code)
+    net, config = _quantised(net, config, spec, path, events.silent)
+    files = _fingerprint(path, 0)
+    return Loaded(net, path, config, files, files)
+
+
 def _built(path: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     """The model, its weights not yet read, and its settings. The graph of a short pass is built as well,
     since some settings are used only there."""
@@ -173,10 +182,28 @@ def _converted(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """``net`` in the dtype, and quantised to the bits, that ``spec`` asks for, and its settings. On a CPU,
     quantised weights become float32."""
-    from mlx_lm import utils
+    net, config = _quantised(net, config, spec, path, notify)
+    if not _on_cpu():
+        return net, config
+    dtype = stored_dtype(spec.dtype)
+    if dtype != "float32":
+        if "quantization" not in config and _has_experts(net):
+            message = f"has routed experts, which MLX multiplies on a CPU in float32 only, not in {dtype}"
+            raise ModelError(message, where="model.dtype", hint="leave it out, or model.dtype=float32")
+        text = f"{dtype} on a CPU is about 50 times slower than float32"
+        notify(Notice(text, level="warning", where="model.dtype"))
+    if "quantization" in config:
+        net = quantisation.expand(net)
+        text = "the quantised weights are held as float32: the same numbers, about 50 times faster on a CPU"
+        notify(Notice(text, where="model"))
+    return net, config
 
-    cpu = _on_cpu()
-    dtype = "float32" if spec.dtype == "auto" and cpu else spec.dtype
+
+def _quantised(
+    net: nn.Module, config: dict[str, Any], spec: ModelSpec, path: Path, notify: Sink
+) -> tuple[nn.Module, dict[str, Any]]:
+    """``net`` in the dtype, and quantised to the bits, that ``spec`` asks for, and its settings."""
+    dtype = stored_dtype(spec.dtype)
     if dtype != "auto":
         wide = mends.in_float32(net, config)
         net.set_dtype({"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[dtype])
@@ -191,17 +218,6 @@ def _converted(
         hint = "leave out model.quantize, or name the model before it was quantised"
         message = f"is quantised to {bits} bits already, {spec.quantize} asked for"
         raise ModelError(message, where=str(path), hint=hint)
-    if cpu and dtype != "float32":
-        if "quantization" not in config and _has_experts(net):
-            message = f"has routed experts, which MLX multiplies on a CPU in float32 only, not in {dtype}"
-            raise ModelError(message, where="model.dtype", hint="leave it out, or model.dtype=float32")
-        text = f"{dtype} on a CPU is about 50 times slower than float32"
-        notify(Notice(text, level="warning", where="model.dtype"))
-    if cpu and "quantization" in config:
-        net = utils.dequantize_model(net)
-        net.set_dtype(mx.float32)
-        text = "the quantised weights are held as float32: the same numbers, about 50 times faster on a CPU"
-        notify(Notice(text, where="model"))
     return net, config
 
 

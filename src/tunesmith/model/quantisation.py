@@ -19,6 +19,32 @@ SHOWN = 3
 """Layers that a message names."""
 
 
+class ExpandedLinear(nn.Linear):
+    """A quantised layer whose weight is held in float32. ``group_size``: weights that shared a scale and a
+    bias."""
+
+    group_size: int
+
+
+def expand(net: nn.Module) -> nn.Module:
+    """Hold the quantised weights of ``net`` in float32: the same numbers. Linear layers remember their
+    groups."""
+    from mlx_lm import utils
+
+    groups = {
+        name: module.group_size
+        for name, module in net.named_modules()
+        if isinstance(module, nn.QuantizedLinear) and module.mode == "affine"
+    }
+    net = utils.dequantize_model(net)
+    net.set_dtype(mx.float32)
+    for name, module in net.named_modules():
+        if name in groups and type(module) is nn.Linear:
+            module.__class__ = ExpandedLinear
+            cast(ExpandedLinear, module).group_size = groups[name]
+    return net
+
+
 def quantise(net: nn.Module, bits: int, group_size: int) -> tuple[dict[str, Any], list[Notice]]:
     """Quantise ``net`` in place; returns the value of `quantization` in its config, and what to tell the
     user. Raises ModelError, and leaves ``net`` as it was, if no layer can be quantised."""

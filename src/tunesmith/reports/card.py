@@ -44,7 +44,12 @@ SPOKEN = 0.05
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{1,40}")
 _LANGUAGE = re.compile(r"\b([a-z]{2,3}) (\d+(?:\.\d+)?)%")
-_KINDS = {"lora": "a LoRA adapter", "dora": "a DoRA adapter", "full": "all weights that were trained"}
+_KINDS = {
+    "lora": "a LoRA adapter",
+    "dora": "a DoRA adapter",
+    "qalora": "a QA-LoRA adapter",
+    "full": "all weights that were trained",
+}
 
 
 @dataclass(frozen=True)

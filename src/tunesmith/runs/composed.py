@@ -17,7 +17,7 @@ from typing import Any
 from tunesmith import adapters, events
 from tunesmith.adapters import composition
 from tunesmith.adapters.composition import ComposedLayer, Recipe
-from tunesmith.adapters.specs import DoRA, Full, LoRA
+from tunesmith.adapters.specs import DoRA, Full, LoRA, QALoRA
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.events import Notice, Sink
 from tunesmith.files import draft, read_json, write_json, write_text
@@ -100,7 +100,7 @@ def compose(
     net = opened.loaded.net
     notify(Notice(f"reading the updates of {len(weighted)} adapters"))
     updates = []
-    specs: list[LoRA | DoRA] = []
+    specs: list[LoRA | DoRA | QALoRA] = []
     for source in weighted:
         with checkpoints.held(source.checkpoint):
             adapter = adapters.read(source.checkpoint)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from tunesmith.adapters.specs import DoRA, Full, LoRA
+from tunesmith.adapters.specs import DoRA, Full, LoRA, QALoRA
 from tunesmith.auditing import AuditSpec
 from tunesmith.data.formats import DataSpec
 from tunesmith.engine.requests import MOST_ANSWER_TOKENS
@@ -104,7 +104,7 @@ class RunConfig(Spec):
     objective: Annotated[SerializeAsAny[Objective], BeforeValidator(Objective.member)] = Field(
         default_factory=SFT
     )
-    adapter: LoRA | DoRA | Full = Field(default_factory=lambda: LoRA.model_validate({}))
+    adapter: LoRA | DoRA | QALoRA | Full = Field(default_factory=lambda: LoRA.model_validate({}))
     batch: BatchSpec = Field(default_factory=BatchSpec)
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     loop: LoopSpec = Field(default_factory=LoopSpec)

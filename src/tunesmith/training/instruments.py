@@ -152,9 +152,9 @@ def _changes(layer: LoRALinear) -> Iterator[mx.array]:
     if isinstance(layer, DoRALinear):
         yield layer.merged_weight() - adapters.dense(layer.linear)
         return
-    rows = max(1, CHUNK // layer.lora_b.shape[1])
-    for start in range(0, layer.lora_a.shape[0], rows):
-        yield (layer.lora_a[start : start + rows] * layer.scale) @ layer.lora_b
+    a, rows = layer.expanded_a(), max(1, CHUNK // layer.lora_b.shape[1])
+    for start in range(0, len(a), rows):
+        yield (a[start : start + rows] * layer.scale) @ layer.lora_b
 
 
 def low_rank_values(layer: LoRALinear) -> np.ndarray:

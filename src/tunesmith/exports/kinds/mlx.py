@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import ClassVar
 
-from tunesmith.adapters import files
+from tunesmith.adapters import QALoRA, files
 from tunesmith.events import Sink
 from tunesmith.exports.kind import (
     ArtefactNotes,
@@ -41,8 +41,12 @@ class MLXAdapter(ExportKind):
             raise refuse("mlx: mlx-lm has no DoRA on routed experts", "--to mlx-merged")
 
     def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
-        for name in (files.WEIGHTS, files.CONFIG):
-            shutil.copyfile(tuned.checkpoint / name, folder / name)
+        adapter = tuned.config.adapter
+        if isinstance(adapter, QALoRA):
+            files.save_as_lora(tuned.loaded.net, adapter, folder)
+        else:
+            for name in (files.WEIGHTS, files.CONFIG):
+                shutil.copyfile(tuned.checkpoint / name, folder / name)
         return ArtefactNotes(
             remarks=(f"use: mlx_lm.generate --model {tuned.loaded.path} --adapter-path <folder>",)
         )

@@ -1,7 +1,8 @@
 """A merged model in mlx-lm's layout, in the dtype of the base or quantised after merging.
 
 Merging into quantised weights and quantising again erases the update. So the base is expanded, merged in
-float32, rounded once to the dtype of its files, and then quantised."""
+float32, rounded once to the dtype of its files, and then quantised. QA-LoRA alone is merged into the biases
+of a base of the same bits, whose codes and scales stay."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import ClassVar, Literal
 
 import mlx.core as mx
 
-from tunesmith.adapters import merging
+from tunesmith.adapters import QALoRA, merging
 from tunesmith.events import Sink
 from tunesmith.exports import stored
 from tunesmith.exports.kind import (
@@ -27,6 +28,7 @@ from tunesmith.exports.kind import (
     register,
     require_class_of_mlx_lm,
 )
+from tunesmith.model import loading
 from tunesmith.model.loading import ModelSpec
 from tunesmith.model.stored import places, tensors
 from tunesmith.runs import opening
@@ -60,10 +62,24 @@ class _MLXModel(ExportKind):
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
         packing = ("quantization", "quantization_config")
         config = {key: value for key, value in tuned.base_config.items() if key not in packing}
-        config = merging.save_dense(loaded.net, config, dtype_of, folder, self.bits)
+        notes = ArtefactNotes()
+        if self._fuses(tuned):
+            packed = loading.load_packed(tuned.source)
+            config |= {key: packed.config["quantization"] for key in packing}
+            survived = merging.save_packed(loaded.net, packed.net, dtype_of, folder)
+            notes = ArtefactNotes(survived, ("codes and scales are those of the base: only biases changed",))
+        else:
+            config = merging.save_dense(loaded.net, config, dtype_of, folder, self.bits)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         stored.write_ends(folder, tuned.renderer.eos_ids)
-        return ArtefactNotes()
+        return notes
+
+    def _fuses(self, tuned: Tuned) -> bool:
+        """Whether the adapter can be merged into the quantised base as it is."""
+        quantisation = tuned.loaded.config.get("quantization", {})
+        adapter = tuned.config.adapter
+        alone = isinstance(adapter, QALoRA) and not adapter.full_modules and tuned.source.adapter is None
+        return alone and quantisation.get("bits") == self.bits
 
     def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
         loaded = merging.load(plain(source, folder))

@@ -67,8 +67,9 @@ class PEFTAdapter(ExportKind):
             raise ExportError(message, hint="--to mlx")
         tensors: dict[str, np.ndarray] = {}
         for name, layer in layers.items():
+            assert isinstance(layer, LoRALinear)  # layers of experts were refused
             module = PREFIX + names[name]
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(np.array(layer.lora_a.T))
+            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(np.array(layer.expanded_a().T))
             tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(np.array(layer.lora_b.T))
             if isinstance(layer, DoRALinear):
                 tensors[f"{module}.{MAGNITUDE}"] = np.array(layer.m)

@@ -21,6 +21,7 @@ from tunesmith.model import wrap
 from tunesmith.model.kernels import extension, operations
 from tunesmith.model.kernels.operations import with_gradient
 from tunesmith.model.kernels.sequences import Packed, PromptCache, forbid_packing, packed, prompt
+from tunesmith.model.quantisation import ExpandedLinear
 
 __all__ = [
     "Choice",
@@ -316,7 +317,8 @@ def install(net: nn.Module) -> int:
     if backend.own_kernels():
         from mlx_lm.models.switch_layers import SwitchLinear  # loads transformers
 
-        linear_layers = [module for module in net.modules() if type(module) is nn.Linear]
+        plain = nn.Linear, ExpandedLinear
+        linear_layers = [module for module in net.modules() if type(module) in plain]
         wrap.replace(linear_layers, lambda kind: _linear)
         layers_of_experts = [module for module in net.modules() if type(module) is SwitchLinear]
         wrap.replace(layers_of_experts, lambda kind: _experts)
