@@ -24,7 +24,7 @@ QUICK = {
     "wrappers": [],
     "train_speed": ["--trainers", "mlx_lm_blas", "trl"],
 }
-LONG = {"evaluation": [], "gpu": ["--updates", "2"], "objectives": [], "ranks": [], "shape_7b": []}
+LONG = {"evaluation": [], "gpu": ["--updates", "2"], "objectives": [], "qalora": [], "ranks": [], "shape_7b": []}
 PARTS = {"ours", "record", "rivals", "sides", "small", "plot"}  # used by the others; plot draws a result
 
 

@@ -78,7 +78,7 @@ def summarise(run_dir: Path, log: Sequence[events.Event] | None = None) -> Summa
 def loss_sentence(facts: Facts) -> str:
     """How the loss moved, with its numbers."""
     if facts.status == COMPOSED:
-        return "Composed of the adapters of other runs, not trained; nothing was evaluated."
+        return _composed_of(facts)
     planned = "" if facts.updates.planned is None else f" of {facts.updates.planned:,}"
     so_far = f"{facts.updates.done:,}{planned} updates"
     failed = f" ({facts.why})" if facts.why else ""
@@ -98,6 +98,13 @@ def loss_sentence(facts: Facts) -> str:
         f"training loss went from {first:.4f} to {last:.4f} {facts.loss_unit}, and nothing was validated, "
     )
     return text + "so it is not known what that means for unseen rows."
+
+
+def _composed_of(facts: Facts) -> str:
+    entry = facts.manifest.get("lineage", {}).get(COMPOSED, {})
+    parts = [f"{source.get('weight')} × {source.get('run', '?')}" for source in entry.get("sources", [])]
+    text = " and ".join(parts) or "other runs"
+    return f"Composed of the adapters of {text}, not trained; nothing was validated."
 
 
 def _validation_clause(facts: Facts) -> str:
