@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlx.nn as nn
 import record
 import small
 from rich.console import Console
@@ -34,6 +33,9 @@ from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
 from tunesmith.runs.records import ExampleScore, Score
 from tunesmith.tokens.template import Renderer
+
+if TYPE_CHECKING:  # tunesmith chooses the BLAS before MLX is loaded
+    import mlx.nn as nn
 
 KINDS = ("lora", "qalora")
 

@@ -24,7 +24,8 @@ QUICK = {
     "wrappers": [],
     "train_speed": ["--trainers", "mlx_lm_blas", "trl"],
 }
-LONG = {"evaluation": [], "gpu": ["--updates", "2"], "objectives": [], "qalora": [], "ranks": [], "shape_7b": []}
+LONG = {name: [] for name in ("evaluation", "objectives", "qalora", "ranks", "shape_7b")}
+LONG["gpu"] = ["--updates", "2"]
 PARTS = {"ours", "record", "rivals", "sides", "small", "plot"}  # used by the others; plot draws a result
 
 
