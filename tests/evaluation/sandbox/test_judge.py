@@ -307,6 +307,21 @@ def test_what_tests_say_and_hear_is_what_it_was(number):
     assert outcome.status == "passed", outcome
 
 
+def test_of_what_the_tests_give_only_functions_can_be_called():
+    program = (
+        "def answer(function):\n    try: return bool(function._peer.ask('getattr', function, ('__globals__',)))\n"
+        "    except TypeError: return function()"
+    )
+    tests = ProgramTests("def check(f): assert f(lambda: 7) == 7", "answer")
+    assert judge(program, tests, Limits(seconds=20)).status == "passed"
+
+
+def test_no_function_of_the_tests_interpreter_is_returned():
+    tests = ProgramTests("def check(f):\n    f(20)('print(1)')", "answer")
+    outcome = judge(ATTACKS["answers with a function of the tests"], tests, Limits(seconds=20))
+    assert outcome.error == "Broken: not a value: function"
+
+
 SHARED = (
     "class Node:\n    def __init__(self, value, next=None):\n        self.value, self.next = value, next\n"
     "    def __eq__(self, other): return vars(self) == vars(other)\nclass Bad(Exception): pass\n"
