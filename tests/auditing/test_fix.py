@@ -384,6 +384,21 @@ def test_the_original_is_never_written_to_and_nothing_is_overwritten(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
 
 
+def test_a_ledger_that_a_killed_process_left_is_replaced_by_its_own_and_by_no_other(tmp_path):
+    file = write(tmp_path / "rows.jsonl", row("a"), row("a"), row("b"))
+    fixed = fix([file], tmp_path / "out.jsonl", SPEC, audit())
+    before = fixed.ledger.read_bytes(), fixed.out.read_bytes()
+    fixed.out.unlink()
+    require_free([file], fixed.out)
+    again = fix([file], fixed.out, SPEC, audit())
+    assert (again.ledger.read_bytes(), again.out.read_bytes()) == before
+    fixed.out.unlink()
+    write(file, row("a"), row("b"), row("b"))
+    with pytest.raises(ConfigError, match="exists already"):
+        fix([file], fixed.out, SPEC, audit())
+    assert fixed.ledger.read_bytes() == before[0] and not fixed.out.exists()
+
+
 def test_a_copy_appears_whole_or_not_at_all(tmp_path):
     broken = tmp_path / "rows.json"
     broken.write_text(f"[{json.dumps(row('a'))}, ")

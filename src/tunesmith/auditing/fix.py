@@ -7,6 +7,7 @@ place. The input is never written to, and correcting a corrected copy changes no
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -89,6 +90,8 @@ def fix(
         if not written:
             hint = "mend the rows that the audit names"
             raise DataError("no row is left, so nothing is written", where=str(out), hint=hint)
+        if ledger.exists() and not filecmp.cmp(drafts[ledger], ledger, shallow=False):
+            raise _taken(ledger)
         for path in (ledger, out):
             writing.flush(drafts[path])
             drafts[path].rename(path)
@@ -101,6 +104,19 @@ def fix(
             with suppress(OSError):
                 draft.unlink()
     return Fixed(out, ledger, rows, written, tallies["changed"], tallies["removed"], tallies["left"])
+
+
+def _taken(path: Path) -> ConfigError:
+    return ConfigError("exists already", where=str(path), hint="name a new file: nothing is overwritten")
+
+
+def _is_ledger(path: Path) -> bool:
+    try:
+        with path.open("rb") as lines:
+            first = lines.readline(1 << 20)
+        return not first or {"source", "row", *Step._fields} <= json.loads(first).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _opened(path: Path) -> TextIO:
@@ -127,10 +143,8 @@ def require_free(paths: Sequence[str | Path], out: Path) -> None:
                 where=str(path),
                 hint="name another file: the original stays as it is",
             )
-        if path.exists():
-            raise ConfigError(
-                "exists already", where=str(path), hint="name a new file: nothing is overwritten"
-            )
+        if path.exists() and (path == out or out.exists() or not _is_ledger(path)):
+            raise _taken(path)  # a ledger alone may be what a killed process left: it is compared
         for folder in (Path(given).expanduser().resolve() for given in paths):
             if folder.is_dir() and path.resolve().is_relative_to(folder):
                 hint = "name a file outside of it; the next audit would read both"

@@ -42,12 +42,12 @@ def export(
     rejected: it is then kept under a name that ends with ``.rejected``."""
     chosen, opened = kind.named(to), Run.open(run)
     target = opened.path / EXPORTS / chosen.name if out is None else Path(out)
+    for name in (target.name, rejected(target).name):
+        remove_drafts(target.parent, name)
     require_free(target)
     folder = checkpoints.choose(opened, checkpoint, notify)
     source = opening.of_run(opened, folder, model)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for name in (target.name, rejected(target).name):
-        remove_drafts(target.parent, name)
     with checkpoints.held(folder), workspace(target) as work:
         gate = Gate(source, scope(rows, evaluate, tasks, limit), work, notify)
         exported = place(gate, chosen, work, target)

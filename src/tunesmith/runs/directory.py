@@ -241,15 +241,20 @@ class Run:
             if (self.path / CHECKPOINTS).is_dir():
                 for unfinished in (self.path / CHECKPOINTS).glob(".*"):
                     remove(unfinished)
-            for folder in (self.path, self.path / DATA, self.path / EXPORTS, *(self.path / EVALS).glob("*")):
-                remove_drafts(folder)
             remove_drafts(self.path.absolute().parent, self.path.name)
+            self.remove_drafts()
             yield
+
+    def remove_drafts(self) -> None:
+        """Remove the files that ended processes left unfinished."""
+        for folder in (self.path, self.path / DATA, self.path / EXPORTS, *(self.path / EVALS).glob("*")):
+            remove_drafts(folder)
 
     @contextmanager
     def evaluating(self, notify: Sink) -> Iterator[None]:
-        """Let only one process at a time write evaluations of the run; others wait, and say for whom. Raises
-        EvaluationError if the folder cannot be written to."""
+        """Let only one process at a time write evaluations of the run; others wait, and say for whom. What
+        ended processes left unfinished is removed. Raises EvaluationError if the folder cannot be written
+        to."""
         import fcntl
 
         path = self.path / EVALS / ".lock"
@@ -258,13 +263,14 @@ class Run:
         except OSError as error:
             raise _unwritable(path.parent, error, EvaluationError) from error
         with self._locked(path, EvaluationError) as owner:
-            if owner is not None:
-                text = f"another evaluation of this run is under way ({owner}): waiting until it ends"
-                notify(Notice(text, level="warning", where=str(self.path)))
-                with path.open("r+") as handle:
-                    fcntl.flock(handle, fcntl.LOCK_EX)
-                    yield
-            else:
+            if owner is None:
+                self.remove_drafts()
+                yield
+                return
+            text = f"another evaluation of this run is under way ({owner}): waiting until it ends"
+            notify(Notice(text, level="warning", where=str(self.path)))
+            with path.open("r+") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX)
                 yield
 
     @contextmanager

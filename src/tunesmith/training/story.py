@@ -25,7 +25,7 @@ from tunesmith.model.loading import Loaded
 from tunesmith.runs import lineage, manifest
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
-from tunesmith.runs.directory import REFERENCE, Run, name, require_free
+from tunesmith.runs.directory import AUDIT, REFERENCE, Run, name, require_free
 from tunesmith.settings.config import flat
 from tunesmith.tokens.batches import Group
 from tunesmith.training import gradients, preparation, recording, reference, saving
@@ -56,7 +56,8 @@ def train(
     config = _checked(config, out, resume, among, notes, hear)
     # 2. Files → examples → audit → tokens → groups → plan of updates
     recorded = manifest.recorded(resume) if resume else None
-    prepared = preparation.prepare(config, hear, audited=resume is not None, recorded=recorded)
+    audited = resume is not None and (resume.path / AUDIT).exists()
+    prepared = preparation.prepare(config, hear, audited=audited, recorded=recorded)
     _warn_of_warmup(config, prepared, hear)
     # 3. Base model, and the adapter that is trained on it
     model = open_model(config, prepared.train, hear, resume)

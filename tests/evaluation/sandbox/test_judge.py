@@ -309,7 +309,8 @@ def test_what_tests_say_and_hear_is_what_it_was(number):
 
 def test_of_what_the_tests_give_only_functions_can_be_called():
     program = (
-        "def answer(function):\n    try: return bool(function._peer.ask('getattr', function, ('__globals__',)))\n"
+        "def answer(function):\n"
+        "    try: return bool(function._peer.ask('getattr', function, ('__globals__',)))\n"
         "    except TypeError: return function()"
     )
     tests = ProgramTests("def check(f): assert f(lambda: 7) == 7", "answer")
