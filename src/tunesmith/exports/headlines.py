@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import mlx.nn as nn
 
@@ -19,7 +20,7 @@ from tunesmith.runs.directory import Run
 from tunesmith.runs.records import ExampleScore, Score
 from tunesmith.tokens.template import Renderer
 
-TaskScores = dict[str, list[ExampleScore]]
+TaskScores: TypeAlias = Mapping[str, Sequence[ExampleScore]]
 """By task and version ("tool_calls@1"): one score an example."""
 
 
@@ -49,7 +50,7 @@ def measure(
     return {f"{task.name}@{task.version}": task.score(task.measure(subject)) for task in built}
 
 
-def compare(live: Mapping[str, Sequence[ExampleScore]], artefact: TaskScores) -> tuple[Score, ...]:
+def compare(live: TaskScores, artefact: TaskScores) -> tuple[Score, ...]:
     """The artefact's headlines, with paired differences from the live adapter. Raises ExportError if the two
     were not asked the same."""
     scores: list[Score] = []

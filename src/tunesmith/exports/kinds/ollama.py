@@ -1,0 +1,185 @@
+"""A folder for ``ollama create``: the merged model as GGUF, and a Modelfile with the template that the run
+was trained with, in Ollama's language, its end tokens and its system message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from gguf import GGUFReader
+
+from tunesmith.data import formats
+from tunesmith.data.examples import JSON, Conversation, Demonstration, Judged
+from tunesmith.errors import ExportError, TemplateError
+from tunesmith.evaluation.evaluate import IMITATED
+from tunesmith.events import Sink
+from tunesmith.exports import go_templates, ollama_templates
+from tunesmith.exports.kind import ArtefactNotes, ExportKind, Reloaded, Tolerance, Tuned, refuse, register
+from tunesmith.exports.kinds.gguf import GGUFF16, GGUFQ40, GGUFQ80
+from tunesmith.model.loading import ModelSpec
+from tunesmith.runs.directory import VALID, Run
+from tunesmith.tokens.template import Renderer
+
+MODELFILE, QUOTES = "Modelfile", '"""'
+CHECKED = 64
+"""Prompts that are rendered by Ollama's template and compared."""
+INSTEAD = "--to gguf, and serve it by llama-server --jinja, which reads the model's own template"
+
+
+class _Ollama(ExportKind):
+    """Abstract. ``gguf``: the kind of the model's file."""
+
+    gguf: ClassVar[type[ExportKind]]
+    runs_on_mlx: ClassVar[bool] = False
+
+    def accepts(self, tuned: Tuned) -> None:
+        self.gguf().accepts(tuned)
+        conversations = _conversations(tuned.run)
+        ollama_templates.find(tuned.renderer, _tools(conversations), "")
+        if not _prompts(conversations):
+            what = "ollama: every row has calls or results of tools before its answer"
+            raise refuse(f"{what}, which Ollama writes in another way", INSTEAD)
+
+    def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
+        notes = self.gguf().write(tuned, folder, notify)
+        (model,) = folder.glob("*.gguf")
+        conversations = _conversations(tuned.run)
+        tools = _tools(conversations)
+        marks = ollama_templates.find(tuned.renderer, tools, _bos(model, tuned.renderer))
+        lines = [f"FROM ./{model.name}", f"TEMPLATE {QUOTES}{marks.template()}{QUOTES}"]
+        lines += [f'PARAMETER stop "{tuned.renderer.decode([token])}"' for token in tuned.ends]
+        if system := _system(conversations):
+            lines.append(f"SYSTEM {QUOTES}{system}{QUOTES}")
+        (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        name = tuned.run.path.resolve().name.lower()
+        remarks = [f"use: ollama create {name} -f Modelfile", *_remarks(conversations, marks.opening, tools)]
+        own = [remark for remark in notes.remarks if not remark.startswith("use:")]
+        return ArtefactNotes(notes.survived, (*remarks, *own))
+
+    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
+        reloaded = self.gguf().reload(folder, source, run)
+        (model,) = folder.glob("*.gguf")
+        problems = differing(folder / MODELFILE, model, reloaded.renderer, run)
+        return reloaded._replace(problems=(*reloaded.problems, *problems))
+
+
+def _conversations(run: Run) -> list[Conversation]:
+    """Of the held-out rows, or of the training rows if none are held out. Raises ExportError if the run was
+    not trained on conversations."""
+    held_out, data = run.path / VALID, run.config.data
+    if held_out.is_file() and held_out.stat().st_size:
+        read = formats.read([str(held_out)], data.model_copy(update={"format": "auto"}))
+    else:
+        read = formats.read(list(data.train), data)
+    examples = IMITATED.select(read.examples).examples
+    conversations = [
+        example.conversation for example in examples if isinstance(example, Demonstration | Judged)
+    ]
+    if not conversations:
+        what = "ollama: the run was trained on plain text, for which Ollama has no template"
+        raise refuse(what, "--to gguf")
+    return conversations
+
+
+def _tools(conversations: Sequence[Conversation]) -> tuple[JSON, ...]:
+    """The tools that all conversations share. Raises ExportError if they differ."""
+    tools = conversations[0].tools
+    if any(conversation.tools != tools for conversation in conversations):
+        what = "ollama: rows have different tools, which Ollama's template writes in another way than yours"
+        raise refuse(what, INSTEAD)
+    return tools
+
+
+def _system(conversations: Sequence[Conversation]) -> str | None:
+    """The system message that all conversations begin with."""
+    texts = {
+        "".join(message.content for message in conversation.messages[:1] if message.role == "system")
+        for conversation in conversations
+    }
+    (text, *others) = texts
+    return text if text and not others and QUOTES not in text else None
+
+
+def _prompts(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """What comes before each answer, without prompts that have calls or results of tools."""
+    prompts: list[Conversation] = []
+    for conversation in conversations:
+        for place, message in enumerate(conversation.messages):
+            before = conversation.messages[:place]
+            plain = all(said.role != "tool" and not said.calls for said in before)
+            if message.role == "assistant" and plain and before:
+                prompts.append(Conversation(before, conversation.tools))
+    return prompts[:CHECKED]
+
+
+def _remarks(conversations: Sequence[Conversation], system: str | None, tools: tuple[JSON, ...]) -> list[str]:
+    remarks: list[str] = []
+    if system is None:
+        remarks.append("the chat template knows no system message: Ollama leaves one out")
+    if tools:
+        remarks.append("the tools of the rows stand in the template: Ollama shows calls as text")
+    turns = [message for conversation in conversations for message in conversation.messages]
+    if any(message.role == "tool" for message in turns):
+        remarks.append("results of tools cannot be given to it through Ollama")
+    return remarks
+
+
+def _bos(model: Path, renderer: Renderer) -> str:
+    """The text of the token that llama.cpp writes before every prompt, or nothing."""
+    fields = GGUFReader(model).fields
+    of = "tokenizer.ggml."
+    spm = fields[f"{of}model"].contents() == "llama"
+    adds = fields[f"{of}add_bos_token"].contents() if f"{of}add_bos_token" in fields else spm
+    bos = fields.get(f"{of}bos_token_id")
+    return renderer.decode([int(bos.contents())]) if adds and bos is not None else ""
+
+
+def differing(modelfile: Path, model: Path, renderer: Renderer, run: Run) -> list[str]:
+    """A sentence if Ollama would give the model other ids for prompts of the rows than in training."""
+    text = modelfile.read_text("utf-8")
+    if f"TEMPLATE {QUOTES}" not in text:
+        return ["the Modelfile has no TEMPLATE"]
+    template = text.partition(f"TEMPLATE {QUOTES}")[2].partition(QUOTES)[0]
+    prompts = _prompts(_conversations(run))
+    bos, reader = _bos(model, renderer), "Go" if go_templates.has_go() else "tunesmith's reading of Go"
+    try:
+        rendered = go_templates.render(template, prompts)
+        expected = [renderer.prompt(prompt) for prompt in prompts]
+    except (ExportError, TemplateError) as error:
+        return [f"Ollama's template: {error.what}"]
+    actual = [renderer.encoded_part(bos + text) for text in rendered]
+    wrong = sum(ids != others for ids, others in zip(actual, expected, strict=True))
+    if not wrong:
+        return []
+    double = bos and any(each.startswith(bos) for each in rendered)
+    reason = ": its template begins with the token that Ollama writes already" if double else ""
+    return [
+        f"other ids: Ollama's template gives {wrong} of {len(prompts)} prompts other ids, by {reader}{reason}"
+    ]
+
+
+@register
+class Ollama(_Ollama):
+    name: ClassVar[str] = "ollama"
+    what: ClassVar[str] = "folder for ollama create, 8.5 bits a weight"
+    tolerance: ClassVar[Tolerance] = GGUFQ80.tolerance
+    more_precise: ClassVar[str | None] = "ollama-f16"
+    gguf: ClassVar[type[ExportKind]] = GGUFQ80
+
+
+@register
+class OllamaF16(_Ollama):
+    name: ClassVar[str] = "ollama-f16"
+    what: ClassVar[str] = "folder for ollama create, in float16"
+    tolerance: ClassVar[Tolerance] = GGUFF16.tolerance
+    gguf: ClassVar[type[ExportKind]] = GGUFF16
+
+
+@register
+class OllamaQ40(_Ollama):
+    name: ClassVar[str] = "ollama-q4_0"
+    what: ClassVar[str] = "folder for ollama create, 4.5 bits a weight"
+    tolerance: ClassVar[Tolerance] = GGUFQ40.tolerance
+    more_precise: ClassVar[str | None] = "ollama"
+    gguf: ClassVar[type[ExportKind]] = GGUFQ40
