@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tunesmith.data import formats
+from tunesmith.data.examples import REASONING_BESIDE
 from tunesmith.data.formats import (
     Call,
     Completion,
@@ -320,7 +321,10 @@ def test_reasoning_apart_from_the_answer_is_refused_marked_or_left_out(tmp_path)
     parts = [{"type": "reasoning", "value": "hm"}, {"type": "text", "value": "a"}]
     for answer in ({"role": "assistant", "content": parts}, ANSWER | {"reasoning_content": "hm"}):
         row = {"messages": [USER, answer]}
-        assert [bad.reason for bad in read_rows(tmp_path, row).dropped] == ["reasoning"]
+        assert [bad.reason for bad in read_rows(tmp_path, row, reasoning="refuse").dropped] == ["reasoning"]
+        by_default = one(tmp_path, row)
+        assert said(by_default)[1] == ("assistant", "<think>\nhm\n</think>\n\na")
+        assert [remark.text for remark in by_default.remarks] == [REASONING_BESIDE]
         assert said(one(tmp_path, row, reasoning="think"))[1] == ("assistant", "<think>\nhm\n</think>\n\na")
         assert said(one(tmp_path, row, reasoning="omit"))[1] == ("assistant", "a")
 
@@ -838,7 +842,8 @@ def test_prompts_are_exchanged_to_meet_the_share():
         ("dpo_en_demo.json", {}, {"Preference": 300}, {}),
         ("glaive_toolcall_en_demo.json", {}, {"Demonstration": 300}, {}),
         ("kto_en_demo.json", {}, {"Judged": 300}, {}),
-        ("reason_tool_use_demo_50.jsonl", {}, {}, {"reasoning": 50}),
+        ("reason_tool_use_demo_50.jsonl", {"reasoning": "refuse"}, {}, {"reasoning": 50}),
+        ("reason_tool_use_demo_50.jsonl", {}, {"Demonstration": 47}, {"unanswered_call": 3}),
         (
             "reason_tool_use_demo_50.jsonl",
             {"reasoning": "think"},

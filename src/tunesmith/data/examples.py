@@ -25,6 +25,9 @@ class BadRow(Exception):
         super().__init__(f"{place}: " * bool(place) + self.fault + f"; hint: {hint}" * bool(hint))
 
 
+REASONING_BESIDE = "reasoning beside answers: learned as the template writes it"
+
+
 class RowRemark(NamedTuple):
     """How a row was read. ``doubt``: something that it says was not understood."""
 

@@ -89,9 +89,10 @@ class DataSpec(Spec):
         default="chat",
         description="alpaca rows as a conversation, or as ### Instruction: text for base models",
     )
-    reasoning: Literal["refuse", "think", "omit"] = Field(
-        default="refuse",
-        description="reasoning beside the answer: refuse the row, put it into <think> before, or omit it",
+    reasoning: Literal["auto", "refuse", "think", "omit"] = Field(
+        default="auto",
+        description="reasoning beside the answer: auto: learned as the template writes it, and the row is "
+        "refused if it has no form for it; refuse the row; think: <think> text before the answer; omit it",
     )
     structure_calls: bool = Field(
         default=False,

@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 from tunesmith.data import calls, nested
 from tunesmith.data.examples import (
+    REASONING_BESIDE,
     BadRow,
     Call,
     Conversation,
@@ -318,10 +319,12 @@ class RowReader:
                 raise BadRow("content", place, "text, null or a list of text parts", show(part), hint)
         thought = "".join(map(str, thoughts))
         if thought and self.reasoning == "refuse":
-            hint = "data.reasoning=think puts it before the answer in <think> marks, omit leaves it out"
+            hint = "data.reasoning=auto learns it as the template writes it, omit leaves it out"
             raise BadRow("reasoning", place, "no reasoning apart from the answer", show(thought), hint)
-        if thought and self.reasoning == "think":
+        if thought and self.reasoning in ("auto", "think"):
             texts.insert(0, f"<think>\n{thought}\n</think>\n\n")
+        if thought and self.reasoning == "auto":
+            self.remark(REASONING_BESIDE)
         return "".join(texts)
 
     def conversation(self, messages: list[Message]) -> Conversation:

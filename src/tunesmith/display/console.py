@@ -173,7 +173,7 @@ def _sampled(event: events.Sampled) -> str:
 @_text.register
 def _growth(event: events.Growth) -> str:
     if not event.norms:
-        return f"growth at step {event.step:,}: of no weight, as where all are trained in full"
+        return f"growth at step {event.step:,}: of adapters only, and here the weights are trained in full"
     name, norm = _largest(event.norms, "no weight")
     text = f"growth at step {event.step:,}: {len(event.norms):,} weights, largest {norm:.4g} in {name}"
     text += f" · {event.relative[name]:.2%} of its base" if name in event.relative else ""

@@ -31,6 +31,7 @@ from tunesmith.reports.facts import AuditSummary, Facts
 from tunesmith.reports.markdown import exports
 from tunesmith.reports.measures import Measure, answer, identifier, interval, label
 from tunesmith.reports.summary import Summary
+from tunesmith.runs import thinking
 from tunesmith.runs.directory import CHECKPOINTS, COMPOSED, VALID
 from tunesmith.settings.config import flat
 
@@ -330,6 +331,8 @@ def _rows(facts: Facts) -> Iterator[str]:
     }
     counts = {name: facts.counts.get(key) for key, name in names.items()}
     yield ", ".join(f"{count:,} {name}" for name, count in counts.items() if isinstance(count, int)) + "."
+    if (line := thinking.of_counts(facts.counts)) is not None:
+        yield from ["", f"{line[:1].upper()}{line[1:]}."]
     if dropped := flat({"": facts.counts.get("rows_dropped") or {}}):
         reasons = ", ".join(f"{key.lstrip('.')} {count:,}" for key, count in dropped.items())
         yield from ["", f"Left out: {cell(reasons)}."]

@@ -189,9 +189,13 @@ class HFRenderer(Renderer):
         return run
 
     @property
-    def switches_thinking(self) -> bool:
-        """Whether a variable of the template turns thinking on and off."""
-        return self.template is not None and self.template.forms.switch is not None
+    def thinking_switch(self) -> str | None:
+        """The variable of the template that turns thinking on and off, or None if there is none."""
+        return None if self.template is None else self.template.forms.switch
+
+    @property
+    def writes_reasoning(self) -> bool:
+        return self.template is not None and self.template.forms.reasoning != "words"
 
     def _require_template(self) -> ChatTemplate:
         if self.template is None or self._broken is not None:

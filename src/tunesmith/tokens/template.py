@@ -25,7 +25,7 @@ from pydantic import AfterValidator, Field
 
 from tunesmith.data import formats
 from tunesmith.data.calls import calls_only, without_words
-from tunesmith.data.examples import label_of
+from tunesmith.data.examples import REASONING_BESIDE, label_of
 from tunesmith.data.formats import Call, Conversation, Demonstration, Document, Judged, Message, Preference
 from tunesmith.errors import DataError, TemplateError, listing
 from tunesmith.settings.config import Spec
@@ -269,6 +269,11 @@ class Renderer(ABC):
         end = next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
         return self._unframed(self.decode(ids[:end]))
 
+    @property
+    def writes_reasoning(self) -> bool:
+        """Whether the template has a form of its own for the reasoning of an answer, or refuses it itself."""
+        return False
+
     def settled(self, ids: Sequence[int]) -> bool:
         """Whether more ids only add to `answer`: no mark around words is written by half."""
         return not self._opens(self.decode(ids))
@@ -292,6 +297,7 @@ class Renderer(ABC):
         are added to it. Raises TemplateError with the example's source."""
         notes = Counter() if notes is None else notes
         try:
+            self._require_form_of_reasoning(example)
             parts = self._parts(example, learn, cut, notes)
         except Refused as error:
             error.where = example.source
@@ -307,6 +313,16 @@ class Renderer(ABC):
                 notes.update(turn.notes)
             rows.append(Row(Tokens(ids, targets), example.source, example.id, group[-1].place, label, kind))
         return rows
+
+    def _require_form_of_reasoning(self, example: formats.Example) -> None:
+        """Raises Refused if the row has reasoning beside its answers, and the template would read it as
+        words."""
+        if REASONING_BESIDE in (remark.text for remark in example.remarks) and not self.writes_reasoning:
+            raise Refused(
+                "reasoning",
+                "the row has reasoning beside an answer, and the template has no form for it",
+                "data.reasoning: think learns it as <think> text before the answer, omit leaves it out",
+            )
 
     def _parts(self, example: formats.Example, learn: Learn, cut: int | None, notes: Counter[str]) -> Parts:
         if isinstance(example, Document | formats.Completion):

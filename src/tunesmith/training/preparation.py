@@ -23,8 +23,10 @@ from tunesmith.files import write_json
 from tunesmith.learning.objective import Objective, Selected
 from tunesmith.machine import backend
 from tunesmith.model import loading, vocabulary
+from tunesmith.runs import thinking
 from tunesmith.runs.config import MOST_STEPS, RunConfig
 from tunesmith.runs.directory import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run
+from tunesmith.runs.thinking import Reasoning
 from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import Cut, Group, Plan
 from tunesmith.tokens.hugging_face import HFRenderer
@@ -163,7 +165,7 @@ def prepare(
     remarks = formats.remarks((*sources.train, *sources.valid))
     _tell(dropped, reasons, notes, notify)
     _tell_remarks(remarks, audit is not None, notify)
-    _settle_thinking(config, renderer, (*train.usable, *valid.usable), notify)
+    reasoning = _settle_thinking(config, renderer, (*train.usable, *valid.usable), notify)
     notes += Counter({remark.text: count for remark, count in remarks.items()})
     objective, remarks = config.objective.settled(train.groups)
     for remark in remarks:
@@ -171,7 +173,8 @@ def prepare(
     plan = _plan(config, train.groups, notify)
     if is_new:
         _require_few_updates(plan)
-    counts = _counts(sources, train, valid, plan, objective.unit) | {"thinking": renderer.thinking}
+    counts = _counts(sources, train, valid, plan, objective.unit)
+    counts |= {"thinking": renderer.thinking, "reasoning": reasoning}
     counts["rows_dropped"], counts["notes"] = dict(sorted(reasons.items())), dict(sorted(notes.items()))
     counts |= _labels(train.groups, valid.groups, notify)
     return Prepared(
@@ -193,8 +196,9 @@ def prepare(
 
 def _settle_thinking(
     config: RunConfig, renderer: template.Renderer, examples: Sequence[formats.Example], notify: Sink
-) -> None:
-    """Decide whether prompts without an answer ask for reasoning, and say so if the template has a choice."""
+) -> Reasoning:
+    """Decide whether prompts without an answer ask for reasoning, and say so if the template has a choice, or
+    if reasoning is learned."""
     conversations = [
         example.chosen if isinstance(example, formats.Preference) else example.conversation
         for example in examples
@@ -207,11 +211,17 @@ def _settle_thinking(
                 reasoned.append(bool(template.thought_of(conversation.messages[place].content).reasoning))
     if config.template.thinking == "auto":
         renderer.thinking = 2 * sum(reasoned) >= len(reasoned) > 0
-    if isinstance(renderer, HFRenderer) and renderer.switches_thinking:
-        state = "on" if renderer.thinking else "off"
-        text = f"thinking is {state} in prompts: {sum(reasoned)} of {len(reasoned)} answers have reasoning"
-        hint = "a row without reasoning is learned with thinking off"
+    switch = renderer.thinking_switch if isinstance(renderer, HFRenderer) else None
+    reasoning = Reasoning(
+        answers=len(reasoned),
+        with_reasoning=sum(reasoned),
+        switch=switch,
+        decided_by="rows" if config.template.thinking == "auto" else "template.thinking",
+    )
+    if (text := thinking.line(renderer.thinking, reasoning)) is not None:
+        hint = None if switch is None else "a row without reasoning is learned with thinking off"
         notify(Notice(text, where="template.thinking", hint=hint))
+    return reasoning
 
 
 def _counts(sources: Sources, train: Side, valid: Side, plan: Plan, unit: str) -> dict[str, Any]:
