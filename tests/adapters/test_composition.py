@@ -137,6 +137,15 @@ def test_the_lower_rank_is_the_nearest_and_says_what_it_retains():
     assert composed(updates, [0.7, -0.4], method="svd")[1].rank == 6
 
 
+def test_of_a_large_matrix_only_the_wanted_directions_are_computed():
+    update = RANDOM.normal(size=(700, 600)) + composition.form(factors(5, 700, 600))
+    found = composition.directions(update, 8)
+    inputs, values, outputs = np.linalg.svd(update, full_matrices=False)
+    np.testing.assert_allclose(found.values, values[:8], rtol=1e-9)
+    made = (found.inputs * found.values) @ found.outputs
+    np.testing.assert_allclose(made, (inputs[:, :8] * values[:8]) @ outputs[:8], atol=1e-6)
+
+
 def test_ties_is_the_papers_formula():
     """Trim, elect, disjoint mean (arXiv 2306.01708, algorithm 1), entry by entry."""
     dense_updates = [composition.form(factors(4)) for _ in range(3)]

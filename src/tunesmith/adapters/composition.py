@@ -29,6 +29,8 @@ from tunesmith.settings.config import Spec
 Method = Literal["linear", "svd", "ties", "dare"]
 DENSITY: dict[Method, float] = {"ties": 0.2, "dare": 0.5}
 """Share of the entries of each update that is used if none is given."""
+FEW, SMALL = 8, 512
+"""Of a matrix wider than SMALL, not all directions are computed if 1 / FEW of them or less is wanted."""
 NEGLIGIBLE = 1e-6
 """A singular value below this share of the largest is rounding: its direction means nothing."""
 
@@ -209,17 +211,10 @@ def _matrix(
             total = ties(every, own, density)
         else:
             total = dare(every, own, density, [f"{recipe.seed} {name} {place}" for place in updates])
-    every_direction = directions(total)
-    energy = float(np.square(every_direction.values).sum())
-    inputs, values_held, outputs = (
-        every_direction.inputs[:, :rank],
-        every_direction.values[:rank],
-        every_direction.outputs[:rank],
-    )
-    root = np.sqrt(values_held)
-    return _Matrix(
-        Factors(inputs * root, root[:, None] * outputs), energy, float(np.square(values_held).sum())
-    )
+    inputs, singular, outputs = directions(total, rank)
+    root = np.sqrt(singular)
+    made = Factors(inputs * root, root[:, None] * outputs)
+    return _Matrix(made, _energy(total), float(np.square(singular).sum()))
 
 
 def weighted_sum(updates: Sequence[Update], weights: Sequence[float]) -> Update:
@@ -271,14 +266,34 @@ def form(update: Update) -> np.ndarray:
     return update.a @ update.b if isinstance(update, Factors) else update
 
 
-def directions(update: Update) -> Directions:
-    """The singular value decomposition of ``update``, of at most the rank of its factors."""
+def directions(update: Update, rank: int) -> Directions:
+    """The ``rank`` largest singular values of ``update``, or fewer, with their directions."""
     if not isinstance(update, Factors):
-        return Directions(*np.linalg.svd(update, full_matrices=False))
+        if FEW * rank < min(update.shape) and min(update.shape) > SMALL:
+            return _largest_directions(update, rank)
+        inputs, values, outputs = np.linalg.svd(update, full_matrices=False)
+        return Directions(inputs[:, :rank], values[:rank], outputs[:rank])
     left, left_core = np.linalg.qr(update.a)
     right, right_core = np.linalg.qr(update.b.T)
     inputs, values, outputs = np.linalg.svd(left_core @ right_core.T, full_matrices=False)
-    return Directions(left @ inputs, values, outputs @ right.T)
+    return Directions(left @ inputs[:, :rank], values[:rank], outputs[:rank] @ right.T)
+
+
+def _largest_directions(update: np.ndarray, rank: int) -> Directions:
+    """By Lanczos iterations, which read the matrix some hundred times and do not decompose all of it."""
+    from scipy.sparse.linalg import svds
+
+    start = np.random.Generator(np.random.PCG64(0)).normal(size=min(update.shape))
+    inputs, values, outputs = svds(update, k=rank, v0=start)
+    order = np.argsort(-values)
+    return Directions(inputs[:, order], values[order], outputs[order])
+
+
+def _energy(update: Update) -> float:
+    """The squared Frobenius norm."""
+    if isinstance(update, Factors):
+        return float(np.square(directions(update, update.a.shape[1]).values).sum())
+    return float(np.square(update).sum())
 
 
 def _size(update: Update) -> tuple[int, int]:
@@ -290,8 +305,8 @@ def _overlaps(updates: Mapping[int, Update], ranks: Sequence[int]) -> list[Updat
     """Of each pair of sources, in the directions that each source's own rank can hold."""
     spans: dict[int, Directions] = {}
     for place, update in updates.items():
-        inputs, values, outputs = directions(update)
-        n_held = min(ranks[place], int((values > NEGLIGIBLE * values.max(initial=0)).sum()))
+        inputs, values, outputs = directions(update, ranks[place])
+        n_held = int((values > NEGLIGIBLE * values.max(initial=0)).sum())
         spans[place] = Directions(inputs[:, :n_held], values[:n_held], outputs[:n_held])
     return [_overlap(first, second, spans) for first, second in combinations(sorted(spans), 2)]
 
