@@ -52,7 +52,7 @@ VERBS = {
     "runs --folder .": {"rich"},
     "runs show run": {"rich"},
     "runs prune --folder .": {"rich"},
-    "export run --to peft": SETTINGS | MODEL,
+    "export run --to peft": SETTINGS | MODEL | REPORT | {"scipy"},
     "push run --to me/it --dry-run": {"rich"} | CARD,
 }
 """Command → the heavy packages that it may have loaded when it ends. Commands run in this order."""

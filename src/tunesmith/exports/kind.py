@@ -116,10 +116,12 @@ def register(kind: type[ExportKind]) -> type[ExportKind]:
     return kind
 
 
-def kinds() -> dict[str, type[ExportKind]]:
-    """All kinds by name."""
-    for module in pkgutil.iter_modules(import_module(KINDS).__path__, f"{KINDS}."):
-        import_module(module.name)
+def kinds(family: str = "") -> dict[str, type[ExportKind]]:
+    """All kinds by name; with ``family``, at least those of the modules whose names begin so: the packages of
+    the others need not be loaded."""
+    for module in pkgutil.iter_modules(import_module(KINDS).__path__):
+        if module.name.startswith(family):
+            import_module(f"{KINDS}.{module.name}")
     return dict(sorted(_REGISTERED.items()))
 
 
@@ -130,9 +132,11 @@ SHORT = {"gguf": "gguf-q8_0", "mlx-16": "mlx-merged", "mlx-8": "mlx-8bit", "mlx-
 def named(name: str) -> ExportKind:
     """The kind ``name``; ``gguf:q8_0`` is another spelling of ``gguf-q8_0``. Raises ConfigError if there is
     none."""
-    known = kinds()
     name = name.replace(":", "-", 1)
     name = SHORT.get(name, name)
+    known = kinds(name.partition("-")[0])
+    if name not in known:
+        known = kinds()
     if name not in known:
         raise ConfigError(f"{name!r} is not a kind of export", where="--to", hint=", ".join(known))
     return known[name]()
