@@ -93,6 +93,7 @@ def export(run: Path, kind: str, *, accepted: bool) -> Path:
     (folder / "deep" / "settings.json").write_text("{}")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     (folder / ".draft").write_text("unfinished")
+    (folder / "README.md").write_text("of the base")
     return folder
 
 
