@@ -142,6 +142,15 @@ def test_rows_of_ten_megabytes_are_left_out_before_they_are_worked_on(tmp_path, 
     assert "too_long" in done.stderr and len(done.stderr) < 2000
 
 
+@pytest.mark.parametrize(
+    "name", ["words", *(pytest.param(name, marks=pytest.mark.real) for name in LONG if name != "words")]
+)
+def test_of_rows_of_ten_megabytes_the_audit_looks_at_the_beginning(tmp_path, name):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(LONG[name]))
+    done = answered("audit", "rows.jsonl", cwd=tmp_path)
+    assert "looks at the beginning" in done.stderr or name == "turns"  # too many messages are no row
+
+
 def test_of_a_conversation_with_too_many_messages_no_message_is_read(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(LONG["turns"]))
     (dropped,) = rows([tmp_path / "rows.jsonl"], DataSpec(train=("x",)))

@@ -22,7 +22,7 @@ from tunesmith.auditing.clusters import Clustering
 from tunesmith.auditing.findings import Audit, Finding, Print, gravest_first
 from tunesmith.auditing.registry import Rule, rules
 from tunesmith.auditing.rules import contamination
-from tunesmith.auditing.views import Context, Survey, View
+from tunesmith.auditing.views import LOOKED_AT, Context, Survey, View, beginning
 from tunesmith.checks.content import masked
 from tunesmith.data import formats, sources
 from tunesmith.data.examples import Example
@@ -66,13 +66,15 @@ class Setup:
 
 
 class Looked(NamedTuple):
-    """The result for one row. ``kept``: what each rule returned, in the order of the rules."""
+    """The result for one row. ``kept``: what each rule returned, in the order of the rules. ``shortened``:
+    only its beginning was looked at."""
 
     source: str
     label: bool | None
     dropped: Dropped | None
     asked: str
     kept: tuple[Any, ...]
+    shortened: bool = False
 
 
 def audit(
@@ -109,10 +111,13 @@ def audit(
         fetch=lambda rows: _fetch(files_read, rows, setup.data),
     )
     tick = events.ticker(notify, "auditing")
+    shortened = 0
     for looked in _looks(files_read, setup, total, processes):
         _add(survey, looked, setup.rules)
+        shortened += looked.shortened
         if len(survey) % 50 == 0 or len(survey) == total:
             tick(len(survey), total)
+    _tell_shortened(shortened, notify)
     files = {str(path): sources.sha256(path) for path in files_read}
     return _judged(survey, setup.rules, files, notify, started)
 
@@ -128,13 +133,23 @@ def examine(
     survey = Survey(
         known.spec,
         context=known,
-        fetch=lambda rows: {row: View(examples[row].source, examples[row]) for row in rows},
+        fetch=lambda rows: {row: _shown(examples[row], examples[row].source) for row in rows},
     )
     tick = events.ticker(notify, "auditing")
+    shortened = 0
     for done, example in enumerate(examples, 1):
-        _add(survey, _look(View(example.source, example), known, applied), applied)
+        looked = _look(_shown(example, example.source), known, applied)
+        _add(survey, looked, applied)
+        shortened += looked.shortened
         tick(done, len(examples))
+    _tell_shortened(shortened, notify)
     return _judged(survey, applied, files, notify, started)
+
+
+def _tell_shortened(count: int, notify: Sink) -> None:
+    if count:
+        text = f"rows of more than {LOOKED_AT:,} characters, of which the audit looks at the beginning"
+        notify(Notice(text, level="warning", count=count))
 
 
 def require(audit: Audit) -> None:
@@ -280,11 +295,14 @@ def _look_all(batch: Sequence[Raw], setup: Setup) -> list[Looked]:
 
 def _view(raw: Raw, data: DataSpec) -> View:
     example = formats.row(raw, data)
-    return (
-        View(raw.source, None, example._replace(raw=""))
-        if isinstance(example, Dropped)
-        else View(raw.source, example)
-    )
+    if isinstance(example, Dropped):
+        return View(raw.source, None, example._replace(raw=""))
+    return _shown(example, raw.source)
+
+
+def _shown(example: Example, source: str) -> View:
+    start = beginning(example)
+    return View(source, start, shortened=start is not example)
 
 
 def _look(view: View, known: Context, rules: Sequence[Rule]) -> Looked:
@@ -294,7 +312,9 @@ def _look(view: View, known: Context, rules: Sequence[Rule]) -> Looked:
     except RecursionError:
         bad = Dropped(view.source, "json", "expected a row, found values nested too deeply", "")
         return _look(View(view.source, None, bad), known, rules)
-    return Looked(view.source, view.label, view.dropped, excerpt(view.asked or view.said), facts)
+    return Looked(
+        view.source, view.label, view.dropped, excerpt(view.asked or view.said), facts, view.shortened
+    )
 
 
 def _add(survey: Survey, looked: Looked, applied: Sequence[Rule]) -> None:

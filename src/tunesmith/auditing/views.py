@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,11 +43,12 @@ class TextPart(NamedTuple):
 @dataclass(eq=False)
 class View:
     """One row: exactly one of ``example`` and ``dropped`` is given. It exists only while the rules look at
-    it."""
+    it. ``shortened``: ``example`` is its `beginning`."""
 
     source: str
     example: Example | None
     dropped: Dropped | None = None
+    shortened: bool = False
 
     @cached_property
     def label(self) -> bool | None:
@@ -121,6 +122,44 @@ class View:
     def words(self) -> list[str]:
         """The words of `whole`, in lower case, without punctuation."""
         return WORD.findall(self.whole.lower())
+
+
+LOOKED_AT = 1_000_000
+"""Characters of a row that are audited, from its start: more take minutes, and few models read so much."""
+
+
+def beginning(example: Example) -> Example:
+    """``example``, or the first `LOOKED_AT` characters of it: of several turns whole ones."""
+    if isinstance(example, Document):
+        return example if len(example.text) <= LOOKED_AT else replace(example, text=example.text[:LOOKED_AT])
+    if isinstance(example, Completion):
+        if len(example.prompt) + len(example.completion) <= LOOKED_AT:
+            return example
+        half = LOOKED_AT // 2
+        return replace(example, prompt=example.prompt[:half], completion=example.completion[:half])
+    if isinstance(example, Preference):
+        chosen, rejected = _first_turns(example.chosen), _first_turns(example.rejected)
+        if chosen is example.chosen and rejected is example.rejected:
+            return example
+        return replace(example, chosen=chosen, rejected=rejected)
+    conversation = _first_turns(example.conversation)
+    return example if conversation is example.conversation else replace(example, conversation=conversation)
+
+
+def _first_turns(conversation: Conversation) -> Conversation:
+    messages = conversation.messages
+    if sum(len(message.content) for message in messages) <= LOOKED_AT:
+        return conversation
+    shown: list[Message] = []
+    answered = total = 0
+    for message in messages:
+        shown.append(replace(message, content=message.content[: LOOKED_AT // 2]))
+        total += len(shown[-1].content)
+        if message.role == "assistant" and not message.calls:
+            answered = len(shown)
+            if total > LOOKED_AT // 2:
+                break
+    return replace(conversation, messages=tuple(shown[:answered] or shown))
 
 
 _JOINED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
