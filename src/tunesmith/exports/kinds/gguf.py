@@ -222,7 +222,7 @@ class GGUFQ50(_GGUF):
 class GGUFQ41(_GGUF):
     name: ClassVar[str] = "gguf-q4_1"
     what: ClassVar[str] = "merged model as GGUF, 5 bits a weight"
-    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.1, p99=1.0, top=0.85, lost=0.5)
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.1, p99=2.0, top=0.85, lost=0.5)
     more_precise: ClassVar[str | None] = "gguf-q5_0"
     type: ClassVar[str] = "Q4_1"
 
@@ -231,6 +231,6 @@ class GGUFQ41(_GGUF):
 class GGUFQ40(_GGUF):
     name: ClassVar[str] = "gguf-q4_0"
     what: ClassVar[str] = "merged model as GGUF, 4.5 bits a weight"
-    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.1, p99=1.0, top=0.85, lost=0.5)
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.1, p99=2.0, top=0.85, lost=0.5)
     more_precise: ClassVar[str | None] = "gguf-q4_1"
     type: ClassVar[str] = "Q4_0"
