@@ -49,7 +49,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print rows as the model would learn them: learned tokens coloured (or between ⟦ and ⟧ without
-    colour)."""
+    colour). Of a run: its held-out rows."""
     rendered, renderer = tunesmith.show(
         data,
         model=model,

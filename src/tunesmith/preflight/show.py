@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tunesmith.data import formats
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.model import loading
 from tunesmith.model.loading import ModelSpec
+from tunesmith.runs import opening
+from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import configure
+from tunesmith.runs.directory import MANIFEST, VALID, Run
 from tunesmith.tokens import renderers, template
 from tunesmith.tokens.template import Rendered, Renderer
 
@@ -30,24 +34,47 @@ def show(
     """The rows of ``data`` as ``train`` would learn them with the same settings, and the renderer. Loads no
     weights.
 
-    model: folder, GGUF file or hub id whose tokenizer and chat template are used; tokenizer: ``mistral-v3``
-    or a folder."""
+    data: files or folders, or one run, whose held-out rows are rendered as it renders them. model: folder,
+    GGUF file or hub id whose tokenizer and chat template are used; tokenizer: ``mistral-v3`` or a folder.
+    Raises ConfigError for settings beside a run."""
+    if len(data) == 1 and (Path(data[0]) / MANIFEST).is_file():
+        if model or tokenizer or config or preset or sets:
+            hint = f"name its rows instead: {Path(data[0]) / VALID}"
+            raise ConfigError("a run is shown by its own settings", where=data[0], hint=hint)
+        return _of_run(Run.open(data[0]), limit)
     named = model or (None if preset or config else tokenizer or BUILT_IN)
     resolved = configure(model=named, data=data, config=config, preset=preset, sets=sets, environ=environ)
     spec = resolved.spec
-    read = formats.read(spec.data.train, spec.data)
-    formats.require(read, 1.0)
     renderer = renderers.load(tokenizer_source(spec.model, tokenizer), spec.template)
     renderer.follow(spec.template, spec.data.text_control)
+    rendered = _rendered(spec.data.train, spec, renderer, limit)
+    rendered.notes.update(resolved.notes)
+    return rendered, renderer
+
+
+def _of_run(run: Run, limit: int | None) -> tuple[Rendered, Renderer]:
+    """The held-out rows of ``run`` as it renders them. Raises DataError if it holds none out."""
+    rows = run.path / VALID
+    if not rows.is_file() or not rows.stat().st_size:
+        raise DataError("holds no rows out", where=str(run.path), hint="show the file that it was trained on")
+    renderer = opening.renderer_of(run, tokenizer_source(run.config.model, None))
+    data = run.config.data.model_copy(update={"train": (str(rows),), "format": "auto"})
+    spec = run.config.model_copy(update={"data": data})
+    return _rendered(data.train, spec, renderer, limit), renderer
+
+
+def _rendered(data: Sequence[str], spec: RunConfig, renderer: Renderer, limit: int | None) -> Rendered:
+    """The rows of ``data``, and those that cannot be used."""
+    read = formats.read(data, spec.data)
+    formats.require(read, 1.0)
     rules = spec.template
     if rules.too_long == "refuse":  # a row that training would stop for is listed as left out
         rules = rules.model_copy(update={"too_long": "drop"})
     rendered = template.render(read.examples[:limit], renderer, rules, spec.batch.length)
     rendered.dropped[:0] = read.dropped
-    rendered.notes.update(resolved.notes)
     for remark, count in formats.remarks(read.examples[:limit]).items():
         rendered.notes[remark.text] += count
-    return rendered, renderer
+    return rendered
 
 
 def tokenizer_source(model: ModelSpec, tokenizer: str | None) -> Path | str:

@@ -19,7 +19,9 @@ class Reasoning(TypedDict):
 
 
 def line(thinking: bool, reasoning: Reasoning) -> str | None:
-    """In one line, or None if no answer has reasoning and the template has no switch."""
+    """In one line, or None if there are no answers, or none has reasoning and the template has no switch."""
+    if not reasoning["answers"]:
+        return None
     counts = f"{reasoning['with_reasoning']:,} of {reasoning['answers']:,} answers have reasoning"
     if reasoning["switch"] is not None:
         return f"thinking is {'on' if thinking else 'off'} in prompts: {counts}"

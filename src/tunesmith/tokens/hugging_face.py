@@ -146,7 +146,8 @@ class HFRenderer(Renderer):
             "template",
             "the chat template ends an answer with no end token, and begins the next turn with none that "
             "stops generation",
-            "write a chat_template.jinja that ends answers with the tokenizer's eos_token",
+            "if the model stops where the user's turn begins, name that token in generation_config.json "
+            "(eos_token_id); else write a chat_template.jinja that ends answers with the eos_token",
         )
 
     def _ends_of_calls(self, template: ChatTemplate) -> list[int]:

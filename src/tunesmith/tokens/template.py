@@ -434,9 +434,7 @@ class Renderer(ABC):
                 turns[0][0].ids[: turns[0][0].start] != turns[1][0].ids[: turns[1][0].start]
                 or max(map(len, groups)) > 1
             ):
-                raise Refused(
-                    "pair", "chosen and rejected do not diverge at an answer, or need more than one row each"
-                )
+                raise _not_comparable(sides)
             if cut is None or all(len(side[-1].ids) <= cut for side in turns):
                 break
         return list(zip(("chosen", "rejected"), turns, strict=True))
@@ -638,6 +636,17 @@ def render(
         )
     result.dropped += long
     return result
+
+
+def _not_comparable(sides: Sequence[Conversation]) -> Refused:
+    """What is said of a pair whose two sides have no prompt in common."""
+    reasoned = [bool(thought_of(side.messages[-1].content).reasoning) for side in sides]
+    if reasoned[0] != reasoned[1]:
+        one, other = ("chosen", "rejected") if reasoned[0] else ("rejected", "chosen")
+        message = f"{one} has reasoning and {other} has none: the template asks for them by different prompts"
+        hint = "write it for both or for neither; data.reasoning: omit leaves out what stands beside answers"
+        return Refused("pair", message, hint)
+    return Refused("pair", "chosen and rejected do not diverge at an answer, or need more than one row each")
 
 
 def _words_beside_calls(conversation: Conversation) -> dict[int, Message]:

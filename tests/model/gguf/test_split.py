@@ -93,7 +93,7 @@ def test_parts_of_different_models_are_not_joined(whole, tmp_path):
     parts = split(whole, tmp_path / "parts", 7)
     others = split(whole, tmp_path / "others", 8)
     shutil.copy(others[1], parts[1])
-    with pytest.raises(ModelError, match=r"its parts have 2\d tensors|a tensor twice"):
+    with pytest.raises(ModelError, match="has a tensor twice in its parts"):
         logits(parts[0])
     shutil.copy(parts[2], parts[1])
     with pytest.raises(ModelError, match="says that it is part 3 of 3"):
