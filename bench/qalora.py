@@ -1,8 +1,9 @@
 """What is left of an adapter on a 4-bit base when it is merged at 4 bits? LoRA, which has to be quantised
 again, beside QA-LoRA, which goes into the biases of the quantisation.
 
-Both are trained alike on the same rows over the same quantised base. The held-out loss is that of the base,
-of the live adapter, and of the exported 4-bit model as it is read back from disk.
+Both are trained alike on the same rows over the same quantised base; beside them stands LoRA over the base as
+it is, merged and then quantised. The held-out loss is that of the base, of the live adapter, and of the
+exported 4-bit model as it is read back from disk.
 
     python bench/qalora.py --model demo/model/SmolLM2-135M-Instruct.Q4_1.gguf --out bench/results/qalora.json
 """
@@ -37,17 +38,18 @@ from tunesmith.tokens.template import Renderer
 if TYPE_CHECKING:  # tunesmith chooses the BLAS before MLX is loaded
     import mlx.nn as nn
 
-KINDS = ("lora", "qalora")
+SIDES = {"lora": ("lora", 4), "qalora": ("qalora", 4), "lora-16": ("lora", None)}
+"""Kind of the adapter, and bits of its base."""
 
 
-def trained(kind: str, rows: Path, options: argparse.Namespace, out: Path) -> Run:
-    """A run of ``kind`` over the base at 4 bits."""
+def trained(kind: str, bits: int | None, rows: Path, options: argparse.Namespace, out: Path) -> Run:
+    """A run of ``kind`` over the base at ``bits``."""
     sets = [
         f"adapter.kind={kind}",
         "adapter.targets=all-linear",
         f"adapter.rank={options.rank}",
         f"adapter.alpha={2 * options.rank}",
-        "model.quantize=4",
+        f"model.quantize={bits or 'null'}",
         f"model.group_size={options.group}",
         f"loop.steps={options.steps}",
         f"optimizer.learning_rate={options.rate}",
@@ -99,9 +101,9 @@ def loss(task: Task, before: list[ExampleScore], after: list[ExampleScore]) -> d
     }
 
 
-def side(kind: str, rows: Path, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Base, live and exported, for one kind of adapter."""
-    run = trained(kind, rows, options, folder / kind)
+def side(name: str, rows: Path, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Base, live and exported, for one side."""
+    run = trained(*SIDES[name], rows, options, folder / name)
     opened = opening.find(run.path, "last").open()
     net, renderer = opened.loaded.net, opened.renderer
     task = task_of(run, net, renderer, options.limit)
@@ -112,7 +114,7 @@ def side(kind: str, rows: Path, options: argparse.Namespace, folder: Path) -> di
     artefact = loading.load(ModelSpec(path=str(path))).net
     merged = measured(task, artefact, renderer)
     return {
-        "kind": kind,
+        "side": name,
         "trained": sum(value.size for value in adapters.trainable(net).values()),
         "base": loss(task, base, base)["loss"],
         "live": loss(task, base, live),
@@ -126,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", help="model folder or GGUF file")
     parser.add_argument("--data", type=Path, help="rows (default: those of the demo)")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--rows", type=int, default=240, help="rows of the demo")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rank", type=int, default=8)
@@ -140,18 +143,18 @@ def main() -> None:
     options = parser.parse_args()
     with small.inputs(options, steps=2, rank=2, rows=12, group=32, gate=2) as folder:
         rows = options.data or data.write(folder / "tools.jsonl", options.rows, seed=0)
-        sides = [side(kind, rows, options, folder) for kind in KINDS]
+        sides = [side(name, rows, options, folder) for name in options.sides]
     names = ("steps", "rank", "rate", "group")
     settings = {name: getattr(options, name) for name in names}
     record.keep({"benchmark": "qalora", "settings": settings, "sides": sides}, options.out)
-    table = Table(title=f"held-out loss over a 4-bit base ({sides[0]['live']['rows']} rows)")
+    table = Table(title=f"held-out loss ({sides[0]['live']['rows']} rows)")
     for column in ("adapter", "base", "live", "merged at 4 bits", "lost by merging (95 %)", "MB"):
         table.add_column(column)
     for row in sides:
         merged = row["merged"]
         ends = "" if merged["low"] is None else f" ({merged['low']:+.4f} to {merged['high']:+.4f})"
         table.add_row(
-            row["kind"],
+            row["side"],
             f"{row['base']:.4f}",
             f"{row['live']['loss']:.4f}",
             f"{merged['loss']:.4f}",

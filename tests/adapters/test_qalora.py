@@ -221,7 +221,9 @@ def test_other_kinds_write_what_it_computes(tmp_path, tiny_model):
     run = train(tmp_path, quantised(tmp_path / "base", tiny_model))
     for to in ("mlx", "mlx-merged"):
         assert tunesmith.export(run, to=to, rows=2).distances.mean < 1e-6
-    assert tunesmith.export(run, to="mlx-8bit", rows=2).distances.mean < 1e-3
+    eight = tunesmith.export(run, to="mlx-8bit", rows=2)
+    assert eight.distances.mean < 1e-3
+    assert json.loads((eight.path / "config.json").read_text())["quantization"]["bits"] == 8
 
 
 def test_a_run_resumes_to_the_same_bytes_and_is_started_from(tmp_path, tiny_model):
