@@ -14,7 +14,7 @@ import tiny
 import tunesmith
 from tunesmith.adapters.layers import adapted
 from tunesmith.cli import app
-from tunesmith.errors import ConfigError, CorruptCheckpoint, DataError, ModelError
+from tunesmith.errors import ConfigError, CorruptCheckpoint, DataError, EvaluationError, ModelError
 from tunesmith.runs import opening
 
 QUICK = ["loop.steps=12", "optimizer.learning_rate=0.01", "data.valid=0.25"]
@@ -187,3 +187,12 @@ def test_a_trained_run_still_needs_its_optimizer(runs, tmp_path):
     (folder / "cursor.json").write_text(json.dumps(cursor))
     with pytest.raises(CorruptCheckpoint, match="does not describe this checkpoint"):
         tunesmith.generate(run, ["my note"])
+
+
+def test_a_damaged_lineage_is_named_by_the_report(mixture, tmp_path):
+    damaged = shutil.copytree(mixture, tmp_path / "damaged")
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    manifest["lineage"]["composed"]["sources"][1]["weight"] = "much"
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(EvaluationError, match=r"manifest.json(.|\n)*sources\.1\.weight"):
+        tunesmith.report(damaged)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -284,7 +284,8 @@ def _largest_directions(update: np.ndarray, rank: int) -> Directions:
     from scipy.sparse.linalg import svds
 
     start = np.random.Generator(np.random.PCG64(0)).normal(size=min(update.shape))
-    inputs, values, outputs = svds(update, k=rank, v0=start)
+    solved: Any = svds(update, k=rank, v0=start)
+    inputs, values, outputs = solved
     order = np.argsort(-values)
     return Directions(inputs[:, order], values[order], outputs[order])
 

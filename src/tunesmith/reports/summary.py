@@ -12,15 +12,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from tunesmith import events
 from tunesmith.display import console
+from tunesmith.errors import EvaluationError
+from tunesmith.files import checked
 from tunesmith.reports.advice import Advice, advise, limits
 from tunesmith.reports.facts import EvaluationFacts, Facts, read, read_log
 from tunesmith.reports.measures import Measure, answer
 from tunesmith.reports.verdict import Judgement, answers, evaluated, judge
-from tunesmith.runs.directory import COMPOSED
+from tunesmith.runs.directory import COMPOSED, MANIFEST, RESTORE
 from tunesmith.settings.config import JSON
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -100,10 +104,21 @@ def loss_sentence(facts: Facts) -> str:
     return text + "so it is not known what that means for unseen rows."
 
 
+class _MixedRun(TypedDict):
+    run: NotRequired[str]
+    weight: float
+
+
+class _Mixture(TypedDict):
+    """The sources of a run that was composed, in the manifest's lineage."""
+
+    sources: list[_MixedRun]
+
+
 def _composed_of(facts: Facts) -> str:
-    entry = facts.manifest.get("lineage", {}).get(COMPOSED, {})
-    parts = [f"{source.get('weight')} × {source.get('run', '?')}" for source in entry.get("sources", [])]
-    text = " and ".join(parts) or "other runs"
+    entry = facts.manifest.get("lineage", {}).get(COMPOSED)
+    mixture = checked(entry, _Mixture, str(facts.run / MANIFEST), EvaluationError, RESTORE)
+    text = " and ".join(f"{source['weight']:g} × {source.get('run', '?')}" for source in mixture["sources"])
     return f"Composed of the adapters of {text}, not trained; nothing was validated."
 
 
