@@ -14,10 +14,14 @@ import numpy as np
 class LlamaCpp:
     """A model that computes and caches in float32."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, adapter: Path | None = None) -> None:
         xllamacpp: Any = importlib.import_module("xllamacpp")  # a compiled module without types
         settings = xllamacpp.CommonParams()
         settings.model.path = str(path)
+        if adapter is not None:
+            lora = xllamacpp.CommonAdapterLoraInfo()
+            lora.path, lora.scale = str(adapter), 1.0
+            settings.lora_adapters = [lora]
         settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 256, 1, 0
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

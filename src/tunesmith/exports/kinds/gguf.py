@@ -27,10 +27,10 @@ from tunesmith.exports.kind import (
 )
 from tunesmith.exports.weights import Tensors
 from tunesmith.model import loading, windows
-from tunesmith.model.gguf import conversion, reading, tokenizer_header, writing
+from tunesmith.model.gguf import architectures, conversion, reading, tokenizer_header, writing
 from tunesmith.model.gguf.architectures import ARCHITECTURES, Config, Values
 from tunesmith.model.gguf.reading import GGUFModel
-from tunesmith.model.loading import ModelSpec
+from tunesmith.model.loading import Loaded, ModelSpec
 from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
 
@@ -69,7 +69,7 @@ class _GGUF(ExportKind):
         return ArtefactNotes(remarks=_remarks(tuned, path))
 
     def _write_new(self, tuned: Tuned, path: Path) -> None:
-        config, dense = settings(tuned), _dense(tuned)
+        config, dense = settings(tuned.loaded), _dense(tuned)
         architecture, values, factors = _header(tuned)
         values |= {
             "general.type": "model",
@@ -95,7 +95,9 @@ class _GGUF(ExportKind):
         changed = dense.keys() if everything else stored.changed_names(tuned.loaded.net)
         name = keys["general.architecture"]
         tensors = list(
-            writing.kept_tensors(reader, ARCHITECTURES[name], settings(tuned), dense, changed, self.type)
+            writing.kept_tensors(
+                reader, ARCHITECTURES[name], settings(tuned.loaded), dense, changed, self.type
+            )
         )
         writing.write(path, name, values, tensors, fields)
 
@@ -113,14 +115,15 @@ def _is_file(tuned: Tuned) -> bool:
     return Path(tuned.source.path).is_file()
 
 
-def settings(tuned: Tuned) -> Config:
+def settings(loaded: Loaded) -> Config:
     """The settings of the text model, with the defaults of its class."""
-    net: Any = tuned.loaded.net
-    config = tuned.loaded.config
+    net: Any = loaded.net
+    config = loaded.config
     text = config.get("text_config")
     if isinstance(text, dict):
-        return {**text, **vars(net.language_model.args), "model_type": config["model_type"]}
-    return {**config, **vars(net.args)}
+        inner = {**text, **vars(net.language_model.args), "model_type": config["model_type"]}
+        return architectures.complete(inner)
+    return architectures.complete({**config, **vars(net.args)})
 
 
 def _dense(tuned: Tuned) -> Tensors:
@@ -134,7 +137,7 @@ def _n_tokens(tuned: Tuned) -> int:
 
 def _header(tuned: Tuned) -> tuple[str, Values, dict[str, Any]]:
     """The architecture, all values that follow from the model and its tokenizer, and tensors of factors."""
-    config = settings(tuned)
+    config = settings(tuned.loaded)
     numbers, _ = windows.windowed_layers(config)
     if config["model_type"] == "gemma2" and numbers != list(range(0, config["num_hidden_layers"], 2)):
         raise ModelError("layer_types: every second layer with a window expected, from the first")
@@ -156,7 +159,7 @@ def _kept_ends(reader: GGUFModel, ends: tuple[int, ...]) -> Values:
 
 def _remarks(tuned: Tuned, path: Path) -> tuple[str, ...]:
     remarks = [f"use: llama-server --model {path.name}"]
-    config = settings(tuned)
+    config = settings(tuned.loaded)
     numbers, window = windows.windowed_layers(config)
     if numbers and config["model_type"] != "gemma2" and window < config["max_position_embeddings"]:
         remarks.append(f"llama.cpp ignores the sliding window of {window} tokens: longer texts differ")

@@ -126,19 +126,26 @@ class Description(NamedTuple):
     factors: dict[str, np.ndarray]
 
 
-def describe(architecture: Architecture, config: Config, n_tokens: int) -> Description:
-    """The inverse of `settings`. ``config``: with the defaults of its model class. n_tokens: rows of the
-    embedding. Raises ModelError if the file cannot hold a rotary scaling."""
-    assert architecture.values is not None
+def complete(config: Config) -> Config:
+    """``config`` with the number and the size of heads, which may follow from others."""
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
+    return {**config, "head_dim": head, "num_key_value_heads": config.get("num_key_value_heads") or heads}
+
+
+def describe(architecture: Architecture, config: Config, n_tokens: int) -> Description:
+    """The inverse of `settings`. ``config``: as `complete` makes it. n_tokens: rows of the embedding.
+
+    Raises ModelError if the file cannot hold the rotary scaling."""
+    assert architecture.values is not None
+    heads, head = config["num_attention_heads"], config["head_dim"]
     values: Values = {
         "block_count": config["num_hidden_layers"],
         "context_length": config.get("max_position_embeddings") or 2048,
         "embedding_length": config["hidden_size"],
         "feed_forward_length": config["intermediate_size"],
         "attention.head_count": heads,
-        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        "attention.head_count_kv": config["num_key_value_heads"],
         "attention.key_length": head,
         "attention.value_length": head,
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),

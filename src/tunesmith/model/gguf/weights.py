@@ -88,7 +88,10 @@ def parts(architecture: Architecture, metadata: Metadata, config: Config) -> Ite
         number, part, suffix = match.groups()
         if number is None:
             yield Part(
-                f"{TOP[part]}.{suffix}", name, _shape(tensor), _rows(architecture, tensor, part, config)
+                f"{TOP[part]}.{suffix}",
+                name,
+                _shape(tensor),
+                partial(_converted, architecture, tensor, part, config),
             )
         elif part in EXPERTS:
             layer = f"model.layers.{number}.mlp.experts"
@@ -96,7 +99,7 @@ def parts(architecture: Architecture, metadata: Metadata, config: Config) -> Ite
         else:
             target = f"model.layers.{number}.{architecture.parts[part]}"
             target += "" if part == "attn_sinks" else f".{suffix}"
-            yield Part(target, name, _shape(tensor), _rows(architecture, tensor, part, config))
+            yield Part(target, name, _shape(tensor), partial(_converted, architecture, tensor, part, config))
 
 
 def write(parts: Iterable[Part], target: Path, dtype: str) -> None:
@@ -141,43 +144,38 @@ def _values(data: np.ndarray, tensor: ReaderTensor) -> np.ndarray:
     return quants.dequantize(data, tensor.tensor_type).astype(np.float32, copy=False)
 
 
-def _plain(tensor: ReaderTensor) -> Iterator[np.ndarray]:
-    yield _values(tensor.data, tensor)
-
-
-def _rows(
+def _converted(
     architecture: Architecture, tensor: ReaderTensor, part: str, config: Config
-) -> Callable[[], Iterator[np.ndarray]]:
+) -> Iterator[np.ndarray]:
+    try:
+        yield from_file(architecture, part, _values(tensor.data, tensor), config)
+    except ModelError as error:
+        raise ModelError(f"{tensor.name} {error.what}") from error
+
+
+def from_file(architecture: Architecture, part: str, array: np.ndarray, config: Config) -> np.ndarray:
+    """``array`` of a file in Hugging Face's order. llama.cpp has the pairs (i, i + head/2) of rows of queries
+    and keys side by side, Hugging Face has halves; norms may be stored with their 1. Raises ModelError if the
+    rows are not those of the heads."""
     if architecture.interleaved and part in ("attn_q", "attn_k"):
         heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-        return partial(_halves, tensor, heads, config["head_dim"])
+        head = config["head_dim"]
+        if array.shape[0] != heads * head:
+            raise ModelError(f"has {array.shape[0]} rows, {heads} heads of {head} expected")
+        return array.reshape(heads, head // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
     if architecture.shifted and part.endswith("norm"):
-        return partial(_without_one, tensor)
-    return partial(_plain, tensor)
-
-
-def _halves(tensor: ReaderTensor, heads: int, head: int) -> Iterator[np.ndarray]:
-    """llama.cpp has the pairs (i, i + head/2) side by side, Hugging Face has halves."""
-    array = _values(tensor.data, tensor)
-    if array.shape[0] != heads * head:
-        raise ModelError(f"{tensor.name} has {array.shape[0]} rows, {heads} heads of {head} expected")
-    yield array.reshape(heads, head // 2, 2, -1).swapaxes(1, 2).reshape(array.shape)
-
-
-def in_file(architecture: Architecture, part: str, array: np.ndarray, config: Config) -> np.ndarray:
-    """``array`` as the file holds it, the inverse of what `parts` reads: rows of queries and keys in pairs,
-    norms with their 1."""
-    if architecture.interleaved and part in ("attn_q", "attn_k"):
-        heads = config["num_attention_heads"]
-        heads = heads if part == "attn_q" else config.get("num_key_value_heads") or heads
-        return array.reshape(heads, 2, len(array) // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
-    if architecture.shifted and part.endswith("norm"):
-        return array + 1.0
+        return array - 1.0
     return array
 
 
-def _without_one(tensor: ReaderTensor) -> Iterator[np.ndarray]:
-    yield _values(tensor.data, tensor) - 1.0
+def in_file(architecture: Architecture, part: str, array: np.ndarray, config: Config) -> np.ndarray:
+    """The inverse of `from_file`."""
+    if architecture.interleaved and part in ("attn_q", "attn_k"):
+        heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+        return array.reshape(heads, 2, config["head_dim"] // 2, -1).swapaxes(1, 2).reshape(array.shape)
+    if architecture.shifted and part.endswith("norm"):
+        return array + 1.0
+    return array
 
 
 def _experts(architecture: Architecture, metadata: Metadata, layer: str, name: str) -> Iterator[Part]:

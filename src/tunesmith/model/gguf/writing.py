@@ -44,7 +44,8 @@ SAME = {"mistral": "llama", "gemma3": "gemma3_text"}
 """Model types that are written as another one."""
 NOT_COMPARED = frozenset(
     "architectures model_type vocab_size tie_word_embeddings attention_bias mlp_bias rope_scaling "
-    "rope_parameters pad_token_id sliding_window use_sliding_window hidden_activation".split()
+    "rope_parameters original_max_position_embeddings pad_token_id sliding_window use_sliding_window "
+    "hidden_activation".split()
 )
 """Settings that hold the same in other words, or that are compared by what follows from them."""
 PRECISE = {"Q4_0": "Q8_0", "Q4_1": "Q8_0", "Q5_0": "Q8_0", "Q5_1": "Q8_0"}

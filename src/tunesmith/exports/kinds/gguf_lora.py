@@ -1,0 +1,138 @@
+"""The adapter alone as a GGUF file: for llama.cpp's ``--lora``, beside a GGUF file of the base.
+
+llama.cpp multiplies with alpha / rank, and with 1 if alpha is 0: the scale is in B, and alpha is 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader
+from mlx.utils import tree_unflatten
+
+from tunesmith.adapters import LoRAExperts, LoRALinear, adapted
+from tunesmith.adapters.specs import Full
+from tunesmith.errors import ExportError, ModelError
+from tunesmith.events import Sink
+from tunesmith.exports.kind import (
+    ArtefactNotes,
+    ExportKind,
+    Reloaded,
+    Tolerance,
+    Tuned,
+    declared_ends,
+    plain,
+    refuse,
+    register,
+    require_stored_base,
+)
+from tunesmith.exports.kinds.gguf import INSIDE, settings
+from tunesmith.model import loading
+from tunesmith.model.gguf import weights, writing
+from tunesmith.model.gguf.architectures import ARCHITECTURES, Config
+from tunesmith.model.gguf.writing import NewTensor, Slot
+from tunesmith.model.loading import ModelSpec
+from tunesmith.runs import opening
+from tunesmith.runs.directory import Run
+
+FILE = "adapter.gguf"
+ALPHA = "adapter.lora.alpha"
+FLOAT32 = GGMLQuantizationType.F32
+MERGED = "--to gguf-q8_0 writes a merged model"
+
+
+@register
+class GGUFLoRA(ExportKind):
+    name: ClassVar[str] = "gguf-lora"
+    what: ClassVar[str] = "adapter for llama.cpp (--lora)"
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
+    more_precise: ClassVar[str | None] = "gguf-f32"
+
+    def accepts(self, tuned: Tuned) -> None:
+        if not Path(tuned.source.path).is_file():
+            require_stored_base(tuned, self.name)
+        source, spec = tuned.source, tuned.config.adapter
+        if source.adapter is not None or source.quantize is not None or source.resize_embeddings:
+            what = "gguf-lora: the base of this run is not the stored file (model.adapter, model.quantize)"
+            raise refuse(what, MERGED)
+        if isinstance(spec, Full):
+            raise refuse("gguf-lora: the weights were trained in full: there is no adapter", MERGED)
+        if spec.kind == "dora" or spec.full_modules:
+            raise refuse("gguf-lora: llama.cpp has no DoRA and no modules trained in full", MERGED)
+        try:
+            _architecture(settings(tuned.loaded))
+        except ModelError as error:
+            raise ExportError(f"gguf-lora: {error.what}", hint="--to peft or --to mlx") from error
+
+    def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
+        config = settings(tuned.loaded)
+        name = _architecture(config)
+        layers = adapted(tuned.loaded.net)
+        if any(isinstance(layer, LoRAExperts) for layer in layers.values()):
+            raise ExportError("gguf-lora: routed experts are adapted", hint=MERGED)
+        places = {slot.tensor: (file, slot) for file, slot in _slots(name, config).items()}
+        tensors: list[NewTensor] = []
+        for layer_name, layer in layers.items():
+            file, slot = places[f"{layer_name.removeprefix(INSIDE)}.weight"]
+            b = np.array((layer.lora_b * layer.scale).T)
+            b = weights.in_file(ARCHITECTURES[name], slot.part, b, config)
+            tensors.append(_tensor(f"{file}.lora_a", np.array(layer.lora_a.T)))
+            tensors.append(_tensor(f"{file}.lora_b", b))
+        values = {
+            "general.type": "adapter",
+            "general.name": tuned.run.path.name,
+            "adapter.type": "lora",
+            ALPHA: 0.0,
+        }
+        writing.write(folder / FILE, name, values, tensors)
+        base = tuned.source.path if Path(tuned.source.path).is_file() else "BASE.gguf"
+        return ArtefactNotes(remarks=(f"use: llama-server --model {base} --lora {FILE}",))
+
+    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
+        loaded = loading.load(plain(source))
+        renderer = opening.renderer_of(run, source.tokenizer or loaded.path)
+        problems = _apply(loaded.net, settings(loaded), GGUFReader(folder / FILE))
+        return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), tuple(problems))
+
+
+def _architecture(config: Config) -> str:
+    """The name of the architecture whose tensors the adapter changes. Raises ModelError if there is none."""
+    by_type = {architecture.model_type: name for name, architecture in ARCHITECTURES.items()}
+    return by_type.get(str(config["model_type"])) or writing.architecture_of(config)
+
+
+def _slots(architecture: str, config: Config) -> dict[str, Slot]:
+    return writing.slots(ARCHITECTURES[architecture], config["num_hidden_layers"])
+
+
+def _tensor(name: str, value: np.ndarray) -> NewTensor:
+    content = np.ascontiguousarray(value, np.float32)
+    return NewTensor(name, content.shape, FLOAT32, lambda: content)
+
+
+def _apply(net: Any, config: Config, reader: GGUFReader) -> list[str]:
+    """Put the adapter in place as llama.cpp does; returns what matches nothing, or does not fit."""
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    architecture = str(values["general.architecture"])
+    factors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    modules = {name.removeprefix(INSIDE): (name, module) for name, module in net.named_modules()}
+    slots, problems = _slots(architecture, config), []
+    for file in sorted(name.removesuffix(".lora_a") for name in factors if name.endswith(".lora_a")):
+        a, b = factors[f"{file}.lora_a"], factors[f"{file}.lora_b"]
+        slot = slots.get(file)
+        name, linear = modules.get(slot.tensor.removesuffix(".weight") if slot else "", ("", None))
+        if slot is None or linear is None:
+            problems.append(f"{file} matches no layer of the base")
+            continue
+        if (b.shape[0], a.shape[1]) != linear.weight.shape or a.shape[0] != b.shape[1]:
+            problems.append(f"{file}: factors {a.shape}, {b.shape} do not fit a weight {linear.weight.shape}")
+            continue
+        scale = values[ALPHA] / len(a) if values[ALPHA] else 1.0
+        layer = LoRALinear(linear, len(a), scale, 0.0, mx.random.key(0))
+        b = weights.from_file(ARCHITECTURES[architecture], slot.part, b, config)
+        layer.lora_a, layer.lora_b = mx.array(a.T), mx.array(b.T)
+        net.update_modules(tree_unflatten([(name, layer)]))
+    net.eval()
+    return problems
