@@ -104,8 +104,9 @@ def test_llama_cpp_applies_an_exported_adapter(tmp_path):
     (tmp_path / "same").mkdir()
     same = trained(tmp_path / "same", base, "optimizer.learning_rate=1e-12")
     run = trained(tmp_path, base, "adapter.rank_stabilised=true")
-    ids = np.random.Generator(np.random.PCG64(3)).integers(3, 300, 40).tolist()
-    expected, size = live(run, ids), 320
+    ids = np.random.Generator(np.random.PCG64(3)).integers(3, 250, 40).tolist()
+    expected = live(run, ids)
+    size = expected.shape[1]
     adapter = exported(run, "gguf-lora")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fidelity, "reasons", lambda *args: [])
@@ -113,4 +114,4 @@ def test_llama_cpp_applies_an_exported_adapter(tmp_path):
     other = LlamaCpp(file, adapter)
     for length in (3, 17, 40):
         logprobs = other.logprobs(ids[:length], size)
-        assert np.abs(logprobs - expected[length - 1][:size]).max() <= 1e-4
+        assert np.abs(logprobs - expected[length - 1]).max() <= 1e-4

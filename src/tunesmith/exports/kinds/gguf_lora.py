@@ -49,6 +49,8 @@ class GGUFLoRA(ExportKind):
     what: ClassVar[str] = "adapter for llama.cpp (--lora)"
     tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
     more_precise: ClassVar[str | None] = "gguf-f32"
+    stands_alone: ClassVar[bool] = False
+    runs_on_mlx: ClassVar[bool] = False
 
     def accepts(self, tuned: Tuned) -> None:
         if not Path(tuned.source.path).is_file():
@@ -59,8 +61,9 @@ class GGUFLoRA(ExportKind):
             raise refuse(what, MERGED)
         if isinstance(spec, Full):
             raise refuse("gguf-lora: the weights were trained in full: there is no adapter", MERGED)
-        if spec.kind == "dora" or spec.full_modules:
-            raise refuse("gguf-lora: llama.cpp has no DoRA and no modules trained in full", MERGED)
+        if spec.kind != "lora" or spec.full_modules:
+            what = "gguf-lora: llama.cpp has no DoRA, no QA-LoRA and no modules trained in full"
+            raise refuse(what, MERGED)
         try:
             _architecture(settings(tuned.loaded))
         except ModelError as error:
