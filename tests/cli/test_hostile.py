@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import hostility
 import pytest
 from typer.testing import CliRunner
 
@@ -217,3 +218,12 @@ def test_what_is_looked_at_before_a_run_holds_every_row(monkeypatch):
     assert plan.largest() == [lengths.index(49)]
     assert {member for step in plan.looked_at for member in plan.members(step)} == set(range(40))
     assert len(plan.looked_at) == 40
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(0, 200), pytest.param(200, 10_000, marks=pytest.mark.real)], ids=["few", "all"]
+)
+def test_generated_rows_and_settings_are_answered(tmp_path, first, last):
+    command = [sys.executable, hostility.__file__, str(tmp_path), str(first), str(last)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

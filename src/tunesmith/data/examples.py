@@ -21,8 +21,13 @@ class BadRow(Exception):
 
     def __init__(self, reason: str, place: str, expected: str, found: str, hint: str = "") -> None:
         self.reason = reason
-        self.fault = f"expected {expected}, found {found}"
-        super().__init__(f"{place}: " * bool(place) + self.fault + f"; hint: {hint}" * bool(hint))
+        self.fault = f"expected {_cut(expected)}, found {_cut(found)}"
+        super().__init__(f"{_cut(place)}: " * bool(place) + self.fault + f"; hint: {_cut(hint)}" * bool(hint))
+
+
+def _cut(text: str, most: int = 500) -> str:
+    """What a message says of a row, whose names may have any length."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 REASONING_BESIDE = "reasoning beside answers: learned as the template writes it"
