@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from tunesmith.adapters import QALoRA, merging
 from tunesmith.events import Sink
-from tunesmith.exports import stored
+from tunesmith.exports import stored, weights
 from tunesmith.exports.kind import (
     ArtefactNotes,
     ExportKind,
@@ -31,6 +33,7 @@ from tunesmith.exports.kind import (
 from tunesmith.model import loading
 from tunesmith.model.loading import ModelSpec
 from tunesmith.model.stored import places, tensors
+from tunesmith.model.vocabulary import ExtendedEmbedding, ExtendedHead
 from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
 
@@ -42,8 +45,9 @@ class _MLXModel(ExportKind):
 
     def accepts(self, tuned: Tuned) -> None:
         require_class_of_mlx_lm(tuned, self.name)
-        if tuned.source.resize_embeddings:
-            raise refuse(f"{self.name}: rows were added to the embedding", "--to hf writes them")
+        if tuned.source.resize_embeddings and self._fuses(tuned):
+            what = f"{self.name}: rows were added to the embedding of a base whose codes are kept"
+            raise refuse(what, "--to hf or --to mlx-merged writes them")
 
     def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
         loaded, base = tuned.loaded, tuned.loaded.path
@@ -62,15 +66,18 @@ class _MLXModel(ExportKind):
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
         packing = ("quantization", "quantization_config")
         config = {key: value for key, value in tuned.base_config.items() if key not in packing}
-        notes = ArtefactNotes()
+        notes, vocabulary = ArtefactNotes(), None
         if self._fuses(tuned):
             packed = loading.load_packed(tuned.source)
             config |= {key: packed.config["quantization"] for key in packing}
             survived = merging.save_packed(loaded.net, packed.net, dtype_of, folder)
             notes = ArtefactNotes(survived, ("codes and scales are those of the base: only biases changed",))
         else:
+            vocabulary = _join_rows(loaded.net)
             config = merging.save_dense(loaded.net, config, dtype_of, folder, self.bits)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if vocabulary is not None:
+            stored.write_vocabulary(folder, vocabulary)
         stored.write_ends(folder, tuned.renderer.eos_ids)
         return notes
 
@@ -85,6 +92,28 @@ class _MLXModel(ExportKind):
         loaded = merging.load(plain(source, folder))
         renderer = opening.renderer_of(run, folder)
         return Reloaded(loaded.net, renderer, declared_ends(folder, renderer))
+
+
+def _join_rows(net: nn.Module) -> int | None:
+    """Put plain tables in place of those that rows were added to; returns the size of the vocabulary, or None
+    if there are none."""
+    merging.merge(net)
+    tables: dict[str, nn.Module] = {}
+    dense = weights.dense(net)
+    for name, module in net.named_modules():
+        if isinstance(module, ExtendedEmbedding | ExtendedHead):
+            weight = dense[f"{name}.weight"]()
+            size, width = weight.shape
+            if isinstance(module, ExtendedEmbedding):
+                table: nn.Embedding | nn.Linear = nn.Embedding(size, width)
+            else:
+                table = nn.Linear(width, size, bias=f"{name}.bias" in dense)
+            if f"{name}.bias" in dense:
+                table.bias = dense[f"{name}.bias"]()
+            table.weight = weight
+            tables[name] = table
+    net.update_modules(tree_unflatten(list(tables.items())))
+    return max((len(table.weight) for table in tables.values()), default=None)
 
 
 @register
