@@ -362,3 +362,13 @@ def test_an_artefact_is_not_rejected_for_a_few_answers_that_do_not_end():
     assert rejected(6) == ["it does not stop: 0 of 6 answers end, live 6"]
     assert "too few to say" in fidelity.undecided(fidelity.Stops(1, 1, 0, 0, (), lost=1))[0]
     assert not fidelity.undecided(fidelity.Stops(6, 6, 0, 0, (), lost=6))
+
+
+def test_without_settings_a_model_stops_at_the_eos_token_of_its_tokenizer(tmp_path):
+    """A template may end calls with another token, which stands behind it in the list."""
+    renderer: Any = SimpleNamespace(eos_ids=(5, 7), text_end_id=5)
+    assert kind.declared_ends(tmp_path, renderer) == (5,)
+    renderer.text_end_id = None
+    assert kind.declared_ends(tmp_path, renderer) == (7,)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3}))
+    assert kind.declared_ends(tmp_path, renderer) == (3,)

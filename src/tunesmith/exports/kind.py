@@ -158,7 +158,8 @@ def declared_ends(folder: Path, tokenizer: Renderer) -> tuple[int, ...]:
             ends = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
             if ends is not None:
                 return tuple(ends) if isinstance(ends, list) else (ends,)
-    return tokenizer.eos_ids[-1:]  # the last is the tokenizer's eos_token
+    own = tokenizer.text_end_id
+    return tokenizer.eos_ids[-1:] if own is None else (own,)
 
 
 def refuse(what: str, instead: str) -> ExportError:
