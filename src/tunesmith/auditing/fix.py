@@ -11,7 +11,7 @@ import filecmp
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -90,11 +90,7 @@ def fix(
         if not written:
             hint = "mend the rows that the audit names"
             raise DataError("no row is left, so nothing is written", where=str(out), hint=hint)
-        if ledger.exists() and not filecmp.cmp(drafts[ledger], ledger, shallow=False):
-            raise _taken(ledger)
-        for path in (ledger, out):
-            writing.flush(drafts[path])
-            drafts[path].rename(path)
+        _publish(drafts, ledger, out)
     except OSError as error:
         raise ConfigError(
             f"cannot be written: {error.strerror}", where=str(out), hint="choose another place"
@@ -104,6 +100,15 @@ def fix(
             with suppress(OSError):
                 draft.unlink()
     return Fixed(out, ledger, rows, written, tallies["changed"], tallies["removed"], tallies["left"])
+
+
+def _publish(drafts: Mapping[Path, Path], ledger: Path, out: Path) -> None:
+    """Give the drafts their names. Raises ConfigError if another ledger is there."""
+    if ledger.exists() and not filecmp.cmp(drafts[ledger], ledger, shallow=False):
+        raise _taken(ledger)
+    for path in (ledger, out):
+        writing.flush(drafts[path])
+        drafts[path].rename(path)
 
 
 def _taken(path: Path) -> ConfigError:

@@ -61,7 +61,7 @@ class Segment(NamedTuple):
     rest: str
 
 
-class Ending(NamedTuple):
+class AnswerEnd(NamedTuple):
     """``last``: what follows the last word of an answer that is the last message. ``own``: as much of it as
     follows the word of an older answer, too. ``later``: what stands there before the next turn, or what is
     added when it follows."""
@@ -230,7 +230,7 @@ class ChatTemplate:
         first, _, between = before.partition(REASONING)
         return first, between, after
 
-    def ending(self, *, calls: bool) -> Ending:
+    def ending(self, *, calls: bool) -> AnswerEnd:
         """What the template writes after the last word or argument of an answer. Raises Refused if it has no
         calls."""
         result = Message("tool", QUESTION, call_id=CALL_ID, name=NAME)
@@ -243,8 +243,8 @@ class ChatTemplate:
         mark = VALUE if calls else WORDS
         last, older = full.rpartition(mark)[2], longer.rpartition(mark)[2]
         if longer.startswith(full):
-            return Ending(last, last, longer[len(full) :])
-        return Ending(last, _beginning(last, older), older)
+            return AnswerEnd(last, last, longer[len(full) :])
+        return AnswerEnd(last, _beginning(last, older), older)
 
     def inside(self) -> str:
         """What the template writes before the last word of an answer with reasoning; empty without a form for

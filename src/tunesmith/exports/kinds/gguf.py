@@ -154,7 +154,8 @@ def _kept_ends(reader: GGUFModel, ends: tuple[int, ...]) -> Values:
     own = None if field is None else int(field.contents())
     if not ends or own == ends[0]:
         return {}
-    return {key: ends[0]} | ({} if own is None else {"tokenizer.ggml.eot_token_id": own})
+    values: Values = {key: ends[0]}
+    return values if own is None else {**values, "tokenizer.ggml.eot_token_id": own}
 
 
 def _remarks(tuned: Tuned, path: Path) -> tuple[str, ...]:
