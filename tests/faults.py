@@ -153,7 +153,7 @@ def rows(folder: Path, kind: str) -> Path:
     if kind == "pairs":
         bad = [{"role": "assistant", "content": "the timers"}]
         conversations = [
-            {"prompt": row["messages"][:-1], "chosen": row["messages"][-1:], "rejected": bad}
+            {"prompt": row["conversations"][:-1], "chosen": row["conversations"][-1:], "rejected": bad}
             for row in conversations
         ]
     if kind == "faulty":

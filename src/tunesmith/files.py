@@ -11,7 +11,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -111,7 +111,8 @@ def remove_drafts(folder: Path, of: str | None = None) -> None:
         else:
             continue
         if abandoned and of in (None, name):
-            remove(path)
+            with suppress(OSError):  # the folder may be read-only
+                remove(path)
 
 
 def _has_ended(pid: int, draft: Path) -> bool:

@@ -42,6 +42,7 @@ def export(
     rejected: it is then kept under a name that ends with ``.rejected``."""
     chosen, opened = kind.named(to), Run.open(run)
     target = opened.path / EXPORTS / chosen.name if out is None else Path(out)
+    opened.remove_drafts()
     for name in (target.name, rejected(target).name):
         remove_drafts(target.parent, name)
     require_free(target)
