@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tunesmith.data.formats import Call, Conversation, Demonstration, Message
 from tunesmith.errors import ConfigError, ModelError, TemplateError
+from tunesmith.tokens import template
 from tunesmith.tokens.first_rules import FirstRules
 from tunesmith.tokens.hugging_face import Vocabulary
 from tunesmith.tokens.renderers import HFRenderer, Recorded, load
@@ -268,6 +269,56 @@ def test_arguments_are_given_as_the_template_takes_them(made):
     calls = (Call("sky", {"town": "Rome"}),)
     conversation = Conversation((Message("user", "?"), Message("assistant", "", calls)), (TOOL,))
     assert learned(made(TEXT_ARGUMENTS), conversation)[0][1] == 'sky({"town": "Rome"})<|end|>'
+
+
+def test_each_turn_is_encoded_once(made, monkeypatch):
+    """The ids are those of the whole text, and the number of encoded letters grows with the conversation."""
+    renderer = made(PLAIN)
+    words, encoded = renderer._words, []
+    whole = words._encoded
+    monkeypatch.setattr(words, "_encoded", lambda text: encoded.append(len(text)) or whole(text))
+    counts = []
+    for turns in (20, 40):
+        spoken = asked(*(f"message {turns} {number}" for number in range(2 * turns)))
+        example = Demonstration(conversation=spoken, label=None, id="0", source="x:1", metadata={})
+        encoded.clear()
+        (row,) = renderer.rows(example)
+        assert row.tokens.ids.tolist() == whole(renderer.decode(row.tokens.ids))
+        counts.append(sum(encoded))
+    assert counts[1] < 2.5 * counts[0]
+
+
+@pytest.mark.parametrize(
+    ("added", "cut"),
+    [
+        ([], True),
+        ([AddedToken("x<", special=False, normalized=False)], False),
+        ([AddedToken("\n<|u|>", special=False, normalized=False)], False),
+        ([AddedToken("<|u|>", special=True, normalized=False, lstrip=True)], False),
+    ],
+)
+def test_a_text_is_cut_only_where_its_parts_have_the_ids_of_the_whole(made, added, cut):
+    words = made(PLAIN)._words
+    inner = Tokenizer.from_str(words.tokenizer.backend_tokenizer.to_str())
+    inner.add_tokens(added)
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    words = Vocabulary(fast)
+    for text in ("ax<|u|>b", "a\n<|u|>b \n<|u|> c<|a|>", " <|u|>", "", "<|u|><|u|>", "plain"):
+        assert words.encode(text) == fast.encode(text, add_special_tokens=False), text
+        assert words.encode(text) == fast.encode(text, add_special_tokens=False), text
+    assert (words._starts is not None and words._starts.match("<|u|>") is not None) == cut
+
+
+def test_a_context_that_was_looked_at_is_not_looked_at_again(made, monkeypatch):
+    looked = []
+    present = template._present
+    monkeypatch.setattr(
+        template,
+        "_present",
+        lambda message, text, **given: looked.append(message) or present(message, text, **given),
+    )
+    learned(made(PLAIN), asked(*(f"message {number}" for number in range(40))))
+    assert len(looked) == 40
 
 
 SKY = Call("sky", {"town": "Rome"})

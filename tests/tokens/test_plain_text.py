@@ -11,7 +11,7 @@ from tokens.test_template import CHATML, write
 from tunesmith.data.formats import Completion, Conversation, Document, Message
 from tunesmith.errors import TemplateError
 from tunesmith.tokens.renderers import load
-from tunesmith.tokens.template import Renderer, TemplateSpec
+from tunesmith.tokens.template import Renderer, Shown, TemplateSpec
 
 
 def made(folder: Path, control: str = "refuse", **options) -> Renderer:
@@ -38,7 +38,7 @@ def test_a_text_ends_with_eos_and_a_chat_with_its_turn(tmp_path):
     for example in (Document("the cat"), Completion("Q:", " a")):
         assert ids(ours, example)[-1] == end and ours.decode(ids(ours, example)).count("</s>") == 1
     spoken = Conversation((Message("user", "a"), Message("assistant", "b")))
-    assert ours._turn(spoken, 1, 0).ids[-1] == turn
+    assert ours._turn(spoken, 1, 0, Shown("", 0))[0].ids[-1] == turn
 
 
 def test_the_end_of_a_turn_ends_text_if_asked(tmp_path):

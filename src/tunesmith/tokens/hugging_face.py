@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 from tunesmith.data.formats import Conversation, Message
@@ -28,6 +29,10 @@ SPOKEN = Conversation(tuple(Message(role, "zq") for role in ("user", "assistant"
 RULES = 4  # part of every fingerprint: change it when unchanged data would give other ids or targets
 
 
+MOST_PARTS = 4096
+"""Parts of texts whose ids are kept."""
+
+
 class Vocabulary:
     """The ids and texts of a Hugging Face tokenizer, and which of its tokens are control tokens."""
 
@@ -41,6 +46,8 @@ class Vocabulary:
         self.control = re.compile("|".join((SURROGATES, *marks)))
         self.control_ids = frozenset(id for id, token in added.items() if token.special)
         self.size = max(len(self.tokenizer), *(id + 1 for id in added), 0)
+        self._starts = self._independent_starts(self.tokenizer.is_fast)
+        self._known: dict[str, list[int]] = {}  # ids of parts that were encoded before
         self.bos: int | None = self.tokenizer.bos_token_id
         self.eos: int | None = self.tokenizer.eos_token_id
         self.unknown: int | None = self.tokenizer.unk_token_id
@@ -53,7 +60,42 @@ class Vocabulary:
         )
 
     def encode(self, text: str) -> list[int]:
+        """Ids of ``text``. A part that begins with a control token is encoded once: the context of an answer
+        is the one of the answer before it, and more."""
+        if self._starts is None:
+            return self._encoded(text)
+        places = [match.start() for match in self._starts.finditer(text)]
+        ids = self._encoded(text[: places[0]]) if places and places[0] else []
+        for start, end in pairwise([*places, len(text)]):
+            part = text[start:end]
+            if part not in self._known:
+                if len(self._known) == MOST_PARTS:
+                    self._known.clear()
+                self._known[part] = self._encoded(part)
+            ids += self._known[part]
+        return ids if places else self._encoded(text)
+
+    def _encoded(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _independent_starts(self, is_fast: bool) -> re.Pattern[str] | None:
+        """Control tokens at which a text can be cut, and its parts encoded each by itself; None if there are
+        none. A fast tokenizer finds these before it normalises or splits what stands between them. It must
+        not take white space from before them, and no other added token may reach across their beginning."""
+        if not is_fast:
+            return None
+        added = list(self.tokenizer.added_tokens_decoder.items())
+        texts = [token.content for _, token in added]
+        starts = [
+            token.content
+            for id, token in added
+            if token.special
+            and not (token.normalized or token.lstrip or token.single_word)
+            and self._encoded(token.content) == [id]
+            and not any(_reaches_across(text, token.content) for text in texts)
+        ]
+        marks = sorted(starts, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, marks))) if marks else None
 
     @property
     def content(self) -> str:
@@ -61,6 +103,14 @@ class Vocabulary:
         if self.tokenizer.is_fast:
             return self.tokenizer.backend_tokenizer.to_str()
         return json_text(self.tokenizer.get_vocab())
+
+
+def _reaches_across(text: str, mark: str) -> bool:
+    """Whether ``text`` can stand in a text so that it begins before ``mark`` and ends in or behind it."""
+    if mark[0] not in text[1:]:
+        return False
+    ends = (text[place:] for place in range(1, len(text)))
+    return any(end.startswith(mark) or mark.startswith(end) for end in ends)
 
 
 class HFRenderer(Renderer):

@@ -151,6 +151,13 @@ class Turn(NamedTuple):
     notes: tuple[str, ...]
 
 
+class Shown(NamedTuple):
+    """``messages``: how many messages ``text`` is known to show."""
+
+    text: str
+    messages: int
+
+
 _SURROGATES = re.compile(SURROGATES)
 _LEFT_OUT, _ALONE = "words beside calls left out", "words beside calls learned in a row of their own"
 _Made = TypeVar("_Made")
@@ -445,7 +452,11 @@ class Renderer(ABC):
 
         start: the message that follows the system messages; older ones are left out.
         """
-        turns = [self._turn(conversation, place, start) for place in learned]
+        turns: list[Turn] = []
+        shown = Shown("", 0)
+        for place in learned:
+            turn, shown = self._turn(conversation, place, start, shown)
+            turns.append(turn)
         nested = all(later.ids[: len(turn.ids)] == turn.ids for turn, later in pairwise(turns))
         turns[0] = turns[0]._replace(notes=turns[0].notes + (SPLIT,) * (not nested) + (CUT,) * (start > 0))
         return [turns] if nested else [[turn] for turn in turns]
@@ -465,8 +476,9 @@ class Renderer(ABC):
                 break
         return [*(self._fit(conversation, earlier, cut) if earlier else []), *groups]
 
-    def _turn(self, conversation: Conversation, place: int, start: int) -> Turn:
-        """The answer ``messages[place]`` after the system messages and those from ``start`` on, checked."""
+    def _turn(self, conversation: Conversation, place: int, start: int, earlier: Shown) -> tuple[Turn, Shown]:
+        """The answer ``messages[place]`` after the system messages and those from ``start`` on, checked.
+        earlier: of an answer before it."""
         message = conversation.messages[place]
         system = [older for older in conversation.messages[:start] if older.role == "system"]
         before = replace(conversation, messages=(*system, *conversation.messages[start:place]))
@@ -487,7 +499,8 @@ class Renderer(ABC):
         if bos is not None and (ids[0] != bos or ids.count(bos) != 1):
             raise Refused("bos", f"{ids.count(bos)} BOS tokens; there must be one, at the start")
         notes = self._same(said, wrote) + (REASONED,) * bool(thought_of(message.content).reasoning)
-        for other in before.messages:
+        checked = earlier.messages if text.startswith(earlier.text) else 0
+        for other in before.messages[checked:]:
             _present(other, text, history=True)
         _present(message, said, history=False)
         tools = [cast(dict[str, Any], tool)["function"] for tool in shown.tools]
@@ -502,7 +515,7 @@ class Renderer(ABC):
             notes += ("a declared tool is not written in full by the template",)
         if bos is None and self.bos_id is not None and self.bos_id not in ids:
             notes += ("no BOS: the tokenizer has one, the template writes none",)
-        return Turn(place, ids, len(prompt), notes)
+        return Turn(place, ids, len(prompt), notes), Shown(text, len(shown.messages))
 
     def _continue(self, prompt: list[int], rest: str, whole: list[int]) -> list[int]:
         """The ids of prompt and rest: ``whole`` (both encoded as one text) if it begins with the prompt, else
