@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 import tiny
 import tunesmith
+from tunesmith.data.formats import Conversation, Message
 from tunesmith.exports import fidelity
 from tunesmith.model import kernels
 from tunesmith.runs import opening
@@ -115,3 +116,15 @@ def test_llama_cpp_applies_an_exported_adapter(tmp_path):
     for length in (3, 17, 40):
         logprobs = other.logprobs(ids[:length], size)
         assert np.abs(logprobs - expected[length - 1]).max() <= 1e-4
+
+
+def test_llama_cpp_reads_mistral_v3_s_turns_as_they_were_trained(tmp_path):
+    base = tiny.write_mistral(tmp_path / "base")
+    run = trained(tmp_path, base)
+    other = LlamaCpp(exported(run, "gguf-f16"))
+    renderer = opening.find(run).open().renderer
+    turns = ("my note", "the cat  sat", "on a\nmat")
+    roles = ("user", "assistant", "user")
+    messages = tuple(Message(role, words) for role, words in zip(roles, turns, strict=True))
+    expected = renderer.prompt(Conversation(messages))
+    assert other.ids("[INST] my note[/INST] the cat  sat</s>[INST] on a\nmat[/INST]") == expected

@@ -33,6 +33,7 @@ from tunesmith.model.gguf.reading import GGUFModel
 from tunesmith.model.loading import Loaded, ModelSpec
 from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
+from tunesmith.tokens.renderers import MistralRenderer
 
 INSIDE = "language_model."
 """Where a model for several media holds its text model."""
@@ -164,7 +165,9 @@ def _remarks(tuned: Tuned, path: Path) -> tuple[str, ...]:
     numbers, window = windows.windowed_layers(config)
     if numbers and config["model_type"] != "gemma2" and window < config["max_position_embeddings"]:
         remarks.append(f"llama.cpp ignores the sliding window of {window} tokens: longer texts differ")
-    if "tokenizer.chat_template" not in GGUFReader(path).fields:
+    if isinstance(tuned.renderer, MistralRenderer):
+        remarks.append("start it with --chat-template mistral-v3: it gives the ids of training")
+    elif "tokenizer.chat_template" not in GGUFReader(path).fields:
         remarks.append("the base has no chat template to put into the file: name one to the program")
     return tuple(remarks)
 

@@ -27,6 +27,9 @@ from tunesmith.model.gguf.tokenizer import (
 )
 
 PREFIX = "tokenizer.ggml."
+INSTRUCTION = "[INST]"
+"""Token 3 of Mistral v3. Its templates write the space before words, which llama.cpp would write once more
+after each control token."""
 CUT_PROBES = (
     PROBE,
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) ✅ 🦙🦙 3 33 333 3333 33333 3.3 3..3",
@@ -172,6 +175,7 @@ def _scored(folder: Path, content: dict[str, Any], tokens: list[str], kinds: lis
             scores[index] = score
     parts = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
     prefix = '"Prepend"' in parts or '"prepend_scheme": "first"' in parts or '"always"' in parts
+    prefix = prefix and tokens[3:4] != [INSTRUCTION]
     return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
 
 
@@ -189,7 +193,7 @@ def _of_sentencepiece(folder: Path) -> Values:
         "tokens": [token for token, _, _ in pieces],
         "scores": [score for _, score, _ in pieces],
         "token_type": [kind for _, _, kind in pieces],
-        "add_space_prefix": True,
+        "add_space_prefix": pieces[3][0] != INSTRUCTION,
         "add_bos_token": True,
         "add_eos_token": False,
     }
