@@ -230,7 +230,8 @@ def test_an_artefact_that_is_there_is_not_overwritten_and_a_wrong_kind_lists_all
     with pytest.raises(tunesmith.errors.DataError, match="exists already"):
         tunesmith.export(run, to="hf", out=tmp_path / "out")
     with pytest.raises(
-        tunesmith.errors.ConfigError, match="gguf-q8_0, hf, mlx, mlx-4bit, mlx-8bit, mlx-merged, peft"
+        tunesmith.errors.ConfigError,
+        match=r"gguf-q8_0, hf, mlx, mlx-4bit, mlx-8bit, mlx-merged, ollama, .*peft",
     ):
         tunesmith.export(run, to="onnx")
 

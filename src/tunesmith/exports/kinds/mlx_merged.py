@@ -99,6 +99,7 @@ def _join_rows(net: nn.Module) -> int | None:
     if there are none."""
     merging.merge(net)
     tables: dict[str, nn.Module] = {}
+    sizes: list[int] = []
     dense = weights.dense(net)
     for name, module in net.named_modules():
         if isinstance(module, ExtendedEmbedding | ExtendedHead):
@@ -112,8 +113,9 @@ def _join_rows(net: nn.Module) -> int | None:
                 table.bias = dense[f"{name}.bias"]()
             table.weight = weight
             tables[name] = table
+            sizes.append(size)
     net.update_modules(tree_unflatten(list(tables.items())))
-    return max((len(table.weight) for table in tables.values()), default=None)
+    return max(sizes, default=None)
 
 
 @register
