@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check lint parity real clean
+.PHONY: demo test check lint parity real sweep clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tunesmith.demo
@@ -27,6 +27,9 @@ parity: $(INSTALLED)
 
 real: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'real and not parity' -n 2 --dist loadfile
+
+sweep: $(INSTALLED)
+	$(BIN)/python -m pytest -m sweep -n 2
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
