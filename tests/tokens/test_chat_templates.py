@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tunesmith.data.formats import Call, Conversation, Demonstration, Message
 from tunesmith.errors import ConfigError, ModelError, TemplateError
+from tunesmith.machine.ranks import Ranks
 from tunesmith.tokens import template
 from tunesmith.tokens.first_rules import FirstRules
 from tunesmith.tokens.hugging_face import Vocabulary
@@ -523,6 +524,12 @@ def test_the_date_is_that_of_the_run(made):
     assert begun.fingerprint != renderer.fingerprint
     days = [date(2024, 1, 1), date(2024, 1, 2)]
     assert len({made(PLAIN, recorded=Recorded("another", day, False)).fingerprint for day in days}) == 1
+
+
+def test_a_rank_that_starts_after_midnight_has_the_day_of_the_first(monkeypatch):
+    ranks = Ranks(None, 1, 2)
+    monkeypatch.setattr(Ranks, "from_first", lambda self, text: "2024-07-26")
+    assert Recorded.on_first_rank(ranks) == Recorded(None, date(2024, 7, 26), False)
 
 
 def test_a_run_of_0_1_0_keeps_its_rules(made):

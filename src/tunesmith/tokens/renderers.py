@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 
 from tunesmith.data.formats import Conversation, Message
 from tunesmith.errors import ConfigError, ModelError, TunesmithError
+from tunesmith.machine.ranks import Ranks
 from tunesmith.tokens.chat_templates import Choices, openai
 from tunesmith.tokens.first_rules import FirstRules
 from tunesmith.tokens.hugging_face import HFRenderer
@@ -134,6 +135,12 @@ class Recorded(NamedTuple):
     def now(cls) -> Recorded:
         """Of a run that begins now."""
         return cls(None, datetime.now(UTC).date(), False)
+
+    @classmethod
+    def on_first_rank(cls, among: Ranks) -> Recorded:
+        """Of a run that begins now, on the first rank's day: another rank may start after midnight."""
+        own = cls.now()
+        return own._replace(day=date.fromisoformat(among.from_first(own.day.isoformat())))
 
 
 def load(path: Path | str, spec: TemplateSpec | None = None, recorded: Recorded | None = None) -> Renderer:

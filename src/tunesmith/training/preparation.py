@@ -142,7 +142,7 @@ def prepare(
     """Read, split, render, audit and plan, without loading weights. audited: these rows were audited when the
     run began. recorded: of the run that is resumed. Raises DataError, TemplateError, or ModelError for an id
     that the model does not know."""
-    is_new = recorded is None
+    is_new = recorded is None or recorded.fingerprint is None
     recorded = recorded or Recorded.now()
     sources = _read(config, notify)
     folder = loading.resolve(

@@ -28,6 +28,7 @@ from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import AUDIT, REFERENCE, Run, name, require_free
 from tunesmith.settings.config import flat
 from tunesmith.tokens.batches import Group
+from tunesmith.tokens.renderers import Recorded
 from tunesmith.training import gradients, preparation, recording, reference, saving
 from tunesmith.training.interruption import before_training, interruptible
 from tunesmith.training.loop import Loop
@@ -55,7 +56,7 @@ def train(
     # 1. Settings and machine
     config = _checked(config, out, resume, among, notes, hear)
     # 2. Files → examples → audit → tokens → groups → plan of updates
-    recorded = manifest.recorded(resume) if resume else None
+    recorded = manifest.recorded(resume) if resume else Recorded.on_first_rank(among)
     audited = resume is not None and (resume.path / AUDIT).exists()
     prepared = preparation.prepare(config, hear, audited=audited, recorded=recorded)
     _warn_of_warmup(config, prepared, hear)
