@@ -44,6 +44,12 @@ def test_a_number_beyond_the_range_is_read_of_a_run_and_refused_of_a_user(tmp_pa
         configure.configure(model="m", data=["x"], sets=[f"{key}={BEYOND[key]}"])
 
 
+@pytest.mark.parametrize("key", BEYOND)
+def test_a_number_beside_the_settings_of_a_run_is_a_users(tmp_path, key):
+    with pytest.raises(ConfigError, match=f"--set: {key}: must be"):
+        configure.configure(config=[written(tmp_path)], sets=[f"{key}={BEYOND[key]}"])
+
+
 def test_what_no_user_may_set_no_run_may_have_recorded(tmp_path):
     path = written(tmp_path)
     path.write_text(path.read_text().replace("learning_rate: 0.0001", "learning_rate: -1.0"))

@@ -64,7 +64,8 @@ Texts = Annotated[
 
 @dataclass(frozen=True)
 class Sensible:
-    """Annotates a number: the range that a user may set. A run that recorded a number beyond it is read."""
+    """Annotates a number: the range that a user may set. A run that recorded a number beyond it is read:
+    pydantic's context then names the field."""
 
     ge: float | None = None
     le: float | None = None
@@ -79,17 +80,13 @@ class Sensible:
         return handler(schema) | {name: limit for name, limit in limits.items() if limit is not None}
 
     def _checked(self, value: float | None, info: ValidationInfo) -> float | None:
-        if value is None or info.context is _RECORDED:
+        if value is None or info.field_name in (info.context or ()):
             return value
         if self.ge is not None and value < self.ge:
             raise PydanticKnownError("greater_than_equal", {"ge": self.ge})
         if self.le is not None and value > self.le:
             raise PydanticKnownError("less_than_equal", {"le": self.le})
         return value
-
-
-_RECORDED = {"recorded": True}
-"""Pydantic's context while the settings of a run are read."""
 
 
 class Spec(BaseModel):
@@ -194,15 +191,15 @@ def load(
     recorded: Collection[Path] = (),
 ) -> Resolved[S]:
     """All layers as one checked spec. ``overrides``: key path → (value, origin), from flags such as
-    ``--model``. ``recorded``: those of ``files`` that runs have written. They may be long, and numbers need
-    not be `Sensible` then.
+    ``--model``. ``recorded``: those of ``files`` that runs have written. They may be long, and their numbers
+    need not be `Sensible`.
 
     Raises ConfigError: immediately if a text is not readable as YAML; otherwise one error lists every unknown
     key, missing key, and value of a wrong type or out of range."""
     for name in sorted(environ.keys() - EXEMPT):
         if name.startswith(PREFIX) and (near := difflib.get_close_matches(name, EXEMPT, n=1, cutoff=0.95)):
             raise ConfigError("is no setting", where=name, hint=f"did you mean {near[0]}?")
-    layers = _Layers(root, _RECORDED if recorded else None)
+    layers = _Layers(root, frozenset(map(str, recorded)))
     if preset is not None:
         layers.add(([], read(preset_file(preset), lambda line: f"preset {preset}")))
     for path in files:
@@ -469,8 +466,8 @@ def _assignment(text: str) -> tuple[list[str], Node]:
 class _Layers:
     """The settings while layers are added, lowest first, and the problems found so far."""
 
-    def __init__(self, root: type[Spec], context: dict[str, bool] | None = None) -> None:
-        self.context = context
+    def __init__(self, root: type[Spec], recorded: frozenset[str] = frozenset()) -> None:
+        self.recorded = recorded  # files of runs
         self.shape = _Shape({"": root}, "", optional=False)
         self.tree = Node(self.shape.block(""), "default")
         self.problems: list[ConfigError] = []
@@ -575,8 +572,13 @@ class _Layers:
             values[name] = plain(child)
             if shape and isinstance(child.value, dict):
                 values[name] = self.build(shape.member(child), child, _join(key, name)) or _FAILED
+        recorded = {
+            name: True
+            for name, child in node.value.items()
+            if child.origin.rpartition(":")[0] in self.recorded
+        }
         try:
-            return model.model_validate(values, context=self.context)
+            return model.model_validate(values, context=recorded)
         except ValidationError as error:
             first = {detail["loc"][:1]: detail for detail in reversed(error.errors(include_url=False))}
             for name, detail in reversed(first.items()):
