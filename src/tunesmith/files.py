@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -135,6 +135,20 @@ def _is_older(draft: Path, seconds: float) -> bool:
     except FileNotFoundError:  # it is being written or removed
         return False
     return time.time() - max(changed) > seconds
+
+
+def is_linked(path: Path, folder: Path) -> bool:
+    """Whether a symbolic link leads from ``folder`` to ``path`` below it."""
+    return path.resolve() != folder.resolve() / path.relative_to(folder)
+
+
+def distinct(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Of several paths below ``folder`` to the same place, only one: rather one without a link."""
+    chosen: dict[Path, Path] = {}
+    for path in sorted(paths, key=lambda path: is_linked(path, folder)):
+        chosen.setdefault(path.resolve(), path)
+    retained = set(chosen.values())
+    return [path for path in paths if path in retained]
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tunesmith.errors import ConfigError
 from tunesmith.runs import tags
 from tunesmith.runs.directory import Run
 from tunesmith.runs.pruning import prune
+from tunesmith.runs.registry import is_training, list_runs
 
 
 def proposed(folder: Path, **options) -> set[str]:
@@ -67,7 +70,9 @@ def test_a_checkpoint_from_which_another_run_starts_stays(folder):
 
 
 def test_a_run_that_another_uses_stays_although_it_failed_and_was_moved(folder):
-    failed = planted.run(folder / "failed", status="failed")
+    failed = planted.run(folder / "failed", status="failed", seed=5)
+    planted.run(folder / "again", day=2, seed=5)
+    assert "failed" in proposed(folder)
     planted.run(folder / "b", start=failed / "checkpoints" / "000010", seed=2)
     assert "failed" not in proposed(folder)
     failed.rename(folder / "renamed")
@@ -81,8 +86,9 @@ def test_the_user_may_have_a_damaged_manifest(folder):
 
 
 @pytest.mark.parametrize("steps", [(), (10,)])
-@pytest.mark.parametrize(("status", "goes"), [("failed", (True, True)), ("interrupted", (True, False))])
+@pytest.mark.parametrize(("status", "goes"), [("failed", (True, False)), ("interrupted", (True, False))])
 def test_failed_runs_and_those_without_a_checkpoint_can_go(folder, status, goes, steps):
+    """A full disk is a failure too: a run with a checkpoint goes on once there is room."""
     planted.run(folder / "b", status=status, steps=steps)
     assert ("b" in proposed(folder)) is goes[len(steps)]
 
@@ -127,7 +133,8 @@ def test_a_training_that_begins_after_the_proposal_is_not_disturbed(folder):
 
 
 def test_a_checkpoint_or_run_that_another_process_reads_stays(folder):
-    failed = planted.run(folder / "failed", status="failed")
+    failed = planted.run(folder / "failed", status="failed", seed=5)
+    planted.run(folder / "again", day=2, seed=5)
     handles = [os.open(failed / "checkpoints" / "000010", os.O_RDONLY)]
     handles.append(os.open(folder / "a" / "checkpoints" / "000010", os.O_RDONLY))
     for handle in handles:
@@ -167,9 +174,129 @@ def test_the_verb_lists_and_deletes_on_request(folder):
     planted.run(folder / "failed", status="failed", steps=())
     words = ["runs", "prune", "--folder", str(folder)]
     listed = CliRunner().invoke(app, words, catch_exceptions=False).stdout
-    assert "its training failed" in listed and "--delete" in listed and (folder / "failed").is_dir()
+    assert (
+        "it failed before its first checkpoint" in listed
+        and "--delete" in listed
+        and (folder / "failed").is_dir()
+    )
     content = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert len(content["proposed"]) == 3 and content["deleted"] == []
     gone = CliRunner().invoke(app, [*words, "--delete"], catch_exceptions=False)
     assert gone.exit_code == 0 and "are free now" in gone.stdout and not (folder / "failed").exists()
     assert CliRunner().invoke(app, words).stdout == "nothing can go\n"
+
+
+@pytest.mark.parametrize("name", ["0-latest", "latest"])
+def test_a_link_beside_a_run_is_not_a_second_run(folder, name):
+    (folder / name).symlink_to("a")
+    assert [run.name for run in list_runs(folder)] == ["a"]
+    assert proposed(folder, only=["run"]) == set()
+    prune(folder, delete=True)
+    assert Run(folder / "a").checkpoints() == [20, 40]
+
+
+def test_nothing_of_a_run_that_is_reached_by_a_link_can_go(folder, tmp_path):
+    planted.run(tmp_path / "elsewhere" / "failed", status="failed", steps=())
+    (folder / "linked").symlink_to(tmp_path / "elsewhere" / "failed")
+    (folder / "sweep").symlink_to(tmp_path / "elsewhere")
+    assert proposed(folder, only=["run"]) == set()
+
+
+def test_neither_a_run_nor_its_copy_can_go(folder):
+    shutil.copytree(folder / "a", folder / "copy")
+    assert proposed(folder, only=["run"]) == set()
+
+
+def test_what_is_left_of_a_run_that_could_not_be_deleted_is_named(folder, monkeypatch):
+    planted.run(folder / "failed", status="failed", steps=())
+
+    def fail(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    ((_, why),) = prune(folder, delete=True, only=["run"]).refused
+    assert "Permission denied: what is left lies in" in why and Path(why.split(" in ")[-1]).is_dir()
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize(
+    ("key", "replacement"),
+    [
+        ("model", "path: {}"),
+        ("model", "path: /models/smol\n  tokenizer: {}"),
+        ("data", "train: [{}]"),
+        ("data", "train: [/rows]\n  valid: [{}]"),
+    ],
+)
+def test_a_run_whose_export_or_data_another_names_in_its_settings_stays(folder, key, replacement, absolute):
+    planted.run(folder / "old", seed=5)
+    planted.run(folder / "new", day=2, seed=5)
+    config = planted.run(folder / "b", seed=2) / "config.yaml"
+    assert proposed(folder, only=["run"]) == {"old"}
+    named = (folder if absolute else Path("runs")) / "old" / "exports" / "hf"
+    line = {"model": "path: /models/smol", "data": "train: [/data/rows.jsonl]"}[key]
+    config.write_text(config.read_text().replace(line, replacement.format(named)))
+    assert proposed(folder, only=["run"]) == set()
+
+
+def test_a_cache_that_another_run_names_stays(folder):
+    cache = folder / "a" / "exports" / "hf.rejected"
+    cache.mkdir(parents=True)
+    assert proposed(folder, only=["cache"]) == {"a/exports/hf.rejected"}
+    planted.run(folder / "b", model=str(cache))
+    assert proposed(folder, only=["cache"]) == set()
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_run_with_an_export_that_was_accepted_stays(folder, accepted):
+    planted.export(planted.run(folder / "old", seed=5), "hf", accepted=accepted)
+    planted.run(folder / "new", day=2, seed=5)
+    assert proposed(folder, only=["run"]) == (set() if accepted else {"old"})
+
+
+def test_without_locks_nothing_is_deleted_and_training_is_still_seen(folder, monkeypatch):
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    failed = planted.run(folder / "failed", status="failed", steps=())
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with Run(folder / "a").lock():
+        assert is_training(folder / "a")
+        refused = dict(prune(folder, delete=True).refused)
+        assert is_training(folder / "a")
+    assert "another process is training" in refused[folder / "a" / "checkpoints" / "000010"]
+    assert "no locks" in refused[failed] and failed.is_dir()
+    assert Run(folder / "a").checkpoints() == [10, 20, 30, 40] and not is_training(folder / "a")
+
+
+def test_what_was_refused_is_not_free(folder):
+    failed = planted.run(folder / "failed", status="failed", steps=())
+    (failed / "events.jsonl").write_bytes(bytes(3_000_000))
+    handle = os.open(failed / ".lock", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    words = ["runs", "prune", "--folder", str(folder), "--only", "run", "--delete"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    os.close(handle)
+    assert result.exit_code == 3 and "0.0 MB are free now" in result.stdout
+
+
+def test_a_cache_that_stays_is_not_reported_as_deleted(folder, monkeypatch):
+    cache = folder / "a" / "frozen"
+    cache.mkdir()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    result = prune(folder, only=["cache"], delete=True)
+    assert not result.deleted and "Permission denied" in result.refused[0][1] and cache.is_dir()
+
+
+def test_a_run_beside_the_pruned_folder_is_a_user(folder, tmp_path, monkeypatch):
+    old = planted.run(folder / "sweep" / "old", seed=5)
+    planted.run(folder / "sweep" / "new", day=2, seed=5)
+    assert proposed(folder / "sweep") == {"old"}
+    planted.run(folder / "b", start=old / "checkpoints" / "000010")
+    assert proposed(folder / "sweep") == set()
+    monkeypatch.chdir(tmp_path)
+    assert proposed(Path("runs/sweep")) == set()

@@ -51,6 +51,7 @@ def test_runs_one_folder_deeper_and_nothing_else_are_listed(folder):
     planted.run(folder / ".draft")
     (folder / "notes").mkdir()
     (folder / "notes.txt").write_text("")
+    (folder / "loop").symlink_to("loop")
     assert sorted(names(list_runs(folder))) == ["deep", "first", "second", "third"]
 
 

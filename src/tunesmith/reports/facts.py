@@ -26,11 +26,11 @@ from tunesmith.runs import artefacts, records
 from tunesmith.runs.artefacts import Exported
 from tunesmith.runs.directory import (
     AUDIT,
-    CHECKPOINTS,
     COMPOSED,
     CONFIG,
     DROPPED,
     EVENTS,
+    INDEX,
     MANIFEST,
     ORIGIN,
     PLAN,
@@ -543,7 +543,7 @@ def _dropped(path: Path) -> DroppedRows:
 
 
 def _checkpoints(run_dir: Path) -> CheckpointIndex | None:
-    return _load(run_dir / CHECKPOINTS / "index.json", CheckpointIndex, REMOVE)
+    return _load(run_dir / INDEX, CheckpointIndex, REMOVE)
 
 
 def _load(path: Path, kind: type[T], hint: str) -> T | None:

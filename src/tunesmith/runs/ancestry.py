@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired
@@ -168,6 +169,27 @@ def _parents(entries: Mapping[str, Any], where: str, depth: int = 0) -> tuple[Pa
             checkpoint = Path(entry["checkpoint"])
             found.append(Parent(role, checkpoint, entry.get("sha256"), above, entry.get("weight")))
     return tuple(found)
+
+
+def named_paths(run: Path) -> Iterator[Path]:
+    """The paths in the run's settings, such as its base, tokenizer and data; nothing if the settings cannot
+    be read. Where a relative path began is not recorded: it is taken from the current folder and from each
+    folder around the run."""
+    try:
+        waiting = [origins.skim(run / CONFIG)]
+    except TunesmithError:
+        return
+    around = (Path.cwd(), *run.resolve().parents)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and "/" in value:
+            with suppress(OSError, ValueError, RuntimeError):  # it is not a path
+                for path in dict.fromkeys(folder / Path(value).expanduser() for folder in around):
+                    yield path.resolve()
 
 
 class Use(NamedTuple):

@@ -18,7 +18,7 @@ from tunesmith.data.sources import sha256
 from tunesmith.errors import CorruptCheckpoint, DataError
 from tunesmith.events import Notice, Sink, silent
 from tunesmith.files import checked, draft, draft_name, read_json, remove, write_json
-from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS, CHECKPOINTS, CURSOR, OPTIMIZER, Run
+from tunesmith.runs.directory import ADAPTER_CONFIG, ADAPTERS, CHECKPOINTS, CURSOR, INDEX, OPTIMIZER, Run
 
 if TYPE_CHECKING:
     from tunesmith.runs.config import LoopSpec
@@ -67,7 +67,7 @@ def retain(run: Run, cursor: Cursor, spec: LoopSpec) -> None:
         if step not in retained:
             _remove(run.checkpoint(step))
     write_json(
-        run.path / CHECKPOINTS / "index.json",
+        run.path / INDEX,
         {
             "last": steps[-1] if steps else None,
             "best": cursor.best_step,
@@ -83,7 +83,7 @@ def discard(run: Run, folder: Path) -> None:
     _remove(folder)
     if folder.exists():
         raise DataError("another process uses it", where=str(folder))
-    index = run.path / CHECKPOINTS / "index.json"
+    index = run.path / INDEX
     content = read_json(index, dict[str, Any], DataError, None)
     steps = run.checkpoints()
     write_json(index, content | {"kept": [step for step in content.get("kept", steps) if step in steps]})

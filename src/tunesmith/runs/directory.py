@@ -47,6 +47,7 @@ DATA, EVALS, EXPORTS, CHECKPOINTS, FROZEN, REFERENCE = (
 )
 DROPPED, VALID, SHOWN, PLAN = "data/dropped.jsonl", "data/valid.jsonl", "data/rendered.json", "data/plan.json"
 AUDIT = "data/audit.json"
+INDEX = "checkpoints/index.json"
 ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, CURSOR = (
     "adapters.safetensors",
     "adapter_config.json",
@@ -290,9 +291,8 @@ class Run:
                 handle.seek(0)
                 yield handle.read(200).strip() or "an unknown process"
                 return
-            except OSError:  # a file system without locks
-                yield None
-                return
+            except OSError:  # a file system without locks: the line below still says who trains
+                pass
             with suppress(OSError):  # a full disk: who holds the lock is then not said
                 handle.truncate(0)
                 handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")

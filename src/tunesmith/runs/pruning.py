@@ -1,8 +1,9 @@
 """What can be removed to make room, without losing what anybody needs?
 
-Proposed are checkpoints of finished runs that are neither best nor last, runs that failed, ended before their
-first checkpoint or were done again, and caches. Nothing is proposed of a run that has a tag, is being trained
-or is damaged, and no checkpoint or run that another run under the folder uses."""
+Proposed are checkpoints of finished runs that are neither best nor last, runs that ended before their first
+checkpoint or were done again, and caches. Nothing is proposed of a run that has a tag, is being trained, is
+damaged or is reached by a link, nothing that another run under the folder or beside it uses, and no run with
+an export that was accepted."""
 
 from __future__ import annotations
 
@@ -16,12 +17,20 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.files import draft_name, read_json, remove
-from tunesmith.runs import checkpoints, tags
-from tunesmith.runs.ancestry import Use, by_user
+from tunesmith.files import draft_name, is_linked, read_json
+from tunesmith.runs import artefacts, checkpoints, tags
+from tunesmith.runs.ancestry import Use, by_user, named_paths
 from tunesmith.runs.artefacts import REJECTED
-from tunesmith.runs.directory import CHECKPOINTS, CONFIG, EVALS, EXPORTS, FROZEN, RESTORE, Run
-from tunesmith.runs.registry import FINISHED, INDEX, ListedCheckpoints, RegisteredRun, folders, read, size
+from tunesmith.runs.directory import CHECKPOINTS, CONFIG, EVALS, EXPORTS, FROZEN, INDEX, RESTORE, Run
+from tunesmith.runs.registry import (
+    FINISHED,
+    ListedCheckpoints,
+    RegisteredRun,
+    folders,
+    is_training,
+    read,
+    size,
+)
 from tunesmith.runs.tags import FOLDER
 from tunesmith.settings.config import JSON
 
@@ -83,18 +92,41 @@ def prune(folder: str | Path = FOLDER, *, delete: bool = False, only: Sequence[s
 
 
 def _proposed(folder: Path) -> Iterator[Prunable]:
-    paths = folders(folder)
-    uses = by_user(paths)
+    paths = [path for path in folders(folder) if not is_linked(path, folder)]
+    users = _possible_users(folder)
+    uses = by_user(users)
+    used = _used_by_settings(paths, users)
     runs = [run for run in map(read, paths) if not (run.tags or run.faults or run.state == "running")]
     newer = _newest_of_same(runs)
     for run in runs:
         mine = [use for use in uses if use.owner == run.path.resolve()]
-        why = None if mine else _why_run(run, newer)
+        inside = used.get(run.path.resolve(), ())
+        why = None if mine or inside else _why_run(run, newer)
         if why is not None:
             yield Prunable("run", run.path, run.path, why, run.size_bytes)
         elif run.state in FINISHED:
-            yield from _checkpoints(run, mine)
-            yield from _caches(run)
+            for item in (*_checkpoints(run, mine), *_caches(run)):
+                if not any(place.is_relative_to(item.path.resolve()) for place in inside):
+                    yield item
+
+
+def _possible_users(folder: Path) -> list[Path]:
+    """The runs under ``folder``, and those around it: under ``./runs`` if it lies there, else beside it."""
+    folder = folder.resolve()
+    runs = Path(FOLDER).resolve()
+    around = folders(runs if runs in folder.parents else folder.parent)
+    return list({path.resolve(): path for path in (*folders(folder), *around)}.values())
+
+
+def _used_by_settings(paths: Sequence[Path], users: Sequence[Path]) -> Mapping[Path, Sequence[Path]]:
+    """Run → what the settings of other runs name inside it."""
+    used: dict[Path, list[Path]] = {path.resolve(): [] for path in paths}
+    for user in users:
+        for place in named_paths(user):
+            for owner in (place, *place.parents):
+                if owner in used and owner != user.resolve():
+                    used[owner].append(place)
+    return used
 
 
 def _newest_of_same(runs: Sequence[RegisteredRun]) -> Mapping[Path, RegisteredRun]:
@@ -113,13 +145,15 @@ def _identity(path: Path) -> tuple[bytes, str]:
 
 
 def _why_run(run: RegisteredRun, newer: Mapping[Path, RegisteredRun]) -> str | None:
+    """Why the whole run can go, or None if it cannot."""
+    exports, unreadable = artefacts.read(run.path)
+    if unreadable or any(artefact.accepted for artefact in exports):
+        return None
     again = newer.get(run.path)
-    if again is not None and again.path != run.path and (again.created or "") >= (run.created or ""):
+    if again is not None and (again.created or "") > (run.created or ""):
         return f"{again.name} has the same settings and inputs, and is newer"
-    if run.state == "failed":
-        return "its training failed"
-    if run.state in ("died", "interrupted") and not Run(run.path).checkpoints():
-        return "it ended before its first checkpoint"
+    if run.state in ("failed", "died", "interrupted") and not Run(run.path).checkpoints():
+        return f"it {'failed' if run.state == 'failed' else 'ended'} before its first checkpoint"
     return None
 
 
@@ -132,7 +166,7 @@ def _checkpoints(run: RegisteredRun, uses: Sequence[Use]) -> Iterator[Prunable]:
     needed = {use.parent.checkpoint.name for use in uses}
     for step in steps[:-1]:
         folder = opened.checkpoint(step)
-        if step != best and folder.name not in needed:
+        if step != best and folder.name not in needed and not folder.is_symlink():
             yield Prunable("checkpoint", folder, run.path, "neither best nor last", size(folder))
 
 
@@ -144,13 +178,17 @@ def _caches(run: RegisteredRun) -> Iterator[Prunable]:
     }
     for paths, reason in why.items():
         for path in paths():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 yield Prunable("cache", path, run.path, reason, size(path))
 
 
 def _delete(item: Prunable) -> None:
-    """Raises DataError if the run was tagged, is being trained or is in use by another process."""
+    """Raises DataError if the run was tagged, is being trained or is in use by another process, and if only a
+    part could be deleted."""
     run = Run.open(item.run)
+    if is_training(run.path):  # asked first: the lock writes this process in place of the one that trains
+        raise DataError("another process is training this run", where=str(run.path))
+    _require_locks(run)
     with ExitStack() as stack:
         stack.enter_context(run.lock())
         if tags.read(run.path):
@@ -159,11 +197,35 @@ def _delete(item: Prunable) -> None:
             _require_unused(run, stack)
             aside = draft_name(item.path)
             item.path.rename(aside)
-            shutil.rmtree(aside)
+            _remove(aside)
         elif item.kind == "checkpoint":
             checkpoints.discard(run, item.path)
         else:
-            remove(item.path)
+            _remove(item.path)
+
+
+def _remove(folder: Path) -> None:
+    """Raises DataError if a part of the folder stays."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"{reason}: what is left lies in {folder}", where=str(folder)) from error
+
+
+def _require_locks(run: Run) -> None:
+    """Raises DataError if the file system of the run has no locks, by which other processes say what they
+    use."""
+    handle = os.open(run.path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        what = "its file system has no locks, so another process may use it unseen"
+        raise DataError(what, where=str(run.path)) from error
+    finally:
+        os.close(handle)
 
 
 def _require_unused(run: Run, stack: ExitStack) -> None:
@@ -178,5 +240,3 @@ def _require_unused(run: Run, stack: ExitStack) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError("another process uses it", where=str(place)) from error
-        except OSError:  # a file system without locks
-            continue

@@ -17,14 +17,14 @@ from typing import Any, NotRequired, TypeVar
 from typing_extensions import TypedDict
 
 from tunesmith.errors import ConfigError, DataError, TunesmithError
-from tunesmith.files import checked, read_json
+from tunesmith.files import checked, distinct, read_json
 from tunesmith.runs import tags
-from tunesmith.runs.directory import CHECKPOINTS, CONFIG, EVENTS, MANIFEST, RESTORE, Manifest, Run
+from tunesmith.runs.directory import CHECKPOINTS, CONFIG, EVENTS, INDEX, MANIFEST, RESTORE, Manifest, Run
 from tunesmith.runs.tags import FOLDER
 from tunesmith.settings import origins
 from tunesmith.settings.config import JSON
 
-REPORT, LOCK, INDEX = "report.json", ".lock", f"{CHECKPOINTS}/index.json"
+REPORT, LOCK = "report.json", ".lock"
 FINISHED = ("completed", "stopped_early")
 SORTS = ("created", "name", "model", "objective", "best", "verdict", "state", "size")
 T = TypeVar("T")
@@ -107,13 +107,14 @@ class _Report(TypedDict):
 
 
 def folders(folder: Path) -> list[Path]:
-    """The run directories under ``folder``: its folders and theirs, by name. Raises DataError if it is not a
-    folder."""
+    """The run directories under ``folder``: its folders and theirs, by name. A run with links to it is listed
+    once. Raises DataError if it is not a folder."""
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "there is no such folder"
         hint = "tunesmith train makes runs in ./runs; --folder names another place"
         raise DataError(what, where=str(folder), hint=hint)
-    return [path for child in _children(folder) for path in ([child] if _is_run(child) else _inside(child))]
+    runs = [path for child in _children(folder) for path in ([child] if _is_run(child) else _inside(child))]
+    return distinct(runs, folder)
 
 
 def _children(folder: Path) -> list[Path]:
@@ -121,7 +122,7 @@ def _children(folder: Path) -> list[Path]:
         return sorted(
             Path(entry.path)
             for entry in os.scandir(folder)
-            if not entry.name.startswith(".") and entry.is_dir()
+            if not entry.name.startswith(".") and os.path.isdir(entry.path)
         )
     except OSError:  # no permission
         return []
@@ -133,8 +134,11 @@ def _inside(folder: Path) -> Iterator[Path]:
 
 def _is_run(folder: Path) -> bool:
     """Whether it is a run, or what is left of one."""
-    left_over = (folder / CONFIG).exists() and ((folder / CHECKPOINTS).exists() or (folder / EVENTS).exists())
-    return (folder / MANIFEST).exists() or left_over
+    manifest, config, checkpoints, events = (
+        os.path.exists(folder / name)  # False without permission, where `Path.exists` raises an error
+        for name in (MANIFEST, CONFIG, CHECKPOINTS, EVENTS)
+    )
+    return manifest or (config and (checkpoints or events))
 
 
 def read(path: Path) -> RegisteredRun:

@@ -165,10 +165,10 @@ def render_pruning(pruning: Pruning, screen: Console) -> None:
         screen.print(table)
     for path, why in pruning.refused:
         screen.print(_text(f"not deleted: {path}: {why}"), style="red", soft_wrap=True)
-    total = size(sum(item.size_bytes for item in pruning.deleted or pruning.proposed))
     if not pruning.proposed:
         screen.print("nothing can go")
     elif pruning.deleted or pruning.refused:
-        screen.print(f"{total} are free now")
+        screen.print(f"{size(sum(item.size_bytes for item in pruning.deleted))} are free now")
     else:
+        total = size(sum(item.size_bytes for item in pruning.proposed))
         screen.print(f"{total} can go: the same command with --delete removes them")
