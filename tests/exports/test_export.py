@@ -225,6 +225,29 @@ def test_a_tensor_that_was_left_out_is_named():
     assert lost == ["rounding to the dtype of the base left 40% of the change of the weights"]
 
 
+def test_a_tensor_without_its_change_is_a_reason_also_where_the_rows_do_not_show_it():
+    same = np.log(np.full((4, 8), 1 / 8, dtype=np.float32))
+    measured = fidelity.distances(same, same + np.linspace(-1, 1, 8, dtype=np.float32), same)
+    no_answers = fidelity.Stops(0, 0, 0, 0, ())
+
+    def reasons(carried: Carried, name: str, rounded: float | None = None) -> list[str]:
+        return fidelity.reasons(measured, no_answers, carried, kind.named(name).tolerance, rounded)
+
+    base = {name: np.full(4, 1.0) for name in "abc"}
+    live = {"a": np.full(4, 1.5), "b": np.full(4, 1.001), "c": base["c"]}
+    for name in ("hf", "mlx-4bit", "peft"):
+        missing = fidelity.carried(base, live, {"b": live["b"]})
+        assert reasons(missing, name) == ["tensors without a counterpart: a"]
+        assert reasons(fidelity.carried(base, live, live), name) == []
+    lost = fidelity.carried(base, live, {**live, "a": base["a"]})
+    assert reasons(lost, "hf") == ["1 of 2 changed tensors lost their change: a"]
+    assert reasons(lost, "mlx-4bit") == []
+    faint = fidelity.carried(base, live, {**live, "b": base["b"]})
+    assert reasons(faint, "hf", 0.8) == []  # rounding to bfloat16 may erase so little
+    for name, rounded in (("hf", 1.0), ("gguf-lora", None)):  # nothing was rounded
+        assert reasons(faint, name, rounded) == ["1 of 2 changed tensors lost their change: b"]
+
+
 def test_an_artefact_that_is_there_is_not_overwritten_and_a_wrong_kind_lists_all(run, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(tunesmith.errors.DataError, match="exists already"):

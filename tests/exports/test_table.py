@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import tiny
 import tunesmith
 from tunesmith.cli import app
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.exports import kind
 from tunesmith.exports.table import ExportTable, TableEntry, export_table
 from tunesmith.runs.artefacts import CarriedSummary, Distances, Exported, Stops
@@ -44,6 +44,25 @@ def test_the_table_of_the_command_line_names_the_smallest(run):
     assert (run / "exports" / "mlx-8bit" / "config.json").exists()
     again = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
     assert json.loads(again.stdout) == content  # what was measured is taken as it is
+
+
+def test_only_an_artefact_of_the_same_weights_and_rows_is_taken_as_it_is(run, tmp_path, tiny_model):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))
+    sets = ["loop.steps=12", "optimizer.learning_rate=0.02"]
+    config = tunesmith.configure(model=str(tiny_model), data=[str(rows)], sets=sets)
+    tunesmith.train(config, out=tmp_path / "other")
+    out = tmp_path / "out"
+    made = export_table(run, ["mlx:16"], out=out, rows=2).entries
+    record = json.loads((out / "mlx-merged" / "export.json").read_text())
+    assert record["rows"] == record["rows_limit"] == 2
+    for source, n_rows in ((tmp_path / "other", 2), (run, 64)):
+        with pytest.raises(DataError, match="exists already"):
+            export_table(source, ["mlx:16"], out=out, rows=n_rows)
+    assert export_table(run, ["mlx:16"], out=out, rows=2).entries == made
+    without = {key: value for key, value in record.items() if not key.endswith("_sha256")}
+    (out / "mlx-merged" / "export.json").write_text(json.dumps(without))
+    with pytest.raises(DataError, match="exists already"):  # of an earlier release
+        export_table(run, ["mlx:16"], out=out, rows=2)
 
 
 def test_artefacts_can_be_discarded_once_they_are_measured(run, tmp_path):

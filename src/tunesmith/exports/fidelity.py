@@ -18,7 +18,7 @@ from tunesmith.errors import ExportError, listing
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.evaluate import IMITATED
 from tunesmith.evaluation.statistics import Statistic, TaskStatistics
-from tunesmith.exports.kind import Tolerance
+from tunesmith.exports.kind import UNROUNDED, Tolerance
 from tunesmith.model import abilities, kernels, logprobs
 from tunesmith.runs.artefacts import FAINT, Distances, Stops
 from tunesmith.runs.config import RunConfig
@@ -230,34 +230,38 @@ class Carried:
 
     ``gains``: by tensor, the artefact's change in the direction of the adapter's, 1 if it is whole.
     ``error``: squared length of the difference of the two, as a share of the change, over all tensors.
-    ``missing``: changed tensors that the artefact does not have."""
+    ``missing``: changed tensors that the artefact does not have. ``shares``: by tensor, the length of the
+    adapter's change as a share of the tensor's."""
 
     gains: Mapping[str, float] = field(default_factory=dict)
     error: float = 0.0
     missing: tuple[str, ...] = ()
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def carried(
     base: Mapping[str, np.ndarray], live: Mapping[str, np.ndarray], artefact: Mapping[str, np.ndarray]
 ) -> Carried:
     gains: dict[str, float] = {}
+    shares: dict[str, float] = {}
     missing: list[str] = []
     wrong = total = 0.0
     for name, value in live.items():
         if name not in base or base[name].shape != value.shape:
             continue  # rows were added
         change = value.astype(np.float64) - base[name]
-        size = float(np.square(change).sum())
-        if size <= 1e-12 * float(np.square(base[name]).sum()):
+        size, whole = float(np.square(change).sum()), float(np.square(base[name]).sum())
+        if size <= 1e-12 * whole:
             continue
         if name not in artefact or artefact[name].shape != value.shape:
             missing.append(name)
             continue
         arrived = artefact[name].astype(np.float64) - base[name]
         gains[name] = float((arrived * change).sum()) / size
+        shares[name] = (size / whole) ** 0.5 if whole else float("inf")
         wrong += float(np.square(arrived - change).sum())
         total += size
-    return Carried(gains, wrong / total if total else 0.0, tuple(missing))
+    return Carried(gains, wrong / total if total else 0.0, tuple(missing), shares)
 
 
 def reasons(
@@ -281,6 +285,8 @@ def reasons(
         problems.append(f"equal top tokens {measured.top:.1%}, at least {tolerance.top:.0%}")
     if problems:
         problems += diagnosis(weights, rounded)
+    else:
+        problems += uncarried(weights, tolerance, rounded)
     if stopping.undeclared:
         tokens = ", ".join(map(str, stopping.undeclared))
         problems.append(f"it never stops: the trained end token {tokens} is not an end token of the artefact")
@@ -304,6 +310,20 @@ def undecided(stopping: Stops) -> tuple[str, ...]:
         f"{stopping.artefact} of {stopping.n} answers end by themselves, live {stopping.live}: too few to "
         "say whether it stops; measure it on more --rows",
     )
+
+
+def uncarried(weights: Carried, tolerance: Tolerance, rounded: float | None) -> list[str]:
+    """A sentence if the artefact lacks a changed tensor, or one holds less than half of its change and
+    neither rounding nor quantising can be the reason. The distances on few rows may not show it."""
+    if weights.missing:
+        return diagnosis(weights, rounded)
+    step = UNROUNDED if tolerance.step and rounded == 1.0 else tolerance.step
+    if step is None:
+        return []
+    lost = [name for name, gain in weights.gains.items() if gain < 0.5 and weights.shares[name] > step]
+    if not lost:
+        return []
+    return [f"{len(lost)} of {len(weights.gains)} changed tensors lost their change: {', '.join(lost[:5])}"]
 
 
 def diagnosis(weights: Carried, rounded: float | None) -> list[str]:

@@ -16,6 +16,7 @@ from tunesmith.exports import fidelity, fresh, headlines, weights
 from tunesmith.exports.fidelity import Carried, Ended, Probe
 from tunesmith.exports.headlines import TaskScores
 from tunesmith.exports.kind import ArtefactNotes, ExportKind, Tuned
+from tunesmith.runs import checkpoints
 from tunesmith.runs.artefacts import CarriedSummary, Exported
 from tunesmith.runs.opening import Opened, Source
 from tunesmith.tokens.template import Renderer
@@ -140,6 +141,9 @@ class Gate:
             loss=fidelity.loss(own, its, live.probes),
             scores=headlines.compare(live.scores, result.scores),
             tunesmith=version("tunesmith"),
+            rows_limit=self._scope.rows,
+            adapter_sha256=checkpoints.weights_hash(self.checkpoint),
+            base_sha256=self.run.hashes["base"],
         )
 
 

@@ -26,12 +26,22 @@ from tunesmith.tokens.template import Renderer
 class Tolerance(NamedTuple):
     """The most that an artefact may differ from the live adapter. ``kl``: mean KL divergence, nats a token.
     ``p99``: its 99th percentile. ``top``: least share of equal top tokens. ``lost``: KL divergence as a share
-    of that between the live adapter and the base."""
+    of that between the live adapter and the base. ``step``: a tensor whose change is larger than this share
+    of the tensor must hold at least half of it, since rounding cannot erase so much; None if the artefact is
+    quantised."""
 
     kl: float
     p99: float
     top: float
     lost: float
+    step: float | None = None
+
+
+UNROUNDED = 1e-4
+"""`Tolerance.step` of an artefact that is not rounded."""
+ROUNDED = 2**-6
+"""`Tolerance.step` of an artefact in 16 bits. bfloat16 moves a value by at most 2⁻⁸ of it; the sketches are
+within a factor of about 4."""
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def export_table(
     scope = verb.scope(rows, evaluate, tasks, limit)
     parent.mkdir(parents=True, exist_ok=True)
     remove_drafts(parent, TABLE)
-    known = {each.name: _earlier(parent / each.name, folder.name, scope) for each in chosen if keep}
+    known = {each.name: _earlier(parent / each.name, opened, folder, scope) for each in chosen if keep}
     for each in chosen:
         if keep and known[each.name] is None:
             verb.require_free(parent / each.name)
@@ -171,15 +171,17 @@ def _entry(gate: Gate, chosen: ExportKind, work: Path, target: Path | None) -> T
         return TableEntry(chosen.name, refused=error.what + (f" ({error.hint})" if error.hint else ""))
 
 
-def _earlier(target: Path, checkpoint: str, scope: Scope) -> Exported | None:
-    """The artefact at ``target`` if the same checkpoint was measured in the same way."""
+def _earlier(target: Path, run: Run, checkpoint: Path, scope: Scope) -> Exported | None:
+    """The artefact at ``target`` if the same weights on the same base were measured in the same way. A record
+    of an earlier release does not say so."""
     try:
         exported = artefacts.load(target)
     except EvaluationError:
         return None
-    same = exported.checkpoint == checkpoint and exported.loss is not None and exported.accepted
-    every = exported.rows < scope.rows and scope.rows >= ROWS  # it was measured on all rows that there are
-    return exported if same and not scope.tasks and (every or exported.rows == scope.rows) else None
+    recorded = exported.checkpoint, exported.adapter_sha256, exported.base_sha256, exported.rows_limit
+    expected = checkpoint.name, checkpoints.weights_hash(checkpoint), run.hashes["base"], scope.rows
+    measured = exported.loss is not None and exported.accepted and not scope.tasks
+    return exported if measured and recorded == expected else None
 
 
 def _cells(entry: TableEntry) -> tuple[str, ...]:

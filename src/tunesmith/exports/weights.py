@@ -19,6 +19,8 @@ from tunesmith.adapters.experts import LoRAExperts
 from tunesmith.adapters.layers import AdapterLayer
 from tunesmith.model.vocabulary import ExtendedEmbedding, ExtendedHead
 
+INSIDE = "language_model."
+"""Where a model for several media holds its text model."""
 Tensors = dict[str, Callable[[], mx.array]]
 """Name → function that computes the tensor; one is held at a time."""
 
@@ -94,10 +96,11 @@ def _expanded(module: Any) -> mx.array:
 
 def sketch(net: nn.Module) -> dict[str, np.ndarray]:
     """For each floating-point tensor W of ``net``: W·v with a random v that is a function of the tensor's
-    name and width; a tensor of one dimension as it is."""
+    name and width; a tensor of one dimension as it is. Names are those of the text model, also if it lies
+    inside one for several media: some kinds write the text model alone."""
     sketches: dict[str, np.ndarray] = {}
-    for name, make in dense(net).items():
-        value = make()
+    for full_name, make in dense(net).items():
+        name, value = full_name.removeprefix(INSIDE), make()
         if not mx.issubdtype(value.dtype, mx.floating):
             continue
         if value.ndim > 1:

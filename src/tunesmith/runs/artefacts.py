@@ -92,7 +92,10 @@ class Exported:
     """An artefact at ``path``, what was measured of it, and why it was rejected (empty: it was not).
 
     ``loss``: on the held-out rows, its difference is that from the live adapter. ``scores``: headlines of the
-    tasks that were asked for, with their differences from the live adapter."""
+    tasks that were asked for, with their differences from the live adapter. ``rows_limit``: the rows that
+    were asked for, of which there may be fewer. ``adapter_sha256`` and ``base_sha256``: of the checkpoint's
+    weights and of the base, as the run recorded them. All three are None in a record of an earlier
+    release."""
 
     path: Path
     kind: str
@@ -108,6 +111,9 @@ class Exported:
     loss: Score | None = None
     scores: tuple[Score, ...] = ()
     tunesmith: str = ""
+    rows_limit: int | None = None
+    adapter_sha256: str | None = None
+    base_sha256: str | None = None
 
     @property
     def accepted(self) -> bool:
@@ -123,7 +129,10 @@ class Exported:
             "accepted": self.accepted,
             "reasons": list(self.reasons),
             "remarks": list(self.remarks),
+            "adapter_sha256": self.adapter_sha256,
+            "base_sha256": self.base_sha256,
             "rows": self.rows,
+            "rows_limit": self.rows_limit,
             "size_bytes": self.size_bytes,
             "kl": asdict(self.distances),
             "answers": asdict(self.stops),

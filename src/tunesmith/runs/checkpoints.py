@@ -57,6 +57,11 @@ def save(run: Run, cursor: Cursor, write: Callable[[Path], None], needed: int) -
     return sum(file.stat().st_size for file in final.iterdir())
 
 
+def weights_hash(folder: Path) -> str:
+    """sha256 of the adapter's weights in the checkpoint ``folder``."""
+    return sha256(folder / ADAPTERS)
+
+
 def retain(run: Run, cursor: Cursor, spec: LoopSpec) -> None:
     """Remove all checkpoints but the last ``keep_last`` and the best, and write the index."""
     steps = run.checkpoints()

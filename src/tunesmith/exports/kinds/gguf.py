@@ -16,6 +16,7 @@ from tunesmith.errors import ExportError, ModelError
 from tunesmith.events import Sink
 from tunesmith.exports import stored, weights
 from tunesmith.exports.kind import (
+    ROUNDED,
     ArtefactNotes,
     ExportKind,
     Reloaded,
@@ -25,7 +26,7 @@ from tunesmith.exports.kind import (
     plain,
     register,
 )
-from tunesmith.exports.weights import Tensors
+from tunesmith.exports.weights import INSIDE, Tensors
 from tunesmith.model import loading, windows
 from tunesmith.model.gguf import architectures, conversion, reading, tokenizer_header, writing
 from tunesmith.model.gguf.architectures import ARCHITECTURES, Config, Values
@@ -35,8 +36,6 @@ from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
 from tunesmith.tokens.renderers import MistralRenderer
 
-INSIDE = "language_model."
-"""Where a model for several media holds its text model."""
 CONVERTER = "--to hf, then llama.cpp's own: python convert_hf_to_gguf.py FOLDER --outtype {}"
 
 
@@ -176,7 +175,7 @@ def _remarks(tuned: Tuned, path: Path) -> tuple[str, ...]:
 class GGUFF32(_GGUF):
     name: ClassVar[str] = "gguf-f32"
     what: ClassVar[str] = "merged model as GGUF in float32"
-    tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01, step=ROUNDED)
     type: ClassVar[str] = "F32"
 
 
@@ -184,7 +183,7 @@ class GGUFF32(_GGUF):
 class GGUFBF16(_GGUF):
     name: ClassVar[str] = "gguf-bf16"
     what: ClassVar[str] = "merged model as GGUF in bfloat16"
-    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1)
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1, step=ROUNDED)
     more_precise: ClassVar[str | None] = "gguf-f32"
     type: ClassVar[str] = "BF16"
 
@@ -193,7 +192,7 @@ class GGUFBF16(_GGUF):
 class GGUFF16(_GGUF):
     name: ClassVar[str] = "gguf-f16"
     what: ClassVar[str] = "merged model as GGUF in float16"
-    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1)
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1, step=ROUNDED)
     more_precise: ClassVar[str | None] = "gguf-f32"
     type: ClassVar[str] = "F16"
 

@@ -17,6 +17,7 @@ from tunesmith.adapters.specs import Full
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.events import Sink
 from tunesmith.exports.kind import (
+    UNROUNDED,
     ArtefactNotes,
     ExportKind,
     Reloaded,
@@ -28,7 +29,8 @@ from tunesmith.exports.kind import (
     register,
     require_stored_base,
 )
-from tunesmith.exports.kinds.gguf import INSIDE, settings
+from tunesmith.exports.kinds.gguf import settings
+from tunesmith.exports.weights import INSIDE
 from tunesmith.model import loading
 from tunesmith.model.gguf import weights, writing
 from tunesmith.model.gguf.architectures import ARCHITECTURES, Config
@@ -47,7 +49,7 @@ MERGED = "--to gguf-q8_0 writes a merged model"
 class GGUFLoRA(ExportKind):
     name: ClassVar[str] = "gguf-lora"
     what: ClassVar[str] = "adapter for llama.cpp (--lora)"
-    tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01, step=UNROUNDED)
     more_precise: ClassVar[str | None] = "gguf-f32"
     stands_alone: ClassVar[bool] = False
     runs_on_mlx: ClassVar[bool] = False

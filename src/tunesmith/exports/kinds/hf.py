@@ -9,6 +9,7 @@ from tunesmith.adapters import merging
 from tunesmith.events import Sink
 from tunesmith.exports import stored, weights
 from tunesmith.exports.kind import (
+    ROUNDED,
     ArtefactNotes,
     ExportKind,
     Reloaded,
@@ -30,7 +31,7 @@ from tunesmith.runs.directory import Run
 class Merged(ExportKind):
     name: ClassVar[str] = "hf"
     what: ClassVar[str] = "merged model in the base's own layout, for transformers, vLLM, SGLang and mlx-lm"
-    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1)
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1, step=ROUNDED)
     more_precise: ClassVar[str | None] = "mlx"
 
     def accepts(self, tuned: Tuned) -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 from tunesmith.adapters import QALoRA, files
 from tunesmith.events import Sink
 from tunesmith.exports.kind import (
+    UNROUNDED,
     ArtefactNotes,
     ExportKind,
     Reloaded,
@@ -32,7 +33,7 @@ class MLXAdapter(ExportKind):
     name: ClassVar[str] = "mlx"
     what: ClassVar[str] = "adapter for mlx-lm (--adapter-path)"
     stands_alone: ClassVar[bool] = False
-    tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01, step=UNROUNDED)
 
     def accepts(self, tuned: Tuned) -> None:
         require_class_of_mlx_lm(tuned, self.name)

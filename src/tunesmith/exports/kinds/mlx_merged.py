@@ -19,6 +19,7 @@ from tunesmith.adapters import QALoRA, merging
 from tunesmith.events import Sink
 from tunesmith.exports import stored, weights
 from tunesmith.exports.kind import (
+    ROUNDED,
     ArtefactNotes,
     ExportKind,
     Reloaded,
@@ -122,7 +123,7 @@ def _join_rows(net: nn.Module) -> int | None:
 class MLXMerged(_MLXModel):
     name: ClassVar[str] = "mlx-merged"
     what: ClassVar[str] = "merged model in mlx-lm's layout, in the dtype of the base"
-    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1)
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1, step=ROUNDED)
     more_precise: ClassVar[str | None] = "mlx"
 
 

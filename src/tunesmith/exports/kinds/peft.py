@@ -16,6 +16,7 @@ from tunesmith.adapters.specs import Full
 from tunesmith.errors import ExportError
 from tunesmith.events import Sink
 from tunesmith.exports.kind import (
+    UNROUNDED,
     ArtefactNotes,
     ExportKind,
     Reloaded,
@@ -42,7 +43,7 @@ class PEFTAdapter(ExportKind):
     name: ClassVar[str] = "peft"
     what: ClassVar[str] = "adapter for transformers with PEFT, vLLM and SGLang"
     stands_alone: ClassVar[bool] = False
-    tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
+    tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01, step=UNROUNDED)
 
     def accepts(self, tuned: Tuned) -> None:
         require_stored_base(tuned, self.name)
