@@ -234,7 +234,7 @@ def test_the_kernels_of_a_model_are_listed(tiny_model):
     assert found("kernels", checks)["status"] == "ok"
     check = found("model", checks)
     assert check["status"] == "ok"
-    assert check["value"].startswith("RMSNorm, SwiGLU, attention, cross-entropy, rotary: compiled")
+    assert check["value"].startswith("RMSNorm, SwiGLU, attention, cross-entropy, few rows, rotary: compiled")
 
 
 def test_an_attention_that_the_kernels_do_not_cover_is_told(tiny_model, monkeypatch):
