@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import tiny
 import tunesmith
+from tunesmith import events
 from tunesmith.adapters.layers import adapted
 from tunesmith.cli import app
 from tunesmith.errors import ConfigError, CorruptCheckpoint, DataError, EvaluationError, ModelError
@@ -144,6 +145,31 @@ def test_held_out_rows_are_those_of_all_sources_each_once(runs, mixture, tmp_pat
     again = shutil.copytree(runs[0], tmp_path / "again")
     tunesmith.compose({runs[0]: 0.5, again: 0.5}, out=tmp_path / "twice")
     assert (tmp_path / "twice" / "data" / "valid.jsonl").read_text().splitlines() == lines[0]
+
+
+def test_rows_that_another_source_was_trained_on_are_left_out(tiny_model, tmp_path):
+    """Two runs of one file split it by their seeds: a row that one holds out, the other may learn."""
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))
+    held_out: list[list[str]] = []
+    for seed in (1, 2):
+        sets = ["loop.steps=1", "data.valid=0.25", f"loop.seed={seed}"]
+        config = tunesmith.configure(model=str(tiny_model), data=[str(rows)], sets=sets)
+        tunesmith.train(config, out=tmp_path / str(seed))
+        held_out.append((tmp_path / str(seed) / "data" / "valid.jsonl").read_text().splitlines())
+    shared = [line for line in held_out[0] if line in held_out[1]]
+    assert 0 < len(shared) < len(held_out[0])
+    notices: list[events.Event] = []
+    weights = {tmp_path / "1": 0.5, tmp_path / "2": 0.5}
+    out = tmp_path / "mixed"
+    made = tunesmith.compose(weights, out=out, evaluate=True, max_tokens=4, notify=notices.append)
+    assert (out / "data" / "valid.jsonl").read_text().splitlines() == shared
+    counts = [
+        notice.count
+        for notice in notices
+        if isinstance(notice, events.Notice) and "another source was trained" in notice.what
+    ]
+    assert counts == [len(lines) - len(shared) for lines in held_out]
+    assert {effect.mixed.n for effect in made.effects if effect.mixed.name == "perplexity"} == {len(shared)}
 
 
 def test_other_bases_are_refused(runs, tiny_model, tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from tunesmith import adapters, events
 from tunesmith.data import folders, formats
+from tunesmith.data.examples import prompt_key
 from tunesmith.data.formats import Example
 from tunesmith.data.sources import sha256
 from tunesmith.engine.engine import notify_if_separate
@@ -358,16 +359,26 @@ def _learned(run: Run) -> set[str]:
 
 
 def rows_of(
-    run: Run, data: Sequence[str], groups: Sequence[TaskGroup], limit: int | None, notify: Sink
+    run: Run,
+    data: Sequence[str],
+    groups: Sequence[TaskGroup],
+    limit: int | None,
+    notify: Sink,
+    *,
+    without: Collection[str] = (),
 ) -> EvaluationRows:
     """The rows of ``data``, or those that the run held out; empty if no task asks rows, or none are held out
-    and other tasks can be measured."""
+    and other tasks can be measured. without: prompts (`examples.prompt_key`) whose rows are left out; the
+    caller says so."""
     asking = [group.name for group in groups if group.asks_rows]
     if not asking and not data:
         return EvaluationRows()
     for text in folders.copies(data):
         notify(Notice(text))
     read = _read_rows(run, data)
+    if read is not None and without:
+        rows = [row for row in read.examples if prompt_key(row) not in without]
+        read = read._replace(examples=rows, rows=len(rows) + len(read.dropped))
     if read is None or not read.rows:
         if data:
             raise EvaluationError("has no rows", where=data[0], hint="give another file")

@@ -52,8 +52,9 @@ class KeptEffect:
 def measure(
     composed: ComposedRun, *, model: str | None = None, spec: EvaluationSpec, notify: Sink = events.silent
 ) -> list[KeptEffect]:
-    """The headline numbers of all tasks that ask rows, for each source. A source without held-out rows is
-    refused. model: path of the base, if it was moved.
+    """The headline numbers of all tasks that ask rows, for each source, on its held-out rows whose prompts no
+    other source was trained on. A source without such rows is refused. model: path of the base, if it was
+    moved.
 
     Raises EvaluationError if rows cannot be measured."""
     loaded = opening.find(composed.run.path, model=model).open(notify).loaded
@@ -61,8 +62,8 @@ def measure(
     names: list[str] = []
     of_alone: list[Score] = []
     of_mixed: list[Score] = []
-    for source in composed.sources:
-        for task, base, alone, mixed in _measured(source, mixture, loaded, spec, notify):
+    for source, seen in zip(composed.sources, composed.seen, strict=True):
+        for task, base, alone, mixed in _measured(source, seen, mixture, loaded, spec, notify):
             seed = source.config.loop.seed
             before = {score.name: score for score in task.summarise(base, alone, seed) if not score.part}
             for score in _between(task, base, alone, mixed, seed):
@@ -77,11 +78,17 @@ Sides = tuple[Task, list[ExampleScore], list[ExampleScore], list[ExampleScore]]
 
 
 def _measured(
-    source: WeightedRun, mixture: Path, loaded: Loaded, spec: EvaluationSpec, notify: Sink
+    source: WeightedRun,
+    seen: frozenset[str],
+    mixture: Path,
+    loaded: Loaded,
+    spec: EvaluationSpec,
+    notify: Sink,
 ) -> Sequence[Sides]:
-    """Each task with the scores of base, source and mixture on the source's held-out rows."""
+    """Each task with the scores of base, source and mixture on the source's held-out rows, without the
+    prompts in ``seen``."""
     groups = [group for group in registry.groups().values() if group.asks_rows and group.by_default]
-    rows = rows_of(source.run, (), groups, spec.limit, notify)
+    rows = rows_of(source.run, (), groups, spec.limit, notify, without=seen)
     renderer = opening.renderer_of(source.run, source.config.model.tokenizer or loaded.path)
     material = material_of(source.run, rows, loaded.net, renderer, spec, notify)
     tasks = build_tasks(material, groups, base=True)

@@ -18,7 +18,9 @@ from tunesmith import adapters, events
 from tunesmith.adapters import composition
 from tunesmith.adapters.composition import ComposedLayer, Recipe
 from tunesmith.adapters.specs import DoRA, Full, LoRA, QALoRA
-from tunesmith.errors import ConfigError, ModelError
+from tunesmith.data import formats
+from tunesmith.data.examples import Example, prompt_key
+from tunesmith.errors import ConfigError, ModelError, TunesmithError
 from tunesmith.events import Notice, Sink
 from tunesmith.files import draft, read_json, write_json, write_text
 from tunesmith.runs import checkpoints, lineage, manifest, opening
@@ -45,13 +47,15 @@ class WeightedRun:
 
 @dataclass(frozen=True)
 class ComposedRun:
-    """``run``: the new run directory. ``rank``: of its adapter."""
+    """``run``: the new run directory. ``rank``: of its adapter. ``seen``: for each source, the prompts (as
+    `examples.prompt_key` gives them) that other sources were trained on."""
 
     run: Run
     recipe: Recipe
     rank: int
     sources: tuple[WeightedRun, ...]
     layers: tuple[ComposedLayer, ...]
+    seen: tuple[frozenset[str], ...]
 
     @property
     def retained(self) -> float:
@@ -114,10 +118,10 @@ def compose(
     del updates
     spec = composition.spec_of(result, specs)
     composition.install(net, spec, result)
-    made = ComposedRun(Run(out), recipe, result.rank, weighted, result.layers)
+    made = ComposedRun(Run(out), recipe, result.rank, weighted, result.layers, _seen(weighted, notify))
     out.parent.mkdir(parents=True, exist_ok=True)
     with draft(out) as folder:
-        _write(folder, made, spec, opened.loaded.fingerprint, net)
+        _write(folder, made, spec, opened.loaded.fingerprint, net, notify)
     return made
 
 
@@ -180,7 +184,7 @@ def _plan(run: Run) -> dict[str, Any]:
     return plan if isinstance(plan, dict) else {}
 
 
-def _write(folder: Path, made: ComposedRun, spec: LoRA, base: str, net: Any) -> None:
+def _write(folder: Path, made: ComposedRun, spec: LoRA, base: str, net: Any, notify: Sink) -> None:
     """Write the run directory. ``net`` has the mixture attached."""
     first = made.sources[0]
     config = _config(made.sources, spec)
@@ -199,7 +203,7 @@ def _write(folder: Path, made: ComposedRun, spec: LoRA, base: str, net: Any) -> 
     day = manifest.recorded(first.run).day
     facts = manifest.facts(config, hashes, lineage={COMPOSED: composed}, day=day)
     run = Run.create(folder, config, {}, facts)
-    rows = _held_out(made.sources)
+    rows = _held_out(made, notify)
     write_text(run.path / VALID, "".join(rows))
     plan = {key: value for key, value in _plan(first.run).items() if key in PLANNED}
     write_json(run.path / PLAN, {**plan, "rows_valid": len(rows)})
@@ -221,14 +225,65 @@ def _config(sources: Sequence[WeightedRun], spec: LoRA) -> RunConfig:
     return first.model_copy(update={"data": data, "adapter": spec})
 
 
-def _held_out(sources: Sequence[WeightedRun]) -> list[str]:
-    """The lines of all sources' held-out rows, each once."""
+def _seen(sources: Sequence[WeightedRun], notify: Sink) -> tuple[frozenset[str], ...]:
+    """For each source, the prompts that other sources were trained on."""
+    trained = [_trained_prompts(source, notify) if len(sources) > 1 else frozenset() for source in sources]
+    return tuple(
+        frozenset().union(*(prompts for other, prompts in enumerate(trained) if other != place))
+        for place in range(len(sources))
+    )
+
+
+def _trained_prompts(source: WeightedRun, notify: Sink) -> frozenset[str]:
+    """The prompts of the training files that the run did not hold out; of files that were changed since, what
+    they hold now."""
+    data = source.config.data
+    try:
+        read = formats.read(list(data.train), data)
+    except TunesmithError as error:
+        what = f"the training rows of {source.name} cannot be read ({error.what.splitlines()[0]})"
+        text = f"{what}: held-out rows of other sources that are among them are not left out"
+        notify(Notice(text, level="warning", where="compose"))
+        return frozenset()
+    recorded = source.run.hashes["data"]
+    if any(recorded.get(path, digest) != digest for path, digest in read.files.items()):
+        text = f"the training files of {source.name} were changed since: they may not name its training rows"
+        notify(Notice(text, level="warning", where="compose"))
+    prompts = frozenset(map(prompt_key, read.examples))
+    if isinstance(data.valid, tuple):  # held-out files may share prompts with the training files
+        return prompts
+    return prompts - {prompt_key(row) for row in _held_out_examples(source)}
+
+
+def _held_out_examples(source: WeightedRun) -> list[Example]:
+    path = source.run.path / VALID
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    return formats.read([str(path)], source.config.data.model_copy(update={"format": "auto"})).examples
+
+
+def _held_out(made: ComposedRun, notify: Sink) -> list[str]:
+    """The lines of all sources' held-out rows, each once, without those that another source was trained
+    on."""
     lines: dict[str, None] = {}
-    for source in sources:
+    for source, seen in zip(made.sources, made.seen, strict=True):
         path = source.run.path / VALID
-        if path.is_file():
-            with path.open(encoding="utf-8", newline="\n") as file:
-                lines |= dict.fromkeys(line if line.endswith("\n") else f"{line}\n" for line in file)
+        if not path.is_file():
+            continue
+        trained = {
+            int(row.source.rpartition(":")[2])
+            for row in _held_out_examples(source)
+            if prompt_key(row) in seen
+        }
+        if trained:
+            text = f"held-out rows of {source.name} left out: another source was trained on their prompts"
+            notify(Notice(text, level="warning", count=len(trained), where="compose"))
+        with path.open(encoding="utf-8", newline="\n") as file:
+            lines |= dict.fromkeys(
+                line if line.endswith("\n") else f"{line}\n"
+                for number, line in enumerate(file, 1)
+                if number not in trained
+            )
     return list(lines)
 
 
