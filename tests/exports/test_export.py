@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from datetime import date, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 import tiny
 import tunesmith
 from tunesmith.cli import app
-from tunesmith.errors import DataError, ExportError
+from tunesmith.errors import ConfigError, DataError, ExportError
 from tunesmith.exports import fidelity, kind
 from tunesmith.exports.fidelity import Carried
 from tunesmith.exports.kinds import peft
@@ -148,6 +149,51 @@ def test_a_run_of_0_1_0_is_exported_by_its_rules(run, tmp_path, tiny_model):
     (old / "data" / "valid.jsonl").write_text(json.dumps(row) + "\n")
     exported = tunesmith.export(old, to="hf", model=str(model), out=tmp_path / "out")
     assert exported.rows == 1 and exported.distances.mean < 1e-6
+
+
+@pytest.mark.parametrize("name", ["hf", "peft", "mlx", "mlx-8bit", "gguf-f32", "ollama"])
+def test_what_a_program_must_pass_to_the_chat_template_is_said(name, run, tmp_path, tiny_model):
+    """The template asks for reasoning unless it is told not to; the run was trained without."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = SWITCHED
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    switched = train(tmp_path, model, "loop.steps=2")
+    exported = tunesmith.export(switched, to=name, rows=2)
+    says = [remark for remark in exported.remarks if "chat_template_kwargs" in remark]
+    if name == "ollama":  # its template has the closed block of reasoning
+        assert not says
+    else:
+        assert len(says) == 1 and 'chat_template_kwargs {"enable_thinking": false}' in says[0]
+    plain = tunesmith.export(run, to=name, rows=2, out=tmp_path / "plain").remarks
+    assert not any("chat_template_kwargs" in remark for remark in plain)
+
+
+def test_files_of_the_working_folder_are_not_imported(run, tmp_path, monkeypatch):
+    for name in ("random", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.chdir(tmp_path)
+    assert tunesmith.export(run, to="hf", rows=2, out=tmp_path / "out").accepted
+
+
+def test_a_process_that_was_ended_by_a_signal_is_said(run, tmp_path, monkeypatch):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(ExportError, match=r"ended by SIGKILL[\s\S]*out of memory"):
+        tunesmith.export(run, to="hf", rows=2, out=tmp_path / "out")
+
+
+def test_options_that_would_be_ignored_are_refused(run, tmp_path):
+    for words, where in (
+        (["--to", "hf", "--limit", "3"], "--limit"),
+        (["--table", "hf", "--limit", "3"], "--limit"),
+        (["--to", "hf", "--discard"], "--discard"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            CliRunner().invoke(app, ["export", str(run), *words], catch_exceptions=False)
+        assert caught.value.where == where and caught.value.hint
 
 
 def planted(monkeypatch, true: type[kind.ExportKind], spoil) -> None:

@@ -147,6 +147,16 @@ def test_held_out_rows_are_those_of_all_sources_each_once(runs, mixture, tmp_pat
     assert (tmp_path / "twice" / "data" / "valid.jsonl").read_text().splitlines() == lines[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [(["--limit", "3"], "--limit"), (["--max-tokens", "9"], "--max-tokens"), (["--seed", "1"], "seed")],
+)
+def test_options_that_would_be_ignored_are_refused(runs, words, where, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        invoke("compose", f"{runs[0]}=1", f"{runs[1]}=1", "--out", tmp_path / "mixed", *words)
+    assert caught.value.where == where and caught.value.hint and not (tmp_path / "mixed").exists()
+
+
 def test_rows_that_another_source_was_trained_on_are_left_out(tiny_model, tmp_path):
     """Two runs of one file split it by their seeds: a row that one holds out, the other may learn."""
     rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))

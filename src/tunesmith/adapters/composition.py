@@ -153,10 +153,12 @@ def compose(
     """The combination of ``sources``, each an update for each matrix of its layers, with one weight each;
     negative weights subtract. ranks: of the sources.
 
-    Raises ConfigError if ``recipe`` has a density and its method has none."""
+    Raises ConfigError if ``recipe`` has a density or a seed and its method has none."""
     if recipe.density is not None and recipe.method not in DENSITY:
         hint = f"methods with a density: {', '.join(DENSITY)}"
         raise ConfigError(f"{recipe.method} uses all entries", where="density", hint=hint)
+    if recipe.seed and recipe.method != "dare":
+        raise ConfigError(f"{recipe.method} draws nothing at random", where="seed", hint="--method dare")
     names = sorted({name for source in sources for name in source})
     sizes = [_size(source[name][0]) for source in sources for name in source]
     asked = recipe.rank or (sum(ranks) if recipe.method == "linear" else max(ranks))

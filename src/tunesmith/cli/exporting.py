@@ -27,8 +27,12 @@ Rows = Annotated[int, typer.Option(min=1, help="held-out rows that it is measure
 Evaluate = Annotated[
     bool, typer.Option("--evaluate", help="also ask it and the live adapter the tasks of the run")
 ]
-Tasks = Annotated[list[str] | None, typer.Option(help="with --evaluate: tasks to ask instead; repeatable")]
-Limit = Annotated[int | None, typer.Option(min=1, help="with --evaluate: only the first rows and items")]
+Tasks = Annotated[
+    list[str] | None, typer.Option(help="ask it and the live adapter these tasks instead; repeatable")
+]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="with --evaluate or --task: only the first rows and items")
+]
 Keep = Annotated[
     bool, typer.Option("--keep/--discard", help="with --table: keep the artefacts once they are measured")
 ]
@@ -52,6 +56,10 @@ def export(
     if (to is None) == (table is None):
         message = "one kind, or a table of kinds, must be named"
         raise ConfigError(message, where="--to", hint="--to hf, or --table mlx:16,mlx:8,gguf:q8_0")
+    if to is not None and not keep:
+        raise ConfigError(
+            "only a table discards its artefacts", where="--discard", hint="--table instead of --to"
+        )
     with progress() as notify:
         if table is not None:
             from tunesmith.exports.table import export_table

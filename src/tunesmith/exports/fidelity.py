@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from tunesmith.data import formats
+from tunesmith.data.examples import JSON, Conversation, Demonstration, Example, Judged
 from tunesmith.engine import generation
 from tunesmith.errors import ExportError, listing
 from tunesmith.evaluation import statistics
@@ -44,16 +45,19 @@ class Probe(NamedTuple):
     places: list[int]
 
 
-def rows(run: Run, config: RunConfig, renderer: Renderer, limit: int) -> list[Probe]:
-    """The first ``limit`` held-out rows, or training rows if none are held out. Raises ExportError if there
-    are none, or none can be rendered."""
+def examples(run: Run, config: RunConfig, limit: int) -> list[Example]:
+    """The first ``limit`` held-out rows, or training rows if none are held out."""
     held_out = run.path / VALID
     if held_out.is_file() and held_out.stat().st_size:
         read = formats.read([str(held_out)], config.data.model_copy(update={"format": "auto"}))
     else:
         read = formats.read(list(config.data.train), config.data)
-    examples = IMITATED.select(read.examples).examples[:limit]
-    rendered = template.render(examples, renderer, config.template, config.batch.length)
+    return IMITATED.select(read.examples).examples[:limit]
+
+
+def rows(run: Run, config: RunConfig, renderer: Renderer, limit: int) -> list[Probe]:
+    """`examples` as tokens. Raises ExportError if there are none, or none can be rendered."""
+    rendered = template.render(examples(run, config, limit), renderer, config.template, config.batch.length)
     if not rendered.rows:
         reasons = listing([f"{row.source}: {row.message}" for row in rendered.dropped])
         raise ExportError(f"no row can be rendered to measure the artefact\n{reasons}", where=str(run.path))
@@ -62,6 +66,16 @@ def rows(run: Run, config: RunConfig, renderer: Renderer, limit: int) -> list[Pr
         places = (np.flatnonzero(row.tokens.targets[1:] > 0)).tolist()
         probes.append(Probe(row.tokens.ids.tolist(), row.tokens.start, places))
     return probes
+
+
+def needed_options(run: Run, config: RunConfig, renderer: Renderer, limit: int) -> dict[str, JSON]:
+    """The variables without which the chat template renders prompts of the rows to other ids."""
+    options: dict[str, JSON] = {}
+    for example in examples(run, config, limit):
+        if isinstance(example, Demonstration | Judged):
+            asked_by = Conversation(example.conversation.messages[:-1], example.conversation.tools)
+            options |= renderer.needed_options(asked_by)
+    return options
 
 
 def thinned(probes: Sequence[Probe], width: int) -> list[Probe]:

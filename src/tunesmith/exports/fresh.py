@@ -6,6 +6,7 @@ answers, its cost and its scores are written into it."""
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -63,8 +64,14 @@ def run(job: Job, folder: Path) -> Result:
     """Start the process; it works in ``folder``. Raises ExportError, with what it said, if it fails."""
     content = {**vars(job), "source": job.source.model_dump(mode="json")}
     (folder / JOB).write_text(json.dumps(content), encoding="utf-8")
-    words = [sys.executable, "-m", "tunesmith.exports.fresh", str(folder)]
+    # -P: without it, Python imports files of the working folder, such as a random.py, first.
+    words = [sys.executable, "-P", "-m", "tunesmith.exports.fresh", str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        number = -done.returncode
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        hint = "the machine may be out of memory: end other programs, or measure fewer --rows"
+        raise ExportError(f"the process that reloads the artefact was ended by {name}", hint=hint)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise ExportError(f"the artefact cannot be reloaded: {last[0]}")

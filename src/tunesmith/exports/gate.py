@@ -3,6 +3,7 @@ artefact is written, reloaded in a fresh process, measured alike and judged by t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -93,7 +94,16 @@ class Gate:
         else:
             opened.attach()
         self._notify(Notice(f"writing {chosen.name}: {chosen.what}"))
-        return self._live, chosen.write(tuned, artefact, self._notify)
+        written = chosen.write(tuned, artefact, self._notify)
+        options = fidelity.needed_options(self.run, self.config, renderer, self._scope.rows)
+        if options and not chosen.has_own_template:
+            remark = (
+                f"pass chat_template_kwargs {json.dumps(options)} with every request (llama-server: "
+                "--chat-template-kwargs, mlx_lm.generate: --chat-template-config): without them prompts get "
+                "other ids than in training"
+            )
+            written = written._replace(remarks=(*written.remarks, remark))
+        return self._live, written
 
     def _measured(self, opened: Opened, rows: list[Probe]) -> LiveSide:
         """Measure the base, attach the adapter, and measure it."""

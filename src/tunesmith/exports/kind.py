@@ -102,6 +102,9 @@ class ExportKind(ABC):
     """Whether it can be used without the base."""
     runs_on_mlx: ClassVar[bool] = True
     """Whether its users run it by MLX, so that speed and memory measured here are theirs."""
+    has_own_template: ClassVar[bool] = False
+    """Whether its prompts are written without the chat template of the tokenizer, the variables of the run
+    included."""
 
     @abstractmethod
     def accepts(self, tuned: Tuned) -> None:

@@ -127,12 +127,12 @@ def export_table(
     the same was measured of it, without tasks. All else as for `tunesmith.export`, but a kind that is refused
     or an artefact that is rejected is a line of the table."""
     chosen, opened = [kind.named(name) for name in dict.fromkeys(kinds)], Run.open(run)
+    scope = verb.scope(rows, evaluate, tasks, limit)
     if not chosen:
         raise ConfigError("names no kind", where="--table", hint="--table mlx:16,mlx:8,mlx:4,gguf:q8_0")
     parent = opened.path / EXPORTS if out is None else Path(out)
     folder = checkpoints.choose(opened, checkpoint, notify)
     source = opening.of_run(opened, folder, model)
-    scope = verb.scope(rows, evaluate, tasks, limit)
     parent.mkdir(parents=True, exist_ok=True)
     remove_drafts(parent, TABLE)
     known = {each.name: _earlier(parent / each.name, opened, folder, scope) for each in chosen if keep}

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tunesmith import events, reports
-from tunesmith.errors import DataError, ExportError
+from tunesmith.errors import ConfigError, DataError, ExportError
 from tunesmith.events import Sink
 from tunesmith.exports import headlines, kind
 from tunesmith.exports.gate import ROWS, Gate, Scope
@@ -40,7 +40,7 @@ def export(
     evaluate: also ask both the tasks on the held-out rows, or the ``tasks`` named, each on the first
     ``limit`` rows and items. Raises ExportError if the kind cannot express the run, or if the artefact is
     rejected: it is then kept under a name that ends with ``.rejected``."""
-    chosen, opened = kind.named(to), Run.open(run)
+    chosen, opened, measured = kind.named(to), Run.open(run), scope(rows, evaluate, tasks, limit)
     target = opened.path / EXPORTS / chosen.name if out is None else Path(out)
     opened.remove_drafts()
     for name in (target.name, rejected(target).name):
@@ -50,7 +50,7 @@ def export(
     source = opening.of_run(opened, folder, model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with checkpoints.held(folder), workspace(target) as work:
-        gate = Gate(source, scope(rows, evaluate, tasks, limit), work, notify)
+        gate = Gate(source, measured, work, notify)
         exported = place(gate, chosen, work, target)
     if target.parent.resolve() == (opened.path / EXPORTS).resolve():
         reports.write(opened.path)
@@ -60,7 +60,10 @@ def export(
 
 
 def scope(rows: int, evaluate: bool, tasks: Sequence[str], limit: int | None) -> Scope:
-    """evaluate without tasks: those that answer whether the run learned its task."""
+    """evaluate without tasks: those that answer whether the run learned its task. Raises ConfigError for a
+    limit of tasks that are not asked."""
+    if limit is not None and not evaluate and not tasks:
+        raise ConfigError("no task is asked that it limits", where="--limit", hint="add --evaluate")
     return Scope(rows, tuple(tasks) or (headlines.of_the_task() if evaluate else ()), limit)
 
 

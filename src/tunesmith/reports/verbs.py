@@ -127,6 +127,10 @@ def compose(
     model: path of the base, if it was moved since training. evaluate: measure each source's held-out rows
     under the mixture and under the source alone; limit, max_tokens: as for `evaluate`. recipe: the fields of
     `adapters.composition.Recipe`, such as ``method`` or ``rank``."""
+    given = {"limit": limit is not None, "max_tokens": max_tokens != 256}
+    if not evaluate and (unused := [name for name, is_given in given.items() if is_given]):
+        where = f"--{unused[0].replace('_', '-')}"
+        raise ConfigError("nothing is measured that it limits", where=where, hint="add --evaluate")
     spec = from_arguments(EvaluationSpec, {"limit": limit, "max_tokens": max_tokens})
     made = composed.compose(sources, from_arguments(Recipe, recipe), Path(out), model=model, notify=notify)
     effects = interference.measure(made, model=model, spec=spec, notify=notify) if evaluate else []

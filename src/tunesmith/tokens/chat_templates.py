@@ -8,7 +8,7 @@ transformers' ``apply_chat_template``."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -401,10 +401,29 @@ class ChatTemplate:
 
     def _written(self, forms: Forms, conversation: Conversation, generate: bool, thinking: bool) -> str:
         """What transformers renders. Raises what the template raises."""
+        return self._rendered(forms, conversation, generate, self._options_of(forms, thinking))
+
+    def _options_of(self, forms: Forms, thinking: bool) -> dict[str, JSON]:
+        return {**(forms.thinking if thinking else forms.plain), **self._choices.options}
+
+    def needed_options(self, conversation: Conversation, *, thinking: bool) -> dict[str, JSON]:
+        """The variables of a prompt, if the template renders it otherwise without them."""
+        options = self._options_of(self.forms, thinking)
+        if not options:
+            return {}
+        expected = self.text(conversation, generate=True, thinking=thinking)
+        try:
+            bare = self._rendered(self.forms, conversation, True, {})
+        except Exception:  # a template is a program, which may raise anything
+            return options
+        return options if bare != expected else {}
+
+    def _rendered(
+        self, forms: Forms, conversation: Conversation, generate: bool, options: Mapping[str, JSON]
+    ) -> str:
         messages = _with_call_ids(_without_old_reasoning(conversation, forms), forms)
         tools = list(conversation.tools) or ([] if forms.lists_tools else None)
-        variables = {**self._shared(conversation), **(forms.thinking if thinking else forms.plain)}
-        variables |= self._choices.options
+        variables = {**self._shared(conversation), **options}
         template = self._tokenizer.get_chat_template(None, tools)
         return self._tokenizer.apply_chat_template(
             [_entry(message, forms) for message in messages],

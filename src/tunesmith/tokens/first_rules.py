@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import date
 from typing import TYPE_CHECKING
 
-from tunesmith.data.formats import Conversation, Message
+from tunesmith.data.formats import JSON, Conversation, Message
 from tunesmith.tokens.chat_templates import dated, openai
 from tunesmith.tokens.hugging_face import Vocabulary
 from tunesmith.tokens.template import Answered, Refused, Renderer, digest
@@ -68,6 +68,9 @@ class FirstRules(Renderer):
             "the chat template does not render an answer as prompt, words and end token",
             "start a new run: later releases read more templates",
         )
+
+    def needed_options(self, conversation: Conversation) -> dict[str, JSON]:
+        return dict(self._options)  # they are set only if the template does not do without them
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._words.decode(ids)

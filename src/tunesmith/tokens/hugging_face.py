@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
-from tunesmith.data.formats import Conversation, Message
+from tunesmith.data.formats import JSON, Conversation, Message
 from tunesmith.tokens.chat_templates import QUESTION, ChatTemplate, Choices
 from tunesmith.tokens.template import (
     SURROGATES,
@@ -161,6 +161,9 @@ class HFRenderer(Renderer):
         parts = [words.tokenizer.chat_template, words.bos, self.eos_ids, choices.options]
         day = [str(choices.day)] if self.template and self.template.uses_date else []
         self.fingerprint = digest(RULES, words.content, *parts, *day)
+
+    def needed_options(self, conversation: Conversation) -> dict[str, JSON]:
+        return self.template.needed_options(conversation, thinking=self.thinking) if self.template else {}
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._words.decode(ids)

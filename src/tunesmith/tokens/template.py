@@ -26,7 +26,16 @@ from pydantic import AfterValidator, Field
 from tunesmith.data import formats
 from tunesmith.data.calls import calls_only, without_words
 from tunesmith.data.examples import REASONING_BESIDE, label_of
-from tunesmith.data.formats import Call, Conversation, Demonstration, Document, Judged, Message, Preference
+from tunesmith.data.formats import (
+    JSON,
+    Call,
+    Conversation,
+    Demonstration,
+    Document,
+    Judged,
+    Message,
+    Preference,
+)
 from tunesmith.errors import DataError, TemplateError, listing
 from tunesmith.settings.config import Spec
 
@@ -214,6 +223,11 @@ class Renderer(ABC):
         """The id that ends plain text, or None if the tokenizer has none."""
         own = None if self.ends_text_as_turn else self.text_end_id
         return next(iter(self.eos_ids), None) if own is None else own
+
+    def needed_options(self, conversation: Conversation) -> dict[str, JSON]:
+        """The variables without which the chat template renders the prompt of ``conversation`` otherwise:
+        a program that has the template alone must be given them."""
+        return {}
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -32,6 +32,7 @@ class _Ollama(ExportKind):
 
     gguf: ClassVar[type[ExportKind]]
     runs_on_mlx: ClassVar[bool] = False
+    has_own_template: ClassVar[bool] = True
 
     def accepts(self, tuned: Tuned) -> None:
         self.gguf().accepts(tuned)
