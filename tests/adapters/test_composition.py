@@ -79,6 +79,14 @@ def test_a_linear_mixture_is_the_exact_sum_for_other_ranks_scales_and_targets(tm
     assert all(layer.retained == pytest.approx(1) for layer in result.layers)
 
 
+def test_a_rank_that_the_narrowest_layer_does_not_allow_is_said():
+    sources = [{"wide": [factors(12, 40, 40)], "narrow": [factors(2, 40, 10)]} for _ in range(2)]
+    result = composition.compose(sources, [1, 1], [12, 12], recipe())
+    assert (result.rank, result.wanted_rank) == (16, 24)
+    assert {layer.name: layer.retained < 0.999 for layer in result.layers} == {"wide": True, "narrow": False}
+    assert composed([factors(4), factors(4)], [1, 1])[1].wanted_rank == 8
+
+
 def test_an_adapter_less_itself_is_the_base(tmp_path):
     spec = LoRA(rank=4, targets="all-linear")
     net = adapted(spec)

@@ -169,6 +169,18 @@ def test_what_a_program_must_pass_to_the_chat_template_is_said(name, run, tmp_pa
     assert not any("chat_template_kwargs" in remark for remark in plain)
 
 
+def test_layers_that_are_too_narrow_for_a_group_are_counted(run, tmp_path):
+    tiny.write_model(tmp_path, tiny.write_tokenizer(tmp_path), hidden=96)
+    exported = tunesmith.export(train(tmp_path, tmp_path, "loop.steps=2"), to="mlx-8bit", rows=2)
+    tensors = load_file(exported.path / "model.safetensors")
+    matrices = [name for name, value in tensors.items() if name.endswith(".weight") and value.ndim > 1]
+    n_dense = sum(name.replace(".weight", ".scales") not in tensors for name in matrices)
+    assert n_dense > 1
+    assert f"{n_dense} layers are not quantised: their width is not a multiple of 64" in exported.remarks
+    plain = tunesmith.export(run, to="mlx-8bit", rows=2, out=tmp_path / "plain").remarks
+    assert not any("not quantised" in remark for remark in plain)
+
+
 def test_files_of_the_working_folder_are_not_imported(run, tmp_path, monkeypatch):
     for name in ("random", "numpy"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 import tiny
 import tunesmith
@@ -159,6 +159,29 @@ def test_a_base_that_is_a_gguf_file_keeps_its_header_and_the_bytes_of_other_tens
     kept = {name: value for name, value in header(base).items() if name not in own}
     assert kept.items() <= header(out).items()
     assert tunesmith.export(run, to="gguf-lora", rows=2).distances.mean < 1e-6
+
+
+def test_a_base_of_another_alignment_is_copied_whole(tmp_path):
+    source = GGUFWriter(tmp_path / "base.gguf", "llama")
+    source.add_custom_alignment(128)
+    tensors = {name: np.arange(size, dtype=np.float32) for name, size in (("a", 8), ("b", 5), ("c", 64))}
+    for name, value in tensors.items():
+        source.add_tensor(name, value)
+    source.write_header_to_file()
+    source.write_kv_data_to_file()
+    source.write_tensors_to_file()
+    source.close()
+    base = GGUFReader(tmp_path / "base.gguf")
+    whole = [
+        writing.NewTensor(each.name, each.data.shape, each.tensor_type, lambda data=each.data: data)
+        for each in base.tensors
+    ]
+    writing.write(tmp_path / "copy.gguf", "llama", {}, whole, list(base.fields.values()))
+    copied = GGUFReader(tmp_path / "copy.gguf")
+    assert copied.fields["general.alignment"].contents() == 128
+    assert {each.name: each.data.tolist() for each in copied.tensors} == {
+        name: value.tolist() for name, value in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("setting", ["adapter.kind=dora", "adapter.kind=full", "model.quantize=8"])

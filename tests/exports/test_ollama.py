@@ -4,6 +4,7 @@ counterpart is refused."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -117,18 +118,43 @@ def test_what_our_reading_does_not_know_is_an_error():
             go_templates.read(template, given)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_model) -> Path:
-    folder = tmp_path_factory.mktemp("ollama")
+def train(folder: Path, model: Path, system: str) -> Path:
     rows = [
-        {"messages": [{"role": "system", "content": "be brief"}, *row["conversations"]]}
+        {"messages": [{"role": "system", "content": system}, *row["conversations"]]}
         for row in tiny.conversations(24)
     ]
     path = tiny.write_rows(folder / "rows.jsonl", rows)
     sets = ["loop.steps=8", "optimizer.learning_rate=0.01", "adapter.targets=all-linear"]
-    config = tunesmith.configure(model=str(tiny_model), data=[str(path)], sets=sets)
+    config = tunesmith.configure(model=str(model), data=[str(path)], sets=sets)
     tunesmith.train(config, out=folder / "run")
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model) -> Path:
+    return train(tmp_path_factory.mktemp("ollama"), tiny_model, "be brief")
+
+
+@pytest.mark.parametrize("system", ['be "brief"', 'say """ once'])
+def test_a_system_message_that_a_modelfile_cannot_hold_is_left_out_and_said(system, tmp_path, tiny_model):
+    exported = tunesmith.export(train(tmp_path, tiny_model, system), to="ollama", rows=2)
+    assert exported.accepted and any("quotes that a Modelfile" in remark for remark in exported.remarks)
+    assert "SYSTEM" not in (exported.path / "Modelfile").read_text()
+
+
+def test_a_go_that_does_not_build_rejects_nothing(run, tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "go"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'no GOROOT' >&2\nexit 2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    exported = tunesmith.export(run, to="ollama", out=tmp_path / "out", rows=2)
+    assert exported.accepted
+    assert "Go does not build: no GOROOT: the template was read by tunesmith alone" in exported.remarks
+    program.write_text("#!/bin/sh\nsleep 60\n")
+    monkeypatch.setattr(go_templates, "TIMEOUT_S", 0.2)
+    with pytest.raises(go_templates.BrokenGo, match="timed out"):
+        go_templates.by_go("{{ .System }}", [])
 
 
 def test_a_folder_for_ollama_has_model_template_stops_and_system(run, tmp_path):
@@ -150,8 +176,11 @@ def without_template(text: str) -> str:
         (without_template, "the Modelfile has no TEMPLATE"),
         (lambda text: text.replace('{{ "<|im_end|>\\n', '{{ "\\n'), "other ids: Ollama's template gives"),
         (lambda text: text.replace("{{- range", "{{- rang"), "Ollama's template: "),
+        (lambda text: text.replace("be brief", "be long"), "another system message than the rows"),
+        (lambda text: text.partition("SYSTEM")[0], "another system message than the rows"),
+        (lambda text: re.sub("PARAMETER stop .*\n", "", text), "does not stop at <|im_end|>"),
     ],
-    ids=["no template", "no end token", "not a template"],
+    ids=["no template", "no end token", "not a template", "other system", "no system", "no stop"],
 )
 def test_a_spoiled_modelfile_is_rejected_and_named(run, spoil, reason, tmp_path, monkeypatch):
     write = Ollama.write

@@ -157,6 +157,15 @@ def test_options_that_would_be_ignored_are_refused(runs, words, where, tmp_path)
     assert caught.value.where == where and caught.value.hint and not (tmp_path / "mixed").exists()
 
 
+def test_a_rank_that_the_layers_do_not_allow_is_said(runs, tmp_path):
+    notices: list[events.Event] = []
+    weights = {runs[0]: 0.5, runs[1]: 0.5}
+    tunesmith.compose(weights, out=tmp_path / "mixed", rank=1000, notify=notices.append)
+    told = [notice.what for notice in notices if isinstance(notice, events.Notice)]
+    (text,) = [what for what in told if what.startswith("rank ")]
+    assert text.endswith("instead of 1000: the narrowest layer takes no more")
+
+
 def test_rows_that_another_source_was_trained_on_are_left_out(tiny_model, tmp_path):
     """Two runs of one file split it by their seeds: a row that one holds out, the other may learn."""
     rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))

@@ -40,8 +40,9 @@ class Recipe(Spec):
 
     method: Method = Field(
         "linear",
-        description="linear: weighted sum, exact at its default rank; svd: the same at the largest rank of "
-        "the sources; ties: large entries whose sign agrees; dare: a random part of the entries, rescaled",
+        description="linear: weighted sum, exact at its default rank unless a layer is narrower than that; "
+        "svd: the same at the largest rank of the sources; ties: large entries whose sign agrees; dare: a "
+        "random part of the entries, rescaled",
     )
     rank: Annotated[int, Field(ge=1)] | None = Field(
         None, description="rank of the result; null: the sum of the sources' ranks, or the largest for others"
@@ -103,9 +104,11 @@ class ComposedLayer(NamedTuple):
 
 
 class Composition(NamedTuple):
-    """``factors``: by layer, those of each of its matrices (one, or one an expert)."""
+    """``factors``: by layer, those of each of its matrices (one, or one an expert). ``rank``: of all of them.
+    ``wanted_rank``: that of the recipe, which the narrowest layer may not allow."""
 
     rank: int
+    wanted_rank: int
     factors: Mapping[str, list[Factors]]
     layers: tuple[ComposedLayer, ...]
 
@@ -161,8 +164,8 @@ def compose(
         raise ConfigError(f"{recipe.method} draws nothing at random", where="seed", hint="--method dare")
     names = sorted({name for source in sources for name in source})
     sizes = [_size(source[name][0]) for source in sources for name in source]
-    asked = recipe.rank or (sum(ranks) if recipe.method == "linear" else max(ranks))
-    rank = min(asked, max(DEFAULT_RANK, min(map(min, sizes))))  # a larger one cannot be attached
+    wanted_rank = recipe.rank or (sum(ranks) if recipe.method == "linear" else max(ranks))
+    rank = min(wanted_rank, max(DEFAULT_RANK, min(map(min, sizes))))  # a larger one cannot be attached
     factors: dict[str, list[Factors]] = {}
     layers: list[ComposedLayer] = []
     for name in names:
@@ -187,7 +190,7 @@ def compose(
         ]
         retained = min(1.0, held / energy) if energy else 1.0
         layers.append(ComposedLayer(name, energy, retained, _means(overlaps)))
-    return Composition(rank, factors, tuple(layers))
+    return Composition(rank, wanted_rank, factors, tuple(layers))
 
 
 class _Matrix(NamedTuple):

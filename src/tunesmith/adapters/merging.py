@@ -23,6 +23,9 @@ from tunesmith.model import loading
 from tunesmith.model.loading import Loaded, ModelSpec
 from tunesmith.model.quantisation import ExpandedLinear
 
+GROUP = 64
+"""Weights that share a scale where a merged model is quantised."""
+
 
 def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     """The base model as `loading.load` gives it, with the adapter that ``spec`` names merged into it. Raises
@@ -133,9 +136,10 @@ def save_dense(
     dtype_of: Callable[[str], mx.Dtype],
     folder: Path,
     bits: int | None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], int]:
     """Write the weights of ``net`` in mlx-lm's layout with its adapters merged, and return the settings for
-    config.json. Changes ``net``.
+    config.json and the number of layers that were left unquantised since their width is not a multiple of
+    the group. Changes ``net``.
 
     dtype_of: the dtype of a tensor, to which it is rounded once. bits: quantise after that, 64 weights a
     scale. config: config.json without quantisation."""
@@ -150,7 +154,10 @@ def save_dense(
     mx.eval(net.parameters())
     if bits is not None:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints
-            net, config = utils.quantize_model(net, config, 64, bits)
+            net, config = utils.quantize_model(net, config, GROUP, bits)
         config["quantization_config"] = config["quantization"]
     utils.save_model(folder, net)
-    return config
+    narrow = (nn.Linear, nn.Embedding)
+    modules = [module for _, module in net.named_modules() if isinstance(module, narrow)]
+    n_dense = sum(module.weight.shape[-1] % GROUP != 0 for module in modules) if bits is not None else 0
+    return config, n_dense

@@ -58,6 +58,7 @@ class Result:
     problems: Sequence[str]
     cost: Cost | None = None
     scores: Mapping[str, list[ExampleScore]] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
 
 
 def run(job: Job, folder: Path) -> Result:
@@ -98,6 +99,7 @@ def measure(folder: Path) -> None:
         "answers": answers,
         "ends": reloaded.ends,
         "problems": problems,
+        "remarks": reloaded.remarks,
         "cost": spent and asdict(spent),
         "scores": {label: [asdict(score) for score in of_task] for label, of_task in scores.items()},
     }

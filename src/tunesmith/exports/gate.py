@@ -146,7 +146,7 @@ class Gate:
             stops=stopping,
             weights=_summary(arrived, written.survived),
             reasons=(*result.problems, *reasons),
-            remarks=(*written.remarks, *fidelity.undecided(stopping)),
+            remarks=(*written.remarks, *result.remarks, *fidelity.undecided(stopping)),
             cost=result.cost,
             loss=fidelity.loss(own, its, live.probes),
             scores=headlines.compare(live.scores, result.scores),

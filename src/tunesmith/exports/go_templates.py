@@ -17,9 +17,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+from tunesmith import events
 from tunesmith.data.examples import Conversation
 from tunesmith.errors import ExportError
+from tunesmith.events import Notice, Sink
 
+TIMEOUT_S = 300
+"""Of a build, which compiles Go's library the first time, and of rendering."""
 Value: TypeAlias = "str | int | bool | list[OllamaMessage] | OllamaMessage | Mapping[str, Value]"
 _ACTION = re.compile(r"\{\{-?\s*(?P<code>(?:\"(?:[^\"\\]|\\.)*\"|[^\"}]|\}(?!\}))*?)\s*-?\}\}")
 _TOKEN = re.compile(r"\"(?:[^\"\\]|\\.)*\"|[()]|:=|,|\$?[.\w$]+")
@@ -50,18 +54,28 @@ def request(conversation: Conversation) -> OllamaRequest:
     return OllamaRequest("\n\n".join(system), messages)
 
 
+class BrokenGo(ExportError):
+    """Go is installed and does not work: that says nothing of the template."""
+
+
 def has_go() -> bool:
     return shutil.which("go") is not None
 
 
-def render(template: str, conversations: Sequence[Conversation]) -> list[str]:
-    """One text a conversation, by Go if it is installed."""
+def render(template: str, conversations: Sequence[Conversation], notify: Sink = events.silent) -> list[str]:
+    """One text a conversation, by Go if it is installed and works; ``notify`` is told if it does not work."""
     requests = [request(conversation) for conversation in conversations]
-    return by_go(template, requests) if has_go() else [read(template, each) for each in requests]
+    if has_go():
+        try:
+            return by_go(template, requests)
+        except BrokenGo as error:
+            notify(Notice(f"{error.what}: the template was read by tunesmith alone", level="warning"))
+    return [read(template, each) for each in requests]
 
 
 def by_go(template: str, requests: Sequence[OllamaRequest]) -> list[str]:
-    """Raises ExportError, with what Go said, if it cannot render the template."""
+    """Raises ExportError, with what Go said, if it cannot render the template, BrokenGo if the program that
+    renders cannot be built or does not end."""
     conversations = [
         {"System": each.System, "Messages": [message._asdict() for message in each.Messages]}
         for each in requests
@@ -69,15 +83,27 @@ def by_go(template: str, requests: Sequence[OllamaRequest]) -> list[str]:
     job = json.dumps({"template": template, "conversations": conversations})
     program = (files("tunesmith.exports") / "ollama_files" / "render.go.txt").read_text("utf-8")
     with tempfile.TemporaryDirectory(prefix="tunesmith-go-") as folder:
-        path = Path(folder) / "render.go"
-        path.write_text(program, encoding="utf-8")
-        done = subprocess.run(
-            ["go", "run", str(path)], input=job, capture_output=True, text=True, cwd=folder, check=False
-        )
+        (Path(folder) / "render.go").write_text(program, encoding="utf-8")
+        built = _run(["go", "build", "-o", "render", "render.go"], "", Path(folder))
+        if built.returncode:
+            raise BrokenGo(f"Go does not build: {_last_line(built)}")
+        done = _run([str(Path(folder) / "render")], job, Path(folder))
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        raise ExportError(f"Go cannot render the template: {last[0]}")
+        raise ExportError(f"Go cannot render the template: {_last_line(done)}")
     return json.loads(done.stdout)
+
+
+def _run(words: Sequence[str], given: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            words, input=given, capture_output=True, text=True, cwd=folder, check=False, timeout=TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BrokenGo(f"Go does not work: {error}") from error
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"])[0]
 
 
 def read(template: str, given: OllamaRequest) -> str:

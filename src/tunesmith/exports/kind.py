@@ -80,13 +80,15 @@ class ArtefactNotes(NamedTuple):
 
 class Reloaded(NamedTuple):
     """An artefact that was read from disk. ``ends``: the tokens at which those who use it stop.
-    ``problems``: what could not be placed. ``merge``: merges an adapter that is not one of ours."""
+    ``problems``: what could not be placed. ``merge``: merges an adapter that is not one of ours. ``remarks``:
+    what the check itself could not do."""
 
     net: nn.Module
     renderer: Renderer
     ends: tuple[int, ...]
     problems: tuple[str, ...] = ()
     merge: Callable[[], None] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class ExportKind(ABC):

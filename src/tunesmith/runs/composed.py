@@ -118,6 +118,10 @@ def compose(
     del updates
     spec = composition.spec_of(result, specs)
     composition.install(net, spec, result)
+    if result.rank < result.wanted_rank:
+        text = f"rank {result.rank} instead of {result.wanted_rank}: the narrowest layer takes no more"
+        hint = "the column retained says what each layer loses"
+        notify(Notice(text, level="warning", where="compose", hint=hint))
     made = ComposedRun(Run(out), recipe, result.rank, weighted, result.layers, _seen(weighted, notify))
     out.parent.mkdir(parents=True, exist_ok=True)
     with draft(out) as folder:

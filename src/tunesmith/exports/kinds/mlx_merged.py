@@ -75,7 +75,10 @@ class _MLXModel(ExportKind):
             notes = ArtefactNotes(survived, ("codes and scales are those of the base: only biases changed",))
         else:
             vocabulary = _join_rows(loaded.net)
-            config = merging.save_dense(loaded.net, config, dtype_of, folder, self.bits)
+            config, n_dense = merging.save_dense(loaded.net, config, dtype_of, folder, self.bits)
+            if n_dense:
+                what = f"{n_dense} layers are not quantised: their width is not a multiple of {merging.GROUP}"
+                notes = ArtefactNotes(remarks=(what,))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if vocabulary is not None:
             stored.write_vocabulary(folder, vocabulary)

@@ -3,6 +3,7 @@ was trained with, in Ollama's language, its end tokens and its system message.""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +14,7 @@ from tunesmith.data import formats
 from tunesmith.data.examples import JSON, Conversation, Demonstration, Judged
 from tunesmith.errors import ExportError, TemplateError
 from tunesmith.evaluation.evaluate import IMITATED
-from tunesmith.events import Sink
+from tunesmith.events import Event, Notice, Sink
 from tunesmith.exports import go_templates, ollama_templates
 from tunesmith.exports.kind import ArtefactNotes, ExportKind, Reloaded, Tolerance, Tuned, refuse, register
 from tunesmith.exports.kinds.gguf import GGUFF16, GGUFQ40, GGUFQ80
@@ -49,20 +50,26 @@ class _Ollama(ExportKind):
         tools = _tools(conversations)
         marks = ollama_templates.find(tuned.renderer, tools, _bos(model, tuned.renderer))
         lines = [f"FROM ./{model.name}", f"TEMPLATE {QUOTES}{marks.template()}{QUOTES}"]
-        lines += [f'PARAMETER stop "{tuned.renderer.decode([token])}"' for token in tuned.ends]
-        if system := _system(conversations):
+        lines += [f'PARAMETER stop "{text}"' for text in _stops(tuned.renderer, tuned.ends)]
+        if (system := _system(conversations)) and _is_quotable(system):
             lines.append(f"SYSTEM {QUOTES}{system}{QUOTES}")
         (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
         name = tuned.run.path.resolve().name.lower()
         remarks = [f"use: ollama create {name} -f Modelfile", *_remarks(conversations, marks.opening, tools)]
+        if system and not _is_quotable(system):
+            remarks.append(
+                "the system message of the rows has quotes that a Modelfile cannot hold: give it with every "
+                "request"
+            )
         own = [remark for remark in notes.remarks if not remark.startswith("use:")]
         return ArtefactNotes(notes.survived, (*remarks, *own))
 
     def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
         reloaded = self.gguf().reload(folder, source, run)
         (model,) = folder.glob("*.gguf")
-        problems = differing(folder / MODELFILE, model, reloaded.renderer, run)
-        return reloaded._replace(problems=(*reloaded.problems, *problems))
+        remarks: list[str] = []
+        problems = differing(folder / MODELFILE, model, reloaded.renderer, run, remarks)
+        return reloaded._replace(problems=(*reloaded.problems, *problems), remarks=tuple(remarks))
 
 
 def _conversations(run: Run) -> list[Conversation]:
@@ -99,7 +106,18 @@ def _system(conversations: Sequence[Conversation]) -> str | None:
         for conversation in conversations
     }
     (text, *others) = texts
-    return text if text and not others and QUOTES not in text else None
+    return text if text and not others else None
+
+
+def _is_quotable(text: str) -> bool:
+    """Whether three quotes around ``text`` end where it ends."""
+    return QUOTES not in text and not text.endswith('"')
+
+
+def _stops(renderer: Renderer, ends: Sequence[int]) -> list[str]:
+    """The texts of the end tokens that a line of a Modelfile can hold."""
+    texts = [renderer.decode([token]) for token in ends]
+    return [text for text in texts if '"' not in text and len(text.splitlines()) == 1]
 
 
 def _prompts(conversations: Sequence[Conversation]) -> list[Conversation]:
@@ -136,28 +154,48 @@ def _bos(model: Path, renderer: Renderer) -> str:
     return renderer.decode([int(bos.contents())]) if adds and bos is not None else ""
 
 
-def differing(modelfile: Path, model: Path, renderer: Renderer, run: Run) -> list[str]:
-    """A sentence if Ollama would give the model other ids for prompts of the rows than in training."""
+def differing(modelfile: Path, model: Path, renderer: Renderer, run: Run, remarks: list[str]) -> list[str]:
+    """Sentences if Ollama would give the model other ids for prompts of the rows than in training, another
+    system message, or not stop at its end tokens. Adds to ``remarks`` why Go could not check it."""
     text = modelfile.read_text("utf-8")
     if f"TEMPLATE {QUOTES}" not in text:
         return ["the Modelfile has no TEMPLATE"]
     template = text.partition(f"TEMPLATE {QUOTES}")[2].partition(QUOTES)[0]
-    prompts = _prompts(_conversations(run))
-    bos, reader = _bos(model, renderer), "Go" if go_templates.has_go() else "tunesmith's reading of Go"
+    conversations = _conversations(run)
+    problems = _other_settings(text, renderer, _system(conversations))
+    prompts, bos = _prompts(conversations), _bos(model, renderer)
+    notices: list[Event] = []
     try:
-        rendered = go_templates.render(template, prompts)
+        rendered = go_templates.render(template, prompts, notices.append)
         expected = [renderer.prompt(prompt) for prompt in prompts]
     except (ExportError, TemplateError) as error:
-        return [f"Ollama's template: {error.what}"]
+        return [*problems, f"Ollama's template: {error.what}"]
+    remarks += [notice.what for notice in notices if isinstance(notice, Notice)]
+    reader = "Go" if go_templates.has_go() and not notices else "tunesmith's reading of Go"
     actual = [renderer.encoded_part(bos + text) for text in rendered]
     wrong = sum(ids != others for ids, others in zip(actual, expected, strict=True))
     if not wrong:
-        return []
+        return problems
     double = bos and any(each.startswith(bos) for each in rendered)
     reason = ": its template begins with the token that Ollama writes already" if double else ""
     return [
-        f"other ids: Ollama's template gives {wrong} of {len(prompts)} prompts other ids, by {reader}{reason}"
+        *problems,
+        f"other ids: Ollama's template gives {wrong} of {len(prompts)} prompts other ids, by "
+        f"{reader}{reason}",
     ]
+
+
+def _other_settings(modelfile: str, renderer: Renderer, system: str | None) -> list[str]:
+    """Sentences if the Modelfile has another system message than the rows, or lacks an end token."""
+    problems: list[str] = []
+    (_, own, after) = modelfile.partition(f"\nSYSTEM {QUOTES}")
+    written = after.partition(f"{QUOTES}\n")[0] if own else None
+    if written != (system if system and _is_quotable(system) else None):
+        problems.append("the Modelfile has another system message than the rows")
+    stops = set(re.findall(r'^PARAMETER stop "(.*)"$', modelfile, re.M))
+    if missing := set(_stops(renderer, renderer.eos_ids)) - stops:
+        problems.append(f"the Modelfile does not stop at {', '.join(sorted(missing))}")
+    return problems
 
 
 @register

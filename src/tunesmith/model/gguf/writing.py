@@ -246,6 +246,8 @@ def write(
         if not field.name.startswith("GGUF.") and field.name not in {*values, "general.architecture"}:
             inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+            if field.name == "general.alignment":  # the writer pads tensors to its own attribute
+                writer.data_alignment = int(field.contents())
     for tensor in tensors:
         block, size = GGML_QUANT_SIZES[tensor.type]
         n_bytes = math.prod(tensor.shape) // block * size
