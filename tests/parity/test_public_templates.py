@@ -15,7 +15,7 @@ import pytest
 from parity import public_templates, template_table, templates
 
 NAMES: dict[str, str] = json.loads(public_templates.LISTED.read_text(encoding="utf-8"))
-FOLDER = "TUNESMITH_TEMPLATES"
+FOLDER = "PUBLIC_TEMPLATES"
 
 
 @pytest.fixture(scope="session")
