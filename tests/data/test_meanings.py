@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from tunesmith.data import formats
+from tunesmith.data.examples import REASONING_BESIDE
 from tunesmith.data.formats import DataSpec, Document, Judged, Preference, Read, RowRemark
+from tunesmith.errors import DataError
 
 TURNS = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 
@@ -102,3 +104,82 @@ def test_keys_without_meaning_or_content_are_metadata_in_silence(tmp_path):
 def test_the_label_of_a_pair_is_metadata(tmp_path):
     example = alone(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b", "label": "x"})
     assert isinstance(example, Preference) and example.metadata == {"label": "x"}
+
+
+CHAT_ROWS = [
+    {"instruction": "u", "output": "a"},
+    {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    {"prompt": TURNS[:1], "completion": "a"},
+    {"system": "s", "prompt": "u", "completion": "a"},
+    {"messages": TURNS},
+    {"messages": [*TURNS, *TURNS]},
+    {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+]
+THOUGHT = "<think>\nhm, a\n</think>\n\na"
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("row", CHAT_ROWS)
+def test_a_column_of_reasoning_is_that_of_the_last_answer(tmp_path, row, key):
+    row = row | {key: "hm, a"}
+    example = alone(tmp_path, row)
+    answers = [content for role, content in said(example.conversation) if role == "assistant"]
+    assert answers == ["a"] * (len(answers) - 1) + [THOUGHT] and example.metadata == {}
+    assert RowRemark(REASONING_BESIDE) in example.remarks
+    assert not any(remark.doubt for remark in example.remarks)
+    assert said(alone(tmp_path, row, reasoning="think").conversation)[-1] == ("assistant", THOUGHT)
+    assert said(alone(tmp_path, row, reasoning="omit").conversation)[-1] == ("assistant", "a")
+    (bad,) = read(tmp_path, row, reasoning="refuse").dropped
+    assert bad.reason == "reasoning" and bad.message.startswith(key)
+
+
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "t", "reasoning": "hm, a"},
+        {"prompt": "p", "completion": "c", "reasoning_content": "hm, a"},
+        {"prompt": "p", "chosen": "a", "rejected": "b", "thinking": "hm, a"},
+        {"messages": TURNS, "label": True, "reasoning": "a is right"},
+        {"messages": [TURNS[0], CALL, {"role": "tool", "content": "r"}, TURNS[1]], "reasoning": "hm, a"},
+        {"messages": [TURNS[0], TURNS[1] | {"reasoning": "own"}], "reasoning": "hm, a"},
+        {"messages": [TURNS[0], TURNS[1] | {"content": THOUGHT}], "reasoning": "hm, a"},
+        {"messages": TURNS, "reasoning": "off"},
+        {"messages": TURNS, "reasoning": "High"},
+        {"messages": TURNS, "thinking": True},
+        {"messages": TURNS, "reasoning": ["hm, a"]},
+        {"messages": TURNS, "reasoning": "hm, a", "thinking": "hm, b"},
+    ],
+)
+def test_a_column_of_reasoning_that_may_be_something_else_is_told(tmp_path, row):
+    for setting in ("auto", "think"):
+        example = alone(tmp_path, row, reasoning=setting)
+        columns = {"reasoning_content", "reasoning", "thinking"} & row.keys()
+        doubts = {remark.text.split()[0] for remark in example.remarks if remark.doubt}
+        assert doubts == columns and {key: example.metadata[key] for key in columns} == {
+            key: row[key] for key in columns
+        }
+
+
+def test_a_column_of_reasoning_beside_instruct_text_is_told(tmp_path):
+    row = {"instruction": "u", "output": "a", "reasoning": "hm, a"}
+    example = alone(tmp_path, row, instruction_layout="instruct")
+    text = "reasoning is not read beside instruction and output: metadata"
+    assert example.remarks == (RowRemark(text, doubt=True),)
+
+
+def test_a_column_of_reasoning_is_no_answer(tmp_path):
+    (bad,) = read(tmp_path, {"instruction": "u", "output": "", "reasoning": "hm, a"}).dropped
+    assert bad.reason == "empty_assistant"
+
+
+def test_rows_refused_for_their_reasoning_are_told_how_to_leave_it_out(tmp_path):
+    row = {"messages": TURNS, "reasoning": "hm, a"}
+    with pytest.raises(DataError) as caught:
+        formats.require(read(tmp_path, row, reasoning="refuse"), 0.1)
+    assert caught.value.hint == "--set data.reasoning=omit leaves it out"
+    with pytest.raises(DataError) as caught:
+        formats.require(read(tmp_path, row, {"text": 3}, reasoning="refuse"), 0.1)
+    assert caught.value.hint == "mend these rows"

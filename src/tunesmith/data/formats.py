@@ -193,15 +193,14 @@ def require(read: Read, max_dropped: float) -> None:
     files = ", ".join(read.files)
     if not read.dropped:
         raise DataError("no rows", where=files, hint="data.train names files of rows")
-    reasons = ", ".join(
-        f"{reason} {count}" for reason, count in Counter(row.reason for row in read.dropped).most_common()
-    )
+    counts = Counter(row.reason for row in read.dropped)
+    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
+    mend = "--set data.reasoning=omit leaves it out" if set(counts) == {"reasoning"} else "mend these rows"
     shown = listing([f"{row.source}: {row.message}" for row in read.dropped])
     raise DataError(
         f"{len(read.dropped)} of {read.rows} rows cannot be used, {share:.1%} ({reasons}):\n{shown}",
         where=files or None,
-        hint="mend these rows"
-        + (f", or allow more than {max_dropped:.1%} with data.max_dropped" if share < 1 else ""),
+        hint=mend + (f", or allow more than {max_dropped:.1%} with data.max_dropped" if share < 1 else ""),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pkgutil
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
 from typing import ClassVar, Protocol, TypeVar
@@ -122,9 +123,15 @@ _BAD = frozenset({"false", "0", "bad", "undesirable", "rejected"})
 _MEANINGFUL = frozenset(
     "system system_prompt tools functions history instruction input output prompt completion messages "
     "conversations text chosen rejected question kto_tag weight train learn image images video videos audio "
-    "audios documents chat_template_kwargs".split()
+    "audios documents chat_template_kwargs reasoning_content reasoning thinking".split()
 )
 """Keys that some layout reads, or that other programs for training read."""
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_MODES = frozenset(
+    "on off true false yes no none enabled disabled auto minimal low medium high xhigh think no_think "
+    "/think /no_think".split()
+)
+"""Words that say whether or how much a model reasons: no reasoning themselves."""
 _Value = TypeVar("_Value", str, list[JSON], dict[str, JSON])
 
 
@@ -270,11 +277,7 @@ class RowReader:
         if said == "function_call":
             inside, content = nested.from_json(content, place, "call"), None
             calls += inside if isinstance(inside, list) else [inside]
-        thoughts = [
-            turn.pop(key)
-            for key in ("reasoning_content", "reasoning", "thinking")
-            if isinstance(turn.get(key), str)
-        ]
+        thoughts = [turn.pop(key) for key in _REASONING_KEYS if isinstance(turn.get(key), str)]
         content = self.content(content, place, calls, thoughts)
         calls += typed(list, turn.pop("tool_calls", None) or [], place, "call")
         calls += [turn.pop("function_call")] if has(turn, "function_call") else []
@@ -317,15 +320,40 @@ class RowReader:
             else:
                 hint = "a JSON result is written as a string; pictures and sound cannot be learned"
                 raise BadRow("content", place, "text, null or a list of text parts", show(part), hint)
-        thought = "".join(map(str, thoughts))
+        return self._marked("".join(map(str, thoughts)), place) + "".join(texts)
+
+    def _marked(self, thought: str, place: str) -> str:
+        """The reasoning as ``data.reasoning`` has it before the words of an answer. Raises BadRow if it
+        refuses reasoning."""
         if thought and self.reasoning == "refuse":
             hint = "data.reasoning=auto learns it as the template writes it, omit leaves it out"
             raise BadRow("reasoning", place, "no reasoning apart from the answer", show(thought), hint)
-        if thought and self.reasoning in ("auto", "think"):
-            texts.insert(0, f"<think>\n{thought}\n</think>\n\n")
-        if thought and self.reasoning == "auto":
+        if not thought or self.reasoning == "omit":
+            return ""
+        if self.reasoning == "auto":
             self.remark(REASONING_BESIDE)
-        return "".join(texts)
+        return f"<think>\n{thought}\n</think>\n\n"
+
+    def _with_reasoning(self, messages: list[Message]) -> list[Message]:
+        """The messages, with the reasoning of a column of the row in the last answer. If it may be something
+        else, it stays in the row: reasoning of one of several answers to one prompt, reasons for a verdict,
+        a mode, or what the answer already has."""
+        columns = [key for key in _REASONING_KEYS if self.row.get(key) not in (None, "")]
+        if len(columns) != 1 or self.label is not None:
+            return messages
+        (key,) = columns
+        thought, answer, before = self.row[key], messages[-1], messages[-2].role if messages[1:] else ""
+        if (
+            not isinstance(thought, str)
+            or thought.strip().lower() in {"", *_MODES}
+            or answer.role != "assistant"
+            or before != "user"
+            or "</think>" in answer.content
+            or not (answer.content.strip() or answer.calls)
+        ):
+            return messages
+        del self.row[key]
+        return [*messages[:-1], replace(answer, content=self._marked(thought, key) + answer.content)]
 
     def conversation(self, messages: list[Message]) -> Conversation:
         system = self.text("system")
@@ -355,7 +383,7 @@ class RowReader:
 
     def spoken(self, messages: list[Message]) -> MakesExample:
         """A conversation to imitate, or with a verdict on it."""
-        conversation = self.conversation(messages)
+        conversation = self.conversation(self._with_reasoning(messages))
         if self.label is None:
             return partial(Demonstration, conversation)
         return partial(Judged, conversation, self.label)
