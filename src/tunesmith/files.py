@@ -3,11 +3,13 @@ that is checked against a type when it is read."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -164,11 +166,21 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_regular(path: Path) -> bytes:
+    """The content of a file. Raises OSError for what is not a regular file, such as a pipe, from which
+    reading would not end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        return file.read()
+
+
 def read_json(path: Path, kind: type[T], error: type[TunesmithError], hint: str | None) -> T:
     """The JSON of a file as a ``kind``: a dataclass, a TypedDict, or a type such as ``dict[str, str]``.
     Raises ``error`` with the file, the key that is wrong and the hint."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as failure:
         reason = failure.strerror or str(failure)
         raise error(f"cannot be read: {reason}", where=str(path), hint=hint) from failure

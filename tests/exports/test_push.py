@@ -175,6 +175,17 @@ def test_what_may_not_be_pushed_is_refused(run):
     assert "tunesmith report" in str(caught.value)
 
 
+@pytest.mark.parametrize(("spelled", "kind"), [("mlx:4", "mlx-4bit"), ("gguf", "gguf-q8_0"), ("mlx", "mlx")])
+def test_a_kind_is_spelled_as_for_the_export(run, spelled, kind):
+    export(run, kind, accepted=True)
+    assert tunesmith.push(run, to="me/tool", kind=spelled, dry_run=True).kind == kind
+
+
+def test_a_path_is_not_a_kind(run):
+    with pytest.raises(ConfigError, match="is not a kind of export"):
+        tunesmith.push(run, to="me/tool", kind="../exports/peft", dry_run=True)
+
+
 def test_a_damaged_record_is_named(run):
     (run / "exports" / "peft" / "export.json").write_text('{"kind": "peft"}')
     with pytest.raises(EvaluationError, match="the key checkpoint is missing"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from io import StringIO
 from pathlib import Path
@@ -144,6 +146,30 @@ def test_a_folder_in_the_place_of_a_file_is_a_fault(folder, file):
     (folder / "first" / file).unlink(missing_ok=True)
     (folder / "first" / file).mkdir()
     assert len(registry.read(folder / "first").faults) == 1
+
+
+@pytest.mark.parametrize(
+    "file", ["manifest.json", "config.yaml", "checkpoints/index.json", "report.json", "tags.json"]
+)
+def test_a_pipe_in_the_place_of_a_file_is_a_fault(folder, file):
+    (folder / "first" / file).unlink(missing_ok=True)
+    os.mkfifo(folder / "first" / file)
+    read: list[registry.RegisteredRun] = []
+    thread = threading.Thread(target=lambda: read.append(registry.read(folder / "first")), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert read and len(read[0].faults) == 1
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_not_a_training(folder):
+    os.mkfifo(folder / "first" / ".lock")
+    trained: list[bool] = []
+    thread = threading.Thread(
+        target=lambda: trained.append(registry.is_training(folder / "first")), daemon=True
+    )
+    thread.start()
+    thread.join(10)
+    assert trained == [False]
 
 
 def test_what_is_left_of_a_run_without_manifest_is_listed(folder):

@@ -62,6 +62,23 @@ def test_an_ambiguous_tag_is_an_error_that_names_both(runs):
         tags.find("tool:1")
 
 
+@pytest.mark.parametrize("name", ["0-latest", "latest"])
+def test_a_link_beside_a_run_is_not_another_run_with_its_tag(runs, name):
+    (runs / name).symlink_to("a")
+    tags.add(runs / "a", "tool:1")
+    assert tags.find("tool:1") == runs / "a"
+
+
+def test_the_hint_of_an_ambiguous_tag_ends_the_ambiguity(runs):
+    for name in ("experiments/s1/a", "experiments/s2/b"):
+        tags.add(planted.run(Path(name)), "tool:1")
+    with pytest.raises(DataError, match="ambiguous") as caught:
+        tags.find("experiments/tool:1")
+    command = (caught.value.hint or "").partition("tunesmith ")[2].split()
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    assert tags.find("experiments/tool:1") == Path("experiments/s1/a")
+
+
 def test_a_tag_is_moved_only_on_request(runs):
     tags.add(runs / "a", "tool:1")
     tags.add(runs / "a", "tool:latest")

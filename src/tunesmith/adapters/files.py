@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,15 @@ def save_as_lora(net: nn.Module, spec: QALoRA, folder: Path) -> None:
         tensors |= {f"{name}.lora_a": np.array(layer.expanded_a()), f"{name}.lora_b": np.array(layer.lora_b)}
     config = _config(plain, len(blocks_of(net, spec.layers)), layers)
     _write(folder, config, tensors)
+
+
+def copy_without_start(saved: Path, folder: Path) -> None:
+    """Copy what `save` wrote for another machine: ``start`` is a path of this one, and becomes null."""
+    shutil.copyfile(saved / WEIGHTS, folder / WEIGHTS)
+    config = json.loads((saved / CONFIG).read_text("utf-8"))
+    if config.get("tunesmith", {}).get("adapter", {}).get("start") is not None:
+        config["tunesmith"]["adapter"]["start"] = None
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> Adapter:

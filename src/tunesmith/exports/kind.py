@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from tunesmith.errors import ConfigError, ExportError
 from tunesmith.events import Sink
+from tunesmith.exports.spelling import full_name
 from tunesmith.model import layouts, mends
 from tunesmith.model.loading import Loaded, ModelSpec
 from tunesmith.runs.config import RunConfig
@@ -140,15 +141,10 @@ def kinds(family: str = "") -> dict[str, type[ExportKind]]:
     return dict(sorted(_REGISTERED.items()))
 
 
-SHORT = {"gguf": "gguf-q8_0", "mlx-16": "mlx-merged", "mlx-8": "mlx-8bit", "mlx-4": "mlx-4bit"}
-"""Other names of kinds."""
-
-
 def named(name: str) -> ExportKind:
     """The kind ``name``; ``gguf:q8_0`` is another spelling of ``gguf-q8_0``. Raises ConfigError if there is
     none."""
-    name = name.replace(":", "-", 1)
-    name = SHORT.get(name, name)
+    name = full_name(name)
     known = kinds(name.partition("-")[0])
     if name not in known:
         known = kinds()

@@ -17,10 +17,11 @@ from typing_extensions import TypedDict
 from tunesmith import events
 from tunesmith.errors import ConfigError, DataError, ExportError
 from tunesmith.events import Notice, Sink
+from tunesmith.exports.spelling import full_name
 from tunesmith.runs import artefacts
 from tunesmith.runs.artefacts import RECORD
 from tunesmith.runs.directory import EXPORTS, Run
-from tunesmith.settings.config import JSON
+from tunesmith.settings.origins import JSON
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -76,6 +77,7 @@ def push(
     from huggingface_hub import HfApi, constants, get_token
 
     _require_name(to)
+    kind = full_name(kind)
     folder = _artefact(Run.open(run).path, kind)
     sources = _files(Run.open(run).path, folder)
     listed = tuple(PushedFile(path=name, bytes=path.stat().st_size) for name, path in sources.items())
@@ -104,7 +106,11 @@ def _require_name(repository: str) -> None:
 
 
 def _artefact(run: Path, kind: str) -> Path:
-    """The folder of the export. Raises ExportError if there is none that was accepted."""
+    """The folder of the export. Raises ExportError if there is none that was accepted, ConfigError if
+    ``kind`` is a path."""
+    if "/" in kind:
+        hint = "the name of an export of the run, such as peft or mlx:4"
+        raise ConfigError(f"{kind!r} is not a kind of export", where="--kind", hint=hint)
     if kind in WITH_DATA:
         raise ExportError(
             f"{kind} is not pushed: {WITH_DATA[kind]}", where=str(run), hint="--kind peft, or hf"

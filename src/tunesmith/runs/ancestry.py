@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NotRequired
 from typing_extensions import TypedDict
 
 from tunesmith.errors import DataError, TunesmithError
-from tunesmith.files import checked
+from tunesmith.files import checked, read_regular
 from tunesmith.runs import artefacts
 from tunesmith.runs.artefacts import Exported
 from tunesmith.runs.directory import ADAPTERS, CHECKPOINTS, CONFIG, CURSOR, MANIFEST, RESTORE, Run
@@ -224,7 +224,7 @@ def _adapter_hashes(run: Path) -> Iterator[str]:
     """SHA-256 of the adapter in each checkpoint, as the checkpoints record it."""
     for path in sorted((run / CHECKPOINTS).glob(f"*/{CURSOR}")):
         try:
-            yield str(json.loads(path.read_text("utf-8"))["sha256"][ADAPTERS])
+            yield str(json.loads(read_regular(path))["sha256"][ADAPTERS])
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue
 

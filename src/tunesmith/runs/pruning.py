@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.files import draft_name, is_linked, read_json
+from tunesmith.files import draft_name, is_linked, read_json, read_regular
 from tunesmith.runs import artefacts, checkpoints, tags
 from tunesmith.runs.ancestry import Use, by_user, named_paths
 from tunesmith.runs.artefacts import REJECTED
@@ -141,7 +141,7 @@ def _newest_of_same(runs: Sequence[RegisteredRun]) -> Mapping[Path, RegisteredRu
 
 def _identity(path: Path) -> tuple[bytes, str]:
     """What decides a run: its settings and the hashes of its inputs."""
-    return (path / CONFIG).read_bytes(), repr(sorted(Run(path).manifest.get("hashes", {}).items()))
+    return read_regular(path / CONFIG), repr(sorted(Run(path).manifest.get("hashes", {}).items()))
 
 
 def _why_run(run: RegisteredRun, newer: Mapping[Path, RegisteredRun]) -> str | None:

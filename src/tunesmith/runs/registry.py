@@ -17,7 +17,7 @@ from typing import Any, NotRequired, TypeVar
 from typing_extensions import TypedDict
 
 from tunesmith.errors import ConfigError, DataError, TunesmithError
-from tunesmith.files import checked, distinct, read_json
+from tunesmith.files import checked, distinct, read_json, read_regular
 from tunesmith.runs import tags
 from tunesmith.runs.directory import CHECKPOINTS, CONFIG, EVENTS, INDEX, MANIFEST, RESTORE, Manifest, Run
 from tunesmith.runs.tags import FOLDER
@@ -209,7 +209,7 @@ def is_training(path: Path) -> bool:
     """Whether a process trains the run, by what it wrote into the run's lock: the lock itself is not touched,
     so that a training that begins now gets it."""
     try:
-        owner = (path / LOCK).read_text("utf-8", errors="replace")[:200]
+        owner = read_regular(path / LOCK)[:200].decode("utf-8", errors="replace")
     except OSError:
         return False
     match = re.fullmatch(r"process (\d{1,9}) on (.*)\n?", owner)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.files import read_json, write_json
+from tunesmith.files import distinct, read_json, write_json
 
 TAGS = "tags.json"
 FOLDER = "runs"
@@ -41,7 +41,8 @@ def find(target: str | Path) -> Path:
         return holders[0]
     if holders:
         names = " and ".join(map(str, holders))
-        hint = f"name the folder, or decide: tunesmith tag {shlex.quote(str(holders[0]))} {tag} --move"
+        last = shlex.quote(str(holders[-1]))
+        hint = f"name the folder, or take it from one: tunesmith tag {last} {tag} --remove"
         raise DataError(f"the tag is ambiguous: {names} have it", where=str(target), hint=hint)
     hint = f"tunesmith runs --folder {shlex.quote(str(folder))} lists the runs with their tags"
     raise DataError(f"no run under {folder} has this tag", where=str(target), hint=hint)
@@ -70,8 +71,8 @@ def _holders(folder: Path, tag: str) -> list[Path]:
 
 
 def listed(folder: Path) -> list[Path]:
-    """The lists of tags under ``folder``, in its folders and theirs."""
-    return sorted([*folder.glob(f"[!.]*/{TAGS}"), *folder.glob(f"[!.]*/[!.]*/{TAGS}")])
+    """The lists of tags under ``folder``, in its folders and theirs; of a run with links to it, one."""
+    return distinct(sorted([*folder.glob(f"[!.]*/{TAGS}"), *folder.glob(f"[!.]*/[!.]*/{TAGS}")]), folder)
 
 
 def read(run: Path) -> list[str]:

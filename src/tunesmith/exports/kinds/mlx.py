@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -46,8 +45,7 @@ class MLXAdapter(ExportKind):
         if isinstance(adapter, QALoRA):
             files.save_as_lora(tuned.loaded.net, adapter, folder)
         else:
-            for name in (files.WEIGHTS, files.CONFIG):
-                shutil.copyfile(tuned.checkpoint / name, folder / name)
+            files.copy_without_start(tuned.checkpoint, folder)
         return ArtefactNotes(
             remarks=(f"use: mlx_lm.generate --model {tuned.loaded.path} --adapter-path <folder>",)
         )
