@@ -26,6 +26,7 @@ from tunesmith.exports.fidelity import Carried
 from tunesmith.exports.kinds import peft
 from tunesmith.exports.kinds.hf import Merged
 from tunesmith.runs import artefacts
+from tunesmith.runs.directory import Run
 from tunesmith.tokens import renderers
 from tunesmith.tokens.first_rules import FirstRules
 
@@ -457,3 +458,22 @@ def test_without_settings_a_model_stops_at_the_eos_token_of_its_tokenizer(tmp_pa
     assert kind.declared_ends(tmp_path, renderer) == (7,)
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3}))
     assert kind.declared_ends(tmp_path, renderer) == (3,)
+
+
+def test_an_adapter_for_mlx_lm_names_no_path_of_this_machine(run, tiny_model, tmp_path):
+    went_on = train(tmp_path, tiny_model, "adapter.rank=4", f"adapter.start={run}")
+    saved = json.loads((Run.open(went_on).checkpoint(12) / "adapter_config.json").read_text())
+    assert str(run) in json.dumps(saved)
+    made = tunesmith.export(went_on, to="mlx", rows=2)
+    written = (made.path / "adapter_config.json").read_text()
+    assert str(run) not in written and json.loads(written)["tunesmith"]["adapter"]["rank"] == 4
+
+
+def test_an_export_of_a_run_that_did_not_end_says_so(run, tmp_path):
+    cut = tmp_path / "cut"
+    shutil.copytree(run, cut, ignore=shutil.ignore_patterns("exports"))
+    manifest = json.loads((cut / "manifest.json").read_text())
+    (cut / "manifest.json").write_text(json.dumps(manifest | {"status": "interrupted"}))
+    assert "status: interrupted" in tunesmith.export(cut, to="mlx", rows=2).remarks[0]
+    whole = tunesmith.export(run, to="mlx", out=tmp_path / "whole", rows=2)
+    assert not [remark for remark in whole.remarks if "status" in remark]

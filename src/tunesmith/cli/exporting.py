@@ -54,7 +54,7 @@ def export(
 ) -> None:
     """Write the tuned model for other programs, reload it, and compare it with the live adapter."""
     if (to is None) == (table is None):
-        message = "one kind, or a table of kinds, must be named"
+        message = "name one kind, or a table of kinds, and not both"
         raise ConfigError(message, where="--to", hint="--to hf, or --table mlx:16,mlx:8,gguf:q8_0")
     if to is not None and not keep:
         raise ConfigError(

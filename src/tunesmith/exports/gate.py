@@ -19,7 +19,9 @@ from tunesmith.exports.headlines import TaskScores
 from tunesmith.exports.kind import ArtefactNotes, ExportKind, Tuned
 from tunesmith.runs import checkpoints
 from tunesmith.runs.artefacts import CarriedSummary, Exported
+from tunesmith.runs.directory import COMPOSED, Run
 from tunesmith.runs.opening import Opened, Source
+from tunesmith.runs.registry import FINISHED
 from tunesmith.tokens.template import Renderer
 
 ROWS = 64
@@ -146,7 +148,12 @@ class Gate:
             stops=stopping,
             weights=_summary(arrived, written.survived),
             reasons=(*result.problems, *reasons),
-            remarks=(*written.remarks, *result.remarks, *fidelity.undecided(stopping)),
+            remarks=(
+                *_unfinished(self.run),
+                *written.remarks,
+                *result.remarks,
+                *fidelity.undecided(stopping),
+            ),
             cost=result.cost,
             loss=fidelity.loss(own, its, live.probes),
             scores=headlines.compare(live.scores, result.scores),
@@ -155,6 +162,13 @@ class Gate:
             adapter_sha256=checkpoints.weights_hash(self.checkpoint),
             base_sha256=self.run.hashes["base"],
         )
+
+
+def _unfinished(run: Run) -> tuple[str, ...]:
+    """That the run did not end, if it did not."""
+    if run.status in (*FINISHED, COMPOSED):
+        return ()
+    return (f"the run is not finished (status: {run.status}): its checkpoint is exported as it is",)
 
 
 def _summary(arrived: Carried, survived: float | None) -> CarriedSummary:

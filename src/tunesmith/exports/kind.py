@@ -197,7 +197,8 @@ def require_stored_base(tuned: Tuned, kind: str) -> None:
         what = f"{kind}: the base was quantised when it was loaded (model.quantize: {source.quantize})"
         raise refuse(f"{what}, and the adapter fits those weights", instead)
     if Path(source.path).is_file():
-        raise refuse(f"{kind}: the base is a GGUF file, to which such an adapter cannot be applied", instead)
+        what = f"{kind}: the base is a GGUF file, to which such an adapter cannot be applied"
+        raise refuse(what, f"--to gguf-lora writes the adapter for llama.cpp, {instead}")
     if adapter.kind != "full" and adapter.full_modules:
         modules = ", ".join(adapter.full_modules)
         raise refuse(f"{kind}: modules were trained in full beside the adapter ({modules})", instead)

@@ -28,6 +28,10 @@ class Measure:
         return about(self.score.task).question
 
 
+FEW = 8
+"""Fewer examples hardly show a difference, however large: the interval is that of the few."""
+
+
 def title(score: Score) -> str:
     """In words: "Harmful requests refused", "Right tool, tool=search"."""
     return about(score.task).title_of(score.name, score.part)
@@ -88,10 +92,17 @@ def reached(score: Score) -> str:
     return f"{number(score.value / score.base, '%')} of the base"
 
 
+def too_few(score: Score) -> bool:
+    """Whether its examples are too few to show a difference, although the interval excludes 0."""
+    low, high = score.delta_low, score.delta_high
+    beyond = low is not None and high is not None and low * high > 0
+    return beyond and score.verdict == "no difference shown" and score.n < FEW
+
+
 def answer(score: Score) -> str:
     """In a few words: what came of the target, then the verdict."""
     parts = [f"target {met(score)}"] if score.target else []
-    parts += [score.verdict] if score.verdict else []
+    parts += ["too few to judge" if too_few(score) else score.verdict] if score.verdict else []
     if score.delta is None:
         return "; ".join([*parts, "base not asked"])
     return "; ".join(parts) or "not judged"

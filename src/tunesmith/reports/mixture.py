@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.adapters.composition import ComposedLayer, UpdateOverlap
 from tunesmith.display import words
 from tunesmith.evaluation.interference import KeptEffect
-from tunesmith.reports.measures import title
+from tunesmith.reports.measures import title, too_few
 from tunesmith.runs.composed import ComposedRun
 
 
@@ -98,7 +98,8 @@ def _kept(effect: KeptEffect) -> Iterator[str]:
 
 
 def _judged(effect: KeptEffect) -> str:
-    verdict = {"improved": "better than alone", "regressed": "lost"}.get(
-        effect.mixed.verdict or "", "no loss shown"
-    )
+    shown = {"improved": "better than alone", "regressed": "lost"}
+    verdict = "too few rows to judge"
+    if not too_few(effect.mixed):
+        verdict = shown.get(effect.mixed.verdict or "", "no loss shown")
     return verdict if effect.share is None else f"{verdict}, {effect.share:.0%} of the gain kept"
