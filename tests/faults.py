@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tiny
+from tunesmith.machine import imports
 
 Fault = Literal["kill", "full"]
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
@@ -293,6 +294,7 @@ def model(folder: Path) -> None:
 
 def sweep(folder: Path, fault: Fault, count: int, kinds: list[str]) -> list[str]:
     """The problems of ``count`` lives, spread evenly over kinds and stages. Prints them as they are found."""
+    imports.hide("torch")  # as the command line does
     import transformers  # noqa: F401  # once, before the forks
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 import faults
 
 import tiny
+from tunesmith.machine import imports
 
 SECONDS = 60
 """A verb that takes longer hangs; other programs may keep the cores busy."""
@@ -151,6 +152,7 @@ def prepared(folder: Path) -> tuple[Path, Path]:
 
 
 def sweep(folder: Path, step: int) -> int:
+    imports.hide("torch")  # as the command line does
     import transformers  # noqa: F401  # once, before the forks
 
     run, model = prepared(folder)

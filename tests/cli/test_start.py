@@ -110,6 +110,13 @@ def test_the_planted_torch_is_what_transformers_would_import(place):
     subprocess.run([sys.executable, "-c", code], env=environ, check=True)
 
 
+def test_nothing_is_hidden_after_transformers_has_looked():
+    code = "from tunesmith.machine import imports; {}imports.hide('colorsys'); import colorsys"
+    commands = [[sys.executable, "-c", code.format(before)] for before in ("", "import transformers; ")]
+    hidden, seen = (subprocess.run(command, capture_output=True, text=True) for command in commands)
+    assert "ModuleNotFoundError" in hidden.stderr and seen.returncode == 0, seen.stderr
+
+
 def test_a_verb_loads_what_it_uses_and_no_more(place):
     excess = {command: place.heavy(*command.split()) - may for command, may in VERBS.items()}
     assert not any(excess.values()), excess

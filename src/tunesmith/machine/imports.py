@@ -34,7 +34,10 @@ def installed(package: str) -> bool:
 
 
 def hide(*packages: str) -> None:
-    """Make ``packages`` impossible to import in this process. A package that is imported already stays."""
+    """Make ``packages`` impossible to import in this process. A package that is imported already stays; once
+    transformers is, nothing is hidden, because it remembers what was installed and would fail without it."""
+    if "transformers" in sys.modules:
+        return
     _hidden.update(packages)
     if PathFinder in sys.meta_path:
         sys.meta_path[sys.meta_path.index(PathFinder)] = _VisiblePackages
