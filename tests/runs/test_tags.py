@@ -48,7 +48,7 @@ def test_a_path_that_exists_is_not_a_tag(runs):
 
 
 def test_a_tag_that_no_run_has_is_an_error_with_the_folder(runs):
-    with pytest.raises(DataError, match="no run under runs has this tag") as caught:
+    with pytest.raises(DataError, match="no run under the current folder has this tag") as caught:
         opening.find("tool:9")
     assert "tunesmith runs" in str(caught.value)
     with pytest.raises(DataError, match="no run under elsewhere has this tag"):
@@ -70,8 +70,8 @@ def test_a_link_beside_a_run_is_not_another_run_with_its_tag(runs, name):
 
 
 def test_the_hint_of_an_ambiguous_tag_ends_the_ambiguity(runs):
-    for name in ("experiments/s1/a", "experiments/s2/b"):
-        tags.add(planted.run(Path(name)), "tool:1")
+    for name in ("experiments/s1/a", "experiments/s2/b"):  # as by a copy of a folder
+        (planted.run(Path(name)) / "tags.json").write_text('{"tags": ["tool:1"]}')
     with pytest.raises(DataError, match="ambiguous") as caught:
         tags.find("experiments/tool:1")
     command = (caught.value.hint or "").partition("tunesmith ")[2].split()
@@ -87,6 +87,28 @@ def test_a_tag_is_moved_only_on_request(runs):
     assert "--move" in str(caught.value) and tags.read(runs / "b") == []
     tags.add(runs / "b", "tool:1", move=True)
     assert (tags.read(runs / "a"), tags.read(runs / "b")) == (["tool:latest"], ["tool:1"])
+
+
+def test_a_tag_is_taken_from_a_run_in_any_folder_around(runs):
+    tags.add(runs / "a", "tool:1")
+    far = planted.run(Path("experiments/s1/rank-8/c"))
+    with pytest.raises(DataError, match="runs/a has the tag tool:1"):
+        tags.add(far, "tool:1")
+    tags.add(far, "tool:1", move=True)
+    assert tags.read(runs / "a") == [] and tags.find("tool:1") == far
+    tags.add(runs / "b", "tool:1", move=True)
+    assert tags.read(far) == [] and tags.find("tool:1") == runs / "b"
+
+
+def test_a_tag_outside_the_current_folder_is_taken_from_the_folder_beside(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    first, second = (planted.run(tmp_path / "there" / name) for name in ("s1/a", "s2/b"))
+    tags.add(first, "tool:1")
+    with pytest.raises(DataError, match="s1/a has the tag"):
+        tags.add(second, "tool:1")
+    tags.add(second, "tool:1", move=True)
+    assert tags.find(tmp_path / "there" / "tool:1") == second and tags.read(first) == []
 
 
 def test_the_same_tag_twice_is_one_tag(runs):
@@ -135,7 +157,7 @@ def test_a_start_may_be_a_tag(runs):
     tags.add(runs / "a", "tool:1")
     adapter = runs / "a" / "checkpoints" / "000010"
     assert tags.find("tool:1") / "checkpoints" / "000010" == adapter
-    with pytest.raises(DataError, match="no run under runs has this tag"):
+    with pytest.raises(DataError, match="no run under the current folder has this tag"):
         lineage._checkpoint("tool:9", "adapter.start")
 
 

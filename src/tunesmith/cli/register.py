@@ -46,7 +46,8 @@ def runs(
 def show(
     run: RunDirectory,
     folder: Annotated[
-        Path | None, typer.Option("--folder", help="where to look for runs that use it (default: beside it)")
+        Path | None,
+        typer.Option("--folder", help="where to look for runs that use it (default: the current folder)"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

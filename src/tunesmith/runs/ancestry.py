@@ -19,8 +19,8 @@ from tunesmith.files import checked, read_regular
 from tunesmith.runs import artefacts
 from tunesmith.runs.artefacts import Exported
 from tunesmith.runs.directory import ADAPTERS, CHECKPOINTS, CONFIG, CURSOR, MANIFEST, RESTORE, Run
-from tunesmith.runs.registry import RegisteredRun, fault_line, folders, read
-from tunesmith.runs.tags import FOLDER
+from tunesmith.runs.registry import RegisteredRun, fault_line, read
+from tunesmith.runs.search import around, folders
 from tunesmith.settings import origins
 from tunesmith.settings.config import JSON
 
@@ -119,20 +119,15 @@ def _child_json(child: Child) -> dict[str, JSON]:
 
 
 def lineage(run: str | Path, folder: str | Path | None = None) -> Ancestry:
-    """The run with its lineage. folder: where to look for runs that use it (default: the folder that holds
-    it). Raises DataError if there is no such run."""
+    """The run with its lineage. folder: where to look for runs that use it (default: `search.around`).
+    Raises DataError if there is no such run."""
     path = Run.open(run).path
-    around = _around(path) if folder is None else Path(folder)
-    users = by_user([other for other in folders(around) if not other.samefile(path)], also=path)
+    place = around(path) if folder is None else Path(folder)
+    users = by_user([other for other in folders(place) if not other.samefile(path)], also=path)
     children = _children(path.resolve(), users, frozenset({path.resolve()}))
     exports, unreadable = artefacts.read(path)
     faults = tuple(fault_line(error) for error in unreadable)
-    return Ancestry(read(path), around, parents(path), children, tuple(exports), faults)
-
-
-def _around(path: Path) -> Path:
-    runs = Path(FOLDER)
-    return runs if runs.resolve() in path.resolve().parents else path.parent
+    return Ancestry(read(path), place, parents(path), children, tuple(exports), faults)
 
 
 def parents(run: Path) -> tuple[Parent, ...]:
@@ -179,7 +174,7 @@ def named_paths(run: Path) -> Iterator[Path]:
         waiting = [origins.skim(run / CONFIG)]
     except TunesmithError:
         return
-    around = (Path.cwd(), *run.resolve().parents)
+    starts = (Path.cwd(), *run.resolve().parents)
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
@@ -188,7 +183,7 @@ def named_paths(run: Path) -> Iterator[Path]:
             waiting += value
         elif isinstance(value, str) and "/" in value:
             with suppress(OSError, ValueError, RuntimeError):  # it is not a path
-                for path in dict.fromkeys(folder / Path(value).expanduser() for folder in around):
+                for path in dict.fromkeys(folder / Path(value).expanduser() for folder in starts):
                     yield path.resolve()
 
 

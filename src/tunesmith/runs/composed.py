@@ -95,7 +95,7 @@ def compose(
 
     model: path of the base, if it was moved since training. Raises ConfigError for sources that cannot be
     named so, ModelError for adapters that cannot be composed or are not of one base."""
-    require_free(out)
+    require_free(out, resumable=False)
     weighted = _found(sources, model, notify)
     _require_one_base(weighted)
     for notice in _differing(weighted):

@@ -24,27 +24,15 @@ from typing_extensions import TypedDict
 from tunesmith.errors import DataError, DiskFull, EvaluationError, ModelError, TrainingError
 from tunesmith.events import Notice, Sink
 from tunesmith.files import checked, draft, read_json, remove, remove_drafts, write_json, write_text
-from tunesmith.runs import tags
+from tunesmith.runs import search, tags
 from tunesmith.settings.config import dump
 
 if TYPE_CHECKING:
     from tunesmith.runs.config import RunConfig  # loads MLX, which listing runs does not need
 
-CONFIG, ORIGIN, MANIFEST, EVENTS, LOG = (
-    "config.yaml",
-    "origin.json",
-    "manifest.json",
-    "events.jsonl",
-    "training.log",
-)
-DATA, EVALS, EXPORTS, CHECKPOINTS, FROZEN, REFERENCE = (
-    "data",
-    "evals",
-    "exports",
-    "checkpoints",
-    "frozen",
-    "reference.safetensors",
-)
+MANIFEST, CONFIG, EVENTS, CHECKPOINTS = search.MANIFEST, search.CONFIG, search.EVENTS, search.CHECKPOINTS
+ORIGIN, LOG = "origin.json", "training.log"
+DATA, EVALS, EXPORTS, FROZEN, REFERENCE = "data", "evals", "exports", "frozen", "reference.safetensors"
 DROPPED, VALID, SHOWN, PLAN = "data/dropped.jsonl", "data/valid.jsonl", "data/rendered.json", "data/plan.json"
 AUDIT = "data/audit.json"
 INDEX = "checkpoints/index.json"
@@ -313,15 +301,12 @@ def _unwritable(
     return failed(f"cannot be written: {error.strerror}", where=str(path), hint=hint)
 
 
-def require_free(path: Path) -> None:
+def require_free(path: Path, *, resumable: bool = True) -> None:
     """Raises DataError if a run cannot be created at ``path``: it exists, or its parent is not a writable
-    folder."""
+    folder. resumable: whether the verb can continue a run that exists."""
     if path.exists():
-        raise DataError(
-            "exists already",
-            where=str(path),
-            hint=f"choose another --out, or --resume {shlex.quote(str(path))}",
-        )
+        instead = f"--resume {shlex.quote(str(path))}" if resumable else "remove it"
+        raise DataError("exists already", where=str(path), hint=f"choose another --out, or {instead}")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise DataError(

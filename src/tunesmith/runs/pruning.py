@@ -22,16 +22,8 @@ from tunesmith.runs import artefacts, checkpoints, tags
 from tunesmith.runs.ancestry import Use, by_user, named_paths
 from tunesmith.runs.artefacts import REJECTED
 from tunesmith.runs.directory import CHECKPOINTS, CONFIG, EVALS, EXPORTS, FROZEN, INDEX, RESTORE, Run
-from tunesmith.runs.registry import (
-    FINISHED,
-    ListedCheckpoints,
-    RegisteredRun,
-    folders,
-    is_training,
-    read,
-    size,
-)
-from tunesmith.runs.tags import FOLDER
+from tunesmith.runs.registry import FINISHED, ListedCheckpoints, RegisteredRun, is_training, read, size
+from tunesmith.runs.search import FOLDER, around, folders
 from tunesmith.settings.config import JSON
 
 PrunedKind = Literal["checkpoint", "run", "cache"]
@@ -93,7 +85,7 @@ def prune(folder: str | Path = FOLDER, *, delete: bool = False, only: Sequence[s
 
 def _proposed(folder: Path) -> Iterator[Prunable]:
     paths = [path for path in folders(folder) if not is_linked(path, folder)]
-    users = _possible_users(folder)
+    users = _possible_users(folder, paths)
     uses = by_user(users)
     used = _used_by_settings(paths, users)
     runs = [run for run in map(read, paths) if not (run.tags or run.faults or run.state == "running")]
@@ -110,12 +102,11 @@ def _proposed(folder: Path) -> Iterator[Prunable]:
                     yield item
 
 
-def _possible_users(folder: Path) -> list[Path]:
-    """The runs under ``folder``, and those around it: under ``./runs`` if it lies there, else beside it."""
-    folder = folder.resolve()
-    runs = Path(FOLDER).resolve()
-    around = folders(runs if runs in folder.parents else folder.parent)
-    return list({path.resolve(): path for path in (*folders(folder), *around)}.values())
+def _possible_users(folder: Path, runs: Sequence[Path]) -> list[Path]:
+    """The runs under ``folder``, beside it, and around ``runs``, which are those under it."""
+    places = {place.resolve(): place for place in (folder.resolve().parent, *map(around, runs))}
+    users = [path for place in (folder, *places.values()) for path in folders(place)]
+    return list({path.resolve(): path for path in users}.values())
 
 
 def _used_by_settings(paths: Sequence[Path], users: Sequence[Path]) -> Mapping[Path, Sequence[Path]]:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypeVar
@@ -17,10 +17,10 @@ from typing import Any, NotRequired, TypeVar
 from typing_extensions import TypedDict
 
 from tunesmith.errors import ConfigError, DataError, TunesmithError
-from tunesmith.files import checked, distinct, read_json, read_regular
+from tunesmith.files import checked, read_json, read_regular
 from tunesmith.runs import tags
-from tunesmith.runs.directory import CHECKPOINTS, CONFIG, EVENTS, INDEX, MANIFEST, RESTORE, Manifest, Run
-from tunesmith.runs.tags import FOLDER
+from tunesmith.runs.directory import CONFIG, INDEX, RESTORE, Manifest, Run
+from tunesmith.runs.search import FOLDER, folders
 from tunesmith.settings import origins
 from tunesmith.settings.config import JSON
 
@@ -104,41 +104,6 @@ class _Report(TypedDict):
 
     verdict: NotRequired[str]
     ship: NotRequired[bool | None]
-
-
-def folders(folder: Path) -> list[Path]:
-    """The run directories under ``folder``: its folders and theirs, by name. A run with links to it is listed
-    once. Raises DataError if it is not a folder."""
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "there is no such folder"
-        hint = "tunesmith train makes runs in ./runs; --folder names another place"
-        raise DataError(what, where=str(folder), hint=hint)
-    runs = [path for child in _children(folder) for path in ([child] if _is_run(child) else _inside(child))]
-    return distinct(runs, folder)
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return sorted(
-            Path(entry.path)
-            for entry in os.scandir(folder)
-            if not entry.name.startswith(".") and os.path.isdir(entry.path)
-        )
-    except OSError:  # no permission
-        return []
-
-
-def _inside(folder: Path) -> Iterator[Path]:
-    return (path for path in _children(folder) if _is_run(path))
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether it is a run, or what is left of one."""
-    manifest, config, checkpoints, events = (
-        os.path.exists(folder / name)  # False without permission, where `Path.exists` raises an error
-        for name in (MANIFEST, CONFIG, CHECKPOINTS, EVENTS)
-    )
-    return manifest or (config and (checkpoints or events))
 
 
 def read(path: Path) -> RegisteredRun:
@@ -346,8 +311,8 @@ def _comparison(key: str, operator: str, wanted: str, hint: str) -> Callable[[Re
 def tag(run: str | Path, name: str | None = None, *, move: bool = False, remove: bool = False) -> list[str]:
     """Give ``run`` the tag ``name`` (``mytool:2``), or ``remove`` it; returns the run's tags.
 
-    A tag names one run under a folder; ``move`` takes it from the run that has it. Raises DataError if
-    another run has it, ConfigError if it is not a name and a version."""
+    A tag names one run of those around (docs/register.md); ``move`` takes it from the run that has it. Raises
+    DataError if another run has it, ConfigError if it is not a name and a version."""
     path = Run.open(run).path
     if name is None and (move or remove):
         raise ConfigError("which tag?", where="--move" if move else "--remove", hint="name it: mytool:2")

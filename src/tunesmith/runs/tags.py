@@ -1,7 +1,8 @@
 """Names for runs, as ``mytool:2``: kept in the run, in ``tags.json``, and understood wherever a run is asked.
 
-A tag names one run under a folder. It is looked for under ``runs``, or under the folder before it:
-``experiments/mytool:2``. A path that exists is never taken for a tag."""
+A tag names one run of those under `search.around`. It is looked for under ``./runs``, then under the current
+folder; or under the folder before it: ``experiments/mytool:2``. A path that exists is never taken for a
+tag."""
 
 from __future__ import annotations
 
@@ -15,11 +16,10 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.files import distinct, read_json, write_json
+from tunesmith.files import read_json, write_json
+from tunesmith.runs.search import FOLDER, around, folders
 
 TAGS = "tags.json"
-FOLDER = "runs"
-"""Where runs are made and looked for, from the current folder."""
 _TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,99}:[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 
 
@@ -35,8 +35,9 @@ def find(target: str | Path) -> Path:
     path = Path(target)
     if _exists(path) or not _TAG.fullmatch(path.name):
         return path
-    folder, tag = _place(path)
-    holders = _holders(folder, tag)
+    tag, place = path.name, path.parent
+    holders = _holders(Path(FOLDER), tag) if place == Path() else []
+    holders = holders or _holders(place, tag)
     if len(holders) == 1:
         return holders[0]
     if holders:
@@ -44,8 +45,9 @@ def find(target: str | Path) -> Path:
         last = shlex.quote(str(holders[-1]))
         hint = f"name the folder, or take it from one: tunesmith tag {last} {tag} --remove"
         raise DataError(f"the tag is ambiguous: {names} have it", where=str(target), hint=hint)
-    hint = f"tunesmith runs --folder {shlex.quote(str(folder))} lists the runs with their tags"
-    raise DataError(f"no run under {folder} has this tag", where=str(target), hint=hint)
+    hint = f"tunesmith runs --folder {shlex.quote(str(place))} lists the runs with their tags"
+    under = "the current folder" if place == Path() else str(place)
+    raise DataError(f"no run under {under} has this tag", where=str(target), hint=hint)
 
 
 def _exists(path: Path) -> bool:
@@ -55,24 +57,14 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _place(path: Path) -> tuple[Path, str]:
-    """The folder in which a tag is looked for, and the tag."""
-    return Path(FOLDER) if path.parent == Path() else path.parent, path.name
-
-
 def _holders(folder: Path, tag: str) -> list[Path]:
     """The runs under ``folder`` that have the tag. A damaged list of tags names none."""
     holders: list[Path] = []
-    for file in listed(folder):
+    for run in folders(folder) if folder.is_dir() else []:
         with suppress(DataError):
-            if tag in read(file.parent):
-                holders.append(file.parent)
+            if tag in read(run):
+                holders.append(run)
     return holders
-
-
-def listed(folder: Path) -> list[Path]:
-    """The lists of tags under ``folder``, in its folders and theirs; of a run with links to it, one."""
-    return distinct(sorted([*folder.glob(f"[!.]*/{TAGS}"), *folder.glob(f"[!.]*/[!.]*/{TAGS}")]), folder)
 
 
 def read(run: Path) -> list[str]:
@@ -85,14 +77,13 @@ def read(run: Path) -> list[str]:
 
 
 def add(run: Path, tag: str, *, move: bool = False) -> None:
-    """Give the run a tag. ``move``: take it from the run that has it. Raises DataError if another run beside
-    this one has it, ConfigError if it is not a tag."""
+    """Give the run a tag. ``move``: take it from the run that has it. Raises DataError if another run around
+    it has it, ConfigError if it is not a tag."""
     if not _TAG.fullmatch(tag):
         hint = "a name and a version, of letters, digits, '.', '-' and '_': mytool:2"
         raise ConfigError(f"{tag!r} is not a tag", where="tag", hint=hint)
     with _alone(run):
-        folder = _root(run)
-        others = [other for other in _holders(folder, tag) if not other.samefile(run)]
+        others = [other for other in _holders(around(run), tag) if not other.samefile(run)]
         if others and not move:
             hint = f"take it from there: tunesmith tag {shlex.quote(str(run))} {tag} --move"
             raise DataError(f"{others[0]} has the tag {tag}", where=str(run), hint=hint)
@@ -113,13 +104,6 @@ def remove(run: Path, tag: str) -> None:
         _write(run, [name for name in tags if name != tag])
 
 
-def _root(run: Path) -> Path:
-    """The folder under which a tag of ``run`` is unique: the runs of the current folder if it is one of
-    them, else the folder that holds it."""
-    around = Path(FOLDER).resolve()
-    return Path(FOLDER) if around in run.resolve().parents else run.parent
-
-
 def _write(run: Path, tags: list[str]) -> None:
     try:
         write_json(run / TAGS, Tags(tags=tags))
@@ -130,10 +114,10 @@ def _write(run: Path, tags: list[str]) -> None:
 
 @contextmanager
 def _alone(run: Path) -> Iterator[None]:
-    """Let one process at a time change tags under the folder of ``run``."""
+    """Let one process at a time change tags around ``run``."""
     import fcntl
 
-    handle = os.open(_root(run), os.O_RDONLY)
+    handle = os.open(around(run), os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
