@@ -22,7 +22,7 @@ from tunesmith import adapters
 from tunesmith.adapters import LoRA, QALoRA, QALoRALinear, composition, merging, routing
 from tunesmith.adapters.composition import Recipe
 from tunesmith.adapters.layers import dense, group_size
-from tunesmith.errors import ConfigError, ModelError
+from tunesmith.errors import ConfigError, ExportError, ModelError
 from tunesmith.model import loading, quantisation
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs import opening
@@ -219,8 +219,11 @@ def test_exported_at_4_bits_only_the_biases_of_the_base_change(stored, tmp_path,
 
 def test_other_kinds_write_what_it_computes(tmp_path, tiny_model):
     run = train(tmp_path, quantised(tmp_path / "base", tiny_model))
-    for to in ("mlx", "mlx-merged"):
+    for to in ("mlx", "mlx-merged", "gguf-lora"):
         assert tunesmith.export(run, to=to, rows=2).distances.mean < 1e-6
+    for to in ("peft", "cluster"):  # its base is always quantised, which transformers cannot load
+        with pytest.raises(ExportError, match="quantised by MLX, and transformers cannot load it"):
+            tunesmith.export(run, to=to, rows=2)
     eight = tunesmith.export(run, to="mlx-8bit", rows=2)
     assert eight.distances.mean < 1e-3
     assert json.loads((eight.path / "config.json").read_text())["quantization"]["bits"] == 8

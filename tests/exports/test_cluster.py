@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +65,37 @@ def test_the_rows_are_the_tokens_of_the_run_in_the_order_of_its_first_epoch(run,
         assert [label for label in row["labels"] if label != -100] == learned
         assert all(label in (-100, token) for label, token in zip(row["labels"], ids.tolist(), strict=True))
     assert len(lines(folder / "rows" / "valid.jsonl")) == len(prepared.valid) > 0
+
+
+def test_the_rows_are_also_a_table(folder):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for side in ("train", "valid"):
+        table = parquet.read_table(folder / "rows" / f"{side}.parquet")
+        assert table.to_pylist() == lines(folder / "rows" / f"{side}.jsonl")
+        assert str(table.schema.field("labels").type) == "list<element: int32>"
+
+
+def test_without_pyarrow_the_rows_are_json_lines_and_it_is_said(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    exported = tunesmith.export(run, to="cluster", out=tmp_path / "out", rows=2)
+    assert any("pip install 'tunesmith[tables]'" in remark for remark in exported.remarks)
+    assert sorted(path.name for path in (exported.path / "rows").iterdir()) == ["train.jsonl", "valid.jsonl"]
+
+
+def test_the_script_reads_the_table_if_it_is_there(folder, monkeypatch):
+    """Only the function that opens the rows: the rest needs torch."""
+    tree = ast.parse((folder / "train.py").read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    opened: list[tuple[str, dict[str, str]]] = []
+    known = {"HERE": folder, "load_dataset": lambda kind, data_files: opened.append((kind, data_files))}
+    exec(compile(ast.Module([functions["open_rows"]], []), "train.py", "exec"), known)
+    rows = json.loads((folder / "settings.json").read_text())["rows"]
+    known["open_rows"](rows)
+    known["HERE"] = folder / "elsewhere"
+    known["open_rows"](rows)
+    assert [kind for kind, _ in opened] == ["parquet", "json"]
+    assert opened[0][1] == {side: str(folder / "rows" / f"{side}.parquet") for side in ("train", "valid")}
+    assert opened[1][1]["train"] == str(folder / "elsewhere" / "rows" / "train.jsonl")
 
 
 def group(*weights: float) -> Group:
@@ -133,6 +167,13 @@ def test_what_is_wrong_with_a_rows_file_is_said(folder, tmp_path):
     assert f"{len(rows) - 1} rows, and the run has {len(rows)}" in cluster.differing(path, rows)[0]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[1:], rows[0]]))
     assert "other ids or labels" in cluster.differing(path, rows)[0]
+    shutil.copyfile(folder / "rows" / "valid.jsonl", path)
+    assert cluster.differing(path, rows) == []
+    shutil.copyfile(folder / "rows" / "train.parquet", tmp_path / "valid.parquet")
+    (problem,) = cluster.differing(path, rows)
+    assert problem.startswith("valid.parquet: ") and f"the run has {len(rows)}" in problem
+    (tmp_path / "valid.parquet").write_bytes(b"PAR1")
+    assert cluster.differing(path, rows) == ["valid.parquet: it is not a Parquet file"]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 import tiny
 import tunesmith
+from tunesmith import events
 from tunesmith.adapters import adapted
 from tunesmith.errors import ExportError, ModelError
+from tunesmith.exports import fidelity
 from tunesmith.exports.kinds import gguf, gguf_lora
 from tunesmith.model.gguf import tokenizer_header, weights, writing
 from tunesmith.model.gguf.architectures import ARCHITECTURES, complete, describe, settings
@@ -159,6 +161,34 @@ def test_a_base_that_is_a_gguf_file_keeps_its_header_and_the_bytes_of_other_tens
     kept = {name: value for name, value in header(base).items() if name not in own}
     assert kept.items() <= header(out).items()
     assert tunesmith.export(run, to="gguf-lora", rows=2).distances.mean < 1e-6
+
+
+def test_of_a_gguf_base_the_bits_of_the_whole_file_are_said(untied, tmp_path):
+    """One matrix of each block is written in 4.5 bits; the rest of the file stays in 32."""
+    base = tunesmith.export(untied, to="gguf-f32", out=tmp_path / "base", rows=2).path
+    (file,) = base.glob("*.gguf")
+    run = train(tmp_path, file, "adapter.targets=[q_proj]", "loop.steps=2", "optimizer.learning_rate=1e-5")
+    notices: list[events.Event] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fidelity, "reasons", lambda *args: [])  # so small a change is lost
+        exported = tunesmith.export(run, to="gguf-q4_0", rows=2, notify=notices.append)
+    texts = [notice.what for notice in notices if isinstance(notice, events.Notice)]
+    assert "writing gguf-q4_0: merged model as GGUF, what changed as Q4_0, all else as in the base" in texts
+    (path,) = exported.path.glob("*.gguf")
+    tensors = GGUFReader(path).tensors
+    new = [tensor for tensor in tensors if "attn_q" in tensor.name]
+    bits = 8 * sum(tensor.n_bytes for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
+    said = f"of {len(tensors)} tensors {len(new)} changed ({len(new)} Q4_0), the others are those of the base"
+    assert f"{said}: the file has {bits:.1f} bits a weight" in exported.remarks and bits > 25
+    assert header(exported.path)["general.file_type"] == header(base)["general.file_type"]
+
+
+def test_of_a_new_file_the_bits_are_those_of_the_file(untied, tmp_path):
+    exported = tunesmith.export(untied, to="gguf-q8_0", out=tmp_path / "out", rows=2)
+    (path,) = exported.path.glob("*.gguf")
+    tensors = GGUFReader(path).tensors
+    bits = 8 * sum(tensor.n_bytes for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
+    assert f"the file has {bits:.1f} bits a weight" in exported.remarks and 8.5 < bits < 9.5
 
 
 def test_a_base_of_another_alignment_is_copied_whole(tmp_path):

@@ -84,6 +84,28 @@ def test_the_command_line_writes_the_weighted_sum(runs, tmp_path):
     assert not list(out.parent.glob(".*"))
 
 
+def test_the_screen_shows_the_median_and_the_three_layers_that_lose_most(runs, tmp_path):
+    out = tmp_path / "mixed"
+    result = invoke("compose", f"{runs[0]}=1", f"{runs[1]}=1", "--out", out, "--rank", "3")
+    assert result.exit_code == 0, result.output
+    layers = json.loads((out / "composition.json").read_text())["layers"]
+    retained = {layer["name"]: layer["retained"] for layer in layers}
+    assert len(retained) == 14 and max(retained.values()) > 1.05 * min(retained.values())
+    shown = [line.split() for line in result.stdout.splitlines() if line.startswith("model.layers.")]
+    worst = sorted(retained, key=retained.__getitem__)[:3]
+    assert [line[0] for line in shown] == worst
+    assert [line[1] for line in shown] == [f"{retained[name]:.2%}" for name in worst]
+    (median,) = [line for line in result.stdout.splitlines() if line.startswith("median of 14 layers")]
+    assert f"{np.median(list(retained.values())):.2%}" in median
+    assert "all are in composition.json, and with --json" in result.stdout
+
+
+def test_a_folder_that_exists_is_not_to_be_resumed(runs, tmp_path):
+    with pytest.raises(DataError, match="exists already") as caught:
+        tunesmith.compose({str(runs[0]): 1.0}, out=tmp_path)
+    assert caught.value.hint == "choose another --out, or remove it"
+
+
 def test_every_verb_takes_a_mixture(runs, mixture, tmp_path):
     assert len(tunesmith.generate(mixture, ["my note"], max_tokens=4)) == 1
     assert len(tunesmith.generate(mixture / "checkpoints" / "000000", ["my note"], max_tokens=4)) == 1

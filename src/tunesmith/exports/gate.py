@@ -95,7 +95,7 @@ class Gate:
             self._live = self._measured(opened, rows)
         else:
             opened.attach()
-        self._notify(Notice(f"writing {chosen.name}: {chosen.what}"))
+        self._notify(Notice(f"writing {chosen.name}: {chosen.announcement(tuned)}"))
         written = chosen.write(tuned, artefact, self._notify)
         options = fidelity.needed_options(self.run, self.config, renderer, self._scope.rows)
         if options and not chosen.has_own_template:

@@ -113,6 +113,10 @@ class ExportKind(ABC):
     def accepts(self, tuned: Tuned) -> None:
         """Raises ExportError, naming what cannot be expressed and what to do, before anything is written."""
 
+    def announcement(self, tuned: Tuned) -> str:
+        """What is written of this run, in one line for people."""
+        return self.what
+
     @abstractmethod
     def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
         """Write the artefact into the empty ``folder``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -13,7 +13,10 @@ from tunesmith.adapters.composition import ComposedLayer, UpdateOverlap
 from tunesmith.display import words
 from tunesmith.evaluation.interference import KeptEffect
 from tunesmith.reports.measures import title, too_few
-from tunesmith.runs.composed import ComposedRun
+from tunesmith.runs.composed import RECORD, ComposedRun
+
+WORST = 3
+"""Layers that are printed one by one."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class MixtureReport:
 
     @property
     def lines(self) -> list[str]:
-        """For people: layers, sources, and what was kept."""
+        """For people: a summary of the layers, the sources, and what was kept."""
         made = self.composed
         sources = ", ".join(f"{source.weight:g} × {source.name}" for source in made.sources)
         method = made.recipe.method + (
@@ -44,19 +47,35 @@ class MixtureReport:
 
 
 def _table(made: ComposedRun) -> Iterator[str]:
-    """One line a layer."""
-    width = max(len(layer.name) for layer in made.layers)
-    yield f"{'layer':{width}}  retained  overlap in  overlap out  angle  cosine"
-    for layer in made.layers:
-        yield f"{layer.name:{width}}  {layer.retained:8.2%}{_closest(layer)}"
+    """The median over the layers, then those of which the result retains the least. All layers are in
+    `ComposedRun.to_json`, which is what ``composition.json`` holds."""
+    layers = sorted(made.layers, key=lambda layer: (round(layer.retained, 6), -layer.energy))
+    shown = layers if len(layers) <= WORST + 1 else layers[:WORST]
+    title = f"median of {len(layers)} layers"
+    width = max(len(title), *(len(layer.name) for layer in shown))
+    yield f"{'':{width}}  retained  overlap in  overlap out  angle  cosine"
+    retained = float(np.median([layer.retained for layer in layers]))
+    overlaps = [overlap for layer in layers if (overlap := _closest(layer))]
+    overlap = np.median(overlaps, axis=0).tolist() if overlaps else ()
+    yield f"{title:{width}}  {retained:8.2%}{_columns(overlap)}"
+    for layer in shown:
+        yield f"{layer.name:{width}}  {layer.retained:8.2%}{_columns(_closest(layer))}"
+    if len(shown) < len(layers):
+        yield f"the {WORST} layers that retain the least are shown: all are in {RECORD}, and with --json"
 
 
-def _closest(layer: ComposedLayer) -> str:
-    """The overlap of the two sources that have the most in common."""
-    if not layer.overlaps:
+def _closest(layer: ComposedLayer) -> tuple[float, ...]:
+    """Overlap in, overlap out, angle and cosine of the two sources that have the most in common; empty if
+    fewer than two adapt the layer."""
+    pair = max(layer.overlaps, key=lambda overlap: overlap.inputs + overlap.outputs, default=None)
+    return () if pair is None else (pair.inputs, pair.outputs, pair.angle, pair.cosine)
+
+
+def _columns(overlap: Sequence[float]) -> str:
+    if not overlap:
         return "           –            –      –       –"
-    most = max(layer.overlaps, key=lambda overlap: overlap.inputs + overlap.outputs)
-    return f"  {most.inputs:10.2f}  {most.outputs:11.2f}  {most.angle:4.0f}°  {most.cosine:+6.2f}"
+    inputs, outputs, angle, cosine = overlap
+    return f"  {inputs:10.2f}  {outputs:11.2f}  {angle:4.0f}°  {cosine:+6.2f}"
 
 
 def _pairs(made: ComposedRun) -> Iterator[str]:

@@ -11,7 +11,7 @@ import pytest
 from tunesmith.engine import generation
 from tunesmith.evaluation.statistics import judge
 from tunesmith.evaluation.subject import Subject
-from tunesmith.evaluation.tasks import Material
+from tunesmith.evaluation.tasks import EvaluationSpec, Material
 from tunesmith.evaluation.tasks import efficiency as module
 from tunesmith.evaluation.tasks.efficiency import (
     BATCHES,
@@ -99,6 +99,27 @@ def test_both_sides_do_the_same_work_and_all_of_it(loaded, task, tiny_model, mon
         for side in ("base", "tuned")
         for what, total in (("speed", half), ("latency", LATENCY_ROUNDS * len(LENGTHS)))
     }
+
+
+@pytest.mark.parametrize(
+    ("limit", "rounds", "prompts"), [(1, 1, 1), (3, 3, 3), (12, ROUNDS, 12), (99, ROUNDS, 30)]
+)
+def test_a_limit_shortens_it(limit, rounds, prompts, loaded, task, tiny_model, monkeypatch):
+    """Fewer rounds of speed, and fewer prompts of latency, from the shortest to the longest."""
+    renderer = renderers.load(tiny_model)
+    material = Material(
+        [], [], [], renderer, template.TemplateSpec(), BatchSpec(), EvaluationSpec(limit=limit)
+    )
+    (limited,) = build(material)
+    made = limited.measure(Subject(loaded.net, renderer, "base"))
+    kinds = Counter(timed.kind for timed in made)
+    assert kinds["speed"] == rounds * len(BATCHES) and kinds["memory"] == rounds
+    lengths = sorted({timed.size for timed in made if timed.kind == "latency"})
+    assert kinds["latency"] == prompts * LATENCY_ROUNDS and lengths[-1] == max(LENGTHS)
+    assert limit == 1 or lengths[0] == min(LENGTHS)
+    assert (limited.identity == task.identity) == (limit >= len(LENGTHS))
+    names = {score.name for score in limited.summarise(None, limited.score(made), 0)}
+    assert names == {meaning.number for meaning in Efficiency.meanings}
 
 
 def test_speed_is_tokens_over_seconds_of_all_rounds(task):

@@ -47,7 +47,10 @@ class EvaluationSpec(Spec):
     """What an evaluation asks base and tuned, and how."""
 
     limit: int | None = Field(
-        default=None, ge=1, description="only the first rows of the data, and items of each suite"
+        default=None,
+        ge=1,
+        description="only the first rows of the data, items of each suite, and rounds and prompts of the "
+        "speed tests",
     )
     max_tokens: int = Field(
         default=256, ge=1, le=MOST_ANSWER_TOKENS, description="longest answer to a row of the data"

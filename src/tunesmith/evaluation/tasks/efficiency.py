@@ -94,7 +94,9 @@ class Efficiency(Task[Timed]):
     )
     cached = False
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, limit: int | None = None) -> None:
+        self._rounds = min(ROUNDS, limit or ROUNDS)
+        self._lengths = _spread(limit or len(LENGTHS))
         words = " ".join(str(entry.row["text"]) for entry in suites.entries("text", ()))
         ids = renderer.text_prompt(words)
         self._ids = ids * -(-max(*LENGTHS, PROMPT + max(BATCHES)) // len(ids))
@@ -104,7 +106,7 @@ class Efficiency(Task[Timed]):
         return digest(
             self.name,
             self.version,
-            [list(BATCHES), PROMPT, SPOKEN, ROUNDS, LATENCY_ROUNDS, list(LENGTHS)],
+            [list(BATCHES), PROMPT, SPOKEN, self._rounds, LATENCY_ROUNDS, list(self._lengths)],
             self._ids,
         )
 
@@ -113,7 +115,7 @@ class Efficiency(Task[Timed]):
         if not subject.ranks.writes:
             return []
         tick, done, timed = subject.ticker("speed"), 0, list[Timed]()
-        for round in range(-1, ROUNDS):
+        for round in range(-1, self._rounds):
             mx.reset_peak_memory()
             for size in BATCHES:
                 prompts = [self._ids[index : index + PROMPT] for index in range(size)]
@@ -126,18 +128,18 @@ class Efficiency(Task[Timed]):
                 if round >= 0:
                     timed.append(Timed(f"round {round + 1}", "speed", size, spent / tokens, tokens))
                 done += 1
-                tick(done, (ROUNDS + 1) * len(BATCHES))
+                tick(done, (self._rounds + 1) * len(BATCHES))
             if round >= 0:
                 timed.append(Timed(f"round {round + 1}", "memory", max(BATCHES), backend.memory()["peak"], 1))
         tick = subject.ticker("latency")
-        next(generation.stream(subject.net, self._ids[: max(LENGTHS)], max_tokens=1, eos_ids=()))
+        next(generation.stream(subject.net, self._ids[: max(self._lengths)], max_tokens=1, eos_ids=()))
         for round in range(LATENCY_ROUNDS):
-            for index, length in enumerate(LENGTHS):
+            for index, length in enumerate(self._lengths):
                 began = time.perf_counter()
                 next(generation.stream(subject.net, self._ids[:length], max_tokens=1, eos_ids=()))
                 spent = time.perf_counter() - began
                 timed.append(Timed(f"prompt {index + 1}", "latency", length, spent, 1))
-                tick(round * len(LENGTHS) + index + 1, LATENCY_ROUNDS * len(LENGTHS))
+                tick(round * len(self._lengths) + index + 1, LATENCY_ROUNDS * len(self._lengths))
         return timed
 
     def score(self, items: Sequence[Timed]) -> list[ExampleScore]:
@@ -193,6 +195,13 @@ class Efficiency(Task[Timed]):
         )
 
 
+def _spread(count: int) -> tuple[int, ...]:
+    """At most ``count`` of `LENGTHS`, from the shortest to the longest; one alone is the longest."""
+    count = min(count, len(LENGTHS))
+    places = np.linspace(len(LENGTHS) - 1, 0, count).round().astype(int)[::-1]
+    return tuple(LENGTHS[place] for place in places)
+
+
 def _latencies(side: Sequence[ExampleScore]) -> np.ndarray:
     """(prompts, rounds) seconds."""
     by_source: dict[str, list[float]] = {}
@@ -204,4 +213,4 @@ def _latencies(side: Sequence[ExampleScore]) -> np.ndarray:
 
 @register(Efficiency)
 def build(material: Material) -> list[Task]:
-    return [Efficiency(material.renderer)]
+    return [Efficiency(material.renderer, material.spec.limit)]

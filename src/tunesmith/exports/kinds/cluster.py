@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 ADAPTER, TOKENIZER, SETTINGS = "adapter", "tokenizer", "settings.json"
 ROWS = {"train": "rows/train.jsonl", "valid": "rows/valid.jsonl"}
+PARQUET = ".parquet"
+"""Ending of the same rows as a table, which is written if pyarrow is installed (the extra ``tables``)."""
 IGNORED = -100
 """Label of a token that is not learned."""
 OPTIMIZERS = {"adamw": "adamw_torch", "adam": "adamw_torch", "adafactor": "adafactor"}
@@ -40,6 +42,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as ``--max-lora-rank``."""
 MICRO = 8
 """Rows on a device at once, at most, if the run does not say."""
+WITHOUT_PARQUET = "the rows are JSON lines alone: pip install 'tunesmith[tables]' writes them as Parquet too"
 REQUIREMENTS = ("torch", "transformers>=5.23", "trl>=1.16", "peft>=0.21", "datasets>=4", "accelerate>=1.10")
 
 
@@ -80,10 +83,10 @@ class Cluster(ExportKind):
         prepared = _prepared(tuned.run, tuned.config, notify)
         sides = {"train": first_epoch(prepared), "valid": prepared.valid}
         present = {side: ROWS[side] for side, groups in sides.items() if groups}
-        for side in present:
-            _write_rows(folder / ROWS[side], sides[side])
+        tables = [_write_rows(folder / path, sides[side]) for side, path in present.items()]
         settings = _settings(tuned, json.loads((folder / ADAPTER / CONFIG).read_text("utf-8")), prepared)
         settings["rows"] = present
+        remarks = _remarks(tuned.config) + (() if all(tables) else (WITHOUT_PARQUET,))
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS))
         (folder / "train.py").write_text(_text("train.py.txt"), encoding="utf-8")
@@ -91,7 +94,6 @@ class Cluster(ExportKind):
         (folder / "sky.yaml").write_text(origins.write(_sky(settings, name)), encoding="utf-8")
         for server, command in _servers(settings, name).items():
             (folder / f"serve-{server}.sh").write_text(f"#!/bin/sh\n{command}\n", encoding="utf-8")
-        remarks = _remarks(tuned.config)
         lines = "".join(f"\n- {remark}" for remark in remarks)
         readme = _text("README.md.txt").format(name=name, model=settings["model"], remarks=lines)
         (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -150,29 +152,65 @@ def token_row(group: Group) -> TokenRow:
     )
 
 
-def _write_rows(path: Path, groups: Sequence[Group]) -> None:
+def _write_rows(path: Path, groups: Sequence[Group]) -> bool:
+    """Write the rows as JSON lines, and beside them as a Parquet file if pyarrow is installed. Returns
+    whether it is."""
+    rows = [token_row(group) for group in groups]
     with path.open("w", encoding="utf-8") as file:
-        for group in groups:
-            file.write(json.dumps(token_row(group)) + "\n")
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        return False
+    numbers = {"input_ids": pyarrow.int32(), "attention_mask": pyarrow.int8(), "labels": pyarrow.int32()}
+    schema = pyarrow.schema([(name, pyarrow.list_(number)) for name, number in numbers.items()])
+    table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema)
+    parquet.write_table(table, path.with_suffix(PARQUET), compression="zstd")
+    return True
 
 
 def differing(path: Path, expected: Sequence[TokenRow]) -> list[str]:
-    """What is wrong with a rows file, in at most one sentence."""
+    """What is wrong with the rows in ``path`` and in the Parquet file beside it, in one sentence for each."""
     if not path.is_file():
         return [f"{path.name}: {len(expected)} rows are missing"] if expected else []
-    lines = path.read_text("utf-8").splitlines()
+    table = path.with_suffix(PARQUET)
+    problems = [_difference(path.name, _rows_in_lines(path), expected)]
+    if table.is_file():
+        problems.append(_difference(table.name, _rows_in_table(table), expected))
+    return [problem for problem in problems if problem is not None]
+
+
+def _rows_in_lines(path: Path) -> Sequence[object] | None:
+    """None if it cannot be read."""
     try:
-        rows = [json.loads(line) for line in lines]
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except ValueError:
-        return [f"{path.name}: it is not JSON lines"]
+        return None
+
+
+def _rows_in_table(path: Path) -> Sequence[object] | None:
+    """None if it cannot be read."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError):
+        return None
+
+
+def _difference(name: str, rows: Sequence[object] | None, expected: Sequence[TokenRow]) -> str | None:
+    if rows is None:
+        return f"{name}: it is not {'a Parquet file' if name.endswith(PARQUET) else 'JSON lines'}"
     if len(rows) != len(expected):
-        return [f"{path.name}: {len(rows)} rows, and the run has {len(expected)}"]
+        return f"{name}: {len(rows)} rows, and the run has {len(expected)}"
     wrong = [
         number for number, (row, other) in enumerate(zip(rows, expected, strict=True), 1) if row != other
     ]
     if not wrong:
-        return []
-    return [f"{path.name}:{wrong[0]}: other ids or labels than in training, in {len(wrong)} rows"]
+        return None
+    return f"{name}:{wrong[0]}: other ids or labels than in training, in {len(wrong)} rows"
 
 
 def _settings(tuned: Tuned, adapter: dict[str, Any], prepared: Prepared) -> dict[str, Any]:

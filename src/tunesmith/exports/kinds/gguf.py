@@ -6,6 +6,7 @@ and the end token are in the file's header."""
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,18 +58,21 @@ class _GGUF(ExportKind):
             hint = error.hint or CONVERTER.format(self.type.lower())
             raise ExportError(f"{self.name}: {error.what}", hint=hint) from error
 
+    def announcement(self, tuned: Tuned) -> str:
+        if _is_file(tuned):
+            return f"merged model as GGUF, what changed as {self.type}, all else as in the base"
+        return self.what
+
     def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
         path = folder / f"model-{self.type.lower()}.gguf"
         try:
-            if _is_file(tuned):
-                self._write_into_copy(tuned, path)
-            else:
-                self._write_new(tuned, path)
+            held = self._write_into_copy(tuned, path) if _is_file(tuned) else self._write_new(tuned, path)
         except ModelError as error:
             raise ExportError(f"{self.name}: {error.what}", hint="--to gguf-bf16 or gguf-f32") from error
-        return ArtefactNotes(remarks=_remarks(tuned, path))
+        return ArtefactNotes(remarks=(*_remarks(tuned, path), held))
 
-    def _write_new(self, tuned: Tuned, path: Path) -> None:
+    def _write_new(self, tuned: Tuned, path: Path) -> str:
+        """Returns how precise the file is."""
         config, dense = settings(tuned.loaded), _dense(tuned)
         architecture, values, factors = _header(tuned)
         values |= {
@@ -79,27 +83,32 @@ class _GGUF(ExportKind):
         }
         tensors = writing.new_tensors(ARCHITECTURES[architecture], config, dense, factors, self.type)
         writing.write(path, architecture, values, tensors)
+        return f"the file has {writing.bits(tensors):.1f} bits a weight"
 
-    def _write_into_copy(self, tuned: Tuned, path: Path) -> None:
-        """Keep the header and the tensors of the file that is the base, but those that changed."""
+    def _write_into_copy(self, tuned: Tuned, path: Path) -> str:
+        """Keep the header and the tensors of the file that is the base, but those that changed. Returns how
+        precise the file is."""
         reader = reading.read(Path(tuned.source.path))
         fields = list(reader.fields.values())
         keys = {field.name: field.contents() for field in fields if field.name.startswith("general.")}
-        values: Values = {"general.file_type": int(writing.file_type(self.type))}
-        values |= _kept_ends(reader, tuned.ends)
+        values = _kept_ends(reader, tuned.ends)
         if tuned.source.tokenizer is not None:
             fields = [field for field in fields if not field.name.startswith("tokenizer.")]
             values |= tokenizer_header.tokenizer_values(tuned.tokenizer, _n_tokens(tuned), tuned.ends)
         dense = _dense(tuned)
         everything = tuned.source.adapter is not None or tuned.source.quantize is not None
         changed = dense.keys() if everything else stored.changed_names(tuned.loaded.net)
-        name = keys["general.architecture"]
-        tensors = list(
-            writing.kept_tensors(
-                reader, ARCHITECTURES[name], settings(tuned.loaded), dense, changed, self.type
-            )
-        )
+        name, config = keys["general.architecture"], settings(tuned.loaded)
+        architecture = ARCHITECTURES[name]
+        tensors = list(writing.kept_tensors(reader, architecture, config, dense, changed, self.type))
+        places = writing.slots(architecture, config["num_hidden_layers"])
+        new = [each for each in tensors if each.name in places and places[each.name].tensor in changed]
+        if 2 * sum(each.n_weights for each in new) > sum(each.n_weights for each in tensors):
+            values["general.file_type"] = int(writing.file_type(self.type))  # else that of the base holds
         writing.write(path, name, values, tensors, fields)
+        types = ", ".join(f"{n} {kind}" for kind, n in Counter(each.type.name for each in new).most_common())
+        held = f"of {len(tensors)} tensors {len(new)} changed ({types}), the others are those of the base"
+        return f"{held}: the file has {writing.bits(tensors):.1f} bits a weight"
 
     def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
         with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent) as work:

@@ -1,6 +1,7 @@
 """The adapter alone as a GGUF file: for llama.cpp's ``--lora``, beside a GGUF file of the base.
 
-llama.cpp multiplies with alpha / rank, and with 1 if alpha is 0: the scale is in B, and alpha is 0."""
+llama.cpp multiplies with alpha / rank, and with 1 if alpha is 0: the scale is in B, and alpha is 0. The A of
+QA-LoRA acts on sums over groups of inputs; it is written as the A of the LoRA that computes the same."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader
 from mlx.utils import tree_unflatten
 
-from tunesmith.adapters import LoRAExperts, LoRALinear, adapted
+from tunesmith.adapters import LoRALinear, adapted
+from tunesmith.adapters.layers import dims
 from tunesmith.adapters.specs import Full
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.events import Sink
@@ -40,6 +42,8 @@ from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
 
 FILE = "adapter.gguf"
+BASE = "BASE.gguf"
+"""Stands for the base in a command, if the base is not a GGUF file."""
 ALPHA = "adapter.lora.alpha"
 FLOAT32 = GGMLQuantizationType.F32
 MERGED = "--to gguf-q8_0 writes a merged model"
@@ -63,8 +67,8 @@ class GGUFLoRA(ExportKind):
             raise refuse(what, MERGED)
         if isinstance(spec, Full):
             raise refuse("gguf-lora: the weights were trained in full: there is no adapter", MERGED)
-        if spec.kind != "lora" or spec.full_modules:
-            what = "gguf-lora: llama.cpp has no DoRA, no QA-LoRA and no modules trained in full"
+        if spec.kind == "dora" or spec.full_modules:
+            what = "gguf-lora: llama.cpp has no DoRA and no modules trained in full beside an adapter"
             raise refuse(what, MERGED)
         try:
             _architecture(settings(tuned.loaded))
@@ -75,15 +79,15 @@ class GGUFLoRA(ExportKind):
         config = settings(tuned.loaded)
         name = _architecture(config)
         layers = adapted(tuned.loaded.net)
-        if any(isinstance(layer, LoRAExperts) for layer in layers.values()):
-            raise ExportError("gguf-lora: routed experts are adapted", hint=MERGED)
         places = {slot.tensor: (file, slot) for file, slot in _slots(name, config).items()}
         tensors: list[NewTensor] = []
         for layer_name, layer in layers.items():
+            if not isinstance(layer, LoRALinear):
+                raise ExportError("gguf-lora: routed experts are adapted", hint=MERGED)
             file, slot = places[f"{layer_name.removeprefix(INSIDE)}.weight"]
             b = np.array((layer.lora_b * layer.scale).T)
             b = weights.in_file(ARCHITECTURES[name], slot.part, b, config)
-            tensors.append(_tensor(f"{file}.lora_a", np.array(layer.lora_a.T)))
+            tensors.append(_tensor(f"{file}.lora_a", np.array(layer.expanded_a().T)))
             tensors.append(_tensor(f"{file}.lora_b", b))
         values = {
             "general.type": "adapter",
@@ -92,14 +96,21 @@ class GGUFLoRA(ExportKind):
             ALPHA: 0.0,
         }
         writing.write(folder / FILE, name, values, tensors)
-        base = tuned.source.path if Path(tuned.source.path).is_file() else "BASE.gguf"
-        return ArtefactNotes(remarks=(f"use: llama-server --model {base} --lora {FILE}",))
+        return ArtefactNotes(remarks=_remarks(tuned))
 
     def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
         loaded = loading.load(plain(source))
         renderer = opening.renderer_of(run, source.tokenizer or loaded.path)
         problems = _apply(loaded.net, settings(loaded), GGUFReader(folder / FILE))
         return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), tuple(problems))
+
+
+def _remarks(tuned: Tuned) -> tuple[str, ...]:
+    base = tuned.source.path if Path(tuned.source.path).is_file() else BASE
+    use = f"use: llama-server --model {base} --lora {FILE}"
+    if base == BASE and {"quantization", "quantization_config"} & tuned.base_config.keys():
+        return (use, f"{BASE} must hold the weights that MLX quantised, not those of the original model")
+    return (use,)
 
 
 def _architecture(config: Config) -> str:
@@ -131,8 +142,8 @@ def _apply(net: Any, config: Config, reader: GGUFReader) -> list[str]:
         if slot is None or linear is None:
             problems.append(f"{file} matches no layer of the base")
             continue
-        if (b.shape[0], a.shape[1]) != linear.weight.shape or a.shape[0] != b.shape[1]:
-            problems.append(f"{file}: factors {a.shape}, {b.shape} do not fit a weight {linear.weight.shape}")
+        if (a.shape[1], b.shape[0]) != dims(linear) or a.shape[0] != b.shape[1]:
+            problems.append(f"{file}: factors {a.shape}, {b.shape} do not fit a layer of {dims(linear)}")
             continue
         scale = values[ALPHA] / len(a) if values[ALPHA] else 1.0
         layer = LoRALinear(linear, len(a), scale, 0.0, mx.random.key(0))

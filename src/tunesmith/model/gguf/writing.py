@@ -60,6 +60,15 @@ class NewTensor(NamedTuple):
     type: GGMLQuantizationType
     content: Callable[[], np.ndarray]
 
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[self.type]
+        return self.n_weights // block * size
+
 
 class Slot(NamedTuple):
     """The tensor ``tensor`` of the net, which is the part ``part`` of a block, or of the whole, in a file."""
@@ -231,6 +240,11 @@ def file_type(asked: str) -> int:
     return LlamaFileType.ALL_F32 if asked == "F32" else LlamaFileType[f"MOSTLY_{asked}"]
 
 
+def bits(tensors: Sequence[NewTensor]) -> float:
+    """Bits a weight over all ``tensors``."""
+    return 8 * sum(tensor.n_bytes for tensor in tensors) / sum(tensor.n_weights for tensor in tensors)
+
+
 def write(
     path: Path,
     architecture: str,
@@ -249,9 +263,8 @@ def write(
             if field.name == "general.alignment":  # the writer pads tensors to its own attribute
                 writer.data_alignment = int(field.contents())
     for tensor in tensors:
-        block, size = GGML_QUANT_SIZES[tensor.type]
-        n_bytes = math.prod(tensor.shape) // block * size
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, tensor.type)
+        number = np.dtype(np.float32)
+        writer.add_tensor_info(tensor.name, tensor.shape, number, tensor.n_bytes, tensor.type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
