@@ -73,6 +73,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "audit.before_training=false",
         "optimizer.learning_rate=1e-4",
         f"adapter.targets={options.targets}",
+        *options.set,
     ]
     job = {"model": options.model, "data": options.data, "sets": sets}
     command = [str(Path(__file__).resolve()), "--worker"]
@@ -104,7 +105,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "cpu_ratio": statistics.median(cpu_ratios),
         "memory_ratio": trainers["ours"]["peak_rss_bytes"] / trainers["other"]["peak_rss_bytes"],
         "loss_difference": apart,
-        "settings": {key: getattr(options, key) for key in ("length", "rows", "rounds", "targets")},
+        "settings": {key: getattr(options, key) for key in ("length", "rows", "rounds", "targets", "set")},
         "race": race,
     }
 
@@ -120,6 +121,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of an update")
     parser.add_argument("--length", type=int, default=512, help="longest row; longer ones are left out")
     parser.add_argument("--targets", default="[q_proj, v_proj]", help="adapted layers, or all-linear")
+    parser.add_argument(
+        "--set", action="append", default=[], help="a setting of both, as of train; repeatable"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help=f"{small.HELP}; this checkout against itself")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -481,3 +481,17 @@ def test_the_real_rows_are_fixed_lawfully(tmp_path, syngen, data_dir):
             assert (fixed.rows, fixed.written) == (1000, 981) and fixed.removed == {"duplicates.exact": 19}
             assert (fixed.changed, fixed.left) == ({"invented.results": 719}, {"invented.results": 139})
             assert sum("context" in one.metadata for one in examples) == 48
+
+
+def test_the_page_is_written_before_the_copy_gets_its_name(tmp_path):
+    file, out = write(tmp_path / "rows.jsonl", row("a")), tmp_path / "out.jsonl"
+    seen = []
+
+    def interrupted(fixed):
+        seen.append((fixed, out.exists()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fix([file], out, SPEC, audit(), ready=interrupted)
+    assert list(tmp_path.iterdir()) == [file]
+    assert seen == [(fix([file], out, SPEC, audit()), False)]

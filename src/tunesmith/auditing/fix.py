@@ -11,7 +11,7 @@ import filecmp
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -51,45 +51,31 @@ def fix(
     notify: events.Sink = events.silent,
     *,
     drop_words: bool = False,
+    ready: Callable[[Fixed], None] | None = None,
 ) -> Fixed:
     """Writes ``out``, which ``data.format: auto`` reads, and beside it ``out`` + ``.ledger.jsonl``; both
     whole or not at all.
 
     ``audit``: of the same files; what it found and is not corrected is listed as left. drop_words: leave out
-    words beside calls. Lines of the ledger: source, row (the line in ``out``, null where it is gone) and the
-    fields of `Step`. Raises ConfigError if ``out`` exists, is read, or cannot be written, DataError if a file
-    cannot be read as a whole or no row is left."""
+    words beside calls. ready: called when both are written, before they get their names, so that what it
+    does is done again if the process is killed before. Lines of the ledger: source, row (the line in ``out``,
+    null where it is gone) and the fields of `Step`. Raises ConfigError if ``out`` exists, is read, or cannot
+    be written, DataError if a file cannot be read as a whole or no row is left."""
     out = out.expanduser()
     ledger = _ledger(out)
     require_free(paths, out)
     drafts = {path: path.with_name(f".{path.name}.draft") for path in (out, ledger)}
-    tallies: dict[str, Counter[str]] = {"changed": Counter(), "removed": Counter(), "left": Counter()}
-    notes = _by_source(audit)
-    tick = events.ticker(notify, "fixing")
-    rows = written = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _opened(drafts[out]) as copy, _opened(drafts[ledger]) as book:
-
-            def note(source: str, line: int | None, steps: Sequence[Step]) -> None:
-                for step in steps:
-                    tallies[step.action][step.rule] += 1
-                    book.write(json.dumps({"source": source, "row": line, **step._asdict()}) + "\n")
-
-            as_written = spec.model_copy(update={"structure_calls": False})
-            for row in _rows(paths, as_written, notes, drop_words):
-                rows += 1
-                if row.text is not None:
-                    written += 1
-                    copy.write(f"{row.text}\n")
-                note(row.source, row.line, row.steps)
-                if rows % 50 == 0 or rows == audit.rows:
-                    tick(rows, audit.rows)
-            for source, steps in notes.items():  # of files that are only compared with
-                note(source, None, steps)
-        if not written:
+        as_written = spec.model_copy(update={"structure_calls": False})
+        notes = _by_source(audit)
+        corrected = _rows(paths, as_written, notes, drop_words)
+        fixed = _write(corrected, notes, drafts, audit.rows, events.ticker(notify, "fixing"))
+        if not fixed.written:
             hint = "mend the rows that the audit names"
             raise DataError("no row is left, so nothing is written", where=str(out), hint=hint)
+        if ready is not None:
+            ready(fixed)
         _publish(drafts, ledger, out)
     except OSError as error:
         raise ConfigError(
@@ -99,6 +85,37 @@ def fix(
         for draft in drafts.values():
             with suppress(OSError):
                 draft.unlink()
+    return fixed
+
+
+def _write(
+    corrected: Iterable[_Row],
+    notes: Mapping[str, Sequence[Step]],
+    drafts: Mapping[Path, Path],
+    total: int,
+    tick: Callable[[int, int], None],
+) -> Fixed:
+    """Write the drafts of the copy and its ledger. ``notes`` are those that ``corrected`` has not taken."""
+    tallies: dict[str, Counter[str]] = {"changed": Counter(), "removed": Counter(), "left": Counter()}
+    rows = written = 0
+    (out, ledger), (copy_draft, ledger_draft) = drafts.keys(), drafts.values()
+    with _opened(copy_draft) as copy, _opened(ledger_draft) as book:
+
+        def note(source: str, line: int | None, steps: Sequence[Step]) -> None:
+            for step in steps:
+                tallies[step.action][step.rule] += 1
+                book.write(json.dumps({"source": source, "row": line, **step._asdict()}) + "\n")
+
+        for row in corrected:
+            rows += 1
+            if row.text is not None:
+                written += 1
+                copy.write(f"{row.text}\n")
+            note(row.source, row.line, row.steps)
+            if rows % 50 == 0 or rows == total:
+                tick(rows, total)
+        for source, steps in notes.items():  # of files that are only compared with
+            note(source, None, steps)
     return Fixed(out, ledger, rows, written, tallies["changed"], tallies["removed"], tallies["left"])
 
 

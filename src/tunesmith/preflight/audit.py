@@ -18,6 +18,7 @@ from tunesmith.auditing import page as pages
 from tunesmith.auditing.findings import Audit, Fixed
 from tunesmith.errors import ConfigError
 from tunesmith.events import Notice, Sink
+from tunesmith.files import remove_drafts
 from tunesmith.model import loading, vocabulary
 from tunesmith.model.loading import ModelSpec
 from tunesmith.preflight.show import BUILT_IN, tokenizer_source
@@ -80,6 +81,7 @@ def audit(
     if chosen.fix is not None:
         fixes.require_free(spec.data.train, chosen.fix)
     if chosen.page is not None:
+        remove_drafts(chosen.page.parent, chosen.page.name)
         pages.check(chosen.page)
     words = tokenizer_source(spec.model, chosen.tokenizer)
     by_hidden_states = chosen.embed if chosen.embed is not None else model is not None
@@ -94,16 +96,25 @@ def audit(
     if chosen.compare:
         result = replace(result, compared=comparison.compare(result, survey_of(chosen.compare)))
     if chosen.fix is not None:
-        result = replace(result, fixed=_fixed(spec, chosen.fix, result, notify))
+        return _fixed(spec, chosen.fix, chosen.page, result, notify)
     if chosen.page is not None:
         pages.write(result, chosen.page)
     return result
 
 
-def _fixed(spec: RunConfig, out: Path, result: Audit, notify: Sink) -> Fixed:
-    """The corrected copy, without words beside calls if the settings drop them."""
+def _fixed(spec: RunConfig, out: Path, page: Path | None, result: Audit, notify: Sink) -> Audit:
+    """With the corrected copy, without words beside calls if the settings drop them. The page is written
+    before the copy gets its name: the copy says that all is done."""
     drop_words = spec.template.words_beside_calls == "drop_words"
-    return fixes.fix(spec.data.train, out, spec.data, result, notify, drop_words=drop_words)
+
+    def write_page(fixed: Fixed) -> None:
+        if page is not None:
+            pages.write(replace(result, fixed=fixed), page)
+
+    fixed = fixes.fix(
+        spec.data.train, out, spec.data, result, notify, drop_words=drop_words, ready=write_page
+    )
+    return replace(result, fixed=fixed)
 
 
 def _known(model: ModelSpec, resolved: Path | None) -> int | None:
