@@ -7,7 +7,6 @@ quantising, since quantised products are about 50 times slower there."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -20,7 +19,17 @@ from pydantic import Field
 from tunesmith import events
 from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
-from tunesmith.model import families, integrity, kernels, layouts, mends, quantisation, vocabulary, windows
+from tunesmith.model import (
+    families,
+    fingerprint,
+    integrity,
+    kernels,
+    layouts,
+    mends,
+    quantisation,
+    vocabulary,
+    windows,
+)
 from tunesmith.settings.config import Spec
 from tunesmith.tokens import renderers
 
@@ -62,10 +71,8 @@ class ModelSpec(Spec):
 class Loaded(NamedTuple):
     """``net``: frozen, in evaluation mode. ``path``: folder with config.json.
 
-    ``fingerprint``: sha256 (hex) over config.json and the name, size, first MiB and last MiB of each weights
-    file, in the order of names; with added rows, also over their number; with a merged adapter, over this
-    hash and the adapter's file. A change in the middle of a file of equal size is not seen. ``files``: the
-    same hash without an adapter."""
+    ``files``: what `fingerprint.of_folder` gives. ``fingerprint``: the same; with a merged adapter, SHA-256
+    over this hash and the adapter's file."""
 
     net: nn.Module
     path: Path
@@ -138,7 +145,7 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     net.freeze()
     integrity.require_finite(net, path)
     n_added = _resized(net, spec, path, notify) if spec.resize_embeddings else 0
-    files = _fingerprint(path, n_added)
+    files = fingerprint.of_folder(path, n_added)
     return Loaded(net, path, config, files, files)
 
 
@@ -147,7 +154,7 @@ def load_packed(spec: ModelSpec) -> Loaded:
     path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision)
     net, config = _built(path, spec.trust_remote_code)
     net, config = _quantised(net, config, spec, path, events.silent)
-    files = _fingerprint(path, 0)
+    files = fingerprint.of_folder(path)
     return Loaded(net, path, config, files, files)
 
 
@@ -278,19 +285,6 @@ class _StrictClasses:
                 return self.load_weights(weights, strict)
 
         return Strict, self.arguments
-
-
-def _fingerprint(path: Path, n_added: int) -> str:
-    total = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("model*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            total.update(f"{file.name} {size}\n".encode() + stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            total.update(stream.read())
-    if n_added:
-        total.update(f"{n_added} rows\n".encode())
-    return total.hexdigest()
 
 
 @contextlib.contextmanager

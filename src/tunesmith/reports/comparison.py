@@ -30,6 +30,7 @@ from tunesmith.reports.facts import given, loss_unit, only, read_log, settings, 
 from tunesmith.reports.measures import identifier, interval, title
 from tunesmith.reports.summary import Summary, ship, summarise
 from tunesmith.reports.verdict import TONES, Reason, Tone
+from tunesmith.runs import bases
 from tunesmith.runs.directory import EVALS, VALID, Run
 from tunesmith.runs.records import Record, Score
 from tunesmith.settings.config import flat
@@ -320,7 +321,13 @@ def _differing(values: Sequence[dict[str, Any]], origins: Sequence[dict[str, str
 
 
 def _settings(runs: Sequence[ComparedRun]) -> list[DifferingRow]:
-    return _differing([run.settings for run in runs], [run.origins for run in runs])
+    """A folder that a GGUF file was converted to is told as that file."""
+    every = [dict(run.settings) for run in runs]
+    for run, values in zip(runs, every, strict=True):
+        if isinstance(path := values.get("model.path"), str):
+            base = run.summary.facts.manifest.get("hashes", {}).get("base")
+            values["model.path"] = bases.named(path, base)
+    return _differing(every, [run.origins for run in runs])
 
 
 def _others(runs: Sequence[ComparedRun]) -> list[DifferingRow]:

@@ -23,7 +23,7 @@ from tunesmith.data.examples import Example, prompt_key
 from tunesmith.errors import ConfigError, ModelError, TunesmithError
 from tunesmith.events import Notice, Sink
 from tunesmith.files import draft, read_json, write_json, write_text
-from tunesmith.runs import checkpoints, lineage, manifest, opening
+from tunesmith.runs import bases, checkpoints, lineage, manifest, opening
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import COMPOSED, PLAN, VALID, Run, require_free
@@ -154,7 +154,7 @@ def _require_one_base(sources: Sequence[WeightedRun]) -> None:
     first = sources[0]
     held = ("quantize", "group_size", "resize_embeddings")
     for source in sources[1:]:
-        if source.run.hashes["base"] != first.run.hashes["base"]:
+        if not bases.are_same(source.run, first.run):
             what = f"was trained on another base than {first.run.path}"
             hint = "only updates of the same weights can be added"
             raise ModelError(what, where=str(source.run.path), hint=hint)
@@ -170,6 +170,9 @@ def _require_one_base(sources: Sequence[WeightedRun]) -> None:
 def _differing(sources: Sequence[WeightedRun]) -> list[Notice]:
     """What the sources do not share and the mixture takes from the first of them."""
     first, notices = sources[0], []
+    if any(source.run.hashes["base"] != first.run.hashes["base"] for source in sources):
+        text = f"the sources were trained on one GGUF file in other dtypes: that of {first.name} is used"
+        notices.append(Notice(text, level="warning", where="compose"))
     facts = {"chat template": [source.run.hashes["template"] for source in sources]}
     facts |= {key: [_plan(source.run).get(key) for source in sources] for key in PLANNED}
     words = {"asked_as": "form of the prompts", "thinking": "thinking"}
@@ -198,7 +201,10 @@ def _write(folder: Path, made: ComposedRun, spec: LoRA, base: str, net: Any, not
         "density": made.recipe.used_density,
         "seed": made.recipe.seed,
         "sources": [
-            {**lineage.origin(str(source.checkpoint.resolve()), base), "weight": source.weight}
+            {
+                **lineage.origin(str(source.checkpoint.resolve()), source.run.hashes["base"]),
+                "weight": source.weight,
+            }
             for source in made.sources
         ],
     }
@@ -217,6 +223,10 @@ def _write(folder: Path, made: ComposedRun, spec: LoRA, base: str, net: Any, not
     checkpoints.retain(run, cursor, config.loop)
     write_json(run.path / RECORD, made.to_json())
     run.mark(COMPOSED)
+
+
+def _origin(source: WeightedRun) -> dict[str, Any]:
+    return lineage.origin(str(source.checkpoint.resolve()), source.run.hashes["base"])
 
 
 def _config(sources: Sequence[WeightedRun], spec: LoRA) -> RunConfig:

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from tunesmith.errors import ConfigError, DataError, TunesmithError
 from tunesmith.files import checked, read_json, read_regular
-from tunesmith.runs import tags
+from tunesmith.runs import bases, tags
 from tunesmith.runs.directory import CONFIG, INDEX, RESTORE, Manifest, Run
 from tunesmith.runs.search import FOLDER, folders
 from tunesmith.settings import origins
@@ -43,8 +43,9 @@ class BestValue:
 class RegisteredRun:
     """A run as the list shows it; a field is None or empty if it is not known.
 
-    ``state``: the status in its manifest; "died" if the manifest says that it is running and no process
-    trains it. ``ship``: whether its report says to ship it. ``faults``: what cannot be read of it."""
+    ``model``: its path; for a folder that a GGUF file was converted to, the path of that file. ``state``: the
+    status in its manifest; "died" if the manifest says that it is running and no process trains it.
+    ``ship``: whether its report says to ship it. ``faults``: what cannot be read of it."""
 
     path: Path
     created: str | None
@@ -123,11 +124,12 @@ def read(path: Path) -> RegisteredRun:
     state = None if manifest is None else _state(path, manifest)
     report = part(lambda: _report(path, state))
     train = () if settings is None else settings["data"]["train"]
+    base = None if manifest is None else manifest.get("hashes", {}).get("base")
     return RegisteredRun(
         path=path,
         created=None if manifest is None else manifest.get("created"),
         state=state,
-        model=None if settings is None else settings["model"]["path"],
+        model=None if settings is None else bases.named(settings["model"]["path"], base),
         data=(train,) if isinstance(train, str) else tuple(train),
         objective=None if settings is None else settings["objective"]["kind"],
         best=best,

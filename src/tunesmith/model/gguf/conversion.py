@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
 from tunesmith.files import draft
 from tunesmith.machine import backend
-from tunesmith.model.gguf import reading, weights
+from tunesmith.model.gguf import reading, source, weights
 from tunesmith.model.gguf.architectures import ARCHITECTURES, NEUTRAL, REQUIRED, Architecture, settings
 from tunesmith.model.gguf.metadata import Metadata
 from tunesmith.model.gguf.reading import GGUFModel
 from tunesmith.model.gguf.tokenizer import build_tokenizer
 
+DTYPES = ("float32", "float16", "bfloat16", "auto")
 CONVERTER = 2
 """Part of the cache key: increased if the same file would be converted differently."""
 ORIGINAL = "give the folder of the original model, or convert it again with a newer llama.cpp"
@@ -33,9 +34,12 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
     The cache is `backend.cache_folder`. dtype: float32, float16 or bfloat16, of all tensors; or auto: the
     file's own if most matrices are bfloat16 or float32, float16 otherwise. Raises ModelError if anything in
     the file cannot be read exactly."""
-    digest = _digest(reading.files(path))
-    target = backend.cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-{dtype}-{CONVERTER}"
+    whole = digest(path)
+    target = _folder(path, whole, dtype)
     if target.is_dir():
+        if source.read(target) is None:  # an earlier release did not record it
+            with suppress(OSError):
+                source.write(target, path, whole)
         notify(Notice(f"GGUF {path.name}: converted before, read from {target}"))
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +47,7 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
         with draft(target) as folder:
             folder.mkdir()
             types = write_folder(path, folder, dtype)
+            source.write(folder, path, whole)
     except ModelError as error:
         error.where, error.hint = error.where or str(path), error.hint or ORIGINAL
         raise
@@ -52,6 +57,17 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
         return target
     notify(Notice(f"GGUF {path.name}: converted to {target} ({types})"))
     return target
+
+
+def made_of(path: Path) -> list[Path]:
+    """The model folders in the cache that the file was converted to, in whatever dtype. Raises ModelError if
+    a part of the model is missing."""
+    whole = digest(path)
+    return [folder for dtype in DTYPES if (folder := _folder(path, whole, dtype)).is_dir()]
+
+
+def _folder(path: Path, whole: str, dtype: str) -> Path:
+    return backend.cache_folder() / "gguf" / f"{path.stem}-{whole[:16]}-{dtype}-{CONVERTER}"
 
 
 def write_folder(path: Path, folder: Path, dtype: str) -> str:
@@ -92,10 +108,11 @@ def write_folder(path: Path, folder: Path, dtype: str) -> str:
     return ", ".join(f"{count} {name}" for name, count in types)
 
 
-def _digest(files: Sequence[Path]) -> str:
-    """The hash of a file, or of the hashes of several."""
+def digest(path: Path) -> str:
+    """SHA-256 of a GGUF file; of a model in several files, of their hashes. Raises ModelError if a part is
+    missing."""
     hashes: list[str] = []
-    for file in files:
+    for file in reading.files(path):
         with file.open("rb") as stream:
             hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
