@@ -93,7 +93,7 @@ def test_train_prints_results_on_stdout_and_progress_on_stderr(tiny_model, rows,
 
 def test_dry_run_counts_and_writes_nothing(tiny_model, rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    counts = json.loads(run("train", "--model", tiny_model, "--data", rows, "--dry-run").stdout)
+    counts = json.loads(run("train", "--model", tiny_model, "--data", rows, "--dry-run", "--json").stdout)
     assert {
         "rows_read",
         "rows_dropped",
@@ -107,6 +107,26 @@ def test_dry_run_counts_and_writes_nothing(tiny_model, rows, tmp_path, monkeypat
     } <= counts.keys()
     assert counts["rows_read"] == 24 and counts["trainable"] == 2 * (16 * (64 + 64) + 16 * (64 + 32))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_without_json_is_a_table_for_people(tiny_model, rows):
+    lines = run("train", "--model", tiny_model, "--data", rows, "--dry-run").stdout.splitlines()
+    assert "rows                24 read, 19 to train on, 5 held out" in lines
+    assert any(re.fullmatch(r"weights +7,168 of 101,568 are trained .*", line) for line in lines)
+    assert lines[-1] == "nothing was trained: the same command without --dry-run trains"
+    assert not any("{" in line or "_train" in line or "None" in line for line in lines)
+
+
+def test_a_broken_line_is_told_with_its_place_its_fault_and_what_to_do(tiny_model, rows, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    lines = rows.read_text().splitlines()
+    broken.write_text("\n".join([*lines[:20], '{"messages": [oops', *lines[20:]]) + "\n")
+    result = run("train", "--model", tiny_model, "--data", broken, "--dry-run")
+    (line,) = [line for line in result.stderr.splitlines() if "rows left out" in line]
+    assert line.startswith(
+        f"warning: {broken}:21: rows left out: json: expected one whole JSON object a line"
+    )
+    assert "at column 15" in line and "hint: mend the line" in line
 
 
 def test_bad_lines_are_named_kept_and_stop_the_run_when_many(tiny_model, rows, tmp_path):
@@ -136,7 +156,7 @@ def test_bad_lines_are_named_kept_and_stop_the_run_when_many(tiny_model, rows, t
 def test_undesirable_rows_are_left_out_and_counted(tiny_model, tmp_path):
     labelled = [row | {"label": index % 3 != 0} for index, row in enumerate(tiny.conversations(30))]
     data = tiny.write_rows(tmp_path / "rows.jsonl", labelled)
-    counts = json.loads(run("train", "--model", tiny_model, "--data", data, "--dry-run").stdout)
+    counts = json.loads(run("train", "--model", tiny_model, "--data", data, "--dry-run", "--json").stdout)
     assert counts["rows_dropped"] == {"undesirable": 10} and counts["rows_train"] + counts["rows_valid"] == 20
     assert counts["rows_valid"] == 4  # a fifth of each label
     run("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run", *QUICK)
@@ -164,7 +184,7 @@ def test_the_reference_preset_trains_on_the_reference_data_at_small_scale(tiny_m
         tmp_path / "run",
     ]
     small = ["--set", "model.quantize=null", "--set", "adapter.rank=4", "--set", "optimizer.warmup_steps=1"]
-    counts = json.loads(run(*words, *small, "--dry-run").stdout)
+    counts = json.loads(run(*words, *small, "--dry-run", "--json").stdout)
     assert counts["rows_read"] == 1000 and counts["rows_dropped"]["undesirable"] == 254
     kept = counts["rows_train"] + counts["rows_valid"]
     assert kept + sum(counts["rows_dropped"].values()) == 1000 and kept >= 740
@@ -377,7 +397,17 @@ def test_the_rejected_side_of_a_preference_is_neither_learned_nor_measured(tiny_
     long = " ".join(["note"] * 200)
     pairs = [{"prompt": f"the cat {at}", "chosen": f"yes {at}", "rejected": long} for at in range(10)]
     data = tiny.write_rows(tmp_path / "pairs.jsonl", pairs)
-    words = ["train", "--model", tiny_model, "--data", data, "--dry-run", "--set", "batch.length=64"]
+    words = [
+        "train",
+        "--model",
+        tiny_model,
+        "--data",
+        data,
+        "--dry-run",
+        "--json",
+        "--set",
+        "batch.length=64",
+    ]
     counts = json.loads(run(*words).stdout)
     assert counts["rows_dropped"] == {} and counts["sequences_train"] == 8
 
@@ -408,7 +438,7 @@ def test_an_answer_left_out_of_a_conversation_leaves_its_other_answers_and_every
         "batch.length=60",
     ]
     words += ["--set", "data.max_dropped=0.3"]
-    counts = json.loads(run("train", *words, "--dry-run").stdout)
+    counts = json.loads(run("train", *words, "--dry-run", "--json").stdout)
     assert counts["rows_train"] + counts["rows_valid"] == 12 and counts["rows_dropped"] == {}
     assert counts["sequences_train"] + counts["sequences_valid"] == 24 - 3
     assert counts["notes"]["answers left out: too_long"] == 3
@@ -463,7 +493,10 @@ def test_contradictions_and_poor_choices():
 
 def test_the_environment_is_a_layer(tiny_model, rows, monkeypatch):
     monkeypatch.setenv("TUNESMITH_LOOP__STEPS", "7")
-    assert json.loads(run("train", "--model", tiny_model, "--data", rows, "--dry-run").stdout)["steps"] == 7
+    assert (
+        json.loads(run("train", "--model", tiny_model, "--data", rows, "--dry-run", "--json").stdout)["steps"]
+        == 7
+    )
 
 
 def test_every_command_in_the_readme_exists():

@@ -179,7 +179,8 @@ def test_rows_refused_for_their_reasoning_are_told_how_to_leave_it_out(tmp_path)
     row = {"messages": TURNS, "reasoning": "hm, a"}
     with pytest.raises(DataError) as caught:
         formats.require(read(tmp_path, row, reasoning="refuse"), 0.1)
-    assert caught.value.hint == "--set data.reasoning=omit leaves it out"
+    hint = "data.reasoning=auto learns it as the template writes it, omit leaves it out (1 row)"
+    assert caught.value.hint == hint
     with pytest.raises(DataError) as caught:
         formats.require(read(tmp_path, row, {"text": 3}, reasoning="refuse"), 0.1)
-    assert caught.value.hint == "mend these rows"
+    assert caught.value.hint == hint

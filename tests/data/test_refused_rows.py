@@ -58,6 +58,20 @@ def test_broken_arguments_are_not_told_about_files(tmp_path):
     assert "JSON" in bad.message and "array" not in bad.message
 
 
+def test_a_hint_is_said_once_with_the_number_of_its_rows(tmp_path):
+    turns = [[ASK, ASK, ANSWER]] * 12 + [[ANSWER, ASK, ANSWER]] + [[ASK, ANSWER]]
+    with pytest.raises(DataError) as caught:
+        formats.require(read(tmp_path, *({"messages": row} for row in turns)), 0.05)
+    lines = str(caught.value).splitlines()
+    assert [line for line in lines if line.startswith("hint: ")] == [
+        "hint: join the turns of one speaker into one (12 rows)",
+        "hint: put the greeting into the system text, or begin with what the user says (1 row)",
+        "hint: allow more than 5.0% with data.max_dropped",
+    ]
+    places = [line for line in lines if line.startswith("  ")]
+    assert len(places) == 13 and not any("hint:" in line for line in places)
+
+
 def test_where_all_rows_are_bad_nobody_is_told_to_allow_more():
     bad = [formats.Dropped(f"f:{n}", "type", "m", "") for n in range(3)]
     for allowed in (0.05, 1.0):

@@ -200,3 +200,19 @@ def test_a_label_of_true_or_false_in_a_table_of_texts_is_a_verdict(tmp_path):
     result = read(tmp_path / "rows.csv")
     assert [example.label for example in result.examples] == [True, False, None]
     assert [row.reason for row in result.dropped] == ["label"]
+
+
+@pytest.mark.parametrize("name", ["book.txt", "Book.TXT", "notes.md", "book.txt.gz"])
+def test_a_book_is_refused_once_with_how_rows_are_written(tmp_path, name):
+    path = tmp_path / name
+    text = b"\n\nIt was a cold day.\n\nNobody spoke.\n"
+    path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    with pytest.raises(DataError, match="is plain text, not rows") as caught:
+        list(sources.raws(path))
+    assert '{"text": "…"}' in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['{"text": "a"}\n', '[{"text": "a"}]'])
+def test_rows_in_a_text_file_are_rows(tmp_path, text):
+    (tmp_path / "rows.txt").write_text(text)
+    assert [raw.text for raw in sources.raws(tmp_path / "rows.txt")] == ['{"text": "a"}']

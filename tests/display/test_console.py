@@ -72,7 +72,8 @@ def test_every_kind_of_event_is_readable():
     lines = [console.readable(event) for event in one_of_each("x")]
     assert lines[0] == "warning: x: x (×3) · hint: x"
     assert lines[1] == (
-        "run x: 10 updates · 5 of 100 weights train · rows_read 7 · rows_dropped (x 2) · padding_share 0.25"
+        "run x: 10 updates · 5 of 100 weights are trained · rows: 7 read, 2 left out (x 2)"
+        " · tokens: 25.0% of a batch is padding"
     )
     assert lines[4] == (
         "step 2 · epoch 0.20 · loss 2.5000 · learning rate 0.0001 · gradient norm 0.75 clipped"
@@ -89,7 +90,7 @@ def test_every_kind_of_event_is_readable():
     )
     assert lines[11] == "stopped early at step 5 after 1 m 01 s: x"
     assert (
-        lines[8] == "growth at step 5: 1 weights, largest 0.5 in x · 25.00% of its base · effective rank 3.5"
+        lines[8] == "growth at step 5: 1 weight, largest 0.5 in x · 25.00% of its base · effective rank 3.5"
     )
     assert lines[12:] == [
         "weights at step 5: largest gradient 3 in x · largest update 25.00% of its weight in x",

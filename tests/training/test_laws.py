@@ -193,7 +193,7 @@ def test_every_row_is_trained_once_an_epoch_and_validated(tiny_model, tmp_path):
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(27))
     out = tmp_path / "run"
     counts = json.loads(
-        call(*arguments(tiny_model, data, out, loop__steps=None, loop__epochs=2), "--dry-run")
+        call(*arguments(tiny_model, data, out, loop__steps=None, loop__epochs=2), "--dry-run", "--json")
     )
     assert not out.exists()
     assert (

@@ -101,7 +101,7 @@ def test_a_run_from_before_experts_were_adapted_goes_on_with_its_layers(model, r
 
 
 def test_the_dry_run_says_what_is_adapted(model, rows):
-    words = ["--model", str(model), "--data", str(rows), "--dry-run"]
+    words = ["--model", str(model), "--data", str(rows), "--dry-run", "--json"]
     counts = json.loads(
         call("train", *words, "--set", "adapter.targets=all-linear", "--set", "adapter.rank=4")
     )

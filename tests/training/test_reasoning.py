@@ -194,7 +194,7 @@ def test_reasoning_beside_answers_is_refused_if_the_template_has_no_form_for_it(
     rows = write(tmp_path / "rows.jsonl", "reasoning_content")
     with pytest.raises(DataError, match=r"(?s)reasoning 20.*no form for it") as refused:
         tunesmith.plan(configured(tiny_model, rows))
-    assert "data.reasoning: think learns it as <think> text before the answer" in refused.value.what
+    assert "data.reasoning: think learns it as <think> text before the answer" in str(refused.value)
     for choice in ("think", "omit"):
         plan = tunesmith.plan(configured(tiny_model, rows, f"data.reasoning={choice}"))
         assert plan["reasoning"]["with_reasoning"] == (20 if choice == "think" else 0)

@@ -67,8 +67,12 @@ def show(
         else:
             decode = renderer.decode if control else lambda ids: escaped(renderer.decode(ids))
             typer.echo(_marked(row, decode, colour=colour))
-    for dropped in rendered.dropped:
-        say(f"{dropped.source}: {dropped.reason}: {dropped.message}", err=True)
+    if rendered.dropped:
+        from tunesmith.data.formats import faults, hints
+
+        say("rows left out:\n" + faults(rendered.dropped), err=True)
+        for hint in hints(rendered.dropped):
+            say(f"hint: {hint}", err=True)
     notes = "".join(f"; {note}: {count}" for note, count in sorted(rendered.notes.items()))
     of_read = "" if limit is None and as_json else f" of the first {limit or SHOWN_ROWS} read"
     say(f"{len(rendered.rows)} rows shown{of_read}, {len(rendered.dropped)} left out{notes}", err=True)

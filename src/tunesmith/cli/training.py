@@ -67,7 +67,7 @@ def train(
 
         say("\n".join(lines(resolved)), err=not dry_run or as_json)
     if dry_run:
-        _plan(resolved, out)
+        _plan(resolved, out, as_json)
         return
     with progress() as notify:
         run = tunesmith.train(resolved, out=out, notify=notify)
@@ -81,14 +81,20 @@ def _refuse_beside_resume(given: bool) -> None:
         raise ConfigError("--resume takes its settings from the run", hint="only --set may be given with it")
 
 
-def _plan(resolved: Resolved[RunConfig], out: Path | None) -> None:
+def _plan(resolved: Resolved[RunConfig], out: Path | None, as_json: bool) -> None:
     if out is not None:
         from tunesmith.runs.directory import require_free
 
         require_free(out)
     with progress() as notify:
-        counts = tunesmith.plan(resolved, notify=notify)
-    print_json(counts)
+        planned = tunesmith.plan(resolved, notify=notify)
+    if as_json:
+        print_json(planned)
+        return
+    from tunesmith.display import counts
+
+    say(counts.table(planned))
+    say("nothing was trained: the same command without --dry-run trains")
 
 
 def _print_run(run: Run | None, as_json: bool) -> None:

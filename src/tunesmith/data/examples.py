@@ -15,6 +15,9 @@ from typing import NamedTuple, TypeAlias, cast
 from tunesmith.errors import DataError
 from tunesmith.settings.config import JSON
 
+HINT = "; hint: "
+"""Stands between what is wrong with a row and what to do about it."""
+
 
 class BadRow(Exception):
     """This row cannot be used."""
@@ -22,7 +25,7 @@ class BadRow(Exception):
     def __init__(self, reason: str, place: str, expected: str, found: str, hint: str = "") -> None:
         self.reason = reason
         self.fault = f"expected {_cut(expected)}, found {_cut(found)}"
-        super().__init__(f"{_cut(place)}: " * bool(place) + self.fault + f"; hint: {_cut(hint)}" * bool(hint))
+        super().__init__(f"{_cut(place)}: " * bool(place) + self.fault + f"{HINT}{_cut(hint)}" * bool(hint))
 
 
 def _cut(text: str, most: int = 500) -> str:

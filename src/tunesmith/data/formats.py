@@ -18,8 +18,9 @@ from pydantic import AfterValidator, Field
 
 from tunesmith.data import sources
 from tunesmith.data.calls import structure
-from tunesmith.data.examples import BadRow, prompt_key, split, write_examples, write_lines
+from tunesmith.data.examples import HINT, BadRow, prompt_key, split, write_examples, write_lines
 from tunesmith.data.layout import RowReader, layout_of, layouts, typed
+from tunesmith.display.text import many
 from tunesmith.errors import DataError, listing
 from tunesmith.settings.config import JSON, Spec, Texts
 
@@ -115,6 +116,16 @@ class Dropped(NamedTuple):
     message: str
     raw: str
 
+    @property
+    def fault(self) -> str:
+        """What is wrong, without the hint."""
+        return self.message.partition(HINT)[0]
+
+    @property
+    def hint(self) -> str:
+        """What to do about it, or ""."""
+        return self.message.partition(HINT)[2]
+
 
 class Read(NamedTuple):
     """``rows`` = examples + dropped. ``files``: path → sha256 of its bytes."""
@@ -195,13 +206,24 @@ def require(read: Read, max_dropped: float) -> None:
         raise DataError("no rows", where=files, hint="data.train names files of rows")
     counts = Counter(row.reason for row in read.dropped)
     reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-    mend = "--set data.reasoning=omit leaves it out" if set(counts) == {"reasoning"} else "mend these rows"
-    shown = listing([f"{row.source}: {row.message}" for row in read.dropped])
+    allow = [f"allow more than {max_dropped:.1%} with data.max_dropped"] if share < 1 else []
     raise DataError(
-        f"{len(read.dropped)} of {read.rows} rows cannot be used, {share:.1%} ({reasons}):\n{shown}",
+        f"{len(read.dropped)} of {read.rows} rows cannot be used, {share:.1%} ({reasons}):\n"
+        f"{faults(read.dropped)}",
         where=files or None,
-        hint=mend + (f", or allow more than {max_dropped:.1%} with data.max_dropped" if share < 1 else ""),
+        hint="\nhint: ".join([*(hints(read.dropped) or ["mend these rows"]), *allow]),
     )
+
+
+def faults(dropped: Sequence[Dropped]) -> str:
+    """The first rows that cannot be used, one a line, with what is wrong; `hints` has what to do."""
+    return listing([f"{row.source}: {row.fault}" for row in dropped])
+
+
+def hints(dropped: Iterable[Dropped]) -> list[str]:
+    """Each hint once, the one for most rows first, with how many rows it is for."""
+    counts = Counter(row.hint for row in dropped if row.hint)
+    return [f"{hint} ({many(count, 'row')})" for hint, count in counts.most_common()]
 
 
 def write_dropped(dropped: Iterable[Dropped], path: Path) -> None:

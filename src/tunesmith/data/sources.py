@@ -24,6 +24,8 @@ TABLES = tables.SUFFIXES
 UNREAD = (".xlsx", ".xls", ".ods", ".arrow", ".feather", ".pkl", ".pickle", ".txt.lz4")
 _ARCHIVES = (".7z", ".rar", ".tar", ".tgz")
 """Endings of files that are not read: reported at once, not row by row."""
+_PROSE = (".txt", ".text", ".md")
+"""Endings of files that may hold rows of JSON, and mostly hold prose."""
 _LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*_LINES, *(f"{name}{packed}" for name in _LINES for packed in packing.SUFFIXES), *TABLES)
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
@@ -155,12 +157,21 @@ def _raws(stream: BinaryIO, path: Path) -> Iterator[Raw]:
                 yield from _array(b"".join([*before, stream.read()]).decode("utf-8", "surrogateescape"), path)
                 return
             if data.strip(b" \t\r\n"):
+                _refuse_prose(path, data)
                 before = None
         text = data.decode("utf-8", "surrogateescape").removesuffix(
             "\n"
         )  # U+2028 and similar characters do not end a line
         if text.strip():
             yield Raw(f"{path}:{number}", text.removesuffix("\r"))
+
+
+def _refuse_prose(path: Path, first: bytes) -> None:
+    """Raises DataError for a text file whose first line is not a row."""
+    names = (f"{name}{packed}" for name in _PROSE for packed in ("", *packing.SUFFIXES))
+    if path.name.lower().endswith(tuple(names)) and not first.lstrip(b" \t\r\n").startswith(b"{"):
+        hint = 'write each passage as a row of a JSONL file: {"text": "…"}'
+        raise DataError("is plain text, not rows", where=str(path), hint=hint)
 
 
 def _array(text: str, path: Path) -> Iterator[Raw]:
@@ -243,13 +254,10 @@ class _Decoder(json.JSONDecoder):
             if (end := _skip(text, end)) < len(text):
                 raise json.JSONDecodeError("more text after the value", text, end)
         except json.JSONDecodeError as error:
-            match = (
-                f"{error.msg} at column {error.pos + 1}: "
-                f"{show(text[max(0, error.pos - 20) : error.pos + 20])}"
-            )
-            return BadRow(
-                "json", "", "one whole JSON object a line", match, "rows over many lines need a JSON array"
-            )
+            near = show(text[max(0, error.pos - 20) : error.pos + 20])
+            fault = f"{error.msg[:1].lower()}{error.msg[1:]} at column {error.pos + 1}: {near}"
+            hint = "mend the line; rows over many lines need a JSON array"
+            return BadRow("json", "", "one whole JSON object a line", f"broken JSON, {fault}", hint)
         if self.problems:
             return BadRow("json", "", "plain JSON", self.problems[0])
         try:  # half a surrogate pair, which no encoding can write

@@ -21,6 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith import events
+from tunesmith.display import counts
+from tunesmith.display.text import many
 from tunesmith.events import Event, Sink
 
 OF_UPDATES = (events.StepDone, events.Instruments, events.RowLosses)
@@ -59,14 +61,6 @@ def line(text: str, limit: int = 10_000) -> str:
     joined = " ".join(text.split())
     joined = joined if len(joined) <= limit else joined[: limit - 1] + "…"
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in joined)
-
-
-def _count(value: object) -> str:
-    if isinstance(value, dict):
-        return f"({', '.join(f'{name} {_count(inner)}' for name, inner in value.items())})" if value else "0"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def speed(steps: Sequence[events.StepDone]) -> float:
@@ -124,8 +118,8 @@ def _notice(event: events.Notice) -> str:
 
 @_text.register
 def _run_started(event: events.RunStarted) -> str:
-    text = f"run {event.run}: {event.steps:,} updates · {event.trainable:,} of {event.total:,} weights train"
-    return text + "".join(f" · {name} {_count(value)}" for name, value in event.counts.items())
+    weights = f"{event.trainable:,} of {event.total:,} weights are trained"
+    return f"run {event.run}: {event.steps:,} updates · {weights}{counts.opening(event.counts)}"
 
 
 @_text.register
@@ -140,7 +134,9 @@ def _resumed(event: events.Resumed) -> str:
 
 @_text.register
 def _probed(event: events.Probed) -> str:
-    text = f"largest micro-batch: {event.rows:,} rows, {event.tokens:,} tokens · {duration(event.seconds)}"
+    text = (
+        f"largest micro-batch: {many(event.rows, 'row')}, {event.tokens:,} tokens · {duration(event.seconds)}"
+    )
     return f"{text} · memory {_memory(event.memory)}"
 
 
@@ -175,7 +171,9 @@ def _growth(event: events.Growth) -> str:
     if not event.norms:
         return f"growth at step {event.step:,}: of adapters only, and here the weights are trained in full"
     name, norm = _largest(event.norms, "no weight")
-    text = f"growth at step {event.step:,}: {len(event.norms):,} weights, largest {norm:.4g} in {name}"
+    if not norm:
+        return f"growth at step {event.step:,}: {many(len(event.norms), 'weight')}, none has changed yet"
+    text = f"growth at step {event.step:,}: {many(len(event.norms), 'weight')}, largest {norm:.4g} in {name}"
     text += f" · {event.relative[name]:.2%} of its base" if name in event.relative else ""
     return text + (
         f" · effective rank {event.effective_rank[name]:.3g}" if name in event.effective_rank else ""

@@ -25,7 +25,7 @@ from pydantic import AfterValidator, Field
 
 from tunesmith.data import formats
 from tunesmith.data.calls import calls_only, without_words
-from tunesmith.data.examples import REASONING_BESIDE, label_of
+from tunesmith.data.examples import HINT, REASONING_BESIDE, label_of
 from tunesmith.data.formats import (
     JSON,
     Call,
@@ -642,7 +642,7 @@ def render(
                 example, learn=spec.learn, prompt_weight=spec.prompt_weight, cut=cut, notes=result.notes
             )
         except Refused as error:
-            message = "; hint: ".join(filter(None, (error.what, error.hint)))
+            message = HINT.join(filter(None, (error.what, error.hint)))
             result.dropped.append(formats.Dropped(example.source, error.code, message, ""))
         fits = [row for row in rows if len(row.tokens.ids) <= length]
         for tokens in [len(row.tokens.ids) for row in rows if len(row.tokens.ids) > length]:

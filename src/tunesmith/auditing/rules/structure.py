@@ -22,7 +22,7 @@ from tunesmith.auditing.registry import Rule, register
 from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.checks.content import masked
 from tunesmith.data import calls
-from tunesmith.data.examples import Conversation
+from tunesmith.data.examples import HINT, Conversation
 from tunesmith.display.text import excerpt
 
 if TYPE_CHECKING:
@@ -136,9 +136,7 @@ class Structure(Rule):
             hint="" if share >= bar else hint,
         )
         for reason, concerned in sorted(dropped.items(), key=lambda item: -len(item[1])):
-            advice = next(
-                ((facts[row] or {}).get(reason, "").partition("; hint: ")[2] for row in concerned), ""
-            )
+            advice = next(((facts[row] or {}).get(reason, "").partition(HINT)[2] for row in concerned), "")
             fault = f"that cannot be used ({reason})"
             yield finding(
                 reason, "warning", fault, concerned, advice or "training leaves them out: mend them"

@@ -16,6 +16,8 @@ from tunesmith.learning.objective import Objective, Selected
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Row
 
+PAIRS = "pairs of which only the chosen answer is learned: objective=dpo compares both"
+
 
 class SFT(Objective):
     """Learns from demonstrations, from the desirable of judged rows, and from the chosen side of
@@ -32,7 +34,9 @@ class SFT(Objective):
         left = [example for example in examples if self.undesirable == "leave_out" and _undesirable(example)]
         out = {id(example) for example in left}
         chosen = [_chosen(example) for example in examples if id(example) not in out]
-        return Selected(chosen, [(example, "undesirable") for example in left], Counter())
+        pairs = sum(isinstance(example, Preference) for example in examples)
+        notes = Counter({PAIRS: pairs} if pairs else {})
+        return Selected(chosen, [(example, "undesirable") for example in left], notes)
 
     def groups(self, rows: Sequence[Row]) -> list[Group]:
         return [Group((row.tokens,), row.source) for row in rows]
