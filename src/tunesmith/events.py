@@ -18,6 +18,9 @@ from typing import IO, Any
 
 from typing_extensions import TypedDict
 
+QUIET_S = 2.0
+"""Work other than updates is shown once it has taken this long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -312,13 +315,16 @@ def tee(sinks: Sequence[Sink]) -> Sink:
     return send
 
 
-def ticker(sink: Sink, label: str) -> Callable[[int, int], None]:
+def ticker(sink: Sink, label: str, after_s: float = 0.0) -> Callable[[int, int], None]:
     """A function of (done, total) that reports the progress of ``label`` to ``sink``. The work begins when
-    the ticker is made."""
-    began: float | None = time.time()
+    the ticker is made; in its first ``after_s`` seconds nothing is reported."""
+    started = time.time()
+    began: float | None = started
 
     def tick(done: int, total: int) -> None:
         nonlocal began
+        if time.time() - started < after_s:
+            return
         if began is not None and done:
             sink(Working(label, 0, total, at=began))
         began = None

@@ -16,6 +16,7 @@ QUICK = {
     "audit": [],
     "bounds": [],
     "experts": [],
+    "export_memory": [],
     "generation": [],
     "limit": [],
     "preferences": [],

@@ -203,7 +203,7 @@ def test_a_base_of_another_alignment_is_copied_whole(tmp_path):
     source.close()
     base = GGUFReader(tmp_path / "base.gguf")
     whole = [
-        writing.NewTensor(each.name, each.data.shape, each.tensor_type, lambda data=each.data: data)
+        writing.NewTensor(each.name, each.data.shape, each.tensor_type, lambda data=each.data: [data])
         for each in base.tensors
     ]
     writing.write(tmp_path / "copy.gguf", "llama", {}, whole, list(base.fields.values()))

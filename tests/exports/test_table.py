@@ -71,6 +71,8 @@ def test_artefacts_can_be_discarded_once_they_are_measured(run, tmp_path):
     exported = table.entries[0].exported
     assert exported is not None and exported.size_bytes > 0 and exported.accepted
     assert exported.cost is None  # it is used by llama.cpp, whose speed is not that of MLX
+    content = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert content["kinds"][0]["export"]["path"] is None
 
 
 def test_a_kind_and_a_table_exclude_each_other(run):

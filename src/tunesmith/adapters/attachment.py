@@ -79,19 +79,20 @@ class Adapter:
             raise
         return handle
 
-    def install(self, net: nn.Module) -> None:
-        """Put the adapter into ``net`` for good: the weights that it replaces are freed. Raises ModelError if
-        the two do not fit; ``net`` may have changed then."""
+    def install(self, net: nn.Module, *, lazily: bool = False) -> None:
+        """Put the adapter into ``net`` for good: the weights that it replaces are freed. lazily: nothing is
+        read or computed until it is used. Raises ModelError if the two do not fit; ``net`` may have changed
+        then."""
         try:
-            self.spec.attach(net, seed=0, recorded=self.layers)
+            self.spec.attach(net, seed=0, recorded=self.layers, lazily=lazily)
         except ConfigError as error:
             message = f"the adapter does not fit the model: {error}"
             raise ModelError(message, where=self.source, hint=UNFIT) from error
-        self.fill(net)
+        self.fill(net, lazily=lazily)
 
-    def fill(self, net: nn.Module) -> None:
-        """Give the trainable tensors of ``net`` these values. Raises ModelError, listing every tensor that
-        does not fit, and leaves ``net`` as it was."""
+    def fill(self, net: nn.Module, *, lazily: bool = False) -> None:
+        """Give the trainable tensors of ``net`` these values; lazily: they are read when they are used.
+        Raises ModelError, listing every tensor that does not fit, and leaves ``net`` as it was."""
         in_net = {name: value.shape for name, value in trainable(net).items()}
         in_file = {name: value.shape for name, value in self.tensors.items()}
         problems = [
@@ -104,4 +105,5 @@ class Adapter:
             hint = "an adapter fits only the model that it was trained on"
             raise ModelError(message, where=self.source, hint=hint)
         net.update(tree_unflatten([(name, value.astype(mx.float32)) for name, value in self.tensors.items()]))
-        mx.eval(trainable(net))  # read from the file only now, when what they replace is free
+        if not lazily:
+            mx.eval(trainable(net))  # read from the file only now, when what they replace is free

@@ -81,11 +81,12 @@ def read(folder: Path) -> Adapter:
     return Adapter(read_spec(folder), read_tensors(folder / WEIGHTS), str(folder), read_layers(folder))
 
 
-def load(net: nn.Module, folder: Path) -> AdapterSpec:
-    """Put what `save` wrote into ``net`` for good; returns its spec. Raises ModelError if it cannot be read
-    or does not fit; ``net`` may have changed then."""
+def load(net: nn.Module, folder: Path, *, lazily: bool = False) -> AdapterSpec:
+    """Put what `save` wrote into ``net`` for good; returns its spec. lazily: nothing is read or computed
+    until it is used. Raises ModelError if it cannot be read or does not fit; ``net`` may have changed
+    then."""
     adapter = read(folder)
-    adapter.install(net)
+    adapter.install(net, lazily=lazily)
     return adapter.spec
 
 

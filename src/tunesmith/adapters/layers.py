@@ -138,7 +138,6 @@ class DoRALinear(LoRALinear):
         super().__init__(linear, rank, scale, dropout, key)
         self._rows = mx.square(dense(linear)).sum(axis=1)
         self.m = self.lengths()  # (out,) so that the layer starts equal to its base
-        mx.eval(self._rows, self.m)  # one expanded weight at a time
 
     def lengths(self) -> mx.array:
         """(out,) ‖V‖ per row from ‖W‖² + 2·W·Δ + ‖Δ‖²: neither W nor Δ is formed. No gradient."""

@@ -27,18 +27,19 @@ GROUP = 64
 """Weights that share a scale where a merged model is quantised."""
 
 
-def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
+def load(spec: ModelSpec, notify: Sink = events.silent, *, lazily: bool = False) -> Loaded:
     """The base model as `loading.load` gives it, with the adapter that ``spec`` names merged into it. Raises
-    ModelError if either cannot be read or they do not fit."""
-    loaded = loading.load(spec, notify)
+    ModelError if either cannot be read or they do not fit. lazily: each tensor is computed when it is first
+    used."""
+    loaded = loading.load(spec, notify, lazily=lazily)
     if spec.adapter is None:
         return loaded
     net, folder = loaded.net, Path(spec.adapter)
     n_full = n_layers = n_dense = 0
     for part in starting.read(folder, loaded, spec.path, notify):
-        part.install(net)
+        part.install(net, lazily=lazily)
         n_full += len(trainable(net))
-        merged = merge(net)
+        merged = merge(net, lazily=lazily)
         n_layers += merged
         n_dense += 0 if isinstance(part.spec, QALoRA) else merged
         net.freeze()
@@ -54,16 +55,17 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
     return loaded._replace(fingerprint=fingerprint)
 
 
-def merge(net: nn.Module) -> int:
+def merge(net: nn.Module, *, lazily: bool = False) -> int:
     """Put a frozen layer in place of each adapter layer, and return how many. It is dense, since quantising
-    again would erase the update; that of QA-LoRA stays quantised."""
+    again would erase the update; that of QA-LoRA stays quantised. lazily: each weight is computed when it is
+    first used."""
     layers = adapted(net)
     for name, layer in layers.items():
-        net.update_modules(tree_unflatten([(name, _merged(layer))]))
+        net.update_modules(tree_unflatten([(name, _merged(layer, lazily))]))
     return len(layers)
 
 
-def _merged(layer: AdapterLayer) -> nn.Module:
+def _merged(layer: AdapterLayer, lazily: bool) -> nn.Module:
     """nn.Linear, or a dense layer of experts, in the dtype of the base."""
     base = layer.linear
     if isinstance(layer, QALoRALinear) and isinstance(base, nn.QuantizedLinear):
@@ -74,14 +76,16 @@ def _merged(layer: AdapterLayer) -> nn.Module:
     weights: list[mx.array] = []
     for part in layer.parts():
         weights.append(part.merged_weight().astype(dtype))
-        mx.eval(weights)  # one weight at a time in float32
+        if not lazily:
+            mx.eval(weights)  # one weight at a time in float32
     plain: Any = dense_experts() if isinstance(layer, LoRAExperts) else nn.Linear(1, 1, bias=False)
     plain.weight = mx.stack(weights) if isinstance(layer, LoRAExperts) else weights[0]
     if isinstance(layer, QALoRALinear):  # it can be adapted so again
         plain.__class__, plain.group_size = ExpandedLinear, layer.group_size
     if "bias" in base:
         plain.bias = base.bias
-    mx.eval(plain.parameters())
+    if not lazily:
+        mx.eval(plain.parameters())
     plain.freeze().train(base.training)
     return plain
 

@@ -98,12 +98,15 @@ class _LowRank(Spec):
         everywhere = all(reached == n_blocks for reached, n_blocks in map(partial(reach, net), ATTENTION))
         return self.model_copy(update={"targets": ATTENTION if everywhere else (ALL_LINEAR,)})
 
-    def attach(self, net: nn.Module, seed: int, recorded: Collection[str] | None = None) -> Attached:
+    def attach(
+        self, net: nn.Module, seed: int, recorded: Collection[str] | None = None, *, lazily: bool = False
+    ) -> Attached:
         """Freeze ``net`` and put adapter layers in place of its targets; A is drawn from (seed, tensor name).
 
         With ``layers``, a module outside the blocks is reached only by its plain name, not by a pattern.
         recorded: names of the layers that a saved adapter adapts: whether experts, routers and layers one
-        output wide are adapted is taken from there. Raises ConfigError and leaves ``net`` as it was if a
+        output wide are adapted is taken from there. lazily: what is trained is computed, and the base read
+        for it, when it is first used. Raises ConfigError and leaves ``net`` as it was if a
         target matches nothing, the rank is too large, a full module is quantised or also adapted, or ``net``
         has adapters already."""
         targets = self.settled(net).targets
@@ -120,8 +123,10 @@ class _LowRank(Spec):
             kind = self._experts if name in mixture.experts else self._layer
             layer = kind(linear, self.rank, self.scale, self.dropout, key_from(seed, f"{name}.lora_a"))
             net.update_modules(tree_unflatten([(name, layer)]))
+            if not lazily:
+                mx.eval(layer.trainable_parameters())  # of DoRA: one expanded weight at a time
         notices = (*small, *mixture.notices(chosen, dora=self._layer is DoRALinear))
-        return _unfreeze(net, full)._replace(coverage=mixture.coverage(chosen), notices=notices)
+        return _unfreeze(net, full, lazily)._replace(coverage=mixture.coverage(chosen), notices=notices)
 
     def _too_small(self, chosen: Mapping[str, nn.Module]) -> list[Notice]:
         """A notice if the rank is more than some of the layers can hold. Raises ConfigError if it was set to
@@ -178,12 +183,14 @@ class Full(Spec):
         """As it is: its targets are the same for every model."""
         return self
 
-    def attach(self, net: nn.Module, seed: int, recorded: Collection[str] | None = None) -> Attached:
+    def attach(
+        self, net: nn.Module, seed: int, recorded: Collection[str] | None = None, *, lazily: bool = False
+    ) -> Attached:
         """Freeze ``net`` except the targets, which become float32. No random number is drawn, and
-        ``recorded`` means nothing. Raises ConfigError as `LoRA.attach` does."""
+        ``recorded`` means nothing. lazily, and what is raised: as for `LoRA.attach`."""
         full = _select(net, self.targets, self.layers, "adapter.targets", full=True)
         net.freeze()
-        return _unfreeze(net, full)._replace(coverage=f"{len(full)} modules are trained in full")
+        return _unfreeze(net, full, lazily)._replace(coverage=f"{len(full)} modules are trained in full")
 
 
 AdapterSpec = LoRA | DoRA | QALoRA | Full
@@ -308,9 +315,9 @@ def _rounding(dtype: mx.Dtype) -> Callable[[type[nn.Module]], wrap.Call]:
     return call_of
 
 
-def _unfreeze(net: nn.Module, full: Mapping[str, nn.Module]) -> Attached:
+def _unfreeze(net: nn.Module, full: Mapping[str, nn.Module], lazily: bool) -> Attached:
     """Make the weights of ``full`` float32 and trainable, and the rows that were added for new tokens, and
-    count."""
+    count. lazily: they are computed when they are first used."""
     for module in vocabulary.extended(net):
         module.unfreeze(recurse=False, keys=list(_weights(module)))
     for module in full.values():
@@ -321,7 +328,8 @@ def _unfreeze(net: nn.Module, full: Mapping[str, nn.Module]) -> Attached:
         if dtype != mx.float32:
             wrap.replace([module], _rounding(dtype))
     tensors, total = trainable(net), 0
-    mx.eval(tensors)
+    if not lazily:
+        mx.eval(tensors)
     for _, module in net.named_modules():
         packed = "scales" in module
         total += module.weight.size * 32 // module.bits if packed else 0

@@ -23,14 +23,11 @@ from rich.text import Text
 from tunesmith import events
 from tunesmith.display import counts
 from tunesmith.display.text import many
-from tunesmith.events import Event, Sink
+from tunesmith.events import QUIET_S, Event, Sink
 
 OF_UPDATES = (events.StepDone, events.Instruments, events.RowLosses)
 """Events of single updates. Of these the display shows only ``StepDone``, every few seconds; the log has
 all."""
-
-QUIET_S = 2.0
-"""Other long work is shown once it has taken this long."""
 
 
 def duration(seconds: float) -> str:

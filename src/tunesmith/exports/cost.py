@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,8 +21,9 @@ PROMPT, ANSWER, ROUNDS = 48, 24, 5
 SPEED = Statistic("speed", lambda score: score.value, lambda each: 1 / each, better="higher", unit="tokens/s")
 
 
-def measure(net: nn.Module, probes: Sequence[Probe], load_s: float) -> Cost:
-    """load_s: how long loading took. The prompts are the rows' own tokens."""
+def measure(net: nn.Module, probes: Sequence[Probe], load_s: float, tick: Callable[[int, int], None]) -> Cost:
+    """load_s: how long loading took. The prompts are the rows' own tokens. tick: called with the number of
+    rounds that are done, and of all."""
     ids = [token for probe in probes for token in probe.ids]
     prompt = (ids * -(-PROMPT // len(ids)))[:PROMPT]
     rounds: list[ExampleScore] = []
@@ -31,6 +32,7 @@ def measure(net: nn.Module, probes: Sequence[Probe], load_s: float) -> Cost:
         began = time.perf_counter()
         generation.generate(net, [prompt], max_tokens=ANSWER, eos_ids=(), batch_size=1)
         spent = time.perf_counter() - began
+        tick(number + 2, ROUNDS + 1)
         if number >= 0:
             rounds.append(ExampleScore(f"round {number + 1}", spent / ANSWER, ANSWER))
     task = TaskStatistics("export.speed", "1", [SPEED])

@@ -3,7 +3,7 @@ of held-out rows, the loss on these rows, the weights by their sketches, and whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -85,22 +85,30 @@ def thinned(probes: Sequence[Probe], width: int) -> list[Probe]:
     return [probe._replace(places=probe.places[:: max(1, step)]) for probe in probes]
 
 
-def log_probabilities(net: nn.Module, probes: Sequence[Probe], path: Path) -> None:
-    """Write (P, V) float32, the log-probabilities at all places in order, as ``path`` in numpy's format."""
+def log_probabilities(
+    net: nn.Module, probes: Sequence[Probe], path: Path, tick: Callable[[int, int], None]
+) -> None:
+    """Write (P, V) float32, the log-probabilities at all places in order, as ``path`` in numpy's format.
+    tick: called with the number of rows that are done, and of all."""
     net.eval()
     splits = abilities.splits(net)
     parts: list[np.ndarray] = []
-    for probe in probes:
-        if not probe.places:
-            continue
-        ids, places = mx.array(probe.ids)[None], mx.array(probe.places)
-        if splits:
-            logits = logprobs.head(net, logprobs.features(net, ids)[0][places])
-        else:
-            logits = net(ids)[0][places]
-        logits = logits.astype(mx.float32)
-        parts.append(np.array(logits - kernels.log_sums(logits)[..., None]))
+    for done, probe in enumerate(probes, start=1):
+        if probe.places:
+            parts.append(_at_places(net, probe, splits))
+        tick(done, len(probes))
     np.save(path, np.concatenate(parts))
+
+
+def _at_places(net: nn.Module, probe: Probe, splits: bool) -> np.ndarray:
+    """(places, V) float32. splits: whether the head of ``net`` can be applied to some places alone."""
+    ids, places = mx.array(probe.ids)[None], mx.array(probe.places)
+    if splits:
+        logits = logprobs.head(net, logprobs.features(net, ids)[0][places])
+    else:
+        logits = net(ids)[0][places]
+    logits = logits.astype(mx.float32)
+    return np.array(logits - kernels.log_sums(logits)[..., None])
 
 
 def distances(
@@ -203,16 +211,18 @@ class Ended(NamedTuple):
     stopped: bool
 
 
-def answers(net: nn.Module, probes: Sequence[Probe], ends: Sequence[int]) -> list[Ended]:
-    """A greedy answer to the prompt of each row, up to half as long again as the longest trained one."""
+def answers(
+    net: nn.Module, probes: Sequence[Probe], ends: Sequence[int], tick: Callable[[int, int], None]
+) -> list[Ended]:
+    """A greedy answer to the prompt of each row, up to half as long again as the longest trained one. tick:
+    called with the number of answers that are done, and of all."""
     prompted = [probe for probe in probes if probe.start > 1]
     if not prompted:
         return []
     longest = max(len(probe.ids) - probe.start for probe in prompted)
     limit = min(256, 16 + 3 * longest // 2)
-    made = generation.generate(
-        net, [probe.ids[: probe.start] for probe in prompted], max_tokens=limit, eos_ids=list(ends)
-    )
+    prompts = [probe.ids[: probe.start] for probe in prompted]
+    made = generation.generate(net, prompts, max_tokens=limit, eos_ids=list(ends), on_done=tick)
     return [Ended(answer.ids, answer.finish == "stop") for answer in made]
 
 

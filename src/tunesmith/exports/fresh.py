@@ -6,6 +6,7 @@ answers, its cost and its scores are written into it."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import mlx.core as mx
 import numpy as np
 
 from tunesmith import events
 from tunesmith.errors import ExportError, TunesmithError
+from tunesmith.events import Event, Sink, Working
 from tunesmith.exports import cost, fidelity, headlines, kind, weights
 from tunesmith.exports.fidelity import Ended, Probe
 from tunesmith.files import read_json
@@ -30,6 +33,8 @@ from tunesmith.runs.directory import Run
 from tunesmith.runs.records import ExampleScore
 
 JOB, RESULT, LOGPROBS, SKETCH = "job.json", "result.json", "artefact.npy", "artefact.npz"
+SAID = "said.txt"
+"""What the process wrote to the standard error."""
 
 
 @dataclass(frozen=True)
@@ -61,40 +66,56 @@ class Result:
     remarks: Sequence[str] = ()
 
 
-def run(job: Job, folder: Path) -> Result:
-    """Start the process; it works in ``folder``. Raises ExportError, with what it said, if it fails."""
+def run(job: Job, folder: Path, notify: Sink) -> Result:
+    """Start the process; it works in ``folder``, and its progress goes to ``notify``. Raises ExportError,
+    with what it said, if it fails."""
     content = {**vars(job), "source": job.source.model_dump(mode="json")}
     (folder / JOB).write_text(json.dumps(content), encoding="utf-8")
     # -P: without it, Python imports files of the working folder, such as a random.py, first.
     words = [sys.executable, "-P", "-m", "tunesmith.exports.fresh", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode < 0:
-        number = -done.returncode
+    with (folder / SAID).open("w+", encoding="utf-8", errors="replace") as said:
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=said, text=True) as child:
+            try:
+                assert child.stdout is not None
+                for line in child.stdout:
+                    if line.endswith("\n"):  # else the process was ended while it wrote
+                        notify(Working(**json.loads(line)))
+            except BaseException:
+                child.kill()
+                raise
+        said.seek(0)
+        last_lines = said.read().strip().splitlines()[-1:]
+    if child.returncode < 0:
+        number = -child.returncode
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         hint = "the machine may be out of memory: end other programs, or measure fewer --rows"
         raise ExportError(f"the process that reloads the artefact was ended by {name}", hint=hint)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+    if child.returncode:
+        last = last_lines or [f"exit status {child.returncode}"]
         raise ExportError(f"the artefact cannot be reloaded: {last[0]}")
     return read_json(folder / RESULT, Result, ExportError, None)
 
 
-def measure(folder: Path) -> None:
+def measure(folder: Path, notify: Sink) -> None:
     """Write what the job asks."""
     job = read_json(folder / JOB, Job, ExportError, None)
     opened, chosen = Run.open(job.run), kind.named(job.kind)
     began = time.perf_counter()
-    reloaded = chosen.reload(Path(job.folder), job.source, opened)
+    reloaded = chosen.reload(Path(job.folder), job.source, opened, notify)
     mx.eval(reloaded.net.parameters())
     load_s = time.perf_counter() - began
     problems = [*reloaded.problems, *_differing(opened, reloaded, job.rows, job.ids)]
-    fidelity.log_probabilities(reloaded.net, job.probes, folder / LOGPROBS)
-    answers = fidelity.answers(reloaded.net, job.probes, reloaded.ends)
-    spent = cost.measure(reloaded.net, job.probes, load_s) if chosen.runs_on_mlx else None
-    scores = headlines.measure(reloaded.net, reloaded.renderer, opened, job.tasks, job.limit, events.silent)
+    tick = events.ticker(notify, "artefact: rows")
+    fidelity.log_probabilities(reloaded.net, job.probes, folder / LOGPROBS, tick)
+    tick = events.ticker(notify, "artefact: answers")
+    answers = fidelity.answers(reloaded.net, job.probes, reloaded.ends, tick)
+    tick = events.ticker(notify, "artefact: speed")
+    spent = cost.measure(reloaded.net, job.probes, load_s, tick) if chosen.runs_on_mlx else None
+    scores = headlines.measure(reloaded.net, reloaded.renderer, opened, job.tasks, job.limit, notify)
     if reloaded.merge is not None:
         reloaded.merge()
-    np.savez(folder / SKETCH, **weights.sketch(reloaded.net))  # type: ignore[arg-type]
+    sketches = weights.sketch(reloaded.net, events.ticker(notify, "artefact: tensors"))
+    np.savez(folder / SKETCH, **sketches)  # type: ignore[arg-type]
     result = {
         "answers": answers,
         "ends": reloaded.ends,
@@ -121,11 +142,25 @@ def _differing(
     return [f"other ids: its tokenizer and template render {n_equal} of {len(expected)} rows as in training"]
 
 
+def _relay(stream: TextIO) -> Sink:
+    """A sink that writes progress to ``stream``, one JSON object a line, for `run`."""
+
+    def write(event: Event) -> None:
+        if isinstance(event, Working):
+            stream.write(json.dumps(asdict(event)) + "\n")
+            stream.flush()
+
+    return write
+
+
 if __name__ == "__main__":
+    # The standard output is for progress alone: what libraries print goes to the standard error.
+    progress = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     imports.hide("torch")  # as the command line does
     backend.setup()
     try:
-        measure(Path(sys.argv[1]))
+        measure(Path(sys.argv[1]), _relay(progress))
     except TunesmithError as error:
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
     except Exception as error:

@@ -4,7 +4,7 @@ artefact is written, reloaded in a fresh process, measured alike and judged by t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +12,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from tunesmith.events import Notice, Sink
+from tunesmith import adapters, events
+from tunesmith.adapters import merging
+from tunesmith.errors import ExportError
+from tunesmith.events import Event, Notice, Sink, Working
 from tunesmith.exports import fidelity, fresh, headlines, weights
 from tunesmith.exports.fidelity import Carried, Ended, Probe
 from tunesmith.exports.headlines import TaskScores
 from tunesmith.exports.kind import ArtefactNotes, ExportKind, Tuned
 from tunesmith.runs import checkpoints
 from tunesmith.runs.artefacts import CarriedSummary, Exported
-from tunesmith.runs.directory import COMPOSED, Run
-from tunesmith.runs.opening import Opened, Source
+from tunesmith.runs.directory import COMPOSED, FULL, Run
+from tunesmith.runs.opening import Source
 from tunesmith.runs.registry import FINISHED
 from tunesmith.tokens.template import Renderer
 
@@ -53,6 +56,24 @@ class LiveSide:
     scores: TaskScores = field(default_factory=dict)
 
 
+def prepared(source: Source, limit: int, notify: Sink) -> tuple[Tuned, list[Probe]]:
+    """The run of ``source``, whose base is not read yet, and at most ``limit`` of its held-out rows. Raises
+    ModelError if the base is not that of the run."""
+    run, config, checkpoint = source.run, source.config, source.checkpoint
+    assert run is not None and config is not None and checkpoint is not None
+    opened = source.open(notify, lazily=True)
+    renderer = opened.renderer
+    rows = fidelity.rows(run, config, renderer, limit)
+    ends = _ends(renderer, fidelity.trained_ends(rows, renderer.eos_ids))
+    return Tuned(run, config, source.model, checkpoint, opened.loaded, renderer, ends), rows
+
+
+def write(chosen: ExportKind, tuned: Tuned, artefact: Path, notify: Sink) -> ArtefactNotes:
+    """Write the artefact into the empty folder ``artefact``, without measuring it."""
+    adapters.load(tuned.loaded.net, tuned.checkpoint, lazily=True)
+    return chosen.write(tuned, artefact, notify)
+
+
 class Gate:
     """Makes and measures artefacts of one run. ``work``: a folder for what is measured."""
 
@@ -64,9 +85,37 @@ class Gate:
 
     def make(self, chosen: ExportKind, artefact: Path) -> Exported:
         """Write the artefact into the empty folder ``artefact`` and measure it. Raises ExportError if the
-        kind cannot express the run."""
-        live, written = self._written(chosen, artefact)
-        mx.clear_cache()  # the fresh process needs the memory
+        kind cannot express the run, or if the disk is full."""
+        try:
+            live, written = self._written(chosen, artefact)
+            mx.clear_cache()  # the fresh process needs the memory
+            return self._judged(chosen, artefact, live, written, self._reloaded(chosen, artefact, live))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            hint = "make room, or choose --out on another disk"
+            raise ExportError(f"the disk is full: {error.strerror}", hint=hint) from error
+
+    def _written(self, chosen: ExportKind, artefact: Path) -> tuple[LiveSide, ArtefactNotes]:
+        """Write the artefact; measure the live side before, if that was not done for an earlier one."""
+        tuned, rows = prepared(self._source, self._scope.rows, self._notify)
+        chosen.accepts(tuned)
+        if self._live is None:
+            self._live = self._measured(tuned, rows)
+            mx.clear_cache()
+        self._notify(Notice(f"writing {chosen.name}: {chosen.announcement(tuned)}"))
+        written = write(chosen, tuned, artefact, self._notify)
+        options = fidelity.needed_options(self.run, self.config, tuned.renderer, self._scope.rows)
+        if options and not chosen.has_own_template:
+            remark = (
+                f"pass chat_template_kwargs {json.dumps(options)} with every request (llama-server: "
+                "--chat-template-kwargs, mlx_lm.generate: --chat-template-config): without them prompts get "
+                "other ids than in training"
+            )
+            written = written._replace(remarks=(*written.remarks, remark))
+        return self._live, written
+
+    def _reloaded(self, chosen: ExportKind, artefact: Path, live: LiveSide) -> fresh.Result:
         self._notify(Notice("reloading it in a fresh process"))
         job = fresh.Job(
             chosen.name,
@@ -79,44 +128,18 @@ class Gate:
             self._scope.tasks,
             self._scope.limit,
         )
-        return self._judged(chosen, artefact, live, written, fresh.run(job, self._work))
+        return fresh.run(job, self._work, self._notify)
 
-    def _written(self, chosen: ExportKind, artefact: Path) -> tuple[LiveSide, ArtefactNotes]:
-        """Write the artefact; measure the live side if that was not done for an earlier one."""
-        opened = self._source.open(self._notify)
-        renderer = opened.renderer
-        rows = fidelity.rows(self.run, self.config, renderer, self._scope.rows)
-        ends = _ends(renderer, fidelity.trained_ends(rows, renderer.eos_ids))
-        tuned = Tuned(
-            self.run, self.config, self._source.model, self.checkpoint, opened.loaded, renderer, ends
-        )
-        chosen.accepts(tuned)
-        if self._live is None:
-            self._live = self._measured(opened, rows)
-        else:
-            opened.attach()
-        self._notify(Notice(f"writing {chosen.name}: {chosen.announcement(tuned)}"))
-        written = chosen.write(tuned, artefact, self._notify)
-        options = fidelity.needed_options(self.run, self.config, renderer, self._scope.rows)
-        if options and not chosen.has_own_template:
-            remark = (
-                f"pass chat_template_kwargs {json.dumps(options)} with every request (llama-server: "
-                "--chat-template-kwargs, mlx_lm.generate: --chat-template-config): without them prompts get "
-                "other ids than in training"
-            )
-            written = written._replace(remarks=(*written.remarks, remark))
-        return self._live, written
-
-    def _measured(self, opened: Opened, rows: list[Probe]) -> LiveSide:
-        """Measure the base, attach the adapter, and measure it."""
-        net, renderer = opened.loaded.net, opened.renderer
+    def _measured(self, tuned: Tuned, rows: list[Probe]) -> LiveSide:
+        """Measure the base, attach the adapter, and measure it. The model is in memory until this returns."""
+        net, renderer = merging.load(tuned.located, self._progress).net, tuned.renderer
         probes = fidelity.thinned(rows, net(mx.zeros((1, 2), mx.int32)).shape[-1])
         self._notify(Notice(f"measuring base and live adapter on {len(probes)} rows"))
-        fidelity.log_probabilities(net, probes, self._work / BASE)
-        base = weights.sketch(net)
-        opened.attach()
-        fidelity.log_probabilities(net, probes, self._work / LIVE)
-        answers = fidelity.answers(net, probes, renderer.eos_ids)
+        fidelity.log_probabilities(net, probes, self._work / BASE, self._ticker("base: rows"))
+        base = weights.sketch(net, self._ticker("base: tensors"))
+        adapters.load(net, tuned.checkpoint)
+        fidelity.log_probabilities(net, probes, self._work / LIVE, self._ticker("live adapter: rows"))
+        answers = fidelity.answers(net, probes, renderer.eos_ids, self._ticker("live adapter: answers"))
         scope = self._scope
         scores = headlines.measure(net, renderer, self.run, scope.tasks, scope.limit, self._notify)
         return LiveSide(
@@ -125,9 +148,17 @@ class Gate:
             fidelity.trained_ends(rows, renderer.eos_ids),
             answers,
             base,
-            weights.sketch(net),
+            weights.sketch(net, self._ticker("live adapter: tensors")),
             scores,
         )
+
+    def _ticker(self, label: str) -> Callable[[int, int], None]:
+        return events.ticker(self._notify, label)
+
+    def _progress(self, event: Event) -> None:
+        """Pass on progress alone: notices on the base came when it was opened."""
+        if isinstance(event, Working):
+            self._notify(event)
 
     def _judged(
         self, chosen: ExportKind, artefact: Path, live: LiveSide, written: ArtefactNotes, result: fresh.Result

@@ -3,6 +3,7 @@ the live adapter. A kind is one file under `kinds` that registers a class."""
 
 from __future__ import annotations
 
+import gc
 import json
 import pkgutil
 from abc import ABC, abstractmethod
@@ -14,8 +15,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import mlx.nn as nn
 
+from tunesmith import adapters
+from tunesmith.adapters import merging
 from tunesmith.errors import ConfigError, ExportError
 from tunesmith.events import Sink
+from tunesmith.exports import weights
 from tunesmith.exports.spelling import full_name
 from tunesmith.model import layouts, mends
 from tunesmith.model.loading import Loaded, ModelSpec
@@ -47,9 +51,9 @@ within a factor of about 4."""
 
 @dataclass(frozen=True)
 class Tuned:
-    """A run that is exported. ``source``: the settings of its base. ``loaded.net`` has the adapter attached
-    once `ExportKind.write` is called. ``ends``: the tokens that end an answer, first those that end the rows
-    that it was trained on."""
+    """A run that is exported. ``source``: the settings of its base. ``loaded``: the base, whose tensors are
+    not read yet; the adapter is attached to it once `ExportKind.write` is called. ``ends``: the tokens that
+    end an answer, first those that end the rows that it was trained on."""
 
     run: Run
     config: RunConfig
@@ -69,6 +73,22 @@ class Tuned:
         """The folder that the tokenizer was read from."""
         named = self.source.tokenizer
         return Path(named) if named and Path(named).is_dir() else self.loaded.path
+
+    @property
+    def located(self) -> ModelSpec:
+        """``source`` by the folder in which the base was found: opening it again asks no hub and hashes no
+        GGUF file."""
+        return self.source.model_copy(update={"path": str(self.loaded.path), "revision": None})
+
+    def tensors(self) -> weights.Tensors:
+        """The tensors with the adapter merged, by the names that they have without it, each read and computed
+        when its function is called. Dropping the function frees it: ``loaded`` holds other arrays."""
+        net = merging.load(self.located, lazily=True).net
+        adapters.load(net, self.checkpoint, lazily=True)
+        tensors = weights.dense(net)
+        del net
+        gc.collect()  # its modules refer to each other
+        return tensors
 
 
 class ArtefactNotes(NamedTuple):
@@ -122,7 +142,7 @@ class ExportKind(ABC):
         """Write the artefact into the empty ``folder``."""
 
     @abstractmethod
-    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
+    def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
         """Read the artefact as its users do, and render as ``run`` does. ``source``: the settings of the
         base, for an artefact that stands beside it."""
 

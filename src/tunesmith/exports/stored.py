@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,8 +15,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from tunesmith import events
 from tunesmith.adapters import adapted, trainable
 from tunesmith.errors import ExportError, listing
+from tunesmith.events import Sink
 from tunesmith.exports.weights import Tensors
 from tunesmith.model.stored import Place, headers
 from tunesmith.model.vocabulary import extended
@@ -29,6 +32,9 @@ CODES: dict[str, tuple[str, mx.Dtype]] = {
     "BF16": ("<u2", mx.bfloat16),
 }
 
+BLOCK = 1 << 22
+"""Values of a tensor that are compared, rounded and written at a time."""
+
 
 def changed_names(net: nn.Module) -> set[str]:
     """Names of the dense tensors of ``net`` that its adapter changes."""
@@ -37,6 +43,7 @@ def changed_names(net: nn.Module) -> set[str]:
     inner = {id(module) for module in extended(net)}
     tables = {name: module for name, module in net.named_modules() if id(module) in inner}
     names |= {f"{name}.weight" for name in tables}
+    names |= {f"{name}.bias" for name, module in tables.items() if "row_biases" in module}
     names |= {
         name
         for name in trainable(net)
@@ -109,48 +116,110 @@ def write_vocabulary(folder: Path, size: int) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_weights(folder: Path, target: Path, values: Tensors, found: Mapping[str, Place]) -> Copied:
-    """Copy the weights files of ``folder``, one tensor at a time; a tensor whose value in ``values`` differs
-    is rounded once to the dtype of the file, all others stay byte for byte."""
-    replaced: list[str] = []
-    sums = np.zeros(2)
-    last: tuple[str, np.ndarray] = ("", np.zeros(0))
+class _Values:
+    """The tensors that replace stored ones. Each is computed once, when the first stored tensor that it
+    replaces is written, and freed after the last."""
 
-    def value(place: Place) -> np.ndarray:
-        nonlocal last
-        if last[0] != place.name:
-            last = place.name, np.array(values[place.name]())
-        return last[1] if place.expert is None else last[1][place.expert]
+    def __init__(self, tensors: Tensors, places: Iterable[Place]) -> None:
+        self._tensors, self._computed = tensors, dict[str, np.ndarray]()
+        self._left = Counter(place.name for place in places)
 
-    for file, (header, start) in headers(folder).items():
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        rows = {
-            name: list(values_shape)
-            for name in entries
-            if name in found and (values_shape := value_rows(values, found[name], entries[name])) is not None
-        }
+    def take(self, place: Place) -> np.ndarray:
+        """The float32 values at ``place``. Call it once for each place."""
+        name = place.name
+        if name not in self._computed:
+            self._computed[name] = np.asarray(self._tensors.pop(name)())
+        self._left[name] -= 1
+        value = self._computed[name] if self._left[name] else self._computed.pop(name)
+        return value if place.expert is None else value[place.expert]
+
+
+def copy_weights(
+    folder: Path,
+    target: Path,
+    values: Tensors,
+    found: Mapping[str, Place],
+    changed: Collection[str] | None,
+    notify: Sink,
+) -> Copied:
+    """Copy the weights files of ``folder``, one block of a tensor at a time. Where a stored tensor differs
+    from its value, it is rounded once to the dtype of the file; all else stays byte for byte. Removes from
+    ``values`` what it computes.
+
+    found: the place of each stored tensor. changed: names of the values that can differ; None: all can."""
+    files = headers(folder)
+    entries = {name: entry for header, _ in files.values() for name, entry in _entries(header)}
+    places = {
+        name: place
+        for name, place in found.items()
+        if name in entries
+        and entries[name]["dtype"] in CODES
+        and place.name in values
+        and (changed is None or place.name in changed)
+    }
+    grown = {
+        name: list(shape)
+        for name, place in places.items()
+        if (shape := value_rows(values, place, entries[name])) is not None
+    }
+    computed, replaced, sums = _Values(values, places.values()), list[str](), np.zeros(2)
+    tick, done = events.ticker(notify, "tensors written"), 0
+    for file, (header, start) in files.items():
+        rows = {name: grown[name] for name, _ in _entries(header) if name in grown}
         with file.open("rb") as source, (target / file.name).open("wb") as out:
-            source.seek(0)
             out.write(_resized_header(header, rows) if rows else source.read(start))
-            order = sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0])
-            for name, entry in order:
-                content = _read(source, start, entry)
-                place = found.get(name)
-                if place is None or place.name not in values or entry["dtype"] not in CODES:
-                    out.write(content)
-                    continue
-                new = value(place)
-                old = _decode(content, entry["dtype"]).reshape(entry["shape"])
-                if new.shape == old.shape and np.array_equal(new, old):
-                    out.write(content)
-                    continue
-                stored = _encode(new, entry["dtype"], name)
-                out.write(stored)
-                replaced.append(name)
-                if new.shape == old.shape:
-                    rounded = _decode(stored, entry["dtype"]).reshape(new.shape)
-                    sums += np.square(new - old).sum(), np.square(rounded - new).sum()
+            for name, entry in _entries(header):
+                first, end = entry["data_offsets"]
+                source.seek(start + first)
+                if name in places:
+                    differs, squares = _replace(source, out, name, entry, computed.take(places[name]))
+                    replaced += [name] if differs else []
+                    sums += squares
+                    mx.clear_cache()
+                else:
+                    _copy(source, out, end - first)
+                done += 1
+                tick(done, len(entries))
     return Copied(replaced, float(sums[0]), float(sums[1]))
+
+
+def _entries(header: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Name and entry of each tensor, in the order of their bytes."""
+    tensors = [item for item in header.items() if item[0] != "__metadata__"]
+    return sorted(tensors, key=lambda item: item[1]["data_offsets"][0])
+
+
+def _copy(source: BinaryIO, out: BinaryIO, size: int) -> None:
+    while size > 0:
+        block = source.read(min(size, 4 * BLOCK))
+        if not block:
+            raise EOFError(f"{source.name} is cut short")
+        out.write(block)
+        size -= len(block)
+
+
+def _replace(
+    source: BinaryIO, out: BinaryIO, name: str, entry: Mapping[str, Any], new: np.ndarray
+) -> tuple[bool, np.ndarray]:
+    """Write ``new`` in place of the stored tensor that ``source`` stands at; blocks without a difference stay
+    as they are. Returns whether there was one, and the sums of squares of the change and of what rounding
+    left of the difference to it."""
+    code, has_shape = entry["dtype"], list(new.shape) == entry["shape"]
+    values, differs, sums = new.reshape(-1), not has_shape, np.zeros(2)
+    for first in range(0, values.size, BLOCK):
+        block = values[first : first + BLOCK]
+        if not has_shape:
+            out.write(_encode(block, code, name))
+            continue
+        content = source.read(block.size * np.dtype(CODES[code][0]).itemsize)
+        old = _decode(content, code)
+        if np.array_equal(block, old):
+            out.write(content)
+            continue
+        differs, stored = True, _encode(block, code, name)
+        out.write(stored)
+        sums += np.square(block - old).sum(), np.square(_decode(stored, code) - block).sum()
+    return differs, sums
 
 
 def value_rows(values: Tensors, place: Place, entry: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -170,11 +239,7 @@ def _may_grow(name: str) -> bool:
 def _resized_header(header: Mapping[str, Any], rows: Mapping[str, list[int]]) -> bytes:
     entries: dict[str, Any] = {}
     end = 0
-    order = sorted(
-        (item for item in header.items() if item[0] != "__metadata__"),
-        key=lambda item: item[1]["data_offsets"][0],
-    )
-    for name, entry in order:
+    for name, entry in _entries(header):
         start, stop = entry["data_offsets"]
         size = stop - start
         if name in rows:
@@ -185,12 +250,6 @@ def _resized_header(header: Mapping[str, Any], rows: Mapping[str, list[int]]) ->
     content = json.dumps({**metadata, **entries}).encode()
     content += b" " * (-len(content) % 8)
     return len(content).to_bytes(8, "little") + content
-
-
-def _read(source: BinaryIO, start: int, entry: Mapping[str, Any]) -> bytes:
-    first, end = entry["data_offsets"]
-    source.seek(start + first)
-    return source.read(end - first)
 
 
 def _decode(content: bytes, code: str) -> np.ndarray:

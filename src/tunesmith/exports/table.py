@@ -28,11 +28,13 @@ HEAD = ("kind", "size", "memory", "tokens/s", "KL", "effect kept", "loss less li
 
 @dataclass(frozen=True)
 class TableEntry:
-    """A kind and its artefact; ``refused``: why there is none."""
+    """A kind and its artefact; ``refused``: why there is none. ``retained``: whether the artefact is still on
+    the disk."""
 
     kind: str
     exported: Exported | None = None
     refused: str | None = None
+    retained: bool = True
 
     @property
     def regressed(self) -> list[Score]:
@@ -41,6 +43,14 @@ class TableEntry:
             return []
         scores = [*([self.exported.loss] if self.exported.loss else []), *self.exported.scores]
         return [score for score in scores if score.verdict == "regressed"]
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """The content of ``export.json``, without the path of an artefact that was discarded."""
+        if self.exported is None:
+            return None
+        record = self.exported.to_json()
+        return record if self.retained else record | {"path": None}
 
     @property
     def state(self) -> str:
@@ -88,7 +98,7 @@ class ExportTable:
                     "kind": entry.kind,
                     "refused": entry.refused,
                     "regressed": [score.name for score in entry.regressed],
-                    "export": entry.exported and entry.exported.to_json(),
+                    "export": entry.record,
                 }
                 for entry in self.entries
             ],
@@ -166,7 +176,7 @@ def _entry(gate: Gate, chosen: ExportKind, work: Path, target: Path | None) -> T
         if target is not None:
             return TableEntry(chosen.name, verb.place(gate, chosen, work, target))
         with workspace(work / "discarded") as artefact:
-            return TableEntry(chosen.name, gate.make(chosen, artefact))
+            return TableEntry(chosen.name, gate.make(chosen, artefact), retained=False)
     except ExportError as error:
         return TableEntry(chosen.name, refused=error.what + (f" ({error.hint})" if error.hint else ""))
 

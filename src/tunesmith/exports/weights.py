@@ -22,7 +22,7 @@ from tunesmith.model.vocabulary import ExtendedEmbedding, ExtendedHead
 INSIDE = "language_model."
 """Where a model for several media holds its text model."""
 Tensors = dict[str, Callable[[], mx.array]]
-"""Name → function that computes the tensor; one is held at a time."""
+"""Name → function that computes the tensor. A function holds what it computes from: drop it to free that."""
 
 
 def dense(net: nn.Module) -> Tensors:
@@ -75,11 +75,7 @@ def _of_special(module: Any) -> Tensors:
 def _merged(layer: AdapterLayer) -> mx.array:
     if not isinstance(layer, LoRAExperts):
         return next(iter(layer.parts())).merged_weight()
-    weights: list[mx.array] = []
-    for part in layer.parts():
-        weights.append(part.merged_weight())
-        mx.eval(weights)  # one weight at a time
-    return mx.stack(weights)
+    return mx.stack([part.merged_weight() for part in layer.parts()])
 
 
 def _expanded(module: Any) -> mx.array:
@@ -94,12 +90,15 @@ def _expanded(module: Any) -> mx.array:
     return mx.dequantize(module.weight, *held, **packing).astype(mx.float32)
 
 
-def sketch(net: nn.Module) -> dict[str, np.ndarray]:
+def sketch(net: nn.Module, tick: Callable[[int, int], None]) -> dict[str, np.ndarray]:
     """For each floating-point tensor W of ``net``: W·v with a random v that is a function of the tensor's
     name and width; a tensor of one dimension as it is. Names are those of the text model, also if it lies
-    inside one for several media: some kinds write the text model alone."""
+    inside one for several media: some kinds write the text model alone. tick: called with the number of
+    tensors that are done, and of all."""
     sketches: dict[str, np.ndarray] = {}
-    for full_name, make in dense(net).items():
+    tensors = dense(net)
+    for done, (full_name, make) in enumerate(tensors.items(), start=1):
+        tick(done, len(tensors))
         name, value = full_name.removeprefix(INSIDE), make()
         if not mx.issubdtype(value.dtype, mx.floating):
             continue

@@ -9,7 +9,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +64,20 @@ def explained(error: Exception | SystemExit, config: Mapping[str, Any], argument
     return f"{CONFIG} does not give a model ({text}):\n{listing(problems)}" if problems else text
 
 
-def require_finite(net: nn.Module, path: Path) -> None:
+def require_finite(net: nn.Module, path: Path, tick: Callable[[int, int], None]) -> None:
     """Raises ModelError, naming every tensor of ``net``, read from ``path``, that holds NaN or infinity.
 
     One pass: a sum in float32 is finite only if every value is, and only the others are looked at again.
-    Evaluates the weights."""
+    Evaluates the weights. tick: called with the number of tensors that are read, and of all."""
     flat: Any = tree_flatten(net.parameters())
-    floating = {name: value for name, value in flat if mx.issubdtype(value.dtype, mx.floating)}
-    sums = [value.astype(mx.float32).sum() for value in floating.values()]
-    mx.eval(net.parameters(), sums)
     problems: list[str] = []
-    for (name, value), total in zip(floating.items(), sums, strict=True):
+    for done, (name, value) in enumerate(flat, start=1):
+        if not mx.issubdtype(value.dtype, mx.floating):
+            mx.eval(value)
+            continue
+        total = value.astype(mx.float32).sum()
+        mx.eval(value, total)
+        tick(done, len(flat))
         if not math.isfinite(float(np.array(total))):
             count = int(np.array((~mx.isfinite(value)).sum()))  # 0: finite values whose sum is not
             problems += [f"{name}: {count:,} of {value.size:,} values"] if count else []

@@ -120,10 +120,11 @@ def stored_dtype(dtype: Dtype) -> Dtype:
     return "float32" if dtype == "auto" and _on_cpu() else dtype
 
 
-def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
+def load(spec: ModelSpec, notify: Sink = events.silent, *, lazily: bool = False) -> Loaded:
     """The base model, frozen, in evaluation mode, quantised if the spec says so; without ``spec.adapter``,
     which `tunesmith.adapters.merging.load` merges.
 
+    lazily: each tensor is read and computed when it is first used, and none is checked for NaN or infinity.
     Raises ModelError if files are missing or damaged, the architecture is unknown, tensors are missing, left
     over or of another shape (it lists all of them), or weights are not finite."""
     path = resolve(spec.path, dtype=spec.dtype, revision=spec.revision, notify=notify)
@@ -143,8 +144,11 @@ def load(spec: ModelSpec, notify: Sink = events.silent) -> Loaded:
         notify(Notice(text, where="kernels", hint=absent.hint))
     net.eval()
     net.freeze()
-    integrity.require_finite(net, path)
+    if not lazily:
+        integrity.require_finite(net, path, events.ticker(notify, "weights read", events.QUIET_S))
     n_added = _resized(net, spec, path, notify) if spec.resize_embeddings else 0
+    if n_added and not lazily:
+        mx.eval(net.parameters())
     files = fingerprint.of_folder(path, n_added)
     return Loaded(net, path, config, files, files)
 

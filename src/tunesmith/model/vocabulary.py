@@ -166,7 +166,6 @@ def resize(net: nn.Module, size: int) -> int:
         raise ModelError(message, where="model.resize_embeddings", hint="leave it out")
     net.freeze()
     vars(net).pop("_limits", None)
-    mx.eval(net.parameters())
     return size - known
 
 

@@ -45,9 +45,10 @@ class Source:
     config: RunConfig | None = None
     checkpoint: Path | None = None
 
-    def open(self, notify: Sink = events.silent) -> Opened:
-        """Load base and renderer. Raises ModelError if they are not those that the run was trained with."""
-        loaded = merging.load(self.model, notify)
+    def open(self, notify: Sink = events.silent, *, lazily: bool = False) -> Opened:
+        """Load base and renderer. Raises ModelError if they are not those that the run was trained with.
+        lazily: each tensor is read when it is first used."""
+        loaded = merging.load(self.model, notify, lazily=lazily)
         if self.run is None or self.config is None:
             return Opened(loaded, renderers.load(loaded.path), None)
         tokenizer = self.model.tokenizer or loaded.path

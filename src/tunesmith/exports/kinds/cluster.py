@@ -99,8 +99,8 @@ class Cluster(ExportKind):
         (folder / "README.md").write_text(readme, encoding="utf-8")
         return ArtefactNotes(remarks=remarks)
 
-    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
-        reloaded = PEFTAdapter().reload(folder / ADAPTER, source, run)
+    def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
+        reloaded = PEFTAdapter().reload(folder / ADAPTER, source, run, notify)
         config = run.config.model_copy(update={"model": source})
         prepared = _prepared(run, config, events.silent)
         expected = {"train": first_epoch(prepared), "valid": prepared.valid}

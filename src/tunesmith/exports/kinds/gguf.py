@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 from gguf import GGUFReader
 
+from tunesmith import events
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.events import Sink
 from tunesmith.exports import stored, weights
@@ -66,14 +67,15 @@ class _GGUF(ExportKind):
     def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
         path = folder / f"model-{self.type.lower()}.gguf"
         try:
-            held = self._write_into_copy(tuned, path) if _is_file(tuned) else self._write_new(tuned, path)
+            write = self._write_into_copy if _is_file(tuned) else self._write_new
+            held = write(tuned, path, notify)
         except ModelError as error:
             raise ExportError(f"{self.name}: {error.what}", hint="--to gguf-bf16 or gguf-f32") from error
         return ArtefactNotes(remarks=(*_remarks(tuned, path), held))
 
-    def _write_new(self, tuned: Tuned, path: Path) -> str:
+    def _write_new(self, tuned: Tuned, path: Path, notify: Sink) -> str:
         """Returns how precise the file is."""
-        config, dense = settings(tuned.loaded), _dense(tuned)
+        config, dense = settings(tuned.loaded), _plainly_named(tuned.tensors())
         architecture, values, factors = _header(tuned)
         values |= {
             "general.type": "model",
@@ -82,10 +84,10 @@ class _GGUF(ExportKind):
             "general.quantization_version": 2,
         }
         tensors = writing.new_tensors(ARCHITECTURES[architecture], config, dense, factors, self.type)
-        writing.write(path, architecture, values, tensors)
+        writing.write(path, architecture, values, tensors, tick=events.ticker(notify, "tensors written"))
         return f"the file has {writing.bits(tensors):.1f} bits a weight"
 
-    def _write_into_copy(self, tuned: Tuned, path: Path) -> str:
+    def _write_into_copy(self, tuned: Tuned, path: Path, notify: Sink) -> str:
         """Keep the header and the tensors of the file that is the base, but those that changed. Returns how
         precise the file is."""
         reader = reading.read(Path(tuned.source.path))
@@ -95,9 +97,9 @@ class _GGUF(ExportKind):
         if tuned.source.tokenizer is not None:
             fields = [field for field in fields if not field.name.startswith("tokenizer.")]
             values |= tokenizer_header.tokenizer_values(tuned.tokenizer, _n_tokens(tuned), tuned.ends)
-        dense = _dense(tuned)
+        dense = _plainly_named(tuned.tensors())
         everything = tuned.source.adapter is not None or tuned.source.quantize is not None
-        changed = dense.keys() if everything else stored.changed_names(tuned.loaded.net)
+        changed = set(dense) if everything else stored.changed_names(tuned.loaded.net)
         name, config = keys["general.architecture"], settings(tuned.loaded)
         architecture = ARCHITECTURES[name]
         tensors = list(writing.kept_tensors(reader, architecture, config, dense, changed, self.type))
@@ -105,16 +107,17 @@ class _GGUF(ExportKind):
         new = [each for each in tensors if each.name in places and places[each.name].tensor in changed]
         if 2 * sum(each.n_weights for each in new) > sum(each.n_weights for each in tensors):
             values["general.file_type"] = int(writing.file_type(self.type))  # else that of the base holds
-        writing.write(path, name, values, tensors, fields)
+        tick = events.ticker(notify, "tensors written")
+        writing.write(path, name, values, tensors, fields, tick=tick)
         types = ", ".join(f"{n} {kind}" for kind, n in Counter(each.type.name for each in new).most_common())
         held = f"of {len(tensors)} tensors {len(new)} changed ({types}), the others are those of the base"
         return f"{held}: the file has {writing.bits(tensors):.1f} bits a weight"
 
-    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
+    def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
         with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent) as work:
             (path,) = folder.glob("*.gguf")
-            conversion.write_folder(path, Path(work), loading.stored_dtype(source.dtype))
-            loaded = loading.load(plain(source, Path(work)))
+            conversion.write_folder(path, Path(work), loading.stored_dtype(source.dtype), notify)
+            loaded = loading.load(plain(source, Path(work)), notify)
             mx.eval(loaded.net.parameters())
             renderer = opening.renderer_of(run, Path(work))
             return Reloaded(loaded.net, renderer, declared_ends(Path(work), renderer))
@@ -136,7 +139,12 @@ def settings(loaded: Loaded) -> Config:
 
 
 def _dense(tuned: Tuned) -> Tensors:
-    tensors = weights.dense(tuned.loaded.net)
+    """The tensors of the base, of which only the shapes are needed before they are written."""
+    return _plainly_named(weights.dense(tuned.loaded.net))
+
+
+def _plainly_named(tensors: Tensors) -> Tensors:
+    """The tensors by the names of a text model that stands alone."""
     return {name.removeprefix(INSIDE): make for name, make in tensors.items()}
 
 

@@ -98,8 +98,8 @@ class GGUFLoRA(ExportKind):
         writing.write(folder / FILE, name, values, tensors)
         return ArtefactNotes(remarks=_remarks(tuned))
 
-    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
-        loaded = loading.load(plain(source))
+    def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
+        loaded = loading.load(plain(source), notify)
         renderer = opening.renderer_of(run, source.tokenizer or loaded.path)
         problems = _apply(loaded.net, settings(loaded), GGUFReader(folder / FILE))
         return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), tuple(problems))
@@ -125,7 +125,7 @@ def _slots(architecture: str, config: Config) -> dict[str, Slot]:
 
 def _tensor(name: str, value: np.ndarray) -> NewTensor:
     content = np.ascontiguousarray(value, np.float32)
-    return NewTensor(name, content.shape, FLOAT32, lambda: content)
+    return NewTensor(name, content.shape, FLOAT32, lambda: [content])
 
 
 def _apply(net: Any, config: Config, reader: GGUFReader) -> list[str]:

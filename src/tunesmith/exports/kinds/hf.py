@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from tunesmith.adapters import merging
 from tunesmith.events import Sink
-from tunesmith.exports import stored, weights
+from tunesmith.exports import stored
 from tunesmith.exports.kind import (
     ROUNDED,
     ArtefactNotes,
@@ -45,15 +45,16 @@ class Merged(ExportKind):
         net, base = tuned.loaded.net, tuned.loaded.path
         found = places(net, base, tuned.loaded.config)
         everything = tuned.source.adapter is not None or tuned.source.quantize is not None
+        changed = None if everything else stored.changed_names(net)
         stored.require_places(net, found, self.name, everything)
         stored.copy_settings(base, tuned.tokenizer, folder)
-        copied = stored.copy_weights(base, folder, weights.dense(net), found)
+        copied = stored.copy_weights(base, folder, tuned.tensors(), found, changed, notify)
         stored.write_ends(folder, tuned.renderer.eos_ids)
         if vocabulary.extended(net):
             stored.write_vocabulary(folder, vocabulary.limits(net).ids)
         return ArtefactNotes(copied.survived)
 
-    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
-        loaded = merging.load(plain(source, folder))
+    def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
+        loaded = merging.load(plain(source, folder), notify)
         renderer = opening.renderer_of(run, folder)
         return Reloaded(loaded.net, renderer, declared_ends(folder, renderer))

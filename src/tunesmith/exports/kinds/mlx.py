@@ -50,8 +50,8 @@ class MLXAdapter(ExportKind):
             remarks=(f"use: mlx_lm.generate --model {tuned.loaded.path} --adapter-path <folder>",)
         )
 
-    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
-        loaded = loading.load(plain(source))
+    def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
+        loaded = loading.load(plain(source), notify)
         renderer = opening.renderer_of(run, source.tokenizer or loaded.path)
         merge = files.load_by_mlx_lm(loaded.net, folder)
         return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), merge=merge)

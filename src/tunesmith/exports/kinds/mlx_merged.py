@@ -92,8 +92,8 @@ class _MLXModel(ExportKind):
         alone = isinstance(adapter, QALoRA) and not adapter.full_modules and tuned.source.adapter is None
         return alone and quantisation.get("bits") == self.bits
 
-    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
-        loaded = merging.load(plain(source, folder))
+    def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
+        loaded = merging.load(plain(source, folder), notify)
         renderer = opening.renderer_of(run, folder)
         return Reloaded(loaded.net, renderer, declared_ends(folder, renderer))
 

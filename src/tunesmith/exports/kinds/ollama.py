@@ -64,8 +64,8 @@ class _Ollama(ExportKind):
         own = [remark for remark in notes.remarks if not remark.startswith("use:")]
         return ArtefactNotes(notes.survived, (*remarks, *own))
 
-    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
-        reloaded = self.gguf().reload(folder, source, run)
+    def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
+        reloaded = self.gguf().reload(folder, source, run, notify)
         (model,) = folder.glob("*.gguf")
         remarks: list[str] = []
         problems = differing(folder / MODELFILE, model, reloaded.renderer, run, remarks)

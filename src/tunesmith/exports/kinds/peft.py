@@ -93,8 +93,8 @@ class PEFTAdapter(ExportKind):
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return ArtefactNotes(remarks=("vLLM does not load DoRA",) if spec.kind == "dora" else ())
 
-    def reload(self, folder: Path, source: ModelSpec, run: Run) -> Reloaded:
-        loaded = loading.load(plain(source))
+    def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
+        loaded = loading.load(plain(source), notify)
         renderer = opening.renderer_of(run, source.tokenizer or loaded.path)
         stored = places(loaded.net, loaded.path, loaded.config)
         problems = _apply(loaded.net, folder, {name: place.name for name, place in stored.items()})

@@ -46,7 +46,7 @@ def convert(path: Path, dtype: str, notify: Sink = events.silent) -> Path:
     try:
         with draft(target) as folder:
             folder.mkdir()
-            types = write_folder(path, folder, dtype)
+            types = write_folder(path, folder, dtype, notify)
             source.write(folder, path, whole)
     except ModelError as error:
         error.where, error.hint = error.where or str(path), error.hint or ORIGINAL
@@ -70,7 +70,7 @@ def _folder(path: Path, whole: str, dtype: str) -> Path:
     return backend.cache_folder() / "gguf" / f"{path.stem}-{whole[:16]}-{dtype}-{CONVERTER}"
 
 
-def write_folder(path: Path, folder: Path, dtype: str) -> str:
+def write_folder(path: Path, folder: Path, dtype: str, notify: Sink = events.silent) -> str:
     """Convert the file into the empty ``folder``. Returns how many matrices there are of each type. Raises
     ModelError if anything in the file cannot be read exactly."""
     model = reading.read(path)
@@ -101,7 +101,8 @@ def write_folder(path: Path, folder: Path, dtype: str) -> str:
                 "lm_head",
             ],
         }
-    weights.write(parts, folder / "model.safetensors", dtype)
+    tick = events.ticker(notify, "GGUF tensors converted", events.QUIET_S)
+    weights.write(parts, folder / "model.safetensors", dtype, tick)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings, indent=1))
     tokenizer.save(str(folder / "tokenizer.json"))

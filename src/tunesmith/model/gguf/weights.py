@@ -102,8 +102,9 @@ def parts(architecture: Architecture, metadata: Metadata, config: Config) -> Ite
             yield Part(target, name, _shape(tensor), partial(_converted, architecture, tensor, part, config))
 
 
-def write(parts: Iterable[Part], target: Path, dtype: str) -> None:
-    """One safetensors file: an 8-byte length, a JSON header, the tensors in the order of the header.
+def write(parts: Iterable[Part], target: Path, dtype: str, tick: Callable[[int, int], None]) -> None:
+    """One safetensors file: an 8-byte length, a JSON header, the tensors in the order of the header. tick:
+    called with the number of tensors that are written, and of all.
 
     Raises ModelError if the disk is too small, or if a tensor has values that are not finite as ``dtype``."""
     size, code = DTYPES[dtype]
@@ -124,9 +125,10 @@ def write(parts: Iterable[Part], target: Path, dtype: str) -> None:
     header += b" " * (-len(header) % 8)
     with target.open("wb") as out:
         out.write(len(header).to_bytes(8, "little") + header)
-        for part in parts:
+        for done, part in enumerate(parts, start=1):
             for array in part.arrays():
                 out.write((array if part.packed else _stored(array, part.source, dtype)).tobytes())
+            tick(done, len(parts))
 
 
 def _stored(array: np.ndarray, source: str, dtype: str) -> np.ndarray:

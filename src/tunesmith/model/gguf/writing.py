@@ -6,7 +6,7 @@ bytes of all tensors that did not change."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,8 +38,10 @@ from tunesmith.model.gguf.architectures import (
 from tunesmith.model.gguf.metadata import Metadata
 from tunesmith.model.gguf.reading import GGUFModel
 
-Dense = Mapping[str, Callable[[], mx.array]]
+Dense = dict[str, Callable[[], mx.array]]
 """Name of a tensor in the net → function that computes it in float32."""
+BLOCK = 1 << 22
+"""Values that are encoded at a time."""
 SAME = {"mistral": "llama", "gemma3": "gemma3_text"}
 """Model types that are written as another one."""
 NOT_COMPARED = frozenset(
@@ -53,12 +55,13 @@ PRECISE = {"Q4_0": "Q8_0", "Q4_1": "Q8_0", "Q5_0": "Q8_0", "Q5_1": "Q8_0"}
 
 
 class NewTensor(NamedTuple):
-    """A tensor of the file. ``shape``: in numpy's order. ``content``: makes its bytes."""
+    """A tensor of the file. ``shape``: in numpy's order. ``content``: makes its bytes, cut along the first
+    axis; it is called once."""
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
-    content: Callable[[], np.ndarray]
+    content: Callable[[], Iterable[np.ndarray]]
 
     @property
     def n_weights(self) -> int:
@@ -171,9 +174,10 @@ def type_of(name: str, shape: Sequence[int], asked: str, *, head: bool) -> GGMLQ
 def new_tensors(
     architecture: Architecture, config: Config, dense: Dense, factors: Mapping[str, np.ndarray], asked: str
 ) -> list[NewTensor]:
-    """All tensors of a file, in the types of one of the type ``asked``."""
+    """All tensors of a file, in the types of one of the type ``asked``. Writing one removes its function from
+    ``dense``, which frees it."""
     tensors = [
-        NewTensor(name, value.shape, GGMLQuantizationType.F32, lambda value=value: value)
+        NewTensor(name, value.shape, GGMLQuantizationType.F32, lambda value=value: [value])
         for name, value in factors.items()
     ]
     n_blocks, tied = config["num_hidden_layers"], "lm_head.weight" not in dense
@@ -195,9 +199,13 @@ def _computed(
     config: Config,
     dense: Dense,
 ) -> NewTensor:
-    def content() -> np.ndarray:
-        value = np.array(dense[slot.tensor](), copy=False)
-        return encoded(weights.in_file(architecture, slot.part, value, config), kind, name)
+    def content() -> Iterator[np.ndarray]:
+        value = np.asarray(dense.pop(slot.tensor)())
+        rows = np.atleast_2d(weights.in_file(architecture, slot.part, value, config))
+        rows = rows.reshape(-1, rows.shape[-1])
+        step = max(1, BLOCK // rows.shape[-1])
+        for first in range(0, len(rows), step):
+            yield encoded(rows[first : first + step], kind, name)
 
     return NewTensor(name, shape, kind, content)
 
@@ -220,14 +228,14 @@ def kept_tensors(
     asked: str,
 ) -> Iterator[NewTensor]:
     """The tensors of the file that the model was read from: those of ``changed`` as they are in ``dense``, in
-    the type ``asked``, all others as they are."""
+    the type ``asked``, all others as they are. Writing one removes its function from ``dense``."""
     places = slots(architecture, config["num_hidden_layers"])
     head = "output.weight" if any(tensor.name == "output.weight" for tensor in reader.tensors) else ""
     for tensor in reader.tensors:
         slot = places.get(tensor.name)
         shape = tuple(int(size) for size in reversed(tensor.shape))
         if slot is None or slot.tensor not in changed:
-            yield NewTensor(tensor.name, shape, tensor.tensor_type, lambda data=tensor.data: data)
+            yield NewTensor(tensor.name, shape, tensor.tensor_type, lambda data=tensor.data: [data])
             continue
         is_head = tensor.name == (head or "token_embd.weight")
         shape = tuple(dense[slot.tensor]().shape)
@@ -251,8 +259,11 @@ def write(
     values: Mapping[str, Value],
     tensors: Sequence[NewTensor],
     fields: Sequence[ReaderField] = (),
+    *,
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write the file. fields: of the header of another file; ``values`` come before those."""
+    """Write the file, one tensor at a time. fields: of the header of another file; ``values`` come before
+    those. tick: called with the number of tensors that are written, and of all."""
     writer = GGUFWriter(path, architecture)
     for key, value in values.items():
         writer.add_key_value(key, value, _value_type(value))
@@ -265,13 +276,23 @@ def write(
     for tensor in tensors:
         number = np.dtype(np.float32)
         writer.add_tensor_info(tensor.name, tensor.shape, number, tensor.n_bytes, tensor.type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(tensor.content())
-        mx.clear_cache()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        (file,) = writer.fout
+        for done, tensor in enumerate(tensors, start=1):
+            writer.write_padding(file, file.tell())
+            start = file.tell()
+            for block in tensor.content():
+                file.write(np.ascontiguousarray(block).data)
+            assert file.tell() - start == tensor.n_bytes, tensor.name
+            writer.write_padding(file, file.tell() - start)
+            mx.clear_cache()
+            tick(done, len(tensors))
+    finally:
+        writer.close()
 
 
 def _value_type(value: Value) -> GGUFValueType:
