@@ -9,6 +9,7 @@ The files themselves belong to their authors and are not kept here."""
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import json
 import subprocess
@@ -36,8 +37,7 @@ def fetch(folder: Path) -> None:
     listed: dict[str, str] = json.loads(LISTED.read_text(encoding="utf-8"))
     contents = packaged(folder)
     for name in (name for name in listed if name.startswith("axolotl--")):
-        with urllib.request.urlopen(AXOLOTL + name.removeprefix("axolotl--"), timeout=60) as answer:
-            contents[name] = answer.read()
+        contents[name] = downloaded(AXOLOTL + name.removeprefix("axolotl--"))
     wrong = [
         name
         for name, digest in listed.items()
@@ -49,8 +49,17 @@ def fetch(folder: Path) -> None:
         (folder / name).write_bytes(contents[name])
 
 
+def downloaded(address: str) -> bytes:
+    """The whole file at ``address``. Raises Unavailable."""
+    try:
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            return answer.read()
+    except (OSError, http.client.HTTPException) as error:  # IncompleteRead is not an OSError
+        raise Unavailable(f"{address}: {error}") from error
+
+
 def packaged(folder: Path) -> dict[str, bytes]:
-    """The templates in the packages, by name."""
+    """The templates in the packages, by name. Raises Unavailable."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(folder / "packages")]
     for package in ([TRL], ["--no-binary", ":all:", LLAMA]):
         if subprocess.run([*pip, *package], stdout=sys.stderr).returncode:
@@ -71,6 +80,8 @@ def packaged(folder: Path) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python tests/parity/public_templates.py FOLDER")
     try:
         fetch(Path(sys.argv[1]))
     except Unavailable as error:

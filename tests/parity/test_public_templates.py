@@ -8,7 +8,10 @@ import io
 import json
 import os
 import tarfile
+import threading
 import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -109,4 +112,76 @@ def test_a_template_that_changed_is_named_and_nothing_is_written(tmp_path, publi
     monkeypatch.setattr(public_templates, "LISTED", listed)
     with pytest.raises(public_templates.Unavailable, match=r"axolotl--three\.jinja$"):
         public_templates.fetch(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.jinja"))
+
+
+class Site(BaseHTTPRequestHandler):
+    """``/here/`` has the template, ``/moved/`` refers to it; ``/part/`` announces it, and sends a part."""
+
+    def do_GET(self) -> None:
+        folder, name = self.path.rsplit("/", 1)
+        if folder == "/moved":
+            self.send_response(302)
+            self.send_header("Location", f"/here/{name}")
+            self.end_headers()
+        elif folder in ("/here", "/part"):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(b"third")))
+            self.end_headers()
+            self.wfile.write(b"third" if folder == "/here" else b"thi")
+        else:
+            self.send_error(404)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Writes nothing to the output of the tests."""
+
+
+@pytest.fixture
+def site() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def fetched_from(site, tmp_path, published, monkeypatch):
+    """``fetched_from(folder)``: what is written if the file of axolotl is asked for in this folder."""
+    listed = tmp_path / "listed.json"
+    listed.write_text(json.dumps(published))
+    monkeypatch.setattr(public_templates, "LISTED", listed)
+
+    def fetch(folder: str) -> list[str]:
+        monkeypatch.setattr(public_templates, "AXOLOTL", f"{site}/{folder}/")
+        try:
+            public_templates.fetch(tmp_path / "out")
+        finally:
+            written = sorted(path.name for path in (tmp_path / "out").glob("*.jinja"))
+        return written
+
+    return fetch
+
+
+@pytest.mark.parametrize("folder", ["here", "moved"])
+def test_a_file_is_fetched_from_where_it_is_or_where_it_moved_to(fetched_from, published, folder):
+    assert fetched_from(folder) == sorted(published)
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"), [("gone", "HTTP Error 404"), ("part", "IncompleteRead.3 bytes read, 2 more")]
+)
+def test_a_file_that_does_not_arrive_is_named_with_the_reason(fetched_from, tmp_path, folder, reason):
+    with pytest.raises(public_templates.Unavailable, match=rf"/{folder}/three\.jinja: {reason}"):
+        fetched_from(folder)
+    assert not list((tmp_path / "out").glob("*.jinja"))
+
+
+def test_a_file_with_another_hash_is_named(fetched_from, tmp_path, published):
+    listed = tmp_path / "listed.json"
+    listed.write_text(json.dumps(published | {"axolotl--three.jinja": "0" * 64}))
+    with pytest.raises(public_templates.Unavailable, match=r"not as listed: axolotl--three\.jinja$"):
+        fetched_from("here")
     assert not list((tmp_path / "out").glob("*.jinja"))

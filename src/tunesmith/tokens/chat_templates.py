@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from tunesmith.data.formats import JSON, Call, Conversation, Message
 from tunesmith.tokens.amendments import amendments
+from tunesmith.tokens.prefixes import Run, run_of
 from tunesmith.tokens.template import Refused, json_text, thought_of
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ class ChatTemplate:
         self._choices = choices
         given = self._tokenizer.chat_template
         self._source = "\n".join(given.values()) if isinstance(given, dict) else given or ""
+        self._expected: Conversation | None = None
+        self._runs: dict[tuple[bool, str], Run | None] = {}
         self.forms = self._plain_forms(self._inputs())
         self.forms = self._call_forms(self.forms)
         self.forms = self._thinking_forms(self.forms)
@@ -421,18 +424,74 @@ class ChatTemplate:
     def _rendered(
         self, forms: Forms, conversation: Conversation, generate: bool, options: Mapping[str, JSON]
     ) -> str:
-        messages = _with_call_ids(_without_old_reasoning(conversation, forms), forms)
-        tools = list(conversation.tools) or ([] if forms.lists_tools else None)
-        variables = {**self._shared(conversation), **options}
-        template = self._tokenizer.get_chat_template(None, tools)
+        text = self._beginning_of_run(forms, conversation, generate, options)
+        return self._by_transformers(forms, conversation, generate, options) if text is None else text
+
+    def _by_transformers(
+        self, forms: Forms, conversation: Conversation, generate: bool, options: Mapping[str, JSON]
+    ) -> str:
+        tools = self._tools(forms, conversation)
         return self._tokenizer.apply_chat_template(
-            [_entry(message, forms) for message in messages],
+            _entries(conversation, forms),
             tools=tools,
-            chat_template=dated(template, self._choices.day),
+            chat_template=self._program(tools),
             tokenize=False,
             add_generation_prompt=generate,
-            **variables,
+            **{**self._shared(conversation), **options},
         )
+
+    def _tools(self, forms: Forms, conversation: Conversation) -> list[JSON] | None:
+        return list(conversation.tools) or ([] if forms.lists_tools else None)
+
+    def _program(self, tools: list[JSON] | None) -> str:
+        """The text of the template for a conversation with these tools."""
+        return dated(self._tokenizer.get_chat_template(None, tools), self._choices.day)
+
+    def expect(self, conversation: Conversation) -> None:
+        """Prepares for the texts of many prefixes of ``conversation``, which ends with an answer."""
+        self._expected, self._runs = conversation, {}
+
+    def _beginning_of_run(
+        self, forms: Forms, conversation: Conversation, generate: bool, options: Mapping[str, JSON]
+    ) -> str | None:
+        """The text of a prefix of the expected conversation, or None if it has to be rendered by itself."""
+        expected, size = self._expected, len(conversation.messages)
+        if expected is None or forms is not self.forms or conversation.tools != expected.tools:
+            return None
+        if conversation.messages != expected.messages[:size]:
+            return None
+        key = generate, json_text(options)
+        if key not in self._runs:
+            self._runs[key] = self._run(expected, generate, options)
+        run = self._runs[key]
+        return None if run is None else run.prefix(size)
+
+    def _run(self, expected: Conversation, generate: bool, options: Mapping[str, JSON]) -> Run | None:
+        """A run of the template over the whole conversation, or up to the prompt of its last answer. It is
+        compared with what transformers renders, for the longest prefix and for the shortest."""
+        whole = replace(expected, messages=expected.messages[:-1]) if generate else expected
+        if _without_old_reasoning(whole, self.forms) != list(whole.messages):
+            return None  # what is left out of an answer depends on later messages
+        tools = self._tools(self.forms, whole)
+        variables = {
+            **self._tokenizer.special_tokens_map,
+            **self._shared(whole),
+            **options,
+            "tools": tools,
+            "add_generation_prompt": generate,
+        }
+        run = run_of(self._program(tools), _entries(whole, self.forms), variables)
+        if run is None:
+            return None
+        for size in (min(run.proven), len(whole.messages)):
+            part = replace(whole, messages=whole.messages[:size])
+            text = run.prefix(size) if size in run.proven else run.text
+            try:
+                if text != self._by_transformers(self.forms, part, generate, options):
+                    return None
+            except Exception:  # a template is a program, which may raise anything
+                return None
+        return run
 
     def _advice(self, forms: Forms, conversation: Conversation, generate: bool, thinking: bool) -> str:
         """What to change, found by rendering the conversation with one change at a time."""
@@ -537,6 +596,12 @@ def _without_old_reasoning(conversation: Conversation, forms: Forms) -> list[Mes
         if message.role == "assistant" and thought_of(message.content).reasoning:
             messages[place] = replace(message, content=thought_of(message.content).words)
     return messages
+
+
+def _entries(conversation: Conversation, forms: Forms) -> list[dict[str, JSON]]:
+    """The messages as the template takes them."""
+    messages = _with_call_ids(_without_old_reasoning(conversation, forms), forms)
+    return [_entry(message, forms) for message in messages]
 
 
 def _entry(message: Message, forms: Forms) -> dict[str, JSON]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from tunesmith.data.formats import JSON, Conversation, Message
 from tunesmith.tokens.chat_templates import QUESTION, ChatTemplate, Choices
@@ -31,6 +32,32 @@ RULES = 4  # part of every fingerprint: change it when unchanged data would give
 
 MOST_PARTS = 4096
 """Parts of texts whose ids are kept."""
+BLOCK = 512
+"""Letters of two texts that are compared at once."""
+
+
+class Encoded(NamedTuple):
+    """A text and its ids. places: of the control tokens at which it is cut. sizes: how many ids stand before
+    each of them."""
+
+    text: str
+    places: list[int]
+    sizes: list[int]
+    ids: list[int]
+
+    def part_of(self, other: str, reach: int) -> Encoded:
+        """The part of it, up to the beginning of a control token, that ``other`` begins with too.
+
+        reach: length of the longest control token. Both texts are the same that far behind the end of the
+        part, so that the same tokens are found up to there."""
+        same = 0
+        while same < len(self.text) and self.text[same : same + BLOCK] == other[same : same + BLOCK]:
+            same += BLOCK
+        count = bisect_right(self.places, min(same, len(self.text)) - reach)
+        if not count:
+            return Encoded("", [], [], [])
+        size = self.sizes[count - 1]
+        return Encoded("", self.places[:count], self.sizes[:count], self.ids[:size])
 
 
 class Vocabulary:
@@ -46,8 +73,10 @@ class Vocabulary:
         self.control = re.compile("|".join((SURROGATES, *marks)))
         self.control_ids = frozenset(id for id, token in added.items() if token.special)
         self.size = max(len(self.tokenizer), *(id + 1 for id in added), 0)
+        self._longest_start = 0
         self._starts = self._independent_starts(self.tokenizer.is_fast)
         self._known: dict[str, list[int]] = {}  # ids of parts that were encoded before
+        self._last = Encoded("", [], [], [])
         self.bos: int | None = self.tokenizer.bos_token_id
         self.eos: int | None = self.tokenizer.eos_token_id
         self.unknown: int | None = self.tokenizer.unk_token_id
@@ -64,16 +93,26 @@ class Vocabulary:
         is the one of the answer before it, and more."""
         if self._starts is None:
             return self._encoded(text)
-        places = [match.start() for match in self._starts.finditer(text)]
-        ids = self._encoded(text[: places[0]]) if places and places[0] else []
+        known = self._last.part_of(text, self._longest_start)
+        first = known.places[-1] if known.places else 0
+        places = [match.start() for match in self._starts.finditer(text, first)]
+        ids = known.ids
+        if places and not known.places:
+            ids = self._encoded(text[: places[0]]) if places[0] else []
+        sizes: list[int] = []
         for start, end in pairwise([*places, len(text)]):
+            sizes.append(len(ids))
             part = text[start:end]
             if part not in self._known:
                 if len(self._known) == MOST_PARTS:
                     self._known.clear()
                 self._known[part] = self._encoded(part)
             ids += self._known[part]
-        return ids if places else self._encoded(text)
+        if not places:
+            return self._encoded(text)
+        older = len(known.places) - bool(known.places)
+        self._last = Encoded(text, known.places[:older] + places, known.sizes[:older] + sizes, [*ids])
+        return ids
 
     def _encoded(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -95,6 +134,7 @@ class Vocabulary:
             and not any(_reaches_across(text, token.content) for text in texts)
         ]
         marks = sorted(starts, key=len, reverse=True)
+        self._longest_start = len(marks[0]) if marks else 0
         return re.compile("|".join(map(re.escape, marks))) if marks else None
 
     @property
@@ -260,6 +300,9 @@ class HFRenderer(Renderer):
     def _prompt(self, conversation: Conversation) -> list[int]:
         template = self._require_template()
         return self._encode(template.text(conversation, generate=True, thinking=self.thinking))
+
+    def _expect(self, conversation: Conversation) -> None:
+        self._require_template().expect(conversation)
 
     def _answered(self, before: Conversation, answer: Message) -> Answered:
         template = self._require_template()

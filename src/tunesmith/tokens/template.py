@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -54,6 +55,8 @@ SURE = 16
 MOST_TURNS = 10_000
 """Turns of a conversation whose oldest turns may be cut: cutting renders it again and again."""
 _NO_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), "?")
+MANY_ANSWERS = 6
+"""From so many answers on, their prompts are read from one run of the template if that is possible."""
 SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
 
 
@@ -161,10 +164,12 @@ class Turn(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """``messages``: how many messages ``text`` is known to show."""
+    """``messages``: how many messages ``text`` is known to show. ``prompt``: ids that are known to show the
+    tools."""
 
     text: str
     messages: int
+    prompt: Sequence[int] = ()
 
 
 _SURROGATES = re.compile(SURROGATES)
@@ -242,6 +247,10 @@ class Renderer(ABC):
 
     @abstractmethod
     def _prompt(self, conversation: Conversation) -> list[int]: ...
+
+    def _expect(self, conversation: Conversation) -> None:
+        """Prepares for the answers of one conversation, of which there are many."""
+        return None
 
     @abstractmethod
     def _answered(self, before: Conversation, answer: Message) -> Answered:
@@ -466,6 +475,8 @@ class Renderer(ABC):
 
         start: the message that follows the system messages; older ones are left out.
         """
+        if len(learned) >= MANY_ANSWERS:
+            self._expect(_from(conversation, start, learned[-1] + 1))
         turns: list[Turn] = []
         shown = Shown("", 0)
         for place in learned:
@@ -494,8 +505,7 @@ class Renderer(ABC):
         """The answer ``messages[place]`` after the system messages and those from ``start`` on, checked.
         earlier: of an answer before it."""
         message = conversation.messages[place]
-        system = [older for older in conversation.messages[:start] if older.role == "system"]
-        before = replace(conversation, messages=(*system, *conversation.messages[start:place]))
+        before = _from(conversation, start, place)
         shown = replace(before, messages=(*before.messages, message))
         is_asked = bool(before.messages) and before.messages[-1].role in ("user", "tool")
         if not is_asked or not (message.calls or message.content.strip()):
@@ -518,18 +528,23 @@ class Renderer(ABC):
             _present(other, text, history=True)
         _present(message, said, history=False)
         tools = [cast(dict[str, Any], tool)["function"] for tool in shown.tools]
-        seen = self.decode(prompt) if tools else ""  # an answer may name a tool that its prompt does not show
+        if tools and not (earlier.prompt and prompt[: len(earlier.prompt)] == [*earlier.prompt]):
+            self._require_tools(tools, prompt)
+        if not all(_written(part, text) for part in _leaves(tools)):
+            notes += ("a declared tool is not written in full by the template",)
+        if bos is None and self.bos_id is not None and self.bos_id not in ids:
+            notes += ("no BOS: the tokenizer has one, the template writes none",)
+        return Turn(place, ids, len(prompt), notes), Shown(text, len(shown.messages), prompt)
+
+    def _require_tools(self, tools: Sequence[dict[str, Any]], prompt: list[int]) -> None:
+        """Raises Refused if a tool is not named in the prompt; the answer may name it."""
+        seen = self.decode(prompt)
         if missing := [tool["name"] for tool in tools if tool["name"] not in seen]:
             raise Refused(
                 "left_out",
                 f"the template leaves out the declared tools ({', '.join(missing)})",
                 "a model with this template cannot see them: describe them in the system message",
             )
-        if not all(_written(part, text) for part in _leaves(tools)):
-            notes += ("a declared tool is not written in full by the template",)
-        if bos is None and self.bos_id is not None and self.bos_id not in ids:
-            notes += ("no BOS: the tokenizer has one, the template writes none",)
-        return Turn(place, ids, len(prompt), notes), Shown(text, len(shown.messages))
 
     def _continue(self, prompt: list[int], rest: str, whole: list[int]) -> list[int]:
         """The ids of prompt and rest: ``whole`` (both encoded as one text) if it begins with the prompt, else
@@ -736,6 +751,12 @@ def learned_places(conversation: Conversation, learn: Learn, first: int, notes: 
     return learned
 
 
+def _from(conversation: Conversation, start: int, end: int) -> Conversation:
+    """The system messages, and the messages from ``start`` up to ``end``."""
+    system = [older for older in conversation.messages[:start] if older.role == "system"]
+    return replace(conversation, messages=(*system, *conversation.messages[start:end]))
+
+
 def _starts(conversation: Conversation, before: int) -> list[int]:
     """Where a conversation can begin if its oldest turns are cut: user messages that follow an answer, oldest
     first."""
@@ -792,6 +813,7 @@ def json_text(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+@lru_cache(maxsize=1024)
 def thought_of(content: str) -> Thought:
     """The reasoning that stands in <think> marks before the words of an answer; the first mark may be
     missing, since some prompts end with it."""
