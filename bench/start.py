@@ -66,16 +66,15 @@ class Cost(NamedTuple):
     output: str
 
 
-def measure(python: str, words: list[str], folder: Path) -> Cost:
+def measure(python: str, words: list[str], folder: Path, compile_first: bool) -> Cost:
+    """What ``python`` with ``words`` takes. ``compile_first``: with bytecode of its own, which a first round
+    compiles."""
     source = importlib.util.find_spec("tunesmith")
     assert source is not None and source.origin is not None
-    environ = {
-        **os.environ,
-        "PYTHONPATH": str(Path(source.origin).parents[1]),
-        "PYTHONPYCACHEPREFIX": str(folder / "bytecode" / python.strip("/")),
-        "HF_HUB_OFFLINE": "1",
-    }
+    environ = {**os.environ, "PYTHONPATH": str(Path(source.origin).parents[1]), "HF_HUB_OFFLINE": "1"}
     environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if compile_first:
+        environ["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode" / python.strip("/"))
     with (folder / "out.txt").open("w+") as out, (folder / "err.txt").open("w+") as err:
         start = time.perf_counter()
         process = subprocess.Popen([python, *words], cwd=folder, env=environ, stdout=out, stderr=err)
@@ -109,13 +108,16 @@ def commands(folder: Path, data: str | None) -> dict[str, list[str]]:
     }
 
 
-def measured(python: str, folder: Path, data: str | None, rounds: int) -> dict[str, dict[str, Any]]:
+def measured(
+    python: str, folder: Path, data: str | None, rounds: int, compile_first: bool
+) -> dict[str, dict[str, Any]]:
     """Name of a command → its medians, its bars and whether it met them."""
     named = commands(folder, data)
     costs = [
-        {name: measure(python, words, folder) for name, words in named.items()} for _ in range(rounds + 1)
+        {name: measure(python, words, folder, compile_first) for name, words in named.items()}
+        for _ in range(rounds + compile_first)
     ]
-    costs = costs[1:]  # the first compiles
+    costs = costs[compile_first:]
     loading = statistics.median(float(cost["load"].output) for cost in costs)
     results: dict[str, dict[str, Any]] = {}
     for name in named:
@@ -165,7 +167,9 @@ def main() -> None:
         for python in filter(None, (sys.executable, options.torch)):
             torch = torch_of(python)
             print(f"torch: {torch or 'not installed'}", file=sys.stderr)
-            pythons.append({"torch": torch, "commands": measured(python, folder, data, rounds)})
+            pythons.append(
+                {"torch": torch, "commands": measured(python, folder, data, rounds, not options.smoke)}
+            )
     met = all(taken["met"] for python in pythons for taken in python["commands"].values())
     audited = Path(options.data).name if options.data else f"{rows} rows that are made"
     result = {

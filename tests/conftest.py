@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 from hypothesis import settings
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 from tunesmith.machine import backend
 
@@ -22,11 +27,35 @@ settings.load_profile("steady")
 backend.setup()
 
 import tiny  # noqa: E402
+from tunesmith.exports import fresh  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+LONGEST = [
+    "bench/test_smoke.py",
+    "training/test_laws.py",
+    "machine/test_ranks.py",
+    "evaluation/test_evaluate.py",
+    "cli/test_start.py",
+    "exports/test_export.py",
+    "auditing/test_audit.py",
+    "cli/test_cli.py",
+    "training/test_speed_laws.py",
+    "model/kernels/test_compiled.py",
+    "reports/test_page.py",
+    "adapters/test_qalora.py",
+    "learning/objectives/test_preferences.py",
+    "evaluation/tasks/test_benchmarks.py",
+]
 
 
-@pytest.fixture
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: the last ones are short, so that no process works on alone."""
+    tests = Path(__file__).parent
+    place = {tests / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
 def data_dir():
     """``data_dir("formats/x.json")``: a file of the real data, or the test is skipped by the file's name."""
 
@@ -38,7 +67,7 @@ def data_dir():
     return find
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def syngen(data_dir) -> Path:
     return data_dir("syngen_toolset_v1.0.0_claude.jsonl")
 
@@ -64,3 +93,33 @@ def browser() -> Iterator[Any]:
         running = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield running
         running.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick() -> Iterator[None]:
+    """What takes long and is tested elsewhere: nothing waits until the disk has what was written, a figure is
+    made and saved as one pixel (see `drawn`), and artefacts are reloaded in forks (see `fresh_processes`)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(FigureCanvasAgg, "print_png", _save_pixel)
+        patch.setattr(fresh, "subprocess", SimpleNamespace(run=forks.run))
+        yield
+
+
+PRINT_PNG = FigureCanvasAgg.print_png
+
+
+def _save_pixel(canvas: FigureCanvasAgg, path: Path) -> None:
+    Image.new("L", (1, 1)).save(path, "png")
+
+
+@pytest.fixture
+def drawn(quick, monkeypatch) -> None:
+    """Figures are drawn."""
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", PRINT_PNG)
+
+
+@pytest.fixture
+def fresh_processes(quick, monkeypatch) -> None:
+    """An artefact is reloaded by a Python that has just started."""
+    monkeypatch.setattr(fresh, "subprocess", subprocess)

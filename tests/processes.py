@@ -13,6 +13,8 @@ from typing import TextIO
 
 import pytest
 
+from tunesmith.machine import backend
+
 TUNESMITH = [str(Path(sys.executable).with_name("tunesmith"))]
 # Tests run several at a time, and a ring listens on fixed ports: each process of tests has its own, below
 # those given to anybody.
@@ -27,6 +29,16 @@ LAUNCH = [
     str(_PORT),
     "--",
 ]
+KERNELS = backend.cache_folder() / "kernels"
+
+
+def cache_folder(folder: Path) -> Path:
+    """An empty folder for TUNESMITH_CACHE, but for the kernels: a process that starts would compile them, for
+    ten seconds."""
+    folder.mkdir(parents=True)
+    KERNELS.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels").symlink_to(KERNELS)
+    return folder
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -304,7 +304,7 @@ def test_the_command_line_opens_it(root):
     """Its report is written first, since the fixture has none."""
     words = [sys.executable, "-m", "tunesmith", "train", "--resume", str(root / "sft-lora"), "--json"]
     for said in ("only its report is written", "there is nothing to do"):
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = forks.run(words)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["status"] == "completed" and said in done.stderr
     assert (root / "sft-lora" / "report.html").is_file()

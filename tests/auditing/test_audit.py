@@ -109,18 +109,24 @@ def test_processes_and_the_form_of_the_file_change_no_finding(syngen, tmp_path, 
     assert lined.read_text()[int(column) - 1] == "{" and line == "1"
 
 
-def test_a_sample_is_chosen_by_content_and_estimates_the_whole(syngen):
-    whole, part = (audited(syngen, tokenizer="mistral-v3", sample=many) for many in (20_000, 500))
+@pytest.fixture(scope="module")
+def reference_audit(syngen) -> Audit:
+    """Of all rows of the reference set, with a limit that some of them exceed."""
+    return audited(syngen, tokenizer="mistral-v3", limit=1024, sample=20_000)
+
+
+def test_a_sample_is_chosen_by_content_and_estimates_the_whole(syngen, reference_audit):
+    whole, part = reference_audit, audited(syngen, tokenizer="mistral-v3", limit=1024, sample=500)
     for rule, near in (("length.answers", 0.1), ("diversity.trigrams", 0.1)):
         assert finding(part, rule).value == pytest.approx(finding(whole, rule).value, rel=near), rule
     assert 400 < finding(part, "length.answers").of < 600
     assert finding(part, "duplicates.exact").count == finding(whole, "duplicates.exact").count
-    again = audited(syngen, tokenizer="mistral-v3", sample=500)
+    again = audited(syngen, tokenizer="mistral-v3", limit=1024, sample=500)
     assert [one.rows for one in again.findings] == [one.rows for one in part.findings]
 
 
-def test_lengths_are_those_of_the_renderer(tmp_path, syngen):
-    found = audited(syngen, tokenizer="mistral-v3", limit=1024)
+def test_lengths_are_those_of_the_renderer(syngen, reference_audit):
+    found = reference_audit
     by = renderers.load("mistral-v3")
     totals, answers = [], []
     for one in formats.read([syngen], formats.DataSpec(train=("x",))).examples:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -328,9 +329,7 @@ def test_init_writes_settings_that_load(tmp_path, tiny_model, rows):
     ],
 )
 def test_errors_say_what_where_and_a_hint_without_a_traceback(words, code, told, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "tunesmith", *words], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    done = forks.run([sys.executable, "-m", "tunesmith", *words], cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert told in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     assert list(tmp_path.iterdir()) == []
@@ -353,7 +352,7 @@ def test_the_fast_blas_is_opened_before_mlx_by_the_program_and_by_the_api(tiny_m
         tmp_path / "a",
         *QUICK,
     ]
-    settings = f"model={str(tiny_model)!r}, data=[{str(rows)!r}]"
+    settings = f"model={str(tiny_model)!r}, data=[{str(rows)!r}], sets={QUICK[1::2]!r}"
     api = f"import tunesmith; tunesmith.train(tunesmith.configure({settings}), out='b')"
     chosen = backend.setup().blas
     assert backend.prepare.__wrapped__()[0] == "unknown", "what is said when MLX came first"

@@ -14,7 +14,7 @@ import pytest
 
 import tiny
 import tunesmith
-from processes import LAUNCH, TUNESMITH
+from processes import LAUNCH, TUNESMITH, cache_folder
 from tunesmith import errors, events
 from tunesmith.engine import generation, scoring
 from tunesmith.evaluation import evaluate as evaluation
@@ -58,7 +58,7 @@ def trained(tmp_path_factory, tiny_model) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TUNESMITH_CACHE", str(cache_folder(tmp_path / "cache")))
     return tmp_path / "cache"
 
 
@@ -139,7 +139,7 @@ def test_the_order_of_rows_changes_no_score(run, tmp_path):
 def test_ranks_change_no_score(run, tmp_path):
     alone = numbers(measured(run))
     shutil.rmtree(run / "evals")
-    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache" / "evaluations")
     words = [*TUNESMITH, "evaluate", str(run), "--max-tokens", "12"]
     words += [word for task in ROWS_ONLY for word in ("--task", task)]
 

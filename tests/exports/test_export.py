@@ -60,7 +60,9 @@ KINDS = {  # mean KL divergence at most
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_says_what_the_live_adapter_says(run, name, tmp_path):
+def test_every_kind_says_what_the_live_adapter_says(run, name, tmp_path, request):
+    if name in ("hf", "mlx-4bit", "gguf-q8_0"):  # one for each program that could read it
+        request.getfixturevalue("fresh_processes")
     words = ["export", str(run), "--to", name, "--out", str(tmp_path / "out"), "--rows", "3", "--json"]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output

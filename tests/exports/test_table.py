@@ -30,7 +30,7 @@ def run(tmp_path_factory, tiny_model) -> Path:
     return folder / "run"
 
 
-def test_the_table_of_the_command_line_names_the_smallest(run):
+def test_the_table_of_the_command_line_names_the_smallest(run, drawn):
     words = ["export", str(run), "--table", "mlx:16, mlx:8,peft", "--rows", "3"]
     shown = CliRunner().invoke(app, words, catch_exceptions=False)
     assert shown.exit_code == 0, shown.output

@@ -10,18 +10,21 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import tiny
-from processes import LAUNCH, TUNESMITH
+from processes import LAUNCH, TUNESMITH, cache_folder
 from tunesmith import errors, events
 from tunesmith.machine import backend, ranks
 from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 from tunesmith.training import interruption
+
+FORKED = [sys.executable, "-m", "tunesmith"]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +76,8 @@ def log(folder: Path, kind: type[events.Event]) -> list:
 @pytest.mark.parametrize("objective", ["sft", "kto"])
 def test_two_ranks_are_one(tmp_path, settings, judged, objective, monkeypatch):
     settings = settings if objective == "sft" else judged
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path.parent / f"cache-{tmp_path.name}"))
-    assert run(*TUNESMITH, "train", *settings, "--out", str(tmp_path / "one")).returncode == 0
+    monkeypatch.setenv("TUNESMITH_CACHE", str(cache_folder(tmp_path.parent / f"cache-{tmp_path.name}")))
+    assert forks.run([*FORKED, "train", *settings, "--out", str(tmp_path / "one")]).returncode == 0
     done = run(*LAUNCH, *TUNESMITH, "train", *settings, "--out", str(tmp_path / "two"))
     assert done.returncode == 0 and done.stdout.count("report: ") == 1, done.stderr
     one, two = ([step.loss for step in log(tmp_path / name, events.StepDone)] for name in ("one", "two"))
@@ -128,7 +131,7 @@ def test_a_lost_rank_is_told_and_the_run_goes_on_elsewhere(tmp_path, settings, l
     if lost == 0:
         return  # the other one wrote nothing; the run goes on as it does below
     step = Run.open(out).checkpoints()[-1]
-    again = run(*TUNESMITH, "train", "--resume", str(out), "--set", "loop.save_every=1")
+    again = forks.run([*FORKED, "train", "--resume", str(out), "--set", "loop.save_every=1"])
     assert again.returncode == 0, again.stderr
     assert "machine.ranks 2 → 1" in again.stderr
     assert log(out, events.Resumed)[-1].step == step

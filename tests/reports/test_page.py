@@ -368,7 +368,7 @@ def test_a_script_that_got_into_the_page_could_not_run(run, browser):
 
 
 @pytest.mark.parametrize("kind", ["unevaluated", "failed", "old", "bare"])
-def test_every_run_has_a_page(run, show, kind):
+def test_every_run_has_a_page(run, show, kind, drawn):
     path = run / "events.jsonl"
     log = [json.loads(line) for line in path.read_text().splitlines()]
     new = {"StepDone": ("padding", "stages"), "Growth": ("relative", "effective_rank", "histogram")}

@@ -90,7 +90,7 @@ def saved(folder: Path, best: int = 60) -> None:
     (folder / "checkpoints" / "index.json").write_text(json.dumps(index))
 
 
-def test_the_three_files_are_written_and_the_numbers_are_those_of_the_events(run_dir):
+def test_the_three_files_are_written_and_the_numbers_are_those_of_the_events(run_dir, drawn):
     folder = run_dir(a_run())
     saved(folder)
     page = reports.write(folder)

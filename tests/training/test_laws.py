@@ -43,6 +43,26 @@ def rows(tmp_path_factory) -> Path:
     return tiny.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", tiny.conversations(32))
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model, rows) -> Run:
+    """A run with `SETTINGS` that has kept all its checkpoints. Tests change a copy of it."""
+    return train(tiny_model, rows, tmp_path_factory.mktemp("finished") / "run", loop__keep_last=99)
+
+
+@pytest.fixture(scope="module")
+def saved_each_step(tmp_path_factory, tiny_model, rows) -> Run:
+    """The same with dropout, saved at each step."""
+    out = tmp_path_factory.mktemp("saved") / "run"
+    return train(tiny_model, rows, out, adapter__dropout=0.1, loop__save_every=1, loop__keep_last=99)
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tmp_path_factory, tiny_model, rows) -> Run:
+    """With a learning rate that destroys the model: validation never improves on step 0."""
+    words = dict(optimizer__learning_rate=30, loop__steps=40, loop__validate_every=1, loop__early_stop=2)
+    return train(tiny_model, rows, tmp_path_factory.mktemp("stopped") / "run", **words)
+
+
 def arguments(model: Path, data: Path, out: Path, **changes: object) -> list[str]:
     settings = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
     sets = [
@@ -60,6 +80,10 @@ def call(*words: str) -> str:
 def train(model: Path, data: Path, out: Path, **changes: object) -> Run:
     call(*arguments(model, data, out, **changes))
     return Run.open(out)
+
+
+def copied(run: Run, out: Path) -> Run:
+    return Run.open(shutil.copytree(run.path, out))
 
 
 def losses(run: Run) -> list[float]:
@@ -87,16 +111,16 @@ def agree(one: Run, other: Run, tolerance: float) -> None:
         np.testing.assert_allclose(a[name], b[name], atol=tolerance, err_msg=name)
 
 
-def test_batch_cuts_agree(tiny_model, rows, tmp_path):
+def test_batch_cuts_agree(tiny_model, rows, tmp_path, finished):
     """Sums, not means: 6 × 1 = 3 × 2 = 2 × 3 = 1 × 6, losses and weights (museum 5)."""
-    runs = [train(tiny_model, rows, tmp_path / str(micro), batch__micro=micro) for micro in (1, 2, 4, 6)]
-    for run in runs[1:]:
-        np.testing.assert_allclose(losses(run), losses(runs[0]), rtol=2e-5)
-        np.testing.assert_allclose(validations(run), validations(runs[0]), rtol=2e-5)
-        agree(run, runs[0], 2e-4)
+    one, *others = [train(tiny_model, rows, tmp_path / str(micro), batch__micro=micro) for micro in (1, 4, 6)]
+    for run in (finished, *others):  # finished: of 3 micro-batches of 2
+        np.testing.assert_allclose(losses(run), losses(one), rtol=2e-5)
+        np.testing.assert_allclose(validations(run), validations(one), rtol=2e-5)
+        agree(run, one, 2e-4)
 
 
-def test_gradient_checkpointing_with_dropout_changes_nothing(tiny_model, rows, tmp_path):
+def test_gradient_checkpointing_with_dropout_changes_nothing(tiny_model, rows, tmp_path, finished):
     """Museum 6: the recomputed layer draws the mask it drew before."""
     runs = [
         train(tiny_model, rows, tmp_path / flag, adapter__dropout=0.3, loop__checkpoint_gradients=flag)
@@ -104,8 +128,7 @@ def test_gradient_checkpointing_with_dropout_changes_nothing(tiny_model, rows, t
     ]
     np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=1e-5)
     agree(*runs, 1e-4)
-    without = train(tiny_model, rows, tmp_path / "without")
-    assert max(abs(a - b) for a, b in zip(losses(without), losses(runs[0]), strict=True)) > 1e-3
+    assert max(abs(a - b) for a, b in zip(losses(finished), losses(runs[0]), strict=True)) > 1e-3
 
 
 def test_the_same_settings_give_the_same_bytes(tiny_model, rows, tmp_path):
@@ -114,28 +137,25 @@ def test_the_same_settings_give_the_same_bytes(tiny_model, rows, tmp_path):
 
 
 @pytest.mark.parametrize("step", [0, 2, 5])
-def test_resumed_equals_straight_to_the_byte(tiny_model, rows, tmp_path, step):
+def test_resumed_equals_straight_to_the_byte(saved_each_step, tmp_path, step):
     """A run whose process died after checkpoint ``step`` (0: before any) ends as if nothing had happened."""
-    straight = train(
-        tiny_model, rows, tmp_path / "a", adapter__dropout=0.1, loop__save_every=1, loop__keep_last=99
-    )
-    died = tmp_path / "b"
-    shutil.copytree(straight.path, died)
+    straight, died = saved_each_step, copied(saved_each_step, tmp_path / "died")
     for later in straight.checkpoints():
         if later > step:
-            shutil.rmtree(Run(died).checkpoint(later))
-    Run(died).mark("running")
-    call("train", "--resume", str(died))
-    assert final(Run(died)) == final(straight)
-    assert losses(Run(died)) == losses(straight) and len(losses(straight)) == 8
-    assert validations(Run(died)) == validations(straight)
-    resumed = [event for event in events.read(died / "events.jsonl") if isinstance(event, events.Resumed)]
+            shutil.rmtree(died.checkpoint(later))
+    died.mark("running")
+    call("train", "--resume", str(died.path))
+    assert final(died) == final(straight)
+    assert losses(died) == losses(straight) and len(losses(straight)) == 8
+    assert validations(died) == validations(straight)
+    log = events.read(died.path / "events.jsonl")
+    resumed = [event for event in log if isinstance(event, events.Resumed)]
     assert [event.step for event in resumed] == [step]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "cursor"])
-def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(tiny_model, rows, tmp_path, damage):
-    straight = train(tiny_model, rows, tmp_path / "a", loop__keep_last=99)
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(finished, tmp_path, damage):
+    straight = copied(finished, tmp_path / "a")
     whole = final(straight)
     folder = straight.checkpoint(8)
     victim = folder / ("cursor.json" if damage == "cursor" else "optimizer.safetensors")
@@ -208,9 +228,8 @@ def test_every_row_is_trained_once_an_epoch_and_validated(tiny_model, tmp_path):
     assert {event.rows for event in log if isinstance(event, events.Validated)} == {counts["sequences_valid"]}
 
 
-def test_resume_after_an_early_stop_does_no_further_update(tiny_model, rows, tmp_path):
-    words = dict(optimizer__learning_rate=30, loop__steps=40, loop__validate_every=1, loop__early_stop=2)
-    run = train(tiny_model, rows, tmp_path / "run", **words)
+def test_resume_after_an_early_stop_does_no_further_update(stopped_early, tmp_path):
+    run = copied(stopped_early, tmp_path / "run")
     whole, count = final(run), len(losses(run))
     run.mark("running")
     call("train", "--resume", str(run.path))
@@ -228,8 +247,8 @@ def test_torn_checkpoints_never_push_out_good_ones(tiny_model, rows, tmp_path):
     assert len(list((run.path / "checkpoints").glob("torn-*"))) == 2
 
 
-def test_a_log_that_lost_its_end_is_mended_and_told(tiny_model, rows, tmp_path):
-    run = train(tiny_model, rows, tmp_path / "run", loop__keep_last=9)
+def test_a_log_that_lost_its_end_is_mended_and_told(finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
     log = run.path / "events.jsonl"
     log.write_bytes(log.read_bytes()[: checkpoints.read(run, 8).events_bytes - 50])
     run.mark("running")
@@ -238,8 +257,8 @@ def test_a_log_that_lost_its_end_is_mended_and_told(tiny_model, rows, tmp_path):
     assert any("the log lost its end" in text for text in told)
 
 
-def test_what_a_killed_save_left_behind_is_swept(tiny_model, rows, tmp_path):
-    run = train(tiny_model, rows, tmp_path / "run")
+def test_what_a_killed_save_left_behind_is_swept(finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
     (run.path / "checkpoints" / ".000009.0c92cabf").mkdir()
     run.mark("running")
     call("train", "--resume", str(run.path))
@@ -360,26 +379,17 @@ def test_a_disk_that_fills_up_during_the_write_loses_nothing(tiny_model, rows, t
     assert run.checkpoints()[-1] == 8
 
 
-def test_two_processes_do_not_train_one_run(tiny_model, rows, tmp_path):
+def test_two_processes_do_not_train_one_run(finished, tmp_path):
     from tunesmith.errors import DataError
 
-    run = train(tiny_model, rows, tmp_path / "run")
+    run = copied(finished, tmp_path / "run")
     run.mark("running")
     with run.lock(), pytest.raises(DataError, match="another process"):
         CliRunner().invoke(app, ["train", "--resume", str(run.path)], catch_exceptions=False)
 
 
-def test_early_stopping_and_best(tiny_model, rows, tmp_path):
-    """With a learning rate that destroys the model, validation never improves on step 0."""
-    run = train(
-        tiny_model,
-        rows,
-        tmp_path / "run",
-        optimizer__learning_rate=30,
-        loop__steps=40,
-        loop__validate_every=1,
-        loop__early_stop=2,
-    )
+def test_early_stopping_and_best(stopped_early):
+    run = stopped_early
     assert run.manifest["status"] == "stopped_early"
     index = json.loads((run.path / "checkpoints" / "index.json").read_text())
     seen = validations(run)

@@ -14,6 +14,7 @@ from gguf import GGUFReader, GGUFWriter
 import tiny
 import tunesmith
 from gguf_files import write_gguf
+from processes import cache_folder
 from tunesmith.errors import ModelError
 from tunesmith.model import kernels, loading
 
@@ -23,7 +24,7 @@ IDS = mx.array([[5, 77, 130, 9, 262, 33, 71, 12]])
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     kernels.missing()  # compiled before, in the cache of all tests
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TUNESMITH_CACHE", str(cache_folder(tmp_path / "cache")))
 
 
 def split(path: Path, folder: Path, most_tensors: int, small_first: bool = False) -> list[Path]:
