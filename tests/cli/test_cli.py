@@ -165,6 +165,20 @@ def test_undesirable_rows_are_left_out_and_counted(tiny_model, tmp_path):
         json.loads(line) for line in (tmp_path / "run" / "data" / "dropped.jsonl").read_text().splitlines()
     ]
     assert sorted(int(row["source"].rsplit(":", 1)[-1]) for row in dropped) == list(range(1, 31, 3))
+    log = [
+        event for event in events.read(tmp_path / "run" / "events.jsonl") if isinstance(event, events.Notice)
+    ]
+    (notice,) = [event for event in log if event.what == "rows left out: undesirable"]
+    assert notice.count == 10 and "objective=kto" in notice.hint
+
+
+def test_sft_says_that_it_learns_only_the_chosen_answers_of_pairs(tiny_model, tmp_path):
+    pairs = [{"prompt": f"the cat {n}", "chosen": f"yes {n}", "rejected": "no"} for n in range(10)]
+    words = ["train", "--model", tiny_model, "--data", tiny.write_rows(tmp_path / "pairs.jsonl", pairs)]
+    words += ["--dry-run", "--json"]
+    (note,) = json.loads(run(*words).stdout)["notes"].items()
+    assert note == ("pairs of which only the chosen answer is learned: objective=dpo compares both", 10)
+    assert json.loads(run(*words, "--set", "objective=dpo").stdout)["notes"] == {}
 
 
 def test_one_path_is_not_taken_letter_by_letter(trained):

@@ -216,3 +216,10 @@ def test_a_book_is_refused_once_with_how_rows_are_written(tmp_path, name):
 def test_rows_in_a_text_file_are_rows(tmp_path, text):
     (tmp_path / "rows.txt").write_text(text)
     assert [raw.text for raw in sources.raws(tmp_path / "rows.txt")] == ['{"text": "a"}']
+
+
+def test_a_table_in_an_archive_is_refused_once(tmp_path):
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        archive.writestr("rows.csv", "text\nthe cat\n")
+    with pytest.raises(DataError, match=r"holds a table \(rows.csv\)"):
+        list(sources.raws(tmp_path / "rows.zip"))

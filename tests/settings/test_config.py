@@ -490,7 +490,7 @@ def test_museum_21_a_key_that_is_accepted_and_ignored(run_yaml):
         (
             "model: {quantize: 4}",
             "model.path: missing; must be text (at least 1 character)\n"
-            "hint: add it to the file, or give --set model.path=…",
+            "hint: give --model MODEL, or add it to a file of settings",
         ),
     ],
 )
@@ -508,7 +508,7 @@ def test_all_mistakes_are_told_at_once(run_yaml):
         "  run.yaml:3: loop.keep_best: must be true or false, not 1\n"
         "  --set: share: must be a number ≥ 0 and ≤ 1 or a list of text, not -1\n"
         "  model.path: missing; must be text (at least 1 character) "
-        "(add it to the file, or give --set model.path=…)"
+        "(give --model MODEL, or add it to a file of settings)"
     )
 
 

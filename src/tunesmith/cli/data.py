@@ -25,7 +25,7 @@ from tunesmith.cli.options import (
     progress,
     say,
 )
-from tunesmith.display.text import escaped
+from tunesmith.display.text import escaped, many
 from tunesmith.machine import imports
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ def show(
             say(f"hint: {hint}", err=True)
     notes = "".join(f"; {note}: {count}" for note, count in sorted(rendered.notes.items()))
     of_read = "" if limit is None and as_json else f" of the first {limit or SHOWN_ROWS} read"
-    say(f"{len(rendered.rows)} rows shown{of_read}, {len(rendered.dropped)} left out{notes}", err=True)
+    say(
+        f"{many(len(rendered.rows), 'row')} shown{of_read}, {len(rendered.dropped)} left out{notes}", err=True
+    )
 
 
 def _as_json(row: Row) -> dict[str, object]:

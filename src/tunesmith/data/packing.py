@@ -17,6 +17,8 @@ from typing import BinaryIO, cast
 from tunesmith.errors import DataError, SetupError
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip")
+TABLES = (".csv", ".tsv", ".parquet")
+"""Endings of files that are not read through a compression."""
 EXTRA = "pip install 'tunesmith[tables]'"
 
 
@@ -46,6 +48,9 @@ def _zip(path: Path) -> BinaryIO:
         archive.close()
         text = f"is a zip archive of {len(names)} files"
         raise DataError(text, where=str(path), hint="unpack it and name its folder")
+    if names[0].lower().endswith(TABLES):
+        archive.close()
+        raise DataError(f"holds a table ({names[0]})", where=str(path), hint="unpack it")
     if archive.getinfo(names[0]).flag_bits & 1:
         archive.close()
         raise DataError("is encrypted", where=str(path), hint="unpack it")

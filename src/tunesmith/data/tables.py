@@ -15,7 +15,7 @@ from typing import Any
 from tunesmith.data import packing
 from tunesmith.errors import DataError, SetupError
 
-SUFFIXES = (".csv", ".tsv", ".parquet")
+SUFFIXES = packing.TABLES
 LARGEST_CELL = 2**30
 BATCH = 256  # rows of a Parquet file that are in memory at once
 

@@ -48,6 +48,8 @@ class Objective(Family):
     """Defaults of other settings under this objective: key path → value."""
     watched: ClassVar[tuple[str, ...]] = ()
     """Names of `metrics`. The first two are the rewards of the answers to learn and of those to avoid."""
+    hints: ClassVar[Mapping[str, str]] = {}
+    """Reason for which `select` leaves examples out → what learns them."""
     learns_prompts: ClassVar[bool] = False
     """Whether ``template.prompt_weight`` applies."""
 

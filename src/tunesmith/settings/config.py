@@ -51,6 +51,8 @@ from tunesmith.settings import origins
 from tunesmith.settings.origins import JSON, Node, parse, plain, read, shortened, writable, write
 
 PREFIX = "TUNESMITH_"
+OPTIONS = {"model.path": "--model MODEL", "data.train": "--data FILE"}
+"""Settings that have an option of their own on the command line."""
 EXEMPT = frozenset(PREFIX + name for name in ("ALLOCATOR", "BLAS", "CACHE", "CXXFLAGS", "DEBUG", "KERNELS"))
 """Variables that belong to the machine, not to a run; they are read elsewhere."""
 
@@ -595,11 +597,9 @@ class _Layers:
         path, field, child = _join(key, name), model.model_fields[name], node.value.get(name)
         must = f"must be {_allowed(field.annotation, field.metadata)}"
         if child is None:
-            self.missing.append(
-                ConfigError(
-                    f"missing; {must}", where=path, hint=f"add it to the file, or give --set {path}=…"
-                )
-            )
+            option = OPTIONS.get(path, f"--set {path}=…")
+            hint = f"give {option}, or add it to a file of settings"
+            self.missing.append(ConfigError(f"missing; {must}", where=path, hint=hint))
         elif detail["input"] is not _FAILED:
             value = _show(plain(child))
             message = f"{own}; it is {value}" if own else f"{must}, not {value}"

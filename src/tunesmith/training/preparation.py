@@ -163,7 +163,7 @@ def prepare(
     reasons = Counter(row.reason for row in sources.dropped) + train.reasons + valid.reasons
     notes = train.notes + valid.notes + _structured_calls(config, sources)
     remarks = formats.remarks((*sources.train, *sources.valid))
-    _tell(refused, dropped, reasons, notes, notify)
+    _tell(config.objective, refused, dropped, reasons, notes, notify)
     _tell_remarks(remarks, audit is not None, notify)
     reasoning = _settle_thinking(config, renderer, (*train.usable, *valid.usable), notify)
     notes += Counter({remark.text: count for remark, count in remarks.items()})
@@ -303,6 +303,7 @@ def _structured_calls(config: RunConfig, sources: Sources) -> Counter[str]:
 
 
 def _tell(
+    objective: Objective,
     refused: list[formats.Dropped],
     dropped: list[formats.Dropped],
     reasons: Counter[str],
@@ -310,7 +311,7 @@ def _tell(
     notify: Sink,
 ) -> None:
     """Report rows that were left out, with the first places and what is wrong there, and changes to rows.
-    refused: those of ``dropped`` that cannot be used; the others are not for the objective."""
+    refused: those of ``dropped`` that cannot be used; the others are not for ``objective``."""
     examples = {row.reason: row for row in reversed(refused)}
     for reason, count in sorted(reasons.items()):
         places = [row.source for row in dropped if row.reason == reason]
@@ -320,8 +321,8 @@ def _tell(
             text += (
                 f": {example.fault}" if len(places) == 1 else f", such as {example.source}: {example.fault}"
             )
-        hint = example.hint if example is not None else ""
-        notify(Notice(text, level="warning", count=count, where=where, hint=hint or None))
+        hint = objective.hints.get(reason) if example is None else example.hint or None
+        notify(Notice(text, level="warning", count=count, where=where, hint=hint))
     for note, count in sorted(notes.items()):
         notify(Notice(note, count=count))
 

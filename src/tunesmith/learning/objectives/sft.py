@@ -4,7 +4,7 @@ counted equally."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import mlx.core as mx
@@ -24,6 +24,9 @@ class SFT(Objective):
     preferences."""
 
     kind: Literal["sft"] = "sft"
+    hints: ClassVar[Mapping[str, str]] = {
+        "undesirable": "objective=kto learns from both labels, objective.undesirable=learn imitates all"
+    }
     learns_prompts: ClassVar[bool] = True
     undesirable: Literal["leave_out", "learn"] = Field(
         default="leave_out",
