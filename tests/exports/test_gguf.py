@@ -20,7 +20,7 @@ from tunesmith.adapters import adapted
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.exports import fidelity
 from tunesmith.exports.kinds import gguf, gguf_lora
-from tunesmith.model.gguf import tokenizer_header, weights, writing
+from tunesmith.model.gguf import tensor_types, tokenizer_header, weights, writing
 from tunesmith.model.gguf.architectures import ARCHITECTURES, complete, describe, settings
 from tunesmith.model.gguf.metadata import Metadata
 from tunesmith.model.gguf.tokenizer import CONTROL, UNUSED, USER_DEFINED
@@ -334,11 +334,11 @@ def test_museum_mistral_s_sentencepiece_file_becomes_scores_and_types(tiny_mistr
 
 
 def test_values_that_float16_cannot_hold_are_refused():
-    kind = writing.type_of("blk.0.ffn_up.weight", (4, 32), "F16", head=False)
+    kind = tensor_types.choose("blk.0.ffn_up.weight", (4, 32), "F16", 8, head=False).type
     with pytest.raises(ModelError, match="values that F16 cannot hold"):
         writing.encoded(np.full((4, 32), 1e6, np.float32), kind, "blk.0.ffn_up.weight")
-    assert writing.type_of("x", (4, 33), "Q4_0", head=False).name == "F16"
-    assert writing.type_of("x", (4, 32), "Q4_0", head=True).name == "Q8_0"
+    assert tensor_types.choose("x", (4, 33), "Q4_0", 8, head=False).type.name == "F16"
+    assert tensor_types.choose("x", (4, 32), "Q4_0", 8, head=True).type.name == "Q8_0"
     assert GGUFValueType.BOOL == writing._value_type(True) != writing._value_type(1)
 
 

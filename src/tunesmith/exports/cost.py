@@ -22,11 +22,9 @@ SPEED = Statistic("speed", lambda score: score.value, lambda each: 1 / each, bet
 
 
 def measure(net: nn.Module, probes: Sequence[Probe], load_s: float, tick: Callable[[int, int], None]) -> Cost:
-    """load_s: how long loading took. The prompts are the rows' own tokens. tick: called with the number of
-    rounds that are done, and of all."""
-    ids = [token for probe in probes for token in probe.ids]
-    prompt = (ids * -(-PROMPT // len(ids)))[:PROMPT]
-    rounds: list[ExampleScore] = []
+    """load_s: how long loading took. tick: called with the number of rounds that are done, and of all."""
+    prompt = prompt_of(probes)
+    seconds: list[float] = []
     mx.reset_peak_memory()
     for number in range(-1, ROUNDS):
         began = time.perf_counter()
@@ -34,7 +32,20 @@ def measure(net: nn.Module, probes: Sequence[Probe], load_s: float, tick: Callab
         spent = time.perf_counter() - began
         tick(number + 2, ROUNDS + 1)
         if number >= 0:
-            rounds.append(ExampleScore(f"round {number + 1}", spent / ANSWER, ANSWER))
+            seconds.append(spent)
+    return summarised(load_s, backend.memory()["peak"], seconds)
+
+
+def prompt_of(probes: Sequence[Probe]) -> list[int]:
+    """A prompt of the rows' own tokens."""
+    ids = [token for probe in probes for token in probe.ids]
+    return (ids * -(-PROMPT // len(ids)))[:PROMPT]
+
+
+def summarised(load_s: float, memory_bytes: int, seconds: Sequence[float]) -> Cost:
+    """seconds: of each round."""
+    rounds = [
+        ExampleScore(f"round {number}", spent / ANSWER, ANSWER) for number, spent in enumerate(seconds, 1)
+    ]
     task = TaskStatistics("export.speed", "1", [SPEED])
-    speed = statistics.summarise(task, None, rounds, SEED)[0]
-    return Cost(load_s, backend.memory()["peak"], speed)
+    return Cost(load_s, memory_bytes, statistics.summarise(task, None, rounds, SEED)[0])

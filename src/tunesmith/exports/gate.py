@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from tunesmith import adapters, events
 from tunesmith.adapters import merging
 from tunesmith.errors import ExportError
 from tunesmith.events import Event, Notice, Sink, Working
-from tunesmith.exports import fidelity, fresh, headlines, weights
+from tunesmith.exports import fidelity, fresh, headlines, judging, llama_cpp, weights
 from tunesmith.exports.fidelity import Carried, Ended, Probe
 from tunesmith.exports.headlines import TaskScores
+from tunesmith.exports.judging import Reading
 from tunesmith.exports.kind import ArtefactNotes, ExportKind, Tuned
+from tunesmith.exports.llama_reading import Text
 from tunesmith.runs import checkpoints
-from tunesmith.runs.artefacts import CarriedSummary, Exported
+from tunesmith.runs.artefacts import OWN_READER, CarriedSummary, Exported
 from tunesmith.runs.directory import COMPOSED, FULL, Run
 from tunesmith.runs.opening import Source
 from tunesmith.runs.registry import FINISHED
@@ -44,13 +47,14 @@ class Scope:
 
 @dataclass(frozen=True)
 class LiveSide:
-    """Base and live adapter. ``ids``: of each row. ``trained``: the tokens that end rows. ``base``, ``live``:
-    sketches of their weights."""
+    """Base and live adapter. ``ids``: of each row. ``trained``: the tokens that end rows. ``texts``: prompts,
+    and their ids. ``base``, ``live``: sketches of their weights."""
 
     probes: Sequence[Probe]
     ids: Sequence[Sequence[int]]
     trained: Sequence[int]
     answers: Sequence[Ended]
+    texts: Sequence[Text]
     base: Mapping[str, np.ndarray]
     live: Mapping[str, np.ndarray]
     scores: TaskScores = field(default_factory=dict)
@@ -89,7 +93,9 @@ class Gate:
         try:
             live, written = self._written(chosen, artefact)
             mx.clear_cache()  # the fresh process needs the memory
-            return self._judged(chosen, artefact, live, written, self._reloaded(chosen, artefact, live))
+            result = self._reloaded(chosen, artefact, live)
+            reading = self._read(chosen, artefact, live)
+            return self._judged(chosen, artefact, live, written, result, reading)
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -130,6 +136,30 @@ class Gate:
         )
         return fresh.run(job, self._work, self._notify)
 
+    def _read(self, chosen: ExportKind, artefact: Path, live: LiveSide) -> Reading:
+        """What is judged: llama.cpp's reading if the artefact is made for it and it can be used, else that of
+        the fresh process."""
+        if not chosen.for_llama_cpp:
+            return judging.by_tunesmith(self._work, chosen.tolerance)
+        base = partial(self._base, live)
+        try:
+            if (missing := llama_cpp.missing()) is not None:
+                raise ExportError(missing)
+            files = chosen.llama_files(base, artefact, self._work)
+        except ExportError as error:
+            remarks = judging.not_by_llama_cpp(error.what)
+            return judging.by_tunesmith(self._work, chosen.tolerance, remarks)
+        mx.clear_cache()
+        probes, texts, ends = live.probes, live.texts, live.trained
+        return judging.by_llama_cpp(files, chosen.tolerance, probes, texts, ends, self._work, self._notify)
+
+    def _base(self, live: LiveSide) -> Tuned:
+        """The run without its adapter."""
+        opened = self._source.open(self._progress, lazily=True)
+        ends = _ends(opened.renderer, live.trained)
+        model, loaded = self._source.model, opened.loaded
+        return Tuned(self.run, self.config, model, self.checkpoint, loaded, opened.renderer, ends)
+
     def _measured(self, tuned: Tuned, rows: list[Probe]) -> LiveSide:
         """Measure the base, attach the adapter, and measure it. The model is in memory until this returns."""
         net, renderer = merging.load(tuned.located, self._progress).net, tuned.renderer
@@ -147,6 +177,7 @@ class Gate:
             [probe.ids for probe in rows],
             fidelity.trained_ends(rows, renderer.eos_ids),
             answers,
+            judging.written_out(probes, renderer),
             base,
             weights.sketch(net, self._ticker("live adapter: tensors")),
             scores,
@@ -161,14 +192,25 @@ class Gate:
             self._notify(event)
 
     def _judged(
-        self, chosen: ExportKind, artefact: Path, live: LiveSide, written: ArtefactNotes, result: fresh.Result
+        self,
+        chosen: ExportKind,
+        artefact: Path,
+        live: LiveSide,
+        written: ArtefactNotes,
+        result: fresh.Result,
+        reading: Reading,
     ) -> Exported:
         with np.load(self._work / fresh.SKETCH) as sketches:
             arrived = fidelity.carried(live.base, live.live, dict(sketches))
-        own, base, its = (np.load(self._work / name, "r") for name in (LIVE, BASE, fresh.LOGPROBS))
-        measured = fidelity.distances(own, base, its, fidelity.rows_of(live.probes))
+        paths = self._work / LIVE, self._work / BASE, reading.logprobs
+        own, base, its = (np.load(path, "r") for path in paths)
+        of_row = fidelity.rows_of(live.probes)
+        measured = fidelity.distances(own, base, its, of_row)
+        second = None
+        if reading.by != OWN_READER:
+            second = fidelity.distances(own, base, np.load(self._work / fresh.LOGPROBS, "r"), of_row)
         stopping = fidelity.stops(live.answers, result.answers, live.trained, result.ends)
-        reasons = fidelity.reasons(measured, stopping, arrived, chosen.tolerance, written.survived)
+        reasons = fidelity.reasons(measured, stopping, arrived, reading.tolerance, written.survived)
         return Exported(
             path=artefact,
             kind=chosen.name,
@@ -178,20 +220,24 @@ class Gate:
             distances=measured,
             stops=stopping,
             weights=_summary(arrived, written.survived),
-            reasons=(*result.problems, *reasons),
+            reasons=(*result.problems, *reading.problems, *reasons),
             remarks=(
                 *_unfinished(self.run),
                 *written.remarks,
                 *result.remarks,
+                *reading.remarks,
                 *fidelity.undecided(stopping),
             ),
-            cost=result.cost,
+            cost=result.cost or reading.cost,
             loss=fidelity.loss(own, its, live.probes),
             scores=headlines.compare(live.scores, result.scores),
             tunesmith=version("tunesmith"),
             rows_limit=self._scope.rows,
             adapter_sha256=checkpoints.weights_hash(self.checkpoint),
             base_sha256=self.run.hashes["base"],
+            judged_by=reading.by,
+            own_reading=second,
+            quantised=written.quantised,
         )
 
 

@@ -23,6 +23,7 @@ from tunesmith.exports import weights
 from tunesmith.exports.spelling import full_name
 from tunesmith.model import layouts, mends
 from tunesmith.model.loading import Loaded, ModelSpec
+from tunesmith.runs.artefacts import Quantised
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
 from tunesmith.tokens.template import Renderer
@@ -47,6 +48,12 @@ UNROUNDED = 1e-4
 ROUNDED = 2**-6
 """`Tolerance.step` of an artefact in 16 bits. bfloat16 moves a value by at most 2⁻⁸ of it; the sketches are
 within a factor of about 4."""
+
+
+SIXTEEN_BIT = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1)
+EIGHT_BIT = Tolerance(kl=0.02, p99=0.2, top=0.95, lost=0.25)
+"""What llama.cpp may differ by at least if matrices have 16 bits, or are quantised: it rounds their inputs to
+as many bits, and to 8."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,33 @@ class Tuned:
 
 class ArtefactNotes(NamedTuple):
     """``survived``: share of the adapter's change of the weights that rounding left, or None if nothing was
-    rounded. ``remarks``: what the user should know of the artefact."""
+    rounded. ``remarks``: what the user should know of the artefact. ``quantised``: how its matrices were
+    quantised, if an importance matrix was used."""
 
     survived: float | None = None
     remarks: tuple[str, ...] = ()
+    quantised: Quantised | None = None
+
+
+class LlamaFiles(NamedTuple):
+    """What llama.cpp reads. ``types``: of the matrices of ``model``. ``adapter``: a file for ``--lora``."""
+
+    model: Path
+    types: frozenset[str]
+    adapter: Path | None = None
+
+    def widened(self, tolerance: Tolerance) -> Tolerance:
+        """``tolerance``, but no narrower than llama.cpp's own rounding of inputs."""
+        if self.types <= {"F32"}:
+            return tolerance
+        least = SIXTEEN_BIT if self.types <= {"F32", "F16", "BF16"} else EIGHT_BIT
+        return Tolerance(
+            kl=max(tolerance.kl, least.kl),
+            p99=max(tolerance.p99, least.p99),
+            top=min(tolerance.top, least.top),
+            lost=max(tolerance.lost, least.lost),
+            step=tolerance.step,
+        )
 
 
 class Reloaded(NamedTuple):
@@ -125,9 +155,14 @@ class ExportKind(ABC):
     """Whether it can be used without the base."""
     runs_on_mlx: ClassVar[bool] = True
     """Whether its users run it by MLX, so that speed and memory measured here are theirs."""
+    for_llama_cpp: ClassVar[bool] = False
+    """Whether its users run it by llama.cpp, which then judges it if it is installed."""
     has_own_template: ClassVar[bool] = False
     """Whether its prompts are written without the chat template of the tokenizer, the variables of the run
     included."""
+
+    def require_installed(self) -> None:  # noqa: B027 (most kinds need nothing)
+        """Raises SetupError if a package is missing that the kind needs."""
 
     @abstractmethod
     def accepts(self, tuned: Tuned) -> None:
@@ -145,6 +180,12 @@ class ExportKind(ABC):
     def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
         """Read the artefact as its users do, and render as ``run`` does. ``source``: the settings of the
         base, for an artefact that stands beside it."""
+
+    def llama_files(self, base: Callable[[], Tuned], folder: Path, work: Path) -> LlamaFiles:
+        """What llama.cpp is given of the artefact in ``folder``, if it is `for_llama_cpp`. base: opens the
+        run without its adapter, for an artefact that stands beside the base; work: where the base can be
+        written. Raises ExportError if it cannot be."""
+        raise NotImplementedError
 
 
 _REGISTERED: dict[str, type[ExportKind]] = {}

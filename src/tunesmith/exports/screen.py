@@ -13,11 +13,14 @@ from tunesmith.runs.records import Score
 def lines(exported: Exported) -> Iterator[str]:
     kl, stops = exported.distances, exported.stops
     yield (
-        f"KL divergence from the live adapter, {kl.n} tokens of {exported.rows} rows: mean {kl.mean:.2g}, "
+        f"KL divergence from the live adapter, read by {exported.judged_by}, {kl.n} tokens of "
+        f"{exported.rows} rows: mean {kl.mean:.2g}, "
         f"median {kl.median:.2g}, p95 {kl.p95:.2g}, p99 {kl.p99:.2g}, max {kl.max:.2g} nats"
     )
     survived = "" if kl.survived is None else f", {kl.survived:.1%} of the adapter's effect survived"
     yield f"the base's is {kl.base:.2g}{survived}"
+    if exported.own_reading is not None:
+        yield f"by tunesmith's own reader: mean {exported.own_reading.mean:.2g}"
     yield f"equal top tokens {kl.top:.2%}, RMS Δp {kl.rms_p:.2g}"
     yield (
         f"answers: {stops.equal} of {stops.n} the same, {stops.artefact} end by themselves, live {stops.live}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith import events, reports
 from tunesmith.display.console import size
-from tunesmith.errors import ConfigError, EvaluationError, ExportError
+from tunesmith.errors import ConfigError, EvaluationError, ExportError, SetupError
 from tunesmith.events import Notice, Sink
 from tunesmith.exports import kind, verb
 from tunesmith.exports.gate import ROWS, Gate, Scope
@@ -173,11 +173,12 @@ def export_table(
 def _entry(gate: Gate, chosen: ExportKind, work: Path, target: Path | None) -> TableEntry:
     """target: None: the artefact is not kept."""
     try:
+        chosen.require_installed()
         if target is not None:
             return TableEntry(chosen.name, verb.place(gate, chosen, work, target))
         with workspace(work / "discarded") as artefact:
             return TableEntry(chosen.name, gate.make(chosen, artefact), retained=False)
-    except ExportError as error:
+    except (ExportError, SetupError) as error:
         return TableEntry(chosen.name, refused=error.what + (f" ({error.hint})" if error.hint else ""))
 
 

@@ -41,6 +41,7 @@ def export(
     ``limit`` rows and items. Raises ExportError if the kind cannot express the run, or if the artefact is
     rejected: it is then kept under a name that ends with ``.rejected``."""
     chosen, opened, measured = kind.named(to), Run.open(run), scope(rows, evaluate, tasks, limit)
+    chosen.require_installed()
     target = opened.path / EXPORTS / chosen.name if out is None else Path(out)
     opened.remove_drafts()
     for name in (target.name, rejected(target).name):

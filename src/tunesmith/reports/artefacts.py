@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tunesmith.display.console import size
 from tunesmith.display.words import number
 from tunesmith.reports.measures import interval, title
-from tunesmith.runs.artefacts import Distances, Exported
+from tunesmith.runs.artefacts import OWN_READER, Distances, Exported
 
 HEAD = (
     "kind",
@@ -54,6 +54,8 @@ def notes(artefacts: Sequence[Exported]) -> list[str]:
     lines: list[str] = []
     for artefact in artefacts:
         parts = [f"checkpoint {artefact.checkpoint}, {artefact.rows} rows, in {artefact.path.name}"]
+        if artefact.judged_by != OWN_READER:
+            parts.append(f"judged by {artefact.judged_by}")
         parts += [f"rejected: {reason}" for reason in artefact.reasons]
         parts += [
             f"{title(score)} {interval(score)}, less live {interval(score, of='delta')}"

@@ -17,6 +17,8 @@ from tunesmith.runs.directory import EXPORTS
 from tunesmith.runs.records import Score
 
 RECORD, REJECTED = "export.json", ".rejected"
+OWN_READER = "tunesmith"
+"""`Exported.judged_by` if tunesmith's own reader judged."""
 FAINT = 1e-9
 """An adapter whose KL divergence from the base is less changes nothing that could be lost."""
 
@@ -78,13 +80,27 @@ class CarriedSummary:
 @dataclass(frozen=True)
 class Cost:
     """What it takes to use an artefact on this machine. ``load_s``: until its weights are in memory.
-    ``memory_bytes``: the most that MLX held while one answer was generated, weights included. ``speed``:
-    tokens generated a second, one answer at a time, the prompt's time included; its interval is over
-    rounds."""
+    ``memory_bytes``: the most that MLX or llama.cpp held while one answer was generated, weights included.
+    ``speed``: tokens generated a second, one answer at a time, the prompt's time included; its interval is
+    over rounds."""
 
     load_s: float
     memory_bytes: int
     speed: Score
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How the matrices of a file of k-quants were written. ``types``: how many there are of each type.
+    ``narrow``: those of a larger type than the kind has for them, since their rows do not fill blocks of 256
+    values. ``weighed``: those whose errors were weighed by the importance matrix, which was measured on
+    ``tokens`` tokens of ``rows`` training rows."""
+
+    types: Mapping[str, int]
+    narrow: int
+    weighed: int
+    rows: int
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +111,9 @@ class Exported:
     tasks that were asked for, with their differences from the live adapter. ``rows_limit``: the rows that
     were asked for, of which there may be fewer. ``adapter_sha256`` and ``base_sha256``: of the checkpoint's
     weights and of the base, as the run recorded them. All three are None in a record of an earlier
-    release."""
+    release. ``judged_by``: the program whose log-probabilities ``distances`` and ``loss`` are of.
+    ``own_reading``: distances by tunesmith's own reader if llama.cpp judged. ``quantised``: None if the kind
+    has no importance matrix."""
 
     path: Path
     kind: str
@@ -114,6 +132,9 @@ class Exported:
     rows_limit: int | None = None
     adapter_sha256: str | None = None
     base_sha256: str | None = None
+    judged_by: str = OWN_READER
+    own_reading: Distances | None = None
+    quantised: Quantised | None = None
 
     @property
     def accepted(self) -> bool:
@@ -134,7 +155,10 @@ class Exported:
             "rows": self.rows,
             "rows_limit": self.rows_limit,
             "size_bytes": self.size_bytes,
+            "judged_by": self.judged_by,
             "kl": asdict(self.distances),
+            "own_reading": self.own_reading and asdict(self.own_reading),
+            "quantised": self.quantised and asdict(self.quantised),
             "answers": asdict(self.stops),
             "weights": asdict(self.weights),
             "cost": self.cost and asdict(self.cost),

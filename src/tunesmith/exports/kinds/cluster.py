@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from tunesmith import events
 from tunesmith.adapters.specs import Full
-from tunesmith.errors import ExportError, TunesmithError
+from tunesmith.errors import ExportError
 from tunesmith.events import Sink
-from tunesmith.exports import stored
+from tunesmith.exports import stored, training_rows
 from tunesmith.exports.kind import ArtefactNotes, ExportKind, Reloaded, Tolerance, Tuned, refuse, register
 from tunesmith.exports.kinds.peft import CONFIG, PEFTAdapter
 from tunesmith.learning.optimizer import OptimizerSpec
 from tunesmith.model.loading import ModelSpec
-from tunesmith.runs import manifest
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
 from tunesmith.settings import origins
@@ -40,6 +39,7 @@ IGNORED = -100
 OPTIMIZERS = {"adamw": "adamw_torch", "adam": "adamw_torch", "adafactor": "adafactor"}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as ``--max-lora-rank``."""
+INSTEAD = "--to peft"
 MICRO = 8
 """Rows on a device at once, at most, if the run does not say."""
 WITHOUT_PARQUET = "the rows are JSON lines alone: pip install 'tunesmith[tables]' writes them as Parquet too"
@@ -80,8 +80,8 @@ class Cluster(ExportKind):
         PEFTAdapter().write(tuned, folder / ADAPTER, notify)
         stored.copy_settings(tuned.loaded.path, tuned.tokenizer, folder / TOKENIZER)
         shutil.rmtree(folder / TOKENIZER / "additional_chat_templates", ignore_errors=True)
-        prepared = _prepared(tuned.run, tuned.config, notify)
-        sides = {"train": first_epoch(prepared), "valid": prepared.valid}
+        prepared = training_rows.prepare(tuned.run, tuned.config, self.name, INSTEAD, notify)
+        sides = {"train": training_rows.first_epoch(prepared), "valid": prepared.valid}
         present = {side: ROWS[side] for side, groups in sides.items() if groups}
         tables = [_write_rows(folder / path, sides[side]) for side, path in present.items()]
         settings = _settings(tuned, json.loads((folder / ADAPTER / CONFIG).read_text("utf-8")), prepared)
@@ -102,8 +102,8 @@ class Cluster(ExportKind):
     def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
         reloaded = PEFTAdapter().reload(folder / ADAPTER, source, run, notify)
         config = run.config.model_copy(update={"model": source})
-        prepared = _prepared(run, config, events.silent)
-        expected = {"train": first_epoch(prepared), "valid": prepared.valid}
+        prepared = training_rows.prepare(run, config, self.name, INSTEAD, events.silent)
+        expected = {"train": training_rows.first_epoch(prepared), "valid": prepared.valid}
         problems = [
             problem
             for side, groups in expected.items()
@@ -114,28 +114,6 @@ class Cluster(ExportKind):
 
 def _text(name: str) -> str:
     return (files("tunesmith.exports") / "cluster_files" / name).read_text("utf-8")
-
-
-def _prepared(run: Run, config: RunConfig, notify: Sink) -> Prepared:
-    """The rows of the run, read and rendered as when it was trained. Raises ExportError if the files or their
-    tokens are no longer the same."""
-    from tunesmith.training import preparation  # loads the audit, which no other kind needs
-
-    try:
-        prepared = preparation.prepare(config, notify, audited=True, recorded=manifest.recorded(run))
-        preparation.require_same(run, prepared)
-    except TunesmithError as error:
-        message = f"cluster: the rows of the run cannot be made again: {error.what}"
-        raise ExportError(message, where=error.where, hint=error.hint) from error
-    if changed := sorted(dict(prepared.hashes["data"]).items() ^ run.hashes["data"].items()):
-        message = "cluster: changed since the run was trained, so its tokens cannot be made again"
-        raise ExportError(message, where=changed[0][0], hint="put the file back, or --to peft")
-    return prepared
-
-
-def first_epoch(prepared: Prepared) -> list[Group]:
-    """The training rows in the order in which the first epoch learns them."""
-    return [prepared.train[index] for index in prepared.plan.order(0)]
 
 
 def token_row(group: Group) -> TokenRow:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 from gguf import GGUFReader
@@ -17,10 +18,12 @@ from tunesmith import events
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.events import Sink
 from tunesmith.exports import stored, weights
+from tunesmith.exports.importance import Importance
 from tunesmith.exports.kind import (
     ROUNDED,
     ArtefactNotes,
     ExportKind,
+    LlamaFiles,
     Reloaded,
     Tolerance,
     Tuned,
@@ -33,19 +36,29 @@ from tunesmith.model import loading, windows
 from tunesmith.model.gguf import architectures, conversion, reading, tokenizer_header, writing
 from tunesmith.model.gguf.architectures import ARCHITECTURES, Config, Values
 from tunesmith.model.gguf.reading import GGUFModel
+from tunesmith.model.gguf.writing import Encoding, NewTensor
 from tunesmith.model.loading import Loaded, ModelSpec
 from tunesmith.runs import opening
+from tunesmith.runs.artefacts import Quantised
 from tunesmith.runs.directory import Run
 from tunesmith.tokens.renderers import MistralRenderer
 
-CONVERTER = "--to hf, then llama.cpp's own: python convert_hf_to_gguf.py FOLDER --outtype {}"
+CONVERTER = "--to hf, then llama.cpp's own: python convert_hf_to_gguf.py FOLDER --outtype "
 
 
-class _GGUF(ExportKind):
+class WrittenGGUF(NamedTuple):
+    """The tensors of a file, and a remark on how precise it is."""
+
+    tensors: list[NewTensor]
+    precision: str
+
+
+class MergedGGUF(ExportKind):
     """Abstract. ``type``: of the matrices, in the gguf package's spelling."""
 
     type: ClassVar[str]
     runs_on_mlx: ClassVar[bool] = False
+    for_llama_cpp: ClassVar[bool] = True
 
     def accepts(self, tuned: Tuned) -> None:
         if _is_file(tuned) and tuned.source.tokenizer is None:
@@ -56,7 +69,7 @@ class _GGUF(ExportKind):
             else:
                 _header(tuned)
         except ModelError as error:
-            hint = error.hint or CONVERTER.format(self.type.lower())
+            hint = error.hint or _converter(self.type)
             raise ExportError(f"{self.name}: {error.what}", hint=hint) from error
 
     def announcement(self, tuned: Tuned) -> str:
@@ -66,52 +79,26 @@ class _GGUF(ExportKind):
 
     def write(self, tuned: Tuned, folder: Path, notify: Sink) -> ArtefactNotes:
         path = folder / f"model-{self.type.lower()}.gguf"
+        importance = self.importance(tuned, notify)
+        encoding = Encoding(self.type, {} if importance is None else importance.columns)
+        make = _write_into_copy if _is_file(tuned) else write_new
         try:
-            write = self._write_into_copy if _is_file(tuned) else self._write_new
-            held = write(tuned, path, notify)
+            tensors, precision = make(tuned, path, encoding, _plainly_named(tuned.tensors()), notify)
         except ModelError as error:
             raise ExportError(f"{self.name}: {error.what}", hint="--to gguf-bf16 or gguf-f32") from error
-        return ArtefactNotes(remarks=(*_remarks(tuned, path), held))
+        remarks = (*_remarks(tuned, path), precision)
+        if importance is None:
+            return ArtefactNotes(remarks=remarks)
+        quantised = _quantised(importance, tensors)
+        return ArtefactNotes(remarks=(*remarks, *_of_quantised(quantised)), quantised=quantised)
 
-    def _write_new(self, tuned: Tuned, path: Path, notify: Sink) -> str:
-        """Returns how precise the file is."""
-        config, dense = settings(tuned.loaded), _plainly_named(tuned.tensors())
-        architecture, values, factors = _header(tuned)
-        values |= {
-            "general.type": "model",
-            "general.name": tuned.loaded.path.name,
-            "general.file_type": int(writing.file_type(self.type)),
-            "general.quantization_version": 2,
-        }
-        tensors = writing.new_tensors(ARCHITECTURES[architecture], config, dense, factors, self.type)
-        writing.write(path, architecture, values, tensors, tick=events.ticker(notify, "tensors written"))
-        return f"the file has {writing.bits(tensors):.1f} bits a weight"
+    def importance(self, tuned: Tuned, notify: Sink) -> Importance | None:
+        """How much the columns of matrices matter; None if the type does not use it."""
+        return None
 
-    def _write_into_copy(self, tuned: Tuned, path: Path, notify: Sink) -> str:
-        """Keep the header and the tensors of the file that is the base, but those that changed. Returns how
-        precise the file is."""
-        reader = reading.read(Path(tuned.source.path))
-        fields = list(reader.fields.values())
-        keys = {field.name: field.contents() for field in fields if field.name.startswith("general.")}
-        values = _kept_ends(reader, tuned.ends)
-        if tuned.source.tokenizer is not None:
-            fields = [field for field in fields if not field.name.startswith("tokenizer.")]
-            values |= tokenizer_header.tokenizer_values(tuned.tokenizer, _n_tokens(tuned), tuned.ends)
-        dense = _plainly_named(tuned.tensors())
-        everything = tuned.source.adapter is not None or tuned.source.quantize is not None
-        changed = set(dense) if everything else stored.changed_names(tuned.loaded.net)
-        name, config = keys["general.architecture"], settings(tuned.loaded)
-        architecture = ARCHITECTURES[name]
-        tensors = list(writing.kept_tensors(reader, architecture, config, dense, changed, self.type))
-        places = writing.slots(architecture, config["num_hidden_layers"])
-        new = [each for each in tensors if each.name in places and places[each.name].tensor in changed]
-        if 2 * sum(each.n_weights for each in new) > sum(each.n_weights for each in tensors):
-            values["general.file_type"] = int(writing.file_type(self.type))  # else that of the base holds
-        tick = events.ticker(notify, "tensors written")
-        writing.write(path, name, values, tensors, fields, tick=tick)
-        types = ", ".join(f"{n} {kind}" for kind, n in Counter(each.type.name for each in new).most_common())
-        held = f"of {len(tensors)} tensors {len(new)} changed ({types}), the others are those of the base"
-        return f"{held}: the file has {writing.bits(tensors):.1f} bits a weight"
+    def llama_files(self, base: Callable[[], Tuned], folder: Path, work: Path) -> LlamaFiles:
+        (model,) = folder.glob("*.gguf")
+        return LlamaFiles(model, matrix_types(model))
 
     def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
         with tempfile.TemporaryDirectory(prefix=".gguf-", dir=folder.parent) as work:
@@ -121,6 +108,76 @@ class _GGUF(ExportKind):
             mx.eval(loaded.net.parameters())
             renderer = opening.renderer_of(run, Path(work))
             return Reloaded(loaded.net, renderer, declared_ends(Path(work), renderer))
+
+
+def write_new(
+    tuned: Tuned, path: Path, encoding: Encoding, tensors: Tensors, notify: Sink
+) -> WrittenGGUF:
+    """Write ``tensors`` with a header that follows from the model. Raises ModelError if a file cannot hold
+    it."""
+    config = settings(tuned.loaded)
+    architecture, values, factors = _header(tuned)
+    values |= {
+        "general.type": "model",
+        "general.name": tuned.loaded.path.name,
+        "general.file_type": int(writing.file_type(encoding.type)),
+        "general.quantization_version": 2,
+    }
+    values |= _of_importance(tuned, encoding)
+    new = writing.new_tensors(ARCHITECTURES[architecture], config, tensors, factors, encoding)
+    writing.write(path, architecture, values, new, tick=events.ticker(notify, "tensors written"))
+    return WrittenGGUF(new, f"the file has {writing.bits(new):.1f} bits a weight")
+
+
+def _write_into_copy(
+    tuned: Tuned, path: Path, encoding: Encoding, dense: Tensors, notify: Sink
+) -> WrittenGGUF:
+    """Keep the header and the tensors of the file that is the base, but those that changed."""
+    reader = reading.read(Path(tuned.source.path))
+    fields = list(reader.fields.values())
+    keys = {field.name: field.contents() for field in fields if field.name.startswith("general.")}
+    fields = [field for field in fields if not field.name.startswith("quantize.imatrix.")]
+    values = _kept_ends(reader, tuned.ends) | _of_importance(tuned, encoding)
+    if tuned.source.tokenizer is not None:
+        fields = [field for field in fields if not field.name.startswith("tokenizer.")]
+        values |= tokenizer_header.tokenizer_values(tuned.tokenizer, _n_tokens(tuned), tuned.ends)
+    everything = tuned.source.adapter is not None or tuned.source.quantize is not None
+    changed = set(dense) if everything else stored.changed_names(tuned.loaded.net)
+    name, config = keys["general.architecture"], settings(tuned.loaded)
+    architecture = ARCHITECTURES[name]
+    tensors = list(writing.kept_tensors(reader, architecture, config, dense, changed, encoding))
+    places = writing.slots(architecture, config["num_hidden_layers"])
+    new = [each for each in tensors if each.name in places and places[each.name].tensor in changed]
+    if 2 * sum(each.n_weights for each in new) > sum(each.n_weights for each in tensors):
+        values["general.file_type"] = int(writing.file_type(encoding.type))  # else that of the base holds
+    tick = events.ticker(notify, "tensors written")
+    writing.write(path, name, values, tensors, fields, tick=tick)
+    types = ", ".join(f"{n} {kind}" for kind, n in Counter(each.type.name for each in new).most_common())
+    held = f"of {len(tensors)} tensors {len(new)} changed ({types}), the others are those of the base"
+    return WrittenGGUF(tensors, f"{held}: the file has {writing.bits(tensors):.1f} bits a weight")
+
+
+def _of_importance(tuned: Tuned, encoding: Encoding) -> Values:
+    """The keys by which llama.cpp says that a file was quantised with an importance matrix."""
+    if not encoding.importance:
+        return {}
+    return {
+        "quantize.imatrix.dataset": f"training rows of {tuned.run.path.resolve().name}",
+        "quantize.imatrix.entries_count": len(encoding.importance),
+    }
+
+
+def _converter(type: str) -> str:
+    """The commands of llama.cpp that make a file of the type."""
+    if type in ("F32", "F16", "BF16", "Q8_0"):
+        return f"{CONVERTER}{type.lower()}"
+    return f"{CONVERTER}f16, and llama-quantize FILE.gguf {type}"
+
+
+def matrix_types(path: Path) -> frozenset[str]:
+    return frozenset(
+        tensor.tensor_type.name for tensor in reading.read(path).tensors if len(tensor.shape) > 1
+    )
 
 
 def _is_file(tuned: Tuned) -> bool:
@@ -138,7 +195,7 @@ def settings(loaded: Loaded) -> Config:
     return architectures.complete({**config, **vars(net.args)})
 
 
-def _dense(tuned: Tuned) -> Tensors:
+def dense(tuned: Tuned) -> Tensors:
     """The tensors of the base, of which only the shapes are needed before they are written."""
     return _plainly_named(weights.dense(tuned.loaded.net))
 
@@ -149,7 +206,7 @@ def _plainly_named(tensors: Tensors) -> Tensors:
 
 
 def _n_tokens(tuned: Tuned) -> int:
-    return _dense(tuned)["model.embed_tokens.weight"]().shape[0]
+    return dense(tuned)["model.embed_tokens.weight"]().shape[0]
 
 
 def _header(tuned: Tuned) -> tuple[str, Values, dict[str, Any]]:
@@ -158,10 +215,36 @@ def _header(tuned: Tuned) -> tuple[str, Values, dict[str, Any]]:
     numbers, _ = windows.windowed_layers(config)
     if config["model_type"] == "gemma2" and numbers != list(range(0, config["num_hidden_layers"], 2)):
         raise ModelError("layer_types: every second layer with a window expected, from the first")
-    architecture, values, factors = writing.described(config, _dense(tuned))
+    architecture, values, factors = writing.described(config, dense(tuned))
     tokenizer = tokenizer_header.tokenizer_values(tuned.tokenizer, _n_tokens(tuned), tuned.ends)
     tokenizer_header.require_readable(tokenizer, architecture)
     return architecture, values | tokenizer, factors
+
+
+def _quantised(importance: Importance, tensors: Sequence[NewTensor]) -> Quantised:
+    types = Counter(tensor.type.name for tensor in tensors if len(tensor.shape) > 1)
+    return Quantised(
+        types=dict(types.most_common()),
+        narrow=sum(tensor.narrow for tensor in tensors),
+        weighed=sum(tensor.weighed for tensor in tensors),
+        rows=importance.rows,
+        tokens=importance.tokens,
+    )
+
+
+def _of_quantised(quantised: Quantised) -> list[str]:
+    n_matrices = sum(quantised.types.values())
+    types = ", ".join(f"{count} {name}" for name, count in quantised.types.items())
+    remarks = [
+        f"importance matrix: {quantised.tokens} tokens of {quantised.rows} training rows, used for "
+        f"{quantised.weighed} of {n_matrices} matrices ({types})"
+    ]
+    if quantised.narrow:
+        remarks.append(
+            f"{quantised.narrow} of {n_matrices} matrices have rows that do not fill blocks of 256 values: "
+            "they have larger types, as llama.cpp chooses them"
+        )
+    return remarks
 
 
 def _kept_ends(reader: GGUFModel, ends: tuple[int, ...]) -> Values:
@@ -189,7 +272,7 @@ def _remarks(tuned: Tuned, path: Path) -> tuple[str, ...]:
 
 
 @register
-class GGUFF32(_GGUF):
+class GGUFF32(MergedGGUF):
     name: ClassVar[str] = "gguf-f32"
     what: ClassVar[str] = "merged model as GGUF in float32"
     tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01, step=ROUNDED)
@@ -197,7 +280,7 @@ class GGUFF32(_GGUF):
 
 
 @register
-class GGUFBF16(_GGUF):
+class GGUFBF16(MergedGGUF):
     name: ClassVar[str] = "gguf-bf16"
     what: ClassVar[str] = "merged model as GGUF in bfloat16"
     tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1, step=ROUNDED)
@@ -206,7 +289,7 @@ class GGUFBF16(_GGUF):
 
 
 @register
-class GGUFF16(_GGUF):
+class GGUFF16(MergedGGUF):
     name: ClassVar[str] = "gguf-f16"
     what: ClassVar[str] = "merged model as GGUF in float16"
     tolerance: ClassVar[Tolerance] = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1, step=ROUNDED)
@@ -215,7 +298,7 @@ class GGUFF16(_GGUF):
 
 
 @register
-class GGUFQ80(_GGUF):
+class GGUFQ80(MergedGGUF):
     name: ClassVar[str] = "gguf-q8_0"
     what: ClassVar[str] = "merged model as GGUF, 8.5 bits a weight"
     tolerance: ClassVar[Tolerance] = Tolerance(kl=0.02, p99=0.2, top=0.95, lost=0.25)
@@ -224,7 +307,7 @@ class GGUFQ80(_GGUF):
 
 
 @register
-class GGUFQ51(_GGUF):
+class GGUFQ51(MergedGGUF):
     name: ClassVar[str] = "gguf-q5_1"
     what: ClassVar[str] = "merged model as GGUF, 6 bits a weight"
     tolerance: ClassVar[Tolerance] = Tolerance(kl=0.05, p99=0.5, top=0.9, lost=0.4)
@@ -233,7 +316,7 @@ class GGUFQ51(_GGUF):
 
 
 @register
-class GGUFQ50(_GGUF):
+class GGUFQ50(MergedGGUF):
     name: ClassVar[str] = "gguf-q5_0"
     what: ClassVar[str] = "merged model as GGUF, 5.5 bits a weight"
     tolerance: ClassVar[Tolerance] = Tolerance(kl=0.05, p99=0.5, top=0.9, lost=0.4)
@@ -242,7 +325,7 @@ class GGUFQ50(_GGUF):
 
 
 @register
-class GGUFQ41(_GGUF):
+class GGUFQ41(MergedGGUF):
     name: ClassVar[str] = "gguf-q4_1"
     what: ClassVar[str] = "merged model as GGUF, 5 bits a weight"
     tolerance: ClassVar[Tolerance] = Tolerance(kl=0.1, p99=2.0, top=0.85, lost=0.5)
@@ -251,7 +334,7 @@ class GGUFQ41(_GGUF):
 
 
 @register
-class GGUFQ40(_GGUF):
+class GGUFQ40(MergedGGUF):
     name: ClassVar[str] = "gguf-q4_0"
     what: ClassVar[str] = "merged model as GGUF, 4.5 bits a weight"
     tolerance: ClassVar[Tolerance] = Tolerance(kl=0.1, p99=2.0, top=0.85, lost=0.5)

@@ -5,6 +5,7 @@ QA-LoRA acts on sums over groups of inputs; it is written as the A of the LoRA t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader
 from mlx.utils import tree_unflatten
 
+from tunesmith import events
 from tunesmith.adapters import LoRALinear, adapted
 from tunesmith.adapters.layers import dims
 from tunesmith.adapters.specs import Full
@@ -22,6 +24,7 @@ from tunesmith.exports.kind import (
     UNROUNDED,
     ArtefactNotes,
     ExportKind,
+    LlamaFiles,
     Reloaded,
     Tolerance,
     Tuned,
@@ -31,12 +34,13 @@ from tunesmith.exports.kind import (
     register,
     require_stored_base,
 )
-from tunesmith.exports.kinds.gguf import settings
+from tunesmith.exports.kinds import gguf
+from tunesmith.exports.kinds.gguf import matrix_types, settings
 from tunesmith.exports.weights import INSIDE
 from tunesmith.model import loading
 from tunesmith.model.gguf import weights, writing
 from tunesmith.model.gguf.architectures import ARCHITECTURES, Config
-from tunesmith.model.gguf.writing import NewTensor, Slot
+from tunesmith.model.gguf.writing import Encoding, NewTensor, Slot
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs import opening
 from tunesmith.runs.directory import Run
@@ -47,6 +51,8 @@ BASE = "BASE.gguf"
 ALPHA = "adapter.lora.alpha"
 FLOAT32 = GGMLQuantizationType.F32
 MERGED = "--to gguf-q8_0 writes a merged model"
+MOST_BYTES = 8 << 30
+"""Of a base that is written as GGUF only to be read by llama.cpp beside the adapter."""
 
 
 @register
@@ -57,6 +63,7 @@ class GGUFLoRA(ExportKind):
     more_precise: ClassVar[str | None] = "gguf-f32"
     stands_alone: ClassVar[bool] = False
     runs_on_mlx: ClassVar[bool] = False
+    for_llama_cpp: ClassVar[bool] = True
 
     def accepts(self, tuned: Tuned) -> None:
         if not Path(tuned.source.path).is_file():
@@ -98,6 +105,14 @@ class GGUFLoRA(ExportKind):
         writing.write(folder / FILE, name, values, tensors)
         return ArtefactNotes(remarks=_remarks(tuned))
 
+    def llama_files(self, base: Callable[[], Tuned], folder: Path, work: Path) -> LlamaFiles:
+        tuned = base()
+        stored = Path(tuned.source.path)
+        if not stored.is_file():
+            stored = work / "base.gguf"
+            _write_base(tuned, stored)
+        return LlamaFiles(stored, matrix_types(stored), folder / FILE)
+
     def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
         loaded = loading.load(plain(source), notify)
         renderer = opening.renderer_of(run, source.tokenizer or loaded.path)
@@ -111,6 +126,18 @@ def _remarks(tuned: Tuned) -> tuple[str, ...]:
     if base == BASE and {"quantization", "quantization_config"} & tuned.base_config.keys():
         return (use, f"{BASE} must hold the weights that MLX quantised, not those of the original model")
     return (use,)
+
+
+def _write_base(tuned: Tuned, path: Path) -> None:
+    """Write the base in float32, so that nothing but the adapter differs. Raises ExportError if it is too
+    large for that, or cannot be written."""
+    n_bytes = 4 * sum(make().size for make in gguf.dense(tuned).values())
+    if n_bytes > MOST_BYTES:
+        raise ExportError(f"the base takes {n_bytes / 1e9:.1f} GB as a GGUF file in float32")
+    try:
+        gguf.write_new(tuned, path, Encoding("F32"), gguf.dense(tuned), events.silent)
+    except ModelError as error:
+        raise ExportError(error.what) from error
 
 
 def _architecture(config: Config) -> str:

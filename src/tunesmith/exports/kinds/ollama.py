@@ -4,7 +4,7 @@ was trained with, in Ollama's language, its end tokens and its system message.""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,8 +16,18 @@ from tunesmith.errors import ExportError, TemplateError
 from tunesmith.evaluation.evaluate import IMITATED
 from tunesmith.events import Event, Notice, Sink
 from tunesmith.exports import go_templates, ollama_templates
-from tunesmith.exports.kind import ArtefactNotes, ExportKind, Reloaded, Tolerance, Tuned, refuse, register
+from tunesmith.exports.kind import (
+    ArtefactNotes,
+    ExportKind,
+    LlamaFiles,
+    Reloaded,
+    Tolerance,
+    Tuned,
+    refuse,
+    register,
+)
 from tunesmith.exports.kinds.gguf import GGUFF16, GGUFQ40, GGUFQ80
+from tunesmith.exports.kinds.gguf_mixes import GGUFQ4KM
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs.directory import VALID, Run
 from tunesmith.tokens.template import Renderer
@@ -33,7 +43,11 @@ class _Ollama(ExportKind):
 
     gguf: ClassVar[type[ExportKind]]
     runs_on_mlx: ClassVar[bool] = False
+    for_llama_cpp: ClassVar[bool] = True
     has_own_template: ClassVar[bool] = True
+
+    def require_installed(self) -> None:
+        self.gguf().require_installed()
 
     def accepts(self, tuned: Tuned) -> None:
         self.gguf().accepts(tuned)
@@ -62,7 +76,10 @@ class _Ollama(ExportKind):
                 "request"
             )
         own = [remark for remark in notes.remarks if not remark.startswith("use:")]
-        return ArtefactNotes(notes.survived, (*remarks, *own))
+        return notes._replace(remarks=(*remarks, *own))
+
+    def llama_files(self, base: Callable[[], Tuned], folder: Path, work: Path) -> LlamaFiles:
+        return self.gguf().llama_files(base, folder, work)
 
     def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
         reloaded = self.gguf().reload(folder, source, run, notify)
@@ -222,3 +239,12 @@ class OllamaQ40(_Ollama):
     tolerance: ClassVar[Tolerance] = GGUFQ40.tolerance
     more_precise: ClassVar[str | None] = "ollama"
     gguf: ClassVar[type[ExportKind]] = GGUFQ40
+
+
+@register
+class OllamaQ4KM(_Ollama):
+    name: ClassVar[str] = "ollama-q4_k_m"
+    what: ClassVar[str] = "folder for ollama create, about 4.9 bits a weight, with an importance matrix"
+    tolerance: ClassVar[Tolerance] = GGUFQ4KM.tolerance
+    more_precise: ClassVar[str | None] = "ollama"
+    gguf: ClassVar[type[ExportKind]] = GGUFQ4KM

@@ -24,7 +24,7 @@ from gguf import (
 )
 
 from tunesmith.errors import ModelError, listing
-from tunesmith.model.gguf import weights
+from tunesmith.model.gguf import ggml, tensor_types, weights
 from tunesmith.model.gguf.architectures import (
     ARCHITECTURES,
     TOP,
@@ -50,18 +50,20 @@ NOT_COMPARED = frozenset(
     "hidden_activation".split()
 )
 """Settings that hold the same in other words, or that are compared by what follows from them."""
-PRECISE = {"Q4_0": "Q8_0", "Q4_1": "Q8_0", "Q5_0": "Q8_0", "Q5_1": "Q8_0"}
-"""The type of the matrix that gives the logits, which suffers most from few bits."""
+UNQUANTISED = frozenset(GGMLQuantizationType[name] for name in ("F32", "F16", "BF16"))
 
 
 class NewTensor(NamedTuple):
     """A tensor of the file. ``shape``: in numpy's order. ``content``: makes its bytes, cut along the first
-    axis; it is called once."""
+    axis; it is called once. ``narrow``: its rows do not fill the blocks of the type that the file would have
+    for it. ``weighed``: its errors are weighed by an importance matrix."""
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     content: Callable[[], Iterable[np.ndarray]]
+    narrow: bool = False
+    weighed: bool = False
 
     @property
     def n_weights(self) -> int:
@@ -71,6 +73,14 @@ class NewTensor(NamedTuple):
     def n_bytes(self) -> int:
         block, size = GGML_QUANT_SIZES[self.type]
         return self.n_weights // block * size
+
+
+class Encoding(NamedTuple):
+    """How the matrices of a file are written. ``type``: the type that the file is named after.
+    ``importance``: by tensor of the net, the weight of the error in each column."""
+
+    type: str
+    importance: Mapping[str, np.ndarray] = {}
 
 
 class Slot(NamedTuple):
@@ -162,56 +172,58 @@ def _equal(value: object, other: object) -> bool:
     return value == other
 
 
-def type_of(name: str, shape: Sequence[int], asked: str, *, head: bool) -> GGMLQuantizationType:
-    """The type of a tensor in a file of the type ``asked``: vectors stay float32, rows that do not fill
-    blocks float16. head: whether the matrix gives the logits."""
-    if len(shape) == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
-        return GGMLQuantizationType.F32
-    kind = GGMLQuantizationType[PRECISE.get(asked, asked) if head else asked]
-    return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else GGMLQuantizationType.F16
-
-
 def new_tensors(
-    architecture: Architecture, config: Config, dense: Dense, factors: Mapping[str, np.ndarray], asked: str
+    architecture: Architecture,
+    config: Config,
+    dense: Dense,
+    factors: Mapping[str, np.ndarray],
+    encoding: Encoding,
 ) -> list[NewTensor]:
-    """All tensors of a file, in the types of one of the type ``asked``. Writing one removes its function from
-    ``dense``, which frees it."""
+    """All tensors of a file. Writing one removes its function from ``dense``, which frees it."""
     tensors = [
         NewTensor(name, value.shape, GGMLQuantizationType.F32, lambda value=value: [value])
         for name, value in factors.items()
     ]
-    n_blocks, tied = config["num_hidden_layers"], "lm_head.weight" not in dense
-    for name, slot in slots(architecture, n_blocks).items():
+    tied = "lm_head.weight" not in dense
+    for name, slot in slots(architecture, config["num_hidden_layers"]).items():
         if slot.tensor in dense:
             head = name == ("token_embd.weight" if tied else "output.weight")
-            shape = tuple(dense[slot.tensor]().shape)
-            kind = type_of(name, shape, asked, head=head)
-            tensors.append(_computed(name, shape, kind, architecture, slot, config, dense))
+            tensors.append(_computed(name, head, architecture, slot, config, dense, encoding))
     return tensors
 
 
 def _computed(
     name: str,
-    shape: tuple[int, ...],
-    kind: GGMLQuantizationType,
+    head: bool,
     architecture: Architecture,
     slot: Slot,
     config: Config,
     dense: Dense,
+    encoding: Encoding,
 ) -> NewTensor:
+    """head: whether the matrix gives the logits."""
+    shape = tuple(dense[slot.tensor]().shape)
+    kind, narrow = tensor_types.choose(name, shape, encoding.type, config["num_hidden_layers"], head=head)
+    importance = None if head or kind in UNQUANTISED else encoding.importance.get(slot.tensor)
+
     def content() -> Iterator[np.ndarray]:
         value = np.asarray(dense.pop(slot.tensor)())
         rows = np.atleast_2d(weights.in_file(architecture, slot.part, value, config))
         rows = rows.reshape(-1, rows.shape[-1])
         step = max(1, BLOCK // rows.shape[-1])
         for first in range(0, len(rows), step):
-            yield encoded(rows[first : first + step], kind, name)
+            yield encoded(rows[first : first + step], kind, name, importance)
 
-    return NewTensor(name, shape, kind, content)
+    return NewTensor(name, shape, kind, content, narrow, importance is not None)
 
 
-def encoded(value: np.ndarray, kind: GGMLQuantizationType, name: str) -> np.ndarray:
-    """``value`` in the type. Raises ModelError if the type cannot hold it."""
+def encoded(
+    value: np.ndarray, kind: GGMLQuantizationType, name: str, importance: np.ndarray | None = None
+) -> np.ndarray:
+    """``value`` in the type. importance: the weight of the error in each column. Raises ModelError if the
+    type cannot hold it, SetupError if llama.cpp is needed to write it and not installed."""
+    if importance is not None or kind.name.endswith("_K"):
+        return ggml.quantised(value, kind, importance)
     with np.errstate(over="ignore"):
         content = quants.quantize(np.ascontiguousarray(value), kind)
     if kind == GGMLQuantizationType.F16 and not np.isfinite(content).all():
@@ -225,10 +237,10 @@ def kept_tensors(
     config: Config,
     dense: Dense,
     changed: Collection[str],
-    asked: str,
+    encoding: Encoding,
 ) -> Iterator[NewTensor]:
-    """The tensors of the file that the model was read from: those of ``changed`` as they are in ``dense``, in
-    the type ``asked``, all others as they are. Writing one removes its function from ``dense``."""
+    """The tensors of the file that the model was read from: those of ``changed`` as they are in ``dense``, by
+    ``encoding``, all others as they are. Writing one removes its function from ``dense``."""
     places = slots(architecture, config["num_hidden_layers"])
     head = "output.weight" if any(tensor.name == "output.weight" for tensor in reader.tensors) else ""
     for tensor in reader.tensors:
@@ -238,9 +250,7 @@ def kept_tensors(
             yield NewTensor(tensor.name, shape, tensor.tensor_type, lambda data=tensor.data: [data])
             continue
         is_head = tensor.name == (head or "token_embd.weight")
-        shape = tuple(dense[slot.tensor]().shape)
-        kind = type_of(tensor.name, shape, asked, head=is_head)
-        yield _computed(tensor.name, shape, kind, architecture, slot, config, dense)
+        yield _computed(tensor.name, is_head, architecture, slot, config, dense, encoding)
 
 
 def file_type(asked: str) -> int:

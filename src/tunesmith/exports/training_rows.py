@@ -1,0 +1,37 @@
+"""The training rows of a run, read and rendered as when it was trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tunesmith.errors import ExportError, TunesmithError
+from tunesmith.events import Sink
+from tunesmith.runs import manifest
+from tunesmith.runs.config import RunConfig
+from tunesmith.runs.directory import Run
+from tunesmith.tokens.batches import Group
+
+if TYPE_CHECKING:
+    from tunesmith.training.preparation import Prepared
+
+
+def prepare(run: Run, config: RunConfig, kind: str, instead: str, notify: Sink) -> Prepared:
+    """The rows of both sides. Raises ExportError, in the name of ``kind``, if the files or their tokens are
+    no longer the same. instead: what to do then."""
+    from tunesmith.training import preparation  # loads the audit, which most kinds do not need
+
+    try:
+        prepared = preparation.prepare(config, notify, audited=True, recorded=manifest.recorded(run))
+        preparation.require_same(run, prepared)
+    except TunesmithError as error:
+        message = f"{kind}: the rows of the run cannot be made again: {error.what}"
+        raise ExportError(message, where=error.where, hint=error.hint) from error
+    if changed := sorted(dict(prepared.hashes["data"]).items() ^ run.hashes["data"].items()):
+        message = f"{kind}: changed since the run was trained, so its tokens cannot be made again"
+        raise ExportError(message, where=changed[0][0], hint=f"put the file back, or {instead}")
+    return prepared
+
+
+def first_epoch(prepared: Prepared) -> list[Group]:
+    """The training rows in the order in which the first epoch learns them."""
+    return [prepared.train[index] for index in prepared.plan.order(0)]

@@ -1,0 +1,188 @@
+"""llama.cpp as the judge of GGUF files: k-quants by its own quantiser, and faults that it alone can see."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader, quants
+
+import tiny
+import tunesmith
+from tunesmith.errors import ExportError
+from tunesmith.exports import fresh, judging, llama_cpp, llama_reading
+from tunesmith.exports.kinds import gguf, gguf_lora
+from tunesmith.model.gguf import ggml, tokenizer_header, writing
+
+pytest.importorskip("xllamacpp")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+BLOCK = ["Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "Q8_0"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Rows of 256 values, so that nothing falls back."""
+    folder = tmp_path_factory.mktemp("judged")
+    base = folder / "base"
+    base.mkdir()
+    tiny.write_model(base, tiny.write_tokenizer(base) + 5, hidden=256, tied=False, layers=4)
+    rows = tiny.write_rows(folder / "rows.jsonl", tiny.conversations(24))
+    sets = ["loop.steps=12", "optimizer.learning_rate=0.01", "adapter.targets=all-linear"]
+    config = tunesmith.configure(model=str(base), data=[str(rows)], sets=sets)
+    tunesmith.train(config, out=folder / "run")
+    return folder / "run"
+
+
+def rejected(run: Path, kind: str, out: Path) -> list[str]:
+    with pytest.raises(ExportError, match="rejected"):
+        tunesmith.export(run, to=kind, rows=3, out=out)
+    return json.loads((out.with_name(out.name + ".rejected") / "export.json").read_text())["reasons"]
+
+
+@pytest.mark.parametrize("name", BLOCK)
+def test_ggml_writes_what_the_gguf_package_reads(name):
+    """Error of Gaussian weights by type; in threads as in one."""
+    kind = GGMLQuantizationType[name]
+    value = np.random.Generator(np.random.PCG64(1)).normal(size=(37, 512)).astype(np.float32)
+    content = ggml.quantised(value, kind)
+    read = quants.dequantize(content, kind)
+    error = np.sqrt(np.square(read - value).mean())
+    most = {"Q4_K": 0.08, "Q5_K": 0.04, "Q6_K": 0.02, "Q5_0": 0.06, "Q5_1": 0.05, "Q8_0": 0.006}
+    assert error < most[name]
+    rows = np.concatenate([ggml.quantised(row[None], kind) for row in value])
+    assert np.array_equal(content, rows)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K", "Q5_0"])
+def test_columns_that_matter_more_are_written_more_exactly(name):
+    kind = GGMLQuantizationType[name]
+    value = np.random.Generator(np.random.PCG64(2)).normal(size=(64, 512)).astype(np.float32)
+    importance = np.ones(512, np.float32)
+    importance[::8] = 400.0
+    errors = [
+        np.square(quants.dequantize(ggml.quantised(value, kind, weights), kind) - value)[:, ::8].mean()
+        for weights in (None, importance)
+    ]
+    assert errors[1] < 0.75 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "kind", ["gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-lora"]
+)
+def test_llama_cpp_judges_files_that_are_made_for_it(run, kind, tmp_path):
+    exported = tunesmith.export(run, to=kind, rows=4, out=tmp_path / "out")
+    assert exported.judged_by.startswith("llama.cpp (xllamacpp")
+    assert exported.own_reading is not None and exported.cost is not None
+    assert exported.cost.memory_bytes > 0 and exported.cost.speed.value > 0
+    if kind in ("gguf-f32", "gguf-lora"):
+        assert exported.distances.mean < 1e-5 and exported.distances.top == 1
+
+
+def test_a_k_quant_records_its_importance_matrix_and_its_types(run, tmp_path):
+    exported = tunesmith.export(run, to="gguf:q4_k_m", rows=4, out=tmp_path / "out")
+    quantised = exported.quantised
+    assert quantised is not None and quantised.narrow == 0
+    assert quantised.rows > 0 and quantised.tokens > 0
+    assert quantised.weighed == 7 * 4 and sum(quantised.types.values()) == 7 * 4 + 2
+    (path,) = exported.path.glob("*.gguf")
+    reader = GGUFReader(path)
+    assert reader.fields["quantize.imatrix.entries_count"].contents() == 7 * 4
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["output.weight"] == "Q6_K" and types["blk.0.attn_q.weight"] == "Q4_K"
+    record = json.loads((exported.path / "export.json").read_text())
+    assert record["quantised"]["tokens"] == quantised.tokens
+    again = tunesmith.export(run, to="gguf:q4_k_m", rows=4, out=tmp_path / "again")
+    (other,) = again.path.glob("*.gguf")
+    assert path.read_bytes() == other.read_bytes()
+
+
+def test_the_importance_matrix_lowers_the_divergence(run, tmp_path, monkeypatch):
+    weighed = tunesmith.export(run, to="gguf:q4_k_m", rows=8, out=tmp_path / "weighed")
+    encoding = writing.Encoding
+    monkeypatch.setattr(gguf, "Encoding", lambda kind, importance={}: encoding(kind))
+    plain = tunesmith.export(run, to="gguf:q4_k_m", rows=8, out=tmp_path / "plain")
+    assert plain.quantised is not None and plain.quantised.weighed == 0
+    (path,) = plain.path.glob("*.gguf")
+    assert "quantize.imatrix.entries_count" not in GGUFReader(path).fields
+    assert weighed.distances.mean < plain.distances.mean
+
+
+def test_rows_of_another_width_are_counted_and_said(tmp_path, tiny_model):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))
+    config = tunesmith.configure(model=str(tiny_model), data=[str(rows)], sets=["loop.steps=6"])
+    tunesmith.train(config, out=tmp_path / "run")
+    exported = tunesmith.export(tmp_path / "run", to="gguf:q4_k_m", rows=2, out=tmp_path / "out")
+    assert exported.quantised is not None
+    assert exported.quantised.narrow == sum(exported.quantised.types.values()) == 15
+    assert any("do not fill blocks of 256 values" in remark for remark in exported.remarks)
+
+
+def test_a_file_that_gives_other_ids_to_llama_cpp_alone_is_rejected(run, tmp_path, monkeypatch):
+    """Our own reader takes the merges; llama.cpp cuts the text first, by the name of a pre-tokenizer."""
+    values = tokenizer_header.tokenizer_values
+    other = {"tokenizer.ggml.pre": "llama-bpe"}
+    monkeypatch.setattr(tokenizer_header, "tokenizer_values", lambda *args: values(*args) | other)
+    monkeypatch.setattr(tokenizer_header, "require_readable", lambda *args: None)
+    monkeypatch.setattr(fresh, "run", _with_the_ids_of_training(fresh.run))
+    assert any(
+        "other ids: llama.cpp gives" in reason for reason in rejected(run, "gguf-f32", tmp_path / "out")
+    )
+
+
+def _with_the_ids_of_training(measure: Any) -> Any:
+    """Drop what the own reader says of ids, to see that llama.cpp's alone rejects."""
+
+    def run(job: fresh.Job, folder: Path) -> fresh.Result:
+        result = measure(job, folder)
+        problems = [problem for problem in result.problems if not problem.startswith("other ids")]
+        return fresh.Result(**{**vars(result), "problems": problems})
+
+    return run
+
+
+def test_a_file_whose_end_token_llama_cpp_does_not_know_is_rejected(run, tmp_path, monkeypatch):
+    plain = judging.by_llama_cpp
+    monkeypatch.setattr(
+        judging,
+        "by_llama_cpp",
+        lambda files, tolerance, probes, texts, ends, *others: plain(
+            files, tolerance, probes, texts, [*ends, 40], *others
+        ),
+    )
+    reasons = rejected(run, "gguf-f32", tmp_path / "out")
+    assert "it never stops: llama.cpp goes on after the trained end token 40" in reasons
+
+
+def test_a_file_that_llama_cpp_cannot_load_is_rejected_with_its_words(run, tmp_path, monkeypatch):
+    """A tensor that our reader does not need, and llama.cpp refuses."""
+    plain = judging.by_llama_cpp
+
+    def cut(files, *others):
+        content = files.model.read_bytes()
+        files.model.write_bytes(content[: len(content) - 4096])
+        return plain(files, *others)
+
+    monkeypatch.setattr(judging, "by_llama_cpp", cut)
+    assert any("llama.cpp cannot load" in reason for reason in rejected(run, "gguf-f16", tmp_path / "out"))
+
+
+def test_a_scale_that_llama_cpp_applies_twice_is_rejected(run, tmp_path, monkeypatch):
+    """alpha is written as well, which our reader is told to leave out."""
+    monkeypatch.setattr(gguf_lora, "ALPHA", "adapter.lora.other")
+    writer = writing.write
+
+    def with_alpha(path, architecture, values, tensors, fields=()):
+        writer(path, architecture, values | {"adapter.lora.alpha": 64.0}, tensors, fields)
+
+    monkeypatch.setattr(gguf_lora.writing, "write", with_alpha)
+    monkeypatch.setattr(llama_reading, "run", llama_reading.run)
+    reasons = rejected(run, "gguf-lora", tmp_path / "out")
+    assert any("KL divergence" in reason for reason in reasons)
+
+
+def test_llama_cpp_is_named_with_its_release():
+    assert llama_cpp.missing() is None and llama_cpp.name().startswith("llama.cpp (xllamacpp 20")
