@@ -19,6 +19,7 @@ from tunesmith import events
 from tunesmith.adapters import adapted
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.exports import fidelity
+from tunesmith.exports.kind import Tuned
 from tunesmith.exports.kinds import gguf, gguf_lora
 from tunesmith.model.gguf import tensor_types, tokenizer_header, weights, writing
 from tunesmith.model.gguf.architectures import ARCHITECTURES, complete, describe, settings
@@ -230,14 +231,13 @@ def test_a_family_that_cannot_be_written_is_refused_with_llama_cpp_s_command():
 
 def without_head(monkeypatch) -> None:
     """llama.cpp 9065: the change of the head is dropped."""
-    dense = gguf._dense
+    tensors = Tuned.tensors
 
     def spoiled(tuned):
-        head: Any = adapted(tuned.loaded.net)
-        plain = head["lm_head"].linear.weight if "lm_head" in head else None
-        return dense(tuned) | ({} if plain is None else {"lm_head.weight": lambda: plain})
+        head: Any = adapted(tuned.loaded.net)["lm_head"]
+        return tensors(tuned) | {"lm_head.weight": lambda: head.linear.weight}
 
-    monkeypatch.setattr(gguf, "_dense", spoiled)
+    monkeypatch.setattr(Tuned, "tensors", spoiled)
 
 
 def without_pairs(monkeypatch) -> None:

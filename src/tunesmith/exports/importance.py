@@ -38,7 +38,7 @@ class Importance(NamedTuple):
 def of_run(tuned: Tuned, kind: str, instead: str, notify: Sink) -> Importance:
     """Measure the live adapter on training rows in the order of the first epoch. Raises ExportError, in the
     name of ``kind``, if the rows cannot be made again. instead: what to do then."""
-    prepared = training_rows.prepare(tuned.run, tuned.config, kind, instead, notify)
+    prepared = training_rows.prepare(tuned.run, tuned.config, kind, instead, events.silent)
     sequences = [
         sequence.ids[:-1].tolist()  # nothing is predicted from the last token
         for group in training_rows.first_epoch(prepared)
