@@ -7,7 +7,6 @@ a folder with ``llama.json``; the log-probabilities and what else was read are w
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import psutil
 from tunesmith.errors import ExportError
 from tunesmith.exports.llama_cpp import LlamaCpp
 from tunesmith.files import read_json
+from tunesmith.model.gguf import ggml
 
 JOB, RESULT, LOGPROBS = "llama.json", "llama_result.json", "llama.npy"
 

@@ -5,13 +5,13 @@ The ``gguf`` package reads k-quants but cannot write them, and it cannot weigh e
 from __future__ import annotations
 
 import ctypes
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import psutil
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tunesmith.errors import SetupError
@@ -40,6 +40,11 @@ def library() -> ctypes.CDLL:
     return opened
 
 
+def threads() -> int:
+    """As many as the kernels of this process have, or one for each core."""
+    return backend.cpu_threads() if backend.on_linux() else psutil.cpu_count(logical=False) or 1
+
+
 def quantised(
     value: np.ndarray, kind: GGMLQuantizationType, importance: np.ndarray | None = None
 ) -> np.ndarray:
@@ -52,13 +57,13 @@ def quantised(
     weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
     at_weights = None if weights is None else weights.ctypes.data
     quantise = library().ggml_quantize_chunk
-    threads = backend.cpu_threads() if backend.on_linux() else os.cpu_count() or 1
-    step = max(1, -(-len(source) // threads))
+    count = threads()
+    step = max(1, -(-len(source) // count))
 
     def rows_from(start: int) -> None:
         n_rows = min(step, len(source) - start)
         quantise(int(kind), source.ctypes.data, target.ctypes.data, start * width, n_rows, width, at_weights)
 
-    with ThreadPoolExecutor(threads) as pool:  # ctypes releases the lock of the interpreter
+    with ThreadPoolExecutor(count) as pool:  # ctypes releases the lock of the interpreter
         list(pool.map(rows_from, range(0, len(source), step)))
     return target.reshape(*value.shape[:-1], -1)
