@@ -70,8 +70,8 @@ def mean_squares(
     sequences: Sequence[list[int]],
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
-    """By the name of the weight of each linear layer, the mean square of each of its inputs. tick: called with
-    the number of sequences that are done, and of all."""
+    """By the name of the weight of each linear layer, the mean square of each of its inputs. tick: called
+    with the number of sequences that are done, and of all."""
     layers = _linear_layers(net)
     names = {id(layer): name.removeprefix(INSIDE) for name, layer in layers.items()}
     sums: dict[str, mx.array] = {}

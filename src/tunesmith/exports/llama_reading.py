@@ -84,9 +84,7 @@ def measure(folder: Path) -> LlamaResult:
     longest = max(len(ids) for ids, _ in job.rows)
     before, began = _memory(), time.perf_counter()
     adapter = None if job.adapter is None else Path(job.adapter)
-    model = LlamaCpp(
-        Path(job.model), adapter, max(longest, len(job.prompt) + job.answer), os.cpu_count() or 1
-    )
+    model = LlamaCpp(Path(job.model), adapter, max(longest, len(job.prompt) + job.answer), ggml.threads())
     load_s = time.perf_counter() - began
     seconds: list[float] = []
     memory = 0

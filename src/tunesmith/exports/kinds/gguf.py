@@ -110,9 +110,7 @@ class MergedGGUF(ExportKind):
             return Reloaded(loaded.net, renderer, declared_ends(Path(work), renderer))
 
 
-def write_new(
-    tuned: Tuned, path: Path, encoding: Encoding, tensors: Tensors, notify: Sink
-) -> WrittenGGUF:
+def write_new(tuned: Tuned, path: Path, encoding: Encoding, tensors: Tensors, notify: Sink) -> WrittenGGUF:
     """Write ``tensors`` with a header that follows from the model. Raises ModelError if a file cannot hold
     it."""
     config = settings(tuned.loaded)
