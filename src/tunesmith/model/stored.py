@@ -5,6 +5,7 @@ computes with has no place."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,7 +69,7 @@ def places(net: nn.Module, folder: Path, config: Mapping[str, Any]) -> dict[str,
     stored = tensors(folder)
     by_identity = {id(value): name for name, value in marks.items()}
     held = list(marks.values())  # an identity is that of an object only while it lives
-    code: Any = net
+    code = _with_head(net)
     renamed = layouts.rename(dict(config), dict(marks))
     renamed = code.sanitize(renamed) if "sanitize" in dir(code) else renamed
     by_stored: dict[str, Place] = {}
@@ -81,6 +82,16 @@ def places(net: nn.Module, folder: Path, config: Mapping[str, Any]) -> dict[str,
     if config.get("tie_word_embeddings"):
         by_stored |= _tied_heads(by_stored, stored)
     return by_stored
+
+
+def _with_head(net: nn.Module) -> Any:
+    """A copy of ``net`` that has a head, to rename tensors by its code: that of Gemma 3 and RecurrentGemma
+    removes the head of a tied model, and fails where loading did so already."""
+    code: Any = copy.copy(net)
+    code.setdefault("lm_head", None)
+    if isinstance(code.get("language_model"), nn.Module):
+        code["language_model"] = _with_head(code["language_model"])
+    return code
 
 
 def _tied_heads(known: Mapping[str, Place], stored: Mapping[str, StoredTensor]) -> dict[str, Place]:

@@ -90,7 +90,7 @@ class GGUFLoRA(ExportKind):
         tensors: list[NewTensor] = []
         for layer_name, layer in layers.items():
             if not isinstance(layer, LoRALinear):
-                raise ExportError("gguf-lora: routed experts are adapted", hint=MERGED)
+                raise ExportError("gguf-lora: routed experts are adapted", hint="--to mlx, or --to hf")
             file, slot = places[f"{layer_name.removeprefix(INSIDE)}.weight"]
             b = np.array((layer.lora_b * layer.scale).T)
             b = weights.in_file(ARCHITECTURES[name], slot.part, b, config)
