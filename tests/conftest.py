@@ -102,7 +102,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(FigureCanvasAgg, "print_png", _save_pixel)
-        patch.setattr(fresh, "subprocess", SimpleNamespace(run=forks.run))
+        patch.setattr(fresh, "subprocess", SimpleNamespace(Popen=forks.Ended, PIPE=subprocess.PIPE))
         yield
 
 

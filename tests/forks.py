@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 MODULES = (
     "mlx_lm.utils",
@@ -83,6 +83,29 @@ def run(
     start = words.index("-m")
     assert set(words[1:start]) <= {"-P"}
     return _shared().run(words[start + 1 :], os.environ if env is None else env, cwd or Path.cwd())
+
+
+class Ended:
+    """What `subprocess.Popen` gives for ``command``, of a process that has ended: its output is read from a
+    list, not as it is written."""
+
+    def __init__(
+        self, command: Sequence[object], *, stdout: int, stderr: TextIO, text: Literal[True]
+    ) -> None:
+        assert stdout == subprocess.PIPE
+        done = run(command)
+        stderr.write(done.stderr)
+        self.stdout = done.stdout.splitlines(keepends=True)
+        self.returncode = done.returncode
+
+    def __enter__(self) -> Ended:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
 
 
 def _serve() -> Path | None:
