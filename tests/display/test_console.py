@@ -90,7 +90,8 @@ def test_every_kind_of_event_is_readable():
     )
     assert lines[11] == "stopped early at step 5 after 1 m 01 s: x"
     assert (
-        lines[8] == "growth at step 5: 1 weight, largest 0.5 in x · 25.00% of its base · effective rank 3.5"
+        lines[8]
+        == "growth at step 5: 1 adapted layer, largest norm 0.5 in x · 25.00% of its base · effective rank 3.5"
     )
     assert lines[12:] == [
         "weights at step 5: largest gradient 3 in x · largest update 25.00% of its weight in x",

@@ -84,7 +84,9 @@ def test_nothing_falls_so_no_row_is_called_unlearned():
 
 def test_one_epoch_gives_outliers_only():
     found = classify(planted(1, odd=[6.0]))
-    assert found.note == "one epoch: only outliers" and [row.source for row in found.outliers] == ["odd"]
+    assert found.note == "only outliers can be found in one epoch" and [
+        row.source for row in found.outliers
+    ] == ["odd"]
     assert found.memorised == found.never_learned == found.suspicious == []
     assert classify([]).rows == 0 == len(classify([]).outliers)
 

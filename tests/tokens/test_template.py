@@ -337,6 +337,24 @@ def test_lost_parts_of_a_tool_are_counted(mistral):
     assert notes == {"a declared tool is not written in full by the template": 1}
 
 
+TYPESCRIPT = (
+    "{% for t in tools or [] %}// {{ t.function.description }}\ntype {{ t.function.name }} = (_: "
+    "{% for name, p in t.function.parameters.properties.items() %}{{ name }}: string// {{ p.description }}"
+    "{% endfor %}) => any;{% endfor %}" + CHATML
+)
+
+
+def test_a_tool_in_another_notation_is_whole_if_its_names_and_descriptions_are_written(make):
+    where = {"type": "string", "description": "its name"}
+    tool = weather()
+    tool["function"] |= {"description": "of a town"}
+    tool["function"]["parameters"] = {"type": "object", "properties": {"at": where}, "required": ["at"]}
+    for template, lost in ((TYPESCRIPT, 0), (TYPESCRIPT.replace("{{ p.description }}", ""), 1)):
+        notes: Counter[str] = Counter()
+        make(template).rows(demo(say("a", "b", tools=(tool,))), notes=notes)
+        assert notes["a declared tool is not written in full by the template"] == lost
+
+
 # Hugging Face templates
 
 PLAIN = st.text(st.characters(exclude_categories=("Cs",)), max_size=12).filter(

@@ -168,9 +168,10 @@ def _growth(event: events.Growth) -> str:
     if not event.norms:
         return f"growth at step {event.step:,}: of adapters only, and here the weights are trained in full"
     name, norm = _largest(event.norms, "no weight")
+    text = f"growth at step {event.step:,}: {many(len(event.norms), 'adapted layer')}, "
     if not norm:
-        return f"growth at step {event.step:,}: {many(len(event.norms), 'weight')}, none has changed yet"
-    text = f"growth at step {event.step:,}: {many(len(event.norms), 'weight')}, largest {norm:.4g} in {name}"
+        return text + "none has changed yet"
+    text += f"largest norm {norm:.4g} in {name}"
     text += f" · {event.relative[name]:.2%} of its base" if name in event.relative else ""
     return text + (
         f" · effective rank {event.effective_rank[name]:.3g}" if name in event.effective_rank else ""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tunesmith.display.console import duration, size
 from tunesmith.display.markdown import cell, fence, table, verdict
+from tunesmith.display.text import many
 from tunesmith.errors import SHOWN
 from tunesmith.evaluation.tasks import QUESTIONS
 from tunesmith.reports import artefacts, glossary
@@ -210,7 +211,8 @@ def _made(summary: Summary) -> Iterator[ReportSection]:
 
 
 def _rows(rows: RowClasses) -> list[str]:
-    lines = [f"{rows.rows:,} rows over {rows.epochs} epochs. {rows.note}".rstrip()]
+    note = f"; {rows.note}" if rows.note else ""
+    lines = [f"{many(rows.rows, 'row')} over {many(rows.epochs, 'epoch')}{note}."]
     for name, definition in rows.definitions.items():
         members = rows.of(name)
         first = f", the first {ROWS}" if len(members) > ROWS else ""

@@ -135,7 +135,7 @@ def classify(log: Iterable[events.Event]) -> RowClasses:
             for visits in zip(*history.visits.values(), strict=True)
         ],
         definitions=DEFINITIONS if several else {"outliers": DEFINITIONS["outliers"]},
-        note="" if several or not known else "one epoch: only outliers",
+        note="" if several or not known else "only outliers can be found in one epoch",
         **{name: [history.course(source) for source in sources] for name, sources in members.items()},
     )
 

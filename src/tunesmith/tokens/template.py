@@ -55,6 +55,11 @@ SURE = 16
 MOST_TURNS = 10_000
 """Turns of a conversation whose oldest turns may be cut: cutting renders it again and again."""
 _NO_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), "?")
+SCHEMA_WORDS = frozenset(
+    "type object string number integer boolean array function name description parameters properties "
+    "required items enum".split()
+)
+"""Words of JSON Schema. A template may write tools in another notation, as gpt-oss's does in TypeScript."""
 MANY_ANSWERS = 6
 """From so many answers on, their prompts are read from one run of the template if that is possible."""
 SPLIT, CUT = "split into one row per assistant turn", "cut at a turn boundary"
@@ -530,7 +535,7 @@ class Renderer(ABC):
         tools = [cast(dict[str, Any], tool)["function"] for tool in shown.tools]
         if tools and not (earlier.prompt and prompt[: len(earlier.prompt)] == [*earlier.prompt]):
             self._require_tools(tools, prompt)
-        if not all(_written(part, text) for part in _leaves(tools)):
+        if not all(_written(part, text) for part in _leaves(tools) if part not in SCHEMA_WORDS):
             notes += ("a declared tool is not written in full by the template",)
         if bos is None and self.bos_id is not None and self.bos_id not in ids:
             notes += ("no BOS: the tokenizer has one, the template writes none",)

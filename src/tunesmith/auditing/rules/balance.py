@@ -129,7 +129,7 @@ def _types(rows: Sequence[tuple[int, InstructionType]], types: Mapping[int, str]
         "clusters of prompts": Counter(group.name for group in clusters.of(survey) if group),
     }
     most = sizes.most_common(3)
-    sentence = f"{counted(len(rows))} of {len(sizes)} types, {bits:.1f} bits of entropy"
+    sentence = f"{counted(len(rows))} of {many(len(sizes), 'type')}, {bits:.1f} bits of entropy"
     alone = ", ".join(f"{name} {entropy(part.values()):.1f}" for name, part in parts.items() if part)
     often = ", ".join(f"{name} ({size / len(rows):.0%})" for name, size in most)
     met, few = bits > bar, len(rows) < FEWEST_ROWS

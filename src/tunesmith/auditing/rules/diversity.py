@@ -5,6 +5,7 @@ Rows that repeat each other as a whole are for `duplicates`, kinds of task for `
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from tunesmith.auditing.views import WORD, Context, Survey, View
 
 TOLD = 20
 """Rows that a finding about the whole set names."""
+THINK = re.compile("</?think>")
 FREQUENT = 12  # trigrams that are looked up, of which three are quoted
 COUNTED = 8_000_000
 """Trigrams that are sorted at most: half a gigabyte."""
@@ -60,7 +62,7 @@ class Diversity(Rule):
     def look(self, view: View, context: Context) -> RowTrigrams | None:
         if view.example is None:
             return None
-        keys = trigrams(WORD.findall(view.said.lower()))
+        keys = trigrams(_words(view))
         return RowTrigrams(
             len(keys), chosen(keys, context.share), clusters.subject(view) if context.drawn(view) else None
         )
@@ -141,6 +143,11 @@ def trigrams(words: Sequence[str]) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(31))
 
 
+def _words(view: View) -> list[str]:
+    """Words of the answers; the marks around reasoning are not among them."""
+    return WORD.findall(THINK.sub(" ", view.said.lower()))
+
+
 def _trigrams(rows: Sequence[int], trigrams_of: Sequence[RowTrigrams], survey: Survey) -> Finding:
     keys = np.concatenate([row_trigrams.trigrams for row_trigrams in trigrams_of])
     owner = np.repeat(
@@ -174,7 +181,7 @@ def _trigrams(rows: Sequence[int], trigrams_of: Sequence[RowTrigrams], survey: S
     views = survey.fetch([rows[int(place)] for place in {*least, *owner[first[most]].tolist()}])
     phrases: dict[int, str] = {}
     for view in views.values():
-        words = WORD.findall(view.said.lower())
+        words = _words(view)
         for place, key in enumerate(chosen(trigrams(words), 1).tolist()):
             phrases.setdefault(key, " ".join(words[place : place + 3]))
     often = [
