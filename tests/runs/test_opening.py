@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.errors import DataError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.runs import directory, manifest, opening
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
@@ -45,3 +45,17 @@ def test_a_date_that_is_not_one_is_named(tmp_path):
 def test_the_manifest_holds_the_date_of_the_template(tmp_path):
     config = RunConfig.model_validate({"model": {"path": "model"}, "data": {"train": ("rows.jsonl",)}})
     assert manifest.facts(config, {}, day=date(2025, 1, 2))["day"] == "2025-01-02"
+
+
+@pytest.mark.parametrize("damage", ["", "- a", "model: [", "{}", "folder"])
+def test_settings_of_a_run_that_are_damaged_are_told_with_what_to_do(tmp_path, damage):
+    run = created(tmp_path, {})
+    file = run.path / "config.yaml"
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    else:
+        file.write_text(damage)
+    with pytest.raises(ConfigError) as caught:
+        _ = run.config
+    assert str(file) in str(caught.value) and caught.value.hint

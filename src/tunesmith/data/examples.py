@@ -254,7 +254,7 @@ def _unasked(result: Message, waiting: Sequence[Call], where: str) -> BadRow:
         filter(None, (result.name and f"of {result.name}", result.call_id and f"for the id {result.call_id}"))
     )
     if not waiting:
-        return BadRow("call_id", where, "no result, since no call waits for one", "one", _HINTS["tool"])
+        return BadRow("call_id", where, "a result only behind its call", "one without a call", _HINTS["tool"])
     wanted = " or ".join(
         f"the result of {call.name}" + (f" (id {call.id})" if call.id else "") for call in waiting
     )

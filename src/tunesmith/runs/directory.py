@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NotRequired
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from tunesmith.errors import DataError, DiskFull, EvaluationError, ModelError, TrainingError
+from tunesmith.errors import ConfigError, DataError, DiskFull, EvaluationError, ModelError, TrainingError
 from tunesmith.events import Notice, Sink
 from tunesmith.files import checked, draft, read_json, remove, remove_drafts, write_json, write_text
 from tunesmith.runs import search, tags
@@ -90,7 +90,13 @@ class Run:
     def config(self) -> RunConfig:
         from tunesmith.runs.config import of_run
 
-        return of_run(self.path / CONFIG)
+        file = self.path / CONFIG
+        try:
+            return of_run(file)
+        except ConfigError as error:
+            place = error.where or ""
+            where = place if place.startswith(str(file)) else ": ".join(filter(None, (str(file), place)))
+            raise ConfigError(error.what, where=where, hint=RESTORE) from error
 
     def settings(self, model: str | None = None) -> RunConfig:
         """`config` with the base model at ``model`` if it was moved; `manifest.require_base` checks that it
