@@ -265,6 +265,14 @@ def test_what_a_killed_save_left_behind_is_swept(finished, tmp_path):
     assert not list((run.path / "checkpoints").glob(".*"))
 
 
+def test_a_checkpoint_that_a_kill_after_the_last_save_left_is_removed(finished, tmp_path):
+    run = copied(finished, tmp_path / "run")
+    assert len(run.checkpoints()) > 2
+    run.mark("running")
+    call("train", "--resume", str(run.path), "--set", "loop.keep_last=1")
+    assert run.checkpoints() == sorted({8, checkpoints.read(run, 8).best_step})
+
+
 def spawn(words: list[str], log: Path) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with log.open("w") as stream:

@@ -19,6 +19,7 @@ from tunesmith import events
 from tunesmith.errors import TrainingError
 from tunesmith.events import Sink
 from tunesmith.machine.ranks import Ranks
+from tunesmith.runs import checkpoints
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import FROZEN, Run
@@ -79,8 +80,11 @@ class Loop:
         if cursor.step == 0:
             self._validate(cursor)
             self.validation.sample(0)
-        if ended := self._stopped_early(cursor):  # the process died between the last save and the end
-            return ended
+        ended = self._stopped_early(cursor)
+        if ended or cursor.step == plan.steps:  # the process died between the last save and the end
+            if self.run:
+                checkpoints.retain(self.run, cursor, spec)
+            return ended or ("completed", None)
         for step in range(cursor.step, plan.steps):
             stopping, metrics = updates.make(step, cursor)
             self.watch.step(metrics, self.emit)
