@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from parity import public_templates, template_table, templates
+from tokens import test_prefixes
+from tokens.test_prefixes import both_ways
 
 NAMES: dict[str, str] = json.loads(public_templates.LISTED.read_text(encoding="utf-8"))
 FOLDER = "PUBLIC_TEMPLATES"
@@ -46,6 +48,19 @@ def test_rows_are_those_of_transformers_or_the_template_cannot_write_them(name, 
     assert not [kind for kind in template_table.BAR if results[kind].startswith("refused")]
     row = template_table.page_rows()[Path(name).stem.replace("--", " ")]
     assert row == [*results.values(), switch or ""]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_from_one_run_are_those_of_prompts_rendered_one_by_one(name, public_folder, monkeypatch):
+    if public_folder is None or not (public_folder / name).is_file():
+        pytest.skip(f"public template is absent: {name}")
+    source = (public_folder / name).read_text(encoding="utf-8")
+    for kind in ("system", "reasoning", "calls"):
+        first, second = both_ways(
+            lambda: templates.Template(name, source).renderer, test_prefixes.KINDS[kind], monkeypatch
+        )
+        assert first == second
 
 
 def test_the_page_has_a_row_of_each_public_template():
