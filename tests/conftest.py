@@ -95,10 +95,14 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quick() -> Iterator[None]:
-    """What takes long and is tested elsewhere: nothing waits until the disk has what was written, a figure is
-    made and saved as one pixel (see `drawn`), and artefacts are reloaded in forks (see `fresh_processes`)."""
+@pytest.fixture(scope="module", autouse=True)
+def quick(request) -> Iterator[None]:
+    """Leaves out what takes long and is tested elsewhere: no write waits for the disk, a figure is made and
+    saved as one pixel (see `drawn`), and artefacts are reloaded in forks (see `fresh_processes`). The folders
+    ``real`` and ``parity`` leave out nothing."""
+    if request.path.parent.name in ("real", "parity"):
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(FigureCanvasAgg, "print_png", _save_pixel)

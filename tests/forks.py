@@ -12,12 +12,15 @@ import gc
 import json
 import os
 import runpy
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import IO, Any, Literal, TextIO
 
 MODULES = (
     "mlx_lm.utils",
@@ -39,7 +42,8 @@ class Forks:
         words = [sys.executable, "-P", __file__, *modules]
         environ = os.environ | {"PYTHONPATH": os.pathsep.join(path or sys.path)}
         pipe = subprocess.PIPE
-        self.server = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environ)
+        self.server = subprocess.Popen(words, stdin=pipe, stdout=pipe, bufsize=0, env=environ)
+        self.last: Fork | None = None
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -47,23 +51,56 @@ class Forks:
         atexit.unregister(self.close)
         self.server.communicate(timeout=60)
 
+    def start(
+        self, words: Sequence[str], environ: Mapping[str, str], folder: Path, out: Path, err: Path
+    ) -> Fork:
+        """``words``: a module and its arguments. They work in ``folder`` and write to ``out`` and ``err``.
+
+        A fork that a failed test has left running is killed first."""
+        assert self.server.stdin is not None and self.server.stdout is not None
+        if self.last is not None and self.last.poll() is None:
+            self.last.send_signal(signal.SIGKILL)
+            self.last.wait()
+        names = {"folder": str(folder), "out": str(out), "err": str(err)}
+        request = {"words": list(words), "environ": dict(environ), **names}
+        self.server.stdin.write(json.dumps(request).encode() + b"\n")
+        self.last = Fork(int(self.server.stdout.readline()), self.server.stdout)
+        return self.last
+
     def run(
         self, words: Sequence[str], environ: Mapping[str, str], folder: Path
     ) -> subprocess.CompletedProcess[str]:
-        assert self.server.stdin is not None and self.server.stdout is not None
         with tempfile.TemporaryDirectory(prefix="fork-") as name:
-            request = Path(name)
-            content = {"words": list(words), "environ": dict(environ), "folder": str(folder)}
-            (request / "request.json").write_text(json.dumps(content))
-            self.server.stdin.write(f"{request}\n")
-            self.server.stdin.flush()
-            status = int(self.server.stdout.readline())
-            out, err = ((request / name).read_text() for name in ("out", "err"))
-        return subprocess.CompletedProcess(list(words), status, out, err)
+            out, err = Path(name, "out"), Path(name, "err")
+            status = self.start(words, environ, folder, out, err).wait()
+            return subprocess.CompletedProcess(list(words), status, out.read_text(), err.read_text())
+
+
+@dataclass
+class Fork:
+    """A process that runs, or has ended with ``returncode``. ``statuses``: where the server writes it."""
+
+    pid: int
+    statuses: IO[bytes]
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self.statuses], [], [], 0)[0]:
+            self.returncode = int(self.statuses.readline())
+        return self.returncode
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = int(self.statuses.readline())
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
 
 @functools.cache
-def _shared() -> Forks:
+def shared() -> Forks:
+    """The one of all tests of this process."""
     return Forks()
 
 
@@ -78,11 +115,16 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """What `subprocess.run` returns for ``command``, which is ``python -m MODULE WORDS…``. Its input is
     empty."""
+    return shared().run(_module_of(command), os.environ if env is None else env, cwd or Path.cwd())
+
+
+def _module_of(command: Sequence[object]) -> list[str]:
+    """The module that ``command`` runs, and its arguments."""
     words = [str(word) for word in command]
     assert words[0] == sys.executable
     start = words.index("-m")
     assert set(words[1:start]) <= {"-P"}
-    return _shared().run(words[start + 1 :], os.environ if env is None else env, cwd or Path.cwd())
+    return words[start + 1 :]
 
 
 class Ended:
@@ -108,31 +150,32 @@ class Ended:
         pass
 
 
-def _serve() -> Path | None:
-    """Fork for each request. Returns in the forks, with the folder of the request, and None at the end."""
-    while folder := sys.stdin.readline().strip():
+def _serve() -> dict[str, Any] | None:
+    """Fork for each request. Returns the request in the forks, and None at the end."""
+    while line := sys.stdin.readline():
         child = os.fork()
         if child == 0:
-            return Path(folder)
+            return json.loads(line)
+        print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
     return None
 
 
-def _become(request: Path) -> None:
+def _become(request: dict[str, Any]) -> None:
     """Run the module of the request as Python runs it."""
-    content = json.loads((request / "request.json").read_text())
-    os.chdir(content["folder"])
+    os.chdir(request["folder"])
     os.environ.clear()
-    os.environ.update(content["environ"])
+    os.environ.update(request["environ"])
+    writing = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for handle, name, flags in (
         (0, os.devnull, os.O_RDONLY),
-        (1, request / "out", os.O_WRONLY | os.O_CREAT),
-        (2, request / "err", os.O_WRONLY | os.O_CREAT),
+        (1, request["out"], writing),
+        (2, request["err"], writing),
     ):
         os.dup2(os.open(name, flags), handle)
     sys.stdin = open(0)
-    module, *sys.argv[1:] = content["words"]
+    module, *sys.argv[1:] = request["words"]
     sys.modules.pop(module, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

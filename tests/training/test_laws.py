@@ -13,8 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
+from forks import Fork
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -273,15 +275,13 @@ def test_a_checkpoint_that_a_kill_after_the_last_save_left_is_removed(finished, 
     assert run.checkpoints() == sorted({8, checkpoints.read(run, 8).best_step})
 
 
-def spawn(words: list[str], log: Path) -> subprocess.Popen:
+def spawn(words: list[str], log: Path) -> Fork:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with log.open("w") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tunesmith", *words], stdout=stream, stderr=stream, env=environment
-        )
+    log.write_text("")
+    return forks.shared().start(["tunesmith", *words], environment, Path.cwd(), log, log)
 
 
-def wait_for(process: subprocess.Popen, path: Path, size: int) -> None:
+def wait_for(process: Fork, path: Path, size: int) -> None:
     deadline = time.monotonic() + 300
     while process.poll() is None and (not path.exists() or path.stat().st_size <= size):
         assert time.monotonic() < deadline, "the run did not start"
@@ -342,7 +342,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tiny_model, rows
     )
     wait_for(process, out / "events.jsonl", 3000)
     process.send_signal(number)
-    process.wait(timeout=300)
+    process.wait()
     run = Run.open(out)
     assert process.returncode == 130 and run.manifest["status"] == "interrupted"
     assert f"tunesmith train --resume {out}" in told.read_text()
