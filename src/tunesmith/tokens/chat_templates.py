@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from tunesmith.data.formats import JSON, Call, Conversation, Message
 from tunesmith.tokens.amendments import amendments
-from tunesmith.tokens.prefixes import Run, run_of
 from tunesmith.tokens.template import Refused, json_text, thought_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tunesmith.tokens.prefixes import Run
 
 QUESTION, WORDS, REASONING = "zq1u", "zq3w", "zq5r"
 NAME, KEY, VALUE, CALL_ID = "zq7n", "zq7k", "zq7v", "zq9c00000"
@@ -469,6 +470,8 @@ class ChatTemplate:
     def _run(self, expected: Conversation, generate: bool, options: Mapping[str, JSON]) -> Run | None:
         """A run of the template over the whole conversation, or up to the prompt of its last answer. It is
         compared with what transformers renders, for the longest prefix and for the shortest."""
+        from tunesmith.tokens.prefixes import run_of  # loads jinja2
+
         whole = replace(expected, messages=expected.messages[:-1]) if generate else expected
         if _without_old_reasoning(whole, self.forms) != list(whole.messages):
             return None  # what is left out of an answer depends on later messages

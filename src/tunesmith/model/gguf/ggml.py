@@ -9,13 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tunesmith.errors import SetupError
 from tunesmith.machine import backend
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 PACKAGE, EXTRA = "xllamacpp", "pip install 'tunesmith[gguf]'"
 
@@ -50,6 +53,8 @@ def quantised(
 ) -> np.ndarray:
     """The bytes of ``value``, float32, in the type ``kind``. importance: the weight of the error in each
     column; None: all columns weigh the same."""
+    from gguf import GGML_QUANT_SIZES
+
     block, size = GGML_QUANT_SIZES[kind]
     width = value.shape[-1]
     source = np.ascontiguousarray(value, np.float32).reshape(-1, width)
