@@ -1,14 +1,12 @@
 """Every kind of artefact for every family, base and way of training: it says what the live adapter says, or
-the kind refuses the run by name. Artefacts are reloaded in this process, which is quicker."""
+the kind refuses the run by name."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -21,13 +19,11 @@ from safetensors.numpy import load_file, save_file
 import tiny
 import tunesmith
 from gguf_files import write_gguf
-from tunesmith.exports import cost, fresh
 from tunesmith.exports.table import export_table
-from tunesmith.model import kernels
 
 ACCEPTED = "accepted"
 KINDS = ("hf", "peft", "mlx", "mlx-merged", "mlx-8bit", "gguf-f32", "gguf-q8_0", "gguf-lora", "ollama")
-FEW = ("peft", "gguf-f32", "gguf-lora")
+FEW = ("peft", "gguf-f32")
 EXACT = ("hf", "peft", "mlx", "mlx-merged", "gguf-f32", "gguf-lora")
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -84,18 +80,6 @@ def train(folder: Path, model: Path, *sets: str) -> Path:
     config = tunesmith.configure(model=str(model), data=[str(rows)], sets=[*quick, *sets])
     tunesmith.train(config, out=folder / "run")
     return folder / "run"
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch, tmp_path):
-    def run(words, **options):
-        fresh.measure(Path(words[-1]))
-        return subprocess.CompletedProcess(words, 0)
-
-    kernels.missing()  # compiled before, in the cache of all tests
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fresh, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(cost, "measure", lambda *args: None)
 
 
 def outcomes(run: Path, kinds: tuple[str, ...] = KINDS) -> dict[str, str]:
@@ -168,9 +152,11 @@ class Case(NamedTuple):
     refused: Mapping[str, str] = {}
 
 
-FULL_MODULES = dict.fromkeys(("peft", "mlx", "gguf-lora"), "modules were trained in full beside the adapter")
+FULL_MODULES: dict[str, str] = dict.fromkeys(
+    ("peft", "mlx", "gguf-lora"), "modules were trained in full beside the adapter"
+)
 MLX_FILES = {"hf": "the base's own files are quantised", "peft": "the base is quantised by MLX"}
-NOT_WRITTEN = dict.fromkeys(
+NOT_WRITTEN: dict[str, str] = dict.fromkeys(
     ("gguf-f32", "gguf-q8_0", "ollama"), "models of type .* cannot be written as GGUF"
 )
 CASES = {

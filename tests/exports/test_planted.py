@@ -1,5 +1,6 @@
 """Faults of the field that need a model of their own: a head that is left out, a change that rounding erases,
-a second BOS. Each is planted into what was written, and the gate names it."""
+a second BOS. Each is planted into what was written, and the gate names it. In test_export: untransposed
+factors, alpha forgotten, names that match nothing, a template without end token."""
 
 from __future__ import annotations
 
