@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 demo: $(INSTALLED)
 	$(BIN)/python -m tunesmith.demo
 
-# Two at a time: few tests keep one core busy. A file's tests share what they set up, so they stay together, in the files' order.
+# Two at a time: few tests keep one core busy. A file's tests share what they set up, so they stay together, the longest files first (tests/conftest.py).
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
