@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import record
 import small
@@ -28,6 +27,7 @@ KINDS = ("hf", "gguf-q8_0")
 SHARDS, FIXED_BYTES = 1.3, 10**9
 """The bar: so many times the largest file of the base, and so much beside it."""
 SHARD_BYTES = 10**9
+ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 SIZES = {"layers": 28, "width": 1536, "heads": 12, "kv_heads": 2, "inner": 8960, "vocab": 151_936}
 SMOKE = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "inner": 128, "vocab": 1024}
 
@@ -71,6 +71,8 @@ def shards(named: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
 
 def write_model(folder: Path, options: argparse.Namespace) -> None:
     """config.json, a tokenizer with as many tokens as the embedding has rows, and bfloat16 weights."""
+    import mlx.core as mx
+
     import tiny
 
     folder.mkdir()
@@ -106,7 +108,9 @@ def write_model(folder: Path, options: argparse.Namespace) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def random_tensor(name: str, shape: tuple[int, ...]) -> mx.array:
+def random_tensor(name: str, shape: tuple[int, ...]) -> Any:
+    import mlx.core as mx
+
     values = 0.02 * mx.random.normal(shape, dtype=mx.bfloat16)
     return 1 + values if name.endswith("norm.weight") else values
 
@@ -128,17 +132,18 @@ def enlarge_tokenizer(path: Path, size: int) -> None:
 
 
 def train(model: str, rows: str, run: str) -> None:
-    """One update with an adapter on all linear layers."""
-    import tunesmith
+    """One update on one short row, with an adapter on all linear layers, and nothing else."""
+    import tunesmith  # before MLX, so that it chooses the BLAS
 
-    sets = ["adapter.rank=16", "adapter.targets=all-linear", "loop.steps=1", "batch.sequences=2"]
+    sets = ["adapter.rank=16", "adapter.targets=all-linear", "loop.steps=1", "batch.sequences=1"]
+    sets += ["data.valid=0", "audit.before_training=false"]
     config = tunesmith.configure(model=model, data=[rows], sets=sets)
     tunesmith.train(config, out=run)
 
 
 def write(run: str, name: str, folder: str) -> None:
     """What `tunesmith export` does between opening the run and reloading the artefact."""
-    from tunesmith import events
+    from tunesmith import events  # before MLX, so that it chooses the BLAS
     from tunesmith.exports import gate, kind
     from tunesmith.machine import backend, imports
     from tunesmith.runs import checkpoints, opening
@@ -185,14 +190,19 @@ def main() -> None:
     )
     for name, value in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--folder", type=Path, help="keep the model and the run here, or use them")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help=small.HELP)
     options = parser.parse_args()
     with small.inputs(options, **SMOKE) as folder:
-        model, run = folder / "qwen2", folder / "run"
-        write_model(model, options)
-        rows = small.rows(folder, 8)
-        subprocess.run(child("train", str(model), rows, str(run)), check=True, stdout=sys.stderr)
+        place = options.folder or folder
+        model, run, rows = place / "qwen2", place / "run", place / "row.jsonl"
+        if not model.exists():
+            write_model(model, options)
+        if not run.exists():
+            rows.write_text(json.dumps(ROW) + "\n")
+            words = child("train", str(model), str(rows), str(run))
+            subprocess.run(words, check=True, stdout=sys.stderr)
         files = [file.stat().st_size for file in model.glob("model*.safetensors")]
         bar = int(SHARDS * max(files)) + FIXED_BYTES
         result: dict[str, Any] = {
