@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ import tiny
 import tunesmith
 from tunesmith.data.examples import Conversation, Message
 from tunesmith.errors import ExportError
-from tunesmith.exports import go_templates, ollama_templates
+from tunesmith.exports import go_templates, kind, ollama_templates
 from tunesmith.exports.kinds import ollama
 from tunesmith.exports.kinds.ollama import Ollama
 from tunesmith.tokens import renderers
@@ -213,3 +215,11 @@ def test_go_is_asked_if_it_is_installed(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert not go_templates.has_go()
     assert go_templates.render("{{ .System }}", [Conversation((SAID, *TURNS))]) == [SAID.content]
+
+
+def test_of_a_gguf_base_only_the_changed_tensors_are_announced_in_the_bits_of_the_kind():
+    tuned: Any = SimpleNamespace(source=SimpleNamespace(path=__file__))  # a file
+    told = kind.named("ollama").announcement(tuned)
+    assert told.endswith("what changed as Q8_0, all else as in the base") and "bits a weight" not in told
+    tuned.source.path = str(Path(__file__).parent)
+    assert kind.named("ollama").announcement(tuned) == kind.named("ollama").what

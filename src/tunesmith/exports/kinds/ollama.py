@@ -49,6 +49,10 @@ class _Ollama(ExportKind):
     def require_installed(self) -> None:
         self.gguf().require_installed()
 
+    def announcement(self, tuned: Tuned) -> str:
+        model = self.gguf().announcement(tuned)
+        return self.what if model == self.gguf.what else f"folder for ollama create: {model}"
+
     def accepts(self, tuned: Tuned) -> None:
         self.gguf().accepts(tuned)
         conversations = _conversations(tuned.run)
