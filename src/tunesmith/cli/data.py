@@ -68,9 +68,9 @@ def show(
             decode = renderer.decode if control else lambda ids: escaped(renderer.decode(ids))
             typer.echo(_marked(row, decode, colour=colour))
     if rendered.dropped:
-        from tunesmith.data.formats import faults, hints
+        from tunesmith.data.formats import faults, hints, reasons
 
-        say("rows left out:\n" + faults(rendered.dropped), err=True)
+        say(f"rows left out ({reasons(rendered.dropped)}):\n{faults(rendered.dropped)}", err=True)
         for hint in hints(rendered.dropped):
             say(f"hint: {hint}", err=True)
     notes = "".join(f"; {note}: {count}" for note, count in sorted(rendered.notes.items()))

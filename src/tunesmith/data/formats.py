@@ -204,15 +204,19 @@ def require(read: Read, max_dropped: float) -> None:
     files = ", ".join(read.files)
     if not read.dropped:
         raise DataError("no rows", where=files, hint="data.train names files of rows")
-    counts = Counter(row.reason for row in read.dropped)
-    reasons = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
     allow = [f"allow more than {max_dropped:.1%} with data.max_dropped"] if share < 1 else []
     raise DataError(
-        f"{len(read.dropped)} of {read.rows} rows cannot be used, {share:.1%} ({reasons}):\n"
+        f"{len(read.dropped)} of {read.rows} rows cannot be used, {share:.1%} ({reasons(read.dropped)}):\n"
         f"{faults(read.dropped)}",
         where=files or None,
         hint="\nhint: ".join([*(hints(read.dropped) or ["mend these rows"]), *allow]),
     )
+
+
+def reasons(dropped: Iterable[Dropped]) -> str:
+    """``json 3, too_long 1``."""
+    counts = Counter(row.reason for row in dropped)
+    return ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
 
 
 def faults(dropped: Sequence[Dropped]) -> str:
