@@ -11,7 +11,7 @@ Counts = Mapping[str, Any]
 """``data/plan.json``. A log of an earlier release may lack entries, or have others."""
 
 
-class Entry(NamedTuple):
+class CountLine(NamedTuple):
     """``keys``: the counts that it says. ``text``: their words, a line for each of several values, or "" if
     there is nothing to say. ``opens``: whether the line that opens a run has it; notices before it say the
     rest."""
@@ -39,10 +39,12 @@ def table(counts: Counts) -> str:
     return "\n".join(lines)
 
 
-def _said(counts: Counts) -> list[tuple[Entry, str]]:
+def _said(counts: Counts) -> list[tuple[CountLine, str]]:
     known = {key for entry in _ENTRIES for key in entry.keys}
     others = [
-        Entry(key.replace("_", " "), (key,), _other(key), opens=True) for key in counts if key not in known
+        CountLine(key.replace("_", " "), (key,), _other(key), opens=True)
+        for key in counts
+        if key not in known
     ]
     texts = [(entry, entry.text(counts)) for entry in (*_ENTRIES, *others)]
     return [(entry, text) for entry, text in texts if text]
@@ -151,18 +153,20 @@ def _frozen(counts: Counts) -> str:
 
 
 _ENTRIES = (
-    Entry("rows", ("rows_read", "rows_dropped", "rows_train", "rows_valid"), _rows, opens=True),
-    Entry("sequences", ("sequences_train", "sequences_valid"), _sequences, opens=True),
-    Entry("tokens", ("tokens", "supervised_tokens", "padding_share"), _tokens, opens=True),
-    Entry("labels", ("labels",), _labels, opens=True),
-    Entry("how rows were read", ("notes",), _notes),
-    Entry("reasoning", ("reasoning", "thinking"), _reasoning),
-    Entry("the model is asked", ("asked_as",), _asked, opens=True),
-    Entry("unit of the loss", ("loss",), _filled({"loss": "{}"}), opens=True),
-    Entry("updates", ("steps",), _filled({"steps": "{}"})),
-    Entry("micro-batches", ("micro_batches", "largest_micro_batch"), _micro_batches),
-    Entry("weights", ("trainable", "total"), _weights),
-    Entry("adapter", ("adapter",), _filled({"adapter": "{}"})),
-    Entry("reference", ("reference_sequences",), _filled({"reference_sequences": "{} sequences to measure"})),
-    Entry("frozen layers", ("frozen_layers_below", "cache_frozen_saves", "cache_frozen_gb"), _frozen),
+    CountLine("rows", ("rows_read", "rows_dropped", "rows_train", "rows_valid"), _rows, opens=True),
+    CountLine("sequences", ("sequences_train", "sequences_valid"), _sequences, opens=True),
+    CountLine("tokens", ("tokens", "supervised_tokens", "padding_share"), _tokens, opens=True),
+    CountLine("labels", ("labels",), _labels, opens=True),
+    CountLine("how rows were read", ("notes",), _notes),
+    CountLine("reasoning", ("reasoning", "thinking"), _reasoning),
+    CountLine("the model is asked", ("asked_as",), _asked, opens=True),
+    CountLine("unit of the loss", ("loss",), _filled({"loss": "{}"}), opens=True),
+    CountLine("updates", ("steps",), _filled({"steps": "{}"})),
+    CountLine("micro-batches", ("micro_batches", "largest_micro_batch"), _micro_batches),
+    CountLine("weights", ("trainable", "total"), _weights),
+    CountLine("adapter", ("adapter",), _filled({"adapter": "{}"})),
+    CountLine(
+        "reference", ("reference_sequences",), _filled({"reference_sequences": "{} sequences to measure"})
+    ),
+    CountLine("frozen layers", ("frozen_layers_below", "cache_frozen_saves", "cache_frozen_gb"), _frozen),
 )

@@ -22,7 +22,7 @@ from tunesmith.tokens.template import Refused, json_text, thought_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tunesmith.tokens.prefixes import Run
+    from tunesmith.tokens.prefixes import TemplateRun
 
 QUESTION, WORDS, REASONING = "zq1u", "zq3w", "zq5r"
 NAME, KEY, VALUE, CALL_ID = "zq7n", "zq7k", "zq7v", "zq9c00000"
@@ -123,7 +123,7 @@ class ChatTemplate:
         given = self._tokenizer.chat_template
         self._source = "\n".join(given.values()) if isinstance(given, dict) else given or ""
         self._expected: Conversation | None = None
-        self._runs: dict[tuple[bool, str], Run | None] = {}
+        self._runs: dict[tuple[bool, str], TemplateRun | None] = {}
         self.forms = self._plain_forms(self._inputs())
         self.forms = self._call_forms(self.forms)
         self.forms = self._thinking_forms(self.forms)
@@ -467,7 +467,7 @@ class ChatTemplate:
         run = self._runs[key]
         return None if run is None else run.prefix(size)
 
-    def _run(self, expected: Conversation, generate: bool, options: Mapping[str, JSON]) -> Run | None:
+    def _run(self, expected: Conversation, generate: bool, options: Mapping[str, JSON]) -> TemplateRun | None:
         """A run of the template over the whole conversation, or up to the prompt of its last answer. It is
         compared with what transformers renders, for the longest prefix and for the shortest."""
         from tunesmith.tokens.prefixes import run_of  # loads jinja2

@@ -51,7 +51,7 @@ PURE_FILTERS = {"default", "d", "trim", "string", "lower", "upper", "tojson", "l
 PURE_FUNCTIONS = {"raise_exception"}
 
 
-class Run:
+class TemplateRun:
     """One run of a chat template over all messages.
 
     text: what it wrote. cuts: for each number of messages, how much had been written when the message behind
@@ -72,7 +72,7 @@ class Run:
         pieces: list[str] = []
         for piece in template.generate(
             **variables,
-            messages=Messages(self, 0),
+            messages=WatchedMessages(self, 0),
             **{LOOP_OVER: self._loop_over, LOOK_AHEAD: self._look_ahead},
         ):
             pieces.append(piece)
@@ -108,7 +108,7 @@ class Run:
 
     def _loop_over(self, values: object) -> object:
         """What a loop of the template runs over."""
-        if not isinstance(values, Messages):
+        if not isinstance(values, WatchedMessages):
             return values
         return LoopedMessages(self, values._start)
 
@@ -118,11 +118,11 @@ class Run:
         return value
 
 
-class Messages:
+class WatchedMessages:
     """The messages from ``start`` on, as the template sees them: behaves like their list, and notes what is
     read."""
 
-    def __init__(self, run: Run, start: int) -> None:
+    def __init__(self, run: TemplateRun, start: int) -> None:
         self._run = run
         self._start = start
 
@@ -136,7 +136,7 @@ class Messages:
             return self._run.entries[self._start + place]
         if isinstance(place, slice) and place.stop is None and place.step is None:
             if type(place.start) is int and place.start >= 0:
-                return Messages(self._run, self._start + place.start)
+                return WatchedMessages(self._run, self._start + place.start)
         return self._all()[place]
 
     def __bool__(self) -> bool:
@@ -168,7 +168,7 @@ class Messages:
 class LoopedMessages:
     """The messages from ``place`` on, for the loop that writes them."""
 
-    def __init__(self, run: Run, place: int) -> None:
+    def __init__(self, run: TemplateRun, place: int) -> None:
         self._run = run
         self._first = self._place = place
 
@@ -185,7 +185,9 @@ class LoopedMessages:
         return len(self._run.entries) - self._first
 
 
-def run_of(source: str, entries: Sequence[Mapping[str, JSON]], variables: Mapping[str, object]) -> Run | None:
+def run_of(
+    source: str, entries: Sequence[Mapping[str, JSON]], variables: Mapping[str, object]
+) -> TemplateRun | None:
     """A run of the template ``source``, or None if no prefix follows from it."""
     try:
         from transformers.utils.chat_template_utils import _alias_reasoning_fields
@@ -196,7 +198,7 @@ def run_of(source: str, entries: Sequence[Mapping[str, JSON]], variables: Mappin
         return None
     given = [{key: value for key, value in entry.items() if value is not None} for entry in entries]
     try:
-        run = Run(program, _alias_reasoning_fields(given), {"documents": None, **variables})
+        run = TemplateRun(program, _alias_reasoning_fields(given), {"documents": None, **variables})
     except Exception:  # a template is a program, which may raise anything
         return None
     return run if run.proven else None
@@ -204,7 +206,7 @@ def run_of(source: str, entries: Sequence[Mapping[str, JSON]], variables: Mappin
 
 @lru_cache(maxsize=8)
 def _program(source: str) -> Template | None:
-    """The template with its loops over messages made known to a `Run`; None if it has none that can be
+    """The template with its loops over messages made known to a `TemplateRun`; None if none can be
     used."""
     try:
         from transformers.utils.chat_template_utils import _compile_jinja_template
