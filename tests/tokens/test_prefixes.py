@@ -12,7 +12,7 @@ from tokens.test_template import CHATML, write
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tunesmith.data.formats import Call, Conversation, Demonstration, Message
-from tunesmith.tokens import chat_templates, hugging_face, template
+from tunesmith.tokens import hugging_face, prefixes, template
 from tunesmith.tokens.hugging_face import Vocabulary
 from tunesmith.tokens.prefixes import run_of
 from tunesmith.tokens.renderers import load
@@ -289,7 +289,7 @@ def test_a_run_that_differs_from_transformers_is_not_used(tmp_path, monkeypatch)
     def wrong(source, entries, variables):
         return run_of(source.replace("<|im_end|>", "<|im_end|> "), entries, variables)
 
-    monkeypatch.setattr(chat_templates, "run_of", wrong)
+    monkeypatch.setattr(prefixes, "run_of", wrong)
     assert rows_of(load(tmp_path), KINDS["plain"]) == first
 
 
