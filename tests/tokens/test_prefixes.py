@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokens import test_chat_templates, test_template
-from tokens.test_template import CHATML, write
+from tokens.test_template import CHATML, TOOLS, write
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tunesmith.data.formats import Call, Conversation, Demonstration, Message
@@ -135,6 +135,10 @@ BEHIND = {
     + "{% endfor %}{% endset %}{{ text }}"
     + OPENS,
     "whole": "{{ messages }}" + FORWARD["plain"],
+    "whole in a list": "{{ [messages] }}" + FORWARD["plain"],
+    "size of what Python writes": "{% if 100 < '%r' | format(messages) | length < 300 %}+{% endif %}"
+    + FORWARD["plain"],
+    "behind the last": "{% for m in messages[50:] %}" + WRITES + "{% endfor %}" + OPENS,
 }
 
 
@@ -281,6 +285,23 @@ def test_the_number_of_renderings_does_not_grow_with_the_answers(tmp_path, monke
     for answers in (10, 100):
         renderer.rows(Demonstration(Conversation(turns[:2] * answers)))
     assert rendered[10] == rendered[100] == 4
+
+
+@pytest.mark.parametrize("arguments", [{"line": 1.0, "to": 2}, {"to": 2, "line": 1}], ids=["number", "order"])
+def test_a_row_that_equals_the_beginning_of_the_row_before_has_its_own_text(arguments, tmp_path):
+    def row(arguments, questions):
+        call = Call("find", arguments, "abcdefgh0")
+        turns = [Message("user", "Where?"), Message("assistant", "", (call,))]
+        turns += [Message("tool", "4", call_id=call.id, name="find"), Message("assistant", "There.")]
+        for number in range(questions):
+            turns += [Message("user", f"And {number}?"), Message("assistant", f"It is {number}.")]
+        return Demonstration(Conversation(tuple(turns), (TOOL,)))
+
+    renderer = load(write(tmp_path, TOOLS))
+    rows_of(renderer, row({"line": 1, "to": 2}, 8))
+    example = row(arguments, 1)
+    assert example.conversation == row({"line": 1, "to": 2}, 1).conversation
+    assert rows_of(renderer, example) == rows_of(load(tmp_path), example)
 
 
 def test_a_run_that_differs_from_transformers_is_not_used(tmp_path, monkeypatch):

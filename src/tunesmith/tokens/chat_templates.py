@@ -7,6 +7,7 @@ transformers' ``apply_chat_template``."""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -456,16 +457,14 @@ class ChatTemplate:
         self, forms: Forms, conversation: Conversation, generate: bool, options: Mapping[str, JSON]
     ) -> str | None:
         """The text of a prefix of the expected conversation, or None if it has to be rendered by itself."""
-        expected, size = self._expected, len(conversation.messages)
-        if expected is None or forms is not self.forms or conversation.tools != expected.tools:
-            return None
-        if conversation.messages != expected.messages[:size]:
+        expected = self._expected
+        if expected is None or forms is not self.forms or not _begins(expected, conversation):
             return None
         key = generate, json_text(options)
         if key not in self._runs:
             self._runs[key] = self._run(expected, generate, options)
         run = self._runs[key]
-        return None if run is None else run.prefix(size)
+        return None if run is None else run.prefix(len(conversation.messages))
 
     def _run(self, expected: Conversation, generate: bool, options: Mapping[str, JSON]) -> TemplateRun | None:
         """A run of the template over the whole conversation, or up to the prompt of its last answer. It is
@@ -599,6 +598,14 @@ def _without_old_reasoning(conversation: Conversation, forms: Forms) -> list[Mes
         if message.role == "assistant" and thought_of(message.content).reasoning:
             messages[place] = replace(message, content=thought_of(message.content).words)
     return messages
+
+
+def _begins(whole: Conversation, part: Conversation) -> bool:
+    """Whether ``whole`` begins with the messages of ``part``, and has its tools. They must be the same
+    objects: equal ones may be written otherwise, such as the arguments 1 and 1.0, or keys in another order."""
+    if whole.tools is not part.tools or len(part.messages) > len(whole.messages):
+        return False
+    return all(map(operator.is_, whole.messages, part.messages))
 
 
 def _entries(conversation: Conversation, forms: Forms) -> list[dict[str, JSON]]:

@@ -101,7 +101,8 @@ class TemplateRun:
         """Message ``index``, for the loop. Raises StopIteration behind the last."""
         self.cuts[index], self._asked_for = self._written, index
         if index >= len(self.entries):
-            self._is_over, self._delivered = True, 0
+            self._is_over = index == len(self.entries)  # not of a loop that begins behind the last message
+            self._delivered = 0
             raise StopIteration
         self._delivered = index + 1
         return self.entries[index]
@@ -161,8 +162,8 @@ class WatchedMessages:
     def __hash__(self) -> int:
         raise TypeError("a list has no hash")
 
-    def __str__(self) -> str:
-        return str(self._all())
+    def __repr__(self) -> str:
+        return repr(self._all())
 
 
 class LoopedMessages:
