@@ -224,6 +224,14 @@ def test_show_prints_what_is_learned(tiny_model, tmp_path):
     )
 
 
+def test_show_counts_the_rows_that_it_leaves_out_beside_those_that_it_shows(tiny_model, tmp_path):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes, you"}]
+    data = tiny.write_rows(tmp_path / "x.jsonl", [{"messages": turns}] * 3)
+    data.write_text("{\n" + data.read_text())
+    summary = run("show", data, "--model", tiny_model, "--limit", "2").stderr
+    assert "2 rows shown of the first 2 that can be read, 1 left out" in summary
+
+
 def test_generate_and_chat_speak_as_the_run(trained, tiny_model):
     words = [
         "generate",

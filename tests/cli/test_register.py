@@ -66,5 +66,6 @@ def test_a_tag_serves_as_the_start_of_another_run_and_both_are_compared(place):
     assert str(place / "runs" / "first") in (place / "runs" / "second" / "config.yaml").read_text()
     shown = json.loads(verb("runs show tool:1 --json"))
     assert [child["path"] for child in shown["used_by"]] == ["runs/second"]
+    assert "nothing under the current folder" in verb("runs show runs/second")
     verb("compare tool:1 runs/second")
     verb(f"{train} --dry-run --set model.adapter=tool:1")

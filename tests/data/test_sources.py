@@ -223,3 +223,9 @@ def test_a_table_in_an_archive_is_refused_once(tmp_path):
         archive.writestr("rows.csv", "text\nthe cat\n")
     with pytest.raises(DataError, match=r"holds a table \(rows.csv\)"):
         list(sources.raws(tmp_path / "rows.zip"))
+
+
+def test_the_place_of_a_fault_in_json_is_named_once(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "the cat\n')
+    (bad,) = read(tmp_path / "rows.jsonl").dropped
+    assert "broken JSON, unterminated string starting at column 10: " in bad.message

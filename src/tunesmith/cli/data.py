@@ -74,7 +74,7 @@ def show(
         for hint in hints(rendered.dropped):
             say(f"hint: {hint}", err=True)
     notes = "".join(f"; {note}: {count}" for note, count in sorted(rendered.notes.items()))
-    of_read = "" if limit is None and as_json else f" of the first {limit or SHOWN_ROWS} read"
+    of_read = "" if limit is None and as_json else f" of the first {limit or SHOWN_ROWS} that can be read"
     say(
         f"{many(len(rendered.rows), 'row')} shown{of_read}, {len(rendered.dropped)} left out{notes}", err=True
     )

@@ -255,7 +255,8 @@ class _Decoder(json.JSONDecoder):
                 raise json.JSONDecodeError("more text after the value", text, end)
         except json.JSONDecodeError as error:
             near = show(text[max(0, error.pos - 20) : error.pos + 20])
-            fault = f"{error.msg[:1].lower()}{error.msg[1:]} at column {error.pos + 1}: {near}"
+            message = error.msg.removesuffix(" at")  # "Unterminated string starting at"
+            fault = f"{message[:1].lower()}{message[1:]} at column {error.pos + 1}: {near}"
             hint = "mend the line; rows over many lines need a JSON array"
             return BadRow("json", "", "one whole JSON object a line", f"broken JSON, {fault}", hint)
         if self.problems:

@@ -200,13 +200,7 @@ def _write(folder: Path, made: ComposedRun, spec: LoRA, base: str, net: Any, not
         "rank": made.rank,
         "density": made.recipe.used_density,
         "seed": made.recipe.seed,
-        "sources": [
-            {
-                **lineage.origin(str(source.checkpoint.resolve()), source.run.hashes["base"]),
-                "weight": source.weight,
-            }
-            for source in made.sources
-        ],
+        "sources": [{**_origin(source), "weight": source.weight} for source in made.sources],
     }
     data = {path: value for source in made.sources for path, value in source.run.hashes["data"].items()}
     hashes = {"data": data, "template": first.run.hashes["template"], "base": base}

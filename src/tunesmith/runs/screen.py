@@ -117,7 +117,8 @@ def render_lineage(ancestry: Ancestry, screen: Console) -> None:
     for export in ancestry.exports:
         below.add(_text(_exported(export)))
     if not below.children:
-        below.add(_text(f"nothing under {ancestry.folder}"))
+        place = "the current folder" if ancestry.folder == Path() else str(ancestry.folder)
+        below.add(_text(f"nothing under {place}"))
     screen.print(tree, soft_wrap=True)
     if run.verdict:
         screen.print(_text(run.verdict), soft_wrap=True)

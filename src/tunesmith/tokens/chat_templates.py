@@ -602,7 +602,7 @@ def _without_old_reasoning(conversation: Conversation, forms: Forms) -> list[Mes
 
 def _begins(whole: Conversation, part: Conversation) -> bool:
     """Whether ``whole`` begins with the messages of ``part``, and has its tools. They must be the same
-    objects: equal ones may be written otherwise, such as the arguments 1 and 1.0, or keys in another order."""
+    objects: equal ones may be written otherwise (the arguments 1 and 1.0, or keys in another order)."""
     if whole.tools is not part.tools or len(part.messages) > len(whole.messages):
         return False
     return all(map(operator.is_, whole.messages, part.messages))
