@@ -91,8 +91,23 @@ def test_llama_cpp_judges_files_that_are_made_for_it(run, kind, tmp_path):
     assert exported.judged_by.startswith("llama.cpp (xllamacpp")
     assert exported.own_reading is not None and exported.cost is not None
     assert exported.cost.memory_bytes > 0 and exported.cost.speed.value > 0
+    beside = "memory and speed are those beside a base whose matrices are F32"
+    assert (beside in exported.remarks) == (kind == "gguf-lora")
     if kind in ("gguf-f32", "gguf-lora"):
         assert exported.distances.mean < 1e-5 and exported.distances.top == 1
+
+
+@pytest.mark.parametrize("kind", ["gguf-f32", "gguf-lora"])
+def test_an_exact_file_of_a_faint_adapter_is_accepted(kind, tmp_path):
+    """llama.cpp holds keys and values in 16 bits, which is a share of what the adapter does."""
+    base = tmp_path / "base"
+    base.mkdir()
+    tiny.write_model(base, tiny.write_tokenizer(base) + 5, hidden=256, tied=False, layers=4)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.conversations(24))
+    config = tunesmith.configure(model=str(base), data=[str(rows)], sets=["loop.steps=2"])
+    tunesmith.train(config, out=tmp_path / "run")
+    exported = tunesmith.export(tmp_path / "run", to=kind, rows=3, out=tmp_path / "out")
+    assert 0.01 < exported.distances.lost < 0.1 and exported.distances.base < 1e-3
 
 
 def test_a_k_quant_records_its_importance_matrix_and_its_types(run, tmp_path):

@@ -53,14 +53,18 @@ def by_llama_cpp(
     result = llama_reading.run(job, work)
     if result.refused is not None:
         return Reading(OWN_READER, work / fresh.LOGPROBS, tolerance, (result.refused,))
+    remarks: list[str] = []
+    if not texts:
+        remarks.append("the ids that llama.cpp gives texts were not compared: no prompt can be written out")
+    if files.adapter is not None:
+        types = ", ".join(sorted(files.types))
+        remarks.append(f"memory and speed are those beside a base whose matrices are {types}")
     return Reading(
         llama_cpp.name(),
         work / llama_reading.LOGPROBS,
         files.widened(tolerance),
         tuple(_problems(result, len(texts))),
-        ()
-        if texts
-        else ("the ids that llama.cpp gives texts were not compared: no prompt can be written out",),
+        tuple(remarks),
         cost.summarised(result.load_s, result.memory_bytes, result.seconds),
     )
 

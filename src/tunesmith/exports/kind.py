@@ -116,9 +116,10 @@ class LlamaFiles(NamedTuple):
     adapter: Path | None = None
 
     def widened(self, tolerance: Tolerance) -> Tolerance:
-        """``tolerance``, but no narrower than llama.cpp's own rounding of inputs."""
+        """``tolerance``, but no narrower than llama.cpp's own rounding: of keys and values to 16 bits, which
+        shows beside a faint adapter, and of inputs."""
         if self.types <= {"F32"}:
-            return tolerance
+            return tolerance._replace(lost=max(tolerance.lost, SIXTEEN_BIT.lost))
         least = SIXTEEN_BIT if self.types <= {"F32", "F16", "BF16"} else EIGHT_BIT
         return Tolerance(
             kl=max(tolerance.kl, least.kl),

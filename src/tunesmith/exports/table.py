@@ -155,9 +155,9 @@ def export_table(
         for each in chosen:
             earlier = known.get(each.name)
             if earlier is not None:
-                notify(
-                    Notice(f"{each.name}: there already, taken as it was measured", where=str(earlier.path))
-                )
+                judge = earlier.judged_by
+                text = f"{each.name}: there already, taken as it was measured, judged by {judge}"
+                notify(Notice(text, where=str(earlier.path)))
                 entries.append(TableEntry(each.name, earlier))
             else:
                 entries.append(_entry(gate, each, work, parent / each.name if keep else None))

@@ -28,18 +28,18 @@ class TensorType(NamedTuple):
     narrow: bool = False
 
 
-def choose(name: str, shape: Sequence[int], asked: str, n_blocks: int, *, head: bool) -> TensorType:
-    """The type of a tensor in a file of the type ``asked``; vectors stay float32. head: whether the matrix
-    gives the logits."""
+def choose(name: str, shape: Sequence[int], mix: str, n_blocks: int, *, head: bool) -> TensorType:
+    """The type of a tensor in a file that is named after ``mix``, a type or a mix of types; vectors stay
+    float32. head: whether the matrix gives the logits."""
     if len(shape) == 1 or "ffn_gate_inp" in name or name.endswith(".bias"):
         return TensorType(GGMLQuantizationType.F32)
     width = shape[-1]
-    if asked not in MIXES:
-        wanted, others = PRECISE_HEAD.get(asked, asked) if head else asked, []
+    if mix not in MIXES:
+        wanted, others = PRECISE_HEAD.get(mix, mix) if head else mix, []
     elif head:
         wanted, others = PRECISE, ["Q8_0"]
     else:
-        wanted = PRECISE if _wants_more_bits(name, n_blocks) else MIXES[asked]
+        wanted = PRECISE if _wants_more_bits(name, n_blocks) else MIXES[mix]
         others = [NARROWER[wanted]]
     for number, candidate in enumerate([wanted, *others]):
         kind = GGMLQuantizationType[candidate]

@@ -253,9 +253,9 @@ def kept_tensors(
         yield _computed(tensor.name, is_head, architecture, slot, config, dense, encoding)
 
 
-def file_type(asked: str) -> int:
+def file_type(mix: str) -> int:
     """The value of general.file_type."""
-    return LlamaFileType.ALL_F32 if asked == "F32" else LlamaFileType[f"MOSTLY_{asked}"]
+    return LlamaFileType.ALL_F32 if mix == "F32" else LlamaFileType[f"MOSTLY_{mix}"]
 
 
 def bits(tensors: Sequence[NewTensor]) -> float:
