@@ -191,7 +191,7 @@ def test_files_of_the_working_folder_are_not_imported(run, tmp_path, monkeypatch
     assert tunesmith.export(run, to="hf", rows=2, out=tmp_path / "out").accepted
 
 
-def test_a_process_that_was_ended_by_a_signal_is_said(run, tmp_path, monkeypatch):
+def test_a_process_that_was_ended_by_a_signal_is_said(run, tmp_path, monkeypatch, fresh_processes):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\nkill -9 $$\n")
     program.chmod(0o755)
