@@ -72,6 +72,13 @@ def test_a_hint_is_said_once_with_the_number_of_its_rows(tmp_path):
     assert len(places) == 13 and not any("hint:" in line for line in places)
 
 
+def test_a_row_that_holds_the_words_of_a_hint_moves_nothing_into_the_hint(tmp_path):
+    (bad,) = read(tmp_path, {"messages": [ASK, ASK | {"role": "clerk; hint: my secret"}]}).dropped
+    assert "clerk; hint: my secret" in bad.fault and bad.fault in bad.message
+    assert bad.hint and "secret" not in bad.hint
+    assert bad.message == f"{bad.fault}; hint: {bad.hint}"
+
+
 def test_where_all_rows_are_bad_nobody_is_told_to_allow_more():
     bad = [formats.Dropped(f"f:{n}", "type", "m", "") for n in range(3)]
     for allowed in (0.05, 1.0):

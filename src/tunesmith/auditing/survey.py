@@ -221,7 +221,7 @@ def rendered(
         if (sequences := known.get((example.source, example.id))) is not None:
             return sequences
         if (refusal := bad.get(example.source)) is not None:
-            raise Refused(refusal.reason, refusal.message)
+            raise Refused(refusal.reason, refusal.fault, refusal.hint or None)
         return other.render(example)
 
     return look_up

@@ -15,17 +15,24 @@ from typing import NamedTuple, TypeAlias, cast
 from tunesmith.errors import DataError
 from tunesmith.settings.config import JSON
 
-HINT = "; hint: "
-"""Stands between what is wrong with a row and what to do about it."""
-
-
 class BadRow(Exception):
-    """This row cannot be used."""
+    """This row cannot be used. ``place``: the key in the row. ``fault``: what was expected there, and what was
+    found."""
 
     def __init__(self, reason: str, place: str, expected: str, found: str, hint: str = "") -> None:
-        self.reason = reason
+        self.reason, self.place, self.hint = reason, _cut(place), _cut(hint)
         self.fault = f"expected {_cut(expected)}, found {_cut(found)}"
-        super().__init__(f"{_cut(place)}: " * bool(place) + self.fault + f"{HINT}{_cut(hint)}" * bool(hint))
+        super().__init__(with_hint(self.located, self.hint))
+
+    @property
+    def located(self) -> str:
+        """The fault behind its place."""
+        return f"{self.place}: " * bool(self.place) + self.fault
+
+
+def with_hint(fault: str, hint: str) -> str:
+    """What is wrong with a row, and what to do about it."""
+    return f"{fault}; hint: {hint}" if hint else fault
 
 
 def _cut(text: str, most: int = 500) -> str:

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 
 from tunesmith.data import sources
 from tunesmith.data.calls import structure
-from tunesmith.data.examples import HINT, BadRow, prompt_key, split, write_examples, write_lines
+from tunesmith.data.examples import BadRow, prompt_key, split, with_hint, write_examples, write_lines
 from tunesmith.data.layout import RowReader, layout_of, layouts, typed
 from tunesmith.display.text import many
 from tunesmith.errors import DataError, listing
@@ -108,23 +108,19 @@ class DataSpec(Spec):
 
 
 class Dropped(NamedTuple):
-    """A row left out. ``reason``: a code to count by. ``message``: expected, found, hint. ``raw``: the row as
-    written."""
+    """A row left out. ``reason``: a code to count by. ``fault``: what is wrong. ``raw``: the row as written.
+    ``hint``: what to do about it, or ""."""
 
     source: str
     reason: str
-    message: str
+    fault: str
     raw: str
+    hint: str = ""
 
     @property
-    def fault(self) -> str:
-        """What is wrong, without the hint."""
-        return self.message.partition(HINT)[0]
-
-    @property
-    def hint(self) -> str:
-        """What to do about it, or ""."""
-        return self.message.partition(HINT)[2]
+    def message(self) -> str:
+        """The fault and the hint."""
+        return with_hint(self.fault, self.hint)
 
 
 class Read(NamedTuple):
@@ -166,7 +162,7 @@ def row(raw: sources.Raw, spec: DataSpec) -> Example | Dropped:
             raise value
         return _example(value, raw.source, spec)
     except BadRow as bad:
-        return Dropped(raw.source, bad.reason, str(bad), raw.text)
+        return Dropped(raw.source, bad.reason, bad.located, raw.text, bad.hint)
     except RecursionError:
         return Dropped(raw.source, "json", "expected a row, found values nested too deeply", raw.text)
 
@@ -233,4 +229,7 @@ def hints(dropped: Iterable[Dropped]) -> list[str]:
 def write_dropped(dropped: Iterable[Dropped], path: Path) -> None:
     """JSONL, one object a row: source, reason, message, raw. Plain ASCII, since ``raw`` may not be valid
     text."""
-    write_lines([json.dumps(row._asdict()) for row in dropped], path)
+    lines = [
+        {"source": row.source, "reason": row.reason, "message": row.message, "raw": row.raw} for row in dropped
+    ]
+    write_lines([json.dumps(line) for line in lines], path)

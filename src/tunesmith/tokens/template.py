@@ -26,7 +26,7 @@ from pydantic import AfterValidator, Field
 
 from tunesmith.data import formats
 from tunesmith.data.calls import calls_only, without_words
-from tunesmith.data.examples import HINT, REASONING_BESIDE, label_of
+from tunesmith.data.examples import REASONING_BESIDE, label_of
 from tunesmith.data.formats import (
     JSON,
     Call,
@@ -662,8 +662,8 @@ def render(
                 example, learn=spec.learn, prompt_weight=spec.prompt_weight, cut=cut, notes=result.notes
             )
         except Refused as error:
-            message = HINT.join(filter(None, (error.what, error.hint)))
-            result.dropped.append(formats.Dropped(example.source, error.code, message, ""))
+            refused = formats.Dropped(example.source, error.code, error.what, "", error.hint or "")
+            result.dropped.append(refused)
         fits = [row for row in rows if len(row.tokens.ids) <= length]
         for tokens in [len(row.tokens.ids) for row in rows if len(row.tokens.ids) > length]:
             long.append(

@@ -22,7 +22,8 @@ from tunesmith.auditing.registry import Rule, register
 from tunesmith.auditing.views import Context, Survey, View
 from tunesmith.checks.content import masked
 from tunesmith.data import calls
-from tunesmith.data.examples import HINT, Conversation
+from tunesmith.data.examples import Conversation
+from tunesmith.data.formats import Dropped
 from tunesmith.display.text import excerpt
 
 if TYPE_CHECKING:
@@ -102,10 +103,12 @@ class Structure(Rule):
         if not len(survey):
             return
         dropped: dict[str, list[int]] = defaultdict(list)
+        first: dict[str, Dropped] = {}
         faulty: dict[str, list[int]] = defaultdict(list)
         for row, bad in enumerate(survey.dropped):
             if bad is not None:
                 dropped[bad.reason].append(row)
+                first.setdefault(bad.reason, bad)
             else:
                 for rule in facts[row] or ():
                     faulty[rule].append(row)
@@ -136,11 +139,9 @@ class Structure(Rule):
             hint="" if share >= bar else hint,
         )
         for reason, concerned in sorted(dropped.items(), key=lambda item: -len(item[1])):
-            advice = next(((facts[row] or {}).get(reason, "").partition(HINT)[2] for row in concerned), "")
             fault = f"that cannot be used ({reason})"
-            yield finding(
-                reason, "warning", fault, concerned, advice or "training leaves them out: mend them"
-            )
+            hint = excerpt(masked(first[reason].hint), 400) or "training leaves them out: mend them"
+            yield finding(reason, "warning", fault, concerned, hint)
         for rule, (fault, hint) in TELL.items():
             if faulty[rule]:
                 yield finding(
