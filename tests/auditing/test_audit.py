@@ -274,7 +274,9 @@ def test_training_stops_on_an_error_before_any_weight_is_loaded(tiny_model, rows
     with pytest.raises(DataError, match=r"contamination\.validation_exact: 3 rows .*rows\.jsonl:1") as told:
         command(*words)
     assert "--accept contamination.validation_exact" in str(told.value) and not (tmp_path / "run").exists()
-    command(*words, "--accept", "contamination.validation_exact")
+    printed = command(*words, "--accept", "contamination.validation_exact")
+    assert "accepted findings, with rows: contamination.validation_exact 3" in printed.output
+    assert "warning: contamination" not in printed.output
     manifest = Run(tmp_path / "run").manifest
     assert (
         list(manifest["accepted"]) == ["contamination.validation_exact"]

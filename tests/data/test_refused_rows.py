@@ -74,9 +74,8 @@ def test_a_hint_is_said_once_with_the_number_of_its_rows(tmp_path):
 
 def test_a_row_that_holds_the_words_of_a_hint_moves_nothing_into_the_hint(tmp_path):
     (bad,) = read(tmp_path, {"messages": [ASK, ASK | {"role": "clerk; hint: my secret"}]}).dropped
-    assert "clerk; hint: my secret" in bad.fault and bad.fault in bad.message
-    assert bad.hint and "secret" not in bad.hint
-    assert bad.message == f"{bad.fault}; hint: {bad.hint}"
+    assert "clerk; hint: my secret" in bad.fault and bad.message == bad.fault
+    assert bad.hint == ""
 
 
 def test_where_all_rows_are_bad_nobody_is_told_to_allow_more():

@@ -271,6 +271,21 @@ def test_a_run_that_was_not_evaluated_is_named_with_the_command(runs, tmp_path):
     assert found.sides[0].uncompared[0][1] == "A was not evaluated on it"
 
 
+def test_a_run_that_was_not_evaluated_is_warned_of_once_with_one_command(runs, tmp_path):
+    bare = a_run(tmp_path / "runs" / "bare")
+    evaluated(runs[0], [1.0] * 60, name="perplexity")
+    heard: list[events.Event] = []
+    comparison = compared(runs[0], bare, notify=heard.append)
+    assert len(comparison.sides[0].uncompared) == 2
+    (warning,) = [
+        event for event in heard if isinstance(event, events.Notice) and "not compared" in event.what
+    ]
+    assert "perplexity" in warning.what and "tool_calls" in warning.what
+    assert warning.what.endswith("B was not evaluated on them")
+    assert warning.hint is not None and warning.hint.count("tunesmith evaluate") == 1
+    assert "--task perplexity" in warning.hint and "--task tool_calls" in warning.hint
+
+
 def test_runs_that_held_out_other_rows_are_told_to_be_asked_the_same(runs, tmp_path):
     bare = a_run(tmp_path / "runs" / "bare")
     (bare / "data" / "valid.jsonl").write_text('{"text": "held out here"}\n')

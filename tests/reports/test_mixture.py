@@ -95,6 +95,7 @@ def test_the_screen_shows_the_median_and_the_three_layers_that_lose_most(runs, t
     worst = sorted(retained, key=retained.__getitem__)[:3]
     assert [line[0] for line in shown] == worst
     assert [line[1] for line in shown] == [f"{retained[name]:.2%}" for name in worst]
+    assert sum(line.startswith("overlap in, out: ") for line in result.stdout.splitlines()) == 1
     (median,) = [line for line in result.stdout.splitlines() if line.startswith("median of 14 layers")]
     assert f"{np.median(list(retained.values())):.2%}" in median
     assert "all are in composition.json, and with --json" in result.stdout
@@ -186,6 +187,20 @@ def test_a_rank_that_the_layers_do_not_allow_is_said(runs, tmp_path):
     told = [notice.what for notice in notices if isinstance(notice, events.Notice)]
     (text,) = [what for what in told if what.startswith("rank ")]
     assert text.endswith("instead of 1000: the narrowest layer takes no more")
+
+
+def test_a_source_that_was_made_from_another_is_said_to_contain_it(runs, tiny_model, tmp_path):
+    spec = opening.find(runs[0]).config.adapter
+    same = [f"adapter.rank={spec.rank}", f"adapter.targets={json.dumps(spec.targets)}", "loop.steps=2"]
+    later = train(tmp_path / "later", tiny_model, f"adapter.start={runs[0]}", *same)
+    notices: list[events.Event] = []
+    tunesmith.compose({runs[0]: 1.0, later: -0.5}, out=tmp_path / "less", notify=notices.append)
+    told = [notice.what for notice in notices if isinstance(notice, events.Notice)]
+    (text,) = [what for what in told if "contains its update" in what]
+    assert f"{runs[0]} 1 times, and -0.5 times within {later}" in text
+    notices.clear()
+    tunesmith.compose({runs[0]: 1.0, runs[1]: -0.5}, out=tmp_path / "apart", notify=notices.append)
+    assert not any("contains" in notice.what for notice in notices if isinstance(notice, events.Notice))
 
 
 def test_rows_that_another_source_was_trained_on_are_left_out(tiny_model, tmp_path):

@@ -110,7 +110,7 @@ def audit(
         ),
         fetch=lambda rows: _fetch(files_read, rows, setup.data),
     )
-    tick = events.ticker(notify, "auditing")
+    tick = events.ticker(notify, "rows audited")
     shortened = 0
     for looked in _looks(files_read, setup, total, processes):
         _add(survey, looked, setup.rules)
@@ -135,7 +135,7 @@ def examine(
         context=known,
         fetch=lambda rows: {row: _shown(examples[row], examples[row].source) for row in rows},
     )
-    tick = events.ticker(notify, "auditing")
+    tick = events.ticker(notify, "rows audited")
     shortened = 0
     for done, example in enumerate(examples, 1):
         looked = _look(_shown(example, example.source), known, applied)
@@ -333,7 +333,7 @@ def _judged(
         survey.kept.setdefault(rule.name, [None] * len(survey))
     prints = _prints(survey)
     findings: list[Finding] = []
-    tick = events.ticker(notify, "judging")
+    tick = events.ticker(notify, "rules judged")
     for done, rule in enumerate(applied, 1):
         findings += rule.judge(survey.kept[rule.name], survey)
         survey.kept[rule.name] = []  # of many rows it is much, and no rule reads another's

@@ -15,9 +15,10 @@ from typing import NamedTuple, TypeAlias, cast
 from tunesmith.errors import DataError
 from tunesmith.settings.config import JSON
 
+
 class BadRow(Exception):
-    """This row cannot be used. ``place``: the key in the row. ``fault``: what was expected there, and what was
-    found."""
+    """This row cannot be used. ``place``: the key in the row. ``fault``: what was expected and what was
+    found there."""
 
     def __init__(self, reason: str, place: str, expected: str, found: str, hint: str = "") -> None:
         self.reason, self.place, self.hint = reason, _cut(place), _cut(hint)

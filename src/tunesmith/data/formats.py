@@ -230,6 +230,7 @@ def write_dropped(dropped: Iterable[Dropped], path: Path) -> None:
     """JSONL, one object a row: source, reason, message, raw. Plain ASCII, since ``raw`` may not be valid
     text."""
     lines = [
-        {"source": row.source, "reason": row.reason, "message": row.message, "raw": row.raw} for row in dropped
+        {"source": row.source, "reason": row.reason, "message": row.message, "raw": row.raw}
+        for row in dropped
     ]
     write_lines([json.dumps(line) for line in lines], path)

@@ -97,19 +97,32 @@ class UnpairedRecord(NamedTuple):
 def command(record: Record, run_dir: Path | None = None) -> str:
     """The command that makes a run (the record's own, or ``run_dir``) evaluate what ``record`` did: rows,
     task, and every setting that decides."""
-    settings, group = record.settings or {}, tasks.about(record.task).group
-    benchmarks = _texts(settings.get("benchmarks"))
-    if record.task in benchmarks or group == "benchmarks":
-        title, group = record.task.removeprefix("benchmark."), "benchmarks"
-        title = next((name for name in benchmarks if name.replace(":", "_") == title), title)
-        words = ["--task", group, "--benchmark", title]
-    else:
-        words = ["--task", group]
+    return _command([record], run_dir or record.run_dir)
+
+
+def commands(records: Sequence[Record], run_dir: Path) -> list[str]:
+    """The fewest commands that make a run evaluate what ``records`` did: one for all that have the same rows
+    and settings."""
+    alike: dict[str, list[Record]] = {}
+    for record in records:
+        key = json.dumps([record.data, record.settings, "tuned" in (record.family or ())], sort_keys=True)
+        alike.setdefault(key, []).append(record)
+    return [_command(same, run_dir) for same in alike.values()]
+
+
+def _command(alike: Sequence[Record], run_dir: Path) -> str:
+    """``alike``: records with the same rows and settings."""
+    record = alike[0]
+    settings = record.settings or {}
+    chosen = [_group(other, _texts(settings.get("benchmarks"))) for other in alike]
+    groups = {group for group, _ in chosen}
+    words = [word for group in dict.fromkeys(group for group, _ in chosen) for word in ("--task", group)]
+    words += [word for _, benchmark in chosen if benchmark for word in ("--benchmark", benchmark)]
     for path in record.data if isinstance(record.data, tuple) else ():
         words += ["--data", path]
     refused = {"batch_size", "benchmarks"}
     for other in tasks.groups().values():
-        refused |= {*other.opt_in} if other.name != group else set()
+        refused |= {*other.opt_in} if other.name not in groups else set()
     for key, default in EvaluationSpec().model_dump(mode="json").items():
         value, option = settings.get(key, default), key.replace("_", "-")
         if key in refused or value == default:
@@ -120,7 +133,16 @@ def command(record: Record, run_dir: Path | None = None) -> str:
             values = value if isinstance(value, list) else [value]
             words += [word for item in values for word in (f"--{option}", str(item))]
     words += ["--no-base"] if "tuned" in (record.family or ()) else []
-    return shlex.join(["tunesmith", "evaluate", str(run_dir or record.run_dir), *words])
+    return shlex.join(["tunesmith", "evaluate", str(run_dir), *words])
+
+
+def _group(record: Record, benchmarks: Sequence[str]) -> tuple[str, str | None]:
+    """The group of the record's task, and the name of the benchmark if it is one."""
+    group = tasks.about(record.task).group
+    if record.task not in benchmarks and group != "benchmarks":
+        return group, None
+    title = record.task.removeprefix("benchmark.")
+    return "benchmarks", next((name for name in benchmarks if name.replace(":", "_") == title), title)
 
 
 def _texts(value: JSON) -> list[str]:

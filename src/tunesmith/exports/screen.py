@@ -18,7 +18,7 @@ def lines(exported: Exported) -> Iterator[str]:
         f"median {kl.median:.2g}, p95 {kl.p95:.2g}, p99 {kl.p99:.2g}, max {kl.max:.2g} nats"
     )
     survived = "" if kl.survived is None else f", {kl.survived:.1%} of the adapter's effect survived"
-    yield f"the base's is {kl.base:.2g}{survived}"
+    yield f"KL divergence of the base from the live adapter: mean {kl.base:.2g} nats{survived}"
     if exported.own_reading is not None:
         yield f"by tunesmith's own reader: mean {exported.own_reading.mean:.2g}"
     yield f"equal top tokens {kl.top:.2%}, RMS Δp {kl.rms_p:.2g}"

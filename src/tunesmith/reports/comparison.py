@@ -223,10 +223,9 @@ def compare(
     sides: list[RunAgainstFirst] = []
     for run, (unjudged, unpaired) in zip(runs[1:], paired, strict=True):
         pairs = [replace(pair, scores=[next(judged) for _ in pair.scores]) for pair in unjudged]
-        uncompared = [_uncompared(first, run, record) for record in unpaired]
-        for name, why, command in uncompared:
-            text = f"{first.letter} and {run.letter}: not compared: {name}: {why}"
-            notify(Notice(text, level="warning", hint=command))
+        remedies = [_remedy(first, run, record) for record in unpaired]
+        uncompared = [remedy.uncompared for remedy in remedies]
+        _tell_uncompared(first, run, remedies, notify)
         for pair in pairs:
             if pair.note:
                 notify(Notice(pair.note, level="warning"))
@@ -349,7 +348,36 @@ def _others(runs: Sequence[ComparedRun]) -> list[DifferingRow]:
     return _differing(facts, [{} for _ in runs])
 
 
-def _uncompared(first: ComparedRun, run: ComparedRun, unpaired: UnpairedRecord) -> Uncompared:
+class _Remedy(NamedTuple):
+    """Why a record was not compared, and the runs that would have to be evaluated as ``asked`` says."""
+
+    name: str
+    why: str
+    asked: Record
+    runs: tuple[ComparedRun, ...]
+
+    @property
+    def uncompared(self) -> Uncompared:
+        commands = [pairing.command(self.asked, run.path) for run in self.runs]
+        return Uncompared(self.name, self.why, "; ".join(commands) or None)
+
+
+def _tell_uncompared(first: ComparedRun, run: ComparedRun, remedies: Sequence[_Remedy], notify: Sink) -> None:
+    """One warning a reason, with one command for all tasks that can be evaluated at once."""
+    by_reason: dict[tuple[str, tuple[str, ...]], list[_Remedy]] = {}
+    for remedy in remedies:
+        letters = tuple(lacking.letter for lacking in remedy.runs)
+        by_reason.setdefault((remedy.why, letters), []).append(remedy)
+    for (why, _), alike in by_reason.items():
+        names = ", ".join(remedy.name for remedy in alike)
+        why = why.replace("evaluated on it", "evaluated on them") if len(alike) > 1 else why
+        records = [remedy.asked for remedy in alike]
+        commands = [command for each in alike[0].runs for command in pairing.commands(records, each.path)]
+        text = f"{first.letter} and {run.letter}: not compared: {names}: {why}"
+        notify(Notice(text, level="warning", hint="; ".join(commands) or None))
+
+
+def _remedy(first: ComparedRun, run: ComparedRun, unpaired: UnpairedRecord) -> _Remedy:
     record, why = unpaired.record, unpaired.reason
     name = f"{record.task}{record.variant}"
     lacking = run if unpaired.missing_in == "second" else first
@@ -361,9 +389,9 @@ def _uncompared(first: ComparedRun, run: ComparedRun, unpaired: UnpairedRecord) 
         why += "; the runs held out other rows, so both need the same: "
         why += f"{UNSEEN} of rows that neither was trained on"
     if unpaired.missing_in is not None and not other_rows:
-        return Uncompared(name, why, pairing.command(record, lacking.path))
-    both = "; ".join(pairing.command(record, each.path) for each in (first, run))
-    return Uncompared(name, why, both if other_rows or unpaired.reason.startswith("version") else None)
+        return _Remedy(name, why, record, (lacking,))
+    mended = other_rows or unpaired.reason.startswith("version")
+    return _Remedy(name, why, record, (first, run) if mended else ())
 
 
 # The verdict

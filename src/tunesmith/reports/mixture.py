@@ -17,6 +17,10 @@ from tunesmith.runs.composed import RECORD, ComposedRun
 
 WORST = 3
 """Layers that are printed one by one."""
+EXPLAINED = (
+    "overlap in, out: how far two updates read from, write to, the same subspace: 0 not at all, "
+    "1 one subspace contains the other; angle: the smallest between the subspaces"
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def _table(made: ComposedRun) -> Iterator[str]:
     yield f"{title:{width}}  {retained:8.2%}{_columns(overlap)}"
     for layer in shown:
         yield f"{layer.name:{width}}  {layer.retained:8.2%}{_columns(_closest(layer))}"
+    if overlaps:
+        yield EXPLAINED
     if len(shown) < len(layers):
         yield f"the {WORST} layers that retain the least are shown: all are in {RECORD}, and with --json"
 

@@ -8,8 +8,8 @@ the manifest's lineage names the sources, their weights and hashes."""
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from tunesmith.data.examples import Example, prompt_key
 from tunesmith.errors import ConfigError, ModelError, TunesmithError
 from tunesmith.events import Notice, Sink
 from tunesmith.files import draft, read_json, write_json, write_text
-from tunesmith.runs import bases, checkpoints, lineage, manifest, opening
+from tunesmith.runs import ancestry, bases, checkpoints, lineage, manifest, opening
+from tunesmith.runs.ancestry import Parent
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import COMPOSED, PLAN, VALID, Run, require_free
@@ -98,7 +99,7 @@ def compose(
     require_free(out, resumable=False)
     weighted = _found(sources, model, notify)
     _require_one_base(weighted)
-    for notice in _differing(weighted):
+    for notice in [*_differing(weighted), *_contained(weighted)]:
         notify(notice)
     opened = weighted[0].model.open(notify)
     net = opened.loaded.net
@@ -181,6 +182,31 @@ def _differing(sources: Sequence[WeightedRun]) -> list[Notice]:
             text = f"the sources differ in their {words.get(key, key)}: that of {first.name} is used"
             notices.append(Notice(text, level="warning", where="compose"))
     return notices
+
+
+def _contained(sources: Sequence[WeightedRun]) -> list[Notice]:
+    """The sources whose update is in the adapter of another source too, by the lineage of that."""
+    notices: list[Notice] = []
+    for source in sources:
+        shares: defaultdict[Path, float] = defaultdict(float)
+        for run, share in _updates_within(ancestry.parents(source.run.path)):
+            shares[run] += share
+        for other in sources:
+            if share := shares[other.run.path.resolve()]:
+                text = f"{source.name} was made from {other.name} and contains its update: the mixture adds "
+                text += f"{other.name} {other.weight:g} times, and {source.weight * share:g} times "
+                notices.append(Notice(f"{text}within {source.name}", where="compose"))
+    return notices
+
+
+def _updates_within(parents: Sequence[Parent]) -> Iterator[tuple[Path, float]]:
+    """The runs whose updates are in an adapter, each with its factor there. What was merged is in the base
+    and not in the adapter."""
+    for parent in parents:
+        if parent.relation != "merged":
+            factor = 1.0 if parent.weight is None else parent.weight
+            yield parent.run.resolve(), factor
+            yield from ((run, factor * share) for run, share in _updates_within(parent.parents))
 
 
 def _plan(run: Run) -> dict[str, Any]:

@@ -401,12 +401,13 @@ def _audit(
     context.rendered = None if weighted else survey.rendered(rows, refused, context)
     audit = survey.examine(sources.train, sources.reads[0].files, context, notify)
     survey.require(audit)
-    accepted = [finding for finding in audit.findings if finding.accepted]
-    for finding in [*audit.of("warning"), *accepted]:
+    for finding in audit.of("warning"):
         where = ", ".join(row.source for row in finding.rows[:3]) + (", …" if len(finding.rows) > 3 else "")
-        text = f"{finding.rule}{', accepted' * bool(finding.accepted)}: {finding.what}"
-        count, hint = max(finding.count, 1), finding.hint or None
-        notify(Notice(text, "warning", count, where or "audit", hint))
+        text, hint = f"{finding.rule}: {finding.what}", finding.hint or None
+        notify(Notice(text, "warning", max(finding.count, 1), where or "audit", hint))
+    accepted = [f"{finding.rule} {finding.count:,}" for finding in audit.findings if finding.accepted]
+    if accepted:
+        notify(Notice(f"accepted findings, with rows: {', '.join(accepted)}", where="audit.accept"))
     return audit
 
 

@@ -52,7 +52,8 @@ class Merged(ExportKind):
         stored.write_ends(folder, tuned.renderer.eos_ids)
         if vocabulary.extended(net):
             stored.write_vocabulary(folder, vocabulary.limits(net).ids)
-        return ArtefactNotes(copied.survived)
+        use = "use: vllm serve <folder>, or transformers: AutoModelForCausalLM.from_pretrained('<folder>')"
+        return ArtefactNotes(copied.survived, (use,))
 
     def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
         loaded = merging.load(plain(source, folder), notify)
