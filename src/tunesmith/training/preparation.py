@@ -138,13 +138,14 @@ def prepare(
     *,
     audited: bool = False,
     recorded: Recorded | None = None,
+    held_out: Sequence[formats.Example] | None = None,
 ) -> Prepared:
     """Read, split, render, audit and plan, without loading weights. audited: these rows were audited when the
-    run began. recorded: of the run that is resumed. Raises DataError, TemplateError, or ModelError for an id
-    that the model does not know."""
+    run began. recorded: of the run that is resumed. held_out: the held-out rows; None: those that the
+    settings name. Raises DataError, TemplateError, or ModelError for an id that the model does not know."""
     is_new = recorded is None or recorded.fingerprint is None
     recorded = recorded or Recorded.now()
-    sources = _read(config, notify)
+    sources = _read(config, notify) if held_out is None else _read_around(held_out, config)
     folder = loading.resolve(
         config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
     )
@@ -261,6 +262,15 @@ def _read(config: RunConfig, notify: Sink) -> Sources:
         text = "held-out rows whose prompt is also in the training rows"
         notify(Notice(text, level="warning", count=shared))
     return Sources([read, held_out], read.examples, held_out.examples)
+
+
+def _read_around(held_out: Sequence[formats.Example], config: RunConfig) -> Sources:
+    """The rows of the training files whose prompts are not those of ``held_out``. Raises DataError."""
+    read = formats.read(config.data.train, config.data)
+    formats.require(read, config.data.max_dropped)
+    prompts = set(map(formats.prompt_key, held_out))
+    train = [example for example in read.examples if formats.prompt_key(example) not in prompts]
+    return Sources([read], train, list(held_out))
 
 
 def _render(
