@@ -15,7 +15,7 @@ import numpy as np
 
 from tunesmith import adapters, events
 from tunesmith.adapters import merging
-from tunesmith.errors import ExportError
+from tunesmith.errors import ExportError, TunesmithError
 from tunesmith.events import Event, Notice, Sink, Working
 from tunesmith.exports import fidelity, fresh, headlines, judging, llama_cpp, weights
 from tunesmith.exports.fidelity import Carried, Ended, Probe
@@ -146,7 +146,7 @@ class Gate:
             if (missing := llama_cpp.missing()) is not None:
                 raise ExportError(missing)
             files = chosen.llama_files(base, artefact, self._work)
-        except ExportError as error:
+        except TunesmithError as error:
             remarks = judging.not_by_llama_cpp(error.what)
             return judging.by_tunesmith(self._work, chosen.tolerance, remarks)
         mx.clear_cache()
@@ -210,7 +210,8 @@ class Gate:
         if reading.by != OWN_READER:
             second = fidelity.distances(own, base, np.load(self._work / fresh.LOGPROBS, "r"), of_row)
         stopping = fidelity.stops(live.answers, result.answers, live.trained, result.ends)
-        reasons = fidelity.reasons(measured, stopping, arrived, reading.tolerance, written.survived)
+        effect = judging.of_effect(reading, measured, second, chosen.tolerance)
+        reasons = fidelity.reasons(measured, stopping, arrived, reading.tolerance, written.survived, effect)
         return Exported(
             path=artefact,
             kind=chosen.name,
@@ -226,6 +227,7 @@ class Gate:
                 *written.remarks,
                 *result.remarks,
                 *reading.remarks,
+                *judging.of_faint_adapter(effect),
                 *fidelity.undecided(stopping),
             ),
             cost=result.cost or reading.cost,

@@ -56,6 +56,11 @@ EIGHT_BIT = Tolerance(kl=0.02, p99=0.2, top=0.95, lost=0.25)
 as many bits, and to 8."""
 
 
+ROUNDING = {"F32": 1e-5, "F16": 1e-4, "Q8_0": 3e-4}
+"""Mean KL divergence in nats a token up to which llama.cpp's own rounding may be the whole difference: of
+files in float32, in 16 bits, and of quantised ones."""
+
+
 @dataclass(frozen=True)
 class Tuned:
     """A run that is exported. ``source``: the settings of its base. ``loaded``: the base, whose tensors are
@@ -114,6 +119,13 @@ class LlamaFiles(NamedTuple):
     model: Path
     types: frozenset[str]
     adapter: Path | None = None
+
+    @property
+    def rounding(self) -> float:
+        """`ROUNDING` of a file of these types."""
+        if self.types <= {"F32"}:
+            return ROUNDING["F32"]
+        return ROUNDING["F16" if self.types <= {"F32", "F16", "BF16"} else "Q8_0"]
 
     def widened(self, tolerance: Tolerance) -> Tolerance:
         """``tolerance``, but no narrower than llama.cpp's own rounding: of keys and values to 16 bits, which

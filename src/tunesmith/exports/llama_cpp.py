@@ -22,6 +22,10 @@ ERROR = 4
 """Level of a line of the log that is an error."""
 DEFAULTS = (512, 2048, 512)
 """The first fields of llama_context_params as the library sets them: n_ctx, n_batch, n_ubatch."""
+NO_MEMORY = -2
+"""Status of ``llama_decode`` if memory cannot be allocated."""
+MEMORY = ("failed to allocate", "unable to allocate", "insufficient memory", "bad_alloc")
+"""What the library says then."""
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
 
@@ -92,6 +96,11 @@ def missing() -> str | None:
     return None
 
 
+def lacks_memory(text: str) -> bool:
+    """Whether the library says in ``text`` that memory was not enough."""
+    return any(words in text for words in MEMORY)
+
+
 def _functions() -> dict[str, Callable[..., Any]]:
     """Raises SetupError if the library is missing, or has another form than expected."""
     library = ggml.library()
@@ -111,7 +120,8 @@ def _functions() -> dict[str, Callable[..., Any]]:
 class LlamaCpp:
     """A model for one text at a time, with an adapter beside it if there is one.
 
-    Raises ExportError, with what llama.cpp said, if it cannot load them."""
+    Raises ExportError, with what llama.cpp said, if it refuses them, and SetupError if memory is not
+    enough."""
 
     def __init__(self, model: Path, adapter: Path | None, n_context: int, threads: int) -> None:
         """n_context: the most tokens of a text."""
@@ -141,11 +151,10 @@ class LlamaCpp:
             self._errors.append(text.decode("utf-8", "replace").strip())
 
     def _required(self, pointer: int | None, file: Path) -> int:
-        if not pointer:
-            raise ExportError(
-                f"llama.cpp cannot load {file.name}: {'; '.join(self._errors) or 'no reason given'}"
-            )
-        return pointer
+        if pointer:
+            return pointer
+        what = f"llama.cpp cannot load {file.name}: {'; '.join(self._errors) or 'no reason given'}"
+        raise SetupError(what) if lacks_memory(what) else ExportError(what)
 
     def _apply(self, adapter: Path) -> None:
         path = bytes(adapter.resolve())
@@ -174,7 +183,8 @@ class LlamaCpp:
             batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
             batch.logits[place] = wanted[place]
         if status := self._call["llama_decode"](self._context, batch):
-            raise ExportError(f"llama.cpp cannot compute {len(ids)} tokens at {start}: status {status}")
+            what = f"llama.cpp cannot compute {len(ids)} tokens at {start}: status {status}"
+            raise SetupError(f"{what}, out of memory") if status == NO_MEMORY else ExportError(what)
 
     def _row(self, place: int) -> np.ndarray:
         row = self._call["llama_get_logits_ith"](self._context, place)

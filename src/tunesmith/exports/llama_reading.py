@@ -19,11 +19,14 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from tunesmith.errors import ExportError
+from tunesmith.errors import ExportError, SetupError, TunesmithError
+from tunesmith.exports import llama_cpp
 from tunesmith.exports.llama_cpp import LlamaCpp
 from tunesmith.files import read_json
 from tunesmith.model.gguf import ggml
 
+ENDED = (signal.SIGKILL, signal.SIGTERM)
+"""What the system, or a program that watches memory, ends a process by; a crash has other signals."""
 JOB, RESULT, LOGPROBS = "llama.json", "llama_result.json", "llama.npy"
 
 
@@ -52,11 +55,12 @@ class LlamaJob:
 
 @dataclass(frozen=True)
 class LlamaResult:
-    """``refused``: why llama.cpp computed nothing. ``other_ids``: the texts that got other ids. ``endless``:
-    the tokens at which it goes on. ``load_s``, ``memory_bytes`` and ``seconds`` of each round: what it
-    costs."""
+    """``refused``: why llama.cpp does not take the artefact. ``failed``: why nothing was computed for a
+    reason that says nothing of the artefact. ``other_ids``: the texts that got other ids. ``endless``: the
+    tokens at which it goes on. ``load_s``, ``memory_bytes`` and ``seconds`` of each round: what it costs."""
 
     refused: str | None = None
+    failed: str | None = None
     other_ids: Sequence[int] = ()
     endless: Sequence[int] = ()
     load_s: float = 0.0
@@ -65,22 +69,33 @@ class LlamaResult:
 
 
 def run(job: LlamaJob, folder: Path) -> LlamaResult:
-    """Start the process; it works in ``folder``. Raises ExportError if the system ended it."""
+    """Start the process; it works in ``folder``."""
     (folder / JOB).write_text(json.dumps(asdict(job)), encoding="utf-8")
     words = [sys.executable, "-P", "-m", "tunesmith.exports.llama_reading", str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode == -signal.SIGKILL:
-        hint = "the machine may be out of memory: end other programs, or measure fewer --rows"
-        raise ExportError("the process in which llama.cpp reads the artefact was ended", hint=hint)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-        return LlamaResult(f"llama.cpp ended when it read the artefact: {last[0]}")
-    return read_json(folder / RESULT, LlamaResult, ExportError, None)
+        return ended(done.returncode, done.stderr)
+    try:
+        return read_json(folder / RESULT, LlamaResult, SetupError, None)
+    except SetupError as error:
+        return LlamaResult(failed=error.what)
+
+
+def ended(status: int, stderr: str) -> LlamaResult:
+    """What it means that the process ended with ``status``: minus the number of the signal, or more than 0
+    if Python failed. Only a crash in llama.cpp's code is held against the artefact."""
+    last = (stderr.strip().splitlines() or [f"exit status {status}"])[-1]
+    if -status in ENDED:
+        reason = "the process in which llama.cpp reads was ended: the machine may be out of memory"
+        return LlamaResult(failed=reason)
+    if status > 0 or llama_cpp.lacks_memory(stderr):
+        return LlamaResult(failed=f"the process in which llama.cpp reads failed: {last}")
+    return LlamaResult(refused=f"llama.cpp crashed when it read the artefact: {last}")
 
 
 def measure(folder: Path) -> LlamaResult:
-    """Write the log-probabilities; returns the rest."""
-    job = read_json(folder / JOB, LlamaJob, ExportError, None)
+    """Write the log-probabilities; returns the rest. Raises ExportError if llama.cpp refuses the files."""
+    job = read_json(folder / JOB, LlamaJob, SetupError, None)
     longest = max(len(ids) for ids, _ in job.rows)
     before, began = _memory(), time.perf_counter()
     adapter = None if job.adapter is None else Path(job.adapter)
@@ -105,6 +120,16 @@ def measure(folder: Path) -> LlamaResult:
     )
 
 
+def outcome(folder: Path) -> LlamaResult:
+    """`measure`, or why it could not."""
+    try:
+        return measure(folder)
+    except ExportError as error:
+        return LlamaResult(refused=error.what)
+    except TunesmithError as error:
+        return LlamaResult(failed=error.what)
+
+
 def _memory() -> int:
     return psutil.Process().memory_info().rss
 
@@ -117,8 +142,4 @@ def _log_probabilities(logits: np.ndarray) -> np.ndarray:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    try:
-        result = measure(place)
-    except ExportError as error:
-        result = LlamaResult(refused=error.what)
-    (place / RESULT).write_text(json.dumps(asdict(result)), encoding="utf-8")
+    (place / RESULT).write_text(json.dumps(asdict(outcome(place))), encoding="utf-8")
