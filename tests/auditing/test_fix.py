@@ -375,10 +375,11 @@ def test_the_original_is_never_written_to_and_nothing_is_overwritten(tmp_path):
         (file, tmp_path / "x.json.gz", "JSONL"),
         (file, file / "x.jsonl", "cannot be written"),
     ]:
+        kind = DataError if told == "exists already" else ConfigError
         if told != "cannot be written":
-            with pytest.raises(ConfigError, match=told):
+            with pytest.raises(kind, match=told):
                 require_free([read], out)
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(kind) as error:
             fix([read], out, SPEC, audit())
         assert told in str(error.value) and error.value.hint
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
@@ -394,7 +395,7 @@ def test_a_ledger_that_a_killed_process_left_is_replaced_by_its_own_and_by_no_ot
     assert (again.ledger.read_bytes(), again.out.read_bytes()) == before
     fixed.out.unlink()
     write(file, row("a"), row("b"), row("b"))
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(DataError, match="exists already"):
         fix([file], fixed.out, SPEC, audit())
     assert fixed.ledger.read_bytes() == before[0] and not fixed.out.exists()
 

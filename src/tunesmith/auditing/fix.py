@@ -59,8 +59,8 @@ def fix(
     ``audit``: of the same files; what it found and is not corrected is listed as left. drop_words: leave out
     words beside calls. ready: called when both are written, before they get their names, so that what it
     does is done again if the process is killed before. Lines of the ledger: source, row (the line in ``out``,
-    null where it is gone) and the fields of `Step`. Raises ConfigError if ``out`` exists, is read, or cannot
-    be written, DataError if a file cannot be read as a whole or no row is left."""
+    null where it is gone) and the fields of `Step`. Raises ConfigError if ``out`` is read or cannot be
+    written, DataError if it exists, a file cannot be read as a whole, or no row is left."""
     out = out.expanduser()
     ledger = _ledger(out)
     require_free(paths, out)
@@ -120,7 +120,7 @@ def _write(
 
 
 def _publish(drafts: Mapping[Path, Path], ledger: Path, out: Path) -> None:
-    """Give the drafts their names. Raises ConfigError if another ledger is there."""
+    """Give the drafts their names. Raises DataError if another ledger is there."""
     if ledger.exists() and not filecmp.cmp(drafts[ledger], ledger, shallow=False):
         raise _taken(ledger)
     for path in (ledger, out):
@@ -128,8 +128,8 @@ def _publish(drafts: Mapping[Path, Path], ledger: Path, out: Path) -> None:
         drafts[path].rename(path)
 
 
-def _taken(path: Path) -> ConfigError:
-    return ConfigError("exists already", where=str(path), hint="name a new file: nothing is overwritten")
+def _taken(path: Path) -> DataError:
+    return DataError("exists already", where=str(path), hint="name a new file: nothing is overwritten")
 
 
 def _is_ledger(path: Path) -> bool:
@@ -150,8 +150,8 @@ def _ledger(out: Path) -> Path:
 
 
 def require_free(paths: Sequence[str | Path], out: Path) -> None:
-    """Raises ConfigError if a copy of ``paths`` must not be written to ``out``, or its ledger not beside
-    it."""
+    """Raises DataError if ``out`` or its ledger exists, ConfigError if a copy of ``paths`` must not be written
+    there."""
     out = out.expanduser()
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
         raise ConfigError(
