@@ -150,8 +150,8 @@ def _ledger(out: Path) -> Path:
 
 
 def require_free(paths: Sequence[str | Path], out: Path) -> None:
-    """Raises DataError if ``out`` or its ledger exists, ConfigError if a copy of ``paths`` must not be written
-    there."""
+    """Raises DataError if ``out`` or its ledger exists, ConfigError if a copy of ``paths`` must not be
+    written there."""
     out = out.expanduser()
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
         raise ConfigError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,16 +106,24 @@ def audit(
 
 def _fixed(spec: RunConfig, out: Path, page: Path | None, result: Audit, notify: Sink) -> Audit:
     """With the corrected copy, without words beside calls if the settings drop them. The page is written
-    before the copy gets its name: the copy says that all is done."""
+    before the copy gets its name: the copy says that all is done. A new page is removed if the copy cannot
+    get its name."""
     drop_words = spec.template.words_beside_calls == "drop_words"
+    new_page = page if page is not None and not os.path.lexists(page) else None
 
     def write_page(fixed: Fixed) -> None:
         if page is not None:
             pages.write(replace(result, fixed=fixed), page)
 
-    fixed = fixes.fix(
-        spec.data.train, out, spec.data, result, notify, drop_words=drop_words, ready=write_page
-    )
+    try:
+        fixed = fixes.fix(
+            spec.data.train, out, spec.data, result, notify, drop_words=drop_words, ready=write_page
+        )
+    except BaseException:
+        if new_page is not None and not out.expanduser().exists():
+            with suppress(OSError):
+                new_page.unlink()
+        raise
     return replace(result, fixed=fixed)
 
 
