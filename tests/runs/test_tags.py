@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -136,6 +139,66 @@ def test_of_two_processes_that_give_a_tag_at_once_one_does(runs):
         thread.join()
     assert outcomes.count("refused") == 1
     assert tags.find("tool:1") == runs / next(name for name in outcomes if name != "refused")
+
+
+_GIVE = """
+import sys
+from pathlib import Path
+from tunesmith.errors import DataError
+from tunesmith.runs import tags
+try:
+    tags.add(Path(sys.argv[1]), "tool:1")
+    print("given")
+except DataError:
+    print("refused")
+"""
+
+
+@pytest.mark.parametrize(("holding", "waiting"), [("", "runs"), ("runs", ""), ("runs", "elsewhere")])
+def test_processes_in_different_folders_change_tags_one_after_the_other(
+    runs, tmp_path, monkeypatch, holding, waiting
+):
+    for folder in {holding, waiting}:
+        (tmp_path / folder).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / holding)
+    with tags._alone(tmp_path / "runs" / "a"):
+        words = [sys.executable, "-c", _GIVE, str(tmp_path / "runs" / "b")]
+        other = subprocess.Popen(words, cwd=tmp_path / waiting, stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=5.0)
+        tags._write(tmp_path / "runs" / "a", ["tool:1"])
+    assert other.communicate(timeout=60.0)[0] == "refused\n"
+
+
+def test_processes_that_search_different_folders_do_not_wait_for_each_other(tmp_path, monkeypatch):
+    first, second = (planted.run(tmp_path / name / "runs" / "a") for name in ("one", "two"))
+    monkeypatch.chdir(tmp_path / "one")
+    with tags._alone(first):
+        words = [sys.executable, "-c", _GIVE, str(second)]
+        given = subprocess.run(
+            words, cwd=tmp_path / "two", stdout=subprocess.PIPE, text=True, timeout=60.0, check=True
+        )
+    assert given.stdout == "given\n"
+
+
+@pytest.mark.parametrize("place", ["1/2/3/4", ".hidden", "runs/a"])
+def test_a_run_that_no_search_finds_gets_no_tag_but_the_hint_gives_it_one(runs, tmp_path, monkeypatch, place):
+    run = planted.run(Path(place) / "deep run")
+    with pytest.raises(DataError, match="would not be found under the current folder") as caught:
+        tags.add(run, "tool:1")
+    assert tags.read(run) == []
+    folder, command = (caught.value.hint or "").partition("cd ")[2].split(" && tunesmith ")
+    monkeypatch.chdir(folder)
+    assert CliRunner().invoke(app, shlex.split(command), catch_exceptions=False).exit_code == 0
+    assert tags.find("tool:1").samefile(tmp_path / run)
+
+
+def test_a_run_five_folders_deep_under_runs_is_found_and_its_tag_is_its_own(runs):
+    far = planted.run(runs / "1" / "2" / "3" / "c")
+    tags.add(far, "tool:1")
+    assert tags.find("tool:1") == far
+    with pytest.raises(DataError, match="runs/1/2/3/c has the tag"):
+        tags.add(runs / "a", "tool:1")
 
 
 @pytest.mark.parametrize("name", ["tool", "tool:", ":1", "a/b:1", "a:b:c", "tool 1:2", "", "ä:1", "-x:1"])

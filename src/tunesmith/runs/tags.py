@@ -1,23 +1,23 @@
 """Names for runs, as ``mytool:2``: kept in the run, in ``tags.json``, and understood wherever a run is asked.
 
-A tag names one run of those under `search.around`. It is looked for under ``./runs``, then under the current
-folder; or under the folder before it: ``experiments/mytool:2``. A path that exists is never taken for a
-tag."""
+A tag names one run under ``./runs`` and the current folder; of a run outside of them, one under
+`search.around`. It is looked for under ``./runs``, then under the current folder; or under the folder before
+it: ``experiments/mytool:2``. A path that exists is never taken for a tag."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from typing_extensions import TypedDict
 
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.files import read_json, write_json
-from tunesmith.runs.search import FOLDER, around, folders
+from tunesmith.files import distinct, read_json, write_json
+from tunesmith.runs.search import DEPTH, FOLDER, around, folders
 
 TAGS = "tags.json"
 _TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,99}:[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
@@ -36,8 +36,8 @@ def find(target: str | Path) -> Path:
     if _exists(path) or not _TAG.fullmatch(path.name):
         return path
     tag, place = path.name, path.parent
-    holders = _holders(Path(FOLDER), tag) if place == Path() else []
-    holders = holders or _holders(place, tag)
+    holders = _holders(_runs(Path(FOLDER)), tag) if place == Path() else []
+    holders = holders or _holders(_runs(place), tag)
     if len(holders) == 1:
         return holders[0]
     if holders:
@@ -57,10 +57,20 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _holders(folder: Path, tag: str) -> list[Path]:
-    """The runs under ``folder`` that have the tag. A damaged list of tags names none."""
+def _runs(folder: Path) -> list[Path]:
+    return folders(folder) if folder.is_dir() else []
+
+
+def _searched(run: Path) -> list[Path]:
+    """The folders under which a tag of ``run`` names one run."""
+    place = around(run)
+    return [Path(FOLDER), place] if place == Path() else [place]
+
+
+def _holders(runs: Iterable[Path], tag: str) -> list[Path]:
+    """The runs that have the tag. A damaged list of tags names none."""
     holders: list[Path] = []
-    for run in folders(folder) if folder.is_dir() else []:
+    for run in runs:
         with suppress(DataError):
             if tag in read(run):
                 holders.append(run)
@@ -78,12 +88,17 @@ def read(run: Path) -> list[str]:
 
 def add(run: Path, tag: str, *, move: bool = False) -> None:
     """Give the run a tag. ``move``: take it from the run that has it. Raises DataError if another run around
-    it has it, ConfigError if it is not a tag."""
+    it has it, or no search would find the run, ConfigError if it is not a tag."""
     if not _TAG.fullmatch(tag):
         hint = "a name and a version, of letters, digits, '.', '-' and '_': mytool:2"
         raise ConfigError(f"{tag!r} is not a tag", where="tag", hint=hint)
     with _alone(run):
-        others = [other for other in _holders(around(run), tag) if not other.samefile(run)]
+        place = around(run)
+        listed = dict.fromkeys(other for folder in _searched(run) for other in _runs(folder))
+        runs = distinct(list(listed), place)
+        if not any(other.samefile(run) for other in runs):
+            raise _out_of_reach(run, place, tag)
+        others = [other for other in _holders(runs, tag) if not other.samefile(run)]
         if others and not move:
             hint = f"take it from there: tunesmith tag {shlex.quote(str(run))} {tag} --move"
             raise DataError(f"{others[0]} has the tag {tag}", where=str(run), hint=hint)
@@ -92,6 +107,15 @@ def add(run: Path, tag: str, *, move: bool = False) -> None:
             _write(run, [*tags, tag])
         for other in others:
             _write(other, [name for name in read(other) if name != tag])
+
+
+def _out_of_reach(run: Path, place: Path, tag: str) -> DataError:
+    above, name = (shlex.quote(text) for text in (str(run.resolve().parent), run.resolve().name))
+    under = "the current folder" if place == Path() else str(place)
+    what = f"the tag would not be found under {under}: runs are looked for {DEPTH} folders deep, "
+    what += "not in hidden folders and not inside other runs"
+    hint = f"move the run nearer, or use the tag from the folder above it: cd {above} && "
+    return DataError(what, where=str(run), hint=f"{hint}tunesmith tag {name} {tag}")
 
 
 def remove(run: Path, tag: str) -> None:
@@ -114,13 +138,19 @@ def _write(run: Path, tags: list[str]) -> None:
 
 @contextmanager
 def _alone(run: Path) -> Iterator[None]:
-    """Let one process at a time change tags around ``run``."""
+    """Let one process at a time change tags around ``run``, whatever the current folder of each.
+
+    What two processes search overlaps if a folder of one lies in a folder of the other. So the searched
+    folders are locked exclusively, and those above them are shared; from the top, so that two processes never
+    wait for each other."""
     import fcntl
 
-    handle = os.open(around(run), os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    searched = {folder.resolve() for folder in _searched(run)}
+    above = {parent for folder in searched for parent in folder.parents}
+    with ExitStack() as handles:
+        for folder in sorted(searched | above):
+            with suppress(OSError):  # no such folder, no permission, or a file system without locks
+                handle = os.open(folder, os.O_RDONLY)
+                handles.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX if folder in searched else fcntl.LOCK_SH)
         yield
-    finally:
-        os.close(handle)
