@@ -47,6 +47,19 @@ def test_the_manifest_holds_the_date_of_the_template(tmp_path):
     assert manifest.facts(config, {}, day=date(2025, 1, 2))["day"] == "2025-01-02"
 
 
+def test_a_mistyped_run_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    for target in ("runs/nosuch", "./runs/nosuch", "runs/nosuch/checkpoints/000010"):
+        with pytest.raises(DataError, match="is not a run\nhint: tunesmith runs lists the runs"):
+            opening.find(target)
+    with pytest.raises(DataError, match="is neither a run nor a model here") as caught:
+        opening.find("experiments/nosuch")
+    assert "tunesmith runs --folder experiments" in str(caught.value)
+    for target in ("owner/name", "experiments/model.gguf", "/nowhere/model", "gpt2"):
+        assert opening.find(target).model.path == target
+
+
 @pytest.mark.parametrize("damage", ["", "- a", "model: [", "{}", "folder"])
 def test_settings_of_a_run_that_are_damaged_are_told_with_what_to_do(tmp_path, damage):
     run = created(tmp_path, {})

@@ -139,7 +139,7 @@ class Run:
         folder = tags.find(path)
         if not (folder / MANIFEST).is_file():
             reason = f"{MANIFEST} is missing" if folder.is_dir() else "there is no such folder"
-            raise DataError(f"not a run: {reason}", where=str(path), hint="runs live in ./runs/<name>")
+            raise DataError(f"not a run: {reason}", where=str(path), hint="tunesmith runs lists the runs")
         return cls(folder)
 
     @classmethod

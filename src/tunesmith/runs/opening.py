@@ -6,6 +6,8 @@ may need the base alone first."""
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tunesmith.model.loading import Loaded, ModelSpec
 from tunesmith.runs import checkpoints, manifest, tags
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import ADAPTER_CONFIG, CHECKPOINTS, MANIFEST, Run
+from tunesmith.runs.search import FOLDER
 from tunesmith.tokens import renderers
 from tunesmith.tokens.template import Renderer
 
@@ -83,7 +86,7 @@ def find(
 
     checkpoint: best, last or a step, for a run. model: where the run's base lies now, if it was moved.
     adapter False: the run's base as it was before training. Raises ConfigError for options that a plain model
-    does not have, DataError for an adapter outside a run."""
+    does not have, DataError for an adapter outside a run, or for a mistyped run."""
     path = tags.find(target)
     if (path / MANIFEST).is_file():
         run = Run.open(path)
@@ -94,7 +97,21 @@ def find(
             raise DataError("is an adapter outside a run", where=str(path), hint=hint)
         run = Run.open(path.resolve().parent.parent)
         return of_run(run, checkpoints.choose(run, path.resolve().name) if adapter else None, model)
+    _require_not_mistyped(path)
     if checkpoint != "best" or not adapter or model is not None:
         message = "a plain model has no checkpoint, no adapter to leave out, and no other place"
         raise ConfigError(message, where=str(path), hint="name a run")
     return Source(ModelSpec(path=str(target)))
+
+
+def _require_not_mistyped(path: Path) -> None:
+    """Raises DataError if nothing is at ``path``, and its first folder says that no hub id is meant."""
+    folder = Path(path.parts[0]) if path.parts else path
+    if len(path.parts) < 2 or path.is_absolute() or path.suffix == ".gguf" or os.path.lexists(path):
+        return
+    if folder == Path(FOLDER):
+        raise DataError("is not a run", where=str(path), hint="tunesmith runs lists the runs")
+    if os.path.isdir(folder):
+        hint = f"tunesmith runs --folder {shlex.quote(str(folder))} lists the runs there; "
+        hint += f"if it is a model of the hub, use a current folder without a folder {folder}"
+        raise DataError("is neither a run nor a model here", where=str(path), hint=hint)
