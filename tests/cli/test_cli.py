@@ -233,17 +233,7 @@ def test_show_counts_the_rows_that_it_leaves_out_beside_those_that_it_shows(tiny
 
 
 def test_generate_and_chat_speak_as_the_run(trained, tiny_model):
-    words = [
-        "generate",
-        trained,
-        "--prompt",
-        "the cat",
-        "--prompt",
-        "read my note",
-        "--max-tokens",
-        8,
-        "--json",
-    ]
+    words = ["generate", trained, "the cat", "--prompt", "read my note", "--max-tokens", 8, "--json"]
     answers = [json.loads(line) for line in run(*words).stdout.splitlines()]
     assert [answer["prompt"] for answer in answers] == ["the cat", "read my note"]
     assert answers == [json.loads(line) for line in run(*words, "--checkpoint", "3").stdout.splitlines()]
@@ -347,6 +337,7 @@ def test_init_writes_settings_that_load(tmp_path, tiny_model, rows):
         (["train", "--model", "m", "--data", "x", "--out", "/dev/null/x/y"], 3, "/dev/null/x/y"),
         (["train", "--model", "m", "--data", "x", "--out", "/proc", "--dry-run"], 3, "exists already"),
         (["generate", "nowhere", "--prompt", "x"], 5, "nowhere"),
+        (["generate", "runs/nosuch", "x"], 3, "runs/nosuch: is not a run"),
         (["generate", "nowhere", "--prompt", "x", "--base"], 2, "plain model"),
     ],
 )

@@ -27,8 +27,9 @@ Seed = Annotated[int, typer.Option(min=0, help="seed of the sampling")]
 def generate(
     target: Target,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="repeatable; without it, one prompt a line from stdin")
+        str | None, typer.Argument(help="in quotes; without any prompt, one a line from stdin")
     ] = None,
+    more: Annotated[list[str] | None, typer.Option("--prompt", help="a further prompt; repeatable")] = None,
     checkpoint: Checkpoint = "best",
     model: MovedModel = None,
     base: Annotated[bool, typer.Option("--base", help="the run's model without its adapter")] = False,
@@ -42,7 +43,8 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts, in batches."""
-    prompts = prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    given = [*([] if prompt is None else [prompt]), *(more or [])]
+    prompts = given or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     with progress() as notify:
         answers = tunesmith.generate(
             target,
