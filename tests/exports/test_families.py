@@ -89,7 +89,7 @@ def outcomes(run: Path, kinds: tuple[str, ...] = KINDS) -> dict[str, str]:
         if entry.exported is None:
             found[entry.kind] = str(entry.refused)
             continue
-        # Rounded, two rows of a random model may miss the limits for real ones: its mean is held to 0.05 below.
+        # Rounded, a random model may miss these limits on two rows: its mean is held to 0.05 below.
         limits = ("equal top tokens", "mean KL divergence")
         reasons = [reason for reason in entry.exported.reasons if not any(word in reason for word in limits)]
         found[entry.kind] = "; ".join(reasons) or ACCEPTED
