@@ -146,12 +146,7 @@ def prepare(
     is_new = recorded is None or recorded.fingerprint is None
     recorded = recorded or Recorded.now()
     sources = _read(config, notify) if held_out is None else _read_around(held_out, config)
-    folder = loading.resolve(
-        config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
-    )
-    renderer = renderers.load(config.model.tokenizer or folder, config.template, recorded)
-    renderer.follow(config.template, config.data.text_control)
-    known = None if config.model.resize_embeddings else vocabulary.stored(folder)
+    renderer, known = _renderer(config, recorded, notify)
     train, valid = (_render(side, config, renderer, known, notify) for side in (sources.train, sources.valid))
     rows = [*train.rendered.rows, *valid.rendered.rows]
     refused = [*sources.dropped, *train.rendered.dropped, *valid.rendered.dropped]
@@ -193,6 +188,16 @@ def prepare(
         audit=audit,
         day=recorded.day,
     )
+
+
+def _renderer(config: RunConfig, recorded: Recorded, notify: Sink) -> tuple[template.Renderer, int | None]:
+    """What renders the rows, and how many tokens the model knows (None: as many as there are)."""
+    folder = loading.resolve(
+        config.model.path, dtype=config.model.dtype, revision=config.model.revision, notify=notify
+    )
+    renderer = renderers.load(config.model.tokenizer or folder, config.template, recorded)
+    renderer.follow(config.template, config.data.text_control)
+    return renderer, None if config.model.resize_embeddings else vocabulary.stored(folder)
 
 
 def _settle_thinking(
