@@ -69,6 +69,7 @@ def test_the_rows_are_the_tokens_of_the_run_in_the_order_of_its_first_epoch(run,
 
 def test_the_rows_are_also_a_table(folder):
     parquet = pytest.importorskip("pyarrow.parquet")
+    assert "| `rows/train.parquet`, `rows/valid.parquet` |" in (folder / "README.md").read_text()
     for side in ("train", "valid"):
         table = parquet.read_table(folder / "rows" / f"{side}.parquet")
         assert table.to_pylist() == lines(folder / "rows" / f"{side}.jsonl")
@@ -80,9 +81,11 @@ def test_without_pyarrow_the_rows_are_json_lines_and_it_is_said(run, tmp_path, m
     exported = tunesmith.export(run, to="cluster", out=tmp_path / "out", rows=2)
     assert any("pip install 'tunesmith[tables]'" in remark for remark in exported.remarks)
     assert sorted(path.name for path in (exported.path / "rows").iterdir()) == ["train.jsonl", "valid.jsonl"]
+    readme = (exported.path / "README.md").read_text()
+    assert "| `rows/train.jsonl`, `rows/valid.jsonl` |" in readme and "parquet" not in readme
 
 
-def test_the_script_reads_the_table_if_it_is_there(folder, monkeypatch):
+def test_the_script_reads_the_table_if_it_is_there_and_says_what_it_reads(folder, capsys):
     """Only the function that opens the rows: the rest needs torch."""
     tree = ast.parse((folder / "train.py").read_text())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -95,6 +98,8 @@ def test_the_script_reads_the_table_if_it_is_there(folder, monkeypatch):
     known["open_rows"](rows)
     assert [kind for kind, _ in opened] == ["parquet", "json"]
     assert opened[0][1] == {side: str(folder / "rows" / f"{side}.parquet") for side in ("train", "valid")}
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [f"rows: {', '.join(files.values())}" for _, files in opened]
     assert opened[1][1]["train"] == str(folder / "elsewhere" / "rows" / "train.jsonl")
 
 

@@ -168,6 +168,20 @@ def test_a_folder_for_ollama_has_model_template_stops_and_system(run, tmp_path):
     assert 'PARAMETER stop "<|im_end|>"' in modelfile and 'SYSTEM """be brief"""' in modelfile
 
 
+def test_end_tokens_that_a_modelfile_cannot_hold_are_said(run, tmp_path, monkeypatch):
+    texts = {1: "<|im_end|>", 2: 'say "end"', 3: "\n\n", 4: ""}
+    renderer: Any = SimpleNamespace(decode=lambda ids: texts[ids[0]])
+    assert ollama._stops(renderer, [1, 2, 3, 4]) == ["<|im_end|>"]
+    assert ollama._unwritten_stops(renderer, [1]) == []
+    (remark,) = ollama._unwritten_stops(renderer, [1, 2, 3, 4])
+    assert """end tokens 'say "end"', '\\n\\n', '' as stop""" in remark
+    monkeypatch.setattr(ollama, "_fits_a_line", lambda text: False)
+    with pytest.raises(ExportError, match="does not stop at"):  # the fresh process can write it
+        tunesmith.export(run, to="ollama", out=tmp_path / "out", rows=2)
+    record = json.loads((tmp_path / "out.rejected" / "export.json").read_text())
+    assert any("'<|im_end|>'" in remark for remark in record["remarks"])
+
+
 def without_template(text: str) -> str:
     return re.sub(r'TEMPLATE """.*?"""', "", text, flags=re.S)
 

@@ -14,7 +14,7 @@ import tiny
 import tunesmith
 from tunesmith.cli import app
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.exports import kind
+from tunesmith.exports import kind, llama_cpp
 from tunesmith.exports.table import ExportTable, TableEntry, export_table
 from tunesmith.runs.artefacts import CarriedSummary, Distances, Exported, Stops
 from tunesmith.runs.records import Score, Verdict
@@ -63,6 +63,16 @@ def test_only_an_artefact_of_the_same_weights_and_rows_is_taken_as_it_is(run, tm
     (out / "mlx-merged" / "export.json").write_text(json.dumps(without))
     with pytest.raises(DataError, match="exists already"):  # of an earlier release
         export_table(run, ["mlx:16"], out=out, rows=2)
+
+
+def test_an_artefact_that_another_program_would_judge_now_is_not_taken(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "llama.cpp is not installed")
+    made = export_table(run, ["gguf:q8_0"], out=tmp_path, rows=2).entries
+    assert export_table(run, ["gguf:q8_0"], out=tmp_path, rows=2).entries == made
+    monkeypatch.setattr(llama_cpp, "missing", lambda: None)
+    monkeypatch.setattr(llama_cpp, "name", lambda: "llama.cpp (xllamacpp 1)")
+    with pytest.raises(DataError, match="exists already"):
+        export_table(run, ["gguf:q8_0"], out=tmp_path, rows=2)
 
 
 def test_artefacts_can_be_discarded_once_they_are_measured(run, tmp_path):

@@ -12,7 +12,7 @@ from tunesmith import events, reports
 from tunesmith.display.console import size
 from tunesmith.errors import ConfigError, EvaluationError, ExportError, SetupError
 from tunesmith.events import Notice, Sink
-from tunesmith.exports import kind, verb
+from tunesmith.exports import judging, kind, verb
 from tunesmith.exports.gate import ROWS, Gate, Scope
 from tunesmith.exports.kind import ExportKind
 from tunesmith.files import draft, remove_drafts, workspace, write_json
@@ -134,8 +134,8 @@ def export_table(
 
     out: folder for the artefacts, the table and its picture (default: ``exports`` in the run). keep False:
     remove each artefact once it is measured. An accepted artefact that is there already is taken as it is, if
-    the same was measured of it, without tasks. All else as for `tunesmith.export`, but a kind that is refused
-    or an artefact that is rejected is a line of the table."""
+    the same was measured of it by the same program, without tasks. All else as for `tunesmith.export`, but a
+    kind that is refused or an artefact that is rejected is a line of the table."""
     chosen, opened = [kind.named(name) for name in dict.fromkeys(kinds)], Run.open(run)
     scope = verb.scope(rows, evaluate, tasks, limit)
     if not chosen:
@@ -145,7 +145,7 @@ def export_table(
     source = opening.of_run(opened, folder, model)
     parent.mkdir(parents=True, exist_ok=True)
     remove_drafts(parent, TABLE)
-    known = {each.name: _earlier(parent / each.name, opened, folder, scope) for each in chosen if keep}
+    known = {each.name: _earlier(parent / each.name, each, opened, folder, scope) for each in chosen if keep}
     for each in chosen:
         if keep and known[each.name] is None:
             verb.require_free(parent / each.name)
@@ -182,9 +182,9 @@ def _entry(gate: Gate, chosen: ExportKind, work: Path, target: Path | None) -> T
         return TableEntry(chosen.name, refused=error.what + (f" ({error.hint})" if error.hint else ""))
 
 
-def _earlier(target: Path, run: Run, checkpoint: Path, scope: Scope) -> Exported | None:
-    """The artefact at ``target`` if the same weights on the same base were measured in the same way. A record
-    of an earlier release does not say so."""
+def _earlier(target: Path, chosen: ExportKind, run: Run, checkpoint: Path, scope: Scope) -> Exported | None:
+    """The artefact at ``target`` if the same weights on the same base were measured in the same way, by the
+    program that would judge it now. A record of an earlier release does not say so."""
     try:
         exported = artefacts.load(target)
     except EvaluationError:
@@ -192,7 +192,8 @@ def _earlier(target: Path, run: Run, checkpoint: Path, scope: Scope) -> Exported
     recorded = exported.checkpoint, exported.adapter_sha256, exported.base_sha256, exported.rows_limit
     expected = checkpoint.name, checkpoints.weights_hash(checkpoint), run.hashes["base"], scope.rows
     measured = exported.loss is not None and exported.accepted and not scope.tasks
-    return exported if measured and recorded == expected else None
+    same = recorded == expected and judging.is_up_to_date(exported, chosen.for_llama_cpp)
+    return exported if measured and same else None
 
 
 def _cells(entry: TableEntry) -> tuple[str, ...]:

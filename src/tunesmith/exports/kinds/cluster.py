@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
@@ -95,7 +95,8 @@ class Cluster(ExportKind):
         for server, command in _servers(settings, name).items():
             (folder / f"serve-{server}.sh").write_text(f"#!/bin/sh\n{command}\n", encoding="utf-8")
         lines = "".join(f"\n- {remark}" for remark in remarks)
-        readme = _text("README.md.txt").format(name=name, model=settings["model"], remarks=lines)
+        rows = _described_rows(folder, present.values())
+        readme = _text("README.md.txt").format(name=name, model=settings["model"], rows=rows, remarks=lines)
         (folder / "README.md").write_text(readme, encoding="utf-8")
         return ArtefactNotes(remarks=remarks)
 
@@ -147,6 +148,21 @@ def _write_rows(path: Path, groups: Sequence[Group]) -> bool:
     table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema)
     parquet.write_table(table, path.with_suffix(PARQUET), compression="zstd")
     return True
+
+
+def _described_rows(folder: Path, paths: Iterable[str]) -> str:
+    """The lines of the README on the files of rows that are in ``folder``."""
+    lines = list(paths)
+    tables = [path for line in lines if (folder / (path := str(Path(line).with_suffix(PARQUET)))).is_file()]
+    columns = "`input_ids`, `attention_mask`, `labels` (-100: not learned)"
+    row = f"| {_listed(lines)} | the exact tokens of the run, in the order of its first epoch: {columns} |"
+    if not tables:
+        return row
+    return f"{row}\n| {_listed(tables)} | the same rows as tables, which `train.py` reads if they are there |"
+
+
+def _listed(paths: Iterable[str]) -> str:
+    return ", ".join(f"`{path}`" for path in paths)
 
 
 def differing(path: Path, expected: Sequence[TokenRow]) -> list[str]:

@@ -79,6 +79,7 @@ class _Ollama(ExportKind):
                 "the system message of the rows has quotes that a Modelfile cannot hold: give it with every "
                 "request"
             )
+        remarks += _unwritten_stops(tuned.renderer, tuned.ends)
         own = [remark for remark in notes.remarks if not remark.startswith("use:")]
         return notes._replace(remarks=(*remarks, *own))
 
@@ -138,7 +139,22 @@ def _is_quotable(text: str) -> bool:
 def _stops(renderer: Renderer, ends: Sequence[int]) -> list[str]:
     """The texts of the end tokens that a line of a Modelfile can hold."""
     texts = [renderer.decode([token]) for token in ends]
-    return [text for text in texts if '"' not in text and len(text.splitlines()) == 1]
+    return [text for text in texts if _fits_a_line(text)]
+
+
+def _fits_a_line(text: str) -> bool:
+    return '"' not in text and len(text.splitlines()) == 1
+
+
+def _unwritten_stops(renderer: Renderer, ends: Sequence[int]) -> list[str]:
+    """A remark if the text of an end token cannot be written."""
+    texts = [repr(text) for token in ends if not _fits_a_line(text := renderer.decode([token]))]
+    if not texts:
+        return []
+    return [
+        f"the Modelfile cannot hold the end tokens {', '.join(texts)} as stop (a quote, a line break, or no "
+        "text): Ollama stops at them only if the GGUF file declares them"
+    ]
 
 
 def _prompts(conversations: Sequence[Conversation]) -> list[Conversation]:
