@@ -441,7 +441,7 @@ def test_degenerate_cases_say_so():
         2.0,
         2.0,
         2.0,
-        f"{ALIKE} (the same of the difference)",
+        f"{ALIKE}; difference: {ALIKE}",
     )
     assert apart.p < 0.01
     shifted = first(scored(NOISE), scored(NOISE + 2))

@@ -298,20 +298,13 @@ def _with_base(
         delta=float(gain[0]),
         delta_low=low,
         delta_high=high,
-        note=_joined(score.note, note),
+        note="; ".join(filter(None, [score.note, note and f"difference: {note}"])) or None,
         p=p,
         test=None if p is None else MCNEMAR if exact else BOOTSTRAP,
         sources=(improved, unchanged, regressed) if statistic.better else None,
         target=None if statistic.target is None else str(statistic.target),
         met=met,
     )
-
-
-def _joined(value: str | None, difference: str | None) -> str | None:
-    """The notes on the intervals of the value and of its difference; once if they are the same."""
-    if value == difference:
-        return value and f"{value} (the same of the difference)"
-    return "; ".join(filter(None, [value, difference and f"difference: {difference}"])) or None
 
 
 def _interval(values: np.ndarray, n: int, alike: bool) -> tuple[float | None, float | None, str | None]:
