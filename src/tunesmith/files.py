@@ -166,14 +166,14 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_regular(path: Path) -> bytes:
-    """The content of a file. Raises OSError for what is not a regular file, such as a pipe, from which
-    reading would not end."""
+def read_regular(path: Path, most: int = -1) -> bytes:
+    """The content of a file, or its first ``most`` bytes. Raises OSError for what is not a regular
+    file, such as a pipe, from which reading would not end."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        return file.read()
+        return file.read(most)
 
 
 def read_json(path: Path, kind: type[T], error: type[TunesmithError], hint: str | None) -> T:

@@ -176,7 +176,7 @@ def is_training(path: Path) -> bool:
     """Whether a process trains the run, by what it wrote into the run's lock: the lock itself is not touched,
     so that a training that begins now gets it."""
     try:
-        owner = read_regular(path / LOCK)[:200].decode("utf-8", errors="replace")
+        owner = read_regular(path / LOCK, 200).decode("utf-8", errors="replace")
     except OSError:
         return False
     match = re.fullmatch(r"process (\d{1,9}) on (.*)\n?", owner)

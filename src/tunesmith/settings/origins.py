@@ -196,7 +196,7 @@ def skim(path: Path) -> Any:
     as fast as `read`. Raises ConfigError if it is not YAML."""
     loader = yaml.CBaseLoader if yaml.__with_libyaml__ else yaml.BaseLoader
     try:
-        return yaml.load(read_regular(path)[: RECORDED.size].decode("utf-8"), Loader=loader)
+        return yaml.load(read_regular(path, RECORDED.size).decode("utf-8"), Loader=loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not YAML in UTF-8"
         raise ConfigError(f"cannot be read: {why}", where=shortened(str(path), 1000)) from error
