@@ -13,7 +13,8 @@ import pytest
 import tiny
 import tunesmith
 from tunesmith.errors import ExportError, SetupError
-from tunesmith.exports import importance
+from tunesmith.events import silent
+from tunesmith.exports import gate, importance
 from tunesmith.model.gguf import ggml
 from tunesmith.runs import opening
 
@@ -64,6 +65,17 @@ def test_the_first_tokens_are_taken_and_no_more_than_the_limit():
     sequences = [[1, 2, 3], [], [4, 5, 6], [7]]
     assert importance.first_tokens(sequences, 5) == [[1, 2, 3], [4, 5]]
     assert importance.first_tokens(sequences, 100) == [[1, 2, 3], [4, 5, 6], [7]]
+
+
+def test_a_table_of_kinds_measures_the_inputs_once(run, monkeypatch):
+    tuned, _ = gate.prepared(opening.find(run), 2, silent)
+    first = importance.of_run(tuned, "gguf-q6_k", "", silent)
+    assert first.rows > 0 and first.columns
+    monkeypatch.setattr(importance, "mean_squares", None)
+    assert importance.of_run(tuned, "gguf-q4_k_m", "", silent) is first
+    monkeypatch.setattr(importance.checkpoints, "weights_hash", lambda checkpoint: "other weights")
+    with pytest.raises(TypeError):
+        importance.of_run(tuned, "gguf-q4_k_m", "", silent)
 
 
 def without_llama_cpp() -> None:

@@ -18,6 +18,7 @@ from tunesmith.exports import training_rows
 from tunesmith.exports.kind import Tuned
 from tunesmith.exports.weights import INSIDE
 from tunesmith.model import abilities, logprobs, wrap
+from tunesmith.runs import checkpoints
 
 TOKENS = 1 << 14
 """Tokens that are measured at most."""
@@ -35,9 +36,17 @@ class Importance(NamedTuple):
     tokens: int
 
 
+_last: tuple[str, Importance] | None = None
+"""What was measured last, and of which weights: a table of kinds measures it once."""
+
+
 def of_run(tuned: Tuned, kind: str, instead: str, notify: Sink) -> Importance:
     """Measure the live adapter on training rows in the order of the first epoch. Raises ExportError, in the
     name of ``kind``, if the rows cannot be made again. instead: what to do then."""
+    global _last
+    key = f"{tuned.run.path.resolve()} {tuned.checkpoint.name} {checkpoints.weights_hash(tuned.checkpoint)}"
+    if _last is not None and _last[0] == key:
+        return _last[1]
     prepared = training_rows.prepare(tuned.run, tuned.config, kind, instead, events.silent)
     sequences = [
         sequence.ids[:-1].tolist()  # nothing is predicted from the last token
@@ -49,7 +58,9 @@ def of_run(tuned: Tuned, kind: str, instead: str, notify: Sink) -> Importance:
     net = merging.load(tuned.located).net
     adapters.load(net, tuned.checkpoint)
     columns = mean_squares(net, chosen, events.ticker(notify, "training rows"))
-    return Importance(columns, len(chosen), sum(map(len, chosen)))
+    measured = Importance(columns, len(chosen), sum(map(len, chosen)))
+    _last = key, measured
+    return measured
 
 
 def first_tokens(sequences: Sequence[list[int]], limit: int) -> list[list[int]]:
