@@ -27,7 +27,7 @@ settings.load_profile("steady")
 backend.setup()
 
 import tiny  # noqa: E402
-from tunesmith.exports import fresh  # noqa: E402
+from tunesmith.exports import processes  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONGEST = [
@@ -106,7 +106,7 @@ def quick(request) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(FigureCanvasAgg, "print_png", _save_pixel)
-        patch.setattr(fresh, "subprocess", SimpleNamespace(Popen=forks.Ended, PIPE=subprocess.PIPE))
+        patch.setattr(processes, "subprocess", SimpleNamespace(Popen=forks.Ended, PIPE=subprocess.PIPE))
         yield
 
 
@@ -126,4 +126,4 @@ def drawn(quick, monkeypatch) -> None:
 @pytest.fixture
 def fresh_processes(quick, monkeypatch) -> None:
     """An artefact is reloaded by a Python that has just started."""
-    monkeypatch.setattr(fresh, "subprocess", subprocess)
+    monkeypatch.setattr(processes, "subprocess", subprocess)

@@ -292,7 +292,10 @@ def test_a_tensor_without_its_change_is_a_reason_also_where_the_rows_do_not_show
     no_answers = fidelity.Stops(0, 0, 0, 0, ())
 
     def reasons(carried: Carried, name: str, rounded: float | None = None) -> list[str]:
-        return fidelity.reasons(measured, no_answers, carried, kind.named(name).tolerance, rounded)
+        tolerance = kind.named(name).tolerance
+        return fidelity.reasons(
+            fidelity.distant(measured, tolerance), no_answers, carried, tolerance, rounded
+        )
 
     base = {name: np.full(4, 1.0) for name in "abc"}
     live = {"a": np.full(4, 1.5), "b": np.full(4, 1.001), "c": base["c"]}
@@ -374,8 +377,7 @@ def test_numbers_that_are_not_finite_never_pass():
     artefact[1, 2] = np.nan
     measured = fidelity.distances(live, base, artefact)
     loose = kind.Tolerance(kl=1e9, p99=1e9, top=0.0, lost=1e9)
-    found = fidelity.reasons(measured, fidelity.Stops(0, 0, 0, 0, ()), Carried(), loose, None)
-    assert found[0] == "its log-probabilities are not finite"
+    assert fidelity.distant(measured, loose)[0] == "its log-probabilities are not finite"
     certain = np.log(np.eye(8, dtype=np.float32)[:4] + 1e-45)
     certain[certain < -80] = -np.inf
     assert fidelity.distances(certain, base, certain).mean == 0
@@ -444,7 +446,8 @@ def test_an_artefact_is_not_rejected_for_a_few_answers_that_do_not_end():
     loose, same = kind.Tolerance(1, 1, 0, 1), fidelity.Distances(1, 0, 0, 0, 0, 0, 1, 0, 1, 1, 1)
 
     def rejected(n: int) -> list[str]:
-        return fidelity.reasons(same, fidelity.Stops(n, n, 0, 0, (), lost=n), Carried(), loose, None)
+        stops = fidelity.Stops(n, n, 0, 0, (), lost=n)
+        return fidelity.reasons(fidelity.distant(same, loose), stops, Carried(), loose, None)
 
     assert not rejected(1) and not rejected(5)
     assert rejected(6) == ["it does not stop: 0 of 6 answers end, live 6"]

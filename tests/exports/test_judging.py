@@ -6,17 +6,19 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from tunesmith.errors import ExportError, SetupError
-from tunesmith.exports import fidelity, judging, llama_cpp, llama_reading
-from tunesmith.exports.fidelity import Carried, Probe
+from tunesmith.events import Sink, silent
+from tunesmith.exports import judging, llama_cpp, llama_reading, processes
+from tunesmith.exports.fidelity import Probe
 from tunesmith.exports.judging import Reading
 from tunesmith.exports.kind import LlamaFiles, Tolerance
+from tunesmith.exports.kinds.gguf import GGUFF16
+from tunesmith.exports.kinds.hf import Merged
 from tunesmith.exports.llama_reading import LlamaJob, LlamaResult
+from tunesmith.exports.processes import EndedProcess
 from tunesmith.runs.artefacts import CarriedSummary, Distances, Exported, Stops
 
 EXACT = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01)
@@ -25,20 +27,22 @@ PROBES = [Probe([1, 2, 3], 1, [0, 1])]
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_the_system_ended_says_nothing_of_the_artefact(number):
-    result = llama_reading.ended(-number, "")
+    result = llama_reading.meaning(EndedProcess(-number, ""))
     assert result.refused is None and "out of memory" in (result.failed or "")
 
 
 def test_a_crash_is_held_against_the_artefact_unless_memory_lacked():
-    crash = llama_reading.ended(-signal.SIGSEGV, "")
+    crash = llama_reading.meaning(EndedProcess(-signal.SIGSEGV, ""))
     assert crash.failed is None
     assert crash.refused == "llama.cpp crashed when it read the artefact: exit status -11"
-    lacking = llama_reading.ended(-signal.SIGABRT, "what():  std::bad_alloc")
+    lacking = llama_reading.meaning(EndedProcess(-signal.SIGABRT, "what():  std::bad_alloc"))
     assert lacking.refused is None and lacking.failed
 
 
 def test_an_error_of_python_is_not_held_against_the_artefact():
-    result = llama_reading.ended(1, "Traceback\nValueError: shapes (2,3) and (4,) not aligned\n")
+    result = llama_reading.meaning(
+        EndedProcess(1, "Traceback\nValueError: shapes (2,3) and (4,) not aligned\n")
+    )
     assert result.refused is None and "ValueError: shapes" in (result.failed or "")
 
 
@@ -53,16 +57,16 @@ def test_the_process_tells_a_refusal_from_its_own_fault(error, field, tmp_path, 
         raise error
 
     monkeypatch.setattr(llama_reading, "LlamaCpp", refuse)
-    monkeypatch.setattr(llama_reading.subprocess, "run", in_this_process)
-    result = llama_reading.run(JOB, tmp_path)
+    monkeypatch.setattr(processes, "follow", in_this_process)
+    result = llama_reading.run(JOB, tmp_path, silent)
     assert getattr(result, field) == error.what
     assert (result.refused is None) != (result.failed is None)
 
 
-def in_this_process(words: list[str], **_: Any) -> Any:
-    result = llama_reading.outcome(Path(words[-1]))
-    (Path(words[-1]) / llama_reading.RESULT).write_text(json.dumps(vars(result)))
-    return SimpleNamespace(returncode=0, stderr="")
+def in_this_process(module: str, folder: Path, notify: Sink) -> EndedProcess:
+    result = llama_reading.outcome(folder, notify)
+    (folder / llama_reading.RESULT).write_text(json.dumps(vars(result)))
+    return EndedProcess(0, "")
 
 
 def test_what_llama_cpp_says_of_memory_is_not_a_refusal():
@@ -76,9 +80,9 @@ def test_what_llama_cpp_says_of_memory_is_not_a_refusal():
 
 
 def by_llama_cpp(monkeypatch, tmp_path: Path, result: LlamaResult) -> Reading:
-    monkeypatch.setattr(llama_reading, "run", lambda job, work: result)
+    monkeypatch.setattr(llama_reading, "run", lambda job, work, notify: result)
     files = LlamaFiles(Path("m.gguf"), frozenset({"F32"}))
-    return judging.by_llama_cpp(files, EXACT, PROBES, [], [], tmp_path, lambda event: None)
+    return judging.by_llama_cpp(files, EXACT, PROBES, [], [], tmp_path, silent)
 
 
 def test_if_llama_cpp_could_not_read_our_own_reading_is_judged_and_it_is_said(tmp_path, monkeypatch):
@@ -98,26 +102,27 @@ def distances(mean: float, base: float, from_base: float) -> Distances:
 BY_LLAMA = Reading("llama.cpp", Path(), EXACT._replace(lost=0.1), rounding=1e-5)
 
 
-def reasons(measured: Distances, own: Distances | None) -> list[str]:
-    effect = judging.of_effect(BY_LLAMA, measured, own, EXACT)
-    assert bool(judging.of_faint_adapter(effect)) == (effect is not None)
-    stops = Stops(9, 9, 9, 9, ())
-    return fidelity.reasons(measured, stops, Carried(), BY_LLAMA.tolerance, None, effect)
-
-
 def test_the_effect_of_a_very_faint_adapter_is_judged_by_our_own_reading():
     noisy = distances(mean=5e-6, base=1e-6, from_base=4e-6)  # nearer to the base, and 500 % lost
-    assert reasons(noisy, distances(0, 1e-6, 1e-6)) == []
-    (inert, lost) = reasons(noisy, distances(1e-6, 1e-6, 0))
-    assert inert.startswith("inert") and lost.startswith("share of the adapter's effect")
-    assert len(reasons(noisy, None)) == 2
+    assert judging.distant(BY_LLAMA, noisy, distances(0, 1e-6, 1e-6), EXACT) == []
+    (inert, lost) = judging.distant(BY_LLAMA, noisy, distances(1e-6, 1e-6, 0), EXACT)
+    assert inert.startswith("by tunesmith's own reader: inert") and "share of the adapter's effect" in lost
+    assert judging.of_faint_adapter(BY_LLAMA, noisy)
 
 
 def test_what_is_more_than_rounding_is_judged_by_llama_cpp():
     wrong = distances(mean=5e-5, base=1e-5, from_base=4e-5)
-    assert len(reasons(wrong, distances(0, 1e-5, 1e-5))) == 2
+    assert len(judging.distant(BY_LLAMA, wrong, distances(0, 1e-5, 1e-5), EXACT)) == 2
     small = distances(mean=5e-6, base=1e-3, from_base=1e-3)
-    assert judging.of_effect(BY_LLAMA, small, distances(0, 1e-3, 1e-3), EXACT) is None
+    assert judging.distant(BY_LLAMA, small, distances(0, 1e-3, 1e-3), EXACT) == []
+    assert not judging.of_faint_adapter(BY_LLAMA, wrong) and not judging.of_faint_adapter(BY_LLAMA, small)
+
+
+def test_what_the_rounding_of_llama_cpp_allows_our_own_reader_must_not_find():
+    measured, own = distances(mean=5e-5, base=1e-3, from_base=1e-3), distances(5e-5, 1e-3, 1e-3)
+    assert judging.distant(BY_LLAMA, measured, distances(0, 1e-3, 1e-3), EXACT) == []
+    (lost,) = judging.distant(BY_LLAMA, measured, own, EXACT)
+    assert lost == "by tunesmith's own reader: share of the adapter's effect that was lost 0.05, at most 0.01"
 
 
 def test_an_earlier_reading_is_up_to_date_if_the_same_program_would_judge_now(monkeypatch):
@@ -133,13 +138,17 @@ def test_an_earlier_reading_is_up_to_date_if_the_same_program_would_judge_now(mo
     )
     by_release = replace(exported, judged_by="llama.cpp (xllamacpp 1)")
     monkeypatch.setattr(llama_cpp, "missing", lambda: "not installed")
-    assert judging.is_up_to_date(exported, True) and judging.is_up_to_date(exported, False)
-    assert not judging.is_up_to_date(by_release, True)
+    assert judging.is_up_to_date(exported, GGUFF16()) and judging.is_up_to_date(exported, Merged())
+    assert not judging.is_up_to_date(by_release, GGUFF16())
     monkeypatch.setattr(llama_cpp, "missing", lambda: None)
     monkeypatch.setattr(llama_cpp, "name", lambda: "llama.cpp (xllamacpp 1)")
-    assert judging.is_up_to_date(by_release, True)
-    assert not judging.is_up_to_date(exported, True) and judging.is_up_to_date(exported, False)
-    could_not = replace(exported, remarks=judging.not_by_llama_cpp("the base takes 9.0 GB"))
-    assert judging.is_up_to_date(could_not, True)
+    assert judging.is_up_to_date(by_release, GGUFF16())
+    assert not judging.is_up_to_date(exported, GGUFF16()) and judging.is_up_to_date(exported, Merged())
+    reading = judging.by_tunesmith(Path(), EXACT, "the base takes 9.0 GB")
+    assert "xllamacpp 1) could not: the base takes" in reading.remarks[0]
+    could_not = replace(exported, unread_by=reading.unread_by)
+    assert judging.is_up_to_date(could_not, GGUFF16())
     monkeypatch.setattr(llama_cpp, "name", lambda: "llama.cpp (xllamacpp 2)")
-    assert not judging.is_up_to_date(by_release, True) and not judging.is_up_to_date(could_not, True)
+    assert not judging.is_up_to_date(by_release, GGUFF16()) and not judging.is_up_to_date(
+        could_not, GGUFF16()
+    )

@@ -248,13 +248,6 @@ def stops(
     )
 
 
-class EffectReading(NamedTuple):
-    """``distances``: of one reader. ``lost``: the share of the adapter's effect that may be lost by it."""
-
-    distances: Distances
-    lost: float
-
-
 @dataclass(frozen=True)
 class Carried:
     """How much of the adapter's change of each tensor the artefact has, from sketches.
@@ -295,37 +288,33 @@ def carried(
     return Carried(gains, wrong / total if total else 0.0, tuple(missing), shares)
 
 
-def is_inert(measured: Distances) -> bool:
-    """Whether the artefact is nearer to the base than to the adapter."""
-    return measured.base > FAINT and measured.mean >= measured.from_base
-
-
-def reasons(
-    measured: Distances,
-    stopping: Stops,
-    weights: Carried,
-    tolerance: Tolerance,
-    rounded: float | None,
-    effect: EffectReading | None = None,
-) -> list[str]:
-    """Why the artefact is rejected, one sentence each; empty if it is accepted. effect: by which it is judged
-    whether the adapter's effect arrived, instead of ``measured`` and ``tolerance``."""
+def distant(measured: Distances, tolerance: Tolerance, *, effect: bool = True) -> list[str]:
+    """How the artefact is further from the live adapter than ``tolerance``, one sentence each. effect:
+    whether ``measured`` can show what the adapter changes."""
     problems: list[str] = []
-    arrived, most_lost = effect or EffectReading(measured, tolerance.lost)
     if not np.isfinite([measured.mean, measured.from_base]).all():
         problems.append("its log-probabilities are not finite")
-    if is_inert(arrived):
+    if effect and measured.base > FAINT and measured.mean >= measured.from_base:
         problems.append("inert: it is nearer to the base than to the adapter")
     limits = {
         "mean KL divergence": (measured.mean, tolerance.kl),
         "99th percentile of the KL divergence": (measured.p99, tolerance.p99),
-        "share of the adapter's effect that was lost": (arrived.lost, most_lost),
     }
+    if effect:
+        limits["share of the adapter's effect that was lost"] = (measured.lost, tolerance.lost)
     problems += [
         f"{name} {value:.3g}, at most {most:g}" for name, (value, most) in limits.items() if not value <= most
     ]
     if measured.top < tolerance.top:
         problems.append(f"equal top tokens {measured.top:.1%}, at least {tolerance.top:.0%}")
+    return problems
+
+
+def reasons(
+    far: Sequence[str], stopping: Stops, weights: Carried, tolerance: Tolerance, rounded: float | None
+) -> list[str]:
+    """Why the artefact is rejected, one sentence each; empty if it is accepted. far: what `distant` says."""
+    problems = [*far]
     if problems:
         problems += diagnosis(weights, rounded)
     else:

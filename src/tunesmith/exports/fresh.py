@@ -6,25 +6,23 @@ answers, its cost and its scores are written into it."""
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import mlx.core as mx
 import numpy as np
 
 from tunesmith import events
 from tunesmith.errors import ExportError, TunesmithError
-from tunesmith.events import Event, Sink, Working
-from tunesmith.exports import cost, fidelity, headlines, kind, weights
+from tunesmith.events import Sink
+from tunesmith.exports import cost, fidelity, headlines, kind, processes, weights
 from tunesmith.exports.fidelity import Ended, Probe
+from tunesmith.exports.kind import ForLlamaCpp
 from tunesmith.files import read_json
 from tunesmith.machine import backend, imports
 from tunesmith.model.loading import ModelSpec
@@ -33,8 +31,6 @@ from tunesmith.runs.directory import Run
 from tunesmith.runs.records import ExampleScore
 
 JOB, RESULT, LOGPROBS, SKETCH = "job.json", "result.json", "artefact.npy", "artefact.npz"
-SAID = "said.txt"
-"""What the process wrote to the standard error."""
 
 
 @dataclass(frozen=True)
@@ -71,28 +67,14 @@ def run(job: Job, folder: Path, notify: Sink) -> Result:
     with what it said, if it fails."""
     content = {**vars(job), "source": job.source.model_dump(mode="json")}
     (folder / JOB).write_text(json.dumps(content), encoding="utf-8")
-    # -P: without it, Python imports files of the working folder, such as a random.py, first.
-    words = [sys.executable, "-P", "-m", "tunesmith.exports.fresh", str(folder)]
-    with (folder / SAID).open("w+", encoding="utf-8", errors="replace") as said:
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=said, text=True) as child:
-            try:
-                assert child.stdout is not None
-                for line in child.stdout:
-                    if line.endswith("\n"):  # else the process was ended while it wrote
-                        notify(Working(**json.loads(line)))
-            except BaseException:
-                child.kill()
-                raise
-        said.seek(0)
-        last_lines = said.read().strip().splitlines()[-1:]
-    if child.returncode < 0:
-        number = -child.returncode
+    ended = processes.follow("tunesmith.exports.fresh", folder, notify)
+    if ended.status < 0:
+        number = -ended.status
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         hint = "the machine may be out of memory: end other programs, or measure fewer --rows"
         raise ExportError(f"the process that reloads the artefact was ended by {name}", hint=hint)
-    if child.returncode:
-        last = last_lines or [f"exit status {child.returncode}"]
-        raise ExportError(f"the artefact cannot be reloaded: {last[0]}")
+    if ended.status:
+        raise ExportError(f"the artefact cannot be reloaded: {ended.last_line}")
     return read_json(folder / RESULT, Result, ExportError, None)
 
 
@@ -110,7 +92,8 @@ def measure(folder: Path, notify: Sink) -> None:
     tick = events.ticker(notify, "artefact: answers")
     answers = fidelity.answers(reloaded.net, job.probes, reloaded.ends, tick)
     tick = events.ticker(notify, "artefact: speed")
-    spent = cost.measure(reloaded.net, job.probes, load_s, tick) if chosen.runs_on_mlx else None
+    by_llama_cpp = isinstance(chosen, ForLlamaCpp)
+    spent = None if by_llama_cpp else cost.measure(reloaded.net, job.probes, load_s, tick)
     scores = headlines.measure(reloaded.net, reloaded.renderer, opened, job.tasks, job.limit, notify)
     if reloaded.merge is not None:
         reloaded.merge()
@@ -142,25 +125,12 @@ def _differing(
     return [f"other ids: its tokenizer and template render {n_equal} of {len(expected)} rows as in training"]
 
 
-def _relay(stream: TextIO) -> Sink:
-    """A sink that writes progress to ``stream``, one JSON object a line, for `run`."""
-
-    def write(event: Event) -> None:
-        if isinstance(event, Working):
-            stream.write(json.dumps(asdict(event)) + "\n")
-            stream.flush()
-
-    return write
-
-
 if __name__ == "__main__":
-    # The standard output is for progress alone: what libraries print goes to the standard error.
-    progress = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    notify_parent = processes.reporter()
     imports.hide("torch")  # as the command line does
     backend.setup()
     try:
-        measure(Path(sys.argv[1]), _relay(progress))
+        measure(Path(sys.argv[1]), notify_parent)
     except TunesmithError as error:
         sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
     except Exception as error:

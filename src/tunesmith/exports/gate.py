@@ -21,7 +21,7 @@ from tunesmith.exports import fidelity, fresh, headlines, judging, llama_cpp, we
 from tunesmith.exports.fidelity import Carried, Ended, Probe
 from tunesmith.exports.headlines import TaskScores
 from tunesmith.exports.judging import Reading
-from tunesmith.exports.kind import ArtefactNotes, ExportKind, Tuned
+from tunesmith.exports.kind import ArtefactNotes, ExportKind, ForLlamaCpp, Tuned
 from tunesmith.exports.llama_reading import Text
 from tunesmith.runs import checkpoints
 from tunesmith.runs.artefacts import OWN_READER, CarriedSummary, Exported
@@ -139,7 +139,7 @@ class Gate:
     def _read(self, chosen: ExportKind, artefact: Path, live: LiveSide) -> Reading:
         """What is judged: llama.cpp's reading if the artefact is made for it and it can be used, else that of
         the fresh process."""
-        if not chosen.for_llama_cpp:
+        if not isinstance(chosen, ForLlamaCpp):
             return judging.by_tunesmith(self._work, chosen.tolerance)
         base = partial(self._base, live)
         try:
@@ -147,8 +147,7 @@ class Gate:
                 raise ExportError(missing)
             files = chosen.llama_files(base, artefact, self._work)
         except TunesmithError as error:
-            remarks = judging.not_by_llama_cpp(error.what)
-            return judging.by_tunesmith(self._work, chosen.tolerance, remarks)
+            return judging.by_tunesmith(self._work, chosen.tolerance, error.what)
         mx.clear_cache()
         probes, texts, ends = live.probes, live.texts, live.trained
         return judging.by_llama_cpp(files, chosen.tolerance, probes, texts, ends, self._work, self._notify)
@@ -210,8 +209,8 @@ class Gate:
         if reading.by != OWN_READER:
             second = fidelity.distances(own, base, np.load(self._work / fresh.LOGPROBS, "r"), of_row)
         stopping = fidelity.stops(live.answers, result.answers, live.trained, result.ends)
-        effect = judging.of_effect(reading, measured, second, chosen.tolerance)
-        reasons = fidelity.reasons(measured, stopping, arrived, reading.tolerance, written.survived, effect)
+        far = judging.distant(reading, measured, second, chosen.tolerance)
+        reasons = fidelity.reasons(far, stopping, arrived, reading.tolerance, written.survived)
         return Exported(
             path=artefact,
             kind=chosen.name,
@@ -227,7 +226,7 @@ class Gate:
                 *written.remarks,
                 *result.remarks,
                 *reading.remarks,
-                *judging.of_faint_adapter(effect),
+                *judging.of_faint_adapter(reading, measured),
                 *fidelity.undecided(stopping),
             ),
             cost=result.cost or reading.cost,
@@ -238,6 +237,7 @@ class Gate:
             adapter_sha256=checkpoints.weights_hash(self.checkpoint),
             base_sha256=self.run.hashes["base"],
             judged_by=reading.by,
+            unread_by=reading.unread_by,
             own_reading=second,
             quantised=written.quantised,
         )

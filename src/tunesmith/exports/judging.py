@@ -4,13 +4,13 @@ installed; else that of tunesmith, and it is said."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith.events import Notice, Sink
 from tunesmith.exports import cost, fidelity, fresh, llama_cpp, llama_reading
-from tunesmith.exports.fidelity import EffectReading, Probe
-from tunesmith.exports.kind import LlamaFiles, Tolerance
+from tunesmith.exports.fidelity import Probe
+from tunesmith.exports.kind import ExportKind, ForLlamaCpp, LlamaFiles, Tolerance
 from tunesmith.exports.llama_reading import LlamaJob, LlamaResult, Text
 from tunesmith.runs.artefacts import OWN_READER, Cost, Distances, Exported
 from tunesmith.tokens.renderers import MistralRenderer
@@ -21,7 +21,8 @@ from tunesmith.tokens.template import Renderer
 class Reading:
     """``by``: the program. ``logprobs``: what it computed, in numpy's format. ``tolerance``: by which they
     are judged. ``problems``: reasons to reject the artefact. ``rounding``: the mean KL divergence up to which
-    the program's rounding may be the whole difference."""
+    the program's rounding may be the whole difference. ``unread_by``: the release of llama.cpp that could not
+    read it, for a reason that says nothing of it."""
 
     by: str
     logprobs: Path
@@ -30,11 +31,23 @@ class Reading:
     remarks: tuple[str, ...] = ()
     cost: Cost | None = None
     rounding: float = 0.0
+    unread_by: str | None = None
+
+    def shows_effect(self, measured: Distances) -> bool:
+        """Whether what the adapter changes is more than the program's rounding can be."""
+        return measured.mean > self.rounding or measured.lost <= self.tolerance.lost
 
 
-def by_tunesmith(work: Path, tolerance: Tolerance, remarks: tuple[str, ...] = ()) -> Reading:
-    """The reading that the fresh process wrote into ``work``."""
-    return Reading(OWN_READER, work / fresh.LOGPROBS, tolerance, remarks=remarks)
+def by_tunesmith(work: Path, tolerance: Tolerance, unread: str | None = None) -> Reading:
+    """The reading that the fresh process wrote into ``work``. unread: why llama.cpp did not read an artefact
+    that is made for it."""
+    own = Reading(OWN_READER, work / fresh.LOGPROBS, tolerance)
+    if unread is None:
+        return own
+    name = llama_cpp.name() if llama_cpp.missing() is None else None
+    why = unread if name is None else f"{name} could not: {unread}"
+    remark = f"judged by tunesmith's own reader, and its speed was not measured: {why}"
+    return replace(own, remarks=(remark,), unread_by=name)
 
 
 def by_llama_cpp(
@@ -53,9 +66,9 @@ def by_llama_cpp(
     adapter = None if files.adapter is None else str(files.adapter)
     prompt = cost.prompt_of(probes)
     job = LlamaJob(str(files.model), adapter, rows, texts, ends, prompt, cost.ANSWER, cost.ROUNDS)
-    result = llama_reading.run(job, work)
+    result = llama_reading.run(job, work, notify)
     if result.failed is not None:
-        return by_tunesmith(work, tolerance, not_by_llama_cpp(result.failed))
+        return by_tunesmith(work, tolerance, result.failed)
     if result.refused is not None:
         return Reading(OWN_READER, work / fresh.LOGPROBS, tolerance, (result.refused,))
     remarks: list[str] = []
@@ -71,30 +84,26 @@ def by_llama_cpp(
         tuple(_problems(result, len(texts))),
         tuple(remarks),
         cost.summarised(result.load_s, result.memory_bytes, result.seconds),
-        files.rounding,
+        files.rounding.kl,
     )
 
 
-def of_effect(
-    reading: Reading, measured: Distances, own: Distances | None, tolerance: Tolerance
-) -> EffectReading | None:
-    """tunesmith's own reading, if by llama.cpp's the adapter's effect did not arrive and the difference is
-    not more than llama.cpp's rounding: beside a very faint adapter this says nothing of the file. None: that
-    of ``reading`` is judged. tolerance: of the kind."""
-    if own is None or measured.mean > reading.rounding:
-        return None
-    if measured.lost <= reading.tolerance.lost and not fidelity.is_inert(measured):
-        return None
-    return EffectReading(own, tolerance.lost)
+def distant(reading: Reading, measured: Distances, own: Distances | None, tolerance: Tolerance) -> list[str]:
+    """How the artefact is too far from the live adapter, by ``reading``, and if that is llama.cpp's also by
+    tunesmith's ``own`` within the kind's ``tolerance``, which no rounding of inputs widens."""
+    far = fidelity.distant(measured, reading.tolerance, effect=reading.shows_effect(measured))
+    if own is not None:
+        far += [f"by tunesmith's own reader: {each}" for each in fidelity.distant(own, tolerance)]
+    return far
 
 
-def of_faint_adapter(effect: EffectReading | None) -> tuple[str, ...]:
-    """The remark that tunesmith judged the effect."""
-    if effect is None:
+def of_faint_adapter(reading: Reading, measured: Distances) -> tuple[str, ...]:
+    """The remark that llama.cpp's rounding hides the adapter's effect, if it does."""
+    if reading.shows_effect(measured):
         return ()
     return (
-        f"the adapter changes {effect.distances.base:.1e} nats a token, which llama.cpp's rounding hides: "
-        "whether its effect arrived was judged by tunesmith's own reader",
+        f"the adapter changes {measured.base:.1e} nats a token, which llama.cpp's rounding hides: whether "
+        "its effect arrived was judged by tunesmith's own reader",
     )
 
 
@@ -111,20 +120,11 @@ def _problems(result: LlamaResult, n_texts: int) -> list[str]:
     return problems
 
 
-def not_by_llama_cpp(why: str) -> tuple[str, ...]:
-    """The remark that tunesmith judged an artefact for llama.cpp, which names llama.cpp's release if it is
-    installed."""
-    if llama_cpp.missing() is None:
-        why = f"{llama_cpp.name()} could not: {why}"
-    return (f"judged by tunesmith's own reader, and its speed was not measured: {why}",)
-
-
-def is_up_to_date(exported: Exported, for_llama_cpp: bool) -> bool:
+def is_up_to_date(exported: Exported, chosen: ExportKind) -> bool:
     """Whether the artefact was judged by the program that would judge it now, or that could not."""
-    if not for_llama_cpp or llama_cpp.missing() is not None:
+    if not isinstance(chosen, ForLlamaCpp) or llama_cpp.missing() is not None:
         return exported.judged_by == OWN_READER
-    name = llama_cpp.name()
-    return exported.judged_by == name or any(name in remark for remark in exported.remarks)
+    return llama_cpp.name() in (exported.judged_by, exported.unread_by)
 
 
 def written_out(probes: Sequence[Probe], renderer: Renderer) -> list[Text]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import mlx.nn as nn
 
@@ -50,15 +50,19 @@ ROUNDED = 2**-6
 within a factor of about 4."""
 
 
-SIXTEEN_BIT = Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1)
-EIGHT_BIT = Tolerance(kl=0.02, p99=0.2, top=0.95, lost=0.25)
-"""What llama.cpp may differ by at least if matrices have 16 bits, or are quantised: it rounds their inputs to
-as many bits, and to 8."""
+class Rounding(NamedTuple):
+    """llama.cpp's own. ``kl``: mean KL divergence in nats a token up to which it may be the whole difference.
+    ``least``: no tolerance of what llama.cpp reads is narrower."""
+
+    kl: float
+    least: Tolerance
 
 
-ROUNDING = {"F32": 1e-5, "F16": 1e-4, "Q8_0": 3e-4}
-"""Mean KL divergence in nats a token up to which llama.cpp's own rounding may be the whole difference: of
-files in float32, in 16 bits, and of quantised ones."""
+OF_CACHE = Rounding(1e-5, Tolerance(kl=0.0, p99=0.0, top=1.0, lost=0.1))
+"""Of keys and values to 16 bits, which shows beside a faint adapter."""
+SIXTEEN_BIT = Rounding(1e-4, Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1))
+EIGHT_BIT = Rounding(3e-4, Tolerance(kl=0.02, p99=0.2, top=0.95, lost=0.25))
+"""Also of the inputs of matrices in 16 bits to as many, and of quantised ones to 8."""
 
 
 @dataclass(frozen=True)
@@ -121,18 +125,14 @@ class LlamaFiles(NamedTuple):
     adapter: Path | None = None
 
     @property
-    def rounding(self) -> float:
-        """`ROUNDING` of a file of these types."""
+    def rounding(self) -> Rounding:
         if self.types <= {"F32"}:
-            return ROUNDING["F32"]
-        return ROUNDING["F16" if self.types <= {"F32", "F16", "BF16"} else "Q8_0"]
+            return OF_CACHE
+        return SIXTEEN_BIT if self.types <= {"F32", "F16", "BF16"} else EIGHT_BIT
 
     def widened(self, tolerance: Tolerance) -> Tolerance:
-        """``tolerance``, but no narrower than llama.cpp's own rounding: of keys and values to 16 bits, which
-        shows beside a faint adapter, and of inputs."""
-        if self.types <= {"F32"}:
-            return tolerance._replace(lost=max(tolerance.lost, SIXTEEN_BIT.lost))
-        least = SIXTEEN_BIT if self.types <= {"F32", "F16", "BF16"} else EIGHT_BIT
+        """``tolerance``, but no narrower than llama.cpp's rounding."""
+        least = self.rounding.least
         return Tolerance(
             kl=max(tolerance.kl, least.kl),
             p99=max(tolerance.p99, least.p99),
@@ -166,10 +166,6 @@ class ExportKind(ABC):
     """The options of the next more precise kind, or None if there is none."""
     stands_alone: ClassVar[bool] = True
     """Whether it can be used without the base."""
-    runs_on_mlx: ClassVar[bool] = True
-    """Whether its users run it by MLX, so that speed and memory measured here are theirs."""
-    for_llama_cpp: ClassVar[bool] = False
-    """Whether its users run it by llama.cpp, which then judges it if it is installed."""
     has_own_template: ClassVar[bool] = False
     """Whether its prompts are written without the chat template of the tokenizer, the variables of the run
     included."""
@@ -194,18 +190,26 @@ class ExportKind(ABC):
         """Read the artefact as its users do, and render as ``run`` does. ``source``: the settings of the
         base, for an artefact that stands beside it."""
 
+
+class ForLlamaCpp(ExportKind):
+    """Abstract: its users run it by llama.cpp, which then judges it and measures its cost if it is
+    installed."""
+
+    @abstractmethod
     def llama_files(self, base: Callable[[], Tuned], folder: Path, work: Path) -> LlamaFiles:
-        """What llama.cpp is given of the artefact in ``folder``, if it is `for_llama_cpp`. base: opens the
-        run without its adapter, for an artefact that stands beside the base; work: where the base can be
-        written. Raises ExportError if it cannot be."""
-        raise NotImplementedError
+        """What llama.cpp is given of the artefact in ``folder``. base: opens the run without its adapter, for
+        an artefact that stands beside the base; work: where the base can be written. Raises ExportError if it
+        cannot be."""
 
 
 _REGISTERED: dict[str, type[ExportKind]] = {}
 KINDS = "tunesmith.exports.kinds"
 
 
-def register(kind: type[ExportKind]) -> type[ExportKind]:
+K = TypeVar("K", bound=type[ExportKind])
+
+
+def register(kind: K) -> K:
     _REGISTERED[kind.name] = kind
     return kind
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,9 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
+from tunesmith import events
 from tunesmith.errors import ExportError, SetupError, TunesmithError
-from tunesmith.exports import llama_cpp
+from tunesmith.events import Sink
+from tunesmith.exports import llama_cpp, processes
 from tunesmith.exports.llama_cpp import LlamaCpp
+from tunesmith.exports.processes import EndedProcess
 from tunesmith.files import read_json
 from tunesmith.model.gguf import ggml
 
@@ -68,32 +70,30 @@ class LlamaResult:
     seconds: Sequence[float] = field(default_factory=list)
 
 
-def run(job: LlamaJob, folder: Path) -> LlamaResult:
-    """Start the process; it works in ``folder``."""
+def run(job: LlamaJob, folder: Path, notify: Sink) -> LlamaResult:
+    """Start the process; it works in ``folder``, and its progress goes to ``notify``."""
     (folder / JOB).write_text(json.dumps(asdict(job)), encoding="utf-8")
-    words = [sys.executable, "-P", "-m", "tunesmith.exports.llama_reading", str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        return ended(done.returncode, done.stderr)
+    ended = processes.follow("tunesmith.exports.llama_reading", folder, notify)
+    if ended.status:
+        return meaning(ended)
     try:
         return read_json(folder / RESULT, LlamaResult, SetupError, None)
     except SetupError as error:
         return LlamaResult(failed=error.what)
 
 
-def ended(status: int, stderr: str) -> LlamaResult:
-    """What it means that the process ended with ``status``: minus the number of the signal, or more than 0
-    if Python failed. Only a crash in llama.cpp's code is held against the artefact."""
-    last = (stderr.strip().splitlines() or [f"exit status {status}"])[-1]
-    if -status in ENDED:
+def meaning(ended: EndedProcess) -> LlamaResult:
+    """What it means that the process failed. Only a crash in llama.cpp's code is held against the
+    artefact."""
+    if -ended.status in ENDED:
         reason = "the process in which llama.cpp reads was ended: the machine may be out of memory"
         return LlamaResult(failed=reason)
-    if status > 0 or llama_cpp.lacks_memory(stderr):
-        return LlamaResult(failed=f"the process in which llama.cpp reads failed: {last}")
-    return LlamaResult(refused=f"llama.cpp crashed when it read the artefact: {last}")
+    if ended.status > 0 or llama_cpp.lacks_memory(ended.said):
+        return LlamaResult(failed=f"the process in which llama.cpp reads failed: {ended.last_line}")
+    return LlamaResult(refused=f"llama.cpp crashed when it read the artefact: {ended.last_line}")
 
 
-def measure(folder: Path) -> LlamaResult:
+def measure(folder: Path, notify: Sink) -> LlamaResult:
     """Write the log-probabilities; returns the rest. Raises ExportError if llama.cpp refuses the files."""
     job = read_json(folder / JOB, LlamaJob, SetupError, None)
     longest = max(len(ids) for ids, _ in job.rows)
@@ -102,14 +102,19 @@ def measure(folder: Path) -> LlamaResult:
     model = LlamaCpp(Path(job.model), adapter, max(longest, len(job.prompt) + job.answer), ggml.threads())
     load_s = time.perf_counter() - began
     seconds: list[float] = []
-    memory = 0
+    memory, tick = 0, events.ticker(notify, "llama.cpp: speed")
     for number in range(-1, job.rounds):
         began = time.perf_counter()
         model.generate(job.prompt, job.answer)
         if number >= 0:
             seconds.append(time.perf_counter() - began)
         memory = max(memory, _memory() - before)
-    parts = [_log_probabilities(model.logits(ids, places)) for ids, places in job.rows if places]
+        tick(number + 2, job.rounds + 1)
+    parts, tick = list[np.ndarray](), events.ticker(notify, "llama.cpp: rows")
+    for done, (ids, places) in enumerate(job.rows, start=1):
+        if places:
+            parts.append(_log_probabilities(model.logits(ids, places)))
+        tick(done, len(job.rows))
     np.save(folder / LOGPROBS, np.concatenate(parts))
     return LlamaResult(
         other_ids=[number for number, row in enumerate(job.texts) if model.ids(row.text) != list(row.ids)],
@@ -120,10 +125,10 @@ def measure(folder: Path) -> LlamaResult:
     )
 
 
-def outcome(folder: Path) -> LlamaResult:
+def outcome(folder: Path, notify: Sink) -> LlamaResult:
     """`measure`, or why it could not."""
     try:
-        return measure(folder)
+        return measure(folder, notify)
     except ExportError as error:
         return LlamaResult(refused=error.what)
     except TunesmithError as error:
@@ -142,4 +147,4 @@ def _log_probabilities(logits: np.ndarray) -> np.ndarray:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    (place / RESULT).write_text(json.dumps(asdict(outcome(place))), encoding="utf-8")
+    (place / RESULT).write_text(json.dumps(asdict(outcome(place, processes.reporter()))), encoding="utf-8")

@@ -192,7 +192,7 @@ def _earlier(target: Path, chosen: ExportKind, run: Run, checkpoint: Path, scope
     recorded = exported.checkpoint, exported.adapter_sha256, exported.base_sha256, exported.rows_limit
     expected = checkpoint.name, checkpoints.weights_hash(checkpoint), run.hashes["base"], scope.rows
     measured = exported.loss is not None and exported.accepted and not scope.tasks
-    same = recorded == expected and judging.is_up_to_date(exported, chosen.for_llama_cpp)
+    same = recorded == expected and judging.is_up_to_date(exported, chosen)
     return exported if measured and same else None
 
 

@@ -112,8 +112,9 @@ class Exported:
     were asked for, of which there may be fewer. ``adapter_sha256`` and ``base_sha256``: of the checkpoint's
     weights and of the base, as the run recorded them. All three are None in a record of an earlier
     release. ``judged_by``: the program whose log-probabilities ``distances`` and ``loss`` are of.
-    ``own_reading``: distances by tunesmith's own reader if llama.cpp judged. ``quantised``: None if the kind
-    has no importance matrix."""
+    ``unread_by``: the release of llama.cpp that should have judged and could not. ``own_reading``: distances
+    by tunesmith's own reader if llama.cpp judged. ``quantised``: None if the kind has no importance
+    matrix."""
 
     path: Path
     kind: str
@@ -133,6 +134,7 @@ class Exported:
     adapter_sha256: str | None = None
     base_sha256: str | None = None
     judged_by: str = OWN_READER
+    unread_by: str | None = None
     own_reading: Distances | None = None
     quantised: Quantised | None = None
 
@@ -156,6 +158,7 @@ class Exported:
             "rows_limit": self.rows_limit,
             "size_bytes": self.size_bytes,
             "judged_by": self.judged_by,
+            "unread_by": self.unread_by,
             "kl": asdict(self.distances),
             "own_reading": self.own_reading and asdict(self.own_reading),
             "quantised": self.quantised and asdict(self.quantised),

@@ -22,7 +22,7 @@ from tunesmith.exports.importance import Importance
 from tunesmith.exports.kind import (
     ROUNDED,
     ArtefactNotes,
-    ExportKind,
+    ForLlamaCpp,
     LlamaFiles,
     Reloaded,
     Tolerance,
@@ -53,12 +53,10 @@ class WrittenGGUF(NamedTuple):
     precision: str
 
 
-class MergedGGUF(ExportKind):
+class MergedGGUF(ForLlamaCpp):
     """Abstract. ``type``: of the matrices, in the gguf package's spelling."""
 
     type: ClassVar[str]
-    runs_on_mlx: ClassVar[bool] = False
-    for_llama_cpp: ClassVar[bool] = True
 
     def accepts(self, tuned: Tuned) -> None:
         if _is_file(tuned) and tuned.source.tokenizer is None:

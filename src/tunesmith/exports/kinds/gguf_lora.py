@@ -23,7 +23,7 @@ from tunesmith.events import Sink
 from tunesmith.exports.kind import (
     UNROUNDED,
     ArtefactNotes,
-    ExportKind,
+    ForLlamaCpp,
     LlamaFiles,
     Reloaded,
     Tolerance,
@@ -56,14 +56,12 @@ MOST_BYTES = 8 << 30
 
 
 @register
-class GGUFLoRA(ExportKind):
+class GGUFLoRA(ForLlamaCpp):
     name: ClassVar[str] = "gguf-lora"
     what: ClassVar[str] = "adapter for llama.cpp (--lora)"
     tolerance: ClassVar[Tolerance] = Tolerance(kl=1e-4, p99=1e-3, top=0.99, lost=0.01, step=UNROUNDED)
     more_precise: ClassVar[str | None] = "gguf-f32"
     stands_alone: ClassVar[bool] = False
-    runs_on_mlx: ClassVar[bool] = False
-    for_llama_cpp: ClassVar[bool] = True
 
     def accepts(self, tuned: Tuned) -> None:
         if not Path(tuned.source.path).is_file():

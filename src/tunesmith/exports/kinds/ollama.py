@@ -18,7 +18,7 @@ from tunesmith.events import Event, Notice, Sink
 from tunesmith.exports import go_templates, ollama_templates
 from tunesmith.exports.kind import (
     ArtefactNotes,
-    ExportKind,
+    ForLlamaCpp,
     LlamaFiles,
     Reloaded,
     Tolerance,
@@ -38,12 +38,10 @@ CHECKED = 64
 INSTEAD = "--to gguf, and serve it by llama-server --jinja, which reads the model's own template"
 
 
-class _Ollama(ExportKind):
+class _Ollama(ForLlamaCpp):
     """Abstract. ``gguf``: the kind of the model's file."""
 
-    gguf: ClassVar[type[ExportKind]]
-    runs_on_mlx: ClassVar[bool] = False
-    for_llama_cpp: ClassVar[bool] = True
+    gguf: ClassVar[type[ForLlamaCpp]]
     has_own_template: ClassVar[bool] = True
 
     def require_installed(self) -> None:
@@ -241,7 +239,7 @@ class Ollama(_Ollama):
     what: ClassVar[str] = "folder for ollama create, 8.5 bits a weight"
     tolerance: ClassVar[Tolerance] = GGUFQ80.tolerance
     more_precise: ClassVar[str | None] = "ollama-f16"
-    gguf: ClassVar[type[ExportKind]] = GGUFQ80
+    gguf: ClassVar[type[ForLlamaCpp]] = GGUFQ80
 
 
 @register
@@ -249,7 +247,7 @@ class OllamaF16(_Ollama):
     name: ClassVar[str] = "ollama-f16"
     what: ClassVar[str] = "folder for ollama create, in float16"
     tolerance: ClassVar[Tolerance] = GGUFF16.tolerance
-    gguf: ClassVar[type[ExportKind]] = GGUFF16
+    gguf: ClassVar[type[ForLlamaCpp]] = GGUFF16
 
 
 @register
@@ -258,7 +256,7 @@ class OllamaQ40(_Ollama):
     what: ClassVar[str] = "folder for ollama create, 4.5 bits a weight"
     tolerance: ClassVar[Tolerance] = GGUFQ40.tolerance
     more_precise: ClassVar[str | None] = "ollama"
-    gguf: ClassVar[type[ExportKind]] = GGUFQ40
+    gguf: ClassVar[type[ForLlamaCpp]] = GGUFQ40
 
 
 @register
@@ -267,4 +265,4 @@ class OllamaQ4KM(_Ollama):
     what: ClassVar[str] = "folder for ollama create, about 4.9 bits a weight, with an importance matrix"
     tolerance: ClassVar[Tolerance] = GGUFQ4KM.tolerance
     more_precise: ClassVar[str | None] = "ollama"
-    gguf: ClassVar[type[ExportKind]] = GGUFQ4KM
+    gguf: ClassVar[type[ForLlamaCpp]] = GGUFQ4KM
