@@ -24,8 +24,8 @@ from tunesmith.evaluation.subject import Said, Subject
 from tunesmith.evaluation.suites import Entry, entries, made, spread
 from tunesmith.evaluation.tasks import EvaluationSpec, Material
 from tunesmith.evaluation.tasks.choices import (
+    ChoiceQuestion,
     MultipleChoice,
-    Question,
     ScoredQuestion,
     continuation,
     question,
@@ -392,8 +392,8 @@ def test_no_kind_is_asked_twice_more_than_another_that_has_items_left(items, lim
 # knowledge
 
 
-def ask(choices: tuple[str, ...], answer: int = 0, category: str = "c") -> Question:
-    return Question(
+def ask(choices: tuple[str, ...], answer: int = 0, category: str = "c") -> ChoiceQuestion:
+    return ChoiceQuestion(
         "x:1", category, "Why?", ("Question: Why?\nAnswer:",) * len(choices), choices, choices, answer
     )
 

@@ -34,7 +34,7 @@ SCHEMAS = (
 )
 
 
-class Question(NamedTuple):
+class ChoiceQuestion(NamedTuple):
     """``contexts``: the text before each choice. ``choices``: the continuations that are scored. ``shown``:
     the choices for readers. ``answer``: index of the right one."""
 
@@ -50,7 +50,7 @@ class Question(NamedTuple):
 class ScoredQuestion(NamedTuple):
     """``logps``: Σ log p in nats of each choice."""
 
-    question: Question
+    question: ChoiceQuestion
     logps: tuple[float, ...]
 
 
@@ -67,7 +67,7 @@ class _Fields(NamedTuple):
     shown: tuple[str, ...] = ()
 
 
-def question(entry: Entry) -> Question:
+def question(entry: Entry) -> ChoiceQuestion:
     """The question of a row, by the schema that its keys show. Raises DataError with the row's place."""
     keys = entry.row.keys()
     reader = next((reader for required, reader in _READERS if required <= keys), None)
@@ -85,7 +85,9 @@ def question(entry: Entry) -> Question:
     contexts = fields.contexts or (f"Question: {fields.asked}\nAnswer:",)
     contexts = contexts * len(choices) if len(contexts) == 1 else contexts
     category = entry.kind("category", "subject")
-    return Question(entry.source, category, fields.asked, contexts, choices, fields.shown or choices, answer)
+    return ChoiceQuestion(
+        entry.source, category, fields.asked, contexts, choices, fields.shown or choices, answer
+    )
 
 
 def _arc(entry: Entry) -> _Fields:
@@ -209,7 +211,7 @@ class MultipleChoice(Task[ScoredQuestion]):
         ),
     )
 
-    def __init__(self, questions: Sequence[Question], renderer: Renderer, notify: Sink) -> None:
+    def __init__(self, questions: Sequence[ChoiceQuestion], renderer: Renderer, notify: Sink) -> None:
         """Raises DataError if a text cannot be encoded."""
         self.questions = list(questions)
         self._groups: list[Group] = []
@@ -245,7 +247,7 @@ class MultipleChoice(Task[ScoredQuestion]):
         return [_score(*item) for item in items]
 
 
-def _score(question: Question, logps: tuple[float, ...]) -> ExampleScore:
+def _score(question: ChoiceQuestion, logps: tuple[float, ...]) -> ExampleScore:
     per_byte = [logp / len(choice.encode()) for logp, choice in zip(logps, question.choices, strict=True)]
     best, right = max(per_byte), question.answer
     chosen = per_byte.index(best)

@@ -1,0 +1,82 @@
+"""What an answer consists of, in the order in which it is delivered. The whole answer is its pieces, one
+after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+EndReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter"]
+"""OpenAI's names: ended by itself or at a stop text; as many tokens as were allowed; tools are called; a
+guardrail."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoned:
+    """A part of the reasoning before the words, without the marks around it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A part of the answer that the user reads."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegun:
+    """A call of a tool: its place among the calls of this answer, its id and the tool's name."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """A part of the JSON text of the arguments of call ``index``."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """``logprob``: of the token, before temperature, penalties and constraints. ``top``: the likeliest tokens
+    at its place, with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of generated tokens, in their order: those of reasoning and calls too, the end token not."""
+
+    tokens: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Numbers of tokens. ``cached``: of the prompt, taken from the prefix cache. ``answer``: all that were
+    generated, end token and ``reasoning`` included."""
+
+    prompt: int = 0
+    answer: int = 0
+    cached: int = 0
+    reasoning: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerEnded:
+    """The last piece. ``stop``: the stop text before which the answer was cut, or None if there was none."""
+
+    reason: EndReason
+    usage: Usage = Usage()
+    stop: str | None = None
+
+
+Piece: TypeAlias = Reasoned | Words | CallBegun | CallArguments | Logprobs | AnswerEnded
