@@ -51,7 +51,7 @@ def finished(engine: Engine, numbers: list[int]) -> list[list[int]]:
     """The tokens of the requests ``numbers``, after all have ended."""
     said: dict[int, list[int]] = {}
     while tokens := engine.step():
-        for number, token, _ in tokens:
+        for number, token, *_ in tokens:
             said.setdefault(number, []).append(token)
     return [said.get(number, []) for number in numbers]
 
@@ -86,7 +86,7 @@ def test_requests_that_join_midway_change_no_answer(values, alone):
         numbers = engine.submit([request(place, adapter=NAMES[place]) for place in range(3)])
         early = [token for _ in range(4) for token in engine.step()]
         numbers += engine.submit([request(place, adapter=NAMES[place]) for place in range(3, len(NAMES))])
-        said = {number: [token for of, token, _ in early if of == number] for number in numbers}
+        said = {number: [token for of, token, *_ in early if of == number] for number in numbers}
         late = finished(engine, numbers)
     assert [said[number] + rest for number, rest in zip(numbers, late, strict=True)] == alone
 
@@ -99,7 +99,7 @@ def test_a_cancelled_request_frees_its_row_and_changes_no_other(values, alone):
         engine.cancel([numbers[1], numbers[4]])
         engine.cancel([numbers[1]])  # once more does nothing
         late = finished(engine, numbers)
-    said = {number: [token for of, token, _ in early if of == number] for number in numbers}
+    said = {number: [token for of, token, *_ in early if of == number] for number in numbers}
     for place, number in enumerate(numbers):
         whole = said[number] + late[place]
         assert whole == (alone[place][: len(said[number])] if place in (1, 4) else alone[place])

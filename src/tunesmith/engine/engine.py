@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from tunesmith.adapters.routing import Routing
+from tunesmith.engine.prefixes import Prefixes
 from tunesmith.engine.requests import Finish, NewToken, Request, sampler
 from tunesmith.engine.separate import SeparateRows
 from tunesmith.errors import ModelError
@@ -92,7 +93,16 @@ class Engine:
     that requests may name; without it no request may name one. Where batched answers differ from single ones
     (`abilities.batches`), each continuation has passes of its own."""
 
-    def __init__(self, net: nn.Module, batch_size: int = 16, routing: Routing | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        batch_size: int = 16,
+        routing: Routing | None = None,
+        *,
+        prefill_tokens: int = 512,
+        prefixes: Prefixes | None = None,
+        kv_bits: int | None = None,
+    ) -> None:
         self._net, self._routing, self._batch_size = net, routing, batch_size
         self._inside = ExitStack()
         self._batch: Any = None

@@ -49,7 +49,7 @@ def generate(
         numbers = engine.submit(requests)
         ids: dict[int, list[int]] = {number: [] for number in numbers}
         while tokens := engine.step():
-            for number, token, end in tokens:
+            for number, token, end, *_ in tokens:
                 if end != "stop":
                     ids[number].append(token)
                 if end is not None:
@@ -73,7 +73,7 @@ def stream(
     with Engine(net, 1) as engine:
         engine.submit([Request(prompt, eos_ids, max_tokens, temperature, top_p, seed)])
         while tokens := engine.step():
-            yield from (token for _, token, end in tokens if end != "stop")
+            yield from (token for _, token, end, *_ in tokens if end != "stop")
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def continuations(
         said: list[list[int]] = [[] for _ in prompts]
         while tokens := engine.step():
             stopped: list[int] = []
-            for number, token, finish in tokens:
+            for number, token, finish, *_ in tokens:
                 place = place_of[number]
                 if finish != "stop":
                     said[place].append(token)
