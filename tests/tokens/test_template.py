@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from tunesmith.data import formats
 from tunesmith.data.formats import (
     Call,
     Completion,
@@ -646,6 +647,20 @@ def test_cut_keeps_the_context_of_a_pair_alike(chatml):
     long = preference(say("a", "b"), say("a", "b" * 100))
     out = render([long], chatml, TemplateSpec(too_long="drop"), 100)
     assert not out.rows and [d.reason for d in out.dropped] == ["too_long"]  # never half a pair
+
+
+def test_a_pair_of_two_long_answers_is_one_bad_row(chatml):
+    pair = preference(say("a", "b" * 150), say("a", "c" * 200))
+    longest = max(len(row.tokens.ids) for row in chatml.rows(pair))
+    out = render([pair], chatml, TemplateSpec(too_long="drop"), 100)
+    assert [row.fault for row in out.dropped] == [f"{longest} tokens, the limit is 100"]
+
+
+def test_a_conversation_of_which_several_answers_are_too_long_counts_once(chatml):
+    out = render([demo(LONG, "x.jsonl:1")], chatml, TemplateSpec(too_long="cut"), 20)
+    assert len(out.dropped) == 3
+    with pytest.raises(DataError, match=r"1 of 2 rows cannot be used, 50\.0% \(too_long 1\)"):
+        formats.require(formats.Read([demo(LONG)], out.dropped, 2, {"x.jsonl": ""}), 0.0)
 
 
 # Which renderer

@@ -194,7 +194,8 @@ def remarks(examples: Iterable[Example]) -> Counter[RowRemark]:
 
 def require(read: Read, max_dropped: float) -> None:
     """Raises DataError if more than ``max_dropped`` (a share) of the rows are bad, or none is left."""
-    share = len(read.dropped) / max(read.rows, 1)
+    bad = len({row.source for row in read.dropped})  # of one row, several answers may be left out
+    share = bad / max(read.rows, 1)
     if read.examples and share <= max_dropped:
         return
     files = ", ".join(read.files)
@@ -202,7 +203,7 @@ def require(read: Read, max_dropped: float) -> None:
         raise DataError("no rows", where=files, hint="data.train names files of rows")
     allow = [f"allow more than {max_dropped:.1%} with data.max_dropped"] if share < 1 else []
     raise DataError(
-        f"{len(read.dropped)} of {read.rows} rows cannot be used, {share:.1%} ({reasons(read.dropped)}):\n"
+        f"{bad} of {read.rows} rows cannot be used, {share:.1%} ({reasons(read.dropped)}):\n"
         f"{faults(read.dropped)}",
         where=files or None,
         hint="\nhint: ".join([*(hints(read.dropped) or ["mend these rows"]), *allow]),
@@ -210,8 +211,8 @@ def require(read: Read, max_dropped: float) -> None:
 
 
 def reasons(dropped: Iterable[Dropped]) -> str:
-    """``json 3, too_long 1``."""
-    counts = Counter(row.reason for row in dropped)
+    """``json 3, too_long 1``: a row counts once for each reason."""
+    counts = Counter(reason for _, reason in {(row.source, row.reason): None for row in dropped})
     return ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
 
 

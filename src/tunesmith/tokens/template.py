@@ -665,13 +665,13 @@ def render(
             refused = formats.Dropped(example.source, error.code, error.what, "", error.hint or "")
             result.dropped.append(refused)
         fits = [row for row in rows if len(row.tokens.ids) <= length]
-        for tokens in [len(row.tokens.ids) for row in rows if len(row.tokens.ids) > length]:
-            long.append(
-                formats.Dropped(example.source, "too_long", f"{tokens} tokens, the limit is {length}", "")
-            )
-        if len(fits) == len(rows) or not isinstance(
-            example, Preference
-        ):  # a pair is kept or dropped as a whole
+        lengths = [len(row.tokens.ids) for row in rows if len(row.tokens.ids) > length]
+        if isinstance(example, Preference) and lengths:  # a pair is kept or dropped as a whole
+            lengths = [max(lengths)]
+        for tokens in lengths:
+            message = f"{tokens} tokens, the limit is {length}"
+            long.append(formats.Dropped(example.source, "too_long", message, ""))
+        if len(fits) == len(rows) or not isinstance(example, Preference):
             result.rows += fits
         if progress is not None:
             progress(done, len(examples))
