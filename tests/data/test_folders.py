@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tunesmith
+from tunesmith import events
 from tunesmith.data import folders
 
 
@@ -35,6 +36,15 @@ def test_train_is_trained_on_and_valid_held_out(tmp_path, tiny_model):
         f"{folder}: train.jsonl to train on; valid.jsonl held out, instead of a share of the training rows; "
         f"test.jsonl not trained on: tunesmith evaluate RUN --data {folder / 'test.jsonl'}",
     )
+
+
+def test_the_parts_of_a_folder_are_information_and_no_warning(tmp_path, tiny_model):
+    resolved = settings(tiny_model, fill(tmp_path / "data", "train.jsonl", "valid.jsonl"))
+    heard: list[events.Event] = []
+    tunesmith.plan(resolved, notify=heard.append)
+    tunesmith.train(resolved, out=tmp_path / "run", notify=heard.append)
+    said = [event for event in heard if isinstance(event, events.Notice) and event.what == resolved.notes[0]]
+    assert [(event.level, event.where) for event in said] == [("info", "data.train")] * 2
 
 
 @pytest.mark.parametrize(

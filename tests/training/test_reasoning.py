@@ -145,6 +145,10 @@ def test_the_reported_files_are_learned_behind_the_prompt_of_inference(name, mod
         assert answer.startswith("<think>\n") and answer.endswith("<|im_end|>")
 
 
+def about_reasoning(heard: list[events.Event]) -> list[str]:
+    return [event.what for event in heard if isinstance(event, events.Notice) and "reasoning" in event.what]
+
+
 def test_how_thinking_stands_is_said_in_plan_report_and_card(tmp_path, model):
     rows = write(tmp_path / "rows.jsonl", "reasoning_content", reasoned=15)
     config, heard = configured(model(SWITCHED), rows), []
@@ -152,9 +156,7 @@ def test_how_thinking_stands_is_said_in_plan_report_and_card(tmp_path, model):
     assert tunesmith.plan(config)["reasoning"] == due
     run = tunesmith.train(config, out=tmp_path / "run", notify=heard.append)
     line = "thinking is on in prompts: 15 of 20 answers have reasoning"
-    assert [event.where for event in heard if isinstance(event, events.Notice) and event.what == line] == [
-        "template.thinking"
-    ]
+    assert about_reasoning(heard) == [line]
     content = json.loads((run.path / "report.json").read_text())
     assert content["counts"]["reasoning"] == due
     for name in ("report.html", "report.md"):
@@ -185,9 +187,18 @@ def test_without_a_switch_it_is_said_that_reasoning_is_learned(tmp_path, model):
     heard: list[events.Event] = []
     plan = tunesmith.plan(configured(model(UNSWITCHED), rows), notify=heard.append)
     assert plan["reasoning"]["switch"] is None
-    texts = [event.what for event in heard if isinstance(event, events.Notice)]
-    assert "15 of 20 answers have reasoning, and it is learned" in texts
-    assert "reasoning beside answers: learned as the template writes it" in texts
+    assert about_reasoning(heard) == ["15 of 20 answers have reasoning, and it is learned"]
+    assert plan["notes"]["reasoning beside answers: learned as the template writes it"] == 15
+
+
+def test_reasoning_beside_answers_that_are_not_learned_is_still_said(tmp_path, model):
+    answered = {"role": "assistant", "content": "a cat", "reasoning": "a mat"}
+    last = [{"role": "user", "content": "a tool"}, {"role": "assistant", "content": "a timer"}]
+    rows = [{"messages": [{"role": "user", "content": f"note {n}"}, answered, *last]} for n in range(12)]
+    data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    heard: list[events.Event] = []
+    tunesmith.plan(configured(model(UNSWITCHED), data, "template.learn=last"), notify=heard.append)
+    assert about_reasoning(heard) == ["reasoning beside answers: learned as the template writes it"]
 
 
 def test_reasoning_beside_answers_is_refused_if_the_template_has_no_form_for_it(tmp_path, tiny_model):

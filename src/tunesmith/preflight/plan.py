@@ -18,7 +18,9 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[s
     epoch. If layers lie below the adapter: the share of the layers' work that ``loop.cache_frozen`` saves (0
     within one epoch), and the disk space that it takes."""
     spec = lineage.anchored(config.spec)
-    for text in (*spec.warnings(), *config.notes):
+    for text in config.notes:
+        notify(Notice(text, where="data.train"))
+    for text in spec.warnings():
         notify(Notice(text, level="warning"))
     prepared = preparation.prepare(spec, notify)
     model = story.open_model(spec, prepared.train, notify)

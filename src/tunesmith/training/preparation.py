@@ -17,6 +17,7 @@ from tunesmith.auditing.findings import Audit
 from tunesmith.auditing.rules import contamination
 from tunesmith.auditing.views import Context
 from tunesmith.data import asking, formats
+from tunesmith.data.examples import REASONING_BESIDE
 from tunesmith.errors import ConfigError, ResumeMismatch
 from tunesmith.events import Notice, Sink
 from tunesmith.files import write_json
@@ -160,8 +161,8 @@ def prepare(
     notes = train.notes + valid.notes + _structured_calls(config, sources)
     remarks = formats.remarks((*sources.train, *sources.valid))
     _tell(config.objective, refused, dropped, reasons, notes, notify)
-    _tell_remarks(remarks, audit is not None, notify)
     reasoning = _settle_thinking(config, renderer, (*train.usable, *valid.usable), notify)
+    _tell_remarks(remarks, reasoning, audit is not None, notify)
     notes += Counter({remark.text: count for remark, count in remarks.items()})
     objective, remarks = config.objective.settled(train.groups)
     for remark in remarks:
@@ -339,13 +340,18 @@ def _tell(
         hint = objective.hints.get(reason) if example is None else example.hint or None
         notify(Notice(text, level="warning", count=count, where=where, hint=hint))
     for note, count in sorted(notes.items()):
-        notify(Notice(note, count=count))
+        if note != template.REASONED:  # `_settle_thinking` says it
+            notify(Notice(note, count=count))
 
 
-def _tell_remarks(remarks: Counter[formats.RowRemark], audited: bool, notify: Sink) -> None:
-    """Report how rows were read. If the rows were audited, its report names the keys that are not read."""
+def _tell_remarks(
+    remarks: Counter[formats.RowRemark], reasoning: Reasoning, audited: bool, notify: Sink
+) -> None:
+    """Report how rows were read. If the rows were audited, its report names the keys that are not read; if
+    reasoning is learned, `_settle_thinking` has said so."""
     for remark, count in sorted(remarks.items()):
-        if not (remark.doubt and audited):
+        is_learned = remark.text == REASONING_BESIDE and reasoning["with_reasoning"] > 0
+        if not is_learned and not (remark.doubt and audited):
             notify(Notice(remark.text, level="warning" if remark.doubt else "info", count=count))
 
 

@@ -149,8 +149,8 @@ def _recorded(start: Sequence[Adapter], resume: Run | None) -> tuple[str, ...] |
 def _checked(
     config: RunConfig, out: Path | None, resume: Run | None, among: Ranks, notes: Sequence[str], hear: Sink
 ) -> RunConfig:
-    """The settings of the run, after warnings of poor settings, of a slow machine, and of a machine or
-    software that is not the one of the resumed run. Raises DataError if the run cannot be created at
+    """The settings of the run, after notices of how folders were read, and warnings of poor settings, of a
+    slow machine, and of a machine or software that is not the one of the resumed run. Raises DataError if the run cannot be created at
     ``out``."""
     if resume is None:
         if out is not None and among.writes:
@@ -158,7 +158,9 @@ def _checked(
         config = lineage.anchored(config)
     device = backend.setup()
     changed = manifest.moved(resume, manifest.facts(config, {}, among.size)) if resume else ()
-    for text in (*config.warnings(), *notes, *device.notes, *changed):
+    for text in notes:
+        hear(Notice(text, where="data.train"))
+    for text in (*config.warnings(), *device.notes, *changed):
         hear(Notice(text, level="warning"))
     if device.blas == "reference":
         hear(Notice("MLX computes with its slow reference BLAS", level="warning", hint=device.blas_hint))

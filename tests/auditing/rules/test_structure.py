@@ -275,10 +275,22 @@ def test_ids_of_calls_are_a_note_where_the_model_writes_others(tmp_path, told, t
     assert told(long, context=nine) == {}
 
 
-def test_no_secret_of_a_row_that_cannot_be_used_is_shown(told):
+def test_no_secret_of_a_row_that_cannot_be_used_is_shown(told, tmp_path):
     key = "ghp_" + "a1B2x9Qz7LmN0pR4sT6vW8yK3jH5gF1dC0eU"
-    ((note,),) = (found.values() for found in told({"messages": [{"role": key, "content": "Hi."}]}).values())
-    assert key not in note and key[4:14] not in note
+    bad = {"messages": [{"role": key, "content": "Hi."}]}
+    ((note,),) = (found.values() for found in told(bad).values())
+    sentence = judged(tmp_path / "rows.jsonl", [bad])[1].what
+    assert all(key not in text and key[4:14] not in text for text in (note, sentence))
+
+
+def test_the_sentence_says_what_is_wrong_with_the_first_row_that_cannot_be_used(tmp_path):
+    def sentence(*bad: str) -> str:
+        return judged(tmp_path / "rows.jsonl", [*CLEAN, *bad])[1].what
+
+    fault = "expected one whole JSON object a line, found broken JSON, expecting value at column 15"
+    assert f"that cannot be used (json): {fault}" in sentence('{"messages": [')
+    several = sentence('{"messages": [', "not JSON")
+    assert f"that cannot be used (json), the first: {fault}" in several
 
 
 LEAVES = (

@@ -139,7 +139,8 @@ class Structure(Rule):
             hint="" if share >= bar else hint,
         )
         for reason, concerned in sorted(dropped.items(), key=lambda item: -len(item[1])):
-            fault = f"that cannot be used ({reason})"
+            fault = f"that cannot be used ({reason})" + ", the first" * (len(concerned) > 1)
+            fault += f": {excerpt(masked(first[reason].fault[:1000]), 200)}"
             hint = excerpt(masked(first[reason].hint), 400) or "training leaves them out: mend them"
             yield finding(reason, "warning", fault, concerned, hint)
         for rule, (fault, hint) in TELL.items():
