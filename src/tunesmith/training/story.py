@@ -150,8 +150,8 @@ def _checked(
     config: RunConfig, out: Path | None, resume: Run | None, among: Ranks, notes: Sequence[str], hear: Sink
 ) -> RunConfig:
     """The settings of the run, after notices of how folders were read, and warnings of poor settings, of a
-    slow machine, and of a machine or software that is not the one of the resumed run. Raises DataError if the run cannot be created at
-    ``out``."""
+    slow machine, and of a machine or software that is not the one of the resumed run. Raises DataError if
+    the run cannot be created at ``out``."""
     if resume is None:
         if out is not None and among.writes:
             require_free(out)
