@@ -1,0 +1,111 @@
+"""Calls in a text that grows: however it is cut, the calls are those of the whole."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tunesmith.checks.parsers import CallSpan, Scan, parse
+
+PARTS = [
+    "tool_call:",
+    "tool_call: f\n",
+    "tool_call: f\narguments: {}",
+    "arguments:",
+    'arguments: {"a": "\\u00e9 </tool_call>"}',
+    "[TOOL_CALLS]",
+    "[TOOL_CALLS] ",
+    "[TOOL_CALLS]f[ARGS]",
+    "[TOOL_CALLS]f[CALL_ID] a1[ARGS]{}",
+    "<tool_call>",
+    "</tool_call>",
+    "\n",
+    "Result:",
+    'Result: {"name": "f", "arguments": {}}',
+    '{"name": "f", "arguments": ',
+    '{"name": "f", "arguments": {"a": [1.5e3, true, null]}}',
+    "[{'name': 'f', 'arguments': {}}]",
+    '[{"name": "f", "parameters": {}}]',
+    '{"name": \'f\', "arguments": {}}',
+    '{"a": 1}',
+    "}",
+    "]",
+    "[",
+    "{",
+    '"',
+    "-",
+    "12",
+    "NaN",
+    "tru",
+    "\\",
+    "\\u12",
+    '{"function": ',
+    '{"tool_calls": [',
+    "\r\n",
+    " ",
+    "é",
+]
+TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=4), max_size=10).map("".join)
+
+
+def spans_of(text: str, cuts: list[int]) -> tuple[list[CallSpan], list[int]]:
+    """What a scan finds that reads up to each of ``cuts``, then all; and how far it was settled each time."""
+    scan = Scan()
+    spans: list[CallSpan] = []
+    settled: list[int] = []
+    for end in cuts:
+        new = scan.read(text[:end], complete=False)
+        assert all(span.start >= (settled[-1] if settled else 0) for span in new)
+        spans += new
+        settled.append(scan.settled)
+    return spans + scan.read(text, complete=True), settled
+
+
+@settings(max_examples=400)
+@given(text=TEXTS, data=st.data())
+@example(text='\n{"name": x "arguments"\n[TOOL_CALLS] [{"name": "f", "arguments": {}}]', data=None)
+@example(text='[TOOL_CALLS] [{"name": "f", "arguments": {}}] more', data=None)
+def test_a_text_that_grows_makes_the_calls_of_the_whole(text, data):
+    cuts = list(range(len(text))) if data is None else sorted(data.draw(st.lists(st.integers(0, len(text)))))
+    (whole, _), (cut, settled) = spans_of(text, []), spans_of(text, cuts)
+    assert [(span.start, span.end, [call.name for call in span.calls]) for span in cut] == [
+        (span.start, span.end, [call.name for call in span.calls]) for span in whole
+    ]
+    assert [[call.arguments for call in span.calls] for span in cut] == [
+        [call.arguments for call in span.calls] for span in whole
+    ]
+    assert settled == sorted(settled)
+
+
+JSONS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200)
+@given(arguments=st.dictionaries(st.text(), JSONS, max_size=3), ascii=st.booleans())
+def test_no_part_of_a_call_is_taken_for_words(arguments, ascii):
+    """Each beginning of valid JSON may go on: nothing of a call is settled before it is read."""
+    text = "Words.\n" + json.dumps([{"name": "f", "arguments": arguments}], ensure_ascii=ascii)
+    scan = Scan()
+    for end in range(8, len(text) + 1):
+        assert scan.read(text[:end], complete=False) == []
+        assert scan.settled == len("Words.\n")
+    (span,) = scan.read(text, complete=True)
+    assert span.start == 7 and span.end == len(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[a link](http://x) and\n", "{x} is a set\n", "- [ ] to do\n[x] done", "Result: fine\n", "tool calls"],
+)
+def test_words_that_look_like_a_mark_are_settled_soon(text):
+    scan = Scan()
+    assert scan.read(text, complete=False) == []
+    assert scan.settled == len(text)
+    assert parse(text) == []
