@@ -169,6 +169,22 @@ class Routing:
     def __init__(self, net: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         """Attach the adapters. Raises ModelError and leaves ``net`` as it was if one of them replaces whole
         modules or does not fit."""
+        self._net, self._adapters = net, adapters
+        self._attach(adapters)
+
+    def change(self, adapters: Mapping[str, Adapter]) -> None:
+        """Put ``adapters`` in the place of those that are attached, and select the base. Raises as `Routing`
+        does, and leaves all as it was."""
+        self.detach()
+        try:
+            self._attach(adapters)
+        except BaseException:
+            self._attach(self._adapters)
+            raise
+        self._adapters = adapters
+
+    def _attach(self, adapters: Mapping[str, Adapter]) -> None:
+        net = self._net
         self._places: dict[str | None, int] = {None: BASE}
         self._places |= {name: place for place, name in enumerate(adapters, start=1)}
         self._selection = Selection()

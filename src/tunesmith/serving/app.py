@@ -1,0 +1,27 @@
+"""The HTTP side: routes, and what every request passes on its way to one."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tunesmith.serving.rejections import Rejection, rejection_of
+from tunesmith.serving.service import Service
+
+
+def routes(service: Service) -> list[Route]:
+    """Every route. A module with handlers exports a function of this name, and has one line here."""
+    return []
+
+
+def build(service: Service) -> Starlette:
+    """The application, for uvicorn or a test client."""
+    handlers = {Rejection: _rejected, Exception: _rejected}
+    return Starlette(routes=routes(service), exception_handlers=handlers)
+
+
+async def _rejected(request: Request, error: Exception) -> Response:
+    rejection = rejection_of(error)
+    return JSONResponse(rejection.body, rejection.status, headers=dict(rejection.headers))

@@ -1,0 +1,95 @@
+"""Why a request is not answered, as the error that HTTP clients get: OpenAI's shape, with a status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tunesmith.errors import ModelError, ServeError, TemplateError, TunesmithError
+
+BY_STATUS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+}
+"""HTTP status → the ``type`` of the error; any other is a ``server_error``."""
+
+
+@dataclass(eq=False)
+class Rejection(Exception):
+    """An error for the client. ``param``: the field of the body that is wrong. ``code``: a word that programs
+    can compare."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def kind(self) -> str:
+        return BY_STATUS.get(self.status, "server_error")
+
+    @property
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+class Overloaded(ServeError):
+    """The queue is full. ``retry_after``: seconds after which a place is likely to be free."""
+
+    def __init__(self, what: str, retry_after: int) -> None:
+        super().__init__(what, hint=f"ask again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class TooLarge(ServeError):
+    """It would not fit in memory even if nothing else was under way."""
+
+
+class EngineDied(ServeError):
+    """The engine stopped while it answered; it is started anew."""
+
+
+class TimedOut(ServeError):
+    """The answer took longer than the server allows."""
+
+
+class Draining(ServeError):
+    """The server is about to end and takes no new requests."""
+
+
+class UnknownModel(ServeError):
+    """No model that is served has this name."""
+
+
+def rejection_of(error: Exception) -> Rejection:
+    """What the client is told of ``error``. Nothing is disclosed of an error that nobody expected."""
+    if isinstance(error, Rejection):
+        return error
+    if isinstance(error, Overloaded):
+        retry = {"Retry-After": str(error.retry_after)}
+        return Rejection(429, str(error), code="overloaded", headers=retry)
+    if isinstance(error, UnknownModel):
+        return Rejection(404, str(error), "model", "model_not_found")
+    if isinstance(error, TooLarge):
+        return Rejection(400, str(error), code="request_too_large")
+    if isinstance(error, TimedOut):
+        return Rejection(504, str(error), code="timeout")
+    if isinstance(error, EngineDied | Draining):
+        code = "engine_died" if isinstance(error, EngineDied) else "draining"
+        return Rejection(503, str(error), code=code, headers={"Retry-After": "5"})
+    if isinstance(error, ModelError | TemplateError):
+        return Rejection(400, str(error), code="invalid_request")
+    if isinstance(error, TunesmithError):
+        return Rejection(500, str(error), code="failed")
+    return Rejection(500, "the server failed to answer; its log says why", code="failed")

@@ -1,0 +1,539 @@
+"""The thread that owns MLX and the engine, and what keeps it going.
+
+Requests come from the event loop and wait in a queue; between two steps of the engine the thread takes as
+many as have a row and memory. If the thread dies or hangs, the requests under way end with an error, and another
+thread starts a new engine on the same weights. If memory runs out, the batch is halved and the requests are
+asked again: their tokens are a function of the request alone, so those that were delivered already are
+skipped."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from tunesmith import events
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.requests import NewToken, Request
+from tunesmith.errors import ServeError, TunesmithError
+from tunesmith.events import Notice, Sink
+from tunesmith.machine import backend
+from tunesmith.serving.limits import ServerLimits
+from tunesmith.serving.rejections import Draining, EngineDied, Overloaded, TimedOut, TooLarge
+
+T = TypeVar("T")
+LOOK_S = 0.2
+"""Time between two looks of the supervisor."""
+LONGEST_PAUSE_S = 30.0
+"""Longest time before a new start, if the engine dies again and again."""
+QUIET_S = 60.0
+"""An engine that lived so long is started anew without a pause."""
+
+
+class _Stream:
+    """The tokens of one request on their way to the event loop, where all of this is used."""
+
+    def __init__(self, request: Request, cost: int) -> None:
+        self.request, self.cost = request, cost
+        self.tokens: deque[NewToken] = deque()
+        self.n_sent, self.n_skipped = 0, 0
+        """Of the engine's thread: tokens sent to the event loop, and of those that were asked again, how many
+        to skip still."""
+        self.begun = time.monotonic()
+        self.error: ServeError | TunesmithError | None = None
+        self.over = False
+        self.timers: list[asyncio.TimerHandle] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, token: NewToken) -> None:
+        if self.over:
+            return
+        if len(self.timers) == 2:
+            self.timers.pop(0).cancel()  # of the first token
+        self.tokens.append(token)
+        if token.finish is not None:
+            self.end()
+        self._wake()
+
+    def fail(self, error: ServeError | TunesmithError) -> None:
+        if not self.over:
+            self.error = error
+            self.end()
+            self._wake()
+
+    def end(self) -> None:
+        self.over = True
+        for timer in self.timers:
+            timer.cancel()
+        self.timers = []
+
+    async def wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Answering:
+    """An async iterator over the tokens of one request. It raises EngineDied, TimedOut or Draining if the
+    answer cannot be finished. If the task that waits for a token is cancelled, or nobody holds this object
+    any more, the request is cancelled."""
+
+    def __init__(self, stream: _Stream, cancel: Callable[[_Stream], None]) -> None:
+        self._stream, self._cancel = stream, cancel
+
+    def __aiter__(self) -> Answering:
+        return self
+
+    async def __anext__(self) -> NewToken:
+        stream = self._stream
+        while not stream.tokens:
+            if stream.error is not None:
+                raise stream.error
+            if stream.over:
+                raise StopAsyncIteration
+            try:
+                await stream.wait()
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        return stream.tokens.popleft()
+
+    def cancel(self) -> None:
+        """Free the request's row; tokens that were made already can still be read. Does nothing if it has
+        ended."""
+        self._cancel(self._stream)
+
+    def __del__(self) -> None:
+        if not self._stream.over:
+            self._cancel(self._stream)
+
+
+@dataclass
+class _Job:
+    """A function for MLX's thread, and the future of its result."""
+
+    function: Callable[[], Any]
+    done: asyncio.Future[Any]
+
+
+@dataclass(eq=False)
+class _Life:
+    """One thread with its engine. ``beat``: when the current step or job began; None while it waits.
+    ``given_up``: another life has taken its place, and it must not touch the model again."""
+
+    rows: dict[int, _Stream] = field(default_factory=dict)
+    cancelled: list[_Stream] = field(default_factory=list)
+    job: _Job | None = None
+    beat: float | None = None
+    allowed_s: float = 0.0
+    given_up: bool = False
+    ready: bool = False
+    began: float = field(default_factory=time.monotonic)
+    thread: threading.Thread | None = None
+
+
+class Worker:
+    """``batch_size``: most requests under way at once. ``memory``: bytes that the process may use; None: nine
+    tenths of what the machine has. ``notify``: is called on the event loop.
+
+    All methods are called on the event loop."""
+
+    def __init__(
+        self,
+        limits: ServerLimits,
+        *,
+        batch_size: int = 16,
+        memory: int | None = None,
+        notify: Sink = events.silent,
+    ) -> None:
+        self.limits, self.batch_size, self._notify = limits, batch_size, notify
+        self.memory = memory if memory is not None else backend.memory_limit() * 9 // 10
+        self.weights = 0
+        """Bytes in use before any request, measured when the engine started."""
+        self.reserved = 0
+        """Bytes promised to what is being loaded."""
+        self.restarts: Counter[str] = Counter()
+        """Starts after the first, by reason: died or hung."""
+        self.out_of_memory = 0
+        self.draining = False
+        self._make_engine: Callable[[int], Engine] | None = None
+        self._engine: Engine | None = None
+        self._waiting: deque[_Stream] = deque()
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._life: _Life | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._pace = 0.0
+
+    @property
+    def in_use(self) -> set[str]:
+        """Adapters, by their names in the engine, that requests need which are under way or wait."""
+        rows = [] if self._life is None else list(self._life.rows.values())
+        with self._changed:
+            rows += self._waiting
+        return {row.request.adapter for row in rows if row.request.adapter is not None}
+
+    def ask(self, request: Request) -> Answering:
+        """Put ``request`` into the queue. Raises Overloaded if it is full, TooLarge if the request would not
+        fit even alone, ModelError if it is not valid, Draining or EngineDied if there is no engine for it."""
+        if self.draining:
+            raise Draining("the server is ending and takes no new requests")
+        engine = self._engine
+        if engine is None or not self.healthy:
+            raise EngineDied("the engine is being started", hint="ask again in a few seconds")
+        request.require(0)
+        cost = engine.cost(request)
+        if self.weights + cost > self.memory:
+            message = (
+                f"needs {cost / 1e6:,.0f} MB for its keys and values, beside {self.weights / 1e6:,.0f} MB of "
+                f"weights; the server may use {self.memory / 1e6:,.0f} MB"
+            )
+            raise TooLarge(f"the request {message}", hint="shorten the prompt, or ask for fewer tokens")
+        if len(self._waiting) >= self.limits.queue:
+            message = f"{len(self._waiting)} requests are waiting, as many as the server allows"
+            raise Overloaded(message, self._retry_after())
+        stream = _Stream(request, cost)
+        loop = asyncio.get_running_loop()
+        for seconds, what in (
+            (self.limits.first_token_s, "the first token"),
+            (self.limits.total_s, "the answer"),
+        ):
+            stream.timers.append(loop.call_later(seconds, self._time_out, stream, seconds, what))
+        with self._changed:
+            self._waiting.append(stream)
+            self._changed.notify()
+        return Answering(stream, self._cancel)
+
+    def run(self, function: Callable[[], T]) -> Awaitable[T]:
+        """The result of ``function``, called on MLX's thread between two steps of the engine."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        with self._changed:
+            self._jobs.append(_Job(function, done))
+            self._changed.notify()
+        return done
+
+    @contextmanager
+    def reserve(self, n_bytes: int) -> Iterator[None]:
+        """Inside, the memory belongs to what is being loaded: requests are admitted beside it only. Raises
+        TooLarge if it is not free."""
+        used = self.weights + self.kv_bytes + self.reserved
+        if used + n_bytes > self.memory:
+            message = (
+                f"needs {n_bytes / 1e6:,.0f} MB; {used / 1e6:,.0f} of {self.memory / 1e6:,.0f} MB are used"
+            )
+            raise TooLarge(message, hint="drop an adapter, or start the server with a higher --memory")
+        self.reserved += n_bytes
+        try:
+            yield
+        finally:
+            self.reserved -= n_bytes
+            with self._changed:
+                self._changed.notify()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine runs."""
+        life = self._life
+        return life is not None and life.ready and not life.given_up
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def n_rows(self) -> int:
+        """Requests under way."""
+        return 0 if self._life is None else len(self._life.rows)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values that the requests under way may need."""
+        return 0 if self._life is None else sum(row.cost for row in list(self._life.rows.values()))
+
+    async def start(self) -> None:
+        """Start the thread. It has no engine until `serve`; `run` works at once."""
+        self._loop = asyncio.get_running_loop()
+        self._begin_life()
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def serve(self, make_engine: Callable[[int], Engine]) -> None:
+        """Answer requests with the engine that ``make_engine`` makes for a batch size, in MLX's thread."""
+        self._make_engine = make_engine
+        await self.run(lambda: None)  # the thread starts the engine before its next job
+        while not self.healthy:
+            await asyncio.sleep(0.01)
+
+    async def drain(self, seconds: float) -> None:
+        """Take no new requests, and wait so long for those that were taken."""
+        self.draining = True
+        end = time.monotonic() + seconds
+        while (self._waiting or self.n_rows) and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+
+    async def stop(self) -> None:
+        """End the thread; what is not finished ends with Draining."""
+        self.draining = True
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._fail(Draining("the server has ended"), waiting=True)
+        thread = self._life.thread if self._life else None
+        if thread is not None:
+            await asyncio.get_running_loop().run_in_executor(None, thread.join, 10.0)
+
+    def _begin_life(self) -> None:
+        life = self._life = _Life()
+        life.thread = threading.Thread(target=self._live, args=(life,), name="tunesmith-engine", daemon=True)
+        life.thread.start()
+
+    async def _supervise(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            life = self._life
+            if life is None or life.given_up:
+                continue
+            beat = life.beat
+            if life.thread is not None and not life.thread.is_alive():
+                self._replace(life, "died", "its thread has ended")
+            elif beat is not None and time.monotonic() - beat > life.allowed_s:
+                self._replace(life, "hung", f"one step took longer than {life.allowed_s:.0f} s")
+
+    def _replace(self, life: _Life, reason: str, why: str) -> None:
+        """Give up ``life``, and start another after a pause that grows with each early death."""
+        if life.given_up or self._stopping:
+            return
+        life.given_up = True
+        if reason == "hung" and life.thread is not None and life.thread.ident is not None:
+            # It ends as soon as it comes back to Python, before it could touch the model again.
+            exception = ctypes.py_object(SystemExit)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(life.thread.ident), exception)
+        self.restarts[reason] += 1
+        lived = time.monotonic() - life.began
+        self._pace = 0.0 if lived > QUIET_S else min(LONGEST_PAUSE_S, max(0.1, self._pace * 2))
+        hint = f"a new engine starts in {self._pace:.1f} s"
+        self._notify(Notice(f"the engine has {reason}: {why}", level="warning", where="engine", hint=hint))
+        self._fail(EngineDied(f"the engine has {reason} while it answered", hint="ask again"), waiting=False)
+        if life.job is not None and not life.job.done.done():
+            life.job.done.set_exception(EngineDied(f"the engine has {reason}: {why}"))
+        self._loop.call_later(self._pace, self._begin_life)
+
+    def _fail(self, error: ServeError, *, waiting: bool) -> None:
+        """End the requests under way, and also those that wait."""
+        rows = [] if self._life is None else list(self._life.rows.values())
+        if waiting:
+            with self._changed:
+                rows += self._waiting
+                self._waiting.clear()
+        for stream in rows:
+            stream.fail(error)
+
+    def _time_out(self, stream: _Stream, seconds: float, what: str) -> None:
+        stream.fail(TimedOut(f"{what} took longer than {seconds:g} s", hint="ask for fewer tokens"))
+        self._drop(stream)
+
+    def _cancel(self, stream: _Stream) -> None:
+        """May be called by the garbage collector, in any thread."""
+        if not stream.over:
+            stream.over = True
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(stream.end)
+            self._drop(stream)
+
+    def _drop(self, stream: _Stream) -> None:
+        """Free the row of a request that has ended early, or its place in the queue."""
+        if stream in self._waiting:
+            with self._changed, suppress(ValueError):
+                self._waiting.remove(stream)
+        if self._life is not None:
+            self._life.cancelled.append(stream)
+            with self._changed:
+                self._changed.notify()
+
+    def _retry_after(self) -> int:
+        """Seconds, guessed: half of the longest time that a request has waited."""
+        oldest = self._waiting[0].begun if self._waiting else time.monotonic()
+        return max(1, min(60, round((time.monotonic() - oldest) / 2)))
+
+    def _live(self, life: _Life) -> None:
+        engine: Engine | None = None
+        try:
+            while not (self._stopping or life.given_up):
+                if engine is None and self._make_engine is not None:
+                    engine = self._started(life, self._make_engine)
+                self._run_jobs(life)
+                if engine is None:
+                    self._sleep(life)
+                    continue
+                self._forget_cancelled(life, engine)
+                self._admit(life, engine)
+                if not life.rows:
+                    self._sleep(life)
+                    continue
+                try:
+                    with self._beating(life, self.limits.hang_s):
+                        tokens = engine.step()
+                except Exception as error:
+                    if not backend.is_out_of_memory(error) or life.given_up:
+                        raise
+                    self._shrink(life, engine, error)
+                    engine = None
+                else:
+                    self._deliver(life, tokens)
+            self._close(life, engine)
+        except BaseException as error:
+            life.beat = None
+            self._close(life, engine)
+            if not life.given_up:
+                why = f"{type(error).__name__}: {error}"
+                with suppress(RuntimeError):  # the loop is closed
+                    self._loop.call_soon_threadsafe(self._replace, life, "died", why)
+
+    def _close(self, life: _Life, engine: Engine | None) -> None:
+        """Leave the engine, unless another life has taken over the model."""
+        if engine is not None and not life.given_up:
+            with suppress(Exception):
+                engine.__exit__(None, None, None)
+
+    def _started(self, life: _Life, make_engine: Callable[[int], Engine]) -> Engine:
+        with self._beating(life, self.limits.load_s):
+            engine = make_engine(self.batch_size)
+            engine.__enter__()
+            self.weights = backend.memory()["active"]
+        if not life.given_up:
+            self._engine = engine
+            life.ready = True
+        return engine
+
+    def _run_jobs(self, life: _Life) -> None:
+        while self._jobs and not life.given_up:
+            job = life.job = self._jobs.popleft()
+            if job.done.cancelled():
+                continue
+            result, failure = None, None
+            try:
+                with self._beating(life, self.limits.load_s):
+                    result = job.function()
+            except Exception as error:
+                failure = error
+            life.job = None
+            self._loop.call_soon_threadsafe(_settle, job.done, result, failure)
+
+    @contextmanager
+    def _beating(self, life: _Life, allowed_s: float) -> Iterator[None]:
+        life.allowed_s = allowed_s
+        life.beat = time.monotonic()
+        try:
+            yield
+        finally:
+            life.beat = None
+
+    def _sleep(self, life: _Life) -> None:
+        """Wait until there is something to do."""
+        with self._changed:
+            if not (self._waiting or self._jobs or self._stopping or life.given_up):
+                self._changed.wait(1.0)
+            elif self._waiting and not self._jobs:
+                self._changed.wait(0.01)  # no memory for the first of them yet
+
+    def _forget_cancelled(self, life: _Life, engine: Engine) -> None:
+        if not life.cancelled:
+            return
+        cancelled, life.cancelled = life.cancelled, []
+        numbers = [number for number, stream in life.rows.items() if stream in cancelled]
+        if numbers:
+            engine.cancel(numbers)
+            for number in numbers:
+                del life.rows[number]
+
+    def _admit(self, life: _Life, engine: Engine) -> None:
+        """Submit the requests that have a row and memory, in their order."""
+        taken: list[_Stream] = []
+        with self._changed:
+            used = self.weights + self.reserved + self.kv_bytes
+            while self._waiting and len(life.rows) + len(taken) < self.batch_size:
+                stream = self._waiting[0]
+                if used + stream.cost > self.memory and (life.rows or taken):
+                    break
+                used += stream.cost
+                taken.append(self._waiting.popleft())
+        for stream in taken:
+            if stream.over:
+                continue
+            try:
+                with self._beating(life, self.limits.hang_s):
+                    [number] = engine.submit([stream.request])
+            except TunesmithError as error:
+                self._loop.call_soon_threadsafe(stream.fail, error)
+            else:
+                life.rows[number] = stream
+
+    def _deliver(self, life: _Life, tokens: list[NewToken]) -> None:
+        made: list[tuple[_Stream, NewToken]] = []
+        for token in tokens:
+            stream = life.rows.get(token.request)
+            if stream is None:
+                continue
+            if token.finish is not None:
+                del life.rows[token.request]
+            if stream.n_skipped:
+                stream.n_skipped -= 1
+            else:
+                stream.n_sent += 1
+                made.append((stream, token))
+        if made and not life.given_up:
+            self._loop.call_soon_threadsafe(_put, made)
+
+    def _shrink(self, life: _Life, engine: Engine, error: Exception) -> None:
+        """Halve the batch after ``error``, and ask again what was under way. A request that ran out of memory
+        alone ends with an error, and so does one whose constraint has seen tokens already."""
+        import mlx.core as mx
+
+        with suppress(Exception):
+            engine.__exit__(None, None, None)
+        mx.clear_cache()
+        rows, life.rows = list(life.rows.values()), {}
+        self.out_of_memory += 1
+        alone = len(rows) == 1
+        self.batch_size = max(1, min(self.batch_size, len(rows)) // 2)
+        again: list[_Stream] = []
+        for stream in rows:
+            if alone or (stream.request.constraint is not None and stream.n_sent):
+                failure = EngineDied("memory ran out", hint="shorten the prompt, or ask for fewer tokens")
+                self._loop.call_soon_threadsafe(stream.fail, failure)
+            else:
+                stream.n_skipped = stream.n_sent
+                again.append(stream)
+        with self._changed:
+            self._waiting.extendleft(reversed(again))
+        text = f"memory ran out: at most {self.batch_size} requests are under way at once from now on"
+        notice = Notice(text, level="warning", where="engine", hint=str(error)[:200])
+        self._loop.call_soon_threadsafe(self._notify, notice)
+
+
+def _put(made: list[tuple[_Stream, NewToken]]) -> None:
+    for stream, token in made:
+        stream.put(token)
+
+
+def _settle(done: asyncio.Future[Any], result: object, failure: Exception | None) -> None:
+    if done.cancelled() or done.done():
+        return
+    if failure is None:
+        done.set_result(cast("Any", result))
+    else:
+        done.set_exception(failure)
