@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Key:
-    """``digest``: SHA-256 of the key. ``per_minute``: most requests; None: no limit. ``models``: those that it
-    may ask; empty: all. ``admin``: whether it may change what is served."""
+    """``digest``: SHA-256 of the key. ``per_minute``: most requests; None: no limit. ``models``: those that
+    it may ask; empty: all. ``admin``: whether it may change what is served."""
 
     name: str
     digest: str

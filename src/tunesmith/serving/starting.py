@@ -1,0 +1,117 @@
+"""From settings to a server that listens, and from SIGTERM to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TextIO
+
+import uvicorn
+
+from tunesmith import events
+from tunesmith.errors import ServeError
+from tunesmith.events import Sink
+from tunesmith.serving import app, served
+from tunesmith.serving.access import AccessLog
+from tunesmith.serving.keys import Key
+from tunesmith.serving.limits import ServerLimits
+from tunesmith.serving.served import Target
+from tunesmith.serving.service import Service
+from tunesmith.serving.worker import Worker
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Everything that decides a server. ``memory``: bytes; None: nine tenths of the machine's."""
+
+    targets: Sequence[Target] = ()
+    model: str | None = None
+    checkpoint: str = "best"
+    keys: tuple[Key, ...] = ()
+    fallback: tuple[str, ...] = ()
+    batch_size: int = 16
+    memory: int | None = None
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    log: TextIO | None = None
+    log_contents: bool = False
+
+
+async def start(settings: ServerSettings, notify: Sink = events.silent) -> Service:
+    """Load what is served and start its engine. Raises what `served.open_models` raises."""
+    worker = Worker(settings.limits, batch_size=settings.batch_size, memory=settings.memory, notify=notify)
+    await worker.start()
+    try:
+        models = await worker.run(
+            lambda: served.open_models(
+                settings.targets, model=settings.model, checkpoint=settings.checkpoint, notify=notify
+            )
+        )
+        for name in settings.fallback:
+            models.resolve(name)
+        await worker.serve(models.engine)
+    except BaseException:
+        await worker.stop()
+        raise
+    log = AccessLog(settings.log, settings.log_contents)
+    return Service(models, worker, settings.limits, settings.keys, settings.fallback, log)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound to ``host`` and ``port`` (0: a free one). Raises ServeError if it cannot be."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        message = f"cannot listen: {error.strerror or error}"
+        raise ServeError(message, where=f"{host}:{port}", hint="choose another --host or --port") from error
+    return listener
+
+
+class HttpServer(uvicorn.Server):
+    """Serves ``service`` until SIGTERM or Ctrl-C. The first signal drains: new requests are refused, and
+    those that were taken are finished, for as long as the limits allow; a second signal ends at once."""
+
+    def __init__(self, service: Service) -> None:
+        config = uvicorn.Config(
+            app.build(service),
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=2,
+        )
+        super().__init__(config)
+        self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def listen(self, listener: socket.socket) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            await self._service.worker.stop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.worker.draining or self._loop is None:
+            self.should_exit = self.force_exit = True
+        else:
+            self._service.worker.draining = True
+            self._loop.call_soon_threadsafe(self.drain)
+
+    def drain(self) -> None:
+        """Finish what is under way, then end. Called on the event loop."""
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        await self._service.worker.drain(self._service.limits.drain_s)
+        self.should_exit = True
