@@ -75,6 +75,9 @@ class FirstRules(Renderer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._words.decode(ids)
 
+    def token_bytes(self) -> list[bytes]:
+        return self._words.token_bytes()
+
     def _encode(self, text: str) -> list[int]:
         return self._words.encode(text)
 

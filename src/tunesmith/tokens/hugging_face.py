@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from tunesmith.data.formats import JSON, Conversation, Message
 from tunesmith.tokens.chat_templates import QUESTION, ChatTemplate, Choices
+from tunesmith.tokens.pieces import hugging_face_bytes
 from tunesmith.tokens.template import (
     SURROGATES,
     Answered,
@@ -87,6 +88,10 @@ class Vocabulary:
         return self.tokenizer.decode(
             [*map(int, ids)], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+    def token_bytes(self) -> list[bytes]:
+        """Bytes of each token. Raises ModelError if they are not known."""
+        return hugging_face_bytes(self.tokenizer, self.size)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``. A part that begins with a control token is encoded once: the context of an answer
@@ -207,6 +212,9 @@ class HFRenderer(Renderer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._words.decode(ids)
+
+    def token_bytes(self) -> list[bytes]:
+        return self._words.token_bytes()
 
     def _encode(self, text: str) -> list[int]:
         return self._words.encode(text)

@@ -17,6 +17,7 @@ from tunesmith.machine.ranks import Ranks
 from tunesmith.tokens.chat_templates import Choices, openai
 from tunesmith.tokens.first_rules import FirstRules
 from tunesmith.tokens.hugging_face import HFRenderer
+from tunesmith.tokens.pieces import sentencepiece_bytes
 from tunesmith.tokens.template import (
     ANCHOR,
     SURROGATES,
@@ -80,6 +81,15 @@ class MistralRenderer(Renderer):
                     ids = list(part)
                     text += self._pieces.decode(ids) if known else "\ufffd" * len(ids)
         return text
+
+    def token_bytes(self) -> list[bytes]:
+        special = self._special
+        return [
+            special[token].encode()
+            if token in special
+            else sentencepiece_bytes(self._pieces.id_to_piece(token))
+            for token in range(self.size)
+        ]
 
     def _encode(self, text: str) -> list[int]:
         return self._pieces.encode(text, bos=False, eos=False)

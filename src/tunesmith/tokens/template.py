@@ -244,6 +244,11 @@ class Renderer(ABC):
         """The text of ``ids`` with special tokens written out."""
 
     @abstractmethod
+    def token_bytes(self) -> list[bytes]:
+        """Bytes that each token adds to a text, by id; empty if no token has the id. Raises ModelError if
+        they are not known."""
+
+    @abstractmethod
     def _encode(self, text: str) -> list[int]: ...
 
     def encoded_part(self, text: str) -> list[int]:
@@ -277,6 +282,12 @@ class Renderer(ABC):
                 raise
             quiet = calls_only(conversation)
             return self._without_words(error, lambda: self._prompt(self._checked(quiet, Counter())))
+
+    def answered(self, before: Conversation, answer: Message) -> list[int]:
+        """Ids of ``answer`` after the prompt of ``before``, with its end token. Raises TemplateError if the
+        template cannot write it."""
+        written = self._answered(before, answer)
+        return written.ids[len(written.prompt) :]
 
     def text_prompt(self, text: str) -> list[int]:
         """Ids of plain text to be continued: BOS if the tokenizer adds one, then the text."""
