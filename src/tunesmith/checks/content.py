@@ -66,6 +66,11 @@ class SensitiveText(NamedTuple):
 def sensitive(text: str) -> Iterator[SensitiveText]:
     """Secrets, personal data and English swear words in the first `SCANNED` letters, in order; without what
     is made up or harmless."""
+    return (sensitive_text for _, sensitive_text in located(text))
+
+
+def located(text: str) -> Iterator[tuple[int, SensitiveText]]:
+    """What `sensitive` finds, each with its position."""
     text = text[:SCANNED]
     for match in scanner().scan(text).findings:
         value, before = text[match.start : match.end], text[max(0, match.start - 60) : match.start]
@@ -78,7 +83,7 @@ def sensitive(text: str) -> Iterator[SensitiveText]:
         else:
             counts = 2 * sum(map(str.isalpha, value)) > len(value)
         if counts:
-            yield SensitiveText(match.category, match.kind, value)
+            yield match.start, SensitiveText(match.category, match.kind, value)
 
 
 def language(text: str) -> str | None:
