@@ -1,15 +1,14 @@
 """One batch of continuations: requests join while others are under way, and leave when they end or are
 cancelled.
 
-mlx-lm's BatchGenerator schedules prompts and tokens, or `SeparateRows` where it gives other answers. With a
-`Routing` each row has an adapter of its own: its name lies beside the row's keys and values as one more
-layer of its cache, so that it follows the row when prompts are read, rows join, and rows leave; the adapters
-are selected from it just before each pass. The engine knows no HTTP and no runs, and MLX is used on the
-caller's thread only."""
+Each step gives every row that is under way its next token, in one pass, and then reads one chunk of the
+prompts that wait. With a `Routing` each row has an adapter of its own. Where batched answers differ from
+single ones (`abilities.batches`), each row has passes of its own. The engine knows no HTTP and no runs, and
+MLX is used on the caller's thread only."""
 
 from __future__ import annotations
 
-import importlib
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -19,16 +18,19 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from tunesmith.adapters.routing import Routing
+from tunesmith.engine import caches
 from tunesmith.engine.prefixes import Prefixes
-from tunesmith.engine.requests import Finish, NewToken, Request, sampler
-from tunesmith.engine.separate import SeparateRows
+from tunesmith.engine.requests import NewToken, Request
+from tunesmith.engine.rows import Batch, Decoding, Row
 from tunesmith.errors import ModelError
 from tunesmith.events import Notice, Sink
-from tunesmith.model import abilities, kernels, vocabulary
+from tunesmith.model import abilities, vocabulary
 from tunesmith.model.loading import evaluating
 
 PREFILL = 8
 """Most prompts that are read in one pass."""
+STEPS_BETWEEN_CLEARING = 512
+"""Decode steps between two times that MLX's unused buffers are given back."""
 
 
 def notify_if_separate(net: nn.Module, notify: Sink) -> None:
@@ -38,60 +40,14 @@ def notify_if_separate(net: nn.Module, notify: Sink) -> None:
         notify(Notice(text, where="model"))
 
 
-class _Exact:
-    """`mlx.core` for mlx-lm's generator: its sum over the vocabulary is `kernels.log_sums`."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(mx, name)
-
-    def logsumexp(self, logits: mx.array, axis: int = -1, keepdims: bool = False) -> mx.array:
-        sums = kernels.log_sums(logits).astype(logits.dtype)
-        return sums[..., None] if keepdims else sums
-
-
-_EXACT = _Exact()
-
-
-class RowAdapters:
-    """The adapters of the rows of a batch, in the shape of one more layer of their cache."""
-
-    def __init__(self, names: Sequence[str | None]) -> None:
-        self.names = list(names)
-
-    @classmethod
-    def merge(cls, rows: Sequence[RowAdapters]) -> RowAdapters:
-        return cls([name for row in rows for name in row.names])
-
-    def extend(self, other: RowAdapters) -> None:
-        self.names += other.names
-
-    def filter(self, keep: Sequence[int]) -> None:
-        self.names = [self.names[place] for place in keep]
-
-    def extract(self, place: int) -> RowAdapters:
-        return RowAdapters([self.names[place]])
-
-    def prepare(self, **padding: object) -> None:
-        """Names need no padding."""
-
-    def finalize(self) -> None:
-        """Names were not padded."""
-
-    @property
-    def state(self) -> list[mx.array]:
-        return []
-
-    @property
-    def nbytes(self) -> int:
-        return 0
-
-
 class Engine:
     """A context manager: inside, dropout of ``net`` is off; leaving it drops what is not finished.
 
     ``batch_size``: most continuations under way at once; the others wait. ``routing``: adapters on ``net``
-    that requests may name; without it no request may name one. Where batched answers differ from single ones
-    (`abilities.batches`), each continuation has passes of its own."""
+    that requests may name; without it no request may name one. ``prefill_tokens``: most positions, padding
+    included, that one chunk of prompts has, so that a long prompt delays nobody's next token by more.
+    ``prefixes``: where prompts that were read are kept for later ones. ``kv_bits``: 8 or 4 keeps keys and
+    values in so many bits."""
 
     def __init__(
         self,
@@ -104,28 +60,27 @@ class Engine:
         kv_bits: int | None = None,
     ) -> None:
         self._net, self._routing, self._batch_size = net, routing, batch_size
+        self._prefill_tokens, self._prefixes, self._kv_bits = max(1, prefill_tokens), prefixes, kv_bits
         self._inside = ExitStack()
-        self._batch: Any = None
-        self._stops: dict[tuple[int, ...], Any] = {}
+        self._together = True
+        self._waiting: deque[Row] = deque()
+        self._reading: Batch | None = None
+        self._decoding: list[Decoding] = []
+        self._count = self._steps = 0
+        self._growth: list[caches.Growth] = []
 
     def __enter__(self) -> Engine:
-        generator: Any = importlib.import_module("mlx_lm.generate")
-        generator.mx = _EXACT
+        """Raises ModelError if the model's keys and values cannot be kept in ``kv_bits``."""
         with ExitStack() as inside:
             inside.enter_context(evaluating(self._net))
             if self._routing is not None:
                 inside.callback(self._routing.select, None)  # later passes meet the base alone
-            model = self._net if self._routing is None else cast("nn.Module", self._routed)
-            if abilities.batches(self._net):
-                self._batch = generator.BatchGenerator(
-                    model,
-                    completion_batch_size=self._batch_size,
-                    prefill_batch_size=min(PREFILL, self._batch_size),
-                    stream=mx.default_stream(mx.default_device()),
-                )
-            else:
-                self._batch = SeparateRows(model, self._net, self._batch_size)
-            inside.callback(self._batch.close)  # gives the process its wired limit back
+            self._together = abilities.batches(self._net)
+            self._growth = caches.growth(self._net, self._kv_bits)
+            if (limit := _wired_limit()) is not None:
+                inside.callback(mx.set_wired_limit, limit)
+                inside.callback(mx.synchronize)
+            inside.callback(self._drop)
             self._inside = inside.pop_all()
         return self
 
@@ -134,46 +89,114 @@ class Engine:
     ) -> None:
         self._inside.close()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request waits or is under way."""
+        return bool(self._waiting or self._reading or self._decoding)
+
+    def cost(self, request: Request) -> int:
+        """Bytes of keys and values that ``request`` needs if it gets all the tokens that it may have. Rows of
+        a batch are padded to the longest of them."""
+        positions = len(request.ids) + self._most(request)
+        return sum(layer.bytes(positions) for layer in self._growth)
+
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """A number for each request, in their order; the longest prompts begin first. Raises ModelError, and
-        takes none of them, if one is empty, allows no token, has an id that the model does not know, or
-        names an adapter that is not here."""
-        from mlx_lm.models.cache import make_prompt_cache
-
+        takes none of them, if one is empty, allows no token, has an option out of its range, has an id that
+        the model does not know, or names an adapter that is not here."""
         for place, request in enumerate(requests):
             request.require(place)
             if self._routing is None and request.adapter is not None:
                 raise ModelError(f"there is no adapter {request.adapter!r}", hint="the engine has no routing")
         prompts = [(f"prompt {place}", request.ids) for place, request in enumerate(requests)]
+        biased = [
+            (f"logit_bias of prompt {place}", list(request.logit_bias))
+            for place, request in enumerate(requests)
+        ]
         vocabulary.require_known(self._net, prompts)
+        vocabulary.require(vocabulary.limits(self._net).ids, biased)
         if self._routing is not None:
             self._routing.require([request.adapter for request in requests])
-        order = sorted(range(len(requests)), key=lambda place: -len(requests[place].ids))
-        ordered = [requests[place] for place in order]
-        caches = None
-        if self._routing is not None:
-            caches = [[*make_prompt_cache(self._net), RowAdapters([request.adapter])] for request in ordered]
-        samplers = [sampler(request) for request in ordered]
-        numbers = self._batch.insert(
-            [[*map(int, request.ids)] for request in ordered],
-            [self._most(request) for request in ordered],
-            caches=caches,
-            samplers=samplers if any(samplers) else None,
-            stop_sequences=[self._stop(request.end_ids) for request in ordered],
-        )
-        by_place = dict(zip(order, numbers, strict=True))
-        return [by_place[place] for place in range(len(requests))]
+        numbers = list(range(self._count, self._count + len(requests)))
+        self._count += len(requests)
+        rows = [
+            Row(number, request, self._most(request))
+            for number, request in zip(numbers, requests, strict=True)
+        ]
+        self._waiting.extend(sorted(rows, key=lambda row: -len(row.request.ids)))
+        return numbers
 
     def step(self) -> list[NewToken]:
-        """At most one new token for each request under way; empty when none is left."""
-        return [
-            NewToken(response.uid, response.token, cast("Finish | None", response.finish_reason))
-            for response in self._batch.next_generated()
-        ]
+        """At most one new token for each request under way; empty if none is left. Reads as many chunks of
+        prompts as it takes until there is a token."""
+        while self.busy:
+            if tokens := self.advance():
+                return tokens
+        return []
+
+    def advance(self) -> list[NewToken]:
+        """Like `step`, but reads one chunk of prompts at most, so it may be empty while the engine is
+        `busy`: a server takes up what was submitted and cancelled meanwhile."""
+        tokens = [token for batch in self._decoding for token in batch.advance(self._forward)]
+        self._decoding = [batch for batch in self._decoding if batch.rows]
+        self._steps += 1
+        if self._steps % STEPS_BETWEEN_CLEARING == 0:
+            mx.clear_cache()
+        self._admit()
+        if self._reading is not None:
+            self._read(self._reading)
+        return tokens
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Free the rows of these requests; those that have finished already are passed over."""
-        self._batch.remove(list(numbers))
+        cancelled = set(numbers)
+        self._waiting = deque(row for row in self._waiting if row.number not in cancelled)
+        batches = [*self._decoding, *([self._reading] if self._reading else [])]
+        for batch in batches:
+            batch.keep([place for place, row in enumerate(batch.rows) if row.number not in cancelled])
+        self._decoding = [batch for batch in self._decoding if batch.rows]
+        if self._reading is not None and not self._reading.rows:
+            self._reading = None
+
+    def _admit(self) -> None:
+        """Let waiting rows begin while there is room: their prompts are read next."""
+        under_way = sum(len(batch.rows) for batch in self._decoding)
+        at_once = min(PREFILL, self._prefill_tokens) if self._together else 1
+        while self._waiting:
+            reading = self._reading.rows if self._reading is not None else []
+            if under_way + len(reading) >= self._batch_size or len(reading) >= at_once:
+                return
+            row = self._waiting.popleft()
+            layers = caches.made(self._net, self._kv_bits)
+            batch = Batch.of([row], [layers], not self._together)
+            if not row.unread:
+                self._begin(batch)
+                under_way += 1
+            elif self._reading is None:
+                self._reading = batch
+            else:
+                self._reading.join(batch)
+
+    def _read(self, batch: Batch) -> None:
+        """Read one chunk of the prompts of ``batch``; what is read but for its last token begins."""
+        batch.read(self._forward, max(1, self._prefill_tokens // len(batch.rows)))
+        if done := [place for place, row in enumerate(batch.rows) if not row.unread]:
+            ready = batch.take(done)
+            if ready is batch or not batch.rows:
+                self._reading = None
+            self._begin(ready)
+
+    def _begin(self, batch: Batch) -> None:
+        if self._together and self._decoding:
+            self._decoding[0].add(batch)
+        else:
+            self._decoding.append(Decoding(batch, None))
+
+    def _forward(self, rows: Sequence[Row], tokens: mx.array, layers: list[Any]) -> mx.array:
+        """(B, T) → (B, T, V) logits, each row with its own adapter."""
+        if self._routing is not None:
+            self._routing.select([row.request.adapter for row in rows])
+        return cast(Any, self._net)(tokens, cache=layers)
 
     def _most(self, request: Request) -> int:
         """Tokens that ``request`` may have: a model with a longest sequence stops there."""
@@ -182,16 +205,11 @@ class Engine:
             return request.max_tokens
         return min(request.max_tokens, positions - len(request.ids) + 1)  # the last token is not read
 
-    def _routed(self, tokens: mx.array, cache: list[Any]) -> mx.array:
-        """(B, T) → (B, T, V) logits, each row with its own adapter."""
-        assert self._routing is not None
-        self._routing.select(cache[-1].names)
-        return self._net(tokens, cache=cache[:-1])
+    def _drop(self) -> None:
+        self._waiting, self._reading, self._decoding = deque(), None, []
 
-    def _stop(self, end_ids: Sequence[int]) -> Any:
-        from mlx_lm.generate import StopSequences
 
-        ends = tuple(end_ids)
-        if ends not in self._stops:
-            self._stops[ends] = StopSequences([[end] for end in ends] or None)
-        return self._stops[ends]
+def _wired_limit() -> int | None:
+    """Let Metal wire as much memory as it recommends. Returns the limit before, or None off Metal."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    return None if recommended is None else mx.set_wired_limit(int(recommended))

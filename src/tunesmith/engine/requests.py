@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-import mlx.core as mx
 import numpy as np
 
 from tunesmith.errors import ModelError
@@ -117,25 +116,3 @@ class NewToken(NamedTuple):
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     cached: int = 0
-
-
-def sampler(request: Request) -> Callable[[mx.array], mx.array] | None:
-    """(1, V) log-probabilities → (1,) token; None if the request is greedy."""
-    if request.temperature == 0:
-        return None
-    entropy = np.random.SeedSequence([request.seed, request.stream])
-    key = mx.random.key(int(entropy.generate_state(1, np.uint32)[0]))
-
-    def draw(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        logits = logprobs.astype(mx.float32) / request.temperature
-        if request.top_p < 1:
-            ranked = -mx.sort(-logits, axis=-1)
-            shares = mx.softmax(ranked, axis=-1)
-            # The likeliest token always, and all that tie with the last.
-            inside = mx.cumsum(shares, axis=-1) - shares < request.top_p
-            logits = mx.where(logits >= mx.where(inside, ranked, mx.inf).min(), logits, -mx.inf)
-        return mx.random.categorical(logits, key=now)
-
-    return draw

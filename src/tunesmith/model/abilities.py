@@ -119,7 +119,11 @@ def _batched(net: nn.Module) -> list[tuple[list[int], mx.array]]:
                 rows[response.uid].append(response.logprobs)
     finally:
         generator.close()
-    return [(tokens[number], mx.stack(rows[number])) for number in numbers]
+    stacked = {number: mx.stack(rows[number]) for number in numbers}
+    # MLX's own sum over a long vocabulary is not exact on a CPU.
+    return [
+        (tokens[number], stacked[number] - kernels.log_sums(stacked[number])[..., None]) for number in numbers
+    ]
 
 
 def _alone(net: nn.Module, prompt: list[int], tokens: list[int]) -> mx.array:

@@ -233,7 +233,7 @@ def attention(
     if rows and sinks is not None:
         raise ValueError("layers with attention sinks cannot take packed rows")
     simple = _boolean(mask) if isinstance(mask, mx.array) else rows or mask in (None, "causal")
-    if simple and sinks is None and not _quantised(cache):
+    if simple and sinks is None and isinstance(keys, mx.array):  # a tuple where they are quantised
         if module := _compiled("attention", queries, keys, values):
             allowed = mask if isinstance(mask, mx.array) else None
             ends = list(mask.ends) if isinstance(mask, Packed) else []
@@ -250,12 +250,6 @@ def attention(
 
     theirs: Any = base.scaled_dot_product_attention
     return theirs(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-
-
-def _quantised(cache: Any) -> bool:
-    from mlx_lm.models.cache import QuantizedKVCache
-
-    return isinstance(cache, QuantizedKVCache)
 
 
 def _boolean(mask: mx.array) -> bool:

@@ -1,0 +1,87 @@
+"""Keys and values of rows: how their caches are made, merged and copied, and how many bytes they need."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+STEP = 256
+"""Positions by which mlx-lm's caches grow."""
+
+
+def made(net: nn.Module, kv_bits: int | None) -> list[Any]:
+    """An empty cache of one row. Raises ModelError if a layer cannot keep keys and values in ``kv_bits``."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    layers = make_prompt_cache(net)
+    if kv_bits is None:
+        return layers
+    from tunesmith.engine.quantised import quantised  # loads transformers
+
+    return [
+        quantised(layer, after_one, kv_bits) for layer, after_one in zip(layers, _tried(net), strict=True)
+    ]
+
+
+def merged(rows: Sequence[list[Any]]) -> list[Any]:
+    """One cache of several rows, each of which has one object for each layer."""
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    if any(isinstance(layer, QuantizedKVCache) for layer in rows[0]):
+        from tunesmith.engine.quantised import QuantisedRows
+
+        return [QuantisedRows.merge(list(layers)) for layers in zip(*rows, strict=True)]
+    return [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
+
+
+def copied(layers: list[Any]) -> list[Any]:
+    """A cache that can go on without changing ``layers``."""
+    return copy.deepcopy(layers)
+
+
+class Growth(NamedTuple):
+    """Bytes of one layer's cache: ``fixed``, and ``each`` for each of at most ``most`` positions."""
+
+    fixed: int
+    each: int
+    most: int | None
+
+    def bytes(self, positions: int) -> int:
+        whole = -(-positions // STEP) * STEP
+        return self.fixed + self.each * (whole if self.most is None else min(whole, self.most + STEP))
+
+
+def growth(net: nn.Module, kv_bits: int | None) -> list[Growth]:
+    """What the cache of one row of ``net`` needs, from the shapes after a pass that is never computed."""
+    layers = made(net, kv_bits)
+    cast(Any, net)(mx.zeros((1, 1), mx.int32), cache=layers)
+    return [part for layer in layers for part in _growth(layer)]
+
+
+def _growth(layer: Any) -> list[Growth]:
+    from mlx_lm.models import cache
+
+    if isinstance(layer, cache.CacheList):
+        return [part for inner in layer.caches for part in _growth(inner)]
+    full: Any = layer  # isinstance narrows, and mlx-lm's attributes begin as None
+    most: int | None = None
+    if isinstance(layer, cache.RotatingKVCache):
+        most = layer.max_size
+    elif isinstance(layer, cache.ChunkedKVCache):
+        most = layer.chunk_size
+    elif not isinstance(layer, cache.KVCache | cache.ConcatenateKVCache | cache.QuantizedKVCache):
+        return [Growth(layer.nbytes, 0, None)]
+    keys: Any = full.keys
+    positions = (keys[0] if isinstance(keys, tuple | list) else keys).shape[2]
+    return [Growth(0, full.nbytes // positions, most)]
+
+
+def _tried(net: nn.Module) -> list[Any]:
+    """The cache after one token, which is never computed: for its shapes."""
+    layers = made(net, None)
+    cast(Any, net)(mx.zeros((1, 1), mx.int32), cache=layers)
+    return layers
