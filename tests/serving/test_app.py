@@ -2,9 +2,202 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import shutil
+import socket
+from dataclasses import replace
+
+import pytest
+from serving.test_worker import answer, wait_until
+
+from tunesmith.serving.keys import Key, digest_of
+from tunesmith.serving.limits import ServerLimits
+
+OPENAI = {"message", "type", "param", "code"}
+
+
+def last_line(server) -> dict:
+    return json.loads(server.log.getvalue().splitlines()[-1])
+
 
 def test_an_unknown_path_is_refused_in_openai_s_shape(server):
     with server.client() as client:
-        answer = client.get("/v1/nothing")
-    assert answer.status_code == 404
-    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+        missing, wrong = client.get("/v1/nothing"), client.post("/v1/models", json={})
+    assert (missing.status_code, wrong.status_code) == (404, 405)
+    assert missing.json()["error"].keys() == wrong.json()["error"].keys() == OPENAI
+
+
+def test_models_are_listed_by_every_name(server):
+    with server.client() as client:
+        listed = client.get("/v1/models").json()["data"]
+        assert client.get("/v1/models/writer").json()["id"] == "writer"
+        assert client.get("/v1/models/nobody").status_code == 404
+    names = {entry["id"]: entry for entry in listed}
+    assert names.keys() == {"writer", "caller", "tiny-llama", "base"}
+    assert len({entry["digest"] for entry in listed}) == 3
+
+
+def test_a_body_that_is_too_large_is_refused(start_server, settings):
+    server = start_server(replace(settings, limits=ServerLimits(body_mb=0.001)))
+    with server.client() as client:
+        assert client.post("/v1/models", content=b"x" * 2000).status_code == 413
+
+        def chunks():
+            for _ in range(20):
+                yield b"x" * 100
+
+        assert client.post("/v1/models", content=chunks()).status_code == 413
+
+
+def test_a_body_that_never_arrives_is_refused(start_server, settings):
+    server = start_server(replace(settings, limits=ServerLimits(body_s=0.3)))
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"POST /v1/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\nhalf")
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost:80"}, 200),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_pages_of_other_sites_cannot_ask(server, headers, status):
+    with server.client() as client:
+        assert client.get("/v1/models", headers=headers).status_code == status
+
+
+@pytest.fixture(scope="module")
+def guarded(start_server, settings):
+    """A server with keys."""
+    keys = (
+        Key("editor", digest_of("secret-of-the-editor"), models=("writer",)),
+        Key("slow", digest_of("secret-of-the-slow"), per_minute=2),
+        Key("boss", digest_of("secret-of-the-boss"), admin=True),
+    )
+    return start_server(replace(settings, keys=keys))
+
+
+def shown(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer secret-of-the-{key}"}
+
+
+def test_only_keys_are_let_in(guarded):
+    with guarded.client() as client:
+        assert client.get("/health").status_code == 200
+        for headers in ({}, shown("nobody"), {"Authorization": "Basic secret-of-the-boss"}):
+            refused = client.get("/v1/models", headers=headers)
+            assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/v1/models", headers={"x-api-key": "secret-of-the-boss"}).status_code == 200
+    assert last_line(guarded)["key"] == "boss"
+    assert "secret" not in guarded.log.getvalue()
+
+
+def test_a_key_sees_its_models_only(guarded):
+    with guarded.client(headers=shown("editor")) as client:
+        assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["writer"]
+        refused = client.get("/v1/models/caller")
+    assert refused.status_code == 403 and refused.json()["error"]["code"] == "model_not_allowed"
+
+
+def test_a_key_has_its_pace(guarded):
+    with guarded.client(headers=shown("slow")) as client:
+        answers = [client.get("/v1/models") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
+
+
+def test_only_an_admin_changes_what_is_served(guarded, server):
+    with server.client() as client:
+        assert client.post("/admin/adapters", json={"drop": "writer"}).status_code == 403
+    with guarded.client(headers=shown("editor")) as client:
+        assert client.post("/admin/adapters", json={"drop": "writer"}).status_code == 403
+
+
+def test_adapters_come_and_go_while_answers_are_under_way(guarded, served_runs, tmp_path):
+    service = guarded.service
+    before = guarded.call(answer(service, "caller", [5, 6, 7], max_tokens=200))
+    copy = tmp_path / "second"
+    shutil.copytree(served_runs["writer"], copy)
+    with guarded.client(headers=shown("boss")) as client:
+
+        async def swap():
+                under_way = asyncio.create_task(answer(service, "caller", [5, 6, 7], max_tokens=200))
+            await asyncio.sleep(0.02)
+            changes = []
+            for body in ({"load": str(copy)}, {"load": f"caller={copy}"}, {"drop": "second"}):
+                changes.append(await asyncio.to_thread(client.post, "/admin/adapters", json=body))
+            after = await answer(service, "caller", [5, 6, 7], max_tokens=20)
+            return await under_way, changes, after
+
+        during, changes, after = guarded.call(swap())
+        assert [change.status_code for change in changes] == [200] * 3, [change.text for change in changes]
+        assert during == before
+        assert after == guarded.call(answer(service, "writer", [5, 6, 7], max_tokens=20))
+        names = {entry["name"] for entry in client.get("/admin/adapters").json()["data"]}
+        assert names == {"writer", "caller"}
+        wait_until(lambda: len(service.models.contents) == 1)
+        back = client.post("/admin/adapters", json={"load": str(served_runs["caller"])})
+        assert back.status_code == 200
+    assert guarded.call(answer(service, "caller", [5, 6, 7], max_tokens=200)) == before
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "load"),
+        ({"load": "a", "drop": "b"}, "load"),
+        ({"load": "nowhere/at/all"}, "load"),
+        ({"drop": "base"}, "drop"),
+        ({"unload": "writer"}, "unload"),
+    ],
+)
+def test_a_wrong_change_is_refused_and_changes_nothing(guarded, body, param):
+    with guarded.client(headers=shown("boss")) as client:
+        before = client.get("/admin/adapters").json()
+        refused = client.post("/admin/adapters", json=body)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == param
+        assert client.get("/admin/adapters").json() == before
+
+
+def test_an_adapter_for_which_no_memory_is_left_is_refused(guarded, served_runs, monkeypatch):
+    worker = guarded.service.worker
+    monkeypatch.setattr(worker, "memory", worker.weights + 1000)
+    with guarded.client(headers=shown("boss")) as client:
+        refused = client.post("/admin/adapters", json={"load": f"more={served_runs['writer']}"})
+    assert refused.status_code == 400 and "MB" in refused.json()["error"]["message"]
+
+
+def test_what_is_under_way_is_finished_before_the_server_ends(start_server, settings):
+    server = start_server(settings)
+    service = server.service
+    expected = server.call(answer(service, "base", [5, 6], max_tokens=300))
+
+    async def ask_and_drain():
+        under_way = asyncio.create_task(answer(service, "base", [5, 6], max_tokens=300))
+        await asyncio.sleep(0.05)
+        server.http.drain()
+        await asyncio.sleep(0)
+        return await under_way
+
+    made = server.call(ask_and_drain())
+    assert made == expected
+    server._thread.join(20)
+    assert not server._thread.is_alive() and server.error is None
+
+
+def test_measures_count_what_happened(server):
+    server.call(answer(server.service, "writer", [5, 6, 7], max_tokens=5))
+    with server.client() as client:
+        client.get("/v1/nothing")
+        text = client.get("/metrics").text
+    assert 'tunesmith_prompt_tokens_total{model="writer"}' in text
+    assert 'tunesmith_requests_total{endpoint="other",model="none",status="404"}' in text
+    assert 'tunesmith_first_token_seconds_count{model="writer"}' in text
+

@@ -35,7 +35,8 @@ class AccessRecord:
     first_token_s: float | None = None
     seconds: float = 0.0
     ended: str = ""
-    """stop, length, cancelled, or the code of an error."""
+    """stop, length, or cancelled."""
+    error: str | None = None
     fallback: str | None = None
     guardrails: list[str] = field(default_factory=list)
     contents: dict[str, JSON] = field(default_factory=dict)

@@ -7,18 +7,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from tunesmith.errors import TunesmithError
-from tunesmith.serving.rejections import Rejection, rejection_of
+from tunesmith.serving import admin, gate, status
+from tunesmith.serving.gate import Gate
+from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.service import Service
 
 
 def routes(service: Service) -> list[Route]:
     """Every route. A module with handlers exports a function of this name, and has one line here."""
-    return []
+    return [*status.routes(service), *admin.routes(service)]
 
 
-def build(service: Service) -> Starlette:
+def build(service: Service) -> ASGIApp:
     """The application, for uvicorn or a test client."""
     handlers = {
         HTTPException: _unrouted,
@@ -26,7 +29,7 @@ def build(service: Service) -> Starlette:
         Rejection: _rejected,
         Exception: _rejected,
     }
-    return Starlette(routes=routes(service), exception_handlers=handlers)
+    return Gate(Starlette(routes=routes(service), exception_handlers=handlers), service)
 
 
 async def _unrouted(request: Request, error: Exception) -> Response:
@@ -37,5 +40,5 @@ async def _unrouted(request: Request, error: Exception) -> Response:
 
 
 async def _rejected(request: Request, error: Exception) -> Response:
-    rejection = rejection_of(error)
+    rejection = gate.failure(error)
     return JSONResponse(rejection.body, rejection.status, headers=dict(rejection.headers))

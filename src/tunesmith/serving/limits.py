@@ -12,6 +12,9 @@ class ServerLimits(Spec):
 
     body_mb: float = Field(default=16.0, gt=0, description="largest body of a request, in MB")
     body_s: float = Field(default=30.0, gt=0, description="longest time in which a body arrives")
+    stall_s: float = Field(
+        default=60.0, gt=0, description="longest time that a client may not read its answer; then it is gone"
+    )
     messages: int = Field(default=2048, ge=1, description="most messages of a conversation")
     prompt_tokens: int = Field(default=131072, ge=1, description="longest prompt")
     answer_tokens: int = Field(default=16384, ge=1, description="longest answer; more is refused")

@@ -4,37 +4,111 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 
-from tunesmith.engine.requests import Request
+from tunesmith import events
+from tunesmith.engine.requests import NewToken, Request
+from tunesmith.events import Sink
 from tunesmith.serving import access
-from tunesmith.serving.access import AccessLog
-from tunesmith.serving.keys import Key
+from tunesmith.serving.access import AccessLog, AccessRecord
+from tunesmith.serving.keys import Doorkeeper, Key
 from tunesmith.serving.limits import ServerLimits
+from tunesmith.serving.metrics import Metrics
+from tunesmith.serving.rejections import Rejection, rejection_of
 from tunesmith.serving.served import Models, Served
 from tunesmith.serving.worker import Answering, Worker
 
 
 @dataclass
 class Service:
-    """``keys``: empty: anyone on this machine may ask. ``fallback``: names of models that answer if the one
-    that was asked cannot, in this order."""
+    """``doorkeeper``: without keys, anyone on this machine may ask. ``fallback``: names of models that answer
+    if the one that was asked cannot, in this order. ``loopback``: whether only this machine can connect."""
 
     models: Models
     worker: Worker
     limits: ServerLimits
-    keys: tuple[Key, ...] = ()
+    metrics: Metrics
+    doorkeeper: Doorkeeper = field(default_factory=Doorkeeper)
     fallback: tuple[str, ...] = ()
     log: AccessLog = field(default_factory=AccessLog)
+    loopback: bool = False
+    notify: Sink = events.silent
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
 
     def served(self, name: str | None, user: str | None = None) -> Served:
         """The model that answers to ``name``: its own, or of an A/B route, where a ``user`` always gets the
         same one. Raises UnknownModel, or Rejection if the key may not ask it."""
-        return self.models.resolve(name)
+        served = self.models.resolve(name)
+        if not self.allows(served):
+            message = f"the key {access.current().key} may not ask {served.name}"
+            raise Rejection(403, message, "model", "model_not_allowed")
+        return served
+
+    def allows(self, served: Served) -> bool:
+        """Whether the key of this request may ask ``served``."""
+        key = self._key(access.current().key)
+        return key is None or not key.models or not set(key.models).isdisjoint(served.names)
+
+    def _key(self, name: str | None) -> Key | None:
+        return next((key for key in self.doorkeeper.keys if key.name == name), None)
 
     def ask(self, served: Served, request: Request) -> Answering:
         """Put ``request`` to ``served`` into the queue; measured, and noted in the access log. Raises as
         `Worker.ask` does."""
         record = access.current()
         record.model, record.adapter = served.name, served.adapter
-        return self.worker.ask(replace(request, adapter=served.adapter, digest=served.digest))
+        record.prompt_tokens += len(request.ids)
+        self.metrics.prompt_tokens.labels(served.name).inc(len(request.ids))
+        request = replace(request, adapter=served.adapter, digest=served.digest)
+        return self.worker.ask(request, Measurement(self.metrics, record, served.name))
+
+    def background(self, work: Coroutine[None, None, None]) -> None:
+        """Let ``work`` go on after the request that began it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def note(self, record: AccessRecord, endpoint: str) -> None:
+        """Count an HTTP request that has ended, and write it to the access log."""
+        model = record.model or "none"
+        self.metrics.requests.labels(endpoint, model, str(record.status)).inc()
+        if record.model is not None:
+            self.metrics.seconds.labels(model).observe(record.seconds)
+        if record.error is not None:
+            self.metrics.errors.labels(model, record.error).inc()
+        self.log.write(record)
+
+
+@dataclass
+class Measurement:
+    """Measures one request to the engine. Called on the event loop."""
+
+    metrics: Metrics
+    record: AccessRecord
+    model: str
+    last: float = field(default_factory=time.monotonic)
+    n_tokens: int = 0
+
+    def token(self, token: NewToken) -> None:
+        now = time.monotonic()
+        passed, self.last = now - self.last, now
+        if self.n_tokens == 0:
+            self.metrics.first_token.labels(self.model).observe(passed)
+            self.metrics.prefix_lookups.labels(self.model, str(token.cached > 0).lower()).inc()
+            self.metrics.cached_tokens.labels(self.model).inc(token.cached)
+            self.record.cached_tokens += token.cached
+            if self.record.first_token_s is None:
+                self.record.first_token_s = round(passed, 6)
+        else:
+            self.metrics.next_token.labels(self.model).observe(passed)
+        self.n_tokens += 1
+        self.record.answer_tokens += 1
+        self.metrics.answer_tokens.labels(self.model).inc()
+        if token.finish is not None:
+            self.record.ended = token.finish
+
+    def failed(self, error: Exception) -> None:
+        self.record.error = rejection_of(error).code

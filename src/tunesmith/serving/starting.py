@@ -16,13 +16,12 @@ from tunesmith.errors import ServeError
 from tunesmith.events import Sink
 from tunesmith.serving import app, served
 from tunesmith.serving.access import AccessLog
-from tunesmith.serving.keys import Key
+from tunesmith.serving.keys import Doorkeeper, Key
 from tunesmith.serving.limits import ServerLimits
+from tunesmith.serving.metrics import Metrics
 from tunesmith.serving.served import Target
 from tunesmith.serving.service import Service
 from tunesmith.serving.worker import Worker
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class ServerSettings:
     limits: ServerLimits = field(default_factory=ServerLimits)
     log: TextIO | None = None
     log_contents: bool = False
+    loopback: bool = True
 
 
 async def start(settings: ServerSettings, notify: Sink = events.silent) -> Service:
@@ -57,8 +57,17 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
     except BaseException:
         await worker.stop()
         raise
-    log = AccessLog(settings.log, settings.log_contents)
-    return Service(models, worker, settings.limits, settings.keys, settings.fallback, log)
+    return Service(
+        models,
+        worker,
+        settings.limits,
+        Metrics(worker),
+        Doorkeeper(settings.keys),
+        settings.fallback,
+        AccessLog(settings.log, settings.log_contents),
+        settings.loopback,
+        notify,
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:

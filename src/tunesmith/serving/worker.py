@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from tunesmith import events
 from tunesmith.engine.engine import Engine
@@ -36,11 +36,19 @@ QUIET_S = 60.0
 """An engine that lived so long is started anew without a pause."""
 
 
+class Observer(Protocol):
+    """Is told, on the event loop, what comes of one request."""
+
+    def token(self, token: NewToken) -> None: ...
+
+    def failed(self, error: Exception) -> None: ...
+
+
 class _Stream:
     """The tokens of one request on their way to the event loop, where all of this is used."""
 
-    def __init__(self, request: Request, cost: int) -> None:
-        self.request, self.cost = request, cost
+    def __init__(self, request: Request, cost: int, observer: Observer | None) -> None:
+        self.request, self.cost, self._observer = request, cost, observer
         self.tokens: deque[NewToken] = deque()
         self.n_sent, self.n_skipped = 0, 0
         """Of the engine's thread: tokens sent to the event loop, and of those that were asked again, how many
@@ -57,6 +65,8 @@ class _Stream:
         if len(self.timers) == 2:
             self.timers.pop(0).cancel()  # of the first token
         self.tokens.append(token)
+        if self._observer is not None:
+            self._observer.token(token)
         if token.finish is not None:
             self.end()
         self._wake()
@@ -65,6 +75,8 @@ class _Stream:
         if not self.over:
             self.error = error
             self.end()
+            if self._observer is not None:
+                self._observer.failed(error)
             self._wake()
 
     def end(self) -> None:
@@ -186,7 +198,7 @@ class Worker:
             rows += self._waiting
         return {row.request.adapter for row in rows if row.request.adapter is not None}
 
-    def ask(self, request: Request) -> Answering:
+    def ask(self, request: Request, observer: Observer | None = None) -> Answering:
         """Put ``request`` into the queue. Raises Overloaded if it is full, TooLarge if the request would not
         fit even alone, ModelError if it is not valid, Draining or EngineDied if there is no engine for it."""
         if self.draining:
@@ -205,7 +217,7 @@ class Worker:
         if len(self._waiting) >= self.limits.queue:
             message = f"{len(self._waiting)} requests are waiting, as many as the server allows"
             raise Overloaded(message, self._retry_after())
-        stream = _Stream(request, cost)
+        stream = _Stream(request, cost, observer)
         loop = asyncio.get_running_loop()
         for seconds, what in (
             (self.limits.first_token_s, "the first token"),

@@ -1,0 +1,114 @@
+"""``/admin/adapters``: put an adapter on the base, replace it, or drop it, while requests are answered.
+
+An answer that is under way ends with the adapter that it began with."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tunesmith.errors import TunesmithError
+from tunesmith.runs import opening
+from tunesmith.runs.opening import Source
+from tunesmith.serving.rejections import Rejection, TooLarge, UnknownModel
+from tunesmith.serving.served import Served, Target
+from tunesmith.serving.service import Service
+from tunesmith.settings.config import JSON
+
+COPIES = 2
+"""Times that an adapter's weights are in memory: as they were read, and in the engine's stacks."""
+LOOK_S = 0.5
+
+
+class AdapterChange(BaseModel):
+    """The body of a request: ``load``: ``[NAME=]RUN``, the adapter to put on the base, or in the place of the
+    one that has its name; or ``drop``: the name of one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    load: str | None = None
+    checkpoint: str = "best"
+    drop: str | None = None
+
+
+def routes(service: Service) -> list[Route]:
+    alone = asyncio.Lock()
+
+    async def adapters(request: Request) -> Response:
+        return JSONResponse({"data": [_described(served) for served in service.models.by_name.values()]})
+
+    async def change(request: Request) -> Response:
+        try:
+            wanted = AdapterChange.model_validate_json(await request.body())
+        except ValidationError as error:
+            finding = error.errors(include_url=False, include_input=False)[0]
+            param = ".".join(map(str, finding["loc"])) or None
+            raise Rejection(400, finding["msg"], param, "invalid_value") from None
+        if (wanted.load is None) == (wanted.drop is None):
+            raise Rejection(400, "give either load or drop", "load", "invalid_value")
+        async with alone:
+            try:
+                if wanted.load is not None:
+                    served = await _load(service, Target.parse(wanted.load), wanted.checkpoint)
+                else:
+                    served = await _drop(service, str(wanted.drop))
+            except (TooLarge, UnknownModel):
+                raise
+            except TunesmithError as error:
+                raise Rejection(400, str(error), "load" if wanted.load else "drop", "refused") from error
+        service.background(_forget(service, alone))
+        return JSONResponse(_described(served))
+
+    return [
+        Route("/admin/adapters", adapters, methods=["GET"]),
+        Route("/admin/adapters", change, methods=["POST"]),
+    ]
+
+
+async def _load(service: Service, target: Target, checkpoint: str) -> Served:
+    models, worker = service.models, service.worker
+    source = await asyncio.to_thread(opening.find, target.path, checkpoint)
+
+    def load() -> Served:
+        served, adapter = models.read(target, source, service.notify)
+        models.add(served, adapter, worker.in_use)
+        return served
+
+    with worker.reserve(_bytes(source)):
+        return await worker.run(load)
+
+
+async def _drop(service: Service, name: str) -> Served:
+    served = service.models.resolve(name)
+    await service.worker.run(lambda: service.models.drop(name, service.worker.in_use))
+    return served
+
+
+async def _forget(service: Service, alone: asyncio.Lock) -> None:
+    """Free the adapters that were replaced or dropped, once no answer needs them."""
+    models, worker = service.models, service.worker
+    while True:
+        async with alone:
+            named = {served.adapter for served in models.by_name.values()}
+            unnamed = set(models.contents) - named
+            if not unnamed:
+                return
+            if not unnamed & worker.in_use:
+                await worker.run(lambda: models.forget_unused(worker.in_use))
+        await asyncio.sleep(LOOK_S)
+
+
+def _bytes(source: Source) -> int:
+    """Memory for the adapter of ``source``."""
+    if source.checkpoint is None:
+        return 0
+    return COPIES * sum(file.stat().st_size for file in source.checkpoint.glob("adapters.safetensors"))
+
+
+def _described(served: Served) -> dict[str, JSON]:
+    run = None if served.run is None else str(served.run)
+    return {"name": served.name, "tags": list(served.tags), "run": run, "digest": served.digest}

@@ -1,0 +1,192 @@
+"""What every HTTP request passes on its way to a handler: its sender, its key, the size of its body; and what
+is noted when it has ended.
+
+When the client goes, the handler is cancelled, and with it what the engine does for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from contextlib import suppress
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tunesmith.events import Notice
+from tunesmith.serving import access
+from tunesmith.serving.access import AccessRecord
+from tunesmith.serving.rejections import Rejection, rejection_of
+from tunesmith.serving.service import Service
+
+OPEN_PATHS = ("/", "/health")
+"""Paths for which no key is needed; also everything below `OPEN_FOLDER`."""
+OPEN_FOLDER = "/playground/"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ADMIN = "/admin/"
+
+
+class Gate:
+    """``app`` behind the checks of ``service``."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, begun = Headers(scope=scope), time.monotonic()
+        record = AccessRecord(method=scope["method"], path=scope["path"])
+        if scope.get("client"):
+            record.client = scope["client"][0]
+        access.begin(record)
+        exchange = _Exchange(record, self._service.limits.stall_s, send)
+        try:
+            self._admit(headers, record)
+            body = await self._body(headers, receive)
+            await self._while_connected(scope, body, receive, exchange)
+        except Rejection as rejection:
+            record.error = rejection.code or rejection.kind
+            if not exchange.begun:
+                response = JSONResponse(rejection.body, rejection.status, headers=dict(rejection.headers))
+                await response(scope, receive, exchange.send)
+        except Exception as error:  # the app has told the client that it failed
+            record.error = record.error or "failed"
+            if os.environ.get("TUNESMITH_DEBUG"):
+                raise
+            text = f"a request could not be answered: {type(error).__name__}: {error}"
+            self._service.notify(Notice(text, level="warning", where=record.path, hint=f"id {record.id}"))
+        finally:
+            record.seconds = round(time.monotonic() - begun, 6)
+            self._service.note(record, endpoint(scope))
+
+    def _admit(self, headers: Headers, record: AccessRecord) -> None:
+        """Raises Rejection if the sender may not ask."""
+        service = self._service
+        if service.loopback:
+            _require_local(headers)
+        if origin := headers.get("origin"):
+            own = headers.get("host", "")
+            if urlsplit(origin).netloc != own:
+                message = f"pages of {origin[:200]} may not ask this server"
+                raise Rejection(403, message, code="foreign_origin")
+        if record.path in OPEN_PATHS or record.path.startswith(OPEN_FOLDER):
+            return
+        key = service.doorkeeper.require(headers)
+        if key is not None:
+            record.key = key.name
+            service.doorkeeper.count(key)
+        if record.path.startswith(ADMIN) and not (key and key.admin):
+            message = 'needs a key with "admin": true in the server\'s --keys file'
+            raise Rejection(403, f"{record.path} {message}", code="admin_only")
+        if service.worker.draining and record.method == "POST":
+            headers_ = {"Retry-After": "5", "Connection": "close"}
+            raise Rejection(503, "the server is ending", code="draining", headers=headers_)
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """All of the body. Raises Rejection if it is too large, or does not arrive in time."""
+        limits = self._service.limits
+        most = int(limits.body_mb * 1e6)
+        too_large = Rejection(413, f"the body has more than {limits.body_mb:g} MB", code="body_too_large")
+        announced = headers.get("content-length", "0")
+        if announced.isascii() and announced.isdigit() and int(announced) > most:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(limits.body_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Rejection(400, "the client went", code="disconnected")
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > most:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            message = f"the body did not arrive within {limits.body_s:g} s"
+            raise Rejection(408, message, code="body_too_slow") from None
+
+    async def _while_connected(
+        self, scope: Scope, body: bytes, receive: Receive, exchange: _Exchange
+    ) -> None:
+        """Let the app answer, and cancel it when the client goes."""
+        handler = asyncio.ensure_future(self._app(scope, exchange.receiver(body), exchange.send))
+        watcher = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({handler, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not handler.done() and not exchange.complete:
+                exchange.record.ended = "cancelled"
+                handler.cancel()
+            with suppress(asyncio.CancelledError):
+                await handler
+        finally:
+            watcher.cancel()
+            handler.cancel()
+
+
+class _Exchange:
+    """One request and its response, as the app sees them."""
+
+    def __init__(self, record: AccessRecord, stall_s: float, send: Send) -> None:
+        self.record, self._stall_s, self._send = record, stall_s, send
+        self.begun = self.complete = False
+
+    def receiver(self, body: bytes) -> Receive:
+        """Gives the app the body, once; then it waits for ever, since `Gate` cancels the app when the client
+        goes."""
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            return await asyncio.get_running_loop().create_future()
+
+        return receive
+
+    async def send(self, message: Message) -> None:
+        """Pass ``message`` on. A client that does not read for too long counts as gone."""
+        if message["type"] == "http.response.start":
+            self.begun = True
+            self.record.status = message["status"]
+            header = (b"x-request-id", self.record.id.encode())
+            message = {**message, "headers": [*message.get("headers", []), header]}
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await self._send(message)
+        except TimeoutError:
+            self.record.error = "stalled"
+            raise asyncio.CancelledError from None
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
+
+
+async def _gone(receive: Receive) -> None:
+    """Wait until the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _require_local(headers: Headers) -> None:
+    """Raises Rejection for a request that a page of another site made under a name that it had led here."""
+    host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    if host not in LOOPBACK:
+        raise Rejection(403, f"this server does not answer for the host {host[:200]!r}", code="foreign_host")
+
+
+def endpoint(scope: Scope) -> str:
+    """The path of the route that answered; ``other`` if there is none, so that clients cannot make up
+    names."""
+    route = scope.get("route")
+    return route.path if route is not None else "other"
+
+
+def failure(error: Exception) -> Rejection:
+    """What the client is told of ``error``, noted in the access log."""
+    rejection = rejection_of(error)
+    access.current().error = rejection.code or rejection.kind
+    return rejection

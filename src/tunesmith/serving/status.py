@@ -1,0 +1,55 @@
+"""``/health``, ``/metrics`` and ``/v1/models``: how the server is, and what it serves."""
+
+from __future__ import annotations
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tunesmith.serving.served import Served
+from tunesmith.serving.service import Service
+from tunesmith.settings.config import JSON
+
+
+def routes(service: Service) -> list[Route]:
+    async def health(request: Request) -> Response:
+        worker = service.worker
+        state = "draining" if worker.draining else "ok" if worker.healthy else "starting"
+        body = {"status": state, "under_way": worker.n_rows, "waiting": worker.n_waiting}
+        return JSONResponse(body, 200 if state == "ok" else 503)
+
+    async def metrics(request: Request) -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(request: Request) -> Response:
+        allowed = filter(service.allows, service.models.entries)
+        listed = [entry for served in allowed for entry in _entries(served)]
+        return JSONResponse({"object": "list", "data": listed})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        served = service.served(name)
+        return JSONResponse(next(entry for entry in _entries(served) if entry["id"] == name))
+
+    return [
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+    ]
+
+
+def _entries(served: Served) -> list[dict[str, JSON]]:
+    """One for each name."""
+    return [
+        {
+            "id": name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "tunesmith",
+            "root": served.name,
+            "digest": served.digest,
+        }
+        for name in served.names
+    ]
