@@ -128,7 +128,7 @@ def test_adapters_come_and_go_while_answers_are_under_way(guarded, served_runs, 
     with guarded.client(headers=shown("boss")) as client:
 
         async def swap():
-                under_way = asyncio.create_task(answer(service, "caller", [5, 6, 7], max_tokens=200))
+            under_way = asyncio.create_task(answer(service, "caller", [5, 6, 7], max_tokens=200))
             await asyncio.sleep(0.02)
             changes = []
             for body in ({"load": str(copy)}, {"load": f"caller={copy}"}, {"drop": "second"}):
@@ -200,4 +200,3 @@ def test_measures_count_what_happened(server):
     assert 'tunesmith_prompt_tokens_total{model="writer"}' in text
     assert 'tunesmith_requests_total{endpoint="other",model="none",status="404"}' in text
     assert 'tunesmith_first_token_seconds_count{model="writer"}' in text
-

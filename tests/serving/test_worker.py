@@ -125,10 +125,8 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(start_server, settings)
 )
 def test_time_is_limited(start_server, settings, limits, what, monkeypatch):
     server = start_server(replace(settings, limits=ServerLimits(**limits)))
-    step = engine_of(server).step
-    monkeypatch.setattr(
-        engine_of(server), "step", lambda: (time.sleep(0.05 if "total_s" in limits else 0.5), step())[1]
-    )
+    step, delay = engine_of(server).advance, 0.05 if "total_s" in limits else 0.5
+    monkeypatch.setattr(engine_of(server), "advance", lambda: (time.sleep(delay), step())[1])
     with pytest.raises(TimedOut, match=what):
         server.call(answer(server.service, "base", [5, 6], max_tokens=4000))
     wait_until(lambda: server.service.worker.n_rows == 0)
@@ -146,7 +144,7 @@ def test_a_dead_engine_ends_its_answers_and_starts_anew(start_server, settings, 
     server = start_server(settings)
     worker = server.service.worker
     for died in (1, 2, 3):
-        monkeypatch.setattr(engine_of(server), "step", raising(RuntimeError("a kernel failed")))
+        monkeypatch.setattr(engine_of(server), "advance", raising(RuntimeError("a kernel failed")))
         with pytest.raises(EngineDied, match="ask again"):
             server.call(answer(server.service, "base", [5, 6]))
         wait_until(lambda: worker.healthy)
@@ -159,7 +157,7 @@ def test_health_says_that_the_engine_is_gone(start_server, settings, monkeypatch
     server = start_server(settings)
     worker = server.service.worker
     monkeypatch.setattr(worker, "_begin_life", lambda: None)
-    monkeypatch.setattr(engine_of(server), "step", raising(RuntimeError("gone")))
+    monkeypatch.setattr(engine_of(server), "advance", raising(RuntimeError("gone")))
     with pytest.raises(EngineDied):
         server.call(answer(server.service, "base", [5, 6]))
     with server.client() as client:
@@ -184,7 +182,7 @@ def test_a_hanging_engine_is_replaced_and_never_touches_the_model_again(
         touched.append("after it was given up")
         return []
 
-    monkeypatch.setattr(old, "step", hang)
+    monkeypatch.setattr(old, "advance", hang)
     with pytest.raises(EngineDied, match="hung"):
         server.call(answer(server.service, "base", [5, 6]))
     wait_until(lambda: worker.healthy)
@@ -207,7 +205,7 @@ def test_a_killed_thread_is_noticed(start_server, settings, alone):
 def test_out_of_memory_shrinks_the_batch_and_no_answer_changes(start_server, settings, alone, monkeypatch):
     """mlx-lm 854: it aborts the process."""
     server = start_server(settings)
-    worker, step = server.service.worker, Engine.step
+    worker, step = server.service.worker, Engine.advance
     rows, calls = 3, [0]
 
     def limited(engine):
@@ -216,7 +214,7 @@ def test_out_of_memory_shrinks_the_batch_and_no_answer_changes(start_server, set
             raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
         return step(engine)
 
-    monkeypatch.setattr(Engine, "step", limited)
+    monkeypatch.setattr(Engine, "advance", limited)
     assert server.call(answers(server.service, max_tokens=12)) == alone
     assert worker.batch_size <= rows and worker.out_of_memory >= 1
     assert worker.restarts.total() == 0
@@ -224,11 +222,11 @@ def test_out_of_memory_shrinks_the_batch_and_no_answer_changes(start_server, set
 
 def test_a_request_that_runs_out_of_memory_alone_ends_with_an_error(start_server, settings, monkeypatch):
     server = start_server(settings)
-    step = Engine.step
-    monkeypatch.setattr(Engine, "step", raising(RuntimeError("Unable to allocate")))
+    step = Engine.advance
+    monkeypatch.setattr(Engine, "advance", raising(RuntimeError("Unable to allocate")))
     with pytest.raises(EngineDied, match="memory ran out"):
         server.call(answer(server.service, "base", [5, 6]))
-    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(Engine, "advance", step)
     assert server.call(answer(server.service, "base", [5, 6], max_tokens=3))
 
 
@@ -245,3 +243,28 @@ def test_what_is_being_loaded_is_reserved(server):
             pass
 
     server.call(load())
+
+
+def test_a_request_that_would_never_fit_is_refused_at_once(server, monkeypatch):
+    worker, service = server.service.worker, server.service
+    cost = worker._engine.cost(Request([5, 6], max_tokens=4000))
+    monkeypatch.setattr(worker, "memory", worker.weights + cost - 1)
+    with pytest.raises(TooLarge, match="MB"):
+        server.call(answer(service, "base", [5, 6], max_tokens=4000))
+    assert server.call(answer(service, "base", [5, 6], max_tokens=4))
+
+
+def test_requests_that_do_not_fit_together_take_turns(start_server, settings, alone, monkeypatch):
+    server = start_server(settings)
+    worker = server.service.worker
+    cost = worker._engine.cost(Request(PROMPTS[2], max_tokens=12))
+    monkeypatch.setattr(worker, "memory", worker.weights + 2 * cost)
+    most, step = [0], Engine.advance
+
+    def watched(engine):
+        most[0] = max(most[0], worker.n_rows)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "advance", watched)
+    assert server.call(answers(server.service, max_tokens=12)) == alone
+    assert 1 <= most[0] <= 2

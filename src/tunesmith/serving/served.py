@@ -90,9 +90,10 @@ class Models:
         return [*self.by_name.values(), *([self.base] if self.base else [])]
 
     def resolve(self, name: str | None) -> Served:
-        """The model that ``name`` means; the first that is served if it is None. Raises UnknownModel."""
+        """The model that ``name`` means: its name, a tag, or its run directory; None: the first that is
+        served. Raises UnknownModel."""
         for served in self.entries:
-            if name is None or name in served.names:
+            if name is None or name in served.names or name == str(served.run):
                 return served
         names = ", ".join(served.name for served in self.entries)
         raise UnknownModel(f"there is no model {name!r}", hint=f"served are: {names}")

@@ -13,7 +13,7 @@ import ctypes
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
@@ -152,6 +152,9 @@ class _Life:
     allowed_s: float = 0.0
     given_up: bool = False
     ready: bool = False
+    n_jobs: int = 0
+    measured: int = 0
+    """Jobs that were done when memory was measured last."""
     began: float = field(default_factory=time.monotonic)
     thread: threading.Thread | None = None
 
@@ -173,7 +176,7 @@ class Worker:
         self.limits, self.batch_size, self._notify = limits, batch_size, notify
         self.memory = memory if memory is not None else backend.memory_limit() * 9 // 10
         self.weights = 0
-        """Bytes in use before any request, measured when the engine started."""
+        """Bytes in use without any request, measured when the engine starts and when it is idle."""
         self.reserved = 0
         """Bytes promised to what is being loaded."""
         self.restarts: Counter[str] = Counter()
@@ -207,7 +210,7 @@ class Worker:
         if engine is None or not self.healthy:
             raise EngineDied("the engine is being started", hint="ask again in a few seconds")
         request.require(0)
-        cost = 0  # until the engine says it
+        cost = engine.cost(request)
         if self.weights + cost > self.memory:
             message = (
                 f"needs {cost / 1e6:,.0f} MB for its keys and values, beside {self.weights / 1e6:,.0f} MB of "
@@ -273,7 +276,8 @@ class Worker:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that the requests under way may need."""
-        return 0 if self._life is None else sum(row.cost for row in list(self._life.rows.values()))
+        rows = [] if self._life is None else list(self._life.rows.values())
+        return _padded([row.cost for row in rows])
 
     async def start(self) -> None:
         """Start the thread. It has no engine until `serve`; `run` works at once."""
@@ -394,11 +398,11 @@ class Worker:
                 self._forget_cancelled(life, engine)
                 self._admit(life, engine)
                 if not life.rows:
-                    self._sleep(life)
+                    self._rest(life)
                     continue
                 try:
                     with self._beating(life, self.limits.hang_s):
-                        tokens = engine.step()
+                        tokens = engine.advance()
                 except Exception as error:
                     if not backend.is_out_of_memory(error) or life.given_up:
                         raise
@@ -443,6 +447,7 @@ class Worker:
             except Exception as error:
                 failure = error
             life.job = None
+            life.n_jobs += 1
             self._loop.call_soon_threadsafe(_settle, job.done, result, failure)
 
     @contextmanager
@@ -453,6 +458,13 @@ class Worker:
             yield
         finally:
             life.beat = None
+
+    def _rest(self, life: _Life) -> None:
+        """Wait; the memory of what is loaded can be measured now."""
+        if life.measured != life.n_jobs:
+            life.measured = life.n_jobs
+            self.weights = backend.memory()["active"]
+        self._sleep(life)
 
     def _sleep(self, life: _Life) -> None:
         """Wait until there is something to do."""
@@ -476,12 +488,12 @@ class Worker:
         """Submit the requests that have a row and memory, in their order."""
         taken: list[_Stream] = []
         with self._changed:
-            used = self.weights + self.reserved + self.kv_bytes
-            while self._waiting and len(life.rows) + len(taken) < self.batch_size:
-                stream = self._waiting[0]
-                if used + stream.cost > self.memory and (life.rows or taken):
+            free = self.memory - self.weights - self.reserved
+            costs = [row.cost for row in life.rows.values()]
+            while self._waiting and len(costs) < self.batch_size:
+                costs.append(self._waiting[0].cost)
+                if _padded(costs) > free and len(costs) > 1:
                     break
-                used += stream.cost
                 taken.append(self._waiting.popleft())
         for stream in taken:
             if stream.over:
@@ -535,6 +547,11 @@ class Worker:
         text = f"memory ran out: at most {self.batch_size} requests are under way at once from now on"
         notice = Notice(text, level="warning", where="engine", hint=str(error)[:200])
         self._loop.call_soon_threadsafe(self._notify, notice)
+
+
+def _padded(costs: Sequence[int]) -> int:
+    """Bytes of the keys and values of a batch: each row is as long as the longest."""
+    return len(costs) * max(costs, default=0)
 
 
 def _put(made: list[tuple[_Stream, NewToken]]) -> None:
