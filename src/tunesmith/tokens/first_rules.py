@@ -81,7 +81,7 @@ class FirstRules(Renderer):
     def _encode(self, text: str) -> list[int]:
         return self._words.encode(text)
 
-    def _unframed(self, text: str) -> str:
+    def unframed(self, text: str) -> str:
         return text
 
     def _text(self, conversation: Conversation, generate: bool) -> str:

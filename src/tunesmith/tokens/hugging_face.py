@@ -367,7 +367,7 @@ class HFRenderer(Renderer):
                 return said
         return content
 
-    def _opens(self, text: str) -> bool:
+    def opens(self, text: str) -> bool:
         if self.template is None or self._broken is not None:
             return False
         text = text.lstrip()
@@ -379,7 +379,7 @@ class HFRenderer(Renderer):
                 return True
         return False
 
-    def _unframed(self, text: str) -> str:
+    def unframed(self, text: str) -> str:
         """Reasoning that the template marks otherwise stands in <think> marks."""
         if self.template is None or self._broken is not None:
             return text

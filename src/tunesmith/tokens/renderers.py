@@ -110,7 +110,7 @@ class MistralRenderer(Renderer):
                 ids += self._encode(part.removeprefix(" ") if bracket else part)
         return ids
 
-    def _unframed(self, text: str) -> str:
+    def unframed(self, text: str) -> str:
         return text
 
     def _prompt(self, conversation: Conversation) -> list[int]:

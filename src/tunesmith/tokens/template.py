@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -267,8 +268,8 @@ class Renderer(ABC):
         """The answer in its context, up to its end."""
 
     @abstractmethod
-    def _unframed(self, text: str) -> str:
-        """A generated answer without what the template writes around words."""
+    def unframed(self, text: str) -> str:
+        """A decoded answer without what the template writes around words."""
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """Ids up to where the assistant's answer begins. Raises TemplateError, also if the last message is
@@ -288,6 +289,34 @@ class Renderer(ABC):
         template cannot write it."""
         written = self._answered(before, answer)
         return written.ids[len(written.prompt) :]
+
+    def whole_prompt(self, conversation: Conversation) -> list[int]:
+        """Ids of `prompt`. Raises TemplateError also if the template leaves out a message, a call or a tool:
+        the model would answer something else than what was asked."""
+        ids = self.prompt(conversation)
+        text = self.decode(ids)
+        for message in conversation.messages:
+            quiet = message.calls and self.words_beside_calls != "refuse"
+            _present(replace(message, content="") if quiet else message, text, history=True)
+        self._require_tools([cast(dict[str, Any], tool)["function"] for tool in conversation.tools], ids)
+        return ids
+
+    @property
+    def thinking_switch(self) -> str | None:
+        """The variable of the template that turns thinking on and off, or None if there is none."""
+        return None
+
+    def with_thinking(self, thinking: bool) -> Renderer:
+        """The renderer whose prompts ask for reasoning, or do not. Raises Refused if the template has no
+        switch for it."""
+        if thinking == self.thinking:
+            return self
+        if self.thinking_switch is None:
+            text = f"the chat template cannot turn reasoning {'on' if thinking else 'off'}"
+            raise Refused("thinking", text, "leave it as the run was trained")
+        switched = copy(self)
+        switched.thinking = thinking
+        return switched
 
     def text_prompt(self, text: str) -> list[int]:
         """Ids of plain text to be continued: BOS if the tokenizer adds one, then the text."""
@@ -313,7 +342,7 @@ class Renderer(ABC):
         """The text of generated ids up to the first end token, without what the template writes around words;
         other special tokens are written out."""
         end = next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
-        return self._unframed(self.decode(ids[:end]))
+        return self.unframed(self.decode(ids[:end]))
 
     @property
     def writes_reasoning(self) -> bool:
@@ -322,10 +351,11 @@ class Renderer(ABC):
 
     def settled(self, ids: Sequence[int]) -> bool:
         """Whether more ids only add to `answer`: no mark around words is written by half."""
-        return not self._opens(self.decode(ids))
+        return not self.opens(self.decode(ids))
 
-    def _opens(self, text: str) -> bool:
-        """Whether ``text`` may still be what the template writes before words, or reasoning that goes on."""
+    def opens(self, text: str) -> bool:
+        """Whether a decoded answer may still be what the template writes before words, or reasoning that goes
+        on."""
         return False
 
     def rows(
