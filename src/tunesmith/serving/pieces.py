@@ -3,6 +3,7 @@ after the other."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -80,3 +81,50 @@ class AnswerEnded:
 
 
 Piece: TypeAlias = Reasoned | Words | CallBegun | CallArguments | Logprobs | AnswerEnded
+
+
+@dataclass(frozen=True, slots=True)
+class MadeCall:
+    """A complete call. ``arguments``: JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class WholeAnswer:
+    """An answer that has ended."""
+
+    reasoning: str
+    words: str
+    calls: tuple[MadeCall, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    ended: AnswerEnded
+
+
+def joined(pieces: Iterable[Piece]) -> WholeAnswer:
+    """The answer that consists of ``pieces``, the last of which is `AnswerEnded`."""
+    reasoning: list[str] = []
+    words: list[str] = []
+    begun: list[CallBegun] = []
+    arguments: dict[int, str] = {}
+    logprobs: list[TokenLogprob] = []
+    ended: AnswerEnded | None = None
+    for piece in pieces:
+        match piece:
+            case Reasoned(text):
+                reasoning.append(text)
+            case Words(text):
+                words.append(text)
+            case CallBegun():
+                begun.append(piece)
+            case CallArguments(index, text):
+                arguments[index] = arguments.get(index, "") + text
+            case Logprobs(tokens):
+                logprobs += tokens
+            case AnswerEnded():
+                ended = piece
+    assert ended is not None
+    calls = tuple(MadeCall(call.id, call.name, arguments.get(call.index, "{}")) for call in begun)
+    return WholeAnswer("".join(reasoning), "".join(words), calls, tuple(logprobs), ended)
