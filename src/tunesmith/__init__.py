@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tunesmith.runs.pruning import prune
     from tunesmith.runs.registry import list_runs, tag
     from tunesmith.runs.talk import chat, generate
+    from tunesmith.serving.tally import votes
 
 __all__ = [
     "audit",
@@ -48,6 +49,7 @@ __all__ = [
     "show",
     "tag",
     "train",
+    "votes",
     "watch",
 ]
 
@@ -71,10 +73,11 @@ VERBS = {
     "show": "tunesmith.preflight.show",
     "tag": "tunesmith.runs.registry",
     "train": "tunesmith.reports.verbs",
+    "votes": "tunesmith.serving.tally",
     "watch": "tunesmith.reports.verbs",
 }
 """Verb → the module that defines a function of this name."""
-WITHOUT_MLX = frozenset({"doctor", "lineage", "list_runs", "prune", "push", "tag"})
+WITHOUT_MLX = frozenset({"doctor", "lineage", "list_runs", "prune", "push", "tag", "votes"})
 """Verbs that do not need MLX; ``doctor`` reports why it cannot be loaded."""
 
 # The one thing done at import: MLX binds its BLAS when it is loaded, by whichever module of the package.

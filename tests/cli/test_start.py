@@ -56,6 +56,7 @@ VERBS = {
     "runs prune --folder .": {"rich"},
     "export run --to peft": SETTINGS | MODEL | REPORT | {"scipy"},
     "push run --to me/it --dry-run": {"rich"} | CARD,
+    "votes votes.jsonl": SETTINGS,
 }
 """Command → the heavy packages that it may have loaded when it ends. Commands run in this order."""
 WRITES_ITS_MODULES = """
@@ -97,6 +98,7 @@ def place(tmp_path_factory) -> Place:
     folder = tmp_path_factory.mktemp("start")
     tiny.write_llama(folder / "model")
     tiny.write_rows(folder / "rows.jsonl", tiny.conversations(40))
+    (folder / "votes.jsonl").touch()
     package = folder / "site" / "torch"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('torch was imported')\n")

@@ -1,0 +1,274 @@
+"""Votes on disk, what they say, and the rows that are learned from them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import tunesmith
+from tunesmith.cli import app
+from tunesmith.data import formats
+from tunesmith.data.formats import Call, Conversation, DataSpec, Judged, Message, Preference
+from tunesmith.errors import DataError, ServeError
+from tunesmith.serving import votes
+from tunesmith.serving.pieces import AnswerEnded, CallArguments, CallBegun, Piece, Reasoned, Words
+from tunesmith.serving.votes import RememberedAnswer, RememberedAnswers, UnknownAnswer
+
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+
+
+def answer(text: str, model: str = "a", asked: str = "Why?", **options) -> RememberedAnswer:
+    conversation = Conversation((Message("system", "Be brief."), Message("user", asked)))
+    message = Message("assistant", text)
+    return RememberedAnswer(
+        f"id-{model}-{text}-{asked}", conversation, message, model, f"digest {model}", **options
+    )
+
+
+def written(path: Path, every: list[votes.Vote]) -> Path:
+    for vote in every:
+        votes.append(path, vote)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "folder" / "votes.jsonl"
+
+
+def test_a_vote_is_read_as_it_was_written(path):
+    first, second = answer("Yes", "a", test="w", blind=True), answer("No", "b", test="w", blind=True)
+    every = [votes.thumb(first, up=True, user="ann"), votes.preference(first, second, "second", user="ann")]
+    assert votes.read(written(path, every)) == (every, 0)
+    assert every[1].test == "w" and every[1].blind and len(every[1].answers) == 2
+    assert "ann" not in path.read_text(), "users are named by a hash"
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_later_vote_of_the_same_user_replaces_the_earlier(path):
+    first, second = answer("Yes", "a"), answer("No", "b")
+    every = [
+        votes.preference(first, second, "first", user="ann"),
+        votes.preference(first, second, "first", user="bob"),
+        votes.preference(second, first, "first", user="ann"),
+        votes.thumb(first, up=True),
+        votes.thumb(first, up=True),
+    ]
+    assert votes.read(written(path, every))[0] == every[1:], "votes without a user are all counted"
+
+
+def test_a_line_that_a_killed_process_left_harms_no_other(path):
+    vote = votes.thumb(answer("Yes"), up=False)
+    written(path, [vote])
+    with path.open("a") as stream:
+        stream.write('{"time": "2026-')
+    written(path, [vote])
+    assert votes.read(path) == ([vote, vote], 1)
+    path.write_text('{"verdict": "up"}\n')
+    with pytest.raises(DataError, match=r"votes.jsonl:1: .*the key time is missing"):
+        votes.read(path)
+
+
+def _append_many(path: Path, name: str) -> None:
+    for number in range(40):
+        votes.append(path, votes.thumb(answer("long " * 3000, name, str(number)), up=True))
+
+
+def test_several_processes_append_whole_lines(path):
+    path.parent.mkdir()
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_append_many, args=(path, name)) for name in "abcd"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    every, torn = votes.read(path)
+    assert (len(every), torn) == (160, 0)
+
+
+def test_only_answers_to_one_prompt_can_be_compared():
+    with pytest.raises(ServeError, match="not answer the same prompt"):
+        votes.preference(answer("Yes"), answer("No", asked="How?"), "first")
+    with pytest.raises(ServeError, match="the same answer"):
+        votes.preference(answer("Yes"), answer("Yes"), "first")
+
+
+def test_the_newest_answers_are_remembered():
+    memory = RememberedAnswers(most=3, characters=1000)
+    for number in range(4):
+        memory.add(answer(f"{number}"))
+    assert memory.get("id-a-3-Why?").message.content == "3"
+    with pytest.raises(UnknownAnswer):
+        memory.get("id-a-0-Why?")
+    memory.add(answer("x" * 990))
+    assert memory.get(answer("x" * 990).id)
+    with pytest.raises(UnknownAnswer):
+        memory.get("id-a-3-Why?")
+
+
+def test_an_answer_is_remembered_as_the_message_of_its_conversation():
+    pieces: list[Piece] = [Reasoned("Hm."), Words("Wait"), Words("."), CallBegun(0, "c1", "find")]
+    pieces += [CallArguments(0, '{"x"'), CallArguments(0, ": 1}"), AnswerEnded("tool_calls")]
+    expected = Message("assistant", "Wait.", (Call("find", {"x": 1}, "c1"),))
+    assert votes.message_of(pieces) == expected
+
+
+def side_by_side(wins: int, losses: int) -> list[votes.Vote]:
+    """Votes in turns, each of another user."""
+    every = []
+    for number in range(wins + losses):
+        first, second = answer("Yes", "runs/a", str(number)), answer("No", "runs/b", str(number))
+        won = number * wins // (wins + losses) < (number + 1) * wins // (wins + losses)
+        every.append(votes.preference(first, second, "first" if won else "second", user=f"user {number}"))
+    return every
+
+
+def test_the_summary_says_who_is_preferred_and_when_that_was_decided(path):
+    written(path, side_by_side(45, 15))
+    summary = tunesmith.votes(path)
+    (pair,) = summary.pairs
+    assert (pair.first, pair.second, pair.wins, pair.losses, pair.users) == ("runs/a", "runs/b", 45, 15, 60)
+    assert pair.outcome == "first" and pair.decided_after is not None and 15 < pair.decided_after < 60
+    assert pair.low > 0.5 > 1 - pair.low and pair.high < 0.9
+    output = CliRunner().invoke(app, ["votes", str(path)]).output
+    assert "runs/a preferred in 45 of 60 (75.0%; 95 % at any time:" in output
+    assert f"decided after {pair.decided_after} votes: runs/a is preferred" in output
+    as_json = json.loads(CliRunner().invoke(app, ["votes", str(path), "--json"]).output)
+    assert as_json["pairs"][0]["outcome"] == "first"
+
+
+def test_the_side_on_which_an_answer_stood_does_not_matter(path, tmp_path):
+    every = side_by_side(30, 20)
+    turned = [
+        replace(
+            vote,
+            answers=vote.answers[::-1],
+            verdict={"first": "second", "second": "first"}[vote.verdict],  # type: ignore[arg-type]
+        )
+        for vote in every
+    ]
+    other = written(tmp_path / "other.jsonl", turned)
+    assert tunesmith.votes(written(path, every)).pairs == tunesmith.votes(other).pairs
+
+
+def test_thumbs_of_an_ab_test_are_paired_in_order_and_others_are_only_counted(path):
+    every = []
+    for number in range(40):
+        good = answer("Yes", "a", f"{number}", test="w")
+        bad = answer("No", "b", f"{number} too", test="w")
+        every += [votes.thumb(good, up=number % 4 != 0), votes.thumb(bad, up=number % 4 == 1)]
+    every.append(votes.thumb(answer("Well", "c"), up=True))
+    summary = tunesmith.votes(written(path, every))
+    (pair,) = summary.pairs
+    assert (pair.by, pair.test, pair.wins, pair.losses, pair.ties) == ("thumbs", "w", 20, 0, 20)
+    assert pair.outcome == "first"
+    approvals = {(shown.test, shown.model): (shown.up, shown.down) for shown in summary.approvals}
+    assert approvals == {("w", "a"): (30, 10), ("w", "b"): (10, 30), (None, "c"): (1, 0)}
+
+
+def test_few_votes_decide_nothing_and_the_summary_says_how_many_are_missing(path):
+    written(path, side_by_side(4, 2))
+    (pair,) = tunesmith.votes(path).pairs
+    assert pair.outcome == "open" and pair.votes_needed is not None
+    assert f"at this rate after about {pair.votes_needed} more votes" in CliRunner().invoke(
+        app, ["votes", str(path)]
+    ).output.replace("\n", " ")
+
+
+def test_a_model_that_was_replaced_under_its_name_is_another_model(path):
+    first, second = answer("Yes", "a"), replace(answer("No", "a"), digest="other digest")
+    written(path, [votes.preference(first, second, "first")])
+    (pair,) = tunesmith.votes(path).pairs
+    assert {pair.first, pair.second} == {"a (digest a)", "a (other di)"}
+
+
+def read_rows(path: Path) -> list[formats.Example]:
+    read = formats.read([path], DataSpec(train=(str(path),)))
+    assert read.dropped == []
+    return read.examples
+
+
+def test_kto_rows_take_the_majority_of_thumbs_and_preferences(path, tmp_path):
+    good, bad, even = answer("Yes"), answer("No", "b"), answer("Hm")
+    every = [
+        votes.thumb(good, up=True),
+        votes.thumb(good, up=True),
+        votes.thumb(good, up=False),
+        votes.thumb(even, up=True),
+        votes.thumb(even, up=False),
+        votes.preference(bad, good, "second"),
+        votes.preference(bad, good, "tie"),
+    ]
+    to = tmp_path / "rows.jsonl"
+    summary = tunesmith.votes(written(path, every), to=to)
+    rows = read_rows(to)
+    assert all(isinstance(row, Judged) for row in rows)
+    labels = {row.conversation.messages[-1].content: row.desirable for row in rows if isinstance(row, Judged)}
+    assert labels == {"Yes": True, "No": False}
+    assert summary.written is not None and summary.written.objective == "kto"
+    assert summary.written.left_out == {
+        "votes for neither of two answers": 1,
+        "answers with as many votes for as against": 1,
+    }
+
+
+def test_dpo_rows_are_pairs_of_preferences_and_of_opposite_thumbs(path, tmp_path):
+    good, bad = answer("Yes"), answer("No", "b")
+    up, down, lone = answer("Fine", asked="How?"), answer("Bad", asked="How?"), answer("So", asked="When?")
+    every = [
+        votes.preference(good, bad, "first"),
+        votes.preference(good, bad, "first", user="ann"),
+        votes.preference(bad, good, "first", user="bob"),
+        votes.thumb(up, up=True),
+        votes.thumb(down, up=False),
+        votes.thumb(lone, up=True),
+    ]
+    to = tmp_path / "rows.jsonl"
+    summary = tunesmith.votes(written(path, every), to=to, objective="dpo")
+    rows = [row for row in read_rows(to) if isinstance(row, Preference)]
+    sides = {(row.chosen.messages[-1].content, row.rejected.messages[-1].content) for row in rows}
+    assert sides == {("Yes", "No"), ("Fine", "Bad")}
+    assert rows[0].chosen.messages[0] == Message("system", "Be brief.")
+    assert summary.written is not None
+    assert summary.written.left_out == {"thumbs without an opposite one on the same prompt": 1}
+    only_pairs = written(tmp_path / "pairs.jsonl", every[:3])
+    assert tunesmith.votes(only_pairs, to=to).written.objective == "dpo"  # type: ignore[union-attr]
+
+
+def test_secrets_and_personal_data_do_not_get_into_rows_and_are_counted(path, tmp_path):
+    token = "ghp_x9Jq2kVfT8WcYb3nZr5uLh7dPgS0eXoQmB1a"
+    call = Call("find", {"mail": "jane.miller@gmail.com"}, "c1")
+    conversation = Conversation((Message("user", f"Use {token}."),), (TOOL,))
+    remembered = RememberedAnswer("id", conversation, Message("assistant", "", (call,)), "a", "d")
+    to = tmp_path / "rows.jsonl"
+    written(path, [votes.thumb(remembered, up=True)])
+    output = CliRunner().invoke(app, ["votes", str(path), "--to", str(to)]).output
+    assert token not in to.read_text() and "jane" not in to.read_text()
+    (row,) = read_rows(to)
+    assert isinstance(row, Judged) and row.conversation.tools == (TOOL,)
+    assert row.conversation.messages[-1].calls[0].arguments == {"mail": "[EMAIL]"}
+    assert "secrets and personal data replaced: github_token 1, email 1" in " ".join(output.split())
+
+
+@pytest.mark.parametrize("objective", ["kto", "dpo"])
+def test_train_takes_the_rows(path, tmp_path, tiny_model, objective):
+    to = tmp_path / "rows.jsonl"
+    asked = [f"What is {number} and {number}?" for number in range(12)]
+    every = [
+        votes.preference(
+            answer("Yes, it is.", "a", text), answer("No.", "b", text), "first", user=f"{number}"
+        )
+        for number, text in enumerate(asked)
+    ]
+    summary = tunesmith.votes(written(path, every), to=to, objective=objective)
+    assert summary.written is not None and summary.written.left_out == {}
+    words = ["train", "--model", str(tiny_model), "--data", str(to), "--set", f"objective={objective}"]
+    words += ["--set", "audit.before_training=false", "--dry-run", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "nothing was trained" in result.output
