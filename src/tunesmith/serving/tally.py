@@ -144,8 +144,9 @@ def _pair_lines(pair: ModelPair) -> Iterator[str]:
     total = pair.wins + pair.losses
     blind = f", {pair.blind:,} blind" if pair.by == "side by side" else ""
     yield (
-        f"{pair.first} preferred in {pair.wins:,} of {total:,} ({pair.share:.1%}; {pair.confidence} at any "
-        f"time: {pair.low:.1%} to {pair.high:.1%}), {many(pair.ties, 'tie')}, {many(pair.users, 'user')}{blind}"
+        f"{pair.first} preferred in {pair.wins:,} of {total:,} ({pair.share:.1%}; {pair.confidence} "
+        f"at any time: {pair.low:.1%} to {pair.high:.1%}), "
+        f"{many(pair.ties, 'tie')}, {many(pair.users, 'user')}{blind}"
     )
     odds = f"evidence {pair.evidence:,.3g} to 1, and {pair.needed_evidence:,.0f} to 1 decides"
     if pair.outcome in ("first", "second"):
