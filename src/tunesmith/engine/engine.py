@@ -16,10 +16,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from tunesmith.adapters.routing import Routing
 from tunesmith.engine import caches
-from tunesmith.engine.prefixes import Prefixes
+from tunesmith.engine.prefixes import Prefixes, common_length
 from tunesmith.engine.requests import NewToken, Request
 from tunesmith.engine.rows import Batch, Decoding, Row
 from tunesmith.errors import ModelError
@@ -29,6 +30,8 @@ from tunesmith.model.loading import evaluating
 
 PREFILL = 8
 """Most prompts that are read in one pass."""
+WORTH_WAITING = 64
+"""Fewest tokens that a prompt has in common with one that is being read, for it to wait for them."""
 STEPS_BETWEEN_CLEARING = 512
 """Decode steps between two times that MLX's unused buffers are given back."""
 
@@ -160,37 +163,81 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting rows begin while there is room: their prompts are read next."""
-        under_way = sum(len(batch.rows) for batch in self._decoding)
         at_once = min(PREFILL, self._prefill_tokens) if self._together else 1
+        later: list[Row] = []
         while self._waiting:
             reading = self._reading.rows if self._reading is not None else []
-            if under_way + len(reading) >= self._batch_size or len(reading) >= at_once:
-                return
+            under_way = len(reading) + sum(len(batch.rows) for batch in self._decoding)
+            if under_way >= self._batch_size or len(reading) >= at_once:
+                break
             row = self._waiting.popleft()
-            layers = caches.made(self._net, self._kv_bits)
-            batch = Batch.of([row], [layers], not self._together)
+            if self._read_by(reading, row):
+                later.append(row)
+                continue
+            batch = Batch.of([row], [self._cache_of(row)], not self._together)
             if not row.unread:
                 self._begin(batch)
-                under_way += 1
             elif self._reading is None:
                 self._reading = batch
             else:
                 self._reading.join(batch)
+        self._waiting.extendleft(reversed(later))
+
+    def _read_by(self, reading: Sequence[Row], row: Row) -> bool:
+        """Whether the prompt of ``row`` begins with tokens that are being read now, so that it pays to wait
+        for their prefix."""
+        if self._prefixes is None or row.request.digest is None:
+            return False
+        key = row.request.digest
+        ids = np.asarray(row.request.ids[:-1])
+        shared = [
+            common_length(ids, np.asarray(other.request.ids[:-1]))
+            for other in reading
+            if other.request.digest == key
+        ]
+        longest = max(shared, default=0)
+        if longest < WORTH_WAITING:
+            return False
+        return longest >= WORTH_WAITING + self._prefixes.length(self._key(key), row.request.ids[:-1])
+
+    def _cache_of(self, row: Row) -> list[Any]:
+        """The cache that ``row`` begins with: of the longest known beginning of its prompt, or empty."""
+        if self._prefixes is not None and row.request.digest is not None:
+            known = self._prefixes.find(self._key(row.request.digest), row.request.ids[:-1])
+            if known is not None:
+                layers, row.cached = known
+                row.read = row.cached
+                return layers
+        return caches.made(self._net, self._kv_bits)
+
+    def _keep(self, row: Row, layers: list[Any]) -> None:
+        """Keep what ``row`` has read for later prompts."""
+        assert self._prefixes is not None and row.request.digest is not None
+        self._prefixes.add(self._key(row.request.digest), row.tokens[: row.read], layers)
+
+    def _key(self, digest: str) -> str:
+        return digest if self._kv_bits is None else f"{digest} in {self._kv_bits} bits"
 
     def _read(self, batch: Batch) -> None:
         """Read one chunk of the prompts of ``batch``; what is read but for its last token begins."""
         batch.read(self._forward, max(1, self._prefill_tokens // len(batch.rows)))
-        if done := [place for place, row in enumerate(batch.rows) if not row.unread]:
-            ready = batch.take(done)
-            if ready is batch or not batch.rows:
-                self._reading = None
-            self._begin(ready)
+        done = [place for place, row in enumerate(batch.rows) if not row.unread]
+        if not done:
+            return
+        for place in done:
+            row = batch.rows[place]
+            if self._prefixes is not None and row.request.digest is not None:
+                self._keep(row, batch.extract(place))
+        ready = batch.take(done)
+        if not batch.rows:
+            self._reading = None
+        self._begin(ready)
 
     def _begin(self, batch: Batch) -> None:
         if self._together and self._decoding:
             self._decoding[0].add(batch)
         else:
-            self._decoding.append(Decoding(batch, None))
+            self._decoding.append(Decoding(batch, self._keep if self._prefixes is not None else None))
 
     def _forward(self, rows: Sequence[Row], tokens: mx.array, layers: list[Any]) -> mx.array:
         """(B, T) → (B, T, V) logits, each row with its own adapter."""

@@ -47,6 +47,8 @@ class QuantisedRows:
 
     keys: Parts | None
     values: Parts | None
+    offset: mx.array
+    left_padding: mx.array
 
     def __init__(self, left_padding: Sequence[int], group_size: int, bits: int) -> None:
         self.group_size, self.bits = group_size, bits
@@ -90,8 +92,9 @@ class QuantisedRows:
         if self._right_padding is None:
             return
         padding, self._right_padding = self._right_padding, None
+        shifts = mx.expand_dims(padding, 1)
         self.keys, self.values = _mapped(
-            lambda part: dynamic_roll(part, padding[:, None], axis=2), *self.keys_and_values()
+            lambda part: dynamic_roll(part, shifts, axis=2), *self.keys_and_values()
         )
         self.offset = self.offset - padding
         self.left_padding = self.left_padding + padding
@@ -122,10 +125,9 @@ class QuantisedRows:
 
     def extract(self, place: int) -> QuantizedKVCache:
         row = QuantizedKVCache(self.group_size, self.bits)
-        padding = np.array(self.left_padding).tolist()[place]
+        padding, end = np.array(self.left_padding).tolist()[place], self._end
         row.keys, row.values = _mapped(
-            lambda part: mx.contiguous(part[place : place + 1, :, padding : self._end]),
-            *self.keys_and_values(),
+            lambda part: mx.contiguous(part[place : place + 1, :, padding:end]), *self.keys_and_values()
         )
         row.offset = self._end - padding
         return row

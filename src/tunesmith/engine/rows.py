@@ -124,7 +124,7 @@ class Decoding(Batch):
     before the last ones are given out, so that the device does not wait."""
 
     def __init__(self, batch: Batch, ended: Callable[[Row, list[Any]], None] | None) -> None:
-        """``ended``: is called with each row that finishes and its cache."""
+        """``ended``: called with each row that finishes and has a digest, and its cache."""
         super().__init__(batch.rows, batch.layers, batch.alone)
         self._ended = ended
         self._next = mx.array([row.tokens[-1] for row in batch.rows], mx.uint32)
@@ -147,7 +147,7 @@ class Decoding(Batch):
         rows, chosen, scores = self.rows, self._next, self._scores
         known = [row.drawn > 0 for row in rows]
         last = [place for place, row in enumerate(rows) if row.drawn >= row.most]
-        layers = {rows[place]: self.extract(place) for place in last if self._ended is not None}
+        layers = self._extracted(last)
         if last:
             self.keep([place for place in range(len(rows)) if place not in set(last)])
         if self.rows:
@@ -162,13 +162,20 @@ class Decoding(Batch):
                 tokens.append(NewToken(row.number, token, row.finish(token), *scores.of(place), cached))
         stopped = {token.request for token in tokens if token.finish is not None}
         places = [place for place, row in enumerate(self.rows) if row.number in stopped]
+        layers |= self._extracted(places)
         if self._ended is not None:
-            layers |= {self.rows[place]: self.extract(place) for place in places}
             for row, row_layers in layers.items():
                 self._ended(row, row_layers)
         if places:
             self.keep([place for place in range(len(self.rows)) if place not in set(places)])
         return tokens
+
+    def _extracted(self, places: Sequence[int]) -> dict[Row, list[Any]]:
+        """The caches of these rows that are kept."""
+        if self._ended is None:
+            return {}
+        rows = {place: self.rows[place] for place in places}
+        return {row: self.extract(place) for place, row in rows.items() if row.request.digest is not None}
 
     def _pass(self, forward: Forward) -> None:
         """Read the tokens that were chosen last, and choose the next ones. Nothing waits for the result."""
