@@ -14,13 +14,13 @@ import tiny
 import tunesmith
 from tunesmith import events
 from tunesmith.cli import app
-from tunesmith.data.asking import asked_as, question
+from tunesmith.data.asking import asked_as, question, read_tools
 from tunesmith.data.examples import Completion, Conversation, Demonstration, Document, Message
 from tunesmith.data.formats import DataSpec, row
 from tunesmith.data.sources import Raw
 from tunesmith.display import console
 from tunesmith.engine import generation
-from tunesmith.errors import ConfigError, ResumeMismatch
+from tunesmith.errors import ConfigError, DataError, ResumeMismatch, TemplateError
 from tunesmith.runs import config
 from tunesmith.runs.asking import of_run
 from tunesmith.runs.directory import Run
@@ -199,3 +199,143 @@ def test_the_commands_of_the_card_work(runs, rows, monkeypatch):
     assert plain == (KIND[rows] != "chat")
     asked = question([Message("user", "Hello")], KIND[rows])
     assert shlex.split(command)[-1] == (asked if plain else "Hello")
+
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"town": {}}}},
+}
+MUSIC = {"type": "function", "function": {"name": "music"}}
+DECLARING = "{% for tool in tools or [] %}<tool>{{ tool.function.name }}</tool>{% endfor %}" + tiny.CHATML
+
+
+def with_tools(count: int, *lists: list[dict]) -> list[dict]:
+    rows = tiny.conversations(count)
+    return [row | {"tools": lists[index % len(lists)]} for index, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def declaring(tmp_path_factory) -> Path:
+    """A model whose template writes the names of the tools."""
+    folder = tmp_path_factory.mktemp("declaring")
+    tiny.write_model(folder, tiny.write_tokenizer(folder, DECLARING))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calling(tmp_path_factory, declaring) -> Path:
+    """A run whose rows declare one tool."""
+    ROWS["tools"] = with_tools(8, [WEATHER])
+    try:
+        return trained(tmp_path_factory.mktemp("tools"), declaring, "tools")
+    finally:
+        del ROWS["tools"]
+
+
+def about_tools(heard: list[events.Event]) -> list[events.Notice]:
+    return [event for event in heard if isinstance(event, events.Notice) and "tools" in event.what]
+
+
+def test_tools_are_declared_in_the_prompt_as_rows_declare_them(calling, declaring, prompts):
+    renderer, heard = renderers.load(declaring), []
+    tunesmith.generate(calling, ["the cat"], tools=[WEATHER], max_tokens=2, notify=heard.append)
+    assert prompts == [renderer.prompt(Conversation((Message("user", "the cat"),), (WEATHER,)))]
+    assert "<tool>weather</tool>" in renderer.decode(prompts[0]) and not about_tools(heard)
+    talk = tunesmith.chat(calling, tools=[WEATHER["function"]], max_tokens=2, notify=heard.append)
+    assert talk.tools == (WEATHER,) and not about_tools(heard)
+    first = "".join(talk.say("the cat"))
+    assert [first] == tunesmith.generate(calling, ["the cat"], tools=[WEATHER], max_tokens=2)
+
+
+def test_a_run_whose_rows_declare_tools_says_how_to_declare_them(calling, prompts):
+    heard: list[events.Event] = []
+    tunesmith.generate(calling, ["the cat"], max_tokens=2, notify=heard.append)
+    tunesmith.chat(calling, notify=heard.append)
+    (notice, other) = about_tools(heard)
+    assert notice.what == other.what == "no tools are declared to the model; rows of the run declare weather"
+    assert notice.hint == f"--tools {calling / 'data' / 'valid.jsonl'}"
+    words = ["generate", str(calling), "the cat", *str(notice.hint).split(), "--max-tokens", "2"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and not re.search("no tools are declared", result.stderr)
+    assert len(prompts[1]) > len(prompts[0])
+
+
+def test_a_run_whose_rows_declare_different_tools_asks_for_a_list(tmp_path, declaring, monkeypatch):
+    monkeypatch.setitem(ROWS, "both", with_tools(40, [WEATHER], [MUSIC]))
+    run, heard = trained(tmp_path, declaring, "both"), []
+    tunesmith.generate(run, ["the cat"], max_tokens=2, notify=heard.append)
+    (notice,) = about_tools(heard)
+    assert "weather" in notice.what and "music" in notice.what
+    assert notice.hint == "--tools FILE, a JSON list of tools"
+    with pytest.raises(DataError, match="different lists of tools"):
+        read_tools(run / "data" / "valid.jsonl")
+
+
+def test_tools_that_the_template_leaves_out_are_refused(tiny_model):
+    with pytest.raises(TemplateError, match=r"leaves out the declared tools \(weather\)"):
+        tunesmith.generate(tiny_model, ["the cat"], tools=[WEATHER])
+    with pytest.raises(TemplateError, match=r"leaves out the declared tools \(weather\)"):
+        list(tunesmith.chat(tiny_model, tools=[WEATHER]).say("the cat"))
+
+
+def test_an_answer_that_cannot_stand_in_a_prompt_ends_the_chat_with_the_reason(tiny_model):
+    talk = tunesmith.chat(tiny_model, max_tokens=2)
+    with pytest.raises(TemplateError) as refused:
+        list(talk.say("the <|im_end|>"))
+    assert "answer" not in refused.value.what
+    talk.messages[:] = [Message("user", "the cat"), Message("assistant", "a call<|im_end|>")]
+    with pytest.raises(TemplateError, match="earlier answer cannot stand in the prompt") as refused:
+        list(talk.say("my note"))
+    assert refused.value.hint == "begin a new chat"
+
+
+def test_nothing_is_said_of_tools_if_no_row_declares_any(runs):
+    heard: list[events.Event] = []
+    for rows in ROWS:
+        tunesmith.generate(runs[rows], ["the cat"], max_tokens=2, notify=heard.append)
+    assert not about_tools(heard)
+
+
+def test_tools_without_a_name_and_beside_plain_text_are_refused(runs):
+    with pytest.raises(ConfigError, match="expected text, found null"):
+        tunesmith.generate(runs["chat"], ["the cat"], tools=[{"description": "d"}])
+    with pytest.raises(ConfigError, match="plain text declares no tools"):
+        tunesmith.generate(runs["text"], ["the cat"], tools=[WEATHER])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps([WEATHER, MUSIC]),
+        json.dumps([WEATHER, MUSIC], indent=2),
+        json.dumps([WEATHER["function"], MUSIC["function"]]),
+        json.dumps({"tools": [WEATHER, MUSIC], "messages": []}),
+        json.dumps({"functions": json.dumps([WEATHER["function"], MUSIC["function"]])}),
+        "\n".join([json.dumps({"tools": [WEATHER, MUSIC], "prompt": str(n)}) for n in range(3)]),
+        "\n".join([json.dumps({"tools": tools, "prompt": ""}) for tools in ([], [WEATHER, MUSIC], [])]),
+    ],
+)
+def test_a_file_of_tools_is_a_list_or_rows_that_declare_the_same(content, tmp_path):
+    file = tmp_path / "tools.json"
+    file.write_text(content)
+    assert read_tools(file) == (WEATHER, MUSIC)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("{", "holds JSON"),
+        ("[]", "declares no tools"),
+        ('{"messages": []}', "declares no tools"),
+        ('[{"name": 3}]', "expected text, found 3"),
+        ('{"tools": [{"name": "a"}]}\n{"tools": [{"name": "b"}]}', "holds 2 different lists"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_without_one_list_of_tools_is_refused_with_its_place(content, fault, tmp_path):
+    file = tmp_path / "tools.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(DataError, match=fault) as refused:
+        read_tools(file)
+    assert str(refused.value.where).startswith(str(file))

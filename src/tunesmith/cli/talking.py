@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,12 @@ from tunesmith.display.text import escaped
 
 Target = Annotated[str, typer.Argument(help="run directory or its tag, checkpoint folder, or model")]
 System = Annotated[str | None, typer.Option(help="system message")]
+Tools = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="tools that the model may call: a JSON list, or rows that declare the same ones"
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="longest answer")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token")]
 TopP = Annotated[
@@ -34,6 +41,7 @@ def generate(
     model: MovedModel = None,
     base: Annotated[bool, typer.Option("--base", help="the run's model without its adapter")] = False,
     system: System = None,
+    tools: Tools = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -45,6 +53,8 @@ def generate(
     """Answer prompts, in batches."""
     given = [*([] if prompt is None else [prompt]), *(more or [])]
     prompts = given or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    from tunesmith.data.asking import read_tools
+
     with progress() as notify:
         answers = tunesmith.generate(
             target,
@@ -53,6 +63,7 @@ def generate(
             model=model,
             adapter=not base,
             system=system,
+            tools=() if tools is None else read_tools(tools),
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -72,6 +83,7 @@ def chat(
     checkpoint: Checkpoint = "best",
     model: MovedModel = None,
     system: System = None,
+    tools: Tools = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -80,12 +92,15 @@ def chat(
     control: Control = False,
 ) -> None:
     """Talk with a run or a model; an empty line or Ctrl-D ends it."""
+    from tunesmith.data.asking import read_tools
+
     with progress() as notify:
         conversation = tunesmith.chat(
             target,
             checkpoint=checkpoint,
             model=model,
             system=system,
+            tools=() if tools is None else read_tools(tools),
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,

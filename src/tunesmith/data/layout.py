@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, partial
 from importlib import import_module
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar, cast
 
 from tunesmith.data import calls, nested
 from tunesmith.data.examples import (
@@ -361,25 +362,13 @@ class RowReader:
             messages = [Message("system", system), *messages]
         elif system:
             self.remark(EMPTY_SYSTEM)
-        tools: list[JSON] = []
-        declared: set[str] = set()
-        for value in (self.row.pop("tools", None), self.row.pop("functions", None)):
-            for tool in typed(list, nested.from_json(value or "[]", "tools", "tools"), "tools", "tools"):
-                body = typed(dict, tool, "tools", "tools")
-                tools.append(body if "function" in body else {"type": "function", "function": body})
-                declared.add(
-                    typed(
-                        str,
-                        typed(dict, body.get("function", body), "tools", "tools").get("name"),
-                        "tools",
-                        "tools",
-                    )
-                )
+        values = (self.row.pop("tools", None), self.row.pop("functions", None))
+        tools = tuple(tool for value in values for tool in declared(value))
         if self.structure_calls and (read := list(calls.tagged(messages))) != messages:
             messages = read
             self.remark("calls in <tool_call> marks: read as calls")
-        check(messages, declared)
-        return Conversation(tuple(messages), tuple(tools))
+        check(messages, set(names(tools)))
+        return Conversation(tuple(messages), tools)
 
     def spoken(self, messages: list[Message]) -> MakesExample:
         """A conversation to imitate, or with a verdict on it."""
@@ -387,6 +376,21 @@ class RowReader:
         if self.label is None:
             return partial(Demonstration, conversation)
         return partial(Judged, conversation, self.label)
+
+
+def declared(value: JSON) -> tuple[JSON, ...]:
+    """The tools that ``value`` lists, as JSON or as its text, in OpenAI's form. Raises BadRow."""
+    tools: list[JSON] = []
+    for tool in typed(list, nested.from_json(value or "[]", "tools", "tools"), "tools", "tools"):
+        body = typed(dict, tool, "tools", "tools")
+        tools.append(body if "function" in body else {"type": "function", "function": body})
+        typed(str, typed(dict, body.get("function", body), "tools", "tools").get("name"), "tools", "tools")
+    return tuple(tools)
+
+
+def names(tools: Iterable[JSON]) -> list[str]:
+    """The names of tools in OpenAI's form."""
+    return [cast(dict[str, dict[str, str]], tool)["function"]["name"] for tool in tools]
 
 
 def _call(item: JSON, place: str) -> Call:

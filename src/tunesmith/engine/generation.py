@@ -9,9 +9,10 @@ from typing import NamedTuple
 import mlx.nn as nn
 
 from tunesmith.data.asking import AskedAs, question
-from tunesmith.data.formats import Conversation, Message
+from tunesmith.data.formats import JSON, Conversation, Message
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.requests import Finish, Request
+from tunesmith.errors import TemplateError
 from tunesmith.model import vocabulary
 from tunesmith.tokens import template
 
@@ -134,14 +135,17 @@ class Speaker:
         if rest != shown:
             yield rest[len(shown) :]
 
+    def prompt(self, question: Conversation | str) -> list[int]:
+        """Ids of the prompt. Raises TemplateError, also if the template leaves out the declared tools."""
+        if isinstance(question, str):
+            return self.renderer.text_prompt(question)
+        ids = self.renderer.prompt(question)
+        self.renderer.require_tools(question.tools, ids)
+        return ids
+
     def _prompts(self, questions: Sequence[Conversation | str]) -> list[list[int]]:
         """Ids of the prompts. Raises ModelError if the model does not know one of their tokens."""
-        prompts = [
-            self.renderer.text_prompt(question)
-            if isinstance(question, str)
-            else self.renderer.prompt(question)
-            for question in questions
-        ]
+        prompts = [self.prompt(question) for question in questions]
         places = [f"prompt {place}" for place in range(len(prompts))]
         vocabulary.require_known(self.net, zip(places, prompts, strict=True), self.renderer.decode)
         return prompts
@@ -149,17 +153,34 @@ class Speaker:
 
 @dataclass
 class Chat:
-    """A chat: ``say`` streams the answer and keeps both turns."""
+    """A chat: ``say`` streams the answer and keeps both turns. ``tools``: declared to the model, in OpenAI's
+    form."""
 
     speaker: Speaker
     sampling: Sampling = Sampling()
     messages: list[Message] = field(default_factory=list)
     asked_as: AskedAs = "chat"
+    tools: tuple[JSON, ...] = ()
 
     def say(self, text: str) -> Iterator[str]:
+        """Raises TemplateError if the template cannot write the turns, such as an answer with the marks of a
+        call."""
         self.messages.append(Message("user", text))
         pieces: list[str] = []
-        for piece in self.speaker.stream(question(self.messages, self.asked_as), self.sampling):
-            pieces.append(piece)
-            yield piece
+        try:
+            for piece in self.speaker.stream(self._question(self.messages), self.sampling):
+                pieces.append(piece)
+                yield piece
+        except template.Refused as error:
+            self._require_writable()
+            message = f"an earlier answer cannot stand in the prompt: {error.what}"
+            raise TemplateError(message, hint="begin a new chat") from error
         self.messages.append(Message("assistant", "".join(pieces)))
+
+    def _require_writable(self) -> None:
+        """Raises TemplateError if the last message cannot be written even without earlier answers."""
+        system = [message for message in self.messages if message.role == "system"]
+        self.speaker.prompt(self._question([*system, self.messages[-1]]))
+
+    def _question(self, messages: Sequence[Message]) -> Conversation | str:
+        return question(messages, self.asked_as, self.tools)

@@ -1,13 +1,14 @@
-"""How a run was trained to be asked: its plan says so; of an older run, its held-out rows."""
+"""How a run was trained to be asked: its plan says so; of an older run, its held-out rows. Also, which tools
+its held-out rows declare."""
 
 from __future__ import annotations
 
 import json
 from itertools import islice
 
-from tunesmith.data import formats
+from tunesmith.data import asking, formats
 from tunesmith.data.asking import KINDS, AskedAs, asked_as
-from tunesmith.data.formats import DataSpec, Dropped
+from tunesmith.data.formats import JSON, DataSpec, Dropped, Example
 from tunesmith.runs.directory import PLAN, VALID, Run
 
 LOOKED_AT = 100
@@ -23,8 +24,19 @@ def of_run(run: Run) -> AskedAs:
     for kind in KINDS:
         if kind == recorded:
             return kind
-    held_out = run.path / VALID
-    if not held_out.is_file() or not held_out.stat().st_size:
-        return "chat"
-    rows = islice(formats.rows([held_out], DataSpec(train=(str(held_out),), valid=0.0)), LOOKED_AT)
-    return asked_as(row for row in rows if not isinstance(row, Dropped))
+    return asked_as(_held_out(run))
+
+
+def tools_of(run: Run) -> list[tuple[JSON, ...]]:
+    """The different lists of tools that held-out rows declare."""
+    lists = {json.dumps(tools): tools for tools in map(asking.tools_of, _held_out(run))}
+    return [tools for tools in lists.values() if tools]
+
+
+def _held_out(run: Run) -> list[Example]:
+    """The first held-out rows; empty if there are none."""
+    file = run.path / VALID
+    if not file.is_file() or not file.stat().st_size:
+        return []
+    rows = islice(formats.rows([file], DataSpec(train=(str(file),), valid=0.0)), LOOKED_AT)
+    return [row for row in rows if not isinstance(row, Dropped)]

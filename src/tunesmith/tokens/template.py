@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from tunesmith.data import formats
+from tunesmith.data import formats, layout
 from tunesmith.data.calls import calls_only, without_words
 from tunesmith.data.examples import REASONING_BESIDE, label_of
 from tunesmith.data.formats import (
@@ -575,17 +575,17 @@ class Renderer(ABC):
         _present(message, said, history=False)
         tools = [cast(dict[str, Any], tool)["function"] for tool in shown.tools]
         if tools and not (earlier.prompt and prompt[: len(earlier.prompt)] == [*earlier.prompt]):
-            self._require_tools(tools, prompt)
+            self.require_tools(shown.tools, prompt)
         if not all(_written(part, text) for part in _leaves(tools) if part not in SCHEMA_WORDS):
             notes += ("a declared tool is not written in full by the template",)
         if bos is None and self.bos_id is not None and self.bos_id not in ids:
             notes += ("no BOS: the tokenizer has one, the template writes none",)
         return Turn(place, ids, len(prompt), notes), Shown(text, len(shown.messages), prompt)
 
-    def _require_tools(self, tools: Sequence[dict[str, Any]], prompt: list[int]) -> None:
+    def require_tools(self, tools: Sequence[JSON], prompt: list[int]) -> None:
         """Raises Refused if a tool is not named in the prompt; the answer may name it."""
         seen = self.decode(prompt)
-        if missing := [tool["name"] for tool in tools if tool["name"] not in seen]:
+        if missing := [name for name in layout.names(tools) if name not in seen]:
             raise Refused(
                 "left_out",
                 f"the template leaves out the declared tools ({', '.join(missing)})",
