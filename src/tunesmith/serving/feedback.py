@@ -36,7 +36,7 @@ class Feedback(BaseModel):
     @model_validator(mode="after")
     def _one_vote(self) -> Feedback:
         single, pair = (self.id, self.thumb), (self.first, self.second, self.preferred)
-        if not (None not in single and pair == (None,) * 3 or None not in pair and single == (None,) * 2):
+        if not ((None not in single and pair == (None,) * 3) or (None not in pair and single == (None,) * 2)):
             raise ValueError("give id and thumb, or first, second and preferred")
         return self
 
@@ -60,10 +60,7 @@ def routes(service: Service) -> list[Route]:
         body = {"id": answer.id, "model": answer.model, "digest": answer.digest, "test": answer.test}
         return JSONResponse(body)
 
-    return [
-        Route("/v1/feedback", vote, methods=["POST"]),
-        Route("/v1/feedback/{answer:path}", answered_by),
-    ]
+    return [Route("/v1/feedback", vote, methods=["POST"]), Route("/v1/feedback/{answer:path}", answered_by)]
 
 
 def _vote(service: Service, feedback: Feedback) -> Vote:

@@ -8,24 +8,30 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from tunesmith import events
 from tunesmith.engine.requests import NewToken, Request
 from tunesmith.events import Sink
 from tunesmith.serving import access
+from tunesmith.serving.ab import Routes
 from tunesmith.serving.access import AccessLog, AccessRecord
 from tunesmith.serving.keys import Doorkeeper, Key
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.metrics import Metrics
+from tunesmith.serving.question import Question
 from tunesmith.serving.rejections import Rejection, rejection_of
 from tunesmith.serving.served import Models, Served
+from tunesmith.serving.votes import RememberedAnswers
 from tunesmith.serving.worker import Answering, Worker
 
 
 @dataclass
 class Service:
     """``doorkeeper``: without keys, anyone on this machine may ask. ``fallback``: names of models that answer
-    if the one that was asked cannot, in this order. ``loopback``: whether only this machine can connect."""
+    if the one that was asked cannot, in this order. ``ab``: names under which one of several models answers.
+    ``answers``: those that can be voted on. ``votes_file``: None: votes are refused. ``loopback``: whether
+    only this machine can connect."""
 
     models: Models
     worker: Worker
@@ -36,11 +42,19 @@ class Service:
     log: AccessLog = field(default_factory=AccessLog)
     loopback: bool = False
     notify: Sink = events.silent
+    ab: Routes = field(default_factory=Routes)
+    answers: RememberedAnswers = field(default_factory=RememberedAnswers)
+    votes_file: Path | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
 
-    def served(self, name: str | None, user: str | None = None) -> Served:
-        """The model that answers to ``name``: its own, or of an A/B route, where a ``user`` always gets the
-        same one. Raises UnknownModel, or Rejection if the key may not ask it."""
+    def answerer(self, question: Question) -> tuple[Served, str | None]:
+        """The model that answers, and the A/B test that chose it or None. Raises as `served` does."""
+        name, test = self.ab.resolve(question)
+        return self.served(name or None), test
+
+    def served(self, name: str | None) -> Served:
+        """The model with this name, or the first if it is None. Raises UnknownModel, or Rejection if the key
+        may not ask it."""
         served = self.models.resolve(name)
         if not self.allows(served):
             message = f"the key {access.current().key} may not ask {served.name}"

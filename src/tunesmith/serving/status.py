@@ -24,11 +24,15 @@ def routes(service: Service) -> list[Route]:
 
     async def models(request: Request) -> Response:
         allowed = filter(service.allows, service.models.entries)
-        listed = [entry for served in allowed for entry in _entries(served)]
+        listed = [entry for served in allowed for entry in _entries(served)] + _tests(service)
         return JSONResponse({"object": "list", "data": listed})
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
+        if name in service.ab.names:
+            for entry in _tests(service):
+                if entry["id"] == name:
+                    return JSONResponse(entry)
         served = service.served(name)
         return JSONResponse(next(entry for entry in _entries(served) if entry["id"] == name))
 
@@ -37,6 +41,22 @@ def routes(service: Service) -> list[Route]:
         Route("/metrics", metrics),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
+    ]
+
+
+def _tests(service: Service) -> list[dict[str, JSON]]:
+    """The A/B tests, with the models behind each."""
+    return [
+        {
+            "id": name,
+            "object": "model",
+            "created": service.models.entries[0].created,
+            "owned_by": "tunesmith",
+            "root": name,
+            "ab": list(service.ab.models(name)),
+        }
+        for name in service.ab.names
+        if all(service.allows(service.models.resolve(model)) for model in service.ab.models(name))
     ]
 
 
