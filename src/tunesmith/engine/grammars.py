@@ -21,17 +21,19 @@ import llguidance
 import llguidance.numpy
 import numpy as np
 
+from tunesmith.checks import parsers
 from tunesmith.data.formats import JSON, Call, Conversation, Message
 from tunesmith.engine.requests import Constraint
-from tunesmith.engine.schema_support import enforceable
+from tunesmith.engine.schema_support import require_enforceable
 from tunesmith.errors import ModelError, TemplateError
 from tunesmith.tokens.template import Renderer
 
-QUESTION, WORDS = "zq1u", "zq3w"
+QUESTION, WORDS, REASONING = "zq1u", "zq3w", "zq5r"
+THOUGHT = f"<think>\n{REASONING}\n</think>\n\n"
 TOOL_NAME, KEY, VALUE = "zq7n", "zq7k", "zq7v"
 CALL_IDS = ("zq9c00000", "zq9c00001", "zq9c00002")
 """Neutral texts, which no template writes."""
-NAME, ARGUMENTS, CALL_ID, ANSWER = "\ue000", "\ue001", "\ue002", "\ue003"
+NAME, ARGUMENTS, CALL_ID, ANSWER, THINKING = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004"
 """One character each for what differs between answers of one form."""
 CONTROL = 0xF0000
 """The code point that stands for the first control token of a vocabulary."""
@@ -70,14 +72,16 @@ class Grammars:
     def __init__(self, renderer: Renderer) -> None:
         if not renderer.eos_ids:
             raise ModelError("constrained answers need an end token", hint="set eos_token")
-        self._renderer = renderer
+        self.renderer = renderer
         self._bytes = renderer.token_bytes()
         self._controls = sorted(renderer.control_ids)
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Source(renderer, self._bytes)), eos_token=list(renderer.eos_ids)
         )
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._thought = THOUGHT if renderer.thinking and renderer.writes_reasoning else ""
         self._frame = self._words_frame()
+        self._mark = self._reasoning_mark()
         self.call_form = self._written_calls()
 
     def json_object(self) -> Constraint:
@@ -87,7 +91,8 @@ class Grammars:
     def json_schema(self, schema: JSON) -> Constraint:
         """An answer that is JSON of ``schema``. Raises ModelError if the schema is invalid, cannot be
         satisfied, or has a keyword that cannot be enforced."""
-        return self._answer(f"%json {_notation(enforceable(schema))}")
+        require_enforceable(schema)
+        return self._answer(f"%json {_notation(schema)}")
 
     def regex(self, pattern: str) -> Constraint:
         """An answer that matches ``pattern`` (Rust's syntax) as a whole. Raises ModelError if it cannot."""
@@ -106,6 +111,7 @@ class Grammars:
         ``form``: None is the template's own, or `OPENAI` if it writes no calls. ``one_named``: the only tool
         that may be called. ``parallel``: whether several calls may be made. Raises ModelError as
         `json_schema` does, and if there is no such tool."""
+        own = form is None and self.call_form is not None
         form = form or self.call_form or OPENAI
         functions = [cast("Mapping[str, JSON]", tool["function"]) for tool in tools]
         if one_named is not None:
@@ -115,31 +121,37 @@ class Grammars:
         rules = [f"id: {CALL_ID_PATTERN}"]
         for number, function in enumerate(functions):
             rules.append(f"arguments{number}: %json {_notation(_arguments_schema(function))}")
-        several = parallel and form.more is not None
-        parts = ["first", *["more*"] * several, *self._expressions(form.closing, {CALL_ID: "id"})]
-        rules.append(f"start: {' '.join(parts)}")
-        for rule, text in [("first", form.first), *[("more", form.more or "")] * several]:
-            choices = [
-                " ".join(
-                    self._expressions(
-                        text.replace(NAME, str(function["name"])),
-                        {CALL_ID: "id", ARGUMENTS: f"arguments{number}"},
-                    )
-                )
-                for number, function in enumerate(functions)
-            ]
-            rules.append(f"{rule}: {' | '.join(choices)}")
-        return self._constraint("\n".join(rules))
+        rules.append(self._choices("first", form.first, functions))
+        parts = ["first"]
+        if parallel and form.more is not None:
+            rules.append(self._choices("more", form.more, functions))
+            parts.append("more*")
+        rules.append(f"calls: {' '.join([*parts, *self._expressions(form.closing, {CALL_ID: 'id'})])}")
+        return self._constraint("\n".join([*rules, *self._framed("calls", ANSWER if own else self._frame)]))
+
+    def _choices(self, rule: str, text: str, functions: Sequence[Mapping[str, JSON]]) -> str:
+        """A rule for ``text``, which is one call, of any of the ``functions``."""
+        choices: list[str] = []
+        for number, function in enumerate(functions):
+            holes = {CALL_ID: "id", ARGUMENTS: f"arguments{number}", THINKING: "reasoning"}
+            choices.append(" ".join(self._expressions(text.replace(NAME, str(function["name"])), holes)))
+        return f"{rule}: {' | '.join(choices)}"
 
     def _answer(self, content: str) -> Constraint:
         """``content`` between what the template writes around words."""
-        before, _, after = self._frame.partition(ANSWER)
-        parts = [*self._expressions(after, {})]
-        if before.strip():
-            parts = [*self._expressions(before, {}), "answer", *parts]
-        else:
-            parts = [*(f"{text}?" for text in self._expressions(before, {})), "answer", *parts]
-        return self._constraint(f"answer: {content}\nstart: {' '.join(parts)}")
+        return self._constraint("\n".join([f"answer: {content}", *self._framed("answer", self._frame)]))
+
+    def _framed(self, rule: str, frame: str) -> list[str]:
+        """Rules for an answer that is ``rule`` at the place of `ANSWER` in ``frame``."""
+        before, _, after = frame.partition(ANSWER)
+        holes = {THINKING: "reasoning"}
+        opening, closing = self._expressions(before, holes), self._expressions(after, holes)
+        if not before.strip():  # tokenizers of sentencepiece write a space
+            opening = [f"{space}?" for space in opening]
+        reasoning = "reasoning: /(?s:.*)/"
+        if self._mark:
+            reasoning = f"reasoning[lazy]: REASONED\nREASONED: /(?s:.*)/ {json.dumps(self._mark)}"
+        return [f"start: {' '.join([*opening, rule, *closing])}", reasoning]
 
     def _constraint(self, grammar: str) -> Constraint:
         if grammar not in self._compiled:
@@ -153,11 +165,13 @@ class Grammars:
         self._compiled.move_to_end(grammar)
         if len(self._compiled) > MOST_GRAMMARS:
             self._compiled.popitem(last=False)
-        return GrammarConstraint(self._compiled[grammar].deep_copy(), self._renderer)
+        return GrammarConstraint(self._compiled[grammar].deep_copy(), self.renderer)
 
     def _expressions(self, text: str, rules: Mapping[str, str]) -> list[str]:
         """Parts of a rule that matches ``text``: literals, control tokens, and the ``rules`` for characters
         that stand for them."""
+        if self._mark:  # the rule for reasoning has it
+            text = re.sub(rf"{THINKING}\s*{re.escape(self._mark)}", THINKING, text)
         parts: list[str] = []
         for is_literal, run in groupby(text, lambda letter: letter not in rules and ord(letter) < CONTROL):
             letters = "".join(run)
@@ -173,25 +187,34 @@ class Grammars:
         """What the template writes around the words of an answer, which are `ANSWER`."""
         before = Conversation((Message("user", QUESTION),))
         try:
-            text = self._written(before, Message("assistant", WORDS))
+            text = self._written(before, Message("assistant", self._thought + WORDS))
         except TemplateError:  # plain text can still be continued
             return ANSWER
         if text.count(WORDS) != 1:
             raise ModelError("the template does not write the words of an answer as they are")
         return text.replace(WORDS, ANSWER)
 
+    def _reasoning_mark(self) -> str:
+        """The text that ends reasoning; empty if a control token ends it, or prompts do not ask for any."""
+        mark = self._frame.partition(THINKING)[2].partition(ANSWER)[0].strip()
+        return "" if mark[:1] >= chr(CONTROL) else mark
+
     def _written_calls(self) -> CallForm | None:
-        """The form of the template's calls: None if it writes none, or not their arguments as JSON."""
+        """The form of the template's calls, or None if it writes none, or `checks.parsers` does not read
+        them."""
         parameters: JSON = {"type": "object", "properties": {KEY: {"type": "string"}}}
         function: JSON = {"name": TOOL_NAME, "description": TOOL_NAME, "parameters": parameters}
-        tools: tuple[JSON, ...] = ({"type": "function", "function": function},)
-        before = Conversation((Message("user", QUESTION),), tools)
+        before = Conversation((Message("user", QUESTION),), ({"type": "function", "function": function},))
         texts: list[str] = []
         for count in (1, 2, 3):
             calls = tuple(Call(TOOL_NAME, {KEY: VALUE}, call_id) for call_id in CALL_IDS[:count])
+            answer = Message("assistant", self._thought, calls)
             try:
-                text = self._written(before, Message("assistant", "", calls))
+                text = self._written(before, answer)
+                said = self.renderer.answer(self.renderer.answered(before, answer))
             except TemplateError:
+                break
+            if parsers.parse(said) != [parsers.ParsedCall(TOOL_NAME, {KEY: VALUE})] * count:
                 break
             for call_id in CALL_IDS:
                 text = text.replace(call_id, CALL_ID)
@@ -201,15 +224,15 @@ class Grammars:
     def _written(self, before: Conversation, answer: Message) -> str:
         """The text that is generated for ``answer``, up to the end token, with one character for each control
         token. Raises TemplateError if the template cannot write it."""
-        ids = self._renderer.answered(before, answer)
-        end = next(place for place, token in enumerate(ids) if token in self._renderer.eos_ids)
+        ids = self.renderer.answered(before, answer)
+        end = next(place for place, token in enumerate(ids) if token in self.renderer.eos_ids)
         text = ""
-        for is_control, run in groupby(ids[:end], self._renderer.control_ids.__contains__):
+        for is_control, run in groupby(ids[:end], self.renderer.control_ids.__contains__):
             if is_control:
                 text += "".join(chr(CONTROL + self._controls.index(token)) for token in run)
             else:
                 text += b"".join(self._bytes[token] for token in run).decode()
-        return text
+        return text.replace(REASONING, THINKING)
 
 
 class GrammarConstraint:
@@ -220,10 +243,16 @@ class GrammarConstraint:
         self._matcher = matcher
         self._size, self._ends = renderer.size, list(renderer.eos_ids)
         self._bits = llguidance.numpy.allocate_token_bitmask(1, self._size)
+        self._mask: np.ndarray | None = None
         self.problem: str | None = None
 
-    def allowed(self) -> np.ndarray | None:
+    def allowed(self) -> np.ndarray:
         """(V,) bool: V is the size of the tokenizer's vocabulary."""
+        if self._mask is None:
+            self._mask = self._computed()
+        return self._mask
+
+    def _computed(self) -> np.ndarray:
         if not self._matcher.is_error():
             llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits)
         bits = np.unpackbits(self._bits[0].view(np.uint8), count=self._size, bitorder="little").astype(bool)
@@ -234,12 +263,13 @@ class GrammarConstraint:
         return bits
 
     def advance(self, token: int) -> None:
+        self._mask = None
         if not self._matcher.consume_token(token):
             self.problem = self.problem or self._matcher.get_error() or f"token {token} was not allowed"
 
     @property
     def ended(self) -> bool:
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() or not np.delete(self.allowed(), self._ends).any()
 
 
 class _Source:
@@ -278,11 +308,13 @@ def _arguments_schema(function: Mapping[str, JSON]) -> JSON:
     schema = function.get("parameters") or {}
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         raise ModelError(f"the parameters of the tool {function['name']} are not those of an object")
-    return enforceable({**schema, "type": "object"}, where=str(function["name"]))
+    require_enforceable(schema, where=f"the tool {function['name']}")
+    return {**schema, "type": "object"}
 
 
 def _notation(schema: JSON) -> str:
     """``schema`` as llguidance reads it, with bounds on white space."""
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
-    return json.dumps({**cast("dict[str, JSON]", schema), "x-guidance": JSON_NOTATION})
+    if schema is False:
+        raise ModelError("no value satisfies the schema false")
+    own = schema if isinstance(schema, dict) else {}
+    return json.dumps({**own, "x-guidance": JSON_NOTATION})

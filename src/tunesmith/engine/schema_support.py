@@ -1,12 +1,11 @@
 """Which JSON Schemas can be enforced while an answer is generated?
 
 llguidance refuses what it does not know. Refused here is what it enforces otherwise than `checks.schemas`
-reads it, so that every answer that it lets through is valid."""
+reads it, so that every answer that it lets through is valid. One exception is left: a number of more than 15
+digits is rounded when it is read, so that 4.9999999999999999 is 5."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator
 from typing import cast
@@ -21,25 +20,21 @@ ALONE = ("items", "additionalItems", "additionalProperties", "not", "if", "then"
 NEGATED = re.compile(r"\\[WDB]|\[\^[^\]]*\\[wd]")
 """Characters that are not letters or digits: of ASCII in a JSON Schema, of Unicode in `checks.schemas`."""
 
+MOST_DECIMALS = 14
+"""Of bounds: with more, llguidance 1.9.1 lets numbers through that are not inside."""
 
-def enforceable(schema: JSON, where: str = "schema") -> JSON:
-    """``schema``, rewritten so that bounds hold after a number was rounded to float64.
 
-    Raises ModelError if it is invalid, or a keyword in it cannot be enforced; ``where`` names it."""
+def require_enforceable(schema: JSON, where: str = "schema") -> None:
+    """Raises ModelError, at ``where``, if ``schema`` is invalid, or a keyword in it cannot be enforced."""
     try:
         schemas.checked(schema)
     except ValueError as error:
         raise ModelError(str(error), where=where) from None
-    if not isinstance(schema, dict):
-        return schema
-    if "x-guidance" in schema:
+    if isinstance(schema, dict) and "x-guidance" in schema:
         raise ModelError("x-guidance would change how the schema is enforced", where=where)
-    own = cast("dict[str, JSON]", json.loads(json.dumps(schema)))
-    for part in _parts(own):
+    for part in _parts(schema):
         if problem := _problem(part):
             raise ModelError(f"the schema cannot be enforced: {problem}", where=where, hint="leave it out")
-        _round(part)
-    return own
 
 
 def _parts(schema: JSON) -> Iterator[dict[str, JSON]]:
@@ -68,9 +63,12 @@ def _problem(schema: dict[str, JSON]) -> str | None:
     step = schema.get("multipleOf", 1)
     if isinstance(step, float) and not step.is_integer():
         return f"multipleOf {step}, which is not a whole number: rounding decides"
-    for key in ("exclusiveMinimum", "exclusiveMaximum"):
-        if isinstance(schema.get(key), bool):
+    for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+        bound = schema.get(key)
+        if isinstance(bound, bool):
             return f"{key} as true or false, of draft 4"
+        if isinstance(bound, float) and round(bound, MOST_DECIMALS) != bound:
+            return f"{key} {bound}, which has more than {MOST_DECIMALS} decimals"
     patterns = [schema.get("pattern"), *cast("dict[str, JSON]", schema.get("patternProperties") or {})]
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -82,20 +80,3 @@ def _problem(schema: dict[str, JSON]) -> str | None:
         if NEGATED.search(pattern):
             return f"pattern {pattern!r}: negated classes of letters or digits"
     return None
-
-
-def _round(schema: dict[str, JSON]) -> None:
-    """Bounds that a number does not reach become the float64 next to them: 4.99999999999999999 is read as
-    5."""
-    if schema.get("type") == "integer":
-        return
-    for key, inclusive, towards in (
-        ("exclusiveMinimum", "minimum", math.inf),
-        ("exclusiveMaximum", "maximum", -math.inf),
-    ):
-        if isinstance(bound := schema.get(key), int | float):
-            del schema[key]
-            pick = max if towards > 0 else min
-            limit = math.nextafter(bound, towards)
-            other = schema.get(inclusive)
-            schema[inclusive] = pick(limit, other) if isinstance(other, int | float) else limit
