@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tunesmith.errors import ExportError, SetupError
-from tunesmith.events import Sink, silent
+from tunesmith.events import Event, Sink, Working, silent
 from tunesmith.exports import judging, llama_cpp, llama_reading, processes
 from tunesmith.exports.fidelity import Probe
 from tunesmith.exports.judging import Reading
@@ -61,6 +63,60 @@ def test_the_process_tells_a_refusal_from_its_own_fault(error, field, tmp_path, 
     result = llama_reading.run(JOB, tmp_path, silent)
     assert getattr(result, field) == error.what
     assert (result.refused is None) != (result.failed is None)
+
+
+class Reads:
+    """A stand-in for llama.cpp that reads everything."""
+
+    def __init__(self, *given: object) -> None: ...
+
+    def generate(self, prompt: list[int], count: int) -> None: ...
+
+    def logits(self, ids: list[int], places: list[int]) -> np.ndarray:
+        return np.zeros((len(places), 8), np.float32)
+
+
+def test_the_progress_of_llama_cpp_is_told_round_by_round_and_row_by_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_reading, "LlamaCpp", Reads)
+    monkeypatch.setattr(processes, "follow", in_this_process)
+    heard: list[Event] = []
+    job = replace(JOB, rows=[([1, 2, 3], [0, 1]), ([4, 5], []), ([6, 7], [0])], rounds=2)
+    result = llama_reading.run(job, tmp_path, heard.append)
+    assert result.failed is None and len(result.seconds) == 2
+    told = [(event.label, event.done, event.total) for event in heard if isinstance(event, Working)]
+    for label in ("llama.cpp: speed", "llama.cpp: rows"):
+        assert [part for part in told if part[0] == label] == [(label, done, 3) for done in range(4)]
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from tunesmith.events import Notice, Working
+from tunesmith.exports import processes
+
+report = processes.reporter()
+print("what libraries print", flush=True)
+report(Working("rows", 1, 2))
+report(Notice("not passed on"))
+if Path(sys.argv[1]).name == "failing":
+    sys.exit("the last line")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "last"), [("whole", 0, "what libraries print"), ("failing", 1, "the last line")]
+)
+def test_a_process_passes_its_progress_on_and_keeps_what_libraries_print(
+    name, status, last, tmp_path, monkeypatch, fresh_processes
+):
+    (tmp_path / "reading.py").write_text(PROCESS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / name).mkdir()
+    heard: list[Event] = []
+    process = processes.follow("reading", tmp_path / name, heard.append)
+    assert [(event.label, event.done, event.total) for event in heard] == [("rows", 1, 2)]
+    assert "what libraries print" in process.said
+    assert (process.status, process.last_line) == (status, last)
 
 
 def in_this_process(module: str, folder: Path, notify: Sink) -> EndedProcess:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from io import StringIO
 from pathlib import Path
 
@@ -16,11 +17,14 @@ import pytest
 from runs import planted
 from typer.testing import CliRunner
 
+import tiny
 from tunesmith.cli import app
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.files import read_regular
 from tunesmith.runs import registry, screen, tags
 from tunesmith.runs.directory import Run
 from tunesmith.runs.registry import list_runs
+from tunesmith.settings import origins
 
 
 @pytest.fixture
@@ -45,6 +49,21 @@ def test_a_run_is_listed_with_what_its_folder_holds(folder):
     assert run.created == "2026-11-01T05:04:16+00:00" and run.faults == ()
     files = [path for path in run.path.rglob("*") if path.is_file()]
     assert run.size_bytes == sum(path.stat().st_size for path in files) and len(files) >= 6
+
+
+def test_no_more_of_a_file_is_read_than_is_looked_at(folder, monkeypatch):
+    assert read_regular(tiny.write_rows(folder / "rows", [{"a": 1}]), 4) == b'{"a"'
+    (folder / "first" / registry.LOCK).write_bytes(b"process 1 on elsewhere\n" + bytes(1 << 26))
+    monkeypatch.setattr(origins, "RECORDED", origins.Bounds(10, None, 10))
+    settings = folder / "settings.yaml"
+    settings.write_bytes(b"a: b\nc: d\n" + bytes(1 << 26))  # cut within, it would not be YAML
+    tracemalloc.start()
+    try:
+        assert not registry.is_training(folder / "first")
+        assert origins.skim(settings) == {"a": "b", "c": "d"}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
 
 
 def test_runs_one_folder_deeper_and_nothing_else_are_listed(folder):
