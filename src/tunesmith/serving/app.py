@@ -10,7 +10,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tunesmith.errors import TunesmithError
-from tunesmith.serving import admin, feedback, gate, status
+from tunesmith.serving import admin, feedback, gate, protocol, status
 from tunesmith.serving.gate import Gate
 from tunesmith.serving.playground import home
 from tunesmith.serving.rejections import Rejection
@@ -19,7 +19,8 @@ from tunesmith.serving.service import Service
 
 def routes(service: Service) -> list[Route]:
     """Every route. A module with handlers exports a function of this name, and has one line here."""
-    return [*status.routes(service), *admin.routes(service), *feedback.routes(service), *home.routes()]
+    modules = (status, admin, feedback, protocol)
+    return [*(route for module in modules for route in module.routes(service)), *home.routes()]
 
 
 def build(service: Service) -> ASGIApp:

@@ -113,7 +113,7 @@ class Assembler:
         yield from self._spoken.read(words[:end], complete, self._new_id)
         if complete or self._spoken.over:
             self.over = True
-            yield AnswerEnded(self._reason(reason), self._usage, self._stops.met)
+            yield AnswerEnded(self._reason(reason), self.usage, self._stops.met)
 
     def _reason(self, reason: EndReason) -> EndReason:
         """Why the answer ended, if ``reason`` is why its tokens did."""
@@ -122,7 +122,8 @@ class Assembler:
         return "tool_calls" if self._spoken.n_calls else "stop"
 
     @property
-    def _usage(self) -> Usage:
+    def usage(self) -> Usage:
+        """Up to now."""
         return Usage(self._prompt_tokens, self._n_tokens, self._cached, self._n_reasoning)
 
     def _logprobs(self, end: int, *, whole: bool = False) -> Iterator[Piece]:

@@ -16,7 +16,9 @@ from tunesmith.events import Sink
 from tunesmith.serving import access
 from tunesmith.serving.ab import Routes
 from tunesmith.serving.access import AccessLog, AccessRecord
+from tunesmith.serving.guardrails import Guard
 from tunesmith.serving.keys import Doorkeeper, Key
+from tunesmith.serving.lexicon import Lexicons
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.metrics import Metrics
 from tunesmith.serving.question import Question
@@ -45,6 +47,8 @@ class Service:
     ab: Routes = field(default_factory=Routes)
     answers: RememberedAnswers = field(default_factory=RememberedAnswers)
     votes_file: Path | None = None
+    guard: Guard = field(default_factory=Guard)
+    lexicons: Lexicons = field(default_factory=Lexicons)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
 
     def answerer(self, question: Question) -> tuple[Served, str | None]:

@@ -1,0 +1,49 @@
+"""What is computed once for each tokenizer: the bytes of its tokens, and its grammars."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from tunesmith.engine.grammars import Grammars
+from tunesmith.errors import ModelError
+from tunesmith.tokens.template import Renderer
+
+
+class Lexicon:
+    """Of ``renderer``."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Raises ModelError if answers cannot be constrained."""
+        return Grammars(self._renderer)
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        try:
+            return self._renderer.token_bytes()
+        except ModelError:
+            return []
+
+    def token(self, token: int) -> tuple[str, list[int] | None]:
+        """The text of a token, and its bytes, or None if they are not known. A part of a character is shown
+        as U+FFFD."""
+        if token < len(self._bytes):
+            known = self._bytes[token]
+            return known.decode(errors="replace"), list(known)
+        return self._renderer.decode([token]), None
+
+
+class Lexicons:
+    """Those of all renderers that were asked for."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Lexicon] = {}
+
+    def of(self, renderer: Renderer) -> Lexicon:
+        """Renderers with equal fingerprints share one."""
+        if renderer.fingerprint not in self._made:
+            self._made[renderer.fingerprint] = Lexicon(renderer)
+        return self._made[renderer.fingerprint]

@@ -1,0 +1,85 @@
+"""Server-sent events: an answer while it is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, NamedTuple
+
+from starlette.responses import StreamingResponse
+
+from tunesmith.serving import access
+from tunesmith.serving.answering import Delivery
+from tunesmith.serving.rejections import Rejection, rejection_of
+
+
+class ServerEvent(NamedTuple):
+    """``data``: an object, or a word. ``name``: the kind of event, or None if the protocol names none."""
+
+    data: Mapping[str, Any] | str
+    name: str | None = None
+
+    @property
+    def line(self) -> bytes:
+        text = self.data if isinstance(self.data, str) else json.dumps(self.data, ensure_ascii=False)
+        name = f"event: {self.name}\n" if self.name else ""
+        return f"{name}data: {text}\n\n".encode()
+
+
+class EventStream(StreamingResponse):
+    """Cannot be kept, and no proxy may hold it back."""
+
+    def __init__(self, lines: AsyncGenerator[bytes], headers: Mapping[str, str]) -> None:
+        own = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(lines, headers={**own, **headers}, media_type="text/event-stream")
+
+
+class ErrorEvents:
+    """How a protocol tells that an answer breaks off. `of` gives the events for a rejection."""
+
+    def of(self, rejection: Rejection) -> list[ServerEvent]:
+        return [ServerEvent(rejection.body)]
+
+
+async def begun(events: AsyncGenerator[ServerEvent]) -> AsyncGenerator[ServerEvent]:
+    """``events``, of which the first has come: what goes wrong before it is an error of the request, with a
+    status. Raises what ``events`` raises."""
+    first = await anext(events)
+
+    async def all_of_them() -> AsyncGenerator[ServerEvent]:
+        async with aclosing(events):
+            yield first
+            async for event in events:
+                yield event
+
+    return all_of_them()
+
+
+async def lines(events: AsyncGenerator[ServerEvent], errors: ErrorEvents) -> AsyncGenerator[bytes]:
+    """The bytes of ``events``. An error ends them with an event that tells of it."""
+    try:
+        async with aclosing(events):
+            async for event in events:
+                yield event.line
+    except Exception as error:
+        rejection = rejection_of(error)
+        access.current().error = rejection.code or rejection.kind
+        for event in errors.of(rejection):
+            yield event.line
+
+
+def fallback_headers(deliveries: Sequence[Delivery]) -> dict[str, str]:
+    """Says which model answered instead of the one that was asked, and why."""
+    instead = [f"{delivery.served.name}; {delivery.fallback}" for delivery in deliveries if delivery.fallback]
+    return {"X-Tunesmith-Fallback": instead[0]} if instead else {}
+
+
+def fallback_fields(deliveries: Sequence[Delivery]) -> dict[str, Any]:
+    """The same within a body."""
+    instead = [
+        {"index": index, "model": delivery.served.name, "reason": delivery.fallback}
+        for index, delivery in enumerate(deliveries)
+        if delivery.fallback
+    ]
+    return {"fallback": instead} if instead else {}
