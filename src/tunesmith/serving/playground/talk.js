@@ -27,15 +27,15 @@ async function loadModels() {
   const chosen = node("model").value;
   node("model").replaceChildren(...models.map(model => new Option(model.id + (model.ab ? " (A/B test)" : ""), model.id)));
   node("model").value = models.some(model => model.id === chosen) ? chosen : (models.find(model => model.ab) ?? models[0])?.id ?? "";
-  const tests = models.filter(model => model.ab).length;
-  status.textContent = `${models.length - tests} names of models` + (tests ? `, ${tests} A/B ${tests === 1 ? "test" : "tests"}` : "");
+  const tests = models.filter(model => model.ab).length, own = new Set(models.filter(model => !model.ab).map(model => model.root ?? model.id)).size;
+  status.textContent = `${own} ${own === 1 ? "model" : "models"}` + (tests ? `, ${tests} A/B ${tests === 1 ? "test" : "tests"}` : "");
   offerRivals();
 }
 
 const isTest = () => Boolean(models.find(model => model.id === node("model").value)?.ab);
 
 function offerRivals() {
-  const own = node("model").value, before = node("rival").value;
+  const own = node("model").value, before = node("rival").selectedOptions[0]?.value;
   const options = isTest() ? [new Option("both models of the test, blind", "blind"), new Option("nobody", "")]
     : [new Option("nobody", ""), ...models.filter(model => !model.ab && model.id !== own).map(model => new Option(model.id, model.id))];
   node("rival").replaceChildren(...options);
@@ -145,6 +145,7 @@ class Answer {
 
   take(chunk) {
     if (chunk.error) throw new Error(chunk.error.message);
+    const root = document.documentElement, following = root.scrollHeight - scrollY - innerHeight < 160;
     this.id ??= chunk.id;
     if (chunk.usage) this.usage = chunk.usage;
     const [choice] = chunk.choices ?? [];
@@ -165,6 +166,7 @@ class Answer {
     if (calls) { this.callBox.hidden = false; this.callBox.textContent = this.calls.map(call => `${call.function.name}(${call.function.arguments})`).join("\n"); }
     if (choice.finish_reason) this.ended = choice.finish_reason;
     this.measure();
+    if (following) scrollTo({ top: root.scrollHeight, behavior: "instant" });
   }
 
   measure() {
@@ -306,7 +308,7 @@ node("say").addEventListener("keydown", event => {
 node("stop").addEventListener("click", () => aborting?.abort());
 node("fresh").addEventListener("click", () => { begin(); node("say").focus(); });
 node("reveal").addEventListener("click", reveal);
-node("model").addEventListener("change", () => { offerRivals(); begin(); });
+node("model").addEventListener("change", () => { node("rival").replaceChildren(); offerRivals(); begin(); });
 node("rival").addEventListener("change", begin);
 node("key").addEventListener("change", loadModels);
 for (const input of all("textarea, .field input")) input.addEventListener("input", showRequest);
