@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tunesmith.runs.registry import list_runs, tag
     from tunesmith.runs.talk import chat, generate
     from tunesmith.serving.tally import votes
+    from tunesmith.serving.verb import serve
 
 __all__ = [
     "audit",
@@ -46,6 +47,7 @@ __all__ = [
     "prune",
     "push",
     "report",
+    "serve",
     "show",
     "tag",
     "train",
@@ -70,6 +72,7 @@ VERBS = {
     "prune": "tunesmith.runs.pruning",
     "push": "tunesmith.exports.push",
     "report": "tunesmith.reports.verbs",
+    "serve": "tunesmith.serving.verb",
     "show": "tunesmith.preflight.show",
     "tag": "tunesmith.runs.registry",
     "train": "tunesmith.reports.verbs",

@@ -30,7 +30,8 @@ REPORT = {"jinja2", "matplotlib"}
 CARD = {"huggingface_hub"}
 TASKS = {"scipy", "scipy.stats", "sacrebleu", "rapidfuzz", "pygarble"}
 HEAVY = SETTINGS | MISTRAL | MODEL | AUDIT | MAP | REPORT | CARD | TASKS
-HEAVY |= {"torch", "pandas", "pyarrow", "plotext", "datasets", "lm_eval", "gguf", "numba"}
+SERVER = {"starlette", "uvicorn", "prometheus_client", "llguidance"}
+HEAVY |= {"torch", "pandas", "pyarrow", "plotext", "datasets", "lm_eval", "gguf", "numba", *SERVER}
 
 VERBS = {
     "init --presets": {"rich"},
@@ -57,6 +58,7 @@ VERBS = {
     "export run --to peft": SETTINGS | MODEL | REPORT | {"scipy"},
     "push run --to me/it --dry-run": {"rich"} | CARD,
     "votes votes.jsonl": SETTINGS,
+    "serve --help": {"rich"},
 }
 """Command → the heavy packages that it may have loaded when it ends. Commands run in this order."""
 WRITES_ITS_MODULES = """

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import tunesmith
 from tunesmith.serving import starting
-from tunesmith.serving.served import Target
+from tunesmith.serving.served import NamedRun
 from tunesmith.serving.service import Service
 from tunesmith.serving.starting import HttpServer, ServerSettings
 
@@ -97,7 +97,7 @@ def served_runs(tmp_path_factory, tiny_model) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def settings(served_runs) -> ServerSettings:
-    targets = [Target(str(path)) for path in served_runs.values()]
+    targets = [NamedRun(str(path)) for path in served_runs.values()]
     return ServerSettings(targets, batch_size=8)
 
 

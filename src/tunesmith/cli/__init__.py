@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli import data, evaluation, exporting, register, setup, talking, training, voting
+from tunesmith.cli import data, evaluation, exporting, register, serving, setup, talking, training, voting
 from tunesmith.display.text import escaped
 from tunesmith.errors import TunesmithError
 from tunesmith.machine import imports
@@ -43,6 +43,7 @@ for verb in (
     talking.generate,
     talking.chat,
     voting.votes,
+    serving.serve,
 ):
     app.command(cls=evaluation.EvaluateCommand if verb is evaluation.evaluate else None)(verb)
 app.add_typer(register.app)

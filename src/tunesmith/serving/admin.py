@@ -15,7 +15,7 @@ from tunesmith.errors import TunesmithError
 from tunesmith.runs import opening
 from tunesmith.runs.opening import Source
 from tunesmith.serving.rejections import Rejection, TooLarge, UnknownModel
-from tunesmith.serving.served import Served, Target
+from tunesmith.serving.served import NamedRun, Served
 from tunesmith.serving.service import Service
 from tunesmith.settings.config import JSON
 
@@ -53,7 +53,7 @@ def routes(service: Service) -> list[Route]:
         async with alone:
             try:
                 if wanted.load is not None:
-                    served = await _load(service, Target.parse(wanted.load), wanted.checkpoint)
+                    served = await _load(service, NamedRun.parse(wanted.load), wanted.checkpoint)
                 else:
                     served = await _drop(service, str(wanted.drop))
             except (TooLarge, UnknownModel):
@@ -69,7 +69,7 @@ def routes(service: Service) -> list[Route]:
     ]
 
 
-async def _load(service: Service, target: Target, checkpoint: str) -> Served:
+async def _load(service: Service, target: NamedRun, checkpoint: str) -> Served:
     models, worker = service.models, service.worker
     source = await asyncio.to_thread(opening.find, target.path, checkpoint)
 

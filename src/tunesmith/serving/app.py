@@ -10,8 +10,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tunesmith.errors import TunesmithError
-from tunesmith.serving import admin, feedback, gate, protocol, status
-from tunesmith.serving.gate import Gate
+from tunesmith.serving import admin, entrance, feedback, protocol, status
+from tunesmith.serving.entrance import Entrance
 from tunesmith.serving.playground import home
 from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.service import Service
@@ -31,7 +31,7 @@ def build(service: Service) -> ASGIApp:
         Rejection: _rejected,
         Exception: _rejected,
     }
-    return Gate(Starlette(routes=routes(service), exception_handlers=handlers), service)
+    return Entrance(Starlette(routes=routes(service), exception_handlers=handlers), service)
 
 
 async def _unrouted(request: Request, error: Exception) -> Response:
@@ -42,5 +42,5 @@ async def _unrouted(request: Request, error: Exception) -> Response:
 
 
 async def _rejected(request: Request, error: Exception) -> Response:
-    rejection = gate.failure(error)
+    rejection = entrance.failure(error)
     return JSONResponse(rejection.body, rejection.status, headers=dict(rejection.headers))

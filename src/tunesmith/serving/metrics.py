@@ -7,6 +7,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tunesmith.machine import backend
+from tunesmith.serving import access
+from tunesmith.serving.guardrails import Detection
 from tunesmith.serving.worker import Worker
 
 FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -38,7 +40,7 @@ class Metrics:
         self.answer_tokens = counter("answer_tokens", "Generated tokens", "model")
         self.prefix_lookups = counter("prefix_lookups", "Prompts, by prefix cache hit", "model", "hit")
         self.fallbacks = counter("fallbacks", "Answers by a fallback", "model", "instead", "reason")
-        self.guardrails = counter("guardrails", "Findings of guardrails", "guardrail", "side", "action")
+        self.guardrails = counter("guardrails", "Findings of guardrails", "guardrail", "direction", "action")
         self.seconds = histogram("request_seconds", "Time of an HTTP request", WHOLE_S)
         self.first_token = histogram("first_token_seconds", "Time to the first token", FIRST_S)
         self.next_token = histogram("next_token_seconds", "Time between two tokens", NEXT_S)
@@ -55,6 +57,11 @@ class Metrics:
         gauge("restarts_died", "Engines started anew after a failure", lambda: worker.restarts["died"])
         gauge("restarts_hung", "Engines started anew after a standstill", lambda: worker.restarts["hung"])
         gauge("out_of_memory", "Times that memory ran out", lambda: worker.out_of_memory)
+
+    def detected(self, detection: Detection) -> None:
+        """Count what a guardrail detected, and note it in the access log."""
+        self.guardrails.labels(detection.guardrail, detection.direction, detection.action).inc()
+        access.current().guardrails.append(f"{detection.action} {detection.direction} {detection.guardrail}")
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

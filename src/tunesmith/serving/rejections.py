@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tunesmith.errors import ModelError, ServeError, TemplateError, TunesmithError
+from tunesmith.serving.guardrails import PromptBlocked
 
 BY_STATUS = {
     400: "invalid_request_error",
@@ -81,6 +82,8 @@ def rejection_of(error: Exception) -> Rejection:
         return Rejection(429, str(error), code="overloaded", headers=retry)
     if isinstance(error, UnknownModel):
         return Rejection(404, str(error), "model", "model_not_found")
+    if isinstance(error, PromptBlocked):
+        return Rejection(400, str(error), code="content_filter")
     if isinstance(error, TooLarge):
         return Rejection(400, str(error), code="request_too_large")
     if isinstance(error, TimedOut):

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from tunesmith import adapters, events
 from tunesmith.adapters import Adapter, Full, Routing
 from tunesmith.data.asking import AskedAs
-from tunesmith.engine.engine import Engine, notify_if_separate
+from tunesmith.engine.engine import notify_if_separate
 from tunesmith.errors import ConfigError
 from tunesmith.events import Sink
 from tunesmith.model import vocabulary
@@ -55,14 +55,14 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Target:
+class NamedRun:
     """``[NAME=]RUN`` of the command line. ``name``: None: that of the folder."""
 
     path: str
     name: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Target:
+    def parse(cls, text: str) -> NamedRun:
         name, equals, path = text.partition("=")
         if not equals or not name or not path or os.path.lexists(text) or "/" in name:
             return cls(text)
@@ -98,11 +98,7 @@ class Models:
         names = ", ".join(served.name for served in self.entries)
         raise UnknownModel(f"there is no model {name!r}", hint=f"served are: {names}")
 
-    def engine(self, batch_size: int) -> Engine:
-        """An engine for what is served."""
-        return Engine(self.loaded.net, batch_size, self.routing)
-
-    def read(self, target: Target, source: Source, notify: Sink) -> tuple[Served, Adapter]:
+    def read(self, target: NamedRun, source: Source, notify: Sink) -> tuple[Served, Adapter]:
         """The adapter of a run, and how it is served. Raises ConfigError if it was trained on another base,
         or the rows of a batch cannot have it beside others; ModelError or DataError if it cannot be read."""
         run, folder = source.run, source.checkpoint
@@ -131,7 +127,7 @@ class Models:
         )
         return served, adapter
 
-    def _require_same_base(self, target: Target, run: Run) -> None:
+    def _require_same_base(self, target: NamedRun, run: Run) -> None:
         alone = "serve it by a server of its own"
         if run.hashes["base"] != self.loaded.fingerprint:
             message = f"was trained on another base ({run.config.model.path}) than this server has"
@@ -180,7 +176,7 @@ class Models:
 
 
 def open_models(
-    targets: Sequence[Target],
+    targets: Sequence[NamedRun],
     *,
     model: str | None = None,
     checkpoint: str = "best",
@@ -249,7 +245,7 @@ def _digest(base: str, folder: Path) -> str:
     return hashlib.sha256(f"{base} {checkpoints.weights_hash(folder)} {settings}".encode()).hexdigest()
 
 
-def _name(target: Target, run: Run, folder: Path) -> str:
+def _name(target: NamedRun, run: Run, folder: Path) -> str:
     name = run.path.resolve().name
     return f"{name}@{folder.name}" if Path(target.path).resolve() == folder.resolve() else name
 

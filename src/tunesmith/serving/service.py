@@ -24,8 +24,9 @@ from tunesmith.serving.metrics import Metrics
 from tunesmith.serving.question import Question
 from tunesmith.serving.rejections import Rejection, rejection_of
 from tunesmith.serving.served import Models, Served
+from tunesmith.serving.streams import Answering
 from tunesmith.serving.votes import RememberedAnswers
-from tunesmith.serving.worker import Answering, Worker
+from tunesmith.serving.worker import Worker
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Service:
     limits: ServerLimits
     metrics: Metrics
     doorkeeper: Doorkeeper = field(default_factory=Doorkeeper)
+    guard: Guard = field(default_factory=Guard)
     fallback: tuple[str, ...] = ()
     log: AccessLog = field(default_factory=AccessLog)
     loopback: bool = False
@@ -81,7 +83,7 @@ class Service:
         record.prompt_tokens += len(request.ids)
         self.metrics.prompt_tokens.labels(served.name).inc(len(request.ids))
         request = replace(request, adapter=served.adapter, digest=served.digest)
-        return self.worker.ask(request, Measurement(self.metrics, record, served.name))
+        return self.worker.ask(request, RequestMeasures(self.metrics, record, served.name))
 
     def background(self, work: Coroutine[None, None, None]) -> None:
         """Let ``work`` go on after the request that began it."""
@@ -101,7 +103,7 @@ class Service:
 
 
 @dataclass
-class Measurement:
+class RequestMeasures:
     """Measures one request to the engine. Called on the event loop."""
 
     metrics: Metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,29 +13,37 @@ from typing import TextIO
 import uvicorn
 
 from tunesmith import events
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.prefixes import Prefixes
 from tunesmith.errors import ServeError
 from tunesmith.events import Sink
 from tunesmith.serving import app, served
 from tunesmith.serving.access import AccessLog
+from tunesmith.serving.guardrails import Guard, Guardrail
 from tunesmith.serving.keys import Doorkeeper, Key
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.metrics import Metrics
-from tunesmith.serving.served import Target
+from tunesmith.serving.served import Models, NamedRun
 from tunesmith.serving.service import Service
 from tunesmith.serving.worker import Worker
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Everything that decides a server. ``memory``: bytes; None: nine tenths of the machine's."""
+    """Everything that decides a server. ``memory``: bytes that it may use; None: nine tenths of the
+    machine's. ``prefix_bytes``: of these, for prompts that were read; None: a tenth. ``loopback``: whether
+    only this machine can connect."""
 
-    targets: Sequence[Target] = ()
+    targets: Sequence[NamedRun] = ()
     model: str | None = None
     checkpoint: str = "best"
     keys: tuple[Key, ...] = ()
     fallback: tuple[str, ...] = ()
+    guardrails: tuple[Guardrail, ...] = ()
     batch_size: int = 16
     memory: int | None = None
+    prefix_bytes: int | None = None
+    kv_bits: int | None = None
     limits: ServerLimits = field(default_factory=ServerLimits)
     log: TextIO | None = None
     log_contents: bool = False
@@ -53,21 +62,31 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
         )
         for name in settings.fallback:
             models.resolve(name)
-        await worker.serve(models.engine)
+        await worker.serve(functools.partial(_engine, models, settings, worker.memory))
     except BaseException:
         await worker.stop()
         raise
+    metrics = Metrics(worker)
+    guard = Guard(settings.guardrails, metrics.detected)
     return Service(
         models,
         worker,
         settings.limits,
-        Metrics(worker),
+        metrics,
         Doorkeeper(settings.keys),
+        guard,
         settings.fallback,
         AccessLog(settings.log, settings.log_contents),
         settings.loopback,
         notify,
     )
+
+
+def _engine(models: Models, settings: ServerSettings, memory: int, batch_size: int) -> Engine:
+    """A new engine, whose cache of prompts is empty."""
+    limit = settings.prefix_bytes if settings.prefix_bytes is not None else memory // 10
+    prefixes = Prefixes(limit) if limit else None
+    return Engine(models.loaded.net, batch_size, models.routing, prefixes=prefixes, kv_bits=settings.kv_bits)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -94,6 +113,7 @@ class HttpServer(uvicorn.Server):
             lifespan="off",
             access_log=False,
             log_config=None,
+            log_level="critical",
             server_header=False,
             ws="none",
             timeout_graceful_shutdown=2,

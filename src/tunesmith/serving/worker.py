@@ -16,7 +16,9 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
+
+import mlx.core as mx
 
 from tunesmith import events
 from tunesmith.engine.engine import Engine
@@ -26,6 +28,7 @@ from tunesmith.events import Notice, Sink
 from tunesmith.machine import backend
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.rejections import Draining, EngineDied, Overloaded, TimedOut, TooLarge
+from tunesmith.serving.streams import Answering, Observer, TokenStream
 
 T = TypeVar("T")
 LOOK_S = 0.2
@@ -34,102 +37,6 @@ LONGEST_PAUSE_S = 30.0
 """Longest time before a new start, if the engine dies again and again."""
 QUIET_S = 60.0
 """An engine that lived so long is started anew without a pause."""
-
-
-class Observer(Protocol):
-    """Is told, on the event loop, what comes of one request."""
-
-    def token(self, token: NewToken) -> None: ...
-
-    def failed(self, error: Exception) -> None: ...
-
-
-class _Stream:
-    """The tokens of one request on their way to the event loop, where all of this is used."""
-
-    def __init__(self, request: Request, cost: int, observer: Observer | None) -> None:
-        self.request, self.cost, self._observer = request, cost, observer
-        self.tokens: deque[NewToken] = deque()
-        self.n_sent, self.n_skipped = 0, 0
-        """Of the engine's thread: tokens sent to the event loop, and of those that were asked again, how many
-        to skip still."""
-        self.begun = time.monotonic()
-        self.error: ServeError | TunesmithError | None = None
-        self.over = False
-        self.timers: list[asyncio.TimerHandle] = []
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, token: NewToken) -> None:
-        if self.over:
-            return
-        if len(self.timers) == 2:
-            self.timers.pop(0).cancel()  # of the first token
-        self.tokens.append(token)
-        if self._observer is not None:
-            self._observer.token(token)
-        if token.finish is not None:
-            self.end()
-        self._wake()
-
-    def fail(self, error: ServeError | TunesmithError) -> None:
-        if not self.over:
-            self.error = error
-            self.end()
-            if self._observer is not None:
-                self._observer.failed(error)
-            self._wake()
-
-    def end(self) -> None:
-        self.over = True
-        for timer in self.timers:
-            timer.cancel()
-        self.timers = []
-
-    async def wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-class Answering:
-    """An async iterator over the tokens of one request. It raises EngineDied, TimedOut or Draining if the
-    answer cannot be finished. If the task that waits for a token is cancelled, or nobody holds this object
-    any more, the request is cancelled."""
-
-    def __init__(self, stream: _Stream, cancel: Callable[[_Stream], None]) -> None:
-        self._stream, self._cancel = stream, cancel
-
-    def __aiter__(self) -> Answering:
-        return self
-
-    async def __anext__(self) -> NewToken:
-        stream = self._stream
-        while not stream.tokens:
-            if stream.error is not None:
-                raise stream.error
-            if stream.over:
-                raise StopAsyncIteration
-            try:
-                await stream.wait()
-            except asyncio.CancelledError:
-                self.cancel()
-                raise
-        return stream.tokens.popleft()
-
-    def cancel(self) -> None:
-        """Free the request's row; tokens that were made already can still be read. Does nothing if it has
-        ended."""
-        self._cancel(self._stream)
-
-    def __del__(self) -> None:
-        if not self._stream.over:
-            self._cancel(self._stream)
 
 
 @dataclass
@@ -145,8 +52,8 @@ class _Life:
     """One thread with its engine. ``beat``: when the current step or job began; None while it waits.
     ``given_up``: another life has taken its place, and it must not touch the model again."""
 
-    rows: dict[int, _Stream] = field(default_factory=dict)
-    cancelled: list[_Stream] = field(default_factory=list)
+    rows: dict[int, TokenStream] = field(default_factory=dict)
+    cancelled: list[TokenStream] = field(default_factory=list)
     job: _Job | None = None
     beat: float | None = None
     allowed_s: float = 0.0
@@ -185,7 +92,7 @@ class Worker:
         self.draining = False
         self._make_engine: Callable[[int], Engine] | None = None
         self._engine: Engine | None = None
-        self._waiting: deque[_Stream] = deque()
+        self._waiting: deque[TokenStream] = deque()
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -220,7 +127,7 @@ class Worker:
         if len(self._waiting) >= self.limits.queue:
             message = f"{len(self._waiting)} requests are waiting, as many as the server allows"
             raise Overloaded(message, self._retry_after())
-        stream = _Stream(request, cost, observer)
+        stream = TokenStream(request, cost, observer)
         loop = asyncio.get_running_loop()
         for seconds, what in (
             (self.limits.first_token_s, "the first token"),
@@ -358,11 +265,11 @@ class Worker:
         for stream in rows:
             stream.fail(error)
 
-    def _time_out(self, stream: _Stream, seconds: float, what: str) -> None:
+    def _time_out(self, stream: TokenStream, seconds: float, what: str) -> None:
         stream.fail(TimedOut(f"{what} took longer than {seconds:g} s", hint="ask for fewer tokens"))
         self._drop(stream)
 
-    def _cancel(self, stream: _Stream) -> None:
+    def _cancel(self, stream: TokenStream) -> None:
         """May be called by the garbage collector, in any thread."""
         if not stream.over:
             stream.over = True
@@ -370,7 +277,7 @@ class Worker:
                 self._loop.call_soon_threadsafe(stream.end)
             self._drop(stream)
 
-    def _drop(self, stream: _Stream) -> None:
+    def _drop(self, stream: TokenStream) -> None:
         """Free the row of a request that has ended early, or its place in the queue."""
         if stream in self._waiting:
             with self._changed, suppress(ValueError):
@@ -418,6 +325,9 @@ class Worker:
                 why = f"{type(error).__name__}: {error}"
                 with suppress(RuntimeError):  # the loop is closed
                     self._loop.call_soon_threadsafe(self._replace, life, "died", why)
+        finally:
+            # Else MLX ends them after Python takes the thread for ended, while the process may be ending.
+            mx.clear_streams()
 
     def _close(self, life: _Life, engine: Engine | None) -> None:
         """Leave the engine, unless another life has taken over the model."""
@@ -486,7 +396,7 @@ class Worker:
 
     def _admit(self, life: _Life, engine: Engine) -> None:
         """Submit the requests that have a row and memory, in their order."""
-        taken: list[_Stream] = []
+        taken: list[TokenStream] = []
         with self._changed:
             free = self.memory - self.weights - self.reserved
             costs = [row.cost for row in life.rows.values()]
@@ -507,7 +417,7 @@ class Worker:
                 life.rows[number] = stream
 
     def _deliver(self, life: _Life, tokens: list[NewToken]) -> None:
-        made: list[tuple[_Stream, NewToken]] = []
+        made: list[tuple[TokenStream, NewToken]] = []
         for token in tokens:
             stream = life.rows.get(token.request)
             if stream is None:
@@ -525,8 +435,6 @@ class Worker:
     def _shrink(self, life: _Life, engine: Engine, error: Exception) -> None:
         """Halve the batch after ``error``, and ask again what was under way. A request that ran out of memory
         alone ends with an error, and so does one whose constraint has seen tokens already."""
-        import mlx.core as mx
-
         with suppress(Exception):
             engine.__exit__(None, None, None)
         mx.clear_cache()
@@ -534,7 +442,7 @@ class Worker:
         self.out_of_memory += 1
         alone = len(rows) == 1
         self.batch_size = max(1, min(self.batch_size, len(rows)) // 2)
-        again: list[_Stream] = []
+        again: list[TokenStream] = []
         for stream in rows:
             if alone or (stream.request.constraint is not None and stream.n_sent):
                 failure = EngineDied("memory ran out", hint="shorten the prompt, or ask for fewer tokens")
@@ -554,7 +462,7 @@ def _padded(costs: Sequence[int]) -> int:
     return len(costs) * max(costs, default=0)
 
 
-def _put(made: list[tuple[_Stream, NewToken]]) -> None:
+def _put(made: list[tuple[TokenStream, NewToken]]) -> None:
     for stream, token in made:
         stream.put(token)
 

@@ -28,7 +28,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ADMIN = "/admin/"
 
 
-class Gate:
+class Entrance:
     """``app`` behind the checks of ``service``."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -137,7 +137,7 @@ class _Exchange:
         self.begun = self.complete = False
 
     def receiver(self, body: bytes) -> Receive:
-        """Gives the app the body, once; then it waits for ever, since `Gate` cancels the app when the client
+        """Gives the app the body, once; then it waits for ever: `Entrance` cancels the app when the client
         goes."""
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

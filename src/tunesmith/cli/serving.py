@@ -1,0 +1,80 @@
+"""``serve``: answer over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tunesmith
+from tunesmith.cli.options import Checkpoint, progress, say
+
+Runs = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[[NAME=]RUN]...", help="run directories or tags of one base; or one model"),
+]
+BaseModelPath = Annotated[
+    str | None, typer.Option("--model", help="where the base lies; without runs, the model to serve")
+]
+Host = Annotated[str, typer.Option(help="address to listen at; one that others can reach needs --keys")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")]
+Keys = Annotated[Path | None, typer.Option(help="JSON file of the keys that may ask")]
+Fallback = Annotated[
+    list[str] | None,
+    typer.Option(help="model that answers if the one that was asked cannot, such as base; repeatable"),
+]
+Guardrails = Annotated[Path | None, typer.Option(help="YAML file of the guardrails")]
+BatchSize = Annotated[int, typer.Option(min=1, help="most answers under way at once")]
+Memory = Annotated[
+    float | None, typer.Option(min=0.0, help="GB that it may use; default: nine tenths of the machine's")
+]
+PrefixMemory = Annotated[
+    float | None, typer.Option(min=0.0, help="of these, GB for prompts that were read; default: a tenth")
+]
+KvBits = Annotated[int | None, typer.Option(help="8 or 4: keep keys and values in so many bits")]
+Limit = Annotated[
+    list[str] | None, typer.Option(help="one limit, such as queue=64 or total_s=300; repeatable")
+]
+Log = Annotated[Path | None, typer.Option(help="file of the access log, JSON lines; default: stderr")]
+LogContents = Annotated[bool, typer.Option("--log-contents", help="also log what was asked and answered")]
+
+
+def serve(
+    runs: Runs = None,
+    model: BaseModelPath = None,
+    checkpoint: Checkpoint = "best",
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    keys: Keys = None,
+    fallback: Fallback = None,
+    guardrails: Guardrails = None,
+    batch_size: BatchSize = 16,
+    memory: Memory = None,
+    prefix_memory: PrefixMemory = None,
+    kv_bits: KvBits = None,
+    limit: Limit = None,
+    log: Log = None,
+    log_contents: LogContents = False,
+) -> None:
+    """Answer over HTTP, as OpenAI's API does: a base and any number of adapters in one batch."""
+    with progress() as notify:
+        tunesmith.serve(
+            runs or (),
+            model=model,
+            checkpoint=checkpoint,
+            host=host,
+            port=port,
+            keys=keys,
+            fallback=fallback or (),
+            guardrails=guardrails,
+            batch_size=batch_size,
+            memory_gb=memory,
+            prefix_gb=prefix_memory,
+            kv_bits=kv_bits,
+            limits=limit or (),
+            log=log,
+            log_contents=log_contents,
+            announce=say,
+            notify=notify,
+        )

@@ -1,0 +1,117 @@
+"""``tunesmith serve``: answer over HTTP until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from tunesmith import events
+from tunesmith.errors import ConfigError, ServeError
+from tunesmith.events import Sink
+from tunesmith.serving import guardrails as screening
+from tunesmith.serving import keys as keys_file
+from tunesmith.serving import starting
+from tunesmith.serving.limits import ServerLimits
+from tunesmith.serving.served import NamedRun
+from tunesmith.serving.service import Service
+from tunesmith.serving.starting import HttpServer, ServerSettings
+from tunesmith.settings import config
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    runs: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    checkpoint: str = "best",
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    keys: str | Path | None = None,
+    fallback: Sequence[str] = (),
+    guardrails: str | Path | None = None,
+    batch_size: int = 16,
+    memory_gb: float | None = None,
+    prefix_gb: float | None = None,
+    kv_bits: int | None = None,
+    limits: Sequence[str] = (),
+    log: str | Path | None = None,
+    log_contents: bool = False,
+    announce: Callable[[str], None] = print,
+    notify: Sink = events.silent,
+) -> None:
+    """Serve the base of ``runs`` and each of their adapters (``NAME=RUN`` gives another name), or a plain
+    model, until SIGTERM or Ctrl-C.
+
+    model: where the base lies, or a plain model if there are no runs. keys: a JSON file; needed unless only
+    this machine can connect. fallback: models that answer if the one that was asked cannot. guardrails: a
+    YAML file. limits: assignments such as ``queue=64``. log: file of the access log; None: stderr. announce:
+    gets the text that says what is served. Raises ServeError if the port is taken, and what
+    `served.open_models` raises."""
+    local = host in LOOPBACK
+    if not local and keys is None:
+        message = "other machines can connect, so a key is needed"
+        hint = 'write keys.json: [{"name": "me", "key": "…"}], and add --keys keys.json'
+        raise ConfigError(message, where=f"--host {host}", hint=hint)
+    with contextlib.ExitStack() as inside:
+        settings = ServerSettings(
+            [NamedRun.parse(run) for run in runs],
+            model=model,
+            checkpoint=checkpoint,
+            keys=() if keys is None else keys_file.read(Path(keys)),
+            fallback=tuple(fallback),
+            guardrails=() if guardrails is None else screening.load_guardrails([Path(guardrails)]),
+            batch_size=batch_size,
+            memory=None if memory_gb is None else int(memory_gb * 1e9),
+            prefix_bytes=None if prefix_gb is None else int(prefix_gb * 1e9),
+            kv_bits=kv_bits,
+            limits=config.load(ServerLimits, sets=limits).spec,
+            log=_log(log, inside),
+            log_contents=log_contents,
+            loopback=local,
+        )
+        listener = inside.enter_context(starting.listen(host, port))
+
+        async def live() -> None:
+            service = await starting.start(settings, notify)
+            announce(greeting(service, host, listener.getsockname()[1]))
+            await HttpServer(service).listen(listener)
+
+        asyncio.run(live())
+
+
+def _log(file: str | Path | None, inside: contextlib.ExitStack) -> TextIO:
+    if file is None:
+        return sys.stderr
+    try:
+        return inside.enter_context(Path(file).open("a", encoding="utf-8"))
+    except OSError as error:
+        message = f"cannot be written: {error.strerror}"
+        raise ServeError(message, where=str(file), hint="choose another --log") from error
+
+
+def greeting(service: Service, host: str, port: int) -> str:
+    """What is served, and how to ask it."""
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    lines = [f"serving at {url}", ""]
+    for served in service.models.entries:
+        what = "the base" if served is service.models.base else f"{served.run}"
+        others = f", also {', '.join(served.tags)}" if served.tags else ""
+        lines.append(f"  {served.name}: {what}{others}")
+    first = service.models.entries[0]
+    body: dict[str, object] = {"model": first.name}
+    if first.asked_as == "chat":
+        path, body["messages"] = "chat/completions", [{"role": "user", "content": "Hello"}]
+    else:
+        path, body["prompt"] = "completions", "Hello"
+    command = f"curl {url}/v1/{path} -H 'Content-Type: application/json'"
+    command += ' -H "Authorization: Bearer $KEY"' if service.doorkeeper.keys else ""
+    lines += ["", f"{command} -d {shlex.quote(json.dumps(body))}"]
+    lines += ["", f"in a browser: {url}", "Ctrl-C ends it: what is under way is finished first"]
+    return "\n".join(lines)
