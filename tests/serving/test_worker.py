@@ -233,7 +233,7 @@ def test_a_request_that_runs_out_of_memory_alone_ends_with_an_error(start_server
 def test_what_is_being_loaded_is_reserved(server):
     """mlx-serve 40: a load in flight was not counted, and two loads together did not fit."""
     worker = server.service.worker
-    free = worker.memory - worker.weights
+    free = worker.memory - worker.weights - worker.reserved
 
     async def load():
         with worker.reserve(free * 2 // 3):
@@ -248,7 +248,7 @@ def test_what_is_being_loaded_is_reserved(server):
 def test_a_request_that_would_never_fit_is_refused_at_once(server, monkeypatch):
     worker, service = server.service.worker, server.service
     cost = worker._engine.cost(Request([5, 6], max_tokens=4000))
-    monkeypatch.setattr(worker, "memory", worker.weights + cost - 1)
+    monkeypatch.setattr(worker, "memory", worker.weights + worker.reserved + cost - 1)
     with pytest.raises(TooLarge, match="MB"):
         server.call(answer(service, "base", [5, 6], max_tokens=4000))
     assert server.call(answer(service, "base", [5, 6], max_tokens=4))
@@ -258,7 +258,7 @@ def test_requests_that_do_not_fit_together_take_turns(start_server, settings, al
     server = start_server(settings)
     worker = server.service.worker
     cost = worker._engine.cost(Request(PROMPTS[2], max_tokens=12))
-    monkeypatch.setattr(worker, "memory", worker.weights + 2 * cost)
+    monkeypatch.setattr(worker, "memory", worker.weights + worker.reserved + 2 * cost)
     most, step = [0], Engine.advance
 
     def watched(engine):

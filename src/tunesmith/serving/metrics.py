@@ -50,6 +50,7 @@ class Metrics:
         gauge("batch_size", "Most requests under way", lambda: worker.batch_size)
         gauge("kv_bytes", "Keys and values that requests under way may need", lambda: worker.kv_bytes)
         gauge("weights_bytes", "Memory in use before any request", lambda: worker.weights)
+        gauge("reserved_bytes", "For prompts that were read and what is loading", lambda: worker.reserved)
         gauge("memory_limit_bytes", "Memory that the server may use", lambda: worker.memory)
         gauge("memory_active_bytes", "Memory in use", lambda: backend.memory()["active"])
         gauge("memory_peak_bytes", "Most memory in use so far", lambda: backend.memory()["peak"])

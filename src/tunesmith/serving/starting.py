@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ import uvicorn
 
 from tunesmith import events
 from tunesmith.engine.engine import Engine
-from tunesmith.engine.prefixes import Prefixes
 from tunesmith.errors import ServeError
 from tunesmith.events import Sink
 from tunesmith.serving import app, served
@@ -23,7 +21,7 @@ from tunesmith.serving.guardrails import Guard, Guardrail
 from tunesmith.serving.keys import Doorkeeper, Key
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.metrics import Metrics
-from tunesmith.serving.served import Models, NamedRun
+from tunesmith.serving.served import NamedRun
 from tunesmith.serving.service import Service
 from tunesmith.serving.worker import Worker
 
@@ -52,7 +50,13 @@ class ServerSettings:
 
 async def start(settings: ServerSettings, notify: Sink = events.silent) -> Service:
     """Load what is served and start its engine. Raises what `served.open_models` raises."""
-    worker = Worker(settings.limits, batch_size=settings.batch_size, memory=settings.memory, notify=notify)
+    worker = Worker(
+        settings.limits,
+        batch_size=settings.batch_size,
+        memory=settings.memory,
+        prefix_bytes=settings.prefix_bytes,
+        notify=notify,
+    )
     await worker.start()
     try:
         models = await worker.run(
@@ -62,7 +66,11 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
         )
         for name in settings.fallback:
             models.resolve(name)
-        await worker.serve(functools.partial(_engine, models, settings, worker.memory))
+        await worker.serve(
+            lambda batch_size, prefixes: Engine(
+                models.loaded.net, batch_size, models.routing, prefixes=prefixes, kv_bits=settings.kv_bits
+            )
+        )
     except BaseException:
         await worker.stop()
         raise
@@ -80,13 +88,6 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
         settings.loopback,
         notify,
     )
-
-
-def _engine(models: Models, settings: ServerSettings, memory: int, batch_size: int) -> Engine:
-    """A new engine, whose cache of prompts is empty."""
-    limit = settings.prefix_bytes if settings.prefix_bytes is not None else memory // 10
-    prefixes = Prefixes(limit) if limit else None
-    return Engine(models.loaded.net, batch_size, models.routing, prefixes=prefixes, kv_bits=settings.kv_bits)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -16,12 +16,13 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import mlx.core as mx
 
 from tunesmith import events
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.prefixes import Prefixes
 from tunesmith.engine.requests import NewToken, Request
 from tunesmith.errors import ServeError, TunesmithError
 from tunesmith.events import Notice, Sink
@@ -31,6 +32,8 @@ from tunesmith.serving.rejections import Draining, EngineDied, Overloaded, Timed
 from tunesmith.serving.streams import Answering, Observer, TokenStream
 
 T = TypeVar("T")
+MakeEngine: TypeAlias = Callable[[int, Prefixes | None], Engine]
+"""(batch size, cache of prompts) → an engine that has not been entered."""
 LOOK_S = 0.2
 """Time between two looks of the supervisor."""
 LONGEST_PAUSE_S = 30.0
@@ -68,7 +71,8 @@ class _Life:
 
 class Worker:
     """``batch_size``: most requests under way at once. ``memory``: bytes that the process may use; None: nine
-    tenths of what the machine has. ``notify``: is called on the event loop.
+    tenths of what the machine has. ``prefix_bytes``: how many of them are for prompts that were read; None: a
+    tenth. ``notify``: is called on the event loop.
 
     All methods are called on the event loop."""
 
@@ -78,20 +82,23 @@ class Worker:
         *,
         batch_size: int = 16,
         memory: int | None = None,
+        prefix_bytes: int | None = None,
         notify: Sink = events.silent,
     ) -> None:
         self.limits, self.batch_size, self._notify = limits, batch_size, notify
         self.memory = memory if memory is not None else backend.memory_limit() * 9 // 10
+        self.prefix_bytes = self.memory // 10 if prefix_bytes is None else prefix_bytes
         self.weights = 0
         """Bytes in use without any request, measured when the engine starts and when it is idle."""
-        self.reserved = 0
-        """Bytes promised to what is being loaded."""
+        self.reserved = self.prefix_bytes
+        """Bytes promised to the cache of prompts and to what is being loaded."""
         self.restarts: Counter[str] = Counter()
         """Starts after the first, by reason: died or hung."""
         self.out_of_memory = 0
         self.draining = False
-        self._make_engine: Callable[[int], Engine] | None = None
+        self._make_engine: MakeEngine | None = None
         self._engine: Engine | None = None
+        self._prefixes: Prefixes | None = None
         self._waiting: deque[TokenStream] = deque()
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
@@ -118,10 +125,11 @@ class Worker:
             raise EngineDied("the engine is being started", hint="ask again in a few seconds")
         request.require(0)
         cost = engine.cost(request)
-        if self.weights + cost > self.memory:
+        if self.weights + self.reserved + cost > self.memory:
             message = (
                 f"needs {cost / 1e6:,.0f} MB for its keys and values, beside {self.weights / 1e6:,.0f} MB of "
-                f"weights; the server may use {self.memory / 1e6:,.0f} MB"
+                f"weights and {self.reserved / 1e6:,.0f} MB for prompts that were read; the server may use "
+                f"{self.memory / 1e6:,.0f} MB"
             )
             raise TooLarge(f"the request {message}", hint="shorten the prompt, or ask for fewer tokens")
         if len(self._waiting) >= self.limits.queue:
@@ -192,7 +200,7 @@ class Worker:
         self._begin_life()
         self._supervisor = asyncio.create_task(self._supervise())
 
-    async def serve(self, make_engine: Callable[[int], Engine]) -> None:
+    async def serve(self, make_engine: MakeEngine) -> None:
         """Answer requests with the engine that ``make_engine`` makes for a batch size, in MLX's thread."""
         self._make_engine = make_engine
         await self.run(lambda: None)  # the thread starts the engine before its next job
@@ -335,9 +343,10 @@ class Worker:
             with suppress(Exception):
                 engine.__exit__(None, None, None)
 
-    def _started(self, life: _Life, make_engine: Callable[[int], Engine]) -> Engine:
+    def _started(self, life: _Life, make_engine: MakeEngine) -> Engine:
         with self._beating(life, self.limits.load_s):
-            engine = make_engine(self.batch_size)
+            self._prefixes = Prefixes(self.prefix_bytes) if self.prefix_bytes else None
+            engine = make_engine(self.batch_size, self._prefixes)
             engine.__enter__()
             self.weights = backend.memory()["active"]
         if not life.given_up:
@@ -373,7 +382,7 @@ class Worker:
         """Wait; the memory of what is loaded can be measured now."""
         if life.measured != life.n_jobs:
             life.measured = life.n_jobs
-            self.weights = backend.memory()["active"]
+            self.weights = backend.memory()["active"] - (self._prefixes.n_bytes if self._prefixes else 0)
         self._sleep(life)
 
     def _sleep(self, life: _Life) -> None:
