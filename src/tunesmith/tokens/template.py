@@ -298,7 +298,7 @@ class Renderer(ABC):
         for message in conversation.messages:
             quiet = message.calls and self.words_beside_calls != "refuse"
             _present(replace(message, content="") if quiet else message, text, history=True)
-        self._require_tools([cast(dict[str, Any], tool)["function"] for tool in conversation.tools], ids)
+        self.require_tools(conversation.tools, ids)
         return ids
 
     @property
