@@ -42,9 +42,11 @@ def test_the_parts_of_a_folder_are_information_and_no_warning(tmp_path, tiny_mod
     resolved = settings(tiny_model, fill(tmp_path / "data", "train.jsonl", "valid.jsonl"))
     heard: list[events.Event] = []
     tunesmith.plan(resolved, notify=heard.append)
+    rendered, _ = tunesmith.show([str(tmp_path / "data")], model=str(tiny_model), notify=heard.append)
     tunesmith.train(resolved, out=tmp_path / "run", notify=heard.append)
     said = [event for event in heard if isinstance(event, events.Notice) and event.what == resolved.notes[0]]
-    assert [(event.level, event.where) for event in said] == [("info", "data.train")] * 2
+    assert [(event.level, event.where) for event in said] == [("info", "data.train")] * 3
+    assert resolved.notes[0] not in rendered.notes
 
 
 @pytest.mark.parametrize(

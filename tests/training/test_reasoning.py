@@ -156,6 +156,8 @@ def test_how_thinking_stands_is_said_in_plan_report_and_card(tmp_path, model):
     assert tunesmith.plan(config)["reasoning"] == due
     run = tunesmith.train(config, out=tmp_path / "run", notify=heard.append)
     line = "thinking is on in prompts: 15 of 20 answers have reasoning"
+    (hint,) = {event.hint for event in heard if isinstance(event, events.Notice) and event.what == line}
+    assert hint == "a row without reasoning is learned with thinking off"
     assert about_reasoning(heard) == [line]
     content = json.loads((run.path / "report.json").read_text())
     assert content["counts"]["reasoning"] == due
@@ -163,6 +165,14 @@ def test_how_thinking_stands_is_said_in_plan_report_and_card(tmp_path, model):
         text = (run.path / name).read_text()
         assert line in text and "reasoning.with_reasoning" in text
     assert f"T{line[1:]}." in (run.path / "model_card.md").read_text()
+
+
+@pytest.mark.parametrize("reasoned", [0, 15, 20])
+def test_rows_without_reasoning_are_spoken_of_only_if_there_are_some(reasoned, tmp_path, model):
+    rows, heard = write(tmp_path / "rows.jsonl", "marks", reasoned=reasoned), []
+    tunesmith.plan(configured(model(SWITCHED), rows), notify=heard.append)
+    (notice,) = [event for event in heard if isinstance(event, events.Notice) and "thinking" in event.what]
+    assert (notice.hint is None) == (reasoned == 20)
 
 
 @pytest.mark.parametrize(

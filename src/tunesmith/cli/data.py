@@ -50,16 +50,18 @@ def show(
 ) -> None:
     """Print rows as the model would learn them: learned tokens coloured (or between ⟦ and ⟧ without
     colour). Of a run: its held-out rows."""
-    rendered, renderer = tunesmith.show(
-        data,
-        model=model,
-        tokenizer=tokenizer,
-        config=config or (),
-        preset=preset,
-        sets=sets or (),
-        environ=os.environ,
-        limit=limit if limit is not None or as_json else SHOWN_ROWS,
-    )
+    with progress() as notify:
+        rendered, renderer = tunesmith.show(
+            data,
+            model=model,
+            tokenizer=tokenizer,
+            config=config or (),
+            preset=preset,
+            sets=sets or (),
+            environ=os.environ,
+            limit=limit if limit is not None or as_json else SHOWN_ROWS,
+            notify=notify,
+        )
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for row in rendered.rows:
         if as_json:

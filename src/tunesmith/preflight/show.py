@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tunesmith import events
 from tunesmith.data import formats
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.events import Notice, Sink
 from tunesmith.model import loading
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs import opening
@@ -30,6 +32,7 @@ def show(
     sets: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
     limit: int | None = None,
+    notify: Sink = events.silent,
 ) -> tuple[Rendered, Renderer]:
     """The rows of ``data`` as ``train`` would learn them with the same settings, and the renderer. Loads no
     weights.
@@ -44,12 +47,12 @@ def show(
         return _of_run(Run.open(data[0]), limit)
     named = model or (None if preset or config else tokenizer or BUILT_IN)
     resolved = configure(model=named, data=data, config=config, preset=preset, sets=sets, environ=environ)
+    for text in resolved.notes:
+        notify(Notice(text, where="data.train"))
     spec = resolved.spec
     renderer = renderers.load(tokenizer_source(spec.model, tokenizer), spec.template)
     renderer.follow(spec.template, spec.data.text_control)
-    rendered = _rendered(spec.data.train, spec, renderer, limit)
-    rendered.notes.update(resolved.notes)
-    return rendered, renderer
+    return _rendered(spec.data.train, spec, renderer, limit), renderer
 
 
 def _of_run(run: Run, limit: int | None) -> tuple[Rendered, Renderer]:

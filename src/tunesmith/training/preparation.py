@@ -226,7 +226,8 @@ def _settle_thinking(
         decided_by="rows" if config.template.thinking == "auto" else "template.thinking",
     )
     if (text := thinking.line(renderer.thinking, reasoning)) is not None:
-        hint = None if switch is None else "a row without reasoning is learned with thinking off"
+        mixed = switch is not None and not all(reasoned)
+        hint = "a row without reasoning is learned with thinking off" if mixed else None
         notify(Notice(text, where="template.thinking", hint=hint))
     return reasoning
 
