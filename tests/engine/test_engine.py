@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from adapters.test_layers import fresh, move
+from scipy.special import log_softmax
 
 from tunesmith import adapters
 from tunesmith.adapters import DoRA, LoRA
@@ -19,6 +21,23 @@ SPECS = {
     "lengths": DoRA(rank=4, targets=("all-linear", "lm_head")),
 }
 NAMES = [None, *SPECS, None, "wide", "low", "lengths"]
+
+
+class Anything:
+    """A constraint that allows everything, for ``most`` tokens."""
+
+    def __init__(self, most: int = 3) -> None:
+        self.most, self.tokens = most, []
+
+    def allowed(self) -> np.ndarray | None:
+        return None
+
+    def advance(self, token: int) -> None:
+        self.tokens.append(token)
+
+    @property
+    def ended(self) -> bool:
+        return len(self.tokens) >= self.most
 
 
 @pytest.fixture(autouse=True, params=["batched", "separate"])
@@ -146,3 +165,163 @@ def test_after_an_engine_the_net_answers_as_the_base(values):
         with Engine(net, 8, routing) as engine:
             finished(engine, engine.submit([request(0, adapter="wide"), request(1, adapter="low")]))
         assert mx.array_equal(net(ids), base)
+
+
+OPTIONS = {
+    "top_k": {"temperature": 2.0, "top_k": 2},
+    "top_p": {"temperature": 2.0, "top_p": 0.1},
+    "min_p": {"temperature": 2.0, "min_p": 0.5},
+    "seed": {"temperature": 2.0, "seed": 1},
+    "stream": {"temperature": 2.0, "stream": 1},
+    "repetition_penalty": {"repetition_penalty": 3.0},
+    "presence_penalty": {"presence_penalty": 50.0},
+    "frequency_penalty": {"frequency_penalty": 50.0},
+    "logit_bias": {"logit_bias": {9: 100.0}},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_has_an_effect(option):
+    given = OPTIONS[option]
+    without = {name: value for name, value in given.items() if name == "temperature" and option != name}
+    with Engine(fresh()) as engine:
+        numbers = engine.submit([request(7, **without), request(7, **given)])
+        plain, changed = finished(engine, numbers)
+    assert plain != changed
+    if option in ("presence_penalty", "frequency_penalty"):
+        assert len(set(changed)) == 9 > len(set(plain))
+    if option == "logit_bias":
+        assert changed == [9] * 9
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"presence_penalty": float("inf")}, "presence_penalty is inf"),
+        ({"frequency_penalty": 2000.0}, "frequency_penalty is 2000.0"),
+        ({"logprobs": -1}, "logprobs is -1"),
+        ({"logit_bias": {3: float("nan")}}, "logit_bias of token 3 is nan"),
+        ({"logit_bias": {64: 1.0}}, "ids outside of the token embedding"),
+        ({"constraint": Anything()}, "a constraint without an end token"),
+    ],
+)
+def test_options_out_of_their_range_are_refused_and_nothing_begins(options, message):
+    with Engine(fresh()) as engine:
+        with pytest.raises(ModelError, match=message):
+            engine.submit([request(0), request(1, **options)])
+        assert not engine.busy and engine.step() == []
+
+
+def test_logprobs_are_those_of_the_model_before_options():
+    net, options = fresh(), {"logit_bias": {9: 100.0}, "temperature": 0.5, "logprobs": 4}
+    with Engine(net) as engine:
+        engine.submit([request(3), request(2, **options)])
+        tokens = [token for step in iter(engine.step, []) for token in step if token.request == 1]
+    ids = [*request(2).ids]
+    for token in tokens:
+        exact = log_softmax(np.array(net(mx.array([ids]))[0, -1], np.float64))
+        assert token.token == 9 and token.logprob == pytest.approx(exact[9], abs=1e-4)
+        assert [id for id, _ in token.top] == np.argsort(-exact)[:4].tolist()
+        ids.append(token.token)
+
+
+def test_a_long_prompt_delays_nobodys_token_by_more_than_one_chunk(way):
+    net, passes = fresh(), []
+    with Engine(net, 8, prefill_tokens=20) as engine:
+        forward = engine._forward
+
+        def counted(rows, tokens, layers):
+            passes.append(tokens.shape)
+            return forward(rows, tokens, layers)
+
+        engine._forward = counted
+        short = engine.submit([Request([1, 2, 3], max_tokens=60)])
+        while not engine.advance():
+            pass
+        long = engine.submit([Request([5] * length, max_tokens=2) for length in (300, 250, 7)])
+        waits = 0
+        for _ in range(45):
+            passes.clear()
+            tokens = engine.advance()
+            assert [token.request for token in tokens][:1] == short, "it gets a token each time"
+            chunks = [rows * width for rows, width in passes if width > 1]
+            assert len(chunks) <= 1 and sum(chunks) <= 20
+            waits += not any(token.request in long for token in tokens)
+    assert waits > 20
+
+
+def test_busy_says_whether_something_is_left():
+    with Engine(fresh(), 1, prefill_tokens=2) as engine:
+        assert not engine.busy
+        numbers = engine.submit([request(0), request(7)])
+        assert engine.busy and engine.advance() == []
+        assert len(finished(engine, numbers)[1]) == 9 and not engine.busy
+        engine.submit([request(0), request(7)])
+        engine.advance()
+        engine.cancel([2, 3])
+        assert not engine.busy
+
+
+def test_cost_is_what_the_cache_of_a_row_takes(way):
+    net = fresh()
+    bound = Request([1] * 300, max_tokens=100)
+    with Engine(net) as engine:
+        cost = engine.cost(bound)
+        engine.submit([bound])
+        while not engine.advance():
+            pass
+        used = sum(layer.nbytes for layer in engine._decoding[0].layers)
+    assert used == cost == 3 * 2 * 2 * 16 * 4 * 512  # layers, keys and values, heads, width, bytes, positions
+    with Engine(net) as engine:
+        assert engine.cost(Request([1], max_tokens=1)) == cost // 2
+
+
+def test_a_cancelled_request_frees_its_memory():
+    with Engine(fresh(), prefill_tokens=10_000) as engine:
+        engine.submit([request(0)])
+        engine.step()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        (number,) = engine.submit([Request([3] * 6000, max_tokens=50)])
+        for _ in range(4):
+            engine.step()
+        assert mx.get_active_memory() > before + (4 << 20)
+        engine.cancel([number])
+        engine.step()
+        assert mx.get_active_memory() < before + (1 << 20)
+
+
+def test_sixteen_answers_at_once_do_not_leak(values):
+    """Museum: mlx-lm 965, words of one answer in another with 16 requests at once."""
+    requests = [Request([1 + place] * (3 + place), max_tokens=12) for place in range(16)]
+    singles = []
+    for single in requests:
+        with Engine(fresh(), 1) as engine:
+            singles += finished(engine, engine.submit([single]))
+    with Engine(fresh(), 16) as engine:
+        assert finished(engine, engine.submit(requests)) == singles
+
+
+def test_plain_and_constrained_rows_share_a_batch():
+    """Museum: omlx 1798, plain and structured rows in one batch crashed. The mask may be shorter than the
+    logits, and nothing may be allowed but an end token."""
+
+    class Alternating(Anything):
+        def allowed(self) -> np.ndarray:
+            return np.arange(60) % 2 == len(self.tokens) % 2
+
+    plain = [request(place) for place in range(3)]
+    bound = Alternating(5)
+    with Engine(fresh()) as engine:
+        alone = [finished(engine, engine.submit([single]))[0] for single in plain]
+        both = [*plain, Request([3, 4], [63], 20, constraint=bound)]
+        *free, structured = finished(engine, engine.submit(both))
+    assert free == alone
+    assert [token % 2 for token in structured[:-1]] == [0, 1, 0, 1, 0] and structured[-1] == 63
+    assert bound.tokens == structured[:-1]

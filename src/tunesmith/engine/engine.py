@@ -30,6 +30,8 @@ from tunesmith.model.loading import evaluating
 
 PREFILL = 8
 """Most prompts that are read in one pass."""
+UNLIMITED = PREFILL * 2048
+"""Positions of a chunk where nobody waits for the next token of an answer."""
 WORTH_WAITING = 64
 """Fewest tokens that a prompt has in common with one that is being read, for it to wait for them."""
 STEPS_BETWEEN_CLEARING = 512

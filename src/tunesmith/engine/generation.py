@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from tunesmith.data.asking import AskedAs, question
 from tunesmith.data.formats import JSON, Conversation, Message
-from tunesmith.engine.engine import Engine
+from tunesmith.engine.engine import UNLIMITED, Engine
 from tunesmith.engine.requests import Finish, Request
 from tunesmith.errors import TemplateError
 from tunesmith.model import vocabulary
@@ -46,7 +46,7 @@ def generate(
         for index, prompt in enumerate(prompts)
     ]
     finish: dict[int, Finish] = {}
-    with Engine(net, batch_size) as engine:
+    with Engine(net, batch_size, prefill_tokens=UNLIMITED) as engine:
         numbers = engine.submit(requests)
         ids: dict[int, list[int]] = {number: [] for number in numbers}
         while tokens := engine.step():
@@ -71,7 +71,7 @@ def stream(
     seed: int = 0,
 ) -> Iterator[int]:
     """The ids of ``generate([prompt])``, each as soon as it is known."""
-    with Engine(net, 1) as engine:
+    with Engine(net, 1, prefill_tokens=UNLIMITED) as engine:
         engine.submit([Request(prompt, eos_ids, max_tokens, temperature, top_p, seed)])
         while tokens := engine.step():
             yield from (token for _, token, end, *_ in tokens if end != "stop")

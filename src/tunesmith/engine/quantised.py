@@ -117,8 +117,9 @@ class QuantisedRows:
         filled = self if self.keys is not None else other
         if end:
             missing = [end - self._end, end - other._end]
-            self.keys = _together([_part(rows, "keys", filled) for rows in (self, other)], missing)
-            self.values = _together([_part(rows, "values", filled) for rows in (self, other)], missing)
+            keys = [_part(rows, "keys", filled) for rows in (self, other)]
+            values = [_part(rows, "values", filled) for rows in (self, other)]
+            self.keys, self.values = _together(keys, missing), _together(values, missing)
         self.offset = mx.concatenate([self.offset, other.offset])
         self.left_padding = mx.concatenate([self.left_padding, other.left_padding])
         self._end = end

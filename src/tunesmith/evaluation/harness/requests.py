@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from tunesmith.engine import scoring
-from tunesmith.engine.engine import Engine
+from tunesmith.engine.engine import UNLIMITED, Engine
 from tunesmith.engine.requests import Request
 from tunesmith.evaluation.subject import Subject
 from tunesmith.events import Notice
@@ -183,7 +183,7 @@ def continuations(
     def text(ids: Sequence[int]) -> str:
         return renderer.decode([token for token in ids if token not in renderer.control_ids])
 
-    with Engine(subject.net, subject.batch_size) as engine:
+    with Engine(subject.net, subject.batch_size, prefill_tokens=UNLIMITED) as engine:
         numbers = engine.submit(
             [
                 Request(prompt, renderer.eos_ids, most)
