@@ -12,7 +12,7 @@ from tunesmith import events
 from tunesmith.data import formats
 from tunesmith.data.formats import DataSpec
 from tunesmith.errors import ExportError
-from tunesmith.exports import training_rows
+from tunesmith.exports import fidelity, training_rows
 from tunesmith.runs.directory import VALID, Run
 
 QUICK = ["loop.steps=2", "adapter.rank=2"]
@@ -81,3 +81,15 @@ def test_a_training_file_of_a_source_that_changed_is_named(mixture):
         assert caught.value.where == str(path)
     finally:
         path.write_text(text)
+
+
+def test_held_out_rows_of_which_none_can_be_read_are_an_error_with_their_file_and_the_cure(
+    tmp_path, tiny_model
+):
+    run = Run.open(train(tmp_path / "one", tiny_model, 0, "data.valid=0.25"))
+    (run.path / VALID).write_text('{"other": 1}\n{}\n')
+    with pytest.raises(ExportError, match=r"valid\.jsonl: no row can be read\n.*valid\.jsonl:1: ") as caught:
+        fidelity.examples(run, run.config, 4)
+    assert caught.value.hint is not None and "delete the file" in caught.value.hint
+    (run.path / VALID).unlink()
+    assert len(fidelity.examples(run, run.config, 4)) == 4

@@ -310,6 +310,14 @@ def test_runs_that_held_out_other_rows_are_told_to_be_asked_the_same(runs, tmp_p
     )
 
 
+def test_held_out_rows_that_are_a_folder_are_an_error_with_its_path_and_the_cure(runs):
+    (runs[0] / "data" / "valid.jsonl").unlink()
+    (runs[0] / "data" / "valid.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"valid\.jsonl: is not a file") as caught:
+        compared(*runs)
+    assert caught.value.hint is not None and "delete it" in caught.value.hint
+
+
 def test_a_task_of_another_version_of_tunesmith_is_compared_by_its_headline_alone(runs):
     for run, values in zip(runs, ([1.0] * 4 + [0.0] * 8, [1.0] * 12), strict=True):
         evaluated(run, values, name="of_the_future", version="7")

@@ -46,10 +46,16 @@ class Probe(NamedTuple):
 
 
 def examples(run: Run, config: RunConfig, limit: int) -> list[Example]:
-    """The first ``limit`` held-out rows, or training rows if none are held out."""
+    """The first ``limit`` held-out rows, or training rows if none are held out. Raises ExportError if no
+    held-out row can be read."""
     held_out = run.path / VALID
     if held_out.is_file() and held_out.stat().st_size:
         read = formats.read([str(held_out)], config.data.model_copy(update={"format": "auto"}))
+        if not read.examples:
+            hint = "put the run's held-out rows back, or delete the file: then training rows are used"
+            raise ExportError(
+                f"no row can be read\n{formats.faults(read.dropped)}", where=str(held_out), hint=hint
+            )
     else:
         read = formats.read(list(config.data.train), config.data)
     return IMITATED.select(read.examples).examples[:limit]

@@ -285,7 +285,6 @@ def _read(path: Path, letter: str, name: str, notify: Sink) -> ComparedRun:
     for record in older:
         text = f"{letter}: {EVALS}/{record.name} is of an older version of tunesmith, and not compared"
         notify(Notice(text, level="warning", where=str(path), hint=pairing.command(record)))
-    valid = path / VALID
     return ComparedRun(
         letter,
         name,
@@ -300,9 +299,19 @@ def _read(path: Path, letter: str, name: str, notify: Sink) -> ComparedRun:
         ],
         settings(path),
         given(path),
-        sha256(valid) if valid.exists() and valid.stat().st_size else "",
+        _held_out(path / VALID),
         records,
     )
+
+
+def _held_out(valid: Path) -> str:
+    """A hash of the held-out rows; "" if there are none. Raises DataError if they are not a file."""
+    if not valid.exists():
+        return ""
+    if not valid.is_file():
+        hint = "put the run's held-out rows back, or delete it: the run then counts as one without them"
+        raise DataError("is not a file", where=str(valid), hint=hint)
+    return sha256(valid) if valid.stat().st_size else ""
 
 
 def _differing(values: Sequence[dict[str, Any]], origins: Sequence[dict[str, str]]) -> list[DifferingRow]:
