@@ -43,7 +43,7 @@ def copied(layers: list[Any]) -> list[Any]:
     return copy.deepcopy(layers)
 
 
-class Growth(NamedTuple):
+class CacheGrowth(NamedTuple):
     """Bytes of one layer's cache: ``fixed``, and ``each`` for each of at most ``most`` positions."""
 
     fixed: int
@@ -55,14 +55,14 @@ class Growth(NamedTuple):
         return self.fixed + self.each * (whole if self.most is None else min(whole, self.most + STEP))
 
 
-def growth(net: nn.Module, kv_bits: int | None) -> list[Growth]:
+def growth(net: nn.Module, kv_bits: int | None) -> list[CacheGrowth]:
     """What the cache of one row of ``net`` needs, from the shapes after a pass that is never computed."""
     layers = made(net, kv_bits)
     cast(Any, net)(mx.zeros((1, 1), mx.int32), cache=layers)
     return [part for layer in layers for part in _growth(layer)]
 
 
-def _growth(layer: Any) -> list[Growth]:
+def _growth(layer: Any) -> list[CacheGrowth]:
     from mlx_lm.models import cache
 
     if isinstance(layer, cache.CacheList):
@@ -74,10 +74,10 @@ def _growth(layer: Any) -> list[Growth]:
     elif isinstance(layer, cache.ChunkedKVCache):
         most = layer.chunk_size
     elif not isinstance(layer, cache.KVCache | cache.ConcatenateKVCache | cache.QuantizedKVCache):
-        return [Growth(layer.nbytes, 0, None)]
+        return [CacheGrowth(layer.nbytes, 0, None)]
     keys: Any = full.keys
     positions = (keys[0] if isinstance(keys, tuple | list) else keys).shape[2]
-    return [Growth(0, full.nbytes // positions, most)]
+    return [CacheGrowth(0, full.nbytes // positions, most)]
 
 
 def _tried(net: nn.Module) -> list[Any]:

@@ -22,7 +22,7 @@ from tunesmith.adapters.routing import Routing
 from tunesmith.engine import caches
 from tunesmith.engine.prefixes import Prefixes, common_length
 from tunesmith.engine.requests import NewToken, Request
-from tunesmith.engine.rows import Batch, Decoding, Row
+from tunesmith.engine.rows import Decoding, EngineRow, RowBatch
 from tunesmith.errors import ModelError
 from tunesmith.events import Notice, Sink
 from tunesmith.model import abilities, vocabulary
@@ -68,11 +68,12 @@ class Engine:
         self._prefill_tokens, self._prefixes, self._kv_bits = max(1, prefill_tokens), prefixes, kv_bits
         self._inside = ExitStack()
         self._together = True
-        self._waiting: deque[Row] = deque()
-        self._reading: Batch | None = None
+        self._waiting: deque[EngineRow] = deque()
+        self._reading: RowBatch | None = None
         self._decoding: list[Decoding] = []
         self._count = self._steps = 0
-        self._growth: list[caches.Growth] = []
+        self._growth: list[caches.CacheGrowth] = []
+        self._longest: int | None = None
 
     def __enter__(self) -> Engine:
         """Raises ModelError if the model's keys and values cannot be kept in ``kv_bits``."""
@@ -82,6 +83,7 @@ class Engine:
                 inside.callback(self._routing.select, None)  # later passes meet the base alone
             self._together = abilities.batches(self._net)
             self._growth = caches.growth(self._net, self._kv_bits)
+            self._longest = vocabulary.limits(self._net).positions
             if (limit := _wired_limit()) is not None:
                 inside.callback(mx.set_wired_limit, limit)
                 inside.callback(mx.synchronize)
@@ -101,7 +103,7 @@ class Engine:
 
     def cost(self, request: Request) -> int:
         """Bytes of keys and values that ``request`` needs if it gets all the tokens that it may have. Rows of
-        a batch are padded to the longest of them."""
+        a batch are padded to the longest of them. May be called from another thread."""
         positions = len(request.ids) + self._most(request)
         return sum(layer.bytes(positions) for layer in self._growth)
 
@@ -125,7 +127,7 @@ class Engine:
         numbers = list(range(self._count, self._count + len(requests)))
         self._count += len(requests)
         rows = [
-            Row(number, request, self._most(request))
+            EngineRow(number, request, self._most(request))
             for number, request in zip(numbers, requests, strict=True)
         ]
         self._waiting.extend(sorted(rows, key=lambda row: -len(row.request.ids)))
@@ -166,7 +168,7 @@ class Engine:
     def _admit(self) -> None:
         """Let waiting rows begin while there is room: their prompts are read next."""
         at_once = min(PREFILL, self._prefill_tokens) if self._together else 1
-        later: list[Row] = []
+        later: list[EngineRow] = []
         while self._waiting:
             reading = self._reading.rows if self._reading is not None else []
             under_way = len(reading) + sum(len(batch.rows) for batch in self._decoding)
@@ -176,7 +178,7 @@ class Engine:
             if self._read_by(reading, row):
                 later.append(row)
                 continue
-            batch = Batch.of([row], [self._cache_of(row)], not self._together)
+            batch = RowBatch.of([row], [self._cache_of(row)], not self._together)
             if not row.unread:
                 self._begin(batch)
             elif self._reading is None:
@@ -185,7 +187,7 @@ class Engine:
                 self._reading.join(batch)
         self._waiting.extendleft(reversed(later))
 
-    def _read_by(self, reading: Sequence[Row], row: Row) -> bool:
+    def _read_by(self, reading: Sequence[EngineRow], row: EngineRow) -> bool:
         """Whether the prompt of ``row`` begins with tokens that are being read now, so that it pays to wait
         for their prefix."""
         if self._prefixes is None or row.request.digest is None:
@@ -202,7 +204,7 @@ class Engine:
             return False
         return longest >= WORTH_WAITING + self._prefixes.length(self._key(key), row.request.ids[:-1])
 
-    def _cache_of(self, row: Row) -> list[Any]:
+    def _cache_of(self, row: EngineRow) -> list[Any]:
         """The cache that ``row`` begins with: of the longest known beginning of its prompt, or empty."""
         if self._prefixes is not None and row.request.digest is not None:
             known = self._prefixes.find(self._key(row.request.digest), row.request.ids[:-1])
@@ -212,7 +214,7 @@ class Engine:
                 return layers
         return caches.made(self._net, self._kv_bits)
 
-    def _keep(self, row: Row, layers: list[Any]) -> None:
+    def _keep(self, row: EngineRow, layers: list[Any]) -> None:
         """Keep what ``row`` has read for later prompts."""
         assert self._prefixes is not None and row.request.digest is not None
         self._prefixes.add(self._key(row.request.digest), row.tokens[: row.read], layers)
@@ -220,7 +222,7 @@ class Engine:
     def _key(self, digest: str) -> str:
         return digest if self._kv_bits is None else f"{digest} in {self._kv_bits} bits"
 
-    def _read(self, batch: Batch) -> None:
+    def _read(self, batch: RowBatch) -> None:
         """Read one chunk of the prompts of ``batch``; what is read but for its last token begins."""
         batch.read(self._forward, max(1, self._prefill_tokens // len(batch.rows)))
         done = [place for place, row in enumerate(batch.rows) if not row.unread]
@@ -235,13 +237,13 @@ class Engine:
             self._reading = None
         self._begin(ready)
 
-    def _begin(self, batch: Batch) -> None:
+    def _begin(self, batch: RowBatch) -> None:
         if self._together and self._decoding:
             self._decoding[0].add(batch)
         else:
             self._decoding.append(Decoding(batch, self._keep if self._prefixes is not None else None))
 
-    def _forward(self, rows: Sequence[Row], tokens: mx.array, layers: list[Any]) -> mx.array:
+    def _forward(self, rows: Sequence[EngineRow], tokens: mx.array, layers: list[Any]) -> mx.array:
         """(B, T) → (B, T, V) logits, each row with its own adapter."""
         if self._routing is not None:
             self._routing.select([row.request.adapter for row in rows])
@@ -249,10 +251,9 @@ class Engine:
 
     def _most(self, request: Request) -> int:
         """Tokens that ``request`` may have: a model with a longest sequence stops there."""
-        positions = vocabulary.limits(self._net).positions
-        if positions is None:
+        if self._longest is None:
             return request.max_tokens
-        return min(request.max_tokens, positions - len(request.ids) + 1)  # the last token is not read
+        return min(request.max_tokens, self._longest - len(request.ids) + 1)  # the last token is not read
 
     def _drop(self) -> None:
         self._waiting, self._reading, self._decoding = deque(), None, []

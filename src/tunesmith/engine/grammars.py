@@ -23,7 +23,7 @@ import numpy as np
 
 from tunesmith.checks import parsers
 from tunesmith.data.formats import JSON, Call, Conversation, Message
-from tunesmith.engine.requests import Constraint
+from tunesmith.engine.requests import TokenConstraint
 from tunesmith.engine.schema_support import require_enforceable
 from tunesmith.errors import ModelError, TemplateError
 from tunesmith.tokens.template import Renderer
@@ -84,17 +84,17 @@ class Grammars:
         self._mark = self._reasoning_mark()
         self.call_form = self._written_calls()
 
-    def json_object(self) -> Constraint:
+    def json_object(self) -> TokenConstraint:
         """An answer that is any JSON object."""
         return self.json_schema({"type": "object"})
 
-    def json_schema(self, schema: JSON) -> Constraint:
+    def json_schema(self, schema: JSON) -> TokenConstraint:
         """An answer that is JSON of ``schema``. Raises ModelError if the schema is invalid, cannot be
         satisfied, or has a keyword that cannot be enforced."""
         require_enforceable(schema)
         return self._answer(f"%json {_notation(schema)}")
 
-    def regex(self, pattern: str) -> Constraint:
+    def regex(self, pattern: str) -> TokenConstraint:
         """An answer that matches ``pattern`` (Rust's syntax) as a whole. Raises ModelError if it cannot."""
         return self._answer(f"/{llguidance.regex_to_lark(pattern)}/")
 
@@ -105,7 +105,7 @@ class Grammars:
         *,
         one_named: str | None = None,
         parallel: bool = True,
-    ) -> Constraint:
+    ) -> TokenConstraint:
         """An answer that calls ``tools``, in OpenAI's layout, at least once, with arguments of their schemas.
 
         ``form``: None is the template's own, or `OPENAI` if it writes no calls. ``one_named``: the only tool
@@ -137,7 +137,7 @@ class Grammars:
             choices.append(" ".join(self._expressions(text.replace(NAME, str(function["name"])), holes)))
         return f"{rule}: {' | '.join(choices)}"
 
-    def _answer(self, content: str) -> Constraint:
+    def _answer(self, content: str) -> TokenConstraint:
         """``content`` between what the template writes around words."""
         return self._constraint("\n".join([f"answer: {content}", *self._framed("answer", self._frame)]))
 
@@ -153,7 +153,7 @@ class Grammars:
             reasoning = f"reasoning[lazy]: REASONED\nREASONED: /(?s:.*)/ {json.dumps(self._mark)}"
         return [f"start: {' '.join([*opening, rule, *closing])}", reasoning]
 
-    def _constraint(self, grammar: str) -> Constraint:
+    def _constraint(self, grammar: str) -> TokenConstraint:
         if grammar not in self._compiled:
             # Without forcing, tokens may cut the text in another way than the tokenizer itself would.
             source = llguidance.LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{grammar}')

@@ -14,7 +14,6 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, dynamic_roll
 
-from tunesmith.engine.caches import STEP
 from tunesmith.errors import ModelError
 
 BITS = (8, 4)
@@ -156,7 +155,7 @@ class QuantisedRows:
     def _written(self, parts: Parts | None, new: Sequence[mx.array], start: int) -> Parts:
         """``parts`` with ``new`` from ``start`` on; room is made in steps."""
         if parts is None or self._end > parts[0].shape[2]:
-            room = -(-new[0].shape[2] // STEP) * STEP
+            room = -(-new[0].shape[2] // QuantizedKVCache.step) * QuantizedKVCache.step
             more = tuple(mx.zeros((*part.shape[:2], room, part.shape[3]), part.dtype) for part in new)
             if parts is not None:
                 more = tuple(

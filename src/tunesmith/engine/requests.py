@@ -18,7 +18,7 @@ Finish = Literal["stop", "length"]
 """Why a continuation ended: an end token, or as many tokens as were allowed."""
 
 
-class Constraint(Protocol):
+class TokenConstraint(Protocol):
     """The tokens that one continuation may take next. It belongs to one request and follows its tokens."""
 
     def allowed(self) -> np.ndarray | None:
@@ -69,7 +69,7 @@ class Request:
     frequency_penalty: float = field(default=0.0, kw_only=True)
     logit_bias: Mapping[int, float] = field(default_factory=dict, kw_only=True)
     logprobs: int | None = field(default=None, kw_only=True)
-    constraint: Constraint | None = field(default=None, kw_only=True)
+    constraint: TokenConstraint | None = field(default=None, kw_only=True)
     draft: bool = field(default=True, kw_only=True)
     digest: str | None = field(default=None, kw_only=True)
 

@@ -13,12 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from tunesmith.engine import caches
-from tunesmith.engine.requests import Constraint, Finish, NewToken, Request
+from tunesmith.engine.requests import Finish, NewToken, Request, TokenConstraint
 from tunesmith.engine.sampling import Draws, Edits, Scores, choose
 
 
 @dataclass(eq=False)
-class Row:
+class EngineRow:
     """One request under way. ``tokens``: its prompt and what was generated; the cache holds the first
     ``read`` of them, or the next one as well while a pass is under way. ``most``: how many may be generated.
     ``made`` were given out, ``drawn`` were chosen by a pass. ``cached``: how many tokens of the prompt came
@@ -54,23 +54,23 @@ class Row:
         return "stop" if token in self.ends else "length" if self.made >= self.most else None
 
 
-Forward = Callable[[Sequence[Row], mx.array, list[Any]], mx.array]
+Forward = Callable[[Sequence[EngineRow], mx.array, list[Any]], mx.array]
 """(rows, their next tokens (B, T), their cache) → (B, T, V) logits; the cache then holds these tokens too."""
 
 
-class Batch:
+class RowBatch:
     """``layers``: the cache of all rows, one object for each layer of the model. ``alone``: one row whose
     cache is not made for batches."""
 
-    def __init__(self, rows: list[Row], layers: list[Any], alone: bool = False) -> None:
+    def __init__(self, rows: list[EngineRow], layers: list[Any], alone: bool = False) -> None:
         self.rows, self.layers, self.alone = rows, layers, alone
 
     @classmethod
-    def of(cls, rows: list[Row], layers: Sequence[list[Any]], alone: bool) -> Batch:
+    def of(cls, rows: list[EngineRow], layers: Sequence[list[Any]], alone: bool) -> RowBatch:
         """``layers``: the cache of each row."""
         return cls(rows, layers[0] if alone else caches.merged(layers), alone)
 
-    def join(self, other: Batch) -> None:
+    def join(self, other: RowBatch) -> None:
         for layer, more in zip(self.layers, other.layers, strict=True):
             layer.extend(more)
         self.rows = self.rows + other.rows
@@ -85,10 +85,10 @@ class Batch:
         for layer in self.layers:
             layer.filter(list(places))
 
-    def take(self, places: Sequence[int]) -> Batch:
+    def take(self, places: Sequence[int]) -> RowBatch:
         """These rows as a batch of their own; they leave this one."""
         others = [place for place in range(len(self.rows)) if place not in set(places)]
-        taken = Batch(self.rows, copy.deepcopy(self.layers) if others else self.layers, self.alone)
+        taken = RowBatch(self.rows, copy.deepcopy(self.layers) if others else self.layers, self.alone)
         taken.keep(places)
         self.keep(others)
         return taken
@@ -119,18 +119,18 @@ class Batch:
             row.read += count
 
 
-class Decoding(Batch):
+class Decoding(RowBatch):
     """Rows whose prompts were read but for the last token. The pass that chooses the next tokens is begun
     before the last ones are given out, so that the device does not wait."""
 
-    def __init__(self, batch: Batch, ended: Callable[[Row, list[Any]], None] | None) -> None:
+    def __init__(self, batch: RowBatch, ended: Callable[[EngineRow, list[Any]], None] | None) -> None:
         """``ended``: called with each row that finishes and has a digest, and its cache."""
         super().__init__(batch.rows, batch.layers, batch.alone)
         self._ended = ended
         self._next = mx.array([row.tokens[-1] for row in batch.rows], mx.uint32)
         self._scores = Scores(mx.zeros((0, 1)), self._next, [])
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: RowBatch) -> None:
         """Let rows join whose prompts were read but for the last token."""
         super().join(batch)
         last = mx.array([row.tokens[-1] for row in batch.rows], mx.uint32)
@@ -170,7 +170,7 @@ class Decoding(Batch):
             self.keep([place for place in range(len(self.rows)) if place not in set(places)])
         return tokens
 
-    def _extracted(self, places: Sequence[int]) -> dict[Row, list[Any]]:
+    def _extracted(self, places: Sequence[int]) -> dict[EngineRow, list[Any]]:
         """The caches of these rows that are kept."""
         if self._ended is None:
             return {}
@@ -223,7 +223,7 @@ class Decoding(Batch):
         return logits
 
 
-def _mask(constraint: Constraint, ends: frozenset[int], size: int) -> np.ndarray | None:
+def _mask(constraint: TokenConstraint, ends: frozenset[int], size: int) -> np.ndarray | None:
     """(V,) bool: what may follow."""
     if constraint.ended:
         return np.isin(np.arange(size), list(ends))

@@ -15,7 +15,7 @@ from tunesmith.checks.schemas import checked
 from tunesmith.data.asking import question as asked_for
 from tunesmith.data.formats import Conversation
 from tunesmith.engine.grammars import GrammarConstraint
-from tunesmith.engine.requests import Constraint, Request
+from tunesmith.engine.requests import Request, TokenConstraint
 from tunesmith.errors import ModelError, ServeError, TemplateError
 from tunesmith.model import vocabulary
 from tunesmith.serving import access
@@ -44,7 +44,7 @@ class PreparedQuestion:
     renderer: Renderer
     request: Request
     reading: AnswerReading
-    constraint: Callable[[], Constraint] | None
+    constraint: Callable[[], TokenConstraint] | None
 
 
 @dataclass
@@ -195,7 +195,9 @@ def _strict_schemas(question: Question) -> dict[str, Any]:
     }
 
 
-def _constraint(service: Service, question: Question, renderer: Renderer) -> Callable[[], Constraint] | None:
+def _constraint(
+    service: Service, question: Question, renderer: Renderer
+) -> Callable[[], TokenConstraint] | None:
     """Raises Rejection if what is asked cannot be enforced."""
     if not constrained(question):
         return None
@@ -204,7 +206,7 @@ def _constraint(service: Service, question: Question, renderer: Renderer) -> Cal
         message = "JSON and tools at once cannot be enforced: leave out one of them, or set tool_choice: none"
         raise Rejection(400, message, form.param, "unsupported_value")
 
-    def make() -> Constraint:
+    def make() -> TokenConstraint:
         grammars = service.lexicons.of(renderer).grammars
         if form is None:
             named = cast("Sequence[Mapping[str, Any]]", tools)
@@ -314,7 +316,7 @@ async def _answer_of(service: Service, prepared: PreparedQuestion, index: int) -
         tokens.cancel()
 
 
-def _require_valid(constraint: Constraint | None) -> None:
+def _require_valid(constraint: TokenConstraint | None) -> None:
     """Raises ConstraintFailed if the answer could not follow its constraint to the end."""
     if isinstance(constraint, GrammarConstraint) and constraint.problem is not None:
         raise ConstraintFailed(f"the answer could not be kept to its form: {constraint.problem}")
