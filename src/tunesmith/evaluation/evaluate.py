@@ -285,7 +285,7 @@ class CachedMeasure:
         """The model on one side; tasks share what it answered. The other side's answers are dropped."""
         if side not in self._subjects:
             # 16 on a GPU, whose memory also holds the weights
-            size = self.material.spec.batch_size or (32 if backend.setup().kind == "cpu" else 16)
+            size = self.material.spec.batch_size or (64 if backend.setup().kind == "cpu" else 16)
             material = self.material
             self._subjects = {
                 side: Subject(

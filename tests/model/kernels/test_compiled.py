@@ -349,6 +349,17 @@ def test_products_of_few_rows(rows, inputs, outputs):
     assert rows == 1 or same, "whatever the other rows are"
 
 
+@pytest.mark.parametrize("rows", [33, 47, 64])
+def test_a_step_of_many_answers_gives_each_what_it_gets_beside_one_other(rows):
+    x, weight = normal(rows, 1, 576), normal(1000, 576)
+    with kernels.watched() as calls:
+        value = kernels.linear(mx.array(x), mx.array(weight))
+        kernels.linear(mx.array(x[:, 0]), mx.array(weight))  # not a step: a BLAS computes it
+    assert calls == {("few rows", True): 1}
+    pairs = [kernels.linear(mx.array(np.stack([row, row])), mx.array(weight))[:1] for row in x]
+    assert np.array_equal(np.array(value), np.array(mx.concatenate(pairs)))
+
+
 @pytest.mark.parametrize("per_expert", [8, 11, 40])
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize(("experts", "inputs", "outputs"), [(1, 5, 3), (6, 37, 65), (32, 64, 16)])
