@@ -18,6 +18,7 @@ QUICK = {
     "experts": [],
     "export_memory": [],
     "generation": [],
+    "guardrails": [],
     "limit": [],
     "preferences": [],
     "scaling": [],

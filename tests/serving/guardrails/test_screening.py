@@ -134,6 +134,14 @@ def test_a_private_key_is_held_back_from_its_first_line_whether_it_ends_or_not(e
     assert steps[-1].startswith("Here it is: [PRIVATE_KEY]")
 
 
+@pytest.mark.parametrize("end", [".", ".dBjftJeZ4CVPmB92K27uhbUJU1p1rwW1gFWFOEjXk. Bye", ""])
+def test_a_token_longer_than_the_window_is_held_back(end):
+    token = "eyJhbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiJq2kVfT8WcYb3nZr5uLh7dPgS0" * 30
+    steps, _ = stream([*f"Take {token}{end}"], rails("secrets.output=redact"))
+    assert not any("zdWIi" in shown for shown in steps)
+    assert steps[-1].startswith("Take [JWT]")
+
+
 def test_words_that_are_cut_by_a_window_are_not_taken_for_others():
     guardrails = rails("block_list.output=block", "block_list.words=[ass, embly]")
     for length in range(200, 400):

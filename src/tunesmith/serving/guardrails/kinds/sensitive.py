@@ -12,6 +12,7 @@ from tunesmith.checks.content import SensitiveText
 from tunesmith.serving.guardrails.guardrail import Guardrail, Span, register
 
 _OPENED_KEY = re.compile(r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY(?: BLOCK)?-----")
+_OPENED_JWT = re.compile(r"\beyJ[\w-]{8,}\.eyJ[\w-]*(?:\.[\w-]*)?\Z")
 
 
 @lru_cache(maxsize=8)
@@ -34,13 +35,16 @@ class Secrets(Guardrail):
 
     def find(self, text: str) -> Iterator[Span]:
         yield from _spans(text, "secrets")
-        # A key whose end is not there yet, or was never written: everything from its first line.
+        # What is longer than the window, or was never ended: a key from its first line, a token from its
+        # second part.
         *_, last = [None, *_OPENED_KEY.finditer(text)]
         if last is not None and "-----END" not in text[last.end() :]:
             yield Span(last.start(), len(text), "private_key")
+        if (token := _OPENED_JWT.search(text)) is not None:
+            yield Span(token.start(), len(text), "jwt")
 
     def reach(self) -> float:
-        return 256
+        return 128
 
 
 @register
