@@ -25,6 +25,13 @@ Fallback = Annotated[
     typer.Option(help="model that answers if the one that was asked cannot, such as base; repeatable"),
 ]
 Guardrails = Annotated[Path | None, typer.Option(help="YAML file of the guardrails")]
+AbTests = Annotated[
+    list[str] | None,
+    typer.Option("--ab", help="one name for several models: writer=runs/a:0.5,runs/b:0.5; repeatable"),
+]
+VotesFile = Annotated[
+    Path | None, typer.Option("--votes", help="where votes go; default: votes.jsonl of the first run")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="most answers under way at once")]
 Memory = Annotated[
     float | None, typer.Option(min=0.0, help="GB that it may use; default: nine tenths of the machine's")
@@ -49,6 +56,8 @@ def serve(
     keys: Keys = None,
     fallback: Fallback = None,
     guardrails: Guardrails = None,
+    ab: AbTests = None,
+    votes: VotesFile = None,
     batch_size: BatchSize = 16,
     memory: Memory = None,
     prefix_memory: PrefixMemory = None,
@@ -68,6 +77,8 @@ def serve(
             keys=keys,
             fallback=fallback or (),
             guardrails=guardrails,
+            ab=ab or (),
+            votes=votes,
             batch_size=batch_size,
             memory_gb=memory,
             prefix_gb=prefix_memory,

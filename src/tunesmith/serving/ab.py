@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tunesmith.data.examples import opening
@@ -38,6 +38,12 @@ class SplitRoute:
 
     name: str
     arms: tuple[Arm, ...]
+
+    def renamed(self, name: Callable[[str], str]) -> SplitRoute:
+        """The same with other names of models. Raises ConfigError if two are one model."""
+        arms = tuple(Arm(name(arm.model), arm.share) for arm in self.arms)
+        _require_distinct(self.name, arms)
+        return SplitRoute(self.name, arms)
 
     def chosen(self, question: Question) -> str:
         """The model that answers: by the shares, the same for the whole conversation."""
@@ -73,9 +79,13 @@ def parse_route(text: str) -> SplitRoute:
     total = math.fsum(arm.share for arm in arms)
     if not math.isclose(total, 1, abs_tol=1e-6) or any(arm.share == 0 for arm in arms):
         raise ConfigError(f"{name}: the shares must be above 0 and sum to 1, not {total:g}", where="--ab")
+    _require_distinct(name, arms)
+    return SplitRoute(name, tuple(arms))
+
+
+def _require_distinct(name: str, arms: Sequence[Arm]) -> None:
     if len({arm.model for arm in arms}) < len(arms):
         raise ConfigError(f"{name} names a model twice", where="--ab", hint=EXAMPLE)
-    return SplitRoute(name, tuple(arms))
 
 
 class Routes:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
@@ -13,24 +14,28 @@ import uvicorn
 
 from tunesmith import events
 from tunesmith.engine.engine import Engine
-from tunesmith.errors import ServeError
+from tunesmith.errors import ConfigError, ServeError
 from tunesmith.events import Sink
 from tunesmith.serving import app, served
+from tunesmith.serving.ab import Routes, SplitRoute
 from tunesmith.serving.access import AccessLog
 from tunesmith.serving.guardrails import Guard, Guardrail
 from tunesmith.serving.keys import Doorkeeper, Key
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.metrics import Metrics
-from tunesmith.serving.served import NamedRun
+from tunesmith.serving.served import Models, NamedRun
 from tunesmith.serving.service import Service
 from tunesmith.serving.worker import Worker
+
+VOTES = "votes.jsonl"
 
 
 @dataclass(frozen=True)
 class ServerSettings:
     """Everything that decides a server. ``memory``: bytes that it may use; None: nine tenths of the
     machine's. ``prefix_bytes``: of these, for prompts that were read; None: a tenth. ``loopback``: whether
-    only this machine can connect."""
+    only this machine can connect. ``votes_file``: None: `VOTES` in the folder of the first run, or in the
+    current one."""
 
     targets: Sequence[NamedRun] = ()
     model: str | None = None
@@ -38,6 +43,8 @@ class ServerSettings:
     keys: tuple[Key, ...] = ()
     fallback: tuple[str, ...] = ()
     guardrails: tuple[Guardrail, ...] = ()
+    ab: tuple[SplitRoute, ...] = ()
+    votes_file: Path | None = None
     batch_size: int = 16
     memory: int | None = None
     prefix_bytes: int | None = None
@@ -66,6 +73,7 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
         )
         for name in settings.fallback:
             models.resolve(name)
+        tests = _ab_tests(settings.ab, models)
         await worker.serve(
             lambda batch_size, prefixes: Engine(
                 models.loaded.net, batch_size, models.routing, prefixes=prefixes, kv_bits=settings.kv_bits
@@ -87,7 +95,32 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
         AccessLog(settings.log, settings.log_contents),
         settings.loopback,
         notify,
+        ab=tests,
+        votes_file=settings.votes_file or _votes_file(models),
     )
+
+
+def _ab_tests(routes: Sequence[SplitRoute], models: Models) -> Routes:
+    """The A/B tests, their models by the names under which they are served: `--ab` may give the folder of a
+    run. Raises ConfigError if a name is taken, or UnknownModel."""
+
+    def name(model: str) -> str:
+        for served_model in models.entries:
+            if served_model.run is not None and served_model.run.resolve() == Path(model).resolve():
+                return served_model.name
+        return models.resolve(model).name
+
+    taken = {name for served_model in models.entries for name in served_model.names}
+    for route in routes:
+        if route.name in taken:
+            hint = "give the test another name"
+            raise ConfigError(f"{route.name} is already the name of a model", where="--ab", hint=hint)
+    return Routes([route.renamed(name) for route in routes])
+
+
+def _votes_file(models: Models) -> Path:
+    runs = [served_model.run for served_model in models.entries if served_model.run is not None]
+    return (runs[0] if runs else Path()) / VOTES
 
 
 def listen(host: str, port: int) -> socket.socket:

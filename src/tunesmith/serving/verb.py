@@ -17,6 +17,7 @@ from tunesmith.events import Sink
 from tunesmith.serving import guardrails as screening
 from tunesmith.serving import keys as keys_file
 from tunesmith.serving import starting
+from tunesmith.serving.ab import SplitRoute, parse_route
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.served import NamedRun
 from tunesmith.serving.service import Service
@@ -36,6 +37,8 @@ def serve(
     keys: str | Path | None = None,
     fallback: Sequence[str] = (),
     guardrails: str | Path | None = None,
+    ab: Sequence[str] = (),
+    votes: str | Path | None = None,
     batch_size: int = 16,
     memory_gb: float | None = None,
     prefix_gb: float | None = None,
@@ -51,7 +54,9 @@ def serve(
 
     model: where the base lies, or a plain model if there are no runs. keys: a JSON file; needed unless only
     this machine can connect. fallback: models that answer if the one that was asked cannot. guardrails: a
-    YAML file. limits: assignments such as ``queue=64``. log: file of the access log; None: stderr. announce:
+    YAML file. ab: names for several models, as ``writer=runs/a:0.5,runs/b:0.5``; their runs are served too.
+    votes: file of the votes; None: ``votes.jsonl`` of the first run. limits: assignments such as
+    ``queue=64``. log: file of the access log; None: stderr. announce:
     gets the text that says what is served. Raises ServeError if the port is taken, and what
     `served.open_models` raises."""
     local = host in LOOPBACK
@@ -59,14 +64,17 @@ def serve(
         message = "other machines can connect, so a key is needed"
         hint = 'write keys.json: [{"name": "me", "key": "…"}], and add --keys keys.json'
         raise ConfigError(message, where=f"--host {host}", hint=hint)
+    tests = tuple(parse_route(text) for text in ab)
     with contextlib.ExitStack() as inside:
         settings = ServerSettings(
-            [NamedRun.parse(run) for run in runs],
+            [NamedRun.parse(run) for run in [*runs, *_compared(tests, runs)]],
             model=model,
             checkpoint=checkpoint,
             keys=() if keys is None else keys_file.read(Path(keys)),
             fallback=tuple(fallback),
             guardrails=() if guardrails is None else screening.load_guardrails([Path(guardrails)]),
+            ab=tests,
+            votes_file=None if votes is None else Path(votes),
             batch_size=batch_size,
             memory=None if memory_gb is None else int(memory_gb * 1e9),
             prefix_bytes=None if prefix_gb is None else int(prefix_gb * 1e9),
@@ -84,6 +92,13 @@ def serve(
             await HttpServer(service).listen(listener)
 
         asyncio.run(live())
+
+
+def _compared(tests: Sequence[SplitRoute], runs: Sequence[str]) -> list[str]:
+    """The folders of runs that A/B tests name, and that are not served otherwise."""
+    given = {Path(NamedRun.parse(run).path).absolute() for run in runs}
+    models = dict.fromkeys(arm.model for test in tests for arm in test.arms)
+    return [model for model in models if Path(model).is_dir() and Path(model).absolute() not in given]
 
 
 def _log(file: str | Path | None, inside: contextlib.ExitStack) -> TextIO:
@@ -104,6 +119,8 @@ def greeting(service: Service, host: str, port: int) -> str:
         what = "the base" if served is service.models.base else f"{served.run}"
         others = f", also {', '.join(served.tags)}" if served.tags else ""
         lines.append(f"  {served.name}: {what}{others}")
+    for name in service.ab.names:
+        lines.append(f"  {name}: A/B test of {' and '.join(service.ab.models(name))}")
     first = service.models.entries[0]
     body: dict[str, object] = {"model": first.name}
     if first.asked_as == "chat":
@@ -113,5 +130,10 @@ def greeting(service: Service, host: str, port: int) -> str:
     command = f"curl {url}/v1/{path} -H 'Content-Type: application/json'"
     command += ' -H "Authorization: Bearer $KEY"' if service.doorkeeper.keys else ""
     lines += ["", f"{command} -d {shlex.quote(json.dumps(body))}"]
-    lines += ["", f"in a browser: {url}", "Ctrl-C ends it: what is under way is finished first"]
+    lines += [
+        "",
+        f"in a browser: {url}",
+        f"votes: {service.votes_file}",
+        "Ctrl-C ends it: what is under way is finished first",
+    ]
     return "\n".join(lines)

@@ -102,6 +102,8 @@ def _dpo(votes: Sequence[Vote], made: VoteRows) -> Iterator[dict[str, JSON]]:
         elif vote.verdict in THUMBS:
             (answered,) = _answers(vote)
             thumbs[answered.prompt, answered.tools][answered] += 1 if vote.verdict == "up" else -1
+        elif len({*_answers(vote)}) == 1:
+            made.left_out["votes on two answers with the same words"] += 1
         else:
             wins[_ordered(vote)] += 1
     for marks in thumbs.values():
