@@ -33,23 +33,23 @@ def embedder(
     def embed(texts: Sequence[str]) -> np.ndarray:
         ids = [_ids(renderer, text, vocabulary.limits(net).ids) for text in texts]
         vectors: dict[int, np.ndarray] = {}
-        batch: list[int] = []
         tick(0, len(ids))
-        for place in sorted(
-            range(len(ids)), key=lambda place: len(ids[place])
-        ):  # like with like: little padding
-            if batch and (len(batch) + 1) * len(ids[place]) > AT_ONCE:
-                vectors |= dict(zip(batch, _means(net, [ids[member] for member in batch]), strict=True))
-                tick(len(vectors), len(ids))
-                batch = []
-            batch.append(place)
-        vectors |= (
-            dict(zip(batch, _means(net, [ids[member] for member in batch]), strict=True)) if batch else {}
-        )
-        tick(len(ids), len(ids))
+        for batch in batches(ids):
+            vectors |= dict(zip(batch, means(net, [ids[place] for place in batch]), strict=True))
+            tick(len(vectors), len(ids))
         return np.stack([vectors[place] for place in range(len(ids))])
 
     return embed
+
+
+def batches(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of ``rows`` that go through the model together: like with like, since that is little padding."""
+    made: list[list[int]] = []
+    for place in sorted(range(len(rows)), key=lambda place: len(rows[place])):
+        if not made or (len(made[-1]) + 1) * len(rows[place]) > AT_ONCE:
+            made.append([])
+        made[-1].append(place)
+    return made
 
 
 def _ids(renderer: Renderer, text: str, known: int) -> list[int]:
@@ -62,10 +62,11 @@ def _ids(renderer: Renderer, text: str, known: int) -> list[int]:
     return [token for token in ids or [renderer.eos_ids[0]] if token < known] or [0]
 
 
-def _means(net: model.nn.Module, rows: list[list[int]]) -> np.ndarray:
-    """(N, D). Padding stands at the end, where causal attention keeps it away from the tokens that count."""
+def means(net: model.nn.Module, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """(N, D): the mean of the hidden states of each row. Padding stands at the end, where causal attention
+    keeps it away from the tokens that count."""
     longest = max(map(len, rows))
-    ids = mx.array([row + [0] * (longest - len(row)) for row in rows], dtype=mx.int32)
+    ids = mx.array([[*row] + [0] * (longest - len(row)) for row in rows], dtype=mx.int32)
     counted = mx.array([[1.0] * len(row) + [0.0] * (longest - len(row)) for row in rows])
     with model.evaluating(net):
         hidden = logprobs.features(net, ids).astype(mx.float32)

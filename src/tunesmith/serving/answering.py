@@ -107,7 +107,8 @@ def prepare(service: Service, question: Question, served: Served, seed: int) -> 
         ids = prompt_ids(renderer, question.prompt, served)
     except TemplateError as error:
         raise Rejection(400, str(error), "messages", "template") from error
-    thinks = isinstance(question.prompt, Conversation) and opens_reasoning(renderer, ids)
+    is_chat = isinstance(question.prompt, Conversation)
+    thinks = is_chat and opens_reasoning(renderer, ids)
     if thinks and (question.thinking is False or constrained(question)):
         message = "the template opens reasoning in every prompt: it cannot be turned off or constrained"
         raise Rejection(400, message, "reasoning_effort", "template")
@@ -128,7 +129,7 @@ def prepare(service: Service, question: Question, served: Served, seed: int) -> 
         logprobs=question.logprobs,
     )
     reading = AnswerReading(
-        question.stop, question.calls_tools, question.one_call, _strict_schemas(question), thinks
+        question.stop, question.calls_tools, question.one_call, _strict_schemas(question), thinks, is_chat
     )
     return PreparedQuestion(served, renderer, request, reading, _constraint(service, question, renderer))
 

@@ -42,13 +42,14 @@ LETTERS = string.ascii_letters + string.digits
 class AnswerReading(NamedTuple):
     """How an answer is read. ``stop``: texts before which it ends. ``calls``: whether calls are delivered as
     calls. ``one_call``: the answer ends after the first. ``schemas``: of tools whose calls must fit them.
-    ``thinks``: the prompt has opened reasoning."""
+    ``thinks``: the prompt has opened reasoning. ``reasoning``: whether it is told from words."""
 
     stop: tuple[str, ...] = ()
     calls: bool = False
     one_call: bool = False
     schemas: Mapping[str, Validator] = {}
     thinks: bool = False
+    reasoning: bool = True
 
 
 def new_call_id() -> str:
@@ -72,7 +73,7 @@ class Assembler:
         self._prompt_tokens, self._cached, self._n_tokens, self._n_reasoning = prompt_tokens, 0, 0, 0
         self._growing = GrowingText(renderer)
         self._text = ""  # of the answer, without what the template writes around words
-        self._thoughts = _Thoughts(reading.thinks)
+        self._thoughts = _Thoughts(reading)
         self._stops = _StopTexts(reading.stop)
         self._spoken = _Spoken(reading)
         self._waiting: deque[tuple[int, TokenLogprob]] = deque()  # with where the text of the token begins
@@ -139,9 +140,9 @@ class _Thoughts:
     """The reasoning at the beginning of an answer. ``begun``: there is some. ``words_at``: where the words
     begin; None while that is not known."""
 
-    def __init__(self, opened: bool) -> None:
-        self.begun = opened
-        self.words_at: int | None = None
+    def __init__(self, reading: AnswerReading) -> None:
+        self.begun = reading.thinks
+        self.words_at: int | None = None if reading.reasoning else 0
         self._start = 0
         self._shown = 0
 

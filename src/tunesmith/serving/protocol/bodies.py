@@ -101,7 +101,9 @@ Text = Annotated[str, BeforeValidator(text_of)]
 
 
 def _texts(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _stops(texts: tuple[str, ...]) -> tuple[str, ...]:

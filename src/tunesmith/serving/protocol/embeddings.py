@@ -1,0 +1,126 @@
+"""``POST /v1/embeddings``: the mean of the last layer's hidden states over a text's tokens, of length 1. A
+model that was trained to answer is not one that was trained to embed: the vectors compare texts roughly."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tunesmith.auditing import embeddings
+from tunesmith.errors import ModelError, TemplateError
+from tunesmith.model import abilities, vocabulary
+from tunesmith.serving import access
+from tunesmith.serving.protocol.bodies import Body, Count, read
+from tunesmith.serving.rejections import Rejection
+from tunesmith.serving.served import Served
+from tunesmith.serving.service import Service
+
+PATH = "/v1/embeddings"
+MOST_TEXTS = 256
+Ids = tuple[Annotated[int, Field(ge=0)], ...]
+
+
+class EmbeddingBody(Body):
+    """``input``: a text, ids, or a list of either. ``dimensions``: only as many as the model has."""
+
+    model: str | None = None
+    input: str | Ids | tuple[str, ...] | tuple[Ids, ...]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Count | None = None
+    user: str | None = None
+
+    @property
+    def texts(self) -> list[str | tuple[int, ...]]:
+        if isinstance(self.input, str):
+            return [self.input]
+        texts: list[str | tuple[int, ...]] = []
+        ids: list[int] = []
+        for part in self.input:
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                texts.append(part)
+        return [tuple(ids)] if ids else texts
+
+
+def routes(service: Service) -> list[Route]:
+    async def embed(request: Request) -> Response:
+        body = await read(request, EmbeddingBody)
+        served = service.served(body.model or None)
+        sequences = _sequences(service, served, body.texts)
+        vectors = await _vectors(service, served, sequences)
+        if body.dimensions not in (None, vectors.shape[1]):
+            message = f"dimensions: the model has {vectors.shape[1]}, and they are not cut"
+            raise Rejection(400, message, "dimensions", "unsupported_value")
+        record = access.current()
+        record.model, record.adapter = served.name, served.adapter
+        record.prompt_tokens = total = sum(map(len, sequences))
+        data = [
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+            for index, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": total, "total_tokens": total}
+        return JSONResponse(
+            {"object": "list", "model": body.model or served.name, "data": data, "usage": usage}
+        )
+
+    return [Route(PATH, embed, methods=["POST"])]
+
+
+def _sequences(service: Service, served: Served, texts: Sequence[str | tuple[int, ...]]) -> list[list[int]]:
+    """The ids of the texts. Raises Rejection if there are too many of them, or one has none."""
+    if not 0 < len(texts) <= MOST_TEXTS:
+        message = f"input: {len(texts)} texts, from 1 to {MOST_TEXTS} are possible"
+        raise Rejection(400, message, "input", "limit_exceeded")
+    sequences: list[list[int]] = []
+    for place, text in enumerate(texts):
+        try:
+            ids = served.renderer.text_prompt(text) if isinstance(text, str) else list(text)
+        except TemplateError as error:
+            raise Rejection(400, str(error), f"input[{place}]", "invalid_value") from error
+        if not 0 < len(ids) <= service.limits.prompt_tokens:
+            message = f"input[{place}] has {len(ids)} tokens, from 1 to {service.limits.prompt_tokens:,} "
+            raise Rejection(400, f"{message}are possible", f"input[{place}]", "context_length_exceeded")
+        sequences.append(ids)
+    return sequences
+
+
+async def _vectors(service: Service, served: Served, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """(n, D) float32, each of length 1. Between two batches the engine goes on with its answers."""
+    vectors: dict[int, np.ndarray] = {}
+    for batch in embeddings.batches(sequences):
+        rows = [sequences[place] for place in batch]
+        means = await service.worker.run(lambda rows=rows: _means(service, served, rows))
+        vectors |= dict(zip(batch, means, strict=True))
+    stacked = np.stack([vectors[place] for place in range(len(sequences))])
+    return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-12)
+
+
+def _means(service: Service, served: Served, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """On MLX's thread. Raises ModelError if the model does not know an id, or does not expose its hidden
+    states."""
+    net, routing = service.models.loaded.net, service.models.routing
+    if not abilities.splits(net):
+        raise ModelError("this model does not expose its hidden states", hint="ask for answers, not vectors")
+    vocabulary.require_known(net, [(f"input {place}", row) for place, row in enumerate(rows)])
+    if routing is None:
+        return embeddings.means(net, rows)
+    routing.require([served.adapter])
+    routing.select(served.adapter)
+    try:
+        return embeddings.means(net, rows)
+    finally:
+        routing.select(None)
+
+
+def _encoded(vector: np.ndarray, encoding: str | None) -> list[float] | str:
+    if encoding == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector.astype(float).tolist()
