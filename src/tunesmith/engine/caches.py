@@ -43,6 +43,12 @@ def copied(layers: list[Any]) -> list[Any]:
     return copy.deepcopy(layers)
 
 
+def trim(layers: Sequence[Any], count: int) -> None:
+    """Take away the last ``count`` positions."""
+    for layer in layers if count else ():
+        layer.trim(count)
+
+
 class CacheGrowth(NamedTuple):
     """Bytes of one layer's cache: ``fixed``, and ``each`` for each of at most ``most`` positions."""
 

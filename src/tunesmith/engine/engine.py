@@ -22,7 +22,8 @@ from tunesmith.adapters.routing import Routing
 from tunesmith.engine import caches
 from tunesmith.engine.prefixes import Prefixes, common_length
 from tunesmith.engine.requests import NewToken, Request
-from tunesmith.engine.rows import Decoding, EngineRow, RowBatch
+from tunesmith.engine.rows import Decoding, EngineRow, Forward, RowBatch
+from tunesmith.engine.speculation import Speculation
 from tunesmith.errors import ModelError
 from tunesmith.events import Notice, Sink
 from tunesmith.model import abilities, vocabulary
@@ -52,7 +53,7 @@ class Engine:
     that requests may name; without it no request may name one. ``prefill_tokens``: most positions, padding
     included, that one chunk of prompts has, so that a long prompt delays nobody's next token by more.
     ``prefixes``: where prompts that were read are kept for later ones. ``kv_bits``: 8 or 4 keeps keys and
-    values in so many bits."""
+    values in so many bits. ``speculation``: guesses tokens of a request that is under way alone."""
 
     def __init__(
         self,
@@ -63,9 +64,11 @@ class Engine:
         prefill_tokens: int = 512,
         prefixes: Prefixes | None = None,
         kv_bits: int | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self._net, self._routing, self._batch_size = net, routing, batch_size
         self._prefill_tokens, self._prefixes, self._kv_bits = max(1, prefill_tokens), prefixes, kv_bits
+        self._speculation = speculation
         self._inside = ExitStack()
         self._together = True
         self._waiting: deque[EngineRow] = deque()
@@ -144,8 +147,11 @@ class Engine:
     def advance(self) -> list[NewToken]:
         """Like `step`, but reads one chunk of prompts at most, so it may be empty while the engine is
         `busy`: a server takes up what was submitted and cancelled meanwhile."""
-        tokens = [token for batch in self._decoding for token in batch.advance(self._forward)]
+        forward = self._decode_forward()
+        tokens = [token for batch in self._decoding for token in batch.advance(forward)]
         self._decoding = [batch for batch in self._decoding if batch.rows]
+        if self._speculation is not None and not self._decoding:
+            self._speculation.settle()
         self._steps += 1
         if self._steps % STEPS_BETWEEN_CLEARING == 0:
             mx.clear_cache()
@@ -156,6 +162,8 @@ class Engine:
 
     def cancel(self, numbers: Sequence[int]) -> None:
         """Free the rows of these requests; those that have finished already are passed over."""
+        if self._speculation is not None:
+            self._speculation.settle()
         cancelled = set(numbers)
         self._waiting = deque(row for row in self._waiting if row.number not in cancelled)
         batches = [*self._decoding, *([self._reading] if self._reading else [])]
@@ -217,6 +225,8 @@ class Engine:
     def _keep(self, row: EngineRow, layers: list[Any]) -> None:
         """Keep what ``row`` has read for later prompts."""
         assert self._prefixes is not None and row.request.digest is not None
+        if self._speculation is not None:
+            caches.trim(layers, self._speculation.surplus(row))
         self._prefixes.add(self._key(row.request.digest), row.tokens[: row.read], layers)
 
     def _key(self, digest: str) -> str:
@@ -243,6 +253,16 @@ class Engine:
         else:
             self._decoding.append(Decoding(batch, self._keep if self._prefixes is not None else None))
 
+    def _decode_forward(self) -> Forward:
+        """How the next tokens are computed: with guesses if one row is under way and none waits."""
+        if self._speculation is None:
+            return self._forward
+        others = len(self._waiting) + (len(self._reading.rows) if self._reading is not None else 0)
+        if others + sum(len(batch.rows) for batch in self._decoding) == 1 and self._decoding:
+            return self._speculation.over(self._forward)
+        self._speculation.settle()
+        return self._forward
+
     def _forward(self, rows: Sequence[EngineRow], tokens: mx.array, layers: list[Any]) -> mx.array:
         """(B, T) → (B, T, V) logits, each row with its own adapter."""
         if self._routing is not None:
@@ -257,6 +277,8 @@ class Engine:
 
     def _drop(self) -> None:
         self._waiting, self._reading, self._decoding = deque(), None, []
+        if self._speculation is not None:
+            self._speculation.settle()
 
 
 def _wired_limit() -> int | None:
