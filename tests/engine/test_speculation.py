@@ -1,4 +1,4 @@
-"""Guesses change no token of an answer: not greedy, not drawn, not with adapters, joins, cancels and caches."""
+"""Guesses change no token: greedy or drawn, with adapters, constraints, joins, cancels, cached prefixes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from adapters.test_layers import fresh, move
+from mlx.utils import tree_map
+from mlx_lm.models import llama
 
 from tunesmith import adapters
 from tunesmith.adapters import DoRA, LoRA
@@ -103,3 +105,223 @@ def test_tokens_are_those_without_guesses(values, options, adapter):
             assert answers(engine, [request, request]) == [expected, expected]
     assert 0 < oracle.asked < 30, "several tokens come from one pass"
     assert speculating.paces[adapter].accepted > 10
+
+
+class Allowed:
+    """A constraint: tokens of the other parity than the last, and only an end token after ``most``."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.seen = most, list[int]()
+
+    def allowed(self) -> np.ndarray:
+        return np.arange(64) % 2 != (self.seen[-1] % 2 if self.seen else 0)
+
+    def advance(self, token: int) -> None:
+        assert self.allowed()[token]
+        self.seen.append(token)
+
+    @property
+    def ended(self) -> bool:
+        return len(self.seen) == self.most
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_constrained_tokens_are_those_without_guesses(temperature):
+    def constrained() -> Request:
+        return asked(constraint=Allowed(15), end_ids=[63], temperature=temperature, seed=2)
+
+    expected = plain(constrained())
+    assert expected[-1] == 63 and len(expected) == 16
+    with Engine(fresh(), speculation=Speculation(Oracle([*asked().ids], expected))) as engine:
+        assert answers(engine, [constrained()]) == [expected]
+
+
+@pytest.mark.parametrize("joins", range(1, 12, 2))
+@pytest.mark.parametrize("leaves", ["ends", "is cancelled"])
+def test_others_join_and_leave_and_change_no_token(values, joins, leaves):
+    first = asked(adapter="low", temperature=0.7, seed=4, max_tokens=40)
+    second = asked(3, adapter="lengths", max_tokens=8)
+    expected, others = plain(first, values), plain(second, values)
+    net = fresh()
+    oracle = Oracle([*first.ids], expected)
+    with adapters.routed(net, values) as routing:
+        with Engine(net, routing=routing, speculation=Speculation(oracle)) as engine:
+            number = engine.submit([first])[0]
+            said: dict[int, list[int]] = {number: []}
+            for step in range(60):
+                if step == joins:
+                    other = engine.submit([second])[0]
+                    said[other] = []
+                if step == joins + 5 and leaves == "is cancelled":
+                    engine.cancel([other])
+                for token in engine.step():
+                    said[token.request].append(token.token)
+    assert said[number] == expected
+    assert said[other] == others[: len(said[other])] and (leaves == "is cancelled") == (len(said[other]) < 8)
+    assert oracle.asked > 3
+
+
+def test_the_first_is_cancelled_while_its_guesses_are_in_the_cache():
+    first, second = asked(), asked(4)
+    expected = plain(second)
+    with Engine(fresh(), speculation=Speculation(Oracle([*first.ids], plain(first)))) as engine:
+        for steps in range(3, 12):
+            number = engine.submit([first])[0]
+            for _ in range(steps):
+                engine.step()
+            other = engine.submit([second])[0]
+            engine.cancel([number])
+            tokens = []
+            while new := engine.step():
+                assert all(token.request == other for token in new)
+                tokens += [token.token for token in new]
+            assert tokens == expected
+
+
+@pytest.mark.parametrize("ends", [None, 7, 12])
+def test_a_kept_prefix_holds_no_guess(ends):
+    first = asked(digest="base", max_tokens=20)
+    expected = plain(first)
+    if ends is not None:
+        first = asked(digest="base", max_tokens=20, end_ids=[expected[ends]])
+        expected = expected[: expected.index(expected[ends]) + 1]
+    longer = Request([*first.ids, *expected, 9, 9], max_tokens=12, digest="base")
+    wanted = plain(Request(longer.ids, max_tokens=12))
+    prefixes = Prefixes(1 << 24)
+    with Engine(
+        fresh(), prefixes=prefixes, speculation=Speculation(Oracle([*first.ids], expected))
+    ) as engine:
+        assert answers(engine, [first]) == [expected]
+        number = engine.submit([longer])[0]
+        new = engine.step()
+        assert new[0].cached >= len(first.ids) + len(expected) - 2
+        tokens = [new[0].token]
+        while new := engine.step():
+            tokens += [token.token for token in new if token.request == number]
+    assert tokens == wanted
+
+
+def wide() -> llama.Model:
+    """A random llama whose heads are wide enough to be quantised."""
+    net = llama.Model(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=128,
+            num_hidden_layers=2,
+            intermediate_size=96,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            vocab_size=64,
+        )
+    )
+    random = np.random.Generator(np.random.PCG64(3))
+    net.update(
+        tree_map(lambda p: mx.array(random.normal(0, 0.2, p.shape).astype(np.float32)), net.parameters())
+    )
+    return net
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tokens_are_those_without_guesses_where_keys_and_values_are_quantised(bits):
+    with Engine(wide(), kv_bits=bits) as engine:
+        expected = answers(engine, [asked()])
+    oracle = Oracle([*asked().ids], expected[0])
+    with Engine(wide(), kv_bits=bits, speculation=Speculation(oracle)) as engine:
+        assert answers(engine, [asked()]) == expected
+    assert oracle.asked > 2
+
+
+def test_a_request_that_wants_no_guesses_gets_none():
+    oracle = Oracle([*asked().ids], plain(asked()))
+    with Engine(fresh(), speculation=Speculation(oracle)) as engine:
+        answers(engine, [asked(draft=False)])
+    assert oracle.asked == 0
+
+
+def test_a_cache_that_forgets_gets_no_guesses(monkeypatch):
+    monkeypatch.setattr(speculation, "TRIMMABLE", frozenset())
+    oracle = Oracle([*asked().ids], plain(asked()))
+    speculating = Speculation(oracle)
+    with Engine(fresh(), speculation=speculating) as engine:
+        assert answers(engine, [asked()]) == [plain(asked())]
+    assert oracle.asked == 0 and "cannot be taken away from a" in (speculating.reason or "")
+    with pytest.raises(ModelError, match="this draft model cannot be used"):
+        DraftModel(fresh())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_draft_model_changes_no_token_and_its_own_likeness_is_accepted_whole(temperature):
+    request = asked(temperature=temperature, max_tokens=40)
+    expected = plain(request)
+    speculating = Speculation(DraftModel(fresh()))
+    with Engine(fresh(), speculation=speculating) as engine:
+        assert answers(engine, [request, asked(2), request]) == [expected, plain(asked(2)), expected]
+    pace = speculating.paces[None]
+    if temperature == 0:
+        assert pace.guessed and pace.accepted == pace.guessed
+
+
+def test_prompt_lookup_guesses_what_followed_before():
+    lookup = PromptLookup(longest=3, shortest=2)
+    assert lookup.guess([1, 2, 3, 4, 9, 1, 2], 3) == [3, 4, 9]
+    assert lookup.guess([1, 2, 3, 4, 9, 1, 2, 3], 1) == [4]
+    assert lookup.guess([1, 2, 3, 4, 9, 1, 2, 3, 7], 4) == []
+    assert lookup.guess([5, 6, 5, 6, 5], 5) == [6, 5, 6, 5, 6], "a new text; what repeats goes on"
+    assert lookup.guess([2, 2], 2) == []
+
+
+def test_speed_is_of_tokens_a_second_and_outliers_count_little(monkeypatch):
+    monkeypatch.undo()
+    enough = speculation.ENOUGH
+    plain_seconds = [0.1] * enough
+    assert speculation.speed(plain_seconds[1:], [Reading(3, 0.2)] * enough) is None
+    assert speculation.speed(plain_seconds, [Reading(3, 0.2)] * enough) == pytest.approx(1.5)
+    interrupted = [*[Reading(1, 0.1)] * (2 * enough - 1), Reading(1, 60.0)]
+    assert 0.8 < (speculation.speed(plain_seconds, interrupted) or 0) < 1
+
+
+@pytest.mark.parametrize(
+    ("phase", "plain", "faster", "tokens", "expected"),
+    [
+        ("measuring", 3, None, 3, "measuring"),
+        ("measuring", 8, None, 9, "trying"),
+        ("trying", 8, None, 9, "trying"),
+        ("trying", 8, 1.04, 9, "resting"),
+        ("trying", 8, 1.06, 9, "guessing"),
+        ("guessing", 8, 1.01, 9, "guessing"),
+        ("guessing", 8, 0.99, 9, "resting"),
+        ("guessing", 8, 2.0, 1024, "measuring"),
+        ("resting", 8, 0.5, 255, "resting"),
+        ("resting", 8, 0.5, 256, "measuring"),
+    ],
+)
+def test_phases(monkeypatch, phase, plain, faster, tokens, expected):
+    monkeypatch.undo()
+    assert next_phase(phase, plain, faster, tokens, 256) == expected
+
+
+def test_rests_double_until_a_trial_succeeds(monkeypatch):
+    monkeypatch.undo()
+    pace = Pace()
+
+    def trial(seconds: float) -> None:
+        while pace.phase != "trying":
+            pace.plain.append(0.1)
+            pace.advance(1)
+        while pace.phase == "trying":
+            pace.passes.append(Reading(2, seconds))
+            pace.advance(2)
+
+    rests = []
+    for _ in range(3):
+        trial(1.0)
+        assert pace.phase == "resting"
+        rests.append(pace.rest)
+    assert rests == [256, 512, 1024]
+    trial(0.05)
+    assert pace.phase == "guessing" and pace.faster == pytest.approx(4)
+    while pace.phase == "guessing":
+        pace.passes.append(Reading(1, 0.5))
+        pace.advance(1)
+    assert (pace.phase, pace.rest) == ("resting", 256)

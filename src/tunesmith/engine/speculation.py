@@ -187,7 +187,7 @@ class Pace:
     plain: deque[float] = field(default_factory=lambda: deque(maxlen=ENOUGH))
     passes: deque[Reading] = field(default_factory=lambda: deque(maxlen=RECENT))
     tokens: int = 0
-    rest: int = REST
+    rest: int = 0
     guessed: int = 0
     accepted: int = 0
 
@@ -202,10 +202,10 @@ class Pace:
         phase = next_phase(self.phase, len(self.plain), self.faster, self.tokens, self.rest)
         if phase == self.phase:
             return
-        if phase == "resting" and self.phase == "trying":
-            self.rest = min(2 * self.rest, LONGEST_REST)
+        if phase == "resting":
+            self.rest = min(2 * self.rest, LONGEST_REST) if self.rest else REST
         if phase == "guessing":
-            self.rest = REST
+            self.rest = 0
         if phase == "measuring":
             self.plain.clear()
         if phase == "trying":
