@@ -22,7 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from tunesmith.engine import caches
-from tunesmith.engine.rows import Forward, EngineRow
+from tunesmith.engine.rows import EngineRow, Forward
 from tunesmith.errors import ModelError
 from tunesmith.tokens.template import Renderer
 
