@@ -23,6 +23,7 @@ from tunesmith.data import formats, layout
 from tunesmith.data.formats import DataSpec
 from tunesmith.evaluation import tasks
 from tunesmith.learning.objective import Objective
+from tunesmith.serving.guardrails import guardrail, load_guardrails, screened
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "tunesmith"
@@ -37,7 +38,7 @@ WORDS = {"and", "adds", "needs", "runs", "did", "is", "on"}
 """What follows "tunesmith" in sentences."""
 ENDINGS = {"html", "md", "json", "jsonl", "png", "safetensors", "log", "yaml"}
 """Of files in a run directory, that look like names with a dot."""
-EXAMPLES = {"brevity.py", "shouting.py", "riddle.py", "slic.py"}
+EXAMPLES = {"brevity.py", "shouting.py", "riddle.py", "slic.py", "whispering.py"}
 FOLDERS = {entry.stem for entry in SOURCE.iterdir() if not entry.name.startswith("_")}
 """The folders and modules of the package."""
 
@@ -220,6 +221,16 @@ def test_the_example_of_an_objective_is_accepted_and_computes_its_loss():
         assert losses.tolist() == [0.0, 3.0]
     finally:
         del Objective.registered["slic"]
+
+
+def test_the_example_of_a_guardrail_redacts():
+    execute("### A guardrail")
+    try:
+        guardrails = load_guardrails(sets=["whispering.output=redact", "whispering.least=10"])
+        text = "Loud words here. so very quiet words. Loud again."
+        assert screened(text, guardrails, "output", print)[0] == "Loud words here. [WHISPER]. Loud again."
+    finally:
+        guardrail.unregister("whispering")
 
 
 def test_the_rows_that_the_readme_shows_are_read(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -289,3 +290,9 @@ def test_one_class_makes_a_guardrail_with_settings_documentation_and_behaviour()
         assert "shouting:" in annotated(guardrail_settings())
     finally:
         guardrail_module.unregister("shouting")
+
+
+def test_the_table_in_the_documentation_is_the_one_of_the_registered_guardrails():
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text("utf-8")
+    assert table() in text, "put the output of serving.guardrails.table() into docs/serving.md"
+    assert table().count("\n") >= 8

@@ -76,10 +76,11 @@ def fallback_headers(deliveries: Sequence[Delivery]) -> dict[str, str]:
 
 
 def fallback_fields(deliveries: Sequence[Delivery]) -> dict[str, Any]:
-    """The same within a body."""
+    """The same within a body; and what guardrails did, each once."""
     instead = [
         {"index": index, "model": delivery.served.name, "reason": delivery.fallback}
         for index, delivery in enumerate(deliveries)
         if delivery.fallback
     ]
-    return {"fallback": instead} if instead else {}
+    detected = list(dict.fromkeys(access.current().guardrails))
+    return {**({"fallback": instead} if instead else {}), **({"guardrails": detected} if detected else {})}
