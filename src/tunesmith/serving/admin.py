@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.runs import opening
 from tunesmith.runs.opening import Source
 from tunesmith.serving.rejections import Rejection, TooLarge, UnknownModel
@@ -84,6 +84,8 @@ async def _load(service: Service, target: NamedRun, checkpoint: str) -> Served:
 
 async def _drop(service: Service, name: str) -> Served:
     served = service.models.resolve(name)
+    if (needed_by := service.needed(name)) is not None:
+        raise ConfigError(f"{needed_by} needs {name}", hint="load another adapter under its name instead")
     await service.worker.run(lambda: service.models.drop(name, service.worker.in_use))
     return served
 

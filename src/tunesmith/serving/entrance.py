@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import traceback
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -55,10 +56,10 @@ class Entrance:
                 await response(scope, receive, exchange.send)
         except Exception as error:  # the app has told the client that it failed
             record.error = record.error or "failed"
-            if os.environ.get("TUNESMITH_DEBUG"):
-                raise
             text = f"a request could not be answered: {type(error).__name__}: {error}"
             self._service.notify(Notice(text, level="warning", where=record.path, hint=f"id {record.id}"))
+            if os.environ.get("TUNESMITH_DEBUG"):
+                traceback.print_exception(error)
         finally:
             record.seconds = round(time.monotonic() - begun, 6)
             self._service.note(record, endpoint(scope))

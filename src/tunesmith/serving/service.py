@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,28 +49,42 @@ class Service:
     ab: Routes = field(default_factory=Routes)
     answers: RememberedAnswers = field(default_factory=RememberedAnswers)
     votes_file: Path | None = None
-    guard: Guard = field(default_factory=Guard)
     lexicons: Lexicons = field(default_factory=Lexicons)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
 
     def answerer(self, question: Question) -> tuple[Served, str | None]:
         """The model that answers, and the A/B test that chose it or None. Raises as `served` does."""
         name, test = self.ab.resolve(question)
+        if test is not None and self.allows_names((test,)):
+            return self.models.resolve(name), test
         return self.served(name or None), test
 
     def served(self, name: str | None) -> Served:
         """The model with this name, or the first if it is None. Raises UnknownModel, or Rejection if the key
         may not ask it."""
         served = self.models.resolve(name)
-        if not self.allows(served):
+        if not self.allows_names(served.names):
             message = f"the key {access.current().key} may not ask {served.name}"
             raise Rejection(403, message, "model", "model_not_allowed")
         return served
 
-    def allows(self, served: Served) -> bool:
-        """Whether the key of this request may ask ``served``."""
+    def allows_names(self, names: Iterable[str]) -> bool:
+        """Whether the key of this request may ask what has ``names``."""
         key = self._key(access.current().key)
-        return key is None or not key.models or not set(key.models).isdisjoint(served.names)
+        return key is None or not key.models or not set(key.models).isdisjoint(names)
+
+    def needed(self, name: str) -> str | None:
+        """What needs the model ``name`` to be served, or None."""
+        served = self.models.resolve(name)
+        if any(self.models.resolve(other) is served for other in self.fallback):
+            return "--fallback"
+        tests = (
+            test
+            for test in self.ab.names
+            for model in self.ab.models(test)
+            if self.models.resolve(model) is served
+        )
+        return next((f"the A/B test {test}" for test in tests), None)
 
     def _key(self, name: str | None) -> Key | None:
         return next((key for key in self.doorkeeper.keys if key.name == name), None)

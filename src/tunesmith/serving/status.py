@@ -23,7 +23,7 @@ def routes(service: Service) -> list[Route]:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def models(request: Request) -> Response:
-        allowed = filter(service.allows, service.models.entries)
+        allowed = [served for served in service.models.entries if service.allows_names(served.names)]
         listed = [entry for served in allowed for entry in _entries(served)] + _tests(service)
         return JSONResponse({"object": "list", "data": listed})
 
@@ -56,7 +56,7 @@ def _tests(service: Service) -> list[dict[str, JSON]]:
             "ab": list(service.ab.models(name)),
         }
         for name in service.ab.names
-        if all(service.allows(service.models.resolve(model)) for model in service.ab.models(name))
+        if service.allows_names((name,))
     ]
 
 

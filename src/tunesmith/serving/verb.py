@@ -88,6 +88,7 @@ def serve(
 
         async def live() -> None:
             service = await starting.start(settings, notify)
+            listener.listen()  # who reads the announcement may connect at once
             announce(greeting(service, host, listener.getsockname()[1]))
             await HttpServer(service).listen(listener)
 
