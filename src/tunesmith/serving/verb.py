@@ -56,9 +56,8 @@ def serve(
     this machine can connect. fallback: models that answer if the one that was asked cannot. guardrails: a
     YAML file. ab: names for several models, as ``writer=runs/a:0.5,runs/b:0.5``; their runs are served too.
     votes: file of the votes; None: ``votes.jsonl`` of the first run. limits: assignments such as
-    ``queue=64``. log: file of the access log; None: stderr. announce:
-    gets the text that says what is served. Raises ServeError if the port is taken, and what
-    `served.open_models` raises."""
+    ``queue=64``. log: file of the access log; None: stderr. announce: gets the text that says what is
+    served. Raises ServeError if the port is taken, and what `served.open_models` raises."""
     local = host in LOOPBACK
     if not local and keys is None:
         message = "other machines can connect, so a key is needed"
