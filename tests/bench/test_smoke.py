@@ -22,6 +22,7 @@ QUICK = {
     "limit": [],
     "preferences": [],
     "scaling": [],
+    "serving": [],
     "start": [],
     "wrappers": [],
     "train_speed": ["--trainers", "mlx_lm_blas", "trl"],
