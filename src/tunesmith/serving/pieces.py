@@ -128,3 +128,37 @@ def joined(pieces: Iterable[Piece]) -> WholeAnswer:
     assert ended is not None
     calls = tuple(MadeCall(call.id, call.name, arguments.get(call.index, "{}")) for call in begun)
     return WholeAnswer("".join(reasoning), "".join(words), calls, tuple(logprobs), ended)
+
+
+PartKind: TypeAlias = Literal["reasoning", "words", "call", ""]
+
+
+def part_of(piece: Piece) -> PartKind:
+    """What ``piece`` is a part of; "" if of nothing that the user reads."""
+    match piece:
+        case Reasoned():
+            return "reasoning"
+        case Words():
+            return "words"
+        case CallBegun() | CallArguments():
+            return "call"
+        case _:
+            return ""
+
+
+def parts(pieces: Iterable[Piece]) -> list[list[Piece]]:
+    """The pieces of each part of an answer, in their order: of its reasoning, of words between calls, of each
+    call."""
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        if not part_of(piece):
+            continue
+        if not runs or isinstance(piece, CallBegun) or part_of(piece) != part_of(runs[-1][0]):
+            runs.append([])
+        runs[-1].append(piece)
+    return runs
+
+
+def text_in(part: Iterable[Piece]) -> str:
+    """The text of a part: words, reasoning, or arguments."""
+    return "".join(piece.text for piece in part if isinstance(piece, Words | Reasoned | CallArguments))

@@ -57,7 +57,8 @@ async def read(request: Request, kind: type[B]) -> B:
 
 
 def _rejection(details: ErrorDetails) -> Rejection:
-    param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in details["loc"]).lstrip(".")
+    keys = [key for key in details["loc"] if isinstance(key, int) or (key.isidentifier() and key != "str")]
+    param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).lstrip(".")
     text = details["msg"].removeprefix("Value error, ")
     kind = details["type"]
     if kind == "extra_forbidden":

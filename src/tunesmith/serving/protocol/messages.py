@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias, cast
@@ -28,6 +28,9 @@ from tunesmith.serving.pieces import (
     Usage,
     Words,
     joined,
+    part_of,
+    parts,
+    text_in,
 )
 from tunesmith.serving.protocol.bodies import (
     Body,
@@ -331,7 +334,7 @@ class MessageExchange:
 
     async def whole(self) -> Response:
         pieces = [piece async for piece in self._stream]
-        content = [_content(run) for run in _runs(pieces)]
+        content = [_content(run) for run in parts(pieces)]
         return JSONResponse(self._message(content, joined(pieces).ended), headers=self.headers)
 
     async def events(self) -> AsyncGenerator[ServerEvent]:
@@ -349,8 +352,8 @@ class MessageExchange:
                 yield _event("message_start", message=self._message([], None))
             if isinstance(piece, Logprobs):
                 continue
-            if is_open and (_kind(piece) != kind or isinstance(piece, CallBegun)):
-                if kind == "thinking":
+            if is_open and (part_of(piece) != kind or isinstance(piece, CallBegun)):
+                if kind == "reasoning":
                     signature = {"type": "signature_delta", "signature": ""}
                     yield _event("content_block_delta", index=place, delta=signature)
                 yield _event("content_block_stop", index=place)
@@ -360,7 +363,7 @@ class MessageExchange:
                 yield _event("message_stop")
                 return
             if not is_open:
-                is_open, kind = True, _kind(piece)
+                is_open, kind = True, part_of(piece)
                 yield _event("content_block_start", index=place, content_block=_opened(piece))
             if delta := _delta(piece):
                 yield _event("content_block_delta", index=place, delta=delta)
@@ -388,35 +391,9 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _kind(piece: Piece) -> str:
-    """The type of the block that a piece belongs to."""
-    match piece:
-        case Reasoned():
-            return "thinking"
-        case Words():
-            return "text"
-        case CallBegun() | CallArguments():
-            return "tool_use"
-        case _:
-            return ""
-
-
-def _runs(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    """The pieces of each block."""
-    runs: list[list[Piece]] = []
-    for piece in pieces:
-        if isinstance(piece, Logprobs | AnswerEnded):
-            continue
-        if not runs or isinstance(piece, CallBegun) or _kind(piece) != _kind(runs[-1][0]):
-            runs.append([])
-        runs[-1].append(piece)
-    return runs
-
-
 def _content(run: list[Piece]) -> dict[str, Any]:
     """A block that is complete."""
-    texts = [piece.text for piece in run if isinstance(piece, Words | Reasoned | CallArguments)]
-    block, text = _opened(run[0]), "".join(texts)
+    block, text = _opened(run[0]), text_in(run)
     if block["type"] == "tool_use":
         return {**block, "input": json.loads(text)}
     return {**block, block["type"]: text}
