@@ -122,7 +122,7 @@ def commands(folder: Path, runs: Sequence[Path], options: argparse.Namespace) ->
     exported = folder / "mlx"
     tunesmith.export(runs[0], to="mlx", out=exported)
     started_by: dict[str, list[str]] = {"tunesmith": [*serve, "--batch-size", str(max(AT_ONCE))]}
-    rival = [sys.executable, "-c", MLX_LM, "--model", str(ours.folder(options.model)), "--port", "PORT"]
+    rival = [sys.executable, "-c", MLX_LM, "--model", options.model, "--port", "PORT"]
     started_by["mlx_lm"] = [*rival, "--adapter-path", str(exported), "--log-level", "ERROR"]
     if options.llama:
         merged = folder / "merged"
@@ -240,6 +240,7 @@ def main() -> int:
     with small.inputs(options, rounds=1, tokens=4) as folder:
         if not Path(options.model).exists():
             parser.error(f"--model: {options.model} is not there; `make demo` fetches it")
+        options.model = str(ours.folder(options.model))
         result = {"benchmark": "serving", "tokens": options.tokens} | measure(folder, options)
         print(json.dumps(record.keep(result, options.out)))
     problems = missed(result)

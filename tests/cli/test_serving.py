@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import tiny
 import tunesmith
 from tunesmith.cli import app
+from tunesmith.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +138,22 @@ def test_what_cannot_be_served_is_said_without_a_traceback(run, words, status, w
     done = CliRunner().invoke(app, ["serve", *words])
     assert isinstance(done.exception, tunesmith.errors.TunesmithError), done.output
     assert done.exception.exit_code == status and what in str(done.exception)
+
+
+def test_it_measures_itself_and_ends(run):
+    words = ["serve", str(run), "--port", "0", "--bench", "20", "--bench-seconds", "0.5"]
+    measured = CliRunner().invoke(app, [*words, "--json"])
+    assert measured.exit_code == 0, measured.output
+    report = json.loads(measured.stdout)
+    assert report["requests"] == report["answered"] == 10 and report["errors"] == {}
+    for times in (report["first_s"], report["token_s"], report["total_s"]):
+        assert 0 < times["p50"] <= times["p95"] <= times["p99"]
+    shown = CliRunner().invoke(app, words).stdout
+    assert "10 of 10 requests" in shown and "p95" in shown
+
+
+def test_a_server_with_keys_cannot_ask_itself(run, tmp_path):
+    keys = tmp_path / "keys.json"
+    keys.write_text('[{"name": "me", "key": "a-secret-of-some-length"}]')
+    refused = CliRunner().invoke(app, ["serve", str(run), "--bench", "1", "--keys", str(keys)])
+    assert isinstance(refused.exception, ConfigError) and "--keys" in str(refused.exception)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tunesmith.serving import load
-from tunesmith.serving.load import Call, CallTimes, ServerAddress
+from tunesmith.serving.load import CallTimes, HttpCall, ServerAddress
 
 
 def address_of(server) -> ServerAddress:
@@ -89,6 +89,6 @@ def test_an_answer_that_breaks_off_is_an_error(reply):
 
         async with await asyncio.start_server(reply_to, "127.0.0.1", 0) as broken:
             port = broken.sockets[0].getsockname()[1]
-            return await load.timed(ServerAddress("127.0.0.1", port), Call("/", {}))
+            return await load.timed(ServerAddress("127.0.0.1", port), HttpCall("/", {}))
 
     assert asyncio.run(answered()).error in ("ConnectionError", "ConnectionResetError")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import tunesmith
-from tunesmith.cli.options import Checkpoint, progress, say
+from tunesmith.cli.options import AsJson, Checkpoint, print_json, progress, say
 
 Runs = Annotated[
     list[str] | None,
@@ -45,6 +45,13 @@ Limit = Annotated[
 ]
 Log = Annotated[Path | None, typer.Option(help="file of the access log, JSON lines; default: stderr")]
 LogContents = Annotated[bool, typer.Option("--log-contents", help="also log what was asked and answered")]
+Bench = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001, metavar="RATE", help="measure instead: ask itself RATE times a second, at random moments"
+    ),
+]
+BenchSeconds = Annotated[float, typer.Option(min=0.1, help="how long --bench sends requests")]
 
 
 def serve(
@@ -65,10 +72,13 @@ def serve(
     limit: Limit = None,
     log: Log = None,
     log_contents: LogContents = False,
+    bench: Bench = None,
+    bench_seconds: BenchSeconds = 30.0,
+    as_json: AsJson = False,
 ) -> None:
     """Answer over HTTP, as OpenAI's API does: a base and any number of adapters in one batch."""
     with progress() as notify:
-        tunesmith.serve(
+        report = tunesmith.serve(
             runs or (),
             model=model,
             checkpoint=checkpoint,
@@ -86,6 +96,12 @@ def serve(
             limits=limit or (),
             log=log,
             log_contents=log_contents,
+            bench=bench,
+            bench_seconds=bench_seconds,
             announce=say,
             notify=notify,
         )
+    if report is not None:
+        from tunesmith.serving import load
+
+        print_json(report) if as_json else say(load.described(report))

@@ -33,7 +33,7 @@ class ServerAddress:
 
 
 @dataclass(frozen=True)
-class Call:
+class HttpCall:
     """One request: the JSON ``body`` that is sent to ``path``."""
 
     path: str
@@ -125,7 +125,7 @@ class HttpReply:
 
 
 @asynccontextmanager
-async def sent(address: ServerAddress, call: Call) -> AsyncGenerator[HttpReply]:
+async def sent(address: ServerAddress, call: HttpCall) -> AsyncGenerator[HttpReply]:
     """The reply to ``call``. Leaving the context closes the connection, so that an answer under way is
     cancelled. Raises OSError if there is no reply."""
     content = json.dumps(call.body).encode()
@@ -151,7 +151,7 @@ async def sent(address: ServerAddress, call: Call) -> AsyncGenerator[HttpReply]:
             await writer.wait_closed()
 
 
-async def timed(address: ServerAddress, call: Call, due: float | None = None) -> CallTimes:
+async def timed(address: ServerAddress, call: HttpCall, due: float | None = None) -> CallTimes:
     """Send ``call``, whose body must ask for a stream with its usage, and read the answer. due: when it
     should have been sent, on the clock of `time.perf_counter`; None: now."""
     begun = time.perf_counter() if due is None else due
@@ -189,11 +189,11 @@ def _new_text(event: Mapping[str, Any]) -> str:
 
 def calls(
     names: Sequence[str], n_calls: int, max_tokens: int, *, chat: bool = True, seed: int = 0
-) -> list[Call]:
+) -> list[HttpCall]:
     """Greedy requests to the models ``names`` in turn. No two have the same prompt, so that none is answered
     from the cache of another."""
     draw = random.Random(seed)
-    made: list[Call] = []
+    made: list[HttpCall] = []
     for number in range(n_calls):
         topics = " and ".join(draw.sample(TOPICS, 3))
         text = f"Number {draw.randrange(10**6)}: write a long story about {topics}."
@@ -205,11 +205,11 @@ def calls(
             "stream_options": {"include_usage": True},
         }
         body |= {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-        made.append(Call(CHAT if chat else COMPLETIONS, body))
+        made.append(HttpCall(CHAT if chat else COMPLETIONS, body))
     return made
 
 
-async def at_once(address: ServerAddress, together: Sequence[Call]) -> LoadReport:
+async def at_once(address: ServerAddress, together: Sequence[HttpCall]) -> LoadReport:
     """Send all calls at the same moment."""
     begun = time.perf_counter()
     times = await asyncio.gather(*(timed(address, call) for call in together))
@@ -217,7 +217,7 @@ async def at_once(address: ServerAddress, together: Sequence[Call]) -> LoadRepor
 
 
 async def open_loop(
-    address: ServerAddress, arriving: Sequence[Call], rate: float, seed: int = 0
+    address: ServerAddress, arriving: Sequence[HttpCall], rate: float, seed: int = 0
 ) -> LoadReport:
     """Send ``rate`` calls a second on average, independently of each other, and wait for their answers."""
     draw, begun = random.Random(seed), time.perf_counter()
@@ -256,3 +256,25 @@ def _percentiles(values: Sequence[float | None]) -> dict[str, float]:
     if not known:
         return {}
     return {f"p{share}": known[max(0, -(-share * len(known) // 100) - 1)] for share in PERCENTILES}
+
+
+def described(report: LoadReport) -> str:
+    """The report for a terminal."""
+    failed = "".join(f", {count} {reason}" for reason, count in report["errors"].items())
+    counts = f"{report['answered']} of {report['requests']} requests were answered"
+    lines = [
+        f"{counts} in {report['seconds']:.1f} s{failed}",
+        f"{report['requests_per_second']:.2f} requests and {report['tokens_per_second']:.1f} tokens a second",
+        "",
+        f"{'seconds':12}" + "".join(f"{f'p{share}':>10}" for share in PERCENTILES),
+    ]
+    rows = {
+        "first token": report["first_s"],
+        "next token": report["token_s"],
+        "whole answer": report["total_s"],
+    }
+    for name, times in rows.items():
+        lines.append(
+            f"{name:12}" + "".join(f"{times[f'p{share}'] if times else 0:10.3f}" for share in PERCENTILES)
+        )
+    return "\n".join(lines)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import shlex
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,14 +17,17 @@ from tunesmith.errors import ConfigError, ServeError
 from tunesmith.events import Sink
 from tunesmith.serving import guardrails as screening
 from tunesmith.serving import keys as keys_file
-from tunesmith.serving import starting
+from tunesmith.serving import load, starting
 from tunesmith.serving.ab import SplitRoute, parse_route
 from tunesmith.serving.limits import ServerLimits
+from tunesmith.serving.load import LoadReport, ServerAddress
 from tunesmith.serving.served import NamedRun
 from tunesmith.serving.service import Service
 from tunesmith.serving.starting import HttpServer, ServerSettings
 from tunesmith.settings import config
 
+BENCH_TOKENS = 64
+"""Longest answer to a request of the benchmark."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -46,9 +50,11 @@ def serve(
     limits: Sequence[str] = (),
     log: str | Path | None = None,
     log_contents: bool = False,
+    bench: float | None = None,
+    bench_seconds: float = 30.0,
     announce: Callable[[str], None] = print,
     notify: Sink = events.silent,
-) -> None:
+) -> LoadReport | None:
     """Serve the base of ``runs`` and each of their adapters (``NAME=RUN`` gives another name), or a plain
     model, until SIGTERM or Ctrl-C.
 
@@ -56,13 +62,10 @@ def serve(
     this machine can connect. fallback: models that answer if the one that was asked cannot. guardrails: a
     YAML file. ab: names for several models, as ``writer=runs/a:0.5,runs/b:0.5``; their runs are served too.
     votes: file of the votes; None: ``votes.jsonl`` of the first run. limits: assignments such as
-    ``queue=64``. log: file of the access log; None: stderr. announce: gets the text that says what is
-    served. Raises ServeError if the port is taken, and what `served.open_models` raises."""
-    local = host in LOOPBACK
-    if not local and keys is None:
-        message = "other machines can connect, so a key is needed"
-        hint = 'write keys.json: [{"name": "me", "key": "…"}], and add --keys keys.json'
-        raise ConfigError(message, where=f"--host {host}", hint=hint)
+    ``queue=64``. log: file of the access log; None: stderr. bench: measure instead: requests a second,
+    for ``bench_seconds``. announce: gets the text that says what is served. Raises ServeError if the port is
+    taken, and what `served.open_models` raises."""
+    _require_key(host, keys, bench)
     tests = tuple(parse_route(text) for text in ab)
     with contextlib.ExitStack() as inside:
         settings = ServerSettings(
@@ -79,19 +82,64 @@ def serve(
             prefix_bytes=None if prefix_gb is None else int(prefix_gb * 1e9),
             kv_bits=kv_bits,
             limits=config.load(ServerLimits, sets=limits).spec,
-            log=_log(log, inside),
+            log=_log(log, inside) if log or bench is None else None,
             log_contents=log_contents,
-            loopback=local,
+            loopback=host in LOOPBACK,
         )
         listener = inside.enter_context(starting.listen(host, port))
 
-        async def live() -> None:
-            service = await starting.start(settings, notify)
-            listener.listen()  # who reads the announcement may connect at once
-            announce(greeting(service, host, listener.getsockname()[1]))
-            await HttpServer(service).listen(listener)
+        if bench is None:
+            return asyncio.run(_answering(settings, listener, host, announce, notify))
+        return asyncio.run(_measured(settings, listener, bench, bench_seconds, notify))
 
-        asyncio.run(live())
+
+def _require_key(host: str, keys: str | Path | None, bench: float | None) -> None:
+    """Raises ConfigError if others could ask without a key, or the server cannot ask itself."""
+    if host not in LOOPBACK and keys is None:
+        message = "other machines can connect, so a key is needed"
+        hint = 'write keys.json: [{"name": "me", "key": "…"}], and add --keys keys.json'
+        raise ConfigError(message, where=f"--host {host}", hint=hint)
+    if bench is not None and keys is not None:
+        hint = "measure without --keys: nobody else can connect meanwhile"
+        raise ConfigError("the server has no key to ask itself with", where="--bench", hint=hint)
+
+
+async def _answering(
+    settings: ServerSettings,
+    listener: socket.socket,
+    host: str,
+    announce: Callable[[str], None],
+    notify: Sink,
+) -> None:
+    """Until a signal."""
+    service = await starting.start(settings, notify)
+    listener.listen()  # who reads the announcement may connect at once
+    announce(greeting(service, host, listener.getsockname()[1]))
+    await HttpServer(service).listen(listener)
+
+
+async def _measured(
+    settings: ServerSettings, listener: socket.socket, rate: float, seconds: float, notify: Sink
+) -> LoadReport:
+    """Of ``rate`` requests a second, to each of the models in turn."""
+    service = await starting.start(settings, notify)
+    listener.listen()
+    http = HttpServer(service)
+    listening = asyncio.create_task(http.listen(listener))
+    entries = service.models.entries
+    calls = load.calls(
+        [served.name for served in entries],
+        max(1, round(rate * seconds)),
+        BENCH_TOKENS,
+        chat=all(served.asked_as == "chat" for served in entries),
+    )
+    address = ServerAddress(*listener.getsockname()[:2])
+    try:
+        await load.timed(address, calls[0])  # what the first request compiles counts for none
+        return await load.open_loop(address, calls, rate)
+    finally:
+        http.drain()
+        await listening
 
 
 def _compared(tests: Sequence[SplitRoute], runs: Sequence[str]) -> list[str]:
