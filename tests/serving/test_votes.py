@@ -272,3 +272,27 @@ def test_train_takes_the_rows(path, tmp_path, tiny_model, objective):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "nothing was trained" in result.output
+
+
+def asked_in(turns: int) -> Conversation:
+    """A conversation that waits for an answer: a question, a tool's result, or a second question."""
+    messages = (
+        Message("system", "Be brief."),
+        Message("user", "What is 6 times 7?"),
+        Message("assistant", "", (Call("find", {"x": [1, "two"]}, "c1"),)),
+        Message("tool", "42", call_id="c1", name="find"),
+        Message("assistant", "It is 42."),
+        Message("user", "Thanks, and now?"),
+    )
+    return Conversation(messages[:turns], (TOOL,))
+
+
+@pytest.mark.parametrize("turns", [2, 4, 6])
+def test_a_conversation_with_tools_comes_back_from_its_row_as_it_was(path, tmp_path, turns):
+    said = Message("assistant", "So.", (Call("find", {}, "c2"),))
+    written(path, [votes.thumb(RememberedAnswer("id", asked_in(turns), said, "a", "d"), up=False)])
+    to = tmp_path / "rows.jsonl"
+    tunesmith.votes(path, to=to)
+    (row,) = read_rows(to)
+    assert isinstance(row, Judged) and not row.desirable
+    assert row.conversation == Conversation((*asked_in(turns).messages, said), (TOOL,))

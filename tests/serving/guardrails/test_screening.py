@@ -75,7 +75,12 @@ def stream(parts: Sequence[str], guardrails: Sequence[Guardrail]) -> tuple[list[
     return steps, detections
 
 
-texts = st.lists(st.sampled_from([*WITHHELD, *FILLER]), max_size=12).map("".join)
+LONG = [
+    f"{KEY}-----END RSA PRIVATE KEY-----",
+    KEY,
+    "eyJhbGciOiJIUzI1NiJ9.eyJ" + "zdWIiOiJq2kVfT8WcYb3nZr" * 20,
+]
+texts = st.lists(st.sampled_from([*WITHHELD, *FILLER, *LONG]), max_size=12).map("".join)
 
 
 spaced = st.lists(st.sampled_from([f" {text} " for text in WITHHELD] + FILLER), max_size=12).map(" ".join)
@@ -117,7 +122,9 @@ def test_flagged_texts_pass_at_once(cut):
 
 def test_each_kind_of_text_is_redacted_by_its_name():
     text = f"Mail jane.miller@gmail.com or call 212-867-5309. The key: {TOKEN}. Stop <|im_end|> acme  ROCKET."
-    (shown,) = stream([text], EVERY["redact"])[0][-1:]
+    (*_, shown), detections = stream([text], EVERY["redact"])
+    kinds = ["control_token", "email", "github_token", "listed", "phone"]
+    assert sorted(detection.kind for detection in detections) == kinds, "each is counted once"
     assert shown == "Mail [EMAIL] or call [PHONE]. The key: [GITHUB_TOKEN]. Stop [CONTROL_TOKEN] [LISTED]."
 
 
@@ -133,6 +140,13 @@ def test_a_private_key_is_held_back_from_its_first_line_whether_it_ends_or_not(e
     steps, _ = stream([*("Here it is: " + KEY + end)], rails("secrets.output=redact"))
     assert not any("MIIE" in shown or "Jq2k" in shown for shown in steps)
     assert steps[-1].startswith("Here it is: [PRIVATE_KEY]")
+
+
+def test_after_a_long_detection_a_stream_is_no_more_behind_than_before():
+    text = f"{KEY}-----END RSA PRIVATE KEY-----" + " and then some words" * 40
+    steps, _ = stream([*text], rails("secrets.output=redact"))
+    behind = len(text) - len(KEY) - len(steps[-2]) - 16
+    assert 100 < behind < 170
 
 
 @pytest.mark.parametrize("end", [".", ".dBjftJeZ4CVPmB92K27uhbUJU1p1rwW1gFWFOEjXk. Bye", ""])
@@ -296,3 +310,41 @@ def test_the_table_in_the_documentation_is_the_one_of_the_registered_guardrails(
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text("utf-8")
     assert table() in text, "put the output of serving.guardrails.table() into docs/serving.md"
     assert table().count("\n") >= 8
+
+
+@st.composite
+def cut_answers(draw) -> tuple[list[Piece], list[Piece]]:
+    """An answer in few pieces, and the same in many."""
+    whole: list[Piece] = []
+    parts: list[Piece] = []
+    for kind in draw(st.lists(st.sampled_from(["words", "reasoning", "call"]), max_size=4)):
+        text, cuts = draw(cut_texts())
+        if kind == "call":
+            index = sum(isinstance(piece, CallBegun) for piece in whole)
+            begun, text = CallBegun(index, f"c{index}", "send"), json.dumps({"text": text})
+            cut = draw(st.integers(0, len(text)))
+            whole += [begun, CallArguments(index, text)]
+            parts += [begun, CallArguments(index, text[:cut]), CallArguments(index, text[cut:])]
+        else:
+            make = Words if kind == "words" else Reasoned
+            whole.append(make(text))
+            parts += [make(cut) for cut in cuts]
+    return whole, parts
+
+
+@pytest.mark.parametrize("action", ["redact", "block"])
+@given(cut_answers())
+def test_an_answer_is_delivered_alike_however_its_pieces_are_cut(action, answers):
+    whole, parts = (written(pieces(answer, EVERY[action])) for answer in answers)
+    assert whole == parts
+    assert not any(text in whole for text in ("<|im_end|>", "[INST]"))
+
+
+def written(answer: Sequence[Piece]) -> str:
+    """The delivered pieces as text, for comparison; neighbours of one kind are not told apart."""
+    text, before = "", None
+    for piece in answer:
+        place = (type(piece), piece.index if isinstance(piece, CallBegun | CallArguments) else 0)
+        own = piece.name if isinstance(piece, CallBegun) else getattr(piece, "text")  # noqa: B009
+        text, before = text + (own if place == before else f"\n{place}: {own}"), place
+    return text

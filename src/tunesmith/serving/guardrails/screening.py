@@ -29,6 +29,10 @@ class _Track:
         whole = any(guardrail.reach() == WHOLE for guardrail in guardrails)
         self._step = WHOLE_STEP if whole else step
         self._reported = [0] * len(guardrails)
+        self._grown: float | None = None
+        """The reach that the next segment needs, if its window has grown."""
+        self._wanted = 0.0
+        """Characters of the text before which looking again is in vain."""
         self.decided = 0
         """The end of the last decided segment."""
 
@@ -38,7 +42,7 @@ class _Track:
         its end. final: and nothing follows."""
         if final and not text:
             yield self._new(self._find(text, 0, final))
-        while self.decided < len(text):
+        while self.decided < len(text) and (ended or len(text) >= self._wanted):
             stop = (self.decided // self._step + 1) * self._step
             if stop > len(text):
                 if not ended:
@@ -47,17 +51,22 @@ class _Track:
             spans = self._look(text, stop, ended, final)
             if spans is None:
                 return
-            self.decided = stop
-            yield self._new(spans)
+            new = self._new(spans)
+            # What a detection longer than its window covers is not looked at again.
+            far = max((span.end for _, span in new), default=0)
+            self.decided = max(stop, far) if self._grown else stop
+            self._grown = None
+            yield new
 
     def _look(self, text: str, stop: int, ended: bool, final: bool) -> list[tuple[int, Span]] | None:
         """What guardrails detect in the window of the segment before ``stop``; None if more of the text is
         needed."""
-        reach = self._reach()
+        reach = self._grown or self._reach()
         while True:
             end = stop + reach
             if end > len(text):
                 if not ended:
+                    self._wanted = end
                     return None
                 end = len(text)
             complete = ended and end == len(text)
@@ -68,6 +77,7 @@ class _Track:
                     (number, span) for number, span in spans if self.decided < span.end and span.start < stop
                 ]
             reach *= 2
+            self._grown = reach
 
     def _reach(self) -> float:
         reaches = [
