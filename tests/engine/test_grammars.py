@@ -266,6 +266,33 @@ def test_mistrals_calls_are_the_tokens_of_mistral_common(mistral):
         assert not accepts(mistral, mistral.calls(ASKED), without_mark)
 
 
+RECORDED = Path(__file__).parents[2].parent / "shared" / "data" / "formats" / "glaive_toolcall_en_demo.json"
+"""Conversations with calls and the schemas of their tools."""
+
+
+@pytest.mark.skipif(not RECORDED.is_file(), reason=f"{RECORDED.name} is absent")
+@pytest.mark.parametrize("kind", ["byte_level", "mistral"])
+def test_recorded_calls_are_allowed(kind, request):
+    grammars = request.getfixturevalue(kind)
+    tried = 0
+    for row in json.loads(RECORDED.read_text())[:120]:
+        tools = [{"type": "function", "function": function} for function in json.loads(row["tools"] or "[]")]
+        for turn in row["conversations"]:
+            if turn["from"] != "function_call":
+                continue
+            call = json.loads(turn["value"])
+            schema = next(tool["function"] for tool in tools if tool["function"]["name"] == call["name"])
+            is_timed = '"format": "time"' in json.dumps(schema)  # RFC 3339 wants seconds and an offset
+            if is_timed or not schemas.takes(schemas.checked(schema["parameters"]), call["arguments"]):
+                continue
+            tried += 1
+            ids = grammars.renderer.answered(
+                *example([Call(call["name"], call["arguments"], "abcdefgh1")], tools)
+            )
+            assert accepts(grammars, grammars.calls(tools), ids), call
+    assert tried > 60
+
+
 @pytest.mark.parametrize("form", [None, OPENAI, TEXT])
 def test_every_answer_of_required_calls_is_calls_with_valid_arguments(called, form):
     _, grammars = called

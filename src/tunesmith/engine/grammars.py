@@ -5,8 +5,9 @@ template writes around words, and around calls what it writes around calls: both
 the renderer writes, so that a constrained answer has the form that the model was trained on. Control tokens
 are allowed only where that form has them.
 
-A schema is enforced whole or refused. Two things are narrower than JSON Schema: properties come in the order
-in which the schema lists them, and control characters without a short escape cannot be written."""
+A schema is enforced whole or refused. Narrower than JSON Schema are three things: properties come in the
+order in which the schema lists them, the formats of strings are enforced, and control characters without a
+short escape cannot be written."""
 
 from __future__ import annotations
 
