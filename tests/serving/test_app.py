@@ -200,3 +200,103 @@ def test_measures_count_what_happened(server):
     assert 'tunesmith_prompt_tokens_total{model="writer"}' in text
     assert 'tunesmith_requests_total{endpoint="other",model="none",status="404"}' in text
     assert 'tunesmith_first_token_seconds_count{model="writer"}' in text
+
+
+def chat(model: str, **fields) -> dict:
+    return {"model": model, "messages": [{"role": "user", "content": "the cat"}], **fields}
+
+
+def raw(server, body: dict) -> socket.socket:
+    """A connection on which a request has been sent."""
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+NEVER_ENDS = {"max_tokens": 3500, "logit_bias": {"2": -100}}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_row(server, stream):
+    """mlx-openai-server 321: the client is gone, and the worker runs on."""
+    worker = server.service.worker
+    with raw(server, chat("base", stream=stream, **NEVER_ENDS)) as connection:
+        if stream:
+            connection.recv(10)
+        wait_until(lambda: worker.n_rows == 1)
+    wait_until(lambda: worker.n_rows == 0)
+    wait_until(lambda: last_line(server).get("ended") == "cancelled")
+
+
+def test_a_client_that_goes_while_it_waits_leaves_the_queue(start_server, settings):
+    server = start_server(replace(settings, batch_size=1))
+    worker = server.service.worker
+    with raw(server, chat("base", **NEVER_ENDS)):
+        wait_until(lambda: worker.n_rows == 1)
+        with raw(server, chat("base", **NEVER_ENDS)):
+            wait_until(lambda: worker.n_waiting == 1)
+        wait_until(lambda: worker.n_waiting == 0)
+        assert worker.n_rows == 1
+    wait_until(lambda: worker.n_rows == 0)
+
+
+def test_a_client_that_does_not_read_is_dropped_and_holds_nobody_up(start_server, settings):
+    server = start_server(replace(settings, limits=ServerLimits(stall_s=0.5)))
+    worker = server.service.worker
+    with raw(server, chat("base", stream=True, n=4, **NEVER_ENDS)):
+        wait_until(lambda: worker.n_rows == 4)
+        with server.client() as client:
+            assert client.post("/v1/chat/completions", json=chat("writer", max_tokens=5)).status_code == 200
+        wait_until(lambda: worker.n_rows == 0, 60)
+
+
+def test_an_adapter_that_is_asked_answers(server):
+    """mlx-lm 1249: `--adapter-path` is ignored. sglang-jax 1521: the chat endpoint drops the adapter."""
+    with server.client() as client:
+        answers = {}
+        for model in ("base", "writer", "caller"):
+            body = chat(model, max_tokens=5, logprobs=True)
+            answers[model] = client.post("/v1/chat/completions", json=body).json()["choices"][0]["logprobs"]
+            assert last_line(server)["model"] in (model, "tiny-llama")
+    assert len({json.dumps(logprobs) for logprobs in answers.values()}) == 3
+
+
+def test_an_engine_that_dies_is_told_within_the_answer(start_server, settings, monkeypatch):
+    """mlx-lm 1909, 1672: the generation thread is dead, and clients wait for ever."""
+    server = start_server(settings)
+    worker = server.service.worker
+    advance, count = worker._engine.advance, [0]
+
+    def dying():
+        count[0] += 1
+        if count[0] > 5:
+            raise RuntimeError("a kernel failed")
+        return advance()
+
+    monkeypatch.setattr(worker._engine, "advance", dying)
+    with server.client() as client:
+        streamed = client.post("/v1/chat/completions", json=chat("writer", stream=True, **NEVER_ENDS)).text
+        assert '"code": "engine_died"' in streamed.splitlines()[-2] and "[DONE]" not in streamed
+        wait_until(lambda: worker.healthy)
+        monkeypatch.setattr(worker._engine, "advance", dying)
+        whole = client.post("/v1/chat/completions", json=chat("writer", **NEVER_ENDS))
+        assert whole.status_code == 503 and whole.json()["error"]["code"] == "engine_died"
+        wait_until(lambda: worker.healthy)
+        assert client.post("/v1/chat/completions", json=chat("writer", max_tokens=5)).status_code == 200
+        assert "tunesmith_restarts_died 2.0" in client.get("/metrics").text
+        assert (
+            'tunesmith_errors_total{model="writer",reason="engine_died"} 2.0' in client.get("/metrics").text
+        )
+
+
+def test_contents_are_logged_only_if_asked(start_server, settings, server):
+    logging = start_server(replace(settings, log_contents=True))
+    for one in (server, logging):
+        with one.client() as client:
+            client.post("/v1/chat/completions", json=chat("writer", max_tokens=5, user="me"))
+    assert "the cat" not in server.log.getvalue()
+    contents = last_line(logging)["contents"]
+    assert "the cat" in contents["request"] and "choices" in contents["response"]

@@ -12,13 +12,11 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import TextIO
 
-from tunesmith.settings.config import JSON
-
 
 @dataclass
 class AccessRecord:
-    """One HTTP request, filled in while it is answered. ``contents``: what was asked and answered; written
-    only with ``--log-contents``. ``fallback``: the model that answered instead, and why."""
+    """One HTTP request, filled in while it is answered. ``contents``: bodies of request and response;
+    empty without ``--log-contents``. ``fallback``: the model that answered instead, and why."""
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     at: float = field(default_factory=time.time)
@@ -39,7 +37,7 @@ class AccessRecord:
     error: str | None = None
     fallback: str | None = None
     guardrails: list[str] = field(default_factory=list)
-    contents: dict[str, JSON] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict)
 
 
 _current: ContextVar[AccessRecord | None] = ContextVar("access_record", default=None)

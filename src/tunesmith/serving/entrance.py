@@ -44,10 +44,11 @@ class Entrance:
         if scope.get("client"):
             record.client = scope["client"][0]
         access.begin(record)
-        exchange = _Exchange(record, self._service.limits.stall_s, send)
+        exchange = _Exchange(record, self._service.limits.stall_s, send, self._service.log.contents)
         try:
             self._admit(headers, record)
             body = await self._body(headers, receive)
+            exchange.asked(body)
             await self._while_connected(scope, body, receive, exchange)
         except Rejection as rejection:
             record.error = rejection.code or rejection.kind
@@ -62,6 +63,7 @@ class Entrance:
                 traceback.print_exception(error)
         finally:
             record.seconds = round(time.monotonic() - begun, 6)
+            exchange.answered()
             self._service.note(record, endpoint(scope))
 
     def _admit(self, headers: Headers, record: AccessRecord) -> None:
@@ -131,11 +133,22 @@ class Entrance:
 
 
 class _Exchange:
-    """One request and its response, as the app sees them."""
+    """One request and its response, as the app sees them. ``keeps``: whether their contents are logged."""
 
-    def __init__(self, record: AccessRecord, stall_s: float, send: Send) -> None:
-        self.record, self._stall_s, self._send = record, stall_s, send
+    def __init__(self, record: AccessRecord, stall_s: float, send: Send, keeps: bool) -> None:
+        self.record, self._stall_s, self._send, self._keeps = record, stall_s, send, keeps
         self.begun = self.complete = False
+        self._parts: list[bytes] = []
+
+    def asked(self, body: bytes) -> None:
+        """Note ``body`` for the log."""
+        if self._keeps and body:
+            self.record.contents["request"] = body.decode("utf-8", "replace")
+
+    def answered(self) -> None:
+        """Note what was sent for the log."""
+        if self._keeps and self._parts:
+            self.record.contents["response"] = b"".join(self._parts).decode("utf-8", "replace")
 
     def receiver(self, body: bytes) -> Receive:
         """Gives the app the body, once; then it waits for ever: `Entrance` cancels the app when the client
@@ -162,8 +175,10 @@ class _Exchange:
         except TimeoutError:
             self.record.error = "stalled"
             raise asyncio.CancelledError from None
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.complete = True
+        if message["type"] == "http.response.body":
+            self.complete = not message.get("more_body", False)
+            if self._keeps:
+                self._parts.append(message.get("body", b""))
 
 
 async def _gone(receive: Receive) -> None:
