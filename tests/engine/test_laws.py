@@ -7,6 +7,7 @@ by more than rounding does."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +16,7 @@ import pytest
 from adapters.test_layers import move
 from mlx.utils import tree_map
 from mlx_lm.models import llama
+from scipy.special import log_softmax
 
 from tunesmith import adapters
 from tunesmith.adapters import DoRA, LoRA
@@ -58,6 +60,14 @@ def network(bits: int | None = None) -> llama.Model:
         nn.quantize(net, group_size=32, bits=bits)
     mx.eval(net.parameters())
     return net.eval()
+
+
+class Answer(NamedTuple):
+    """``likely``: the log-probability of each token to the model itself."""
+
+    request: Request
+    tokens: list[int]
+    likely: list[float]
 
 
 class EveryThird:
@@ -111,14 +121,16 @@ def constrained(place: int, request: Request) -> Request:
     return replace(request, constraint=EveryThird(place % 7)) if place % 5 == 0 else request
 
 
-def alone(net: nn.Module, place: int, request: Request, factor: float = 1.0) -> list[int]:
-    """The tokens of ``request`` by whole passes over all tokens, without engine, cache and batch."""
-    request, ids, said = constrained(place, request), list(request.ids), []
+def alone(net: nn.Module, place: int, request: Request, factor: float) -> tuple[list[int], list[float]]:
+    """The tokens of ``request`` by whole passes over all tokens, without engine, cache and batch; and how
+    likely each was to the model itself."""
+    request, ids, said, likely = constrained(place, request), list(request.ids), [], []
     draws, biases = Draws(request), np.zeros(VOCABULARY)
     for token, bias in request.logit_bias.items():
         biases[token] = bias
     for turn in range(request.max_tokens):
         logits = np.array(net(mx.array([ids]))[0, -1]) * factor
+        logprobs = log_softmax(logits.astype(np.float64))
         seen = np.bincount(ids, minlength=VOCABULARY) > 0
         counts = np.bincount(np.array(said, int), minlength=VOCABULARY)
         penalty = request.repetition_penalty
@@ -134,11 +146,12 @@ def alone(net: nn.Module, place: int, request: Request, factor: float = 1.0) -> 
         token = choose(mx.array(logits[None].astype(np.float32)), [request], [draws.key(turn)]).item()
         ids.append(int(token))
         said.append(int(token))
+        likely.append(float(logprobs[said[-1]]))
         if token == END:
             break
         if constraint is not None:
             constraint.advance(int(token))
-    return said
+    return said, likely
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +166,10 @@ def values(tmp_path_factory) -> dict[str, adapters.Adapter]:
 
 
 @pytest.fixture(scope="module", params=[None, 4], ids=["float32", "4 bits"])
-def pool(request, values) -> tuple[int | None, dict[int, tuple[Request, list[int]]]]:
+def pool(request, values) -> tuple[int | None, dict[int, Answer]]:
     """Bits of the base, and requests with their tokens alone, by place."""
     requests = {place: drafted(place) for place in range(60)}
-    answers: dict[int, tuple[Request, list[int]]] = {}
+    answers: dict[int, Answer] = {}
     for name in [None, *SPECS]:
         net = network(request.param)
         if name is not None:
@@ -164,10 +177,10 @@ def pool(request, values) -> tuple[int | None, dict[int, tuple[Request, list[int
         for place, asked in requests.items():
             if asked.adapter == name:
                 said = [alone(net, place, asked, factor) for factor in SHAKEN]
-                if said[0] == said[1] == said[2]:
-                    answers[place] = asked, said[1]
+                if said[0][0] == said[1][0] == said[2][0]:
+                    answers[place] = Answer(asked, *said[1])
     assert len(answers) > 40, "most are well apart"
-    assert len({tuple(said) for _, said in answers.values()}) > 32
+    assert len({tuple(answer.tokens) for answer in answers.values()}) > 32
     return request.param, answers
 
 
@@ -194,11 +207,14 @@ def follow(pool, values, seed: int) -> tuple[int, int, int]:
             if left and random.random() < 0.4:
                 joining = random.choice(list(answers), min(left, int(random.integers(1, 4)))).tolist()
                 left -= len(joining)
-                numbers = engine.submit([constrained(place, answers[place][0]) for place in joining])
+                numbers = engine.submit([constrained(place, answers[place].request) for place in joining])
                 places |= dict(zip(numbers, joining, strict=True))
                 said |= {number: [] for number in numbers}
             for token in engine.advance():
                 assert token.request not in ended | cancelled
+                answer = answers[places[token.request]]
+                if answer.request.logprobs is not None:
+                    assert token.logprob == pytest.approx(answer.likely[len(said[token.request])], abs=1e-3)
                 said[token.request].append(token.token)
                 cached += token.cached
                 if token.finish is not None:
@@ -209,7 +225,7 @@ def follow(pool, values, seed: int) -> tuple[int, int, int]:
                 engine.cancel([number])
     assert ended | cancelled == said.keys()
     for number, tokens in said.items():
-        expected = answers[places[number]][1]
+        expected = answers[places[number]].tokens
         assert tokens == (expected if number in ended else expected[: len(tokens)]), (seed, places[number])
     return len(ended), len(cancelled), cached
 
