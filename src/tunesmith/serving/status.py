@@ -1,6 +1,9 @@
-"""``/health``, ``/metrics`` and ``/v1/models``: how the server is, and what it serves."""
+"""``/health``, ``/metrics`` with a board for Grafana, and ``/v1/models``: how the server is, and what it
+serves."""
 
 from __future__ import annotations
+
+from importlib import resources
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
@@ -10,6 +13,8 @@ from starlette.routing import Route
 from tunesmith.serving.served import Served
 from tunesmith.serving.service import Service
 from tunesmith.settings.config import JSON
+
+BOARD = resources.files("tunesmith.serving") / "grafana.json"
 
 
 def routes(service: Service) -> list[Route]:
@@ -21,6 +26,9 @@ def routes(service: Service) -> list[Route]:
 
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def board(request: Request) -> Response:
+        return Response(BOARD.read_bytes(), media_type="application/json")
 
     async def models(request: Request) -> Response:
         allowed = [served for served in service.models.entries if service.allows_names(served.names)]
@@ -39,6 +47,7 @@ def routes(service: Service) -> list[Route]:
     return [
         Route("/health", health),
         Route("/metrics", metrics),
+        Route("/metrics/grafana.json", board),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
     ]
