@@ -1,14 +1,16 @@
-"""The file of keys: what it may say, and that nothing of a key is ever shown."""
+"""The file of keys: what it may say, and that nothing of a key is ever shown. And the page on limits."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tunesmith.errors import ConfigError
 from tunesmith.serving import keys
 from tunesmith.serving.keys import Doorkeeper, Key, digest_of
+from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.rejections import Rejection
 
 SECRET = "a-secret-of-thirty-letters-xyz"
@@ -73,3 +75,15 @@ def test_every_key_is_compared_whatever_the_first_says(monkeypatch):
     doorkeeper = Doorkeeper([Key(name, digest_of(SECRET + name)) for name in "abc"])
     assert doorkeeper.require({"authorization": f"bearer {SECRET}a"}).name == "a"
     assert len(compared) == 3
+
+
+def limits_table() -> str:
+    lines = ["| limit | default | meaning |", "|---|---|---|"]
+    for name, limit in ServerLimits.model_fields.items():
+        lines.append(f"| `{name}` | {limit.default:g} | {limit.description} |")
+    return "\n".join(lines)
+
+
+def test_the_page_shows_every_limit():
+    page = Path(__file__).parents[2] / "docs" / "serving.md"
+    assert limits_table() in page.read_text("utf-8")
