@@ -40,6 +40,10 @@ PrefixMemory = Annotated[
     float | None, typer.Option(min=0.0, help="of these, GB for prompts that were read; default: a tenth")
 ]
 KvBits = Annotated[int | None, typer.Option(help="8 or 4: keep keys and values in so many bits")]
+Draft = Annotated[
+    str,
+    typer.Option(help="what guesses tokens of an answer alone under way: prompt, a smaller model, or off"),
+]
 Limit = Annotated[
     list[str] | None, typer.Option(help="one limit, such as queue=64 or total_s=300; repeatable")
 ]
@@ -69,6 +73,7 @@ def serve(
     memory: Memory = None,
     prefix_memory: PrefixMemory = None,
     kv_bits: KvBits = None,
+    draft: Draft = "prompt",
     limit: Limit = None,
     log: Log = None,
     log_contents: LogContents = False,
@@ -93,6 +98,7 @@ def serve(
             memory_gb=memory,
             prefix_gb=prefix_memory,
             kv_bits=kv_bits,
+            draft=draft,
             limits=limit or (),
             log=log,
             log_contents=log_contents,

@@ -19,6 +19,7 @@ from tunesmith.events import Sink
 from tunesmith.serving import app, served
 from tunesmith.serving.ab import Routes, SplitRoute
 from tunesmith.serving.access import AccessLog
+from tunesmith.serving.drafting import PROMPT, speculation_maker
 from tunesmith.serving.guardrails import Guard, Guardrail
 from tunesmith.serving.keys import Doorkeeper, Key
 from tunesmith.serving.limits import ServerLimits
@@ -35,7 +36,7 @@ class ServerSettings:
     """Everything that decides a server. ``memory``: bytes that it may use; None: nine tenths of the
     machine's. ``prefix_bytes``: of these, for prompts that were read; None: a tenth. ``loopback``: whether
     only this machine can connect. ``votes_file``: None: `VOTES` in the folder of the first run, or in the
-    current one."""
+    current one. ``draft``: as `speculation_maker` takes it."""
 
     targets: Sequence[NamedRun] = ()
     model: str | None = None
@@ -49,6 +50,7 @@ class ServerSettings:
     memory: int | None = None
     prefix_bytes: int | None = None
     kv_bits: int | None = None
+    draft: str = PROMPT
     limits: ServerLimits = field(default_factory=ServerLimits)
     log: TextIO | None = None
     log_contents: bool = False
@@ -74,9 +76,15 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
         for name in settings.fallback:
             models.resolve(name)
         tests = _ab_tests(settings.ab, models)
+        speculation = await worker.run(lambda: speculation_maker(settings.draft, models, notify))
         await worker.serve(
             lambda batch_size, prefixes: Engine(
-                models.loaded.net, batch_size, models.routing, prefixes=prefixes, kv_bits=settings.kv_bits
+                models.loaded.net,
+                batch_size,
+                models.routing,
+                prefixes=prefixes,
+                kv_bits=settings.kv_bits,
+                speculation=speculation(),
             )
         )
     except BaseException:

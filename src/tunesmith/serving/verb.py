@@ -15,9 +15,9 @@ from typing import TextIO
 from tunesmith import events
 from tunesmith.errors import ConfigError, ServeError
 from tunesmith.events import Sink
+from tunesmith.serving import drafting, load, starting
 from tunesmith.serving import guardrails as screening
 from tunesmith.serving import keys as keys_file
-from tunesmith.serving import load, starting
 from tunesmith.serving.ab import SplitRoute, parse_route
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.load import LoadReport, ServerAddress
@@ -47,6 +47,7 @@ def serve(
     memory_gb: float | None = None,
     prefix_gb: float | None = None,
     kv_bits: int | None = None,
+    draft: str = drafting.PROMPT,
     limits: Sequence[str] = (),
     log: str | Path | None = None,
     log_contents: bool = False,
@@ -63,8 +64,9 @@ def serve(
     YAML file. ab: names for several models, as ``writer=runs/a:0.5,runs/b:0.5``; their runs are served too.
     votes: file of the votes; None: ``votes.jsonl`` of the first run. limits: assignments such as
     ``queue=64``. log: file of the access log; None: stderr. bench: measure instead: requests a second,
-    for ``bench_seconds``. announce: gets the text that says what is served. Raises ServeError if the port is
-    taken, and what `served.open_models` raises."""
+    for ``bench_seconds``. draft: what guesses tokens of an answer that is under way alone: ``prompt`` (its
+    own text), where a smaller model lies, or ``off``. announce: gets the text that says what is served.
+    Raises ServeError if the port is taken, and what `served.open_models` raises."""
     _require_key(host, keys, bench)
     tests = tuple(parse_route(text) for text in ab)
     with contextlib.ExitStack() as inside:
@@ -81,6 +83,7 @@ def serve(
             memory=None if memory_gb is None else int(memory_gb * 1e9),
             prefix_bytes=None if prefix_gb is None else int(prefix_gb * 1e9),
             kv_bits=kv_bits,
+            draft=draft,
             limits=config.load(ServerLimits, sets=limits).spec,
             log=_log(log, inside) if log or bench is None else None,
             log_contents=log_contents,
