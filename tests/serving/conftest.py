@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import httpx
 import pytest
+from serving.scripted import write_model
 
 import tiny
 import tunesmith
@@ -119,3 +120,10 @@ def start_server() -> Iterator[Callable[[ServerSettings], Server]]:
 def server(start_server, settings) -> Server:
     """The base and both adapters."""
     return start_server(settings)
+
+
+@pytest.fixture(scope="module")
+def speaker(start_server, tmp_path_factory) -> Server:
+    """A plain model whose template takes tools and reasoning; see `scripted`."""
+    folder = write_model(tmp_path_factory.mktemp("speaker") / "speaker")
+    return start_server(ServerSettings([NamedRun(str(folder))], batch_size=4))

@@ -103,7 +103,8 @@ class AnswerScreen:
         if self.blocked is not None:
             return []
         delivered: list[Piece] = []
-        if not isinstance(piece, CallArguments | Logprobs) and type(piece) is not self._open:
+        begins = isinstance(piece, CallBegun) or type(piece) is not self._open
+        if begins and not isinstance(piece, CallArguments | Logprobs):
             delivered += self._close(final=isinstance(piece, AnswerEnded))
         if self.blocked is not None:
             pass

@@ -44,6 +44,7 @@ from tunesmith.serving.protocol.bodies import (
     read,
     require_answerable,
     strict_tools,
+    text_of,
     with_reasoning,
 )
 from tunesmith.serving.protocol.chat import logprob_of
@@ -70,13 +71,21 @@ class ReasoningText(Body):
     text: str
 
 
+def _content(value: object) -> object:
+    """The reasoning of an item, or its text."""
+    parts = cast("list[Any]", value) if isinstance(value, list) else []
+    if parts and all(isinstance(part, dict) and part.get("type") == "reasoning_text" for part in parts):
+        return tuple(parts)
+    return text_of(value)
+
+
 class InputItem(Body):
     """One item of the history: a message, a call, its result, or reasoning. ``id``, ``status``: as an earlier
     answer had them."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: Text | tuple[ReasoningText, ...] | None = None
+    content: Annotated[str | tuple[ReasoningText, ...] | None, BeforeValidator(_content)] = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
