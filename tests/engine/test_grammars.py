@@ -15,8 +15,12 @@ from transformers import AutoTokenizer
 import tiny
 from tunesmith.checks import parsers, schemas
 from tunesmith.data.formats import Call, Conversation, Message
+from tunesmith.engine.engine import Engine
 from tunesmith.engine.grammars import OPENAI, TEXT, Grammars
+from tunesmith.engine.requests import Request
+from tunesmith.engine.speculation import PromptLookup, Speculation
 from tunesmith.errors import ModelError
+from tunesmith.model import loading
 from tunesmith.tokens import renderers
 
 TOOLS = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}<|im_start|>"
@@ -390,3 +394,41 @@ def test_reasoning_comes_before_what_is_constrained(tmp_path):
     said = '<think>\nFirst {"a": "no"}, <then>.\n</think>\n\n{"a": 1}'
     assert accepts(grammars, grammars.json_schema(schema), encoded(grammars, said))
     assert not accepts(grammars, grammars.json_schema(schema), encoded(grammars, said.replace("1}", '"x"}')))
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+def test_constrained_and_free_rows_share_a_batch(byte_level, tmp_path, guesses):
+    """omlx 1798: plain and structured rows in one batch crash. ollama 17933: the schema is ignored."""
+    tiny.write_model(tmp_path, byte_level.renderer.size, layers=1)
+    net = loading.load(loading.ModelSpec.model_validate({"path": str(tmp_path)})).net
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "boolean"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    prompts = [[5 + place, 6, 7] for place in range(6)]
+
+    def asked(place: int, constraint) -> Request:
+        ends = byte_level.renderer.eos_ids
+        return Request(prompts[place], ends, 200, 1.0, seed=place, constraint=constraint)
+
+    def answers(requests: list[Request]) -> list[list[int]]:
+        speculation = Speculation(PromptLookup()) if guesses else None
+        with Engine(net, 4, speculation=speculation) as engine:
+            numbers = engine.submit(requests)
+            said: dict[int, list[int]] = {number: [] for number in numbers}
+            while new := engine.step():
+                for token in new:
+                    said[token.request].append(token.token)
+        return [said[number] for number in numbers]
+
+    free = answers([asked(place, None) for place in range(6)])
+    mixed = answers(
+        [asked(place, byte_level.json_schema(schema) if place % 2 else None) for place in range(6)]
+    )
+    assert mixed[::2] == free[::2]
+    ended = [ids for ids in mixed[1::2] if ids[-1] in byte_level.renderer.eos_ids]
+    assert ended
+    for ids in ended:
+        assert schemas.takes(schemas.checked(schema), json.loads(byte_level.renderer.answer(ids)))

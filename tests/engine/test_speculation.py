@@ -46,6 +46,7 @@ def way(request, monkeypatch) -> None:
 def always(monkeypatch) -> None:
     """Guesses are made from the third token on, whatever they cost."""
     monkeypatch.setattr(speculation, "ENOUGH", 2)
+    monkeypatch.setattr(speculation, "RECENT", 4)
     monkeypatch.setattr(speculation, "START", 0.0)
     monkeypatch.setattr(speculation, "STAY", 0.0)
 
@@ -275,9 +276,13 @@ def test_speed_is_of_tokens_a_second_and_outliers_count_little(monkeypatch):
     monkeypatch.undo()
     enough = speculation.ENOUGH
     plain_seconds = [0.1] * enough
-    assert speculation.speed(plain_seconds[1:], [Reading(3, 0.2)] * enough) is None
-    assert speculation.speed(plain_seconds, [Reading(3, 0.2)] * enough) == pytest.approx(1.5)
-    interrupted = [*[Reading(1, 0.1)] * (2 * enough - 1), Reading(1, 60.0)]
+    assert speculation.speed(plain_seconds[1:], [Reading(3, 0.2, 4)] * enough) is None
+    assert speculation.speed(plain_seconds, [Reading(3, 0.2, 4)] * (enough - 1)) is None
+    assert speculation.speed(plain_seconds, [Reading(3, 0.2, 4)] * enough) == pytest.approx(1.5)
+    without = [Reading(1, 0.125, 0)] * (speculation.RECENT - 1)
+    assert speculation.speed(plain_seconds, without) is None
+    assert speculation.speed(plain_seconds, [*without, without[0]]) == pytest.approx(0.8)
+    interrupted = [*[Reading(1, 0.1, 1)] * (2 * enough - 1), Reading(1, 60.0, 1)]
     assert 0.8 < (speculation.speed(plain_seconds, interrupted) or 0) < 1
 
 
@@ -310,7 +315,7 @@ def test_rests_double_until_a_trial_succeeds(monkeypatch):
             pace.plain.append(0.1)
             pace.advance(1)
         while pace.phase == "trying":
-            pace.passes.append(Reading(2, seconds))
+            pace.passes.append(Reading(2, seconds, 3))
             pace.advance(2)
 
     rests = []
@@ -322,6 +327,6 @@ def test_rests_double_until_a_trial_succeeds(monkeypatch):
     trial(0.05)
     assert pace.phase == "guessing" and pace.faster == pytest.approx(4)
     while pace.phase == "guessing":
-        pace.passes.append(Reading(1, 0.5))
+        pace.passes.append(Reading(1, 0.5, 3))
         pace.advance(1)
     assert (pace.phase, pace.rest) == ("resting", 256)

@@ -27,14 +27,14 @@ from tunesmith.errors import ModelError
 from tunesmith.tokens.template import Renderer
 
 ENOUGH = 8
-"""Passes that are measured before it is decided whether guessing is faster."""
-RECENT = 32
-"""Passes that the measurement remembers."""
+"""Passes with guesses, and without, that are measured before it is decided whether guessing is faster."""
+RECENT = 64
+"""Passes that the measurement remembers. So many are enough, even if hardly any had a guess."""
 START, STAY = 1.05, 1.0
 """Guessing begins if a trial finds it so many times as fast, and goes on while it is as fast as this."""
 AGAIN = 1024
 """Tokens after which the pass without guesses is measured again."""
-REST, LONGEST_REST = 256, 1 << 14
+REST, LONGEST_REST = 256, 1 << 12
 """Tokens without guesses until the next trial: so many after the first that failed, and twice as many after
 each further one."""
 OUTLIER = 4.0
@@ -143,16 +143,19 @@ def untrimmable(layers: Sequence[Any]) -> str | None:
 
 
 class Reading(NamedTuple):
-    """One pass: how many ``tokens`` it gave, and what it took until the next one began."""
+    """One pass: how many ``tokens`` it gave, what it took until the next one began, and how many ``guesses``
+    it had."""
 
     tokens: int
     seconds: float
+    guesses: int
 
 
 def speed(plain: Sequence[float], passes: Sequence[Reading]) -> float | None:
     """Tokens a second with guesses ÷ without. ``plain``: seconds a token without. None if too few passes were
     measured."""
-    if len(plain) < ENOUGH or len(passes) < ENOUGH:
+    guessed = sum(reading.guesses > 0 for reading in passes)
+    if len(plain) < ENOUGH or (guessed < ENOUGH and len(passes) < RECENT):
         return None
     most = OUTLIER * float(np.median([reading.seconds for reading in passes]))
     seconds = sum(min(reading.seconds, most) for reading in passes)
@@ -296,9 +299,10 @@ class Speculation:
 
     def _finish(self, pace: Pace, last: _Ahead, now: float) -> None:
         """Count the pass ``last``: no more of its guesses are accepted."""
-        pace.passes.append(Reading(last.place + 1, now - last.began))
-        pace.guessed += last.place + len(last.guesses)
+        guesses = last.place + len(last.guesses)
+        pace.passes.append(Reading(last.place + 1, now - last.began, guesses))
+        pace.guessed += guesses
         pace.accepted += last.place
-        if last.place + len(last.guesses):
+        if guesses:
             self._most = min(2 * self._most, MOST_GUESSES) if not last.guesses else max(1, last.place + 1)
         pace.advance(last.place + 1)
