@@ -268,3 +268,40 @@ def test_requests_that_do_not_fit_together_take_turns(start_server, settings, al
     monkeypatch.setattr(Engine, "advance", watched)
     assert server.call(answers(server.service, max_tokens=12)) == alone
     assert 1 <= most[0] <= 2
+
+
+def test_a_request_at_which_the_engine_dies_is_not_lost(start_server, settings, monkeypatch):
+    """It has left the queue, and is not under way yet."""
+    server = start_server(settings)
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", raising(RuntimeError("a kernel failed")))
+    with pytest.raises(EngineDied):
+        server.call(answer(server.service, "base", [5, 6]))
+    monkeypatch.setattr(Engine, "submit", submit)
+    wait_until(lambda: server.service.worker.healthy)
+    assert server.call(answer(server.service, "base", [5, 6], max_tokens=3))
+
+
+def test_an_answer_that_differs_when_it_is_computed_again_ends_with_an_error(
+    start_server, settings, monkeypatch
+):
+    server = start_server(settings)
+    advance, calls = Engine.advance, [0]
+
+    def forgetful(engine):
+        """Runs out of memory once, and gives other tokens afterwards."""
+        calls[0] += 1
+        if calls[0] == 6:
+            raise RuntimeError("Unable to allocate")
+        tokens = advance(engine)
+        return tokens if calls[0] < 6 else [token._replace(token=token.token + 1) for token in tokens]
+
+    monkeypatch.setattr(Engine, "advance", forgetful)
+
+    async def two():
+        asked = (answer(server.service, "base", ids, max_tokens=40) for ids in PROMPTS[:2])
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    made = server.call(two())
+    assert all(isinstance(error, EngineDied) and "differs" in str(error) for error in made), made
+    wait_until(lambda: server.service.worker.n_rows == 0)

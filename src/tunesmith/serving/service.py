@@ -116,33 +116,38 @@ class Service:
         self.log.write(record)
 
 
-@dataclass
 class RequestMeasures:
-    """Measures one request to the engine. Called on the event loop."""
+    """Measures one request to the engine. Used on the event loop."""
 
-    metrics: Metrics
-    record: AccessRecord
-    model: str
-    last: float = field(default_factory=time.monotonic)
-    n_tokens: int = 0
+    def __init__(self, metrics: Metrics, record: AccessRecord, model: str) -> None:
+        self._metrics, self._record, self._model = metrics, record, model
+        # Looked up once: every token is counted.
+        self._next_token = metrics.next_token.labels(model)
+        self._answer_tokens = metrics.answer_tokens.labels(model)
+        self._last = time.monotonic()
+        self._begun = False
 
     def token(self, token: NewToken) -> None:
         now = time.monotonic()
-        passed, self.last = now - self.last, now
-        if self.n_tokens == 0:
-            self.metrics.first_token.labels(self.model).observe(passed)
-            self.metrics.prefix_lookups.labels(self.model, str(token.cached > 0).lower()).inc()
-            self.metrics.cached_tokens.labels(self.model).inc(token.cached)
-            self.record.cached_tokens += token.cached
-            if self.record.first_token_s is None:
-                self.record.first_token_s = round(passed, 6)
+        passed, self._last = now - self._last, now
+        if self._begun:
+            self._next_token.observe(passed)
         else:
-            self.metrics.next_token.labels(self.model).observe(passed)
-        self.n_tokens += 1
-        self.record.answer_tokens += 1
-        self.metrics.answer_tokens.labels(self.model).inc()
+            self._begun = True
+            self._first(token, passed)
+        self._record.answer_tokens += 1
+        self._answer_tokens.inc()
         if token.finish is not None:
-            self.record.ended = token.finish
+            self._record.ended = token.finish
+
+    def _first(self, token: NewToken, seconds: float) -> None:
+        metrics, model = self._metrics, self._model
+        metrics.first_token.labels(model).observe(seconds)
+        metrics.prefix_lookups.labels(model, str(token.cached > 0).lower()).inc()
+        metrics.cached_tokens.labels(model).inc(token.cached)
+        self._record.cached_tokens += token.cached
+        if self._record.first_token_s is None:
+            self._record.first_token_s = round(seconds, 6)
 
     def failed(self, error: Exception) -> None:
-        self.record.error = rejection_of(error).code
+        self._record.error = rejection_of(error).code

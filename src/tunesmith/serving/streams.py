@@ -26,9 +26,11 @@ class TokenStream:
     def __init__(self, request: Request, cost: int, observer: Observer | None) -> None:
         self.request, self.cost, self._observer = request, cost, observer
         self.tokens: deque[NewToken] = deque()
-        self.n_sent, self.n_skipped = 0, 0
-        """Of the engine's thread: tokens sent to the event loop, and of those that were asked again, how many
-        to skip still."""
+        self.sent: list[int] = []
+        """Of the engine's thread: tokens that were sent here."""
+        self.n_repeated = 0
+        """Of the engine's thread: how many tokens the request has made, less than were sent if it was asked
+        again."""
         self.begun = time.monotonic()
         self.error: TunesmithError | None = None
         self.over = False

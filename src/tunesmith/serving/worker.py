@@ -57,6 +57,7 @@ class _Life:
 
     rows: dict[int, TokenStream] = field(default_factory=dict)
     cancelled: list[TokenStream] = field(default_factory=list)
+    submitting: TokenStream | None = None
     job: _Job | None = None
     beat: float | None = None
     allowed_s: float = 0.0
@@ -110,7 +111,10 @@ class Worker:
     @property
     def in_use(self) -> set[str]:
         """Adapters, by their names in the engine, that requests need which are under way or wait."""
-        rows = [] if self._life is None else list(self._life.rows.values())
+        life = self._life
+        rows = [] if life is None else list(life.rows.values())
+        if life is not None and life.submitting is not None:
+            rows.append(life.submitting)
         with self._changed:
             rows += self._waiting
         return {row.request.adapter for row in rows if row.request.adapter is not None}
@@ -228,6 +232,8 @@ class Worker:
             await asyncio.get_running_loop().run_in_executor(None, thread.join, 10.0)
 
     def _begin_life(self) -> None:
+        if self._stopping:
+            return
         life = self._life = _Life()
         life.thread = threading.Thread(target=self._live, args=(life,), name="tunesmith-engine", daemon=True)
         life.thread.start()
@@ -265,7 +271,10 @@ class Worker:
 
     def _fail(self, error: ServeError, *, waiting: bool) -> None:
         """End the requests under way, and also those that wait."""
-        rows = [] if self._life is None else list(self._life.rows.values())
+        life = self._life
+        rows = [] if life is None else list(life.rows.values())
+        if life is not None and life.submitting is not None:
+            rows.append(life.submitting)
         if waiting:
             with self._changed:
                 rows += self._waiting
@@ -356,7 +365,8 @@ class Worker:
 
     def _run_jobs(self, life: _Life) -> None:
         while self._jobs and not life.given_up:
-            job = life.job = self._jobs.popleft()
+            job = life.job = self._jobs[0]
+            self._jobs.popleft()
             if job.done.cancelled():
                 continue
             result, failure = None, None
@@ -365,9 +375,9 @@ class Worker:
                     result = job.function()
             except Exception as error:
                 failure = error
-            life.job = None
             life.n_jobs += 1
             self._loop.call_soon_threadsafe(_settle, job.done, result, failure)
+            life.job = None
 
     @contextmanager
     def _beating(self, life: _Life, allowed_s: float) -> Iterator[None]:
@@ -405,18 +415,7 @@ class Worker:
 
     def _admit(self, life: _Life, engine: Engine) -> None:
         """Submit the requests that have a row and memory, in their order."""
-        taken: list[TokenStream] = []
-        with self._changed:
-            free = self.memory - self.weights - self.reserved
-            costs = [row.cost for row in life.rows.values()]
-            while self._waiting and len(costs) < self.batch_size:
-                costs.append(self._waiting[0].cost)
-                if _padded(costs) > free and len(costs) > 1:
-                    break
-                taken.append(self._waiting.popleft())
-        for stream in taken:
-            if stream.over:
-                continue
+        while stream := self._next(life):
             try:
                 with self._beating(life, self.limits.hang_s):
                     [number] = engine.submit([stream.request])
@@ -424,22 +423,46 @@ class Worker:
                 self._loop.call_soon_threadsafe(stream.fail, error)
             else:
                 life.rows[number] = stream
+            life.submitting = None
+
+    def _next(self, life: _Life) -> TokenStream | None:
+        """Take the first request out of the queue, if it has a row and memory now."""
+        with self._changed:
+            while self._waiting and self._waiting[0].over:
+                self._waiting.popleft()
+            if not self._waiting or len(life.rows) >= self.batch_size:
+                return None
+            first = self._waiting[0]
+            free = self.memory - self.weights - self.reserved
+            if life.rows and _padded([first.cost, *(row.cost for row in life.rows.values())]) > free:
+                return None
+            life.submitting = first  # before it leaves the queue: whenever the thread ends, it is known
+            return self._waiting.popleft()
 
     def _deliver(self, life: _Life, tokens: list[NewToken]) -> None:
         made: list[tuple[TokenStream, NewToken]] = []
+        differing: list[TokenStream] = []
         for token in tokens:
             stream = life.rows.get(token.request)
             if stream is None:
                 continue
-            if token.finish is not None:
-                del life.rows[token.request]
-            if stream.n_skipped:
-                stream.n_skipped -= 1
-            else:
-                stream.n_sent += 1
+            if stream.n_repeated == len(stream.sent):
+                stream.sent.append(token.token)
+                stream.n_repeated += 1
                 made.append((stream, token))
+            elif stream.sent[stream.n_repeated] == token.token:
+                stream.n_repeated += 1
+            else:
+                differing.append(stream)
         if made and not life.given_up:
             self._loop.call_soon_threadsafe(_put, made)
+        for stream in differing:
+            failure = EngineDied("memory ran out, and computed again the answer differs", hint="ask again")
+            self._loop.call_soon_threadsafe(stream.fail, failure)
+            life.cancelled.append(stream)
+        for token in tokens:
+            if token.finish is not None:
+                life.rows.pop(token.request, None)
 
     def _shrink(self, life: _Life, engine: Engine, error: Exception) -> None:
         """Halve the batch after ``error``, and ask again what was under way. A request that ran out of memory
@@ -447,20 +470,21 @@ class Worker:
         with suppress(Exception):
             engine.__exit__(None, None, None)
         mx.clear_cache()
-        rows, life.rows = list(life.rows.values()), {}
+        rows = list(life.rows.values())
         self.out_of_memory += 1
         alone = len(rows) == 1
         self.batch_size = max(1, min(self.batch_size, len(rows)) // 2)
         again: list[TokenStream] = []
         for stream in rows:
-            if alone or (stream.request.constraint is not None and stream.n_sent):
+            if alone or (stream.request.constraint is not None and stream.sent):
                 failure = EngineDied("memory ran out", hint="shorten the prompt, or ask for fewer tokens")
                 self._loop.call_soon_threadsafe(stream.fail, failure)
             else:
-                stream.n_skipped = stream.n_sent
+                stream.n_repeated = 0
                 again.append(stream)
         with self._changed:
             self._waiting.extendleft(reversed(again))
+        life.rows = {}
         text = f"memory ran out: at most {self.batch_size} requests are under way at once from now on"
         notice = Notice(text, level="warning", where="engine", hint=str(error)[:200])
         self._loop.call_soon_threadsafe(self._notify, notice)
