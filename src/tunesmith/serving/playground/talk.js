@@ -172,7 +172,9 @@ class Answer {
   measure() {
     const parts = [], seconds = (this.last - this.first) / 1000, tokens = this.usage?.completion_tokens;
     if (this.first) parts.push(`first token ${((this.first - this.begun) / 1000).toFixed(2)} s`);
-    if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
+    // An answer that a guardrail held back comes at once: its speed is that of the whole request.
+    if (tokens > 1 && seconds > 0.001) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tokens/s`);
+    else if (tokens && this.first) parts.push(`${(1000 * tokens / (this.last - this.begun)).toFixed(1)} tokens/s, prompt included`);
     if (tokens !== undefined) parts.push(`${tokens} tokens`);
     if (this.usage?.prompt_tokens_details?.cached_tokens) parts.push(`${this.usage.prompt_tokens_details.cached_tokens} of ${this.usage.prompt_tokens} prompt tokens cached`);
     if (this.ended && !["stop", "tool_calls"].includes(this.ended)) parts.push({ length: "cut at the most tokens", content_filter: "ended by a guardrail" }[this.ended] ?? this.ended);
@@ -236,9 +238,11 @@ function submit() {
   if (!waitingCalls.length) send(results, results.map(result => `${result.name} → ${result.content}`).join("\n"));
 }
 
-function tell(text) {
-  node("problem").textContent = text;
-  node("problem").hidden = !text;
+function tell(text, place = "problem") {
+  for (const each of ["problem", "hint"]) {
+    node(each).textContent = each === place ? text : "";
+    node(each).hidden = each !== place || !text;
+  }
 }
 
 function begin() {
@@ -296,11 +300,12 @@ async function reveal() {
   revealed = true;
   node("reveal").hidden = true;
   turn.box.querySelectorAll(".votes button").forEach(button => button.disabled = true);
-  tell("To vote blind again, begin a new conversation.");
+  tell("To vote blind again, begin a new conversation.", "hint");
 }
 
 // Events
 
+node("choices").addEventListener("submit", event => { event.preventDefault(); loadModels(); });
 node("composer").addEventListener("submit", event => { event.preventDefault(); submit(); });
 node("say").addEventListener("keydown", event => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); submit(); }
