@@ -348,3 +348,33 @@ def written(answer: Sequence[Piece]) -> str:
         own = piece.name if isinstance(piece, CallBegun) else getattr(piece, "text")  # noqa: B009
         text, before = text + (own if place == before else f"\n{place}: {own}"), place
     return text
+
+
+CLEAN = st.text("abc .\n🙂", min_size=1, max_size=200)
+
+
+@st.composite
+def clean_answers(draw) -> list[Piece]:
+    """Reasoning, words and several calls in which nothing is detected, in pieces."""
+    answer: list[Piece] = [Reasoned(text) for text in draw(st.lists(CLEAN, max_size=2))]
+    answer += [Words(text) for text in draw(st.lists(CLEAN, max_size=4))]
+    for index, text in enumerate(draw(st.lists(CLEAN, max_size=3))):
+        arguments = json.dumps({"text": text})
+        answer += [CallBegun(index, f"c{index}", "send"), CallArguments(index, arguments[:5])]
+        answer.append(CallArguments(index, arguments[5:]))
+    return answer
+
+
+@pytest.mark.parametrize("action", EVERY)
+@given(clean_answers())
+def test_a_clean_answer_is_delivered_as_it_is(action, answer):
+    assert written(pieces(answer, EVERY[action])) == written(answer)
+
+
+def test_a_flagged_call_is_delivered_at_once_and_reported_when_it_is_complete():
+    reported: list[Detection] = []
+    screen = AnswerScreen(EVERY["flag"], reported.append)
+    call: list[Piece] = [CallBegun(0, "c", "send"), CallArguments(0, '{"to": "jane.miller@gmail.com"}')]
+    assert [screen.feed(piece) for piece in call] == [[piece] for piece in call] and not reported
+    assert screen.feed(AnswerEnded("tool_calls")) == [AnswerEnded("tool_calls")]
+    assert reported == [Detection("personal_data", "email", "output", "flag")]

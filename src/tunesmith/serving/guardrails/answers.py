@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tunesmith.data.formats import JSON
+from tunesmith.data.formats import JSON, Conversation
 from tunesmith.errors import ServeError
 from tunesmith.serving.guardrails.guardrail import WHOLE, Detection, Guardrail
 from tunesmith.serving.guardrails.screening import TextScreen, screened
@@ -34,6 +34,7 @@ class Guard:
 
     def __init__(self, guardrails: Sequence[Guardrail] = (), report: Report = lambda detection: None) -> None:
         self._guardrails = tuple(guardrails)
+        self._inputs = [guardrail for guardrail in guardrails if guardrail.input != "off"]
         self._report = report
 
     @property
@@ -43,36 +44,41 @@ class Guard:
 
     def screen_question(self, question: Question) -> tuple[Question, list[Detection]]:
         """The question as it may be asked, and what was detected. Raises PromptBlocked."""
-        guardrails = [guardrail for guardrail in self._guardrails if guardrail.input != "off"]
         if question.logprobs is not None and self.withholds:
             raise PromptBlocked(
                 "log-probabilities are refused: they would disclose what a guardrail withholds", None
             )
-        if not guardrails:
-            return question, []
-        detections: list[Detection] = []
+        prompt, detections = question.prompt, list[Detection]()
+        if not isinstance(prompt, Conversation):
+            return replace(question, prompt=self.screen_text(prompt, detections)), detections
+        messages = tuple(
+            replace(message, content=self._screened(message.content, detections))
+            if message.role in ASKED
+            else message
+            for message in prompt.messages
+        )
+        return replace(question, prompt=replace(prompt, messages=messages)), detections
 
+    def screen_text(
+        self, prompt: str | tuple[int, ...], detections: list[Detection] | None = None
+    ) -> str | tuple[int, ...]:
+        """A prompt without roles as it may be asked; ``detections`` is added to. Raises PromptBlocked."""
+        if isinstance(prompt, str):
+            return self._screened(prompt, [] if detections is None else detections)
+        if self._inputs:
+            raise PromptBlocked("a prompt of token ids cannot be screened by the guardrails: send text", None)
+        return prompt
+
+    def _screened(self, text: str, detections: list[Detection]) -> str:
         def report(detection: Detection) -> None:
             detections.append(detection)
             self._report(detection)
 
-        def clean(text: str) -> str:
-            shown, blocked = screened(text, guardrails, "input", report)
-            if blocked is not None:
-                message = f"the guardrail {blocked.guardrail} does not let this prompt through"
-                raise PromptBlocked(f"{message} ({blocked.kind})", blocked)
-            return shown
-
-        prompt = question.prompt
-        if isinstance(prompt, tuple):
-            raise PromptBlocked("a prompt of token ids cannot be screened by the guardrails: send text", None)
-        if isinstance(prompt, str):
-            return replace(question, prompt=clean(prompt)), detections
-        messages = tuple(
-            replace(message, content=clean(message.content)) if message.role in ASKED else message
-            for message in prompt.messages
-        )
-        return replace(question, prompt=replace(prompt, messages=messages)), detections
+        shown, blocked = screened(text, self._inputs, "input", report)
+        if blocked is not None:
+            message = f"the guardrail {blocked.guardrail} does not let this prompt through"
+            raise PromptBlocked(f"{message} ({blocked.kind})", blocked)
+        return shown
 
     def screen_answer(self) -> AnswerScreen:
         """A screen for one answer."""
@@ -118,7 +124,9 @@ class AnswerScreen:
             self._call, self._arguments, self._called = piece, [], True
         elif isinstance(piece, CallArguments):
             self._arguments.append(piece.text)
-        elif isinstance(piece, AnswerEnded) or not self._withholds:
+        if isinstance(piece, CallBegun | CallArguments | Logprobs) and not self._withholds:
+            delivered.append(piece)
+        elif isinstance(piece, AnswerEnded) and self.blocked is None:
             delivered.append(piece)
         if not isinstance(piece, CallArguments | Logprobs):
             self._open = type(piece)
@@ -163,6 +171,7 @@ class AnswerScreen:
             )
         if blocked:
             self.blocked = blocked[0]
+        if blocked or not self._withholds:  # withheld, or delivered before
             return []
         return [call, CallArguments(call.index, cleaned)] if cleaned else [call]
 

@@ -54,7 +54,8 @@ def routes(service: Service) -> list[Route]:
     async def embed(request: Request) -> Response:
         body = await read(request, EmbeddingBody)
         served = service.served(body.model or None)
-        sequences = _sequences(service, served, body.texts)
+        texts = [service.guard.screen_text(text) for text in body.texts]
+        sequences = _sequences(service, served, texts)
         vectors = await _vectors(service, served, sequences)
         if body.dimensions not in (None, vectors.shape[1]):
             message = f"dimensions: the model has {vectors.shape[1]}, and they are not cut"
