@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from tunesmith.adapters.routing import Routing
 from tunesmith.engine import caches
@@ -200,22 +199,21 @@ class Engine:
         for their prefix."""
         if self._prefixes is None or row.request.digest is None:
             return False
-        key = row.request.digest
-        ids = np.asarray(row.request.ids[:-1])
+        digest = row.request.digest
         shared = [
-            common_length(ids, np.asarray(other.request.ids[:-1]))
+            common_length(row.read_first, other.read_first)
             for other in reading
-            if other.request.digest == key
+            if other.request.digest == digest
         ]
         longest = max(shared, default=0)
         if longest < WORTH_WAITING:
             return False
-        return longest >= WORTH_WAITING + self._prefixes.length(self._key(key), row.request.ids[:-1])
+        return longest >= WORTH_WAITING + self._prefixes.length(self._key(digest), row.read_first)
 
     def _cache_of(self, row: EngineRow) -> list[Any]:
         """The cache that ``row`` begins with: of the longest known beginning of its prompt, or empty."""
         if self._prefixes is not None and row.request.digest is not None:
-            known = self._prefixes.find(self._key(row.request.digest), row.request.ids[:-1])
+            known = self._prefixes.find(self._key(row.request.digest), row.read_first)
             if known is not None:
                 layers, row.cached = known
                 row.read = row.cached

@@ -64,12 +64,12 @@ class Prefixes:
         """Bytes in memory."""
         return sum(entry.n_bytes for entry in self._entries if entry.layers is not None)
 
-    def length(self, key: str, ids: Sequence[int]) -> int:
+    def length(self, key: str, ids: Sequence[int] | np.ndarray) -> int:
         """How many tokens `find` would find."""
         wanted = np.asarray(ids, np.int32)
         return max((self._usable(entry, key, wanted) for entry in self._entries), default=0)
 
-    def find(self, key: str, ids: Sequence[int]) -> tuple[list[Any], int] | None:
+    def find(self, key: str, ids: Sequence[int] | np.ndarray) -> tuple[list[Any], int] | None:
         """A cache of one row that has read the longest known beginning of ``ids``, and its length; or None.
         The cache belongs to the caller."""
         self.lookups += 1

@@ -22,7 +22,8 @@ class EngineRow:
     """One request under way. ``tokens``: its prompt and what was generated; the cache holds the first
     ``read`` of them, or the next one as well while a pass is under way. ``most``: how many may be generated.
     ``made`` were given out, ``drawn`` were chosen by a pass. ``cached``: how many tokens of the prompt came
-    from the prefix cache."""
+    from the prefix cache. ``read_first``: the prompt but for its last token, which is read by the pass that
+    chooses the first token."""
 
     number: int
     request: Request
@@ -35,6 +36,7 @@ class EngineRow:
     draws: Draws | None = field(init=False)
     edits: Edits | None = field(init=False)
     ends: frozenset[int] = field(init=False)
+    read_first: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         request = self.request
@@ -42,12 +44,12 @@ class EngineRow:
         self.draws = Draws(request) if request.temperature > 0 else None
         self.edits = Edits(request) if Edits.wanted(request) else None
         self.ends = frozenset(request.end_ids)
+        self.read_first = np.array(self.tokens[:-1], np.int32)
 
     @property
     def unread(self) -> int:
-        """Tokens of the prompt that are still to be read before the first token can be chosen: all but the
-        last one, which is read by the pass that chooses."""
-        return len(self.request.ids) - 1 - self.read
+        """How many of ``read_first`` are still to be read."""
+        return len(self.read_first) - self.read
 
     def finish(self, token: int) -> Finish | None:
         """Why ``token``, which is the newest, ends the row."""

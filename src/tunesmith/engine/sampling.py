@@ -116,10 +116,9 @@ def _filtered(logits: mx.array, requests: Sequence[Request]) -> mx.array:
     """(B, V) float32, −inf where top_k, top_p and then min_p of the row leave the token out. Tokens that tie
     with the last one inside stay."""
     if any(request.top_k or request.top_p < 1 for request in requests):
-        size = logits.shape[-1]
-        ranked = -mx.sort(-logits, axis=-1)
-        most = _column([min(request.top_k, size) or size for request in requests]).astype(mx.int32)
-        inside = mx.arange(size)[None] < most
+        most = [min(request.top_k, logits.shape[-1]) or logits.shape[-1] for request in requests]
+        ranked = _ranked(logits, max(most))
+        inside = mx.arange(ranked.shape[-1])[None] < _column(most).astype(mx.int32)
         if any(request.top_p < 1 for request in requests):
             shares = mx.softmax(mx.where(inside, ranked, -mx.inf), axis=-1)
             before = mx.cumsum(shares, axis=-1) - shares
@@ -133,6 +132,15 @@ def _filtered(logits: mx.array, requests: Sequence[Request]) -> mx.array:
             least = logits.max(axis=-1, keepdims=True) + mx.array(np.log(shares))
         logits = mx.where(logits >= least, logits, -mx.inf)
     return logits
+
+
+def _ranked(logits: mx.array, count: int) -> mx.array:
+    """(B, V) → (B, count) the largest, in falling order. Sorting the whole vocabulary takes several times as
+    long as finding the largest."""
+    largest = -logits
+    if count < logits.shape[-1]:
+        largest = mx.partition(largest, count - 1, axis=-1)[:, :count]
+    return -mx.sort(largest, axis=-1)
 
 
 def _column(values: Sequence[float]) -> mx.array:
