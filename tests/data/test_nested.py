@@ -80,6 +80,8 @@ def test_both_sides_of_a_pair_as_text(tmp_path, write):
         '[{"role": "user", "content": "hi"}] is what?',
         "[x for x in y]",
         '{"answer": 4}',
+        '{"role": "user", "content": "}"} and ["',
+        '[{"name": "x"}, {"role": "user", "content": "hi',
     ],
 )
 def test_text_about_something_else_stays_text(tmp_path, prompt):
@@ -102,8 +104,11 @@ def test_messages_as_the_answer_to_plain_text_stay_text(tmp_path):
         '[{"role": "user", "role": "user", "content": "a"}]',
         "[{'role': 'user', 'content': b'a'}]",
         "[{'role': 'user', 'content': " + "[" * 5000 + "]" * 5000 + "}]",
+        '[{"role": "user", "content": "hi"',
+        "[{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'cont",
+        '{"role": "user", "content": "]}',
     ],
-    ids=["quotation mark", "no comma", "key twice", "bytes", "deep"],
+    ids=["quotation mark", "no comma", "key twice", "bytes", "deep", "cut", "cut in a key", "cut in words"],
 )
 def test_damaged_messages_as_text_are_never_learned_as_words(tmp_path, text):
     for row in (

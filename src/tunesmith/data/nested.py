@@ -31,13 +31,17 @@ ROLES = {
 """What rows call a speaker → the role."""
 _CONTENT = ("content", "value", "tool_calls", "function_call")
 _LIKE_MESSAGES = re.compile(rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["']""")
+_BEGINS_WITH_A_MESSAGE = re.compile(rf"(?:\[\s*)?\{{\s*{_LIKE_MESSAGES.pattern}")
+_BRACKETS_AND_STRINGS = re.compile(r"""[][{}]|"[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*'""", re.DOTALL)
 
 
 def messages(text: str, place: str) -> JSON:
     """The messages that ``text`` holds in JSON or as Python writes them, or None if it is words. Raises
     BadRow if it can only be messages and cannot be read."""
     bare = text.strip()
-    if bare[:1] not in ("[", "{") or bare[-1:] not in ("]", "}") or not _LIKE_MESSAGES.search(bare):
+    if bare[:1] not in ("[", "{") or not _LIKE_MESSAGES.search(bare):
+        return None
+    if bare[-1:] not in ("]", "}") and not _is_cut_off(bare):
         return None
     try:
         value = literal(bare)
@@ -48,6 +52,18 @@ def messages(text: str, place: str) -> JSON:
         ) from None
     turns: list[JSON] = value if isinstance(value, list) else [value]
     return turns if turns and all(map(_is_message, turns)) else None
+
+
+def _is_cut_off(text: str) -> bool:
+    """Whether ``text`` begins with a message and ends before its brackets are closed."""
+    if not _BEGINS_WITH_A_MESSAGE.match(text):
+        return False
+    depth = 0
+    for part in _BRACKETS_AND_STRINGS.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(part[0], 0)
+        if depth == 0:
+            return False
+    return True
 
 
 def _is_message(turn: JSON) -> bool:
