@@ -107,8 +107,19 @@ def test_messages_as_the_answer_to_plain_text_stay_text(tmp_path):
         '[{"role": "user", "content": "hi"',
         "[{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'cont",
         '{"role": "user", "content": "]}',
+        '[{"role": "user", "content": "' + 'a\\"b ' * 100_000,
     ],
-    ids=["quotation mark", "no comma", "key twice", "bytes", "deep", "cut", "cut in a key", "cut in words"],
+    ids=[
+        "quotation mark",
+        "no comma",
+        "key twice",
+        "bytes",
+        "deep",
+        "cut",
+        "cut in a key",
+        "cut in words",
+        "cut after many quotes",
+    ],
 )
 def test_damaged_messages_as_text_are_never_learned_as_words(tmp_path, text):
     for row in (

@@ -32,7 +32,10 @@ ROLES = {
 _CONTENT = ("content", "value", "tool_calls", "function_call")
 _LIKE_MESSAGES = re.compile(rf"""["'](?:role|from)["']\s*:\s*["'](?:{"|".join(ROLES)})["']""")
 _BEGINS_WITH_A_MESSAGE = re.compile(rf"(?:\[\s*)?\{{\s*{_LIKE_MESSAGES.pattern}")
-_BRACKETS_AND_STRINGS = re.compile(r"""[][{}]|"[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*'""", re.DOTALL)
+_BRACKETS_AND_STRINGS = re.compile(
+    r"""[][{}]|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)""", re.DOTALL
+)
+"""Brackets, and whole strings; the last one may be open."""
 
 
 def messages(text: str, place: str) -> JSON:
