@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
+import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from tunesmith.cli import app
 from tunesmith.data import formats
 from tunesmith.data.formats import Call, Conversation, DataSpec, Judged, Message, Preference
 from tunesmith.errors import DataError, ServeError
-from tunesmith.serving import votes
+from tunesmith.serving import tally, votes
 from tunesmith.serving.pieces import AnswerEnded, CallArguments, CallBegun, Piece, Reasoned, Words
 from tunesmith.serving.votes import RememberedAnswer, RememberedAnswers, UnknownAnswer
 
@@ -89,6 +92,18 @@ def test_several_processes_append_whole_lines(path):
         writer.join(60)
     every, torn = votes.read(path)
     assert (len(every), torn) == (160, 0)
+
+
+def test_a_vote_waits_while_another_process_writes(path):
+    written(path, [votes.thumb(answer("Yes"), up=True)])
+    with path.open("r+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=votes.append, args=(path, votes.thumb(answer("No"), up=True)))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive() and len(path.read_bytes().splitlines()) == 1
+    waiting.join(20)
+    assert len(votes.read(path)[0]) == 2
 
 
 def test_only_answers_to_one_prompt_can_be_compared():
@@ -169,6 +184,19 @@ def test_thumbs_of_an_ab_test_are_paired_in_order_and_others_are_only_counted(pa
     assert pair.outcome == "first"
     approvals = {(shown.test, shown.model): (shown.up, shown.down) for shown in summary.approvals}
     assert approvals == {("w", "a"): (30, 10), ("w", "b"): (10, 30), (None, "c"): (1, 0)}
+
+
+def test_thumbs_of_two_equally_good_models_are_decided_in_at_most_5_percent():
+    draw, decided = random.Random(5), 0
+    up = {
+        share: [votes.thumb(answer("x", model, test="w"), up=share) for model in "ab"]
+        for share in (True, False)
+    }
+    for _ in range(150):
+        every = [up[draw.random() < 0.7][draw.random() < 0.3] for _ in range(400)]
+        (pair,) = tally._pairs(every, {(model, f"digest {model}"): model for model in "ab"})
+        decided += pair.decided_after is not None
+    assert decided / 150 <= 0.05
 
 
 def test_few_votes_decide_nothing_and_the_summary_says_how_many_are_missing(path):

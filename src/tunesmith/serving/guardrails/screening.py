@@ -40,6 +40,8 @@ class _Track:
         """The new detections of each further segment that can be decided, by their position. Nothing before
         the end of an earlier detection of the same guardrail is detected twice. ended: `text` has a border at
         its end. final: and nothing follows."""
+        if not self._guardrails:
+            return
         if final and not text:
             yield self._new(self._find(text, 0, final))
         while self.decided < len(text) and (ended or len(text) >= self._wanted):
@@ -127,7 +129,7 @@ class TextScreen:
             for actions in (("redact", "block"), ("flag",))
         )
         self._holding, self._flagging = _Track(holding, step), _Track(flagging, step)
-        self._holds = bool(holding)
+        self._holds, self._looks = bool(holding), bool(holding or flagging)
         self._text = ""
         self._redacted: list[Span] = []
         self._shown = 0
@@ -136,6 +138,8 @@ class TextScreen:
 
     def feed(self, text: str) -> str:
         """What may be shown now."""
+        if not self._looks:
+            return text
         self._text += text
         return self._advance(ended=False, final=False)
 
