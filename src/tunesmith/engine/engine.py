@@ -67,6 +67,7 @@ class Engine:
     ) -> None:
         self._net, self._routing, self._batch_size = net, routing, batch_size
         self._prefill_tokens, self._prefixes, self._kv_bits = max(1, prefill_tokens), prefixes, kv_bits
+        self._grows = prefixes is not None and prefixes.grows
         self._speculation = speculation
         self._inside = ExitStack()
         self._together = True
@@ -197,7 +198,7 @@ class Engine:
     def _read_by(self, reading: Sequence[EngineRow], row: EngineRow) -> bool:
         """Whether the prompt of ``row`` begins with tokens that are being read now, so that it pays to wait
         for their prefix."""
-        if self._prefixes is None or row.request.digest is None:
+        if self._prefixes is None or not self._grows or row.request.digest is None:
             return False
         digest = row.request.digest
         shared = [
@@ -238,7 +239,7 @@ class Engine:
             return
         for place in done:
             row = batch.rows[place]
-            if self._prefixes is not None and row.request.digest is not None:
+            if self._grows and row.request.digest is not None:
                 self._keep(row, batch.extract(place))
         ready = batch.take(done)
         if not batch.rows:
@@ -249,7 +250,7 @@ class Engine:
         if self._together and self._decoding:
             self._decoding[0].add(batch)
         else:
-            self._decoding.append(Decoding(batch, self._keep if self._prefixes is not None else None))
+            self._decoding.append(Decoding(batch, self._keep if self._grows else None))
 
     def _decode_forward(self) -> Forward:
         """How the next tokens are computed: with guesses if one row is under way and none waits."""

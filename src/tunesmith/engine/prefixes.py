@@ -44,10 +44,12 @@ class Prefixes:
 
     ``limit``: most bytes in memory; the least recently used leave first. ``folder``: they are written there
     when they leave and at `close`, up to ``folder_limit`` bytes, and are found by a later process. ``hits``
-    of ``lookups`` found something."""
+    of ``lookups`` found something. ``grows``: whether an engine adds what it reads."""
 
-    def __init__(self, limit: int, folder: Path | None = None, folder_limit: int = FOLDER_LIMIT) -> None:
-        self.limit, self.folder, self.folder_limit = limit, folder, folder_limit
+    def __init__(
+        self, limit: int, folder: Path | None = None, folder_limit: int = FOLDER_LIMIT, *, grows: bool = True
+    ) -> None:
+        self.limit, self.folder, self.folder_limit, self.grows = limit, folder, folder_limit, grows
         self.lookups = self.hits = 0
         self._entries: list[Prefix] = []  # the least recently used first
         if folder is not None:

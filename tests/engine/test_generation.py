@@ -1,0 +1,69 @@
+"""Prompts that begin alike are read once, and answered as each alone."""
+
+from __future__ import annotations
+
+import mlx.nn as nn
+import pytest
+from adapters.test_layers import fresh
+
+from tunesmith.engine import generation
+from tunesmith.errors import ModelError
+from tunesmith.model import abilities
+
+BEGINNING = [(7 * place) % 61 + 1 for place in range(100)]
+PROMPTS = [[*BEGINNING, *range(1, 2 + number), 3 + number] for number in range(7)]
+
+
+class Counted(nn.Module):
+    """``positions``: read so far, padding included; what is read to know the model is not counted."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.positions = net, 0
+        generation.generate(self, [[1, 2]], max_tokens=1, eos_ids=[])
+        self.positions = 0
+
+    @property
+    def layers(self):
+        return self.net.layers
+
+    def __call__(self, ids, cache=None):
+        self.positions += ids.size
+        return self.net(ids, cache=cache)
+
+
+def test_prompts_that_begin_alike_are_answered_as_each_alone_and_their_beginning_is_read_once():
+    options = {"max_tokens": 6, "eos_ids": []}
+    alone = [generation.generate(fresh(), [prompt], **options)[0] for prompt in PROMPTS]
+    assert len({tuple(answer.ids) for answer in alone}) > 3
+    net = Counted(fresh())
+    assert generation.generate(net, PROMPTS, **options) == alone
+    assert net.positions < 100 + 2 * sum(len(prompt) - 100 for prompt in PROMPTS) + 7 * 6
+    reversed_prompts = [prompt[50:] for prompt in PROMPTS]
+    assert generation.generate(fresh(), reversed_prompts, **options) == [
+        generation.generate(fresh(), [prompt], **options)[0] for prompt in reversed_prompts
+    ]
+
+
+@pytest.mark.parametrize("prompts", [[BEGINNING] * 5, [BEGINNING, BEGINNING[:99], BEGINNING]])
+def test_equal_prompts_and_a_prompt_that_is_the_beginning_of_another(prompts):
+    options = {"max_tokens": 6, "eos_ids": []}
+    alone = [generation.generate(fresh(), [prompt], **options)[0] for prompt in prompts]
+    assert generation.generate(fresh(), prompts, **options) == alone
+
+
+def test_a_beginning_is_not_shared_where_rows_have_passes_of_their_own(monkeypatch):
+    monkeypatch.setattr(abilities, "batches", lambda net: False)
+    net = Counted(fresh())
+    generation.generate(net, PROMPTS, max_tokens=1, eos_ids=[])
+    assert net.positions >= sum(map(len, PROMPTS))
+
+
+def test_nothing_is_read_of_prompts_that_are_refused():
+    net = Counted(fresh())
+    with pytest.raises(ModelError, match="empty prompt"):
+        generation.generate(net, [*PROMPTS, []], eos_ids=[])
+    with pytest.raises(ModelError):
+        generation.generate(net, [[*BEGINNING, 10**6], *PROMPTS], eos_ids=[])
+    assert net.positions < len(BEGINNING)
+    assert generation.generate(net, [], eos_ids=[]) == []
