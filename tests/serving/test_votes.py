@@ -171,6 +171,12 @@ def test_the_side_on_which_an_answer_stood_does_not_matter(path, tmp_path):
     assert tunesmith.votes(written(path, every)).pairs == tunesmith.votes(other).pairs
 
 
+def test_the_model_with_more_votes_is_named_first(path):
+    output = CliRunner().invoke(app, ["votes", str(written(path, side_by_side(5, 20)))]).output
+    assert "runs/b against runs/a" in output
+    assert "runs/b preferred in 20 of 25 (80.0%" in output and "runs/b is preferred" in output
+
+
 def test_thumbs_of_an_ab_test_are_paired_in_order_and_others_are_only_counted(path):
     every = []
     for number in range(40):

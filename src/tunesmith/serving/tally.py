@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from tunesmith.display.text import many
 from tunesmith.serving import vote_rows
@@ -22,6 +22,8 @@ from tunesmith.serving.sequential import LEVEL, SequentialTest, interval, sequen
 from tunesmith.serving.vote_rows import Objective
 from tunesmith.serving.votes import THUMBS, Vote
 from tunesmith.settings.config import JSON
+
+Outcome: TypeAlias = Literal["first", "second", "alike", "open"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ModelPair:
     high: float
     evidence: float
     needed_evidence: float
-    outcome: Literal["first", "second", "alike", "open"]
+    outcome: Outcome
     decided_after: int | None
     votes_needed: int | None
 
@@ -126,7 +128,7 @@ def lines(summary: VoteSummary) -> list[str]:
     said = [f"{many(summary.votes, 'vote')} of {many(summary.users, 'user')} in {summary.path}"]
     if summary.unreadable:
         said.append(f"{many(summary.unreadable, 'line')} left out: not JSON, as when a process is killed")
-    for pair in summary.pairs:
+    for pair in map(_leader_first, summary.pairs):
         kind = "side by side" if pair.by == "side by side" else "by thumbs, paired in order"
         said += ["", f"{pair.first} against {pair.second}, {kind}{f' ({pair.test})' if pair.test else ''}"]
         said += [f"  {line}" for line in _pair_lines(pair)]
@@ -138,6 +140,23 @@ def lines(summary: VoteSummary) -> list[str]:
     if summary.written is not None:
         said += ["", *_written_lines(summary.written)]
     return said
+
+
+def _leader_first(pair: ModelPair) -> ModelPair:
+    """The same with the model first that has more votes."""
+    if pair.wins >= pair.losses:
+        return pair
+    turned: dict[str, Outcome] = {"first": "second", "second": "first", "alike": "alike", "open": "open"}
+    return replace(
+        pair,
+        first=pair.second,
+        second=pair.first,
+        wins=pair.losses,
+        losses=pair.wins,
+        low=1 - pair.high,
+        high=1 - pair.low,
+        outcome=turned[pair.outcome],
+    )
 
 
 def _pair_lines(pair: ModelPair) -> Iterator[str]:
@@ -221,7 +240,7 @@ def _pair(
     test: SequentialTest,
     of_pair: Sequence[Vote],
 ) -> ModelPair:
-    outcome: Literal["first", "second", "alike", "open"] = "open"
+    outcome: Outcome = "open"
     if test.decided_after is not None:
         outcome = "first" if test.first_won else "second"
     elif test.alike:
