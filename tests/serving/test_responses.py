@@ -93,6 +93,20 @@ def test_the_question_is_that_of_chat_completions(speaker, post):
     )
 
 
+def test_what_a_client_sends_back_is_taken(speaker, post):
+    """Clients send the items of an answer with every field that their own types know, most of them null."""
+    with answering(speaker, f"<think>\nHm.\n</think>\n\nLet me see.\n{CALL}"):
+        output = post(input="hi", tools=[TOOL]).json()["output"]
+        items = [
+            {"role": "user", "content": "hi"},
+            *({**item, "async_": None, "phase": None} for item in output),
+        ]
+        result = {"type": "function_call_output", "call_id": output[-1]["call_id"], "output": "sun"}
+        assert post(input=[*items, result], tools=[TOOL], anything=None).status_code == 200
+        refused = post(input=[*items, {**result, "async_": True}], tools=[TOOL])
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "input[4].async_"
+
+
 def test_a_schema_is_enforced(post):
     schema = {
         "type": "object",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -50,10 +51,33 @@ B = TypeVar("B", bound=Body)
 
 async def read(request: Request, kind: type[B]) -> B:
     """The body of ``request``. Raises Rejection, which names the first field that is wrong."""
+    body = await request.body()
     try:
-        return kind.model_validate_json(await request.body())
+        return kind.model_validate_json(body)
     except ValidationError as error:
-        raise _rejection(error.errors(include_url=False)[0]) from None
+        problems = error.errors(include_url=False)
+    nulls = [
+        problem for problem in problems if problem["type"] == "extra_forbidden" and problem["input"] is None
+    ]
+    try:
+        if len(nulls) == len(problems):
+            return kind.model_validate_json(_without(body, [problem["loc"] for problem in nulls]))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    raise _rejection(next(problem for problem in problems if problem not in nulls))
+
+
+def _without(body: bytes, places: Sequence[tuple[str | int, ...]]) -> bytes:
+    """``body`` without the unknown fields at ``places``, which are null: clients send back all that their own
+    types know, and null asks nothing."""
+    content: Any = json.loads(body)
+    for place in places:
+        node: Any = content
+        for key in place[:-1]:
+            if isinstance(key, int) or key in node:  # other keys name the member of a union
+                node = node[key]
+        node.pop(place[-1])
+    return json.dumps(content).encode()
 
 
 def _rejection(details: ErrorDetails) -> Rejection:
