@@ -1,0 +1,203 @@
+"""From a question to the pieces of its answer: what is served is what was evaluated, and who answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+from serving.scripted import CALL, WEATHER, Tokens, answering, events_of
+from serving.test_worker import wait_until
+
+import tiny
+import tunesmith
+from tunesmith.data import formats
+from tunesmith.data.formats import DataSpec
+from tunesmith.evaluation.subject import Subject
+from tunesmith.runs import records
+from tunesmith.serving.guardrails import Guard
+from tunesmith.serving.pieces import AnswerEnded, CallArguments, CallBegun, Logprobs, Reasoned, Words
+from tunesmith.serving.rejections import TimedOut
+
+PATH = "/v1/chat/completions"
+HI = [{"role": "user", "content": "hi"}]
+
+
+def turns_of(example) -> list[dict]:
+    """The conversation up to its last answer, as a client sends it."""
+    messages = example.conversation.messages[:-1]
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Held-out rows, some of which want a call."""
+    made = tiny.conversations(6, seed=5)
+    call = {"role": "assistant", "content": "tool_call: f\narguments: {}"}
+    asked = [{"conversations": [{"role": "user", "content": f"call {index}"}, call]} for index in range(3)]
+    return tiny.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", made + asked)
+
+
+@pytest.mark.parametrize("name", ["writer", "caller"])
+def test_a_served_answer_is_the_evaluated_one(server, served_runs, rows, name):
+    """Token for token: the answers that an evaluation has kept, and those of the server."""
+    run = served_runs[name]
+    tunesmith.evaluate(run, data=[str(rows)], tasks=["tool_calls"])
+    (record,) = [record for record in records.read(run)[0] if record.task == "tool_calls"]
+    examples = list(record.examples())
+    read = formats.read([rows], DataSpec(train=(str(rows),))).examples
+    by_line = {row.source.rpartition(":")[2]: row for row in read}
+    assert len(examples) == 9
+    with server.client() as client:
+        for example, stream in product(examples, (False, True)):
+            turns = turns_of(by_line[example.source.rpartition(":")[2]])
+            for model, kept in ((name, example.tuned_answer), ("base", example.base_answer)):
+                body = {"model": model, "messages": turns, "max_tokens": 256, "stream": stream}
+                assert served_words(client.post(PATH, json=body), stream) == kept
+
+
+def served_words(response, stream: bool) -> str:
+    if not stream:
+        return response.json()["choices"][0]["message"]["content"]
+    chunks = [data for _, data in events_of(response.text)][:-1]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    return "".join(delta.get("content", "") for delta in deltas)
+
+
+def test_prompt_ids_are_those_of_evaluation(server, served_runs):
+    renderer = server.service.models.resolve("writer").renderer
+    subject = Subject(server.service.models.loaded.net, renderer, "base")
+    valid = served_runs["writer"] / "data" / "valid.jsonl"
+    with server.client() as client, answering(server, "x") as script:
+        for row in formats.rows([valid], DataSpec(train=(str(valid),))):
+            prompt = replace(row.conversation, messages=row.conversation.messages[:-1])
+            assert client.post(PATH, json={"model": "writer", "messages": turns_of(row)}).status_code == 200
+            assert list(script.requests[-1].ids) == subject.ids(prompt)
+
+
+def test_requests_name_the_adapter_and_its_digest(server):
+    served = server.service.models.resolve("writer")
+    with server.client() as client:
+        made = client.post(PATH, json={"model": "writer", "messages": HI, "max_tokens": 1}).json()
+    assert made["system_fingerprint"] == f"fp_{served.digest[:12]}"
+    line = logged(server, "adapter")
+    assert (line["model"], line["adapter"]) == ("writer", served.adapter)
+
+
+def logged(server, key: str) -> dict:
+    """The last line of the access log, which is written after the answer: it has ``key``."""
+    wait_until(lambda: key in json.loads(server.log.getvalue().splitlines()[-1]))
+    return json.loads(server.log.getvalue().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def cautious(start_server, settings):
+    """A server whose base answers if the adapter that was asked cannot."""
+    return start_server(replace(settings, fallback=("base",)))
+
+
+class Late(Tokens):
+    """Takes too long."""
+
+    async def __anext__(self):
+        raise TimedOut("the first token took longer than 1 s")
+
+
+@pytest.fixture
+def late_writer(cautious):
+    """The adapter takes too long; the base answers."""
+    with answering(cautious, "From the base.") as script:
+        scripted = type(cautious.service).ask
+
+        def ask(self, served, request):
+            tokens = scripted(self, served, request)
+            return Late([]) if served.name == "writer" else tokens
+
+        type(cautious.service).ask = ask
+        yield script
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fallback_answers_in_time_and_is_named(cautious, late_writer, stream):
+    with cautious.client() as client:
+        response = client.post(PATH, json={"model": "writer", "messages": HI, "stream": stream})
+    assert response.status_code == 200
+    assert response.headers["x-tunesmith-fallback"] == "tiny-llama; timeout"
+    body = events_of(response.text)[0][1] if stream else response.json()
+    assert body["fallback"] == [{"index": 0, "model": "tiny-llama", "reason": "timeout"}]
+    assert "From the base." in response.text or stream
+    assert logged(cautious, "fallback")["fallback"] == "tiny-llama: timeout"
+
+
+def test_without_a_fallback_the_error_is_told(server):
+    with answering(server, "x") as script, server.client() as client:
+        type(server.service).ask = lambda self, served, request: Late([])
+        response = client.post(PATH, json={"model": "writer", "messages": HI})
+    assert response.status_code == 504 and not script.requests
+
+
+def test_a_fallback_answers_if_the_form_was_not_reached(cautious):
+    """An answer that must be JSON, cut by its limit, is not JSON."""
+    wanted = {"response_format": {"type": "json_object"}, "max_tokens": 4}
+    with answering(cautious, '{"a": 1', finish="length") as script, cautious.client() as client:
+        response = client.post(PATH, json={"model": "writer", "messages": HI, **wanted})
+    assert response.headers["x-tunesmith-fallback"] == "tiny-llama; invalid"
+    assert len(script.requests) == 2 and response.json()["choices"][0]["finish_reason"] == "length"
+
+
+def test_answers_can_be_voted_on(server):
+    body = {"model": "writer", "messages": HI, "n": 2, "user": "u"}
+    with answering(server, "one", "two"), server.client() as client:
+        made = client.post(PATH, json=body).json()
+    kept = [server.service.answers.get(f"{made['id']}/{index}") for index in range(2)]
+    assert {answer.message.content for answer in kept} == {"one", "two"}
+    assert all(answer.model == "writer" and answer.user == "u" for answer in kept)
+    assert kept[0].conversation.messages[0].content == "hi"
+
+
+def test_a_guard_without_guardrails_changes_nothing():
+    pieces = [
+        Reasoned("Hm."),
+        Logprobs(()),
+        Words("Let"),
+        Words(" me."),
+        CallBegun(0, "a", "f"),
+        CallArguments(0, "{}"),
+        CallBegun(1, "b", "f"),
+        CallArguments(1, "{}"),
+        Words("Done."),
+        AnswerEnded("tool_calls"),
+    ]
+    screen = Guard().screen_answer()
+    delivered = [shown for piece in pieces for shown in screen.feed(piece)]
+    kinds = (Reasoned, Words, CallBegun, CallArguments, AnswerEnded)
+    assert [shown for shown in delivered if isinstance(shown, kinds)] == [
+        piece for piece in pieces if isinstance(piece, kinds)
+    ]
+
+
+def test_a_cancelled_client_frees_the_row(server):
+    """A client that goes in the middle of a stream: the row is free again."""
+    worker = server.service.worker
+    with (
+        server.client() as client,
+        client.stream("POST", PATH, json={"messages": HI, "max_tokens": 4000, "stream": True}) as response,
+    ):
+        next(response.iter_lines())
+    wait_until(lambda: worker.n_rows == 0)
+
+
+def test_tools_of_a_text_run_are_refused(speaker):
+    """A run that was trained on plain text has no place for turns and tools."""
+    base = speaker.service.models.base
+    speaker.service.models.base = replace(base, asked_as="text")
+    try:
+        with speaker.client() as client, answering(speaker, CALL) as script:
+            plain = client.post(PATH, json={"messages": HI})
+            refused = client.post(PATH, json={"messages": HI, "tools": [WEATHER]})
+    finally:
+        speaker.service.models.base = base
+    assert plain.status_code == 200 and list(script.requests[0].ids) == base.renderer.text_prompt("hi")
+    assert refused.status_code == 400 and "plain text" in refused.json()["error"]["message"]
