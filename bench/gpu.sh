@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The reference run on a CUDA GPU, in one go within about 8 minutes. Arguments go to bench/gpu.py.
+# The reference run on a CUDA GPU, in one go within about 8 minutes. Arguments go to bench/gpu.py, or, if the first one is
+# "serving", to bench/serving.py.
 #   MLX_HOME  a folder that `pip install --target` filled (mlx, mlx-cuda-13, the nvidia packages, tunesmith's dependencies);
 #             without it the packages of the Python in PYTHON (default python3) are used
 set -euo pipefail
@@ -20,4 +21,9 @@ if [[ -n "${MLX_HOME:-}" ]]; then
     done
   fi
 fi
-exec "${PYTHON:-python3}" "$here/gpu.py" "$@"
+script=gpu
+if [[ "${1:-}" == serving ]]; then
+  script=serving
+  shift
+fi
+exec "${PYTHON:-python3}" "$here/$script.py" "$@"

@@ -11,6 +11,7 @@ at once, if the first tokens come later (95th percentile), or if eight adapters 
 tokens of one.
 
     python bench/serving.py --llama /path/to/python/with/xllamacpp --out bench/results/serving.json
+    bench/gpu.sh serving --model MODEL --out bench/results/serving_gpu.json
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ TOKENS = 64
 """Of each answer."""
 ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 MLX_LM = f"""
-import ctypes
-ctypes.CDLL({rivals.OPENBLAS!r}, mode=ctypes.RTLD_GLOBAL)
+import contextlib, ctypes
+with contextlib.suppress(OSError):  # beside a GPU there may be none
+    ctypes.CDLL({rivals.OPENBLAS!r}, mode=ctypes.RTLD_GLOBAL)
 from mlx_lm import server
 server.main()
 """
