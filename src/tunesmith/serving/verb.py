@@ -59,14 +59,12 @@ def serve(
     """Serve the base of ``runs`` and each of their adapters (``NAME=RUN`` gives another name), or a plain
     model, until SIGTERM or Ctrl-C.
 
-    model: where the base lies, or a plain model if there are no runs. keys: a JSON file; needed unless only
-    this machine can connect. fallback: models that answer if the one that was asked cannot. guardrails: a
-    YAML file. ab: names for several models, as ``writer=runs/a:0.5,runs/b:0.5``; their runs are served too.
-    votes: file of the votes; None: ``votes.jsonl`` of the first run. limits: assignments such as
-    ``queue=64``. log: file of the access log; None: stderr. bench: measure instead: requests a second,
-    for ``bench_seconds``. draft: what guesses tokens of an answer that is under way alone: ``prompt`` (its
-    own text), where a smaller model lies, or ``off``. announce: gets the text that says what is served.
-    Raises ServeError if the port is taken, and what `served.open_models` raises."""
+    model: where the base lies, or a plain model. keys: a JSON file; needed if other machines can connect.
+    fallback: models that answer if the one that was asked cannot. guardrails: a YAML file. ab: names for
+    several models, as ``writer=runs/a:0.5,runs/b:0.5``; their runs are served too. votes: file of the votes;
+    None: ``votes.jsonl`` of the first run. limits: assignments such as ``queue=64``. log: file of the access
+    log; None: stderr. bench: measure instead: requests a second, for ``bench_seconds``. Raises ServeError if
+    the port is taken, and what `served.open_models` raises."""
     _require_key(host, keys, bench)
     tests = tuple(parse_route(text) for text in ab)
     with contextlib.ExitStack() as inside:
@@ -90,7 +88,6 @@ def serve(
             loopback=host in LOOPBACK,
         )
         listener = inside.enter_context(starting.listen(host, port))
-
         if bench is None:
             return asyncio.run(_answering(settings, listener, host, announce, notify))
         return asyncio.run(_measured(settings, listener, bench, bench_seconds, notify))
