@@ -128,6 +128,8 @@ def taken_port() -> Iterator[int]:
         (("RUN", "--ab", "run=base,RUN"), 2, "the name of a model"),
         (("RUN", "--port", "1"), 9, "cannot listen"),
         (("RUN", "--log", "nowhere/log"), 9, "nowhere/log"),
+        (("RUN", "--kv-bits", "5"), 5, "5"),
+        (("RUN", "--memory", "0.0001"), 9, "no memory is left"),
     ],
 )
 def test_what_cannot_be_served_is_said_without_a_traceback(run, words, status, what, request):

@@ -58,7 +58,7 @@ VERBS = {
     "export run --to peft": SETTINGS | MODEL | REPORT | {"scipy"},
     "push run --to me/it --dry-run": {"rich"} | CARD,
     "votes votes.jsonl": SETTINGS,
-    "serve --help": {"rich"},
+    "serve run --port 0 --bench 20 --bench-seconds 0.5": SETTINGS | MODEL | SERVER | {"rich"},
 }
 """Command → the heavy packages that it may have loaded when it ends. Commands run in this order."""
 WRITES_ITS_MODULES = """

@@ -243,14 +243,28 @@ def test_a_client_that_goes_while_it_waits_leaves_the_queue(start_server, settin
     wait_until(lambda: worker.n_rows == 0)
 
 
-def test_a_client_that_does_not_read_is_dropped_and_holds_nobody_up(start_server, settings):
-    server = start_server(replace(settings, limits=ServerLimits(stall_s=0.5)))
-    worker = server.service.worker
-    with raw(server, chat("base", stream=True, n=4, **NEVER_ENDS)):
-        wait_until(lambda: worker.n_rows == 4)
-        with server.client() as client:
-            assert client.post("/v1/chat/completions", json=chat("writer", max_tokens=5)).status_code == 200
-        wait_until(lambda: worker.n_rows == 0, 60)
+def test_a_client_that_does_not_read_is_dropped(start_server, settings):
+    server = start_server(replace(settings, limits=ServerLimits(stall_s=0.3)))
+    body = json.dumps(chat("base", stream=True, **NEVER_ENDS)).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+    scope |= {"headers": [(b"host", b"localhost")], "client": ("127.0.0.1", 1), "asgi": {"version": "3.0"}}
+
+    async def exchange() -> None:
+        arriving = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            return arriving.pop() if arriving else await asyncio.sleep(60)
+
+        async def send(message) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.sleep(60)
+
+        await server.http.config.app(scope, receive, send)
+
+    server.call(asyncio.wait_for(exchange(), 20))
+    assert last_line(server)["error"] == "stalled"
+    wait_until(lambda: server.service.worker.n_rows == 0)
+    assert not server.notices
 
 
 def test_an_adapter_that_is_asked_answers(server):

@@ -51,6 +51,12 @@ def test_tokens_and_times_are_counted_by_model(start_server, settings):
     tokens = counted["tunesmith_answer_tokens_total", None]
     assert counted["tunesmith_next_token_seconds_count", None] == tokens - 2
     assert counted["tunesmith_request_seconds_count", None] == 2
+    [requests] = [
+        sample
+        for sample in samples(server)["tunesmith_requests"]
+        if sample.name.endswith("_total") and sample.labels["model"] == "writer"
+    ]
+    assert requests.labels["endpoint"] == "/v1/chat/completions" and requests.value == 2
 
 
 def test_clients_cannot_make_up_labels(server):

@@ -5,6 +5,7 @@ An answer that is under way ends with the adapter that it began with."""
 from __future__ import annotations
 
 import asyncio
+import functools
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
@@ -100,8 +101,14 @@ async def _forget(service: Service, alone: asyncio.Lock) -> None:
             if not unnamed:
                 return
             if not unnamed & worker.in_use:
-                await worker.run(lambda: models.forget_unused(worker.in_use))
+                await worker.run(functools.partial(_free, service, unnamed))
         await asyncio.sleep(LOOK_S)
+
+
+def _free(service: Service, unnamed: set[str]) -> None:
+    service.models.forget_unused(service.worker.in_use)
+    for digest in unnamed:
+        service.worker.forget(digest)
 
 
 def _bytes(source: Source) -> int:

@@ -55,6 +55,8 @@ class Entrance:
             if not exchange.begun:
                 response = JSONResponse(rejection.body, rejection.status, headers=dict(rejection.headers))
                 await response(scope, receive, exchange.send)
+        except ClientGone:
+            record.error = "stalled"
         except Exception as error:  # the app has told the client that it failed
             record.error = record.error or "failed"
             text = f"a request could not be answered: {type(error).__name__}: {error}"
@@ -118,6 +120,8 @@ class Entrance:
         self, scope: Scope, body: bytes, receive: Receive, exchange: _Exchange
     ) -> None:
         """Let the app answer, and cancel it when the client goes."""
+        # With this version, starlette leaves it to others to notice that the client has gone.
+        scope["asgi"] = {**scope["asgi"], "spec_version": "2.4"}
         handler = asyncio.ensure_future(self._app(scope, exchange.receiver(body), exchange.send))
         watcher = asyncio.create_task(_gone(receive))
         try:
@@ -130,6 +134,10 @@ class Entrance:
         finally:
             watcher.cancel()
             handler.cancel()
+
+
+class ClientGone(Exception):
+    """The client has not read its answer for too long."""
 
 
 class _Exchange:
@@ -163,7 +171,7 @@ class _Exchange:
         return receive
 
     async def send(self, message: Message) -> None:
-        """Pass ``message`` on. A client that does not read for too long counts as gone."""
+        """Pass ``message`` on. Raises ClientGone if the client does not read for too long."""
         if message["type"] == "http.response.start":
             self.begun = True
             self.record.status = message["status"]
@@ -173,8 +181,7 @@ class _Exchange:
             async with asyncio.timeout(self._stall_s):
                 await self._send(message)
         except TimeoutError:
-            self.record.error = "stalled"
-            raise asyncio.CancelledError from None
+            raise ClientGone from None
         if message["type"] == "http.response.body":
             self.complete = not message.get("more_body", False)
             if self._keeps:

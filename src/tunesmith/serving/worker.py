@@ -107,6 +107,8 @@ class Worker:
         self._life: _Life | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._pace = 0.0
+        self._first_start: asyncio.Future[None] | None = None
+        """Of the first engine."""
 
     @property
     def in_use(self) -> set[str]:
@@ -177,6 +179,11 @@ class Worker:
             with self._changed:
                 self._changed.notify()
 
+    def forget(self, digest: str) -> None:
+        """Free the prompts that the weights of ``digest`` have read. Called on MLX's thread."""
+        if self._prefixes is not None:
+            self._prefixes.forget(digest)
+
     @property
     def healthy(self) -> bool:
         """Whether the engine runs."""
@@ -205,11 +212,19 @@ class Worker:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def serve(self, make_engine: MakeEngine) -> None:
-        """Answer requests with the engine that ``make_engine`` makes for a batch size, in MLX's thread."""
+        """Answer requests with the engine that ``make_engine`` makes, in MLX's thread. Raises what it raises,
+        or ServeError if the weights leave no memory for requests."""
+        self._first_start = asyncio.get_running_loop().create_future()
         self._make_engine = make_engine
-        await self.run(lambda: None)  # the thread starts the engine before its next job
-        while not self.healthy:
-            await asyncio.sleep(0.01)
+        with self._changed:
+            self._changed.notify()
+        await self._first_start
+        if self.weights + self.reserved >= self.memory:
+            message = (
+                f"no memory is left for requests: the weights take {self.weights / 1e9:.2f} GB, prompts that "
+                f"were read {self.reserved / 1e9:.2f} GB, and the server may use {self.memory / 1e9:.2f} GB"
+            )
+            raise ServeError(message, where="--memory", hint="a smaller model, or fewer adapters")
 
     async def drain(self, seconds: float) -> None:
         """Take no new requests, and wait so long for those that were taken."""
@@ -249,6 +264,13 @@ class Worker:
                 self._replace(life, "died", "its thread has ended")
             elif beat is not None and time.monotonic() - beat > life.allowed_s:
                 self._replace(life, "hung", f"one step took longer than {life.allowed_s:.0f} s")
+
+    def _died(self, life: _Life, error: BaseException) -> None:
+        """The thread has ended with ``error``. If it is the first, there is nothing to go on with."""
+        if self._first_start is not None and not self._first_start.done():
+            self._first_start.set_exception(error)
+            self._stopping = True
+        self._replace(life, "died", f"{type(error).__name__}: {error}")
 
     def _replace(self, life: _Life, reason: str, why: str) -> None:
         """Give up ``life``, and start another after a pause that grows with each early death."""
@@ -339,9 +361,8 @@ class Worker:
             life.beat = None
             self._close(life, engine)
             if not life.given_up:
-                why = f"{type(error).__name__}: {error}"
                 with suppress(RuntimeError):  # the loop is closed
-                    self._loop.call_soon_threadsafe(self._replace, life, "died", why)
+                    self._loop.call_soon_threadsafe(self._died, life, error)
         finally:
             # Else MLX ends them after Python takes the thread for ended, while the process may be ending.
             mx.clear_streams()
@@ -361,6 +382,8 @@ class Worker:
         if not life.given_up:
             self._engine = engine
             life.ready = True
+            if self._first_start is not None:
+                self._loop.call_soon_threadsafe(_settle, self._first_start, None, None)
         return engine
 
     def _run_jobs(self, life: _Life) -> None:
