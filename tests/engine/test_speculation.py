@@ -188,10 +188,8 @@ def test_a_kept_prefix_holds_no_guess(ends):
         expected = expected[: expected.index(expected[ends]) + 1]
     longer = Request([*first.ids, *expected, 9, 9], max_tokens=12, digest="base")
     wanted = plain(Request(longer.ids, max_tokens=12))
-    prefixes = Prefixes(1 << 24)
-    with Engine(
-        fresh(), prefixes=prefixes, speculation=Speculation(Oracle([*first.ids], expected))
-    ) as engine:
+    prefixes, speculating = Prefixes(1 << 24), Speculation(Oracle([*first.ids], [*expected, *range(40, 60)]))
+    with Engine(fresh(), prefixes=prefixes, speculation=speculating) as engine:
         assert answers(engine, [first]) == [expected]
         number = engine.submit([longer])[0]
         new = engine.step()
@@ -257,7 +255,8 @@ def test_a_draft_model_changes_no_token_and_its_own_likeness_is_accepted_whole(t
     expected = plain(request)
     speculating = Speculation(DraftModel(fresh()))
     with Engine(fresh(), speculation=speculating) as engine:
-        assert answers(engine, [request, asked(2), request]) == [expected, plain(asked(2)), expected]
+        twice = [request, asked(2), request, request]
+        assert answers(engine, twice) == [expected, plain(asked(2)), expected, expected]
     pace = speculating.paces[None]
     if temperature == 0:
         assert pace.guessed and pace.accepted == pace.guessed
