@@ -306,6 +306,14 @@ def test_one_class_makes_a_guardrail_with_settings_documentation_and_behaviour()
         guardrail_module.unregister("shouting")
 
 
+def test_the_settings_in_the_documentation_are_read(tmp_path):
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text("utf-8")
+    path = tmp_path / "guardrails.yaml"
+    path.write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    names = {guardrail.name for guardrail in load_guardrails([path])}
+    assert names == {"secrets", "personal_data", "refusals", "block_list"}
+
+
 def test_the_table_in_the_documentation_is_the_one_of_the_registered_guardrails():
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text("utf-8")
     assert table() in text, "put the output of serving.guardrails.table() into docs/serving.md"
