@@ -23,6 +23,7 @@ QUICK = {
     "preferences": [],
     "scaling": [],
     "serving": [],
+    "speculation": [],
     "start": [],
     "wrappers": [],
     "train_speed": ["--trainers", "mlx_lm_blas", "trl"],
