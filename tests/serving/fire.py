@@ -24,10 +24,10 @@ from tunesmith.serving.load import HttpCall, HttpReply, ServerAddress
 PATH = "/v1/chat/completions"
 AGAIN = (429, 503)
 """Statuses that ask the client to come back."""
-PATIENCE = 400
-"""Times that a client comes back, with a pause between; about a minute."""
-LIMIT_S = 120.0
-"""Nothing takes longer."""
+LONGEST_PAUSE_S = 2.0
+"""Before a client comes back, if the server does not name a shorter one."""
+LIMIT_S = 600.0
+"""Whatever takes longer hangs: a busy machine needs time for so many."""
 NAMES = ("base", "writer", "caller")
 
 
@@ -37,6 +37,8 @@ class Outcome:
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    n_refused: int = 0
+    """Times that a client was asked to come back."""
     resident: list[int] = field(default_factory=list)
     """Bytes of the process, after each tenth of the requests."""
 
@@ -72,7 +74,7 @@ class Storm:
         return [self.slowly_read, *left, self.no_json, self.unknown_field, self.unknown_model]
 
     async def whole(self, body: Mapping[str, Any]) -> str:
-        for _ in range(PATIENCE):
+        while True:
             async with load.sent(self.address, HttpCall(PATH, body)) as reply:
                 content = json.loads(await reply.body())
                 if reply.status == 200:
@@ -80,12 +82,10 @@ class Storm:
                 if reply.status not in AGAIN:
                     self.outcome.wrong.append(f"whole: {reply.status} {content}")
                     return "refused"
-            await asyncio.sleep(0.15)
-        self.outcome.wrong.append("whole: never answered")
-        return "given up"
+            await asyncio.sleep(self.pause(reply))
 
     async def streamed(self, body: Mapping[str, Any], pause: float = 0.0) -> str:
-        for _ in range(PATIENCE):
+        while True:
             async with load.sent(self.address, HttpCall(PATH, {**body, "stream": True})) as reply:
                 if reply.status == 200:
                     text, error = await read(reply, pause)
@@ -99,9 +99,12 @@ class Storm:
                 if reply.status not in AGAIN:
                     self.outcome.wrong.append(f"streamed: {reply.status}")
                     return "refused"
-            await asyncio.sleep(0.15)
-        self.outcome.wrong.append("streamed: never answered")
-        return "given up"
+            await asyncio.sleep(self.pause(reply))
+
+    def pause(self, reply: HttpReply) -> float:
+        """Seconds until a client comes back that was refused."""
+        self.outcome.n_refused += 1
+        return min(LONGEST_PAUSE_S, float(reply.headers["retry-after"])) * self.random.uniform(0.5, 1.0)
 
     def compared(self, body: Mapping[str, Any], text: str) -> str:
         if text == self.answers[json.dumps(body)]:

@@ -20,10 +20,13 @@ from tunesmith.serving.limits import ServerLimits
 )
 def test_no_request_is_lost_or_gets_another_s_answer(settings, n_requests, n_at_once, n_kills):
     before = fire.open_things()
-    server = Server(replace(settings, batch_size=16, limits=ServerLimits(queue=256))).start()
+    server = Server(
+        replace(settings, batch_size=16, limits=ServerLimits(queue=n_at_once * 3 // 4, first_token_s=600.0))
+    ).start()
     try:
         outcome = asyncio.run(fire.storm(server, n_requests, n_at_once, n_kills))
         print(dict(sorted(outcome.counts.items())), [size >> 20 for size in outcome.resident])
+        print(outcome.n_refused, "times refused with 429 or 503")
         assert outcome.wrong == []
         assert outcome.counts.total() == n_requests
         died = sum(count for name, count in outcome.counts.items() if "engine_died" in name)
