@@ -40,10 +40,11 @@ class Lexicons:
     """Those of all renderers that were asked for."""
 
     def __init__(self) -> None:
-        self._made: dict[str, Lexicon] = {}
+        self._made: dict[tuple[str, bool], Lexicon] = {}
 
     def of(self, renderer: Renderer) -> Lexicon:
-        """Renderers with equal fingerprints share one."""
-        if renderer.fingerprint not in self._made:
-            self._made[renderer.fingerprint] = Lexicon(renderer)
-        return self._made[renderer.fingerprint]
+        """Renderers with equal fingerprints that both ask for reasoning, or neither, share one."""
+        key = renderer.fingerprint, renderer.thinking
+        if key not in self._made:
+            self._made[key] = Lexicon(renderer)
+        return self._made[key]
