@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from serving.test_worker import answer, wait_until
 
+from tunesmith.serving.ab import parse_route
 from tunesmith.serving.keys import Key, digest_of
 from tunesmith.serving.limits import ServerLimits
 
@@ -314,3 +315,19 @@ def test_contents_are_logged_only_if_asked(start_server, settings, server):
     assert "the cat" not in server.log.getvalue()
     contents = last_line(logging)["contents"]
     assert "the cat" in contents["request"] and "choices" in contents["response"]
+
+
+def test_a_key_for_an_ab_test_asks_its_models_by_that_name_only(start_server, settings):
+    keys = (
+        Key("rater", digest_of("secret-of-the-rater"), models=("duel",)),
+        Key("boss", digest_of("secret-of-the-boss"), admin=True),
+    )
+    server = start_server(replace(settings, keys=keys, ab=(parse_route("duel=writer,caller"),)))
+    with server.client(headers=shown("rater")) as client:
+        assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["duel"]
+        asked = client.post("/v1/chat/completions", json=chat("duel", max_tokens=3))
+        assert asked.status_code == 200 and last_line(server)["model"] in ("writer", "caller")
+        assert client.post("/v1/chat/completions", json=chat("writer", max_tokens=3)).status_code == 403
+    with server.client(headers=shown("boss")) as client:
+        refused = client.post("/admin/adapters", json={"drop": "caller"})
+    assert refused.status_code == 400 and "A/B test duel" in refused.json()["error"]["message"]

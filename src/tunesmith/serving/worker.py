@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -376,6 +378,7 @@ class Worker:
     def _started(self, life: _Life, make_engine: MakeEngine) -> Engine:
         with self._beating(life, self.limits.load_s):
             self._prefixes = Prefixes(self.prefix_bytes) if self.prefix_bytes else None
+            gc.collect()  # of the engine before
             engine = make_engine(self.batch_size, self._prefixes)
             engine.__enter__()
             self.weights = backend.memory()["active"]
@@ -492,6 +495,7 @@ class Worker:
         alone ends with an error, and so does one whose constraint has seen tokens already."""
         with suppress(Exception):
             engine.__exit__(None, None, None)
+        traceback.clear_frames(error.__traceback__)  # they hold arrays of the pass that failed
         mx.clear_cache()
         rows = list(life.rows.values())
         self.out_of_memory += 1
