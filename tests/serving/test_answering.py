@@ -88,7 +88,7 @@ def test_requests_name_the_adapter_and_its_digest(server):
 
 def logged(server, key: str) -> dict:
     """The last line of the access log, which is written after the answer: it has ``key``."""
-    wait_until(lambda: key in json.loads(server.log.getvalue().splitlines()[-1]))
+    wait_until(lambda: f'"{key}"' in (server.log.getvalue().splitlines() or [""])[-1])
     return json.loads(server.log.getvalue().splitlines()[-1])
 
 
