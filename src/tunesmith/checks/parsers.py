@@ -116,7 +116,7 @@ class Scan:
                 return spans
             if span is not None:
                 spans.append(span)
-        self.settled = len(text) if complete else _mark_may_begin(text, self._position)
+        self._position = self.settled = len(text) if complete else _mark_may_begin(text, self._position)
         return spans
 
     def _marked(self, text: str, mark: re.Match[str], complete: bool) -> tuple[CallSpan | None, int]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -38,13 +38,13 @@ class ConstraintFailed(ServeError):
 
 @dataclass(frozen=True)
 class PreparedQuestion:
-    """A question as the engine gets it. ``constraint`` makes a new one for each answer, or is None."""
+    """A question as the engine gets it. ``constraints``: one for each answer, or none."""
 
     served: Served
     renderer: Renderer
     request: Request
     reading: AnswerReading
-    constraint: Callable[[], TokenConstraint] | None
+    constraints: Sequence[TokenConstraint] = ()
 
 
 @dataclass
@@ -76,14 +76,15 @@ def deliveries(asked: AskedOnce, answer_id: str) -> list[Delivery]:
     return [Delivery(own_id, asked.served) for own_id in ids]
 
 
-def ask(service: Service, question: Question) -> AskedOnce:
+async def ask(service: Service, question: Question) -> AskedOnce:
     """The question, ready to be answered. Raises Rejection, or what `rejection_of` understands, if it cannot
     be."""
     _require_limits(service, question)
     served, test = service.answerer(question)
     question, _ = service.guard.screen_question(question)
     seed = secrets.randbits(31) if question.seed is None else question.seed % 2**64
-    return AskedOnce(question, served, prepare(service, question, served, seed), seed, test)
+    prepared = await prepare(service, question, served, seed)
+    return AskedOnce(question, served, prepared, seed, test)
 
 
 def _require_limits(service: Service, question: Question) -> None:
@@ -99,7 +100,7 @@ def _require_limits(service: Service, question: Question) -> None:
             raise Rejection(400, message, name, "limit_exceeded")
 
 
-def prepare(service: Service, question: Question, served: Served, seed: int) -> PreparedQuestion:
+async def prepare(service: Service, question: Question, served: Served, seed: int) -> PreparedQuestion:
     """The request to the engine, and how its answer is read. Raises Rejection if the template cannot express
     the prompt, or what is asked of the answer cannot be enforced."""
     try:
@@ -131,7 +132,8 @@ def prepare(service: Service, question: Question, served: Served, seed: int) -> 
     reading = AnswerReading(
         question.stop, question.calls_tools, question.one_call, _strict_schemas(question), thinks, is_chat
     )
-    return PreparedQuestion(served, renderer, request, reading, _constraint(service, question, renderer))
+    constraints = await _constraints(service, question, renderer)
+    return PreparedQuestion(served, renderer, request, reading, constraints)
 
 
 def prompt_ids(renderer: Renderer, prompt: Prompted, served: Served) -> list[int]:
@@ -196,30 +198,29 @@ def _strict_schemas(question: Question) -> dict[str, Any]:
     }
 
 
-def _constraint(
-    service: Service, question: Question, renderer: Renderer
-) -> Callable[[], TokenConstraint] | None:
-    """Raises Rejection if what is asked cannot be enforced."""
+async def _constraints(service: Service, question: Question, renderer: Renderer) -> list[TokenConstraint]:
+    """What keeps each answer to its form. Raises Rejection if what is asked cannot be enforced."""
     if not constrained(question):
-        return None
+        return []
     form, tools = question.format, question.prompt.tools if isinstance(question.prompt, Conversation) else ()
     if form is not None and question.calls_tools:
         message = "JSON and tools at once cannot be enforced: leave out one of them, or set tool_choice: none"
         raise Rejection(400, message, form.param, "unsupported_value")
+    lexicon = service.lexicons.of(renderer)
 
     def make() -> TokenConstraint:
-        grammars = service.lexicons.of(renderer).grammars
+        grammars = lexicon.grammars
         if form is None:
             named = cast("Sequence[Mapping[str, Any]]", tools)
             return grammars.calls(named, one_named=question.named_tool, parallel=not question.one_call)
         return grammars.json_object() if form.schema is None else grammars.json_schema(form.schema)
 
     try:
-        make()
+        async with lexicon.alone:  # a large vocabulary takes seconds, in which streams go on
+            return await asyncio.to_thread(lambda: [make() for _ in range(question.n)])
     except ModelError as error:
         param = "tools" if form is None else form.param
         raise Rejection(400, str(error), param, "unsupported_schema") from error
-    return make
 
 
 async def answer(service: Service, asked: AskedOnce, index: int, delivery: Delivery) -> AsyncGenerator[Piece]:
@@ -257,7 +258,7 @@ async def _delivered(
         is_last, failure = served is candidates[-1], None
         prepared = asked.prepared
         if served is not asked.served:
-            prepared = prepare(service, asked.question, served, asked.seed)
+            prepared = await prepare(service, asked.question, served, asked.seed)
         held: list[Piece] = []
         delivered = False
         try:
@@ -289,12 +290,12 @@ def _failure(piece: Piece, prepared: PreparedQuestion) -> str | None:
         return None
     if piece.reason == "content_filter":
         return "guardrail"
-    return "invalid" if piece.reason == "length" and prepared.constraint is not None else None
+    return "invalid" if piece.reason == "length" and prepared.constraints else None
 
 
 async def _answer_of(service: Service, prepared: PreparedQuestion, index: int) -> AsyncGenerator[Piece]:
     """The pieces of an answer by one model."""
-    constraint = None if prepared.constraint is None else prepared.constraint()
+    constraint = prepared.constraints[index] if prepared.constraints else None
     request = replace(prepared.request, stream=index, constraint=constraint)
     assembler = Assembler(prepared.renderer, prepared.reading, len(request.ids))
     screen = service.guard.screen_answer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cached_property
 
 from tunesmith.engine.grammars import Grammars
@@ -10,10 +11,11 @@ from tunesmith.tokens.template import Renderer
 
 
 class Lexicon:
-    """Of ``renderer``."""
+    """Of ``renderer``. ``alone``: held by the only task that uses ``grammars``, in a thread of its own."""
 
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
+        self.alone = asyncio.Lock()
 
     @cached_property
     def grammars(self) -> Grammars:

@@ -298,7 +298,8 @@ class Renderer(ABC):
         for message in conversation.messages:
             quiet = message.calls and self.words_beside_calls != "refuse"
             _present(replace(message, content="") if quiet else message, text, history=True)
-        self.require_tools(conversation.tools, ids)
+        if conversation.tools:
+            self.require_tools(conversation.tools, ids)
         return ids
 
     @property

@@ -232,7 +232,7 @@ class ChatBody(Drawing):
 def routes(service: Service) -> list[Route]:
     async def complete(request: Request) -> Response:
         body = await read(request, ChatBody)
-        asked = answering.ask(service, body.question())
+        asked = await answering.ask(service, body.question())
         exchange = ChatExchange(service, asked)
         if not body.stream:
             return await exchange.whole()

@@ -86,7 +86,7 @@ def routes(service: Service) -> list[Route]:
             message += f"{service.limits.choices}, which this server allows"
             raise Rejection(400, message, "n", "limit_exceeded")
         exchange = CompletionExchange(
-            service, [answering.ask(service, question) for question in questions], bool(body.echo)
+            service, [await answering.ask(service, question) for question in questions], bool(body.echo)
         )
         if not body.stream:
             return await exchange.whole()

@@ -269,7 +269,7 @@ class MessageErrors(ErrorEvents):
 def routes(service: Service) -> list[Route]:
     async def create(request: Request) -> Response:
         body = await read(request, MessagesBody)
-        exchange = MessageExchange(service, answering.ask(service, body.question()))
+        exchange = MessageExchange(service, await answering.ask(service, body.question()))
         if not body.stream:
             return await exchange.whole()
         events = await begun(exchange.events())
@@ -277,7 +277,7 @@ def routes(service: Service) -> list[Route]:
 
     async def count(request: Request) -> Response:
         body = await read(request, CountBody)
-        asked = answering.ask(service, body.prompted())
+        asked = await answering.ask(service, body.prompted())
         return JSONResponse({"input_tokens": len(asked.prepared.request.ids)})
 
     return [

@@ -273,7 +273,7 @@ class ResponseErrors(ErrorEvents):
 def routes(service: Service) -> list[Route]:
     async def create(request: Request) -> Response:
         body = await read(request, ResponseBody)
-        exchange = ResponseExchange(service, answering.ask(service, body.question()), body)
+        exchange = ResponseExchange(service, await answering.ask(service, body.question()), body)
         if not body.stream:
             return await exchange.whole()
         events = await begun(exchange.events())
