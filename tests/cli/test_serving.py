@@ -159,3 +159,9 @@ def test_a_server_with_keys_cannot_ask_itself(run, tmp_path):
     keys.write_text('[{"name": "me", "key": "a-secret-of-some-length"}]')
     refused = CliRunner().invoke(app, ["serve", str(run), "--bench", "1", "--keys", str(keys)])
     assert isinstance(refused.exception, ConfigError) and "--keys" in str(refused.exception)
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--bench-seconds", "3"]])
+def test_options_of_the_measurement_are_not_ignored_without_it(run, words):
+    refused = CliRunner().invoke(app, ["serve", str(run), *words])
+    assert isinstance(refused.exception, ConfigError) and "--bench RATE" in str(refused.exception)

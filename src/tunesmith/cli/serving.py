@@ -9,6 +9,7 @@ import typer
 
 import tunesmith
 from tunesmith.cli.options import AsJson, Checkpoint, print_json, progress, say
+from tunesmith.errors import ConfigError
 
 Runs = Annotated[
     list[str] | None,
@@ -55,7 +56,9 @@ Bench = Annotated[
         min=0.001, metavar="RATE", help="measure instead: ask itself RATE times a second, at random moments"
     ),
 ]
-BenchSeconds = Annotated[float, typer.Option(min=0.1, help="how long --bench sends requests")]
+BenchSeconds = Annotated[
+    float | None, typer.Option(min=0.1, help="how long --bench sends requests (default: 30)")
+]
 
 
 def serve(
@@ -78,10 +81,13 @@ def serve(
     log: Log = None,
     log_contents: LogContents = False,
     bench: Bench = None,
-    bench_seconds: BenchSeconds = 30.0,
+    bench_seconds: BenchSeconds = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer over HTTP, as OpenAI's API does: a base and any number of adapters in one batch."""
+    if bench is None and (as_json or bench_seconds is not None):
+        hint = "add --bench RATE, or leave out --json and --bench-seconds"
+        raise ConfigError("there is nothing to print or to time without a measurement", hint=hint)
     with progress() as notify:
         report = tunesmith.serve(
             runs or (),
@@ -103,7 +109,7 @@ def serve(
             log=log,
             log_contents=log_contents,
             bench=bench,
-            bench_seconds=bench_seconds,
+            bench_seconds=bench_seconds or 30.0,
             announce=say,
             notify=notify,
         )
