@@ -371,6 +371,9 @@ def test_a_named_property_cannot_be_written_by_escapes(byte_level):
 def test_tools_that_are_not_there_are_refused(byte_level):
     with pytest.raises(ModelError, match="there is no tool 'clocks'"):
         byte_level.calls(ASKED, one_named="clocks")
+    for name in ('a"b', "a b", "", "\ue001", chr(0xF0000)):
+        with pytest.raises(ModelError, match="cannot be the name of a tool"):
+            byte_level.calls([{"type": "function", "function": {"name": name}}])
     with pytest.raises(ModelError, match="the parameters of the tool list"):
         byte_level.calls(
             [{"type": "function", "function": {"name": "list", "parameters": {"type": "array"}}}]
@@ -380,6 +383,7 @@ def test_tools_that_are_not_there_are_refused(byte_level):
 def test_regular_expressions_match_the_whole_answer(byte_level):
     assert accepts(byte_level, byte_level.regex("(yes|no)/maybe"), encoded(byte_level, "no/maybe"))
     assert not accepts(byte_level, byte_level.regex("yes|no"), encoded(byte_level, "none"))
+    assert accepts(byte_level, byte_level.regex("a\nstart: /b/"), encoded(byte_level, "a\nstart: /b/"))
 
 
 def test_reasoning_comes_before_what_is_constrained(tmp_path):

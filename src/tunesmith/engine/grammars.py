@@ -41,6 +41,7 @@ CONTROL = 0xF0000
 WRITTEN_ARGUMENTS = re.compile(rf'\{{\s*"{KEY}"\s*:\s*"{VALUE}"\s*\}}')
 CALL_ID_PATTERN = "/[a-zA-Z0-9]{9}/"
 """Call ids as Mistral wants them; every other template takes them too."""
+TOOL_NAMES = re.compile(r"[\w.-]+")
 JSON_NOTATION: JSON = {"whitespace_pattern": r"[ \n\r\t]{1,32}", "json_allowed_escapes": 'nrbtf\\"'}
 """White space is bounded: a model that writes only that would never end. Escapes by number are left out: they
 would write the name of a property in a way that escapes its schema."""
@@ -119,6 +120,10 @@ class Grammars:
             functions = [function for function in functions if function["name"] == one_named]
         if not functions:
             raise ModelError(f"there is no tool {one_named!r}" if one_named else "there are no tools to call")
+        for function in functions:
+            if not TOOL_NAMES.fullmatch(str(function["name"])):
+                hint = "letters, digits, _, - and . are allowed"
+                raise ModelError(f"{function['name']!r} cannot be the name of a tool", hint=hint)
         rules = [f"id: {CALL_ID_PATTERN}"]
         for number, function in enumerate(functions):
             rules.append(f"arguments{number}: %json {_notation(_arguments_schema(function))}")
