@@ -15,7 +15,7 @@ from tunesmith.engine import speculation
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.prefixes import Prefixes
 from tunesmith.engine.requests import Request
-from tunesmith.engine.speculation import DraftModel, Pace, PromptLookup, Reading, Speculation, next_phase
+from tunesmith.engine.speculation import DraftModel, Pace, PromptLookup, Speculation, TimedPass, next_phase
 from tunesmith.errors import ModelError
 from tunesmith.model import abilities
 
@@ -275,13 +275,13 @@ def test_speed_is_of_tokens_a_second_and_outliers_count_little(monkeypatch):
     monkeypatch.undo()
     enough = speculation.ENOUGH
     plain_seconds = [0.1] * enough
-    assert speculation.speed(plain_seconds[1:], [Reading(3, 0.2, 4)] * enough) is None
-    assert speculation.speed(plain_seconds, [Reading(3, 0.2, 4)] * (enough - 1)) is None
-    assert speculation.speed(plain_seconds, [Reading(3, 0.2, 4)] * enough) == pytest.approx(1.5)
-    without = [Reading(1, 0.125, 0)] * (speculation.RECENT - 1)
+    assert speculation.speed(plain_seconds[1:], [TimedPass(3, 0.2, 4)] * enough) is None
+    assert speculation.speed(plain_seconds, [TimedPass(3, 0.2, 4)] * (enough - 1)) is None
+    assert speculation.speed(plain_seconds, [TimedPass(3, 0.2, 4)] * enough) == pytest.approx(1.5)
+    without = [TimedPass(1, 0.125, 0)] * (speculation.RECENT - 1)
     assert speculation.speed(plain_seconds, without) is None
     assert speculation.speed(plain_seconds, [*without, without[0]]) == pytest.approx(0.8)
-    interrupted = [*[Reading(1, 0.1, 1)] * (2 * enough - 1), Reading(1, 60.0, 1)]
+    interrupted = [*[TimedPass(1, 0.1, 1)] * (2 * enough - 1), TimedPass(1, 60.0, 1)]
     assert 0.8 < (speculation.speed(plain_seconds, interrupted) or 0) < 1
 
 
@@ -314,7 +314,7 @@ def test_rests_double_until_a_trial_succeeds(monkeypatch):
             pace.plain.append(0.1)
             pace.advance(1)
         while pace.phase == "trying":
-            pace.passes.append(Reading(2, seconds, 3))
+            pace.passes.append(TimedPass(2, seconds, 3))
             pace.advance(2)
 
     rests = []
@@ -326,6 +326,6 @@ def test_rests_double_until_a_trial_succeeds(monkeypatch):
     trial(0.05)
     assert pace.phase == "guessing" and pace.faster == pytest.approx(4)
     while pace.phase == "guessing":
-        pace.passes.append(Reading(1, 0.5, 3))
+        pace.passes.append(TimedPass(1, 0.5, 3))
         pace.advance(1)
     assert (pace.phase, pace.rest) == ("resting", 256)

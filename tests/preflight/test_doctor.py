@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from tunesmith import events
@@ -240,7 +241,12 @@ def test_the_kernels_of_a_model_are_listed(tiny_model):
 def test_an_attention_that_the_kernels_do_not_cover_is_told(tiny_model, monkeypatch):
     from tunesmith.model import kernels
 
-    monkeypatch.setattr(kernels, "_quantised", lambda cache: True)
+    compiled, half = kernels._compiled, mx.zeros(1, mx.float16)
+
+    def without_attention(name, *arrays):
+        return compiled(name, half) if name == "attention" else compiled(name, *arrays)
+
+    monkeypatch.setattr(kernels, "_compiled", without_attention)  # in half precision it is not covered
     check = found("model", preflight.doctor(model=str(tiny_model), overfit=False)["checks"])
     assert check["status"] == "warn" and "attention: MLX's" in check["value"]
 

@@ -142,7 +142,7 @@ def untrimmable(layers: Sequence[Any]) -> str | None:
     return f"tokens cannot be taken away from a {min(kinds)}" if kinds else None
 
 
-class Reading(NamedTuple):
+class TimedPass(NamedTuple):
     """One pass: how many ``tokens`` it gave, what it took until the next one began, and how many ``guesses``
     it had."""
 
@@ -151,7 +151,7 @@ class Reading(NamedTuple):
     guesses: int
 
 
-def speed(plain: Sequence[float], passes: Sequence[Reading]) -> float | None:
+def speed(plain: Sequence[float], passes: Sequence[TimedPass]) -> float | None:
     """Tokens a second with guesses ÷ without. ``plain``: seconds a token without. None if too few passes were
     measured."""
     guessed = sum(reading.guesses > 0 for reading in passes)
@@ -188,7 +188,7 @@ class Pace:
 
     phase: Phase = "measuring"
     plain: deque[float] = field(default_factory=lambda: deque(maxlen=ENOUGH))
-    passes: deque[Reading] = field(default_factory=lambda: deque(maxlen=RECENT))
+    passes: deque[TimedPass] = field(default_factory=lambda: deque(maxlen=RECENT))
     tokens: int = 0
     rest: int = 0
     guessed: int = 0
@@ -300,7 +300,7 @@ class Speculation:
     def _finish(self, pace: Pace, last: _Ahead, now: float) -> None:
         """Count the pass ``last``: no more of its guesses are accepted."""
         guesses = last.place + len(last.guesses)
-        pace.passes.append(Reading(last.place + 1, now - last.began, guesses))
+        pace.passes.append(TimedPass(last.place + 1, now - last.began, guesses))
         pace.guessed += guesses
         pace.accepted += last.place
         if guesses:
