@@ -49,6 +49,21 @@ def trim(layers: Sequence[Any], count: int) -> None:
         layer.trim(count)
 
 
+def trimmable(layers: Sequence[Any]) -> bool:
+    """Whether any number of the last positions can be taken away."""
+    from mlx_lm.models.cache import CacheList, ChunkedKVCache
+
+    for layer in layers:
+        if isinstance(layer, CacheList) and not trimmable(layer.caches):
+            return False
+        # mlx-lm trims it also if what would come back to its chunk was dropped.
+        if isinstance(layer, ChunkedKVCache) and layer.offset > layer.chunk_size:
+            return False
+        if not layer.is_trimmable():
+            return False
+    return True
+
+
 class CacheGrowth(NamedTuple):
     """Bytes of one layer's cache: ``fixed``, and ``each`` for each of at most ``most`` positions."""
 

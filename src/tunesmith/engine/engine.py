@@ -175,7 +175,9 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting rows begin while there is room: their prompts are read next."""
-        at_once = min(PREFILL, self._prefill_tokens) if self._together else 1
+        # At least two tokens of each: mlx-lm's cache of a sliding window goes wrong where a pass over several
+        # tokens of several rows follows one over single tokens.
+        at_once = max(1, min(PREFILL, self._prefill_tokens // 2)) if self._together else 1
         later: list[EngineRow] = []
         while self._waiting:
             reading = self._reading.rows if self._reading is not None else []

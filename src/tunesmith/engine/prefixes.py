@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from tunesmith import files
+from tunesmith.engine import caches
 
 FOLDER_LIMIT = 16 << 30
 """Most bytes of the folder, if nothing else is said."""
@@ -99,7 +100,7 @@ class Prefixes:
         """Keep the cache of a row that has read ``ids``. It is not changed afterwards by the caller."""
         known = np.asarray(ids, np.int32)
         n_bytes = sum(layer.nbytes for layer in layers)
-        trimmable = all(layer.is_trimmable() for layer in layers)
+        trimmable = caches.trimmable(layers)
         if len(known) == 0 or n_bytes > self.limit:
             return
         for entry in list(self._entries):
