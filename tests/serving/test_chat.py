@@ -157,6 +157,15 @@ def test_museum_ollama_17933_a_schema_is_enforced(post):
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "response_format"
 
 
+def test_reasoning_stands_before_json_if_it_is_asked_for(post):
+    """The grammar has the reasoning of the template: it is not turned off, and not JSON."""
+    wanted = {"response_format": {"type": "json_object"}, "max_tokens": 12}
+    thinking = post(**wanted, chat_template_kwargs={"enable_thinking": True}).json()["choices"][0]["message"]
+    plain = post(**wanted).json()["choices"][0]["message"]
+    assert thinking["reasoning_content"] and not thinking["content"]
+    assert plain["content"].startswith("{") and "reasoning_content" not in plain
+
+
 def test_strict_tools_deliver_calls_that_fit_only(speaker, post):
     wrong = CALL.replace('"town"', '"city"')
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}

@@ -28,7 +28,7 @@ from tunesmith.data.formats import (
 )
 from tunesmith.errors import DataError, ModelError, TemplateError
 from tunesmith.tokens.renderers import HFRenderer, MistralRenderer, load
-from tunesmith.tokens.template import TemplateSpec, render
+from tunesmith.tokens.template import Refused, TemplateSpec, render
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "mistral.json").read_text(encoding="utf-8"))
 
@@ -774,3 +774,37 @@ def test_real_rows_all_render(syngen, mistral, chatml):
     for ours in (mistral, chatml):
         out = render(examples, ours, TemplateSpec(), 20_000)
         assert len(out.rows) == 200 and not out.dropped and not out.notes
+
+
+def test_a_whole_prompt_is_the_prompt_or_says_what_the_template_leaves_out(make, chatml, mistral):
+    asked = Conversation((Message("system", "Be brief."), Message("user", "Hello?")))
+    for renderer in (chatml, mistral):
+        assert renderer.whole_prompt(asked) == renderer.prompt(asked)
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    armed = replace(asked, tools=(tool,))
+    assert mistral.whole_prompt(armed) == mistral.prompt(armed)
+    with pytest.raises(Refused, match="look"):
+        chatml.whole_prompt(armed)
+    deaf = make(CHATML.replace("in messages %}", "in messages if m.role != 'system' %}"))
+    assert deaf.whole_prompt(replace(asked, messages=asked.messages[1:]))
+    with pytest.raises(Refused, match="missing"):
+        deaf.whole_prompt(asked)
+
+
+def test_reasoning_is_switched_only_if_the_template_can(make, chatml):
+    block = (
+        "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
+    )
+    thinks = make(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n" + block + "{% endif %}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    on = thinks.with_thinking(True)
+    asked = Conversation((Message("user", "Hello?"),))
+    assert thinks.thinking_switch == "enable_thinking" and not thinks.thinking and on.thinking
+    assert on.prompt(asked) != thinks.prompt(asked) and on.fingerprint == thinks.fingerprint
+    assert thinks.with_thinking(False) is thinks and chatml.with_thinking(False) is chatml
+    for unable in (chatml, make(THINKS)):  # the second can turn off what it never asks for
+        with pytest.raises(Refused, match="cannot turn reasoning on"):
+            unable.with_thinking(True)

@@ -110,8 +110,8 @@ async def prepare(service: Service, question: Question, served: Served, seed: in
         raise Rejection(400, str(error), "messages", "template") from error
     is_chat = isinstance(question.prompt, Conversation)
     thinks = is_chat and opens_reasoning(renderer, ids)
-    if thinks and (question.thinking is False or constrained(question)):
-        message = "the template opens reasoning in every prompt: it cannot be turned off or constrained"
+    if thinks and question.thinking is False:
+        message = "the template opens reasoning in every prompt: it cannot be turned off"
         raise Rejection(400, message, "reasoning_effort", "template")
     _require_short(service, ids)
     request = Request(
@@ -159,10 +159,8 @@ def prompt_ids(renderer: Renderer, prompt: Prompted, served: Served) -> list[int
 
 
 def _renderer(question: Question, served: Served) -> Renderer:
-    """That of the run; its thinking is turned off for an answer that must have a form of its own."""
+    """That of the run, with reasoning as the client asks for it."""
     thinking = question.thinking
-    if thinking is None and constrained(question) and served.renderer.thinking:
-        thinking = False
     return served.renderer if thinking is None else served.renderer.with_thinking(thinking)
 
 

@@ -45,7 +45,7 @@ class Lexicons:
         self._made: dict[tuple[str, bool], Lexicon] = {}
 
     def of(self, renderer: Renderer) -> Lexicon:
-        """Renderers with equal fingerprints that both ask for reasoning, or neither, share one."""
+        """Renderers that give the same ids and ask for reasoning alike share one."""
         key = renderer.fingerprint, renderer.thinking
         if key not in self._made:
             self._made[key] = Lexicon(renderer)

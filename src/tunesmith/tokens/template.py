@@ -312,11 +312,12 @@ class Renderer(ABC):
         switch for it."""
         if thinking == self.thinking:
             return self
-        if self.thinking_switch is None:
-            text = f"the chat template cannot turn reasoning {'on' if thinking else 'off'}"
-            raise Refused("thinking", text, "leave it as the run was trained")
         switched = copy(self)
         switched.thinking = thinking
+        asked = Conversation((Message("user", ANCHOR),))
+        if self.thinking_switch is None or switched.prompt(asked) == self.prompt(asked):
+            text = f"the chat template cannot turn reasoning {'on' if thinking else 'off'}"
+            raise Refused("thinking", text, "leave it as the run was trained")
         return switched
 
     def text_prompt(self, text: str) -> list[int]:
