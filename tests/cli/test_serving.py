@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ import tiny
 import tunesmith
 from tunesmith.cli import app
 from tunesmith.errors import ConfigError
+from tunesmith.serving import verb
+from tunesmith.serving.ab import parse_route
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +168,17 @@ def test_a_server_with_keys_cannot_ask_itself(run, tmp_path):
 def test_options_of_the_measurement_are_not_ignored_without_it(run, words):
     refused = CliRunner().invoke(app, ["serve", str(run), *words])
     assert isinstance(refused.exception, ConfigError) and "--bench RATE" in str(refused.exception)
+
+
+def test_the_models_of_an_ab_test_are_served_by_folder_and_by_tag(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    tunesmith.tag("runs/b", "tool:2")
+    for text, served in (
+        ("duel=runs/a,runs/b", ["runs/b"]),
+        ("duel=runs/a,tool:2", ["tool:2"]),
+        ("duel=a,base", []),
+    ):
+        assert verb._compared([parse_route(text)], ["runs/a"]) == served
+        assert verb._compared([parse_route(text)], ["mine=runs/a", "tool:2"]) == []

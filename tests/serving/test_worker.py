@@ -198,8 +198,8 @@ def test_a_killed_thread_is_noticed(start_server, settings, alone):
     worker = server.service.worker
     killed = worker._life.thread
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(killed.ident), ctypes.py_object(SystemExit))
-    wait_until(lambda: not killed.is_alive())
-    wait_until(lambda: worker.healthy)
+    wait_until(lambda: worker.restarts["died"] == 1 and worker.healthy)
+    assert not killed.is_alive()
     assert server.call(answers(server.service, max_tokens=12)) == alone
 
 

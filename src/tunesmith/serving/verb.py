@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TextIO
 
 from tunesmith import events
-from tunesmith.errors import ConfigError, ServeError
+from tunesmith.errors import ConfigError, DataError, ServeError
 from tunesmith.events import Sink
+from tunesmith.runs import tags
 from tunesmith.serving import drafting, load, starting
 from tunesmith.serving import guardrails as screening
 from tunesmith.serving import keys as keys_file
@@ -143,10 +144,19 @@ async def _measured(
 
 
 def _compared(tests: Sequence[SplitRoute], runs: Sequence[str]) -> list[str]:
-    """The folders of runs that A/B tests name, and that are not served otherwise."""
-    given = {Path(NamedRun.parse(run).path).absolute() for run in runs}
+    """The runs that A/B tests name by folder or tag, and that are not served otherwise."""
+    given = {_folder(NamedRun.parse(run).path) for run in runs}
     models = dict.fromkeys(arm.model for test in tests for arm in test.arms)
-    return [model for model in models if Path(model).is_dir() and Path(model).absolute() not in given]
+    return [model for model in models if (folder := _folder(model)) is not None and folder not in given]
+
+
+def _folder(run: str) -> Path | None:
+    """The folder of a run, or None if there is none with this path or tag."""
+    try:
+        folder = tags.find(run)
+    except DataError:
+        return None
+    return folder.absolute() if folder.is_dir() else None
 
 
 def _log(file: str | Path | None, inside: contextlib.ExitStack) -> TextIO:
