@@ -17,6 +17,7 @@ from tunesmith.data import formats
 from tunesmith.data.formats import DataSpec
 from tunesmith.evaluation.subject import Subject
 from tunesmith.runs import records
+from tunesmith.serving.ab import Routes, parse_route
 from tunesmith.serving.guardrails import Guard
 from tunesmith.serving.pieces import AnswerEnded, CallArguments, CallBegun, Logprobs, Reasoned, Words
 from tunesmith.serving.rejections import TimedOut
@@ -201,3 +202,19 @@ def test_tools_of_a_text_run_are_refused(speaker):
         speaker.service.models.base = base
     assert plain.status_code == 200 and list(script.requests[0].ids) == base.renderer.text_prompt("hi")
     assert refused.status_code == 400 and "plain text" in refused.json()["error"]["message"]
+
+
+def test_an_answer_of_an_ab_test_does_not_tell_who_gave_it(server):
+    service = server.service
+    before, service.ab = service.ab, Routes([parse_route("test=writer:0.5,caller:0.5")])
+    try:
+        with server.client() as client:
+            body = {"messages": HI, "max_tokens": 2}
+            answers = [client.post(PATH, json={**body, "model": f"test/{side}"}) for side in (1, 2)]
+    finally:
+        service.ab = before
+    shown = [answer.json() for answer in answers]
+    assert [made["model"] for made in shown] == ["test/1", "test/2"]
+    assert all(made["system_fingerprint"] is None for made in shown)
+    assert {service.answers.get(made["id"]).model for made in shown} == {"writer", "caller"}
+    assert not any(word in answer.text for answer in answers for word in ("writer", "caller"))

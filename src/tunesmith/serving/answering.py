@@ -58,6 +58,11 @@ class AskedOnce:
     seed: int
     test: str | None = None
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the weights that answer; None in an A/B test, whose users must not know them apart."""
+        return f"fp_{self.served.digest[:12]}" if self.test is None else None
+
 
 @dataclass
 class Delivery:

@@ -259,7 +259,7 @@ class ChatExchange:
             "id": answer_id,
             "created": int(time.time()),
             "model": asked.question.model or asked.served.name,
-            "system_fingerprint": f"fp_{asked.served.digest[:12]}",
+            "system_fingerprint": asked.fingerprint,
         }
 
     @property

@@ -118,7 +118,7 @@ class CompletionExchange:
             "object": "text_completion",
             "created": int(time.time()),
             "model": first.question.model or first.served.name,
-            "system_fingerprint": f"fp_{first.served.digest[:12]}",
+            "system_fingerprint": first.fingerprint,
         }
 
     def _asked(self, place: int) -> AskedOnce:
