@@ -306,3 +306,20 @@ def test_an_answer_that_differs_when_it_is_computed_again_ends_with_an_error(
     made = server.call(two())
     assert all(isinstance(error, EngineDied) and "differs" in str(error) for error in made), made
     wait_until(lambda: server.service.worker.n_rows == 0)
+
+
+def test_a_job_that_hangs_or_fails_is_told_and_the_engine_goes_on(start_server, settings, alone):
+    server = start_server(replace(settings, limits=ServerLimits(load_s=3.0)))
+    worker = server.service.worker
+
+    async def run(function):
+        return await worker.run(function)
+
+    assert server.call(run(lambda: 7)) == 7
+    with pytest.raises(ZeroDivisionError):
+        server.call(run(lambda: 1 // 0))
+    assert worker.restarts.total() == 0
+    with pytest.raises(EngineDied, match="hung"):
+        server.call(run(lambda: time.sleep(6)))
+    wait_until(lambda: worker.restarts["hung"] == 1 and worker.healthy)
+    assert server.call(answers(server.service, max_tokens=12)) == alone

@@ -190,7 +190,9 @@ class Worker:
     def healthy(self) -> bool:
         """Whether the engine runs."""
         life = self._life
-        return life is not None and life.ready and not life.given_up
+        if life is None or life.thread is None:
+            return False
+        return life.ready and not life.given_up and life.thread.is_alive()
 
     @property
     def n_waiting(self) -> int:
