@@ -182,3 +182,23 @@ def test_one_layer_rounds_to_bfloat16_as_it_does_alone():
     assert y.dtype == mx.bfloat16
     for row, place in enumerate([2, 0, 1]):
         close(y[row], (updates[place] or linear)(x[row : row + 1])[0], 2**-7)
+
+
+def test_adapters_are_changed_in_place_and_stay_if_one_does_not_fit(values, alone):
+    net = fresh()
+    before = state(net)
+    lanes = routing.Routing(net, {"low": values["plain", "low"]})
+    lanes.change({name: values["plain", name] for name in ("wide", "lengths")})
+    names = ["wide", None, "lengths"]
+    whole = adapters.Adapter(Full(), {}, "whole")
+    for _ in range(2):
+        lanes.select(names)
+        logits = net(ids(6)[:3])
+        for row, name in enumerate(names):
+            close(logits[row], alone["plain", name, row], tolerance("plain"))
+        with pytest.raises(ModelError, match="whole modules"):
+            lanes.change({"whole": whole})
+    with pytest.raises(ModelError, match="'low'"):
+        lanes.select("low")
+    lanes.detach()
+    assert state(net) == before
