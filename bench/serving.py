@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import socket
@@ -69,6 +70,7 @@ while True:
 
 def adapters(model: str, folder: Path, count: int) -> list[Path]:
     """Runs of one update, LoRA of rank 16 on q and v, each with a seed of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "row.jsonl"
     rows.write_text(json.dumps(ROW) + "\n")
     runs: list[Path] = []
@@ -76,7 +78,8 @@ def adapters(model: str, folder: Path, count: int) -> list[Path]:
         sets = ["loop.steps=1", "loop.samples=0", "batch.sequences=1", "data.valid=0", f"loop.seed={seed}"]
         sets += ["audit.before_training=false", "adapter.rank=16", "model.dtype=float32"]
         run = folder / f"adapter-{seed}"
-        tunesmith.train(tunesmith.configure(model=model, data=[str(rows)], sets=sets), out=run)
+        if not run.exists():
+            tunesmith.train(tunesmith.configure(model=model, data=[str(rows)], sets=sets), out=run)
         runs.append(run)
     return runs
 
@@ -147,16 +150,18 @@ def ask(port: int, names: Sequence[str], at_once: int, tokens: int, seed: int) -
 
 
 def interleaved(
-    ways: Mapping[str, tuple[int, Sequence[str]]], at_once: int, options: argparse.Namespace
+    ways: Mapping[str, tuple[int, Sequence[str]]],
+    at_once: int,
+    options: argparse.Namespace,
+    seeds: Iterator[int],
 ) -> dict[str, Any]:
     """Each way (port, names of models) is asked in turn; the medians, and the ratios of the first way to each
-    other inside a round."""
+    other inside a round. Prompts come from ``seeds``, and are never asked twice."""
     names = list(ways)
     rounds: list[dict[str, Mapping[str, Any]]] = []
     for number in range(options.rounds):
         order = names[number % len(names) :] + names[: number % len(names)]
-        seed = 1000 * at_once + number
-        rounds.append({name: ask(*ways[name], at_once, options.tokens, seed) for name in order})
+        rounds.append({name: ask(*ways[name], at_once, options.tokens, next(seeds)) for name in order})
     first = names[0]
 
     def median(name: str, value: str) -> float:
@@ -180,7 +185,7 @@ def read(report: Mapping[str, Any], value: str) -> float:
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    runs = adapters(options.model, folder, N_ADAPTERS)
+    runs = adapters(options.model, options.folder or folder, N_ADAPTERS)
     with ExitStack() as stack:
         ports: dict[str, int] = {}
         for name, command in commands(folder, runs, options).items():
@@ -189,16 +194,17 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             ports[name] = stack.enter_context(started(name, words, port, folder / f"{name}.log"))
         one = {"tunesmith": [runs[0].name], "mlx_lm": ["default_model"], "llama_cpp": ["merged"]}
         ways = {name: (port, one[name]) for name, port in ports.items()}
+        seeds = itertools.count()
         for way in ways.values():
-            ask(*way, min(2, max(options.at_once)), options.tokens, seed=0)  # warm
+            ask(*way, 2, options.tokens, next(seeds))  # warm
         result: dict[str, Any] = {"servers": {}, "adapters": {}}
         for at_once in options.at_once:
-            result["servers"][str(at_once)] = interleaved(ways, at_once, options)
+            result["servers"][str(at_once)] = interleaved(ways, at_once, options, seeds)
             say(f"{at_once} at once", result["servers"][str(at_once)])
         own = ports["tunesmith"]
         mixture = {"mixed": (own, [run.name for run in runs]), "one": (own, [runs[0].name])}
-        for at_once in options.at_once[1:]:
-            result["adapters"][str(at_once)] = interleaved(mixture, at_once, options)
+        for at_once in [count for count in options.at_once if count >= N_ADAPTERS]:
+            result["adapters"][str(at_once)] = interleaved(mixture, at_once, options, seeds)
             say(f"{at_once} at once, {len(runs)} adapters", result["adapters"][str(at_once)])
     return result
 
@@ -233,6 +239,7 @@ def main() -> int:
     )
     parser.add_argument("--model", default=rivals.default_model(), help="folder or GGUF file")
     parser.add_argument("--llama", help="a Python that has xllamacpp, for llama.cpp's server")
+    parser.add_argument("--folder", type=Path, help="keep the adapters here, or use them")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--at-once", type=int, nargs="+", choices=AT_ONCE, default=list(AT_ONCE))
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each answer")
