@@ -230,6 +230,9 @@ def test_llama_cpp_s_server_gives_the_same_answers(speaker, run, tmp_path):
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.port, settings.verbosity = str(file), 0, -1
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = 512, 1, 0
+    # One thread: several wait for each other in loops, for minutes on a machine that is busy.
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    settings.warmup = False
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     llama = xllamacpp.Server(settings)
