@@ -19,6 +19,7 @@ OPENAI = {"message", "type", "param", "code"}
 
 
 def last_line(server) -> dict:
+    wait_until(server.log.getvalue)  # a line is written after its answer
     return json.loads(server.log.getvalue().splitlines()[-1])
 
 
