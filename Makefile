@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check lint parity real sweep clean
+.PHONY: demo test check lint parity clients real sweep clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tunesmith.demo
@@ -24,6 +24,9 @@ lint: $(INSTALLED)
 parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[parity]'
 	$(BIN)/python -m pytest -m parity -n 2 --dist loadfile
+
+clients: $(INSTALLED)
+	$(BIN)/python -m pytest -m clients
 
 real: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'real and not parity' -n 2 --dist loadfile

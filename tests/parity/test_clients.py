@@ -23,7 +23,6 @@ from tunesmith.serving.served import NamedRun
 from tunesmith.serving.starting import ServerSettings
 
 pytest_plugins = ("serving.conftest",)
-pytestmark = pytest.mark.parity
 
 CLIENTS = Path(__file__).parent / "clients"
 ENVIRONMENTS = {
@@ -160,6 +159,7 @@ def require_same(answers: Mapping[str, Any], expected: Mapping[str, Any], names:
 CHAT = {"plain", "stream", "call", "streamed_call", "schema", "error"}
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize("version", ["2", "3"])
 def test_openai(speaker, expected, version):
     answers = answers_of("openai_", environment(f"openai {version}"), speaker.url)
@@ -172,25 +172,30 @@ def test_openai(speaker, expected, version):
     assert isinstance(answers["completion"], str) and answers["completion"]
 
 
+@pytest.mark.clients
 def test_anthropic(speaker, expected):
     answers = answers_of("anthropic_", environment("openai 2"), speaker.url)
     require_same(answers, expected, CHAT - {"schema", "error"} | {"after_call"})
     assert answers["error"] == "not_found_error" and answers["counted"] > 5
 
 
+@pytest.mark.clients
 def test_litellm(speaker, expected):
     require_same(answers_of("litellm_", environment("openai 2"), speaker.url), expected, CHAT)
 
 
+@pytest.mark.clients
 def test_langchain(speaker, expected):
     require_same(answers_of("langchain_", environment("openai 2"), speaker.url), expected, CHAT)
 
 
+@pytest.mark.clients
 def test_llm(speaker, expected):
     answers = answers_of("llm_", environment("openai 2"), speaker.url)
     require_same(answers, expected, {"plain", "stream", "schema", "with_tool", "error"})
 
 
+@pytest.mark.parity
 def test_curl(speaker, expected):
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
@@ -222,6 +227,7 @@ def without_halves(text: str) -> str:
     )
 
 
+@pytest.mark.parity
 def test_llama_cpp_s_server_gives_the_same_answers(speaker, run, tmp_path):
     """The merged model as a GGUF file, asked with the same bodies."""
     xllamacpp = pytest.importorskip("xllamacpp")
