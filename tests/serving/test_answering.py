@@ -132,6 +132,16 @@ def test_a_fallback_answers_in_time_and_is_named(cautious, late_writer, stream):
     assert logged(cautious, "fallback")["fallback"] == "tiny-llama: timeout"
 
 
+def test_a_fallback_is_named_in_the_header_whatever_its_letters(cautious, late_writer, monkeypatch):
+    models = cautious.service.models
+    monkeypatch.setattr(models, "base", replace(models.base, name="模型; 1"))
+    with cautious.client() as client:
+        response = client.post(PATH, json={"model": "writer", "messages": HI})
+    assert response.status_code == 200
+    assert response.headers["x-tunesmith-fallback"] == "%E6%A8%A1%E5%9E%8B%3B 1; timeout"
+    assert response.json()["fallback"][0]["model"] == "模型; 1"
+
+
 def test_without_a_fallback_the_error_is_told(server):
     with answering(server, "x") as script, server.client() as client:
         type(server.service).ask = lambda self, served, request: Late([])

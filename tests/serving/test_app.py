@@ -40,6 +40,13 @@ def test_models_are_listed_by_every_name(server):
     assert len({entry["digest"] for entry in listed}) == 3
 
 
+def test_a_model_is_found_by_its_run_directory(server, served_runs):
+    with server.client() as client:
+        assert client.get(f"/v1/models/{served_runs['writer']}").json()["id"] == "writer"
+        assert client.get("/v1/models/base").json()["id"] == "base"
+        assert client.get("/v1/models/None").status_code == 404, "the base has no run directory"
+
+
 def test_a_body_that_is_too_large_is_refused(start_server, settings):
     server = start_server(replace(settings, limits=ServerLimits(body_mb=0.001)))
     with server.client() as client:

@@ -225,6 +225,13 @@ def test_seeds_give_the_same_answers_and_n_gives_different_ones(post):
     ]
 
 
+def test_the_smallest_numbers_that_are_taken_draw_the_likeliest_tokens(post):
+    """With much smaller ones the computation overflows, and each token is the first of the vocabulary."""
+    greedy = post(max_tokens=12).json()["choices"][0]["message"]
+    for drawn in ({"temperature": 1e-4}, {"temperature": 1, "top_p": 1e-4}):
+        assert post(max_tokens=12, seed=1, **drawn).json()["choices"][0]["message"] == greedy
+
+
 def test_reasoning_is_beside_the_words_and_can_be_turned_off(speaker, post):
     with answering(speaker, "<think>\nHm.\n</think>\n\nSo.") as script:
         message = post().json()["choices"][0]["message"]
@@ -282,6 +289,10 @@ def test_prompts_are_those_of_training(speaker, post, upto):
         ({"messages": [*HISTORY[:3], {"role": "tool", "tool_call_id": "zz", "content": "x"}]}, "messages"),
         ({"temperature": 3}, "temperature"),
         ({"top_p": 0}, "top_p"),
+        ({"temperature": 1e-45}, "temperature"),
+        ({"temperature": 1e-300}, "temperature"),
+        ({"top_p": 1e-320}, "top_p"),
+        ({"repetition_penalty": 1e-300, "temperature": 1}, "repetition_penalty"),
         ({"n": 0}, "n"),
         ({"n": 99}, "n"),
         ({"max_tokens": 10**9}, "max_tokens"),
@@ -296,6 +307,8 @@ def test_prompts_are_those_of_training(speaker, post, upto):
         ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, None),
+        ({"chat_template_kwargs": {"enable_thinking": True, "thinking": False}}, None),
         ({"stream_options": {"include_usage": True}}, None),
         ({"functions": [{}]}, "functions"),
         ({"store": True}, "store"),

@@ -7,6 +7,8 @@ import json
 import pytest
 from serving.scripted import ARGUMENTS, CALL, WEATHER, answering, events_of
 
+from tunesmith.serving.keys import Key, digest_of
+
 PATH = "/v1/messages"
 HI = [{"role": "user", "content": "hi"}]
 SUN = {"type": "text", "text": "sun"}
@@ -156,8 +158,12 @@ def test_a_tool_that_failed_says_so(speaker, post):
         {"messages": [{"role": "system", "content": "x"}]},
         {"thinking": {"type": "enabled", "budget_tokens": 1024}},
         {"tool_choice": {"type": "any"}},
+        {"tools": [TOOL], "tool_choice": {"type": "tool"}},
+        {"tools": [TOOL], "tool_choice": {"type": "auto", "name": "weather"}},
         {"tools": [{"type": "bash_20250124", "name": "bash"}]},
         {"temperature": 2},
+        {"temperature": 1e-45},
+        {"top_p": 1e-320},
         {"anything": 1},
     ],
 )
@@ -171,3 +177,18 @@ def test_what_cannot_be_done_is_refused_in_their_shape(post, body):
 def test_an_unknown_model_is_not_found(post):
     response = post(model="nobody")
     assert response.status_code == 404 and response.json()["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize("path", [PATH, f"{PATH}/count_tokens"])
+def test_a_wrong_key_is_refused_in_their_shape(speaker, post, monkeypatch, path):
+    monkeypatch.setattr(speaker.service.doorkeeper, "keys", [Key("a", digest_of("secret-of-the-editor"))])
+    refused = post(path)
+    assert refused.status_code == 401
+    assert refused.json()["type"] == "error"
+    assert refused.json()["error"]["type"] == "authentication_error"
+
+
+def test_a_wrong_method_is_refused_in_their_shape(speaker):
+    with speaker.client() as client:
+        refused = client.get(PATH)
+    assert refused.status_code == 405 and refused.json()["type"] == "error"

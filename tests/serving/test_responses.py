@@ -7,6 +7,8 @@ import json
 import pytest
 from serving.scripted import ARGUMENTS, CALL, WEATHER, answering, events_of
 
+from tunesmith.serving.protocol.responses import InputItem, _messages
+
 PATH = "/v1/responses"
 HM = {"type": "reasoning_text", "text": "Hm."}
 TOOL = {"type": "function", **WEATHER["function"]}
@@ -91,6 +93,21 @@ def test_the_question_is_that_of_chat_completions(speaker, post):
         second.temperature,
         second.top_p,
     )
+
+
+def test_reasoning_between_words_and_their_call_is_kept():
+    thought, words, call = (
+        {"type": "reasoning", "summary": [], "content": [HM]},
+        {"role": "assistant", "content": "Let me see."},
+        {"type": "function_call", "call_id": "abc123def", "name": "weather", "arguments": "{}"},
+    )
+    more = {**thought, "content": [{**HM, "text": "Now."}]}
+    items = [
+        InputItem.model_validate_json(json.dumps(item))
+        for item in ({"role": "user", "content": "hi"}, thought, words, more, call)
+    ]
+    content = [message.content for message in _messages(items)]
+    assert content == ["hi", "<think>\nHm.Now.\n</think>\n\nLet me see."]
 
 
 def test_what_a_client_sends_back_is_taken(speaker, post):

@@ -43,4 +43,5 @@ async def _unrouted(request: Request, error: Exception) -> Response:
 
 async def _rejected(request: Request, error: Exception) -> Response:
     rejection = entrance.failure(error)
-    return JSONResponse(rejection.body, rejection.status, headers=dict(rejection.headers))
+    body = rejection.body_for(request.url.path)
+    return JSONResponse(body, rejection.status, headers=dict(rejection.headers))

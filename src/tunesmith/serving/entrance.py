@@ -53,7 +53,9 @@ class Entrance:
         except Rejection as rejection:
             record.error = rejection.code or rejection.kind
             if not exchange.begun:
-                response = JSONResponse(rejection.body, rejection.status, headers=dict(rejection.headers))
+                response = JSONResponse(
+                    rejection.body_for(record.path), rejection.status, headers=dict(rejection.headers)
+                )
                 await response(scope, receive, exchange.send)
         except ClientGone:
             record.error = "stalled"

@@ -1,9 +1,11 @@
-"""Why a request is not answered, as the error that HTTP clients get: OpenAI's shape, with a status."""
+"""Why a request is not answered, as the error that HTTP clients get: a status, and OpenAI's shape or
+Anthropic's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tunesmith.errors import ModelError, ServeError, TemplateError, TunesmithError
 from tunesmith.serving.guardrails import PromptBlocked
@@ -20,6 +22,19 @@ BY_STATUS = {
     429: "rate_limit_error",
 }
 """HTTP status → the ``type`` of the error; any other is a ``server_error``."""
+ANTHROPIC = "/v1/messages"
+"""The paths that begin so speak Anthropic's protocol."""
+ANTHROPIC_BY_STATUS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""The same in Anthropic's protocol; any other is an ``api_error``."""
 
 
 @dataclass(eq=False)
@@ -43,6 +58,16 @@ class Rejection(Exception):
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = ANTHROPIC_BY_STATUS.get(self.status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """The body in the shape of the protocol that ``path`` speaks."""
+        is_anthropic = path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/")
+        return self.anthropic_body if is_anthropic else self.body
 
 
 class Overloaded(ServeError):

@@ -93,7 +93,8 @@ class Models:
         """The model that ``name`` means: its name, a tag, or its run directory; None: the first that is
         served. Raises UnknownModel."""
         for served in self.entries:
-            if name is None or name in served.names or name == str(served.run):
+            is_its_run = served.run is not None and name == str(served.run)
+            if name is None or name in served.names or is_its_run:
                 return served
         names = ", ".join(served.name for served in self.entries)
         raise UnknownModel(f"there is no model {name!r}", hint=f"served are: {names}")

@@ -42,7 +42,8 @@ def routes(service: Service) -> list[Route]:
                 if entry["id"] == name:
                     return JSONResponse(entry)
         served = service.served(name)
-        return JSONResponse(next(entry for entry in _entries(served) if entry["id"] == name))
+        by_name = {str(entry["id"]): entry for entry in _entries(served)}
+        return JSONResponse(by_name.get(name, by_name[served.name]))  # it may be named by its run directory
 
     return [
         Route("/health", health),

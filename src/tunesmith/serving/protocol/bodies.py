@@ -140,8 +140,19 @@ def _stops(texts: tuple[str, ...]) -> tuple[str, ...]:
 Stops = Annotated[
     tuple[str, ...], BeforeValidator(_texts), AfterValidator(_stops), Field(max_length=MOST_STOPS)
 ]
-Temperature = Annotated[float, Field(ge=0, le=2)]
-TopP = Annotated[float, Field(gt=0, le=1)]
+LEAST = 1e-4
+"""The smallest temperature above 0, ``top_p`` and ``repetition_penalty``: with much smaller ones the
+computation overflows, and every token is the first of the vocabulary."""
+
+
+def _zero_or_not_tiny(value: float) -> float:
+    if 0 < value < LEAST:
+        raise ValueError(f"must be 0, for greedy answers, or at least {LEAST:g}")
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0, le=2), AfterValidator(_zero_or_not_tiny)]
+TopP = Annotated[float, Field(ge=LEAST, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -173,7 +184,7 @@ class Drawing(Body):
     top_p: TopP | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=LEAST, le=10)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases | None = None

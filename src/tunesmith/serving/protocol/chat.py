@@ -181,6 +181,16 @@ class ChatBody(Drawing):
     function_call: Unsupported = None
 
     @model_validator(mode="after")
+    def _agrees_on_reasoning(self) -> ChatBody:
+        options = self.chat_template_kwargs or TemplateOptions()
+        switches = {options.enable_thinking, options.thinking} - {None}
+        if len(switches) > 1:
+            raise ValueError("chat_template_kwargs: enable_thinking and thinking differ: give one of them")
+        if self.reasoning_effort == "none" and True in switches:
+            raise ValueError("reasoning_effort: none and enable_thinking: true differ: give one of them")
+        return self
+
+    @model_validator(mode="after")
     def _agrees(self) -> ChatBody:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:

@@ -36,7 +36,9 @@ from tunesmith.serving.protocol.bodies import (
     Body,
     Count,
     Stops,
+    Temperature,
     Text,
+    TopP,
     Unsupported,
     declared,
     read,
@@ -54,21 +56,10 @@ from tunesmith.serving.protocol.streams import (
     lines,
 )
 from tunesmith.serving.question import Question, ToolChoice
-from tunesmith.serving.rejections import Rejection, rejection_of
+from tunesmith.serving.rejections import ANTHROPIC, Rejection, rejection_of
 from tunesmith.serving.service import Service
 
-PATH = "/v1/messages"
-STATUS_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
-"""HTTP status → the ``type`` of the error; any other is an ``api_error``."""
+PATH = ANTHROPIC
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 FAILED = "Error: "
 """Stands before the result of a tool that failed: templates have no other mark for it."""
@@ -174,6 +165,12 @@ class AnthropicChoice(Body):
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
+    @model_validator(mode="after")
+    def _names_its_tool(self) -> AnthropicChoice:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("name is for the type tool, and needed there")
+        return self
+
 
 class AnthropicThinking(Body):
     """``budget_tokens``: not possible, since nothing ends reasoning in time."""
@@ -231,8 +228,8 @@ class MessagesBody(CountBody):
     """``temperature``: 0 if none is given, as answers are evaluated."""
 
     max_tokens: Count
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[Temperature, Field(le=1)] | None = None
+    top_p: TopP | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     stop_sequences: Stops | None = None
     stream: bool | None = None
@@ -256,14 +253,9 @@ class MessagesBody(CountBody):
         )
 
 
-def error_body(rejection: Rejection) -> dict[str, Any]:
-    kind = STATUS_TYPES.get(rejection.status, "api_error")
-    return {"type": "error", "error": {"type": kind, "message": rejection.message}}
-
-
 class MessageErrors(ErrorEvents):
     def of(self, rejection: Rejection) -> list[ServerEvent]:
-        return [ServerEvent(error_body(rejection), "error")]
+        return [ServerEvent(rejection.anthropic_body, "error")]
 
 
 def routes(service: Service) -> list[Route]:
@@ -300,7 +292,7 @@ def _in_their_shape(handler: Handler) -> Handler:
             if rejection.status >= 500 and not isinstance(error, TunesmithError | Rejection):
                 raise
             access.current().error = rejection.code or rejection.kind
-            return JSONResponse(error_body(rejection), rejection.status, headers=dict(rejection.headers))
+            return JSONResponse(rejection.anthropic_body, rejection.status, headers=dict(rejection.headers))
 
     return handle
 

@@ -236,9 +236,11 @@ class ResponseBody(Body):
 
 
 def _messages(items: Sequence[InputItem]) -> list[Message]:
-    """The history as messages: reasoning, words and calls that follow each other are one answer."""
+    """The history as messages: reasoning, words and calls that follow each other are one answer, whose
+    reasoning stands first, as templates write it."""
     messages: list[Message] = []
     thought = ""
+    words = reasoning = ""  # of the newest answer
     for place, item in enumerate(items):
         param = f"input[{place}]"
         earlier = messages[-1] if messages and messages[-1].role == "assistant" else None
@@ -248,15 +250,18 @@ def _messages(items: Sequence[InputItem]) -> list[Message]:
         elif item.type == "function_call":
             call = call_of(item.name or "", item.arguments or "", item.call_id, param)
             if earlier is None:
+                words, reasoning = "", thought
                 messages.append(Message("assistant", with_reasoning("", thought), (call,)))
             else:
-                messages[-1] = replace(earlier, calls=(*earlier.calls, call))
+                reasoning += thought
+                content = with_reasoning(words, reasoning)
+                messages[-1] = replace(earlier, content=content, calls=(*earlier.calls, call))
             thought = ""
         elif item.type == "function_call_output":
             messages.append(Message("tool", item.output or "", call_id=item.call_id))
         elif item.role == "assistant":
-            messages.append(Message("assistant", with_reasoning(str(item.content), thought)))
-            thought = ""
+            words, reasoning, thought = str(item.content), thought, ""
+            messages.append(Message("assistant", with_reasoning(words, reasoning)))
         else:
             role = "system" if item.role == "developer" else str(item.role)
             if role != "system" or str(item.content).strip():

@@ -6,12 +6,16 @@ import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from starlette.responses import StreamingResponse
 
 from tunesmith.serving import access
 from tunesmith.serving.answering import Delivery
 from tunesmith.serving.rejections import Rejection, rejection_of
+
+IN_HEADERS = "/:@+=,()[] "
+"""What stands in a header as it is, beside letters, digits and ``_.-~``."""
 
 
 class ServerEvent(NamedTuple):
@@ -70,8 +74,13 @@ async def lines(events: AsyncGenerator[ServerEvent], errors: ErrorEvents) -> Asy
 
 
 def fallback_headers(deliveries: Sequence[Delivery]) -> dict[str, str]:
-    """Says which model answered instead of the one that was asked, and why."""
-    instead = [f"{delivery.served.name}; {delivery.fallback}" for delivery in deliveries if delivery.fallback]
+    """Says which model answered instead of the one that was asked, and why. The name is percent-encoded,
+    since a header holds ASCII only."""
+    instead = [
+        f"{quote(delivery.served.name, safe=IN_HEADERS)}; {delivery.fallback}"
+        for delivery in deliveries
+        if delivery.fallback
+    ]
     return {"X-Tunesmith-Fallback": instead[0]} if instead else {}
 
 
