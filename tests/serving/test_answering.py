@@ -129,7 +129,31 @@ def test_a_fallback_answers_in_time_and_is_named(cautious, late_writer, stream):
     body = events_of(response.text)[0][1] if stream else response.json()
     assert body["fallback"] == [{"index": 0, "model": "tiny-llama", "reason": "timeout"}]
     assert "From the base." in response.text or stream
-    assert logged(cautious, "fallback")["fallback"] == "tiny-llama: timeout"
+    line = logged(cautious, "fallback")
+    assert line["fallback"] == "tiny-llama: timeout"
+    assert (line["model"], line["status"], "error" in line) == ("writer", 200, False)
+    ids = late_writer.requests[-1].ids
+    assert line["prompt_tokens"] == len(ids)
+
+
+def test_a_prompt_is_logged_once_however_many_answers_it_gets(server):
+    with answering(server, "one") as script, server.client() as client:
+        made = client.post(PATH, json={"model": "writer", "messages": HI, "n": 3}).json()
+    assert len(script.requests) == 3
+    assert logged(server, "prompt_tokens")["prompt_tokens"] == made["usage"]["prompt_tokens"]
+
+
+def test_an_answer_of_a_fallback_is_none_of_the_ab_test(cautious, late_writer):
+    service = cautious.service
+    before, service.ab = service.ab, Routes([parse_route("test=writer:0.5,caller:0.5")])
+    try:
+        with cautious.client() as client:
+            sides = [client.post(PATH, json={"model": f"test/{side}", "messages": HI}) for side in (1, 2)]
+    finally:
+        service.ab = before
+    answers = {answer.model: answer for side in sides if (answer := service.answers.get(side.json()["id"]))}
+    assert (answers["caller"].test, answers["caller"].blind) == ("test", True)
+    assert (answers["tiny-llama"].test, answers["tiny-llama"].blind) == (None, False)
 
 
 def test_a_fallback_is_named_in_the_header_whatever_its_letters(cautious, late_writer, monkeypatch):

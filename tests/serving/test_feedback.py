@@ -12,7 +12,7 @@ import pytest
 import tunesmith
 from tunesmith.data import formats
 from tunesmith.data.formats import DataSpec, Preference
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, ServeError
 from tunesmith.serving.ab import parse_route
 from tunesmith.serving.guardrails import load_guardrails
 
@@ -107,6 +107,30 @@ def test_answers_to_two_prompts_cannot_be_compared(testing):
         vote = {"first": first, "second": second, "preferred": "tie"}
         response = client.post("/v1/feedback", json=vote)
     assert response.status_code == 400 and "same prompt" in response.json()["error"]["message"]
+
+
+def test_who_knows_which_model_answered_does_not_vote_blind(testing, votes_file):
+    with testing.client() as client:
+        sides = [chat(client, f"both/{side}", "Blind?")["id"] for side in (1, 2)]
+        vote = {"first": sides[0], "second": sides[1], "preferred": "tie"}
+        for user, said in (("ann", {}), ("bob", {"blind": False})):
+            assert client.post("/v1/feedback", json={**vote, "user": user, **said}).status_code == 200
+    lines = votes_file.read_text().splitlines()[-2:]
+    assert [json.loads(line)["blind"] for line in lines] == [True, False]
+
+
+def test_a_file_to_which_votes_cannot_be_written_is_refused_at_the_start(start_server, settings, tmp_path):
+    with pytest.raises(ServeError, match="votes cannot be written"):
+        start_server(replace(settings, votes_file=tmp_path))
+
+
+def test_a_vote_that_cannot_be_written_does_not_show_the_path(testing, monkeypatch, tmp_path):
+    monkeypatch.setattr(testing.service, "votes_file", tmp_path)
+    with testing.client() as client:
+        answer = chat(client, "writer")["id"]
+        response = client.post("/v1/feedback", json={"id": answer, "thumb": "up"})
+    assert response.status_code == 500
+    assert "cannot be written" in response.text and str(tmp_path) not in response.text
 
 
 def test_a_test_with_a_taken_name_or_an_unknown_model_is_refused(start_server, settings):

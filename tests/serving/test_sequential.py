@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tunesmith.serving.sequential import LEVEL, interval, log_evidence, sequential_test
+from tunesmith.serving.sequential import LEVEL, SequentialTest, interval, log_evidence, sequential_test
 
 
 def wins_over_time(share: float, votes: int, repeats: int) -> np.ndarray:
@@ -72,3 +72,20 @@ def test_it_says_how_many_more_votes_are_needed():
 def test_many_even_votes_show_that_there_is_no_difference():
     assert not sequential_test([True, False] * 100).alike
     assert sequential_test([True, False] * 2000).alike
+
+
+def test_what_is_found_alike_stays_so():
+    test = sequential_test([True, False] * 2000)
+    low, high = test.interval
+    assert low >= 0.45 and high <= 0.55
+    for _ in range(600):
+        test.add(True)
+    assert test.alike and test.decided_after is None and test.interval[1] > 0.55
+
+
+def test_two_are_alike_exactly_when_the_whole_interval_is_near_one_half():
+    for wins in range(1400, 1600, 7):
+        alike = SequentialTest(wins=wins - 1, losses=3000 - wins)
+        alike.add(True)
+        low, high = interval(wins, 3000 - wins)
+        assert alike.alike == (low >= 0.45 and high <= 0.55)

@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import threading
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import tunesmith
 from tunesmith.cli import app
 from tunesmith.data import formats
 from tunesmith.data.formats import Call, Conversation, DataSpec, Judged, Message, Preference
-from tunesmith.errors import DataError, ServeError
+from tunesmith.errors import ConfigError, DataError, ServeError
 from tunesmith.serving import tally, votes
 from tunesmith.serving.pieces import AnswerEnded, CallArguments, CallBegun, Piece, Reasoned, Words
 from tunesmith.serving.votes import RememberedAnswer, RememberedAnswers, UnknownAnswer
@@ -62,16 +63,16 @@ def test_a_later_vote_of_the_same_user_replaces_the_earlier(path):
         votes.thumb(first, up=True),
         votes.thumb(first, up=True),
     ]
-    assert votes.read(written(path, every))[0] == every[1:], "votes without a user are all counted"
+    assert votes.read(written(path, every))[0] == [*every[1:3], every[4]], "without a user: as of one"
 
 
 def test_a_line_that_a_killed_process_left_harms_no_other(path):
-    vote = votes.thumb(answer("Yes"), up=False)
-    written(path, [vote])
+    first, second = (votes.thumb(answer("Yes"), up=False, user=user) for user in ("ann", "bob"))
+    written(path, [first])
     with path.open("a") as stream:
         stream.write('{"time": "2026-')
-    written(path, [vote])
-    assert votes.read(path) == ([vote, vote], 1)
+    written(path, [second])
+    assert votes.read(path) == ([first, second], 1)
     path.write_text('{"verdict": "up"}\n')
     with pytest.raises(DataError, match=r"votes.jsonl:1: .*the key time is missing"):
         votes.read(path)
@@ -124,6 +125,37 @@ def test_the_newest_answers_are_remembered():
     assert memory.get(answer("x" * 990).id)
     with pytest.raises(UnknownAnswer):
         memory.get("id-a-3-Why?")
+
+
+def test_tools_and_calls_count_as_characters_that_are_remembered():
+    memory = RememberedAnswers(characters=1000)
+    call = Message("assistant", "", (Call("find", {"x": "y" * 600}, "c1"),))
+    conversation = Conversation((Message("user", "Why?"), call), ({**TOOL, "description": "z" * 600},))
+    for changed in (replace(answer("Yes"), message=call), replace(answer("No"), conversation=conversation)):
+        memory.add(answer("before"))
+        memory.add(changed)
+    with pytest.raises(UnknownAnswer):
+        memory.get(answer("before").id)
+
+
+def test_rows_do_not_replace_the_votes_that_they_are_made_of(path, tmp_path):
+    before = written(path, side_by_side(1, 0)).read_bytes()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    for to in (path, path.parent / ".." / path.parent.name / path.name, link):
+        with pytest.raises(ConfigError, match="would replace the votes"):
+            tunesmith.votes(path, to=to)
+    assert path.read_bytes() == before
+
+
+def test_all_pairs_share_the_5_percent(path):
+    every = side_by_side(3, 3)
+    for number in range(4):
+        for model, test in product("ab", "vw"):
+            every.append(votes.thumb(answer("x", model, f"{test} {number}", test=test), up=True))
+    pairs = tunesmith.votes(written(path, every)).pairs
+    assert [pair.by for pair in pairs] == ["side by side", "thumbs", "thumbs"]
+    assert {round(pair.needed_evidence) for pair in pairs} == {60}
 
 
 def test_an_answer_is_remembered_as_the_message_of_its_conversation():
@@ -230,13 +262,13 @@ def read_rows(path: Path) -> list[formats.Example]:
 def test_kto_rows_take_the_majority_of_thumbs_and_preferences(path, tmp_path):
     good, bad, even = answer("Yes"), answer("No", "b"), answer("Hm")
     every = [
-        votes.thumb(good, up=True),
-        votes.thumb(good, up=True),
-        votes.thumb(good, up=False),
-        votes.thumb(even, up=True),
-        votes.thumb(even, up=False),
-        votes.preference(bad, good, "second"),
-        votes.preference(bad, good, "tie"),
+        votes.thumb(good, up=True, user="ann"),
+        votes.thumb(good, up=True, user="bob"),
+        votes.thumb(good, up=False, user="cat"),
+        votes.thumb(even, up=True, user="ann"),
+        votes.thumb(even, up=False, user="bob"),
+        votes.preference(bad, good, "second", user="ann"),
+        votes.preference(bad, good, "tie", user="bob"),
     ]
     to = tmp_path / "rows.jsonl"
     summary = tunesmith.votes(written(path, every), to=to)

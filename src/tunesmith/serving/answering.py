@@ -89,6 +89,9 @@ async def ask(service: Service, question: Question) -> AskedOnce:
     question, _ = service.guard.screen_question(question)
     seed = secrets.randbits(31) if question.seed is None else question.seed % 2**64
     prepared = await prepare(service, question, served, seed)
+    record = access.current()
+    record.model, record.adapter = served.name, served.adapter
+    record.prompt_tokens += len(prepared.request.ids)
     return AskedOnce(question, served, prepared, seed, test)
 
 
@@ -236,16 +239,17 @@ async def answer(service: Service, asked: AskedOnce, index: int, delivery: Deliv
             yield piece
     question, served = asked.question, delivery.served
     if isinstance(question.prompt, Conversation):
-        message, is_blind = message_of(pieces), asked.test is not None
+        # The models of an A/B test are compared by their own answers, not by those of a fallback.
+        test = asked.test if delivery.fallback is None else None
         service.answers.add(
             RememberedAnswer(
                 delivery.id,
                 question.prompt,
-                message,
+                message_of(pieces),
                 served.name,
                 served.digest,
-                asked.test,
-                is_blind,
+                test,
+                test is not None,
                 question.user,
             )
         )
@@ -283,7 +287,8 @@ async def _delivered(
             return
         instead = candidates[candidates.index(served) + 1]
         service.metrics.fallbacks.labels(asked.served.name, instead.name, failure).inc()
-        access.current().fallback = f"{instead.name}: {failure}"
+        record = access.current()
+        record.fallback, record.error = f"{instead.name}: {failure}", None
         delivery.served, delivery.fallback = instead, failure
 
 

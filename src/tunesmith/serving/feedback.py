@@ -1,12 +1,14 @@
 """``/v1/feedback``: votes on answers, written to the server's ``votes.jsonl``.
 
 ``{"id": ANSWER, "thumb": "up"}`` or ``{"first": ANSWER, "second": ANSWER, "preferred": "first"}``, with
-``"user"`` for the one who votes. The id of choice ``i`` of several is ``ANSWER/i``. ``GET`` says which model
-gave an answer, which a blind comparison does not show before."""
+``"user"`` for the one who votes, and ``"blind": false`` if they know which model answered. The id of choice
+``i`` of several is ``ANSWER/i``. ``GET`` says which model gave an answer, which a blind comparison does not
+show before."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,6 +34,7 @@ class Feedback(BaseModel):
     second: str | None = None
     preferred: Literal["first", "second", "tie"] | None = None
     user: str | None = Field(default=None, max_length=512)
+    blind: bool = True
 
     @model_validator(mode="after")
     def _one_vote(self) -> Feedback:
@@ -52,7 +55,13 @@ def routes(service: Service) -> list[Route]:
             param = ".".join(map(str, problem["loc"])) or None
             raise Rejection(400, problem["msg"], param, "invalid_value") from None
         # Votes are rare, and the lock of the file may be held by another process.
-        await asyncio.to_thread(votes.append, service.votes_file, _vote(service, feedback))
+        given = _vote(service, feedback)
+        given = replace(given, blind=given.blind and feedback.blind)
+        try:
+            await asyncio.to_thread(votes.append, service.votes_file, given)
+        except ServeError as error:
+            # The path is none of the client's business.
+            raise Rejection(500, error.what, None, "failed") from error
         return JSONResponse({"object": "feedback", "recorded": True})
 
     async def answered_by(request: Request) -> Response:

@@ -66,13 +66,15 @@ def _log_likelihood(wins: int, losses: int, share: float) -> float:
 @dataclass
 class SequentialTest:
     """Votes between two, in the order in which they were given. ``decided_after``: votes that were not ties
-    after which the evidence first sufficed; what is decided stays decided."""
+    after which the evidence first sufficed. ``alike``: no difference larger than `MARGIN` was left before
+    that. What is decided stays decided."""
 
     level: float = LEVEL
     wins: int = 0
     losses: int = 0
     ties: int = 0
     decided_after: int | None = None
+    alike: bool = False
     first_won: bool = field(default=False, repr=False)
 
     def add(self, won: bool | None) -> None:
@@ -81,8 +83,12 @@ class SequentialTest:
             self.ties += 1
             return
         self.wins, self.losses = self.wins + won, self.losses + (not won)
-        if self.decided_after is None and self.evidence >= 1 / self.level:
+        if self.decided_after is not None or self.alike:
+            return
+        if self.evidence >= 1 / self.level:
             self.decided_after, self.first_won = self.votes, self.wins > self.losses
+        else:
+            self.alike = self._refutes_difference()
 
     @property
     def votes(self) -> int:
@@ -98,11 +104,14 @@ class SequentialTest:
     def interval(self) -> tuple[float, float]:
         return interval(self.wins, self.losses, self.level)
 
-    @property
-    def alike(self) -> bool:
-        """Whether no difference is left that is larger than `MARGIN`."""
-        low, high = self.interval
-        return low >= 0.5 - MARGIN and high <= 0.5 + MARGIN
+    def _refutes_difference(self) -> bool:
+        """Whether the interval lies within `MARGIN` of 1/2. Its bounds are not needed for that: the
+        likelihood falls on both sides of the rate of wins."""
+        bound = _log_mixture(self.wins, self.losses) + math.log(self.level)
+        low, high = 0.5 - MARGIN, 0.5 + MARGIN
+        return low < self.wins / self.votes < high and all(
+            _log_likelihood(self.wins, self.losses, share) < bound for share in (low, high)
+        )
 
     @property
     def votes_needed(self) -> int | None:

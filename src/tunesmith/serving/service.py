@@ -90,11 +90,9 @@ class Service:
         return next((key for key in self.doorkeeper.keys if key.name == name), None)
 
     def ask(self, served: Served, request: Request) -> Answering:
-        """Put ``request`` to ``served`` into the queue; measured, and noted in the access log. Raises as
+        """Put ``request`` to ``served`` into the queue; its tokens are measured and logged. Raises as
         `Worker.ask` does."""
         record = access.current()
-        record.model, record.adapter = served.name, served.adapter
-        record.prompt_tokens += len(request.ids)
         self.metrics.prompt_tokens.labels(served.name).inc(len(request.ids))
         request = replace(request, adapter=served.adapter, digest=served.digest)
         return self.worker.ask(request, RequestMeasures(self.metrics, record, served.name))

@@ -16,7 +16,7 @@ from tunesmith import events
 from tunesmith.engine.engine import Engine
 from tunesmith.errors import ConfigError, ServeError
 from tunesmith.events import Sink
-from tunesmith.serving import app, served
+from tunesmith.serving import app, served, votes
 from tunesmith.serving.ab import Routes, SplitRoute
 from tunesmith.serving.access import AccessLog
 from tunesmith.serving.drafting import PROMPT, speculation_maker
@@ -58,7 +58,10 @@ class ServerSettings:
 
 
 async def start(settings: ServerSettings, notify: Sink = events.silent) -> Service:
-    """Load what is served and start its engine. Raises what `served.open_models` raises."""
+    """Load what is served and start its engine. Raises what `served.open_models` raises, and
+    ServeError if votes cannot be written to the file that was named."""
+    if settings.votes_file is not None:
+        votes.require_writable(settings.votes_file)
     worker = Worker(
         settings.limits,
         batch_size=settings.batch_size,

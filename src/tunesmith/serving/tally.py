@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from tunesmith.display.text import many
+from tunesmith.errors import ConfigError
 from tunesmith.serving import vote_rows
 from tunesmith.serving import votes as records
 from tunesmith.serving.sequential import LEVEL, SequentialTest, interval, sequential_test
@@ -102,7 +103,10 @@ def votes(
     path: str | Path, *, to: str | Path | None = None, objective: Objective | None = None
 ) -> VoteSummary:
     """Summarise a file of votes. ``to``: also write them as rows for ``objective`` (None: DPO if all votes
-    compare two answers, else KTO). Raises DataError if the file cannot be read."""
+    compare two answers, else KTO). Raises DataError if the file cannot be read, and ConfigError if ``to`` is
+    the same file."""
+    if to is not None:
+        _require_another_file(Path(path), Path(to))
     every, unreadable = records.read(Path(path))
     written = None
     if to is not None:
@@ -121,6 +125,12 @@ def votes(
         tuple(_approvals(every, names)),
         written,
     )
+
+
+def _require_another_file(path: Path, to: Path) -> None:
+    if path.exists() and to.exists() and path.samefile(to):
+        hint = "name another file for the rows"
+        raise ConfigError("the rows would replace the votes", where=f"--to {to}", hint=hint)
 
 
 def lines(summary: VoteSummary) -> list[str]:
@@ -221,14 +231,15 @@ def _pairs(every: Sequence[Vote], names: dict[tuple[str, str], str]) -> Iterator
         for test, by_model in thumbs.items()
         for first, second in combinations(sorted(by_model), 2)
     ]
+    level = LEVEL / max(len(sides) + len(tested_by_thumbs), 1)
     for (first, second), given in sides.items():
-        test = sequential_test((won for _, won in given), LEVEL / len(sides))
+        test = sequential_test((won for _, won in given), level)
         of_pair = [vote for vote, _ in given]
         yield _pair("side by side", None, first, second, test, of_pair)
     for name, first, second in tested_by_thumbs:
         rivals = thumbs[name][first], thumbs[name][second]
         marks = ((a.verdict == "up", b.verdict == "up") for a, b in zip(*rivals, strict=False))
-        test = sequential_test((a if a != b else None for a, b in marks), LEVEL / len(tested_by_thumbs))
+        test = sequential_test((a if a != b else None for a, b in marks), level)
         yield _pair("thumbs", name, first, second, test, [*rivals[0], *rivals[1]])
 
 

@@ -2,8 +2,8 @@
 answers that may still be voted on.
 
 A vote is on one answer (up or down) or on two answers to one prompt (which is preferred, or neither). A later
-vote of the same user on the same answers replaces the earlier one. The file is only appended to, by any
-number of processes; it names users by a hash."""
+vote of the same user on the same answers replaces the earlier one; those without a user count as of one user.
+The file is only appended to, by any number of processes; it names users by a hash."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ THUMBS: tuple[Verdict, ...] = ("up", "down")
 REMEMBERED = 10_000
 """Answers that can be voted on: the newest, and at most `REMEMBERED_CHARACTERS` of them."""
 REMEMBERED_CHARACTERS = 64_000_000
+_APPENDED = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 _HINT = "every line is a vote that tunesmith serve wrote; take the line out if it was edited"
 
 
@@ -91,9 +92,7 @@ class RememberedAnswers:
         self._held = 0
 
     def add(self, answer: RememberedAnswer) -> None:
-        size = len(answer.message.content) + sum(
-            len(message.content) for message in answer.conversation.messages
-        )
+        size = _characters(answer)
         self._discard(answer.id)
         self._answers[answer.id] = answer, size
         self._held += size
@@ -112,6 +111,14 @@ class RememberedAnswers:
     def _discard(self, answer_id: str) -> None:
         _, size = self._answers.pop(answer_id, (None, 0))
         self._held -= size
+
+
+def _characters(answer: RememberedAnswer) -> int:
+    """Of its conversation and message, with the tools and the calls."""
+    messages = (*answer.conversation.messages, answer.message)
+    calls = [call.arguments for message in messages for call in message.calls]
+    structures = len(json.dumps([answer.conversation.tools, calls]))
+    return structures + sum(len(message.content) for message in messages)
 
 
 def message_of(pieces: Iterable[Piece]) -> Message:
@@ -186,12 +193,22 @@ def _hashed(user: str | None) -> str | None:
     return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()[:16] if user else None
 
 
+def require_writable(path: Path) -> None:
+    """Raises ServeError if votes cannot be written to ``path``, which is made if it is missing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, _APPENDED, 0o600))
+    except OSError as error:
+        message = f"votes cannot be written: {error.strerror or error}"
+        raise ServeError(message, where=str(path), hint="choose another --votes") from error
+
+
 def append(path: Path, vote: Vote) -> None:
     """Add a line, whole even if several processes write. Raises ServeError if it cannot be written."""
     line = json.dumps(asdict(vote)).encode("ascii") + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(path, _APPENDED, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             size = os.fstat(handle).st_size
@@ -224,9 +241,8 @@ def read(path: Path) -> tuple[list[Vote], int]:
             torn += 1
             continue
         vote = parse_json(line, Vote, f"{path}:{number}", DataError, _HINT)
-        key = vote.key if vote.user else (str(number), *vote.key)
-        latest.pop(key, None)
-        latest[key] = vote
+        latest.pop(vote.key, None)
+        latest[vote.key] = vote
     return list(latest.values()), torn
 
 

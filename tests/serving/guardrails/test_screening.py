@@ -164,6 +164,21 @@ def test_words_that_are_cut_by_a_window_are_not_taken_for_others():
         assert stream([*text], guardrails)[0][-1] == text
 
 
+@pytest.mark.parametrize(
+    ("patterns", "text", "shown"),
+    [
+        (["(foo)x", r"(b)\1"], "a bb c", "a [LISTED] c"),
+        (["(?x)abc # comment", "def"], "abc and def", "[LISTED] and [LISTED]"),
+        (["(?P<name>ab)", "(?P<name>cd)(?P=name)"], "ab and CDCD", "[LISTED] and [LISTED]"),
+        (["bcd", "cde"], "abcdef", "a[LISTED][LISTED]f"),
+    ],
+)
+def test_patterns_do_not_change_each_other(patterns, text, shown):
+    guardrails = rails("block_list.output=redact", f"block_list.patterns={json.dumps(patterns)}")
+    steps, _ = stream([text], guardrails)
+    assert steps[-1] == shown
+
+
 def test_a_refusal_is_blocked_before_its_first_word():
     guardrails = rails("refusals.output=block")
     refusal = "I'm sorry, but I can't help with that request. It would be against the law."
@@ -181,6 +196,9 @@ def test_an_answer_must_satisfy_the_schema_unless_it_calls_a_tool(tmp_path):
     assert pieces([Words('{"city": '), Words('"Rome"}')], guardrails) == [Words('{"city": "Rome"}')]
     assert pieces([Words('{"town": "Rome"}')], guardrails) == []
     assert pieces([], guardrails) == [], "an empty answer is blocked too"
+    screen = AnswerScreen(guardrails, lambda detection: None)
+    shown = [piece for part in (Reasoned("Hm."), AnswerEnded("length")) for piece in screen.feed(part)]
+    assert shown == [Reasoned("Hm.")] and screen.blocked is not None, "as is one of reasoning only"
     called: list[Piece] = [Words("I look it up."), CallBegun(0, "c", "find"), CallArguments(0, "{}")]
     assert pieces(called, guardrails) == called
 

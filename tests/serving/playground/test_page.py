@@ -30,13 +30,15 @@ MODELS = [
 
 @dataclass
 class Stand:
-    """A server that answers as the page expects, and notes what it is asked. ``hold``: answers wait."""
+    """A server that answers as the page expects, and notes what it is asked. ``hold``: answers wait.
+    ``calls``: of a tool, in an answer."""
 
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     votes: list[dict[str, Any]] = field(default_factory=list)
     key: str | None = None
     hold: bool = False
+    calls: int = 1
 
     def app(self) -> Starlette:
         return Starlette(
@@ -70,10 +72,10 @@ class Stand:
 
         words = f"Answer of {body['model']} to: {body['messages'][-1]['content']}"
         if body.get("tools") and body["messages"][-1]["role"] == "user":
-            yield event(
-                {"tool_calls": [{"index": 0, "id": "c1", "function": {"name": "find", "arguments": ""}}]}
-            )
-            yield event({"tool_calls": [{"index": 0, "function": {"arguments": '{"x": 1}'}}]})
+            for index in range(self.calls):
+                call = {"index": index, "id": f"c{index + 1}", "function": {"name": "find", "arguments": ""}}
+                yield event({"tool_calls": [call]})
+                yield event({"tool_calls": [{"index": index, "function": {"arguments": '{"x": 1}'}}]})
             yield event({}, "tool_calls")
         else:
             yield event({"reasoning_content": "Hm, hm."})
@@ -172,8 +174,15 @@ def test_two_models_answer_side_by_side_blind_and_the_vote_is_sent(page, stand):
     page.click("#reveal")
     page.wait_for_selector("text=A · formal")
     assert page.locator(".turn:last-child .votes button:enabled").count() == 0
+    assert "blind" not in vote
+    say(page, "Now I know")
+    done(page, 2)
+    page.keyboard.press("1")
+    page.wait_for_selector(".turn:last-child .votes [aria-pressed=true]")
+    assert stand.votes[1]["blind"] is False
     page.click("#fresh")
     assert page.locator(".turn").count() == 0
+    del stand.asked[4:]
     say(page, "Again")
     done(page, 2)
     assert stand.asked[4]["user"] != stand.asked[0]["user"] and len(stand.asked[4]["messages"]) == 1
@@ -250,6 +259,7 @@ def test_an_answer_is_stopped_by_escape_and_an_error_is_told(page, stand):
     page.keyboard.press("Escape")
     page.wait_for_selector(".answer:not(.busy)")
     assert "stopped" in page.inner_text(".measured")
+    assert page.locator(".votes").count() == 0, "it cannot be voted on"
     stand.hold = False
     say(page, "fail")
     page.wait_for_selector("text=the prompt is too long")
@@ -257,6 +267,37 @@ def test_an_answer_is_stopped_by_escape_and_an_error_is_told(page, stand):
     done(page, 1)
     contents = [message["content"] for message in stand.asked[-1]["messages"]]
     assert contents == ["Wait", "Answer of plain to: Wait", "Once more"], "what failed is left out"
+
+
+@pytest.mark.parametrize("how", ["fresh", "model"])
+def test_a_new_conversation_begins_while_an_answer_is_under_way(page, stand, how):
+    stand.hold = True
+    say(page, "Wait")
+    page.wait_for_selector("text=Answer of writer/1 to: Wait")
+    if how == "fresh":
+        page.click("#fresh")
+    else:
+        page.select_option("#model", "plain")
+    stand.hold = False
+    say(page, "Again")
+    done(page, 2 if how == "fresh" else 1)
+    assert page.locator(".turn").count() == 1
+    assert [message["content"] for message in stand.asked[-1]["messages"]] == ["Again"]
+
+
+def test_results_that_failed_are_all_left_out(page, stand):
+    page.select_option("#model", "plain")
+    page.click("#settings summary")
+    page.fill("#tools", '{"name": "find", "parameters": {"type": "object"}}')
+    stand.calls = 2
+    say(page, "Find it")
+    done(page, 1)
+    say(page, "fine")
+    say(page, "fail")
+    page.wait_for_selector("text=the prompt is too long")
+    say(page, "Once more")
+    page.wait_for_selector(".turn:nth-child(3) .answer:not(.busy)")
+    assert [message["role"] for message in stand.asked[-1]["messages"]] == ["user", "assistant", "user"]
 
 
 def test_a_server_with_keys_is_asked_with_the_key(page, stand):

@@ -145,9 +145,9 @@ class AnswerScreen:
         if self._open is Reasoned:
             delivered += _reasoned(self._reasoning.end())
             self.blocked = self._reasoning.blocked
-        elif self._open is Words or (final and not self._called):
-            # Complete texts are judged only if they are the whole answer: beside a call they are not.
-            ends = final and not self._called
+        # Complete texts are judged only if they are the whole answer: beside a call they are not.
+        ends = final and not self._called
+        if self.blocked is None and (self._open is Words or ends):
             delivered += _words(self._words.end() if ends else self._words.pause())
             self.blocked = self._words.blocked
         return delivered

@@ -198,16 +198,22 @@ async function send(messages, shown) {
   grid.append(...answers.map(answer => answer.card));
   node("turns").append(box);
   history.push(...messages);
-  turn = { box, answers, preferred: null };
+  const own = turn = { box, answers, preferred: null, added: messages.length };
+  node("reveal").hidden = true;
   aborting = new AbortController();
   node("stop").hidden = false; node("send").disabled = true;
   box.scrollIntoView({ block: "nearest" });
   await Promise.all(answers.map((answer, place) => answer.ask(models[place], [...history], aborting.signal)));
-  aborting = null;
-  node("stop").hidden = true; node("send").disabled = false;
+  if (turn !== own) return; // a new conversation has begun meanwhile
+  rest();
   offerVotes();
   waitingCalls = (turn.answers[0].calls ?? []).slice(); results = [];
   showWaitingCall();
+}
+
+function rest() {
+  aborting = null;
+  node("stop").hidden = true; node("send").disabled = false;
 }
 
 // The answer with which the conversation goes on: the preferred one, else the first that did not fail.
@@ -215,7 +221,7 @@ function settle() {
   if (!turn) return;
   const answers = turn.answers.filter(answer => !answer.failed && (answer.text || answer.calls.length));
   const going = turn.answers[turn.preferred] ?? answers[0];
-  if (going) history.push(going.message); else history.pop();
+  if (going) history.push(going.message); else history.length -= turn.added;
   turn.answers.forEach(answer => answer.card.classList.toggle("other", Boolean(going) && answer !== going));
   turn.box.querySelectorAll(".votes button").forEach(button => button.disabled = true);
   turn = null;
@@ -247,6 +253,7 @@ function tell(text, place = "problem") {
 
 function begin() {
   aborting?.abort();
+  rest();
   history = []; turn = null; conversation = random(); revealed = false; waitingCalls = []; results = [];
   node("turns").replaceChildren();
   node("reveal").hidden = true;
@@ -256,7 +263,7 @@ function begin() {
 // Votes
 
 function offerVotes() {
-  const { box, answers } = turn, done = answers.filter(answer => answer.id && !answer.failed);
+  const { box, answers } = turn, done = answers.filter(answer => answer.id && !answer.failed && answer.ended !== "stopped");
   if (done.length !== answers.length) return;
   const bar = make("div", "", "votes");
   bar.setAttribute("role", "group");
@@ -280,7 +287,7 @@ async function vote(bar, button, verdict, preferred) {
   const { answers } = turn, current = turn, status = bar.querySelector("[role=status]");
   const said = answers.length > 1 ? { first: answers[0].id, second: answers[1].id, preferred: verdict } : { id: answers[0].id, thumb: verdict };
   try {
-    const response = await fetch("/v1/feedback", { method: "POST", headers: headers(), body: JSON.stringify({ ...said, user: voter }) });
+    const response = await fetch("/v1/feedback", { method: "POST", headers: headers(), body: JSON.stringify({ ...said, user: voter, ...(revealed && { blind: false }) }) });
     if (!response.ok) throw new Error(await failure(response));
   } catch (error) { status.textContent = error.message; return; }
   bar.querySelectorAll("button").forEach(other => other.setAttribute("aria-pressed", String(other === button)));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,10 @@ from tunesmith.serving.guardrails.guardrail import Guardrail, Span, register
 from tunesmith.settings.config import Texts
 
 PATIENCE_S = 0.5
-"""Seconds that a pattern may take for one window; a text that takes longer is detected, as it is not known
+"""Seconds that the patterns may take for one window; a text that takes longer is detected, as it is not known
 to be clean."""
 LEAST_REACH = 64
+FLAGS = regex.IGNORECASE | regex.FULLCASE
 
 
 @register
@@ -35,7 +37,7 @@ class BlockList(Guardrail):
     def _compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
             try:
-                regex.compile(pattern)
+                regex.compile(pattern, FLAGS)
             except regex.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return patterns
@@ -56,19 +58,21 @@ class BlockList(Guardrail):
         return (*self.words, *(line for name in self.files for line in _lines(name)))
 
     @cached_property
-    def _expression(self) -> regex.Pattern[str] | None:
+    def _expressions(self) -> list[regex.Pattern[str]]:
+        """One for all phrases, and one for each pattern: joined, their groups and flags would mix."""
         phrases = [r"\s+".join(map(regex.escape, phrase.split())) for phrase in self.phrases]
         parts = [rf"(?<!\w)(?:{phrase})(?!\w)" for phrase in phrases if phrase]
-        parts += [f"(?:{pattern})" for pattern in self.patterns]
-        return regex.compile("|".join(parts), regex.IGNORECASE | regex.FULLCASE) if parts else None
+        joined = ["|".join(parts)] if parts else []
+        return [regex.compile(expression, FLAGS) for expression in (*joined, *self.patterns)]
 
     def find(self, text: str) -> Iterator[Span]:
-        if self._expression is None:
-            return
+        deadline = time.monotonic() + PATIENCE_S
         try:
-            for match in self._expression.finditer(text, timeout=PATIENCE_S):
-                if match.end() > match.start():
-                    yield Span(match.start(), match.end(), "listed")
+            for expression in self._expressions:
+                left = max(deadline - time.monotonic(), 0.001)
+                for match in expression.finditer(text, timeout=left):
+                    if match.end() > match.start():
+                        yield Span(match.start(), match.end(), "listed")
         except TimeoutError:
             yield Span(0, len(text), "timed_out")
 
