@@ -105,6 +105,28 @@ def test_penalties_and_biases_are_those_of_numpy():
         assert_allclose(edited, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"presence_penalty": 0.5}, {"frequency_penalty": 0.5}, {"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.1}],
+)
+def test_penalties_take_no_more_memory_with_each_token(option):
+    edits, logits = Edits(Request([1, 2, 3], **option)), mx.array(LOGITS[0])
+    token, used = mx.array([5], mx.uint32), []
+    for count in range(60):
+        token = mx.argmax(edits(logits, token if count else None), keepdims=True).astype(mx.uint32)
+        mx.eval(token)
+        used.append(mx.get_active_memory())
+    assert used[-1] == used[20]
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-37, 1e-39, 1e-50])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 3, "min_p": 0.1}])
+def test_the_lowest_temperatures_draw_the_likeliest_token(temperature, filters):
+    request = Request([1], temperature=temperature, **filters)
+    tokens = choose(mx.array(LOGITS), [request] * 6, [Draws(request).key(0)] * 6)
+    assert tokens.tolist() == LOGITS.argmax(axis=-1).tolist()
+
+
 def test_scores_are_those_of_the_raw_logits():
     requests = [Request([1], logprobs=count) for count in (3, None, 0, 5, None, 2)]
     tokens = mx.array([5, 6, 7, 8, 9, 10])

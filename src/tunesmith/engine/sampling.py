@@ -18,6 +18,8 @@ SEEDS = 1 << 64
 """Seeds are taken modulo this, so that a negative one is a seed too."""
 BLOCK = 64
 """Keys that are made at once."""
+COLDEST = 1e-30
+"""Least divisor of logits: a smaller temperature would make all of them infinite, the likeliest one as well."""
 BELOW_ONE = 1 - 2.0**-23
 """Largest share of the total that is drawn: rounded up to all of it, no place would be left."""
 
@@ -60,18 +62,22 @@ class Edits:
     def __call__(self, logits: mx.array, new: mx.array | None) -> mx.array:
         """(V,) → (V,) float32. ``new`` (1,): the token that was generated since the last call."""
         request, logits = self._request, logits.astype(mx.float32)
-        if self._bias is None or self._seen is None or self._counts is None:
+        if self._bias is None:
             self._bias = _biases(request, logits.size)
-            self._seen = mx.array(np.bincount(request.ids, minlength=logits.size)) > 0
-            self._counts = mx.zeros(logits.size)
-        if new is not None:
-            self._counts = self._counts.at[new].add(1.0)
-            self._seen = self._seen | (self._counts > 0)
+        # What nobody reads is not updated: it would hold on to the arrays of all earlier tokens.
         if request.repetition_penalty != 1:
+            if self._seen is None:
+                self._seen = mx.array(np.bincount(request.ids, minlength=logits.size)) > 0
+            if new is not None:
+                self._seen = mx.put_along_axis(self._seen, new, mx.array(True), axis=0)
             penalty = request.repetition_penalty
             repeated = mx.where(logits > 0, logits / penalty, logits * penalty)
             logits = mx.where(self._seen, repeated, logits)
         if request.presence_penalty or request.frequency_penalty:
+            if self._counts is None:
+                self._counts = mx.zeros(logits.size)
+            if new is not None:
+                self._counts = self._counts.at[new].add(1.0)
             logits = logits - request.frequency_penalty * self._counts
             logits = logits - request.presence_penalty * (self._counts > 0)
         return logits + self._bias
@@ -102,7 +108,8 @@ def choose(logits: mx.array, requests: Sequence[Request], keys: Sequence[np.ndar
 def _draw(logits: mx.array, requests: Sequence[Request], keys: mx.array) -> mx.array:
     """(B, V), (B, 2) → (B,)"""
     logprobs = logits.astype(mx.float32) - kernels.log_sums(logits)[:, None]
-    scaled = _filtered(logprobs / _column([request.temperature for request in requests]), requests)
+    temperatures = _column([max(request.temperature, COLDEST) for request in requests])
+    scaled = _filtered(logprobs / temperatures, requests)
     # As `mx.random.categorical` draws from one row: the first place where the running sum passes a share of
     # the total.
     sums = mx.cumsum(mx.exp(scaled - scaled.max(axis=-1, keepdims=True)), axis=-1)
