@@ -81,6 +81,39 @@ def test_the_least_recently_used_leave_first():
     Prefixes(10).add("a", STEM, layers(STEM))  # larger than the limit: not kept
 
 
+def test_a_token_that_begins_every_prompt_is_not_use_of_a_prefix():
+    prefixes = Prefixes(3 * size_of(20))
+    for tail in range(5):
+        ids = [9, *[tail] * 19]
+        assert prefixes.find("a", [*ids, 0]) is None
+        prefixes.add("a", ids, layers(ids))
+    assert prefixes.hits == 0
+    assert [bool(prefixes.find("a", [9, *[tail] * 19])) for tail in range(5)] == [False, False] + [True] * 3
+
+
+def test_the_newest_of_equal_matches_is_used():
+    prefixes = Prefixes(2 * size_of(40))
+    for tail in (1, 2, 3):
+        prefixes.add("a", [*STEM[:30], *[tail] * 10], layers([*STEM[:30], *[tail] * 10]))
+        assert prefixes.length("a", STEM) == 30
+        prefixes.find("a", STEM)
+    assert [prefixes.length("a", [*STEM[:30], *[tail] * 10]) for tail in (1, 2, 3)] == [30, 40, 40]
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_a_prefix_that_cannot_be_written_is_dropped(tmp_path, monkeypatch, error):
+    def failing(*_):
+        raise error("no space left")
+
+    monkeypatch.setattr("mlx_lm.models.cache.save_prompt_cache", failing)
+    prefixes = Prefixes(size_of(20), tmp_path)
+    for first in range(2):
+        prefixes.add("a", [first, *STEM[:19]], layers([first, *STEM[:19]]))
+    assert len(prefixes) == 1 and prefixes.n_bytes == size_of(20) and not [*tmp_path.iterdir()]
+    prefixes.close()
+    assert len(prefixes) == 0
+
+
 def test_a_cache_that_cannot_be_trimmed_serves_as_a_whole_only():
     from mlx_lm.models.cache import RotatingKVCache
 

@@ -23,6 +23,9 @@ from tunesmith.engine import caches
 FOLDER_LIMIT = 16 << 30
 """Most bytes of the folder, if nothing else is said."""
 SUFFIX = ".prefix.safetensors"
+FEWEST_SHARED = 16
+"""Fewest tokens of a match, unless it is a whole prefix or a whole prompt: the token that begins every prompt
+is not use of a prefix."""
 MOST_HEADER = 64 << 20
 """A longer header of a file was not written here."""
 
@@ -81,8 +84,8 @@ class Prefixes:
             lengths = [self._usable(entry, key, wanted) for entry in self._entries]
             if not any(lengths):
                 return None
-            length = max(lengths)
-            entry = self._entries[lengths.index(length)]
+            length, place = max((length, place) for place, length in enumerate(lengths))  # the newest at ties
+            entry = self._entries[place]
             if self._loaded(entry):
                 break
         self.hits += 1
@@ -133,7 +136,9 @@ class Prefixes:
         if entry.key != key:
             return 0
         common = common_length(entry.ids, ids)
-        return common if common == len(entry.ids) or entry.trimmable else 0
+        if common == len(entry.ids):
+            return common
+        return common if entry.trimmable and (common >= FEWEST_SHARED or common == len(ids)) else 0
 
     def _loaded(self, entry: Prefix) -> bool:
         """Whether ``entry`` is in memory now; one whose file cannot be read is dropped."""
@@ -168,12 +173,14 @@ class Prefixes:
                 _unlink(entry)
 
     def _leave(self, entry: Prefix) -> None:
-        """Free the memory of ``entry``."""
-        if self.folder is None:
-            self._entries.remove(entry)
-            return
+        """Free the memory of ``entry``, which is dropped if there is no folder or it cannot be written there."""
+        if self.folder is not None and entry.path is None:
+            try:
+                entry.path = _written(entry, self.folder)
+            except (OSError, RuntimeError):  # MLX raises RuntimeError
+                entry.path = None
         if entry.path is None:
-            entry.path = _written(entry, self.folder)
+            self._entries.remove(entry)
         entry.layers = None
 
     def _remove(self, entry: Prefix) -> None:
