@@ -107,7 +107,12 @@ def test_penalties_and_biases_are_those_of_numpy():
 
 @pytest.mark.parametrize(
     "option",
-    [{"presence_penalty": 0.5}, {"frequency_penalty": 0.5}, {"logit_bias": {3: 1.0}}, {"repetition_penalty": 1.1}],
+    [
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": 0.5},
+        {"logit_bias": {3: 1.0}},
+        {"repetition_penalty": 1.1},
+    ],
 )
 def test_penalties_take_no_more_memory_with_each_token(option):
     edits, logits = Edits(Request([1, 2, 3], **option)), mx.array(LOGITS[0])
