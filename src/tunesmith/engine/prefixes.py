@@ -173,7 +173,7 @@ class Prefixes:
                 _unlink(entry)
 
     def _leave(self, entry: Prefix) -> None:
-        """Free the memory of ``entry``, which is dropped if there is no folder or it cannot be written there."""
+        """Free the memory of ``entry``. It is dropped if it cannot be written into a folder."""
         if self.folder is not None and entry.path is None:
             try:
                 entry.path = _written(entry, self.folder)

@@ -19,7 +19,7 @@ SEEDS = 1 << 64
 BLOCK = 64
 """Keys that are made at once."""
 COLDEST = 1e-30
-"""Least divisor of logits: a smaller temperature would make all of them infinite, the likeliest one as well."""
+"""Least divisor of logits: a smaller temperature would make all of them infinite."""
 BELOW_ONE = 1 - 2.0**-23
 """Largest share of the total that is drawn: rounded up to all of it, no place would be left."""
 
