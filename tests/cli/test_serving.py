@@ -27,6 +27,7 @@ from tunesmith.cli import app
 from tunesmith.errors import ConfigError
 from tunesmith.serving import verb
 from tunesmith.serving.ab import parse_route
+from tunesmith.serving.load import CallTimes
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,20 @@ def test_it_measures_itself_and_ends(run):
     assert "10 of 10 requests" in shown and "p95" in shown
 
 
+def test_no_request_of_the_measurement_was_sent_before(run, monkeypatch):
+    """The request that warms the server up would leave its prompt in the cache."""
+    sent = []
+
+    async def timed(address, call, due=None):
+        sent.append(json.dumps(call.body))
+        return CallTimes(0.1)
+
+    monkeypatch.setattr(verb.load, "timed", timed)
+    words = ["serve", str(run), "--port", "0", "--bench", "40", "--bench-seconds", "0.1"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert len({*sent}) == len(sent) == 5
+
+
 def test_a_server_with_keys_cannot_ask_itself(run, tmp_path):
     keys = tmp_path / "keys.json"
     keys.write_text('[{"name": "me", "key": "a-secret-of-some-length"}]')
@@ -168,6 +183,13 @@ def test_a_server_with_keys_cannot_ask_itself(run, tmp_path):
 def test_options_of_the_measurement_are_not_ignored_without_it(run, words):
     refused = CliRunner().invoke(app, ["serve", str(run), *words])
     assert isinstance(refused.exception, ConfigError) and "--bench RATE" in str(refused.exception)
+
+
+def test_a_limit_without_its_value_is_refused_in_its_own_words(run):
+    refused = CliRunner().invoke(app, ["serve", str(run), "--limit", "queue"])
+    assert isinstance(refused.exception, ConfigError)
+    assert str(refused.exception).startswith("--limit: must be key=value")
+    assert "--limit queue=64" in str(refused.exception) and "--set" not in str(refused.exception)
 
 
 def test_the_models_of_an_ab_test_are_served_by_folder_and_by_tag(run, tmp_path, monkeypatch):

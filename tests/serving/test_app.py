@@ -11,9 +11,11 @@ from dataclasses import replace
 import pytest
 from serving.test_worker import answer, wait_until
 
-from tunesmith.serving.ab import parse_route
+from tunesmith.serving import starting
+from tunesmith.serving.ab import Routes, parse_route
 from tunesmith.serving.keys import Key, digest_of
 from tunesmith.serving.limits import ServerLimits
+from tunesmith.serving.rejections import UnknownModel
 
 OPENAI = {"message", "type", "param", "code"}
 
@@ -96,6 +98,20 @@ def shown(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer secret-of-the-{key}"}
 
 
+def test_names_of_keys_that_nothing_has_are_told(server):
+    keys = [Key("a", "", models=("writer", "wirter", "duel")), Key("b", "", models=("base",)), Key("c", "")]
+    notices = []
+    tests = Routes([parse_route("duel=writer,caller")])
+    starting._tell_unknown(keys, server.service.models, tests, notices.append)
+    [notice] = notices
+    assert "the key a may ask wirter," in notice.what
+
+
+def test_a_share_without_its_decimal_point_is_explained(server):
+    with pytest.raises(UnknownModel, match="a share has a decimal point, for example --ab"):
+        starting._ab_tests([parse_route("duel=writer:50,caller:50")], server.service.models)
+
+
 def test_only_keys_are_let_in(guarded):
     with guarded.client() as client:
         assert client.get("/health").status_code == 200
@@ -173,6 +189,15 @@ def test_a_wrong_change_is_refused_and_changes_nothing(guarded, body, param):
         refused = client.post("/admin/adapters", json=body)
         assert refused.status_code == 400 and refused.json()["error"]["param"] == param
         assert client.get("/admin/adapters").json() == before
+
+
+def test_an_adapter_cannot_have_the_name_of_an_ab_test(guarded, served_runs, monkeypatch):
+    monkeypatch.setattr(guarded.service, "ab", Routes([parse_route("duel=writer,caller")]))
+    with guarded.client(headers=shown("boss")) as client:
+        refused = client.post("/admin/adapters", json={"load": f"duel={served_runs['writer']}"})
+        listed = client.get("/v1/models").json()["data"]
+    assert refused.status_code == 400 and "A/B test" in refused.json()["error"]["message"]
+    assert [entry["id"] for entry in listed].count("duel") == 1
 
 
 def test_an_adapter_for_which_no_memory_is_left_is_refused(guarded, served_runs, monkeypatch):

@@ -47,6 +47,8 @@ def test_a_stream_is_the_whole_text(speaker, post, text):
     assert choices[-1]["finish_reason"] == whole["finish_reason"] == "stop"
     tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
     assert tokens == whole["logprobs"]["tokens"]
+    offsets = [offset for choice in choices for offset in choice["logprobs"]["text_offset"]]
+    assert offsets == whole["logprobs"]["text_offset"]
 
 
 def test_log_probabilities_are_lists(speaker, post):
@@ -56,6 +58,12 @@ def test_log_probabilities_are_lists(speaker, post):
     assert set(logprobs["token_logprobs"]) == {-0.5}
     assert logprobs["top_logprobs"][0] == {logprobs["tokens"][0]: -0.5}
     assert logprobs["text_offset"][:2] == [0, len(logprobs["tokens"][0])]
+
+
+@pytest.mark.parametrize("body", [{"prompt": [10**6]}, {"prompt": "x", "logit_bias": {"1000000": 1}}])
+def test_an_unknown_id_is_told_without_advice_for_whoever_serves(post, body):
+    message = post(**body).json()["error"]["message"]
+    assert "1000000" in message and "model.resize_embeddings" not in message
 
 
 @pytest.mark.parametrize("stream", [False, True])

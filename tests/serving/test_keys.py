@@ -38,6 +38,8 @@ def test_a_key_may_be_given_by_its_hash(tmp_path):
         [{"name": "a", "key": SECRET}, {"name": "a", "key": SECRET + "2"}],
         [{"name": "a", "key": SECRET}, {"name": "b", "key": SECRET}],
         [{"name": "a", "sha256": "xyz"}],
+        [{"name": "a", "key": f"{SECRET} ü"}],
+        [{"name": "a", "key": f"{SECRET}\n"}],
     ],
 )
 def test_a_wrong_file_is_refused_and_no_key_is_quoted(tmp_path, entries):

@@ -37,6 +37,25 @@ def test_what_is_read_is_what_the_server_answers_at_once(server):
     assert times.n_tokens == answer["usage"]["completion_tokens"]
 
 
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_the_host_is_named_as_in_an_address(host, shown):
+    async def asked() -> bytes:
+        """The header that a server gets."""
+        heads: asyncio.Queue[bytes] = asyncio.Queue()
+
+        async def answer(reader, writer):
+            heads.put_nowait(await reader.readuntil(b"\r\n\r\n"))
+            writer.close()
+
+        server = await asyncio.start_server(answer, host, 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server:
+            await load.timed(ServerAddress(host, port), HttpCall("/", {}))
+        return await heads.get()
+
+    assert f"Host: {shown}:".encode() in asyncio.run(asked())
+
+
 def test_prompts_differ_so_that_no_cache_answers():
     calls = load.calls(["a", "b"], 50, 8)
     assert len({json.dumps(call.body["messages"]) for call in calls}) == 50

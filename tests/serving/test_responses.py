@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from serving.scripted import ARGUMENTS, CALL, WEATHER, answering, events_of
+from serving.scripted import ARGUMENTS, CALL, WEATHER, Tokens, answering, events_of
 
 from tunesmith.serving.protocol.responses import InputItem, _messages
+from tunesmith.serving.rejections import EngineDied
 
 PATH = "/v1/responses"
 HM = {"type": "reasoning_text", "text": "Hm."}
@@ -141,6 +142,31 @@ def test_the_limit_makes_it_incomplete(speaker, post):
     with answering(speaker, "one two", finish="length"):
         made = post(input="hi", max_output_tokens=5).json()
     assert (made["status"], made["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert [item["status"] for item in made["output"]] == ["incomplete"]
+
+
+def test_a_call_that_is_complete_is_not_cut(speaker, post):
+    with answering(speaker, f"<think>\nHm.\n</think>\n\n{CALL}", finish="length"):
+        made = post(input="hi", tools=[TOOL], max_output_tokens=50).json()
+    assert made["status"] == "incomplete"
+    assert [(item["type"], item["status"]) for item in made["output"]] == [
+        ("reasoning", "completed"),
+        ("function_call", "completed"),
+    ]
+
+
+def test_an_error_has_its_place_among_the_events(speaker, post, monkeypatch):
+    async def breaks_off(self):
+        if self.read == 3:
+            raise EngineDied("the engine has died while it answered")
+        self.read += 1
+        return self._tokens[self.read - 1]
+
+    monkeypatch.setattr(Tokens, "__anext__", breaks_off)
+    with answering(speaker, "one two three four"):
+        events = events_of(post(input="hi", stream=True).text)
+    assert events[-1][0] == "error" and len(events) > 2
+    assert [data["sequence_number"] for _, data in events] == list(range(len(events)))
 
 
 @pytest.mark.parametrize(

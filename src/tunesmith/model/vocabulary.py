@@ -28,6 +28,10 @@ HINT = (
 )
 
 
+class UnknownIds(ModelError):
+    """A sequence has ids for which the model has no rows."""
+
+
 class IndexLimits(NamedTuple):
     """``ids``: rows of the token embedding. ``positions``: the longest sequence, which is the rows of the
     table of learned positions; None if there is none."""
@@ -112,7 +116,7 @@ def stored(folder: Path) -> int | None:
 
 
 def require(size: int, sequences: Iterable[tuple[str, Ids]], decode: Decode | None = None) -> None:
-    """Raises ModelError if an id of ``sequences`` (where it stands, ids) is not below ``size``. Lists each
+    """Raises UnknownIds if an id of ``sequences`` (where it stands, ids) is not below ``size``. Lists each
     such id with its token if ``decode`` is given, its first place and the number of its places."""
     places: dict[int, list[str]] = {}
     for place, ids in sequences:
@@ -124,7 +128,7 @@ def require(size: int, sequences: Iterable[tuple[str, Ids]], decode: Decode | No
         return
     problems = [_problem(token, places[token], decode) for token in sorted(places)]
     message = f"ids outside of the token embedding, which has {size:,} rows:\n{listing(problems)}"
-    raise ModelError(message, where=next(iter(places.values()))[0] or None, hint=HINT)
+    raise UnknownIds(message, where=next(iter(places.values()))[0] or None, hint=HINT)
 
 
 def require_known(net: nn.Module, sequences: Iterable[tuple[str, Ids]], decode: Decode | None = None) -> None:

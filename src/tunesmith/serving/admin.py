@@ -76,6 +76,9 @@ async def _load(service: Service, target: NamedRun, checkpoint: str) -> Served:
 
     def load() -> Served:
         served, adapter = models.read(target, source, service.notify)
+        if tests := {*service.ab.names} & {*served.names}:
+            hint = "give the adapter another name: NAME=RUN"
+            raise ConfigError(f"{min(tests)} is the name of an A/B test", where=target.path, hint=hint)
         models.add(served, adapter, worker.in_use)
         return served
 

@@ -67,6 +67,9 @@ def read(path: Path) -> tuple[Key, ...]:
         if (spec.key is None) == (spec.sha256 is None):
             problems.append(f"entry {place}: give either key or sha256")
             continue
+        if spec.key is not None and not (spec.key.isascii() and spec.key.isprintable()):
+            problems.append(f"entry {place}: key: only printable ASCII can be sent in a header")
+            continue
         digest = digest_of(spec.key) if spec.key is not None else str(spec.sha256).lower()
         keys.append(Key(spec.name, digest, spec.per_minute, spec.models, spec.admin))
     for what, values in (("name", [key.name for key in keys]), ("key", [key.digest for key in keys])):

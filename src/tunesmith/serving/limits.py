@@ -8,7 +8,7 @@ from tunesmith.settings.config import Spec
 
 
 class ServerLimits(Spec):
-    """What the server allows; each is a line of the file that ``--limits`` names."""
+    """What the server allows; each is a key of ``--limit KEY=VALUE``."""
 
     body_mb: float = Field(default=16.0, gt=0, description="largest body of a request, in MB")
     body_s: float = Field(default=30.0, gt=0, description="longest time in which a body arrives")

@@ -129,7 +129,8 @@ async def sent(address: ServerAddress, call: HttpCall) -> AsyncGenerator[HttpRep
     """The reply to ``call``. Leaving the context closes the connection, so that an answer under way is
     cancelled. Raises OSError if there is no reply."""
     content = json.dumps(call.body).encode()
-    head = [f"POST {call.path} HTTP/1.1", f"Host: {address.host}:{address.port}", "Connection: close"]
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    head = [f"POST {call.path} HTTP/1.1", f"Host: {host}:{address.port}", "Connection: close"]
     head += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
     if address.key is not None:
         head.append(f"Authorization: Bearer {address.key}")

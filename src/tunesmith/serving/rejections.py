@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.errors import ModelError, ServeError, TemplateError, TunesmithError
+from tunesmith.model.vocabulary import UnknownIds
 from tunesmith.serving.guardrails import PromptBlocked
 
 BY_STATUS = {
@@ -116,6 +117,8 @@ def rejection_of(error: Exception) -> Rejection:
     if isinstance(error, EngineDied | Draining):
         code = "engine_died" if isinstance(error, EngineDied) else "draining"
         return Rejection(503, str(error), code=code, headers={"Retry-After": "5"})
+    if isinstance(error, UnknownIds):  # its hint is for whoever trains or serves the model
+        return Rejection(400, f"{error.where}: {error.what}", code="invalid_request")
     if isinstance(error, ModelError | TemplateError):
         return Rejection(400, str(error), code="invalid_request")
     if isinstance(error, TunesmithError):

@@ -33,7 +33,7 @@ from tunesmith.serving.worker import Worker
 class Service:
     """``doorkeeper``: without keys, anyone on this machine may ask. ``fallback``: names of models that answer
     if the one that was asked cannot, in this order. ``ab``: names under which one of several models answers.
-    ``answers``: those that can be voted on. ``votes_file``: None: votes are refused. ``loopback``: whether
+    ``answers``: those that can be voted on. ``votes_file``: where votes go. ``loopback``: whether
     only this machine can connect."""
 
     models: Models
@@ -48,7 +48,7 @@ class Service:
     notify: Sink = events.silent
     ab: Routes = field(default_factory=Routes)
     answers: RememberedAnswers = field(default_factory=RememberedAnswers)
-    votes_file: Path | None = None
+    votes_file: Path = field(kw_only=True)
     lexicons: Lexicons = field(default_factory=Lexicons)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
 

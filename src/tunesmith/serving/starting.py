@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,15 +16,16 @@ import uvicorn
 from tunesmith import events
 from tunesmith.engine.engine import Engine
 from tunesmith.errors import ConfigError, ServeError
-from tunesmith.events import Sink
+from tunesmith.events import Notice, Sink
 from tunesmith.serving import app, served, votes
-from tunesmith.serving.ab import Routes, SplitRoute
+from tunesmith.serving.ab import EXAMPLE, Routes, SplitRoute
 from tunesmith.serving.access import AccessLog
 from tunesmith.serving.drafting import PROMPT, speculation_maker
 from tunesmith.serving.guardrails import Guard, Guardrail
 from tunesmith.serving.keys import Doorkeeper, Key
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.metrics import Metrics
+from tunesmith.serving.rejections import UnknownModel
 from tunesmith.serving.served import Models, NamedRun
 from tunesmith.serving.service import Service
 from tunesmith.serving.worker import Worker
@@ -93,6 +95,7 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
     except BaseException:
         await worker.stop()
         raise
+    _tell_unknown(settings.keys, models, tests, notify)
     metrics = Metrics(worker)
     guard = Guard(settings.guardrails, metrics.detected)
     return Service(
@@ -119,7 +122,12 @@ def _ab_tests(routes: Sequence[SplitRoute], models: Models) -> Routes:
         for served_model in models.entries:
             if served_model.run is not None and served_model.run.resolve() == Path(model).resolve():
                 return served_model.name
-        return models.resolve(model).name
+        try:
+            return models.resolve(model).name
+        except UnknownModel as error:
+            if not re.fullmatch(r".+:\d+", model):
+                raise
+            raise UnknownModel(error.what, hint=f"a share has a decimal point, {EXAMPLE}") from error
 
     taken = {name for served_model in models.entries for name in served_model.names}
     for route in routes:
@@ -127,6 +135,17 @@ def _ab_tests(routes: Sequence[SplitRoute], models: Models) -> Routes:
             hint = "give the test another name"
             raise ConfigError(f"{route.name} is already the name of a model", where="--ab", hint=hint)
     return Routes([route.renamed(name) for route in routes])
+
+
+def _tell_unknown(keys: Sequence[Key], models: Models, tests: Routes, notify: Sink) -> None:
+    """Tell of names in ``keys`` that nothing has. They may be loaded later, so they are not refused."""
+    known = {*tests.names, *(name for served_model in models.entries for name in served_model.names)}
+    for key in keys:
+        if unknown := sorted(set(key.models) - known):
+            text = f"the key {key.name} may ask {', '.join(unknown)}, which this server does not have"
+            notify(
+                Notice(text, level="warning", where="--keys", hint=f"served are: {', '.join(sorted(known))}")
+            )
 
 
 def _votes_file(models: Models) -> Path:

@@ -20,6 +20,7 @@ from tunesmith.serving import drafting, load, starting
 from tunesmith.serving import guardrails as screening
 from tunesmith.serving import keys as keys_file
 from tunesmith.serving.ab import SplitRoute, parse_route
+from tunesmith.serving.entrance import LOOPBACK
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.load import LoadReport, ServerAddress
 from tunesmith.serving.served import NamedRun
@@ -29,7 +30,6 @@ from tunesmith.settings import config
 
 BENCH_TOKENS = 64
 """Longest answer to a request of the benchmark."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
@@ -83,7 +83,7 @@ def serve(
             prefix_bytes=None if prefix_gb is None else int(prefix_gb * 1e9),
             kv_bits=kv_bits,
             draft=draft,
-            limits=config.load(ServerLimits, sets=limits).spec,
+            limits=config.load(ServerLimits, sets=limits, example="--limit queue=64").spec,
             log=_log(log, inside) if log or bench is None else None,
             log_contents=log_contents,
             loopback=host in LOOPBACK,
@@ -130,14 +130,14 @@ async def _measured(
     entries = service.models.entries
     calls = load.calls(
         [served.name for served in entries],
-        max(1, round(rate * seconds)),
+        1 + max(1, round(rate * seconds)),
         BENCH_TOKENS,
         chat=all(served.asked_as == "chat" for served in entries),
     )
     address = ServerAddress(*listener.getsockname()[:2])
     try:
         await load.timed(address, calls[0])  # what the first request compiles counts for none
-        return await load.open_loop(address, calls, rate)
+        return await load.open_loop(address, calls[1:], rate)
     finally:
         http.drain()
         await listening

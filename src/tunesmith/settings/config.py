@@ -182,6 +182,10 @@ class Resolved(Generic[S]):
     notes: tuple[str, ...] = ()
 
 
+EXAMPLE = "--set adapter.rank=8"
+"""The flag of assignments, with one of them."""
+
+
 def load(
     root: type[S],
     *,
@@ -191,10 +195,11 @@ def load(
     sets: Sequence[str] = (),
     overrides: Mapping[str, tuple[JSON, str]] = {},
     recorded: Collection[Path] = (),
+    example: str = EXAMPLE,
 ) -> Resolved[S]:
     """All layers as one checked spec. ``overrides``: key path → (value, origin), from flags such as
     ``--model``. ``recorded``: those of ``files`` that runs have written. They may be long, and their numbers
-    need not be `Sensible`.
+    need not be `Sensible`. ``example``: the flag from which ``sets`` come, with one of its values.
 
     Raises ConfigError: immediately if a text is not readable as YAML; otherwise one error lists every unknown
     key, missing key, and value of a wrong type or out of range."""
@@ -213,7 +218,7 @@ def load(
         if name.startswith(PREFIX) and name not in EXEMPT
     }
     layers.add(*((key, parse(environ[name], lambda line, name=name: name)) for name, key in keys.items()))
-    layers.add(*map(_assignment, sets))
+    layers.add(*(_assignment(text, example) for text in sets))
     for value, origin in overrides.values():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
@@ -453,16 +458,14 @@ _FAILED = object()
 """Placeholder in a tree for a block whose problem is already noted."""
 
 
-def _assignment(text: str) -> tuple[list[str], Node]:
+def _assignment(text: str, example: str) -> tuple[list[str], Node]:
+    flag, _, _ = example.partition(" ")
     key, sign, value = text.partition("=")
     if not sign:
-        raise ConfigError(
-            f'must be key=value, not "{shortened(text)}"',
-            where="--set",
-            hint="for example --set adapter.rank=8",
-        )
-    writable(key, "--set")
-    return key.strip().split("."), parse(value, lambda line: "--set")
+        message = f'must be key=value, not "{shortened(text)}"'
+        raise ConfigError(message, where=flag, hint=f"for example {example}")
+    writable(key, flag)
+    return key.strip().split("."), parse(value, lambda line: flag)
 
 
 class _Layers:

@@ -16,7 +16,7 @@ from tunesmith.serving import answering
 from tunesmith.serving.answering import AskedOnce
 from tunesmith.serving.lexicon import Lexicon
 from tunesmith.serving.pieces import AnswerEnded, Logprobs, Piece, TokenLogprob, Usage, Words, joined
-from tunesmith.serving.protocol.bodies import Count, Drawing, Unsupported, read
+from tunesmith.serving.protocol.bodies import MOST_LOGPROBS, Count, Drawing, Unsupported, read
 from tunesmith.serving.protocol.chat import LOWEST, usage_of
 from tunesmith.serving.protocol.streams import (
     ErrorEvents,
@@ -32,7 +32,6 @@ from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.service import Service
 
 PATH = "/v1/completions"
-MOST_LOGPROBS = 20
 Ids = tuple[Annotated[int, Field(ge=0)], ...]
 
 
@@ -149,13 +148,13 @@ class CompletionExchange:
         return JSONResponse(content, headers=self.headers)
 
     def _choice(
-        self, place: int, text: str, entries: Sequence[TokenLogprob], reason: str | None
+        self, place: int, text: str, entries: Sequence[TokenLogprob], reason: str | None, begin: int = 0
     ) -> dict[str, Any]:
         wanted = self._asked(place).question.logprobs is not None
         return {
             "index": place,
             "text": text,
-            "logprobs": logprobs_of(entries, self._lexicon) if wanted else None,
+            "logprobs": logprobs_of(entries, self._lexicon, begin) if wanted else None,
             "finish_reason": reason,
         }
 
@@ -172,6 +171,7 @@ class CompletionExchange:
     async def events(self, include_usage: bool) -> AsyncGenerator[ServerEvent]:
         used: dict[int, Usage] = {}
         waiting: dict[int, tuple[TokenLogprob, ...]] = {}
+        lengths = [0] * len(self._streams)  # of the texts of the tokens so far
         extra = {"usage": None} if include_usage else {}
         for place, echo in enumerate(self._echoes):
             if echo:
@@ -184,7 +184,9 @@ class CompletionExchange:
             if isinstance(piece, AnswerEnded):
                 used[place] = piece.usage
             text = piece.text if isinstance(piece, Words) else ""
-            yield self._chunk([self._choice(place, text, waiting.pop(place, ()), reason)], extra)
+            entries = waiting.pop(place, ())
+            yield self._chunk([self._choice(place, text, entries, reason, lengths[place])], extra)
+            lengths[place] += sum(len(self._lexicon.token(entry.token)[0]) for entry in entries)
         if include_usage:
             yield self._chunk([], {"usage": self._usage([used[place] for place in sorted(used)])})
         yield ServerEvent("[DONE]")
@@ -193,8 +195,8 @@ class CompletionExchange:
         return ServerEvent({**self._head, "choices": choices, **extra, **fallback_fields(self._deliveries)})
 
 
-def logprobs_of(entries: Sequence[TokenLogprob], lexicon: Lexicon) -> dict[str, Any]:
-    """Lists with one entry a token. ``text_offset`` counts from the beginning of these tokens."""
+def logprobs_of(entries: Sequence[TokenLogprob], lexicon: Lexicon, begin: int = 0) -> dict[str, Any]:
+    """Lists with one entry a token. ``text_offset`` of the first is ``begin``."""
     texts = [lexicon.token(entry.token)[0] for entry in entries]
     return {
         "tokens": texts,
@@ -203,12 +205,11 @@ def logprobs_of(entries: Sequence[TokenLogprob], lexicon: Lexicon) -> dict[str, 
             {lexicon.token(token)[0]: max(logprob, LOWEST) for token, logprob in entry.top}
             for entry in entries
         ],
-        "text_offset": list(_offsets(texts)),
+        "text_offset": list(_offsets(texts, begin)),
     }
 
 
-def _offsets(texts: Sequence[str]) -> Iterator[int]:
-    offset = 0
+def _offsets(texts: Sequence[str], offset: int) -> Iterator[int]:
     for text in texts:
         yield offset
         offset += len(text)

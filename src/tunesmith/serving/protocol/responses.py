@@ -63,6 +63,8 @@ from tunesmith.serving.service import Service
 
 PATH = "/v1/responses"
 LOGPROBS = "message.output_text.logprobs"
+CAUSES = {"length": "max_output_tokens", "content_filter": "content_filter"}
+"""Why an answer ended → why the response is incomplete."""
 Status: TypeAlias = Literal["in_progress", "completed", "incomplete"] | None
 
 
@@ -269,12 +271,6 @@ def _messages(items: Sequence[InputItem]) -> list[Message]:
     return messages
 
 
-class ResponseErrors(ErrorEvents):
-    def of(self, rejection: Rejection) -> list[ServerEvent]:
-        details = {"code": rejection.code, "message": rejection.message, "param": rejection.param}
-        return [ServerEvent({"type": "error", **details, "sequence_number": 0}, "error")]
-
-
 def routes(service: Service) -> list[Route]:
     async def create(request: Request) -> Response:
         body = await read(request, ResponseBody)
@@ -282,20 +278,21 @@ def routes(service: Service) -> list[Route]:
         if not body.stream:
             return await exchange.whole()
         events = await begun(exchange.events())
-        return EventStream(lines(events, ResponseErrors()), exchange.headers)
+        return EventStream(lines(events, ResponseErrors(exchange)), exchange.headers)
 
     return [Route(PATH, create, methods=["POST"])]
 
 
 @dataclass
 class OutputItem:
-    """A part of the answer, as one item of the output."""
+    """A part of the answer, as one item of the output. ``end``: its status when no more of it follows."""
 
     index: int
     first: Piece
     texts: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     id: str = ""
+    end: Literal["completed", "incomplete"] = "completed"
 
     def __post_init__(self) -> None:
         prefix = {"reasoning": "rs", "words": "msg", "call": "fc"}[part_of(self.first)]
@@ -366,7 +363,7 @@ class OutputItem:
                 fields = {**self.place, "text": self.text, "logprobs": self.logprobs}
                 yield "response.output_text.done", fields
                 yield "response.content_part.done", {**self.place, "part": self.part}
-        item = self.shown("completed")
+        item = self.shown(self.end)
         yield "response.output_item.done", {"output_index": self.index, "item": item}
 
 
@@ -407,6 +404,8 @@ class ResponseExchange:
                     entries += self._logprobs(piece.tokens, self._lexicon)
                     continue
                 if item is not None and self._ends(item, piece):
+                    if _is_cut(item, piece):
+                        item.end = "incomplete"
                     for kind, fields in item.ended():
                         yield self._event(kind, fields)
                     item = None
@@ -430,13 +429,16 @@ class ResponseExchange:
         return [logprob_of(entry, lexicon) for entry in tokens]
 
     def _event(self, kind: str, fields: dict[str, Any]) -> ServerEvent:
+        return ServerEvent({"type": kind, "sequence_number": self.next_number(), **fields}, kind)
+
+    def next_number(self) -> int:
+        """That of the next event."""
         self._number += 1
-        return ServerEvent({"type": kind, "sequence_number": self._number - 1, **fields}, kind)
+        return self._number - 1
 
     def _response(self, ended: AnswerEnded | None) -> dict[str, Any]:
         """The response as far as it is there; ``ended``: None while it is in progress."""
-        cause = {"length": "max_output_tokens", "content_filter": "content_filter"}
-        reason = None if ended is None else cause.get(ended.reason)
+        reason = None if ended is None else CAUSES.get(ended.reason)
         status = "in_progress" if ended is None else "incomplete" if reason else "completed"
         body, question = self._body, self._asked.question
         return {
@@ -449,7 +451,7 @@ class ResponseExchange:
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "model": question.model or self._asked.served.name,
-            "output": [item.shown("completed") for item in self._items] if ended else [],
+            "output": [item.shown(item.end) for item in self._items] if ended else [],
             "parallel_tool_calls": not question.one_call,
             "previous_response_id": None,
             "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
@@ -475,6 +477,22 @@ class ResponseExchange:
     def _tool_choice(self) -> str | dict[str, Any]:
         choice = self._body.tool_choice or "auto"
         return choice.model_dump() if isinstance(choice, FlatNamedTool) else choice
+
+
+def _is_cut(item: OutputItem, piece: Piece) -> bool:
+    """Whether ``piece`` ends ``item`` before its end. Calls are delivered when they are complete."""
+    ended_early = isinstance(piece, AnswerEnded) and piece.reason in CAUSES
+    return ended_early and not isinstance(item.first, CallBegun)
+
+
+class ResponseErrors(ErrorEvents):
+    def __init__(self, exchange: ResponseExchange) -> None:
+        self._exchange = exchange
+
+    def of(self, rejection: Rejection) -> list[ServerEvent]:
+        details = {"code": rejection.code, "message": rejection.message, "param": rejection.param}
+        number = self._exchange.next_number()
+        return [ServerEvent({"type": "error", **details, "sequence_number": number}, "error")]
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
