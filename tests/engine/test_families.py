@@ -14,6 +14,7 @@ from scipy.special import log_softmax
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.prefixes import Prefixes
 from tunesmith.engine.requests import NewToken, Request
+from tunesmith.model import abilities
 
 FAMILIES = {
     "gemma3": {"KVCache", "RotatingKVCache"},
@@ -70,3 +71,28 @@ def test_what_cannot_be_trimmed_is_not(net):
             tokens += [token for step in iter(engine.step, []) for token in step]
     require_own_answers(net, requests, tokens)
     assert tokens[4].cached == 70 == requests[1].ids.index(2, 70), "what is a whole prefix serves"
+
+
+def test_a_prompt_waits_only_for_a_prefix_that_will_serve_it(net):
+    if not abilities.batches(net):
+        pytest.skip("it reads one prompt at a time anyway")
+    alike = [Request([*STEM, 3 + place], max_tokens=4, digest="base") for place in range(3)]
+    apart = [Request([*STEM[:70], 3 + place, 4], max_tokens=4, digest="base") for place in range(3)]
+    with Engine(net, 4, prefill_tokens=4000, prefixes=Prefixes(1 << 30)) as engine:
+        engine.submit(apart)
+        engine.advance()
+        assert sum(len(batch.rows) for batch in engine._decoding) == 3, "all were read at once"
+    with Engine(net, 4, prefill_tokens=4000, prefixes=Prefixes(1 << 30)) as engine:
+        engine.submit(alike)
+        tokens = [token for step in iter(engine.step, []) for token in step]
+        assert sorted(token.cached for token in tokens if token.cached) == [80, 80], "a whole prefix serves"
+
+
+def test_cost_covers_what_a_window_holds_while_a_long_prompt_is_read(net):
+    request = Request([*STEM] * 12, max_tokens=4)
+    with Engine(net, 1, prefill_tokens=700) as engine:
+        cost = engine.cost(request)
+        engine.submit([request])
+        engine.advance()
+        assert engine._reading is not None
+        assert cost // 3 < sum(layer.nbytes for layer in engine._reading.layers) <= cost

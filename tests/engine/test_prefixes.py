@@ -158,6 +158,28 @@ def test_prompts_that_begin_alike_are_read_once():
         ]
 
 
+def test_no_prompt_waits_for_a_prefix_that_is_too_large_to_be_kept():
+    with Engine(fresh(), prefixes=Prefixes(1000), prefill_tokens=1000) as engine:
+        engine.submit([request([*STEM, tail, tail]) for tail in range(3)])
+        engine.advance()
+        assert sum(len(batch.rows) for batch in engine._decoding) == 3
+
+
+def test_what_a_prompt_waits_for_is_found_once(monkeypatch):
+    """A search at each step takes 0.1 s where 64 prompts wait and 300 prefixes are known."""
+    prefixes, searches = Prefixes(1 << 30), []
+    length = prefixes.length
+    monkeypatch.setattr(prefixes, "length", lambda key, ids: searches.append(key) or length(key, ids))
+    with Engine(fresh(), prefixes=prefixes, prefill_tokens=4) as engine:
+        engine.submit([request([*STEM, tail, tail]) for tail in range(6)])
+        for _ in range(10):
+            assert engine.advance() == []
+        assert len(searches) == 5
+        engine.cancel([0])
+        (first, *_) = engine.step()
+        assert first.request == 1 and len(searches) > 5, "another one is read then"
+
+
 def test_prefixes_are_never_shared_across_adapters(tmp_path):
     """Museum: llama.cpp 26207, vllm 42125 and 30931, a prefix was reused under another adapter; also under
     the same name with other weights, and without a digest."""

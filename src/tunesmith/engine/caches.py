@@ -43,6 +43,20 @@ def copied(layers: list[Any]) -> list[Any]:
     return copy.deepcopy(layers)
 
 
+def on_their_own(layers: list[Any]) -> list[Any]:
+    """``layers`` without slices of larger buffers, which mlx-lm extracts from a recurrent state and which
+    would hold on to the states of the whole batch."""
+    from mlx_lm.models.cache import ArraysCache, CacheList
+
+    for layer in layers:
+        if isinstance(layer, CacheList):
+            on_their_own(list(layer.caches))
+        elif isinstance(layer, ArraysCache):
+            arrays: list[mx.array | None] = layer.cache
+            layer.cache = [None if array is None else mx.contiguous(array) for array in arrays]
+    return layers
+
+
 def trim(layers: Sequence[Any], count: int) -> None:
     """Take away the last ``count`` positions."""
     for layer in layers if count else ():
@@ -71,9 +85,15 @@ class CacheGrowth(NamedTuple):
     each: int
     most: int | None
 
-    def bytes(self, positions: int) -> int:
+    def bytes(self, positions: int, chunk: int) -> int:
+        """``chunk``: positions that are read at once, which a window holds besides its own."""
         whole = -(-positions // STEP) * STEP
-        return self.fixed + self.each * (whole if self.most is None else min(whole, self.most + STEP))
+        held = whole if self.most is None else min(whole, self.most + max(STEP, chunk))
+        return self.fixed + self.each * held
+
+    def trimmable(self, positions: int) -> bool:
+        """Whether the last positions can be taken away again after so many."""
+        return self.each > 0 and (self.most is None or positions < self.most)
 
 
 def growth(net: nn.Module, kv_bits: int | None) -> list[CacheGrowth]:

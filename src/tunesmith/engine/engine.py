@@ -108,7 +108,7 @@ class Engine:
         """Bytes of keys and values that ``request`` needs if it gets all the tokens that it may have. Rows of
         a batch are padded to the longest of them. May be called from another thread."""
         positions = len(request.ids) + self._most(request)
-        return sum(layer.bytes(positions) for layer in self._growth)
+        return self._cache_bytes(positions)
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """A number for each request, in their order; the longest prompts begin first. Raises ModelError, and
@@ -185,7 +185,9 @@ class Engine:
             if under_way >= self._batch_size or len(reading) >= at_once:
                 break
             row = self._waiting.popleft()
-            if self._read_by(reading, row):
+            if row.reader is None or row.reader not in reading:
+                row.reader = self._reader_for(row, reading)
+            if row.reader is not None:
                 later.append(row)
                 continue
             batch = RowBatch.of([row], [self._cache_of(row)], not self._together)
@@ -197,21 +199,33 @@ class Engine:
                 self._reading.join(batch)
         self._waiting.extendleft(reversed(later))
 
-    def _read_by(self, reading: Sequence[EngineRow], row: EngineRow) -> bool:
-        """Whether the prompt of ``row`` begins with tokens that are being read now, so that it pays to wait
-        for their prefix."""
+    def _reader_for(self, row: EngineRow, reading: Sequence[EngineRow]) -> EngineRow | None:
+        """The row among ``reading`` whose prefix the prompt of ``row`` begins with, if it pays to wait for it."""
         if self._prefixes is None or not self._grows or row.request.digest is None:
-            return False
+            return None
         digest = row.request.digest
         shared = [
-            common_length(row.read_first, other.read_first)
-            for other in reading
+            (self._shared(row, other), place)
+            for place, other in enumerate(reading)
             if other.request.digest == digest
         ]
-        longest = max(shared, default=0)
+        longest, place = max(shared, default=(0, 0))
         if longest < WORTH_WAITING:
-            return False
-        return longest >= WORTH_WAITING + self._prefixes.length(self._key(digest), row.read_first)
+            return None
+        known = self._prefixes.length(self._key(digest), row.read_first)
+        return reading[place] if longest >= WORTH_WAITING + known else None
+
+    def _shared(self, row: EngineRow, other: EngineRow) -> int:
+        """Tokens at the beginning of ``row`` that the prefix of ``other`` will serve for."""
+        assert self._prefixes is not None
+        length = len(other.read_first)
+        common = common_length(row.read_first, other.read_first)
+        if common < length and not all(layer.trimmable(length) for layer in self._growth):
+            return 0
+        return common if self._cache_bytes(length) <= self._prefixes.limit else 0
+
+    def _cache_bytes(self, positions: int) -> int:
+        return sum(layer.bytes(positions, self._prefill_tokens) for layer in self._growth)
 
     def _cache_of(self, row: EngineRow) -> list[Any]:
         """The cache that ``row`` begins with: of the longest known beginning of its prompt, or empty."""

@@ -23,7 +23,7 @@ class EngineRow:
     ``read`` of them, or the next one as well while a pass is under way. ``most``: how many may be generated.
     ``made`` were given out, ``drawn`` were chosen by a pass. ``cached``: how many tokens of the prompt came
     from the prefix cache. ``read_first``: the prompt but for its last token, which is read by the pass that
-    chooses the first token."""
+    chooses the first token. ``reader``: the row whose prefix this one waits for."""
 
     number: int
     request: Request
@@ -33,6 +33,7 @@ class EngineRow:
     made: int = 0
     drawn: int = 0
     cached: int = 0
+    reader: EngineRow | None = None
     draws: Draws | None = field(init=False)
     edits: Edits | None = field(init=False)
     ends: frozenset[int] = field(init=False)
@@ -96,8 +97,10 @@ class RowBatch:
         return taken
 
     def extract(self, place: int) -> list[Any]:
-        """The cache of one row, which stays here too."""
-        return caches.copied(self.layers) if self.alone else [layer.extract(place) for layer in self.layers]
+        """The cache of one row, which stays here too, and which holds no memory of the other rows."""
+        if self.alone:
+            return caches.copied(self.layers)
+        return caches.on_their_own([layer.extract(place) for layer in self.layers])
 
     def read(self, forward: Forward, most: int) -> None:
         """Read at most ``most`` further tokens of each prompt, in one pass."""
