@@ -200,7 +200,7 @@ class Engine:
         self._waiting.extendleft(reversed(later))
 
     def _reader_for(self, row: EngineRow, reading: Sequence[EngineRow]) -> EngineRow | None:
-        """The row among ``reading`` whose prefix the prompt of ``row`` begins with, if it pays to wait for it."""
+        """The row among ``reading`` whose prefix is worth waiting for."""
         if self._prefixes is None or not self._grows or row.request.digest is None:
             return None
         digest = row.request.digest
