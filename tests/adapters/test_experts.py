@@ -18,6 +18,8 @@ from mlx_lm.utils import load_adapters
 
 from tunesmith import adapters
 from tunesmith.adapters import DoRA, DoRAExperts, LoRA, LoRAExperts, routing
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.requests import Request
 from tunesmith.errors import ConfigError, ModelError, TrainingError
 from tunesmith.training import instruments
 
@@ -472,3 +474,22 @@ def test_experts_outside_of_a_mixture_have_one_adapter_for_all_rows(values, monk
         lanes.select(["lora", "lora"])
         with pytest.raises(ModelError, match="one adapter at a time"):
             lanes.select(["lora", None])
+
+
+def test_requests_whose_adapters_cannot_share_a_pass_are_refused_before_they_begin(values, monkeypatch):
+    monkeypatch.setattr(routing, "is_mixture", lambda module: False)
+    net = fresh()
+    adapted_request, base = Request([1, 2, 3], max_tokens=2, adapter="lora"), Request([1, 2], max_tokens=2)
+    with adapters.routed(net, {"lora": values["qwen3_moe", "lora"]}) as lanes:
+        with Engine(net, routing=lanes) as engine:
+            with pytest.raises(ModelError, match="one adapter at a time"):
+                engine.submit([adapted_request, base])
+            engine.submit([adapted_request])
+            for _ in range(2):
+                with pytest.raises(ModelError, match="one adapter at a time"):
+                    engine.submit([base])
+                engine.step()
+            while engine.step():
+                pass
+            engine.submit([base])
+            assert len(engine.step()) == 1

@@ -202,3 +202,34 @@ def test_adapters_are_changed_in_place_and_stay_if_one_does_not_fit(values, alon
         lanes.select("low")
     lanes.detach()
     assert state(net) == before
+
+
+@pytest.mark.parametrize("restores", [True, False])
+def test_a_change_that_fails_half_way_leaves_no_half(values, alone, monkeypatch, restores):
+    net = fresh()
+    before = state(net)
+    low = values["plain", "low"]
+    lanes = routing.Routing(net, {"low": low})
+    whole, calls = routing.RoutedLinear.__init__, []
+
+    def failing(layer, *arguments):
+        calls.append(layer)
+        if len(calls) == 3 or (len(calls) > 3 and not restores):
+            raise MemoryError
+        whole(layer, *arguments)
+
+    monkeypatch.setattr(routing.RoutedLinear, "__init__", failing)
+    with pytest.raises(MemoryError):
+        lanes.change({"wide": values["plain", "wide"]})
+    if restores:
+        lanes.select("low")
+        close(net(ids(1))[0], alone["plain", "low", 0], tolerance("plain"))
+    else:
+        with pytest.raises(ModelError, match="no adapter 'low'"):
+            lanes.select("low")
+    lanes.detach()
+    assert state(net) == before
+    calls.clear()
+    with pytest.raises(MemoryError):
+        routing.Routing(net, {"wide": values["plain", "wide"]})
+    assert state(net) == before

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tunesmith.checks import parsers
 from tunesmith.checks.parsers import CallSpan, Scan, parse
 
 PARTS = [
@@ -109,3 +110,29 @@ def test_words_that_look_like_a_mark_are_settled_soon(text):
     assert scan.read(text, complete=False) == []
     assert scan.settled == len(text)
     assert parse(text) == []
+
+
+@pytest.mark.parametrize("ascii", [True, False])
+def test_a_long_string_is_not_read_again_at_each_of_its_letters(ascii, monkeypatch):
+    readings = []
+
+    class Counting(json.JSONDecoder):
+        def raw_decode(self, s, idx=0):
+            readings.append(idx)
+            return super().raw_decode(s, idx)
+
+    monkeypatch.setattr(parsers, "STRICT", Counting())
+    arguments = {"content": 'if (é) {\n\t["☺\\ud83d"]; }\n' * 20}
+    call = json.dumps({"name": "write", "arguments": arguments}, ensure_ascii=ascii)
+    text = f"<tool_call>{call}</tool_call>"
+    spans, _ = spans_of(text, list(range(len(text))))
+    assert [span.calls for span in spans] == [(parsers.ParsedCall("write", arguments),)]
+    assert len(readings) < 100 < len(text) / 6
+
+
+@pytest.mark.parametrize("wrong", ["\nb", "\\x", "\\u12g", '" b'])
+def test_what_breaks_a_string_is_seen_at_once(wrong):
+    text = 'tool_call: f\narguments: {"a": "bc' + wrong
+    spans, settled = spans_of(text, list(range(len(text) + 1)))
+    assert spans == Scan().read(text, complete=True) and spans[0].calls[0].problem
+    assert settled[-2] == 0 and settled[-1] == len(text)

@@ -8,7 +8,7 @@ replace whole modules cannot be routed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -174,7 +174,7 @@ class Routing:
 
     def change(self, adapters: Mapping[str, Adapter]) -> None:
         """Put ``adapters`` in the place of those that are attached, and select the base. Raises as `Routing`
-        does, and leaves all as it was."""
+        does, and leaves the adapters that were attached; the base alone if those cannot be attached again."""
         self.detach()
         try:
             self._attach(adapters)
@@ -184,12 +184,19 @@ class Routing:
         self._adapters = adapters
 
     def _attach(self, adapters: Mapping[str, Adapter]) -> None:
-        net = self._net
+        self._handle = Handle(self._net)
         self._places: dict[str | None, int] = {None: BASE}
+        self._selection, self._one_for_all = Selection(), False
+        try:
+            self._replace_layers(adapters)
+        except BaseException:
+            self._handle.detach()
+            raise
         self._places |= {name: place for place, name in enumerate(adapters, start=1)}
-        self._selection = Selection()
+
+    def _replace_layers(self, adapters: Mapping[str, Adapter]) -> None:
+        net = self._net
         layers = {name: _layers(net, name, adapter) for name, adapter in adapters.items()}
-        self._handle = Handle(net)
         modules: dict[str, Any] = dict(net.named_modules())
         mixtures: dict[str, nn.Module] = {}
         for target in sorted({target for by_target in layers.values() for target in by_target}):
@@ -211,9 +218,7 @@ class Routing:
         by_row = [names] if names is None or isinstance(names, str) else list(names)
         self.require(by_row)
         places = [self._places[name] for name in by_row]
-        if self._one_for_all and len(set(places)) > 1:
-            message = "in this model, rows of one pass cannot have different adapters on routed experts"
-            raise ModelError(message, hint="ask for one adapter at a time")
+        self.require_one_pass(by_row)
         self._selection.present = tuple(sorted(set(places)))
         self._selection.places = places[0] if len(set(places)) == 1 else mx.array(places, dtype=mx.int32)
 
@@ -222,6 +227,12 @@ class Routing:
         if unknown := sorted({str(name) for name in names if name not in self._places}):
             known = ", ".join(repr(name) for name in self._places if name is not None) or "none"
             raise ModelError(f"there is no adapter {unknown[0]!r}", hint=f"there are: {known}")
+
+    def require_one_pass(self, names: Iterable[str | None]) -> None:
+        """Raises ModelError if rows with these adapters cannot share a pass."""
+        if self._one_for_all and len(set(names)) > 1:
+            message = "in this model, rows of one pass cannot have different adapters on routed experts"
+            raise ModelError(message, hint="ask for one adapter at a time")
 
     def detach(self) -> None:
         """Restore the net exactly."""

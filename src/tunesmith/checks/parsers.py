@@ -43,6 +43,7 @@ _GIVEN = ("arguments", "parameters")
 _CALL_OPENING = re.compile(r'\[?[ \t\r\n]*\{[ \t\r\n]*"(?:name|tool_calls|function)"[ \t\r\n]*:')
 _GIVEN_KEY = re.compile('"(?:arguments|parameters)"')
 _ESCAPE_BEGUN = re.compile(r"\\(?:u[0-9a-fA-F]{0,4})?\Z")
+_IN_STRING = re.compile(r'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+')
 _NUMBER_GOES_ON = re.compile(r"\.|[eE][+-]?")
 _SPACE = " \t\r\n"
 TOOL_CALLS = "[TOOL_CALLS]"
@@ -91,7 +92,12 @@ class CallSpan(NamedTuple):
 
 
 class _Unfinished(Exception):
-    """What the text means here depends on text that has not come yet."""
+    """What the text means here depends on text that has not come yet. ``string``: where the letters of the
+    JSON string begin that is still open at the end of the text, if one is."""
+
+    def __init__(self, string: int | None = None) -> None:
+        super().__init__()
+        self.string = string
 
 
 class Scan:
@@ -103,21 +109,38 @@ class Scan:
         self.settled = 0
         self._position = 0
         self._broken = False
+        self._in_string: int | None = None
 
     def read(self, text: str, *, complete: bool) -> list[CallSpan]:
         """The calls that are new since the last reading of ``text``, which began with the same letters.
         complete: nothing follows."""
         spans: list[CallSpan] = []
+        if not complete and self._string_is_open(text):
+            return spans
         while mark := _MARK.search(text, self._position):
             try:
                 span, self._position = self._marked(text, mark, complete)
-            except _Unfinished:
+            except _Unfinished as unfinished:
                 self._position = self.settled = mark.start()
+                self._in_string = unfinished.string
                 return spans
             if span is not None:
                 spans.append(span)
         self._position = self.settled = len(text) if complete else _mark_may_begin(text, self._position)
         return spans
+
+    def _string_is_open(self, text: str) -> bool:
+        """Whether the string that was open at the last reading still is. Then nothing else is read: a long
+        string takes time in proportion to its length."""
+        if self._in_string is None:
+            return False
+        letters = _IN_STRING.match(text, self._in_string)
+        assert letters is not None  # it matches anything
+        self._in_string = letters.end()
+        if self._in_string == len(text) or _ESCAPE_BEGUN.fullmatch(text, self._in_string):
+            return True
+        self._in_string = None
+        return False
 
     def _marked(self, text: str, mark: re.Match[str], complete: bool) -> tuple[CallSpan | None, int]:
         """What stands behind ``mark``, and where to go on. Raises _Unfinished."""
@@ -215,7 +238,8 @@ def _decode(text: str, position: int, complete: bool = True) -> tuple[JSON, int]
         raise ValueError("nested too deeply") from None
     except json.JSONDecodeError as error:
         if not complete and _may_go_on(text, error):
-            raise _Unfinished from None
+            string = error.pos + 1 if error.msg.startswith("Unterminated string") else None
+            raise _Unfinished(string) from None
         raise
     if not complete and end == len(text) and isinstance(value, int | float):
         raise _Unfinished

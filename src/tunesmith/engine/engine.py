@@ -9,7 +9,7 @@ MLX is used on the caller's thread only."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, cast
@@ -113,7 +113,8 @@ class Engine:
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """A number for each request, in their order; the longest prompts begin first. Raises ModelError, and
         takes none of them, if one is empty, allows no token, has an option out of its range, has an id that
-        the model does not know, or names an adapter that is not here."""
+        the model does not know, names an adapter that is not here, or names another one than the requests that
+        are not finished where one pass can have only one."""
         for place, request in enumerate(requests):
             request.require(place)
             if self._routing is None and request.adapter is not None:
@@ -127,6 +128,9 @@ class Engine:
         vocabulary.require(vocabulary.limits(self._net).ids, biased)
         if self._routing is not None:
             self._routing.require([request.adapter for request in requests])
+            if self._together:
+                unfinished = [*(row.request for row in self._rows()), *requests]
+                self._routing.require_one_pass(request.adapter for request in unfinished)
         numbers = list(range(self._count, self._count + len(requests)))
         self._count += len(requests)
         rows = [
@@ -135,6 +139,12 @@ class Engine:
         ]
         self._waiting.extend(sorted(rows, key=lambda row: -len(row.request.ids)))
         return numbers
+
+    def _rows(self) -> Iterator[EngineRow]:
+        """Those that wait or are under way."""
+        yield from self._waiting
+        for batch in [self._reading, *self._decoding]:
+            yield from batch.rows if batch is not None else ()
 
     def step(self) -> list[NewToken]:
         """At most one new token for each request under way; empty if none is left. Reads as many chunks of
