@@ -200,7 +200,7 @@ def test_a_kept_prefix_holds_no_guess(ends):
     assert tokens == wanted
 
 
-def wide() -> llama.Model:
+def wide(n_ids: int = 64) -> llama.Model:
     """A random llama whose heads are wide enough to be quantised."""
     net = llama.Model(
         llama.ModelArgs(
@@ -211,7 +211,7 @@ def wide() -> llama.Model:
             num_attention_heads=4,
             num_key_value_heads=2,
             rms_norm_eps=1e-5,
-            vocab_size=64,
+            vocab_size=n_ids,
         )
     )
     random = np.random.Generator(np.random.PCG64(3))
@@ -246,20 +246,67 @@ def test_a_cache_that_forgets_gets_no_guesses(monkeypatch):
         assert answers(engine, [asked()]) == [plain(asked())]
     assert oracle.asked == 0 and "cannot be taken away from a" in (speculating.reason or "")
     with pytest.raises(ModelError, match="this draft model cannot be used"):
-        DraftModel(fresh())
+        DraftModel(fresh(), 64)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_draft_model_changes_no_token_and_its_own_likeness_is_accepted_whole(temperature):
     request = asked(temperature=temperature, max_tokens=40)
     expected = plain(request)
-    speculating = Speculation(DraftModel(fresh()))
+    speculating = Speculation(DraftModel(fresh(), 64))
     with Engine(fresh(), speculation=speculating) as engine:
         twice = [request, asked(2), request, request]
         assert answers(engine, twice) == [expected, plain(asked(2)), expected, expected]
     pace = speculating.paces[None]
     if temperature == 0:
         assert pace.guessed and pace.accepted == pace.guessed
+
+
+@pytest.fixture
+def way_once(request) -> None:
+    """For tests of guessers alone: one way is enough."""
+    if request.node.callspec.params["way"] == "separate":
+        pytest.skip("no engine")
+
+
+@pytest.mark.usefixtures("way_once")
+def test_a_draft_model_reads_and_guesses_only_ids_that_both_models_know():
+    smaller = DraftModel(wide(40), 64)
+    assert smaller.guess([1, 2, 40], 3) == [] and len(smaller.guess([1, 2, 39], 3)) == 3
+    net = wide(64)
+    net.model.embed_tokens.weight = (
+        net.model.embed_tokens.weight * mx.where(mx.arange(64) < 40, 0.1, 9)[:, None]
+    )
+    assert min(DraftModel(net, 64).guess([1, 2, 3], 4)) >= 40
+    assert max(DraftModel(net, 40).guess([1, 2, 3], 4)) < 40
+
+
+@pytest.mark.usefixtures("way_once")
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_draft_model_that_failed_guesses_as_a_new_one(fails_at, monkeypatch):
+    draft, passes = DraftModel(wide(), 64), []
+    draft.guess([1, 2, 3, 4, 5], 3)
+    whole = draft._logits
+
+    def failing(tokens):
+        passes.append(tokens)
+        if len(passes) == fails_at:
+            raise MemoryError
+        return whole(tokens)
+
+    monkeypatch.setattr(draft, "_logits", failing)
+    with pytest.raises(MemoryError):
+        draft.guess([1, 2, 9, 9, 9], 3)
+    text = [1, 2, 3, 4, 5, 6]
+    assert draft.guess(text, 4) == DraftModel(wide(), 64).guess(text, 4)
+
+
+def test_an_adapter_that_replaces_another_under_its_name_is_measured_anew(values):
+    speculating = Speculation(PromptLookup())
+    with adapters.routed(fresh(), values) as routing:
+        with Engine(routing._net, routing=routing, speculation=speculating) as engine:
+            answers(engine, [asked(adapter="low", digest=digest) for digest in ("old", "new")])
+    assert speculating.paces["old"] is not speculating.paces["new"] and "low" not in speculating.paces
 
 
 def test_prompt_lookup_guesses_what_followed_before():

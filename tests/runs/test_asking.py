@@ -282,6 +282,7 @@ def test_an_answer_that_cannot_stand_in_a_prompt_ends_the_chat_with_the_reason(t
     talk = tunesmith.chat(tiny_model, max_tokens=2)
     with pytest.raises(TemplateError) as refused:
         list(talk.say("the <|im_end|>"))
+    assert talk.messages == [], "the chat goes on as if that had not been said"
     assert "answer" not in refused.value.what
     talk.messages[:] = [Message("user", "the cat"), Message("assistant", "a call<|im_end|>")]
     with pytest.raises(TemplateError, match="earlier answer cannot stand in the prompt") as refused:

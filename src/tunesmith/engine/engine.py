@@ -28,10 +28,10 @@ from tunesmith.events import Notice, Sink
 from tunesmith.model import abilities, vocabulary
 from tunesmith.model.loading import evaluating
 
-PREFILL = 8
+PROMPTS_OF_A_PASS = 8
 """Most prompts that are read in one pass."""
-UNLIMITED = PREFILL * 2048
-"""Positions of a chunk where nobody waits for the next token of an answer."""
+UNLIMITED = PROMPTS_OF_A_PASS * 2048
+"""Chunk size when no answer is being streamed: positions, padding included."""
 WORTH_WAITING = 64
 """Fewest tokens that a prompt has in common with one that is being read, for it to wait for them."""
 STEPS_BETWEEN_CLEARING = 512
@@ -113,8 +113,8 @@ class Engine:
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """A number for each request, in their order; the longest prompts begin first. Raises ModelError, and
         takes none of them, if one is empty, allows no token, has an option out of its range, has an id that
-        the model does not know, names an adapter that is not here, or names another one than the requests that
-        are not finished where one pass can have only one."""
+        the model does not know, names an adapter that is not here, or names another one than the unfinished
+        requests if a pass can have only one."""
         for place, request in enumerate(requests):
             request.require(place)
             if self._routing is None and request.adapter is not None:
@@ -187,7 +187,7 @@ class Engine:
         """Let waiting rows begin while there is room: their prompts are read next."""
         # At least two tokens of each: mlx-lm's cache of a sliding window goes wrong where a pass over several
         # tokens of several rows follows one over single tokens.
-        at_once = max(1, min(PREFILL, self._prefill_tokens // 2)) if self._together else 1
+        at_once = max(1, min(PROMPTS_OF_A_PASS, self._prefill_tokens // 2)) if self._together else 1
         later: list[EngineRow] = []
         while self._waiting:
             reading = self._reading.rows if self._reading is not None else []

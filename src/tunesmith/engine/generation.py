@@ -190,24 +190,24 @@ class Chat:
     tools: tuple[JSON, ...] = ()
 
     def say(self, text: str) -> Iterator[str]:
-        """Raises TemplateError if the template cannot write the turns, such as an answer with the marks of a
-        call."""
-        self.messages.append(Message("user", text))
+        """An answer that is not finished leaves neither turn. Raises TemplateError if the template cannot
+        write the turns, such as an answer with the marks of a call."""
+        turn = Message("user", text)
         pieces: list[str] = []
         try:
-            for piece in self.speaker.stream(self._question(self.messages), self.sampling):
+            for piece in self.speaker.stream(self._question([*self.messages, turn]), self.sampling):
                 pieces.append(piece)
                 yield piece
         except template.Refused as error:
-            self._require_writable()
+            self._require_writable(turn)
             message = f"an earlier answer cannot stand in the prompt: {error.what}"
             raise TemplateError(message, hint="begin a new chat") from error
-        self.messages.append(Message("assistant", "".join(pieces)))
+        self.messages += [turn, Message("assistant", "".join(pieces))]
 
-    def _require_writable(self) -> None:
-        """Raises TemplateError if the last message cannot be written even without earlier answers."""
+    def _require_writable(self, turn: Message) -> None:
+        """Raises TemplateError if ``turn`` cannot be written even without earlier answers."""
         system = [message for message in self.messages if message.role == "system"]
-        self.speaker.prompt(self._question([*system, self.messages[-1]]))
+        self.speaker.prompt(self._question([*system, turn]))
 
     def _question(self, messages: Sequence[Message]) -> Conversation | str:
         return question(messages, self.asked_as, self.tools)

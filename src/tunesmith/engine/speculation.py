@@ -24,6 +24,7 @@ import numpy as np
 from tunesmith.engine import caches
 from tunesmith.engine.rows import EngineRow, Forward
 from tunesmith.errors import ModelError
+from tunesmith.model import vocabulary
 from tunesmith.tokens.template import Renderer
 
 ENOUGH = 8
@@ -42,8 +43,8 @@ OUTLIER = 4.0
 FIRST_GUESSES, MOST_GUESSES = 4, 10
 """Guesses of one pass: at first, and at most. On two CPU cores a pass over 8 tokens of a model of 135M
 parameters takes as long as one over 1, and one over 16 more than three times as long."""
-PREFILL = 512
-"""Tokens that a draft model reads in one pass."""
+TOKENS_OF_A_PASS = 512
+"""Most tokens that a draft model reads in one pass."""
 
 TRIMMABLE = frozenset(("KVCache", "BatchKVCache", "QuantizedKVCache", "QuantisedRows"))
 """Caches from whose end tokens can be taken away, however many they hold."""
@@ -97,21 +98,34 @@ class PromptLookup:
 class DraftModel:
     """Guesses the likeliest tokens of a smaller model, which has the same vocabulary."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, n_ids: int) -> None:
+        """n_ids: how many the model knows for which ``net`` guesses. Either may have more rows of the
+        embedding than the vocabulary has tokens."""
         self._net, self._layers, self._tokens = net, caches.made(net, None), list[int]()
         if reason := untrimmable(self._layers):
             raise ModelError(f"this draft model cannot be used: {reason}")
+        self._n_readable = vocabulary.limits(net).ids
+        self._n_known = min(n_ids, self._n_readable)
 
     def guess(self, tokens: Sequence[int], most: int) -> list[int]:
-        known = next(
+        if max(tokens) >= self._n_readable:
+            return []
+        try:
+            return self._guesses(tokens, most)
+        except BaseException:  # the cache may hold anything
+            self._layers, self._tokens = caches.made(self._net, None), []
+            raise
+
+    def _guesses(self, tokens: Sequence[int], most: int) -> list[int]:
+        n_read = next(
             (place for place, (old, new) in enumerate(zip(self._tokens, tokens, strict=False)) if old != new),
             min(len(self._tokens), len(tokens)),
         )
-        known = min(known, len(tokens) - 1)  # the last token is read again: its logits are wanted
+        n_read = min(n_read, len(tokens) - 1)  # the last token is read again: its logits are wanted
         for layer in self._layers:
-            layer.trim(len(self._tokens) - known)
-        for start in range(known, len(tokens) - 1, PREFILL):
-            self._read(tokens[start : min(start + PREFILL, len(tokens) - 1)])
+            layer.trim(len(self._tokens) - n_read)
+        for start in range(n_read, len(tokens) - 1, TOKENS_OF_A_PASS):
+            self._read(tokens[start : min(start + TOKENS_OF_A_PASS, len(tokens) - 1)])
         guesses = [self._next(tokens[-1])]
         while len(guesses) < most:
             guesses.append(self._next(guesses[-1]))
@@ -123,7 +137,7 @@ class DraftModel:
         mx.eval([layer.state for layer in self._layers])
 
     def _next(self, token: int) -> int:
-        return int(np.array(mx.argmax(self._logits([token])[0, -1])))
+        return int(np.array(mx.argmax(self._logits([token])[0, -1, : self._n_known])))
 
     def _logits(self, tokens: Sequence[int]) -> mx.array:
         net: Any = self._net
@@ -238,6 +252,7 @@ class Speculation:
         self._ahead: _Ahead | None = None
         self._most = FIRST_GUESSES
         self.paces: dict[str | None, Pace] = {}
+        """By the digest of the weights that answer, or by the name of the adapter if there is no digest."""
         self.reason: str | None = None
         """Why the last request had no guesses, if its cache is the reason."""
 
@@ -249,7 +264,7 @@ class Speculation:
             self.reason = untrimmable(layers)
             if self.reason or not row.request.draft:
                 return forward(rows, tokens, layers)
-            pace = self.paces.setdefault(row.request.adapter, Pace())
+            pace = self.paces.setdefault(row.request.digest or row.request.adapter, Pace())
             if pace.phase in ("measuring", "resting"):
                 return self._plain(forward, pace, rows, tokens, layers)
             return self._guessed(forward, pace, rows, tokens, layers)

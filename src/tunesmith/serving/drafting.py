@@ -7,6 +7,7 @@ from collections.abc import Callable
 from tunesmith import events
 from tunesmith.engine.speculation import DraftModel, PromptLookup, Speculation, require_same_tokens
 from tunesmith.events import Sink
+from tunesmith.model import vocabulary
 from tunesmith.runs import opening
 from tunesmith.serving.served import Models
 
@@ -26,4 +27,5 @@ def speculation_maker(
     opened = opening.find(draft, notify=notify).open(notify)
     for served in models.entries:
         require_same_tokens(served.renderer, opened.renderer)
-    return lambda: Speculation(DraftModel(opened.loaded.net))
+    n_ids = vocabulary.limits(models.loaded.net).ids
+    return lambda: Speculation(DraftModel(opened.loaded.net, n_ids))

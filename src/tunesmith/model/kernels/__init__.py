@@ -154,7 +154,7 @@ def rope(
 
 
 FEW_ROWS = 32
-"""Most rows, of whatever they are, whose product with a weight the compiled kernel computes."""
+"""Largest number of rows that the compiled kernel multiplies with a weight."""
 FEW_ANSWERS = 64
 """The same of a step of generation, (B, 1, in): the kernel is faster than a BLAS up to here. Other products
 keep the lower bound, so that runs that began with it keep their last digits."""
