@@ -21,9 +21,9 @@ from tunesmith.engine.sampling import Draws, Edits, Scores, choose
 class EngineRow:
     """One request under way. ``tokens``: its prompt and what was generated; ``read``: how many
     of them the cache holds; during a pass it already holds the next one too. ``most``: how many may be
-    generated. ``made`` were given out, ``drawn`` were chosen by a pass. ``cached``: how many tokens of the prompt came
-    from the prefix cache. ``read_first``: the prompt but for its last token, which is read by the pass that
-    chooses the first token. ``reader``: the row whose prefix this one waits for."""
+    generated. ``made`` were given out, ``drawn`` were chosen by a pass. ``cached``: how many tokens of the
+    prompt came from the prefix cache. ``read_first``: the prompt but for its last token, which is read by the
+    pass that chooses the first token. ``reader``: the row whose prefix this one waits for."""
 
     number: int
     request: Request
