@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ from tunesmith.data import formats
 from tunesmith.data.formats import DataSpec
 from tunesmith.evaluation.subject import Subject
 from tunesmith.runs import records
+from tunesmith.serving import answering as answering_module
 from tunesmith.serving.ab import Routes, parse_route
 from tunesmith.serving.guardrails import Guard
 from tunesmith.serving.pieces import AnswerEnded, CallArguments, CallBegun, Logprobs, Reasoned, Words
@@ -252,3 +254,47 @@ def test_an_answer_of_an_ab_test_does_not_tell_who_gave_it(server):
     assert all(made["system_fingerprint"] is None for made in shown)
     assert {service.answers.get(made["id"]).model for made in shown} == {"writer", "caller"}
     assert not any(word in answer.text for answer in answers for word in ("writer", "caller"))
+
+
+def test_a_long_prompt_is_refused_unread(server, monkeypatch):
+    """Encoding it took seconds, in which every stream stood still."""
+    monkeypatch.setattr(answering_module, "prompt_ids", lambda *_: pytest.fail("it was read"))
+    most = answering_module._most_tokens(server.service)
+    long = [{"role": "user", "content": "x" * (most * answering_module.CHARACTERS_PER_TOKEN + 1)}]
+    with server.client() as client:
+        response = client.post(PATH, json={"model": "writer", "messages": long})
+        embedded = client.post("/v1/embeddings", json={"model": "writer", "input": long[0]["content"]})
+    for refused in (response, embedded):
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_the_server_goes_on_while_a_prompt_is_read(server, monkeypatch):
+    read, threads = answering_module.prompt_ids, []
+
+    def noted(*arguments):
+        threads.append(threading.current_thread())
+        return read(*arguments)
+
+    monkeypatch.setattr(answering_module, "prompt_ids", noted)
+    with server.client() as client, answering(server, "x"):
+        for size in (10, answering_module.SHORT + 1):
+            turns = [{"role": "user", "content": "x" * size}]
+            client.post(PATH, json={"model": "writer", "messages": turns})
+    assert [thread is server._thread for thread in threads] == [True, False]
+
+
+@pytest.mark.parametrize("count", [300, 1001])
+def test_a_schema_of_too_many_properties_is_refused(speaker, count):
+    """The time to compile it grows with the square."""
+    schema = {"type": "object", "properties": {f"p{number}": {"type": "null"} for number in range(count)}}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema, "strict": True}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    with speaker.client() as client, answering(speaker, "{}"):
+        asked = [
+            client.post(PATH, json={"messages": HI, "response_format": form}),
+            client.post(PATH, json={"messages": HI, "tools": [tool], "tool_choice": "required"}),
+        ]
+    for response in asked:
+        refused = response.status_code == 400 and "1,000 are possible" in response.text
+        assert refused == (count > 1000), response.text

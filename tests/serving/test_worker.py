@@ -229,6 +229,7 @@ def test_a_request_that_runs_out_of_memory_alone_ends_with_an_error(start_server
         server.call(answer(server.service, "base", [5, 6]))
     monkeypatch.setattr(Engine, "advance", step)
     assert server.call(answer(server.service, "base", [5, 6], max_tokens=3))
+    assert server.service.worker.batch_size == settings.batch_size, "it says nothing about others"
 
 
 def test_what_is_being_loaded_is_reserved(server):

@@ -25,7 +25,7 @@ import numpy as np
 from tunesmith.checks import parsers
 from tunesmith.data.formats import JSON, Call, Conversation, Message
 from tunesmith.engine.requests import TokenConstraint
-from tunesmith.engine.schema_support import require_enforceable
+from tunesmith.engine.schema_support import require_enforceable, require_small
 from tunesmith.errors import ModelError, TemplateError
 from tunesmith.tokens.template import Renderer
 
@@ -91,8 +91,9 @@ class Grammars:
         return self.json_schema({"type": "object"})
 
     def json_schema(self, schema: JSON) -> TokenConstraint:
-        """An answer that is JSON of ``schema``. Raises ModelError if the schema is invalid, cannot be
-        satisfied, or has a keyword that cannot be enforced."""
+        """An answer that is JSON of ``schema``. Raises ModelError if the schema is invalid, too large, cannot
+        be satisfied, or has a keyword that cannot be enforced."""
+        require_small([schema])
         require_enforceable(schema)
         return self._answer(f"%json {_notation(schema)}")
 
@@ -124,6 +125,7 @@ class Grammars:
             if not TOOL_NAMES.fullmatch(str(function["name"])):
                 hint = "letters, digits, _, - and . are allowed"
                 raise ModelError(f"{function['name']!r} cannot be the name of a tool", hint=hint)
+        require_small([function.get("parameters") or {} for function in functions])
         rules = [f"id: {CALL_ID_PATTERN}"]
         for number, function in enumerate(functions):
             rules.append(f"arguments{number}: %json {_notation(_arguments_schema(function))}")
@@ -167,7 +169,11 @@ class Grammars:
             if messages:
                 kind = "cannot be enforced" if is_error else "would be enforced in part"
                 raise ModelError(f"this constraint {kind}: {messages[0]}", hint="leave out what is named")
-            self._compiled[grammar] = llguidance.LLMatcher(self._tokenizer, source, log_level=0)
+            matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0)
+            if matcher.is_error():
+                hint = "ask for less at once"
+                raise ModelError(f"this constraint cannot be enforced: {matcher.get_error()}", hint=hint)
+            self._compiled[grammar] = matcher
         self._compiled.move_to_end(grammar)
         if len(self._compiled) > MOST_GRAMMARS:
             self._compiled.popitem(last=False)

@@ -6,8 +6,9 @@ digits is rounded when it is read, so that 4.9999999999999999 is 5."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 from tunesmith.checks import schemas
@@ -20,8 +21,25 @@ ALONE = ("items", "additionalItems", "additionalProperties", "not", "if", "then"
 NEGATED = re.compile(r"\\[WDB]|\[\^[^\]]*\\[wd]")
 """Characters that are not letters or digits: of ASCII in a JSON Schema, of Unicode in `checks.schemas`."""
 
+MOST_PARTS = 1000
+"""Schemas within the schemas of one constraint: the time to compile them grows with their square."""
+MOST_CHARACTERS = 200_000
+"""Of the schemas of one constraint, as JSON."""
 MOST_DECIMALS = 14
 """Of bounds: with more, llguidance 1.9.1 lets numbers through that are not inside."""
+
+
+def require_small(schemas: Sequence[JSON]) -> None:
+    """Raises ModelError if compiling ``schemas`` into one constraint would take long."""
+    hint = "ask for less at once"
+    n_characters = sum(len(json.dumps(schema)) for schema in schemas)
+    if n_characters > MOST_CHARACTERS:
+        message = f"the schemas have {n_characters:,} characters; at most {MOST_CHARACTERS:,} are possible"
+        raise ModelError(message, hint=hint)
+    n_parts = sum(1 for schema in schemas for _ in _parts(schema))
+    if n_parts > MOST_PARTS:
+        message = f"the schemas have {n_parts:,} properties and parts; at most {MOST_PARTS:,} are possible"
+        raise ModelError(message, hint=hint)
 
 
 def require_enforceable(schema: JSON, where: str = "schema") -> None:

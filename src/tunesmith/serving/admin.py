@@ -79,7 +79,7 @@ async def _load(service: Service, target: NamedRun, checkpoint: str) -> Served:
         if tests := {*service.ab.names} & {*served.names}:
             hint = "give the adapter another name: NAME=RUN"
             raise ConfigError(f"{min(tests)} is the name of an A/B test", where=target.path, hint=hint)
-        models.add(served, adapter, worker.in_use)
+        models.add(served, adapter, service.in_use)
         return served
 
     with worker.reserve(_bytes(source)):
@@ -90,7 +90,7 @@ async def _drop(service: Service, name: str) -> Served:
     served = service.models.resolve(name)
     if (needed_by := service.needed(name)) is not None:
         raise ConfigError(f"{needed_by} needs {name}", hint="load another adapter under its name instead")
-    await service.worker.run(lambda: service.models.drop(name, service.worker.in_use))
+    await service.worker.run(lambda: service.models.drop(name, service.in_use))
     return served
 
 
@@ -103,13 +103,13 @@ async def _forget(service: Service, alone: asyncio.Lock) -> None:
             unnamed = set(models.contents) - named
             if not unnamed:
                 return
-            if not unnamed & worker.in_use:
+            if not unnamed & service.in_use:
                 await worker.run(functools.partial(_free, service, unnamed))
         await asyncio.sleep(LOOK_S)
 
 
 def _free(service: Service, unnamed: set[str]) -> None:
-    service.models.forget_unused(service.worker.in_use)
+    service.models.forget_unused(service.in_use)
     for digest in unnamed:
         service.worker.forget(digest)
 

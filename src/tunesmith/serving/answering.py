@@ -5,16 +5,17 @@ the engine, the tokens put together, and the guardrails. If the model that was a
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, TypeVarTuple, cast
 
 from tunesmith.checks.schemas import checked
 from tunesmith.data.asking import question as asked_for
 from tunesmith.data.formats import Conversation
-from tunesmith.engine.grammars import GrammarConstraint
+from tunesmith.engine.grammars import GrammarConstraint, Grammars
 from tunesmith.engine.requests import Request, TokenConstraint
 from tunesmith.errors import ModelError, ServeError, TemplateError
 from tunesmith.model import vocabulary
@@ -28,6 +29,12 @@ from tunesmith.serving.service import Service
 from tunesmith.serving.votes import RememberedAnswer, message_of
 from tunesmith.tokens.template import Refused, Renderer
 
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
+CHARACTERS_PER_TOKEN = 16
+"""Of a prompt of the greatest length: no text has more on average, so a longer one is refused unread."""
+SHORT = 8192
+"""Characters that are screened, rendered and encoded on the event loop, in milliseconds."""
 OPENING_TOKENS = 16
 """Of the end of a prompt, in which a mark that opens reasoning stands."""
 
@@ -86,7 +93,8 @@ async def ask(service: Service, question: Question) -> AskedOnce:
     be."""
     _require_limits(service, question)
     served, test = service.answerer(question)
-    question, _ = service.guard.screen_question(question)
+    size = prompt_size(question.prompt)
+    question, _ = await off_loop(size, service.guard.screen_question, question)
     seed = secrets.randbits(31) if question.seed is None else question.seed % 2**64
     prepared = await prepare(service, question, served, seed)
     record = access.current()
@@ -97,6 +105,7 @@ async def ask(service: Service, question: Question) -> AskedOnce:
 
 def _require_limits(service: Service, question: Question) -> None:
     limits, prompt = service.limits, question.prompt
+    require_readable(service, prompt_size(prompt), "messages")
     counts = [
         ("n", question.n, limits.choices),
         ("max_tokens", question.max_tokens or 1, limits.answer_tokens),
@@ -111,9 +120,9 @@ def _require_limits(service: Service, question: Question) -> None:
 async def prepare(service: Service, question: Question, served: Served, seed: int) -> PreparedQuestion:
     """The request to the engine, and how its answer is read. Raises Rejection if the template cannot express
     the prompt, or what is asked of the answer cannot be enforced."""
+    size = prompt_size(question.prompt)
     try:
-        renderer = _renderer(question, served)
-        ids = prompt_ids(renderer, question.prompt, served)
+        renderer, ids = await off_loop(size, _rendered, question, served)
     except TemplateError as error:
         raise Rejection(400, str(error), "messages", "template") from error
     is_chat = isinstance(question.prompt, Conversation)
@@ -138,7 +147,12 @@ async def prepare(service: Service, question: Question, served: Served, seed: in
         logprobs=question.logprobs,
     )
     reading = AnswerReading(
-        question.stop, question.calls_tools, question.one_call, _strict_schemas(question), thinks, is_chat
+        question.stop,
+        question.calls_tools,
+        question.one_call,
+        await off_loop(size, _strict_schemas, question),
+        thinks,
+        is_chat,
     )
     constraints = await _constraints(service, question, renderer)
     return PreparedQuestion(served, renderer, request, reading, constraints)
@@ -166,10 +180,27 @@ def prompt_ids(renderer: Renderer, prompt: Prompted, served: Served) -> list[int
     return renderer.text_prompt(text)
 
 
-def _renderer(question: Question, served: Served) -> Renderer:
-    """That of the run, with reasoning as the client asks for it."""
+def _rendered(question: Question, served: Served) -> tuple[Renderer, list[int]]:
+    """(the renderer of the run, with reasoning as the client asks for it; ids of the prompt)."""
     thinking = question.thinking
-    return served.renderer if thinking is None else served.renderer.with_thinking(thinking)
+    renderer = served.renderer if thinking is None else served.renderer.with_thinking(thinking)
+    return renderer, prompt_ids(renderer, question.prompt, served)
+
+
+async def off_loop(size: int, function: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
+    """``function(*arguments)``, in a thread if it reads so many characters that streams would stand still."""
+    return function(*arguments) if size <= SHORT else await asyncio.to_thread(function, *arguments)
+
+
+def prompt_size(prompt: Prompted) -> int:
+    """Characters that are read for ``prompt``, or the number of its ids."""
+    if not isinstance(prompt, Conversation):
+        return len(prompt)
+    size = sum(len(json.dumps(tool, ensure_ascii=False)) for tool in prompt.tools)
+    for message in prompt.messages:
+        size += len(message.content)
+        size += sum(len(json.dumps(call.arguments, ensure_ascii=False)) for call in message.calls)
+    return size
 
 
 def constrained(question: Question) -> bool:
@@ -182,9 +213,22 @@ def opens_reasoning(renderer: Renderer, ids: Sequence[int]) -> bool:
     return renderer.decode(ids[-OPENING_TOKENS:]).rstrip().endswith(OPENED)
 
 
-def _require_short(service: Service, ids: Sequence[int]) -> None:
+def _most_tokens(service: Service) -> int:
+    """Of a prompt."""
     positions = vocabulary.limits(service.models.loaded.net).positions
-    most = min(service.limits.prompt_tokens, positions or service.limits.prompt_tokens)
+    return min(service.limits.prompt_tokens, positions or service.limits.prompt_tokens)
+
+
+def require_readable(service: Service, size: int, param: str) -> None:
+    """Raises Rejection if a prompt of ``size`` characters is too long, whatever they are."""
+    most = CHARACTERS_PER_TOKEN * _most_tokens(service)
+    if size > most:
+        message = f"the prompt has {size:,} characters, and at most {most:,} are read"
+        raise Rejection(400, message, param, "context_length_exceeded")
+
+
+def _require_short(service: Service, ids: Sequence[int]) -> None:
+    most = _most_tokens(service)
     if len(ids) > most:
         message = f"the prompt has {len(ids):,} tokens, and at most {most:,} are possible"
         raise Rejection(400, message, "messages", "context_length_exceeded")
@@ -212,18 +256,17 @@ async def _constraints(service: Service, question: Question, renderer: Renderer)
     if form is not None and question.calls_tools:
         message = "JSON and tools at once cannot be enforced: leave out one of them, or set tool_choice: none"
         raise Rejection(400, message, form.param, "unsupported_value")
-    lexicon = service.lexicons.of(renderer)
 
-    def make() -> TokenConstraint:
-        grammars = lexicon.grammars
+    def make(grammars: Grammars) -> TokenConstraint:
         if form is None:
             named = cast("Sequence[Mapping[str, Any]]", tools)
             return grammars.calls(named, one_named=question.named_tool, parallel=not question.one_call)
         return grammars.json_object() if form.schema is None else grammars.json_schema(form.schema)
 
     try:
-        async with lexicon.alone:  # a large vocabulary takes seconds, in which streams go on
-            return await asyncio.to_thread(lambda: [make() for _ in range(question.n)])
+        return await service.lexicons.of(renderer).compiled(
+            lambda grammars: [make(grammars) for _ in range(question.n)], service.limits.first_token_s
+        )
     except ModelError as error:
         param = "tools" if form is None else form.param
         raise Rejection(400, str(error), param, "unsupported_schema") from error
@@ -259,7 +302,7 @@ async def _delivered(
     service: Service, asked: AskedOnce, index: int, delivery: Delivery
 ) -> AsyncGenerator[Piece]:
     """The pieces of an answer by the first model that can give it."""
-    others = [service.models.resolve(name) for name in service.fallback]
+    others = [service.hold(service.models.resolve(name)) for name in service.fallback]
     candidates = [asked.served, *(served for served in others if served is not asked.served)]
     for served in candidates:
         is_last, failure = served is candidates[-1], None

@@ -23,8 +23,7 @@ from tunesmith.serving.rejections import Rejection, rejection_of
 from tunesmith.serving.service import Service
 
 OPEN_PATHS = ("/", "/health")
-"""Paths for which no key is needed; also everything below `OPEN_FOLDER`."""
-OPEN_FOLDER = "/playground/"
+"""Paths for which no key is needed. They take no body: anyone could fill the memory with it."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ADMIN = "/admin/"
 
@@ -47,9 +46,10 @@ class Entrance:
         exchange = _Exchange(record, self._service.limits.stall_s, send, self._service.log.contents)
         try:
             self._admit(headers, record)
-            body = await self._body(headers, receive)
-            exchange.asked(body)
-            await self._while_connected(scope, body, receive, exchange)
+            with self._service.exchange(record):
+                body = await self._body(headers, receive, record.path)
+                exchange.asked(body)
+                await self._while_connected(scope, body, receive, exchange)
         except Rejection as rejection:
             record.error = rejection.code or rejection.kind
             if not exchange.begun:
@@ -76,11 +76,10 @@ class Entrance:
         if service.loopback:
             _require_local(headers)
         if origin := headers.get("origin"):
-            own = headers.get("host", "")
-            if urlsplit(origin).netloc != own:
+            if _netloc(origin) != headers.get("host", ""):
                 message = f"pages of {origin[:200]} may not ask this server"
                 raise Rejection(403, message, code="foreign_origin")
-        if record.path in OPEN_PATHS or record.path.startswith(OPEN_FOLDER):
+        if record.path in OPEN_PATHS:
             return
         key = service.doorkeeper.require(headers)
         if key is not None:
@@ -93,11 +92,13 @@ class Entrance:
             headers_ = {"Retry-After": "5", "Connection": "close"}
             raise Rejection(503, "the server is ending", code="draining", headers=headers_)
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+    async def _body(self, headers: Headers, receive: Receive, path: str) -> bytes:
         """All of the body. Raises Rejection if it is too large, or does not arrive in time."""
         limits = self._service.limits
-        most = int(limits.body_mb * 1e6)
-        too_large = Rejection(413, f"the body has more than {limits.body_mb:g} MB", code="body_too_large")
+        most, message = int(limits.body_mb * 1e6), f"the body has more than {limits.body_mb:g} MB"
+        if path in OPEN_PATHS:
+            most, message = 0, f"{path} takes no body"
+        too_large = Rejection(413, message, code="body_too_large")
         announced = headers.get("content-length", "0")
         if announced.isascii() and announced.isdigit() and int(announced) > most:
             raise too_large
@@ -198,9 +199,21 @@ async def _gone(receive: Receive) -> None:
 
 def _require_local(headers: Headers) -> None:
     """Raises Rejection for a request that a page of another site made under a name that it had led here."""
-    host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    named = headers.get("host", "")
+    try:
+        host = urlsplit(f"//{named}").hostname or ""
+    except ValueError:  # a bracket that is not closed
+        host = named
     if host not in LOOPBACK:
         raise Rejection(403, f"this server does not answer for the host {host[:200]!r}", code="foreign_host")
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of ``origin``, or None if it is not a URL."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def endpoint(scope: Scope) -> str:

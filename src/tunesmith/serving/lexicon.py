@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import cached_property
+from typing import TypeVar
 
 from tunesmith.engine.grammars import Grammars
 from tunesmith.errors import ModelError
+from tunesmith.serving.rejections import TimedOut
 from tunesmith.tokens.template import Renderer
+
+T = TypeVar("T")
 
 
 class Lexicon:
-    """Of ``renderer``. ``alone``: held by the only task that uses ``grammars``, in a thread of its own."""
+    """Of ``renderer``."""
 
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
-        self.alone = asyncio.Lock()
+        self._alone = asyncio.Lock()
+        """Held while a thread uses the grammars, even if nobody waits for it any more."""
 
     @cached_property
-    def grammars(self) -> Grammars:
-        """Raises ModelError if answers cannot be constrained."""
+    def _grammars(self) -> Grammars:
         return Grammars(self._renderer)
+
+    async def compiled(self, compile_with: Callable[[Grammars], T], seconds: float) -> T:
+        """The result of ``compile_with``, called in a thread of its own, one at a time: a large vocabulary
+        takes seconds, in which streams go on. Raises TimedOut if that takes more than ``seconds``, ModelError
+        if answers cannot be constrained, and what ``compile_with`` raises."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._alone.acquire()
+                thread = asyncio.create_task(asyncio.to_thread(lambda: compile_with(self._grammars)))
+                thread.add_done_callback(self._release)
+                return await asyncio.shield(thread)
+        except TimeoutError:
+            message = f"the form of the answer was not compiled within {seconds:g} s"
+            raise TimedOut(message, hint="ask for a smaller schema") from None
+
+    def _release(self, thread: asyncio.Task[T]) -> None:
+        self._alone.release()
+        if not thread.cancelled():
+            thread.exception()  # nobody may wait for it any more
 
     @cached_property
     def _bytes(self) -> list[bytes]:

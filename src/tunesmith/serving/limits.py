@@ -11,7 +11,10 @@ class ServerLimits(Spec):
     """What the server allows; each is a key of ``--limit KEY=VALUE``."""
 
     body_mb: float = Field(default=16.0, gt=0, description="largest body of a request, in MB")
-    body_s: float = Field(default=30.0, gt=0, description="longest time in which a body arrives")
+    body_s: float = Field(
+        default=30.0, gt=0, description="longest time for the head of a request, and then for its body"
+    )
+    connections: int = Field(default=1000, ge=1, description="most open connections; further ones are closed")
     stall_s: float = Field(
         default=60.0, gt=0, description="longest time that a client may not read its answer; then it is gone"
     )

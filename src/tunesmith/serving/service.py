@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -50,13 +51,16 @@ class Service:
     answers: RememberedAnswers = field(default_factory=RememberedAnswers)
     votes_file: Path = field(kw_only=True)
     lexicons: Lexicons = field(default_factory=Lexicons)
+    exchanges: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """HTTP requests that were admitted and have not ended, by their ids: adapters, by their names in the
+    engine, that they may ask."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set, repr=False)
 
     def answerer(self, question: Question) -> tuple[Served, str | None]:
         """The model that answers, and the A/B test that chose it or None. Raises as `served` does."""
         name, test = self.ab.resolve(question)
         if test is not None and self.allows_names((test,)):
-            return self.models.resolve(name), test
+            return self.hold(self.models.resolve(name)), test
         return self.served(name or None), test
 
     def served(self, name: str | None) -> Served:
@@ -66,7 +70,29 @@ class Service:
         if not self.allows_names(served.names):
             message = f"the key {access.current().key} may not ask {served.name}"
             raise Rejection(403, message, "model", "model_not_allowed")
+        return self.hold(served)
+
+    @contextmanager
+    def exchange(self, record: AccessRecord) -> Iterator[None]:
+        """Inside, the HTTP request of ``record`` is under way."""
+        self.exchanges[record.id] = ()
+        try:
+            yield
+        finally:
+            del self.exchanges[record.id]
+
+    def hold(self, served: Served) -> Served:
+        """Keep the adapter of ``served`` until the running HTTP request has ended, though it be dropped."""
+        request_id = access.current().id
+        if served.adapter is not None and request_id in self.exchanges:
+            self.exchanges[request_id] += (served.adapter,)
         return served
+
+    @property
+    def in_use(self) -> set[str]:
+        """Adapters, by their names in the engine, that HTTP requests or the engine need."""
+        held = {adapter for adapters in [*self.exchanges.values()] for adapter in adapters}
+        return held | self.worker.in_use
 
     def allows_names(self, names: Iterable[str]) -> bool:
         """Whether the key of this request may ask what has ``names``."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from tunesmith.events import Notice, Sink
 from tunesmith.serving import app, served, votes
 from tunesmith.serving.ab import EXAMPLE, Routes, SplitRoute
 from tunesmith.serving.access import AccessLog
+from tunesmith.serving.connections import connection_class
 from tunesmith.serving.drafting import PROMPT, speculation_maker
 from tunesmith.serving.guardrails import Guard, Guardrail
 from tunesmith.serving.keys import Doorkeeper, Key
@@ -31,6 +34,8 @@ from tunesmith.serving.service import Service
 from tunesmith.serving.worker import Worker
 
 VOTES = "votes.jsonl"
+SHUTDOWN_S = 2
+"""Shortest time in which clients can read the rest of their answers, after `ServerLimits.drain_s`."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,24 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        message = f"cannot listen: {error.strerror or error}"
-        raise ServeError(message, where=f"{host}:{port}", hint="choose another --host or --port") from error
+        raise _cannot_listen(f"{host}:{port}", error) from error
     return listener
+
+
+async def admit_clients(listener: socket.socket, service: Service) -> None:
+    """Let clients connect; their requests wait until the server takes them. Raises ServeError, and stops the
+    engine, if another server that was started at the same time has the port."""
+    try:
+        listener.listen()
+    except OSError as error:
+        await service.worker.stop()
+        host, port = listener.getsockname()[:2]
+        raise _cannot_listen(f"{host}:{port}", error) from error
+
+
+def _cannot_listen(where: str, error: OSError) -> ServeError:
+    message = f"cannot listen: {error.strerror or error}"
+    return ServeError(message, where=where, hint="choose another --host or --port")
 
 
 class HttpServer(uvicorn.Server):
@@ -180,7 +200,9 @@ class HttpServer(uvicorn.Server):
             log_level="critical",
             server_header=False,
             ws="none",
-            timeout_graceful_shutdown=2,
+            http=connection_class(service.limits),
+            proxy_headers=False,  # any program on this machine could name another client
+            timeout_graceful_shutdown=SHUTDOWN_S,
         )
         super().__init__(config)
         self._service = service
@@ -206,5 +228,11 @@ class HttpServer(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        await self._service.worker.drain(self._service.limits.drain_s)
+        service = self._service
+        service.worker.draining = True
+        end = time.monotonic() + service.limits.drain_s
+        while (service.exchanges or service.worker.busy) and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        # In what is left, clients can read what was sent to them.
+        self.config.timeout_graceful_shutdown = max(SHUTDOWN_S, math.ceil(end - time.monotonic()))
         self.should_exit = True

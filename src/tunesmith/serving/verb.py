@@ -114,7 +114,7 @@ async def _answering(
 ) -> None:
     """Until a signal."""
     service = await starting.start(settings, notify)
-    listener.listen()  # who reads the announcement may connect at once
+    await starting.admit_clients(listener, service)  # who reads the announcement may connect at once
     announce(greeting(service, host, listener.getsockname()[1]))
     await HttpServer(service).listen(listener)
 
@@ -124,7 +124,7 @@ async def _measured(
 ) -> LoadReport:
     """Of ``rate`` requests a second, to each of the models in turn."""
     service = await starting.start(settings, notify)
-    listener.listen()
+    await starting.admit_clients(listener, service)
     http = HttpServer(service)
     listening = asyncio.create_task(http.listen(listener))
     entries = service.models.entries

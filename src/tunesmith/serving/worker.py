@@ -58,7 +58,8 @@ class _Life:
     ``given_up``: another life has taken its place, and it must not touch the model again."""
 
     rows: dict[int, TokenStream] = field(default_factory=dict)
-    cancelled: list[TokenStream] = field(default_factory=list)
+    cancelled: deque[TokenStream] = field(default_factory=deque)
+    """Added to in any thread, taken from in its own."""
     submitting: TokenStream | None = None
     job: _Job | None = None
     beat: float | None = None
@@ -99,6 +100,7 @@ class Worker:
         """Starts after the first, by reason: died or hung."""
         self.out_of_memory = 0
         self.draining = False
+        """Whether clients are told that the server is ending."""
         self._make_engine: MakeEngine | None = None
         self._engine: Engine | None = None
         self._prefixes: Prefixes | None = None
@@ -125,9 +127,10 @@ class Worker:
 
     def ask(self, request: Request, observer: Observer | None = None) -> Answering:
         """Put ``request`` into the queue. Raises Overloaded if it is full, TooLarge if the request would not
-        fit even alone, ModelError if it is not valid, Draining or EngineDied if there is no engine for it."""
-        if self.draining:
-            raise Draining("the server is ending and takes no new requests")
+        fit even alone, ModelError if it is not valid, Draining or EngineDied if there is no engine for it.
+        What was admitted before the server drains is still taken then."""
+        if self._stopping:
+            raise Draining("the server has ended")
         engine = self._engine
         if engine is None or not self.healthy:
             raise EngineDied("the engine is being started", hint="ask again in a few seconds")
@@ -204,6 +207,12 @@ class Worker:
         return 0 if self._life is None else len(self._life.rows)
 
     @property
+    def busy(self) -> bool:
+        """Whether there are requests or jobs, under way or waiting."""
+        job = None if self._life is None else self._life.job
+        return bool(self._waiting or self.n_rows or self._jobs or job)
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that the requests under way may need."""
         rows = [] if self._life is None else list(self._life.rows.values())
@@ -229,13 +238,6 @@ class Worker:
                 f"were read {self.reserved / 1e9:.2f} GB, and the server may use {self.memory / 1e9:.2f} GB"
             )
             raise ServeError(message, where="--memory", hint="a smaller model, or fewer adapters")
-
-    async def drain(self, seconds: float) -> None:
-        """Take no new requests, and wait so long for those that were taken."""
-        self.draining = True
-        end = time.monotonic() + seconds
-        while (self._waiting or self.n_rows) and time.monotonic() < end:
-            await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
         """End the thread; what is not finished ends with Draining."""
@@ -434,7 +436,7 @@ class Worker:
     def _forget_cancelled(self, life: _Life, engine: Engine) -> None:
         if not life.cancelled:
             return
-        cancelled, life.cancelled = life.cancelled, []
+        cancelled = [life.cancelled.popleft() for _ in range(len(life.cancelled))]
         numbers = [number for number, stream in life.rows.items() if stream in cancelled]
         if numbers:
             engine.cancel(numbers)
@@ -494,7 +496,8 @@ class Worker:
 
     def _shrink(self, life: _Life, engine: Engine, error: Exception) -> None:
         """Halve the batch after ``error``, and ask again what was under way. A request that ran out of memory
-        alone ends with an error, and so does one whose constraint has seen tokens already."""
+        alone ends with an error, and says nothing about the batch; one whose constraint has seen tokens
+        already ends too."""
         with suppress(Exception):
             engine.__exit__(None, None, None)
         traceback.clear_frames(error.__traceback__)  # they hold arrays of the pass that failed
@@ -502,7 +505,8 @@ class Worker:
         rows = list(life.rows.values())
         self.out_of_memory += 1
         alone = len(rows) == 1
-        self.batch_size = max(1, min(self.batch_size, len(rows)) // 2)
+        if not alone:
+            self.batch_size = max(1, min(self.batch_size, len(rows)) // 2)
         again: list[TokenStream] = []
         for stream in rows:
             if alone or (stream.request.constraint is not None and stream.sent):
@@ -515,6 +519,8 @@ class Worker:
             self._waiting.extendleft(reversed(again))
         life.rows = {}
         text = f"memory ran out: at most {self.batch_size} requests are under way at once from now on"
+        if alone:
+            text = "memory ran out for a request that was alone, which ends"
         notice = Notice(text, level="warning", where="engine", hint=str(error)[:200])
         self._loop.call_soon_threadsafe(self._notify, notice)
 

@@ -108,11 +108,12 @@ class Vocabulary:
         for start, end in pairwise([*places, len(text)]):
             sizes.append(len(ids))
             part = text[start:end]
-            if part not in self._known:
-                if len(self._known) == MOST_PARTS:
+            part_ids = self._known.get(part)  # another thread may clear what is known
+            if part_ids is None:
+                if len(self._known) >= MOST_PARTS:
                     self._known.clear()
-                self._known[part] = self._encoded(part)
-            ids += self._known[part]
+                self._known[part] = part_ids = self._encoded(part)
+            ids += part_ids
         if not places:
             return self._encoded(text)
         older = len(known.places) - bool(known.places)

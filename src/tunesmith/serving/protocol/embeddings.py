@@ -16,7 +16,7 @@ from starlette.routing import Route
 from tunesmith.auditing import embeddings
 from tunesmith.errors import ModelError, TemplateError
 from tunesmith.model import abilities, vocabulary
-from tunesmith.serving import access
+from tunesmith.serving import access, answering
 from tunesmith.serving.protocol.bodies import Body, Count, read
 from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.served import Served
@@ -54,8 +54,8 @@ def routes(service: Service) -> list[Route]:
     async def embed(request: Request) -> Response:
         body = await read(request, EmbeddingBody)
         served = service.served(body.model or None)
-        texts = [service.guard.screen_text(text) for text in body.texts]
-        sequences = _sequences(service, served, texts)
+        size = sum(map(len, body.texts))
+        sequences = await answering.off_loop(size, _sequences, service, served, body.texts)
         vectors = await _vectors(service, served, sequences)
         if body.dimensions not in (None, vectors.shape[1]):
             message = f"dimensions: the model has {vectors.shape[1]}, and they are not cut"
@@ -76,12 +76,15 @@ def routes(service: Service) -> list[Route]:
 
 
 def _sequences(service: Service, served: Served, texts: Sequence[str | tuple[int, ...]]) -> list[list[int]]:
-    """The ids of the texts. Raises Rejection if there are too many of them, or one has none."""
+    """The ids of the texts, as guardrails let them through. Raises Rejection if there are too many of them,
+    or one has none or is too long."""
     if not 0 < len(texts) <= MOST_TEXTS:
         message = f"input: {len(texts)} texts, from 1 to {MOST_TEXTS} are possible"
         raise Rejection(400, message, "input", "limit_exceeded")
-    sequences: list[list[int]] = []
     for place, text in enumerate(texts):
+        answering.require_readable(service, len(text), f"input[{place}]")
+    sequences: list[list[int]] = []
+    for place, text in enumerate([service.guard.screen_text(text) for text in texts]):
         try:
             ids = served.renderer.text_prompt(text) if isinstance(text, str) else list(text)
         except TemplateError as error:
