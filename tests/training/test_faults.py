@@ -29,7 +29,7 @@ def test_a_full_disk_at_a_few_calls(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lives", [pytest.param("6", marks=pytest.mark.real), pytest.param("200", marks=pytest.mark.sweep)]
+    "lives", [pytest.param("2", marks=pytest.mark.real), pytest.param("200", marks=pytest.mark.sweep)]
 )
 @pytest.mark.parametrize("fault", ["kill", "full"])
 def test_lives_of_six_kinds(tmp_path, fault, lives):
