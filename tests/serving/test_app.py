@@ -180,6 +180,7 @@ def test_adapters_come_and_go_while_answers_are_under_way(guarded, served_runs, 
         ({"load": "a", "drop": "b"}, "load"),
         ({"load": "nowhere/at/all"}, "load"),
         ({"drop": "base"}, "drop"),
+        ({"drop": "writer", "checkpoint": "best"}, "checkpoint"),
         ({"unload": "writer"}, "unload"),
     ],
 )

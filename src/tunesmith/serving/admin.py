@@ -27,12 +27,12 @@ LOOK_S = 0.5
 
 class AdapterChange(BaseModel):
     """The body of a request: ``load``: ``[NAME=]RUN``, the adapter to put on the base, or in the place of the
-    one that has its name; or ``drop``: the name of one."""
+    one that has its name (``checkpoint``: best, last or a step); or ``drop``: the name of one."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     load: str | None = None
-    checkpoint: str = "best"
+    checkpoint: str | None = None
     drop: str | None = None
 
 
@@ -51,10 +51,12 @@ def routes(service: Service) -> list[Route]:
             raise Rejection(400, finding["msg"], param, "invalid_value") from None
         if (wanted.load is None) == (wanted.drop is None):
             raise Rejection(400, "give either load or drop", "load", "invalid_value")
+        if wanted.drop is not None and wanted.checkpoint is not None:
+            raise Rejection(400, "checkpoint is for load", "checkpoint", "invalid_value")
         async with alone:
             try:
                 if wanted.load is not None:
-                    served = await _load(service, NamedRun.parse(wanted.load), wanted.checkpoint)
+                    served = await _load(service, NamedRun.parse(wanted.load), wanted.checkpoint or "best")
                 else:
                     served = await _drop(service, str(wanted.drop))
             except (TooLarge, UnknownModel):
@@ -75,7 +77,7 @@ async def _load(service: Service, target: NamedRun, checkpoint: str) -> Served:
     source = await asyncio.to_thread(opening.find, target.path, checkpoint)
 
     def load() -> Served:
-        served, adapter = models.read(target, source, service.notify)
+        served, adapter = models.read(target, source)
         if tests := {*service.ab.names} & {*served.names}:
             hint = "give the adapter another name: NAME=RUN"
             raise ConfigError(f"{min(tests)} is the name of an A/B test", where=target.path, hint=hint)

@@ -95,10 +95,10 @@ class Entrance:
     async def _body(self, headers: Headers, receive: Receive, path: str) -> bytes:
         """All of the body. Raises Rejection if it is too large, or does not arrive in time."""
         limits = self._service.limits
-        most, message = int(limits.body_mb * 1e6), f"the body has more than {limits.body_mb:g} MB"
+        most, text = int(limits.body_mb * 1e6), f"the body has more than {limits.body_mb:g} MB"
         if path in OPEN_PATHS:
-            most, message = 0, f"{path} takes no body"
-        too_large = Rejection(413, message, code="body_too_large")
+            most, text = 0, f"{path} takes no body"
+        too_large = Rejection(413, text, code="body_too_large")
         announced = headers.get("content-length", "0")
         if announced.isascii() and announced.isdigit() and int(announced) > most:
             raise too_large
@@ -116,8 +116,8 @@ class Entrance:
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            message = f"the body did not arrive within {limits.body_s:g} s"
-            raise Rejection(408, message, code="body_too_slow") from None
+            text = f"the body did not arrive within {limits.body_s:g} s"
+            raise Rejection(408, text, code="body_too_slow") from None
 
     async def _while_connected(
         self, scope: Scope, body: bytes, receive: Receive, exchange: _Exchange
@@ -224,7 +224,7 @@ def endpoint(scope: Scope) -> str:
 
 
 def failure(error: Exception) -> Rejection:
-    """What the client is told of ``error``, noted in the access log."""
+    """The answer to a request that ended with ``error``; its code goes into the access log."""
     rejection = rejection_of(error)
     access.current().error = rejection.code or rejection.kind
     return rejection

@@ -100,7 +100,7 @@ class UnknownModel(ServeError):
 
 
 def rejection_of(error: Exception) -> Rejection:
-    """What the client is told of ``error``. Nothing is disclosed of an error that nobody expected."""
+    """The answer to a request that ended with ``error``. It gives no details of an unexpected error."""
     if isinstance(error, Rejection):
         return error
     if isinstance(error, Overloaded):

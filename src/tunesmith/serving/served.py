@@ -99,7 +99,7 @@ class Models:
         names = ", ".join(served.name for served in self.entries)
         raise UnknownModel(f"there is no model {name!r}", hint=f"served are: {names}")
 
-    def read(self, target: NamedRun, source: Source, notify: Sink) -> tuple[Served, Adapter]:
+    def read(self, target: NamedRun, source: Source) -> tuple[Served, Adapter]:
         """The adapter of a run, and how it is served. Raises ConfigError if it was trained on another base,
         or the rows of a batch cannot have it beside others; ModelError or DataError if it cannot be read."""
         run, folder = source.run, source.checkpoint
@@ -199,7 +199,7 @@ def open_models(
     opened = first.open(notify)
     notify_if_separate(opened.loaded.net, notify)
     models = Models(opened.loaded, first.model, None, None)
-    read = [models.read(*pair, notify) for pair in zip(targets, sources, strict=True)]
+    read = [models.read(*pair) for pair in zip(targets, sources, strict=True)]
     for target, (served, adapter) in zip(targets, read, strict=True):
         if reason := _whole(opened.loaded.net, adapter):
             if len(targets) > 1:
