@@ -134,6 +134,7 @@ def taken_port() -> Iterator[int]:
         (("RUN", "--log", "nowhere/log"), 9, "nowhere/log"),
         (("RUN", "--kv-bits", "5"), 5, "5"),
         (("RUN", "--memory", "0.0001"), 9, "no memory is left"),
+        (("RUN", "--prefix-folder", "kept", "--prefix-memory", "0"), 2, "none is for them"),
     ],
 )
 def test_what_cannot_be_served_is_said_without_a_traceback(run, words, status, what, request):

@@ -13,6 +13,7 @@ from tunesmith.adapters import attached
 from tunesmith.engine import generation
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.requests import Request
+from tunesmith.errors import ServeError
 from tunesmith.model import loading
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs import checkpoints
@@ -324,3 +325,33 @@ def test_a_job_that_hangs_or_fails_is_told_and_the_engine_goes_on(start_server, 
         server.call(run(lambda: time.sleep(6)))
     wait_until(lambda: worker.restarts["hung"] == 1 and worker.healthy)
     assert server.call(answers(server.service, max_tokens=12)) == alone
+
+
+def test_a_later_server_starts_from_the_prefixes_that_one_kept_in_a_folder(start_server, settings, tmp_path):
+    settings = replace(settings, prefix_folder=tmp_path / "prefixes")
+    prompt = [5 + place % 30 for place in range(80)]
+
+    async def answered(service, name):
+        served = service.served(name)
+        request = Request(prompt, served.renderer.eos_ids, max_tokens=6)
+        return [token async for token in service.ask(served, request)]
+
+    first = start_server(settings)
+    tokens = [first.call(answered(first.service, name)) for name in NAMES]
+    assert [own[0].cached for own in tokens] == [0, 0, 0]
+    first.stop()
+    second = start_server(replace(settings, targets=settings.targets[:1]))
+    for name, own in zip(NAMES[:2], tokens, strict=False):
+        again = second.call(answered(second.service, name))
+        assert again[0].cached == len(prompt) - 1
+        assert [token.token for token in again] == [token.token for token in own]
+    models = second.service.models
+    assert settings.prefix_folder / models.held_as == next(settings.prefix_folder.iterdir())
+    half = replace(models, spec=models.spec.model_copy(update={"dtype": "float16"}))
+    assert half.held_as != models.held_as, "other weights in memory have a folder of their own"
+
+
+def test_a_folder_for_prefixes_that_cannot_be_written_is_refused(start_server, settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ServeError, match="cannot be written"):
+        start_server(replace(settings, prefix_folder=tmp_path / "file" / "prefixes"))

@@ -40,6 +40,9 @@ Memory = Annotated[
 PrefixMemory = Annotated[
     float | None, typer.Option(min=0.0, help="of these, GB for prompts that were read; default: a tenth")
 ]
+PrefixFolder = Annotated[
+    Path | None, typer.Option(help="where prompts that were read are kept, also for later servers")
+]
 KvBits = Annotated[int | None, typer.Option(help="8 or 4: keep keys and values in so many bits")]
 Draft = Annotated[
     str,
@@ -75,6 +78,7 @@ def serve(
     batch_size: BatchSize = 16,
     memory: Memory = None,
     prefix_memory: PrefixMemory = None,
+    prefix_folder: PrefixFolder = None,
     kv_bits: KvBits = None,
     draft: Draft = "prompt",
     limit: Limit = None,
@@ -103,6 +107,7 @@ def serve(
             batch_size=batch_size,
             memory_gb=memory,
             prefix_gb=prefix_memory,
+            prefix_folder=prefix_folder,
             kv_bits=kv_bits,
             draft=draft,
             limits=limit or (),

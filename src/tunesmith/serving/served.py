@@ -89,6 +89,11 @@ class Models:
         """All that is served, the default first."""
         return [*self.by_name.values(), *([self.base] if self.base else [])]
 
+    @property
+    def held_as(self) -> str:
+        """A name of a folder, for how the base is held: the digests of what is served do not cover it."""
+        return "-".join(f"{key}={getattr(self.spec, key)}" for key in HELD_AS)
+
     def resolve(self, name: str | None) -> Served:
         """The model that ``name`` means: its name, a tag, or its run directory; None: the first that is
         served. Raises UnknownModel."""

@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,9 +42,10 @@ SHUTDOWN_S = 2
 @dataclass(frozen=True)
 class ServerSettings:
     """Everything that decides a server. ``memory``: bytes that it may use; None: nine tenths of the
-    machine's. ``prefix_bytes``: of these, for prompts that were read; None: a tenth. ``loopback``: whether
-    only this machine can connect. ``votes_file``: None: `VOTES` in the folder of the first run, or in the
-    current one. ``draft``: as `speculation_maker` takes it."""
+    machine's. ``prefix_bytes``: of these, for prompts that were read; None: a tenth. ``prefix_folder``: where
+    those that leave the memory are kept, also for later servers. ``loopback``: whether only this machine can
+    connect. ``votes_file``: None: `VOTES` in the folder of the first run, or in the current one. ``draft``:
+    as `speculation_maker` takes it."""
 
     targets: Sequence[NamedRun] = ()
     model: str | None = None
@@ -56,6 +58,7 @@ class ServerSettings:
     batch_size: int = 16
     memory: int | None = None
     prefix_bytes: int | None = None
+    prefix_folder: Path | None = None
     kv_bits: int | None = None
     draft: str = PROMPT
     limits: ServerLimits = field(default_factory=ServerLimits)
@@ -66,9 +69,11 @@ class ServerSettings:
 
 async def start(settings: ServerSettings, notify: Sink = events.silent) -> Service:
     """Load what is served and start its engine. Raises what `served.open_models` raises, and
-    ServeError if votes cannot be written to the file that was named."""
+    ServeError if the file for votes or the folder for prefixes cannot be written to."""
     if settings.votes_file is not None:
         votes.require_writable(settings.votes_file)
+    if settings.prefix_folder is not None:
+        _require_folder(settings.prefix_folder)
     worker = Worker(
         settings.limits,
         batch_size=settings.batch_size,
@@ -87,6 +92,7 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
             models.resolve(name)
         tests = _ab_tests(settings.ab, models)
         speculation = await worker.run(lambda: speculation_maker(settings.draft, models, notify))
+        folder = settings.prefix_folder
         await worker.serve(
             lambda batch_size, prefixes: Engine(
                 models.loaded.net,
@@ -95,7 +101,8 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
                 prefixes=prefixes,
                 kv_bits=settings.kv_bits,
                 speculation=speculation(),
-            )
+            ),
+            None if folder is None else folder / models.held_as,
         )
     except BaseException:
         await worker.stop()
@@ -117,6 +124,15 @@ async def start(settings: ServerSettings, notify: Sink = events.silent) -> Servi
         ab=tests,
         votes_file=settings.votes_file or _votes_file(models),
     )
+
+
+def _require_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what it will hold tells what was asked
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        message = f"cannot be written: {error.strerror}"
+        raise ServeError(message, where=str(folder), hint="choose another --prefix-folder") from error
 
 
 def _ab_tests(routes: Sequence[SplitRoute], models: Models) -> Routes:

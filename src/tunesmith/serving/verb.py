@@ -47,6 +47,7 @@ def serve(
     batch_size: int = 16,
     memory_gb: float | None = None,
     prefix_gb: float | None = None,
+    prefix_folder: str | Path | None = None,
     kv_bits: int | None = None,
     draft: str = drafting.PROMPT,
     limits: Sequence[str] = (),
@@ -63,10 +64,12 @@ def serve(
     model: where the base lies, or a plain model. keys: a JSON file; needed if other machines can connect.
     fallback: models that answer if the one that was asked cannot. guardrails: a YAML file. ab: names for
     several models, as ``writer=runs/a:0.5,runs/b:0.5``; their runs are served too. votes: file of the votes;
-    None: ``votes.jsonl`` of the first run. limits: assignments such as ``queue=64``. log: file of the access
-    log; None: stderr. bench: measure instead: requests a second, for ``bench_seconds``. Raises ServeError if
-    the port is taken, and what `served.open_models` raises."""
+    None: ``votes.jsonl`` of the first run. prefix_folder: where prompts that were read are kept for later
+    servers. limits: assignments such as ``queue=64``. log: file of the access log; None: stderr. bench:
+    measure instead: requests a second, for ``bench_seconds``. Raises ServeError if the port is taken, and
+    what `served.open_models` raises."""
     _require_key(host, keys, bench)
+    _require_prefix_memory(prefix_folder, prefix_gb)
     tests = tuple(parse_route(text) for text in ab)
     with contextlib.ExitStack() as inside:
         settings = ServerSettings(
@@ -81,6 +84,7 @@ def serve(
             batch_size=batch_size,
             memory=None if memory_gb is None else int(memory_gb * 1e9),
             prefix_bytes=None if prefix_gb is None else int(prefix_gb * 1e9),
+            prefix_folder=None if prefix_folder is None else Path(prefix_folder),
             kv_bits=kv_bits,
             draft=draft,
             limits=config.load(ServerLimits, sets=limits, example="--limit queue=64").spec,
@@ -103,6 +107,14 @@ def _require_key(host: str, keys: str | Path | None, bench: float | None) -> Non
     if bench is not None and keys is not None:
         hint = "measure without --keys: nobody else can connect meanwhile"
         raise ConfigError("the server has no key to ask itself with", where="--bench", hint=hint)
+
+
+def _require_prefix_memory(folder: str | Path | None, prefix_gb: float | None) -> None:
+    """Raises ConfigError if nothing could come into the folder."""
+    if folder is not None and prefix_gb == 0:
+        hint = "leave out --prefix-memory 0"
+        message = "prompts come there from memory, and none is for them"
+        raise ConfigError(message, where="--prefix-folder", hint=hint)
 
 
 async def _answering(

@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
 import mlx.core as mx
@@ -42,6 +43,8 @@ LONGEST_PAUSE_S = 30.0
 """Longest time before a new start, if the engine dies again and again."""
 QUIET_S = 60.0
 """An engine that lived so long is started anew without a pause."""
+STOP_S, STORE_S = 10.0, 60.0
+"""Longest time that the thread has to end, and to end and store prefixes in a folder."""
 
 
 @dataclass
@@ -104,6 +107,7 @@ class Worker:
         self._make_engine: MakeEngine | None = None
         self._engine: Engine | None = None
         self._prefixes: Prefixes | None = None
+        self._prefix_folder: Path | None = None
         self._waiting: deque[TokenStream] = deque()
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
@@ -224,11 +228,12 @@ class Worker:
         self._begin_life()
         self._supervisor = asyncio.create_task(self._supervise())
 
-    async def serve(self, make_engine: MakeEngine) -> None:
-        """Answer requests with the engine that ``make_engine`` makes, in MLX's thread. Raises what it raises,
-        or ServeError if the weights leave no memory for requests."""
+    async def serve(self, make_engine: MakeEngine, prefix_folder: Path | None = None) -> None:
+        """Answer requests with the engine that ``make_engine`` makes, in MLX's thread. ``prefix_folder``: as
+        `Prefixes` takes it. Raises what ``make_engine`` raises, or ServeError if the weights leave no memory
+        for requests."""
         self._first_start = asyncio.get_running_loop().create_future()
-        self._make_engine = make_engine
+        self._make_engine, self._prefix_folder = make_engine, prefix_folder
         with self._changed:
             self._changed.notify()
         await self._first_start
@@ -250,7 +255,8 @@ class Worker:
         self._fail(Draining("the server has ended"), waiting=True)
         thread = self._life.thread if self._life else None
         if thread is not None:
-            await asyncio.get_running_loop().run_in_executor(None, thread.join, 10.0)
+            seconds = STOP_S if self._prefix_folder is None else STORE_S
+            await asyncio.get_running_loop().run_in_executor(None, thread.join, seconds)
 
     def _begin_life(self) -> None:
         if self._stopping:
@@ -374,14 +380,19 @@ class Worker:
             mx.clear_streams()
 
     def _close(self, life: _Life, engine: Engine | None) -> None:
-        """Leave the engine, unless another life has taken over the model."""
+        """Leave the engine and store its prefixes, unless another life has taken over the model."""
         if engine is not None and not life.given_up:
             with suppress(Exception):
                 engine.__exit__(None, None, None)
+            if self._prefixes is not None:
+                with suppress(Exception):
+                    self._prefixes.close()
 
     def _started(self, life: _Life, make_engine: MakeEngine) -> Engine:
         with self._beating(life, self.limits.load_s):
-            self._prefixes = Prefixes(self.prefix_bytes) if self.prefix_bytes else None
+            self._prefixes = None
+            if self.prefix_bytes:
+                self._prefixes = Prefixes(self.prefix_bytes, self._prefix_folder)
             gc.collect()  # of the engine before
             engine = make_engine(self.batch_size, self._prefixes)
             engine.__enter__()
