@@ -158,7 +158,7 @@ def test_a_token_beyond_the_embedding_is_refused_and_rows_are_added_on_request(
         tunesmith.plan(tunesmith.configure(model=str(small_embedding), data=[str(data)], sets=sets))
     text = str(caught.value)
     assert "<|note|>" in text or "<|tool|>" in text
-    assert f"{data}:" in text and "model.resize_embeddings" in text
+    assert f"{data.resolve()}:" in text and "model.resize_embeddings" in text
     sets = (*sets, "model.resize_embeddings=true")
     assert tunesmith.plan(tunesmith.configure(model=str(small_embedding), data=[str(data)], sets=sets))
 
