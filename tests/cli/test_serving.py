@@ -26,7 +26,6 @@ import tunesmith
 from tunesmith.cli import app
 from tunesmith.errors import ConfigError
 from tunesmith.serving import verb
-from tunesmith.serving.ab import parse_route
 from tunesmith.serving.load import CallTimes
 
 
@@ -203,5 +202,5 @@ def test_the_models_of_an_ab_test_are_served_by_folder_and_by_tag(run, tmp_path,
         ("duel=runs/a,tool:2", ["tool:2"]),
         ("duel=a,base", []),
     ):
-        assert verb._compared([parse_route(text)], ["runs/a"]) == served
-        assert verb._compared([parse_route(text)], ["mine=runs/a", "tool:2"]) == []
+        assert verb._compared([text], ["runs/a"]) == served
+        assert verb._compared([text], ["mine=runs/a", "tool:2"]) == []

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import shlex
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from tunesmith.runs import tags
 from tunesmith.serving import drafting, load, starting
 from tunesmith.serving import guardrails as screening
 from tunesmith.serving import keys as keys_file
-from tunesmith.serving.ab import SplitRoute, parse_route
+from tunesmith.serving.ab import parse_route
 from tunesmith.serving.entrance import LOOPBACK
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.load import LoadReport, ServerAddress
@@ -58,28 +57,25 @@ def serve(
     announce: Callable[[str], None] = print,
     notify: Sink = events.silent,
 ) -> LoadReport | None:
-    """Serve the base of ``runs`` and each of their adapters (``NAME=RUN`` gives another name), or a plain
-    model, until SIGTERM or Ctrl-C.
+    """Serve the base of ``runs`` and each of their adapters, or a plain model, until SIGTERM or Ctrl-C.
 
-    model: where the base lies, or a plain model. keys: a JSON file; needed if other machines can connect.
-    fallback: models that answer if the one that was asked cannot. guardrails: a YAML file. ab: names for
-    several models, as ``writer=runs/a:0.5,runs/b:0.5``; their runs are served too. votes: file of the votes;
-    None: ``votes.jsonl`` of the first run. prefix_folder: where prompts that were read are kept for later
-    servers. limits: assignments such as ``queue=64``. log: file of the access log; None: stderr. bench:
-    measure instead: requests a second, for ``bench_seconds``. Raises ServeError if the port is taken, and
-    what `served.open_models` raises."""
-    _require_key(host, keys, bench)
-    _require_prefix_memory(prefix_folder, prefix_gb)
-    tests = tuple(parse_route(text) for text in ab)
+    runs: folders, tags or ``NAME=RUN``. model: where the base lies, or a plain model. keys: a JSON file;
+    needed if other machines can connect. fallback: models that answer if the one that was asked cannot.
+    guardrails: a YAML file. ab: names for several models, as ``writer=runs/a:0.5,runs/b:0.5``; their runs are
+    served too. votes: file of the votes; None: ``votes.jsonl`` of the first run. prefix_folder: where prompts
+    that were read are kept for later servers. limits: assignments such as ``queue=64``. log: file of the
+    access log; None: stderr. bench: measure instead: requests a second, for ``bench_seconds``. Raises
+    ServeError if the port is taken, and what `served.open_models` raises."""
+    _require_possible(host, keys, bench, prefix_folder, prefix_gb)
     with contextlib.ExitStack() as inside:
         settings = ServerSettings(
-            [NamedRun.parse(run) for run in [*runs, *_compared(tests, runs)]],
+            [NamedRun.parse(run) for run in [*runs, *_compared(ab, runs)]],
             model=model,
             checkpoint=checkpoint,
             keys=() if keys is None else keys_file.read(Path(keys)),
             fallback=tuple(fallback),
             guardrails=() if guardrails is None else screening.load_guardrails([Path(guardrails)]),
-            ab=tests,
+            ab=tuple(map(parse_route, ab)),
             votes_file=None if votes is None else Path(votes),
             batch_size=batch_size,
             memory=None if memory_gb is None else int(memory_gb * 1e9),
@@ -92,14 +88,20 @@ def serve(
             log_contents=log_contents,
             loopback=host in LOOPBACK,
         )
-        listener = inside.enter_context(starting.listen(host, port))
         if bench is None:
-            return asyncio.run(_answering(settings, listener, host, announce, notify))
-        return asyncio.run(_measured(settings, listener, bench, bench_seconds, notify))
+            return asyncio.run(_answering(settings, host, port, announce, notify))
+        return asyncio.run(_measured(settings, host, port, bench, bench_seconds, notify))
 
 
-def _require_key(host: str, keys: str | Path | None, bench: float | None) -> None:
-    """Raises ConfigError if others could ask without a key, or the server cannot ask itself."""
+def _require_possible(
+    host: str,
+    keys: str | Path | None,
+    bench: float | None,
+    prefix_folder: str | Path | None,
+    prefix_gb: float | None,
+) -> None:
+    """Raises ConfigError if others could ask without a key, the server cannot ask itself, or nothing could
+    come into the folder of prefixes."""
     if host not in LOOPBACK and keys is None:
         message = "other machines can connect, so a key is needed"
         hint = 'write keys.json: [{"name": "me", "key": "…"}], and add --keys keys.json'
@@ -107,38 +109,40 @@ def _require_key(host: str, keys: str | Path | None, bench: float | None) -> Non
     if bench is not None and keys is not None:
         hint = "measure without --keys: nobody else can connect meanwhile"
         raise ConfigError("the server has no key to ask itself with", where="--bench", hint=hint)
-
-
-def _require_prefix_memory(folder: str | Path | None, prefix_gb: float | None) -> None:
-    """Raises ConfigError if nothing could come into the folder."""
-    if folder is not None and prefix_gb == 0:
+    if prefix_folder is not None and prefix_gb == 0:
         hint = "leave out --prefix-memory 0"
         message = "prompts come there from memory, and none is for them"
         raise ConfigError(message, where="--prefix-folder", hint=hint)
 
 
 async def _answering(
-    settings: ServerSettings,
-    listener: socket.socket,
-    host: str,
-    announce: Callable[[str], None],
-    notify: Sink,
+    settings: ServerSettings, host: str, port: int, announce: Callable[[str], None], notify: Sink
 ) -> None:
-    """Until a signal."""
-    service = await starting.start(settings, notify)
-    await starting.admit_clients(listener, service)  # who reads the announcement may connect at once
-    announce(greeting(service, host, listener.getsockname()[1]))
-    await HttpServer(service).listen(listener)
+    """Serve until a signal."""
+    with starting.listen(host, port) as listener:
+        service = await starting.start(settings, notify)
+        await starting.admit_clients(listener, service)  # who reads the announcement may connect at once
+        announce(greeting(service, host, listener.getsockname()[1]))
+        await HttpServer(service).listen(listener)
 
 
 async def _measured(
-    settings: ServerSettings, listener: socket.socket, rate: float, seconds: float, notify: Sink
+    settings: ServerSettings, host: str, port: int, rate: float, seconds: float, notify: Sink
 ) -> LoadReport:
-    """Of ``rate`` requests a second, to each of the models in turn."""
-    service = await starting.start(settings, notify)
-    await starting.admit_clients(listener, service)
-    http = HttpServer(service)
-    listening = asyncio.create_task(http.listen(listener))
+    """The report of ``rate`` requests a second, to each of the models in turn."""
+    with starting.listen(host, port) as listener:
+        service = await starting.start(settings, notify)
+        await starting.admit_clients(listener, service)
+        http = HttpServer(service)
+        listening = asyncio.create_task(http.listen(listener))
+        try:
+            return await _load(service, ServerAddress(*listener.getsockname()[:2]), rate, seconds)
+        finally:
+            http.drain()
+            await listening
+
+
+async def _load(service: Service, address: ServerAddress, rate: float, seconds: float) -> LoadReport:
     entries = service.models.entries
     calls = load.calls(
         [served.name for served in entries],
@@ -146,19 +150,14 @@ async def _measured(
         BENCH_TOKENS,
         chat=all(served.asked_as == "chat" for served in entries),
     )
-    address = ServerAddress(*listener.getsockname()[:2])
-    try:
-        await load.timed(address, calls[0])  # what the first request compiles counts for none
-        return await load.open_loop(address, calls[1:], rate)
-    finally:
-        http.drain()
-        await listening
+    await load.timed(address, calls[0])  # what the first request compiles counts for none
+    return await load.open_loop(address, calls[1:], rate)
 
 
-def _compared(tests: Sequence[SplitRoute], runs: Sequence[str]) -> list[str]:
+def _compared(ab: Sequence[str], runs: Sequence[str]) -> list[str]:
     """The runs that A/B tests name by folder or tag, and that are not served otherwise."""
     given = {_folder(NamedRun.parse(run).path) for run in runs}
-    models = dict.fromkeys(arm.model for test in tests for arm in test.arms)
+    models = dict.fromkeys(arm.model for test in map(parse_route, ab) for arm in test.arms)
     return [model for model in models if (folder := _folder(model)) is not None and folder not in given]
 
 
