@@ -31,7 +31,7 @@ MODELS = [
 @dataclass
 class Stand:
     """A server that answers as the page expects, and notes what it is asked. ``hold``: answers wait.
-    ``calls``: of a tool, in an answer."""
+    ``calls``: of a tool, in an answer. ``failing``: the model that does not answer."""
 
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -39,6 +39,7 @@ class Stand:
     key: str | None = None
     hold: bool = False
     calls: int = 1
+    failing: str | None = None
 
     def app(self) -> Starlette:
         return Starlette(
@@ -59,7 +60,7 @@ class Stand:
     async def chat(self, request: Request) -> Response:
         body = await request.json()
         self.asked.append(body)
-        if body["messages"][-1]["content"] == "fail":
+        if body["messages"][-1]["content"] == "fail" or body["model"] == self.failing:
             return JSONResponse({"error": {"message": "the prompt is too long"}}, 400)
         return StreamingResponse(
             self.events(body, f"chatcmpl-{len(self.asked)}"), media_type="text/event-stream"
@@ -298,6 +299,17 @@ def test_results_that_failed_are_all_left_out(page, stand):
     say(page, "Once more")
     page.wait_for_selector(".turn:nth-child(3) .answer:not(.busy)")
     assert [message["role"] for message in stand.asked[-1]["messages"]] == ["user", "assistant", "user"]
+
+
+def test_the_call_of_the_answer_that_did_not_fail_waits_for_its_result(page, stand):
+    page.click("#settings summary")
+    page.fill("#tools", '{"name": "find", "parameters": {"type": "object"}}')
+    stand.failing = "writer/1"
+    say(page, "Find it")
+    page.wait_for_selector("#say-label:has-text('Result of find')")
+    say(page, "42")
+    page.wait_for_selector(".turn:nth-child(2) .answer:nth-child(2):not(.busy)")
+    assert [message["role"] for message in stand.asked[-1]["messages"]] == ["user", "assistant", "tool"]
 
 
 def test_a_server_with_keys_is_asked_with_the_key(page, stand):

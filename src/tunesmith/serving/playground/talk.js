@@ -102,7 +102,7 @@ function showRequest() {
 
 class Answer {
   constructor(place, count) {
-    this.place = place; this.text = ""; this.calls = []; this.id = null; this.tokens = 0; this.failed = false;
+    this.place = place; this.text = ""; this.calls = []; this.id = null; this.failed = false;
     this.card = make("article", "", "card answer busy");
     this.label = make("h3", nameOf(place, count));
     this.reasoning = make("div", "", "reasoning"); this.words = make("div", "", "words");
@@ -207,8 +207,7 @@ async function send(messages, shown) {
   if (turn !== own) return; // a new conversation has begun meanwhile
   rest();
   offerVotes();
-  waitingCalls = (turn.answers[0].calls ?? []).slice(); results = [];
-  showWaitingCall();
+  awaitResults();
 }
 
 function rest() {
@@ -217,14 +216,21 @@ function rest() {
 }
 
 // The answer with which the conversation goes on: the preferred one, else the first that did not fail.
+const going = ({ answers, preferred }) =>
+  answers[preferred] ?? answers.find(answer => !answer.failed && (answer.text || answer.calls.length));
+
 function settle() {
   if (!turn) return;
-  const answers = turn.answers.filter(answer => !answer.failed && (answer.text || answer.calls.length));
-  const going = turn.answers[turn.preferred] ?? answers[0];
-  if (going) history.push(going.message); else history.length -= turn.added;
-  turn.answers.forEach(answer => answer.card.classList.toggle("other", Boolean(going) && answer !== going));
+  const next = going(turn);
+  if (next) history.push(next.message); else history.length -= turn.added;
+  turn.answers.forEach(answer => answer.card.classList.toggle("other", Boolean(next) && answer !== next));
   turn.box.querySelectorAll(".votes button").forEach(button => button.disabled = true);
   turn = null;
+}
+
+function awaitResults() {
+  waitingCalls = going(turn)?.calls.slice() ?? []; results = [];
+  showWaitingCall();
 }
 
 function showWaitingCall() {
@@ -292,9 +298,9 @@ async function vote(bar, button, verdict, preferred) {
   } catch (error) { status.textContent = error.message; return; }
   bar.querySelectorAll("button").forEach(other => other.setAttribute("aria-pressed", String(other === button)));
   current.preferred = preferred;
-  waitingCalls = (answers[preferred ?? 0].calls ?? []).slice();
-  showWaitingCall();
-  status.textContent = "Recorded, thank you." + (answers.length > 1 ? ` The conversation goes on with ${"AB"[preferred ?? 0]}.` : "");
+  if (turn === current) awaitResults();
+  const next = going(current);
+  status.textContent = "Recorded, thank you." + (next && answers.length > 1 ? ` The conversation goes on with ${"AB"[next.place]}.` : "");
 }
 
 async function reveal() {
