@@ -46,7 +46,7 @@ def path(tmp_path) -> Path:
 
 
 def test_a_vote_is_read_as_it_was_written(path):
-    first, second = answer("Yes", "a", test="w", blind=True), answer("No", "b", test="w", blind=True)
+    first, second = answer("Yes", "a", test="w"), answer("No", "b", test="w")
     every = [votes.thumb(first, up=True, user="ann"), votes.preference(first, second, "second", user="ann")]
     assert votes.read(written(path, every)) == (every, 0)
     assert every[1].test == "w" and every[1].blind and len(every[1].answers) == 2
@@ -304,6 +304,24 @@ def test_dpo_rows_are_pairs_of_preferences_and_of_opposite_thumbs(path, tmp_path
     assert summary.written.left_out == {"thumbs without an opposite one on the same prompt": 1}
     only_pairs = written(tmp_path / "pairs.jsonl", every[:3])
     assert tunesmith.votes(only_pairs, to=to).written.objective == "dpo"  # type: ignore[union-attr]
+
+
+def test_every_thumb_that_makes_no_pair_is_counted(path, tmp_path):
+    good, bad, even = (answer(text, asked="How?") for text in ("Fine", "Bad", "Hm"))
+    lone, torn = answer("So", asked="When?"), answer("Well", asked="Where?")
+    every = [
+        *(votes.thumb(lone, up=False, user=user) for user in ("ann", "bob")),
+        *(votes.thumb(torn, up=up, user=f"{up}") for up in (True, False)),
+        votes.thumb(good, up=True),
+        votes.thumb(bad, up=False),
+        *(votes.thumb(even, up=up, user=f"{up}") for up in (True, False)),
+    ]
+    written_rows = tunesmith.votes(written(path, every), to=tmp_path / "rows.jsonl", objective="dpo").written
+    assert written_rows is not None and written_rows.rows == 1
+    assert written_rows.left_out == {
+        "thumbs without an opposite one on the same prompt": 4,
+        "answers with as many votes for as against": 1,
+    }
 
 
 def test_secrets_and_personal_data_do_not_get_into_rows_and_are_counted(path, tmp_path):

@@ -5,7 +5,6 @@ the engine, the tokens put together, and the guardrails. If the model that was a
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -22,7 +21,7 @@ from tunesmith.model import vocabulary
 from tunesmith.serving import access
 from tunesmith.serving.assembly import OPENED, AnswerReading, Assembler
 from tunesmith.serving.pieces import AnswerEnded, Piece
-from tunesmith.serving.question import Prompted, Question
+from tunesmith.serving.question import Prompted, Question, prompt_size
 from tunesmith.serving.rejections import Rejection, TimedOut
 from tunesmith.serving.served import Served
 from tunesmith.serving.service import Service
@@ -94,7 +93,7 @@ async def ask(service: Service, question: Question) -> AskedOnce:
     _require_limits(service, question)
     served, test = service.answerer(question)
     size = prompt_size(question.prompt)
-    question, _ = await off_loop(size, service.guard.screen_question, question)
+    question = await off_loop(size, service.guard.screen_question, question)
     seed = secrets.randbits(31) if question.seed is None else question.seed % 2**64
     prepared = await prepare(service, question, served, seed)
     record = access.current()
@@ -130,7 +129,7 @@ async def prepare(service: Service, question: Question, served: Served, seed: in
     if thinks and question.thinking is False:
         message = "the template opens reasoning in every prompt: it cannot be turned off"
         raise Rejection(400, message, "reasoning_effort", "template")
-    _require_short(service, ids)
+    require_short(service, ids, "messages")
     request = Request(
         ids,
         renderer.eos_ids,
@@ -192,17 +191,6 @@ async def off_loop(size: int, function: Callable[[*Arguments], T], *arguments: *
     return function(*arguments) if size <= SHORT else await asyncio.to_thread(function, *arguments)
 
 
-def prompt_size(prompt: Prompted) -> int:
-    """Characters that are read for ``prompt``, or the number of its ids."""
-    if not isinstance(prompt, Conversation):
-        return len(prompt)
-    size = sum(len(json.dumps(tool, ensure_ascii=False)) for tool in prompt.tools)
-    for message in prompt.messages:
-        size += len(message.content)
-        size += sum(len(json.dumps(call.arguments, ensure_ascii=False)) for call in message.calls)
-    return size
-
-
 def constrained(question: Question) -> bool:
     """Whether the answer must have a form of its own: JSON, or calls."""
     return question.format is not None or (question.calls_tools and question.tool_choice == "required")
@@ -227,11 +215,12 @@ def require_readable(service: Service, size: int, param: str) -> None:
         raise Rejection(400, message, param, "context_length_exceeded")
 
 
-def _require_short(service: Service, ids: Sequence[int]) -> None:
+def require_short(service: Service, ids: Sequence[int], param: str) -> None:
+    """Raises Rejection if a prompt of ``ids`` is too long."""
     most = _most_tokens(service)
     if len(ids) > most:
         message = f"the prompt has {len(ids):,} tokens, and at most {most:,} are possible"
-        raise Rejection(400, message, "messages", "context_length_exceeded")
+        raise Rejection(400, message, param, "context_length_exceeded")
 
 
 def _functions(question: Question) -> list[Mapping[str, Any]]:
@@ -292,7 +281,6 @@ async def answer(service: Service, asked: AskedOnce, index: int, delivery: Deliv
                 served.name,
                 served.digest,
                 test,
-                test is not None,
                 question.user,
             )
         )

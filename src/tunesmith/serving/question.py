@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -11,6 +12,17 @@ from tunesmith.data.formats import JSON, Conversation
 ToolChoice: TypeAlias = Literal["auto", "none", "required"]
 Prompted: TypeAlias = Conversation | str | tuple[int, ...]
 """A conversation that waits for an answer, plain text to be continued, or ids to be continued."""
+
+
+def prompt_size(prompt: Prompted) -> int:
+    """Characters that are read for ``prompt``, or the number of its ids."""
+    if not isinstance(prompt, Conversation):
+        return len(prompt)
+    size = sum(len(json.dumps(tool, ensure_ascii=False)) for tool in prompt.tools)
+    for message in prompt.messages:
+        size += len(message.content)
+        size += sum(len(json.dumps(call.arguments, ensure_ascii=False)) for call in message.calls)
+    return size
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,10 +20,12 @@ from tunesmith.data.formats import JSON, DataSpec, Dropped, Example
 from tunesmith.data.sources import Raw
 from tunesmith.files import draft
 from tunesmith.serving.guardrails import Detection, Guardrail, screened
+from tunesmith.serving.guardrails.answers import mapped
 from tunesmith.serving.guardrails.kinds.sensitive import PersonalData, Secrets
 from tunesmith.serving.votes import THUMBS, Vote
 
 Objective = Literal["kto", "dpo"]
+EVEN = "answers with as many votes for as against"
 _READ = DataSpec(train=("votes",), valid=0.0)
 SCREENS: tuple[Guardrail, ...] = (Secrets(output="redact"), PersonalData(output="redact"))
 
@@ -56,7 +59,7 @@ def rows(votes: Sequence[Vote], objective: Objective | None = None) -> VoteRows:
         made.masked[detection.kind] += 1
 
     for row in _kto(votes, made) if objective == "kto" else _dpo(votes, made):
-        text = json.dumps(_masked(row, report))
+        text = json.dumps(mapped(row, lambda text: screened(text, SCREENS, "output", report)[0]))
         example = formats.row(Raw("votes", text), _READ)
         if isinstance(example, Dropped):
             made.left_out[example.fault] += 1
@@ -75,59 +78,69 @@ def write(made: VoteRows, path: Path) -> None:
 def _kto(votes: Sequence[Vote], made: VoteRows) -> Iterator[dict[str, JSON]]:
     """An answer is good if more votes are for it than against it; the answer that is not preferred of two has
     a vote against it."""
-    balance: defaultdict[_Answered, list[int]] = defaultdict(list)
+    balance: Counter[_Answered] = Counter()
     for vote in votes:
         if vote.verdict == "tie":
             made.left_out["votes for neither of two answers"] += 1
         elif vote.verdict in THUMBS:
-            balance[_answers(vote)[0]].append(1 if vote.verdict == "up" else -1)
+            balance[_answers(vote)[0]] += 1 if vote.verdict == "up" else -1
         else:
             preferred, other = _ordered(vote)
-            balance[preferred].append(1)
-            balance[other].append(-1)
-    for answered, marks in balance.items():
-        if sum(marks) == 0:
-            made.left_out["answers with as many votes for as against"] += 1
+            balance[preferred] += 1
+            balance[other] -= 1
+    for answered, lead in balance.items():
+        if lead == 0:
+            made.left_out[EVEN] += 1
         else:
-            yield {**_prompt(answered, "messages", [json.loads(answered.message)]), "label": sum(marks) > 0}
+            yield {**_prompt(answered, "messages", [json.loads(answered.message)]), "label": lead > 0}
 
 
 def _dpo(votes: Sequence[Vote], made: VoteRows) -> Iterator[dict[str, JSON]]:
     """Pairs of answers of which one is preferred, or of which one has thumbs up and the other down."""
-    wins: Counter[tuple[_Answered, _Answered]] = Counter()
-    thumbs: defaultdict[tuple[str, str], Counter[_Answered]] = defaultdict(Counter)
+    wins: list[tuple[_Answered, _Answered]] = []
     for vote in votes:
         if vote.verdict == "tie":
             made.left_out["votes for neither of two answers"] += 1
-        elif vote.verdict in THUMBS:
-            (answered,) = _answers(vote)
-            thumbs[answered.prompt, answered.tools][answered] += 1 if vote.verdict == "up" else -1
-        elif len({*_answers(vote)}) == 1:
-            made.left_out["votes on two answers with the same words"] += 1
-        else:
-            wins[_ordered(vote)] += 1
-    for marks in thumbs.values():
-        good, bad = ([it for it, mark in marks.items() if mark * sign > 0] for sign in (1, -1))
-        pairs = [(preferred, other) for preferred in good for other in bad]
-        wins.update(pairs)
-        if not pairs:
-            made.left_out["thumbs without an opposite one on the same prompt"] += marks.total() or 1
-    done: set[frozenset[_Answered]] = set()
-    for preferred, other in list(wins):
-        both = frozenset((preferred, other))
-        if both in done:
-            continue
-        done.add(both)
-        lead = wins[preferred, other] - wins[other, preferred]
+        elif vote.verdict not in THUMBS:
+            preferred, other = _ordered(vote)
+            if preferred == other:
+                made.left_out["votes on two answers with the same words"] += 1
+            else:
+                wins.append((preferred, other))
+    leads: Counter[tuple[_Answered, _Answered]] = Counter()  # of the first of two answers in their order
+    for preferred, other in (*wins, *_opposites(votes, made)):
+        first, second = sorted((preferred, other))
+        leads[first, second] += 1 if first == preferred else -1
+    for (first, second), lead in leads.items():
         if lead == 0:
             made.left_out["pairs with as many votes for one as for the other"] += 1
             continue
-        chosen, rejected = (preferred, other) if lead > 0 else (other, preferred)
+        chosen, rejected = (first, second) if lead > 0 else (second, first)
         yield {
             **_prompt(chosen, "messages"),
             "chosen": [json.loads(chosen.message)],
             "rejected": [json.loads(rejected.message)],
         }
+
+
+def _opposites(votes: Sequence[Vote], made: VoteRows) -> Iterator[tuple[_Answered, _Answered]]:
+    """An answer with thumbs up and one with thumbs down on the same prompt."""
+    balances: defaultdict[tuple[str, str], Counter[_Answered]] = defaultdict(Counter)
+    given: Counter[tuple[str, str]] = Counter()
+    for vote in votes:
+        if vote.verdict in THUMBS:
+            (answered,) = _answers(vote)
+            asked = answered.prompt, answered.tools
+            balances[asked][answered] += 1 if vote.verdict == "up" else -1
+            given[asked] += 1
+    for asked, balance in balances.items():
+        good = [answered for answered, lead in balance.items() if lead > 0]
+        bad = [answered for answered, lead in balance.items() if lead < 0]
+        yield from product(good, bad)
+        if not (good and bad):
+            made.left_out["thumbs without an opposite one on the same prompt"] += given[asked]
+        elif even := len(balance) - len(good) - len(bad):
+            made.left_out[EVEN] += even
 
 
 def _prompt(answered: _Answered, key: str, answer: Iterable[JSON] = ()) -> dict[str, JSON]:
@@ -144,14 +157,3 @@ def _ordered(vote: Vote) -> tuple[_Answered, _Answered]:
     """The preferred answer and the other one."""
     first, second = _answers(vote)
     return (first, second) if vote.verdict == "first" else (second, first)
-
-
-def _masked(value: JSON, report: Callable[[Detection], None]) -> JSON:
-    """``value`` with the secrets and personal data of all its texts replaced."""
-    if isinstance(value, str):
-        return screened(value, SCREENS, "output", report)[0]
-    if isinstance(value, list):
-        return [_masked(item, report) for item in value]
-    if isinstance(value, dict):
-        return {key: _masked(item, report) for key, item in value.items()}
-    return value

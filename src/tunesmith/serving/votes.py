@@ -2,8 +2,9 @@
 answers that may still be voted on.
 
 A vote is on one answer (up or down) or on two answers to one prompt (which is preferred, or neither). A later
-vote of the same user on the same answers replaces the earlier one; those without a user count as of one user.
-The file is only appended to, by any number of processes; it names users by a hash."""
+vote of the same user on the same answers replaces the earlier one; a vote without a user counts as one of
+the request's user, or, if that named none either, of one user for all such votes. The file is only appended
+to, by any number of processes; it names users by a hash."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -22,7 +23,8 @@ from tunesmith.data.examples import content_of
 from tunesmith.data.formats import JSON, Call, Conversation, Demonstration, Message
 from tunesmith.errors import DataError, ServeError
 from tunesmith.files import parse_json
-from tunesmith.serving.pieces import CallArguments, CallBegun, Piece, Words
+from tunesmith.serving.pieces import Piece, joined
+from tunesmith.serving.question import prompt_size
 
 VERSION = 1
 Verdict: TypeAlias = Literal["up", "down", "first", "second", "tie"]
@@ -67,7 +69,7 @@ class Vote:
 
 @dataclass(frozen=True)
 class RememberedAnswer:
-    """An answer that can be voted on."""
+    """An answer that can be voted on. ``test``: as of `Vote`. ``user``: as the request named them."""
 
     id: str
     conversation: Conversation
@@ -75,7 +77,6 @@ class RememberedAnswer:
     model: str
     digest: str
     test: str | None = None
-    blind: bool = False
     user: str | None = None
 
 
@@ -92,7 +93,8 @@ class RememberedAnswers:
         self._held = 0
 
     def add(self, answer: RememberedAnswer) -> None:
-        size = _characters(answer)
+        asked = answer.conversation
+        size = prompt_size(replace(asked, messages=(*asked.messages, answer.message)))
         self._discard(answer.id)
         self._answers[answer.id] = answer, size
         self._held += size
@@ -104,7 +106,7 @@ class RememberedAnswers:
         if answer_id not in self._answers:
             raise UnknownAnswer(
                 f"no answer that can be voted on has the id {answer_id[:100]!r}",
-                hint=f"the newest {self._most:,} answers to conversations can be voted on",
+                hint=f"at most the newest {self._most:,} answers to conversations can be voted on",
             )
         return self._answers[answer_id][0]
 
@@ -113,28 +115,11 @@ class RememberedAnswers:
         self._held -= size
 
 
-def _characters(answer: RememberedAnswer) -> int:
-    """Of its conversation and message, with the tools and the calls."""
-    messages = (*answer.conversation.messages, answer.message)
-    calls = [call.arguments for message in messages for call in message.calls]
-    structures = len(json.dumps([answer.conversation.tools, calls]))
-    return structures + sum(len(message.content) for message in messages)
-
-
 def message_of(pieces: Iterable[Piece]) -> Message:
     """The answer as a message of its conversation, without the reasoning before it."""
-    words: list[str] = []
-    begun: list[CallBegun] = []
-    arguments: dict[int, str] = {}
-    for piece in pieces:
-        if isinstance(piece, Words):
-            words.append(piece.text)
-        elif isinstance(piece, CallBegun):
-            begun.append(piece)
-        elif isinstance(piece, CallArguments):
-            arguments[piece.index] = arguments.get(piece.index, "") + piece.text
-    calls = [Call(call.name, _parsed(arguments.get(call.index, "")), call.id) for call in begun]
-    return Message("assistant", "".join(words), tuple(calls))
+    answer = joined(pieces)
+    calls = tuple(Call(call.name, _parsed(call.arguments), call.id) for call in answer.calls)
+    return Message("assistant", answer.words, calls)
 
 
 def _parsed(arguments: str) -> JSON:
@@ -178,7 +163,7 @@ def _vote(verdict: Verdict, answers: Sequence[RememberedAnswer], user: str | Non
             for answer in answers
         ],
         tests.pop() if len(tests) == 1 else None,
-        all(answer.blind for answer in answers),
+        all(answer.test is not None for answer in answers),
         _hashed(user or first.user),
     )
 

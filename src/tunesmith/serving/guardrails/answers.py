@@ -22,11 +22,7 @@ Report = Callable[[Detection], None]
 
 
 class PromptBlocked(ServeError):
-    """The prompt is not let through. ``detection``: None if it could not be screened."""
-
-    def __init__(self, what: str, detection: Detection | None) -> None:
-        super().__init__(what)
-        self.detection = detection
+    """The prompt is not let through."""
 
 
 class Guard:
@@ -42,42 +38,34 @@ class Guard:
         """Whether a part of an answer may be withheld. Log-probabilities would disclose it."""
         return any(guardrail.output in ("redact", "block") for guardrail in self._guardrails)
 
-    def screen_question(self, question: Question) -> tuple[Question, list[Detection]]:
-        """The question as it may be asked, and what was detected. Raises PromptBlocked."""
+    def screen_question(self, question: Question) -> Question:
+        """The question as it may be asked. Raises PromptBlocked."""
         if question.logprobs is not None and self.withholds:
             raise PromptBlocked(
-                "log-probabilities are refused: they would disclose what a guardrail withholds", None
+                "log-probabilities are refused: they would disclose what a guardrail withholds"
             )
-        prompt, detections = question.prompt, list[Detection]()
+        prompt = question.prompt
         if not isinstance(prompt, Conversation):
-            return replace(question, prompt=self.screen_text(prompt, detections)), detections
+            return replace(question, prompt=self.screen_text(prompt))
         messages = tuple(
-            replace(message, content=self._screened(message.content, detections))
-            if message.role in ASKED
-            else message
+            replace(message, content=self._screened(message.content)) if message.role in ASKED else message
             for message in prompt.messages
         )
-        return replace(question, prompt=replace(prompt, messages=messages)), detections
+        return replace(question, prompt=replace(prompt, messages=messages))
 
-    def screen_text(
-        self, prompt: str | tuple[int, ...], detections: list[Detection] | None = None
-    ) -> str | tuple[int, ...]:
-        """A prompt without roles as it may be asked; ``detections`` is added to. Raises PromptBlocked."""
+    def screen_text(self, prompt: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        """A prompt without roles as it may be asked. Raises PromptBlocked."""
         if isinstance(prompt, str):
-            return self._screened(prompt, [] if detections is None else detections)
+            return self._screened(prompt)
         if self._inputs:
-            raise PromptBlocked("a prompt of token ids cannot be screened by the guardrails: send text", None)
+            raise PromptBlocked("a prompt of token ids cannot be screened by the guardrails: send text")
         return prompt
 
-    def _screened(self, text: str, detections: list[Detection]) -> str:
-        def report(detection: Detection) -> None:
-            detections.append(detection)
-            self._report(detection)
-
-        shown, blocked = screened(text, self._inputs, "input", report)
+    def _screened(self, text: str) -> str:
+        shown, blocked = screened(text, self._inputs, "input", self._report)
         if blocked is not None:
             message = f"the guardrail {blocked.guardrail} does not let this prompt through"
-            raise PromptBlocked(f"{message} ({blocked.kind})", blocked)
+            raise PromptBlocked(f"{message} ({blocked.kind})")
         return shown
 
     def screen_answer(self) -> AnswerScreen:
@@ -89,8 +77,7 @@ class AnswerScreen:
     """Screens the pieces of one answer."""
 
     def __init__(self, guardrails: Sequence[Guardrail], report: Report) -> None:
-        self._report_elsewhere = report
-        self.detections: list[Detection] = []
+        self._report = report
         output = [guardrail for guardrail in guardrails if guardrail.output != "off"]
         self._anywhere = [rail for rail in output if not rail.opening and rail.reach() != WHOLE]
         self._withholds = any(rail.output in ("redact", "block") for rail in output)
@@ -132,10 +119,6 @@ class AnswerScreen:
             self._open = type(piece)
         return delivered
 
-    def _report(self, detection: Detection) -> None:
-        self.detections.append(detection)
-        self._report_elsewhere(detection)
-
     def _close(self, final: bool) -> list[Piece]:
         """What may be delivered of the text or call that ends here. final: the answer ends too."""
         if self._call is not None:
@@ -165,7 +148,7 @@ class AnswerScreen:
         except (ValueError, RecursionError):
             cleaned = clean(arguments)
         else:
-            cleaned_values = _mapped(values, clean)
+            cleaned_values = mapped(values, clean)
             cleaned = (
                 arguments if cleaned_values == values else json.dumps(cleaned_values, ensure_ascii=False)
             )
@@ -184,12 +167,12 @@ def _reasoned(text: str) -> list[Piece]:
     return [Reasoned(text)] if text else []
 
 
-def _mapped(value: JSON, clean: Callable[[str], str]) -> JSON:
+def mapped(value: JSON, clean: Callable[[str], str]) -> JSON:
     """``value`` with ``clean`` applied to its texts, names of keys too."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, dict):
-        return {clean(key): _mapped(item, clean) for key, item in value.items()}
+        return {clean(key): mapped(item, clean) for key, item in value.items()}
     if isinstance(value, list):
-        return [_mapped(item, clean) for item in value]
+        return [mapped(item, clean) for item in value]
     return value

@@ -28,7 +28,9 @@ class BlockList(Guardrail):
     misses: ClassVar = "other spellings; patterns that match more than `longest` characters, in a stream"
 
     words: Texts = Field((), description="words or phrases, found as whole words")
-    files: Texts = Field((), description="text files with a word or phrase a line; # begins a comment")
+    files: Texts = Field(
+        (), description="text files with a word or phrase a line; a line that begins with # is a comment"
+    )
     patterns: Texts = Field((), description="regular expressions")
     longest: int = Field(128, ge=1, le=4096, description="longest match of a pattern, in characters")
 
@@ -82,5 +84,5 @@ class BlockList(Guardrail):
 
 
 def _lines(name: str) -> list[str]:
-    lines = (line.partition("#")[0].strip() for line in Path(name).read_text("utf-8").splitlines())
-    return [line for line in lines if line]
+    lines = (line.strip() for line in Path(name).read_text("utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
