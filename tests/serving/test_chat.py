@@ -303,7 +303,8 @@ def test_prompts_are_those_of_training(speaker, post, upto):
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "f", "extra": 1}}]}, "tools[0].function.extra"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tool_choice": "required"}, None),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"messages": [{"role": "user", "foo": None}]}, "messages[0]"),
         ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
@@ -344,6 +345,24 @@ def test_what_asks_nothing_is_taken(speaker, post):
     }
     with answering(speaker, "x"):
         assert post(**body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": "hi", "foo": None}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "foo": None}]}]},
+        {
+            "tools": [WEATHER],
+            "tool_choice": {"type": "function", "function": {"name": "weather"}, "foo": None},
+        },
+        {"tools": [{**WEATHER, "function": {**WEATHER["function"], "foo": None}}]},
+    ],
+)
+def test_a_null_asks_nothing_whatever_field_it_is_in(speaker, post, body):
+    with answering(speaker, CALL):
+        response = post(**body)
+    assert response.status_code == 200, response.text
 
 
 def test_a_template_without_tools_says_so(server):

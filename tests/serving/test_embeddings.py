@@ -9,7 +9,7 @@ import pytest
 
 from tunesmith.adapters import attached
 from tunesmith.auditing import embeddings
-from tunesmith.model import loading
+from tunesmith.model import loading, vocabulary
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
@@ -71,6 +71,16 @@ def test_ids_are_taken_as_they_are(server, post):
 )
 def test_what_cannot_be_done_is_refused(post, body):
     assert post(**body).status_code == 400
+
+
+def test_an_input_that_cannot_be_taken_is_named_by_its_place(server, post, monkeypatch):
+    error = post(input=[[5] * 9, [10**6], [5, 6]]).json()["error"]
+    assert error["message"].startswith("input[1]: "), "whatever the lengths of the others"
+    assert post(input=[[5], []]).json()["error"]["param"] == "input[1]"
+    limits = vocabulary.limits(server.service.models.loaded.net)
+    monkeypatch.setattr(vocabulary, "limits", lambda net: limits._replace(positions=8))
+    error = post(input=[[5] * 8, [5] * 9]).json()["error"]
+    assert (error["param"], error["code"]) == ("input[1]", "context_length_exceeded"), "learned positions"
 
 
 def test_the_dimensions_of_the_model_may_be_named(post):

@@ -91,7 +91,7 @@ def test_a_streamed_answer_and_each_choice_can_be_voted_on(testing):
         ({"id": "chatcmpl-0", "thumb": "up", "preferred": "first"}, 400, "give id and thumb"),
         ({"id": "chatcmpl-0", "thumb": "sideways"}, 400, "'up' or 'down'"),
         ({"first": "a", "second": "b", "preferred": "first"}, 404, "no answer that can be voted on"),
-        ({"id": "a", "thumb": "up", "stars": 5}, 400, "not permitted"),
+        ({"id": "a", "thumb": "up", "stars": 5}, 400, "stars: this server does not know the field"),
         ([], 400, ""),
     ],
 )

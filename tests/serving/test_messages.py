@@ -150,6 +150,21 @@ def test_a_tool_that_failed_says_so(speaker, post):
     assert "Error: no town" in renderer.decode(script.requests[0].ids)
 
 
+@pytest.mark.parametrize("extra", [{"foo": None}, {"foo": None, "bar": None}])
+def test_a_null_asks_nothing_whatever_field_it_is_in(speaker, post, extra):
+    block = {"type": "text", "text": "hi", **extra}
+    bodies = [
+        {"messages": [{**HI[0], **extra}]},
+        {"messages": [{"role": "user", "content": [block]}]},
+        {"messages": [*HI, {"role": "user", "content": [block, {**block, "type": "text"}]}]},
+        {"tools": [{**TOOL, **extra}], "tool_choice": {"type": "auto", **extra}},
+    ]
+    with answering(speaker, "x"):
+        for body in bodies:
+            response = post(**body)
+            assert response.status_code == 200, response.text
+
+
 @pytest.mark.parametrize(
     "body",
     [

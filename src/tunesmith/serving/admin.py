@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import functools
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -15,6 +14,7 @@ from starlette.routing import Route
 from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.runs import opening
 from tunesmith.runs.opening import Source
+from tunesmith.serving.protocol.bodies import Body, read
 from tunesmith.serving.rejections import Rejection, TooLarge, UnknownModel
 from tunesmith.serving.served import NamedRun, Served
 from tunesmith.serving.service import Service
@@ -25,11 +25,9 @@ COPIES = 2
 LOOK_S = 0.5
 
 
-class AdapterChange(BaseModel):
-    """The body of a request: ``load``: ``[NAME=]RUN``, the adapter to put on the base, or in the place of the
+class AdapterChange(Body):
+    """``load``: ``[NAME=]RUN``, the adapter to put on the base, or in the place of the
     one that has its name (``checkpoint``: best, last or a step); or ``drop``: the name of one."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     load: str | None = None
     checkpoint: str | None = None
@@ -43,12 +41,7 @@ def routes(service: Service) -> list[Route]:
         return JSONResponse({"data": [_described(served) for served in service.models.by_name.values()]})
 
     async def change(request: Request) -> Response:
-        try:
-            wanted = AdapterChange.model_validate_json(await request.body())
-        except ValidationError as error:
-            finding = error.errors(include_url=False, include_input=False)[0]
-            param = ".".join(map(str, finding["loc"])) or None
-            raise Rejection(400, finding["msg"], param, "invalid_value") from None
+        wanted = await read(request, AdapterChange)
         if (wanted.load is None) == (wanted.drop is None):
             raise Rejection(400, "give either load or drop", "load", "invalid_value")
         if wanted.drop is not None and wanted.checkpoint is not None:

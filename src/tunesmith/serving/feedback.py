@@ -11,22 +11,21 @@ import asyncio
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tunesmith.errors import ServeError
 from tunesmith.serving import votes
+from tunesmith.serving.protocol.bodies import Body, read
 from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.service import Service
 from tunesmith.serving.votes import RememberedAnswer, UnknownAnswer, Vote
 
 
-class Feedback(BaseModel):
-    """The body of a vote."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Feedback(Body):
+    """A vote."""
 
     id: str | None = None
     thumb: Literal["up", "down"] | None = None
@@ -46,16 +45,11 @@ class Feedback(BaseModel):
 
 def routes(service: Service) -> list[Route]:
     async def vote(request: Request) -> Response:
-        try:
-            feedback = Feedback.model_validate_json(await request.body())
-        except ValidationError as error:
-            problem = error.errors(include_url=False, include_input=False)[0]
-            param = ".".join(map(str, problem["loc"])) or None
-            raise Rejection(400, problem["msg"], param, "invalid_value") from None
-        # Votes are rare, and the lock of the file may be held by another process.
+        feedback = await read(request, Feedback)
         given = _vote(service, feedback)
         given = replace(given, blind=given.blind and feedback.blind)
         try:
+            # Votes are rare, and the lock of the file may be held by another process.
             await asyncio.to_thread(votes.append, service.votes_file, given)
         except ServeError as error:
             # The path is none of the client's business.

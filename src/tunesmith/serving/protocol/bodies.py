@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
@@ -23,7 +23,7 @@ from starlette.requests import Request
 from tunesmith.checks import schemas
 from tunesmith.checks.parsers import STRICT
 from tunesmith.data.formats import JSON, Call, Message
-from tunesmith.serving.question import Question
+from tunesmith.serving.question import Question, ToolChoice
 from tunesmith.serving.rejections import Rejection
 
 MOST_STOPS = 16
@@ -37,13 +37,17 @@ CODES = {
 
 
 DRAWN = "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed n".split()
-"""Fields of `Drawing` that are fields of `Question`."""
+"""Fields of bodies that are fields of `Question` too."""
 
 
 class Body(BaseModel):
     """Base of everything that clients send."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def how_to_draw(self) -> dict[str, Any]:
+        """Those of the fields `DRAWN` that are given."""
+        return self.model_dump(include=set(DRAWN), exclude_none=True)
 
 
 B = TypeVar("B", bound=Body)
@@ -57,14 +61,16 @@ async def read(request: Request, kind: type[B]) -> B:
     except ValidationError as error:
         problems = error.errors(include_url=False)
     nulls = [
-        problem for problem in problems if problem["type"] == "extra_forbidden" and problem["input"] is None
+        problem["loc"]
+        for problem in problems
+        if problem["type"] == "extra_forbidden" and problem["input"] is None
     ]
-    try:
-        if len(nulls) == len(problems):
-            return kind.model_validate_json(_without(body, [problem["loc"] for problem in nulls]))
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-    raise _rejection(next(problem for problem in problems if problem not in nulls))
+    if nulls:
+        try:
+            return kind.model_validate_json(_without(body, nulls))
+        except ValidationError as error:
+            problems = error.errors(include_url=False)
+    raise _rejection(problems[0])
 
 
 def _without(body: bytes, places: Sequence[tuple[str | int, ...]]) -> bytes:
@@ -74,9 +80,10 @@ def _without(body: bytes, places: Sequence[tuple[str | int, ...]]) -> bytes:
     for place in places:
         node: Any = content
         for key in place[:-1]:
-            if isinstance(key, int) or key in node:  # other keys name the member of a union
+            # Other keys name the member of a union; it may have the name of a field that is a text.
+            if isinstance(key, int) or (isinstance(node, dict) and isinstance(node.get(key), (dict, list))):
                 node = node[key]
-        node.pop(place[-1])
+        node.pop(place[-1], None)
     return json.dumps(content).encode()
 
 
@@ -113,7 +120,7 @@ def text_of(value: object) -> object:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise ValueError(f"part {place} is {kind!r}: only parts of text can be read")
         known = {"type", "text", "cache_control", "annotations", "logprobs", "citations"}
-        if unknown := part.keys() - known:
+        if unknown := {key for key, given in part.items() if given is not None} - known:
             raise ValueError(f"part {place}: this server does not know {min(unknown)!r}")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"part {place} has no text")
@@ -123,6 +130,18 @@ def text_of(value: object) -> object:
 
 Text = Annotated[str, BeforeValidator(text_of)]
 """A text, or parts of text, which are put together."""
+
+Ids = tuple[Annotated[int, Field(ge=0)], ...]
+TextsOrIds: TypeAlias = str | Ids | tuple[str, ...] | tuple[Ids, ...]
+"""A text, ids, or a list of either."""
+
+
+def listed(value: TextsOrIds) -> list[str | Ids]:
+    """``value`` as a list."""
+    if isinstance(value, str):
+        return [value]
+    ids = tuple(part for part in value if isinstance(part, int))
+    return [ids] if ids else [part for part in value if not isinstance(part, int)]
 
 
 def _texts(value: object) -> object:
@@ -210,7 +229,7 @@ class Drawing(Body):
         """``question`` with what is asked here."""
         return replace(
             question,
-            **self.model_dump(include=set(DRAWN), exclude_none=True),
+            **self.how_to_draw(),
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             stop=self.stop or (),
             stream=bool(self.stream),
@@ -231,7 +250,7 @@ def declared(function: Mapping[str, Any], param: str) -> JSON:
     """The declaration of a tool as training rows have it: keys in the client's order, and none that speaks to
     the server. Raises Rejection if it is not one."""
     try:
-        known = Function.model_validate(function)
+        known = Function.model_validate({key: value for key, value in function.items() if value is not None})
         schemas.checked(known.parameters or {})
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
@@ -272,6 +291,13 @@ def require_answerable(messages: list[Message], param: str) -> None:
     if not messages or messages[-1].role == "assistant":
         message = f"{param}: the last message must be one of the user or of a tool"
         raise Rejection(400, message, param, "invalid_value")
+
+
+def require_tool(choice: ToolChoice, named: str | None, functions: Sequence[Mapping[str, Any]]) -> None:
+    """Raises Rejection if a tool must be called, and none is declared, or none with the name ``named``."""
+    names = [function.get("name") for function in functions]
+    if choice == "required" and (not names or (named is not None and named not in names)):
+        raise Rejection(400, "tool_choice: there is no such tool", "tool_choice", "invalid_value")
 
 
 def strict_tools(functions: Iterable[Mapping[str, Any]]) -> frozenset[str]:

@@ -40,6 +40,7 @@ from tunesmith.serving.protocol.bodies import (
     declared,
     read,
     require_answerable,
+    require_tool,
     strict_tools,
     with_reasoning,
 )
@@ -197,11 +198,6 @@ class ChatBody(Drawing):
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        names = [tool.function.get("name") for tool in self.tools or ()]
-        if self.tool_choice in ("required",) and not names:
-            raise ValueError("tool_choice: required needs tools")
-        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r}")
         return self
 
     def question(self) -> Question:
@@ -215,6 +211,7 @@ class ChatBody(Drawing):
         choice, named = self.tool_choice or "auto", None
         if isinstance(choice, NamedTool):
             choice, named = "required", choice.function.name
+        require_tool(choice, named, [tool.function for tool in self.tools or ()])
         asked = Question(
             self.model or "",
             Conversation(tuple(messages), () if choice == "none" else tuple(tools)),

@@ -16,7 +16,15 @@ from tunesmith.serving import answering
 from tunesmith.serving.answering import AskedOnce
 from tunesmith.serving.lexicon import Lexicon
 from tunesmith.serving.pieces import AnswerEnded, Logprobs, Piece, TokenLogprob, Usage, Words, joined
-from tunesmith.serving.protocol.bodies import MOST_LOGPROBS, Count, Drawing, Unsupported, read
+from tunesmith.serving.protocol.bodies import (
+    MOST_LOGPROBS,
+    Count,
+    Drawing,
+    TextsOrIds,
+    Unsupported,
+    listed,
+    read,
+)
 from tunesmith.serving.protocol.chat import LOWEST, usage_of
 from tunesmith.serving.protocol.streams import (
     ErrorEvents,
@@ -27,19 +35,18 @@ from tunesmith.serving.protocol.streams import (
     fallback_headers,
     lines,
 )
-from tunesmith.serving.question import Prompted, Question
+from tunesmith.serving.question import Question
 from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.service import Service
 
 PATH = "/v1/completions"
-Ids = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class CompletionBody(Drawing):
     """``prompt``: a text, ids, or a list of either. ``echo``: the prompt before its continuation.
     ``best_of``: only as many as ``n``."""
 
-    prompt: str | Ids | tuple[str, ...] | tuple[Ids, ...]
+    prompt: TextsOrIds
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -56,23 +63,10 @@ class CompletionBody(Drawing):
             raise ValueError("prompt is empty")
         return self
 
-    @property
-    def prompts(self) -> list[Prompted]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        prompts: list[Prompted] = []
-        ids: list[int] = []
-        for part in self.prompt:
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                prompts.append(part)
-        return [tuple(ids)] if ids else prompts
-
     def questions(self) -> list[Question]:
         return [
             self.drawn(Question(self.model or "", prompt, max_tokens=self.max_tokens, logprobs=self.logprobs))
-            for prompt in self.prompts
+            for prompt in listed(self.prompt)
         ]
 
 

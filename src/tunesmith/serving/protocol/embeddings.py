@@ -4,11 +4,10 @@ model that was trained to answer is not one that was trained to embed: the vecto
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -17,45 +16,32 @@ from tunesmith.auditing import embeddings
 from tunesmith.errors import ModelError, TemplateError
 from tunesmith.model import abilities, vocabulary
 from tunesmith.serving import access, answering
-from tunesmith.serving.protocol.bodies import Body, Count, read
+from tunesmith.serving.protocol.bodies import Body, Count, Ids, TextsOrIds, listed, read
 from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.served import Served
 from tunesmith.serving.service import Service
 
 PATH = "/v1/embeddings"
 MOST_TEXTS = 256
-Ids = tuple[Annotated[int, Field(ge=0)], ...]
 
 
 class EmbeddingBody(Body):
     """``input``: a text, ids, or a list of either. ``dimensions``: only as many as the model has."""
 
     model: str | None = None
-    input: str | Ids | tuple[str, ...] | tuple[Ids, ...]
+    input: TextsOrIds
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Count | None = None
     user: str | None = None
-
-    @property
-    def texts(self) -> list[str | tuple[int, ...]]:
-        if isinstance(self.input, str):
-            return [self.input]
-        texts: list[str | tuple[int, ...]] = []
-        ids: list[int] = []
-        for part in self.input:
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                texts.append(part)
-        return [tuple(ids)] if ids else texts
 
 
 def routes(service: Service) -> list[Route]:
     async def embed(request: Request) -> Response:
         body = await read(request, EmbeddingBody)
         served = service.served(body.model or None)
-        size = sum(map(len, body.texts))
-        sequences = await answering.off_loop(size, _sequences, service, served, body.texts)
+        texts = listed(body.input)
+        size = sum(map(len, texts))
+        sequences = await answering.off_loop(size, _sequences, service, served, texts)
         vectors = await _vectors(service, served, sequences)
         if body.dimensions not in (None, vectors.shape[1]):
             message = f"dimensions: the model has {vectors.shape[1]}, and they are not cut"
@@ -75,7 +61,7 @@ def routes(service: Service) -> list[Route]:
     return [Route(PATH, embed, methods=["POST"])]
 
 
-def _sequences(service: Service, served: Served, texts: Sequence[str | tuple[int, ...]]) -> list[list[int]]:
+def _sequences(service: Service, served: Served, texts: Sequence[str | Ids]) -> list[list[int]]:
     """The ids of the texts, as guardrails let them through. Raises Rejection if there are too many of them,
     or one has none or is too long."""
     if not 0 < len(texts) <= MOST_TEXTS:
@@ -89,9 +75,9 @@ def _sequences(service: Service, served: Served, texts: Sequence[str | tuple[int
             ids = served.renderer.text_prompt(text) if isinstance(text, str) else list(text)
         except TemplateError as error:
             raise Rejection(400, str(error), f"input[{place}]", "invalid_value") from error
-        if not 0 < len(ids) <= service.limits.prompt_tokens:
-            message = f"input[{place}] has {len(ids)} tokens, from 1 to {service.limits.prompt_tokens:,} "
-            raise Rejection(400, f"{message}are possible", f"input[{place}]", "context_length_exceeded")
+        if not ids:
+            raise Rejection(400, f"input[{place}] has no tokens", f"input[{place}]", "invalid_value")
+        answering.require_short(service, ids, f"input[{place}]")
         sequences.append(ids)
     return sequences
 
@@ -100,20 +86,21 @@ async def _vectors(service: Service, served: Served, sequences: Sequence[Sequenc
     """(n, D) float32, each of length 1. Between two batches the engine goes on with its answers."""
     vectors: dict[int, np.ndarray] = {}
     for batch in embeddings.batches(sequences):
-        rows = [sequences[place] for place in batch]
+        rows = {place: sequences[place] for place in batch}
         means = await service.worker.run(lambda rows=rows: _means(service, served, rows))
         vectors |= dict(zip(batch, means, strict=True))
     stacked = np.stack([vectors[place] for place in range(len(sequences))])
     return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-12)
 
 
-def _means(service: Service, served: Served, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """On MLX's thread. Raises ModelError if the model does not know an id, or does not expose its hidden
-    states."""
+def _means(service: Service, served: Served, by_place: Mapping[int, Sequence[int]]) -> np.ndarray:
+    """On MLX's thread. ``by_place``: place in the input → ids. Raises ModelError if the model does not know
+    an id, or does not expose its hidden states."""
     net, routing = service.models.loaded.net, service.models.routing
     if not abilities.splits(net):
         raise ModelError("this model does not expose its hidden states", hint="ask for answers, not vectors")
-    vocabulary.require_known(net, [(f"input {place}", row) for place, row in enumerate(rows)])
+    vocabulary.require_known(net, [(f"input[{place}]", row) for place, row in by_place.items()])
+    rows = list(by_place.values())
     if routing is None:
         return embeddings.means(net, rows)
     routing.require([served.adapter])

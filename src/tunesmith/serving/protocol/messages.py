@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias, cast
@@ -15,8 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tunesmith.data.formats import JSON, Call, Conversation, Message
-from tunesmith.errors import TunesmithError
-from tunesmith.serving import access, answering
+from tunesmith.serving import answering
 from tunesmith.serving.answering import AskedOnce
 from tunesmith.serving.pieces import (
     AnswerEnded,
@@ -43,6 +42,7 @@ from tunesmith.serving.protocol.bodies import (
     declared,
     read,
     require_answerable,
+    require_tool,
     strict_tools,
     with_reasoning,
 )
@@ -56,7 +56,7 @@ from tunesmith.serving.protocol.streams import (
     lines,
 )
 from tunesmith.serving.question import Question, ToolChoice
-from tunesmith.serving.rejections import ANTHROPIC, Rejection, rejection_of
+from tunesmith.serving.rejections import ANTHROPIC, Rejection
 from tunesmith.serving.service import Service
 
 PATH = ANTHROPIC
@@ -210,8 +210,7 @@ class CountBody(Body):
         functions = [tool.function() for tool in self.tools or ()]
         tools = tuple(declared(function, f"tools[{place}]") for place, function in enumerate(functions))
         choice, named = self._choice
-        if choice == "required" and (not tools or (named and named not in {f["name"] for f in functions})):
-            raise Rejection(400, "tool_choice: there is no such tool", "tool_choice", "invalid_value")
+        require_tool(choice, named, functions)
         thinking = self.thinking
         return Question(
             self.model or "",
@@ -244,9 +243,7 @@ class MessagesBody(CountBody):
         return replace(
             self.prompted(),
             max_tokens=self.max_tokens,
-            temperature=self.temperature or 0.0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
+            **self.how_to_draw(),
             stop=self.stop_sequences or (),
             stream=bool(self.stream),
             user=None if self.metadata is None else self.metadata.user_id,
@@ -272,29 +269,7 @@ def routes(service: Service) -> list[Route]:
         asked = await answering.ask(service, body.prompted())
         return JSONResponse({"input_tokens": len(asked.prepared.request.ids)})
 
-    return [
-        Route(PATH, _in_their_shape(create), methods=["POST"]),
-        Route(f"{PATH}/count_tokens", _in_their_shape(count), methods=["POST"]),
-    ]
-
-
-Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
-
-
-def _in_their_shape(handler: Handler) -> Handler:
-    """``handler``, whose errors have Anthropic's shape."""
-
-    async def handle(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except Exception as error:
-            rejection = rejection_of(error)
-            if rejection.status >= 500 and not isinstance(error, TunesmithError | Rejection):
-                raise
-            access.current().error = rejection.code or rejection.kind
-            return JSONResponse(rejection.anthropic_body, rejection.status, headers=dict(rejection.headers))
-
-    return handle
+    return [Route(PATH, create, methods=["POST"]), Route(f"{PATH}/count_tokens", count, methods=["POST"])]
 
 
 class MessageExchange:

@@ -43,6 +43,7 @@ from tunesmith.serving.protocol.bodies import (
     declared,
     read,
     require_answerable,
+    require_tool,
     strict_tools,
     text_of,
     with_reasoning,
@@ -203,15 +204,13 @@ class ResponseBody(Body):
         choice, named = self.tool_choice or "auto", None
         if isinstance(choice, FlatNamedTool):
             choice, named = "required", choice.name
-        if choice == "required" and (not tools or (named and named not in {f["name"] for f in functions})):
-            raise Rejection(400, "tool_choice: there is no such tool", "tool_choice", "invalid_value")
+        require_tool(choice, named, functions)
         wants_logprobs = LOGPROBS in (self.include or ())
         return Question(
             self.model or "",
             Conversation(tuple(messages), () if choice == "none" else tools),
             max_tokens=self.max_output_tokens,
-            temperature=self.temperature or 0.0,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            **self.how_to_draw(),
             logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
             tool_choice=choice,
             named_tool=named,

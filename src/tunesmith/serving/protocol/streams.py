@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 from starlette.responses import StreamingResponse
 
-from tunesmith.serving import access
+from tunesmith.serving import access, entrance
 from tunesmith.serving.answering import Delivery
-from tunesmith.serving.rejections import Rejection, rejection_of
+from tunesmith.serving.rejections import Rejection
 
 IN_HEADERS = "/:@+=,()[] "
 """What stands in a header as it is, beside letters, digits and ``_.-~``."""
@@ -67,9 +67,7 @@ async def lines(events: AsyncGenerator[ServerEvent], errors: ErrorEvents) -> Asy
             async for event in events:
                 yield event.line
     except Exception as error:
-        rejection = rejection_of(error)
-        access.current().error = rejection.code or rejection.kind
-        for event in errors.of(rejection):
+        for event in errors.of(entrance.failure(error)):
             yield event.line
 
 
