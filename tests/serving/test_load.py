@@ -93,6 +93,8 @@ BROKEN = {
     "nothing": b"",
     "half of a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\ndata: {}",
     "events without an end": b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices": []}\n\n',
+    "a chunk without a size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\ndata: {}",
+    "an event that is not JSON": b"HTTP/1.1 200 OK\r\n\r\ndata: {half\n\n",
     "half of a body": b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\ndata: {}\n\n",
 }
 
@@ -110,4 +112,5 @@ def test_an_answer_that_breaks_off_is_an_error(reply):
             port = broken.sockets[0].getsockname()[1]
             return await load.timed(ServerAddress("127.0.0.1", port), HttpCall("/", {}))
 
-    assert asyncio.run(answered()).error in ("ConnectionError", "ConnectionResetError")
+    malformed = {"a chunk without a size": "ValueError", "an event that is not JSON": "JSONDecodeError"}
+    assert asyncio.run(answered()).error in (malformed.get(reply, "ConnectionError"), "ConnectionResetError")

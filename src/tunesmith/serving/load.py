@@ -11,6 +11,7 @@ import asyncio
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ async def timed(address: ServerAddress, call: HttpCall, due: float | None = None
                         first = first or time.perf_counter() - begun
                         texts.append(new)
                     n_tokens = (event.get("usage") or {}).get("completion_tokens", n_tokens)
-    except OSError as failure:
+    except (OSError, ValueError) as failure:  # ValueError: a length, a chunk or an event that is malformed
         error = type(failure).__name__
     return CallTimes(time.perf_counter() - begun, first, n_tokens, "".join(texts), error)
 
@@ -234,14 +235,10 @@ async def open_loop(
 def report(times: Sequence[CallTimes], seconds: float) -> LoadReport:
     """The percentiles of ``times``, of which only whole answers count."""
     whole = [call for call in times if call.error is None]
-    errors: dict[str, int] = {}
-    for call in times:
-        if call.error is not None:
-            errors[call.error] = errors.get(call.error, 0) + 1
     return LoadReport(
         requests=len(times),
         answered=len(whole),
-        errors=errors,
+        errors=dict(Counter(call.error for call in times if call.error is not None)),
         seconds=seconds,
         requests_per_second=len(whole) / seconds,
         tokens_per_second=sum(call.n_tokens for call in whole) / seconds,
