@@ -23,7 +23,7 @@ from tunesmith.serving.lexicon import Lexicons
 from tunesmith.serving.limits import ServerLimits
 from tunesmith.serving.metrics import Metrics
 from tunesmith.serving.question import Question
-from tunesmith.serving.rejections import Rejection, rejection_of
+from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.served import Models, Served
 from tunesmith.serving.streams import Answering
 from tunesmith.serving.votes import RememberedAnswers
@@ -82,7 +82,8 @@ class Service:
             del self.exchanges[record.id]
 
     def hold(self, served: Served) -> Served:
-        """Keep the adapter of ``served`` until the running HTTP request has ended, though it be dropped."""
+        """Keep the adapter of ``served`` until the running HTTP request has ended, even if it is dropped
+        meanwhile."""
         request_id = access.current().id
         if served.adapter is not None and request_id in self.exchanges:
             self.exchanges[request_id] += (served.adapter,)
@@ -172,6 +173,3 @@ class RequestMeasures:
         self._record.cached_tokens += token.cached
         if self._record.first_token_s is None:
             self._record.first_token_s = round(seconds, 6)
-
-    def failed(self, error: Exception) -> None:
-        self._record.error = rejection_of(error).code

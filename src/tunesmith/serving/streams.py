@@ -13,11 +13,9 @@ from tunesmith.errors import TunesmithError
 
 
 class Observer(Protocol):
-    """Is told, on the event loop, what comes of one request."""
+    """Gets, on the event loop, the tokens of one request."""
 
     def token(self, token: NewToken) -> None: ...
-
-    def failed(self, error: Exception) -> None: ...
 
 
 class TokenStream:
@@ -35,7 +33,8 @@ class TokenStream:
         self.error: TunesmithError | None = None
         self.over = False
         self.timers: list[asyncio.TimerHandle] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self.changed = asyncio.Event()
+        """Set by a token or an error."""
 
     def put(self, token: NewToken) -> None:
         if self.over:
@@ -47,15 +46,13 @@ class TokenStream:
             self._observer.token(token)
         if token.finish is not None:
             self.end()
-        self._wake()
+        self.changed.set()
 
     def fail(self, error: TunesmithError) -> None:
         if not self.over:
             self.error = error
             self.end()
-            if self._observer is not None:
-                self._observer.failed(error)
-            self._wake()
+            self.changed.set()
 
     def end(self) -> None:
         """No token follows."""
@@ -63,18 +60,6 @@ class TokenStream:
         for timer in self.timers:
             timer.cancel()
         self.timers = []
-
-    async def wait(self) -> None:
-        """Until there is something new."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class Answering:
@@ -95,8 +80,9 @@ class Answering:
                 raise stream.error
             if stream.over:
                 raise StopAsyncIteration
+            stream.changed.clear()
             try:
-                await stream.wait()
+                await stream.changed.wait()
             except asyncio.CancelledError:
                 self.cancel()
                 raise

@@ -23,7 +23,6 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 import mlx.core as mx
 
-from tunesmith import events
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.prefixes import Prefixes
 from tunesmith.engine.requests import NewToken, Request
@@ -69,11 +68,16 @@ class _Life:
     allowed_s: float = 0.0
     given_up: bool = False
     ready: bool = False
-    n_jobs: int = 0
-    measured: int = 0
-    """Jobs that were done when memory was measured last."""
+    job_ran: bool = False
+    """Whether a job has run since memory was measured last."""
     began: float = field(default_factory=time.monotonic)
     thread: threading.Thread | None = None
+
+    @property
+    def streams(self) -> list[TokenStream]:
+        """Of the requests under way, and of the one that is being submitted, which may be named twice."""
+        submitting = self.submitting
+        return [*self.rows.values(), *([] if submitting is None else [submitting])]
 
 
 class Worker:
@@ -87,10 +91,10 @@ class Worker:
         self,
         limits: ServerLimits,
         *,
-        batch_size: int = 16,
-        memory: int | None = None,
-        prefix_bytes: int | None = None,
-        notify: Sink = events.silent,
+        batch_size: int,
+        memory: int | None,
+        prefix_bytes: int | None,
+        notify: Sink,
     ) -> None:
         self.limits, self.batch_size, self._notify = limits, batch_size, notify
         self.memory = memory if memory is not None else backend.memory_limit() * 9 // 10
@@ -112,7 +116,8 @@ class Worker:
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopping = False
-        self._life: _Life | None = None
+        self._life = _Life()
+        """Has no thread until `start`."""
         self._supervisor: asyncio.Task[None] | None = None
         self._pace = 0.0
         self._first_start: asyncio.Future[None] | None = None
@@ -121,13 +126,9 @@ class Worker:
     @property
     def in_use(self) -> set[str]:
         """Adapters, by their names in the engine, that requests need which are under way or wait."""
-        life = self._life
-        rows = [] if life is None else list(life.rows.values())
-        if life is not None and life.submitting is not None:
-            rows.append(life.submitting)
-        with self._changed:
-            rows += self._waiting
-        return {row.request.adapter for row in rows if row.request.adapter is not None}
+        with self._changed:  # else a request on its way between the two would be missed
+            streams = [*self._life.streams, *self._waiting]
+        return {stream.request.adapter for stream in streams if stream.request.adapter is not None}
 
     def ask(self, request: Request, observer: Observer | None = None) -> Answering:
         """Put ``request`` into the queue. Raises Overloaded if it is full, TooLarge if the request would not
@@ -172,8 +173,9 @@ class Worker:
 
     @contextmanager
     def reserve(self, n_bytes: int) -> Iterator[None]:
-        """Inside, the memory belongs to what is being loaded: requests are admitted beside it only. Raises
-        TooLarge if it is not free."""
+        """Inside, the memory belongs to what is being loaded: requests are admitted if they fit beside it,
+        except that one which was queued before is taken when it is alone. Raises TooLarge if it is not
+        free."""
         used = self.weights + self.kv_bytes + self.reserved
         if used + n_bytes > self.memory:
             message = (
@@ -197,9 +199,7 @@ class Worker:
     def healthy(self) -> bool:
         """Whether the engine runs."""
         life = self._life
-        if life is None or life.thread is None:
-            return False
-        return life.ready and not life.given_up and life.thread.is_alive()
+        return life.ready and not life.given_up and life.thread is not None and life.thread.is_alive()
 
     @property
     def n_waiting(self) -> int:
@@ -208,19 +208,17 @@ class Worker:
     @property
     def n_rows(self) -> int:
         """Requests under way."""
-        return 0 if self._life is None else len(self._life.rows)
+        return len(self._life.rows)
 
     @property
     def busy(self) -> bool:
         """Whether there are requests or jobs, under way or waiting."""
-        job = None if self._life is None else self._life.job
-        return bool(self._waiting or self.n_rows or self._jobs or job)
+        return bool(self._waiting or self.n_rows or self._jobs or self._life.job)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that the requests under way may need."""
-        rows = [] if self._life is None else list(self._life.rows.values())
-        return _padded([row.cost for row in rows])
+        return _padded([stream.cost for stream in list(self._life.rows.values())])
 
     async def start(self) -> None:
         """Start the thread. It has no engine until `serve`; `run` works at once."""
@@ -253,7 +251,7 @@ class Worker:
             self._stopping = True
             self._changed.notify()
         self._fail(Draining("the server has ended"), waiting=True)
-        thread = self._life.thread if self._life else None
+        thread = self._life.thread
         if thread is not None:
             seconds = STOP_S if self._prefix_folder is None else STORE_S
             await asyncio.get_running_loop().run_in_executor(None, thread.join, seconds)
@@ -269,7 +267,7 @@ class Worker:
         while True:
             await asyncio.sleep(LOOK_S)
             life = self._life
-            if life is None or life.given_up:
+            if life.given_up:
                 continue
             beat = life.beat
             if life.thread is not None and not life.thread.is_alive():
@@ -305,15 +303,12 @@ class Worker:
 
     def _fail(self, error: ServeError, *, waiting: bool) -> None:
         """End the requests under way, and also those that wait."""
-        life = self._life
-        rows = [] if life is None else list(life.rows.values())
-        if life is not None and life.submitting is not None:
-            rows.append(life.submitting)
-        if waiting:
-            with self._changed:
-                rows += self._waiting
+        with self._changed:
+            streams = self._life.streams
+            if waiting:
+                streams += self._waiting
                 self._waiting.clear()
-        for stream in rows:
+        for stream in streams:
             stream.fail(error)
 
     def _time_out(self, stream: TokenStream, seconds: float, what: str) -> None:
@@ -330,13 +325,11 @@ class Worker:
 
     def _drop(self, stream: TokenStream) -> None:
         """Free the row of a request that has ended early, or its place in the queue."""
-        if stream in self._waiting:
-            with self._changed, suppress(ValueError):
-                self._waiting.remove(stream)
-        if self._life is not None:
-            self._life.cancelled.append(stream)
-            with self._changed:
-                self._changed.notify()
+        with self._changed, suppress(ValueError):
+            self._waiting.remove(stream)
+        self._life.cancelled.append(stream)
+        with self._changed:
+            self._changed.notify()
 
     def _retry_after(self) -> int:
         """Seconds, guessed: half of the longest time that a request has waited."""
@@ -409,6 +402,7 @@ class Worker:
             job = life.job = self._jobs[0]
             self._jobs.popleft()
             if job.done.cancelled():
+                life.job = None
                 continue
             result, failure = None, None
             try:
@@ -416,7 +410,7 @@ class Worker:
                     result = job.function()
             except Exception as error:
                 failure = error
-            life.n_jobs += 1
+            life.job_ran = True
             self._loop.call_soon_threadsafe(_settle, job.done, result, failure)
             life.job = None
 
@@ -431,8 +425,8 @@ class Worker:
 
     def _rest(self, life: _Life) -> None:
         """Wait; the memory of what is loaded can be measured now."""
-        if life.measured != life.n_jobs:
-            life.measured = life.n_jobs
+        if life.job_ran:
+            life.job_ran = False
             self.weights = backend.memory()["active"] - (self._prefixes.n_bytes if self._prefixes else 0)
         self._sleep(life)
 
@@ -441,8 +435,6 @@ class Worker:
         with self._changed:
             if not (self._waiting or self._jobs or self._stopping or life.given_up):
                 self._changed.wait(1.0)
-            elif self._waiting and not self._jobs:
-                self._changed.wait(0.01)  # no memory for the first of them yet
 
     def _forget_cancelled(self, life: _Life, engine: Engine) -> None:
         if not life.cancelled:
@@ -467,7 +459,8 @@ class Worker:
             life.submitting = None
 
     def _next(self, life: _Life) -> TokenStream | None:
-        """Take the first request out of the queue, if it has a row and memory now."""
+        """Take the first request out of the queue, if it has a row and memory now; alone it is always
+        taken."""
         with self._changed:
             while self._waiting and self._waiting[0].over:
                 self._waiting.popleft()
@@ -547,7 +540,7 @@ def _put(made: list[tuple[TokenStream, NewToken]]) -> None:
 
 
 def _settle(done: asyncio.Future[Any], result: object, failure: Exception | None) -> None:
-    if done.cancelled() or done.done():
+    if done.done():
         return
     if failure is None:
         done.set_result(cast("Any", result))
