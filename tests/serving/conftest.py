@@ -82,7 +82,7 @@ class Server:
 @pytest.fixture(scope="session")
 def served_runs(tmp_path_factory, tiny_model) -> dict[str, Path]:
     """Two short runs on the tiny model, LoRA and DoRA, by name. The learning rate is so high that each
-    in its own way."""
+    answers in its own way."""
     folder = tmp_path_factory.mktemp("served")
     data = tiny.write_rows(folder / "rows.jsonl", tiny.conversations(24))
     sets = ["loop.steps=4", "audit.before_training=false", "optimizer.learning_rate=0.02", "adapter.rank=4"]

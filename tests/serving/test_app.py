@@ -20,9 +20,12 @@ from tunesmith.serving.rejections import UnknownModel
 OPENAI = {"message", "type", "param", "code"}
 
 
-def last_line(server) -> dict:
-    wait_until(server.log.getvalue)  # a line is written after its answer
-    return json.loads(server.log.getvalue().splitlines()[-1])
+def logged(server, response) -> dict:
+    """The line of the access log about ``response``. It is written after the answer."""
+    request_id = response.headers["x-request-id"]
+    wait_until(lambda: request_id in server.log.getvalue())
+    lines = [json.loads(line) for line in server.log.getvalue().splitlines()]
+    return next(line for line in lines if line["id"] == request_id)
 
 
 def test_an_unknown_path_is_refused_in_openai_s_shape(server):
@@ -119,8 +122,8 @@ def test_only_keys_are_let_in(guarded):
             refused = client.get("/v1/models", headers=headers)
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
         assert client.get("/metrics").status_code == 401
-        assert client.get("/v1/models", headers={"x-api-key": "secret-of-the-boss"}).status_code == 200
-    assert last_line(guarded)["key"] == "boss"
+        listed = client.get("/v1/models", headers={"x-api-key": "secret-of-the-boss"})
+    assert listed.status_code == 200 and logged(guarded, listed)["key"] == "boss"
     assert "secret" not in guarded.log.getvalue()
 
 
@@ -257,13 +260,13 @@ NEVER_ENDS = {"max_tokens": 3500, "logit_bias": {"2": -100}}
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_frees_its_row(server, stream):
     """mlx-openai-server 321: the client is gone, and the worker runs on."""
-    worker = server.service.worker
+    worker, before = server.service.worker, len(server.log.getvalue())
     with raw(server, chat("base", stream=stream, **NEVER_ENDS)) as connection:
         if stream:
             connection.recv(10)
         wait_until(lambda: worker.n_rows == 1)
     wait_until(lambda: worker.n_rows == 0)
-    wait_until(lambda: last_line(server).get("ended") == "cancelled")
+    wait_until(lambda: '"ended": "cancelled"' in server.log.getvalue()[before:])
 
 
 def test_a_client_that_goes_while_it_waits_leaves_the_queue(start_server, settings):
@@ -297,7 +300,7 @@ def test_a_client_that_does_not_read_is_dropped(start_server, settings):
         await server.http.config.app(scope, receive, send)
 
     server.call(asyncio.wait_for(exchange(), 20))
-    assert last_line(server)["error"] == "stalled"
+    assert json.loads(server.log.getvalue())["error"] == "stalled"
     wait_until(lambda: server.service.worker.n_rows == 0)
     assert not server.notices
 
@@ -308,8 +311,9 @@ def test_an_adapter_that_is_asked_answers(server):
         answers = {}
         for model in ("base", "writer", "caller"):
             body = chat(model, max_tokens=5, logprobs=True)
-            answers[model] = client.post("/v1/chat/completions", json=body).json()["choices"][0]["logprobs"]
-            assert last_line(server)["model"] in (model, "tiny-llama")
+            answered = client.post("/v1/chat/completions", json=body)
+            answers[model] = answered.json()["choices"][0]["logprobs"]
+            assert logged(server, answered)["model"] in (model, "tiny-llama")
     assert len({json.dumps(logprobs) for logprobs in answers.values()}) == 3
 
 
@@ -343,11 +347,12 @@ def test_an_engine_that_dies_is_told_within_the_answer(start_server, settings, m
 
 def test_contents_are_logged_only_if_asked(start_server, settings, server):
     logging = start_server(replace(settings, log_contents=True))
-    for one in (server, logging):
-        with one.client() as client:
-            client.post("/v1/chat/completions", json=chat("writer", max_tokens=5, user="me"))
+    body = chat("writer", max_tokens=5, user="me")
+    with server.client() as client:
+        assert "contents" not in logged(server, client.post("/v1/chat/completions", json=body))
     assert "the cat" not in server.log.getvalue()
-    contents = last_line(logging)["contents"]
+    with logging.client() as client:
+        contents = logged(logging, client.post("/v1/chat/completions", json=body))["contents"]
     assert "the cat" in contents["request"] and "choices" in contents["response"]
 
 
@@ -360,7 +365,7 @@ def test_a_key_for_an_ab_test_asks_its_models_by_that_name_only(start_server, se
     with server.client(headers=shown("rater")) as client:
         assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["duel"]
         asked = client.post("/v1/chat/completions", json=chat("duel", max_tokens=3))
-        assert asked.status_code == 200 and last_line(server)["model"] in ("writer", "caller")
+        assert asked.status_code == 200 and logged(server, asked)["model"] in ("writer", "caller")
         assert client.post("/v1/chat/completions", json=chat("writer", max_tokens=3)).status_code == 403
     with server.client(headers=shown("boss")) as client:
         refused = client.post("/admin/adapters", json={"drop": "caller"})

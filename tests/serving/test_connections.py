@@ -8,7 +8,7 @@ from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
-from serving.test_app import last_line
+from serving.test_app import logged
 from serving.test_worker import wait_until
 from uvicorn.server import ServerState
 
@@ -49,8 +49,8 @@ def test_further_connections_are_closed(strict):
         connection.close()
 
 
-@pytest.mark.parametrize("reads_later", [False, True])
-def test_the_connection_of_a_client_that_does_not_read_is_closed(strict, monkeypatch, reads_later):
+@pytest.mark.parametrize("happens", ["nothing", "it reads later", "its answer has ended"])
+def test_the_connection_of_a_client_that_does_not_read_is_closed(strict, monkeypatch, happens):
     """It would stay until everything is flushed, which is never."""
     monkeypatch.setattr(connections, "LATER_S", 0.0)
     config = strict.http.config
@@ -60,21 +60,23 @@ def test_the_connection_of_a_client_that_does_not_read_is_closed(strict, monkeyp
         made = config.http_protocol_class(config=config, server_state=ServerState(), app_state={})
         made.connection_made(transport)
         made._head.cancel()
-        made.pause_writing()
-        if reads_later:
+        if happens == "its answer has ended":
+            made.timeout_keep_alive_handler()
+        else:
+            made.pause_writing()
+        if happens == "it reads later":
             made.resume_writing()
         await asyncio.sleep(0.6)
         return transport.abort.called
 
-    assert strict.call(stall()) is not reads_later
+    assert strict.call(stall()) is (happens != "it reads later")
 
 
 def test_who_asks_is_the_address_of_the_connection(strict):
     wait_until(lambda: not strict.http.server_state.connections)
     with strict.client() as client:
-        client.get("/v1/models", headers={"X-Forwarded-For": "made up"})
-    wait_until(lambda: last_line(strict)["path"] == "/v1/models")
-    assert last_line(strict)["client"] == "127.0.0.1"
+        listed = client.get("/v1/models", headers={"X-Forwarded-For": "made up"})
+    assert logged(strict, listed)["client"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])

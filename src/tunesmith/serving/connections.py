@@ -11,15 +11,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tunesmith.serving.limits import ServerLimits
 
 LATER_S = 1.0
-"""`Entrance` drops a client that does not read first, and notes it; then its connection is closed."""
+"""Added to ``stall_s``, so that `Entrance` notes the client in the log before its connection is closed."""
 
 
 class LimitedConnection(H11Protocol):
     """One connection. It is closed at once, with what was not sent yet, if there are too many, if the head of
     a request does not arrive in time, or if the client does not read."""
 
-    def __init__(self, limits: ServerLimits, **uvicorn_s: Any) -> None:
-        super().__init__(**uvicorn_s)
+    def __init__(self, limits: ServerLimits, **options: Any) -> None:
+        super().__init__(**options)
         self._limits = limits
         self._head: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
@@ -60,6 +60,7 @@ class LimitedConnection(H11Protocol):
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+    """Cancel ``timer``. The result is what its attribute holds from then on."""
     if timer is not None:
         timer.cancel()
 
