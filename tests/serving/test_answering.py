@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from dataclasses import replace
 from itertools import product
@@ -10,17 +9,20 @@ from pathlib import Path
 
 import pytest
 from serving.scripted import CALL, WEATHER, Tokens, answering, events_of
+from serving.test_app import logged
 from serving.test_worker import wait_until
 
 import tiny
 import tunesmith
 from tunesmith.data import formats
 from tunesmith.data.formats import DataSpec
+from tunesmith.errors import TemplateError
 from tunesmith.evaluation.subject import Subject
 from tunesmith.runs import records
 from tunesmith.serving import answering as answering_module
 from tunesmith.serving.ab import Routes, parse_route
 from tunesmith.serving.guardrails import Guard
+from tunesmith.serving.lexicon import Lexicons
 from tunesmith.serving.pieces import AnswerEnded, CallArguments, CallBegun, Logprobs, Reasoned, Words
 from tunesmith.serving.rejections import TimedOut
 
@@ -83,16 +85,10 @@ def test_prompt_ids_are_those_of_evaluation(server, served_runs):
 def test_requests_name_the_adapter_and_its_digest(server):
     served = server.service.models.resolve("writer")
     with server.client() as client:
-        made = client.post(PATH, json={"model": "writer", "messages": HI, "max_tokens": 1}).json()
-    assert made["system_fingerprint"] == f"fp_{served.digest[:12]}"
-    line = logged(server, "adapter")
+        answered = client.post(PATH, json={"model": "writer", "messages": HI, "max_tokens": 1})
+    assert answered.json()["system_fingerprint"] == f"fp_{served.digest[:12]}"
+    line = logged(server, answered)
     assert (line["model"], line["adapter"]) == ("writer", served.adapter)
-
-
-def logged(server, key: str) -> dict:
-    """The last line of the access log, which is written after the answer: it has ``key``."""
-    wait_until(lambda: f'"{key}"' in (server.log.getvalue().splitlines() or [""])[-1])
-    return json.loads(server.log.getvalue().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +127,7 @@ def test_a_fallback_answers_in_time_and_is_named(cautious, late_writer, stream):
     body = events_of(response.text)[0][1] if stream else response.json()
     assert body["fallback"] == [{"index": 0, "model": "tiny-llama", "reason": "timeout"}]
     assert "From the base." in response.text or stream
-    line = logged(cautious, "fallback")
+    line = logged(cautious, response)
     assert line["fallback"] == "tiny-llama: timeout"
     assert (line["model"], line["status"], "error" in line) == ("writer", 200, False)
     ids = late_writer.requests[-1].ids
@@ -140,9 +136,61 @@ def test_a_fallback_answers_in_time_and_is_named(cautious, late_writer, stream):
 
 def test_a_prompt_is_logged_once_however_many_answers_it_gets(server):
     with answering(server, "one") as script, server.client() as client:
-        made = client.post(PATH, json={"model": "writer", "messages": HI, "n": 3}).json()
+        answered = client.post(PATH, json={"model": "writer", "messages": HI, "n": 3})
     assert len(script.requests) == 3
-    assert logged(server, "prompt_tokens")["prompt_tokens"] == made["usage"]["prompt_tokens"]
+    assert logged(server, answered)["prompt_tokens"] == answered.json()["usage"]["prompt_tokens"]
+
+
+@pytest.fixture
+def refusing_caller(cautious, monkeypatch):
+    """No prompt can be expressed for the adapter caller. The list gets those that were tried."""
+    read, refused = answering_module.prompt_ids, []
+
+    def prompt_ids(renderer, prompt, served):
+        if served.name == "caller":
+            refused.append(prompt)
+            raise TemplateError("the template of caller has no place for it")
+        return read(renderer, prompt, served)
+
+    monkeypatch.setattr(answering_module, "prompt_ids", prompt_ids)
+    return refused
+
+
+def test_a_fallback_that_cannot_take_the_prompt_is_passed_over(
+    cautious, late_writer, refusing_caller, monkeypatch
+):
+    monkeypatch.setattr(cautious.service, "fallback", ("caller", "base"))
+    with cautious.client() as client:
+        response = client.post(PATH, json={"model": "writer", "messages": HI})
+    assert response.status_code == 200, response.text
+    assert response.headers["x-tunesmith-fallback"] == "tiny-llama; refused"
+    assert len(refusing_caller) == 1
+
+
+def test_if_the_last_fallback_cannot_take_the_prompt_the_error_is_that_of_the_model_asked(
+    cautious, late_writer, refusing_caller, monkeypatch
+):
+    monkeypatch.setattr(cautious.service, "fallback", ("caller",))
+    with cautious.client() as client:
+        response = client.post(PATH, json={"model": "writer", "messages": HI})
+    assert response.status_code == 504 and "first token" in response.json()["error"]["message"]
+    assert logged(cautious, response)["error"] == "timeout"
+
+
+def test_a_question_is_prepared_once_for_a_fallback(cautious, late_writer, monkeypatch):
+    read, names = answering_module.prompt_ids, []
+
+    def prompt_ids(renderer, prompt, served):
+        names.append(served.name)
+        return read(renderer, prompt, served)
+
+    monkeypatch.setattr(answering_module, "prompt_ids", prompt_ids)
+    long = [{"role": "user", "content": "x" * (answering_module.SHORT + 1)}]
+    with cautious.client() as client:
+        for turns in (HI, long):
+            response = client.post(PATH, json={"model": "writer", "messages": turns, "n": 3})
+            assert [choice["index"] for choice in response.json()["choices"]] == [0, 1, 2]
+    assert names == ["writer", "tiny-llama"] * 2
 
 
 def test_an_answer_of_a_fallback_is_none_of_the_ab_test(cautious, late_writer):
@@ -281,6 +329,24 @@ def test_the_server_goes_on_while_a_prompt_is_read(server, monkeypatch):
             turns = [{"role": "user", "content": "x" * size}]
             client.post(PATH, json={"model": "writer", "messages": turns})
     assert [thread is server._thread for thread in threads] == [True, False]
+
+
+@pytest.mark.parametrize("wanted", [{}, {"response_format": {"type": "json_object"}}])
+def test_the_server_goes_on_while_the_bytes_of_tokens_are_computed(server, monkeypatch, wanted):
+    """They are computed once, for the tokens that are shown and for grammars."""
+    kind, threads = type(server.service.models.resolve("writer").renderer), []
+    computed = kind.token_bytes
+
+    def noted(renderer):
+        threads.append(threading.current_thread())
+        return computed(renderer)
+
+    monkeypatch.setattr(kind, "token_bytes", noted)
+    monkeypatch.setattr(server.service, "lexicons", Lexicons())
+    body = {"model": "writer", "messages": HI, "logprobs": True, **wanted}
+    with server.client() as client, answering(server, "{}"):
+        assert client.post(PATH, json=body).status_code == 200
+    assert [thread is server._thread for thread in threads] == [False]
 
 
 @pytest.mark.parametrize("count", [300, 1001])

@@ -68,14 +68,15 @@ TEXT = CallForm(
 
 
 class Grammars:
-    """Constraints for the vocabulary and the template of ``renderer``. Raises ModelError if the bytes of its
-    tokens are not known, or it has no end token."""
+    """Constraints for the vocabulary and the template of ``renderer``. ``token_bytes``: those of the renderer
+    if they were computed already. Raises ModelError if the bytes of its tokens are not known, or it has no
+    end token."""
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, token_bytes: Sequence[bytes] | None = None) -> None:
         if not renderer.eos_ids:
             raise ModelError("constrained answers need an end token", hint="set eos_token")
         self.renderer = renderer
-        self._bytes = renderer.token_bytes()
+        self._bytes = renderer.token_bytes() if token_bytes is None else token_bytes
         self._controls = sorted(renderer.control_ids)
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Source(renderer, self._bytes)), eos_token=list(renderer.eos_ids)

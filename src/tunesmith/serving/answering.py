@@ -8,7 +8,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, TypeVarTuple, cast
 
 from tunesmith.checks.schemas import checked
@@ -56,13 +56,25 @@ class PreparedQuestion:
 @dataclass
 class AskedOnce:
     """A question that was screened, and who answers it. ``prepared``: for that model. ``seed``: its own, or
-    a new one. ``test``: the A/B test that chose the model, or None."""
+    a new one. ``test``: the A/B test that chose the model, or None. ``for_fallbacks``: as `prepared`, for
+    those that were asked."""
 
     question: Question
     served: Served
     prepared: PreparedQuestion
     seed: int
     test: str | None = None
+    for_fallbacks: dict[Served, PreparedQuestion] = field(default_factory=dict)
+    _alone: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
+
+    async def prepared_for(self, service: Service, served: Served) -> PreparedQuestion:
+        """The question for ``served``, prepared once for all answers. Raises as `prepare` does."""
+        if served is self.served:
+            return self.prepared
+        async with self._alone:
+            if served not in self.for_fallbacks:
+                self.for_fallbacks[served] = await prepare(service, self.question, served, self.seed)
+            return self.for_fallbacks[served]
 
     @property
     def fingerprint(self) -> str | None:
@@ -154,6 +166,8 @@ async def prepare(service: Service, question: Question, served: Served, seed: in
         is_chat,
     )
     constraints = await _constraints(service, question, renderer)
+    if question.logprobs is not None:  # else the first token that is shown would stop every stream
+        await asyncio.to_thread(service.lexicons.of(renderer).token, 0)
     return PreparedQuestion(served, renderer, request, reading, constraints)
 
 
@@ -224,8 +238,7 @@ def require_short(service: Service, ids: Sequence[int], param: str) -> None:
 
 
 def _functions(question: Question) -> list[Mapping[str, Any]]:
-    tools = question.prompt.tools if isinstance(question.prompt, Conversation) else ()
-    return [cast("dict[str, Any]", tool)["function"] for tool in tools]
+    return [cast("dict[str, Any]", tool)["function"] for tool in question.tools]
 
 
 def _strict_schemas(question: Question) -> dict[str, Any]:
@@ -241,14 +254,14 @@ async def _constraints(service: Service, question: Question, renderer: Renderer)
     """What keeps each answer to its form. Raises Rejection if what is asked cannot be enforced."""
     if not constrained(question):
         return []
-    form, tools = question.format, question.prompt.tools if isinstance(question.prompt, Conversation) else ()
+    form = question.format
     if form is not None and question.calls_tools:
         message = "JSON and tools at once cannot be enforced: leave out one of them, or set tool_choice: none"
         raise Rejection(400, message, form.param, "unsupported_value")
 
     def make(grammars: Grammars) -> TokenConstraint:
         if form is None:
-            named = cast("Sequence[Mapping[str, Any]]", tools)
+            named = cast("Sequence[Mapping[str, Any]]", question.tools)
             return grammars.calls(named, one_named=question.named_tool, parallel=not question.one_call)
         return grammars.json_object() if form.schema is None else grammars.json_schema(form.schema)
 
@@ -289,17 +302,17 @@ async def answer(service: Service, asked: AskedOnce, index: int, delivery: Deliv
 async def _delivered(
     service: Service, asked: AskedOnce, index: int, delivery: Delivery
 ) -> AsyncGenerator[Piece]:
-    """The pieces of an answer by the first model that can give it."""
+    """The pieces of an answer by the first model that can give it. If the last cannot take the prompt, the
+    first error is raised."""
     others = [service.hold(service.models.resolve(name)) for name in service.fallback]
     candidates = [asked.served, *(served for served in others if served is not asked.served)]
+    first_error: Exception | None = None
     for served in candidates:
         is_last, failure = served is candidates[-1], None
-        prepared = asked.prepared
-        if served is not asked.served:
-            prepared = await prepare(service, asked.question, served, asked.seed)
         held: list[Piece] = []
         delivered = False
         try:
+            prepared = await asked.prepared_for(service, served)
             async with aclosing(_answer_of(service, prepared, index)) as pieces:
                 async for piece in pieces:
                     if not (is_last or delivered) and (failure := _failure(piece, prepared)):
@@ -308,19 +321,28 @@ async def _delivered(
                     if is_last or asked.question.stream:
                         delivered = True
                         yield held.pop()
-        except (TimedOut, ConstraintFailed) as error:
+        except (TimedOut, ConstraintFailed, Rejection) as error:
+            if first_error is not None and is_last and isinstance(error, Rejection):
+                raise first_error from error
             if is_last or delivered:
                 raise
-            failure = "timeout" if isinstance(error, TimedOut) else "invalid"
+            first_error = first_error or error
+            failure = _reason(error)
         if failure is None:
             for piece in held:
                 yield piece
             return
         instead = candidates[candidates.index(served) + 1]
         service.metrics.fallbacks.labels(asked.served.name, instead.name, failure).inc()
-        record = access.current()
-        record.fallback, record.error = f"{instead.name}: {failure}", None
+        access.current().fallback = f"{instead.name}: {failure}"
         delivery.served, delivery.fallback = instead, failure
+
+
+def _reason(error: Exception) -> str:
+    """Why another model should answer, after ``error``."""
+    if isinstance(error, Rejection):  # of a fallback whose template cannot express the prompt
+        return "refused"
+    return "timeout" if isinstance(error, TimedOut) else "invalid"
 
 
 def _failure(piece: Piece, prepared: PreparedQuestion) -> str | None:

@@ -70,7 +70,11 @@ class Question:
     user: str | None = None
 
     @property
+    def tools(self) -> tuple[JSON, ...]:
+        """Those that the prompt declares."""
+        return self.prompt.tools if isinstance(self.prompt, Conversation) else ()
+
+    @property
     def calls_tools(self) -> bool:
         """Whether calls in the answer are delivered as calls."""
-        declared = isinstance(self.prompt, Conversation) and bool(self.prompt.tools)
-        return declared and self.tool_choice != "none"
+        return bool(self.tools) and self.tool_choice != "none"
