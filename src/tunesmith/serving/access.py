@@ -4,7 +4,6 @@ wished for."""
 from __future__ import annotations
 
 import json
-import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -55,22 +54,18 @@ def begin(record: AccessRecord) -> None:
 
 @dataclass
 class AccessLog:
-    """Writes records to ``stream``, or nothing if it is None. ``contents``: also what was asked and
-    answered."""
+    """Writes records to ``stream``, or nothing if it is None. Used on the event loop. ``contents``: whether
+    records get what was asked and answered."""
 
     stream: TextIO | None = None
     contents: bool = False
-    _alone: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def write(self, record: AccessRecord) -> None:
         if self.stream is None:
             return
         fields: Mapping[str, object] = {
-            name: value
-            for name, value in asdict(record).items()
-            if value not in (None, [], {}, "") and (name != "contents" or self.contents)
+            name: value for name, value in asdict(record).items() if value not in (None, [], {}, "")
         }
         line = json.dumps(fields, ensure_ascii=True) + "\n"
-        with self._alone:
-            self.stream.write(line)
-            self.stream.flush()
+        self.stream.write(line)
+        self.stream.flush()

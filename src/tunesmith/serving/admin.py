@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tunesmith.adapters import WEIGHTS
 from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.runs import opening
 from tunesmith.runs.opening import Source
@@ -113,7 +114,8 @@ def _bytes(source: Source) -> int:
     """Memory for the adapter of ``source``."""
     if source.checkpoint is None:
         return 0
-    return COPIES * sum(file.stat().st_size for file in source.checkpoint.glob("adapters.safetensors"))
+    weights = source.checkpoint / WEIGHTS
+    return COPIES * weights.stat().st_size if weights.is_file() else 0
 
 
 def _described(served: Served) -> dict[str, JSON]:

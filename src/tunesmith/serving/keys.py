@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from tunesmith.errors import ConfigError, listing
 from tunesmith.files import read_json
@@ -57,7 +57,7 @@ def read(path: Path) -> tuple[Key, ...]:
     keys: list[Key] = []
     for place, entry in enumerate(entries):
         try:
-            spec = TypeAdapter(KeySpec).validate_python(entry)
+            spec = KeySpec.model_validate(entry)
         except ValidationError as error:
             problems += [
                 f"entry {place}: {'.'.join(map(str, finding['loc']))}: {finding['msg']}"

@@ -11,18 +11,9 @@ from tunesmith.errors import ModelError, ServeError, TemplateError, TunesmithErr
 from tunesmith.model.vocabulary import UnknownIds
 from tunesmith.serving.guardrails import PromptBlocked
 
-BY_STATUS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "invalid_request_error",
-    405: "invalid_request_error",
-    408: "invalid_request_error",
-    413: "invalid_request_error",
-    415: "invalid_request_error",
-    429: "rate_limit_error",
-}
-"""HTTP status → the ``type`` of the error; any other is a ``server_error``."""
+BY_STATUS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+"""HTTP status → the ``type`` of the error; any other is a ``server_error`` from 500 on, or an
+``invalid_request_error``."""
 ANTHROPIC = "/v1/messages"
 """The paths that begin so speak Anthropic's protocol."""
 ANTHROPIC_BY_STATUS = {
@@ -54,7 +45,8 @@ class Rejection(Exception):
 
     @property
     def kind(self) -> str:
-        return BY_STATUS.get(self.status, "server_error")
+        other = "server_error" if self.status >= 500 else "invalid_request_error"
+        return BY_STATUS.get(self.status, other)
 
     @property
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -80,7 +72,7 @@ class Overloaded(ServeError):
 
 
 class TooLarge(ServeError):
-    """It would not fit in memory even if nothing else was under way."""
+    """It does not fit in the memory that the server may use."""
 
 
 class EngineDied(ServeError):

@@ -105,8 +105,8 @@ class Models:
         raise UnknownModel(f"there is no model {name!r}", hint=f"served are: {names}")
 
     def read(self, target: NamedRun, source: Source) -> tuple[Served, Adapter]:
-        """The adapter of a run, and how it is served. Raises ConfigError if it was trained on another base,
-        or the rows of a batch cannot have it beside others; ModelError or DataError if it cannot be read."""
+        """The adapter of a run, and how it is served. Raises ConfigError if it was trained on another base or
+        with other settings of the base, or is not a run; ModelError or DataError if it cannot be read."""
         run, folder = source.run, source.checkpoint
         if run is None or folder is None:
             hint = "the base of the runs is served beside them; serve another model by a server of its own"
@@ -155,8 +155,8 @@ class Models:
         self._route({**self.by_name, served.name: served}, {**self.contents, served.digest: adapter}, in_use)
 
     def drop(self, name: str, in_use: Collection[str]) -> None:
-        """Serve the adapter ``name`` no longer. Raises UnknownModel if there is none, ConfigError if nothing
-        else is served."""
+        """Serve the adapter ``name`` no longer. Raises UnknownModel if there is none, ConfigError if it is
+        not an adapter."""
         served = self.resolve(name)
         if served.name not in self.by_name or self.routing is None:
             raise ConfigError(f"{name} is not an adapter", hint="only adapters can be dropped")
