@@ -20,7 +20,7 @@ from tunesmith.errors import ModelError, ServeError, TemplateError
 from tunesmith.model import vocabulary
 from tunesmith.serving import access
 from tunesmith.serving.assembly import OPENED, AnswerReading, Assembler
-from tunesmith.serving.pieces import AnswerEnded, Piece
+from tunesmith.serving.pieces import AnswerEnded, Piece, WholeAnswer, joined
 from tunesmith.serving.question import Prompted, Question, prompt_size
 from tunesmith.serving.rejections import Rejection, TimedOut
 from tunesmith.serving.served import Served
@@ -383,6 +383,14 @@ def _require_valid(constraint: TokenConstraint | None) -> None:
     """Raises ConstraintFailed if the answer could not follow its constraint to the end."""
     if isinstance(constraint, GrammarConstraint) and constraint.problem is not None:
         raise ConstraintFailed(f"the answer could not be kept to its form: {constraint.problem}")
+
+
+async def whole(streams: Sequence[AsyncIterator[Piece]]) -> list[WholeAnswer]:
+    """Several answers, complete."""
+    pieces: list[list[Piece]] = [[] for _ in streams]
+    async for place, piece in merged(streams):
+        pieces[place].append(piece)
+    return [joined(answer_pieces) for answer_pieces in pieces]
 
 
 async def merged(streams: Sequence[AsyncIterator[Piece]]) -> AsyncGenerator[tuple[int, Piece]]:

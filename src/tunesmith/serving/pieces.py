@@ -146,6 +146,11 @@ def part_of(piece: Piece) -> PartKind:
             return ""
 
 
+def begins_part(piece: Piece, before: PartKind) -> bool:
+    """Whether ``piece`` begins a new part after one of kind ``before``. Every call is a part of its own."""
+    return isinstance(piece, CallBegun) or part_of(piece) != before
+
+
 def parts(pieces: Iterable[Piece]) -> list[list[Piece]]:
     """The pieces of each part of an answer, in their order: of its reasoning, of words between calls, of each
     call."""
@@ -153,7 +158,7 @@ def parts(pieces: Iterable[Piece]) -> list[list[Piece]]:
     for piece in pieces:
         if not part_of(piece):
             continue
-        if not runs or isinstance(piece, CallBegun) or part_of(piece) != part_of(runs[-1][0]):
+        if not runs or begins_part(piece, part_of(runs[-1][0])):
             runs.append([])
         runs[-1].append(piece)
     return runs

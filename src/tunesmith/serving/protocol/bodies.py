@@ -225,6 +225,11 @@ class Drawing(Body):
             raise ValueError("stream_options needs stream: true")
         return self
 
+    @property
+    def include_usage(self) -> bool:
+        """Whether the last chunk of a stream says how many tokens were used."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
     def drawn(self, question: Question) -> Question:
         """``question`` with what is asked here."""
         return replace(

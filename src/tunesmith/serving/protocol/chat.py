@@ -27,7 +27,6 @@ from tunesmith.serving.pieces import (
     Usage,
     WholeAnswer,
     Words,
-    joined,
 )
 from tunesmith.serving.protocol.bodies import (
     MOST_LOGPROBS,
@@ -44,16 +43,9 @@ from tunesmith.serving.protocol.bodies import (
     strict_tools,
     with_reasoning,
 )
-from tunesmith.serving.protocol.streams import (
-    ErrorEvents,
-    EventStream,
-    ServerEvent,
-    begun,
-    fallback_fields,
-    fallback_headers,
-    lines,
-)
+from tunesmith.serving.protocol.streams import ServerEvent, fallback_fields, fallback_headers, respond
 from tunesmith.serving.question import AnswerFormat, Question, ToolChoice
+from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.service import Service
 
 PATH = "/v1/chat/completions"
@@ -240,12 +232,7 @@ def routes(service: Service) -> list[Route]:
     async def complete(request: Request) -> Response:
         body = await read(request, ChatBody)
         asked = await answering.ask(service, body.question())
-        exchange = ChatExchange(service, asked)
-        if not body.stream:
-            return await exchange.whole()
-        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        events = await begun(exchange.events(include_usage))
-        return EventStream(lines(events, ErrorEvents()), exchange.headers)
+        return await respond(ChatExchange(service, asked, body.include_usage), body.stream)
 
     return [Route(PATH, complete, methods=["POST"])]
 
@@ -253,9 +240,9 @@ def routes(service: Service) -> list[Route]:
 class ChatExchange:
     """One question and its answers, as JSON."""
 
-    def __init__(self, service: Service, asked: AskedOnce) -> None:
+    def __init__(self, service: Service, asked: AskedOnce, include_usage: bool = False) -> None:
         self._lexicon = service.lexicons.of(asked.prepared.renderer)
-        self._asked = asked
+        self._asked, self._include_usage = asked, include_usage
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         self._deliveries = answering.deliveries(asked, answer_id)
         self._streams = [
@@ -274,10 +261,7 @@ class ChatExchange:
         return fallback_headers(self._deliveries)
 
     async def whole(self) -> Response:
-        pieces: list[list[Piece]] = [[] for _ in self._streams]
-        async for index, piece in answering.merged(self._streams):
-            pieces[index].append(piece)
-        answers = [joined(of_one) for of_one in pieces]
+        answers = await answering.whole(self._streams)
         content = {
             **self._head,
             "object": "chat.completion",
@@ -313,7 +297,10 @@ class ChatExchange:
             return None
         return {"content": [logprob_of(entry, self._lexicon) for entry in entries], "refusal": None}
 
-    async def events(self, include_usage: bool) -> AsyncGenerator[ServerEvent]:
+    def broken_off(self, rejection: Rejection) -> ServerEvent:
+        return ServerEvent(rejection.body)
+
+    async def events(self) -> AsyncGenerator[ServerEvent]:
         """Chunks, and the word that ends them."""
         used: dict[int, Usage] = {}
         waiting: dict[int, tuple[TokenLogprob, ...]] = {}
@@ -321,15 +308,15 @@ class ChatExchange:
         async for index, piece in answering.merged(self._streams):
             if index not in begun_choices:
                 begun_choices.add(index)
-                yield self._chunk(index, {"role": "assistant", "content": ""}, include_usage)
+                yield self._chunk(index, {"role": "assistant", "content": ""})
             if isinstance(piece, Logprobs):
                 waiting[index] = waiting.get(index, ()) + piece.tokens
                 continue
             entries = waiting.pop(index, ())
             if isinstance(piece, AnswerEnded):
                 used[index] = piece.usage
-            yield self._chunk(index, delta_of(piece), include_usage, entries, piece)
-        if include_usage:
+            yield self._chunk(index, delta_of(piece), entries, piece)
+        if self._include_usage:
             usage = usage_of([used[index] for index in sorted(used)])
             yield ServerEvent({**self._chunk_head, "choices": [], "usage": usage})
         yield ServerEvent("[DONE]")
@@ -342,7 +329,6 @@ class ChatExchange:
         self,
         index: int,
         delta: dict[str, Any],
-        include_usage: bool,
         entries: Sequence[TokenLogprob] = (),
         piece: Piece | None = None,
     ) -> ServerEvent:
@@ -352,9 +338,8 @@ class ChatExchange:
             "logprobs": self._logprobs(entries) if entries else None,
             "finish_reason": piece.reason if isinstance(piece, AnswerEnded) else None,
         }
-        return ServerEvent(
-            {**self._chunk_head, "choices": [choice], **({"usage": None} if include_usage else {})}
-        )
+        usage = {"usage": None} if self._include_usage else {}
+        return ServerEvent({**self._chunk_head, "choices": [choice], **usage})
 
 
 def delta_of(piece: Piece) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from tunesmith.serving import answering
 from tunesmith.serving.answering import AskedOnce
 from tunesmith.serving.lexicon import Lexicon
-from tunesmith.serving.pieces import AnswerEnded, Logprobs, Piece, TokenLogprob, Usage, Words, joined
+from tunesmith.serving.pieces import AnswerEnded, Logprobs, TokenLogprob, Usage, Words
 from tunesmith.serving.protocol.bodies import (
     MOST_LOGPROBS,
     Count,
@@ -26,15 +26,7 @@ from tunesmith.serving.protocol.bodies import (
     read,
 )
 from tunesmith.serving.protocol.chat import LOWEST, usage_of
-from tunesmith.serving.protocol.streams import (
-    ErrorEvents,
-    EventStream,
-    ServerEvent,
-    begun,
-    fallback_fields,
-    fallback_headers,
-    lines,
-)
+from tunesmith.serving.protocol.streams import ServerEvent, fallback_fields, fallback_headers, respond
 from tunesmith.serving.question import Question
 from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.service import Service
@@ -78,14 +70,8 @@ def routes(service: Service) -> list[Route]:
             message = f"n: {len(questions)} prompts, {questions[0].n} answers each, are more than "
             message += f"{service.limits.choices}, which this server allows"
             raise Rejection(400, message, "n", "limit_exceeded")
-        exchange = CompletionExchange(
-            service, [await answering.ask(service, question) for question in questions], bool(body.echo)
-        )
-        if not body.stream:
-            return await exchange.whole()
-        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        events = await begun(exchange.events(include_usage))
-        return EventStream(lines(events, ErrorEvents()), exchange.headers)
+        asked = [await answering.ask(service, question) for question in questions]
+        return await respond(CompletionExchange(service, asked, body), body.stream)
 
     return [Route(PATH, complete, methods=["POST"])]
 
@@ -93,10 +79,10 @@ def routes(service: Service) -> list[Route]:
 class CompletionExchange:
     """Prompts and their continuations, as JSON."""
 
-    def __init__(self, service: Service, prompts: Sequence[AskedOnce], echo: bool) -> None:
+    def __init__(self, service: Service, prompts: Sequence[AskedOnce], body: CompletionBody) -> None:
         first = prompts[0]
         answer_id = f"cmpl-{uuid.uuid4().hex}"
-        self._prompts, self._n = prompts, first.question.n
+        self._prompts, self._n, self._include_usage = prompts, first.question.n, body.include_usage
         self._lexicon = service.lexicons.of(first.prepared.renderer)
         self._deliveries = [
             delivery for asked in prompts for delivery in answering.deliveries(asked, answer_id)
@@ -105,7 +91,7 @@ class CompletionExchange:
             answering.answer(service, self._asked(place), place % self._n, delivery)
             for place, delivery in enumerate(self._deliveries)
         ]
-        self._echoes = [self._prompt_text(place) if echo else "" for place in range(len(self._streams))]
+        self._echoes = [self._prompt_text(place) if body.echo else "" for place in range(len(self._streams))]
         self._head = {
             "id": answer_id,
             "object": "text_completion",
@@ -129,10 +115,7 @@ class CompletionExchange:
         return fallback_headers(self._deliveries)
 
     async def whole(self) -> Response:
-        pieces: list[list[Piece]] = [[] for _ in self._streams]
-        async for place, piece in answering.merged(self._streams):
-            pieces[place].append(piece)
-        answers = [joined(of_one) for of_one in pieces]
+        answers = await answering.whole(self._streams)
         choices = [
             self._choice(place, self._echoes[place] + answer.words, answer.logprobs, answer.ended.reason)
             for place, answer in enumerate(answers)
@@ -162,11 +145,14 @@ class CompletionExchange:
             for name, value in parts[0].items()
         }
 
-    async def events(self, include_usage: bool) -> AsyncGenerator[ServerEvent]:
+    def broken_off(self, rejection: Rejection) -> ServerEvent:
+        return ServerEvent(rejection.body)
+
+    async def events(self) -> AsyncGenerator[ServerEvent]:
         used: dict[int, Usage] = {}
         waiting: dict[int, tuple[TokenLogprob, ...]] = {}
         lengths = [0] * len(self._streams)  # of the texts of the tokens so far
-        extra = {"usage": None} if include_usage else {}
+        extra = {"usage": None} if self._include_usage else {}
         for place, echo in enumerate(self._echoes):
             if echo:
                 yield self._chunk([self._choice(place, echo, (), None)], extra)
@@ -181,7 +167,7 @@ class CompletionExchange:
             entries = waiting.pop(place, ())
             yield self._chunk([self._choice(place, text, entries, reason, lengths[place])], extra)
             lengths[place] += sum(len(self._lexicon.token(entry.token)[0]) for entry in entries)
-        if include_usage:
+        if self._include_usage:
             yield self._chunk([], {"usage": self._usage([used[place] for place in sorted(used)])})
         yield ServerEvent("[DONE]")
 

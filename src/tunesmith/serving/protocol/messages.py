@@ -22,10 +22,12 @@ from tunesmith.serving.pieces import (
     CallArguments,
     CallBegun,
     Logprobs,
+    PartKind,
     Piece,
     Reasoned,
     Usage,
     Words,
+    begins_part,
     joined,
     part_of,
     parts,
@@ -46,15 +48,7 @@ from tunesmith.serving.protocol.bodies import (
     strict_tools,
     with_reasoning,
 )
-from tunesmith.serving.protocol.streams import (
-    ErrorEvents,
-    EventStream,
-    ServerEvent,
-    begun,
-    fallback_fields,
-    fallback_headers,
-    lines,
-)
+from tunesmith.serving.protocol.streams import ServerEvent, fallback_fields, fallback_headers, respond
 from tunesmith.serving.question import Question, ToolChoice
 from tunesmith.serving.rejections import ANTHROPIC, Rejection
 from tunesmith.serving.service import Service
@@ -250,19 +244,11 @@ class MessagesBody(CountBody):
         )
 
 
-class MessageErrors(ErrorEvents):
-    def of(self, rejection: Rejection) -> list[ServerEvent]:
-        return [ServerEvent(rejection.anthropic_body, "error")]
-
-
 def routes(service: Service) -> list[Route]:
     async def create(request: Request) -> Response:
         body = await read(request, MessagesBody)
-        exchange = MessageExchange(service, await answering.ask(service, body.question()))
-        if not body.stream:
-            return await exchange.whole()
-        events = await begun(exchange.events())
-        return EventStream(lines(events, MessageErrors()), exchange.headers)
+        asked = await answering.ask(service, body.question())
+        return await respond(MessageExchange(service, asked), body.stream)
 
     async def count(request: Request) -> Response:
         body = await read(request, CountBody)
@@ -304,22 +290,25 @@ class MessageExchange:
         content = [_content(run) for run in parts(pieces)]
         return JSONResponse(self._message(content, joined(pieces).ended), headers=self.headers)
 
+    def broken_off(self, rejection: Rejection) -> ServerEvent:
+        return ServerEvent(rejection.anthropic_body, "error")
+
     async def events(self) -> AsyncGenerator[ServerEvent]:
-        """What `EventStream` sends."""
         async with aclosing(self._stream) as pieces:
             async for event in self._events(pieces):
                 yield event
 
     async def _events(self, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[ServerEvent]:
         """The events of one message. A block opens with its first piece, and closes when another begins."""
-        place, is_open, kind, has_begun = 0, False, "", False
+        place, is_open, has_begun = 0, False, False
+        kind: PartKind = ""
         async for piece in pieces:
             if not has_begun:
                 has_begun = True
                 yield _event("message_start", message=self._message([], None))
             if isinstance(piece, Logprobs):
                 continue
-            if is_open and (part_of(piece) != kind or isinstance(piece, CallBegun)):
+            if is_open and begins_part(piece, kind):
                 if kind == "reasoning":
                     signature = {"type": "signature_delta", "signature": ""}
                     yield _event("content_block_delta", index=place, delta=signature)

@@ -28,6 +28,7 @@ from tunesmith.serving.pieces import (
     TokenLogprob,
     Usage,
     Words,
+    begins_part,
     part_of,
 )
 from tunesmith.serving.protocol.bodies import (
@@ -49,15 +50,7 @@ from tunesmith.serving.protocol.bodies import (
     with_reasoning,
 )
 from tunesmith.serving.protocol.chat import logprob_of
-from tunesmith.serving.protocol.streams import (
-    ErrorEvents,
-    EventStream,
-    ServerEvent,
-    begun,
-    fallback_fields,
-    fallback_headers,
-    lines,
-)
+from tunesmith.serving.protocol.streams import ServerEvent, fallback_fields, fallback_headers, respond
 from tunesmith.serving.question import AnswerFormat, Question, ToolChoice
 from tunesmith.serving.rejections import Rejection
 from tunesmith.serving.service import Service
@@ -273,11 +266,8 @@ def _messages(items: Sequence[InputItem]) -> list[Message]:
 def routes(service: Service) -> list[Route]:
     async def create(request: Request) -> Response:
         body = await read(request, ResponseBody)
-        exchange = ResponseExchange(service, await answering.ask(service, body.question()), body)
-        if not body.stream:
-            return await exchange.whole()
-        events = await begun(exchange.events())
-        return EventStream(lines(events, ResponseErrors(exchange)), exchange.headers)
+        asked = await answering.ask(service, body.question())
+        return await respond(ResponseExchange(service, asked, body), body.stream)
 
     return [Route(PATH, create, methods=["POST"])]
 
@@ -402,7 +392,7 @@ class ResponseExchange:
                 if isinstance(piece, Logprobs):
                     entries += self._logprobs(piece.tokens, self._lexicon)
                     continue
-                if item is not None and self._ends(item, piece):
+                if item is not None and begins_part(piece, part_of(item.first)):
                     if _is_cut(item, piece):
                         item.end = "incomplete"
                     for kind, fields in item.ended():
@@ -421,19 +411,17 @@ class ResponseExchange:
                     yield self._event(kind, fields)
                 entries = []
 
-    def _ends(self, item: OutputItem, piece: Piece) -> bool:
-        return isinstance(piece, CallBegun) or part_of(piece) != part_of(item.first)
+    def broken_off(self, rejection: Rejection) -> ServerEvent:
+        return self._event(
+            "error", {"code": rejection.code, "message": rejection.message, "param": rejection.param}
+        )
 
     def _logprobs(self, tokens: Sequence[TokenLogprob], lexicon: Lexicon) -> list[dict[str, Any]]:
         return [logprob_of(entry, lexicon) for entry in tokens]
 
     def _event(self, kind: str, fields: dict[str, Any]) -> ServerEvent:
-        return ServerEvent({"type": kind, "sequence_number": self.next_number(), **fields}, kind)
-
-    def next_number(self) -> int:
-        """That of the next event."""
-        self._number += 1
-        return self._number - 1
+        number, self._number = self._number, self._number + 1
+        return ServerEvent({"type": kind, "sequence_number": number, **fields}, kind)
 
     def _response(self, ended: AnswerEnded | None) -> dict[str, Any]:
         """The response as far as it is there; ``ended``: None while it is in progress."""
@@ -482,16 +470,6 @@ def _is_cut(item: OutputItem, piece: Piece) -> bool:
     """Whether ``piece`` ends ``item`` before its end. Calls are delivered when they are complete."""
     ended_early = isinstance(piece, AnswerEnded) and piece.reason in CAUSES
     return ended_early and not isinstance(item.first, CallBegun)
-
-
-class ResponseErrors(ErrorEvents):
-    def __init__(self, exchange: ResponseExchange) -> None:
-        self._exchange = exchange
-
-    def of(self, rejection: Rejection) -> list[ServerEvent]:
-        details = {"code": rejection.code, "message": rejection.message, "param": rejection.param}
-        number = self._exchange.next_number()
-        return [ServerEvent({"type": "error", **details, "sequence_number": number}, "error")]
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from tunesmith.serving import access, entrance
 from tunesmith.serving.answering import Delivery
@@ -39,14 +39,33 @@ class EventStream(StreamingResponse):
         super().__init__(lines, headers={**own, **headers}, media_type="text/event-stream")
 
 
-class ErrorEvents:
-    """How a protocol tells that an answer breaks off. `of` gives the events for a rejection."""
+class Exchange(Protocol):
+    """Questions and their answers, in the shape of one protocol."""
 
-    def of(self, rejection: Rejection) -> list[ServerEvent]:
-        return [ServerEvent(rejection.body)]
+    @property
+    def headers(self) -> dict[str, str]: ...
+
+    async def whole(self) -> Response:
+        """The complete answers. Raises what `rejection_of` understands."""
+        ...
+
+    def events(self) -> AsyncGenerator[ServerEvent]:
+        """The answers while they are made. Raises what `rejection_of` understands."""
+        ...
+
+    def broken_off(self, rejection: Rejection) -> ServerEvent:
+        """The last event of answers that break off."""
+        ...
 
 
-async def begun(events: AsyncGenerator[ServerEvent]) -> AsyncGenerator[ServerEvent]:
+async def respond(exchange: Exchange, stream: bool | None) -> Response:
+    """The answers, as a stream of events or as one body. Raises what `rejection_of` understands."""
+    if not stream:
+        return await exchange.whole()
+    return EventStream(_lines(await _begun(exchange.events()), exchange), exchange.headers)
+
+
+async def _begun(events: AsyncGenerator[ServerEvent]) -> AsyncGenerator[ServerEvent]:
     """``events``, of which the first has come: what goes wrong before it is an error of the request, with a
     status. Raises what ``events`` raises."""
     first = await anext(events)
@@ -60,15 +79,14 @@ async def begun(events: AsyncGenerator[ServerEvent]) -> AsyncGenerator[ServerEve
     return all_of_them()
 
 
-async def lines(events: AsyncGenerator[ServerEvent], errors: ErrorEvents) -> AsyncGenerator[bytes]:
+async def _lines(events: AsyncGenerator[ServerEvent], exchange: Exchange) -> AsyncGenerator[bytes]:
     """The bytes of ``events``. An error ends them with an event that tells of it."""
     try:
         async with aclosing(events):
             async for event in events:
                 yield event.line
     except Exception as error:
-        for event in errors.of(entrance.failure(error)):
-            yield event.line
+        yield exchange.broken_off(entrance.failure(error)).line
 
 
 def fallback_headers(deliveries: Sequence[Delivery]) -> dict[str, str]:
