@@ -14,7 +14,7 @@ from scipy.special import log_softmax, softmax
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.prefixes import Prefixes
 from tunesmith.engine.quantised import QuantisedRows
-from tunesmith.engine.requests import Request
+from tunesmith.engine.requests import NewToken, Request
 from tunesmith.errors import ModelError
 
 RANDOM = np.random.Generator(np.random.PCG64(2))
@@ -25,12 +25,16 @@ def requests(**options) -> list[Request]:
     return [Request(prompt, max_tokens=7, digest="base", **options) for prompt in PROMPTS]
 
 
-def answers(engine: Engine, numbers: list[int]) -> list[list[int]]:
-    said: dict[int, list[int]] = {number: [] for number in numbers}
+def answered(engine: Engine, numbers: list[int]) -> list[list[NewToken]]:
+    said: dict[int, list[NewToken]] = {number: [] for number in numbers}
     while tokens := engine.step():
         for token in tokens:
-            said[token.request].append(token.token)
+            said[token.request].append(token)
     return [said[number] for number in numbers]
+
+
+def answers(engine: Engine, numbers: list[int]) -> list[list[int]]:
+    return [[token.token for token in tokens] for tokens in answered(engine, numbers)]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -42,11 +46,13 @@ def test_rows_of_a_batch_get_what_each_gets_alone(bits):
     for request in requests():
         with Engine(net, 1, kv_bits=bits) as engine:
             alone += answers(engine, engine.submit([request]))
-    prefixes = Prefixes(1 << 30)
+    prefixes, hits = Prefixes(1 << 30), 0
     for size, budget in ((5, 10_000), (2, 30), (5, 30)):
         with Engine(net, size, kv_bits=bits, prefill_tokens=budget, prefixes=prefixes) as engine:
-            assert answers(engine, engine.submit(requests())) == alone
-    assert prefixes.hits > 5 and prefixes.find("base", PROMPTS[1]) is None, "bits are part of the key"
+            tokens = answered(engine, engine.submit(requests()))
+        assert [[token.token for token in own] for own in tokens] == alone
+        hits += sum(own[0].cached > 0 for own in tokens)
+    assert hits > 5 and prefixes.find("base", PROMPTS[1]) is None, "bits are part of the key"
 
 
 def test_probabilities_are_those_of_one_sequence_of_mlx_lm():

@@ -47,23 +47,19 @@ class Prefixes:
     """Prefixes by key and tokens; each key stands for other weights, so that nothing is shared between them.
 
     ``limit``: most bytes in memory; the least recently used leave first. ``folder``: they are written there
-    when they leave and at `close`, up to ``folder_limit`` bytes, and are found by a later process. ``hits``
-    of ``lookups`` found something. ``grows``: whether an engine adds what it reads."""
+    when they leave and at `close`, up to ``folder_limit`` bytes, and are found by a later process. ``grows``:
+    whether an engine adds what it reads."""
 
     def __init__(
         self, limit: int, folder: Path | None = None, folder_limit: int = FOLDER_LIMIT, *, grows: bool = True
     ) -> None:
         self.limit, self.folder, self.folder_limit, self.grows = limit, folder, folder_limit, grows
-        self.lookups = self.hits = 0
         self._entries: list[Prefix] = []  # the least recently used first
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             files.remove_drafts(folder)
             paths = sorted(folder.glob(f"[!.]*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
             self._entries = [entry for path in paths if (entry := _described(path)) is not None]
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     @property
     def n_bytes(self) -> int:
@@ -78,7 +74,6 @@ class Prefixes:
     def find(self, key: str, ids: Sequence[int] | np.ndarray) -> tuple[list[Any], int] | None:
         """A cache of one row that has read the longest known beginning of ``ids``, and its length; or None.
         The cache belongs to the caller."""
-        self.lookups += 1
         wanted = np.asarray(ids, np.int32)
         while True:
             lengths = [self._usable(entry, key, wanted) for entry in self._entries]
@@ -88,14 +83,11 @@ class Prefixes:
             entry = self._entries[place]
             if self._loaded(entry):
                 break
-        self.hits += 1
         self._entries.remove(entry)
         self._entries.append(entry)
         layers = copy.deepcopy(entry.layers)
         assert layers is not None
-        if surplus := len(entry.ids) - length:
-            for layer in layers:
-                layer.trim(surplus)
+        caches.trim(layers, len(entry.ids) - length)
         self._evict()
         return layers, length
 
