@@ -48,13 +48,11 @@ _NUMBER_GOES_ON = re.compile(r"\.|[eE][+-]?")
 _SPACE = " \t\r\n"
 TOOL_CALLS = "[TOOL_CALLS]"
 """Mistral's mark before calls."""
-_HERMES, _CLOSE, _TEXT, _RESULT, _ARGUMENTS = (
-    "<tool_call>",
-    "</tool_call>",
-    "tool_call:",
-    "Result:",
-    "arguments:",
-)
+_HERMES = "<tool_call>"
+_CLOSE = "</tool_call>"
+_TEXT = "tool_call:"
+_RESULT = "Result:"
+_ARGUMENTS = "arguments:"
 
 
 def parse(text: str) -> list[ParsedCall]:

@@ -1,8 +1,7 @@
-"""Keys and values of rows: how their caches are made, merged and copied, and how many bytes they need."""
+"""Keys and values of rows: how their caches are made, batched and trimmed, and how many bytes they need."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +12,7 @@ STEP = 256
 """Positions by which mlx-lm's caches grow."""
 
 
-def made(net: nn.Module, kv_bits: int | None) -> list[Any]:
+def new_cache(net: nn.Module, kv_bits: int | None) -> list[Any]:
     """An empty cache of one row. Raises ModelError if a layer cannot keep keys and values in ``kv_bits``."""
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -22,35 +21,29 @@ def made(net: nn.Module, kv_bits: int | None) -> list[Any]:
         return layers
     from tunesmith.engine.quantised import quantised  # loads transformers
 
-    return [
-        quantised(layer, after_one, kv_bits) for layer, after_one in zip(layers, _tried(net), strict=True)
-    ]
+    filled = _after_one_token(net, make_prompt_cache(net))
+    return [quantised(layer, after_one, kv_bits) for layer, after_one in zip(layers, filled, strict=True)]
 
 
-def merged(rows: Sequence[list[Any]]) -> list[Any]:
-    """One cache of several rows, each of which has one object for each layer."""
+def batched(layers: Sequence[Any]) -> list[Any]:
+    """The cache of one row as that of a batch, which other rows can join."""
     from mlx_lm.models.cache import QuantizedKVCache
 
-    if any(isinstance(layer, QuantizedKVCache) for layer in rows[0]):
+    if any(isinstance(layer, QuantizedKVCache) for layer in layers):
         from tunesmith.engine.quantised import QuantisedRows
 
-        return [QuantisedRows.merge(list(layers)) for layers in zip(*rows, strict=True)]
-    return [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
+        return [QuantisedRows.of(layer) for layer in layers]
+    return [layer.merge([layer]) for layer in layers]
 
 
-def copied(layers: list[Any]) -> list[Any]:
-    """A cache that can go on without changing ``layers``."""
-    return copy.deepcopy(layers)
-
-
-def on_their_own(layers: list[Any]) -> list[Any]:
+def without_shared_buffers(layers: list[Any]) -> list[Any]:
     """``layers`` without slices of larger buffers, which mlx-lm extracts from a recurrent state and which
     would hold on to the states of the whole batch."""
     from mlx_lm.models.cache import ArraysCache, CacheList
 
     for layer in layers:
         if isinstance(layer, CacheList):
-            on_their_own(list(layer.caches))
+            without_shared_buffers(list(layer.caches))
         elif isinstance(layer, ArraysCache):
             arrays: list[mx.array | None] = layer.cache
             layer.cache = [None if array is None else mx.contiguous(array) for array in arrays]
@@ -98,8 +91,7 @@ class CacheGrowth(NamedTuple):
 
 def growth(net: nn.Module, kv_bits: int | None) -> list[CacheGrowth]:
     """What the cache of one row of ``net`` needs, from the shapes after a pass that is never computed."""
-    layers = made(net, kv_bits)
-    cast(Any, net)(mx.zeros((1, 1), mx.int32), cache=layers)
+    layers = _after_one_token(net, new_cache(net, kv_bits))
     return [part for layer in layers for part in _growth(layer)]
 
 
@@ -121,8 +113,7 @@ def _growth(layer: Any) -> list[CacheGrowth]:
     return [CacheGrowth(0, full.nbytes // positions, most)]
 
 
-def _tried(net: nn.Module) -> list[Any]:
-    """The cache after one token, which is never computed: for its shapes."""
-    layers = made(net, None)
+def _after_one_token(net: nn.Module, layers: list[Any]) -> list[Any]:
+    """``layers`` after one token, which is never computed: for their shapes."""
     cast(Any, net)(mx.zeros((1, 1), mx.int32), cache=layers)
     return layers

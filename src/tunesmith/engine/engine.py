@@ -8,6 +8,7 @@ MLX is used on the caller's thread only."""
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -75,6 +76,7 @@ class Engine:
         self._reading: RowBatch | None = None
         self._decoding: list[Decoding] = []
         self._count = self._steps = 0
+        self._empty: list[Any] = []
         self._growth: list[caches.CacheGrowth] = []
         self._longest: int | None = None
 
@@ -85,6 +87,7 @@ class Engine:
             if self._routing is not None:
                 inside.callback(self._routing.select, None)  # later passes meet the base alone
             self._together = abilities.batches(self._net)
+            self._empty = caches.new_cache(self._net, self._kv_bits)
             self._growth = caches.growth(self._net, self._kv_bits)
             self._longest = vocabulary.limits(self._net).positions
             if (limit := _wired_limit()) is not None:
@@ -200,7 +203,7 @@ class Engine:
             if row.reader is not None:
                 later.append(row)
                 continue
-            batch = RowBatch.of([row], [self._cache_of(row)], not self._together)
+            batch = RowBatch.of(row, self._cache_of(row), not self._together)
             if not row.unread:
                 self._begin(batch)
             elif self._reading is None:
@@ -245,7 +248,7 @@ class Engine:
                 layers, row.cached = known
                 row.read = row.cached
                 return layers
-        return caches.made(self._net, self._kv_bits)
+        return copy.deepcopy(self._empty)
 
     def _keep(self, row: EngineRow, layers: list[Any]) -> None:
         """Keep what ``row`` has read for later prompts."""

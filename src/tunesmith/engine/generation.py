@@ -80,7 +80,7 @@ def _read_beginning(net: nn.Module, prompts: Sequence[Sequence[int]], prefixes: 
     common = min((common_length(first, np.asarray(prompt, np.int32)[:-1]) for prompt in prompts), default=0)
     if (len(prompts) - 1) * common < WORTH_SHARING or not abilities.batches(net):
         return
-    layers = caches.made(net, None)
+    layers = caches.new_cache(net, None)
     for start in range(0, common, READ_AT_ONCE):
         cast(Any, net)(mx.array(first[start : min(start + READ_AT_ONCE, common)])[None], cache=layers)
         mx.eval([layer.state for layer in layers])

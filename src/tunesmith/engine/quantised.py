@@ -58,16 +58,13 @@ class QuantisedRows:
         self._right_padding: mx.array | None = None
 
     @classmethod
-    def merge(cls, caches: Sequence[QuantizedKVCache]) -> QuantisedRows:
-        longest = max(layer.offset for layer in caches)
-        padding = [longest - layer.offset for layer in caches]
-        merged = cls(padding, caches[0].group_size, caches[0].bits)
-        merged.offset, merged._end = mx.array([layer.offset for layer in caches]), longest
-        if longest:
-            filled = next(layer for layer in caches if layer.offset)
-            merged.keys = _together([_part(layer, "keys", filled) for layer in caches], padding)
-            merged.values = _together([_part(layer, "values", filled) for layer in caches], padding)
-        return merged
+    def of(cls, row: QuantizedKVCache) -> QuantisedRows:
+        """A batch of one row."""
+        rows = cls([0], row.group_size, row.bits)
+        rows.offset, rows._end = mx.array([row.offset]), row.offset
+        if row.keys is not None:
+            rows.keys, rows.values = _mapped(lambda part: part[..., : row.offset, :], row.keys, row.values)
+        return rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Parts, Parts]:
         start, self._end = self._end, self._end + keys.shape[2]
@@ -116,8 +113,8 @@ class QuantisedRows:
         filled = self if self.keys is not None else other
         if end:
             missing = [end - self._end, end - other._end]
-            keys = [_part(rows, "keys", filled) for rows in (self, other)]
-            values = [_part(rows, "values", filled) for rows in (self, other)]
+            parts = [_keys_and_values(rows, filled) for rows in (self, other)]
+            keys, values = [own for own, _ in parts], [own for _, own in parts]
             self.keys, self.values = _together(keys, missing), _together(values, missing)
         self.offset = mx.concatenate([self.offset, other.offset])
         self.left_padding = mx.concatenate([self.left_padding, other.left_padding])
@@ -172,14 +169,17 @@ def _mapped(change: Callable[[mx.array], mx.array], keys: Parts, values: Parts) 
     return tuple(change(part) for part in keys), tuple(change(part) for part in values)
 
 
-def _part(layer: Any, name: str, filled: Any) -> Parts:
-    """Keys or values of ``layer`` up to its end; of no position, in the shape of ``filled``'s, if empty."""
-    if layer.keys is not None:
-        keys, values = layer.keys_and_values()
-        return tuple(keys if name == "keys" else values)
-    other = filled.keys if name == "keys" else filled.values
-    rows = layer.left_padding.size if isinstance(layer, QuantisedRows) else 1
-    return tuple(mx.zeros((rows, part.shape[1], 0, part.shape[3]), part.dtype) for part in other)
+def _keys_and_values(rows: QuantisedRows, filled: QuantisedRows) -> tuple[Parts, Parts]:
+    """Those of ``rows`` up to their end; of no position, in the shape of ``filled``'s, if they are empty."""
+    if rows.keys is not None:
+        return rows.keys_and_values()
+    assert filled.keys is not None and filled.values is not None
+    n_rows = rows.left_padding.size
+    return _mapped(
+        lambda part: mx.zeros((n_rows, part.shape[1], 0, part.shape[3]), part.dtype),
+        filled.keys,
+        filled.values,
+    )
 
 
 def _together(rows: Sequence[Parts], padding: Sequence[int]) -> Parts:

@@ -21,17 +21,15 @@ from tunesmith.engine.sampling import Draws, Edits, Scores, choose
 class EngineRow:
     """One request under way. ``tokens``: its prompt and what was generated; ``read``: how many
     of them the cache holds; during a pass it already holds the next one too. ``most``: how many may be
-    generated. ``made`` were given out, ``drawn`` were chosen by a pass. ``cached``: how many tokens of the
-    prompt came from the prefix cache. ``read_first``: the prompt but for its last token, which is read by the
-    pass that chooses the first token. ``reader``: the row whose prefix this one waits for."""
+    generated. ``cached``: how many tokens of the prompt came from the prefix cache. ``read_first``: the
+    prompt but for its last token, which is read by the pass that chooses the first token. ``reader``: the row
+    whose prefix this one waits for."""
 
     number: int
     request: Request
     most: int
     tokens: list[int] = field(init=False)
     read: int = 0
-    made: int = 0
-    drawn: int = 0
     cached: int = 0
     reader: EngineRow | None = None
     draws: Draws | None = field(init=False)
@@ -52,9 +50,19 @@ class EngineRow:
         """How many of ``read_first`` are still to be read."""
         return len(self.read_first) - self.read
 
+    @property
+    def n_chosen(self) -> int:
+        """Tokens that passes have chosen: the newest may not be given out yet."""
+        return max(0, self.read - len(self.read_first))
+
+    @property
+    def n_given(self) -> int:
+        """Tokens that were given out."""
+        return len(self.tokens) - len(self.request.ids)
+
     def finish(self, token: int) -> Finish | None:
         """Why ``token``, which is the newest, ends the row."""
-        return "stop" if token in self.ends else "length" if self.made >= self.most else None
+        return "stop" if token in self.ends else "length" if self.n_given >= self.most else None
 
 
 Forward = Callable[[Sequence[EngineRow], mx.array, list[Any]], mx.array]
@@ -69,9 +77,9 @@ class RowBatch:
         self.rows, self.layers, self.alone = rows, layers, alone
 
     @classmethod
-    def of(cls, rows: list[EngineRow], layers: Sequence[list[Any]], alone: bool) -> RowBatch:
-        """``layers``: the cache of each row."""
-        return cls(rows, layers[0] if alone else caches.merged(layers), alone)
+    def of(cls, row: EngineRow, layers: list[Any], alone: bool) -> RowBatch:
+        """``layers``: the cache of ``row``, made for one row."""
+        return cls([row], layers if alone else caches.batched(layers), alone)
 
     def join(self, other: RowBatch) -> None:
         for layer, more in zip(self.layers, other.layers, strict=True):
@@ -99,8 +107,8 @@ class RowBatch:
     def extract(self, place: int) -> list[Any]:
         """The cache of one row, which stays here too, and which holds no memory of the other rows."""
         if self.alone:
-            return caches.copied(self.layers)
-        return caches.on_their_own([layer.extract(place) for layer in self.layers])
+            return copy.deepcopy(self.layers)
+        return caches.without_shared_buffers([layer.extract(place) for layer in self.layers])
 
     def read(self, forward: Forward, most: int) -> None:
         """Read at most ``most`` further tokens of each prompt, in one pass."""
@@ -128,10 +136,10 @@ class Decoding(RowBatch):
     """Rows whose prompts were read but for the last token. The pass that chooses the next tokens is begun
     before the last ones are given out, so that the device does not wait."""
 
-    def __init__(self, batch: RowBatch, ended: Callable[[EngineRow, list[Any]], None] | None) -> None:
-        """``ended``: called with each row that finishes and has a digest, and its cache."""
+    def __init__(self, batch: RowBatch, on_ended: Callable[[EngineRow, list[Any]], None] | None) -> None:
+        """``on_ended``: called with each row that finishes and has a digest, and its cache."""
         super().__init__(batch.rows, batch.layers, batch.alone)
-        self._ended = ended
+        self._on_ended = on_ended
         self._next = mx.array([row.tokens[-1] for row in batch.rows], mx.uint32)
         self._scores = Scores(mx.zeros((0, 1)), self._next, [])
 
@@ -150,8 +158,8 @@ class Decoding(RowBatch):
     def advance(self, forward: Forward) -> list[NewToken]:
         """The tokens that the last pass chose, none for rows that have just joined; begins the next pass."""
         rows, chosen, scores = self.rows, self._next, self._scores
-        known = [row.drawn > 0 for row in rows]
-        last = [place for place, row in enumerate(rows) if row.drawn >= row.most]
+        known = [row.n_chosen > 0 for row in rows]
+        last = [place for place, row in enumerate(rows) if row.n_chosen >= row.most]
         layers = self._extracted(last)
         if last:
             self.keep([place for place in range(len(rows)) if place not in set(last)])
@@ -162,22 +170,21 @@ class Decoding(RowBatch):
             if known[place]:
                 row = rows[place]
                 row.tokens.append(token)
-                row.made += 1
-                cached = row.cached if row.made == 1 else 0
+                cached = row.cached if row.n_given == 1 else 0
                 tokens.append(NewToken(row.number, token, row.finish(token), *scores.of(place), cached))
         stopped = {token.request for token in tokens if token.finish is not None}
         places = [place for place, row in enumerate(self.rows) if row.number in stopped]
         layers |= self._extracted(places)
-        if self._ended is not None:
+        if self._on_ended is not None:
             for row, row_layers in layers.items():
-                self._ended(row, row_layers)
+                self._on_ended(row, row_layers)
         if places:
             self.keep([place for place in range(len(self.rows)) if place not in set(places)])
         return tokens
 
     def _extracted(self, places: Sequence[int]) -> dict[EngineRow, list[Any]]:
         """The caches of these rows that are kept."""
-        if self._ended is None:
+        if self._on_ended is None:
             return {}
         rows = {place: self.rows[place] for place in places}
         return {row: self.extract(place) for place, row in rows.items() if row.request.digest is not None}
@@ -189,7 +196,7 @@ class Decoding(RowBatch):
         if any(row.edits for row in rows):
             logits = mx.stack(
                 [
-                    row.edits(logits[place], inputs[place : place + 1] if row.drawn else None)
+                    row.edits(logits[place], inputs[place : place + 1] if row.n_chosen else None)
                     if row.edits
                     else logits[place].astype(mx.float32)
                     for place, row in enumerate(rows)
@@ -198,14 +205,13 @@ class Decoding(RowBatch):
         if any(row.request.constraint for row in rows):
             mx.async_eval(logits)  # the device computes while the masks are made
             logits = self._masked(logits, np.array(inputs).tolist())
-        keys = [row.draws.key(row.drawn) if row.draws else None for row in rows]
+        keys = [row.draws.key(row.n_chosen) if row.draws else None for row in rows]
         requests = [row.request for row in rows]
         self._next = choose(logits, requests, keys).astype(mx.uint32)
         self._scores = Scores(raw, self._next, requests)
         mx.async_eval(self._next, *self._scores.arrays)
         for row in rows:
             row.read += 1
-            row.drawn += 1
 
     def _masked(self, logits: mx.array, tokens: Sequence[int]) -> mx.array:
         """(B, V) with −inf where the constraint of the row forbids. ``tokens``: what was generated last."""
@@ -215,9 +221,9 @@ class Decoding(RowBatch):
         for place, row in enumerate(self.rows):
             if (constraint := row.request.constraint) is None:
                 continue
-            if row.drawn and tokens[place] in row.ends:
+            if row.n_chosen and tokens[place] in row.ends:
                 continue  # it has ended: what this pass chooses for it is dropped
-            if row.drawn:
+            if row.n_chosen:
                 constraint.advance(tokens[place])
             if (mask := _mask(constraint, row.ends, logits.shape[-1])) is not None:
                 places.append(place)

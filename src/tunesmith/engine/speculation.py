@@ -101,7 +101,7 @@ class DraftModel:
     def __init__(self, net: nn.Module, n_ids: int) -> None:
         """n_ids: how many the model knows for which ``net`` guesses. Either may have more rows of the
         embedding than the vocabulary has tokens."""
-        self._net, self._layers, self._tokens = net, caches.made(net, None), list[int]()
+        self._net, self._layers, self._tokens = net, caches.new_cache(net, None), list[int]()
         if reason := untrimmable(self._layers):
             raise ModelError(f"this draft model cannot be used: {reason}")
         self._n_readable = vocabulary.limits(net).ids
@@ -113,7 +113,7 @@ class DraftModel:
         try:
             return self._guesses(tokens, most)
         except BaseException:  # the cache may hold anything
-            self._layers, self._tokens = caches.made(self._net, None), []
+            self._layers, self._tokens = caches.new_cache(self._net, None), []
             raise
 
     def _guesses(self, tokens: Sequence[int], most: int) -> list[int]:
@@ -305,8 +305,8 @@ class Speculation:
         if last is not None and last.row is row and not last.is_plain:
             self._finish(pace, last, now)
         self.settle()
-        text = [*row.tokens, token] if row.drawn else row.tokens
-        most = min(self._most, row.most - row.drawn - 1)
+        text = [*row.tokens, token] if row.n_chosen else row.tokens
+        most = min(self._most, row.most - row.n_chosen - 1)
         guesses = self._guesser.guess(text, most) if most > 0 else []
         logits = forward(rows, mx.array([[token, *guesses]]), layers)
         self._ahead = _Ahead(row, layers, guesses, logits, 0, now, is_plain=False)
