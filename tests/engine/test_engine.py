@@ -10,10 +10,10 @@ from scipy.special import log_softmax
 
 from tunesmith import adapters
 from tunesmith.adapters import DoRA, LoRA
+from tunesmith.engine import batching
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.requests import Request
 from tunesmith.errors import ModelError
-from tunesmith.model import abilities
 
 SPECS = {
     "low": LoRA(rank=2, targets=("q_proj", "v_proj")),
@@ -49,9 +49,9 @@ class Alternating(Anything):
 
 @pytest.fixture(autouse=True, params=["batched", "separate"])
 def way(request, monkeypatch) -> None:
-    """The laws hold with mlx-lm's batches, and where each request has passes of its own."""
+    """The laws hold where requests share passes, and where each request has passes of its own."""
     if request.param == "separate":
-        monkeypatch.setattr(abilities, "batches", lambda net: False)
+        monkeypatch.setattr(batching, "batches", lambda net: False)
 
 
 @pytest.fixture(scope="module")

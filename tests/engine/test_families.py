@@ -11,10 +11,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from model.families import made
 from scipy.special import log_softmax
 
+from tunesmith.engine import batching
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.prefixes import Prefixes
 from tunesmith.engine.requests import NewToken, Request
-from tunesmith.model import abilities
 
 FAMILIES = {
     "gemma3": {"KVCache", "RotatingKVCache"},
@@ -74,7 +74,7 @@ def test_what_cannot_be_trimmed_is_not(net):
 
 
 def test_a_prompt_waits_only_for_a_prefix_that_will_serve_it(net):
-    if not abilities.batches(net):
+    if not batching.batches(net):
         pytest.skip("it reads one prompt at a time anyway")
     alike = [Request([*STEM, 3 + place], max_tokens=4, digest="base") for place in range(3)]
     apart = [Request([*STEM[:70], 3 + place, 4], max_tokens=4, digest="base") for place in range(3)]

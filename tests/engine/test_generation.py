@@ -6,9 +6,8 @@ import mlx.nn as nn
 import pytest
 from adapters.test_layers import fresh
 
-from tunesmith.engine import generation
+from tunesmith.engine import batching, generation
 from tunesmith.errors import ModelError
-from tunesmith.model import abilities
 
 BEGINNING = [(7 * place) % 61 + 1 for place in range(100)]
 PROMPTS = [[*BEGINNING, *range(1, 2 + number), 3 + number] for number in range(7)]
@@ -53,7 +52,7 @@ def test_equal_prompts_and_a_prompt_that_is_the_beginning_of_another(prompts):
 
 
 def test_a_beginning_is_not_shared_where_rows_have_passes_of_their_own(monkeypatch):
-    monkeypatch.setattr(abilities, "batches", lambda net: False)
+    monkeypatch.setattr(batching, "batches", lambda net: False)
     net = Counted(fresh())
     generation.generate(net, PROMPTS, max_tokens=1, eos_ids=[])
     assert net.positions >= sum(map(len, PROMPTS))

@@ -20,11 +20,11 @@ from scipy.special import log_softmax
 
 from tunesmith import adapters
 from tunesmith.adapters import DoRA, LoRA
+from tunesmith.engine import batching
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.prefixes import Prefixes
 from tunesmith.engine.requests import Request
 from tunesmith.engine.sampling import Draws, choose
-from tunesmith.model import abilities
 
 VOCABULARY = 64
 END = 5
@@ -233,7 +233,7 @@ def follow(pool, values, seed: int) -> tuple[int, int, int]:
 @pytest.mark.parametrize("way", ["batched", "separate"])
 def test_rows_get_the_tokens_that_each_gets_alone(pool, values, way, monkeypatch):
     if way == "separate":
-        monkeypatch.setattr(abilities, "batches", lambda net: False)
+        monkeypatch.setattr(batching, "batches", lambda net: False)
     totals = np.sum([follow(pool, values, seed) for seed in range(12 if way == "separate" else 40)], axis=0)
     assert (totals > [60, 5, 150]).all(), totals
 

@@ -11,13 +11,12 @@ from mlx_lm.models import llama
 
 from tunesmith import adapters
 from tunesmith.adapters import DoRA, LoRA
-from tunesmith.engine import speculation
+from tunesmith.engine import batching, speculation
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.prefixes import Prefixes
 from tunesmith.engine.requests import Request
 from tunesmith.engine.speculation import DraftModel, Pace, PromptLookup, Speculation, TimedPass, next_phase
 from tunesmith.errors import ModelError
-from tunesmith.model import abilities
 
 SPECS = {"low": LoRA(rank=2, targets=("q_proj", "v_proj")), "lengths": DoRA(rank=4, targets="all-linear")}
 
@@ -39,7 +38,7 @@ class Oracle:
 @pytest.fixture(autouse=True, params=["batched", "separate"])
 def way(request, monkeypatch) -> None:
     if request.param == "separate":
-        monkeypatch.setattr(abilities, "batches", lambda net: False)
+        monkeypatch.setattr(batching, "batches", lambda net: False)
 
 
 @pytest.fixture(autouse=True)

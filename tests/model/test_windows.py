@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from model.families import made
 
-from tunesmith.engine import generation
+from tunesmith.engine import batching, generation
 from tunesmith.model import abilities, kernels, layouts, windows
 
 WINDOW, LAYERS, LENGTH = 6, 2, 40
@@ -97,7 +97,7 @@ def test_answers_after_a_prompt_that_is_kept_have_the_logits_of_the_whole_row(na
 @pytest.mark.parametrize("name", WINDOWED)
 def test_batched_answers_are_single_ones(name):
     net = windowed(name)
-    assert abilities.batches(net)
+    assert batching.batches(net)
     prompts = [[(7 * place + 3 * at) % 96 for at in range(1 + 5 * place)] for place in range(4)]
     together = generation.generate(net, prompts, max_tokens=12, eos_ids=[], batch_size=3)
     for prompt, answer in zip(prompts, together, strict=True):

@@ -3,7 +3,7 @@ cancelled.
 
 Each step gives every row that is under way its next token, in one pass, and then reads one chunk of the
 prompts that wait. With a `Routing` each row has an adapter of its own. Where batched answers differ from
-single ones (`abilities.batches`), each row has passes of its own. The engine knows no HTTP and no runs, and
+single ones (`batching.batches`), each row has passes of its own. The engine knows no HTTP and no runs, and
 MLX is used on the caller's thread only."""
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from tunesmith.adapters.routing import Routing
-from tunesmith.engine import caches
+from tunesmith.engine import batching, caches
 from tunesmith.engine.prefixes import Prefixes, common_length
 from tunesmith.engine.requests import NewToken, Request
 from tunesmith.engine.rows import Decoding, EngineRow, Forward, RowBatch
 from tunesmith.engine.speculation import Speculation
 from tunesmith.errors import ModelError
 from tunesmith.events import Notice, Sink
-from tunesmith.model import abilities, vocabulary
+from tunesmith.model import vocabulary
 from tunesmith.model.loading import evaluating
 
 PROMPTS_OF_A_PASS = 8
@@ -41,7 +41,7 @@ STEPS_BETWEEN_CLEARING = 512
 
 def notify_if_separate(net: nn.Module, notify: Sink) -> None:
     """Notice that ``net`` generates each answer in passes of its own, if it does."""
-    if not abilities.batches(net):
+    if not batching.batches(net):
         text = "answers are generated one by one, which is slower: batched, this model would give others"
         notify(Notice(text, where="model"))
 
@@ -86,7 +86,7 @@ class Engine:
             inside.enter_context(evaluating(self._net))
             if self._routing is not None:
                 inside.callback(self._routing.select, None)  # later passes meet the base alone
-            self._together = abilities.batches(self._net)
+            self._together = batching.batches(self._net)
             self._empty = caches.new_cache(self._net, self._kv_bits)
             self._growth = caches.growth(self._net, self._kv_bits)
             self._longest = vocabulary.limits(self._net).positions

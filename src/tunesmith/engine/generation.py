@@ -12,12 +12,12 @@ import numpy as np
 
 from tunesmith.data.asking import AskedAs, question
 from tunesmith.data.formats import JSON, Conversation, Message
-from tunesmith.engine import caches
+from tunesmith.engine import batching, caches
 from tunesmith.engine.engine import UNLIMITED, Engine
 from tunesmith.engine.prefixes import Prefixes, common_length
 from tunesmith.engine.requests import Finish, Request
 from tunesmith.errors import TemplateError
-from tunesmith.model import abilities, vocabulary
+from tunesmith.model import vocabulary
 from tunesmith.tokens import template
 
 THIS_NET = "net"
@@ -78,7 +78,7 @@ def _read_beginning(net: nn.Module, prompts: Sequence[Sequence[int]], prefixes: 
     first = np.asarray(prompts[0] if prompts else (), np.int32)
     # The last token of a prompt is read by the pass that chooses the first of the answer.
     common = min((common_length(first, np.asarray(prompt, np.int32)[:-1]) for prompt in prompts), default=0)
-    if (len(prompts) - 1) * common < WORTH_SHARING or not abilities.batches(net):
+    if (len(prompts) - 1) * common < WORTH_SHARING or not batching.batches(net):
         return
     layers = caches.new_cache(net, None)
     for start in range(0, common, READ_AT_ONCE):

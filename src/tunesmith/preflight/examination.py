@@ -19,6 +19,7 @@ import numpy as np
 from tunesmith.adapters.attachment import Handle
 from tunesmith.adapters.specs import LoRA, blocks_of
 from tunesmith.display.console import size
+from tunesmith.engine import batching
 from tunesmith.model import abilities, bodies, families, kernels, wrap
 from tunesmith.model.loading import Loaded
 
@@ -108,7 +109,7 @@ def _targets(net: nn.Module) -> Observation:
 
 ABILITIES: dict[str, tuple[Callable[[nn.Module], bool], str]] = {
     "the head is split": (abilities.splits, "all logits are computed, which takes more memory"),
-    "answers are batched": (abilities.batches, "answers are generated one by one"),
+    "answers are batched": (batching.batches, "answers are generated one by one"),
     "rows can be packed": (abilities.packs, ""),
     "prompts are continued": (abilities.continues, ""),
 }
