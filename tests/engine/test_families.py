@@ -61,6 +61,21 @@ def test_rows_of_any_chunk_and_batch_get_their_own_answers(net, batch_size, pref
     require_own_answers(net, requests, tokens)
 
 
+def test_a_row_that_joins_while_another_fills_its_window_gets_its_own_answer(net):
+    """Museum: after single tokens of three rows, the mask for two tokens of two rows hid one token too many
+    of the row that mlx-lm's BatchRotatingKVCache pads on the left."""
+    requests = [
+        Request([*STEM[:length], 3 + place], max_tokens=4, logprobs=0)
+        for place, length in enumerate((70, 18, 30))
+    ]
+    with Engine(net, 8, prefill_tokens=5) as engine:
+        engine.submit(requests[:2])
+        tokens = [token for _ in range(5) for token in engine.advance()]
+        engine.submit(requests[2:])
+        tokens += [token for step in iter(engine.step, []) for token in step]
+    require_own_answers(net, requests, tokens)
+
+
 def test_what_cannot_be_trimmed_is_not(net):
     """Museum: mlx-lm's ChunkedKVCache says that it can be trimmed where it dropped what would come back."""
     prefixes, tokens, requests = Prefixes(1 << 30), [], []
