@@ -134,6 +134,16 @@ class RowLosses(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOutLosses(Event):
+    """Loss of each held-out row at a validation: source → mean over its units, of the loss that is minimised.
+    Runs with the same held-out rows are compared row by row by it."""
+
+    step: int
+    losses: dict[str, float]
+    units: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Probed(Event):
     """The run's largest micro-batch was tried before step 1. ``tokens``: on the device, padding included."""
 
@@ -243,6 +253,7 @@ KINDS: dict[str, type[Event]] = {
         StepDone,
         Instruments,
         RowLosses,
+        HeldOutLosses,
         StepSkipped,
         Validated,
         Sampled,

@@ -62,6 +62,7 @@ def one_of_each(text: str) -> list[events.Event]:
         events.RunEnded("stopped_early", 5, 61.0, text),
         events.Instruments(5, {text: 3.0}, {text: 2.0}, {text: 0.5}),
         events.RowLosses(5, 1, {text: 1.5}, {text: 7.0}),
+        events.HeldOutLosses(5, {text: 1.5}, {text: 7.0}),
         events.Activations(5, {text: 1.25}, {text: 8.0}),
     ]
 
@@ -94,6 +95,7 @@ def test_every_kind_of_event_is_readable():
     assert lines[12:] == [
         "weights at step 5: largest gradient 3 in x · largest update 25.00% of its weight in x",
         "rows of step 5: 1, highest loss 1.5000 nats a token at x",
+        "held-out rows at step 5: 1, highest loss 1.5000 at x",
         "activations at step 5: 1 layers, largest 8 in x, root mean square 1.25 there",
     ]
 
@@ -126,7 +128,9 @@ def test_plain_lines_are_few_and_everything_but_updates_is_shown():
     quiet = (*console.OF_UPDATES, events.Working, events.RunStarted)
     others = [event for event in one_of_each("x") if not isinstance(event, quiet)]
     log[60:60] = [
-        event for event in one_of_each("x") if isinstance(event, events.Instruments | events.RowLosses)
+        event
+        for event in one_of_each("x")
+        if isinstance(event, events.Instruments | events.RowLosses | events.HeldOutLosses)
     ]
     log[50:50] = [dataclasses.replace(event, at=50.0) for event in others]
     lines = plain(log, every=10.0)

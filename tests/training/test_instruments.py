@@ -66,7 +66,7 @@ def test_a_run_with_instruments_ends_in_the_same_bytes(run, tiny_model, rows, tm
 
 
 def test_a_resumed_run_has_each_measurement_once(run, tmp_path):
-    kinds = (events.Instruments, events.RowLosses, events.Growth, events.Activations)
+    kinds = (events.Instruments, events.RowLosses, events.HeldOutLosses, events.Growth, events.Activations)
     assert [event.step for event in log(run, events.Instruments)] == [1, 3, 6, 8]
     assert [event.step for event in log(run, events.RowLosses)] == list(range(1, 9))
     again = Run(Path(shutil.copytree(run.path, tmp_path / "again")))
@@ -349,6 +349,23 @@ def test_every_row_is_told_once_an_epoch(run):
         and [len(set(sources)) == len(sources) for sources in by_epoch.values()] == [True] * 3
     )
     assert len(by_epoch[1]) == len(by_epoch[2]) == per_epoch and set(by_epoch[1]) == set(by_epoch[2])
+
+
+def test_losses_of_held_out_rows_make_the_validation_loss(run):
+    validations = {event.step: event for event in log(run, events.Validated)}
+    assert len(validations) > 2
+    for event in log(run, events.HeldOutLosses):
+        total = sum(loss * event.units[source] for source, loss in event.losses.items())
+        validated = validations.pop(event.step)
+        assert sum(event.units.values()) == validated.units and len(event.losses) == validated.rows
+        assert total / validated.units == pytest.approx(validated.loss, rel=1e-12)
+    assert not validations
+
+
+def test_held_out_groups_of_one_source_are_one_row_and_one_without_units_has_no_loss():
+    groups = [Group((), source) for source in ("a:1", "a:1", "b:2")]
+    event = instruments.held_out_losses(4, groups, np.array([3.0, 1.0, 0.0]), [1.0, 3.0, 0.0])
+    assert (event.step, event.losses, event.units) == (4, {"a:1": 1.0}, {"a:1": 4.0})
 
 
 def test_a_row_with_nothing_learned_has_no_loss_and_one_source_is_one_row():

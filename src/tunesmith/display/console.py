@@ -25,9 +25,9 @@ from tunesmith.display import counts
 from tunesmith.display.text import many
 from tunesmith.events import QUIET_S, Event, Sink
 
-OF_UPDATES = (events.StepDone, events.Instruments, events.RowLosses)
-"""Events of single updates. Of these the display shows only ``StepDone``, every few seconds; the log has
-all."""
+OF_UPDATES = (events.StepDone, events.Instruments, events.RowLosses, events.HeldOutLosses)
+"""Events of single updates and rows. Of these the display shows only ``StepDone``, every few seconds; the log
+has all."""
 
 
 def duration(seconds: float) -> str:
@@ -193,6 +193,12 @@ def _row_losses(event: events.RowLosses) -> str:
         f"rows of step {event.step:,}: {len(event.losses):,}, "
         f"highest loss {loss:.4f} nats a token at {source}"
     )
+
+
+@_text.register
+def _held_out_losses(event: events.HeldOutLosses) -> str:
+    source, loss = _largest(event.losses, "no row")
+    return f"held-out rows at step {event.step:,}: {len(event.losses):,}, highest loss {loss:.4f} at {source}"
 
 
 @_text.register

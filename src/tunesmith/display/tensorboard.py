@@ -87,6 +87,11 @@ class Board:
             self._numbers(event, "rows", {"lowest": min(losses), "highest": max(losses)})
 
     @write.register
+    def _held_out_losses(self, event: events.HeldOutLosses) -> None:
+        if losses := event.losses.values():
+            self._numbers(event, "held_out_rows", {"lowest": min(losses), "highest": max(losses)})
+
+    @write.register
     def _growth(self, event: events.Growth) -> None:
         self._numbers(event, "growth", event.norms)
         self._numbers(event, "relative_growth", event.relative)

@@ -278,3 +278,17 @@ def row_losses(step: int, epoch: int, groups: Sequence[Group], logps: np.ndarray
     return events.RowLosses(
         step, epoch, {key: sums[key] / units[key] for key in sums}, dict(units), sorted(avoided)
     )
+
+
+def held_out_losses(
+    step: int, groups: Sequence[Group], losses: np.ndarray, units: Sequence[float]
+) -> events.HeldOutLosses:
+    """losses, units: (G,) the summed loss and the units of each of ``groups``. Groups of one source are one
+    row; a row without units has no loss."""
+    sums: dict[str, float] = defaultdict(float)
+    weights: dict[str, float] = defaultdict(float)
+    for group, loss, weight in zip(groups, losses.tolist(), units, strict=True):
+        sums[group.source] += loss
+        weights[group.source] += weight
+    means = {source: total / weights[source] for source, total in sums.items() if weights[source] > 0}
+    return events.HeldOutLosses(step, means, {source: weights[source] for source in means})

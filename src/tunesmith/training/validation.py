@@ -19,7 +19,7 @@ from tunesmith.machine.ranks import Ranks
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import LOWER, RunConfig
 from tunesmith.tokens.batches import Cut, Group
-from tunesmith.training import preparation, reference
+from tunesmith.training import instruments, preparation, reference
 from tunesmith.training.preparation import Prepared
 
 
@@ -61,9 +61,13 @@ class Validation:
         baseline, metrics = objective.baseline(pairs, pair_logps)
         metrics |= objective.metrics(valid, logps)
         fields = objective.fields(valid, baseline)
-        losses = objective.losses(mx.array(logps, mx.float32), mx.array(fields, mx.float32))
-        units = sum(objective.units(group) for group in valid)
-        loss = float(np.array(losses, dtype=np.float64).sum()) / units
+        losses = np.array(
+            objective.losses(mx.array(logps, mx.float32), mx.array(fields, mx.float32)), dtype=np.float64
+        )
+        units_each = [objective.units(group) for group in valid]
+        units = sum(units_each)
+        loss = float(losses.sum()) / units
+        self.emit(instruments.held_out_losses(cursor.step, valid, losses, units_each))
         perplexity = self._perplexity(logps)
         values = {"loss": loss} | ({} if perplexity is None else {"perplexity": perplexity}) | metrics
         best = self._best(values, cursor)
