@@ -42,14 +42,14 @@ def test_the_interval_covers_the_truth_at_all_times_together(share):
 def test_it_decides_for_the_better_one(share, most):
     drawn = np.random.default_rng(3).random((60, 2000)) < share
     tests = [sequential_test(map(bool, row)) for row in drawn]
-    assert all(test.first_won for test in tests)
+    assert all(test.outcome == "first" for test in tests)
     assert np.median([test.decided_after or 2000 for test in tests]) < most
 
 
 def test_what_is_decided_stays_decided_and_ties_do_not_count():
     test = sequential_test([True] * 12 + [None] * 5 + [False] * 12)
     assert (test.wins, test.losses, test.ties) == (12, 12, 5)
-    assert test.decided_after is not None and test.decided_after <= 12 and test.first_won
+    assert test.decided_after is not None and test.decided_after <= 12 and test.outcome == "first"
     assert test.interval[0] < 0.5 < test.interval[1]
 
 
@@ -70,8 +70,8 @@ def test_it_says_how_many_more_votes_are_needed():
 
 
 def test_many_even_votes_show_that_there_is_no_difference():
-    assert not sequential_test([True, False] * 100).alike
-    assert sequential_test([True, False] * 2000).alike
+    assert sequential_test([True, False] * 100).outcome == "open"
+    assert sequential_test([True, False] * 2000).outcome == "alike"
 
 
 def test_what_is_found_alike_stays_so():
@@ -80,7 +80,7 @@ def test_what_is_found_alike_stays_so():
     assert low >= 0.45 and high <= 0.55
     for _ in range(600):
         test.add(True)
-    assert test.alike and test.decided_after is None and test.interval[1] > 0.55
+    assert test.outcome == "alike" and test.decided_after is None and test.interval[1] > 0.55
 
 
 def test_two_are_alike_exactly_when_the_whole_interval_is_near_one_half():
@@ -88,4 +88,4 @@ def test_two_are_alike_exactly_when_the_whole_interval_is_near_one_half():
         alike = SequentialTest(wins=wins - 1, losses=3000 - wins)
         alike.add(True)
         low, high = interval(wins, 3000 - wins)
-        assert alike.alike == (low >= 0.45 and high <= 0.55)
+        assert (alike.outcome == "alike") == (low >= 0.45 and high <= 0.55)

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
+Outcome: TypeAlias = Literal["first", "second", "alike", "open"]
 LEVEL = 0.05
 PRIOR = 2.0
 """Both parameters of the beta mixture. Votes until it is decided, medians of 4,000 simulations, where the
@@ -50,32 +52,29 @@ def _border(refuted, outside: float, inside: float) -> float:
 
 
 def _log_mixture(wins: int, losses: int) -> float:
-    return _log_beta(wins + PRIOR, losses + PRIOR) - _log_beta(PRIOR, PRIOR)
+    from scipy.special import betaln
 
-
-def _log_beta(a: float, b: float) -> float:
-    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    return float(betaln(wins + PRIOR, losses + PRIOR) - betaln(PRIOR, PRIOR))
 
 
 def _log_likelihood(wins: int, losses: int, share: float) -> float:
-    if (wins and share <= 0) or (losses and share >= 1):
-        return -math.inf
-    return (wins * math.log(share) if wins else 0.0) + (losses * math.log1p(-share) if losses else 0.0)
+    from scipy.special import xlog1py, xlogy
+
+    return float(xlogy(wins, share) + xlog1py(losses, -share))
 
 
 @dataclass
 class SequentialTest:
     """Votes between two, in the order in which they were given. ``decided_after``: votes that were not ties
-    after which the evidence first sufficed. ``alike``: no difference larger than `MARGIN` was left before
-    that. What is decided stays decided."""
+    after which the evidence first sufficed. ``outcome``: which is preferred, or ``alike`` if no difference
+    larger than `MARGIN` was left before that. What is decided stays decided."""
 
     level: float = LEVEL
     wins: int = 0
     losses: int = 0
     ties: int = 0
     decided_after: int | None = None
-    alike: bool = False
-    first_won: bool = field(default=False, repr=False)
+    outcome: Outcome = "open"
 
     def add(self, won: bool | None) -> None:
         """``won``: whether the first was preferred; None: neither."""
@@ -83,12 +82,13 @@ class SequentialTest:
             self.ties += 1
             return
         self.wins, self.losses = self.wins + won, self.losses + (not won)
-        if self.decided_after is not None or self.alike:
+        if self.outcome != "open":
             return
         if self.evidence >= 1 / self.level:
-            self.decided_after, self.first_won = self.votes, self.wins > self.losses
-        else:
-            self.alike = self._refutes_difference()
+            self.decided_after = self.votes
+            self.outcome = "first" if self.wins > self.losses else "second"
+        elif self._refutes_difference():
+            self.outcome = "alike"
 
     @property
     def votes(self) -> int:
@@ -117,7 +117,7 @@ class SequentialTest:
     def votes_needed(self) -> int | None:
         """Further votes after which it would be decided if they went on in the same proportion; None if it is
         decided, or would take more than `MOST_VOTES`."""
-        if self.decided_after is not None or self.alike or not self.votes or self.wins == self.losses:
+        if self.outcome != "open" or not self.votes or self.wins == self.losses:
             return None
         rate, votes = self.wins / self.votes, self.votes
         while votes < MOST_VOTES:

@@ -13,18 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from tunesmith.display.text import many
 from tunesmith.errors import ConfigError
 from tunesmith.serving import vote_rows
 from tunesmith.serving import votes as records
-from tunesmith.serving.sequential import LEVEL, SequentialTest, interval, sequential_test
+from tunesmith.serving.sequential import LEVEL, Outcome, SequentialTest, interval, sequential_test
 from tunesmith.serving.vote_rows import Objective
 from tunesmith.serving.votes import THUMBS, Vote
 from tunesmith.settings.config import JSON
-
-Outcome: TypeAlias = Literal["first", "second", "alike", "open"]
 
 
 @dataclass(frozen=True)
@@ -251,11 +249,6 @@ def _pair(
     test: SequentialTest,
     of_pair: Sequence[Vote],
 ) -> ModelPair:
-    outcome: Outcome = "open"
-    if test.decided_after is not None:
-        outcome = "first" if test.first_won else "second"
-    elif test.alike:
-        outcome = "alike"
     low, high = test.interval
     return ModelPair(
         by,
@@ -271,7 +264,7 @@ def _pair(
         high,
         test.evidence,
         1 / test.level,
-        outcome,
+        test.outcome,
         test.decided_after,
         test.votes_needed,
     )
