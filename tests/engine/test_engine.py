@@ -23,28 +23,20 @@ SPECS = {
 NAMES = [None, *SPECS, None, "wide", "low", "lengths"]
 
 
-class Anything:
-    """A constraint that allows everything, for ``most`` tokens."""
+class Alternating:
+    """A constraint: even and odd tokens in turn, and only the end token 63 after ``most``; the mask before is
+    shorter than the logits."""
 
     def __init__(self, most: int = 3) -> None:
         self.most, self.tokens = most, []
 
-    def allowed(self) -> np.ndarray | None:
-        return None
+    def allowed(self) -> np.ndarray:
+        if len(self.tokens) >= self.most:
+            return np.arange(64) == 63
+        return np.arange(60) % 2 == len(self.tokens) % 2
 
     def advance(self, token: int) -> None:
         self.tokens.append(token)
-
-    @property
-    def ended(self) -> bool:
-        return len(self.tokens) >= self.most
-
-
-class Alternating(Anything):
-    """Even and odd tokens in turn; the mask is shorter than the logits."""
-
-    def allowed(self) -> np.ndarray:
-        return np.arange(60) % 2 == len(self.tokens) % 2
 
 
 @pytest.fixture(autouse=True, params=["batched", "separate"])
@@ -215,7 +207,7 @@ def test_every_option_has_an_effect(option):
         ({"logprobs": -1}, "logprobs is -1"),
         ({"logit_bias": {3: float("nan")}}, "logit_bias of token 3 is nan"),
         ({"logit_bias": {64: 1.0}}, "ids outside of the token embedding"),
-        ({"constraint": Anything()}, "a constraint without an end token"),
+        ({"constraint": Alternating()}, "a constraint without an end token"),
     ],
 )
 def test_options_out_of_their_range_are_refused_and_nothing_begins(options, message):

@@ -16,7 +16,7 @@ import tiny
 from tunesmith.checks import parsers, schemas
 from tunesmith.data.formats import Call, Conversation, Message
 from tunesmith.engine.engine import Engine
-from tunesmith.engine.grammars import OPENAI, TEXT, Grammars
+from tunesmith.engine.grammars import Grammars
 from tunesmith.engine.requests import Request
 from tunesmith.engine.speculation import PromptLookup, Speculation
 from tunesmith.errors import ModelError
@@ -90,7 +90,6 @@ def drawn(grammars: Grammars, constraint, seed: int, most: int = 300) -> list[in
         mask = constraint.allowed()
         assert constraint.problem is None
         assert not (mask & forbidden).any()
-        assert constraint.ended == (not np.delete(mask, ends).any())
         choices = mask.nonzero()[0]
         token = int(choices[(random.gumbel(size=len(choices)) + 4 * likely[choices]).argmax()])
         if token in ends:
@@ -297,11 +296,10 @@ def test_recorded_calls_are_allowed(kind, request):
     assert tried > 60
 
 
-@pytest.mark.parametrize("form", [None, OPENAI, TEXT])
-def test_every_answer_of_required_calls_is_calls_with_valid_arguments(called, form):
+def test_every_answer_of_required_calls_is_calls_with_valid_arguments(called):
     _, grammars = called
-    named = [grammars.calls(ASKED, form, one_named="forecast", parallel=seed > 2) for seed in range(6)]
-    require_calls(grammars, [*named, grammars.calls(ASKED, form)])
+    named = [grammars.calls(ASKED, one_named="forecast", parallel=seed > 2) for seed in range(6)]
+    require_calls(grammars, [*named, grammars.calls(ASKED)])
 
 
 def test_every_answer_of_mistrals_required_calls_is_calls(mistral):
@@ -378,12 +376,6 @@ def test_tools_that_are_not_there_are_refused(byte_level):
         byte_level.calls(
             [{"type": "function", "function": {"name": "list", "parameters": {"type": "array"}}}]
         )
-
-
-def test_regular_expressions_match_the_whole_answer(byte_level):
-    assert accepts(byte_level, byte_level.regex("(yes|no)/maybe"), encoded(byte_level, "no/maybe"))
-    assert not accepts(byte_level, byte_level.regex("yes|no"), encoded(byte_level, "none"))
-    assert accepts(byte_level, byte_level.regex("a\nstart: /b/"), encoded(byte_level, "a\nstart: /b/"))
 
 
 def test_reasoning_comes_before_what_is_constrained(tmp_path):

@@ -78,18 +78,16 @@ class EveryThird:
         self._most, self._tokens = most, []
 
     def allowed(self) -> np.ndarray | None:
+        if len(self._tokens) >= self._most:
+            return np.arange(VOCABULARY - 2) == END
         if len(self._tokens) % 4 == 3:
             return None  # anything may follow
         last = self._tokens[-1] if self._tokens else 1
         return np.arange(VOCABULARY - 2) % 3 == last % 3  # shorter than the logits
 
     def advance(self, token: int) -> None:
-        assert not self.ended
+        assert len(self._tokens) < self._most
         self._tokens.append(token)
-
-    @property
-    def ended(self) -> bool:
-        return len(self._tokens) >= self._most
 
 
 def drafted(place: int) -> Request:
@@ -139,9 +137,7 @@ def alone(net: nn.Module, place: int, request: Request, factor: float) -> tuple[
             logits - request.frequency_penalty * counts - request.presence_penalty * (counts > 0) + biases
         )
         if (constraint := request.constraint) is not None:
-            if constraint.ended:
-                logits[np.arange(VOCABULARY) != END] = -np.inf
-            elif (allowed := constraint.allowed()) is not None:
+            if (allowed := constraint.allowed()) is not None:
                 logits[~np.append(allowed, [False, False])] = -np.inf
         token = choose(mx.array(logits[None].astype(np.float32)), [request], [draws.key(turn)]).item()
         ids.append(int(token))

@@ -61,10 +61,7 @@ class CallForm(NamedTuple):
 OPENAI = CallForm(
     f'{{"name": "{NAME}", "arguments": {ARGUMENTS}}}', f'\n{{"name": "{NAME}", "arguments": {ARGUMENTS}}}', ""
 )
-TEXT = CallForm(
-    f"tool_call: {NAME}\narguments: {ARGUMENTS}", f"\n\ntool_call: {NAME}\narguments: {ARGUMENTS}", ""
-)
-"""Forms for models whose template writes no calls."""
+"""The form for a model whose template writes no calls."""
 
 
 class Grammars:
@@ -98,25 +95,20 @@ class Grammars:
         require_enforceable(schema)
         return self._answer(f"%json {_notation(schema)}")
 
-    def regex(self, pattern: str) -> TokenConstraint:
-        """An answer that matches ``pattern`` (Rust's syntax) as a whole. Raises ModelError if it cannot."""
-        return self._answer(f"/{llguidance.regex_to_lark(pattern)}/")
-
     def calls(
         self,
         tools: Sequence[Mapping[str, JSON]],
-        form: CallForm | None = None,
         *,
         one_named: str | None = None,
         parallel: bool = True,
     ) -> TokenConstraint:
         """An answer that calls ``tools``, in OpenAI's layout, at least once, with arguments of their schemas.
 
-        ``form``: None is the template's own, or `OPENAI` if it writes no calls. ``one_named``: the only tool
-        that may be called. ``parallel``: whether several calls may be made. Raises ModelError as
+        They are written in the template's own form, or in `OPENAI` if it writes no calls. ``one_named``: the
+        only tool that may be called. ``parallel``: whether several calls may be made. Raises ModelError as
         `json_schema` does, and if there is no such tool."""
-        own = form is None and self.call_form is not None
-        form = form or self.call_form or OPENAI
+        own = self.call_form is not None
+        form = self.call_form or OPENAI
         functions = [cast("Mapping[str, JSON]", tool["function"]) for tool in tools]
         if one_named is not None:
             functions = [function for function in functions if function["name"] == one_named]
@@ -279,10 +271,6 @@ class GrammarConstraint:
         self._mask = None
         if not self._matcher.consume_token(token):
             self.problem = self.problem or self._matcher.get_error() or f"token {token} was not allowed"
-
-    @property
-    def ended(self) -> bool:
-        return self._matcher.is_stopped() or not np.delete(self.allowed(), self._ends).any()
 
 
 class _Source:

@@ -29,11 +29,6 @@ class TokenConstraint(Protocol):
         """``token`` was generated. Never called with an end token."""
         ...
 
-    @property
-    def ended(self) -> bool:
-        """Whether only an end token may follow."""
-        ...
-
 
 @dataclass(frozen=True)
 class Request:

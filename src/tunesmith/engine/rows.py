@@ -225,7 +225,7 @@ class Decoding(RowBatch):
                 continue  # it has ended: what this pass chooses for it is dropped
             if row.n_chosen:
                 constraint.advance(tokens[place])
-            if (mask := _mask(constraint, row.ends, logits.shape[-1])) is not None:
+            if (mask := _mask(constraint, logits.shape[-1])) is not None:
                 places.append(place)
                 masks.append(mask)
         if places:
@@ -234,10 +234,8 @@ class Decoding(RowBatch):
         return logits
 
 
-def _mask(constraint: TokenConstraint, ends: frozenset[int], size: int) -> np.ndarray | None:
+def _mask(constraint: TokenConstraint, size: int) -> np.ndarray | None:
     """(V,) bool: what may follow."""
-    if constraint.ended:
-        return np.isin(np.arange(size), list(ends))
     allowed = constraint.allowed()
     if allowed is None or len(allowed) == size:
         return allowed
