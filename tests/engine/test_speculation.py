@@ -8,6 +8,7 @@ import pytest
 from adapters.test_layers import fresh, move
 from mlx.utils import tree_map
 from mlx_lm.models import llama
+from model.families import made
 
 from tunesmith import adapters
 from tunesmith.adapters import DoRA, LoRA
@@ -108,21 +109,19 @@ def test_tokens_are_those_without_guesses(values, options, adapter):
 
 
 class Allowed:
-    """A constraint: tokens of the other parity than the last, and only an end token after ``most``."""
+    """A constraint: tokens of the other parity than the last, and only the end token 63 after ``most``."""
 
     def __init__(self, most: int) -> None:
         self.most, self.seen = most, list[int]()
 
     def allowed(self) -> np.ndarray:
+        if len(self.seen) == self.most:
+            return np.arange(64) == 63
         return np.arange(64) % 2 != (self.seen[-1] % 2 if self.seen else 0)
 
     def advance(self, token: int) -> None:
         assert self.allowed()[token]
         self.seen.append(token)
-
-    @property
-    def ended(self) -> bool:
-        return len(self.seen) == self.most
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -237,15 +236,52 @@ def test_a_request_that_wants_no_guesses_gets_none():
     assert oracle.asked == 0
 
 
-def test_a_cache_that_forgets_gets_no_guesses(monkeypatch):
-    monkeypatch.setattr(speculation, "TRIMMABLE", frozenset())
-    oracle = Oracle([*asked().ids], plain(asked()))
-    speculating = Speculation(oracle)
-    with Engine(fresh(), speculation=speculating) as engine:
-        assert answers(engine, [asked()]) == [plain(asked())]
-    assert oracle.asked == 0 and "cannot be taken away from a" in (speculating.reason or "")
+LONGCAT = {
+    "attention_method": "MLA",
+    "zero_expert_type": "identity",
+    "ffn_hidden_size": 64,
+    "moe_topk": 2,
+    "expert_ffn_hidden_size": 32,
+    "n_routed_experts": 4,
+    "zero_expert_num": 1,
+    "num_layers": 2,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "routed_scaling_factor": 1.0,
+    "rope_theta": 10000.0,
+    "mla_scale_q_lora": True,
+    "mla_scale_kv_lora": True,
+    "attention_bias": False,
+}
+FORGETTING = {"gemma3": {"sliding_window": 16}, "qwen3_5": {}, "llama4": {}}
+
+
+@pytest.mark.parametrize("family", FORGETTING)
+def test_a_cache_that_forgets_gets_no_guesses(family):
+    """The prompt is longer than the window, so that a guess would take the place of a position."""
+    net = made(family, **FORGETTING[family])
+    request = Request([(11 * step) % 64 for step in range(80)], max_tokens=12)
+    with Engine(net) as engine:
+        expected = answers(engine, [request])
+    oracle = Oracle([*request.ids], expected[0])
+    with Engine(net, speculation=Speculation(oracle)) as engine:
+        assert answers(engine, [request]) == expected
+    assert oracle.asked == 0
     with pytest.raises(ModelError, match="this draft model cannot be used"):
-        DraftModel(fresh(), 64)
+        DraftModel(net, 64)
+
+
+def test_two_caches_in_one_layer_take_guesses():
+    net = made("longcat_flash", **LONGCAT)
+    with Engine(net) as engine:
+        expected = answers(engine, [asked()])
+    oracle = Oracle([*asked().ids], expected[0])
+    with Engine(net, speculation=Speculation(oracle)) as engine:
+        assert answers(engine, [asked()]) == expected
+    assert oracle.asked > 2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])

@@ -10,7 +10,7 @@ import tiny
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.speculation import Speculation
 from tunesmith.errors import ModelError
-from tunesmith.serving import starting
+from tunesmith.serving import drafting, starting
 from tunesmith.serving.drafting import speculation_maker
 from tunesmith.serving.served import open_models
 
@@ -26,6 +26,15 @@ def test_off_guesses_nothing_and_each_engine_has_a_speculation_of_its_own(models
     assert speculation_maker("off", models)() is None
     make = speculation_maker("prompt", models)
     assert isinstance(make(), Speculation) and make() is not make()
+
+
+def test_a_notice_says_so_if_a_model_can_have_no_guesses(models, tiny_model, monkeypatch):
+    monkeypatch.setattr(drafting, "takes_guesses", lambda net: False)
+    for draft in ("prompt", str(tiny_model)):
+        notices: list = []
+        assert speculation_maker(draft, models, notices.append)() is None
+        assert [notice.where for notice in notices] == ["--draft"] and "speculation is off" in notices[0].what
+    assert speculation_maker("off", models, pytest.fail)() is None
 
 
 def test_a_draft_model_needs_the_same_tokens(models, tiny_model, tmp_path):

@@ -89,6 +89,11 @@ class CacheGrowth(NamedTuple):
         return self.each > 0 and (self.most is None or positions < self.most)
 
 
+def always_trimmable(growth: Sequence[CacheGrowth]) -> bool:
+    """Whether the last positions can be taken away after however many."""
+    return all(part.each > 0 and part.most is None for part in growth)
+
+
 def growth(net: nn.Module, kv_bits: int | None) -> list[CacheGrowth]:
     """What the cache of one row of ``net`` needs, from the shapes after a pass that is never computed."""
     layers = _after_one_token(net, new_cache(net, kv_bits))

@@ -53,7 +53,8 @@ class Engine:
     that requests may name; without it no request may name one. ``prefill_tokens``: most positions, padding
     included, that one chunk of prompts has, so that a long prompt delays nobody's next token by more.
     ``prefixes``: where prompts that were read are kept for later ones. ``kv_bits``: 8 or 4 keeps keys and
-    values in so many bits. ``speculation``: guesses tokens of a request that is under way alone."""
+    values in so many bits. ``speculation``: guesses tokens of a request that is under way alone, if the cache
+    of the model is always trimmable."""
 
     def __init__(
         self,
@@ -89,6 +90,8 @@ class Engine:
             self._together = batching.batches(self._net)
             self._empty = caches.new_cache(self._net, self._kv_bits)
             self._growth = caches.growth(self._net, self._kv_bits)
+            if not caches.always_trimmable(self._growth):
+                self._speculation = None  # guesses that are not chosen could not be taken back
             self._longest = vocabulary.limits(self._net).positions
             if (limit := _wired_limit()) is not None:
                 inside.callback(mx.set_wired_limit, limit)

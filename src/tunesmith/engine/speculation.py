@@ -45,9 +45,7 @@ FIRST_GUESSES, MOST_GUESSES = 4, 10
 parameters takes as long as one over 1, and one over 16 more than three times as long."""
 TOKENS_OF_A_PASS = 512
 """Most tokens that a draft model reads in one pass."""
-
-TRIMMABLE = frozenset(("KVCache", "BatchKVCache", "QuantizedKVCache", "QuantisedRows"))
-"""Caches from whose end tokens can be taken away, however many they hold."""
+CACHE_FORGETS = "tokens cannot be taken away from the end of its cache"
 
 
 class Guesser(Protocol):
@@ -101,9 +99,9 @@ class DraftModel:
     def __init__(self, net: nn.Module, n_ids: int) -> None:
         """n_ids: how many the model knows for which ``net`` guesses. Either may have more rows of the
         embedding than the vocabulary has tokens."""
+        if not takes_guesses(net):
+            raise ModelError(f"this draft model cannot be used: {CACHE_FORGETS}")
         self._net, self._layers, self._tokens = net, caches.new_cache(net, None), list[int]()
-        if reason := untrimmable(self._layers):
-            raise ModelError(f"this draft model cannot be used: {reason}")
         self._n_readable = vocabulary.limits(net).ids
         self._n_known = min(n_ids, self._n_readable)
 
@@ -150,10 +148,9 @@ def require_same_tokens(renderer: Renderer, draft: Renderer) -> None:
         raise ModelError("the draft model has another vocabulary", hint="take one of the same family")
 
 
-def untrimmable(layers: Sequence[Any]) -> str | None:
-    """Why tokens cannot be taken away from the end of a cache, or None if they can."""
-    kinds = {type(layer).__name__ for layer in layers} - TRIMMABLE
-    return f"tokens cannot be taken away from a {min(kinds)}" if kinds else None
+def takes_guesses(net: nn.Module) -> bool:
+    """Whether guesses that are not chosen can be taken out of the cache of ``net`` again."""
+    return caches.always_trimmable(caches.growth(net, None))
 
 
 class TimedPass(NamedTuple):
@@ -253,16 +250,13 @@ class Speculation:
         self._most = FIRST_GUESSES
         self.paces: dict[str | None, Pace] = {}
         """By the digest of the weights that answer, or by the name of the adapter if there is no digest."""
-        self.reason: str | None = None
-        """Why the last request had no guesses, if its cache is the reason."""
 
     def over(self, forward: Forward) -> Forward:
         """``forward`` for one row, with guesses."""
 
         def ahead(rows: Sequence[EngineRow], tokens: mx.array, layers: list[Any]) -> mx.array:
             row = rows[0]
-            self.reason = untrimmable(layers)
-            if self.reason or not row.request.draft:
+            if not row.request.draft:
                 return forward(rows, tokens, layers)
             pace = self.paces.setdefault(row.request.digest or row.request.adapter, Pace())
             if pace.phase in ("measuring", "resting"):

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tunesmith import events
-from tunesmith.engine.speculation import DraftModel, PromptLookup, Speculation, require_same_tokens
-from tunesmith.events import Sink
+from tunesmith.engine.speculation import (
+    CACHE_FORGETS,
+    DraftModel,
+    PromptLookup,
+    Speculation,
+    require_same_tokens,
+    takes_guesses,
+)
+from tunesmith.events import Notice, Sink
 from tunesmith.model import vocabulary
 from tunesmith.runs import opening
 from tunesmith.serving.served import Models
@@ -19,8 +26,12 @@ def speculation_maker(
     draft: str, models: Models, notify: Sink = events.silent
 ) -> Callable[[], Speculation | None]:
     """Makes the speculation of an engine for ``models``. ``draft``: `OFF`, `PROMPT`, or where a smaller model
-    lies. Raises what `opening.find` raises, and ModelError if that model has other tokens."""
+    lies. A notice says so if speculation is off for the model. Raises what `opening.find` raises, and
+    ModelError if that model has other tokens."""
     if draft == OFF:
+        return lambda: None
+    if not takes_guesses(models.loaded.net):
+        notify(Notice(f"speculation is off for this model: {CACHE_FORGETS}", where="--draft"))
         return lambda: None
     if draft == PROMPT:
         return lambda: Speculation(PromptLookup())
