@@ -321,16 +321,16 @@ def test_a_draft_model_reads_and_guesses_only_ids_that_both_models_know():
 def test_a_draft_model_that_failed_guesses_as_a_new_one(fails_at, monkeypatch):
     draft, passes = DraftModel(wide(), 64), []
     draft.guess([1, 2, 3, 4, 5], 3)
-    whole = draft._logits
+    whole = llama.Model.__call__
 
-    def failing(tokens):
-        passes.append(tokens)
+    def failing(net, ids, cache):
+        passes.append(ids)
         if len(passes) == fails_at:
             raise MemoryError
-        return whole(tokens)
+        return whole(net, ids, cache=cache)
 
-    monkeypatch.setattr(draft, "_logits", failing)
-    with pytest.raises(MemoryError):
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(llama.Model, "__call__", failing)
         draft.guess([1, 2, 9, 9, 9], 3)
     text = [1, 2, 3, 4, 5, 6]
     assert draft.guess(text, 4) == DraftModel(wide(), 64).guess(text, 4)

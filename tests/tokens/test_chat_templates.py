@@ -494,7 +494,7 @@ def test_what_is_settled_of_an_answer_never_changes(made, template, words):
     for said in (words, f"final<|ch|>{words}", f"analysis<|ch|>three<|t|><|a|>final<|ch|>{words}"):
         ids, shown = renderer._encode(said), ""
         for count in range(1, len(ids) + 1):
-            if renderer.settled(ids[:count]):
+            if not renderer.opens(renderer.decode(ids[:count])):
                 answer = renderer.answer(ids[:count])
                 assert answer.startswith(shown), (said, count)
                 shown = answer
@@ -504,8 +504,8 @@ def test_what_is_settled_of_an_answer_never_changes(made, template, words):
 def test_words_in_a_channel_are_shown_as_they_come(made):
     renderer = made(CHANNEL)
     ids = renderer._encode("final<|ch|>Seven is it")
-    assert [renderer.settled(ids[:count]) for count in (1, 5, 6)] == [False, False, False]
-    assert renderer.settled(ids[:9]) and renderer.answer(ids[:9]) == "Sev"
+    assert all(renderer.opens(renderer.decode(ids[:count])) for count in (1, 5, 6))
+    assert not renderer.opens(renderer.decode(ids[:9])) and renderer.answer(ids[:9]) == "Sev"
 
 
 def test_generated_answers_lose_the_frame(made):

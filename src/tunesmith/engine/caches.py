@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 STEP = 256
 """Positions by which mlx-lm's caches grow."""
@@ -48,6 +49,14 @@ def without_shared_buffers(layers: list[Any]) -> list[Any]:
             arrays: list[mx.array | None] = layer.cache
             layer.cache = [None if array is None else mx.contiguous(array) for array in arrays]
     return layers
+
+
+def read(net: nn.Module, ids: Sequence[int] | np.ndarray, layers: list[Any], chunk: int) -> None:
+    """Let the cache ``layers`` of one row hold ``ids`` too. A pass reads at most ``chunk`` of them."""
+    for start in range(0, len(ids), chunk):
+        part = np.asarray(ids[start : start + chunk], np.int32)
+        cast(Any, net)(mx.array(part)[None], cache=layers)
+        mx.eval([layer.state for layer in layers])
 
 
 def trim(layers: Sequence[Any], count: int) -> None:

@@ -31,7 +31,9 @@ from tunesmith.model.loading import evaluating
 
 PROMPTS_OF_A_PASS = 8
 """Most prompts that are read in one pass."""
-UNLIMITED = PROMPTS_OF_A_PASS * 2048
+READ_AT_ONCE = 2048
+"""Most tokens of one prompt that a pass reads when no answer is being streamed."""
+UNLIMITED = PROMPTS_OF_A_PASS * READ_AT_ONCE
 """Chunk size when no answer is being streamed: positions, padding included."""
 WORTH_WAITING = 64
 """Fewest tokens that a prompt has in common with one that is being read, for it to wait for them."""

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from tunesmith.data.asking import AskedAs, question
 from tunesmith.data.formats import JSON, Conversation, Message
-from tunesmith.engine import batching, caches
-from tunesmith.engine.engine import UNLIMITED, Engine
+from tunesmith.engine import batching, caches, scoring
+from tunesmith.engine.engine import READ_AT_ONCE, UNLIMITED, Engine
 from tunesmith.engine.prefixes import Prefixes, common_length
 from tunesmith.engine.requests import Finish, Request
 from tunesmith.errors import TemplateError
 from tunesmith.model import vocabulary
 from tunesmith.tokens import template
+from tunesmith.tokens.growing import GrowingText
 
 THIS_NET = "net"
 """Key of its prefixes: there are no others."""
 UNBOUNDED = 1 << 62
-WORTH_SHARING = 192
-"""Fewest tokens that are saved by reading the beginning of all prompts once, for its own pass."""
-READ_AT_ONCE = 2048
 
 
 class Generation(NamedTuple):
@@ -78,12 +75,10 @@ def _read_beginning(net: nn.Module, prompts: Sequence[Sequence[int]], prefixes: 
     first = np.asarray(prompts[0] if prompts else (), np.int32)
     # The last token of a prompt is read by the pass that chooses the first of the answer.
     common = min((common_length(first, np.asarray(prompt, np.int32)[:-1]) for prompt in prompts), default=0)
-    if (len(prompts) - 1) * common < WORTH_SHARING or not batching.batches(net):
+    if (len(prompts) - 1) * common < scoring.WORTH or not batching.batches(net):
         return
     layers = caches.new_cache(net, None)
-    for start in range(0, common, READ_AT_ONCE):
-        cast(Any, net)(mx.array(first[start : min(start + READ_AT_ONCE, common)])[None], cache=layers)
-        mx.eval([layer.state for layer in layers])
+    caches.read(net, first[:common], layers, READ_AT_ONCE)
     prefixes.add(THIS_NET, first[:common].tolist(), layers)
 
 
@@ -142,8 +137,7 @@ class Speaker:
     def stream(self, question: Conversation | str, sampling: Sampling) -> Iterator[str]:
         """The answer in pieces; a character waits for its last byte, and words for the end of what the
         template writes before them."""
-        ids: list[int] = []
-        shown = ""
+        growing, shown = GrowingText(self.renderer), ""
         for token in stream(
             self.net,
             self._prompts([question])[0],
@@ -153,12 +147,16 @@ class Speaker:
             top_p=sampling.top_p,
             seed=sampling.seed,
         ):
-            ids.append(token)
-            text = self.renderer.answer(ids) if self.renderer.settled(ids) else shown
-            if text.startswith(shown) and not text.endswith("\ufffd"):
+            growing.add(token)
+            if self.renderer.opens(growing.text):
+                continue
+            text = self.renderer.unframed(growing.text)
+            # What the template writes behind words may be taken away when its first letters come.
+            if text.startswith(shown) and text != shown:
                 yield text[len(shown) :]
                 shown = text
-        rest = self.renderer.answer(ids)
+        growing.finish()
+        rest = self.renderer.unframed(growing.text)
         if rest != shown:
             yield rest[len(shown) :]
 

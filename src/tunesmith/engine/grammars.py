@@ -96,11 +96,7 @@ class Grammars:
         return self._answer(f"%json {_notation(schema)}")
 
     def calls(
-        self,
-        tools: Sequence[Mapping[str, JSON]],
-        *,
-        one_named: str | None = None,
-        parallel: bool = True,
+        self, tools: Sequence[Mapping[str, JSON]], *, one_named: str | None = None, parallel: bool = True
     ) -> TokenConstraint:
         """An answer that calls ``tools``, in OpenAI's layout, at least once, with arguments of their schemas.
 

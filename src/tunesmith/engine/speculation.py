@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from tunesmith.engine import caches
+from tunesmith.engine.prefixes import common_length
 from tunesmith.engine.rows import EngineRow, Forward
 from tunesmith.errors import ModelError
 from tunesmith.model import vocabulary
@@ -115,31 +116,20 @@ class DraftModel:
             raise
 
     def _guesses(self, tokens: Sequence[int], most: int) -> list[int]:
-        n_read = next(
-            (place for place, (old, new) in enumerate(zip(self._tokens, tokens, strict=False)) if old != new),
-            min(len(self._tokens), len(tokens)),
-        )
-        n_read = min(n_read, len(tokens) - 1)  # the last token is read again: its logits are wanted
-        for layer in self._layers:
-            layer.trim(len(self._tokens) - n_read)
-        for start in range(n_read, len(tokens) - 1, TOKENS_OF_A_PASS):
-            self._read(tokens[start : min(start + TOKENS_OF_A_PASS, len(tokens) - 1)])
+        common = common_length(np.asarray(self._tokens, np.int32), np.asarray(tokens, np.int32))
+        n_read = min(common, len(tokens) - 1)  # the last token is read again: its logits are wanted
+        caches.trim(self._layers, len(self._tokens) - n_read)
+        caches.read(self._net, tokens[n_read:-1], self._layers, TOKENS_OF_A_PASS)
         guesses = [self._next(tokens[-1])]
         while len(guesses) < most:
             guesses.append(self._next(guesses[-1]))
         self._tokens = [*tokens, *guesses[:-1]]
         return guesses
 
-    def _read(self, tokens: Sequence[int]) -> None:
-        self._logits(tokens)
-        mx.eval([layer.state for layer in self._layers])
-
     def _next(self, token: int) -> int:
-        return int(np.array(mx.argmax(self._logits([token])[0, -1, : self._n_known])))
-
-    def _logits(self, tokens: Sequence[int]) -> mx.array:
         net: Any = self._net
-        return net(mx.array([[*map(int, tokens)]]), cache=self._layers)
+        logits = net(mx.array([[token]]), cache=self._layers)
+        return int(np.array(mx.argmax(logits[0, -1, : self._n_known])))
 
 
 def require_same_tokens(renderer: Renderer, draft: Renderer) -> None:

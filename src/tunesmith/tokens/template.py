@@ -351,10 +351,6 @@ class Renderer(ABC):
         """Whether the template has a form of its own for the reasoning of an answer, or refuses it itself."""
         return False
 
-    def settled(self, ids: Sequence[int]) -> bool:
-        """Whether more ids only add to `answer`: no mark around words is written by half."""
-        return not self.opens(self.decode(ids))
-
     def opens(self, text: str) -> bool:
         """Whether a decoded answer may still be what the template writes before words, or reasoning that goes
         on."""
