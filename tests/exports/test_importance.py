@@ -13,8 +13,10 @@ import pytest
 import tiny
 import tunesmith
 from tunesmith.errors import ExportError, SetupError
-from tunesmith.events import silent
+from tunesmith.events import Sink, silent
 from tunesmith.exports import gate, importance
+from tunesmith.exports.kind import ArtefactNotes, Importance, Tuned
+from tunesmith.exports.kinds.gguf import GGUFF32
 from tunesmith.model.gguf import ggml
 from tunesmith.runs import opening
 
@@ -67,15 +69,27 @@ def test_the_first_tokens_are_taken_and_no_more_than_the_limit():
     assert importance.first_tokens(sequences, 100) == [[1, 2, 3], [4, 5, 6], [7]]
 
 
-def test_a_table_of_kinds_measures_the_inputs_once(run, monkeypatch):
-    tuned, _ = gate.prepared(opening.find(run), 2, silent)
-    first = importance.of_run(tuned, "gguf-q6_k", "", silent)
-    assert first.rows > 0 and first.columns
+class Weighed(GGUFF32):
+    """Asks for an importance matrix, but needs no llama.cpp."""
+
+    def importance(self, tuned: Tuned, notify: Sink) -> Importance:
+        return importance.of_run(tuned, self.name, "", notify)
+
+
+def test_the_artefacts_of_one_gate_measure_the_inputs_once(run, tmp_path, monkeypatch):
+    def written(of: gate.Gate, name: str) -> ArtefactNotes:
+        (folder := tmp_path / name).mkdir()
+        return of._written(Weighed(), folder)[1]
+
+    several = gate.Gate(opening.find(run), gate.Scope(rows=2), tmp_path, silent)
+    first = written(several, "first")
+    assert first.importance is not None and first.importance.rows > 0 and first.importance.columns
     monkeypatch.setattr(importance, "mean_squares", None)
-    assert importance.of_run(tuned, "gguf-q4_k_m", "", silent) is first
-    monkeypatch.setattr(importance.checkpoints, "weights_hash", lambda checkpoint: "other weights")
+    second = written(several, "second")
+    assert second.importance is first.importance and second.quantised == first.quantised
+    another = gate.Gate(opening.find(run), gate.Scope(rows=2), tmp_path, silent)
     with pytest.raises(TypeError):
-        importance.of_run(tuned, "gguf-q4_k_m", "", silent)
+        written(another, "third")
 
 
 def without_llama_cpp() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from tunesmith.exports import fidelity, fresh, headlines, judging, llama_cpp, we
 from tunesmith.exports.fidelity import Carried, Ended, Probe
 from tunesmith.exports.headlines import TaskScores
 from tunesmith.exports.judging import Reading
-from tunesmith.exports.kind import ArtefactNotes, ExportKind, ForLlamaCpp, Tuned
+from tunesmith.exports.kind import ArtefactNotes, ExportKind, ForLlamaCpp, Importance, Tuned
 from tunesmith.exports.llama_reading import Text
 from tunesmith.runs import checkpoints
 from tunesmith.runs.artefacts import OWN_READER, CarriedSummary, Exported
@@ -86,6 +86,7 @@ class Gate:
         self.run, self.config, self.checkpoint = source.run, source.config, source.checkpoint
         self._source, self._scope, self._work, self._notify = source, scope, work, notify
         self._live: LiveSide | None = None
+        self._importance: Importance | None = None
 
     def make(self, chosen: ExportKind, artefact: Path) -> Exported:
         """Write the artefact into the empty folder ``artefact`` and measure it. Raises ExportError if the
@@ -110,7 +111,8 @@ class Gate:
             self._live = self._measured(tuned, rows)
             mx.clear_cache()
         self._notify(Notice(f"writing {chosen.name}: {chosen.announcement(tuned)}"))
-        written = write(chosen, tuned, artefact, self._notify)
+        written = write(chosen, replace(tuned, importance=self._importance), artefact, self._notify)
+        self._importance = written.importance or self._importance
         options = fidelity.needed_options(self.run, self.config, tuned.renderer, self._scope.rows)
         if options and not chosen.has_own_template:
             remark = (

@@ -3,8 +3,8 @@ rows, which llama.cpp calls the importance matrix: quantisation then errs least 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,10 +15,9 @@ from tunesmith.adapters import merging
 from tunesmith.adapters.layers import LoRALinear
 from tunesmith.events import Notice, Sink
 from tunesmith.exports import training_rows
-from tunesmith.exports.kind import Tuned
+from tunesmith.exports.kind import Importance, Tuned
 from tunesmith.exports.weights import INSIDE
 from tunesmith.model import abilities, logprobs, wrap
-from tunesmith.runs import checkpoints
 
 TOKENS = 1 << 14
 """Tokens that are measured at most."""
@@ -27,26 +26,12 @@ FLOOR = 1e-6
 that another text may use."""
 
 
-class Importance(NamedTuple):
-    """``columns``: by tensor of the net, the mean square of each input. Measured on ``tokens`` tokens of
-    ``rows`` training rows."""
-
-    columns: Mapping[str, np.ndarray]
-    rows: int
-    tokens: int
-
-
-_last: tuple[str, Importance] | None = None
-"""What was measured last, and of which weights: a table of kinds measures it once."""
-
-
 def of_run(tuned: Tuned, kind: str, instead: str, notify: Sink) -> Importance:
-    """Measure the live adapter on training rows in the order of the first epoch. Raises ExportError, in the
-    name of ``kind``, if the rows cannot be made again. instead: what to do then."""
-    global _last
-    key = f"{tuned.run.path.resolve()} {tuned.checkpoint.name} {checkpoints.weights_hash(tuned.checkpoint)}"
-    if _last is not None and _last[0] == key:
-        return _last[1]
+    """That of ``tuned``, if it is known; else measure the live adapter on training rows in the order of the
+    first epoch. Raises ExportError, in the name of ``kind``, if the rows cannot be made again. instead: what
+    to do then."""
+    if tuned.importance is not None:
+        return tuned.importance
     prepared = training_rows.prepare(tuned.run, tuned.config, kind, instead, events.silent)
     sequences = [
         sequence.ids[:-1].tolist()  # nothing is predicted from the last token
@@ -58,9 +43,7 @@ def of_run(tuned: Tuned, kind: str, instead: str, notify: Sink) -> Importance:
     net = merging.load(tuned.located).net
     adapters.load(net, tuned.checkpoint)
     columns = mean_squares(net, chosen, events.ticker(notify, "training rows"))
-    measured = Importance(columns, len(chosen), sum(map(len, chosen)))
-    _last = key, measured
-    return measured
+    return Importance(columns, len(chosen), sum(map(len, chosen)))
 
 
 def first_tokens(sequences: Sequence[list[int]], limit: int) -> list[list[int]]:

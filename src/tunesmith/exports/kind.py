@@ -7,13 +7,14 @@ import gc
 import json
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import mlx.nn as nn
+import numpy as np
 
 from tunesmith import adapters
 from tunesmith.adapters import merging
@@ -59,17 +60,27 @@ class Rounding(NamedTuple):
 
 
 OF_CACHE = Rounding(1e-5, Tolerance(kl=0.0, p99=0.0, top=1.0, lost=0.1))
-"""Of keys and values to 16 bits, which shows beside a faint adapter."""
+"""Keys and values are rounded to 16 bits, which shows beside a faint adapter."""
 SIXTEEN_BIT = Rounding(1e-4, Tolerance(kl=0.005, p99=0.05, top=0.97, lost=0.1))
 EIGHT_BIT = Rounding(3e-4, Tolerance(kl=0.02, p99=0.2, top=0.95, lost=0.25))
-"""Also of the inputs of matrices in 16 bits to as many, and of quantised ones to 8."""
+"""The inputs of matrices are rounded too: to 16 bits, and to 8 if the matrices are quantised."""
+
+
+class Importance(NamedTuple):
+    """``columns``: by tensor of the net, the mean square of each input. Measured on ``tokens`` tokens of
+    ``rows`` training rows."""
+
+    columns: Mapping[str, np.ndarray]
+    rows: int
+    tokens: int
 
 
 @dataclass(frozen=True)
 class Tuned:
     """A run that is exported. ``source``: the settings of its base. ``loaded``: the base, whose tensors are
     not read yet; the adapter is attached to it once `ExportKind.write` is called. ``ends``: the tokens that
-    end an answer, first those that end the rows that it was trained on."""
+    end an answer, first those that end the rows that it was trained on. ``importance``: None until it was
+    measured for another artefact."""
 
     run: Run
     config: RunConfig
@@ -78,6 +89,7 @@ class Tuned:
     loaded: Loaded
     renderer: Renderer
     ends: tuple[int, ...]
+    importance: Importance | None = None
 
     @property
     def base_config(self) -> dict[str, Any]:
@@ -110,11 +122,12 @@ class Tuned:
 class ArtefactNotes(NamedTuple):
     """``survived``: share of the adapter's change of the weights that rounding left, or None if nothing was
     rounded. ``remarks``: what the user should know of the artefact. ``quantised``: how its matrices were
-    quantised, if an importance matrix was used."""
+    quantised, if the importance matrix ``importance`` was used."""
 
     survived: float | None = None
     remarks: tuple[str, ...] = ()
     quantised: Quantised | None = None
+    importance: Importance | None = None
 
 
 class LlamaFiles(NamedTuple):

@@ -18,11 +18,11 @@ from tunesmith import events
 from tunesmith.errors import ExportError, ModelError
 from tunesmith.events import Sink
 from tunesmith.exports import stored, weights
-from tunesmith.exports.importance import Importance
 from tunesmith.exports.kind import (
     ROUNDED,
     ArtefactNotes,
     ForLlamaCpp,
+    Importance,
     LlamaFiles,
     Reloaded,
     Tolerance,
@@ -88,7 +88,7 @@ class MergedGGUF(ForLlamaCpp):
         if importance is None:
             return ArtefactNotes(remarks=remarks)
         quantised = _quantised(importance, tensors)
-        return ArtefactNotes(remarks=(*remarks, *_of_quantised(quantised)), quantised=quantised)
+        return ArtefactNotes(None, (*remarks, *_of_quantised(quantised)), quantised, importance)
 
     def importance(self, tuned: Tuned, notify: Sink) -> Importance | None:
         """How much the columns of matrices matter; None if the type does not use it."""

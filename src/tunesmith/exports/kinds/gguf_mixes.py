@@ -11,8 +11,7 @@ from typing import ClassVar
 from tunesmith.errors import ExportError
 from tunesmith.events import Sink
 from tunesmith.exports import importance
-from tunesmith.exports.importance import Importance
-from tunesmith.exports.kind import Tolerance, Tuned, register
+from tunesmith.exports.kind import Importance, Tolerance, Tuned, register
 from tunesmith.exports.kinds.gguf import MergedGGUF
 from tunesmith.model.gguf import ggml
 
