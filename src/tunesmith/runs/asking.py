@@ -1,5 +1,5 @@
 """How a run was trained to be asked: its plan says so; of an older run, its held-out rows. Also, which tools
-its held-out rows declare."""
+its first held-out rows declare."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def of_run(run: Run) -> AskedAs:
     return asked_as(_held_out(run))
 
 
-def tools_of(run: Run) -> list[tuple[JSON, ...]]:
-    """The different lists of tools that held-out rows declare."""
+def declared_tools(run: Run) -> list[tuple[JSON, ...]]:
+    """The different lists of tools that the first `LOOKED_AT` held-out rows declare."""
     lists = {json.dumps(tools): tools for tools in map(asking.tools_of, _held_out(run))}
     return [tools for tools in lists.values() if tools]
 
 
 def _held_out(run: Run) -> list[Example]:
-    """The first held-out rows; empty if there are none."""
+    """The first `LOOKED_AT` held-out rows; empty if there are none."""
     file = run.path / VALID
     if not file.is_file() or not file.stat().st_size:
         return []

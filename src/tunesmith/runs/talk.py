@@ -16,7 +16,7 @@ from tunesmith.engine.requests import MOST_ANSWER_TOKENS
 from tunesmith.errors import ConfigError
 from tunesmith.events import Notice, Sink
 from tunesmith.runs import checkpoints, opening
-from tunesmith.runs.asking import of_run, tools_of
+from tunesmith.runs.asking import declared_tools, of_run
 from tunesmith.runs.configure import listed
 from tunesmith.runs.directory import VALID
 
@@ -107,7 +107,7 @@ def _declared(source: opening.Source, kind: AskedAs, tools: Sequence[JSON], noti
         declared = layout.declared([*tools])
     except BadRow as bad:
         raise ConfigError(bad.located, where="--tools", hint=bad.hint or asking.HINT) from None
-    if not declared and source.run is not None and (lists := tools_of(source.run)):
+    if not declared and source.run is not None and (lists := declared_tools(source.run)):
         names = [*dict.fromkeys(name for tools in lists for name in layout.names(tools))]
         shown = ", ".join(names[:5]) + ", …" * (len(names) > 5)
         file = str(source.run.path / VALID) if len(lists) == 1 else "FILE, a JSON list of tools"

@@ -184,7 +184,7 @@ def _with_effect(spec: TemplateSpec, renderer: Renderer) -> Renderer:
     unread = [f"options.{name}" for name in spec.options if template is None or not template.names(name)]
     if spec.date is not None and (template is None or not template.uses_date):
         unread.append("date")
-    if spec.thinking == "on" and not (isinstance(renderer, HFRenderer) and renderer.thinking_switch):
+    if spec.thinking == "on" and not renderer.thinking_switch:
         unread.append("thinking")
     if unread:
         names = ", ".join(f"template.{name}" for name in unread)

@@ -30,7 +30,6 @@ from tunesmith.runs.directory import AUDIT, DROPPED, PLAN, SHOWN, VALID, Run
 from tunesmith.runs.thinking import Reasoning
 from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import Cut, Group, Plan
-from tunesmith.tokens.hugging_face import HFRenderer
 from tunesmith.tokens.renderers import Recorded
 from tunesmith.training.caution import lonely
 
@@ -218,7 +217,7 @@ def _settle_thinking(
                 reasoned.append(bool(template.thought_of(conversation.messages[place].content).reasoning))
     if config.template.thinking == "auto":
         renderer.thinking = 2 * sum(reasoned) >= len(reasoned) > 0
-    switch = renderer.thinking_switch if isinstance(renderer, HFRenderer) else None
+    switch = renderer.thinking_switch
     reasoning = Reasoning(
         answers=len(reasoned),
         with_reasoning=sum(reasoned),
