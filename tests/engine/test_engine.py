@@ -179,6 +179,39 @@ OPTIONS = {
 }
 
 
+def inside_of_filter(logits: np.ndarray, request: Request) -> np.ndarray:
+    """(V,) bool: the tokens that top_k, top_p and min_p leave."""
+    scaled = logits.astype(np.float64) / request.temperature
+    shares = np.exp(scaled - scaled.max())
+    shares /= shares.sum()
+    order = np.argsort(-shares)
+    before = np.cumsum(shares[order]) - shares[order]
+    inside = np.zeros(len(shares), bool)
+    inside[order] = before < request.top_p
+    if request.top_k:
+        inside[order[request.top_k :]] = False
+    return inside & (shares >= request.min_p * shares.max())
+
+
+@pytest.mark.parametrize("option", ["top_k", "top_p", "min_p"])
+def test_every_drawn_token_is_inside_of_the_filter(option):
+    given, net, outside = OPTIONS[option], fresh(), 0
+    filtered = [request(place, stream=place, **given) for place in range(16)]
+    free = [request(place, stream=place, temperature=2.0) for place in range(16)]
+    with Engine(net, 16) as engine:
+        numbers = engine.submit([*filtered, *free])
+        answers = finished(engine, numbers)
+    for asked, answer in zip([*filtered, *free], answers, strict=True):
+        logits = np.array(net(mx.array([[*asked.ids, *answer]]))[0])[len(asked.ids) - 1 : -1]
+        inside = [
+            inside_of_filter(row, filtered[0])[token] for row, token in zip(logits, answer, strict=True)
+        ]
+        if asked in filtered:
+            assert all(inside)
+        outside += inside.count(False)
+    assert outside > 20, "without the filter others are drawn"
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_has_an_effect(option):
     given = OPTIONS[option]
