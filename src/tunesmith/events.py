@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -78,8 +79,8 @@ class StepDone(Event):
     pairs, depending on the objective).
 
     ``learned``: its learned tokens, or None if these are the units. ``metrics``: those of the objective.
-    ``shapes``: compiled shapes so far, and micro-batches of other shapes.
-    """
+    ``shapes``: compiled shapes so far, and micro-batches of other shapes. ``mixed_loss``: mean over the
+    ``mixed_units`` of rows that come from ``data.mix``; None if the update has none of them."""
 
     step: int
     epoch: float
@@ -100,6 +101,21 @@ class StepDone(Event):
     stages: dict[str, float] = field(
         default_factory=dict
     )  # seconds: reference, gradients, reduce, optimizer, other
+    mixed_loss: float | None = None
+    mixed_units: float = 0.0
+
+    @property
+    def task_units(self) -> float:
+        return self.units - self.mixed_units
+
+    @property
+    def task_loss(self) -> float:
+        """Mean over the rows of the task; NaN if the update has none of them."""
+        if self.mixed_loss is None:
+            return self.loss
+        if self.task_units <= 0:
+            return math.nan
+        return (self.loss * self.units - self.mixed_loss * self.mixed_units) / self.task_units
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +138,7 @@ class Instruments(Event):
 @dataclass(frozen=True, slots=True)
 class RowLosses(Event):
     """Loss of each row of an update, before the update: source → mean nats a learned token; for a pair, of
-    the chosen answer. ``units``: learned tokens of each row.
+    the chosen answer. ``units``: learned tokens of each row. Rows of ``data.mix`` are not among them.
 
     ``epoch``: from 1. ``avoided``: sources of the rows that are to become less likely."""
 

@@ -14,12 +14,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from tunesmith.data import sources
+from tunesmith.data import mixing, sources
 from tunesmith.data.calls import structure
 from tunesmith.data.examples import BadRow, prompt_key, split, with_hint, write_examples, write_lines
 from tunesmith.data.layout import RowReader, layout_of, layouts, typed
+from tunesmith.data.mixing import MixSpec
 from tunesmith.display.text import many
 from tunesmith.errors import DataError, listing
 from tunesmith.settings.config import JSON, Spec, Texts
@@ -80,6 +81,11 @@ class DataSpec(Spec):
     valid: Annotated[float, Field(ge=0, lt=1)] | Texts = Field(
         0.2, description="share held out (0: none), or files"
     )
+    mix: tuple[MixSpec, ...] = Field(
+        default=(),
+        description="other files to train on beside the task's rows, such as general rows against "
+        "forgetting: [{path: FILE, share: 0.2}]; never held out",
+    )
     format: Annotated[str, AfterValidator(known_format)] = Field(
         default="auto", description=f"layout of the rows: auto (by their keys), {', '.join(layouts())}"
     )
@@ -105,6 +111,16 @@ class DataSpec(Spec):
         description="control tokens such as [INST] written in plain text: refuse the row, read them as "
         "tokens, or as letters (Mistral)",
     )
+
+    @model_validator(mode="after")
+    def _room_for_the_task(self) -> DataSpec:
+        mixing.require_room(self.mix)
+        return self
+
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """The files and folders of all rows that may be trained on: the task's and those of ``mix``."""
+        return (*self.train, *(path for entry in self.mix for path in entry.path))
 
 
 class Dropped(NamedTuple):

@@ -70,7 +70,8 @@ def speed(steps: Sequence[events.StepDone]) -> float:
 def facts(steps: Sequence[events.StepDone]) -> dict[str, str]:
     """The facts of the last of ``steps``; the speed is over all of them."""
     last = steps[-1]
-    shown = _shown_metrics(last.metrics) | {
+    shown = {} if last.mixed_loss is None else {"mixed rows": f"loss {last.mixed_loss:.4f}"}
+    shown |= _shown_metrics(last.metrics) | {
         "learning rate": f"{last.learning_rate:.3g}",
         "gradient norm": f"{last.gradient_norm:.3g}" + (" clipped" if last.clipped else ""),
         "speed": f"{speed(steps):,.0f} learned tokens/s",
@@ -139,7 +140,7 @@ def _probed(event: events.Probed) -> str:
 
 @_text.register
 def _step(event: events.StepDone, of_total: str = "") -> str:
-    text = f"step {event.step:,}{of_total} · epoch {event.epoch:.2f} · loss {event.loss:.4f}"
+    text = f"step {event.step:,}{of_total} · epoch {event.epoch:.2f} · loss {event.task_loss:.4f}"
     return text + "".join(f" · {name} {value}" for name, value in facts([event]).items())
 
 
@@ -295,7 +296,7 @@ class State:
         rows.add_row("", ProgressBar(total=self.total, completed=step.step))
         of = "" if self.total is None else f"/{self.total:,}"
         rows.add_row("step", f"{step.step:,}{of} · epoch {step.epoch:.2f}{self.to_go(time.time())}")
-        rows.add_row("loss", f"{step.loss:.4f}")
+        rows.add_row("loss", f"{step.task_loss:.4f}")
         if self.validations:
             first, last = self.validations[0], self.validations[-1]
             since = f", from {first.loss:.4f} at step {first.step:,}" if first is not last else ""

@@ -98,6 +98,17 @@ def _tokens(counts: Counts) -> str:
     )
 
 
+def _mix(counts: Counts) -> str:
+    """The files that are mixed in, with their rows in an epoch and the share of these in all."""
+    mix = counts.get("mix") or {}
+    whole = (counts.get("rows_train") or 0) + sum(entry["rows_an_epoch"] for entry in mix.values())
+    return ", ".join(
+        f"{many(entry['rows_an_epoch'], 'row')} an epoch of {name}, which has {entry['rows']:,} "
+        f"({percent(entry['rows_an_epoch'] / whole)} of all rows)"
+        for name, entry in mix.items()
+    )
+
+
 def _labels(counts: Counts) -> str:
     labels = counts.get("labels") or {}
     return ", ".join(
@@ -156,6 +167,7 @@ _ENTRIES = (
     CountLine("rows", ("rows_read", "rows_dropped", "rows_train", "rows_valid"), _rows, opens=True),
     CountLine("sequences", ("sequences_train", "sequences_valid"), _sequences, opens=True),
     CountLine("tokens", ("tokens", "supervised_tokens", "padding_share"), _tokens, opens=True),
+    CountLine("mixed in", ("mix",), _mix, opens=True),
     CountLine("labels", ("labels",), _labels, opens=True),
     CountLine("how rows were read", ("notes",), _notes),
     CountLine("reasoning", ("reasoning", "thinking"), _reasoning),

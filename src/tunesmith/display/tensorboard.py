@@ -68,6 +68,8 @@ class Board:
             "padding": event.padding,
             "tokens_per_second": console.speed([event]),
         }
+        if event.mixed_loss is not None:
+            update |= {"task_loss": event.task_loss, "mixed_loss": event.mixed_loss}
         self._numbers(event, "train", update | event.metrics)
         self._numbers(event, "memory", event.memory)
         self._numbers(event, "seconds", event.stages)

@@ -354,7 +354,7 @@ def _learned(run: Run) -> set[str]:
     return {
         value
         for path, value in files.items()
-        if {str(path), *map(str, path.parents)} & {*run.config.data.train}
+        if {str(path), *map(str, path.parents)} & {*run.config.data.trained_on}
     }
 
 

@@ -94,7 +94,8 @@ def audit(
     def survey_of(files: Sequence[str]) -> Audit:
         return survey.audit(files, setup, embed=embedder, processes=chosen.processes, notify=notify)
 
-    result = survey_of(spec.data.train)
+    # A corrected copy is one of the task's rows alone.
+    result = survey_of(spec.data.train if chosen.fix is not None else spec.data.trained_on)
     if chosen.compare:
         result = replace(result, compared=comparison.compare(result, survey_of(chosen.compare)))
     if chosen.fix is not None:

@@ -132,7 +132,7 @@ SAFETY_REMEDY = (
 
 def _retention_remedy(facts: Facts) -> str:
     rank = "" if facts.settings.get("adapter.kind") == "full" else " or adapter.rank"
-    return f"lower optimizer.learning_rate{rank}, train fewer epochs, or mix general data into data.train"
+    return f"lower optimizer.learning_rate{rank}, train fewer epochs, or mix in general rows with data.mix"
 
 
 def _worse(facts: Facts, question: str, regressed: str, do: str) -> Iterator[Advice]:

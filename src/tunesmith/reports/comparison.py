@@ -280,7 +280,8 @@ def _read(path: Path, letter: str, name: str, notify: Sink) -> ComparedRun:
     seen = accumulate((step.tokens for step in steps), initial=0)
     tokens = dict(zip((0, *(step.step for step in steps)), seen, strict=True))
     window = max(1, len(steps) // 20)
-    losses = trailing([step.loss for step in steps], window, [step.units for step in steps])
+    task = [step for step in steps if step.task_units]
+    losses = trailing([step.task_loss for step in task], window, [step.task_units for step in task])
     records, older = pairing.recorded(path)
     for record in older:
         text = f"{letter}: {EVALS}/{record.name} is of an older version of tunesmith, and not compared"
@@ -291,7 +292,7 @@ def _read(path: Path, letter: str, name: str, notify: Sink) -> ComparedRun:
         path,
         summarise(path, log),
         loss_unit(log),
-        [CurvePoint(step.step, tokens[step.step], loss) for step, loss in zip(steps, losses, strict=True)],
+        [CurvePoint(step.step, tokens[step.step], loss) for step, loss in zip(task, losses, strict=True)],
         [
             CurvePoint(event.step, tokens[event.step], event.loss)
             for event in only(log, Validated)

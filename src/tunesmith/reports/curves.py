@@ -41,19 +41,34 @@ def _losses(
     validations: Sequence[events.Validated],
     window: int,
 ) -> Iterator[Markup]:
-    places, over, unit = [step.step for step in steps], f"mean of {window} updates", loss_unit(log)
+    task, over, unit = (
+        [step for step in steps if step.task_units],
+        f"mean of {window} updates",
+        loss_unit(log),
+    )
+    places, losses = [step.step for step in task], [step.task_loss for step in task]
     marks = [(event.step, "skipped") for event in only(log, events.StepSkipped)]
     marks += [(event.step, "resumed") for event in only(log, events.Resumed)]
-    means = trailing([step.loss for step in steps], window, [step.units for step in steps])
+    means = trailing(losses, window, [step.task_units for step in task])
     held_out = [event.step for event in validations]
-    loss = [Line("training, each update", places, [step.loss for step in steps], "thin", "soft")]
+    loss = [Line("training, each update", places, losses, "thin", "soft")]
     loss += [Line(f"training, {over}", places, means)] if window > 1 else []
     loss += [Line("held out", held_out, [event.loss for event in validations], "marks", 1)]
+    loss += _mixed_line(steps, window)
     perplexity = [Line("held out", held_out, [event.perplexity for event in validations], "marks", 1)]
-    if unit.startswith(LOSS_UNIT) and steps:
+    if unit.startswith(LOSS_UNIT) and task:
         perplexity.insert(0, Line(f"training, {over}", places, [math.exp(min(mean, 700)) for mean in means]))
     yield charts.lines("Loss", loss, y=unit, marks=marks)
     yield charts.lines("Perplexity", perplexity, log=_wide(perplexity))
+
+
+def _mixed_line(steps: Sequence[events.StepDone], window: int) -> list[Line]:
+    """The loss of the rows of ``data.mix``; empty if nothing is mixed in."""
+    mixed = [(step.step, step.mixed_loss, step.mixed_units) for step in steps if step.mixed_loss is not None]
+    if not mixed:
+        return []
+    places, losses, units = zip(*mixed, strict=True)
+    return [Line("training, mixed rows", list(places), trailing(losses, window, units), "dash", 2)]
 
 
 def _optimisation(

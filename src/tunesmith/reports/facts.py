@@ -65,6 +65,7 @@ class Counts(TypedDict, total=False):
     loss: str
     notes: dict[str, int]
     labels: dict[str, int]
+    mix: dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,14 @@ class TrainedWeights:
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """Mean training loss of the first and of the last ``updates_each`` updates."""
+    """Mean training loss of the first and of the last ``updates_each`` updates with rows of the task, over
+    these; and the same for rows of ``data.mix``, or None if nothing is mixed in."""
 
     first: float
     last: float
     updates_each: int
+    mixed_first: float | None = None
+    mixed_last: float | None = None
 
 
 @dataclass(frozen=True)
@@ -361,9 +365,17 @@ def loss_unit(log: Sequence[events.Event]) -> str:
 
 
 def mean_loss(steps: Sequence[events.StepDone]) -> float:
-    """Mean over the learned tokens of these updates, not over updates: a short update weighs less."""
-    units = sum(step.units for step in steps)
-    return sum(step.loss * step.units for step in steps) / units if units else math.nan
+    """Mean over the task's learned tokens of these updates, not over updates: a short update weighs less."""
+    units = sum(step.task_units for step in steps)
+    total = sum(step.task_loss * step.task_units for step in steps if step.task_units)
+    return total / units if units else math.nan
+
+
+def mean_mixed_loss(steps: Sequence[events.StepDone]) -> float | None:
+    """As `mean_loss`, over the rows of ``data.mix``; None if these updates have none."""
+    mixed = [(step.mixed_loss, step.mixed_units) for step in steps if step.mixed_loss is not None]
+    units = sum(count for _, count in mixed)
+    return sum(loss * count for loss, count in mixed) / units if units else None
 
 
 def trailing(values: Sequence[float], window: int, weights: Sequence[float] | None = None) -> list[float]:
@@ -406,7 +418,17 @@ def _status(log: Sequence[events.Event], manifest: Mapping[str, Any]) -> tuple[s
 
 def _training_loss(steps: Sequence[events.StepDone]) -> TrainingLoss | None:
     window = max(1, len(steps) // 20)
-    return TrainingLoss(mean_loss(steps[:window]), mean_loss(steps[-window:]), window) if steps else None
+    if not steps:
+        return None
+    task = [step for step in steps if step.task_units] or steps
+    mixed = [step for step in steps if step.mixed_loss is not None]
+    return TrainingLoss(
+        mean_loss(task[:window]),
+        mean_loss(task[-window:]),
+        window,
+        mean_mixed_loss(mixed[:window]),
+        mean_mixed_loss(mixed[-window:]),
+    )
 
 
 def _samples(sampled: Sequence[events.Sampled]) -> Iterator[PromptSamples]:

@@ -92,16 +92,24 @@ def _memory(panel: Any, steps: Sequence[events.StepDone], dot: str) -> None:
 def _loss(log: Sequence[events.Event], panel: Any) -> None:
     """The loss over updates: each, smoothed, held out; where updates were skipped or the run was resumed."""
     steps, validations = only(log, events.StepDone), only(log, events.Validated)
-    places, window = [step.step for step in steps], max(1, len(steps) // 20)
+    task, window = [step for step in steps if step.task_units], max(1, len(steps) // 20)
+    places = [step.step for step in task]
     dot = "." if len(steps) < 30 else ""
     panel.plot(
-        places, [step.loss for step in steps], color="0.7", lw=0.8, marker=dot, label="training, each update"
+        places,
+        [step.task_loss for step in task],
+        color="0.7",
+        lw=0.8,
+        marker=dot,
+        label="training, each update",
     )
     if window > 1:
-        smooth = trailing([step.loss for step in steps], window, [step.units for step in steps])
+        smooth = trailing([step.task_loss for step in task], window, [step.task_units for step in task])
         panel.plot(
             places, smooth, color="tab:blue", lw=2, label=f"training, mean of the last {window} updates"
         )
+    if mixed := [(step.step, step.mixed_loss) for step in steps if step.mixed_loss is not None]:
+        panel.plot(*zip(*mixed, strict=True), color="tab:green", ls=":", label="training, mixed rows")
     measured = [event.step for event in validations], [event.loss for event in validations]
     panel.plot(*measured, color="tab:red", marker="D", ls="--", ms=6, label="validation")
     for kind, word, style in ((events.StepSkipped, "skipped", ":"), (events.Resumed, "resumed", "-.")):

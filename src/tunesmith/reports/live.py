@@ -184,7 +184,9 @@ def _numbers(steps: Sequence[events.StepDone], validations: Sequence[events.Vali
     if steps:
         facts = console.facts(steps[-20:])
         lines.append(
-            " · ".join([f"loss {steps[-1].loss:.4f}", *(f"{name} {value}" for name, value in facts.items())])
+            " · ".join(
+                [f"loss {steps[-1].task_loss:.4f}", *(f"{name} {value}" for name, value in facts.items())]
+            )
         )
     if validations:
         last, best = validations[-1], [event for event in validations if event.best][-1:]
@@ -198,7 +200,7 @@ def _charts(
 ) -> list[str]:
     """The loss; below it, if there is room, learning rate, gradient norm and speed side by side."""
     x = [float(step.step) for step in steps]
-    losses = [step.loss for step in steps]
+    losses = [step.task_loss for step in steps]
     span = max(5, len(steps) // SMOOTH)
     title = (
         "loss: · each update, ● validation"

@@ -94,14 +94,22 @@ def loss_sentence(facts: Facts) -> str:
         "running": f"Still running, or killed, after {so_far}: the ",
     }.get(facts.status, f"Not finished, {so_far} and no end recorded: the ")
     if facts.validation:
-        return text + _validation_clause(facts)
+        return text + _validation_clause(facts) + _mixed_sentence(facts)
     if facts.training_loss is None:
         return f"{text}model is as it was before, since no update was made and nothing was validated."
     first, last = facts.training_loss.first, facts.training_loss.last
     text += (
         f"training loss went from {first:.4f} to {last:.4f} {facts.loss_unit}, and nothing was validated, "
     )
-    return text + "so it is not known what that means for unseen rows."
+    return text + "so it is not known what that means for unseen rows." + _mixed_sentence(facts)
+
+
+def _mixed_sentence(facts: Facts) -> str:
+    """How the loss of the rows of ``data.mix`` moved; empty if nothing is mixed in."""
+    loss = facts.training_loss
+    if loss is None or loss.mixed_first is None or loss.mixed_last is None:
+        return ""
+    return f" The training loss of the mixed rows went from {loss.mixed_first:.4f} to {loss.mixed_last:.4f}."
 
 
 class _MixedRun(TypedDict):

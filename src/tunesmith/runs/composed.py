@@ -252,8 +252,8 @@ def _origin(source: WeightedRun) -> dict[str, Any]:
 def _config(sources: Sequence[WeightedRun], spec: LoRA) -> RunConfig:
     """The settings of the first source with the mixture's adapter and the data of all."""
     first = sources[0].config
-    files = dict.fromkeys(path for source in sources for path in source.config.data.train)
-    data = first.data.model_copy(update={"train": tuple(files)})
+    files = dict.fromkeys(path for source in sources for path in source.config.data.trained_on)
+    data = first.data.model_copy(update={"train": tuple(files), "mix": ()})
     if any(source.config.data.format != data.format for source in sources):
         data = data.model_copy(update={"format": "auto"})
     return first.model_copy(update={"data": data, "adapter": spec})
@@ -273,7 +273,7 @@ def _trained_prompts(source: WeightedRun, notify: Sink) -> frozenset[str]:
     they hold now."""
     data = source.config.data
     try:
-        read = formats.read(list(data.train), data)
+        read = formats.read(data.trained_on, data)
     except TunesmithError as error:
         what = f"the training rows of {source.name} cannot be read ({error.what.splitlines()[0]})"
         text = f"{what}: held-out rows of other sources that are among them are not left out"

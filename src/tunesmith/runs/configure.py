@@ -9,6 +9,7 @@ from typing import Any
 
 from tunesmith.data import folders
 from tunesmith.data.formats import JSON
+from tunesmith.data.mixing import MixSpec
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import MANIFEST
 from tunesmith.settings import config as settings
@@ -58,9 +59,10 @@ def configure(
         accepted = dict.fromkeys([*resolved.spec.audit.accept, *listed(accept)])
         overrides["audit.accept"] = ([*accepted], "--accept")
         resolved = load()
-    held_out = resolved.spec.data.valid
-    copies = folders.copies([*resolved.spec.data.train, *(held_out if isinstance(held_out, tuple) else ())])
-    resolved = _in_parts(resolved)
+    data_spec = resolved.spec.data
+    held_out = data_spec.valid
+    copies = folders.copies([*data_spec.trained_on, *(held_out if isinstance(held_out, tuple) else ())])
+    resolved = _mix_in_parts(_in_parts(resolved))
     return replace(resolved, notes=(*resolved.notes, *copies))
 
 
@@ -92,6 +94,20 @@ def _in_parts(resolved: Resolved[RunConfig]) -> Resolved[RunConfig]:
     spec = resolved.spec.model_copy(update={"data": data.model_copy(update=values)})
     places = resolved.origins | {f"data.{key}": f"the files of {where}" for key in values}
     return replace(resolved, spec=spec, origins=places, notes=("; ".join(notes),))
+
+
+def _mix_in_parts(resolved: Resolved[RunConfig]) -> Resolved[RunConfig]:
+    """The settings with the train files of those folders of ``data.mix`` that have such parts."""
+    data = resolved.spec.data
+    entries: list[MixSpec] = []
+    notes = list(resolved.notes)
+    for entry in data.mix:
+        parts = folders.parts(entry.path)
+        entries.append(entry if parts is None else entry.model_copy(update={"path": tuple(parts.train)}))
+        if parts is not None:
+            notes.append(f"data.mix: of {', '.join(entry.path)} only {', '.join(parts.train)}")
+    spec = resolved.spec.model_copy(update={"data": data.model_copy(update={"mix": tuple(entries)})})
+    return replace(resolved, spec=spec, notes=tuple(notes))
 
 
 def _inside(file: str, folders_given: Sequence[str]) -> str:

@@ -16,9 +16,12 @@ from tunesmith.runs.directory import MANIFEST, Run
 def anchored(config: RunConfig) -> RunConfig:
     """``config`` with absolute paths, so that its run can be resumed from any folder. A run that is named as
     an adapter becomes its best checkpoint."""
-    data = {"train": tuple(map(_absolute, config.data.train))}
+    data: dict[str, Any] = {"train": tuple(map(_absolute, config.data.train))}
     data |= (
         {"valid": tuple(map(_absolute, config.data.valid))} if isinstance(config.data.valid, tuple) else {}
+    )
+    data["mix"] = tuple(
+        entry.model_copy(update={"path": tuple(map(_absolute, entry.path))}) for entry in config.data.mix
     )
     model = {
         "path": _absolute(config.model.path),

@@ -381,6 +381,12 @@ def _parts(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def _items(field: FieldInfo) -> list[Any]:
+    """What a list holds; empty if the field is not a list."""
+    annotation = field.annotation
+    return _parts(get_args(annotation)[0]) if get_origin(annotation) is tuple else []
+
+
 def _kinds(part: Any) -> tuple[str, ...]:
     """The kinds of a Spec, or ``("",)`` if it has none; empty if it is not a Spec."""
     if not (isinstance(part, type) and issubclass(part, Spec)):
@@ -414,6 +420,7 @@ def _allowed(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     least = max((getattr(limit, "min_length", 0) for limit in metadata), default=0)
     if origin is tuple:
         items = _allowed(args[0]).replace("an integer", "integers").replace("a number", "numbers")
+        items = items.replace("a mapping of", "mappings of")
         return f"a list of {items}" + f" (at least {least})" * bool(least)
     limits = [(sign, getattr(limit, name, None)) for limit in metadata for name, sign in _SIGNS.items()]
     given = {sign: bound for sign, bound in limits if bound is not None}
@@ -454,6 +461,8 @@ def _meant(names: Sequence[str], label: str, every: Iterable[str]) -> str:
     return f"did you mean {' or '.join(names)}?" if names else f"{label}: {', '.join(every)}"
 
 
+_ENTRY_FAULTS = {"extra_forbidden": "unknown key", "missing": "missing"}
+"""What is wrong in an entry of a list, by pydantic's name for it; of others pydantic's words are used."""
 _FAILED = object()
 """Placeholder in a tree for a block whose problem is already noted."""
 
@@ -598,6 +607,13 @@ class _Layers:
             self.problems.append(ConfigError(str(own or detail["msg"]), where=where))
             return
         path, field, child = _join(key, name), model.model_fields[name], node.value.get(name)
+        if child is not None and len(detail["loc"]) > 1 and any(_kinds(part) for part in _items(field)):
+            place = "".join(
+                f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"][1:]
+            )
+            message = str(own or _ENTRY_FAULTS.get(detail["type"]) or detail["msg"])
+            self.problems.append(ConfigError(message, where=f"{child.origin}: {path}{place}"))
+            return
         must = f"must be {_allowed(field.annotation, field.metadata)}"
         if child is None:
             option = OPTIONS.get(path, f"--set {path}=…")

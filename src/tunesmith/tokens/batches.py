@@ -61,12 +61,14 @@ class BatchSpec(Spec):
 class Group(NamedTuple):
     """Sequences that must stay together in a micro-batch: one row, or chosen and rejected of a pair.
 
-    ``reference``: log p of the learned tokens of each sequence before training, if the objective needs it."""
+    ``reference``: log p of the learned tokens of each sequence before training, if the objective needs it.
+    ``mixed``: it comes from ``data.mix``, not from the task's rows."""
 
     sequences: tuple[Tokens, ...]
     source: str
     label: bool | None = None
     reference: tuple[float, ...] = ()
+    mixed: bool = False
 
     @property
     def length(self) -> int:

@@ -264,13 +264,13 @@ def activations(net: nn.Module, rows: Sequence[Group], step: int) -> events.Acti
 
 def row_losses(step: int, epoch: int, groups: Sequence[Group], logps: np.ndarray) -> events.RowLosses:
     """logps (S,): Σ weight · log p of all sequences of ``groups``. For a pair, of the chosen answer; one
-    source is one row."""
+    source is one row. Mixed rows are left out: they are compared with none of the task's."""
     sums: dict[str, float] = defaultdict(float)
     units: dict[str, float] = defaultdict(float)
     avoided: set[str] = set()
     first = 0
     for group in groups:
-        if group.learned[0] > 0:
+        if group.learned[0] > 0 and not group.mixed:
             sums[group.source] -= float(logps[first])
             units[group.source] += group.learned[0]
             avoided |= {group.source} if group.label is False else set()

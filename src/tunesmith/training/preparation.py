@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tunesmith import events
 from tunesmith.auditing import survey
 from tunesmith.auditing.findings import Audit
 from tunesmith.auditing.rules import contamination
 from tunesmith.auditing.views import Context
-from tunesmith.data import asking, formats
+from tunesmith.data import asking, formats, mixing
 from tunesmith.data.examples import REASONING_BESIDE
-from tunesmith.errors import ConfigError, ResumeMismatch
+from tunesmith.data.sources import files as files_of
+from tunesmith.errors import ConfigError, DataError, ResumeMismatch
 from tunesmith.events import Notice, Sink
 from tunesmith.files import write_json
 from tunesmith.learning.objective import Objective, Selected
@@ -66,11 +67,24 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Sources:
-    """The files as read, and their examples as the two sides of the run."""
+    """The files as read, and their examples as the two sides of the run. ``mixed``: for each entry of
+    ``data.mix`` its rows, which are trained on too; ``reads`` has them last."""
 
     reads: list[formats.Read]
     train: list[formats.Example]
     valid: list[formats.Example]
+    mixed: list[list[formats.Example]]
+
+    @property
+    def trained_on(self) -> list[formats.Example]:
+        """The rows of the task and the mixed ones, each once."""
+        return [*self.train, *(example for examples in self.mixed for example in examples)]
+
+    @property
+    def trained_files(self) -> dict[str, str]:
+        """Path → hash of the files of ``trained_on``."""
+        reads = [self.reads[0], *self.reads[len(self.reads) - len(self.mixed) :]]
+        return {path: digest for read in reads for path, digest in read.files.items()}
 
     @property
     def dropped(self) -> list[formats.Dropped]:
@@ -132,6 +146,39 @@ class Side:
         return {row.source for row in self.rendered.rows}
 
 
+@dataclass(frozen=True)
+class Sides:
+    """All sides of a run. ``mixed``: one for each entry of ``data.mix``."""
+
+    train: Side
+    valid: Side
+    mixed: list[Side]
+
+    @property
+    def all(self) -> list[Side]:
+        return [self.train, self.valid, *self.mixed]
+
+    @property
+    def rows(self) -> list[template.Row]:
+        return [row for side in self.all for row in side.rendered.rows]
+
+    @property
+    def refused(self) -> list[formats.Dropped]:
+        """Rows that could not be rendered."""
+        return [row for side in self.all for row in side.rendered.dropped]
+
+    def unused(self, kind: str) -> list[formats.Dropped]:
+        return [row for side in self.all for row in side.unused(kind)]
+
+    @property
+    def reasons(self) -> Counter[str]:
+        return sum((side.reasons for side in self.all), Counter())
+
+    @property
+    def notes(self) -> Counter[str]:
+        return sum((side.notes for side in self.all), Counter())
+
+
 def prepare(
     config: RunConfig,
     notify: Sink = events.silent,
@@ -147,44 +194,49 @@ def prepare(
     recorded = recorded or Recorded.now()
     sources = _read(config, notify) if held_out is None else _read_around(held_out, config)
     renderer, known = _renderer(config, recorded, notify)
-    train, valid = (_render(side, config, renderer, known, notify) for side in (sources.train, sources.valid))
-    rows = [*train.rendered.rows, *valid.rendered.rows]
-    refused = [*sources.dropped, *train.rendered.dropped, *valid.rendered.dropped]
+    sides = Sides(
+        _render(sources.train, config, renderer, known, notify),
+        _render(sources.valid, config, renderer, known, notify),
+        [_render(examples, config, renderer, known, notify) for examples in sources.mixed],
+    )
+    train, valid = sides.train, sides.valid
+    refused = [*sources.dropped, *sides.refused]
     audit = None
     if config.audit.before_training and not audited:
-        audit = _audit(config, sources, renderer, rows, refused, notify)
-    _require(config, sources, train, refused)
-    kind = config.objective.kind
-    dropped = [*refused, *train.unused(kind), *valid.unused(kind)]
-    reasons = Counter(row.reason for row in sources.dropped) + train.reasons + valid.reasons
-    notes = train.notes + valid.notes + _structured_calls(config, sources)
-    remarks = formats.remarks((*sources.train, *sources.valid))
+        audit = _audit(config, sources, renderer, sides.rows, refused, notify)
+    _require(config, sources, sides, refused)
+    dropped = [*refused, *sides.unused(config.objective.kind)]
+    reasons = Counter(row.reason for row in sources.dropped) + sides.reasons
+    notes = sides.notes + _structured_calls(config, sources)
+    remarks = formats.remarks((*sources.trained_on, *sources.valid))
     _tell(config.objective, refused, dropped, reasons, notes, notify)
     reasoning = _settle_thinking(config, renderer, (*train.usable, *valid.usable), notify)
     _tell_remarks(remarks, reasoning, audit is not None, notify)
     notes += Counter({remark.text: count for remark, count in remarks.items()})
-    objective, remarks = config.objective.settled(train.groups)
+    mixed = _mixed(config, sides)
+    groups = [*train.groups, *(group for entry in mixed for group in entry.groups)]
+    objective, remarks = config.objective.settled(groups)
     for remark in remarks:
         notify(Notice(remark.text, level=remark.level, where="objective"))
-    plan = _plan(config, train.groups, notify)
+    plan = _plan(config, groups, notify)
     if is_new:
         _require_few_updates(plan)
-    counts = _counts(sources, train, valid, plan, objective.unit)
+    counts = _counts(sources, sides, groups, plan, objective.unit)
     counts |= {"thinking": renderer.thinking, "reasoning": reasoning}
     counts["rows_dropped"], counts["notes"] = dict(sorted(reasons.items())), dict(sorted(notes.items()))
-    counts |= _labels(train.groups, valid.groups, notify)
+    counts |= _labels(groups, valid.groups, notify) | _mix_counts(config, sides, mixed)
     return Prepared(
         objective=objective,
         renderer=renderer,
         valid_examples=valid.usable,
         held_out=valid.sound,
-        train=train.groups,
+        train=groups,
         valid=valid.groups,
         plan=plan,
         dropped=dropped,
         counts=counts,
         hashes={"data": sources.files, "template": renderer.fingerprint},
-        rendered=rows[:RENDERED_ROWS_KEPT],
+        rendered=sides.rows[:RENDERED_ROWS_KEPT],
         audit=audit,
         day=recorded.day,
     )
@@ -231,8 +283,10 @@ def _settle_thinking(
     return reasoning
 
 
-def _counts(sources: Sources, train: Side, valid: Side, plan: Plan, unit: str) -> dict[str, Any]:
-    """What the run directory says of the rows; `prepare` adds what was dropped and changed."""
+def _counts(sources: Sources, sides: Sides, groups: Sequence[Group], plan: Plan, unit: str) -> dict[str, Any]:
+    """What the run directory says of the rows; `prepare` adds what was dropped and changed. Tokens are those
+    of an epoch, mixed rows included; rows and sequences to train on are the task's."""
+    train, valid = sides.train, sides.valid
     return {
         "rows_read": sum(read.rows for read in sources.reads),
         "rows_dropped": {},
@@ -240,10 +294,8 @@ def _counts(sources: Sources, train: Side, valid: Side, plan: Plan, unit: str) -
         "rows_valid": len(valid.usable),
         "sequences_train": len(train.groups),
         "sequences_valid": len(valid.groups),
-        "tokens": sum(group.tokens for group in train.groups),
-        "supervised_tokens": sum(
-            int((part.targets[1:] > 0).sum()) for group in train.groups for part in group.sequences
-        ),
+        "tokens": sum(group.tokens for group in groups),
+        "supervised_tokens": _learned_tokens(groups),
         "padding_share": round(plan.padding_share(), 4),
         "steps": plan.steps,
         "loss": unit,
@@ -251,32 +303,99 @@ def _counts(sources: Sources, train: Side, valid: Side, plan: Plan, unit: str) -
     }
 
 
+def _learned_tokens(groups: Iterable[Group]) -> int:
+    return sum(int((part.targets[1:] > 0).sum()) for group in groups for part in group.sequences)
+
+
+class MixedRows(NamedTuple):
+    """The rows of an entry of ``data.mix`` in an epoch, as groups. ``rows``: how many they are."""
+
+    rows: int
+    groups: list[Group]
+
+
+def _mixed(config: RunConfig, sides: Sides) -> list[MixedRows]:
+    """Draws the rows of each entry of ``data.mix``. Raises DataError if none of its rows can be learned."""
+    n_rows = [len(side.usable) for side in sides.mixed]
+    for entry, count in zip(config.data.mix, n_rows, strict=True):
+        if not count:
+            message = f"data.mix: {config.objective.kind} can learn none of these rows"
+            hint = "the reasons are above; give rows of a kind that the objective learns"
+            raise DataError(message, where=", ".join(entry.path), hint=hint)
+    wanted = mixing.rows_an_epoch(config.data.mix, len(sides.train.usable), n_rows)
+    entries: list[MixedRows] = []
+    for place, side in enumerate(sides.mixed):
+        by_source: dict[str, list[Group]] = defaultdict(list)
+        for group in side.groups:
+            by_source[group.source].append(group._replace(mixed=True))
+        sources = [example.source for example in side.usable]
+        drawn = mixing.draw(len(sources), wanted[place], config.loop.seed, place)
+        entries.append(MixedRows(len(drawn), [group for row in drawn for group in by_source[sources[row]]]))
+    return entries
+
+
+def _mix_counts(config: RunConfig, sides: Sides, mixed: Sequence[MixedRows]) -> dict[str, Any]:
+    """Counts of ``data.mix`` by the names of its files; empty if nothing is mixed in."""
+    names = [", ".join(Path(path).name for path in entry.path) for entry in config.data.mix]
+    if len(set(names)) < len(names):
+        names = [", ".join(entry.path) for entry in config.data.mix]
+    entries = {
+        name: {
+            "rows": len(side.usable),
+            "rows_an_epoch": drawn.rows,
+            "tokens": sum(group.tokens for group in drawn.groups),
+            "supervised_tokens": _learned_tokens(drawn.groups),
+        }
+        for name, side, drawn in zip(names, sides.mixed, mixed, strict=True)
+    }
+    return {"mix": entries} if entries else {}
+
+
 def _read(config: RunConfig, notify: Sink) -> Sources:
-    """The rows of both sides: held-out files, or a share of the training files. Raises DataError."""
-    read = formats.read(config.data.train, config.data)
-    formats.require(read, config.data.max_dropped)
+    """The rows of both sides: held-out files, or a share of the training files; and those of ``data.mix``.
+    Raises DataError."""
+    read, mixed = _read_trained(config)
     if not isinstance(config.data.valid, tuple):
         train, valid = formats.split(read.examples, config.data.valid, config.loop.seed)
-        return Sources([read], train, valid)
-    if not config.data.valid:
-        return Sources([read], read.examples, [])
-    held_out = formats.read(config.data.valid, config.data)
-    formats.require(held_out, config.data.max_dropped)
-    prompts = {formats.prompt_key(example) for example in read.examples}
-    shared = sum(formats.prompt_key(example) in prompts for example in held_out.examples)
-    if shared and not config.audit.before_training:  # else the audit reports it
-        text = "held-out rows whose prompt is also in the training rows"
-        notify(Notice(text, level="warning", count=shared))
-    return Sources([read, held_out], read.examples, held_out.examples)
+        reads = [read]
+    elif not config.data.valid:
+        train, valid, reads = read.examples, [], [read]
+    else:
+        held_out = formats.read(config.data.valid, config.data)
+        formats.require(held_out, config.data.max_dropped)
+        train, valid, reads = read.examples, held_out.examples, [read, held_out]
+    sources = Sources([*reads, *mixed], train, valid, [entry.examples for entry in mixed])
+    if not config.audit.before_training:  # else the audit reports it
+        prompts = {formats.prompt_key(example) for example in sources.trained_on}
+        shared = sum(formats.prompt_key(example) in prompts for example in valid)
+        if shared:
+            text = "held-out rows whose prompt is also in the training rows"
+            notify(Notice(text, level="warning", count=shared))
+    return sources
 
 
 def _read_around(held_out: Sequence[formats.Example], config: RunConfig) -> Sources:
     """The rows of the training files whose prompts are not those of ``held_out``. Raises DataError."""
+    read, mixed = _read_trained(config)
+    prompts = set(map(formats.prompt_key, held_out))
+    train, *others = (
+        [example for example in entry.examples if formats.prompt_key(example) not in prompts]
+        for entry in (read, *mixed)
+    )
+    return Sources([read, *mixed], train, list(held_out), others)
+
+
+def _read_trained(config: RunConfig) -> tuple[formats.Read, list[formats.Read]]:
+    """The rows of ``data.train``, and of each entry of ``data.mix``. Raises DataError, also if a file is
+    given twice."""
     read = formats.read(config.data.train, config.data)
     formats.require(read, config.data.max_dropped)
-    prompts = set(map(formats.prompt_key, held_out))
-    train = [example for example in read.examples if formats.prompt_key(example) not in prompts]
-    return Sources([read], train, list(held_out))
+    if config.data.mix:
+        files_of(config.data.trained_on)
+    mixed = [formats.read(entry.path, config.data) for entry in config.data.mix]
+    for entry in mixed:
+        formats.require(entry, config.data.max_dropped)
+    return read, mixed
 
 
 def _render(
@@ -297,13 +416,14 @@ def _render(
     return Side(examples, selected, rendered, config.objective.groups(rendered.rows))
 
 
-def _require(config: RunConfig, sources: Sources, train: Side, refused: list[formats.Dropped]) -> None:
+def _require(config: RunConfig, sources: Sources, sides: Sides, refused: list[formats.Dropped]) -> None:
     """Raises DataError if the objective cannot learn from the training rows, or if too many rows were
     dropped."""
+    train = sides.train
     if train.groups or not train.selected.examples:  # else all were dropped, which is reported below
         config.objective.require(train.groups, sources.train)
-    rows_read = len(sources.train) + len(sources.valid) + len(sources.dropped)
-    read = formats.Read(train.usable, refused, rows_read, sources.reads[0].files)
+    rows_read = len(sources.trained_on) + len(sources.valid) + len(sources.dropped)
+    read = formats.Read(train.usable, refused, rows_read, sources.trained_files)
     formats.require(read, config.data.max_dropped)
 
 
@@ -313,7 +433,7 @@ def _structured_calls(config: RunConfig, sources: Sources) -> Counter[str]:
         return Counter()
     return Counter(
         f"calls written as text: {example.metadata['text_calls']}"
-        for example in (*sources.train, *sources.valid)
+        for example in (*sources.trained_on, *sources.valid)
         if "text_calls" in example.metadata
     )
 
@@ -402,7 +522,8 @@ def _audit(
     refused: list[formats.Dropped],
     notify: Sink,
 ) -> Audit:
-    """The audit of the training rows; its warnings are reported. Raises DataError if it found an error."""
+    """The audit of the training rows, mixed ones included; its warnings are reported. Raises DataError if it
+    found an error."""
     against = [contamination.load(path, config.data) for path in config.audit.against]
     against += [contamination.held_out(sources.valid)] if sources.valid else []
     name = Path(config.model.tokenizer or config.model.path).name
@@ -420,7 +541,7 @@ def _audit(
     )
     weighted = config.template.prompt_weight > 0  # then targets do not mark the answer
     context.rendered = None if weighted else survey.rendered(rows, refused, context)
-    audit = survey.examine(sources.train, sources.reads[0].files, context, notify)
+    audit = survey.examine(sources.trained_on, sources.trained_files, context, notify)
     survey.require(audit)
     for finding in audit.of("warning"):
         where = ", ".join(row.source for row in finding.rows[:3]) + (", …" if len(finding.rows) > 3 else "")

@@ -272,4 +272,5 @@ def _without_paths(config: RunConfig) -> dict[str, Any]:
         "adapter.start",
         "audit.against",
     )
-    return {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in places}
+    values = {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in places}
+    return values | {"data.mix": [(entry.share, entry.repeat) for entry in config.data.mix]}

@@ -89,6 +89,7 @@ class Updates:
         (measured.apply if measured else optimizer.apply)(self._optimizer, self._net, means, rate)
         clock("optimizer")
         metrics |= self._prepared.objective.metrics(groups, totals.logps)
+        mixed_loss, mixed_units = self._mixed(groups, totals.logps, baseline)
         further = (measured.event(step + 1),) if measured else ()
         padding, memory = self.accumulation.padding(step, cursor), backend.memory()
         clock("other")
@@ -109,12 +110,28 @@ class Updates:
                 metrics,
                 padding,
                 clock.seconds,
+                mixed_loss,
+                mixed_units,
             )
         )
         epoch = step // plan.steps_per_epoch + 1
         for event in (row_losses(step + 1, epoch, groups, totals.logps), *further):
             self._emit(event)
         return totals.stopping, metrics
+
+    def _mixed(
+        self, groups: Sequence[Group], logps: np.ndarray, baseline: float
+    ) -> tuple[float | None, float]:
+        """(loss, units) of the rows of ``data.mix`` alone; loss is None if there are none. logps (S,): of all
+        sequences of ``groups``."""
+        objective, members = self._prepared.objective, [group for group in groups if group.mixed]
+        if not members:
+            return None, 0.0
+        chosen = np.array([group.mixed for group in groups for _ in group.sequences])
+        fields = mx.array(objective.fields(members, baseline), mx.float32)
+        losses = objective.losses(mx.array(logps[chosen], mx.float32), fields)
+        units = sum(objective.units(group) for group in members)
+        return float(np.array(losses, dtype=np.float64).sum()) / units, units
 
     def _totals(
         self, step: int, cursor: Cursor, baseline: float, groups: Sequence[Group], clock: Stages

@@ -1,0 +1,62 @@
+"""Rows of other files beside the task's training rows, so that a model keeps what it could do before: which
+files, and how many of their rows an epoch has.
+
+Experience replay against forgetting: Scialom et al., "Fine-tuned Language Models are Continual Learners"
+(arXiv 2205.12393)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from tunesmith.settings.config import Sensible, Spec, Texts
+
+STREAM = 19
+"""Keeps the random numbers of the draw apart from those that the seed gives elsewhere."""
+
+
+class MixSpec(Spec):
+    """Files whose rows are trained on beside those of ``data.train``. They are never held out."""
+
+    path: Texts = Field(min_length=1, description="files or folders, as in data.train")
+    share: float | None = Field(
+        default=None, gt=0, lt=1, description="share of these rows in all rows of an epoch; or give repeat"
+    )
+    repeat: Annotated[int | None, Field(ge=1), Sensible(le=1000)] = Field(
+        default=None, description="how often an epoch has each of these rows; or give share"
+    )
+
+    @model_validator(mode="after")
+    def _share_or_repeat(self) -> MixSpec:
+        if (self.share is None) == (self.repeat is None):
+            raise ValueError("give share or repeat, one of them")
+        return self
+
+
+def require_room(mix: Sequence[MixSpec]) -> None:
+    """Raises ValueError if the shares leave no room for the rows of the task."""
+    if (total := sum(entry.share or 0.0 for entry in mix)) >= 1:
+        raise ValueError(f"the shares of data.mix add up to {total:g}, and must be less than 1")
+
+
+def rows_an_epoch(mix: Sequence[MixSpec], task: int, rows: Sequence[int]) -> list[int]:
+    """How many rows of each entry of ``mix`` an epoch has, beside ``task`` rows of the task. ``rows``: how
+    many each entry holds. A share is of all rows of the epoch, the task's and the mixed ones."""
+    repeated = [(entry.repeat or 0) * count for entry, count in zip(mix, rows, strict=True)]
+    whole = (task + sum(repeated)) / (1 - sum(entry.share or 0.0 for entry in mix))
+    return [
+        count if entry.share is None else max(1, round(entry.share * whole))
+        for entry, count in zip(mix, repeated, strict=True)
+    ]
+
+
+def draw(rows: int, wanted: int, seed: int, entry: int) -> list[int]:
+    """(wanted,) which of ``rows`` rows an epoch has: each as often as the others, or once more. The rows that
+    come once more are drawn by ``seed``; those drawn for a smaller number are among those for a larger one.
+    ``entry``: the place in ``data.mix``."""
+    whole, rest = divmod(wanted, rows)
+    order = np.random.Generator(np.random.PCG64([seed, STREAM, entry])).permutation(rows)
+    return [*range(rows)] * whole + sorted(order[:rest].tolist())

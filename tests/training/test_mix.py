@@ -1,0 +1,164 @@
+"""``data.mix``: rows of other files are trained on as asked, never held out, and counted apart."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import tiny
+import tunesmith
+from tunesmith import events
+from tunesmith.errors import DataError, ResumeMismatch
+from tunesmith.reports.facts import read_log
+from tunesmith.reports.summary import summarise
+from tunesmith.runs import checkpoints
+from tunesmith.runs.directory import Run
+from tunesmith.training import preparation
+
+SETS = [
+    "loop.epochs=2",
+    "batch.sequences=5",
+    "batch.micro=2",
+    "adapter.rank=2",
+    "adapter.dropout=0.1",
+    "optimizer.learning_rate=0.01",
+    "loop.validate_every=3",
+    "loop.samples=0",
+    "loop.save_every=1",
+    "loop.keep_last=99",
+    "audit.before_training=false",
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("mix")
+    general = tiny.conversations(12, seed=7)
+    for number, row in enumerate(general):
+        row["conversations"][0]["content"] = f"general {number}"
+    return {
+        "task": tiny.write_rows(folder / "task.jsonl", tiny.conversations(20)),
+        "general": tiny.write_rows(folder / "general.jsonl", general),
+    }
+
+
+def settings(tiny_model: Path, files: dict[str, Path], mix: str | None, *sets: str):
+    chosen = [*SETS, *sets] + ([] if mix is None else [f"data.mix=[{{path: {files['general']}, {mix}}}]"])
+    return tunesmith.configure(model=str(tiny_model), data=[str(files["task"])], sets=chosen)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, tiny_model, files) -> Run:
+    out = tmp_path_factory.mktemp("mixed") / "run"
+    tunesmith.train(settings(tiny_model, files, "share: 0.5"), out=out)
+    return Run.open(out)
+
+
+def of(run: Run, kind: type) -> list:
+    return [event for event in events.read(run.path / "events.jsonl") if isinstance(event, kind)]
+
+
+def final(run: Run) -> list[bytes]:
+    folder = checkpoints.choose(run, "last")
+    return [(folder / name).read_bytes() for name in ("adapters.safetensors", "optimizer.safetensors")]
+
+
+def test_an_epoch_has_each_task_row_once_and_the_share_of_mixed_rows(tiny_model, files):
+    prepared = preparation.prepare(settings(tiny_model, files, "share: 0.5").spec)
+    alone = preparation.prepare(settings(tiny_model, files, None).spec)
+    members = [
+        member for step in range(prepared.plan.steps_per_epoch) for member in prepared.plan.members(step)
+    ]
+    assert sorted(members) == list(range(len(prepared.train)))
+    task = [group for group in prepared.train if not group.mixed]
+    counts = Counter(group.source for group in prepared.train if group.mixed)
+    assert [group.source for group in task] == [group.source for group in alone.train]
+    assert counts.total() == len(task) == 16 and set(counts.values()) == {1, 2} and len(counts) == 12
+    assert [group.source for group in prepared.valid] == [group.source for group in alone.valid]
+    assert all("task.jsonl" in group.source for group in prepared.valid)
+
+
+def test_rows_are_repeated_as_often_as_asked(tiny_model, files):
+    prepared = preparation.prepare(settings(tiny_model, files, "repeat: 3").spec)
+    counts = Counter(group.source for group in prepared.train if group.mixed)
+    assert len(counts) == 12 and set(counts.values()) == {3}
+
+
+def test_counts_and_losses_are_kept_apart(mixed):
+    counts = json.loads((mixed.path / "data" / "plan.json").read_text())
+    assert counts["rows_train"] == 16 and counts["rows_valid"] == 4 and counts["rows_read"] == 32
+    entry = counts["mix"]["general.jsonl"]
+    assert (entry["rows"], entry["rows_an_epoch"]) == (12, 16)
+    steps = of(mixed, events.StepDone)
+    assert sum(step.units for step in steps) == 2 * counts["supervised_tokens"]
+    assert sum(step.mixed_units for step in steps) == 2 * entry["supervised_tokens"]
+    for step, rows in zip(steps, of(mixed, events.RowLosses), strict=True):
+        assert all("task.jsonl" in source for source in rows.losses)
+        total = sum(rows.losses[source] * rows.units[source] for source in rows.losses)
+        if rows.losses:
+            assert step.task_units == sum(rows.units.values())
+            assert step.task_loss == pytest.approx(total / step.task_units, rel=1e-4)
+    assert {event.rows for event in of(mixed, events.Validated)} == {4}
+
+
+def test_the_report_says_the_loss_of_mixed_rows(mixed):
+    summary = summarise(mixed.path, read_log(mixed.path))
+    loss = summary.facts.training_loss
+    assert loss is not None and loss.mixed_first is not None and loss.mixed_last is not None
+    assert f"of the mixed rows went from {loss.mixed_first:.4f} to {loss.mixed_last:.4f}" in summary.loss
+    tunesmith.report(mixed.path)
+    assert "training, mixed rows" in (mixed.path / "report.html").read_text()
+    assert "general.jsonl.rows_an_epoch" in (mixed.path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_mixed_run_is_resumed_to_the_byte(mixed, tmp_path, step):
+    died = Run.open(shutil.copytree(mixed.path, tmp_path / "died"))
+    for later in mixed.checkpoints():
+        if later > step:
+            shutil.rmtree(died.checkpoint(later))
+    died.mark("running")
+    tunesmith.train(resume=died.path)
+    assert final(died) == final(mixed)
+
+
+def test_a_changed_mixed_file_is_not_resumed(tiny_model, files, tmp_path):
+    copies = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}
+    tunesmith.train(settings(tiny_model, copies, "share: 0.2", "loop.steps=2"), out=tmp_path / "run")
+    Run.open(tmp_path / "run").mark("running")
+    with copies["general"].open("a") as stream:
+        stream.write(json.dumps({"prompt": "new", "completion": "row"}) + "\n")
+    with pytest.raises(ResumeMismatch, match=r"general\.jsonl"):
+        tunesmith.train(resume=tmp_path / "run")
+
+
+def test_a_held_out_prompt_among_the_mixed_rows_is_found(tiny_model, files, tmp_path):
+    held_out = preparation.prepare(settings(tiny_model, files, None).spec).valid[0].source
+    line = int(held_out.rpartition(":")[2])
+    leak = files["task"].read_text().splitlines()[line - 1]
+    copies = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}
+    with copies["general"].open("a") as stream:
+        stream.write(leak + "\n")
+    notices: list[events.Event] = []
+    preparation.prepare(settings(tiny_model, copies, "share: 0.2").spec, notices.append)
+    texts = [(notice.what, notice.count) for notice in notices if isinstance(notice, events.Notice)]
+    assert ("held-out rows whose prompt is also in the training rows", 1) in texts
+    with pytest.raises(DataError, match=r"contamination\.validation_exact"):
+        preparation.prepare(settings(tiny_model, copies, "share: 0.2", "audit.before_training=true").spec)
+
+
+def test_a_file_is_not_both_the_task_and_mixed_in(tiny_model, files):
+    same = {"task": files["task"], "general": files["task"]}
+    with pytest.raises(DataError, match="given twice"):
+        preparation.prepare(settings(tiny_model, same, "share: 0.2").spec)
+
+
+def test_a_mixed_file_of_which_nothing_can_be_learned_is_refused(tiny_model, files, tmp_path):
+    bad = [{"messages": row["conversations"], "label": False} for row in tiny.conversations(3, seed=9)]
+    others = {"task": files["task"], "general": tiny.write_rows(tmp_path / "bad.jsonl", bad)}
+    with pytest.raises(DataError, match="can learn none of these rows"):
+        preparation.prepare(settings(tiny_model, others, "share: 0.2").spec)
