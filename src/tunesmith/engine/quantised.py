@@ -62,7 +62,7 @@ class QuantisedRows:
         """A batch of one row."""
         rows = cls([0], row.group_size, row.bits)
         rows.offset, rows._end = mx.array([row.offset]), row.offset
-        if row.keys is not None:
+        if row.keys is not None and row.values is not None:
             rows.keys, rows.values = _mapped(lambda part: part[..., : row.offset, :], row.keys, row.values)
         return rows
 
