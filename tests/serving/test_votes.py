@@ -189,6 +189,22 @@ def test_the_summary_says_who_is_preferred_and_when_that_was_decided(path):
     assert as_json["pairs"][0]["outcome"] == "first"
 
 
+def test_the_votes_of_a_run_are_found_in_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "run" / "votes.jsonl", side_by_side(3, 2))
+    assert tunesmith.votes("run").votes == 5
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty/votes.jsonl: cannot be read"):
+        tunesmith.votes("empty")
+
+
+def test_without_a_preference_no_share_is_told(path):
+    first, second = answer("Yes", "runs/a", "1"), answer("No", "runs/b", "1")
+    written(path, [votes.preference(first, second, "tie", user="me")])
+    output = CliRunner().invoke(app, ["votes", str(path)]).output
+    assert "no vote prefers either yet, 1 tie" in output and "preferred in" not in output
+
+
 def test_the_side_on_which_an_answer_stood_does_not_matter(path, tmp_path):
     every = side_by_side(30, 20)
     turned = [

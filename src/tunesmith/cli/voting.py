@@ -18,7 +18,7 @@ class RowObjective(StrEnum):
 
 
 def votes(
-    file: Annotated[Path, typer.Argument(help="the votes.jsonl that tunesmith serve wrote")],
+    file: Annotated[Path, typer.Argument(help="a run that was served, or the file of votes")],
     to: Annotated[
         Path | None, typer.Option("--to", help="write the votes as rows that `tunesmith train` takes")
     ] = None,

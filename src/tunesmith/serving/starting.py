@@ -34,7 +34,6 @@ from tunesmith.serving.served import Models, NamedRun
 from tunesmith.serving.service import Service
 from tunesmith.serving.worker import Worker
 
-VOTES = "votes.jsonl"
 SHUTDOWN_S = 2
 """Shortest time in which clients can read the rest of their answers, after `ServerLimits.drain_s`."""
 
@@ -44,8 +43,8 @@ class ServerSettings:
     """Everything that decides a server. ``memory``: bytes that it may use; None: nine tenths of the
     machine's. ``prefix_bytes``: of these, for prompts that were read; None: a tenth. ``prefix_folder``: where
     those that leave the memory are kept, also for later servers. ``loopback``: whether only this machine can
-    connect. ``votes_file``: None: `VOTES` in the folder of the first run, or in the current one. ``draft``:
-    as `speculation_maker` takes it."""
+    connect. ``votes_file``: None: ``votes.jsonl`` in the folder of the first run, or in the current one.
+    ``draft``: as `speculation_maker` takes it."""
 
     targets: Sequence[NamedRun] = ()
     model: str | None = None
@@ -171,7 +170,7 @@ def _tell_unknown(keys: Sequence[Key], models: Models, tests: Routes, notify: Si
 
 def _votes_file(models: Models) -> Path:
     runs = [served_model.run for served_model in models.entries if served_model.run is not None]
-    return (runs[0] if runs else Path()) / VOTES
+    return (runs[0] if runs else Path()) / votes.VOTES
 
 
 def listen(host: str, port: int) -> socket.socket:

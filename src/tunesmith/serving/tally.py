@@ -17,6 +17,7 @@ from typing import Literal
 
 from tunesmith.display.text import many
 from tunesmith.errors import ConfigError
+from tunesmith.runs import tags
 from tunesmith.serving import vote_rows
 from tunesmith.serving import votes as records
 from tunesmith.serving.sequential import LEVEL, Outcome, SequentialTest, interval, sequential_test
@@ -100,12 +101,15 @@ class VoteSummary:
 def votes(
     path: str | Path, *, to: str | Path | None = None, objective: Objective | None = None
 ) -> VoteSummary:
-    """Summarise a file of votes. ``to``: also write them as rows for ``objective`` (None: DPO if all votes
-    compare two answers, else KTO). Raises DataError if the file cannot be read, and ConfigError if ``to`` is
-    the same file."""
+    """Summarise a file of votes, or those of a run (its folder or tag). ``to``: also write them as rows for
+    ``objective`` (None: DPO if all votes compare two answers, else KTO). Raises DataError if the file cannot
+    be read, and ConfigError if ``to`` is the same file."""
+    file = tags.find(path)
+    if file.is_dir():
+        file /= records.VOTES
     if to is not None:
-        _require_another_file(Path(path), Path(to))
-    every, unreadable = records.read(Path(path))
+        _require_another_file(file, Path(to))
+    every, unreadable = records.read(file)
     written = None
     if to is not None:
         made = vote_rows.rows(every, objective)
@@ -113,7 +117,7 @@ def votes(
         written = WrittenRows(str(to), made.objective, len(made.rows), dict(made.left_out), dict(made.masked))
     names = _names(every)
     return VoteSummary(
-        str(path),
+        str(file),
         len(every),
         _users(every),
         unreadable,
@@ -169,6 +173,9 @@ def _leader_first(pair: ModelPair) -> ModelPair:
 
 def _pair_lines(pair: ModelPair) -> Iterator[str]:
     total = pair.wins + pair.losses
+    if not total:
+        yield f"no vote prefers either yet, {many(pair.ties, 'tie')}"
+        return
     blind = f", {pair.blind:,} blind" if pair.by == "side by side" else ""
     yield (
         f"{pair.first} preferred in {pair.wins:,} of {total:,} ({pair.share:.1%}; {pair.confidence} "

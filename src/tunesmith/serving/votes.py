@@ -27,6 +27,8 @@ from tunesmith.serving.pieces import Piece, joined
 from tunesmith.serving.question import prompt_size
 
 VERSION = 1
+VOTES = "votes.jsonl"
+"""In the folder of a run, or elsewhere if the user says so."""
 Verdict: TypeAlias = Literal["up", "down", "first", "second", "tie"]
 THUMBS: tuple[Verdict, ...] = ("up", "down")
 REMEMBERED = 10_000
