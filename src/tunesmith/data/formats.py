@@ -86,6 +86,11 @@ class DataSpec(Spec):
         description="other files to train on beside the task's rows, such as general rows against "
         "forgetting: [{path: FILE, share: 0.2}]; never held out",
     )
+    order: Literal["shuffled", "length", "difficulty"] = Field(
+        default="shuffled",
+        description="order of the rows in the first epoch: shuffled, or a curriculum, the shortest or the "
+        "easiest (by the loss before training) first; later epochs are shuffled",
+    )
     format: Annotated[str, AfterValidator(known_format)] = Field(
         default="auto", description=f"layout of the rows: auto (by their keys), {', '.join(layouts())}"
     )

@@ -180,5 +180,8 @@ _ENTRIES = (
     CountLine(
         "reference", ("reference_sequences",), _filled({"reference_sequences": "{} sequences to measure"})
     ),
+    CountLine(
+        "difficulty", ("difficulty_sequences",), _filled({"difficulty_sequences": "{} sequences to measure"})
+    ),
     CountLine("frozen layers", ("frozen_layers_below", "cache_frozen_saves", "cache_frozen_gb"), _frozen),
 )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def prepare(run: Run, config: RunConfig, kind: str, instead: str, notify: Sink) -> Prepared:
     """The rows of both sides. Raises ExportError, in the name of ``kind``, if the files or their tokens are
     no longer the same. instead: what to do then."""
-    from tunesmith.training import preparation  # loads the audit, which most kinds do not need
+    from tunesmith.training import ordering, preparation  # load the audit, which most kinds do not need
 
     composed = run.status == COMPOSED
     try:
@@ -35,6 +35,8 @@ def prepare(run: Run, config: RunConfig, kind: str, instead: str, notify: Sink) 
             held_out=_held_out(run, config) if composed else None,
         )
         preparation.require_same(run, prepared)
+        if config.data.order == "difficulty" and not composed:
+            prepared = ordering.recorded(prepared, run.path)
     except TunesmithError as error:
         message = f"{kind}: the rows of the run cannot be made again: {error.what}"
         raise ExportError(message, where=error.where, hint=error.hint) from error

@@ -8,7 +8,7 @@ from tunesmith.events import Notice, Sink
 from tunesmith.runs import lineage
 from tunesmith.runs.config import RunConfig
 from tunesmith.settings.config import Resolved
-from tunesmith.training import frozen, preparation, reference, story
+from tunesmith.training import frozen, ordering, preparation, reference, story
 
 
 def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[str, JSON]:
@@ -41,6 +41,8 @@ def plan(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> dict[s
     }
     if sequences := reference.count(prepared, spec):
         counts["reference_sequences"] = sequences
+    if spec.data.order == "difficulty":
+        counts["difficulty_sequences"] = ordering.count(prepared)
     if depth := frozen.depth(model.net):
         epochs = schedule.steps / schedule.steps_per_epoch
         saving = frozen.saving(model.net, epochs, spec.loop.checkpoint_gradients)

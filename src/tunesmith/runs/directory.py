@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MANIFEST, CONFIG, EVENTS, CHECKPOINTS = search.MANIFEST, search.CONFIG, search.EVENTS, search.CHECKPOINTS
 ORIGIN, LOG = "origin.json", "training.log"
 DATA, EVALS, EXPORTS, FROZEN, REFERENCE = "data", "evals", "exports", "frozen", "reference.safetensors"
+DIFFICULTY = "difficulty.safetensors"
 DROPPED, VALID, SHOWN, PLAN = "data/dropped.jsonl", "data/valid.jsonl", "data/rendered.json", "data/plan.json"
 AUDIT = "data/audit.json"
 INDEX = "checkpoints/index.json"

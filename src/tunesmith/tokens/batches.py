@@ -1,10 +1,10 @@
 """Which rows make which update: a pure function of (seed, step), so that one integer is the whole state of
 the data order.
 
-An epoch is a permutation of all groups, cut into updates of ``sequences`` groups; the last update of an epoch
-is smaller if the division leaves a rest, so that no group is left out. Within an update, groups are sorted by
-length and cut into micro-batches within a budget of tokens, where padding costs least. How an update is cut
-does not change its sums."""
+An epoch is a permutation of all groups, and the first may be in a given order. It is cut into updates of
+``sequences`` groups; the last update of an epoch is smaller if the division leaves a rest, so that no group
+is left out. Within an update, groups are sorted by length and cut into micro-batches within a budget of
+tokens, where padding costs least. How an update is cut does not change its sums."""
 
 from __future__ import annotations
 
@@ -255,7 +255,8 @@ class Plan:
     """The whole schedule of a run.
 
     lengths: of each group (`Cut.around`). epochs: may be a fraction. steps: if given, overrides ``epochs``.
-    positions: of all sequences of each group together, if that differs from its length."""
+    positions: of all sequences of each group together, if that differs from its length. first_epoch: the
+    order of all groups in the first epoch, if it is not shuffled."""
 
     lengths: tuple[int, ...]
     sequences: int
@@ -264,6 +265,7 @@ class Plan:
     epochs: float = 1.0
     max_steps: int | None = None
     positions: tuple[int, ...] = ()
+    first_epoch: tuple[int, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -276,7 +278,16 @@ class Plan:
 
     def order(self, epoch: int) -> np.ndarray:
         """(n,) the permutation of all groups for ``epoch``."""
+        if epoch == 0 and self.first_epoch:
+            return np.array(self.first_epoch)
         return _permutation(self.seed, epoch, len(self.lengths))
+
+    def easy_first(self, difficulties: Sequence[float]) -> Plan:
+        """This plan with its first epoch in the order of ``difficulties`` (n,), lowest first; groups of equal
+        difficulty keep the shuffled order."""
+        shuffled = _permutation(self.seed, 0, len(self.lengths))
+        order = shuffled[np.argsort(np.array(difficulties)[shuffled], kind="stable")]
+        return replace(self, first_epoch=tuple(order.tolist()))
 
     def members(self, step: int) -> list[int]:
         """The groups of update ``step`` (from 0), by index."""

@@ -484,6 +484,12 @@ def _plan(config: RunConfig, groups: list[Group], notify: Sink) -> Plan:
     positions = tuple(group.positions for group in groups)
     spec = config.loop
     plan = Plan(lengths, config.batch.sequences, cut, spec.seed, spec.epochs, spec.steps, positions)
+    if config.data.order == "length":
+        plan = plan.easy_first([group.tokens for group in groups])
+    if config.data.order != "shuffled" and plan.steps < plan.steps_per_epoch:
+        text = f"the run ends within its first epoch, so that data.order={config.data.order} leaves out "
+        text += "the longest rows" if config.data.order == "length" else "the hardest rows"
+        notify(Notice(text, level="warning", where="data.order"))
     if few := lonely(plan, groups):
         text = "updates with rows of one class only: raise batch.sequences"
         notify(Notice(text, level="warning", count=few))

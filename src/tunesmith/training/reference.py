@@ -66,7 +66,7 @@ def name(facts: Mapping[str, Any]) -> str:
 class Reference:
     """``values``: digest of a sequence → Σ weight · log p in nats by the model before training."""
 
-    name: str
+    name: str | None  # None: `read` takes a file of any name
     values: dict[bytes, float] = field(default_factory=dict)
     measured: int = 0
     cached: int = 0
@@ -90,7 +90,7 @@ class Reference:
             if not path.exists():
                 return None
             with safe_open(path, framework="numpy") as file:
-                if (file.metadata() or {}).get("name") != self.name:
+                if self.name is not None and (file.metadata() or {}).get("name") != self.name:
                     return "was made from another base, adapter or version"
                 digests, values = file.get_tensor("digests"), file.get_tensor("logps")
         except (SafetensorError, OSError, KeyError) as error:
@@ -108,7 +108,7 @@ class Reference:
             "logps": np.array([self.values[key] for key in chosen], dtype=np.float64),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, save(tensors, metadata={"name": self.name}))
+        write_bytes(path, save(tensors, metadata={"name": self.name or ""}))
 
 
 def measure(
@@ -229,12 +229,6 @@ def compared(
     """``prepared`` with the reference of every row, by the model as it is now, and of every mismatched pair
     to come."""
     started = time.perf_counter()
-    facts: dict[str, Any] = {"base": _digest(loaded.path, "*.json", "*.safetensors")}
-    facts["model"] = config.model.model_dump(include={"quantize", "group_size", "dtype"})
-    # Layers that are trained in full may have another precision than those beside an adapter.
-    facts["adapter"] = config.adapter.model_dump(include={"kind", "full_modules"})
-    for role, folder in (("merged", config.model.adapter), ("start", config.adapter.start)):
-        facts[role] = folder and _digest(Path(folder), ADAPTERS, PEFT_WEIGHTS, ADAPTER_CONFIG)
     counted: Counter[str] = Counter()
     used = _used(prepared)
     everything = [*used.values(), *prepared.valid]
@@ -246,13 +240,31 @@ def compared(
         notify(Notice(note, count=count))
     cut, _ = Cut.around(config.batch, everything)
     measured = measure(
-        loaded.net, everything, cut, name(facts), own=own, ranks=among, stopped=stopped, notify=notify
+        loaded.net,
+        everything,
+        cut,
+        name(facts(config, loaded)),
+        own=own,
+        ranks=among,
+        stopped=stopped,
+        notify=notify,
     )
     text = f"reference: {measured.measured:,} sequences measured, {measured.cached:,} cached"
     notify(Notice(f"{text}, {duration(time.perf_counter() - started)}"))
     known = dict(zip(used, measured.fill(used.values()), strict=True))
     train = [known.get(member, group) for member, group in enumerate(prepared.train)]
     return replace(prepared, train=train, valid=measured.fill(prepared.valid), reference=measured)
+
+
+def facts(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
+    """What decides the log-probabilities of the model before training, beside the tokens."""
+    decisive: dict[str, Any] = {"base": _digest(loaded.path, "*.json", "*.safetensors")}
+    decisive["model"] = config.model.model_dump(include={"quantize", "group_size", "dtype"})
+    # Layers that are trained in full may have another precision than those beside an adapter.
+    decisive["adapter"] = config.adapter.model_dump(include={"kind", "full_modules"})
+    for role, folder in (("merged", config.model.adapter), ("start", config.adapter.start)):
+        decisive[role] = folder and _digest(Path(folder), ADAPTERS, PEFT_WEIGHTS, ADAPTER_CONFIG)
+    return decisive
 
 
 def _used(prepared: Prepared) -> dict[int, Group]:

@@ -29,7 +29,7 @@ from tunesmith.runs.directory import AUDIT, REFERENCE, Run, name, require_free
 from tunesmith.settings.config import flat
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.renderers import Recorded
-from tunesmith.training import gradients, preparation, recording, reference, saving
+from tunesmith.training import gradients, ordering, preparation, recording, reference, saving
 from tunesmith.training.interruption import before_training, interruptible
 from tunesmith.training.loop import Loop
 from tunesmith.training.preparation import Prepared
@@ -70,7 +70,8 @@ def train(
         stop = _hold(run, among, held)
         state = optimizer.build(config.optimizer, model.net)
         among.require_agreement(_without_paths(config), sorted(map(str, flat(hashes).values())))
-        # 5. The reference, by the model before training: before a checkpoint is restored
+        # 5. Difficulty and reference, by the model before training: before a checkpoint is restored
+        prepared = _ordered(prepared, config, model.loaded, run, among, stop, hear)
         prepared = _compared(prepared, config, model.loaded, run, among, stop, hear)
         # 6. The checkpoint to continue from, and the log
         cursor = _restored(resume, model.net, state, among, hear)
@@ -210,6 +211,25 @@ def _hold(run: Run | None, among: Ranks, held: ExitStack) -> Event:
         held.enter_context(run.lock())
         held.enter_context(run.room())
     return held.enter_context(interruptible(among))
+
+
+def _ordered(
+    prepared: Prepared,
+    config: RunConfig,
+    loaded: Loaded,
+    run: Run | None,
+    among: Ranks,
+    stop: Event,
+    hear: Sink,
+) -> Prepared:
+    """``prepared`` with its first epoch in the order of difficulty, if the settings ask for that."""
+    if config.data.order != "difficulty":
+        return prepared
+    with before_training(run, hear):
+        folder = run.path if run else None
+        return ordering.measured(
+            prepared, config, loaded, folder=folder, among=among, stopped=stop.is_set, notify=hear
+        )
 
 
 def _compared(
