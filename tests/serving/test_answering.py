@@ -22,6 +22,8 @@ from tunesmith.runs import records
 from tunesmith.serving import answering as answering_module
 from tunesmith.serving.ab import Routes, parse_route
 from tunesmith.serving.guardrails import Guard
+from tunesmith.serving.guardrails.kinds.block_list import BlockList
+from tunesmith.serving.keys import Doorkeeper, Key, digest_of
 from tunesmith.serving.lexicon import Lexicons
 from tunesmith.serving.pieces import AnswerEnded, CallArguments, CallBegun, Logprobs, Reasoned, Words
 from tunesmith.serving.rejections import TimedOut
@@ -175,6 +177,54 @@ def test_if_the_last_fallback_cannot_take_the_prompt_the_error_is_that_of_the_mo
         response = client.post(PATH, json={"model": "writer", "messages": HI})
     assert response.status_code == 504 and "first token" in response.json()["error"]["message"]
     assert logged(cautious, response)["error"] == "timeout"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_if_the_last_fallback_cannot_take_the_prompt_a_blocked_answer_is_that_of_the_model_asked(
+    cautious, refusing_caller, monkeypatch, stream
+):
+    monkeypatch.setattr(cautious.service, "guard", Guard([BlockList(output="block", words=["secret"])]))
+    body = {"model": "writer", "messages": HI, "stream": stream}
+    told = "Here it comes, " + "word by word, " * 12 + "the secret plan."
+    responses = []
+    with answering(cautious, told), cautious.client() as client:
+        for fallback in ((), ("caller",)):
+            monkeypatch.setattr(cautious.service, "fallback", fallback)
+            responses.append(client.post(PATH, json=body))
+    assert len(refusing_caller) == (0 if stream else 1), "a stream that has begun has no fallback"
+    without, refused = responses
+    assert without.status_code == refused.status_code == 200, refused.text
+    assert served_words(refused, stream) == served_words(without, stream) == told.partition("secret")[0]
+    assert "content_filter" in refused.text and "x-tunesmith-fallback" not in refused.headers
+    line = logged(cautious, refused)
+    assert (line["model"], line["ended"], "fallback" in line) == ("writer", "content_filter", False)
+
+
+def test_a_stream_that_is_blocked_at_once_is_that_of_the_model_asked(cautious, refusing_caller, monkeypatch):
+    monkeypatch.setattr(cautious.service, "guard", Guard([BlockList(output="block", words=["secret"])]))
+    monkeypatch.setattr(cautious.service, "fallback", ("caller",))
+    with answering(cautious, "secret"), cautious.client() as client:
+        response = client.post(PATH, json={"model": "writer", "messages": HI, "stream": True})
+    assert len(refusing_caller) == 1
+    assert "content_filter" in response.text and "error" not in response.text
+    assert "x-tunesmith-fallback" not in response.headers and '"fallback"' not in response.text
+
+
+@pytest.mark.parametrize(
+    ("allowed", "answered_by"), [((), "tiny-llama"), (("writer", "caller"), "caller"), (("writer",), None)]
+)
+def test_a_fallback_that_the_key_may_not_ask_is_passed_over(
+    cautious, late_writer, monkeypatch, allowed, answered_by
+):
+    keys = [Key("mine", digest_of("my own secret key"), models=allowed)]
+    monkeypatch.setattr(cautious.service, "doorkeeper", Doorkeeper(keys))
+    monkeypatch.setattr(cautious.service, "fallback", ("base", "caller"))
+    with cautious.client(headers={"x-api-key": "my own secret key"}) as client:
+        response = client.post(PATH, json={"model": "writer", "messages": HI})
+    if answered_by is None:
+        assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
+    else:
+        assert response.headers["x-tunesmith-fallback"] == f"{answered_by}; timeout"
 
 
 def test_a_question_is_prepared_once_for_a_fallback(cautious, late_writer, monkeypatch):

@@ -95,6 +95,9 @@ BROKEN = {
     "events without an end": b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices": []}\n\n',
     "a chunk without a size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\ndata: {}",
     "an event that is not JSON": b"HTTP/1.1 200 OK\r\n\r\ndata: {half\n\n",
+    "an event that is not an object": b"HTTP/1.1 200 OK\r\n\r\ndata: 5\n\n",
+    "an error without fields": b'HTTP/1.1 200 OK\r\n\r\ndata: {"error": "overloaded"}\n\n',
+    "choices that are null": b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices": null}\n\n',
     "half of a body": b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\ndata: {}\n\n",
 }
 
@@ -112,5 +115,11 @@ def test_an_answer_that_breaks_off_is_an_error(reply):
             port = broken.sockets[0].getsockname()[1]
             return await load.timed(ServerAddress("127.0.0.1", port), HttpCall("/", {}))
 
-    malformed = {"a chunk without a size": "ValueError", "an event that is not JSON": "JSONDecodeError"}
+    malformed = {
+        "a chunk without a size": "ValueError",
+        "an event that is not JSON": "JSONDecodeError",
+        "an event that is not an object": "ValueError",
+        "an error without fields": "AttributeError",
+        "choices that are null": "TypeError",
+    }
     assert asyncio.run(answered()).error in (malformed.get(reply, "ConnectionError"), "ConnectionResetError")

@@ -303,10 +303,9 @@ async def _delivered(
     service: Service, asked: AskedOnce, index: int, delivery: Delivery
 ) -> AsyncGenerator[Piece]:
     """The pieces of an answer by the first model that can give it. If the last cannot take the prompt, the
-    first error is raised."""
-    others = [service.hold(service.models.resolve(name)) for name in service.fallback]
-    candidates = [asked.served, *(served for served in others if served is not asked.served)]
-    first_error: Exception | None = None
+    client gets what the model that was asked gave: its error, or the answer that was cut."""
+    candidates = [asked.served, *_fallbacks(service, asked.served)]
+    first: Exception | list[Piece] | None = None
     for served in candidates:
         is_last, failure = served is candidates[-1], None
         held: list[Piece] = []
@@ -316,18 +315,23 @@ async def _delivered(
             async with aclosing(_answer_of(service, prepared, index)) as pieces:
                 async for piece in pieces:
                     if not (is_last or delivered) and (failure := _failure(piece, prepared)):
+                        first = first or [*held, piece]
                         break
                     held.append(piece)
                     if is_last or asked.question.stream:
                         delivered = True
                         yield held.pop()
         except (TimedOut, ConstraintFailed, Rejection) as error:
-            if first_error is not None and is_last and isinstance(error, Rejection):
-                raise first_error from error
-            if is_last or delivered:
+            if is_last and isinstance(error, Rejection) and isinstance(first, Exception):
+                raise first from error
+            if is_last and isinstance(error, Rejection) and first:
+                held = first
+                delivery.served, delivery.fallback = asked.served, None
+                access.current().fallback = None
+            elif is_last or delivered:
                 raise
-            first_error = first_error or error
-            failure = _reason(error)
+            else:
+                first, failure = first or error, _reason(error)
         if failure is None:
             for piece in held:
                 yield piece
@@ -336,6 +340,13 @@ async def _delivered(
         service.metrics.fallbacks.labels(asked.served.name, instead.name, failure).inc()
         access.current().fallback = f"{instead.name}: {failure}"
         delivery.served, delivery.fallback = instead, failure
+
+
+def _fallbacks(service: Service, asked: Served) -> list[Served]:
+    """The models of ``--fallback``, without ``asked`` and those that the key of the request may not ask."""
+    others = [service.models.resolve(name) for name in service.fallback]
+    allowed = [other for other in others if service.allows_names(other.names)]
+    return [service.hold(other) for other in allowed if other is not asked]
 
 
 def _reason(error: Exception) -> str:

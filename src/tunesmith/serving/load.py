@@ -100,7 +100,7 @@ class HttpReply:
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """The objects of server-sent events, until the word that ends them. Raises ConnectionError if it does
-        not come."""
+        not come, and ValueError if an event is not a JSON object."""
         rest = b""
         async for part in self.parts():
             *lines, rest = (rest + part).split(b"\n")
@@ -109,7 +109,10 @@ class HttpReply:
                     data = line.removeprefix(b"data:").strip()
                     if data == b"[DONE]":
                         return
-                    yield json.loads(data)
+                    event = json.loads(data)
+                    if not isinstance(event, dict):
+                        raise ValueError("an event is not an object")
+                    yield event
         raise ConnectionError("the events broke off")
 
     async def _line(self) -> bytes:
@@ -172,7 +175,8 @@ async def timed(address: ServerAddress, call: HttpCall, due: float | None = None
                         first = first or time.perf_counter() - begun
                         texts.append(new)
                     n_tokens = (event.get("usage") or {}).get("completion_tokens", n_tokens)
-    except (OSError, ValueError) as failure:  # ValueError: a length, a chunk or an event that is malformed
+    except (OSError, ValueError, TypeError, AttributeError) as failure:
+        # All but OSError: a length, a chunk or an event of another form than the protocol's.
         error = type(failure).__name__
     return CallTimes(time.perf_counter() - begun, first, n_tokens, "".join(texts), error)
 
