@@ -200,7 +200,8 @@ class Validated(Event):
 
 @dataclass(frozen=True, slots=True)
 class Sampled(Event):
-    """The model's greedy answer to a fixed prompt at this step."""
+    """The model's greedy answer to a fixed prompt at this step. ``reference``: the answer of the held-out
+    row; None if the prompt is one of `LoopSpec.prompts`."""
 
     step: int
     prompt: str

@@ -335,7 +335,9 @@ def test_files_of_held_out_rows_are_not_trained_on(run, tmp_path):
     opened = Run.open(run)
     files = {str(tmp_path / name): name for name in ("train.jsonl", "valid.jsonl", "folder/more.jsonl")}
     for train, learned in ((["train.jsonl"], {"train.jsonl"}), (["folder"], {"folder/more.jsonl"})):
-        split = SimpleNamespace(data=SimpleNamespace(train=tuple(str(tmp_path / name) for name in train)))
+        split = SimpleNamespace(
+            data=SimpleNamespace(trained_on=tuple(str(tmp_path / name) for name in train))
+        )
         assert evaluation._learned(SimpleNamespace(config=split, hashes={"data": files})) == learned
     assert evaluation._learned(opened) == {*opened.manifest["hashes"]["data"].values()}
 

@@ -51,6 +51,12 @@ def tools_of(example: Example) -> tuple[JSON, ...]:
     return (example.chosen if isinstance(example, Preference) else example.conversation).tools
 
 
+def common_tools(examples: Iterable[Example]) -> tuple[JSON, ...]:
+    """The tools that ``examples`` declare, if all that declare any declare the same ones; else none."""
+    lists = {json.dumps(tools): tools for tools in map(tools_of, examples) if tools}
+    return next(iter(lists.values())) if len(lists) == 1 else ()
+
+
 def read_tools(file: str | Path) -> tuple[JSON, ...]:
     """The tools in ``file``: a JSON list of tools, or rows of which all that declare tools declare the same
     ones. Raises DataError."""

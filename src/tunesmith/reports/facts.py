@@ -386,6 +386,12 @@ def trailing(values: Sequence[float], window: int, weights: Sequence[float] | No
     return [total / weight if weight else math.nan for total, weight in sums]
 
 
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` of ``items``: the first, the last, and evenly between."""
+    count = min(len(items), most)
+    return [items[round(index * (len(items) - 1) / max(count - 1, 1))] for index in range(count)]
+
+
 def five(values: Sequence[float]) -> list[float]:
     """Minimum, quartiles and maximum."""
     ranked = sorted(values)

@@ -13,7 +13,7 @@ from tunesmith.display.text import many
 from tunesmith.errors import SHOWN
 from tunesmith.evaluation.tasks import QUESTIONS
 from tunesmith.reports import artefacts, glossary
-from tunesmith.reports.facts import AuditSummary, Facts, GroupedNotice, PromptSamples
+from tunesmith.reports.facts import AuditSummary, Facts, GroupedNotice, PromptSamples, evenly
 from tunesmith.reports.figures import CURVES, PICTURE
 from tunesmith.reports.measures import Measure, answer, elsewhere, interval, label, met, reached, subset
 from tunesmith.reports.row_losses import RowClasses
@@ -24,6 +24,8 @@ from tunesmith.settings.config import flat
 
 GROWN = 10
 """Weights in the table of growth."""
+STEPS = 6
+"""Steps of an own prompt's answers."""
 ROWS = 10
 """Rows of each class that are listed."""
 
@@ -248,9 +250,12 @@ def commands(facts: Facts) -> list[str]:
 
 
 def _samples(samples: PromptSamples) -> Iterator[str]:
-    answers = [
-        (f"step {sample.step:,}", sample.answer) for sample in (samples.before, samples.after) if sample
-    ]
+    """A held-out prompt before and after; one of the user's own with its answers along the way."""
+    if samples.reference is None:
+        shown = evenly(samples.answers, STEPS)
+    else:
+        shown = [sample for sample in (samples.before, samples.after) if sample]
+    answers = [(f"step {sample.step:,}", sample.answer) for sample in shown]
     answers += [("reference", samples.reference)] if samples.reference is not None else []
     yield from [*fence(samples.prompt), ""]
     yield "<table><tr>" + "".join(f"<th>{name}</th>" for name, _ in answers) + "</tr><tr>"

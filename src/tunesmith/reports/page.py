@@ -19,7 +19,7 @@ from tunesmith import events
 from tunesmith.display import charts, page, words
 from tunesmith.evaluation.tasks import QUESTIONS, about
 from tunesmith.reports import artefacts, curves, glossary, markdown, measures
-from tunesmith.reports.facts import EvaluationFacts, Facts, PromptSamples, SampledAnswer
+from tunesmith.reports.facts import EvaluationFacts, Facts, PromptSamples, SampledAnswer, evenly
 from tunesmith.reports.measures import Measure, elsewhere, subset
 from tunesmith.reports.summary import Summary
 from tunesmith.reports.verdict import counting
@@ -28,7 +28,7 @@ from tunesmith.settings.config import flat
 
 BYTES = 1_500_000
 """Of prompts with their answers, over all evaluations."""
-LETTERS, SAMPLES, STEPS = 1_500, 12, 8
+LETTERS, SAMPLES, GRID, STEPS = 1_500, 12, 40, 8
 TITLES = {
     "answers": "What came of it",
     "next": "Limits, and what to try next",
@@ -80,10 +80,19 @@ class ScoreTable(NamedTuple):
     parts: dict[str, list[Measure]]
 
 
-class ShownSamples(NamedTuple):
-    """``rows``: the first prompts. ``more``: prompts left out. ``thinned``: the most steps left out of
-    one."""
+class GridRow(NamedTuple):
+    """A prompt of the user with its answer at each step of the grid, or None if it was not asked there."""
 
+    prompt: str
+    answers: list[str | None]
+
+
+class ShownSamples(NamedTuple):
+    """``steps`` and ``grid``: the user's own prompts by step. ``rows``: the first held-out prompts. ``more``:
+    prompts left out. ``thinned``: the most steps left out of one."""
+
+    steps: list[int]
+    grid: list[GridRow]
     rows: list[PromptSamples]
     more: int
     thinned: int
@@ -210,20 +219,30 @@ def _table(record: Record) -> ScoreTable:
 
 
 def _samples(sampled: Sequence[PromptSamples]) -> ShownSamples:
-    """The first prompts, each with its answers: the first, the last, and evenly between."""
+    """The user's own prompts as a grid; of the held-out ones the first, each with its answers: the first, the
+    last, and evenly between."""
+    own = [samples for samples in sampled if samples.reference is None]
+    held_out = [samples for samples in sampled if samples.reference is not None]
+    all_steps = sorted({answer.step for samples in own for answer in samples.answers})
+    steps = evenly(all_steps, STEPS)
+    thinned = len(all_steps) - len(steps)
     rows: list[PromptSamples] = []
-    thinned = 0
-    for samples in sampled[:SAMPLES]:
-        answers = samples.answers
-        few = min(len(answers), STEPS)
-        chosen = [answers[round(index * (len(answers) - 1) / max(few - 1, 1))] for index in range(few)]
-        thinned = max(thinned, len(answers) - few)
+    for samples in held_out[:SAMPLES]:
+        chosen = evenly(samples.answers, STEPS)
+        thinned = max(thinned, len(samples.answers) - len(chosen))
         shown = tuple(
             SampledAnswer(answer.step, words.cut(answer.answer, LETTERS) or "") for answer in chosen
         )
         prompt, reference = words.cut(samples.prompt, LETTERS) or "", words.cut(samples.reference, LETTERS)
         rows.append(PromptSamples(prompt, reference, shown[0], shown[-1], shown))
-    return ShownSamples(rows, max(0, len(sampled) - SAMPLES), thinned)
+    grid = [_grid_row(samples, steps) for samples in own[:GRID]]
+    more = max(0, len(held_out) - SAMPLES) + max(0, len(own) - GRID)
+    return ShownSamples(steps, grid, rows, more, thinned)
+
+
+def _grid_row(samples: PromptSamples, steps: Sequence[int]) -> GridRow:
+    answers = {answer.step: words.cut(answer.answer, LETTERS) for answer in samples.answers}
+    return GridRow(words.cut(samples.prompt, LETTERS) or "", [answers.get(step) for step in steps])
 
 
 def _examples(summary: Summary) -> list[ShownExamples]:

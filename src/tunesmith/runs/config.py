@@ -16,7 +16,7 @@ from tunesmith.learning.objective import Objective
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.learning.optimizer import OptimizerSpec
 from tunesmith.model.loading import ModelSpec
-from tunesmith.settings.config import Sensible, Spec, load
+from tunesmith.settings.config import Sensible, Spec, Texts, load
 from tunesmith.tokens.batches import BatchSpec
 from tunesmith.tokens.template import TemplateSpec
 
@@ -60,6 +60,11 @@ class LoopSpec(Spec):
         default=0, ge=0, description="updates between sample answers; 0: first and last only"
     )
     samples: int = Field(default=3, ge=0, description="validation prompts answered as samples")
+    prompts: Texts = Field(
+        default=(),
+        description="prompts of your own, answered when samples are and at each checkpoint: texts, files "
+        "(.txt: one a line; .jsonl: {prompt: …}), or assistant, five that ship with the package",
+    )
     sample_tokens: Annotated[int, Field(ge=1), Sensible(le=MOST_ANSWER_TOKENS)] = Field(
         default=128, description="longest sample answer, in tokens"
     )

@@ -8,14 +8,14 @@ from typing import Any
 from tunesmith.adapters import files
 from tunesmith.data.sources import sha256
 from tunesmith.errors import ModelError
-from tunesmith.runs import checkpoints, tags
+from tunesmith.runs import checkpoints, prompts, tags
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import MANIFEST, Run
 
 
 def anchored(config: RunConfig) -> RunConfig:
-    """``config`` with absolute paths, so that its run can be resumed from any folder. A run that is named as
-    an adapter becomes its best checkpoint."""
+    """``config`` with absolute paths and the texts of its prompts, so that its run can be resumed from any
+    folder. A run that is named as an adapter becomes its best checkpoint."""
     data: dict[str, Any] = {"train": tuple(map(_absolute, config.data.train))}
     data |= (
         {"valid": tuple(map(_absolute, config.data.valid))} if isinstance(config.data.valid, tuple) else {}
@@ -33,6 +33,7 @@ def anchored(config: RunConfig) -> RunConfig:
         "data": config.data.model_copy(update=data),
         "model": config.model.model_copy(update=model),
         "adapter": config.adapter.model_copy(update={"start": start}),
+        "loop": config.loop.model_copy(update={"prompts": prompts.resolve(config.loop.prompts)}),
     }
     return config.model_copy(update=blocks)
 

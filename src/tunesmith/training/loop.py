@@ -96,10 +96,13 @@ class Loop:
                 best = self._validate(cursor)
             ended = self._stopped_early(cursor)
             stopping = stopping or (self.ranks.size == 1 and self.stop.is_set())
+            due = bool(last or ended or (spec.save_every and done % spec.save_every == 0))
+            due |= best and spec.keep_best is not False
             if last or ended or (spec.sample_every and done % spec.sample_every == 0):
                 self.validation.sample(done)
-            due = spec.save_every and done % spec.save_every == 0
-            if last or ended or due or (best and spec.keep_best is not False) or stopping:
+            elif due:
+                self.validation.sample_own(done)
+            if due or stopping:
                 self._save(cursor)
             if ended:
                 return ended

@@ -56,6 +56,7 @@ class Prepared:
     rendered: list[template.Row]
     audit: Audit | None = None
     day: date | None = None  # that the template saw
+    tools: tuple[formats.JSON, ...] = ()  # that the task's rows declare, if all of them declare the same ones
     reference: Any = None  # `reference.Reference`, once the base has been measured
 
     @property
@@ -239,6 +240,7 @@ def prepare(
         rendered=sides.rows[:RENDERED_ROWS_KEPT],
         audit=audit,
         day=recorded.day,
+        tools=asking.common_tools(train.usable),
     )
 
 
@@ -598,11 +600,11 @@ def write(run: Run, prepared: Prepared) -> None:
 @dataclass(frozen=True)
 class SamplePrompt:
     """``ids``: up to where the assistant answers. ``text``: the last message of the prompt. ``reference``:
-    the answer in the data."""
+    the answer in the data; None if the user wrote the prompt."""
 
     ids: list[int]
     text: str
-    reference: str
+    reference: str | None
 
 
 def prompts(examples: list[formats.Example], renderer: template.Renderer, count: int) -> list[SamplePrompt]:
@@ -611,6 +613,22 @@ def prompts(examples: list[formats.Example], renderer: template.Renderer, count:
     with_prompt = [example for example in examples if not isinstance(example, formats.Document)]
     count = min(count, len(with_prompt))
     return [_prompt(with_prompt[index * len(with_prompt) // count], renderer) for index in range(count)]
+
+
+def own_prompts(prepared: Prepared, texts: Sequence[str]) -> list[SamplePrompt]:
+    """``texts`` as the training rows ask, in a chat with the tools that they declare. Raises
+    TemplateError."""
+    kind = prepared.counts["asked_as"]
+    listed: list[SamplePrompt] = []
+    for text in texts:
+        question = asking.question([formats.Message("user", text)], kind, prepared.tools)
+        if isinstance(question, str):
+            ids = prepared.renderer.text_prompt(question)
+        else:
+            ids = prepared.renderer.prompt(question)
+            prepared.renderer.require_tools(question.tools, ids)
+        listed.append(SamplePrompt(ids, text, None))
+    return listed
 
 
 def _prompt(

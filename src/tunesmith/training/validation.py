@@ -20,7 +20,7 @@ from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import LOWER, RunConfig
 from tunesmith.tokens.batches import Cut, Group
 from tunesmith.training import instruments, preparation, reference
-from tunesmith.training.preparation import Prepared
+from tunesmith.training.preparation import Prepared, SamplePrompt
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,24 @@ class Validation:
         return best
 
     def sample(self, step: int) -> None:
-        """Greedy answers to prompts spread evenly over the validation rows."""
-        if not self.ranks.writes:
+        """Greedy answers to the user's own prompts, and to prompts spread evenly over the validation rows."""
+        spec = self.config.loop
+        rows = preparation.prompts(self.prepared.valid_examples, self.prepared.renderer, spec.samples)
+        self._answer(step, [*preparation.own_prompts(self.prepared, spec.prompts), *rows])
+
+    def sample_own(self, step: int) -> None:
+        """Greedy answers to the user's own prompts."""
+        self._answer(step, preparation.own_prompts(self.prepared, self.config.loop.prompts))
+
+    def _answer(self, step: int, prompts: Sequence[SamplePrompt]) -> None:
+        if not self.ranks.writes or not prompts:
             return
-        renderer, spec = self.prepared.renderer, self.config.loop
-        prompts = preparation.prompts(self.prepared.valid_examples, renderer, spec.samples)
-        if not prompts:
-            return
+        renderer = self.prepared.renderer
         self.net.eval()
         answers = generation.generate(
             self.net,
             [prompt.ids for prompt in prompts],
-            max_tokens=spec.sample_tokens,
+            max_tokens=self.config.loop.sample_tokens,
             eos_ids=renderer.eos_ids,
             on_done=events.ticker(self.emit, "sampling"),
         )
