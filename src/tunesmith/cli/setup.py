@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import tunesmith
-from tunesmith.cli.options import AsJson, Data, Model, Preset, print_json, progress
+from tunesmith.cli.options import AsJson, Data, Model, Preset, print_json, progress, say
 
 
 def init(
@@ -19,6 +19,17 @@ def init(
     schema: Annotated[
         bool, typer.Option("--schema", help="print the JSON schema of the settings, for editors")
     ] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="translate a file of settings of mlx-lm, axolotl, LLaMA-Factory, TRL or Toolset-Training",
+        ),
+    ] = None,
+    source_format: Annotated[
+        str | None, typer.Option("--from-format", help="whose file it is, if it is not recognised")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print an annotated configuration; `tunesmith init > run.yaml`."""
     from tunesmith.settings import config
@@ -26,6 +37,8 @@ def init(
     if presets:
         for name, path in sorted(config.presets().items()):
             typer.echo(f"{name}\t{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+    elif source is not None:
+        _translate(source, source_format, preset, model, data, as_json)
     elif schema:
         from tunesmith.machine import backend
 
@@ -34,7 +47,33 @@ def init(
 
         print_json(config.schema(RunConfig))
     else:
-        typer.echo(tunesmith.init(preset=preset, model=model, data=data or ()), nl=False)
+        text = tunesmith.init(preset=preset, model=model, data=data or (), source_format=source_format)
+        if as_json:
+            print_json({"yaml": text})
+        else:
+            typer.echo(text, nl=False)
+
+
+def _translate(
+    source: Path,
+    source_format: str | None,
+    preset: str | None,
+    model: str | None,
+    data: list[str] | None,
+    as_json: bool,
+) -> None:
+    """Print the settings of another program's file as ours, and on stderr what became of its keys."""
+    from tunesmith.machine import backend
+
+    backend.setup()
+    from tunesmith.runs.configure import translated
+
+    translation = translated(source, source_format=source_format, preset=preset, model=model, data=data or ())
+    if as_json:
+        print_json(translation.json())
+    else:
+        say(translation.yaml.removesuffix("\n"))
+        say(translation.summary, err=True)
 
 
 def doctor(

@@ -10,8 +10,10 @@ from typing import Any
 from tunesmith.data import folders
 from tunesmith.data.formats import JSON
 from tunesmith.data.mixing import MixSpec
+from tunesmith.errors import ConfigError
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import MANIFEST
+from tunesmith.runs.migration import Translation, translate
 from tunesmith.settings import config as settings
 from tunesmith.settings import origins
 from tunesmith.settings.config import Resolved, flat
@@ -116,12 +118,41 @@ def _inside(file: str, folders_given: Sequence[str]) -> str:
     return str(Path(file).relative_to(around[0])) if around else Path(file).name
 
 
-def init(*, preset: str | None = None, model: str | None = None, data: Sequence[str] = ()) -> str:
+def init(
+    *,
+    preset: str | None = None,
+    model: str | None = None,
+    data: Sequence[str] = (),
+    source: str | Path | None = None,
+    source_format: str | None = None,
+) -> str:
     """A complete configuration as YAML: each key with its meaning, default and range; required keys are
-    marked."""
+    marked. Or, with ``source``, the settings of another program's file as ours; ``source_format`` names the
+    program (by default it is recognised).
+
+    Raises ConfigError."""
+    if source is not None:
+        return translated(source, source_format=source_format, preset=preset, model=model, data=data).yaml
+    if source_format is not None:
+        raise ConfigError("needs a file", where="--from-format", hint="name it by --from FILE")
     values: dict[str, JSON] = {}
     if preset is not None:
         values |= flat(origins.plain(origins.read(settings.preset_file(preset), str)))
     values |= {"model.path": model} if model else {}
     values |= {"data.train": [*listed(data)]} if data else {}
     return settings.annotated(RunConfig, values)
+
+
+def translated(
+    source: str | Path,
+    *,
+    source_format: str | None = None,
+    preset: str | None = None,
+    model: str | None = None,
+    data: Sequence[str] = (),
+) -> Translation:
+    """The settings of another program's file. Raises ConfigError."""
+    if preset is not None:
+        hint = "a preset of tunesmith is a layer below: tunesmith train --preset NAME --config FILE"
+        raise ConfigError("--from and --preset exclude each other", where="--preset", hint=hint)
+    return translate(Path(source).expanduser(), program=source_format, model=model, data=listed(data))

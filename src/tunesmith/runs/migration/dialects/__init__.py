@@ -1,0 +1,1 @@
+"""Programs whose settings are read: one file a program."""
