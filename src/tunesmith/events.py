@@ -186,7 +186,8 @@ class Validated(Event):
     imitate, NaN if there are none.
 
     ``metrics``: those of the objective. ``best``: the best so far, by the metric that `LoopSpec.best` names.
-    """
+    ``adherence``: from 0 to 100, of answers to held-out prompts; None if none were asked.
+    ``adherence_seconds``: what these answers took, beside ``seconds``."""
 
     step: int
     loss: float
@@ -196,6 +197,8 @@ class Validated(Event):
     seconds: float
     best: bool
     metrics: dict[str, float] = field(default_factory=dict)
+    adherence: float | None = None
+    adherence_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from tunesmith.checks.calls import ReferenceAnswer, references, score
 from tunesmith.checks.parsers import parse
 from tunesmith.data import formats
 from tunesmith.data.formats import Call, Conversation, Message
 from tunesmith.demo import data as demo_data
 from tunesmith.demo.data import FAULTS, INVENTED, TOOLS, generate
 from tunesmith.errors import DataError
-from tunesmith.evaluation.tasks.tool_calls import ReferenceAnswer, references, score
 
 SEEDS = (0, 1, 2, 1234567)
 

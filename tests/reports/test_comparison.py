@@ -17,11 +17,12 @@ import pytest
 import yaml
 
 from tunesmith import events
+from tunesmith.checks.calls import CHECKS
 from tunesmith.errors import ConfigError, DataError, EvaluationError
 from tunesmith.evaluation import pairing as paired
 from tunesmith.evaluation.statistics import Statistic, TaskStatistics, judge, summarise
 from tunesmith.evaluation.tasks import EvaluationSpec, about, perplexity, preference
-from tunesmith.evaluation.tasks.tool_calls import CHECKS, ToolCalls
+from tunesmith.evaluation.tasks.tool_calls import ToolCalls
 from tunesmith.reports import verbs
 from tunesmith.reports.comparison import RunComparison, lead
 from tunesmith.reports.comparison_page import MACHINE, PAGE, TEXT

@@ -154,6 +154,8 @@ def _step_skipped(event: events.StepSkipped) -> str:
 def _validated(event: events.Validated) -> str:
     text = f"validation at step {event.step:,}: loss {event.loss:.4f} · perplexity {event.perplexity:.4g}"
     text += "".join(f" · {name} {value}" for name, value in _shown_metrics(event.metrics).items())
+    if event.adherence is not None:
+        text += f" · adherence {event.adherence:.1f} ({duration(event.adherence_seconds)})"
     tokens = "" if event.metrics else f", {event.units:,.0f} learned tokens"
     text += f" · {event.rows:,} rows{tokens} in {duration(event.seconds)}"
     return text + (" · best so far" if event.best else "")

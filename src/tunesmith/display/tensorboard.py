@@ -76,7 +76,10 @@ class Board:
 
     @write.register
     def _validated(self, event: events.Validated) -> None:
-        self._numbers(event, "valid", {"loss": event.loss, "perplexity": event.perplexity} | event.metrics)
+        numbers = {"loss": event.loss, "perplexity": event.perplexity} | event.metrics
+        if event.adherence is not None:
+            numbers["adherence"] = event.adherence
+        self._numbers(event, "valid", numbers)
 
     @write.register
     def _instruments(self, event: events.Instruments) -> None:

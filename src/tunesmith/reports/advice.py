@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tunesmith.checks.calls import NO_CALL
 from tunesmith.display import words
 from tunesmith.evaluation.tasks import about
-from tunesmith.evaluation.tasks.tool_calls import NO_CALL
 from tunesmith.reports.facts import Facts
 from tunesmith.reports.measures import Measure, alone, elsewhere, interval, missed, title
 from tunesmith.reports.verdict import Judgement, answers, counting, evaluated, leading

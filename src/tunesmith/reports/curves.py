@@ -60,6 +60,11 @@ def _losses(
         perplexity.insert(0, Line(f"training, {over}", places, [math.exp(min(mean, 700)) for mean in means]))
     yield charts.lines("Loss", loss, y=unit, marks=marks)
     yield charts.lines("Perplexity", perplexity, log=_wide(perplexity))
+    scored = [(event.step, event.adherence) for event in validations if event.adherence is not None]
+    if scored:
+        steps_scored, scores = zip(*scored, strict=True)
+        line = Line("held-out prompts", list(steps_scored), list(scores), "marks", 1)
+        yield charts.lines("Adherence to the references", [line], y="0 to 100")
 
 
 def _mixed_line(steps: Sequence[events.StepDone], window: int) -> list[Line]:

@@ -129,6 +129,7 @@ class Times:
     training_s: float = 0.0
     validating_s: float = 0.0
     saving_s: float = 0.0
+    scoring_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -453,6 +454,7 @@ def _times(log: Sequence[events.Event], ended: events.RunEnded | None) -> Times:
         sum(event.seconds for event in only(log, events.StepDone)),
         sum(event.seconds for event in only(log, events.Validated)),
         sum(event.seconds for event in only(log, events.Saved)),
+        sum(event.adherence_seconds for event in only(log, events.Validated)),
     )
 
 

@@ -95,6 +95,9 @@ def _course(facts: Facts) -> Iterator[ReportSection]:
             (event.step, event.loss, event.perplexity, event.rows, round(event.units), "yes" * event.best)
             for event in facts.validation
         ]
+        if any(event.adherence is not None for event in facts.validation):
+            head = (*head, "adherence")
+            rows = [(*row, event.adherence) for row, event in zip(rows, facts.validation, strict=True)]
         yield ReportSection("Validation", table(head, rows))
         metrics = [(event.step, event.metrics) for event in facts.validation]
         yield from _metrics("Good against bad, on held-out rows", "step", metrics)
@@ -278,6 +281,7 @@ def costs(facts: Facts) -> Iterator[tuple[str, str | int]]:
         "whole run": facts.time.seconds,
         "updates": facts.time.training_s,
         "validation": facts.time.validating_s,
+        "answers scored at validations": facts.time.scoring_s or None,
         "saving": facts.time.saving_s,
     }
     yield from ((name, duration(seconds)) for name, seconds in times.items() if seconds is not None)

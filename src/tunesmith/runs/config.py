@@ -24,6 +24,8 @@ SKIPS_BEFORE_STOP = 3
 """Training stops after so many updates in a row whose loss or gradient is not finite."""
 MOST_STEPS = 1_000_000
 """Updates of a run. At ten a second they take more than a day; more is a slip of the finger."""
+ADHERENCE_PROMPTS = 16
+"""Held-out prompts by which adherence is scored if no number is given."""
 LOWER = frozenset(
     {"loss", "perplexity", "kl", "kl_error"}
     | {f"{prefix}_{side}" for prefix in ("reward", "logp") for side in ("undesirable", "rejected")}
@@ -51,7 +53,14 @@ class LoopSpec(Spec):
     )
     best: str = Field(
         default="loss",
-        description="what decides the best: loss, perplexity, or a metric of the objective (margin, …)",
+        description="what decides the best: loss, perplexity, adherence, or a metric of the objective "
+        "(margin, …)",
+    )
+    adherence_prompts: int | None = Field(
+        default=None,
+        ge=0,
+        description=f"held-out prompts answered at each validation to score adherence to their references; "
+        f"null: {ADHERENCE_PROMPTS} if best is adherence, else none",
     )
     early_stop: int | None = Field(
         default=None, ge=1, description="stop after so many validations without a new best"
@@ -98,6 +107,13 @@ class LoopSpec(Spec):
         default=False, description="also write TensorBoard files (needs the tensorboard extra)"
     )
 
+    @property
+    def scored_prompts(self) -> int:
+        """How many held-out prompts are answered at each validation."""
+        if self.adherence_prompts is not None:
+            return self.adherence_prompts
+        return ADHERENCE_PROMPTS if self.best == "adherence" else 0
+
 
 class RunConfig(Spec):
     """Everything that decides a run."""
@@ -125,8 +141,12 @@ class RunConfig(Spec):
                 raise ValueError("loop.best needs validation rows, and data.valid is 0")
         if self.loop.early_stop is not None and self.loop.validate_every == 0:
             raise ValueError("loop.early_stop needs loop.validate_every above 0")
-        if self.loop.best not in (names := ("loss", "perplexity", *self.objective.watched)):
+        if self.loop.best not in (names := ("loss", "perplexity", "adherence", *self.objective.watched)):
             raise ValueError(f"loop.best is {self.loop.best}; {self.objective.kind} has {', '.join(names)}")
+        if self.loop.best == "adherence" and self.loop.adherence_prompts == 0:
+            raise ValueError("loop.best is adherence, and loop.adherence_prompts is 0")
+        if self.loop.adherence_prompts and self.data.valid in (0, ()):
+            raise ValueError("loop.adherence_prompts needs validation rows, and data.valid is 0")
         if self.template.prompt_weight and not self.objective.learns_prompts:
             raise ValueError(
                 f"template.prompt_weight is for sft: {self.objective.kind} compares answers, not prompts"

@@ -16,6 +16,7 @@ from tunesmith.auditing import survey
 from tunesmith.auditing.findings import Audit
 from tunesmith.auditing.rules import contamination
 from tunesmith.auditing.views import Context
+from tunesmith.checks.calls import ReferenceAnswer, references
 from tunesmith.data import asking, formats, mixing
 from tunesmith.data.examples import REASONING_BESIDE
 from tunesmith.data.sources import files as files_of
@@ -613,6 +614,32 @@ def prompts(examples: list[formats.Example], renderer: template.Renderer, count:
     with_prompt = [example for example in examples if not isinstance(example, formats.Document)]
     count = min(count, len(with_prompt))
     return [_prompt(with_prompt[index * len(with_prompt) // count], renderer) for index in range(count)]
+
+
+class ScoredPrompt(NamedTuple):
+    """A held-out prompt and the answer that it is scored by."""
+
+    ids: list[int]
+    reference: ReferenceAnswer
+
+
+def scored_prompts(
+    examples: list[formats.Example], renderer: template.Renderer, count: int
+) -> list[ScoredPrompt]:
+    """Up to ``count`` of the last answers of ``examples``, spread evenly over those that can be measured
+    against: `calls.references`."""
+    answers = [answer for answer in map(references, examples) if answer is not None]
+    count = min(count, len(answers))
+    chosen = [answers[index * len(answers) // count] for index in range(count)]
+    return [
+        ScoredPrompt(
+            renderer.text_prompt(answer.prompt)
+            if isinstance(answer.prompt, str)
+            else renderer.prompt(answer.prompt),
+            answer,
+        )
+        for answer in chosen
+    ]
 
 
 def own_prompts(prepared: Prepared, texts: Sequence[str]) -> list[SamplePrompt]:

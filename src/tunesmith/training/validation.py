@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from tunesmith import events
+from tunesmith.checks.adherence import adherence
 from tunesmith.engine import generation, scoring
 from tunesmith.errors import ConfigError
 from tunesmith.events import Sink
@@ -69,11 +71,40 @@ class Validation:
         loss = float(losses.sum()) / units
         self.emit(instruments.held_out_losses(cursor.step, valid, losses, units_each))
         perplexity = self._perplexity(logps)
-        values = {"loss": loss} | ({} if perplexity is None else {"perplexity": perplexity}) | metrics
-        best = self._best(values, cursor)
         seconds = time.perf_counter() - start
-        shown = math.nan if perplexity is None else perplexity
-        return events.Validated(cursor.step, loss, shown, units, len(valid), seconds, best, metrics)
+        adhering = self._adherence()
+        measured = {"perplexity": perplexity, "adherence": adhering}
+        values = {"loss": loss} | {name: value for name, value in measured.items() if value is not None}
+        best = self._best(values | metrics, cursor)
+        return events.Validated(
+            cursor.step,
+            loss,
+            math.nan if perplexity is None else perplexity,
+            units,
+            len(valid),
+            seconds,
+            best,
+            metrics,
+            adhering,
+            0.0 if adhering is None else time.perf_counter() - start - seconds,
+        )
+
+    def _adherence(self) -> float | None:
+        """Mean `checks.adherence` of greedy answers to a few held-out prompts, which the first rank gives;
+        None if none are asked, or the rows have no answer to measure against."""
+        spec, renderer = self.config.loop, self.prepared.renderer
+        if not spec.scored_prompts:
+            return None
+        prompts = preparation.scored_prompts(self.prepared.valid_examples, renderer, spec.scored_prompts)
+        if not prompts:
+            return None
+        mean = 0.0
+        if self.ranks.writes:
+            answers = self._answers([prompt.ids for prompt in prompts], "scoring adherence")
+            mean = statistics.fmean(
+                adherence(answer, prompt.reference) for prompt, answer in zip(prompts, answers, strict=True)
+            )
+        return float(self.ranks.total_float(np.array([mean]))[0])
 
     def _perplexity(self, logps: np.ndarray) -> float | None:
         """Of the sequences that the objective imitates, or None if they have no learned token."""
@@ -88,7 +119,7 @@ class Validation:
         value = values.get(name)
         if value is None:
             message = f"loop.best is {name}, and the held-out rows do not give it"
-            hint = "it may need rows of both kinds, or more of them; loss is always there"
+            hint = "it may need rows of both kinds, or with answers; loss is always there"
             raise ConfigError(message, where="loop.best", hint=hint)
         before = cursor.best_value
         best = math.isfinite(value) and (
@@ -113,14 +144,19 @@ class Validation:
     def _answer(self, step: int, prompts: Sequence[SamplePrompt]) -> None:
         if not self.ranks.writes or not prompts:
             return
+        answers = self._answers([prompt.ids for prompt in prompts], "sampling")
+        for prompt, answer in zip(prompts, answers, strict=True):
+            self.emit(events.Sampled(step, prompt.text, answer, prompt.reference))
+
+    def _answers(self, prompts: Sequence[Sequence[int]], label: str) -> list[str]:
+        """Greedy answers as texts."""
         renderer = self.prepared.renderer
         self.net.eval()
         answers = generation.generate(
             self.net,
-            [prompt.ids for prompt in prompts],
+            prompts,
             max_tokens=self.config.loop.sample_tokens,
             eos_ids=renderer.eos_ids,
-            on_done=events.ticker(self.emit, "sampling"),
+            on_done=events.ticker(self.emit, label),
         )
-        for prompt, answer in zip(prompts, answers, strict=True):
-            self.emit(events.Sampled(step, prompt.text, renderer.answer(answer.ids), prompt.reference))
+        return [renderer.answer(answer.ids) for answer in answers]

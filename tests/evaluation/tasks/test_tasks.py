@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from tunesmith.checks.calls import CHECKS as ALL_CHECKS
+from tunesmith.checks.calls import ReferenceAnswer, asked, references, score
 from tunesmith.checks.parsers import ParsedCall, parse, same_json
 from tunesmith.data import formats
 from tunesmith.data.formats import Call, Completion, Conversation, Document, Judged, Message, Preference
@@ -22,8 +24,7 @@ from tunesmith.evaluation.subject import Said, Subject
 from tunesmith.evaluation.tasks import EvaluationSpec, Material, adherence, tool_calls
 from tunesmith.evaluation.tasks import perplexity as perplexities
 from tunesmith.evaluation.tasks.perplexity import Perplexity, RowLoss
-from tunesmith.evaluation.tasks.tool_calls import CHECKS as ALL_CHECKS
-from tunesmith.evaluation.tasks.tool_calls import ReferenceAnswer, ToolCalls, asked, references, score
+from tunesmith.evaluation.tasks.tool_calls import ToolCalls
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.model import loading as model
 from tunesmith.tokens import renderers, template

@@ -24,6 +24,7 @@ from functools import lru_cache, partial
 from typing import NamedTuple, cast
 
 from tunesmith.checks import content, similarity
+from tunesmith.checks.calls import ReferenceAnswer, asked_last, references
 from tunesmith.checks.constraints import Constraint, declared, inferred
 from tunesmith.checks.parsers import one_form
 from tunesmith.checks.refusals import refuses
@@ -33,7 +34,7 @@ from tunesmith.errors import DataError, EvaluationError, listing
 from tunesmith.evaluation.statistics import Statistic
 from tunesmith.evaluation.subject import Prompt, Said, Subject
 from tunesmith.evaluation.tasks import Material, Meaning, Task, digest, register
-from tunesmith.evaluation.tasks.tool_calls import ReferenceAnswer, Written, asked_last, references, written
+from tunesmith.evaluation.tasks.tool_calls import Written, written
 from tunesmith.events import Notice, Sink
 from tunesmith.runs.records import ExampleScore
 from tunesmith.tokens.template import Renderer
