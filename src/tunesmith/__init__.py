@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tunesmith.runs.talk import chat, generate
     from tunesmith.serving.tally import votes
     from tunesmith.serving.verb import serve
+    from tunesmith.sweeps.verb import sweep
 
 __all__ = [
     "audit",
@@ -49,6 +50,7 @@ __all__ = [
     "report",
     "serve",
     "show",
+    "sweep",
     "tag",
     "train",
     "votes",
@@ -74,6 +76,7 @@ VERBS = {
     "report": "tunesmith.reports.verbs",
     "serve": "tunesmith.serving.verb",
     "show": "tunesmith.preflight.show",
+    "sweep": "tunesmith.sweeps.verb",
     "tag": "tunesmith.runs.registry",
     "train": "tunesmith.reports.verbs",
     "votes": "tunesmith.serving.tally",

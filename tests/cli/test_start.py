@@ -49,6 +49,7 @@ VERBS = {
     "report run": SETTINGS | REPORT | CARD,
     "compare run other": SETTINGS | {"jinja2"},
     "compose run=1 other=-1 --out mixed": SETTINGS | MODEL | REPORT,
+    "sweep sweep.yaml --dry-run": SETTINGS | MODEL,
     "generate model --prompt hello --max-tokens 2": SETTINGS | MODEL,
     "chat run": SETTINGS | MODEL,
     "tag run tool:1": {"rich"},
@@ -101,6 +102,7 @@ def place(tmp_path_factory) -> Place:
     tiny.write_llama(folder / "model")
     tiny.write_rows(folder / "rows.jsonl", tiny.conversations(40))
     (folder / "votes.jsonl").touch()
+    (folder / "sweep.yaml").write_text("base: {model: model, data: rows.jsonl}\nseeds: [0]\n")
     package = folder / "site" / "torch"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('torch was imported')\n")

@@ -12,7 +12,18 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli import data, evaluation, exporting, register, serving, setup, talking, training, voting
+from tunesmith.cli import (
+    data,
+    evaluation,
+    exporting,
+    register,
+    serving,
+    setup,
+    sweeping,
+    talking,
+    training,
+    voting,
+)
 from tunesmith.display.text import escaped
 from tunesmith.errors import TunesmithError
 from tunesmith.machine import imports
@@ -33,6 +44,7 @@ for verb in (
     data.audit,
     training.train,
     training.watch,
+    sweeping.sweep,
     evaluation.evaluate,
     evaluation.compare,
     evaluation.compose,

@@ -326,7 +326,7 @@ def read(run_dir: Path, log: Sequence[events.Event]) -> Facts:
         notices=tuple(_notices([*log, *unread])),
         unread=tuple(unread),
         dropped=_dropped(run_dir / DROPPED),
-        checkpoints=_checkpoints(run_dir),
+        checkpoints=checkpoints(run_dir),
         origins={key: origin for key, origin in given(run_dir).items() if not origin.startswith("default")},
         settings=settings(run_dir),
         manifest=manifest,
@@ -572,7 +572,7 @@ def _dropped(path: Path) -> DroppedRows:
     return DroppedRows(dict(sorted(Counter(row.reason for row in rows).items())), tuple(rows[:SHOWN]))
 
 
-def _checkpoints(run_dir: Path) -> CheckpointIndex | None:
+def checkpoints(run_dir: Path) -> CheckpointIndex | None:
     return _load(run_dir / INDEX, CheckpointIndex, REMOVE)
 
 

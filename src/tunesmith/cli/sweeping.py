@@ -1,0 +1,79 @@
+"""``sweep``: many runs from one file, and one comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tunesmith
+from tunesmith.cli.options import AsJson, Config, Data, Model, Preset, Set, print_json, progress, say
+
+File = Annotated[str, typer.Argument(help="YAML file, or a ready-made sweep: rank, lora-vs-full, seeds, …")]
+
+
+def sweep(
+    file: File,
+    config: Config = None,
+    preset: Preset = None,
+    model: Model = None,
+    data: Data = None,
+    sets: Set = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the sweep (default: runs/NAME)")] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="processes at a time, if memory allows (default: the file's)")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials, train nothing")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the trials of a file and compare them; the same command goes on after an interruption."""
+    if dry_run:
+        _list(file, config, preset, model, data, sets, as_json)
+        return
+    with progress("; finished trials are kept, and the same command goes on") as notify:
+        report = tunesmith.sweep(
+            file,
+            config=config or (),
+            preset=preset,
+            model=model,
+            data=data or (),
+            sets=sets or (),
+            out=out,
+            parallel=parallel,
+            notify=notify,
+        )
+    if as_json:
+        print_json(report.outcome.to_json())
+        return
+    from rich.console import Console
+
+    from tunesmith.sweeps import screen
+
+    screen.render(report.outcome, Console())
+    say("\n".join(report.lines))
+    say(f"page: {report.page}")
+
+
+def _list(
+    file: str,
+    config: list[Path] | None,
+    preset: str | None,
+    model: str | None,
+    data: list[str] | None,
+    sets: list[str] | None,
+    as_json: bool,
+) -> None:
+    """The trials with the command of each."""
+    from tunesmith.sweeps import trials, verb
+
+    asked = verb.request(
+        file, config=config or (), preset=preset, model=model, data=data or (), sets=sets or ()
+    )
+    commands = {trial.name: trials.command(trial) for trial in asked.plan.trials}
+    if as_json:
+        print_json(commands)
+        return
+    from tunesmith.sweeps import screen
+
+    say("\n".join(screen.planned(commands)))

@@ -1,0 +1,153 @@
+"""A sweep as one HTML page that needs no network: the metric against each key and against cost, the paired
+differences, and the settings."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from tunesmith.display import charts, page, words
+from tunesmith.display.console import duration, size
+from tunesmith.sweeps.outcome import KeyResult, Outcome
+from tunesmith.sweeps.screen import NONE, cells
+
+PAGE = "sweep.html"
+VERB = "sweep"
+STYLES = {"finished": "", "stopped": "stopped by racing", "failed": "failed", "unfinished": "not finished"}
+
+
+class ShownSetting(NamedTuple):
+    """A line of the table. ``changes``: one line. ``state``: "" if it is finished."""
+
+    label: str
+    changes: str
+    cells: tuple[str, ...]
+    state: str
+    seeds: int
+    spread: str
+    notes: tuple[str, ...]
+    chosen: bool
+
+
+def check(folder: Path) -> None:
+    """Raises ConfigError if ``folder`` has a file of this name that tunesmith did not write."""
+    page.check(folder / PAGE, VERB)
+
+
+def write(outcome: Outcome, folder: Path, command: list[str]) -> Path:
+    """Write the page into ``folder``. command: what makes it again."""
+    path = folder / PAGE
+    page.write(html(outcome, command), path, VERB)
+    return path
+
+
+def html(outcome: Outcome, command: list[str]) -> str:
+    """The whole page. The same outcome gives the same letters."""
+    decided = outcome.choice is not None
+    return page.render(
+        "sweep.html",
+        {},
+        package="tunesmith.sweeps",
+        verb=VERB,
+        tone="good" if decided else "note",
+        filters={"number": words.number, "cut": words.cut},
+        facts={
+            "sweep": outcome,
+            "settings": [_shown(outcome, place) for place in range(len(outcome.settings))],
+            "forest": charts.forest(list(_differences(outcome)), head="less the best"),
+            "by_key": [_by_key(outcome, key) for key in outcome.keys],
+            "by_cost": list(_by_cost(outcome)),
+            "command": shlex.join(command),
+        },
+    )
+
+
+def _shown(outcome: Outcome, place: int) -> ShownSetting:
+    setting = outcome.settings[place]
+    changes = ", ".join(f"{key}={json.dumps(value)}" for key, value in setting.changes.items())
+    spread = NONE if setting.spread is None else f"{setting.spread:.3g}"
+    return ShownSetting(
+        setting.label,
+        changes or "as the base",
+        cells(setting),
+        STYLES[setting.state],
+        setting.seeds,
+        spread,
+        setting.notes,
+        place == outcome.choice,
+    )
+
+
+def _differences(outcome: Outcome) -> Iterator[charts.Difference]:
+    """Each setting against the best, right of the line if it is better."""
+    sign = -1.0 if outcome.metric.better_if_lower else 1.0
+    for setting in outcome.settings:
+        behind = setting.behind
+        if behind is None:
+            continue
+        ends = behind.interval
+        low, high = sorted(sign * end for end in ends) if ends else (None, None)
+        p = NONE if behind.p_corrected is None else f"{behind.p_corrected:.2g}"
+        verdict = "regressed" if setting.worse else "no difference shown"
+        interval = f" [{min(ends):.3g}, {max(ends):.3g}]" if ends else ""
+        about = "worse" if setting.worse else "no difference shown"
+        told = f"{behind.value:+.3g}{interval}, p {p}"
+        yield charts.Difference(
+            setting.label, about, sign * behind.value, low, high, told, verdict, outcome.metric.name
+        )
+
+
+def _by_key(outcome: Outcome, key: KeyResult) -> Markup:
+    """The mean of each value of a key: a line over numbers, else bars."""
+    known = [(level, mean) for level, mean in key.levels if mean is not None]
+    note = key.note or ("matters" if key.matters else "no difference shown")
+    numbers = [_as_number(level) for level, _ in known]
+    if len(known) > 1 and None not in numbers:
+        points = sorted(
+            (number, mean) for number, (_, mean) in zip(numbers, known, strict=True) if number is not None
+        )
+        line = charts.Line("mean", [x for x, _ in points], [y for _, y in points], "marks")
+        return charts.lines(f"By {key.key}", [line], x=key.key, y=outcome.metric.name, note=note)
+    drawn = charts.bars([(level, mean, f"{mean:.4g}") for level, mean in known])
+    below = Markup('<p class="soft">{}</p>').format(note)
+    return charts.card(f"By {key.key}", drawn + below, outcome.metric.name)
+
+
+def _as_number(level: str) -> float | None:
+    try:
+        return float(level)
+    except ValueError:
+        return None
+
+
+def _by_cost(outcome: Outcome) -> Iterator[Markup]:
+    """The metric against trained weights, memory and time: each setting is one point."""
+    measured = [
+        (setting.label, setting.cost, setting.value)
+        for setting in outcome.settings
+        if setting.cost is not None and setting.value is not None
+    ]
+    axes = {
+        "trained weights": [float(cost.trainable) for _, cost, _ in measured],
+        "memory, bytes": [float(cost.memory_bytes) for _, cost, _ in measured],
+        "seconds of updates": [cost.seconds for _, cost, _ in measured],
+    }
+    for title, costs in axes.items():
+        points = sorted((cost, value, label) for cost, (label, _, value) in zip(costs, measured, strict=True))
+        if len(set(costs)) > 1:
+            line = charts.Line(
+                outcome.metric.name, [x for x, _, _ in points], [y for _, y, _ in points], "marks"
+            )
+            note = " · ".join(f"{label}: {_amount(title, x)}" for x, _, label in points)
+            yield charts.lines(f"By {title}", [line], x=title, y=outcome.metric.name, note=note)
+
+
+def _amount(title: str, value: float) -> str:
+    if title.startswith("memory"):
+        return size(value)
+    return duration(value) if title.startswith("seconds") else f"{value:,.0f}"

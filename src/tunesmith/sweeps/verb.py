@@ -1,0 +1,139 @@
+"""The verb ``sweep``: from its file to one page."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith import events
+from tunesmith.errors import ConfigError, TrainingError
+from tunesmith.events import Notice, Sink
+from tunesmith.runs.configure import listed
+from tunesmith.settings.config import EXAMPLE
+from tunesmith.settings.origins import parse, plain
+from tunesmith.sweeps import ledger, measured, outcome, page, spec, trials
+from tunesmith.sweeps.execution import Execution
+from tunesmith.sweeps.outcome import Outcome
+from tunesmith.sweeps.spec import BaseSpec, SweepSpec
+from tunesmith.sweeps.trials import Plan
+
+FOLDER = "runs"
+"""Where sweeps are made, so that ``tunesmith runs`` lists their trials."""
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """A sweep that was run. ``folder``: with ``sweep.json``, ``sweep.html`` and the trials."""
+
+    folder: Path
+    outcome: Outcome
+
+    @property
+    def page(self) -> Path:
+        return self.folder / page.PAGE
+
+    @property
+    def lines(self) -> list[str]:
+        """The verdict, then what explains it."""
+        return [self.outcome.verdict, *self.outcome.lines]
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """A sweep as it was asked for. ``file``: which was read. ``base``: with the options over the file's."""
+
+    file: Path
+    folder: Path
+    spec: SweepSpec
+    base: BaseSpec
+    plan: Plan
+
+
+def request(
+    file: str | Path,
+    *,
+    out: str | Path | None = None,
+    preset: str | None = None,
+    config: Sequence[str | Path] = (),
+    model: str | None = None,
+    data: Sequence[str] = (),
+    sets: Sequence[str] = (),
+) -> SweepRequest:
+    """Read and check everything, and train nothing. Raises ConfigError."""
+    path = spec.find(file)
+    asked = spec.read(path)
+    name = asked.name or path.stem
+    base = asked.base.model_copy(
+        update={
+            "config": (*asked.base.config, *listed(config)),
+            "settings": {**asked.base.settings, **dict(map(_assigned, sets))},
+            **({} if preset is None else {"preset": preset}),
+            **({} if model is None else {"model": model}),
+            **({"data": tuple(listed(data))} if data else {}),
+        }
+    )
+    measured.metric(asked)
+    plan = trials.expand(asked, base, str(file), os.environ)
+    folder = Path(FOLDER) / name if out is None else Path(out)
+    return SweepRequest(path, folder, asked.model_copy(update={"name": name}), base, plan)
+
+
+def _assigned(text: str) -> tuple[str, object]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise ConfigError(f'must be key=value, not "{text}"', where="--set", hint=f"for example {EXAMPLE}")
+    return key.strip(), plain(parse(value, lambda line: "--set"))
+
+
+def sweep(
+    file: str | Path,
+    *,
+    out: str | Path | None = None,
+    preset: str | None = None,
+    config: Sequence[str | Path] = (),
+    model: str | None = None,
+    data: Sequence[str] = (),
+    sets: Sequence[str] = (),
+    parallel: int | None = None,
+    notify: Sink = events.silent,
+) -> SweepReport:
+    """Train every trial of ``file`` (a YAML file, or the name of a ready-made sweep), compare them, and write
+    ``sweep.html``. Called again with the same settings it goes on where it stopped.
+
+    out: folder of the sweep (default ``runs/NAME``). preset, config, model, data, sets: as for `configure`,
+    over the base that the file names. parallel: processes at a time, instead of the file's. Raises
+    ConfigError if the sweep was begun with other settings, TrainingError if no trial could be trained."""
+    asked = request(file, out=out, preset=preset, config=config, model=model, data=data, sets=sets)
+    folder = asked.folder
+    page.check(folder)
+    book, plan = ledger.opened(folder, asked.spec, asked.plan, asked.file)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = trials.frozen_base(asked.base, folder)
+    for trial in plan.trials:
+        entry = book.entry(trial.name)
+        if entry.state == "waiting":
+            entry.words = list(trials.words(base, plan.settings[trial.setting].changes, trial.seed))
+    for text in plan.notes:
+        notify(Notice(text))
+    book.write(folder)
+    try:
+        Execution(folder, asked.spec, plan, book, parallel or asked.spec.parallel, notify).run()
+    finally:
+        report = _concluded(asked, plan, book)
+    if report.outcome.best is None:
+        reasons = "; ".join(dict.fromkeys(entry.reason for entry in book.trials if entry.reason))
+        hint = f"what the trials said is in {folder / trials.LOGS}"
+        raise TrainingError(f"no trial could be trained: {reasons}", where=str(folder), hint=hint)
+    return report
+
+
+def _concluded(asked: SweepRequest, plan: Plan, book: ledger.Ledger) -> SweepReport:
+    """Compare what has ended, and write it down."""
+    name = asked.spec.name or asked.folder.name
+    result = outcome.outcome(name, asked.folder, plan, book, measured.metric(asked.spec))
+    book.results = result.to_json()
+    book.write(asked.folder)
+    page.write(result, asked.folder, ["tunesmith", "sweep", str(asked.file), "--out", str(asked.folder)])
+    return SweepReport(asked.folder, result)

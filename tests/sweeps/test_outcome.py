@@ -1,0 +1,151 @@
+"""What a sweep says of planted results: trials that were never trained, with logs as training writes them."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tunesmith import events
+from tunesmith.sweeps import outcome, page
+from tunesmith.sweeps.contrasts import SweptKey
+from tunesmith.sweeps.ledger import GENERATOR, Ledger, TrialEntry
+from tunesmith.sweeps.measured import Metric
+from tunesmith.sweeps.trials import Plan, Setting, Trial
+
+LOSS = Metric("held-out loss", "", True)
+RANKS, RATES = (8, 16, 32), (1e-4, 2e-4)
+ROWS = 80
+
+
+def planted(
+    folder: Path,
+    effects: dict[tuple[int, float], float],
+    *,
+    seeds: int = 2,
+    memory: dict[int, int] | None = None,
+    states: dict[str, str] | None = None,
+) -> outcome.Outcome:
+    """The outcome of a grid of ranks and rates whose settings differ by ``effects``."""
+    random = np.random.default_rng(8)
+    hard = random.gamma(2.0, 0.5, ROWS)
+    settings, trials, entries = [], [], []
+    for number, (rank, rate) in enumerate(product(RANKS, RATES)):
+        label = f"rank={rank}, rate={rate:g}"
+        settings.append(Setting(label, {"rank": rank, "rate": rate}))
+        for seed in range(seeds):
+            name = f"{number}-{seed}"
+            values = hard + effects.get((rank, rate), 0.0) + random.normal(0, 0.1, ROWS)
+            write_run(folder / "trials" / name, values, rank * 100, (memory or {}).get(rank, 1_000_000))
+            state = (states or {}).get(label, "finished")
+            trials.append(Trial(name, number, seed, {}, ()))
+            entries.append(
+                TrialEntry(name, label, seed, [], {}, state, "" if state == "finished" else "it fell")
+            )
+    keys = (SweptKey("rank", RANKS, (0, 0, 1, 1, 2, 2)), SweptKey("rate", RATES, (0, 1, 0, 1, 0, 1)))
+    plan = Plan(tuple(settings), tuple(range(seeds)), keys, tuple(trials))
+    return outcome.outcome("planted", folder, plan, Ledger(GENERATOR, 0.0, {}, entries), LOSS)
+
+
+def write_run(run_dir: Path, values: np.ndarray, trainable: int, memory: int) -> None:
+    rows = {f"rows.jsonl:{number}": float(value) for number, value in enumerate(values)}
+    log = [
+        events.RunStarted(str(run_dir), 4, trainable, 10_000, {}),
+        events.Validated(0, 9.0, 9.0, 9.0, ROWS, 1.0, True),
+        events.StepDone(4, 1.0, 1.0, 1.0, 10, 1e-4, 1.0, False, 2.0, {"resident": memory}),
+        events.HeldOutLosses(4, rows, dict.fromkeys(rows, 5.0)),
+        events.Validated(4, float(values.mean()), 1.0, 9.0, ROWS, 1.0, True),
+    ]
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "events.jsonl").write_text("".join(events.to_json(event) + "\n" for event in log))
+    index = {"last": 4, "best": 4, "kept": [4], "metric": "validation loss", "best_value": 1.0}
+    (run_dir / "checkpoints" / "index.json").write_text(json.dumps(index))
+
+
+def test_the_only_key_that_matters_is_named_and_the_smaller_of_the_rest_is_taken(tmp_path):
+    result = planted(tmp_path, {(rank, 1e-4): 0.3 for rank in RANKS})
+    matter = {key.key: key.matters for key in result.keys}
+    assert matter == {"rank": False, "rate": True}
+    assert any(line.startswith("rate matters: 0.0002 is better than 0.0001 by 0.") for line in result.lines)
+    assert "rank: no difference shown" in result.lines
+    assert result.choice == 1  # the smallest rank at the better rate
+    assert "rank=8, rate=0.0002" in result.verdict
+    assert [setting.worse for setting in result.settings] == [True, False] * 3
+
+
+def test_where_nothing_matters_the_smaller_is_taken(tmp_path):
+    result = planted(tmp_path, {})
+    assert result.verdict.startswith("no difference shown between 6 settings")
+    assert result.verdict.endswith("take the smaller, rank=8, rate=0.0001") and result.choice == 0
+    assert not any(setting.worse for setting in result.settings)
+    assert (
+        any("is worse than" in line and line.endswith("(95 %)") for line in result.lines) or result.best == 0
+    )
+
+
+def test_what_is_larger_is_taken_if_it_is_shown_to_be_better(tmp_path):
+    result = planted(tmp_path, {(rank, rate): -0.01 * rank for rank in RANKS for rate in RATES})
+    assert result.choice in (4, 5) and {key.key for key in result.keys if key.matters} == {"rank"}
+
+
+def test_among_equal_weights_less_memory_decides_and_five_percent_is_none(tmp_path):
+    settings = [
+        outcome.SettingResult(label, {}, 1, "finished", 1.0, cost=outcome.Cost(10, memory_bytes, seconds))
+        for label, memory_bytes, seconds in [
+            ("a", 104, 9.0),
+            ("b", 100, 5.0),
+            ("c", 120, 1.0),
+            ("d", 102, 5.1),
+        ]
+    ]
+    assert outcome._cheapest(settings, [0, 1, 2, 3], [], [], 0) == 1
+
+
+def test_trials_that_failed_are_listed_and_not_compared(tmp_path):
+    result = planted(
+        tmp_path, {}, states={"rank=8, rate=0.0001": "failed", "rank=16, rate=0.0001": "stopped"}
+    )
+    assert [setting.state for setting in result.settings][:3] == ["failed", "finished", "stopped"]
+    assert [setting.value is None for setting in result.settings] == [True, False, True, False, False, False]
+    assert "rank=8, rate=0.0001: seed 0: it fell" in result.lines
+    assert "6 settings" not in result.verdict and result.choice == 1
+
+
+def test_one_seed_says_that_the_variance_between_seeds_is_unknown(tmp_path):
+    assert outcome.ONE_SEED in planted(tmp_path / "one", {}, seeds=1).lines
+    assert outcome.ONE_SEED not in planted(tmp_path / "two", {}).lines
+
+
+def test_a_trial_with_other_rows_is_not_compared(tmp_path):
+    planted(tmp_path, {})
+    for seed in range(2):
+        path = tmp_path / "trials" / f"3-{seed}" / "events.jsonl"
+        path.write_text(path.read_text().replace('"rows.jsonl:7"', '"other.jsonl:7"'))
+    # Read again from what was written.
+    plan_settings = [Setting(str(number), {"rank": number}) for number in range(6)]
+    trials = [Trial(f"{number}-{seed}", number, seed, {}, ()) for number in range(6) for seed in range(2)]
+    entries = [TrialEntry(trial.name, str(trial.setting), trial.seed, [], {}, "finished") for trial in trials]
+    plan = Plan(tuple(plan_settings), (0, 1), (), tuple(trials))
+    result = outcome.outcome("again", tmp_path, plan, Ledger(GENERATOR, 0.0, {}, entries), LOSS)
+    assert [setting.value is None for setting in result.settings] == [number == 3 for number in range(6)]
+    assert result.settings[3].notes == ("not compared: its held-out rows or their tokens are others",)
+
+
+def test_a_trial_whose_loss_ends_above_its_start_is_said_to_have_diverged(tmp_path):
+    # aprender 2258: rank 256 at 2e-4 diverges, and is reported as finished
+    result = planted(tmp_path, {(32, 2e-4): 20.0})
+    worst = result.settings[5]
+    assert worst.worse and worst.notes[0].endswith("it diverged") and result.choice != 5
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_page_shows_every_setting_key_and_cost(tmp_path, seeds):
+    result = planted(tmp_path, {(rank, 1e-4): 0.3 for rank in RANKS}, seeds=seeds, memory={8: 500_000})
+    text = page.html(result, ["tunesmith", "sweep", "x.yaml"])
+    for needed in ("rank=16, rate=0.0002", "By rank", "By rate", "By trained weights", "By memory", "x.yaml"):
+        assert needed in text
+    assert text == page.html(result, ["tunesmith", "sweep", "x.yaml"])
+    json.dumps(result.to_json(), allow_nan=False)

@@ -1,0 +1,245 @@
+"""A sweep as a user meets it: its trials are runs like any other, and it can be stopped at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import tiny
+import tunesmith
+from tunesmith.cli import app
+from tunesmith.errors import ConfigError, TrainingError
+from tunesmith.runs import checkpoints
+from tunesmith.runs.directory import Run
+from tunesmith.sweeps import ledger, spec, trials
+from tunesmith.sweeps.verb import request
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model) -> Path:
+    """A folder with rows and the settings of a short run."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny.write_rows(folder / "rows.jsonl", tiny.conversations(120))
+    settings = {
+        "model": {"path": str(tiny_model)},
+        "data": {"train": str(folder / "rows.jsonl")},
+        "adapter": {"rank": 4},
+        "batch": {"sequences": 4},
+        "optimizer": {"learning_rate": 5e-3},
+        "loop": {"steps": 40, "validate_every": 10, "save_every": 5, "samples": 0},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def written(place: Path, name: str, content: dict) -> Path:
+    path = place / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"base": str(place / "run.yaml"), **content}))
+    return path
+
+
+def adapter(run_dir: Path) -> bytes:
+    return (checkpoints.choose(Run.open(run_dir), "last") / "adapters.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def ranks(place) -> tuple[Path, dict]:
+    """The folder of a sweep over two ranks, and what it printed."""
+    file = written(place, "ranks", {"grid": {"adapter.rank": [2, 4]}})
+    words = ["sweep", str(file), "--out", str(place / "ranks"), "--parallel", "2", "--json"]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return place / "ranks", json.loads(result.stdout)
+
+
+def test_a_trial_is_the_same_settings_trained_alone_byte_for_byte(ranks, place, tmp_path):
+    folder, _ = ranks
+    alone = tunesmith.train(
+        tunesmith.configure(config=[place / "run.yaml"], sets=["adapter.rank=2"]), out=tmp_path / "alone"
+    )
+    assert alone is not None
+    assert adapter(folder / "trials" / "rank=2") == adapter(alone.path)
+    assert adapter(folder / "trials" / "rank=4") != adapter(alone.path)
+
+
+def test_a_sweep_leaves_its_ledger_its_logs_and_one_page_without_requests(ranks):
+    folder, printed = ranks
+    content = json.loads((folder / "sweep.json").read_text())
+    assert content["results"] == printed and printed["tests"] == 1 and printed["seeds"] == 1
+    assert [entry["state"] for entry in content["trials"]] == ["finished", "finished"]
+    assert {setting["label"] for setting in printed["settings"]} == {"rank=2", "rank=4"}
+    assert all(setting["cost"]["trainable"] > 0 for setting in printed["settings"])
+    assert printed["choice"] in ("rank=2", "rank=4") and printed["lines"]
+    page = (folder / "sweep.html").read_text()
+    assert printed["verdict"] in page and "By adapter.rank" in page
+    assert (
+        "http:" not in page.replace("http://www.w3.org", "") and "https:" not in page and "url(" not in page
+    )
+    assert (folder / "logs" / "rank=2.log").read_text()
+
+
+def test_the_same_command_again_trains_nothing(ranks, place):
+    folder, printed = ranks
+    before = {path: path.stat().st_mtime_ns for path in (folder / "trials").rglob("*") if path.is_file()}
+    report = tunesmith.sweep(place / "ranks.yaml", out=folder)
+    assert report.outcome.to_json() == printed
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_changed_file_is_refused_with_the_difference(ranks, place):
+    folder, _ = ranks
+    file = place / "ranks.yaml"
+    with pytest.raises(ConfigError) as caught:
+        tunesmith.sweep(file, out=folder, sets=["batch.sequences=2"])
+    assert "rank=2: batch.sequences was 4 and is 2" in str(caught.value)
+    fewer = written(place, "fewer", {"grid": {"adapter.rank": [2]}})
+    with pytest.raises(ConfigError, match=r"rank=4: adapter\.rank was 4 and is 2"):
+        tunesmith.sweep(fewer, out=folder)
+    raced = written(place, "raced", {"grid": {"adapter.rank": [2, 4]}, "racing": "interval"})
+    with pytest.raises(ConfigError, match=r'racing was \{"kind": "off"\}'):
+        tunesmith.sweep(raced, out=folder)
+
+
+def test_a_folder_that_is_not_a_sweep_is_not_touched(place, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not a sweep"):
+        tunesmith.sweep(written(place, "any", {"seeds": [1]}), out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_trials_that_are_added_keep_those_that_are_finished(ranks, place, tmp_path):
+    folder = Path(shutil.copytree(ranks[0], tmp_path / "more"))
+    asked = request(written(place, "more", {"grid": {"adapter.rank": [8, 4, 2]}}), out=folder)
+    opened, plan = ledger.opened(folder, asked.spec, asked.plan, asked.file)
+    assert [trial.name for trial in plan.trials] == ["rank=8", "rank=4", "rank=2"]
+    assert [opened.entry(trial.name).state for trial in plan.trials] == ["waiting", "finished", "finished"]
+
+
+def killed(folder: Path, file: Path, after: Path) -> None:
+    """Begin the sweep, and kill it with its trials once ``after`` exists."""
+    words = [sys.executable, "-m", "tunesmith", "sweep", str(file), "--out", str(folder)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not after.exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.005)
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True), process]
+        for member in family:
+            os.kill(member.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_sweep_killed_in_the_middle_of_a_trial_ends_in_the_same_bytes(ranks, place):
+    folder = place / "killed"
+    killed(folder, place / "ranks.yaml", folder / "trials" / "rank=2" / "checkpoints" / "000010")
+    states = [entry["state"] for entry in json.loads((folder / "sweep.json").read_text())["trials"]]
+    assert states == ["running", "waiting"]
+    report = tunesmith.sweep(place / "ranks.yaml", out=folder)
+    for name in ("rank=2", "rank=4"):
+        assert adapter(folder / "trials" / name) == adapter(ranks[0] / "trials" / name)
+
+    def timeless(content: dict) -> list:
+        return [{key: value for key, value in one.items() if key != "cost"} for one in content["settings"]]
+
+    assert timeless(report.outcome.to_json()) == timeless(ranks[1])
+
+
+def test_a_trial_that_fails_loses_nothing_of_the_others(place):
+    changes = [{"optimizer.learning_rate": 1e-3}, {"data.max_dropped": 0.0, "batch.length": 8}]
+    report = tunesmith.sweep(written(place, "failing", {"trials": changes}), out=place / "failing")
+    good, bad = report.outcome.settings
+    assert (good.state, bad.state) == ("finished", "failed") and good.value is not None and bad.value is None
+    assert any("failed" not in note and note for note in bad.notes)
+    only = written(place, "only", {"trials": changes[1:]})
+    with pytest.raises(TrainingError, match="no trial could be trained"):
+        tunesmith.sweep(only, out=place / "only")
+
+
+def test_racing_stops_a_trial_that_is_shown_to_be_behind(place):
+    rates = {"grid": {"optimizer.learning_rate": [1e-2, 1e-6]}, "racing": {"kind": "interval", "after": 0.0}}
+    report = tunesmith.sweep(written(place, "race", rates), out=place / "race")
+    first, second = report.outcome.settings
+    assert (first.state, second.state) == ("finished", "stopped")
+    assert second.notes[0].startswith("behind learning_rate=0.01 by")
+    assert Run.open(place / "race" / "trials" / "learning_rate=1e-06").status in ("interrupted", "completed")
+    assert report.outcome.choice == 0
+
+
+def test_trials_are_compared_by_a_task_and_seeds_by_their_deviation(place):
+    content = {"seeds": [0, 1], "evaluate": "perplexity", "evaluation": {"limit": 6}, "metric": "perplexity"}
+    report = tunesmith.sweep(
+        written(place, "seeds", content), out=place / "seeds", sets=["loop.steps=4", "loop.save_every=0"]
+    )
+    (setting,) = report.outcome.settings
+    assert setting.seeds == 2 and setting.spread is not None and setting.low < setting.value < setting.high
+    assert report.outcome.n_rows > 6  # each seed holds out rows of its own
+    scores = json.loads(
+        next((place / "seeds" / "trials").glob("base_seed=0/evals/perplexity*/score.json")).read_text()
+    )["scores"]
+    recorded = next(score["value"] for score in scores if score["name"] == "perplexity")
+    assert setting.value == pytest.approx(recorded, rel=0.5)
+
+
+def test_a_dry_run_lists_the_command_of_each_trial_and_writes_nothing(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    file = written(place, "dry", {"grid": {"adapter.rank": [2, 4], "adapter.kind": ["lora", "dora"]}})
+    result = CliRunner().invoke(app, ["sweep", str(file), "--dry-run", "--json"], catch_exceptions=False)
+    commands = json.loads(result.stdout)
+    assert list(commands) == [f"rank={rank}_adapter={kind}" for rank in (2, 4) for kind in ("lora", "dora")]
+    assert commands["rank=2_adapter=dora"].endswith("--set adapter.rank=2 --set adapter.kind=dora")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({}, "nothing is varied"),
+        ({"grid": {"adapter.rnk": [1]}}, "adapter.rnk=1: --set: adapter.rnk: unknown key"),
+        ({"grid": {"loop.seed": [1]}}, "use seeds"),
+        ({"grid": {"objective.beta": [0.1]}}, "cannot be compared"),
+        ({"seeds": [1, 1]}, "a seed is given twice"),
+        ({"seeds": [1], "metric": "perplexity"}, "evaluate names no task"),
+        ({"seeds": [1], "metric": "perplexty", "evaluate": "perplexity"}, "it can be: loss, perplexity"),
+        ({"seeds": [1], "evaluate": "poetry", "metric": "poetry"}, "no task is called"),
+        (
+            {"seeds": [1], "metric": "perplexity", "evaluate": "perplexity", "racing": "interval"},
+            "needs metric",
+        ),
+        ({"seeds": [1], "racng": "off"}, "racng: unknown key"),
+    ],
+)
+def test_a_wrong_file_is_refused_before_anything_is_trained(place, tmp_path, content, told):
+    with pytest.raises(ConfigError) as caught:
+        tunesmith.sweep(written(place, "wrong", content), out=tmp_path / "out")
+    assert told in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_trials_with_the_same_settings_are_trained_once(place):
+    asked = request(written(place, "twice", {"trials": [{}, {"adapter.rank": 4}, {"adapter.rank": 2}]}))
+    assert [trial.name for trial in asked.plan.trials] == ["base", "rank=2"] and len(asked.plan.notes) == 1
+    (key,) = asked.plan.keys
+    assert (key.key, key.values, key.levels) == ("adapter.rank", (4, 2), (0, 1))
+
+
+def test_a_file_that_is_edited_while_the_sweep_runs_changes_no_trial(place, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("adapter: {rank: 4}\n")
+    copy = trials.frozen_base(
+        spec.BaseSpec.model_validate({"config": [str(file)]}), tmp_path / "sweep"
+    ).config
+    file.write_text("adapter: {rank: 8}\n")
+    assert Path(copy[0]).read_text() == "adapter: {rank: 4}\n"
