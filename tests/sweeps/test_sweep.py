@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,7 @@ def place(tmp_path_factory, tiny_model) -> Path:
 
 def written(place: Path, name: str, content: dict) -> Path:
     path = place / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({"base": str(place / "run.yaml"), **content}))
+    path.write_text(yaml.safe_dump({"base": str(place / "run.yaml"), **content}, sort_keys=False))
     return path
 
 

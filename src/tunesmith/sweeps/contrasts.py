@@ -213,12 +213,13 @@ class SweptKey:
 
 @dataclass(frozen=True)
 class Compared:
-    """All contrasts of a sweep, corrected together. ``means``: by setting over its seeds."""
+    """All contrasts of a sweep, corrected together. ``means``: by setting over its seeds. ``tests``: how many
+    there are; where only one key is varied, its levels are the settings."""
 
     means: np.ndarray
     pairs: Mapping[SettingPair, Contrast]
     levels: Mapping[LevelPair, Contrast]
-    seeds: SeedVariance
+    tests: int
 
     def between(self, first: int, second: int) -> Contrast | None:
         """second − first."""
@@ -251,7 +252,7 @@ def compare(panel: Panel, keys: Sequence[SweptKey]) -> Compared:
         sums,
         {pair: result for pair, result in corrected.items() if isinstance(pair, SettingPair)},
         {pair: result for pair, result in corrected.items() if isinstance(pair, LevelPair)},
-        pooled,
+        len({asked[question].tobytes() for question in tested}),
     )
 
 

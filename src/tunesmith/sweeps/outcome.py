@@ -176,7 +176,6 @@ def outcome(name: str, folder: Path, plan: Plan, ledger: Ledger, metric: Metric)
     keys = [key for key in keys if len(key.values) > 1]
     results = tuple(_key_result(key, compared, sign, metric) for key in keys)
     choice = _cheapest(settings, usable, keys, results, best)
-    n_tests = len(compared.pairs) + len(compared.levels)
     verdict, lines = _said(settings, results, usable[best], choice, metric, values, compared)
     return Outcome(
         name,
@@ -187,7 +186,7 @@ def outcome(name: str, folder: Path, plan: Plan, ledger: Ledger, metric: Metric)
         results,
         usable[best],
         choice,
-        n_tests,
+        compared.tests,
         len(plan.seeds),
         values.values.shape[2],
     )
