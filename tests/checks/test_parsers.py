@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tunesmith.checks import parsers
+from tunesmith.checks.growing import OpenText, OpenValue
 from tunesmith.checks.parsers import CallSpan, Scan, parse
 
 PARTS = [
@@ -44,6 +45,15 @@ PARTS = [
     "\\",
     "\\u12",
     '{"function": ',
+    "<|python_tag|>",
+    '<|python_tag|>{"name": "f", "parameters": {}}',
+    "<tool_call>\n<function=f>\n",
+    "<function=",
+    "<parameter=a>\n",
+    "<parameter=a>\n5\n</parameter>\n",
+    "</parameter>",
+    "</function>",
+    "</function>\n</tool_call>",
     '{"tool_calls": [',
     "\r\n",
     " ",
@@ -114,6 +124,17 @@ def test_words_that_look_like_a_mark_are_settled_soon(text):
 
 @pytest.mark.parametrize("ascii", [True, False])
 def test_a_long_string_is_not_read_again_at_each_of_its_letters(ascii, monkeypatch):
+    readings = counted_readings(monkeypatch)
+    arguments = {"content": 'if (é) {\n\t["☺\\ud83d"]; }\n' * 20}
+    call = json.dumps({"name": "write", "arguments": arguments}, ensure_ascii=ascii)
+    text = f"<tool_call>{call}</tool_call>"
+    spans, _ = spans_of(text, list(range(len(text))))
+    assert [span.calls for span in spans] == [(parsers.ParsedCall("write", arguments),)]
+    assert len(readings) < 100 < len(text) / 6
+
+
+def counted_readings(monkeypatch) -> list[int]:
+    """The list gets the place of every value that is decoded from now on."""
     readings = []
 
     class Counting(json.JSONDecoder):
@@ -122,12 +143,65 @@ def test_a_long_string_is_not_read_again_at_each_of_its_letters(ascii, monkeypat
             return super().raw_decode(s, idx)
 
     monkeypatch.setattr(parsers, "STRICT", Counting())
-    arguments = {"content": 'if (é) {\n\t["☺\\ud83d"]; }\n' * 20}
-    call = json.dumps({"name": "write", "arguments": arguments}, ensure_ascii=ascii)
-    text = f"<tool_call>{call}</tool_call>"
+    return readings
+
+
+LONG = {
+    "numbers": [number * 1.5 for number in range(400)],
+    "strings": ['a "b"\n'] * 200,
+    "objects": [{"a": None, "b": [True, False]}] * 60,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("form", ["<tool_call>{}</tool_call>", "[TOOL_CALLS] [{}]", "{}", "<|python_tag|>{}"])
+def test_a_long_call_is_decoded_when_it_is_complete(kind, form, monkeypatch):
+    readings = counted_readings(monkeypatch)
+    arguments = {"content": LONG[kind]}
+    text = form.replace("{}", json.dumps({"name": "write", "arguments": arguments})) + "\n"
     spans, _ = spans_of(text, list(range(len(text))))
     assert [span.calls for span in spans] == [(parsers.ParsedCall("write", arguments),)]
-    assert len(readings) < 100 < len(text) / 6
+    assert len(readings) < 30 < len(text) / 40
+
+
+def test_a_long_parameter_is_searched_once(monkeypatch):
+    searched = []
+
+    class Watched(OpenText):
+        def goes_on(self, text):
+            searched.append(len(text) - self._position)
+            return super().goes_on(text)
+
+    monkeypatch.setattr(parsers, "OpenText", Watched)
+    value = "if a < b:\n    pass </para\n" * 40
+    text = f"<tool_call>\n<function=f>\n<parameter=a>\n{value}\n</parameter>\n</function>\n</tool_call>"
+    spans, _ = spans_of(text, list(range(len(text))))
+    assert [span.calls for span in spans] == [(parsers.ParsedCall("f", {"a": value}),)]
+    assert len(searched) > len(value) and max(searched) < 20
+
+
+@settings(max_examples=300)
+@given(value=JSONS, ascii=st.booleans(), indent=st.sampled_from([None, 1]), data=st.data())
+def test_a_value_goes_on_until_it_is_complete_and_never_once_the_reader_says_why_not(
+    value, ascii, indent, data
+):
+    text = json.dumps([value], ensure_ascii=ascii, indent=indent)
+    is_valid = data.draw(st.booleans())
+    if not is_valid:
+        place = data.draw(st.integers(1, len(text) - 1))
+        text = text[:place] + data.draw(st.sampled_from('"\\,:]}[{x1.-e \n\x01tn')) + text[place:]
+    growing = OpenValue(0)
+    for end in range(1, len(text) + 1):
+        begun, goes_on = text[:end], growing.goes_on(text[:end])
+        try:
+            parsers.STRICT.raw_decode(begun)
+        except json.JSONDecodeError as error:
+            assert not goes_on or parsers._may_go_on(begun, error), begun
+        else:
+            assert not goes_on, begun
+        assert goes_on or not is_valid or end == len(text), begun
+        if not goes_on:
+            break
 
 
 @pytest.mark.parametrize("wrong", ["\nb", "\\x", "\\u12g", '" b'])

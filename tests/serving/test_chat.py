@@ -98,6 +98,31 @@ def test_calls_are_delivered_as_calls(speaker, post):
     ] * 2
 
 
+TAGGED = (
+    "<tool_call>\n<function=weather>\n<parameter=town>\n5\n</parameter>\n<parameter=days>\n5\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    "text", [TAGGED, '<|python_tag|>{"name": "weather", "parameters": {"town": "5", "days": 5}}']
+)
+def test_calls_in_tags_and_after_llama_s_mark_are_delivered_with_the_types_of_the_tool(
+    speaker, post, text, strict
+):
+    tools = [{**WEATHER, "function": {**WEATHER["function"], "strict": strict}}]
+    with answering(speaker, text):
+        (choice,) = post(tools=tools).json()["choices"]
+        message = streamed(post(tools=tools, stream=True))
+    (call,) = choice["message"]["tool_calls"]
+    assert (
+        choice["message"]["content"] is None and choice["finish_reason"] == message["finish"] == "tool_calls"
+    )
+    for made in (call["function"], message["calls"][0]):
+        assert (made["name"], json.loads(made["arguments"])) == ("weather", {"town": "5", "days": 5})
+
+
 def test_a_call_alone_has_no_content(speaker, post):
     with answering(speaker, CALL):
         assert post(tools=[WEATHER]).json()["choices"][0]["message"]["content"] is None

@@ -105,7 +105,7 @@ def _reference(source: str, conversation: Conversation, place: int) -> Reference
 
 
 def _made(source: str, prompt: Conversation | str, answer: Message) -> ReferenceAnswer | None:
-    parsed = [] if answer.calls else parse(answer.content)
+    parsed = [] if answer.calls else parse(answer.content, _tools(prompt))
     if any(call.problem for call in parsed):
         return None
     return ReferenceAnswer(
@@ -113,14 +113,14 @@ def _made(source: str, prompt: Conversation | str, answer: Message) -> Reference
     )
 
 
+def _tools(prompt: Conversation | str) -> tuple[JSON, ...]:
+    return () if isinstance(prompt, str) else prompt.tools
+
+
 def declared(prompt: Conversation | str) -> dict[str, JSON]:
     """The JSON schema of the arguments of each tool that ``prompt`` declares; {} for a tool without one,
     which takes any arguments."""
-    functions = [
-        tool.get("function")
-        for tool in ([] if isinstance(prompt, str) else prompt.tools)
-        if isinstance(tool, dict)
-    ]
+    functions = [tool.get("function") for tool in _tools(prompt) if isinstance(tool, dict)]
     named = [
         (function.get("name"), function.get("parameters"))
         for function in functions
@@ -141,7 +141,8 @@ def score(answer: str, reference: ReferenceAnswer) -> dict[str, JSON]:
 
     If the reference makes no call (kind ``no_call``), unwanted_call says whether the answer makes one, and
     ``value`` is 1.0 if it does not. Checks of the other kind are None."""
-    made, wanted, schemas = parse(answer), reference.calls, declared(reference.prompt)
+    made, wanted = parse(answer, _tools(reference.prompt)), reference.calls
+    schemas = declared(reference.prompt)
     called: list[JSON] = [call.name for call in made]
     expected: list[JSON] = [call.name for call in wanted]
     problems: list[JSON] = [call.problem for call in made if call.problem]

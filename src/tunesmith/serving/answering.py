@@ -164,6 +164,7 @@ async def prepare(service: Service, question: Question, served: Served, seed: in
         await off_loop(size, _strict_schemas, question),
         thinks,
         is_chat,
+        question.tools,
     )
     constraints = await _constraints(service, question, renderer)
     if question.logprobs is not None:  # else the first token that is shown would stop every stream
@@ -322,9 +323,10 @@ async def _delivered(
                         delivered = True
                         yield held.pop()
         except (TimedOut, ConstraintFailed, Rejection) as error:
-            if is_last and isinstance(error, Rejection) and isinstance(first, Exception):
+            refused = is_last and isinstance(error, Rejection)
+            if refused and isinstance(first, Exception):
                 raise first from error
-            if is_last and isinstance(error, Rejection) and first:
+            if refused and isinstance(first, list):
                 held = first
                 delivery.served, delivery.fallback = asked.served, None
                 access.current().fallback = None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tunesmith.checks.parsers import CallSpan, ParsedCall, Scan
 from tunesmith.checks.schemas import takes
+from tunesmith.data.formats import JSON
 from tunesmith.engine.requests import NewToken
 from tunesmith.serving.pieces import (
     AnswerEnded,
@@ -42,6 +43,7 @@ LETTERS = string.ascii_letters + string.digits
 class AnswerReading(NamedTuple):
     """How an answer is read. ``stop``: texts before which it ends. ``calls``: whether calls are delivered as
     calls. ``one_call``: the answer ends after the first. ``schemas``: of tools whose calls must fit them.
+    ``tools``: those that the prompt declares.
     ``thinks``: the prompt has opened reasoning. ``reasoning``: whether it is told from words."""
 
     stop: tuple[str, ...] = ()
@@ -50,6 +52,7 @@ class AnswerReading(NamedTuple):
     schemas: Mapping[str, Validator] = {}
     thinks: bool = False
     reasoning: bool = True
+    tools: Sequence[JSON] = ()
 
 
 def new_call_id() -> str:
@@ -207,7 +210,7 @@ class _Spoken:
 
     def __init__(self, reading: AnswerReading) -> None:
         self._reading = reading
-        self._scan = Scan()
+        self._scan = Scan(reading.tools)
         self._done = 0
         self._held = ""  # white space, of which it is not known yet whether a call follows
         self._has_words = False

@@ -83,7 +83,142 @@ def as_later_mistral(made: list[tuple[str, dict]]) -> str:
     )
 
 
-FORMS = [as_text, as_mistral, as_hermes, as_objects, as_openai, as_llama, as_later_mistral]
+def as_python(made: list[tuple[str, dict]]) -> str:
+    return "Well: " + "\n".join(
+        f"<|python_tag|>{json.dumps({'name': name, 'parameters': arguments})}" for name, arguments in made
+    )
+
+
+FORMS = [as_text, as_mistral, as_hermes, as_objects, as_openai, as_llama, as_later_mistral, as_python]
+
+
+def as_tags(made: list[tuple[str, dict]]) -> str:
+    """As the template of Qwen3-Coder writes calls."""
+    texts = []
+    for name, arguments in made:
+        parameters = "".join(
+            f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n"
+            for key, value in arguments.items()
+        )
+        texts.append(f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>")
+    return "\n".join(texts)
+
+
+def typed_tools(made: list[tuple[str, dict]]) -> list:
+    """Tools that take just the types of the arguments."""
+    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": name,
+                "parameters": {
+                    "type": "object",
+                    "properties": {
+                        key: {"type": kinds.get(type(value), "null")} for key, value in arguments.items()
+                    },
+                },
+            },
+        }
+        for name, arguments in made
+    ]
+
+
+tagged_calls = st.lists(
+    st.tuples(names, st.dictionaries(names, json_values, max_size=4)),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda call: call[0],
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(made=tagged_calls)
+def test_calls_in_tags_are_read_by_the_schemas_of_their_tools(made):
+    assert [(call.name, call.arguments) for call in parse(as_tags(made), typed_tools(made))] == made
+    assert [call.problem for call in parse(as_tags(made))] == [None] * len(made)
+
+
+@settings(max_examples=80, deadline=None)
+@given(made=tagged_calls)
+def test_mlx_lms_parser_reads_the_same_calls_in_tags(made):
+    """It takes the text null for no value, whatever the schema says, and rounds whole numbers."""
+    from mlx_lm.tool_parsers import qwen3_coder
+
+    made = [
+        (name, {key: value for key, value in arguments.items() if not isinstance(value, float)})
+        for name, arguments in made
+    ]
+    tools = typed_tools(made)
+    for name, arguments in made:
+        text = as_tags([(name, arguments)])
+        if "null" in text.lower() or any(abs(value) > 2**53 for value in numbers_in(arguments)):
+            continue
+        body = text.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
+        (call,) = parse(text, tools)
+        assert qwen3_coder.parse_tool_call(body, tools) == {"name": name, "arguments": call.arguments}
+
+
+def numbers_in(arguments: dict) -> list[int]:
+    return [value for value in arguments.values() if isinstance(value, int)]
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ("5", {"type": "string"}, "5"),
+        ("5", {"type": "integer"}, 5),
+        ("5", {"type": ["string", "null"]}, "5"),
+        ("null", {"type": ["string", "null"]}, None),
+        ("5", {"anyOf": [{"type": "string"}, {"type": "number"}]}, 5),
+        ("True", {"type": "boolean"}, True),
+        ("True", None, "True"),
+        ("[1, 2]", None, [1, 2]),
+        ('"quoted"', None, '"quoted"'),
+        ("left", {"enum": ["left", 3]}, "left"),
+        ("3", {"enum": ["left", 3]}, 3),
+        ("soon", {"type": "integer"}, "soon"),
+        ("", None, ""),
+        ("two\nlines\n", {"type": "string"}, "two\nlines\n"),
+        ("NaN", {"type": "number"}, "NaN"),
+    ],
+)
+def test_the_text_of_a_parameter_means_a_value_of_its_type(text, schema, value):
+    properties = {} if schema is None else {"a": schema}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}
+    (call,) = parse(
+        f"<tool_call><function=f><parameter=a>\n{text}\n</parameter></function></tool_call>", [tool]
+    )
+    assert call.arguments == {"a": value} and type(call.arguments["a"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("<tool_call><function=f><parameter=a>1</function></tool_call>", "no </parameter>"),
+        ("<tool_call><function=f>words</function></tool_call>", "</function> is missing"),
+        ("<tool_call><function=>", "<function=NAME> is missing"),
+        ("<tool_call>\n<function=f>\n</function>", "no </tool_call>"),
+    ],
+)
+def test_a_call_in_tags_that_is_not_whole_has_a_problem(text, problem):
+    (call,) = parse(text)
+    assert call.arguments is None and problem in str(call.problem)
+
+
+def test_a_program_after_the_mark_of_llama_is_no_call():
+    assert parse('<|python_tag|>brave_search.call(query="rain")') == []
+    assert parse("<|python_tag|>[1, 2]") == []
+    (call,) = parse('<|python_tag|> {"name": "f", "parameters": {"a": }}')
+    assert call.problem
+
+
+def test_calls_in_tags_are_scored_by_their_values():
+    tools = typed_tools([("f", {"a": "5", "b": 5})])
+    prompt = Conversation(ASK.messages, tuple(tools))
+    reference = ReferenceAnswer("x:1", prompt, (Call("f", {"a": "5", "b": 5}),))
+    detail = score(as_tags([("f", {"a": "5", "b": 5})]), reference)
+    assert detail["value"] == 1.0 and detail["exact_arguments"] and detail["schema_valid"]
 
 
 @pytest.mark.parametrize("form", FORMS)
