@@ -283,6 +283,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
             "loop.save_every": 30,
             "loop.keep_last": 2,
             "loop.seed": 13,
+            "loop.prompts": ("Which notes mention the harbour?",),
             "loop.sample_tokens": 60,
         },
     ),

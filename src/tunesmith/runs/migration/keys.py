@@ -179,7 +179,7 @@ class Keys:
 
     def _refuse(self, old: Old[Any], expected: str) -> NoReturn:
         shown = shortened(json.dumps(old.value, ensure_ascii=False, default=str))
-        hint = f"{self.program} does not read it either: correct it, or leave it out"
+        hint = f"{self.program} does not allow it either: correct it, or leave it out"
         raise ConfigError(f"must be {expected}, not {shown}", where=old.where, hint=hint)
 
 

@@ -86,6 +86,7 @@ class Axolotl(Dialect):
         "lora_fan_in_fan_out": "tunesmith knows which layers store their weights transposed",
         "lora_on_cpu": training_arguments.MEMORY,
         "loraplus_*": training_arguments.REASONS["loraplus_*"],
+        "peft_*": "an option of PEFT without a counterpart, or adapter is empty",
         "relora*": "ReLoRA restarts have no counterpart",
         "plugins": "plugins of axolotl; what they switch on is listed by itself",
         "use_kernels": training_arguments.CUDA,

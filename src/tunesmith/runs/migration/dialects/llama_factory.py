@@ -249,7 +249,8 @@ def _adapter(keys: Keys, kind: str) -> None:
         lora = [
             old for name, old in keys.leaves.items() if name.startswith("lora_") and old.value is not None
         ]
-        keys.leave(f"finetuning_type is {method.value}", *lora)
+        variants = [keys.flag(name, default=False) for name in ("use_dora", "use_rslora")]
+        keys.leave(f"finetuning_type is {method.value}", *lora, *variants)
 
 
 def _lora(keys: Keys, method: Old[str], kind: str) -> None:

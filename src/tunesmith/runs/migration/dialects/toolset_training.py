@@ -31,7 +31,6 @@ class ToolsetTraining(Dialect):
         "output.*": training_arguments.PLACE,
         "data.seed": "loop.seed decides the split and the order of rows too",
         "data.shuffle": "rows are always shuffled, another way in every epoch",
-        "evaluation.sample_prompts": "the samples of a run answer prompts of held-out rows: loop.samples",
         "evaluation.*": SAMPLES,
         "system.device": "MLX takes the GPU if there is one",
         "system.memory_limit_gb": "`tunesmith train --dry-run` shows the memory that a run takes",
@@ -133,4 +132,5 @@ def _loop(keys: Keys) -> None:
     keep = keys.integer("output.keep_last_n_checkpoints", default=3)
     keys.set("loop.keep_last", keep.value, keep)
     keys.set("loop.keep_best", True, note="The old system copies its best checkpoint too.")
+    keys.carry("loop.prompts", keys.texts("evaluation.sample_prompts", default=[]))
     keys.carry("loop.sample_tokens", keys.integer("evaluation.max_new_tokens", default=100))

@@ -191,7 +191,7 @@ def _adapter(keys: Keys, kind: str) -> None:
         lora = [
             old for name, old in keys.leaves.items() if name.startswith("lora_") and old.value is not None
         ]
-        keys.leave("use_peft is not true", *lora, dora)
+        keys.leave("use_peft is not true", *lora, dora, keys.flag("use_rslora", default=False))
         return
     keys.set("adapter.kind", "dora" if dora.value else "lora", peft, *[dora] * dora.given)
     rank, alpha = keys.integer("lora_r", default=16), keys.number("lora_alpha", default=32.0)
