@@ -6,6 +6,8 @@ import fcntl
 import json
 import multiprocessing
 import random
+import shlex
+import shutil
 import threading
 from dataclasses import replace
 from itertools import product
@@ -372,6 +374,38 @@ def test_train_takes_the_rows(path, tmp_path, tiny_model, objective):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "nothing was trained" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "n_votes"),
+    [("writer", "dpo", 1), ("writer", "dpo", 2), ("caller", "dpo", 12), ("caller", "kto", 2)],
+)
+def test_the_command_that_is_shown_trains_the_run_further(served_runs, tmp_path, name, objective, n_votes):
+    run = tmp_path / "my run"
+    shutil.copytree(served_runs[name], run)
+    texts = [f"What is {number} and {number}?" for number in range(n_votes)]
+    every = [
+        votes.preference(answer("Yes, it is.", "a", text), answer("No.", "b", text), "first")
+        for text in texts
+    ]
+    written(run / "votes.jsonl", every)
+    shown = ["votes", str(run), "--to", str(tmp_path / "rows.jsonl"), "--objective", objective]
+    output = CliRunner().invoke(app, shown).output
+    [line] = [line for line in output.splitlines() if "learn from them: " in line]
+    command = shlex.split(line.partition("learn from them: ")[2])
+    assert command[0] == "tunesmith" and f"adapter.start={run}" in command
+    assert ("data.valid=0" in command) == (n_votes < 10)
+    result = CliRunner().invoke(app, [*command[1:], "--dry-run", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert "nothing was trained" in result.output
+
+
+def test_without_a_run_the_model_is_left_to_the_user(path, tmp_path):
+    every = [votes.preference(answer("Yes."), answer("No.", "b"), "first")]
+    summary = tunesmith.votes(written(path, every), to=tmp_path / "rows.jsonl")
+    assert summary.written is not None
+    sets = "--set objective=dpo --set data.valid=0"
+    assert summary.written.command == f"tunesmith train --model MODEL --data {tmp_path}/rows.jsonl {sets}"
 
 
 def asked_in(turns: int) -> Conversation:

@@ -18,6 +18,7 @@ from typing import Literal
 from tunesmith.display.text import many
 from tunesmith.errors import ConfigError
 from tunesmith.runs import tags
+from tunesmith.runs.directory import CONFIG, Run
 from tunesmith.serving import vote_rows
 from tunesmith.serving import votes as records
 from tunesmith.serving.sequential import LEVEL, Outcome, SequentialTest, interval, sequential_test
@@ -72,11 +73,14 @@ class Approval:
 
 @dataclass(frozen=True)
 class WrittenRows:
+    """``command``: what trains with them."""
+
     path: str
     objective: Objective
     rows: int
     left_out: dict[str, int]
     masked: dict[str, int]
+    command: str
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,15 @@ def votes(
     if to is not None:
         made = vote_rows.rows(every, objective)
         vote_rows.write(made, Path(to))
-        written = WrittenRows(str(to), made.objective, len(made.rows), dict(made.left_out), dict(made.masked))
+        run = Run.open(file.parent) if (file.parent / CONFIG).is_file() else None
+        written = WrittenRows(
+            str(to),
+            made.objective,
+            len(made.rows),
+            dict(made.left_out),
+            dict(made.masked),
+            vote_rows.train_command(made, Path(to), run),
+        )
     names = _names(every)
     return VoteSummary(
         str(file),
@@ -200,6 +212,8 @@ def _written_lines(written: WrittenRows) -> Iterator[str]:
         yield f"  left out: {count:,}: {reason}"
     masked = ", ".join(f"{kind} {count:,}" for kind, count in written.masked.items())
     yield f"  secrets and personal data replaced: {masked or 'none found'}; names and addresses are not found"
+    if written.rows:
+        yield f"  learn from them: {written.command}"
 
 
 def _names(every: Sequence[Vote]) -> dict[tuple[str, str], str]:

@@ -7,6 +7,7 @@ written is read again by the reader of `train`, so that a row that it would refu
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +16,21 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tunesmith.data import formats
-from tunesmith.data.examples import write_examples
+from tunesmith.data.examples import prompt_key, write_examples
 from tunesmith.data.formats import JSON, DataSpec, Dropped, Example
 from tunesmith.data.sources import Raw
 from tunesmith.files import draft
+from tunesmith.runs.directory import Run
 from tunesmith.serving.guardrails import Detection, Guardrail, screened
 from tunesmith.serving.guardrails.answers import mapped
 from tunesmith.serving.guardrails.kinds.sensitive import PersonalData, Secrets
 from tunesmith.serving.votes import THUMBS, Vote
 
 Objective = Literal["kto", "dpo"]
+FEW = 10
+"""Prompts; of fewer none is held out, since a fifth of them would measure nothing."""
+SHAPED_BY = ("model", "template", "adapter")
+"""Sections of a run's settings without which its adapter cannot be trained further."""
 EVEN = "answers with as many votes for as against"
 _READ = DataSpec(train=("votes",), valid=0.0)
 SCREENS: tuple[Guardrail, ...] = (Secrets(output="redact"), PersonalData(output="redact"))
@@ -73,6 +79,34 @@ def write(made: VoteRows, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with draft(path) as temporary:
         write_examples(made.rows, temporary)
+
+
+def train_command(made: VoteRows, path: Path, run: Run | None) -> str:
+    """The command that learns from the rows in ``path``: it trains the adapter of ``run`` further, or a new
+    one on a model that is to be named if that is None."""
+    words = ["tunesmith", "train", "--model", "MODEL" if run is None else run.config.model.path]
+    words += ["--data", str(path), "--set", f"objective={made.objective}"]
+    if run is not None:
+        words += ["--set", f"adapter.start={run.path}"]
+        for setting in _settings(run):
+            words += ["--set", setting]
+    if len({prompt_key(row) for row in made.rows}) < FEW:
+        words += ["--set", "data.valid=0"]
+    return shlex.join(words)
+
+
+def _settings(run: Run) -> Iterator[str]:
+    """The settings of ``run`` that shape its adapter and are not the default."""
+    for section in SHAPED_BY:
+        spec = getattr(run.config, section)
+        left_out = {"path"} if section == "model" else {"start", "dropout"}
+        known = {"path": spec.path} if section == "model" else {}
+        usual = type(spec).model_validate(known).model_dump(mode="json")
+        if section == "adapter" and spec.kind != "lora":
+            yield f"adapter.kind={spec.kind}"
+        for key, value in spec.model_dump(mode="json", exclude=left_out).items():
+            if value != usual[key]:
+                yield f"{section}.{key}={json.dumps(value)}"
 
 
 def _kto(votes: Sequence[Vote], made: VoteRows) -> Iterator[dict[str, JSON]]:
