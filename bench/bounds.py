@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="one test only")
+    parser.add_argument("--smoke", action="store_true", help="one test only, and a missed bound is no failure")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     tests: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def main() -> None:
         word = "met" if tests[test]["met"] else "MISSED"
         print(f"{word:<7}{longest:6.1f} of {BOUNDS[test]:g} s  {test}", file=sys.stderr)
     print(json.dumps(record.keep({"benchmark": "bounds", "tests": tests}, options.out)))
-    sys.exit(not all(test["met"] for test in tests.values()))
+    sys.exit(not options.smoke and not all(test["met"] for test in tests.values()))
 
 
 if __name__ == "__main__":
