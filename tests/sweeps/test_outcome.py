@@ -110,8 +110,15 @@ def test_trials_that_failed_are_listed_and_not_compared(tmp_path):
     )
     assert [setting.state for setting in result.settings][:3] == ["failed", "finished", "stopped"]
     assert [setting.value is None for setting in result.settings] == [True, False, True, False, False, False]
-    assert "rank=8, rate=0.0001: seed 0: it fell" in result.lines
+    assert "rank=8, rate=0.0001: it fell" in result.lines
     assert "6 settings" not in result.verdict and result.choice == 1
+
+
+def test_the_mean_of_a_value_is_over_what_all_values_have(tmp_path):
+    effects = {(rank, 1e-4): 0.3 for rank in RANKS}
+    result = planted(tmp_path, effects, states={"rank=16, rate=0.0001": "failed"})
+    means = [mean for _, mean in result.keys[0].levels]
+    assert max(means) - min(means) < 0.1  # not 0.15, for which the rate alone would be to blame
 
 
 def test_one_seed_says_that_the_variance_between_seeds_is_unknown(tmp_path):
@@ -138,7 +145,7 @@ def test_a_trial_whose_loss_ends_above_its_start_is_said_to_have_diverged(tmp_pa
     # aprender 2258: rank 256 at 2e-4 diverges, and is reported as finished
     result = planted(tmp_path, {(32, 2e-4): 20.0})
     worst = result.settings[5]
-    assert worst.worse and worst.notes[0].endswith("it diverged") and result.choice != 5
+    assert worst.worse and worst.notes == (outcome.DIVERGED,) and result.choice != 5
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

@@ -24,6 +24,7 @@ from tunesmith.errors import ConfigError, TrainingError
 from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 from tunesmith.sweeps import ledger, spec, trials
+from tunesmith.sweeps.outcome import DIVERGED
 from tunesmith.sweeps.verb import request
 
 
@@ -156,13 +157,20 @@ def test_a_sweep_killed_in_the_middle_of_a_trial_ends_in_the_same_bytes(ranks, p
     assert timeless(report.outcome.to_json()) == timeless(ranks[1])
 
 
-def test_a_trial_that_fails_loses_nothing_of_the_others(place):
-    changes = [{"optimizer.learning_rate": 1e-3}, {"data.max_dropped": 0.0, "batch.length": 8}]
+def test_a_trial_that_fails_or_diverges_loses_nothing_of_the_others(place):
+    # Museum: aprender 2258, rank 256 at 2e-4 diverges, and the sweep reports it as any other
+    changes = [
+        {"optimizer.learning_rate": 1e-3},
+        {"data.max_dropped": 0.0, "batch.length": 8},
+        {"optimizer.learning_rate": 3.0},
+    ]
     report = tunesmith.sweep(written(place, "failing", {"trials": changes}), out=place / "failing")
-    good, bad = report.outcome.settings
+    good, bad, diverged = report.outcome.settings
     assert (good.state, bad.state) == ("finished", "failed") and good.value is not None and bad.value is None
-    assert any("failed" not in note and note for note in bad.notes)
-    only = written(place, "only", {"trials": changes[1:]})
+    assert bad.notes and "failed" not in bad.notes[0]
+    assert diverged.notes and (diverged.value is None or (diverged.worse and diverged.notes == (DIVERGED,)))
+    assert report.outcome.choice == 0
+    only = written(place, "only", {"trials": changes[1:2]})
     with pytest.raises(TrainingError, match="no trial could be trained"):
         tunesmith.sweep(only, out=place / "only")
 
@@ -218,6 +226,8 @@ def test_a_dry_run_lists_the_command_of_each_trial_and_writes_nothing(place, mon
             "needs metric",
         ),
         ({"seeds": [1], "racng": "off"}, "racng: unknown key"),
+        ({"grid": {"data.valid": [0.2, 0]}}, "valid=0: data.valid is 0"),
+        ({"trials": [{"loop.validate_every": 0}], "racing": "interval"}, "racing has nothing to look at"),
     ],
 )
 def test_a_wrong_file_is_refused_before_anything_is_trained(place, tmp_path, content, told):
@@ -242,3 +252,18 @@ def test_a_file_that_is_edited_while_the_sweep_runs_changes_no_trial(place, tmp_
     ).config
     file.write_text("adapter: {rank: 8}\n")
     assert Path(copy[0]).read_text() == "adapter: {rank: 4}\n"
+
+
+@pytest.mark.parametrize("name", sorted(spec.ready()))
+def test_a_ready_made_sweep_needs_a_model_and_data_only(place, name):
+    options = {"model": "anything", "data": [str(place / "rows.jsonl")]}
+    plan = request(name, **options).plan
+    assert len(plan.trials) >= 5 and len({json.dumps(dict(trial.settings)) for trial in plan.trials}) == len(
+        plan.trials
+    )
+    assert name in (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
+
+
+def test_a_name_that_is_no_file_and_no_ready_made_sweep_lists_those():
+    with pytest.raises(ConfigError, match="lora-vs-full, objective, precision, rank, retention, seeds"):
+        request("ranks")

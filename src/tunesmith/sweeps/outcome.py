@@ -30,11 +30,12 @@ from tunesmith.sweeps.contrasts import (
     panel,
     seed_variance,
 )
-from tunesmith.sweeps.ledger import Ledger, TrialEntry
+from tunesmith.sweeps.ledger import Ledger
 from tunesmith.sweeps.measured import Cost, Metric, cost, mean_cost, scored, went_up
 from tunesmith.sweeps.trials import TRIALS, Plan
 
 ALIKE = 1.05
+DIVERGED = "its held-out loss ends above where it began: it diverged"
 ONE_SEED = "one seed: the variance between seeds is unknown, and intervals cover the held-out rows only"
 
 
@@ -174,7 +175,7 @@ def outcome(name: str, folder: Path, plan: Plan, ledger: Ledger, metric: Metric)
     best = int(np.argmin(sign * compared.means))
     settings = list(_results(plan, measured, usable, values, compared, best, metric))
     keys = [key for key in keys if len(key.values) > 1]
-    results = tuple(_key_result(key, compared, sign, metric) for key in keys)
+    results = tuple(_key_result(key, keys, compared, sign, metric) for key in keys)
     choice = _cheapest(settings, usable, keys, results, best)
     verdict, lines = _said(settings, results, usable[best], choice, metric, values, compared)
     return Outcome(
@@ -195,7 +196,7 @@ def outcome(name: str, folder: Path, plan: Plan, ledger: Ledger, metric: Metric)
 def _measured(folder: Path, plan: Plan, ledger: Ledger, metric: Metric, place: int) -> _Measured:
     values: list[RowValues | None] = []
     costs: list[Cost] = []
-    notes: list[str] = []
+    notes: dict[str, list[int | None]] = {}
     entries = [ledger.entry(trial.name) for trial in plan.of(place)]
     for entry in entries:
         run_dir = folder / TRIALS / entry.name
@@ -205,13 +206,13 @@ def _measured(folder: Path, plan: Plan, ledger: Ledger, metric: Metric, place: i
                 scores = scored(run_dir, metric)
                 costs += [taken] if (taken := cost(run_dir)) is not None else []
                 if went_up(run_dir):
-                    notes.append(f"{_of(entry)}its held-out loss ends above where it began: it diverged")
+                    notes.setdefault(DIVERGED, []).append(entry.seed)
             except TunesmithError as error:
                 scores = error.what
         elif entry.reason:
-            notes.append(f"{_of(entry)}{entry.reason}")
+            notes.setdefault(entry.reason, []).append(entry.seed)
         if isinstance(scores, str):
-            notes.append(f"{_of(entry)}{scores}")
+            notes.setdefault(scores, []).append(entry.seed)
         values.append(None if isinstance(scores, str) else scores)
     states = {entry.state for entry in entries}
     state = next(
@@ -220,11 +221,14 @@ def _measured(folder: Path, plan: Plan, ledger: Ledger, metric: Metric, place: i
     )
     if state == "stopped":  # by some seeds alone it is not comparable
         values = [None] * len(values)
-    return _Measured(values, costs, list(dict.fromkeys(notes)), state)
+    return _Measured(
+        values, costs, [_note(text, seeds, len(entries)) for text, seeds in notes.items()], state
+    )
 
 
-def _of(entry: TrialEntry) -> str:
-    return "" if entry.seed is None else f"seed {entry.seed}: "
+def _note(text: str, seeds: Sequence[int | None], count: int) -> str:
+    """``text`` with its seeds, if it is not of all."""
+    return text if len(seeds) == count else f"seed {', '.join(map(str, seeds))}: {text}"
 
 
 def _leave_out_misfits(measured: Sequence[_Measured], plan: Plan) -> None:
@@ -318,13 +322,11 @@ def _is_worse_level(key: SweptKey, result: KeyResult, setting: int, best: int) -
     return result.matters and levels == (result.best, result.worst)
 
 
-def _key_result(key: SweptKey, compared: Compared, sign: int, metric: Metric) -> KeyResult:
+def _key_result(
+    key: SweptKey, keys: Sequence[SweptKey], compared: Compared, sign: int, metric: Metric
+) -> KeyResult:
     """The largest difference between two levels of a key, over settings that agree in all else."""
-    by_level: list[float | None] = []
-    for level in range(len(key.values)):
-        means = [mean for mean, own in zip(compared.means, key.levels, strict=True) if own == level]
-        by_level.append(metric.shown(float(np.mean(means))) if means else None)
-    names = tuple(zip(map(_level, key.values), by_level, strict=True))
+    names = tuple(zip(map(_level, key.values), _level_means(key, keys, compared, metric), strict=True))
     known = {pair: result for pair, result in compared.levels.items() if pair.key == key.key}
     if not known:
         note = "no two settings differ in it alone, so what it does cannot be told from the others"
@@ -333,6 +335,30 @@ def _key_result(key: SweptKey, compared: Compared, sign: int, metric: Metric) ->
     worse_second = sign * result.value > 0
     best, worst = (pair.first, pair.second) if worse_second else (pair.second, pair.first)
     return KeyResult(key.key, names, best, worst, result)
+
+
+def _level_means(
+    key: SweptKey, keys: Sequence[SweptKey], compared: Compared, metric: Metric
+) -> list[float | None]:
+    """The mean of each value of ``key``, over what the other keys have with all of its values; over all
+    settings if there is nothing."""
+    others = [other for other in keys if other is not key]
+    rest = [tuple(other.levels[place] for other in others) for place in range(len(key.levels))]
+    whole = {
+        combination
+        for combination in rest
+        if {level for level, own in zip(key.levels, rest, strict=True) if own == combination}
+        == set(range(len(key.values)))
+    }
+    means: list[float | None] = []
+    for level in range(len(key.values)):
+        own = [
+            float(mean)
+            for mean, of, combination in zip(compared.means, key.levels, rest, strict=True)
+            if of == level and (combination in whole or not whole)
+        ]
+        means.append(metric.shown(sum(own) / len(own)) if own else None)
+    return means
 
 
 def _evidence(item: tuple[LevelPair, Contrast]) -> tuple[float, float]:

@@ -22,7 +22,8 @@ STYLES = {"finished": "", "stopped": "stopped by racing", "failed": "failed", "u
 
 
 class ShownSetting(NamedTuple):
-    """A line of the table. ``changes``: one line. ``state``: "" if it is finished."""
+    """A line of the table. ``changes``: by whole keys, "" if the label says as much. ``state``: "" if it is
+    finished."""
 
     label: str
     changes: str
@@ -70,10 +71,11 @@ def html(outcome: Outcome, command: list[str]) -> str:
 def _shown(outcome: Outcome, place: int) -> ShownSetting:
     setting = outcome.settings[place]
     changes = ", ".join(f"{key}={json.dumps(value)}" for key, value in setting.changes.items())
+    changes = "" if changes == setting.label else changes or "as the base"
     spread = NONE if setting.spread is None else f"{setting.spread:.3g}"
     return ShownSetting(
         setting.label,
-        changes or "as the base",
+        changes,
         cells(setting),
         STYLES[setting.state],
         setting.seeds,
@@ -138,13 +140,12 @@ def _by_cost(outcome: Outcome) -> Iterator[Markup]:
         "seconds of updates": [cost.seconds for _, cost, _ in measured],
     }
     for title, costs in axes.items():
-        points = sorted((cost, value, label) for cost, (label, _, value) in zip(costs, measured, strict=True))
         if len(set(costs)) > 1:
-            line = charts.Line(
-                outcome.metric.name, [x for x, _, _ in points], [y for _, y, _ in points], "marks"
-            )
-            note = " · ".join(f"{label}: {_amount(title, x)}" for x, _, label in points)
-            yield charts.lines(f"By {title}", [line], x=title, y=outcome.metric.name, note=note)
+            points = [
+                charts.Line(f"{label}: {_amount(title, cost)}", [cost], [value], "marks", number % 5)
+                for number, (cost, (label, _, value)) in enumerate(zip(costs, measured, strict=True))
+            ]
+            yield charts.lines(f"By {title}", points, x=title, y=outcome.metric.name)
 
 
 def _amount(title: str, value: float) -> str:

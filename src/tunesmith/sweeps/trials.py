@@ -22,7 +22,7 @@ from tunesmith.runs.configure import configure
 from tunesmith.runs.directory import MANIFEST
 from tunesmith.settings.config import Resolved, flat
 from tunesmith.sweeps.contrasts import SweptKey
-from tunesmith.sweeps.spec import SEED, BaseSpec, SweepSpec
+from tunesmith.sweeps.spec import LOSS, SEED, BaseSpec, IntervalRacing, SweepSpec
 
 BASE, TRIALS, LOGS = "base", "trials", "logs"
 LONGEST = 60
@@ -80,6 +80,7 @@ def expand(spec: SweepSpec, base: BaseSpec, place: str, environ: Mapping[str, st
         except ConfigError as error:
             where = f"{place}: {label}" + (f": {error.where}" if error.where else "")
             raise ConfigError(error.what, where=where, hint=error.hint) from error
+        _require_rows(spec, made.spec, f"{place}: {label}")
         identity = json.dumps(_settings(made), sort_keys=True)
         if identity in distinct:
             notes.append(f"{label} has the same settings as another trial: it is trained once")
@@ -96,6 +97,16 @@ def expand(spec: SweepSpec, base: BaseSpec, place: str, environ: Mapping[str, st
             own = words(base, setting.changes, seed)
             trials.append(Trial(_name(setting.label, seed), number, seed, of_trial, own))
     return Plan(settings, seeds, keys, _distinct(trials), tuple(notes))
+
+
+def _require_rows(spec: SweepSpec, config: RunConfig, where: str) -> None:
+    """Raises ConfigError if trials could not be compared, or raced, as ``spec`` says."""
+    if spec.metric == LOSS and config.data.valid in (0, ()):
+        hint = "hold rows out, or compare by a task: evaluate and metric"
+        raise ConfigError("data.valid is 0: no held-out loss to compare by", where=where, hint=hint)
+    if isinstance(spec.racing, IntervalRacing) and config.loop.validate_every == 0:
+        hint = "give loop.validate_every, or racing: off"
+        raise ConfigError("loop.validate_every is 0: racing has nothing to look at", where=where, hint=hint)
 
 
 def configured(
