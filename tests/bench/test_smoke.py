@@ -28,7 +28,7 @@ QUICK = {
     "wrappers": [],
     "train_speed": ["--trainers", "mlx_lm_blas", "trl"],
 }
-LONG = {name: [] for name in ("evaluation", "objectives", "qalora", "ranks", "shape_7b")}
+LONG = {name: [] for name in ("evaluation", "objectives", "qalora", "ranks", "shape_7b", "sweeps")}
 LONG["gpu"] = ["--updates", "2"]
 PARTS = {"ours", "record", "rivals", "sides", "small", "plot"}  # used by the others; plot draws a result
 
