@@ -162,7 +162,7 @@ def test_a_trial_that_fails_or_diverges_loses_nothing_of_the_others(place):
     changes = [
         {"optimizer.learning_rate": 1e-3},
         {"data.max_dropped": 0.0, "batch.length": 8},
-        {"optimizer.learning_rate": 3.0},
+        {"optimizer.learning_rate": 100.0},
     ]
     report = tunesmith.sweep(written(place, "failing", {"trials": changes}), out=place / "failing")
     good, bad, diverged = report.outcome.settings
