@@ -59,7 +59,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="one test only, and a missed bound is no failure")
+    parser.add_argument(
+        "--smoke", action="store_true", help="one test only, and a missed bound is no failure"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     tests: dict[str, Any] = {}
