@@ -104,6 +104,9 @@ class Adapter:
             message = f"{len(problems)} tensors of the adapter do not fit the model\n{listing(problems)}"
             hint = "an adapter fits only the model that it was trained on"
             raise ModelError(message, where=self.source, hint=hint)
-        net.update(tree_unflatten([(name, value.astype(mx.float32)) for name, value in self.tensors.items()]))
+        dtypes = {name: value.dtype for name, value in trainable(net).items()}
+        net.update(
+            tree_unflatten([(name, value.astype(dtypes[name])) for name, value in self.tensors.items()])
+        )
         if not lazily:
             mx.eval(trainable(net))  # read from the file only now, when what they replace is free

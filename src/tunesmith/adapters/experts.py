@@ -60,8 +60,9 @@ class LoRAExperts(AdapterLayer):
         """(..., 1, out) float32: s·(dropout(x)·Aᵀ)·Bᵀ. Raises TrainingError as `LoRALinear.branch` does."""
         gathered: Any = {"rhs_indices": indices, "sorted_indices": sorted_indices}
         x = self.dropped(x).astype(mx.float32)
-        inner = mx.gather_mm(x, self.lora_a.swapaxes(-1, -2), **gathered) * self.scale
-        return mx.gather_mm(inner, self.lora_b.swapaxes(-1, -2), **gathered)
+        a, b = self.factors
+        inner = mx.gather_mm(x, a.swapaxes(-1, -2), **gathered) * self.scale
+        return mx.gather_mm(inner, b.swapaxes(-1, -2), **gathered)
 
     def updated(self, y: mx.array, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         """(..., 1, out): ``y``, which the frozen layer makes of ``x``, with the update, in its dtype."""
@@ -99,7 +100,7 @@ class DoRAExperts(LoRAExperts):
 
     def lengths(self) -> mx.array:
         """(experts, out) ‖V‖ per row, as `DoRALinear.lengths`. No gradient."""
-        a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
+        a, b = map(mx.stop_gradient, self.factors)
         through = routed_product(self.linear, a, mx.arange(len(a)), sorted_indices=True).swapaxes(-1, -2)
         across = 2 * self.scale * (b * through).sum(axis=-1)
         own = self.scale**2 * (b * (b @ (a @ a.swapaxes(-1, -2)))).sum(axis=-1)

@@ -12,10 +12,9 @@ from typing import Annotated, Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import safetensors.numpy
 from mlx.utils import tree_unflatten
 from pydantic import Field, TypeAdapter
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize
 
 from tunesmith.adapters.attachment import UNFIT, Adapter
 from tunesmith.adapters.layers import QALoRALinear, adapted, trainable
@@ -33,7 +32,7 @@ def save(net: nn.Module, spec: AdapterSpec, folder: Path) -> None:
     """Write the trainable tensors and the spec, not atomically. mlx-lm reads both, but refuses
     ``full_modules`` by name."""
     config = _config(spec, len(blocks_of(net, spec.layers)), adapted(net))
-    _write(folder, config, {name: np.array(value) for name, value in trainable(net).items()})
+    _write(folder, config, trainable(net))
 
 
 def _config(spec: AdapterSpec, n_blocks: int, layers: Iterable[str]) -> dict[str, object]:
@@ -49,20 +48,39 @@ def _config(spec: AdapterSpec, n_blocks: int, layers: Iterable[str]) -> dict[str
     return config | {"tunesmith": {"adapter": spec.model_dump(mode="json")}}
 
 
-def _write(folder: Path, config: Mapping[str, object], tensors: dict[str, np.ndarray]) -> None:
+def _write(folder: Path, config: Mapping[str, object], tensors: Mapping[str, mx.array]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "mlx"}))
+    (folder / WEIGHTS).write_bytes(serialised(tensors, "mlx"))
+
+
+def serialised(tensors: Mapping[str, mx.array], layout: str) -> bytes:
+    """``tensors`` as a safetensors file, each in its dtype; bfloat16, which numpy does not know, by its
+    bits."""
+    arrays = {
+        name: np.ascontiguousarray(np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value))
+        for name, value in tensors.items()
+    }
+    stored = {
+        name: TensorSpec(
+            dtype=str(tensors[name].dtype).removeprefix("mlx.core."),
+            shape=array.shape,
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
+        )
+        for name, array in arrays.items()
+    }
+    return bytes(serialize(stored, metadata={"format": layout}))
 
 
 def save_as_lora(net: nn.Module, spec: QALoRA, folder: Path) -> None:
     """Write the QA-LoRA adapter of ``net`` as the LoRA adapter that computes the same, for mlx-lm."""
     layers = adapted(net)
     plain = LoRA.model_validate(spec.model_dump(exclude={"kind", "start"}))
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, mx.array] = {}
     for name, layer in layers.items():
         assert isinstance(layer, QALoRALinear)
-        tensors |= {f"{name}.lora_a": np.array(layer.expanded_a()), f"{name}.lora_b": np.array(layer.lora_b)}
+        tensors |= {f"{name}.lora_a": layer.expanded_a(), f"{name}.lora_b": layer.factors[1]}
     config = _config(plain, len(blocks_of(net, spec.layers)), layers)
     _write(folder, config, tensors)
 
@@ -210,7 +228,7 @@ def go_on(net: nn.Module, spec: AdapterSpec, start: Adapter) -> None:
 
 def _shape(spec: AdapterSpec) -> dict[str, object]:
     """The settings that decide the tensors' names and shapes; the order of names in a list means nothing."""
-    settings = spec.model_dump(mode="json", exclude={"start", "dropout"})
+    settings = spec.model_dump(mode="json", exclude={"start", "dropout", "dtype"})
     return {key: sorted(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 

@@ -4,8 +4,9 @@ LoRA (arXiv 2106.09685) adds s·(x·A)·B to a frozen linear layer; DoRA (arXiv 
 output row a learned magnitude; `experts` has both for routed experts. QA-LoRA (arXiv 2309.14717) reads sums
 over the groups of inputs whose weights share a scale, so that the update can be added to their biases.
 
-Parameters are float32 whatever the base is; activations keep the base's dtype. Initial values and dropout
-masks come from keys, never from the global random state."""
+A and B are float32 whatever the base is, or 16-bit if the settings say so (`held_in`); everything is computed
+from them in float32. Activations keep the base's dtype. Initial values and dropout masks come from keys,
+never from the global random state."""
 
 from __future__ import annotations
 
@@ -55,6 +56,15 @@ class AdapterLayer(nn.Module):
             raise TrainingError("adapter dropout has no key to draw its mask from", hint=hint)
         return self._key
 
+    def held_in(self, dtype: mx.Dtype) -> None:
+        """Round A and B to ``dtype``, in which they are trained and saved."""
+        self.lora_a, self.lora_b = self.lora_a.astype(dtype), self.lora_b.astype(dtype)
+
+    @property
+    def factors(self) -> tuple[mx.array, mx.array]:
+        """A and B in float32."""
+        return self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
+
     def parts(self) -> Iterator[LoRALinear]:
         """The layer as layers of one matrix each."""
         raise NotImplementedError
@@ -80,12 +90,13 @@ class LoRALinear(AdapterLayer):
         return dims(linear)
 
     def expanded_a(self) -> mx.array:
-        """(in, r) A as it acts on each input."""
-        return self.lora_a
+        """(in, r) float32 A as it acts on each input."""
+        return self.factors[0]
 
     def branch(self, x: mx.array) -> mx.array:
         """(..., out) s·(dropout(x)·A)·B. Raises TrainingError if dropout needs a mask and no key was set."""
-        return ((self.dropped(x) @ self.lora_a) * self.scale) @ self.lora_b
+        a, b = self.factors
+        return ((self.dropped(x) @ a) * self.scale) @ b
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) → (..., out) in the dtype of the frozen layer's output."""
@@ -120,14 +131,14 @@ class LoRALinear(AdapterLayer):
                 of_x = kernels.dropout(of_inner @ a.T, rate, key, onto=of_base)
             return of_x, _rows(dropped(x)).T @ _rows(of_inner), _rows(inner).T @ _rows(slope)
 
-        return kernels.with_gradient(forward, backward)(x, self.lora_a, self.lora_b)[0]
+        return kernels.with_gradient(forward, backward)(x, *self.factors)[0]
 
     def parts(self) -> Iterator[LoRALinear]:
         yield self
 
     def merged_weight(self) -> mx.array:
         """(out, in) the weight of the plain layer that computes the same, float32."""
-        return dense(self.linear) + self.scale * (self.expanded_a() @ self.lora_b).T
+        return dense(self.linear) + self.scale * (self.expanded_a() @ self.factors[1]).T
 
 
 class DoRALinear(LoRALinear):
@@ -141,7 +152,7 @@ class DoRALinear(LoRALinear):
 
     def lengths(self) -> mx.array:
         """(out,) ‖V‖ per row from ‖W‖² + 2·W·Δ + ‖Δ‖²: neither W nor Δ is formed. No gradient."""
-        a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
+        a, b = map(mx.stop_gradient, self.factors)
         across = 2 * self.scale * (b * product(self.linear, a.T)).sum(axis=0)
         own = self.scale**2 * (b * ((a.T @ a) @ b)).sum(axis=0)
         # The floor keeps rows of zeros (a padded vocabulary) at zero, not 0/0.
@@ -173,12 +184,13 @@ class QALoRALinear(LoRALinear):
         return inputs // _required_group_size(linear), outputs
 
     def expanded_a(self) -> mx.array:
-        return mx.repeat(self.lora_a, self.group_size, axis=0) * self.group_size**-0.5
+        return mx.repeat(self.factors[0], self.group_size, axis=0) * self.group_size**-0.5
 
     def branch(self, x: mx.array) -> mx.array:
         groups = x.astype(mx.float32).reshape(*x.shape[:-1], -1, self.group_size)
         pooled = groups.sum(axis=-1) * self.group_size**-0.5
-        return ((self.dropped(pooled) @ self.lora_a) * self.scale) @ self.lora_b
+        a, b = self.factors
+        return ((self.dropped(pooled) @ a) * self.scale) @ b
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.linear(x)
@@ -186,7 +198,8 @@ class QALoRALinear(LoRALinear):
 
     def changed_biases(self, biases: mx.array) -> mx.array:
         """(out, in / g) float32: the quantisation's ``biases`` with the update in them."""
-        change = (self.scale * self.group_size**-0.5) * (self.lora_a @ self.lora_b).T
+        a, b = self.factors
+        change = (self.scale * self.group_size**-0.5) * (a @ b).T
         return biases.astype(mx.float32) + change
 
 

@@ -160,7 +160,7 @@ def _by_choice(places: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]
 def _padded(update: LoRALinear, rank: int) -> tuple[mx.array, mx.array, float]:
     missing = rank - update.lora_a.shape[1]
     a = mx.pad(update.expanded_a(), [(0, 0), (0, missing)])
-    return a, mx.pad(update.lora_b, [(0, missing), (0, 0)]), update.scale
+    return a, mx.pad(update.factors[1], [(0, missing), (0, 0)]), update.scale
 
 
 class Routing:

@@ -59,6 +59,7 @@ START = (
 
 
 DEFAULT_RANK = 16
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 class _LowRank(Spec):
@@ -81,6 +82,11 @@ class _LowRank(Spec):
     )
     layers: int | None = Field(None, ge=1, description="only the last n blocks; null: all")
     rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="what A and B are held, trained and saved in; the optimizer's state, DoRA's magnitudes "
+        "and full_modules stay float32",
+    )
     full_modules: Texts = Field((), description="modules trained in full beside it, such as input_layernorm")
     start: str | None = Field(None, description=START)
     _layer: ClassVar[type[LoRALinear]]
@@ -122,6 +128,7 @@ class _LowRank(Spec):
         for name, linear in chosen.items():
             kind = self._experts if name in mixture.experts else self._layer
             layer = kind(linear, self.rank, self.scale, self.dropout, key_from(seed, f"{name}.lora_a"))
+            layer.held_in(DTYPES[self.dtype])
             net.update_modules(tree_unflatten([(name, layer)]))
             if not lazily:
                 mx.eval(layer.trainable_parameters())  # of DoRA: one expanded weight at a time

@@ -131,16 +131,29 @@ def build(spec: OptimizerSpec, net: nn.Module) -> optim.Optimizer:
         )
     else:
         optimizer = make(0.0)
-    optimizer.init(net.trainable_parameters())
+    optimizer.init(wide(net.trainable_parameters()))
     return optimizer
+
+
+def wide(tree: dict) -> dict:
+    """Every leaf in float32: sums of 16-bit gradients and the moments of 16-bit weights are kept in it."""
+    return tree_map(lambda leaf: leaf.astype(mx.float32), tree)
+
+
+def move(optimizer: optim.Optimizer, net: nn.Module, gradients: dict, rate: float) -> None:
+    """One update in place, not evaluated. It is computed in float32; a 16-bit weight is then rounded to its
+    dtype, so that a change below half of its last bit is lost."""
+    members = optimizer.optimizers if isinstance(optimizer, optim.MultiOptimizer) else [optimizer]
+    for member in members:
+        member.learning_rate = rate
+    weights = net.trainable_parameters()
+    changed = optimizer.apply_gradients(gradients, wide(weights))
+    net.update(tree_map(lambda new, old: new.astype(old.dtype), changed, weights))
 
 
 def apply(optimizer: optim.Optimizer, net: nn.Module, gradients: dict, rate: float) -> None:
     """One update in place, evaluated."""
-    members = optimizer.optimizers if isinstance(optimizer, optim.MultiOptimizer) else [optimizer]
-    for member in members:
-        member.learning_rate = rate
-    optimizer.update(net, gradients)
+    move(optimizer, net, gradients, rate)
     mx.eval(net.trainable_parameters(), optimizer.state)
 
 

@@ -21,6 +21,7 @@ from tunesmith.engine.engine import notify_if_separate
 from tunesmith.errors import ConfigError, OutOfMemory
 from tunesmith.events import Notice, Probed, Sink
 from tunesmith.learning.objective import Objective
+from tunesmith.learning.optimizer import wide
 from tunesmith.machine import backend
 from tunesmith.machine.ranks import Ranks
 from tunesmith.model import abilities, logprobs, wrap
@@ -167,7 +168,7 @@ class Accumulation:
             try:
                 loss, total, logps = self._accumulate(step, micros, done, baseline)
                 if total is None:
-                    total = tree_map(mx.zeros_like, self._net.trainable_parameters())
+                    total = tree_map(mx.zeros_like, wide(self._net.trainable_parameters()))
                 none = {member: np.zeros(len(self._rows[member].sequences)) for member in plan.members(step)}
                 return loss, total, np.concatenate(list((none | logps).values()))
             except (RuntimeError, MemoryError) as error:
@@ -197,7 +198,7 @@ class Accumulation:
                 [self._rows[member] for member in micro], key, baseline
             )
             mx.eval(loss, total or {})
-            loss, total = loss + part, _add(total, part_gradients)
+            loss, total = loss + part, _add(total, wide(part_gradients))
             parts.append(logps)
             mx.async_eval(loss, total, logps)
         mx.eval(loss, total or {}, parts)

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from tunesmith import adapters, events
 from tunesmith.adapters import AdapterLayer, DoRALinear, LoRALinear
+from tunesmith.learning import optimizer
 from tunesmith.model import wrap
 from tunesmith.runs.config import LoopSpec
 from tunesmith.tokens.batches import Group
@@ -86,8 +87,7 @@ class Measured:
         """As `optimizer.apply`, weight by weight, so that only one old weight is kept beside its new
         value."""
         old: Any = dict(tree_flatten(net.trainable_parameters()))
-        state.learning_rate = rate
-        state.update(net, gradients)
+        optimizer.move(state, net, gradients, rate)
         for name, leaf in sorted(tree_flatten(net.trainable_parameters())):
             change = leaf - old.pop(name)
             self._updates |= norms({name: change})
@@ -154,7 +154,7 @@ def _changes(layer: LoRALinear) -> Iterator[mx.array]:
         return
     a, rows = layer.expanded_a(), max(1, CHUNK // layer.lora_b.shape[1])
     for start in range(0, len(a), rows):
-        yield (a[start : start + rows] * layer.scale) @ layer.lora_b
+        yield (a[start : start + rows] * layer.scale) @ layer.factors[1]
 
 
 def low_rank_values(layer: LoRALinear) -> np.ndarray:
@@ -163,7 +163,8 @@ def low_rank_values(layer: LoRALinear) -> np.ndarray:
     Their squares are the eigenvalues of √G·H·√G. In float64; what is below 1e-7 of the largest is rounding,
     and 0. The products are einsum's: numpy's BLAS would wake threads of its own beside MLX's, which took up
     to 800 times as long on busy cores. All NaN if a factor is not finite."""
-    a, b = np.array(layer.lora_a.T, dtype=np.float64), np.array(layer.lora_b, dtype=np.float64)
+    held_a, held_b = layer.factors
+    a, b = np.array(held_a.T, dtype=np.float64), np.array(held_b, dtype=np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return np.full(len(a), np.nan)
     values, vectors = np.linalg.eigh(np.einsum("in,jn->ij", a, a))

@@ -563,7 +563,7 @@ def test_defaults_suit_the_objective(tmp_path):
     ("blocks", "message"),
     [
         ({"template": {"prompt_weight": 0.1}}, "compares answers, not prompts"),
-        ({"loop": {"best": "margn"}}, "kto has loss, perplexity, reward_desirable"),
+        ({"loop": {"best": "margn"}}, "kto has loss, perplexity, adherence, reward_desirable"),
         ({"objective": {"kind": "sft"}, "loop": {"best": "margin"}}, "sft has loss, perplexity"),
         ({"objective": {"kind": "dpo", "label_smoothing": 0.1}}, "belong together"),
     ],

@@ -90,7 +90,7 @@ class GGUFLoRA(ForLlamaCpp):
             if not isinstance(layer, LoRALinear):
                 raise ExportError("gguf-lora: routed experts are adapted", hint="--to mlx, or --to hf")
             file, slot = places[f"{layer_name.removeprefix(INSIDE)}.weight"]
-            b = np.array((layer.lora_b * layer.scale).T)
+            b = np.array((layer.factors[1] * layer.scale).T)
             b = weights.in_file(ARCHITECTURES[name], slot.part, b, config)
             tensors.append(_tensor(f"{file}.lora_a", np.array(layer.expanded_a().T)))
             tensors.append(_tensor(f"{file}.lora_b", b))

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_unflatten
-from safetensors.numpy import load_file, save_file
 
-from tunesmith.adapters import DoRALinear, LoRAExperts, LoRALinear, adapted
-from tunesmith.adapters.specs import Full
+from tunesmith.adapters import DoRALinear, LoRAExperts, LoRALinear, adapted, files
+from tunesmith.adapters.specs import DTYPES, Full
 from tunesmith.errors import ExportError
 from tunesmith.events import Sink
 from tunesmith.exports.kind import (
@@ -66,15 +64,16 @@ class PEFTAdapter(ExportKind):
         if missing := sorted(layers.keys() - names.keys()):
             message = f"peft: the base's files have no layer of the name {missing[0]}"
             raise ExportError(message, hint="--to mlx")
-        tensors: dict[str, np.ndarray] = {}
+        tensors: dict[str, mx.array] = {}
+        dtype = DTYPES[spec.dtype]
         for name, layer in layers.items():
             assert isinstance(layer, LoRALinear)  # layers of experts were refused
             module = PREFIX + names[name]
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(np.array(layer.expanded_a().T))
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(np.array(layer.lora_b.T))
+            tensors[f"{module}.lora_A.weight"] = layer.expanded_a().T.astype(dtype)
+            tensors[f"{module}.lora_B.weight"] = layer.lora_b.T
             if isinstance(layer, DoRALinear):
-                tensors[f"{module}.{MAGNITUDE}"] = np.array(layer.m)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+                tensors[f"{module}.{MAGNITUDE}"] = layer.m
+        (folder / WEIGHTS).write_bytes(files.serialised(tensors, "pt"))
         settings = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -116,7 +115,7 @@ def _apply(net: Any, folder: Path, places: dict[str, str]) -> list[str]:
     """Put the adapter in place as PEFT reads it; returns what matches nothing. A layer that a factor does not
     fit is left out."""
     settings = json.loads((folder / CONFIG).read_text("utf-8"))
-    tensors, modules = load_file(folder / WEIGHTS), dict(net.named_modules())
+    tensors, modules = files.read_tensors(folder / WEIGHTS), dict(net.named_modules())
     rank = settings["r"]
     scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
     problems: list[str] = []
@@ -132,9 +131,9 @@ def _apply(net: Any, folder: Path, places: dict[str, str]) -> list[str]:
             continue
         kind = DoRALinear if settings.get("use_dora") else LoRALinear
         layer = kind(linear, rank, scale, 0.0, mx.random.key(0))
-        layer.lora_a, layer.lora_b = mx.array(a.T), mx.array(b.T)
+        layer.lora_a, layer.lora_b = a.T, b.T
         if isinstance(layer, DoRALinear):
-            layer.m = mx.array(tensors[f"{name}.{MAGNITUDE}"])
+            layer.m = tensors[f"{name}.{MAGNITUDE}"]
         net.update_modules(tree_unflatten([(place, layer)]))
     net.eval()
     return problems
