@@ -226,6 +226,9 @@ def test_a_dry_run_lists_the_command_of_each_trial_and_writes_nothing(place, mon
             "needs metric",
         ),
         ({"seeds": [1], "racng": "off"}, "racng: unknown key"),
+        ({"space": {"adapter.rank": [2, 4]}}, "is searched with --optuna"),
+        ({"space": {"adapter.rank": {"low": 4, "high": 2}}}, "low must be below high"),
+        ({"space": {"adapter.rank": [2]}, "racing": "interval"}, "not a space"),
         ({"grid": {"data.valid": [0.2, 0]}}, "valid=0: data.valid is 0"),
         ({"trials": [{"loop.validate_every": 0}], "racing": "interval"}, "racing has nothing to look at"),
     ],
@@ -267,3 +270,18 @@ def test_a_ready_made_sweep_needs_a_model_and_data_only(place, name):
 def test_a_name_that_is_no_file_and_no_ready_made_sweep_lists_those():
     with pytest.raises(ConfigError, match="lora-vs-full, objective, precision, rank, retention, seeds"):
         request("ranks")
+
+
+def test_a_search_goes_on_where_it_stopped(place):
+    pytest.importorskip("optuna")
+    space = {"optimizer.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "adapter.rank": [2, 4]}
+    file = written(place, "wide", {"space": space})
+    first = tunesmith.sweep(file, out=place / "wide", optuna=1, sets=["loop.steps=10"])
+    assert len(first.outcome.settings) == 1
+    with pytest.raises(ConfigError, match=r"loop\.steps was 10 and is 12"):
+        tunesmith.sweep(file, out=place / "wide", optuna=2, sets=["loop.steps=12"])
+    second = tunesmith.sweep(file, out=place / "wide", optuna=2, sets=["loop.steps=10"])
+    assert [setting.state for setting in second.outcome.settings] == ["finished", "finished"]
+    assert second.outcome.settings[0].value == first.outcome.settings[0].value
+    rates = [setting.changes["optimizer.learning_rate"] for setting in second.outcome.settings]
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates) and len(set(rates)) == 2

@@ -24,6 +24,9 @@ def sweep(
     parallel: Annotated[
         int | None, typer.Option(min=1, help="processes at a time, if memory allows (default: the file's)")
     ] = None,
+    optuna: Annotated[
+        int | None, typer.Option(min=1, help="search the file's space with so many settings, by Optuna")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials, train nothing")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,6 +44,7 @@ def sweep(
             sets=sets or (),
             out=out,
             parallel=parallel,
+            optuna=optuna,
             notify=notify,
         )
     if as_json:

@@ -19,7 +19,7 @@ from tunesmith.settings.config import JSON
 from tunesmith.sweeps.spec import SweepSpec
 from tunesmith.sweeps.trials import Plan, Trial
 
-LEDGER = "sweep.json"
+LEDGER, JOURNAL = "sweep.json", "optuna.journal"
 GENERATOR = "tunesmith sweep"
 HINT = "put it back from a copy, or start another sweep with --out"
 
@@ -71,10 +71,8 @@ def opened(folder: Path, spec: SweepSpec, plan: Plan, file: Path) -> tuple[Ledge
     something else."""
     written: dict[str, JSON] = spec.model_dump(mode="json")
     path = folder / LEDGER
+    require_own(folder)
     if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            message = "exists already and is not a sweep"
-            raise ConfigError(message, where=str(folder), hint="name another folder with --out")
         entries = [_entry(trial, plan) for trial in plan.trials]
         return Ledger(GENERATOR, time.time(), written, entries), plan
     before = read_json(path, Ledger, ConfigError, HINT)
@@ -83,6 +81,15 @@ def opened(folder: Path, spec: SweepSpec, plan: Plan, file: Path) -> tuple[Ledge
     known = {entry.name: entry for entry in before.trials}
     entries = [_continued(trial, renamed, known.get(trial.name)) for trial in renamed.trials]
     return Ledger(GENERATOR, before.created, written, entries, before.results), renamed
+
+
+def require_own(folder: Path) -> None:
+    """Raises ConfigError if ``folder`` holds something else than a sweep."""
+    if not folder.exists() or (folder / LEDGER).exists():
+        return
+    if not folder.is_dir() or any(not path.name.startswith((".", JOURNAL)) for path in folder.iterdir()):
+        message = "exists already and is not a sweep"
+        raise ConfigError(message, where=str(folder), hint="name another folder with --out")
 
 
 def _entry(trial: Trial, plan: Plan) -> TrialEntry:

@@ -43,6 +43,29 @@ class BaseSpec(Spec):
     )
 
 
+class SpaceSpec(Spec):
+    """The values of one key that a search may try: ``choices``, or all from ``low`` to ``high``."""
+
+    low: int | float | None = Field(default=None, description="the least")
+    high: int | float | None = Field(default=None, description="the most; integers if both are")
+    log: bool = Field(default=False, description="draw on a logarithmic scale, as for learning rates")
+    choices: tuple[object, ...] = Field(default=(), description="the values; a list stands for itself")
+
+    @model_validator(mode="after")
+    def _choices_or_range(self) -> SpaceSpec:
+        if bool(self.choices) == (self.low is not None or self.high is not None):
+            raise ValueError("give choices, or low and high")
+        if not self.choices and (self.low is None or self.high is None or self.low >= self.high):
+            raise ValueError("low must be below high")
+        if self.log and (self.low is None or self.low <= 0):
+            raise ValueError("log needs low above 0")
+        return self
+
+
+def _choices(value: object) -> object:
+    return {"choices": value} if isinstance(value, list | tuple) else value
+
+
 class NoRacing(Spec):
     """Every trial is trained to its end."""
 
@@ -74,6 +97,9 @@ class SweepSpec(Spec):
     trials: Annotated[tuple[dict[str, object], ...], BeforeValidator(_all_flat)] = Field(
         default=(), description="changes of single trials; {} is the base as it is"
     )
+    space: dict[str, Annotated[SpaceSpec, BeforeValidator(_choices)]] = Field(
+        default={}, description="key → what --optuna may try: {low, high, log}, or a list of values"
+    )
     seeds: tuple[Annotated[int, Field(ge=0, le=2**63 - 1)], ...] = Field(
         default=(), description="each setting is trained with each seed (empty: loop.seed of the base)"
     )
@@ -92,11 +118,15 @@ class SweepSpec(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepSpec:
-        if not (self.grid or self.trials or self.seeds):
-            raise ValueError("nothing is varied: give grid, trials or seeds")
+        if not (self.grid or self.trials or self.seeds or self.space):
+            raise ValueError("nothing is varied: give grid, trials, seeds or space")
+        if self.space and isinstance(self.racing, IntervalRacing):
+            raise ValueError(
+                "racing shares its error among all settings: it needs a grid or trials, not a space"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is given twice")
-        for key in {*self.grid, *(key for trial in self.trials for key in trial)}:
+        for key in {*self.grid, *self.space, *(key for trial in self.trials for key in trial)}:
             if key == SEED:
                 raise ValueError(f"{SEED} is not a setting to choose: use seeds")
             if key.startswith("objective") and self.metric == LOSS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith import events
@@ -16,6 +16,7 @@ from tunesmith.settings.origins import parse, plain
 from tunesmith.sweeps import ledger, measured, outcome, page, spec, trials
 from tunesmith.sweeps.execution import Execution
 from tunesmith.sweeps.outcome import Outcome
+from tunesmith.sweeps.search import Search
 from tunesmith.sweeps.spec import BaseSpec, SweepSpec
 from tunesmith.sweeps.trials import Plan
 
@@ -97,15 +98,43 @@ def sweep(
     data: Sequence[str] = (),
     sets: Sequence[str] = (),
     parallel: int | None = None,
+    optuna: int | None = None,
     notify: Sink = events.silent,
 ) -> SweepReport:
     """Train every trial of ``file`` (a YAML file, or the name of a ready-made sweep), compare them, and write
     ``sweep.html``. Called again with the same settings it goes on where it stopped.
 
     out: folder of the sweep (default ``runs/NAME``). preset, config, model, data, sets: as for `configure`,
-    over the base that the file names. parallel: processes at a time, instead of the file's. Raises
-    ConfigError if the sweep was begun with other settings, TrainingError if no trial could be trained."""
+    over the base that the file names. parallel: processes at a time, instead of the file's. optuna:
+    search the file's space with so many settings in all. Raises ConfigError if the sweep was begun with other
+    settings, TrainingError if no trial could be trained."""
     asked = request(file, out=out, preset=preset, config=config, model=model, data=data, sets=sets)
+    at_once = parallel or asked.spec.parallel
+    if optuna is not None:
+        return _searched(asked, optuna, at_once, notify)
+    if asked.spec.space:
+        hint = "--optuna 20 tries twenty settings of it; a grid or trials need no search"
+        raise ConfigError("a space is searched with --optuna", where=str(asked.file), hint=hint)
+    return _run(asked, at_once, notify)
+
+
+def _searched(asked: SweepRequest, count: int, parallel: int, notify: Sink) -> SweepReport:
+    """A sweep over what Optuna suggests, as many settings at a time as there are processes."""
+    ledger.require_own(asked.folder)
+    study = Search(asked.folder, asked.spec, measured.metric(asked.spec))
+    report: SweepReport | None = None
+    while report is None or study.pending or len(study.changes) < count:
+        if not study.pending:
+            study.suggest(min(parallel, count - len(study.changes)))
+        chosen = asked.spec.model_copy(update={"grid": {}, "trials": tuple(study.changes)})
+        plan = trials.expand(chosen, asked.base, str(asked.file), os.environ)
+        report = _run(replace(asked, spec=chosen, plan=plan), parallel, notify)
+        study.tell(report.outcome)
+    return report
+
+
+def _run(asked: SweepRequest, parallel: int, notify: Sink) -> SweepReport:
+    """Train what is not trained yet, and compare."""
     folder = asked.folder
     page.check(folder)
     book, plan = ledger.opened(folder, asked.spec, asked.plan, asked.file)
@@ -119,7 +148,7 @@ def sweep(
         notify(Notice(text))
     book.write(folder)
     try:
-        Execution(folder, asked.spec, plan, book, parallel or asked.spec.parallel, notify).run()
+        Execution(folder, asked.spec, plan, book, parallel, notify).run()
     finally:
         report = _concluded(asked, plan, book)
     if report.outcome.best is None:
