@@ -91,17 +91,17 @@ def test_what_is_larger_is_taken_if_it_is_shown_to_be_better(tmp_path):
     assert result.choice in (4, 5) and {key.key for key in result.keys if key.matters} == {"rank"}
 
 
-def test_among_equal_weights_less_memory_decides_and_five_percent_is_none(tmp_path):
-    settings = [
-        outcome.SettingResult(label, {}, 1, "finished", 1.0, cost=outcome.Cost(10, memory_bytes, seconds))
-        for label, memory_bytes, seconds in [
-            ("a", 104, 9.0),
-            ("b", 100, 5.0),
-            ("c", 120, 1.0),
-            ("d", 102, 5.1),
+def test_among_equal_weights_less_memory_decides_then_time_and_five_percent_is_none():
+    def cheapest(*costs: tuple[int, float]) -> int | None:
+        settings = [
+            outcome.SettingResult("", {}, 1, "finished", 1.0, cost=outcome.Cost(10, memory_bytes, seconds))
+            for memory_bytes, seconds in costs
         ]
-    ]
-    assert outcome._cheapest(settings, [0, 1, 2, 3], [], [], 0) == 1
+        return outcome._cheapest(settings, range(len(settings)), [], [], 0)
+
+    assert cheapest((120, 1.0), (100, 5.0)) == 1
+    assert cheapest((100, 6.0), (104, 5.0)) == 1
+    assert cheapest((100, 5.2), (104, 5.0)) == 0
 
 
 def test_trials_that_failed_are_listed_and_not_compared(tmp_path):
