@@ -89,3 +89,64 @@ def test_schedules_start_peak_and_end_where_they_should():
 def test_an_option_that_would_be_ignored_is_refused(settings, told):
     with pytest.raises(ValidationError, match=told):
         OptimizerSpec(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("adamw", {"betas": (0.9, 0.98)}),
+        ("adamw", {"betas": (0.8, 0.999)}),
+        ("adamw", {"weight_decay": 0.01}),
+        ("adamw", {"eps": 1e-3}),
+        ("lion", {"betas": (0.5, 0.99)}),
+        ("sgd", {"momentum": 0.9}),
+        ("muon", {"weight_decay": 0.1}),
+    ],
+)
+def test_every_option_has_an_effect(kind, option):
+    random = np.random.default_rng(0)
+    start = net()
+    start.update(tree_map(lambda p: mx.array(random.normal(size=p.shape), mx.float32), start.parameters()))
+    moved: list[np.ndarray] = []
+    for options in ({}, option):
+        model = net()
+        model.update(tree_map(mx.array, start.parameters()))
+        steps(optimizer.build(OptimizerSpec(kind=kind, **options), model), model, 12)
+        moved.append(np.array(model.layers[1].weight))
+    assert np.abs(moved[0] - moved[1]).max() > 1e-5
+
+
+def test_betas_and_decay_are_those_of_adamw_by_hand():
+    """Loshchilov and Hutter, algorithm 2, with the blueprint's betas and decay, over three updates."""
+    first, second, decay, rate, eps = 0.9, 0.98, 0.01, 1e-2, 1e-8
+    model = net()
+    state = optimizer.build(OptimizerSpec(betas=(first, second), weight_decay=decay), model)
+    weight, m, v = 1.0, 0.0, 0.0
+    for step in range(3):
+        gradient = math.cos(weight * (step + 1))
+        steps(state, model, 1, step)
+        m = first * m + (1 - first) * gradient
+        v = second * v + (1 - second) * gradient**2
+        mean, square = m / (1 - first ** (step + 1)), v / (1 - second ** (step + 1))
+        weight = weight * (1 - rate * decay) - rate * mean / (math.sqrt(square) + eps)
+    assert model.layers[1].weight[0, 0].item() == pytest.approx(weight, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_16_bit_weight_is_the_rounded_float32_update(dtype):
+    """The moments are those of float32, and the weight is rounded after each update."""
+    model = net()
+    model.layers[1].weight = model.layers[1].weight.astype(dtype)
+    state = optimizer.build(OptimizerSpec(), model)
+    weight, m, v = 1.0, 0.0, 0.0
+    for step in range(3):
+        gradient = 0.3 + 0.1 * step
+        gradients = tree_map(lambda p, g=gradient: mx.full(p.shape, g), model.trainable_parameters())
+        optimizer.apply(state, model, gradients, 0.05)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        change = m / (1 - 0.9 ** (step + 1)) / (math.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
+        weight = mx.array(weight - 0.05 * change).astype(dtype).item()
+    assert model.layers[1].weight.dtype == dtype
+    assert model.layers[1].weight[0, 0].item() == pytest.approx(weight, rel=1e-6)
+    moments = [value for value in optimizer.state(state).values() if value.shape == (2, 4)]
+    assert len(moments) == 2 and {value.dtype for value in moments} == {np.dtype(np.float32)}

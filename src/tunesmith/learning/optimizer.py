@@ -4,7 +4,10 @@ tensors.
 ``step`` is one optimizer update everywhere.
 
 Weight decay falls on matrices only, never on vectors such as norms and biases (the usual grouping of
-transformers' trainer). It is decoupled (arXiv 1711.05101) but for SGD, where MLX adds it to the gradient."""
+transformers' trainer). It is decoupled (arXiv 1711.05101) but for SGD and Muon, where MLX adds it to the
+gradient.
+
+State and updates are float32, whatever the weights are held in."""
 
 from __future__ import annotations
 
