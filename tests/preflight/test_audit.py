@@ -40,3 +40,16 @@ def test_the_page_of_a_copy_stays(tmp_path):
     data, page, out = rows(tmp_path), tmp_path / "audit.html", tmp_path / "out.jsonl"
     tunesmith.audit(data, fix=out, page=page, sets=["data.valid=0"])
     assert out.exists() and page.exists()
+
+
+def test_mixed_files_are_audited_with_the_task_and_not_copied(tmp_path):
+    data = rows(tmp_path)
+    general = tmp_path / "general.jsonl"
+    general.write_text(data.read_text())
+    sets = ["data.valid=0", f"data.mix=[{{path: {general}, share: 0.5}}]"]
+    found = tunesmith.audit(data, sets=sets)
+    assert found.rows == 2 and "duplicates" in {
+        finding.dimension for finding in found.findings if finding.rows
+    }
+    fixed = tunesmith.audit(data, fix=tmp_path / "out.jsonl", sets=sets)
+    assert fixed.rows == 1

@@ -113,6 +113,7 @@ def test_the_report_says_the_loss_of_mixed_rows(mixed):
     tunesmith.report(mixed.path)
     assert "training, mixed rows" in (mixed.path / "report.html").read_text()
     assert "general.jsonl.rows_an_epoch" in (mixed.path / "report.md").read_text()
+    assert "16 rows an epoch of general.jsonl" in (mixed.path / "model_card.md").read_text()
 
 
 @pytest.mark.parametrize("step", [0, 4])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -265,7 +265,7 @@ class Plan:
     epochs: float = 1.0
     max_steps: int | None = None
     positions: tuple[int, ...] = ()
-    first_epoch: tuple[int, ...] = ()
+    first_epoch: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -278,8 +278,8 @@ class Plan:
 
     def order(self, epoch: int) -> np.ndarray:
         """(n,) the permutation of all groups for ``epoch``."""
-        if epoch == 0 and self.first_epoch:
-            return np.array(self.first_epoch)
+        if epoch == 0 and self.first_epoch is not None:
+            return self.first_epoch
         return _permutation(self.seed, epoch, len(self.lengths))
 
     def easy_first(self, difficulties: Sequence[float]) -> Plan:
@@ -287,7 +287,7 @@ class Plan:
         difficulty keep the shuffled order."""
         shuffled = _permutation(self.seed, 0, len(self.lengths))
         order = shuffled[np.argsort(np.array(difficulties)[shuffled], kind="stable")]
-        return replace(self, first_epoch=tuple(order.tolist()))
+        return replace(self, first_epoch=order)
 
     def members(self, step: int) -> list[int]:
         """The groups of update ``step`` (from 0), by index."""
