@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from serving.test_worker import wait_until
 
 from tunesmith.adapters import attached
 from tunesmith.auditing import embeddings
+from tunesmith.engine.requests import Request
 from tunesmith.model import loading, vocabulary
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
+from tunesmith.serving.limits import ServerLimits
 
 PATH = "/v1/embeddings"
 TEXTS = ["the cat", "my note about tools, files and music", "a"]
@@ -81,6 +86,55 @@ def test_an_input_that_cannot_be_taken_is_named_by_its_place(server, post, monke
     monkeypatch.setattr(vocabulary, "limits", lambda net: limits._replace(positions=8))
     error = post(input=[[5] * 8, [5] * 9]).json()["error"]
     assert (error["param"], error["code"]) == ("input[1]", "context_length_exceeded"), "learned positions"
+
+
+def test_an_input_that_would_never_fit_in_memory_is_refused(server, post, monkeypatch):
+    worker, net = server.service.worker, server.service.models.loaded.net
+    each = server.call(on_thread(worker, lambda: embeddings.position_bytes(net)))
+    monkeypatch.setattr(worker, "memory", worker.weights + worker.reserved + 100 * each)
+    refused = post(input=[[5] * 101, [5]])
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "request_too_large"
+    assert "for its hidden states" in refused.json()["error"]["message"]
+    assert len(vectors(post(input=[[5] * 50, [5]]))) == 2
+
+
+async def on_thread(worker, function):
+    return await worker.run(function)
+
+
+def test_a_full_queue_refuses_inputs_too(start_server, settings):
+    server = start_server(replace(settings, batch_size=1, limits=ServerLimits(queue=2)))
+    service = server.service
+
+    async def fill():
+        base, request = service.served("base"), Request([5, 6], max_tokens=3000)
+        taken = [service.ask(base, request)]
+        await anext(taken[0])
+        return [*taken, *(service.ask(base, request) for _ in range(2))]
+
+    taken = server.call(fill())
+    with server.client() as client:
+        refused = client.post(PATH, json={"input": "the cat"})
+        for answering in taken:
+            answering.cancel()
+        wait_until(lambda: not service.worker.busy)
+        assert client.post(PATH, json={"input": "the cat"}).status_code == 200
+    assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+
+
+def test_what_an_input_needs_is_not_underestimated(server):
+    net = server.service.models.loaded.net
+
+    def measured(rows: list[list[int]]) -> tuple[int, int]:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        embeddings.means(net, rows)
+        return mx.get_peak_memory() - before, embeddings.position_bytes(net) * len(rows) * len(rows[0])
+
+    for rows in ([[5] * 512], [[5] * 128] * 16):
+        needed, promised = server.call(on_thread(server.service.worker, lambda rows=rows: measured(rows)))
+        assert needed <= promised < 4 * needed, (needed, promised)
 
 
 def test_the_dimensions_of_the_model_may_be_named(post):

@@ -323,6 +323,29 @@ def test_a_job_whose_caller_has_gone_does_not_keep_the_server_busy(server):
     assert not ran
 
 
+def test_a_job_waits_until_its_memory_is_free_and_later_requests_wait_behind_it(server, monkeypatch):
+    worker, service = server.service.worker, server.service
+    cost = worker._engine.cost(Request([5, 6], max_tokens=300))
+    monkeypatch.setattr(worker, "memory", worker.weights + worker.reserved + 2 * cost)
+    rows_then = []
+
+    async def ask():
+        before = asyncio.create_task(answer(service, "base", [5, 6], max_tokens=300))
+        while not worker.n_rows:
+            await asyncio.sleep(0.001)
+        small = await worker.run(lambda: worker.n_rows, cost)
+        job = worker.run(lambda: rows_then.append(worker.n_rows), 2 * cost)
+        waiting = worker.n_waiting
+        after = asyncio.create_task(answer(service, "base", [5, 6], max_tokens=4))
+        await job
+        assert before.done() or worker.n_rows == 0
+        return small, waiting, await before, await after
+
+    small, waiting, before, after = server.call(ask())
+    assert small == 1, "a job that fits does not wait"
+    assert (waiting, rows_then) == (1, [0]) and after == before[:4]
+
+
 def test_a_job_that_hangs_or_fails_is_told_and_the_engine_goes_on(start_server, settings, alone):
     server = start_server(replace(settings, limits=ServerLimits(load_s=3.0)))
     worker = server.service.worker

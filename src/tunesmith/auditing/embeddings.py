@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from tunesmith.errors import ModelError
 from tunesmith.model import abilities, logprobs, vocabulary
@@ -15,6 +16,9 @@ from tunesmith.tokens.template import Refused, Renderer
 
 TOKENS = 128  # of a text, from its beginning
 AT_ONCE = 4096  # tokens in a forward pass, padding included
+ARRAYS = 16
+"""Hidden states, and outputs of the widest layer, in float32, that are in memory at once at most. Measured
+are 9 for SmolLM2-135M and 13 for a model of 64 dimensions, whatever the number of layers and positions."""
 
 
 def embedder(
@@ -60,6 +64,17 @@ def _ids(renderer: Renderer, text: str, known: int) -> list[int]:
     except Refused:
         ids = []
     return [token for token in ids or [renderer.eos_ids[0]] if token < known] or [0]
+
+
+def position_bytes(net: model.nn.Module) -> int:
+    """Bytes, besides the weights, that `means` needs at most for each position, padding included. For models
+    where `abilities.splits` holds."""
+    width = logprobs.features(net, mx.zeros((1, 1), mx.int32)).shape[-1]  # never computed
+    n_ids = vocabulary.limits(net).ids
+    weights: list[tuple[str, mx.array]] = tree_flatten(net.parameters())  # type: ignore[assignment]  # a list
+    outputs = [weight.shape[-2] for _, weight in weights if weight.ndim > 1]
+    widest = max((size for size in outputs if size != n_ids), default=width)
+    return ARRAYS * 4 * (width + widest)
 
 
 def means(net: model.nn.Module, rows: Sequence[Sequence[int]]) -> np.ndarray:

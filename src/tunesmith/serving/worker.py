@@ -46,12 +46,14 @@ STOP_S, STORE_S = 10.0, 60.0
 """Longest time that the thread has to end, and to end and store prefixes in a folder."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
-    """A function for MLX's thread, and the future of its result."""
+    """A function for MLX's thread, and the future of its result.
+    ``cost``: bytes that it needs while it runs."""
 
     function: Callable[[], Any]
     done: asyncio.Future[Any]
+    cost: int = 0
 
 
 @dataclass(eq=False)
@@ -134,23 +136,10 @@ class Worker:
         """Put ``request`` into the queue. Raises Overloaded if it is full, TooLarge if the request would not
         fit even alone, ModelError if it is not valid, Draining or EngineDied if there is no engine for it.
         What was admitted before the server drains is still taken then."""
-        if self._stopping:
-            raise Draining("the server has ended")
-        engine = self._engine
-        if engine is None or not self.healthy:
-            raise EngineDied("the engine is being started", hint="ask again in a few seconds")
+        engine = self._running_engine()
         request.require(0)
         cost = engine.cost(request)
-        if self.weights + self.reserved + cost > self.memory:
-            message = (
-                f"needs {cost / 1e6:,.0f} MB for its keys and values, beside {self.weights / 1e6:,.0f} MB of "
-                f"weights and {self.reserved / 1e6:,.0f} MB for prompts that were read; the server may use "
-                f"{self.memory / 1e6:,.0f} MB"
-            )
-            raise TooLarge(f"the request {message}", hint="shorten the prompt, or ask for fewer tokens")
-        if len(self._waiting) >= self.limits.queue:
-            message = f"{len(self._waiting)} requests are waiting, as many as the server allows"
-            raise Overloaded(message, self._retry_after())
+        self._require_room(cost, "its keys and values", "shorten the prompt, or ask for fewer tokens")
         stream = TokenStream(request, cost, observer)
         loop = asyncio.get_running_loop()
         for seconds, what in (
@@ -163,11 +152,37 @@ class Worker:
             self._changed.notify()
         return Answering(stream, self._cancel)
 
-    def run(self, function: Callable[[], T]) -> Awaitable[T]:
-        """The result of ``function``, called on MLX's thread between two steps of the engine."""
+    def admit(self, cost: int) -> None:
+        """Raises as `ask` does if jobs of at most ``cost`` bytes cannot be run for a request now."""
+        self._running_engine()
+        self._require_room(cost, "its hidden states", "shorten the input")
+
+    def _running_engine(self) -> Engine:
+        if self._stopping:
+            raise Draining("the server has ended")
+        if self._engine is None or not self.healthy:
+            raise EngineDied("the engine is being started", hint="ask again in a few seconds")
+        return self._engine
+
+    def _require_room(self, cost: int, purpose: str, hint: str) -> None:
+        """Raises TooLarge if ``cost`` bytes would not fit even alone, Overloaded if the queue is full."""
+        if self.weights + self.reserved + cost > self.memory:
+            message = (
+                f"needs {cost / 1e6:,.0f} MB for {purpose}, beside {self.weights / 1e6:,.0f} MB of "
+                f"weights and {self.reserved / 1e6:,.0f} MB for prompts that were read; the server may use "
+                f"{self.memory / 1e6:,.0f} MB"
+            )
+            raise TooLarge(f"the request {message}", hint=hint)
+        if self.n_waiting >= self.limits.queue:
+            message = f"{self.n_waiting} requests are waiting, as many as the server allows"
+            raise Overloaded(message, self._retry_after())
+
+    def run(self, function: Callable[[], T], cost: int = 0) -> Awaitable[T]:
+        """The result of ``function``, called on MLX's thread between two steps of the engine, as soon as
+        ``cost`` bytes are free beside the requests under way, or none is under way."""
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         with self._changed:
-            self._jobs.append(_Job(function, done))
+            self._jobs.append(_Job(function, done, cost))
             self._changed.notify()
         return done
 
@@ -203,7 +218,8 @@ class Worker:
 
     @property
     def n_waiting(self) -> int:
-        return len(self._waiting)
+        """Requests that wait for the engine, or for memory for a job."""
+        return len(self._waiting) + sum(job.cost > 0 for job in list(self._jobs))
 
     @property
     def n_rows(self) -> int:
@@ -398,9 +414,7 @@ class Worker:
         return engine
 
     def _run_jobs(self, life: _Life) -> None:
-        while self._jobs and not life.given_up:
-            job = life.job = self._jobs[0]
-            self._jobs.popleft()
+        while not life.given_up and (job := self._next_job(life)):
             if job.done.cancelled():
                 life.job = None
                 continue
@@ -413,6 +427,17 @@ class Worker:
             life.job_ran = True
             self._loop.call_soon_threadsafe(_settle, job.done, result, failure)
             life.job = None
+
+    def _next_job(self, life: _Life) -> _Job | None:
+        """Take the first job that can be run now out of the queue."""
+        with self._changed:
+            free = self.memory - self.weights - self.reserved - self.kv_bytes
+            for job in self._jobs:
+                if not life.rows or job.cost <= max(free, 0) or job.done.cancelled():
+                    life.job = job  # before it leaves the queue: whenever the thread ends, it is known
+                    self._jobs.remove(job)
+                    return job
+        return None
 
     @contextmanager
     def _beating(self, life: _Life, allowed_s: float) -> Iterator[None]:
@@ -466,6 +491,8 @@ class Worker:
                 self._waiting.popleft()
             if not self._waiting or len(life.rows) >= self.batch_size:
                 return None
+            if life.rows and self._jobs:
+                return None  # else the memory that a job waits for would never be free
             first = self._waiting[0]
             free = self.memory - self.weights - self.reserved
             if life.rows and _padded([first.cost, *(row.cost for row in life.rows.values())]) > free:

@@ -3,6 +3,7 @@ model that was trained to answer is not one that was trained to embed: the vecto
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -17,7 +18,7 @@ from tunesmith.errors import ModelError, TemplateError
 from tunesmith.model import abilities, vocabulary
 from tunesmith.serving import access, answering
 from tunesmith.serving.protocol.bodies import Body, Count, Ids, TextsOrIds, listed, read
-from tunesmith.serving.rejections import Rejection
+from tunesmith.serving.rejections import Rejection, TimedOut
 from tunesmith.serving.served import Served
 from tunesmith.serving.service import Service
 
@@ -83,22 +84,38 @@ def _sequences(service: Service, served: Served, texts: Sequence[str | Ids]) -> 
 
 
 async def _vectors(service: Service, served: Served, sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """(n, D) float32, each of length 1. Between two batches the engine goes on with its answers."""
+    """(n, D) float32, each of length 1. Between two batches the engine goes on with its answers. Raises as
+    `Worker.ask` does."""
+    worker = service.worker
     vectors: dict[int, np.ndarray] = {}
-    for batch in embeddings.batches(sequences):
-        rows = {place: sequences[place] for place in batch}
-        means = await service.worker.run(lambda rows=rows: _means(service, served, rows))
-        vectors |= dict(zip(batch, means, strict=True))
+    each = await worker.run(lambda: _position_bytes(service))
+    batches = embeddings.batches(sequences)
+    costs = [each * len(batch) * max(len(sequences[place]) for place in batch) for batch in batches]
+    worker.admit(max(costs))
+    try:
+        async with asyncio.timeout(service.limits.total_s):
+            for batch, cost in zip(batches, costs, strict=True):
+                rows = {place: sequences[place] for place in batch}
+                means = await worker.run(lambda rows=rows: _means(service, served, rows), cost)
+                vectors |= dict(zip(batch, means, strict=True))
+    except TimeoutError:
+        raise TimedOut(f"the vectors took longer than {service.limits.total_s:g} s") from None
     stacked = np.stack([vectors[place] for place in range(len(sequences))])
     return stacked / np.maximum(np.linalg.norm(stacked, axis=1, keepdims=True), 1e-12)
 
 
-def _means(service: Service, served: Served, by_place: Mapping[int, Sequence[int]]) -> np.ndarray:
-    """On MLX's thread. ``by_place``: place in the input → ids. Raises ModelError if the model does not know
-    an id, or does not expose its hidden states."""
-    net, routing = service.models.loaded.net, service.models.routing
+def _position_bytes(service: Service) -> int:
+    """On MLX's thread. Raises ModelError if the model does not expose its hidden states."""
+    net = service.models.loaded.net
     if not abilities.splits(net):
         raise ModelError("this model does not expose its hidden states", hint="ask for answers, not vectors")
+    return embeddings.position_bytes(net)
+
+
+def _means(service: Service, served: Served, by_place: Mapping[int, Sequence[int]]) -> np.ndarray:
+    """On MLX's thread. ``by_place``: place in the input → ids. Raises ModelError if the model does not know
+    an id."""
+    net, routing = service.models.loaded.net, service.models.routing
     vocabulary.require_known(net, [(f"input[{place}]", row) for place, row in by_place.items()])
     rows = list(by_place.values())
     if routing is None:
