@@ -67,6 +67,15 @@ def one_of_each(text: str) -> list[events.Event]:
     ]
 
 
+def test_an_update_without_rows_of_the_task_shows_no_loss_of_them():
+    mixed = dataclasses.replace(step_done(3, 0.0), mixed_loss=2.25, mixed_units=500.0)
+    assert mixed.task_units == 0
+    assert "epoch 0.30 · loss – · mixed rows loss 2.2500" in console.readable(mixed)
+    assert "loss 2.5000 · mixed rows loss 2.2500" not in console.readable(mixed)
+    both = dataclasses.replace(mixed, mixed_units=250.0)
+    assert "epoch 0.30 · loss 2.7500 · mixed rows loss 2.2500" in console.readable(both)
+
+
 def test_every_kind_of_event_is_readable():
     kinds = {type(event) for event in one_of_each("x")}
     assert kinds == {*events.KINDS.values(), events.Working}

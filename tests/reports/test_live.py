@@ -8,6 +8,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,16 @@ def test_odd_losses_are_drawn_without_a_warning(run, losses):
         lines([step(number, loss=loss) for number, loss in enumerate(losses, 1)])
     )
     assert f"step {len(losses)}" in live.frame(run, 80, 40, True, now=1010.0)
+
+
+def test_updates_without_rows_of_the_task_are_not_in_the_curve_of_their_loss(run):
+    before = live._charts([step(n) for n in range(1, 41)], [], 100, 24)
+    mixed = replace(step(30), mixed_loss=9.5, mixed_units=500.0)
+    steps = [mixed if n == 30 else step(n) for n in range(1, 41)]
+    task = [made for made in steps if made is not mixed]
+    assert live._charts(steps, [], 100, 24) == live._charts(task, [], 100, 24) != before
+    say(run, replace(mixed, step=41))
+    assert "loss – · mixed rows loss 9.5" in live.frame(run, 120, 40, False, now=1090.0)
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -67,6 +67,11 @@ def speed(steps: Sequence[events.StepDone]) -> float:
     return learned / seconds if seconds else 0.0
 
 
+def task_loss(step: events.StepDone) -> str:
+    """The mean loss of the task's rows; "–" if the update has none of them."""
+    return f"{step.task_loss:.4f}" if step.task_units > 0 else "–"
+
+
 def facts(steps: Sequence[events.StepDone]) -> dict[str, str]:
     """The facts of the last of ``steps``; the speed is over all of them."""
     last = steps[-1]
@@ -140,7 +145,7 @@ def _probed(event: events.Probed) -> str:
 
 @_text.register
 def _step(event: events.StepDone, of_total: str = "") -> str:
-    text = f"step {event.step:,}{of_total} · epoch {event.epoch:.2f} · loss {event.task_loss:.4f}"
+    text = f"step {event.step:,}{of_total} · epoch {event.epoch:.2f} · loss {task_loss(event)}"
     return text + "".join(f" · {name} {value}" for name, value in facts([event]).items())
 
 
@@ -298,7 +303,7 @@ class State:
         rows.add_row("", ProgressBar(total=self.total, completed=step.step))
         of = "" if self.total is None else f"/{self.total:,}"
         rows.add_row("step", f"{step.step:,}{of} · epoch {step.epoch:.2f}{self.to_go(time.time())}")
-        rows.add_row("loss", f"{step.task_loss:.4f}")
+        rows.add_row("loss", task_loss(step))
         if self.validations:
             first, last = self.validations[0], self.validations[-1]
             since = f", from {first.loss:.4f} at step {first.step:,}" if first is not last else ""

@@ -185,7 +185,10 @@ def _numbers(steps: Sequence[events.StepDone], validations: Sequence[events.Vali
         facts = console.facts(steps[-20:])
         lines.append(
             " · ".join(
-                [f"loss {steps[-1].task_loss:.4f}", *(f"{name} {value}" for name, value in facts.items())]
+                [
+                    f"loss {console.task_loss(steps[-1])}",
+                    *(f"{name} {value}" for name, value in facts.items()),
+                ]
             )
         )
     if validations:
@@ -200,16 +203,17 @@ def _charts(
 ) -> list[str]:
     """The loss; below it, if there is room, learning rate, gradient norm and speed side by side."""
     x = [float(step.step) for step in steps]
-    losses = [step.task_loss for step in steps]
+    task = [step for step in steps if step.task_units > 0]
+    places, losses = [float(step.step) for step in task], [step.task_loss for step in task]
     span = max(5, len(steps) // SMOOTH)
     title = (
         "loss: · each update, ● validation"
-        if len(steps) < 3
+        if len(task) < 3
         else f"loss: · each update, ━ over {span}, ● validation"
     )
-    curves = [Series(*_thinned(x, losses, 2 * width), "·", "gray")]
-    if len(steps) > 2:
-        curves.append(Series(*_thinned(x, smoothed(losses, span), 2 * width), "hd", "blue", joined=True))
+    curves = [Series(*_thinned(places, losses, 2 * width), "·", "gray")]
+    if len(task) > 2:
+        curves.append(Series(*_thinned(places, smoothed(losses, span), 2 * width), "hd", "blue", joined=True))
     curves.append(
         Series(
             [float(event.step) for event in validations], [event.loss for event in validations], "●", "orange"
