@@ -488,6 +488,14 @@ def test_the_trainer_of_trl_is_told_by_keys_and_path(path, text, kind, file, tmp
     assert "Correct it" in next(entry.note for entry in translation.settings if entry.key == "objective.kind")
 
 
+@pytest.mark.parametrize(
+    ("text", "dropout"), [("", 0.05), ("beta: 0.1", 0.0), ("beta: 0.1\ndisable_dropout: false", 0.05)]
+)
+def test_dropout_is_off_where_trl_switches_it_off(text, dropout, file, tmp_path):
+    path = file(f"model_name_or_path: m\ndataset_name: d\nuse_peft: true\nlora_dropout: 0.05\n{text}\n")
+    assert resolved(translate(path), tmp_path).adapter.dropout == dropout
+
+
 def test_names_of_llama_factory_are_looked_up(file, tmp_path):
     (tmp_path / "sets").mkdir()
     known = {
