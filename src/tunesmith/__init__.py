@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tunesmith.runs.talk import chat, generate
     from tunesmith.serving.tally import votes
     from tunesmith.serving.verb import serve
+    from tunesmith.sweeps.probe import probe
     from tunesmith.sweeps.verb import sweep
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "lineage",
     "list_runs",
     "plan",
+    "probe",
     "prune",
     "push",
     "report",
@@ -71,6 +73,7 @@ VERBS = {
     "lineage": "tunesmith.runs.ancestry",
     "list_runs": "tunesmith.runs.registry",
     "plan": "tunesmith.preflight.plan",
+    "probe": "tunesmith.sweeps.probe",
     "prune": "tunesmith.runs.pruning",
     "push": "tunesmith.exports.push",
     "report": "tunesmith.reports.verbs",

@@ -44,7 +44,7 @@ class Old(NamedTuple, Generic[T]):
         return f"{self.origin or 'default'}: {self.key}"
 
 
-class Setting(NamedTuple):
+class MappedSetting(NamedTuple):
     """One of our settings. ``sources``: the old keys from which it was computed. ``note``: what changed in
     meaning, or ""."""
 
@@ -71,7 +71,7 @@ class Keys:
         self.file = file
         self.program = program
         self.leaves = {key: Old(key, value, origin) for key, value, origin in _leaves(root, "")}
-        self.settings: dict[str, Setting] = {}
+        self.settings: dict[str, MappedSetting] = {}
         self.left_out: dict[str, LeftOut] = {}
 
     def has(self, key: str) -> bool:
@@ -143,7 +143,7 @@ class Keys:
     def set(self, key: str, value: JSON, *sources: Old[Any], note: str = "") -> None:
         """Give our setting ``key`` a value that was computed from ``sources``."""
         written = tuple(self.leaves[old.key] if old.given else old for old in sources)
-        self.settings[key] = Setting(key, value, written, note)
+        self.settings[key] = MappedSetting(key, value, written, note)
 
     def carry(self, key: str, old: Old[Any], note: str = "") -> None:
         """Give our setting ``key`` the old value, if the file gives one."""

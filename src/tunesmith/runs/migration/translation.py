@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.runs.config import RunConfig
-from tunesmith.runs.migration.keys import LeftOut, Old, Setting
+from tunesmith.runs.migration.keys import LeftOut, MappedSetting, Old
 from tunesmith.settings.config import JSON
 from tunesmith.settings.origins import shortened, write
 
@@ -21,7 +21,7 @@ class Translation:
 
     program: str
     file: str
-    settings: tuple[Setting, ...]
+    settings: tuple[MappedSetting, ...]
     left_out: tuple[LeftOut, ...]
     empty: tuple[str, ...]
     missing: Mapping[str, str]
@@ -95,7 +95,7 @@ class Translation:
         text += f"key; (default) marks what {self.program} does if its file does not say."
         yield from _comment(text, "")
 
-    def _lines(self, setting: Setting, name: str) -> Iterator[str]:
+    def _lines(self, setting: MappedSetting, name: str) -> Iterator[str]:
         if setting.note:
             yield from _comment(setting.note, "")
         *before, last = write({name: setting.value}).splitlines()
