@@ -63,6 +63,7 @@ def verbs(run: Path, model: Path) -> list[list[str]]:
         ["runs", "--folder", str(run.parent)],
         ["runs", "show", str(run)],
         ["runs", "prune", "--folder", str(run.parent)],
+        ["plan", "--record", "--folder", str(run.parent)],
         ["tag", str(run), "mine:1"],
         ["generate", str(run), "--prompt", "the cat", *asked],
         ["chat", str(run), *asked],

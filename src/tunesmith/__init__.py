@@ -1,8 +1,9 @@
 """Fine-tune language models on your own machine, with proof that it worked.
 
 Each verb of the command line is a function here, under the same name and with the same meaning (``runs`` is
-`list_runs`, ``runs show`` is `lineage` and ``runs prune`` is `prune`). A verb's module is loaded when the
-verb is first used, so that ``import tunesmith`` loads neither MLX nor transformers.
+`list_runs`, ``runs show`` is `lineage`, ``runs prune`` is `prune`, ``train --dry-run`` is `rehearse`, and
+``plan --record`` is `track_record`). A verb's module is loaded when the verb is first used, so that ``import
+tunesmith`` loads neither MLX nor transformers.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from tunesmith.exports.verb import export
     from tunesmith.preflight.audit import audit
     from tunesmith.preflight.doctor import doctor
-    from tunesmith.preflight.plan import plan
+    from tunesmith.preflight.plan import plan, rehearse
     from tunesmith.preflight.show import show
+    from tunesmith.preflight.track_record import track_record
     from tunesmith.reports.verbs import compare, compose, evaluate, report, train, watch
     from tunesmith.runs.ancestry import lineage
     from tunesmith.runs.configure import configure, init
@@ -49,11 +51,13 @@ __all__ = [
     "probe",
     "prune",
     "push",
+    "rehearse",
     "report",
     "serve",
     "show",
     "sweep",
     "tag",
+    "track_record",
     "train",
     "votes",
     "watch",
@@ -76,11 +80,13 @@ VERBS = {
     "probe": "tunesmith.sweeps.probe",
     "prune": "tunesmith.runs.pruning",
     "push": "tunesmith.exports.push",
+    "rehearse": "tunesmith.preflight.plan",
     "report": "tunesmith.reports.verbs",
     "serve": "tunesmith.serving.verb",
     "show": "tunesmith.preflight.show",
     "sweep": "tunesmith.sweeps.verb",
     "tag": "tunesmith.runs.registry",
+    "track_record": "tunesmith.preflight.track_record",
     "train": "tunesmith.reports.verbs",
     "votes": "tunesmith.serving.tally",
     "watch": "tunesmith.reports.verbs",

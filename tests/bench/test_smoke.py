@@ -20,6 +20,7 @@ QUICK = {
     "generation": [],
     "guardrails": [],
     "limit": [],
+    "plan": [],
     "preferences": [],
     "scaling": [],
     "serving": [],

@@ -40,6 +40,8 @@ VERBS = {
     "show rows.jsonl": SETTINGS | MISTRAL,
     "show rows.jsonl --model model": SETTINGS | TEMPLATE,
     "audit rows.jsonl --accept diversity": SETTINGS | MISTRAL | AUDIT | MAP | {"jinja2"},
+    "plan --model model --data rows.jsonl --fit 1GB": SETTINGS | MODEL | AUDIT,
+    "plan --record --folder .": SETTINGS,
     "train --dry-run --model model --data rows.jsonl": SETTINGS | MODEL | AUDIT,
     "train --model model --data rows.jsonl --out other --set loop.steps=2": (
         SETTINGS | MODEL | AUDIT | REPORT

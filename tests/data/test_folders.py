@@ -131,7 +131,9 @@ def test_held_out_files_that_are_named_stay(tmp_path, tiny_model):
 def test_a_run_counts_only_the_rows_of_train_and_valid(tmp_path, tiny_model):
     folder = fill(tmp_path / "data", "train.jsonl", "valid.jsonl", "test.jsonl")
     heard = []
-    counts = tunesmith.plan(settings(tiny_model, folder, "audit.before_training=false"), notify=heard.append)
+    counts = tunesmith.plan(
+        settings(tiny_model, folder, "audit.before_training=false"), notify=heard.append
+    ).counts
     assert (counts["rows_train"], counts["rows_valid"], counts["rows_read"]) == (3, 3, 6)
     assert any("test.jsonl not trained on" in getattr(notice, "what", "") for notice in heard)
 

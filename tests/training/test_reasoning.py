@@ -153,7 +153,7 @@ def test_how_thinking_stands_is_said_in_plan_report_and_card(tmp_path, model):
     rows = write(tmp_path / "rows.jsonl", "reasoning_content", reasoned=15)
     config, heard = configured(model(SWITCHED), rows), []
     due = {"answers": 20, "with_reasoning": 15, "switch": "enable_thinking", "decided_by": "rows"}
-    assert tunesmith.plan(config)["reasoning"] == due
+    assert tunesmith.plan(config).counts["reasoning"] == due
     run = tunesmith.train(config, out=tmp_path / "run", notify=heard.append)
     line = "thinking is on in prompts: 15 of 20 answers have reasoning"
     (hint,) = {event.hint for event in heard if isinstance(event, events.Notice) and event.what == line}
@@ -195,7 +195,7 @@ def test_a_run_is_asked_as_most_answers_were_learned_or_as_the_setting_says(
 def test_without_a_switch_it_is_said_that_reasoning_is_learned(tmp_path, model):
     rows = write(tmp_path / "rows.jsonl", "reasoning_content", reasoned=15)
     heard: list[events.Event] = []
-    plan = tunesmith.plan(configured(model(UNSWITCHED), rows), notify=heard.append)
+    plan = tunesmith.plan(configured(model(UNSWITCHED), rows), notify=heard.append).counts
     assert plan["reasoning"]["switch"] is None
     assert about_reasoning(heard) == ["15 of 20 answers have reasoning, and it is learned"]
     assert plan["notes"]["reasoning beside answers: learned as the template writes it"] == 15
@@ -217,13 +217,13 @@ def test_reasoning_beside_answers_is_refused_if_the_template_has_no_form_for_it(
         tunesmith.plan(configured(tiny_model, rows))
     assert "data.reasoning: think learns it as <think> text before the answer" in str(refused.value)
     for choice in ("think", "omit"):
-        plan = tunesmith.plan(configured(tiny_model, rows, f"data.reasoning={choice}"))
+        plan = tunesmith.plan(configured(tiny_model, rows, f"data.reasoning={choice}")).counts
         assert plan["reasoning"]["with_reasoning"] == (20 if choice == "think" else 0)
 
 
 def test_think_text_in_words_is_words_to_a_template_without_reasoning(tmp_path, tiny_model):
     rows = write(tmp_path / "rows.jsonl", "marks")
-    assert tunesmith.plan(configured(tiny_model, rows))["reasoning"]["with_reasoning"] == 20
+    assert tunesmith.plan(configured(tiny_model, rows)).counts["reasoning"]["with_reasoning"] == 20
 
 
 def test_a_run_is_shown_by_its_own_template(tmp_path, model):

@@ -81,6 +81,9 @@ def doctor(
     model: Annotated[
         str | None, typer.Option(help="also load this model, and tell which kernels compute it")
     ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="also tell which settings of this model fit; its weights are not read")
+    ] = None,
     overfit: Annotated[bool, typer.Option(help="train a tiny model for ten steps")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -88,7 +91,7 @@ def doctor(
     from tunesmith.preflight.doctor import render
 
     with progress() as notify:
-        diagnosis = tunesmith.doctor(path, model=model, overfit=overfit, notify=notify)
+        diagnosis = tunesmith.doctor(path, model=model, plan=plan, overfit=overfit, notify=notify)
     if as_json:
         print_json(diagnosis)
     else:

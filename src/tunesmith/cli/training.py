@@ -43,12 +43,17 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything and count, train nothing")
     ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="train also if the plan says that memory is too small")
+    ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="print every setting with its origin")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune, or resume an interrupted run."""
     if resume is not None:
-        _refuse_beside_resume(bool(config or preset or model or data or accept or out or dry_run or explain))
+        _refuse_beside_resume(
+            bool(config or preset or model or data or accept or out or dry_run or anyway or explain)
+        )
         with progress() as notify:
             run = tunesmith.train(resume=resume, sets=sets or (), notify=notify)
         _print_run(run, as_json)
@@ -67,10 +72,10 @@ def train(
 
         say("\n".join(lines(resolved)), err=not dry_run or as_json)
     if dry_run:
-        _plan(resolved, out, as_json)
+        _rehearse(resolved, out, as_json)
         return
     with progress() as notify:
-        run = tunesmith.train(resolved, out=out, notify=notify)
+        run = tunesmith.train(resolved, out=out, anyway=anyway, notify=notify)
     _print_run(run, as_json)
 
 
@@ -81,19 +86,17 @@ def _refuse_beside_resume(given: bool) -> None:
         raise ConfigError("--resume takes its settings from the run", hint="only --set may be given with it")
 
 
-def _plan(resolved: Resolved[RunConfig], out: Path | None, as_json: bool) -> None:
+def _rehearse(resolved: Resolved[RunConfig], out: Path | None, as_json: bool) -> None:
     if out is not None:
         from tunesmith.runs.directory import require_free
 
         require_free(out)
     with progress() as notify:
-        planned = tunesmith.plan(resolved, notify=notify)
+        planned = tunesmith.rehearse(resolved, notify=notify)
     if as_json:
-        print_json(planned)
+        print_json(planned.to_json())
         return
-    from tunesmith.display import counts
-
-    say(counts.table(planned))
+    say("\n".join(planned.lines()))
     say("nothing was trained: the same command without --dry-run trains")
 
 

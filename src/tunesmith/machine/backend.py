@@ -263,6 +263,11 @@ def memory_limit() -> int:
     return int(next((info[key] for key in keys if info.get(key)), 0) or psutil.virtual_memory().total)
 
 
+def shares_memory() -> bool:
+    """Whether the GPU uses the machine's own memory, as on a Mac with Apple silicon."""
+    return sys.platform == "darwin"
+
+
 def gflops(size: int = 1024, repeats: int = 3) -> float:
     """Measured speed of a float32 product of two matrices of ``size`` × ``size``, in GFLOP/s."""
     import mlx.core as mx

@@ -54,6 +54,13 @@ def require_files(path: Path) -> None:
         raise ModelError(message, where=str(path), hint=FETCH_AGAIN)
 
 
+def stored_bytes(path: str) -> int:
+    """Size of the weights files of a local model, a folder or a GGUF file; 0 if it is not here yet."""
+    local = Path(path).expanduser()
+    files = [local] if local.is_file() else [*local.glob("model*.safetensors")]
+    return sum(file.stat().st_size for file in files)
+
+
 def explained(error: Exception | SystemExit, config: Mapping[str, Any], arguments: type | None) -> str:
     """Why a model could not be built: the error, and every key of ``config`` that has not the type that
     ``arguments``, mlx-lm's class of settings, declares."""

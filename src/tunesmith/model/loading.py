@@ -98,7 +98,7 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
         from tunesmith.model.gguf import conversion
 
         return conversion.convert(local, stored_dtype(dtype), notify)
-    if path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if not is_hub_id(path):
         raise ModelError(
             "does not exist", where=path, hint="give a folder, a GGUF file, or a hub id (owner/name)"
         )
@@ -107,12 +107,20 @@ def resolve(path: str, *, dtype: Dtype, revision: str | None = None, notify: Sin
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:  # the hub client's errors, such as offline, or no such model
-        message = (
-            f"is not a local folder or file, and cannot be fetched from the hub: {str(error).splitlines()[0]}"
-        )
-        raise ModelError(
-            message, where=path, hint="offline, or for a model behind a licence, give a local folder"
-        ) from error
+        raise not_fetched(path, error) from error
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path``, at which there is nothing, can be the name of a model of the hub."""
+    return not (path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1)
+
+
+def not_fetched(path: str, error: Exception) -> ModelError:
+    reason = str(error).splitlines()[0]
+    message = f"is not a local folder or file, and cannot be fetched from the hub: {reason}"
+    return ModelError(
+        message, where=path, hint="offline, or for a model behind a licence, give a local folder"
+    )
 
 
 def stored_dtype(dtype: Dtype) -> Dtype:

@@ -7,7 +7,6 @@ It can be imported when MLX is broken: an exception in a check becomes a failed 
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import platform
 import shutil
@@ -22,7 +21,7 @@ from tunesmith import events
 from tunesmith.display.console import size
 from tunesmith.errors import SetupError, TunesmithError
 from tunesmith.events import Notice, Sink
-from tunesmith.machine import backend
+from tunesmith.machine import backend, memory
 
 PACKAGES = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common")
 OVERFIT_LOSS = 1.0
@@ -51,14 +50,20 @@ class Diagnosis(TypedDict):
 
 
 def doctor(
-    path: str | Path = ".", *, model: str | None = None, overfit: bool = True, notify: Sink = events.silent
+    path: str | Path = ".",
+    *,
+    model: str | None = None,
+    plan: str | None = None,
+    overfit: bool = True,
+    notify: Sink = events.silent,
 ) -> Diagnosis:
     """Will it run here? Versions, device, memory, disk, BLAS, kernels, and a ten-step overfit whose end is
     known.
 
     path: where runs will be written (it need not exist). model: folder, GGUF file or hub id; it is loaded
     and examined: its family, what an adapter reaches, which kernels compute it, and with torch installed how
-    far its logits are from those of transformers. overfit: also train a tiny random model for ten steps.
+    far its logits are from those of transformers. plan: a model of which only headers are read: which
+    settings of it fit this machine. overfit: also train a tiny random model for ten steps.
     Never raises for what is wrong with the machine."""
     groups: dict[str, Callable[[], list[Check]]] = {
         "versions": _versions,
@@ -69,6 +74,7 @@ def doctor(
         "kernels": lambda: _kernels(notify),
     }
     groups |= {} if model is None else {"model": lambda: _model(model)}
+    groups |= {} if plan is None else {"plan": lambda: _plan(plan, notify)}
     groups |= {"overfit": _overfit} if overfit else {}
     checks: list[Check] = []
     for name, examine in groups.items():
@@ -128,9 +134,9 @@ def _device() -> list[Check]:
 def _memory() -> list[Check]:
     import psutil
 
-    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-    total, free, where = float(memory.total), float(memory.available), ""
-    limit, used = _container()
+    virtual, swap = psutil.virtual_memory(), psutil.swap_memory()
+    total, free, where = float(virtual.total), float(virtual.available), ""
+    limit, used = memory.container()
     if limit < total:
         total, free, where = limit, min(free, limit - used), " (limit of this container)"
     value, hint = (
@@ -144,20 +150,6 @@ def _memory() -> list[Check]:
             "swap", f"{size(swap.total)} in all, {size(swap.used)} used", swap.used > 1e9 and "warn", swapping
         ),
     ]
-
-
-def _container() -> tuple[float, float]:
-    """(limit, in use without droppable caches) of this control group (cgroup v2), in bytes; infinite if there
-    is no limit."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used, details = (
-            (folder / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat")
-        )
-    except OSError:
-        return math.inf, 0.0
-    cached = dict(line.split() for line in details.splitlines()).get("inactive_file", "0")
-    return float(limit.replace("max", "inf")), float(used) - float(cached)
 
 
 def _disk(path: Path) -> list[Check]:
@@ -222,6 +214,17 @@ def _model(path: str) -> list[Check]:
 
     findings = examination.examine(loading.load(loading.ModelSpec(path=path)))
     return [_check(name, value, problem or False, hint) for name, value, problem, hint in findings]
+
+
+def _plan(path: str, notify: Sink) -> list[Check]:
+    """Which settings of this model fit."""
+    from tunesmith.preflight import capacity
+
+    hint = "a smaller model, or a machine with more memory"
+    rows = capacity.settings(path, notify)
+    nothing = not any(row.tokens for row in rows)
+    checks = [_check(row.name, row.text()) for row in rows]
+    return [*checks, _check("plan", "no setting fits", "warn", hint)] if nothing else checks
 
 
 def _overfit() -> list[Check]:

@@ -35,12 +35,14 @@ def train(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     sets: Sequence[str] = (),
+    anyway: bool = False,
     notify: Sink = events.silent,
 ) -> Run | None:
     """Train, write the report, and return the run directory; or resume the run ``resume``.
 
     Returns None on ranks other than the first of `mlx.launch`. With ``resume``, ``sets`` may change only
-    settings that have no effect on the weights. Raises a TunesmithError."""
+    settings that have no effect on the weights. anyway: train also if memory is too small (`plan`). Raises a
+    TunesmithError."""
     if resume is not None:
         run = Run.open(resume)
         spec = of_run(run.path / CONFIG, sets)
@@ -65,7 +67,7 @@ def train(
     elif config is not None:
         where = None if out is None else Path(out)
         notes = (*config.unused, *config.notes)
-        run = story.train(config.spec, config.origins, out=where, notes=notes, notify=notify)
+        run = story.train(config.spec, config.origins, out=where, notes=notes, anyway=anyway, notify=notify)
     else:
         raise ConfigError("nothing to train: neither settings nor a run to resume is given")
     if run is not None:

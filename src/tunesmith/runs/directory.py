@@ -36,6 +36,8 @@ DATA, EVALS, EXPORTS, FROZEN, REFERENCE = "data", "evals", "exports", "frozen", 
 DIFFICULTY = "difficulty.safetensors"
 DROPPED, VALID, SHOWN, PLAN = "data/dropped.jsonl", "data/valid.jsonl", "data/rendered.json", "data/plan.json"
 AUDIT = "data/audit.json"
+FORECAST = "plan.json"
+"""What the run was expected to need, beside what it needed."""
 INDEX = "checkpoints/index.json"
 ADAPTERS, ADAPTER_CONFIG, OPTIMIZER, CURSOR = (
     "adapters.safetensors",

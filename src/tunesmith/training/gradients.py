@@ -199,6 +199,7 @@ class Accumulation:
             )
             mx.eval(loss, total or {})
             loss, total = loss + part, _add(total, wide(part_gradients))
+            del part_gradients  # else they are in memory, beside their sum, during the next micro-batch
             parts.append(logps)
             mx.async_eval(loss, total, logps)
         mx.eval(loss, total or {}, parts)

@@ -6,7 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -497,6 +497,12 @@ def _plan(config: RunConfig, groups: list[Group], notify: Sink) -> Plan:
         text = "updates with rows of one class only: raise batch.sequences"
         notify(Notice(text, level="warning", count=few))
     return plan
+
+
+def replanned(prepared: Prepared, config: RunConfig) -> Prepared:
+    """The same rows, cut into the micro-batches of other settings."""
+    plan = _plan(config, prepared.train, events.silent)
+    return replace(prepared, plan=plan, counts=prepared.counts | {"steps": plan.steps})
 
 
 def _require_few_updates(plan: Plan) -> None:

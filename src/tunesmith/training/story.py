@@ -26,10 +26,12 @@ from tunesmith.runs import lineage, manifest
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import AUDIT, REFERENCE, Run, name, require_free
+from tunesmith.runs.forecasts import Forecast
 from tunesmith.settings.config import flat
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.renderers import Recorded
-from tunesmith.training import gradients, ordering, preparation, recording, reference, saving
+from tunesmith.training import forecast, gradients, ordering, preparation, recording, reference, saving
+from tunesmith.training.forecast import Needs, Watched
 from tunesmith.training.interruption import before_training, interruptible
 from tunesmith.training.loop import Loop
 from tunesmith.training.preparation import Prepared
@@ -43,13 +45,14 @@ def train(
     out: Path | None = None,
     resume: Run | None = None,
     notes: Sequence[str] = (),
+    anyway: bool = False,
     notify: Sink = events.silent,
 ) -> Run | None:
     """Train as ``config`` says. Returns the run, or None on all ranks but the first.
 
     out: the new run directory (default ``runs/<day>-<model>-<objective>-<id>``). resume: a run to continue
-    instead. Raises DataError, TemplateError or ModelError before step 1, TrainingError later; checkpoints
-    stay."""
+    instead. anyway: train also if the memory of this machine is too small. Raises DataError, TemplateError,
+    ModelError or OutOfMemory before step 1, TrainingError later; checkpoints stay."""
     hear = Early(notify)  # notices that come before the run has a log
     among = ranks.join(hear)
     hear.muted = not among.writes
@@ -60,9 +63,12 @@ def train(
     audited = resume is not None and (resume.path / AUDIT).exists()
     prepared = preparation.prepare(config, hear, audited=audited, recorded=recorded)
     _warn_of_warmup(config, prepared, hear)
-    # 3. Base model, and the adapter that is trained on it
+    # 3. Base model, and the adapter that is trained on it; what the run will need
+    anyway = anyway or resume is not None
+    forecast.require_room_for_large(config, prepared, among.size, anyway)
     model = open_model(config, prepared.train, hear, resume)
     config = model.config
+    predicted = _predicted(config, prepared, model, among, anyway, hear)
     hashes = _hashes(prepared, model)
     # 4. The run directory, new or resumed
     run = _directory(config, origins, out, resume, prepared, model, hashes, among)
@@ -75,7 +81,9 @@ def train(
         prepared = _compared(prepared, config, model.loaded, run, among, stop, hear)
         # 6. The checkpoint to continue from, and the log
         cursor = _restored(resume, model.net, state, among, hear)
-        emit = _log(run, cursor, config, prepared, model.attached, hear, held)
+        emit = Watched(_log(run, cursor, config, prepared, model.attached, hear, held))
+        if run is not None:
+            held.callback(emit.write, run, predicted)
         # 7. The loop
         Loop(run, config, model.net, state, prepared, emit, stop, among).finish(cursor)
     return run
@@ -172,6 +180,18 @@ def _warn_of_warmup(config: RunConfig, prepared: Prepared, hear: Sink) -> None:
     if config.optimizer.warmup(prepared.plan.steps) >= prepared.plan.steps:
         text = "the warm-up is as long as the run: the learning rate never reaches its peak"
         hear(Notice(text, level="warning"))
+
+
+def _predicted(
+    config: RunConfig, prepared: Prepared, model: Trainable, among: Ranks, anyway: bool, hear: Early
+) -> Forecast:
+    """What the run will need; it is shown. Raises OutOfMemory if this machine cannot have it."""
+    needs = Needs.of(config, prepared, model.net, model.loaded.config, among.size)
+    predicted = needs.forecast()
+    forecast.require_room(predicted, anyway)
+    for line in forecast.lines(predicted):
+        hear.listener(Notice(line))  # plan.json has it: it is not for the log
+    return predicted
 
 
 def _hashes(prepared: Prepared, model: Trainable) -> dict[str, Any]:

@@ -16,15 +16,18 @@ from tunesmith.errors import ModelError, listing
 from tunesmith.events import Notice, Sink
 from tunesmith.files import draft
 from tunesmith.machine import backend
+from tunesmith.model import stored
 from tunesmith.model.gguf import reading, source, weights
 from tunesmith.model.gguf.architectures import ARCHITECTURES, NEUTRAL, REQUIRED, Architecture, settings
 from tunesmith.model.gguf.metadata import Metadata
 from tunesmith.model.gguf.reading import GGUFModel
 from tunesmith.model.gguf.tokenizer import build_tokenizer
+from tunesmith.model.gguf.weights import Part
 
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 CONVERTER = 2
 """Part of the cache key: increased if the same file would be converted differently."""
+WEIGHTS = "model.safetensors"
 ORIGINAL = "give the folder of the original model, or convert it again with a newer llama.cpp"
 
 
@@ -73,6 +76,26 @@ def _folder(path: Path, whole: str, dtype: str) -> Path:
 def write_folder(path: Path, folder: Path, dtype: str, notify: Sink = events.silent) -> str:
     """Convert the file into the empty ``folder``. Returns how many matrices there are of each type. Raises
     ModelError if anything in the file cannot be read exactly."""
+    parts, dtype, types = _write_settings(path, folder, dtype)
+    tick = events.ticker(notify, "GGUF tensors converted", events.QUIET_S)
+    weights.write(parts, folder / WEIGHTS, dtype, tick)
+    return ", ".join(f"{count} {name}" for name, count in types)
+
+
+def write_outline(path: Path, folder: Path, dtype: str) -> None:
+    """As `write_folder`, from the header of the file alone: the weights have their shapes, and no content.
+    Raises ModelError as `write_folder` does."""
+    try:
+        parts, dtype, _ = _write_settings(path, folder, dtype)
+    except ModelError as error:
+        error.where, error.hint = error.where or str(path), error.hint or ORIGINAL
+        raise
+    stored.write_hollow(folder / WEIGHTS, weights.header(parts, dtype))
+
+
+def _write_settings(path: Path, folder: Path, dtype: str) -> tuple[list[Part], str, list[tuple[str, int]]]:
+    """Write settings and tokenizer. Returns the tensors that the weights are made of, their dtype, and how
+    many matrices there are of each type."""
     model = reading.read(path)
     keys = {name: field.contents() for name, field in model.fields.items()}
     architecture, metadata = _read(keys, model)
@@ -101,12 +124,10 @@ def write_folder(path: Path, folder: Path, dtype: str, notify: Sink = events.sil
                 "lm_head",
             ],
         }
-    tick = events.ticker(notify, "GGUF tensors converted", events.QUIET_S)
-    weights.write(parts, folder / "model.safetensors", dtype, tick)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings, indent=1))
     tokenizer.save(str(folder / "tokenizer.json"))
-    return ", ".join(f"{count} {name}" for name, count in types)
+    return parts, dtype, types
 
 
 def digest(path: Path) -> str:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import GGMLQuantizationType, ReaderTensor, quants
@@ -102,14 +102,11 @@ def parts(architecture: Architecture, metadata: Metadata, config: Config) -> Ite
             yield Part(target, name, _shape(tensor), partial(_converted, architecture, tensor, part, config))
 
 
-def write(parts: Iterable[Part], target: Path, dtype: str, tick: Callable[[int, int], None]) -> None:
-    """One safetensors file: an 8-byte length, a JSON header, the tensors in the order of the header. tick:
-    called with the number of tensors that are written, and of all.
-
-    Raises ModelError if the disk is too small, or if a tensor has values that are not finite as ``dtype``."""
+def header(parts: Iterable[Part], dtype: str) -> dict[str, dict[str, Any]]:
+    """The header of the safetensors file that `write` makes of ``parts``."""
     size, code = DTYPES[dtype]
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    parts, end = list(parts), 0
+    entries: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for part in parts:
         start, end = end, end + (1 if part.packed else size) * math.prod(part.shape)
         entries[part.name] = {
@@ -117,14 +114,25 @@ def write(parts: Iterable[Part], target: Path, dtype: str, tick: Callable[[int, 
             "shape": list(part.shape),
             "data_offsets": [start, end],
         }
+    return entries
+
+
+def write(parts: Iterable[Part], target: Path, dtype: str, tick: Callable[[int, int], None]) -> None:
+    """One safetensors file: an 8-byte length, a JSON header, the tensors in the order of the header. tick:
+    called with the number of tensors that are written, and of all.
+
+    Raises ModelError if the disk is too small, or if a tensor has values that are not finite as ``dtype``."""
+    parts = list(parts)
+    entries = header(parts, dtype)
+    end = max((entry["data_offsets"][1] for entry in entries.values() if "shape" in entry), default=0)
     free = shutil.disk_usage(target.parent).free
     if free < end + (64 << 20):
         message = f"converted weights take {end / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         raise ModelError(message, hint="set TUNESMITH_CACHE to a folder on a larger disk")
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
     with target.open("wb") as out:
-        out.write(len(header).to_bytes(8, "little") + header)
+        out.write(len(text).to_bytes(8, "little") + text)
         for done, part in enumerate(parts, start=1):
             for array in part.arrays():
                 out.write((array if part.packed else _stored(array, part.source, dtype)).tobytes())
