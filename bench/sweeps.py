@@ -22,7 +22,7 @@ from tunesmith.demo import data
 from tunesmith.display import console
 from tunesmith.settings import origins
 from tunesmith.sweeps import spec
-from tunesmith.sweeps.outcome import Outcome
+from tunesmith.sweeps.outcome import SweepOutcome
 
 OWN_ROWS = "retention"
 """The sweep that needs rows of general text."""
@@ -41,7 +41,7 @@ def copied(name: str, seeds: int, folder: Path, retention: Path | None) -> Path:
     return copy
 
 
-def swept(name: str, rows: Path, options: argparse.Namespace, folder: Path) -> Outcome:
+def swept(name: str, rows: Path, options: argparse.Namespace, folder: Path) -> SweepOutcome:
     sets = [
         f"loop.steps={options.steps}",
         f"loop.validate_every={max(1, options.steps // 4)}",

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from tunesmith import events
+from tunesmith.evaluation.statistics import Statistic
 from tunesmith.sweeps import outcome, page
-from tunesmith.sweeps.contrasts import SweptKey
+from tunesmith.sweeps.contrasts import RowValues, SweptKey, compare, panel
 from tunesmith.sweeps.ledger import GENERATOR, Ledger, TrialEntry
 from tunesmith.sweeps.measured import Metric
-from tunesmith.sweeps.trials import Plan, Setting, Trial
+from tunesmith.sweeps.trials import SweepPlan, SweptSetting, Trial
 
 LOSS = Metric("held-out loss", "", True)
 RANKS, RATES = (8, 16, 32), (1e-4, 2e-4)
@@ -28,14 +29,14 @@ def planted(
     seeds: int = 2,
     memory: dict[int, int] | None = None,
     states: dict[str, str] | None = None,
-) -> outcome.Outcome:
+) -> outcome.SweepOutcome:
     """The outcome of a grid of ranks and rates whose settings differ by ``effects``."""
     random = np.random.default_rng(8)
     hard = random.gamma(2.0, 0.5, ROWS)
     settings, trials, entries = [], [], []
     for number, (rank, rate) in enumerate(product(RANKS, RATES)):
         label = f"rank={rank}, rate={rate:g}"
-        settings.append(Setting(label, {"rank": rank, "rate": rate}))
+        settings.append(SweptSetting(label, {"rank": rank, "rate": rate}))
         for seed in range(seeds):
             name = f"{number}-{seed}"
             values = hard + effects.get((rank, rate), 0.0) + random.normal(0, 0.1, ROWS)
@@ -46,7 +47,7 @@ def planted(
                 TrialEntry(name, label, seed, [], {}, state, "" if state == "finished" else "it fell")
             )
     keys = (SweptKey("rank", RANKS, (0, 0, 1, 1, 2, 2)), SweptKey("rate", RATES, (0, 1, 0, 1, 0, 1)))
-    plan = Plan(tuple(settings), tuple(range(seeds)), keys, tuple(trials))
+    plan = SweepPlan(tuple(settings), tuple(range(seeds)), keys, tuple(trials))
     return outcome.outcome("planted", folder, plan, Ledger(GENERATOR, 0.0, {}, entries), LOSS)
 
 
@@ -93,10 +94,8 @@ def test_what_is_larger_is_taken_if_it_is_shown_to_be_better(tmp_path):
 
 def test_among_equal_weights_less_memory_decides_then_time_and_five_percent_is_none():
     def cheapest(*costs: tuple[int, float]) -> int | None:
-        settings = [
-            outcome.SettingResult("", {}, 1, "finished", 1.0, cost=outcome.Cost(10, memory_bytes, seconds))
-            for memory_bytes, seconds in costs
-        ]
+        taken = [outcome.TrialCost(10, memory_bytes, seconds) for memory_bytes, seconds in costs]
+        settings = [outcome.SettingResult("", {}, 1, "finished", 1.0, cost=cost) for cost in taken]
         return outcome._cheapest(settings, range(len(settings)), [], [], 0)
 
     assert cheapest((120, 1.0), (100, 5.0)) == 1
@@ -132,10 +131,10 @@ def test_a_trial_with_other_rows_is_not_compared(tmp_path):
         path = tmp_path / "trials" / f"3-{seed}" / "events.jsonl"
         path.write_text(path.read_text().replace('"rows.jsonl:7"', '"other.jsonl:7"'))
     # Read again from what was written.
-    plan_settings = [Setting(str(number), {"rank": number}) for number in range(6)]
+    plan_settings = [SweptSetting(str(number), {"rank": number}) for number in range(6)]
     trials = [Trial(f"{number}-{seed}", number, seed, {}, ()) for number in range(6) for seed in range(2)]
     entries = [TrialEntry(trial.name, str(trial.setting), trial.seed, [], {}, "finished") for trial in trials]
-    plan = Plan(tuple(plan_settings), (0, 1), (), tuple(trials))
+    plan = SweepPlan(tuple(plan_settings), (0, 1), (), tuple(trials))
     result = outcome.outcome("again", tmp_path, plan, Ledger(GENERATOR, 0.0, {}, entries), LOSS)
     assert [setting.value is None for setting in result.settings] == [number == 3 for number in range(6)]
     assert result.settings[3].notes == ("not compared: its held-out rows or their tokens are others",)
@@ -156,3 +155,20 @@ def test_the_page_shows_every_setting_key_and_cost(tmp_path, seeds):
         assert needed in text
     assert text == page.html(result, ["tunesmith", "sweep", "x.yaml"])
     json.dumps(result.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("falls", [False, True])
+def test_differences_are_in_the_units_of_the_metric_whichever_way_it_turns(tmp_path, falls):
+    # A likelihood falls as the loss rises; a perplexity rises with it.
+    finish = (lambda loss: np.exp(-loss)) if falls else np.exp
+    better = "higher" if falls else "lower"
+    statistic = Statistic("it", lambda score: score.value, finish, better=better, headline=True)
+    metric = Metric("it", "", not falls, "task", "1", statistic)
+    weights = dict.fromkeys(map(str, range(30)), 1.0)
+    rows = [RowValues({row: mean + 0.01 * int(row) for row in weights}, weights) for mean in (1.0, 1.1)]
+    compared = compare(panel([[values] for values in rows]), [])
+    best = compared.means[0]
+    difference = compared.scaled(metric.slope(best)).between(0, 1)
+    exact = metric.shown(compared.means[1]) - metric.shown(best)
+    assert difference.value == pytest.approx(exact, rel=0.1) and (difference.value < 0) is falls
+    assert difference.p == compared.between(0, 1).p

@@ -114,6 +114,11 @@ class Contrast:
         """Whether a difference is shown."""
         return self.p_corrected is not None and self.p_corrected < LEVEL
 
+    def scaled(self, slope: float) -> Contrast:
+        """In other units."""
+        error = None if self.error is None else abs(slope) * self.error
+        return replace(self, value=slope * self.value, error=error)
+
     def above(self) -> float:
         """One-sided p of a value at or below zero; 1 without a standard error."""
         if self.p is None:
@@ -220,6 +225,12 @@ class Compared:
     pairs: Mapping[SettingPair, Contrast]
     levels: Mapping[LevelPair, Contrast]
     tests: int
+
+    def scaled(self, slope: float) -> Compared:
+        """The contrasts in the units of a metric that changes by ``slope`` with the mean over rows."""
+        pairs = {pair: result.scaled(slope) for pair, result in self.pairs.items()}
+        levels = {pair: result.scaled(slope) for pair, result in self.levels.items()}
+        return replace(self, pairs=pairs, levels=levels)
 
     def between(self, first: int, second: int) -> Contrast | None:
         """second − first."""

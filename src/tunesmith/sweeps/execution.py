@@ -31,7 +31,7 @@ from tunesmith.sweeps.contrasts import RowValues, misfits, panel
 from tunesmith.sweeps.ledger import Ledger, TrialEntry
 from tunesmith.sweeps.measured import Follower
 from tunesmith.sweeps.spec import IntervalRacing, SweepSpec
-from tunesmith.sweeps.trials import LOGS, TRIALS, Plan, Trial
+from tunesmith.sweeps.trials import LOGS, TRIALS, SweepPlan, Trial
 
 POLL_S = 0.2
 MARGIN = 1.1
@@ -41,7 +41,7 @@ INTERRUPTED = 130
 
 
 @dataclass
-class Child:
+class TrialProcess:
     """A process of a trial. ``stopping``: racing has asked it to end."""
 
     trial: Trial
@@ -57,12 +57,12 @@ class Execution:
 
     folder: Path
     spec: SweepSpec
-    plan: Plan
+    plan: SweepPlan
     ledger: Ledger
     parallel: int
     notify: Sink
     followers: dict[str, Follower] = field(default_factory=dict)
-    children: list[Child] = field(default_factory=list)
+    children: list[TrialProcess] = field(default_factory=list)
     _said: set[str] = field(default_factory=set)
 
     def run(self) -> None:
@@ -154,7 +154,7 @@ class Execution:
                 stderr=stream,
                 start_new_session=True,  # Ctrl-C comes to the sweep, which asks each trial once
             )
-        self.children.append(Child(trial, entry, process, stage))
+        self.children.append(TrialProcess(trial, entry, process, stage))
         if stage == "train":
             entry.state, entry.reason = "running", ""
             self.ledger.write(self.folder)
@@ -172,7 +172,7 @@ class Execution:
                 self._ended(child, status)
                 self.ledger.write(self.folder)
 
-    def _ended(self, child: Child, status: int) -> None:
+    def _ended(self, child: TrialProcess, status: int) -> None:
         entry = child.entry
         if child.stage == "evaluate":
             entry.evaluated = status == 0
@@ -191,7 +191,7 @@ class Execution:
             entry.state = "failed"
             self._failed(child, self._why(child.trial, status))
 
-    def _failed(self, child: Child, reason: str) -> None:
+    def _failed(self, child: TrialProcess, reason: str) -> None:
         child.entry.reason = reason
         log = self.folder / LOGS / f"{child.trial.name}.log"
         hint = f"all that it said: {log}; the same command tries it again"
@@ -290,7 +290,7 @@ def _options(names: Sequence[str], spec: EvaluationSpec) -> list[str]:
     return words
 
 
-def _signal(child: Child) -> None:
+def _signal(child: TrialProcess) -> None:
     """What Ctrl-C does: the update is finished and saved."""
     with suppress(ProcessLookupError):
         child.process.send_signal(signal.SIGINT)

@@ -17,7 +17,7 @@ from tunesmith.errors import ConfigError, listing
 from tunesmith.files import read_json, write_json
 from tunesmith.settings.config import JSON
 from tunesmith.sweeps.spec import SweepSpec
-from tunesmith.sweeps.trials import Plan, Trial
+from tunesmith.sweeps.trials import SweepPlan, Trial
 
 LEDGER, JOURNAL = "sweep.json", "optuna.journal"
 GENERATOR = "tunesmith sweep"
@@ -64,7 +64,7 @@ class Ledger:
         return next(entry for entry in self.trials if entry.name == name)
 
 
-def opened(folder: Path, spec: SweepSpec, plan: Plan, file: Path) -> tuple[Ledger, Plan]:
+def opened(folder: Path, spec: SweepSpec, plan: SweepPlan, file: Path) -> tuple[Ledger, SweepPlan]:
     """The ledger of ``folder``, new or continued, and ``plan`` with the names that its trials already have.
 
     Raises ConfigError if a trial that was begun is no longer what ``file`` says, or if ``folder`` holds
@@ -92,13 +92,13 @@ def require_own(folder: Path) -> None:
         raise ConfigError(message, where=str(folder), hint="name another folder with --out")
 
 
-def _entry(trial: Trial, plan: Plan) -> TrialEntry:
+def _entry(trial: Trial, plan: SweepPlan) -> TrialEntry:
     label = plan.settings[trial.setting].label
     settings: dict[str, JSON] = json.loads(json.dumps(trial.settings))
     return TrialEntry(trial.name, label, trial.seed, list(trial.words), settings)
 
 
-def _continued(trial: Trial, plan: Plan, known: TrialEntry | None) -> TrialEntry:
+def _continued(trial: Trial, plan: SweepPlan, known: TrialEntry | None) -> TrialEntry:
     entry = _entry(trial, plan)
     if known is not None:
         entry.words, entry.state, entry.reason, entry.evaluated = (
@@ -110,7 +110,7 @@ def _continued(trial: Trial, plan: Plan, known: TrialEntry | None) -> TrialEntry
     return entry
 
 
-def _renamed(before: Ledger, plan: Plan) -> Plan:
+def _renamed(before: Ledger, plan: SweepPlan) -> SweepPlan:
     """``plan`` with the names of trials that are already known by their settings."""
     trials: list[Trial] = []
     taken = {entry.name for entry in before.trials}
@@ -138,7 +138,7 @@ def _differing(entry: TrialEntry, trial: Trial) -> list[str]:
     ]
 
 
-def _require_same(before: Ledger, written: dict[str, JSON], plan: Plan, file: Path) -> None:
+def _require_same(before: Ledger, written: dict[str, JSON], plan: SweepPlan, file: Path) -> None:
     kept = {trial.name for trial in plan.trials}
     gone = [entry for entry in before.trials if entry.name not in kept]
     problems = [_gone(entry, plan.trials) for entry in gone]

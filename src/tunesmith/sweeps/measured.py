@@ -19,8 +19,11 @@ from tunesmith.runs.records import ExampleScore, Record
 from tunesmith.sweeps.contrasts import RowValues
 from tunesmith.sweeps.spec import LOSS, SweepSpec
 
+RISE = 0.1
+"""A held-out loss that ends above its start by more than this share of it has diverged."""
 
-class Cost(NamedTuple):
+
+class TrialCost(NamedTuple):
     """What a trial takes. ``memory_bytes``: the most that its process held. ``seconds``: of its updates."""
 
     trainable: int
@@ -100,10 +103,11 @@ class Metric:
 
         return mean if self.statistic is None else float(self.statistic.finish(np.array(mean)))
 
-    @property
-    def better_if_lower(self) -> bool:
-        """Whether a lower mean over rows is better; `shown` may reverse the order."""
-        return self.lower_is_better == (self.shown(1.0) >= self.shown(0.0))
+    def slope(self, mean: float) -> float:
+        """How the metric changes with the mean over rows, near ``mean``: 1 for most, below 0 where it
+        falls."""
+        step = 1e-4
+        return (self.shown(mean + step) - self.shown(mean - step)) / (2 * step)
 
 
 def metric(spec: SweepSpec) -> Metric:
@@ -176,7 +180,7 @@ def _row(score: ExampleScore) -> str:
     return f"{PurePath(score.source).name} {score.prompt or ''}"
 
 
-def cost(run_dir: Path) -> Cost | None:
+def cost(run_dir: Path) -> TrialCost | None:
     """None if the trial made no update."""
     log = facts.read_log(run_dir)
     steps = facts.only(log, events.StepDone)
@@ -184,12 +188,12 @@ def cost(run_dir: Path) -> Cost | None:
     if not steps or not started:
         return None
     memory_bytes = max(max(step.memory.values(), default=0) for step in steps)
-    return Cost(started[-1].trainable, memory_bytes, sum(step.seconds for step in steps))
+    return TrialCost(started[-1].trainable, memory_bytes, sum(step.seconds for step in steps))
 
 
-def mean_cost(costs: Sequence[Cost]) -> Cost:
+def mean_cost(costs: Sequence[TrialCost]) -> TrialCost:
     """Of the trials of one setting: the most memory, and the mean time."""
-    return Cost(
+    return TrialCost(
         max(part.trainable for part in costs),
         max(part.memory_bytes for part in costs),
         sum(part.seconds for part in costs) / len(costs),
@@ -197,6 +201,9 @@ def mean_cost(costs: Sequence[Cost]) -> Cost:
 
 
 def went_up(run_dir: Path) -> bool:
-    """Whether the last held-out loss lies above that before training: the trial diverged."""
+    """Whether the last held-out loss lies above that before training by more than `RISE` of it."""
     validations = facts.only(facts.read_log(run_dir), events.Validated)
-    return len(validations) > 1 and not validations[-1].loss <= validations[0].loss
+    if len(validations) < 2:
+        return False
+    first, last = validations[0].loss, validations[-1].loss
+    return not last <= first + RISE * abs(first)

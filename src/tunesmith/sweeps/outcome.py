@@ -31,11 +31,11 @@ from tunesmith.sweeps.contrasts import (
     seed_variance,
 )
 from tunesmith.sweeps.ledger import Ledger
-from tunesmith.sweeps.measured import Cost, Metric, cost, mean_cost, scored, went_up
-from tunesmith.sweeps.trials import TRIALS, Plan
+from tunesmith.sweeps.measured import Metric, TrialCost, cost, mean_cost, scored, went_up
+from tunesmith.sweeps.trials import TRIALS, SweepPlan
 
 ALIKE = 1.05
-DIVERGED = "its held-out loss ends above where it began: it diverged"
+DIVERGED = "its held-out loss ends far above where it began: it diverged"
 ONE_SEED = "one seed: the variance between seeds is unknown, and intervals cover the held-out rows only"
 
 
@@ -55,7 +55,7 @@ class SettingResult:
     high: float | None = None
     spread: float | None = None
     behind: Contrast | None = None
-    cost: Cost | None = None
+    cost: TrialCost | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -82,7 +82,7 @@ class KeyResult:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SweepOutcome:
     """``verdict``: one line; ``lines``: what else is to be said. ``settings``: in the order of the file.
     ``best``, ``choice``: places of the setting with the best value and of the cheapest that is not shown to
     be worse; None if nothing has a value. ``tests``: how many differences were judged together."""
@@ -104,7 +104,7 @@ class Outcome:
         content = {
             "name": self.name,
             "metric": self.metric.name,
-            "lower_is_better": self.metric.better_if_lower,
+            "lower_is_better": self.metric.lower_is_better,
             "verdict": self.verdict,
             "lines": self.lines,
             "best": None if self.best is None else self.settings[self.best].label,
@@ -154,12 +154,12 @@ class _Measured:
     """What the finished trials of one setting scored, by seed."""
 
     values: list[RowValues | None]
-    costs: list[Cost]
+    costs: list[TrialCost]
     notes: list[str]
     state: str
 
 
-def outcome(name: str, folder: Path, plan: Plan, ledger: Ledger, metric: Metric) -> Outcome:
+def outcome(name: str, folder: Path, plan: SweepPlan, ledger: Ledger, metric: Metric) -> SweepOutcome:
     """Of all trials that have ended so far."""
     measured = [_measured(folder, plan, ledger, metric, place) for place in range(len(plan.settings))]
     _leave_out_misfits(measured, plan)
@@ -167,18 +167,19 @@ def outcome(name: str, folder: Path, plan: Plan, ledger: Ledger, metric: Metric)
     if not usable:
         settings = tuple(_result(plan, place, measured[place]) for place in range(len(plan.settings)))
         verdict = "no trial has ended: there is nothing to compare"
-        return Outcome(name, metric, verdict, (), settings, (), None, None, 0, len(plan.seeds), 0)
+        return SweepOutcome(name, metric, verdict, (), settings, (), None, None, 0, len(plan.seeds), 0)
     values = panel([measured[place].values for place in usable], metric.share)
     keys = [_restricted(key, usable) for key in plan.keys]
     compared = compare(values, keys)
-    sign = 1 if metric.better_if_lower else -1
-    best = int(np.argmin(sign * compared.means))
+    sign = 1 if metric.lower_is_better else -1
+    best = int(np.argmin([sign * metric.shown(mean) for mean in compared.means]))
+    compared = compared.scaled(metric.slope(float(compared.means[best])))
     settings = list(_results(plan, measured, usable, values, compared, best, metric))
     keys = [key for key in keys if len(key.values) > 1]
     results = tuple(_key_result(key, keys, compared, sign, metric) for key in keys)
     choice = _cheapest(settings, usable, keys, results, best)
     verdict, lines = _said(settings, results, usable[best], choice, metric, values, compared)
-    return Outcome(
+    return SweepOutcome(
         name,
         metric,
         verdict,
@@ -193,9 +194,9 @@ def outcome(name: str, folder: Path, plan: Plan, ledger: Ledger, metric: Metric)
     )
 
 
-def _measured(folder: Path, plan: Plan, ledger: Ledger, metric: Metric, place: int) -> _Measured:
+def _measured(folder: Path, plan: SweepPlan, ledger: Ledger, metric: Metric, place: int) -> _Measured:
     values: list[RowValues | None] = []
-    costs: list[Cost] = []
+    costs: list[TrialCost] = []
     notes: dict[str, list[int | None]] = {}
     entries = [ledger.entry(trial.name) for trial in plan.of(place)]
     for entry in entries:
@@ -231,7 +232,7 @@ def _note(text: str, seeds: Sequence[int | None], count: int) -> str:
     return text if len(seeds) == count else f"seed {', '.join(map(str, seeds))}: {text}"
 
 
-def _leave_out_misfits(measured: Sequence[_Measured], plan: Plan) -> None:
+def _leave_out_misfits(measured: Sequence[_Measured], plan: SweepPlan) -> None:
     for place in misfits([setting.values for setting in measured]):
         measured[place].values[:] = [None] * len(plan.seeds)
         measured[place].notes.append("not compared: its held-out rows or their tokens are others")
@@ -248,7 +249,7 @@ def _restricted(key: SweptKey, usable: Sequence[int]) -> SweptKey:
     )
 
 
-def _result(plan: Plan, place: int, measured: _Measured) -> SettingResult:
+def _result(plan: SweepPlan, place: int, measured: _Measured) -> SettingResult:
     setting = plan.settings[place]
     seeds = sum(value is not None for value in measured.values)
     taken = mean_cost(measured.costs) if measured.costs else None
@@ -258,7 +259,7 @@ def _result(plan: Plan, place: int, measured: _Measured) -> SettingResult:
 
 
 def _results(
-    plan: Plan,
+    plan: SweepPlan,
     measured: Sequence[_Measured],
     usable: Sequence[int],
     values: Panel,
@@ -298,7 +299,7 @@ def _cheapest(
 ) -> int | None:
     """The place of the cheapest setting that is not shown to be worse than the best, by itself or by the
     value of a key that matters. ``keys`` and ``best`` are by place in ``usable``."""
-    candidates: list[tuple[int, Cost]] = []
+    candidates: list[tuple[int, TrialCost]] = []
     for number, place in enumerate(usable):
         by_level = any(
             _is_worse_level(key, result, number, best) for key, result in zip(keys, results, strict=True)
@@ -430,7 +431,7 @@ def _bound(leader: SettingResult, chosen: SettingResult, metric: Metric) -> list
     """How much worse the chosen setting may yet be."""
     if chosen.behind is None or (ends := chosen.behind.interval) is None:
         return []
-    most = ends[1] if metric.better_if_lower else -ends[0]
+    most = ends[1] if metric.lower_is_better else -ends[0]
     return [f"{chosen.label} is worse than {leader.label} by at most {most:.3g} (95 %)"] if most > 0 else []
 
 

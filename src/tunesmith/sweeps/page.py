@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from tunesmith.display import charts, page, words
 from tunesmith.display.console import duration, size
-from tunesmith.sweeps.outcome import KeyResult, Outcome
+from tunesmith.sweeps.outcome import KeyResult, SweepOutcome
 from tunesmith.sweeps.screen import NONE, cells
 
 PAGE = "sweep.html"
@@ -40,14 +40,14 @@ def check(folder: Path) -> None:
     page.check(folder / PAGE, VERB)
 
 
-def write(outcome: Outcome, folder: Path, command: list[str]) -> Path:
+def write(outcome: SweepOutcome, folder: Path, command: list[str]) -> Path:
     """Write the page into ``folder``. command: what makes it again."""
     path = folder / PAGE
     page.write(html(outcome, command), path, VERB)
     return path
 
 
-def html(outcome: Outcome, command: list[str]) -> str:
+def html(outcome: SweepOutcome, command: list[str]) -> str:
     """The whole page. The same outcome gives the same letters."""
     decided = outcome.choice is not None
     return page.render(
@@ -68,7 +68,7 @@ def html(outcome: Outcome, command: list[str]) -> str:
     )
 
 
-def _shown(outcome: Outcome, place: int) -> ShownSetting:
+def _shown(outcome: SweepOutcome, place: int) -> ShownSetting:
     setting = outcome.settings[place]
     changes = ", ".join(f"{key}={json.dumps(value)}" for key, value in setting.changes.items())
     changes = "" if changes == setting.label else changes or "as the base"
@@ -85,9 +85,9 @@ def _shown(outcome: Outcome, place: int) -> ShownSetting:
     )
 
 
-def _differences(outcome: Outcome) -> Iterator[charts.Difference]:
+def _differences(outcome: SweepOutcome) -> Iterator[charts.Difference]:
     """Each setting against the best, right of the line if it is better."""
-    sign = -1.0 if outcome.metric.better_if_lower else 1.0
+    sign = -1.0 if outcome.metric.lower_is_better else 1.0
     for setting in outcome.settings:
         behind = setting.behind
         if behind is None:
@@ -104,7 +104,7 @@ def _differences(outcome: Outcome) -> Iterator[charts.Difference]:
         )
 
 
-def _by_key(outcome: Outcome, key: KeyResult) -> Markup:
+def _by_key(outcome: SweepOutcome, key: KeyResult) -> Markup:
     """The mean of each value of a key: a line over numbers, else bars."""
     known = [(level, mean) for level, mean in key.levels if mean is not None]
     note = key.note or ("matters" if key.matters else "no difference shown")
@@ -127,7 +127,7 @@ def _as_number(level: str) -> float | None:
         return None
 
 
-def _by_cost(outcome: Outcome) -> Iterator[Markup]:
+def _by_cost(outcome: SweepOutcome) -> Iterator[Markup]:
     """The metric against trained weights, memory and time: each setting is one point."""
     measured = [
         (setting.label, setting.cost, setting.value)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from tunesmith.display.console import duration, size
 from tunesmith.display.text import many
-from tunesmith.sweeps.outcome import Outcome, SettingResult
+from tunesmith.sweeps.outcome import SettingResult, SweepOutcome
 
 NONE = "–"
 GAP = 2
@@ -19,7 +19,7 @@ DISPENSABLE = ("95 % interval", "time", "memory", "weights")
 """Columns that are left out, in this order, where the terminal is too narrow for all."""
 
 
-def render(outcome: Outcome, console: Console) -> None:
+def render(outcome: SweepOutcome, console: Console) -> None:
     """All settings, in the order of the file."""
     names = [
         "",

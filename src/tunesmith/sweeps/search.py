@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tunesmith.errors import ConfigError, SetupError
 from tunesmith.sweeps.ledger import JOURNAL
 from tunesmith.sweeps.measured import Metric
-from tunesmith.sweeps.outcome import Outcome
+from tunesmith.sweeps.outcome import SweepOutcome
 from tunesmith.sweeps.spec import SpaceSpec, SweepSpec
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Search:
             for key, space in self.space.items():
                 _draw(trial, key, space)
 
-    def tell(self, outcome: Outcome) -> None:
+    def tell(self, outcome: SweepOutcome) -> None:
         """The values of the settings that were tried; one without a value has failed."""
         from optuna.trial import TrialState
 

@@ -30,7 +30,7 @@ LONGEST = 60
 
 
 @dataclass(frozen=True)
-class Setting:
+class SweptSetting:
     """One point of the sweep. ``changes``: key → value, over the base. ``label``: its short name."""
 
     label: str
@@ -50,10 +50,10 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """All trials: with the first seed those of all settings, then with the second."""
 
-    settings: tuple[Setting, ...]
+    settings: tuple[SweptSetting, ...]
     seeds: tuple[int | None, ...]
     keys: tuple[SweptKey, ...]
     trials: tuple[Trial, ...]
@@ -63,7 +63,7 @@ class Plan:
         return [trial for trial in self.trials if trial.setting == setting]
 
 
-def expand(spec: SweepSpec, base: BaseSpec, place: str, environ: Mapping[str, str]) -> Plan:
+def expand(spec: SweepSpec, base: BaseSpec, place: str, environ: Mapping[str, str]) -> SweepPlan:
     """base: that of ``spec`` with the options of the command line over it. place: the file, for errors.
 
     Raises ConfigError if a trial's settings are wrong."""
@@ -88,7 +88,7 @@ def expand(spec: SweepSpec, base: BaseSpec, place: str, environ: Mapping[str, st
         distinct[identity] = change
         resolved.append(made)
     kept = list(distinct.values())
-    settings = tuple(map(Setting, _labels(kept), kept))
+    settings = tuple(map(SweptSetting, _labels(kept), kept))
     keys = _keys(kept, [_settings(made) for made in resolved])
     trials: list[Trial] = []
     for seed in seeds:
@@ -96,7 +96,7 @@ def expand(spec: SweepSpec, base: BaseSpec, place: str, environ: Mapping[str, st
             of_trial = _settings(made) | ({} if seed is None else {SEED: seed})
             own = words(base, setting.changes, seed)
             trials.append(Trial(_name(setting.label, seed), number, seed, of_trial, own))
-    return Plan(settings, seeds, keys, _distinct(trials), tuple(notes))
+    return SweepPlan(settings, seeds, keys, _distinct(trials), tuple(notes))
 
 
 def _require_rows(spec: SweepSpec, config: RunConfig, where: str) -> None:

@@ -15,10 +15,10 @@ from tunesmith.settings.config import EXAMPLE
 from tunesmith.settings.origins import parse, plain
 from tunesmith.sweeps import ledger, measured, outcome, page, spec, trials
 from tunesmith.sweeps.execution import Execution
-from tunesmith.sweeps.outcome import Outcome
+from tunesmith.sweeps.outcome import SweepOutcome
 from tunesmith.sweeps.search import Search
 from tunesmith.sweeps.spec import BaseSpec, SweepSpec
-from tunesmith.sweeps.trials import Plan
+from tunesmith.sweeps.trials import SweepPlan
 
 FOLDER = "runs"
 """Where sweeps are made, so that ``tunesmith runs`` lists their trials."""
@@ -29,7 +29,7 @@ class SweepReport:
     """A sweep that was run. ``folder``: with ``sweep.json``, ``sweep.html`` and the trials."""
 
     folder: Path
-    outcome: Outcome
+    outcome: SweepOutcome
 
     @property
     def page(self) -> Path:
@@ -49,7 +49,7 @@ class SweepRequest:
     folder: Path
     spec: SweepSpec
     base: BaseSpec
-    plan: Plan
+    plan: SweepPlan
 
 
 def request(
@@ -158,7 +158,7 @@ def _run(asked: SweepRequest, parallel: int, notify: Sink) -> SweepReport:
     return report
 
 
-def _concluded(asked: SweepRequest, plan: Plan, book: ledger.Ledger) -> SweepReport:
+def _concluded(asked: SweepRequest, plan: SweepPlan, book: ledger.Ledger) -> SweepReport:
     """Compare what has ended, and write it down."""
     name = asked.spec.name or asked.folder.name
     result = outcome.outcome(name, asked.folder, plan, book, measured.metric(asked.spec))
