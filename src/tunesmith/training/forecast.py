@@ -41,6 +41,8 @@ precision, with recurrent layers."""
 TIME_FACTOR, OTHER_TIME_FACTOR, MEASURED_TIME_FACTOR = 1.8, 3.0, 1.2
 """The interval of a time: divided and multiplied by it."""
 EXACT_SPREAD = 0.01
+SMALL_BYTES = 1e6
+"""Rows on the device and other small arrays, which count in tiny models only."""
 LOGS_BYTES = 20e6
 """Log, report and pictures of a run."""
 ANSWERED_AT_ONCE = 16
@@ -156,7 +158,7 @@ class Needs:
         peak = max(moments, key=lambda moment: moment.total)
         transient = self._uncertain(peak.total * factor)
         exact = Amount(self.exact, self.exact * (1 - EXACT_SPREAD), self.exact * (1 + EXACT_SPREAD))
-        whole = exact + transient
+        whole = exact + transient + Amount(0.0, 0.0, SMALL_BYTES)
         machine, spec = room(), self.config
         pace = self.pace(rate or product_rate())
         update, total = self._times(pace)
