@@ -143,7 +143,11 @@ def _filtered(logits: mx.array, requests: Sequence[Request]) -> mx.array:
 
 def _ranked(logits: mx.array, count: int) -> mx.array:
     """(B, V) → (B, count) the largest, in falling order. Sorting the whole vocabulary takes several times as
-    long as finding the largest."""
+    long as finding the largest; on a CPU NumPy sorts it, in a fraction of the time that MLX takes."""
+    if count == logits.shape[-1] and mx.default_device().type == mx.DeviceType.cpu:
+        whole = np.negative(np.array(logits))
+        whole.sort(axis=-1)
+        return -mx.array(whole)
     largest = -logits
     if count < logits.shape[-1]:
         largest = mx.partition(largest, count - 1, axis=-1)[:, :count]
