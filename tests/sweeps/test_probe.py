@@ -60,9 +60,9 @@ def test_a_rate_that_pauses_between_rounds_learns_as_one_that_trains_on(settings
     rounds = tunesmith.probe(spec, rates=[1e-3, 3e-3, 1e-6], updates=18, out=tmp_path / "rounds")
     straight = tunesmith.probe(spec, rates=[1e-3, 3e-3], updates=15, out=tmp_path / "straight")
     for rate in (1e-3, 3e-3):
-        one, other = by_rate(rounds)[rate], by_rate(straight)[rate]
-        assert one.updates == other.updates == 5 and len(one.held_out) == 2
-        assert one.losses == other.losses and one.held_out[-1] == other.held_out[-1]
+        paused, trained_on = by_rate(rounds)[rate], by_rate(straight)[rate]
+        assert paused.updates == trained_on.updates == 5 and len(paused.held_out) == 2
+        assert paused.losses == trained_on.losses and paused.held_out[-1] == trained_on.held_out[-1]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_without_a_difference_the_smaller_rate_is_taken():
     rows = rng.normal(2, 0.5, 40)
     noise = rng.normal(0, 0.1, 40)
     high, low = trial(1e-3, rows + noise - noise.mean() - 0.001), trial(1e-4, rows)
-    finding = probing._found([high, low], [low, high], 3.0, Halving((2,), (30,), 40), 600, 1.0)
+    finding = probing._compared([high, low], [low, high], 3.0, Halving((2,), (30,), 40), 600, 1.0)
     assert finding.rate == 1e-4 and not finding.shown and finding.runner_up == 1e-3
     assert finding.sentence.startswith("no difference shown between 0.0001 and 0.001")
     assert finding.sentence.endswith("the smaller is taken")
@@ -216,11 +216,12 @@ def test_the_verb_prints_a_table_or_json_and_leaves_settings_result_and_plot(tin
 
     shown = run("--out", tmp_path / "a").stdout
     assert "→    0.01" in shown and "--set optimizer.learning_rate=0.01" in shown and "of the run's" in shown
-    found = json.loads(run("--out", tmp_path / "b", "--json").stdout)
-    assert found["rate"] == 0.01 and found["trials"][0]["losses"][0] == found["trials"][1]["losses"][0]
+    printed = json.loads(run("--out", tmp_path / "b", "--json").stdout)
+    first, second = printed["trials"]
+    assert printed["rate"] == 0.01 and first["losses"][0] == second["losses"][0]
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"config.yaml", "probe.json", "probe.png"}
-    kept = json.loads((tmp_path / "b" / "probe.json").read_text())
-    assert kept["sentence"] == found["sentence"] and kept["rows"] == found["rows"]
+    written = json.loads((tmp_path / "b" / "probe.json").read_text())
+    assert written["sentence"] == printed["sentence"] and written["rows"] == printed["rows"]
     assert load(RunConfig, files=[tmp_path / "b" / "config.yaml"]).spec.batch.sequences == 4
     with pytest.raises(ConfigError, match="--rates: must be numbers"):
         CliRunner().invoke(

@@ -169,7 +169,7 @@ def probe(
         race = _Race(model.net, settings, prepared, halving, Path(states), notify)
         trials = [RateTrial(rate) for rate in ladder]
         finalists = race.run(trials)
-    finding = _found(finalists, trials, race.before, halving, planned, time.perf_counter() - started)
+    finding = _compared(finalists, trials, race.before, halving, planned, time.perf_counter() - started)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with draft(folder) as temporary:
         temporary.mkdir()
@@ -389,7 +389,7 @@ def paired(first: HeldOutLosses, second: HeldOutLosses) -> tuple[float, float | 
     return difference, float(low), float(high)
 
 
-def _found(
+def _compared(
     finalists: Sequence[RateTrial],
     trials: Sequence[RateTrial],
     before: float,

@@ -323,7 +323,7 @@ def leaves(value: Any, key: str = "") -> dict[str, Any]:
     """Key path → value of a file, by another way than the reader's."""
     if isinstance(value, dict) and value:
         paths = [leaves(item, f"{key}.{name}" if key else name) for name, item in value.items()]
-        return {path: item for found in paths for path, item in found.items()}
+        return {path: item for part in paths for path, item in part.items()}
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         parts = [leaves(item, f"{key}[{index}]") for index, item in enumerate(value)]
         return {path: item for part in parts for path, item in part.items()}
@@ -494,6 +494,18 @@ def test_the_trainer_of_trl_is_told_by_keys_and_path(path, text, kind, file, tmp
 def test_dropout_is_off_where_trl_switches_it_off(text, dropout, file, tmp_path):
     path = file(f"model_name_or_path: m\ndataset_name: d\nuse_peft: true\nlora_dropout: 0.05\n{text}\n")
     assert resolved(translate(path), tmp_path).adapter.dropout == dropout
+
+
+@pytest.mark.parametrize(
+    ("text", "patience"),
+    [("val_size: 0.1", 4), ("val_size: 0.1\neval_strategy: 'no'", None), ("val_size: 0", None)],
+)
+def test_early_stop_needs_validations(text, patience, file, tmp_path):
+    path = file(f"model_name_or_path: m\nstage: sft\ndataset: d\nearly_stopping_steps: 4\n{text}\n")
+    translation = translate(path)
+    assert resolved(translation, tmp_path).loop.early_stop == patience
+    left_out = {entry.key for entry in translation.left_out}
+    assert ("early_stopping_steps" in left_out) == (patience is None)
 
 
 def test_names_of_llama_factory_are_looked_up(file, tmp_path):

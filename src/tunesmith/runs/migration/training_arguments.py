@@ -191,9 +191,8 @@ def schedule(keys: Keys, rate: Old[float], name: Old[str]) -> None:
     keys.set("optimizer.learning_rate", rate.value, rate)
     kind, floor, olds, note = name.value, 0.0, [name], ""
     if kind == "cosine_with_min_lr":
-        options = "lr_scheduler_kwargs"
-        share = keys.number(f"{options}.min_lr_rate", default=0.0)
-        least = keys.number(f"{options}.min_lr", default=share.value * rate.value)
+        share = keys.number("lr_scheduler_kwargs.min_lr_rate", default=0.0)
+        least = keys.number("lr_scheduler_kwargs.min_lr", default=share.value * rate.value)
         kind, floor = "cosine", least.value / rate.value if rate.value else 0.0
         olds += [old for old in (share, least) if old.given]
     ratio = keys.number("cosine_min_lr_ratio", default=0.0)
@@ -293,11 +292,14 @@ def held_out_rows(keys: Keys) -> bool:
 
 
 def early_stop(keys: Keys, patience: Old[int]) -> None:
-    """Validations without a new best after which training stops."""
-    if patience.given and held_out_rows(keys):
-        keys.carry("loop.early_stop", patience)
-    else:
+    """Validations without a new best after which training stops; after `intervals`."""
+    interval = keys.settings.get("loop.validate_every")
+    if not held_out_rows(keys):
         keys.leave("no rows are held out", patience)
+    elif interval is not None and interval.value == 0:
+        keys.leave("there is one validation, at the end", patience)
+    else:
+        keys.carry("loop.early_stop", patience)
 
 
 def held_out(keys: Keys, share: Old[float]) -> None:
@@ -374,13 +376,13 @@ def targets(keys: Keys, names: Old[list[str]], linear: Old[bool]) -> None:
         keys.leave("a regular expression", names)
         keys.leave("lora_target_modules names the layers", linear)
     else:
-        kept = [name for name in names.value if name not in _EMBEDDINGS]
+        layers = [name for name in names.value if name not in _EMBEDDINGS]
         note = ""
-        if len(kept) < len(names.value):
+        if len(layers) < len(names.value):
             note = "Embeddings have no low-rank adapter here: adapter.full_modules trains them in full."
         elif not names.given:
             note = f"{keys.program} leaves the layers to PEFT, whose choice depends on the family."
-        keys.set("adapter.targets", [*kept] or ["auto"], names, *[linear] * linear.given, note=note)
+        keys.set("adapter.targets", [*layers] or ["auto"], names, *[linear] * linear.given, note=note)
 
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embedding", "word_embeddings")
