@@ -168,6 +168,14 @@ def test_objectives_with_a_reference_are_probed(objective, settings, tmp_path, m
     assert finding.rows <= 8
 
 
+def test_what_changes_memory_and_speed_alone_changes_no_loss(settings, tmp_path):
+    plain = tunesmith.probe(settings(), rates=[1e-3, 3e-3], updates=15, out=tmp_path / "plain")
+    sets = ("loop.checkpoint_gradients=true", "batch.micro=1", "batch.pack=true")
+    other = tunesmith.probe(settings(*sets), rates=[1e-3, 3e-3], updates=15, out=tmp_path / "other")
+    for rate, trial in by_rate(plain).items():
+        assert by_rate(other)[rate].losses == pytest.approx(trial.losses, rel=1e-4)
+
+
 def test_full_weights_are_probed_and_come_back(settings, tmp_path):
     finding = tunesmith.probe(settings("adapter=full"), rates=[1e-6, 1e-3], updates=12, out=tmp_path / "p")
     assert finding.rate == 1e-3 and [trial.updates for trial in finding.trials] == [4, 4]

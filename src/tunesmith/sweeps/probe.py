@@ -36,7 +36,7 @@ from tunesmith.evaluation.statistics import edges, resampled
 from tunesmith.events import Event, HeldOutLosses, Notice, Sink
 from tunesmith.files import draft, write_json
 from tunesmith.learning import optimizer
-from tunesmith.machine.ranks import ONE
+from tunesmith.machine.ranks import ONE, join
 from tunesmith.runs import lineage
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import RunConfig
@@ -150,8 +150,12 @@ def probe(
     spec = lineage.anchored(config.spec)
     folder = Path(out) if out is not None else Path("probes") / name(spec, date.today())
     require_free(folder)
+    if join(notify).size > 1:
+        raise ConfigError("a probe runs in one process", hint="start it without mlx.launch")
     for text in (*config.unused, *config.notes):
         notify(Notice(text))
+    if spec.data.order == "difficulty":
+        notify(Notice("the probe shuffles the rows: their difficulty is not measured", where="data.order"))
     prepared = preparation.prepare(spec, notify)
     if not prepared.valid:
         hint = "hold some out: 0.1 is usual"

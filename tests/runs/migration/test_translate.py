@@ -440,6 +440,12 @@ def test_every_key_of_mlx_lm_is_known_and_its_silent_defaults_are_its_explicit_o
     assert resolved(adamw, tmp_path).optimizer.weight_decay == decay
 
 
+def test_the_settings_beside_an_adapter_of_mlx_lm_are_read(file, tmp_path):
+    old = CONFIG_DEFAULTS | {"model": "m", "data": "d", "train": True, "adapter_file": None, "iters": 70}
+    translation = translate(file(json.dumps(old), "adapter_config.json"))
+    assert translation.program == "mlx-lm" and resolved(translation, tmp_path).loop.steps == 70
+
+
 def test_the_schedule_of_mlx_lm_gives_the_rates_of_mlx_lm(tmp_path):
     old = yaml.safe_load((FILES / "mlx-lm-schedule.yaml").read_text())["lr_schedule"]
     rates = build_schedule(old)
