@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,6 +25,9 @@ from tunesmith.errors import ConfigError, TrainingError
 from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 from tunesmith.sweeps import ledger, spec, trials
+from tunesmith.sweeps.execution import Execution, TrialProcess
+from tunesmith.sweeps.measured import Follower
+from tunesmith.sweeps.room import TrialRoom
 from tunesmith.sweeps.verb import request
 
 
@@ -284,3 +288,28 @@ def test_a_search_goes_on_where_it_stopped(place):
     assert second.outcome.settings[0].value == first.outcome.settings[0].value
     rates = [setting.changes["optimizer.learning_rate"] for setting in second.outcome.settings]
     assert all(1e-4 <= rate <= 1e-2 for rate in rates) and len(set(rates)) == 2
+
+
+def test_a_trial_waits_for_memory_and_its_need_is_known_before_it_runs(place):
+    asked = request(written(place, "room", {"grid": {"adapter.rank": [2, 32]}}))
+    room = TrialRoom(asked.base, asked.plan.settings)
+    assert 0 < room.needed(0) < room.needed(1) < room.free()
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "fits"), [(100, 250, True), (100, 150, False), (0, 10**15, False)]
+)
+def test_a_second_process_starts_if_what_the_first_will_take_leaves_room(place, tmp_path, needed, free, fits):
+    asked = request(written(place, "two", {"grid": {"adapter.rank": [2, 4]}}), out=tmp_path)
+    book, plan = ledger.opened(tmp_path, asked.spec, asked.plan, asked.file)
+    said: list[str] = []
+    room = SimpleNamespace(needed=lambda setting: needed, free=lambda: free)
+    run = Execution(tmp_path, asked.spec, plan, book, 2, room, lambda event: said.append(event.what))
+    run.followers = {trial.name: Follower(tmp_path / trial.name) for trial in plan.trials}
+    first, second = plan.trials
+    assert run._fits(first)
+    ended = subprocess.Popen(["true"])  # holds nothing, so that all of what it needs is still to come
+    ended.wait()
+    run.children = [TrialProcess(first, book.entry(first.name), ended, "train")]
+    assert run._fits(second) is fits
+    assert bool(said) is (needed > 0 and not fits)

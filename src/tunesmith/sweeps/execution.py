@@ -22,6 +22,7 @@ from typing import Literal
 import psutil
 
 from tunesmith.display.console import size
+from tunesmith.display.text import many
 from tunesmith.errors import ConfigError
 from tunesmith.evaluation.tasks import EvaluationSpec
 from tunesmith.events import Notice, Sink
@@ -30,12 +31,13 @@ from tunesmith.sweeps import racing
 from tunesmith.sweeps.contrasts import RowValues, misfits, panel
 from tunesmith.sweeps.ledger import Ledger, TrialEntry
 from tunesmith.sweeps.measured import Follower
+from tunesmith.sweeps.room import TrialRoom
 from tunesmith.sweeps.spec import IntervalRacing, SweepSpec
 from tunesmith.sweeps.trials import LOGS, TRIALS, SweepPlan, Trial
 
 POLL_S = 0.2
 MARGIN = 1.1
-"""Free memory that another process must find, as a multiple of what the largest has taken."""
+"""What a trial that cannot be estimated needs, as a multiple of what the largest has taken."""
 INTERRUPTED = 130
 """Exit status of ``train`` after a signal, when it has saved."""
 
@@ -60,6 +62,7 @@ class Execution:
     plan: SweepPlan
     ledger: Ledger
     parallel: int
+    room: TrialRoom
     notify: Sink
     followers: dict[str, Follower] = field(default_factory=dict)
     children: list[TrialProcess] = field(default_factory=list)
@@ -108,33 +111,41 @@ class Execution:
     def _begin(self, queue: list[Trial]) -> None:
         """Start the next trials of ``queue``, if there is room for them."""
         for trial in list(queue):
-            if len(self.children) >= self.parallel or not self._fits():
+            if len(self.children) >= self.parallel:
                 return
             entry = self.ledger.entry(trial.name)
             if entry.state == "stopped":  # its setting was, meanwhile
                 queue.remove(trial)
             elif _is_locked(self._run_dir(trial)):
                 self._say(f"{trial.name} is still being trained by a process of an earlier call: waiting")
+            elif not self._fits(trial):
+                return
             else:
                 queue.remove(trial)
                 self._start(trial, entry, "evaluate" if entry.state == "finished" else "train")
 
-    def _fits(self) -> bool:
-        """Whether memory allows one more process. The first runs alone until it has made an update, since
-        what it takes is not known before."""
+    def _fits(self, trial: Trial) -> bool:
+        """Whether memory allows ``trial`` beside the processes that run: what is free, less what these will
+        still take. Where it cannot be estimated, the most that any trial has taken is asked for."""
         if not self.children:
             return True
-        peak = max(follower.memory_bytes for follower in self.followers.values())
-        if peak == 0:
+        needed = self._needed(trial)
+        if needed == 0:
             return False
-        held = [_memory(child.process.pid) for child in self.children]
-        to_come = sum(max(0, peak - now) for now in held)
-        free = psutil.virtual_memory().available - to_come
-        if free < MARGIN * peak:
-            room = f"another process would take {size(peak)}, and {size(max(0, free))} would be free"
-            self._say(f"{len(self.children)} at a time: {room}")
+        to_come = sum(
+            max(0, self._needed(child.trial) - _memory(child.process.pid)) for child in self.children
+        )
+        free = max(0, self.room.free() - to_come)
+        if free < needed:
+            room = f"{trial.name} would take {size(needed)}, and {size(free)} would be free"
+            self._say(f"{many(len(self.children), 'process')} at a time: {room}")
             return False
         return True
+
+    def _needed(self, trial: Trial) -> int:
+        """Bytes, 0 if nothing is known yet."""
+        measured = max(follower.memory_bytes for follower in self.followers.values())
+        return self.room.needed(trial.setting) or round(MARGIN * measured)
 
     def _start(self, trial: Trial, entry: TrialEntry, stage: Literal["train", "evaluate"]) -> None:
         run_dir = self._run_dir(trial)

@@ -16,6 +16,7 @@ from tunesmith.settings.origins import parse, plain
 from tunesmith.sweeps import ledger, measured, outcome, page, spec, trials
 from tunesmith.sweeps.execution import Execution
 from tunesmith.sweeps.outcome import SweepOutcome
+from tunesmith.sweeps.room import TrialRoom
 from tunesmith.sweeps.search import Search
 from tunesmith.sweeps.spec import BaseSpec, SweepSpec
 from tunesmith.sweeps.trials import SweepPlan
@@ -148,7 +149,8 @@ def _run(asked: SweepRequest, parallel: int, notify: Sink) -> SweepReport:
         notify(Notice(text))
     book.write(folder)
     try:
-        Execution(folder, asked.spec, plan, book, parallel, notify).run()
+        room = TrialRoom(base, plan.settings)
+        Execution(folder, asked.spec, plan, book, parallel, room, notify).run()
     finally:
         report = _concluded(asked, plan, book)
     if report.outcome.best is None:
