@@ -4,7 +4,7 @@ concern.
 Elsewhere: 3, 5, 6, 20 in test_laws · 8, 22 in test_adapters · 13–16 in test_template · 13, 17 in test_formats
 · 18 in test_tasks · 21 in test_config · of PEFT's mixtures, 3004, 3111, 3449, 3737, 3761 in
 adapters/test_composition · of exports, in exports/test_museum · of plans, in preflight/test_museum · of
-sweeps, aprender 2258 in sweeps/test_sweep · of servers, in `SERVERS`."""
+sweeps, aprender 2258 in sweeps/test_sweep and test_probe · of servers, in `SERVERS`."""
 
 from __future__ import annotations
 
