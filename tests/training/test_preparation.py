@@ -34,7 +34,7 @@ def conversation(*answers: str) -> Conversation:
 )
 def test_prompts_ask_for_reasoning_if_half_of_the_answers_have_it(answers, thinking):
     config: Any = SimpleNamespace(template=SimpleNamespace(thinking="auto", learn="all"))
-    renderer: Any = SimpleNamespace(thinking=None)
+    renderer: Any = SimpleNamespace(thinking=None, thinking_switch=None)
     examples = [Demonstration(conversation=conversation(*texts), source="rows:1") for texts in answers]
     preparation._settle_thinking(config, renderer, examples, events.silent)
     assert renderer.thinking is thinking
@@ -49,7 +49,7 @@ def test_prompts_ask_for_reasoning_if_half_of_the_answers_have_it(answers, think
 
 def test_the_chosen_side_of_a_pair_decides():
     config: Any = SimpleNamespace(template=SimpleNamespace(thinking="auto", learn="all"))
-    renderer: Any = SimpleNamespace(thinking=None)
+    renderer: Any = SimpleNamespace(thinking=None, thinking_switch=None)
     pair = Preference(chosen=conversation(THOUGHT), rejected=conversation("Five."), source="rows:1")
     preparation._settle_thinking(config, renderer, [pair], events.silent)
     assert renderer.thinking is True
