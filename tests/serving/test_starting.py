@@ -32,8 +32,8 @@ def test_what_was_admitted_is_finished_before_the_end(start_server, settings):
             await drain()
             return await super().__anext__()
 
-    def run(function):
-        return slow_job(lambda: (time.sleep(3.0), function())[1])
+    def run(function, cost=0):
+        return slow_job(lambda: (time.sleep(2.0), function())[1], cost)
 
     service.worker.run = run
     with ThreadPoolExecutor(1) as pool, server.client() as client, server.client() as other:
