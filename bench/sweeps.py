@@ -44,7 +44,7 @@ def copied(name: str, seeds: int, folder: Path, retention: Path | None) -> Path:
 def swept(name: str, rows: Path, options: argparse.Namespace, folder: Path) -> SweepOutcome:
     sets = [
         f"loop.steps={options.steps}",
-        f"loop.validate_every={max(1, options.steps // 4)}",
+        f"loop.validate_every={max(1, options.steps // 2)}",
         "loop.samples=0",
         "loop.instrument_every=0",
         "batch.sequences=4",

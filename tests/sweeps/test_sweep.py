@@ -98,6 +98,10 @@ def test_the_same_command_again_trains_nothing(ranks, place):
     report = tunesmith.sweep(place / "ranks.yaml", out=folder)
     assert report.outcome.to_json() == printed
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    words = ["sweep", str(place / "ranks.yaml"), "--out", str(folder)]
+    lines = CliRunner().invoke(app, words, catch_exceptions=False).stdout.splitlines()
+    assert printed["verdict"] in lines and lines[-1] == f"page: {folder / 'sweep.html'}"
+    assert [line.split()[:2] for line in lines if line.startswith("→")] == [["→", printed["choice"]]]
 
 
 def test_a_changed_file_is_refused_with_the_difference(ranks, place):
@@ -129,8 +133,9 @@ def test_trials_that_are_added_keep_those_that_are_finished(ranks, place, tmp_pa
     assert [opened.entry(trial.name).state for trial in plan.trials] == ["waiting", "finished", "finished"]
 
 
-def killed(folder: Path, file: Path, after: Path) -> None:
-    """Begin the sweep, and kill it with its trials once ``after`` exists."""
+def ended(folder: Path, file: Path, after: Path, number: signal.Signals, trials_too: bool) -> int:
+    """Begin the sweep, and send it the signal once ``after`` exists, and to its trials if ``trials_too``.
+    Returns its exit status."""
     words = [sys.executable, "-m", "tunesmith", "sweep", str(file), "--out", str(folder)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -138,18 +143,29 @@ def killed(folder: Path, file: Path, after: Path) -> None:
         while not after.exists():
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.005)
+        family = [*psutil.Process(process.pid).children(recursive=True)]
+        for pid in [process.pid, *(child.pid for child in family if trials_too)]:
+            os.kill(pid, number)
+        return process.wait(120)
     finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), process]
-        for member in family:
-            os.kill(member.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
 
 
-def test_a_sweep_killed_in_the_middle_of_a_trial_ends_in_the_same_bytes(ranks, place):
-    folder = place / "killed"
-    killed(folder, place / "ranks.yaml", folder / "trials" / "rank=2" / "checkpoints" / "000010")
-    states = [entry["state"] for entry in json.loads((folder / "sweep.json").read_text())["trials"]]
-    assert states == ["running", "waiting"]
+def test_a_sweep_stopped_in_the_middle_of_a_trial_ends_in_the_same_bytes(ranks, place):
+    folder, file = place / "stopped", place / "ranks.yaml"
+
+    def states() -> list[str]:
+        return [entry["state"] for entry in json.loads((folder / "sweep.json").read_text())["trials"]]
+
+    first, second = (folder / "trials" / name / "checkpoints" for name in ("rank=2", "rank=4"))
+    assert ended(folder, file, first / "000005", signal.SIGTERM, trials_too=False) == 130
+    assert states() == ["interrupted", "waiting"] and (folder / "sweep.html").exists()
+    assert Run.open(folder / "trials" / "rank=2").status == "interrupted"
+    assert ended(folder, file, first / "000030", signal.SIGKILL, trials_too=True) == -signal.SIGKILL
+    assert states() == ["running", "waiting"]
+    # The trial goes on alone, and the next call waits for it.
+    assert ended(folder, file, second / "000005", signal.SIGKILL, trials_too=False) == -signal.SIGKILL
+    assert states() == ["finished", "running"]
     report = tunesmith.sweep(place / "ranks.yaml", out=folder)
     for name in ("rank=2", "rank=4"):
         assert adapter(folder / "trials" / name) == adapter(ranks[0] / "trials" / name)
@@ -304,7 +320,7 @@ def test_a_second_process_starts_if_what_the_first_will_take_leaves_room(place, 
     book, plan = ledger.opened(tmp_path, asked.spec, asked.plan, asked.file)
     said: list[str] = []
     room = SimpleNamespace(needed=lambda setting: needed, free=lambda: free)
-    run = Execution(tmp_path, asked.spec, plan, book, 2, room, lambda event: said.append(event.what))
+    run = Execution(tmp_path, asked.spec, plan, book, 2, room, (1, 1), lambda event: said.append(event.what))
     run.followers = {trial.name: Follower(tmp_path / trial.name) for trial in plan.trials}
     first, second = plan.trials
     assert run._fits(first)
@@ -313,3 +329,22 @@ def test_a_second_process_starts_if_what_the_first_will_take_leaves_room(place, 
     run.children = [TrialProcess(first, book.entry(first.name), ended, "train")]
     assert run._fits(second) is fits
     assert bool(said) is (needed > 0 and not fits)
+
+
+def test_parts_of_a_sweep_that_are_put_together_are_the_sweep(ranks, place, tmp_path):
+    second = tunesmith.sweep(place / "ranks.yaml", out=tmp_path / "b", part="2/2")
+    assert [setting.state for setting in second.outcome.settings] == ["unfinished", "finished"]
+    shutil.copytree(ranks[0] / "trials" / "rank=2", tmp_path / "b" / "trials" / "rank=2")
+    whole = tunesmith.sweep(place / "ranks.yaml", out=tmp_path / "b").outcome.to_json()
+    assert whole["verdict"] == ranks[1]["verdict"]
+    for part in ("0/2", "3/2", "2", "a/b"):
+        with pytest.raises(ConfigError, match="is not a part"):
+            tunesmith.sweep(place / "ranks.yaml", out=tmp_path / "c", part=part)
+
+
+def test_a_damaged_ledger_is_named(ranks, place, tmp_path):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "sweep.json").write_text((ranks[0] / "sweep.json").read_text()[:-20])
+    with pytest.raises(ConfigError, match=r"damaged/sweep\.json: cannot be read"):
+        tunesmith.sweep(place / "ranks.yaml", out=folder)

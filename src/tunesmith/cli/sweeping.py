@@ -27,6 +27,9 @@ def sweep(
     optuna: Annotated[
         int | None, typer.Option(min=1, help="search the file's space with so many settings, by Optuna")
     ] = None,
+    part: Annotated[
+        str | None, typer.Option(help="train a part of the trials, such as 1/2: for several machines")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the trials, train nothing")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,6 +48,7 @@ def sweep(
             out=out,
             parallel=parallel,
             optuna=optuna,
+            part=part,
             notify=notify,
         )
     if as_json:

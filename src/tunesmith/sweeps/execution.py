@@ -55,7 +55,8 @@ class TrialProcess:
 
 @dataclass
 class Execution:
-    """One call of the sweep. ``followers``: the logs of all trials, by name."""
+    """One call of the sweep. ``part``: (number, count), which of so many parts of the trials are trained.
+    ``followers``: the logs of all trials, by name."""
 
     folder: Path
     spec: SweepSpec
@@ -63,6 +64,7 @@ class Execution:
     ledger: Ledger
     parallel: int
     room: TrialRoom
+    part: tuple[int, int]
     notify: Sink
     followers: dict[str, Follower] = field(default_factory=dict)
     children: list[TrialProcess] = field(default_factory=list)
@@ -74,7 +76,9 @@ class Execution:
             self.followers[trial.name] = Follower(self._run_dir(trial))
         with _terminable(), _only_one(self.folder):
             self._catch_up()
-            queue = [trial for trial in self.plan.trials if self._is_open(trial)]
+            number, count = self.part
+            mine = self.plan.trials[number - 1 :: count]
+            queue = [trial for trial in mine if self._is_open(trial)]
             try:
                 while queue or self.children:
                     self._begin(queue)

@@ -21,6 +21,8 @@ from tunesmith.sweeps.search import Search
 from tunesmith.sweeps.spec import BaseSpec, SweepSpec
 from tunesmith.sweeps.trials import SweepPlan
 
+WHOLE = (1, 1)
+"""The part that is all trials."""
 FOLDER = "runs"
 """Where sweeps are made, so that ``tunesmith runs`` lists their trials."""
 
@@ -100,6 +102,7 @@ def sweep(
     sets: Sequence[str] = (),
     parallel: int | None = None,
     optuna: int | None = None,
+    part: str | None = None,
     notify: Sink = events.silent,
 ) -> SweepReport:
     """Train every trial of ``file`` (a YAML file, or the name of a ready-made sweep), compare them, and write
@@ -107,16 +110,29 @@ def sweep(
 
     out: folder of the sweep (default ``runs/NAME``). preset, config, model, data, sets: as for `configure`,
     over the base that the file names. parallel: processes at a time, instead of the file's. optuna:
-    search the file's space with so many settings in all. Raises ConfigError if the sweep was begun with other
+    search the file's space with so many settings in all. part: train only these trials, "1/3" the first,
+    fourth and so on, to divide a sweep among machines. Raises ConfigError if the sweep was begun with other
     settings, TrainingError if no trial could be trained."""
     asked = request(file, out=out, preset=preset, config=config, model=model, data=data, sets=sets)
     at_once = parallel or asked.spec.parallel
     if optuna is not None:
+        if part is not None:
+            hint = "what is tried next depends on all that was tried"
+            raise ConfigError("a search cannot be divided", where="--part", hint=hint)
         return _searched(asked, optuna, at_once, notify)
     if asked.spec.space:
         hint = "--optuna 20 tries twenty settings of it; a grid or trials need no search"
         raise ConfigError("a space is searched with --optuna", where=str(asked.file), hint=hint)
-    return _run(asked, at_once, notify)
+    return _run(asked, at_once, notify, WHOLE if part is None else _part(part))
+
+
+def _part(text: str) -> tuple[int, int]:
+    """(number, count) of "1/3"."""
+    number, _, count = text.partition("/")
+    if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    hint = "for example 1/2 on one machine and 2/2 on another"
+    raise ConfigError(f'"{text}" is not a part', where="--part", hint=hint)
 
 
 def _searched(asked: SweepRequest, count: int, parallel: int, notify: Sink) -> SweepReport:
@@ -134,7 +150,7 @@ def _searched(asked: SweepRequest, count: int, parallel: int, notify: Sink) -> S
     return report
 
 
-def _run(asked: SweepRequest, parallel: int, notify: Sink) -> SweepReport:
+def _run(asked: SweepRequest, parallel: int, notify: Sink, part: tuple[int, int] = WHOLE) -> SweepReport:
     """Train what is not trained yet, and compare."""
     folder = asked.folder
     page.check(folder)
@@ -150,7 +166,7 @@ def _run(asked: SweepRequest, parallel: int, notify: Sink) -> SweepReport:
     book.write(folder)
     try:
         room = TrialRoom(base, plan.settings)
-        Execution(folder, asked.spec, plan, book, parallel, room, notify).run()
+        Execution(folder, asked.spec, plan, book, parallel, room, part, notify).run()
     finally:
         report = _concluded(asked, plan, book)
     if report.outcome.best is None:
