@@ -121,7 +121,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     from_shapes = tunesmith.plan(config).forecast
     corrected = tunesmith.plan(config, measure=True).forecast
     gc.collect()  # else the peak of the run has the weights of the plan in it
-    run = tunesmith.train(config, out=folder / name.replace(", ", "-").replace(" ", "-"))
+    run = tunesmith.train(config, out=folder / "runs" / name.replace(", ", "-").replace(" ", "-"))
     assert run is not None
     written = forecasts.read(run)
     assert written is not None and written.measured is not None

@@ -89,7 +89,7 @@ def _needed(anatomy: Anatomy, tokens: int, recomputed: bool) -> float:
     state = footprint.state_bytes(anatomy, "adamw")
     moments = [
         footprint.training(anatomy, Micro(tokens, tokens), recomputed=recomputed, several=True),
-        footprint.stepping(anatomy, "adamw"),
+        footprint.stepping(anatomy, "adamw", instrumented=True),
     ]
     above = max(moment.total for moment in moments)
     return anatomy.weights_bytes + anatomy.adapter_bytes + state + above

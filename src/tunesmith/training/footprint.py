@@ -24,11 +24,13 @@ AROUND_HEAD = 4.0
 """Arrays of hidden states at the head: normed, gathered, their gradient, and the block's result."""
 STATES = {"adamw": 2, "adam": 2, "adamax": 2, "adadelta": 2, "adafactor": 0.02}
 """Arrays of the size of the trained weights that an optimizer holds; others hold one."""
-STEPPING = {"adafactor": 1.5, "sgd": 1.2, "lion": 2.2, "muon": 2.5, "adadelta": 2.6, "adagrad": 1.9}
+STEPPING = {"adafactor": 1.95, "sgd": 1.6, "lion": 2.65, "muon": 2.95, "adadelta": 3.05, "adagrad": 2.3}
 """Further arrays of that size while it makes its step, gradients included; others need `STEPPING_ELSE`."""
-STEPPING_ELSE = 1.6
+STEPPING_ELSE = 2.05
 STEPPING_LARGEST = 3.4
-"""Temporary arrays of the size of the largest trained tensor in the optimizer's step."""
+"""Temporary arrays of the size of the largest trained tensor, beside gradients, if that needs more."""
+INSTRUMENTED = 5.0
+"""The same beside all others in a step whose changes are measured."""
 MEASURING = 3.0
 """Float32 arrays of the largest adapted matrix while the growth of the adapter is measured."""
 
@@ -124,11 +126,13 @@ def state_bytes(anatomy: Anatomy, optimizer: str) -> float:
     return STATES.get(optimizer, 1) * anatomy.gradient_bytes
 
 
-def stepping(anatomy: Anatomy, optimizer: str) -> Moment:
-    """The optimizer's own step."""
-    arrays = STEPPING.get(optimizer, STEPPING_ELSE)
-    temporary = STEPPING_LARGEST * anatomy.largest_trained_bytes
-    return Moment("the optimizer's step", arrays * anatomy.gradient_bytes, 0.0, 0.0, temporary)
+def stepping(anatomy: Anatomy, optimizer: str, *, instrumented: bool) -> Moment:
+    """The optimizer's own step. instrumented: whether the change of each weight is measured in some of
+    them."""
+    arrays, largest = STEPPING.get(optimizer, STEPPING_ELSE), anatomy.largest_trained_bytes
+    whole = max((arrays - 1) * anatomy.gradient_bytes, STEPPING_LARGEST * largest)
+    temporary = INSTRUMENTED * largest if instrumented else 0.0
+    return Moment("the optimizer's step", anatomy.gradient_bytes, 0.0, 0.0, whole + temporary)
 
 
 def scoring(name: str, anatomy: Anatomy, micro: Micro) -> Moment:

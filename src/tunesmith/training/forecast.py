@@ -47,6 +47,8 @@ LOGS_BYTES = 20e6
 """Log, report and pictures of a run."""
 ANSWERED_AT_ONCE = 16
 """Prompts that are answered in one batch."""
+PROBES = 3
+"""Products that are timed; the best counts, since other programs disturb some."""
 SOME_UPDATES = 16
 """Updates of whose mismatched pairs the time is computed."""
 LARGE = 0.1
@@ -123,10 +125,15 @@ class Needs:
         ]
         return max(moments, key=lambda moment: moment.total)
 
+    @property
+    def stepping_moment(self) -> Moment:
+        instrumented = self.config.loop.instrument_every > 0
+        return footprint.stepping(self.anatomy, self.config.optimizer.kind, instrumented=instrumented)
+
     def moments(self) -> list[Moment]:
         """Everything but the updates' own passes that the run does with the weights in memory."""
         spec, prepared, anatomy = self.config, self.prepared, self.anatomy
-        moments = [footprint.stepping(anatomy, spec.optimizer.kind)]
+        moments = [self.stepping_moment]
         if prepared.valid:
             moments += _scored("validation", spec, anatomy, prepared.valid)
         if self._passes_before:
@@ -196,7 +203,7 @@ class Needs:
             "gradients": (peak.gradients, ""),
             "activations": (peak.activations, recomputed),
             "logits and loss": (peak.logits, "" if anatomy.separable else "of all positions"),
-            "cache and measurements": (peak.other, ""),
+            "cache and temporary arrays": (peak.other, ""),
         }
         terms = [Term(name, Amount(value, value, value), note) for name, (value, note) in exact.items()]
         terms += [Term(name, self._uncertain(value * factor), note) for name, (value, note) in others.items()]
@@ -280,10 +287,11 @@ def fitted(anatomy: Anatomy) -> bool:
 
 def product_rate() -> float:
     """Operations a second of a large product, in the dtype of training."""
-    on_gpu = backend.setup().kind == "gpu"
-    if on_gpu:
+    device = backend.setup()
+    if device.kind == "gpu":
         return backend.gflops(4096, 10) * 1e9
-    return backend.gflops(*((1024, 2) if backend.setup().blas != "reference" else (384, 1))) * 1e9
+    size = 384 if device.blas == "reference" else 1024
+    return max(backend.gflops(size, 1) for _ in range(PROBES)) * 1e9
 
 
 def updates(prepared: Prepared, ranks: int = 1) -> tuple[tuple[Sized, ...], ...]:

@@ -16,7 +16,7 @@ from tunesmith.events import Event, Sink, StepDone
 from tunesmith.learning import optimizer
 from tunesmith.machine.ranks import ONE
 from tunesmith.runs.checkpoints import Cursor
-from tunesmith.training import footprint, gradients
+from tunesmith.training import gradients
 from tunesmith.training.forecast import Calibration, Needs, product_rate
 from tunesmith.training.preparation import Prepared
 from tunesmith.training.reference import Reference
@@ -45,8 +45,7 @@ def calibrated(needs: Needs, model: Trainable, notify: Sink = events.silent) -> 
             tick(done, len(steps))
     last = _last(heard)
     computed_s = needs.step_s(needs.pace(rate), steps[-1])
-    moments = [needs.training_moment, footprint.stepping(needs.anatomy, needs.config.optimizer.kind)]
-    computed = max(moment.total for moment in moments)
+    computed = max(needs.training_moment.total, needs.stepping_moment.total)
     above = mx.get_peak_memory() - held
     calibration = Calibration(above / computed, last.seconds / computed_s)
     return replace(needs, calibration=calibration), rate
