@@ -196,11 +196,7 @@ def prepare(
     recorded = recorded or Recorded.now()
     sources = _read(config, notify) if held_out is None else _read_around(held_out, config)
     renderer, known = _renderer(config, recorded, notify)
-    sides = Sides(
-        _render(sources.train, config, renderer, known, notify),
-        _render(sources.valid, config, renderer, known, notify),
-        [_render(examples, config, renderer, known, notify) for examples in sources.mixed],
-    )
+    sides = _sides(sources, config, renderer, known, notify)
     train, valid = sides.train, sides.valid
     refused = [*sources.dropped, *sides.refused]
     audit = None
@@ -217,9 +213,7 @@ def prepare(
     notes += Counter({remark.text: count for remark, count in remarks.items()})
     mixed = _mixed(config, sides)
     groups = [*train.groups, *(group for entry in mixed for group in entry.groups)]
-    objective, remarks = config.objective.settled(groups)
-    for remark in remarks:
-        notify(Notice(remark.text, level=remark.level, where="objective"))
+    objective = _settled_objective(config, groups, notify)
     plan = _plan(config, groups, notify)
     if is_new:
         _require_few_updates(plan)
@@ -253,6 +247,14 @@ def _renderer(config: RunConfig, recorded: Recorded, notify: Sink) -> tuple[temp
     renderer = renderers.load(config.model.tokenizer or folder, config.template, recorded)
     renderer.follow(config.template, config.data.text_control)
     return renderer, None if config.model.resize_embeddings else vocabulary.stored(folder)
+
+
+def _settled_objective(config: RunConfig, groups: Sequence[Group], notify: Sink) -> Objective:
+    """The objective with the settings that depend on the training rows; its remarks on them are reported."""
+    objective, remarks = config.objective.settled(groups)
+    for remark in remarks:
+        notify(Notice(remark.text, level=remark.level, where="objective"))
+    return objective
 
 
 def _settle_thinking(
@@ -399,6 +401,17 @@ def _read_trained(config: RunConfig) -> tuple[formats.Read, list[formats.Read]]:
     for entry in mixed:
         formats.require(entry, config.data.max_dropped)
     return read, mixed
+
+
+def _sides(
+    sources: Sources, config: RunConfig, renderer: template.Renderer, known: int | None, notify: Sink
+) -> Sides:
+    """All rows as tokens. Raises as `_render` does."""
+    return Sides(
+        _render(sources.train, config, renderer, known, notify),
+        _render(sources.valid, config, renderer, known, notify),
+        [_render(examples, config, renderer, known, notify) for examples in sources.mixed],
+    )
 
 
 def _render(
