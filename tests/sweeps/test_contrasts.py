@@ -149,6 +149,12 @@ def test_racing_with_several_seeds_waits_for_the_second_and_needs_enough_rows():
     first[:, 1] = np.nan
     assert racing.judge(Panel(first, made.weights), 1, 2, 0.05) is None
     assert racing.judge(Panel(first, made.weights), 1, 1, 0.05) is not None
+    rows = [
+        RowValues({str(row): value for row, value in enumerate(own)}, dict.fromkeys(map(str, range(60)), 1.0))
+        for own in first[:, 0]
+    ]
+    begun = panel([[row, None] for row in rows])  # rows of the second seed are not known yet
+    assert not begun.done[:, 1].any() and racing.judge(begun, 1, 2, 0.05) is None
     few = Panel(first[:, :1, :19], made.weights[:1, :19])
     assert racing.judge(few, 1, 1, 0.05) is None
 

@@ -46,9 +46,10 @@ class Panel:
 
     @property
     def done(self) -> np.ndarray:
-        """(settings, seeds) whether a setting has values with this seed."""
+        """(settings, seeds) whether a setting has values with this seed; no setting has one of a seed that
+        was not begun, whose rows are not known."""
         missing = np.isnan(np.where(self.weights > 0, self.values, 0.0))
-        return np.logical_not(missing.any(axis=2))
+        return np.logical_not(missing.any(axis=2)) & (self.weights.sum(axis=1) > 0)
 
     def means(self) -> np.ndarray:
         """(settings, seeds) weighted mean over the rows, NaN where there are no values."""
@@ -150,7 +151,7 @@ def contrast(panel: Panel, coefficients: np.ndarray, pooled: SeedVariance) -> Co
 
     coefficients: (settings,). pooled: of all settings, by `seed_variance`."""
     used = np.flatnonzero(coefficients)
-    common = panel.done[used].all(axis=0) & (panel.weights.sum(axis=1) > 0)
+    common = panel.done[used].all(axis=0)
     if not common.any():
         return None
     weights = panel.weights[common]

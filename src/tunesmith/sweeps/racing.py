@@ -12,23 +12,9 @@ between seeds; with one seed the rows alone decide."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from tunesmith.sweeps.contrasts import ENOUGH_ROWS, Panel, contrast, seed_variance
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Why a setting was stopped: at ``step`` its loss lay above that of ``leader`` by ``difference`` or more
-    likely more, with this one-sided p, which is under ``level``."""
-
-    step: int
-    leader: str
-    difference: float
-    p: float
-    level: float
 
 
 def looks(steps: int, every: int, after: float) -> list[int]:
