@@ -10,6 +10,7 @@ from tunesmith.sweeps.contrasts import (
     Panel,
     RowValues,
     SweptKey,
+    adjusted,
     compare,
     contrast,
     misfits,
@@ -104,6 +105,14 @@ def test_the_interval_of_a_pair_has_the_same_ends_in_either_direction():
         [-end for end in back.interval[::-1]]
     )
     assert there.p == back.p and there.shown and back.shown
+
+
+def test_a_setting_that_lacks_the_hard_seed_is_not_better_for_it():
+    nan = np.nan
+    assert adjusted(np.array([[1.0, 3.0], [1.1, nan]])) == pytest.approx([2.0, 2.1])
+    assert adjusted(np.array([[1.0, 3.0], [1.2, 3.4]])) == pytest.approx([2.0, 2.3])
+    assert adjusted(np.array([[1.0], [2.0]])) == pytest.approx([1.0, 2.0])
+    assert np.isnan(adjusted(np.array([[1.0, 2.0], [nan, nan]]))[1])
 
 
 def test_settings_with_other_rows_or_weights_are_named():

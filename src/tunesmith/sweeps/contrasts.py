@@ -258,14 +258,25 @@ def compare(panel: Panel, keys: Sequence[SweptKey]) -> Compared:
         if (result := contrast(panel, coefficients, pooled)) is not None:
             tested[question] = result
     corrected = _corrected(tested, asked)
-    with np.errstate(invalid="ignore"):
-        sums = np.where(np.isnan(by_seed), 0.0, by_seed).sum(axis=1) / (~np.isnan(by_seed)).sum(axis=1)
     return Compared(
-        sums,
+        adjusted(by_seed),
         {pair: result for pair, result in corrected.items() if isinstance(pair, SettingPair)},
         {pair: result for pair, result in corrected.items() if isinstance(pair, LevelPair)},
         len({asked[question].tobytes() for question in tested}),
     )
+
+
+def adjusted(by_seed: np.ndarray) -> np.ndarray:
+    """(settings,) the mean of each setting over all seeds, from the (settings, seeds) that there are: what a
+    setting lacks is the seed's effect on the others (least squares). NaN for one without values."""
+    places, seeds = np.nonzero(np.isfinite(by_seed))
+    count, n_seeds = by_seed.shape
+    design = np.zeros((len(places), count + n_seeds - 1))
+    design[np.arange(len(places)), places] = 1.0
+    for column in range(n_seeds - 1):  # effects of seeds add up to zero
+        design[:, count + column] = (seeds == column).astype(float) - (seeds == n_seeds - 1)
+    effects = np.linalg.lstsq(design, by_seed[places, seeds], rcond=None)[0][:count]
+    return np.where(np.isin(np.arange(count), places), effects, np.nan)
 
 
 def _difference(count: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
