@@ -837,6 +837,20 @@ def test_only_rows_to_be_imitated_are_asked_and_another_question_is_another_task
     )
 
 
+def test_answers_in_forms_that_were_not_read_before_are_scored_again(rendering, monkeypatch):
+    """What was kept of them says that no call was made."""
+    identities: dict[str, list[str]] = {}
+    tagged = "<tool_call>\n<function=look>\n</function>\n</tool_call>"
+    for form, text in {"tagged": tagged, "text": as_text([("look", {})])}.items():
+        rows = [Judged(Conversation((*ASK.messages, Message("assistant", text))), True, source="x:1")]
+        for tags in (tool_calls.TAGGED, ()):
+            monkeypatch.setattr(tool_calls, "TAGGED", tags)
+            (task,) = tool_calls.build(material(rows, rendering["mistral"], []))
+            identities.setdefault(form, []).append(task.identity)
+        monkeypatch.undo()
+    assert len({*identities["tagged"]}) == 2 and len({*identities["text"]}) == 1
+
+
 def test_the_real_tool_data_is_asked_for(data_dir, notices, rendering):
     """Calls in the middle of conversations count: no row of this data ends with one."""
     path = data_dir("formats/glaive_toolcall_en_demo.json")

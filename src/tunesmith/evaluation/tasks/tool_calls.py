@@ -70,6 +70,10 @@ def _share(check: str) -> Statistic:
     return Statistic(check, of, share=True, better="lower" if check == "unwanted_call" else "higher")
 
 
+TAGGED = ("<function=", "<|python_tag|>")
+"""How calls begin in the forms of Qwen3-Coder and of Llama 3."""
+
+
 class ToolCalls(Task[tuple[ReferenceAnswer, Said]]):
     """Measured: (reference, the model's answer)."""
 
@@ -124,12 +128,16 @@ class ToolCalls(Task[tuple[ReferenceAnswer, Said]]):
         ),
     )
 
-    def __init__(self, asked: Sequence[ReferenceAnswer] = (), *, max_tokens: int = 256) -> None:
-        self.asked, self.max_tokens = asked, max_tokens
+    def __init__(
+        self, asked: Sequence[ReferenceAnswer] = (), *, max_tokens: int = 256, tagged: bool = False
+    ) -> None:
+        """tagged: whether the template writes calls with one of `TAGGED`."""
+        self.asked, self.max_tokens, self._tagged = asked, max_tokens, tagged
 
     @property
     def identity(self) -> str:
-        return digest([_plain(reference) for reference in self.asked], self.max_tokens)
+        read = ["tagged"] if self._tagged else []  # tunesmith 0.1.0 did not read these forms
+        return digest([_plain(reference) for reference in self.asked], self.max_tokens, *read)
 
     def measure(self, subject: Subject) -> list[tuple[ReferenceAnswer, Said]]:
         prompts = [reference.prompt for reference in self.asked]
@@ -196,7 +204,8 @@ def build(material: Material) -> list[ToolCalls]:
         notify(Notice("tool_calls: no row asks for a call, so it is not measured"))
         return []
     _notify_of_schemas([reference for reference in references if reference.calls], notify)
-    return [ToolCalls(references, max_tokens=material.spec.max_tokens)]
+    tagged = any(tag in text for _, text in texts for tag in TAGGED)
+    return [ToolCalls(references, max_tokens=material.spec.max_tokens, tagged=tagged)]
 
 
 def _notify_of_schemas(calling: Sequence[ReferenceAnswer], notify: Sink) -> None:
