@@ -32,6 +32,7 @@ from tunesmith.exports import processes  # noqa: E402
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONGEST = [
     "bench/test_smoke.py",
+    "sweeps/test_sweep.py",
     "training/test_laws.py",
     "machine/test_ranks.py",
     "evaluation/test_evaluate.py",
