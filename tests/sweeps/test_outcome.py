@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -90,6 +91,13 @@ def test_where_nothing_matters_the_smaller_is_taken(tmp_path):
 def test_what_is_larger_is_taken_if_it_is_shown_to_be_better(tmp_path):
     result = planted(tmp_path, {(rank, rate): -0.01 * rank for rank in RANKS for rate in RATES})
     assert result.choice in (4, 5) and {key.key for key in result.keys if key.matters} == {"rank"}
+
+
+def test_the_best_is_taken_with_how_much_the_others_are_behind(tmp_path):
+    effects = {(rank, rate): -0.01 * rank + (0.3 if rate == 1e-4 else 0) for rank in RANKS for rate in RATES}
+    verdict = planted(tmp_path, effects).verdict
+    assert verdict.startswith("take rank=32, rate=0.0002: held-out loss 0.")
+    assert re.search(r"; all others are shown to be worse, by 0\.1[4-8]\d? or more$", verdict)
 
 
 def test_among_equal_weights_less_memory_decides_then_time_and_five_percent_is_none():

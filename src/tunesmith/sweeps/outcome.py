@@ -400,11 +400,17 @@ def _said(
             f"{_number(low, metric)} to {_number(high, metric)}){smaller}",
             tuple([*_bound(leader, chosen, metric), *lines]),
         )
-    worse = sum(setting.worse for setting in ranked)
     if chosen is leader:
-        others = "all others are" if worse == len(ranked) - 1 else f"{worse} of {len(ranked) - 1} others are"
+        behind = [abs(setting.behind.value) for setting in ranked if setting.behind and setting.worse]
+        others = (
+            "all others are"
+            if len(behind) == len(ranked) - 1
+            else f"{len(behind)} of {len(ranked) - 1} others are"
+        )
+        least = f", by {min(behind):.3g} or more" if behind else ""
+        value = _number(leader.value, metric)
         return (
-            f"take {leader.label}: {metric.name} {_number(leader.value, metric)}; {others} shown to be worse",
+            f"take {leader.label}: {metric.name} {value}; {others} shown to be worse{least}",
             tuple(lines),
         )
     return (
