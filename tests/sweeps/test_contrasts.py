@@ -7,8 +7,10 @@ import pytest
 
 from tunesmith.sweeps import racing
 from tunesmith.sweeps.contrasts import (
+    MixedStudent,
     Panel,
     RowValues,
+    SettingPair,
     SweptKey,
     adjusted,
     compare,
@@ -87,6 +89,27 @@ def test_seeds_widen_an_interval_that_rows_alone_would_make_too_narrow():
             low, high = result.interval
             covered[name] += low <= 0.0 <= high
     assert covered["both"] >= 184 and covered["rows"] < 100
+
+
+def test_two_seeds_that_happen_to_agree_do_not_make_a_difference():
+    random = np.random.default_rng(8)
+    claims = 0
+    for _ in range(400):
+        made = losses(random, [0.0, 0.0], 2, between_seeds=0.1)
+        claims += compare(made, []).pairs[SettingPair(0, 1)].shown
+    assert claims <= 29  # of 400 at 5 %: 29 or fewer in 98 % of repetitions
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("probability", [1e-6, 0.01, 0.4])
+def test_p_and_quantile_of_rows_and_seeds_belong_together(share, probability):
+    spread = MixedStudent(39.0, 2.0, share)
+    assert spread.two_sided(-spread.quantile(probability / 2)) == pytest.approx(probability)
+
+
+def test_the_variance_between_seeds_is_told_by_those_that_were_begun():
+    means = np.array([[1.0, 1.1, np.nan], [2.0, 2.3, np.nan], [3.0, 3.1, np.nan], [4.0, np.nan, np.nan]])
+    assert seed_variance(means) == seed_variance(means[:3, :2]) and seed_variance(means).freedom == 2
 
 
 def test_one_row_gives_no_interval_and_rows_that_all_moved_alike_give_a_sign_test():

@@ -24,6 +24,8 @@ import numpy as np
 
 from tunesmith.evaluation.statistics import LEVEL, TAIL, holm
 
+TINY = 1e-200
+"""The least p that is searched for."""
 ENOUGH_ROWS = 20
 """With fewer rows, Student's distribution is a poor guide far out in its tail."""
 
@@ -89,14 +91,44 @@ def misfits(trials: Sequence[Sequence[RowValues | None]]) -> set[int]:
     return odd
 
 
+class MixedStudent(NamedTuple):
+    """Whose quantiles are the weighted mean of Student's for rows and for seeds. ``rows``, ``seeds``: degrees
+    of freedom. ``share``: of the seeds in the variance."""
+
+    rows: float
+    seeds: float = 1.0
+    share: float = 0.0
+
+    def quantile(self, tail: float) -> float:
+        """What is exceeded with probability ``tail``."""
+        from scipy.special import stdtrit
+
+        rows = -float(stdtrit(self.rows, tail)) if self.share < 1 else 0.0
+        seeds = -float(stdtrit(self.seeds, tail)) if self.share > 0 else 0.0
+        return (1 - self.share) * rows + self.share * seeds
+
+    def two_sided(self, ratio: float) -> float:
+        """The probability of a ratio at least as far from zero."""
+        from scipy.special import stdtr
+
+        low, high = sorted(2 * float(stdtr(freedom, -abs(ratio))) for freedom in (self.rows, self.seeds))
+        if self.share in (0, 1) or low == high:
+            return 2 * float(stdtr(self.seeds if self.share else self.rows, -abs(ratio)))
+        low = max(low, TINY)
+        for _ in range(50):  # the quantile falls as the probability grows
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if self.quantile(middle / 2) > abs(ratio) else (low, middle)
+        return high
+
+
 @dataclass(frozen=True)
 class Contrast:
-    """``value``: its estimate. ``error``: its standard error, with ``freedom`` degrees of freedom; None if
-    there are too few rows. ``p``: two-sided; ``p_corrected``: by Holm over the family."""
+    """``value``: its estimate. ``error``: its standard error; None if there are too few rows. ``p``:
+    two-sided; ``p_corrected``: by Holm over the family. ``spread``: the distribution of value / error."""
 
     value: float
     error: float | None
-    freedom: float
+    spread: MixedStudent
     p: float | None
     p_corrected: float | None = None
 
@@ -105,9 +137,7 @@ class Contrast:
         """95 %, not corrected for the size of the family."""
         if self.error is None:
             return None
-        from scipy.special import stdtrit
-
-        half = -float(stdtrit(self.freedom, TAIL)) * self.error
+        half = self.spread.quantile(TAIL) * self.error
         return self.value - half, self.value + half
 
     @property
@@ -136,8 +166,10 @@ class SeedVariance:
 
 
 def seed_variance(means: np.ndarray) -> SeedVariance:
-    """``means``: (settings, seeds); settings that lack a seed are left out."""
-    whole = means[np.isfinite(means).all(axis=1)]
+    """``means``: (settings, seeds); seeds that no setting has, and settings that lack another, are left
+    out."""
+    begun = means[:, np.isfinite(means).any(axis=0)]
+    whole = begun[np.isfinite(begun).all(axis=1)]
     settings, seeds = whole.shape
     if settings < 2 or seeds < 2:
         return SeedVariance()
@@ -163,12 +195,12 @@ def contrast(panel: Panel, coefficients: np.ndarray, pooled: SeedVariance) -> Co
     by_row = weights.sum(axis=0)
     n_rows = 1.0 / float((by_row**2).sum())  # as many rows of equal weight tell as much
     if n_rows < 1.5:
-        return Contrast(value, None, 0.0, None)
+        return Contrast(value, None, MixedStudent(1.0), None)
     rows = n_rows / (n_rows - 1) * float((influence.sum(axis=0) ** 2).sum())
     if panel.share:  # two more rows, one of them gained and one lost: Bonett and Price
         rows += 2 / (n_rows + 2) ** 2
     n_seeds = int(common.sum())
-    variance, freedom = rows, n_rows - 1
+    variance, spread = rows, MixedStudent(n_rows - 1)
     if n_seeds > 1:
         own = n_seeds / (n_seeds - 1) * float((influence.sum(axis=1) ** 2).sum())
         common_part = pooled.variance * float((coefficients**2).sum()) / n_seeds
@@ -176,20 +208,17 @@ def contrast(panel: Panel, coefficients: np.ndarray, pooled: SeedVariance) -> Co
         seed_freedom = pooled.freedom if pooled.freedom > 0 else n_seeds - 1
         once = (weights > 0).sum(axis=0) == 1  # a row of one seed is counted by its seed already
         variance = max(rows, seeds, rows + seeds - float((influence[:, once] ** 2).sum()))
-        rest = variance - seeds
         if variance > 0:
-            freedom = variance**2 / (seeds**2 / seed_freedom + rest**2 / (n_rows - 1))
-    return _tested(value, variance, freedom, n_rows)
+            spread = MixedStudent(n_rows - 1, seed_freedom, min(1.0, seeds / variance))
+    return _tested(value, variance, spread, n_rows)
 
 
-def _tested(value: float, variance: float, freedom: float, n_rows: float) -> Contrast:
-    from scipy.special import stdtr
-
+def _tested(value: float, variance: float, spread: MixedStudent, n_rows: float) -> Contrast:
     if variance > (1e-12 * value) ** 2:
         error = math.sqrt(variance)
-        return Contrast(value, error, freedom, float(min(1.0, 2 * stdtr(freedom, -abs(value) / error))))
+        return Contrast(value, error, spread, min(1.0, spread.two_sided(value / error)))
     # All rows moved alike: the sign test.
-    return Contrast(value, 0.0, freedom, min(1.0, 2 * 0.5**n_rows) if value else 1.0)
+    return Contrast(value, 0.0, spread, min(1.0, 2 * 0.5**n_rows) if value else 1.0)
 
 
 class SettingPair(NamedTuple):
