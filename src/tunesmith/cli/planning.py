@@ -68,8 +68,8 @@ def _record(folder: Path, given: list[str], as_json: bool) -> None:
     if given:
         from tunesmith.errors import ConfigError
 
-        what = f"reads finished runs, and takes no {given[0]}"
-        raise ConfigError(what, where="--record", hint="--folder says where the runs are")
+        message = f"reads finished runs, and takes no {given[0]}"
+        raise ConfigError(message, where="--record", hint="--folder says where the runs are")
     with progress() as notify:
         errors = tunesmith.track_record(folder, notify=notify)
     if as_json:

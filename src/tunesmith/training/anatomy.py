@@ -96,8 +96,8 @@ class Anatomy:
 
 def of(net: nn.Module, settings: Mapping[str, Any]) -> Anatomy:
     """net: with its adapter attached, evaluated or not. settings: its config.json."""
-    held: Any = tree_flatten(net.trainable_parameters())
-    trained = {name: value.nbytes for name, value in held}
+    trainable: Any = tree_flatten(net.trainable_parameters())
+    trained = {name: value.nbytes for name, value in trainable}
     prefixes = blocks_of(net)
     chosen = _chosen(settings)
     projections = _projections(net, chosen)
@@ -126,7 +126,7 @@ def of(net: nn.Module, settings: Mapping[str, Any]) -> Anatomy:
         0 if feeds_blocks or not levels else min(levels),
         sum(value.nbytes for _, value in flat) - adapter_bytes,
         adapter_bytes,
-        sum(4 * value.size for _, value in held),
+        sum(4 * value.size for _, value in trainable),
         sum(outside.values()),
         "lm_head" not in bodies.text_model(net) or bodies.text_model(net)["lm_head"] is None,
         (hidden if hidden is not None else net(ids)).dtype.size,

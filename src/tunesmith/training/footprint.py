@@ -59,7 +59,7 @@ class Moment:
         return self.gradients + self.activations + self.logits + self.other
 
 
-def kept(block: Sequence[Projection]) -> int:
+def retained(block: Sequence[Projection]) -> int:
     """Elements that one token leaves in ``block`` for the backward pass."""
     results = sum(part.rows * part.outputs for part in block)
     attended = sum(part.inputs for part in block if part.of_attention)
@@ -80,7 +80,7 @@ def _read_again(block: Sequence[Projection]) -> int:
 
 def _ahead(anatomy: Anatomy) -> float:
     """Elements of one token that wait to be freed (`AHEAD_INNER`), without those that are kept anyway."""
-    block = max(anatomy.blocks, key=kept)
+    block = max(anatomy.blocks, key=retained)
     widest = max((part.rows * part.outputs for part in block), default=0)
     fresh = AHEAD_INNER * widest + AHEAD_WIDTH * anatomy.width
     return max(4.0 * anatomy.width, fresh - max(0, _read_again(block) - anatomy.width))
@@ -99,7 +99,7 @@ def training(anatomy: Anatomy, micro: Micro, *, recomputed: bool, several: bool)
     several micro-batches, whose gradients are summed."""
     size, summed = anatomy.element, float(anatomy.gradient_bytes if several else 0)
     above = anatomy.blocks[anatomy.first :]
-    blocks = [kept(block) for block in above]
+    blocks = [retained(block) for block in above]
     ahead = size * micro.tokens * _ahead(anatomy)
     stored = float(size * micro.tokens * (anatomy.width * len(above) if recomputed else sum(blocks)))
     hidden = size * AROUND_HEAD * (micro.tokens + micro.learned) / 2 * anatomy.width

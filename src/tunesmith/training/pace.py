@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tunesmith.tokens.batches import PER_CALL
 from tunesmith.training.anatomy import Anatomy, Projection
-from tunesmith.training.footprint import Micro, kept
+from tunesmith.training.footprint import Micro, retained
 
 PRODUCT_SHARE = 0.85
 """Share of the rate of large products that those of an update reach."""
@@ -76,7 +76,7 @@ class UpdatePace:
         return _Work(
             sum(2.0 * _multiplied(block) for block in blocks),
             sum(_attended(block) for block in blocks),
-            sum(0.4 * kept(block) for block in blocks),
+            sum(0.4 * retained(block) for block in blocks),
         )
 
     @cached_property
@@ -87,7 +87,7 @@ class UpdatePace:
         again = 1 if self.recomputed else 0
         multiplied = sum(2.0 * _multiplied(block) for block in above)
         attended = sum(_attended(block) for block in above)
-        elements = sum(kept(block) for block in above)
+        elements = sum(retained(block) for block in above)
         trained = sum(_trained(part) for block in above for part in block)
         return _Work(
             self._forward.products + (1 + again) * multiplied + trained,

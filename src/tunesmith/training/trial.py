@@ -37,7 +37,7 @@ def calibrated(needs: Needs, model: Trainable, notify: Sink = events.silent) -> 
     tick, steps = events.ticker(notify, "updates to measure"), _longest(needs)
     gc.collect()  # what this process held before is not the run's
     mx.eval(state.state)
-    held = mx.get_active_memory()
+    before = mx.get_active_memory()
     mx.reset_peak_memory()
     with gradients.checkpointed(model.net) if needs.recomputed else nullcontext():
         for done, step in enumerate(steps, start=1):
@@ -46,7 +46,7 @@ def calibrated(needs: Needs, model: Trainable, notify: Sink = events.silent) -> 
     last = _last(heard)
     computed_s = needs.step_s(needs.pace(rate), steps[-1])
     computed = max(needs.training_moment.total, needs.stepping_moment.total)
-    above = mx.get_peak_memory() - held
+    above = mx.get_peak_memory() - before
     calibration = Calibration(above / computed, last.seconds / computed_s)
     return replace(needs, calibration=calibration), rate
 
