@@ -100,6 +100,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """In this process: the forecasts of a setting, and what its run needed."""
     import tunesmith
     from tunesmith.runs import forecasts
+    from tunesmith.training import story  # `tunesmith.train` without its report
 
     shape, sets = SETTINGS[name]
     folder = Path(options.folder)
@@ -121,7 +122,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     from_shapes = tunesmith.plan(config).forecast
     corrected = tunesmith.plan(config, measure=True).forecast
     gc.collect()  # else the peak of the run has the weights of the plan in it
-    run = tunesmith.train(config, out=folder / "runs" / name.replace(", ", "-").replace(" ", "-"))
+    run = story.train(
+        config.spec, config.origins, out=folder / "runs" / name.replace(", ", "-").replace(" ", "-")
+    )
     assert run is not None
     written = forecasts.read(run)
     assert written is not None and written.measured is not None
@@ -174,10 +177,13 @@ def main() -> None:
         for shape in shapes:
             write_model(folder / shape, shape, SMOKE if options.smoke else SHAPES[shape])
         write_rows(folder / "rows.jsonl", options)
-        results = {setting: _in_a_process(setting, folder, options) for setting in options.only}
+        results: dict[str, dict[str, Any]] = {}
+        for setting in options.only:
+            results[setting] = _in_a_process(setting, folder, options)
+            result = {"benchmark": "plan", "settings": results, "summary": _summary(results)}
+            record.keep(result, options.out)  # what is measured is not lost
     Console(stderr=True).print(_table(results))
-    result = {"benchmark": "plan", "settings": results, "summary": _summary(results)}
-    print(json.dumps(record.keep(result, options.out)))
+    print(json.dumps(result))
 
 
 def _in_a_process(setting: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
