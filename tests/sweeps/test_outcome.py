@@ -12,10 +12,10 @@ import pytest
 
 from tunesmith import events
 from tunesmith.evaluation.statistics import Statistic
-from tunesmith.sweeps import outcome, page
-from tunesmith.sweeps.contrasts import RowValues, SweptKey, compare, panel
+from tunesmith.sweeps import outcome, page, screen
+from tunesmith.sweeps.contrasts import Contrast, MixedStudent, RowValues, SweptKey, compare, panel
 from tunesmith.sweeps.ledger import GENERATOR, Ledger, TrialEntry
-from tunesmith.sweeps.measured import Metric
+from tunesmith.sweeps.measured import NOT_FINITE, Metric, scored
 from tunesmith.sweeps.trials import SweepPlan, SweptSetting, Trial
 
 LOSS = Metric("held-out loss", "", True)
@@ -103,12 +103,37 @@ def test_the_best_is_taken_with_how_much_the_others_are_behind(tmp_path):
 def test_among_equal_weights_less_memory_decides_then_time_and_five_percent_is_none():
     def cheapest(*costs: tuple[int, float]) -> int | None:
         taken = [outcome.TrialCost(10, memory_bytes, seconds) for memory_bytes, seconds in costs]
-        settings = [outcome.SettingResult("", {}, 1, "finished", 1.0, cost=cost) for cost in taken]
+        behind = Contrast(0.0, 1.0, MixedStudent(9.0), 1.0, 1.0)
+        settings = [
+            outcome.SettingResult("", {}, 1, "finished", 1.0, cost=cost, behind=behind) for cost in taken
+        ]
         return outcome._cheapest(settings, range(len(settings)), [], [], 0)
 
     assert cheapest((120, 1.0), (100, 5.0)) == 1
     assert cheapest((100, 6.0), (104, 5.0)) == 1
     assert cheapest((100, 5.2), (104, 5.0)) == 0
+
+
+def test_what_was_never_compared_with_the_best_is_not_taken():
+    costs = [outcome.TrialCost(weights, 100, 1.0) for weights in (20, 10)]
+    settings = [outcome.SettingResult("", {}, 1, "finished", 1.0, cost=cost) for cost in costs]
+    assert outcome._cheapest(settings, range(2), [], [], 0) == 0
+
+
+def test_a_trial_whose_held_out_loss_is_not_finite_is_not_compared(tmp_path):
+    planted(tmp_path, {})
+    log = tmp_path / "trials" / "3-0" / "events.jsonl"
+    for text in ("NaN", "Infinity"):
+        log.write_text(re.sub(r'("rows.jsonl:7": )[^,}]+', rf"\g<1>{text}", log.read_text(), count=1))
+        assert scored(tmp_path / "trials" / "3-0", LOSS) == NOT_FINITE
+
+
+def test_shares_and_their_differences_are_in_percent_and_points():
+    share = Metric("it", "%", False)
+    assert (share.text(0.851), share.difference(-0.031, signed=True)) == ("85.1 %", "−3.1 points")
+    assert (LOSS.text(1.23456), LOSS.difference(0.01234)) == ("1.235", "0.0123")
+    result = outcome.SettingResult("x", {}, 2, "finished", 0.851, 0.8, 0.9)
+    assert screen.cells(result, share)[:2] == ("85.1 %", "80.0 % to 90.0 %")
 
 
 def test_trials_that_failed_are_listed_and_not_compared(tmp_path):

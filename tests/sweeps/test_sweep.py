@@ -217,6 +217,14 @@ def test_trials_are_compared_by_a_task_and_seeds_by_their_deviation(place):
     )["scores"]
     recorded = next(score["value"] for score in scores if score["name"] == "perplexity")
     assert setting.value == pytest.approx(recorded, rel=0.5)
+    perplexities = [
+        json.loads(next(run.glob("evals/perplexity*/score.json")).read_text())["scores"]
+        for run in (place / "seeds" / "trials").iterdir()
+    ]
+    first, second = (
+        next(score["value"] for score in scores if score["name"] == "perplexity") for scores in perplexities
+    )
+    assert setting.spread == pytest.approx(abs(first - second) / 2**0.5, rel=1e-3)
 
 
 def test_a_dry_run_lists_the_command_of_each_trial_and_writes_nothing(place, monkeypatch, tmp_path):

@@ -124,11 +124,11 @@ class MixedStudent(NamedTuple):
 @dataclass(frozen=True)
 class Contrast:
     """``value``: its estimate. ``error``: its standard error; None if there are too few rows. ``p``:
-    two-sided; ``p_corrected``: by Holm over the family. ``spread``: the distribution of value / error."""
+    two-sided; ``p_corrected``: by Holm over the family. ``student``: the distribution of value / error."""
 
     value: float
     error: float | None
-    spread: MixedStudent
+    student: MixedStudent
     p: float | None
     p_corrected: float | None = None
 
@@ -137,7 +137,7 @@ class Contrast:
         """95 %, not corrected for the size of the family."""
         if self.error is None:
             return None
-        half = self.spread.quantile(TAIL) * self.error
+        half = self.student.quantile(TAIL) * self.error
         return self.value - half, self.value + half
 
     @property
@@ -200,7 +200,7 @@ def contrast(panel: Panel, coefficients: np.ndarray, pooled: SeedVariance) -> Co
     if panel.share:  # two more rows, one of them gained and one lost: Bonett and Price
         rows += 2 / (n_rows + 2) ** 2
     n_seeds = int(common.sum())
-    variance, spread = rows, MixedStudent(n_rows - 1)
+    variance, student = rows, MixedStudent(n_rows - 1)
     if n_seeds > 1:
         own = n_seeds / (n_seeds - 1) * float((influence.sum(axis=1) ** 2).sum())
         common_part = pooled.variance * float((coefficients**2).sum()) / n_seeds
@@ -209,16 +209,16 @@ def contrast(panel: Panel, coefficients: np.ndarray, pooled: SeedVariance) -> Co
         once = (weights > 0).sum(axis=0) == 1  # a row of one seed is counted by its seed already
         variance = max(rows, seeds, rows + seeds - float((influence[:, once] ** 2).sum()))
         if variance > 0:
-            spread = MixedStudent(n_rows - 1, seed_freedom, min(1.0, seeds / variance))
-    return _tested(value, variance, spread, n_rows)
+            student = MixedStudent(n_rows - 1, seed_freedom, min(1.0, seeds / variance))
+    return _tested(value, variance, student, n_rows)
 
 
-def _tested(value: float, variance: float, spread: MixedStudent, n_rows: float) -> Contrast:
+def _tested(value: float, variance: float, student: MixedStudent, n_rows: float) -> Contrast:
     if variance > (1e-12 * value) ** 2:
         error = math.sqrt(variance)
-        return Contrast(value, error, spread, min(1.0, spread.two_sided(value / error)))
+        return Contrast(value, error, student, min(1.0, student.two_sided(value / error)))
     # All rows moved alike: the sign test.
-    return Contrast(value, 0.0, spread, min(1.0, 2 * 0.5**n_rows) if value else 1.0)
+    return Contrast(value, 0.0, student, min(1.0, 2 * 0.5**n_rows) if value else 1.0)
 
 
 class SettingPair(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from tunesmith import events
+from tunesmith.display import words
 from tunesmith.errors import ConfigError, EvaluationError
 from tunesmith.evaluation import pairing, tasks
 from tunesmith.evaluation.statistics import Statistic
@@ -21,6 +23,9 @@ from tunesmith.sweeps.spec import LOSS, SweepSpec
 
 RISE = 0.1
 """A held-out loss that ends above its start by more than this share of it has diverged."""
+
+
+NOT_FINITE = "its held-out loss is not finite: it diverged"
 
 
 class TrialCost(NamedTuple):
@@ -103,6 +108,18 @@ class Metric:
 
         return mean if self.statistic is None else float(self.statistic.finish(np.array(mean)))
 
+    def text(self, value: float | None) -> str:
+        """A value of the metric."""
+        if value is not None and self.unit != "%" and math.isfinite(value):
+            return f"{value:.4g}"
+        return words.number(value, self.unit)
+
+    def difference(self, value: float, *, signed: bool = False) -> str:
+        """A difference between two values; of shares in points."""
+        sign = "+" if signed else ""
+        text = f"{100 * value:{sign}.1f} points" if self.unit == "%" else f"{value:{sign}.3g}"
+        return text.replace("-", "−", 1) if text.startswith("-") else text
+
     def slope(self, mean: float) -> float:
         """How the metric changes with the mean over rows, near ``mean``: 1 for most, below 0 where it
         falls."""
@@ -152,7 +169,9 @@ def scored(run_dir: Path, metric: Metric) -> RowValues | str:
             return "it has no checkpoint"
         if index.used not in follower.looks:
             return f"its log has no held-out losses at step {index.used}"
-        return follower.looks[index.used]
+        scores = follower.looks[index.used]
+        finite = all(map(math.isfinite, scores.values.values()))
+        return scores if finite else NOT_FINITE
     every, _ = pairing.recorded(run_dir)
     records = [record for record in every if (record.task, record.version) == (metric.task, metric.version)]
     if not records:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from tunesmith.display import words
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import JSON
 from tunesmith.sweeps.contrasts import (
@@ -146,7 +145,14 @@ def _key_content(key: KeyResult) -> dict[str, object]:
 
 
 def _contrast_content(difference: Contrast) -> dict[str, object]:
-    return {**asdict(difference), "interval": difference.interval, "shown": difference.shown}
+    return {
+        "value": difference.value,
+        "error": difference.error,
+        "interval": difference.interval,
+        "p": difference.p,
+        "p_corrected": difference.p_corrected,
+        "shown": difference.shown,
+    }
 
 
 @dataclass(frozen=True)
@@ -277,13 +283,13 @@ def _results(
             own = contrast(values, np.eye(len(usable))[number], pooled)
             ends = own.interval if own is not None else None
             shown = sorted(map(metric.shown, ends)) if ends else [None, None]
-            known = by_seed[number][np.isfinite(by_seed[number])]
+            known = [metric.shown(float(mean)) for mean in by_seed[number] if math.isfinite(mean)]
             result = replace(
                 result,
                 value=metric.shown(float(compared.means[number])),
                 low=shown[0],
                 high=shown[1],
-                spread=float(known.std(ddof=1)) if len(known) > 1 else None,
+                spread=float(np.std(known, ddof=1)) if len(known) > 1 else None,
                 behind=None if number == best else compared.between(best, number),
             )
         results.append(result)
@@ -305,7 +311,8 @@ def _cheapest(
             _is_worse_level(key, result, number, best) for key, result in zip(keys, results, strict=True)
         )
         taken = settings[place].cost
-        if taken is not None and not settings[place].worse and not by_level:
+        is_compared = number == best or settings[place].behind is not None
+        if taken is not None and is_compared and not settings[place].worse and not by_level:
             candidates.append((place, taken))
     if not candidates:
         return None
@@ -397,7 +404,7 @@ def _said(
         low, high = min(_values(ranked)), max(_values(ranked))
         return (
             f"no difference shown between {len(ranked)} settings ({metric.name} "
-            f"{_number(low, metric)} to {_number(high, metric)}){smaller}",
+            f"{metric.text(low)} to {metric.text(high)}){smaller}",
             tuple([*_bound(leader, chosen, metric), *lines]),
         )
     if chosen is leader:
@@ -407,8 +414,8 @@ def _said(
             if len(behind) == len(ranked) - 1
             else f"{len(behind)} of {len(ranked) - 1} others are"
         )
-        least = f", by {min(behind):.3g} or more" if behind else ""
-        value = _number(leader.value, metric)
+        least = f", by {metric.difference(min(behind))} or more" if behind else ""
+        value = metric.text(leader.value)
         return (
             f"take {leader.label}: {metric.name} {value}; {others} shown to be worse{least}",
             tuple(lines),
@@ -425,11 +432,11 @@ def _values(settings: Sequence[SettingResult]) -> list[float]:
 
 def _alone(setting: SettingResult, metric: Metric) -> str:
     """The verdict on one setting with several seeds, or alone."""
-    text = f"{setting.label}: {metric.name} {_number(setting.value, metric)}"
+    text = f"{setting.label}: {metric.name} {metric.text(setting.value)}"
     if setting.low is not None and setting.high is not None:
-        text += f" [{_number(setting.low, metric)}, {_number(setting.high, metric)}]"
+        text += f" [{metric.text(setting.low)}, {metric.text(setting.high)}]"
     if setting.spread is not None:
-        text += f", standard deviation between {setting.seeds} seeds {setting.spread:.3g}"
+        text += f", standard deviation between {setting.seeds} seeds {metric.difference(setting.spread)}"
     return text
 
 
@@ -438,7 +445,11 @@ def _bound(leader: SettingResult, chosen: SettingResult, metric: Metric) -> list
     if chosen.behind is None or (ends := chosen.behind.interval) is None:
         return []
     most = ends[1] if metric.lower_is_better else -ends[0]
-    return [f"{chosen.label} is worse than {leader.label} by at most {most:.3g} (95 %)"] if most > 0 else []
+    return (
+        [f"{chosen.label} is worse than {leader.label} by at most {metric.difference(most)} (95 %)"]
+        if most > 0
+        else []
+    )
 
 
 def _of_key(key: KeyResult, metric: Metric) -> str:
@@ -450,12 +461,6 @@ def _of_key(key: KeyResult, metric: Metric) -> str:
     best, worst = key.levels[key.best][0], key.levels[key.worst][0]
     p = key.difference.p_corrected
     return (
-        f"{key.key} matters: {best} is better than {worst} by {abs(key.difference.value):.3g} "
+        f"{key.key} matters: {best} is better than {worst} by {metric.difference(abs(key.difference.value))} "
         f"(p {1.0 if p is None else p:.2g}, corrected)"
     )
-
-
-def _number(value: float | None, metric: Metric) -> str:
-    if value is not None and metric.unit != "%" and math.isfinite(value):
-        return f"{value:.4g}"
-    return words.number(value, metric.unit)

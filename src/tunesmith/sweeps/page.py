@@ -72,11 +72,11 @@ def _shown(outcome: SweepOutcome, place: int) -> ShownSetting:
     setting = outcome.settings[place]
     changes = ", ".join(f"{key}={json.dumps(value)}" for key, value in setting.changes.items())
     changes = "" if changes == setting.label else changes or "as the base"
-    spread = NONE if setting.spread is None else f"{setting.spread:.3g}"
+    spread = NONE if setting.spread is None else outcome.metric.difference(setting.spread)
     return ShownSetting(
         setting.label,
         changes,
-        cells(setting),
+        cells(setting, outcome.metric),
         STYLES[setting.state],
         setting.seeds,
         spread,
@@ -96,9 +96,10 @@ def _differences(outcome: SweepOutcome) -> Iterator[charts.Difference]:
         low, high = sorted(sign * end for end in ends) if ends else (None, None)
         p = NONE if behind.p_corrected is None else f"{behind.p_corrected:.2g}"
         verdict = "regressed" if setting.worse else "no difference shown"
-        interval = f" [{min(ends):.3g}, {max(ends):.3g}]" if ends else ""
+        difference = outcome.metric.difference
+        interval = f" [{difference(min(ends))}, {difference(max(ends))}]" if ends else ""
         about = "worse" if setting.worse else "no difference shown"
-        told = f"{behind.value:+.3g}{interval}, p {p}"
+        told = f"{difference(behind.value, signed=True)}{interval}, p {p}"
         yield charts.Difference(
             setting.label, about, sign * behind.value, low, high, told, verdict, outcome.metric.name
         )
@@ -115,7 +116,7 @@ def _by_key(outcome: SweepOutcome, key: KeyResult) -> Markup:
         )
         line = charts.Line("mean", [x for x, _ in points], [y for _, y in points], "marks")
         return charts.lines(f"By {key.key}", [line], x=key.key, y=outcome.metric.name, note=note)
-    drawn = charts.bars([(level, mean, f"{mean:.4g}") for level, mean in known])
+    drawn = charts.bars([(level, mean, outcome.metric.text(mean)) for level, mean in known])
     below = Markup('<p class="soft">{}</p>').format(note)
     return charts.card(f"By {key.key}", drawn + below, outcome.metric.name)
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tunesmith.display.console import duration, size
 from tunesmith.display.text import many
+from tunesmith.sweeps.measured import Metric
 from tunesmith.sweeps.outcome import SettingResult, SweepOutcome
 
 NONE = "–"
@@ -34,7 +35,8 @@ def render(outcome: SweepOutcome, console: Console) -> None:
     ]
     marks = ["→" if place == outcome.choice else "" for place in range(len(outcome.settings))]
     rows = [
-        [mark, setting.label, *cells(setting)] for mark, setting in zip(marks, outcome.settings, strict=True)
+        [mark, setting.label, *cells(setting, outcome.metric)]
+        for mark, setting in zip(marks, outcome.settings, strict=True)
     ]
     columns = list(range(len(names)))
     for name in DISPENSABLE:
@@ -51,16 +53,16 @@ def render(outcome: SweepOutcome, console: Console) -> None:
     console.print()
 
 
-def cells(setting: SettingResult) -> tuple[str, ...]:
+def cells(setting: SettingResult, metric: Metric) -> tuple[str, ...]:
     """Value, interval, difference from the best, its corrected p, and cost."""
     behind = setting.behind
-    interval = NONE if setting.low is None else f"{setting.low:.4g} to {setting.high:.4g}"
+    interval = NONE if setting.low is None else f"{metric.text(setting.low)} to {metric.text(setting.high)}"
     corrected = None if behind is None else behind.p_corrected
     taken = setting.cost
     return (
-        setting.state if setting.value is None else f"{setting.value:.4g}",
+        setting.state if setting.value is None else metric.text(setting.value),
         interval,
-        NONE if behind is None else f"{behind.value:+.3g}".replace("-", "−"),
+        NONE if behind is None else metric.difference(behind.value, signed=True),
         NONE if corrected is None else f"{corrected:.2g}",
         NONE if taken is None else f"{taken.trainable:,}",
         NONE if taken is None else size(taken.memory_bytes),

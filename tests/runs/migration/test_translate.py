@@ -419,6 +419,7 @@ def test_train_reads_the_translation(program, tiny_model, tmp_path):
     data = tiny.write_rows(tmp_path / "rows.jsonl", rows.get(program, tiny.conversations(24)))
     options = ["--model", tiny_model, "--data", data]
     done = run("init", "--from", FILES / EXAMPLES[program], *options)
+    assert f"  # --model: {tiny_model}\n" in done.stdout  # given, not a default
     (tmp_path / "run.yaml").write_text(done.stdout)
     quick = ["--set", "model.quantize=null", "--set", "audit.before_training=false", "--dry-run", "--json"]
     plan = json.loads(run("train", "--config", tmp_path / "run.yaml", *quick).stdout)

@@ -120,7 +120,8 @@ def _line(entry: LeftOut) -> str:
 
 
 def _shown(old: Old[Any]) -> str:
-    return f"{old.key}: {_json(old.value)}" + ("" if old.given else " (default)")
+    is_default = not old.given and not old.key.startswith("--")  # an option replaces what the file says
+    return f"{old.key}: {_json(old.value)}" + (" (default)" if is_default else "")
 
 
 def _json(value: object) -> str:
