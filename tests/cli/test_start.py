@@ -52,6 +52,9 @@ VERBS = {
     "compare run other": SETTINGS | {"jinja2"},
     "compose run=1 other=-1 --out mixed": SETTINGS | MODEL | REPORT,
     "sweep sweep.yaml --dry-run": SETTINGS | MODEL,
+    "probe --model model --data rows.jsonl --updates 18 --out probed": (
+        SETTINGS | MODEL | AUDIT | REPORT | {"scipy.stats"}
+    ),
     "generate model --prompt hello --max-tokens 2": SETTINGS | MODEL,
     "chat run": SETTINGS | MODEL,
     "tag run tool:1": {"rich"},
