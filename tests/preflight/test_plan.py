@@ -16,6 +16,7 @@ from tunesmith.cli import app
 from tunesmith.errors import ConfigError
 from tunesmith.model import loading, outlines
 from tunesmith.preflight import capacity, fitting
+from tunesmith.training import forecast
 
 QUICK = ["audit.before_training=false", "loop.samples=0"]
 
@@ -81,7 +82,9 @@ def total(forecast):
     return forecast.needed.high
 
 
-def test_changes_are_proposed_in_order_until_it_fits(tiny_model, rows):
+def test_changes_are_proposed_in_order_until_it_fits(tiny_model, rows, monkeypatch):
+    machine = forecast.room()  # what the process holds grows by more than a tiny model needs
+    monkeypatch.setattr(forecast, "room", lambda: machine)
     config = settings(tiny_model, rows, "batch.tokens=600", "data.valid=0", "adapter.targets=all-linear")
     before = tunesmith.plan(config).forecast
     limit = f"{(before.program + 0.75 * before.peak.value) / 1e9:.6f}GB"
@@ -115,6 +118,12 @@ def test_the_command_that_is_printed_trains(tiny_model, rows, tmp_path):
     printed = run("plan", *words, "--fit", "1KB").stdout.splitlines()[-1].split()
     assert printed[:2] == ["tunesmith", "train"] and "batch.micro=1" in printed
     assert run(*printed[1:], "--out", tmp_path / "run").exit_code == 0
+
+
+def test_a_limit_that_nothing_meets_is_named_with_what_it_counts(tiny_model, rows):
+    words = ["--model", tiny_model, "--data", rows, *(w for text in QUICK for w in ("--set", text))]
+    printed = run("plan", *words, "--set", "batch.tokens=600", "--fit", "1MB", "--fit-time", "1s").stdout
+    assert "no changes meet 1.0 MB for the whole process and 1 s; these come nearest:" in printed
 
 
 @pytest.mark.parametrize("text", ["16", "GB", "-1GB", "0GB", "8h"])

@@ -27,7 +27,8 @@ def plan(
         bool, typer.Option("--measure", help="load the model and make two updates that correct the estimate")
     ] = False,
     fit: Annotated[
-        str | None, typer.Option(help="propose changes with which the run needs at most this memory: 16GB")
+        str | None,
+        typer.Option(help="propose changes with which the process needs at most this memory: 16GB"),
     ] = None,
     fit_time: Annotated[
         str | None, typer.Option(help="propose changes with which the run takes at most this time: 8h")
@@ -83,8 +84,10 @@ def _proposed(proposal: Proposal, given: dict[str, object]) -> list[str]:
     from tunesmith.training.forecast import lines
 
     if not proposal.sets:
-        return ["", "it fits as it is" if proposal.met else "no change of settings makes it smaller"]
-    verdict = "with these changes it fits" if proposal.met else "it does not fit; this is what helps"
+        return ["", "it fits as it is" if proposal.met else "no change of settings helps"]
+    verdict = "with these changes it fits"
+    if not proposal.met:
+        verdict = f"no changes meet {proposal.limits.text()}; these come nearest"
     command = ["tunesmith", "train"]
     for name, value in given.items():
         values = value if isinstance(value, list) else [] if value is None else [value]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+from tunesmith.display.console import duration, size
 from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.forecasts import Forecast
@@ -23,7 +24,7 @@ WORTH = 0.99
 
 
 class RunLimits(NamedTuple):
-    """``memory`` in bytes and ``time_s`` in seconds, or None if there is none."""
+    """``memory`` of the whole process in bytes and ``time_s`` in seconds, or None if there is none."""
 
     memory: float | None
     time_s: float | None
@@ -34,6 +35,11 @@ class RunLimits(NamedTuple):
 
     def fits(self, forecast: Forecast) -> bool:
         return self.memory is None or forecast.needed.high <= self.memory
+
+    def text(self) -> str:
+        """The limits in words."""
+        memory = [] if self.memory is None else [f"{size(self.memory)} for the whole process"]
+        return " and ".join(memory + ([] if self.time_s is None else [duration(self.time_s)]))
 
 
 def limits(fit: str | None, fit_time: str | None) -> RunLimits | None:
@@ -56,12 +62,13 @@ def _number(text: str, units: Mapping[str, float], option: str, example: str) ->
 
 @dataclass(frozen=True)
 class Proposal:
-    """``sets``: changes of settings, as for ``--set``. ``forecast``: with them. ``met``: whether the limits
+    """``sets``: changes of settings, as for ``--set``. ``forecast``: with them. ``met``: whether ``limits``
     are."""
 
     sets: tuple[str, ...]
     forecast: Forecast
     met: bool
+    limits: RunLimits
 
     def to_json(self) -> dict[str, object]:
         return {"sets": list(self.sets), "met": self.met, "forecast": asdict(self.forecast)}
@@ -82,7 +89,7 @@ def propose(needs: Needs, limits: RunLimits, rate: float | None) -> Proposal:
                 continue
             needs, forecast, sets = changed, after, sets | changes
     texts = tuple(f"{key}={str(value).lower()}" for key, value in sets.items())
-    return Proposal(texts, forecast, limits.met(forecast))
+    return Proposal(texts, forecast, limits.met(forecast), limits)
 
 
 def _helps(before: Forecast, after: Forecast, limits: RunLimits, saves_memory: bool) -> bool:
