@@ -198,3 +198,18 @@ def test_the_file_holds_what_was_written(tiny_model, rows, tmp_path):
     tree = json.loads((run.path / "plan.json").read_text())
     assert tree["predicted"]["peak"]["value"] == plan.predicted.peak.value
     assert tree["measured"]["peak"] == plan.measured.peak <= mx.get_peak_memory()
+
+
+def test_the_time_counts_every_batch_of_answers(tiny_model, rows, monkeypatch):
+    monkeypatch.setattr(forecast, "product_rate", lambda: 1e11)
+    sets = ["data.valid=0.2", "loop.steps=12", "loop.validate_every=4", "loop.save_every=3"]
+
+    def total(*further):
+        return tunesmith.plan(settings(tiny_model, rows, *sets, *further)).forecast.total_s.value
+
+    none = total()
+    a_batch = (total("loop.samples=1") - none) / 2  # first and last
+    assert a_batch > 0
+    assert total("loop.adherence_prompts=3") - none == pytest.approx(4 * a_batch)
+    assert total("loop.adherence_prompts=17") - none == pytest.approx(8 * a_batch)
+    assert total("loop.prompts=[hello]") - none == pytest.approx((2 + 4) * a_batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -261,17 +262,32 @@ class Needs:
             looked_at = looked_at[:: max(1, len(looked_at) // SOME_UPDATES)]
         return statistics.fmean(self.step_s(pace, step) for step in looked_at)
 
+    @property
+    def _validations(self) -> int:
+        every = self.config.loop.validate_every
+        return 1 + (self.prepared.plan.steps // every if every else 1)
+
+    @property
+    def _answers(self) -> int:
+        """Batches of prompts that the run answers: samples, the user's own prompts at checkpoints, and those
+        by which adherence is scored."""
+        spec, steps, has_valid = self.config.loop, self.prepared.plan.steps, bool(self.prepared.valid)
+        batches = 0
+        if spec.prompts or (spec.samples and has_valid):
+            batches += 2 + (steps // spec.sample_every if spec.sample_every else 0)
+        if spec.prompts and spec.save_every:
+            batches += steps // spec.save_every
+        if has_valid:
+            batches += self._validations * math.ceil(spec.scored_prompts / ANSWERED_AT_ONCE)
+        return batches
+
     def _times(self, pace: UpdatePace) -> tuple[Amount, Amount]:
         """Seconds of an update, on average, and of the run."""
         spec, steps = self.config.loop, self.prepared.plan.steps
         update = self.update_s(pace)
-        validations = 1 + (steps // spec.validate_every if spec.validate_every else 1)
-        answered = 2 + (steps // spec.sample_every if spec.sample_every else 0)
-        total = steps * update
+        total = steps * update + self._answers * pace.generating(spec.sample_tokens)
         if self.prepared.valid:
-            total += validations * _scoring_s(pace, self.config, self.prepared.valid)
-        if self._prompts():
-            total += answered * pace.generating(spec.sample_tokens)
+            total += self._validations * _scoring_s(pace, self.config, self.prepared.valid)
         for _ in range(self._passes_before):
             total += _scoring_s(pace, self.config, [*self.prepared.train, *self.prepared.valid])
         factor = OTHER_TIME_FACTOR if not fitted(self.anatomy) else TIME_FACTOR
