@@ -18,6 +18,7 @@ from tunesmith.model import loading
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
+from tunesmith.training import reference
 
 SETS = [
     "loop.steps=6",
@@ -94,6 +95,18 @@ def test_a_16_bit_run_is_resumed_to_the_byte(runs, tmp_path, dtype):
     tunesmith.train(resume=died.path)
     for name in (files.WEIGHTS, "optimizer.safetensors"):
         assert (last(died) / name).read_bytes() == (last(runs[dtype]) / name).read_bytes()
+
+
+def test_references_of_a_rounded_start_have_another_name(runs, tiny_model, rows):
+    loaded = loading.load(ModelSpec(path=str(tiny_model)))
+
+    def name(*sets: str) -> str:
+        settings = tunesmith.configure(model=str(tiny_model), data=[str(rows)], sets=[*SETS, *sets])
+        return reference.name(reference.facts(settings.spec, loaded))
+
+    start = f"adapter.start={last(runs['float32'])}"
+    assert name(start) != name(start, "adapter.dtype=bfloat16")
+    assert name() == name("adapter.dtype=bfloat16")  # the adapter changes nothing before training
 
 
 @pytest.mark.parametrize("dtype", SHORT)

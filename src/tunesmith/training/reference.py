@@ -25,6 +25,7 @@ from safetensors.numpy import save
 
 from tunesmith import events
 from tunesmith.adapters.files import PEFT_WEIGHTS
+from tunesmith.adapters.specs import Full
 from tunesmith.data.sources import sha256
 from tunesmith.display.console import duration
 from tunesmith.engine import scoring
@@ -262,6 +263,9 @@ def facts(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
     decisive["model"] = config.model.model_dump(include={"quantize", "group_size", "dtype"})
     # Layers that are trained in full may have another precision than those beside an adapter.
     decisive["adapter"] = config.adapter.model_dump(include={"kind", "full_modules"})
+    if config.adapter.start is not None and not isinstance(config.adapter, Full):
+        if config.adapter.dtype != "float32":  # the adapter that is started from was rounded
+            decisive["adapter"]["dtype"] = config.adapter.dtype
     for role, folder in (("merged", config.model.adapter), ("start", config.adapter.start)):
         decisive[role] = folder and _digest(Path(folder), ADAPTERS, PEFT_WEIGHTS, ADAPTER_CONFIG)
     return decisive
