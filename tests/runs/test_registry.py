@@ -258,3 +258,14 @@ def test_hundreds_of_runs_are_listed_in_seconds(tmp_path):
     begin = time.process_time()
     assert len(list_runs(tmp_path)) == 300
     assert time.process_time() - begin < 3
+
+
+def test_files_that_are_mixed_in_are_listed(folder):
+    config = folder / "first" / "config.yaml"
+    mix = "  mix:\n  - {path: [/data/general.jsonl], share: 0.2}\n  - {path: /data/more.jsonl, repeat: 2}\n"
+    config.write_text(config.read_text().replace("objective:", f"{mix}objective:"))
+    run = next(run for run in list_runs(folder) if run.name == "first")
+    assert run.mixed == ("/data/general.jsonl", "/data/more.jsonl") and not run.faults
+    assert run.data == ("/data/rows.jsonl",)
+    out = CliRunner().invoke(app, ["runs", "show", str(folder / "first")], env={"COLUMNS": "200"}).stdout
+    assert "mixed in: /data/general.jsonl" in out

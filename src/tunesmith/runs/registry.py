@@ -45,13 +45,14 @@ class RegisteredRun:
 
     ``model``: its path; for a folder that a GGUF file was converted to, the path of that file. ``state``: the
     status in its manifest; "died" if the manifest says that it is running and no process trains it.
-    ``ship``: whether its report says to ship it. ``faults``: what cannot be read of it."""
+    ``mixed``: the files of ``data.mix``. ``ship``: whether its report says to ship it. ``faults``: what cannot be read of it."""
 
     path: Path
     created: str | None
     state: str | None
     model: str | None
     data: tuple[str, ...]
+    mixed: tuple[str, ...]
     objective: str | None
     best: BestValue | None
     verdict: str | None
@@ -76,8 +77,13 @@ class _Model(TypedDict):
     path: str
 
 
+class _Mixed(TypedDict):
+    path: list[str] | str
+
+
 class _Data(TypedDict):
     train: list[str] | str
+    mix: NotRequired[list[_Mixed]]
 
 
 class _Objective(TypedDict):
@@ -123,14 +129,14 @@ def read(path: Path) -> RegisteredRun:
     best = part(lambda: _best(path / INDEX))
     state = None if manifest is None else _state(path, manifest)
     report = part(lambda: _report(path, state))
-    train = () if settings is None else settings["data"]["train"]
     base = None if manifest is None else manifest.get("hashes", {}).get("base")
     return RegisteredRun(
         path=path,
         created=None if manifest is None else manifest.get("created"),
         state=state,
         model=None if settings is None else bases.named(settings["model"]["path"], base),
-        data=(train,) if isinstance(train, str) else tuple(train),
+        data=() if settings is None else _files(settings["data"]["train"]),
+        mixed=() if settings is None else _mixed(settings["data"]),
         objective=None if settings is None else settings["objective"]["kind"],
         best=best,
         verdict=None if report is None else report.get("verdict"),
@@ -139,6 +145,14 @@ def read(path: Path) -> RegisteredRun:
         tags=tuple(part(lambda: tags.read(path)) or ()),
         faults=tuple(faults),
     )
+
+
+def _files(paths: list[str] | str) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else tuple(paths)
+
+
+def _mixed(data: _Data) -> tuple[str, ...]:
+    return tuple(file for entry in data.get("mix", []) for file in _files(entry["path"]))
 
 
 def fault_line(error: Exception) -> str:

@@ -73,7 +73,7 @@ def _text(text: str) -> Text:
 
 def _cells(run: RegisteredRun, folder: Path) -> list[str]:
     name = run.path.relative_to(folder) if folder in run.path.parents else run.path
-    data = [Path(file).name for file in run.data]
+    data = [Path(file).name for file in (*run.data, *run.mixed)]
     more = f" and {len(data) - 1} more" if len(data) > 1 else ""
     made = (run.created or "")[:16].replace("T", " ")
     model = Path(run.model).name if run.model else ""
@@ -109,6 +109,8 @@ def render_lineage(ancestry: Ancestry, screen: Console) -> None:
     above.add(_text(f"the model {run.model or '(unknown)'}"))
     for file in run.data:
         above.add(_text(f"the data {file}"))
+    for file in run.mixed:
+        above.add(_text(f"mixed in: {file}"))
     for parent in ancestry.parents:
         _add_parent(above, parent)
     below = tree.add("used by")
