@@ -28,7 +28,7 @@ def plan(
     ] = False,
     fit: Annotated[
         str | None,
-        typer.Option(help="propose changes with which the process needs at most this memory: 16GB"),
+        typer.Option(help="propose changes until the process needs at most this memory: 16GB"),
     ] = None,
     fit_time: Annotated[
         str | None, typer.Option(help="propose changes with which the run takes at most this time: 8h")

@@ -45,7 +45,8 @@ class RegisteredRun:
 
     ``model``: its path; for a folder that a GGUF file was converted to, the path of that file. ``state``: the
     status in its manifest; "died" if the manifest says that it is running and no process trains it.
-    ``mixed``: the files of ``data.mix``. ``ship``: whether its report says to ship it. ``faults``: what cannot be read of it."""
+    ``mixed``: the files of ``data.mix``. ``ship``: whether its report says to ship it.
+    ``faults``: what cannot be read of it."""
 
     path: Path
     created: str | None
