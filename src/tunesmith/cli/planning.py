@@ -27,8 +27,7 @@ def plan(
         bool, typer.Option("--measure", help="load the model and make two updates that correct the estimate")
     ] = False,
     fit: Annotated[
-        str | None,
-        typer.Option(help="propose changes until the process needs at most this memory: 16GB"),
+        str | None, typer.Option(help="propose changes until the process needs at most this memory: 16GB")
     ] = None,
     fit_time: Annotated[
         str | None, typer.Option(help="propose changes with which the run takes at most this time: 8h")
