@@ -30,6 +30,7 @@ def planted(
     seeds: int = 2,
     memory: dict[int, int] | None = None,
     states: dict[str, str] | None = None,
+    failing_seeds: set[int] | None = None,
 ) -> outcome.SweepOutcome:
     """The outcome of a grid of ranks and rates whose settings differ by ``effects``."""
     random = np.random.default_rng(8)
@@ -42,7 +43,8 @@ def planted(
             name = f"{number}-{seed}"
             values = hard + effects.get((rank, rate), 0.0) + random.normal(0, 0.1, ROWS)
             write_run(folder / "trials" / name, values, rank * 100, (memory or {}).get(rank, 1_000_000))
-            state = (states or {}).get(label, "finished")
+            concerned = failing_seeds is None or seed in failing_seeds
+            state = (states or {}).get(label, "finished") if concerned else "finished"
             trials.append(Trial(name, number, seed, {}, ()))
             entries.append(
                 TrialEntry(name, label, seed, [], {}, state, "" if state == "finished" else "it fell")
@@ -156,6 +158,9 @@ def test_the_mean_of_a_value_is_over_what_all_values_have(tmp_path):
 def test_one_seed_says_that_the_variance_between_seeds_is_unknown(tmp_path):
     assert outcome.ONE_SEED in planted(tmp_path / "one", {}, seeds=1).lines
     assert outcome.ONE_SEED not in planted(tmp_path / "two", {}).lines
+    entries = {f"rank={rank}, rate={rate:g}": "failed" for rank in RANKS for rate in RATES}
+    one_failed = planted(tmp_path / "failed", {}, states=entries, failing_seeds={1})
+    assert outcome.ONE_SEED in one_failed.lines
 
 
 def test_a_trial_with_other_rows_is_not_compared(tmp_path):

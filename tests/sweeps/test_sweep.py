@@ -274,6 +274,16 @@ def test_trials_with_the_same_settings_are_trained_once(place):
     assert (key.key, key.values, key.levels) == ("adapter.rank", (4, 2), (0, 1))
 
 
+def test_keys_that_always_change_together_are_one(place):
+    ranks = [{"adapter.rank": rank, "adapter.alpha": 2 * rank} for rank in (2, 4)]
+    together = [{**change, "optimizer.learning_rate": rate} for change in ranks for rate in (1e-3, 1e-4)]
+    keys = request(written(place, "together", {"trials": together})).plan.keys
+    assert [(key.key, key.values) for key in keys] == [
+        ("adapter.rank with adapter.alpha", (2, 4)),
+        ("optimizer.learning_rate", (1e-3, 1e-4)),
+    ]
+
+
 def test_a_file_that_is_edited_while_the_sweep_runs_changes_no_trial(place, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("adapter: {rank: 4}\n")

@@ -390,7 +390,7 @@ def _said(
     """The verdict, and the lines that explain it."""
     ranked = [setting for setting in settings if setting.value is not None]
     lines = [_of_key(key, metric) for key in keys]
-    if values.values.shape[1] == 1:
+    if int(values.done.any(axis=0).sum()) == 1:
         lines.append(ONE_SEED)
     lines += [
         f"{setting.label}: {note}" for setting in settings for note in setting.notes if setting.value is None

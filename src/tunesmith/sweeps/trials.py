@@ -189,16 +189,19 @@ def _keys(
     changes: Sequence[Mapping[str, object]], every: Sequence[Mapping[str, object]]
 ) -> tuple[SweptKey, ...]:
     """The keys that are varied, with the value of each in each setting; the base's where a trial leaves it
-    out."""
-    swept: list[SweptKey] = []
+    out. Keys that always change together are one, with the values of the first."""
+    swept: dict[tuple[int, ...], SweptKey] = {}
     for key in dict.fromkeys(key for change in changes for key in change):
         given = [change.get(key, settings.get(key)) for change, settings in zip(changes, every, strict=True)]
         texts = [json.dumps(value, sort_keys=True) for value in given]
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-        if len(places) > 1:
-            values = tuple(json.loads(text) for text in places)
-            swept.append(SweptKey(key, values, tuple(places[text] for text in texts)))
-    return tuple(swept)
+        levels = tuple(places[text] for text in texts)
+        if levels in swept:
+            together = swept[levels]
+            swept[levels] = replace(together, key=f"{together.key} with {key}")
+        elif len(places) > 1:
+            swept[levels] = SweptKey(key, tuple(json.loads(text) for text in places), levels)
+    return tuple(swept.values())
 
 
 def frozen_base(base: BaseSpec, folder: Path) -> BaseSpec:
