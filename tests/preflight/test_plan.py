@@ -105,6 +105,13 @@ def test_what_is_proposed_is_what_the_settings_then_need(tiny_model, rows):
     assert tunesmith.plan(changed).forecast.memory == proposal.forecast.memory
 
 
+def test_proposals_are_compared_at_one_rate(tiny_model, rows, monkeypatch):
+    rates = iter([1e11])  # a second measurement would raise StopIteration
+    monkeypatch.setattr(forecast, "product_rate", lambda: next(rates))
+    config = settings(tiny_model, rows, "loop.epochs=50")
+    assert tunesmith.plan(config, fit="1KB", fit_time="0.001s").proposal.sets
+
+
 def test_fewer_updates_are_proposed_for_time(tiny_model, rows):
     config = settings(tiny_model, rows, "loop.epochs=50")
     expected = tunesmith.plan(config).forecast.total_s.value

@@ -74,11 +74,12 @@ class Proposal:
         return {"sets": list(self.sets), "met": self.met, "forecast": asdict(self.forecast)}
 
 
-def propose(needs: Needs, limits: RunLimits, rate: float | None) -> Proposal:
-    """The first changes with which ``limits`` are met, or all that help if they are not."""
+def propose(needs: Needs, limits: RunLimits, rate: float) -> Proposal:
+    """The first changes with which ``limits`` are met, or all that help if they are not. rate: as of
+    `Needs.forecast`; one for all, so that two forecasts differ by their settings alone."""
     forecast, sets = needs.forecast(rate), {}
     for saves_memory in (True, False):
-        for changes in _changes(needs, limits, saves_memory):
+        for changes in _changes(needs, limits, rate, saves_memory):
             if limits.met(forecast) or (saves_memory and limits.fits(forecast)):
                 break
             changed = _changed(needs, changes)
@@ -99,7 +100,7 @@ def _helps(before: Forecast, after: Forecast, limits: RunLimits, saves_memory: b
     return after.total_s.value < WORTH * before.total_s.value and after.needed.high <= most
 
 
-def _changes(needs: Needs, limits: RunLimits, saves_memory: bool) -> Iterator[dict[str, Any]]:
+def _changes(needs: Needs, limits: RunLimits, rate: float, saves_memory: bool) -> Iterator[dict[str, Any]]:
     """Changes in the order of what they cost. Each is of the settings as they were when the search began."""
     config, plan = needs.config, needs.prepared.plan
     longest = max(plan.lengths) * plan.cut.each
@@ -121,7 +122,7 @@ def _changes(needs: Needs, limits: RunLimits, saves_memory: bool) -> Iterator[di
         for length in _halves(min(config.batch.length, longest), LEAST_LENGTH)
     )
     if not saves_memory and limits.time_s is not None:
-        share = limits.time_s / max(needs.forecast().total_s.value, 1e-9)
+        share = limits.time_s / max(needs.forecast(rate).total_s.value, 1e-9)
         yield from (
             {"loop.steps": steps}
             for steps in (max(1, int(plan.steps * share * left)) for left in (1.0, 0.8, 0.6, 0.4))

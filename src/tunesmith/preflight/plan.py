@@ -23,7 +23,7 @@ from tunesmith.runs import lineage
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.forecasts import Forecast, Term
 from tunesmith.settings.config import Resolved
-from tunesmith.training import frozen, ordering, preparation, reference, story, trial
+from tunesmith.training import forecast, frozen, ordering, preparation, reference, story, trial
 from tunesmith.training.forecast import Needs, Outline, duration_range
 from tunesmith.training.preparation import Prepared
 
@@ -67,7 +67,7 @@ def plan(
         prepared = preparation.prepare(outlined, notify)
         outline = Outline.of(outlined, notify)
         vocabulary.require_rows(outline.net, prepared.train)
-        needs, rate = outline.needs(prepared), None
+        needs, rate = outline.needs(prepared), forecast.product_rate()
         if measure:
             opened = story.open_model(spec, prepared.train, notify)
             needs, rate = trial.calibrated(needs, opened, notify)
