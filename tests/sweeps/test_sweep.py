@@ -25,7 +25,7 @@ from tunesmith.errors import ConfigError, TrainingError
 from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 from tunesmith.sweeps import ledger, spec, trials
-from tunesmith.sweeps.execution import Execution, TrialProcess
+from tunesmith.sweeps.execution import Execution, TrialProcess, only_one
 from tunesmith.sweeps.measured import Follower
 from tunesmith.sweeps.room import TrialRoom
 from tunesmith.sweeps.verb import request
@@ -241,6 +241,7 @@ def test_a_dry_run_lists_the_command_of_each_trial_and_writes_nothing(place, mon
     ("content", "told"),
     [
         ({}, "nothing is varied"),
+        ({"grid": {"adapter.rank": 4}}, "adapter.rank needs a list of values, not 4"),
         ({"grid": {"adapter.rnk": [1]}}, "adapter.rnk=1: --set: adapter.rnk: unknown key"),
         ({"grid": {"loop.seed": [1]}}, "use seeds"),
         ({"grid": {"objective.beta": [0.1]}}, "cannot be compared"),
@@ -322,6 +323,59 @@ def test_a_search_goes_on_where_it_stopped(place):
     assert second.outcome.settings[0].value == first.outcome.settings[0].value
     rates = [setting.changes["optimizer.learning_rate"] for setting in second.outcome.settings]
     assert all(1e-4 <= rate <= 1e-2 for rate in rates) and len(set(rates)) == 2
+
+
+def test_a_search_goes_on_past_a_setting_that_fails_and_trains_it_once(place):
+    pytest.importorskip("optuna")
+    content = {"space": {"batch.length": [512, 8]}}  # no row has 8 tokens or fewer
+    file = written(place, "gaps", content)
+    sets = ["loop.steps=2", "data.max_dropped=0", "template.too_long=drop"]
+    report = tunesmith.sweep(file, out=place / "gaps", optuna=5, sets=sets)
+    states = [setting.state for setting in report.outcome.settings]
+    assert sorted(states) == ["failed", "finished"]
+    study = json.loads((place / "gaps" / "sweep.json").read_text())
+    assert study["trials"][0]["state"] == "failed", "the search began with what works: change its seed"
+    log = (place / "gaps" / "logs" / "length=8.log").read_text()
+    assert log.count("error: ") == 1
+
+
+def test_a_space_has_no_list_of_trials(place):
+    file = written(place, "listed", {"space": {"adapter.rank": [2, 4]}})
+    result = CliRunner().invoke(app, ["sweep", str(file), "--dry-run"])
+    assert isinstance(result.exception, ConfigError) or "--optuna" in result.output
+
+
+def test_a_second_call_leaves_the_files_of_a_sweep_that_runs_alone(ranks, place, tmp_path):
+    folder = Path(shutil.copytree(ranks[0], tmp_path / "busy"))
+    before = {name: (folder / name).read_bytes() for name in ("sweep.json", "sweep.html")}
+    file = written(place, "busy", {"grid": {"adapter.rank": [2, 4, 8]}})
+    with only_one(folder), pytest.raises(ConfigError, match="another process runs this sweep"):
+        tunesmith.sweep(file, out=folder)
+    assert before == {name: (folder / name).read_bytes() for name in before}
+
+
+def test_tasks_that_are_added_are_measured_on_trials_that_are_finished(ranks, place, tmp_path):
+    folder = Path(shutil.copytree(ranks[0], tmp_path / "tasks"))
+    content = {"grid": {"adapter.rank": [2, 4]}, "evaluate": "perplexity"}
+    asked = request(written(place, "tasks", content), out=folder)
+    book, _ = ledger.opened(folder, asked.spec, asked.plan, asked.file)
+    for entry in book.trials:
+        entry.evaluated = True
+    book.write(folder)
+    again, _ = ledger.opened(folder, asked.spec, asked.plan, asked.file)
+    assert all(entry.evaluated for entry in again.trials)
+    asked = request(written(place, "tasks", content | {"evaluate": ["perplexity", "drift"]}), out=folder)
+    more, _ = ledger.opened(folder, asked.spec, asked.plan, asked.file)
+    assert not any(entry.evaluated for entry in more.trials)
+
+
+def test_the_command_that_makes_the_page_again_has_the_options_of_the_first(ranks, place, tmp_path):
+    folder = Path(shutil.copytree(ranks[0], tmp_path / "options"))
+    settings = {"grid": {"adapter.rank": [2, 4]}}
+    file = tmp_path / "bare.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    tunesmith.sweep(file, out=folder, config=[place / "run.yaml"], sets=["adapter.rank=4"])
+    assert f"--config {place / 'run.yaml'} --set adapter.rank=4 --out" in (folder / "sweep.html").read_text()
 
 
 def test_a_trial_waits_for_memory_and_its_need_is_known_before_it_runs(place):

@@ -78,6 +78,7 @@ def _list(
     asked = verb.request(
         file, config=config or (), preset=preset, model=model, data=data or (), sets=sets or ()
     )
+    verb.require_trials(asked)
     commands = {trial.name: trials.command(trial) for trial in asked.plan.trials}
     if as_json:
         print_json(commands)

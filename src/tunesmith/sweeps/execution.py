@@ -56,7 +56,7 @@ class TrialProcess:
 @dataclass
 class Execution:
     """One call of the sweep. ``part``: (number, count), which of so many parts of the trials are trained.
-    ``followers``: the logs of all trials, by name."""
+    ``retry``: trials that failed are tried again. ``followers``: the logs of all trials, by name."""
 
     folder: Path
     spec: SweepSpec
@@ -66,6 +66,7 @@ class Execution:
     room: TrialRoom
     part: tuple[int, int]
     notify: Sink
+    retry: bool = True
     followers: dict[str, Follower] = field(default_factory=dict)
     children: list[TrialProcess] = field(default_factory=list)
     _said: set[str] = field(default_factory=set)
@@ -74,7 +75,7 @@ class Execution:
         """Until every trial has ended or failed. An interrupt interrupts the trials, which save first."""
         for trial in self.plan.trials:
             self.followers[trial.name] = Follower(self._run_dir(trial))
-        with _terminable(), _only_one(self.folder):
+        with _terminable():
             self._catch_up()
             number, count = self.part
             mine = self.plan.trials[number - 1 :: count]
@@ -93,6 +94,8 @@ class Execution:
     def _is_open(self, trial: Trial) -> bool:
         """Whether there is something left to do."""
         entry = self.ledger.entry(trial.name)
+        if entry.state == "failed" and not self.retry:
+            return False
         return not entry.ended or (entry.state == "finished" and self._to_evaluate(entry))
 
     def _to_evaluate(self, entry: TrialEntry) -> bool:
@@ -106,7 +109,7 @@ class Execution:
             if entry.state in ("running", "interrupted"):
                 for step in new[trial.name]:
                     self._race(trial, step)
-            if entry.state in ("running", "failed"):
+            if entry.state == "running" or (entry.state == "failed" and self.retry):
                 entry.state, entry.reason = "interrupted", ""
         self.ledger.write(self.folder)
 
@@ -190,7 +193,7 @@ class Execution:
     def _ended(self, child: TrialProcess, status: int) -> None:
         entry = child.entry
         if child.stage == "evaluate":
-            entry.evaluated = status == 0
+            entry.evaluated, entry.reason = status == 0, ""
             if status:
                 self._failed(child, f"evaluation: {self._why(child.trial, status)}")
         elif entry.state == "stopped":
@@ -282,7 +285,7 @@ class Execution:
             if entry.state != "finished":
                 entry.state, entry.reason = "stopped", reason
         for child in self.children:
-            if child.trial.setting == setting and not child.stopping:
+            if child.trial.setting == setting and child.stage == "train" and not child.stopping:
                 child.stopping = True
                 _signal(child)
         self.ledger.write(self.folder)
@@ -331,7 +334,7 @@ def _is_locked(run_dir: Path) -> bool:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
+def only_one(folder: Path) -> Iterator[None]:
     """Raises ConfigError if another process runs this sweep."""
     with (folder / ".lock").open("a+", encoding="utf-8") as handle:
         try:

@@ -80,6 +80,9 @@ def opened(folder: Path, spec: SweepSpec, plan: SweepPlan, file: Path) -> tuple[
     _require_same(before, written, renamed, file)
     known = {entry.name: entry for entry in before.trials}
     entries = [_continued(trial, renamed, known.get(trial.name)) for trial in renamed.trials]
+    if any(before.spec.get(key) != written[key] for key in ("evaluate", "evaluation")):
+        for entry in entries:  # on other tasks, or otherwise
+            entry.evaluated = False
     return Ledger(GENERATOR, before.created, written, entries, before.results), renamed
 
 

@@ -27,6 +27,14 @@ def _flat(value: object) -> object:
     return flat(value) if isinstance(value, dict) else value
 
 
+def _grid(value: object) -> object:
+    """Dotted keys, each with a list."""
+    for key, values in flat(value).items() if isinstance(value, dict) else ():
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"{key} needs a list of values, not {values}")
+    return _flat(value)
+
+
 def _all_flat(value: object) -> object:
     return tuple(map(_flat, value)) if isinstance(value, list | tuple) else value
 
@@ -91,7 +99,7 @@ class SweepSpec(Spec):
     base: Annotated[BaseSpec, BeforeValidator(_files)] = Field(
         default_factory=BaseSpec, description="what all trials share; a file of settings stands for itself"
     )
-    grid: Annotated[dict[str, tuple[object, ...]], BeforeValidator(_flat)] = Field(
+    grid: Annotated[dict[str, tuple[object, ...]], BeforeValidator(_grid)] = Field(
         default={}, description="key → values: all combinations are trials"
     )
     trials: Annotated[tuple[dict[str, object], ...], BeforeValidator(_all_flat)] = Field(

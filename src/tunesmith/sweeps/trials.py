@@ -142,13 +142,17 @@ def _text(value: object) -> str:
 
 def words(base: BaseSpec, changes: Mapping[str, object], seed: int | None) -> tuple[str, ...]:
     """Of the command that trains a trial, without ``--out``."""
+    sets = [*_assignments(base.settings), *_assignments(changes)]
+    sets += [] if seed is None else [f"{SEED}={seed}"]
+    return ("train", *base_words(base), *(word for text in sets for word in ("--set", text)))
+
+
+def base_words(base: BaseSpec) -> list[str]:
+    """The options that name preset, files, model and rows."""
     options = [] if base.preset is None else ["--preset", base.preset]
     options += [word for file in base.config for word in ("--config", file)]
     options += [] if base.model is None else ["--model", base.model]
-    options += [word for file in base.data for word in ("--data", file)]
-    sets = [*_assignments(base.settings), *_assignments(changes)]
-    sets += [] if seed is None else [f"{SEED}={seed}"]
-    return ("train", *options, *(word for text in sets for word in ("--set", text)))
+    return options + [word for file in base.data for word in ("--data", file)]
 
 
 def _labels(changes: Sequence[Mapping[str, object]]) -> list[str]:

@@ -14,7 +14,7 @@ from tunesmith.runs.configure import listed
 from tunesmith.settings.config import EXAMPLE
 from tunesmith.settings.origins import parse, plain
 from tunesmith.sweeps import ledger, measured, outcome, page, spec, trials
-from tunesmith.sweeps.execution import Execution
+from tunesmith.sweeps.execution import Execution, only_one
 from tunesmith.sweeps.outcome import SweepOutcome
 from tunesmith.sweeps.room import TrialRoom
 from tunesmith.sweeps.search import Search
@@ -46,13 +46,15 @@ class SweepReport:
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """A sweep as it was asked for. ``file``: which was read. ``base``: with the options over the file's."""
+    """A sweep as it was asked for. ``file``: which was read. ``base``: with the options over the file's.
+    ``options``: those of the command line that change the base, as words."""
 
     file: Path
     folder: Path
     spec: SweepSpec
     base: BaseSpec
     plan: SweepPlan
+    options: tuple[str, ...]
 
 
 def request(
@@ -81,7 +83,9 @@ def request(
     measured.metric(asked)
     plan = trials.expand(asked, base, str(file), os.environ)
     folder = Path(FOLDER) / name if out is None else Path(out)
-    return SweepRequest(path, folder, asked.model_copy(update={"name": name}), base, plan)
+    given = BaseSpec(preset=preset, config=tuple(listed(config)), model=model, data=tuple(listed(data)))
+    options = (*trials.base_words(given), *(word for text in sets for word in ("--set", text)))
+    return SweepRequest(path, folder, asked.model_copy(update={"name": name}), base, plan, options)
 
 
 def _assigned(text: str) -> tuple[str, object]:
@@ -120,10 +124,15 @@ def sweep(
             hint = "what is tried next depends on all that was tried"
             raise ConfigError("a search cannot be divided", where="--part", hint=hint)
         return _searched(asked, optuna, at_once, notify)
+    require_trials(asked)
+    return _require_result(_run(asked, at_once, notify, WHOLE if part is None else _part(part)))
+
+
+def require_trials(asked: SweepRequest) -> None:
+    """Raises ConfigError if what is tried is for a search to say."""
     if asked.spec.space:
         hint = "--optuna 20 tries twenty settings of it; a grid or trials need no search"
         raise ConfigError("a space is searched with --optuna", where=str(asked.file), hint=hint)
-    return _run(asked, at_once, notify, WHOLE if part is None else _part(part))
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -136,7 +145,8 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _searched(asked: SweepRequest, count: int, parallel: int, notify: Sink) -> SweepReport:
-    """A sweep over what Optuna suggests, as many settings at a time as there are processes."""
+    """A sweep over what Optuna suggests, as many settings at a time as there are processes. A setting that
+    fails is told as such, and the search goes on."""
     ledger.require_own(asked.folder)
     study = Search(asked.folder, asked.spec, measured.metric(asked.spec))
     report: SweepReport | None = None
@@ -145,17 +155,29 @@ def _searched(asked: SweepRequest, count: int, parallel: int, notify: Sink) -> S
             study.suggest(min(parallel, count - len(study.changes)))
         chosen = asked.spec.model_copy(update={"grid": {}, "trials": tuple(study.changes)})
         plan = trials.expand(chosen, asked.base, str(asked.file), os.environ)
-        report = _run(replace(asked, spec=chosen, plan=plan), parallel, notify)
+        extended = replace(asked, spec=chosen, plan=plan)
+        report = _run(extended, parallel, notify, retry=report is None)
         study.tell(report.outcome)
-    return report
+    return _require_result(report)
 
 
-def _run(asked: SweepRequest, parallel: int, notify: Sink, part: tuple[int, int] = WHOLE) -> SweepReport:
-    """Train what is not trained yet, and compare."""
+def _run(
+    asked: SweepRequest, parallel: int, notify: Sink, part: tuple[int, int] = WHOLE, retry: bool = True
+) -> SweepReport:
+    """Train what is not trained yet, and compare. retry: what failed before as well."""
     folder = asked.folder
     page.check(folder)
-    book, plan = ledger.opened(folder, asked.spec, asked.plan, asked.file)
+    ledger.require_own(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder):
+        return _trained(asked, parallel, notify, part, retry)
+
+
+def _trained(
+    asked: SweepRequest, parallel: int, notify: Sink, part: tuple[int, int], retry: bool
+) -> SweepReport:
+    folder = asked.folder
+    book, plan = ledger.opened(folder, asked.spec, asked.plan, asked.file)
     base = trials.frozen_base(asked.base, folder)
     for trial in plan.trials:
         entry = book.entry(trial.name)
@@ -166,13 +188,19 @@ def _run(asked: SweepRequest, parallel: int, notify: Sink, part: tuple[int, int]
     book.write(folder)
     try:
         room = TrialRoom(base, plan.settings)
-        Execution(folder, asked.spec, plan, book, parallel, room, part, notify).run()
+        Execution(folder, asked.spec, plan, book, parallel, room, part, notify, retry).run()
     finally:
         report = _concluded(asked, plan, book)
+    return report
+
+
+def _require_result(report: SweepReport) -> SweepReport:
+    """``report``. Raises TrainingError if no trial has a value."""
     if report.outcome.best is None:
-        reasons = "; ".join(dict.fromkeys(entry.reason for entry in book.trials if entry.reason))
-        hint = f"what the trials said is in {folder / trials.LOGS}"
-        raise TrainingError(f"no trial could be trained: {reasons}", where=str(folder), hint=hint)
+        notes = [note for setting in report.outcome.settings for note in setting.notes]
+        hint = f"what the trials said is in {report.folder / trials.LOGS}"
+        message = f"no trial could be trained: {'; '.join(dict.fromkeys(notes))}"
+        raise TrainingError(message, where=str(report.folder), hint=hint)
     return report
 
 
@@ -182,5 +210,6 @@ def _concluded(asked: SweepRequest, plan: SweepPlan, book: ledger.Ledger) -> Swe
     result = outcome.outcome(name, asked.folder, plan, book, measured.metric(asked.spec))
     book.results = result.to_json()
     book.write(asked.folder)
-    page.write(result, asked.folder, ["tunesmith", "sweep", str(asked.file), "--out", str(asked.folder)])
+    command = ["tunesmith", "sweep", str(asked.file), *asked.options, "--out", str(asked.folder)]
+    page.write(result, asked.folder, command)
     return SweepReport(asked.folder, result)
