@@ -90,6 +90,11 @@ def test_where_nothing_matters_the_smaller_is_taken(tmp_path):
     )
 
 
+def test_of_settings_with_as_many_weights_the_cheapest_is_taken_not_the_smaller(tmp_path):
+    states = {f"rank={rank}, rate={rate:g}": "failed" for rank in (16, 32) for rate in RATES}
+    assert ": take the cheapest, rank=8, rate=0.0001" in planted(tmp_path, {}, states=states).verdict
+
+
 def test_what_is_larger_is_taken_if_it_is_shown_to_be_better(tmp_path):
     result = planted(tmp_path, {(rank, rate): -0.01 * rank for rank in RANKS for rate in RATES})
     assert result.choice in (4, 5) and {key.key for key in result.keys if key.matters} == {"rank"}

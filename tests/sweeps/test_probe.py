@@ -128,6 +128,17 @@ def test_without_a_difference_the_smaller_rate_is_taken():
     assert finding.difference == pytest.approx(0.001) and finding.low < 0 < finding.high
 
 
+def test_a_rate_that_was_dropped_is_not_said_to_have_diverged():
+    best, dropped, diverged = (trial(rate, np.ones(9)) for rate in (1e-4, 1e-5, 1e-3))
+    diverged.status = "diverged"
+    halving = Halving((2,), (30,), 40)
+    finding = probing._compared([best], [best, diverged], 3.0, halving, 600, 1.0)
+    assert finding.sentence == "learning rate 0.0001: every other rate diverged"
+    dropped.status = "dropped"
+    finding = probing._compared([best], [dropped, best, diverged], 3.0, halving, 600, 1.0)
+    assert finding.sentence == "learning rate 0.0001: the other finalist diverged"
+
+
 def test_a_difference_that_is_not_there_is_shown_in_at_most_five_of_a_hundred():
     rng = np.random.default_rng(0)
     shown = 0
@@ -196,6 +207,7 @@ def test_the_ladder_is_as_long_as_the_updates_are_enough_for(settings, tmp_path)
         (["data.valid=0"], {}, "data.valid: there are no held-out rows"),
         (["loop.steps=40"], {}, "too few to tell 3 rates apart (a tenth of the 40 that"),
         ([], {"rates": [1e-3]}, "--rates: needs two rates or more"),
+        ([], {"rates": [1e-3, float("nan")]}, "--rates: needs two rates or more, above zero and finite"),
         ([], {"rates": [-1.0, 1.0]}, "--rates: needs two rates or more, above zero"),
         (
             [],

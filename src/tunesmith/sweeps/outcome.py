@@ -400,7 +400,9 @@ def _said(
         return _alone(ranked[0], metric), tuple(lines)
     leader, chosen = settings[best], settings[best if choice is None else choice]
     if not any(result.shown for result in [*compared.pairs.values(), *compared.levels.values()]):
-        smaller = f": take the smaller, {chosen.label}" if choice is not None else ""
+        weights = {setting.cost.trainable for setting in ranked if setting.cost is not None}
+        taken = "smaller" if len(weights) > 1 else "cheapest"
+        smaller = f": take the {taken}, {chosen.label}" if choice is not None else ""
         low, high = min(_values(ranked)), max(_values(ranked))
         return (
             f"no difference shown between {len(ranked)} settings ({metric.name} "

@@ -3,8 +3,8 @@
 Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): all rates train for a few updates, the
 better half by the loss of the same held-out rows trains on, until two are left. A rate whose loss is not
 finite, or more than twice both that before training and that of the lowest rate on the same rows, is stopped
-at once. The two finalists are compared
-row by row: if the interval of their difference holds zero, no difference is shown, and the smaller is taken.
+at once. The two finalists are compared row by row: if the interval of their difference holds zero, no
+difference is shown, and the smaller is taken.
 
 The rate is constant after the warm-up: a schedule that falls within so few updates would favour rates that
 are too high for the run. The interval covers the rows, not the seed, and says nothing of the rates that were
@@ -191,8 +191,8 @@ def _ladder(
     Raises ConfigError."""
     total = updates or math.ceil(SHARE * prepared.plan.steps)
     given = sorted(set(rates))
-    if given and (len(given) < 2 or given[0] <= 0):
-        raise ConfigError("needs two rates or more, above zero", where="--rates")
+    if given and (len(given) < 2 or given[0] <= 0 or not all(map(math.isfinite, given))):
+        raise ConfigError("needs two rates or more, above zero and finite", where="--rates")
     middle = spec.optimizer.learning_rate
     choices = [given] if given else [_around(middle, count) for count in (7, 5, 3)]
     for ladder in choices:
@@ -413,6 +413,7 @@ def _compared(
             difference = -difference
             low, high = (None, None) if low is None or high is None else (-high, -low)
     n_rows = 0 if best.rows is None else len(best.rows.losses)
+    some_dropped = any(trial.status == "dropped" for trial in trials)
     return RateFinding(
         rate=best.rate,
         runner_up=runner_up and runner_up.rate,
@@ -420,7 +421,7 @@ def _compared(
         low=low,
         high=high,
         shown=shown,
-        sentence=_sentence(best, runner_up, difference, low, high, shown, n_rows),
+        sentence=_sentence(best, runner_up, difference, low, high, shown, n_rows, some_dropped),
         notes=tuple(_notes(best, trials, before)),
         before=before,
         trials=tuple(trials),
@@ -439,9 +440,11 @@ def _sentence(
     high: float | None,
     shown: bool,
     n_rows: int,
+    some_dropped: bool,
 ) -> str:
     if runner_up is None or difference is None:
-        return f"learning rate {best.rate:g}: every other rate diverged"
+        others = "the other finalist diverged" if some_dropped else "every other rate diverged"
+        return f"learning rate {best.rate:g}: {others}"
     interval = "one row: no interval" if low is None else f"95 % interval {low:+.4f} to {high:+.4f}"
     if shown:
         text = f"learning rate {best.rate:g}: its held-out loss is {-difference:.4f} lower than with "
