@@ -160,6 +160,12 @@ def test_the_mean_of_a_value_is_over_what_all_values_have(tmp_path):
     assert max(means) - min(means) < 0.1  # not 0.15, for which the rate alone would be to blame
 
 
+def test_a_result_before_all_trials_have_ended_is_called_preliminary(tmp_path):
+    result = planted(tmp_path / "some", {}, states={"rank=8, rate=0.0001": "waiting"})
+    assert result.lines[0] == "2 of 12 trials have not ended: preliminary"
+    assert not any("preliminary" in line for line in planted(tmp_path / "all", {}).lines)
+
+
 def test_one_seed_says_that_the_variance_between_seeds_is_unknown(tmp_path):
     assert outcome.ONE_SEED in planted(tmp_path / "one", {}, seeds=1).lines
     assert outcome.ONE_SEED not in planted(tmp_path / "two", {}).lines

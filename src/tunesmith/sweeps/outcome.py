@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tunesmith.display.text import many
 from tunesmith.errors import TunesmithError
 from tunesmith.settings.config import JSON
 from tunesmith.sweeps.contrasts import (
@@ -34,6 +35,8 @@ from tunesmith.sweeps.measured import Metric, TrialCost, cost, mean_cost, scored
 from tunesmith.sweeps.trials import TRIALS, SweepPlan
 
 ALIKE = 1.05
+OPEN = ("waiting", "running", "interrupted")
+"""States of trials that the same command goes on with."""
 DIVERGED = "its held-out loss ends far above where it began: it diverged"
 ONE_SEED = "one seed: the variance between seeds is unknown, and intervals cover the held-out rows only"
 
@@ -41,7 +44,7 @@ ONE_SEED = "one seed: the variance between seeds is unknown, and intervals cover
 @dataclass(frozen=True)
 class SettingResult:
     """One setting. ``value``: over its seeds; ``low``, ``high``: its 95 % interval over rows and seeds.
-    ``behind``: its mean less the best one's, None for the best itself or if it was not compared. ``spread``:
+    ``behind``: its mean minus the best one's, None for the best itself or if it was not compared. ``spread``:
     standard deviation between its seeds, None if there are not two. ``state``: finished, stopped, failed or
     unfinished. ``notes``: why it has no value, and what is odd about it."""
 
@@ -172,7 +175,7 @@ def outcome(name: str, folder: Path, plan: SweepPlan, ledger: Ledger, metric: Me
     usable = [place for place, setting in enumerate(measured) if any(setting.values)]
     if not usable:
         settings = tuple(_result(plan, place, measured[place]) for place in range(len(plan.settings)))
-        verdict = "no trial has ended: there is nothing to compare"
+        verdict = "no trial has a result: there is nothing to compare"
         return SweepOutcome(name, metric, verdict, (), settings, (), None, None, 0, len(plan.seeds), 0)
     values = panel([measured[place].values for place in usable], metric.share)
     keys = [_restricted(key, usable) for key in plan.keys]
@@ -185,6 +188,9 @@ def outcome(name: str, folder: Path, plan: SweepPlan, ledger: Ledger, metric: Me
     results = tuple(_key_result(key, keys, compared, sign, metric) for key in keys)
     choice = _cheapest(settings, usable, keys, results, best)
     verdict, lines = _said(settings, results, usable[best], choice, metric, values, compared)
+    if open_trials := sum(entry.state in OPEN for entry in ledger.trials):
+        preliminary = f"{open_trials} of {many(len(ledger.trials), 'trial')} have not ended: preliminary"
+        lines = (preliminary, *lines)
     return SweepOutcome(
         name,
         metric,

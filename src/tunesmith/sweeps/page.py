@@ -60,7 +60,7 @@ def html(outcome: SweepOutcome, command: list[str]) -> str:
         facts={
             "sweep": outcome,
             "settings": [_shown(outcome, place) for place in range(len(outcome.settings))],
-            "forest": charts.forest(list(_differences(outcome)), head="less the best"),
+            "forest": charts.forest(list(_differences(outcome)), head="minus the best"),
             "by_key": [_by_key(outcome, key) for key in outcome.keys],
             "by_cost": list(_by_cost(outcome)),
             "command": shlex.join(command),

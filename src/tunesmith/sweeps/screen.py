@@ -27,7 +27,7 @@ def render(outcome: SweepOutcome, console: Console) -> None:
         "setting",
         outcome.metric.name,
         "95 % interval",
-        "less the best",
+        "minus the best",
         "p",
         "weights",
         "memory",
