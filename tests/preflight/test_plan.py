@@ -14,6 +14,7 @@ import tiny
 import tunesmith
 from tunesmith.cli import app
 from tunesmith.errors import ConfigError
+from tunesmith.machine import memory
 from tunesmith.model import loading, outlines
 from tunesmith.preflight import capacity, fitting
 from tunesmith.training import forecast
@@ -125,6 +126,17 @@ def test_the_command_that_is_printed_trains(tiny_model, rows, tmp_path):
     printed = run("plan", *words, "--fit", "1KB").stdout.splitlines()[-1].split()
     assert printed[:2] == ["tunesmith", "train"] and "batch.micro=1" in printed
     assert run(*printed[1:], "--out", tmp_path / "run").exit_code == 0
+
+
+def test_swap_is_named_where_it_may_be_used(tiny_model, rows, monkeypatch):
+    def table(ceiling: int) -> str:
+        monkeypatch.setattr(forecast, "room", lambda: memory.Room(ceiling, 0, 0, int(8e9)))
+        return "\n".join(tunesmith.plan(settings(tiny_model, rows)).lines())
+
+    assert "this machine has 0.5 MB, other programs hold 0.0 MB; the rest is swapped, up to 8.00 GB" in table(
+        500_000
+    )
+    assert "swap" not in table(int(16e9))
 
 
 def test_a_limit_that_nothing_meets_is_named_with_what_it_counts(tiny_model, rows):

@@ -164,6 +164,7 @@ def _sizes(term: Term) -> str:
 
 def _verdict(forecast: Forecast) -> str:
     ceiling = f"this machine has {size(forecast.ceiling)}, other programs hold {size(forecast.others)}"
-    if forecast.cannot_fit:
-        return f"does not fit: {ceiling}"
-    return f"{'may not fit' if forecast.may_not_fit else 'fits'}: {ceiling}"
+    if not forecast.may_not_fit:
+        return f"fits: {ceiling}"
+    swap = f"; the rest is swapped, up to {size(forecast.swap)}, and slow" if forecast.swap else ""
+    return f"{'does not fit' if forecast.cannot_fit else 'may not fit'}: {ceiling}{swap}"

@@ -48,7 +48,8 @@ class Forecast:
     ``moment`` at which it is reached. ``beside``: what is needed at other moments, or outside of MLX.
     ``program``: bytes of the process outside of MLX. ``ceiling``, ``others``: as in `machine.memory.Room`.
     ``disk``: bytes that the run writes. ``update_s``, ``total_s``: seconds of an update, on average, and of
-    the whole run. ``basis``: what time and memory were computed from."""
+    the whole run. ``basis``: what time and memory were computed from. ``swap``: bytes that the machine could
+    swap out."""
 
     memory: tuple[Term, ...]
     moment: str
@@ -62,6 +63,7 @@ class Forecast:
     update_s: Amount
     total_s: Amount
     basis: Literal["shapes", "measured updates"]
+    swap: int = 0
 
     @property
     def needed(self) -> Amount:

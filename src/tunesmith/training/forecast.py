@@ -183,6 +183,7 @@ class Needs:
             update_s=update,
             total_s=total,
             basis="measured updates" if self.calibration else "shapes",
+            swap=machine.swap,
         )
 
     def _uncertain(self, value: float) -> Amount:
