@@ -110,6 +110,30 @@ def test_two_ranks_are_one(tmp_path, settings, judged, objective, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+def test_two_ranks_are_one_with_mixed_rows_in_order_of_difficulty_by_adherence(judged, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNESMITH_CACHE", str(cache_folder(tmp_path.parent / f"cache-{tmp_path.name}")))
+    general = tiny.write_rows(
+        tmp_path / "general.jsonl", [row | {"label": True} for row in tiny.conversations(9, seed=7)]
+    )
+    sets = [f"data.mix=[{{path: {general}, share: 0.3}}]", "data.order=difficulty", "loop.best=adherence"]
+    words = [*judged, *(word for text in [*sets, "audit.before_training=false"] for word in ("--set", text))]
+    assert forks.run([*FORKED, "train", *words, "--out", str(tmp_path / "one")]).returncode == 0
+    done = run(*LAUNCH, *TUNESMITH, "train", *words, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    for kind, fields in (
+        (events.StepDone, ("loss", "units", "mixed_loss", "mixed_units")),
+        (events.Validated, ("loss", "adherence", "best")),
+        (events.RowLosses, ("losses",)),
+    ):
+        one, two = (log(tmp_path / name, kind) for name in ("one", "two"))
+        assert len(one) == len(two) > 2
+        for here, there in zip(one, two, strict=True):
+            for name in fields:
+                expected = pytest.approx(getattr(here, name) or 0.0, rel=1e-3)
+                assert (getattr(there, name) or 0.0) == expected, (kind, name)
+    assert any(step.mixed_loss for step in log(tmp_path / "two", events.StepDone))
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_rank_is_told_and_the_run_goes_on_elsewhere(tmp_path, settings, lost):
     out = tmp_path / "run"
