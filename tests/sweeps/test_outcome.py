@@ -104,7 +104,7 @@ def test_the_best_is_taken_with_how_much_the_others_are_behind(tmp_path):
     effects = {(rank, rate): -0.01 * rank + (0.3 if rate == 1e-4 else 0) for rank in RANKS for rate in RATES}
     verdict = planted(tmp_path, effects).verdict
     assert verdict.startswith("take rank=32, rate=0.0002: held-out loss 0.")
-    assert re.search(r"; all others are shown to be worse, by 0\.1[4-8]\d? or more$", verdict)
+    assert re.search(r"; all others are shown to be worse, the nearest by 0\.1[4-8]\d?$", verdict)
 
 
 def test_among_equal_weights_less_memory_decides_then_time_and_five_percent_is_none():

@@ -422,7 +422,7 @@ def _said(
             if len(behind) == len(ranked) - 1
             else f"{len(behind)} of {len(ranked) - 1} others are"
         )
-        least = f", by {metric.difference(min(behind))} or more" if behind else ""
+        least = f", the nearest by {metric.difference(min(behind))}" if behind else ""
         value = metric.text(leader.value)
         return (
             f"take {leader.label}: {metric.name} {value}; {others} shown to be worse{least}",
