@@ -213,3 +213,13 @@ def test_the_time_counts_every_batch_of_answers(tiny_model, rows, monkeypatch):
     assert total("loop.adherence_prompts=3") - none == pytest.approx(4 * a_batch)
     assert total("loop.adherence_prompts=17") - none == pytest.approx(8 * a_batch)
     assert total("loop.prompts=[hello]") - none == pytest.approx((2 + 4) * a_batch)
+
+
+def test_the_pass_that_measures_difficulty_has_its_name(tiny_model, rows, monkeypatch):
+    monkeypatch.setattr(forecast, "product_rate", lambda: 1e11)
+    shuffled, ordered = (
+        tunesmith.plan(settings(tiny_model, rows, f"data.order={order}")).forecast
+        for order in ("shuffled", "difficulty")
+    )
+    names = {term.name for term in ordered.beside} - {term.name for term in shuffled.beside}
+    assert names == {"measuring difficulty"} and ordered.total_s.value > shuffled.total_s.value

@@ -26,7 +26,7 @@ from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import Run
 from tunesmith.runs.forecasts import Amount, Forecast, MeasuredRun, Term
 from tunesmith.tokens.batches import Cut, Group, bucketed
-from tunesmith.training import anatomy, footprint, frozen, preparation, reference
+from tunesmith.training import anatomy, footprint, frozen, ordering, preparation, reference
 from tunesmith.training.anatomy import Anatomy
 from tunesmith.training.footprint import Micro, Moment
 from tunesmith.training.pace import UpdatePace
@@ -137,8 +137,8 @@ class Needs:
         moments = [self.stepping_moment]
         if prepared.valid:
             moments += _scored("validation", spec, anatomy, prepared.valid)
-        if self._passes_before:
-            moments += _scored("the reference pass", spec, anatomy, [*prepared.train, *prepared.valid])
+        for name, groups in self._passes_before.items():
+            moments += _scored(name, spec, anatomy, groups)
         if prompts := self._prompts():
             at_once = min(len(prompts), ANSWERED_AT_ONCE)
             moments.append(footprint.sampling(anatomy, at_once, max(prompts), spec.loop.sample_tokens))
@@ -147,9 +147,14 @@ class Needs:
         return moments
 
     @property
-    def _passes_before(self) -> int:
-        """Passes over all rows before the first update."""
-        return self.prepared.objective.needs_reference + (self.config.data.order == "difficulty")
+    def _passes_before(self) -> dict[str, list[Group]]:
+        """Passes over rows before the first update, by name."""
+        prepared, passes = self.prepared, {}
+        if self.config.data.order == "difficulty":
+            passes["measuring difficulty"] = ordering.judged(prepared)
+        if prepared.objective.needs_reference:
+            passes["the reference pass"] = [*prepared.train, *prepared.valid]
+        return passes
 
     def _prompts(self) -> list[int]:
         """Tokens of each prompt that is answered as a sample."""
@@ -289,8 +294,8 @@ class Needs:
         total = steps * update + self._answers * pace.generating(spec.sample_tokens)
         if self.prepared.valid:
             total += self._validations * _scoring_s(pace, self.config, self.prepared.valid)
-        for _ in range(self._passes_before):
-            total += _scoring_s(pace, self.config, [*self.prepared.train, *self.prepared.valid])
+        for groups in self._passes_before.values():
+            total += _scoring_s(pace, self.config, groups)
         factor = OTHER_TIME_FACTOR if not fitted(self.anatomy) else TIME_FACTOR
         if self.calibration:
             factor = MEASURED_TIME_FACTOR

@@ -34,12 +34,12 @@ def measured(
 ) -> Prepared:
     """``prepared`` with its first epoch from the row of the lowest loss to that of the highest, by the model
     as it is now. Values come from the run's ``folder`` or the cache of references, or are measured."""
-    judged = _judged(prepared)
-    cut, _ = Cut.around(config.batch, judged)
+    groups = judged(prepared)
+    cut, _ = Cut.around(config.batch, groups)
     own = None if folder is None else folder / DIFFICULTY
     name = reference.name(reference.facts(config, loaded))
     losses = reference.measure(
-        loaded.net, judged, cut, name, own=own, ranks=among, stopped=stopped, notify=notify
+        loaded.net, groups, cut, name, own=own, ranks=among, stopped=stopped, notify=notify
     )
     notify(Notice(f"difficulty: {losses.measured:,} sequences measured, {losses.cached:,} cached"))
     return _by_difficulty(prepared, losses)
@@ -58,10 +58,10 @@ def recorded(prepared: Prepared, folder: Path) -> Prepared:
 
 def count(prepared: Prepared) -> int:
     """How many sequences are measured, each once."""
-    return len({group.sequences[0].digest for group in _judged(prepared)})
+    return len({group.sequences[0].digest for group in judged(prepared)})
 
 
-def _judged(prepared: Prepared) -> list[Group]:
+def judged(prepared: Prepared) -> list[Group]:
     """The sequence of each row by which its difficulty is judged: of a pair the chosen answer."""
     return [group._replace(sequences=group.sequences[:1]) for group in prepared.train]
 
@@ -70,7 +70,7 @@ def _by_difficulty(prepared: Prepared, losses: Reference) -> Prepared:
     """Difficulty is the loss in nats a learned token."""
     difficulties = [
         -group.reference[0] / group.learned[0] if group.learned[0] > 0 else 0.0
-        for group in losses.fill(_judged(prepared))
+        for group in losses.fill(judged(prepared))
     ]
     plan = prepared.plan.easy_first(difficulties)
     counts = prepared.counts | {"padding_share": round(plan.padding_share(), 4)}
