@@ -124,10 +124,11 @@ def small_machine(monkeypatch, ceiling):
 
 
 def test_a_run_that_cannot_fit_is_refused_unless_told(tiny_model, rows, tmp_path, monkeypatch):
-    small_machine(monkeypatch, 5e5)
+    small_machine(monkeypatch, 6e5)
     config = settings(tiny_model, rows, "loop.steps=1")
-    with pytest.raises(OutOfMemory, match=r"at least, and this machine has 0\.5 MB") as caught:
+    with pytest.raises(OutOfMemory, match=r"at least, and this machine has 0\.6 MB") as caught:
         tunesmith.train(config, out=tmp_path / "run")
+    assert "plan --fit 1MB" in caught.value.hint  # not 0GB, which plan refuses
     assert "--anyway" in caught.value.hint and not (tmp_path / "run").exists()
     assert tunesmith.train(config, out=tmp_path / "run", anyway=True).status == "completed"
 

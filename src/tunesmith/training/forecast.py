@@ -406,7 +406,7 @@ def require_room(forecast: Forecast, anyway: bool) -> None:
     """Raises OutOfMemory if even the low end of the interval is more than this machine has."""
     if forecast.cannot_fit and not anyway:
         text = f"needs {size(forecast.needed.low)} at least, and this machine has {size(forecast.ceiling)}"
-        fit = f"tunesmith plan --fit {0.9 * forecast.ceiling / 1e9:.0f}GB"
+        fit = f"tunesmith plan --fit {0.9 * forecast.ceiling / 1e6:.0f}MB"
         hint = f"{fit} with the same settings proposes changes; train --anyway starts all the same"
         raise OutOfMemory(f"the run {text}", where="before step 1", hint=hint)
 
