@@ -234,6 +234,11 @@ def test_a_dry_run_lists_the_command_of_each_trial_and_writes_nothing(place, mon
     commands = json.loads(result.stdout)
     assert list(commands) == [f"rank={rank}_adapter={kind}" for rank in (2, 4) for kind in ("lora", "dora")]
     assert commands["rank=2_adapter=dora"].endswith("--set adapter.rank=2 --set adapter.kind=dora")
+    words = ["sweep", str(file), "--dry-run", "--json", "--part"]
+    first, second = (json.loads(CliRunner().invoke(app, [*words, part]).stdout) for part in ("1/2", "2/2"))
+    assert first | second == commands and list(first) == list(commands)[::2]
+    searched = CliRunner().invoke(app, ["sweep", str(file), "--dry-run", "--optuna", "3"])
+    assert isinstance(searched.exception, ConfigError) or "cannot be listed" in searched.output
     assert list(tmp_path.iterdir()) == []
 
 

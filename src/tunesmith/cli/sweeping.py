@@ -35,7 +35,12 @@ def sweep(
 ) -> None:
     """Train the trials of a file and compare them; the same command goes on after an interruption."""
     if dry_run:
-        _list(file, config, preset, model, data, sets, as_json)
+        if optuna is not None:
+            from tunesmith.errors import ConfigError
+
+            hint = "what is tried next depends on all that was tried"
+            raise ConfigError("the trials of a search cannot be listed", where="--dry-run", hint=hint)
+        _list(file, config, preset, model, data, sets, part, as_json)
         return
     with progress("; finished trials are kept, and the same command goes on") as notify:
         report = tunesmith.sweep(
@@ -70,16 +75,18 @@ def _list(
     model: str | None,
     data: list[str] | None,
     sets: list[str] | None,
+    part: str | None,
     as_json: bool,
 ) -> None:
-    """The trials with the command of each."""
+    """The trials, or a part of them, with the command of each."""
     from tunesmith.sweeps import trials, verb
 
     asked = verb.request(
         file, config=config or (), preset=preset, model=model, data=data or (), sets=sets or ()
     )
     verb.require_trials(asked)
-    commands = {trial.name: trials.command(trial) for trial in asked.plan.trials}
+    mine = asked.plan.part(*verb.parse_part(part))
+    commands = {trial.name: trials.command(trial) for trial in mine}
     if as_json:
         print_json(commands)
         return

@@ -77,9 +77,7 @@ class Execution:
             self.followers[trial.name] = Follower(self._run_dir(trial))
         with _terminable():
             self._catch_up()
-            number, count = self.part
-            mine = self.plan.trials[number - 1 :: count]
-            queue = [trial for trial in mine if self._is_open(trial)]
+            queue = [trial for trial in self.plan.part(*self.part) if self._is_open(trial)]
             try:
                 while queue or self.children:
                     self._begin(queue)

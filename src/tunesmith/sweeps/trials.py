@@ -62,6 +62,10 @@ class SweepPlan:
     def of(self, setting: int) -> list[Trial]:
         return [trial for trial in self.trials if trial.setting == setting]
 
+    def part(self, number: int, count: int) -> tuple[Trial, ...]:
+        """Of the trials dealt out to ``count`` machines, those of machine ``number``, counted from 1."""
+        return self.trials[number - 1 :: count]
+
 
 def expand(spec: SweepSpec, base: BaseSpec, place: str, environ: Mapping[str, str]) -> SweepPlan:
     """base: that of ``spec`` with the options of the command line over it. place: the file, for errors.

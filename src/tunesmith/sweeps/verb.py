@@ -125,7 +125,7 @@ def sweep(
             raise ConfigError("a search cannot be divided", where="--part", hint=hint)
         return _searched(asked, optuna, at_once, notify)
     require_trials(asked)
-    return _require_result(_run(asked, at_once, notify, WHOLE if part is None else _part(part)))
+    return _require_result(_run(asked, at_once, notify, parse_part(part)))
 
 
 def require_trials(asked: SweepRequest) -> None:
@@ -135,8 +135,10 @@ def require_trials(asked: SweepRequest) -> None:
         raise ConfigError("a space is searched with --optuna", where=str(asked.file), hint=hint)
 
 
-def _part(text: str) -> tuple[int, int]:
-    """(number, count) of "1/3"."""
+def parse_part(text: str | None) -> tuple[int, int]:
+    """(number, count) of "1/3". Raises ConfigError if it is not a part."""
+    if text is None:
+        return WHOLE
     number, _, count = text.partition("/")
     if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
         return int(number), int(count)
