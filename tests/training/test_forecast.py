@@ -59,9 +59,10 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_peak_of_a_run_is_near_its_forecast(tiny_model, rows, tmp_path, name):
     config = settings(tiny_model, rows, "loop.steps=2", *SETTINGS[name])
+    held = mx.get_active_memory()  # by modules of other tests
     run, said = lines_heard(config, out=tmp_path / "run")
     plan = forecasts.read(run)
-    assert plan.measured.peak == pytest.approx(plan.predicted.peak.value, rel=0.25)
+    assert plan.measured.peak - held == pytest.approx(plan.predicted.peak.value, rel=0.25)
     assert (plan.measured.steps, plan.measured.status) == (2, "completed")
     assert len(said) == 1 and "of memory at the peak" in said[0]
 
