@@ -54,11 +54,16 @@ def test_damaged_models_end_in_an_error(tmp_path):
     require_errors(cases)
 
 
-@pytest.mark.real
-@pytest.mark.parametrize("part", range(4))
-def test_two_thousand_damaged_models_end_in_an_error(tmp_path, part):
-    cases = outcomes(tmp_path, 48 + part * 500, 48 + (part + 1) * 500)
-    assert len(cases) == 500
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        pytest.param(48, 168, marks=pytest.mark.real),
+        *(pytest.param(start, start + 470, marks=pytest.mark.sweep) for start in range(168, 2048, 470)),
+    ],
+)
+def test_two_thousand_damaged_models_end_in_an_error(tmp_path, first, last):
+    cases = outcomes(tmp_path, first, last)
+    assert len(cases) == last - first
     require_errors(cases)
 
 
