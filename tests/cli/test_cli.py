@@ -322,6 +322,7 @@ def test_init_writes_settings_that_load(tmp_path, tiny_model, rows):
     assert settings.spec.adapter.targets == ("all-linear",) and settings.spec.model.path == str(tiny_model)
     assert text.count("#") > 60 and "required" in run("init").stdout
     assert "smollm2-demo" in run("init", "--presets").stdout
+    assert "smollm2-demo" in json.loads(run("init", "--presets", "--json").stdout)
     assert "batch" in json.loads(run("init", "--schema").stdout)["properties"]
 
 

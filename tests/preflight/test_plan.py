@@ -232,6 +232,11 @@ def test_the_record_takes_no_settings():
     assert isinstance(result.exception, ConfigError) and "takes no --model" in str(result.exception)
 
 
+def test_a_folder_of_runs_is_for_the_record_only():
+    result = run("plan", "--model", "m", "--folder", "runs")
+    assert isinstance(result.exception, ConfigError) and "is for --record" in str(result.exception)
+
+
 def test_the_doctor_says_which_settings_fit(tiny_model, monkeypatch):
     rows = {row.name: row for row in capacity.settings(str(tiny_model))}
     lora, recomputed = (rows[f"LoRA on all linear layers{end}"] for end in ("", ", layers recomputed"))

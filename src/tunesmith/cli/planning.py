@@ -35,7 +35,9 @@ def plan(
     record: Annotated[
         bool, typer.Option("--record", help="instead: how far the forecasts of finished runs were off")
     ] = False,
-    folder: Annotated[Path, typer.Option("--folder", help="folder of the runs, for --record")] = Path("runs"),
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="folder of the runs, for --record (default: runs)")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate memory, disk and time of a run, with intervals, before anything is spent."""
@@ -43,8 +45,13 @@ def plan(
     words |= {"--accept": accept}
     if record:
         flags = {"--measure": measure, "--fit": fit, "--fit-time": fit_time}
-        _record(folder, [name for name, value in (words | flags).items() if value], as_json)
+        given = [name for name, value in (words | flags).items() if value]
+        _record(folder or Path("runs"), given, as_json)
         return
+    if folder is not None:
+        from tunesmith.errors import ConfigError
+
+        raise ConfigError("is for --record", where="--folder", hint="add --record, or leave it out")
     resolved = tunesmith.configure(
         preset=preset,
         config=config or (),

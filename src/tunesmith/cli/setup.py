@@ -35,8 +35,14 @@ def init(
     from tunesmith.settings import config
 
     if presets:
-        for name, path in sorted(config.presets().items()):
-            typer.echo(f"{name}\t{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+        lines = {
+            name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            for name, path in sorted(config.presets().items())
+        }
+        if as_json:
+            print_json(lines)
+        else:
+            say("\n".join(f"{name}\t{line}" for name, line in lines.items()))
     elif source is not None:
         _translate(source, source_format, preset, model, data, as_json)
     elif schema:

@@ -20,7 +20,7 @@ from tunesmith.adapters import adapted, trainable
 from tunesmith.errors import ExportError, listing
 from tunesmith.events import Sink
 from tunesmith.exports.weights import Tensors
-from tunesmith.model.stored import Place, headers
+from tunesmith.model.stored import Place, header_bytes, headers
 from tunesmith.model.vocabulary import extended
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
@@ -247,9 +247,7 @@ def _resized_header(header: Mapping[str, Any], rows: Mapping[str, list[int]]) ->
         entries[name] = {**entry, "shape": rows.get(name, entry["shape"]), "data_offsets": [end, end + size]}
         end += size
     metadata = {"__metadata__": header["__metadata__"]} if "__metadata__" in header else {}
-    content = json.dumps({**metadata, **entries}).encode()
-    content += b" " * (-len(content) % 8)
-    return len(content).to_bytes(8, "little") + content
+    return header_bytes({**metadata, **entries})
 
 
 def _decode(content: bytes, code: str) -> np.ndarray:

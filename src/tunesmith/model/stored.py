@@ -121,11 +121,22 @@ def _experts(
     return {part: Place(name, index) for index, part in enumerate(names) if part is not None}
 
 
+def header_bytes(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """What a safetensors file with the header ``entries`` begins with: an 8-byte length, and JSON."""
+    content = json.dumps(entries).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+def content_bytes(entries: Mapping[str, Mapping[str, Any]]) -> int:
+    """Size of the tensors that the header ``entries`` names."""
+    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    return max(ends, default=0)
+
+
 def write_hollow(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """A safetensors file with the header ``entries``, whose content is a hole that takes no space."""
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    header = header_bytes(entries)
     with path.open("wb") as out:
-        out.write(len(header).to_bytes(8, "little") + header)
-        out.truncate(8 + len(header) + max(ends, default=0))
+        out.write(header)
+        out.truncate(len(header) + content_bytes(entries))

@@ -4,7 +4,6 @@ One matrix is dequantised at a time, of a stack of experts one expert, so that m
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, ReaderTensor, quants
 
 from tunesmith.errors import ModelError
+from tunesmith.model import stored
 from tunesmith.model.gguf.architectures import EXPERTS, TOP, Architecture, Config
 from tunesmith.model.gguf.metadata import FACTORS, Metadata
 
@@ -124,15 +124,13 @@ def write(parts: Iterable[Part], target: Path, dtype: str, tick: Callable[[int, 
     Raises ModelError if the disk is too small, or if a tensor has values that are not finite as ``dtype``."""
     parts = list(parts)
     entries = header(parts, dtype)
-    end = max((entry["data_offsets"][1] for entry in entries.values() if "shape" in entry), default=0)
+    end = stored.content_bytes(entries)
     free = shutil.disk_usage(target.parent).free
     if free < end + (64 << 20):
         message = f"converted weights take {end / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         raise ModelError(message, hint="set TUNESMITH_CACHE to a folder on a larger disk")
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
     with target.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(stored.header_bytes(entries))
         for done, part in enumerate(parts, start=1):
             for array in part.arrays():
                 out.write((array if part.packed else _stored(array, part.source, dtype)).tobytes())
