@@ -6,8 +6,9 @@ that rows and seeds that are hard for all settings cancel. Its variance is clust
 the same rows or each its own. What they subtract as counted twice is subtracted for rows of a single seed
 only: with few seeds it is too much for the others. The part of the seeds is at least that of the interaction
 of settings and seeds over all settings (a two-way analysis of variance), since two or three seeds alone tell
-little. Interval and p are Student's, with Satterthwaite's degrees of freedom. With one seed the variance
-between seeds is unknown, and intervals cover the rows only.
+little. Interval and p are Student's; the quantiles for rows and for seeds are weighted by their parts of the
+variance (Cochran and Cox 1957), since Satterthwaite's degrees of freedom claim too much with few seeds. With
+one seed the variance between seeds is unknown, and intervals cover the rows only.
 
 All pairs of settings and all levels of each key are one family, corrected by Holm: the best setting is chosen
 by the same numbers, so comparisons with it alone would find a difference too often."""
