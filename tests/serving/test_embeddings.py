@@ -122,6 +122,15 @@ def test_a_full_queue_refuses_inputs_too(start_server, settings):
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
 
 
+def test_the_memory_that_was_admitted_is_waited_for(server, post, monkeypatch):
+    worker, admitted, waited = server.service.worker, [], []
+    admit, run = worker.admit, worker.run
+    monkeypatch.setattr(worker, "admit", lambda cost: (admitted.append(cost), admit(cost)))
+    monkeypatch.setattr(worker, "run", lambda job, cost=0: (waited.append(cost), run(job, cost))[1])
+    vectors(post(model="base", input=TEXTS))
+    assert admitted == [max(waited)] and admitted[0] > 0
+
+
 def test_what_an_input_needs_is_not_underestimated(server):
     net = server.service.models.loaded.net
 
