@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 from adapters import mixtures
 from safetensors.numpy import load_file
@@ -17,12 +15,6 @@ from tunesmith.training.forecast import Outline
 from tunesmith.training.pace import UpdatePace
 
 QUICK = ["audit.before_training=false", "loop.samples=0", "data.valid=0"]
-
-
-@pytest.fixture(autouse=True)
-def _empty():
-    """What earlier tests hold would be in the peak."""
-    gc.collect()
 
 
 @pytest.fixture(scope="module")

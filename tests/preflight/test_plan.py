@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 
 import pytest
@@ -20,12 +19,6 @@ from tunesmith.preflight import capacity, fitting
 from tunesmith.training import forecast
 
 QUICK = ["audit.before_training=false", "loop.samples=0"]
-
-
-@pytest.fixture(autouse=True)
-def _empty():
-    """What earlier tests hold would be in the peak."""
-    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +53,6 @@ def test_the_verb_prints_tables_and_json(tiny_model, rows):
 def test_two_measured_updates_correct_the_plan(tiny_model, rows, tmp_path):
     config = settings(tiny_model, rows, "adapter.targets=all-linear", "data.valid=0")
     measured = tunesmith.plan(config, measure=True).forecast
-    gc.collect()
     trained = tunesmith.train(config, out=tmp_path / "run")
     outcome = tunesmith.runs.forecasts.read(trained).measured
     assert measured.basis == "measured updates"

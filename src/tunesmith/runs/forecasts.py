@@ -83,9 +83,9 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRun:
-    """What a run needed. ``peak``: bytes of MLX's allocator from the first update on; ``resident``: of the
-    process. ``update_s``: median seconds of an update. ``total_s``: of this and earlier sessions of the run.
-    ``steps``: updates that were made."""
+    """What a run needed. ``peak``: bytes of MLX's allocator from the first update on, without what the
+    process held before the run; ``resident``: of the process. ``update_s``: median seconds of an update.
+    ``total_s``: of this and earlier sessions of the run. ``steps``: updates that were made."""
 
     peak: int
     resident: int

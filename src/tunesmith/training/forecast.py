@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -437,11 +438,19 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 
+def held_before() -> int:
+    """Bytes of the arrays that this process holds."""
+    gc.collect()  # what nobody can use any more would be freed during the run
+    return mx.get_active_memory()
+
+
 @dataclass
 class Watched:
-    """A sink that passes events on to ``emit``, and measures what the run needs."""
+    """A sink that passes events on to ``emit``, and measures what the run needs. ``held``: bytes of arrays
+    that the process held before the run, such as those of another model in a notebook."""
 
     emit: Sink
+    held: int = 0
     seconds: list[float] = field(default_factory=list)
     resident: int = 0
     step: int = 0
@@ -468,7 +477,7 @@ class Watched:
         except DataError as error:
             self.emit(Notice(f"{error.what}: it is written anew", level="warning", where=error.where))
         outcome = MeasuredRun(
-            mx.get_peak_memory(),
+            max(0, mx.get_peak_memory() - self.held),
             self.resident,
             statistics.median(self.seconds),
             self.total_s,

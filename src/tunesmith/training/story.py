@@ -57,6 +57,7 @@ def train(
     among = ranks.join(hear)
     hear.muted = not among.writes
     # 1. Settings and machine
+    before = forecast.held_before()
     config = _checked(config, out, resume, among, notes, hear)
     # 2. Files → examples → audit → tokens → groups → plan of updates
     recorded = manifest.recorded(resume) if resume else Recorded.on_first_rank(among)
@@ -81,7 +82,7 @@ def train(
         prepared = _compared(prepared, config, model.loaded, run, among, stop, hear)
         # 6. The checkpoint to continue from, and the log
         cursor = _restored(resume, model.net, state, among, hear)
-        emit = Watched(_log(run, cursor, config, prepared, model.attached, hear, held))
+        emit = Watched(_log(run, cursor, config, prepared, model.attached, hear, held), before)
         if run is not None:
             held.callback(emit.write, run, predicted)
         # 7. The loop
