@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check lint parity clients real sweep clean
+.PHONY: demo test check lint docs parity clients real sweep clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tunesmith.demo
@@ -20,6 +20,10 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python .ci/house.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The site, in site/: any web server shows the folder. The variable leaves out an advertisement.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[parity]'
@@ -41,4 +45,4 @@ $(INSTALLED): pyproject.toml
 	touch $(INSTALLED)
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site

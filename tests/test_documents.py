@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import tomllib
+from collections import Counter
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
@@ -27,10 +28,11 @@ from tunesmith.serving.guardrails import guardrail, load_guardrails, screened
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "tunesmith"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINKED = re.compile(r"\[([^\]]+)\]\([^)]+\)")
 FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)*(?:\.(?:py|md|yaml|html|css|sh)|/)")
 DOTTED = re.compile(r"(\w+)\.(\w+(?:\.\w+)*)(?:\(.*|[:=].*)?")
 VERB = re.compile(r"tunesmith ([a-z]+)\b([^`\n#|]*)")
@@ -74,11 +76,11 @@ def resolves(name: str) -> bool:
     return False
 
 
-def anchors(page: Path) -> set[str]:
-    """The anchors that the headings of a page get on GitHub."""
+def anchors(page: Path) -> list[str]:
+    """The anchors that the headings of a page get on GitHub, and on the site (.ci/site.py)."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
-    plain = [re.sub(r"[^\w\- ]", "", heading.replace("`", "")).lower() for heading in headings]
-    return {heading.strip().replace(" ", "-") for heading in plain}
+    plain = [re.sub(r"[^\w\- ]", "", LINKED.sub(r"\1", heading)).lower() for heading in headings]
+    return [heading.strip().replace(" ", "-") for heading in plain]
 
 
 def test_links_and_anchors_resolve():
@@ -95,12 +97,27 @@ def test_links_and_anchors_resolve():
     assert count >= 25
 
 
+def test_no_two_headings_of_a_page_have_one_anchor():
+    """GitHub and the site number equal anchors differently."""
+    for page in PAGES:
+        repeated = [anchor for anchor, count in Counter(anchors(page)).items() if count > 1]
+        assert not repeated, f"{page.name}: {repeated}"
+
+
+def navigation() -> set[Path]:
+    """The pages that the site lists beside each page."""
+    lines = re.findall(r"^ +- .*: (\S+\.md)$", text(ROOT / "mkdocs.yml"), re.M)
+    return {ROOT / "docs" / line for line in lines}
+
+
 def test_every_page_is_reached_from_the_readme():
+    """By links of pages; the first page of the site has the navigation."""
     seen, waiting = set(), [PAGES[0]]
     while waiting:
         page = waiting.pop()
         seen.add(page)
         linked = {(page.parent / target.partition("#")[0]).resolve() for target in LINK.findall(prose(page))}
+        linked |= navigation() if page == ROOT / "docs" / "index.md" else set()
         waiting += [other for other in linked if other in PAGES and other not in seen]
     assert set(PAGES) - seen == set()
 

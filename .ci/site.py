@@ -1,0 +1,66 @@
+"""What mkdocs does beyond mkdocs.yml.
+
+Headings get the anchors that GitHub gives them, so that one link works in both places. A page may link to any
+file of the repository: a Markdown file becomes a page, another file is copied, both under ``repository/``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+from posixpath import normpath, relpath
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+from pymdownx.slugs import slugify
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```.*?^```", re.M | re.S)
+LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
+COPIES = "repository"
+"""The folder of the site for files from outside docs/."""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add each file of the repository that a page links to, and what added pages link to in turn."""
+    waiting = [page.src_uri for page in files.documentation_pages()]
+    while waiting:
+        page = waiting.pop()
+        for target in LINK.findall(FENCE.sub("", repository_path(page).read_text("utf-8"))):
+            uri = site_uri(page, target)
+            source = repository_path(uri)
+            if uri in files.src_uris or not uri.startswith(f"{COPIES}/") or not source.is_file():
+                continue
+            level = InclusionLevel.NOT_IN_NAV
+            files.append(File.generated(config, uri, abs_src_path=str(source), inclusion=level))
+            if uri.endswith(".md"):
+                waiting.append(uri)
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links to where the files are on the site."""
+    place = page.file.src_uri
+
+    def moved(match: re.Match[str]) -> str:
+        return relpath(site_uri(place, match[1]), str(PurePosixPath(place).parent))
+
+    parts = re.split(f"({FENCE.pattern})", markdown, flags=FENCE.flags)
+    return "".join(part if part.startswith("```") else LINK.sub(moved, part) for part in parts)
+
+
+def repository_path(uri: str) -> Path:
+    """The file in the repository of a path on the site."""
+    return ROOT / uri.removeprefix(f"{COPIES}/") if uri.startswith(f"{COPIES}/") else ROOT / "docs" / uri
+
+
+def site_uri(page: str, target: str) -> str:
+    """Where a link's target is on the site. ``page``: the path of the page that links, on the site."""
+    folder = repository_path(page).parent.relative_to(ROOT).as_posix()
+    path = normpath(f"{folder}/{target}")
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"{COPIES}/{path}"
