@@ -15,15 +15,15 @@ from tunesmith.tokens.batches import PER_CALL
 from tunesmith.training.anatomy import Anatomy, Projection
 from tunesmith.training.footprint import Micro, retained
 
-PRODUCT_SHARE = 0.85
+PRODUCT_SHARE = 0.75
 """Share of the rate of large products that those of an update reach."""
 READ_BYTES = 5e9
 """Bytes of weights that a step of generation reads in a second."""
-ELEMENT_S = 2.5e-9
+ELEMENT_S = 3.9e-9
 """Seconds for each kept element: norms, activations and sums, forward and backward."""
 ATTENTION_BACKWARD = 2.5
 """Products of attention's backward pass for each of its forward pass."""
-EXPERT_SHARE = 0.5
+EXPERT_SHARE = 0.1
 """Rate of products of routed experts, whose rows are few, as a share of the others'."""
 
 
