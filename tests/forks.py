@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import io
 import json
 import os
 import runpy
@@ -175,6 +176,8 @@ def _become(request: dict[str, Any]) -> None:
     ):
         os.dup2(os.open(name, flags), handle)
     sys.stdin = open(0)
+    if os.environ.get("PYTHONUNBUFFERED") and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     module, *sys.argv[1:] = request["words"]
     sys.modules.pop(module, None)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
