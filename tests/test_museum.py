@@ -1,10 +1,4 @@
-"""Bugs of the field, one test each, numbered as in the notes that list them; others stand beside what they
-concern.
-
-Elsewhere: 3, 5, 6, 20 in test_laws · 8, 22 in test_adapters · 13–16 in test_template · 13, 17 in test_formats
-· 18 in test_tasks · 21 in test_config · of PEFT's mixtures, 3004, 3111, 3449, 3737, 3761 in
-adapters/test_composition · of exports, in exports/test_museum · of plans, in preflight/test_museum · of
-sweeps, aprender 2258 in sweeps/test_sweep and test_probe · of servers, in `SERVERS`."""
+"""Bugs of the field, one test each. docs/museum.md lists all, also those that stand elsewhere."""
 
 from __future__ import annotations
 
@@ -32,17 +26,6 @@ from tunesmith.settings import config
 from tunesmith.tokens.batches import Cut, Group, Plan, collate
 from tunesmith.tokens.template import Tokens
 from tunesmith.training import gradients, story, updates
-
-SERVERS = {
-    "engine/test_engine.py": ("mlx-lm 965", "omlx 1798"),
-    "engine/test_prefixes.py": ("mlx-lm 1215", "llama.cpp 26207", "vllm 42125 and 30931", "llama.cpp 27148"),
-    "engine/test_quantised.py": ("mlx-lm 1467",),
-    "serving/test_worker.py": ("mlx-lm 854", "mlx-lm 1909, 1672", "mlx-serve 40"),
-    "serving/test_app.py": ("mlx-lm 1249", "sglang-jax 1521", "mlx-openai-server 321"),
-    "serving/test_assembly.py": ("mlx_lm_1374", "mlx_lm_1307", "rapid_mlx_579", "vllm_44012"),
-    "serving/test_chat.py": ("ollama_17933",),
-}
-"""File of tests → the bugs of servers that it names."""
 
 
 @pytest.fixture
@@ -247,9 +230,3 @@ def test_museum_sums_over_a_vocabulary_keep_their_digits(vocabulary, monkeypatch
         np.testing.assert_allclose(np.array(kernels.log_sums(mx.array(logits))), exact, rtol=2e-7)
         ours = np.array(kernels.token_logprobs(mx.array(logits), mx.zeros(4, mx.int32)))
         np.testing.assert_allclose(ours, logits[:, 0] - exact, rtol=3e-7)
-
-
-@pytest.mark.parametrize("name", SERVERS)
-def test_bugs_of_servers_have_a_test(name):
-    text = (Path(__file__).parent / name).read_text("utf-8")
-    assert [bug for bug in SERVERS[name] if bug not in text] == []

@@ -1,13 +1,4 @@
-"""Faults of other exporters. Those that a planted change shows are in test_planted, and:
-
-- test_families: mlx-lm 1723 (weights that one artefact was given are unreadable afterwards: nine kinds of one
-  model, each compared), llama.cpp 11554 (a head that was trained in full)
-- test_export: vllm 34186, 48019, 55193 (names that match nothing), vmlx-swift 320 (untransposed factors),
-  mlx-vlm 986 (alpha), ollama 8363, spotlight 32, LlamaFactory 7454 (the end token)
-- test_gguf: llama.cpp 9065, 15842, 7881, 3966, LlamaFactory 8399, Soup 781; 10551 (names of mlx-lm)
-- test_ollama: ollama 6823 (no TEMPLATE)
-- parity/test_gguf_exports: mlx-examples 1043, 849 (llama.cpp does not load the file, or does not stop)
-- adapters/test_composition: PEFT's mixtures 3004, 3111, 3449, 3737, 3761"""
+"""Faults of other exporters. docs/museum.md lists all, also those that stand beside what they concern."""
 
 from __future__ import annotations
 

@@ -199,6 +199,7 @@ def without_template(text: str) -> str:
     ids=["no template", "no end token", "not a template", "other system", "no system", "no stop"],
 )
 def test_a_spoiled_modelfile_is_rejected_and_named(run, spoil, reason, tmp_path, monkeypatch):
+    """ollama 6823: no TEMPLATE."""
     write = Ollama.write
 
     def spoiled(self, tuned, folder, notify):

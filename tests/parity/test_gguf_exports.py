@@ -84,6 +84,7 @@ def _cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_llama_cpp_computes_what_the_live_adapter_computes(name, tmp_path):
+    """mlx-examples 1043, 849: llama.cpp does not load the file, or does not stop."""
     base = tmp_path / "base"
     families.build(family_of(name)).save_pretrained(base)
     tiny.write_tokenizer(base)
