@@ -3,8 +3,8 @@ compiler."""
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -26,19 +26,21 @@ PLATFORMS = {
     "x86_64-manylinux_2_35": ON_LINUX_X86,
     "aarch64-manylinux_2_35": ON_LINUX,
 }
-SOURCES = ("sqlitedict", "rouge-score")
-"""Packages that lm-eval needs and that exist as a source archive only. Both are Python alone: no compiler is
+SOURCES = ("rouge-score", "sqlitedict", "word2number")
+"""Packages that lm-eval needs and that exist as source archives only. They are Python alone: no compiler is
 needed."""
 
 
-def uv(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("uv")
+def uv(program: str, *words: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """program: ``uv`` or ``uvx``, of this environment if it has one."""
+    own = Path(sys.executable).with_name(program)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [str(program) if program.exists() else "uv", *words],
+        [str(own) if own.exists() else program, *words],
         capture_output=True,
         text=True,
-        cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), **environment},
+        cwd=folder,
+        env=environment | {"UV_DEFAULT_INDEX": INDEX, "NO_COLOR": "1"} | variables,
     )
 
 
@@ -122,7 +124,7 @@ def test_every_extra_is_for_users_or_for_work_on_the_project():
 
 @pytest.mark.real
 def test_the_lock_is_what_uv_would_write(index):
-    done = uv("lock", "--check")
+    done = uv("uv", "lock", "--check")
     assert done.returncode == 0, f"{done.stderr}\nrun: uv lock"
 
 
@@ -131,24 +133,18 @@ def test_the_lock_is_what_uv_would_write(index):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_everything_installs_from_wheels(index, platform, python):
     """Core and extras together, so each of them alone too."""
-    words = ["pip", "compile", "pyproject.toml", "--quiet", "--no-header", "--index-url", INDEX]
+    words = ["pip", "compile", "pyproject.toml", "--quiet", "--no-header"]
     words += ["--python-platform", platform, "--python-version", python, "--only-binary", ":all:"]
     words += [word for name in SOURCES for word in ("--no-binary", name)]
     words += [word for extra in PLATFORMS[platform] for word in ("--extra", extra)]
-    done = uv(*words, MACOSX_DEPLOYMENT_TARGET="14.0")  # MLX has wheels for macOS 14 and later
+    done = uv("uv", *words, MACOSX_DEPLOYMENT_TARGET="14.0")  # MLX has wheels for macOS 14 and later
     assert done.returncode == 0, done.stderr
     assert re.search(r"^mlx==", done.stdout, re.M) and len(done.stdout.splitlines()) > 60
 
 
 @pytest.mark.real
 def test_the_wheel_runs_by_uvx_in_an_environment_of_its_own(index, wheel, tmp_path):
-    program = Path(sys.executable).with_name("uvx")
-    command = [str(program) if program.exists() else shutil.which("uvx") or "uvx", "--isolated"]
-    command += ["--index-url", INDEX, "--from", str(wheel), "tunesmith"]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "NO_COLOR": "1"}
     for words, expected in ((["--version"], f"tunesmith {PROJECT['version']}"), (["init"], "optimizer:")):
-        done = subprocess.run(
-            [*command, *words], capture_output=True, text=True, cwd=tmp_path, env=environment
-        )
+        done = uv("uvx", "--isolated", "--from", str(wheel), "tunesmith", *words, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
