@@ -31,4 +31,4 @@ def test_the_examples_of_a_page_give_what_it_shows(page):
 
 
 def test_all_pages_are_found():
-    assert len(PAGES) >= 5 and sum(len(session(page).examples) for page in PAGES) >= 60
+    assert len(PAGES) >= 7 and sum(len(session(page).examples) for page in PAGES) >= 60
