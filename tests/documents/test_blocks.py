@@ -1,4 +1,4 @@
-"""The commands of README and guides do what their pages show."""
+"""The commands of README, guides and docs/troubleshooting.md do what their pages show."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from documents import blocks
 from documents.blocks import Command, Reader
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").rglob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", DOCS / "troubleshooting.md", *sorted((DOCS / "guides").rglob("*.md"))]
 RUN = {
     page: [
         command
