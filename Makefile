@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check lint docs parity clients real sweep clean
+.PHONY: demo test check lint docs reference parity clients real sweep clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tunesmith.demo
@@ -24,6 +24,10 @@ lint: $(INSTALLED)
 # The site, in site/: any web server shows the folder. The variable leaves out an advertisement.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# docs/reference/, from the source; a test compares them.
+reference: $(INSTALLED)
+	$(BIN)/python .ci/reference
 
 parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[parity]'

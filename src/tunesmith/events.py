@@ -245,6 +245,8 @@ class Activations(Event):
 
 @dataclass(frozen=True, slots=True)
 class Saved(Event):
+    """A checkpoint was written to ``path``, of ``bytes`` bytes."""
+
     step: int
     path: str
     bytes: int

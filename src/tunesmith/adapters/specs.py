@@ -68,10 +68,22 @@ class _LowRank(Spec):
         ge=1,
         description="rank of the update, of each expert's own in routed experts; at most the smaller side of "
         "each adapted weight",
+        json_schema_extra={
+            "when": "higher if the training loss stays high on many rows; lower to save memory"
+        },
     )
-    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    alpha: float = Field(
+        32.0,
+        gt=0,
+        description="the update is scaled by alpha / rank",
+        json_schema_extra={"when": "rather change learning_rate: both scale the update"},
+    )
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of the branch's inputs set to zero in training"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the branch's inputs set to zero in training",
+        json_schema_extra={"when": "above 0 if the validation loss rises while the training loss falls"},
     )
     targets: Texts = Field(
         (AUTO,),
@@ -79,16 +91,37 @@ class _LowRank(Spec):
         description="linear layers and routed experts by name, suffix (mlp.up_proj) or pattern (*_proj); "
         "all-linear: all of them in the blocks, but no router; auto: q_proj and v_proj, or all-linear if a "
         "block does not have both",
+        json_schema_extra={
+            "when": "all-linear if q_proj and v_proj learn too little; fewer layers against forgetting"
+        },
     )
-    layers: int | None = Field(None, ge=1, description="only the last n blocks; null: all")
-    rank_stabilised: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    layers: int | None = Field(
+        None,
+        ge=1,
+        description="only the last n blocks; null: all",
+        json_schema_extra={"when": "fewer to save memory and time, or against forgetting"},
+    )
+    rank_stabilised: bool = Field(
+        False,
+        description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)",
+        json_schema_extra={"when": "for large ranks, where alpha / rank makes the update small"},
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
         description="what A and B are held, trained and saved in; the optimizer's state, DoRA's magnitudes "
         "and full_modules stay float32",
+        json_schema_extra={
+            "when": "bfloat16 halves the adapter's memory and loses small updates: only if memory is short"
+        },
     )
-    full_modules: Texts = Field((), description="modules trained in full beside it, such as input_layernorm")
-    start: str | None = Field(None, description=START)
+    full_modules: Texts = Field(
+        (),
+        description="modules trained in full beside it, such as input_layernorm",
+        json_schema_extra={"when": "to train norms, or the embedding for new tokens, beside the adapter"},
+    )
+    start: str | None = Field(
+        None, description=START, json_schema_extra={"when": "to go on with more or other rows"}
+    )
     _layer: ClassVar[type[LoRALinear]]
     _experts: ClassVar[type[LoRAExperts]]
 
@@ -180,10 +213,20 @@ class Full(Spec):
     """The weights themselves, in float32."""
 
     targets: Texts = Field(
-        ("*",), min_length=1, description="modules by name or pattern, with everything inside them"
+        ("*",),
+        min_length=1,
+        description="modules by name or pattern, with everything inside them",
+        json_schema_extra={"when": "to train only some modules"},
     )
-    layers: int | None = Field(None, ge=1, description="only the last n blocks; null: all")
-    start: str | None = Field(None, description=START)
+    layers: int | None = Field(
+        None,
+        ge=1,
+        description="only the last n blocks; null: all",
+        json_schema_extra={"when": "fewer to save memory and time, or against forgetting"},
+    )
+    start: str | None = Field(
+        None, description=START, json_schema_extra={"when": "to go on with more or other rows"}
+    )
     kind: Literal["full"] = "full"
 
     def settled(self, net: nn.Module) -> Self:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from markupsafe import Markup
 
-from tunesmith.auditing.findings import Finding
+from tunesmith.auditing.findings import SEVERITIES, Finding, Severity
 from tunesmith.auditing.views import Context, Survey, View
 
 FOLDER = "tunesmith.auditing.rules"
@@ -49,6 +49,9 @@ class Rule(ABC):
     """Name of a finding, without the dimension → what it means. `otherwise` describes a finding of another
     name."""
     otherwise: ClassVar[str] = ""
+    gravest: ClassVar[Mapping[str, Severity]] = {}
+    """Name of a finding → the most severe that it can be, "" of those that `otherwise` describes; a warning
+    if it is not named here."""
     bar: ClassVar[str] = "reported"
     drawn: ClassVar[bool] = False
     """It looks only at rows that are `Context.drawn`."""
@@ -71,6 +74,13 @@ class Rule(ABC):
     @classmethod
     def meaning(cls, finding: Finding) -> str:
         return cls.findings.get(finding.rule.partition(".")[2], cls.otherwise)
+
+    @classmethod
+    def allows(cls, finding: Finding) -> bool:
+        """Whether the finding is no more severe than `gravest` states."""
+        name = finding.rule.partition(".")[2]
+        stated = cls.gravest.get(name if name in cls.findings else "", "warning")
+        return SEVERITIES.index(finding.severity) >= SEVERITIES.index(stated)
 
 
 _registered: dict[str, Rule] = {}

@@ -335,7 +335,9 @@ def _judged(
     findings: list[Finding] = []
     tick = events.ticker(notify, "rules judged")
     for done, rule in enumerate(applied, 1):
-        findings += rule.judge(survey.kept[rule.name], survey)
+        judged = list(rule.judge(survey.kept[rule.name], survey))
+        assert all(map(rule.allows, judged)), f"{rule.name}: more severe than it states"
+        findings += judged
         survey.kept[rule.name] = []  # of many rows it is much, and no rule reads another's
         tick(done, len(applied))
     _tell_unused(survey.spec, findings, notify)

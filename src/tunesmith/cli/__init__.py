@@ -15,6 +15,7 @@ import typer
 from tunesmith.cli import (
     data,
     evaluation,
+    examples,
     exporting,
     planning,
     probing,
@@ -61,8 +62,9 @@ for verb in (
     voting.votes,
     serving.serve,
 ):
-    app.command(cls=evaluation.EvaluateCommand if verb is evaluation.evaluate else None)(verb)
-app.add_typer(register.app)
+    kind = evaluation.EvaluateCommand if verb is evaluation.evaluate else None
+    app.command(cls=kind, epilog=examples.shown(verb.__name__))(verb)
+app.add_typer(register.app, epilog=examples.shown("runs"))
 
 
 @app.callback(invoke_without_command=True)

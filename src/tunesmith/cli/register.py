@@ -71,7 +71,8 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """List what can go: checkpoints but best and last, runs that failed or were done again, caches. Never
-    what has a tag, is being trained, or is used by another run."""
+    what has a tag, is being trained, or is used by another run. Exit status 3 if something could not be
+    deleted."""
     pruning = tunesmith.prune(folder, delete=delete, only=only or ())
     if as_json:
         print_json(pruning.to_json())

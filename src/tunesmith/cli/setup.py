@@ -93,7 +93,8 @@ def doctor(
     overfit: Annotated[bool, typer.Option(help="train a tiny model for ten steps")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine: versions, device, memory, disk, BLAS, kernels, and a ten-step overfit."""
+    """Check this machine: versions, device, memory, disk, BLAS, kernels, and a ten-step overfit; exit
+    status 10 if a check fails."""
     from tunesmith.preflight.doctor import render
 
     with progress() as notify:

@@ -49,7 +49,7 @@ def train(
     explain: Annotated[bool, typer.Option("--explain", help="print every setting with its origin")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune, or resume an interrupted run."""
+    """Fine-tune, or resume an interrupted run; exit status 130 if it is interrupted."""
     if resume is not None:
         _refuse_beside_resume(
             bool(config or preset or model or data or accept or out or dry_run or anyway or explain)

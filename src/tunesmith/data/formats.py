@@ -76,45 +76,71 @@ class DataSpec(Spec):
     """Where the rows are and how they are read."""
 
     train: Texts = Field(
-        min_length=1, description="files or folders: JSONL, a JSON array (also compressed), CSV, Parquet"
+        min_length=1,
+        description="files or folders: JSONL, a JSON array (also compressed), CSV, Parquet",
+        json_schema_extra={"when": "in every run: it has no default"},
     )
     valid: Annotated[float, Field(ge=0, lt=1)] | Texts = Field(
-        0.2, description="share held out (0: none), or files"
+        0.2,
+        description="share held out (0: none), or files",
+        json_schema_extra={
+            "when": "files if you have a held-out set of your own; a smaller share if rows are many"
+        },
     )
     mix: tuple[MixSpec, ...] = Field(
         default=(),
         description="other files to train on beside the task's rows, such as general rows against "
         "forgetting: [{path: FILE, share: 0.2}]; never held out",
+        json_schema_extra={"when": "if the evaluation says that the model forgot what it could do before"},
     )
     order: Literal["shuffled", "length", "difficulty"] = Field(
         default="shuffled",
         description="order of the rows in the first epoch: shuffled, or a curriculum, the shortest or the "
         "easiest (by the loss before training) first; later epochs are shuffled",
+        json_schema_extra={"when": "if the first updates are unstable on long or hard rows"},
     )
     format: Annotated[str, AfterValidator(known_format)] = Field(
-        default="auto", description=f"layout of the rows: auto (by their keys), {', '.join(layouts())}"
+        default="auto",
+        description=f"layout of the rows: auto (by their keys), {', '.join(layouts())}",
+        json_schema_extra={"when": "if the keys of the rows fit several layouts and the wrong one is chosen"},
     )
     max_dropped: float = Field(
-        default=0.05, ge=0, le=1, description="largest share of unusable rows before it stops"
+        default=0.05,
+        ge=0,
+        le=1,
+        description="largest share of unusable rows before it stops",
+        json_schema_extra={
+            "when": "lower for data that should be clean; higher only after you have read the reasons"
+        },
     )
     instruction_layout: Literal["chat", "instruct"] = Field(
         default="chat",
         description="alpaca rows as a conversation, or as ### Instruction: text for base models",
+        json_schema_extra={"when": "instruct for a base model that has no chat template"},
     )
     reasoning: Literal["auto", "refuse", "think", "omit"] = Field(
         default="auto",
         description="reasoning beside the answer: auto: learned as the template writes it, and the row is "
         "refused if it has no form for it; refuse the row; think: <think> text before the answer; omit it",
+        json_schema_extra={
+            "when": "omit to learn answers alone; think for a template that has no form for reasoning"
+        },
     )
     structure_calls: bool = Field(
         default=False,
         description="calls and results written as text become turns, so that results are read and never "
         "learned",
+        json_schema_extra={
+            "when": "if rows hold calls and results as text: else the model learns to invent results"
+        },
     )
     text_control: Literal["refuse", "read", "letters"] = Field(
         default="refuse",
         description="control tokens such as [INST] written in plain text: refuse the row, read them as "
         "tokens, or as letters (Mistral)",
+        json_schema_extra={
+            "when": "read if a chat template rendered the text; letters if the text is about such tokens"
+        },
     )
 
     @model_validator(mode="after")

@@ -56,6 +56,8 @@ class Layout(ABC):
     looks_like: ClassVar[str]
     becomes: ClassVar[str]
     """Columns of the table in docs/data.md."""
+    example: ClassVar[str] = ""
+    """Rows in JSON, one a line, for the reference."""
     alike: ClassVar[tuple[str, ...]] = ()
     """Other layouts whose rows are also read if this one is named."""
     labelled: ClassVar[bool] = True

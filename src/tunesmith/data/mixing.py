@@ -21,12 +21,22 @@ STREAM = 19
 class MixSpec(Spec):
     """Files whose rows are trained on beside those of ``data.train``. They are never held out."""
 
-    path: Texts = Field(min_length=1, description="files or folders, as in data.train")
+    path: Texts = Field(
+        min_length=1,
+        description="files or folders, as in data.train",
+        json_schema_extra={"when": "to rows like those that the model must not forget"},
+    )
     share: float | None = Field(
-        default=None, gt=0, lt=1, description="share of these rows in all rows of an epoch; or give repeat"
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of these rows in all rows of an epoch; or give repeat",
+        json_schema_extra={"when": "more if general text or knowledge still gets worse"},
     )
     repeat: Annotated[int | None, Field(ge=1), Sensible(le=1000)] = Field(
-        default=None, description="how often an epoch has each of these rows; or give share"
+        default=None,
+        description="how often an epoch has each of these rows; or give share",
+        json_schema_extra={"when": "instead of share, if few rows must be seen a certain number of times"},
     )
 
     @model_validator(mode="after")

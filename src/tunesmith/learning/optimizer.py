@@ -52,35 +52,73 @@ class OptimizerSpec(Spec):
 
     kind: Literal[
         "adamw", "adam", "adamax", "adagrad", "adadelta", "rmsprop", "adafactor", "lion", "sgd", "muon"
-    ] = "adamw"
+    ] = Field(
+        "adamw",
+        description="rule by which gradients become changes",
+        json_schema_extra={"when": "adafactor or sgd if the optimizer's state does not fit in memory"},
+    )
     learning_rate: Annotated[float, Field(gt=0), Sensible(ge=1e-12, le=100)] = Field(
-        default=1e-4, description="peak learning rate; LoRA likes 1e-4 to 2e-4"
+        default=1e-4,
+        description="peak learning rate; LoRA likes 1e-4 to 2e-4",
+        json_schema_extra={"when": "first of all: `tunesmith probe` finds it; a tenth for full weights"},
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="from the peak after warm-up towards final_share of it at the end"
+        default="cosine",
+        description="from the peak after warm-up towards final_share of it at the end",
+        json_schema_extra={"when": "constant if you will train further from the end of the run"},
     )
     warmup_steps: int | None = Field(
-        default=None, ge=0, description="updates of linear warm-up; else warmup_share"
+        default=None,
+        ge=0,
+        description="updates of linear warm-up; else warmup_share",
+        json_schema_extra={"when": "more if the loss jumps in the first updates"},
     )
     warmup_share: float | None = Field(
-        default=None, ge=0, le=1, description="warm-up as a share of all updates"
+        default=None,
+        ge=0,
+        le=1,
+        description="warm-up as a share of all updates",
+        json_schema_extra={"when": "instead of warmup_steps, if the number of updates is not known"},
     )
     final_share: float = Field(
-        default=0.0, ge=0, le=1, description="learning rate at the end as a share of the peak"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="learning rate at the end as a share of the peak",
+        json_schema_extra={"when": "above 0 if another run will continue this one"},
     )
     max_norm: float | None = Field(
-        default=1.0, gt=0, description="clip the global gradient norm here; null: never"
+        default=1.0,
+        gt=0,
+        description="clip the global gradient norm here; null: never",
+        json_schema_extra={"when": "lower if single rows throw the loss off"},
     )
     weight_decay: float | None = Field(
-        default=None, ge=0, description="adamw, adafactor, lion, sgd, muon; on matrices only"
+        default=None,
+        ge=0,
+        description="adamw, adafactor, lion, sgd, muon; on matrices only",
+        json_schema_extra={"when": "above 0 against overfitting in long runs"},
     )
     betas: tuple[Beta, Beta] | None = Field(
-        default=None, description="adam, adamw, adamax, lion; null: MLX's default"
+        default=None,
+        description="adam, adamw, adamax, lion; null: MLX's default",
+        json_schema_extra={
+            "when": "a smaller second one if the loss has spikes: large gradients are forgotten sooner"
+        },
     )
     eps: float | None = Field(
-        default=None, gt=0, description="adam, adamw, adamax, adagrad, adadelta, rmsprop; null: MLX's default"
+        default=None,
+        gt=0,
+        description="adam, adamw, adamax, adagrad, adadelta, rmsprop; null: MLX's default",
+        json_schema_extra={"when": "to repeat another program's run"},
     )
-    momentum: float | None = Field(default=None, ge=0, lt=1, description="sgd, muon; null: MLX's default")
+    momentum: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="sgd, muon; null: MLX's default",
+        json_schema_extra={"when": "to repeat another program's run"},
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimizerSpec:

@@ -43,29 +43,60 @@ LEAST_IDS = 16
 class ModelSpec(Spec):
     """The base model and how its weights are held."""
 
-    path: str = Field(min_length=1, description="folder, GGUF file, or hub id (owner/name)")
+    path: str = Field(
+        min_length=1,
+        description="folder, GGUF file, or hub id (owner/name)",
+        json_schema_extra={"when": "to a model that was trained to chat, unless your rows are plain text"},
+    )
     quantize: Literal[4, 8] | None = Field(
-        default=None, description="bits of the frozen base; null: as it is stored"
+        default=None,
+        description="bits of the frozen base; null: as it is stored",
+        json_schema_extra={
+            "when": "4 if the weights do not fit in memory: they then take 4.5 bits each, scales included"
+        },
     )
     group_size: Literal[32, 64, 128] = Field(
-        default=64, description="weights that share a scale if quantised"
+        default=64,
+        description="weights that share a scale if quantised",
+        json_schema_extra={
+            "when": "32 loses less and takes more memory; the group limits the rank that qalora can reach"
+        },
     )
     dtype: Dtype = Field(
         default="auto",
         description="dtype of the weights that are not quantised; auto: float32 on a CPU, else the file's",
+        json_schema_extra={
+            "when": "if the device lacks the file's dtype, or to halve the memory of float32 files on a GPU"
+        },
     )
-    tokenizer: str | None = Field(default=None, description="folder, or mistral-v3; null: the model's own")
+    tokenizer: str | None = Field(
+        default=None,
+        description="folder, or mistral-v3; null: the model's own",
+        json_schema_extra={"when": "if the folder has none of its own, or a wrong one"},
+    )
     resize_embeddings: bool = Field(
         default=False,
         description="add rows to the embedding for ids of the tokenizer that it lacks, and train them",
+        json_schema_extra={"when": "if the data needs special tokens that the model has no row for"},
     )
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    revision: str | None = Field(
+        default=None,
+        description="branch, tag or commit of a hub model",
+        json_schema_extra={"when": "to repeat a run exactly although the hub's model may change"},
+    )
     adapter: str | None = Field(
         default=None,
         description="run, checkpoint, or folder that PEFT or mlx-lm saved, whose adapter is merged into "
         "the base: training starts on top of it",
+        json_schema_extra={
+            "when": "to train a second task on top of a first one, as with preferences after imitation"
+        },
     )
-    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run Python code that comes with the model",
+        json_schema_extra={"when": "only for code that you have read: it runs with your rights"},
+    )
 
 
 class Loaded(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tunesmith.display import words
 from tunesmith.display.text import escaped
@@ -62,6 +62,86 @@ class Reason:
         """As a terminal shows it, with the identifiers."""
         small = f" ({'; '.join(self.measures)})" if self.measures else ""
         return escaped(f"{self.sign} {self.text}.{small}")
+
+
+class ReasonCode(NamedTuple):
+    """What a code means, and what to do about it."""
+
+    tones: tuple[Tone, ...]
+    meaning: str
+    cure: str
+
+
+LEARN_MORE = "train longer or at a higher rate, look at the samples, and read rows that it gets wrong"
+KEEP_MORE = "mix in general rows (`data.mix`), or lower the rate, the epochs or the rank"
+ASK_MORE = "evaluate more rows"
+CODES = {
+    "task_improved": ReasonCode(("good",), "the task is done better than by the base", ""),
+    "task_regressed": ReasonCode(
+        ("error", "warning"),
+        "the task is done worse than by the base; a warning if another number improved",
+        LEARN_MORE,
+    ),
+    "task_not_shown": ReasonCode(("warning",), "no difference to the base is shown at the task", LEARN_MORE),
+    "task_too_few": ReasonCode(("warning",), "too few held-out rows for an interval", ASK_MORE),
+    "task_not_measured": ReasonCode(("warning",), "no task was measured", "tunesmith evaluate RUN"),
+    "retention_kept": ReasonCode(("good",), "what the base knew is kept within the target", ""),
+    "retention_better": ReasonCode(
+        ("warning",),
+        "a number that should stay changed beyond its target, for the better",
+        "read the answers",
+    ),
+    "retention_missed": ReasonCode(("error",), "what the base knew got worse beyond the target", KEEP_MORE),
+    "retention_regressed": ReasonCode(
+        ("warning",), "it got worse, and whether beyond the target is not shown", KEEP_MORE
+    ),
+    "retention_not_shown": ReasonCode(
+        ("warning",), "the interval allows both that the target is met and that it is missed", ASK_MORE
+    ),
+    "retention_not_measured": ReasonCode(
+        ("warning",), "knowledge, general text and chats were not measured", "tunesmith evaluate RUN"
+    ),
+    "benchmark_regressed": ReasonCode(("warning",), "a public benchmark got worse", KEEP_MORE),
+    "safety_kept": ReasonCode(("good",), "refusals are as before within the target", ""),
+    "safety_better": ReasonCode(("note",), "safety changed beyond its target, for the better", ""),
+    "safety_missed": ReasonCode(
+        ("error",), "refusals got worse beyond the target", "mix in refusals (`data.mix`), or lower the rate"
+    ),
+    "safety_regressed": ReasonCode(
+        ("warning",),
+        "it got worse, and whether beyond the target is not shown",
+        "mix in refusals (`data.mix`)",
+    ),
+    "safety_not_shown": ReasonCode(
+        ("warning",), "the interval allows both that the target is met and that it is missed", ASK_MORE
+    ),
+    "safety_not_measured": ReasonCode(("warning",), "safety was not measured", "tunesmith evaluate RUN"),
+    "number_regressed": ReasonCode(
+        ("warning",), "another number of the task or of a benchmark got worse", "read the rows that got worse"
+    ),
+    "part_regressed": ReasonCode(
+        ("warning",),
+        "a number got worse on a part of the rows, such as the calls of one tool",
+        "read these rows",
+    ),
+    "data_maybe_trained_on": ReasonCode(
+        ("warning",), "the rows that were asked may have been trained on", "evaluate on rows that were not"
+    ),
+    "evaluation_limited": ReasonCode(("note",), "only a part of the rows was asked", "leave out `--limit`"),
+    "checkpoint_not_measured": ReasonCode(
+        ("warning",), "another checkpoint than the best was measured", "evaluate the best one"
+    ),
+    "checkpoint_not_best": ReasonCode(
+        ("warning",),
+        "a checkpoint that was not kept validated better",
+        "train again with `loop.keep_best=true`",
+    ),
+    "run_failed": ReasonCode(("error",), "the run ended with an error", "mend it, and resume the run"),
+    "run_interrupted": ReasonCode(("warning",), "the run was interrupted", "resume it"),
+    "run_running": ReasonCode(("warning",), "the run still trains, or was killed", "wait, or resume it"),
+    "run_unfinished": ReasonCode(("warning",), "the run has no recorded end", "resume it"),
+}
+"""Every code of a reason of `judge`."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +254,8 @@ def judge(facts: Facts) -> Judgement:
         *_checkpoint_reasons(facts),
         *_run_reasons(facts),
     ]
+    known = [reason for reason in reasons if not reason.code.startswith("run_")]  # a state may be of later
+    assert all(reason.tone in CODES[reason.code].tones for reason in known)
     reasons.sort(key=lambda reason: TONES.index(reason.tone))
     tone = reasons[0].tone if reasons[0].tone != "note" else "good"
     head = {"error": "Do not ship", "warning": "Not shown to be fit to ship"}.get(tone, "Fit to ship")

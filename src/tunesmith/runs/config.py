@@ -37,74 +37,128 @@ class LoopSpec(Spec):
     """How long to train, and when to validate, save and sample."""
 
     epochs: Annotated[float, Field(gt=0), Sensible(le=MOST_STEPS)] = Field(
-        default=1.0, description="passes over the training rows"
+        default=1.0,
+        description="passes over the training rows",
+        json_schema_extra={
+            "when": "more if the validation loss still falls at the end, fewer if it rises before"
+        },
     )
     steps: Annotated[int | None, Field(ge=1), Sensible(le=MOST_STEPS)] = Field(
-        default=None, description="optimizer updates; if given, epochs is ignored"
+        default=None,
+        description="optimizer updates; if given, epochs is ignored",
+        json_schema_extra={"when": "for a short trial, or to compare runs of equal length"},
     )
     validate_every: int = Field(
-        default=50, ge=0, description="updates between validations; 0: first and last only"
+        default=50,
+        ge=0,
+        description="updates between validations; 0: first and last only",
+        json_schema_extra={
+            "when": "more if validation takes long; fewer on few rows, to find the best checkpoint"
+        },
     )
-    save_every: int = Field(default=100, ge=0, description="updates between checkpoints; 0: the last only")
-    keep_last: int = Field(default=3, ge=1, description="checkpoints kept beside the best")
+    save_every: int = Field(
+        default=100,
+        ge=0,
+        description="updates between checkpoints; 0: the last only",
+        json_schema_extra={"when": "more often if an interruption would cost much"},
+    )
+    keep_last: int = Field(
+        default=3,
+        ge=1,
+        description="checkpoints kept beside the best",
+        json_schema_extra={"when": "more to evaluate several checkpoints, fewer to save disk space"},
+    )
     keep_best: bool | None = Field(
         default=None,
         description="save and keep the best checkpoint by validation; null: if rows are held out",
+        json_schema_extra={"when": "false if the last checkpoint is what you want"},
     )
     best: str = Field(
         default="loss",
         description="what decides the best: loss, perplexity, adherence, or a metric of the objective "
         "(margin, …)",
+        json_schema_extra={
+            "when": "adherence or a metric of the objective if a lower loss does not give better answers"
+        },
     )
     adherence_prompts: int | None = Field(
         default=None,
         ge=0,
         description=f"held-out prompts answered at each validation to score adherence to their references; "
         f"null: {ADHERENCE_PROMPTS} if best is adherence, else none",
+        json_schema_extra={
+            "when": "more for a steadier score; each costs one generated answer at every validation"
+        },
     )
     early_stop: int | None = Field(
-        default=None, ge=1, description="stop after so many validations without a new best"
+        default=None,
+        ge=1,
+        description="stop after so many validations without a new best",
+        json_schema_extra={"when": "for long runs that may overfit"},
     )
     sample_every: int = Field(
-        default=0, ge=0, description="updates between sample answers; 0: first and last only"
+        default=0,
+        ge=0,
+        description="updates between sample answers; 0: first and last only",
+        json_schema_extra={"when": "to watch how answers change while it trains"},
     )
-    samples: int = Field(default=3, ge=0, description="validation prompts answered as samples")
+    samples: int = Field(
+        default=3,
+        ge=0,
+        description="validation prompts answered as samples",
+        json_schema_extra={"when": "more to see more answers; each takes time to generate"},
+    )
     prompts: Texts = Field(
         default=(),
         description="prompts of your own, answered when samples are and at each checkpoint: texts, files "
         "(.txt: one a line; .jsonl: {prompt: …}), or assistant, five that ship with the package",
+        json_schema_extra={
+            "when": "to see at each checkpoint what the model says to prompts that are not in the data"
+        },
     )
     sample_tokens: Annotated[int, Field(ge=1), Sensible(le=MOST_ANSWER_TOKENS)] = Field(
-        default=128, description="longest sample answer, in tokens"
+        default=128,
+        description="longest sample answer, in tokens",
+        json_schema_extra={"when": "to the length of your answers"},
     )
     instrument_every: int = Field(
         default=10,
         ge=0,
         description="updates between measurements of each weight's gradient and change; 0: never",
+        json_schema_extra={"when": "1 for a close look at few updates, 0 if it costs too much time"},
     )
     activations: bool = Field(
-        default=False, description="at validations, also measure the output of each layer"
+        default=False,
+        description="at validations, also measure the output of each layer",
+        json_schema_extra={"when": "if you suspect that values overflow or layers die"},
     )
     checkpoint_gradients: bool = Field(
         default=False,
         description="recompute each layer in the backward pass: about half of the memory beside the weights, "
         "1.2 to 1.5 the time",
+        json_schema_extra={"when": "first of all if memory runs out"},
     )
     cache_frozen: bool = Field(
-        default=False, description="cache the frozen layers' hidden states on disk while training"
+        default=False,
+        description="cache the frozen layers' hidden states on disk while training",
+        json_schema_extra={"when": "with adapter.layers and several epochs, if the disk has room"},
     )
     compile: bool | None = Field(
         default=None,
         description="compile the step for the most frequent shapes; null: on a GPU, if rows are not packed",
+        json_schema_extra={"when": "false to find an error; true to try it on a CPU"},
     )
     seed: int = Field(
         default=0,
         ge=0,
         le=2**63 - 1,
         description="decides the split, the order of rows, the adapter and its dropout",
+        json_schema_extra={"when": "to see how much of a result is chance"},
     )
     tensorboard: bool = Field(
-        default=False, description="also write TensorBoard files (needs the tensorboard extra)"
+        default=False,
+        description="also write TensorBoard files (needs the tensorboard extra)",
+        json_schema_extra={"when": "if you watch your runs there"},
     )
 
     @property
@@ -123,9 +177,17 @@ class RunConfig(Spec):
     audit: AuditSpec = Field(default_factory=lambda: AuditSpec.model_validate({}))
     template: TemplateSpec = Field(default_factory=lambda: TemplateSpec.model_validate({}))
     objective: Annotated[SerializeAsAny[Objective], BeforeValidator(Objective.member)] = Field(
-        default_factory=SFT
+        default_factory=SFT,
+        description="what is minimised; each kind has settings of its own",
+        json_schema_extra={"when": "kto if rows are labelled good and bad, dpo or orpo if they are pairs"},
     )
-    adapter: LoRA | DoRA | QALoRA | Full = Field(default_factory=lambda: LoRA.model_validate({}))
+    adapter: LoRA | DoRA | QALoRA | Full = Field(
+        default_factory=lambda: LoRA.model_validate({}),
+        description="what is trained: matrices beside the weights, or the weights; each kind has settings",
+        json_schema_extra={
+            "when": "qalora for a base that stays in 4 bits, also after export; full if memory allows"
+        },
+    )
     batch: BatchSpec = Field(default_factory=BatchSpec)
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     loop: LoopSpec = Field(default_factory=LoopSpec)

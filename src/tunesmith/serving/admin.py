@@ -39,9 +39,11 @@ def routes(service: Service) -> list[Route]:
     alone = asyncio.Lock()
 
     async def adapters(request: Request) -> Response:
+        """The models that are served: names, tags, run and digest."""
         return JSONResponse({"data": [_described(served) for served in service.models.by_name.values()]})
 
     async def change(request: Request) -> Response:
+        """Put an adapter on the base, replace it, or drop it; needs a key with `admin`."""
         wanted = await read(request, AdapterChange)
         if (wanted.load is None) == (wanted.drop is None):
             raise Rejection(400, "give either load or drop", "load", "invalid_value")

@@ -45,6 +45,7 @@ class Feedback(Body):
 
 def routes(service: Service) -> list[Route]:
     async def vote(request: Request) -> Response:
+        """Vote on one answer, or between two."""
         feedback = await read(request, Feedback)
         given = _vote(service, feedback)
         given = replace(given, blind=given.blind and feedback.blind)
@@ -57,6 +58,7 @@ def routes(service: Service) -> list[Route]:
         return JSONResponse({"object": "feedback", "recorded": True})
 
     async def answered_by(request: Request) -> Response:
+        """Which model gave an answer."""
         answer = _remembered(service, request.path_params["answer"], None)
         body = {"id": answer.id, "model": answer.model, "digest": answer.digest, "test": answer.test}
         return JSONResponse(body)

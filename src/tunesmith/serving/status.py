@@ -19,23 +19,28 @@ BOARD = resources.files("tunesmith.serving") / "grafana.json"
 
 def routes(service: Service) -> list[Route]:
     async def health(request: Request) -> Response:
+        """Whether the server is ready, still starting, or ending."""
         worker = service.worker
         state = "draining" if worker.draining else "ok" if worker.healthy else "starting"
         body = {"status": state, "under_way": worker.n_rows, "waiting": worker.n_waiting}
         return JSONResponse(body, 200 if state == "ok" else 503)
 
     async def metrics(request: Request) -> Response:
+        """Counters and times in the text format of Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def board(request: Request) -> Response:
+        """A board for Grafana that shows the metrics."""
         return Response(BOARD.read_bytes(), media_type="application/json")
 
     async def models(request: Request) -> Response:
+        """The models that are served, and the A/B tests."""
         allowed = [served for served in service.models.entries if service.allows_names(served.names)]
         listed = [entry for served in allowed for entry in _entries(served)] + _tests(service)
         return JSONResponse({"object": "list", "data": listed})
 
     async def model(request: Request) -> Response:
+        """One model."""
         name = request.path_params["name"]
         if name in service.ab.names:
             for entry in _tests(service):

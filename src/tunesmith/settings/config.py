@@ -292,6 +292,42 @@ def annotated(root: type[Spec], values: Mapping[str, JSON] = {}) -> str:
     return "\n".join(_commented(root, layers.tree, "")) + "\n"
 
 
+class Setting(NamedTuple):
+    """What a key means. ``kinds``: those of its block that have it, empty if the block has no kinds.
+    ``default``: None if it is required. ``when``: in which case another value is better."""
+
+    key: str
+    kinds: tuple[str, ...]
+    allowed: str
+    default: str | None
+    effect: str
+    when: str
+
+
+def meanings(root: type[Spec]) -> list[Setting]:
+    """Every key of every kind, in the order of the fields. Keys of several kinds that mean the same are one;
+    a key of an entry of a list has ``[]`` before it."""
+    merged: dict[Setting, list[str]] = {}
+    for setting in _meanings(root, "", ""):
+        merged.setdefault(setting._replace(kinds=()), []).extend(setting.kinds)
+    return [setting._replace(kinds=tuple(kinds)) for setting, kinds in merged.items()]
+
+
+def _meanings(model: type[Spec], key: str, kind: str) -> Iterator[Setting]:
+    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != "kind"):
+        path, shape = _join(key, name), _shape(field)
+        many = shape is not None and len({*shape.members.values()}) > 1
+        if (many or not shape) and not (kind and name == "kind"):
+            allowed = _allowed(field.annotation, field.metadata)
+            kinds = (kind,) if kind else ()
+            yield Setting(path, kinds, allowed, _first(field), field.description or "", _when(field))
+        blocks = {block: name if many else "" for name, block in shape.members.items()} if shape else {}
+        for block, name in blocks.items():
+            yield from _meanings(block, path, name)
+        for block in (part for part in _items(field) if _kinds(part)):
+            yield from _meanings(block, f"{path}[]", "")
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested mappings by their dotted keys."""
     leaves: dict[str, Any] = {}
@@ -368,6 +404,20 @@ def _shape(field: FieldInfo) -> _Shape | None:
 
 def _default(field: FieldInfo) -> Any:
     return field.get_default(call_default_factory=True, validated_data={})
+
+
+def _first(field: FieldInfo) -> str | None:
+    """The default in words, or None if there is none: of a block, its kind."""
+    if field.is_required():
+        return None
+    shape = _shape(field)
+    return shape.first if shape and shape.kinds else _show(_default(field), bare=True)
+
+
+def _when(field: FieldInfo) -> str:
+    """When another value is better, as the field's ``json_schema_extra`` says it."""
+    extra = field.json_schema_extra
+    return str(extra.get("when", "")) if isinstance(extra, dict) else ""
 
 
 def _parts(annotation: Any) -> list[Any]:
@@ -638,12 +688,11 @@ def _commented(model: type[Spec], node: Node, indent: str) -> Iterator[str]:
         shape, child = _shape(field), node.value.get(name)
         section = shape if child and isinstance(child.value, dict) else None
         words = [field.description] if field.description else []
+        words += [f"when to change it: {when}"] if (when := _when(field)) else []
         if not section or section.kinds:
-            if field.is_required():
-                default = "required"
-            else:
-                default = f"default {section.first if section else _show(_default(field), bare=True)}"
-            words.append(f"{_allowed(field.annotation, field.metadata)}; {default}")
+            default = _first(field)
+            allowed = _allowed(field.annotation, field.metadata)
+            words.append(f"{allowed}; {'required' if default is None else f'default {default}'}")
         if name != "kind" or len(get_args(field.annotation)) != 1:
             yield from (
                 f"{indent}# {line}" for text in words for line in textwrap.wrap(text, 110 - len(indent))

@@ -30,10 +30,15 @@ class BatchSpec(Spec):
     """How many rows an update learns from, and how they are cut into micro-batches."""
 
     sequences: Annotated[int, Field(ge=1), Sensible(le=1 << 20)] = Field(
-        default=8, description="rows an optimizer update"
+        default=8,
+        description="rows an optimizer update",
+        json_schema_extra={"when": "more if the loss is noisy; LoRA learns better from batches under 32"},
     )
     micro: int | None = Field(
-        default=None, ge=1, description="most rows on the device at once; null: no limit"
+        default=None,
+        ge=1,
+        description="most rows on the device at once; null: no limit",
+        json_schema_extra={"when": "fewer if memory runs out"},
     )
     tokens: int | None = Field(
         default=None,
@@ -41,14 +46,20 @@ class BatchSpec(Spec):
         description="tokens on the device at once, padding included; null: those of the longest row. Like "
         "micro, changes memory "
         "and speed, not the result",
+        json_schema_extra={"when": "fewer if memory runs out, more for speed if there is room"},
     )
     pack: bool = Field(
         default=False,
         description="lay the rows of a micro-batch end to end in one, each attending to itself alone: no "
         "padding",
+        json_schema_extra={"when": "for many short rows on a GPU"},
     )
     length: Annotated[int, Field(ge=8), Sensible(le=1 << 24)] = Field(
-        default=4096, description="longest row, in tokens; template.too_long says what happens beyond"
+        default=4096,
+        description="longest row, in tokens; template.too_long says what happens beyond",
+        json_schema_extra={
+            "when": "to the longest row that you need: `tunesmith plan` shows the lengths and what they cost"
+        },
     )
 
     @model_validator(mode="after")

@@ -75,38 +75,59 @@ class TemplateSpec(Spec):
     """How conversations become tokens, and which tokens are learned."""
 
     renderer: Literal["auto", "hf", "mistral-v3"] = Field(
-        "auto", description="hf: the chat template; mistral-v3: mistral-common"
+        "auto",
+        description="hf: the chat template; mistral-v3: mistral-common",
+        json_schema_extra={"when": "if the folder's chat template does not give the ids of mistral-common"},
     )
     thinking: Literal["auto", "on", "off"] = Field(
         "auto",
         description="whether prompts without an answer ask for reasoning (samples, evaluation, chat); auto: "
         "as most answers that are learned. A row decides by its own answer",
+        json_schema_extra={
+            "when": "if prompts should, or should not, ask a reasoning model to reason, whatever the rows do"
+        },
     )
     options: dict[str, bool | int | float | str] = Field(
         default_factory=dict,
         description="variables for the chat template in every row and prompt, such as enable_thinking: true",
+        json_schema_extra={"when": "if the template has switches that your rows were written for"},
     )
     date: Annotated[str, AfterValidator(_iso_date)] | None = Field(
         None,
         description="the date that a template writes, as 2026-01-31; none: the day on which the run began",
+        json_schema_extra={
+            "when": "to repeat a run on another day to the byte, with a template that writes the date"
+        },
     )
     learn: Learn = Field(
-        "all", description="all answers but those with learn: false; the last; those with learn: true"
+        "all",
+        description="all answers but those with learn: false; the last; those with learn: true",
+        json_schema_extra={
+            "when": "last if earlier answers are not worth imitating; marked to choose single answers"
+        },
     )
     prompt_weight: float = Field(
-        0.0, ge=0, le=1, description="weight of all other tokens; 0.01 to 0.5 helps short answers"
+        0.0,
+        ge=0,
+        le=1,
+        description="weight of all other tokens; 0.01 to 0.5 helps short answers",
+        json_schema_extra={"when": "if answers are very short beside their prompts"},
     )
     words_beside_calls: WordsBesideCalls = Field(
         "refuse",
         description="a turn of words and calls, if the format has one or the other: refuse the row, drop the "
         "words, or split it: a row that learns the words, and one that learns the calls",
+        json_schema_extra={"when": "if the audit or the dry run refuses rows that have both"},
     )
     text_end: Literal["eos", "turn"] = Field(
-        "eos", description="what ends plain text: the tokenizer's eos_token, or the end of a chat's turn"
+        "eos",
+        description="what ends plain text: the tokenizer's eos_token, or the end of a chat's turn",
+        json_schema_extra={"when": "turn if plain-text rows are prompts and answers of a chat model"},
     )
     too_long: Literal["refuse", "drop", "cut"] = Field(
         "refuse",
         description="rows longer than batch.length: stop the run, drop them, or cut their oldest turns",
+        json_schema_extra={"when": "drop or cut once you have read which rows are too long"},
     )
 
 

@@ -50,6 +50,7 @@ class Conflicts(Rule):
         "prompts": "the same prompt, answered otherwise under the opposite label",
         "answers": "the same prompt with other answers",
     }
+    gravest: ClassVar = {"prompts": "note", "answers": "note"}
 
     def look(self, view: View, context: Context) -> PromptHashes | None:
         system = "\n".join(message.content for message in view.messages if message.role == "system")

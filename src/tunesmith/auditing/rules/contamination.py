@@ -231,6 +231,12 @@ class Contamination(Rule):
         "unreadable": "rows of the evaluation sets without a prompt",
         "unchecked": "there is nothing to compare with",
     }
+    gravest: ClassVar = {
+        "validation_exact": "error",
+        "evaluation_exact": "error",
+        "unreadable": "note",
+        "unchecked": "note",
+    }
     bar = "none exact, else an error"
 
     def look(self, view: View, context: Context) -> list[Overlap] | None:

@@ -133,6 +133,7 @@ class Content(Rule):
         "refusals": "answers that decline",
         "languages": "languages of the rows, and rows in a rare one",
     }
+    gravest: ClassVar = {"secrets": "error", "unscanned": "note"}
     bar = "reported; a secret of a certain form in what is learned is an error"
 
     def look(self, view: View, context: Context) -> RowContent | None:

@@ -49,6 +49,7 @@ class Labels(Rule):
         "predictable": "whether words tell the label at all",
         "suspicious": "rows that read like the other label",
     }
+    gravest: ClassVar = {"predictable": "note", "suspicious": "note"}
     drawn = True
 
     def look(self, view: View, context: Context) -> np.ndarray | None:

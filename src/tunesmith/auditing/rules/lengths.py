@@ -43,6 +43,7 @@ class Lengths(Rule):
         "limit": "rows longer than `batch.length`",
         "outliers": "rows far longer or shorter than the others",
     }
+    gravest: ClassVar = {"outliers": "note"}
     bar = "mean answer 50 to 200 (`audit.mean_answer`), 99 of 100 rows under 1,024 (`audit.tail`)"
     chart = "lengths"
     drawn = True

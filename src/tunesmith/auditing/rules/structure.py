@@ -87,6 +87,7 @@ class Structure(Rule):
         "unread": "keys that mean something elsewhere, such as `system` beside `text`",
     }
     otherwise = "rows that cannot be read, named by the reason"
+    gravest: ClassVar = {"valid": "error", "call_ids": "note", "read_as": "note"}
     bar = "at least 95 % sound (`audit.min_valid`), else an error"
 
     def look(self, view: View, context: Context) -> dict[str, str] | None:

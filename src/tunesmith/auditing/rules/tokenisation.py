@@ -78,6 +78,9 @@ class Tokenisation(Rule):
         "words": "learned tokens that do not read as the assistant's words",
     }
     otherwise = "rows that the template cannot render, named by the reason"
+    gravest: ClassVar = {
+        name: "error" for name in ("unknown", "bos", "embedding", "no_target", "control", "words", "")
+    }
     bar = "0"
     drawn = True
 

@@ -20,6 +20,7 @@ class Alpaca(Layout):
         "a conversation; with `data.instruction_layout: instruct` plain `### Instruction:` text for "
         "base models"
     )
+    example = '{"instruction": "Translate to French", "input": "cheese", "output": "fromage"}'
 
     def read(self, row: RowReader) -> MakesExample:
         messages = [*row.instruction(row.instruct), Message("assistant", row.text("output"))]

@@ -15,6 +15,7 @@ class PromptCompletion(Layout):
     keys = ("prompt", "completion")
     looks_like = "`prompt`, `completion` (texts or lists of messages), also `system`"
     becomes = "plain text, no chat template, where both are texts without `system`"
+    example = '{"prompt": "The capital of Norway is", "completion": " Oslo."}'
 
     def read(self, row: RowReader) -> MakesExample:
         row.unpack("prompt")

@@ -25,6 +25,7 @@ class ChosenRejected(Layout):
     )
     becomes = "a pair; SFT learns the chosen side, DPO, ORPO and SimPO compare"
     labelled = False
+    example = '{"prompt": "Weather in Oslo?", "chosen": "Rain.", "rejected": "I cannot know."}'
 
     def read(self, row: RowReader) -> MakesExample:
         chosen, rejected = sides(row)

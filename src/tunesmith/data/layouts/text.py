@@ -16,6 +16,7 @@ class PlainText(Layout):
     looks_like = "`text`"
     becomes = "plain text, all of it learned"
     label_words = False
+    example = '{"text": "Cheese is made from milk."}'
 
     def read(self, row: RowReader) -> MakesExample:
         return partial(Document, row.words("text"), row.label)

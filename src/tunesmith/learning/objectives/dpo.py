@@ -32,12 +32,24 @@ class DPO(Preferring):
     loss: Literal["sigmoid", "robust", "hinge", "ipo", "sigmoid_norm", "apo_zero"] = Field(
         default="sigmoid",
         description="ipo and sigmoid_norm do not favour length; robust expects flipped labels",
+        json_schema_extra={
+            "when": "ipo or sigmoid_norm if answers grow longer; robust if some labels are wrong"
+        },
     )
     beta: float = Field(
-        default=0.1, gt=0, description="how strongly the reference holds; about 5 for sigmoid_norm"
+        default=0.1,
+        gt=0,
+        description="how strongly the reference holds; about 5 for sigmoid_norm",
+        json_schema_extra={
+            "when": "higher keeps the model nearer to the reference, lower lets it move further"
+        },
     )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=0.5, description="share of flipped labels, for loss=robust"
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="share of flipped labels, for loss=robust",
+        json_schema_extra={"when": "to the share of pairs that you think are labelled the wrong way round"},
     )
     needs_reference: ClassVar[bool] = True
     # 5e-7 to 5e-6 is usual for full weights (DPO paper, section 6; TRL), ten times that for adapters.

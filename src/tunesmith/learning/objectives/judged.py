@@ -44,23 +44,40 @@ class Judging(Objective):
         "full": {"optimizer.learning_rate": 5e-6},
     }
     beta: float = Field(
-        default=0.1, gt=0, description="how fast the gain from moving away from the reference saturates"
+        default=0.1,
+        gt=0,
+        description="how fast the gain from moving away from the reference saturates",
+        json_schema_extra={
+            "when": "higher keeps the model nearer to the reference, lower lets it move further"
+        },
     )
-    desirable_weight: float | None = Field(default=None, gt=0, description="λ_D; null: from the class counts")
+    desirable_weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="λ_D; null: from the class counts",
+        json_schema_extra={"when": "if one class should count more than the balance of the counts gives"},
+    )
     undesirable_weight: float | None = Field(
-        default=None, gt=0, description="λ_U; null: from the class counts"
+        default=None,
+        gt=0,
+        description="λ_U; null: from the class counts",
+        json_schema_extra={"when": "higher if avoiding bad answers matters more than giving good ones"},
     )
     sft_weight: float = Field(
         default=0.0,
         ge=0,
         description="weight of the mean loss a token of the desirable rows, learned beside it",
+        json_schema_extra={"when": "above 0 if good answers become less likely while the margin rises"},
     )
     unlabelled: Literal["desirable", "leave_out"] = Field(
-        default="desirable", description="rows without a label: taken as desirable (counted), or left out"
+        default="desirable",
+        description="rows without a label: taken as desirable (counted), or left out",
+        json_schema_extra={"when": "leave_out if rows without a label have not been checked"},
     )
     pairs: Literal["leave_out", "judge"] = Field(
         default="leave_out",
         description="preferences: left out, or judged: chosen as desirable, rejected as undesirable",
+        json_schema_extra={"when": "judge if the data has pairs beside labelled rows"},
     )
     needs_reference: ClassVar[bool] = True
     unit: ClassVar[str] = "a row"

@@ -25,7 +25,12 @@ class ORPO(Preferring):
 
     kind: Literal["orpo"] = "orpo"
     beta: float = Field(
-        default=0.1, gt=0, description="λ of the paper: weight of the odds ratio beside the likelihood"
+        default=0.1,
+        gt=0,
+        description="λ of the paper: weight of the odds ratio beside the likelihood",
+        json_schema_extra={
+            "when": "higher if the margin does not grow, lower if the loss of the chosen answers suffers"
+        },
     )
     # 8e-6 is the paper's for full weights, ten times that for adapters.
     suits: ClassVar[Mapping[str, Any]] = {

@@ -25,6 +25,7 @@ class Preferring(Objective):
         default="leave_out",
         description="labelled rows: left out, or a desirable and an undesirable answer to the same prompt "
         "taken as a pair",
+        json_schema_extra={"when": "pair if the data has labelled rows and several answers to one prompt"},
     )
     beta: float
     unit: ClassVar[str] = "a pair"

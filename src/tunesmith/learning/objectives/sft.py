@@ -31,6 +31,7 @@ class SFT(Objective):
     undesirable: Literal["leave_out", "learn"] = Field(
         default="leave_out",
         description="rows labelled bad: leave_out (counted), or learn them like the others",
+        json_schema_extra={"when": "learn only if the labels are to be ignored"},
     )
 
     def select(self, examples: Sequence[Example]) -> Selected:

@@ -22,9 +22,17 @@ class SimPO(Preferring):
     """Learns to give the chosen answer the higher likelihood a token, by a margin."""
 
     kind: Literal["simpo"] = "simpo"
-    beta: float = Field(default=2.0, gt=0, description="scale of the reward; 2 to 10")
+    beta: float = Field(
+        default=2.0,
+        gt=0,
+        description="scale of the reward; 2 to 10",
+        json_schema_extra={"when": "lower if the margin stops growing early"},
+    )
     gamma: float = Field(
-        default=1.0, ge=0, description="target margin between the rewards; about half of beta"
+        default=1.0,
+        ge=0,
+        description="target margin between the rewards; about half of beta",
+        json_schema_extra={"when": "higher if chosen answers should be likelier by more"},
     )
     # 3e-7 to 1e-6 is the paper's for full weights (its appendix: larger ones end in repetition), ten times
     # that for adapters.

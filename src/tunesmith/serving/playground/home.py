@@ -26,6 +26,7 @@ def playground() -> str:
 
 def routes() -> list[Route]:
     async def home(request: Request) -> Response:
+        """A page to talk with two models side by side."""
         return HTMLResponse(playground())
 
     return [Route("/", home)]

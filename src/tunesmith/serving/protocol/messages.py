@@ -246,11 +246,13 @@ class MessagesBody(CountBody):
 
 def routes(service: Service) -> list[Route]:
     async def create(request: Request) -> Response:
+        """An answer, as Anthropic's clients ask for it."""
         body = await read(request, MessagesBody)
         asked = await answering.ask(service, body.question())
         return await respond(MessageExchange(service, asked), body.stream)
 
     async def count(request: Request) -> Response:
+        """How many tokens the prompt of a request has."""
         body = await read(request, CountBody)
         asked = await answering.ask(service, body.prompted())
         return JSONResponse({"input_tokens": len(asked.prepared.request.ids)})
