@@ -261,7 +261,9 @@ def _run(name: str, seed: int) -> Callable[[Reader], None]:
 def _evaluated(name: str) -> Callable[[Reader], None]:
     def make(reader: Reader) -> None:
         FILES[name](reader)
-        status, lines = reader.type(f"tunesmith evaluate {name} --max-tokens 8")
+        status, lines = reader.type(
+            f"tunesmith evaluate {name} --task perplexity --task tool_calls --max-tokens 8"
+        )
         assert status == 0, "\n".join(lines)
 
     return make

@@ -35,6 +35,13 @@ def test_the_commands_of_a_page_do_what_it_shows(page, tmp_path):
         assert not blocks.failures(page.name, RUN[page], reader)
 
 
+def test_most_commands_are_run():
+    every = [block for page in PAGES for block in blocks.blocks(page.read_text("utf-8"))]
+    not_run = [block for block in every if block.mark.startswith("not run")]
+    assert sum(map(len, RUN.values())) >= 30
+    assert len(not_run) <= 0.2 * len(every)
+
+
 @pytest.fixture
 def reader(tmp_path):
     folder = tmp_path / "page"

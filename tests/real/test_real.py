@@ -3,25 +3,64 @@ measured."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 import tunesmith
+from documents import blocks
 from tunesmith.demo import __main__ as demo
 from tunesmith.demo import data as demo_data
 from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 
 pytestmark = pytest.mark.real
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory) -> dict:
-    return demo.demo(tmp_path_factory.mktemp("demo"))
+def made(tmp_path_factory) -> tuple[dict, str]:
+    """What the demo returns, and what it prints on stdout."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        result = demo.demo(tmp_path_factory.mktemp("made") / "demo")
+    return result, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shown(made) -> dict:
+    return made[0]
+
+
+DEMO = [
+    (page, command)
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").rglob("*.md"))]
+    for block in blocks.blocks(page.read_text("utf-8"))
+    for command in block.commands
+    if block.mark == "demo"
+]
+
+
+def test_blocks_of_pages_on_the_demo_do_what_they_show(made, tmp_path):
+    """The demo itself is compared with what it printed; other commands run beside a copy of its folder."""
+    result, printed = made
+    folder = Path(result["report"]).parents[2]
+    shutil.copytree(folder, tmp_path / "page" / "demo")
+    printed = re.sub(r"\S*bin/tunesmith ", "tunesmith ", printed.replace(f"{folder.parent}/", ""))
+    with blocks.Reader(tmp_path / "page") as reader:
+        for page, command in DEMO:
+            if command.text == "python -m tunesmith.demo":
+                assert blocks.difference(command.output, printed.splitlines()) == "", printed
+            else:
+                assert not blocks.failures(page.name, [command], reader)
+    assert len(DEMO) >= 2
 
 
 def test_the_demo_halves_the_loss_and_learns_the_calls(shown):
