@@ -3,11 +3,13 @@
 Each verb of the command line is a function here, under the same name and with the same meaning (``runs`` is
 `list_runs`, ``runs show`` is `lineage`, ``runs prune`` is `prune`, ``train --dry-run`` is `rehearse`, and
 ``plan --record`` is `track_record`). A verb's module is loaded when the verb is first used, so that ``import
-tunesmith`` loads neither MLX nor transformers.
+tunesmith`` loads neither MLX nor transformers. In a notebook a verb shows its progress, unless it is given
+another ``notify``.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -109,8 +111,12 @@ def __getattr__(name: str) -> Callable[..., Any]:
             backend.setup()
         except SetupError as error:
             return _unavailable(name, error)
-    verb = globals()[name] = getattr(import_module(VERBS[name]), name)
-    return verb
+    notebook = import_module("tunesmith.display.notebook") if "ipykernel" in sys.modules else None
+    if notebook is not None:
+        notebook.quieten()
+    verb = getattr(import_module(VERBS[name]), name)
+    globals()[name] = verb if notebook is None else notebook.with_progress(verb)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from tunesmith.display.notebook import NotebookResult
+
 Severity = Literal["good", "note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "good")
 """Most severe first. good: a bar that is met. note: worth knowing. warning: look at it. error: `train`
@@ -148,7 +150,7 @@ class Fixed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(NotebookResult):
     """All that was found in ``rows`` rows of ``files`` (path → sha256 of its bytes). ``findings``: most
     severe first.
 

@@ -19,10 +19,12 @@ from markupsafe import Markup
 from tunesmith.auditing import registry
 from tunesmith.auditing.findings import SEVERITIES, Audit, Finding
 from tunesmith.auditing.screen import SIGNS, binned, concerned, dimensions, gravest, measured, placed, worst
-from tunesmith.display import charts, page
-from tunesmith.display.text import EXCERPT, escaped, visible
+from tunesmith.display import charts, notebook, page
+from tunesmith.display.text import EXCERPT, escaped, many, visible
 
 ROWS, BINS, WORST = 200, 25, 20
+SHOWN = 5
+"""Worst rows in a notebook."""
 BYTES = 900_000
 """Of rows, over all findings: later findings show fewer than `ROWS` once it is used up."""
 
@@ -72,6 +74,33 @@ def html(audit: Audit) -> str:
             "shown": rows,
         },
     )
+
+
+def in_notebook(audit: Audit) -> Markup:
+    """What a notebook shows: verdict, findings with what to do, scores, the worst rows."""
+    tone = gravest(audit)
+    grave = [finding for finding in audit.findings if finding.severity != "good"]
+    findings = [
+        (
+            f"{SIGNS[finding.severity]} {finding.severity}",
+            finding.rule,
+            finding.what,
+            ", ".join(visible(row.source, EXCERPT) for row in finding.rows[:2]),
+            finding.hint,
+        )
+        for finding in grave
+    ]
+    parts = [notebook.verdict(f"{SIGNS[tone]} {audit.verdict}", "good" if tone == "note" else tone)]
+    if findings:
+        parts.append(notebook.table(["", "rule", "finding", "rows", "what to do"], findings))
+    parts.append(notebook.soft(f"{many(audit.rows, 'row')}, {many(len(audit.of('good')), 'bar')} met"))
+    rows = [
+        (f"{row.score:.0f}", row.source, ", ".join(row.why), visible(row.text, EXCERPT))
+        for row in worst(audit, SHOWN)
+    ]
+    table = notebook.table(["score", "row", "why", "text"], rows, numbers=(0,)) if rows else Markup("")
+    scores = _quality(list(audit.quality.values()))
+    return Markup("").join([*parts, notebook.folded("Worst rows and distribution of scores", table + scores)])
 
 
 def _sections(audit: Audit) -> list[registry.Section]:

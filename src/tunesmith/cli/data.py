@@ -95,20 +95,11 @@ def _as_json(row: Row) -> dict[str, object]:
 
 def _marked(row: Row, decode: Callable[[list[int]], str], *, colour: bool) -> str:
     """The row's text, its learned spans in green or between ⟦ and ⟧."""
-    ids, targets = row.tokens
-    pieces: list[str] = []
-    start = 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or (targets[end] > 0) != (targets[start] > 0):
-            text = decode(ids[start:end].tolist())
-            if targets[start] > 0:
-                text = f"\x1b[1;32m{text}\x1b[0m" if colour else f"⟦{text}⟧"
-            pieces.append(text)
-            start = end
-    head = (
-        f"── {escaped(row.source)}, turn {row.turn}: {len(ids)} tokens, {int((targets > 0).sum())} learned ──"
-    )
-    return f"{head}\n{''.join(pieces)}\n"
+    from tunesmith.preflight.show import heading, pieces
+
+    mark = "\x1b[1;32m{}\x1b[0m" if colour else "⟦{}⟧"
+    text = "".join(mark.format(piece) if learned else piece for piece, learned in pieces(row, decode))
+    return f"── {escaped(heading(row))} ──\n{text}\n"
 
 
 def audit(

@@ -29,14 +29,19 @@ def opening(counts: Counts) -> str:
 
 def table(counts: Counts) -> str:
     """All entries, with their names in a column of their own."""
-    entries = [(entry.name, text.split("\n")) for entry, text in _said(counts)]
-    width = max((len(name) for name, _ in entries), default=0)
+    rows = entries(counts)
+    width = max((len(name) for name, _ in rows), default=0)
     lines = [
         f"{'' if place else name:<{width}}  {escaped(line)}"
-        for name, lines in entries
-        for place, line in enumerate(lines)
+        for name, text in rows
+        for place, line in enumerate(text.split("\n"))
     ]
     return "\n".join(lines)
+
+
+def entries(counts: Counts) -> list[tuple[str, str]]:
+    """All entries as (name, text)."""
+    return [(entry.name, text) for entry, text in _said(counts)]
 
 
 def _said(counts: Counts) -> list[tuple[CountLine, str]]:

@@ -25,6 +25,7 @@ from tunesmith.data import folders, formats
 from tunesmith.data.examples import prompt_key
 from tunesmith.data.formats import Example
 from tunesmith.data.sources import sha256
+from tunesmith.display.notebook import NotebookResult
 from tunesmith.engine.engine import notify_if_separate
 from tunesmith.errors import EvaluationError
 from tunesmith.evaluation import tasks as registry
@@ -71,7 +72,7 @@ class AnsweredPrompt:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NotebookResult):
     """``scores``: of the tasks measured now. ``answers``: of the first task that has some."""
 
     run: Run

@@ -18,6 +18,7 @@ from tunesmith.auditing import comparison, embeddings, survey
 from tunesmith.auditing import fix as fixes
 from tunesmith.auditing import page as pages
 from tunesmith.auditing.findings import Audit, Fixed
+from tunesmith.display import notebook
 from tunesmith.errors import ConfigError
 from tunesmith.events import Notice, Sink
 from tunesmith.files import remove_drafts
@@ -28,6 +29,8 @@ from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import configure, listed
 from tunesmith.settings.config import Spec, Texts, from_arguments
 from tunesmith.tokens import renderers
+
+notebook.register(Audit, pages.in_notebook)
 
 
 class AuditOptions(Spec):

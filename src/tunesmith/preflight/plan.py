@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.nn as nn
+from markupsafe import Markup
 
 from tunesmith import events
 from tunesmith.adapters.specs import Attached
 from tunesmith.data.formats import JSON
-from tunesmith.display import counts
+from tunesmith.display import counts, notebook
 from tunesmith.display.console import size
+from tunesmith.display.notebook import NotebookResult
 from tunesmith.events import Notice, Sink
 from tunesmith.model import outlines, vocabulary
 from tunesmith.preflight import fitting
@@ -29,7 +31,7 @@ from tunesmith.training.preparation import Prepared
 
 
 @dataclass(frozen=True)
-class Planned:
+class Planned(NotebookResult):
     """``counts``: rows, tokens, padding, steps, trainable parameters. ``proposal``: changes with which the
     run would fit, if they were asked for."""
 
@@ -132,6 +134,33 @@ def _counts(prepared: Prepared, spec: RunConfig, net: nn.Module, attached: Attac
 
 def table(forecast: Forecast) -> list[str]:
     """What a run needs, one part a line, with the interval that covers nine of ten."""
+    lines: list[str] = []
+    for title, part in _parts(forecast):
+        lines += [f"{title}:", *(f"  {name:<34}{value:>28}  {note}".rstrip() for name, value, note in part)]
+    return lines
+
+
+def _cell(planned: Planned) -> Markup:
+    """What a notebook shows: whether it fits, what is needed, what is counted."""
+    forecast = planned.forecast
+    tone = "error" if forecast.cannot_fit else "warning" if forecast.may_not_fit else "good"
+    duration = f"{forecast.steps:,} updates in {duration_range(forecast.total_s)}"
+    parts = [notebook.verdict(f"{_sizes(Term('', forecast.needed))}, {duration}: {_verdict(forecast)}", tone)]
+    if planned.proposal is not None and planned.proposal.sets:
+        changes = ", ".join(planned.proposal.sets)
+        needed = _sizes(Term("", planned.proposal.forecast.needed))
+        parts.append(Markup("<p>With {}: {}.</p>").format(Markup("<code>{}</code>").format(changes), needed))
+    rows = [(title, *row) for title, part in _parts(forecast) for row in part]
+    parts.append(notebook.table(["", "part", "needs", ""], rows, numbers=(2,)))
+    counted = notebook.table(["counted", ""], counts.entries(planned.counts))
+    return Markup("").join([*parts, notebook.folded("Rows, tokens and weights", counted)])
+
+
+notebook.register(Planned, _cell)
+
+
+def _parts(forecast: Forecast) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Rows of name, amount and note by title."""
     rows = [_row(term) for term in forecast.memory]
     rows.append(("peak of MLX", _sizes(Term("", forecast.peak)), f"at {forecast.moment}"))
     rows.append(("the program itself", size(forecast.program), "interpreter and libraries"))
@@ -143,14 +172,8 @@ def table(forecast: Forecast) -> list[str]:
         ("an update", duration_range(forecast.update_s), basis),
         (f"{forecast.steps:,} updates", duration_range(forecast.total_s), "with validations and samples"),
     ]
-    lines: list[str] = []
-    for title, part in (("memory", rows), ("at other moments", beside), ("disk", disk), ("time", times)):
-        if part:
-            lines += [
-                f"{title}:",
-                *(f"  {name:<34}{value:>28}  {note}".rstrip() for name, value, note in part),
-            ]
-    return lines
+    parts = [("memory", rows), ("at other moments", beside), ("disk", disk), ("time", times)]
+    return [(title, part) for title, part in parts if part]
 
 
 def _row(term: Term) -> tuple[str, str, str]:

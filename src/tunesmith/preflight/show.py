@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+from markupsafe import Markup
 
 from tunesmith import events
 from tunesmith.data import formats
+from tunesmith.display import notebook
+from tunesmith.display.notebook import NotebookResult
+from tunesmith.display.text import many
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.events import Notice, Sink
 from tunesmith.model import loading
@@ -16,10 +22,56 @@ from tunesmith.runs.config import RunConfig
 from tunesmith.runs.configure import configure
 from tunesmith.runs.directory import MANIFEST, VALID, Run
 from tunesmith.tokens import renderers, template
-from tunesmith.tokens.template import Rendered, Renderer
+from tunesmith.tokens.template import Rendered, Renderer, Row
 
 BUILT_IN = "mistral-v3"
 """The tokenizer that comes with the package, used if nothing else is named."""
+SHOWN = 5
+"""Rows in a notebook."""
+
+
+class RowsAndRenderer(NamedTuple):
+    rendered: Rendered
+    renderer: Renderer
+
+
+class ShownRows(NotebookResult, RowsAndRenderer):
+    """The rows, and the renderer that made them."""
+
+    __slots__ = ()
+
+
+def _cell(shown: ShownRows) -> Markup:
+    """What a notebook shows: the first rows, their learned tokens marked."""
+    rows = shown.rendered.rows
+    counted = f"{many(len(rows), 'row')}, {len(shown.rendered.dropped):,} left out; learned tokens are marked"
+    parts = [notebook.soft(counted)]
+    for row in rows[:SHOWN]:
+        text = Markup("").join(
+            Markup("<mark>{}</mark>" if learned else "{}").format(piece)
+            for piece, learned in pieces(row, shown.renderer.decode)
+        )
+        parts.append(Markup("<h3>{}</h3><pre>{}</pre>").format(heading(row), text))
+    return Markup("").join(parts)
+
+
+notebook.register(ShownRows, _cell)
+
+
+def heading(row: Row) -> str:
+    """Where a row is from, and how many of its tokens are learned."""
+    learned = int((row.tokens.targets > 0).sum())
+    return f"{row.source}, turn {row.turn}: {len(row.tokens.ids)} tokens, {learned} learned"
+
+
+def pieces(row: Row, decode: Callable[[list[int]], str]) -> Iterator[tuple[str, bool]]:
+    """The row's text in spans, each with whether its tokens are learned."""
+    ids, targets = row.tokens
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (targets[end] > 0) != (targets[start] > 0):
+            yield decode(ids[start:end].tolist()), bool(targets[start] > 0)
+            start = end
 
 
 def show(
@@ -52,10 +104,10 @@ def show(
     spec = resolved.spec
     renderer = renderers.load(tokenizer_source(spec.model, tokenizer), spec.template)
     renderer.follow(spec.template, spec.data.text_control)
-    return _rendered(spec.data.train, spec, renderer, limit), renderer
+    return ShownRows(_rendered(spec.data.train, spec, renderer, limit), renderer)
 
 
-def _of_run(run: Run, limit: int | None) -> tuple[Rendered, Renderer]:
+def _of_run(run: Run, limit: int | None) -> ShownRows:
     """The held-out rows of ``run`` as it renders them. Raises DataError if it holds none out."""
     rows = run.path / VALID
     if not rows.is_file() or not rows.stat().st_size:
@@ -63,7 +115,7 @@ def _of_run(run: Run, limit: int | None) -> tuple[Rendered, Renderer]:
     renderer = opening.renderer_of(run, tokenizer_source(run.config.model, None))
     data = run.config.data.model_copy(update={"train": (str(rows),), "format": "auto"})
     spec = run.config.model_copy(update={"data": data})
-    return _rendered(data.train, spec, renderer, limit), renderer
+    return ShownRows(_rendered(data.train, spec, renderer, limit), renderer)
 
 
 def _rendered(data: Sequence[str], spec: RunConfig, renderer: Renderer, limit: int | None) -> Rendered:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from tunesmith.data.sources import sha256
 from tunesmith.display import words
 from tunesmith.display.console import duration, size
+from tunesmith.display.notebook import NotebookResult
 from tunesmith.display.text import many
 from tunesmith.errors import DataError
 from tunesmith.evaluation import pairing
@@ -112,7 +113,7 @@ class RunAgainstFirst:
 
 
 @dataclass(frozen=True)
-class RunComparison:
+class RunComparison(NotebookResult):
     """``verdict``: one line. ``reasons``: of the other run, or of several one for each. ``tone``: good,
     warning or note. ``runs``: the one with which the others are compared is first. ``out``: the folder of its
     files."""

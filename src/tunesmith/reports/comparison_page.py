@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
-from tunesmith.display import charts, words
+from tunesmith.display import charts, notebook, words
 from tunesmith.display.console import duration, size
 from tunesmith.display.markdown import cell, fence, table, verdict
 from tunesmith.errors import ConfigError
@@ -267,6 +267,24 @@ def _curve_line(run: ComparedRun, number: int, points: Sequence[CurvePoint], x: 
     places = [point.step if x == "step" else point.tokens for point in points]
     losses = [point.loss for point in points]
     return charts.Line(run.letter, places, losses, STYLES[number % 3], number % 5)
+
+
+def in_notebook(comparison: RunComparison) -> Markup:
+    """What a notebook shows: verdict, runs, settings that differ, differences and the losses by step."""
+    letters = [run.letter for run in comparison.runs]
+    first, *reasons = comparison.lines
+    parts = [notebook.verdict(first, comparison.tone)]
+    parts += [Markup("<p>{}</p>").format(reason) for reason in reasons]
+    names = ("name", *(run.name for run in comparison.runs))
+    costs = [(name, *cells) for name, cells in _costs(comparison.runs)]
+    settings = [(row.key, *map(_value, row.values)) for row in comparison.settings]
+    parts.append(notebook.table(["", *letters], [names, *costs, *settings]))
+    parts += [_forest(letters[0], side) for side in comparison.sides]
+    curves = [chart for chart in _charts(comparison.runs) if chart]
+    by_step = Markup("").join(chart for chart in curves if "by step" in chart)
+    parts.append(Markup('<div class="grid">{}</div>').format(by_step))
+    parts.append(notebook.soft(f"page: {comparison.out / PAGE}"))
+    return Markup("").join(parts)
 
 
 def _forest(first: str, side: RunAgainstFirst) -> Markup:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tunesmith import events, reports
 from tunesmith.adapters.composition import Recipe
+from tunesmith.display import notebook
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluation import evaluate as evaluation
 from tunesmith.evaluation import interference
@@ -18,7 +19,7 @@ from tunesmith.evaluation.evaluate import Evaluation
 from tunesmith.evaluation.tasks import EvaluationSpec, suite
 from tunesmith.events import Notice, Sink
 from tunesmith.machine import ranks
-from tunesmith.reports import comparison, comparison_page, live
+from tunesmith.reports import cells, comparison, comparison_page, live
 from tunesmith.reports.comparison import RunComparison
 from tunesmith.reports.mixture import MixtureReport
 from tunesmith.runs import composed, manifest
@@ -27,6 +28,10 @@ from tunesmith.runs.configure import listed
 from tunesmith.runs.directory import COMPOSED, CONFIG, Run
 from tunesmith.settings.config import Resolved, from_arguments
 from tunesmith.training import story
+
+notebook.register(Run, cells.run)
+notebook.register(Evaluation, cells.evaluation)
+notebook.register(RunComparison, comparison_page.in_notebook)
 
 
 def train(

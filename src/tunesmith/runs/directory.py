@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NotRequired
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
+from tunesmith.display.notebook import NotebookResult
 from tunesmith.errors import ConfigError, DataError, DiskFull, EvaluationError, ModelError, TrainingError
 from tunesmith.events import Notice, Sink
 from tunesmith.files import checked, draft, read_json, remove, remove_drafts, write_json, write_text
@@ -84,7 +85,7 @@ class _Hashed(TypedDict):
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(NotebookResult):
     """A run directory."""
 
     path: Path

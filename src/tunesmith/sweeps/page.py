@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from tunesmith.display import charts, page, words
+from tunesmith.display import charts, notebook, page, words
 from tunesmith.display.console import duration, size
 from tunesmith.sweeps.outcome import KeyResult, SweepOutcome
-from tunesmith.sweeps.screen import NONE, cells
+from tunesmith.sweeps.screen import COLUMNS, NONE, cells
 
 PAGE = "sweep.html"
 VERB = "sweep"
@@ -66,6 +66,20 @@ def html(outcome: SweepOutcome, command: list[str]) -> str:
             "command": shlex.join(command),
         },
     )
+
+
+def in_notebook(outcome: SweepOutcome) -> Markup:
+    """What a notebook shows: the verdict, the settings, the metric by each key."""
+    parts = [notebook.verdict(outcome.verdict, "good" if outcome.choice is not None else "note")]
+    parts += [Markup("<p>{}</p>").format(line) for line in outcome.lines]
+    head = ["", "setting", outcome.metric.name, *COLUMNS]
+    rows = [
+        ("→" if place == outcome.choice else "", setting.label, *cells(setting, outcome.metric))
+        for place, setting in enumerate(outcome.settings)
+    ]
+    parts.append(notebook.table(head, rows, numbers=range(2, len(head))))
+    by_key = Markup("").join(_by_key(outcome, key) for key in outcome.keys)
+    return Markup("").join([*parts, Markup('<div class="grid">{}</div>').format(by_key)])
 
 
 def _shown(outcome: SweepOutcome, place: int) -> ShownSetting:

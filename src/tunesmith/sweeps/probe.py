@@ -26,11 +26,15 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from markupsafe import Markup
 from mlx.utils import tree_unflatten
 from safetensors.numpy import load_file, save_file
 
 from tunesmith import events
 from tunesmith.adapters.layers import trainable
+from tunesmith.display import charts, notebook
+from tunesmith.display.charts import Line
+from tunesmith.display.notebook import NotebookResult
 from tunesmith.errors import ConfigError, TrainingError
 from tunesmith.evaluation.statistics import edges, resampled
 from tunesmith.events import Event, HeldOutLosses, Notice, Sink
@@ -63,6 +67,7 @@ WORSE = 2.0
 """A rate has diverged if its loss is more than so many times the usual one: that before training, and that of
 the lowest rate on the same rows."""
 SUMMARY, PICTURE = "probe.json", "probe.png"
+STYLES = ("line", "dash", "dot")
 
 
 class Halving(NamedTuple):
@@ -95,7 +100,7 @@ class RateTrial:
 
 
 @dataclass(frozen=True, slots=True)
-class RateFinding:
+class RateFinding(NotebookResult):
     """The result of a probe. ``difference``: held-out loss with ``rate`` less that with ``runner_up``, and
     its 95 % interval; None without a runner-up, or with a single row. ``before``: held-out loss before
     training."""
@@ -130,6 +135,32 @@ class RateFinding:
             for trial in self.trials
         ]
         return values
+
+
+def _cell(finding: RateFinding) -> Markup:
+    """What a notebook shows: the result, the rates, the loss of each update."""
+    rows = [
+        (
+            "→" if trial.rate == finding.rate else "",
+            f"{trial.rate:.2g}",
+            trial.updates,
+            f"{trial.held_out[-1][1]:.4f}" if trial.held_out else "–",
+            trial.status,
+        )
+        for trial in finding.trials
+    ]
+    curves = [
+        Line(f"{trial.rate:.2g}", range(1, trial.updates + 1), trial.losses, STYLES[place % 3], place % 5)
+        for place, trial in enumerate(finding.trials)
+    ]
+    parts = [notebook.verdict(finding.sentence, "good" if finding.shown else "note")]
+    parts += [Markup("<p>{}</p>").format(note) for note in finding.notes]
+    parts.append(notebook.table(["", "rate", "updates", "held-out loss", ""], rows, numbers=(1, 2, 3)))
+    parts.append(charts.lines("Loss of each update, by rate", curves, x="update"))
+    return Markup("").join(parts)
+
+
+notebook.register(RateFinding, _cell)
 
 
 def probe(

@@ -16,23 +16,15 @@ from tunesmith.sweeps.outcome import SettingResult, SweepOutcome
 
 NONE = "–"
 GAP = 2
+COLUMNS = ("95 % interval", "minus the best", "p", "weights", "memory", "time")
+"""After the setting and its value."""
 DISPENSABLE = ("95 % interval", "time", "memory", "weights")
 """Columns that are left out, in this order, where the terminal is too narrow for all."""
 
 
 def render(outcome: SweepOutcome, console: Console) -> None:
     """All settings, in the order of the file."""
-    names = [
-        "",
-        "setting",
-        outcome.metric.name,
-        "95 % interval",
-        "minus the best",
-        "p",
-        "weights",
-        "memory",
-        "time",
-    ]
+    names = ["", "setting", outcome.metric.name, *COLUMNS]
     marks = ["→" if place == outcome.choice else "" for place in range(len(outcome.settings))]
     rows = [
         [mark, setting.label, *cells(setting, outcome.metric)]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tunesmith import events
+from tunesmith.display import notebook
+from tunesmith.display.notebook import NotebookResult
 from tunesmith.errors import ConfigError, TrainingError
 from tunesmith.events import Notice, Sink
 from tunesmith.runs.configure import listed
@@ -28,7 +30,7 @@ FOLDER = "runs"
 
 
 @dataclass(frozen=True)
-class SweepReport:
+class SweepReport(NotebookResult):
     """A sweep that was run. ``folder``: with ``sweep.json``, ``sweep.html`` and the trials."""
 
     folder: Path
@@ -42,6 +44,9 @@ class SweepReport:
     def lines(self) -> list[str]:
         """The verdict, then what explains it."""
         return [self.outcome.verdict, *self.outcome.lines]
+
+
+notebook.register(SweepReport, lambda report: page.in_notebook(report.outcome))
 
 
 @dataclass(frozen=True)
