@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from safetensors.numpy import load_file
@@ -16,7 +17,8 @@ from tunesmith.errors import ConfigError
 from tunesmith.machine import memory
 from tunesmith.model import loading, outlines
 from tunesmith.preflight import capacity, fitting
-from tunesmith.training import forecast
+from tunesmith.runs.config import RunConfig
+from tunesmith.training import anatomy, forecast
 
 QUICK = ["audit.before_training=false", "loop.samples=0"]
 
@@ -89,6 +91,48 @@ def test_changes_are_proposed_in_order_until_it_fits(tiny_model, rows, monkeypat
     if "batch.length" in keys:
         assert keys.index("batch.length") > keys.index("loop.checkpoint_gradients")
     assert total(nothing.forecast) < total(before)
+
+
+def test_a_length_that_keeps_the_rows_is_proposed_where_half_of_it_would_not(tiny_model, tmp_path):
+    """The prompts are longer than half of the longest row, which would leave no answer in any row."""
+    examples = tiny.conversations(40)
+    for place, row in enumerate(examples):
+        row["conversations"] = [
+            {"role": "user", "content": "the cat sat on my mat " * 40 + str(place)},
+            {"role": "assistant", "content": "the mat " * (100 if place == 7 else 4)},
+        ]
+    data = tiny.write_rows(tmp_path / "rows.jsonl", examples)
+    config = settings(tiny_model, data, "data.valid=0", "loop.checkpoint_gradients=true")
+    whole = tunesmith.plan(config)
+    proposal = tunesmith.plan(config, fit="1KB").proposal
+    (length,) = [int(text.removeprefix("batch.length=")) for text in proposal.sets if "length" in text]
+    assert length % 64 == 0
+    kept = tunesmith.plan(settings(tiny_model, data, "data.valid=0", *proposal.sets))
+    assert whole.counts["rows_train"] == 40
+    assert kept.counts["rows_train"] == 39  # all but the longest
+
+
+def test_rows_in_the_order_of_difficulty_are_planned_for_as_if_the_longest_came_together(
+    tiny_model, tmp_path
+):
+    examples = tiny.conversations(24)
+    for place, row in enumerate(examples):
+        row["conversations"][-1]["content"] = "mat " * (40 if place % 6 == 0 else 2)
+    data = tiny.write_rows(tmp_path / "rows.jsonl", examples)
+    sets = ["data.valid=0", "batch.sequences=4", "batch.micro=4", "batch.tokens=2000"]
+    planned, heard = {}, []
+    for order in ("shuffled", "length", "difficulty"):
+        config = settings(tiny_model, data, *sets, f"data.order={order}")
+        planned[order] = tunesmith.plan(config, notify=heard.append)
+    peaks = {order: plan.forecast.peak.value for order, plan in planned.items()}
+    assert peaks["difficulty"] == pytest.approx(peaks["length"], rel=1e-6)
+    assert peaks["difficulty"] > peaks["shuffled"]
+    largest = planned["difficulty"].counts["largest_micro_batch"]
+    assert largest == planned["length"].counts["largest_micro_batch"]
+    assert largest["tokens"] > planned["shuffled"].counts["largest_micro_batch"]["tokens"]
+    assert len([event for event in heard if getattr(event, "where", "") == "data.order"]) == 1
+    rehearsed = tunesmith.rehearse(config)
+    assert rehearsed.counts == planned["difficulty"].counts
 
 
 def test_what_is_proposed_is_what_the_settings_then_need(tiny_model, rows):
@@ -229,11 +273,25 @@ def test_a_folder_of_runs_is_for_the_record_only():
     assert isinstance(result.exception, ConfigError) and "is for --record" in str(result.exception)
 
 
+def test_no_row_longer_than_the_models_context_is_named(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "short")
+    file = tmp_path / "short" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 500}))
+    short = capacity.settings(str(tmp_path / "short"))[0]
+    assert (short.row, short.tokens) == (500, 500)
+    tree = {"model": {"path": str(tiny_model)}, "data": {"train": ("rows",)}, "adapter": {"kind": "lora"}}
+    outline = forecast.Outline.of(RunConfig.model_validate(tree))
+    parts = anatomy.of(outline.net, outline.settings)
+    less = capacity._needed(parts, 500, False) - 1
+    assert capacity._longest(parts, False, less, 500) == 384
+
+
 def test_the_doctor_says_which_settings_fit(tiny_model, monkeypatch):
     rows = {row.name: row for row in capacity.settings(str(tiny_model))}
     lora, recomputed = (rows[f"LoRA on all linear layers{end}"] for end in ("", ", layers recomputed"))
     assert recomputed.bytes < lora.bytes and "full weights, layers recomputed" in rows
-    assert lora.tokens >= 2048 and recomputed.tokens >= lora.tokens
+    assert lora.row == 2048 and lora.tokens == recomputed.tokens == lora.context == 4096
+    assert "rows as long as the model's context, 4,096 tokens, fit" in lora.text()
     monkeypatch.setattr(capacity, "room", lambda: tunesmith.machine.memory.Room(10_000, 0, 0, 0))
     checks = tunesmith.doctor(".", plan=str(tiny_model), overfit=False)["checks"]
     assert [check["value"] for check in checks if check["name"] == "plan"] == ["no setting fits"]

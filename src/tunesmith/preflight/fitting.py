@@ -4,9 +4,11 @@ layers, 8 then 4 bits, and length, which alone changes what is learned."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tunesmith.display.console import duration, size
 from tunesmith.errors import ConfigError, TunesmithError
@@ -19,6 +21,9 @@ SIZES = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20
 TIMES = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 LEAST_LENGTH = 128
 """Rows are not cut shorter than this."""
+PERCENTILES = (99, 95, 90, 75, 50)
+"""Of the lengths of the rows: lengths at which so many percent of them stay whole, in steps of `ROUNDED`."""
+ROUNDED = 64
 WORTH = 0.99
 """A change is proposed if it leaves at most this share."""
 
@@ -118,8 +123,7 @@ def _changes(needs: Needs, limits: RunLimits, rate: float, saves_memory: bool) -
         yield from ({"batch.tokens": plan.cut.tokens * 2**power} for power in (1, 2, 3))
     shortened = {"template.too_long": "cut"}
     yield from (
-        {"batch.length": length, **shortened}
-        for length in _halves(min(config.batch.length, longest), LEAST_LENGTH)
+        {"batch.length": length, **shortened} for length in _lengths(plan.lengths, config.batch.length)
     )
     if not saves_memory and limits.time_s is not None:
         share = limits.time_s / max(needs.forecast(rate).total_s.value, 1e-9)
@@ -128,6 +132,18 @@ def _changes(needs: Needs, limits: RunLimits, rate: float, saves_memory: bool) -
             for steps in (max(1, int(plan.steps * share * left)) for left in (1.0, 0.8, 0.6, 0.4))
             if steps < plan.steps
         )
+
+
+def _lengths(rows: Sequence[int], most: int) -> list[int]:
+    """Lengths below those of ``rows`` and below ``most``, the longest first: percentiles, and halves of the
+    longest row. Halves alone may leave out more rows than ``data.max_dropped`` allows where a percentile
+    leaves out none."""
+    longest = min(most, max(rows) + 1)  # the last token of a row is not counted
+    quantiles = np.percentile(rows, PERCENTILES, method="higher") + 1
+    lengths = {-(-int(length) // ROUNDED) * ROUNDED for length in quantiles} | set(
+        _halves(longest, LEAST_LENGTH)
+    )
+    return sorted((length for length in lengths if LEAST_LENGTH <= length < longest), reverse=True)
 
 
 def _halves(value: int, least: int) -> Iterator[int]:

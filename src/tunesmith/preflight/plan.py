@@ -29,6 +29,8 @@ from tunesmith.training import forecast, frozen, ordering, preparation, referenc
 from tunesmith.training.forecast import Needs, Outline, duration_range
 from tunesmith.training.preparation import Prepared
 
+ASSUMED = "the run measures which rows are hard: it is planned as if the longest were the hardest"
+
 
 @dataclass(frozen=True)
 class Planned(NotebookResult):
@@ -73,7 +75,7 @@ def plan(
         if measure:
             opened = story.open_model(spec, prepared.train, notify)
             needs, rate = trial.calibrated(needs, opened, notify)
-        counted = _counts(prepared, outline.config, outline.net, outline.attached)
+        counted = _counts(needs.prepared, outline.config, outline.net, outline.attached)
         proposal = None if limits is None else fitting.propose(needs, limits, rate)
     return Planned(counted, needs.forecast(rate), proposal)
 
@@ -85,7 +87,7 @@ def rehearse(config: Resolved[RunConfig], *, notify: Sink = events.silent) -> Pl
     prepared = preparation.prepare(spec, notify)
     model = story.open_model(spec, prepared.train, notify)
     needs = Needs.of(model.config, prepared, model.net, model.loaded.config)
-    return Planned(_counts(prepared, spec, model.net, model.attached), needs.forecast())
+    return Planned(_counts(needs.prepared, spec, model.net, model.attached), needs.forecast())
 
 
 def _anchored(config: Resolved[RunConfig], notify: Sink) -> RunConfig:
@@ -94,6 +96,8 @@ def _anchored(config: Resolved[RunConfig], notify: Sink) -> RunConfig:
         notify(Notice(text, where="data.train"))
     for text in spec.warnings():
         notify(Notice(text, level="warning"))
+    if spec.data.order == "difficulty":
+        notify(Notice(ASSUMED, where="data.order"))
     return spec
 
 

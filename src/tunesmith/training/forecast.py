@@ -93,6 +93,7 @@ class Needs:
         ranks: int = 1,
     ) -> Needs:
         """net: with its adapter, evaluated or not; settings: its config.json."""
+        prepared = ordering.assumed(prepared, config)
         lower = frozen.Lower(net) if config.loop.cache_frozen and frozen.depth(net) else None
         return cls(
             config,
@@ -105,6 +106,7 @@ class Needs:
 
     def replanned(self, config: RunConfig, prepared: Prepared) -> Needs:
         """The same model and adapter with other rows or micro-batches."""
+        prepared = ordering.assumed(prepared, config)
         recomputed = config.loop.checkpoint_gradients
         return replace(
             self, config=config, prepared=prepared, updates=updates(prepared), recomputed=recomputed

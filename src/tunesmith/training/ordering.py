@@ -6,7 +6,7 @@ Later epochs are shuffled: a curriculum begins with the easy rows and ends with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +56,15 @@ def recorded(prepared: Prepared, folder: Path) -> Prepared:
     return _by_difficulty(prepared, losses)
 
 
+def assumed(prepared: Prepared, config: RunConfig) -> Prepared:
+    """``prepared`` in the order that is planned for. Difficulties are not known before the run measures them:
+    until then the longest rows are taken for the hardest, so that they are learned together, which needs most
+    memory."""
+    if config.data.order != "difficulty" or prepared.plan.first_epoch is not None:
+        return prepared
+    return _easy_first(prepared, prepared.plan.lengths)
+
+
 def count(prepared: Prepared) -> int:
     """How many sequences are measured, each once."""
     return len({group.sequences[0].digest for group in judged(prepared)})
@@ -72,6 +81,10 @@ def _by_difficulty(prepared: Prepared, losses: Reference) -> Prepared:
         -group.reference[0] / group.learned[0] if group.learned[0] > 0 else 0.0
         for group in losses.fill(judged(prepared))
     ]
+    return _easy_first(prepared, difficulties)
+
+
+def _easy_first(prepared: Prepared, difficulties: Sequence[float]) -> Prepared:
     plan = prepared.plan.easy_first(difficulties)
     counts = prepared.counts | {"padding_share": round(plan.padding_share(), 4)}
     return replace(prepared, plan=plan, counts=counts)
