@@ -15,7 +15,7 @@ from tunesmith.evaluation.statistics import Statistic
 from tunesmith.sweeps import outcome, page, screen
 from tunesmith.sweeps.contrasts import Contrast, MixedStudent, RowValues, SweptKey, compare, panel
 from tunesmith.sweeps.ledger import GENERATOR, Ledger, TrialEntry
-from tunesmith.sweeps.measured import NOT_FINITE, Metric, scored
+from tunesmith.sweeps.measured import NOT_FINITE, Metric, cost, scored
 from tunesmith.sweeps.trials import SweepPlan, SweptSetting, Trial
 
 LOSS = Metric("held-out loss", "", True)
@@ -107,22 +107,38 @@ def test_the_best_is_taken_with_how_much_the_others_are_behind(tmp_path):
     assert re.search(r"; all others are shown to be worse, the nearest by 0\.1[4-8]\d?$", verdict)
 
 
-def test_among_equal_weights_less_memory_decides_then_time_and_five_percent_is_none():
-    def cheapest(*costs: tuple[int, float]) -> int | None:
-        taken = [outcome.TrialCost(10, memory_bytes, seconds) for memory_bytes, seconds in costs]
+def test_among_equal_weights_less_memory_decides_then_tokens_then_fewer_changes_and_never_time():
+    def cheapest(*costs: tuple[int, float], changes: tuple[int, ...] = (0, 0)) -> int | None:
         behind = Contrast(0.0, 1.0, MixedStudent(9.0), 1.0, 1.0)
         settings = [
-            outcome.SettingResult("", {}, 1, "finished", 1.0, cost=cost, behind=behind) for cost in taken
+            outcome.SettingResult(
+                "",
+                dict.fromkeys(map(str, range(n_changes))),
+                1,
+                "finished",
+                1.0,
+                cost=outcome.TrialCost(10, memory_bytes, 1.0 if place else 900.0, tokens),
+                behind=behind,
+            )
+            for place, ((memory_bytes, tokens), n_changes) in enumerate(zip(costs, changes, strict=True))
         ]
         return outcome._cheapest(settings, range(len(settings)), [], [], 0)
 
     assert cheapest((120, 1.0), (100, 5.0)) == 1
     assert cheapest((100, 6.0), (104, 5.0)) == 1
     assert cheapest((100, 5.2), (104, 5.0)) == 0
+    assert cheapest((100, 5.2), (104, 5.0), changes=(2, 1)) == 1
+
+
+def test_padding_is_work(tmp_path):
+    write_run(tmp_path, np.ones(ROWS), 10, 100)
+    log = tmp_path / "events.jsonl"
+    log.write_text(log.read_text().replace('"padding": 0.0', '"padding": 0.5'))
+    assert cost(tmp_path) == outcome.TrialCost(10, 100, 2.0, 20.0)
 
 
 def test_what_was_never_compared_with_the_best_is_not_taken():
-    costs = [outcome.TrialCost(weights, 100, 1.0) for weights in (20, 10)]
+    costs = [outcome.TrialCost(weights, 100, 1.0, 1.0) for weights in (20, 10)]
     settings = [outcome.SettingResult("", {}, 1, "finished", 1.0, cost=cost) for cost in costs]
     assert outcome._cheapest(settings, range(2), [], [], 0) == 0
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import tiny
 import tunesmith
+from tunesmith import events
 from tunesmith.cli import app
 from tunesmith.errors import ConfigError, TrainingError
 from tunesmith.runs import checkpoints
@@ -204,6 +205,33 @@ def test_racing_stops_a_trial_that_is_shown_to_be_behind(place):
     assert report.outcome.choice == 0
 
 
+@pytest.mark.parametrize(("step", "state"), [(10, "stopped"), (0, "interrupted"), (40, "interrupted")])
+def test_racing_stops_a_setting_whose_loss_is_not_finite_before_it_stops_any_other(
+    place, tmp_path, step, state
+):
+    """At update 0 the trial fails by itself, and after the last one nothing is saved."""
+    content = {"grid": {"adapter.rank": [2, 4]}, "racing": {"kind": "interval", "after": 0.9}}
+    asked = request(written(place, "nan", content), out=tmp_path)
+    book, plan = ledger.opened(tmp_path, asked.spec, asked.plan, asked.file)
+    said: list[str] = []
+    room = TrialRoom(asked.base, plan.settings)
+    run = Execution(tmp_path, asked.spec, plan, book, 1, room, (1, 1), lambda event: said.append(event.what))
+    first, second = plan.trials
+    book.entry(first.name).state = "running"
+    run.followers = {trial.name: Follower(tmp_path / trial.name) for trial in plan.trials}
+    (tmp_path / first.name).mkdir()
+    rows = {f"rows.jsonl:{number}": 1.0 for number in range(30)}
+    log = [
+        events.RunStarted("", 40, 10, 100, {}),
+        events.HeldOutLosses(step, rows | {"rows.jsonl:3": float("nan")}, dict.fromkeys(rows, 5.0)),
+    ]
+    (tmp_path / first.name / "events.jsonl").write_text("".join(events.to_json(each) + "\n" for each in log))
+    run._catch_up()
+    assert (book.entry(first.name).state, book.entry(second.name).state) == (state, "waiting")
+    told = f"rank=2 is stopped: the held-out loss of rank=2 at update {step} is not finite: it diverged"
+    assert said == ([told] if state == "stopped" else [])
+
+
 def test_trials_are_compared_by_a_task_and_seeds_by_their_deviation(place):
     content = {"seeds": [0, 1], "evaluate": "perplexity", "evaluation": {"limit": 6}, "metric": "perplexity"}
     report = tunesmith.sweep(
@@ -301,13 +329,26 @@ def test_a_file_that_is_edited_while_the_sweep_runs_changes_no_trial(place, tmp_
 
 
 @pytest.mark.parametrize("name", sorted(spec.ready()))
-def test_a_ready_made_sweep_needs_a_model_and_data_only(place, name):
+def test_a_ready_made_sweep_needs_a_model_and_data_only(place, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "retention.jsonl").write_text("")
     options = {"model": "anything", "data": [str(place / "rows.jsonl")]}
     plan = request(name, **options).plan
     assert len(plan.trials) >= 5 and len({json.dumps(dict(trial.settings)) for trial in plan.trials}) == len(
         plan.trials
     )
     assert name in (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
+
+
+def test_a_sweep_names_a_file_of_general_rows_that_is_missing(place, monkeypatch, tmp_path):
+    options = {"model": "anything", "data": [str(place / "rows.jsonl")]}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        request("retention", **options)
+    told = str(caught.value)
+    assert "data.mix" in told and "retention.jsonl" in told and "general rows" in told
+    (tmp_path / "retention.jsonl").write_text("")
+    assert len(request("retention", **options).plan.trials) == 8
 
 
 def test_a_name_that_is_no_file_and_no_ready_made_sweep_lists_those():
@@ -335,13 +376,16 @@ def test_a_search_goes_on_past_a_setting_that_fails_and_trains_it_once(place):
     content = {"space": {"batch.length": [512, 8]}}  # no row has 8 tokens or fewer
     file = written(place, "gaps", content)
     sets = ["loop.steps=2", "data.max_dropped=0", "template.too_long=drop"]
-    report = tunesmith.sweep(file, out=place / "gaps", optuna=5, sets=sets)
+    heard: list[events.Event] = []
+    report = tunesmith.sweep(file, out=place / "gaps", optuna=5, sets=sets, notify=heard.append)
     states = [setting.state for setting in report.outcome.settings]
     assert sorted(states) == ["failed", "finished"]
     study = json.loads((place / "gaps" / "sweep.json").read_text())
     assert study["trials"][0]["state"] == "failed", "the search began with what works: change its seed"
     log = (place / "gaps" / "logs" / "length=8.log").read_text()
     assert log.count("error: ") == 1
+    said = [event.what for event in heard if isinstance(event, events.Notice)]
+    assert any("it is trained once" in text for text in said) and len(set(said)) == len(said)
 
 
 def test_a_space_has_no_list_of_trials(place):

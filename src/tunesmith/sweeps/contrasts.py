@@ -37,6 +37,10 @@ class RowValues(NamedTuple):
     values: Mapping[str, float]
     weights: Mapping[str, float]
 
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, self.values.values()))
+
 
 @dataclass(frozen=True)
 class Panel:

@@ -242,10 +242,14 @@ class Execution:
     # Racing
 
     def _race(self, trial: Trial, step: int) -> None:
-        """Stop the setting of ``trial`` if its losses at ``step`` show that it is behind."""
+        """Stop the setting of ``trial`` if its losses at ``step`` show that it is behind, or diverged."""
         race, entry = self.spec.racing, self.ledger.entry(trial.name)
         follower = self.followers[trial.name]
         if not isinstance(race, IntervalRacing) or entry.state == "stopped" or follower.steps is None:
+            return
+        if 0 < step < follower.steps and not follower.looks[step].finite:  # at 0 the trial fails by itself
+            reason = f"the held-out loss of {trial.name} at update {step} is not finite: it diverged"
+            self._stop(trial.setting, reason)
             return
         every = trial.settings.get("loop.validate_every")
         looks = racing.looks(follower.steps, every if isinstance(every, int) else 0, race.after)

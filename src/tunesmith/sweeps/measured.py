@@ -29,11 +29,13 @@ NOT_FINITE = "its held-out loss is not finite: it diverged"
 
 
 class TrialCost(NamedTuple):
-    """What a trial takes. ``memory_bytes``: the most that its process held. ``seconds``: of its updates."""
+    """What a trial takes. ``memory_bytes``: the most that its process held. ``seconds``: of its updates.
+    ``tokens``: that its updates computed, padding included."""
 
     trainable: int
     memory_bytes: int
     seconds: float
+    tokens: float
 
 
 @dataclass
@@ -170,8 +172,7 @@ def scored(run_dir: Path, metric: Metric) -> RowValues | str:
         if index.used not in follower.looks:
             return f"its log has no held-out losses at step {index.used}"
         scores = follower.looks[index.used]
-        finite = all(map(math.isfinite, scores.values.values()))
-        return scores if finite else NOT_FINITE
+        return scores if scores.finite else NOT_FINITE
     every, _ = pairing.recorded(run_dir)
     records = [record for record in every if (record.task, record.version) == (metric.task, metric.version)]
     if not records:
@@ -207,15 +208,18 @@ def cost(run_dir: Path) -> TrialCost | None:
     if not steps or not started:
         return None
     memory_bytes = max(max(step.memory.values(), default=0) for step in steps)
-    return TrialCost(started[-1].trainable, memory_bytes, sum(step.seconds for step in steps))
+    seconds = sum(step.seconds for step in steps)
+    tokens = sum(step.tokens / (1 - step.padding) for step in steps)
+    return TrialCost(started[-1].trainable, memory_bytes, seconds, tokens)
 
 
 def mean_cost(costs: Sequence[TrialCost]) -> TrialCost:
-    """Of the trials of one setting: the most memory, and the mean time."""
+    """Of the trials of one setting: the most memory, and the mean time and tokens."""
     return TrialCost(
         max(part.trainable for part in costs),
         max(part.memory_bytes for part in costs),
         sum(part.seconds for part in costs) / len(costs),
+        sum(part.tokens for part in costs) / len(costs),
     )
 
 

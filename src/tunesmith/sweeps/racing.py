@@ -5,7 +5,8 @@ same update, row by row. The setting is stopped if the one-sided interval of the
 The error is shared equally between all looks and all other settings (Bonferroni), so that the setting whose
 loss is truly the lowest at every look is stopped with at most the stated probability, whichever the leader.
 Curves that cross later are not covered: a setting that learns slowly can be stopped before it would have
-overtaken, which is why nothing is stopped in the first part (`IntervalRacing.after`).
+overtaken, which is why nothing is stopped in the first part (`IntervalRacing.after`), but for a setting whose
+loss is not finite.
 
 With several seeds a setting is judged by all seeds that have come so far, from the second on, by the variance
 between seeds; with one seed the rows alone decide."""

@@ -81,7 +81,8 @@ class NoRacing(Spec):
 
 
 class IntervalRacing(Spec):
-    """A trial is stopped once its held-out loss is shown to be above the leader's at the same update."""
+    """A trial is stopped once its held-out loss is shown to be above the leader's at the same update, or is
+    not finite."""
 
     kind: Literal["interval"] = "interval"
     error: float = Field(

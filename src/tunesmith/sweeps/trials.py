@@ -104,7 +104,14 @@ def expand(spec: SweepSpec, base: BaseSpec, place: str, environ: Mapping[str, st
 
 
 def _require_rows(spec: SweepSpec, config: RunConfig, where: str) -> None:
-    """Raises ConfigError if trials could not be compared, or raced, as ``spec`` says."""
+    """Raises ConfigError if trials could not be trained, compared, or raced, as ``spec`` says."""
+    for path in (path for entry in config.data.mix for path in entry.path):
+        if not Path(path).expanduser().exists():
+            hint = (
+                "put general rows there, such as chats on other subjects with answers that the model should "
+                "keep giving, in any format of training files; or name your own file in a copy of the sweep"
+            )
+            raise ConfigError(f"{path} does not exist", where=f"{where}: data.mix", hint=hint)
     if spec.metric == LOSS and config.data.valid in (0, ()):
         hint = "hold rows out, or compare by a task: evaluate and metric"
         raise ConfigError("data.valid is 0: no held-out loss to compare by", where=where, hint=hint)

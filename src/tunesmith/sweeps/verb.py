@@ -11,7 +11,7 @@ from tunesmith import events
 from tunesmith.display import notebook
 from tunesmith.display.notebook import NotebookResult
 from tunesmith.errors import ConfigError, TrainingError
-from tunesmith.events import Notice, Sink
+from tunesmith.events import Event, Notice, Sink
 from tunesmith.runs.configure import listed
 from tunesmith.settings.config import EXAMPLE
 from tunesmith.settings.origins import parse, plain
@@ -156,6 +156,7 @@ def _searched(asked: SweepRequest, count: int, parallel: int, notify: Sink) -> S
     fails is told as such, and the search goes on."""
     ledger.require_own(asked.folder)
     study = Search(asked.folder, asked.spec, measured.metric(asked.spec))
+    notify = _once(notify)
     report: SweepReport | None = None
     while report is None or study.pending or len(study.changes) < count:
         if not study.pending:
@@ -166,6 +167,19 @@ def _searched(asked: SweepRequest, count: int, parallel: int, notify: Sink) -> S
         report = _run(extended, parallel, notify, retry=report is None)
         study.tell(report.outcome)
     return _require_result(report)
+
+
+def _once(notify: Sink) -> Sink:
+    """Passes on each notice once: every round of a search goes through all trials so far."""
+    told: set[str] = set()
+
+    def tell(event: Event) -> None:
+        if not isinstance(event, Notice) or event.what not in told:
+            notify(event)
+        if isinstance(event, Notice):
+            told.add(event.what)
+
+    return tell
 
 
 def _run(
