@@ -20,7 +20,7 @@ from pathlib import Path
 import tunesmith
 from tunesmith import reports
 from tunesmith.data.sources import sha256
-from tunesmith.demo import data
+from tunesmith.demo import data, retention
 from tunesmith.display import console
 from tunesmith.errors import SetupError, TunesmithError
 from tunesmith.exports.table import ExportTable, export_table
@@ -79,7 +79,15 @@ def fetch_model(folder: Path) -> Path:
     return target
 
 
-def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None = None) -> dict[str, object]:
+def mixed_in(folder: Path) -> str:
+    """The setting that mixes in the rows of `retention`, which are written to ``folder``."""
+    path = retention.write(folder / retention.NAME, retention.rows())
+    return f"data.mix={json.dumps([{'path': str(path), 'repeat': 1}])}"
+
+
+def demo(
+    folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None = None, mix: bool = False
+) -> dict[str, object]:
     """Fetch, train, evaluate before and after, export, show what changed. Returns the content of the last
     line."""
     start = time.perf_counter()
@@ -89,7 +97,10 @@ def demo(folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None =
     rows_file = data.write(folder / "tools.jsonl", rows, seed=0)
     print(f"2/5  wrote {rows} rows of tool calls to {rows_file}", file=sys.stderr)
     settings = tunesmith.configure(
-        preset="smollm2-demo", model=str(model), data=[str(rows_file)], sets=sets or []
+        preset="smollm2-demo",
+        model=str(model),
+        data=[str(rows_file)],
+        sets=[*([mixed_in(folder)] if mix else []), *(sets or [])],
     )
     out = folder / "runs" / time.strftime("%Y-%m-%d-%H%M%S")
     print("3/5  training on the rows labelled good", file=sys.stderr)
@@ -181,10 +192,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for model, rows and runs")
     parser.add_argument("--rows", type=int, default=ROWS, help="number of rows to write")
     parser.add_argument("--set", action="append", default=[], help="one setting, such as loop.epochs=1")
+    parser.add_argument("--mix", action="store_true", help="train also on rows against forgetting")
     options = parser.parse_args()
     imports.hide("torch")  # as the command line does
     try:
-        print(json.dumps(demo(options.out, options.rows, options.set)))
+        print(json.dumps(demo(options.out, options.rows, options.set, options.mix)))
     except TunesmithError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
