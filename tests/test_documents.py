@@ -36,7 +36,7 @@ LINKED = re.compile(r"\[([^\]]+)\]\([^)]+\)")
 FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)*(?:\.(?:py|md|yaml|html|css|sh)|/)")
 DOTTED = re.compile(r"(\w+)\.(\w+(?:\.\w+)*)(?:\(.*|[:=].*)?")
 VERB = re.compile(r"tunesmith ([a-z]+)\b([^`\n#|]*)")
-WORDS = {"already", "and", "cannot", "trains", "updates", "measures", "adds", "needs", "runs", "did", "is", "on"}
+WORDS = set("already and cannot trains updates measures adds needs runs did is on".split())
 """What follows "tunesmith" in sentences."""
 ENDINGS = {"html", "md", "json", "jsonl", "png", "safetensors", "log", "yaml"}
 """Of files in a run directory, that look like names with a dot."""
