@@ -8,10 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import tiny
 import tunesmith
 from tunesmith import events
+from tunesmith.cli import app
 from tunesmith.errors import DataError, ResumeMismatch
 from tunesmith.reports.facts import read_log
 from tunesmith.reports.summary import summarise
@@ -163,3 +165,29 @@ def test_a_mixed_file_of_which_nothing_can_be_learned_is_refused(tiny_model, fil
     others = {"task": files["task"], "general": tiny.write_rows(tmp_path / "bad.jsonl", bad)}
     with pytest.raises(DataError, match="can learn none of these rows"):
         preparation.prepare(settings(tiny_model, others, "share: 0.2").spec)
+
+
+def test_mixed_rows_are_shown_apart_and_counted(mixed, tiny_model, files, tmp_path):
+    mix = f"data.mix=[{{path: {files['general']}, share: 0.5}}]"
+    words = ["show", "--model", str(tiny_model), str(files["task"]), "--set", mix]
+    result = CliRunner().invoke(app, [*words, "--limit", "3"], catch_exceptions=False)
+    heads = [line for line in result.stdout.splitlines() if line.startswith("── ")]
+    assert [("task.jsonl" in head, "general.jsonl" in head) for head in heads] == (
+        [(True, False)] * 3 + [(False, True)] * 3
+    )
+    assert "data.mix: general.jsonl: 3 rows shown of the first 3" in result.stderr
+    printed = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout.splitlines()
+    assert Counter(json.loads(line)["mix"] for line in printed) == {None: 20, "general.jsonl": 12}
+    shown, _ = tunesmith.show([str(mixed.path)])
+    assert len(shown.rows) == 4 and len(shown.mixed["general.jsonl"].rows) == 12
+
+
+def test_the_rows_of_a_run_are_shown_where_its_mixed_files_are_gone(mixed, tmp_path):
+    shutil.copytree(mixed.path, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("general.jsonl", "gone.jsonl"))
+    heard: list[events.Event] = []
+    shown, _ = tunesmith.show([str(tmp_path / "run")], notify=heard.append)
+    assert len(shown.rows) == 4 and not shown.mixed
+    (notice,) = [event for event in heard if isinstance(event, events.Notice) and "not shown" in event.what]
+    assert notice.level == "warning" and "gone.jsonl" in str(notice.where)

@@ -30,7 +30,7 @@ from tunesmith.machine import imports
 
 if TYPE_CHECKING:
     from tunesmith.auditing.findings import Audit
-    from tunesmith.tokens.template import Row
+    from tunesmith.tokens.template import Rendered, Row
 
 SHOWN_ROWS = 5
 
@@ -49,7 +49,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print rows as the model would learn them: learned tokens coloured (or between ⟦ and ⟧ without
-    colour). Of a run: its held-out rows."""
+    colour). Of a run: its held-out rows. Rows of ``data.mix`` follow apart."""
     with progress() as notify:
         rendered, renderer = tunesmith.show(
             data,
@@ -63,23 +63,30 @@ def show(
             notify=notify,
         )
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for row in rendered.rows:
-        if as_json:
-            print_json(_as_json(row))
-        else:
-            decode = renderer.decode if control else lambda ids: escaped(renderer.decode(ids))
-            typer.echo(_marked(row, decode, colour=colour))
+    decode = renderer.decode if control else lambda ids: escaped(renderer.decode(ids))
+    of_read = "" if limit is None and as_json else f" of the first {limit or SHOWN_ROWS} that can be read"
+    mixed: dict[str | None, Rendered] = {**rendered.mixed}
+    for mix, part in ({None: rendered} | mixed).items():
+        for row in part.rows:
+            if as_json:
+                print_json({**_as_json(row), "mix": mix})
+            else:
+                typer.echo(_marked(row, decode, colour=colour))
+        _tell_counts(part, "" if mix is None else f"data.mix: {mix}: ", of_read)
+
+
+def _tell_counts(rendered: Rendered, prefix: str, of_read: str) -> None:
+    """How many rows were shown, and which were left out."""
     if rendered.dropped:
         from tunesmith.data.formats import faults, hints, reasons
 
-        say(f"rows left out ({reasons(rendered.dropped)}):\n{faults(rendered.dropped)}", err=True)
+        left_out = f"rows left out ({reasons(rendered.dropped)}):\n{faults(rendered.dropped)}"
+        say(f"{prefix}{left_out}", err=True)
         for hint in hints(rendered.dropped):
             say(f"hint: {hint}", err=True)
     notes = "".join(f"; {note}: {count}" for note, count in sorted(rendered.notes.items()))
-    of_read = "" if limit is None and as_json else f" of the first {limit or SHOWN_ROWS} that can be read"
-    say(
-        f"{many(len(rendered.rows), 'row')} shown{of_read}, {len(rendered.dropped)} left out{notes}", err=True
-    )
+    shown = f"{many(len(rendered.rows), 'row')} shown{of_read}, {len(rendered.dropped)} left out{notes}"
+    say(f"{prefix}{shown}", err=True)
 
 
 def _as_json(row: Row) -> dict[str, object]:

@@ -7,6 +7,7 @@ Experience replay against forgetting: Scialom et al., "Fine-tuned Language Model
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -50,6 +51,12 @@ def require_room(mix: Sequence[MixSpec]) -> None:
     """Raises ValueError if the shares leave no room for the rows of the task."""
     if (total := sum(entry.share or 0.0 for entry in mix)) >= 1:
         raise ValueError(f"the shares of data.mix add up to {total:g}, and must be less than 1")
+
+
+def names(mix: Sequence[MixSpec]) -> list[str]:
+    """The files of each entry of ``mix``; with their folders if two entries have files of the same names."""
+    short = [", ".join(Path(path).name for path in entry.path) for entry in mix]
+    return short if len(set(short)) == len(short) else [", ".join(entry.path) for entry in mix]
 
 
 def rows_an_epoch(mix: Sequence[MixSpec], task: int, rows: Sequence[int]) -> list[int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from markupsafe import Markup
 
 from tunesmith import events
-from tunesmith.data import formats
+from tunesmith.data import formats, mixing
 from tunesmith.display import notebook
 from tunesmith.display.notebook import NotebookResult
 from tunesmith.display.text import many
@@ -30,8 +31,15 @@ SHOWN = 5
 """Rows in a notebook."""
 
 
+@dataclass
+class RenderedParts(Rendered):
+    """The rows of the task. ``mixed``: those of each entry of ``data.mix``, by the names of its files."""
+
+    mixed: dict[str, Rendered]
+
+
 class RowsAndRenderer(NamedTuple):
-    rendered: Rendered
+    rendered: RenderedParts
     renderer: Renderer
 
 
@@ -85,18 +93,19 @@ def show(
     environ: Mapping[str, str] | None = None,
     limit: int | None = None,
     notify: Sink = events.silent,
-) -> tuple[Rendered, Renderer]:
+) -> ShownRows:
     """The rows of ``data`` as ``train`` would learn them with the same settings, and the renderer. Loads no
     weights.
 
     data: files or folders, or one run, whose held-out rows are rendered as it renders them. model: folder,
     GGUF file or hub id whose tokenizer and chat template are used; tokenizer: ``mistral-v3`` or a folder.
-    Raises ConfigError for settings beside a run."""
+    limit: of the rows of the task, and of each entry of ``data.mix``. Raises ConfigError for settings beside
+    a run."""
     if len(data) == 1 and (Path(data[0]) / MANIFEST).is_file():
         if model or tokenizer or config or preset or sets:
             hint = f"name its rows instead: {Path(data[0]) / VALID}"
             raise ConfigError("a run is shown by its own settings", where=data[0], hint=hint)
-        return _of_run(Run.open(data[0]), limit)
+        return _of_run(Run.open(data[0]), limit, notify)
     named = model or (None if preset or config else tokenizer or BUILT_IN)
     resolved = configure(model=named, data=data, config=config, preset=preset, sets=sets, environ=environ)
     for text in resolved.notes:
@@ -104,18 +113,32 @@ def show(
     spec = resolved.spec
     renderer = renderers.load(tokenizer_source(spec.model, tokenizer), spec.template)
     renderer.follow(spec.template, spec.data.text_control)
-    return ShownRows(_rendered(spec.data.train, spec, renderer, limit), renderer)
+    task = _rendered(spec.data.train, spec, renderer, limit)
+    return ShownRows(RenderedParts(**vars(task), mixed=_mixed(spec, renderer, limit)), renderer)
 
 
-def _of_run(run: Run, limit: int | None) -> ShownRows:
-    """The held-out rows of ``run`` as it renders them. Raises DataError if it holds none out."""
+def _of_run(run: Run, limit: int | None, notify: Sink) -> ShownRows:
+    """The held-out rows of ``run`` as it renders them, and the rows of its ``data.mix``. Raises DataError
+    if it holds none out."""
     rows = run.path / VALID
     if not rows.is_file() or not rows.stat().st_size:
         raise DataError("holds no rows out", where=str(run.path), hint="show the file that it was trained on")
     renderer = opening.renderer_of(run, tokenizer_source(run.config.model, None))
     data = run.config.data.model_copy(update={"train": (str(rows),), "format": "auto"})
     spec = run.config.model_copy(update={"data": data})
-    return ShownRows(_rendered(data.train, spec, renderer, limit), renderer)
+    task = _rendered(data.train, spec, renderer, limit)
+    try:
+        mixed = _mixed(run.config, renderer, limit)
+    except DataError as error:  # the files may be gone since the run
+        notify(Notice(f"not shown: {error.what}", level="warning", where=f"data.mix: {error.where}"))
+        mixed = {}
+    return ShownRows(RenderedParts(**vars(task), mixed=mixed), renderer)
+
+
+def _mixed(spec: RunConfig, renderer: Renderer, limit: int | None) -> dict[str, Rendered]:
+    """The rows of each entry of ``data.mix``. Raises DataError as `_rendered` does."""
+    entries = zip(mixing.names(spec.data.mix), spec.data.mix, strict=True)
+    return {name: _rendered(entry.path, spec, renderer, limit) for name, entry in entries}
 
 
 def _rendered(data: Sequence[str], spec: RunConfig, renderer: Renderer, limit: int | None) -> Rendered:

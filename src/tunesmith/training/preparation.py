@@ -341,9 +341,6 @@ def _mixed(config: RunConfig, sides: Sides) -> list[MixedRows]:
 
 def _mix_counts(config: RunConfig, sides: Sides, mixed: Sequence[MixedRows]) -> dict[str, Any]:
     """Counts of ``data.mix`` by the names of its files; empty if nothing is mixed in."""
-    names = [", ".join(Path(path).name for path in entry.path) for entry in config.data.mix]
-    if len(set(names)) < len(names):
-        names = [", ".join(entry.path) for entry in config.data.mix]
     entries = {
         name: {
             "rows": len(side.usable),
@@ -351,7 +348,7 @@ def _mix_counts(config: RunConfig, sides: Sides, mixed: Sequence[MixedRows]) -> 
             "tokens": sum(group.tokens for group in drawn.groups),
             "supervised_tokens": _learned_tokens(drawn.groups),
         }
-        for name, side, drawn in zip(names, sides.mixed, mixed, strict=True)
+        for name, side, drawn in zip(mixing.names(config.data.mix), sides.mixed, mixed, strict=True)
     }
     return {"mix": entries} if entries else {}
 
