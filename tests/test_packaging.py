@@ -133,7 +133,7 @@ def test_the_lock_is_what_uv_would_write(index):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_everything_installs_from_wheels(index, platform, python):
     """Core and extras together, so each of them alone too."""
-    words = ["pip", "compile", "pyproject.toml", "--quiet", "--no-header"]
+    words = ["pip", "compile", "pyproject.toml", "--no-header"]
     words += ["--python-platform", platform, "--python-version", python, "--only-binary", ":all:"]
     words += [word for name in SOURCES for word in ("--no-binary", name)]
     words += [word for extra in PLATFORMS[platform] for word in ("--extra", extra)]

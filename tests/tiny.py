@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from tunesmith.preflight.goldens import cases
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}"
@@ -59,7 +61,7 @@ def write_model(
 ) -> None:
     """config.json and model.safetensors (float32) of a random model of the llama family, 4 heads over 2
     key-value heads."""
-    heads, kv_heads, inner = 4, 2, 2 * hidden
+    heads, kv_heads, inner = cases.HEADS, cases.KV_HEADS, 2 * hidden
     config = {
         "model_type": kind,
         "architectures": ["MistralForCausalLM" if kind == "mistral" else "LlamaForCausalLM"],
@@ -75,31 +77,7 @@ def write_model(
         "tie_word_embeddings": tied,
         "torch_dtype": "float32",
     }
-    random = np.random.Generator(np.random.PCG64(seed))
-
-    def weight(*shape: int) -> np.ndarray:
-        return random.normal(0, 0.08, shape).astype(np.float32)
-
-    width = hidden // heads
-    tensors = {
-        "model.embed_tokens.weight": weight(vocabulary, hidden),
-        "model.norm.weight": 1 + weight(hidden),
-    }
-    if not tied:
-        tensors["lm_head.weight"] = weight(vocabulary, hidden)
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        tensors |= {
-            prefix + "self_attn.q_proj.weight": weight(heads * width, hidden),
-            prefix + "self_attn.k_proj.weight": weight(kv_heads * width, hidden),
-            prefix + "self_attn.v_proj.weight": weight(kv_heads * width, hidden),
-            prefix + "self_attn.o_proj.weight": weight(hidden, heads * width),
-            prefix + "mlp.gate_proj.weight": weight(inner, hidden),
-            prefix + "mlp.up_proj.weight": weight(inner, hidden),
-            prefix + "mlp.down_proj.weight": weight(hidden, inner),
-            prefix + "input_layernorm.weight": 1 + weight(hidden),
-            prefix + "post_attention_layernorm.weight": 1 + weight(hidden),
-        }
+    tensors = cases.weights(vocabulary, layers=layers, hidden=hidden, tied=tied, seed=seed)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
 

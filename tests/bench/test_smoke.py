@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -56,6 +57,18 @@ def test_a_benchmark_runs(script, tmp_path):
 @pytest.mark.parametrize("script", LONG)
 def test_a_benchmark_that_takes_longer_runs(script, tmp_path):
     smoke(script, *LONG[script], out=tmp_path / "result.json")
+
+
+def test_the_script_for_a_mac_puts_its_results_into_one_file(tmp_path):
+    command = ["bash", str(BENCH / "mac.sh"), "--smoke", "--out", str(tmp_path / "all.json")]
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "all.json").read_text("utf-8"))
+    assert {name: result["benchmark"] for name, result in found.items()} == {
+        name: name for name in ("experts", "scaling")
+    }
+    assert str(tmp_path) not in json.dumps(found) and str(BENCH) not in json.dumps(found)
 
 
 def test_the_picture_is_drawn_of_a_result(tmp_path):

@@ -1,5 +1,5 @@
-"""Writes preferences.safetensors: loss and gradients of every preference objective by TRL's own trainers on
-torch.
+"""Writes preferences.safetensors of preflight/goldens: loss and gradients of every preference objective by
+TRL's own trainers on torch.
 
 Run with the parity extra and TRL: ``pip install trl==1.16.0; python tests/goldens/make_preferences.py``. The
 versions are in the file's metadata. The test that reads it (tests/test_parity_preferences.py) needs neither
@@ -19,23 +19,37 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny
-from goldens.make_sft import ALPHA, RANK, TARGETS, VOCABULARY, adapter, ours
+from goldens.make_sft import ours
+from tunesmith.preflight.goldens.cases import (
+    ALPHA,
+    JUDGED_ROWS,
+    PREFERENCES,
+    RANK,
+    TARGETS,
+    VOCABULARY,
+    WEIGHTS,
+    adapter,
+    judged,
+    pairs,
+)
 
-GOLDEN = Path(__file__).with_name("preferences.safetensors")
-WEIGHTS = (0.8, 2.2)
 # Order in which KTO pairs rows here, by index: prompt i takes the completion of the one after it. TRL takes
 # the one before, so it is given the rows the other way round.
 CASES: dict[str, dict[str, Any]] = {
-    "kto": {"rows": (3, 1, 4, 0, 2), "beta": 0.4},
+    "kto": {"rows": JUDGED_ROWS["kto"], "beta": 0.4},
     "kto_weighted": {
-        "rows": (3, 1, 4, 0, 2),
+        "rows": JUDGED_ROWS["kto_weighted"],
         "beta": 0.1,
         "desirable_weight": WEIGHTS[0],
         "undesirable_weight": WEIGHTS[1],
     },
-    "kto_desirable": {"rows": (0, 2, 4), "beta": 0.4},
-    "kto_undesirable": {"rows": (3, 1), "beta": 0.4},
-    "apo_zero_unpaired": {"rows": (0, 1, 2, 3, 4), "beta": 0.3, "loss_type": "apo_zero_unpaired"},
+    "kto_desirable": {"rows": JUDGED_ROWS["kto_desirable"], "beta": 0.4},
+    "kto_undesirable": {"rows": JUDGED_ROWS["kto_undesirable"], "beta": 0.4},
+    "apo_zero_unpaired": {
+        "rows": JUDGED_ROWS["apo_zero_unpaired"],
+        "beta": 0.3,
+        "loss_type": "apo_zero_unpaired",
+    },
     "dpo_sigmoid": {"beta": 0.3},
     "dpo_robust": {"beta": 0.3, "loss_type": ["robust"], "label_smoothing": 0.1},
     "dpo_hinge": {"beta": 0.3, "loss_type": ["hinge"]},
@@ -45,27 +59,6 @@ CASES: dict[str, dict[str, Any]] = {
     "orpo": {"beta": 0.2},
     "simpo": {"beta": 2.0, "gamma": 0.8},
 }
-
-
-def judged() -> list[tuple[list[int], list[int], bool]]:
-    """Prompt, completion, label of five rows; no two lengths alike."""
-    random = np.random.Generator(np.random.PCG64(11))
-    sizes = [(4, 6, True), (2, 3, False), (9, 1, True), (5, 12, False), (3, 8, True)]
-    return [
-        (random.integers(1, VOCABULARY, asked).tolist(), random.integers(1, VOCABULARY, said).tolist(), label)
-        for asked, said, label in sizes
-    ]
-
-
-def pairs(alike: bool = False) -> list[tuple[list[int], list[int], list[int]]]:
-    """Prompt, chosen, rejected of three pairs; no two lengths alike.
-
-    With ``alike`` prompts are one token and chosen answers six, for ORPO: TRL's likelihood is over the prompt
-    too (its first token is never predicted) and a mean over the tokens of the batch, where ours is over the
-    answer, a mean of the pairs' means."""
-    random = np.random.Generator(np.random.PCG64(13))
-    sizes = [(1, 6, 9), (1, 6, 2), (1, 6, 6)] if alike else [(4, 5, 9), (2, 11, 2), (7, 1, 6)]
-    return [tuple(random.integers(1, VOCABULARY, size).tolist() for size in row) for row in sizes]
 
 
 class Oracle:
@@ -212,8 +205,8 @@ def main() -> None:
         "trl": trl.__version__,
         "transformers": oracle.transformers.__version__,
     }
-    save_file(out, GOLDEN, metadata=versions | {"peft": oracle.peft.__version__})
-    print(GOLDEN, versions)
+    save_file(out, PREFERENCES, metadata=versions | {"peft": oracle.peft.__version__})
+    print(PREFERENCES, versions)
 
 
 if __name__ == "__main__":

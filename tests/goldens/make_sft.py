@@ -1,5 +1,5 @@
-"""Writes sft.safetensors: loss and gradients of SFT with LoRA by transformers + PEFT, and five AdamW updates
-by torch.
+"""Writes sft.safetensors of preflight/goldens: loss and gradients of SFT with LoRA by transformers + PEFT,
+and five AdamW updates by torch.
 
 Run with the parity extra: ``python tests/goldens/make_sft.py``. The versions are in the file's metadata. The
 test that reads it (tests/test_parity_sft.py) needs no torch."""
@@ -15,27 +15,20 @@ from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny
-
-GOLDEN = Path(__file__).with_name("sft.safetensors")
-VOCABULARY = 96
-RANK, ALPHA = 4, 8.0
-TARGETS = ("q_proj", "v_proj")
-UPDATES = 5
-RATE, DECAY, MAX_NORM, WARMUP = 1e-2, 0.1, 0.5, 2
-
-
-def batch() -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Three rows of different lengths with several learned spans; one starts with its learned tokens."""
-    random = np.random.Generator(np.random.PCG64(7))
-    rows = [random.integers(1, VOCABULARY, length).astype(np.int32) for length in (11, 5, 17)]
-    masks = [np.zeros(len(row), np.float32) for row in rows]
-    masks[0][4:8] = masks[0][10:] = masks[1][1:] = masks[2][15:] = 1
-    return rows, masks
-
-
-def adapter(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A fixed non-zero value for an adapter tensor, by its name."""
-    return np.random.Generator(np.random.PCG64(sum(name.encode()))).normal(0, 0.05, shape).astype(np.float32)
+from tunesmith.preflight.goldens.cases import (
+    ALPHA,
+    DECAY,
+    MAX_NORM,
+    RANK,
+    RATE,
+    SFT,
+    TARGETS,
+    UPDATES,
+    VOCABULARY,
+    WARMUP,
+    adapter,
+    batch,
+)
 
 
 def ours(name: str) -> str:
@@ -102,5 +95,5 @@ def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 if __name__ == "__main__":
     tensors, versions = reference()
-    save_file(tensors, GOLDEN, metadata=versions)
-    print(GOLDEN, versions)
+    save_file(tensors, SFT, metadata=versions)
+    print(SFT, versions)

@@ -18,6 +18,7 @@ from tunesmith.learning import optimizer
 from tunesmith.learning.objectives.sft import SFT
 from tunesmith.learning.optimizer import OptimizerSpec
 from tunesmith.model import loading as model
+from tunesmith.preflight.goldens import cases
 from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Group
 from tunesmith.tokens.template import Tokens
@@ -26,17 +27,17 @@ from tunesmith.training.gradients import Gradients, dropout_key
 
 @pytest.fixture
 def setting(tmp_path):
-    tiny.write_model(tmp_path, make_sft.VOCABULARY)
+    tiny.write_model(tmp_path, cases.VOCABULARY)
     net = model.load(model.ModelSpec(path=str(tmp_path))).net
-    adapters.LoRA(rank=make_sft.RANK, alpha=make_sft.ALPHA, targets=make_sft.TARGETS).attach(net, 0)
+    adapters.LoRA(rank=cases.RANK, alpha=cases.ALPHA, targets=cases.TARGETS).attach(net, 0)
     net.load_weights(
         [
-            (name, mx.array(make_sft.adapter(name, value.shape)))
+            (name, mx.array(cases.adapter(name, value.shape)))
             for name, value in adapters.trainable(net).items()
         ],
         strict=False,
     )
-    groups = [Group((Tokens(row, mask),), "x:1") for row, mask in zip(*make_sft.batch(), strict=True)]
+    groups = [Group((Tokens(row, mask),), "x:1") for row, mask in zip(*cases.batch(), strict=True)]
     config = RunConfig(model={"path": str(tmp_path)}, data={"train": "x.jsonl"})
     return net, groups, config
 
@@ -47,15 +48,12 @@ def close(found, expected):
 
 def check(net, groups, config, golden):
     spec = OptimizerSpec(
-        learning_rate=make_sft.RATE,
-        weight_decay=make_sft.DECAY,
-        warmup_steps=make_sft.WARMUP,
-        max_norm=make_sft.MAX_NORM,
+        learning_rate=cases.RATE, weight_decay=cases.DECAY, warmup_steps=cases.WARMUP, max_norm=cases.MAX_NORM
     )
     gradients_of = Gradients(net, config)
     units = sum(group.units for group in groups)
     state = optimizer.build(spec, net)
-    for update in range(make_sft.UPDATES):
+    for update in range(cases.UPDATES):
         (loss, _), gradients = gradients_of(groups, dropout_key(0, update, 0))
         gradients = tree_map(lambda leaf: leaf / units, gradients)
         close(loss.item() / units, golden["losses"][update])
@@ -69,7 +67,7 @@ def check(net, groups, config, golden):
             assert flat.keys() == expected.keys() and len(expected) == 8
             for name, value in expected.items():
                 close(flat[name], value)
-        gradients = optimizer.clip(gradients, optimizer.global_norm(gradients), make_sft.MAX_NORM)
+        gradients = optimizer.clip(gradients, optimizer.global_norm(gradients), cases.MAX_NORM)
         # torch's warm-up counts from zero: its rate for update n is what the schedule gave after update n -
         # 1.
         rate = 0.0 if update == 0 else golden[f"rate.{update - 1}"].item()
@@ -83,7 +81,7 @@ def check(net, groups, config, golden):
 
 
 def test_loss_gradients_and_updates_match_the_golden(setting):
-    check(*setting, load_file(make_sft.GOLDEN))
+    check(*setting, load_file(cases.SFT))
 
 
 @pytest.mark.parity
@@ -95,10 +93,10 @@ def test_loss_gradients_and_updates_match_torch_live(setting):
 def test_schedule_matches_transformers_but_for_the_wasted_first_update():
     """The golden's rates are transformers' cosine schedule; ours is the same after a warm-up that starts one
     earlier."""
-    golden = load_file(make_sft.GOLDEN)
-    spec = OptimizerSpec(learning_rate=make_sft.RATE, warmup_steps=make_sft.WARMUP)
-    rates = [spec.rate(step, make_sft.UPDATES) for step in range(make_sft.UPDATES)]
-    theirs = [golden[f"rate.{update}"].item() for update in range(make_sft.UPDATES)]
+    golden = load_file(cases.SFT)
+    spec = OptimizerSpec(learning_rate=cases.RATE, warmup_steps=cases.WARMUP)
+    rates = [spec.rate(step, cases.UPDATES) for step in range(cases.UPDATES)]
+    theirs = [golden[f"rate.{update}"].item() for update in range(cases.UPDATES)]
     assert rates[:2] == pytest.approx(theirs[:2])
     assert rates[2:] == pytest.approx(theirs[1:4])
 

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 import tunesmith
+from tunesmith import files
 from tunesmith.cli.options import AsJson, Data, Model, Preset, print_json, progress, say
+from tunesmith.errors import ConfigError
 
 
 def init(
@@ -91,17 +93,43 @@ def doctor(
         str | None, typer.Option(help="also tell which settings of this model fit; its weights are not read")
     ] = None,
     overfit: Annotated[bool, typer.Option(help="train a tiny model for ten steps")] = True,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="also compare its numbers with torch, TRL and float64, and measure it"),
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="with --full: JSON file to send, without private names")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: versions, device, memory, disk, BLAS, kernels, and a ten-step overfit; exit
     status 10 if a check fails."""
-    from tunesmith.preflight.doctor import render
+    from tunesmith.preflight import doctor as examination
+    from tunesmith.preflight.thorough import report
 
+    if out is not None:
+        _require_place(out, full)
     with progress() as notify:
-        diagnosis = tunesmith.doctor(path, model=model, plan=plan, overfit=overfit, notify=notify)
+        diagnosis = tunesmith.doctor(path, model=model, plan=plan, overfit=overfit, full=full, notify=notify)
+    found = diagnosis.get("full")
+    if out is not None:
+        files.write_json(out, found)
     if as_json:
         print_json(diagnosis)
     else:
-        typer.echo(render(diagnosis["checks"]))
+        typer.echo(examination.render(diagnosis["checks"]))
+        if found is not None:
+            typer.echo(f"\n{report.render(found)}")
+        if out is not None:
+            say(f"written to {out}")
     if not diagnosis["ok"]:
         raise typer.Exit(10)
+
+
+def _require_place(out: Path, full: bool) -> None:
+    """Raises ConfigError if there would be nothing to write, or no folder to write it to."""
+    if not full:
+        raise ConfigError("there is nothing to write without --full", where="--out", hint="add --full")
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        hint = "choose a file in a folder that exists"
+        raise ConfigError(f"{out} cannot be written", where="--out", hint=hint)

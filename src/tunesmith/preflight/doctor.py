@@ -15,13 +15,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from tunesmith import events
 from tunesmith.display.console import size
 from tunesmith.errors import SetupError, TunesmithError
 from tunesmith.events import Notice, Sink
 from tunesmith.machine import backend, memory
+from tunesmith.preflight.thorough import report as thorough
+from tunesmith.preflight.thorough.report import FullReport
 
 PACKAGES = ("tunesmith", "mlx", "mlx-lm", "transformers", "mistral-common")
 OVERFIT_LOSS = 1.0
@@ -43,10 +45,11 @@ class Check(TypedDict):
 
 
 class Diagnosis(TypedDict):
-    """``ok``: no check failed."""
+    """``ok``: no check failed, and no stage of the full examination."""
 
     ok: bool
     checks: list[Check]
+    full: NotRequired[FullReport]
 
 
 def doctor(
@@ -55,6 +58,7 @@ def doctor(
     model: str | None = None,
     plan: str | None = None,
     overfit: bool = True,
+    full: bool = False,
     notify: Sink = events.silent,
 ) -> Diagnosis:
     """Will it run here? Versions, device, memory, disk, BLAS, kernels, and a ten-step overfit whose end is
@@ -63,7 +67,8 @@ def doctor(
     path: where runs will be written (it need not exist). model: folder, GGUF file or hub id; it is loaded
     and examined: its family, what an adapter reaches, which kernels compute it, and with torch installed how
     far its logits are from those of transformers. plan: a model of which only headers are read: which
-    settings of it fit this machine. overfit: also train a tiny random model for ten steps.
+    settings of it fit this machine. overfit: also train a tiny random model for ten steps. full: also compare
+    numbers with torch, TRL and float64, try the sandbox, and measure speed and memory, for minutes.
     Never raises for what is wrong with the machine."""
     groups: dict[str, Callable[[], list[Check]]] = {
         "versions": _versions,
@@ -86,7 +91,11 @@ def doctor(
         except Exception as error:  # a broken native library can raise anything, and doctor reports it
             problem = f"{type(error).__name__}: {error}"
             checks.append(_check(name, problem, "fail", "reinstall as the README says"))
-    return {"ok": all(check["status"] != "fail" for check in checks), "checks": checks}
+    diagnosis: Diagnosis = {"ok": all(check["status"] != "fail" for check in checks), "checks": checks}
+    if full:
+        diagnosis["full"] = thorough.full(checks, notify=notify)
+        diagnosis["ok"] = diagnosis["full"]["ok"]
+    return diagnosis
 
 
 def render(checks: Sequence[Check]) -> str:

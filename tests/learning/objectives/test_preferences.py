@@ -39,6 +39,7 @@ from tunesmith.learning.objectives.judged import Judging
 from tunesmith.learning.objectives.kto import KTO
 from tunesmith.learning.objectives.orpo import ORPO
 from tunesmith.model import loading as model
+from tunesmith.preflight.goldens import compared as goldens
 from tunesmith.runs import checkpoints
 from tunesmith.runs.config import RunConfig
 from tunesmith.runs.directory import CURSOR, MANIFEST, REFERENCE, Run
@@ -262,11 +263,11 @@ def test_a_planted_failure_is_caught(monkeypatch, tmp_path, fault):
     name = "kto_weighted"
     if fault == "self-pair":
         monkeypatch.setattr(
-            parity, "pairs_of", lambda groups: [Group(group.sequences, group.source) for group in groups]
+            goldens, "mismatched", lambda groups: [Group(group.sequences, group.source) for group in groups]
         )
     elif fault == "prompt counted":
         monkeypatch.setattr(
-            parity,
+            goldens,
             "tokens",
             lambda asked, said: Tokens(
                 np.array([*asked, *said], np.int32),
@@ -277,11 +278,11 @@ def test_a_planted_failure_is_caught(monkeypatch, tmp_path, fault):
         real = Judging.losses
         monkeypatch.setattr(Judging, "losses", lambda self, logps, fields: real(self, logps / 5, fields))
     elif fault == "weights swapped":
-        one = parity.CASES[name]
+        one = goldens.OBJECTIVES[name]
         swapped = one.model_copy(
             update={"desirable_weight": one.undesirable_weight, "undesirable_weight": one.desirable_weight}
         )
-        monkeypatch.setitem(parity.CASES, name, swapped)
+        monkeypatch.setitem(goldens.OBJECTIVES, name, swapped)
     else:
         monkeypatch.setattr(
             reference.Reference,
@@ -297,7 +298,7 @@ def test_a_planted_failure_is_caught(monkeypatch, tmp_path, fault):
             ],
         )
     with pytest.raises(AssertionError):
-        parity.test_loss_and_gradients_are_those_of_trl(tmp_path, name, False)
+        parity.test_loss_and_gradients_are_those_of_trl(name, False)
 
 
 # The reference
