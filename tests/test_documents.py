@@ -35,7 +35,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 LINKED = re.compile(r"\[([^\]]+)\]\([^)]+\)")
 FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)*(?:\.(?:py|md|yaml|html|css|sh)|/)")
 DOTTED = re.compile(r"(\w+)\.(\w+(?:\.\w+)*)(?:\(.*|[:=].*)?")
-VERB = re.compile(r"tunesmith ([a-z]+)\b([^`\n#|]*)")
+VERB = re.compile(r"tunesmith ([a-z]+)\b([^`\n#|;]*)")
 WORDS = set("already and cannot trains updates measures adds needs runs did is on".split())
 """What follows "tunesmith" in sentences."""
 ENDINGS = {"html", "md", "json", "jsonl", "png", "safetensors", "log", "yaml"}
