@@ -108,6 +108,8 @@ def test_a_page_loads_from_its_own_host_alone_and_follows_the_scheme(browser, ad
     tab, requests, errors = opened(browser, f"{address}/{page}", color_scheme=scheme)
     assert requests and all(url.startswith((address, "data:", "blob:")) for url in requests), requests
     assert not errors
+    chosen = tab.evaluate("document.body.getAttribute('data-md-color-scheme')")
+    assert chosen == {"light": "default", "dark": "slate"}[scheme]
     dark = (
         "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).every(one => one < 100)"
     )
