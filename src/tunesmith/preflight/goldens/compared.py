@@ -31,11 +31,11 @@ from tunesmith.training.gradients import Gradients, dropout_key
 
 EVEN = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
 OBJECTIVES: dict[str, Objective] = {
-    "kto": KTO(beta=0.4, **EVEN),
+    "kto": KTO.model_validate({"beta": 0.4, **EVEN}),
     "kto_weighted": KTO(desirable_weight=cases.WEIGHTS[0], undesirable_weight=cases.WEIGHTS[1]),
-    "kto_desirable": KTO(beta=0.4, **EVEN),
-    "kto_undesirable": KTO(beta=0.4, **EVEN),
-    "apo_zero_unpaired": APOZeroUnpaired(beta=0.3, **EVEN),
+    "kto_desirable": KTO.model_validate({"beta": 0.4, **EVEN}),
+    "kto_undesirable": KTO.model_validate({"beta": 0.4, **EVEN}),
+    "apo_zero_unpaired": APOZeroUnpaired.model_validate({"beta": 0.3, **EVEN}),
     "dpo_sigmoid": DPO(beta=0.3),
     "dpo_robust": DPO(beta=0.3, loss="robust", label_smoothing=0.1),
     "dpo_hinge": DPO(beta=0.3, loss="hinge"),
@@ -72,7 +72,8 @@ def net() -> nn.Module:
 
 def attach(made: nn.Module) -> None:
     """Attach the adapter of the goldens, which is not at its start."""
-    adapters.LoRA(rank=cases.RANK, alpha=cases.ALPHA, targets=cases.TARGETS).attach(made, 0)
+    spec = {"rank": cases.RANK, "alpha": cases.ALPHA, "targets": cases.TARGETS}
+    adapters.LoRA.model_validate(spec).attach(made, 0)
     tensors = adapters.trainable(made)
     values = [(name, mx.array(cases.adapter(name, value.shape))) for name, value in tensors.items()]
     made.load_weights(values, strict=False)
@@ -126,7 +127,7 @@ def preference(name: str, pack: bool = False) -> tuple[float, Gradient, float]:
     filled = before.fill(groups) if objective.needs_reference else groups
     (loss, _), gradients = step(filled, mx.random.key(0), max(0.0, kl))
     flat = {key: np.array(value) / len(groups) for key, value in _flat(gradients)}
-    return loss.item() / len(groups), flat, kl
+    return float(np.array(loss)) / len(groups), flat, kl
 
 
 def _config(sections: Mapping[str, object]) -> RunConfig:
@@ -157,13 +158,14 @@ def _of_sft(golden: Mapping[str, np.ndarray]) -> Iterator[tuple[str, float]]:
     attach(made)
     groups = [Group((Tokens(row, mask),), "x:1") for row, mask in zip(*cases.batch(), strict=True)]
     gradients_of = Gradients(made, _config({}))
-    spec = OptimizerSpec(learning_rate=cases.RATE, weight_decay=cases.DECAY, max_norm=cases.MAX_NORM)
+    rates = {"learning_rate": cases.RATE, "weight_decay": cases.DECAY, "max_norm": cases.MAX_NORM}
+    spec = OptimizerSpec.model_validate(rates)
     units, state = sum(group.units for group in groups), optimizer.build(spec, made)
     losses: list[float] = []
     for update in range(cases.UPDATES):
         (loss, _), gradients = gradients_of(groups, dropout_key(0, update, 0))
         gradients = tree_map(lambda leaf: leaf / units, gradients)
-        losses.append(loss.item() / units)
+        losses.append(float(np.array(loss)) / units)
         if update == 0:
             flat = _flat(gradients)
             ours = [np.array(value) for _, value in flat]

@@ -165,7 +165,7 @@ def run(stage: str, small: bool, notify: Sink = events.silent) -> StageResult:
         return result
     ended = f"it was ended after {duration(seconds)}" if seconds >= LONGEST_S else "its process crashed"
     reason = ": ".join(part for part in (ended, _signal(process.returncode), last) if part)
-    nothing: Any = {"deviations": [], "figures": [], "notes": []}
+    nothing: results.Findings = {"deviations": [], "figures": [], "notes": []}
     return {"stage": stage, "status": "fail", "reason": reason, "seconds": seconds, **nothing}
 
 

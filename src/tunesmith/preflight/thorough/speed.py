@@ -225,12 +225,13 @@ def answers(scale: Scale, tick: Tick) -> Findings:
             for row in range(count)
         ]
         seconds: list[float] = []
+        n_tokens = 0
         for _ in range(1 + scale.rounds):  # the first one compiles
             started = time.perf_counter()
             made = generation.generate(net, prompts, max_tokens=new, eos_ids=[-1], batch_size=count)
             seconds.append(time.perf_counter() - started)
+            n_tokens = sum(len(answer.ids) for answer in made)
             tick()
-        n_tokens = sum(len(answer.ids) for answer in made)
         figures.append(figure(f"answers.{count}", n_tokens / statistics.median(seconds[1:]), "tokens/s"))
     return {"deviations": [], "figures": figures, "notes": []}
 
