@@ -59,4 +59,4 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
 def shown(verb: str) -> str | None:
     """The examples of a verb as Typer prints them below its help: a paragraph each."""
     lines = EXAMPLES.get(verb)
-    return lines and "\n\n".join(["Examples:", *lines])
+    return "\n\n".join(["Examples:", *lines]) if lines else None

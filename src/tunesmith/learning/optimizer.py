@@ -53,7 +53,7 @@ class OptimizerSpec(Spec):
     kind: Literal[
         "adamw", "adam", "adamax", "adagrad", "adadelta", "rmsprop", "adafactor", "lion", "sgd", "muon"
     ] = Field(
-        "adamw",
+        default="adamw",
         description="rule by which gradients become changes",
         json_schema_extra={"when": "adafactor or sgd if the optimizer's state does not fit in memory"},
     )
