@@ -86,7 +86,7 @@ def classes(annotation: Any) -> Iterator[type[Any]]:
 
 def returned_class(kind: type[Any]) -> Iterator[str]:
     """A class with its fields, and its methods and properties that have words of their own."""
-    yield f"### {kind.__name__}\n"
+    yield f"### Class {kind.__name__}\n"
     if kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}("):
         yield prose(kind.__doc__) + "\n"
     rows = [(code(field.name), code(field.annotation)) for field in fields_of(kind) if field.name[0] != "_"]

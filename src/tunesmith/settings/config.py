@@ -410,8 +410,8 @@ def _first(field: FieldInfo) -> str | None:
     """The default in words, or None if there is none: of a block, its kind."""
     if field.is_required():
         return None
-    shape = _shape(field)
-    return shape.first if shape and shape.kinds else _show(_default(field), bare=True)
+    shape, value = _shape(field), _default(field)
+    return shape.first if shape and shape.kinds and value is not None else _show(value, bare=True)
 
 
 def _when(field: FieldInfo) -> str:
