@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import typer
 
+import tiny
 import tunesmith
 from tunesmith.auditing.registry import Rule
 from tunesmith.cli import app
@@ -126,3 +127,24 @@ def test_a_finding_graver_than_its_rule_states_is_refused():
     assert Mild.allows(Finding("mild.large", "warning", "")) and not Mild.allows(
         Finding("mild.x", "error", "")
     )
+
+
+def test_every_file_of_a_run_is_on_the_page_of_the_run_directory(reference, tiny_model, tmp_path):
+    import run_pages  # of .ci/reference
+
+    labelled = [row | {"label": place % 2 == 0} for place, row in enumerate(tiny.conversations(24))]
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", labelled)
+    sets = ["loop.steps=2", "loop.samples=0", "data.order=difficulty", "objective.kind=kto"]
+    sets.append("loop.tensorboard=true")
+    config = tunesmith.configure(
+        model=str(tiny_model), data=[str(rows)], sets=[*sets, "loop.tensorboard=true"]
+    )
+    run = tunesmith.train(config, out=tmp_path / "runs" / "a")
+    tunesmith.evaluate(run.path, tasks=["perplexity"])
+    tunesmith.export(run.path, to="mlx", rows=1)
+    tunesmith.tag(run.path, "mine:1")
+    paths = [path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()]
+    unknown = [path for path in paths if not any(file.matches(path) for file in run_pages.FILES)]
+    assert unknown == []
+    absent = [file.name for file in run_pages.FILES if not any(map(file.matches, paths)) and not file.when]
+    assert absent == []

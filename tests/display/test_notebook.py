@@ -159,6 +159,13 @@ def test_rows_are_shown_with_their_learned_tokens_marked(rows, tiny_model):
     assert "<script>window.hacked=1</script>" in parsed.text
 
 
+def test_mixed_rows_are_counted_beside_those_of_the_task(rows, tiny_model, tmp_path):
+    general = tiny.write_rows(tmp_path / "general.jsonl", tiny.conversations(7, seed=3))
+    mix = [f"data.mix=[{{path: {general}, repeat: 1}}]"]
+    shown = tunesmith.show([str(rows)], model=str(tiny_model), sets=mix, limit=5)
+    assert "5 rows, 0 left out" in html(shown).text and "data.mix: general.jsonl: 5 rows" in html(shown).text
+
+
 def test_a_probe_shows_each_rate_and_the_chosen_one():
     low, high = (
         RateTrial(1e-4, [3.0, 2.5], [(2, 2.4)], "dropped"),

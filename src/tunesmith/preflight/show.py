@@ -60,6 +60,9 @@ def _cell(shown: ShownRows) -> Markup:
             for piece, learned in pieces(row, shown.renderer.decode)
         )
         parts.append(Markup("<h3>{}</h3><pre>{}</pre>").format(heading(row), text))
+    for name, part in shown.rendered.mixed.items():
+        counted = f"{many(len(part.rows), 'row')}, {len(part.dropped):,} left out; not shown here"
+        parts.append(notebook.soft(f"data.mix: {name}: {counted}"))
     return Markup("").join(parts)
 
 

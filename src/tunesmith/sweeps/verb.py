@@ -171,13 +171,14 @@ def _searched(asked: SweepRequest, count: int, parallel: int, notify: Sink) -> S
 
 def _once(notify: Sink) -> Sink:
     """Passes on each notice once: every round of a search goes through all trials so far."""
-    told: set[str] = set()
+    told: set[tuple[str, str | None]] = set()
 
     def tell(event: Event) -> None:
-        if not isinstance(event, Notice) or event.what not in told:
-            notify(event)
         if isinstance(event, Notice):
-            told.add(event.what)
+            if (event.what, event.where) in told:
+                return
+            told.add((event.what, event.where))
+        notify(event)
 
     return tell
 

@@ -22,6 +22,7 @@ from tunesmith import events
 from tunesmith.engine import generation
 from tunesmith.model import kernels, loading
 from tunesmith.model.kernels import extension, operations
+from tunesmith.preflight.thorough.laws import exact_attention
 
 pytestmark = pytest.mark.skipif(
     extension.load().module is None, reason=f"no compiled kernels: {extension.load().missing}"
@@ -61,39 +62,6 @@ def both(function, *arrays: np.ndarray) -> tuple[mx.array, list[mx.array], np.nd
 # Attention --------------------
 
 
-def exact_attention(q, k, v, scale, allowed, cotangent):
-    """Value, gradients, and for each the largest sum of absolute terms, in float64; ``allowed`` (B, H, T, S)
-    boolean. A query without keys gives zero."""
-    q, k, v = (array.astype(np.float64) for array in (q, k, v))
-    sharing = q.shape[1] // k.shape[1]
-    keys, values = np.repeat(k, sharing, axis=1), np.repeat(v, sharing, axis=1)
-    scores = np.where(allowed, q @ keys.swapaxes(-1, -2) * scale, -np.inf)
-    highest = np.where(np.isfinite(scores.max(-1, keepdims=True)), scores.max(-1, keepdims=True), 0)
-    weights = np.exp(scores - highest)
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    output = weights @ values
-    change = cotangent @ values.swapaxes(-1, -2)
-    inner = (cotangent * output).sum(-1, keepdims=True)
-    size = weights * (np.abs(cotangent) @ np.abs(values).swapaxes(-1, -2) + np.abs(inner)) * scale
-    change = weights * (change - inner) * scale
-
-    def shared(array):
-        return array.reshape(*k.shape[:2], sharing, *array.shape[2:]).sum(axis=2)
-
-    gradients = [
-        change @ keys,
-        shared(change.swapaxes(-1, -2) @ q),
-        shared(weights.swapaxes(-1, -2) @ cotangent),
-    ]
-    sizes = [
-        weights @ np.abs(values),
-        size @ np.abs(keys),
-        shared(size.swapaxes(-1, -2) @ np.abs(q)),
-        shared(weights.swapaxes(-1, -2) @ np.abs(cotangent)),
-    ]
-    return output, gradients, [array.max() for array in sizes]
-
-
 def check_attention(q, k, v, mask, allowed, cache=None) -> None:
     scale = q.shape[-1] ** -0.5
     with kernels.watched() as calls:
@@ -102,7 +70,7 @@ def check_attention(q, k, v, mask, allowed, cache=None) -> None:
         )
     assert set(calls) == {("attention", True)}
     allowed = np.broadcast_to(allowed, (*q.shape[:3], k.shape[2]))
-    expected, gradients, sizes = exact_attention(q, k, v, scale, allowed, cotangent)
+    (expected, *gradients), sizes = exact_attention(q, k, v, scale, allowed, cotangent)
     assert_close(value, expected, terms=sizes[0])
     for slope, gradient, size in zip(slopes, gradients, sizes[1:], strict=True):
         assert_close(slope, gradient, 2e-6, terms=size)  # three products, one after the other
@@ -176,7 +144,7 @@ def test_arrays_are_taken_as_they_lie():
     k = whole[:, :, 2:4].swapaxes(1, 2)
     given_arrays[1] = given_arrays[1][:, :, 2:4].swapaxes(1, 2)
     result = kernels.attention(*given_arrays, cache=None, scale=0.25, mask="causal")
-    expected, _, _ = exact_attention(q, k, v, 0.25, lower(50, 50), np.zeros((2, 4, 50, 16)))
+    (expected, *_), _ = exact_attention(q, k, v, 0.25, lower(50, 50), np.zeros((2, 4, 50, 16)))
     assert_close(result, expected)
     assert_close(result.transpose(0, 2, 1, 3).reshape(2, 50, -1), expected.swapaxes(1, 2).reshape(2, 50, -1))
 
@@ -186,7 +154,7 @@ def test_gradients_by_finite_differences():
     cotangent = normal(1, 4, 9, 4)
 
     def value(q, k, v):
-        return exact_attention(q, k, v, 0.5, lower(9, 9), cotangent)[0]
+        return exact_attention(q, k, v, 0.5, lower(9, 9), cotangent)[0][0]
 
     _, slopes = mx.vjp(
         lambda *arrays: kernels.attention(*arrays, cache=None, scale=0.5, mask="causal"),
@@ -533,6 +501,7 @@ backend.setup()
 import mlx.core as mx, numpy as np
 from tunesmith.model import kernels
 from tunesmith.model.kernels import extension, operations
+from tunesmith.preflight.thorough.laws import exact_attention
 extension.load().module.set_threads(int(sys.argv[1]))
 def draw(*shape, seed=[0]):
     seed[0] += 1

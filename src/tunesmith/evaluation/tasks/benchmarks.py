@@ -313,9 +313,9 @@ def _programs(folder: Path | None, material: Material) -> list[Task]:
 
 def _absent(name: str, folder: Path | None, missing: catalogue.MissingFile) -> EvaluationError:
     return EvaluationError(
-        f"{name}: there is no file with its documents",
+        f"the questions of {name} were not found",
         where="the hub" if folder is None else f"--benchmark-data {folder}",
-        hint=f"one of: {', '.join(missing.names)}",
+        hint=f"one of these is needed: {', '.join(missing.names)}",
     )
 
 
