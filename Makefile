@@ -2,15 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Two at a time: few tests keep one core busy. A file's tests share what they set up, so they stay together, the longest files first (tests/conftest.py).
+PAIRS := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check lint docs reference parity clients real sweep clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tunesmith.demo
 
-# Two at a time: few tests keep one core busy. A file's tests share what they set up, so they stay together, the longest files first (tests/conftest.py).
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(PAIRS)
 
 check: lint test
 
@@ -31,13 +32,13 @@ reference: $(INSTALLED)
 
 parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[parity]'
-	$(BIN)/python -m pytest -m parity -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m parity $(PAIRS)
 
 clients: $(INSTALLED)
 	$(BIN)/python -m pytest -m clients
 
 real: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'real and not parity' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'real and not parity' $(PAIRS)
 
 sweep: $(INSTALLED)
 	$(BIN)/python -m pytest -m sweep -n 2

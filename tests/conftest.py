@@ -31,6 +31,10 @@ from tunesmith.exports import processes  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONGEST = [
+    "real/test_real.py",
+    "real/test_llama_cpp.py",
+    "parity/test_gguf_exports.py",
+    "parity/test_family_training.py",
     "bench/test_smoke.py",
     "sweeps/test_sweep.py",
     "training/test_laws.py",
@@ -99,9 +103,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module", autouse=True)
 def quick(request) -> Iterator[None]:
     """Leaves out what takes long and is tested elsewhere: no write waits for the disk, a figure is made and
-    saved as one pixel (see `drawn`), and artefacts are reloaded in forks (see `fresh_processes`). The folders
-    ``real`` and ``parity`` leave out nothing."""
-    if request.path.parent.name in ("real", "parity"):
+    saved as one pixel (see `drawn`), and artefacts are reloaded in forks (see `fresh_processes`). The folder
+    ``real`` leaves out nothing."""
+    if request.path.parent.name == "real":
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 import tiny
 import tunesmith
+from processes import cache_folder
 from tunesmith.data.formats import Conversation, Message
 from tunesmith.exports import fidelity
-from tunesmith.model import kernels
 from tunesmith.runs import opening
 
 pytest.importorskip("xllamacpp")
@@ -78,8 +78,7 @@ def exported(run: Path, to: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
-    kernels.missing()  # compiled before, in the cache of all tests
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TUNESMITH_CACHE", str(cache_folder(tmp_path / "cache")))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
