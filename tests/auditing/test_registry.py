@@ -148,3 +148,18 @@ def test_without_the_extra_every_rule_runs_and_the_map_is_plainer(tmp_path, monk
         finding.rule for finding in before_training.findings
     }
     assert len([event for event in told if isinstance(event, Notice)]) == 2
+
+
+@pytest.mark.parametrize(("name", "key"), [("shouting.capitals", "capitals"), ("shouting.other", "")])
+def test_a_finding_graver_than_its_rule_states_ends_the_audit_with_the_name_of_the_rule(
+    toy, rows, monkeypatch, name, key
+):
+    (kind,) = [type(rule) for rule in registry.rules() if rule.name == "shouting"]
+    monkeypatch.setattr(kind, "judge", lambda self, kept, survey: iter([Finding(name, "error", "x")]))
+    with pytest.raises(ConfigError) as caught:
+        audited(rows)
+    said = str(caught.value)
+    assert f"{kind.__module__}.{kind.__qualname__}: the finding {name} is of severity error" in said
+    assert f'hint: add "{key}": "error" to its `gravest`' in said
+    monkeypatch.setattr(kind, "gravest", {key: "error"})
+    assert name in {finding.rule for finding in audited(rows).findings}

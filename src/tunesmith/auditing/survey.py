@@ -335,9 +335,7 @@ def _judged(
     findings: list[Finding] = []
     tick = events.ticker(notify, "rules judged")
     for done, rule in enumerate(applied, 1):
-        judged = list(rule.judge(survey.kept[rule.name], survey))
-        assert all(map(rule.allows, judged)), f"{rule.name}: more severe than it states"
-        findings += judged
+        findings += _findings_of(rule, survey)
         survey.kept[rule.name] = []  # of many rows it is much, and no rule reads another's
         tick(done, len(applied))
     _tell_unused(survey.spec, findings, notify)
@@ -352,6 +350,20 @@ def _judged(
     ]
     seconds = time.perf_counter() - started
     return Audit(files, len(survey), gravest_first(findings), scores, survey.charts, prints, seconds)
+
+
+def _findings_of(rule: Rule, survey: Survey) -> list[Finding]:
+    """Raises ConfigError if a finding is more severe than its rule states."""
+    findings = list(rule.judge(survey.kept[rule.name], survey))
+    for finding in findings:
+        if not rule.allows(finding):
+            name = finding.rule.partition(".")[2]
+            raise ConfigError(
+                f"the finding {finding.rule} is of severity {finding.severity}, more than the rule states",
+                where=f"{type(rule).__module__}.{type(rule).__qualname__}",
+                hint=f'add "{name if name in rule.findings else ""}": "{finding.severity}" to its `gravest`',
+            )
+    return findings
 
 
 def _prints(survey: Survey) -> list[Print]:
