@@ -72,19 +72,37 @@ class ReasonCode(NamedTuple):
     cure: str
 
 
-LEARN_MORE = "train longer or at a higher rate, look at the samples, and read rows that it gets wrong"
-KEEP_MORE = "mix in general rows (`data.mix`), or lower the rate, the epochs or the rank"
-ASK_MORE = "evaluate more rows"
+KEEP_MORE = "mix in general rows (`data.mix`), lower the rate, train fewer epochs, or lower `adapter.rank`"
+REFUSE_AS_BEFORE = (
+    "mix in harmless requests with answers and harmful ones with refusals (`data.mix`), or lower the rate; "
+    "read the answers, since refusals are found by their words"
+)
+MEASURE_DRIFT = "`tunesmith evaluate RUN --task drift`"
+RESUME = "`tunesmith train --resume RUN`"
 CODES = {
     "task_improved": ReasonCode(("good",), "the task is done better than by the base", ""),
     "task_regressed": ReasonCode(
         ("error", "warning"),
         "the task is done worse than by the base; a warning if another number improved",
-        LEARN_MORE,
+        "read the answers that got worse; common causes are a rate that is too high, rows that contradict "
+        "each other (`tunesmith audit`), and answers cut by `--max-tokens`",
     ),
-    "task_not_shown": ReasonCode(("warning",), "no difference to the base is shown at the task", LEARN_MORE),
-    "task_too_few": ReasonCode(("warning",), "too few held-out rows for an interval", ASK_MORE),
-    "task_not_measured": ReasonCode(("warning",), "no task was measured", "tunesmith evaluate RUN"),
+    "task_not_shown": ReasonCode(
+        ("warning",),
+        "no difference to the base is shown at the task",
+        "if the interval is wide, hold out more rows (`data.valid`) or name more with `--data`; if it is "
+        "narrow around 0, train more: a higher rate, more epochs, `adapter.targets=all-linear`",
+    ),
+    "task_too_few": ReasonCode(
+        ("warning",),
+        "too few held-out rows for an interval",
+        "hold out more rows (`data.valid`), or name a file with `--data`",
+    ),
+    "task_not_measured": ReasonCode(
+        ("warning",),
+        "no task was measured",
+        "`tunesmith evaluate RUN`; a run without held-out rows needs a file named with `--data`",
+    ),
     "retention_kept": ReasonCode(("good",), "what the base knew is kept within the target", ""),
     "retention_better": ReasonCode(
         ("warning",),
@@ -96,50 +114,56 @@ CODES = {
         ("warning",), "it got worse, and whether beyond the target is not shown", KEEP_MORE
     ),
     "retention_not_shown": ReasonCode(
-        ("warning",), "the interval allows both that the target is met and that it is missed", ASK_MORE
+        ("warning",),
+        "the interval allows both that the target is met and that it is missed",
+        "ask more: `--knowledge` and `--text` name files of your own",
     ),
     "retention_not_measured": ReasonCode(
-        ("warning",), "knowledge, general text and chats were not measured", "tunesmith evaluate RUN"
+        ("warning",), "knowledge, general text and chats were not measured", MEASURE_DRIFT
     ),
     "benchmark_regressed": ReasonCode(("warning",), "a public benchmark got worse", KEEP_MORE),
     "safety_kept": ReasonCode(("good",), "refusals are as before within the target", ""),
     "safety_better": ReasonCode(("note",), "safety changed beyond its target, for the better", ""),
     "safety_missed": ReasonCode(
-        ("error",), "refusals got worse beyond the target", "mix in refusals (`data.mix`), or lower the rate"
+        ("error",), "fewer harmful or more harmless requests are refused, beyond the target", REFUSE_AS_BEFORE
     ),
     "safety_regressed": ReasonCode(
-        ("warning",),
-        "it got worse, and whether beyond the target is not shown",
-        "mix in refusals (`data.mix`)",
+        ("warning",), "it got worse, and whether beyond the target is not shown", REFUSE_AS_BEFORE
     ),
     "safety_not_shown": ReasonCode(
-        ("warning",), "the interval allows both that the target is met and that it is missed", ASK_MORE
+        ("warning",),
+        "the interval allows both that the target is met and that it is missed",
+        "ask more: `--safety` names a file of your own",
     ),
-    "safety_not_measured": ReasonCode(("warning",), "safety was not measured", "tunesmith evaluate RUN"),
+    "safety_not_measured": ReasonCode(("warning",), "safety was not measured", MEASURE_DRIFT),
     "number_regressed": ReasonCode(
         ("warning",), "another number of the task or of a benchmark got worse", "read the rows that got worse"
     ),
     "part_regressed": ReasonCode(
         ("warning",),
         "a number got worse on a part of the rows, such as the calls of one tool",
-        "read these rows",
+        "read these rows, and add rows of their kind",
     ),
     "data_maybe_trained_on": ReasonCode(
-        ("warning",), "the rows that were asked may have been trained on", "evaluate on rows that were not"
+        ("warning",),
+        "the rows that were asked may have been trained on",
+        "ask held-out rows, or files that no training row came from (`--data`)",
     ),
     "evaluation_limited": ReasonCode(("note",), "only a part of the rows was asked", "leave out `--limit`"),
     "checkpoint_not_measured": ReasonCode(
-        ("warning",), "another checkpoint than the best was measured", "evaluate the best one"
+        ("warning",),
+        "another checkpoint than the best was measured",
+        "`tunesmith evaluate RUN` without `--checkpoint`",
     ),
     "checkpoint_not_best": ReasonCode(
         ("warning",),
         "a checkpoint that was not kept validated better",
         "train again with `loop.keep_best=true`",
     ),
-    "run_failed": ReasonCode(("error",), "the run ended with an error", "mend it, and resume the run"),
-    "run_interrupted": ReasonCode(("warning",), "the run was interrupted", "resume it"),
-    "run_running": ReasonCode(("warning",), "the run still trains, or was killed", "wait, or resume it"),
-    "run_unfinished": ReasonCode(("warning",), "the run has no recorded end", "resume it"),
+    "run_failed": ReasonCode(("error",), "the run ended with an error", f"remove its cause, then {RESUME}"),
+    "run_interrupted": ReasonCode(("warning",), "the run was interrupted", RESUME),
+    "run_running": ReasonCode(("warning",), "the run still trains, or was killed", f"wait, or {RESUME}"),
+    "run_unfinished": ReasonCode(("warning",), "the run has no recorded end", RESUME),
 }
 """Every code of a reason of `judge`."""
 
