@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import typer
+from PIL import Image
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
@@ -265,3 +266,13 @@ def test_the_readme_fits_what_it_promises():
     screen = text(PAGES[0]).partition("## Install")[0]
     assert 100 < len(screen.split()) < 300
     assert len(text(PAGES[0]).splitlines()) < 120 and len(text(PAGES[0]).split()) < 1200
+
+
+def test_the_readme_shows_a_report():
+    """Below the first result, in words too, and small enough to load at once."""
+    screen = text(PAGES[0]).partition("## Install")[0]
+    ((words, path),) = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", screen)
+    assert screen.index("verdict  ") < screen.index(words) and len(words) > 80
+    with Image.open(ROOT / path) as picture:
+        assert picture.width == 1200
+    assert (ROOT / path).stat().st_size < 250_000

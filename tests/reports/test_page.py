@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import runpy
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.stats import norm
 from typer.testing import CliRunner
 
@@ -453,6 +455,19 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_on_paper_all_is_light(r
     for media, scheme in colours.SHOWN:
         colours.require(tab, media, scheme, lines=("c0", "c1", "c2", "c3", "c4"))
         assert tab.locator("nav").is_visible() == (media == "screen")
+
+
+def test_the_picture_in_the_readme_has_the_verdict_the_numbers_and_two_curves(run, browser, tmp_path):
+    script = runpy.run_path(str(Path(__file__).parents[2] / ".ci" / "picture.py"))
+    reports.write(run)
+    out = tmp_path / "picture.png"
+    with pytest.raises(ValueError, match="no evaluation in it"):
+        script["draw"](browser, run / "report.html", out)
+    evaluate(run, GOOD)
+    reports.write(run)
+    script["draw"](browser, run / "report.html", out)
+    with Image.open(out) as picture:
+        assert picture.width == 1200 and 900 < picture.height < 2600  # the whole page is four times as high
 
 
 # The verdict
