@@ -5,6 +5,7 @@ file of the repository: a Markdown file becomes a page, another file is copied, 
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path, PurePosixPath
 from posixpath import normpath, relpath
@@ -19,6 +20,7 @@ FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
 COPIES = "repository"
 """The folder of the site for files from outside docs/."""
+SETTINGS = "reference/settings.html"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -52,6 +54,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     parts = re.split(f"({FENCE.pattern})", markdown, flags=FENCE.flags)
     return "".join(part if part.startswith("```") else LINK.sub(moved, part) for part in parts)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Let words find a setting: ``optimizer.weight_decay`` is one word of the search."""
+    path = Path(config.site_dir) / "search" / "search_index.json"
+    index = json.loads(path.read_text("utf-8"))
+    for entry in index["docs"]:
+        words = entry["title"].split(" ")[0].rpartition(".")[2].replace("_", " ")
+        if entry["location"].startswith(f"{SETTINGS}#") and " " in words:
+            entry["title"] += f" – {words}"
+    path.write_text(json.dumps(index, ensure_ascii=False, separators=(",", ":")), "utf-8")
 
 
 def repository_path(uri: str) -> Path:

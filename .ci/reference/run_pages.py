@@ -193,9 +193,9 @@ def text() -> str:
     for file in FILES:
         if isinstance(file.fields, dict):
             rows = [(code(name), meaning) for name, meaning in file.fields.items()]
-            parts += [f"## {file.name}\n", table(["field", "meaning"], rows)]
+            parts += [f"## {file.name.replace('<', '&lt;')}\n", table(["field", "meaning"], rows)]
         elif file.fields:
-            parts.append(f"## {file.name}\n")
+            parts.append(f"## {file.name.replace('<', '&lt;')}\n")
             for number, name in enumerate(file.fields):
                 parts += described(name, class_of(name), heading=number > 0)
     return "\n".join(parts)
