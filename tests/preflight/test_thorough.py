@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from tunesmith import events
 from tunesmith.cli import app
+from tunesmith.machine import backend
 from tunesmith.preflight import doctor
 from tunesmith.preflight.goldens import compared as goldens
 from tunesmith.preflight.thorough import laws, report, results, speed, stages
@@ -147,6 +148,7 @@ def test_a_real_process_gives_what_this_one_gives():
 def test_figures_are_compared_in_the_direction_that_is_better():
     figures = [results.figure("a", 220.0, "tokens/s"), results.figure("b", 2.0, "GB")]
     figures += [results.figure("c", 105.0, "tokens/s"), results.figure("unknown", 1.0, "s")]
+    figures += [results.figure("d", 3e-7, "relative"), results.figure("e", 5e-7, "relative")]
     stage: results.StageResult = {
         "stage": "update",
         "status": "ok",
@@ -156,12 +158,18 @@ def test_figures_are_compared_in_the_direction_that_is_better():
         "figures": figures,
         "notes": [],
     }
-    machine = {"machine": "m", "source": "docs", "figures": {"a": 110.0, "b": 1.0, "c": 100.0}}
+    machine = {
+        "machine": "m",
+        "source": "docs",
+        "figures": {"a": 110.0, "b": 1.0, "c": 100.0, "d": 2e-7, "e": 2e-7},
+    }
     rows = report.compared([stage], [machine])
     assert [(row["name"], row["ratio"], row["verdict"]) for row in rows] == [
         ("a", 2.0, "better"),
         ("b", 0.5, "worse"),
         ("c", 1.05, "alike"),
+        ("d", 0.667, "alike"),
+        ("e", 0.4, "worse"),
     ]
 
 
@@ -171,9 +179,43 @@ def test_the_known_figures_are_those_of_the_documentation():
     for machine in report.known():
         page = (root / machine["source"]).read_text("utf-8")
         for name, value in machine["figures"].items():
-            assert re.search(rf"(?<![\d.,]){value:.0f}(?![\d.,])", page), name
+            shown = f"{value:.0f}" if value > 1 else f"{value:.1e}"
+            assert re.search(rf"(?<![\d.,]){shown}(?![\d.,])", page), name
             counted += 1
-    assert counted >= 4
+    assert counted >= 6
+
+
+def test_the_deviations_of_the_documentation_are_those_of_this_machine():
+    """Within a factor of ten: another processor rounds otherwise."""
+    if backend.setup().kind == "gpu":
+        pytest.skip("the page has those of a CPU")
+    found: dict[str, float] = {}
+    figures: list[results.MeasuredFigure] = []
+    for stage in ("goldens", "laws"):
+        result, _ = examined(stage)
+        figures += result["figures"]
+        for entry in result["deviations"]:
+            objective, _, part = entry["what"].removesuffix(", float32").partition(": ")
+            preference = part and objective != "sft"
+            what = f"13 preference objectives: {part.replace('loss', 'losses')}" if preference else objective
+            what = f"SFT: {part}" if objective == "sft" else what
+            found[what] = max(found.get(what, 0.0), entry["error"] or 0.0)
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text("utf-8")
+    shown = {
+        name: float(value) for name, value in re.findall(r"^\| (.+?) \| .+ \| (\d\.\de-\d+) \|$", page, re.M)
+    }
+    assert shown.keys() == found.keys() and len(shown) == 12
+    assert all(0.1 < found[what] / value < 10 for what, value in shown.items()), found
+    documented = {name: value for machine in report.known() for name, value in machine["figures"].items()}
+    assert {figure["name"] for figure in figures} == {"goldens.deviation", "laws.float32.deviation"}
+    assert max(shown.values()) == documented["goldens.deviation"]
+    assert all(0.1 < figure["value"] / documented[figure["name"]] < 10 for figure in figures)
+
+
+def test_a_deviation_that_is_not_finite_has_no_figure():
+    fine, lost = results.deviation("a", 2e-7, 1e-5), results.deviation("b", float("nan"), 1e-5)
+    assert results.largest([fine], "x") == [{"name": "x", "value": 2e-7, "unit": "relative"}]
+    assert results.largest([fine, lost], "x") == []
 
 
 def test_nothing_private_is_in_the_report(monkeypatch):

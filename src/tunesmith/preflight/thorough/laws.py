@@ -147,13 +147,13 @@ def laws() -> list[Law]:
     ]
 
 
-def deviations() -> Iterator[tuple[str, float, float]]:
-    """(what, error, limit): in float32, and on a GPU in the 16-bit types too."""
+def deviations() -> Iterator[tuple[str, str, float, float]]:
+    """(law, dtype, error, limit): in float32, and on a GPU in the 16-bit types too."""
     types = [mx.float32, mx.float16, mx.bfloat16] if backend.setup().kind == "gpu" else [mx.float32]
     for dtype in types:
         name = str(dtype).removeprefix("mlx.core.")
         for law in laws():
-            yield f"{law.name}, {name}", error(law, dtype), LIMITS[dtype]
+            yield law.name, name, error(law, dtype), LIMITS[dtype]
 
 
 def error(law: Law, dtype: mx.Dtype) -> float:

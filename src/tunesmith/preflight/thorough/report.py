@@ -44,8 +44,8 @@ LONGEST_S = 1200.0
 """A stage that takes longer is ended."""
 EXACT = {"MLX_ENABLE_TF32": "0"}
 """Lets a GPU multiply float32 as float32, for the stages that compare numbers."""
-ALIKE = 1.1
-"""Figures within this ratio are called alike."""
+ALIKE, ALIKE_DEVIATIONS = 1.1, 2.0
+"""Figures within this ratio are called alike. Deviations are sums of few roundings, and vary more."""
 PACKAGES = ("mlx", "mlx-lm", "transformers", "numpy", "safetensors", "mistral-common")
 _PATH = re.compile(r"(?:[A-Za-z]:)?(?:[/\\][^\s/\\:'\",;()]+)+[/\\]([^\s/\\:'\",;()]+)")
 _SHORTEST_NAME = 3
@@ -235,7 +235,8 @@ def compared(stages: Sequence[StageResult], machines: Sequence[Mapping[str, Any]
                 continue
             ratio = measured["value"] / expected
             ratio = 1 / ratio if measured["unit"] in results.LESS_IS_BETTER else ratio
-            verdict = "better" if ratio > ALIKE else "worse" if ratio < 1 / ALIKE else "alike"
+            alike = ALIKE_DEVIATIONS if measured["unit"] == "relative" else ALIKE
+            verdict = "better" if ratio > alike else "worse" if ratio < 1 / alike else "alike"
             rows.append(
                 {
                     "name": measured["name"],

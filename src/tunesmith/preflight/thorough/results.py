@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-Unit = Literal["learned tokens/s", "tokens/s", "GFLOP/s", "GB", "s", "ratio"]
-LESS_IS_BETTER: frozenset[Unit] = frozenset({"GB", "s"})
+Unit = Literal["learned tokens/s", "tokens/s", "GFLOP/s", "GB", "s", "ratio", "relative"]
+LESS_IS_BETTER: frozenset[Unit] = frozenset({"GB", "s", "relative"})
 
 
 class Deviation(TypedDict):
@@ -53,6 +54,12 @@ def deviation(what: str, error: float, limit: float) -> Deviation:
 
 def figure(name: str, value: float, unit: Unit) -> MeasuredFigure:
     return {"name": name, "value": float(value), "unit": unit}
+
+
+def largest(deviations: Sequence[Deviation], name: str) -> list[MeasuredFigure]:
+    """The largest of ``deviations`` as the figure ``name``; nothing if one of them is not finite."""
+    errors = [found["error"] for found in deviations if found["error"] is not None]
+    return [figure(name, max(errors), "relative")] if len(errors) == len(deviations) else []
 
 
 def holds(found: Deviation) -> bool:

@@ -13,13 +13,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunesmith.errors import TunesmithError
 from tunesmith.machine import backend, imports
 from tunesmith.preflight.thorough import speed
-from tunesmith.preflight.thorough.results import Findings, SkippedStage, StageResult, deviation, figure
+from tunesmith.preflight.thorough.results import (
+    Deviation,
+    Findings,
+    SkippedStage,
+    StageResult,
+    deviation,
+    figure,
+    largest,
+)
 from tunesmith.preflight.thorough.speed import MISTRAL, SMOLLM2, Scale, Tick
 
 GOLDEN_LIMITS = {"cpu": 1e-5, "gpu": 1e-4}
@@ -43,17 +52,18 @@ def goldens(scale: Scale, tick: Tick) -> Findings:
     for what, error in compared.deviations():
         found.append(deviation(what, error, limit))
         tick()
-    return {"deviations": found, "figures": [], "notes": []}
+    return {"deviations": found, "figures": largest(found, "goldens.deviation"), "notes": []}
 
 
 def laws(scale: Scale, tick: Tick) -> Findings:
     from tunesmith.preflight.thorough import laws
 
-    found = []
-    for what, error, limit in laws.deviations():
-        found.append(deviation(what, error, limit))
+    found: dict[str, list[Deviation]] = {}
+    for law, dtype, error, limit in laws.deviations():
+        found.setdefault(dtype, []).append(deviation(f"{law}, {dtype}", error, limit))
         tick()
-    return {"deviations": found, "figures": [], "notes": []}
+    figures = [entry for dtype in found for entry in largest(found[dtype], f"laws.{dtype}.deviation")]
+    return {"deviations": list(chain.from_iterable(found.values())), "figures": figures, "notes": []}
 
 
 def products(scale: Scale, tick: Tick) -> Findings:
