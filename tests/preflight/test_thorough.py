@@ -171,6 +171,11 @@ def test_figures_are_compared_in_the_direction_that_is_better():
         ("d", 0.667, "alike"),
         ("e", 0.4, "worse"),
     ]
+    shown = report.render(report.full([], stages=()) | {"stages": [stage], "compared": rows})
+    for line in ("better: 2.00 times as good as 110 on m", "worse: 0.50 times as good as 1 on m"):
+        assert line in shown
+    assert "e        5e-07 relative" in shown and "d        3e-07 relative" in shown
+    assert re.search(r"105 tokens/s\n +as 100 on m\n", shown)
 
 
 def test_the_known_figures_are_those_of_the_documentation():

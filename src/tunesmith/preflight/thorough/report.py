@@ -297,12 +297,8 @@ def render(report: FullReport) -> str:
         lines += ["", f"{'figure':<{width}}measured here"]
         for figure in figures:
             lines.append(f"{figure['name']:<{width}}{_number(figure['value'])} {figure['unit']}")
-            lines += [
-                f"{'':<{width}}{row['verdict']}: {row['ratio']:.2f} times as good as "
-                f"{_number(row['known'])} on {row['machine']}"
-                for row in report["compared"]
-                if row["name"] == figure["name"]
-            ]
+            rows = [row for row in report["compared"] if row["name"] == figure["name"]]
+            lines += [f"{'':<{width}}{_beside(row)}" for row in rows]
     verdict = (
         "everything holds on this machine" if report["ok"] else "something does not hold on this machine"
     )
@@ -313,6 +309,15 @@ def _broken(what: str, error: float | None, limit: float) -> str:
     if limit == 0:
         return f"does not hold: {what}"
     return f"{what}: off by {'no finite number' if error is None else f'{error:.1e}'}, allowed {limit:.0e}"
+
+
+def _beside(row: ComparedFigure) -> str:
+    known = f"{_number(row['known'])} on {row['machine']}"
+    return (
+        f"as {known}"
+        if row["verdict"] == "alike"
+        else f"{row['verdict']}: {row['ratio']:.2f} times as good as {known}"
+    )
 
 
 def _number(value: float) -> str:
