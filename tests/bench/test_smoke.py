@@ -13,25 +13,29 @@ import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
 QUICK = {
-    "against": [],
-    "audit": [],
-    "bounds": [],
-    "experts": [],
-    "export_memory": [],
-    "generation": [],
-    "guardrails": [],
     "limit": [],
     "plan": [],
-    "preferences": [],
-    "scaling": [],
     "serving": [],
-    "speculation": [],
     "start": [],
-    "wrappers": [],
     "train_speed": ["--trainers", "mlx_lm_blas", "trl"],
 }
-LONG = {name: [] for name in ("evaluation", "objectives", "qalora", "ranks", "shape_7b", "sweeps")}
-LONG["gpu"] = ["--updates", "2"]
+LONGER = (
+    "against",
+    "audit",
+    "bounds",
+    "experts",
+    "export_memory",
+    "generation",
+    "guardrails",
+    "preferences",
+    "scaling",
+    "speculation",
+    "wrappers",
+)
+LONGEST: dict[str, list[str]] = {
+    name: [] for name in ("evaluation", "objectives", "qalora", "ranks", "shape_7b", "sweeps")
+}
+LONGEST["gpu"] = ["--updates", "2"]
 PARTS = {"ours", "record", "rivals", "sides", "small", "plot"}  # used by the others; plot draws a result
 
 
@@ -53,10 +57,15 @@ def test_a_benchmark_runs(script, tmp_path):
         assert "tunesmith" in result["races"]["qv"]["speed"]["trainers"]
 
 
-@pytest.mark.real
-@pytest.mark.parametrize("script", LONG)
+@pytest.mark.parametrize(
+    "script",
+    [
+        *(pytest.param(script, marks=pytest.mark.real) for script in LONGER),
+        *(pytest.param(script, marks=pytest.mark.sweep) for script in LONGEST),
+    ],
+)
 def test_a_benchmark_that_takes_longer_runs(script, tmp_path):
-    smoke(script, *LONG[script], out=tmp_path / "result.json")
+    smoke(script, *LONGEST.get(script, []), out=tmp_path / "result.json")
 
 
 def test_the_script_for_a_mac_puts_its_results_into_one_file(tmp_path):
@@ -79,7 +88,7 @@ def test_the_picture_is_drawn_of_a_result(tmp_path):
 
 
 def test_every_script_is_tried():
-    assert {path.stem for path in BENCH.glob("*.py")} == QUICK.keys() | LONG.keys() | PARTS
+    assert {path.stem for path in BENCH.glob("*.py")} == {*QUICK, *LONGER, *LONGEST} | PARTS
 
 
 def test_benchmarks_use_public_names_only():

@@ -15,7 +15,7 @@ from tunesmith.exports.table import export_table
 pytest.importorskip("xllamacpp")
 pytestmark = [pytest.mark.real, pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
-KINDS = ("gguf-f16", "gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m", "gguf-lora")
+KINDS = ("gguf-q8_0", "gguf-q4_0", "gguf-q4_k_m", "gguf-lora")
 MATRICES = 210
 """In the blocks of SmolLM2-135M."""
 
@@ -23,11 +23,11 @@ MATRICES = 210
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
-    return tuned(demo.fetch_model(folder), folder, demo_data.generate(), loop__steps=20)
+    return tuned(demo.fetch_model(folder), folder, demo_data.generate(), loop__steps=12)
 
 
 def test_llama_cpp_accepts_what_is_written_for_it(run, tmp_path):
-    table = export_table(run, KINDS, out=tmp_path / "out", rows=4)
+    table = export_table(run, KINDS, out=tmp_path / "out", rows=3)
     artefacts = {entry.kind: entry.exported for entry in table.entries if entry.exported is not None}
     assert set(artefacts) == set(KINDS)
     for kind, artefact in artefacts.items():
