@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-# Two at a time: few tests keep one core busy. A file's tests share what they set up, so they stay together, the longest files first (tests/conftest.py).
-PAIRS := -n 2 --dist loadfile --no-loadscope-reorder
+# Two at a time, each with one thread: threads that wait for a core spin. A file's tests share what they set up, so they stay together, the longest files first (tests/conftest.py).
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check lint docs reference parity clients real sweep clean
 
@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m tunesmith.demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PAIRS)
+	$(PYTEST)
 
 check: lint test
 
@@ -32,13 +32,13 @@ reference: $(INSTALLED)
 
 parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[parity]'
-	$(BIN)/python -m pytest -m parity $(PAIRS)
+	$(PYTEST) -m parity
 
 clients: $(INSTALLED)
 	$(BIN)/python -m pytest -m clients
 
 real: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'real and not parity' $(PAIRS)
+	$(PYTEST) -m 'real and not parity'
 
 sweep: $(INSTALLED)
 	$(BIN)/python -m pytest -m sweep -n 2
