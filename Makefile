@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 # Two at a time, each with one thread: threads that wait for a core spin. A file's tests share what they set up, so they stay together, the longest files first (tests/conftest.py).
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check lint docs reference parity clients real sweep clean
+.PHONY: demo test check lint docs reference parity clients real proof sweep clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tunesmith.demo
@@ -39,6 +39,11 @@ clients: $(INSTALLED)
 
 real: $(INSTALLED)
 	$(PYTEST) -m 'real and not parity'
+
+# Parity and real tier at once, so that neither process waits for the other's longest file.
+proof: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e '.[parity]'
+	$(PYTEST) -m 'parity or real'
 
 sweep: $(INSTALLED)
 	$(BIN)/python -m pytest -m sweep -n 2
