@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 # Two at a time, each with one thread: threads that wait for a core spin. A file's tests share what they set up, so they stay together, the longest files first (tests/conftest.py).
 PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check lint docs reference parity clients real proof sweep clean
+.PHONY: demo test check lint docs reference notebook parity clients real proof sweep clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m tunesmith.demo
@@ -29,6 +29,10 @@ docs: $(INSTALLED)
 # docs/reference/, from the source; a test compares them.
 reference: $(INSTALLED)
 	$(BIN)/python .ci/reference
+
+# docs/first-fine-tune.ipynb with new outputs, minutes; tests compare their kinds.
+notebook: $(INSTALLED)
+	$(BIN)/python .ci/notebook.py
 
 parity: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -e '.[parity]'

@@ -1,7 +1,8 @@
 """What mkdocs does beyond mkdocs.yml.
 
 Headings get the anchors that GitHub gives them, so that one link works in both places. A page may link to any
-file of the repository: a Markdown file becomes a page, another file is copied, both under ``repository/``."""
+file of the repository: a Markdown file becomes a page, another file is copied, both under ``repository/``.
+A notebook in docs/ is a page with its outputs, and the file itself lies beside it."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from posixpath import normpath, relpath
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s#]+)")
+NOTEBOOK = ".ipynb"
 COPIES = "repository"
 """The folder of the site for files from outside docs/."""
 SETTINGS = "reference/settings.html"
@@ -29,11 +32,16 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add each file of the repository that a page links to, and what added pages link to in turn."""
+    """Add a page for each notebook, each file of the repository that a page links to, and what added pages
+    link to in turn."""
+    for notebook in [file.src_uri for file in files if file.src_uri.endswith(NOTEBOOK)]:
+        content = markdown_of(repository_path(notebook))
+        files.append(File.generated(config, page_of(notebook), content=content))
     waiting = [page.src_uri for page in files.documentation_pages()]
     while waiting:
         page = waiting.pop()
-        for target in LINK.findall(FENCE.sub("", repository_path(page).read_text("utf-8"))):
+        file = files.src_uris[page]
+        for target in LINK.findall(FENCE.sub("", file.content_string)):
             uri = site_uri(page, target)
             source = repository_path(uri)
             if uri in files.src_uris or not uri.startswith(f"{COPIES}/") or not source.is_file():
@@ -67,6 +75,17 @@ def on_post_build(config: MkDocsConfig) -> None:
     path.write_text(json.dumps(index, ensure_ascii=False, separators=(",", ":")), "utf-8")
 
 
+def markdown_of(notebook: Path) -> str:
+    """The notebook as Markdown with its outputs: pictures inside, what is shown as HTML as it is."""
+    exporter = MarkdownExporter(config={"ExtractOutputPreprocessor": {"enabled": False}})
+    return exporter.from_filename(str(notebook))[0]
+
+
+def page_of(uri: str) -> str:
+    """The page that shows the file: that of a notebook is beside it."""
+    return uri.removesuffix(NOTEBOOK) + ".md" if uri.endswith(NOTEBOOK) else uri
+
+
 def repository_path(uri: str) -> Path:
     """The file in the repository of a path on the site."""
     return ROOT / uri.removeprefix(f"{COPIES}/") if uri.startswith(f"{COPIES}/") else ROOT / "docs" / uri
@@ -76,4 +95,4 @@ def site_uri(page: str, target: str) -> str:
     """Where a link's target is on the site. ``page``: the path of the page that links, on the site."""
     folder = repository_path(page).parent.relative_to(ROOT).as_posix()
     path = normpath(f"{folder}/{target}")
-    return path.removeprefix("docs/") if path.startswith("docs/") else f"{COPIES}/{path}"
+    return page_of(path.removeprefix("docs/")) if path.startswith("docs/") else f"{COPIES}/{path}"

@@ -40,6 +40,7 @@ LONGEST = [
     "training/test_laws.py",
     "machine/test_ranks.py",
     "evaluation/test_evaluate.py",
+    "documents/test_first_fine_tune.py",
     "cli/test_start.py",
     "exports/test_export.py",
     "auditing/test_audit.py",

@@ -29,7 +29,14 @@ SEARCHES = {
     "weight decay": {"reference/settings.html#optimizerweight_decay"},
 }
 """Words → pages, or places in them, of which one must be among the first five."""
-PAGES = ("index.html", "reference/settings.html", "reference/python.html", "evaluation.html", "data.html")
+PAGES = (
+    "index.html",
+    "reference/settings.html",
+    "reference/python.html",
+    "evaluation.html",
+    "data.html",
+    "first-fine-tune.html",
+)
 
 
 @pytest.fixture(scope="module")
