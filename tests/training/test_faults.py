@@ -28,9 +28,7 @@ def test_a_full_disk_at_a_few_calls(tmp_path):
     swept(tmp_path, "full", "2", "kto")
 
 
-@pytest.mark.parametrize(
-    "lives", [pytest.param("2", marks=pytest.mark.real), pytest.param("200", marks=pytest.mark.sweep)]
-)
+@pytest.mark.sweep
 @pytest.mark.parametrize("fault", ["kill", "full"])
-def test_lives_of_six_kinds(tmp_path, fault, lives):
-    swept(tmp_path, fault, lives)
+def test_lives_of_six_kinds(tmp_path, fault):
+    swept(tmp_path, fault, "200")

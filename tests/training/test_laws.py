@@ -329,7 +329,7 @@ def test_killed_at_any_moment_then_resumed_equals_straight(tiny_model, rows, tmp
     killed(tiny_model, rows, tmp_path, 3)
 
 
-@pytest.mark.real
+@pytest.mark.sweep
 def test_killed_at_twenty_random_moments_then_resumed_equals_straight(tiny_model, rows, tmp_path):
     killed(tiny_model, rows, tmp_path, 20)
 
