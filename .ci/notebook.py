@@ -10,6 +10,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from tunesmith.machine.backend import cache_folder
+
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "first-fine-tune.ipynb"
 
 
@@ -27,8 +29,10 @@ def executed(folder: Path, parameters: str | None = None) -> NotebookNode:
 
 
 def within(folder: Path, shown: Any) -> Any:
-    """What is shown, with paths relative to ``folder`` or to the user's."""
+    """What is shown, with paths relative to ``folder`` or to the user's, and the cache where it is unless the
+    user has another."""
     if isinstance(shown, str):
+        shown = shown.replace(f"{cache_folder()}/", "~/.cache/tunesmith/")
         return shown.replace(f"{folder}/", "").replace(f"{Path.home()}/", "~/")
     if isinstance(shown, list):
         return [within(folder, one) for one in shown]
