@@ -125,8 +125,8 @@ def test_a_page_loads_from_its_own_host_alone_and_follows_the_scheme(browser, ad
     tab, requests, errors = opened(browser, f"{address}/{page}", color_scheme=scheme)
     assert requests and all(url.startswith((address, "data:", "blob:")) for url in requests), requests
     assert not errors
-    chosen = tab.evaluate("document.body.getAttribute('data-md-color-scheme')")
-    assert chosen == {"light": "default", "dark": "slate"}[scheme]
+    chosen = {"light": "default", "dark": "slate"}[scheme]  # by a script, after the page is there
+    tab.wait_for_function(f"document.body.getAttribute('data-md-color-scheme') === '{chosen}'")
     dark = (
         "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).every(one => one < 100)"
     )
