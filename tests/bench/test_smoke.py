@@ -23,18 +23,17 @@ LONGER = (
     "against",
     "audit",
     "bounds",
-    "experts",
     "export_memory",
     "generation",
     "guardrails",
     "preferences",
-    "scaling",
     "speculation",
     "wrappers",
 )
 LONGEST: dict[str, list[str]] = {
     name: [] for name in ("evaluation", "objectives", "qalora", "ranks", "shape_7b", "sweeps")
 }
+OF_MAC = {"experts", "scaling"}  # run by bench/mac.sh
 LONGEST["gpu"] = ["--updates", "2"]
 PARTS = {"ours", "record", "rivals", "sides", "small", "plot"}  # used by the others; plot draws a result
 
@@ -74,9 +73,7 @@ def test_the_script_for_a_mac_puts_its_results_into_one_file(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "all.json").read_text("utf-8"))
-    assert {name: result["benchmark"] for name, result in found.items()} == {
-        name: name for name in ("experts", "scaling")
-    }
+    assert {name: result["benchmark"] for name, result in found.items()} == {name: name for name in OF_MAC}
     assert str(tmp_path) not in json.dumps(found) and str(BENCH) not in json.dumps(found)
 
 
@@ -88,7 +85,7 @@ def test_the_picture_is_drawn_of_a_result(tmp_path):
 
 
 def test_every_script_is_tried():
-    assert {path.stem for path in BENCH.glob("*.py")} == {*QUICK, *LONGER, *LONGEST} | PARTS
+    assert {path.stem for path in BENCH.glob("*.py")} == {*QUICK, *LONGER, *LONGEST} | OF_MAC | PARTS
 
 
 def test_benchmarks_use_public_names_only():

@@ -102,7 +102,7 @@ def outcomes(run: Path, kinds: tuple[str, ...] = KINDS) -> dict[str, str]:
     "kinds",
     [
         pytest.param(("peft", "gguf-f32", "gguf-lora"), id="few"),
-        pytest.param(KINDS, id="all", marks=pytest.mark.real),
+        pytest.param(KINDS, id="all", marks=pytest.mark.sweep),
     ],
 )
 def test_a_family_is_exported_as_every_kind(family, kinds, tmp_path):

@@ -147,7 +147,7 @@ def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
     gguf = right.parents[1] / "model" / Path(demo.MEMBER).name
     other = tuned(gguf, tmp_path, rows, loop__steps=30)
     asked = tmp_path / "asked.jsonl"
-    asked.write_text("\n".join((right / "data" / "valid.jsonl").read_text().splitlines()[:24]) + "\n")
+    asked.write_text("\n".join((right / "data" / "valid.jsonl").read_text().splitlines()[:16]) + "\n")
     for run in (right, other):
         tunesmith.evaluate(run, data=[str(asked)], tasks=["tool_calls"], max_tokens=60)
     found = tunesmith.compare([right, other], out=tmp_path / "comparison")
