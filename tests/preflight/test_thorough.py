@@ -191,7 +191,7 @@ def test_the_known_figures_are_those_of_the_documentation():
 
 
 def test_the_deviations_of_the_documentation_are_those_of_this_machine():
-    """Within a factor of ten: another processor rounds otherwise."""
+    """None is ten times as large: another processor rounds otherwise, and may be exact by chance."""
     if backend.setup().kind == "gpu":
         pytest.skip("the page has those of a CPU")
     found: dict[str, float] = {}
@@ -210,7 +210,7 @@ def test_the_deviations_of_the_documentation_are_those_of_this_machine():
         name: float(value) for name, value in re.findall(r"^\| (.+?) \| .+ \| (\d\.\de-\d+) \|$", page, re.M)
     }
     assert shown.keys() == found.keys() and len(shown) == 12
-    assert all(0.1 < found[what] / value < 10 for what, value in shown.items()), found
+    assert all(found[what] < 10 * value for what, value in shown.items()), found
     documented = {name: value for machine in report.known() for name, value in machine["figures"].items()}
     assert {figure["name"] for figure in figures} == {"goldens.deviation", "laws.float32.deviation"}
     assert max(shown.values()) == documented["goldens.deviation"]
@@ -233,7 +233,11 @@ def test_nothing_private_is_in_the_report(monkeypatch):
         assert name not in words
     assert clean["n"] == 1.5 and clean["none"] is None
     monkeypatch.setattr(report.platform, "node", lambda: "anna-mac.local")
-    assert report.scrubbed("on anna-mac.local, of anna-mac") == "on …, of …"
+    assert {"anna-mac", "anna-mac.local"} <= report.private_names()
+    for names in (["anna-mac", "anna-mac.local"], ["anna-mac.local", "anna-mac"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(report, "private_names", lambda names=names: names)
+            assert report.scrubbed("on anna-mac.local, of anna-mac") == "on …, of …"
     assert report.scrubbed("12.5 tokens/s, and/or") == "12.5 tokens/s, and/or"
 
 

@@ -263,7 +263,7 @@ def scrubbed(value: Any) -> Any:
 
 def _scrubbed_text(text: str) -> str:
     text = _PATH.sub(lambda match: f"…/{match[1]}", text.replace(str(Path.home()), "~"))
-    for name in private_names():
+    for name in sorted(private_names(), key=len, reverse=True):  # a host's name begins its full one
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", text)
     return text
 
