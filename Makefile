@@ -50,7 +50,7 @@ proof: $(INSTALLED)
 	$(PYTEST) -m 'parity or real'
 
 sweep: $(INSTALLED)
-	$(BIN)/python -m pytest -m sweep -n 2
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m sweep -n 2
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -152,7 +152,7 @@ def prepared(folder: Path) -> tuple[Path, Path]:
     return run, model
 
 
-def sweep(folder: Path, step: int) -> int:
+def sweep(folder: Path) -> int:
     imports.hide("torch")  # as the command line does
     import transformers  # noqa: F401  # once, before the forks
 
@@ -161,7 +161,7 @@ def sweep(folder: Path, step: int) -> int:
     assert len(names) > 15, names
     cases = [(name, damage) for name in names for damage in (*CHANGES, *PLACES)]
     count = 0
-    for name, damage in cases[::step]:
+    for name, damage in cases:
         case = folder / "case"
         shutil.rmtree(case, ignore_errors=True)
         for copy in ("run", "other"):
@@ -170,9 +170,9 @@ def sweep(folder: Path, step: int) -> int:
         for problem in forked(lambda case=case, name=name: problems(case / "run", model, name), folder):
             count += 1
             print(f"{name}, {damage}: {problem}", flush=True)
-    print(f"{len(cases[::step])} of {len(cases)} damaged runs, {count} problems", flush=True)
+    print(f"{len(cases)} damaged runs, {count} problems", flush=True)
     return count
 
 
 if __name__ == "__main__":
-    sys.exit(bool(sweep(Path(sys.argv[1]).resolve(), int(sys.argv[2]))))
+    sys.exit(bool(sweep(Path(sys.argv[1]).resolve())))

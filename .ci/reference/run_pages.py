@@ -191,11 +191,12 @@ def text() -> str:
     rows = [(code(file.name), file.writer, file.holds, file.when) for file in FILES]
     parts = [INTRODUCTION, table(["file", "written by", "holds", "only"], rows)]
     for file in FILES:
+        heading = f"## {file.name.replace('<', '&lt;')}\n"
         if isinstance(file.fields, dict):
             rows = [(code(name), meaning) for name, meaning in file.fields.items()]
-            parts += [f"## {file.name.replace('<', '&lt;')}\n", table(["field", "meaning"], rows)]
+            parts += [heading, table(["field", "meaning"], rows)]
         elif file.fields:
-            parts.append(f"## {file.name.replace('<', '&lt;')}\n")
+            parts.append(heading)
             for number, name in enumerate(file.fields):
                 parts += described(name, class_of(name), heading=number > 0)
     return "\n".join(parts)
