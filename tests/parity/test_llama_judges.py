@@ -87,7 +87,8 @@ def test_columns_that_matter_more_are_written_more_exactly(name):
     "kind", ["gguf-f32", "gguf-bf16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-lora"]
 )
 def test_llama_cpp_judges_files_that_are_made_for_it(run, kind, tmp_path):
-    if kind == "gguf-q5_k_m":  # 90.6 % equal top tokens on one CPU, over 92 on another
+    # Equal top tokens differ by CPU: 90.6 and over 92 % of q5_k_m, 94.3 and over 95 % of q6_k.
+    if kind in ("gguf-q5_k_m", "gguf-q6_k"):
         exported = measured(run, kind, tmp_path / "out")
     else:
         exported = tunesmith.export(run, to=kind, rows=4, out=tmp_path / "out")
