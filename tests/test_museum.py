@@ -47,7 +47,7 @@ def loss(net, groups) -> tuple[float, float]:
 
 
 def test_museum_01_padding_is_never_learned(net):
-    """mlx-lm tuner/trainer.py learns one padding token after every padded row."""
+    """mlx-lm 1697: tuner/trainer.py learns one padding token after every padded row."""
     short, long = group([5, 6, 7], [0, 1, 1]), group(range(5, 15), [0] * 5 + [1] * 5)
     alone = [loss(net, [short]), loss(net, [long])]
     together = loss(net, [short, long])
@@ -56,7 +56,7 @@ def test_museum_01_padding_is_never_learned(net):
 
 
 def test_museum_02_like_lengths_stand_together():
-    """mlx-lm CacheDataset.itemlen sorts by the number of keys of a dict, that is, not at all."""
+    """mlx-lm 596: CacheDataset.itemlen sorts by the number of keys of a dict, that is, not at all."""
     lengths = [52, 3, 22, 51, 4, 23]
     assert Cut(999, micro=2)(lengths, range(6)) == [[0, 3], [5, 2], [4, 1]]
     plan = Plan(tuple(lengths), sequences=6, cut=Cut(999, micro=2), seed=0)
@@ -65,7 +65,7 @@ def test_museum_02_like_lengths_stand_together():
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 31])
 def test_museum_03_no_row_is_left_out_of_an_epoch(count):
-    """mlx-lm iterate_batches never trains the last n % batch rows."""
+    """mlx-examples 843: iterate_batches never trains the last n % batch rows."""
     plan = Plan(tuple(range(1, count + 1)), sequences=4, cut=Cut(count, micro=3), seed=1, epochs=3)
     for epoch in range(3):
         steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
@@ -77,7 +77,7 @@ def test_museum_03_no_row_is_left_out_of_an_epoch(count):
 
 
 def test_museum_04_a_batch_without_a_target_is_not_a_nan(net):
-    """mlx-lm default_loss divides 0 by 0 and writes NaN into every weight."""
+    """mlx-lm 1355: default_loss divides 0 by 0 and writes NaN into every weight."""
     empty = group([5, 6, 7], [0, 0, 0])
     assert loss(net, [empty]) == (0.0, 0.0)
     assert scoring.row_losses(net, [empty, group([5, 6], [0, 1])], Cut(99))[0] == (0.0, 0.0)
@@ -96,8 +96,8 @@ def test_museum_07_validation_is_all_rows_and_draws_nothing(net):
 
 
 def test_museum_10_checkpointing_touches_only_this_model_and_ends(net, tiny_model):
-    """mlx-lm grad_checkpoint patches type(layer).__call__: for ever, for every model, and twice when called
-    twice."""
+    """mlx-lm 167: grad_checkpoint patches type(layer).__call__: for ever, for every model, and twice when
+    called twice."""
     other = model.load(model.ModelSpec(path=str(tiny_model))).net
     kind, call = type(net.layers[0]), type(net.layers[0]).__call__
     with gradients.checkpointed(net), gradients.checkpointed(net):
@@ -140,7 +140,7 @@ def test_museum_19_every_error_formats(kind):
 
 
 def test_museum_20_a_save_that_dies_leaves_the_checkpoint_before_it(tmp_path):
-    """mlx-lm writes the final name directly; a kill leaves half a file."""
+    """mlx-lm writes the final name directly; a kill leaves half a file. transformers 35782: half a folder."""
     run = Run(tmp_path)
     (tmp_path / "checkpoints").mkdir()
 

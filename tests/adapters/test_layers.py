@@ -143,7 +143,8 @@ def test_output_and_gradients_equal_peft_live():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [None, 2, 3, 4, 5, 6, 8])
 def test_museum_08_starts_equal_to_its_base_at_every_bit_width(kind, bits):
-    """mlx-lm's DoRA has the wrong shape at 3, 5 and 6 bits (tuner/dora.py: ``input_dims *= 32 // bits``)."""
+    """mlx-lm's DoRA has the wrong shape at 3, 5 and 6 bits (tuner/dora.py: ``input_dims *= 32 // bits``; in
+    LoRA: mlx-lm 165)."""
     net = fresh(bits, layers=1, bias=True)
     before = net(IDS)
     KINDS[kind](rank=4, targets="all-linear").attach(net, 0)
@@ -278,7 +279,7 @@ def test_the_kernels_of_training_compute_what_the_operations_do(base, dropout, m
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_museum_06_checkpointed_gradients_with_dropout(kind):
-    """nn.Dropout under mx.checkpoint draws another mask in the second pass."""
+    """nn.Dropout under mx.checkpoint draws another mask in the second pass, as in guided-diffusion 167."""
     spec = KINDS[kind](rank=4, dropout=0.4, targets="all-linear")
     net = adapted(spec).train()
     adapters.seed_dropout(net, mx.random.key(9))
@@ -546,7 +547,7 @@ def test_hybrid_comes_back_and_mlx_lm_refuses_it_by_name(tmp_path):
 
 
 def test_museum_22_an_adapter_that_would_be_inert_is_refused(tmp_path):
-    """vLLM and mlx-forge load names that match nothing and go on with the base."""
+    """vLLM (34591) and mlx-forge load names that match nothing and go on with the base."""
     spec = LoRA(rank=4)
     net = adapted(spec)
     adapters.save(net, spec, tmp_path)

@@ -259,7 +259,7 @@ def test_museum_13_null_content_with_tool_calls(tmp_path):
 
 
 def test_museum_axolotl_2909_no_null_is_invented_into_arguments(tmp_path):
-    """github.com/axolotl-ai-cloud/axolotl/issues/2909: Arrow gives each row the keys of all others, with
+    """github.com/axolotl-ai-cloud/axolotl/pull/2909: Arrow gives each row the keys of all others, with
     null."""
     given = [{"city": "Paris"}, {"days": 2, "deep": [{"a": 1}, {"b": 2}]}, {}, {"days": None}]
     read = read_rows(tmp_path, *[{"messages": [USER, called(arguments=arguments)]} for arguments in given])

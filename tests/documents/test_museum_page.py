@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "museum.md").read_text("utf-8")
 ROWS = [line for line in PAGE.splitlines() if "::" in line]
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
-ISSUE = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+/issues/(\d+)")
+THREAD = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+/(?:issues|pull)/(\d+)")
+TOLD = re.compile(r"Each of the (\d+) links .* (\d+) numbers .* (\d+) of the (\d+) rows link no thread", re.S)
 
 
 @cache
@@ -34,7 +35,7 @@ def test_every_row_names_tests_that_exist_and_know_its_issues():
         assert not missing, missing
         texts = [(ROOT / file).read_text("utf-8") for file, _ in tests]
         numbers = {number for text in texts for number in re.findall(r"\d+", text)}
-        unknown = set(ISSUE.findall(row)) - numbers
+        unknown = set(THREAD.findall(row)) - numbers
         assert not unknown, f"{unknown}: {row}"
 
 
@@ -48,3 +49,12 @@ def test_every_test_of_the_museum_is_on_the_page():
         if path.name == "test_museum.py" or "museum" in name or re.search(r"\bmuseum\b", about, re.I)
     }
     assert len(own) >= 60 and own - shown == set()
+
+
+def test_the_page_counts_the_links_that_were_checked_and_the_numbers_that_were_not_found():
+    links = {match.group() for row in ROWS for match in THREAD.finditer(row)}
+    without = [row for row in ROWS if not THREAD.search(row)]
+    told = TOLD.search(PAGE)
+    assert told, PAGE[:900]
+    counts = [len(links), sum(row.count("(not found)") for row in ROWS), len(without), len(ROWS)]
+    assert [int(number) for number in told.groups()] == counts

@@ -77,7 +77,7 @@ def test_a_row_that_joins_while_another_fills_its_window_gets_its_own_answer(net
 
 
 def test_what_cannot_be_trimmed_is_not(net):
-    """Museum: mlx-lm's ChunkedKVCache says that it can be trimmed where it dropped what would come back."""
+    """Museum: mlx-lm 1494, ChunkedKVCache says it can be trimmed where it dropped what would come back."""
     prefixes, tokens, requests = Prefixes(1 << 30), [], []
     with Engine(net, 3, prefixes=prefixes) as engine:
         for length, tail in ((70, 1), (70, 2), (50, 3), (79, 4), (30, 5), (12, 6), (14, 7)):

@@ -267,7 +267,7 @@ def other_stop(folder: Path) -> None:
 )
 def test_a_planted_fault_is_rejected_and_named(run, true, spoil, reason, monkeypatch, tmp_path):
     """vllm 34186, 48019, 55193: names match nothing. vmlx-swift 320: untransposed factors. mlx-vlm 986:
-    alpha. ollama 8363, LLaMA-Factory 7454: the end token."""
+    alpha. ollama 8363: the end token."""
     planted(monkeypatch, true, spoil)
     words = ["export", str(run), "--to", true.name, "--out", str(tmp_path / "out"), "--rows", "2"]
     with pytest.raises(ExportError) as caught:

@@ -349,8 +349,8 @@ def test_museum_rapid_mlx_579_a_streamed_call_is_not_garbled():
         assert "".join(piece.text for piece in pieces if isinstance(piece, Words)) == "Now."
 
 
-def test_museum_vllm_44012_escapes_stay_in_their_channel():
-    """Escapes within arguments leaked into the words, and marks within strings ended the call."""
+def test_museum_vllm_45167_escapes_stay_in_their_channel():
+    """Marks within strings ended the call, and what followed leaked into the words."""
     arguments = {"a": 'quote " tag </tool_call> [TOOL_CALLS] <think> \\ \n é \u2028', "b": "</think>"}
     for ascii_only in (True, False):
         body = json.dumps({"name": "f", "arguments": arguments}, ensure_ascii=ascii_only)

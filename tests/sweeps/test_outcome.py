@@ -206,7 +206,7 @@ def test_a_trial_with_other_rows_is_not_compared(tmp_path):
 
 
 def test_a_trial_whose_loss_ends_above_its_start_is_said_to_have_diverged(tmp_path):
-    # aprender 2258: rank 256 at 2e-4 diverges, and is reported as finished
+    # aprender 2258: rank 256 at 2e-4 diverges, and the run goes on
     result = planted(tmp_path, {(32, 2e-4): 20.0})
     worst = result.settings[5]
     assert worst.worse and worst.notes == (outcome.DIVERGED,) and result.choice != 5

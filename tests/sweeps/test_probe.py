@@ -85,8 +85,8 @@ def learned(tiny_model, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_a_rank_at_which_a_usual_rate_diverges_is_not_chosen(settings, learned, tmp_path):
-    """aprender 2258: rank 256 at 2e-4 diverged, after hours. Here it is seen at the first update, and the
-    same rate at a small rank is not stopped."""
+    """aprender 2258: rank 256 at 2e-4 diverged, and the run went on. Here it is seen at the first update, and
+    the same rate at a small rank is not stopped."""
     data, base = learned
     rates = [1e-6, 1e-5, 1e-2]
     large = settings(f"model.adapter={base}", "adapter.rank=32", "adapter.alpha=512", data=data)

@@ -711,14 +711,14 @@ def test_progress(chatml):
 
 
 def test_museum_13_null_content_with_tool_calls(mistral, make):
-    """A call has no words (``content: null``): mlx-forge, mlxsmith and slm-forge crash or drop the row."""
+    """A call has no words (``content: null``): mlx-lm 185 crashes, mlx-openai-server 205 drops the turn."""
     for ours in (mistral, make(TOOLS)):
         (row,) = ours.rows(demo(replace(tool_use(""), messages=tool_use("").messages[:2])))
         assert "Paris" in ours.decode(learned(row))
 
 
 def test_museum_14_double_bos(make):
-    """mlx-lm-lora encodes a templated string with special tokens again."""
+    """mlx-examples 1095, mlx-lm-lora: encodes a templated string with special tokens again."""
     ours = make(BOS_ONCE, bos="<s>", adds=True)
     (row,) = ours.rows(demo(say("a", "b", "c", "d")))
     assert row.tokens.ids.tolist().count(ours.bos_id) == 1 and row.tokens.ids[0] == ours.bos_id
@@ -728,7 +728,7 @@ def test_museum_14_double_bos(make):
 
 
 def test_museum_15_eos_is_learned_though_it_pads(make):
-    """TRL #1623: masking by the id of the padding takes the end token along."""
+    """TRL #976, #1623: masking by the id of the padding takes the end token along."""
     ours = make(CHATML, pad="<|im_end|>")
     (row,) = ours.rows(demo(say("a", "b", "c", "d")))
     assert learned(row).count(ours.eos_ids[0]) == 2
@@ -743,8 +743,8 @@ def test_museum_16_truncation_never_eats_the_answer(chatml):
 
 
 def test_museum_the_v3_template_drops_the_system_prompt(make, mistral):
-    """The chat template of Mistral v0.3 leaves the system text out when the assistant has the last word: the
-    row has the prompt of inference, and the answer that follows it."""
+    """The chat template of Mistral v0.3 (and of Ollama, 5803) leaves the system text out when the assistant
+    has the last word: the row has the prompt of inference, and the answer that follows it."""
     hf = make(V3_LIKE, bos="<s>", eos="</s>")
     example = demo(say("a", "b", "c", "d", system="Be brief."))
     assert "Be brief." in hf.decode(hf.prompt(say("a", system="Be brief.")))

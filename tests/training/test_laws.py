@@ -114,7 +114,7 @@ def agree(one: Run, other: Run, tolerance: float) -> None:
 
 
 def test_batch_cuts_agree(tiny_model, rows, tmp_path, finished):
-    """Sums, not means: 6 × 1 = 3 × 2 = 2 × 3 = 1 × 6, losses and weights (museum 5)."""
+    """Sums, not means: 6 × 1 = 3 × 2 = 2 × 3 = 1 × 6, losses and weights (museum 5, mlx-lm 1544)."""
     one, *others = [train(tiny_model, rows, tmp_path / str(micro), batch__micro=micro) for micro in (1, 4, 6)]
     for run in (finished, *others):  # finished: of 3 micro-batches of 2
         np.testing.assert_allclose(losses(run), losses(one), rtol=2e-5)

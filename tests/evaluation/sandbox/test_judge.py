@@ -157,6 +157,7 @@ def answer(n): raise AssertionError
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_attacker_passes(name):
+    """HumanEval 67: the tests run in the interpreter of the program."""
     outcome = judge(ATTACKS[name], TESTS, Limits(seconds=20))
     assert outcome.status == "failed", outcome
     assert "tested" not in outcome.output

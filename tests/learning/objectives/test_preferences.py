@@ -192,8 +192,8 @@ def test_mismatched_pairs_depend_on_the_rows_and_the_update_alone(count, seed, s
 
 
 def test_museum_trl_kto_no_row_is_its_own_mismatch():
-    """TRL pairs inside a micro-batch: a lone last row meets itself, and z0 takes its reward for
-    divergence."""
+    """TRL pairs inside a micro-batch: a lone last row meets itself (TRL 1911: the middle row of an odd
+    number), and z0 takes its reward for divergence."""
     one, *_ = groups_of(1, 0)
     for alike in ([one], [one, one]):
         found, notes = KTO().twins(alike, 1, (), 99)
