@@ -14,6 +14,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("tunesmith", "mlx", "mlx-cuda-13", "mlx-lm", "torch", "transformers", "peft", "trl", "numpy")
+VARIABLES = (
+    "OPENBLAS_CORETYPE",
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "BENCH_VECTORS",
+    "TUNESMITH_KERNELS",
+)
+"""Those that a speed on a CPU depends on. Workers of some benchmarks set their own."""
 
 
 def keep(result: dict[str, Any], out: Path | None) -> dict[str, Any]:
@@ -38,6 +46,7 @@ def facts() -> dict[str, Any]:
         "versions": versions,
         "cpu": cpu(),
         "cores": os.cpu_count(),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "date": datetime.now(UTC).isoformat("T", "seconds"),
         "command": " ".join(sys.argv),
     }

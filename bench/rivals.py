@@ -684,7 +684,7 @@ def finish(result: dict[str, Any], summary: dict[str, Any], problems: list[str],
     """Everything to ``out``, the summary as one line to stdout, missed bars and disagreements to stderr; the
     exit code."""
     result["missed"] = problems
-    shared = ("versions", "commit", "cpu", "cores", "date", "command", "row_lengths")
+    shared = ("versions", "commit", "cpu", "cores", "environment", "date", "command", "row_lengths")
     record.keep(result, out)
     print(json.dumps(rounded(summary | {key: result[key] for key in shared}), ensure_ascii=False), flush=True)
     disagree = [name for name, race in summary.items() if isinstance(race, dict) and not race["agree"]]
