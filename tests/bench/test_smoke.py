@@ -12,13 +12,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
-QUICK = {
-    "limit": [],
-    "plan": [],
-    "serving": [],
-    "start": [],
-    "train_speed": ["--trainers", "mlx_lm_blas", "trl"],
-}
+QUICK = {"limit": [], "plan": [], "start": [], "train_speed": ["--trainers", "mlx_lm_blas", "trl"]}
 LONGER = (
     "against",
     "audit",
@@ -31,7 +25,7 @@ LONGER = (
     "wrappers",
 )
 LONGEST: dict[str, list[str]] = {
-    name: [] for name in ("evaluation", "objectives", "qalora", "ranks", "shape_7b", "sweeps")
+    name: [] for name in ("evaluation", "objectives", "qalora", "ranks", "serving", "shape_7b", "sweeps")
 }
 OF_MAC = {"experts", "scaling"}  # run by bench/mac.sh
 LONGEST["gpu"] = ["--updates", "2"]
