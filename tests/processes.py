@@ -29,6 +29,7 @@ LAUNCH = [
     str(_PORT),
     "--",
 ]
+TWO_RANKS = [sys.executable, str(Path(__file__).with_name("two_ranks.py")), str(_PORT)]
 KERNELS = backend.cache_folder() / "kernels"
 
 

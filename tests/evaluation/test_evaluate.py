@@ -14,7 +14,7 @@ import pytest
 
 import tiny
 import tunesmith
-from processes import LAUNCH, TUNESMITH, cache_folder
+from processes import TUNESMITH, TWO_RANKS, cache_folder
 from tunesmith import errors, events
 from tunesmith.engine import generation, scoring
 from tunesmith.evaluation import evaluate as evaluation
@@ -144,7 +144,7 @@ def test_ranks_change_no_score(run, tmp_path):
     words += [word for task in ROWS_ONLY for word in ("--task", task)]
 
     def together() -> dict:
-        done = subprocess.run([*LAUNCH, *words, "--json"], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*TWO_RANKS, *words, "--json"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         assert len(lines) == 1, "only the first rank speaks"

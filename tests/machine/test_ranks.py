@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tiny
-from processes import LAUNCH, TUNESMITH, cache_folder
+from processes import LAUNCH, TUNESMITH, TWO_RANKS, cache_folder
 from tunesmith import errors, events
 from tunesmith.machine import backend, ranks
 from tunesmith.runs import checkpoints
@@ -78,7 +78,7 @@ def test_two_ranks_are_one(tmp_path, settings, judged, objective, monkeypatch):
     settings = settings if objective == "sft" else judged
     monkeypatch.setenv("TUNESMITH_CACHE", str(cache_folder(tmp_path.parent / f"cache-{tmp_path.name}")))
     assert forks.run([*FORKED, "train", *settings, "--out", str(tmp_path / "one")]).returncode == 0
-    done = run(*LAUNCH, *TUNESMITH, "train", *settings, "--out", str(tmp_path / "two"))
+    done = run(*TWO_RANKS, *TUNESMITH, "train", *settings, "--out", str(tmp_path / "two"))
     assert done.returncode == 0 and done.stdout.count("report: ") == 1, done.stderr
     one, two = ([step.loss for step in log(tmp_path / name, events.StepDone)] for name in ("one", "two"))
     assert len(one) == 6 and two == pytest.approx(one, rel=1e-5)

@@ -22,7 +22,7 @@ import typer.main
 from mlx.utils import tree_map
 
 import tiny
-from processes import LAUNCH
+from processes import TWO_RANKS
 from tunesmith.cli import app
 from tunesmith.engine import generation
 from tunesmith.errors import DataError, EvaluationError, SetupError
@@ -397,7 +397,7 @@ found = [task.measure(subject) for task in tasks]
 Path(sys.argv[1] + str(among.rank)).write_text(repr(found))
 """
     (folder / "ranks").mkdir()
-    launch = [*LAUNCH, sys.executable, "-c", code]
+    launch = [*TWO_RANKS, sys.executable, "-c", code]
     done = subprocess.run(
         [*launch, str(folder / "ranks/of")],
         capture_output=True,
