@@ -14,14 +14,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("tunesmith", "mlx", "mlx-cuda-13", "mlx-lm", "torch", "transformers", "peft", "trl", "numpy")
-VARIABLES = (
-    "OPENBLAS_CORETYPE",
-    "OPENBLAS_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "BENCH_VECTORS",
-    "TUNESMITH_KERNELS",
-)
-"""Those that a speed on a CPU depends on. Workers of some benchmarks set their own."""
+PREFIXES = ("OPENBLAS_", "OMP_", "MKL_", "ONEDNN_", "ATEN_", "BENCH_", "TUNESMITH_", "CXXFLAGS", "MLX_")
+"""Of the variables of this process that may change a speed. A benchmark's workers may have others."""
 
 
 def keep(result: dict[str, Any], out: Path | None) -> dict[str, Any]:
@@ -46,7 +40,11 @@ def facts() -> dict[str, Any]:
         "versions": versions,
         "cpu": cpu(),
         "cores": os.cpu_count(),
-        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "environment": {
+            name: value.rpartition(os.sep)[2]  # of a path its last part
+            for name, value in sorted(os.environ.items())
+            if name.startswith(PREFIXES)
+        },
         "date": datetime.now(UTC).isoformat("T", "seconds"),
         "command": " ".join(sys.argv),
     }

@@ -34,9 +34,11 @@ PARTS = {"ours", "record", "rivals", "sides", "small", "plot"}  # used by the ot
 
 def smoke(script: str, *words: str, out: Path) -> dict:
     command = [sys.executable, str(BENCH / f"{script}.py"), "--smoke", *words, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environ = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text("utf-8"))
+    assert result["environment"]["OPENBLAS_NUM_THREADS"] == "1"
     assert result["benchmark"] == script
     assert result["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", result["commit"])
     assert {"tunesmith", "mlx", "mlx-lm"} <= result["versions"].keys()
