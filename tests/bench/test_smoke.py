@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
-QUICK = {"limit": [], "plan": [], "start": [], "train_speed": ["--trainers", "mlx_lm_blas", "trl"]}
+QUICK = {
+    "limit": [],
+    # One setting of each shape.
+    "plan": ["--only", "LoRA", "packed", "experts, KTO", "real, DoRA, recomputed"],
+    "start": [],
+    "train_speed": ["--trainers", "mlx_lm_blas", "trl"],
+}
 LONGER = (
     "against",
     "audit",
