@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("tunesmith", "mlx", "mlx-cuda-13", "mlx-lm", "torch", "transformers", "peft", "trl", "numpy")
-PREFIXES = ("OPENBLAS_", "OMP_", "MKL_", "ONEDNN_", "ATEN_", "BENCH_", "TUNESMITH_", "CXXFLAGS", "MLX_")
-"""Of the variables of this process that may change a speed. A benchmark's workers may have others."""
+LIBRARIES = ("OPENBLAS_", "OMP_", "MKL_", "ONEDNN_", "ATEN_", "MLX_ENABLE_", "BENCH_VECTORS")
+OURS = ("TUNESMITH_ALLOCATOR", "TUNESMITH_BLAS", "TUNESMITH_CXXFLAGS", "TUNESMITH_KERNELS", "CXXFLAGS")
+"""How the variables of this process begin that may change a speed; a benchmark's workers may have others.
+TUNESMITH_KEY is a secret."""
 
 
 def keep(result: dict[str, Any], out: Path | None) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def facts() -> dict[str, Any]:
         "environment": {
             name: value.rpartition(os.sep)[2]  # of a path its last part
             for name, value in sorted(os.environ.items())
-            if name.startswith(PREFIXES)
+            if name.startswith((*LIBRARIES, *OURS))
         },
         "date": datetime.now(UTC).isoformat("T", "seconds"),
         "command": " ".join(sys.argv),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import shutil
 import socket
@@ -281,10 +282,21 @@ def test_a_client_that_goes_while_it_waits_leaves_the_queue(start_server, settin
     wait_until(lambda: worker.n_rows == 0)
 
 
-def test_a_client_that_does_not_read_is_dropped(start_server, settings):
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_client_that_does_not_read_is_dropped(start_server, settings, path, monkeypatch):
+    """Each generator of its answer is closed: the collector may do it in another thread while it runs."""
+    left: list[str] = []
+    monkeypatch.setattr(
+        asyncio.BaseEventLoop,
+        "_asyncgen_finalizer_hook",
+        lambda loop, generator: left.append(generator.__qualname__),
+    )
     server = start_server(replace(settings, limits=ServerLimits(stall_s=0.3)))
-    body = json.dumps(chat("base", stream=True, **NEVER_ENDS)).encode()
-    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+    asked = chat("base", stream=True, **NEVER_ENDS)
+    if path == "/v1/completions":
+        asked |= {"prompt": asked.pop("messages")[-1]["content"]}
+    body = json.dumps(asked).encode()
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b""}
     scope |= {"headers": [(b"host", b"localhost")], "client": ("127.0.0.1", 1), "asgi": {"version": "3.0"}}
 
     async def exchange() -> None:
@@ -303,6 +315,8 @@ def test_a_client_that_does_not_read_is_dropped(start_server, settings):
     assert json.loads(server.log.getvalue())["error"] == "stalled"
     wait_until(lambda: server.service.worker.n_rows == 0)
     assert not server.notices
+    gc.collect()
+    assert not left
 
 
 def test_an_adapter_that_is_asked_answers(server):

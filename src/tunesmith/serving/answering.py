@@ -401,8 +401,9 @@ def _require_valid(constraint: TokenConstraint | None) -> None:
 async def whole(streams: Sequence[AsyncIterator[Piece]]) -> list[WholeAnswer]:
     """Several answers, complete."""
     pieces: list[list[Piece]] = [[] for _ in streams]
-    async for place, piece in merged(streams):
-        pieces[place].append(piece)
+    async with aclosing(merged(streams)) as found:
+        async for place, piece in found:
+            pieces[place].append(piece)
     return [joined(answer_pieces) for answer_pieces in pieces]
 
 

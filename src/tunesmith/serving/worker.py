@@ -275,10 +275,6 @@ class Worker:
     def _begin_life(self) -> None:
         if self._stopping:
             return
-        self._prefixes = None
-        # Of the engine before. In the thread of the loop, for a collection in another one can close a stream
-        # while it runs ("async generator already executing").
-        gc.collect()
         life = self._life = _Life()
         life.thread = threading.Thread(target=self._live, args=(life,), name="tunesmith-engine", daemon=True)
         life.thread.start()
@@ -403,8 +399,10 @@ class Worker:
 
     def _started(self, life: _Life, make_engine: MakeEngine) -> Engine:
         with self._beating(life, self.limits.load_s):
+            self._prefixes = None
             if self.prefix_bytes:
                 self._prefixes = Prefixes(self.prefix_bytes, self._prefix_folder)
+            gc.collect()  # of the engine before
             engine = make_engine(self.batch_size, self._prefixes)
             engine.__enter__()
             self.weights = backend.memory()["active"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, JsonValue, model_validator
@@ -305,17 +306,18 @@ class ChatExchange:
         used: dict[int, Usage] = {}
         waiting: dict[int, tuple[TokenLogprob, ...]] = {}
         begun_choices: set[int] = set()
-        async for index, piece in answering.merged(self._streams):
-            if index not in begun_choices:
-                begun_choices.add(index)
-                yield self._chunk(index, {"role": "assistant", "content": ""})
-            if isinstance(piece, Logprobs):
-                waiting[index] = waiting.get(index, ()) + piece.tokens
-                continue
-            entries = waiting.pop(index, ())
-            if isinstance(piece, AnswerEnded):
-                used[index] = piece.usage
-            yield self._chunk(index, delta_of(piece), entries, piece)
+        async with aclosing(answering.merged(self._streams)) as pieces:
+            async for index, piece in pieces:
+                if index not in begun_choices:
+                    begun_choices.add(index)
+                    yield self._chunk(index, {"role": "assistant", "content": ""})
+                if isinstance(piece, Logprobs):
+                    waiting[index] = waiting.get(index, ()) + piece.tokens
+                    continue
+                entries = waiting.pop(index, ())
+                if isinstance(piece, AnswerEnded):
+                    used[index] = piece.usage
+                yield self._chunk(index, delta_of(piece), entries, piece)
         if self._include_usage:
             usage = usage_of([used[index] for index in sorted(used)])
             yield ServerEvent({**self._chunk_head, "choices": [], "usage": usage})

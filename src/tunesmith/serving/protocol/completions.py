@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -156,17 +157,18 @@ class CompletionExchange:
         for place, echo in enumerate(self._echoes):
             if echo:
                 yield self._chunk([self._choice(place, echo, (), None)], extra)
-        async for place, piece in answering.merged(self._streams):
-            if isinstance(piece, Logprobs):
-                waiting[place] = waiting.get(place, ()) + piece.tokens
-                continue
-            reason = piece.reason if isinstance(piece, AnswerEnded) else None
-            if isinstance(piece, AnswerEnded):
-                used[place] = piece.usage
-            text = piece.text if isinstance(piece, Words) else ""
-            entries = waiting.pop(place, ())
-            yield self._chunk([self._choice(place, text, entries, reason, lengths[place])], extra)
-            lengths[place] += sum(len(self._lexicon.token(entry.token)[0]) for entry in entries)
+        async with aclosing(answering.merged(self._streams)) as pieces:
+            async for place, piece in pieces:
+                if isinstance(piece, Logprobs):
+                    waiting[place] = waiting.get(place, ()) + piece.tokens
+                    continue
+                reason = piece.reason if isinstance(piece, AnswerEnded) else None
+                if isinstance(piece, AnswerEnded):
+                    used[place] = piece.usage
+                text = piece.text if isinstance(piece, Words) else ""
+                entries = waiting.pop(place, ())
+                yield self._chunk([self._choice(place, text, entries, reason, lengths[place])], extra)
+                lengths[place] += sum(len(self._lexicon.token(entry.token)[0]) for entry in entries)
         if self._include_usage:
             yield self._chunk([], {"usage": self._usage([used[place] for place in sorted(used)])})
         yield ServerEvent("[DONE]")

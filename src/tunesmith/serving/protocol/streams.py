@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Send
 
 from tunesmith.serving import access, entrance
 from tunesmith.serving.answering import Delivery
@@ -37,6 +38,12 @@ class EventStream(StreamingResponse):
     def __init__(self, lines: AsyncGenerator[bytes], headers: Mapping[str, str]) -> None:
         own = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(lines, headers={**own, **headers}, media_type="text/event-stream")
+        self._lines = lines
+
+    async def stream_response(self, send: Send) -> None:
+        """``lines`` end with the response, also if the client has gone while it was sent a line."""
+        async with aclosing(self._lines):
+            await super().stream_response(send)
 
 
 class Exchange(Protocol):
