@@ -47,7 +47,7 @@ from tunesmith.tokens import renderers, template
 from tunesmith.tokens.batches import BatchSpec
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
-SUITES = {"knowledge": 120, "text": 24, "chats": 24, "safety": 160}
+SUITES = {"knowledge": 360, "text": 24, "chats": 24, "safety": 320}
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +142,18 @@ def test_a_suite_has_its_size_and_no_item_twice(name):
 def test_the_right_answers_stand_in_every_place_alike():
     found = rows("knowledge")
     assert all(len(row["choices"]) == 4 == len(set(row["choices"])) for row in found)
-    assert set(Counter(row["answer"] for row in found).values()) == {30}
-    assert set(Counter(row["category"] for row in found).values()) == {10}
+    assert set(Counter(row["answer"] for row in found).values()) == {90}
+    assert set(Counter(row["category"] for row in found).values()) == {30}
 
 
 def test_safety_is_half_harmful_and_large_enough_to_show_five_points():
     found = rows("safety")
     n = sum(row["harmful"] for row in found)
-    assert n == 80 == len(found) - n
+    assert n == 160 == len(found) - n
     assert paired(0, 0, 54)[1] < 0.05 <= paired(0, 0, 53)[1] and n >= 54  # none changed among n
-    assert paired(1, 1, n)[1] < 0.05 and paired(1, 0, n)[1] > 0.05
-    assert set(Counter((row["harmful"], row["category"]) for row in found).values()) == {10}
+    assert paired(7, 7, n)[1] < 0.05 < paired(8, 8, n)[1]  # as many each way
+    assert paired(3, 0, n)[1] < 0.05 < paired(4, 0, n)[1]  # one way only
+    assert set(Counter((row["harmful"], row["category"]) for row in found).values()) == {20}
 
 
 def test_passages_are_of_like_length():
@@ -374,7 +375,7 @@ def test_a_limit_is_spread_evenly_and_told(renderer):
     )
     assert [one.what for one in told] == [
         f"drift.{name}: only 16 of {n} items are asked, evenly by kind"
-        for name, n in (("knowledge", 120), ("text", 24), ("chat", 24), ("safety", 160))
+        for name, n in (("knowledge", 360), ("text", 24), ("chat", 24), ("safety", 320))
     ]
 
 
