@@ -5,8 +5,10 @@ from __future__ import annotations
 import mlx.nn as nn
 import pytest
 from adapters.test_layers import fresh
+from mlx_lm.models.cache import make_prompt_cache
+from model.families import made
 
-from tunesmith.engine import batching, generation
+from tunesmith.engine import batching, generation, scoring
 from tunesmith.errors import ModelError
 
 BEGINNING = [(7 * place) % 61 + 1 for place in range(100)]
@@ -22,9 +24,8 @@ class Counted(nn.Module):
         generation.generate(self, [[1, 2]], max_tokens=1, eos_ids=[])
         self.positions = 0
 
-    @property
-    def layers(self):
-        return self.net.layers
+    def make_cache(self):
+        return make_prompt_cache(self.net)
 
     def __call__(self, ids, cache=None):
         self.positions += ids.size
@@ -42,6 +43,33 @@ def test_prompts_that_begin_alike_are_answered_as_each_alone_and_their_beginning
     assert generation.generate(fresh(), reversed_prompts, **options) == [
         generation.generate(fresh(), [prompt], **options)[0] for prompt in reversed_prompts
     ]
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", "qwen3_5", "lfm2", "granitemoehybrid", "mamba", "llama4"]
+)
+def test_families_answer_as_each_alone_after_a_beginning_that_is_read_once(name):
+    """Also where the beginning is longer than a sliding window, and where a recurrent state is copied."""
+    net = Counted(made(name, **{"sliding_window": 16} if name == "gemma3" else {}))
+    options = {"max_tokens": 6, "eos_ids": []}
+    alone = [generation.generate(net, [prompt], **options)[0] for prompt in PROMPTS]
+    net.positions = 0
+    assert generation.generate(net, PROMPTS, **options) == alone
+    if batching.batches(net):
+        assert net.positions < 100 + 2 * sum(len(prompt) - 100 for prompt in PROMPTS) + 7 * 6
+    else:
+        assert net.positions >= sum(map(len, PROMPTS))
+
+
+def test_random_answers_are_drawn_as_without_a_beginning_that_is_read_once(monkeypatch):
+    net = Counted(fresh())
+    options = {"max_tokens": 6, "eos_ids": [], "temperature": 1.0, "top_p": 0.9, "seed": 3}
+    answers = generation.generate(net, PROMPTS, **options)
+    shared = net.positions
+    monkeypatch.setattr(scoring, "WORTH", 10**9)
+    assert generation.generate(net, PROMPTS, **options) == answers
+    assert net.positions > 3 * shared, "the second time each prompt was read as a whole"
+    assert generation.generate(net, PROMPTS, **options | {"seed": 4}) != answers
 
 
 @pytest.mark.parametrize("prompts", [[BEGINNING] * 5, [BEGINNING, BEGINNING[:99], BEGINNING]])
