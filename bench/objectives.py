@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,17 @@ def steps_compared(options: argparse.Namespace) -> dict[str, Any]:
     return {"ratio_to_sft": made, "rounds": rounds}
 
 
+def _apart(sequences: Sequence[Tokens]) -> list[list[int]]:
+    return [[member] for member in range(len(sequences))]
+
+
 def sharing_compared(options: argparse.Namespace) -> list[dict[str, Any]]:
     """For each length of prompt and number of answers: seconds apart by seconds shared, and how far the
     values differ."""
     net = loading.load(loading.ModelSpec(path=options.model)).net
     args: Any = net.args
     vocabulary = min(2000, args.vocab_size)
-    chance, made, usual = np.random.default_rng(0), [], scoring.WORTH
+    chance, made, usual = np.random.default_rng(0), [], (scoring.WORTH, scoring.families)
     for length in PROMPTS:
         for count in ANSWERS:
             groups: list[Group] = []
@@ -150,13 +155,13 @@ def sharing_compared(options: argparse.Namespace) -> list[dict[str, Any]]:
             values: dict[str, np.ndarray] = {}
             for index in range(2 * options.rounds + 2):
                 side = ("apart", "shared")[index % 2]
-                scoring.WORTH = 1 << 40 if side == "apart" else 1
+                scoring.WORTH, scoring.families = 1, _apart if side == "apart" else usual[1]
                 start = time.perf_counter()
                 sums = scoring.sequence_sums(net, groups, cut)
                 if index >= 2:  # the first of each is warm-up
                     seconds[side].append(time.perf_counter() - start)
                 values[side] = np.array([logp for ((logp, _),) in sums])
-            scoring.WORTH = usual
+            scoring.WORTH, scoring.families = usual
             ratios = sorted(a / b for a, b in zip(seconds["apart"], seconds["shared"], strict=True))
             made.append(
                 {

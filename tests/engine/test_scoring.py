@@ -13,7 +13,7 @@ from training.test_speed_laws import Recurrent
 
 from tunesmith import adapters
 from tunesmith.engine import scoring
-from tunesmith.model import abilities, kernels
+from tunesmith.model import abilities, kernels, logprobs
 from tunesmith.model import loading as model
 from tunesmith.tokens.batches import Cut, Group
 from tunesmith.tokens.template import Tokens
@@ -36,14 +36,15 @@ def net(tiny_model) -> nn.Module:
     return net
 
 
-def answers(prompts: list[int], each: int, seed: int) -> list[Group]:
+def answers(prompts: list[int], each: int | list[int], seed: int) -> list[Group]:
     """``each`` answers to prompts of these lengths; the first two answers of a prompt are a pair."""
     random = np.random.default_rng(seed)
     made: list[Group] = []
-    for length in prompts:
+    counts = [each] * len(prompts) if isinstance(each, int) else each
+    for length, count in zip(prompts, counts, strict=True):
         asked = random.integers(1, 90, length)
         rows = []
-        for _ in range(each):
+        for _ in range(count):
             said = random.integers(1, 90, random.integers(1, 9))
             weights = np.where(
                 np.arange(length + len(said)) < length, 0, random.random(length + len(said)) + 0.1
@@ -58,29 +59,105 @@ def flat(sums: list[list[tuple[float, float]]]) -> np.ndarray:
     return np.array([pair for group in sums for pair in group])
 
 
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 4), st.booleans(), st.integers(0, 99)
+def apart(sequences: list[Tokens]) -> list[list[int]]:
+    """Families of one member: nothing is shared."""
+    return [[member] for member in range(len(sequences))]
+
+
+FAMILIES = st.lists(
+    st.tuples(st.sampled_from([1, 2, 3, 7, 19, 40]), st.integers(1, 5)), min_size=1, max_size=7
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_shared_prompt_changes_nothing(net, prompts, each, pack, seed):
-    groups = answers(prompts, each, seed)
+
+
+@given(FAMILIES, st.booleans(), st.sampled_from([None, 3, 8]), st.integers(0, 99))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_shared_prompt_changes_nothing(net, prompts, pack, micro, seed):
+    groups = answers([length for length, _ in prompts], [each for _, each in prompts], seed)
+    cut = Cut(90, micro, pack, each=2)
     with pytest.MonkeyPatch.context() as patch:
-        found = []
-        for worth in (1 << 30, 1):
-            patch.setattr(scoring, "WORTH", worth)
-            found.append(flat(scoring.sequence_sums(net, groups, Cut(60, pack=pack, each=2))))
-    assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-5)
+        patch.setattr(scoring, "WORTH", 1)
+        shared = flat(scoring.sequence_sums(net, groups, cut))
+        patch.setattr(scoring, "families", apart)
+        whole = flat(scoring.sequence_sums(net, groups, cut))
+    assert shared == pytest.approx(whole, rel=1e-5, abs=1e-5)
 
 
-def test_the_prompt_is_computed_once_where_it_pays(net, monkeypatch):
-    vars(net).pop("_abilities", None)  # tried anew
-    seen: list[int] = []
-    kept = kernels.prompt
-    monkeypatch.setattr(kernels, "prompt", lambda net, ids: seen.append(ids.shape[1]) or kept(net, ids))
+@pytest.fixture
+def passes(net, monkeypatch) -> list[tuple[str, tuple[int, int]]]:
+    """The kind and the shape of each pass to come."""
+    assert abilities.continues(net)
+    seen: list[tuple[str, tuple[int, int]]] = []
+    prompt, features = kernels.prompt, logprobs.features
+
+    def prompts_seen(net, ids):
+        seen.append(("prompts", ids.shape))
+        return prompt(net, ids)
+
+    def features_seen(net, ids, **options):
+        seen.append(("answers" if options else "rows", ids.shape))
+        return features(net, ids, **options)
+
+    monkeypatch.setattr(kernels, "prompt", prompts_seen)
+    monkeypatch.setattr(logprobs, "features", features_seen)
+    return seen
+
+
+def test_prompts_of_one_length_are_computed_at_once(net, passes):
+    ticks: list[int] = []
+    groups = answers([15] * 12 + [16] * 2, 4, 3)
+    scoring.sequence_sums(net, groups, Cut(160), lambda now, of: ticks.append(now))
+    prompts = [shape for kind, shape in passes if kind == "prompts"]
+    assert set(prompts) == {(3, 14)}, "three families of four answers fit 160 tokens"
+    assert len(prompts) >= 3
+    whole = [shape for kind, shape in passes if kind == "rows"]
+    assert sum(count for count, _ in whole) == 56 - 12 * len(prompts)  # the rest would only add passes
+    assert len(ticks) == len(passes) - len(prompts) and ticks[-1] == 56
+
+
+@given(FAMILIES, st.integers(20, 200), st.sampled_from([None, 3, 8]), st.integers(0, 99))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_more_tokens_are_computed_at_once_than_the_budget_allows(
+    net, passes, monkeypatch, prompts, tokens, micro, seed
+):
+    monkeypatch.setattr(scoring, "WORTH", 1)
+    passes.clear()
+    groups = answers([length for length, _ in prompts], [each for _, each in prompts], seed)
+    scoring.sequence_sums(net, groups, Cut(tokens, micro))
+    kept = (1, 0)
+    for kind, (count, length) in passes:
+        held = 0
+        if kind == "prompts":
+            kept = count, length
+        elif kind == "answers" and kept[0] > 1:
+            held = kept[0] * kept[1]
+        assert count == 1 or held + count * length <= tokens
+        assert count <= (micro or count)
+        if held:
+            assert held + length <= tokens
+            assert count * kept[1] <= scoring.ANSWERS * tokens
+
+
+def test_a_family_of_many_answers_is_computed_by_itself(net, passes):
+    scoring.sequence_sums(net, answers([200] * 3, [9, 2, 2], 4), Cut(2000))
+    assert [shape for kind, shape in passes if kind == "prompts"] == [(1, 199), (2, 199)]
+    assert max(count for kind, (count, _) in passes if kind == "answers") <= scoring.ANSWERS
+
+
+def test_the_prompt_is_computed_once_where_it_pays(net, passes):
     counted: list[tuple[int, int]] = []
     scoring.sequence_sums(net, answers([193, 100], 2, 0), Cut(300), lambda now, of: counted.append((now, of)))
-    assert seen[1:] == [192]  # the first is the trial; 99 tokens are not worth two passes
+    assert [shape for kind, shape in passes if kind == "prompts"] == [(1, 192)]  # 99 tokens are too few
     assert counted[-1] == (4, 4)
+
+
+def test_a_model_that_follows_the_wrong_one_of_two_prompts_takes_whole_rows(net, passes, monkeypatch):
+    monkeypatch.setattr(
+        kernels.PromptCache, "before", lambda cache, rows: kernels.PromptCache(cache._kept, 0 * rows)
+    )
+    monkeypatch.delitem(vars(net), "_abilities")  # tried anew, and again after this test
+    scoring.sequence_sums(net, answers([200] * 2, 2, 4), Cut(2000))
+    assert not abilities.continues(net)
+    assert [shape for kind, shape in passes if kind == "prompts"] == [(1, 3), (2, 3)], "only the trial's"
 
 
 def test_a_model_that_cannot_go_on_after_a_prompt_takes_whole_rows(net, monkeypatch):

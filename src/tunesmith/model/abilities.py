@@ -68,12 +68,17 @@ def packs(net: nn.Module) -> bool:
 
 @once
 def continues(net: nn.Module) -> bool:
-    """Whether several answers after one cached prompt give what each gives after the whole prompt."""
-    prompt, answers = mx.array([[3, 1, 4]]), mx.array([[1, 5, 9, 2], [6, 5, 3, 5]])
+    """Whether several answers after cached prompts, one or two at once, give what each gives after its whole
+    prompt."""
+    prompts, answers = mx.array([[3, 1, 4], [2, 7, 1]]), mx.array([[1, 5, 9, 2], [6, 5, 3, 5], [8, 9, 7, 9]])
 
     def both() -> tuple[mx.array, mx.array]:
-        after = net(answers, cache=kernels.prompt(net, prompt))
-        whole = mx.concatenate([mx.broadcast_to(prompt, (2, 3)), answers], axis=1)
-        return after, net(whole)[:, 3:]
+        parts: list[mx.array] = []
+        wholes: list[mx.array] = []
+        for first, rows in (prompts[:1], [0, 0, 0]), (prompts, [1, 0, 1]):
+            cache = kernels.prompt(net, first)
+            parts.append(net(answers, cache=cache if len(first) == 1 else kernels.each_after(cache, rows)))
+            wholes.append(net(mx.concatenate([first[mx.array(rows)], answers], axis=1))[:, first.shape[1] :])
+        return mx.concatenate(parts), mx.concatenate(wholes)
 
     return agree(net, both)

@@ -37,9 +37,17 @@ def measured(
     groups = judged(prepared)
     cut, _ = Cut.around(config.batch, groups)
     own = None if folder is None else folder / DIFFICULTY
-    name = reference.name(reference.facts(config, loaded))
+    facts = reference.facts(config, loaded)
     losses = reference.measure(
-        loaded.net, groups, cut, name, own=own, ranks=among, stopped=stopped, notify=notify
+        loaded.net,
+        groups,
+        cut,
+        reference.name(facts),
+        own=own,
+        earlier=reference.earlier_names(facts),
+        ranks=among,
+        stopped=stopped,
+        notify=notify,
     )
     notify(Notice(f"difficulty: {losses.measured:,} sequences measured, {losses.cached:,} cached"))
     return _by_difficulty(prepared, losses)

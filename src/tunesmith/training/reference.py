@@ -42,25 +42,33 @@ from tunesmith.tokens.batches import Cut, Group
 from tunesmith.tokens.template import Tokens
 from tunesmith.training.preparation import Prepared
 
-CODE = 2
+CODE = 3
 """Changed whenever the same weights and tokens could give another value."""
+SAME_BUT_ROUNDED = (2,)
+"""Values of CODE for which only the last digits differed, since prompts of one length were not computed at
+once: a run that began with them keeps its own."""
 RECORDED = {"mlx": False, "operations": True, "compiled": "compiled"}
 """How a name tells the kernels; 0.1.0 knew the first two."""
 SAVED_EVERY = 16  # sequences: what an interruption can lose
 
 
-def name(facts: Mapping[str, Any]) -> str:
+def name(facts: Mapping[str, Any], code: int = CODE) -> str:
     """The name under which values made from ``facts`` are kept: 32 hex digits."""
     device = backend.setup()
-    code = {
-        "code": CODE,
+    versions = {
+        "code": code,
         "mlx": version("mlx"),
         "mlx-lm": version("mlx-lm"),
         "device": device.kind,
         "blas": device.blas,
     }
-    whole = dict(facts) | code | {"kernels": RECORDED[kernels.choice()]}
+    whole = dict(facts) | versions | {"kernels": RECORDED[kernels.choice()]}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def earlier_names(facts: Mapping[str, Any]) -> list[str]:
+    """The names that a run's own values from ``facts`` may have beside `name`."""
+    return [name(facts, code) for code in SAME_BUT_ROUNDED]
 
 
 @dataclass
@@ -84,14 +92,15 @@ class Reference:
                 "a row has no log-probability from before training", hint="start a new run"
             ) from error
 
-    def read(self, path: Path) -> str | None:
-        """Add the values in ``path``. Returns what is wrong with the file, or None if it is in order or
-        missing."""
+    def read(self, path: Path, earlier: Sequence[str] = ()) -> str | None:
+        """Add the values in ``path``, whose name may also be one of ``earlier``. Returns what is wrong with
+        the file, or None if it is in order or missing."""
         try:
             if not path.exists():
                 return None
             with safe_open(path, framework="numpy") as file:
-                if self.name is not None and (file.metadata() or {}).get("name") != self.name:
+                found = (file.metadata() or {}).get("name")
+                if self.name is not None and found not in (self.name, *earlier):
                     return "was made from another base, adapter or version"
                 digests, values = file.get_tensor("digests"), file.get_tensor("logps")
         except (SafetensorError, OSError, KeyError) as error:
@@ -119,6 +128,7 @@ def measure(
     name: str,
     *,
     own: Path | None = None,
+    earlier: Sequence[str] = (),
     ranks: Ranks = ONE,
     stopped: Callable[[], bool] = bool,
     notify: Sink = events.silent,
@@ -126,14 +136,14 @@ def measure(
     """The reference of all sequences of ``groups`` by ``net`` as it is now: before step 1, before a
     checkpoint is restored.
 
-    own: where the run keeps its values; they come first. Then the shared cache; the rest is computed, ranks
-    share the work, and finished values are saved every few sequences. Raises KeyboardInterrupt soon after
-    ``stopped()`` is true on any rank."""
+    own: where the run keeps its values, whose name may be one of ``earlier``; they come first. Then the
+    shared cache; the rest is computed, ranks share the work, and finished values are saved every few
+    sequences. Raises KeyboardInterrupt soon after ``stopped()`` is true on any rank."""
     cache = backend.cache_folder() / "reference" / f"{name}.safetensors"
     reference = Reference(name)
     if ranks.writes:
         # the run's own values take precedence
-        _read_known(reference, [cache, *([own] if own else [])], notify)
+        _read_known(reference, {cache: ()} | ({own: earlier} if own else {}), notify)
     wanted = {sequence.digest: sequence for group in groups for sequence in group.sequences}
     keys = sorted(wanted)
     _share_known(reference, keys, ranks)
@@ -169,11 +179,11 @@ def measure(
     return reference
 
 
-def _read_known(reference: Reference, paths: Sequence[Path], notify: Sink) -> None:
-    """Take the values of ``paths``, the later ones first; a file that cannot be used is measured again, with
-    a notice."""
-    for path in paths:
-        if problem := reference.read(path):
+def _read_known(reference: Reference, paths: Mapping[Path, Sequence[str]], notify: Sink) -> None:
+    """Take the values of ``paths``, the later ones first, each with the names that it may also have; a file
+    that cannot be used is measured again, with a notice."""
+    for path, earlier in paths.items():
+        if problem := reference.read(path, earlier):
             text = f"reference log-probabilities measured again: {path.name} {problem}"
             notify(Notice(text, level="warning"))
 
@@ -240,12 +250,14 @@ def compared(
     for note, count in sorted(counted.items()):
         notify(Notice(note, count=count))
     cut, _ = Cut.around(config.batch, everything)
+    decisive = facts(config, loaded)
     measured = measure(
         loaded.net,
         everything,
         cut,
-        name(facts(config, loaded)),
+        name(decisive),
         own=own,
+        earlier=earlier_names(decisive),
         ranks=among,
         stopped=stopped,
         notify=notify,

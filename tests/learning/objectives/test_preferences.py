@@ -408,6 +408,25 @@ def test_a_resumed_run_ends_in_the_same_bytes(train, tmp_path, cache, lost):
             ).read_bytes()
 
 
+def test_a_run_that_began_with_another_rounding_keeps_its_own_reference(tiny_model, tmp_path):
+    net = model.load(model.ModelSpec(path=str(tiny_model))).net
+    facts = {"base": "x"}
+    row = Group((Tokens(np.array([3, 5, 8], np.int32), np.array([0, 1, 1], np.float32)),), "")
+    for code, known in (2, 1), (1, 0):
+        own = reference.Reference(reference.name(facts, code), {row.sequences[0].digest: -7.0})
+        own.write(tmp_path / "own")
+        found = reference.measure(
+            net,
+            [row],
+            Cut(64),
+            reference.name(facts),
+            own=tmp_path / "own",
+            earlier=reference.earlier_names(facts),
+        )
+        assert (found.cached, found.measured) == (known, 1 - known)
+        assert (found.values[row.sequences[0].digest] == -7.0) == bool(known)
+
+
 def reference_name(run: Run) -> str:
     from safetensors import safe_open
 

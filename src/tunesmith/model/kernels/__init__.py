@@ -20,7 +20,7 @@ from tunesmith.machine import backend
 from tunesmith.model import wrap
 from tunesmith.model.kernels import extension, operations
 from tunesmith.model.kernels.operations import with_gradient
-from tunesmith.model.kernels.sequences import Packed, PromptCache, forbid_packing, packed, prompt
+from tunesmith.model.kernels.sequences import Packed, PromptCache, each_after, forbid_packing, packed, prompt
 from tunesmith.model.quantisation import ExpandedLinear
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "choice",
     "described",
     "dropout",
+    "each_after",
     "forbid_packing",
     "gelu_approx",
     "install",

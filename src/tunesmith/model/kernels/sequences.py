@@ -1,9 +1,10 @@
-"""How rows lie in a sequence: several end to end, or all after one prompt.
+"""How rows lie in a sequence: several end to end, or after prompts that are computed once.
 
 Both are passed to a model as the cache of its layers, and reach attention as mask or cache."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -47,14 +48,14 @@ def packed(net: nn.Module, ends: tuple[int, ...]) -> list[Packed]:
 
 
 class PromptCache:
-    """Passed to a model as the cache of a layer: keeps the keys and values of the first pass, the prompt, and
-    puts them before those of each later pass.
+    """Passed to a model as the cache of a layer: keeps the keys and values of the first pass, the prompts,
+    and puts them before those of each later pass.
 
-    Keys and values of later passes are not kept, so any number of answers can follow the prompt, each by
-    itself."""
+    Keys and values of later passes are not kept, so any number of answers can follow a prompt, each by
+    itself. ``rows`` (N,): which prompt each row of a later pass follows; None: all follow the only one."""
 
-    def __init__(self) -> None:
-        self._kept: tuple[mx.array, mx.array] | None = None
+    def __init__(self, kept: tuple[mx.array, mx.array] | None = None, rows: mx.array | None = None) -> None:
+        self._kept, self._rows = kept, rows
 
     @property
     def offset(self) -> int:
@@ -69,17 +70,34 @@ class PromptCache:
         if self._kept is None:
             self._kept = keys, values
             return keys, values
-        before = [mx.broadcast_to(array, (len(keys), *array.shape[1:])) for array in self._kept]
+        before = [self._of_each_row(array, len(keys)) for array in self._kept]
         return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
+
+    def _of_each_row(self, array: mx.array, count: int) -> mx.array:
+        if self._rows is None:
+            return mx.broadcast_to(array, (count, *array.shape[1:]))
+        return array[self._rows]
+
+    def before(self, rows: mx.array) -> PromptCache:
+        """The cache for answers that follow the prompts ``rows`` (N,)."""
+        return PromptCache(self._kept, rows)
 
     def state(self) -> list[mx.array]:
         return list(self._kept or ())
 
 
 def prompt(net: nn.Module, ids: mx.array) -> list[PromptCache]:
-    """What to pass to ``net`` as its cache for sequences that go on after ``ids`` (1, P). Evaluated."""
+    """What to pass to ``net`` as its cache for sequences that go on after ``ids`` (1, P). Evaluated.
+
+    For several prompts, ``ids`` (B, P), it says by `each_after` which of them each sequence follows."""
     layers: Any = net.layers
     caches = [PromptCache() for _ in layers]
     net(ids, cache=caches)
     mx.eval([cache.state() for cache in caches])
     return caches
+
+
+def each_after(prompts: list[PromptCache], rows: Sequence[int]) -> list[PromptCache]:
+    """``prompts`` for a pass of len(rows) sequences: which of them each sequence goes on after."""
+    chosen = mx.array(list(rows), dtype=mx.int32)
+    return [cache.before(chosen) for cache in prompts]
