@@ -80,7 +80,8 @@ class StepDone(Event):
 
     ``learned``: its learned tokens, or None if these are the units. ``metrics``: those of the objective.
     ``shapes``: compiled shapes so far, and micro-batches of other shapes. ``mixed_loss``: mean over the
-    ``mixed_units`` of rows that come from ``data.mix``; None if the update has none of them."""
+    ``mixed_units`` of rows that come from ``data.mix``; None if the update has none of them. A distilled row
+    counts with its divergence from the base."""
 
     step: int
     epoch: float

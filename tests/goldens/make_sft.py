@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -42,7 +43,8 @@ def ours(name: str) -> str:
     )
 
 
-def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def adapted() -> tuple[Any, dict[str, Any]]:
+    """The model of the cases with its adapter, by PEFT, and what is trained of it by PEFT's name."""
     import peft
     import torch
     import transformers
@@ -58,6 +60,13 @@ def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(torch.from_numpy(adapter(ours(name), tuple(value.shape)[::-1]).T.copy()))
+    return model, parameters
+
+
+def padded() -> tuple[Any, Any, Any]:
+    """Ids, mask of attention, and labels of the cases' batch."""
+    import torch
+
     rows, masks = batch()
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -67,6 +76,37 @@ def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
         ids[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
         attention[index, : len(row)] = 1
         labels[index, : len(row)] = torch.where(torch.from_numpy(mask) > 0, ids[index, : len(row)], -100)
+    return ids, attention, labels
+
+
+def gradients_of(parameters: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {f"gradient.{ours(name)}": value.grad.numpy().T.copy() for name, value in parameters.items()}
+
+
+def distilled() -> dict[str, np.ndarray]:
+    """Loss (a sum) and gradients of the divergence from the base, by torch's kl_div and PEFT's way to switch
+    an adapter off."""
+    import torch
+    from torch.nn.functional import kl_div, log_softmax
+
+    model, parameters = adapted()
+    ids, attention, labels = padded()
+    learned = labels[:, 1:] != -100
+    with torch.no_grad(), model.disable_adapter():
+        base = log_softmax(model(input_ids=ids, attention_mask=attention).logits[:, :-1][learned], -1)
+    tuned = log_softmax(model(input_ids=ids, attention_mask=attention).logits[:, :-1][learned], -1)
+    loss = kl_div(tuned, base, reduction="sum", log_target=True)
+    loss.backward()
+    return {"loss": np.array(loss.item())} | gradients_of(parameters)
+
+
+def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    import peft
+    import torch
+    import transformers
+
+    model, parameters = adapted()
+    ids, attention, labels = padded()
     optimizer = torch.optim.AdamW(parameters.values(), lr=RATE, weight_decay=DECAY)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, WARMUP, UPDATES)
     out: dict[str, np.ndarray] = {}
@@ -77,9 +117,7 @@ def reference() -> tuple[dict[str, np.ndarray], dict[str, str]]:
         loss.backward()
         losses.append(loss.item())
         if update == 0:
-            out |= {
-                f"gradient.{ours(name)}": value.grad.numpy().T.copy() for name, value in parameters.items()
-            }
+            out |= gradients_of(parameters)
         torch.nn.utils.clip_grad_norm_(parameters.values(), MAX_NORM)
         optimizer.step()
         schedule.step()

@@ -90,6 +90,20 @@ def test_loss_gradients_and_updates_match_torch_live(setting):
     check(*setting, make_sft.reference()[0])
 
 
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_divergence_of_distilled_rows_matches_torch_live(setting):
+    net, groups, config = setting
+    expected = make_sft.distilled()
+    distilled = [group._replace(mixed=True, distilled=True) for group in groups]
+    (loss, _), gradients = Gradients(net, config)(distilled, dropout_key(0, 0, 0))
+    close(loss, expected.pop("loss"))
+    flat = {f"gradient.{name}": value for name, value in tree_flatten(gradients)}
+    assert flat.keys() == expected.keys() and len(expected) == 8
+    for name, value in expected.items():
+        close(flat[name], value)
+
+
 def test_schedule_matches_transformers_but_for_the_wasted_first_update():
     """The golden's rates are transformers' cosine schedule; ours is the same after a warm-up that starts one
     earlier."""

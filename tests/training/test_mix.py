@@ -14,7 +14,7 @@ import tiny
 import tunesmith
 from tunesmith import events
 from tunesmith.cli import app
-from tunesmith.errors import DataError, ResumeMismatch
+from tunesmith.errors import ConfigError, DataError, ResumeMismatch
 from tunesmith.reports.facts import read_log
 from tunesmith.reports.summary import summarise
 from tunesmith.runs import checkpoints
@@ -88,6 +88,24 @@ def test_rows_are_repeated_as_often_as_asked(tiny_model, files):
     prepared = preparation.prepare(settings(tiny_model, files, "repeat: 3").spec)
     counts = Counter(group.source for group in prepared.train if group.mixed)
     assert len(counts) == 12 and set(counts.values()) == {3}
+
+
+def test_a_weight_counts_in_the_loss_as_so_many_repeats(tiny_model, files, tmp_path):
+    """Whole epochs in one update: three of each row, or each row three times as heavy."""
+    found = []
+    for name, mix in (("thrice", "repeat: 3"), ("heavy", "repeat: 1, weight: 3")):
+        sets = ["batch.sequences=99", "batch.micro=9", "loop.steps=2", "adapter.dropout=0"]
+        tunesmith.train(settings(tiny_model, files, mix, *sets), out=tmp_path / name)
+        found.append(of(Run.open(tmp_path / name), events.StepDone))
+    for thrice, heavy in zip(*found, strict=True):
+        for name in ("loss", "task_loss", "mixed_loss", "units", "mixed_units", "gradient_norm"):
+            assert getattr(heavy, name) == pytest.approx(getattr(thrice, name), rel=1e-4), name
+        assert heavy.learned < thrice.learned == thrice.units
+
+
+def test_a_weight_is_refused_where_answers_are_compared(tiny_model, files):
+    with pytest.raises(ConfigError, match=r"data\.mix: weight is for sft: kto compares answers"):
+        settings(tiny_model, files, "repeat: 1, weight: 2", "objective=kto")
 
 
 def test_counts_and_losses_are_kept_apart(mixed):

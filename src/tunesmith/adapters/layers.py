@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from tunesmith.errors import TrainingError
-from tunesmith.model import kernels
+from tunesmith.model import kernels, wrap
 from tunesmith.model.quantisation import ExpandedLinear
 
 Linear = nn.Linear | nn.QuantizedLinear
@@ -275,6 +276,17 @@ def trainable(net: nn.Module) -> dict[str, mx.array]:
     """The parameters that receive gradient, sorted by name."""
     flat: Any = tree_flatten(net.trainable_parameters())
     return dict(sorted(flat))
+
+
+@contextmanager
+def bypassed(net: nn.Module) -> Iterator[None]:
+    """Inside, the adapter layers of ``net`` compute what their frozen layers do: ``net`` is its base."""
+    with wrap.replaced(adapted(net).values(), lambda kind: _frozen_alone):
+        yield
+
+
+def _frozen_alone(layer: Any, *args: Any, **options: Any) -> mx.array:
+    return layer.linear(*args, **options)
 
 
 def seed_dropout(net: nn.Module, key: mx.array) -> None:

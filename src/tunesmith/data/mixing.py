@@ -2,7 +2,9 @@
 files, and how many of their rows an epoch has.
 
 Experience replay against forgetting: Scialom et al., "Fine-tuned Language Models are Continual Learners"
-(arXiv 2205.12393)."""
+(arXiv 2205.12393). Of a distilled entry not its tokens are learned but the base's probabilities of every next
+token: knowledge distillation (Hinton et al., arXiv 1503.02531, at a temperature of 1) with the base as
+teacher. Dark experience replay (Buzzega et al., arXiv 2004.07211) compares with logits stored in training."""
 
 from __future__ import annotations
 
@@ -38,6 +40,17 @@ class MixSpec(Spec):
         default=None,
         description="how often an epoch has each of these rows; or give share",
         json_schema_extra={"when": "instead of share, if few rows must be seen a certain number of times"},
+    )
+    weight: Annotated[float, Field(gt=0), Sensible(le=1000)] = Field(
+        default=1.0,
+        description="weight of each of their learned tokens; the task's have 1",
+        json_schema_extra={"when": "more instead of more rows, if what they keep still gets worse"},
+    )
+    distill: bool = Field(
+        default=False,
+        description="learn the probabilities that the base gives to every token at these places (their "
+        "Kullback-Leibler divergence), not the tokens; sft with an adapter",
+        json_schema_extra={"when": "to keep what the base says: with its own answers, or any rows like them"},
     )
 
     @model_validator(mode="after")

@@ -103,6 +103,9 @@ def _tokens(counts: Counts) -> str:
     )
 
 
+DISTILLED = ": probabilities of the base are learned"
+
+
 def _mix(counts: Counts) -> str:
     """The files that are mixed in, with their rows in an epoch and the share of these in all."""
     mix = counts.get("mix") or {}
@@ -110,6 +113,7 @@ def _mix(counts: Counts) -> str:
     return ", ".join(
         f"{many(entry['rows_an_epoch'], 'row')} an epoch of {name}, which has {entry['rows']:,} "
         f"({percent(entry['rows_an_epoch'] / whole)} of all rows)"
+        f"{DISTILLED if entry.get('distilled') else ''}"
         for name, entry in mix.items()
     )
 

@@ -52,6 +52,9 @@ class Objective(Family):
     """Reason for which `select` leaves examples out → what learns them."""
     learns_prompts: ClassVar[bool] = False
     """Whether ``template.prompt_weight`` applies."""
+    sums_tokens: ClassVar[bool] = False
+    """Whether the loss is a sum over learned tokens, so that ``weight`` and ``distill`` of ``data.mix``
+    apply: minus a divergence may then stand for log p."""
 
     @abstractmethod
     def select(self, examples: Sequence[Example]) -> Selected:

@@ -9,6 +9,7 @@ makes them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from tunesmith.model import bodies, kernels
 from tunesmith.tokens.batches import Batch
 
 LogProbs = Callable[[nn.Module, Batch], mx.array]
+AsBase = Callable[[], AbstractContextManager[None]]
+"""Inside it, a model with an adapter computes what its base does."""
 CHUNK = 1 << 24  # logits at once: 64 MiB in float32
 
 
@@ -68,20 +71,43 @@ def head(net: nn.Module, hidden: mx.array) -> mx.array:
 def chosen(net: nn.Module, hidden: mx.array, targets: mx.array) -> mx.array:
     """(K,) float32 log p of ``targets`` (K,) given ``hidden`` (K, D). For models where `abilities.splits`
     holds."""
-    chunks = _Chunks(net, targets, max(1, CHUNK // head(net, hidden[:1]).shape[-1]))
-    if not net.training:  # nobody will ask for the gradient
-        return chunks.in_turn(hidden)
-    names, weights = _trainable(net)
-    return chunks.with_trained_head(hidden, names, weights) if names else chunks.with_frozen_head(hidden)
+    return _Chunks(net, targets, _rows_at_once(net, hidden), kernels.token_logprobs)(hidden)
+
+
+def likeness(net: nn.Module, hidden: mx.array, base_hidden: mx.array, as_base: AsBase) -> mx.array:
+    """(K,) float32 −KL(base‖net) in nats of the next token's probabilities, given ``hidden`` (K, D) of
+    ``net`` and of its base; 0 where they are the same. Only ``net`` gets a gradient. For models where
+    `abilities.splits` holds."""
+
+    def compared(logits: mx.array, base_hidden: mx.array) -> mx.array:
+        with as_base():
+            base = head(net, base_hidden)
+        return -kernels.divergences(base, logits)
+
+    # Half as many at once: there are two sets of logits.
+    chunks = _Chunks(net, base_hidden, max(1, _rows_at_once(net, hidden) // 2), compared)
+    return chunks(hidden)
+
+
+def _rows_at_once(net: nn.Module, hidden: mx.array) -> int:
+    return max(1, CHUNK // head(net, hidden[:1]).shape[-1])
 
 
 @dataclass
 class _Chunks:
-    """The positions of a batch, ``rows`` of them at a time."""
+    """The positions of a batch, ``rows`` of them at a time. ``of_logits``: logits (k, V), the rows of
+    ``targets`` (K, …) for them → (k,) the value of each position."""
 
     net: nn.Module
     targets: mx.array
     rows: int
+    of_logits: Callable[[mx.array, mx.array], mx.array]
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        if not self.net.training:  # nobody will ask for the gradient
+            return self.in_turn(hidden)
+        names, weights = _trainable(self.net)
+        return self.with_trained_head(hidden, names, weights) if names else self.with_frozen_head(hidden)
 
     @property
     def starts(self) -> range:
@@ -90,13 +116,13 @@ class _Chunks:
     def part(self, values: mx.array, start: int) -> mx.array:
         return values[start : start + self.rows]
 
-    def logprobs(self, hidden: mx.array, start: int) -> mx.array:
-        return kernels.token_logprobs(head(self.net, hidden), self.part(self.targets, start))
+    def values(self, hidden: mx.array, start: int) -> mx.array:
+        return self.of_logits(head(self.net, hidden), self.part(self.targets, start))
 
     def in_turn(self, hidden: mx.array) -> mx.array:
         values: list[mx.array] = []
         for start in self.starts:
-            values.append(self.logprobs(_after(self.part(hidden, start), values[-1:]), start))
+            values.append(self.values(_after(self.part(hidden, start), values[-1:]), start))
         return mx.concatenate(values)
 
     def with_frozen_head(self, hidden: mx.array) -> mx.array:
@@ -109,7 +135,7 @@ class _Chunks:
             for start in self.starts:
                 part = _after(self.part(hidden, start), [*values[-1:], *slopes[-1:]])
                 (value,), (slope,) = mx.vjp(
-                    lambda part, start=start: self.logprobs(part, start), [part], [mx.ones(part.shape[:1])]
+                    lambda part, start=start: self.values(part, start), [part], [mx.ones(part.shape[:1])]
                 )
                 values.append(value)
                 slopes.append(slope)
@@ -146,7 +172,7 @@ class _Chunks:
 
                 def run(part: mx.array, *weights: mx.array, start: int = start) -> mx.array:
                     place(weights)
-                    return self.logprobs(part, start)
+                    return self.values(part, start)
 
                 _, (slope, *own) = mx.vjp(run, [part, *weights], [self.part(cotangent, start)])
                 slopes.append(slope)
@@ -173,18 +199,42 @@ def learned_logprobs(
     With ``gather`` only the positions that predict a learned token go through the output projection, in
     chunks (`chosen`), so that logits are never (N, T, V). A batch without learned tokens gives an empty
     array."""
-    targets, flat = mx.array(batch.learned), mx.array(batch.positions)
+    targets = mx.array(batch.learned)
     if len(targets) == 0:
         return mx.zeros((0,))
-    ids = mx.array(batch.tokens)
+    if gather:
+        return chosen(net, _learned_rows(features, net, batch, prompt), targets)
+    return kernels.token_logprobs(_learned_rows(_logits, net, batch, prompt), targets)
+
+
+def learned_likeness(net: nn.Module, batch: Batch, as_base: AsBase, *, gather: bool = True) -> mx.array:
+    """(K,) float32: −KL(base‖net) in nats where `learned_logprobs` has log p of a learned token: what both
+    give to every token there."""
+    if len(batch.learned) == 0:
+        return mx.zeros((0,))
+    compute = features if gather else _logits
+    with as_base():
+        of_base = mx.stop_gradient(_learned_rows(compute, net, batch))
+    own = _learned_rows(compute, net, batch)
+    return likeness(net, own, of_base, as_base) if gather else -kernels.divergences(of_base, own)
+
+
+def _logits(net: nn.Module, ids: mx.array, **options: Any) -> mx.array:
+    return net(ids, **options)
+
+
+def _learned_rows(
+    compute: Callable[..., mx.array],
+    net: nn.Module,
+    batch: Batch,
+    prompt: list[kernels.PromptCache] | None = None,
+) -> mx.array:
+    """(K, …) what ``compute`` gives of ``net`` (N, T, …) at the positions that predict a learned token."""
     options: dict[str, Any] = {} if prompt is None else {"cache": prompt}
     options |= {} if batch.ends is None else {"cache": kernels.packed(net, batch.ends)}
-    if gather:
-        hidden = features(net, ids, **options)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        return chosen(net, _different_rows(rows, flat) if _rising(batch.positions) else rows[flat], targets)
-    logits = net(ids, **options)
-    return kernels.token_logprobs(logits.reshape(-1, logits.shape[-1])[flat], targets)
+    values, flat = compute(net, mx.array(batch.tokens), **options), mx.array(batch.positions)
+    rows = values.reshape(-1, values.shape[-1])
+    return _different_rows(rows, flat) if _rising(batch.positions) else rows[flat]
 
 
 def _take_rows(values: mx.array, places: mx.array) -> mx.array:

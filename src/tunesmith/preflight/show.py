@@ -38,6 +38,9 @@ class RenderedParts(Rendered):
     mixed: dict[str, Rendered]
 
 
+DISTILLED = "distilled: of the learned places the base's probabilities are learned, not the tokens"
+
+
 class RowsAndRenderer(NamedTuple):
     rendered: RenderedParts
     renderer: Renderer
@@ -140,8 +143,12 @@ def _of_run(run: Run, limit: int | None, notify: Sink) -> ShownRows:
 
 def _mixed(spec: RunConfig, renderer: Renderer, limit: int | None) -> dict[str, Rendered]:
     """The rows of each entry of ``data.mix``. Raises DataError as `_rendered` does."""
-    entries = zip(mixing.names(spec.data.mix), spec.data.mix, strict=True)
-    return {name: _rendered(entry.path, spec, renderer, limit) for name, entry in entries}
+    parts: dict[str, Rendered] = {}
+    for name, entry in zip(mixing.names(spec.data.mix), spec.data.mix, strict=True):
+        parts[name] = _rendered(entry.path, spec, renderer, limit)
+        if entry.distill:
+            parts[name].notes[DISTILLED] += len(parts[name].rows)
+    return parts
 
 
 def _rendered(data: Sequence[str], spec: RunConfig, renderer: Renderer, limit: int | None) -> Rendered:

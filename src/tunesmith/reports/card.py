@@ -332,7 +332,11 @@ def _rows(facts: Facts) -> Iterator[str]:
     counts = {name: facts.counts.get(key) for key, name in names.items()}
     yield ", ".join(f"{count:,} {name}" for name, count in counts.items() if isinstance(count, int)) + "."
     if mix := facts.counts.get("mix"):
-        entries = (f"{entry['rows_an_epoch']:,} rows an epoch of {name}" for name, entry in mix.items())
+        entries = (
+            f"{entry['rows_an_epoch']:,} rows an epoch of {name}"
+            f"{' (probabilities of the base are learned)' if entry.get('distilled') else ''}"
+            for name, entry in mix.items()
+        )
         yield from ["", f"Mixed in beside the task's rows: {cell(', '.join(entries))}."]
     if (line := thinking.of_counts(facts.counts)) is not None:
         yield from ["", f"{line[:1].upper()}{line[1:]}."]

@@ -65,7 +65,7 @@ class Counts(TypedDict, total=False):
     loss: str
     notes: dict[str, int]
     labels: dict[str, int]
-    mix: dict[str, dict[str, int]]
+    mix: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,11 @@ def _mixed_sentence(facts: Facts) -> str:
     loss = facts.training_loss
     if loss is None or loss.mixed_first is None or loss.mixed_last is None:
         return ""
-    return f" The training loss of the mixed rows went from {loss.mixed_first:.4f} to {loss.mixed_last:.4f}."
+    kinds = {bool(entry.get("distilled")) for entry in facts.counts.get("mix", {}).values()}
+    partly = " (of the distilled ones their divergence from the base)" if True in kinds else ""
+    meant = " (their divergence from the base)" if kinds == {True} else partly
+    moved = f"from {loss.mixed_first:.4f} to {loss.mixed_last:.4f}"
+    return f" The training loss of the mixed rows{meant} went {moved}."
 
 
 class _MixedRun(TypedDict):

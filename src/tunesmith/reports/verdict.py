@@ -72,10 +72,13 @@ class ReasonCode(NamedTuple):
     cure: str
 
 
-KEEP_MORE = "mix in general rows (`data.mix`), lower the rate, train fewer epochs, or lower `adapter.rank`"
+KEEP_MORE = (
+    "mix in general rows (`data.mix`; with sft and an adapter, distilled), lower the rate, train fewer "
+    "epochs, or lower `adapter.rank`"
+)
 REFUSE_AS_BEFORE = (
-    "mix in harmless requests with answers and harmful ones with refusals (`data.mix`), or lower the rate; "
-    "read the answers, since refusals are found by their words"
+    "mix in harmless requests with answers and harmful ones with refusals (`data.mix`; with sft and an "
+    "adapter, distilled), or lower the rate; read the answers, since refusals are found by their words"
 )
 MEASURE_DRIFT = "`tunesmith evaluate RUN --task drift`"
 RESUME = "`tunesmith train --resume RUN`"

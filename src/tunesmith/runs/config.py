@@ -213,11 +213,31 @@ class RunConfig(Spec):
             raise ValueError(
                 f"template.prompt_weight is for sft: {self.objective.kind} compares answers, not prompts"
             )
+        self._require_what_mixing_needs()
         if self.loop.compile and self.batch.pack:
             raise ValueError(
                 "loop.compile and batch.pack exclude each other: nearly every packed row would be a new shape"
             )
         return self
+
+    def _require_what_mixing_needs(self) -> None:
+        """Raises ValueError for weights and distillation that objective or adapter do not allow: the base
+        must be there beside what is trained."""
+        for entry in self.data.mix:
+            used = "distill" if entry.distill else "weight" if entry.weight != 1 else None
+            if used and not self.objective.sums_tokens:
+                raise ValueError(f"data.mix: {used} is for sft: {self.objective.kind} compares answers")
+            if entry.distill and (changing := self._changes_the_base()):
+                text = "data.mix: distill needs the base as it was"
+                raise ValueError(f"{text}, and {changing}: its weights change")
+
+    def _changes_the_base(self) -> str | None:
+        """The setting by which weights of the base itself are trained."""
+        if isinstance(self.adapter, Full):
+            return "adapter.kind is full"
+        if self.adapter.full_modules:
+            return "adapter.full_modules is set"
+        return "model.resize_embeddings is true" if self.model.resize_embeddings else None
 
     def warnings(self) -> list[str]:
         """Settings that are allowed but poor, each with its reason."""

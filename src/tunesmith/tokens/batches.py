@@ -73,13 +73,15 @@ class Group(NamedTuple):
     """Sequences that must stay together in a micro-batch: one row, or chosen and rejected of a pair.
 
     ``reference``: log p of the learned tokens of each sequence before training, if the objective needs it.
-    ``mixed``: it comes from ``data.mix``, not from the task's rows."""
+    ``mixed``: it comes from ``data.mix``, not from the task's rows. ``distilled``: the base's probabilities
+    are learned instead of the tokens; such groups have micro-batches of their own."""
 
     sequences: tuple[Tokens, ...]
     source: str
     label: bool | None = None
     reference: tuple[float, ...] = ()
     mixed: bool = False
+    distilled: bool = False
 
     @property
     def length(self) -> int:
@@ -100,6 +102,11 @@ class Group(NamedTuple):
         """Sum of the weights of the learned tokens of each sequence. The first token is never learned:
         nothing predicts it."""
         return tuple(float(sequence.targets[1:].sum()) for sequence in self.sequences)
+
+    @property
+    def n_learned(self) -> int:
+        """Number of its learned tokens, whatever their weights."""
+        return sum(int(np.count_nonzero(sequence.targets[1:])) for sequence in self.sequences)
 
     @property
     def units(self) -> float:
@@ -267,7 +274,8 @@ class Plan:
 
     lengths: of each group (`Cut.around`). epochs: may be a fraction. steps: if given, overrides ``epochs``.
     positions: of all sequences of each group together, if that differs from its length. first_epoch: the
-    order of all groups in the first epoch, if it is not shuffled."""
+    order of all groups in the first epoch, if it is not shuffled. distilled: which groups are (`Group`);
+    empty if none."""
 
     lengths: tuple[int, ...]
     sequences: int
@@ -277,6 +285,7 @@ class Plan:
     max_steps: int | None = None
     positions: tuple[int, ...] = ()
     first_epoch: np.ndarray | None = field(default=None, compare=False)
+    distilled: tuple[bool, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -315,7 +324,16 @@ class Plan:
         Ranks take turns from the longest row to the shortest, so that they finish together.
         """
         members = sorted(self.members(step), key=lambda member: (-self.lengths[member], member))
-        return self.cut(self.lengths, members[rank::ranks])
+        if not self.distilled:
+            return self.cut(self.lengths, members[rank::ranks])
+        distilled = [member for member in members if self.distilled[member]]
+        others = [member for member in members if not self.distilled[member]]
+        # The first rank gets the longest row of one kind, the last one that of the other.
+        micros = [
+            *self.cut(self.lengths, others[rank::ranks]),
+            *self.cut(self.lengths, distilled[ranks - 1 - rank :: ranks]),
+        ]
+        return sorted(micros, key=lambda micro: -self.lengths[micro[0]])
 
     def padding_share(self) -> float:
         """Share of the positions on the device in the first epoch (or the run, if shorter) that are
@@ -333,15 +351,22 @@ class Plan:
         return range(min(self.steps, max(LOOKED_AT, self.steps_per_epoch)))
 
     def largest(self, ranks: int = 1) -> list[int]:
-        """The micro-batch with the most tokens on the device of the updates that are looked at, on any rank:
-        the peak of memory."""
-        every = (
-            micro
-            for step in self.looked_at
-            for rank in range(ranks)
-            for micro in self.update(step, rank, ranks)
-        )
-        return max(every, key=lambda micro: self.cut.size([self.lengths[member] for member in micro]))
+        """The micro-batch with the most tokens on the device of the updates that are looked at, on any
+        rank."""
+        return max(self.largest_of_each_kind(ranks), key=self._size)
+
+    def largest_of_each_kind(self, ranks: int = 1) -> list[list[int]]:
+        """The same for distilled micro-batches and for others: one of the two is the peak of memory."""
+        kinds: dict[bool, list[list[int]]] = {}
+        for step in self.looked_at:
+            for rank in range(ranks):
+                for micro in self.update(step, rank, ranks):
+                    kind = bool(self.distilled) and self.distilled[micro[0]]
+                    kinds[kind] = [max([*kinds.get(kind, []), micro], key=self._size)]
+        return [micro for _, (micro,) in sorted(kinds.items())]
+
+    def _size(self, micro: Sequence[int]) -> int:
+        return self.cut.size([self.lengths[member] for member in micro])
 
 
 @functools.lru_cache(maxsize=2)

@@ -17,6 +17,8 @@ LOGIT_COPIES = 4.0
 """Logits, their exponentials, their gradient and its product: float32 arrays of a chunk at once."""
 TRAINED_LOGIT_COPIES = 5.5
 """The same if weights in or after the head are trained; between 4 and 6 were measured."""
+DISTILLED_LOGIT_COPIES = 5.5
+"""Further ones beside the base's logits, its probabilities and their product (three runs of SmolLM2-135M)."""
 AHEAD_INNER, AHEAD_WIDTH = 3.0, 8.0
 """Results of a block that nothing reads again and that are not freed yet, since MLX allocates some operations
 ahead: in units of the block's widest result and of the hidden states."""
@@ -38,10 +40,11 @@ MEASURING = 3.0
 @dataclass(frozen=True, slots=True)
 class Micro:
     """A micro-batch. ``tokens``: positions on the device, padding included; ``learned``: of them, those that
-    predict a learned token."""
+    predict a learned token. ``distilled``: compared with the base, which passes over them too."""
 
     tokens: int
     learned: int
+    distilled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def logits_bytes(anatomy: Anatomy, micro: Micro) -> float:
     """Of one copy of the logits that exist at once."""
     if not anatomy.separable:
         return 4.0 * micro.tokens * anatomy.vocabulary
-    rows = max(1, CHUNK // anatomy.vocabulary)
+    rows = max(1, CHUNK // anatomy.vocabulary // (2 if micro.distilled else 1))
     return 4.0 * min(micro.learned, rows) * anatomy.vocabulary
 
 
@@ -105,6 +108,7 @@ def training(anatomy: Anatomy, micro: Micro, *, recomputed: bool, several: bool)
     hidden = size * AROUND_HEAD * (micro.tokens + micro.learned) / 2 * anatomy.width
     untied = 0.0 if anatomy.tied else 0.5 * anatomy.outside_bytes
     copies = TRAINED_LOGIT_COPIES if anatomy.outside_bytes else LOGIT_COPIES
+    copies += DISTILLED_LOGIT_COPIES if micro.distilled else 0.0
     at_head = Moment(
         "the loss of the largest micro-batch",
         summed + untied,

@@ -121,13 +121,12 @@ class Needs:
     @property
     def training_moment(self) -> Moment:
         """Of the micro-batch that needs most."""
-        several = any(len(update) > 1 for update in self.updates)
         front = _front(micro for update in self.updates for micro, _ in update)
-        moments = [
-            footprint.training(self.anatomy, micro, recomputed=self.recomputed, several=several)
-            for micro in front
-        ]
-        return max(moments, key=lambda moment: moment.total)
+        return max(map(self.moment_of, front), key=lambda moment: moment.total)
+
+    def moment_of(self, micro: Micro) -> Moment:
+        several = any(len(update) > 1 for update in self.updates)
+        return footprint.training(self.anatomy, micro, recomputed=self.recomputed, several=several)
 
     @property
     def stepping_moment(self) -> Moment:
@@ -322,24 +321,26 @@ def product_rate() -> float:
 def updates(prepared: Prepared, ranks: int = 1) -> tuple[tuple[Sized, ...], ...]:
     """The micro-batches of the updates that are looked at: on the first rank, which has the longest rows."""
     plan, rows = prepared.plan, prepared.train
-    learned = [sum(int(np.count_nonzero(part.targets[1:])) for part in row.sequences) for row in rows]
+    learned = [row.n_learned for row in rows]
 
     def sized(micro: Sequence[int]) -> Sized:
         tokens = plan.cut.size([plan.lengths[index] for index in micro])
         n_learned = sum(learned[index] for index in micro)
         n_learned = bucketed(max(1, n_learned)) if plan.cut.bucket else n_learned
-        return Micro(tokens, n_learned), max(rows[index].length for index in micro)
+        part = Micro(tokens, n_learned, rows[micro[0]].distilled)
+        return part, max(rows[index].length for index in micro)
 
     return tuple(tuple(map(sized, plan.update(step, 0, ranks))) for step in plan.looked_at)
 
 
 def _front(micros: Iterable[Micro]) -> list[Micro]:
-    """Those of which no other has both more tokens and more learned ones."""
-    front: list[Micro] = []
+    """Those of which no other of its kind has both more tokens and more learned ones."""
+    fronts: dict[bool, list[Micro]] = {False: [], True: []}
     for micro in sorted(set(micros), key=lambda micro: (-micro.tokens, -micro.learned)):
+        front = fronts[micro.distilled]
         if not front or micro.learned > front[-1].learned:
             front.append(micro)
-    return front
+    return [*fronts[False], *fronts[True]]
 
 
 def _passes(config: RunConfig, groups: Sequence[Group]) -> list[Sized]:

@@ -26,6 +26,7 @@ from tunesmith.errors import ConfigError, DiskFull
 from tunesmith.events import Notice, Sink
 from tunesmith.files import draft
 from tunesmith.model import abilities, bodies, logprobs, wrap
+from tunesmith.runs.config import RunConfig
 from tunesmith.tokens.batches import Batch, Group
 
 KEY = "loop.cache_frozen"
@@ -75,6 +76,16 @@ def opened(net: nn.Module, groups: Sequence[Group], folder: Path | None, notify:
     return lower
 
 
+def shared(net: nn.Module, groups: Sequence[Group], config: RunConfig) -> Lower | None:
+    """The layers below the adapter of ``net``, which need to be computed once where it is compared with its
+    base; None if no group is distilled, or if they cannot be shared."""
+    distilled = [group for group in groups if group.distilled]
+    if not distilled or config.batch.pack or depth(net) == 0:
+        return None
+    lower = Lower(net)
+    return lower if lower.serves(distilled) else None
+
+
 class Lower:
     """The lowest ``depth`` layers of ``net``, with their cached hidden states of each row under ``folder``
     (which only a cache needs)."""
@@ -103,27 +114,32 @@ class Lower:
 
     def needed(self, groups: Sequence[Group]) -> int:
         """Bytes that the rows will take."""
-        return sum(group.tokens for group in groups) * self._below(mx.zeros((1, 1), mx.int32)).nbytes
+        return sum(group.tokens for group in groups) * self.below(mx.zeros((1, 1), mx.int32)).nbytes
 
     def require(self, groups: Sequence[Group]) -> None:
         """Raises ConfigError if no layer is below the adapter, or the model cannot start at a layer in the
-        middle. Tried on the longest row, since layers with a window differ only there."""
+        middle (`serves`)."""
         if self.depth == 0:
             raise ConfigError(
                 "no layer lies below the adapter", where=KEY, hint="set adapter.layers, or leave it out"
             )
+        if not self.serves(groups):
+            name = type(self.net).__module__.rsplit(".", 1)[-1]
+            message = f"{name} models cannot start at a layer in the middle"
+            raise ConfigError(message, where=KEY, hint="leave it out")
+
+    def serves(self, groups: Sequence[Group]) -> bool:
+        """Whether the model can start at a layer in the middle. Tried on the longest row, since layers with a
+        window differ only there."""
         longest = max((row for group in groups for row in group.sequences), key=lambda row: len(row.ids))
         ids = mx.array(longest.ids)[None]
 
         def split_and_whole() -> tuple[mx.array, mx.array]:
-            with self.above(self._below(ids)):
+            with self.above(self.below(ids)):
                 upper = logprobs.features(self.net, ids)
             return upper, logprobs.features(self.net, ids)
 
-        if not abilities.agree(self.net, split_and_whole):
-            name = type(self.net).__module__.rsplit(".", 1)[-1]
-            message = f"{name} models cannot start at a layer in the middle"
-            raise ConfigError(message, where=KEY, hint="leave it out")
+        return abilities.agree(self.net, split_and_whole)
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -142,14 +158,14 @@ class Lower:
         places, since architectures choose masks by a layer's number; what comes before them is not evaluated,
         since nothing depends on it."""
         if self._extra is None:
-            self._below(mx.zeros((1, 1), mx.int32))
+            self.below(mx.zeros((1, 1), mx.int32))
         with wrap.replaced(self._lower, _passing(states, self._extra or 0)):
             yield
 
     def _of(self, ids: np.ndarray) -> mx.array:
         """(1, T, D)"""
         if len(ids) == 0:
-            return self._below(mx.zeros((1, 1), mx.int32))[:, :0]
+            return self.below(mx.zeros((1, 1), mx.int32))[:, :0]
         name = hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()[:32]
         path = self.folder / f"{name}.safetensors"
         if path.exists():
@@ -159,7 +175,7 @@ class Lower:
                 self.read += 1
                 return cached["states"]
         self.computed += 1
-        states = self._below(mx.array(ids)[None])
+        states = self.below(mx.array(ids)[None])
         mx.eval(states)
         try:
             with draft(path) as temporary:
@@ -170,7 +186,7 @@ class Lower:
             ) from error
         return states
 
-    def _below(self, ids: mx.array) -> mx.array:
+    def below(self, ids: mx.array) -> mx.array:
         """(N, T) → (N, T, D): what the lower layers make of ``ids``."""
         try:
             with wrap.replaced(self._lower[-1:], _stopping):

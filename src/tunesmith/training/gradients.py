@@ -33,8 +33,9 @@ from tunesmith.training.frozen import Lower
 COMPILED_SHAPES = 64
 """Most shapes that a run compiles: each keeps a graph of the whole step. Rarer shapes run uncompiled."""
 
-Shape = tuple[int, int, int]
-"""Rows, tokens and learned tokens of a micro-batch, as they are on the device."""
+Shape = tuple[int, int, int, bool]
+"""Rows, tokens and learned tokens of a micro-batch, as they are on the device, and whether it is
+distilled."""
 
 
 class Gradients:
@@ -43,7 +44,8 @@ class Gradients:
 
     objective: with the settings that depend on the training rows (default: the config's). compiled: shapes
     for which the step is compiled; ``traces`` counts those met so far, ``plain`` the micro-batches of others.
-    lower: the frozen layers whose results are kept."""
+    lower: the frozen layers whose results are kept. shared: those that a distilled micro-batch computes once
+    for adapted model and base."""
 
     def __init__(
         self,
@@ -52,13 +54,25 @@ class Gradients:
         compiled: frozenset[Shape] = frozenset(),
         lower: Lower | None = None,
         objective: Objective | None = None,
+        shared: Lower | None = None,
     ) -> None:
         self._lower = lower
         self.traces: set[Shape] = set()
         self.plain, self.compiles = 0, bool(compiled)
         self.objective = objective = objective or config.objective
         self._net, self._pack, self._compiled = net, config.batch.pack, compiled
-        of_batch = functools.partial(logprobs.learned_logprobs, gather=abilities.splits(net))
+        gather = abilities.splits(net)
+        of_tokens = functools.partial(logprobs.learned_logprobs, gather=gather)
+        of_base = functools.partial(
+            logprobs.learned_likeness, as_base=functools.partial(adapters.bypassed, net), gather=gather
+        )
+        self._steps = {False: self._step(of_tokens), True: self._step(of_base, shared)}
+        self._fast = {kind: _compiled(step) for kind, step in self._steps.items()}
+
+    def _step(self, of_batch: logprobs.LogProbs, shared: Lower | None = None) -> Any:
+        """weights, arrays of a batch, ends of packed rows, dropout key → what a call returns, from what
+        ``of_batch`` gives for each learned token."""
+        net, lower, objective = self._net, self._lower, self.objective
 
         def total(
             weights: dict, arrays: list[Any], ends: tuple[int, ...] | None, key: mx.array
@@ -67,12 +81,14 @@ class Gradients:
             adapters.seed_dropout(net, key)
             tokens, positions, learned, tok_weights, rows, fields, *states = arrays
             batch = Batch(tokens, positions, learned, tok_weights, rows, fields, ends)
-            with lower.above(states[0]) if lower else ExitStack():
+            if lower is None and shared is not None:
+                states = [mx.stop_gradient(shared.below(tokens))]
+            frozen = lower or shared
+            with frozen.above(states[0]) if frozen else ExitStack():
                 logps = logprobs.sequence_logps(net, batch, of_batch)
             return objective.losses(logps, batch.fields).sum(), logps
 
-        self._step: Any = mx.value_and_grad(total)
-        self._fast = mx.compile(lambda weights, arrays, key: self._step(weights, arrays, None, key))
+        return mx.value_and_grad(total)
 
     def __call__(
         self, groups: Sequence[Group], key: mx.array, baseline: float = 0.0
@@ -82,17 +98,23 @@ class Gradients:
         arrays = [mx.array(part) for part in batch[:6]]
         if self._lower:
             arrays.append(self._lower.states(groups, batch))
-        shape = (*batch.tokens.shape, len(batch.learned))
+        distilled = groups[0].distilled
+        assert all(group.distilled is distilled for group in groups)
+        shape = (*batch.tokens.shape, len(batch.learned), distilled)
         weights = self._net.trainable_parameters()
         try:
             if shape in self._compiled:
                 self.traces.add(shape)
-                return self._fast(weights, arrays, key)
+                return self._fast[distilled](weights, arrays, key)
             self.plain += 1
             known = [arrays[0], batch.positions, *arrays[2:]]  # known positions have a faster gradient
-            return self._step(weights, known, batch.ends, key)
+            return self._steps[distilled](weights, known, batch.ends, key)
         finally:
             self._net.update(weights)  # tracing leaves its placeholders behind
+
+
+def _compiled(step: Any) -> Any:
+    return mx.compile(lambda weights, arrays, key: step(weights, arrays, None, key))
 
 
 class Accumulation:
@@ -132,16 +154,18 @@ class Accumulation:
         return plan if cursor.tokens is None else replace(plan, cut=replace(plan.cut, tokens=cursor.tokens))
 
     def probe(self, cursor: Cursor) -> None:
-        """Run the largest micro-batch once and discard it, so that out-of-memory appears before step 1.
-        Raises OutOfMemory."""
-        plan, start = self._plan(cursor), time.perf_counter()
-        largest = plan.largest(self._ranks.size)
-        lengths = [plan.lengths[index] for index in largest]
+        """Run the largest micro-batch of each kind once and discard it, so that out-of-memory appears before
+        step 1. Raises OutOfMemory."""
+        for micro in self._plan(cursor).largest_of_each_kind(self._ranks.size):
+            self._probe(micro, self._plan(cursor))
+
+    def _probe(self, micro: Sequence[int], plan: Plan) -> None:
+        start, lengths = time.perf_counter(), [plan.lengths[index] for index in micro]
         self._net.train()
         mx.reset_peak_memory()  # loading may have needed more for a moment
         try:
             key = dropout_key(self._config.loop.seed, 0, 0)
-            mx.eval(self._gradients_of([self._rows[index] for index in largest], key))
+            mx.eval(self._gradients_of([self._rows[index] for index in micro], key))
         except (RuntimeError, MemoryError) as error:
             if not backend.is_out_of_memory(error):
                 raise
@@ -236,7 +260,8 @@ def frequent_shapes(plan: Plan, groups: Sequence[Group], rank: int = 0, ranks: i
             sequences = [sequence for index in micro for sequence in groups[index].sequences]
             longest = max(len(sequence.ids) for sequence in sequences) - 1
             learned = sum(int(np.count_nonzero(sequence.targets[1:])) for sequence in sequences)
-            seen[len(sequences), bucketed(max(1, longest)), bucketed(max(1, learned))] += 1
+            distilled = groups[micro[0]].distilled
+            seen[len(sequences), bucketed(max(1, longest)), bucketed(max(1, learned)), distilled] += 1
     return frozenset(
         shape for shape, _ in sorted(seen.items(), key=lambda item: (-item[1], item[0]))[:COMPILED_SHAPES]
     )

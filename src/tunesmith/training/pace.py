@@ -47,9 +47,16 @@ class UpdatePace:
         work, tokens = self._training, micro.tokens + PER_CALL
         products = tokens * (work.products + length * work.attention)
         elements = tokens * work.elements
-        return self._seconds(
+        seconds = self._seconds(
             products, elements, self._head_rows(micro), 4 if self.anatomy.outside_bytes else 2
         )
+        return seconds + (self._base(micro, length) if micro.distilled else 0.0)
+
+    def _base(self, micro: Micro, length: int) -> float:
+        """Seconds of the base's pass over a distilled micro-batch; layers below the adapter are shared."""
+        work, tokens = _forward(self.anatomy.blocks[self.anatomy.first :]), micro.tokens + PER_CALL
+        products = tokens * (work.products + length * work.attention)
+        return self._seconds(products, tokens * work.elements, self._head_rows(micro), 1)
 
     def scoring(self, micro: Micro, length: int) -> float:
         """Seconds of a pass without gradients."""
@@ -72,12 +79,7 @@ class UpdatePace:
 
     @cached_property
     def _forward(self) -> _Work:
-        blocks = self.anatomy.blocks
-        return _Work(
-            sum(2.0 * _multiplied(block) for block in blocks),
-            sum(_attended(block) for block in blocks),
-            sum(0.4 * retained(block) for block in blocks),
-        )
+        return _forward(self.anatomy.blocks)
 
     @cached_property
     def _training(self) -> _Work:
@@ -102,6 +104,14 @@ class _Work(NamedTuple):
     products: float
     attention: float
     elements: float
+
+
+def _forward(blocks: Sequence[Sequence[Projection]]) -> _Work:
+    return _Work(
+        sum(2.0 * _multiplied(block) for block in blocks),
+        sum(_attended(block) for block in blocks),
+        sum(0.4 * retained(block) for block in blocks),
+    )
 
 
 def _multiplied(block: Sequence[Projection]) -> float:

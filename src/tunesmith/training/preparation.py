@@ -11,6 +11,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tunesmith import events
 from tunesmith.auditing import survey
 from tunesmith.auditing.findings import Audit
@@ -309,7 +311,7 @@ def _counts(sources: Sources, sides: Sides, groups: Sequence[Group], plan: Plan,
 
 
 def _learned_tokens(groups: Iterable[Group]) -> int:
-    return sum(int((part.targets[1:] > 0).sum()) for group in groups for part in group.sequences)
+    return sum(group.n_learned for group in groups)
 
 
 class MixedRows(NamedTuple):
@@ -332,11 +334,19 @@ def _mixed(config: RunConfig, sides: Sides) -> list[MixedRows]:
     for place, side in enumerate(sides.mixed):
         by_source: dict[str, list[Group]] = defaultdict(list)
         for group in side.groups:
-            by_source[group.source].append(group._replace(mixed=True))
+            by_source[group.source].append(_as_mixed(group, config.data.mix[place]))
         sources = [example.source for example in side.usable]
         drawn = mixing.draw(len(sources), wanted[place], config.loop.seed, place)
         entries.append(MixedRows(len(drawn), [group for row in drawn for group in by_source[sources[row]]]))
     return entries
+
+
+def _as_mixed(group: Group, entry: mixing.MixSpec) -> Group:
+    sequences = tuple(
+        sequence._replace(targets=(entry.weight * sequence.targets).astype(np.float32))
+        for sequence in group.sequences
+    )
+    return group._replace(sequences=sequences, mixed=True, distilled=entry.distill)
 
 
 def _mix_counts(config: RunConfig, sides: Sides, mixed: Sequence[MixedRows]) -> dict[str, Any]:
@@ -347,8 +357,12 @@ def _mix_counts(config: RunConfig, sides: Sides, mixed: Sequence[MixedRows]) -> 
             "rows_an_epoch": drawn.rows,
             "tokens": sum(group.tokens for group in drawn.groups),
             "supervised_tokens": _learned_tokens(drawn.groups),
+            **({"weight": entry.weight} if entry.weight != 1 else {}),
+            **({"distilled": True} if entry.distill else {}),
         }
-        for name, side, drawn in zip(mixing.names(config.data.mix), sides.mixed, mixed, strict=True)
+        for name, side, drawn, entry in zip(
+            mixing.names(config.data.mix), sides.mixed, mixed, config.data.mix, strict=True
+        )
     }
     return {"mix": entries} if entries else {}
 
@@ -497,6 +511,8 @@ def _plan(config: RunConfig, groups: list[Group], notify: Sink) -> Plan:
     positions = tuple(group.positions for group in groups)
     spec = config.loop
     plan = Plan(lengths, config.batch.sequences, cut, spec.seed, spec.epochs, spec.steps, positions)
+    if any(group.distilled for group in groups):
+        plan = replace(plan, distilled=tuple(group.distilled for group in groups))
     if config.data.order == "length":
         plan = plan.easy_first([group.tokens for group in groups])
     if config.data.order != "shuffled" and plan.steps < plan.steps_per_epoch:

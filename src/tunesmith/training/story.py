@@ -314,4 +314,6 @@ def _without_paths(config: RunConfig) -> dict[str, Any]:
         "audit.against",
     )
     values = {key: value for key, value in flat(config.model_dump(mode="json")).items() if key not in places}
-    return values | {"data.mix": [(entry.share, entry.repeat) for entry in config.data.mix]}
+    return values | {
+        "data.mix": [(entry.share, entry.repeat, entry.weight, entry.distill) for entry in config.data.mix]
+    }

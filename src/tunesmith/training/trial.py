@@ -53,7 +53,8 @@ def calibrated(needs: Needs, model: Trainable, notify: Sink = events.silent) -> 
 
 def _longest(needs: Needs) -> list[int]:
     """The two updates with the largest micro-batches; the last is the one to time."""
-    largest = [max(micro.tokens for micro, _ in update) for update in needs.updates]
+    sizes = {micro: needs.moment_of(micro).total for update in needs.updates for micro, _ in update}
+    largest = [max(sizes[micro] for micro, _ in update) for update in needs.updates]
     steps = sorted(range(len(largest)), key=lambda step: -largest[step])
     return [steps[0], steps[min(1, len(steps) - 1)]]
 

@@ -21,7 +21,7 @@ from tunesmith.machine.ranks import Ranks
 from tunesmith.runs.checkpoints import Cursor
 from tunesmith.runs.config import SKIPS_BEFORE_STOP, RunConfig
 from tunesmith.tokens.batches import Group
-from tunesmith.training import gradients, reference
+from tunesmith.training import frozen, gradients, reference
 from tunesmith.training.frozen import Lower
 from tunesmith.training.gradients import Accumulation, Gradients
 from tunesmith.training.instruments import Measured, Stages, due, row_losses
@@ -64,7 +64,8 @@ class Updates:
         frequent = (
             gradients.frequent_shapes(plan, rows, ranks.rank, ranks.size) if plan.cut.bucket else frozenset()
         )
-        gradients_of = Gradients(net, config, frequent, lower, prepared.objective)
+        shared = None if lower else frozen.shared(net, rows, config)
+        gradients_of = Gradients(net, config, frequent, lower, prepared.objective, shared)
         self.accumulation = Accumulation(gradients_of, net, rows, plan, config, ranks, emit)
 
     def make(self, step: int, cursor: Cursor) -> tuple[bool, dict[str, float]]:
@@ -106,7 +107,7 @@ class Updates:
                 sum(clock.seconds.values()),
                 memory,
                 self.accumulation.shapes,
-                sum(group.units for group in groups),
+                sum(group.n_learned for group in groups),
                 metrics,
                 padding,
                 clock.seconds,

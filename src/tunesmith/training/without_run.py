@@ -39,7 +39,10 @@ class UpdatesWithoutRun:
         lengths = tuple(group.length for group in rows)
         cut = Cut.of(config.batch, lengths, backend.setup().kind == "gpu")
         spec = config.loop
-        self.plan = Plan(lengths, config.batch.sequences, cut, spec.seed, max_steps=spec.steps)
+        distilled = tuple(row.distilled for row in rows) if any(row.distilled for row in rows) else ()
+        self.plan = Plan(
+            lengths, config.batch.sequences, cut, spec.seed, max_steps=spec.steps, distilled=distilled
+        )
         self._net, self._recomputed = net, spec.checkpoint_gradients
         self._events: list[Event] = []
         nobody: Any = None  # neither samples nor validation rows are rendered

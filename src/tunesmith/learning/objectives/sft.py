@@ -28,6 +28,7 @@ class SFT(Objective):
         "undesirable": "objective=kto learns from both labels, objective.undesirable=learn imitates all"
     }
     learns_prompts: ClassVar[bool] = True
+    sums_tokens: ClassVar[bool] = True
     undesirable: Literal["leave_out", "learn"] = Field(
         default="leave_out",
         description="rows labelled bad: leave_out (counted), or learn them like the others",

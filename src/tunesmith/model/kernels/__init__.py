@@ -31,6 +31,7 @@ __all__ = [
     "attention",
     "choice",
     "described",
+    "divergences",
     "dropout",
     "each_after",
     "forbid_packing",
@@ -222,6 +223,15 @@ def log_sums(logits: mx.array) -> mx.array:
     if module := _compiled("cross-entropy", logits):
         return module.log_sums(logits)
     return operations.log_sums(logits) if backend.own_kernels() else mx.logsumexp(logits, axis=-1)
+
+
+def divergences(base: mx.array, logits: mx.array) -> mx.array:
+    """(K, V), (K, V) logits → (K,) float32: the Kullback-Leibler divergence KL(base‖model) of each row, in
+    nats. ``base`` gets no gradient."""
+    base, logits = mx.stop_gradient(base.astype(mx.float32)), logits.astype(mx.float32)
+    of_base = log_sums(base)
+    shares = (operations.exp if backend.own_kernels() else mx.exp)(base - of_base[:, None])
+    return operations.row_sums(shares * (base - logits))[:, 0] - of_base + log_sums(logits)
 
 
 def attention(

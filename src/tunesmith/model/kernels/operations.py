@@ -71,7 +71,7 @@ def _above(x: mx.array, highest: mx.array) -> mx.array:
     return _exp(x - highest)
 
 
-def _total(weights: mx.array) -> mx.array:
+def row_sums(weights: mx.array) -> mx.array:
     """(K, V) → (K, 1), first in parts: MLX's CPU adds one after the other, which costs 2e-4 nats at 49,152
     logits."""
     whole = weights.shape[-1] // PART * PART
@@ -83,7 +83,7 @@ def _cross(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.
     """(K,) log p of the target; e^(logit − highest) (K, V) and its sum (K, 1), for the gradient."""
     highest = logits.max(axis=-1, keepdims=True)
     weights = _above(logits, highest)
-    total = _total(weights)
+    total = row_sums(weights)
     taken = mx.take_along_axis(logits, targets[:, None], axis=-1)
     return (taken - highest - mx.log(total))[:, 0], weights, total
 
@@ -111,7 +111,7 @@ def _sums(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """(K,) log Σ e^logit; e^(logit − highest) (K, V) and its sum (K, 1), for the gradient."""
     highest = logits.max(axis=-1, keepdims=True)
     weights = _above(logits, highest)
-    total = _total(weights)
+    total = row_sums(weights)
     return (highest + mx.log(total))[:, 0], weights, total
 
 
