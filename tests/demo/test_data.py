@@ -131,6 +131,13 @@ def test_rows_are_short():
     assert max(lengths) < 260
 
 
+def test_a_system_message_comes_first_and_changes_nothing_else():
+    plain, told = generate(40, 1), generate(40, 1, demo_data.SYSTEM)
+    for row in told:
+        assert row["conversations"].pop(0) == {"role": "system", "content": demo_data.SYSTEM}
+    assert told == plain
+
+
 def test_the_file_holds_the_rows(tmp_path):
     path = demo_data.write(tmp_path / "demo.jsonl", rows=30, seed=4)
     raw = path.read_bytes()

@@ -15,7 +15,6 @@ from tunesmith.data import formats
 from tunesmith.demo import __main__ as script
 from tunesmith.demo import retention
 from tunesmith.evaluation import suites
-from tunesmith.evaluation.subject import Said
 
 COMMON = set(
     "a an the of in on to do i my is what how for and can be with it that at from who does was".split()
@@ -41,21 +40,21 @@ def test_every_row_is_read_and_says_who_answered():
     rows = retention.rows()
     assert len(rows) > 150
     kinds = Counter(row["kind"] for row in rows)
-    assert set(kinds) == {"refusal", "contrast", "chat", "prose"}
+    assert set(kinds) == {"refusal", "contrast", "chat", "facts", "prose"}
     base = Counter(row["kind"] for row in rows if row["answered"] == "base")
     assert {row["answered"] for row in rows} == {"own", "base"}
-    assert set(base) == {"refusal", "contrast", "chat"} and base.total() > 100
+    assert set(base) == {"refusal", "contrast", "chat"} and base.total() > 50
 
 
 def test_the_file_that_the_demo_writes_is_read_whole(tmp_path):
-    path = retention.write(tmp_path / retention.NAME, retention.rows())
+    path = retention.write(tmp_path / retention.NAME)
     read = formats.read([path], formats.DataSpec(train=(str(path),)))
     assert read.dropped == [] and len(read.examples) == len(retention.rows())
 
 
 def test_only_answers_to_harmful_prompts_refuse():
     for row in retention.rows():
-        if row["kind"] != "prose":
+        if "messages" in row:
             assert refuses(row["messages"][1]["content"]) == (row["kind"] == "refusal"), row
 
 
@@ -77,45 +76,7 @@ def test_no_row_is_near_a_row_of_a_suite(least):
             assert len(rare & others) < 0.6 * len(rare | others), (text, other)
 
 
-def test_an_answer_that_was_cut_ends_with_its_first_sentence():
-    def shortened(text: str, cut: bool) -> str | None:
-        return retention.shortened(Said(text, 9, cut))
-
-    two = "The sea is quite salty. Rivers are not."
-    assert shortened(two, True) == "The sea is quite salty."
-    assert shortened(two, False) == two
-    assert shortened("A sentence that never comes to its", True) is None
-    assert shortened("", False) is None
-
-
-class Fixed:
-    """Gives each prompt one answer, and remembers how long it might have been."""
-
-    def __init__(self, text: str) -> None:
-        self.said, self.asked = Said(text, 9, cut=True), {}
-
-    def answers(self, prompts, max_tokens, label):
-        self.asked |= {prompt.messages[0].content: max_tokens for prompt in prompts}
-        return [self.said for _ in prompts]
-
-
-def test_only_answers_of_the_base_are_asked_again():
-    rows = retention.rows()
-    subject = Fixed("Here is the one answer. And more")
-    made = retention.asked(rows, subject)
-    assert [prompt(row) for row in made] == [prompt(row) for row in rows]
-    base = [row for row in rows if row["answered"] == "base"]
-    assert subject.asked == {prompt(row): row["tokens"] for row in base}
-    for row, before in zip(made, rows, strict=True):
-        if before in base:
-            assert row["messages"][1]["content"] == "Here is the one answer."
-        else:
-            assert row == before
-    left = retention.asked(rows, Fixed("no end"))
-    assert left == [row for row in rows if row not in base]
-
-
-def test_the_demo_mixes_in_every_row_once_if_asked(tmp_path, monkeypatch):
+def test_the_demo_distils_every_row_once_unless_told(tmp_path, monkeypatch):
     class Configured(Exception):
         pass
 
@@ -125,11 +86,15 @@ def test_the_demo_mixes_in_every_row_once_if_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "fetch_model", lambda folder: folder)
     monkeypatch.setattr(script.tunesmith, "configure", configure)
     with pytest.raises(Configured) as plain:
-        script.demo(tmp_path / "a", 20, ["loop.epochs=1"])
+        script.demo(tmp_path / "a", 20, ["loop.epochs=1"], alone=True)
     with pytest.raises(Configured) as mixed:
-        script.demo(tmp_path / "b", 20, ["loop.epochs=1"], mix=True)
+        script.demo(tmp_path / "b", 20, ["loop.epochs=1"])
+    first = [json.loads((tmp_path / name / "tools.jsonl").read_text().splitlines()[0]) for name in ("a", "b")]
+    assert [row["conversations"][0]["role"] for row in first] == ["user", "system"]
     assert plain.value.args[0] == ["loop.epochs=1"]
-    (setting, last) = mixed.value.args[0]
+    *kept, setting, last = mixed.value.args[0]
+    assert tuple(kept) == script.KEEPING
     (entry,) = json.loads(setting.removeprefix("data.mix="))
     written = [json.loads(line) for line in Path(entry["path"]).read_text("utf-8").splitlines()]
     assert (written, entry["repeat"], last) == (retention.rows(), 1, "loop.epochs=1")
+    assert (entry["distill"], entry["weight"]) == (True, script.WEIGHT)

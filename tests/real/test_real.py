@@ -136,7 +136,7 @@ def tuned(gguf: Path, folder: Path, rows: list[dict], **sets) -> Path:
 def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
     names = [tool.name for tool in demo_data.TOOLS]
     wrong = dict(zip(names, names[1:] + names[:1], strict=True))
-    rows = demo_data.generate()
+    rows = demo_data.generate(system=demo_data.SYSTEM)
     for row in rows:
         for turn in row["conversations"]:
             name = turn["content"].partition("tool_call: ")[2].partition("\n")[0]

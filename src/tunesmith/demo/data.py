@@ -19,6 +19,8 @@ import yaml
 from tunesmith.errors import DataError
 
 Arguments = dict[str, str | int]
+SYSTEM = "Answer with one tool call."
+"""The system message of the demo's requests: without it the model is to answer as before."""
 DESIRABLE = 0.75  # share of the rows that are right
 FAULTS = ("wrong_tool", "missing_argument", "malformed_json", "invented_argument", "prose")
 
@@ -88,10 +90,10 @@ def _faulty(fault: str, tool: Tool, arguments: Arguments, chance: random.Random)
     return _pick(_TABLE["prose"], chance)
 
 
-def generate(rows: int = 400, seed: int = 0) -> list[dict[str, object]]:
-    """Rows with ``conversations`` (user, assistant), ``label`` (True: right), ``tool``, ``fault`` (one of
-    FAULTS, or None if right) and ``expected`` (the right answer). No two have the same request, and all tools
-    have equal shares. Raises DataError if there are fewer different requests."""
+def generate(rows: int = 400, seed: int = 0, system: str | None = None) -> list[dict[str, object]]:
+    """Rows with ``conversations`` (``system`` if given, user, assistant), ``label`` (True: right), ``tool``,
+    ``fault`` (one of FAULTS, or None if right) and ``expected`` (the right answer). No two have the same
+    request, and all tools have equal shares. Raises DataError if there are fewer different requests."""
     most = len(TOOLS) * min(map(Tool.size, TOOLS))
     if not 0 < rows <= most:
         raise DataError(f"{rows} rows of demo data were asked for", hint=f"give a number from 1 to {most}")
@@ -104,16 +106,17 @@ def generate(rows: int = 400, seed: int = 0) -> list[dict[str, object]]:
         fault = None if number < round(rows * DESIRABLE) else FAULTS[number % len(FAULTS)]
         given = _faulty(fault, tool, arguments, chance) if fault else right
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": given}]
+        turns = turns if system is None else [{"role": "system", "content": system}, *turns]
         made.append(
             {"conversations": turns, "label": not fault, "tool": tool.name, "fault": fault, "expected": right}
         )
     return [made[index] for index in reversed([*_shuffled(rows, chance)])]
 
 
-def write(path: Path, rows: int = 400, seed: int = 0) -> Path:
-    """``generate(rows, seed)`` as JSON lines (UTF-8, "\n") at ``path``, whose folder must exist."""
+def write(path: Path, rows: int = 400, seed: int = 0, system: str | None = None) -> Path:
+    """``generate(rows, seed, system)`` as JSON lines (UTF-8, "\n") at ``path``, whose folder must exist."""
     path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generate(rows, seed)),
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generate(rows, seed, system)),
         "utf-8",
         newline="\n",
     )
