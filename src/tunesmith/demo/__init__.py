@@ -1,1 +1,1 @@
-"""What does a newcomer see first? A real model, a real fine-tune and a report, in ten minutes."""
+"""What does a newcomer see first? A real model, a real fine-tune and a report, in some minutes."""
