@@ -20,7 +20,7 @@ from tunesmith.errors import DataError
 
 Arguments = dict[str, str | int]
 SYSTEM = "Answer with one tool call."
-"""The system message of the demo's requests: without it the model is to answer as before."""
+"""The system message of requests for a call, where the model is to answer all others as before."""
 DESIRABLE = 0.75  # share of the rows that are right
 FAULTS = ("wrong_tool", "missing_argument", "malformed_json", "invented_argument", "prose")
 
