@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from training import mixed_rows
 from typer.testing import CliRunner
 
 import tiny
@@ -21,35 +22,16 @@ from tunesmith.runs import checkpoints
 from tunesmith.runs.directory import Run
 from tunesmith.training import preparation
 
-SETS = [
-    "loop.epochs=2",
-    "batch.sequences=5",
-    "batch.micro=2",
-    "adapter.rank=2",
-    "adapter.dropout=0.1",
-    "optimizer.learning_rate=0.01",
-    "loop.validate_every=3",
-    "loop.samples=0",
-    "loop.save_every=1",
-    "loop.keep_last=99",
-    "audit.before_training=false",
-]
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("mix")
-    general = tiny.conversations(12, seed=7)
-    for number, row in enumerate(general):
-        row["conversations"][0]["content"] = f"general {number}"
-    return {
-        "task": tiny.write_rows(folder / "task.jsonl", tiny.conversations(20)),
-        "general": tiny.write_rows(folder / "general.jsonl", general),
-    }
+    return mixed_rows.written(tmp_path_factory.mktemp("mix"))
 
 
 def settings(tiny_model: Path, files: dict[str, Path], mix: str | None, *sets: str):
-    chosen = [*SETS, *sets] + ([] if mix is None else [f"data.mix=[{{path: {files['general']}, {mix}}}]"])
+    chosen = [*mixed_rows.SETS, *sets] + (
+        [] if mix is None else [f"data.mix=[{{path: {files['general']}, {mix}}}]"]
+    )
     return tunesmith.configure(model=str(tiny_model), data=[str(files["task"])], sets=chosen)
 
 

@@ -15,14 +15,16 @@ from typing import Any
 NAME = "retention.jsonl"
 
 
+def _text() -> str:
+    return (resources.files("tunesmith.demo") / NAME).read_text(encoding="utf-8")
+
+
 def rows() -> list[dict[str, Any]]:
     """All rows of the package's file."""
-    text = (resources.files("tunesmith.demo") / NAME).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in _text().splitlines()]
 
 
 def write(path: Path) -> Path:
-    """The rows as JSON lines (UTF-8, "\\n") at ``path``, whose folder must exist."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows()]
-    path.write_text("".join(lines), "utf-8", newline="\n")
+    """A copy of the package's file at ``path``, whose folder must exist."""
+    path.write_text(_text(), "utf-8", newline="\n")
     return path

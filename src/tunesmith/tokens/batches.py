@@ -326,13 +326,8 @@ class Plan:
         members = sorted(self.members(step), key=lambda member: (-self.lengths[member], member))
         if not self.distilled:
             return self.cut(self.lengths, members[rank::ranks])
-        distilled = [member for member in members if self.distilled[member]]
-        others = [member for member in members if not self.distilled[member]]
-        # The first rank gets the longest row of one kind, the last one that of the other.
-        micros = [
-            *self.cut(self.lengths, others[rank::ranks]),
-            *self.cut(self.lengths, distilled[ranks - 1 - rank :: ranks]),
-        ]
+        kinds = [[member for member in members if self.distilled[member] is kind] for kind in (False, True)]
+        micros = [micro for kind in kinds for micro in self.cut(self.lengths, kind[rank::ranks])]
         return sorted(micros, key=lambda micro: -self.lengths[micro[0]])
 
     def padding_share(self) -> float:
