@@ -32,11 +32,24 @@ def limited() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
 
 
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+with open(sys.argv[1], "w") as file:
+    file.write(str(peak))
+sys.exit(code if code >= 0 else 128 - code)
+"""
+"""Runs a command and writes its peak memory in bytes. A small process between the command and the tests: a
+fork's peak begins with the memory of its parent, and that of the children counts all that there were."""
+
+
 def answered(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """What the command printed, within the limits of time and memory."""
     path = os.pathsep.join([str(Path(tunesmith.__file__).parents[1])])
+    peak = cwd / "peak-memory"
     done = subprocess.run(
-        [sys.executable, "-m", "tunesmith", *map(str, words)],
+        [sys.executable, "-c", MEASURED, str(peak), sys.executable, "-m", "tunesmith", *map(str, words)],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": path},
         input="",
@@ -45,9 +58,9 @@ def answered(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         errors="surrogateescape",
         preexec_fn=limited,
     )
-    assert done.returncode >= 0, f"killed by signal {-done.returncode} after {SECONDS} s of work"
+    assert done.returncode < 128, f"killed by signal {done.returncode - 128} after {SECONDS} s of work"
     assert "Traceback" not in done.stderr, done.stderr
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < MEMORY
+    assert int(peak.read_text()) < MEMORY
     return done
 
 
