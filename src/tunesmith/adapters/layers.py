@@ -101,8 +101,11 @@ class LoRALinear(AdapterLayer):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) → (..., out) in the dtype of the frozen layer's output."""
-        if self.training and computes_float32(self.linear, x):
-            return self._trained(x)
+        if computes_float32(self.linear, x):
+            if self.training:
+                return self._trained(x)
+            a, b = self.factors
+            return kernels.add_product(self.linear(x), (x @ a) * self.scale, b)
         y = self.linear(x)
         return y + self.branch(x).astype(y.dtype)
 

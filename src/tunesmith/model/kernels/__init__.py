@@ -229,6 +229,8 @@ def divergences(base: mx.array, logits: mx.array) -> mx.array:
     """(K, V), (K, V) logits → (K,) float32: the Kullback-Leibler divergence KL(base‖model) of each row, in
     nats. ``base`` gets no gradient."""
     base, logits = mx.stop_gradient(base.astype(mx.float32)), logits.astype(mx.float32)
+    if module := _compiled("divergence", base, logits):
+        return module.divergences(base, logits)
     of_base = log_sums(base)
     shares = (operations.exp if backend.own_kernels() else mx.exp)(base - of_base[:, None])
     return operations.row_sums(shares * (base - logits))[:, 0] - of_base + log_sums(logits)

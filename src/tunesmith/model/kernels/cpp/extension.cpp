@@ -243,6 +243,29 @@ mx::array logprobs(const mx::array& logits, const mx::array& targets) {
   return make("LogProbs", {{logits.shape(0)}}, {plain(logits), ids}, prepare, logprobs_gradient)[0];
 }
 
+Arrays divergences_gradient(const Arrays& in, const Arrays&, const Arrays& cotangents) {
+  const mx::array of_model = make("DivergencesGradient", {in[0].shape()}, {in[0], in[1], plain(cotangents[0])},
+                                  [](const Arrays& in, Arrays& out, auto&) {
+                                    return [b = in[0].data<float>(), x = in[1].data<float>(),
+                                            c = in[2].data<float>(), y = allocate(out[0]), rows = rows_of(in[0]),
+                                            width = width_of(in[0])] {
+                                      tunesmith::divergences_gradient(b, x, c, y, rows, width);
+                                    };
+                                  })[0];
+  return {mx::zeros_like(in[0], mx::Device::cpu), of_model};
+}
+
+// (K, V), (K, V) -> (K,) KL(base‖model) in nats. The base gets no gradient.
+mx::array divergences(const mx::array& base, const mx::array& logits) {
+  if (logits.ndim() != 2 || base.shape() != logits.shape())
+    throw std::invalid_argument("base and logits must be (K, V)");
+  const auto prepare = [](const Arrays& in, Arrays& out, auto&) {
+    return [b = in[0].data<float>(), x = in[1].data<float>(), y = allocate(out[0]), rows = rows_of(in[0]),
+            width = width_of(in[0])] { tunesmith::divergences(b, x, y, rows, width); };
+  };
+  return make("Divergences", {{logits.shape(0)}}, {plain(base), plain(logits)}, prepare, divergences_gradient)[0];
+}
+
 Arrays log_sums_gradient(const Arrays& in, const Arrays&, const Arrays& cotangents) {
   return make("LogSumsGradient", {in[0].shape()}, {in[0], plain(cotangents[0])},
               [](const Arrays& in, Arrays& out, auto&) {
@@ -486,6 +509,7 @@ NB_MODULE(tunesmith_cpu, module) {
   module.def("gelu", &gelu);
   module.def("logprobs", &logprobs);
   module.def("log_sums", &log_sums);
+  module.def("divergences", &divergences);
   module.def("linear", &linear);
   module.def("add_product", &add_product);
   module.def("dropout", &dropout, "x"_a, "key"_a, "keep"_a, "scale"_a, "onto"_a.none());

@@ -16,9 +16,9 @@ namespace tunesmith {
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kVectors = 2, kSums = 16;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kVectors = 3, kSums = 12;
+constexpr int kLanes = 8, kVectors = 2, kSums = 12;
 #else
-constexpr int kLanes = 4, kVectors = 3, kSums = 12;
+constexpr int kLanes = 4, kVectors = 2, kSums = 12;
 #endif
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Places __attribute__((vector_size(4 * kLanes)));
@@ -26,6 +26,8 @@ typedef int32_t Places __attribute__((vector_size(4 * kLanes)));
 constexpr int kColumnsOfRow = 4;             // of a tile of a single row
 constexpr int64_t kColumns = 48;             // a unit has a multiple of them, and with them only whole tiles
 constexpr int64_t kWeightsOfUnit = 1 << 16;  // about
+constexpr int64_t kMostColumns = 7 * kColumns;  // of a unit
+constexpr int64_t kNumbersAtOnce = 6144;     // of the rows of a tile, so that they stay in the nearest cache
 
 inline Vector loaded(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 
@@ -84,20 +86,35 @@ void row_tile(const float* x, const float* weight, float* y, int64_t inputs) {
   for (int column = 0; column < columns; ++column) y[column] = total(sums[column]);
 }
 
-// y (rows, columns), of `turned`, which is x as `turn` writes it, and the weight (columns, inputs).
+// sums (columns, vectors) of `turned`, which is x as `turn` writes it, and the weight (columns, inputs), over `depth`
+// of the inputs; onto what `sums` holds unless these are the first.
 template <int vectors, int columns>
-void wide_tile(
-    const float* turned, const float* weight, float* y, int64_t rows, int64_t inputs, int64_t outputs) {
-  Vector sums[columns][vectors] = {};
-  for (int64_t k = 0; k < inputs; ++k) {
+void wide_tile(const float* turned, const float* weight, Vector (*sums)[vectors], int64_t depth, int64_t inputs,
+               bool first) {
+  Vector own[columns][vectors] = {};
+  if (!first) std::memcpy(own, sums, sizeof(own));
+  for (int64_t k = 0; k < depth; ++k) {
     Vector a[vectors];
     for (int v = 0; v < vectors; ++v) a[v] = loaded(turned + (k * vectors + v) * kLanes);
     for (int column = 0; column < columns; ++column)
-      for (int v = 0; v < vectors; ++v) sums[column][v] += a[v] * weight[column * inputs + k];
+      for (int v = 0; v < vectors; ++v) own[column][v] += a[v] * weight[column * inputs + k];
   }
-  for (int column = 0; column < columns; ++column)
-    for (int64_t row = 0; row < rows; ++row)
-      y[row * outputs + column] = sums[column][row / kLanes][row % kLanes];
+  std::memcpy(sums, own, sizeof(own));
+}
+
+// y (rows, columns) = sums (columns, vectors) transposed.
+template <int vectors>
+void written(const Vector (*sums)[vectors], float* y, int64_t columns, int64_t rows, int64_t outputs) {
+  for (int64_t column = 0; column < columns; column += kLanes) {
+    const int64_t width = std::min<int64_t>(kLanes, columns - column);
+    for (int64_t v = 0; v * kLanes < rows; ++v) {
+      Vector square[kLanes] = {};
+      for (int64_t i = 0; i < width; ++i) square[i] = sums[column + i][v];
+      transpose(square);
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - v * kLanes); ++i)
+        std::memcpy(y + (v * kLanes + i) * outputs + column, &square[i], width * sizeof(float));
+    }
+  }
 }
 
 // The columns [begin, end) of y.
@@ -111,11 +128,20 @@ template <int vectors>
 void wide(const float* turned, const float* weight, float* y, int64_t begin, int64_t end, int64_t rows,
           int64_t inputs, int64_t outputs) {
   constexpr int columns = kSums / vectors;
-  int64_t column = begin;
-  for (; column + columns <= end; column += columns)
-    wide_tile<vectors, columns>(turned, weight + column * inputs, y + column, rows, inputs, outputs);
-  for (; column < end; ++column)
-    wide_tile<vectors, 1>(turned, weight + column * inputs, y + column, rows, inputs, outputs);
+  constexpr int64_t most = kNumbersAtOnce / (vectors * kLanes);
+  const int64_t blocks = std::max<int64_t>(1, (inputs + most - 1) / most);
+  const int64_t depth = std::max<int64_t>(1, (inputs + blocks - 1) / blocks);
+  Vector sums[kMostColumns][vectors];
+  for (int64_t k = 0; k == 0 || k < inputs; k += depth) {
+    const int64_t deep = std::min(depth, inputs - k);
+    const float *from = turned + k * vectors * kLanes, *w = weight + k;
+    int64_t column = begin;
+    for (; column + columns <= end; column += columns)
+      wide_tile<vectors, columns>(from, w + column * inputs, sums + (column - begin), deep, inputs, k == 0);
+    for (; column < end; ++column)
+      wide_tile<vectors, 1>(from, w + column * inputs, sums + (column - begin), deep, inputs, k == 0);
+  }
+  written(sums, y + begin, end - begin, rows, outputs);
 }
 
 // turned (inputs, vectors, kLanes) = x (rows, inputs) transposed, with zeros for the rows that fill the last vector.
@@ -142,10 +168,11 @@ inline void linear(const float* x, float* turned, const float* weight, float* y,
                    int64_t outputs) {
   constexpr int64_t group = kVectors * kLanes;
   if (rows > 1)
-    for (int64_t row = 0; row < rows; row += group)
-      turn(x + row * inputs, turned + row * inputs, std::min(group, rows - row), inputs);
+    in_parts(rows, group, [=](int64_t row, int64_t end) {
+      turn(x + row * inputs, turned + row * inputs, end - row, inputs);
+    });
   const int64_t part = kWeightsOfUnit / std::max<int64_t>(1, inputs) / kColumns * kColumns;
-  in_parts(outputs, std::max(kColumns, part), [=](int64_t begin, int64_t end) {
+  in_parts(outputs, std::clamp(part, kColumns, kMostColumns), [=](int64_t begin, int64_t end) {
     if (rows == 1) return single(x, weight, y, begin, end, inputs);
     for (int64_t row = 0; row < rows; row += group) {
       const int64_t count = std::min(group, rows - row);
@@ -153,7 +180,6 @@ inline void linear(const float* x, float* turned, const float* weight, float* y,
       float* to = y + row * outputs;
       switch ((count + kLanes - 1) / kLanes) {
         case 1: wide<1>(from, weight, to, begin, end, count, inputs, outputs); break;
-        case 2: wide<2>(from, weight, to, begin, end, count, inputs, outputs); break;
         default: wide<kVectors>(from, weight, to, begin, end, count, inputs, outputs);
       }
     }

@@ -166,6 +166,44 @@ inline void logprobs_gradient(
   });
 }
 
+// Divergence: KL(base‖model) of each row, in nats ------------------------------------------------------------
+
+inline void divergences(const float* base, const float* logits, float* out, int64_t rows, int64_t width) {
+  in_parts(rows, 1, [=](int64_t row, int64_t) {
+    const float *b = base + row * width, *x = logits + row * width;
+    const float most = highest(b, width);
+    double total = 0, across = 0;
+    for (int64_t start = 0; start < width; start += kSum) {
+      const int64_t end = std::min(width, start + kSum);
+      float weights = 0, part = 0;
+#pragma omp simd reduction(+ : weights, part)
+      for (int64_t i = start; i < end; ++i) {
+        const float weight = exponential(b[i] - most);
+        weights += weight;
+        part += weight * (b[i] - x[i]);
+      }
+      total += weights;
+      across += part;
+    }
+    out[row] = static_cast<float>(across / total - log_sum(b, width) + log_sum(x, width));
+  });
+}
+
+// Of the model: cotangent * (softmax - softmax of the base), 0 where they are equal.
+inline void divergences_gradient(
+    const float* base, const float* logits, const float* cotangents, float* out, int64_t rows, int64_t width) {
+  in_parts(rows, 1, [=](int64_t row, int64_t) {
+    const float *b = base + row * width, *x = logits + row * width;
+    float* y = out + row * width;
+    const float most_b = highest(b, width), most_x = highest(x, width), c = cotangents[row];
+    const float share_b = static_cast<float>(1 / sum_of_exponentials(b, width, most_b));
+    const float share_x = static_cast<float>(1 / sum_of_exponentials(x, width, most_x));
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i)
+      y[i] = c * (share_x * exponential(x[i] - most_x) - share_b * exponential(b[i] - most_b));
+  });
+}
+
 // SwiGLU and GELU --------------------------------------------
 
 inline void swiglu(const float* gate, const float* up, float* out, int64_t size) {

@@ -119,8 +119,11 @@ inline Threads& threads() {
 // [0, size) in parts of at most `part`: work(begin, end).
 template <typename Work>
 void in_parts(int64_t size, int64_t part, const Work& work) {
-  threads().run((size + part - 1) / part,
-                [&](int64_t unit, int) { work(unit * part, std::min(size, (unit + 1) * part)); });
+  threads().run((size + part - 1) / part, [&](int64_t unit, int) {
+    // A copy, so that no store can change the pointers that it holds: else its loops would have no vectors.
+    const Work own = work;
+    own(unit * part, std::min(size, (unit + 1) * part));
+  });
 }
 
 // Memory for each thread of a kernel.
