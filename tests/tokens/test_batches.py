@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.tokens.batches import PER_CALL, Cut, Group, Plan, bucketed, collate
+from tunesmith.tokens.batches import FORWARD_TOKENS, PER_CALL, BatchSpec, Cut, Group, Plan, bucketed, collate
 from tunesmith.tokens.template import Tokens
 
 ONE = Cut(1)
@@ -139,3 +139,16 @@ def test_collate_rounds_up_with_nothing_to_learn():
         0,
         0,
     ]
+
+
+def test_without_gradient_many_short_sequences_are_one_pass():
+    """Whatever limit of rows training has; a limit of tokens holds."""
+    rows = [Group((Tokens(np.zeros(31, np.int32), np.ones(31, np.float32)),), "row") for _ in range(17)]
+    members, lengths = range(len(rows)), [row.length for row in rows]
+    few = BatchSpec(sequences=2, micro=2)
+    assert [len(part) for part in Cut.forward(few, rows)(lengths, members)] == [17]
+    assert Cut.forward(few, rows).tokens == FORWARD_TOKENS >= 17 * 30
+    pairs = Cut.forward(BatchSpec(tokens=60), rows)(lengths, members)
+    assert sorted(map(len, pairs)) == [1, *[2] * 8]
+    long = [Group((Tokens(np.zeros(701, np.int32), np.ones(701, np.float32)),), "row")]
+    assert Cut.forward(few, long).tokens == 700

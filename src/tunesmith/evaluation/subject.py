@@ -116,7 +116,7 @@ class Subject:
         mine = range(self.ranks.rank, len(new), self.ranks.size)
         own = [new[index] for index in mine]
         own_sums = (
-            scoring.sequence_sums(self.net, own, Cut.around(self.batch, new)[0], self.ticker(label))
+            scoring.sequence_sums(self.net, own, Cut.forward(self.batch, new), self.ticker(label))
             if own
             else []
         )

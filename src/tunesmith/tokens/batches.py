@@ -24,6 +24,8 @@ LOOKED_AT = 10_000
 """Updates that are looked at before a longer run begins, or its first epoch if that has more."""
 PER_CALL = 24
 """Fixed cost of one pass over the device, in tokens."""
+FORWARD_TOKENS = 512
+"""On the device at once where no gradient is computed: matrix products are at full speed from here on."""
 
 
 class BatchSpec(Spec):
@@ -37,15 +39,15 @@ class BatchSpec(Spec):
     micro: int | None = Field(
         default=None,
         ge=1,
-        description="most rows on the device at once; null: no limit",
+        description="most rows on the device at once in training; null: no limit",
         json_schema_extra={"when": "fewer if memory runs out"},
     )
     tokens: int | None = Field(
         default=None,
         ge=8,
-        description="tokens on the device at once, padding included; null: those of the longest row. Like "
-        "micro, changes memory "
-        "and speed, not the result",
+        description="tokens on the device at once, padding included; null: those of the longest row, and at "
+        f"least {FORWARD_TOKENS} where no gradient is computed. Like micro, changes memory and speed, not "
+        "the result",
         json_schema_extra={"when": "fewer if memory runs out, more for speed if there is room"},
     )
     pack: bool = Field(
@@ -211,6 +213,14 @@ class Cut:
         each = 1 if spec.pack else max((len(group.sequences) for group in groups), default=1)
         lengths = tuple(group.positions if spec.pack else group.length for group in groups)
         return cls.of(spec, lengths, bucket, each), lengths
+
+    @classmethod
+    def forward(cls, spec: BatchSpec, groups: Sequence[Group]) -> Cut:
+        """The cut of passes without gradient over the sequences of ``groups``. No layer's activations are
+        kept, so that ``spec.micro`` does not count and a pass has `FORWARD_TOKENS`, or the longest sequence;
+        ``spec.tokens`` is a limit here too."""
+        longest = max((group.length for group in groups), default=1)
+        return cls(spec.tokens or max(FORWARD_TOKENS, longest), None, spec.pack)
 
     def halved(self, lengths: Sequence[int]) -> Cut | None:
         """A cut whose budget is half the tokens of this micro-batch, or None if it is one row."""

@@ -345,8 +345,7 @@ def _front(micros: Iterable[Micro]) -> list[Micro]:
 
 def _passes(config: RunConfig, groups: Sequence[Group]) -> list[Sized]:
     """The micro-batches of a pass without gradients, in which sequences are single."""
-    cut, _ = Cut.around(config.batch, groups)
-    cut = replace(cut, each=1)
+    cut = Cut.forward(config.batch, groups)
     sequences = [sequence for group in groups for sequence in group.sequences]
     lengths = [max(1, len(sequence.ids) - 1) for sequence in sequences]
     learned = [int(np.count_nonzero(sequence.targets[1:])) for sequence in sequences]

@@ -35,7 +35,7 @@ def measured(
     """``prepared`` with its first epoch from the row of the lowest loss to that of the highest, by the model
     as it is now. Values come from the run's ``folder`` or the cache of references, or are measured."""
     groups = judged(prepared)
-    cut, _ = Cut.around(config.batch, groups)
+    cut = Cut.forward(config.batch, groups)
     own = None if folder is None else folder / DIFFICULTY
     facts = reference.facts(config, loaded)
     losses = reference.measure(

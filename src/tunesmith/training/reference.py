@@ -249,7 +249,7 @@ def compared(
         counted += notes
     for note, count in sorted(counted.items()):
         notify(Notice(note, count=count))
-    cut, _ = Cut.around(config.batch, everything)
+    cut = Cut.forward(config.batch, everything)
     decisive = facts(config, loaded)
     measured = measure(
         loaded.net,

@@ -41,7 +41,7 @@ class Validation:
         """(S,) Σ weight · log p of all sequences of ``groups``."""
         if not groups:
             return np.zeros(0)
-        cut, _ = Cut.around(self.config.batch, groups)
+        cut = Cut.forward(self.config.batch, groups)
         if cursor.tokens is not None:  # the budget was lowered when memory ran out
             cut = replace(cut, tokens=cursor.tokens)
         parts = [np.zeros(len(group.sequences)) for group in groups]

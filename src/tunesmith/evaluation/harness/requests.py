@@ -25,7 +25,7 @@ from tunesmith.evaluation.subject import Subject
 from tunesmith.events import Notice
 from tunesmith.model import abilities, kernels, logprobs, vocabulary
 from tunesmith.model import loading as model
-from tunesmith.tokens.batches import BatchSpec, Cut
+from tunesmith.tokens.batches import FORWARD_TOKENS, BatchSpec, Cut
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -72,14 +72,14 @@ def likelihoods(
         gather = abilities.splits(net)
         passes = _passes(requests)
         families = _families(passes) if gather and abilities.continues(net) else [(0, range(len(passes)))]
-        tokens = batch.tokens or max((len(run.ids) for run in passes), default=1)
-        few = min(batch.micro or scoring.ANSWERS, scoring.ANSWERS)
+        longest = max((len(run.ids) for run in passes), default=1)
+        tokens = batch.tokens or max(FORWARD_TOKENS, longest)
         alone = [member for shared, members in families if not shared for member in members]
         sharing = [(shared, list(members)) for shared, members in families if shared]
         for shared, members in [(0, alone), *sharing]:
             lengths = [len(passes[member].ids) - shared for member in members]
             prompt = kernels.prompt(net, mx.array(passes[members[0]].ids[:shared])[None]) if shared else None
-            for part in Cut(tokens, few if shared else batch.micro)(lengths, range(len(members))):
+            for part in Cut(tokens, scoring.ANSWERS if shared else None)(lengths, range(len(members))):
                 chosen = [passes[members[place]] for place in part]
                 for index, score in _measure(net, chosen, requests, shared, prompt, gather):
                     scores[index] = score

@@ -56,7 +56,7 @@ class EvaluationSpec(Spec):
         default=256, ge=1, le=MOST_ANSWER_TOKENS, description="longest answer to a row of the data"
     )
     batch_size: int | None = Field(
-        default=None, ge=1, description="answers generated at once; null: 32 on a CPU, else 16"
+        default=None, ge=1, description="answers generated at once; null: 64 on a CPU, else 16"
     )
     knowledge: tuple[str, ...] = Field(
         default=(), description="files of multiple-choice items, instead of the package's suite"

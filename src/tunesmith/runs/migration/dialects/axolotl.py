@@ -79,7 +79,7 @@ class Axolotl(Dialect):
         "test_datasets*": COLUMNS,
         "saves_per_epoch": training_arguments.PER_EPOCH,
         "evals_per_epoch": training_arguments.PER_EPOCH,
-        "eval_sample_packing": "held-out rows are cut like training rows",
+        "eval_sample_packing": "batch.pack is for held-out rows too",
         "pad_to_sequence_len": "padding changes nothing that is learned",
         "sample_packing_*": "batch.pack has no options",
         "lora_*_kernel": training_arguments.CUDA,

@@ -51,7 +51,7 @@ class TRL(Dialect):
         "max_completion_length": "prompt and answer share batch.length",
         "truncation_mode": "template.too_long=cut cuts the oldest turns",
         "packing_strategy": "batch.pack has no options",
-        "eval_packing": "held-out rows are cut like training rows",
+        "eval_packing": "batch.pack is for held-out rows too",
         "model_init_kwargs*": "model.dtype, model.revision and model.quantize name what is set of it",
         "router_aux_loss_coef": "routers are not trained, so that no load-balancing loss is added",
         "disable_dropout": "adapter.dropout",
