@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from tunesmith.adapters import DoRA, LoRA
 from tunesmith.engine import batching
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.requests import Request
+from tunesmith.engine.rows import RowBatch
 from tunesmith.errors import ModelError
 
 SPECS = {
@@ -93,6 +97,31 @@ def test_mixed_adapters_answer_as_each_alone(values, alone, batch_size, backward
     with adapters.routed(net, values) as routing, Engine(net, batch_size, routing) as engine:
         numbers = engine.submit([request(place, adapter=NAMES[place]) for place in places])
         assert finished(engine, numbers) == [alone[place] for place in places]
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_rows_that_ended_may_stay_for_a_while_and_change_no_answer(alone, monkeypatch, batch_size):
+    """Ends at several times, by an end token and by length; the batch is copied less often."""
+    copies: list[int] = []
+    keep = RowBatch.keep
+
+    def counted(self: RowBatch, places: Sequence[int]) -> None:
+        copies.append(len(places) < len(self.rows))
+        keep(self, places)
+
+    monkeypatch.setattr(RowBatch, "keep", counted)
+    requests = [
+        replace(request(place, end_ids=(alone[0][2],)), max_tokens=2 + place * 5 % 9) for place in range(24)
+    ]
+    answers, changes = [], []
+    for idle in (0.0, 0.5):
+        copies.clear()
+        with Engine(fresh(), batch_size, idle=idle) as engine:
+            answers.append(finished(engine, engine.submit(requests)))
+        changes.append(sum(copies))
+    assert answers[0] == answers[1] and {len(answer) for answer in answers[0]} >= {2, 5, 9}
+    if batching.batches(fresh()):
+        assert changes[1] < 0.7 * changes[0]
 
 
 def test_requests_that_join_midway_change_no_answer(values, alone):

@@ -55,7 +55,7 @@ def _together(net: nn.Module) -> list[tuple[list[int], mx.array]]:
             logits[row.number].append(values[place, -1])
         return values
 
-    reading, short, late = (RowBatch.of(row, caches.new_cache(net, None), alone=False) for row in rows)
+    reading, short, late = (RowBatch.of([row], [caches.new_cache(net, None)], alone=False) for row in rows)
     reading.join(short)
     reading.read(read, CHUNK)
     decoding = Decoding(reading.take([1]), None)

@@ -26,15 +26,20 @@ def new_cache(net: nn.Module, kv_bits: int | None) -> list[Any]:
     return [quantised(layer, after_one, kv_bits) for layer, after_one in zip(layers, filled, strict=True)]
 
 
-def batched(layers: Sequence[Any]) -> list[Any]:
-    """The cache of one row as that of a batch, which other rows can join."""
+def batched(rows: Sequence[Sequence[Any]]) -> list[Any]:
+    """The caches of ``rows``, one each, as that of a batch, which other rows can join."""
     from mlx_lm.models.cache import QuantizedKVCache
 
-    if any(isinstance(layer, QuantizedKVCache) for layer in layers):
-        from tunesmith.engine.quantised import QuantisedRows
+    layers = list(zip(*rows, strict=True))
+    if not any(isinstance(layer, QuantizedKVCache) for row in rows for layer in row):
+        return [layer[0].merge(list(layer)) for layer in layers]
+    from tunesmith.engine.quantised import QuantisedRows
 
-        return [QuantisedRows.of(layer) for layer in layers]
-    return [layer.merge([layer]) for layer in layers]
+    together = [[QuantisedRows.of(row) for row in layer] for layer in layers]
+    for first, *others in together:
+        for other in others:
+            first.extend(other)
+    return [layer[0] for layer in together]
 
 
 def without_shared_buffers(layers: list[Any]) -> list[Any]:

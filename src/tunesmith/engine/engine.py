@@ -56,7 +56,8 @@ class Engine:
     included, that one chunk of prompts has, so that a long prompt delays nobody's next token by more.
     ``prefixes``: where prompts that were read are kept for later ones. ``kv_bits``: 8 or 4 keeps keys and
     values in so many bits. ``speculation``: guesses tokens of a request that is under way alone, if the cache
-    of the model is always trimmable."""
+    of the model is always trimmable. ``idle``: the share of the batch that may do nothing before rows that
+    have ended leave it, and waiting ones begin. Either copies the keys and values of all rows."""
 
     def __init__(
         self,
@@ -68,11 +69,12 @@ class Engine:
         prefixes: Prefixes | None = None,
         kv_bits: int | None = None,
         speculation: Speculation | None = None,
+        idle: float = 0.0,
     ) -> None:
         self._net, self._routing, self._batch_size = net, routing, batch_size
         self._prefill_tokens, self._prefixes, self._kv_bits = max(1, prefill_tokens), prefixes, kv_bits
         self._grows = prefixes is not None and prefixes.grows
-        self._speculation = speculation
+        self._speculation, self._idle = speculation, idle
         self._inside = ExitStack()
         self._together = True
         self._waiting: deque[EngineRow] = deque()
@@ -174,8 +176,11 @@ class Engine:
         if self._steps % STEPS_BETWEEN_CLEARING == 0:
             mx.clear_cache()
         self._admit()
-        if self._reading is not None:
+        while self._reading is not None:
             self._read(self._reading)
+            if not self._idle:
+                break
+            self._admit()  # nobody waits for a token: first the batch is filled
         return tokens
 
     def cancel(self, numbers: Sequence[int]) -> None:
@@ -195,11 +200,17 @@ class Engine:
         """Let waiting rows begin while there is room: their prompts are read next."""
         # At least two tokens of each: mlx-lm's cache of a sliding window goes wrong where a pass over several
         # tokens of several rows follows one over single tokens.
-        at_once = max(1, min(PROMPTS_OF_A_PASS, self._prefill_tokens // 2)) if self._together else 1
+        most = max(PROMPTS_OF_A_PASS, int(self._idle * self._batch_size))
+        at_once = max(1, min(most, self._prefill_tokens // 2)) if self._together else 1
         later: list[EngineRow] = []
+        begun: dict[EngineRow, list[Any]] = {}
+        decoding = sum(batch.under_way for batch in self._decoding)
+        worth = min(len(self._waiting), int(self._idle * self._batch_size))
+        if self._reading is None and decoding and self._batch_size - decoding < worth:
+            return
         while self._waiting:
-            reading = self._reading.rows if self._reading is not None else []
-            under_way = len(reading) + sum(len(batch.rows) for batch in self._decoding)
+            reading = [*(self._reading.rows if self._reading is not None else []), *begun]
+            under_way = len(reading) + sum(batch.under_way for batch in self._decoding)
             if under_way >= self._batch_size or len(reading) >= at_once:
                 break
             row = self._waiting.popleft()
@@ -208,14 +219,18 @@ class Engine:
             if row.reader is not None:
                 later.append(row)
                 continue
-            batch = RowBatch.of(row, self._cache_of(row), not self._together)
-            if not row.unread:
-                self._begin(batch)
-            elif self._reading is None:
+            layers = self._cache_of(row)
+            if row.unread:
+                begun[row] = layers
+            else:
+                self._begin(RowBatch.of([row], [layers], not self._together))
+        self._waiting.extendleft(reversed(later))
+        if begun:
+            batch = RowBatch.of([*begun], [*begun.values()], not self._together)
+            if self._reading is None:
                 self._reading = batch
             else:
                 self._reading.join(batch)
-        self._waiting.extendleft(reversed(later))
 
     def _reader_for(self, row: EngineRow, reading: Sequence[EngineRow]) -> EngineRow | None:
         """The row among ``reading`` whose prefix is worth waiting for."""
@@ -284,14 +299,14 @@ class Engine:
         if self._together and self._decoding:
             self._decoding[0].add(batch)
         else:
-            self._decoding.append(Decoding(batch, self._keep if self._grows else None))
+            self._decoding.append(Decoding(batch, self._keep if self._grows else None, self._idle))
 
     def _decode_forward(self) -> Forward:
         """How the next tokens are computed: with guesses if one row is under way and none waits."""
         if self._speculation is None:
             return self._forward
         others = len(self._waiting) + (len(self._reading.rows) if self._reading is not None else 0)
-        if others + sum(len(batch.rows) for batch in self._decoding) == 1 and self._decoding:
+        if others + sum(batch.under_way for batch in self._decoding) == 1 and self._decoding:
             return self._speculation.over(self._forward)
         self._speculation.settle()
         return self._forward

@@ -16,10 +16,13 @@ from tunesmith.engine.engine import READ_AT_ONCE, UNLIMITED, Engine
 from tunesmith.engine.prefixes import Prefixes, common_length
 from tunesmith.engine.requests import Finish, Request
 from tunesmith.errors import TemplateError
+from tunesmith.machine import backend
 from tunesmith.model import vocabulary
 from tunesmith.tokens import template
 from tunesmith.tokens.growing import GrowingText
 
+IDLE_ON_CPU = 0.25
+"""Share of a batch that may do nothing on a CPU, whose memory is slow."""
 THIS_NET = "net"
 """Key of its prefixes: there are no others."""
 UNBOUNDED = 1 << 62
@@ -55,7 +58,8 @@ def generate(
     ]
     finish: dict[int, Finish] = {}
     prefixes = Prefixes(UNBOUNDED, grows=False)
-    with Engine(net, batch_size, prefill_tokens=UNLIMITED, prefixes=prefixes) as engine:
+    idle = IDLE_ON_CPU if backend.setup().kind == "cpu" else 0.0
+    with Engine(net, batch_size, prefill_tokens=UNLIMITED, prefixes=prefixes, idle=idle) as engine:
         numbers = engine.submit(requests)
         _read_beginning(net, prompts, prefixes)
         ids: dict[int, list[int]] = {number: [] for number in numbers}

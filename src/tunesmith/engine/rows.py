@@ -23,7 +23,8 @@ class EngineRow:
     of them the cache holds; during a pass it already holds the next one too. ``most``: how many may be
     generated. ``cached``: how many tokens of the prompt came from the prefix cache. ``read_first``: the
     prompt but for its last token, which is read by the pass that chooses the first token. ``reader``: the row
-    whose prefix this one waits for."""
+    whose prefix this one waits for. ``ended``: whether it has all its tokens; it may stay in its batch for a
+    while."""
 
     number: int
     request: Request
@@ -32,6 +33,7 @@ class EngineRow:
     read: int = 0
     cached: int = 0
     reader: EngineRow | None = None
+    ended: bool = False
     draws: Draws | None = field(init=False)
     edits: Edits | None = field(init=False)
     ends: frozenset[int] = field(init=False)
@@ -77,9 +79,9 @@ class RowBatch:
         self.rows, self.layers, self.alone = rows, layers, alone
 
     @classmethod
-    def of(cls, row: EngineRow, layers: list[Any], alone: bool) -> RowBatch:
-        """``layers``: the cache of ``row``, made for one row."""
-        return cls([row], layers if alone else caches.batched(layers), alone)
+    def of(cls, rows: Sequence[EngineRow], caches_of: Sequence[list[Any]], alone: bool) -> RowBatch:
+        """``caches_of``: the cache of each row, made for one row."""
+        return cls([*rows], caches_of[0] if alone else caches.batched(caches_of), alone)
 
     def join(self, other: RowBatch) -> None:
         for layer, more in zip(self.layers, other.layers, strict=True):
@@ -136,15 +138,25 @@ class Decoding(RowBatch):
     """Rows whose prompts were read but for the last token. The pass that chooses the next tokens is begun
     before the last ones are given out, so that the device does not wait."""
 
-    def __init__(self, batch: RowBatch, on_ended: Callable[[EngineRow, list[Any]], None] | None) -> None:
-        """``on_ended``: called with each row that finishes and has a digest, and its cache."""
+    def __init__(
+        self, batch: RowBatch, on_ended: Callable[[EngineRow, list[Any]], None] | None, idle: float = 0.0
+    ) -> None:
+        """``on_ended``: called with each row that finishes and has a digest, and its cache. ``idle``: the
+        share of rows that may stay after their end: each time that some leave, all keys and values are
+        copied."""
         super().__init__(batch.rows, batch.layers, batch.alone)
-        self._on_ended = on_ended
+        self._on_ended, self._idle = on_ended, idle
         self._next = mx.array([row.tokens[-1] for row in batch.rows], mx.uint32)
         self._scores = Scores(mx.zeros((0, 1)), self._next, [])
 
+    @property
+    def under_way(self) -> int:
+        """Rows that are to get further tokens."""
+        return sum(not row.ended for row in self.rows)
+
     def add(self, batch: RowBatch) -> None:
         """Let rows join whose prompts were read but for the last token."""
+        self.keep([place for place, row in enumerate(self.rows) if not row.ended])
         super().join(batch)
         last = mx.array([row.tokens[-1] for row in batch.rows], mx.uint32)
         self._next = mx.concatenate([self._next, last])
@@ -158,11 +170,10 @@ class Decoding(RowBatch):
     def advance(self, forward: Forward) -> list[NewToken]:
         """The tokens that the last pass chose, none for rows that have just joined; begins the next pass."""
         rows, chosen, scores = self.rows, self._next, self._scores
-        known = [row.n_chosen > 0 for row in rows]
-        last = [place for place, row in enumerate(rows) if row.n_chosen >= row.most]
+        known = [row.n_chosen > 0 and not row.ended for row in rows]
+        last = [place for place, row in enumerate(rows) if row.n_chosen >= row.most and not row.ended]
         layers = self._extracted(last)
-        if last:
-            self.keep([place for place in range(len(rows)) if place not in set(last)])
+        self._end(last)
         if self.rows:
             self._pass(forward)
         tokens: list[NewToken] = []
@@ -173,14 +184,21 @@ class Decoding(RowBatch):
                 cached = row.cached if row.n_given == 1 else 0
                 tokens.append(NewToken(row.number, token, row.finish(token), *scores.of(place), cached))
         stopped = {token.request for token in tokens if token.finish is not None}
-        places = [place for place, row in enumerate(self.rows) if row.number in stopped]
+        places = [place for place, row in enumerate(self.rows) if row.number in stopped and not row.ended]
         layers |= self._extracted(places)
         if self._on_ended is not None:
             for row, row_layers in layers.items():
                 self._on_ended(row, row_layers)
-        if places:
-            self.keep([place for place in range(len(self.rows)) if place not in set(places)])
+        self._end(places)
         return tokens
+
+    def _end(self, places: Sequence[int]) -> None:
+        """These rows get no further token. Those that have ended leave if they are too many."""
+        for place in places:
+            self.rows[place].ended = True
+        n_ended = len(self.rows) - self.under_way
+        if n_ended == len(self.rows) or n_ended > self._idle * len(self.rows):
+            self.keep([place for place, row in enumerate(self.rows) if not row.ended])
 
     def _extracted(self, places: Sequence[int]) -> dict[EngineRow, list[Any]]:
         """The caches of these rows that are kept."""
@@ -219,7 +237,7 @@ class Decoding(RowBatch):
         places: list[int] = []
         masks: list[np.ndarray] = []
         for place, row in enumerate(self.rows):
-            if (constraint := row.request.constraint) is None:
+            if (constraint := row.request.constraint) is None or row.ended:
                 continue
             if row.n_chosen and tokens[place] in row.ends:
                 continue  # it has ended: what this pass chooses for it is dropped
