@@ -28,14 +28,16 @@ OWN_ROWS = "retention"
 """The sweep that needs rows of general text."""
 
 
-def copied(name: str, seeds: int, folder: Path, retention: Path | None) -> Path:
-    """The ready-made sweep with the first ``seeds`` of its seeds."""
+def copied(name: str, options: argparse.Namespace, folder: Path) -> Path:
+    """The ready-made sweep with the first of its seeds."""
     path = spec.ready()[name]
     content: dict[str, Any] = origins.plain(origins.read(path, str))
-    content["seeds"] = content["seeds"][:seeds]
+    content["seeds"] = content["seeds"][: options.seeds]
+    if options.limit is not None and "evaluate" in content:
+        content["evaluation"] = {"limit": options.limit}
     text = origins.write(content)
-    if retention is not None:
-        text = text.replace("retention.jsonl", str(retention))
+    if options.retention is not None:
+        text = text.replace("retention.jsonl", str(options.retention.resolve()))
     copy = folder / f"{name}.yaml"
     copy.write_text(text, "utf-8")
     return copy
@@ -54,7 +56,7 @@ def swept(name: str, rows: Path, options: argparse.Namespace, folder: Path) -> S
     ]
     if name not in ("lora-vs-full", "objective"):  # where rates are varied, or follow from the objective
         sets.append(f"optimizer.learning_rate={options.rate}")
-    file = copied(name, options.seeds, folder, options.retention)
+    file = copied(name, options, folder)
     with console.sink(sys.stderr) as notify:
         report = tunesmith.sweep(
             file,
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--retention", type=Path, help="rows of general text; without, retention is left out")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--limit", type=int, help="questions and requests of a task (default: all)")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate, where it is not varied")
     parser.add_argument("--parallel", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="keep the trials here")
@@ -90,7 +93,7 @@ def main() -> None:
         rows = options.data or data.write(folder / "tools.jsonl", options.rows, seed=0)
         usable = [name for name in names if options.retention or name != OWN_ROWS]
         outcomes = {name: swept(name, Path(rows), options, folder) for name in options.sweeps or usable}
-    settings = {name: getattr(options, name) for name in ("steps", "seeds", "rate", "rows")}
+    settings = {name: getattr(options, name) for name in ("steps", "seeds", "rate", "rows", "limit")}
     results = {name: outcome.to_json() for name, outcome in outcomes.items()}
     record.keep({"benchmark": "sweeps", "settings": settings, "sweeps": results}, options.out)
     table = Table("sweep", "settings", "verdict", title=f"{options.steps} updates, {options.seeds} seeds")

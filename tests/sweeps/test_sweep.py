@@ -348,7 +348,7 @@ def test_a_sweep_names_a_file_of_general_rows_that_is_missing(place, monkeypatch
     told = str(caught.value)
     assert "data.mix" in told and "retention.jsonl" in told and "general rows" in told
     (tmp_path / "retention.jsonl").write_text("")
-    assert len(request("retention", **options).plan.trials) == 8
+    assert len(request("retention", **options).plan.trials) == 10
 
 
 def test_a_name_that_is_no_file_and_no_ready_made_sweep_lists_those():
