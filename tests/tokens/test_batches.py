@@ -150,5 +150,7 @@ def test_without_gradient_many_short_sequences_are_one_pass():
     assert Cut.forward(few, rows).tokens == FORWARD_TOKENS >= 17 * 30
     pairs = Cut.forward(BatchSpec(tokens=60), rows)(lengths, members)
     assert sorted(map(len, pairs)) == [1, *[2] * 8]
+    many = BatchSpec(sequences=2, micro=2, tokens=4096)
+    assert Cut.forward(many, rows).tokens == FORWARD_TOKENS, "no more than two rows were ever trained at once"
     long = [Group((Tokens(np.zeros(701, np.int32), np.ones(701, np.float32)),), "row")]
-    assert Cut.forward(few, long).tokens == 700
+    assert Cut.forward(few, long).tokens == 700 and Cut.forward(many, long).tokens == 1400

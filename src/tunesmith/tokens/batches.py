@@ -186,6 +186,13 @@ def bucketed(size: int) -> int:
     return -(-size // step) * step
 
 
+def forward_tokens(spec: BatchSpec, longest: int) -> int:
+    """Tokens of a pass without gradient (`Cut.forward`) over sequences of which the longest has so many."""
+    limit = spec.tokens or max(FORWARD_TOKENS, longest)
+    trained = limit if spec.micro is None else spec.micro * longest
+    return min(limit, max(FORWARD_TOKENS, trained))
+
+
 @dataclass(frozen=True)
 class Cut:
     """How an update is cut into micro-batches. ``tokens``: the budget of a micro-batch; one group may exceed
@@ -217,10 +224,10 @@ class Cut:
     @classmethod
     def forward(cls, spec: BatchSpec, groups: Sequence[Group]) -> Cut:
         """The cut of passes without gradient over the sequences of ``groups``. No layer's activations are
-        kept, so that ``spec.micro`` does not count and a pass has `FORWARD_TOKENS`, or the longest sequence;
-        ``spec.tokens`` is a limit here too."""
+        kept, so that a pass has as many tokens as a micro-batch of training may have, and at least
+        `FORWARD_TOKENS`, however few rows ``spec.micro`` allows. ``spec.tokens`` is a limit here too."""
         longest = max((group.length for group in groups), default=1)
-        return cls(spec.tokens or max(FORWARD_TOKENS, longest), None, spec.pack)
+        return cls(forward_tokens(spec, longest), None, spec.pack)
 
     def halved(self, lengths: Sequence[int]) -> Cut | None:
         """A cut whose budget is half the tokens of this micro-batch, or None if it is one row."""

@@ -25,7 +25,7 @@ from tunesmith.evaluation.subject import Subject
 from tunesmith.events import Notice
 from tunesmith.model import abilities, kernels, logprobs, vocabulary
 from tunesmith.model import loading as model
-from tunesmith.tokens.batches import FORWARD_TOKENS, BatchSpec, Cut
+from tunesmith.tokens.batches import BatchSpec, Cut, forward_tokens
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -73,7 +73,7 @@ def likelihoods(
         passes = _passes(requests)
         families = _families(passes) if gather and abilities.continues(net) else [(0, range(len(passes)))]
         longest = max((len(run.ids) for run in passes), default=1)
-        tokens = batch.tokens or max(FORWARD_TOKENS, longest)
+        tokens = forward_tokens(batch, longest)
         alone = [member for shared, members in families if not shared for member in members]
         sharing = [(shared, list(members)) for shared, members in families if shared]
         for shared, members in [(0, alone), *sharing]:

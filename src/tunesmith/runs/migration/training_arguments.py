@@ -63,7 +63,7 @@ REASONS: Mapping[str, str] = {
     "eval_steps": PER_EPOCH,
     "save_steps": PER_EPOCH,
     "eval_delay": PER_EPOCH,
-    "per_device_eval_batch_size": "held-out rows are measured many at once: batch.tokens is their limit",
+    "per_device_eval_batch_size": "held-out rows are measured many at once, batch.tokens at most",
     "eval_*": "the held-out rows are measured one way, in sums over all of them",
     "batch_eval_metrics": "the held-out rows are measured one way, in sums over all of them",
     "prediction_loss_only": "the held-out rows are measured one way, in sums over all of them",
