@@ -227,5 +227,6 @@ def test_the_pass_that_measures_difficulty_has_its_name(tiny_model, rows, monkey
         tunesmith.plan(settings(tiny_model, rows, f"data.order={order}")).forecast
         for order in ("shuffled", "difficulty")
     )
-    names = {term.name for term in ordered.beside} - {term.name for term in shuffled.beside}
+    new = {term.name for term in ordered.beside} | {ordered.moment}
+    names = new - {term.name for term in shuffled.beside} - {shuffled.moment}
     assert names == {"measuring difficulty"} and ordered.total_s.value > shuffled.total_s.value
