@@ -165,8 +165,9 @@ class Engine:
         return []
 
     def advance(self) -> list[NewToken]:
-        """Like `step`, but reads one chunk of prompts at most, so it may be empty while the engine is
-        `busy`: a server takes up what was submitted and cancelled meanwhile."""
+        """Like `step`, but reads one chunk of prompts at most (with ``idle`` as many as fill the batch), so
+        it may be empty while the engine is `busy`: a server takes up what was submitted and cancelled
+        meanwhile."""
         forward = self._decode_forward()
         tokens = [token for batch in self._decoding for token in batch.advance(forward)]
         self._decoding = [batch for batch in self._decoding if batch.rows]
