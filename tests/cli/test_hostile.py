@@ -48,6 +48,7 @@ def answered(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """What the command printed, within the limits of time and memory."""
     path = os.pathsep.join([str(Path(tunesmith.__file__).parents[1])])
     peak = cwd / "peak-memory"
+    peak.unlink(missing_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(peak), sys.executable, "-m", "tunesmith", *map(str, words)],
         cwd=cwd,
@@ -58,7 +59,7 @@ def answered(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         errors="surrogateescape",
         preexec_fn=limited,
     )
-    assert done.returncode < 128, f"killed by signal {done.returncode - 128} after {SECONDS} s of work"
+    assert 0 <= done.returncode < 128, f"killed by signal {done.returncode - 128} after {SECONDS} s of work"
     assert "Traceback" not in done.stderr, done.stderr
     assert int(peak.read_text()) < MEMORY
     return done

@@ -56,8 +56,8 @@ class Engine:
     included, that one chunk of prompts has, so that a long prompt delays nobody's next token by more.
     ``prefixes``: where prompts that were read are kept for later ones. ``kv_bits``: 8 or 4 keeps keys and
     values in so many bits. ``speculation``: guesses tokens of a request that is under way alone, if the cache
-    of the model is always trimmable. ``idle``: the share of the batch that may do nothing before rows that
-    have ended leave it, and waiting ones begin. Either copies the keys and values of all rows."""
+    of the model is always trimmable. ``idle``: the share of the batch that may be rows that have ended,
+    whose further tokens are dropped: letting rows leave or join copies all keys and values."""
 
     def __init__(
         self,
@@ -97,6 +97,8 @@ class Engine:
             if not caches.always_trimmable(self._growth):
                 self._speculation = None  # guesses that are not chosen could not be taken back
             self._longest = vocabulary.limits(self._net).positions
+            if self._longest is not None:
+                self._idle = 0.0  # a row that stays after its end would pass the last position
             if (limit := _wired_limit()) is not None:
                 inside.callback(mx.set_wired_limit, limit)
                 inside.callback(mx.synchronize)
@@ -181,7 +183,7 @@ class Engine:
             self._read(self._reading)
             if not self._idle:
                 break
-            self._admit()  # nobody waits for a token: first the batch is filled
+            self._admit(filling=True)  # nobody waits for a token: first the batch is filled
         return tokens
 
     def cancel(self, numbers: Sequence[int]) -> None:
@@ -197,7 +199,7 @@ class Engine:
         if self._reading is not None and not self._reading.rows:
             self._reading = None
 
-    def _admit(self) -> None:
+    def _admit(self, filling: bool = False) -> None:
         """Let waiting rows begin while there is room: their prompts are read next."""
         # At least two tokens of each: mlx-lm's cache of a sliding window goes wrong where a pass over several
         # tokens of several rows follows one over single tokens.
@@ -207,7 +209,7 @@ class Engine:
         begun: dict[EngineRow, list[Any]] = {}
         decoding = sum(batch.under_way for batch in self._decoding)
         worth = min(len(self._waiting), int(self._idle * self._batch_size))
-        if self._reading is None and decoding and self._batch_size - decoding < worth:
+        if not filling and self._reading is None and decoding and self._batch_size - decoding < worth:
             return
         while self._waiting:
             reading = [*(self._reading.rows if self._reading is not None else []), *begun]
@@ -307,7 +309,7 @@ class Engine:
         if self._speculation is None:
             return self._forward
         others = len(self._waiting) + (len(self._reading.rows) if self._reading is not None else 0)
-        if others + sum(batch.under_way for batch in self._decoding) == 1 and self._decoding:
+        if others + sum(len(batch.rows) for batch in self._decoding) == 1 and self._decoding:
             return self._speculation.over(self._forward)
         self._speculation.settle()
         return self._forward

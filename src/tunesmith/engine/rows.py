@@ -229,7 +229,7 @@ class Decoding(RowBatch):
         self._scores = Scores(raw, self._next, requests)
         mx.async_eval(self._next, *self._scores.arrays)
         for row in rows:
-            row.read += 1
+            row.read += not row.ended
 
     def _masked(self, logits: mx.array, tokens: Sequence[int]) -> mx.array:
         """(B, V) with −inf where the constraint of the row forbids. ``tokens``: what was generated last."""

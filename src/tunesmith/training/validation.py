@@ -43,7 +43,7 @@ class Validation:
             return np.zeros(0)
         cut = Cut.forward(self.config.batch, groups)
         if cursor.tokens is not None:  # the budget was lowered when memory ran out
-            cut = replace(cut, tokens=cursor.tokens)
+            cut = replace(cut, tokens=min(cut.tokens, cursor.tokens))
         parts = [np.zeros(len(group.sequences)) for group in groups]
         mine = range(self.ranks.rank, len(groups), self.ranks.size)
         sums = scoring.sequence_sums(self.net, [groups[index] for index in mine], cut, tick)

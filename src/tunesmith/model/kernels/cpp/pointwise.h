@@ -195,12 +195,13 @@ inline void divergences_gradient(
   in_parts(rows, 1, [=](int64_t row, int64_t) {
     const float *b = base + row * width, *x = logits + row * width;
     float* y = out + row * width;
-    const float most_b = highest(b, width), most_x = highest(x, width), c = cotangents[row];
-    const float share_b = static_cast<float>(1 / sum_of_exponentials(b, width, most_b));
-    const float share_x = static_cast<float>(1 / sum_of_exponentials(x, width, most_x));
+    const float most_b = highest(b, width), most_x = highest(x, width);
+    const double total_b = sum_of_exponentials(b, width, most_b), total_x = sum_of_exponentials(x, width, most_x);
+    // One product of two rounded numbers less another would leave the rounding of one of them.
+    const float share = static_cast<float>(cotangents[row] / total_x), ratio = static_cast<float>(total_x / total_b);
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i)
-      y[i] = c * (share_x * exponential(x[i] - most_x) - share_b * exponential(b[i] - most_b));
+      y[i] = share * (exponential(x[i] - most_x) - ratio * exponential(b[i] - most_b));
   });
 }
 
