@@ -94,3 +94,28 @@ def test_nothing_is_read_of_prompts_that_are_refused():
         generation.generate(net, [[*BEGINNING, 10**6], *PROMPTS], eos_ids=[])
     assert net.positions < len(BEGINNING)
     assert generation.generate(net, [], eos_ids=[]) == []
+
+
+def test_no_row_passes_the_last_learned_position():
+    """A row that may have no further token does not stay in a batch whose others go on."""
+    net = made(
+        "gpt2",
+        n_positions=32,
+        n_ctx=32,
+        n_embd=32,
+        n_head=2,
+        n_layer=1,
+        layer_norm_epsilon=1e-5,
+        vocab_size=64,
+    )
+    asked: list[int] = []
+
+    class Recorded(nn.Embedding):
+        def __call__(self, x):
+            asked.append(int(x.max().item()))
+            return super().__call__(x)
+
+    net.model.wpe = Recorded(*net.model.wpe.weight.shape)
+    prompts = [[1 + place % 7 for place in range(28)], *([3, number] for number in range(1, 6))]
+    generation.generate(net, prompts, max_tokens=20, eos_ids=[], batch_size=8)
+    assert max(asked) == 31
