@@ -111,7 +111,8 @@ def test_rows_that_ended_may_stay_for_a_while_and_change_no_answer(alone, monkey
 
     monkeypatch.setattr(RowBatch, "keep", counted)
     requests = [
-        replace(request(place, end_ids=(alone[0][2],)), max_tokens=2 + place * 5 % 9) for place in range(24)
+        replace(request(place, end_ids=(alone[0][2],)), max_tokens=2 + (place * 5 + 7) % 9)
+        for place in range(24)
     ]
     answers, changes = [], []
     for idle in (0.0, 0.5):
@@ -119,9 +120,10 @@ def test_rows_that_ended_may_stay_for_a_while_and_change_no_answer(alone, monkey
         with Engine(fresh(), batch_size, idle=idle) as engine:
             answers.append(finished(engine, engine.submit(requests)))
         changes.append(sum(copies))
-    assert answers[0] == answers[1] and {len(answer) for answer in answers[0]} >= {2, 5, 9}
+    assert answers[0] == answers[1] and len({len(answer) for answer in answers[0]}) > 4
+    assert len(answers[0][0]) < requests[0].max_tokens, "it ends by its end token"
     if batching.batches(fresh()):
-        assert changes[1] < 0.7 * changes[0]
+        assert changes[1] < 0.8 * changes[0]
 
 
 def test_requests_that_join_midway_change_no_answer(values, alone):

@@ -40,7 +40,7 @@ KEEPING = (
     *("adapter.layers=15", "adapter.dropout=0", "loop.epochs=1"),
     *("loop.validate_every=60", "loop.save_every=60"),
 )
-"""Settings beside these rows: upper layers alone take less time, and are enough."""
+"""Settings beside these rows: upper layers alone, and fewer validations, take less time and are enough."""
 SHOWN = 3  # examples on the last screen
 MAX_TOKENS = 64
 TASKS = ("perplexity", "adherence", "tool_calls", "preference", "drift")

@@ -55,8 +55,8 @@ def _together(net: nn.Module) -> list[tuple[list[int], mx.array]]:
             logits[row.number].append(values[place, -1])
         return values
 
-    reading, short, late = (RowBatch.of([row], [caches.new_cache(net, None)], alone=False) for row in rows)
-    reading.join(short)
+    reading = RowBatch.of(rows[:2], [caches.new_cache(net, None) for _ in range(2)], alone=False)
+    late = RowBatch.of(rows[2:], [caches.new_cache(net, None)], alone=False)
     reading.read(read, CHUNK)
     decoding = Decoding(reading.take([1]), None)
     decoding.advance(decode)

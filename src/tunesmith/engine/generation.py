@@ -22,7 +22,7 @@ from tunesmith.tokens import template
 from tunesmith.tokens.growing import GrowingText
 
 IDLE_ON_CPU = 0.25
-"""Share of a batch that may do nothing on a CPU, whose memory is slow."""
+"""Share of a batch that may be rows that have ended, on a CPU: copies of keys and values are slow there."""
 THIS_NET = "net"
 """Key of its prefixes: there are no others."""
 UNBOUNDED = 1 << 62
