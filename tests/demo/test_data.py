@@ -138,6 +138,15 @@ def test_a_system_message_comes_first_and_changes_nothing_else():
     assert told == plain
 
 
+def test_rows_of_some_tools_name_no_other_even_where_they_are_wrong():
+    names = {tool.name for tool in demo_data.TWELVE}
+    assert len(names) == 12
+    rows = generate(240, 0, tools=demo_data.TWELVE)
+    assert {row["tool"] for row in rows} == names
+    called = {call.name for row in rows if row["fault"] == "wrong_tool" for call in parse(given(row))}
+    assert called and called <= names
+
+
 def test_the_file_holds_the_rows(tmp_path):
     path = demo_data.write(tmp_path / "demo.jsonl", rows=30, seed=4)
     raw = path.read_bytes()

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from tunesmith.demo import __main__ as script
 
-QUICK = ["loop.epochs=0.1", "loop.validate_every=0", "loop.samples=0", "batch.length=256", "data.valid=0.1"]
+QUICK = ["adapter.layers=2", "loop.epochs=0.1", "loop.validate_every=0", "loop.samples=0", "data.valid=0.1"]
 
 
 @pytest.fixture(scope="module")

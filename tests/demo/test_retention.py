@@ -76,7 +76,7 @@ def test_no_row_is_near_a_row_of_a_suite(least):
             assert len(rare & others) < 0.6 * len(rare | others), (text, other)
 
 
-def test_the_demo_distils_every_row_once_if_asked(tmp_path, monkeypatch):
+def test_the_demo_distils_every_row_once_unless_told(tmp_path, monkeypatch):
     class Configured(Exception):
         pass
 
@@ -86,9 +86,9 @@ def test_the_demo_distils_every_row_once_if_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "fetch_model", lambda folder: folder)
     monkeypatch.setattr(script.tunesmith, "configure", configure)
     with pytest.raises(Configured) as plain:
-        script.demo(tmp_path / "a", 20, ["loop.epochs=1"])
+        script.demo(tmp_path / "a", 20, ["loop.epochs=1"], alone=True)
     with pytest.raises(Configured) as mixed:
-        script.demo(tmp_path / "b", 20, ["loop.epochs=1"], keep=True)
+        script.demo(tmp_path / "b", 20, ["loop.epochs=1"])
     first = [json.loads((tmp_path / name / "tools.jsonl").read_text().splitlines()[0]) for name in ("a", "b")]
     assert [row["conversations"][0]["role"] for row in first] == ["user", "system"]
     assert plain.value.args[0] == ["loop.epochs=1"]

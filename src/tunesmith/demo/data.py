@@ -20,7 +20,7 @@ from tunesmith.errors import DataError
 
 Arguments = dict[str, str | int]
 SYSTEM = "Answer with one tool call."
-"""The system message of requests for a call, where the model is to answer all others as before."""
+"""The system message of the demo's requests: without it the model is to answer as before."""
 DESIRABLE = 0.75  # share of the rows that are right
 FAULTS = ("wrong_tool", "missing_argument", "malformed_json", "invented_argument", "prose")
 
@@ -58,6 +58,10 @@ TOOLS = [
 ]
 
 
+TWELVE = tuple(tool for tool in TOOLS if tool.name in _TABLE["twelve"])
+"""Tools that a small model learns in fewer rows than all of TOOLS."""
+
+
 def _shuffled(n: int, chance: random.Random) -> Iterator[int]:
     moved: dict[int, int] = {}  # a Fisher-Yates shuffle of 0 … n − 1, from its end and as far as needed
     for last in range(n - 1, 0, -1):
@@ -75,9 +79,11 @@ def _answer(name: str, arguments: Arguments) -> str:
     return f"tool_call: {name}\narguments: {json.dumps(arguments, ensure_ascii=False)}"
 
 
-def _faulty(fault: str, tool: Tool, arguments: Arguments, chance: random.Random) -> str:
+def _faulty(
+    fault: str, tool: Tool, arguments: Arguments, tools: Sequence[Tool], chance: random.Random
+) -> str:
     if fault == "wrong_tool":
-        return _answer(_pick([other.name for other in TOOLS if other is not tool], chance), arguments)
+        return _answer(_pick([other.name for other in tools if other is not tool], chance), arguments)
     if fault == "missing_argument":
         left_out = _pick(list(arguments), chance)
         return _answer(tool.name, {key: value for key, value in arguments.items() if key != left_out})
@@ -90,21 +96,23 @@ def _faulty(fault: str, tool: Tool, arguments: Arguments, chance: random.Random)
     return _pick(_TABLE["prose"], chance)
 
 
-def generate(rows: int = 400, seed: int = 0, system: str | None = None) -> list[dict[str, object]]:
+def generate(
+    rows: int = 400, seed: int = 0, system: str | None = None, tools: Sequence[Tool] = TOOLS
+) -> list[dict[str, object]]:
     """Rows with ``conversations`` (``system`` if given, user, assistant), ``label`` (True: right), ``tool``,
     ``fault`` (one of FAULTS, or None if right) and ``expected`` (the right answer). No two have the same
     request, and all tools have equal shares. Raises DataError if there are fewer different requests."""
-    most = len(TOOLS) * min(map(Tool.size, TOOLS))
+    most = len(tools) * min(map(Tool.size, tools))
     if not 0 < rows <= most:
         raise DataError(f"{rows} rows of demo data were asked for", hint=f"give a number from 1 to {most}")
     chance = random.Random(seed)
-    sources = [TOOLS[index].rows(chance) for index in reversed([*_shuffled(len(TOOLS), chance)])]
+    sources = [tools[index].rows(chance) for index in reversed([*_shuffled(len(tools), chance)])]
     made: list[dict[str, object]] = []
     for number in range(rows):
         tool, prompt, arguments = next(sources[number % len(sources)])
         right = _answer(tool.name, arguments)
         fault = None if number < round(rows * DESIRABLE) else FAULTS[number % len(FAULTS)]
-        given = _faulty(fault, tool, arguments, chance) if fault else right
+        given = _faulty(fault, tool, arguments, tools, chance) if fault else right
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": given}]
         turns = turns if system is None else [{"role": "system", "content": system}, *turns]
         made.append(
@@ -113,11 +121,13 @@ def generate(rows: int = 400, seed: int = 0, system: str | None = None) -> list[
     return [made[index] for index in reversed([*_shuffled(rows, chance)])]
 
 
-def write(path: Path, rows: int = 400, seed: int = 0, system: str | None = None) -> Path:
-    """``generate(rows, seed, system)`` as JSON lines (UTF-8, "\n") at ``path``, whose folder must exist."""
+def write(
+    path: Path, rows: int = 400, seed: int = 0, system: str | None = None, tools: Sequence[Tool] = TOOLS
+) -> Path:
+    """``generate(rows, seed, system, tools)`` as JSON lines (UTF-8, "\n") at ``path``, whose folder must
+    exist."""
+    made = generate(rows, seed, system, tools)
     path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generate(rows, seed, system)),
-        "utf-8",
-        newline="\n",
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), "utf-8", newline="\n"
     )
     return path
