@@ -17,6 +17,7 @@ from gguf_files import write_gguf
 from processes import cache_folder
 from tunesmith.errors import ModelError
 from tunesmith.model import kernels, loading
+from tunesmith.model.gguf import reading
 
 IDS = mx.array([[5, 77, 130, 9, 262, 33, 71, 12]])
 
@@ -54,6 +55,18 @@ def logits(path: Path) -> np.ndarray:
 @pytest.fixture
 def whole(tmp_path, tiny_model) -> Path:
     return write_gguf(tmp_path / "whole.gguf", tiny_model, "Q8_0")
+
+
+def test_a_header_is_what_the_librarys_own_reader_reads(whole):
+    ours, theirs = reading.Reader(whole), GGUFReader(whole)
+    assert type(ours.data) is np.ndarray and type(theirs.data) is np.memmap  # else ours is not needed
+    assert list(ours.fields) == list(theirs.fields)
+    for field in theirs.fields.values():
+        assert ours.fields[field.name].contents() == field.contents()
+        assert ours.fields[field.name].types == field.types
+    assert [tensor.name for tensor in ours.tensors] == [tensor.name for tensor in theirs.tensors]
+    for own, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert np.array_equal(own.data, other.data) and own.tensor_type == other.tensor_type
 
 
 @pytest.mark.parametrize("small_first", [False, True])

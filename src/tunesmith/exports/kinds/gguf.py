@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
-from gguf import GGUFReader
 
 from tunesmith import events
 from tunesmith.errors import ExportError, ModelError
@@ -262,7 +261,7 @@ def _remarks(tuned: Tuned, path: Path) -> tuple[str, ...]:
         remarks.append(f"llama.cpp ignores the sliding window of {window} tokens: longer texts differ")
     if isinstance(tuned.renderer, MistralRenderer):
         remarks.append("start it with --chat-template mistral-v3: it gives the ids of training")
-    elif "tokenizer.chat_template" not in GGUFReader(path).fields:
+    elif "tokenizer.chat_template" not in reading.Reader(path).fields:
         remarks.append("the base has no chat template to put into the file: name one to the program")
     return tuple(remarks)
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType
 from mlx.utils import tree_unflatten
 
 from tunesmith import events
@@ -40,6 +40,7 @@ from tunesmith.exports.weights import INSIDE
 from tunesmith.model import loading
 from tunesmith.model.gguf import weights, writing
 from tunesmith.model.gguf.architectures import ARCHITECTURES, Config
+from tunesmith.model.gguf.reading import Reader
 from tunesmith.model.gguf.writing import Encoding, NewTensor, Slot
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs import opening
@@ -114,7 +115,7 @@ class GGUFLoRA(ForLlamaCpp):
     def reload(self, folder: Path, source: ModelSpec, run: Run, notify: Sink) -> Reloaded:
         loaded = loading.load(plain(source), notify)
         renderer = opening.renderer_of(run, source.tokenizer or loaded.path)
-        problems = _apply(loaded.net, settings(loaded), GGUFReader(folder / FILE))
+        problems = _apply(loaded.net, settings(loaded), Reader(folder / FILE))
         return Reloaded(loaded.net, renderer, declared_ends(loaded.path, renderer), tuple(problems))
 
 
@@ -153,7 +154,7 @@ def _tensor(name: str, value: np.ndarray) -> NewTensor:
     return NewTensor(name, content.shape, FLOAT32, lambda: [content])
 
 
-def _apply(net: Any, config: Config, reader: GGUFReader) -> list[str]:
+def _apply(net: Any, config: Config, reader: Reader) -> list[str]:
     """Put the adapter in place as llama.cpp does; returns what matches nothing, or does not fit."""
     values = {name: field.contents() for name, field in reader.fields.items()}
     architecture = str(values["general.architecture"])

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from gguf import GGUFReader
-
 from tunesmith.data import formats
 from tunesmith.data.examples import JSON, Conversation, Demonstration, Judged
 from tunesmith.errors import ExportError, TemplateError
@@ -28,6 +26,7 @@ from tunesmith.exports.kind import (
 )
 from tunesmith.exports.kinds.gguf import GGUFF16, GGUFQ40, GGUFQ80
 from tunesmith.exports.kinds.gguf_mixes import GGUFQ4KM
+from tunesmith.model.gguf.reading import Reader
 from tunesmith.model.loading import ModelSpec
 from tunesmith.runs.directory import VALID, Run
 from tunesmith.tokens.template import Renderer
@@ -181,7 +180,7 @@ def _remarks(conversations: Sequence[Conversation], system: str | None, tools: t
 
 def _bos(model: Path, renderer: Renderer) -> str:
     """The text of the token that llama.cpp writes before every prompt, or nothing."""
-    fields = GGUFReader(model).fields
+    fields = Reader(model).fields
     of = "tokenizer.ggml."
     spm = fields[f"{of}model"].contents() == "llama"
     adds = fields[f"{of}add_bos_token"].contents() if f"{of}add_bos_token" in fields else spm

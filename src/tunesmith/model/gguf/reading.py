@@ -7,11 +7,25 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from gguf import GGUFReader, ReaderField, ReaderTensor
 
 from tunesmith.errors import ModelError, listing
 
 PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+
+
+class Reader(GGUFReader):
+    """The library's reader of one file. It cuts each word of a vocabulary out of a numpy.memmap, which takes
+    many times as long as out of the plain array in the same memory."""
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._plain
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self._plain = mapped.view(np.ndarray)
 
 
 class GGUFModel(NamedTuple):
@@ -64,9 +78,9 @@ def read(path: Path) -> GGUFModel:
     return GGUFModel({name: field for name, field in fields if not name.startswith("split.")}, tensors)
 
 
-def _reader(path: Path) -> GGUFReader:
+def _reader(path: Path) -> Reader:
     try:
-        reader = GGUFReader(path)
+        reader = Reader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         hint = "it may be cut short or of a newer version; compare its size with the source's"
         message = f"is not a complete, readable GGUF file: {error}"
@@ -76,6 +90,6 @@ def _reader(path: Path) -> GGUFReader:
     return reader
 
 
-def _value(reader: GGUFReader, key: str) -> Any:
+def _value(reader: Reader, key: str) -> Any:
     field = reader.fields.get(key)
     return None if field is None else field.contents()
