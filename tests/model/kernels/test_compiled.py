@@ -663,7 +663,7 @@ def test_two_processes_compile_once(tmp_path):
         lines = [line for task in tasks for line in task.result().stdout.splitlines()]
     assert lines.count("missing None") == 2
     notices = [line for line in lines if line.startswith("notice")]
-    assert notices == ["notice compiling the kernels for this CPU, once: about 10 seconds"]
+    assert notices == ["notice compiling the kernels for this CPU, once: 10 to 30 seconds"]
     errors = [float(line.removeprefix("error ")) for line in lines if line.startswith("error")]
     assert len(errors) == 4 and max(errors) < 8e-6
     (library,) = tmp_path.glob("kernels/*/*.so")

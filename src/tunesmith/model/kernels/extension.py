@@ -83,7 +83,7 @@ _loaded: Extension | None = None
 
 def load(notify: Sink = silent) -> Extension:
     """The kernels; all calls return the same. The first compiles them if the cache does not hold them, which
-    takes about 10 seconds, after a notice to ``notify``."""
+    takes 10 to 30 seconds, after a notice to ``notify``."""
     global _loaded
     if _loaded is None:
         with _loading:
@@ -126,7 +126,7 @@ def _compiled(notify: Sink) -> Path:
     target = backend.cache_folder() / "kernels" / _digest(compiler, options) / f"{NAME}{suffix}"
     if not target.is_file():
         sources = [str(SOURCES / "extension.cpp"), str(binding / "src" / "nb_combined.cpp")]
-        _compile([compiler, *options, *sources, "-lmlx"], target, notify)  # MLX is loaded already
+        _compile([compiler, *options], sources, target, notify)
         _delete_unused(target.parent)
     return target
 
@@ -164,21 +164,29 @@ def _vectors() -> list[str]:
     return ["-mprefer-vector-width=512"] if "avx512f" in _instructions().split() else []
 
 
-def _compile(command: list[str], target: Path, notify: Sink) -> None:
+def _compile(command: list[str], sources: list[str], target: Path, notify: Sink) -> None:
+    """``command``: the compiler and its options. Raises _Missing if it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(target.parent / "lock"):
         if target.is_file():  # another process has compiled it meanwhile
             return
-        notify(Notice("compiling the kernels for this CPU, once: about 10 seconds", where="kernels"))
+        notify(Notice("compiling the kernels for this CPU, once: 10 to 30 seconds", where="kernels"))
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            objects = [str(Path(folder) / f"{Path(source).stem}.o") for source in sources]
+            pairs = zip(sources, objects, strict=True)
+            _run([[*command, "-c", source, "-o", object] for source, object in pairs])
             draft = Path(folder) / target.name
-            run = subprocess.run([*command, "-o", str(draft)], capture_output=True, text=True, check=False)
-            if run.returncode != 0:
-                lines = [
-                    line for line in run.stderr.splitlines() if "error" in line
-                ] or run.stderr.splitlines()
-                raise _Missing(f"g++ cannot compile the kernels: {lines[0] if lines else run.returncode}")
+            _run([[*command, *objects, "-lmlx", "-o", str(draft)]])  # MLX is loaded already
             os.replace(draft, target)
+
+
+def _run(commands: list[list[str]]) -> None:
+    """All of them at the same time. Raises _Missing if one fails."""
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    for run, errors in [(run, run.communicate()[1]) for run in runs]:
+        if run.returncode != 0:
+            lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()
+            raise _Missing(f"g++ cannot compile the kernels: {lines[0] if lines else run.returncode}")
 
 
 def _delete_unused(folder: Path) -> None:
