@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from tunesmith import adapters
 from tunesmith.adapters import DoRA, LoRA
 from tunesmith.engine import batching
-from tunesmith.engine.engine import Engine
+from tunesmith.engine.engine import UNLIMITED, Engine
 from tunesmith.engine.requests import Request
 from tunesmith.engine.rows import RowBatch
 from tunesmith.errors import ModelError
@@ -124,6 +124,22 @@ def test_rows_that_ended_may_stay_for_a_while_and_change_no_answer(alone, monkey
     assert len(answers[0][0]) < requests[0].max_tokens, "it ends by its end token"
     if batching.batches(fresh()):
         assert changes[1] < 0.8 * changes[0]
+
+
+def test_short_prompts_are_read_in_one_pass_where_nobody_waits_for_a_token(alone, monkeypatch):
+    """Rows that join others later have all keys and values copied."""
+    joins: list[int] = []
+    join = RowBatch.join
+    monkeypatch.setattr(RowBatch, "join", lambda self, other: (joins.append(1), join(self, other)))
+    answers, counts = [], []
+    for idle in (0.0, 0.25):
+        with Engine(fresh(), 24, prefill_tokens=UNLIMITED, idle=idle) as engine:
+            joins.clear()  # those of the trial whether rows can share passes
+            answers.append(finished(engine, engine.submit([request(place) for place in range(24)])))
+        counts.append(len(joins))
+    assert answers[0] == answers[1]
+    if batching.batches(fresh()):
+        assert counts == [2, 0]
 
 
 def test_requests_that_join_midway_change_no_answer(values, alone):

@@ -11,6 +11,7 @@ from adapters.test_layers import fresh, move
 
 from tunesmith import adapters
 from tunesmith.adapters import LoRA
+from tunesmith.engine import caches
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.prefixes import Prefixes
 from tunesmith.engine.requests import NewToken, Request
@@ -46,6 +47,15 @@ def request(ids: list[int], **options) -> Request:
 
 def ids_of(tokens: list[NewToken]) -> list[int]:
     return [token.token for token in tokens]
+
+
+def test_a_cache_without_room_for_more_is_smaller_and_continues_alike():
+    before, after = layers(STEM[:20]), layers(STEM[:20])
+    caches.fit(after)
+    assert sum(layer.nbytes for layer in after) * 256 == sum(layer.nbytes for layer in before) * 20
+    for ids in (STEM[20:22], STEM[22:23]):
+        first, second = (fresh()(mx.array([ids]), cache=cache) for cache in (before, after))
+        assert mx.array_equal(first, second)
 
 
 def test_the_longest_beginning_is_found_and_trimmed():

@@ -64,6 +64,17 @@ def read(net: nn.Module, ids: Sequence[int] | np.ndarray, layers: list[Any], chu
         mx.eval([layer.state for layer in layers])
 
 
+def fit(layers: Sequence[Any]) -> None:
+    """Give back the room of plain caches for further positions: it would be copied with each copy."""
+    from mlx_lm.models.cache import KVCache
+
+    for layer in layers:
+        if type(layer) is KVCache and not layer.empty():
+            plain: Any = layer  # isinstance narrows, and mlx-lm's attributes begin as None
+            plain.keys = mx.contiguous(plain.keys[..., : plain.offset, :])
+            plain.values = mx.contiguous(plain.values[..., : plain.offset, :])
+
+
 def trim(layers: Sequence[Any], count: int) -> None:
     """Take away the last ``count`` positions."""
     for layer in layers if count else ():

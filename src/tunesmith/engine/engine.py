@@ -214,7 +214,7 @@ class Engine:
         while self._waiting:
             reading = [*(self._reading.rows if self._reading is not None else []), *begun]
             under_way = len(reading) + sum(batch.under_way for batch in self._decoding)
-            if under_way >= self._batch_size or len(reading) >= at_once:
+            if under_way >= self._batch_size or (len(reading) >= at_once and not self._short(reading)):
                 break
             row = self._waiting.popleft()
             if row.reader is None or row.reader not in reading:
@@ -234,6 +234,12 @@ class Engine:
                 self._reading = batch
             else:
                 self._reading.join(batch)
+
+    def _short(self, reading: Sequence[EngineRow]) -> bool:
+        """Whether one prompt more can be read in the same pass, of `READ_AT_ONCE` positions, while nobody
+        waits for a token: rows that join others later have all keys and values copied."""
+        longest = max(row.unread for row in reading)  # the longest prompts begin first
+        return self._idle > 0 and self._together and (len(reading) + 1) * longest <= READ_AT_ONCE
 
     def _reader_for(self, row: EngineRow, reading: Sequence[EngineRow]) -> EngineRow | None:
         """The row among ``reading`` whose prefix is worth waiting for."""

@@ -83,6 +83,7 @@ def _read_beginning(net: nn.Module, prompts: Sequence[Sequence[int]], prefixes: 
         return
     layers = caches.new_cache(net, None)
     caches.read(net, first[:common], layers, READ_AT_ONCE)
+    caches.fit(layers)
     prefixes.add(THIS_NET, first[:common].tolist(), layers)
 
 
