@@ -20,7 +20,7 @@ from tunesmith.events import Notice, Sink
 from tunesmith.learning import optimizer
 from tunesmith.machine import backend, ranks
 from tunesmith.machine.ranks import Ranks
-from tunesmith.model import families, vocabulary
+from tunesmith.model import families, kernels, vocabulary
 from tunesmith.model.loading import Loaded
 from tunesmith.runs import lineage, manifest
 from tunesmith.runs.checkpoints import Cursor
@@ -59,6 +59,7 @@ def train(
     # 1. Settings and machine
     before = forecast.held_before()
     config = _checked(config, out, resume, among, notes, hear)
+    kernels.begin(hear)  # they are compiled while the rows are read
     # 2. Files → examples → audit → tokens → groups → plan of updates
     recorded = manifest.recorded(resume) if resume else Recorded.on_first_rank(among)
     audited = resume is not None and (resume.path / AUDIT).exists()

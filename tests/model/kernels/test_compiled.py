@@ -672,6 +672,34 @@ def test_two_processes_compile_once(tmp_path):
     assert library.stat().st_mtime > time.time() - 3600, "when it was last loaded"
 
 
+BEGIN = """
+notices = []
+kernels.begin(notices.append)
+print(len(notices), *cache.glob("kernels/*/*.so"))
+print(kernels.missing(notices.append), len(notices), len([*cache.glob("kernels/*/*.so")]))
+kernels.begin(notices.append)
+print(len(notices), kernels.swiglu(mx.array([2.0]), mx.array([1.0])).item())
+"""
+
+
+def test_kernels_are_compiled_while_other_work_goes_on(tmp_path):
+    code = f"from pathlib import Path\ncache = Path({str(tmp_path)!r})\n{BEGIN}"
+    environment = {"TUNESMITH_CACHE": str(tmp_path), "TUNESMITH_CXXFLAGS": "-O1"}
+    first, second, third = run_code(code, **environment).stdout.splitlines()
+    assert first == "1", "a notice, and no library yet"
+    assert second == "None 1 1", "waited for, not compiled again"
+    assert third.startswith("1 1.7615")
+    assert run_code(code, **environment).stdout.startswith("0 /"), "compiled before"
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_what_cannot_be_compiled_is_told_where_it_is_loaded(case, tmp_path):
+    environment, reason = REASONS[case]
+    code = "kernels.begin(print)\nprint(kernels.missing().missing)"
+    said = run_code(code, TUNESMITH_CACHE=str(tmp_path), **environment).stdout.splitlines()
+    assert said[-1].startswith(reason)
+
+
 def test_kernels_that_nobody_loads_are_deleted(tmp_path):
     now = time.time()
     for name, days in (("new", 0), ("used", 29), ("unused", 31), ("own", 90)):

@@ -29,6 +29,7 @@ __all__ = [
     "PromptCache",
     "add_product",
     "attention",
+    "begin",
     "choice",
     "described",
     "divergences",
@@ -82,6 +83,12 @@ def recorded() -> str:
     own = "attention and e^x of our own"
     off = "attention and e^x of MLX (TUNESMITH_KERNELS=off)"
     return {"compiled": "compiled kernels", "operations": own, "mlx": off}[choice()]
+
+
+def begin(notify: Sink = silent) -> None:
+    """Start to compile the kernels, if they are wanted here and were not compiled before."""
+    if backend.own_kernels() and backend.wanted_kernels() == "on":
+        extension.begin(notify)
 
 
 def missing(notify: Sink = silent) -> extension.Extension | None:

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -56,6 +57,7 @@ UNSAFE = frozenset(
 )
 """Compiler options that change what the kernels compute: NaN and infinity are lost, or sums no longer have a
 fixed order. Some also flush the denormal numbers of the whole process."""
+COMPILING = "compiling the kernels for this CPU, once: 10 to 30 seconds"
 UNUSED_DAYS = 30
 """Kernels that nobody has loaded for so long are deleted when others are compiled."""
 
@@ -91,6 +93,20 @@ def load(notify: Sink = silent) -> Extension:
     return _loaded
 
 
+def begin(notify: Sink = silent) -> None:
+    """Start to compile the kernels if the cache does not hold them, after a notice to ``notify``: a later
+    `load` waits for them."""
+    with suppress(_Missing, OSError):  # `load` says why
+        if _loaded is None and not (build := _build()).target.is_file():
+            notify(Notice(COMPILING, where="kernels"))
+            threading.Thread(target=_attempt, args=(build,), daemon=True).start()
+
+
+def _attempt(build: _Build) -> None:
+    with suppress(_Missing, OSError):
+        _compile(build, silent)
+
+
 def _load(notify: Sink) -> Extension:
     try:
         library = _compiled(notify)
@@ -106,8 +122,24 @@ def _load(notify: Sink) -> Extension:
     return Extension(module)
 
 
+class _Build(NamedTuple):
+    """``command``: the compiler and its options. ``target``: the shared library in the cache."""
+
+    command: list[str]
+    sources: list[str]
+    target: Path
+
+
 def _compiled(notify: Sink) -> Path:
     """The shared library in the cache. Raises _Missing."""
+    build = _build()
+    if not build.target.is_file():
+        _compile(build, notify)
+    return build.target
+
+
+def _build() -> _Build:
+    """Raises _Missing if nothing can be compiled."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise _Missing("no C++ compiler (g++)", "apt-get install g++ (Fedora: dnf install gcc-c++)")
@@ -124,11 +156,8 @@ def _compiled(notify: Sink) -> Path:
     options.append(f"-L{library / 'lib'}")
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     target = backend.cache_folder() / "kernels" / _digest(compiler, options) / f"{NAME}{suffix}"
-    if not target.is_file():
-        sources = [str(SOURCES / "extension.cpp"), str(binding / "src" / "nb_combined.cpp")]
-        _compile([compiler, *options], sources, target, notify)
-        _delete_unused(target.parent)
-    return target
+    sources = [str(SOURCES / "extension.cpp"), str(binding / "src" / "nb_combined.cpp")]
+    return _Build([compiler, *options], sources, target)
 
 
 def _options() -> list[str]:
@@ -164,13 +193,14 @@ def _vectors() -> list[str]:
     return ["-mprefer-vector-width=512"] if "avx512f" in _instructions().split() else []
 
 
-def _compile(command: list[str], sources: list[str], target: Path, notify: Sink) -> None:
-    """``command``: the compiler and its options. Raises _Missing if it fails."""
+def _compile(build: _Build, notify: Sink) -> None:
+    """Raises _Missing if the compiler fails."""
+    command, sources, target = build
     target.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(target.parent / "lock"):
         if target.is_file():  # another process has compiled it meanwhile
             return
-        notify(Notice("compiling the kernels for this CPU, once: 10 to 30 seconds", where="kernels"))
+        notify(Notice(COMPILING, where="kernels"))
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             objects = [str(Path(folder) / f"{Path(source).stem}.o") for source in sources]
             pairs = zip(sources, objects, strict=True)
@@ -178,6 +208,7 @@ def _compile(command: list[str], sources: list[str], target: Path, notify: Sink)
             draft = Path(folder) / target.name
             _run([[*command, *objects, "-lmlx", "-o", str(draft)]])  # MLX is loaded already
             os.replace(draft, target)
+        _delete_unused(target.parent)
 
 
 def _run(commands: list[list[str]]) -> None:
