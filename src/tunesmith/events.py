@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from typing_extensions import TypedDict
 
@@ -56,11 +56,17 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class Working(Event):
-    """Progress of long work other than updates, for the display only; never written to the run directory."""
+    """Progress of long work other than updates, for the display only; never written to the run directory.
+    ``share``: of the work that is done, with what is done of unfinished parts; None: done / total."""
 
     label: str
     done: int
     total: int
+    share: float | None = None
+
+    @property
+    def progress(self) -> float:
+        return self.done / max(1, self.total) if self.share is None else self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,20 +355,26 @@ def tee(sinks: Sequence[Sink]) -> Sink:
     return send
 
 
-def ticker(sink: Sink, label: str, after_s: float = 0.0) -> Callable[[int, int], None]:
-    """A function of (done, total) that reports the progress of ``label`` to ``sink``. The work begins when
+class Tick(Protocol):
+    """Takes what is done, of all; and `Working.share`."""
+
+    def __call__(self, done: int, total: int, share: float | None = None, /) -> None: ...
+
+
+def ticker(sink: Sink, label: str, after_s: float = 0.0) -> Tick:
+    """A function that reports the progress of ``label`` to ``sink``. The work begins when
     the ticker is made; in its first ``after_s`` seconds nothing is reported."""
     started = time.time()
     began: float | None = started
 
-    def tick(done: int, total: int) -> None:
+    def tick(done: int, total: int, share: float | None = None) -> None:
         nonlocal began
         if time.time() - started < after_s:
             return
         if began is not None and done:
             sink(Working(label, 0, total, at=began))
         began = None
-        sink(Working(label, done, total))
+        sink(Working(label, done, total, share))
 
     return tick
 

@@ -175,6 +175,13 @@ def test_other_work_is_silent_at_first_then_tells_rate_and_end():
     slow = plain([work(0.0, 0), work(64.0, 20), work(5000.0, 40)])
     assert slow[0].startswith("rendering: 20 of 100 · 3.2 s each · 4 m 16 s to go, ends ")
     assert slow[1].startswith("rendering: 40 of 100 · 2 m 05 s each · ")
+    # Of ten answers at once the first has ended, and all are half done.
+    partly = [events.Working("answers", 1, 10, share, at=10.0) for share in (None, 0.5)]
+    ends = [plain([dataclasses.replace(one, done=0, at=0.0, share=None), one])[0] for one in partly]
+    assert [end.split(" to go")[0] for end in ends] == [
+        "answers: 1 of 10 · 10.0 s each · 1 m 30 s",
+        "answers: 1 of 10 · 2.0 s each · 10 s",
+    ]
     # The same label again is new work, with its own quiet time.
     assert len(plain([work(0.0, 0), work(10.0, 100), work(20.0, 5), work(21.0, 10)])) == 1
     # What was done before the first word of it has no known duration.

@@ -245,9 +245,12 @@ def test_batched_is_one_by_one_is_the_definition(tiny_model):
     ends = [free[2].ids[3], free[7].ids[0]]  # some of the answers end early
     expected = [greedy(net, prompt, 8, set(ends)) for prompt in asked]
     seen: list[tuple[int, int]] = []
-    told = lambda done, count: seen.append((done, count))  # noqa: E731
+    shares: list[float] = []
+    told = lambda done, count, share: (seen.append((done, count)), shares.append(share))  # noqa: E731
     assert generation.generate(net, asked, max_tokens=8, eos_ids=ends, batch_size=4, on_done=told) == expected
     assert seen == [(done, 11) for done in range(1, 12)]
+    assert shares == sorted(shares) and shares[-1] == 1
+    assert all(done / 11 <= share for (done, _), share in zip(seen, shares, strict=True))
     assert [generation.generate(net, [prompt], max_tokens=8, eos_ids=ends)[0] for prompt in asked] == expected
     assert [list(generation.stream(net, prompt, max_tokens=8, eos_ids=ends)) for prompt in asked] == [
         e.ids for e in expected

@@ -288,8 +288,8 @@ class State:
             return ""
         if last.done >= last.total:
             return f"{readable(last)} in {duration(seconds)}"
-        per_second = max(last.done - first.done, 1) / seconds
-        left = (last.total - last.done) / per_second
+        each_second = max(last.progress - first.progress, 1 / last.total) / seconds
+        left, per_second = (1 - last.progress) / each_second, last.total * each_second
         end = time.strftime("%H:%M:%S", time.localtime(last.at + left))
         return f"{readable(last)} · {pace(per_second)} · {duration(left)} to go, ends {end}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from tunesmith.engine.engine import READ_AT_ONCE, UNLIMITED, Engine
 from tunesmith.engine.prefixes import Prefixes, common_length
 from tunesmith.engine.requests import Finish, Request
 from tunesmith.errors import TemplateError
+from tunesmith.events import Tick
 from tunesmith.machine import backend
 from tunesmith.model import vocabulary
 from tunesmith.tokens import template
@@ -45,13 +46,13 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
-    on_done: Callable[[int, int], None] | None = None,
+    on_done: Tick | None = None,
 ) -> list[Generation]:
     """One continuation a prompt, in the order of the prompts; ``batch_size`` of them at a time.
 
     temperature 0 is greedy. Otherwise each prompt draws from its own stream, a function of (seed, index of
-    the prompt), and MLX's global random state is untouched. on_done: (finished, all). Raises ModelError for
-    an empty prompt."""
+    the prompt), and MLX's global random state is untouched. on_done: called after each that ends. Raises
+    ModelError for an empty prompt."""
     requests = [
         Request(prompt, eos_ids, max_tokens, temperature, top_p, seed, index, digest=THIS_NET)
         for index, prompt in enumerate(prompts)
@@ -70,8 +71,14 @@ def generate(
                 if end is not None:
                     finish[number] = end
                     if on_done is not None:
-                        on_done(len(finish), len(prompts))
+                        on_done(len(finish), len(prompts), _share(ids, finish, max_tokens))
     return [Generation(ids[number], finish[number]) for number in numbers]
+
+
+def _share(ids: Mapping[int, Sequence[int]], finish: Container[int], max_tokens: int) -> float:
+    """The share of all passes that is done, if what has not ended goes on to ``max_tokens``."""
+    done = sum(max_tokens if number in finish else len(own) for number, own in ids.items())
+    return done / (max_tokens * len(ids))
 
 
 def _read_beginning(net: nn.Module, prompts: Sequence[Sequence[int]], prefixes: Prefixes) -> None:
@@ -121,10 +128,7 @@ class Speaker:
     renderer: template.Renderer
 
     def answer(
-        self,
-        questions: Sequence[Conversation | str],
-        sampling: Sampling,
-        tick: Callable[[int, int], None] | None = None,
+        self, questions: Sequence[Conversation | str], sampling: Sampling, tick: Tick | None = None
     ) -> list[str]:
         """One answer a question, in order: a conversation, or plain text to be continued."""
         answers = generate(

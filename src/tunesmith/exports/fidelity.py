@@ -19,6 +19,7 @@ from tunesmith.errors import ExportError, listing
 from tunesmith.evaluation import statistics
 from tunesmith.evaluation.evaluate import IMITATED
 from tunesmith.evaluation.statistics import Statistic, TaskStatistics
+from tunesmith.events import Tick
 from tunesmith.exports.kind import UNROUNDED, Tolerance
 from tunesmith.model import abilities, kernels, logprobs
 from tunesmith.runs.artefacts import FAINT, Distances, Stops
@@ -217,11 +218,8 @@ class Ended(NamedTuple):
     stopped: bool
 
 
-def answers(
-    net: nn.Module, probes: Sequence[Probe], ends: Sequence[int], tick: Callable[[int, int], None]
-) -> list[Ended]:
-    """A greedy answer to the prompt of each row, up to half as long again as the longest trained one. tick:
-    called with the number of answers that are done, and of all."""
+def answers(net: nn.Module, probes: Sequence[Probe], ends: Sequence[int], tick: Tick) -> list[Ended]:
+    """A greedy answer to the prompt of each row, up to half as long again as the longest trained one."""
     prompted = [probe for probe in probes if probe.start > 1]
     if not prompted:
         return []

@@ -4,7 +4,7 @@ artefact is written, reloaded in a fresh process, measured alike and judged by t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -16,7 +16,7 @@ import numpy as np
 from tunesmith import adapters, events
 from tunesmith.adapters import merging
 from tunesmith.errors import ExportError, TunesmithError
-from tunesmith.events import Event, Notice, Sink, Working
+from tunesmith.events import Event, Notice, Sink, Tick, Working
 from tunesmith.exports import fidelity, fresh, headlines, judging, llama_cpp, weights
 from tunesmith.exports.fidelity import Carried, Ended, Probe
 from tunesmith.exports.headlines import TaskScores
@@ -184,7 +184,7 @@ class Gate:
             scores,
         )
 
-    def _ticker(self, label: str) -> Callable[[int, int], None]:
+    def _ticker(self, label: str) -> Tick:
         return events.ticker(self._notify, label)
 
     def _progress(self, event: Event) -> None:
