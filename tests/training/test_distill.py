@@ -304,6 +304,14 @@ def test_the_loss_of_distilled_rows_begins_at_zero_and_is_told_apart(runs):
     assert "24 rows an epoch of general.jsonl (probabilities of the base are learned)" in card
 
 
+def test_shown_rows_say_which_are_distilled(runs):
+    for distill, run in runs.items():
+        shown = CliRunner().invoke(app, ["show", str(run.path), "--json"], catch_exceptions=False).stdout
+        rows = [json.loads(line) for line in shown.splitlines()]
+        assert {row["mix"] for row in rows} == {None, "general.jsonl"}
+        assert all(row["distilled"] is (distill and row["mix"] is not None) for row in rows)
+
+
 @pytest.mark.parametrize("step", [0, 5])
 def test_a_run_with_distilled_rows_is_resumed_to_the_byte(runs, tmp_path, step):
     died = Run.open(shutil.copytree(runs[True].path, tmp_path / "died"))

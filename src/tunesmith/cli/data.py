@@ -62,6 +62,8 @@ def show(
             limit=limit if limit is not None or as_json else SHOWN_ROWS,
             notify=notify,
         )
+    from tunesmith.preflight.show import DISTILLED
+
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     decode = renderer.decode if control else lambda ids: escaped(renderer.decode(ids))
     of_read = "" if limit is None and as_json else f" of the first {limit or SHOWN_ROWS} that can be read"
@@ -69,7 +71,7 @@ def show(
     for mix, part in ({None: rendered} | mixed).items():
         for row in part.rows:
             if as_json:
-                print_json({**_as_json(row), "mix": mix})
+                print_json({**_as_json(row), "mix": mix, "distilled": DISTILLED in part.notes})
             else:
                 typer.echo(_marked(row, decode, colour=colour))
         _tell_counts(part, "" if mix is None else f"data.mix: {mix}: ", of_read)

@@ -242,14 +242,22 @@ def divergence(base: np.ndarray, tuned: np.ndarray) -> tuple[np.ndarray, np.ndar
     """(T, V) log p of both → (T,) KL(base‖tuned) in nats, and (T,) whether the likeliest token is the
     same."""
 
-    def normal(logps: np.ndarray) -> np.ndarray:
+    def normal(logps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         logps = logps.astype(np.float64)
-        return logps - np.log(np.exp(logps).sum(-1, keepdims=True))
+        shares = np.exp(logps)
+        sums = shares.sum(-1, keepdims=True)
+        logps -= np.log(sums)
+        shares /= sums
+        return logps, shares
 
-    p, q = normal(base), normal(tuned)
-    # q − p sums to 0; with it no term is negative, so that rounding cannot make the sum negative.
-    terms = np.exp(p) * (p - q) + (np.exp(q) - np.exp(p))
-    return terms.sum(-1), base.argmax(-1) == tuned.argmax(-1)
+    (log_p, p), (log_q, q) = normal(base), normal(tuned)
+    # q − p sums to 0; with it no term is negative, so that rounding cannot make the sum negative. In place:
+    # there are as many numbers as tokens of the vocabulary.
+    log_p -= log_q
+    log_p *= p
+    q -= p
+    log_p += q
+    return log_p.sum(-1), base.argmax(-1) == tuned.argmax(-1)
 
 
 class SafetyDrift(Task[tuple[DriftItem, Said]]):
